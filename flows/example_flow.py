@@ -1,0 +1,243 @@
+"""The daily job: load a day of flights, build the dbt project, report.
+
+    python flows/example_flow.py                     # the next day
+    python flows/example_flow.py --day 2013-02-08
+
+A flow names its tasks and their order; what they do is in `flows.landing`, `flows.raw`,
+`flows.report` and the dbt project `flows/warehouse`, none of which knows Prefect.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from datetime import date, timedelta
+from typing import Annotated, Any
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_image_artifact, create_markdown_artifact
+from prefect.context import TaskRunContext
+from prefect.task_runners import ThreadPoolTaskRunner
+from pydantic import BeforeValidator, Field
+
+from flows import landing, raw
+from flows import report as reporting
+from flows.report import Step
+from orchestration import warehouse
+from orchestration.dbt import DbtProject, DbtResult
+from orchestration.errors import DbtError, PipelineError, explained, hide_explained_tracebacks
+from orchestration.server import reachable_server
+from orchestration.settings import ROOT, settings
+
+hide_explained_tracebacks()
+
+dbt_project = DbtProject(ROOT / "flows" / "warehouse", environment=warehouse.environment)
+
+Day = Annotated[
+    date,
+    BeforeValidator(lambda value: landing.parse_day(value) if isinstance(value, str) else value),
+]
+FullRefresh = Annotated[
+    bool,
+    Field(
+        title="Full refresh",
+        description="Load the reference tables again and rebuild the incremental models from nothing.",
+    ),
+]
+Select = Annotated[
+    str | None,
+    Field(
+        title="dbt selection",
+        description="Build only these nodes, for example `carrier_daily_punctuality+`; empty builds all.",
+    ),
+]
+
+
+def another_attempt_may_help(_task: Any, _run: Any, state: Any) -> bool:
+    """Retry a lost connection or a deadlock; what an operator must cure fails at once."""
+    return warehouse.transient(state.result(raise_on_failure=False))
+
+
+def reference_key(_context: TaskRunContext, parameters: dict[str, Any]) -> str:
+    """The same file in the same warehouse need not be loaded again."""
+    table = parameters["table"]
+    return f"reference-{table}-{landing.fingerprint([table])}-{raw.identity()}"
+
+
+@task(
+    task_run_name="load day {day}",
+    retries=3,
+    retry_delay_seconds=[1, 5, 25],
+    retry_condition_fn=another_attempt_may_help,
+)
+def load_day(day: date) -> list[Step]:
+    """Replace the day's flights and weather, both or neither."""
+    start = time.perf_counter()
+    loaded = raw.load_days([day])
+    seconds = time.perf_counter() - start
+    return [Step("load", f"raw.{table}", seconds, rows) for table, rows in loaded.tables.items()]
+
+
+@task(
+    task_run_name="load {table}",
+    cache_key_fn=reference_key,
+    cache_expiration=timedelta(days=1),
+    persist_result=True,
+    result_serializer="json",
+    retries=3,
+    retry_delay_seconds=[1, 5, 25],
+    retry_condition_fn=another_attempt_may_help,
+)
+def load_reference(table: str) -> dict[str, float]:
+    """Replace a reference table; not again within a day while file and warehouse are the same."""
+    start = time.perf_counter()
+    loaded = raw.load_reference(table)
+    return {"rows": loaded.rows, "seconds": time.perf_counter() - start}
+
+
+@flow(task_runner=ThreadPoolTaskRunner(max_workers=4), validate_parameters=True)
+def ingest(
+    day: Annotated[
+        Day | None,
+        Field(title="Day", description="The day to load; empty loads the newest loaded day + 1, or the first."),
+    ] = None,
+    full_refresh: FullRefresh = False,
+) -> list[Step]:
+    """Load a day's flights and weather, and the reference tables, all at once."""
+    logger = get_run_logger()
+    raw.prepare()
+    day = landing.check_day(day) if day else raw.next_day()
+    reference = load_reference.with_options(refresh_cache=full_refresh)
+    references = {table: reference.submit(table) for table in landing.REFERENCE}
+    if day:
+        daily = load_day.submit(day)
+        steps = daily.result()
+        logger.info("Loaded %s: %s", day, ", ".join(f"{step.name} {step.rows:,}" for step in steps))
+    else:
+        steps = []
+        logger.info("Nothing new to load: the landing zone ends on %s.", landing.days()[-1])
+    for table, future in references.items():
+        loaded = future.result()
+        cached = future.state.name == "Cached"
+        seconds = 0.0 if cached else float(loaded["seconds"])
+        steps.append(Step("load", f"raw.{table}", seconds, int(loaded["rows"]), cached=cached))
+    return steps
+
+
+@flow(validate_parameters=True)
+def transform(select: Select = None, full_refresh: FullRefresh = False) -> list[Step]:
+    """Build the dbt project: models and their tests, in order of dependency."""
+    logger = get_run_logger()
+    dbt_project.warm()
+    schema = settings().warehouse_schema
+    with warehouse.exclusive(
+        f"dbt build in {schema}",
+        waiting=lambda: logger.info("Another run builds schema %s; waiting for it to end.", schema),
+    ):
+        result = dbt_project.build(
+            select=select,
+            full_refresh=full_refresh,
+            log=lambda level, line: getattr(logger, level)(line),
+        )
+    if error := result.error():
+        raise error
+    return dbt_steps(result)
+
+
+def dbt_steps(result: DbtResult) -> list[Step]:
+    """dbt's nodes as steps of the report."""
+    return [
+        Step(
+            "test" if node.kind in ("test", "unit_test") else "build",
+            node.name,
+            node.seconds,
+            node.rows,
+            failure=node.reason if node.failed else None,
+            skipped=node in result.skipped,
+        )
+        for node in result.nodes
+        if node.kind != "exposure"
+    ]
+
+
+@flow(validate_parameters=True)
+def report(
+    steps: Annotated[
+        list[Step] | None,
+        Field(title="Steps", description="What a run did; empty reports on the warehouse alone."),
+    ] = None,
+    failure: Annotated[
+        str | None, Field(title="Failure", description="Why that run failed; empty if it did not.")
+    ] = None,
+) -> None:
+    """Show what was loaded and built, as artifacts in the UI and as a table on the terminal."""
+    summary = reporting.summarise(steps or [], failure)
+    reporting.show(summary)
+    create_markdown_artifact(
+        key="daily-report", markdown=reporting.markdown(summary), description=summary.headline
+    )
+    if summary.days:
+        create_image_artifact(
+            key="daily-report-plot",
+            image_url=reporting.as_data_url(reporting.plot(summary)),
+            description=summary.headline,
+        )
+
+
+@flow(validate_parameters=True)
+def dbt_pipeline(
+    day: Annotated[
+        Day | None,
+        Field(title="Day", description="The day to load; empty loads the newest loaded day + 1, or the first."),
+    ] = None,
+    full_refresh: FullRefresh = False,
+    select: Select = None,
+) -> None:
+    """Load a day of flights into the warehouse, build the dbt project and report.
+
+    A day is loaded as a whole or not at all, so a run may be repeated or killed at any point.
+    """
+    dbt_project.warm()
+    steps: list[Step] = []
+    try:
+        steps += ingest(day, full_refresh)
+        steps += transform(select, full_refresh)
+    except DbtError as error:
+        if error.result:
+            steps += dbt_steps(error.result)
+        report(steps, str(error))
+        raise
+    report(steps)
+
+
+def run_by_hand(flow_call: Any) -> int:
+    """Run a flow from the command line; returns the exit status, the failure in one sentence."""
+    with reachable_server():
+        try:
+            flow_call()
+        except KeyboardInterrupt:
+            print("Interrupted; a day is loaded whole or not at all. Run it again.", file=sys.stderr)
+            return 130
+        except Exception as error:
+            if not explained(error):
+                raise
+            print(f"\nFailed: {error}", file=sys.stderr)
+            return 1
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line of the pipeline."""
+    parser = argparse.ArgumentParser(description=(dbt_pipeline.description or "").splitlines()[0])
+    parser.add_argument("--day", help="YYYY-MM-DD; default: the newest loaded day + 1, or the first")
+    parser.add_argument("--full-refresh", action="store_true", help="rebuild from nothing")
+    parser.add_argument("--select", help="dbt selection; default: everything")
+    options = parser.parse_args(arguments)
+    dbt_project.warm()
+    return run_by_hand(
+        lambda: dbt_pipeline(day=options.day, full_refresh=options.full_refresh, select=options.select)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

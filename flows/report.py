@@ -1,0 +1,222 @@
+"""The report of a run: what was loaded and built, how long it took, what failed and why."""
+
+import base64
+import io
+from dataclasses import dataclass, field
+from datetime import date, timedelta
+from typing import TYPE_CHECKING
+
+from psycopg import sql
+
+from orchestration import warehouse
+from orchestration.errors import WarehouseError
+from orchestration.settings import settings
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something a run did."""
+
+    kind: str
+    """load, build or test."""
+    name: str
+    seconds: float
+    rows: int | None = None
+    """Rows that it wrote."""
+    cached: bool = False
+    """Done by an earlier run and not needed again."""
+    skipped: bool = False
+    """Not done, because something before it failed."""
+    failure: str | None = None
+    """Why it failed."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All that the report shows."""
+
+    steps: list[Step]
+    failure: str | None
+    marts: dict[str, int] = field(default_factory=dict)
+    """Rows by mart."""
+    days: list[tuple[date, float]] = field(default_factory=list)
+    """The newest days, oldest first, with the share of flights that arrived on time, 0 to 1."""
+    carriers: list[tuple[str, float]] = field(default_factory=list)
+    """The carriers of the newest day with that share, best first."""
+
+    @property
+    def headline(self) -> str:
+        """The report in a sentence."""
+        loaded = sum(step.rows or 0 for step in self.steps if step.kind == "load" and not step.cached)
+        tests = [step for step in self.steps if step.kind == "test" and not step.skipped]
+        passed = sum(1 for step in tests if not step.failure)
+        built = sum(1 for step in self.steps if step.kind == "build" and not (step.failure or step.skipped))
+        outcome = "Failed" if self.failure else "Completed"
+        newest = f" up to {self.days[-1][0]}" if self.days else ""
+        if not self.steps:
+            return f"The warehouse{newest}: {len(self.marts)} marts."
+        return (
+            f"{outcome}{newest}: {loaded:,} rows loaded, {built} models built, "
+            f"{passed} of {len(tests)} tests passed."
+        )
+
+
+def summarise(steps: list[Step], failure: str | None = None) -> Summary:
+    """Read from the warehouse what the report shows beside the run's own steps."""
+    schema = settings().warehouse_schema
+    with warehouse.explained("Reading the marts"), warehouse.connect() as connection:
+        names = connection.execute(
+            "select table_name from information_schema.tables"
+            " where table_schema = %s and table_type = 'BASE TABLE' order by table_name",
+            [schema],
+        ).fetchall()
+        marts = {}
+        for (name,) in names:
+            query = sql.SQL("select count(*) from {}").format(sql.Identifier(schema, name))
+            marts[name] = (connection.execute(query).fetchone() or (0,))[0]
+        if "carrier_daily_punctuality" not in marts:
+            return Summary(steps, failure, marts)
+        table = sql.Identifier(schema, "carrier_daily_punctuality")
+        share = sql.SQL("sum(arrived_on_time_share * flight_count) / sum(flight_count)")
+        days = connection.execute(
+            sql.SQL(
+                "select flight_date, ({})::float from {} group by flight_date order by flight_date desc limit 30"
+            ).format(share, table)
+        ).fetchall()
+        carriers = connection.execute(
+            sql.SQL(
+                "select carrier_name, arrived_on_time_share::float from {} "
+                "where flight_date = (select max(flight_date) from {}) order by 2 desc, 1"
+            ).format(table, table)
+        ).fetchall()
+    return Summary(steps, failure, marts, days[::-1], carriers)
+
+
+def _outcome(step: Step) -> str:
+    if step.failure:
+        return "failed"
+    if step.skipped:
+        return "skipped"
+    return "cached" if step.cached else "ok"
+
+
+def _shown(summary: Summary) -> list[Step]:
+    """Loads and builds; of the tests only what did not pass."""
+    return [step for step in summary.steps if step.kind != "test" or step.failure]
+
+
+def _rows(step: Step, summary: Summary) -> str:
+    rows = summary.marts.get(step.name, step.rows if step.rows is None or step.rows >= 0 else None)
+    return "" if rows is None else f"{rows:,}"
+
+
+def markdown(summary: Summary) -> str:
+    """The report as the Markdown of Prefect's artifact."""
+    lines = [f"**{summary.headline}**", ""]
+    if summary.failure:
+        lines += [f"> {summary.failure}", ""]
+    if summary.steps:
+        lines += ["| step | what | rows | seconds | outcome |", "|---|---|---:|---:|---|"]
+        lines += [
+            f"| {step.kind} | `{step.name}` | {_rows(step, summary)} | {step.seconds:.2f} "
+            f"| {_outcome(step)}{': ' + _cell(step.failure) if step.failure else ''} |"
+            for step in _shown(summary)
+        ]
+    else:
+        lines += ["| mart | rows |", "|---|---:|"]
+        lines += [f"| `{name}` | {rows:,} |" for name, rows in summary.marts.items()]
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def terminal(summary: Summary) -> "RenderableType":
+    """The report as rich's tables."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    colours = {"ok": "green", "cached": "blue", "skipped": "yellow", "failed": "red"}
+    headline = Text(summary.headline, style="bold red" if summary.failure else "bold")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("what", no_wrap=True)
+    table.add_column("rows", justify="right")
+    if not summary.steps:
+        for name, rows in summary.marts.items():
+            table.add_row(name, f"{rows:,}")
+        return Group(Text(), headline, table)
+    table.add_column("seconds", justify="right")
+    table.add_column("", no_wrap=True)
+    longest = max(step.seconds for step in summary.steps) or 1
+    kind = ""
+    for step in _shown(summary):
+        if step.kind != kind:
+            if kind:
+                table.add_section()
+            kind = step.kind
+        outcome = _outcome(step)
+        bar = "━" * round(20 * step.seconds / longest)
+        table.add_row(
+            step.name,
+            _rows(step, summary),
+            f"{step.seconds:.2f}",
+            Text(bar if outcome == "ok" else f"{bar} {outcome}".strip(), style=colours[outcome]),
+        )
+    return Group(Text(), headline, table)
+
+
+def show(summary: Summary) -> None:
+    """Print the report."""
+    from rich.console import Console
+
+    Console().print(terminal(summary))
+
+
+def plot(summary: Summary) -> bytes:
+    """The report as a PNG: carriers of the newest day, the last 30 days, the time of the steps."""
+    # Not pyplot: no global state, and half the import time.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    steps = sorted((s for s in summary.steps if s.seconds > 0), key=lambda s: s.seconds)[-12:]
+    figure = Figure(figsize=(15 if steps else 10, 4.5), layout="constrained")
+    axes = figure.subplots(1, 3 if steps else 2)
+    by_carrier, by_day = axes[0], axes[1]
+
+    newest = summary.days[-1][0]
+    names = [name for name, _ in summary.carriers][::-1]
+    shares = [100 * share for _, share in summary.carriers][::-1]
+    by_carrier.barh(names, shares, color=["#2a9d8f" if share >= 80 else "#e9c46a" for share in shares])
+    by_carrier.set(title=f"Arrived on time, {newest}", xlabel="% of scheduled flights", xlim=(0, 100))
+
+    days = [day for day, _ in summary.days]
+    by_day.plot(days, [100 * share for _, share in summary.days], marker="o", color="#264653")  # type: ignore[arg-type]
+    by_day.set(title="Arrived on time, newest 30 days", ylabel="% of scheduled flights", ylim=(0, 100))
+    if len(days) == 1:
+        by_day.set_xlim(newest - timedelta(days=1), newest + timedelta(days=1))  # type: ignore[arg-type]
+    by_day.tick_params(axis="x", rotation=45)
+
+    if steps:
+        colours = {"load": "#2a9d8f", "build": "#264653", "test": "#8d99ae"}
+        axes[2].barh(
+            [step.name for step in steps],
+            [step.seconds for step in steps],
+            color=["#e76f51" if step.failure else colours[step.kind] for step in steps],
+        )
+        axes[2].set(title="Where the time went", xlabel="seconds")
+    for each in axes:
+        each.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def as_data_url(png: bytes) -> str:
+    """`png` as a URL that holds it, so that the UI needs no file store to show it."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

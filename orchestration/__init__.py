@@ -1,0 +1,1 @@
+"""What flows and the cluster's own jobs import: settings, the warehouse, dbt."""

@@ -1,0 +1,272 @@
+"""A dbt project, run node by node by one dbt process.
+
+dbt's threads stay dbt's: a process for each node would cost six times the time and run on stale
+relation caches. The process can be started early (:meth:`DbtProject.warm`), so that dbt's imports
+(2 s) overlap with other work.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from orchestration.errors import DbtError
+
+_FAILED = ("error", "fail", "runtime error")
+_SKIPPED = ("skipped", "partial success")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Node:
+    """What became of one node of the project."""
+
+    id: str
+    name: str
+    kind: str
+    """dbt's resource type: model, seed, snapshot, test, unit_test, ..."""
+    path: str
+    status: str
+    """dbt's own word: success, pass, warn, error, fail, skipped, ..."""
+    message: str
+    seconds: float
+    rows: int | None
+    """Rows affected, as the database says; None for what has none, a view for one."""
+    relation: str | None
+    materialized: str | None
+    failures: int | None
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ran and did not succeed."""
+        return self.status in _FAILED
+
+    @property
+    def reason(self) -> str:
+        """Why it failed, in a line: dbt's message without its heading."""
+        lines = [line.strip() for line in self.message.splitlines() if line.strip()]
+        if len(lines) > 1 and " Error in " in lines[0]:
+            lines = lines[1:]
+        shown = [line for line in lines if not line.startswith("compiled code at") and set(line) != {"^"}]
+        return " ".join(shown)
+
+
+@dataclass(frozen=True)
+class DbtResult:
+    """What a dbt command did, node by node in the order in which they ended."""
+
+    command: str
+    nodes: list[Node] = field(default_factory=list)
+
+    @property
+    def failed(self) -> list[Node]:
+        """The nodes that failed."""
+        return [node for node in self.nodes if node.failed]
+
+    @property
+    def skipped(self) -> list[Node]:
+        """The nodes that did not run because something above them failed."""
+        return [node for node in self.nodes if node.status in _SKIPPED]
+
+    @property
+    def built(self) -> list[Node]:
+        """The relations that were built or refreshed."""
+        kinds = ("model", "seed", "snapshot")
+        return [node for node in self.nodes if node.kind in kinds and node.status == "success"]
+
+    def error(self) -> DbtError | None:
+        """The failures in one sentence, with what was built all the same; None if all is well."""
+        if not self.failed:
+            return None
+        reasons = "; ".join(
+            f"{node.kind} {node.name} ({node.path}): {node.reason}" for node in self.failed[:5]
+        )
+        more = f"; and {len(self.failed) - 5} more" if len(self.failed) > 5 else ""
+        skipped = f", {len(self.skipped)} skipped behind" if self.skipped else ""
+        built = ", ".join(node.name for node in self.built) or "nothing"
+        return DbtError(
+            f"dbt {self.command}: {len(self.failed)} of {len(self.nodes)} nodes failed{skipped}: "
+            f"{reasons}{more}. Built, each whole and up to date: {built}. "
+            "Correct the cause and run again.",
+            self,
+        )
+
+
+class DbtProject:
+    """A dbt project that flows run.
+
+    Args:
+        path: the folder with dbt_project.yml and profiles.yml.
+        environment: called before each command for the variables that profiles.yml reads.
+    """
+
+    def __init__(self, path: Path, *, environment: Callable[[], Mapping[str, str]] = dict) -> None:
+        self.path = path
+        self._environment = environment
+        self._warm: subprocess.Popen[str] | None = None
+        self._starting = threading.Lock()
+
+    def warm(self) -> None:
+        """Start the dbt process of the next command now, so that its imports are done by then."""
+        with self._starting:
+            if self._warm is None or self._warm.poll() is not None:
+                self._warm = self._child()
+
+    def build(
+        self,
+        *,
+        select: str | None = None,
+        full_refresh: bool = False,
+        unit_tests: bool = False,
+        log: Callable[[str, str], None] | None = None,
+    ) -> DbtResult:
+        """`dbt build`: seeds, snapshots, models and their tests, in order of dependency.
+
+        Args:
+            select: any dbt selection, several separated by spaces; all if None.
+            full_refresh: rebuild incremental models from nothing.
+            unit_tests: run dbt's unit tests too; they test the code, not the data, and those of an
+                incremental model need it to be there.
+            log: called with a level ("debug", "info", "warning", "error") and a line.
+
+        Returns:
+            Every node's outcome; that nodes failed is for the caller to look at.
+
+        Raises:
+            DbtError: dbt could not run (the project does not parse, the selection matches nothing).
+        """
+        arguments = ["--full-refresh"] if full_refresh else []
+        if not unit_tests:
+            arguments += ["--exclude-resource-type", "unit_test"]
+        if select:
+            arguments += ["--select", *select.split()]
+        result = self._run("build", arguments, log or (lambda level, line: logger.debug(line)))
+        if not result.nodes:
+            chosen = f"The selection {select!r} matches no node" if select else "There is no node to build"
+            raise DbtError(
+                f"{chosen} in the dbt project {self.path}; nothing was built. "
+                f"See what there is with: make dbt CMD=ls"
+            )
+        return result
+
+    def _child(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "orchestration.dbt.child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=self.path,
+        )
+
+    def _take_child(self) -> subprocess.Popen[str]:
+        with self._starting:
+            child, self._warm = self._warm, None
+        return child if child and child.poll() is None else self._child()
+
+    def _run(self, command: str, arguments: list[str], log: Callable[[str, str], None]) -> DbtResult:
+        with self._target() as target:
+            line = {
+                "arguments": [
+                    "--log-level", "none", "--log-path", str(target),
+                    command,
+                    "--project-dir", str(self.path), "--profiles-dir", str(self.path),
+                    "--target-path", str(target),
+                    *arguments,
+                ],
+                "environment": dict(self._environment()),
+            }  # fmt: skip
+            child = self._take_child()
+            assert child.stdin and child.stdout and child.stderr
+            stderr = _Tail(child.stderr)
+            outcome: dict[str, Any] | None = None
+            try:
+                with contextlib.suppress(BrokenPipeError):
+                    child.stdin.write(json.dumps(line) + "\n")
+                    child.stdin.flush()
+                for text in child.stdout:
+                    event = json.loads(text)
+                    if event["event"] == "result":
+                        outcome = event
+                    elif event["event"] == "log":
+                        log("warning" if event["level"] == "warn" else event["level"], event["text"])
+                    else:
+                        log("error" if event["status"] in _FAILED else "info", event["text"])
+            except BaseException:
+                _interrupt(child)
+                raise
+            child.wait()
+        if outcome is None:
+            raise DbtError(
+                f"dbt {command} ended with status {child.returncode} before it was done: "
+                f"{stderr.text() or 'it said nothing'}. What it had built is whole; run it again."
+            )
+        nodes = [Node(**node) for node in outcome["nodes"]]
+        if outcome["error"] and not nodes:
+            reason = " ".join(part.strip() for part in outcome["error"].split("\n") if part.strip())
+            raise DbtError(f"dbt {command} could not start on {self.path}: {reason}. Nothing was built.")
+        return DbtResult(command, nodes)
+
+    @contextlib.contextmanager
+    def _target(self) -> Iterator[Path]:
+        """A target folder of this run's own, as two runs in one folder mix up their files.
+
+        It starts with the shared partial parse and ends as the project's `target/`; a checkout that
+        cannot be written to keeps nothing.
+        """
+        shared = self.path / "target"
+        try:
+            shared.mkdir(exist_ok=True)
+            own = Path(tempfile.mkdtemp(prefix=".run-", dir=shared))
+        except OSError:
+            own = Path(tempfile.mkdtemp(prefix="dbt-"))
+        try:
+            with contextlib.suppress(OSError):
+                shutil.copyfile(shared / "partial_parse.msgpack", own / "partial_parse.msgpack")
+            yield own
+            if own.parent == shared:
+                with contextlib.suppress(OSError):
+                    for entry in own.iterdir():
+                        if entry.is_dir():
+                            shutil.rmtree(shared / entry.name, ignore_errors=True)
+                        os.replace(entry, shared / entry.name)
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
+
+
+class _Tail:
+    """Reads a stream to its end beside the work and keeps the last lines."""
+
+    def __init__(self, stream: Any, keep: int = 5) -> None:
+        self._lines: list[str] = []
+        self._thread = threading.Thread(target=self._read, args=(stream, keep), daemon=True)
+        self._thread.start()
+
+    def _read(self, stream: Any, keep: int) -> None:
+        for line in stream:
+            self._lines = [*self._lines, line.strip()][-keep:]
+
+    def text(self) -> str:
+        self._thread.join(timeout=1)
+        return " ".join(line for line in self._lines if line)
+
+
+def _interrupt(child: subprocess.Popen[str]) -> None:
+    """End `child` and the SQL it runs: its stdin closes, and dbt cancels."""
+    assert child.stdin
+    with contextlib.suppress(OSError):
+        child.stdin.close()
+    try:
+        child.wait(10)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
