@@ -8,17 +8,19 @@ A flow names its tasks and their order; what they do is in `flows.landing`, `flo
 """
 
 import argparse
+import contextlib
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import date, timedelta
 from typing import Annotated, Any
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from prefect.context import TaskRunContext
+from prefect.futures import PrefectFuture
+from prefect.runtime import task_run
 from prefect.task_runners import ThreadPoolTaskRunner
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator
 
 from flows import landing, raw
 from flows import report as reporting
@@ -33,23 +35,12 @@ hide_explained_tracebacks()
 
 dbt_project = DbtProject(ROOT / "flows" / "warehouse", environment=warehouse.environment)
 
+at_once: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=4)
+"""Tasks that are submitted run beside each other: loads wait for Postgres more than for Python."""
+
 Day = Annotated[
     date,
     BeforeValidator(lambda value: landing.parse_day(value) if isinstance(value, str) else value),
-]
-FullRefresh = Annotated[
-    bool,
-    Field(
-        title="Full refresh",
-        description="Load the reference tables again and rebuild the incremental models from nothing.",
-    ),
-]
-Select = Annotated[
-    str | None,
-    Field(
-        title="dbt selection",
-        description="Build only these nodes, for example `carrier_daily_punctuality+`; empty builds all.",
-    ),
 ]
 
 
@@ -65,17 +56,22 @@ def reference_key(_context: TaskRunContext, parameters: dict[str, Any]) -> str:
 
 
 @task(
-    task_run_name="load day {day}",
+    task_run_name=lambda: raw.span(task_run.parameters["days"]),
     retries=3,
     retry_delay_seconds=[1, 5, 25],
     retry_condition_fn=another_attempt_may_help,
 )
-def load_day(day: date) -> list[Step]:
-    """Replace the day's flights and weather, both or neither."""
-    start = time.perf_counter()
-    loaded = raw.load_days([day])
-    seconds = time.perf_counter() - start
-    return [Step("load", f"raw.{table}", seconds, rows) for table, rows in loaded.tables.items()]
+def load_days(days: list[date]) -> list[Step]:
+    """Replace the flights and weather of the days, all or nothing."""
+    loaded = raw.load_days(days)
+    span = raw.span(days)
+    return [
+        Step("extract", span, loaded.extract_seconds, loaded.rows),
+        *(
+            Step("load", f"raw.{table} {span}", loaded.load_seconds, rows)
+            for table, rows in loaded.tables.items()
+        ),
+    ]
 
 
 @task(
@@ -90,45 +86,62 @@ def load_day(day: date) -> list[Step]:
 )
 def load_reference(table: str) -> dict[str, float]:
     """Replace a reference table; not again within a day while file and warehouse are the same."""
-    start = time.perf_counter()
     loaded = raw.load_reference(table)
-    return {"rows": loaded.rows, "seconds": time.perf_counter() - start}
+    return {"rows": loaded.rows, "seconds": loaded.extract_seconds + loaded.load_seconds}
 
 
-@flow(task_runner=ThreadPoolTaskRunner(max_workers=4), validate_parameters=True)
-def ingest(
-    day: Annotated[
-        Day | None,
-        Field(title="Day", description="The day to load; empty loads the newest loaded day + 1, or the first."),
-    ] = None,
-    full_refresh: FullRefresh = False,
-) -> list[Step]:
-    """Load a day's flights and weather, and the reference tables, all at once."""
-    logger = get_run_logger()
-    raw.prepare()
-    day = landing.check_day(day) if day else raw.next_day()
-    reference = load_reference.with_options(refresh_cache=full_refresh)
-    references = {table: reference.submit(table) for table in landing.REFERENCE}
-    if day:
-        daily = load_day.submit(day)
-        steps = daily.result()
-        logger.info("Loaded %s: %s", day, ", ".join(f"{step.name} {step.rows:,}" for step in steps))
-    else:
-        steps = []
-        logger.info("Nothing new to load: the landing zone ends on %s.", landing.days()[-1])
-    for table, future in references.items():
+def submit_references(full_refresh: bool) -> dict[str, PrefectFuture[dict[str, float]]]:
+    """Start loading the reference tables, beside whatever else the flow does."""
+    load = load_reference.with_options(refresh_cache=full_refresh)
+    return {table: load.submit(table) for table in landing.REFERENCE}
+
+
+def reference_steps(futures: dict[str, PrefectFuture[dict[str, float]]]) -> list[Step]:
+    """Wait for the reference tables; what became of them."""
+    steps = []
+    for table, future in futures.items():
         loaded = future.result()
         cached = future.state.name == "Cached"
-        seconds = 0.0 if cached else float(loaded["seconds"])
+        seconds = 0.0 if cached else loaded["seconds"]
         steps.append(Step("load", f"raw.{table}", seconds, int(loaded["rows"]), cached=cached))
     return steps
 
 
-@flow(validate_parameters=True)
-def transform(select: Select = None, full_refresh: FullRefresh = False) -> list[Step]:
-    """Build the dbt project: models and their tests, in order of dependency."""
+@flow(task_runner=at_once)
+def ingest(
+    day: Day | None = None,
+    full_refresh: bool = False,
+) -> list[Step]:
+    """Load a day's flights and weather, and the reference tables, all at once.
+
+    Args:
+        day: The day to load. Empty loads the newest loaded day + 1, or the first.
+        full_refresh: Load the reference tables again, even if their files are the same.
+    """
+    logger = get_run_logger()
+    raw.prepare()
+    day = landing.check_day(day) if day else raw.next_day()
+    references = submit_references(full_refresh)
+    if day:
+        steps = load_days.submit([day]).result()
+    else:
+        steps = []
+        logger.info("Nothing new to load: the landing zone ends on %s.", landing.days()[-1])
+    return steps + reference_steps(references)
+
+
+@flow
+def transform(select: str | None = None, full_refresh: bool = False) -> list[Step]:
+    """Build the dbt project: models and their tests, in order of dependency.
+
+    Args:
+        select: Build only these nodes, in dbt's selection syntax, for example
+            `carrier_daily_punctuality+`. Empty builds all.
+        full_refresh: Rebuild incremental models from nothing.
+    """
     logger = get_run_logger()
     dbt_project.warm()
+    reporting.preload()
     schema = settings().warehouse_schema
     with warehouse.exclusive(
         f"dbt build in {schema}",
@@ -160,17 +173,17 @@ def dbt_steps(result: DbtResult) -> list[Step]:
     ]
 
 
-@flow(validate_parameters=True)
+@flow
 def report(
-    steps: Annotated[
-        list[Step] | None,
-        Field(title="Steps", description="What a run did; empty reports on the warehouse alone."),
-    ] = None,
-    failure: Annotated[
-        str | None, Field(title="Failure", description="Why that run failed; empty if it did not.")
-    ] = None,
+    steps: list[Step] | None = None,
+    failure: str | None = None,
 ) -> None:
-    """Show what was loaded and built, as artifacts in the UI and as a table on the terminal."""
+    """Show what was loaded and built, as artifacts in the UI and as a table on the terminal.
+
+    Args:
+        steps: What a run did. Empty reports on the warehouse alone.
+        failure: Why that run failed. Empty if it did not.
+    """
     summary = reporting.summarise(steps or [], failure)
     reporting.show(summary)
     create_markdown_artifact(
@@ -184,30 +197,40 @@ def report(
         )
 
 
-@flow(validate_parameters=True)
-def dbt_pipeline(
-    day: Annotated[
-        Day | None,
-        Field(title="Day", description="The day to load; empty loads the newest loaded day + 1, or the first."),
-    ] = None,
-    full_refresh: FullRefresh = False,
-    select: Select = None,
-) -> None:
-    """Load a day of flights into the warehouse, build the dbt project and report.
-
-    A day is loaded as a whole or not at all, so a run may be repeated or killed at any point.
-    """
-    dbt_project.warm()
-    steps: list[Step] = []
+@contextlib.contextmanager
+def reported(steps: list[Step]) -> Iterator[None]:
+    """Report on the `steps` that the block took, also when one of them failed."""
     try:
-        steps += ingest(day, full_refresh)
-        steps += transform(select, full_refresh)
-    except DbtError as error:
-        if error.result:
+        yield
+    except PipelineError as error:
+        if isinstance(error, DbtError) and error.result:
             steps += dbt_steps(error.result)
         report(steps, str(error))
         raise
     report(steps)
+
+
+@flow
+def dbt_pipeline(
+    day: Day | None = None,
+    full_refresh: bool = False,
+    select: str | None = None,
+) -> None:
+    """Load a day of flights into the warehouse, build the dbt project and report.
+
+    A day is loaded as a whole or not at all, so a run may be repeated or killed at any point.
+
+    Args:
+        day: The day to load. Empty loads the newest loaded day + 1, or the first.
+        full_refresh: Load the reference tables again and rebuild incremental models from nothing.
+        select: Build only these nodes, in dbt's selection syntax, for example
+            `carrier_daily_punctuality+`. Empty builds all.
+    """
+    dbt_project.warm()
+    steps: list[Step] = []
+    with reported(steps):
+        steps += ingest(day, full_refresh)
+        steps += transform(select, full_refresh)
 
 
 def run_by_hand(flow_call: Any) -> int:

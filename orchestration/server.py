@@ -3,9 +3,15 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 from urllib.request import urlopen
 
-from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE, temporary_settings
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_DEFAULT_WORK_POOL_NAME,
+    PREFECT_SERVER_ALLOW_EPHEMERAL_MODE,
+    temporary_settings,
+)
 
 
 @contextlib.contextmanager
@@ -17,16 +23,40 @@ def reachable_server() -> Iterator[None]:
     answer, that is an error and no reason to run elsewhere.
     """
     url = PREFECT_API_URL.value()
-    if url is None or "PREFECT_API_URL" in os.environ or _answers(url):
+    if url and _answers(url):
+        if urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1"):
+            _ensure_work_pool(PREFECT_DEFAULT_WORK_POOL_NAME.value())
         yield
-        return
-    with temporary_settings({PREFECT_API_URL: None, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: True}):
+    elif url is None or "PREFECT_API_URL" in os.environ:
         yield
+    else:
+        with temporary_settings({PREFECT_API_URL: None, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: True}):
+            yield
 
 
 def _answers(url: str) -> bool:
     try:
-        with urlopen(f"{url}/health", timeout=2) as response:
+        with urlopen(f"{url}/health", timeout=2) as response:  # noqa: S310 - the operator's own address
             return bool(response.status == 200)
     except OSError:
         return False
+
+
+def _ensure_work_pool(name: str | None) -> None:
+    """Create the default work pool on a new server of this machine, as `prefect deploy` needs one."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+
+    if not name:
+        return
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_work_pool(name)
+        except ObjectNotFound:
+            from prefect.workers.process import ProcessWorker
+
+            template = ProcessWorker.get_default_base_job_template()
+            pool = WorkPoolCreate(name=name, type="process", base_job_template=template)
+            with contextlib.suppress(ObjectAlreadyExists):
+                client.create_work_pool(pool)

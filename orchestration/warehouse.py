@@ -51,12 +51,13 @@ def environment() -> dict[str, str]:
         parameters = _embedded(settings().warehouse_dir)
     else:
         try:
-            parameters = conninfo_to_dict(url.get_secret_value())
+            parsed = conninfo_to_dict(url.get_secret_value())
         except psycopg.ProgrammingError as error:
             raise WarehouseError(
                 f"WAREHOUSE_URL is not understood: {str(error).strip()}. "
                 "Set it to something like postgresql://user:password@host:5432/warehouse."
             ) from None
+        parameters = {keyword: str(value) for keyword, value in parsed.items()}
     # dbt wants each of the five named; libpq would fill them in by itself.
     defaults = {"host": "localhost", "port": "5432", "user": "postgres", "password": ""}
     known = {option.keyword.decode(): option.envvar for option in psycopg.pq.Conninfo.get_defaults()}
@@ -68,7 +69,7 @@ def environment() -> dict[str, str]:
     }
     for keyword, value in (defaults | parameters).items():
         if name := known.get(keyword):
-            variables[name.decode()] = str(value)
+            variables[name.decode()] = value
     return variables
 
 
@@ -234,10 +235,9 @@ def _start(data: Path) -> dict[str, str]:
     server = PostgresServer(data, cleanup_mode=None)
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         server.ensure_pgdata_inited()  # lets the user that Postgres runs as reach the folder
-    try:
+    # When pg_ctl's wait is over the server's start is not: recovery after a kill takes longer.
+    with contextlib.suppress(subprocess.TimeoutExpired):
         server.ensure_postgres_running()
-    except subprocess.TimeoutExpired:
-        pass  # pg_ctl's wait is over, not the server's start: recovery after a kill takes longer
     deadline = time.monotonic() + START_TIMEOUT
     while not (parameters := _conninfo(data)):
         if time.monotonic() > deadline:
@@ -302,7 +302,9 @@ def main(arguments: Sequence[str]) -> int:
         match list(arguments):
             case ["exec", program, *rest]:
                 command = _program(program)
-                os.execve(command, [program, *rest], os.environ | environment())
+                os.execve(  # noqa: S606 - there is nothing to do after it
+                    command, [program, *rest], os.environ | environment()
+                )
             case ["stop"]:
                 print("The embedded warehouse is stopped." if stop() else "No embedded warehouse runs.")
                 return 0

@@ -66,7 +66,17 @@ def main() -> None:
     def listen(event: Any) -> None:
         info = event.info
         if info.name in ("LogModelResult", "LogTestResult", "LogSeedResult", "LogSnapshotResult"):
-            send("node", status=event.data.status, text=info.msg)
+            data = event.data
+            send(
+                "node",
+                kind=data.node_info.resource_type,
+                name=data.node_info.node_name,
+                status=data.node_info.node_status,
+                result=data.status if info.name != "LogTestResult" else "",
+                number=data.index,
+                of=getattr(data, "total", None) or data.num_models,
+                seconds=data.execution_time,
+            )
         elif info.level in ("warn", "error") or info.name == "NoNodesForSelectionCriteria":
             send("log", level=info.level, name=info.name, text=info.msg)
 

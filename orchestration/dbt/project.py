@@ -8,7 +8,6 @@ relation caches. The process can be started early (:meth:`DbtProject.warm`), so 
 import contextlib
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -149,7 +148,7 @@ class DbtProject:
             arguments += ["--exclude-resource-type", "unit_test"]
         if select:
             arguments += ["--select", *select.split()]
-        result = self._run("build", arguments, log or (lambda level, line: logger.debug(line)))
+        result = self._run("build", arguments, log or _log_quietly)
         if not result.nodes:
             chosen = f"The selection {select!r} matches no node" if select else "There is no node to build"
             raise DbtError(
@@ -177,7 +176,7 @@ class DbtProject:
         with self._target() as target:
             line = {
                 "arguments": [
-                    "--log-level", "none", "--log-path", str(target),
+                    "--log-level", "none", "--no-use-colors", "--log-path", str(target),
                     command,
                     "--project-dir", str(self.path), "--profiles-dir", str(self.path),
                     "--target-path", str(target),
@@ -186,7 +185,9 @@ class DbtProject:
                 "environment": dict(self._environment()),
             }  # fmt: skip
             child = self._take_child()
-            assert child.stdin and child.stdout and child.stderr
+            assert child.stdin
+            assert child.stdout
+            assert child.stderr
             stderr = _Tail(child.stderr)
             outcome: dict[str, Any] | None = None
             try:
@@ -200,7 +201,7 @@ class DbtProject:
                     elif event["event"] == "log":
                         log("warning" if event["level"] == "warn" else event["level"], event["text"])
                     else:
-                        log("error" if event["status"] in _FAILED else "info", event["text"])
+                        log(*_progress(event))
             except BaseException:
                 _interrupt(child)
                 raise
@@ -238,9 +239,25 @@ class DbtProject:
                     for entry in own.iterdir():
                         if entry.is_dir():
                             shutil.rmtree(shared / entry.name, ignore_errors=True)
-                        os.replace(entry, shared / entry.name)
+                        entry.replace(shared / entry.name)
         finally:
             shutil.rmtree(own, ignore_errors=True)
+
+
+def _log_quietly(_level: str, line: str) -> None:
+    logger.debug(line)
+
+
+def _progress(event: Mapping[str, Any]) -> tuple[str, str]:
+    """The level and the line of a node that ended; tests that pass are for debugging."""
+    outcome = event["result"] or event["status"]
+    node = f"{event['number']} of {event['of']} {event['kind']} {event['name']}"
+    line = f"{node}: {outcome} in {event['seconds']:.2f} s"
+    if event["status"] in _FAILED:
+        return "error", line
+    if event["status"] == "warn":
+        return "warning", line
+    return ("debug" if event["kind"] == "test" else "info"), line
 
 
 class _Tail:

@@ -1,0 +1,94 @@
+# Everything a person does here is a target; `make` lists them.
+MAKEFLAGS += --warn-undefined-variables --no-print-directory
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+DAY ?=
+FULL_REFRESH ?=
+SELECT ?=
+FIRST ?=
+LAST ?=
+CMD ?= build
+TESTS ?= tests
+KILLS ?= 50
+PAIRS ?= 7
+
+# The newest Python that dbt supports, whichever name it has here; uv, from PyPI unless it is here.
+PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && command -v $$python && break; done)
+UV_VERSION := 0.13.9
+UV = $(shell command -v uv || echo .uv/bin/uv)
+BIN := .venv/bin
+WAREHOUSE := $(BIN)/python -m orchestration.warehouse
+
+export DO_NOT_TRACK := 1
+export UV_PYTHON_DOWNLOADS := never
+
+# $(call stage,NAME,COMMAND): run it and say what it took.
+stage = @printf '\n== %s\n' '$(1)'; start=$$SECONDS; status=0; { $(2); } || status=$$?; \
+	printf '== %s: %s in %s s\n' '$(1)' "$$([ $$status = 0 ] && echo ok || echo FAILED)" "$$((SECONDS - start))"; exit $$status
+
+##@ Run
+.PHONY: run backfill report
+run: .venv/ready ## run the daily job: the next day, or DAY=2013-02-08 FULL_REFRESH=1 SELECT=...
+	@$(BIN)/python flows/example_flow.py $(if $(DAY),--day $(DAY)) $(if $(FULL_REFRESH),--full-refresh) $(if $(SELECT),--select '$(SELECT)')
+
+backfill: .venv/ready ## load every day, or FIRST=... to LAST=..., that is not loaded yet, and build once
+	@$(BIN)/python flows/backfill.py $(if $(FIRST),--first $(FIRST)) $(if $(LAST),--last $(LAST)) $(if $(FULL_REFRESH),--full-refresh)
+
+##@ Serve
+.PHONY: server worker
+server: .venv/ready ## start a Prefect server with its UI on http://localhost:4200
+	@$(BIN)/prefect server start
+
+worker: .venv/ready ## start a worker that executes deployments' runs as processes of this machine
+	@$(BIN)/prefect worker start --pool default --type process
+
+##@ Warehouse
+.PHONY: psql dbt docs stop
+psql: .venv/ready ## open psql on the warehouse
+	@$(WAREHOUSE) exec psql
+
+dbt: .venv/ready ## run a dbt command on the warehouse, CMD="build --select route_performance"
+	@$(WAREHOUSE) exec $(BIN)/dbt $(CMD) --project-dir flows/warehouse --profiles-dir flows/warehouse
+
+stop: .venv/ready ## stop the embedded warehouse
+	@$(WAREHOUSE) stop
+
+##@ Develop
+.PHONY: setup test check fix bench kill-test clean
+setup: .venv/ready ## create the environment in .venv
+
+test: .venv/ready ## check the code and run all tests; TESTS=tests/flows for some
+	$(call stage,ruff,$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check .)
+	$(call stage,mypy,$(BIN)/mypy)
+	$(call stage,yamllint,$(BIN)/yamllint -s .)
+	$(call stage,sqlfluff,$(BIN)/sqlfluff lint -q flows/warehouse --nocolor)
+	$(call stage,pytest,$(BIN)/pytest $(TESTS))
+
+fix: .venv/ready ## format the code and repair what the linters can
+	@$(BIN)/ruff check -q --fix . && $(BIN)/ruff format -q . && $(BIN)/sqlfluff fix -q flows/warehouse
+
+bench: .venv/ready ## measure; PAIRS=7; prints a table and appends to tests/benchmarks/results.md
+	@$(BIN)/python -m tests.benchmarks.run --pairs $(PAIRS)
+
+kill-test: .venv/ready ## kill the pipeline at KILLS=50 random moments; writes tests/benchmarks/kills.md
+	@$(BIN)/python -m tests.benchmarks.kills --kills $(KILLS)
+
+clean: ## remove the environment and what tools left behind; the warehouse stays
+	rm -rf .venv .uv .mypy_cache .pytest_cache .ruff_cache flows/warehouse/target flows/warehouse/logs
+
+.PHONY: help
+help: ## show this
+	@awk 'BEGIN {FS = ":.*## "; tty = system("test -t 1") == 0} \
+		/^##@/ {printf "\n%s\n", substr($$0, 5)} \
+		/^[a-z-]+:.*## / {printf "  %s%-11s%s %s\n", tty ? "\033[36m" : "", $$1, tty ? "\033[0m" : "", $$2}' Makefile
+
+.venv/ready: pyproject.toml uv.lock
+	@[ -n "$(PYTHON)" ] || { echo "No Python 3.11, 3.12 or 3.13 was found. Install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@[ -x "$(UV)" ] || { echo "Installing uv $(UV_VERSION) in .uv"; $(PYTHON) -m venv .uv && .uv/bin/python -m pip install -q --disable-pip-version-check uv==$(UV_VERSION); }
+	@echo "Creating the environment in .venv (about half a minute)"
+	@$(UV) sync -q --locked --all-extras --compile-bytecode --python $(PYTHON)
+	@touch $@

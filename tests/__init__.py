@@ -1,0 +1,1 @@
+"""Tests on real parts: an embedded Postgres, a Prefect server, dbt. They mirror the tree beside them."""

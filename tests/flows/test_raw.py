@@ -1,0 +1,320 @@
+"""Loading into schema raw: idempotent, atomic, whatever kills it."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from flows import landing, raw
+from orchestration.errors import WarehouseError
+
+Query = Callable[..., list[tuple[Any, ...]]]
+
+FIRST, SECOND, THIRD = (date(2013, 1, day) for day in (1, 2, 3))
+FLIGHTS = {FIRST: 842, SECOND: 943, THIRD: 914}
+
+# One row a day: what the ledger says against what there is. Equal on every row, or a day is not whole.
+CONTENT = """
+    select
+        coalesce(day), loads.flights, coalesce(flights.count, 0), loads.weather, coalesce(weather.count, 0)
+    from raw.loads
+    full join (select flight_date as day, count(*) from raw.flights group by 1) flights using (day)
+    full join (select weather_date as day, count(*) from raw.weather group by 1) weather using (day)
+    order by 1
+"""
+
+
+def assert_whole(query: Query) -> set[date]:
+    """Every day that is there at all is there once and whole; the days."""
+    rows = query(CONTENT)
+    for day, ledger_flights, flights, ledger_weather, weather in rows:
+        assert (ledger_flights, ledger_weather) == (flights, weather), f"{day} is not whole"
+    duplicates = query(
+        "select time_hour, carrier, flight from raw.flights group by 1, 2, 3 having count(*) > 1"
+    )
+    assert duplicates == []
+    return {row[0] for row in rows}
+
+
+def test_a_day_is_loaded(query: Query) -> None:
+    raw.prepare()
+    loaded = raw.load_days([FIRST])
+    assert loaded.tables == {"flights": 842, "weather": 67}
+    assert loaded.rows == 909
+    assert raw.loaded_days() == {FIRST: 842}
+    assert assert_whole(query) == {FIRST}
+
+
+def test_values_arrive_as_they_are_in_the_file(query: Query) -> None:
+    raw.prepare()
+    raw.load_days([FIRST])
+    first = query(
+        "select year, month, day, dep_time, sched_dep_time, dep_delay, arr_time, sched_arr_time, arr_delay, "
+        "carrier, flight, tailnum, origin, dest, air_time, distance, hour, minute, time_hour at time zone 'UTC'"
+        " from raw.flights where flight = 1545 and carrier = 'UA'"
+    )
+    assert [str(value) for value in first[0]] == (
+        "2013,1,1,517,515,2,830,819,11,UA,1545,N14228,EWR,IAH,227,1400,5,15,2013-01-01 10:00:00".split(",")
+    )
+    assert query("select count(*) from raw.flights where dep_time is null") == [(4,)]
+
+
+@pytest.mark.parametrize("times", [2, 3])
+def test_loading_again_leaves_the_day_once_with_a_new_load(query: Query, times: int) -> None:
+    raw.prepare()
+    for _ in range(times):
+        raw.load_days([FIRST, SECOND])
+    assert assert_whole(query) == {FIRST, SECOND}
+    assert query("select load_id from raw.loads") == [(times,)] * 2
+
+
+def test_loading_one_day_leaves_the_others(query: Query) -> None:
+    raw.prepare()
+    raw.load_days([FIRST, SECOND])
+    before = query("select ctid from raw.flights where flight_date = %s", FIRST)
+    raw.load_days([SECOND])
+    assert query("select ctid from raw.flights where flight_date = %s", FIRST) == before
+
+
+def test_a_day_given_twice_is_loaded_once(query: Query) -> None:
+    raw.prepare()
+    assert raw.load_days([FIRST, FIRST]).tables["flights"] == 842
+    assert_whole(query)
+
+
+def test_the_whole_year_is_what_the_documentation_says(query: Query) -> None:
+    raw.prepare()
+    raw.load_days(landing.days())
+    for table in landing.REFERENCE:
+        raw.load_reference(table)
+    assert len(assert_whole(query)) == 365
+    assert query("select count(*), count(*) filter (where dep_time is null) from raw.flights") == [(336776, 8255)]
+    assert query(
+        "select (select count(*) from raw.weather), (select count(*) from raw.planes),"
+        " (select count(*) from raw.airlines), (select count(*) from raw.airports)"
+    ) == [(26115, 3322, 16, 1458)]
+
+
+def test_a_reference_table_is_replaced_whole(query: Query) -> None:
+    raw.prepare()
+    for _ in range(2):
+        assert raw.load_reference("planes").tables == {"planes": 3322}
+    assert query("select count(*) from raw.planes") == [(3322,)]
+
+
+def test_the_next_day_follows_the_newest(query: Query, landing_zone: Path) -> None:
+    raw.prepare()
+    assert raw.next_day() == FIRST
+    raw.load_days([SECOND])
+    assert raw.next_day() == THIRD
+    raw.load_days([THIRD])
+    assert raw.next_day() is None
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("2013,1,2,early", r"Loading 2013-01-02 failed: .*Correct the source file"),
+        ("2013,1,2" + ",NA" * 15 + ",2013-01-02T10:00:00Z", r"Loading 2013-01-02 failed: null value in column"),
+    ],
+)
+def test_a_wrong_line_leaves_the_day_as_it_was(
+    query: Query, landing_zone: Path, line: str, message: str
+) -> None:
+    raw.prepare()
+    raw.load_days([FIRST, SECOND])
+    before = query("select day, load_id, loaded_at from raw.loads")
+    with (landing_zone / "flights.csv").open("a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(WarehouseError, match=message):
+        raw.load_days([SECOND])
+    assert query("select day, load_id, loaded_at from raw.loads") == before
+    assert_whole(query)
+
+
+def test_a_value_that_is_no_number_names_line_and_column(query: Query, landing_zone: Path) -> None:
+    raw.prepare()
+    with (landing_zone / "planes.csv").open("a") as file:
+        file.write("N1,old,x,y,z,1,2,3,q\n")
+    with pytest.raises(WarehouseError, match=r'"old" \(COPY planes, line 3323, column year: "old"\)'):
+        raw.load_reference("planes")
+
+
+def test_a_line_break_inside_a_value_is_noticed(query: Query, landing_zone: Path) -> None:
+    raw.prepare()
+    with (landing_zone / "airlines.csv").open("a") as file:
+        file.write('ZZ,"two\nlines"\n')
+    with pytest.raises(WarehouseError, match=r"raw\.airlines took 17 of 18 lines; nothing was loaded"):
+        raw.load_reference("airlines")
+    assert query("select count(*) from raw.airlines") == [(0,)]
+
+
+def test_loads_of_one_day_at_once_come_one_after_the_other(query: Query) -> None:
+    raw.prepare()
+    threads = [threading.Thread(target=raw.load_days, args=[[FIRST, SECOND]]) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert assert_whole(query) == {FIRST, SECOND}
+    # Both days are of the same load, whichever of the six was the last to get its turn.
+    assert len(query("select distinct load_id from raw.loads")) == 1
+    assert query("select last_value from raw.load_ids") == [(6,)]
+
+
+def test_many_may_prepare_at_once(query: Query) -> None:
+    failures: list[BaseException] = []
+
+    def prepare() -> None:
+        try:
+            raw.prepare()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=prepare) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def test_another_warehouse_has_another_identity(query: Query) -> None:
+    raw.prepare()
+    before = raw.identity()
+    assert raw.identity() == before
+    query("drop schema raw cascade")
+    raw.prepare()
+    assert raw.identity() != before
+
+
+# Kills itself at the Nth thing that it says to Postgres: before it, or (COPY) half way through.
+KILLED_AT = """
+import os, signal, sys
+from datetime import date
+import psycopg
+
+left = int(sys.argv[1])
+
+def countdown():
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+execute, write, commit = psycopg.Connection.execute, psycopg.Copy.write, psycopg.Connection.commit
+
+def patched_execute(self, *args, **kwargs):
+    countdown()
+    return execute(self, *args, **kwargs)
+
+def patched_write(self, data):
+    half = len(data) // 2
+    write(self, data[:half])
+    countdown()
+    write(self, data[half:])
+    countdown()
+
+def patched_commit(self):
+    countdown()
+    commit(self)
+    countdown()
+
+psycopg.Connection.execute = patched_execute
+psycopg.Copy.write = patched_write
+psycopg.Connection.commit = patched_commit
+
+from flows import raw
+raw.prepare()
+raw.load_days([date(2013, 1, 1), date(2013, 1, 2)])
+"""
+
+
+def _load_killed_at(step: int) -> int:
+    return subprocess.run([sys.executable, "-c", KILLED_AT, str(step)], check=False, timeout=60).returncode
+
+
+def test_killed_at_every_step_a_load_leaves_whole_days(query: Query, landing_zone: Path) -> None:
+    raw.prepare()
+    raw.load_days([FIRST])
+    steps = 0
+    while (status := _load_killed_at(steps)) != 0:
+        assert status == -signal.SIGKILL
+        assert assert_whole(query) in ({FIRST}, {FIRST, SECOND})
+        steps += 1
+    assert steps > 10, "the load was not killed at its statements"
+    assert assert_whole(query) == {FIRST, SECOND}
+
+
+def test_a_reader_never_sees_a_day_in_part(query: Query, database: str) -> None:
+    raw.prepare()
+    raw.load_days([FIRST])
+    stop = threading.Event()
+    seen: set[tuple[int, int]] = set()
+
+    def read() -> None:
+        with psycopg.connect(database, autocommit=True) as connection:
+            while not stop.is_set():
+                row = connection.execute(
+                    "select count(*), (select count(*) from raw.weather) from raw.flights"
+                ).fetchone()
+                assert row is not None
+                seen.add((row[0], row[1]))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for _ in range(20):
+        raw.load_days([FIRST])
+    stop.set()
+    reader.join()
+    assert seen == {(842, 67)}
+
+
+def test_a_connection_cut_in_mid_load_is_worth_another_attempt(query: Query, postgres: str) -> None:
+    from orchestration.warehouse import transient
+
+    raw.prepare()
+    with psycopg.connect(os.environ["WAREHOUSE_URL"]) as blocker:
+        blocker.execute("lock table raw.flights in share mode")
+        caught: list[BaseException] = []
+
+        def load() -> None:
+            try:
+                raw.load_days([FIRST])
+            except WarehouseError as error:
+                caught.append(error)
+
+        thread = threading.Thread(target=load)
+        thread.start()
+        pattern = "select pid from pg_stat_activity where wait_event_type = 'Lock' and starts_with(query, 'delete')"
+        deadline = time.monotonic() + 10
+        while not (pids := query(pattern)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        query("select pg_terminate_backend(%s)", pids[0][0])
+        thread.join()
+    assert len(caught) == 1
+    assert transient(caught[0])
+    assert assert_whole(query) == set()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_a_random_moment_a_load_leaves_whole_days(query: Query, seed: int) -> None:
+    raw.prepare()
+    code = "from flows import landing, raw; raw.load_days(landing.days()[:90])"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    time.sleep(random.Random(seed).uniform(0.3, 1.2))  # noqa: S311 - the moment of the kill
+    process.kill()
+    process.wait()
+    assert len(assert_whole(query)) in (0, 90)
+    raw.load_days(landing.days()[:90])
+    assert len(assert_whole(query)) == 90
