@@ -84,9 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--full-refresh", action="store_true", help="load and build everything again")
     options = parser.parse_args(arguments)
     dbt_project.warm()
-    return run_by_hand(
-        lambda: backfill(first=options.first, last=options.last, full_refresh=options.full_refresh)
-    )
+    return run_by_hand(lambda: backfill(first=options.first, last=options.last, full_refresh=options.full_refresh))
 
 
 if __name__ == "__main__":

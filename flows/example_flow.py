@@ -12,14 +12,14 @@ import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import date, timedelta
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from prefect.context import TaskRunContext
 from prefect.futures import PrefectFuture
 from prefect.runtime import task_run
-from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from pydantic import BeforeValidator
 
 from flows import landing, raw
@@ -27,7 +27,7 @@ from flows import report as reporting
 from flows.report import Step
 from orchestration import warehouse
 from orchestration.dbt import DbtProject, DbtResult
-from orchestration.errors import DbtError, PipelineError, explained, hide_explained_tracebacks
+from orchestration.errors import DbtError, PipelineError, WarehouseError, explained, hide_explained_tracebacks
 from orchestration.server import reachable_server
 from orchestration.settings import ROOT, settings
 
@@ -35,7 +35,7 @@ hide_explained_tracebacks()
 
 dbt_project = DbtProject(ROOT / "flows" / "warehouse", environment=warehouse.environment)
 
-at_once: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=4)
+at_once = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=4))
 """Tasks that are submitted run beside each other: loads wait for Postgres more than for Python."""
 
 Day = Annotated[
@@ -46,7 +46,8 @@ Day = Annotated[
 
 def another_attempt_may_help(_task: Any, _run: Any, state: Any) -> bool:
     """Retry a lost connection or a deadlock; what an operator must cure fails at once."""
-    return warehouse.transient(state.result(raise_on_failure=False))
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, WarehouseError) and error.transient
 
 
 def reference_key(_context: TaskRunContext, parameters: dict[str, Any]) -> str:
@@ -67,10 +68,7 @@ def load_days(days: list[date]) -> list[Step]:
     span = raw.span(days)
     return [
         Step("extract", span, loaded.extract_seconds, loaded.rows),
-        *(
-            Step("load", f"raw.{table} {span}", loaded.load_seconds, rows)
-            for table, rows in loaded.tables.items()
-        ),
+        *(Step("load", f"raw.{table} {span}", loaded.load_seconds, rows) for table, rows in loaded.tables.items()),
     ]
 
 
@@ -186,9 +184,7 @@ def report(
     """
     summary = reporting.summarise(steps or [], failure)
     reporting.show(summary)
-    create_markdown_artifact(
-        key="daily-report", markdown=reporting.markdown(summary), description=summary.headline
-    )
+    create_markdown_artifact(key="daily-report", markdown=reporting.markdown(summary), description=summary.headline)
     if summary.days:
         create_image_artifact(
             key="daily-report-plot",
@@ -257,9 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--select", help="dbt selection; default: everything")
     options = parser.parse_args(arguments)
     dbt_project.warm()
-    return run_by_hand(
-        lambda: dbt_pipeline(day=options.day, full_refresh=options.full_refresh, select=options.select)
-    )
+    return run_by_hand(lambda: dbt_pipeline(day=options.day, full_refresh=options.full_refresh, select=options.select))
 
 
 if __name__ == "__main__":

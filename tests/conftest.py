@@ -1,5 +1,7 @@
 """The parts that tests share: one Postgres and one Prefect server a session, a database a test."""
 
+import contextlib
+import functools
 import os
 import shutil
 import socket
@@ -57,57 +59,66 @@ def answers(url: str) -> bool:
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of an embedded PostgreSQL of the session's own."""
     from orchestration import warehouse
-    from orchestration.settings import settings
 
-    directory = tmp_path_factory.mktemp("warehouse")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WAREHOUSE_DIR", str(directory))
-        settings.cache_clear()
+    with settings_of(WAREHOUSE_DIR=str(tmp_path_factory.mktemp("warehouse"))):
         host = warehouse.environment()["PGHOST"]
         yield f"postgresql://postgres@/postgres?host={host}"
-        settings.cache_clear()
         warehouse.stop()
-    settings.cache_clear()
 
 
-@pytest.fixture
-def use_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Set settings' variables for a test: `use_settings(DBT_THREADS="2")`."""
+@contextlib.contextmanager
+def settings_of(**variables: str) -> Iterator[None]:
+    """The project's settings with these variables: `settings_of(DBT_THREADS="2")`."""
     from orchestration.settings import settings
 
-    def use(**variables: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
-            monkeypatch.setenv(name, value)
+            patch.setenv(name, value)
         settings.cache_clear()
-
-    yield use
-    monkeypatch.undo()
+        yield
     settings.cache_clear()
 
 
-@pytest.fixture
-def database(postgres: str, use_settings: Callable[..., None]) -> Iterator[str]:
-    """A new, empty database; `WAREHOUSE_URL` names it."""
+@contextlib.contextmanager
+def new_database(postgres: str) -> Iterator[str]:
+    """The URL of an empty database that is `WAREHOUSE_URL` meanwhile."""
     name = f"test_{uuid4().hex[:12]}"
-    with psycopg.connect(postgres, autocommit=True) as connection:
-        connection.execute(f"create database {name}")  # type: ignore[arg-type]
     url = postgres.replace("/postgres?", f"/{name}?")
-    use_settings(WAREHOUSE_URL=url)
-    yield url
     with psycopg.connect(postgres, autocommit=True) as connection:
-        connection.execute(f"drop database {name} with (force)")  # type: ignore[arg-type]
+        connection.execute(f"create database {name}")
+        with settings_of(WAREHOUSE_URL=url):
+            yield url
+        connection.execute(f"drop database {name} with (force)")
 
 
 @pytest.fixture
-def query(database: str) -> Callable[..., list[tuple[Any, ...]]]:
+def use_settings() -> Iterator[Callable[..., None]]:
+    """Set settings' variables for the rest of a test: `use_settings(DBT_THREADS="2")`."""
+    with contextlib.ExitStack() as stack:
+        yield lambda **variables: stack.enter_context(settings_of(**variables))
+
+
+@pytest.fixture
+def database(postgres: str) -> Iterator[str]:
+    """A new, empty database; `WAREHOUSE_URL` names it."""
+    with new_database(postgres) as url:
+        yield url
+
+
+def rows_of(url: str, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
+    """Run a statement in the database at `url`; its rows."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        cursor = connection.execute(statement, parameters)
+        return cursor.fetchall() if cursor.description else []
+
+
+Query = Callable[..., list[tuple[Any, ...]]]
+
+
+@pytest.fixture
+def query(database: str) -> Query:
     """Run a statement in the test's database; its rows."""
-
-    def run(statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
-        with psycopg.connect(database, autocommit=True) as connection:
-            cursor = connection.execute(statement, parameters)  # type: ignore[arg-type]
-            return cursor.fetchall() if cursor.description else []
-
-    return run
+    return functools.partial(rows_of, database)
 
 
 @pytest.fixture(scope="session")

@@ -86,9 +86,7 @@ class DbtResult:
         """The failures in one sentence, with what was built all the same; None if all is well."""
         if not self.failed:
             return None
-        reasons = "; ".join(
-            f"{node.kind} {node.name} ({node.path}): {node.reason}" for node in self.failed[:5]
-        )
+        reasons = "; ".join(f"{node.kind} {node.name} ({node.path}): {node.reason}" for node in self.failed[:5])
         more = f"; and {len(self.failed) - 5} more" if len(self.failed) > 5 else ""
         skipped = f", {len(self.skipped)} skipped behind" if self.skipped else ""
         built = ", ".join(node.name for node in self.built) or "nothing"
@@ -152,8 +150,7 @@ class DbtProject:
         if not result.nodes:
             chosen = f"The selection {select!r} matches no node" if select else "There is no node to build"
             raise DbtError(
-                f"{chosen} in the dbt project {self.path}; nothing was built. "
-                f"See what there is with: make dbt CMD=ls"
+                f"{chosen} in the dbt project {self.path}; nothing was built. See what there is with: make dbt CMD=ls"
             )
         return result
 

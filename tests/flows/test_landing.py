@@ -100,7 +100,10 @@ def test_a_broken_archive_is_named(landing_zone: Path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("2013,2,30,x", "a row of 2013,2,30, which is no date"), ("no day", "lines without year, month and day")],
+    [
+        ("2013,2,30,x", "a row of 2013,2,30, which is no date"),
+        ("no day", "lines without year, month and day"),
+    ],
 )
 def test_a_line_without_a_day_is_refused(landing_zone: Path, line: str, message: str) -> None:
     with (landing_zone / "flights.csv").open("a") as file:

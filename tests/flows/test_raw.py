@@ -7,18 +7,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import psycopg
 import pytest
 
 from flows import landing, raw
 from orchestration.errors import WarehouseError
-
-Query = Callable[..., list[tuple[Any, ...]]]
+from tests.conftest import Query
 
 FIRST, SECOND, THIRD = (date(2013, 1, day) for day in (1, 2, 3))
 FLIGHTS = {FIRST: 842, SECOND: 943, THIRD: 914}
@@ -39,9 +36,7 @@ def assert_whole(query: Query) -> set[date]:
     rows = query(CONTENT)
     for day, ledger_flights, flights, ledger_weather, weather in rows:
         assert (ledger_flights, ledger_weather) == (flights, weather), f"{day} is not whole"
-    duplicates = query(
-        "select time_hour, carrier, flight from raw.flights group by 1, 2, 3 having count(*) > 1"
-    )
+    duplicates = query("select time_hour, carrier, flight from raw.flights group by 1, 2, 3 having count(*) > 1")
     assert duplicates == []
     return {row[0] for row in rows}
 
@@ -59,12 +54,32 @@ def test_values_arrive_as_they_are_in_the_file(query: Query) -> None:
     raw.prepare()
     raw.load_days([FIRST])
     first = query(
-        "select year, month, day, dep_time, sched_dep_time, dep_delay, arr_time, sched_arr_time, arr_delay, "
+        "select year, month, day, dep_time, sched_dep_time, dep_delay, arr_time, sched_arr_time, arr_delay,"
         "carrier, flight, tailnum, origin, dest, air_time, distance, hour, minute, time_hour at time zone 'UTC'"
         " from raw.flights where flight = 1545 and carrier = 'UA'"
     )
     assert [str(value) for value in first[0]] == (
-        "2013,1,1,517,515,2,830,819,11,UA,1545,N14228,EWR,IAH,227,1400,5,15,2013-01-01 10:00:00".split(",")
+        [
+            "2013",
+            "1",
+            "1",
+            "517",
+            "515",
+            "2",
+            "830",
+            "819",
+            "11",
+            "UA",
+            "1545",
+            "N14228",
+            "EWR",
+            "IAH",
+            "227",
+            "1400",
+            "5",
+            "15",
+            "2013-01-01 10:00:00",
+        ]
     )
     assert query("select count(*) from raw.flights where dep_time is null") == [(4,)]
 
@@ -125,12 +140,13 @@ def test_the_next_day_follows_the_newest(query: Query, landing_zone: Path) -> No
     ("line", "message"),
     [
         ("2013,1,2,early", r"Loading 2013-01-02 failed: .*Correct the source file"),
-        ("2013,1,2" + ",NA" * 15 + ",2013-01-02T10:00:00Z", r"Loading 2013-01-02 failed: null value in column"),
+        (
+            "2013,1,2" + ",NA" * 15 + ",2013-01-02T10:00:00Z",
+            r"Loading 2013-01-02 failed: null value in column",
+        ),
     ],
 )
-def test_a_wrong_line_leaves_the_day_as_it_was(
-    query: Query, landing_zone: Path, line: str, message: str
-) -> None:
+def test_a_wrong_line_leaves_the_day_as_it_was(query: Query, landing_zone: Path, line: str, message: str) -> None:
     raw.prepare()
     raw.load_days([FIRST, SECOND])
     before = query("select day, load_id, loaded_at from raw.loads")
@@ -281,12 +297,10 @@ def test_a_reader_never_sees_a_day_in_part(query: Query, database: str) -> None:
 
 
 def test_a_connection_cut_in_mid_load_is_worth_another_attempt(query: Query, postgres: str) -> None:
-    from orchestration.warehouse import transient
-
     raw.prepare()
     with psycopg.connect(os.environ["WAREHOUSE_URL"]) as blocker:
         blocker.execute("lock table raw.flights in share mode")
-        caught: list[BaseException] = []
+        caught: list[WarehouseError] = []
 
         def load() -> None:
             try:
@@ -303,7 +317,7 @@ def test_a_connection_cut_in_mid_load_is_worth_another_attempt(query: Query, pos
         query("select pg_terminate_backend(%s)", pids[0][0])
         thread.join()
     assert len(caught) == 1
-    assert transient(caught[0])
+    assert caught[0].transient
     assert assert_whole(query) == set()
 
 
