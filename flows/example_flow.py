@@ -27,7 +27,7 @@ from flows import report as reporting
 from flows.report import Step
 from orchestration import warehouse
 from orchestration.dbt import DbtProject, DbtResult
-from orchestration.errors import DbtError, PipelineError, WarehouseError, explained, hide_explained_tracebacks
+from orchestration.errors import DbtError, PipelineError, WarehouseError, explains_itself, hide_explained_tracebacks
 from orchestration.server import reachable_server
 from orchestration.settings import ROOT, settings
 
@@ -57,7 +57,7 @@ def reference_key(_context: TaskRunContext, parameters: dict[str, Any]) -> str:
 
 
 @task(
-    task_run_name=lambda: raw.span(task_run.parameters["days"]),
+    task_run_name=lambda: f"load {raw.span(task_run.parameters['days'])}",
     retries=3,
     retry_delay_seconds=[1, 5, 25],
     retry_condition_fn=another_attempt_may_help,
@@ -167,7 +167,6 @@ def dbt_steps(result: DbtResult) -> list[Step]:
             skipped=node in result.skipped,
         )
         for node in result.nodes
-        if node.kind != "exposure"
     ]
 
 
@@ -238,7 +237,7 @@ def run_by_hand(flow_call: Any) -> int:
             print("Interrupted; a day is loaded whole or not at all. Run it again.", file=sys.stderr)
             return 130
         except Exception as error:
-            if not explained(error):
+            if not explains_itself(error):
                 raise
             print(f"\nFailed: {error}", file=sys.stderr)
             return 1

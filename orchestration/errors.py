@@ -49,7 +49,7 @@ class DbtError(PipelineError):
         self.result = result
 
 
-def explained(error: BaseException) -> bool:
+def explains_itself(error: BaseException) -> bool:
     """Whether `error` says all a person needs: this project's errors and refused parameters."""
     from prefect.exceptions import ParameterTypeError
 
@@ -60,7 +60,7 @@ class _WithoutTraceback(logging.Filter):
     """Takes the traceback off a log record whose exception explains itself."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info and record.exc_info[1] and explained(record.exc_info[1]):
+        if record.exc_info and record.exc_info[1] and explains_itself(record.exc_info[1]):
             record.exc_info = record.exc_text = None
         return True
 

@@ -82,12 +82,17 @@ def main() -> None:
 
     outcome = dbtRunner(callbacks=[listen]).invoke(command["arguments"])
     error = str(outcome.exception).strip() if outcome.exception else None
-    results = getattr(outcome.result, "results", None) or []
+    # Not all results are nodes that run: an operation has none, an exposure is there for its lineage.
+    results = [
+        result
+        for result in getattr(outcome.result, "results", None) or []
+        if hasattr(result, "node") and result.node.resource_type != "exposure"
+    ]
     send(
         "result",
         success=outcome.success,
         error=error,
-        nodes=[_node(result) for result in results if hasattr(result, "node")],
+        nodes=[_node(result) for result in results],
     )
     protocol.flush()
     # Everything is sent and dbt's files are closed; tearing the interpreter down takes 0.3 s.

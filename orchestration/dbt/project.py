@@ -5,6 +5,7 @@ relation caches. The process can be started early (:meth:`DbtProject.warm`), so 
 (2 s) overlap with other work.
 """
 
+import atexit
 import contextlib
 import json
 import logging
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,14 +111,23 @@ class DbtProject:
     def __init__(self, path: Path, *, environment: Callable[[], Mapping[str, str]] = dict) -> None:
         self.path = path
         self._environment = environment
-        self._warm: subprocess.Popen[str] | None = None
+        self._warm: _Child | None = None
         self._starting = threading.Lock()
 
     def warm(self) -> None:
         """Start the dbt process of the next command now, so that its imports are done by then."""
         with self._starting:
-            if self._warm is None or self._warm.poll() is not None:
-                self._warm = self._child()
+            if self._warm is None or not self._warm.alive():
+                self._warm = _Child(self.path)
+                atexit.register(self.close)
+
+    def close(self) -> None:
+        """End the process that :meth:`warm` started, if no command has used it."""
+        atexit.unregister(self.close)
+        with self._starting:
+            child, self._warm = self._warm, None
+        if child:
+            child.end()
 
     def build(
         self,
@@ -154,20 +165,10 @@ class DbtProject:
             )
         return result
 
-    def _child(self) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "orchestration.dbt.child"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=self.path,
-        )
-
-    def _take_child(self) -> subprocess.Popen[str]:
+    def _take_child(self) -> "_Child":
         with self._starting:
             child, self._warm = self._warm, None
-        return child if child and child.poll() is None else self._child()
+        return child if child and child.alive() else _Child(self.path)
 
     def _run(self, command: str, arguments: list[str], log: Callable[[str, str], None]) -> DbtResult:
         with self._target() as target:
@@ -181,32 +182,22 @@ class DbtProject:
                 ],
                 "environment": dict(self._environment()),
             }  # fmt: skip
-            child = self._take_child()
-            assert child.stdin
-            assert child.stdout
-            assert child.stderr
-            stderr = _Tail(child.stderr)
             outcome: dict[str, Any] | None = None
+            child = self._take_child()
             try:
-                with contextlib.suppress(BrokenPipeError):
-                    child.stdin.write(json.dumps(line) + "\n")
-                    child.stdin.flush()
-                for text in child.stdout:
-                    event = json.loads(text)
+                for event in child.run(line):
                     if event["event"] == "result":
                         outcome = event
                     elif event["event"] == "log":
                         log("warning" if event["level"] == "warn" else event["level"], event["text"])
                     else:
                         log(*_progress(event))
-            except BaseException:
-                _interrupt(child)
-                raise
-            child.wait()
+            finally:
+                child.end()
         if outcome is None:
             raise DbtError(
-                f"dbt {command} ended with status {child.returncode} before it was done: "
-                f"{stderr.text() or 'it said nothing'}. What it had built is whole; run it again."
+                f"dbt {command} ended with status {child.status} before it was done: "
+                f"{child.last_words or 'it said nothing'}. What it had built is whole; run it again."
             )
         nodes = [Node(**node) for node in outcome["nodes"]]
         if outcome["error"] and not nodes:
@@ -257,30 +248,60 @@ def _progress(event: Mapping[str, Any]) -> tuple[str, str]:
     return ("debug" if event["kind"] == "test" else "info"), line
 
 
-class _Tail:
-    """Reads a stream to its end beside the work and keeps the last lines."""
+class _Child:
+    """The process that dbt runs in; see `orchestration.dbt.child`."""
 
-    def __init__(self, stream: Any, keep: int = 5) -> None:
-        self._lines: list[str] = []
-        self._thread = threading.Thread(target=self._read, args=(stream, keep), daemon=True)
-        self._thread.start()
+    def __init__(self, folder: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "orchestration.dbt.child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=folder,
+        )
+        self._stderr: deque[str] = deque(maxlen=5)
+        # Read beside the work: a full pipe would stop dbt.
+        self._reader = threading.Thread(target=self._read_stderr, daemon=True)
+        self._reader.start()
 
-    def _read(self, stream: Any, keep: int) -> None:
-        for line in stream:
-            self._lines = [*self._lines, line.strip()][-keep:]
+    def _read_stderr(self) -> None:
+        assert self._process.stderr
+        with self._process.stderr as stream:
+            self._stderr.extend(line.strip() for line in stream if line.strip())
 
-    def text(self) -> str:
-        self._thread.join(timeout=1)
-        return " ".join(line for line in self._lines if line)
+    def alive(self) -> bool:
+        return self._process.poll() is None
 
+    def run(self, command: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Send the one command of this process; its events until it ends."""
+        assert self._process.stdin
+        assert self._process.stdout
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(command) + "\n")
+            self._process.stdin.flush()
+        yield from map(json.loads, self._process.stdout)
 
-def _interrupt(child: subprocess.Popen[str]) -> None:
-    """End `child` and the SQL it runs: its stdin closes, and dbt cancels."""
-    assert child.stdin
-    with contextlib.suppress(OSError):
-        child.stdin.close()
-    try:
-        child.wait(10)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
+    def end(self) -> None:
+        """Wait for the process; if it still works, its closed stdin makes it cancel its SQL and end."""
+        assert self._process.stdin
+        assert self._process.stdout
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._reader.join()
+        self._process.stdout.close()
+
+    @property
+    def status(self) -> int | None:
+        """The exit status, once it ended."""
+        return self._process.poll()
+
+    @property
+    def last_words(self) -> str:
+        """The last lines of its stderr."""
+        return " ".join(self._stderr)

@@ -1,0 +1,285 @@
+"""The pipeline: what a run does, what it leaves, and what it says when it cannot."""
+
+import base64
+import logging
+import struct
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import pytest
+
+from flows import example_flow, landing, raw
+from flows.report import Step
+from orchestration.errors import WarehouseError
+from tests.conftest import Query, free_port
+from tests.flows.conftest import Api, Run
+from tests.flows.test_raw import FIRST, SECOND, THIRD, assert_whole
+
+MARTS = (
+    "aircraft_daily_utilisation",
+    "airport_daily_delays",
+    "carrier_daily_punctuality",
+    "route_performance",
+    "weather_delay_effect",
+)
+
+
+def _rows_by_mart(query: Query) -> dict[str, int]:
+    return {mart: query(f"select count(*) from analytics.{mart}")[0][0] for mart in MARTS}
+
+
+def test_days_follow_each_other_without_set_up(run: Run, api: Api, query: Query) -> None:
+    status, output = run()
+    assert status == 0, output
+    assert "Completed to 2013-01-01: 5,705 rows loaded, 12 models built, 26/26 tests passed" in output
+    assert _rows_by_mart(query) == {
+        "aircraft_daily_utilisation": 647,
+        "airport_daily_delays": 3,
+        "carrier_daily_punctuality": 14,
+        "route_performance": 166,
+        "weather_delay_effect": 6,
+    }
+    ingest = api.newest("ingest")
+    assert set(api.task_states(ingest)) == {
+        "load 2013-01-01",
+        "load airlines",
+        "load airports",
+        "load planes",
+    }
+    assert set(api.task_states(ingest).values()) == {"Completed"}
+
+    status, output = run()
+    assert status == 0, output
+    assert assert_whole(query) == {FIRST, SECOND}
+    states = api.task_states(api.newest("ingest"))
+    assert states.pop("load 2013-01-02") == "Completed"
+    assert set(states.values()) == {"Cached"}
+    assert output.count("cached") == 3
+
+    status, output = run("--day", "2013-02-08", "--full-refresh")
+    assert status == 0, output
+    assert assert_whole(query) == {FIRST, SECOND, date(2013, 2, 8)}
+    assert set(api.task_states(api.newest("ingest")).values()) == {"Completed"}
+    assert query("select sum(flight_count)::int from analytics.carrier_daily_punctuality") == [(842 + 943 + 930,)]
+    for flow in ("dbt-pipeline", "ingest", "transform", "report"):
+        assert api.newest(flow).state_name == "Completed"
+
+
+def test_the_report_is_seen_in_the_ui_and_on_the_terminal(run: Run, api: Api, query: Query) -> None:
+    status, output = run("--day", "2013-01-02")
+    assert status == 0
+    artifacts = api.artifacts(api.newest("report"))
+    markdown = str(artifacts["daily-report"].data)
+    for mart, rows in _rows_by_mart(query).items():
+        assert f"| build | `{mart}` | {rows:,} |" in markdown
+        assert any(mart in line and f" {rows:,} " in line for line in output.splitlines())
+    assert "| load | `raw.flights 2013-01-02` | 943 |" in markdown
+    image = str(artifacts["daily-report-plot"].data)
+    prefix = "data:image/png;base64,"
+    assert image.startswith(prefix)
+    png = base64.b64decode(image.removeprefix(prefix))
+    assert png.startswith(b"\x89PNG")
+    width, height = struct.unpack(">II", png[16:24])
+    assert width > 1000
+    assert height > 300
+
+
+def test_each_part_also_runs_alone(api: Api, query: Query, capfd: pytest.CaptureFixture[str]) -> None:
+    assert [step.rows for step in example_flow.ingest(date(2013, 1, 3)) if step.kind == "load"][:2] == [914, 72]
+    built = example_flow.transform(select="+carrier_daily_punctuality")
+    assert "carrier_daily_punctuality" in {step.name for step in built}
+    assert "route_performance" not in {step.name for step in built}
+    capfd.readouterr()
+    example_flow.report()
+    assert "The warehouse to 2013-01-03: 1 marts" in capfd.readouterr().out
+
+
+def test_where_nothing_is_new_the_run_says_so_and_completes(run: Run, landing_zone: Path, api: Api) -> None:
+    raw.prepare()
+    raw.load_days([FIRST, SECOND, THIRD])
+    status, output = run()
+    assert status == 0, output
+    assert "Nothing new to load: the landing zone ends on 2013-01-03." in output
+    assert api.newest("dbt-pipeline").state_name == "Completed"
+
+
+def test_parameters_read_well_in_the_ui() -> None:
+    from prefect.utilities.callables import parameter_schema
+
+    schema = parameter_schema(example_flow.dbt_pipeline).properties
+    assert schema["day"]["anyOf"][0] == {"type": "string", "format": "date"}
+    assert schema["full_refresh"]["type"] == "boolean"
+    for parameter in ("day", "full_refresh", "select"):
+        assert len(schema[parameter]["description"]) > 20
+
+
+def test_a_lost_connection_is_tried_again(api: Api, query: Query, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = raw.load_days
+    attempts = []
+
+    def cut_twice(days: list[date]) -> raw.Loaded:
+        attempts.append(days)
+        if len(attempts) < 3:
+            raise WarehouseError("The connection was cut.", transient=True)
+        return load(days)
+
+    monkeypatch.setattr(raw, "load_days", cut_twice)
+    monkeypatch.setattr(example_flow.load_days, "retry_delay_seconds", [0, 0, 0])
+    example_flow.ingest(FIRST)
+    assert len(attempts) == 3
+    assert assert_whole(query) == {FIRST}
+
+
+def test_what_an_operator_must_cure_is_not_tried_again(api: Api, query: Query, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts = []
+
+    def refuse(days: list[date]) -> raw.Loaded:
+        attempts.append(days)
+        raise WarehouseError("The disk is full.")
+
+    monkeypatch.setattr(raw, "load_days", refuse)
+    with pytest.raises(WarehouseError):
+        example_flow.ingest(FIRST)
+    assert len(attempts) == 1
+
+
+def test_another_warehouse_gets_its_own_reference_tables(api: Api, postgres: str, query: Query) -> None:
+    from tests.conftest import new_database, rows_of
+
+    example_flow.ingest(FIRST)
+    with new_database(postgres) as other:
+        example_flow.ingest(FIRST)
+        assert rows_of(other, "select count(*) from raw.planes") == [(3322,)]
+
+
+# --- bad input: one sentence, exit status 1, state Failed, no half-loaded day ----------------------
+
+
+def assert_failed(outcome: tuple[int, str], api: Api, *sentences: str, flow: str = "dbt-pipeline") -> None:
+    """The run failed with these sentences: on the terminal, as its state, and without a traceback."""
+    status, output = outcome
+    assert status == 1, output
+    last = output.strip().splitlines()[-1]
+    failed_run = api.newest(flow)
+    assert failed_run.state_name == "Failed"
+    for sentence in sentences:
+        assert sentence in output.split("\nFailed: ")[-1], last
+        assert sentence in (failed_run.state.message or "") if failed_run.state else False
+    assert "Traceback" not in output
+    assert 'File "' not in output
+
+
+def test_a_day_outside_the_data(run: Run, api: Api, query: Query) -> None:
+    outcome = run("--day", "2012-12-31")
+    assert_failed(outcome, api, "There are no flights of 2012-12-31", "2013-01-01 to 2013-12-31. Choose a day")
+    assert assert_whole(query) == set()
+
+
+def test_a_day_in_the_future(run: Run, api: Api) -> None:
+    assert_failed(run("--day", "2999-01-01"), api, "There are no flights of 2999-01-01 (it is in the future)")
+
+
+def test_a_day_that_is_no_date(run: Run, api: Api) -> None:
+    assert_failed(run("--day", "8 Feb"), api, "'8 Feb' is no day. Write it as YYYY-MM-DD, for example 2013-02-08")
+
+
+def test_a_warehouse_that_is_not_there(run: Run, api: Api, use_settings: Callable[..., None]) -> None:
+    port = free_port()
+    use_settings(WAREHOUSE_URL=f"postgresql://me:s3cret@127.0.0.1:{port}/db")
+    outcome = run()
+    assert_failed(outcome, api, f"The warehouse at 127.0.0.1:{port}/db cannot be reached", "Check WAREHOUSE_URL")
+    assert "s3cret" not in outcome[1]
+
+
+def test_a_warehouse_url_that_is_none(run: Run, api: Api, use_settings: Callable[..., None]) -> None:
+    use_settings(WAREHOUSE_URL="mysql://db/x")
+    assert_failed(run(), api, "WAREHOUSE_URL='mysql://db/x' is wrong: not a Postgres URL")
+
+
+@pytest.mark.parametrize(
+    ("selection", "sentence"),
+    [
+        ("carier_daily_punctuality", "The selection 'carier_daily_punctuality' matches no node"),
+        ("colour:blue", "'colour' is not a valid method name"),
+    ],
+)
+def test_a_selection_that_matches_nothing(run: Run, api: Api, query: Query, selection: str, sentence: str) -> None:
+    outcome = run("--day", "2013-01-01", "--select", selection)
+    assert_failed(outcome, api, sentence, "othing was built")
+    assert assert_whole(query) == {FIRST}
+
+
+def test_a_model_whose_sql_is_wrong(run: Run, api: Api, query: Query, project_copy: Path) -> None:
+    assert run("--day", "2013-01-01")[0] == 0
+    before = query("select * from analytics.route_performance order by 1, 2")
+    model = project_copy / "models" / "marts" / "carrier_daily_punctuality.sql"
+    model.write_text(model.read_text().replace("flights.is_cancelled", "flights.is_canceled"))
+    outcome = run("--day", "2013-01-02")
+    assert_failed(
+        outcome,
+        api,
+        "dbt build: 1 of 38 nodes failed, 4 skipped behind: model carrier_daily_punctuality "
+        "(models/marts/carrier_daily_punctuality.sql): column flights.is_canceled does not exist",
+        "Built, each whole and up to date: ",
+        "route_performance",
+    )
+    assert assert_whole(query) == {FIRST, SECOND}
+    assert query("select count(*) from analytics.carrier_daily_punctuality") == [(14,)]
+    assert query("select * from analytics.route_performance order by 1, 2") != before
+    markdown = str(api.artifacts(api.newest("report"))["daily-report"].data)
+    assert "column flights.is_canceled does not exist" in markdown
+    assert "failed" in outcome[1]
+
+    # The cure and another run put it right, the day before included.
+    model.write_text(model.read_text().replace("flights.is_canceled", "flights.is_cancelled"))
+    assert run("--day", "2013-01-03")[0] == 0
+    assert query("select count(distinct flight_date) from analytics.carrier_daily_punctuality") == [(3,)]
+
+
+def test_a_model_that_does_not_compile(run: Run, api: Api, query: Query, project_copy: Path) -> None:
+    model = project_copy / "models" / "marts" / "route_performance.sql"
+    model.write_text("select * from {{ ref('int_flihgts') }}")
+    outcome = run("--day", "2013-01-01")
+    assert_failed(outcome, api, "dbt build could not start", "route_performance", "int_flihgts", "Nothing was built.")
+    assert assert_whole(query) == {FIRST}
+
+
+def test_a_data_test_that_fails(run: Run, api: Api, query: Query, landing_zone: Path) -> None:
+    with (landing_zone / "flights.csv").open("a") as file:
+        file.write("2013,1,1,517,515,2,830,819,11,ZZ,1,N14228,EWR,IAH,227,1400,5,15,2013-01-01T10:00:00Z\n")
+    outcome = run("--day", "2013-01-01")
+    assert_failed(
+        outcome,
+        api,
+        "test relationships_stg_flights_carrier_code__carrier_code__ref_stg_airlines_",
+        "Got 1 result, configured to fail if != 0",
+        "Built, each whole and up to date: ",
+    )
+    assert assert_whole(query) == {FIRST}
+    assert query("select to_regclass('analytics.carrier_daily_punctuality')") == [(None,)]
+
+
+def test_a_wrong_line_in_the_source(run: Run, api: Api, query: Query, landing_zone: Path) -> None:
+    with (landing_zone / "flights.csv").open("a") as file:
+        file.write("2013,1,2,early\n")
+    assert_failed(run("--day", "2013-01-02"), api, "Loading 2013-01-02 failed", "Correct the source file")
+    assert assert_whole(query) == set()
+
+
+def test_an_error_that_is_nobodys_mistake_keeps_its_traceback(
+    api: Api, query: Query, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def crash() -> list[date]:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(landing, "days", crash)
+    with caplog.at_level(logging.ERROR), pytest.raises(ZeroDivisionError):
+        example_flow.ingest()
+    assert any(record.exc_info for record in caplog.records)
+
+
+def test_steps_survive_the_journey_into_a_subflow() -> None:
+    """Prefect validates a flow's parameters; a step must come out as it went in."""
+    steps = [Step("load", "raw.x", 0.5, 3, cached=True), Step("build", "y", 1, failure="why")]
+    assert example_flow.report.validate_parameters({"steps": steps})["steps"] == steps
