@@ -120,7 +120,7 @@ def _shown(summary: Summary) -> list[Step]:
 
 
 def _rows(step: Step, summary: Summary) -> str:
-    rows = summary.marts.get(step.name, step.rows if step.rows is None or step.rows >= 0 else None)
+    rows = summary.marts.get(step.name, step.rows)
     return "" if rows is None else f"{rows:,}"
 
 

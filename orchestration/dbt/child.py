@@ -26,6 +26,7 @@ def _end_with_parent() -> None:
 
 def _node(result: Any) -> dict[str, Any]:
     node = result.node
+    rows = (result.adapter_response or {}).get("rows_affected")
     return {
         "id": node.unique_id,
         "name": node.name,
@@ -36,7 +37,7 @@ def _node(result: Any) -> dict[str, Any]:
         "status": str(result.status),
         "message": result.message or "",
         "seconds": result.execution_time,
-        "rows": (result.adapter_response or {}).get("rows_affected"),
+        "rows": rows if rows is not None and rows >= 0 else None,  # Postgres says -1 of a view
         "failures": result.failures,
     }
 
@@ -77,8 +78,8 @@ def main() -> None:
                 of=getattr(data, "total", None) or data.num_models,
                 seconds=data.execution_time,
             )
-        elif info.level in ("warn", "error") or info.name == "NoNodesForSelectionCriteria":
-            send("log", level=info.level, name=info.name, text=info.msg)
+        elif info.level in ("warn", "error") or info.name == "UnableToPartialParse":
+            send("log", level=info.level, text=info.msg)
 
     outcome = dbtRunner(callbacks=[listen]).invoke(command["arguments"])
     error = str(outcome.exception).strip() if outcome.exception else None

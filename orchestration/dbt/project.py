@@ -117,7 +117,10 @@ class DbtProject:
     def warm(self) -> None:
         """Start the dbt process of the next command now, so that its imports are done by then."""
         with self._starting:
-            if self._warm is None or not self._warm.alive():
+            if self._warm and not self._warm.alive():
+                self._warm.end()
+                self._warm = None
+            if not self._warm:
                 self._warm = _Child(self.path)
                 atexit.register(self.close)
 
@@ -166,9 +169,10 @@ class DbtProject:
         return result
 
     def _take_child(self) -> "_Child":
+        self.warm()
         with self._starting:
             child, self._warm = self._warm, None
-        return child if child and child.alive() else _Child(self.path)
+        return child or _Child(self.path)
 
     def _run(self, command: str, arguments: list[str], log: Callable[[str, str], None]) -> DbtResult:
         with self._target() as target:

@@ -1,0 +1,216 @@
+"""The dbt project `flows/warehouse`: its own tests, its documentation, and incremental builds."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from flows import landing, raw
+from orchestration import warehouse
+from orchestration.dbt import DbtProject
+from orchestration.settings import ROOT
+from tests.conftest import new_database, rows_of
+
+PROJECT = ROOT / "flows" / "warehouse"
+MODELS = (
+    "analytics_intermediate.int_flights",
+    "analytics.aircraft_daily_utilisation",
+    "analytics.airport_daily_delays",
+    "analytics.carrier_daily_punctuality",
+    "analytics.route_performance",
+    "analytics.weather_delay_effect",
+)
+
+
+def _dbt(*arguments: str, target: Path) -> "subprocess.CompletedProcess[str]":
+    """dbt's own command line on the warehouse of the test."""
+    return subprocess.run(
+        [str(Path(sys.executable).parent / "dbt"), "--no-use-colors", *arguments,
+         "--project-dir", str(PROJECT), "--profiles-dir", str(PROJECT),
+         "--target-path", str(target), "--log-path", str(target)],
+        env=os.environ | warehouse.environment(),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def built(postgres: str) -> Iterator[str]:
+    """A warehouse with three days, built."""
+    with new_database(postgres) as url:
+        raw.prepare()
+        raw.load_days(landing.days()[:3])
+        for table in landing.REFERENCE:
+            raw.load_reference(table)
+        assert DbtProject(PROJECT, environment=warehouse.environment).build().error() is None
+        yield url
+
+
+@pytest.fixture(scope="module")
+def manifest(built: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """dbt's own description of the project."""
+    target = tmp_path_factory.mktemp("target")
+    assert _dbt("parse", target=target).returncode == 0
+    content: dict[str, Any] = json.loads((target / "manifest.json").read_text())
+    return content
+
+
+def test_the_unit_tests_pass(built: str, tmp_path: Path) -> None:
+    result = _dbt("test", "--select", "test_type:unit", target=tmp_path)
+    assert result.returncode == 0, result.stdout
+    assert "PASS=6" in result.stdout
+
+
+def test_sources_are_fresh_after_a_load_and_stale_two_days_later(built: str, tmp_path: Path) -> None:
+    fresh = _dbt("source", "freshness", target=tmp_path)
+    assert fresh.returncode == 0, fresh.stdout
+    assert fresh.stdout.count("PASS freshness") == 3
+    rows_of(built, "update raw.loads set loaded_at = loaded_at - interval '51 hours'")
+    try:
+        stale = _dbt("source", "freshness", target=tmp_path)
+        assert stale.returncode == 1
+        assert "ERROR STALE freshness of raw.flights" in stale.stdout
+    finally:
+        rows_of(built, "update raw.loads set loaded_at = loaded_at + interval '51 hours'")
+
+
+def test_everything_is_described(manifest: dict[str, Any]) -> None:
+    nodes = [node for node in manifest["nodes"].values() if node["resource_type"] == "model"]
+    nodes += manifest["sources"].values()
+    for node in nodes:
+        assert node["description"], node["name"]
+        for column in node["columns"].values():
+            assert column["description"], (node["name"], column["name"])
+    assert all(exposure["description"] for exposure in manifest["exposures"].values())
+    assert len(manifest["exposures"]) == 2
+
+
+def test_every_mart_states_its_grain_and_keeps_a_contract(manifest: dict[str, Any]) -> None:
+    marts = [
+        node
+        for node in manifest["nodes"].values()
+        if node["resource_type"] == "model" and node["path"].startswith("marts/")
+    ]
+    assert len(marts) == 5
+    for mart in marts:
+        assert mart["contract"]["enforced"], mart["name"]
+        assert "One row a" in mart["description"], mart["name"]
+        assert [constraint["type"] for constraint in mart["constraints"]] == ["primary_key"], mart["name"]
+
+
+def test_the_contract_is_kept_by_the_database(built: str) -> None:
+    """The primary key is Postgres' own, so that a doubled row is refused whoever writes it."""
+    with pytest.raises(psycopg.errors.UniqueViolation):
+        rows_of(built, "insert into analytics.route_performance select * from analytics.route_performance limit 1")
+
+
+def test_known_figures(built: str) -> None:
+    assert rows_of(
+        built,
+        "select flight_count, cancelled_count, diverted_count, departed_on_time_share::text,"
+        " arrived_on_time_share::text, mean_departure_delay_minutes::text, mean_arrival_delay_minutes::text"
+        " from analytics.carrier_daily_punctuality where flight_date = '2013-01-01' and carrier_code = 'UA'",
+    ) == _carrier_from_the_file("UA", date(2013, 1, 1))
+
+
+def _carrier_from_the_file(carrier: str, day: date) -> list[tuple[Any, ...]]:
+    """The same figures, computed from the source's lines in plain Python."""
+    extract = landing.extract("flights", [day])
+    names = extract.columns
+    flights = [dict(zip(names, line.split(","), strict=True)) for line in extract.csv.decode().splitlines()]
+    flights = [flight for flight in flights if flight["carrier"] == carrier]
+    left = [int(flight["dep_delay"]) for flight in flights if flight["dep_delay"] != "NA"]
+    arrived = [int(flight["arr_delay"]) for flight in flights if flight["arr_delay"] != "NA"]
+    total = len(flights)
+    return [
+        (
+            total,
+            total - len(left),
+            len(left) - len(arrived),
+            f"{sum(delay < 15 for delay in left) / total:.4f}",
+            f"{sum(delay < 15 for delay in arrived) / total:.4f}",
+            f"{sum(left) / len(left):.2f}",
+            f"{sum(arrived) / len(arrived):.2f}",
+        )
+    ]
+
+
+def test_scheduled_times_are_local_on_both_days_the_clocks_change(postgres: str) -> None:
+    with new_database(postgres) as url:
+        raw.prepare()
+        raw.load_days([date(2013, 3, 10), date(2013, 11, 3)])
+        for table in landing.REFERENCE:
+            raw.load_reference(table)
+        assert DbtProject(PROJECT, environment=warehouse.environment).build(select="stg_flights").error() is None
+        assert rows_of(
+            url,
+            "select count(*) from analytics_staging.stg_flights as staged join raw.flights as raw"
+            " on raw.time_hour = staged.scheduled_hour and raw.carrier = staged.carrier_code"
+            " and raw.flight = staged.flight_number where staged.scheduled_departure_at <>"
+            " raw.flight_date + make_interval(hours => raw.hour, mins => raw.minute)",
+        ) == [(0,)]
+
+
+def _content(url: str) -> dict[str, list[tuple[Any, ...]]]:
+    """Every row of every model, but for which load it is from."""
+    content = {}
+    for model in MODELS:
+        schema, table = model.split(".")
+        columns = rows_of(
+            url,
+            "select string_agg(quote_ident(column_name), ', ') from information_schema.columns"
+            " where table_schema = %s and table_name = %s and column_name <> 'load_id'",
+            schema,
+            table,
+        )[0][0]
+        content[model] = sorted(rows_of(url, f"select {columns} from {model}"), key=repr)
+    return content
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_days_in_any_order_and_loaded_again_give_what_a_full_refresh_gives(postgres: str, seed: int) -> None:
+    chance = random.Random(seed)  # noqa: S311 - an order, no secret
+    days = chance.sample(landing.days(), 5)
+    with new_database(postgres) as url:
+        raw.prepare()
+        for table in landing.REFERENCE:
+            raw.load_reference(table)
+        project = DbtProject(PROJECT, environment=warehouse.environment)
+        left = list(days)
+        while left:
+            batch = [left.pop() for _ in range(min(len(left), chance.randint(1, 2)))]
+            again = chance.sample(days, 1)
+            raw.load_days(batch + again)
+            if chance.random() < 0.7:  # a run that loaded and died before it built
+                assert project.build().error() is None
+        assert project.build().error() is None
+        incremental = _content(url)
+        assert project.build(full_refresh=True).error() is None
+        assert incremental == _content(url)
+        assert len({row[0] for row in incremental["analytics.carrier_daily_punctuality"]}) == 5
+
+
+def test_a_corrected_source_reaches_the_marts(postgres: str, landing_zone: Path) -> None:
+    with new_database(postgres) as url:
+        raw.prepare()
+        raw.load_days(landing.days())
+        for table in landing.REFERENCE:
+            raw.load_reference(table)
+        project = DbtProject(PROJECT, environment=warehouse.environment)
+        assert project.build().error() is None
+        flights = landing_zone / "flights.csv"
+        lines = flights.read_text().splitlines(keepends=True)
+        flights.write_text("".join(line for line in lines if not line.startswith("2013,1,2,") or ",HA," not in line))
+        raw.load_days([date(2013, 1, 2)])
+        assert project.build().error() is None
+        assert rows_of(
+            url,
+            "select flight_date::text from analytics.carrier_daily_punctuality where carrier_code = 'HA' order by 1",
+        ) == [("2013-01-01",), ("2013-01-03",)]
