@@ -31,7 +31,7 @@ stage = @printf '\n== %s\n' '$(1)'; start=$$SECONDS; status=0; { $(2); } || stat
 	printf '== %s: %s in %s s\n' '$(1)' "$$([ $$status = 0 ] && echo ok || echo FAILED)" "$$((SECONDS - start))"; exit $$status
 
 ##@ Run
-.PHONY: run backfill report
+.PHONY: run backfill
 run: .venv/ready ## run the daily job: the next day, or DAY=2013-02-08 FULL_REFRESH=1 SELECT=...
 	@$(BIN)/python flows/example_flow.py $(if $(DAY),--day $(DAY)) $(if $(FULL_REFRESH),--full-refresh) $(if $(SELECT),--select '$(SELECT)')
 
@@ -58,7 +58,7 @@ stop: .venv/ready ## stop the embedded warehouse
 	@$(WAREHOUSE) stop
 
 ##@ Develop
-.PHONY: setup test check fix bench kill-test clean
+.PHONY: setup test fix bench kill-test picture clean
 setup: .venv/ready ## create the environment in .venv
 
 test: .venv/ready ## check the code and run all tests; TESTS=tests/flows for some
@@ -76,6 +76,9 @@ bench: .venv/ready ## measure; PAIRS=7; prints a table and appends to tests/benc
 
 kill-test: .venv/ready ## kill the pipeline at KILLS=50 random moments; writes tests/benchmarks/kills.md
 	@$(BIN)/python -m tests.benchmarks.kills --kills $(KILLS)
+
+picture: .venv/ready ## draw the README's pictures
+	@$(BIN)/python -m docs.picture
 
 clean: ## remove the environment and what tools left behind; the warehouse stays
 	rm -rf .venv .uv .mypy_cache .pytest_cache .ruff_cache flows/warehouse/target flows/warehouse/logs

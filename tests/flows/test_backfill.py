@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from flows import backfill, landing, raw
-from tests.conftest import Query, wait_until
 from tests.flows.conftest import Api, Run
 from tests.flows.test_raw import FIRST, SECOND, THIRD, assert_whole
+from tests.parts import Query, wait_until
 
 
 def test_a_range_is_filled_and_built_once(run: Run, api: Api, query: Query) -> None:

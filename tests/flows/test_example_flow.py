@@ -12,9 +12,9 @@ import pytest
 from flows import example_flow, landing, raw
 from flows.report import Step
 from orchestration.errors import WarehouseError
-from tests.conftest import Query, free_port
 from tests.flows.conftest import Api, Run
 from tests.flows.test_raw import FIRST, SECOND, THIRD, assert_whole
+from tests.parts import Query, free_port, new_database, rows_of
 
 MARTS = (
     "aircraft_daily_utilisation",
@@ -145,8 +145,6 @@ def test_what_an_operator_must_cure_is_not_tried_again(api: Api, query: Query, m
 
 
 def test_another_warehouse_gets_its_own_reference_tables(api: Api, postgres: str, query: Query) -> None:
-    from tests.conftest import new_database, rows_of
-
     example_flow.ingest(FIRST)
     with new_database(postgres) as other:
         example_flow.ingest(FIRST)

@@ -15,7 +15,7 @@ import pytest
 
 from flows import landing, raw
 from orchestration.errors import WarehouseError
-from tests.conftest import Query
+from tests.parts import Query
 
 FIRST, SECOND, THIRD = (date(2013, 1, day) for day in (1, 2, 3))
 FLIGHTS = {FIRST: 842, SECOND: 943, THIRD: 914}

@@ -17,7 +17,7 @@ from flows import landing, raw
 from orchestration import warehouse
 from orchestration.dbt import DbtProject
 from orchestration.settings import ROOT
-from tests.conftest import new_database, rows_of
+from tests.parts import new_database, rows_of
 
 PROJECT = ROOT / "flows" / "warehouse"
 MODELS = (

@@ -10,7 +10,7 @@ from prefect.settings import (
 )
 
 from orchestration.server import reachable_server
-from tests.conftest import free_port
+from tests.parts import free_port
 
 
 def test_a_server_that_is_up_is_used_and_gets_the_default_pool(prefect_server: str) -> None:

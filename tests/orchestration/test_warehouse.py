@@ -14,7 +14,7 @@ import pytest
 from orchestration import warehouse
 from orchestration.errors import WarehouseError
 from orchestration.settings import ROOT, settings
-from tests.conftest import Query, free_port, rows_of, settings_of, wait_until
+from tests.parts import Query, free_port, rows_of, settings_of, wait_until
 
 Use = Callable[..., None]
 

@@ -1,0 +1,57 @@
+"""The README's pictures: the report of a run after a month of days. `make picture` writes them."""
+
+import io
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from flows import landing, raw, report
+from flows.example_flow import dbt_project, dbt_steps
+from flows.report import Step
+from tests.parts import embedded_postgres
+
+IMAGES = Path(__file__).with_name("images")
+
+# Rich's own template without the web font that it downloads: a reader's browser has a monospaced one.
+SVG = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
+    <style>
+    .{unique_id}-matrix {{ font-family: Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: {char_height}px;
+        line-height: {line_height}px; font-variant-east-asian: full-width; }}
+    .{unique_id}-title {{ font-size: 18px; font-weight: bold; font-family: sans-serif; }}
+    {styles}
+    </style>
+    <defs><clipPath id="{unique_id}-clip-terminal">
+    <rect x="0" y="0" width="{terminal_width}" height="{terminal_height}" /></clipPath>{lines}</defs>
+    {chrome}
+    <g transform="translate({terminal_x}, {terminal_y})" clip-path="url(#{unique_id}-clip-terminal)">
+    {backgrounds}
+    <g class="{unique_id}-matrix">{matrix}</g>
+    </g>
+</svg>
+"""
+
+
+def main() -> None:
+    """Load January in a warehouse of its own, build, run one more day, and draw its report."""
+    with tempfile.TemporaryDirectory() as folder, embedded_postgres(Path(folder)):
+        days = landing.days()[:31]
+        raw.prepare()
+        raw.load_days(days[:-1])
+        for table in landing.REFERENCE:
+            raw.load_reference(table)
+        dbt_project.build()
+        loaded = raw.load_days(days[-1:])
+        steps = [Step("extract", raw.span(days[-1:]), loaded.extract_seconds, loaded.rows)]
+        steps += [Step("load", f"raw.{t} {days[-1]}", loaded.load_seconds, n) for t, n in loaded.tables.items()]
+        steps += [Step("load", f"raw.{t}", 0, landing.extract_all(t).rows, cached=True) for t in landing.REFERENCE]
+        summary = report.summarise(steps + dbt_steps(dbt_project.build()))
+    console = Console(record=True, width=84, file=io.StringIO())
+    console.print(report.terminal(summary))
+    IMAGES.mkdir(exist_ok=True)
+    (IMAGES / "report.svg").write_text(console.export_svg(title="make run", code_format=SVG, unique_id="report"))
+    (IMAGES / "plot.png").write_bytes(report.plot(summary))
+
+
+if __name__ == "__main__":
+    main()

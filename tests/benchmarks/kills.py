@@ -1,0 +1,171 @@
+"""Kill the pipeline at random moments, run it again, and compare with a run that nobody disturbed.
+
+    python -m tests.benchmarks.kills --kills 50      # or: make kill-test
+
+Each round has a warehouse of its own with one day loaded. The run for the next day is killed with
+SIGKILL, its dbt with it, at a moment drawn evenly over the time an undisturbed run takes; then it is
+run again. After the kill no day may be there in part; after the second run every model must have
+the rows of the undisturbed run.
+"""
+
+import argparse
+import os
+import platform
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from tests.parts import embedded_postgres, new_database, prefect_server, rows_of
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).with_name("kills.md")
+
+HALF_LOADED = """
+    select coalesce(loads.day, counted.day)::text
+    from raw.loads
+    full join (
+        select day, sum(flights)::int as flights, sum(weather)::int as weather
+        from (
+            select flight_date as day, 1 as flights, 0 as weather from raw.flights
+            union all select weather_date, 0, 1 from raw.weather
+        ) as rows group by day
+    ) as counted on counted.day = loads.day
+    where (loads.flights, loads.weather) is distinct from (counted.flights, counted.weather)
+"""
+
+
+def content(url: str) -> dict[str, list[tuple[Any, ...]]]:
+    """Every row of every model of the warehouse at `url`, but for which load it is from."""
+    tables = rows_of(
+        url,
+        "select table_schema, table_name, string_agg(quote_ident(column_name), ', ' order by ordinal_position)"
+        " from information_schema.columns where table_schema like 'analytics%%' and column_name not in"
+        " ('load_id', 'loaded_at') group by 1, 2",
+    )
+    return {
+        f"{schema}.{table}": sorted(rows_of(url, f"select {columns} from {schema}.{table}"), key=repr)
+        for schema, table, columns in tables
+    }
+
+
+def _start(day: date, url: str, api: str) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [sys.executable, "flows/example_flow.py", "--day", str(day)],
+        cwd=ROOT,
+        env=os.environ | {"WAREHOUSE_URL": url, "PREFECT_API_URL": api},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def _run(day: date, url: str, api: str) -> float:
+    """Seconds of an undisturbed run."""
+    start = time.monotonic()
+    status = _start(day, url, api).wait()
+    if status:
+        raise RuntimeError(f"an undisturbed run of {day} ended with {status}")
+    return time.monotonic() - start
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """Two days that nobody disturbed."""
+
+    days: list[date]
+    seconds: float
+    """What the second day's run took."""
+    content: dict[str, list[tuple[Any, ...]]] = field(repr=False)
+
+    @classmethod
+    def measure(cls, postgres: str, api: str, days: list[date]) -> "Undisturbed":
+        """Run both days in a warehouse of their own."""
+        with new_database(postgres) as url:
+            _run(days[0], url, api)
+            return cls(days, _run(days[1], url, api), content(url))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one killed run."""
+
+    killed_after: float
+    """Seconds from its start; its whole length if it ended before."""
+    loaded: bool
+    """Whether the day was loaded before the kill."""
+    half_loaded: list[str]
+    """Days that were there in part after the kill; must be none."""
+    same_as_undisturbed: bool
+    """Whether the next run left what an undisturbed one leaves."""
+
+
+def run_killed_at_random(postgres: str, api: str, undisturbed: Undisturbed, chance: random.Random) -> Outcome:
+    """One round: a day, a killed run of the next, and that run again."""
+    first, second = undisturbed.days
+    with new_database(postgres) as url:
+        _run(first, url, api)
+        moment = chance.uniform(0, undisturbed.seconds)
+        process = _start(second, url, api)
+        try:
+            process.wait(moment)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        half_loaded = [day for (day,) in rows_of(url, HALF_LOADED)]
+        loaded = rows_of(url, "select count(*) from raw.loads where day = %s", second) == [(1,)]
+        _run(second, url, api)
+        return Outcome(moment, loaded, half_loaded, content(url) == undisturbed.content)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the rounds and write the results file; the exit status is 1 if one of them went wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=2013)
+    options = parser.parse_args(arguments)
+    chance = random.Random(options.seed)  # noqa: S311 - moments, no secret
+    outcomes: list[Outcome] = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        embedded_postgres(Path(folder)) as postgres,
+        tempfile.TemporaryDirectory() as home,
+        prefect_server(Path(home)) as api,
+    ):
+        undisturbed = Undisturbed.measure(postgres, api, [date(2013, 1, 1), date(2013, 1, 2)])
+        for number in range(1, options.kills + 1):
+            outcome = run_killed_at_random(postgres, api, undisturbed, chance)
+            outcomes.append(outcome)
+            verdict = "ok" if outcome.same_as_undisturbed and not outcome.half_loaded else f"WRONG {outcome}"
+            print(f"{number} of {options.kills}: killed after {outcome.killed_after:.2f} s, {verdict}", flush=True)
+    wrong = [o for o in outcomes if o.half_loaded or not o.same_as_undisturbed]
+    moments = [outcome.killed_after for outcome in outcomes]
+    loaded = Counter(outcome.loaded for outcome in outcomes)
+    RESULTS.write_text(
+        f"# Killed at random moments\n\n`make kill-test KILLS={options.kills}` (seed {options.seed}), "
+        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}.\n\n"
+        "| | |\n|---|---:|\n"
+        f"| runs killed | {len(outcomes)} |\n"
+        f"| seconds of an undisturbed run | {undisturbed.seconds:.1f} |\n"
+        f"| moment of the kill: min, median, max (s) | {min(moments):.1f}, {statistics.median(moments):.1f}, "
+        f"{max(moments):.1f} |\n"
+        f"| killed before, after the day was loaded | {loaded[False]}, {loaded[True]} |\n"
+        f"| days there in part after the kill | {sum(len(o.half_loaded) for o in outcomes)} |\n"
+        f"| next run left other rows than an undisturbed one | "
+        f"{sum(not o.same_as_undisturbed for o in outcomes)} |\n"
+    )
+    print(RESULTS.read_text())
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""Faults of the machine: a full disk, a checkout that cannot be written to, a kill at any moment."""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+
+import pytest
+
+from orchestration import warehouse
+from orchestration.settings import ROOT
+from tests.benchmarks.kills import Undisturbed, run_killed_at_random
+from tests.parts import Query, rows_of, settings_of
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small or read-only disk needs root")
+
+
+@contextlib.contextmanager
+def _mounted(folder: Path, *options: str) -> Iterator[None]:
+    subprocess.run(["mount", *options, str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def _flow(script: str, variables: dict[str, str], folder: Path = ROOT) -> "subprocess.CompletedProcess[str]":
+    """A flow's command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, script],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder)} | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def _assert_one_sentence(result: "subprocess.CompletedProcess[str]", *parts: str) -> None:
+    output = result.stdout + result.stderr
+    assert result.returncode == 1, output
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("Failed: "), output
+    for part in parts:
+        assert part in last
+    assert "Traceback" not in output
+
+
+@as_root
+def test_a_full_disk_leaves_whole_days_and_more_room_cures_it(tmp_path: Path, prefect_server: str) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    # Room for an empty server and some days, not for a year.
+    with _mounted(disk, "-t", "tmpfs", "-o", "size=120m", "tmpfs"):
+        variables = {"WAREHOUSE_DIR": str(disk), "PREFECT_API_URL": prefect_server}
+        with settings_of(**variables):
+            warehouse.environment()
+            try:
+                result = _flow("flows/backfill.py", variables)
+                _assert_one_sentence(result, "No space left on device", f"Free space on the disk of {disk}")
+                url = f"postgresql://postgres@/postgres?host={warehouse.environment()['PGHOST']}"
+                ledger = dict(rows_of(url, "select day, flights from raw.loads"))
+                counted = rows_of(url, "select flight_date, count(*) from raw.flights group by 1")
+                assert ledger == dict(counted)
+                assert len(ledger) < 365
+
+                subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
+                result = _flow("flows/backfill.py", variables)
+                assert result.returncode == 0, result.stdout + result.stderr
+                assert rows_of(url, "select count(*), sum(flights)::int from raw.loads") == [(365, 336_776)]
+            finally:
+                warehouse.stop()
+
+
+@as_root
+def test_a_disk_too_small_for_the_warehouse(tmp_path: Path, prefect_server: str) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    with _mounted(disk, "-t", "tmpfs", "-o", "size=10m", "tmpfs"):
+        result = _flow("flows/example_flow.py", {"WAREHOUSE_DIR": str(disk), "PREFECT_API_URL": prefect_server})
+        _assert_one_sentence(result, f"The embedded warehouse in {disk} did not start", "MB free", "free space")
+        assert not (disk / "data").exists()
+
+
+@pytest.fixture
+def read_only_checkout(tmp_path: Path) -> Iterator[Path]:
+    """The files that git has, on a disk that cannot be written to."""
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, checkout / name)
+    with _mounted(checkout, "--bind", str(checkout)):
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(checkout)], check=True)
+        yield checkout
+
+
+@as_root
+def test_a_read_only_checkout_has_no_place_for_the_embedded_warehouse(
+    read_only_checkout: Path, prefect_server: str
+) -> None:
+    result = _flow("flows/example_flow.py", {"PREFECT_API_URL": prefect_server}, read_only_checkout)
+    _assert_one_sentence(
+        result,
+        f"The embedded warehouse cannot be kept in {read_only_checkout}/.warehouse: Read-only file system",
+        "name another folder in WAREHOUSE_DIR, or a Postgres in WAREHOUSE_URL",
+    )
+
+
+@as_root
+def test_a_read_only_checkout_with_a_warehouse_elsewhere_is_enough(
+    read_only_checkout: Path, prefect_server: str, database: str, query: Query
+) -> None:
+    result = _flow(
+        "flows/example_flow.py", {"PREFECT_API_URL": prefect_server, "WAREHOUSE_URL": database}, read_only_checkout
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert query("select count(*) from analytics.carrier_daily_punctuality") == [(14,)]
+
+
+def test_ctrl_c_ends_the_run_with_its_sql(database: str, query: Query, prefect_server: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "flows/example_flow.py", "--day", "2013-01-01"],
+        cwd=ROOT,
+        env=os.environ | {"PREFECT_API_URL": prefect_server},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    busy = "select count(*) from pg_stat_activity where application_name = 'dbt' and datname = current_database()"
+    deadline = time.monotonic() + 60
+    while query(busy) == [(0,)] and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 130, output
+    assert output.strip().splitlines()[-1].startswith("Interrupted")
+    deadline = time.monotonic() + 5
+    while query(busy) != [(0,)] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert query(busy) == [(0,)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_a_random_moment_a_run_leaves_what_the_next_one_completes(
+    postgres: str, prefect_server: str, undisturbed: Undisturbed, seed: int
+) -> None:
+    outcome = run_killed_at_random(postgres, prefect_server, undisturbed, random.Random(seed))  # noqa: S311
+    assert outcome.half_loaded == []
+    assert outcome.same_as_undisturbed
+
+
+@pytest.fixture(scope="module")
+def undisturbed(postgres: str, prefect_server: str) -> Undisturbed:
+    """What two days look like when nothing is killed."""
+    return Undisturbed.measure(postgres, prefect_server, [date(2013, 1, 1), date(2013, 1, 2)])

@@ -1,0 +1,183 @@
+"""The README's commands, as printed, in a fresh clone with a home of its own."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.parts import answers, free_port, wait_until
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS: list[str] = [
+    line.split("   #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.S)
+    for line in block.splitlines()
+]
+
+
+def _command(start: str) -> str:
+    """The README's command that starts so, with its arguments as printed."""
+    found = [command for command in COMMANDS if command.startswith(start)]
+    assert len(found) == 1, f"the README has {found} for {start!r}"
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What git has of this checkout, changes included, and nothing else."""
+    clone = tmp_path_factory.mktemp("clone") / "checkout"
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (clone / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, clone / name)
+    return clone
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A person's first day: nothing set and an empty home, but for the caches of downloads."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "VIRTUAL_ENV"))}
+    path = os.pathsep.join(part for part in kept["PATH"].split(os.pathsep) if Path(part) != Path(sys.executable).parent)
+    return kept | {
+        "PATH": path,
+        "HOME": str(tmp_path_factory.mktemp("home")),
+        "PIP_CACHE_DIR": os.environ.get("PIP_CACHE_DIR", str(cache / "pip")),
+        "UV_CACHE_DIR": os.environ.get("UV_CACHE_DIR", str(cache / "uv")),
+    }
+
+
+def _run(command: str, clone: Path, environment: dict[str, str], status: int = 0) -> str:
+    """Run a command as a shell without a terminal would; what it printed."""
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=clone,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+    assert done.returncode == status, f"{command} ended with {done.returncode}:\n{done.stdout}"
+    return done.stdout
+
+
+@contextlib.contextmanager
+def _running(command: str, clone: Path, environment: dict[str, str], log: Path) -> Iterator[None]:
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            ["bash", "-c", command],
+            cwd=clone,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            yield
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+@pytest.fixture(scope="module")
+def stopped_afterwards(clone: Path, environment: dict[str, str]) -> Iterator[None]:
+    """No server of the clone outlives the tests."""
+    yield
+    _run("make stop", clone, environment)
+
+
+@pytest.mark.timeout(1200)
+def test_make_run_on_a_fresh_machine_and_the_next_day(
+    clone: Path, environment: dict[str, str], stopped_afterwards: None
+) -> None:
+    if answers("http://127.0.0.1:4200/api/health"):
+        pytest.skip("a Prefect server is up on port 4200, so that a run would not be on its own")
+    output = _run(_command("make run"), clone, environment)
+    assert "Creating the environment" in output
+    assert "Completed to 2013-01-01: 5,705 rows loaded, 12 models built, 26/26 tests passed" in output
+    output = _run(_command("make run"), clone, environment)
+    assert "Creating the environment" not in output
+    assert "Completed to 2013-01-02: " in output
+    output = _run(_command("make run DAY"), clone, environment)
+    assert "Completed to 2013-02-08: 5,798 rows loaded, 12 models built, 26/26 tests passed" in output
+    days = _run("make psql <<< 'select day from raw.loads order by 1'", clone, environment)
+    assert re.findall(r"2013-\d\d-\d\d", days) == ["2013-01-01", "2013-01-02", "2013-02-08"]
+    output = _run(_command("make run SELECT"), clone, environment)
+    assert "route_performance" in output
+    assert "weather_delay_effect" not in output
+
+
+def test_a_mistake_at_the_command_line_is_one_sentence(
+    clone: Path, environment: dict[str, str], stopped_afterwards: None
+) -> None:
+    output = _run("make run DAY=tomorrow", clone, environment, status=2)
+    assert "Failed: " in output
+    assert "'tomorrow' is no day. Write it as YYYY-MM-DD, for example 2013-02-08" in output
+    assert "Traceback" not in output
+
+
+def test_without_a_python_that_dbt_supports_the_cure_is_said(clone: Path, environment: dict[str, str]) -> None:
+    output = _run("make --always-make .venv/ready PYTHON=", clone, environment, status=2)
+    assert "No Python 3.11, 3.12 or 3.13 was found. Install one, or name it: make PYTHON=" in output
+
+
+def test_make_lists_its_targets(clone: Path, environment: dict[str, str]) -> None:
+    output = _run("make", clone, environment)
+    listed = re.findall(r"^  ([a-z-]+) +\S", output, flags=re.M)
+    targets = re.findall(r"^([a-z-]+):(?!=)", (ROOT / "Makefile").read_text(), flags=re.M)
+    assert sorted(listed) == sorted(targets)
+    assert "\x1b" not in output, "colours where there is no terminal"
+
+
+@pytest.mark.timeout(1800)
+def test_pip_server_flow_deploy_and_worker(
+    clone: Path, environment: dict[str, str], tmp_path: Path, stopped_afterwards: None
+) -> None:
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    environment = environment | {"PATH": f"{tmp_path / 'venv' / 'bin'}{os.pathsep}{environment['PATH']}"}
+    port = 4200
+    if answers("http://127.0.0.1:4200/api/health"):  # a person's own server is left alone
+        port = free_port()
+        environment |= {
+            "PREFECT_SERVER_API_PORT": str(port),
+            "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+        }
+    _run(_command("pip install"), clone, environment)
+    with _running(_command("prefect server start"), clone, environment, tmp_path / "server.log"):
+        wait_until(lambda: answers(f"http://127.0.0.1:{port}/api/health"), "the server", 180)
+        assert answers(f"http://127.0.0.1:{port}"), "the UI"
+        output = _run(_command("python flows"), clone, environment)
+        assert re.search(r"Completed to 2013-\d\d-\d\d: ", output)
+        assert f"http://127.0.0.1:{port}/runs/flow-run/" in output
+        output = _run(_command("prefect deploy "), clone, environment)
+        assert "successfully created" in output
+        shown = _run("prefect deployment inspect dbt-pipeline/dbt-pipeline-daily", clone, environment)
+        assert re.search(r"'cron': '0 6 \* \* \*'", shown), shown
+        with _running(_command("make worker"), clone, environment, tmp_path / "worker.log"):
+            ask = _command("prefect deployment run")
+            output = _run(f"{ask} --watch", clone, environment)
+            assert "Flow run finished successfully in 'Completed'" in output, (tmp_path / "worker.log").read_text()
+    deadline = time.monotonic() + 20
+    while answers(f"http://127.0.0.1:{port}/api/health") and time.monotonic() < deadline:
+        time.sleep(0.2)

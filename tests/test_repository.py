@@ -1,0 +1,90 @@
+"""What the repository says of itself is true: versions agree, pages name what exists."""
+
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCK = {package["name"]: package for package in tomllib.loads((ROOT / "uv.lock").read_text())["package"]}
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def _tracked() -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+def test_the_lock_file_is_current() -> None:
+    uv = shutil.which("uv") or str(ROOT / ".uv/bin/uv")
+    subprocess.run([uv, "lock", "--check"], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_prefect_is_one_version_everywhere() -> None:
+    deploy = yaml.safe_load((ROOT / "prefect.yaml").read_text())
+    assert deploy["prefect-version"] == LOCK["prefect"]["version"]
+
+
+def test_the_bounds_that_matter_are_kept_by_the_lock() -> None:
+    fastapi = tuple(map(int, LOCK["fastapi"]["version"].split(".")))
+    assert (0, 139) <= fastapi < (0, 151)
+    assert LOCK["dbt-core"]["version"].startswith("1.11.")
+    assert LOCK["prefect"]["version"].startswith("3.8.")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if not link.startswith("http"):
+            assert (page.parent / link).exists(), f"{page.name} names {link}"
+
+
+def test_the_readme_shows_code_that_is_there() -> None:
+    readme = (ROOT / "README.md").read_text()
+    table = readme.split("## What the flow shows")[1].split("\n\n")[1]
+    source = (ROOT / "flows/example_flow.py").read_text() + (ROOT / "flows/backfill.py").read_text()
+    folded = " ".join(source.split()).replace("( ", "(").replace(", )", ")")
+    shown = [code.replace("\\|", "|") for row in table.splitlines()[2:] for code in re.findall(r"`([^`]+)`", row)]
+    assert len(shown) > 10
+    for code in shown:
+        for part in code.split(", retry_delay"):
+            assert part in folded, f"the README shows {code!r}"
+
+
+def test_settings_are_the_same_on_every_page() -> None:
+    from orchestration import settings
+
+    table = [line for line in (settings.__doc__ or "").splitlines() if line.startswith("| `")]
+    assert len(table) == len(settings.Settings.model_fields)
+    page = (ROOT / "docs/settings.md").read_text()
+    example = (ROOT / ".env.example").read_text()
+    for row in table:
+        assert row in page
+        assert f"# {row.split('`')[1]}=" in example
+
+
+def test_continuous_integration_calls_what_people_call() -> None:
+    assert (ROOT / ".ci/run").read_text().splitlines()[-1] == "make test"
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    assert workflow["jobs"]["test"]["steps"][-1]["run"] == "bash .ci/run"
+
+
+def test_dependencies_point_one_way() -> None:
+    for path in (ROOT / "orchestration").rglob("*.py"):
+        assert not re.search(r"^\s*(from|import) flows", path.read_text(), flags=re.M), path
+
+
+@pytest.mark.parametrize("module", ["flows/landing.py", "flows/raw.py", "flows/report.py"])
+def test_what_tasks_do_knows_no_prefect(module: str) -> None:
+    assert not re.search(r"^\s*(from|import) prefect", (ROOT / module).read_text(), flags=re.M)
+
+
+def test_no_module_is_a_drawer() -> None:
+    assert not [path for path in _tracked() if path.stem in ("utils", "helpers", "common", "misc")]
