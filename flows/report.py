@@ -3,6 +3,7 @@
 import base64
 import importlib
 import io
+import textwrap
 import threading
 from dataclasses import dataclass, field
 from datetime import date, timedelta
@@ -119,8 +120,7 @@ def _shown(summary: Summary) -> list[Step]:
     return [step for step in summary.steps if step.kind != "test" or step.failure]
 
 
-def _rows(step: Step, summary: Summary) -> str:
-    rows = summary.marts.get(step.name, step.rows)
+def _count(rows: int | None) -> str:
     return "" if rows is None else f"{rows:,}"
 
 
@@ -130,9 +130,10 @@ def markdown(summary: Summary) -> str:
     if summary.failure:
         lines += [f"> {summary.failure}", ""]
     if summary.steps:
-        lines += ["| step | what | rows | seconds | outcome |", "|---|---|---:|---:|---|"]
+        lines += ["| step | what | rows written | rows in it | seconds | outcome |", "|---|---|---:|---:|---:|---|"]
         lines += [
-            f"| {step.kind} | `{step.name}` | {_rows(step, summary)} | {step.seconds:.2f} "
+            f"| {step.kind} | `{step.name}` | {_count(step.rows)} | {_count(summary.marts.get(step.name))} "
+            f"| {step.seconds:.2f} "
             f"| {_outcome(step)}{': ' + _cell(step.failure) if step.failure else ''} |"
             for step in _shown(summary)
         ]
@@ -159,6 +160,8 @@ def terminal(summary: Summary) -> "RenderableType":
     if summary.steps:
         table.add_column("step", style="dim")
     table.add_column("what", no_wrap=True)
+    if summary.steps:
+        table.add_column("written", justify="right")
     table.add_column("rows", justify="right")
     if not summary.steps:
         for name, rows in summary.marts.items():
@@ -177,7 +180,8 @@ def terminal(summary: Summary) -> "RenderableType":
         table.add_row(
             kind if first_of_kind else "",
             step.name,
-            _rows(step, summary),
+            _count(step.rows),
+            _count(summary.marts.get(step.name)),
             f"{step.seconds:.2f}",
             Text(bar if outcome == "ok" else f"{bar} {outcome}".strip(), style=colours[outcome]),
         )
@@ -203,7 +207,8 @@ def plot(summary: Summary) -> bytes:
     from matplotlib.dates import DateFormatter, DayLocator
     from matplotlib.figure import Figure
 
-    steps = sorted((s for s in summary.steps if s.seconds > 0), key=lambda s: s.seconds)[-12:]
+    timed = (step for step in summary.steps if step.seconds > 0 and step.kind != "test")
+    steps = sorted(timed, key=lambda step: step.seconds)[-12:]
     figure = Figure(figsize=(15 if steps else 10, 4.5), layout="constrained")
     axes = figure.subplots(1, 3 if steps else 2)
     by_carrier, by_day = axes[0], axes[1]
@@ -223,13 +228,13 @@ def plot(summary: Summary) -> bytes:
     by_day.tick_params(axis="x", rotation=45)
 
     if steps:
-        colours = {"extract": "#f4a261", "load": "#2a9d8f", "build": "#264653", "test": "#8d99ae"}
+        colours = {"extract": "#f4a261", "load": "#2a9d8f", "build": "#264653"}
         axes[2].barh(
-            [step.name for step in steps],
+            [textwrap.shorten(step.name, 30, placeholder="…") for step in steps],
             [step.seconds for step in steps],
             color=["#e76f51" if step.failure else colours[step.kind] for step in steps],
         )
-        axes[2].set(title="Where the time went", xlabel="seconds")
+        axes[2].set(title="The longest steps", xlabel="seconds")
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()

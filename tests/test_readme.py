@@ -25,7 +25,9 @@ COMMANDS: list[str] = [
 
 
 def _command(start: str) -> str:
-    """The README's command that starts so, with its arguments as printed."""
+    """The README's command that is or starts so, with its arguments as printed."""
+    if start in COMMANDS:
+        return start
     found = [command for command in COMMANDS if command.startswith(start)]
     assert len(found) == 1, f"the README has {found} for {start!r}"
     return found[0]

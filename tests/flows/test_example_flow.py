@@ -72,9 +72,9 @@ def test_the_report_is_seen_in_the_ui_and_on_the_terminal(run: Run, api: Api, qu
     artifacts = api.artifacts(api.newest("report"))
     markdown = str(artifacts["daily-report"].data)
     for mart, rows in _rows_by_mart(query).items():
-        assert f"| build | `{mart}` | {rows:,} |" in markdown
-        assert any(mart in line and f" {rows:,} " in line for line in output.splitlines())
-    assert "| load | `raw.flights 2013-01-02` | 943 |" in markdown
+        assert f"| build | `{mart}` | {rows:,} | {rows:,} |" in markdown
+        assert any(mart in line and line.count(f" {rows:,} ") == 2 for line in output.splitlines())
+    assert "| load | `raw.flights 2013-01-02` | 943 |  |" in markdown
     image = str(artifacts["daily-report-plot"].data)
     prefix = "data:image/png;base64,"
     assert image.startswith(prefix)
