@@ -49,6 +49,7 @@ def ingest_range(first: date, last: date, full_refresh: bool = False) -> list[St
         chunk_steps: list[Step] = future.result()
         steps += chunk_steps
         logger.info("%d of %d chunks are loaded.", done, len(chunks))
+    landing.release()
     return steps + reference_steps(references)
 
 

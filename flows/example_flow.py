@@ -8,6 +8,7 @@ A flow names its tasks and their order; what they do is in `flows.landing`, `flo
 """
 
 import argparse
+import atexit
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -125,6 +126,7 @@ def ingest(
     else:
         steps = []
         logger.info("Nothing new to load: the landing zone ends on %s.", landing.days()[-1])
+    landing.release()
     return steps + reference_steps(references)
 
 
@@ -230,17 +232,20 @@ def dbt_pipeline(
 
 def run_by_hand(flow_call: Any) -> int:
     """Run a flow from the command line; returns the exit status, the failure in one sentence."""
-    with reachable_server():
-        try:
-            flow_call()
-        except KeyboardInterrupt:
-            print("Interrupted; a day is loaded whole or not at all. Run it again.", file=sys.stderr)
-            return 130
-        except Exception as error:
-            if not explains_itself(error):
-                raise
-            print(f"\nFailed: {error}", file=sys.stderr)
-            return 1
+    # To the end of the process, as Prefect sends its last logs and events while Python exits.
+    until_exit = contextlib.ExitStack()
+    atexit.register(until_exit.close)
+    try:
+        until_exit.enter_context(reachable_server())
+        flow_call()
+    except KeyboardInterrupt:
+        print("Interrupted; a day is loaded whole or not at all. Run it again.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not explains_itself(error):
+            raise
+        print(f"\nFailed: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -88,7 +88,7 @@ def _memory_of(process: "subprocess.Popen[bytes]") -> Iterator[Memory]:
                 for each in [root, *root.children(recursive=True)]:
                     with contextlib.suppress(psutil.Error):
                         size = each.memory_full_info().pss / 2**20
-                        if "uvicorn" in " ".join(each.cmdline()):
+                        if "orchestration.server" in each.cmdline():
                             server += size
                         else:
                             flow += size
@@ -136,7 +136,7 @@ def load_the_year(postgres: str, pairs: int) -> list[Figure]:
             ):
                 with new_database(postgres):
                     raw.prepare()
-                    landing._source.cache_clear()  # unpacking the archive is part of the load
+                    landing.release()  # unpacking the archive is part of the load
                     start = time.perf_counter()
                     act()
                     seconds.append(time.perf_counter() - start)
