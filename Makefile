@@ -33,10 +33,10 @@ stage = @printf '\n== %s\n' '$(1)'; start=$$SECONDS; status=0; { $(2); } || stat
 ##@ Run
 .PHONY: run backfill
 run: .venv/ready ## run the daily job: the next day, or DAY=2013-02-08 FULL_REFRESH=1 SELECT=...
-	@$(BIN)/python flows/example_flow.py $(if $(DAY),--day $(DAY)) $(if $(FULL_REFRESH),--full-refresh) $(if $(SELECT),--select '$(SELECT)')
+	@$(BIN)/python flows/example_flow.py $(if $(DAY),--day '$(DAY)') $(if $(FULL_REFRESH),--full-refresh) $(if $(SELECT),--select='$(SELECT)')
 
 backfill: .venv/ready ## load every day, or FIRST=... to LAST=..., that is not loaded yet, and build once
-	@$(BIN)/python flows/backfill.py $(if $(FIRST),--first $(FIRST)) $(if $(LAST),--last $(LAST)) $(if $(FULL_REFRESH),--full-refresh)
+	@$(BIN)/python flows/backfill.py $(if $(FIRST),--first '$(FIRST)') $(if $(LAST),--last '$(LAST)') $(if $(FULL_REFRESH),--full-refresh)
 
 ##@ Serve
 .PHONY: server worker

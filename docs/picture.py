@@ -9,7 +9,7 @@ from rich.console import Console
 from flows import landing, raw, report
 from flows.example_flow import dbt_project, dbt_steps
 from flows.report import Step
-from tests.parts import embedded_postgres
+from tests.parts import embedded_postgres, new_database
 
 IMAGES = Path(__file__).with_name("images")
 
@@ -34,7 +34,7 @@ SVG = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http:/
 
 def main() -> None:
     """Load January in a warehouse of its own, build, run one more day, and draw its report."""
-    with tempfile.TemporaryDirectory() as folder, embedded_postgres(Path(folder)):
+    with tempfile.TemporaryDirectory() as folder, embedded_postgres(Path(folder)) as postgres, new_database(postgres):
         days = landing.days()[:31]
         raw.prepare()
         raw.load_days(days[:-1])

@@ -118,8 +118,10 @@ def ingest(
         full_refresh: Load the reference tables again, even if their files are the same.
     """
     logger = get_run_logger()
+    if day:
+        day = landing.check_day(day)
     raw.prepare()
-    day = landing.check_day(day) if day else raw.next_day()
+    day = day or raw.next_day()
     references = submit_references(full_refresh)
     if day:
         steps = load_days.submit([day]).result()

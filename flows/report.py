@@ -3,11 +3,12 @@
 import base64
 import importlib
 import io
+import sys
 import textwrap
 import threading
 from dataclasses import dataclass, field
 from datetime import date, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from psycopg import sql
 
@@ -17,6 +18,10 @@ from orchestration.settings import settings
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+
+_BAR = 12
+"""Columns of the longest step's bar."""
 
 
 @dataclass(frozen=True)
@@ -157,18 +162,23 @@ def terminal(summary: Summary) -> "RenderableType":
     colours = {"ok": "green", "cached": "blue", "skipped": "yellow", "failed": "red"}
     headline = Text(summary.headline, style="bold red" if summary.failure else "bold")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    if summary.steps:
-        table.add_column("step", style="dim")
-    table.add_column("what", no_wrap=True)
-    if summary.steps:
-        table.add_column("written", justify="right")
-    table.add_column("rows", justify="right")
+
+    def column(header: str, **options: Any) -> None:
+        """A column that a narrow terminal leaves whole; `what` gives way."""
+        table.add_column(header, no_wrap=True, min_width=len(header), **options)
+
     if not summary.steps:
+        column("what")
+        column("rows", justify="right")
         for name, rows in summary.marts.items():
             table.add_row(name, f"{rows:,}")
         return Group(Text(), headline, table)
-    table.add_column("seconds", justify="right")
-    table.add_column("", no_wrap=True)
+    column("step", style="dim")
+    table.add_column("what", no_wrap=True)
+    column("written", justify="right")
+    column("rows", justify="right")
+    column("seconds", justify="right")
+    column(" " * _BAR)
     longest = max(step.seconds for step in summary.steps) or 1
     kind = ""
     for step in _shown(summary):
@@ -176,7 +186,7 @@ def terminal(summary: Summary) -> "RenderableType":
             table.add_section()
             kind = step.kind
         outcome = _outcome(step)
-        bar = "━" * round(16 * step.seconds / longest)
+        bar = "━" * round(_BAR * step.seconds / longest)
         table.add_row(
             kind if first_of_kind else "",
             step.name,
@@ -192,7 +202,8 @@ def show(summary: Summary) -> None:
     """Print the report."""
     from rich.console import Console
 
-    Console().print(terminal(summary))
+    # A log has no width of its own; rich would take 80 columns.
+    Console(width=None if sys.stdout.isatty() else 100).print(terminal(summary))
 
 
 def preload() -> None:

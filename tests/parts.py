@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from uuid import uuid4
 import psycopg
 
 from orchestration import warehouse
-from orchestration.settings import settings
+from orchestration.settings import ROOT, settings
 
 Query = Callable[..., list[tuple[Any, ...]]]
 
@@ -54,6 +55,18 @@ def rows_of(url: str, statement: str, *parameters: Any) -> list[tuple[Any, ...]]
         return cursor.fetchall() if cursor.description else []
 
 
+def copy_of_checkout(folder: Path) -> None:
+    """Copy what git has of this checkout, changes and new files included, and nothing else."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+
+
 @contextlib.contextmanager
 def settings_of(**variables: str) -> Iterator[None]:
     """The project's settings with these variables: `settings_of(DBT_THREADS="2")`."""
@@ -68,9 +81,10 @@ def embedded_postgres(directory: Path) -> Iterator[str]:
     """The URL of an embedded PostgreSQL that keeps its data in `directory`; ended afterwards."""
     with settings_of(WAREHOUSE_DIR=str(directory)):
         host = warehouse.environment()["PGHOST"]
-        try:
-            yield f"postgresql://postgres@/postgres?host={host}"
-        finally:
+    try:
+        yield f"postgresql://postgres@/postgres?host={host}"
+    finally:
+        with settings_of(WAREHOUSE_DIR=str(directory)):
             warehouse.stop()
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.parts import answers, free_port, wait_until
+from orchestration.settings import ROOT
+from tests.parts import answers, copy_of_checkout, free_port, wait_until
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS: list[str] = [
     line.split("   #")[0].strip()
@@ -37,14 +36,7 @@ def _command(start: str) -> str:
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What git has of this checkout, changes included, and nothing else."""
     clone = tmp_path_factory.mktemp("clone") / "checkout"
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    for name in filter(None, listed.stdout.split("\0")):
-        if (ROOT / name).is_file():
-            (clone / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, clone / name)
+    copy_of_checkout(clone)
     return clone
 
 

@@ -7,8 +7,10 @@ relation caches. The process can be started early (:meth:`DbtProject.warm`), so 
 
 import atexit
 import contextlib
+import fcntl
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -113,6 +115,7 @@ class DbtProject:
         self._environment = environment
         self._warm: _Child | None = None
         self._starting = threading.Lock()
+        atexit.register(self.close)
 
     def warm(self) -> None:
         """Start the dbt process of the next command now, so that its imports are done by then."""
@@ -122,11 +125,9 @@ class DbtProject:
                 self._warm = None
             if not self._warm:
                 self._warm = _Child(self.path)
-                atexit.register(self.close)
 
     def close(self) -> None:
         """End the process that :meth:`warm` started, if no command has used it."""
-        atexit.unregister(self.close)
         with self._starting:
             child, self._warm = self._warm, None
         if child:
@@ -219,9 +220,9 @@ class DbtProject:
         shared = self.path / "target"
         try:
             shared.mkdir(exist_ok=True)
-            own = Path(tempfile.mkdtemp(prefix=".run-", dir=shared))
+            own, lock = _run_folder(shared)
         except OSError:
-            own = Path(tempfile.mkdtemp(prefix="dbt-"))
+            own, lock = Path(tempfile.mkdtemp(prefix="dbt-")), None
         try:
             with contextlib.suppress(OSError):
                 shutil.copyfile(shared / "partial_parse.msgpack", own / "partial_parse.msgpack")
@@ -234,6 +235,28 @@ class DbtProject:
                         entry.replace(shared / entry.name)
         finally:
             shutil.rmtree(own, ignore_errors=True)
+            if lock is not None:
+                os.close(lock)
+
+
+def _run_folder(target: Path) -> tuple[Path, int]:
+    """A new folder in `target` and the descriptor that locks it; removes those that killed runs left."""
+    folder = os.open(target, os.O_RDONLY)
+    try:
+        # One process at a time: a folder that is there but not locked yet would look left over.
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        for other in target.glob(".run-*"):
+            lock = os.open(other, os.O_RDONLY)
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(other, ignore_errors=True)
+            os.close(lock)
+        own = Path(tempfile.mkdtemp(prefix=".run-", dir=target))
+        lock = os.open(own, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return own, lock
+    finally:
+        os.close(folder)
 
 
 def _log_quietly(_level: str, line: str) -> None:

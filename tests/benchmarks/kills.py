@@ -25,9 +25,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from orchestration.settings import ROOT
 from tests.parts import embedded_postgres, new_database, prefect_server, rows_of
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("kills.md")
 
 HALF_LOADED = """

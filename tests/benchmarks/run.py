@@ -27,9 +27,9 @@ import psutil
 
 from flows import backfill, landing, raw
 from orchestration import warehouse
+from orchestration.settings import ROOT
 from tests.parts import answers, embedded_postgres, new_database, prefect_server
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results.md")
 BIN = Path(sys.executable).parent
 PROJECT = ROOT / "flows" / "warehouse"

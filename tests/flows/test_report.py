@@ -54,6 +54,14 @@ def test_the_terminal_shows_each_step_with_its_outcome() -> None:
     assert all(len(line) <= 100 for line in lines)
 
 
+def test_eighty_columns_are_enough_for_figures_and_outcomes() -> None:
+    text = _terminal(SUMMARY, width=80)
+    heading = next(line for line in text.splitlines() if "seconds" in line)
+    assert heading.split() == ["step", "what", "written", "rows", "seconds"]
+    assert all(word in text for word in ("extract", "1,785", "cached", "━━ failed", "skipped"))
+    assert all(len(line) <= 80 for line in text.splitlines())
+
+
 def test_the_markdown_keeps_its_table_whatever_a_reason_says() -> None:
     lines = report.markdown(SUMMARY).splitlines()
     rows = [line for line in lines if line.startswith("| ")]

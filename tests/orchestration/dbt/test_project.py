@@ -131,6 +131,7 @@ def test_closing_ends_a_warm_process_that_nothing_used(project: DbtProject) -> N
 
 def test_two_at_once_in_one_folder_do_not_mix(project: DbtProject, folder: Path) -> None:
     (folder / "models" / "three.sql").write_text("select 3 as id")
+    (folder / "target" / ".run-killed").mkdir(parents=True)
     names: dict[str, list[str]] = {}
 
     def build(select: str) -> None:
