@@ -57,6 +57,14 @@ dbt: .venv/ready ## run a dbt command on the warehouse, CMD="build --select rout
 stop: .venv/ready ## stop the embedded warehouse
 	@$(WAREHOUSE) stop
 
+##@ Kubernetes
+.PHONY: cluster cluster-down
+cluster: .venv/ready ## make a local cluster: KUBE_CONTEXT if named, else kind, else a node from packages
+	@$(BIN)/python -m tests.cluster up
+
+cluster-down: .venv/ready ## take away the cluster that was made here
+	@$(BIN)/python -m tests.cluster down
+
 ##@ Develop
 .PHONY: setup test fix bench kill-test picture clean
 setup: .venv/ready ## create the environment in .venv
@@ -66,6 +74,7 @@ test: .venv/ready ## check the code and run all tests; TESTS=tests/flows for som
 	$(call stage,mypy,$(BIN)/mypy)
 	$(call stage,yamllint,$(BIN)/yamllint -s .)
 	$(call stage,sqlfluff,$(BIN)/sqlfluff lint -q flows/warehouse --nocolor)
+	$(if $(filter tests tests/cluster%,$(TESTS)),$(call stage,cluster,$(BIN)/python -m tests.cluster up || [ -z "$${CI:-}" ]))
 	$(call stage,pytest,$(BIN)/pytest $(TESTS))
 
 fix: .venv/ready ## format the code and repair what the linters can
@@ -87,7 +96,7 @@ clean: ## remove the environment and what tools left behind; the warehouse stays
 help: ## show this
 	@awk 'BEGIN {FS = ":.*## "; tty = system("test -t 1") == 0} \
 		/^##@/ {printf "\n%s\n", substr($$0, 5)} \
-		/^[a-z-]+:.*## / {printf "  %s%-11s%s %s\n", tty ? "\033[36m" : "", $$1, tty ? "\033[0m" : "", $$2}' Makefile
+		/^[a-z-]+:.*## / {printf "  %s%-12s%s %s\n", tty ? "\033[36m" : "", $$1, tty ? "\033[0m" : "", $$2}' Makefile
 
 .venv/ready: pyproject.toml uv.lock
 	@[ -n "$(PYTHON)" ] || { echo "No Python 3.11, 3.12 or 3.13 was found. Install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }

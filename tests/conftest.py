@@ -47,6 +47,20 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="session")
+def cluster() -> str:
+    """The context of a real cluster, made if need be; `make cluster-down` takes it away."""
+    from tests.cluster import __main__ as command
+    from tests.cluster.progress import ClusterError
+
+    try:
+        return command.up()
+    except ClusterError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+
+
 @pytest.fixture
 def use_settings() -> Iterator[Callable[..., None]]:
     """Set settings' variables for the rest of a test: `use_settings(DBT_THREADS="2")`."""

@@ -1,0 +1,90 @@
+"""Make a cluster for development and tests, or take it away.
+
+    python -m tests.cluster up       # or: make cluster
+    python -m tests.cluster down     # or: make cluster-down
+    python -m tests.cluster context  # the name of the context that `up` would use
+
+The context that `KUBE_CONTEXT` names, which is used as it is and never taken away; else kind, where
+Docker runs; else a single node from packages, as root on Linux with Go.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from tests.cluster import binaries, kind, node
+from tests.cluster.progress import ClusterError
+
+
+def chosen() -> str:
+    """The context to use: the one that is named, kind's, or the node's.
+
+    Raises:
+        ClusterError: there is none and none can be made, with what is missing.
+    """
+    if named := os.environ.get("KUBE_CONTEXT"):
+        return named
+    if kind.docker_runs():
+        return kind.CONTEXT
+    if reason := node.unavailable():
+        raise ClusterError(
+            f"No cluster can be made here: Docker does not run, and for a node from packages {reason}. "
+            "Start Docker, or name a cluster's context in KUBE_CONTEXT"
+        )
+    return node.CONTEXT
+
+
+def up() -> str:
+    """Make the cluster unless it is there; its context."""
+    context = chosen()
+    if context == kind.CONTEXT:
+        kind.up()
+    elif context == node.CONTEXT:
+        node.up()
+    else:
+        _check(context)
+    return context
+
+
+def down() -> None:
+    """Take away the cluster that was made; one that was named is left alone."""
+    named = os.environ.get("KUBE_CONTEXT")
+    if named and named not in (kind.CONTEXT, node.CONTEXT):
+        raise ClusterError(f"{named} was not made here, so it is not taken away. Leave KUBE_CONTEXT empty")
+    if node.STATE.exists():
+        node.down()
+    elif kind.docker_runs():
+        kind.down()
+    else:
+        print("There is no cluster.", file=sys.stderr)
+
+
+def _check(context: str) -> None:
+    """That a named context can be reached."""
+    try:
+        binaries.kubectl("--context", context, "version", "--request-timeout=10s")
+    except ClusterError as error:
+        raise ClusterError(
+            f"KUBE_CONTEXT={context} cannot be used: {error}. See what there is with: kubectl config get-contexts"
+        ) from None
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line; returns the exit status."""
+    commands: dict[str, Callable[[], object]] = {"up": up, "down": down, "context": lambda: print(chosen())}
+    if len(arguments) != 1 or arguments[0] not in commands:
+        print(f"usage: python -m tests.cluster {' | '.join(commands)}", file=sys.stderr)
+        return 2
+    try:
+        commands[arguments[0]]()
+    except ClusterError as error:
+        print(f"{error}.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted. Run it again: what is done is kept.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

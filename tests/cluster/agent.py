@@ -1,0 +1,126 @@
+"""What a cloud or a CNI plugin would do on the node: enforce NetworkPolicies, provide volumes.
+
+    python -m tests.cluster.agent KUBECONFIG VOLUMES
+
+Level-triggered: on every change, and every few seconds, it reads all and makes the node so. Volumes are
+`local` PersistentVolumes, as those of type hostPath ignore fsGroup, and a pod that is not root could
+not write to them.
+"""
+
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from kubernetes import client, config, watch
+from kubernetes.client.exceptions import ApiException
+
+from tests.cluster import policies
+
+PROVISIONER = "prefect-orchestration.test/local"
+RESYNC = 5.0
+"""Seconds between rounds when nothing is heard of a change."""
+HOOKS = (("FORWARD", policies.EGRESS), ("FORWARD", policies.INGRESS), ("INPUT", policies.EGRESS))
+
+
+def enforce(wanted: str) -> None:
+    """Make the policies' chains so in one transaction, and hook them in."""
+    subprocess.run(["iptables-restore", "-w", "--noflush"], input=wanted, text=True, check=True)
+    for hook, chain in HOOKS:
+        rule = [hook, "-j", chain]
+        if subprocess.run(["iptables", "-w", "-t", "mangle", "-C", *rule], capture_output=True, check=False).returncode:
+            subprocess.run(["iptables", "-w", "-t", "mangle", "-A", *rule], check=True)
+
+
+def release() -> None:
+    """Enforce nothing any more."""
+    for hook, chain in HOOKS:
+        subprocess.run(["iptables", "-w", "-t", "mangle", "-D", hook, "-j", chain], capture_output=True, check=False)
+
+
+def provide_volumes(core: client.CoreV1Api, folder: Path) -> None:
+    """Make a volume for each claim that a pod on the node waits for; remove those whose claim is gone."""
+    volumes = {volume.metadata.name: volume for volume in core.list_persistent_volume().items}
+    for claim in core.list_persistent_volume_claim_for_all_namespaces().items:
+        annotations = claim.metadata.annotations or {}
+        node = annotations.get("volume.kubernetes.io/selected-node")
+        name = f"pvc-{claim.metadata.uid}"
+        ours = annotations.get("volume.kubernetes.io/storage-provisioner") == PROVISIONER
+        if not (ours and node and claim.status.phase == "Pending") or name in volumes:
+            continue
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        core.create_persistent_volume(_volume(name, folder / name, claim, node))
+    for name, volume in volumes.items():
+        provided = (volume.metadata.annotations or {}).get("pv.kubernetes.io/provisioned-by") == PROVISIONER
+        if provided and volume.status.phase == "Released" and volume.spec.persistent_volume_reclaim_policy == "Delete":
+            shutil.rmtree(folder / name, ignore_errors=True)
+            core.delete_persistent_volume(name)
+
+
+def _volume(name: str, path: Path, claim: Any, node: str) -> dict[str, Any]:
+    term = {"key": "kubernetes.io/hostname", "operator": "In", "values": [node]}
+    return {
+        "metadata": {"name": name, "annotations": {"pv.kubernetes.io/provisioned-by": PROVISIONER}},
+        "spec": {
+            "capacity": {"storage": claim.spec.resources.requests["storage"]},
+            "accessModes": claim.spec.access_modes,
+            "persistentVolumeReclaimPolicy": "Delete",
+            "storageClassName": claim.spec.storage_class_name,
+            "claimRef": {
+                "namespace": claim.metadata.namespace,
+                "name": claim.metadata.name,
+                "uid": claim.metadata.uid,
+            },
+            "local": {"path": str(path)},
+            "nodeAffinity": {"required": {"nodeSelectorTerms": [{"matchExpressions": [term]}]}},
+        },
+    }
+
+
+def _listen(read: Any, changed: threading.Event) -> None:
+    """Set `changed` whenever the API tells of one of these objects."""
+    while True:
+        try:
+            for _ in watch.Watch().stream(read, timeout_seconds=300):
+                changed.set()
+        except Exception:
+            time.sleep(1)
+
+
+def main(kubeconfig: str, volumes: Path) -> None:
+    """Look after the node until the process is ended."""
+    config.load_kube_config(kubeconfig)
+    core, network = client.CoreV1Api(), client.NetworkingV1Api()
+    reads = (
+        network.list_network_policy_for_all_namespaces,
+        core.list_pod_for_all_namespaces,
+        core.list_namespace,
+        core.list_persistent_volume_claim_for_all_namespaces,
+        core.list_persistent_volume,
+    )
+    changed = threading.Event()
+    for read in reads:
+        threading.Thread(target=_listen, args=[read, changed], daemon=True).start()
+    plain = client.ApiClient().sanitize_for_serialization
+    enforced = ""
+    while True:
+        changed.clear()
+        try:
+            found = [[plain(item) for item in read().items] for read in reads[:3]]
+            wanted = policies.rules(*found)
+            if wanted != enforced:
+                enforce(wanted)
+                enforced = wanted
+            provide_volumes(core, volumes)
+        except (ApiException, OSError, subprocess.SubprocessError) as error:
+            print(error, file=sys.stderr, flush=True)
+            enforced = ""
+            time.sleep(1)
+        changed.wait(RESYNC)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,98 @@
+"""Namespaces of a real cluster, one for each test."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from tests.cluster import binaries, images
+from tests.cluster.progress import ClusterError
+
+RESTRICTED = {
+    "runAsNonRoot": True,
+    "runAsUser": 1000,
+    "allowPrivilegeEscalation": False,
+    "capabilities": {"drop": ["ALL"]},
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+"""A container's security context at the `restricted` Pod Security Standard."""
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """A namespace of the cluster and what a test does in it."""
+
+    context: str
+    name: str
+
+    def kubectl(self, *arguments: str, text: str | None = None) -> str:
+        """Run kubectl in the namespace; what it printed."""
+        return binaries.kubectl("--context", self.context, "-n", self.name, *arguments, text=text)
+
+    def apply(self, *objects: dict[str, Any]) -> None:
+        """Create or change objects of the namespace."""
+        listed = {"apiVersion": "v1", "kind": "List", "items": list(objects)}
+        self.kubectl("apply", "-f", "-", text=json.dumps(listed))
+
+    def pod(self, name: str, *command: str, ready: bool = True, **spec: Any) -> None:
+        """Start a pod that runs `command`, not as root; wait until it is ready."""
+        container = {
+            "name": "main",
+            "image": images.BASE,
+            "command": list(command) or ["sleep", "600"],
+            "securityContext": RESTRICTED,
+            "resources": {"requests": {"cpu": "10m", "memory": "32Mi"}, "limits": {"memory": "128Mi"}},
+        } | spec.pop("container", {})
+        defaults = {"containers": [container], "terminationGracePeriodSeconds": 0, "enableServiceLinks": False}
+        metadata = {"name": name, "labels": {"app": name}}
+        self.apply({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": defaults | spec})
+        if ready:
+            self.kubectl("wait", "--for=condition=Ready", f"pod/{name}", "--timeout=90s")
+
+    def python(self, pod: str, code: str) -> str:
+        """Run Python code in a pod; what it printed."""
+        return self.kubectl("exec", pod, "--", "python3", "-c", code)
+
+    def connects(self, pod: str, host: str, port: int) -> bool:
+        """Whether a connection from the pod is accepted."""
+        code = f"import socket; socket.create_connection(({host!r}, {port}), 2)"
+        try:
+            self.python(pod, code)
+        except ClusterError as error:
+            if not re.search("TimeoutError|ConnectionRefused|timed out|gaierror|unreachable", str(error)):
+                raise
+            return False
+        return True
+
+
+@pytest.fixture
+def namespace(cluster: str) -> Iterator[Namespace]:
+    """A namespace of its own."""
+    made = Namespace(cluster, f"test-{uuid4().hex[:8]}")
+    binaries.kubectl("--context", cluster, "create", "namespace", made.name)
+    yield made
+    binaries.kubectl("--context", cluster, "delete", "namespace", made.name, "--wait=false")
+
+
+Policy = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def policy() -> Policy:
+    """A NetworkPolicy's object: `policy("name", ingress=[...], pod="app")`."""
+
+    def make(name: str, pod: str | None = None, **rules: list[dict[str, Any]]) -> dict[str, Any]:
+        selector = {"matchLabels": {"app": pod}} if pod else {}
+        types = [direction.capitalize() for direction in rules]
+        return {
+            "apiVersion": "networking.k8s.io/v1",
+            "kind": "NetworkPolicy",
+            "metadata": {"name": name},
+            "spec": {"podSelector": selector, "policyTypes": types, **rules},
+        }
+
+    return make

@@ -1,0 +1,90 @@
+"""The images that a node needs before any other, made where no image registry can be reached.
+
+They are pushed to the node's own registry and pulled from there like every other image.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from tests.cluster import binaries
+from tests.cluster.progress import step
+
+REGISTRY = "localhost:5000"
+"""Where `make push` pushes to and the node pulls from."""
+
+PAUSE = f"{REGISTRY}/pause:1"
+BASE = f"{REGISTRY}/python:3.13-slim-trixie"
+"""Debian trixie with its Python 3.13 under the names that the official image has."""
+
+
+def push(image: str) -> str:
+    """Push an image of buildah's store to the node's registry; its digest there."""
+    with tempfile.NamedTemporaryFile("r") as digest:
+        target = f"docker://{image}"
+        binaries.run(["buildah", "push", "-q", "--tls-verify=false", "--digestfile", digest.name, image, target])
+        return digest.read().strip()
+
+
+def make_system_images() -> None:
+    """Push the images of the node's own pods: the sandbox, DNS and metrics."""
+    made = {PAUSE: (Path(shutil.which("catatonit") or ""), '["/catatonit", "-P"]')}
+    for name in ("coredns", "metrics-server"):
+        made[f"{REGISTRY}/{name}:{binaries.MODULES[name][1]}"] = (binaries.program(name), f'["/{name}"]')
+    for image, (binary, entrypoint) in made.items():
+        _make(image, binary, f"/{binary.name}", "--entrypoint", entrypoint)
+        push(image)
+
+
+def _make(image: str, source: Path, target: str, *settings: str) -> None:
+    """An image of one file or folder in buildah's store."""
+    container = binaries.run(["buildah", "from", "scratch"]).strip()
+    try:
+        binaries.run(["buildah", "add", "-q", container, str(source), target])
+        binaries.run(["buildah", "config", *settings, container])
+        binaries.run(["buildah", "commit", "-q", container, image])
+    finally:
+        binaries.run(["buildah", "rm", container])
+
+
+def make_base_image() -> None:
+    """Push the base image, from Debian's packages; kept as an archive in the user's cache."""
+    archive = binaries.cache() / "python-3.13-slim-trixie" / "image.tar"
+    if not archive.exists():
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            step("Making the base image from Debian's packages", "80 s, once"),
+            tempfile.TemporaryDirectory(prefix=".base-", dir=archive.parent) as folder,
+        ):
+            _bootstrap(Path(folder) / "root")
+            fresh = Path(folder) / "image.tar"
+            _make(BASE, Path(folder) / "root", "/", "--cmd", "python3", "--env", "LANG=C.UTF-8")
+            binaries.run(["buildah", "push", "-q", BASE, f"oci-archive:{fresh}:{BASE}"])
+            fresh.replace(archive)
+    binaries.run(["buildah", "pull", "-q", f"oci-archive:{archive}"])
+    push(BASE)
+
+
+def _bootstrap(root: Path) -> None:
+    # This machine's keyring may be older than trixie; its mirror is the one that it trusts already.
+    keys = "/usr/share/keyrings/debian-archive-trixie-automatic.gpg"
+    check = [f"--keyring={keys}"] if Path(keys).exists() else ["--no-check-gpg"]
+    packages = "ca-certificates,python3.13,python3.13-venv"
+    binaries.run(
+        ["debootstrap", *check, "--variant=minbase", f"--include={packages}", "trixie", str(root), *_mirror()],
+        os.environ | {"DEBIAN_FRONTEND": "noninteractive"},
+    )
+    for name in ("python", "python3"):
+        link = root / "usr" / "local" / "bin" / name
+        link.unlink(missing_ok=True)
+        link.symlink_to("/usr/bin/python3.13")
+    for folder in ("var/lib/apt/lists", "var/cache/apt/archives", "var/log"):
+        for entry in (root / folder).iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def _mirror() -> list[str]:
+    """The Debian mirror that this machine's apt uses; debootstrap knows one of its own."""
+    sites = binaries.run(["apt-get", "indextargets", "--format", "$(SITE)"]).split()
+    return [site for site in sites if site.rstrip("/").endswith("/debian")][:1]

@@ -1,0 +1,230 @@
+"""The cluster that the tests make is a real one: what charts and flow runs rely on works."""
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.cluster import __main__ as command
+from tests.cluster import binaries, images, node
+from tests.cluster.conftest import RESTRICTED, Namespace, Policy
+from tests.cluster.progress import ClusterError
+from tests.parts import wait_until
+
+SERVER = ("python3", "-m", "http.server", "8000", "--directory", "/usr/share/doc")
+
+
+def _serve(namespace: Namespace) -> None:
+    """A web server `server` behind a service of that name."""
+    probe = {"readinessProbe": {"tcpSocket": {"port": 8000}, "periodSeconds": 1}}
+    ports = [{"name": "http", "port": 80, "targetPort": 8000}]
+    namespace.apply(
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"name": "server"},
+            "spec": {"selector": {"app": "server"}, "ports": ports},
+        }
+    )
+    container = {"image": images.BASE, "name": "main", "command": list(SERVER), "securityContext": RESTRICTED}
+    namespace.pod("server", containers=[container | probe])
+
+
+def test_services_names_logs_and_exec(namespace: Namespace) -> None:
+    _serve(namespace)
+    namespace.pod("client")
+    code = "from urllib.request import urlopen; print(urlopen('http://server', timeout=10).status)"
+    assert namespace.python("client", code).strip() == "200"
+    full = f"server.{namespace.name}.svc.cluster.local"
+    assert namespace.connects("client", full, 80)
+    assert not namespace.connects("client", "nobody", 80)
+    assert '"GET / HTTP/1.1" 200' in namespace.kubectl("logs", "server")
+
+
+def test_a_policy_denies_and_allows_and_does_nothing_without_its_enforcer(namespace: Namespace, policy: Policy) -> None:
+    _serve(namespace)
+    namespace.pod("friend")
+    namespace.pod("stranger")
+    assert namespace.connects("stranger", "server", 80)
+
+    allow = [{"from": [{"podSelector": {"matchLabels": {"app": "friend"}}}], "ports": [{"port": 8000}]}]
+    namespace.apply(policy("friends-only", pod="server", ingress=allow))
+    wait_until(lambda: not namespace.connects("stranger", "server", 80), "the policy to be enforced", 20)
+    assert namespace.connects("friend", "server", 80)
+    assert namespace.connects("stranger", "kube-dns.kube-system", 53), "others are not concerned"
+    if namespace.context == node.CONTEXT:
+        with node.without_policies():
+            assert namespace.connects("stranger", "server", 80)
+        wait_until(lambda: not namespace.connects("stranger", "server", 80), "the policy to be enforced again", 20)
+
+    namespace.kubectl("delete", "networkpolicy", "friends-only")
+    wait_until(lambda: namespace.connects("stranger", "server", 80), "the policy to be gone", 20)
+
+
+def test_egress_is_denied_but_for_what_is_allowed(namespace: Namespace, policy: Policy) -> None:
+    _serve(namespace)
+    namespace.pod("client")
+    address = namespace.kubectl("get", "pod", "server", "-o", "jsonpath={.status.podIP}")
+    namespace.apply(policy("deny", pod="client", egress=[]))
+    wait_until(lambda: not namespace.connects("client", address, 8000), "the policy to be enforced", 20)
+    assert not namespace.connects("client", "kubernetes.default", 443), "neither names nor the API"
+    assert not namespace.connects("client", node.API_IP if namespace.context == node.CONTEXT else address, 443)
+
+    dns = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}}}
+    ports = [{"protocol": "UDP", "port": 53}, {"protocol": "UDP", "port": "dns"}]
+    to_server = {"to": [{"podSelector": {"matchLabels": {"app": "server"}}}]}
+    namespace.apply(policy("deny", pod="client", egress=[{"to": [dns], "ports": ports}, to_server]))
+    wait_until(lambda: namespace.connects("client", "server", 80), "names and the server to be reached", 20)
+    assert not namespace.connects("client", "kubernetes.default", 443)
+
+
+def test_a_volume_is_for_its_group_outlives_its_pod_and_goes_with_its_claim(namespace: Namespace) -> None:
+    claim: dict[str, Any] = {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": "data"},
+        "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}},
+    }
+    namespace.apply(claim)
+    mounted: dict[str, Any] = {
+        "volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": "data"}}],
+        "securityContext": {"fsGroup": 2000},
+        "container": {"volumeMounts": [{"name": "data", "mountPath": "/data"}]},
+    }
+    namespace.pod("writer", **mounted)
+    namespace.python("writer", "open('/data/kept', 'w').write('here')")
+    assert namespace.python("writer", "import os; print(os.stat('/data').st_gid)").strip() == "2000"
+    namespace.kubectl("delete", "pod", "writer")
+    namespace.pod("reader", **mounted)
+    assert namespace.python("reader", "print(open('/data/kept').read())").strip() == "here"
+    volume = namespace.kubectl("get", "pvc", "data", "-o", "jsonpath={.spec.volumeName}")
+    namespace.kubectl("delete", "pod/reader", "pvc/data")
+
+    def gone() -> bool:
+        return volume not in namespace.kubectl("get", "pv", "-o", "name")
+
+    wait_until(gone, "the volume to be deleted", 30)
+    if namespace.context == node.CONTEXT:
+        assert not (node.STATE / "volumes" / volume).exists()
+
+
+def test_what_is_pushed_is_pulled_by_digest_and_what_is_not_there_is_said(namespace: Namespace) -> None:
+    image = f"{images.REGISTRY}/test:{namespace.name}"
+    container = binaries.run(["buildah", "from", images.BASE]).strip()
+    try:
+        binaries.run(["buildah", "config", "--label", f"test={namespace.name}", container])
+        binaries.run(["buildah", "commit", "-q", container, image])
+        digest = images.push(image)
+        namespace.pod("pulled", container={"image": f"{images.REGISTRY}/test@{digest}"})
+    finally:
+        binaries.run(["buildah", "rm", container])
+        binaries.run(["buildah", "rmi", image])
+    namespace.pod("absent", container={"image": f"{images.REGISTRY}/test:absent"}, ready=False)
+    waiting = "jsonpath={.status.containerStatuses[0].state.waiting.reason}"
+    reasons = ("ErrImagePull", "ImagePullBackOff")
+    wait_until(lambda: namespace.kubectl("get", "pod", "absent", "-o", waiting) in reasons, "the pull to fail")
+
+
+def test_the_restricted_standard_is_enforced(namespace: Namespace) -> None:
+    namespace.kubectl("label", "namespace", namespace.name, "pod-security.kubernetes.io/enforce=restricted")
+    with pytest.raises(ClusterError, match="violates PodSecurity"):
+        namespace.pod("root", container={"securityContext": {"runAsUser": 0}})
+    namespace.pod("plain")
+
+
+def test_memory_over_the_limit_is_killed(namespace: Namespace) -> None:
+    namespace.pod("greedy", "python3", "-c", "len(b'x' * 2**30)", ready=False, restartPolicy="Never")
+
+    def ended() -> dict[str, Any]:
+        pod: dict[str, Any] = json.loads(namespace.kubectl("get", "pod", "greedy", "-o", "json"))
+        states = pod["status"].get("containerStatuses") or [{}]
+        found: dict[str, Any] = states[0].get("state", {}).get("terminated", {})
+        return found
+
+    assert wait_until(ended, "the container to end")["reason"] == "OOMKilled"
+
+
+def test_usage_is_measured(namespace: Namespace) -> None:
+    if namespace.context != node.CONTEXT:
+        pytest.skip("kind comes without metrics-server")
+
+    def usage() -> str:
+        try:
+            return namespace.kubectl("top", "pod", "-n", "kube-system", "--no-headers")
+        except ClusterError:
+            return ""
+
+    assert "coredns" in wait_until(usage, "metrics", 90)
+
+
+def test_a_second_call_finds_what_is_there(cluster: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if cluster != node.CONTEXT:
+        pytest.skip(f"{cluster} is not the node from packages")
+    before = {name: node._pid(name) for name in node.COMPONENTS}
+    assert command.main(["up"]) == 0
+    assert capsys.readouterr().err == f"The node runs: kubectl --context {node.CONTEXT}\n"
+    assert {name: node._pid(name) for name in node.COMPONENTS} == before
+
+
+def test_a_node_whose_processes_were_all_killed_comes_back(namespace: Namespace) -> None:
+    if namespace.context != node.CONTEXT:
+        pytest.skip(f"{namespace.context} is not the node from packages")
+    _serve(namespace)
+    namespace.pod("client")
+    killed = {name: node._pid(name) for name in node.COMPONENTS}
+    for pid in killed.values():
+        assert pid
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not any(map(node._pid, node.COMPONENTS)), "the processes to be gone")
+    assert not node.running()
+    assert command.main(["up"]) == 0
+    for name in ("server", "client"):
+        namespace.kubectl("wait", "--for=condition=Ready", f"pod/{name}", "--timeout=90s")
+    wait_until(lambda: namespace.connects("client", "server", 80), "the server to be reached")
+
+
+@pytest.mark.skipif(not os.environ.get("CI"), reason="it would take away what you have in the cluster; CI=1 runs it")
+def test_down_leaves_nothing_and_up_makes_it_anew(cluster: str) -> None:
+    if cluster != node.CONTEXT:
+        pytest.skip(f"{cluster} is not the node from packages")
+    pids = [node._pid(name) for name in node.COMPONENTS]
+    assert command.main(["down"]) == 0
+    assert not node.STATE.exists()
+    assert str(node.STATE) not in Path("/proc/self/mounts").read_text()
+    assert not any(Path(f"/sys/class/net/{link}").exists() for link in (node.BRIDGE, "cni0"))
+    assert not re.search("KUBE-|CNI-|NETPOL-", binaries.run(["iptables-save"]))
+    assert node.SERVICE_RANGE not in binaries.run(["ip", "route"])
+    assert not [pid for pid in pids if pid and psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
+    assert node.CONTEXT not in binaries.kubectl("config", "get-contexts", "-o", "name").split()
+    assert command.main(["down"]) == 0, "a second time there is nothing to do"
+    assert command.main(["up"]) == 0
+    assert node.running()
+
+
+@pytest.mark.parametrize("action", ["up", "down"])
+def test_a_context_that_was_not_made_here_is_left_alone(
+    action: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Any
+) -> None:
+    elsewhere = tmp_path / "config"
+    elsewhere.write_text("apiVersion: v1\nkind: Config\n")
+    monkeypatch.setenv("KUBECONFIG", str(elsewhere))
+    monkeypatch.setenv("KUBE_CONTEXT", "production")
+    assert command.main([action]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "production" in said
+    assert ("kubectl config get-contexts" if action == "up" else "was not made here") in said
+
+
+def test_where_no_cluster_can_be_made_the_cure_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("KUBE_CONTEXT", raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert command.main(["up"]) == 1
+    assert "there is no Go to build Kubernetes with" in capsys.readouterr().err
