@@ -13,6 +13,10 @@ LAST ?=
 CMD ?= build
 TESTS ?= tests
 KILLS ?= 50
+REGISTRY ?= localhost:5000
+BUILDER ?=
+BASE_IMAGE ?=
+IMAGE ?=
 PAIRS ?= 7
 
 # The newest Python that dbt supports, whichever name it has here; uv, from PyPI unless it is here.
@@ -24,6 +28,7 @@ BIN := .venv/bin
 WAREHOUSE := $(BIN)/python -m orchestration.warehouse
 
 export DO_NOT_TRACK := 1
+export REGISTRY BUILDER BASE_IMAGE IMAGE
 export UV_PYTHON_DOWNLOADS := never
 
 # $(call stage,NAME,COMMAND): run it and say what it took.
@@ -58,12 +63,21 @@ stop: .venv/ready ## stop the embedded warehouse
 	@$(WAREHOUSE) stop
 
 ##@ Kubernetes
-.PHONY: cluster cluster-down
+.PHONY: cluster cluster-down image push sbom
 cluster: .venv/ready ## make a local cluster: KUBE_CONTEXT if named, else kind, else a node from packages
 	@$(BIN)/python -m tests.cluster up
 
 cluster-down: .venv/ready ## take away the cluster that was made here
 	@$(BIN)/python -m tests.cluster down
+
+image: ## build the image, BUILDER=docker or buildah; prints its name
+	@docker/build
+
+push: ## build the image and push it to REGISTRY=localhost:5000
+	@docker/build --push
+
+sbom: ## write the image's bill of materials to sbom.cdx.json
+	@docker/sbom
 
 ##@ Develop
 .PHONY: setup test fix bench kill-test picture clean
@@ -73,8 +87,9 @@ test: .venv/ready ## check the code and run all tests; TESTS=tests/flows for som
 	$(call stage,ruff,$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check .)
 	$(call stage,mypy,$(BIN)/mypy)
 	$(call stage,yamllint,$(BIN)/yamllint -s .)
+	$(call stage,shellcheck and hadolint,$(BIN)/shellcheck docker/build docker/sbom .ci/run && $(BIN)/hadolint docker/Dockerfile)
 	$(call stage,sqlfluff,$(BIN)/sqlfluff lint -q flows/warehouse --nocolor)
-	$(if $(filter tests tests/cluster%,$(TESTS)),$(call stage,cluster,$(BIN)/python -m tests.cluster up || [ -z "$${CI:-}" ]))
+	$(if $(filter tests tests/cluster% tests/docker%,$(TESTS)),$(call stage,cluster,$(BIN)/python -m tests.cluster up || [ -z "$${CI:-}" ]))
 	$(call stage,pytest,$(BIN)/pytest $(TESTS))
 
 fix: .venv/ready ## format the code and repair what the linters can

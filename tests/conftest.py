@@ -4,8 +4,11 @@ import contextlib
 import functools
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import uuid4
 
 import pytest
 
@@ -18,8 +21,12 @@ os.environ["PREFECT_LOGGING_LEVEL"] = "INFO"
 for _name in ("WAREHOUSE_URL", "WAREHOUSE_DIR", "WAREHOUSE_SCHEMA", "LANDING_ZONE", "DBT_THREADS", "PREFECT_API_URL"):
     os.environ.pop(_name, None)
 
+from orchestration.settings import ROOT
 from tests import parts
 from tests.parts import Query, new_database, rows_of, settings_of
+
+if TYPE_CHECKING:
+    from tests.cluster.namespace import Namespace
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -59,6 +66,25 @@ def cluster() -> str:
         if os.environ.get("CI"):
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def namespace(cluster: str) -> Iterator["Namespace"]:
+    """A namespace of the cluster, of the test's own."""
+    from tests.cluster import binaries
+    from tests.cluster.namespace import Namespace
+
+    made = Namespace(cluster, f"test-{uuid4().hex[:8]}")
+    binaries.kubectl("--context", cluster, "create", "namespace", made.name)
+    yield made
+    binaries.kubectl("--context", cluster, "delete", "namespace", made.name, "--wait=false")
+
+
+@pytest.fixture(scope="session")
+def image(cluster: str) -> str:
+    """The image of this checkout, built and pushed to where the cluster pulls from; its name."""
+    pushed = subprocess.run([ROOT / "docker" / "build", "--push"], stdout=subprocess.PIPE, text=True, check=True)
+    return pushed.stdout.strip()
 
 
 @pytest.fixture

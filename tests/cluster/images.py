@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 from tests.cluster import binaries
 from tests.cluster.progress import step
@@ -19,10 +20,10 @@ BASE = f"{REGISTRY}/python:3.13-slim-trixie"
 """Debian trixie with its Python 3.13 under the names that the official image has."""
 
 
-def push(image: str) -> str:
-    """Push an image of buildah's store to the node's registry; its digest there."""
+def push(image: str, name: str | None = None) -> str:
+    """Push an image of buildah's store to the node's registry, as `name`; its digest there."""
     with tempfile.NamedTemporaryFile("r") as digest:
-        target = f"docker://{image}"
+        target = f"docker://{name or image}"
         binaries.run(["buildah", "push", "-q", "--tls-verify=false", "--digestfile", digest.name, image, target])
         return digest.read().strip()
 
@@ -33,8 +34,22 @@ def make_system_images() -> None:
     for name in ("coredns", "metrics-server"):
         made[f"{REGISTRY}/{name}:{binaries.MODULES[name][1]}"] = (binaries.program(name), f'["/{name}"]')
     for image, (binary, entrypoint) in made.items():
-        _make(image, binary, f"/{binary.name}", "--entrypoint", entrypoint)
-        push(image)
+        if not is_in_registry(image):
+            _make(image, binary, f"/{binary.name}", "--entrypoint", entrypoint)
+            push(image)
+            binaries.run(["buildah", "rmi", image])
+
+
+def is_in_registry(image: str) -> bool:
+    """Whether the node's registry has an image: NAME:TAG or NAME@DIGEST, with the registry's address."""
+    name, _, tag = image.removeprefix(f"{REGISTRY}/").rpartition("@" if "@" in image else ":")
+    accepted = "application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json"
+    request = Request(f"http://{REGISTRY}/v2/{name}/manifests/{tag}", headers={"Accept": accepted}, method="HEAD")
+    try:
+        with urlopen(request, timeout=5) as response:  # noqa: S310 - of this machine
+            return bool(response.status == 200)
+    except OSError:
+        return False
 
 
 def _make(image: str, source: Path, target: str, *settings: str) -> None:
@@ -50,6 +65,8 @@ def _make(image: str, source: Path, target: str, *settings: str) -> None:
 
 def make_base_image() -> None:
     """Push the base image, from Debian's packages; kept as an archive in the user's cache."""
+    if is_in_registry(BASE):
+        return
     archive = binaries.cache() / "python-3.13-slim-trixie" / "image.tar"
     if not archive.exists():
         archive.parent.mkdir(parents=True, exist_ok=True)
@@ -62,8 +79,7 @@ def make_base_image() -> None:
             _make(BASE, Path(folder) / "root", "/", "--cmd", "python3", "--env", "LANG=C.UTF-8")
             binaries.run(["buildah", "push", "-q", BASE, f"oci-archive:{fresh}:{BASE}"])
             fresh.replace(archive)
-    binaries.run(["buildah", "pull", "-q", f"oci-archive:{archive}"])
-    push(BASE)
+    push(binaries.run(["buildah", "pull", "-q", f"oci-archive:{archive}"]).strip(), BASE)
 
 
 def _bootstrap(root: Path) -> None:
@@ -79,9 +95,11 @@ def _bootstrap(root: Path) -> None:
         link = root / "usr" / "local" / "bin" / name
         link.unlink(missing_ok=True)
         link.symlink_to("/usr/bin/python3.13")
-    for folder in ("var/lib/apt/lists", "var/cache/apt/archives", "var/log"):
-        for entry in (root / folder).iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    # What the official slim images leave out, and what apt keeps of the installation.
+    documents = [f"usr/share/{name}" for name in ("doc", "info", "locale", "man")]
+    for folder in ("var/lib/apt/lists", "var/cache/apt", "var/log", *documents):
+        for entry in (root / folder).iterdir() if (root / folder).exists() else ():
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 def _mirror() -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.cluster import __main__ as command
 from tests.cluster import binaries, images, node
-from tests.cluster.conftest import RESTRICTED, Namespace, Policy
+from tests.cluster.namespace import RESTRICTED, Namespace, network_policy
 from tests.cluster.progress import ClusterError
 from tests.parts import wait_until
 
@@ -46,14 +46,14 @@ def test_services_names_logs_and_exec(namespace: Namespace) -> None:
     assert '"GET / HTTP/1.1" 200' in namespace.kubectl("logs", "server")
 
 
-def test_a_policy_denies_and_allows_and_does_nothing_without_its_enforcer(namespace: Namespace, policy: Policy) -> None:
+def test_a_policy_denies_and_allows_and_does_nothing_without_its_enforcer(namespace: Namespace) -> None:
     _serve(namespace)
     namespace.pod("friend")
     namespace.pod("stranger")
     assert namespace.connects("stranger", "server", 80)
 
     allow = [{"from": [{"podSelector": {"matchLabels": {"app": "friend"}}}], "ports": [{"port": 8000}]}]
-    namespace.apply(policy("friends-only", pod="server", ingress=allow))
+    namespace.apply(network_policy("friends-only", pod="server", ingress=allow))
     wait_until(lambda: not namespace.connects("stranger", "server", 80), "the policy to be enforced", 20)
     assert namespace.connects("friend", "server", 80)
     assert namespace.connects("stranger", "kube-dns.kube-system", 53), "others are not concerned"
@@ -66,11 +66,11 @@ def test_a_policy_denies_and_allows_and_does_nothing_without_its_enforcer(namesp
     wait_until(lambda: namespace.connects("stranger", "server", 80), "the policy to be gone", 20)
 
 
-def test_egress_is_denied_but_for_what_is_allowed(namespace: Namespace, policy: Policy) -> None:
+def test_egress_is_denied_but_for_what_is_allowed(namespace: Namespace) -> None:
     _serve(namespace)
     namespace.pod("client")
     address = namespace.kubectl("get", "pod", "server", "-o", "jsonpath={.status.podIP}")
-    namespace.apply(policy("deny", pod="client", egress=[]))
+    namespace.apply(network_policy("deny", pod="client", egress=[]))
     wait_until(lambda: not namespace.connects("client", address, 8000), "the policy to be enforced", 20)
     assert not namespace.connects("client", "kubernetes.default", 443), "neither names nor the API"
     assert not namespace.connects("client", node.API_IP if namespace.context == node.CONTEXT else address, 443)
@@ -78,7 +78,7 @@ def test_egress_is_denied_but_for_what_is_allowed(namespace: Namespace, policy: 
     dns = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}}}
     ports = [{"protocol": "UDP", "port": 53}, {"protocol": "UDP", "port": "dns"}]
     to_server = {"to": [{"podSelector": {"matchLabels": {"app": "server"}}}]}
-    namespace.apply(policy("deny", pod="client", egress=[{"to": [dns], "ports": ports}, to_server]))
+    namespace.apply(network_policy("deny", pod="client", egress=[{"to": [dns], "ports": ports}, to_server]))
     wait_until(lambda: namespace.connects("client", "server", 80), "names and the server to be reached", 20)
     assert not namespace.connects("client", "kubernetes.default", 443)
 

@@ -1,13 +1,9 @@
-"""Namespaces of a real cluster, one for each test."""
+"""A namespace of a real cluster, and what a test does in it."""
 
 import json
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
-from uuid import uuid4
-
-import pytest
 
 from tests.cluster import binaries, images
 from tests.cluster.progress import ClusterError
@@ -69,30 +65,15 @@ class Namespace:
         return True
 
 
-@pytest.fixture
-def namespace(cluster: str) -> Iterator[Namespace]:
-    """A namespace of its own."""
-    made = Namespace(cluster, f"test-{uuid4().hex[:8]}")
-    binaries.kubectl("--context", cluster, "create", "namespace", made.name)
-    yield made
-    binaries.kubectl("--context", cluster, "delete", "namespace", made.name, "--wait=false")
-
-
-Policy = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture
-def policy() -> Policy:
-    """A NetworkPolicy's object: `policy("name", ingress=[...], pod="app")`."""
-
-    def make(name: str, pod: str | None = None, **rules: list[dict[str, Any]]) -> dict[str, Any]:
-        selector = {"matchLabels": {"app": pod}} if pod else {}
-        types = [direction.capitalize() for direction in rules]
-        return {
-            "apiVersion": "networking.k8s.io/v1",
-            "kind": "NetworkPolicy",
-            "metadata": {"name": name},
-            "spec": {"podSelector": selector, "policyTypes": types, **rules},
-        }
-
-    return make
+def network_policy(name: str, pod: str | None = None, **rules: list[dict[str, Any]]) -> dict[str, Any]:
+    """A NetworkPolicy for the pods labelled `app: POD`: `network_policy("name", "server", ingress=[...])`."""
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {"name": name},
+        "spec": {
+            "podSelector": {"matchLabels": {"app": pod}} if pod else {},
+            "policyTypes": [direction.capitalize() for direction in rules],
+            **rules,
+        },
+    }

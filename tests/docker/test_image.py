@@ -1,0 +1,189 @@
+"""The image: what is in it, what is not, and that it runs as a pod of the `restricted` standard."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+import pytest
+from packaging.requirements import Requirement
+
+from orchestration.settings import ROOT
+from tests.cluster.namespace import RESTRICTED, Namespace
+from tests.parts import copy_of_checkout
+
+INSIDE = """
+import importlib.metadata, json, os, pathlib, shutil, stat
+files = {}
+for folder, _, names in os.walk("/", onerror=lambda error: None):
+    if folder.split("/")[1] in ("proc", "sys", "dev", "tmp", "run", "var"):
+        continue
+    for name in names:
+        found = os.lstat(os.path.join(folder, name))
+        if stat.S_ISREG(found.st_mode):
+            files[found.st_ino] = found.st_size
+def writable(path):
+    try:
+        pathlib.Path(path, "probe").write_text("")
+        return True
+    except OSError:
+        return False
+print(json.dumps({
+    "bytes": sum(files.values()),
+    "packages": {each.name: each.version for each in importlib.metadata.distributions()},
+    "programs": [name for name in ("cc", "gcc", "make", "pip", "uv", "git", "curl") if shutil.which(name)],
+    "user": [os.getuid(), os.getgid()],
+    "first": pathlib.Path("/proc/1/comm").read_text().strip(),
+    "writable": [path for path in ("/", "/app", "/app/flows", "/opt/venv", "/home", "/tmp") if writable(path)],
+    "compiled": len(list(pathlib.Path("/app").rglob("*.pyc"))),
+    "sources": len(list(pathlib.Path("/app").rglob("*.py"))),
+    "app": sorted(path.name for path in pathlib.Path("/app").iterdir()),
+    "parsed": pathlib.Path("/app/flows/warehouse/target/partial_parse.msgpack").exists(),
+    "caches": [path for path in ("/root/.cache", "/var/lib/apt/lists", "/opt/uv")
+               if any(pathlib.Path(path).glob("*"))],
+}))
+"""
+
+
+def _registry(path: str) -> Any:
+    accepted = "application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json"
+    request = Request(f"http://localhost:5000/v2/{path}", headers={"Accept": accepted})
+    with urlopen(request, timeout=10) as response:  # noqa: S310
+        return json.load(response)
+
+
+def _manifest(image: str) -> dict[str, Any]:
+    name, _, tag = image.removeprefix("localhost:5000/").rpartition(":")
+    manifest: dict[str, Any] = _registry(f"{name}/manifests/{tag}")
+    return manifest
+
+
+@pytest.fixture
+def pod(namespace: Namespace, image: str) -> Callable[..., str]:
+    """Run Python code in a pod of the image; what it printed."""
+    namespace.kubectl("label", "namespace", namespace.name, "pod-security.kubernetes.io/enforce=restricted")
+    container = {
+        "image": image,
+        "command": None,
+        "args": ["sleep", "600"],
+        "securityContext": RESTRICTED | {"runAsUser": None, "readOnlyRootFilesystem": True},
+        "resources": {"requests": {"cpu": "10m", "memory": "64Mi"}, "limits": {"memory": "1Gi"}},
+        "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],  # noqa: S108 - in the pod
+    }
+    namespace.pod("image", container=container, volumes=[{"name": "tmp", "emptyDir": {}}])
+    return lambda *command: namespace.kubectl("exec", "image", "--", *command)
+
+
+def test_what_is_in_it_and_what_is_not(pod: Callable[..., str]) -> None:
+    inside = json.loads(pod("python", "-c", INSIDE))
+    assert inside["bytes"] < 600e6
+    assert inside["user"] == [65532, 65532]
+    assert inside["first"] == "tini"
+    assert inside["programs"] == []
+    assert inside["writable"] == ["/tmp"]  # noqa: S108 - in the pod
+    assert inside["compiled"] == inside["sources"] > 10
+    assert inside["app"] == ["flows", "orchestration", "prefect.yaml", "pyproject.toml", "uv.lock"]
+    assert inside["parsed"]
+    assert inside["caches"] == []
+
+    uv = shutil.which("uv") or str(ROOT / ".uv/bin/uv")
+    locked = subprocess.run(
+        [uv, "export", "--quiet", "--locked", "--no-hashes", "--no-annotate", "--no-emit-project"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    target = {
+        "sys_platform": "linux",
+        "platform_system": "Linux",
+        "python_version": "3.13",
+        "python_full_version": "3.13.5",
+    }
+    expected = {
+        _normal(requirement.name): str(requirement.specifier).removeprefix("==")
+        for requirement in map(Requirement, filter(lambda line: line and line[0] != "#", locked.splitlines()))
+        if not requirement.marker or requirement.marker.evaluate(target)
+    }
+    assert {_normal(name): version for name, version in inside["packages"].items()} == expected
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_it_runs_what_a_cluster_runs(pod: Callable[..., str]) -> None:
+    assert "3.8" in pod("prefect", "--version")
+    pod("python", "-c", "import flows.example_flow, flows.backfill, prefect_kubernetes")
+    assert "postgres: 1.11" in pod("dbt", "--version")
+
+
+def test_its_configuration(image: str) -> None:
+    config = _registry(
+        f"{image.removeprefix('localhost:5000/').rpartition(':')[0]}/blobs/{_manifest(image)['config']['digest']}"
+    )["config"]
+    assert config["User"] == "65532:65532"
+    assert config["Entrypoint"] == ["/usr/bin/tini", "--"]
+    labels = {name.removeprefix("org.opencontainers.image."): value for name, value in config["Labels"].items()}
+    assert re.fullmatch("[0-9a-f]{40}", labels["revision"])
+    assert labels["licenses"] == "Apache-2.0"
+    version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), flags=re.M)
+    assert version
+    assert labels["version"] == version[1]
+    secret = re.compile("password|secret|token", re.IGNORECASE)
+    assert not [variable for variable in config["Env"] if secret.search(variable)]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of this checkout that a test may change."""
+    copy = tmp_path / "checkout"
+    copy_of_checkout(copy)
+    subprocess.run(["git", "init", "-q"], cwd=copy, check=True)
+    subprocess.run(["git", "add", "-A"], cwd=copy, check=True)
+    commit = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "-qm", "all"]
+    subprocess.run(commit, cwd=copy, check=True)
+    return copy
+
+
+def _build(checkout: Path, *arguments: str) -> str:
+    return subprocess.run(
+        ["docker/build", *arguments], cwd=checkout, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.strip()
+
+
+def test_a_changed_flow_makes_only_the_last_layers_anew(image: str, checkout: Path) -> None:
+    assert _build(checkout, "--push") == image, "the same files are the same image"
+    flow = checkout / "flows" / "example_flow.py"
+    flow.write_text(flow.read_text() + "\n# changed\n")
+    changed = _build(checkout, "--push")
+    assert changed != image
+    before, after = (_manifest(each)["layers"] for each in (image, changed))
+    new = [layer for layer in after if layer not in before]
+    assert sum(layer["size"] for layer in new) < 2e6
+    (checkout / "docs" / "loading.md").write_text("")
+    assert _build(checkout) == changed, "what is not in the image does not change it"
+
+
+def test_a_builder_that_is_unknown_is_named(checkout: Path) -> None:
+    (checkout / "flows" / "new.py").write_text("")
+    environment = os.environ | {"BUILDER": "kaniko"}
+    done = subprocess.run(["docker/build"], cwd=checkout, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "BUILDER=kaniko is unknown. Use docker or buildah"
+
+
+@pytest.mark.timeout(1200)  # syft is built once
+def test_the_bill_of_materials_names_every_package(pod: Callable[..., str], tmp_path: Path) -> None:
+    subprocess.run([ROOT / "docker" / "sbom", tmp_path / "sbom.json"], check=True, stdout=subprocess.DEVNULL)
+    bill = json.loads((tmp_path / "sbom.json").read_text())
+    listed = {
+        (component["purl"].split("/")[0], _normal(component["name"]))
+        for component in bill["components"]
+        if "purl" in component
+    }
+    packages = json.loads(pod("python", "-c", INSIDE))["packages"]
+    assert {_normal(name) for name in packages} <= {name for kind, name in listed if kind == "pkg:pypi"}
+    assert ("pkg:deb", "tini") in listed
