@@ -211,7 +211,11 @@ def _pid(name: str) -> int | None:
 def _started(pid: int) -> str:
     """When a process started, in ticks since boot; raises OSError if there is none."""
     state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return "" if state == "Z" else fields[18]
+    if state == "Z":
+        with contextlib.suppress(ChildProcessError):  # its parent is not this process
+            os.waitpid(pid, os.WNOHANG)
+        return ""
+    return fields[18]
 
 
 def _components_down() -> list[str]:

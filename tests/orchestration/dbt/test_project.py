@@ -1,5 +1,6 @@
 """dbt as a child process: what comes back, and what becomes of it when something dies."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -204,8 +205,9 @@ def test_when_dbt_dies_the_flow_is_told(slow: Path, query: Query) -> None:
     thread.start()
     wait_until(lambda: _sleeping(query) == 1, "the model")
     for child in psutil.Process().children():
-        if "orchestration.dbt.child" in child.cmdline():
-            child.kill()
+        with contextlib.suppress(psutil.ZombieProcess):
+            if "orchestration.dbt.child" in child.cmdline():
+                child.kill()
     thread.join()
     assert "dbt build ended with status -9 before it was done" in str(caught[0])
     wait_until(lambda: _sleeping(query) == 0, "the end of the SQL", 10)
