@@ -82,6 +82,19 @@ def kube() -> Path:
     return path
 
 
+def helm(*arguments: str) -> str:
+    """Run helm, the one that is here or else our own; what it printed.
+
+    Raises:
+        ClusterError: it failed, with what it said.
+    """
+    command = [shutil.which("helm") or str(program("helm")), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ClusterError(done.stderr.strip())
+    return done.stdout
+
+
 def kubectl(*arguments: str, text: str | None = None) -> str:
     """Run kubectl, the one that is here or else our own; what it printed.
 

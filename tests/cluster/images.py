@@ -19,6 +19,10 @@ PAUSE = f"{REGISTRY}/pause:1"
 BASE = f"{REGISTRY}/python:3.13-slim-trixie"
 """Debian trixie with its Python 3.13 under the names that the official image has."""
 
+POSTGRES = f"{REGISTRY}/postgres:17"
+VALKEY = f"{REGISTRY}/valkey:8.1"
+"""Debian's, with the interface of the official images."""
+
 
 def push(image: str, name: str | None = None) -> str:
     """Push an image of buildah's store to the node's registry, as `name`; its digest there."""
@@ -80,6 +84,18 @@ def make_base_image() -> None:
             binaries.run(["buildah", "push", "-q", BASE, f"oci-archive:{fresh}:{BASE}"])
             fresh.replace(archive)
     push(binaries.run(["buildah", "pull", "-q", f"oci-archive:{archive}"]).strip(), BASE)
+
+
+def make_databases() -> None:
+    """Push Postgres and Valkey with the interface of their official images."""
+    folder = Path(__file__).with_name("databases")
+    for target, image in (("postgres", POSTGRES), ("valkey", VALKEY)):
+        if not is_in_registry(image):
+            with step(f"Making the image of {target} from Debian's packages", "20 s"):
+                options = ["--build-arg", f"BASE_IMAGE={BASE}", "--target", target, "--tag", image]
+                isolation = ["--isolation", "chroot", "--network", "host", "--tls-verify=false", "--layers"]
+                binaries.run(["buildah", "build", "-q", *isolation, *options, str(folder)])
+                push(image)
 
 
 def _bootstrap(root: Path) -> None:

@@ -68,6 +68,7 @@ def up() -> None:
     with step("Making the images of the sandbox, DNS and metrics", "8 s"):
         images.make_system_images()
     images.make_base_image()
+    images.make_databases()
     _stop("agent")  # its code may be another checkout's
     with step("Starting the control plane and the node's agents", "10 s"):
         _start_control_plane(kube)

@@ -1,0 +1,89 @@
+{{/* The environment of a component's container: (list root component). A name is there once, the last one wins:
+     the chart's own, `settings` and `env` of all, `settings` and `env` of the component. */}}
+{{- define "prefect-server.env" -}}
+{{- $root := index . 0 -}}
+{{- $values := index $root.Values (index . 1) -}}
+{{- $entries := include "prefect-server.ownEnv" . | fromYamlArray -}}
+{{- range $name, $value := $root.Values.settings -}}
+{{- $entries = append $entries (dict "name" $name "value" (toString $value)) -}}
+{{- end -}}
+{{- $entries = concat $entries (tpl (toYaml $root.Values.env) $root | fromYamlArray) -}}
+{{- range $name, $value := $values.settings -}}
+{{- $entries = append $entries (dict "name" $name "value" (toString $value)) -}}
+{{- end -}}
+{{- $entries = concat $entries (tpl (toYaml $values.env) $root | fromYamlArray) -}}
+{{- $last := dict -}}
+{{- $names := list -}}
+{{- range $entries -}}
+{{- if not (hasKey $last .name) -}}{{- $names = append $names .name -}}{{- end -}}
+{{- $_ := set $last .name . -}}
+{{- end -}}
+{{- range $names }}
+- {{ toYaml (get $last .) | nindent 2 | trim }}
+{{- end -}}
+{{- end -}}
+
+{{/* What the chart itself sets: (list root component). */}}
+{{- define "prefect-server.ownEnv" -}}
+{{- $root := index . 0 -}}
+{{- $database := $root.Values.database -}}
+- {name: PREFECT_HOME, value: /tmp/prefect}
+- {name: PREFECT_SERVER_DATABASE_MIGRATE_ON_START, value: "false"}
+- {name: PREFECT_SERVER_DATABASE_SQLALCHEMY_POOL_SIZE, value: {{ $database.poolSize | quote }}}
+- {name: PREFECT_SERVER_DATABASE_SQLALCHEMY_MAX_OVERFLOW, value: {{ $database.maxOverflow | quote }}}
+{{- if $database.external.existingSecret }}
+- name: PREFECT_SERVER_DATABASE_CONNECTION_URL
+  valueFrom: {secretKeyRef: {name: {{ $database.external.existingSecret }}, key: {{ $database.external.key }}}}
+{{- else }}
+- {name: PREFECT_SERVER_DATABASE_DRIVER, value: postgresql+asyncpg}
+- {name: PREFECT_SERVER_DATABASE_HOST, value: {{ include "prefect-server.fullname" $root }}-database}
+- {name: PREFECT_SERVER_DATABASE_PORT, value: "5432"}
+- {name: PREFECT_SERVER_DATABASE_NAME, value: prefect}
+- {name: PREFECT_SERVER_DATABASE_USER, value: prefect}
+- name: PREFECT_SERVER_DATABASE_PASSWORD
+  valueFrom: {secretKeyRef: {name: {{ include "prefect-server.databaseSecret" $root }}, key: password}}
+{{- end }}
+{{- if ne (index . 1) "migrations" }}
+{{- include "prefect-server.serverEnv" . }}
+{{- end }}
+{{- end -}}
+
+{{/* What API and services have and migrations have no need of: (list root component). */}}
+{{- define "prefect-server.serverEnv" -}}
+{{- $root := index . 0 -}}
+{{- if $root.Values.auth.enabled }}
+- name: PREFECT_SERVER_API_AUTH_STRING
+  valueFrom: {secretKeyRef: {name: {{ include "prefect-server.authSecret" $root }}, key: {{ $root.Values.auth.key }}}}
+# Services call the API by the same client as everybody.
+- name: PREFECT_API_AUTH_STRING
+  valueFrom: {secretKeyRef: {name: {{ include "prefect-server.authSecret" $root }}, key: {{ $root.Values.auth.key }}}}
+{{- end }}
+{{- if include "prefect-server.redis" $root }}
+{{- if $root.Values.redis.external.existingSecret }}
+- name: REDIS_URL
+  valueFrom:
+    secretKeyRef: {name: {{ $root.Values.redis.external.existingSecret }}, key: {{ $root.Values.redis.external.key }}}
+{{- else }}
+- name: REDIS_PASSWORD
+  valueFrom: {secretKeyRef: {name: {{ include "prefect-server.redisSecret" $root }}, key: password}}
+- name: REDIS_URL
+  value: redis://:$(REDIS_PASSWORD)@{{ include "prefect-server.fullname" $root }}-redis:6379/0
+{{- end }}
+# All of them or none: what is left in one process' memory is unknown to the others, and runs are scheduled twice.
+- {name: PREFECT_REDIS_MESSAGING_URL, value: $(REDIS_URL)}
+- {name: PREFECT_SERVER_DOCKET_URL, value: $(REDIS_URL)}
+- {name: PREFECT_SERVER_EVENTS_MESSAGING_BROKER, value: prefect_redis.messaging}
+- {name: PREFECT_SERVER_EVENTS_MESSAGING_CACHE, value: prefect_redis.messaging}
+- {name: PREFECT_SERVER_EVENTS_CAUSAL_ORDERING, value: prefect_redis.ordering}
+- {name: PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE, value: prefect_redis.lease_storage}
+- {name: PREFECT_SERVER_WORKER_CHANNEL_CLEANUP_QUEUE_STORAGE, value: prefect_redis.cleanup_queue}
+{{- end }}
+- {name: PREFECT_SERVER_API_BASE_PATH, value: {{ $root.Values.api.basePath }}}
+- {name: PREFECT_API_URL, value: "http://{{ include "prefect-server.fullname" $root }}-api:{{ $root.Values.service.port }}{{ $root.Values.api.basePath }}"}
+{{- if eq (index . 1) "api" }}
+- {name: PREFECT_SERVER_API_HOST, value: 0.0.0.0}
+- {name: PREFECT_SERVER_API_PORT, value: "4200"}
+- {name: PREFECT_UI_API_URL, value: {{ $root.Values.api.uiApiUrl | default $root.Values.api.basePath | quote }}}
+- {name: PREFECT_UI_STATIC_DIRECTORY, value: /tmp/ui}
+{{- end }}
+{{- end -}}

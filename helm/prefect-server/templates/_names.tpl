@@ -1,0 +1,90 @@
+{{/* Names and labels. Components: api, services, migrations, database, redis. */}}
+
+{{- define "prefect-server.fullname" -}}
+{{- $name := default .Chart.Name .Values.nameOverride -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 50 | trimSuffix "-" -}}
+{{- else if contains $name .Release.Name -}}
+{{- .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name $name | trunc 50 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The labels that select a component's pods: (list root component). They never change. */}}
+{{- define "prefect-server.selector" -}}
+{{- $root := index . 0 -}}
+app.kubernetes.io/name: {{ default $root.Chart.Name $root.Values.nameOverride | trunc 63 }}
+app.kubernetes.io/instance: {{ $root.Release.Name }}
+app.kubernetes.io/component: {{ index . 1 }}
+{{- end -}}
+
+{{/* All labels of an object: (list root component). */}}
+{{- define "prefect-server.labels" -}}
+{{- $root := index . 0 -}}
+{{ include "prefect-server.selector" . }}
+app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
+app.kubernetes.io/part-of: prefect
+app.kubernetes.io/managed-by: {{ $root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
+{{- with $root.Values.commonLabels }}
+{{ tpl (toYaml .) $root }}
+{{- end }}
+{{- end -}}
+
+{{/* A pod's labels: (list root component). Without versions: a chart that says no more than that it is newer
+     starts no database anew. */}}
+{{- define "prefect-server.podLabels" -}}
+{{ include "prefect-server.selector" . }}
+app.kubernetes.io/part-of: prefect
+{{- with (index . 0).Values.commonLabels }}
+{{ tpl (toYaml .) (index $ 0) }}
+{{- end }}
+{{- end -}}
+
+{{/* `metadata` of an object: (dict "root" "component" "name" "labels" "annotations"). */}}
+{{- define "prefect-server.metadata" -}}
+{{- $annotations := merge dict (.annotations | default dict) .root.Values.commonAnnotations -}}
+name: {{ .name | default (printf "%s-%s" (include "prefect-server.fullname" .root) .component) }}
+namespace: {{ .root.Release.Namespace }}
+labels:
+  {{- include "prefect-server.labels" (list .root .component) | nindent 2 }}
+  {{- with .labels }}
+  {{- tpl (toYaml .) $.root | nindent 2 }}
+  {{- end }}
+{{- with $annotations }}
+annotations:
+  {{- tpl (toYaml .) $.root | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{/* An image's whole name; the digest wins over the tag. */}}
+{{- define "prefect-server.image" -}}
+{{- if .digest -}}{{ .repository }}@{{ .digest }}{{- else -}}{{ .repository }}:{{ .tag }}{{- end -}}
+{{- end -}}
+
+{{- define "prefect-server.serviceAccountName" -}}
+{{- if .Values.serviceAccount.create -}}
+{{- default (include "prefect-server.fullname" .) .Values.serviceAccount.name -}}
+{{- else -}}
+{{- default "default" .Values.serviceAccount.name -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The Secrets: the one that the person names, else the chart's own. */}}
+{{- define "prefect-server.authSecret" -}}
+{{- default (printf "%s-auth" (include "prefect-server.fullname" .)) .Values.auth.existingSecret -}}
+{{- end -}}
+
+{{- define "prefect-server.databaseSecret" -}}
+{{- default (printf "%s-database" (include "prefect-server.fullname" .)) .Values.database.bundled.existingSecret -}}
+{{- end -}}
+
+{{- define "prefect-server.redisSecret" -}}
+{{- default (printf "%s-redis" (include "prefect-server.fullname" .)) .Values.redis.bundled.existingSecret -}}
+{{- end -}}
+
+{{/* Whether processes of the server share a Redis. */}}
+{{- define "prefect-server.redis" -}}
+{{- if or .Values.redis.bundled.enabled .Values.redis.external.existingSecret -}}true{{- end -}}
+{{- end -}}

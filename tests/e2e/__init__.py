@@ -1,0 +1,1 @@
+"""Tests of whole releases on a real cluster."""

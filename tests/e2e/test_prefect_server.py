@@ -1,0 +1,170 @@
+"""The server's chart on a real cluster: install, refuse, upgrade, roll back, uninstall."""
+
+import base64
+import copy
+import json
+from collections.abc import Iterator
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from tests.cluster import binaries
+from tests.cluster.namespace import Namespace
+from tests.cluster.progress import ClusterError
+from tests.e2e.release import Object, Release, server_values
+from tests.parts import wait_until
+
+NAME = "prefect-server"
+
+
+@pytest.fixture(scope="module")
+def values(image: str) -> Object:
+    return server_values(image)
+
+
+@pytest.fixture(scope="module")
+def server(cluster: str, values: Object) -> Iterator[Release]:
+    """A server that is installed from nothing, in a namespace that enforces the restricted standard."""
+    namespace = Namespace(cluster, f"server-{uuid4().hex[:8]}")
+    binaries.kubectl("--context", cluster, "create", "namespace", namespace.name)
+    namespace.kubectl("label", "namespace", namespace.name, "pod-security.kubernetes.io/enforce=restricted")
+    release = Release("prefect-server", NAME, namespace)
+    release.deploy(values)
+    yield release
+    binaries.kubectl("--context", cluster, "delete", "namespace", namespace.name, "--wait=false")
+
+
+@pytest.fixture
+def api(server: Release) -> Iterator[httpx.Client]:
+    """The server's API, with the password that was generated."""
+    with server.api(f"{NAME}-api", server.secret(f"{NAME}-auth", "auth-string")) as client:
+        yield client
+
+
+def test_it_starts_from_nothing_without_a_restart(server: Release) -> None:
+    restarts = server.restarts()
+    assert len(restarts) == 5, "API, services, migrations, database, Valkey"
+    assert not any(restarts.values()), restarts
+    assert "Phase:          Succeeded" in server.helm("test", NAME)
+
+
+def test_the_schema_is_made_once(server: Release) -> None:
+    log = server.namespace.kubectl("logs", f"job/{NAME}-migrations-1")
+    assert "The schema went from nothing to" in log
+
+
+def test_ui_and_api_are_behind_the_password(server: Release, api: httpx.Client) -> None:
+    assert api.post("/work_pools/filter", json={}).status_code == 200
+    assert api.get(str(api.base_url).replace("/api/", "/")).text.lstrip().lower().startswith("<!doctype html>")
+    for auth in (None, ("admin", "wrong")):
+        refused = httpx.post(f"{api.base_url}work_pools/filter", json={}, auth=auth, timeout=30)
+        assert refused.status_code == 401
+
+
+def test_events_reach_the_services_through_valkey(api: httpx.Client) -> None:
+    """What the API's process is told is stored by the services' process."""
+    flow = api.post("/flows/", json={"name": f"flow-{uuid4().hex[:6]}"}).json()
+    run = api.post("/flow_runs/", json={"flow_id": flow["id"], "state": {"type": "SCHEDULED"}}).json()
+    resource = {"id": [f"prefect.flow-run.{run['id']}"]}
+
+    def stored() -> bool:
+        found = api.post("/events/filter", json={"filter": {"any_resource": resource}})
+        return bool(found.json().get("events"))
+
+    wait_until(stored, "the event to be stored", 60)
+
+
+def test_a_stranger_reaches_the_api_and_neither_database_nor_valkey(server: Release, namespace: Namespace) -> None:
+    namespace.pod("stranger")
+    server.namespace.pod("neighbour")
+    home = server.namespace.name
+    for pods, pod in ((namespace, "stranger"), (server.namespace, "neighbour")):
+        assert pods.connects(pod, f"{NAME}-api.{home}.svc.cluster.local", 4200)
+        assert not pods.connects(pod, f"{NAME}-database.{home}.svc.cluster.local", 5432)
+        assert not pods.connects(pod, f"{NAME}-redis.{home}.svc.cluster.local", 6379)
+    server.namespace.kubectl("delete", "pod", "neighbour")
+
+
+def test_an_upgrade_keeps_passwords_and_data_and_a_rollback_takes_it_back(server: Release, values: Object) -> None:
+    secrets = (("auth", "auth-string"), ("database", "password"), ("redis", "password"))
+    before = [server.secret(f"{NAME}-{name}", key) for name, key in secrets]
+    database = server.pods("database")[0]["metadata"]["uid"]
+    with server.api(f"{NAME}-api", before[0]) as api:
+        pool = f"pool-{uuid4().hex[:6]}"
+        assert api.post("/work_pools/", json={"name": pool, "type": "kubernetes"}).status_code == 201
+    changed = copy.deepcopy(values) | {"settings": {"PREFECT_SERVER_API_DEFAULT_LIMIT": 123}, "api": {"replicas": 2}}
+    server.deploy(changed)
+    assert [server.secret(f"{NAME}-{name}", key) for name, key in secrets] == before
+    assert server.pods("database")[0]["metadata"]["uid"] == database, "the database went on"
+    assert len(server.pods("api")) == 2
+    environment = server.pods("api")[0]["spec"]["containers"][0]["env"]
+    assert {"name": "PREFECT_SERVER_API_DEFAULT_LIMIT", "value": "123"} in environment
+    with server.api(f"{NAME}-api", before[0]) as api:
+        assert api.get(f"/work_pools/{pool}").status_code == 200
+    server.helm("rollback", NAME, "1", "--wait", "--timeout", "5m")
+    assert len(server.pods("api")) == 1
+    with server.api(f"{NAME}-api", before[0]) as api:
+        assert api.get(f"/work_pools/{pool}").status_code == 200
+
+
+def test_a_failed_upgrade_leaves_the_server_running(server: Release, values: Object) -> None:
+    running = {pod["metadata"]["name"] for pod in server.pods("api")}
+    wrong = copy.deepcopy(values)
+    wrong["image"]["tag"] = "absent"
+    server.deploy(wrong, wait=False)
+
+    def refused() -> bool:
+        states = [
+            status.get("state", {}).get("waiting", {}).get("reason")
+            for pod in server.pods("api")
+            for status in pod["status"].get("initContainerStatuses", [])
+        ]
+        return bool({"ErrImagePull", "ImagePullBackOff"} & set(states))
+
+    wait_until(refused, "the image to be refused")
+    with server.api(f"{NAME}-api", server.secret(f"{NAME}-auth", "auth-string")) as api:
+        assert api.post("/work_pools/filter", json={}).status_code == 200
+    assert running <= {pod["metadata"]["name"] for pod in server.pods("api")}
+    server.helm("rollback", NAME, "--wait", "--timeout", "5m")
+
+
+def test_an_external_database_with_a_wrong_password_says_so(
+    namespace: Namespace, server: Release, values: Object
+) -> None:
+    url = f"postgresql+asyncpg://prefect:wrong@{NAME}-database.{server.namespace.name}:5432/prefect"
+    encoded = base64.b64encode(url.encode()).decode()
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "db"}, "data": {"connection-url": encoded}}
+    namespace.apply(secret)
+    server.namespace.kubectl("delete", "networkpolicy", f"{NAME}-database")
+    release = Release("prefect-server", "other", namespace)
+    release.deploy(
+        copy.deepcopy(values) | {"database": {"bundled": {"enabled": False}, "external": {"existingSecret": "db"}}},
+        wait=False,
+    )
+
+    def told() -> str:
+        try:
+            return namespace.kubectl("logs", "job/other-prefect-server-migrations-1")
+        except ClusterError:
+            return ""
+
+    log = wait_until(lambda: "cannot be used" in (text := told()) and text, "the reason", 90)
+    last = log.strip().splitlines()[-1]
+    assert 'password authentication failed for user "prefect"' in last
+    assert "wrong@" not in log
+    assert "Check the Secret" in last
+    assert "Traceback" not in log
+
+
+def test_uninstalled_only_the_volume_and_its_password_stay(server: Release) -> None:
+    server.helm("uninstall", NAME, "--wait")
+    kinds = "deploy,sts,jobs,services,secrets,configmaps,networkpolicies,serviceaccounts,pvc"
+    listed = json.loads(server.namespace.kubectl("get", kinds, "-o", "json"))["items"]
+    left = sorted(f"{each['kind']}/{each['metadata']['name']}" for each in listed)
+    assert left == [
+        "ConfigMap/kube-root-ca.crt",
+        f"PersistentVolumeClaim/data-{NAME}-database-0",
+        f"Secret/{NAME}-database",
+        "ServiceAccount/default",
+    ]

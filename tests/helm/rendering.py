@@ -1,0 +1,67 @@
+"""The one way that tests render a chart: every object comes back, checked against Kubernetes' own schema."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import yaml
+
+from orchestration.settings import ROOT
+from tests.cluster import binaries
+
+KUBERNETES = "1.33"
+"""The API version whose schemas are at hand; the charts ask for 1.29 or later."""
+
+Object = dict[str, Any]
+
+
+def render(chart: str, values: Object | Path | None = None, release: str = "test") -> list[Object]:
+    """The objects that a chart renders, in namespace `prefect`.
+
+    Args:
+        chart: a folder of `helm/`.
+        values: as a mapping, or a values file.
+        release: the release's name.
+
+    Raises:
+        ClusterError: helm refuses the values, with its reason.
+        ValidationError: an object is none that Kubernetes would take.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = values if isinstance(values, Path) else Path(folder) / "values.yaml"
+        if not isinstance(values, Path):
+            file.write_text(yaml.safe_dump(values or {}))
+        text = binaries.helm("template", release, str(ROOT / "helm" / chart), "-n", "prefect", "-f", str(file))
+    objects = [each for each in yaml.safe_load_all(text) if each]
+    for each in objects:
+        if each["apiVersion"].split("/")[0] not in ("gateway.networking.k8s.io",):
+            kubernetes_validate.validate(each, KUBERNETES, strict=True)
+    return objects
+
+
+def inventory(objects: list[Object]) -> list[str]:
+    """The objects as "Kind/name", sorted."""
+    return sorted(f"{each['kind']}/{each['metadata']['name']}" for each in objects)
+
+
+def one(objects: list[Object], kind: str, name: str) -> Object:
+    """The object of that kind and name."""
+    found = [each for each in objects if each["kind"] == kind and each["metadata"]["name"] == name]
+    assert len(found) == 1, f"{kind}/{name} is not among {inventory(objects)}"
+    return found[0]
+
+
+def pod_specs(objects: list[Object]) -> dict[str, Object]:
+    """Each pod that the objects make, by "Kind/name"."""
+    specs = {}
+    for each in objects:
+        spec = each["spec"] if each["kind"] == "Pod" else each.get("spec", {}).get("template", {}).get("spec")
+        if spec and "containers" in spec:
+            specs[f"{each['kind']}/{each['metadata']['name']}"] = spec
+    return specs
+
+
+def environment(container: Object) -> dict[str, Any]:
+    """A container's variables: the value, or where it comes from."""
+    return {each["name"]: each.get("value", each.get("valueFrom")) for each in container["env"]}

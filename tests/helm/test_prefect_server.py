@@ -1,0 +1,290 @@
+"""The server's chart as it renders: what is there, what each value does, what is refused."""
+
+import copy
+import json
+import re
+from typing import Any
+
+import pytest
+import yaml
+
+from orchestration.settings import ROOT
+from tests.cluster.progress import ClusterError
+from tests.helm.rendering import Object, environment, inventory, one, pod_specs, render
+
+CHART = ROOT / "helm" / "prefect-server"
+TAG: Object = {"image": {"tag": "0123456789ab"}}
+EXAMPLES = sorted((CHART / "examples").glob("*.yaml"))
+
+# Every feature at once: what it renders must be what Kubernetes takes.
+MAXIMAL: Object = {
+    "image": {"tag": "1", "pullSecrets": ["registry"], "pullPolicy": "Always"},
+    "fullnameOverride": "prefect",
+    "commonLabels": {"team": "data"},
+    "commonAnnotations": {"owner": "{{ .Release.Name }}"},
+    "settings": {"PREFECT_SERVER_LOGGING_LEVEL": "INFO", "PREFECT_SERVER_API_DEFAULT_LIMIT": 100},
+    "env": [{"name": "FROM_SECRET", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}],
+    "envFrom": [{"secretRef": {"name": "all-settings"}}],
+    "pod": {
+        "labels": {"a": "b"},
+        "annotations": {"c": "d"},
+        "nodeSelector": {"kubernetes.io/os": "linux"},
+        "tolerations": [{"key": "dedicated", "operator": "Exists"}],
+        "affinity": {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}},
+        "topologySpreadConstraints": [
+            {"maxSkew": 1, "topologyKey": "topology.kubernetes.io/zone", "whenUnsatisfiable": "ScheduleAnyway"}
+        ],
+        "priorityClassName": "important",
+        "runtimeClassName": "gvisor",
+        "hostAliases": [{"ip": "10.0.0.1", "hostnames": ["db"]}],
+        "dnsPolicy": "ClusterFirst",
+        "dnsConfig": {"options": [{"name": "ndots", "value": "2"}]},
+        "sidecars": [{"name": "proxy", "image": "proxy:1"}],
+        "initContainers": [{"name": "native", "image": "proxy:1", "restartPolicy": "Always"}],
+        "volumes": [{"name": "ca", "configMap": {"name": "ca"}}],
+        "volumeMounts": [{"name": "ca", "mountPath": "/ca"}],
+    },
+    "api": {
+        "replicas": 3,
+        "basePath": "/prefect/api",
+        "uiApiUrl": "https://prefect.example.com/prefect/api",
+        "extraArgs": ["--keep-alive-timeout", "30"],
+        "settings": {"PREFECT_SERVER_LOGGING_LEVEL": "DEBUG"},
+        "autoscaling": {"enabled": True, "behavior": {"scaleDown": {"stabilizationWindowSeconds": 60}}},
+        "podDisruptionBudget": {"minAvailable": "50%"},
+    },
+    "services": {"replicas": 2, "lifecycle": {"preStop": {"sleep": {"seconds": 1}}}},
+    "database": {"bundled": {"configuration": {"max_connections": 200}, "storage": {"className": "fast"}}},
+    "service": {
+        "type": "LoadBalancer",
+        "loadBalancerClass": "internal",
+        "loadBalancerSourceRanges": ["10.0.0.0/8"],
+        "externalTrafficPolicy": "Local",
+        "ipFamilyPolicy": "PreferDualStack",
+        "ipFamilies": ["IPv4", "IPv6"],
+        "annotations": {"e": "f"},
+        "extraPorts": [{"name": "metrics", "port": 9000, "targetPort": 9000}],
+    },
+    "ingress": {
+        "enabled": True,
+        "className": "nginx",
+        "hosts": [{"host": "prefect.example.com", "paths": [{"path": "/prefect", "pathType": "Prefix"}]}],
+        "tls": [{"hosts": ["prefect.example.com"], "secretName": "tls"}],
+    },
+    "httpRoute": {"enabled": True, "parentRefs": [{"name": "gateway"}], "hostnames": ["prefect.example.com"]},
+    "networkPolicy": {
+        "apiFrom": [{"namespaceSelector": {"matchLabels": {"flows": "yes"}}}],
+        "extraEgress": [{"to": [{"ipBlock": {"cidr": "192.0.2.0/24"}}]}],
+        "egressCIDRs": ["10.0.0.0/8"],
+    },
+    "extraObjects": [
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "more"}, "data": {"of": "{{ .Release.Name }}"}},
+        "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: text}",
+    ],
+}
+
+
+def _with(**values: Any) -> Object:
+    """The least values with these in place: `_with(api={"replicas": 2})`."""
+
+    def put(target: Object, changes: Object) -> Object:
+        for key, value in changes.items():
+            target[key] = put(target.get(key, {}), value) if isinstance(value, dict) else value
+        return target
+
+    return put(copy.deepcopy(TAG), values)
+
+
+def test_what_there_is_by_default() -> None:
+    assert inventory(render("prefect-server", TAG)) == [
+        "Deployment/test-prefect-server-api",
+        "Deployment/test-prefect-server-redis",
+        "Deployment/test-prefect-server-services",
+        "Job/test-prefect-server-migrations-1",
+        "NetworkPolicy/test-prefect-server-api",
+        "NetworkPolicy/test-prefect-server-database",
+        "NetworkPolicy/test-prefect-server-migrations",
+        "NetworkPolicy/test-prefect-server-redis",
+        "NetworkPolicy/test-prefect-server-services",
+        "Pod/test-prefect-server-test",
+        "Secret/test-prefect-server-auth",
+        "Secret/test-prefect-server-database",
+        "Secret/test-prefect-server-redis",
+        "Service/test-prefect-server-api",
+        "Service/test-prefect-server-database",
+        "Service/test-prefect-server-redis",
+        "ServiceAccount/test-prefect-server",
+        "StatefulSet/test-prefect-server-database",
+    ]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_each_example_renders(example: Any) -> None:
+    assert pod_specs(render("prefect-server", example))
+
+
+def test_all_features_at_once() -> None:
+    objects = render("prefect-server", MAXIMAL)
+    assert {"HorizontalPodAutoscaler/prefect-api", "PodDisruptionBudget/prefect-api", "Ingress/prefect-api",
+            "PodDisruptionBudget/prefect-services", "HTTPRoute/prefect-api", "ConfigMap/more",
+            "ConfigMap/text"} <= set(inventory(objects))  # fmt: skip
+    for each in objects:
+        if each["kind"] != "ConfigMap":
+            assert each["metadata"]["labels"]["team"] == "data"
+            assert each["metadata"]["annotations"]["owner"] == "test"
+    assert "replicas" not in one(objects, "Deployment", "prefect-api")["spec"]
+    assert one(objects, "ConfigMap", "more")["data"] == {"of": "test"}
+    api = pod_specs(objects)["Deployment/prefect-api"]
+    assert [container["name"] for container in api["containers"]] == ["api", "proxy"]
+    assert [container["name"] for container in api["initContainers"]] == ["wait-for-migrations", "native"]
+    assert api["priorityClassName"] == "important"
+    assert {"name": "ca", "mountPath": "/ca"} in api["containers"][0]["volumeMounts"]
+    assert api["containers"][0]["args"][-2:] == ["--keep-alive-timeout", "30"]
+    assert api["containers"][0]["livenessProbe"]["httpGet"]["path"] == "/prefect/api/health"
+
+
+@pytest.mark.parametrize("values", [TAG, MAXIMAL], ids=["default", "maximal"])
+def test_every_pod_meets_the_restricted_standard_and_mounts_no_token(values: Object) -> None:
+    for name, spec in pod_specs(render("prefect-server", values)).items():
+        assert spec["automountServiceAccountToken"] is False, name
+        assert spec["enableServiceLinks"] is False, name
+        assert spec["securityContext"]["runAsNonRoot"] is True, name
+        assert spec["securityContext"]["runAsUser"] > 0, name
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, name
+        for container in [*spec["containers"], *spec.get("initContainers", [])]:
+            if container["image"] == "proxy:1":
+                continue
+            context = container["securityContext"]
+            assert context["allowPrivilegeEscalation"] is False, name
+            assert context["readOnlyRootFilesystem"] is True, name
+            assert context["capabilities"] == {"drop": ["ALL"]}, name
+            assert set(container["resources"]) == {"requests", "limits"}, name
+            assert not container["image"].endswith((":latest", ":")), name
+
+
+def test_a_name_is_in_the_environment_once_and_the_nearest_wins() -> None:
+    specs = pod_specs(render("prefect-server", MAXIMAL))
+    for name, level in (("api", "DEBUG"), ("services", "INFO")):
+        container = specs[f"Deployment/prefect-{name}"]["containers"][0]
+        names = [each["name"] for each in container["env"]]
+        assert len(names) == len(set(names))
+        assert environment(container)["PREFECT_SERVER_LOGGING_LEVEL"] == level
+        assert environment(container)["PREFECT_SERVER_API_DEFAULT_LIMIT"] == "100"
+        assert environment(container)["FROM_SECRET"] == {"secretKeyRef": {"name": "s", "key": "k"}}
+        assert container["envFrom"] == [{"secretRef": {"name": "all-settings"}}]
+
+
+def test_processes_share_all_through_redis_or_run_in_one() -> None:
+    shared = {
+        "PREFECT_REDIS_MESSAGING_URL", "PREFECT_SERVER_DOCKET_URL", "PREFECT_SERVER_EVENTS_MESSAGING_BROKER",
+        "PREFECT_SERVER_EVENTS_MESSAGING_CACHE", "PREFECT_SERVER_EVENTS_CAUSAL_ORDERING",
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE", "PREFECT_SERVER_WORKER_CHANNEL_CLEANUP_QUEUE_STORAGE",
+    }  # fmt: skip
+    specs = pod_specs(render("prefect-server", TAG))
+    for name in ("api", "services"):
+        assert shared <= set(environment(specs[f"Deployment/test-prefect-server-{name}"]["containers"][0]))
+    alone = render("prefect-server", _with(redis={"bundled": {"enabled": False}}, services={"separate": False}))
+    assert "Deployment/test-prefect-server-services" not in inventory(alone)
+    container = pod_specs(alone)["Deployment/test-prefect-server-api"]["containers"][0]
+    assert not shared & set(environment(container))
+    assert "--no-services" not in container["args"]
+
+
+def test_no_value_of_a_secret_is_in_a_pod() -> None:
+    objects = render("prefect-server", TAG)
+    secrets = [value for each in objects if each["kind"] == "Secret" for value in each["data"].values()]
+    text = json.dumps(pod_specs(objects))
+    assert len(secrets) == 3
+    assert not [secret for secret in secrets if secret in text]
+    assert not re.search(r"password\W+value\W", text, flags=re.IGNORECASE)
+
+
+def test_secrets_of_your_own_are_used_and_none_is_made() -> None:
+    example = CHART / "examples" / "production.yaml"
+    objects = render("prefect-server", example)
+    assert not [name for name in inventory(objects) if name.startswith(("Secret/", "StatefulSet/"))]
+    variables = environment(pod_specs(objects)["Deployment/test-prefect-server-api"]["containers"][0])
+    assert variables["PREFECT_SERVER_DATABASE_CONNECTION_URL"] == {
+        "secretKeyRef": {"name": "prefect-database", "key": "connection-url"}
+    }
+    assert variables["PREFECT_SERVER_API_AUTH_STRING"] == {
+        "secretKeyRef": {"name": "prefect-auth", "key": "auth-string"}
+    }
+
+
+def test_pods_start_anew_when_the_secrets_they_read_change() -> None:
+    def checksum(values: Object) -> str:
+        template = one(render("prefect-server", values), "Deployment", "test-prefect-server-api")["spec"]["template"]
+        return str(template["metadata"]["annotations"]["checksum/secrets"])
+
+    assert checksum(TAG) == checksum(TAG)
+    assert checksum(TAG) != checksum(_with(auth={"existingSecret": "other"}))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "image.tag is empty"),
+        (_with(image={"tag": "latest"}), "image.tag is `latest`"),
+        (_with(database={"external": {"existingSecret": "db"}}), "database.bundled.enabled=false"),
+        (_with(database={"bundled": {"enabled": False}}), "There is no database"),
+        (_with(redis={"external": {"existingSecret": "r"}}), "redis.bundled.enabled=false"),
+        (_with(redis={"bundled": {"enabled": False}}), "services.separate=true needs a Redis"),
+        (
+            _with(redis={"bundled": {"enabled": False}}, services={"separate": False}, api={"replicas": 2}),
+            "over 1 needs a Redis",
+        ),
+        (_with(services={"separate": False}, api={"replicas": 2}), "over 1 needs services.separate=true"),
+        (_with(ingress={"enabled": True}), "ingress.enabled=true needs ingress.hosts"),
+        (_with(httpRoute={"enabled": True}), "httpRoute.enabled=true needs httpRoute.parentRefs"),
+        (
+            _with(api={"autoscaling": {"enabled": True}, "resources": {"requests": {"cpu": None}}}),
+            "needs api.resources.requests.cpu",
+        ),
+        (_with(api={"replica": 2}), "at '/api': additional properties 'replica' not allowed"),
+        (_with(api={"replicas": "two"}), "at '/api/replicas': got string, want integer"),
+        (_with(settings={"prefect_home": "x"}), "'prefect_home' does not match pattern"),
+        (_with(service={"type": "Load"}), "at '/service/type'"),
+        (_with(image={"digest": "sha256:1"}), "at '/image/digest'"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)
+def test_what_cannot_work_is_refused_with_its_key_and_cure(values: Object, message: str) -> None:
+    with pytest.raises(ClusterError) as caught:
+        render("prefect-server", values)
+    assert message in str(caught.value)
+
+
+def test_every_rule_has_a_negative_test() -> None:
+    rules = (CHART / "templates" / "_validate.tpl").read_text().count("{{- fail ")
+    assert rules == 11
+
+
+def test_values_are_short_commented_and_closed() -> None:
+    text = (CHART / "values.yaml").read_text()
+    assert len(text.splitlines()) < 400
+    schema = json.loads((CHART / "values.schema.json").read_text())
+
+    def check(value: Any, rule: Object, path: str) -> None:
+        rule = schema["$defs"][rule["$ref"].split("/")[-1]] if "$ref" in rule else rule
+        if isinstance(value, dict) and "properties" in rule:
+            assert rule["additionalProperties"] is False, path
+            for key, each in value.items():
+                assert key in rule["properties"], f"{path}.{key} is not in the schema"
+                check(each, rule["properties"][key], f"{path}.{key}")
+
+    check(yaml.safe_load(text), schema, "")
+    assert not re.search(r"(?i)password: *\S", text)
+
+
+def test_versions_agree() -> None:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    locked = re.search(r'name = "prefect"\nversion = "(.*)"', (ROOT / "uv.lock").read_text())
+    assert locked
+    assert chart["appVersion"] == locked[1]
+
+
+def test_template_files_are_short() -> None:
+    for file in (CHART / "templates").glob("_*.tpl"):
+        for definition in re.findall(r"{{- define.*?\n{{- end -}}\n", file.read_text(), flags=re.S):
+            assert definition.count("\n") <= 60, file.name
