@@ -1,0 +1,75 @@
+{{/* The environment of a component's container: (list root component). A name is there once, the last one wins:
+     the chart's own, `settings` and `env` of worker and sync (runs have the worker's settings from the worker), those of
+     the component. */}}
+{{- define "prefect-work-pool.env" -}}
+{{- $root := index . 0 -}}
+{{- $levels := list (index $root.Values (index . 1)) -}}
+{{- $entries := list -}}
+{{- if ne (index . 1) "runs" -}}
+{{- $levels = prepend $levels $root.Values -}}
+{{- $entries = include "prefect-work-pool.ownEnv" . | fromYamlArray -}}
+{{- end -}}
+{{- range $level := $levels -}}
+{{- range $name, $value := $level.settings -}}
+{{- $entries = append $entries (dict "name" $name "value" (toString $value)) -}}
+{{- end -}}
+{{- $entries = concat $entries (tpl (toYaml $level.env) $root | fromYamlArray) -}}
+{{- end -}}
+{{- $last := dict -}}
+{{- $names := list -}}
+{{- range $entries -}}
+{{- if not (hasKey $last .name) -}}{{- $names = append $names .name -}}{{- end -}}
+{{- $_ := set $last .name . -}}
+{{- end -}}
+{{- range $names }}
+- {{ toYaml (get $last .) | nindent 2 | trim }}
+{{- end -}}
+{{- end -}}
+
+{{/* What the chart itself sets: (list root component). */}}
+{{- define "prefect-work-pool.ownEnv" -}}
+{{- $root := index . 0 -}}
+- {name: PREFECT_HOME, value: /tmp/prefect}
+- {name: PREFECT_API_URL, value: {{ tpl $root.Values.api.url $root | quote }}}
+{{- with $root.Values.api.auth }}
+{{- if .existingSecret }}
+- name: PREFECT_API_AUTH_STRING
+  valueFrom: {secretKeyRef: {name: {{ .existingSecret }}, key: {{ .key }}}}
+{{- end }}
+{{- end }}
+{{- if eq (index . 1) "worker" }}
+{{- include "prefect-work-pool.workerEnv" $root }}
+{{- end }}
+{{- end -}}
+
+{{- define "prefect-work-pool.workerEnv" -}}
+{{- with .Values.api.auth }}
+{{- if .existingSecret }}
+# So that a run's Job refers to the Secret instead of having the password in its manifest.
+- {name: PREFECT_INTEGRATIONS_KUBERNETES_WORKER_API_AUTH_STRING_SECRET_NAME, value: {{ .existingSecret }}}
+- {name: PREFECT_INTEGRATIONS_KUBERNETES_WORKER_API_AUTH_STRING_SECRET_KEY, value: {{ .key }}}
+{{- end }}
+{{- end }}
+# Without it pods and Jobs are watched in the whole cluster, which the Role does not allow.
+- {name: PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_NAMESPACES, value: {{ .Release.Namespace }}}
+{{- with .Values.worker }}
+- {name: PREFECT_WORKER_QUERY_SECONDS, value: {{ .querySeconds | quote }}}
+- {name: PREFECT_WORKER_PREFETCH_SECONDS, value: {{ .prefetchSeconds | quote }}}
+- {name: PREFECT_WORKER_HEARTBEAT_SECONDS, value: {{ .heartbeatSeconds | quote }}}
+# A run that is cancelled loses its pod.
+- {name: PREFECT_WORKER_ENABLE_CANCELLATION, value: "true"}
+- {name: PREFECT_API_ENABLE_HTTP2, value: {{ .http2 | quote }}}
+{{- end }}
+{{- end -}}
+
+{{/* `env` and `envFrom` of a component's container: (list root component). */}}
+{{- define "prefect-work-pool.containerEnv" -}}
+{{- $root := index . 0 -}}
+{{- $all := ternary list $root.Values.envFrom (eq (index . 1) "runs") -}}
+env:
+  {{- include "prefect-work-pool.env" . | nindent 2 }}
+{{- with concat $all (index $root.Values (index . 1)).envFrom }}
+envFrom:
+  {{- tpl (toYaml .) $root | nindent 2 }}
+{{- end }}
+{{- end -}}

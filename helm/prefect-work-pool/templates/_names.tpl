@@ -1,0 +1,89 @@
+{{/* Names and labels. Components: worker, runs, sync. */}}
+
+{{- define "prefect-work-pool.fullname" -}}
+{{- $name := default .Chart.Name .Values.nameOverride -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 50 | trimSuffix "-" -}}
+{{- else if contains $name .Release.Name -}}
+{{- .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name $name | trunc 50 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The labels that select a component's pods: (list root component). They never change. */}}
+{{- define "prefect-work-pool.selector" -}}
+{{- $root := index . 0 -}}
+app.kubernetes.io/name: {{ default $root.Chart.Name $root.Values.nameOverride | trunc 63 }}
+app.kubernetes.io/instance: {{ $root.Release.Name }}
+app.kubernetes.io/component: {{ index . 1 }}
+{{- end -}}
+
+{{/* All labels of an object: (list root component). */}}
+{{- define "prefect-work-pool.labels" -}}
+{{- $root := index . 0 -}}
+{{ include "prefect-work-pool.selector" . }}
+app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
+app.kubernetes.io/part-of: prefect
+app.kubernetes.io/managed-by: {{ $root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
+{{- with $root.Values.commonLabels }}
+{{ tpl (toYaml .) $root }}
+{{- end }}
+{{- end -}}
+
+{{/* A pod's labels: (list root component). Without versions: a chart that says no more than that it is newer
+     starts nothing anew. */}}
+{{- define "prefect-work-pool.podLabels" -}}
+{{ include "prefect-work-pool.selector" . }}
+app.kubernetes.io/part-of: prefect
+{{- with (index . 0).Values.commonLabels }}
+{{ tpl (toYaml .) (index $ 0) }}
+{{- end }}
+{{- end -}}
+
+{{/* `metadata` of an object: (dict "root" "component" "name" "labels" "annotations"). */}}
+{{- define "prefect-work-pool.metadata" -}}
+{{- $annotations := merge dict (.annotations | default dict) .root.Values.commonAnnotations -}}
+name: {{ .name | default (printf "%s-%s" (include "prefect-work-pool.fullname" .root) .component) }}
+namespace: {{ .root.Release.Namespace }}
+labels:
+  {{- include "prefect-work-pool.labels" (list .root .component) | nindent 2 }}
+  {{- with .labels }}
+  {{- tpl (toYaml .) $.root | nindent 2 }}
+  {{- end }}
+{{- with $annotations }}
+annotations:
+  {{- tpl (toYaml .) $.root | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{/* An image's whole name; the digest wins over the tag. */}}
+{{- define "prefect-work-pool.image" -}}
+{{- if .digest -}}{{ .repository }}@{{ .digest }}{{- else -}}{{ .repository }}:{{ .tag }}{{- end -}}
+{{- end -}}
+
+{{/* The name of a component's service account: (list root component). */}}
+{{- define "prefect-work-pool.serviceAccountName" -}}
+{{- $account := (index (index . 0).Values (index . 1)).serviceAccount -}}
+{{- if $account.create -}}
+{{- default (printf "%s-%s" (include "prefect-work-pool.fullname" (index . 0)) (index . 1)) $account.name -}}
+{{- else -}}
+{{- default "default" $account.name -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The image of the runs: their own where one is given, else the release's. */}}
+{{- define "prefect-work-pool.runsImage" -}}
+{{- $own := .Values.runs.image -}}
+{{- if or $own.tag $own.digest -}}
+{{- include "prefect-work-pool.image" (dict "repository" ($own.repository | default .Values.image.repository) "tag" $own.tag "digest" $own.digest) -}}
+{{- else -}}
+{{- include "prefect-work-pool.image" .Values.image -}}
+{{- end -}}
+{{- end -}}
+
+{{/* A component's pod: `pod` with its own on top: (list root component). */}}
+{{- define "prefect-work-pool.podValues" -}}
+{{- mergeOverwrite (deepCopy (index . 0).Values.pod) (deepCopy (index (index . 0).Values (index . 1)).pod) | toYaml -}}
+{{- end -}}

@@ -1,0 +1,130 @@
+{{/* The pool as `python -m orchestration.pool` reads it. */}}
+{{- define "prefect-work-pool.pool" -}}
+name: {{ .Values.pool.name }}
+type: kubernetes
+description: {{ .Values.pool.description | quote }}
+concurrency_limit: {{ .Values.pool.concurrencyLimit | toJson }}
+queues:
+  {{- range .Values.pool.queues }}
+  - name: {{ .name | quote }}
+    {{- with .priority }}
+    priority: {{ . }}
+    {{- end }}
+    concurrency_limit: {{ .concurrencyLimit | toJson }}
+    description: {{ .description | default "" | quote }}
+  {{- else }} []
+  {{- end }}
+base_job_template:
+  {{- $template := dict "job_configuration" (include "prefect-work-pool.jobConfiguration" . | fromYaml) "variables" (include "prefect-work-pool.jobVariables" . | fromYaml) }}
+  {{- mergeOverwrite $template .Values.runs.baseJobTemplate | toYaml | nindent 2 }}
+{{- end -}}
+
+{{/* What the worker makes of a run. What is in {{ }} comes from the job variables. */}}
+{{- define "prefect-work-pool.jobConfiguration" -}}
+{{- $pod := include "prefect-work-pool.podValues" (list . "runs") | fromYaml -}}
+name: "{{ "{{ name }}" }}"
+command: "{{ "{{ command }}" }}"
+env: "{{ "{{ env }}" }}"
+labels: "{{ "{{ labels }}" }}"
+annotations: "{{ "{{ annotations }}" }}"
+namespace: {{ .Release.Namespace }}
+job_manifest:
+  apiVersion: batch/v1
+  kind: Job
+  metadata:
+    generateName: "{{ "{{ name }}" }}-"
+    namespace: {{ .Release.Namespace }}
+    labels: "{{ "{{ labels }}" }}"
+    annotations: "{{ "{{ annotations }}" }}"
+  spec:
+    backoffLimit: "{{ "{{ backoff_limit }}" }}"
+    ttlSecondsAfterFinished: "{{ "{{ finished_job_ttl }}" }}"
+    activeDeadlineSeconds: "{{ "{{ active_deadline_seconds }}" }}"
+    template:
+      metadata:
+        labels:
+          {{- include "prefect-work-pool.runLabels" . | nindent 10 }}
+          {{- with merge dict .Values.runs.labels $pod.labels }}
+          {{- tpl (toYaml .) $ | nindent 10 }}
+          {{- end }}
+        {{- with merge dict .Values.runs.annotations $pod.annotations .Values.commonAnnotations }}
+        annotations:
+          {{- tpl (toYaml .) $ | nindent 10 }}
+        {{- end }}
+      spec:
+        {{- include "prefect-work-pool.runSpec" (list . $pod) | nindent 8 }}
+{{- end -}}
+
+{{/* The pod of a run: (list root pod). */}}
+{{- define "prefect-work-pool.runSpec" -}}
+{{- $root := index . 0 -}}
+{{- $pod := index . 1 -}}
+parallelism: 1
+completions: 1
+restartPolicy: Never
+serviceAccountName: "{{ "{{ service_account_name }}" }}"
+automountServiceAccountToken: {{ $root.Values.runs.serviceAccount.automountToken }}
+terminationGracePeriodSeconds: {{ $root.Values.runs.terminationGracePeriodSeconds }}
+{{ include "prefect-work-pool.placement" . }}
+{{- with $pod.initContainers }}
+initContainers:
+  {{- tpl (toYaml .) $root | nindent 2 }}
+{{- end }}
+containers:
+  - name: prefect-job
+    image: "{{ "{{ image }}" }}"
+    imagePullPolicy: "{{ "{{ image_pull_policy }}" }}"
+    args: "{{ "{{ command }}" }}"
+    {{- include "prefect-work-pool.containerEnv" (list $root "runs") | nindent 4 }}
+    resources:
+      requests: {cpu: "{{ "{{ cpu_request }}" }}", memory: "{{ "{{ memory_request }}" }}"}
+      limits: {cpu: "{{ "{{ cpu_limit }}" }}", memory: "{{ "{{ memory_limit }}" }}"}
+    securityContext: {{- toYaml $pod.containerSecurityContext | nindent 6 }}
+    volumeMounts:
+      {{- include "prefect-work-pool.mounts" . | nindent 6 }}
+volumes:
+  - {name: tmp, emptyDir: {}}
+  {{- with $pod.volumes }}
+  {{- tpl (toYaml .) $root | nindent 2 }}
+  {{- end }}
+{{- end -}}
+
+{{/* The labels by which policies and quotas find runs. The worker adds Prefect's. */}}
+{{- define "prefect-work-pool.runLabels" -}}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: runs
+prefect.io/role: flow-run
+{{- with .Values.commonLabels }}
+{{ tpl (toYaml .) $ }}
+{{- end }}
+{{- end -}}
+
+{{/* What a deployment or a run may set, with the release's defaults. Upstream's variables, without those that do
+     nothing in prefect-kubernetes 0.8 (job_watch_timeout_seconds, pod_watch_timeout_seconds, stream_output) and
+     without namespace and cluster_config: the Role covers this namespace alone. */}}
+{{- define "prefect-work-pool.jobVariables" -}}
+{{- $runs := .Values.runs -}}
+{{- $requests := $runs.resources.requests | default dict -}}
+{{- $limits := $runs.resources.limits | default dict -}}
+{{- $text := list (dict "type" "string") (dict "type" "null") -}}
+{{- $number := list (dict "type" "integer") (dict "type" "null") -}}
+{{- $map := dict "type" "string" -}}
+{{- $variables := dict
+  "name" (dict "title" "Name" "anyOf" $text "default" nil "description" "The beginning of the Job's name.")
+  "command" (dict "title" "Command" "anyOf" $text "default" nil "description" "The command of the container; empty runs the flow.")
+  "env" (dict "title" "Environment Variables" "type" "object" "additionalProperties" (dict "anyOf" $text) "description" "Plain variables; secrets come by runs.env of the chart.")
+  "labels" (dict "title" "Labels" "type" "object" "additionalProperties" $map "description" "Labels of Job and pod.")
+  "annotations" (dict "title" "Annotations" "type" "object" "additionalProperties" $map "description" "Annotations of Job and pod.")
+  "image" (dict "title" "Image" "type" "string" "default" (include "prefect-work-pool.runsImage" .) "description" "The container's image.")
+  "image_pull_policy" (dict "title" "Image Pull Policy" "type" "string" "enum" (list "IfNotPresent" "Always" "Never") "default" ($runs.image.pullPolicy | default .Values.image.pullPolicy) "description" "When the node pulls the image.")
+  "service_account_name" (dict "title" "Service Account Name" "type" "string" "default" (include "prefect-work-pool.serviceAccountName" (list . "runs")) "description" "Who the run is to Kubernetes.")
+  "backoff_limit" (dict "title" "Backoff Limit" "type" "integer" "minimum" 0 "default" (int $runs.backoffLimit) "description" "How often Kubernetes tries a failed pod again. At 0 Prefect reschedules a run whose pod is evicted.")
+  "finished_job_ttl" (dict "title" "Finished Job TTL" "anyOf" $number "default" (int $runs.ttlSecondsAfterFinished) "description" "Seconds that a finished Job and its pod stay.")
+  "active_deadline_seconds" (dict "title" "Active Deadline Seconds" "anyOf" $number "default" (ternary nil (int $runs.activeDeadlineSeconds) (kindIs "invalid" $runs.activeDeadlineSeconds)) "description" "Seconds that a run may take in all.")
+  "cpu_request" (dict "title" "CPU Request" "anyOf" $text "default" $requests.cpu "description" "CPU that the pod is sure of: 500m, 2.")
+  "cpu_limit" (dict "title" "CPU Limit" "anyOf" $text "default" $limits.cpu "description" "CPU that it may use at most.")
+  "memory_request" (dict "title" "Memory Request" "anyOf" $text "default" $requests.memory "description" "Memory that the pod is sure of: 512Mi, 2Gi.")
+  "memory_limit" (dict "title" "Memory Limit" "anyOf" $text "default" $limits.memory "description" "Memory at which it is killed.")
+-}}
+{{- dict "type" "object" "description" (printf "What a deployment or a run may set on %s." .Values.pool.name) "properties" (merge dict $runs.variables $variables) | toYaml -}}
+{{- end -}}

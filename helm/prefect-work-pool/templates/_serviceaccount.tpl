@@ -1,0 +1,11 @@
+{{/* The service account of a component: (list root component). Whether a pod mounts its token is the pod's matter. */}}
+{{- define "prefect-work-pool.serviceAccount" -}}
+{{- $account := (index (index . 0).Values (index . 1)).serviceAccount -}}
+{{- if $account.create -}}
+apiVersion: v1
+kind: ServiceAccount
+metadata:
+  {{- include "prefect-work-pool.metadata" (dict "root" (index . 0) "component" (index . 1) "name" (include "prefect-work-pool.serviceAccountName" .) "labels" $account.labels "annotations" $account.annotations) | nindent 2 }}
+automountServiceAccountToken: false
+{{- end }}
+{{- end -}}

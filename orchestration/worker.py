@@ -1,0 +1,139 @@
+"""The Kubernetes worker, with the two things that Prefect's own lacks.
+
+    python -m orchestration.worker --pool default [--queue NAME]... [--limit N] [--name NAME]
+
+Its health (`GET :8080/health`) covers the thread that watches pods and Jobs as well as polling: without that
+thread a pod that dies is never seen. And a worker that is asked to end first finishes what it has claimed: no run
+stays Pending because its worker went away between the claim and the Job.
+
+Intervals are Prefect's settings: `PREFECT_WORKER_QUERY_SECONDS`, `PREFECT_WORKER_PREFETCH_SECONDS`,
+`PREFECT_WORKER_HEARTBEAT_SECONDS`.
+"""
+
+import abc
+import argparse
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import kopf
+from httpx import HTTPError, HTTPStatusError
+from prefect.client.schemas.objects import FlowRun
+from prefect.settings import get_current_settings
+from prefect_kubernetes import KubernetesWorker
+from prefect_kubernetes.settings import KubernetesSettings
+
+_watching_on: asyncio.AbstractEventLoop | None = None
+
+WATCHED = ("jobs", "pods")
+
+
+@kopf.on.startup()
+async def _note_loop(**_: Any) -> None:
+    """Remember where kopf runs its watchers: in a thread of Prefect's, with a loop of its own."""
+    global _watching_on
+    _watching_on = asyncio.get_running_loop()
+
+
+def watched() -> set[str]:
+    """Which of `WATCHED` are being watched now.
+
+    A watcher that was refused too often ends, and kopf goes on without it: what is left is seen by the names of
+    its tasks ("watcher for pods.v1@prefect").
+    """
+    if _watching_on is None or not _watching_on.is_running():
+        return set()
+    names = [task.get_name() for task in asyncio.all_tasks(_watching_on)]
+    return {kind for kind in WATCHED if any(name.startswith(f"watcher for {kind}.") for name in names)}
+
+
+# ABC keeps it out of Prefect's registry of worker types, where "kubernetes" is taken.
+class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not typed
+    """Prefect's Kubernetes worker, healthy only while it also watches, and drained before it ends."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._draining = False
+        self._polling = asyncio.Lock()
+
+    def is_worker_still_polling(self, query_interval_seconds: float) -> bool:
+        """Whether the worker polls, and watches pods and Jobs if it is to; what its health check asks."""
+        polls: bool = super().is_worker_still_polling(query_interval_seconds)
+        missing = set(WATCHED) - watched() if KubernetesSettings().observer.enabled else set()
+        # Before the first sync there is nothing to watch for.
+        if missing and self.is_setup:
+            self._logger.error("No longer watching %s: the worker has to start again.", " and ".join(sorted(missing)))
+            return False
+        return polls
+
+    async def get_and_submit_flow_runs(self) -> list[FlowRun]:
+        """One poll; none any more once the worker drains."""
+        async with self._polling:
+            return [] if self._draining else await super().get_and_submit_flow_runs()
+
+    async def drain(self) -> None:
+        """Claim nothing more, and wait until each claimed run has its Job."""
+        self._draining = True
+        async with self._polling:
+            claimed = len(self._submitting_flow_run_ids)
+        self._logger.info("Asked to end; claimed runs that are submitted first: %d.", claimed)
+        while self._submitting_flow_run_ids:
+            await asyncio.sleep(0.05)
+
+
+async def serve(worker: Worker) -> None:
+    """Run the worker until SIGTERM or SIGINT; then drain it."""
+    asked = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked.set)
+    working = asyncio.create_task(worker.start(with_healthcheck=True))
+    waiting = asyncio.create_task(asked.wait())
+    await asyncio.wait({working, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    if asked.is_set():
+        draining = asyncio.create_task(worker.drain())
+        await asyncio.wait({working, draining}, return_when=asyncio.FIRST_COMPLETED)
+        draining.cancel()
+        working.cancel()
+    waiting.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await working
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m orchestration.worker", description="Run a pool's flow runs as Jobs."
+    )
+    parser.add_argument("--pool", required=True, help="the work pool")
+    parser.add_argument("--queue", action="append", help="only this queue of it; may be repeated")
+    parser.add_argument("--limit", type=int, help="how many runs it submits at once")
+    parser.add_argument("--name", help="the worker's name; else one of its own")
+    options = parser.parse_args(arguments)
+    settings = get_current_settings().worker
+    worker = Worker(
+        name=options.name,
+        work_pool_name=options.pool,
+        work_queues=options.queue,
+        limit=options.limit,
+        prefetch_seconds=settings.prefetch_seconds,
+        heartbeat_interval_seconds=int(settings.heartbeat_seconds),
+        create_pool_if_not_found=False,
+    )
+    try:
+        asyncio.run(serve(worker))
+    except HTTPStatusError as error:
+        cure = ". Check the Secret with USER:PASSWORD" if error.response.status_code in (401, 403) else ""
+        print(f"The Prefect API at {error.request.url} answers {error.response.status_code}{cure}.", file=sys.stderr)
+        return 1
+    except HTTPError as error:
+        print(f"The Prefect API cannot be used: {error or type(error).__name__}.", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

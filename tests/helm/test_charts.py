@@ -1,0 +1,87 @@
+"""What holds for every chart: examples render, pods are restricted, values are closed, rules are tested."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from orchestration.settings import ROOT
+from tests.helm import test_prefect_server, test_prefect_work_pool
+from tests.helm.rendering import Object, pod_specs, render
+
+CHARTS = {"prefect-server": test_prefect_server, "prefect-work-pool": test_prefect_work_pool}
+EXAMPLES = sorted((ROOT / "helm").glob("*/examples/*.yaml"))
+
+# Found by asking the cluster, which `helm template` does not: shown on a real one.
+ASKS_THE_CLUSTER = {"prefect-server": 0, "prefect-work-pool": 2}
+
+
+@pytest.fixture(params=CHARTS)
+def chart(request: pytest.FixtureRequest) -> Path:
+    return ROOT / "helm" / str(request.param)
+
+
+def test_every_chart_is_here() -> None:
+    assert {path.parent.name for path in (ROOT / "helm").glob("*/Chart.yaml")} == set(CHARTS)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: f"{path.parent.parent.name}-{path.stem}")
+def test_each_example_renders(example: Path) -> None:
+    assert pod_specs(render(example.parent.parent.name, example))
+
+
+@pytest.mark.parametrize("values", ["TAG", "MAXIMAL"])
+def test_every_pod_meets_the_restricted_standard(chart: Path, values: str) -> None:
+    for name, spec in pod_specs(render(chart.name, getattr(CHARTS[chart.name], values))).items():
+        assert spec["enableServiceLinks"] is False, name
+        assert spec["securityContext"]["runAsNonRoot"] is True, name
+        assert spec["securityContext"]["runAsUser"] > 0, name
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, name
+        for container in [*spec["containers"], *spec.get("initContainers", [])]:
+            if container["image"] == "proxy:1":
+                continue
+            context = container["securityContext"]
+            assert context["allowPrivilegeEscalation"] is False, name
+            assert context["readOnlyRootFilesystem"] is True, name
+            assert context["capabilities"] == {"drop": ["ALL"]}, name
+            assert set(container["resources"]) == {"requests", "limits"}, name
+            assert not container["image"].endswith((":latest", ":")), name
+
+
+def test_every_rule_has_a_negative_test(chart: Path) -> None:
+    rules = re.findall(r"{{- fail (?:\(printf )?\"(.*)", (chart / "templates" / "_validate.tpl").read_text())
+    messages = [message for _, message in CHARTS[chart.name].REFUSED]
+    untested = [rule for rule in rules if not any(message in rule for message in messages)]
+    assert len(untested) == ASKS_THE_CLUSTER[chart.name], untested
+
+
+def test_values_are_short_commented_and_closed(chart: Path) -> None:
+    text = (chart / "values.yaml").read_text()
+    assert len(text.splitlines()) < 400
+    schema = json.loads((chart / "values.schema.json").read_text())
+
+    def check(value: Any, rule: Object, path: str) -> None:
+        rule = schema["$defs"][rule["$ref"].split("/")[-1]] if "$ref" in rule else rule
+        if isinstance(value, dict) and "properties" in rule:
+            assert rule["additionalProperties"] is False, path
+            for key, each in value.items():
+                assert key in rule["properties"], f"{path}.{key} is not in the schema"
+                check(each, rule["properties"][key], f"{path}.{key}")
+
+    check(yaml.safe_load(text), schema, "")
+    assert not re.search(r"(?i)password: *\S", text)
+
+
+def test_versions_agree(chart: Path) -> None:
+    locked = re.search(r'name = "prefect"\nversion = "(.*)"', (ROOT / "uv.lock").read_text())
+    assert locked
+    assert yaml.safe_load((chart / "Chart.yaml").read_text())["appVersion"] == locked[1]
+
+
+def test_template_files_are_short(chart: Path) -> None:
+    for file in (chart / "templates").glob("_*.tpl"):
+        for definition in re.findall(r"{{- define.*?\n{{- end -}}\n", file.read_text(), flags=re.S):
+            assert definition.count("\n") <= 60, file.name

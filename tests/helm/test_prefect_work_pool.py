@@ -1,0 +1,317 @@
+"""The work pool's chart as it renders: what is there, what each value does, what is refused."""
+
+import copy
+import json
+import re
+from typing import Any
+
+import pytest
+import yaml
+from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerJobConfiguration
+
+from tests.cluster.progress import ClusterError
+from tests.helm.rendering import Object, environment, inventory, one, pod_specs, render
+
+TAG: Object = {"image": {"tag": "0123456789ab"}}
+
+# Every feature at once: what it renders must be what Kubernetes takes.
+MAXIMAL: Object = {
+    "image": {"tag": "1", "pullSecrets": ["registry"], "pullPolicy": "Always"},
+    "fullnameOverride": "pool",
+    "commonLabels": {"team": "data"},
+    "commonAnnotations": {"owner": "{{ .Release.Name }}"},
+    "api": {"url": "https://{{ .Release.Name }}.example.com/api", "auth": {"existingSecret": "auth", "key": "user"}},
+    "pool": {
+        "name": "etl",
+        "description": "All of it",
+        "concurrencyLimit": 7,
+        "queues": [{"name": "urgent", "priority": 1, "concurrencyLimit": 2, "description": "now"}, {"name": "later"}],
+    },
+    "settings": {"PREFECT_LOGGING_LEVEL": "INFO", "PREFECT_CLIENT_MAX_RETRIES": 9},
+    "env": [{"name": "FROM_SECRET", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}],
+    "envFrom": [{"secretRef": {"name": "all-settings"}}],
+    "pod": {
+        "labels": {"a": "b"},
+        "annotations": {"c": "d"},
+        "nodeSelector": {"kubernetes.io/os": "linux"},
+        "tolerations": [{"key": "dedicated", "operator": "Exists"}],
+        "affinity": {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}},
+        "topologySpreadConstraints": [
+            {"maxSkew": 1, "topologyKey": "topology.kubernetes.io/zone", "whenUnsatisfiable": "ScheduleAnyway"}
+        ],
+        "priorityClassName": "important",
+        "runtimeClassName": "gvisor",
+        "hostAliases": [{"ip": "10.0.0.1", "hostnames": ["db"]}],
+        "dnsPolicy": "ClusterFirst",
+        "dnsConfig": {"options": [{"name": "ndots", "value": "2"}]},
+        "initContainers": [{"name": "native", "image": "proxy:1", "restartPolicy": "Always"}],
+        "volumes": [{"name": "ca", "configMap": {"name": "ca"}}],
+        "volumeMounts": [{"name": "ca", "mountPath": "/ca"}],
+    },
+    "worker": {
+        "replicas": 3,
+        "queues": ["urgent", "later"],
+        "limit": 20,
+        "http2": False,
+        "querySeconds": 3,
+        "prefetchSeconds": 15,
+        "heartbeatSeconds": 20,
+        "extraArgs": ["--name", "first"],
+        "settings": {"PREFECT_LOGGING_LEVEL": "DEBUG"},
+        "lifecycle": {"preStop": {"sleep": {"seconds": 1}}},
+        "autoscaling": {"enabled": True, "behavior": {"scaleDown": {"stabilizationWindowSeconds": 60}}},
+        "podDisruptionBudget": {"minAvailable": "50%"},
+        "serviceAccount": {"name": "launcher", "annotations": {"e": "f"}},
+        "rbac": {"extraRules": [{"apiGroups": [""], "resources": ["secrets"], "verbs": ["create"]}]},
+        "pod": {"sidecars": [{"name": "proxy", "image": "proxy:1"}]},
+    },
+    "runs": {
+        "image": {"repository": "flows", "tag": "2", "pullPolicy": "Never"},
+        "labels": {"cost": "flows"},
+        "annotations": {"g": "h"},
+        "resources": {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"cpu": "2", "memory": "4Gi"}},
+        "settings": {"PREFECT_LOGGING_LEVEL": "WARNING"},
+        "env": [{"name": "WAREHOUSE_URL", "valueFrom": {"secretKeyRef": {"name": "warehouse", "key": "url"}}}],
+        "envFrom": [{"configMapRef": {"name": "flows"}}],
+        "ttlSecondsAfterFinished": 60,
+        "activeDeadlineSeconds": 3600,
+        "backoffLimit": 1,
+        "terminationGracePeriodSeconds": 90,
+        "serviceAccount": {"name": "runner", "automountToken": True},
+        "pod": {"nodeSelector": {"workload": "flows"}, "priorityClassName": "runs"},
+        "variables": {"gpu": {"type": "integer", "default": 0}},
+        "baseJobTemplate": {"job_configuration": {"job_manifest": {"spec": {"suspend": False}}}},
+    },
+    "sync": {"settings": {"PREFECT_LOGGING_LEVEL": "ERROR"}},
+    "networkPolicy": {
+        "api": {"namespaceLabels": {"kubernetes.io/metadata.name": "prefect"}, "cidrs": ["192.0.2.1/32"]},
+        "kubernetesCIDRs": ["10.0.0.1/32"],
+        "egressCIDRs": ["10.0.0.0/8"],
+        "extraEgress": [{"to": [{"ipBlock": {"cidr": "198.51.100.0/24"}}]}],
+    },
+    "extraObjects": [
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "more"}, "data": {"of": "{{ .Release.Name }}"}},
+    ],
+}
+
+
+def _with(**values: Any) -> Object:
+    """The least values with these in place: `_with(worker={"replicas": 2})`."""
+    return copy.deepcopy(TAG) | values
+
+
+def _pool(values: Object) -> Object:
+    """The pool that a release brings to the server."""
+    objects = render("prefect-work-pool", values)
+    [found] = [each for each in objects if each["kind"] == "ConfigMap" and each["metadata"]["name"].endswith("-sync")]
+    pool: Object = yaml.safe_load(found["data"]["pool.yaml"])
+    return pool
+
+
+def _job(pool: Object, **variables: Any) -> Object:
+    """The Job that the worker would make with these job variables, by Prefect's own templating."""
+    from prefect.utilities.templating import apply_values
+
+    template = pool["base_job_template"]
+    defaults = {
+        name: rule["default"] for name, rule in template["variables"]["properties"].items() if rule.get("default")
+    }
+    values = defaults | variables
+    configuration = apply_values(template["job_configuration"], values)
+    manifest: Object = KubernetesWorkerJobConfiguration(**configuration).job_manifest
+    return manifest
+
+
+def test_what_there_is_by_default() -> None:
+    assert inventory(render("prefect-work-pool", TAG)) == [
+        "ConfigMap/test-prefect-work-pool-sync",
+        "Deployment/test-prefect-work-pool-worker",
+        "Job/test-prefect-work-pool-sync",
+        "NetworkPolicy/test-prefect-work-pool-runs",
+        "NetworkPolicy/test-prefect-work-pool-sync",
+        "NetworkPolicy/test-prefect-work-pool-test",
+        "NetworkPolicy/test-prefect-work-pool-worker",
+        "Pod/test-prefect-work-pool-test",
+        "Role/test-prefect-work-pool-worker",
+        "RoleBinding/test-prefect-work-pool-worker",
+        "ServiceAccount/test-prefect-work-pool-runs",
+        "ServiceAccount/test-prefect-work-pool-worker",
+    ]
+
+
+def test_all_features_at_once() -> None:
+    objects = render("prefect-work-pool", MAXIMAL)
+    assert {"HorizontalPodAutoscaler/pool-worker", "PodDisruptionBudget/pool-worker", "ConfigMap/more",
+            "ServiceAccount/launcher", "ServiceAccount/runner"} <= set(inventory(objects))  # fmt: skip
+    for each in objects:
+        if each["metadata"]["name"] != "more":
+            assert each["metadata"]["labels"]["team"] == "data"
+            assert each["metadata"]["annotations"]["owner"] == "test"
+    worker = pod_specs(objects)["Deployment/pool-worker"]
+    assert [container["name"] for container in worker["containers"]] == ["worker", "proxy"]
+    assert worker["serviceAccountName"] == "launcher"
+    assert worker["containers"][0]["args"] == [
+        "python", "-m", "orchestration.worker", "--pool", "etl", "--queue", "urgent", "--queue", "later",
+        "--limit", "20", "--name", "first",
+    ]  # fmt: skip
+    variables = environment(worker["containers"][0])
+    assert variables["PREFECT_API_URL"] == "https://test.example.com/api"
+    assert variables["PREFECT_LOGGING_LEVEL"] == "DEBUG"
+    assert variables["PREFECT_WORKER_PREFETCH_SECONDS"] == "15"
+    assert variables["PREFECT_API_ENABLE_HTTP2"] == "false"
+
+
+def test_the_role_is_of_this_namespace_and_no_wider_than_the_worker_needs() -> None:
+    objects = render("prefect-work-pool", TAG)
+    assert not [name for name in inventory(objects) if name.startswith("Cluster")]
+    assert one(objects, "Role", "test-prefect-work-pool-worker")["rules"] == [
+        {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["create", "get", "list", "watch", "delete"]},
+        {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]},
+        {"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]},
+    ]
+    [subject] = one(objects, "RoleBinding", "test-prefect-work-pool-worker")["subjects"]
+    assert subject["name"] == "test-prefect-work-pool-worker"
+
+
+def test_only_the_worker_has_a_token() -> None:
+    for name, spec in pod_specs(render("prefect-work-pool", TAG)).items():
+        assert spec["automountServiceAccountToken"] is (name == "Deployment/test-prefect-work-pool-worker"), name
+    for values, mounts in ((TAG, False), (MAXIMAL, True)):
+        assert _job(_pool(values))["spec"]["template"]["spec"]["automountServiceAccountToken"] is mounts
+
+
+def test_the_values_of_the_runs_reach_the_jobs_template() -> None:
+    pool = _pool(MAXIMAL)
+    assert pool["concurrency_limit"] == 7
+    assert pool["queues"] == [
+        {"name": "urgent", "priority": 1, "concurrency_limit": 2, "description": "now"},
+        {"name": "later", "concurrency_limit": None, "description": ""},
+    ]
+    assert pool["base_job_template"]["variables"]["properties"]["gpu"] == {"type": "integer", "default": 0}
+    job = _job(pool)
+    assert job["metadata"]["namespace"] == "prefect"
+    assert job["spec"]["suspend"] is False
+    assert job["spec"]["backoffLimit"] == 1
+    assert job["spec"]["ttlSecondsAfterFinished"] == 60
+    assert job["spec"]["activeDeadlineSeconds"] == 3600
+    metadata, spec = job["spec"]["template"]["metadata"], job["spec"]["template"]["spec"]
+    assert metadata["labels"]["prefect.io/role"] == "flow-run"
+    assert metadata["labels"] | {"cost": "flows", "team": "data", "a": "b"} == metadata["labels"]
+    assert metadata["annotations"] == {"g": "h", "c": "d", "owner": "test"}
+    assert spec["serviceAccountName"] == "runner"
+    assert spec["enableServiceLinks"] is False
+    assert spec["terminationGracePeriodSeconds"] == 90
+    assert spec["nodeSelector"] == {"kubernetes.io/os": "linux", "workload": "flows"}
+    assert spec["priorityClassName"] == "runs"
+    for key in ("tolerations", "affinity", "topologySpreadConstraints", "initContainers", "hostAliases", "dnsConfig"):
+        assert spec[key] == MAXIMAL["pod"][key]
+    assert spec["imagePullSecrets"] == [{"name": "registry"}]
+    [container] = spec["containers"]
+    assert container["image"] == "flows:2"
+    assert container["imagePullPolicy"] == "Never"
+    assert container["resources"] == MAXIMAL["runs"]["resources"]
+    assert container["envFrom"] == [{"configMapRef": {"name": "flows"}}]
+    assert environment(container) == {
+        "PREFECT_LOGGING_LEVEL": "WARNING",
+        "WAREHOUSE_URL": {"secretKeyRef": {"name": "warehouse", "key": "url"}},
+    }
+    assert {"name": "ca", "mountPath": "/ca"} in container["volumeMounts"]
+
+
+def test_a_run_wins_over_the_releases_defaults() -> None:
+    job = _job(_pool(TAG), memory_limit="3Gi", cpu_request="2", image="mine:1", finished_job_ttl=5)
+    [container] = job["spec"]["template"]["spec"]["containers"]
+    assert container["resources"] == {"requests": {"cpu": "2", "memory": "384Mi"}, "limits": {"memory": "3Gi"}}
+    assert container["image"] == "mine:1"
+    assert job["spec"]["ttlSecondsAfterFinished"] == 5
+
+
+@pytest.mark.parametrize("values", [TAG, MAXIMAL], ids=["default", "maximal"])
+def test_runs_meet_the_restricted_standard(values: Object) -> None:
+    spec = _job(_pool(values))["spec"]["template"]["spec"]
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    assert spec["securityContext"]["runAsUser"] == 65532
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    [container] = spec["containers"]
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+
+
+def test_the_template_has_the_variables_of_the_installed_worker() -> None:
+    """What a newer worker lets deployments set has to be added, or left out on purpose."""
+    upstream = set(KubernetesWorker.get_default_base_job_template()["variables"]["properties"])
+    nothing = {"job_watch_timeout_seconds", "pod_watch_timeout_seconds", "stream_output"}
+    elsewhere = {"namespace", "cluster_config"}
+    ours = set(_pool(TAG)["base_job_template"]["variables"]["properties"])
+    assert ours - upstream == {"active_deadline_seconds"}
+    assert upstream - ours == nothing | elsewhere
+
+
+def test_no_password_is_in_a_job_or_in_a_pod() -> None:
+    objects = render("prefect-work-pool", TAG)
+    assert not [name for name in inventory(objects) if name.startswith("Secret/")]
+    variables = environment(pod_specs(objects)["Deployment/test-prefect-work-pool-worker"]["containers"][0])
+    reference = {"name": "prefect-server-auth", "key": "auth-string"}
+    assert variables["PREFECT_API_AUTH_STRING"] == {"secretKeyRef": reference}
+    prefix = "PREFECT_INTEGRATIONS_KUBERNETES_WORKER_API_AUTH_STRING_SECRET"
+    assert (variables[f"{prefix}_NAME"], variables[f"{prefix}_KEY"]) == tuple(reference.values())
+
+
+def test_a_changed_template_starts_new_workers() -> None:
+    def checksum(values: Object) -> str:
+        worker = one(render("prefect-work-pool", values), "Deployment", "test-prefect-work-pool-worker")
+        return str(worker["spec"]["template"]["metadata"]["annotations"]["checksum/pool"])
+
+    assert checksum(TAG) == checksum(TAG)
+    assert checksum(TAG) != checksum(_with(runs={"resources": {"limits": {"memory": "2Gi"}}}))
+
+
+def test_policies_deny_all_that_is_not_named() -> None:
+    objects = render("prefect-work-pool", MAXIMAL)
+    for each in objects:
+        if each["kind"] == "NetworkPolicy":
+            assert each["spec"]["policyTypes"] == ["Ingress", "Egress"]
+            assert "ingress" not in each["spec"]
+    reached = {
+        name: set(re.findall(r"[0-9.]+/[0-9]+", json.dumps(one(objects, "NetworkPolicy", f"pool-{name}")["spec"])))
+        for name in ("worker", "runs", "sync")
+    }
+    assert reached == {
+        "worker": {"192.0.2.1/32", "10.0.0.1/32"},
+        "runs": {"192.0.2.1/32", "10.0.0.0/8", "198.51.100.0/24"},
+        "sync": {"192.0.2.1/32"},
+    }
+    metadata = one(render("prefect-work-pool", TAG), "NetworkPolicy", "test-prefect-work-pool-runs")
+    assert {"cidr": "0.0.0.0/0", "except": ["169.254.0.0/16"]} in [
+        to["ipBlock"] for rule in metadata["spec"]["egress"] for to in rule["to"] if "ipBlock" in to
+    ]
+
+
+REFUSED = [
+    ({}, "image.tag is empty"),
+    (_with(image={"tag": "latest"}), "is `latest`"),
+    (_with(runs={"image": {"tag": "latest"}}), "is `latest`"),
+    (_with(pool={"name": "Prefect-pool"}), "starts with `prefect`, which the server keeps"),
+    (_with(worker={"queues": ["absent"]}), "which pool.queues does not have: "),
+    (_with(runs={"pod": {"sidecars": [{"name": "x"}]}}), "runs.pod.sidecars would keep a run's Job from ending"),
+    (
+        _with(worker={"autoscaling": {"enabled": True}, "resources": {"requests": {"cpu": None}}}),
+        "needs worker.resources.requests.cpu",
+    ),
+    (_with(worker={"serviceAccount": {"create": False}}), "needs worker.serviceAccount.name"),
+    (_with(runs={"activeDeadlineSeconds": 5}), "runs.activeDeadlineSeconds is not above worker.prefetchSeconds"),
+    (_with(worker={"replica": 2}), "at '/worker': additional properties 'replica' not allowed"),
+    (_with(worker={"replicas": "two"}), "at '/worker/replicas': got string, want integer"),
+    (_with(pool={"concurrencyLimit": -1}), "at '/pool/concurrencyLimit'"),
+    (_with(networkPolicy={"egressCIDRs": ["everywhere"]}), "at '/networkPolicy/egressCIDRs/0'"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), REFUSED, ids=lambda value: value[:40] if isinstance(value, str) else "")
+def test_what_cannot_work_is_refused_with_its_key_and_cure(values: Object, message: str) -> None:
+    with pytest.raises(ClusterError) as caught:
+        render("prefect-work-pool", values)
+    assert message in str(caught.value)
