@@ -61,7 +61,7 @@ def local(cluster: str, overlay: Path) -> Iterator[Namespace]:
 def test_a_flow_run_builds_in_the_warehouse_and_nobody_else_reaches_it(local: Namespace, namespace: Namespace) -> None:
     url = {"name": "WAREHOUSE_URL", "valueFrom": {"secretKeyRef": {"name": "warehouse", "key": "url"}}}
     local.pod("run", labels=FLOW_RUN, container={"image": images.POSTGRES, "env": [url]})
-    local.pod("neighbour")
+    local.pod("neighbour", "python3", "-m", "http.server", "8000")
     namespace.pod("elsewhere", labels=FLOW_RUN)
     # Policies know a new pod's address only after a while.
     reached = 'until pg_isready -q -t 2 -d "$WAREHOUSE_URL"; do sleep 0.2; done'
@@ -70,12 +70,17 @@ def test_a_flow_run_builds_in_the_warehouse_and_nobody_else_reaches_it(local: Na
     built = local.kubectl("exec", "run", "--", "sh", "-c", f'psql "$WAREHOUSE_URL" -Atqc "{sql}"')
     assert built.strip() == "1"
 
-    warehouse = local.kubectl("get", "pod", "warehouse-0", "-o", "jsonpath={.status.podIP}")
+    def address(pod: str) -> str:
+        return local.kubectl("get", "pod", pod, "-o", "jsonpath={.status.podIP}")
+
+    warehouse = address("warehouse-0")
     wait_until(lambda: local.connects("neighbour", "kube-dns.kube-system", 53), "names in the namespace", 30)
     assert not local.connects("neighbour", warehouse, 5432), "not a flow run"
     assert not local.connects("neighbour", "kubernetes.default", 443), "nothing but names"
     assert namespace.connects("elsewhere", "kube-dns.kube-system", 53)
     assert not namespace.connects("elsewhere", warehouse, 5432), "a flow run of another namespace"
+    wait_until(lambda: local.connects("neighbour", "127.0.0.1", 8000), "the neighbour's server")
+    assert not namespace.connects("elsewhere", address("neighbour"), 8000), "nobody is let in unasked"
 
 
 def test_what_could_reach_beyond_its_container_is_refused(local: Namespace) -> None:
