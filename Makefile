@@ -87,7 +87,7 @@ test: .venv/ready ## check the code and run all tests; TESTS=tests/flows for som
 	$(call stage,ruff,$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check .)
 	$(call stage,mypy,$(BIN)/mypy)
 	$(call stage,yamllint,$(BIN)/yamllint -s .)
-	$(call stage,shellcheck and hadolint,$(BIN)/shellcheck docker/build docker/sbom tests/cluster/databases/entrypoint .ci/run && $(BIN)/hadolint docker/Dockerfile tests/cluster/databases/Dockerfile)
+	$(call stage,shellcheck and hadolint,$(BIN)/shellcheck docker/build docker/sbom tests/cluster/databases/entrypoint k8s/overlays/local/warehouse/secret .ci/run && $(BIN)/hadolint docker/Dockerfile tests/cluster/databases/Dockerfile)
 	$(call stage,sqlfluff,$(BIN)/sqlfluff lint -q flows/warehouse --nocolor)
 	$(if $(filter tests tests/cluster% tests/docker% tests/e2e%,$(TESTS)),$(call stage,cluster,$(BIN)/python -m tests.cluster up || [ -z "$${CI:-}" ]))
 	$(call stage,pytest,$(BIN)/pytest $(TESTS))

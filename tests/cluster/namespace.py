@@ -35,7 +35,10 @@ class Namespace:
         self.kubectl("apply", "-f", "-", text=json.dumps(listed))
 
     def pod(self, name: str, *command: str, ready: bool = True, **spec: Any) -> None:
-        """Start a pod that runs `command`, not as root; wait until it is ready."""
+        """Start a pod that runs `command`, not as root; wait until it is ready.
+
+        Among `spec`, `labels` are the pod's beside `app: NAME`, and `container` wins over its container's fields.
+        """
         container = {
             "name": "main",
             "image": images.BASE,
@@ -44,7 +47,7 @@ class Namespace:
             "resources": {"requests": {"cpu": "10m", "memory": "32Mi"}, "limits": {"memory": "128Mi"}},
         } | spec.pop("container", {})
         defaults = {"containers": [container], "terminationGracePeriodSeconds": 0, "enableServiceLinks": False}
-        metadata = {"name": name, "labels": {"app": name}}
+        metadata = {"name": name, "labels": {"app": name} | spec.pop("labels", {})}
         self.apply({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": defaults | spec})
         if ready:
             self.kubectl("wait", "--for=condition=Ready", f"pod/{name}", "--timeout=90s")

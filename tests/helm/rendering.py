@@ -1,4 +1,4 @@
-"""The one way that tests render a chart: every object comes back, checked against Kubernetes' own schema."""
+"""The one way that tests render a chart or read what a tool rendered: objects, checked against Kubernetes' schema."""
 
 import tempfile
 from pathlib import Path
@@ -33,6 +33,15 @@ def render(chart: str, values: Object | Path | None = None, release: str = "test
         if not isinstance(values, Path):
             file.write_text(yaml.safe_dump(values or {}))
         text = binaries.helm("template", release, str(ROOT / "helm" / chart), "-n", "prefect", "-f", str(file))
+    return objects_of(text)
+
+
+def objects_of(text: str) -> list[Object]:
+    """The objects of a YAML stream.
+
+    Raises:
+        ValidationError: one is none that Kubernetes would take.
+    """
     objects = [each for each in yaml.safe_load_all(text) if each]
     for each in objects:
         if each["apiVersion"].split("/")[0] not in ("gateway.networking.k8s.io",):

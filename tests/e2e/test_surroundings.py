@@ -1,0 +1,131 @@
+"""The local environment on a real cluster: what it refuses, what it gives, and who reaches the warehouse."""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+import yaml
+
+from orchestration.settings import ROOT
+from tests.cluster import binaries, images
+from tests.cluster.namespace import Namespace
+from tests.cluster.progress import ClusterError
+from tests.parts import wait_until
+
+LOCAL = ROOT / "k8s" / "overlays" / "local"
+FLOW_RUN = {"prefect.io/role": "flow-run"}
+NOWHERE = {"nodeSelector": {"prefect.io/no-such": "node"}}
+"""Where a pod is admitted and counted and costs nothing."""
+
+
+@pytest.fixture(scope="module")
+def overlay(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The local overlay in a namespace of the module's own, with the cluster's Postgres."""
+    folder = tmp_path_factory.mktemp("overlay").resolve()
+    name, _, tag = images.POSTGRES.rpartition(":")
+    kustomization = {
+        "namespace": f"surroundings-{uuid4().hex[:8]}",
+        # kustomize takes no absolute path.
+        "resources": [os.path.relpath(LOCAL, folder)],
+        "images": [{"name": "postgres", "newName": name, "newTag": tag}],
+    }
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    return folder
+
+
+def _make_secret(namespace: Namespace) -> str:
+    """Call the script, as a person does; the Secret's identity and version."""
+    command = [str(LOCAL / "warehouse" / "secret"), "--context", namespace.context, "--namespace", namespace.name]
+    path = f"{os.environ['PATH']}:{binaries.cache() / f'kubernetes-{binaries.KUBERNETES}'}"
+    subprocess.run(command, env=os.environ | {"PATH": path}, check=True)
+    return namespace.kubectl("get", "secret", "warehouse", "-o", "jsonpath={.metadata.uid} {.metadata.resourceVersion}")
+
+
+@pytest.fixture(scope="module")
+def local(cluster: str, overlay: Path) -> Iterator[Namespace]:
+    """The environment, with its warehouse ready. Its priority classes stay: they are the cluster's."""
+    made = Namespace(cluster, yaml.safe_load((overlay / "kustomization.yaml").read_text())["namespace"])
+    try:
+        binaries.kubectl("--context", cluster, "apply", "-k", str(overlay))
+        _make_secret(made)
+        made.kubectl("rollout", "status", "statefulset/warehouse", "--timeout=90s")
+        yield made
+    finally:
+        binaries.kubectl("--context", cluster, "delete", "namespace", made.name, "--wait=false", "--ignore-not-found")
+
+
+def test_a_flow_run_builds_in_the_warehouse_and_nobody_else_reaches_it(local: Namespace, namespace: Namespace) -> None:
+    url = {"name": "WAREHOUSE_URL", "valueFrom": {"secretKeyRef": {"name": "warehouse", "key": "url"}}}
+    local.pod("run", labels=FLOW_RUN, container={"image": images.POSTGRES, "env": [url]})
+    local.pod("neighbour", "python3", "-m", "http.server", "8000")
+    namespace.pod("elsewhere", labels=FLOW_RUN)
+    # Policies know a new pod's address only after a while.
+    reached = 'until pg_isready -q -t 2 -d "$WAREHOUSE_URL"; do sleep 0.2; done'
+    local.kubectl("exec", "run", "--", "timeout", "30", "sh", "-c", reached)
+    sql = "create table landed (day date); insert into landed values ('2013-01-01'); select count(*) from landed"
+    built = local.kubectl("exec", "run", "--", "sh", "-c", f'psql "$WAREHOUSE_URL" -Atqc "{sql}"')
+    assert built.strip() == "1"
+
+    def address(pod: str) -> str:
+        return local.kubectl("get", "pod", pod, "-o", "jsonpath={.status.podIP}")
+
+    warehouse = address("warehouse-0")
+    wait_until(lambda: local.connects("neighbour", "kube-dns.kube-system", 53), "names in the namespace", 30)
+    assert not local.connects("neighbour", warehouse, 5432), "not a flow run"
+    assert not local.connects("neighbour", "kubernetes.default", 443), "nothing but names"
+    assert namespace.connects("elsewhere", "kube-dns.kube-system", 53)
+    assert not namespace.connects("elsewhere", warehouse, 5432), "a flow run of another namespace"
+    wait_until(lambda: local.connects("neighbour", "127.0.0.1", 8000), "the neighbour's server")
+    assert not namespace.connects("elsewhere", address("neighbour"), 8000), "nobody is let in unasked"
+
+
+def test_what_could_reach_beyond_its_container_is_refused(local: Namespace) -> None:
+    with pytest.raises(ClusterError, match=r'violates PodSecurity "restricted:v1\.33": privileged'):
+        local.pod("root", container={"securityContext": {"privileged": True}})
+
+
+def test_memory_and_cpu_are_given_to_who_names_none_and_too_much_is_refused(local: Namespace) -> None:
+    local.pod("plain", container={"resources": {}}, ready=False, **NOWHERE)
+    given = json.loads(local.kubectl("get", "pod", "plain", "-o", "jsonpath={.spec.containers[0].resources}"))
+    assert given == {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"memory": "512Mi"}}
+    with pytest.raises(ClusterError, match="maximum memory usage per Container is 2Gi"):
+        local.pod("greedy", container={"resources": {"limits": {"memory": "3Gi"}}}, ready=False, **NOWHERE)
+
+
+def test_a_burst_of_runs_waits_and_the_server_rolls(local: Namespace) -> None:
+    most = int(local.kubectl("get", "quota", "runs", "-o", "jsonpath={.spec.hard.pods}"))
+    local.kubectl("wait", "--for=jsonpath={.status.hard.pods}=" + str(most), "quota/runs", "--timeout=30s")
+    for number in range(most):
+        local.pod(f"burst-{number}", labels=FLOW_RUN, priorityClassName="prefect-runs", ready=False, **NOWHERE)
+    with pytest.raises(ClusterError, match=f"exceeded quota: runs, requested: pods=1, used: pods={most}"):
+        local.pod("one-too-many", labels=FLOW_RUN, priorityClassName="prefect-runs", ready=False, **NOWHERE)
+    local.pod("server", priorityClassName="prefect-control", ready=False, **NOWHERE)
+    local.kubectl("delete", "pod", "burst-0")
+    local.pod("one-too-many", labels=FLOW_RUN, priorityClassName="prefect-runs", ready=False, **NOWHERE)
+
+
+def test_no_service_opens_a_port_to_the_world(local: Namespace) -> None:
+    for kind in ("NodePort", "LoadBalancer"):
+        with pytest.raises(ClusterError, match="exceeded quota: objects"):
+            local.apply({
+                "apiVersion": "v1",
+                "kind": "Service",
+                "metadata": {"name": "open"},
+                "spec": {"type": kind, "ports": [{"port": 80}]},
+            })  # fmt: skip
+
+
+def test_applied_again_nothing_changes_and_the_password_stays(local: Namespace, overlay: Path) -> None:
+    secret, warehouse = (
+        _make_secret(local),
+        local.kubectl("get", "pod", "warehouse-0", "-o", "jsonpath={.metadata.uid}"),
+    )
+    changes = binaries.kubectl("--context", local.context, "diff", "-k", str(overlay))
+    assert not changes, changes
+    binaries.kubectl("--context", local.context, "apply", "-k", str(overlay))
+    assert _make_secret(local) == secret
+    assert local.kubectl("get", "pod", "warehouse-0", "-o", "jsonpath={.metadata.uid}") == warehouse

@@ -1,0 +1,224 @@
+"""What surrounds the charts as it renders: what is there, what each environment changes, what no chart makes."""
+
+import functools
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from orchestration.settings import ROOT
+from tests.cluster import binaries
+from tests.cluster.policies import selects
+from tests.helm.rendering import KUBERNETES, Object, inventory, objects_of, one, pod_specs, render
+from tests.helm.test_prefect_server import MAXIMAL, TAG
+
+K8S = ROOT / "k8s"
+ENVIRONMENTS = {"local": "prefect", "staging": "prefect-staging", "production": "prefect-production"}
+"""The namespace of each overlay."""
+
+VALUES: dict[str, list[Object]] = {"prefect-server": [TAG, MAXIMAL]}
+"""What each chart is rendered with, beside its examples: the least and the most."""
+
+IN_BOTH = {
+    "NetworkPolicy": "a chart allows what its components need, k8s/ denies the rest and opens the way to the warehouse",
+    "Service": "the warehouse's, which is no part of Prefect",
+    "StatefulSet": "the warehouse",
+}
+"""The kinds that both a chart and an overlay may make, and why."""
+
+
+@functools.cache
+def overlay(environment: str) -> list[Object]:
+    """The objects of an environment."""
+    return objects_of(binaries.kubectl("kustomize", str(K8S / "overlays" / environment)))
+
+
+@functools.cache
+def charts() -> list[Object]:
+    """All that any chart makes, with each of its values."""
+    found = {path.parent.name for path in (ROOT / "helm").glob("*/Chart.yaml")}
+    assert found == set(VALUES), "a chart is rendered with its least and its most values: add them to VALUES"
+    objects = []
+    for chart, values in VALUES.items():
+        given: list[Object | Path] = [*values, *(ROOT / "helm" / chart / "examples").glob("*.yaml")]
+        for each in given:
+            objects += render(chart, each, chart)
+    return objects
+
+
+every_environment = pytest.mark.parametrize("environment", ENVIRONMENTS)
+
+
+def test_what_is_looked_at_is_all_there_is() -> None:
+    # worker/ is the worker for those without Helm; the test beside it proves that the chart makes it.
+    assert {path.name for path in K8S.iterdir()} - {"worker"} == {"base", "overlays"}
+    assert {path.name for path in (K8S / "overlays").iterdir()} == set(ENVIRONMENTS)
+
+
+@every_environment
+def test_what_there_is(environment: str) -> None:
+    warehouse = [
+        "NetworkPolicy/runs-to-warehouse",
+        "NetworkPolicy/warehouse",
+        "Service/warehouse",
+        "StatefulSet/warehouse",
+    ]
+    assert inventory(overlay(environment)) == sorted([
+        "LimitRange/containers",
+        f"Namespace/{ENVIRONMENTS[environment]}",
+        "NetworkPolicy/default-deny",
+        "NetworkPolicy/dns",
+        "PriorityClass/prefect-control",
+        "PriorityClass/prefect-runs",
+        "ResourceQuota/objects",
+        "ResourceQuota/runs",
+        *(warehouse if environment == "local" else []),
+    ])  # fmt: skip
+
+
+@every_environment
+def test_all_is_in_the_environments_namespace_or_the_same_in_every_environment(environment: str) -> None:
+    for each in overlay(environment):
+        if each["kind"] == "PriorityClass":
+            assert each == one(overlay("local"), each["kind"], each["metadata"]["name"])
+        if each["kind"] not in ("Namespace", "PriorityClass"):
+            assert each["metadata"]["namespace"] == ENVIRONMENTS[environment]
+
+
+@every_environment
+def test_the_restricted_standard_is_enforced_at_a_pinned_version(environment: str) -> None:
+    labels = one(overlay(environment), "Namespace", ENVIRONMENTS[environment])["metadata"]["labels"]
+    for mode in ("enforce", "warn", "audit"):
+        assert labels[f"pod-security.kubernetes.io/{mode}"] == "restricted"
+        assert labels[f"pod-security.kubernetes.io/{mode}-version"] == f"v{KUBERNETES}"
+
+
+@every_environment
+def test_nothing_passes_but_names(environment: str) -> None:
+    deny = one(overlay(environment), "NetworkPolicy", "default-deny")["spec"]
+    assert deny == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    for each in overlay(environment):
+        if each["kind"] == "NetworkPolicy" and each["spec"]["podSelector"] == {}:
+            assert "ingress" not in each["spec"]
+            for rule in each["spec"].get("egress", []):
+                assert {port["port"] for port in rule["ports"]} == {53, "dns", "dns-tcp"}
+
+
+@every_environment
+def test_the_quota_counts_runs_alone_and_asks_for_nothing_that_the_limit_range_does_not_give(environment: str) -> None:
+    quota = one(overlay(environment), "ResourceQuota", "runs")["spec"]
+    runs = {"scopeName": "PriorityClass", "operator": "In", "values": ["prefect-runs"]}
+    assert quota["scopeSelector"] == {"matchExpressions": [runs]}
+    (limits,) = one(overlay(environment), "LimitRange", "containers")["spec"]["limits"]
+    given = {f"requests.{name}" for name in limits["defaultRequest"]} | {f"limits.{name}" for name in limits["default"]}
+    assert set(quota["hard"]) - {"pods"} == given
+    assert "cpu" not in limits["default"], "who is alone on a node may use all of its CPU"
+    objects = one(overlay(environment), "ResourceQuota", "objects")["spec"]
+    assert "scopeSelector" not in objects
+    assert objects["hard"]["services.loadbalancers"] == objects["hard"]["services.nodeports"] == "0"
+    assert int(objects["hard"]["count/jobs.batch"]) >= 10 * int(quota["hard"]["pods"]), "ended Jobs stay a while"
+
+
+def test_environments_grow_and_the_page_says_how() -> None:
+    page = (ROOT / "docs" / "environments.md").read_text()
+    sizes = []
+    for environment, namespace in ENVIRONMENTS.items():
+        quota = one(overlay(environment), "ResourceQuota", "runs")["spec"]["hard"]
+        (limits,) = one(overlay(environment), "LimitRange", "containers")["spec"]["limits"]
+        names = ("pods", "requests.cpu", "requests.memory", "limits.memory")
+        figures = [*(quota[name] for name in names), limits["max"]["memory"]]
+        assert f"| `{environment}` | `{namespace}` | {' | '.join(figures)} |" in page
+        sizes.append([int(figure.removesuffix("Gi")) for figure in figures])
+    for smaller, larger in itertools.pairwise(sizes):
+        assert all(a < b for a, b in zip(smaller, larger, strict=True))
+
+
+def test_runs_take_nobodys_place_and_control_takes_theirs() -> None:
+    runs, control = (one(overlay("local"), "PriorityClass", f"prefect-{name}") for name in ("runs", "control"))
+    assert runs["preemptionPolicy"] == "Never"
+    assert 0 <= runs["value"] < control["value"]
+    assert not runs.get("globalDefault")
+    assert not control.get("globalDefault")
+
+
+def test_the_warehouse_meets_the_restricted_standard_and_keeps_no_password() -> None:
+    (spec,) = pod_specs(overlay("local")).values()
+    assert spec["automountServiceAccountToken"] is False
+    assert spec["enableServiceLinks"] is False
+    assert spec["priorityClassName"] == "prefect-control"
+    security = spec["securityContext"]
+    assert security["runAsNonRoot"] is True
+    assert security["runAsUser"] == security["fsGroup"] == 999
+    assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+    (container,) = spec["containers"]
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert set(container["resources"]) == {"requests", "limits"}
+    (password,) = (each for each in container["env"] if each["name"] == "POSTGRES_PASSWORD")
+    assert password["valueFrom"] == {"secretKeyRef": {"name": "warehouse", "key": "password"}}
+
+
+def test_only_flow_runs_reach_the_warehouse() -> None:
+    spec = one(overlay("local"), "NetworkPolicy", "warehouse")["spec"]
+    runs = {"podSelector": {"matchLabels": {"prefect.io/role": "flow-run"}}}
+    assert spec["ingress"] == [{"from": [runs], "ports": [{"port": 5432}]}]
+    labels = one(overlay("local"), "StatefulSet", "warehouse")["spec"]["template"]["metadata"]["labels"]
+    assert selects(spec["podSelector"], labels)
+    assert selects({"matchLabels": one(overlay("local"), "Service", "warehouse")["spec"]["selector"]}, labels)
+
+
+def test_versions_agree() -> None:
+    bundled = yaml.safe_load((ROOT / "helm/prefect-server/values.yaml").read_text())["database"]["bundled"]["image"]
+    (spec,) = pod_specs(overlay("local")).values()
+    assert spec["containers"][0]["image"] == f"{bundled['repository']}:{bundled['tag']}"
+
+
+@every_environment
+def test_no_object_is_both_in_a_chart_and_here(environment: str) -> None:
+    def names(objects: list[Object]) -> set[tuple[str, str, str]]:
+        return {(each["apiVersion"], each["kind"], each["metadata"]["name"]) for each in objects}
+
+    assert not names(charts()) & names(overlay(environment))
+
+
+def test_the_kinds_in_both_are_those_with_a_reason() -> None:
+    here = {each["kind"] for environment in ENVIRONMENTS for each in overlay(environment)}
+    assert here & {each["kind"] for each in charts()} == set(IN_BOTH)
+
+
+def test_no_policy_says_again_what_another_says() -> None:
+    def rules(objects: list[Object]) -> set[str]:
+        return {
+            json.dumps([each["spec"]["podSelector"], direction, rule], sort_keys=True)
+            for each in objects
+            if each["kind"] == "NetworkPolicy"
+            for direction in ("ingress", "egress")
+            for rule in each["spec"].get(direction, [])
+        }
+
+    assert rules(charts())
+    assert not rules(charts()) & rules(overlay("local"))
+
+
+def test_neither_takes_the_others_pods_for_its_own() -> None:
+    """Services and policies of a chart select no pod of an overlay, and back, but for the policies of every pod."""
+
+    def selectors(objects: list[Object]) -> list[Object]:
+        policies = [each["spec"]["podSelector"] for each in objects if each["kind"] == "NetworkPolicy"]
+        return policies + [{"matchLabels": each["spec"]["selector"]} for each in objects if each["kind"] == "Service"]
+
+    def labels(objects: list[Object]) -> list[Object]:
+        return [
+            each["spec"]["template"]["metadata"]["labels"] for each in objects if "template" in each.get("spec", {})
+        ]
+
+    of_charts, here = selectors(charts()), [each for each in selectors(overlay("local")) if each]
+    assert of_charts
+    assert here
+    assert not [each for each in of_charts for pod in labels(overlay("local")) if selects(each, pod)]
+    assert not [each for each in here for pod in labels(charts()) if selects(each, pod)]
