@@ -1,6 +1,9 @@
-"""The Kubernetes worker, with the two things that Prefect's own lacks.
+"""The Kubernetes worker, with what Prefect's own lacks.
 
-    python -m orchestration.worker --pool default [--queue NAME]... [--limit N] [--name NAME]
+    python -m orchestration.worker --pool default [--namespace NS] [--queue NAME]... [--limit N] [--name NAME]
+
+With `--namespace` its Jobs go there, whatever the pool says: beside the worker, where its Role covers them, so that
+workers of several namespaces and clusters can share a pool.
 
 Its health (`GET :8080/health`) covers the thread that watches pods and Jobs as well as polling: without that
 thread a pod that dies is never seen. And a worker that is asked to end first finishes what it has claimed: no run
@@ -25,6 +28,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.settings import get_current_settings
 from prefect_kubernetes import KubernetesWorker
 from prefect_kubernetes.settings import KubernetesSettings
+from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
 _watching_on: asyncio.AbstractEventLoop | None = None
 
@@ -52,10 +56,16 @@ def watched() -> set[str]:
 
 # ABC keeps it out of Prefect's registry of worker types, where "kubernetes" is taken.
 class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not typed
-    """Prefect's Kubernetes worker, healthy only while it also watches, and drained before it ends."""
+    """Prefect's Kubernetes worker, healthy only while it also watches, and drained before it ends.
 
-    def __init__(self, **options: Any) -> None:
+    Args:
+        namespace: where its Jobs go; None leaves that to the pool's base job template.
+        options: those of Prefect's worker.
+    """
+
+    def __init__(self, namespace: str | None = None, **options: Any) -> None:
         super().__init__(**options)
+        self._namespace = namespace
         self._draining = False
         self._polling = asyncio.Lock()
 
@@ -73,6 +83,12 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
         """One poll; none any more once the worker drains."""
         async with self._polling:
             return [] if self._draining else await super().get_and_submit_flow_runs()
+
+    async def run(self, flow_run: FlowRun, configuration: KubernetesWorkerJobConfiguration, **options: Any) -> Any:
+        """Make the run's Job."""
+        if self._namespace:
+            configuration.namespace = configuration.job_manifest["metadata"]["namespace"] = self._namespace
+        return await super().run(flow_run, configuration, **options)
 
     async def drain(self) -> None:
         """Claim nothing more, and wait until each claimed run has its Job."""
@@ -109,12 +125,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m orchestration.worker", description="Run a pool's flow runs as Jobs."
     )
     parser.add_argument("--pool", required=True, help="the work pool")
+    parser.add_argument("--namespace", help="where its Jobs go; else where the pool says")
     parser.add_argument("--queue", action="append", help="only this queue of it; may be repeated")
     parser.add_argument("--limit", type=int, help="how many runs it submits at once")
     parser.add_argument("--name", help="the worker's name; else one of its own")
     options = parser.parse_args(arguments)
     settings = get_current_settings().worker
     worker = Worker(
+        namespace=options.namespace,
         name=options.name,
         work_pool_name=options.pool,
         work_queues=options.queue,

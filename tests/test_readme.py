@@ -168,6 +168,8 @@ def test_pip_server_flow_deploy_and_worker(
         assert "successfully created" in output
         shown = _run("prefect deployment inspect dbt-pipeline/dbt-pipeline-daily", clone, environment)
         assert re.search(r"'cron': '0 6 \* \* \*'", shown), shown
+        scheduled = "prefect flow-run ls --state-type SCHEDULED"
+        wait_until(lambda: "dbt-pipeline" in _run(scheduled, clone, environment), "the schedule's runs", 120)
         with _running(_command("make worker"), clone, environment, tmp_path / "worker.log"):
             ask = _command("prefect deployment run")
             output = _run(f"{ask} --watch", clone, environment)

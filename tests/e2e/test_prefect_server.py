@@ -75,6 +75,17 @@ def test_events_reach_the_services_through_valkey(api: httpx.Client) -> None:
     wait_until(stored, "the event to be stored", 60)
 
 
+def test_services_do_their_work_without_an_error(server: Release, api: httpx.Client) -> None:
+    """A schedule gets its runs; what a service cannot do is in its log and nowhere else."""
+    flow = api.post("/flows/", json={"name": "scheduled"}).json()
+    schedules = [{"schedule": {"cron": "0 6 * * *"}, "active": True}]
+    deployment = api.post("/deployments/", json={"name": "daily", "flow_id": flow["id"], "schedules": schedules}).json()
+    runs = {"deployments": {"id": {"any_": [deployment["id"]]}}, "limit": 1}
+    wait_until(lambda: api.post("/flow_runs/filter", json=runs).json(), "the schedule's runs", 90)
+    log = server.namespace.kubectl("logs", f"deployment/{NAME}-services", "--tail=-1")
+    assert not [line for line in log.splitlines() if "ERROR" in line or "Traceback" in line]
+
+
 def test_a_stranger_reaches_the_api_and_neither_database_nor_valkey(server: Release, namespace: Namespace) -> None:
     namespace.pod("stranger")
     server.namespace.pod("neighbour")

@@ -12,13 +12,13 @@ from orchestration.settings import ROOT
 from tests.cluster import binaries
 from tests.cluster.policies import selects
 from tests.helm.rendering import KUBERNETES, Object, inventory, objects_of, one, pod_specs, render
-from tests.helm.test_prefect_server import MAXIMAL, TAG
+from tests.helm.test_charts import CHARTS
 
 K8S = ROOT / "k8s"
 ENVIRONMENTS = {"local": "prefect", "staging": "prefect-staging", "production": "prefect-production"}
 """The namespace of each overlay."""
 
-VALUES: dict[str, list[Object]] = {"prefect-server": [TAG, MAXIMAL]}
+VALUES: dict[str, list[Object]] = {name: [chart.TAG, chart.MAXIMAL] for name, chart in CHARTS.items()}
 """What each chart is rendered with, beside its examples: the least and the most."""
 
 IN_BOTH = {

@@ -71,6 +71,7 @@
 {{- end }}
 # All of them or none: what is left in one process' memory is unknown to the others, and runs are scheduled twice.
 - {name: PREFECT_REDIS_MESSAGING_URL, value: $(REDIS_URL)}
+- {name: PREFECT_REDIS_WORKER_CLEANUP_QUEUE_URL, value: $(REDIS_URL)}
 - {name: PREFECT_SERVER_DOCKET_URL, value: $(REDIS_URL)}
 - {name: PREFECT_SERVER_EVENTS_MESSAGING_BROKER, value: prefect_redis.messaging}
 - {name: PREFECT_SERVER_EVENTS_MESSAGING_CACHE, value: prefect_redis.messaging}

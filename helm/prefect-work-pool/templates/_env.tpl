@@ -50,8 +50,9 @@
 - {name: PREFECT_INTEGRATIONS_KUBERNETES_WORKER_API_AUTH_STRING_SECRET_KEY, value: {{ .key }}}
 {{- end }}
 {{- end }}
+- {name: NAMESPACE, valueFrom: {fieldRef: {fieldPath: metadata.namespace}}}
 # Without it pods and Jobs are watched in the whole cluster, which the Role does not allow.
-- {name: PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_NAMESPACES, value: {{ .Release.Namespace }}}
+- {name: PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_NAMESPACES, value: $(NAMESPACE)}
 {{- with .Values.worker }}
 - {name: PREFECT_WORKER_QUERY_SECONDS, value: {{ .querySeconds | quote }}}
 - {name: PREFECT_WORKER_PREFETCH_SECONDS, value: {{ .prefetchSeconds | quote }}}

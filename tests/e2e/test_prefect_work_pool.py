@@ -1,0 +1,344 @@
+"""The work pool's chart on a real cluster: every run a pod, with what it was given, whatever happens to the worker."""
+
+import copy
+import json
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from tests.cluster import binaries
+from tests.cluster.namespace import Namespace
+from tests.cluster.progress import ClusterError
+from tests.e2e.release import Object, Release, server_values
+from tests.helm.rendering import environment
+from tests.parts import wait_until
+
+SERVER = "prefect-server"
+NAME = "prefect-work-pool"
+FLOW = Path(__file__).with_name("probe_flow.py")
+
+
+@pytest.fixture(scope="module")
+def namespace(cluster: str) -> Iterator[Namespace]:
+    """A namespace that enforces the restricted standard, for all tests of this file."""
+    made = Namespace(cluster, f"pool-{uuid4().hex[:8]}")
+    binaries.kubectl("--context", cluster, "create", "namespace", made.name)
+    made.kubectl("label", "namespace", made.name, "pod-security.kubernetes.io/enforce=restricted")
+    yield made
+    binaries.kubectl("--context", cluster, "delete", "namespace", made.name, "--wait=false")
+
+
+@pytest.fixture(scope="module")
+def server(namespace: Namespace, image: str) -> Release:
+    release = Release(SERVER, SERVER, namespace)
+    release.deploy(server_values(image))
+    return release
+
+
+@pytest.fixture(scope="module")
+def values(image: str) -> Object:
+    repository, _, tag = image.rpartition(":")
+    return {
+        "image": {"repository": repository, "tag": tag},
+        "worker": {"querySeconds": 2, "prefetchSeconds": 5},
+        "runs": {
+            "resources": {"requests": {"cpu": "50m", "memory": "200Mi"}, "limits": {"memory": "700Mi"}},
+            "pod": {
+                "volumes": [{"name": "probe", "configMap": {"name": "probe"}}],
+                "volumeMounts": [{"name": "probe", "mountPath": "/probe"}],
+            },
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def pool(server: Release, values: Object) -> Release:
+    """A work pool that is installed from nothing, whose runs find the probe's flow in /probe."""
+    namespace = server.namespace
+    namespace.apply(
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "probe"}, "data": {"flow.py": FLOW.read_text()}}
+    )
+    release = Release(NAME, NAME, namespace)
+    release.deploy(values)
+    return release
+
+
+@pytest.fixture(scope="module")
+def api(server: Release) -> Iterator[httpx.Client]:
+    with server.api(f"{SERVER}-api", server.secret(f"{SERVER}-auth", "auth-string")) as client:
+        yield client
+
+
+def deployment(api: httpx.Client, **fields: Any) -> str:
+    """A new deployment of the probe; its id."""
+    flow = api.post("/flows/", json={"name": "probe"}).raise_for_status().json()
+    body = {
+        "name": f"probe-{uuid4().hex[:6]}",
+        "flow_id": flow["id"],
+        "entrypoint": "/probe/flow.py:probe",
+        "path": "/app",
+        "work_pool_name": "default",
+    }
+    made = api.post("/deployments/", json=body | fields)
+    return str(made.raise_for_status().json()["id"])
+
+
+def start(api: httpx.Client, deployment_id: str, **fields: Any) -> str:
+    """A run of the deployment, now; its id."""
+    made = api.post(f"/deployments/{deployment_id}/create_flow_run", json={"state": {"type": "SCHEDULED"}} | fields)
+    return str(made.raise_for_status().json()["id"])
+
+
+def run_of(api: httpx.Client, run: str) -> Object:
+    found: Object = api.get(f"/flow_runs/{run}").raise_for_status().json()
+    return found
+
+
+def ended(api: httpx.Client, run: str, seconds: float = 120) -> Object:
+    """The run, once it is over."""
+    final = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+    found: Object = wait_until(
+        lambda: (now := run_of(api, run))["state_type"] in final and now, f"run {run} to end", seconds
+    )
+    return found
+
+
+def logged(api: httpx.Client, run: str, last: str) -> list[str]:
+    """What the run logged, once the line that begins with `last` has arrived: logs follow the states."""
+
+    def lines() -> list[str]:
+        found = api.post("/logs/filter", json={"logs": {"flow_run_id": {"any_": [run]}}, "limit": 200})
+        messages = [str(each["message"]) for each in found.raise_for_status().json()]
+        return messages if any(message.startswith(last) for message in messages) else []
+
+    arrived: list[str] = wait_until(lines, f"{last!r} in the run's logs", 30)
+    return arrived
+
+
+def job_of(pool: Release, run: str) -> Object:
+    """The run's Job."""
+    found = json.loads(pool.namespace.kubectl("get", "jobs", "-l", f"prefect.io/flow-run-id={run}", "-o", "json"))
+    [job] = found["items"]
+    return dict(job)
+
+
+def test_it_starts_from_nothing_without_a_restart(pool: Release, api: httpx.Client) -> None:
+    restarts = pool.restarts()
+    assert len(restarts) == 1
+    assert not any(restarts.values()), restarts
+    assert "Phase:          Succeeded" in pool.helm("test", NAME)
+    found = api.post("/deployments/filter", json={}).json()
+    assert {"dbt-pipeline-daily", "backfill"} <= {each["name"] for each in found}
+    [daily] = [each for each in found if each["name"] == "dbt-pipeline-daily"]
+    assert daily["work_pool_name"] == "default"
+    assert daily["schedules"][0]["schedule"]["cron"] == "0 6 * * *"
+
+
+def test_a_schedule_of_each_minute_fires_by_itself_and_runs_as_a_pod(pool: Release, api: httpx.Client) -> None:
+    """With the parameters of the deployment; its logs, states and artifact are in the API."""
+    made = deployment(
+        api,
+        parameters={"text": "each minute"},
+        schedules=[{"schedule": {"cron": "* * * * *"}, "active": True}],
+    )
+    runs = {"deployments": {"id": {"any_": [made]}}, "flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
+
+    def first() -> Object | None:
+        found = api.post("/flow_runs/filter", json=runs).json()
+        return found[0] if found else None
+
+    run: Object = wait_until(first, "the schedule's first run to complete", 150)
+    api.delete(f"/deployments/{made}")
+    assert run["auto_scheduled"] is True
+    assert logged(api, run["id"], "text=each minute")
+    states = api.get("/flow_run_states/", params={"flow_run_id": run["id"]}).json()
+    assert [state["type"] for state in sorted(states, key=lambda state: state["timestamp"])][-2:] == [
+        "RUNNING",
+        "COMPLETED",
+    ]
+    artifacts = api.post("/artifacts/filter", json={"artifacts": {"flow_run_id": {"any_": [run["id"]]}}}).json()
+    assert [artifact["data"] for artifact in artifacts] == ["# each minute"]
+    pod = json.loads(pool.namespace.kubectl("get", "pods", "-l", f"prefect.io/flow-run-id={run['id']}", "-o", "json"))
+    [pod] = pod["items"]
+    assert pod["metadata"]["ownerReferences"][0]["kind"] == "Job"
+    assert pod["metadata"]["labels"]["prefect.io/role"] == "flow-run"
+
+
+def test_memory_variables_and_image_of_a_deployment_and_of_a_run_reach_the_pod(
+    pool: Release, api: httpx.Client, image: str
+) -> None:
+    repository, _, tag = image.rpartition(":")
+    by_digest = f"{repository}@{_digest(repository, tag)}"
+    made = deployment(api, job_variables={"memory_limit": "600Mi", "env": {"GREETING": "deployment"}})
+    of_deployment = start(api, made)
+    of_run = start(api, made, job_variables={"memory_limit": "650Mi", "env": {"GREETING": "run"}, "image": by_digest})
+    for run, memory, greeting, name in (
+        (of_deployment, "600Mi", "deployment", image),
+        (of_run, "650Mi", "run", by_digest),
+    ):
+        assert ended(api, run)["state_type"] == "COMPLETED"
+        [container] = job_of(pool, run)["spec"]["template"]["spec"]["containers"]
+        assert container["resources"]["limits"] == {"memory": memory}
+        assert container["resources"]["requests"] == {"cpu": "50m", "memory": "200Mi"}
+        assert container["image"] == name
+        assert logged(api, run, f"text= GREETING={greeting}")
+
+
+def _digest(repository: str, tag: str) -> str:
+    """The registry's digest of a tag."""
+    host, _, name = repository.partition("/")
+    accept = "application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json"
+    found = httpx.head(f"http://{host}/v2/{name}/manifests/{tag}", headers={"Accept": accept})
+    return str(found.raise_for_status().headers["Docker-Content-Digest"])
+
+
+def test_a_run_has_no_token_no_password_and_no_way_to_the_servers_database(
+    pool: Release, server: Release, api: httpx.Client
+) -> None:
+    addresses = [f"{SERVER}-api:4200", f"{SERVER}-database:5432", f"{SERVER}-redis:6379"]
+    run = start(api, deployment(api), parameters={"addresses": addresses})
+    assert ended(api, run)["state_type"] == "COMPLETED"
+    lines = logged(api, run, f"reaches {addresses[-1]}")
+    assert "token=False services=False" in lines
+    assert [line for line in lines if line.startswith("reaches")] == [
+        f"reaches {SERVER}-api:4200: True",
+        f"reaches {SERVER}-database:5432: False",
+        f"reaches {SERVER}-redis:6379: False",
+    ]
+    manifest = json.dumps(job_of(pool, run))
+    assert server.secret(f"{SERVER}-auth", "auth-string") not in manifest
+    [container] = job_of(pool, run)["spec"]["template"]["spec"]["containers"]
+    reference = {"name": f"{SERVER}-auth", "key": "auth-string"}
+    assert environment(container)["PREFECT_API_AUTH_STRING"] == {"secretKeyRef": reference}
+
+
+def test_ten_runs_at_once_complete_though_the_worker_is_replaced_among_them(pool: Release, api: httpx.Client) -> None:
+    """The worker that is deleted makes the Jobs of what it has claimed; its successor takes the rest."""
+    made = deployment(api)
+    [worker] = pool.pods("worker")
+    runs = [start(api, made, parameters={"text": str(number)}) for number in range(10)]
+
+    def some_claimed() -> bool:
+        return any(run_of(api, run)["state_type"] != "SCHEDULED" for run in runs)
+
+    wait_until(some_claimed, "the worker to claim runs", 30)
+    pool.namespace.kubectl("delete", "pod", worker["metadata"]["name"], "--wait=false")
+    outcomes = [ended(api, run, 300) for run in runs]
+    assert {outcome["state_type"] for outcome in outcomes} == {"COMPLETED"}
+    assert {outcome["run_count"] for outcome in outcomes} == {1}
+
+
+def _most_at_once(api: httpx.Client, runs: list[str]) -> int:
+    """How many of the ended runs held a slot of their pool at the same time: from Pending to the end."""
+    moments = []
+    for run in runs:
+        states = api.get("/flow_run_states/", params={"flow_run_id": run}).json()
+        times = {state["type"]: datetime.fromisoformat(state["timestamp"]) for state in states}
+        moments += [(times["PENDING"], 1), (times["COMPLETED"], -1)]
+    most = now = 0
+    for _, change in sorted(moments):
+        now += change
+        most = max(most, now)
+    return most
+
+
+def test_an_upgrade_changes_pool_and_template_and_a_rollback_takes_it_back(
+    pool: Release, values: Object, api: httpx.Client
+) -> None:
+    """The pool's new limit holds; a run that is under way is not disturbed by either."""
+    made = deployment(api)
+    under_way = start(api, made, parameters={"seconds": 60})
+    wait_until(lambda: run_of(api, under_way)["state_type"] == "RUNNING", "the run to run", 60)
+    changed = copy.deepcopy(values)
+    changed["pool"] = {"concurrencyLimit": 3, "queues": [{"name": "urgent", "priority": 1, "concurrencyLimit": 1}]}
+    changed["runs"]["resources"]["limits"]["memory"] = "640Mi"
+    pool.deploy(changed)
+    found = api.get("/work_pools/default").json()
+    assert found["concurrency_limit"] == 3
+    assert found["base_job_template"]["variables"]["properties"]["memory_limit"]["default"] == "640Mi"
+    queues = {queue["name"]: queue for queue in api.post("/work_pools/default/queues/filter", json={}).json()}
+    assert queues["urgent"]["priority"] == 1
+    assert queues["urgent"]["concurrency_limit"] == 1
+    runs = [start(api, made, parameters={"seconds": 2}) for _ in range(5)]
+    assert {ended(api, run, 240)["state_type"] for run in runs} == {"COMPLETED"}
+    assert _most_at_once(api, runs) <= 3
+    assert (
+        job_of(pool, runs[0])["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"] == "640Mi"
+    )
+    pool.helm("rollback", NAME, "1", "--wait", "--timeout", "5m")
+    found = api.get("/work_pools/default").json()
+    assert found["concurrency_limit"] is None
+    assert found["base_job_template"]["variables"]["properties"]["memory_limit"]["default"] == "700Mi"
+    assert ended(api, under_way)["state_type"] == "COMPLETED"
+    assert run_of(api, under_way)["run_count"] == 1
+
+
+def test_a_worker_that_no_longer_watches_is_started_again(pool: Release, values: Object) -> None:
+    """Without the right to watch, its watchers give up; polling alone would have kept it green."""
+    namespace = pool.namespace
+    binding = namespace.kubectl("get", "rolebinding", f"{NAME}-worker", "-o", "json")
+    [old] = pool.pods("worker")
+    namespace.kubectl("delete", "rolebinding", f"{NAME}-worker")
+    try:
+        namespace.kubectl("delete", "pod", old["metadata"]["name"])
+        wait_until(lambda: any(pool.restarts().values()), "the worker to be started again", 240)
+        [worker] = pool.pods("worker")
+        before = namespace.kubectl("logs", worker["metadata"]["name"], "--previous")
+        assert "No longer watching" in before
+    finally:
+        namespace.apply({key: each for key, each in json.loads(binding).items() if key != "status"})
+    namespace.kubectl("rollout", "status", f"deployment/{NAME}-worker", "--timeout=180s")
+
+
+def test_what_the_server_refuses_fails_the_release_with_the_reason(
+    pool: Release, values: Object, api: httpx.Client
+) -> None:
+    """And the worker that was there before goes on."""
+    running = {pod["metadata"]["name"] for pod in pool.pods("worker")}
+    api.post("/work_pools/", json={"name": "taken", "type": "process"}).raise_for_status()
+    wrong: dict[str, Object] = {
+        "Work pool taken exists and is of type process, not kubernetes": {"pool": {"name": "taken"}},
+        "refuses us (401)": {"api": {"auth": {"existingSecret": "wrong"}}},
+    }
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "wrong"}, "stringData": {"auth-string": "a:b"}}
+    pool.namespace.apply(secret)
+    for reason, change in wrong.items():
+        with pytest.raises(ClusterError) as caught:
+            pool.deploy(copy.deepcopy(values) | change | {"sync": {"backoffLimit": 0}})
+        assert "sync" in str(caught.value)
+        log = pool.namespace.kubectl("logs", f"job/{NAME}-sync", "-c", "pool")
+        assert reason in log
+        assert "Traceback" not in log
+    assert {pod["metadata"]["name"] for pod in pool.pods("worker")} == running
+
+
+@pytest.mark.parametrize(
+    ("auth", "message"),
+    [
+        ({"existingSecret": "absent"}, "there is no Secret absent in namespace"),
+        ({"key": "user"}, "has no key user. It has: auth-string"),
+    ],
+)
+def test_a_missing_secret_is_found_before_anything_is_changed(
+    pool: Release, values: Object, auth: Object, message: str
+) -> None:
+    revisions = pool.helm("history", NAME, "-o", "json")
+    with pytest.raises(ClusterError) as caught:
+        pool.deploy(copy.deepcopy(values) | {"api": {"auth": auth}})
+    assert message in str(caught.value)
+    assert pool.helm("history", NAME, "-o", "json") == revisions
+
+
+def test_uninstalled_nothing_stays_but_the_pool_on_the_server(pool: Release, api: httpx.Client) -> None:
+    pool.helm("rollback", NAME, "1", "--wait", "--timeout", "5m")
+    pool.helm("uninstall", NAME, "--wait")
+    kinds = "deploy,jobs,roles,rolebindings,services,secrets,configmaps,networkpolicies,serviceaccounts,pods"
+    listed = json.loads(pool.namespace.kubectl("get", kinds, "-l", f"app.kubernetes.io/instance={NAME}", "-o", "json"))
+    left = [f"{each['kind']}/{each['metadata']['name']}" for each in listed["items"]]
+    assert [name for name in left if not name.startswith("Pod/")] == []
+    assert api.get("/work_pools/default").status_code == 200
