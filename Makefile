@@ -17,6 +17,16 @@ REGISTRY ?= localhost:5000
 BUILDER ?=
 BASE_IMAGE ?=
 IMAGE ?=
+ENV ?= local
+KUBE_CONTEXT ?=
+NAMESPACE ?=
+RUN ?=
+DEPLOYMENT ?= dbt-pipeline/dbt-pipeline-daily
+PARAMETERS ?=
+FORCE ?=
+CONFIRM ?=
+PORT ?= 4200
+JSON ?=
 PAIRS ?= 7
 
 # The newest Python that dbt supports, whichever name it has here; uv, from PyPI unless it is here.
@@ -27,8 +37,14 @@ UV = $(shell command -v uv || echo .uv/bin/uv)
 BIN := .venv/bin
 WAREHOUSE := $(BIN)/python -m orchestration.warehouse
 
+# The cluster that is named; for the local environment, the one of `make cluster`.
+CONTEXT = $(or $(KUBE_CONTEXT),$(if $(filter local,$(ENV)),$$($(BIN)/python -m tests.cluster context)))
+# kubectl and helm as they are here, else those that were built for the local cluster.
+ENVIRONMENT = PATH="$$PATH:$$($(BIN)/python -m tests.cluster path)" $(BIN)/python -m orchestration.environment
+TARGET = --env '$(ENV)' --context "$(CONTEXT)" --namespace '$(NAMESPACE)'
+
 export DO_NOT_TRACK := 1
-export REGISTRY BUILDER BASE_IMAGE IMAGE
+export REGISTRY BUILDER BASE_IMAGE IMAGE KUBE_CONTEXT
 export UV_PYTHON_DOWNLOADS := never
 
 # $(call stage,NAME,COMMAND): run it and say what it took.
@@ -62,15 +78,49 @@ dbt: .venv/ready ## run a dbt command on the warehouse, CMD="build --select rout
 stop: .venv/ready ## stop the embedded warehouse
 	@$(WAREHOUSE) stop
 
-##@ Kubernetes
-.PHONY: cluster cluster-down image push sbom
+##@ Kubernetes (ENV=local; others with KUBE_CONTEXT=...)
+.PHONY: up down deploy plan rollback undeploy run-on-cluster status logs ui
+up: cluster ## the whole way from nothing: cluster, image, charts, the daily job as a pod, the UI's address
+	@$(ENVIRONMENT) deploy $(TARGET)
+	@$(ENVIRONMENT) run $(TARGET) '$(DEPLOYMENT)'
+	@$(ENVIRONMENT) status $(TARGET)
+	@echo "Open the UI: make ui"
+
+down: cluster-down ## take the local cluster away, with all that is on it
+
+deploy: .venv/ready ## bring ENV to what the checkout says: charts, pool, deployments; FORCE=1 also where nothing changed
+	@$(ENVIRONMENT) deploy $(TARGET) $(if $(FORCE),--force)
+
+plan: .venv/ready ## what a deploy would change; exit status 2 if anything
+	@$(ENVIRONMENT) plan $(TARGET)
+
+rollback: .venv/ready ## take back the newest deploy: image, charts, pool, deployments
+	@$(ENVIRONMENT) rollback $(TARGET)
+
+undeploy: .venv/ready ## take the releases away; volumes and passwords stay
+	@$(ENVIRONMENT) undeploy $(TARGET) --confirm '$(CONFIRM)'
+
+run-on-cluster: .venv/ready ## run DEPLOYMENT=FLOW/NAME as a pod, PARAMETERS='{"day": "2013-02-08"}', and follow it
+	@$(ENVIRONMENT) run $(TARGET) '$(DEPLOYMENT)' --parameters '$(PARAMETERS)'
+
+status: .venv/ready ## one screen: components, pool, running and late runs, each deployment's last; JSON=1
+	@$(ENVIRONMENT) status $(TARGET) $(if $(JSON),--json)
+
+logs: .venv/ready ## follow a run: RUN=its name or id; the newest without
+	@$(ENVIRONMENT) logs $(TARGET) $(RUN)
+
+ui: .venv/ready ## open the UI on http://localhost:4200, or PORT=
+	@$(ENVIRONMENT) ui $(TARGET) --port $(PORT)
+
+##@ Cluster and image
+.PHONY: cluster cluster-down build push sbom
 cluster: .venv/ready ## make a local cluster: KUBE_CONTEXT if named, else kind, else a node from packages
 	@$(BIN)/python -m tests.cluster up
 
 cluster-down: .venv/ready ## take away the cluster that was made here
 	@$(BIN)/python -m tests.cluster down
 
-image: ## build the image, BUILDER=docker or buildah; prints its name
+build: ## build the image, BUILDER=docker or buildah; prints its name
 	@docker/build
 
 push: ## build the image and push it to REGISTRY=localhost:5000
@@ -111,7 +161,7 @@ clean: ## remove the environment and what tools left behind; the warehouse stays
 help: ## show this
 	@awk 'BEGIN {FS = ":.*## "; tty = system("test -t 1") == 0} \
 		/^##@/ {printf "\n%s\n", substr($$0, 5)} \
-		/^[a-z-]+:.*## / {printf "  %s%-12s%s %s\n", tty ? "\033[36m" : "", $$1, tty ? "\033[0m" : "", $$2}' Makefile
+		/^[a-z-]+:.*## / {printf "  %s%-14s%s %s\n", tty ? "\033[36m" : "", $$1, tty ? "\033[0m" : "", $$2}' Makefile
 
 .venv/ready: pyproject.toml uv.lock
 	@[ -n "$(PYTHON)" ] || { echo "No Python 3.11, 3.12 or 3.13 was found. Install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }

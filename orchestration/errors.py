@@ -23,6 +23,10 @@ class SettingsError(PipelineError):
     """A setting that is missing or wrong."""
 
 
+class ClusterError(PipelineError):
+    """A cluster that cannot be made, reached or deployed to: what, where, and the cure."""
+
+
 class WarehouseError(PipelineError):
     """The warehouse cannot be started, reached or written to.
 

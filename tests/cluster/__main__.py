@@ -3,6 +3,7 @@
     python -m tests.cluster up       # or: make cluster
     python -m tests.cluster down     # or: make cluster-down
     python -m tests.cluster context  # the name of the context that `up` would use
+    python -m tests.cluster path     # the folders of kubectl and helm, where they were built here
 
 The context that `KUBE_CONTEXT` names, which is used as it is and never taken away; else kind, where
 Docker runs; else a single node from packages, as root on Linux with Go.
@@ -71,7 +72,12 @@ def _check(context: str) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit status."""
-    commands: dict[str, Callable[[], object]] = {"up": up, "down": down, "context": lambda: print(chosen())}
+    commands: dict[str, Callable[[], object]] = {
+        "up": up,
+        "down": down,
+        "context": lambda: print(chosen()),
+        "path": lambda: print(":".join(map(str, binaries.folders()))),
+    }
     if len(arguments) != 1 or arguments[0] not in commands:
         print(f"usage: python -m tests.cluster {' | '.join(commands)}", file=sys.stderr)
         return 2

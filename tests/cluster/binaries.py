@@ -82,6 +82,11 @@ def kube() -> Path:
     return path
 
 
+def folders() -> list[Path]:
+    """Where kubectl and helm are that were built here; for the end of a PATH."""
+    return [cache() / f"kubernetes-{KUBERNETES}", cache() / f"helm-{MODULES['helm'][1]}"]
+
+
 def helm(*arguments: str) -> str:
     """Run helm, the one that is here or else our own; what it printed.
 

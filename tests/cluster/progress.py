@@ -1,23 +1,6 @@
-"""What a long step says: what it does, how long such a step takes, and how long it took."""
+"""How the cluster's set-up speaks: steps as they are done, and one error for all that stops it."""
 
-import contextlib
-import sys
-import time
-from collections.abc import Iterator
+from orchestration.errors import ClusterError
+from orchestration.progress import step
 
-
-class ClusterError(Exception):
-    """A cluster that cannot be made or reached: what, where, and the cure."""
-
-
-@contextlib.contextmanager
-def step(what: str, usual: str) -> Iterator[None]:
-    """Print `what` before the block and its seconds after it; `usual` is what it takes on 2 cores."""
-    print(f"{what} ({usual}) ...", end="", file=sys.stderr, flush=True)
-    start = time.monotonic()
-    try:
-        yield
-    except BaseException:
-        print(" failed", file=sys.stderr, flush=True)
-        raise
-    print(f" {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+__all__ = ["ClusterError", "step"]

@@ -140,6 +140,14 @@ def test_a_failed_upgrade_leaves_the_server_running(server: Release, values: Obj
     server.helm("rollback", NAME, "--wait", "--timeout", "5m")
 
 
+def test_a_missing_secret_is_found_before_anything_is_changed(server: Release, values: Object) -> None:
+    revisions = server.helm("history", NAME, "-o", "json")
+    with pytest.raises(ClusterError) as caught:
+        server.deploy(copy.deepcopy(values) | {"auth": {"existingSecret": "absent"}})
+    assert "auth.existingSecret names a Secret absent that namespace" in str(caught.value)
+    assert server.helm("history", NAME, "-o", "json") == revisions
+
+
 def test_an_external_database_with_a_wrong_password_says_so(
     namespace: Namespace, server: Release, values: Object
 ) -> None:

@@ -317,19 +317,26 @@ def test_what_the_server_refuses_fails_the_release_with_the_reason(
     assert {pod["metadata"]["name"] for pod in pool.pods("worker")} == running
 
 
+WAREHOUSE = {"name": "WAREHOUSE_URL", "valueFrom": {"secretKeyRef": {"name": "warehouse", "key": "url"}}}
+
+
 @pytest.mark.parametrize(
-    ("auth", "message"),
+    ("change", "message"),
     [
-        ({"existingSecret": "absent"}, "there is no Secret absent in namespace"),
-        ({"key": "user"}, "has no key user. It has: auth-string"),
+        (
+            {"api": {"auth": {"existingSecret": "absent"}}},
+            "api.auth.existingSecret names a Secret absent that namespace",
+        ),
+        ({"api": {"auth": {"key": "user"}}}, "asks for the key user, which Secret prefect-server-auth"),
+        ({"runs": {"env": [WAREHOUSE]}}, "runs.env: WAREHOUSE_URL names a Secret warehouse that namespace"),
     ],
 )
 def test_a_missing_secret_is_found_before_anything_is_changed(
-    pool: Release, values: Object, auth: Object, message: str
+    pool: Release, values: Object, change: Object, message: str
 ) -> None:
     revisions = pool.helm("history", NAME, "-o", "json")
     with pytest.raises(ClusterError) as caught:
-        pool.deploy(copy.deepcopy(values) | {"api": {"auth": auth}})
+        pool.deploy(copy.deepcopy(values) | change)
     assert message in str(caught.value)
     assert pool.helm("history", NAME, "-o", "json") == revisions
 

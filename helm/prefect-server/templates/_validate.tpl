@@ -36,4 +36,29 @@
 {{- if and $values.api.autoscaling.enabled (not (dig "requests" "cpu" "" $values.api.resources)) -}}
 {{- fail "api.autoscaling.enabled=true needs api.resources.requests.cpu: the utilisation is measured against it" -}}
 {{- end -}}
+{{- include "prefect-server.validateSecrets" . -}}
+{{- end -}}
+
+{{/* A Secret that is missing keeps pods from starting; where the cluster can be asked, that is said before. */}}
+{{- define "prefect-server.validateSecrets" -}}
+{{- $root := . -}}
+{{- $references := list
+  (dict "path" "auth.existingSecret" "name" .Values.auth.existingSecret "key" .Values.auth.key)
+  (dict "path" "database.external.existingSecret" "name" .Values.database.external.existingSecret "key" .Values.database.external.key)
+  (dict "path" "database.bundled.existingSecret" "name" .Values.database.bundled.existingSecret "key" "password")
+  (dict "path" "redis.external.existingSecret" "name" .Values.redis.external.existingSecret "key" .Values.redis.external.key)
+  (dict "path" "redis.bundled.existingSecret" "name" .Values.redis.bundled.existingSecret "key" "password") -}}
+{{- if lookup "v1" "Namespace" "" .Release.Namespace -}}
+{{- range $references -}}
+{{- if .name -}}
+{{- $secret := lookup "v1" "Secret" $root.Release.Namespace .name -}}
+{{- if not $secret -}}
+{{- fail (printf "%s names a Secret %s that namespace %s does not have. Create it: kubectl --namespace %s create secret generic %s --from-literal=%s=..." .path .name $root.Release.Namespace $root.Release.Namespace .name .key) -}}
+{{- end -}}
+{{- if not (hasKey ($secret.data | default dict) .key) -}}
+{{- fail (printf "%s: Secret %s in namespace %s has no key %s. It has: %s" .path .name $root.Release.Namespace .key (keys ($secret.data | default dict) | sortAlpha | join ", ")) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}

@@ -39,14 +39,30 @@
 
 {{/* A Secret that is missing keeps pods from starting; where the cluster can be asked, that is said before. */}}
 {{- define "prefect-work-pool.validateSecret" -}}
-{{- $name := .Values.api.auth.existingSecret -}}
-{{- if and $name (lookup "v1" "Namespace" "" .Release.Namespace) -}}
-{{- $secret := lookup "v1" "Secret" .Release.Namespace $name -}}
-{{- if not $secret -}}
-{{- fail (printf "api.auth.existingSecret: there is no Secret %s in namespace %s. Install the server there first, create it (kubectl --namespace %s create secret generic %s --from-literal=%s=USER:PASSWORD), or set api.auth.existingSecret= for a server without a password" $name .Release.Namespace .Release.Namespace $name .Values.api.auth.key) -}}
+{{- $root := . -}}
+{{- $references := list -}}
+{{- with .Values.api.auth -}}
+{{- if .existingSecret -}}
+{{- $references = append $references (dict "path" "api.auth.existingSecret" "name" .existingSecret "key" .key) -}}
 {{- end -}}
-{{- if not (hasKey ($secret.data | default dict) .Values.api.auth.key) -}}
-{{- fail (printf "api.auth.key: Secret %s in namespace %s has no key %s. It has: %s" $name .Release.Namespace .Values.api.auth.key (keys ($secret.data | default dict) | sortAlpha | join ", ")) -}}
+{{- end -}}
+{{- range $path, $env := dict "env" .Values.env "worker.env" .Values.worker.env "runs.env" .Values.runs.env "sync.env" .Values.sync.env -}}
+{{- range $variable := $env -}}
+{{- $reference := dig "valueFrom" "secretKeyRef" dict $variable -}}
+{{- if and $reference (not $reference.optional) -}}
+{{- $references = append $references (dict "path" (printf "%s: %s" $path $variable.name) "name" $reference.name "key" $reference.key) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- if lookup "v1" "Namespace" "" .Release.Namespace -}}
+{{- range $references -}}
+{{- $secret := lookup "v1" "Secret" $root.Release.Namespace .name -}}
+{{- if not $secret -}}
+{{- fail (printf "%s names a Secret %s that namespace %s does not have. Create it: kubectl --namespace %s create secret generic %s --from-literal=%s=..." .path .name $root.Release.Namespace $root.Release.Namespace .name .key) -}}
+{{- end -}}
+{{- if not (hasKey ($secret.data | default dict) .key) -}}
+{{- fail (printf "%s asks for the key %s, which Secret %s in namespace %s does not have. It has: %s" .path .key .name $root.Release.Namespace (keys ($secret.data | default dict) | sortAlpha | join ", ")) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

@@ -1,0 +1,149 @@
+"""What is done with an environment, from the command line; the Makefile's targets call it.
+
+python -m orchestration.environment deploy --env production --context NAME
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from orchestration.environment.target import Environment, resolve
+from orchestration.errors import ClusterError
+
+
+def _deploy(where: Environment, options: argparse.Namespace) -> int:
+    from orchestration.environment import deploy
+
+    start = time.monotonic()
+    deploy.deploy(where, force=options.force)
+    print(f"{where.name} is deployed, in {time.monotonic() - start:.0f} s. Look at it: make status, make ui")
+    return 0
+
+
+def _plan(where: Environment, _: argparse.Namespace) -> int:
+    from orchestration.environment import deploy
+
+    return 2 if deploy.plan(where) else 0
+
+
+def _rollback(where: Environment, _: argparse.Namespace) -> int:
+    from orchestration.environment import deploy
+
+    deploy.rollback(where)
+    return 0
+
+
+def _undeploy(where: Environment, options: argparse.Namespace) -> int:
+    from orchestration.environment import deploy
+
+    if where.name != "local" and options.confirm != where.name:
+        raise ClusterError(f"To take {where.name} away, say so: make undeploy ENV={where.name} CONFIRM={where.name}")
+    deploy.undeploy(where)
+    return 0
+
+
+def _status(where: Environment, options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from orchestration.environment import status
+
+    found = status.look(where)
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        status.show(where, found, Console(width=None if sys.stdout.isatty() else 160))
+    return 0
+
+
+def _logs(where: Environment, options: argparse.Namespace) -> int:
+    from orchestration.environment import runs
+    from orchestration.environment.api import connected
+
+    with connected(where) as api:
+        return 0 if runs.follow(where, api, runs.named(api, options.run)) else 1
+
+
+def _run(where: Environment, options: argparse.Namespace) -> int:
+    from orchestration.environment import runs
+    from orchestration.environment.api import connected
+
+    try:
+        parameters = json.loads(options.parameters or "{}")
+    except ValueError as error:
+        raise ClusterError(
+            f'PARAMETERS={options.parameters!r} is no JSON: {error}. Write {{"day": "2013-02-08"}}'
+        ) from None
+    with connected(where) as api:
+        run = runs.start(api, options.deployment, parameters)
+        return 0 if runs.follow(where, api, run) else 1
+
+
+def _ui(where: Environment, options: argparse.Namespace) -> int:
+    from orchestration.environment.api import SECRET, forwarded, user
+
+    name = user(where).partition(":")[0]
+    with forwarded(where, options.port) as url:
+        print(f"The UI of {where.name}: {url} (end with Ctrl-C)")
+        print(f"User {name}; the password, in Secret {SECRET}:")
+        print(
+            f"  kubectl --context {where.context} --namespace {where.namespace} get secret {SECRET} "
+            "--output go-template='{{index .data \"auth-string\" | base64decode}}'",
+            flush=True,
+        )
+        try:
+            while True:
+                time.sleep(3600)
+        except KeyboardInterrupt:
+            return 0
+
+
+COMMANDS: dict[str, tuple[Callable[[Environment, argparse.Namespace], int], str]] = {
+    "deploy": (_deploy, "bring it to what the checkout says"),
+    "plan": (_plan, "what a deploy would change; exit status 2 if anything"),
+    "rollback": (_rollback, "take back the newest deploy"),
+    "undeploy": (_undeploy, "take the releases away; volumes stay"),
+    "status": (_status, "one screen: components, pool, runs, deployments"),
+    "logs": (_logs, "follow a run"),
+    "run": (_run, "start a run of a deployment and follow it"),
+    "ui": (_ui, "open the UI's port"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m orchestration.environment", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (_, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--env", default="local", help="local, staging, production or one of your own")
+        command.add_argument("--context", default="", help="the cluster, by the kubeconfig's name")
+        command.add_argument("--namespace", default="", help="another than the environment's")
+        if name == "deploy":
+            command.add_argument("--force", action="store_true", help="also what is as it should be")
+        elif name == "undeploy":
+            command.add_argument("--confirm", default="", help="the environment's name again")
+        elif name == "status":
+            command.add_argument("--json", action="store_true", help="for programs")
+        elif name == "logs":
+            command.add_argument("run", nargs="?", default="", help="its name or id; default: the newest")
+        elif name == "run":
+            command.add_argument("deployment", help="FLOW/DEPLOYMENT")
+            command.add_argument("--parameters", default="", help="as JSON")
+        elif name == "ui":
+            command.add_argument("--port", type=int, default=4200)
+    options = parser.parse_args(arguments)
+    try:
+        where = resolve(options.env, options.context, options.namespace)
+        return COMMANDS[options.command][0](where, options)
+    except ClusterError as error:
+        print(f"{error}{'' if str(error).endswith('.') else '.'}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted. Run it again: what is done is kept.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

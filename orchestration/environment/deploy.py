@@ -1,0 +1,385 @@
+"""Deploy an environment, say what a deploy would change, go back, take it away."""
+
+import difflib
+import hashlib
+import json
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import yaml
+
+from orchestration.environment import diagnosis
+from orchestration.environment.target import OVERLAYS, POOL, RELEASES, SERVER, Environment, Object, run
+from orchestration.errors import ClusterError
+from orchestration.progress import step
+from orchestration.settings import ROOT
+
+PATIENCE = 600.0
+"""Seconds that a release's pods may take to become ready."""
+
+CHARTS = ROOT / "helm"
+
+# What the local cluster's registry has instead of the public images, where no image registry can be reached.
+LOCAL_IMAGES = {"postgres": ("localhost:5000/postgres", "17"), "valkey": ("localhost:5000/valkey", "8.1")}
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image in a registry: `repository@digest`."""
+
+    repository: str
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.repository}@{self.digest}"
+
+
+def check(environment: Environment) -> None:
+    """That a deploy may begin.
+
+    Raises:
+        ClusterError: uncommitted changes would go where others work, or the cluster's user lacks a right.
+    """
+    if environment.name != "local":
+        changed = run(["git", "status", "--porcelain"]).splitlines()
+        if changed:
+            raise ClusterError(
+                f"The checkout has {len(changed)} uncommitted changes ({changed[0].split()[-1]}), and ENV="
+                f"{environment.name} takes only what others can see. Commit or stash them"
+            )
+    for verb, kind in (
+        ("create", "deployments.apps"),
+        ("create", "secrets"),
+        ("create", "roles.rbac.authorization.k8s.io"),
+    ):
+        if not _may(environment, verb, kind):
+            raise ClusterError(
+                f"The user of {environment.context} may not {verb} {kind} in namespace {environment.namespace}. "
+                "Ask for a Role that lets you, or name another KUBE_CONTEXT"
+            )
+
+
+def _may(environment: Environment, verb: str, kind: str) -> bool:
+    try:
+        return environment.kubectl("auth", "can-i", verb, kind).strip() == "yes"
+    except ClusterError as error:  # it exits with 1 to say no
+        if str(error).strip() == "no":
+            return False
+        raise
+
+
+def image_of(environment: Environment) -> Image:
+    """The checkout's image, by its digest in the registry; built and pushed first where that is local.
+
+    Raises:
+        ClusterError: it cannot be built, or is not in the registry.
+    """
+    build = str(ROOT / "docker" / "build")
+    if environment.name == "local" and not os.environ.get("IMAGE"):
+        with step("Building and pushing the image", "1 s unchanged, 6 s for a changed flow, 60 s anew"):
+            run([build, "--push"])
+    named = run([build, "--digest"]).strip()
+    repository, _, digest = named.partition("@")
+    return Image(repository, digest)
+
+
+@contextmanager
+def _values(environment: Environment, release: str, image: Image) -> Iterator[list[str]]:
+    """helm's options that name a release's values."""
+    overrides: Object = {"image": {"repository": image.repository, "digest": image.digest}}
+    if release == SERVER and environment.name == "local" and (local := _local_images()):
+        for key, name in (("database", "postgres"), ("redis", "valkey")):
+            overrides[key] = {"bundled": {"image": {"repository": local[name][0], "tag": local[name][1]}}}
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(overrides, file)
+        file.flush()
+        yield ["--values", str(environment.values / f"{release}.yaml"), "--values", file.name]
+
+
+def _local_images() -> dict[str, tuple[str, str]]:
+    """`LOCAL_IMAGES`, where the local registry has them."""
+    import httpx
+
+    for repository, tag in LOCAL_IMAGES.values():
+        host, _, path = repository.partition("/")
+        accept = "application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json"
+        try:
+            found = httpx.head(f"http://{host}/v2/{path}/manifests/{tag}", headers={"Accept": accept}, timeout=5)
+        except httpx.HTTPError:
+            return {}
+        if found.status_code != 200:
+            return {}
+    return LOCAL_IMAGES
+
+
+@contextmanager
+def _surroundings(environment: Environment) -> Iterator[Path]:
+    """The kustomization of what surrounds the charts: the overlay, in this namespace, with local images."""
+    overlay = OVERLAYS / environment.name
+    with tempfile.TemporaryDirectory(prefix=".deploy-", dir=OVERLAYS) as folder:
+        kustomization: Object = {"resources": [f"../{overlay.name}"], "namespace": environment.namespace}
+        if environment.name == "local" and (local := _local_images()):
+            name, tag = local["postgres"]
+            kustomization["images"] = [{"name": "postgres", "newName": name, "newTag": tag}]
+        (Path(folder) / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+        yield Path(folder)
+
+
+def _inputs(environment: Environment, release: str, options: list[str]) -> str:
+    """A name for all that a release is made of: chart, values, image."""
+    files = [path for path in sorted((CHARTS / release).rglob("*")) if path.is_file()]
+    contents = [path.read_bytes() for path in [*files, *map(Path, options[1::2])]]
+    return hashlib.sha256(b"\0".join([environment.namespace.encode(), *contents])).hexdigest()[:12]
+
+
+def _history(environment: Environment, release: str) -> list[Object]:
+    """A release's revisions, oldest first."""
+    try:
+        found: list[Object] = json.loads(environment.helm("history", release, "--output", "json"))
+    except ClusterError as error:
+        if "not found" in str(error):
+            return []
+        raise
+    return found
+
+
+def deploy(environment: Environment, *, force: bool = False) -> bool:
+    """Bring the environment to what the checkout says; whether anything was to be done.
+
+    Args:
+        environment: where.
+        force: deploy a release that is as it should be as well.
+
+    Raises:
+        ClusterError: with the object, event and log line that tell why, and how to go back.
+    """
+    check(environment)
+    image = image_of(environment)
+    with step(f"Applying k8s/overlays/{environment.name}", "1 s"), _surroundings(environment) as folder:
+        environment.kubectl("apply", "--kustomize", str(folder))
+        secret = OVERLAYS / environment.name / "warehouse" / "secret"
+        if secret.exists():
+            run([str(secret), "--context", environment.context, "--namespace", environment.namespace])
+    mark = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    changed = [release for release in RELEASES if _deploy_release(environment, release, image, mark, force)]
+    return bool(changed)
+
+
+def _deploy_release(environment: Environment, release: str, image: Image, mark: str, force: bool) -> bool:
+    with _values(environment, release, image) as options:
+        inputs = _inputs(environment, release, options)
+        history = _history(environment, release)
+        last = history[-1] if history else None
+        if last and not force and last["status"] == "deployed" and f"inputs {inputs}" in last["description"]:
+            print(f"{release} is as it should be: revision {last['revision']}.")
+            return False
+        _unlock(environment, release, history)
+        verb, usual = ("Upgrading", "20 s") if history else ("Installing", "30 s")
+        with step(f"{verb} {release}", usual):
+            description = f"deploy {mark}, inputs {inputs}, image {image.digest}"
+            try:
+                environment.helm(
+                    "upgrade", "--install", release, str(CHARTS / release), *options,
+                    "--description", description, "--timeout", "10m", "--history-max", "20",
+                )  # fmt: skip
+                wait(environment, release)
+            except ClusterError as error:
+                raise ClusterError(_explained(environment, release, str(error), history)) from None
+    return True
+
+
+def _unlock(environment: Environment, release: str, history: list[Object]) -> None:
+    """End what an interrupted deploy has left: helm refuses to go on from a revision that is pending."""
+    if not history or not history[-1]["status"].startswith("pending"):
+        return
+    revision = history[-1]["revision"]
+    secret = f"sh.helm.release.v1.{release}.v{revision}"
+    print(f"{release}: revision {revision} was interrupted ({history[-1]['status']}); it is set aside.")
+    environment.kubectl("delete", "secret", secret)
+
+
+def _explained(environment: Environment, release: str, error: str, history: list[Object]) -> str:
+    """The failure of a release, with its evidence and the way back."""
+    if "values don't meet the specifications" in error or "execution error at" in error:
+        return f"{release} is refused, and nothing was changed: {error.split('): ', 1)[-1]}"
+    lines = [f"{release} does not become ready: {error}"]
+    lines += [f"  {line}" for line in diagnosis.why(environment, release)[:12]]
+    lines += [f"  log: {line}" for line in _log_of_sync(environment, release)]
+    good = [each for each in history if each["status"] == "deployed"]
+    if good:
+        lines.append(f"What ran before goes on running. Go back: make rollback ENV={environment.name}")
+    else:
+        lines.append(f"Mend it and deploy again, or take it away: make undeploy ENV={environment.name}")
+    return "\n".join(lines)
+
+
+def _log_of_sync(environment: Environment, release: str) -> list[str]:
+    """What the failed hook of the work pool said."""
+    if release != POOL:
+        return []
+    found = []
+    for pod in environment.objects(
+        "pods", "--selector", f"app.kubernetes.io/component=sync,{diagnosis.of_release(release)}"
+    ):
+        for status in [*pod["status"].get("initContainerStatuses", []), *pod["status"].get("containerStatuses", [])]:
+            if status.get("state", {}).get("terminated", {}).get("exitCode"):
+                found = diagnosis.last_lines(environment, pod["metadata"]["name"], status["name"])
+    return found
+
+
+def wait(environment: Environment, release: str) -> None:
+    """Wait until a release's pods are the new ones and ready.
+
+    Raises:
+        ClusterError: a pod will not start without a person, a Job failed, or it takes longer than `PATIENCE`.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        waiting = [what for what in map(_unready, _workloads(environment, release)) if what]
+        if not waiting:
+            return
+        for pod in environment.objects("pods", "--selector", diagnosis.of_release(release)):
+            reason = diagnosis.hopeless(pod)
+            if reason and not pod["metadata"].get("deletionTimestamp"):
+                raise ClusterError(f"pod/{pod['metadata']['name']} will not start")
+        if failed := [what for what in waiting if what.endswith("failed")]:
+            raise ClusterError(", ".join(failed))
+        if time.monotonic() > deadline:
+            raise ClusterError(f"after {PATIENCE:.0f} s not ready: {', '.join(waiting)}")
+        time.sleep(0.5)
+
+
+def _workloads(environment: Environment, release: str) -> list[Object]:
+    found = environment.objects("deployments,statefulsets,jobs", "--selector", diagnosis.of_release(release))
+    return [each for each in found if "helm.sh/hook" not in each["metadata"].get("annotations", {})]
+
+
+def _unready(workload: Object) -> str:
+    """The workload's name while it is not what its specification says; with "failed" for good."""
+    name = f"{workload['kind'].lower()}/{workload['metadata']['name']}"
+    spec, status = workload["spec"], workload["status"]
+    if workload["kind"] == "Job":
+        conditions = {each["type"] for each in status.get("conditions", []) if each["status"] == "True"}
+        if "Failed" in conditions:
+            return f"{name} failed"
+        return "" if "Complete" in conditions else name
+    seen = status.get("observedGeneration") == workload["metadata"]["generation"]
+    wanted = spec.get("replicas", 1)
+    counts = [status.get(key, 0) for key in ("replicas", "updatedReplicas", "readyReplicas")]
+    return "" if seen and counts == [wanted] * 3 else name
+
+
+def plan(environment: Environment) -> bool:
+    """Print what a deploy would change, object by object; whether there is anything."""
+    image = image_of(environment)
+    changed = False
+    with _surroundings(environment) as folder:
+        done = subprocess.run(
+            ["kubectl", "--context", environment.context, "diff", "--kustomize", str(folder)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode > 1:
+            raise ClusterError(done.stderr.strip())
+        if done.returncode:
+            changed = True
+            print(done.stdout)
+    for release in RELEASES:
+        before = _manifest(environment, release)
+        with _values(environment, release, image) as options:
+            dry = environment.helm(
+                "upgrade", "--install", release, str(CHARTS / release), *options, "--dry-run=server", "--output", "json"
+            )
+        found = json.loads(dry)
+        after = _by_name("\n---\n".join([found["manifest"], *(hook["manifest"] for hook in found.get("hooks") or [])]))
+        for name in sorted({*before, *after}):
+            old, new = before.get(name, ""), after.get(name, "")
+            if old == new:
+                continue
+            changed = True
+            verb = "changed" if old and new else "created" if new else "deleted"
+            print(f"{release}: {name} is {verb}")
+            if verb == "changed":
+                lines = difflib.unified_diff(old.splitlines(), new.splitlines(), lineterm="", n=2)
+                print("\n".join(f"  {line}" for line in list(lines)[2:]))
+    if not changed:
+        print("Nothing would change.")
+    return changed
+
+
+def _manifest(environment: Environment, release: str) -> dict[str, str]:
+    if not _history(environment, release):
+        return {}
+    return _by_name(f"{environment.helm('get', 'manifest', release)}\n---\n{environment.helm('get', 'hooks', release)}")
+
+
+def _by_name(manifest: str) -> dict[str, str]:
+    """Each object of a manifest as sorted YAML, by "Kind/name"; what a revision counts and what is secret left out."""
+    found = {}
+    for each in yaml.safe_load_all(manifest):
+        if not each:
+            continue
+        if each["kind"] == "Secret":
+            each["data"] = dict.fromkeys(each.get("data", {}), "***")
+        if each["kind"] == "Job":
+            each["metadata"]["name"] = re.sub(r"-\d+$", "", each["metadata"]["name"])
+        found[f"{each['kind']}/{each['metadata']['name']}"] = yaml.safe_dump(each)
+    return found
+
+
+def rollback(environment: Environment) -> None:
+    """Take back the newest deploy: of both releases what it changed, pool and deployments included.
+
+    Raises:
+        ClusterError: there is nothing to go back to, or what there was does not become ready.
+    """
+    histories = {release: _history(environment, release) for release in RELEASES}
+    marks = {release: _mark(history[-1]) if history else "" for release, history in histories.items()}
+    newest = max(marks.values())
+    taken_back = False
+    for release in RELEASES:
+        history = histories[release]
+        if marks[release] != newest:
+            continue
+        # A revision that failed was never what ran.
+        good = [each for each in history[:-1] if each["status"] in ("superseded", "deployed")]
+        if not good:
+            continue
+        revision = good[-1]["revision"]
+        _unlock(environment, release, history)
+        with step(f"Rolling {release} back to revision {revision}", "20 s"):
+            try:
+                environment.helm("rollback", release, str(revision), "--timeout", "10m")
+                wait(environment, release)
+            except ClusterError as error:
+                raise ClusterError(_explained(environment, release, str(error), [])) from None
+        taken_back = True
+    if not taken_back:
+        raise ClusterError(f"There is no revision before the newest deploy in {environment.namespace}")
+
+
+def _mark(revision: Object) -> str:
+    """When a revision was deployed: revisions of one deploy have the same."""
+    found = re.search(r"deploy (\S+),", revision["description"])
+    return found[1] if found else str(revision["updated"])
+
+
+def undeploy(environment: Environment) -> None:
+    """Take the releases away. Namespace, volumes and their passwords stay."""
+    for release in reversed(RELEASES):
+        if _history(environment, release):
+            with step(f"Uninstalling {release}", "5 s"):
+                environment.helm("uninstall", release, "--wait", "--timeout", "5m")
+        else:
+            print(f"{release} is not there.")
+    print(
+        f"Namespace {environment.namespace} stays, with the databases' volumes and passwords. To remove all of it:\n"
+        f"  kubectl --context {environment.context} delete namespace {environment.namespace}"
+    )
