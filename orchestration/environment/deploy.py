@@ -133,11 +133,24 @@ def _surroundings(environment: Environment) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _inputs(environment: Environment, release: str, options: list[str]) -> str:
-    """A name for all that a release is made of: chart, values, image."""
-    files = [path for path in sorted((CHARTS / release).rglob("*")) if path.is_file()]
-    contents = [path.read_bytes() for path in [*files, *map(Path, options[1::2])]]
-    return hashlib.sha256(b"\0".join([environment.namespace.encode(), *contents])).hexdigest()[:12]
+def _inputs(environment: Environment, release: str, image: Image) -> str:
+    """A name for all that a release is made of: chart, values, image.
+
+    The server's image is what it needs of it: a changed flow does not start the server anew.
+    """
+    paths = [str(CHARTS / release), str(environment.values / f"{release}.yaml")]
+    made_of = [environment.namespace, image.repository if release == SERVER else str(image)]
+    if release == SERVER:
+        paths += ["docker/Dockerfile", "pyproject.toml", "uv.lock", "orchestration"]
+        made_of += [os.environ.get("IMAGE", ""), str(_local_images()) if environment.name == "local" else ""]
+    listed = run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *paths]).split("\0")
+    contents = [(ROOT / path).read_bytes() for path in sorted(filter(None, listed)) if (ROOT / path).is_file()]
+    return hashlib.sha256(b"\0".join([*map(str.encode, made_of), *contents])).hexdigest()[:12]
+
+
+def _as_it_should_be(history: list[Object], inputs: str) -> bool:
+    """Whether the newest revision was deployed from the same inputs."""
+    return bool(history) and history[-1]["status"] == "deployed" and f"inputs {inputs}" in history[-1]["description"]
 
 
 def _history(environment: Environment, release: str) -> list[Object]:
@@ -174,14 +187,13 @@ def deploy(environment: Environment, *, force: bool = False) -> bool:
 
 
 def _deploy_release(environment: Environment, release: str, image: Image, mark: str, force: bool) -> bool:
+    inputs = _inputs(environment, release, image)
+    history = _history(environment, release)
+    if not force and _as_it_should_be(history, inputs):
+        print(f"{release} is as it should be: revision {history[-1]['revision']}.")
+        return False
+    _unlock(environment, release, history)
     with _values(environment, release, image) as options:
-        inputs = _inputs(environment, release, options)
-        history = _history(environment, release)
-        last = history[-1] if history else None
-        if last and not force and last["status"] == "deployed" and f"inputs {inputs}" in last["description"]:
-            print(f"{release} is as it should be: revision {last['revision']}.")
-            return False
-        _unlock(environment, release, history)
         verb, usual = ("Upgrading", "20 s") if history else ("Installing", "30 s")
         with step(f"{verb} {release}", usual):
             description = f"deploy {mark}, inputs {inputs}, image {image.digest}"
@@ -292,7 +304,10 @@ def plan(environment: Environment) -> bool:
             changed = True
             print(done.stdout)
     for release in RELEASES:
-        before = _manifest(environment, release)
+        history = _history(environment, release)
+        if _as_it_should_be(history, _inputs(environment, release, image)):
+            continue
+        before = _manifest(environment, release) if history else {}
         with _values(environment, release, image) as options:
             dry = environment.helm(
                 "upgrade", "--install", release, str(CHARTS / release), *options, "--dry-run=server", "--output", "json"
@@ -315,22 +330,33 @@ def plan(environment: Environment) -> bool:
 
 
 def _manifest(environment: Environment, release: str) -> dict[str, str]:
-    if not _history(environment, release):
-        return {}
     return _by_name(f"{environment.helm('get', 'manifest', release)}\n---\n{environment.helm('get', 'hooks', release)}")
+
+
+class _Lines(yaml.SafeDumper):
+    """Writes a text of several lines as such, so that a difference is of lines."""
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+    # A line that ends in a space would be written in quotes.
+    lines = "\n".join(line.rstrip() for line in value.split("\n"))
+    return dumper.represent_scalar("tag:yaml.org,2002:str", lines, style="|" if "\n" in value else None)
+
+
+_Lines.add_representer(str, _text)
 
 
 def _by_name(manifest: str) -> dict[str, str]:
     """Each object of a manifest as sorted YAML, by "Kind/name"; what a revision counts and what is secret left out."""
     found = {}
     for each in yaml.safe_load_all(manifest):
-        if not each:
+        if not each or each["metadata"].get("annotations", {}).get("helm.sh/hook") == "test":
             continue
         if each["kind"] == "Secret":
             each["data"] = dict.fromkeys(each.get("data", {}), "***")
         if each["kind"] == "Job":
             each["metadata"]["name"] = re.sub(r"-\d+$", "", each["metadata"]["name"])
-        found[f"{each['kind']}/{each['metadata']['name']}"] = yaml.safe_dump(each)
+        found[f"{each['kind']}/{each['metadata']['name']}"] = yaml.dump(each, Dumper=_Lines)
     return found
 
 
