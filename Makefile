@@ -129,6 +129,14 @@ push: ## build the image and push it to REGISTRY=localhost:5000
 sbom: ## write the image's bill of materials to sbom.cdx.json
 	@docker/sbom
 
+##@ Docker
+.PHONY: up-docker down-docker
+up-docker: ## run it all on this machine's Docker, without Kubernetes; PORT=4200; prints how to get in
+	@docker/stack up
+
+down-docker: ## stop what runs in Docker; databases and passwords stay
+	@docker/stack down
+
 ##@ Develop
 .PHONY: setup test fix bench kill-test picture clean
 setup: .venv/ready ## create the environment in .venv
@@ -137,7 +145,7 @@ test: .venv/ready ## check the code and run all tests; TESTS=tests/flows for som
 	$(call stage,ruff,$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check .)
 	$(call stage,mypy,$(BIN)/mypy)
 	$(call stage,yamllint,$(BIN)/yamllint -s .)
-	$(call stage,shellcheck and hadolint,$(BIN)/shellcheck docker/build docker/sbom tests/cluster/databases/entrypoint k8s/overlays/local/warehouse/secret .ci/run && $(BIN)/hadolint docker/Dockerfile tests/cluster/databases/Dockerfile)
+	$(call stage,shellcheck and hadolint,$(BIN)/shellcheck docker/build docker/sbom docker/stack tests/cluster/databases/entrypoint k8s/overlays/local/warehouse/secret .ci/run && $(BIN)/hadolint docker/Dockerfile tests/cluster/databases/Dockerfile)
 	$(call stage,sqlfluff,$(BIN)/sqlfluff lint -q flows/warehouse --nocolor)
 	$(if $(filter tests tests/cluster% tests/docker% tests/e2e%,$(TESTS)),$(call stage,cluster,$(BIN)/python -m tests.cluster up || [ -z "$${CI:-}" ]))
 	$(call stage,pytest,$(BIN)/pytest $(TESTS))

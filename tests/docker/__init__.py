@@ -1,1 +1,1 @@
-"""Tests of the image."""
+"""Tests of the image and of what runs it on one machine with Docker."""

@@ -1,0 +1,85 @@
+"""A Docker daemon of the tests' own, beside whatever else runs on the machine."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import binaries, kind
+from tests.cluster.progress import ClusterError, step
+from tests.parts import wait_until
+
+PACKAGES = {"dockerd": "docker.io", "docker-compose": "docker-compose"}
+"""Debian's package by the program that is needed of it."""
+
+ADDRESSES = "base=10.253.0.0/16,size=24"
+"""Of the daemon's networks: none that the Kubernetes node of tests/cluster uses."""
+
+
+def docker(host: str, *arguments: str) -> str:
+    """Run a Docker command on the daemon at `host`; what it printed."""
+    return binaries.run(["docker", *arguments], os.environ | {"DOCKER_HOST": host}).strip()
+
+
+@contextlib.contextmanager
+def docker_daemon(folder: Path) -> Iterator[str]:
+    """The address, for DOCKER_HOST, of a daemon that keeps everything in `folder`; it is ended afterwards.
+
+    The machine's packet filter, its forwarding and Docker's usual socket are left alone. A CI machine that
+    gives no root has a Docker of its own to use.
+    """
+    if os.geteuid() != 0:
+        if not os.environ.get("CI"):
+            pytest.skip("a Docker daemon of the tests' own needs root")
+        assert kind.docker_runs(), "neither root nor Docker"
+        yield os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
+        return
+    _install_packages()
+    host, control_group = f"unix://{folder}/docker.sock", f"docker-test-{os.getpid()}"
+    command = [
+        "dockerd", "--host", host, "--pidfile", f"{folder}/pid", "--exec-root", f"{folder}/exec",
+        "--data-root", f"{folder}/data", "--cgroup-parent", f"/{control_group}", "--bridge=none",
+        "--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false",
+        "--default-address-pool", ADDRESSES,
+    ]  # fmt: skip
+    with (folder / "log").open("w") as log:
+        daemon = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            wait_until((folder / "docker.sock").exists, f"a Docker daemon; see {folder}/log")
+            yield host
+        finally:
+            with contextlib.suppress(ClusterError):  # it did not start
+                _remove(host, ("ps", "--all", "--quiet"), ("rm", "--force", "--volumes"))
+                _remove(host, ("network", "ls", "--quiet", "--filter", "type=custom"), ("network", "rm"))
+            daemon.terminate()
+            daemon.wait(60)
+            for mount in reversed(_mounts(folder)):
+                binaries.run(["umount", mount])
+            for group in sorted(Path("/sys/fs/cgroup").glob(f"**/{control_group}")):
+                group.rmdir()
+            shutil.rmtree(folder)
+
+
+def _install_packages() -> None:
+    missing = sorted(package for program, package in PACKAGES.items() if not shutil.which(program))
+    if missing:
+        with step(f"Installing {' '.join(missing)}", "15 s"):
+            # Services are not started: a daemon on the usual socket would be taken for the machine's own.
+            environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
+            binaries.run(["apt-get", "update", "-qq"], environment)
+            binaries.run(["apt-get", "install", "-qq", "-y", "--no-install-recommends", *missing], environment)
+
+
+def _remove(host: str, listing: tuple[str, ...], removal: tuple[str, ...]) -> None:
+    if found := docker(host, *listing).split():
+        docker(host, *removal, *found)
+
+
+def _mounts(folder: Path) -> list[str]:
+    """Where something is mounted under `folder`, in the order it was mounted."""
+    points = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    return [point for point in points if point.startswith(f"{folder}/")]

@@ -1,0 +1,274 @@
+"""The Makefile's targets on a real cluster: from nothing to a daily job that ran, changed, taken back, taken away."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+import httpx
+import pytest
+import yaml
+
+from orchestration.environment.api import connected
+from orchestration.environment.target import Environment
+from orchestration.settings import ROOT
+from tests.cluster import binaries
+from tests.parts import copy_of_checkout, free_port, wait_until
+
+DAILY = "dbt-pipeline/dbt-pipeline-daily"
+
+
+@dataclass(frozen=True)
+class Checkout:
+    """A copy of this checkout, committed, that tests may change, and the environment that it deploys to."""
+
+    folder: Path
+    target: Environment
+
+    def make(self, *arguments: str, status: int = 0, **variables: str) -> str:
+        """Run make in the copy on the environment; what it printed on both streams."""
+        named = {"KUBE_CONTEXT": self.target.context, "NAMESPACE": self.target.namespace} | variables
+        done = subprocess.run(
+            ["make", *arguments, *(f"{name}={value}" for name, value in named.items())],
+            cwd=self.folder,
+            env=_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            timeout=900,
+        )
+        assert done.returncode == status, done.stdout
+        return done.stdout
+
+    def edit(self, path: str, old: str, new: str) -> None:
+        """Replace a text in one of the copy's files."""
+        text = (self.folder / path).read_text()
+        assert old in text
+        (self.folder / path).write_text(text.replace(old, new))
+
+
+def _environment() -> dict[str, str]:
+    """This process' environment without what the tests set for themselves."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
+
+
+@pytest.fixture(scope="module")
+def checkout(cluster: str, image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkout]:
+    folder = tmp_path_factory.mktemp("checkout")
+    copy_of_checkout(folder)
+    (folder / ".venv").symlink_to(ROOT / ".venv")
+    identity = ["-c", "user.name=tests", "-c", "user.email=tests@example.com"]
+    for arguments in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "A copy"]):
+        subprocess.run(["git", *arguments], cwd=folder, check=True)
+    path = os.environ["PATH"]
+    # The tests' own calls find what make's find.
+    os.environ["PATH"] = os.pathsep.join([path, *map(str, binaries.folders())])
+    target = Environment("local", cluster, f"environment-{uuid4().hex[:8]}")
+    yield Checkout(folder, target)
+    os.environ["PATH"] = path
+    binaries.kubectl("--context", cluster, "delete", "namespace", target.namespace, "--wait=false", "--ignore-not-found")
+
+
+def _deployment(api: httpx.Client) -> dict[str, object]:
+    found: dict[str, object] = api.get(f"/deployments/name/{DAILY}").raise_for_status().json()
+    return found
+
+
+@pytest.mark.timeout(900)
+def test_make_up_is_the_whole_way(checkout: Checkout) -> None:
+    """The daily job is registered with its schedule and has run as a pod against the warehouse in the cluster."""
+    output = checkout.make("up")
+    assert "is Completed" in output
+    assert re.search(rf"{DAILY} +\S+ +Completed", output), output
+    assert "Open the UI: make ui" in output
+    query = "select count(*) from raw.flights; select count(*) from analytics.carrier_daily_punctuality"
+    rows = checkout.target.kubectl(
+        "exec", "warehouse-0", "--", "psql", "-U", "warehouse", "-d", "warehouse", "-Atc", query
+    ).split()
+    assert rows[0] == "842"
+    assert int(rows[1]) > 5
+    pods = checkout.target.objects("pods", "--selector", "prefect.io/role=flow-run")
+    assert pods
+    url = checkout.target.kubectl("get", "secret", "warehouse", "-o", "go-template={{.data.url | base64decode}}")
+    jobs = json.dumps(checkout.target.objects("jobs"))
+    assert url not in jobs
+    assert url.split(":")[2].split("@")[0] not in jobs
+    assert all(pod["spec"]["priorityClassName"] == "prefect-runs" for pod in pods)
+
+
+def test_a_second_deploy_finds_nothing_to_do(checkout: Checkout) -> None:
+    output = checkout.make("deploy")
+    assert "prefect-server is as it should be: revision 1." in output
+    assert "prefect-work-pool is as it should be: revision 1." in output
+    assert "Nothing would change." in checkout.make("plan")
+
+
+def test_status_and_logs(checkout: Checkout) -> None:
+    output = checkout.make("status", JSON="1")
+    found = json.loads(output[output.index("{") :])
+    assert {each["name"] for each in found["components"]} == {"api", "services", "database", "redis", "worker"}
+    assert all(each["ready"] == each["wanted"] == 1 for each in found["components"])
+    assert found["pools"] == [{"name": "default", "status": "READY", "limit": 10, "workers": 1}]
+    [daily] = [each for each in found["deployments"] if each["name"] == DAILY]
+    assert daily["last"]["state"] == "COMPLETED"
+    assert daily["next"]
+    shown = checkout.make("status")
+    assert re.search(r"^worker +1/1 ", shown, flags=re.M)
+    assert "\x1b" not in shown, "colours where there is no terminal"
+    log = checkout.make("logs", RUN=daily["last"]["name"])
+    assert "Beginning subflow run" in log
+    assert f"{daily['last']['name']} is Completed" in log
+    assert "There is no run absent" in checkout.make("logs", RUN="absent", status=2)
+
+
+def test_a_run_with_parameters(checkout: Checkout) -> None:
+    output = checkout.make("run-on-cluster", PARAMETERS='{"day": "2013-02-08"}')
+    assert "2013-02-08" in output
+    refused = checkout.make("run-on-cluster", PARAMETERS='{"dya": "2013-02-08"}', status=2)
+    assert "refuses the parameters" in refused
+    assert "Traceback" not in refused
+    assert "is no JSON" in checkout.make("run-on-cluster", PARAMETERS="day", status=2)
+    unknown = checkout.make("run-on-cluster", DEPLOYMENT="no/such", status=2)
+    assert f"There is no deployment no/such. There are: backfill/backfill, {DAILY}" in unknown
+
+
+def test_the_ui_shows_the_run(checkout: Checkout, tmp_path: Path) -> None:
+    """In a real browser, through the port that `make ui` opens, behind the password."""
+    port = free_port()
+    command = ["make", "-s", "ui", f"PORT={port}"]
+    command += [f"KUBE_CONTEXT={checkout.target.context}", f"NAMESPACE={checkout.target.namespace}"]
+    with subprocess.Popen(
+        command, cwd=checkout.folder, env=_environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            assert process.stdout
+            assert f"http://127.0.0.1:{port}" in process.stdout.readline()
+            with connected(checkout.target) as api:
+                body = {"flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}, "sort": "END_TIME_DESC"}
+                names = {run["name"] for run in api.post("/flow_runs/filter", json=body).json()}
+            from docs.screenshot import screenshot
+
+            text = screenshot(checkout.target, f"http://127.0.0.1:{port}", tmp_path / "ui.png")
+            assert any(name in text for name in names), text[:2000]
+            assert (tmp_path / "ui.png").stat().st_size > 20_000
+            kept = ROOT / "test-results"
+            kept.mkdir(exist_ok=True)
+            shutil.copy(tmp_path / "ui.png", kept / "ui.png")
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+
+
+@pytest.mark.timeout(900)
+def test_a_changed_flow_and_schedule_are_deployed_and_taken_back(checkout: Checkout) -> None:
+    """The server stays; a run afterwards has the new image, and after the rollback the old one."""
+    server = {pod["metadata"]["name"] for pod in checkout.target.objects("pods", "--selector", "app.kubernetes.io/component=api")}
+    before = _image(checkout)
+    checkout.edit("flows/report.py", '"""', '"""Changed. ')
+    checkout.edit("prefect.yaml", "0 6 * * *", "30 7 * * *")
+    plan = checkout.make("plan", status=2)
+    assert "prefect-work-pool: Deployment/prefect-work-pool-worker is changed" in plan
+    assert "prefect-server:" not in plan
+    output = checkout.make("deploy")
+    assert "prefect-server is as it should be" in output
+    assert _image(checkout) != before
+    with connected(checkout.target) as api:
+        assert "30 7 * * *" in json.dumps(_deployment(api)["schedules"])
+    checkout.make("run-on-cluster")
+    checkout.make("rollback")
+    assert _image(checkout) == before
+    with connected(checkout.target) as api:
+        assert "0 6 * * *" in json.dumps(_deployment(api)["schedules"])
+    after = {pod["metadata"]["name"] for pod in checkout.target.objects("pods", "--selector", "app.kubernetes.io/component=api")}
+    assert after == server
+
+
+def _image(checkout: Checkout) -> str:
+    """The image that runs get."""
+    with connected(checkout.target) as api:
+        template = api.get("/work_pools/default").raise_for_status().json()["base_job_template"]
+    return str(template["variables"]["properties"]["image"]["default"])
+
+
+@pytest.mark.timeout(900)
+def test_a_deploy_that_fails_says_why_and_how_to_go_back(checkout: Checkout) -> None:
+    """Which object, which line of its log; what ran before goes on."""
+    path = "helm/environments/local/prefect-server.yaml"
+    values = (checkout.folder / path).read_text()
+    broken = yaml.safe_load(values)
+    broken["api"]["args"] = ["sh", "-c", "echo The reason it ends; exit 3"]
+    (checkout.folder / path).write_text(yaml.safe_dump(broken))
+    output = checkout.make("deploy", status=2)
+    assert "prefect-server does not become ready: pod/prefect-server-api-" in output
+    assert "exit code 3" in output
+    assert "log: The reason it ends" in output
+    assert "make rollback ENV=local" in output
+    assert "Traceback" not in output
+    with connected(checkout.target) as api:
+        assert _deployment(api)
+    checkout.make("rollback")
+    (checkout.folder / path).write_text(values + "replicas: 2\n")
+    refused = checkout.make("deploy", status=2)
+    assert "prefect-server is refused, and nothing was changed" in refused
+    assert "additional properties 'replicas' not allowed" in refused
+    (checkout.folder / path).write_text(values)
+
+
+def test_what_must_not_begin_does_not(checkout: Checkout, tmp_path: Path) -> None:
+    """Each with its cure, before anything is touched."""
+    context = checkout.target.context
+    assert "ENV=moon is unknown. There are local, production, staging" in checkout.make("deploy", ENV="moon", status=2)
+    absent = checkout.make("deploy", KUBE_CONTEXT="absent", status=2)
+    assert f"KUBE_CONTEXT=absent is not in the kubeconfig. There are: {context}" in absent
+    nameless = checkout.make("deploy", ENV="production", KUBE_CONTEXT="", status=2)
+    assert "ENV=production needs the name of its cluster: KUBE_CONTEXT=..." in nameless
+    (checkout.folder / "README.md").write_text("changed")
+    dirty = checkout.make("deploy", ENV="production", status=2)
+    assert "uncommitted changes" in dirty
+    subprocess.run(["git", "checkout", "-q", "."], cwd=checkout.folder, check=True)
+    missing = checkout.make("deploy", ENV="production", IMAGE="localhost:5000/prefect-orchestration:absent", status=2)
+    assert "localhost:5000/prefect-orchestration:absent is not in the registry. Push it: make push" in missing
+    confirm = checkout.make("undeploy", ENV="production", status=2)
+    assert "make undeploy ENV=production CONFIRM=production" in confirm
+    stranger = checkout.make("deploy", KUBE_CONTEXT="stranger", status=2, KUBECONFIG=str(_stranger(checkout, tmp_path)))
+    assert f"may not create deployments.apps in namespace {checkout.target.namespace}" in stranger
+    assert "Traceback" not in absent + nameless + dirty + missing + confirm + stranger
+
+
+def _stranger(checkout: Checkout, folder: Path) -> Path:
+    """A kubeconfig with a user who has no rights, as context `stranger`."""
+    target = checkout.target
+    config = json.loads(target.kubectl("config", "view", "--raw", "--minify", "-o", "json"))
+    token = target.kubectl("create", "token", "default").strip()
+    config["users"] = [{"name": "stranger", "user": {"token": token}}]
+    config["contexts"] = [
+        {"name": "stranger", "context": {"cluster": config["clusters"][0]["name"], "user": "stranger"}}
+    ]
+    config["current-context"] = "stranger"
+    path = folder / "kubeconfig"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def test_undeployed_the_volumes_and_passwords_stay(checkout: Checkout) -> None:
+    output = checkout.make("undeploy")
+    assert f"Namespace {checkout.target.namespace} stays" in output
+    left = {
+        f"{each['kind']}/{each['metadata']['name']}"
+        for each in checkout.target.objects("deployments,statefulsets,secrets,persistentvolumeclaims,serviceaccounts,roles")
+    }
+    assert left == {
+        "PersistentVolumeClaim/data-prefect-server-database-0",
+        "PersistentVolumeClaim/data-warehouse-0",
+        "Secret/prefect-server-database",
+        "Secret/warehouse",
+        "ServiceAccount/default",
+        "StatefulSet/warehouse",
+    }
+    wait_until(lambda: "Nothing is deployed" in checkout.make("status", status=2), "the releases to go", 60)
