@@ -186,6 +186,7 @@ def report(
         failure: Why that run failed. Empty if it did not.
     """
     summary = reporting.summarise(steps or [], failure)
+    get_run_logger().info(summary.headline)
     reporting.show(summary)
     create_markdown_artifact(key="daily-report", markdown=reporting.markdown(summary), description=summary.headline)
     if summary.days:

@@ -47,20 +47,24 @@ def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prefect-orchestration"
 
 
-def install_packages() -> None:
+def install_packages(packages: dict[str, str] = PACKAGES, usual: str = "1 min") -> None:
     """Install the Debian packages whose programs are missing.
+
+    Args:
+        packages: as `PACKAGES`.
+        usual: how long it takes.
 
     Raises:
         ClusterError: they are missing and cannot be installed.
     """
-    missing = sorted(package for program, package in PACKAGES.items() if not shutil.which(program))
+    missing = sorted(package for program, package in packages.items() if not shutil.which(program))
     if not missing:
         return
     listed = " ".join(missing)
     if not shutil.which("apt-get"):
-        raise ClusterError(f"A node needs programs that are not here. Install what Debian calls {listed}")
-    with step(f"Installing {listed}", "1 min"):
-        # Services are not started: the node runs its own.
+        raise ClusterError(f"Programs are needed that are not here. Install what Debian calls {listed}")
+    with step(f"Installing {listed}", usual):
+        # Services are not started: what needs one runs its own.
         environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
         run(["apt-get", "update", "-qq"], environment)
         run(["apt-get", "install", "-qq", "-y", "--no-install-recommends", *missing], environment)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import binaries, kind
-from tests.cluster.progress import ClusterError, step
+from tests.cluster.progress import ClusterError
 from tests.parts import wait_until
 
 PACKAGES = {"dockerd": "docker.io", "docker-compose": "docker-compose"}
@@ -38,7 +38,7 @@ def docker_daemon(folder: Path) -> Iterator[str]:
         assert kind.docker_runs(), "neither root nor Docker"
         yield os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
         return
-    _install_packages()
+    binaries.install_packages(PACKAGES, "15 s")
     host, control_group = f"unix://{folder}/docker.sock", f"docker-test-{os.getpid()}"
     command = [
         "dockerd", "--host", host, "--pidfile", f"{folder}/pid", "--exec-root", f"{folder}/exec",
@@ -62,16 +62,6 @@ def docker_daemon(folder: Path) -> Iterator[str]:
             for group in sorted(Path("/sys/fs/cgroup").glob(f"**/{control_group}")):
                 group.rmdir()
             shutil.rmtree(folder)
-
-
-def _install_packages() -> None:
-    missing = sorted(package for program, package in PACKAGES.items() if not shutil.which(program))
-    if missing:
-        with step(f"Installing {' '.join(missing)}", "15 s"):
-            # Services are not started: a daemon on the usual socket would be taken for the machine's own.
-            environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
-            binaries.run(["apt-get", "update", "-qq"], environment)
-            binaries.run(["apt-get", "install", "-qq", "-y", "--no-install-recommends", *missing], environment)
 
 
 def _remove(host: str, listing: tuple[str, ...], removal: tuple[str, ...]) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -15,7 +14,8 @@ import httpx
 import pytest
 import yaml
 
-from orchestration.environment.api import connected
+from docs.screenshot import screenshot
+from orchestration.environment.api import connected, user
 from orchestration.environment.target import Environment
 from orchestration.settings import ROOT
 from tests.cluster import binaries
@@ -55,7 +55,7 @@ class Checkout:
 
 
 def _environment() -> dict[str, str]:
-    """This process' environment without what the tests set for themselves."""
+    """The process' environment without what the tests set for themselves."""
     return {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
 
 
@@ -73,7 +73,7 @@ def checkout(cluster: str, image: str, tmp_path_factory: pytest.TempPathFactory)
     target = Environment("local", cluster, f"environment-{uuid4().hex[:8]}")
     yield Checkout(folder, target)
     os.environ["PATH"] = path
-    binaries.kubectl("--context", cluster, "delete", "namespace", target.namespace, "--wait=false", "--ignore-not-found")
+    binaries.kubectl("--context", cluster, "delete", "namespace", target.namespace, "--wait=false")
 
 
 def _deployment(api: httpx.Client) -> dict[str, object]:
@@ -130,7 +130,7 @@ def test_status_and_logs(checkout: Checkout) -> None:
 
 def test_a_run_with_parameters(checkout: Checkout) -> None:
     output = checkout.make("run-on-cluster", PARAMETERS='{"day": "2013-02-08"}')
-    assert "2013-02-08" in output
+    assert "Completed to 2013-02-08: 5,798 rows loaded, 12 models built, 26/26 tests passed" in output
     refused = checkout.make("run-on-cluster", PARAMETERS='{"dya": "2013-02-08"}', status=2)
     assert "refuses the parameters" in refused
     assert "Traceback" not in refused
@@ -141,6 +141,7 @@ def test_a_run_with_parameters(checkout: Checkout) -> None:
 
 def test_the_ui_shows_the_run(checkout: Checkout, tmp_path: Path) -> None:
     """In a real browser, through the port that `make ui` opens, behind the password."""
+    binaries.install_packages({"chromium": "chromium"}, "30 s")
     port = free_port()
     command = ["make", "-s", "ui", f"PORT={port}"]
     command += [f"KUBE_CONTEXT={checkout.target.context}", f"NAMESPACE={checkout.target.namespace}"]
@@ -153,14 +154,9 @@ def test_the_ui_shows_the_run(checkout: Checkout, tmp_path: Path) -> None:
             with connected(checkout.target) as api:
                 body = {"flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}, "sort": "END_TIME_DESC"}
                 names = {run["name"] for run in api.post("/flow_runs/filter", json=body).json()}
-            from docs.screenshot import screenshot
-
-            text = screenshot(checkout.target, f"http://127.0.0.1:{port}", tmp_path / "ui.png")
+            text = screenshot(f"http://127.0.0.1:{port}", user(checkout.target), tmp_path / "ui.png", "dbt-pipeline")
             assert any(name in text for name in names), text[:2000]
             assert (tmp_path / "ui.png").stat().st_size > 20_000
-            kept = ROOT / "test-results"
-            kept.mkdir(exist_ok=True)
-            shutil.copy(tmp_path / "ui.png", kept / "ui.png")
         finally:
             os.killpg(process.pid, signal.SIGTERM)
 
@@ -168,7 +164,7 @@ def test_the_ui_shows_the_run(checkout: Checkout, tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 def test_a_changed_flow_and_schedule_are_deployed_and_taken_back(checkout: Checkout) -> None:
     """The server stays; a run afterwards has the new image, and after the rollback the old one."""
-    server = {pod["metadata"]["name"] for pod in checkout.target.objects("pods", "--selector", "app.kubernetes.io/component=api")}
+    server = _servers(checkout)
     before = _image(checkout)
     checkout.edit("flows/report.py", '"""', '"""Changed. ')
     checkout.edit("prefect.yaml", "0 6 * * *", "30 7 * * *")
@@ -185,8 +181,14 @@ def test_a_changed_flow_and_schedule_are_deployed_and_taken_back(checkout: Check
     assert _image(checkout) == before
     with connected(checkout.target) as api:
         assert "0 6 * * *" in json.dumps(_deployment(api)["schedules"])
-    after = {pod["metadata"]["name"] for pod in checkout.target.objects("pods", "--selector", "app.kubernetes.io/component=api")}
+    after = _servers(checkout)
     assert after == server
+
+
+def _servers(checkout: Checkout) -> set[str]:
+    """The names of the API's pods."""
+    pods = checkout.target.objects("pods", "--selector", "app.kubernetes.io/component=api")
+    return {pod["metadata"]["name"] for pod in pods}
 
 
 def _image(checkout: Checkout) -> str:
@@ -259,10 +261,8 @@ def _stranger(checkout: Checkout, folder: Path) -> Path:
 def test_undeployed_the_volumes_and_passwords_stay(checkout: Checkout) -> None:
     output = checkout.make("undeploy")
     assert f"Namespace {checkout.target.namespace} stays" in output
-    left = {
-        f"{each['kind']}/{each['metadata']['name']}"
-        for each in checkout.target.objects("deployments,statefulsets,secrets,persistentvolumeclaims,serviceaccounts,roles")
-    }
+    kinds = "deployments,statefulsets,secrets,persistentvolumeclaims,serviceaccounts,roles"
+    left = {f"{each['kind']}/{each['metadata']['name']}" for each in checkout.target.objects(kinds)}
     assert left == {
         "PersistentVolumeClaim/data-prefect-server-database-0",
         "PersistentVolumeClaim/data-warehouse-0",

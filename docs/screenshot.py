@@ -1,0 +1,111 @@
+"""The README's picture of the UI, by a real browser on a real cluster: `python -m docs.screenshot URL USER:PASSWORD`.
+
+Chromium without a window, steered by its DevTools protocol (https://chromedevtools.github.io/devtools-protocol).
+"""
+
+import base64
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+from websockets.sync.client import connect
+
+from docs.picture import IMAGES
+
+SIZE = "1440,900"
+
+Send = Callable[..., dict[str, Any]]
+
+
+@contextlib.contextmanager
+def browser() -> Iterator[Send]:
+    """A page of a new browser; call it with a DevTools method and its parameters."""
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    assert program, "chromium is not installed"
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", f"--window-size={SIZE}"]
+    options += ["--no-first-run", "--disable-background-networking", "--remote-debugging-port=0"]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        process = subprocess.Popen(
+            [program, *options, f"--user-data-dir={folder}", "about:blank"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            assert process.stderr
+            for line in process.stderr:
+                if found := re.search(r"ws://([0-9.:]+)/", line):
+                    break
+            else:
+                raise AssertionError("chromium does not start")
+            with urlopen(f"http://{found[1]}/json", timeout=10) as answer:
+                [page] = [each for each in json.load(answer) if each["type"] == "page"]
+            with connect(page["webSocketDebuggerUrl"], max_size=None) as socket:
+                yield _sender(socket)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+def _sender(socket: Any) -> Send:
+    def send(method: str, **parameters: Any) -> dict[str, Any]:
+        number = time.monotonic_ns()
+        socket.send(json.dumps({"id": number, "method": method, "params": parameters}))
+        while True:
+            answer: dict[str, Any] = json.loads(socket.recv(timeout=60))
+            if answer.get("id") == number:
+                assert "error" not in answer, answer
+                return dict(answer["result"])
+
+    return send
+
+
+def screenshot(url: str, user: str, path: Path, until: str) -> str:
+    """Take a picture of the UI's page of runs, as a person who has typed the password; the page's text.
+
+    Args:
+        url: of the UI.
+        user: USER:PASSWORD.
+        path: where the PNG goes.
+        until: a text that the page shows when it is there.
+    """
+    with browser() as send:
+
+        def text() -> str:
+            answer = send("Runtime.evaluate", expression="document.body ? document.body.innerText : ''")
+            return str(answer["result"].get("value", ""))
+
+        send("Page.navigate", url=url)
+        _wait(lambda: "password" in text().lower(), "the page that asks for the password")
+        key = json.dumps(base64.b64encode(user.encode()).decode())
+        send("Runtime.evaluate", expression=f"localStorage.setItem('prefect-password', {key})")
+        send("Page.navigate", url=f"{url}/runs")
+        _wait(lambda: until in text(), f"{until!r} on the page of runs")
+        # Charts are drawn after the list.
+        _wait(lambda: "oading" not in text(), "the page to be complete")
+        picture = send("Page.captureScreenshot", format="png")["data"]
+        path.write_bytes(base64.b64decode(picture))
+        return text()
+
+
+def _wait(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.2)
+
+
+if __name__ == "__main__":
+    screenshot(sys.argv[1], sys.argv[2], IMAGES / "ui.png", "dbt-pipeline")
