@@ -1,10 +1,13 @@
-"""The README's picture of the UI, by a real browser on a real cluster: `python -m docs.screenshot URL USER:PASSWORD`.
+"""The README's picture of the UI, by a real browser on a real cluster.
+
+    python -m docs.screenshot URL USER:PASSWORD /v2/runs/flow-run/ID "Finished in state Completed()"
 
 Chromium without a window, steered by its DevTools protocol (https://chromedevtools.github.io/devtools-protocol).
 """
 
 import base64
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -23,7 +26,7 @@ from websockets.sync.client import connect
 
 from docs.picture import IMAGES
 
-SIZE = "1440,900"
+SIZE = "1280,1180"
 
 Send = Callable[..., dict[str, Any]]
 
@@ -60,8 +63,10 @@ def browser() -> Iterator[Send]:
 
 
 def _sender(socket: Any) -> Send:
+    numbers = itertools.count(1)
+
     def send(method: str, **parameters: Any) -> dict[str, Any]:
-        number = time.monotonic_ns()
+        number = next(numbers)
         socket.send(json.dumps({"id": number, "method": method, "params": parameters}))
         while True:
             answer: dict[str, Any] = json.loads(socket.recv(timeout=60))
@@ -72,14 +77,15 @@ def _sender(socket: Any) -> Send:
     return send
 
 
-def screenshot(url: str, user: str, path: Path, until: str) -> str:
-    """Take a picture of the UI's page of runs, as a person who has typed the password; the page's text.
+def screenshot(url: str, user: str, page: str, until: str, path: Path) -> str:
+    """Take a picture of a page of the UI, as a person who has given the password; the page's text.
 
     Args:
         url: of the UI.
         user: USER:PASSWORD.
-        path: where the PNG goes.
+        page: as the address bar shows it after `url`.
         until: a text that the page shows when it is there.
+        path: where the PNG goes.
     """
     with browser() as send:
 
@@ -88,15 +94,21 @@ def screenshot(url: str, user: str, path: Path, until: str) -> str:
             return str(answer["result"].get("value", ""))
 
         send("Page.navigate", url=url)
-        _wait(lambda: "password" in text().lower(), "the page that asks for the password")
+        _wait(lambda: "Login" in text(), "the page that asks for the password")
         key = json.dumps(base64.b64encode(user.encode()).decode())
         send("Runtime.evaluate", expression=f"localStorage.setItem('prefect-password', {key})")
-        send("Page.navigate", url=f"{url}/runs")
-        _wait(lambda: until in text(), f"{until!r} on the page of runs")
-        # Charts are drawn after the list.
-        _wait(lambda: "oading" not in text(), "the page to be complete")
-        picture = send("Page.captureScreenshot", format="png")["data"]
-        path.write_bytes(base64.b64decode(picture))
+        send("Page.navigate", url=url + page)
+        _wait(lambda: until in text(), f"{until!r} on {page}")
+        shown = ["", send("Page.captureScreenshot", format="png")["data"]]
+
+        def settled() -> bool:
+            """Whether placeholders have gone and two pictures in a row are the same."""
+            shown.append(send("Page.captureScreenshot", format="png")["data"])
+            pulsing = "document.querySelectorAll('.animate-pulse').length"
+            return send("Runtime.evaluate", expression=pulsing)["result"]["value"] == 0 and shown[-1] == shown[-2]
+
+        _wait(settled, "the page to settle")
+        path.write_bytes(base64.b64decode(shown[-1]))
         return text()
 
 
@@ -104,8 +116,9 @@ def _wait(condition: Callable[[], bool], what: str, seconds: float = 60) -> None
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.2)
+        time.sleep(0.5)
 
 
 if __name__ == "__main__":
-    screenshot(sys.argv[1], sys.argv[2], IMAGES / "ui.png", "dbt-pipeline")
+    url, user, page, until = sys.argv[1:]
+    screenshot(url, user, page, until, IMAGES / "ui.png")

@@ -27,8 +27,12 @@ def start(api: httpx.Client, deployment: str, parameters: dict[str, Any]) -> Obj
         flows = {each["id"]: each["name"] for each in api.post("/flows/filter", json={}).raise_for_status().json()}
         names = ", ".join(sorted(f"{flows[each['flow_id']]}/{each['name']}" for each in listed))
         raise ClusterError(f"There is no deployment {deployment}. There are: {names or 'none'}")
+    known = found.raise_for_status().json()["parameter_openapi_schema"].get("properties", {})
+    # The server lets them pass, and the run fails in its pod.
+    if unknown := sorted(set(parameters) - set(known)):
+        raise ClusterError(f"{deployment} has no parameter {', '.join(unknown)}. It has: {', '.join(known)}")
     body = {"state": {"type": "SCHEDULED"}, "parameters": parameters}
-    made = api.post(f"/deployments/{found.raise_for_status().json()['id']}/create_flow_run", json=body)
+    made = api.post(f"/deployments/{found.json()['id']}/create_flow_run", json=body)
     if made.status_code in (409, 422):
         raise ClusterError(f"{deployment} refuses the parameters {json.dumps(parameters)}: {made.json().get('detail')}")
     run: Object = made.raise_for_status().json()
