@@ -105,7 +105,8 @@ def screenshot(url: str, user: str, page: str, until: str, path: Path) -> str:
             """Whether placeholders have gone and two pictures in a row are the same."""
             shown.append(send("Page.captureScreenshot", format="png")["data"])
             pulsing = "document.querySelectorAll('.animate-pulse').length"
-            return send("Runtime.evaluate", expression=pulsing)["result"]["value"] == 0 and shown[-1] == shown[-2]
+            placeholders = send("Runtime.evaluate", expression=pulsing)["result"]["value"]
+            return bool(placeholders == 0 and shown[-1] == shown[-2])
 
         _wait(settled, "the page to settle")
         path.write_bytes(base64.b64decode(shown[-1]))

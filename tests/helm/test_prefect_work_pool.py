@@ -151,7 +151,8 @@ def test_all_features_at_once() -> None:
     assert [container["name"] for container in worker["containers"]] == ["worker", "proxy"]
     assert worker["serviceAccountName"] == "launcher"
     assert worker["containers"][0]["args"] == [
-        "python", "-m", "orchestration.worker", "--pool", "etl", "--namespace", "$(NAMESPACE)",
+        "python", "-m", "orchestration.worker", "--pool", "etl",
+        "--name", "$(POD_NAME)", "--namespace", "$(NAMESPACE)",
         "--queue", "urgent", "--queue", "later", "--limit", "20", "--name", "first",
     ]  # fmt: skip
     variables = environment(worker["containers"][0])

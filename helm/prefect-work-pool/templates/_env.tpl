@@ -50,6 +50,7 @@
 - {name: PREFECT_INTEGRATIONS_KUBERNETES_WORKER_API_AUTH_STRING_SECRET_KEY, value: {{ .key }}}
 {{- end }}
 {{- end }}
+- {name: POD_NAME, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
 - {name: NAMESPACE, valueFrom: {fieldRef: {fieldPath: metadata.namespace}}}
 # Without it pods and Jobs are watched in the whole cluster, which the Role does not allow.
 - {name: PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_NAMESPACES, value: $(NAMESPACE)}
