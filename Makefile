@@ -138,7 +138,7 @@ down-docker: ## stop what runs in Docker; databases and passwords stay
 	@docker/stack down
 
 ##@ Develop
-.PHONY: setup test fix bench kill-test picture clean
+.PHONY: setup test fix bench bench-deploys kill-test picture clean
 setup: .venv/ready ## create the environment in .venv
 
 test: .venv/ready ## check the code and run all tests; TESTS=tests/flows for some
@@ -155,6 +155,9 @@ fix: .venv/ready ## format the code and repair what the linters can
 
 bench: .venv/ready ## measure; PAIRS=7; prints a table and appends to tests/benchmarks/results.md
 	@$(BIN)/python -m tests.benchmarks.run --pairs $(PAIRS)
+
+bench-deploys: .venv/ready ## measure make up and make deploy on the local cluster, which it takes away first
+	@$(BIN)/python -m tests.benchmarks.deploys --pairs $(PAIRS)
 
 kill-test: .venv/ready ## kill the pipeline at KILLS=50 random moments; writes tests/benchmarks/kills.md
 	@$(BIN)/python -m tests.benchmarks.kills --kills $(KILLS)

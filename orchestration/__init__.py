@@ -1,1 +1,1 @@
-"""What flows and the cluster's own jobs import: settings, the warehouse, dbt."""
+"""What flows and the cluster's own jobs import: settings, the warehouse, dbt, the worker, environments."""

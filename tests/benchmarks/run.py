@@ -265,6 +265,17 @@ def backfill_the_year(postgres: str, server: str, pairs: int) -> list[Figure]:
     ]
 
 
+def heading(parts: str) -> str:
+    """The beginning of a table in the results: when, what, on which machine, with which parts."""
+    described = ["git", "describe", "--always", "--dirty"]
+    revision = subprocess.run(described, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    return (
+        f"\n## {datetime.now(UTC):%Y-%m-%d}, {revision}\n\n{platform.machine()}, {os.cpu_count()} cores, "
+        f"{psutil.virtual_memory().total / 2**30:.0f} GB, Python {platform.python_version()}, {parts}.\n\n"
+        "| what | unit | n | median | min | max | |\n|---|---|---:|---:|---:|---:|---|"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table and append it to the results."""
     parser = argparse.ArgumentParser(description="Measure the pipeline.")
@@ -272,15 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if answers("http://127.0.0.1:4200/api/health"):
         parser.error("a Prefect server is up on port 4200, so that a run would not start a temporary one; stop it")
-    revision = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    head = (
-        f"\n## {datetime.now(UTC):%Y-%m-%d}, {revision}\n\n{platform.machine()}, {os.cpu_count()} cores, "
-        f"{psutil.virtual_memory().total / 2**30:.0f} GB, Python {platform.python_version()}, "
-        "embedded PostgreSQL 18.\n\n"
-        "| what | unit | n | median | min | max | |\n|---|---|---:|---:|---:|---:|---|"
-    )
+    head = heading("embedded PostgreSQL 18")
     rows = [head]
     print(head, flush=True)
     with (
