@@ -113,7 +113,7 @@ ui: .venv/ready ## open the UI on http://localhost:4200, or PORT=
 	@$(ENVIRONMENT) ui $(TARGET) --port $(PORT)
 
 ##@ Cluster and image
-.PHONY: cluster cluster-down build push sbom
+.PHONY: cluster cluster-down build push sbom worker-manifests
 cluster: .venv/ready ## make a local cluster: KUBE_CONTEXT if named, else kind, else a node from packages
 	@$(BIN)/python -m tests.cluster up
 
@@ -128,6 +128,9 @@ push: ## build the image and push it to REGISTRY=localhost:5000
 
 sbom: ## write the image's bill of materials to sbom.cdx.json
 	@docker/sbom
+
+worker-manifests: .venv/ready ## write k8s/worker/base anew, from the work pool's chart
+	@$(BIN)/python -m k8s.worker.generate
 
 ##@ Docker
 .PHONY: up-docker down-docker
@@ -172,7 +175,7 @@ clean: ## remove the environment and what tools left behind; the warehouse stays
 help: ## show this
 	@awk 'BEGIN {FS = ":.*## "; tty = system("test -t 1") == 0} \
 		/^##@/ {printf "\n%s\n", substr($$0, 5)} \
-		/^[a-z-]+:.*## / {printf "  %s%-14s%s %s\n", tty ? "\033[36m" : "", $$1, tty ? "\033[0m" : "", $$2}' Makefile
+		/^[a-z-]+:.*## / {printf "  %s%-16s%s %s\n", tty ? "\033[36m" : "", $$1, tty ? "\033[0m" : "", $$2}' Makefile
 
 .venv/ready: pyproject.toml uv.lock
 	@[ -n "$(PYTHON)" ] || { echo "No Python 3.11, 3.12 or 3.13 was found. Install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }

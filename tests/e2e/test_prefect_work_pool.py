@@ -2,122 +2,19 @@
 
 import copy
 import json
-from collections.abc import Iterator
 from datetime import datetime
-from pathlib import Path
-from typing import Any
-from uuid import uuid4
 
 import httpx
 import pytest
 
-from tests.cluster import binaries
-from tests.cluster.namespace import Namespace
 from tests.cluster.progress import ClusterError
-from tests.e2e.release import Object, Release, server_values
+from tests.e2e.release import Object, Release
+from tests.e2e.runs import deployment, ended, logged, run_of, start
 from tests.helm.rendering import environment
 from tests.parts import wait_until
 
 SERVER = "prefect-server"
 NAME = "prefect-work-pool"
-FLOW = Path(__file__).with_name("probe_flow.py")
-
-
-@pytest.fixture(scope="module")
-def namespace(cluster: str) -> Iterator[Namespace]:
-    """A namespace that enforces the restricted standard, for all tests of this file."""
-    made = Namespace(cluster, f"pool-{uuid4().hex[:8]}")
-    binaries.kubectl("--context", cluster, "create", "namespace", made.name)
-    made.kubectl("label", "namespace", made.name, "pod-security.kubernetes.io/enforce=restricted")
-    yield made
-    binaries.kubectl("--context", cluster, "delete", "namespace", made.name, "--wait=false")
-
-
-@pytest.fixture(scope="module")
-def server(namespace: Namespace, image: str) -> Release:
-    release = Release(SERVER, SERVER, namespace)
-    release.deploy(server_values(image))
-    return release
-
-
-@pytest.fixture(scope="module")
-def values(image: str) -> Object:
-    repository, _, tag = image.rpartition(":")
-    return {
-        "image": {"repository": repository, "tag": tag},
-        "worker": {"querySeconds": 2, "prefetchSeconds": 5},
-        "runs": {
-            "resources": {"requests": {"cpu": "50m", "memory": "200Mi"}, "limits": {"memory": "700Mi"}},
-            "pod": {
-                "volumes": [{"name": "probe", "configMap": {"name": "probe"}}],
-                "volumeMounts": [{"name": "probe", "mountPath": "/probe"}],
-            },
-        },
-    }
-
-
-@pytest.fixture(scope="module")
-def pool(server: Release, values: Object) -> Release:
-    """A work pool that is installed from nothing, whose runs find the probe's flow in /probe."""
-    namespace = server.namespace
-    namespace.apply(
-        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "probe"}, "data": {"flow.py": FLOW.read_text()}}
-    )
-    release = Release(NAME, NAME, namespace)
-    release.deploy(values)
-    return release
-
-
-@pytest.fixture(scope="module")
-def api(server: Release) -> Iterator[httpx.Client]:
-    with server.api(f"{SERVER}-api", server.secret(f"{SERVER}-auth", "auth-string")) as client:
-        yield client
-
-
-def deployment(api: httpx.Client, **fields: Any) -> str:
-    """A new deployment of the probe; its id."""
-    flow = api.post("/flows/", json={"name": "probe"}).raise_for_status().json()
-    body = {
-        "name": f"probe-{uuid4().hex[:6]}",
-        "flow_id": flow["id"],
-        "entrypoint": "/probe/flow.py:probe",
-        "path": "/app",
-        "work_pool_name": "default",
-    }
-    made = api.post("/deployments/", json=body | fields)
-    return str(made.raise_for_status().json()["id"])
-
-
-def start(api: httpx.Client, deployment_id: str, **fields: Any) -> str:
-    """A run of the deployment, now; its id."""
-    made = api.post(f"/deployments/{deployment_id}/create_flow_run", json={"state": {"type": "SCHEDULED"}} | fields)
-    return str(made.raise_for_status().json()["id"])
-
-
-def run_of(api: httpx.Client, run: str) -> Object:
-    found: Object = api.get(f"/flow_runs/{run}").raise_for_status().json()
-    return found
-
-
-def ended(api: httpx.Client, run: str, seconds: float = 120) -> Object:
-    """The run, once it is over."""
-    final = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-    found: Object = wait_until(
-        lambda: (now := run_of(api, run))["state_type"] in final and now, f"run {run} to end", seconds
-    )
-    return found
-
-
-def logged(api: httpx.Client, run: str, last: str) -> list[str]:
-    """What the run logged, once the line that begins with `last` has arrived: logs follow the states."""
-
-    def lines() -> list[str]:
-        found = api.post("/logs/filter", json={"logs": {"flow_run_id": {"any_": [run]}}, "limit": 200})
-        messages = [str(each["message"]) for each in found.raise_for_status().json()]
-        return messages if any(message.startswith(last) for message in messages) else []
-
-    arrived: list[str] = wait_until(lines, f"{last!r} in the run's logs", 30)
-    return arrived
 
 
 def job_of(pool: Release, run: str) -> Object:

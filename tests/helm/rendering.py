@@ -71,6 +71,24 @@ def pod_specs(objects: list[Object]) -> dict[str, Object]:
     return specs
 
 
+def assert_restricted(objects: list[Object]) -> None:
+    """Each pod that the objects make meets the `restricted` Pod Security Standard, and more than it asks."""
+    for name, spec in pod_specs(objects).items():
+        assert spec["enableServiceLinks"] is False, name
+        assert spec["securityContext"]["runAsNonRoot"] is True, name
+        assert spec["securityContext"]["runAsUser"] > 0, name
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, name
+        for container in [*spec["containers"], *spec.get("initContainers", [])]:
+            if container["image"] == "proxy:1":
+                continue
+            context = container["securityContext"]
+            assert context["allowPrivilegeEscalation"] is False, name
+            assert context["readOnlyRootFilesystem"] is True, name
+            assert context["capabilities"] == {"drop": ["ALL"]}, name
+            assert set(container["resources"]) == {"requests", "limits"}, name
+            assert not container["image"].endswith((":latest", ":")), name
+
+
 def environment(container: Object) -> dict[str, Any]:
     """A container's variables: the value, or where it comes from."""
     return {each["name"]: each.get("value", each.get("valueFrom")) for each in container["env"]}

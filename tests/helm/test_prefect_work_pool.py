@@ -100,12 +100,15 @@ def _with(**values: Any) -> Object:
     return copy.deepcopy(TAG) | values
 
 
-def _pool(values: Object) -> Object:
+def pool_of(objects: list[Object]) -> Object:
     """The pool that a release brings to the server."""
-    objects = render("prefect-work-pool", values)
     [found] = [each for each in objects if each["kind"] == "ConfigMap" and each["metadata"]["name"].endswith("-sync")]
     pool: Object = yaml.safe_load(found["data"]["pool.yaml"])
     return pool
+
+
+def _pool(values: Object) -> Object:
+    return pool_of(render("prefect-work-pool", values))
 
 
 def _job(pool: Object, **variables: Any) -> Object:

@@ -1,0 +1,67 @@
+"""A server and its pool, for all tests of a file."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from tests.cluster import binaries
+from tests.cluster.namespace import Namespace
+from tests.e2e.release import Object, Release, server_values
+
+
+@pytest.fixture(scope="module")
+def probe() -> Object:
+    """The ConfigMap with the probe's flow, which the pool's runs find in /probe: for each namespace that has runs."""
+    flow = Path(__file__).with_name("probe_flow.py").read_text()
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "probe"}, "data": {"flow.py": flow}}
+
+
+@pytest.fixture(scope="module")
+def servers_namespace(cluster: str) -> Iterator[Namespace]:
+    """A namespace that enforces the restricted standard."""
+    made = Namespace(cluster, f"pool-{uuid4().hex[:8]}")
+    binaries.kubectl("--context", cluster, "create", "namespace", made.name)
+    made.kubectl("label", "namespace", made.name, "pod-security.kubernetes.io/enforce=restricted")
+    yield made
+    binaries.kubectl("--context", cluster, "delete", "namespace", made.name, "--wait=false")
+
+
+@pytest.fixture(scope="module")
+def server(servers_namespace: Namespace, image: str) -> Release:
+    release = Release("prefect-server", "prefect-server", servers_namespace)
+    release.deploy(server_values(image))
+    return release
+
+
+@pytest.fixture(scope="module")
+def values(image: str) -> Object:
+    repository, _, tag = image.rpartition(":")
+    return {
+        "image": {"repository": repository, "tag": tag},
+        "worker": {"querySeconds": 2, "prefetchSeconds": 5},
+        "runs": {
+            "resources": {"requests": {"cpu": "50m", "memory": "200Mi"}, "limits": {"memory": "700Mi"}},
+            "pod": {
+                "volumes": [{"name": "probe", "configMap": {"name": "probe"}}],
+                "volumeMounts": [{"name": "probe", "mountPath": "/probe"}],
+            },
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def pool(server: Release, values: Object, probe: Object) -> Release:
+    """A work pool that is installed from nothing."""
+    server.namespace.apply(probe)
+    release = Release("prefect-work-pool", "prefect-work-pool", server.namespace)
+    release.deploy(values)
+    return release
+
+
+@pytest.fixture(scope="module")
+def api(server: Release) -> Iterator[httpx.Client]:
+    with server.api("prefect-server-api", server.secret("prefect-server-auth", "auth-string")) as client:
+        yield client

@@ -1,0 +1,179 @@
+"""A worker that kubectl alone manages, in a namespace of its own: it joins a pool, and loses no run when it goes."""
+
+import copy
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from uuid import uuid4
+
+import httpx
+import pytest
+import yaml
+
+from orchestration.settings import ROOT
+from tests.cluster.namespace import Namespace
+from tests.e2e.release import Object, Release
+from tests.e2e.runs import deployment, ended, logged, run_of, start
+from tests.parts import wait_until
+
+EXAMPLE = ROOT / "k8s" / "worker" / "overlays" / "example"
+WORKER = "deployment/prefect-work-pool-worker"
+WORKERS = "app.kubernetes.io/component=worker"
+
+
+@pytest.fixture(scope="module")
+def values(values: Object) -> Object:
+    """Those of a pool whose release has no worker: every run is taken by one of kubectl's."""
+    return copy.deepcopy(values) | {"worker": {"replicas": 0}}
+
+
+@pytest.fixture(scope="module")
+def overlay(pool: Release, image: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example in a namespace of the module's own, with this checkout's image and the pool's server."""
+    folder = tmp_path_factory.mktemp("overlay").resolve()
+    (folder / "namespace").mkdir()
+    name, server = f"runs-{uuid4().hex[:8]}", pool.namespace.name
+    repository, _, tag = image.rpartition(":")
+    environment = [
+        {"name": "PREFECT_API_URL", "value": f"http://prefect-server-api.{server}:4200/api"},
+        {"name": "PREFECT_WORKER_QUERY_SECONDS", "value": "2"},
+    ]
+    worker = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": "prefect-work-pool-worker"},
+        "spec": {"template": {"spec": {"containers": [{"name": "worker", "env": environment}]}}},
+    }
+    path = "/spec/egress/1/to/0/namespaceSelector/matchLabels/kubernetes.io~1metadata.name"
+    ways = {
+        "target": {"kind": "NetworkPolicy", "name": "prefect-work-pool-.*"},
+        "patch": json.dumps([{"op": "replace", "path": path, "value": server}]),
+    }
+    changes: dict[Path, Object] = {
+        folder: {
+            "images": [{"name": "localhost:5000/prefect-orchestration", "newName": repository, "newTag": tag}],
+            "patches": [{"patch": json.dumps(worker)}],
+        },
+        folder / "namespace": {"patches": [ways]},
+    }
+    for where, change in changes.items():
+        # kustomize takes no absolute path.
+        base = os.path.relpath(EXAMPLE / where.relative_to(folder), where)
+        (where / "kustomization.yaml").write_text(yaml.safe_dump({"namespace": name, "resources": [base]} | change))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def away(pool: Release, overlay: Path, probe: Object) -> Iterator[Namespace]:
+    """The worker's namespace, in which one has joined the pool."""
+    made = Namespace(pool.namespace.context, yaml.safe_load((overlay / "kustomization.yaml").read_text())["namespace"])
+    try:
+        made.kubectl("apply", "-k", str(overlay / "namespace"))
+        made.kubectl(
+            "create", "secret", "generic", "prefect-server-auth", "--from-file=auth-string=/dev/stdin",
+            text=pool.secret("prefect-server-auth", "auth-string"),
+        )  # fmt: skip
+        made.apply(probe)
+        made.kubectl("apply", "-k", str(overlay))
+        made.kubectl("rollout", "status", WORKER, "--timeout=180s")
+        yield made
+    finally:
+        made.kubectl("delete", "namespace", made.name, "--wait=false", "--ignore-not-found")
+
+
+def workers(away: Namespace) -> list[str]:
+    """The names of the workers' pods, but for those that are ending."""
+    listed = json.loads(away.kubectl("get", "pods", "-l", WORKERS, "-o", "json"))["items"]
+    return [pod["metadata"]["name"] for pod in listed if not pod["metadata"].get("deletionTimestamp")]
+
+
+def burst(api: httpx.Client, made: str, count: int) -> list[str]:
+    """So many runs at once, the first of which is claimed by now."""
+    runs = [start(api, made, parameters={"text": str(number)}) for number in range(count)]
+
+    def claimed() -> bool:
+        return any(run_of(api, run)["state_type"] != "SCHEDULED" for run in runs)
+
+    wait_until(claimed, "a worker to claim runs", 30)
+    return runs
+
+
+def assert_none_is_lost(api: httpx.Client, runs: list[str]) -> None:
+    outcomes = [ended(api, run, 180) for run in runs]
+    assert {(outcome["state_type"], outcome["run_count"]) for outcome in outcomes} == {("COMPLETED", 1)}
+
+
+def test_it_joins_the_pool_and_a_run_is_a_pod_beside_it(pool: Release, away: Namespace, api: httpx.Client) -> None:
+    """With the pool's template as it is at the time, which no part of the manifests has."""
+    assert not pool.pods("worker")
+    [online] = wait_until(lambda: api.post("/work_pools/default/workers/filter", json={}).json(), "the worker's sign")
+    assert online["status"] == "ONLINE"
+    template = api.get("/work_pools/default").json()["base_job_template"]
+    template["variables"]["properties"]["memory_limit"]["default"] = "640Mi"
+    api.patch("/work_pools/default", json={"base_job_template": template}).raise_for_status()
+    addresses = [
+        f"prefect-server-{what}.{pool.namespace.name}:{port}" for what, port in (("api", 4200), ("database", 5432))
+    ]
+    made = deployment(api, parameters={"addresses": addresses})
+
+    def with_the_new_template() -> tuple[str, Object] | None:
+        run = start(api, made)
+        assert ended(api, run)["state_type"] == "COMPLETED"
+        found = json.loads(away.kubectl("get", "pods", "-l", f"prefect.io/flow-run-id={run}", "-o", "json"))["items"]
+        [pod] = found
+        return (run, pod) if pod["spec"]["containers"][0]["resources"]["limits"] == {"memory": "640Mi"} else None
+
+    run, pod = wait_until(with_the_new_template, "a run by the new template", 90)
+    assert pod["spec"]["serviceAccountName"] == "prefect-work-pool-runs"
+    assert [line for line in logged(api, run, f"reaches {addresses[-1]}") if line.startswith("reaches")] == [
+        f"reaches {addresses[0]}: True",
+        f"reaches {addresses[1]}: False",
+    ]
+    assert not json.loads(pool.namespace.kubectl("get", "jobs", "-l", "prefect.io/flow-run-id", "-o", "json"))["items"]
+
+
+def test_scaled_it_stays_so_when_it_is_applied_again(away: Namespace, overlay: Path, api: httpx.Client) -> None:
+    away.kubectl("scale", WORKER, "--replicas=2")
+    away.kubectl("apply", "-k", str(overlay))
+    away.kubectl("rollout", "status", WORKER, "--timeout=180s")
+    assert len(workers(away)) == 2
+    assert "Worker" in away.kubectl("logs", WORKER)
+
+
+def test_a_rolling_restart_under_a_burst_loses_no_run(away: Namespace, api: httpx.Client) -> None:
+    before = workers(away)
+    runs = burst(api, deployment(api), 6)
+    away.kubectl("rollout", "restart", WORKER)
+    away.kubectl("rollout", "status", WORKER, "--timeout=180s")
+    assert_none_is_lost(api, runs)
+    assert not set(before) & set(workers(away))
+
+
+def test_a_worker_that_is_deleted_finishes_its_claims(away: Namespace, api: httpx.Client) -> None:
+    away.kubectl("scale", WORKER, "--replicas=1")
+    wait_until(lambda: len(workers(away)) == 1, "one worker to go")
+    [worker] = workers(away)
+    runs = burst(api, deployment(api), 8)
+    with ThreadPoolExecutor() as beside:
+        log = beside.submit(away.kubectl, "logs", "--follow", worker)
+        away.kubectl("delete", "pod", worker)
+    assert "Asked to end; claimed runs that are submitted first:" in log.result()
+    assert_none_is_lost(api, runs)
+
+
+def test_deleted_nothing_of_it_stays_and_all_runs_go_on(away: Namespace, overlay: Path, api: httpx.Client) -> None:
+    """The one in progress and those that were claimed; the others wait for a worker."""
+    away.kubectl("rollout", "status", WORKER, "--timeout=180s")
+    made = deployment(api)
+    in_progress = start(api, made, parameters={"seconds": 20})
+    wait_until(lambda: run_of(api, in_progress)["state_type"] == "RUNNING", "the run to run", 60)
+    runs = burst(api, made, 6)
+    away.kubectl("delete", "-k", str(overlay))
+    wait_until(lambda: not away.kubectl("get", "all", "-l", WORKERS, "-o", "name"), "all of it to go", 90)
+    claimed = [run for run in runs if run_of(api, run)["state_type"] != "SCHEDULED"]
+    assert claimed
+    assert_none_is_lost(api, [in_progress, *claimed])
+    away.kubectl("apply", "-k", str(overlay))
+    assert_none_is_lost(api, runs)

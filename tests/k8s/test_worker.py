@@ -1,0 +1,148 @@
+"""The worker's plain manifests: current, the chart's but for what is named here, and alone in both helm/ and k8s/."""
+
+import functools
+import re
+from typing import Any
+
+import pytest
+
+from k8s.worker import generate
+from orchestration.settings import ROOT
+from tests.cluster import binaries
+from tests.cluster.policies import selects
+from tests.helm import test_prefect_work_pool
+from tests.helm.rendering import Object, assert_restricted, environment, inventory, objects_of, one, pod_specs, render
+from tests.k8s.test_surroundings import K8S, charts
+
+EXAMPLE = "worker/overlays/example"
+NAMESPACE = "prefect-runs-example"
+NAME = "prefect-work-pool-worker"
+
+
+@functools.cache
+def built(folder: str) -> list[Object]:
+    """The objects of a kustomization of k8s/."""
+    return objects_of(binaries.kubectl("kustomize", str(K8S / folder)))
+
+
+def base() -> list[Object]:
+    """All that is generated."""
+    return built("worker/base") + built("worker/base/namespace")
+
+
+def names(objects: list[Object]) -> set[tuple[str, str, str]]:
+    return {(each["apiVersion"], each["kind"], each["metadata"]["name"]) for each in objects}
+
+
+def leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """The values in an object by their path; elements of a list by their name, where they have one."""
+    if isinstance(value, dict) and value:
+        return {name: leaf for key in value for name, leaf in leaves(value[key], f"{path}/{key}").items()}
+    if isinstance(value, list) and value:
+        keys = [each.get("name", i) if isinstance(each, dict) else i for i, each in enumerate(value)]
+        return {
+            name: leaf
+            for key, each in zip(keys, value, strict=True)
+            for name, leaf in leaves(each, f"{path}/{key}").items()
+        }
+    return {path: value}
+
+
+def test_the_manifests_are_current() -> None:
+    for file, text in generate.manifests().items():
+        assert (K8S / "worker" / file).read_text() == text, f"k8s/worker/{file} is old: make worker-manifests"
+
+
+def test_each_object_is_the_charts_field_by_field_but_for_these() -> None:
+    everywhere = {
+        "/metadata/namespace",
+        "/metadata/labels/helm.sh/chart",
+        "/metadata/labels/app.kubernetes.io/managed-by",
+    }
+    api = "/spec/egress/1/to/0/namespaceSelector/matchLabels/kubernetes.io/metadata.name"
+    worker = "/spec/template/spec/containers/worker"
+    differing = {
+        f"Deployment/{NAME}": {
+            "/spec/replicas",
+            "/spec/template/metadata/annotations/checksum/pool",
+            f"{worker}/image",
+            f"{worker}/args/4",
+            f"{worker}/env/PREFECT_API_URL/value",
+            f"{worker}/env/WORK_POOL/name",
+            f"{worker}/env/WORK_POOL/value",
+        },
+        f"RoleBinding/{NAME}": {f"/subjects/{NAME}/namespace"},
+        f"NetworkPolicy/{NAME}": {api},
+        "NetworkPolicy/prefect-work-pool-runs": {api},
+    }
+    defaults = render("prefect-work-pool", test_prefect_work_pool.TAG, generate.RELEASE)
+    for each in base():
+        kind, name = each["kind"], each["metadata"]["name"]
+        here, there = leaves(each), leaves(one(defaults, kind, name))
+        differ = {path for path in here | there if here.get(path) != there.get(path)}
+        assert differ == everywhere | differing.get(f"{kind}/{name}", set())
+
+
+def test_nothing_but_the_worker_is_both_in_a_chart_and_here() -> None:
+    here = [each for path in K8S.rglob("kustomization.yaml") for each in built(str(path.parent.relative_to(K8S)))]
+    assert names(here) & names(charts()) == names(base())
+    assert {path.name for path in (K8S / "worker").rglob("*.yaml")} == {
+        "values.yaml", "kustomization.yaml", "worker.yaml", "access.yaml",
+    }  # fmt: skip
+
+
+def test_the_example_is_the_worker_and_its_namespace_is_an_environment_with_what_it_needs() -> None:
+    assert inventory(built(EXAMPLE)) == [f"Deployment/{NAME}"]
+    assert inventory(built("worker/base/namespace")) == [
+        "NetworkPolicy/prefect-work-pool-runs",
+        f"NetworkPolicy/{NAME}",
+        f"Role/{NAME}",
+        f"RoleBinding/{NAME}",
+        "ServiceAccount/prefect-work-pool-runs",
+        f"ServiceAccount/{NAME}",
+    ]
+    surroundings = [name.replace("Namespace/prefect", f"Namespace/{NAMESPACE}") for name in inventory(built("base"))]
+    around = built(f"{EXAMPLE}/namespace")
+    assert inventory(around) == sorted([*surroundings, *inventory(built("worker/base/namespace"))])
+    for each in built(EXAMPLE) + around:
+        if each["kind"] not in ("Namespace", "PriorityClass"):
+            assert each["metadata"]["namespace"] == NAMESPACE
+    [subject] = one(around, "RoleBinding", NAME)["subjects"]
+    assert subject == {"kind": "ServiceAccount", "name": NAME, "namespace": NAMESPACE}
+
+
+def test_a_pool_of_the_chart_finds_what_its_runs_ask_for() -> None:
+    """The account by its name, the policy by the pods' labels, the Secret by its name and key."""
+    pool = test_prefect_work_pool.pool_of(render("prefect-work-pool", test_prefect_work_pool.TAG, generate.RELEASE))
+    template = pool["base_job_template"]
+    account = template["variables"]["properties"]["service_account_name"]["default"]
+    assert one(base(), "ServiceAccount", account)
+    pod = template["job_configuration"]["job_manifest"]["spec"]["template"]
+    policy = one(base(), "NetworkPolicy", "prefect-work-pool-runs")["spec"]
+    assert selects(policy["podSelector"], pod["metadata"]["labels"])
+
+
+def test_every_pod_meets_the_restricted_standard() -> None:
+    assert_restricted(built(EXAMPLE))
+
+
+@pytest.mark.parametrize("folder", ["worker/base", EXAMPLE])
+def test_a_variable_is_known_where_it_is_used(folder: str) -> None:
+    """Kubernetes leaves $(NAME) as it is before NAME is set; a patch moves what it sets to the front."""
+    [container] = pod_specs(built(folder))[f"Deployment/{NAME}"]["containers"]
+    known: set[str] = set()
+    for each in container["env"]:
+        assert set(re.findall(r"\$\((\w+)\)", each.get("value", ""))) <= known
+        known.add(each["name"])
+    assert set(re.findall(r"\$\((\w+)\)", " ".join(container["args"]))) == {"NAMESPACE", "WORK_POOL"} <= known
+    assert environment(container)["WORK_POOL"] == "default"
+
+
+def test_the_pages_name_what_there_is() -> None:
+    page = (ROOT / "docs" / "workers.md").read_text()
+    for folder in re.findall(r"-k (k8s/\S+)", page):
+        assert (ROOT / folder / "kustomization.yaml").exists(), folder
+    secret = (K8S / EXAMPLE / "kustomization.yaml").read_text().split("its Secret")[1].split("apiVersion")[0]
+    for line in re.findall(r"^#   (.*)", secret, flags=re.M):
+        assert line in page
+    assert set(re.findall(r"deployment/([a-z-]+)", page)) == {NAME}
