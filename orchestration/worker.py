@@ -70,11 +70,15 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
         self._polling = asyncio.Lock()
 
     def is_worker_still_polling(self, query_interval_seconds: float) -> bool:
-        """Whether the worker polls, and watches pods and Jobs if it is to; what its health check asks."""
+        """Whether the worker polls, and watches pods and Jobs if it is to; what its health check asks.
+
+        Not before the server has answered for the first time: until then an older worker is not to go.
+        """
+        if not self.is_setup or self._work_pool is None:
+            return False
         polls: bool = super().is_worker_still_polling(query_interval_seconds)
         missing = set(WATCHED) - watched() if KubernetesSettings().observer.enabled else set()
-        # Before the first sync there is nothing to watch for.
-        if missing and self.is_setup:
+        if missing:
             self._logger.error("No longer watching %s: the worker has to start again.", " and ".join(sorted(missing)))
             return False
         return polls
