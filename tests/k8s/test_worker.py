@@ -134,7 +134,9 @@ def test_a_variable_is_known_where_it_is_used(folder: str) -> None:
     for each in container["env"]:
         assert set(re.findall(r"\$\((\w+)\)", each.get("value", ""))) <= known
         known.add(each["name"])
-    assert set(re.findall(r"\$\((\w+)\)", " ".join(container["args"]))) == {"NAMESPACE", "WORK_POOL"} <= known
+    assert (
+        set(re.findall(r"\$\((\w+)\)", " ".join(container["args"]))) == {"NAMESPACE", "POD_NAME", "WORK_POOL"} <= known
+    )
     assert environment(container)["WORK_POOL"] == "default"
 
 
