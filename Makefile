@@ -95,7 +95,7 @@ plan: .venv/ready ## what a deploy would change; exit status 2 if anything
 	@$(ENVIRONMENT) plan $(TARGET)
 
 rollback: .venv/ready ## take back the newest deploy: image, charts, pool, deployments
-	@$(ENVIRONMENT) rollback $(TARGET)
+	@$(ENVIRONMENT) rollback $(TARGET) $(if $(FORCE),--force)
 
 undeploy: .venv/ready ## take the releases away; volumes and passwords stay
 	@$(ENVIRONMENT) undeploy $(TARGET) --confirm '$(CONFIRM)'

@@ -58,14 +58,18 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def cluster() -> str:
     """The context of a real cluster, made if need be; `make cluster-down` takes it away."""
     from tests.cluster import __main__ as command
+    from tests.cluster import binaries
     from tests.cluster.progress import ClusterError
 
     try:
-        return command.up()
+        context = command.up()
     except ClusterError as error:
         if os.environ.get("CI"):
             raise
         pytest.skip(str(error))
+    # What runs kubectl and helm finds those that were built for the cluster.
+    os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], *map(str, binaries.folders())])
+    return context
 
 
 @pytest.fixture

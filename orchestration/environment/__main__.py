@@ -28,10 +28,10 @@ def _plan(where: Environment, _: argparse.Namespace) -> int:
     return 2 if deploy.plan(where) else 0
 
 
-def _rollback(where: Environment, _: argparse.Namespace) -> int:
+def _rollback(where: Environment, options: argparse.Namespace) -> int:
     from orchestration.environment import deploy
 
-    deploy.rollback(where)
+    deploy.rollback(where, force=options.force)
     return 0
 
 
@@ -120,8 +120,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--env", default="local", help="local, staging, production or one of your own")
         command.add_argument("--context", default="", help="the cluster, by the kubeconfig's name")
         command.add_argument("--namespace", default="", help="another than the environment's")
-        if name == "deploy":
-            command.add_argument("--force", action="store_true", help="also what is as it should be")
+        if name in ("deploy", "rollback"):
+            command.add_argument(
+                "--force", action="store_true", help="also where nothing changed, or it seems under way"
+            )
         elif name == "undeploy":
             command.add_argument("--confirm", default="", help="the environment's name again")
         elif name == "status":

@@ -169,7 +169,7 @@ def deploy(environment: Environment, *, force: bool = False) -> bool:
 
     Args:
         environment: where.
-        force: deploy a release that is as it should be as well.
+        force: also a release that is as it should be, or whose deploy seems to be under way.
 
     Raises:
         ClusterError: with the object, event and log line that tell why, and how to go back.
@@ -192,7 +192,7 @@ def _deploy_release(environment: Environment, release: str, image: Image, mark: 
     if not force and _as_it_should_be(history, inputs):
         print(f"{release} is as it should be: revision {history[-1]['revision']}.")
         return False
-    _unlock(environment, release, history)
+    _unlock(environment, release, history, force)
     with _values(environment, release, image) as options:
         verb, usual = ("Upgrading", "20 s") if history else ("Installing", "30 s")
         with step(f"{verb} {release}", usual):
@@ -208,14 +208,23 @@ def _deploy_release(environment: Environment, release: str, image: Image, mark: 
     return True
 
 
-def _unlock(environment: Environment, release: str, history: list[Object]) -> None:
-    """End what an interrupted deploy has left: helm refuses to go on from a revision that is pending."""
+def _unlock(environment: Environment, release: str, history: list[Object], force: bool) -> None:
+    """End what an interrupted deploy has left: helm refuses to go on from a revision that is pending.
+
+    Raises:
+        ClusterError: it may still be under way, somewhere else.
+    """
     if not history or not history[-1]["status"].startswith("pending"):
         return
     revision = history[-1]["revision"]
-    secret = f"sh.helm.release.v1.{release}.v{revision}"
-    print(f"{release}: revision {revision} was interrupted ({history[-1]['status']}); it is set aside.")
-    environment.kubectl("delete", "secret", secret)
+    age = (datetime.now(UTC) - datetime.fromisoformat(history[-1]["updated"])).total_seconds()
+    if age < PATIENCE and not force:
+        raise ClusterError(
+            f"{release}: a deploy began {age:.0f} s ago and has not ended (revision {revision}). Wait for it; "
+            "if it was interrupted, set it aside with FORCE=1"
+        )
+    print(f"{release}: revision {revision} was interrupted; it is set aside.", flush=True)
+    environment.kubectl("delete", "secret", f"sh.helm.release.v1.{release}.v{revision}")
 
 
 def _explained(environment: Environment, release: str, error: str, history: list[Object]) -> str:
@@ -360,8 +369,12 @@ def _by_name(manifest: str) -> dict[str, str]:
     return found
 
 
-def rollback(environment: Environment) -> None:
+def rollback(environment: Environment, *, force: bool = False) -> None:
     """Take back the newest deploy: of both releases what it changed, pool and deployments included.
+
+    Args:
+        environment: where.
+        force: also one that seems to be under way.
 
     Raises:
         ClusterError: there is nothing to go back to, or what there was does not become ready.
@@ -379,7 +392,7 @@ def rollback(environment: Environment) -> None:
         if not good:
             continue
         revision = good[-1]["revision"]
-        _unlock(environment, release, history)
+        _unlock(environment, release, history, force)
         with step(f"Rolling {release} back to revision {revision}", "20 s"):
             try:
                 environment.helm("rollback", release, str(revision), "--timeout", "10m")

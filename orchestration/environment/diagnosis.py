@@ -57,6 +57,11 @@ def troubles(environment: Environment, pod: Object) -> Iterator[str]:
             yield f"pod/{name}: no node takes it: {condition['message']}"
     for status in _statuses(pod):
         state = status.get("state", {}) | {"last": status.get("lastState", {}).get("terminated")}
+        if "running" in state and not status["ready"]:
+            # It waits for something, or is slow: the end of its log says which.
+            yield from (
+                f"pod/{name} {status['name']}: {line}" for line in last_lines(environment, name, status["name"], 1)
+            )
         if waiting := state.get("waiting"):
             yield f"pod/{name} {status['name']}: {waiting.get('reason')}: {waiting.get('message', '')}".rstrip(": ")
         ended: Any = state.get("terminated") or state.get("last")

@@ -83,7 +83,7 @@ def resolve(name: str, context: str, namespace: str = "") -> Environment:
     Raises:
         ClusterError: there is no such environment or context, or the cluster does not answer.
     """
-    known = sorted(path.name for path in OVERLAYS.iterdir())
+    known = sorted(path.name for path in OVERLAYS.iterdir() if not path.name.startswith("."))
     if name not in known:
         raise ClusterError(f"ENV={name} is unknown. There are {', '.join(known)}; {PAGE} says how to add one")
     contexts = run(["kubectl", "config", "get-contexts", "--output", "name"]).split()

@@ -63,5 +63,5 @@ def pool(server: Release, values: Object, probe: Object) -> Release:
 
 @pytest.fixture(scope="module")
 def api(server: Release) -> Iterator[httpx.Client]:
-    with server.api("prefect-server-api", server.secret("prefect-server-auth", "auth-string")) as client:
+    with server.api() as client:
         yield client

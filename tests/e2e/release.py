@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,10 +10,11 @@ from typing import Any
 import httpx
 import yaml
 
+from orchestration.environment.api import connected
+from orchestration.environment.target import Environment
 from orchestration.settings import ROOT
 from tests.cluster import binaries, images
 from tests.cluster.namespace import Namespace
-from tests.parts import free_port, wait_until
 
 Object = dict[str, Any]
 
@@ -68,29 +68,10 @@ class Release:
         }
 
     @contextlib.contextmanager
-    def api(self, service: str, user: str | None) -> Iterator[httpx.Client]:
-        """A client of the API behind a service, as USER:PASSWORD, through a port-forward."""
-        port = free_port()
-        command = ["kubectl", "--context", self.namespace.context, "-n", self.namespace.name]
-        forward = subprocess.Popen(
-            [*command, "port-forward", f"service/{service}", f"{port}:4200"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        auth = tuple(user.split(":", 1)) if user else None
-        try:
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}/api", auth=auth, timeout=30) as client:  # type: ignore[arg-type]
-
-                def answers() -> bool:
-                    with contextlib.suppress(httpx.HTTPError):
-                        return client.get("/health").status_code == 200
-                    return False
-
-                wait_until(answers, "the port-forward")
-                yield client
-        finally:
-            forward.terminate()
-            forward.wait(10)
+    def api(self) -> Iterator[httpx.Client]:
+        """A client of the API of the namespace's server, with its password."""
+        with connected(Environment("test", self.namespace.context, self.namespace.name)) as client:
+            yield client
 
 
 def server_values(image: str) -> Object:

@@ -17,7 +17,7 @@ import yaml
 from docs.screenshot import screenshot
 from orchestration.environment.api import connected, user
 from orchestration.environment.runs import named
-from orchestration.environment.target import Environment
+from orchestration.environment.target import POOL, Environment
 from orchestration.settings import ROOT
 from tests.cluster import binaries
 from tests.parts import copy_of_checkout, free_port, wait_until
@@ -71,12 +71,8 @@ def checkout(cluster: str, image: str, tmp_path_factory: pytest.TempPathFactory)
     identity = ["-c", "user.name=tests", "-c", "user.email=tests@example.com"]
     for arguments in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "A copy"]):
         subprocess.run(["git", *arguments], cwd=folder, check=True)
-    path = os.environ["PATH"]
-    # The tests' own calls find what make's find.
-    os.environ["PATH"] = os.pathsep.join([path, *map(str, binaries.folders())])
     target = Environment("local", cluster, f"environment-{uuid4().hex[:8]}")
     yield Checkout(folder, target)
-    os.environ["PATH"] = path
     binaries.kubectl("--context", cluster, "delete", "namespace", target.namespace, "--wait=false")
 
 
@@ -227,6 +223,29 @@ def test_a_deploy_that_fails_says_why_and_how_to_go_back(checkout: Checkout) -> 
     assert "prefect-server is refused, and nothing was changed" in refused
     assert "additional properties 'replicas' not allowed" in refused
     (checkout.folder / path).write_text(values)
+
+
+@pytest.mark.timeout(900)
+def test_a_deploy_that_is_killed_is_taken_up(checkout: Checkout) -> None:
+    """Not by one that comes while it may be under way; by one that is told that it is not."""
+    checkout.edit("flows/report.py", '"""', '"""Killed. ')
+    named = [f"KUBE_CONTEXT={checkout.target.context}", f"NAMESPACE={checkout.target.namespace}"]
+    with subprocess.Popen(
+        [*MAKE, "deploy", *named], cwd=checkout.folder, env=_environment(), stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, start_new_session=True,
+    ) as process:  # fmt: skip
+
+        def pending() -> bool:
+            history = json.loads(checkout.target.helm("history", POOL, "--output", "json"))
+            return str(history[-1]["status"]).startswith("pending")
+
+        wait_until(pending, "the pool's release to be under way")
+        os.killpg(process.pid, signal.SIGKILL)
+    refused = checkout.make("deploy", status=2)
+    assert re.search(r"prefect-work-pool: a deploy began \d+ s ago and has not ended", refused)
+    assert "set it aside with FORCE=1" in refused
+    assert "was interrupted; it is set aside" in checkout.make("deploy", FORCE="1")
+    assert "Nothing would change." in checkout.make("plan")
 
 
 def test_what_must_not_begin_does_not(checkout: Checkout, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from uuid import uuid4
 import httpx
 import pytest
 
+from orchestration.environment.diagnosis import why
+from orchestration.environment.target import Environment
 from tests.cluster import binaries
 from tests.cluster.namespace import Namespace
 from tests.cluster.progress import ClusterError
@@ -38,7 +40,7 @@ def server(cluster: str, values: Object) -> Iterator[Release]:
 @pytest.fixture
 def api(server: Release) -> Iterator[httpx.Client]:
     """The server's API, with the password that was generated."""
-    with server.api(f"{NAME}-api", server.secret(f"{NAME}-auth", "auth-string")) as client:
+    with server.api() as client:
         yield client
 
 
@@ -101,7 +103,7 @@ def test_an_upgrade_keeps_passwords_and_data_and_a_rollback_takes_it_back(server
     secrets = (("auth", "auth-string"), ("database", "password"), ("redis", "password"))
     before = [server.secret(f"{NAME}-{name}", key) for name, key in secrets]
     database = server.pods("database")[0]["metadata"]["uid"]
-    with server.api(f"{NAME}-api", before[0]) as api:
+    with server.api() as api:
         pool = f"pool-{uuid4().hex[:6]}"
         assert api.post("/work_pools/", json={"name": pool, "type": "kubernetes"}).status_code == 201
     changed = copy.deepcopy(values) | {"settings": {"PREFECT_SERVER_API_DEFAULT_LIMIT": 123}, "api": {"replicas": 2}}
@@ -111,11 +113,11 @@ def test_an_upgrade_keeps_passwords_and_data_and_a_rollback_takes_it_back(server
     assert len(server.pods("api")) == 2
     environment = server.pods("api")[0]["spec"]["containers"][0]["env"]
     assert {"name": "PREFECT_SERVER_API_DEFAULT_LIMIT", "value": "123"} in environment
-    with server.api(f"{NAME}-api", before[0]) as api:
+    with server.api() as api:
         assert api.get(f"/work_pools/{pool}").status_code == 200
     server.helm("rollback", NAME, "1", "--wait", "--timeout", "5m")
     assert len(server.pods("api")) == 1
-    with server.api(f"{NAME}-api", before[0]) as api:
+    with server.api() as api:
         assert api.get(f"/work_pools/{pool}").status_code == 200
 
 
@@ -134,7 +136,7 @@ def test_a_failed_upgrade_leaves_the_server_running(server: Release, values: Obj
         return bool({"ErrImagePull", "ImagePullBackOff"} & set(states))
 
     wait_until(refused, "the image to be refused")
-    with server.api(f"{NAME}-api", server.secret(f"{NAME}-auth", "auth-string")) as api:
+    with server.api() as api:
         assert api.post("/work_pools/filter", json={}).status_code == 200
     assert running <= {pod["metadata"]["name"] for pod in server.pods("api")}
     server.helm("rollback", NAME, "--wait", "--timeout", "5m")
@@ -174,6 +176,25 @@ def test_an_external_database_with_a_wrong_password_says_so(
     assert "wrong@" not in log
     assert "Check the Secret" in last
     assert "Traceback" not in log
+    assert any(last in line for line in why(Environment("test", namespace.context, namespace.name), "other"))
+
+
+def test_a_database_that_is_nowhere_is_named(namespace: Namespace, values: Object) -> None:
+    """By the pods that wait for it, which a deploy that gives up reports."""
+    url = "postgresql+asyncpg://prefect:secret@nowhere.invalid:5432/prefect"
+    namespace.apply(
+        {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "db"}, "stringData": {"connection-url": url}}
+    )
+    release = Release("prefect-server", "other", namespace)
+    database = {"bundled": {"enabled": False}, "external": {"existingSecret": "db"}}
+    release.deploy(copy.deepcopy(values) | {"database": database}, wait=False)
+    environment = Environment("test", namespace.context, namespace.name)
+
+    def told() -> list[str]:
+        return [line for line in why(environment, "other") if "Waiting for the database" in line]
+
+    [line, *_] = wait_until(told, "the reason", 90)
+    assert "wait-for-migrations: Waiting for the database postgresql+asyncpg://prefect:***@nowhere.invalid" in line
 
 
 def test_uninstalled_only_the_volume_and_its_password_stay(server: Release) -> None:

@@ -15,6 +15,26 @@ KUBERNETES = "1.33"
 
 Object = dict[str, Any]
 
+EVERY_POD: Object = {
+    "labels": {"a": "b"},
+    "annotations": {"c": "d"},
+    "nodeSelector": {"kubernetes.io/os": "linux"},
+    "tolerations": [{"key": "dedicated", "operator": "Exists"}],
+    "affinity": {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}},
+    "topologySpreadConstraints": [
+        {"maxSkew": 1, "topologyKey": "topology.kubernetes.io/zone", "whenUnsatisfiable": "ScheduleAnyway"}
+    ],
+    "priorityClassName": "important",
+    "runtimeClassName": "gvisor",
+    "hostAliases": [{"ip": "10.0.0.1", "hostnames": ["db"]}],
+    "dnsPolicy": "ClusterFirst",
+    "dnsConfig": {"options": [{"name": "ndots", "value": "2"}]},
+    "initContainers": [{"name": "native", "image": "proxy:1", "restartPolicy": "Always"}],
+    "volumes": [{"name": "ca", "configMap": {"name": "ca"}}],
+    "volumeMounts": [{"name": "ca", "mountPath": "/ca"}],
+}
+"""The keys of a chart's `pod` that all of its pods may have, each with a value."""
+
 
 def render(chart: str, values: Object | Path | None = None, release: str = "test") -> list[Object]:
     """The objects that a chart renders, in namespace `prefect`.

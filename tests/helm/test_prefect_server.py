@@ -9,7 +9,7 @@ import pytest
 
 from orchestration.settings import ROOT
 from tests.cluster.progress import ClusterError
-from tests.helm.rendering import Object, environment, inventory, one, pod_specs, render
+from tests.helm.rendering import EVERY_POD, Object, environment, inventory, one, pod_specs, render
 
 CHART = ROOT / "helm" / "prefect-server"
 TAG: Object = {"image": {"tag": "0123456789ab"}}
@@ -23,25 +23,7 @@ MAXIMAL: Object = {
     "settings": {"PREFECT_SERVER_LOGGING_LEVEL": "INFO", "PREFECT_SERVER_API_DEFAULT_LIMIT": 100},
     "env": [{"name": "FROM_SECRET", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}],
     "envFrom": [{"secretRef": {"name": "all-settings"}}],
-    "pod": {
-        "labels": {"a": "b"},
-        "annotations": {"c": "d"},
-        "nodeSelector": {"kubernetes.io/os": "linux"},
-        "tolerations": [{"key": "dedicated", "operator": "Exists"}],
-        "affinity": {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}},
-        "topologySpreadConstraints": [
-            {"maxSkew": 1, "topologyKey": "topology.kubernetes.io/zone", "whenUnsatisfiable": "ScheduleAnyway"}
-        ],
-        "priorityClassName": "important",
-        "runtimeClassName": "gvisor",
-        "hostAliases": [{"ip": "10.0.0.1", "hostnames": ["db"]}],
-        "dnsPolicy": "ClusterFirst",
-        "dnsConfig": {"options": [{"name": "ndots", "value": "2"}]},
-        "sidecars": [{"name": "proxy", "image": "proxy:1"}],
-        "initContainers": [{"name": "native", "image": "proxy:1", "restartPolicy": "Always"}],
-        "volumes": [{"name": "ca", "configMap": {"name": "ca"}}],
-        "volumeMounts": [{"name": "ca", "mountPath": "/ca"}],
-    },
+    "pod": EVERY_POD | {"sidecars": [{"name": "proxy", "image": "proxy:1"}]},
     "api": {
         "replicas": 3,
         "basePath": "/prefect/api",

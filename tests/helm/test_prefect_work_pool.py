@@ -10,7 +10,7 @@ import yaml
 from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerJobConfiguration
 
 from tests.cluster.progress import ClusterError
-from tests.helm.rendering import Object, environment, inventory, one, pod_specs, render
+from tests.helm.rendering import EVERY_POD, Object, environment, inventory, one, pod_specs, render
 
 TAG: Object = {"image": {"tag": "0123456789ab"}}
 
@@ -30,24 +30,7 @@ MAXIMAL: Object = {
     "settings": {"PREFECT_LOGGING_LEVEL": "INFO", "PREFECT_CLIENT_MAX_RETRIES": 9},
     "env": [{"name": "FROM_SECRET", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}],
     "envFrom": [{"secretRef": {"name": "all-settings"}}],
-    "pod": {
-        "labels": {"a": "b"},
-        "annotations": {"c": "d"},
-        "nodeSelector": {"kubernetes.io/os": "linux"},
-        "tolerations": [{"key": "dedicated", "operator": "Exists"}],
-        "affinity": {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}},
-        "topologySpreadConstraints": [
-            {"maxSkew": 1, "topologyKey": "topology.kubernetes.io/zone", "whenUnsatisfiable": "ScheduleAnyway"}
-        ],
-        "priorityClassName": "important",
-        "runtimeClassName": "gvisor",
-        "hostAliases": [{"ip": "10.0.0.1", "hostnames": ["db"]}],
-        "dnsPolicy": "ClusterFirst",
-        "dnsConfig": {"options": [{"name": "ndots", "value": "2"}]},
-        "initContainers": [{"name": "native", "image": "proxy:1", "restartPolicy": "Always"}],
-        "volumes": [{"name": "ca", "configMap": {"name": "ca"}}],
-        "volumeMounts": [{"name": "ca", "mountPath": "/ca"}],
-    },
+    "pod": EVERY_POD,
     "worker": {
         "replicas": 3,
         "queues": ["urgent", "later"],
