@@ -76,14 +76,17 @@ class Release:
 
 def server_values(image: str) -> Object:
     """The least values of the server's chart on the cluster."""
-    repository, _, tag = image.rpartition(":")
+    return {"image": _image(image)} | databases()
 
-    def of(name: str) -> Object:
-        repository, _, tag = name.rpartition(":")
-        return {"repository": repository, "tag": tag}
 
+def databases() -> Object:
+    """The values that name the databases' images in the cluster's registry."""
     return {
-        "image": {"repository": repository, "tag": tag},
-        "database": {"bundled": {"image": of(images.POSTGRES)}},
-        "redis": {"bundled": {"image": of(images.VALKEY)}},
+        "database": {"bundled": {"image": _image(images.POSTGRES)}},
+        "redis": {"bundled": {"image": _image(images.VALKEY)}},
     }
+
+
+def _image(name: str) -> Object:
+    repository, _, tag = name.rpartition(":")
+    return {"repository": repository, "tag": tag}

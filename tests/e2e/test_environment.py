@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -20,6 +20,7 @@ from orchestration.environment.runs import named
 from orchestration.environment.target import POOL, Environment
 from orchestration.settings import ROOT
 from tests.cluster import binaries
+from tests.e2e.release import databases
 from tests.parts import copy_of_checkout, free_port, wait_until
 
 MAKE = ("make", "--silent", "--old-file", ".venv/ready")
@@ -63,14 +64,20 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
 
 
+def commit(folder: Path, message: str) -> None:
+    """Commit all there is in a checkout."""
+    subprocess.run(["git", "add", "-A"], cwd=folder, check=True)
+    identity = ["-c", "user.name=tests", "-c", "user.email=tests@example.com"]
+    subprocess.run(["git", *identity, "commit", "-qm", message], cwd=folder, check=True)
+
+
 @pytest.fixture(scope="module")
 def checkout(cluster: str, image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkout]:
     folder = tmp_path_factory.mktemp("checkout")
     copy_of_checkout(folder)
     (folder / ".venv").symlink_to(ROOT / ".venv")
-    identity = ["-c", "user.name=tests", "-c", "user.email=tests@example.com"]
-    for arguments in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "A copy"]):
-        subprocess.run(["git", *arguments], cwd=folder, check=True)
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    commit(folder, "A copy")
     target = Environment("local", cluster, f"environment-{uuid4().hex[:8]}")
     yield Checkout(folder, target)
     binaries.kubectl("--context", cluster, "delete", "namespace", target.namespace, "--wait=false")
@@ -267,6 +274,32 @@ def test_what_must_not_begin_does_not(checkout: Checkout, tmp_path: Path) -> Non
     stranger = checkout.make("deploy", KUBE_CONTEXT="stranger", status=2, KUBECONFIG=str(_stranger(checkout, tmp_path)))
     assert f"may not create deployments.apps in namespace {checkout.target.namespace}" in stranger
     assert "Traceback" not in absent + nameless + dirty + missing + confirm + stranger
+
+
+@pytest.mark.timeout(900)
+def test_another_environment_takes_what_is_committed_and_pushed(checkout: Checkout) -> None:
+    """By the image's digest, with its own values; a Secret that only a person can make is asked for."""
+    target = replace(checkout.target, name="staging", namespace=f"{checkout.target.namespace}-staging")
+    staging = replace(checkout, target=target)
+    path = checkout.folder / "helm/environments/staging/prefect-server.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | databases()))
+    commit(checkout.folder, "Databases of the local registry")
+    try:
+        refused = staging.make("deploy", ENV="staging", status=2)
+        assert "runs.env: WAREHOUSE_URL names a Secret warehouse that namespace" in refused
+        assert f"kubectl --namespace {target.namespace} create secret generic warehouse" in refused
+        target.kubectl(
+            "create", "secret", "generic", "warehouse", "--from-literal=url=postgresql://elsewhere/warehouse"
+        )
+        output = staging.make("deploy", ENV="staging")
+        assert "prefect-server is as it should be" in output
+        [worker] = target.objects("deployments", "--selector", "app.kubernetes.io/component=worker")
+        image = worker["spec"]["template"]["spec"]["containers"][0]["image"]
+        assert re.fullmatch(r"localhost:5000/prefect-orchestration@sha256:[0-9a-f]{64}", image)
+        assert not target.objects("statefulsets", "--selector", "app.kubernetes.io/name=warehouse"), "local's alone"
+        assert "Uninstalling prefect-server" in staging.make("undeploy", ENV="staging", CONFIRM="staging")
+    finally:
+        target.kubectl("delete", "namespace", target.namespace, "--wait=false", "--ignore-not-found")
 
 
 def _stranger(checkout: Checkout, folder: Path) -> Path:
