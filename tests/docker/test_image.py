@@ -120,6 +120,11 @@ def test_it_runs_what_a_cluster_runs(pod: Callable[..., str]) -> None:
     assert "postgres: 1.11" in pod("dbt", "--version")
 
 
+def test_its_tag_is_a_text_to_every_reader_of_yaml(image: str) -> None:
+    """A hash of digits alone, or of digits around an e, is a number to some."""
+    assert re.fullmatch(r"src-[0-9a-f]{12}", image.rpartition(":")[2])
+
+
 def test_its_configuration(image: str) -> None:
     config = _registry(
         f"{image.removeprefix('localhost:5000/').rpartition(':')[0]}/blobs/{_manifest(image)['config']['digest']}"

@@ -12,7 +12,7 @@ from tests.cluster.progress import ClusterError
 from tests.helm.rendering import EVERY_POD, Object, environment, inventory, one, pod_specs, render
 
 CHART = ROOT / "helm" / "prefect-server"
-TAG: Object = {"image": {"tag": "0123456789ab"}}
+TAG: Object = {"image": {"tag": "src-0123456789ab"}}
 
 # Every feature at once: what it renders must be what Kubernetes takes.
 MAXIMAL: Object = {
