@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 
+from asyncpg import InterfaceError, PostgresError
 from prefect.server.database import provide_database_interface
 from prefect.server.database.alembic_commands import alembic_config
 from sqlalchemy import text
@@ -66,7 +67,7 @@ async def _connection(deadline: float) -> AsyncIterator[AsyncConnection]:
         try:
             connection = await engine.connect()
             break
-        except (OSError, DBAPIError) as error:
+        except (OSError, DBAPIError, PostgresError, InterfaceError) as error:  # SQLAlchemy wraps some of asyncpg's
             cause = getattr(error, "orig", None) or error
             reason = (str(cause) or type(cause).__name__).splitlines()[0].split(">: ")[-1]
             if getattr(cause, "sqlstate", None) in _FINAL or time.monotonic() > deadline:
