@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from orchestration.settings import ROOT
@@ -168,8 +169,8 @@ def test_pip_server_flow_deploy_and_worker(
         assert "successfully created" in output
         shown = _run("prefect deployment inspect dbt-pipeline/dbt-pipeline-daily", clone, environment)
         assert re.search(r"'cron': '0 6 \* \* \*'", shown), shown
-        scheduled = "prefect flow-run ls --state-type SCHEDULED"
-        wait_until(lambda: "dbt-pipeline" in _run(scheduled, clone, environment), "the schedule's runs", 120)
+        runs, scheduled = f"http://127.0.0.1:{port}/api/flow_runs/filter", {"state": {"type": {"any_": ["SCHEDULED"]}}}
+        wait_until(lambda: httpx.post(runs, json={"flow_runs": scheduled}).json(), "the schedule's runs", 120)
         with _running(_command("make worker"), clone, environment, tmp_path / "worker.log"):
             ask = _command("prefect deployment run")
             output = _run(f"{ask} --watch", clone, environment)
