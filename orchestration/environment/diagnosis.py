@@ -21,8 +21,8 @@ PATIENCE = 20.0
 
 
 def of_release(release: str) -> str:
-    """The selector of a release's objects."""
-    return f"app.kubernetes.io/instance={release}"
+    """The selector of a release's objects; its runs' pods are not among them, and their troubles not its own."""
+    return f"app.kubernetes.io/instance={release},prefect.io/role!=flow-run"
 
 
 def _statuses(pod: Object) -> list[Object]:
@@ -96,10 +96,9 @@ def why(environment: Environment, release: str) -> list[str]:
             if (condition["type"], condition["status"]) in (("ReplicaFailure", "True"), ("Failed", "True")):
                 found.append(f"{each['kind'].lower()}/{each['metadata']['name']}: {condition.get('message')}")
     events = environment.objects("events", "--field-selector", "type=Warning")
+    events.sort(key=lambda each: each.get("lastTimestamp") or each["metadata"]["creationTimestamp"])
     seen = set()
-    for event in sorted(events, key=lambda each: each.get("lastTimestamp") or each["metadata"]["creationTimestamp"])[
-        -20:
-    ]:
+    for event in events[-20:]:
         about = event["involvedObject"]
         line = f"event of {about['kind'].lower()}/{about['name']}: {event['reason']}: {event['message']}"
         if about["name"] in names and line not in seen and "probe failed" not in event["message"]:

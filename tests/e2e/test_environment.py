@@ -16,10 +16,12 @@ import yaml
 
 from docs.screenshot import screenshot
 from orchestration.environment.api import connected, user
+from orchestration.environment.diagnosis import troubles, why
 from orchestration.environment.runs import named
 from orchestration.environment.target import POOL, Environment
 from orchestration.settings import ROOT
 from tests.cluster import binaries
+from tests.cluster.namespace import Namespace
 from tests.e2e.release import databases
 from tests.parts import copy_of_checkout, free_port, wait_until
 
@@ -193,6 +195,23 @@ def test_a_changed_flow_and_schedule_are_deployed_and_taken_back(checkout: Check
         assert "0 6 * * *" in json.dumps(_deployment(api)["schedules"])
     after = _servers(checkout)
     assert after == server
+
+
+def test_a_run_that_does_not_start_is_no_trouble_of_the_release(checkout: Checkout) -> None:
+    """Or every deploy would fail while it waits."""
+    target = checkout.target
+    labels = {"app.kubernetes.io/instance": POOL, "prefect.io/role": "flow-run"}
+    Namespace(target.context, target.namespace).pod(
+        "stuck", ready=False, labels=labels, container={"image": "localhost:5000/absent:1"}
+    )
+
+    def refused() -> bool:
+        [pod] = target.objects("pods", "--field-selector", "metadata.name=stuck")
+        return any("ErrImagePull" in line or "ImagePullBackOff" in line for line in troubles(target, pod))
+
+    wait_until(refused, "the image to be refused")
+    assert not [line for line in why(target, POOL) if "stuck" in line]
+    target.kubectl("delete", "pod", "stuck")
 
 
 def _servers(checkout: Checkout) -> set[str]:
