@@ -1,6 +1,7 @@
 """Deploy an environment, say what a deploy would change, go back, take it away."""
 
 import difflib
+import functools
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 import yaml
 
 from orchestration.environment import diagnosis
-from orchestration.environment.target import OVERLAYS, POOL, RELEASES, SERVER, Environment, Object, run
+from orchestration.environment.target import OVERLAYS, RELEASES, SERVER, Environment, Object, run
 from orchestration.errors import ClusterError
 from orchestration.progress import step
 from orchestration.settings import ROOT
@@ -104,6 +105,7 @@ def _values(environment: Environment, release: str, image: Image) -> Iterator[li
         yield ["--values", str(environment.values / f"{release}.yaml"), "--values", file.name]
 
 
+@functools.cache
 def _local_images() -> dict[str, tuple[str, str]]:
     """`LOCAL_IMAGES`, where the local registry has them."""
     import httpx
@@ -164,8 +166,8 @@ def _history(environment: Environment, release: str) -> list[Object]:
     return found
 
 
-def deploy(environment: Environment, *, force: bool = False) -> bool:
-    """Bring the environment to what the checkout says; whether anything was to be done.
+def deploy(environment: Environment, *, force: bool = False) -> None:
+    """Bring the environment to what the checkout says.
 
     Args:
         environment: where.
@@ -182,16 +184,16 @@ def deploy(environment: Environment, *, force: bool = False) -> bool:
         if secret.exists():
             run([str(secret), "--context", environment.context, "--namespace", environment.namespace])
     mark = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
-    changed = [release for release in RELEASES if _deploy_release(environment, release, image, mark, force)]
-    return bool(changed)
+    for release in RELEASES:
+        _deploy_release(environment, release, image, mark, force)
 
 
-def _deploy_release(environment: Environment, release: str, image: Image, mark: str, force: bool) -> bool:
+def _deploy_release(environment: Environment, release: str, image: Image, mark: str, force: bool) -> None:
     inputs = _inputs(environment, release, image)
     history = _history(environment, release)
     if not force and _as_it_should_be(history, inputs):
         print(f"{release} is as it should be: revision {history[-1]['revision']}.")
-        return False
+        return
     _unlock(environment, release, history, force)
     with _values(environment, release, image) as options:
         verb, usual = ("Upgrading", "20 s") if history else ("Installing", "30 s")
@@ -205,7 +207,6 @@ def _deploy_release(environment: Environment, release: str, image: Image, mark: 
                 wait(environment, release)
             except ClusterError as error:
                 raise ClusterError(_explained(environment, release, str(error), history)) from None
-    return True
 
 
 def _unlock(environment: Environment, release: str, history: list[Object], force: bool) -> None:
@@ -233,27 +234,12 @@ def _explained(environment: Environment, release: str, error: str, history: list
         return f"{release} is refused, and nothing was changed: {error.split('): ', 1)[-1]}"
     lines = [f"{release} does not become ready: {error}"]
     lines += [f"  {line}" for line in diagnosis.why(environment, release)[:12]]
-    lines += [f"  log: {line}" for line in _log_of_sync(environment, release)]
     good = [each for each in history if each["status"] == "deployed"]
     if good:
         lines.append(f"What ran before goes on running. Go back: make rollback ENV={environment.name}")
     else:
         lines.append(f"Mend it and deploy again, or take it away: make undeploy ENV={environment.name}")
     return "\n".join(lines)
-
-
-def _log_of_sync(environment: Environment, release: str) -> list[str]:
-    """What the failed hook of the work pool said."""
-    if release != POOL:
-        return []
-    found = []
-    for pod in environment.objects(
-        "pods", "--selector", f"app.kubernetes.io/component=sync,{diagnosis.of_release(release)}"
-    ):
-        for status in [*pod["status"].get("initContainerStatuses", []), *pod["status"].get("containerStatuses", [])]:
-            if status.get("state", {}).get("terminated", {}).get("exitCode"):
-                found = diagnosis.last_lines(environment, pod["metadata"]["name"], status["name"])
-    return found
 
 
 def wait(environment: Environment, release: str) -> None:
