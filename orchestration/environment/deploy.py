@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from orchestration.environment import diagnosis
+from orchestration.environment import diagnosis, registry
 from orchestration.environment.target import OVERLAYS, RELEASES, SERVER, Environment, Object, run
 from orchestration.errors import ClusterError
 from orchestration.progress import step
@@ -108,18 +108,8 @@ def _values(environment: Environment, release: str, image: Image) -> Iterator[li
 @functools.cache
 def _local_images() -> dict[str, tuple[str, str]]:
     """`LOCAL_IMAGES`, where the local registry has them."""
-    import httpx
-
-    for repository, tag in LOCAL_IMAGES.values():
-        host, _, path = repository.partition("/")
-        accept = "application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json"
-        try:
-            found = httpx.head(f"http://{host}/v2/{path}/manifests/{tag}", headers={"Accept": accept}, timeout=5)
-        except httpx.HTTPError:
-            return {}
-        if found.status_code != 200:
-            return {}
-    return LOCAL_IMAGES
+    there = all(registry.has(f"{repository}:{tag}") for repository, tag in LOCAL_IMAGES.values())
+    return LOCAL_IMAGES if there else {}
 
 
 @contextmanager

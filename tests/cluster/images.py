@@ -7,8 +7,8 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from urllib.request import Request, urlopen
 
+from orchestration.environment import registry
 from tests.cluster import binaries
 from tests.cluster.progress import step
 
@@ -38,22 +38,10 @@ def make_system_images() -> None:
     for name in ("coredns", "metrics-server"):
         made[f"{REGISTRY}/{name}:{binaries.MODULES[name][1]}"] = (binaries.program(name), f'["/{name}"]')
     for image, (binary, entrypoint) in made.items():
-        if not is_in_registry(image):
+        if not registry.has(image):
             _make(image, binary, f"/{binary.name}", "--entrypoint", entrypoint)
             push(image)
             binaries.run(["buildah", "rmi", image])
-
-
-def is_in_registry(image: str) -> bool:
-    """Whether the node's registry has an image: NAME:TAG or NAME@DIGEST, with the registry's address."""
-    name, _, tag = image.removeprefix(f"{REGISTRY}/").rpartition("@" if "@" in image else ":")
-    accepted = "application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json"
-    request = Request(f"http://{REGISTRY}/v2/{name}/manifests/{tag}", headers={"Accept": accepted}, method="HEAD")
-    try:
-        with urlopen(request, timeout=5) as response:  # noqa: S310 - of this machine
-            return bool(response.status == 200)
-    except OSError:
-        return False
 
 
 def _make(image: str, source: Path, target: str, *settings: str) -> None:
@@ -69,7 +57,7 @@ def _make(image: str, source: Path, target: str, *settings: str) -> None:
 
 def make_base_image() -> None:
     """Push the base image, from Debian's packages; kept as an archive in the user's cache."""
-    if is_in_registry(BASE):
+    if registry.has(BASE):
         return
     archive = binaries.cache() / "python-3.13-slim-trixie" / "image.tar"
     if not archive.exists():
@@ -90,7 +78,7 @@ def make_databases() -> None:
     """Push Postgres and Valkey with the interface of their official images."""
     folder = Path(__file__).with_name("databases")
     for target, image in (("postgres", POSTGRES), ("valkey", VALKEY)):
-        if not is_in_registry(image):
+        if not registry.has(image):
             with step(f"Making the image of {target} from Debian's packages", "20 s"):
                 options = ["--build-arg", f"BASE_IMAGE={BASE}", "--target", target, "--tag", image]
                 isolation = ["--isolation", "chroot", "--network", "host", "--tls-verify=false", "--layers"]

@@ -14,6 +14,7 @@ import httpx
 import pytest
 import yaml
 
+from orchestration.environment import registry
 from orchestration.settings import ROOT
 from tests.cluster import binaries, images
 from tests.cluster.progress import ClusterError
@@ -83,7 +84,7 @@ def machine(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[St
     subprocess.run(["git", "init", "-q"], cwd=checkout, check=True)  # docker/build asks git what there is
     with docker_daemon(tmp_path_factory.mktemp("docker")) as host:
         environment = os.environ | {"DOCKER_HOST": host, "PORT": str(free_port()), "IMAGE": image}
-        if images.is_in_registry(images.POSTGRES):  # this machine reaches no image registry but its own
+        if registry.has(images.POSTGRES):  # this machine reaches no image registry but its own
             environment["POSTGRES_IMAGE"] = _postgres(host, tmp_path_factory.mktemp("postgres") / "image.tar")
         yield Stack(checkout, environment)
 

@@ -1,0 +1,19 @@
+"""What an image registry of this machine has."""
+
+_MANIFESTS = "application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json"
+
+
+def has(image: str) -> bool:
+    """Whether a registry that speaks HTTP has an image: HOST:PORT/NAME:TAG or HOST:PORT/NAME@DIGEST.
+
+    No registry there is an answer too: it does not have it.
+    """
+    import httpx
+
+    host, _, path = image.partition("/")
+    name, _, reference = path.rpartition("@" if "@" in path else ":")
+    try:
+        url = f"http://{host}/v2/{name}/manifests/{reference}"
+        return httpx.head(url, headers={"Accept": _MANIFESTS}, timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
