@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 from uuid import uuid4
 
 import pytest
@@ -27,6 +28,34 @@ from tests.parts import Query, new_database, rows_of, settings_of
 
 if TYPE_CHECKING:
     from tests.cluster.namespace import Namespace
+
+
+LONGEST_FIRST = (
+    "tests/cluster/test_node.py",
+    "tests/test_readme.py",
+    "tests/flows/test_faults.py",
+    "tests/e2e/test_environment.py",
+    "tests/e2e/test_prefect_work_pool.py",
+    "tests/e2e/test_prefect_server.py",
+    "tests/e2e/test_kubectl_worker.py",
+    "tests/docker/test_docker_pool.py",
+    "tests/e2e/test_production.py",
+    "tests/docker/test_image.py",
+)
+"""What `make test` hands out to its processes first, so that none is left alone with something long.
+
+The file that has the cluster alone comes before those that share it, and beside it what needs none.
+"""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "alone: no other test may use the cluster at the same time")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the files; each keeps the order of its tests."""
+    rank = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -54,22 +83,29 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(scope="session")
-def cluster() -> str:
-    """The context of a real cluster, made if need be; `make cluster-down` takes it away."""
+@pytest.fixture(scope="module")
+def cluster(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The context of a real cluster, made if need be; `make cluster-down` takes it away.
+
+    Test files share it, also those of other processes; one that is marked `alone` has it to itself.
+    """
     from tests.cluster import __main__ as command
     from tests.cluster import binaries
     from tests.cluster.progress import ClusterError
+    from tests.cluster.turns import turn
 
-    try:
-        context = command.up()
-    except ClusterError as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(str(error))
-    # What runs kubectl and helm finds those that were built for the cluster.
-    os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], *map(str, binaries.folders())])
-    return context
+    alone = request.node.get_closest_marker("alone") is not None
+    with turn(binaries.cache() / "tests.lock", shared=not alone):
+        try:
+            context = command.up()
+        except ClusterError as error:
+            if os.environ.get("CI"):
+                raise
+            pytest.skip(str(error))
+        # What runs kubectl and helm finds those that were built for the cluster.
+        path = os.pathsep.join([os.environ["PATH"], *map(str, binaries.folders())])
+        with patch.dict(os.environ, PATH=path):
+            yield context
 
 
 @pytest.fixture
@@ -84,10 +120,14 @@ def namespace(cluster: str) -> Iterator["Namespace"]:
     binaries.kubectl("--context", cluster, "delete", "namespace", made.name, "--wait=false")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def image(cluster: str) -> str:
     """The image of this checkout, built and pushed to where the cluster pulls from; its name."""
-    pushed = subprocess.run([ROOT / "docker" / "build", "--push"], stdout=subprocess.PIPE, text=True, check=True)
+    from tests.cluster import binaries
+    from tests.cluster.turns import turn
+
+    with turn(binaries.cache() / "image.lock"):
+        pushed = subprocess.run([ROOT / "docker" / "build", "--push"], stdout=subprocess.PIPE, text=True, check=True)
     return pushed.stdout.strip()
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 from tests.cluster import binaries, kind, node
 from tests.cluster.progress import ClusterError
+from tests.cluster.turns import turn
 
 
 def chosen() -> str:
@@ -38,12 +39,14 @@ def chosen() -> str:
 def up() -> str:
     """Make the cluster unless it is there; its context."""
     context = chosen()
-    if context == kind.CONTEXT:
-        kind.up()
-    elif context == node.CONTEXT:
-        node.up()
-    else:
-        _check(context)
+    # Who comes meanwhile finds what the first one makes.
+    with turn(binaries.cache() / "cluster.lock"):
+        if context == kind.CONTEXT:
+            kind.up()
+        elif context == node.CONTEXT:
+            node.up()
+        else:
+            _check(context)
     return context
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.cluster.progress import ClusterError, step
+from tests.cluster.turns import turn
 
 KUBERNETES = "v1.35.4"
 """Kubelet 1.35 is the last that takes containerd 1.x, which Debian has."""
@@ -57,9 +58,18 @@ def install_packages(packages: dict[str, str] = PACKAGES, usual: str = "1 min") 
     Raises:
         ClusterError: they are missing and cannot be installed.
     """
-    missing = sorted(package for program, package in packages.items() if not shutil.which(program))
-    if not missing:
+
+    def absent() -> list[str]:
+        return sorted(package for program, package in packages.items() if not shutil.which(program))
+
+    if not absent():
         return
+    with turn(cache() / "packages.lock"):
+        if missing := absent():
+            _install(missing, usual)
+
+
+def _install(missing: list[str], usual: str) -> None:
     listed = " ".join(missing)
     if not shutil.which("apt-get"):
         raise ClusterError(f"Programs are needed that are not here. Install what Debian calls {listed}")

@@ -52,6 +52,22 @@ class Namespace:
         if ready:
             self.kubectl("wait", "--for=condition=Ready", f"pod/{name}", "--timeout=90s")
 
+    def serve(self) -> None:
+        """Start a web server, the pod `server` behind a service of that name."""
+        ports = [{"name": "http", "port": 80, "targetPort": 8000}]
+        self.apply(
+            {
+                "apiVersion": "v1",
+                "kind": "Service",
+                "metadata": {"name": "server"},
+                "spec": {"selector": {"app": "server"}, "ports": ports},
+            }
+        )
+        command = ["python3", "-m", "http.server", "8000", "--directory", "/usr/share/doc"]
+        probe = {"readinessProbe": {"tcpSocket": {"port": 8000}, "periodSeconds": 1}}
+        container = {"image": images.BASE, "name": "main", "command": command, "securityContext": RESTRICTED}
+        self.pod("server", containers=[container | probe])
+
     def python(self, pod: str, code: str) -> str:
         """Run Python code in a pod; what it printed."""
         return self.kubectl("exec", pod, "--", "python3", "-c", code)

@@ -22,7 +22,7 @@ from urllib.request import urlopen
 
 import yaml
 
-from tests.cluster import agent, binaries, certificates, images
+from tests.cluster import binaries, certificates, images
 from tests.cluster.progress import ClusterError, step
 
 STATE = Path("/var/lib/prefect-orchestration-node")
@@ -89,6 +89,8 @@ def up() -> None:
 
 def down() -> None:
     """Stop the node and take away all that it made: mounts, links, rules and state."""
+    from tests.cluster import agent  # its Kubernetes client takes a second to load, which `make` has no need of
+
     if not STATE.exists():
         print("There is no node.", file=sys.stderr)
         return
@@ -108,7 +110,7 @@ def down() -> None:
 def _version() -> str:
     """What the node is made from: another checkout's code or manifests make it up to date."""
     folder = Path(__file__).parent
-    files = [*folder.glob("*.py"), *MANIFESTS.iterdir()]
+    files = [*(file for file in folder.glob("*.py") if not file.name.startswith("test_")), *MANIFESTS.iterdir()]
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
 
 
@@ -500,6 +502,8 @@ def _node_ready() -> bool:
 @contextlib.contextmanager
 def without_policies() -> Iterator[None]:
     """The node as if nothing enforced its NetworkPolicies."""
+    from tests.cluster import agent
+
     _stop("agent")
     agent.release()
     try:

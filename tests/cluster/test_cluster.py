@@ -1,42 +1,19 @@
 """The cluster that the tests make is a real one: what charts and flow runs rely on works."""
 
 import json
-import os
-import re
-import signal
-from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from tests.cluster import __main__ as command
 from tests.cluster import binaries, images, node
-from tests.cluster.namespace import RESTRICTED, Namespace, network_policy
+from tests.cluster.namespace import Namespace, network_policy
 from tests.cluster.progress import ClusterError
 from tests.parts import wait_until
 
-SERVER = ("python3", "-m", "http.server", "8000", "--directory", "/usr/share/doc")
-
-
-def _serve(namespace: Namespace) -> None:
-    """A web server `server` behind a service of that name."""
-    probe = {"readinessProbe": {"tcpSocket": {"port": 8000}, "periodSeconds": 1}}
-    ports = [{"name": "http", "port": 80, "targetPort": 8000}]
-    namespace.apply(
-        {
-            "apiVersion": "v1",
-            "kind": "Service",
-            "metadata": {"name": "server"},
-            "spec": {"selector": {"app": "server"}, "ports": ports},
-        }
-    )
-    container = {"image": images.BASE, "name": "main", "command": list(SERVER), "securityContext": RESTRICTED}
-    namespace.pod("server", containers=[container | probe])
-
 
 def test_services_names_logs_and_exec(namespace: Namespace) -> None:
-    _serve(namespace)
+    namespace.serve()
     namespace.pod("client")
     code = "from urllib.request import urlopen; print(urlopen('http://server', timeout=10).status)"
     assert namespace.python("client", code).strip() == "200"
@@ -46,8 +23,8 @@ def test_services_names_logs_and_exec(namespace: Namespace) -> None:
     assert '"GET / HTTP/1.1" 200' in namespace.kubectl("logs", "server")
 
 
-def test_a_policy_denies_and_allows_and_does_nothing_without_its_enforcer(namespace: Namespace) -> None:
-    _serve(namespace)
+def test_a_policy_denies_and_allows(namespace: Namespace) -> None:
+    namespace.serve()
     namespace.pod("friend")
     namespace.pod("stranger")
     assert namespace.connects("stranger", "server", 80)
@@ -57,17 +34,13 @@ def test_a_policy_denies_and_allows_and_does_nothing_without_its_enforcer(namesp
     wait_until(lambda: not namespace.connects("stranger", "server", 80), "the policy to be enforced", 20)
     assert namespace.connects("friend", "server", 80)
     assert namespace.connects("stranger", "kube-dns.kube-system", 53), "others are not concerned"
-    if namespace.context == node.CONTEXT:
-        with node.without_policies():
-            assert namespace.connects("stranger", "server", 80)
-        wait_until(lambda: not namespace.connects("stranger", "server", 80), "the policy to be enforced again", 20)
 
     namespace.kubectl("delete", "networkpolicy", "friends-only")
     wait_until(lambda: namespace.connects("stranger", "server", 80), "the policy to be gone", 20)
 
 
 def test_egress_is_denied_but_for_what_is_allowed(namespace: Namespace) -> None:
-    _serve(namespace)
+    namespace.serve()
     namespace.pod("client")
     address = namespace.kubectl("get", "pod", "server", "-o", "jsonpath={.status.podIP}")
     namespace.apply(network_policy("deny", pod="client", egress=[]))
@@ -160,50 +133,6 @@ def test_usage_is_measured(namespace: Namespace) -> None:
             return ""
 
     assert "coredns" in wait_until(usage, "metrics", 90)
-
-
-def test_a_second_call_finds_what_is_there(cluster: str, capsys: pytest.CaptureFixture[str]) -> None:
-    if cluster != node.CONTEXT:
-        pytest.skip(f"{cluster} is not the node from packages")
-    before = {name: node._pid(name) for name in node.COMPONENTS}
-    assert command.main(["up"]) == 0
-    assert capsys.readouterr().err == f"The node runs: kubectl --context {node.CONTEXT}\n"
-    assert {name: node._pid(name) for name in node.COMPONENTS} == before
-
-
-def test_a_node_whose_processes_were_all_killed_comes_back(namespace: Namespace) -> None:
-    if namespace.context != node.CONTEXT:
-        pytest.skip(f"{namespace.context} is not the node from packages")
-    _serve(namespace)
-    namespace.pod("client")
-    killed = {name: node._pid(name) for name in node.COMPONENTS}
-    for pid in killed.values():
-        assert pid
-        os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not any(map(node._pid, node.COMPONENTS)), "the processes to be gone")
-    assert not node.running()
-    assert command.main(["up"]) == 0
-    for name in ("server", "client"):
-        namespace.kubectl("wait", "--for=condition=Ready", f"pod/{name}", "--timeout=90s")
-    wait_until(lambda: namespace.connects("client", "server", 80), "the server to be reached")
-
-
-@pytest.mark.skipif(not os.environ.get("CI"), reason="it would take away what you have in the cluster; CI=1 runs it")
-def test_down_leaves_nothing_and_up_makes_it_anew(cluster: str) -> None:
-    if cluster != node.CONTEXT:
-        pytest.skip(f"{cluster} is not the node from packages")
-    pids = [node._pid(name) for name in node.COMPONENTS]
-    assert command.main(["down"]) == 0
-    assert not node.STATE.exists()
-    assert str(node.STATE) not in Path("/proc/self/mounts").read_text()
-    assert not any(Path(f"/sys/class/net/{link}").exists() for link in (node.BRIDGE, "cni0"))
-    assert not re.search("KUBE-|CNI-|NETPOL-", binaries.run(["iptables-save"]))
-    assert node.SERVICE_RANGE not in binaries.run(["ip", "route"])
-    assert not [pid for pid in pids if pid and psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
-    assert node.CONTEXT not in binaries.kubectl("config", "get-contexts", "-o", "name").split()
-    assert command.main(["down"]) == 0, "a second time there is nothing to do"
-    assert command.main(["up"]) == 0
-    assert node.running()
 
 
 @pytest.mark.parametrize("action", ["up", "down"])

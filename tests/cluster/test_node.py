@@ -1,0 +1,71 @@
+"""The node from packages: it is found, mended and taken away whole, and its policies are enforced by what it says."""
+
+import os
+import re
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.cluster import __main__ as command
+from tests.cluster import binaries, node
+from tests.cluster.namespace import Namespace, network_policy
+from tests.parts import wait_until
+
+pytestmark = pytest.mark.alone
+"""For a while there is no node, or one that enforces nothing."""
+
+
+@pytest.fixture(autouse=True)
+def _from_packages(cluster: str) -> None:
+    if cluster != node.CONTEXT:
+        pytest.skip(f"{cluster} is not the node from packages")
+
+
+def test_a_second_call_finds_what_is_there(cluster: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {name: node._pid(name) for name in node.COMPONENTS}
+    assert command.main(["up"]) == 0
+    assert capsys.readouterr().err == f"The node runs: kubectl --context {node.CONTEXT}\n"
+    assert {name: node._pid(name) for name in node.COMPONENTS} == before
+
+
+def test_a_policy_does_nothing_without_its_enforcer(namespace: Namespace) -> None:
+    namespace.serve()
+    namespace.pod("client")
+    namespace.apply(network_policy("nobody", pod="server", ingress=[]))
+    wait_until(lambda: not namespace.connects("client", "server", 80), "the policy to be enforced", 20)
+    with node.without_policies():
+        assert namespace.connects("client", "server", 80)
+    wait_until(lambda: not namespace.connects("client", "server", 80), "the policy to be enforced again", 20)
+
+
+def test_a_node_whose_processes_were_all_killed_comes_back(namespace: Namespace) -> None:
+    namespace.serve()
+    namespace.pod("client")
+    killed = {name: node._pid(name) for name in node.COMPONENTS}
+    for pid in killed.values():
+        assert pid
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not any(map(node._pid, node.COMPONENTS)), "the processes to be gone")
+    assert not node.running()
+    assert command.main(["up"]) == 0
+    for name in ("server", "client"):
+        namespace.kubectl("wait", "--for=condition=Ready", f"pod/{name}", "--timeout=90s")
+    wait_until(lambda: namespace.connects("client", "server", 80), "the server to be reached")
+
+
+@pytest.mark.skipif(not os.environ.get("CI"), reason="it would take away what you have in the cluster; CI=1 runs it")
+def test_down_leaves_nothing_and_up_makes_it_anew(cluster: str) -> None:
+    pids = [node._pid(name) for name in node.COMPONENTS]
+    assert command.main(["down"]) == 0
+    assert not node.STATE.exists()
+    assert str(node.STATE) not in Path("/proc/self/mounts").read_text()
+    assert not any(Path(f"/sys/class/net/{link}").exists() for link in (node.BRIDGE, "cni0"))
+    assert not re.search("KUBE-|CNI-|NETPOL-", binaries.run(["iptables-save"]))
+    assert node.SERVICE_RANGE not in binaries.run(["ip", "route"])
+    assert not [pid for pid in pids if pid and psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
+    assert node.CONTEXT not in binaries.kubectl("config", "get-contexts", "-o", "name").split()
+    assert command.main(["down"]) == 0, "a second time there is nothing to do"
+    assert command.main(["up"]) == 0
+    assert node.running()
