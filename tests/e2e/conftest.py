@@ -1,5 +1,6 @@
-"""A server and its pool, for all tests of a file."""
+"""A server and its pool, or a checkout that makes them, for all tests of a file."""
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
@@ -7,9 +8,14 @@ from uuid import uuid4
 import httpx
 import pytest
 
+from orchestration.environment.target import Environment
+from orchestration.settings import ROOT
 from tests.cluster import binaries
 from tests.cluster.namespace import Namespace
-from tests.e2e.release import Object, Release, server_values
+from tests.cluster.turns import turn
+from tests.e2e.checkout import Checkout
+from tests.e2e.release import SMALL, Object, Release, server_values
+from tests.parts import copy_of_checkout
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +47,13 @@ def values(image: str) -> Object:
     repository, _, tag = image.rpartition(":")
     return {
         "image": {"repository": repository, "tag": tag},
-        "worker": {"querySeconds": 2, "prefetchSeconds": 5},
+        "worker": {
+            "querySeconds": 2,
+            "prefetchSeconds": 5,
+            "resources": {"requests": dict(SMALL), "limits": {"memory": "768Mi"}},
+        },
         "runs": {
-            "resources": {"requests": {"cpu": "50m", "memory": "200Mi"}, "limits": {"memory": "700Mi"}},
+            "resources": {"requests": dict(SMALL), "limits": {"memory": "700Mi"}},
             "pod": {
                 "volumes": [{"name": "probe", "configMap": {"name": "probe"}}],
                 "volumeMounts": [{"name": "probe", "mountPath": "/probe"}],
@@ -65,3 +75,21 @@ def pool(server: Release, values: Object, probe: Object) -> Release:
 def api(server: Release) -> Iterator[httpx.Client]:
     with server.api() as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def checkout(cluster: str, image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkout]:
+    """A checkout whose local environment has a namespace that is not there yet.
+
+    One file at a time has it: what an environment requests is most of a small node.
+    """
+    folder = tmp_path_factory.mktemp("checkout")
+    copy_of_checkout(folder)
+    (folder / ".venv").symlink_to(ROOT / ".venv")
+    identity = ["-c", "user.name=tests", "-c", "user.email=tests@example.com"]
+    for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "A copy"]):
+        subprocess.run(["git", *command], cwd=folder, check=True)
+    target = Environment("local", cluster, f"environment-{uuid4().hex[:8]}")
+    with turn(binaries.cache() / "environments.lock"):
+        yield Checkout(folder, target)
+        target.kubectl("delete", "namespace", target.namespace, "--wait=false", "--ignore-not-found")

@@ -18,6 +18,9 @@ from tests.cluster.namespace import Namespace
 
 Object = dict[str, Any]
 
+SMALL: Object = {"cpu": "10m", "memory": "200Mi"}
+"""What a pod of these tests asks for: on a full node it would go for an environment beside it, which has priority."""
+
 
 @dataclass(frozen=True)
 class Release:
@@ -76,11 +79,14 @@ class Release:
 
 def server_values(image: str) -> Object:
     """The least values of the server's chart on the cluster."""
-    return {"image": _image(image)} | databases()
+    small = {
+        component: {"resources": {"requests": dict(SMALL), "limits": {"memory": "1Gi"}}}
+        for component in ("api", "services", "migrations")
+    }
+    return {"image": _image(image)} | small | _databases()
 
 
-def databases() -> Object:
-    """The values that name the databases' images in the cluster's registry."""
+def _databases() -> Object:
     return {
         "database": {"bundled": {"image": _image(images.POSTGRES)}},
         "redis": {"bundled": {"image": _image(images.VALKEY)}},

@@ -5,10 +5,7 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
-from uuid import uuid4
 
 import httpx
 import pytest
@@ -18,71 +15,11 @@ from docs.screenshot import screenshot
 from orchestration.environment.api import connected, user
 from orchestration.environment.diagnosis import troubles, why
 from orchestration.environment.runs import named
-from orchestration.environment.target import POOL, Environment
-from orchestration.settings import ROOT
+from orchestration.environment.target import POOL
 from tests.cluster import binaries
 from tests.cluster.namespace import Namespace
-from tests.e2e.release import databases
-from tests.parts import copy_of_checkout, free_port, wait_until
-
-MAKE = ("make", "--silent", "--old-file", ".venv/ready")
-"""With this checkout's environment as it is: its packages are the same, its code comes from the working directory."""
-
-DAILY = "dbt-pipeline/dbt-pipeline-daily"
-
-
-@dataclass(frozen=True)
-class Checkout:
-    """A copy of this checkout, committed, that tests may change, and the environment that it deploys to."""
-
-    folder: Path
-    target: Environment
-
-    def make(self, *arguments: str, status: int = 0, **variables: str) -> str:
-        """Run make in the copy on the environment; what it printed on both streams."""
-        named = {"KUBE_CONTEXT": self.target.context, "NAMESPACE": self.target.namespace} | variables
-        done = subprocess.run(
-            [*MAKE, *arguments, *(f"{name}={value}" for name, value in named.items())],
-            cwd=self.folder,
-            env=_environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-            timeout=900,
-        )
-        assert done.returncode == status, done.stdout
-        return done.stdout
-
-    def edit(self, path: str, old: str, new: str) -> None:
-        """Replace a text in one of the copy's files."""
-        text = (self.folder / path).read_text()
-        assert old in text
-        (self.folder / path).write_text(text.replace(old, new, 1))
-
-
-def _environment() -> dict[str, str]:
-    """The process' environment without what the tests set for themselves."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
-
-
-def commit(folder: Path, message: str) -> None:
-    """Commit all there is in a checkout."""
-    subprocess.run(["git", "add", "-A"], cwd=folder, check=True)
-    identity = ["-c", "user.name=tests", "-c", "user.email=tests@example.com"]
-    subprocess.run(["git", *identity, "commit", "-qm", message], cwd=folder, check=True)
-
-
-@pytest.fixture(scope="module")
-def checkout(cluster: str, image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkout]:
-    folder = tmp_path_factory.mktemp("checkout")
-    copy_of_checkout(folder)
-    (folder / ".venv").symlink_to(ROOT / ".venv")
-    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
-    commit(folder, "A copy")
-    target = Environment("local", cluster, f"environment-{uuid4().hex[:8]}")
-    yield Checkout(folder, target)
-    binaries.kubectl("--context", cluster, "delete", "namespace", target.namespace, "--wait=false")
+from tests.e2e.checkout import DAILY, MAKE, Checkout, environment
+from tests.parts import free_port, wait_until
 
 
 def _deployment(api: httpx.Client) -> dict[str, object]:
@@ -157,7 +94,7 @@ def test_the_ui_shows_the_run(checkout: Checkout, tmp_path: Path) -> None:
     command = [*MAKE, "ui", f"PORT={port}"]
     command += [f"KUBE_CONTEXT={checkout.target.context}", f"NAMESPACE={checkout.target.namespace}"]
     with subprocess.Popen(
-        command, cwd=checkout.folder, env=_environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
+        command, cwd=checkout.folder, env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         try:
             assert process.stdout
@@ -257,7 +194,7 @@ def test_a_deploy_that_is_killed_is_taken_up(checkout: Checkout) -> None:
     checkout.edit("flows/report.py", '"""', '"""Killed. ')
     named = [f"KUBE_CONTEXT={checkout.target.context}", f"NAMESPACE={checkout.target.namespace}"]
     with subprocess.Popen(
-        [*MAKE, "deploy", *named], cwd=checkout.folder, env=_environment(), stderr=subprocess.DEVNULL,
+        [*MAKE, "deploy", *named], cwd=checkout.folder, env=environment(), stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL, start_new_session=True,
     ) as process:  # fmt: skip
 
@@ -293,32 +230,6 @@ def test_what_must_not_begin_does_not(checkout: Checkout, tmp_path: Path) -> Non
     stranger = checkout.make("deploy", KUBE_CONTEXT="stranger", status=2, KUBECONFIG=str(_stranger(checkout, tmp_path)))
     assert f"may not create deployments.apps in namespace {checkout.target.namespace}" in stranger
     assert "Traceback" not in absent + nameless + dirty + missing + confirm + stranger
-
-
-@pytest.mark.timeout(900)
-def test_another_environment_takes_what_is_committed_and_pushed(checkout: Checkout) -> None:
-    """By the image's digest, with its own values; a Secret that only a person can make is asked for."""
-    target = replace(checkout.target, name="staging", namespace=f"{checkout.target.namespace}-staging")
-    staging = replace(checkout, target=target)
-    path = checkout.folder / "helm/environments/staging/prefect-server.yaml"
-    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | databases()))
-    commit(checkout.folder, "Databases of the local registry")
-    try:
-        refused = staging.make("deploy", ENV="staging", status=2)
-        assert "runs.env: WAREHOUSE_URL names a Secret warehouse that namespace" in refused
-        assert f"kubectl --namespace {target.namespace} create secret generic warehouse" in refused
-        target.kubectl(
-            "create", "secret", "generic", "warehouse", "--from-literal=url=postgresql://elsewhere/warehouse"
-        )
-        output = staging.make("deploy", ENV="staging")
-        assert "prefect-server is as it should be" in output
-        [worker] = target.objects("deployments", "--selector", "app.kubernetes.io/component=worker")
-        image = worker["spec"]["template"]["spec"]["containers"][0]["image"]
-        assert re.fullmatch(r"localhost:5000/prefect-orchestration@sha256:[0-9a-f]{64}", image)
-        assert not target.objects("statefulsets", "--selector", "app.kubernetes.io/name=warehouse"), "local's alone"
-        assert "Uninstalling prefect-server" in staging.make("undeploy", ENV="staging", CONFIRM="staging")
-    finally:
-        target.kubectl("delete", "namespace", target.namespace, "--wait=false", "--ignore-not-found")
 
 
 def _stranger(checkout: Checkout, folder: Path) -> Path:

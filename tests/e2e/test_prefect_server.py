@@ -106,7 +106,8 @@ def test_an_upgrade_keeps_passwords_and_data_and_a_rollback_takes_it_back(server
     with server.api() as api:
         pool = f"pool-{uuid4().hex[:6]}"
         assert api.post("/work_pools/", json={"name": pool, "type": "kubernetes"}).status_code == 201
-    changed = copy.deepcopy(values) | {"settings": {"PREFECT_SERVER_API_DEFAULT_LIMIT": 123}, "api": {"replicas": 2}}
+    changed = copy.deepcopy(values) | {"settings": {"PREFECT_SERVER_API_DEFAULT_LIMIT": 123}}
+    changed["api"]["replicas"] = 2
     server.deploy(changed)
     assert [server.secret(f"{NAME}-{name}", key) for name, key in secrets] == before
     assert server.pods("database")[0]["metadata"]["uid"] == database, "the database went on"

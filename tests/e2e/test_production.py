@@ -1,0 +1,154 @@
+"""ENV=production on a real cluster: two of each, on databases that somebody else looks after, from nothing to gone."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from uuid import uuid4
+
+import pytest
+
+from tests.cluster import binaries, images
+from tests.cluster.namespace import RESTRICTED, Namespace
+from tests.e2e.checkout import DAILY, Checkout
+from tests.parts import wait_until
+
+USER = RESTRICTED | {"runAsUser": 999, "runAsGroup": 999}
+PASSWORD = uuid4().hex
+
+
+@dataclass(frozen=True)
+class Databases:
+    """A Postgres and a Valkey in a namespace of their own, as far from the environment as a managed one is."""
+
+    namespace: Namespace
+
+    def urls(self) -> dict[str, str]:
+        """What each of the environment's Secrets holds: `NAME KEY` and the URL."""
+        hosts = {
+            pod: self.namespace.kubectl("get", "pod", pod, "-o", "jsonpath={.status.podIP}")
+            for pod in ("postgres", "valkey")
+        }
+        return {
+            "prefect-database connection-url": f"postgresql+asyncpg://owner:{PASSWORD}@{hosts['postgres']}:5432/prefect",
+            "prefect-redis url": f"redis://:{PASSWORD}@{hosts['valkey']}:6379/0",
+            "warehouse url": f"postgresql://owner:{PASSWORD}@{hosts['postgres']}:5432/warehouse",
+        }
+
+    def sql(self, database: str, statement: str) -> str:
+        """The rows of a statement."""
+        return self.namespace.kubectl(
+            "exec", "postgres", "--", "psql", "-U", "owner", "-d", database, "-Atc", statement
+        ).strip()
+
+    def valkey(self, *command: str) -> str:
+        """What Valkey answers."""
+        return self.namespace.kubectl(
+            "exec", "valkey", "--", "env", f"REDISCLI_AUTH={PASSWORD}", "valkey-cli", *command
+        ).strip()
+
+
+@pytest.fixture(scope="module")
+def databases(cluster: str) -> Iterator[Databases]:
+    namespace = Namespace(cluster, f"databases-{uuid4().hex[:8]}")
+    binaries.kubectl("--context", cluster, "create", "namespace", namespace.name)
+    requests = {"resources": {"requests": {"cpu": "10m", "memory": "128Mi"}, "limits": {"memory": "1Gi"}}}
+    variables = {"POSTGRES_USER": "owner", "POSTGRES_PASSWORD": PASSWORD, "POSTGRES_DB": "prefect"}
+    namespace.pod(
+        "valkey",
+        ready=False,
+        container={
+            "image": images.VALKEY,
+            "command": ["valkey-server", "--requirepass", PASSWORD, "--dir", "/tmp"],  # noqa: S108 - in the pod
+            "securityContext": USER,
+        }
+        | requests,
+    )
+    namespace.pod(
+        "postgres",
+        container={
+            "image": images.POSTGRES,
+            "command": None,
+            "env": [{"name": name, "value": value} for name, value in variables.items()],
+            "readinessProbe": {"exec": {"command": ["pg_isready", "-h", "127.0.0.1"]}, "periodSeconds": 1},
+            "securityContext": USER,
+            "volumeMounts": [{"name": "run", "mountPath": "/var/run/postgresql"}],
+        }
+        | requests,
+        volumes=[{"name": "run", "emptyDir": {}}],
+    )
+    made = Databases(namespace)
+    made.sql("prefect", "create database warehouse")
+    yield made
+    binaries.kubectl("--context", cluster, "delete", "namespace", namespace.name, "--wait=false")
+
+
+@pytest.fixture(scope="module")
+def production(checkout: Checkout) -> Iterator[Checkout]:
+    """The environment, of which nothing is there."""
+    target = replace(checkout.target, name="production", namespace=f"{checkout.target.namespace}-production")
+    yield replace(checkout, target=target)
+    target.kubectl("delete", "namespace", target.namespace, "--wait=false", "--ignore-not-found")
+
+
+@pytest.mark.timeout(900)
+def test_it_is_deployed_once_the_secrets_are_there_that_only_a_person_can_make(
+    production: Checkout, databases: Databases
+) -> None:
+    """Each is asked for with the command that makes it, before anything that needs it is changed."""
+    target = production.target
+    asked = ("database.external.existingSecret", "redis.external.existingSecret", "runs.env: WAREHOUSE_URL")
+    for where, (secret, url) in zip(asked, databases.urls().items(), strict=True):
+        name, key = secret.split()
+        refused = production.make("deploy", ENV="production", status=2)
+        assert f"{where} names a Secret {name} that namespace" in refused
+        create = f"kubectl --namespace {target.namespace} create secret generic {name} --from-literal={key}="
+        assert create in refused
+        target.kubectl("create", "secret", "generic", name, f"--from-literal={key}={url}")
+    output = production.make("deploy", ENV="production")
+    assert "prefect-server is as it should be" in output
+    assert "Nothing would change." in production.make("plan", ENV="production")
+
+
+def test_there_are_two_of_each_by_the_image_s_digest_and_no_database_of_its_own(production: Checkout) -> None:
+    target = production.target
+    output = production.make("status", ENV="production", JSON="1")
+    found = json.loads(output[output.index("{") :])
+    assert {each["name"]: (each["ready"], each["wanted"]) for each in found["components"]} == {
+        "api": (2, 2),
+        "services": (2, 2),
+        "worker": (2, 2),
+    }
+    assert found["pools"] == [{"name": "default", "status": "READY", "limit": 100, "workers": 2}]
+    assert found["problems"] == []
+    digest = r"localhost:5000/prefect-orchestration@sha256:[0-9a-f]{64}"
+    assert all(re.fullmatch(digest, each["image"]) for each in found["components"])
+    assert not target.objects("statefulsets,persistentvolumeclaims")
+
+    def may_go() -> list[int]:
+        return [each["status"].get("disruptionsAllowed", 0) for each in target.objects("poddisruptionbudgets")]
+
+    wait_until(lambda: may_go() == [1, 1, 1], "one of each to be allowed to go")
+
+
+@pytest.mark.timeout(900)
+def test_the_daily_job_runs_as_a_pod_and_all_is_kept_in_the_databases(
+    production: Checkout, databases: Databases
+) -> None:
+    assert "is Completed" in production.make("run-on-cluster", ENV="production", DEPLOYMENT=DAILY)
+    assert databases.sql("warehouse", "select count(*) from raw.flights") == "842"
+    runs = "select count(*) from flow_run where state_type = 'COMPLETED' and deployment_id is not null"
+    assert databases.sql("prefect", runs) == "1"
+    assert int(databases.valkey("dbsize")) > 0
+    [pod] = production.target.objects("pods", "--selector", "prefect.io/role=flow-run")
+    assert pod["spec"]["priorityClassName"] == "prefect-runs"
+    assert pod["spec"]["terminationGracePeriodSeconds"] == 120
+    assert PASSWORD not in json.dumps(production.target.objects("jobs,pods,deployments,configmaps"))
+
+
+def test_undeployed_the_secrets_and_the_databases_stay(production: Checkout, databases: Databases) -> None:
+    output = production.make("undeploy", ENV="production", CONFIRM="production")
+    assert "Uninstalling prefect-server" in output
+    left = {each["metadata"]["name"] for each in production.target.objects("secrets,deployments")}
+    assert left == {"prefect-database", "prefect-redis", "warehouse"}
+    assert databases.sql("prefect", "select count(*) from deployment") == "2"
