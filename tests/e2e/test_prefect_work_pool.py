@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from tests.cluster.progress import ClusterError
-from tests.e2e.release import Object, Release
+from tests.e2e.release import SMALL, Object, Release
 from tests.e2e.runs import deployment, ended, logged, run_of, start
 from tests.helm.rendering import environment
 from tests.parts import wait_until
@@ -24,6 +24,13 @@ def job_of(pool: Release, run: str) -> Object:
     return dict(job)
 
 
+@pytest.fixture(scope="module")
+def each_minute(pool: Release, api: httpx.Client) -> str:
+    """A deployment with a schedule of each minute, which comes round while other tests go on; its id."""
+    schedules = [{"schedule": {"cron": "* * * * *"}, "active": True}]
+    return deployment(api, parameters={"text": "each minute"}, schedules=schedules)
+
+
 def test_it_starts_from_nothing_without_a_restart(pool: Release, api: httpx.Client) -> None:
     restarts = pool.restarts()
     assert len(restarts) == 1
@@ -36,38 +43,8 @@ def test_it_starts_from_nothing_without_a_restart(pool: Release, api: httpx.Clie
     assert daily["schedules"][0]["schedule"]["cron"] == "0 6 * * *"
 
 
-def test_a_schedule_of_each_minute_fires_by_itself_and_runs_as_a_pod(pool: Release, api: httpx.Client) -> None:
-    """With the parameters of the deployment; its logs, states and artifact are in the API."""
-    made = deployment(
-        api,
-        parameters={"text": "each minute"},
-        schedules=[{"schedule": {"cron": "* * * * *"}, "active": True}],
-    )
-    runs = {"deployments": {"id": {"any_": [made]}}, "flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
-
-    def first() -> Object | None:
-        found = api.post("/flow_runs/filter", json=runs).json()
-        return found[0] if found else None
-
-    run: Object = wait_until(first, "the schedule's first run to complete", 150)
-    api.delete(f"/deployments/{made}")
-    assert run["auto_scheduled"] is True
-    assert logged(api, run["id"], "text=each minute")
-    states = api.get("/flow_run_states/", params={"flow_run_id": run["id"]}).json()
-    assert [state["type"] for state in sorted(states, key=lambda state: state["timestamp"])][-2:] == [
-        "RUNNING",
-        "COMPLETED",
-    ]
-    artifacts = api.post("/artifacts/filter", json={"artifacts": {"flow_run_id": {"any_": [run["id"]]}}}).json()
-    assert [artifact["data"] for artifact in artifacts] == ["# each minute"]
-    pod = json.loads(pool.namespace.kubectl("get", "pods", "-l", f"prefect.io/flow-run-id={run['id']}", "-o", "json"))
-    [pod] = pod["items"]
-    assert pod["metadata"]["ownerReferences"][0]["kind"] == "Job"
-    assert pod["metadata"]["labels"]["prefect.io/role"] == "flow-run"
-
-
 def test_memory_variables_and_image_of_a_deployment_and_of_a_run_reach_the_pod(
-    pool: Release, api: httpx.Client, image: str
+    pool: Release, api: httpx.Client, image: str, each_minute: str
 ) -> None:
     repository, _, tag = image.rpartition(":")
     by_digest = f"{repository}@{_digest(repository, tag)}"
@@ -81,7 +58,7 @@ def test_memory_variables_and_image_of_a_deployment_and_of_a_run_reach_the_pod(
         assert ended(api, run)["state_type"] == "COMPLETED"
         [container] = job_of(pool, run)["spec"]["template"]["spec"]["containers"]
         assert container["resources"]["limits"] == {"memory": memory}
-        assert container["resources"]["requests"] == {"cpu": "50m", "memory": "200Mi"}
+        assert container["resources"]["requests"] == SMALL
         assert container["image"] == name
         assert logged(api, run, f"text= GREETING={greeting}")
 
@@ -112,6 +89,33 @@ def test_a_run_has_no_token_no_password_and_no_way_to_the_servers_database(
     [container] = job_of(pool, run)["spec"]["template"]["spec"]["containers"]
     reference = {"name": f"{SERVER}-auth", "key": "auth-string"}
     assert environment(container)["PREFECT_API_AUTH_STRING"] == {"secretKeyRef": reference}
+
+
+def test_a_schedule_of_each_minute_fires_by_itself_and_runs_as_a_pod(
+    pool: Release, api: httpx.Client, each_minute: str
+) -> None:
+    """With the parameters of the deployment; its logs, states and artifact are in the API."""
+    runs = {"deployments": {"id": {"any_": [each_minute]}}, "flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
+
+    def first() -> Object | None:
+        found = api.post("/flow_runs/filter", json=runs).json()
+        return found[0] if found else None
+
+    run: Object = wait_until(first, "the schedule's first run to complete", 150)
+    api.delete(f"/deployments/{each_minute}")
+    assert run["auto_scheduled"] is True
+    assert logged(api, run["id"], "text=each minute")
+    states = api.get("/flow_run_states/", params={"flow_run_id": run["id"]}).json()
+    assert [state["type"] for state in sorted(states, key=lambda state: state["timestamp"])][-2:] == [
+        "RUNNING",
+        "COMPLETED",
+    ]
+    artifacts = api.post("/artifacts/filter", json={"artifacts": {"flow_run_id": {"any_": [run["id"]]}}}).json()
+    assert [artifact["data"] for artifact in artifacts] == ["# each minute"]
+    pod = json.loads(pool.namespace.kubectl("get", "pods", "-l", f"prefect.io/flow-run-id={run['id']}", "-o", "json"))
+    [pod] = pod["items"]
+    assert pod["metadata"]["ownerReferences"][0]["kind"] == "Job"
+    assert pod["metadata"]["labels"]["prefect.io/role"] == "flow-run"
 
 
 def test_ten_runs_at_once_complete_though_the_worker_is_replaced_among_them(pool: Release, api: httpx.Client) -> None:
