@@ -12,6 +12,7 @@ FIRST ?=
 LAST ?=
 CMD ?= build
 TESTS ?= tests
+PROCESSES ?= 3
 KILLS ?= 50
 REGISTRY ?= localhost:5000
 BUILDER ?=
@@ -46,6 +47,9 @@ TARGET = --env '$(ENV)' --context "$(CONTEXT)" --namespace '$(NAMESPACE)'
 export DO_NOT_TRACK := 1
 export REGISTRY BUILDER BASE_IMAGE IMAGE KUBE_CONTEXT
 export UV_PYTHON_DOWNLOADS := never
+
+# A file's tests stay together, as they share what they install; the order of files is that of tests/conftest.py.
+BY_FILE := --dist loadfile --no-loadscope-reorder
 
 # $(call stage,NAME,COMMAND): run it and say what it took.
 stage = @printf '\n== %s\n' '$(1)'; start=$$SECONDS; status=0; { $(2); } || status=$$?; \
@@ -144,14 +148,14 @@ down-docker: ## stop what runs in Docker; databases and passwords stay
 .PHONY: setup test fix bench bench-deploys kill-test picture clean
 setup: .venv/ready ## create the environment in .venv
 
-test: .venv/ready ## check the code and run all tests; TESTS=tests/flows for some
+test: .venv/ready ## check the code and run all tests, PROCESSES=3 at once; TESTS=tests/flows for some, one by one
 	$(call stage,ruff,$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check .)
 	$(call stage,mypy,$(BIN)/mypy)
 	$(call stage,yamllint,$(BIN)/yamllint -s .)
 	$(call stage,shellcheck and hadolint,$(BIN)/shellcheck docker/build docker/sbom docker/stack tests/cluster/databases/entrypoint k8s/overlays/local/warehouse/secret .ci/run && $(BIN)/hadolint docker/Dockerfile tests/cluster/databases/Dockerfile)
 	$(call stage,sqlfluff,$(BIN)/sqlfluff lint -q flows/warehouse --nocolor)
 	$(if $(filter tests tests/cluster% tests/docker% tests/e2e%,$(TESTS)),$(call stage,cluster,$(BIN)/python -m tests.cluster up || [ -z "$${CI:-}" ]))
-	$(call stage,pytest,$(BIN)/pytest $(TESTS))
+	$(call stage,pytest,$(BIN)/pytest $(if $(filter tests,$(TESTS)),--numprocesses $(PROCESSES) $(BY_FILE)) $(TESTS))
 
 fix: .venv/ready ## format the code and repair what the linters can
 	@$(BIN)/ruff check -q --fix . && $(BIN)/ruff format -q . && $(BIN)/sqlfluff fix -q flows/warehouse
