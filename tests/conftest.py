@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 LONGEST_FIRST = (
     "tests/cluster/test_node.py",
     "tests/test_readme.py",
-    "tests/flows/test_faults.py",
+    "tests/helm/test_prefect_server.py",
+    "tests/helm/test_prefect_work_pool.py",
     "tests/e2e/test_environment.py",
     "tests/e2e/test_prefect_work_pool.py",
     "tests/e2e/test_prefect_server.py",
@@ -41,10 +42,12 @@ LONGEST_FIRST = (
     "tests/docker/test_docker_pool.py",
     "tests/e2e/test_production.py",
     "tests/docker/test_image.py",
+    "tests/flows/test_faults.py",
 )
 """What `make test` hands out to its processes first, so that none is left alone with something long.
 
-The file that has the cluster alone comes before those that share it, and beside it what needs none.
+Beside the file that has the cluster alone come some that do not need it. Those that start a Prefect server for the rest
+of their process come late: idle, it takes a twentieth of a core.
 """
 
 

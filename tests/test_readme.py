@@ -48,6 +48,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "VIRTUAL_ENV"))}
     path = os.pathsep.join(part for part in kept["PATH"].split(os.pathsep) if Path(part) != Path(sys.executable).parent)
     return kept | {
+        # Of all that pip installs little is imported here, and that is compiled then.
+        "PIP_NO_COMPILE": "1",
         "PATH": path,
         "HOME": str(tmp_path_factory.mktemp("home")),
         "PIP_CACHE_DIR": os.environ.get("PIP_CACHE_DIR", str(cache / "pip")),

@@ -202,7 +202,7 @@ def test_a_deploy_that_is_killed_is_taken_up(checkout: Checkout) -> None:
             history = json.loads(checkout.target.helm("history", POOL, "--output", "json"))
             return str(history[-1]["status"]).startswith("pending")
 
-        wait_until(pending, "the pool's release to be under way")
+        wait_until(pending, "the pool's release to be under way", 240)  # the image is built first
         os.killpg(process.pid, signal.SIGKILL)
     refused = checkout.make("deploy", status=2)
     assert re.search(r"prefect-work-pool: a deploy began \d+ s ago and has not ended", refused)

@@ -177,7 +177,8 @@ def test_an_external_database_with_a_wrong_password_says_so(
     assert "wrong@" not in log
     assert "Check the Secret" in last
     assert "Traceback" not in log
-    assert any(last in line for line in why(Environment("test", namespace.context, namespace.name), "other"))
+    environment = Environment("test", namespace.context, namespace.name)
+    wait_until(lambda: any(last in line for line in why(environment, "other")), "the reason in the diagnosis")
 
 
 def test_a_database_that_is_nowhere_is_named(namespace: Namespace, values: Object) -> None:
