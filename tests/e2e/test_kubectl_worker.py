@@ -144,7 +144,7 @@ def test_scaled_it_stays_so_when_it_is_applied_again(away: Namespace, overlay: P
 
 def test_a_rolling_restart_under_a_burst_loses_no_run(away: Namespace, api: httpx.Client) -> None:
     before = workers(away)
-    runs = burst(api, deployment(api), 4)
+    runs = burst(api, deployment(api), 6)
     away.kubectl("rollout", "restart", WORKER)
     away.kubectl("rollout", "status", WORKER, "--timeout=180s")
     assert_none_is_lost(api, runs)
@@ -155,7 +155,7 @@ def test_a_worker_that_is_deleted_finishes_its_claims(away: Namespace, api: http
     away.kubectl("scale", WORKER, "--replicas=1")
     wait_until(lambda: len(workers(away)) == 1, "one worker to go")
     [worker] = workers(away)
-    runs = burst(api, deployment(api), 6)
+    runs = burst(api, deployment(api), 8)
     with ThreadPoolExecutor() as beside:
         log = beside.submit(away.kubectl, "logs", "--follow", worker)
         away.kubectl("delete", "pod", worker)
@@ -169,7 +169,7 @@ def test_deleted_nothing_of_it_stays_and_all_runs_go_on(away: Namespace, overlay
     made = deployment(api)
     in_progress = start(api, made, parameters={"seconds": 20})
     wait_until(lambda: run_of(api, in_progress)["state_type"] == "RUNNING", "the run to run", 60)
-    runs = burst(api, made, 4)
+    runs = burst(api, made, 6)
     away.kubectl("delete", "-k", str(overlay))
     wait_until(lambda: not away.kubectl("get", "all", "-l", WORKERS, "-o", "name"), "all of it to go", 90)
     claimed = [run for run in runs if run_of(api, run)["state_type"] != "SCHEDULED"]

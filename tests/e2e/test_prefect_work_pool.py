@@ -118,11 +118,11 @@ def test_a_schedule_of_each_minute_fires_by_itself_and_runs_as_a_pod(
     assert pod["metadata"]["labels"]["prefect.io/role"] == "flow-run"
 
 
-def test_six_runs_at_once_complete_though_the_worker_is_replaced_among_them(pool: Release, api: httpx.Client) -> None:
+def test_ten_runs_at_once_complete_though_the_worker_is_replaced_among_them(pool: Release, api: httpx.Client) -> None:
     """The worker that is deleted makes the Jobs of what it has claimed; its successor takes the rest."""
     made = deployment(api)
     [worker] = pool.pods("worker")
-    runs = [start(api, made, parameters={"text": str(number)}) for number in range(6)]
+    runs = [start(api, made, parameters={"text": str(number)}) for number in range(10)]
 
     def some_claimed() -> bool:
         return any(run_of(api, run)["state_type"] != "SCHEDULED" for run in runs)
