@@ -21,6 +21,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
+from uuid import UUID
 
 import kopf
 from httpx import HTTPError, HTTPStatusError
@@ -58,6 +59,8 @@ def watched() -> set[str]:
 class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not typed
     """Prefect's Kubernetes worker, healthy only while it also watches, and drained before it ends.
 
+    It claims no run while its earlier claims are not yet Pending, which is from where on limits count them.
+
     Args:
         namespace: where its Jobs go; None leaves that to the pool's base job template.
         options: those of Prefect's worker.
@@ -68,6 +71,7 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
         self._namespace = namespace
         self._draining = False
         self._polling = asyncio.Lock()
+        self._proposed: set[UUID] = set()
 
     def is_worker_still_polling(self, query_interval_seconds: float) -> bool:
         """Whether the worker polls, and watches pods and Jobs if it is to; what its health check asks.
@@ -84,9 +88,24 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
         return polls
 
     async def get_and_submit_flow_runs(self) -> list[FlowRun]:
-        """One poll; none any more once the worker drains."""
+        """One poll; none any more once the worker drains, and none while a claim of an earlier poll is under way.
+
+        The server counts runs against the limits of pool and queue from Pending on: asked again before the last
+        claims are Pending, it would hand out more than the limits allow.
+        """
         async with self._polling:
-            return [] if self._draining else await super().get_and_submit_flow_runs()
+            self._proposed &= self._submitting_flow_run_ids
+            if self._draining or self._submitting_flow_run_ids - self._proposed:
+                return []
+            found: list[FlowRun] = await super().get_and_submit_flow_runs()
+            return found
+
+    async def _propose_pending_state(self, flow_run: FlowRun) -> bool:
+        try:
+            pending: bool = await super()._propose_pending_state(flow_run)
+            return pending
+        finally:
+            self._proposed.add(flow_run.id)
 
     async def run(self, flow_run: FlowRun, configuration: KubernetesWorkerJobConfiguration, **options: Any) -> Any:
         """Make the run's Job."""

@@ -158,8 +158,6 @@ def test_an_upgrade_changes_pool_and_template_and_a_rollback_takes_it_back(
     changed = copy.deepcopy(values)
     changed["pool"] = {"concurrencyLimit": 3, "queues": [{"name": "urgent", "priority": 1, "concurrencyLimit": 1}]}
     changed["runs"]["resources"]["limits"]["memory"] = "640Mi"
-    # The limit counts runs from Pending on: before the next look, those of the last one have to be.
-    changed["worker"]["querySeconds"] = 10
     pool.deploy(changed)
     found = api.get("/work_pools/default").json()
     assert found["concurrency_limit"] == 3
