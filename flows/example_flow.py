@@ -19,7 +19,7 @@ from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from prefect.context import TaskRunContext
 from prefect.futures import PrefectFuture
-from prefect.runtime import task_run
+from prefect.runtime import flow_run, task_run
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from pydantic import BeforeValidator
 
@@ -35,6 +35,9 @@ from orchestration.settings import ROOT, settings
 hide_explained_tracebacks()
 
 dbt_project = DbtProject(ROOT / "flows" / "warehouse", environment=warehouse.environment)
+
+NO_UNIT_TESTS = ["--exclude-resource-type", "unit_test"]
+"""They test the code, not the data, and those of an incremental model need it to be there."""
 
 at_once = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=4))
 """Tasks that are submitted run beside each other: loads wait for Postgres more than for Python."""
@@ -63,9 +66,9 @@ def reference_key(_context: TaskRunContext, parameters: dict[str, Any]) -> str:
     retry_delay_seconds=[1, 5, 25],
     retry_condition_fn=another_attempt_may_help,
 )
-def load_days(days: list[date]) -> list[Step]:
+def load_days(days: list[date], run: str | None = None) -> list[Step]:
     """Replace the flights and weather of the days, all or nothing."""
-    loaded = raw.load_days(days)
+    loaded = raw.load_days(days, run)
     span = raw.span(days)
     return [
         Step("extract", span, loaded.extract_seconds, loaded.rows),
@@ -121,10 +124,16 @@ def ingest(
     if day:
         day = landing.check_day(day)
     raw.prepare()
-    day = day or raw.next_day()
+    # Another attempt of a run goes on with its day, and does not take the next one.
+    run = str(flow_run.root_flow_run_id)
+    earlier = raw.loaded_by(run)
+    day = day or (earlier[0] if earlier else raw.next_day())
     references = submit_references(full_refresh)
-    if day:
-        steps = load_days.submit([day]).result()
+    if earlier and earlier[0] == day:
+        logger.info("An earlier attempt of this run has loaded %s.", day)
+        steps = [Step("load", f"raw.{table} {day}", 0.0, rows, cached=True) for table, rows in earlier[1].items()]
+    elif day:
+        steps = load_days.submit([day], run).result()
     else:
         steps = []
         logger.info("Nothing new to load: the landing zone ends on %s.", landing.days()[-1])
@@ -150,12 +159,8 @@ def transform(select: str | None = None, full_refresh: bool = False) -> list[Ste
         waiting=lambda: logger.info("Another run builds schema %s; waiting for it to end.", schema),
     ):
         result = dbt_project.build(
-            select=select,
-            full_refresh=full_refresh,
-            log=lambda level, line: getattr(logger, level)(line),
+            select=select, full_refresh=full_refresh, flags=NO_UNIT_TESTS, inputs=raw.newest_load()
         )
-    if error := result.error():
-        raise error
     return dbt_steps(result)
 
 
@@ -167,10 +172,12 @@ def dbt_steps(result: DbtResult) -> list[Step]:
             node.name,
             node.seconds,
             node.rows,
+            cached=node.status == "reused",
             failure=node.reason if node.failed else None,
-            skipped=node in result.skipped,
+            skipped=node.status == "skipped",
         )
         for node in result.nodes
+        if node.kind in ("model", "seed", "snapshot", "test", "unit_test")
     ]
 
 

@@ -31,6 +31,10 @@ create table if not exists raw.loads (
     weather integer not null,
     loaded_at timestamptz not null default now()
 );
+create table if not exists raw.days_of_flow_runs (
+    flow_run text primary key,
+    day date not null
+);
 create table if not exists raw.flights (
     year smallint not null, month smallint not null, day smallint not null,
     dep_time smallint, sched_dep_time smallint not null, dep_delay smallint,
@@ -112,8 +116,31 @@ def next_day() -> date | None:
     return next((day for day in known if newest is None or day > newest), None)
 
 
-def load_days(days: Sequence[date]) -> Loaded:
+def loaded_by(flow_run: str) -> tuple[date, dict[str, int]] | None:
+    """The day that an earlier attempt of a flow run has loaded, and its rows by table."""
+    with warehouse.explained("Reading raw.loads"), warehouse.connect() as connection:
+        row = connection.execute(
+            "select day, flights, weather from raw.loads join raw.days_of_flow_runs using (day) where flow_run = %s",
+            [flow_run],
+        ).fetchone()
+    return (row[0], {"flights": row[1], "weather": row[2]}) if row else None
+
+
+def newest_load() -> int | None:
+    """What changes with every load of a day; None before the first."""
+    with warehouse.explained("Reading raw.load_ids"), warehouse.connect() as connection:
+        row = connection.execute(
+            "select last_value from pg_sequences where schemaname = 'raw' and sequencename = 'load_ids'"
+        ).fetchone()
+    return row[0] if row else None
+
+
+def load_days(days: Sequence[date], flow_run: str | None = None) -> Loaded:
     """Replace the flights and weather of `days`, in one transaction.
+
+    Args:
+        days: the days.
+        flow_run: the id of the flow run whose one day this is; another attempt of it finds it by `loaded_by`.
 
     Raises:
         WarehouseError: nothing of these days has changed.
@@ -131,6 +158,12 @@ def load_days(days: Sequence[date]) -> Loaded:
             "on conflict (day) do update set load_id = excluded.load_id, loaded_at = now()",
             [wanted],
         )
+        if flow_run:
+            connection.execute(
+                "insert into raw.days_of_flow_runs values (%s, %s)"
+                " on conflict (flow_run) do update set day = excluded.day",
+                [flow_run, wanted[0]],
+            )
         for extract in extracts:
             table, column = sql.Identifier("raw", extract.table), sql.Identifier(_DATE_COLUMN[extract.table])
             connection.execute(sql.SQL("delete from {} where {} = any(%s)").format(table, column), [wanted])

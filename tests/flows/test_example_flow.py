@@ -8,6 +8,9 @@ from datetime import date
 from pathlib import Path
 
 import pytest
+from prefect.client.orchestration import get_client
+from prefect.flow_engine import run_flow
+from prefect.states import AwaitingRetry
 
 from flows import example_flow, landing, raw
 from flows.report import Step
@@ -118,11 +121,11 @@ def test_a_lost_connection_is_tried_again(api: Api, query: Query, monkeypatch: p
     load = raw.load_days
     attempts = []
 
-    def cut_twice(days: list[date]) -> raw.Loaded:
+    def cut_twice(days: list[date], flow_run: str | None = None) -> raw.Loaded:
         attempts.append(days)
         if len(attempts) < 3:
             raise WarehouseError("The connection was cut.", transient=True)
-        return load(days)
+        return load(days, flow_run)
 
     monkeypatch.setattr(raw, "load_days", cut_twice)
     monkeypatch.setattr(example_flow.load_days, "retry_delay_seconds", [0, 0, 0])
@@ -134,7 +137,7 @@ def test_a_lost_connection_is_tried_again(api: Api, query: Query, monkeypatch: p
 def test_what_an_operator_must_cure_is_not_tried_again(api: Api, query: Query, monkeypatch: pytest.MonkeyPatch) -> None:
     attempts = []
 
-    def refuse(days: list[date]) -> raw.Loaded:
+    def refuse(days: list[date], _: str | None = None) -> raw.Loaded:
         attempts.append(days)
         raise WarehouseError("The disk is full.")
 
@@ -217,7 +220,7 @@ def test_a_model_whose_sql_is_wrong(run: Run, api: Api, query: Query, project_co
     assert_failed(
         outcome,
         api,
-        "dbt build: 1 of 38 nodes failed, 4 skipped behind: model carrier_daily_punctuality "
+        "dbt build: 1 of 40 nodes failed, 5 skipped behind: model carrier_daily_punctuality "
         "(models/marts/carrier_daily_punctuality.sql): column flights.is_canceled does not exist",
         "Built, each whole and up to date: ",
         "route_performance",
@@ -233,6 +236,32 @@ def test_a_model_whose_sql_is_wrong(run: Run, api: Api, query: Query, project_co
     model.write_text(model.read_text().replace("flights.is_canceled", "flights.is_cancelled"))
     assert run("--day", "2013-01-03")[0] == 0
     assert query("select count(distinct flight_date) from analytics.carrier_daily_punctuality") == [(3,)]
+
+
+@pytest.mark.parametrize("meanwhile", [False, True])
+def test_another_attempt_of_a_run_goes_on_with_its_day(
+    meanwhile: bool, api: Api, run: Run, query: Query, project_copy: Path
+) -> None:
+    """It does what is left; all of it where another run has loaded a day meanwhile."""
+    model = project_copy / "models" / "marts" / "carrier_daily_punctuality.sql"
+    right = model.read_text()
+    model.write_text(right.replace("flights.is_cancelled", "flights.is_canceled"))
+    assert run()[0] == 1
+    failed = api.newest("dbt-pipeline")
+    built = query("select oid from pg_class where relname = 'route_performance'")
+    model.write_text(right)
+    if meanwhile:
+        raw.load_days([SECOND])
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(failed.id, AwaitingRetry(), force=True)
+        run_flow(example_flow.dbt_pipeline, flow_run=client.read_flow_run(failed.id))
+    assert api.newest("dbt-pipeline").id == failed.id
+    assert api.newest("dbt-pipeline").state_name == "Completed"
+    days = {FIRST, SECOND} if meanwhile else {FIRST}
+    assert assert_whole(query) == days
+    assert query("select count(distinct flight_date) from analytics.carrier_daily_punctuality") == [(len(days),)]
+    # dbt makes a table anew when it builds it.
+    assert (query("select oid from pg_class where relname = 'route_performance'") == built) is not meanwhile
 
 
 def test_a_model_that_does_not_compile(run: Run, api: Api, query: Query, project_copy: Path) -> None:

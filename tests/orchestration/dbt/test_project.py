@@ -14,7 +14,9 @@ import pytest
 
 from orchestration import warehouse
 from orchestration.dbt import DbtProject
+from orchestration.dbt.process import CHILD
 from orchestration.errors import DbtError
+from tests.orchestration.dbt.task_runs import build_beside
 from tests.parts import Query, wait_until
 
 PROFILE = (Path(__file__).parents[3] / "flows" / "warehouse" / "profiles.yml").read_text()
@@ -42,31 +44,31 @@ def project(folder: Path) -> Iterator[DbtProject]:
     project.close()
 
 
-def test_every_node_comes_back_with_its_outcome(project: DbtProject) -> None:
-    lines: list[tuple[str, str]] = []
-    result = project.build(log=lambda level, line: lines.append((level, line)))
+def test_every_node_comes_back_with_its_outcome(project: DbtProject, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    result = project.build()
     one, two = result.nodes
     assert (one.id, one.name, one.kind, one.status) == ("model.small.one", "one", "model", "success")
     assert (one.rows, one.materialized, one.path) == (1, "table", "models/one.sql")
     assert (two.rows, two.materialized) == (None, "view")
     assert one.seconds > 0
     assert result.error() is None
-    assert [line.split(" in ")[0] for _, line in lines[-2:]] == [
-        "1 of 2 model one: SELECT 1",
-        "2 of 2 model two: CREATE VIEW",
-    ]
+    lines = [record.message for record in caplog.records]
+    assert any(line.startswith("1 of 2 OK created sql table model analytics.one") for line in lines)
+    assert any(line.startswith("2 of 2 OK created sql view model analytics.two") for line in lines)
 
 
 def test_a_failed_node_and_what_was_skipped_behind_it(project: DbtProject, folder: Path) -> None:
     (folder / "models" / "one.sql").write_text("select 1 as id from nowhere")
     (folder / "models" / "three.sql").write_text("select 3 as id")
-    result = project.build()
+    with pytest.raises(DbtError) as raised:
+        project.build()
+    result = raised.value.result
     assert [node.name for node in result.failed] == ["one"]
     assert [node.name for node in result.skipped] == ["two"]
     assert [node.name for node in result.built] == ["three"]
-    error = result.error()
-    assert error is not None
-    assert error.result is result
+    error = raised.value
+    assert [node.because for node in result.skipped] == ["model.small.one"]
     assert 'model one (models/one.sql): relation "nowhere" does not exist' in str(error)
     assert "Built, each whole and up to date: three." in str(error)
 
@@ -74,7 +76,7 @@ def test_a_failed_node_and_what_was_skipped_behind_it(project: DbtProject, folde
 def test_many_failures_are_counted_and_the_first_five_told(project: DbtProject, folder: Path) -> None:
     for number in range(7):
         (folder / "models" / f"bad_{number}.sql").write_text("select 1 from nowhere")
-    error = project.build(select="bad_0 bad_1 bad_2 bad_3 bad_4 bad_5 bad_6").error()
+    error = project.build(select="bad_0 bad_1 bad_2 bad_3 bad_4 bad_5 bad_6", check=False).error()
     assert error is not None
     assert str(error).startswith("dbt build: 7 of 7 nodes failed: ")
     assert str(error).count("does not exist") == 5
@@ -82,7 +84,7 @@ def test_many_failures_are_counted_and_the_first_five_told(project: DbtProject, 
 
 
 def test_a_selection_that_matches_nothing_is_an_error(project: DbtProject) -> None:
-    with pytest.raises(DbtError, match=r"The selection 'three' matches no node in the dbt project .*make dbt CMD=ls"):
+    with pytest.raises(DbtError, match=r"The selection 'three' matches no node in the dbt project .*dbt ls"):
         project.build(select="three")
 
 
@@ -148,11 +150,13 @@ def test_two_at_once_in_one_folder_do_not_mix(project: DbtProject, folder: Path)
     assert (folder / "target" / "partial_parse.msgpack").exists()
 
 
-def test_the_next_run_parses_only_what_changed(project: DbtProject) -> None:
+def test_the_next_run_parses_only_what_changed(project: DbtProject, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+
     def lines() -> str:
-        said: list[str] = []
-        project.build(log=lambda _level, line: said.append(line))
-        return "\n".join(said)
+        caplog.clear()
+        project.build()
+        return caplog.text
 
     assert "Unable to do partial parsing because saved manifest not found" in lines()
     assert "Unable to do partial parsing" not in lines()
@@ -193,20 +197,12 @@ def test_when_the_flow_dies_its_dbt_and_its_sql_end(slow: Path, query: Query, ho
 
 def test_when_dbt_dies_the_flow_is_told(slow: Path, query: Query) -> None:
     project = DbtProject(slow, environment=warehouse.environment)
-    caught: list[DbtError] = []
 
-    def build() -> None:
-        try:
-            project.build()
-        except DbtError as error:
-            caught.append(error)
-
-    thread = threading.Thread(target=build)
-    thread.start()
+    thread, caught = build_beside(project)
     wait_until(lambda: _sleeping(query) == 1, "the model")
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.ZombieProcess):
-            if "orchestration.dbt.child" in child.cmdline():
+            if str(CHILD) in child.cmdline():
                 child.kill()
     thread.join()
     assert "dbt build ended with status -9 before it was done" in str(caught[0])

@@ -1,0 +1,799 @@
+"""Real dbt projects to test against, what can go wrong in them, and dbt's own command line as the judge.
+
+Every project is made of files in a folder, reads `flows/warehouse/profiles.yml`, needs no network and
+runs in a second or two. The environment is that of `orchestration.warehouse.environment()`; another
+`WAREHOUSE_SCHEMA` in it keeps two runs in one database apart.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from orchestration.settings import ROOT
+from tests.parts import Query
+
+PROFILE = (ROOT / "flows" / "warehouse" / "profiles.yml").read_text()
+
+# Versions of dbt differ in whether a generic test's arguments have a key of their own; here they have.
+_FLAGS = "flags: {send_anonymous_usage_stats: false, require_generic_test_arguments_property: true}\n"
+
+
+class Failure(NamedTuple):
+    """What dbt says of an injected fault."""
+
+    node: str | None
+    """The unique id of the one node that fails; None if dbt does not get as far as the nodes."""
+    status: str
+    """dbt's word for it, "" without a node."""
+    command: tuple[str, ...] = ("build",)
+    """The command that meets the fault, on a new database or after a clean build."""
+    recorded: bool = True
+    """Whether dbt's artifacts have the node."""
+
+
+# --- a project with every kind of node ---------------------------------------------------------
+
+OUTCOMES: Mapping[tuple[str, str], int] = {
+    ("exposure", "no-op"): 1,
+    ("function", "success"): 1,
+    ("model", "success"): 19,
+    ("operation", "success"): 4,
+    ("saved_query", "no-op"): 1,
+    ("seed", "success"): 2,
+    ("snapshot", "success"): 2,
+    ("test", "pass"): 16,
+    ("test", "warn"): 2,
+    ("unit_test", "pass"): 2,
+}
+"""How many nodes of which kind end how in a clean `dbt build` of `every_kind`."""
+
+NODES = sum(OUTCOMES.values())
+"""The nodes in the results of a clean `dbt build` of `every_kind`, hooks included."""
+
+_EVERY_KIND = {
+    "dbt_project.yml": f"""
+name: shop
+version: "1.0"
+config-version: 2
+profile: warehouse
+{_FLAGS}
+on-run-start:
+  - "{{{{ make_visits() }}}}"
+  - "select 1 as started"
+on-run-end:
+  - "{{{{ count_results(results) }}}}"
+  - "select 1 as ended"
+""",
+    # --- seeds
+    "seeds/customers.csv": """
+id,name,country,tier
+1,Ada,GB,gold
+2,Blaise,FR,silver
+3,Carl,DE,gold
+4,Emmy,DE,silver
+""",
+    "seeds/orders.csv": """
+id,customer_id,amount,ordered_on,status
+1,1,10,2024-02-01,paid
+2,1,20,2024-05-01,paid
+3,2,5,2025-02-01,open
+4,3,40,2025-03-01,paid
+5,4,8,2025-04-01,paid
+""",
+    "seeds/seeds.yml": """
+version: 2
+seeds:
+  - name: customers
+    description: "{{ doc('people') }}"
+    config:
+      column_types: {id: integer, name: text, country: text, tier: text}
+    columns:
+      - name: id
+        data_tests: [unique]
+  - name: orders
+    config:
+      column_types: {id: integer, customer_id: integer, amount: integer, ordered_on: date}
+""",
+    # --- the source; its table is made by the first on-run-start hook
+    "models/sources.yml": """
+version: 2
+sources:
+  - name: raw
+    schema: "{{ target.schema }}"
+    tables:
+      - name: visits
+        description: Made by the on-run-start hook `make_visits`.
+        config:
+          loaded_at_field: loaded_at
+          freshness:
+            warn_after: {count: 1, period: day}
+            error_after: {count: 2, period: day}
+        columns:
+          - name: id
+            data_tests: [not_null]
+""",
+    "macros/make_visits.sql": """
+{% macro make_visits() %}
+create schema if not exists {{ target.schema }};
+create table if not exists {{ target.schema }}.visits (id integer, customer_id integer, loaded_at timestamptz);
+truncate {{ target.schema }}.visits;
+insert into {{ target.schema }}.visits
+select n, 1 + n % 4, now() from generate_series(1, 8) as n
+{% endmacro %}
+""",
+    "macros/count_results.sql": """
+{% macro count_results(results) %}
+select {{ results | length }} as counted
+{% endmacro %}
+""",
+    "macros/cents.sql": """
+{% macro cents(column) %}({{ column }} * 100){% endmacro %}
+""",
+    "macros/greet.sql": """
+{% macro greet() %}
+{% do run_query("select 1 as greeted") %}
+{% endmacro %}
+""",
+    "functions/doubled.sql": "select amount * 2",
+    "functions/functions.yml": """
+functions:
+  - name: doubled
+    description: Twice as much.
+    arguments: [{name: amount, data_type: integer}]
+    returns: {data_type: integer}
+""",
+    # --- models
+    "models/clean_customers.sql": "select id, name, country, tier from {{ ref('customers') }}",
+    "models/clean_orders.sql": """
+{{ config(event_time='ordered_on') }}
+select id, customer_id, amount, ordered_on, status from {{ ref('orders') }}
+""",
+    "models/clean_visits.sql": "select id, customer_id from {{ source('raw', 'visits') }}",
+    "models/paid.sql": """
+{{ config(materialized='ephemeral') }}
+select id, customer_id, amount, ordered_on from {{ ref('clean_orders') }} where status = 'paid'
+""",
+    "models/germans.sql": """
+{{ config(materialized='ephemeral') }}
+select id, name from {{ ref('clean_customers') }} where country = 'DE'
+""",
+    "models/german_names.sql": "{{ config(materialized='table') }}\nselect name from {{ ref('germans') }}",
+    "models/paid_orders.sql": """
+{{ config(materialized='table', pre_hook='select 1 as before', post_hook='analyze {{ this }}') }}
+select id, customer_id, amount, {{ cents('amount') }} as cents, ordered_on from {{ ref('paid') }}
+""",
+    "models/customer_totals.sql": """
+{{ config(materialized='table') }}
+select customers.id, customers.name, coalesce(sum(orders.amount), 0)::integer as total
+from {{ ref('clean_customers') }} as customers
+left join {{ ref('paid_orders') }} as orders on orders.customer_id = customers.id
+group by customers.id, customers.name
+""",
+    "models/countries.sql": """
+{{ config(materialized='table', group='finance', access='private') }}
+select country, count(*)::integer as customers from {{ ref('clean_customers') }} group by country
+""",
+    "models/large_countries.sql": """
+{{ config(group='finance') }}
+select country, customers from {{ ref('countries') }} where customers > 1
+""",
+    "models/revenue_by_day.sql": """
+{{ config(materialized='materialized_view') }}
+select ordered_on, sum(amount) as revenue from {{ ref('paid_orders') }} group by ordered_on
+""",
+    "models/order_log.sql": """
+{{ config(materialized='incremental', unique_key='id', incremental_strategy='delete+insert') }}
+select id, amount from {{ ref('paid_orders') }}
+{% if is_incremental() %}where id >= (select max(id) from {{ this }}){% endif %}
+""",
+    "models/order_book.sql": """
+{{ config(materialized='incremental', unique_key='id', incremental_strategy='merge') }}
+select id, status from {{ ref('clean_orders') }}
+""",
+    "models/order_list.sql": """
+{{ config(materialized='incremental', incremental_strategy='append') }}
+select id from {{ ref('clean_orders') }}
+{% if is_incremental() %}where id > (select max(id) from {{ this }}){% endif %}
+""",
+    # A batch is a year, as there is one for each period since the first.
+    "models/yearly_orders.sql": """
+{{ config(
+    materialized='incremental', incremental_strategy='microbatch', unique_key='id',
+    event_time='ordered_on', begin='2024-01-01', batch_size='year', lookback=3
+) }}
+select id, amount, ordered_on from {{ ref('clean_orders') }}
+""",
+    "models/tier_names_v1.sql": "{{ config(materialized='table') }}\nselect distinct tier from {{ ref('customers') }}",
+    "models/tier_names_v2.sql": """
+{{ config(materialized='table') }}
+select distinct tier, upper(tier) as title from {{ ref('customers') }}
+""",
+    "models/tier_titles.sql": """
+select latest.tier, latest.title
+from {{ ref('tier_names') }} as latest
+inner join {{ ref('tier_names', v=1) }} as first on first.tier = latest.tier
+""",
+    "models/doubled_amounts.sql": """
+{{ config(materialized='table') }}
+select id, {{ function('doubled') }}(amount) as amount from {{ ref('paid_orders') }}
+""",
+    "models/days.sql": """
+{{ config(materialized='table') }}
+select day::date as day from generate_series(date '2024-01-01', date '2024-01-31', interval '1 day') as day
+""",
+    "models/visits_by_customer.sql": """
+select customer_id, count(*) as visits from {{ ref('clean_visits') }} group by customer_id
+""",
+    "models/retired.sql": "{{ config(enabled=false) }}\nselect 1 as id",
+    "models/docs.md": """
+{% docs people %}
+People who buy.
+{% enddocs %}
+""",
+    "models/models.yml": """
+version: 2
+groups:
+  - name: finance
+    owner: {name: Finance}
+models:
+  - name: clean_customers
+    description: "{{ doc('people') }}"
+    columns:
+      - name: id
+        data_tests: [not_null, unique]
+      - name: tier
+        data_tests:
+          - accepted_values:
+              arguments: {values: [gold, silver]}
+      - name: country
+        data_tests:
+          - accepted_values:
+              name: only_germans
+              arguments: {values: [DE]}
+              config: {severity: warn}
+  - name: clean_orders
+    columns:
+      - name: customer_id
+        data_tests:
+          - relationships:
+              arguments: {to: ref('clean_customers'), field: id}
+      - name: amount
+        data_tests:
+          - positive
+          - not_null: {config: {where: "status = 'paid'"}}
+  - name: paid
+    columns:
+      - name: id
+        data_tests: [unique]
+  - name: paid_orders
+    columns:
+      - name: id
+        data_tests:
+          - not_null: {config: {store_failures: true}}
+  - name: customer_totals
+    config:
+      contract: {enforced: true}
+    columns:
+      - {name: id, data_type: integer, constraints: [{type: not_null}, {type: primary_key}]}
+      - {name: name, data_type: text}
+      - {name: total, data_type: integer, data_tests: [positive]}
+  - name: order_log
+    columns:
+      - name: id
+        data_tests: [unique]
+  - name: tier_names
+    latest_version: 2
+    columns:
+      - name: tier
+        data_tests: [unique]
+    versions: [{v: 1}, {v: 2}]
+  - name: days
+    time_spine: {standard_granularity_column: day}
+    columns:
+      - {name: day, granularity: day}
+""",
+    "models/unit_tests.yml": """
+version: 2
+unit_tests:
+  - name: unpaid_is_zero
+    model: customer_totals
+    given:
+      - input: ref('clean_customers')
+        rows: [{id: 1, name: Ada}, {id: 2, name: Blaise}]
+      - input: ref('paid_orders')
+        rows: [{customer_id: 1, amount: 3}, {customer_id: 1, amount: 4}]
+    expect:
+      rows: [{id: 1, name: Ada, total: 7}, {id: 2, name: Blaise, total: 0}]
+  - name: visits_are_counted
+    model: visits_by_customer
+    given:
+      - input: ref('clean_visits')
+        format: csv
+        fixture: three_visits
+    expect:
+      rows: [{customer_id: 1, visits: 2}, {customer_id: 2, visits: 1}]
+""",
+    "tests/fixtures/three_visits.csv": "id,customer_id\n1,1\n2,1\n3,2\n",
+    "models/metrics.yml": """
+version: 2
+semantic_models:
+  - name: order_facts
+    model: ref('paid_orders')
+    defaults: {agg_time_dimension: ordered_on}
+    entities: [{name: order, type: primary, expr: id}]
+    dimensions: [{name: ordered_on, type: time, type_params: {time_granularity: day}}]
+    measures: [{name: amount_sum, agg: sum, expr: amount}]
+metrics:
+  - {name: revenue, label: Revenue, type: simple, type_params: {measure: amount_sum}}
+saved_queries:
+  - name: daily_revenue
+    query_params: {metrics: [revenue], group_by: ["TimeDimension('order__ordered_on', 'day')"]}
+""",
+    "models/exposures.yml": """
+version: 2
+exposures:
+  - name: board_report
+    type: dashboard
+    owner: {name: Board, email: board@example.com}
+    depends_on: ["ref('customer_totals')", "source('raw', 'visits')"]
+""",
+    # --- snapshots, analyses and tests
+    "snapshots/customer_history.sql": """
+{% snapshot customer_history %}
+{{ config(unique_key='id', strategy='check', check_cols=['name', 'tier']) }}
+select id, name, tier from {{ ref('clean_customers') }}
+{% endsnapshot %}
+""",
+    "snapshots/snapshots.yml": """
+version: 2
+snapshots:
+  - name: order_history
+    relation: ref('orders')
+    config: {unique_key: id, strategy: check, check_cols: [status]}
+    columns:
+      - name: id
+        data_tests: [not_null]
+""",
+    "analyses/best_customers.sql": "select name from {{ ref('customer_totals') }} order by total desc limit 3",
+    "tests/generic/positive.sql": """
+{% test positive(model, column_name) %}
+select {{ column_name }} from {{ model }} where {{ column_name }} < 0
+{% endtest %}
+""",
+    "tests/totals_add_up.sql": """
+select 1 as different
+where (select sum(total) from {{ ref('customer_totals') }}) <> (select sum(amount) from {{ ref('paid_orders') }})
+""",
+    "tests/open_orders.sql": """
+{{ config(severity='warn') }}
+select id from {{ ref('clean_orders') }} where status = 'open'
+""",
+}
+
+
+def every_kind(folder: Path) -> Path:
+    """Write a project with every resource type that dbt has on Postgres; its folder.
+
+    A clean `dbt build` succeeds with the outcomes of `OUTCOMES`: two data tests warn on purpose. The
+    source's table is made by the first on-run-start hook. `greet` is a macro for `run-operation`, the
+    model `retired` is disabled, the analysis is compiled only.
+    """
+    return _write(folder, _EVERY_KIND)
+
+
+def _write(folder: Path, files: Mapping[str, str]) -> Path:
+    for name, content in {"profiles.yml": PROFILE, **files}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content.lstrip("\n"))
+    return folder
+
+
+# --- faults ------------------------------------------------------------------------------------
+
+
+def _replace(folder: Path, file: str, old: str, new: str) -> None:
+    content = (folder / file).read_text()
+    assert old in content, f"{file} has no {old!r}"
+    (folder / file).write_text(content.replace(old, new, 1))
+
+
+def missing_column(folder: Path) -> Failure:
+    """A table selects a column that is not there."""
+    _replace(folder, "models/countries.sql", "select country,", "select country, continent,")
+    return Failure("model.shop.countries", "error")
+
+
+def missing_column_in_a_view(folder: Path) -> Failure:
+    """A view selects a column that is not there: the database notices when it is made."""
+    _replace(folder, "models/tier_titles.sql", "latest.title", "latest.colour")
+    return Failure("model.shop.tier_titles", "error")
+
+
+def missing_column_in_an_ephemeral(folder: Path) -> Failure:
+    """An ephemeral model selects a column that is not there: the table that reads it fails."""
+    _replace(folder, "models/germans.sql", "select id,", "select id, colour,")
+    return Failure("model.shop.german_names", "error")
+
+
+def missing_column_in_an_incremental(folder: Path) -> Failure:
+    """An incremental model selects a column that is not there."""
+    _replace(folder, "models/order_log.sql", "select id,", "select id, colour,")
+    return Failure("model.shop.order_log", "error")
+
+
+def missing_column_in_a_materialized_view(folder: Path) -> Failure:
+    """A materialized view selects a column that is not there: one that exists is refreshed as it was."""
+    _replace(folder, "models/revenue_by_day.sql", "select ordered_on,", "select ordered_on, colour,")
+    return Failure("model.shop.revenue_by_day", "error", ("build", "--full-refresh"))
+
+
+def division_by_zero(folder: Path) -> Failure:
+    """A table divides by zero while it is filled."""
+    _replace(folder, "models/doubled_amounts.sql", "(amount) as", "(amount / (id - 1)) as")
+    return Failure("model.shop.doubled_amounts", "error")
+
+
+def failing_batch(folder: Path) -> Failure:
+    """One batch of several divides by zero: dbt calls the model a partial success."""
+    _replace(folder, "models/yearly_orders.sql", "select id, amount", "select id, amount / (amount - 40) as amount")
+    return Failure("model.shop.yearly_orders", "partial success")
+
+
+def failing_batches(folder: Path) -> Failure:
+    """Every batch fails."""
+    _replace(folder, "models/yearly_orders.sql", "select id, amount", "select id, colour, amount")
+    return Failure("model.shop.yearly_orders", "error")
+
+
+def undefined_macro(folder: Path) -> Failure:
+    """A model calls a macro that is not there."""
+    _replace(folder, "models/countries.sql", "count(*)", "{{ counted('*') }}")
+    return Failure("model.shop.countries", "error")
+
+
+def error_in_jinja(folder: Path) -> Failure:
+    """A model's Jinja raises an error at run time, when dbt has parsed all."""
+    raising = "{% if execute %}{{ exceptions.raise_compiler_error('Not today') }}{% endif %}"
+    _replace(folder, "models/countries.sql", "count(*)", f"{raising}count(*)")
+    return Failure("model.shop.countries", "error")
+
+
+def broken_jinja(folder: Path) -> Failure:
+    """A model's Jinja has no end: dbt cannot parse the project."""
+    _replace(folder, "models/countries.sql", "count(*)", "{{ count(*)")
+    return Failure(None, "")
+
+
+def unknown_model(folder: Path) -> Failure:
+    """A model reads a model that is not there: dbt cannot make the graph."""
+    _replace(folder, "models/countries.sql", "ref('clean_customers')", "ref('clean_clients')")
+    return Failure(None, "")
+
+
+def failing_pre_hook(folder: Path) -> Failure:
+    """A model's own hook fails before it."""
+    _replace(folder, "models/paid_orders.sql", "select 1 as before", "select colour")
+    return Failure("model.shop.paid_orders", "error")
+
+
+def contract_violation(folder: Path) -> Failure:
+    """A model's column has another type than its contract says."""
+    _replace(folder, "models/customer_totals.sql", "::integer as total", "::text as total")
+    return Failure("model.shop.customer_totals", "error")
+
+
+def broken_constraint(folder: Path) -> Failure:
+    """A model's rows break a constraint of its contract."""
+    _replace(folder, "models/customer_totals.sql", "select customers.id,", "select nullif(customers.id, 4) as id,")
+    return Failure("model.shop.customer_totals", "error")
+
+
+def failing_data_test(folder: Path) -> Failure:
+    """A generic test finds rows."""
+    _replace(folder, "models/models.yml", "values: [gold, silver]", "values: [gold]")
+    return Failure("test.shop.accepted_values_clean_customers_tier__gold.332332f11b", "fail")
+
+
+def failing_singular_test(folder: Path) -> Failure:
+    """A singular test finds rows."""
+    _replace(folder, "tests/totals_add_up.sql", "<>", "=")
+    return Failure("test.shop.totals_add_up", "fail")
+
+
+def erroring_test(folder: Path) -> Failure:
+    """A singular test is no SQL that the database understands."""
+    _replace(folder, "tests/totals_add_up.sql", "sum(total)", "sum(colour)")
+    return Failure("test.shop.totals_add_up", "error")
+
+
+def failing_unit_test(folder: Path) -> Failure:
+    """A unit test expects something else."""
+    _replace(folder, "models/unit_tests.yml", "total: 7", "total: 8")
+    return Failure("unit_test.shop.customer_totals.unpaid_is_zero", "fail")
+
+
+def erroring_unit_test(folder: Path) -> Failure:
+    """A unit test gives rows with a column that is not there."""
+    _replace(folder, "models/unit_tests.yml", "{customer_id: 1, amount: 3}", "{customer_id: 1, colour: 3}")
+    return Failure("unit_test.shop.customer_totals.unpaid_is_zero", "error")
+
+
+def failing_snapshot(folder: Path) -> Failure:
+    """A snapshot selects a column that is not there."""
+    _replace(folder, "snapshots/customer_history.sql", "select id,", "select id, colour,")
+    return Failure("snapshot.shop.customer_history", "error")
+
+
+def failing_snapshot_by_yaml(folder: Path) -> Failure:
+    """A snapshot has a key that is not there."""
+    _replace(folder, "snapshots/snapshots.yml", "unique_key: id", "unique_key: colour")
+    return Failure("snapshot.shop.order_history", "error")
+
+
+def bad_seed(folder: Path) -> Failure:
+    """A seed has a word in a column of numbers."""
+    _replace(folder, "seeds/orders.csv", "5,4,8,", "5,4,eight,")
+    return Failure("seed.shop.orders", "error")
+
+
+def failing_function(folder: Path) -> Failure:
+    """A function's SQL reads an argument that it does not have."""
+    _replace(folder, "functions/doubled.sql", "amount * 2", "colour * 2")
+    return Failure("function.shop.doubled", "error")
+
+
+def failing_start(folder: Path) -> Failure:
+    """An on-run-start hook fails."""
+    _replace(folder, "dbt_project.yml", "select 1 as started", "select started")
+    return Failure("operation.shop.shop-on-run-start-1", "error")
+
+
+def failing_end(folder: Path) -> Failure:
+    """An on-run-end hook fails when all nodes are done."""
+    _replace(folder, "dbt_project.yml", "select 1 as ended", "select ended")
+    return Failure("operation.shop.shop-on-run-end-1", "error")
+
+
+def stale_source(folder: Path) -> Failure:
+    """A source's rows are nine days old; only `dbt source freshness` looks."""
+    _replace(folder, "models/sources.yml", ": loaded_at\n", ": loaded_at - interval '9 days'\n")
+    return Failure("source.shop.raw.visits", "error", ("source", "freshness"))
+
+
+def unreadable_source(folder: Path) -> Failure:
+    """A source's freshness reads a column that is not there: sources.json leaves such a source out."""
+    _replace(folder, "models/sources.yml", "loaded_at_field: loaded_at", "loaded_at_field: colour")
+    return Failure("source.shop.raw.visits", "runtime error", ("source", "freshness"), recorded=False)
+
+
+def failing_operation(folder: Path) -> Failure:
+    """The macro of `dbt run-operation greet` fails."""
+    _replace(folder, "macros/greet.sql", "select 1 as greeted", "select greeted")
+    return Failure("macro.shop.greet", "error", ("run-operation", "greet"))
+
+
+FAULTS: Mapping[str, Callable[[Path], Failure]] = {
+    fault.__name__: fault
+    for fault in (
+        missing_column,
+        missing_column_in_a_view,
+        missing_column_in_an_ephemeral,
+        missing_column_in_an_incremental,
+        missing_column_in_a_materialized_view,
+        division_by_zero,
+        failing_batch,
+        failing_batches,
+        undefined_macro,
+        error_in_jinja,
+        broken_jinja,
+        unknown_model,
+        failing_pre_hook,
+        contract_violation,
+        broken_constraint,
+        failing_data_test,
+        failing_singular_test,
+        erroring_test,
+        failing_unit_test,
+        erroring_unit_test,
+        failing_snapshot,
+        failing_snapshot_by_yaml,
+        bad_seed,
+        failing_function,
+        failing_start,
+        failing_end,
+        stale_source,
+        unreadable_source,
+        failing_operation,
+    )
+}
+"""The faults of `every_kind` by name: each edits the project in a folder and says what fails then."""
+
+
+# --- projects of a given size ------------------------------------------------------------------
+
+_WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "hazel", "inlet", "juniper", "kelp", "lagoon")
+
+
+_REJECTS: dict[str, object] = {"arguments": {"values": [-1]}}
+_TESTS: Mapping[str, list[object]] = {
+    "none": [],
+    "not_null": ["not_null"],
+    "unique": ["unique"],
+    "both": ["not_null", "unique"],
+    "failing": [{"accepted_values": _REJECTS}],
+    "warning": [{"accepted_values": _REJECTS | {"config": {"severity": "warn"}}}],
+}
+
+
+def _name(number: int) -> str:
+    return f"{_WORDS[number % len(_WORDS)]}_{number}"
+
+
+def _project_file(name: str) -> str:
+    return f'name: {name}\nversion: "1.0"\nconfig-version: 2\nprofile: warehouse\n{_FLAGS}'
+
+
+def _model(materialized: str, number: int, parents: list[str]) -> str:
+    """A model of three rows; subqueries, as joins of views of joins take the database long to plan."""
+    terms = [str(number), *(f"(select max(value) from {{{{ ref('{parent}') }}}})" for parent in parents)]
+    value = " + ".join(terms)
+    options = ", unique_key='id'" if materialized == "incremental" else ""
+    return (
+        f"{{{{ config(materialized='{materialized}'{options}) }}}}\n"
+        f"select id, (({value}) % 100 + id)::integer as value\n"
+        "from generate_series(1, 3) as id\n"
+    )
+
+
+def random_dag(folder: Path, rng: random.Random, nodes: int) -> Path:
+    """Write a project whose graph is random, with tests and failures at random; its folder.
+
+    A node is a model: view, table, ephemeral or incremental, with up to three parents. Of a hundred
+    models sixty have generic tests, of which five fail and ten warn; three select a missing column and three
+    divide by zero, which a view does when it is read. What is behind a failure is skipped, so it is wide.
+    The same `rng` gives the same files.
+
+    Args:
+        folder: where to.
+        rng: decides everything.
+        nodes: how many models; their tests come on top.
+    """
+    files = {"dbt_project.yml": _project_file("random")}
+    names: list[str] = []
+    # Into how many scans a model unfolds: views of views of views grow without bound.
+    scans: dict[str, int] = {}
+    properties: list[dict[str, object]] = []
+    for number in range(nodes):
+        name = _name(number)
+        parents = rng.sample(names, min(len(names), rng.choice((0, 1, 1, 2, 2, 3))))
+        unfolded = sum(scans[parent] for parent in parents)
+        materialized = rng.choice(("view", "view", "table", "table", "ephemeral", "incremental"))
+        if unfolded > 8:
+            materialized = rng.choice(("table", "incremental"))
+        scans[name] = max(unfolded, 1) if materialized in ("view", "ephemeral") else 1
+        fault = rng.random()
+        sql = _model(materialized, number, parents)
+        if fault < 0.03:
+            sql = sql.replace("select id,", "select id, missing,")
+        elif fault < 0.06:
+            sql = sql.replace("% 100 + id)", "/ (id - 2))")
+        files[f"models/{name}.sql"] = sql
+        names.append(name)
+        (test,) = rng.choices(list(_TESTS), weights=[40, 15, 15, 15, 5, 10])
+        properties.append({"name": name, "columns": [{"name": "id", "data_tests": _TESTS[test]}]})
+    files["models/models.yml"] = json.dumps({"version": 2, "models": properties}, indent=2)
+    return _write(folder, files)
+
+
+def fast(folder: Path, nodes: int) -> Path:
+    """Write the project that measurements use: it is wide, tiny in data, and all of it succeeds; its folder.
+
+    A third of the nodes are models, views and tables by turns, in layers; a model reads up to four of
+    the layer above. Each has a not_null and a unique test.
+
+    Args:
+        folder: where to.
+        nodes: how many nodes a `dbt build` runs, tests included; 3 or more.
+    """
+    models = nodes // 3
+    width = max(4, round(models**0.5))
+    rng = random.Random(nodes)  # noqa: S311 - the same project each time
+    files = {"dbt_project.yml": _project_file("fast")}
+    properties = []
+    for number in range(models):
+        layer, position = divmod(number, width)
+        above = [_name(other) for other in range((layer - 1) * width, layer * width)] if layer else []
+        parents = rng.sample(above, min(len(above), 1 + position % 4))
+        files[f"models/{_name(number)}.sql"] = _model("table" if layer % 2 else "view", number, parents)
+        # What is left of a division by three is tested too.
+        more = [{"name": "value", "data_tests": ["not_null"]}] if number < nodes % 3 else []
+        properties.append(
+            {"name": _name(number), "columns": [{"name": "id", "data_tests": ["not_null", "unique"]}, *more]}
+        )
+    files["models/models.yml"] = json.dumps({"version": 2, "models": properties}, indent=2)
+    return _write(folder, files)
+
+
+_HELD = "{# held #}"
+
+
+def hold(folder: Path, model: str, seconds: float) -> None:
+    """Make a model, any but an ephemeral one, take that long; 0 takes it back.
+
+    It is a hook in the model's transaction: a view's SQL does not run when it is made.
+    """
+    (file,) = (folder / "models").rglob(f"{model}.sql")
+    lines = [line for line in file.read_text().splitlines(keepends=True) if _HELD not in line]
+    if seconds:
+        lines.insert(0, f'{_HELD}{{{{ config(pre_hook="select pg_sleep({seconds})") }}}}\n')
+    file.write_text("".join(lines))
+
+
+# --- dbt's command line and what it leaves -------------------------------------------------------
+
+
+def command_line(
+    folder: Path, *arguments: str, environment: Mapping[str, str], target: Path | None = None
+) -> tuple[int, dict[str, str]]:
+    """Run dbt's command line on a project.
+
+    Args:
+        folder: the project.
+        arguments: the command and its options: `"build", "--select", "one"`.
+        environment: added to this process's.
+        target: where dbt's artifacts go and stay, and what is parsed already comes from. Else dbt parses
+            all, and nothing is kept.
+
+    Returns:
+        The exit status, and the status of each unique id: of run_results.json, of sources.json for
+        `source freshness`, empty if dbt wrote neither.
+    """
+    with tempfile.TemporaryDirectory(prefix="target-") as temporary:
+        artifacts: str | Path = target or temporary
+        places = [
+            "--project-dir",
+            folder,
+            "--profiles-dir",
+            folder,
+            "--target-path",
+            artifacts,
+            "--log-path",
+            temporary,
+        ]
+        ended = subprocess.run(
+            [str(Path(sys.executable).parent / "dbt"), *arguments, *map(str, places)],
+            env=os.environ | dict(environment),
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            check=False,
+        )
+        for name in ("run_results.json", "sources.json"):
+            if Path(artifacts, name).exists():
+                results = json.loads(Path(artifacts, name).read_text())["results"]
+                return ended.returncode, {result["unique_id"]: result["status"] for result in results}
+    return ended.returncode, {}
+
+
+def tables(query: Query) -> dict[str, list[tuple[object, ...]]]:
+    """The rows, sorted, of every table, view and materialized view in the database's own schemas.
+
+    Without the columns that have the time of a run in them: a snapshot's and the source's `loaded_at`.
+    """
+    relations = query(
+        "select format('%%I.%%I', nspname, relname), "
+        "  coalesce(string_agg(quote_ident(attname), ', ' order by attnum) filter (where attname <> all(%s)), 'null') "
+        "from pg_class join pg_namespace on pg_namespace.oid = relnamespace "
+        "join pg_attribute on attrelid = pg_class.oid and attnum > 0 and not attisdropped "
+        "where relkind in ('r', 'v', 'm', 'p') and nspname !~ '^pg_' and nspname <> 'information_schema' "
+        "group by 1 order by 1",
+        ["dbt_valid_from", "dbt_valid_to", "dbt_updated_at", "dbt_scd_id", "loaded_at"],
+    )
+    return {name: sorted(query(f"select {columns} from {name}"), key=repr) for name, columns in relations}

@@ -1,0 +1,138 @@
+"""What the Prefect server has of flow runs, and what dbt itself wrote of them."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from orchestration.dbt import DbtProject
+from orchestration.errors import DbtError
+from orchestration.settings import ROOT
+from tests.parts import Query, wait_until
+
+Object = dict[str, Any]
+
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
+
+
+class Server:
+    """The server's API, by flow run."""
+
+    def __init__(self, client: httpx.Client) -> None:
+        self._client = client
+
+    @staticmethod
+    def run(state: Any) -> str:
+        """The id of the flow run with this state."""
+        return str(state.state_details.flow_run_id)
+
+    def state(self, run: str) -> Object:
+        """The flow run's state."""
+        found: Object = self._client.get(f"/flow_runs/{run}").raise_for_status().json()["state"]
+        return found
+
+    def set_state(self, run: str, kind: str, name: str) -> None:
+        """What the UI does when a flow run is cancelled or retried."""
+        content = {"state": {"type": kind, "name": name}, "force": kind == "SCHEDULED"}
+        self._client.post(f"/flow_runs/{run}/set_state", json=content).raise_for_status()
+
+    def start(self, deployment: str) -> str:
+        """A new flow run of a deployment; its id."""
+        answer = self._client.post(f"/deployments/{deployment}/create_flow_run", json={}).raise_for_status()
+        return str(answer.json()["id"])
+
+    def get(self, path: str, run: str, **filters: Any) -> list[Object]:
+        """All task runs, logs or artifacts of the flow run."""
+        found: list[Object] = []
+        of = {"flow_runs": {"id": {"any_": [run]}}} if path == "task_runs" else {path: {"flow_run_id": {"any_": [run]}}}
+        while page := self._client.post(f"/{path}/filter", json=of | filters | {"offset": len(found)}).json():
+            found += page
+        return found
+
+    def nodes(self, run: str, count: int) -> dict[str, Object]:
+        """The task runs by the id of their node, once all of them are recorded with an end."""
+
+        def recorded() -> dict[str, Object]:
+            found = {task["task_key"]: task for task in self.get("task_runs", run) if "dbt" in task["tags"]}
+            done = [task for task in found.values() if task["state_type"] in ENDED]
+            return found if len(done) == count else {}
+
+        found: dict[str, Object] = wait_until(recorded, f"{count} task runs", 60)
+        return found
+
+    def logs(self, run: str) -> list[Object]:
+        """The lines of log in their order."""
+        return self.get("logs", run, sort="TIMESTAMP_ASC")
+
+    def artifacts(self, run: str) -> dict[str, Object]:
+        """The artifacts by key."""
+        return {artifact["key"]: artifact for artifact in self.get("artifacts", run)}
+
+    def events(self, run: str, prefix: str) -> list[Object]:
+        """The events of the flow run whose names begin so."""
+        related = {"resources_in_roles": [[f"prefect.flow-run.{run}", "flow-run"]]}
+        content = {"filter": {"event": {"prefix": [prefix]}, "related": related}, "limit": 50}
+        page = self._client.post("/events/filter", json=content).raise_for_status().json()
+        found: list[Object] = page["events"]
+        while page["next_page"]:
+            page = self._client.get(page["next_page"]).raise_for_status().json()
+            found += page["events"]
+        return found
+
+
+def results_of(folder: Path, name: str = "run_results.json") -> dict[str, str]:
+    """What dbt wrote of the last command, by node."""
+    results = json.loads((folder / "target" / name).read_text())["results"]
+    return {result["unique_id"]: result["status"] for result in results}
+
+
+def busy(query: Query) -> int:
+    """Sessions of the database, but this one, that execute a statement or are in a transaction."""
+    return int(
+        query(
+            "select count(*) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
+            " and state <> 'idle'"
+        )[0][0]
+    )
+
+
+def _environment(shop: Path, api: str) -> dict[str, str]:
+    return os.environ | {"PREFECT_API_URL": api, "SHOP": str(shop)}
+
+
+def start(shop: Path, api: str, *arguments: str) -> "tuple[subprocess.Popen[str], str]":
+    """Run a flow of `shop_flow` in a process of its own; that and the flow run's id."""
+    command = [sys.executable, "-m", "tests.orchestration.dbt.shop_flow", *arguments]
+    process = subprocess.Popen(
+        command, env=_environment(shop, api), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert process.stdout
+    return process, process.stdout.readline().strip()
+
+
+def build_beside(project: DbtProject) -> tuple[threading.Thread, list[DbtError]]:
+    """Build in a thread; that, and what it raises."""
+    caught: list[DbtError] = []
+
+    def build() -> None:
+        try:
+            project.build()
+        except DbtError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=build)
+    thread.start()
+    return thread, caught
+
+
+def execute(shop: Path, api: str, run: str) -> "subprocess.Popen[bytes]":
+    """Execute a deployment's flow run as the pod of a Kubernetes work pool does."""
+    command = [sys.executable, "-m", "prefect", "flow-run", "execute", run]
+    return subprocess.Popen(
+        command, env=_environment(shop, api), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )

@@ -1,0 +1,71 @@
+"""Another version of dbt than the flow's own environment has, in an environment of its own."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from prefect import flow
+
+from orchestration import warehouse
+from orchestration.dbt import DbtProject
+from orchestration.dbt.mirror import STATES
+from orchestration.settings import ROOT
+from tests.cluster import binaries
+from tests.cluster.turns import turn
+from tests.orchestration.dbt.projects import FAULTS
+from tests.orchestration.dbt.task_runs import Server, results_of
+
+DBT = ("dbt-core==1.10.23", "dbt-postgres==1.10.2")
+
+
+@pytest.fixture(scope="module")
+def older() -> Path:
+    """The interpreter of an environment with dbt 1.10, kept in the user's cache folder."""
+    folder = binaries.cache() / f"{DBT[0]}-python-{sys.version_info.major}.{sys.version_info.minor}"
+    uv = shutil.which("uv") or str(ROOT / ".uv/bin/uv")
+    python, ready = folder / "bin" / "python", folder / "ready"
+    with turn(folder.with_suffix(".lock")):
+        if not ready.exists():
+            subprocess.run([uv, "venv", "-q", "--clear", "--python", sys.executable, folder], check=True)
+            subprocess.run([uv, "pip", "install", "-q", "--compile", "--python", python, *DBT], check=True)
+            ready.touch()
+    return python
+
+
+def test_states_are_those_of_an_older_dbt(older: Path, shop: Path, server: Server) -> None:
+    """Of every kind of node that it knows; functions came with 1.11."""
+    shutil.rmtree(shop / "functions")
+    (shop / "models" / "doubled_amounts.sql").unlink()
+    failure = FAULTS["failing_data_test"](shop)
+    assert failure.node
+    project = DbtProject(shop, environment=warehouse.environment, python=older, artifacts=f"{shop}.kept")
+    attempts: list[dict[str, str]] = []
+
+    @flow(retries=1)
+    def daily() -> None:
+        try:
+            project.build()
+        finally:
+            attempts.append(results_of(shop))
+            models = shop / "models" / "models.yml"
+            models.write_text(models.read_text().replace("values: [gold]", "values: [gold, silver]"))
+
+    state = daily(return_state=True)
+    written = json.loads((shop / "target" / "run_results.json").read_text())
+    assert written["metadata"]["dbt_version"] == "1.10.23"
+    first, second = attempts
+    assert first[failure.node] == "fail"
+    # The corrected test has another id, as that has its values in it.
+    left = {node for node, status in first.items() if status in ("fail", "skipped")} - {failure.node}
+    assert left < {node for node in second if not node.startswith("operation.")}
+    tasks = server.nodes(server.run(state), len(first) + 1)
+    states = {node: (task["state_type"], task["state_name"]) for node, task in tasks.items()}
+    assert state.is_completed(), state.message
+    for node, status in first.items():
+        if node not in second:
+            assert states[node] == (STATES["reused"] if status != "fail" else STATES["fail"])
+    for node, status in second.items():
+        assert states[node] == STATES[status]
