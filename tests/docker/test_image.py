@@ -130,7 +130,7 @@ def test_its_configuration(image: str) -> None:
         f"{image.removeprefix('localhost:5000/').rpartition(':')[0]}/blobs/{_manifest(image)['config']['digest']}"
     )["config"]
     assert config["User"] == "65532:65532"
-    assert config["Entrypoint"] == ["/usr/bin/tini", "--"]
+    assert config["Entrypoint"] == ["/usr/bin/tini", "-g", "--"]
     labels = {name.removeprefix("org.opencontainers.image."): value for name, value in config["Labels"].items()}
     assert re.fullmatch("[0-9a-f]{40}", labels["revision"])
     assert labels["licenses"] == "Apache-2.0"
