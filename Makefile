@@ -14,6 +14,7 @@ CMD ?= build
 TESTS ?= tests
 PROCESSES ?= 3
 KILLS ?= 50
+ROUNDS ?= 20
 REGISTRY ?= localhost:5000
 BUILDER ?=
 BASE_IMAGE ?=
@@ -78,6 +79,11 @@ psql: .venv/ready ## open psql on the warehouse
 
 dbt: .venv/ready ## run a dbt command on the warehouse, CMD="build --select route_performance"
 	@$(WAREHOUSE) exec $(BIN)/dbt $(CMD) --project-dir flows/warehouse --profiles-dir flows/warehouse
+
+docs: PORT = 8080
+docs: .venv/ready ## make the dbt project's docs and serve them on http://localhost:8080, or PORT=
+	@$(WAREHOUSE) exec $(BIN)/dbt docs generate --project-dir flows/warehouse --profiles-dir flows/warehouse
+	@$(WAREHOUSE) exec $(BIN)/dbt docs serve --port $(PORT) --no-browser --project-dir flows/warehouse --profiles-dir flows/warehouse
 
 stop: .venv/ready ## stop the embedded warehouse
 	@$(WAREHOUSE) stop
@@ -145,7 +151,7 @@ down-docker: ## stop what runs in Docker; databases and passwords stay
 	@docker/stack down
 
 ##@ Develop
-.PHONY: setup test fix bench bench-deploys kill-test picture clean
+.PHONY: setup test fix bench bench-deploys bench-dbt kill-test dbt-ends picture clean
 setup: .venv/ready ## create the environment in .venv
 
 test: .venv/ready ## check the code and run all tests, PROCESSES=3 at once; TESTS=tests/flows for some, one by one
@@ -166,10 +172,16 @@ bench: .venv/ready ## measure; PAIRS=7; prints a table and appends to tests/benc
 bench-deploys: .venv/ready ## measure make up and make deploy on the local cluster, which it takes away first
 	@$(BIN)/python -m tests.benchmarks.deploys --pairs $(PAIRS)
 
+bench-dbt: .venv/ready ## measure dbt in a flow beside dbt's command line, at 20, 300 and 1,000 nodes
+	@$(BIN)/python -m tests.benchmarks.dbt --pairs $(PAIRS)
+
 kill-test: .venv/ready ## kill the pipeline at KILLS=50 random moments; writes tests/benchmarks/kills.md
 	@$(BIN)/python -m tests.benchmarks.kills --kills $(KILLS)
 
-picture: .venv/ready ## draw the README's pictures
+dbt-ends: .venv/ready ## kill and cancel dbt's runs at ROUNDS=20 random moments each; writes tests/benchmarks/dbt_ends.md
+	@$(BIN)/python -m tests.benchmarks.dbt_ends --rounds $(ROUNDS)
+
+picture: .venv/ready ## draw the pictures of README and docs
 	@$(BIN)/python -m docs.picture
 
 clean: ## remove the environment and what tools left behind; the warehouse stays

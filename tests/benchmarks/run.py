@@ -55,7 +55,12 @@ class Figure:
         return f"| {self.name} | {self.unit} | {len(values)} | {figures} | {self.note} |"
 
 
-def _timed(command: Sequence[str], environment: Mapping[str, str], folder: Path = ROOT) -> float:
+def timed(command: Sequence[str], environment: Mapping[str, str], folder: Path = ROOT) -> tuple[float, str]:
+    """Seconds that a command takes from exec to exit, and what it prints.
+
+    Raises:
+        RuntimeError: it fails.
+    """
     start = time.perf_counter()
     done = subprocess.run(
         command, cwd=folder, env=os.environ | environment, capture_output=True, text=True, check=False
@@ -63,7 +68,11 @@ def _timed(command: Sequence[str], environment: Mapping[str, str], folder: Path 
     seconds = time.perf_counter() - start
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
-    return seconds
+    return seconds, done.stdout + done.stderr
+
+
+def _timed(command: Sequence[str], environment: Mapping[str, str], folder: Path = ROOT) -> float:
+    return timed(command, environment, folder)[0]
 
 
 @dataclass

@@ -3,21 +3,24 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import psycopg
 import pytest
 
 from flows import landing, raw
+from flows.example_flow import NO_UNIT_TESTS
 from orchestration import warehouse
 from orchestration.dbt import DbtProject
 from orchestration.settings import ROOT
-from tests.parts import new_database, rows_of
+from tests.parts import answers, free_port, new_database, rows_of, wait_until
 
 PROJECT = ROOT / "flows" / "warehouse"
 MODELS = (
@@ -49,7 +52,7 @@ def built(postgres: str) -> Iterator[str]:
         raw.load_days(landing.days()[:3])
         for table in landing.REFERENCE:
             raw.load_reference(table)
-        assert DbtProject(PROJECT, environment=warehouse.environment).build().error() is None
+        assert DbtProject(PROJECT, environment=warehouse.environment).build(flags=NO_UNIT_TESTS).error() is None
         yield url
 
 
@@ -148,7 +151,12 @@ def test_scheduled_times_are_local_on_both_days_the_clocks_change(postgres: str)
         raw.load_days([date(2013, 3, 10), date(2013, 11, 3)])
         for table in landing.REFERENCE:
             raw.load_reference(table)
-        assert DbtProject(PROJECT, environment=warehouse.environment).build(select="stg_flights").error() is None
+        assert (
+            DbtProject(PROJECT, environment=warehouse.environment)
+            .build(select="stg_flights", flags=NO_UNIT_TESTS)
+            .error()
+            is None
+        )
         assert rows_of(
             url,
             "select count(*) from analytics_staging.stg_flights as staged join raw.flights as raw"
@@ -189,10 +197,10 @@ def test_days_in_any_order_and_loaded_again_give_what_a_full_refresh_gives(postg
             again = chance.sample(days, 1)
             raw.load_days(batch + again)
             if chance.random() < 0.7:  # a run that loaded and died before it built
-                assert project.build().error() is None
-        assert project.build().error() is None
+                assert project.build(flags=NO_UNIT_TESTS).error() is None
+        assert project.build(flags=NO_UNIT_TESTS).error() is None
         incremental = _content(url)
-        assert project.build(full_refresh=True).error() is None
+        assert project.build(full_refresh=True, flags=NO_UNIT_TESTS).error() is None
         assert incremental == _content(url)
         assert len({row[0] for row in incremental["analytics.carrier_daily_punctuality"]}) == 5
 
@@ -204,13 +212,29 @@ def test_a_corrected_source_reaches_the_marts(postgres: str, landing_zone: Path)
         for table in landing.REFERENCE:
             raw.load_reference(table)
         project = DbtProject(PROJECT, environment=warehouse.environment)
-        assert project.build().error() is None
+        assert project.build(flags=NO_UNIT_TESTS).error() is None
         flights = landing_zone / "flights.csv"
         lines = flights.read_text().splitlines(keepends=True)
         flights.write_text("".join(line for line in lines if not line.startswith("2013,1,2,") or ",HA," not in line))
         raw.load_days([date(2013, 1, 2)])
-        assert project.build().error() is None
+        assert project.build(flags=NO_UNIT_TESTS).error() is None
         assert rows_of(
             url,
             "select flight_date::text from analytics.carrier_daily_punctuality where carrier_code = 'HA' order by 1",
         ) == [("2013-01-01",), ("2013-01-03",)]
+
+
+def test_make_docs_serves_the_documentation(database: str) -> None:
+    port = free_port()
+    command = ["make", "--silent", "--old-file", ".venv/ready", "docs", f"PORT={port}"]
+    served = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"WAREHOUSE_URL": database}, stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        wait_until(lambda: answers(f"http://127.0.0.1:{port}/"), "the documentation", 120)
+        with urlopen(f"http://127.0.0.1:{port}/manifest.json") as answer:
+            assert "model.flights.route_performance" in json.load(answer)["nodes"]
+    finally:
+        os.killpg(served.pid, signal.SIGTERM)
+        served.wait(20)

@@ -1,0 +1,152 @@
+"""Measure a dbt project in a flow beside dbt's own command line, in alternating pairs.
+
+    python -m tests.benchmarks.dbt --pairs 7         # or: make bench-dbt
+
+Whole processes are timed from exec to exit, both with a warm parse, Postgres and the Prefect server up. The table is
+printed and appended to results.md.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from orchestration import warehouse
+from tests.benchmarks.run import BIN, RESULTS, Figure, heading, timed
+from tests.orchestration.dbt.projects import fast
+from tests.parts import embedded_postgres, new_database, prefect_server
+
+SIZES = {20: ("", "at most 2.5"), 300: ("at most 1.15", ""), 1000: ("at most 1.10", "")}
+"""Nodes of the projects; what the flow may take: how many times the command line's time, how many seconds more."""
+
+LINES = 100_000
+
+FLOW = """
+import resource
+import sys
+from orchestration import warehouse
+from orchestration.dbt import DbtProject
+
+project = DbtProject(sys.argv[1], environment=warehouse.environment, artifacts=sys.argv[1] + ".kept")
+project.warm()
+
+from prefect import flow
+
+@flow
+def daily():
+    project.build()
+
+daily()
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def _talkative(folder: Path) -> Path:
+    """The smallest project, of which a model logs very many lines."""
+    project = fast(folder, 20)
+    model = project / "models" / "amber_0.sql"
+    line = "{% do log('line ' ~ i, info=true) %}"
+    loop = f"{{% if execute %}}{{% for i in range({LINES}) %}}{line}{{% endfor %}}{{% endif %}}"
+    model.write_text(f"{model.read_text()}\n{loop}\n")
+    return project
+
+
+def _span(target: Path) -> float:
+    """Seconds from the first node's start to the last one's end, as dbt wrote them."""
+    results = json.loads((target / "run_results.json").read_text())["results"]
+    times = [datetime.fromisoformat(timing[key]) for result in results for timing in result["timing"]
+             for key in ("started_at", "completed_at")]  # fmt: skip
+    return (max(times) - min(times)).total_seconds()
+
+
+def beside_the_command_line(
+    postgres: str, server: str, project: Path, name: str, goals: tuple[str, str], pairs: int
+) -> list[Figure]:
+    """The project's build in a flow, and by `dbt build`.
+
+    Args:
+        postgres: the server's URL.
+        server: the Prefect API's URL.
+        project: the dbt project.
+        name: what it is, for the table.
+        goals: the notes of the comparison, as in `SIZES`.
+        pairs: how many of them.
+    """
+    ours: list[float] = []
+    dbts: list[float] = []
+    peaks: list[float] = []
+    our_spans: list[float] = []
+    dbts_spans: list[float] = []
+    unsent = 0
+    with new_database(postgres) as url, tempfile.TemporaryDirectory() as folder:
+        flow = [sys.executable, "-c", FLOW, str(project)]
+        dbt = [
+            *(str(BIN / "dbt"), "build", "--target-path", f"{folder}/target", "--log-path", folder),
+            *("--project-dir", str(project), "--profiles-dir", str(project)),
+        ]
+        environment = {"WAREHOUSE_URL": url, "PREFECT_API_URL": server}
+        timed(flow, environment)  # the first ones parse
+        timed(dbt, warehouse.environment())
+        for _ in range(pairs):
+            seconds, output = timed(flow, environment)
+            ours.append(seconds)
+            our_spans.append(_span(project / "target"))
+            dbts.append(timed(dbt, warehouse.environment())[0])
+            dbts_spans.append(_span(Path(folder) / "target"))
+            peaks.append(float(re.findall(r"^peak (.+)$", output, re.MULTILINE)[0]))
+            unsent += sum(int(each) for each in re.findall(r"did not take \d+ events and (\d+) lines", output))
+    both = list(zip(ours, dbts, strict=True))
+    figures = [
+        Figure(f"{name} in a flow", "s", ours),
+        Figure(f"{name} by `dbt build`", "s", dbts),
+        Figure("the flow against that, pair by pair", "times", [a / b for a, b in both], goals[0]),
+        Figure("the flow less that, pair by pair", "s", [a - b for a, b in both], goals[1]),
+        Figure("first node's start to last one's end, in the flow", "s", our_spans),
+        Figure("the same by `dbt build`", "s", dbts_spans),
+        Figure("peak memory of the flow's process, without dbt's", "MB", peaks, "at most 250"),
+    ]
+    if unsent:
+        figures.append(Figure("lines of log that were counted and not sent, each run", "lines", [unsent / pairs]))
+    return figures
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print the table and append it to the results."""
+    parser = argparse.ArgumentParser(description="Measure dbt in a flow.")
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--sizes", type=int, nargs="*", default=list(SIZES), help="nodes of the projects")
+    parser.add_argument("--line-pairs", type=int, default=3, help="pairs of the project that logs much; 0 for none")
+    options = parser.parse_args(arguments)
+    rows = [heading("embedded PostgreSQL 18, Prefect's server on SQLite")]
+    print(rows[0], flush=True)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tempfile.TemporaryDirectory() as home,
+        tempfile.TemporaryDirectory() as own_home,
+        embedded_postgres(Path(folder) / "postgres") as postgres,
+        prefect_server(Path(home)) as server,
+    ):
+        os.environ |= {"PREFECT_HOME": own_home, "DO_NOT_TRACK": "1"}
+        projects = [
+            (fast(Path(folder) / f"fast{nodes}", nodes), f"{nodes:,} nodes", SIZES.get(nodes, ("", "")), options.pairs)
+            for nodes in options.sizes
+        ]
+        if options.line_pairs:
+            name = f"20 nodes, {LINES:,} lines of log,"
+            projects.append((_talkative(Path(folder) / "talkative"), name, ("", ""), options.line_pairs))
+        for project, name, goals, pairs in projects:
+            for figure in beside_the_command_line(postgres, server, project, name, goals, pairs):
+                rows.append(figure.row())
+                print(figure.row(), flush=True)
+    with RESULTS.open("a") as results:
+        results.write("\n".join(rows) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
