@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ from unittest.mock import patch
 from uuid import uuid4
 
 import pytest
+
+# A shell without job control starts what it puts in the background with SIGINT ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before Prefect is imported: its settings are read once. Tests leave the person's own home alone.
 _HOME = Path(f"/tmp/prefect-orchestration-{os.getpid()}")  # noqa: S108 - removed at the end
@@ -43,6 +47,9 @@ LONGEST_FIRST = (
     "tests/e2e/test_production.py",
     "tests/docker/test_image.py",
     "tests/flows/test_faults.py",
+    "tests/orchestration/dbt/test_ends.py",
+    "tests/orchestration/dbt/test_commands.py",
+    "tests/orchestration/dbt/test_faults.py",
 )
 """What `make test` hands out to its processes first, so that none is left alone with something long.
 
