@@ -145,11 +145,7 @@ class DbtProject:
     def warm(self) -> None:
         """Start the dbt process of the next command now, so that its imports are done by then."""
         with self._starting:
-            if self._warm and not self._warm.alive():
-                self._warm.end()
-                self._warm = None
-            if not self._warm:
-                self._warm = DbtProcess(self._python, self.path if self.path.is_dir() else Path())
+            self._warm = self._started()
 
     def close(self) -> None:
         """End the process that :meth:`warm` started, if no command has used it."""
@@ -272,11 +268,17 @@ class DbtProject:
             options += ["--target", self._target_name]
         return options
 
+    def _started(self) -> DbtProcess:
+        """The process that is warm, or a new one; for the holder of the lock."""
+        if self._warm and self._warm.alive():
+            return self._warm
+        if self._warm:
+            self._warm.end()
+        return DbtProcess(self._python, self.path if self.path.is_dir() else Path())
+
     def _take_child(self) -> DbtProcess:
-        self.warm()
         with self._starting:
-            child, self._warm = self._warm, None
-        assert child
+            child, self._warm = self._started(), None
         return child
 
     def _execute(self, run: "_Run", arguments: list[str], only: set[str] | None) -> None:
