@@ -20,7 +20,7 @@ from orchestration.errors import DbtError
 FILES = ("manifest.json", "run_results.json", "sources.json", "catalog.json", "index.html", "dbt.log")
 
 KEPT = 30
-"""Runs of a project that are kept; older ones are deleted when a new one comes."""
+"""Runs of a project that are kept, and each target's last good one; older ones are deleted when a new one comes."""
 
 _STATE = ("manifest.json", "run_results.json", "sources.json")
 
@@ -67,7 +67,10 @@ class Artifacts:
         self._write(f"{name}/nodes.json", {"command": result.command, "target": target, "nodes": result.nodes})
         if whole and not result.failed:
             self._write(f"latest-{target}.json", {"run": name})
-        for old in self._runs()[KEPT:]:
+        good = {
+            json.loads(self._files.cat_file(path))["run"] for path in self._files.glob(f"{self._folder}/latest-*.json")
+        }
+        for old in set(self._runs()[KEPT:]) - good:
             with contextlib.suppress(OSError):  # another run may be deleting it too
                 self._files.rm(f"{self._folder}/{old}", recursive=True)
         return f"{self.root}/{self._project}/{name}"

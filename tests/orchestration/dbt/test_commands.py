@@ -7,7 +7,7 @@ import pytest
 from prefect import flow
 
 from orchestration import warehouse
-from orchestration.dbt import DbtProject
+from orchestration.dbt import DbtProject, artifacts
 from orchestration.errors import DbtError
 from tests.orchestration.dbt.projects import FAULTS, NODES, fast
 from tests.orchestration.dbt.task_runs import Server, results_of
@@ -28,10 +28,11 @@ def _relations(query: Query, schema: str) -> set[str]:
 def test_what_was_modified_is_built_beside_the_last_good_run(project: DbtProject, shop: Path, query: Query) -> None:
     """In another schema, with everything else read from where the good run built it."""
     good = project.build()
-    _change(shop, "paid_orders", "cents,", "no_such_column as cents,")
+    _change(shop, "paid_orders", "cents,", "cents, 1 as changed,")
+    _change(shop, "countries", "select country,", "select country, continent,")
     with pytest.raises(DbtError):
         project.build()  # a run that failed is nothing to compare with
-    _change(shop, "paid_orders", "no_such_column as cents,", "cents, 1 as changed,")
+    _change(shop, "countries", "select country, continent,", "select country,")
     with settings_of(WAREHOUSE_SCHEMA="development"):
         result = project.build(select="state:modified+", defer_to="dev")
     assert "paid_orders" in [node.name for node in result.nodes]
@@ -51,6 +52,14 @@ def test_what_was_modified_is_built_beside_the_last_good_run(project: DbtProject
 def test_nothing_modified_is_no_error(project: DbtProject) -> None:
     project.build()
     assert not [node for node in project.build(select="state:modified", defer_to="dev").nodes if node.kind == "model"]
+
+
+def test_the_last_good_run_is_kept_whatever_follows(project: DbtProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifacts, "KEPT", 1)
+    good = Path(project.build().stored)
+    passing = [Path(project.compile(select="countries").stored) for _ in range(2)]
+    assert [folder.exists() for folder in (good, *passing)] == [True, False, True]
+    assert not project.build(select="state:modified,resource_type:model", defer_to="dev").nodes
 
 
 def test_retry_does_what_the_last_command_left(project: DbtProject, shop: Path) -> None:
