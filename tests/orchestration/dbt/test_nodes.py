@@ -38,6 +38,8 @@ def test_every_kind_of_node_is_a_task_run(project: DbtProject, shop: Path, serve
     assert sum(map(len, parents.values())) > NODES / 2
     for node, above in parents.items():
         assert all(by_id[parent]["end_time"] <= tasks[node]["start_time"] for parent in above)
+    # Through an ephemeral model, which is no task run.
+    assert tasks["model.shop.clean_customers"]["id"] in parents["model.shop.german_names"]
 
     seed = tasks["seed.shop.orders"]
     assert "5 rows" in seed["state"]["message"]
