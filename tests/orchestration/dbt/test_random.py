@@ -23,7 +23,7 @@ def test_states_are_those_of_the_command_line(
     graph: int, tmp_path: Path, database: str, query: Query, server: Server
 ) -> None:
     seed = int(os.environ.get("RANDOM_SEED", random.SystemRandom().randrange(10**6)))
-    print(f"RANDOM_SEED={seed}")  # pytest shows it if the test fails; with it the graph is the same again
+    again = f"the same graph again: RANDOM_SEED={seed}"
     chance = random.Random(seed)  # noqa: S311 - a graph, no secret
     folder = random_dag(tmp_path / "random", chance, nodes=chance.randrange(5, 40))
     _, expected = command_line(folder, "build", environment=warehouse.environment())
@@ -37,8 +37,8 @@ def test_states_are_those_of_the_command_line(
         results.append(DbtProject(folder, environment=warehouse.environment).build(check=False))
 
     run = server.run(daily(return_state=True))
-    assert {node.id: node.status for node in results[0].nodes} == expected
+    assert {node.id: node.status for node in results[0].nodes} == expected, again
     tasks = server.nodes(run, len(expected))
     states = {node: (task["state_type"], task["state_name"]) for node, task in tasks.items()}
-    assert states == {node: STATES[status] for node, status in expected.items()}
-    assert tables(query) == expected_tables
+    assert states == {node: STATES[status] for node, status in expected.items()}, again
+    assert tables(query) == expected_tables, again
