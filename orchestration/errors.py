@@ -23,6 +23,10 @@ class SettingsError(PipelineError):
     """A setting that is missing or wrong."""
 
 
+class DeploymentsError(PipelineError):
+    """A file, a flow or a server from which or on which deployments cannot be made: what, where, and the cure."""
+
+
 class ClusterError(PipelineError):
     """A cluster that cannot be made, reached or deployed to: what, where, and the cure."""
 

@@ -1,0 +1,234 @@
+"""What a file says and a server has, in one form, so that the two can be compared."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from orchestration.deployments import schedules
+
+VARIABLE = "variable"
+LIMIT = "concurrency-limit"
+TAG_LIMIT = "tag-concurrency-limit"
+POOL = "work-pool"
+QUEUE = "work-queue"
+DEPLOYMENT = "deployment"
+AUTOMATION = "automation"
+
+KINDS = (VARIABLE, LIMIT, TAG_LIMIT, POOL, QUEUE, DEPLOYMENT, AUTOMATION)
+"""In the order in which they are made; they are deleted in the opposite one."""
+
+Name = tuple[str, str]
+"""A kind and a key: a name, for a queue POOL/QUEUE, for a deployment FLOW/DEPLOYMENT."""
+
+NOBODY = "00000000-0000-0000-0000-000000000000"
+"""Stands for a deployment's id in its triggers."""
+
+
+@dataclass
+class Object:
+    """One thing on a server.
+
+    Args:
+        kind: one of `KINDS`.
+        key: its name among its kind.
+        fields: what it is. A field that is None where an operator may decide (`paused`, `active`, `enabled`) is left
+            to the operator. `schedules` of a deployment are by slug or content, its `triggers` by name.
+        where: FILE:LINE of what is wanted.
+        id: the server's.
+        raw: all that the server says of it.
+    """
+
+    kind: str
+    key: str
+    fields: dict[str, Any]
+    where: str = ""
+    id: str = ""
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def name(self) -> Name:
+        return self.kind, self.key
+
+
+def spoken(name: Name) -> str:
+    """ "deployment etl/nightly"."""
+    return f"{name[0]} {name[1]}"
+
+
+def parsed(text: str) -> Name:
+    """The name that KIND:KEY says.
+
+    Raises:
+        ValueError: it says none.
+    """
+    kind, _, key = text.partition(":")
+    if kind not in KINDS or not key:
+        raise ValueError(f"{text} is no KIND:KEY. Write deployment:FLOW/NAME; the kinds are {', '.join(KINDS)}")
+    return kind, key
+
+
+def schedules_by_name(listed: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Schedules by slug; those without one by what they are, as `cron 0 6 * * * UTC`.
+
+    Args:
+        listed: each with `schedule` in normal form, `active`, `parameters`, `slug`, perhaps `id`.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for each in listed:
+        name = each.get("slug") or title(each["schedule"])
+        number = 2
+        while name in found:  # the same twice, with other parameters
+            name = f"{name.rsplit(' #', 1)[0]} #{number}"
+            number += 1
+        found[name] = {key: value for key, value in each.items() if key != "slug"} | {"slug": each.get("slug")}
+    return found
+
+
+def title(schedule: Mapping[str, Any]) -> str:
+    """A schedule in a few words."""
+    kind = next(each for each in schedules.KINDS if each in schedule)
+    value = schedule[kind]
+    if kind == "interval":
+        value = f"{value:g} s"
+    elif kind == "rrule":
+        value = str(value).removeprefix("RRULE:").rpartition("\n")[2]
+    return f"{kind} {value} {schedule['timezone']}"
+
+
+def automation(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """An automation of a file or of a server, without ids of its own.
+
+    Raises:
+        pydantic.ValidationError: it is none.
+    """
+    from prefect.events.schemas.automations import AutomationCore
+
+    fields = AutomationCore.model_validate(dict(raw)).model_dump(mode="json", exclude={"name", "owner_resource"})
+    fields["trigger"] = _without_ids(fields["trigger"])
+    return fields
+
+
+def trigger(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The automation that a deployment's trigger is, for the deployment `NOBODY`.
+
+    Raises:
+        pydantic.ValidationError: it is none.
+    """
+    from uuid import UUID
+
+    from prefect.events import DeploymentTriggerTypes
+    from pydantic import TypeAdapter
+
+    read = TypeAdapter(DeploymentTriggerTypes).validate_python(dict(raw))
+    read.set_deployment_id(UUID(NOBODY))
+    return automation(read.as_automation().model_dump(mode="json"))
+
+
+def _without_ids(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_ids(each) for key, each in value.items() if key != "id"}
+    return [_without_ids(each) for each in value] if isinstance(value, list) else value
+
+
+def with_deployment(fields: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
+    """A trigger's automation for another deployment."""
+    actions = [
+        each | {"deployment_id": new} if each.get("deployment_id") == old else each for each in fields["actions"]
+    ]
+    return {**fields, "actions": actions}
+
+
+def runs_one_deployment(raw: Mapping[str, Any]) -> str:
+    """The id of the deployment whose trigger an automation is: all that it does is to run it. Else nothing."""
+    actions = raw.get("actions") or []
+    others = [*(raw.get("actions_on_trigger") or []), *(raw.get("actions_on_resolve") or [])]
+    if len(actions) == 1 and not others and actions[0].get("type") == "run-deployment":
+        return str(actions[0].get("deployment_id") or "")
+    return ""
+
+
+Difference = tuple[str, Any, Any]
+"""A field, its old value and its new one; None is no value."""
+
+
+def differences(wanted: Object, found: Mapping[str, Any]) -> list[Difference]:
+    """The fields of `wanted` that `found` has otherwise."""
+    listed: list[Difference] = []
+    for name, value in wanted.fields.items():
+        have = found.get(name)
+        if name == "schedules":
+            listed += _schedule_differences(value, have or {})
+        elif name == "triggers":
+            for each in sorted({*value, *(have or {})}):
+                old, new = (have or {}).get(each), value.get(each)
+                if new is not None and old is not None:
+                    listed += [(f"triggers.{each}.{key}", a, b) for key, a, b in _mapping_differences(new, old)]
+                else:
+                    listed.append((f"triggers.{each}", old, new))
+        elif value is None and name in ("paused", "active", "enabled", "priority"):
+            continue
+        elif isinstance(value, dict) and isinstance(have, dict):
+            listed += [(f"{name}.{key}", a, b) for key, a, b in _mapping_differences(value, have)]
+        elif value != have:
+            listed.append((name, have, value))
+    return listed
+
+
+def _mapping_differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[Difference]:
+    """Field by field, down to what is no mapping."""
+    listed: list[Difference] = []
+    for key in sorted({*wanted, *found}, key=str):
+        old, new = found.get(key), wanted.get(key)
+        if key == "enabled" and new is None:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            listed += [(f"{key}.{below}", a, b) for below, a, b in _mapping_differences(new, old)]
+        elif old != new or (key in found) != (key in wanted):
+            listed.append((key, old, new))
+    return listed
+
+
+def paired(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Schedules that are one and the same: (name, found, wanted), either may be None.
+
+    By name first. What has no slug and no counterpart is a changed one, in order, so that it stays what it is to its
+    runs and stays paused if it was.
+    """
+    pairs: list[tuple[str, Any, Any]] = []
+    left = dict(found)
+    new: list[str] = []
+    for name, each in wanted.items():
+        if name in left:
+            pairs.append((name, left.pop(name), each))
+            continue
+        like = [key for key, old in left.items() if not each["slug"] and not old["slug"]]
+        same = [key for key in like if schedules.same(each["schedule"], left[key]["schedule"])]
+        if same:
+            pairs.append((name, left.pop(same[0]), each))
+        else:
+            new.append(name)
+    for name in new:
+        like = [key for key, old in left.items() if not wanted[name]["slug"] and not old["slug"] and key not in wanted]
+        pairs.append((name, left.pop(like[0]) if like else None, wanted[name]))
+    return pairs + [(name, each, None) for name, each in left.items()]
+
+
+def _schedule_differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[Difference]:
+    listed: list[Difference] = []
+    for name, old, new in paired(wanted, found):
+        if old is None or new is None:
+            listed.append((f"schedules.{name}", _said(old), _said(new)))
+            continue
+        if not schedules.same(new["schedule"], old["schedule"]):
+            listed.append((f"schedules.{name}", title(old["schedule"]), title(new["schedule"])))
+        if new["active"] is not None and new["active"] != old["active"]:
+            listed.append((f"schedules.{name}.active", old["active"], new["active"]))
+        if (new["parameters"] or {}) != (old["parameters"] or {}):
+            listed.append((f"schedules.{name}.parameters", old["parameters"], new["parameters"]))
+    return listed
+
+
+def _said(schedule: Mapping[str, Any] | None) -> str | None:
+    if schedule is None:
+        return None
+    return title(schedule["schedule"]) + ("" if schedule["active"] in (None, True) else ", paused")
