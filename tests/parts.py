@@ -109,7 +109,7 @@ def prefect_server(home: Path) -> Iterator[str]:
     with (home / "server.log").open("w") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "prefect", "server", "start", "--port", str(port)],
-            env=os.environ | {"PREFECT_HOME": str(home)},
+            env=os.environ | {"PREFECT_HOME": str(home), "PYTHONTZPATH": ""},  # as `make server`
             cwd=home,
             stdout=log,
             stderr=subprocess.STDOUT,

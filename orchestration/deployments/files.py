@@ -33,13 +33,14 @@ class Map(dict[str, Any]):
 
 
 class Seq(list[Any]):
-    """A sequence of a file; `at` gives FILE:LINE of an entry."""
+    """A sequence of a file; its attributes are as those of `Map`, with the lines of the entries."""
 
     file: str = ""
     line: int = 0
     lines: list[int]
 
     def at(self, index: int) -> str:
+        """FILE:LINE of an entry."""
         return f"{self.file}:{self.lines[index]}"
 
 

@@ -17,6 +17,9 @@ AUTOMATION = "automation"
 KINDS = (VARIABLE, LIMIT, TAG_LIMIT, POOL, QUEUE, DEPLOYMENT, AUTOMATION)
 """In the order in which they are made; they are deleted in the opposite one."""
 
+LEFT_TO_OTHERS = ("paused", "active", "enabled", "priority", "base_job_template")
+"""Fields that an operator, or for the template the pool's worker, decides where a file does not."""
+
 Name = tuple[str, str]
 """A kind and a key: a name, for a queue POOL/QUEUE, for a deployment FLOW/DEPLOYMENT."""
 
@@ -43,15 +46,16 @@ class Object:
     fields: dict[str, Any]
     where: str = ""
     id: str = ""
-    raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    raw: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> Name:
+        """Kind and key."""
         return self.kind, self.key
 
 
 def spoken(name: Name) -> str:
-    """ "deployment etl/nightly"."""
+    """A name in a sentence: deployment etl/nightly."""
     return f"{name[0]} {name[1]}"
 
 
@@ -104,7 +108,7 @@ def automation(raw: Mapping[str, Any]) -> dict[str, Any]:
     from prefect.events.schemas.automations import AutomationCore
 
     fields = AutomationCore.model_validate(dict(raw)).model_dump(mode="json", exclude={"name", "owner_resource"})
-    fields["trigger"] = _without_ids(fields["trigger"])
+    fields["trigger"] = _settled(fields["trigger"])
     return fields
 
 
@@ -124,10 +128,14 @@ def trigger(raw: Mapping[str, Any]) -> dict[str, Any]:
     return automation(read.as_automation().model_dump(mode="json"))
 
 
-def _without_ids(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_ids(each) for key, each in value.items() if key != "id"}
-    return [_without_ids(each) for each in value] if isinstance(value, list) else value
+def _settled(trigger: Any) -> Any:
+    """A trigger without ids, and with the sets of Prefect's model in one order."""
+    if isinstance(trigger, list):
+        return [_settled(each) for each in trigger]
+    if not isinstance(trigger, dict):
+        return trigger
+    sets = ("expect", "after", "for_each")
+    return {key: sorted(each) if key in sets else _settled(each) for key, each in trigger.items() if key != "id"}
 
 
 def with_deployment(fields: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
@@ -165,7 +173,7 @@ def differences(wanted: Object, found: Mapping[str, Any]) -> list[Difference]:
                     listed += [(f"triggers.{each}.{key}", a, b) for key, a, b in _mapping_differences(new, old)]
                 else:
                     listed.append((f"triggers.{each}", old, new))
-        elif value is None and name in ("paused", "active", "enabled", "priority"):
+        elif value is None and name in LEFT_TO_OTHERS:
             continue
         elif isinstance(value, dict) and isinstance(have, dict):
             listed += [(f"{name}.{key}", a, b) for key, a, b in _mapping_differences(value, have)]
@@ -220,7 +228,9 @@ def _schedule_differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -
             listed.append((f"schedules.{name}", _said(old), _said(new)))
             continue
         if not schedules.same(new["schedule"], old["schedule"]):
-            listed.append((f"schedules.{name}", title(old["schedule"]), title(new["schedule"])))
+            titles = title(old["schedule"]), title(new["schedule"])
+            both = titles if titles[0] != titles[1] else (old["schedule"], new["schedule"])
+            listed.append((f"schedules.{name}", *both))
         if new["active"] is not None and new["active"] != old["active"]:
             listed.append((f"schedules.{name}.active", old["active"], new["active"]))
         if (new["parameters"] or {}) != (old["parameters"] or {}):

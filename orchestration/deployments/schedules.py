@@ -3,7 +3,6 @@
 Prefect is imported when a schedule is checked, not before: comparing needs none of it.
 """
 
-import difflib
 import functools
 import json
 import re
@@ -197,6 +196,8 @@ def _timezones() -> frozenset[str]:
 def _timezone_problem(name: str) -> str | None:
     if name in _timezones():
         return None
+    import difflib
+
     wanted = name.lower().replace(" ", "_")
     # A city without its continent is as common as a typing error.
     known = {zone.rpartition("/")[2].lower(): zone for zone in sorted(_timezones())}

@@ -1,0 +1,178 @@
+"""`orchestrate`: deployments as desired state, from the command line."""
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# Beyond these, a command imports what it needs: --help is there at once.
+from orchestration.errors import DeploymentsError, PipelineError
+
+NOTHING, FAILED, DIFFERS, INTERRUPTED = 0, 1, 2, 130
+"""Exit statuses."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="orchestrate", description="Deployments as desired state: prefect.yaml and what lies beside it."
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str, *, files: bool = True) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text)
+        if files:
+            made.add_argument("files", nargs="*", metavar="FILE", help="default: prefect.yaml")
+        made.add_argument("--owner", default="", help="whose things these are; default: the `name` of prefect.yaml")
+        return made
+
+    for name, text in (
+        ("plan", "what a sync would do; exit status 0 nothing, 2 something, 1 an error"),
+        ("sync", "bring the server to what the files say"),
+    ):
+        made = command(name, text)
+        made.add_argument("--prune", action="store_true", help="delete what the owner has and the files no longer have")
+        made.add_argument("--adopt", action="store_true", help="take over what exists and nobody owns")
+        made.add_argument("--directory", type=Path, help="the working directory of runs; default: this one")
+        made.add_argument("--wait", type=float, default=0, metavar="SECONDS", help="for the API to answer")
+        if name == "plan":
+            made.add_argument("--json", action="store_true", help="for programs")
+    made = command("diff", "what was changed on the server since the last sync; exit status 2 if anything", files=False)
+    made.add_argument("--json", action="store_true", help="for programs")
+    made = command("export", "write what the server has as a file that changes nothing when synced", files=False)
+    made.add_argument("--output", type=Path, metavar="FILE", help="default: printed")
+    made.add_argument("--directory", type=Path, help="the working directory of runs; default: this one")
+    made = command("adopt", "take something over as it is on the server", files=False)
+    made.add_argument("names", nargs="+", metavar="KIND:KEY", help="like deployment:etl/nightly")
+    made.add_argument("--from", dest="giver", default="", metavar="OWNER", help="whose it is; default: nobody's")
+    made = command("check", "that flows import, parameters and schedules fit; needs no server")
+    made.add_argument("--quota", type=Path, metavar="FILE", help="ResourceQuota and LimitRange objects to fit in")
+    made = command("watch", "look for drift from time to time: an artifact, events, metrics", files=False)
+    made.add_argument("--every", type=float, default=300, metavar="SECONDS")
+    made.add_argument("--port", type=int, default=8080, help="of /health and /metrics")
+    made.add_argument("--wait", type=float, default=300, metavar="SECONDS", help="for the API to answer at first")
+    return top
+
+
+def _files(options: argparse.Namespace) -> list[str]:
+    return options.files or ["prefect.yaml"]
+
+
+def _owner(options: argparse.Namespace) -> str:
+    """Who is meant, where no file is read but for its name."""
+    if options.owner:
+        return str(options.owner)
+    from orchestration.deployments import files
+
+    name = files.read(["prefect.yaml"])[0].get("name") if Path("prefect.yaml").exists() else None
+    if not isinstance(name, str) or not name:
+        raise DeploymentsError("Whose things are meant is not said: no prefect.yaml with a `name` is here. Say --owner")
+    return name
+
+
+async def _plan(options: argparse.Namespace) -> int:
+    from orchestration.deployments import desired, plan, server, show
+
+    pool = desired.default_pool()
+    wanted = desired.read(_files(options), owner=options.owner, directory=options.directory, default_pool=pool)
+    async with server.connected(options.wait) as api:
+        found = await plan.make(api, wanted, prune=options.prune, adopt=options.adopt)
+    (show.plan_json if options.json else show.plan)(found)
+    return DIFFERS if found.changes else NOTHING
+
+
+async def _sync(options: argparse.Namespace) -> int:
+    from orchestration.deployments import desired, server, show, sync
+
+    pool = desired.default_pool()
+    wanted = desired.read(_files(options), owner=options.owner, directory=options.directory, default_pool=pool)
+    async with server.connected(options.wait) as api:
+        carried_out = await sync.sync(api, wanted, prune=options.prune, adopt=options.adopt, report=show.report)
+    show.done(carried_out)
+    return NOTHING
+
+
+async def _diff(options: argparse.Namespace) -> int:
+    from orchestration.deployments import drift, server, show
+
+    owner = _owner(options)
+    async with server.connected() as api:
+        found = await drift.find(api, owner)
+    if options.json:
+        show.drift_json(owner, found)
+    else:
+        show.drift(owner, found)
+    return DIFFERS if found else NOTHING
+
+
+async def _export(options: argparse.Namespace) -> int:
+    from orchestration.deployments import export, server
+
+    async with server.connected() as api:
+        found = await server.everything(api)
+    text = export.text(export.document(found, options.owner or "exported", options.directory or Path.cwd()))
+    if options.output:
+        options.output.write_text(text)
+    else:
+        print(text, end="")
+    return NOTHING
+
+
+async def _adopt(options: argparse.Namespace) -> int:
+    from orchestration.deployments import objects, server, sync
+
+    try:
+        names = [objects.parsed(each) for each in options.names]
+    except ValueError as error:
+        raise DeploymentsError(str(error)) from None
+    owner = _owner(options)
+    async with server.connected() as api:
+        await sync.adopt(api, owner, names, options.giver)
+    print(f"{owner} has taken over {', '.join(map(objects.spoken, names))}.")
+    return NOTHING
+
+
+async def _check(options: argparse.Namespace) -> int:
+    from orchestration.deployments import check, desired
+
+    pool = desired.default_pool() or "default"
+    check.show(check.check(_files(options), owner=options.owner, pool=pool, quota=options.quota))
+    return NOTHING
+
+
+async def _watch(options: argparse.Namespace) -> int:
+    from orchestration.deployments import watch
+
+    await watch.watch(_owner(options), every=options.every, port=options.port, wait=options.wait)
+    return NOTHING
+
+
+COMMANDS = {
+    "plan": _plan,
+    "sync": _sync,
+    "diff": _diff,
+    "export": _export,
+    "adopt": _adopt,
+    "check": _check,
+    "watch": _watch,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    options = parser().parse_args(arguments)
+    try:
+        return asyncio.run(COMMANDS[options.command](options))
+    except PipelineError as error:
+        print(f"{error}{'' if str(error).endswith('.') else '.'}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("\nInterrupted. Run it again: what is done is kept.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        return FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""What was changed on the server since the owner's last sync."""
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+from orchestration.deployments import record as records_of
+from orchestration.deployments import server as api
+from orchestration.deployments.objects import Difference, Object, differences
+from orchestration.deployments.server import Server
+from orchestration.errors import DeploymentsError
+
+
+@dataclass
+class Drift:
+    """One thing that is not as the last sync left it.
+
+    Args:
+        kind: of it.
+        key: of it.
+        fields: field, value at the last sync and value now; none if it is gone.
+        when: it was last changed, ISO 8601, as the server says.
+        by: who changed it, if the server says.
+    """
+
+    kind: str
+    key: str
+    fields: list[Difference]
+    when: str = ""
+    by: str = ""
+
+    def json(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "action": "changed" if self.fields else "deleted",
+            "kind": self.kind,
+            "key": self.key,
+            "fields": [{"field": name, "old": old, "new": new} for name, old, new in self.fields],
+            "when": self.when or None,
+            "by": self.by or None,
+        }
+
+
+async def find(server: Server, owner: str) -> list[Drift]:
+    """What is not as the owner's last sync left it. What operators may decide is no drift.
+
+    Raises:
+        DeploymentsError: the owner has never synced.
+    """
+    found, records = await asyncio.gather(api.everything(server), records_of.all_of(server))
+    record = records.get(owner)
+    if record is None:
+        known = ", ".join(sorted(records)) or "nobody"
+        raise DeploymentsError(
+            f"{owner} has never synced to {server.url}. It knows {known}. Say --owner, or sync first"
+        )
+    drifted = []
+    for (kind, key), fields in sorted(record.applied.items()):
+        # What a sync has begun is between two states; the next sync brings it to one.
+        if fields is None or (kind, key) in record.begun or key in record.ending:
+            continue
+        there = found.get((kind, key))
+        if there is None:
+            drifted.append(Drift(kind, key, []))
+        elif different := differences(Object(kind, key, fields), there.fields):
+            by = there.raw.get("updated_by") or {}
+            # From what was to what is.
+            turned = [(name, new, old) for name, old, new in different]
+            drifted.append(Drift(kind, key, turned, str(there.raw.get("updated") or ""), by.get("display_value") or ""))
+    return drifted

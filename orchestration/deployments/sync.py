@@ -1,0 +1,410 @@
+"""Brings a server to what the files want: only what differs, so that no run is lost, whenever it is cut off.
+
+Before a sync touches a thing it writes that into the owner's record, and afterwards that it is done. What a sync that
+was killed had begun is thus known to be the owner's, and the runs of a deployment that it was changing are scheduled
+anew from then on: a change of a deployment makes the server delete the runs to come, until somebody schedules them.
+"""
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from urllib.parse import quote
+
+from orchestration.deployments import plan as planning
+from orchestration.deployments import record as records_of
+from orchestration.deployments import schedules
+from orchestration.deployments import server as api
+from orchestration.deployments.desired import Desired
+from orchestration.deployments.objects import (
+    AUTOMATION,
+    DEPLOYMENT,
+    LEFT_TO_OTHERS,
+    LIMIT,
+    NOBODY,
+    POOL,
+    QUEUE,
+    TAG_LIMIT,
+    VARIABLE,
+    Name,
+    Object,
+    paired,
+    spoken,
+    with_deployment,
+)
+from orchestration.deployments.plan import CREATE, DELETE, END, FINISH, FORGET, Change, Plan
+from orchestration.deployments.record import Record
+from orchestration.deployments.server import JSON, RefusedError, Server
+from orchestration.errors import DeploymentsError
+
+ROUNDS = 5
+"""How often a sync looks again when another one was at work at the same time."""
+
+REACH = timedelta(hours=1)
+"""How far back runs are scheduled anew after a sync that was cut off: further back, they had their time."""
+
+
+async def sync(
+    server: Server,
+    desired: Desired,
+    *,
+    prune: bool = False,
+    adopt: bool = False,
+    report: Callable[[Plan], None] = lambda _: None,
+) -> Plan:
+    """Apply the files to the server.
+
+    Args:
+        server: where.
+        desired: what the files want.
+        prune: delete what the owner has on the server and the files no longer have.
+        adopt: take over what nobody owns.
+        report: is given the plan before it is carried out; more than once if another sync is at work.
+
+    Returns:
+        The plan that was carried out first.
+
+    Raises:
+        DeploymentsError: the server refuses a part; the rest is done, and the next sync goes on.
+    """
+    first: Plan | None = None
+    for _ in range(ROUNDS):
+        plan = await planning.make(server, desired, prune=prune, adopt=adopt)
+        if first is None or plan.changes:
+            report(plan)
+        first = first or plan
+        if not plan.changes:
+            return first
+        together, refused = await _apply(server, plan)
+        # What another sync was faster with is refused; to look again tells whether anything is left to do.
+        if together:
+            continue
+        if refused:
+            raise DeploymentsError(refused)
+        return first
+    raise DeploymentsError(
+        refused
+        or f"Something else changes what {desired.owner} has, again and again. See what it is, and run this again"
+    )
+
+
+async def _apply(server: Server, plan: Plan) -> tuple[bool, str]:
+    """Carry it out; whether another sync was at work or a request had to be made twice, and what was refused."""
+    now = datetime.now(UTC).isoformat()
+
+    def begin(record: Record) -> None:
+        for each in plan.changes:
+            if each.action == END:
+                record.ending.add(each.name[1])
+            elif each.action != FORGET:
+                record.applied.setdefault(each.name, None)
+                record.begun.setdefault(each.name, now)
+
+    repeated = server.repeated
+    began = await records_of.write(server, plan.owner, begin)
+    done: list[Change] = []
+    failures: list[str] = []
+    flows: dict[str, str] = {}
+    progress = _Progress(len(plan.changes))
+
+    async def carry_out(change: Change) -> None:
+        try:
+            await _carry_out(server, change, flows, now)
+        except RefusedError as error:
+            where = change.wanted.where + ": " if change.wanted else ""
+            failures.append(f"{where}{spoken(change.name)}: {error}")
+        else:
+            done.append(change)
+            progress.one()
+
+    try:
+        for changes in _stages(plan.changes):
+            if not failures:
+                await asyncio.gather(*map(carry_out, changes))
+    finally:
+        progress.end()
+        # Also when the server went away or somebody interrupts: what is known to be done need not be done again.
+        with contextlib.suppress(DeploymentsError) if sys.exc_info()[0] else contextlib.nullcontext():
+            before = await _report(server, plan.owner, done)
+    together = before != began.serial or server.repeated > repeated
+    more = f"\n{len(failures) - 1} more were refused" if len(failures) > 1 else ""
+    return together, f"{failures[0]}{more}" if failures else ""
+
+
+async def _report(server: Server, owner: str, done: Sequence[Change]) -> str:
+    """Write what is done; the record's serial before."""
+    before = ""
+
+    def finish(record: Record) -> None:
+        nonlocal before
+        before = before or record.serial
+        for each in done:
+            if each.action == END:
+                continue
+            record.begun.pop(each.name, None)
+            record.ending.discard(each.name[1] if each.name[0] == DEPLOYMENT else "")
+            if each.wanted is None:
+                record.applied.pop(each.name, None)
+            else:
+                # The schema is the code's: nobody changes it elsewhere.
+                fields = {key: value for key, value in each.wanted.fields.items() if key != "parameter_openapi_schema"}
+                record.applied[each.name] = fields
+
+    await records_of.write(server, owner, finish)
+    return before
+
+
+def _stages(changes: Sequence[Change]) -> list[list[Change]]:
+    """What may be done at the same time, in order. Queues push each other's priorities: one after the other."""
+    stages: list[list[Change]] = []
+    last: tuple[str, bool] | None = None
+    for each in changes:
+        stage = each.name[0], each.wanted is None
+        if stage != last or each.name[0] == QUEUE:
+            stages.append([])
+        stages[-1].append(each)
+        last = stage
+    return stages
+
+
+class _Progress:
+    """How much is done, on a terminal."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done = total, 0
+        self.shown = total > 20 and sys.stderr.isatty()
+
+    def one(self) -> None:
+        self.done += 1
+        if self.shown:
+            print(f"\r{self.done} of {self.total}", end="", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        if self.shown:
+            print("\r" + " " * 20 + "\r", end="", file=sys.stderr, flush=True)
+
+
+async def _carry_out(server: Server, change: Change, flows: dict[str, str], now: str) -> None:
+    kind = change.name[0]
+    if change.action == FORGET:
+        return
+    if change.action == DELETE:
+        assert change.found
+        await server.ask("DELETE", _path(change.found), absent=True)
+        return
+    if change.action == END:
+        assert change.found
+        await server.ask("PATCH", f"/deployments/{change.found.id}", {"paused": True}, absent=True)
+        return
+    assert change.wanted
+    if kind == DEPLOYMENT:
+        await _deployment(server, change, flows, now)
+    elif change.action == CREATE:
+        await _create(server, change.wanted)
+    elif change.action != FINISH:
+        await _change(server, change)
+
+
+def _path(found: Object) -> str:
+    """The resource of something that is there."""
+    key = "/".join(quote(part, safe="") for part in found.key.split("/"))
+    return {
+        VARIABLE: f"/variables/{found.id}",
+        LIMIT: f"/v2/concurrency_limits/{found.id}",
+        TAG_LIMIT: f"/concurrency_limits/tag/{key}",
+        POOL: f"/work_pools/{key}",
+        QUEUE: f"/work_queues/{found.id}",
+        DEPLOYMENT: f"/deployments/{found.id}",
+        AUTOMATION: f"/automations/{found.id}",
+    }[found.kind]
+
+
+def _set(fields: JSON) -> JSON:
+    """Without what is left to others."""
+    said = {key: value for key, value in fields.items() if value is not None or key not in LEFT_TO_OTHERS}
+    # A queue cannot be without a description.
+    return said | {"description": said["description"] or ""} if "description" in said else said
+
+
+async def _create(server: Server, wanted: Object) -> None:
+    fields = _set(wanted.fields)
+    if wanted.kind == TAG_LIMIT:
+        # It is one or becomes one: the server's own way to set it.
+        await server.ask("POST", "/concurrency_limits/", {"tag": wanted.key, **fields})
+        return
+    pool, _, queue = wanted.key.partition("/")
+    path, name = {
+        VARIABLE: ("/variables/", wanted.key),
+        LIMIT: ("/v2/concurrency_limits/", wanted.key),
+        POOL: ("/work_pools/", wanted.key),
+        QUEUE: (f"/work_pools/{quote(pool, safe='')}/queues", queue),
+        AUTOMATION: ("/automations/", wanted.key),
+    }[wanted.kind]
+    try:
+        await server.ask("POST", path, {"name": name, **fields})
+    except RefusedError as error:
+        # Another sync was faster; or, of a new pool, the server itself made the queue `default`.
+        if error.status != 409:
+            raise
+        if wanted.kind == POOL:
+            await server.ask("PATCH", f"{path}{quote(name, safe='')}", _without_type(fields))
+        elif wanted.kind == QUEUE:
+            await server.ask("PATCH", f"{path}/{quote(name, safe='')}", fields)
+
+
+def _without_type(fields: JSON) -> JSON:
+    return {key: value for key, value in fields.items() if key != "type"}
+
+
+async def _change(server: Server, change: Change) -> None:
+    wanted, found = change.wanted, change.found
+    assert wanted
+    assert found
+    fields = _set(wanted.fields)
+    if wanted.kind == TAG_LIMIT:
+        await _create(server, wanted)
+    elif wanted.kind == AUTOMATION:
+        for each in found.raw.get("copy_ids", ()):
+            await server.ask("DELETE", f"/automations/{each}", absent=True)
+        body = {"name": wanted.key, "enabled": found.fields["enabled"]} | fields
+        await server.ask("PUT", _path(found), body)
+    else:
+        different = {name.partition(".")[0] for name, _, _ in change.fields}
+        body = {key: value for key, value in fields.items() if key in different}
+        if body:
+            await server.ask("PATCH", _path(found), body)
+
+
+PLAIN = (
+    "description", "version", "tags", "entrypoint", "path", "pull_steps", "parameters", "parameter_openapi_schema",
+    "enforce_parameter_schema", "concurrency_limit", "concurrency_options", "paused",
+)  # fmt: skip
+"""A deployment's fields that are sent as they are."""
+
+
+async def _deployment(server: Server, change: Change, flows: dict[str, str], now: str) -> None:
+    wanted, found = change.wanted, change.found
+    assert wanted
+    if found is None:
+        id_ = await _create_deployment(server, wanted, flows)
+        await _triggers(server, wanted, id_, {}, {})
+        return
+    different = {name.partition(".")[0] for name, _, _ in change.fields}
+    body = {key: wanted.fields[key] for key in PLAIN if key in different}
+    if different & {"work_pool_name", "work_queue_name", "job_variables"}:
+        # With the pool's name the server checks the job variables.
+        body |= {key: wanted.fields[key] for key in ("work_pool_name", "work_queue_name", "job_variables")}
+    touched = bool(body) or bool(change.since)
+    if body:
+        await server.ask("PATCH", f"/deployments/{found.id}", body)
+    if "schedules" in different:
+        await _schedules(server, wanted, found)
+        touched = True
+    if different & {"triggers", "copies"}:
+        await _triggers(server, wanted, found.id, found.fields["triggers"], found.raw["trigger_ids"])
+    paused = found.fields["paused"] if wanted.fields["paused"] is None else wanted.fields["paused"]
+    if touched and wanted.fields["schedules"] and not paused:
+        since = max(datetime.fromisoformat(change.since or now), datetime.now(UTC) - REACH)
+        await server.ask("POST", f"/deployments/{found.id}/schedule", {"start_time": since.isoformat()})
+
+
+async def _create_deployment(server: Server, wanted: Object, flows: dict[str, str]) -> str:
+    flow, _, name = wanted.key.rpartition("/")
+    if flow not in flows:
+        flows[flow] = (await server.ask("POST", "/flows/", {"name": flow}))["id"]
+    body = {key: wanted.fields[key] for key in PLAIN if wanted.fields[key] is not None}
+    body |= {key: wanted.fields[key] for key in ("work_pool_name", "work_queue_name", "job_variables")}
+    body |= {"name": name, "flow_id": flows[flow], "schedules": [*map(_schedule, wanted.fields["schedules"].values())]}
+    return str((await server.ask("POST", "/deployments/", body))["id"])
+
+
+def _schedule(wanted: JSON) -> JSON:
+    body = {key: wanted[key] for key in ("schedule", "parameters", "slug")}
+    return body if wanted["active"] is None else body | {"active": wanted["active"]}
+
+
+async def _schedules(server: Server, wanted: Object, found: Object) -> None:
+    path = f"/deployments/{found.id}/schedules"
+    new = []
+    # New ones before old ones go: in between a deployment has too many schedules and not too few.
+    pairs = paired(wanted.fields["schedules"], found.fields["schedules"])
+    for _, old, each in pairs:
+        if each is None:
+            continue
+        if old is None:
+            new.append(_schedule(each))
+            continue
+        body = {"parameters": each["parameters"]}  # the server empties them if they are not said
+        changed = (old["parameters"] or {}) != each["parameters"]
+        if not schedules.same(each["schedule"], old["schedule"]):
+            body["schedule"], changed = each["schedule"], True
+        if each["active"] is not None and each["active"] != old["active"]:
+            body["active"], changed = each["active"], True
+        if changed:
+            await server.ask("PATCH", f"{path}/{old['id']}", body, absent=True)
+    if new:
+        await server.ask("POST", path, new)
+    for _, old, each in pairs:
+        if each is None:
+            await server.ask("DELETE", f"{path}/{old['id']}", absent=True)
+
+
+async def _triggers(
+    server: Server, wanted: Object, deployment: str, found: dict[str, JSON], ids: dict[str, list[str]]
+) -> None:
+    """A deployment's triggers are automations that it owns: they go with it."""
+    for name, each in wanted.fields["triggers"].items():
+        body: dict[str, Any] = {"name": name} | with_deployment(each, NOBODY, deployment)
+        if name not in ids:
+            body["enabled"] = body["enabled"] is not False
+            await server.ask("POST", "/automations/", body | {"owner_resource": f"prefect.deployment.{deployment}"})
+            continue
+        if body["enabled"] is None:
+            body["enabled"] = found[name]["enabled"]
+        if any(
+            found[name].get(key) != value for key, value in each.items() if value is not None and key != "actions"
+        ) or (found[name]["actions"] != each["actions"]):
+            await server.ask("PUT", f"/automations/{ids[name][0]}", body)
+    extra = [id_ for name, listed in ids.items() for id_ in listed[0 if name not in wanted.fields["triggers"] else 1 :]]
+    for id_ in extra:
+        await server.ask("DELETE", f"/automations/{id_}", absent=True)
+
+
+async def adopt(server: Server, owner: str, names: Sequence[Name], giver: str = "") -> None:
+    """Make things on the server the owner's, as they are.
+
+    Args:
+        server: where.
+        owner: who gets them.
+        names: what.
+        giver: whose they were; nobody's, if empty.
+
+    Raises:
+        DeploymentsError: one is not there, or another's than the giver's.
+    """
+    found, records = await asyncio.gather(api.everything(server), records_of.all_of(server))
+    owners = records_of.owners(records.values())
+    for name in names:
+        if name not in found:
+            raise DeploymentsError(f"{spoken(name)} is not on the server. See what is: orchestrate export")
+        if owners.get(name, "") not in (giver, owner):
+            whose = owners.get(name, "")
+            said = f"belongs to {whose}, say --from '{whose}'" if whose else "belongs to nobody, leave --from out"
+            raise DeploymentsError(f"{spoken(name)} {said}")
+
+    def take(record: Record) -> None:
+        for name in names:
+            fields = {key: value for key, value in found[name].fields.items() if key != "parameter_openapi_schema"}
+            record.applied[name] = fields
+
+    def give(record: Record) -> None:
+        for name in names:
+            record.applied.pop(name, None)
+            record.begun.pop(name, None)
+
+    # First taken, then given: cut off in between it is two owners' and not nobody's.
+    await records_of.write(server, owner, take)
+    if giver and giver != owner:
+        await records_of.write(server, giver, give)

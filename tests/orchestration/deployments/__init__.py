@@ -1,0 +1,1 @@
+"""Tests of deployments as desired state."""

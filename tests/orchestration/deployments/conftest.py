@@ -1,0 +1,102 @@
+"""A project with files of desired state, and the server that they are synced to."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+import yaml
+
+from orchestration.__main__ import main
+
+FLOW = '''
+from prefect import flow
+
+@flow
+def etl(day: int = 1, name: str = "x") -> None:
+    """Loads a day."""
+
+@flow
+def report(title: str) -> None:
+    pass
+'''
+
+
+@dataclass
+class Project:
+    """A folder with flow.py and files, whose owner, flow and pool nobody else on the server has."""
+
+    folder: Path
+    api: httpx.Client
+    capture: pytest.CaptureFixture[str]
+    owner: str
+
+    @property
+    def pool(self) -> str:
+        return f"pool-{self.owner}"
+
+    def write(self, *deployments: dict[str, Any], file: str = "prefect.yaml", **more: Any) -> None:
+        """Write a file with these deployments of `etl`, in the project's pool, and other keys."""
+        made = [
+            {"entrypoint": "flow.py:etl", "work_pool": {"name": self.pool}, **each, "name": self.own(each["name"])}
+            for each in deployments
+        ]
+        document = {"name": self.owner, "work_pools": [{"name": self.pool, "type": "process"}], "deployments": made}
+        (self.folder / file).write_text(yaml.safe_dump(document | more, sort_keys=False))
+
+    def own(self, name: str) -> str:
+        """A name that nobody else has."""
+        return f"{name}-{self.owner}"
+
+    def run(self, *arguments: str) -> tuple[int, str]:
+        """`orchestrate`; its exit status and all that it printed."""
+        self.capture.readouterr()
+        status = main(arguments)
+        printed = self.capture.readouterr()
+        return status, printed.out + printed.err
+
+    def sync(self, *arguments: str) -> str:
+        status, said = self.run("sync", *arguments)
+        assert status == 0, said
+        status, planned = self.run("plan", *arguments)
+        assert status == 0, f"synced, but: {planned}"
+        return said
+
+    def deployment(self, name: str, flow: str = "etl") -> dict[str, Any] | None:
+        answer = self.api.get(f"/deployments/name/{flow}/{self.own(name)}")
+        return None if answer.status_code == 404 else dict(answer.raise_for_status().json())
+
+    def there(self, name: str) -> dict[str, Any]:
+        found = self.deployment(name)
+        assert found, f"{name} is not on the server"
+        return found
+
+    def runs(self, name: str) -> list[dict[str, Any]]:
+        """The scheduled runs, the next first."""
+        which = {"deployments": {"id": {"any_": [self.there(name)["id"]]}}, "sort": "EXPECTED_START_TIME_ASC"}
+        return list(self.api.post("/flow_runs/filter", json=which).raise_for_status().json())
+
+    def start(self, name: str, state: str = "RUNNING") -> str:
+        """A run in that state; its id."""
+        path = f"/deployments/{self.there(name)['id']}/create_flow_run"
+        run = str(self.api.post(path, json={}).raise_for_status().json()["id"])
+        self.state(run, state)
+        return run
+
+    def state(self, run: str, state: str) -> None:
+        body = {"state": {"type": state}, "force": True}
+        self.api.post(f"/flow_runs/{run}/set_state", json=body).raise_for_status()
+
+
+@pytest.fixture
+def project(
+    tmp_path: Path, prefect_server: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Project]:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flow.py").write_text(FLOW)
+    with httpx.Client(base_url=prefect_server, timeout=30) as api:
+        yield Project(tmp_path, api, capsys, f"o{os.getpid()}{uuid4().hex[:6]}")

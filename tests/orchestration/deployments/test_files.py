@@ -1,0 +1,194 @@
+"""Bad input: one message each, with file, line and cure, before anything is sent."""
+
+from pathlib import Path
+
+import pytest
+
+from orchestration.__main__ import main
+from orchestration.deployments import check, desired
+from orchestration.deployments.objects import DEPLOYMENT
+from orchestration.errors import DeploymentsError
+
+HEAD = "name: shop\n"
+
+
+def deployment(more: str = "", name: str = "a") -> str:
+    lines = "".join(f"    {line}\n" for line in more.splitlines())
+    return f"  - name: {name}\n    entrypoint: flow.py:etl\n    work_pool: {{name: p}}\n{lines}"
+
+
+def with_deployment(more: str = "") -> str:
+    return HEAD + "deployments:\n" + deployment(more)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flow.py").write_text(
+        "from prefect import flow\n\n@flow\ndef etl(day: int, name: str = 'x') -> None:\n    pass\n"
+    )
+    (tmp_path / "broken.py").write_text("import nowhere\n")
+    return tmp_path
+
+
+def test_what_is_right_is_read(folder: Path) -> None:
+    (folder / "prefect.yaml").write_text(with_deployment("parameters: {day: 1}\nschedules: [{cron: '0 6 * * *'}]"))
+    read = desired.read(["prefect.yaml"])
+    (found,) = read.of(DEPLOYMENT)
+    assert read.owner == "shop"
+    assert found.key == "etl/a"
+    assert found.where == "prefect.yaml:3"
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "said"),
+    [
+        pytest.param("name: shop\ndeployments: [\n", ":3:1: ", "this is no YAML", id="no YAML"),
+        pytest.param("name: shop\n  x: y\n", ":2:4: ", "this is no YAML", id="indentation"),
+        pytest.param("- a\n", ":1: ", "this is no mapping", id="a list"),
+        pytest.param("deployments: []\n", ":1: ", "Add `name:", id="nobody's"),
+        pytest.param(HEAD + "deplyments: []\n", ":2: ", "Did you mean deployments?", id="unknown key"),
+        pytest.param(with_deployment("schedles: []"), ":6: ", "Did you mean schedules?", id="unknown key below"),
+        pytest.param(with_deployment("schedules: [{corn: x}]"), ":6: ", "Did you mean cron?", id="unknown key deeper"),
+        pytest.param(HEAD + "name: x\n", ":2: ", "is here twice, first in line 1", id="a key twice"),
+        pytest.param(
+            with_deployment() + deployment(),
+            ":6: ",
+            "deployment etl/a is here again, first in prefect.yaml:3",
+            id="twice",
+        ),
+        pytest.param(
+            HEAD + "variables:\n- {name: a, value: 1}\n- {name: a, value: 2}\n",
+            ":4: ",
+            "variable a is here again",
+            id="a variable twice",
+        ),
+        pytest.param(with_deployment("schedules: [{cron: '0 0 30 2 *'}]"), ":6: ", "never fires", id="never fires"),
+        pytest.param(with_deployment("schedules: [{cron: '0 6 * *'}]"), ":6: ", "does not parse", id="no cron"),
+        pytest.param(
+            with_deployment("schedules:\n- cron: '0 6 * * *'\n  timezone: Europe/Brlin"),
+            ":8: ",
+            'did you mean "Europe/Berlin"',
+            id="no timezone",
+        ),
+        pytest.param(
+            with_deployment("schedules: [{cron: '0 6 * * *', interval: 5}]"),
+            ":6: ",
+            "give it exactly one",
+            id="two kinds",
+        ),
+        pytest.param(with_deployment("schedules: [{rrule: 'FREQ=NEVER'}]"), ":6: ", "does not parse", id="no rrule"),
+        pytest.param(
+            with_deployment("schedules: [{interval: 5, slug: a}, {interval: 6, slug: a}]"),
+            ":6: ",
+            "the slug a",
+            id="slugs",
+        ),
+        pytest.param(with_deployment("parameters: {day: soon}"), ":6: ", "day", id="a parameter's type"),
+        pytest.param(with_deployment("parameters: {dy: 1}"), ":6: ", "day", id="an unknown parameter"),
+        pytest.param(
+            with_deployment("schedules: [{interval: 5}]"), ":3: ", "day", id="a scheduled run without its parameter"
+        ),
+        pytest.param(with_deployment("tags: yes"), ":6: ", "tags should be a valid list", id="a type"),
+        pytest.param(
+            with_deployment("paused: 'no'"), ":6: ", "paused should be a valid boolean, not 'no'", id="a truth"
+        ),
+        pytest.param(with_deployment("concurrency_limit: 0"), ":6: ", "limit", id="a limit"),
+        pytest.param(with_deployment("build: [{a: b}]"), ":6: ", "build steps are not run here", id="build steps"),
+        pytest.param(with_deployment("triggers: [{expect: 5}]"), ":6: ", "expect", id="a trigger"),
+        pytest.param(with_deployment("description: '{{ $NOT_SET }}'"), ":6: ", "export NOT_SET=", id="the environment"),
+        pytest.param(HEAD + "include: [teams/*.yaml]\n", ":2: ", "no file is teams/*.yaml", id="include"),
+        pytest.param(
+            HEAD + "deployments:\n  - {name: a, entrypoint: 'flw.py:etl'}\n",
+            ":3: ",
+            "did you mean flow.py",
+            id="no script",
+        ),
+        pytest.param(
+            HEAD + "deployments:\n  - {name: a, entrypoint: 'flow.py:elt'}\n", ":3: ", "etl", id="no such flow"
+        ),
+        pytest.param(
+            HEAD + "deployments:\n  - {name: a, entrypoint: 'broken.py:etl'}\n",
+            ":3: ",
+            "No module named 'nowhere'",
+            id="no import",
+        ),
+        pytest.param(
+            HEAD + "deployments:\n  - {name: a, entrypoint: 'flow.py:etl'}\n",
+            ":3: ",
+            "names no work pool",
+            id="no pool",
+        ),
+        pytest.param(
+            HEAD + "work_pools:\n  - {name: prefect-x, type: process}\n", ":3: ", "choose another", id="a reserved name"
+        ),
+        pytest.param(
+            HEAD + "automations:\n  - {name: a, trigger: {type: event}, actions: [{type: fly}]}\n",
+            ":3: ",
+            "actions",
+            id="an action",
+        ),
+    ],
+)
+def test_bad_input(folder: Path, text: str, where: str, said: str) -> None:
+    (folder / "prefect.yaml").write_text(text)
+    with pytest.raises(DeploymentsError) as caught:
+        desired.read(["prefect.yaml"])
+    message = str(caught.value)
+    assert message.startswith(f"prefect.yaml{where}"), message
+    assert said in message
+
+
+def test_a_message_and_no_traceback(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "absent.yaml"]) == 1
+    assert capsys.readouterr().err == "absent.yaml does not exist. Go where it is, or name another.\n"
+
+
+def test_a_file_is_split_by_team(folder: Path) -> None:
+    (folder / "teams").mkdir()
+    (folder / "teams" / "one.yaml").write_text("deployments:\n" + deployment("parameters: {day: 1}", "one"))
+    (folder / "teams" / "two.yaml").write_text("deployments:\n" + deployment("tags: [x]\nnme: y", "two"))
+    (folder / "prefect.yaml").write_text(HEAD + "include: teams/*.yaml\ndeployments:\n" + deployment())
+    with pytest.raises(DeploymentsError, match=r"^teams/two\.yaml:6: nme is no key here\. Did you mean name\?"):
+        desired.read(["prefect.yaml"])
+    (folder / "teams" / "two.yaml").write_text("deployments:\n" + deployment("tags: [x]", "two"))
+    assert [each.key for each in desired.read(["prefect.yaml"]).of(DEPLOYMENT)] == ["etl/a", "etl/one", "etl/two"]
+
+
+def test_anchors_and_the_environment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REGION", "eu")
+    (folder / "prefect.yaml").write_text(
+        HEAD + "definitions:\n  daily: &daily {cron: '0 6 * * *', timezone: Europe/Berlin}\ndeployments:\n"
+        + deployment("schedules:\n- <<: *daily\n  slug: one\nparameters: {day: 1, name: '{{ $REGION }}'}")
+    )  # fmt: skip
+    (found,) = desired.read(["prefect.yaml"]).of(DEPLOYMENT)
+    assert found.fields["schedules"]["one"]["schedule"]["timezone"] == "Europe/Berlin"
+    assert found.fields["parameters"] == {"day": 1, "name": "eu"}
+
+
+def test_check_shows_the_next_five_times(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "prefect.yaml").write_text(
+        with_deployment("parameters: {day: 1, name: '{{ $NOT_SET }}'}\nschedules: [{cron: '0 6 * * *'}]")
+    )
+    assert main(["check"]) == 0
+    said = capsys.readouterr().out
+    assert said.count(" 06:00") == 5
+    assert "NOT_SET" in said, "what an image build cannot know is noted, no error"
+    assert "that it exists is seen by plan and sync" in said
+
+
+def test_check_fits_the_namespace(folder: Path) -> None:
+    pool = (
+        "work_pools:\n- name: p\n  type: kubernetes\n  base_job_template:\n    job_configuration:\n"
+        "      job_manifest: {spec: {template: {spec: {containers: [{name: c, resources: "
+        "{limits: {memory: '{{ memory_limit }}'}}}]}}}}\n"
+        "    variables: {properties: {memory_limit: {type: string, default: 1Gi}}}\n"
+    )
+    text = with_deployment("parameters: {day: 1}").replace("{name: p}", "{name: p, job_variables: {memory_limit: 8Gi}}")
+    (folder / "prefect.yaml").write_text(text + pool)
+    quota = folder / "quota.yaml"
+    quota.write_text("kind: ResourceQuota\nmetadata: {name: runs}\nspec: {hard: {limits.memory: 4Gi}}\n")
+    with pytest.raises(DeploymentsError, match=r"prefect.yaml:3: deployment etl/a: .*8Gi.*4Gi"):
+        check.check(["prefect.yaml"], quota=quota)
+    quota.write_text("kind: ResourceQuota\nmetadata: {name: runs}\nspec: {hard: {limits.memory: 16Gi}}\n")
+    check.check(["prefect.yaml"], quota=quota)

@@ -1,0 +1,251 @@
+"""Flows are imported as Prefect imports them, each folder by itself, and parameters checked as the server does."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from prefect.client.schemas.actions import DeploymentCreate
+from prefect.utilities.callables import parameter_schema
+
+from orchestration.deployments import flows
+from orchestration.errors import DeploymentsError
+
+ETL = '''
+from datetime import date
+from typing import Literal, Optional, Union
+
+import helpers
+from prefect import flow
+from pydantic import BaseModel
+
+print("being imported")
+
+
+class Size(BaseModel):
+    rows: int
+    unit: Literal["kB", "MB"] = "kB"
+    parent: Optional["Size"] = None
+
+
+@flow(name=helpers.NAME)
+def load(day: date, size: Size | None = None, sizes: list[Size] = [], label: Union[int, str, None] = None, n: int = 1):
+    """Load a day.
+
+    Args:
+        day: which one
+    """
+    import helpers
+
+
+@flow
+def nothing():
+    pass
+
+
+class Team:
+    @flow
+    @staticmethod
+    def work(x: int): ...
+
+
+def plain(): ...
+'''
+
+
+def team(folder: Path, name: str) -> Path:
+    """A folder with a flow file and a module beside it."""
+    folder.mkdir(parents=True)
+    (folder / "helpers.py").write_text(f"NAME = {name!r}\n")
+    (folder / "etl.py").write_text(ETL)
+    return folder
+
+
+def refused(entrypoint: str, directory: Path) -> str:
+    with pytest.raises(DeploymentsError) as caught:
+        flows.load(entrypoint, directory)
+    return str(caught.value)
+
+
+def test_a_flow_is_what_prefect_deploys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    team(tmp_path / "etl", "loads")
+    modules, path, cwd = set(sys.modules), list(sys.path), Path.cwd()
+    loaded = flows.load("etl/etl.py:load", tmp_path)
+    assert (loaded.name, loaded.description) == ("loads", "Load a day.\n\nArgs:\n    day: which one")
+    assert loaded.schema["properties"]["day"]["description"] == "which one"
+    assert flows.load("etl/etl.py:nothing", tmp_path).description is None
+    assert flows.load("etl/etl.py:Team.work", tmp_path).name == "work"
+    out = capsys.readouterr()
+    assert (out.out, out.err) == ("", "being imported\n"), "once for all of its flows, and not where --json goes"
+    assert (sys.path, Path.cwd()) == (path, cwd)
+    assert not {"etl", "helpers"} & set(sys.modules)
+    assert not [name for name in set(sys.modules) - modules if "loader" in name]
+
+
+def test_the_schema_is_the_one_of_prefects_client(tmp_path: Path) -> None:
+    from prefect import flow
+
+    @flow
+    def nothing() -> None: ...
+
+    (tmp_path / "f.py").write_text("from prefect import flow\n@flow\ndef nothing() -> None: ...\n")
+    sent = DeploymentCreate(
+        name="x",
+        flow_id=uuid4(),
+        parameter_openapi_schema=parameter_schema(nothing).model_dump(exclude_unset=True),
+    ).model_dump(mode="json")
+    assert flows.load("f.py:nothing", tmp_path).schema == sent["parameter_openapi_schema"]
+
+
+def test_folders_do_not_see_each_others_modules(tmp_path: Path) -> None:
+    team(tmp_path / "a", "of-a")
+    team(tmp_path / "b", "of-b")
+    assert flows.load("a/etl.py:load", tmp_path).name == "of-a"
+    assert flows.load("b/etl.py:load", tmp_path).name == "of-b"
+    assert flows.load("etl.py:load", tmp_path / "b").name == "of-b"
+
+
+@pytest.mark.parametrize("entrypoint", ["pack.jobs:daily", "pack.jobs.daily", "pack/jobs.py:daily"])
+def test_modules_of_two_projects(tmp_path: Path, entrypoint: str) -> None:
+    for name in "ab":
+        (tmp_path / name / "pack").mkdir(parents=True)
+        (tmp_path / name / "pack" / "names.py").write_text(f"NAME = {name!r}\n")
+        (tmp_path / name / "pack" / "jobs.py").write_text(
+            "from pack.names import NAME\nfrom prefect import flow\n@flow(name=NAME)\ndef daily(): ...\n"
+        )
+    assert [flows.load(entrypoint, tmp_path / name).name for name in "ab"] == ["a", "b"]
+
+
+def test_packages_that_were_there_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flow of this project imports the package that imports it: a second copy would have other exceptions."""
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "__init__.py").touch()
+    (tmp_path / "ours" / "late.py").write_text("class Error(Exception): ...\n")
+    (tmp_path / "f.py").write_text("import ours.late\nfrom prefect import flow\n@flow\ndef f(): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    __import__("ours")
+    try:
+        flows.load("f.py:f", tmp_path)
+        assert "ours.late" in sys.modules
+    finally:
+        for name in ("ours", "ours.late"):
+            sys.modules.pop(name, None)
+
+
+BROKEN = {
+    "syntax.py": ("x = 1\ndef f(:\n", "SyntaxError: invalid syntax (syntax.py:2)"),
+    "raises.py": (
+        "import json\ndef g():\n    json.loads('{')\ng()\n",
+        "importing raises.py raises JSONDecodeError: Expecting property name enclosed in double quotes: "
+        "line 1 column 2 (char 1) at raises.py:3",
+    ),
+    "deep.py": ("import raises\n", "at raises.py:3"),
+    "lacks.py": ("import nosuchthing\n", "ModuleNotFoundError: No module named 'nosuchthing' at lacks.py:1: install"),
+    "exits.py": ("import sys\nsys.exit(3)\n", "it ends the process when imported (SystemExit: 3 at exits.py:2)"),
+    "empty.py": ("", "empty.py has no f: it has no flow"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_file_that_fails(tmp_path: Path, name: str) -> None:
+    for file, (text, _) in BROKEN.items():
+        (tmp_path / file).write_text(text)
+    message = refused(f"{name}:f", tmp_path)
+    assert BROKEN[name][1] in message
+    assert message.startswith(f"entrypoint {name}:f: ")
+    assert "\n" not in message
+    assert not {"raises", "deep", "exits"} & set(sys.modules)
+
+
+def test_an_interrupt_passes(tmp_path: Path) -> None:
+    (tmp_path / "f.py").write_text("raise KeyboardInterrupt\n")
+    cwd = Path.cwd()
+    with pytest.raises(KeyboardInterrupt):
+        flows.load("f.py:f", tmp_path)
+    assert Path.cwd() == cwd
+
+
+@pytest.mark.parametrize(
+    ("entrypoint", "says"),
+    [
+        ("etl/elt.py:load", "there is no file etl/elt.py in {}: did you mean etl/etl.py?"),
+        ("etl/etl.py:laod", "etl/etl.py has no laod: did you mean load?"),
+        ("etl/etl.py:zzz", "etl/etl.py has no zzz: its flows are load, nothing"),
+        ("etl/etl.py:plain", "plain of etl/etl.py is not a flow: decorate it with @flow, or"),
+        ("etl/etl.py:Team.wrok", "etl/etl.py has no Team.wrok"),
+        ("etl/etl.py", "names no flow: write path/to/file.py:function"),
+        ("etl", "names no flow: write path/to/file.py:function"),
+        ("nosuch.jobs:daily", "there is no module nosuch in {} or installed"),
+        ("etl.nosuch:daily", "there is no module etl.nosuch in {} or installed"),
+    ],
+)
+def test_an_entrypoint_that_is_wrong(tmp_path: Path, entrypoint: str, says: str) -> None:
+    team(tmp_path / "etl", "loads")
+    assert says.format(tmp_path) in refused(entrypoint, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def schema(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The parameters of `load` in ETL."""
+    return flows.load("etl.py:load", team(tmp_path_factory.mktemp("schema") / "etl", "loads")).schema
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {},
+        {"day": "2013-01-01", "size": None, "label": None},
+        {"size": {"rows": 1, "unit": "MB", "parent": {"rows": 2}}, "sizes": [{"rows": 3}], "label": "x"},
+        {"day": {"__prefect_kind": "jinja", "template": "{{ now }}"}, "n": {"__prefect_kind": "workspace_variable"}},
+        {"size": {"rows": {"__prefect_kind": "json", "value": "1"}}, "label": {"__prefect_kind": "jinja"}},
+    ],
+)
+def test_parameters_that_fit(schema: dict[str, Any], parameters: dict[str, Any]) -> None:
+    assert flows.problems(parameters, schema, complete=False) == []
+
+
+def test_a_date_of_yaml_is_text(schema: dict[str, Any]) -> None:
+    from datetime import date
+
+    assert flows.problems({"day": date(2013, 1, 1)}, schema, complete=True) == []
+
+
+@pytest.mark.parametrize(
+    ("parameters", "problem"),
+    [
+        ({"dya": 1}, "parameter dya: the flow has no such parameter: did you mean day?"),
+        (
+            {"q": 1},
+            "parameter q: the flow has no such parameter: remove it, its parameters are day, size, sizes, label, n",
+        ),
+        ({"n": "x"}, "parameter n: 'x' is not of type 'integer'"),
+        ({"n": None}, "parameter n: None is not of type 'integer'"),
+        ({"day": "soon"}, "parameter day: 'soon' is not a 'date'"),
+        ({"size": "big"}, "parameter size: 'big' is not of type 'object'"),
+        ({"size": {"rows": "x"}}, "parameter size.rows: 'x' is not of type 'integer'"),
+        ({"size": {"rows": 1, "unit": "GB"}}, "parameter size.unit: 'GB' is not one of ['kB', 'MB']"),
+        ({"size": {"rows": 1, "parent": {"rows": "y"}}}, "parameter size.parent.rows: 'y' is not of type 'integer'"),
+        ({"sizes": [{"rows": 1}, {"rows": []}]}, "parameter sizes[1].rows: [] is not of type 'integer'"),
+        ({"label": 1.5}, "parameter label: 1.5 is none of integer, string"),
+    ],
+)
+def test_a_parameter_that_does_not_fit(schema: dict[str, Any], parameters: dict[str, Any], problem: str) -> None:
+    assert flows.problems(parameters, schema, complete=False) == [problem]
+
+
+def test_what_is_required_is_so_only_with_a_schedule(schema: dict[str, Any]) -> None:
+    required = "parameter day: the flow requires it: give it a value, or a default in the flow"
+    assert flows.problems({"n": 2}, schema, complete=True) == [required]
+    assert flows.problems({"day": "2013-01-01", "size": {}}, schema, complete=True) == [
+        "parameter size: 'rows' is a required property"
+    ]
+    assert flows.problems({"size": {}}, schema, complete=False) == []
+
+
+def test_500_deployments_are_checked_in_half_a_second(schema: dict[str, Any]) -> None:
+    start = time.perf_counter()
+    for number in range(500):
+        assert not flows.problems({"day": "2013-01-01", "n": number}, schema, complete=True)
+    assert time.perf_counter() - start < 0.5

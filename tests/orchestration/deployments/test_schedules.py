@@ -1,0 +1,227 @@
+"""Schedules compare equal to what Prefect's server makes of them, and fire when the server says."""
+
+import asyncio
+import subprocess
+import sys
+import time
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prefect.cli.deploy._models import RawScheduleConfig
+from prefect.cli.deploy._schedules import _schedule_config_to_deployment_schedule
+from prefect.client.schemas.actions import DeploymentScheduleCreate
+from prefect.server.schemas import actions
+from prefect.server.schemas import schedules as server_schedules
+
+from orchestration.deployments import schedules
+
+FILE: list[dict[str, Any]] = [
+    {"cron": "0 6 * * *"},
+    {"cron": "*/15 8-18 * * mon-fri", "timezone": "America/New_York", "day_or": False},
+    {"cron": "@daily", "timezone": "Europe/Berlin"},
+    {"interval": 3600},
+    {"interval": 0.5},
+    {"interval": "PT1H30M", "timezone": "Europe/Berlin"},
+    {"interval": "P1M", "anchor_date": "2024-01-01"},
+    {"interval": "01:30:00", "anchor_date": "2024-03-31T01:30:00"},
+    {"interval": 86400, "anchor_date": "2024-01-01T06:00:00+05:30", "timezone": "America/New_York"},
+    {"interval": 86400.25, "anchor_date": "2024-01-01T06:00:00.123456Z"},
+    {"rrule": "FREQ=DAILY;BYHOUR=6"},
+    {"rrule": "RRULE:FREQ=MINUTELY;INTERVAL=7", "timezone": "Asia/Kolkata"},
+    {"rrule": "DTSTART:20240101T060000\nRRULE:FREQ=WEEKLY;BYDAY=MO,FR", "timezone": "Europe/Berlin"},
+    {"rrule": '{"rrule": "FREQ=DAILY", "timezone": "Europe/Paris"}'},
+    {"rrule": '{"rrule": "FREQ=DAILY", "timezone": "Europe/Paris"}', "timezone": "UTC"},
+]
+
+
+def of_server(raw: dict[str, Any]) -> Any:
+    """The server's JSON after a round by `prefect deploy`: file, client, wire, server."""
+    config = RawScheduleConfig.model_validate(raw).model_dump(exclude_unset=True)
+    sent = DeploymentScheduleCreate.model_validate(_schedule_config_to_deployment_schedule(config))
+    kept = actions.DeploymentScheduleCreate.model_validate(sent.model_dump(mode="json", exclude_unset=True))
+    return kept.model_dump(mode="json")["schedule"]
+
+
+@pytest.mark.parametrize("raw", FILE, ids=str)
+def test_a_schedule_equals_what_the_server_returns(raw: dict[str, Any]) -> None:
+    returned = of_server(raw)
+    wanted, found = schedules.normal(raw), schedules.from_server(returned)
+    assert schedules.same(wanted, found)
+    assert schedules.problem(raw) is None
+    assert schedules.from_server(found) == found
+    assert wanted.keys() - found.keys() == set()
+    # To send the normal form is to send the file's.
+    assert schedules.same(wanted, schedules.from_server(of_server(wanted)))
+    for key in ("cron", "interval", "day_or"):
+        assert wanted.get(key) == returned.get(key)
+
+
+def test_no_two_of_them_are_the_same() -> None:
+    found = [schedules.from_server(of_server(raw)) for raw in FILE]
+    for number, raw in enumerate(FILE):
+        equal = [n for n, other in enumerate(found) if schedules.same(schedules.normal(raw), other)]
+        assert equal == [number]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"interval": 60, "anchor_date": "2024-01-01"}, {"interval": 60, "anchor_date": "2024-01-02"}),
+        ({"rrule": "DTSTART:20240101T060000\nFREQ=DAILY"}, {"rrule": "DTSTART:20240102T060000\nFREQ=DAILY"}),
+        ({"cron": "0 6 * * *"}, {"cron": "0 6 * * *", "day_or": False}),
+        ({"cron": "0 6 * * *"}, {"cron": "0 6 * * *", "timezone": "Europe/Berlin"}),
+    ],
+)
+def test_what_the_file_gives_is_compared(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert not schedules.same(schedules.normal(one), schedules.from_server(of_server(other)))
+
+
+def test_an_anchor_without_quotes_is_a_date() -> None:
+    for anchor in (date(2024, 1, 1), datetime(2024, 1, 1), "2024-01-01T01:00:00+01:00"):
+        assert schedules.normal({"interval": 60, "anchor_date": anchor})["anchor_date"] == "2024-01-01T00:00:00Z"
+
+
+LONG = "FREQ=DAILY;BYSECOND=" + "1," * 4000 + "1"
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        ({}, "a schedule has none of cron, interval, rrule: give it exactly one"),
+        ({"cron": "0 6 * * *", "interval": 60}, "a schedule has cron and interval: give it exactly one"),
+        ({"cron": 5}, "cron 5 is no text"),
+        (
+            {"cron": "0 25 * * *"},
+            'cron "0 25 * * *" does not parse ([0 25 * * *] is not acceptable, out of range): it is',
+        ),
+        ({"cron": "0 6 * *"}, 'cron "0 6 * *" does not parse'),
+        ({"cron": "H 6 * * *"}, 'cron "H 6 * * *" has H or R'),
+        ({"cron": "0 0 30 2 *"}, 'cron "0 0 30 2 *" never fires'),
+        ({"cron": "0 0 1 1 * 0 2020"}, "never fires"),
+        (
+            {"cron": "0 0 30 2 1"},
+            "never fires",
+        ),  # on a Monday elsewhere; Prefect's croniter looks for both and gives up
+        ({"cron": "0 6 * * *", "day_or": "perhaps"}, "day_or 'perhaps' is neither true nor false"),
+        ({"cron": "0 6 * * *", "timezone": "Europe/Berln"}, 'does not exist: did you mean "Europe/Berlin"?'),
+        ({"interval": 60, "timezone": "new york"}, 'did you mean "America/New_York"?'),
+        ({"cron": "0 6 * * *", "timezone": "CEST"}, 'timezone "CEST" does not exist: write a name such as'),
+        ({"cron": "0 6 * * *", "timezone": 2}, "timezone 2 is no text"),
+        ({"interval": 0}, "interval 0 is not longer than nothing: write seconds"),
+        ({"interval": "-PT1H"}, "interval '-PT1H' is not longer than nothing"),
+        ({"interval": "1 hour"}, "interval '1 hour' is no length of time: write seconds"),
+        ({"interval": True}, "interval True is no length of time"),
+        ({"interval": float("inf")}, "interval inf is no length of time"),
+        ({"interval": 60, "anchor_date": "soon"}, "anchor_date 'soon' is no date"),
+        ({"rrule": "FREQ=FOO"}, "does not parse (invalid 'FREQ': FOO): write one such as"),
+        ({"rrule": "INTERVAL=2"}, "does not parse (it has no FREQ)"),
+        ({"rrule": "FREQ=DAILY;INTERVAL=0"}, "does not parse (INTERVAL is less than 1)"),
+        ({"rrule": "FREQ=MINUTELY;INTERVAL=0"}, "does not parse"),
+        ({"rrule": "FREQ=DAILY;UNTIL=20240101T000000"}, "has no date in the future: remove it or change"),
+        ({"rrule": "FREQ=SECONDLY;UNTIL=20240101T000000"}, "has no date in the future"),
+        ({"rrule": "FREQ=HOURLY;COUNT=3"}, "has no date in the future"),
+        ({"rrule": "FREQ=YEARLY;BYMONTH=2;BYMONTHDAY=30"}, "has no date in the future"),
+        ({"rrule": "RDATE:20200101T000000Z"}, "has no date in the future"),
+        ({"rrule": "{}"}, "is no rule: as JSON"),
+        ({"rrule": LONG}, "does not parse"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_schedule_that_cannot_run(raw: dict[str, Any], says: str) -> None:
+    problem = schedules.problem(raw)
+    assert problem
+    assert says in problem
+    assert "\n" not in problem
+    assert len(problem) < 400
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"cron": "0 0 29 2 *"},
+        {"cron": "0 0 29 2 1", "day_or": False},
+        {"rrule": "FREQ=SECONDLY"},
+        {"rrule": "DTSTART:20000229T000000\nRRULE:FREQ=YEARLY;INTERVAL=4"},
+        {"rrule": "DTSTART:20990101T000000\nRRULE:FREQ=DAILY;COUNT=1"},
+        {"rrule": "RDATE:20990101T000000Z"},
+    ],
+    ids=str,
+)
+def test_what_fires_seldom_or_often_has_no_problem(raw: dict[str, Any]) -> None:
+    assert schedules.problem(raw) is None
+
+
+async def dates(raw: dict[str, Any], start: datetime) -> list[datetime]:
+    """What the server's own class says."""
+    kind = {
+        "cron": server_schedules.CronSchedule,
+        "interval": server_schedules.IntervalSchedule,
+        "rrule": server_schedules.RRuleSchedule,
+    }
+    schedule = next(kind[key](**raw) for key in raw if key in kind)
+    # To Python an ambiguous time equals none of another zone's.
+    return [moment.astimezone(UTC) for moment in await schedule.get_dates(n=5, start=start)]
+
+
+@pytest.mark.parametrize(
+    "start", ["2026-03-28T20:00:00+00:00", "2026-10-24T20:00:00+00:00", "2026-03-08T04:00:00+00:00"]
+)
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"cron": "30 2 * * *", "timezone": "Europe/Berlin"},
+        {"cron": "*/30 * * * *", "timezone": "America/New_York"},
+        {"cron": "0 0 13 * 5", "day_or": False},
+        {"interval": 86400.0, "anchor_date": "2026-01-01T02:30:00Z", "timezone": "Europe/Berlin"},
+        {"interval": 5400.0, "anchor_date": "2026-01-01T00:00:00Z", "timezone": "America/New_York"},
+        {"rrule": "FREQ=DAILY;BYHOUR=2;BYMINUTE=30;BYSECOND=0", "timezone": "Europe/Berlin"},
+        {"rrule": "DTSTART:20260101T000000\nRRULE:FREQ=HOURLY;INTERVAL=5", "timezone": "America/New_York"},
+    ],
+    ids=str,
+)
+def test_next_times_are_the_servers_across_dst(raw: dict[str, Any], start: str) -> None:
+    after = datetime.fromisoformat(start)
+    found = schedules.next_times(raw, 5, after)
+    assert [moment.astimezone(UTC) for moment in found] == asyncio.run(dates(raw, after))
+    assert {str(moment.tzinfo) for moment in found} == {raw.get("timezone", "UTC")}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 59),
+    st.integers(0, 23),
+    st.sampled_from(["*", "1-5", "sun", "1#2"]),
+    st.sampled_from(["Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "Asia/Kolkata", "UTC"]),
+    st.datetimes(datetime(2026, 1, 1), datetime(2027, 1, 1)),
+)
+def test_next_times_of_any_cron(minute: int, hour: int, weekday: str, timezone: str, moment: datetime) -> None:
+    raw = {"cron": f"{minute} {hour} * * {weekday}", "timezone": timezone}
+    start = moment.replace(tzinfo=UTC)
+    found = schedules.next_times(raw, 5, start)
+    assert [moment.astimezone(UTC) for moment in found] == asyncio.run(dates(raw, start))
+
+
+def test_times_start_now() -> None:
+    before = datetime.now(UTC)
+    first = schedules.next_times({"interval": 3600}, 2)
+    assert before <= first[0] <= datetime.now(UTC)
+    assert first[1] - first[0] == timedelta(hours=1)
+    assert len(schedules.next_times({"rrule": "DTSTART:20990101T000000\nRRULE:FREQ=DAILY;COUNT=2"})) == 2
+    # Without the server's DTSTART this walks through all seconds since 2020.
+    assert len(schedules.next_times({"rrule": "FREQ=SECONDLY"})) == 5
+
+
+def test_800_schedules_are_checked_in_half_a_second() -> None:
+    schedules.problem({"cron": "0 0 * * *"})
+    start = time.perf_counter()
+    for number in range(800):
+        assert not schedules.problem({"cron": f"{number % 60} {number // 60} * * *", "timezone": "Europe/Berlin"})
+    assert time.perf_counter() - start < 0.5
+
+
+def test_the_import_does_not_import_prefect() -> None:
+    code = "import sys, orchestration.deployments.schedules; sys.exit(bool({'prefect', 'pydantic'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True)

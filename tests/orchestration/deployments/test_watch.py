@@ -1,0 +1,190 @@
+"""The watcher as a process beside a real server: what it says of drift, and that trouble is no end."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from orchestration.deployments import watch
+from orchestration.deployments.record import slug
+from orchestration.settings import ROOT
+from tests.orchestration.deployments.conftest import Project
+from tests.parts import free_port, prefect_server, wait_until
+
+DAILY = {"cron": "0 6 * * *", "timezone": "Europe/Berlin"}
+
+
+class Watcher:
+    """`orchestrate watch` of an owner, as a process with a log."""
+
+    def __init__(self, owner: str, api: str, folder: Path, every: str = "1") -> None:
+        self.url = f"http://127.0.0.1:{(port := free_port())}"
+        self.log = folder / "watch.log"
+        arguments = ["watch", "--owner", owner, "--every", every, "--port", str(port), "--wait", "60"]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "orchestration", *arguments],
+                env=os.environ | {"PREFECT_API_URL": api, "PYTHONPATH": str(ROOT)},
+                cwd=folder, stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+
+    def get(self, path: str) -> str:
+        """The body of what is served, nothing while it is not."""
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(self.url + path).raise_for_status().text
+        return ""
+
+    def metric(self, name: str, *labels: str) -> float | None:
+        """A sample whose labels have these values."""
+        for line in self.get("/metrics").splitlines():
+            if line.startswith(name + "{") and sorted(re.findall('="(.*?)"', line)) == sorted(labels):
+                return float(line.rpartition(" ")[2])
+        return None
+
+
+@contextlib.contextmanager
+def watching(owner: str, api: str, folder: Path, **options: str) -> Iterator[Watcher]:
+    watcher = Watcher(owner, api, folder, **options)
+    try:
+        yield watcher
+        watcher.process.send_signal(signal.SIGTERM)
+        assert watcher.process.wait(20) == 0
+    except BaseException:
+        watcher.process.kill()
+        watcher.process.wait()
+        raise
+
+
+def changed(project: Project, method: str, path: str, **body: str) -> None:
+    """Change it by hand; SQLite may be busy."""
+    wait_until(lambda: project.api.request(method, path, json=body).is_success, f"{method} {path}")
+
+
+def artifacts(project: Project) -> list[str]:
+    """The owner's artifacts, oldest first."""
+    body = {"artifacts": {"key": {"any_": [f"drift-{slug(project.owner)}"]}}, "sort": "CREATED_DESC"}
+    found = project.api.post("/artifacts/filter", json=body).raise_for_status().json()
+    return [each["data"] for each in reversed(found)]
+
+
+def events(project: Project) -> list[dict[str, Any]]:
+    """The owner's events, oldest first."""
+    which = {"resource": {"id": [f"desired-state.{slug(project.owner)}"]}, "order": "ASC"}
+    return list(project.api.post("/events/filter", json={"filter": which}).raise_for_status().json()["events"])
+
+
+def test_drift_is_said_once_and_so_is_its_end(project: Project, prefect_server: str) -> None:
+    project.write({"name": "a", "schedules": [DAILY]}, variables=[{"name": project.own("region"), "value": "eu"}])
+    project.sync()
+    deployment, variable = project.there("a"), project.own("region")
+    with watching(project.owner, prefect_server, project.folder) as watcher:
+        drifted = "desired_state_drifted_objects", project.owner
+        wait_until(lambda: watcher.metric(*drifted, "deployment") == 0, "a first look")
+        wait_until(lambda: len(artifacts(project)) == 1, "the first artifact")
+        assert artifacts(project)[0].startswith("All is as the last sync")
+
+        changed(project, "PATCH", f"/deployments/{deployment['id']}", description="By|hand")
+        wait_until(lambda: watcher.metric(*drifted, "deployment") == 1, "the metric")
+        assert watcher.metric(*drifted, "variable") == 0
+        wait_until(lambda: len(artifacts(project)) == 2, "an artifact")
+        assert f"Changed: deployment etl/{project.own('a')}" in artifacts(project)[1]
+        assert '| `` description `` | `` "Loads a day." `` | `` "By\\|hand" `` |' in artifacts(project)[1]
+        [event] = wait_until(lambda: events(project), "an event")
+        assert event["event"] == "desired-state.drifted"
+        assert event["payload"]["objects"] == [
+            {"kind": "deployment", "key": f"etl/{project.own('a')}", "fields": ["description"]}
+        ]
+
+        changed(project, "DELETE", f"/variables/name/{variable}")
+        wait_until(lambda: watcher.metric(*drifted, "variable") == 1, "more drift")
+        looked = watcher.metric("desired_state_last_look_timestamp_seconds", project.owner)
+        assert looked
+        wait_until(
+            lambda: (watcher.metric("desired_state_last_look_timestamp_seconds", project.owner) or 0) > looked + 2,
+            "looks that find the same",
+        )
+        project.sync()
+        wait_until(lambda: watcher.metric(*drifted, "deployment") == 0, "the end of it")
+        wait_until(lambda: len(artifacts(project)) == 4, "an artifact")
+        wait_until(lambda: len(events(project)) == 3, "an event")
+        assert watcher.metric("desired_state_look_failures_total", project.owner) == 0
+        assert "s since the last look" in watcher.get("/health")
+    assert artifacts(project)[3].startswith("All is as the last sync")
+    assert [each["event"].partition(".")[2] for each in events(project)] == ["drifted", "drifted", "restored"]
+    told = watcher.log.read_text().splitlines()
+    assert [re.sub(r":.*?changed", ": changed", line) for line in told] == [
+        f"{project.owner}: all is as its last sync left it.",
+        f"{project.owner}: changed since its last sync: deployment etl/{project.own('a')} (description)",
+        f"{project.owner}: changed since its last sync: deployment etl/{project.own('a')} (description), "
+        f"variable {variable} (deleted)",
+        f"{project.owner}: all is as its last sync left it.",
+    ]
+
+
+def test_what_ended_while_nobody_watched_is_said_by_the_next_watcher(project: Project, prefect_server: str) -> None:
+    project.write({"name": "a"})
+    project.sync()
+    changed(project, "PATCH", f"/deployments/{project.there('a')['id']}", description="x")
+    with watching(project.owner, prefect_server, project.folder):
+        wait_until(lambda: len(artifacts(project)) == 1, "an artifact")
+    with watching(project.owner, prefect_server, project.folder):
+        wait_until(lambda: len(artifacts(project)) == 2, "an artifact of what was known")
+    project.sync()
+    with watching(project.owner, prefect_server, project.folder):
+        wait_until(lambda: len(artifacts(project)) == 3, "an artifact")
+        wait_until(lambda: len(events(project)) == 2, "events")
+    assert [each["event"].partition(".")[2] for each in events(project)] == ["drifted", "restored"]
+
+
+def test_an_owner_who_has_not_synced_yet_is_waited_for(project: Project, prefect_server: str) -> None:
+    with watching(project.owner, prefect_server, project.folder) as watcher:
+        failures = "desired_state_look_failures_total", project.owner
+        wait_until(lambda: (watcher.metric(*failures) or 0) >= 2, "looks that fail")
+        assert watcher.metric("desired_state_drifted_objects", project.owner, "deployment") is None, "nobody looked"
+        assert "never synced" in watcher.get("/health")
+        project.write({"name": "a"})
+        project.sync()
+        wait_until(lambda: artifacts(project), "a look")
+    told = watcher.log.read_text()
+    assert told.count("has never synced to") == 1
+    assert f"{project.owner}: looks succeed again." in told
+
+
+def test_a_server_that_goes_away_is_no_end(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        with prefect_server(tmp_path) as url:
+            watcher = stack.enter_context(watching("nobody", url, tmp_path))
+            wait_until(lambda: "never synced" in watcher.log.read_text(), "the server's answer")
+        wait_until(lambda: "does not answer" in watcher.log.read_text(), "its absence")
+        failures = watcher.metric("desired_state_look_failures_total", "nobody") or 0
+        wait_until(
+            lambda: (watcher.metric("desired_state_look_failures_total", "nobody") or 0) > failures + 1, "further looks"
+        )
+        assert watcher.log.read_text().count("does not answer") == 1
+
+
+def test_without_a_look_for_long_it_is_ill() -> None:
+    state = watch._State("owner", every=300)
+    assert state.health()[0] == 200
+    state.last_well -= 3 * 300 + 59
+    assert state.health()[0] == 200
+    state.last_well -= 2
+    assert state.health()[0] == 503
+    state.looked([])
+    assert state.health()[0] == 200
+
+
+def test_mistakes_are_one_sentence(project: Project) -> None:
+    status, said = project.run("watch", "--owner", "x", "--every", "0")
+    assert (status, said.count("\n")) == (1, 1)
+    assert "--every 0 is no number of seconds" in said
+    status, said = project.run("watch", "--owner", "x", "--port", str(project.api.base_url.port))
+    assert (status, said.count("\n")) == (1, 1)
+    assert "Address already in use. Say another: --port" in said
