@@ -17,8 +17,8 @@ from pathlib import Path
 
 import yaml
 
-from orchestration.environment import diagnosis, registry
-from orchestration.environment.target import OVERLAYS, RELEASES, SERVER, Environment, Object, run
+from orchestration.environment import diagnosis, registry, sync
+from orchestration.environment.target import OVERLAYS, POOL, RELEASES, SERVER, Environment, Object, run
 from orchestration.errors import ClusterError
 from orchestration.progress import step
 from orchestration.settings import ROOT
@@ -186,6 +186,8 @@ def _deploy_release(environment: Environment, release: str, image: Image, mark: 
         return
     _unlock(environment, release, history, force)
     with _values(environment, release, image) as options:
+        if release == POOL:
+            sync.check(environment, _sync(environment, options))
         verb, usual = ("Upgrading", "20 s") if history else ("Installing", "30 s")
         with step(f"{verb} {release}", usual):
             description = f"deploy {mark}, inputs {inputs}, image {image.digest}"
@@ -197,6 +199,18 @@ def _deploy_release(environment: Environment, release: str, image: Image, mark: 
                 wait(environment, release)
             except ClusterError as error:
                 raise ClusterError(_explained(environment, release, str(error), history)) from None
+
+
+def _sync(environment: Environment, options: list[str]) -> sync.Sync:
+    """What the pool's release with these values brings to the server.
+
+    Raises:
+        ClusterError: the chart refuses the values.
+    """
+    try:
+        return sync.of(environment.helm("template", POOL, str(CHARTS / POOL), *options))
+    except ClusterError as error:
+        raise ClusterError(_explained(environment, POOL, str(error), [])) from None
 
 
 def _unlock(environment: Environment, release: str, history: list[Object], force: bool) -> None:
@@ -275,7 +289,7 @@ def _unready(workload: Object) -> str:
 
 
 def plan(environment: Environment) -> bool:
-    """Print what a deploy would change, object by object; whether there is anything."""
+    """Print what a deploy would change, in the cluster and on the server, object by object; whether it is anything."""
     image = image_of(environment)
     changed = False
     with _surroundings(environment) as folder:
@@ -288,9 +302,11 @@ def plan(environment: Environment) -> bool:
         if done.returncode:
             changed = True
             print(done.stdout)
+    skipped = set()
     for release in RELEASES:
         history = _history(environment, release)
         if _as_it_should_be(history, _inputs(environment, release, image)):
+            skipped.add(release)
             continue
         before = _manifest(environment, release) if history else {}
         with _values(environment, release, image) as options:
@@ -309,6 +325,12 @@ def plan(environment: Environment) -> bool:
             if verb == "changed":
                 lines = difflib.unified_diff(old.splitlines(), new.splitlines(), lineterm="", n=2)
                 print("\n".join(f"  {line}" for line in list(lines)[2:]))
+    if _history(environment, SERVER):
+        with _values(environment, POOL, image) as options:
+            heading = "On the server, which FORCE=1 brings back:" if POOL in skipped else "On the server:"
+            changed = sync.plan(environment, _sync(environment, options), heading) or changed
+    else:
+        print("On the server: it is not deployed yet, and gets pool and deployments with its first deploy.")
     if not changed:
         print("Nothing would change.")
     return changed

@@ -5,6 +5,7 @@ import os
 import re
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -126,6 +127,12 @@ def _ended(api: httpx.Client, run: str) -> tuple[str, str]:
     return found["type"], found["message"] or ""
 
 
+def test_the_stacks_files_are_ones_that_orchestrate_takes() -> None:
+    command = [sys.executable, "-m", "orchestration", "check", "prefect.yaml", "docker/pool.yaml"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_without_docker_one_line_says_so(machine: Stack) -> None:
     said = machine.make("up-docker", status=2, DOCKER_HOST="unix:///nowhere.sock").splitlines()
     assert "Docker does not answer" in said[0]
@@ -191,6 +198,7 @@ def test_no_password_is_in_a_container_s_environment_or_the_api(stack: Stack, ap
     run, container = stack.start_run()
     pool = api.get("/work_pools/default").json()
     assert pool["type"] == "docker"
+    assert pool["base_job_template"]["variables"]["properties"]["image"]["default"] == stack.environment["IMAGE"]
     shown = json.dumps([stack.containers(), container, pool, api.post("/deployments/filter", json={}).json()])
     assert not [each for each in passwords if each in shown]
     assert _ended(api, run)[0] == "COMPLETED"
@@ -210,7 +218,7 @@ def test_the_warehouse_s_user_does_not_get_into_prefect_s_database(stack: Stack)
         stack.sql("select 1", database="prefect", user="warehouse")
 
 
-def test_up_again_changes_nothing(stack: Stack, api: httpx.Client) -> None:
+def test_up_again_makes_nothing_anew_and_brings_back_what_somebody_changed(stack: Stack, api: httpx.Client) -> None:
     def all_there_is() -> list[Any]:
         listed = [api.post(f"/{kind}/filter", json={}).json() for kind in ("work_pools", "deployments", "automations")]
         ids = [sorted(each["id"] for each in kind) for kind in listed]
@@ -218,8 +226,12 @@ def test_up_again_changes_nothing(stack: Stack, api: httpx.Client) -> None:
 
     before = all_there_is()
     assert [len(ids) for ids in before[:4]] == [1, 2, 1, 3]
+    daily = f"/deployments/name/{DAILY}"
+    written = api.get(daily).json()
+    api.patch(f"/deployments/{written['id']}", json={"description": "by hand"}).raise_for_status()
     stack.make("up-docker")
     assert all_there_is() == before
+    assert api.get(daily).json()["description"] == written["description"]
 
 
 def test_down_leaves_the_volumes_alone(stack: Stack) -> None:

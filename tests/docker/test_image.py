@@ -118,6 +118,13 @@ def test_it_runs_what_a_cluster_runs(pod: Callable[..., str]) -> None:
     assert "3.8" in pod("prefect", "--version")
     pod("python", "-c", "import flows.example_flow, flows.backfill, prefect_kubernetes")
     assert "postgres: 1.11" in pod("dbt", "--version")
+    pod("orchestrate", "check")
+    assert pod(
+        "python", "-c", "import zoneinfo; print(zoneinfo.TZPATH, zoneinfo.ZoneInfo('Europe/Zurich'))"
+    ).split() == [
+        "()",
+        "Europe/Zurich",
+    ]
 
 
 def test_its_tag_is_a_text_to_every_reader_of_yaml(image: str) -> None:

@@ -59,7 +59,8 @@ def test_a_second_deploy_finds_nothing_to_do(checkout: Checkout) -> None:
 def test_status_and_logs(checkout: Checkout) -> None:
     output = checkout.make("status", JSON="1")
     found = json.loads(output[output.index("{") :])
-    assert {each["name"] for each in found["components"]} == {"api", "services", "database", "redis", "worker"}
+    components = {"api", "services", "database", "redis", "worker", "drift"}
+    assert {each["name"] for each in found["components"]} == components
     assert all(each["ready"] == each["wanted"] == 1 for each in found["components"])
     assert found["pools"] == [{"name": "default", "status": "READY", "limit": 10, "workers": 1}]
     [daily] = [each for each in found["deployments"] if each["name"] == DAILY]
@@ -120,6 +121,9 @@ def test_a_changed_flow_and_schedule_are_deployed_and_taken_back(checkout: Check
     plan = checkout.make("plan", status=2)
     assert "prefect-work-pool: Deployment/prefect-work-pool-worker is changed" in plan
     assert "prefect-server:" not in plan
+    on_server = plan.split("On the server:")[1]
+    assert DAILY in on_server
+    assert "30 7 * * *" in on_server
     output = checkout.make("deploy")
     assert "prefect-server is as it should be" in output
     assert _image(checkout) != before
@@ -132,6 +136,19 @@ def test_a_changed_flow_and_schedule_are_deployed_and_taken_back(checkout: Check
         assert "0 6 * * *" in json.dumps(_deployment(api)["schedules"])
     after = _servers(checkout)
     assert after == server
+
+
+def test_what_the_namespace_s_quota_would_never_take_is_refused(checkout: Checkout) -> None:
+    """By the name of the deployment, before the release is touched; its runs would pend for ever."""
+    prefect = (checkout.folder / "prefect.yaml").read_text()
+    history = checkout.target.helm("history", POOL, "--output", "json")
+    checkout.edit("prefect.yaml", "{name: default}", "{name: default, job_variables: {memory_limit: 1000Gi}}")
+    refused = checkout.make("deploy", status=2)
+    assert "prefect-work-pool is refused, and nothing was changed: prefect.yaml:" in refused
+    assert "1000Gi" in refused
+    assert "Traceback" not in refused
+    assert checkout.target.helm("history", POOL, "--output", "json") == history
+    (checkout.folder / "prefect.yaml").write_text(prefect)
 
 
 def test_a_run_that_does_not_start_is_no_trouble_of_the_release(checkout: Checkout) -> None:

@@ -2,10 +2,12 @@
 
 import copy
 import json
+from collections.abc import Callable, Iterator
 from datetime import datetime
 
 import httpx
 import pytest
+import yaml
 
 from tests.cluster.progress import ClusterError
 from tests.e2e.release import SMALL, Object, Release
@@ -33,7 +35,7 @@ def each_minute(pool: Release, api: httpx.Client) -> str:
 
 def test_it_starts_from_nothing_without_a_restart(pool: Release, api: httpx.Client) -> None:
     restarts = pool.restarts()
-    assert len(restarts) == 1
+    assert len(restarts) == 2, "worker and drift"
     assert not any(restarts.values()), restarts
     assert "Phase:          Succeeded" in pool.helm("test", NAME)
     found = api.post("/deployments/filter", json={}).json()
@@ -175,8 +177,125 @@ def test_an_upgrade_changes_pool_and_template_and_a_rollback_takes_it_back(
     found = api.get("/work_pools/default").json()
     assert found["concurrency_limit"] is None
     assert found["base_job_template"]["variables"]["properties"]["memory_limit"]["default"] == "700Mi"
+    queues = api.post("/work_pools/default/queues/filter", json={}).json()
+    assert [queue["name"] for queue in queues] == ["default"]
     assert ended(api, under_way)["state_type"] == "COMPLETED"
     assert run_of(api, under_way)["run_count"] == 1
+
+
+def _wanted(name: str, text: str, cron: str) -> Object:
+    """A deployment of the probe on the pool `files`, as a file has it."""
+    return {
+        "name": name,
+        "entrypoint": "/probe/flow.py:probe",
+        "parameters": {"text": text},
+        "work_pool": {"name": "files"},
+        "schedules": [{"cron": cron, "timezone": "UTC"}],
+    }
+
+
+FILES = {
+    "first.yaml": {"deployments": [_wanted("a", "first", "0 6 * * *"), _wanted("b", "first", "30 6 * * *")]},
+    "second.yaml": {"deployments": [_wanted("a", "second", "0 7 * * *"), _wanted("c", "second", "30 7 * * *")]},
+}
+
+
+@pytest.fixture
+def of_files(pool: Release, values: Object) -> Iterator[tuple[Release, Callable[[str, str], None]]]:
+    """A second release, of the pool `files`, and how it is deployed: with which of `FILES`, and how much for a run."""
+    texts = {name: yaml.safe_dump(each) for name, each in FILES.items()}
+    pool.namespace.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "files"}, "data": texts})
+    release = Release("prefect-work-pool", "files", pool.namespace)
+
+    def deploy(file: str, memory: str) -> None:
+        volumes = {
+            "volumes": [{"name": name, "configMap": {"name": name}} for name in ("files", "probe")],
+            "volumeMounts": [{"name": name, "mountPath": f"/{name}"} for name in ("files", "probe")],
+        }
+        wanted = copy.deepcopy(values) | {"pool": {"name": "files"}}
+        wanted["sync"] = {"files": [f"/files/{file}"], "pod": volumes, "backoffLimit": 0}
+        wanted["runs"]["resources"]["limits"]["memory"] = memory
+        release.deploy(wanted)
+
+    yield release, deploy
+    release.helm("uninstall", release.name, "--wait")
+
+
+def test_an_upgrade_brings_the_server_to_what_the_files_say_and_a_rollback_takes_it_back(
+    of_files: tuple[Release, Callable[[str, str], None]], api: httpx.Client
+) -> None:
+    """Added, changed, removed, the template too, while a run of what is removed is under way: that one completes."""
+    release, deploy = of_files
+
+    def there() -> dict[str, Object]:
+        pools = {"name": {"any_": ["files"]}}
+        found = api.post("/deployments/filter", json={"work_pools": pools}).raise_for_status().json()
+        return {each["name"]: each for each in found}
+
+    def memory() -> str:
+        found = api.get("/work_pools/files").raise_for_status().json()
+        return str(found["base_job_template"]["variables"]["properties"]["memory_limit"]["default"])
+
+    def said(found: Object) -> tuple[str, str]:
+        [schedule] = found["schedules"]
+        return found["parameters"]["text"], schedule["schedule"]["cron"]
+
+    deploy("first.yaml", "700Mi")
+    before = there()
+    first = {name: said(each) for name, each in before.items()}
+    assert first == {"a": ("first", "0 6 * * *"), "b": ("first", "30 6 * * *")}
+    under_way = start(api, before["b"]["id"], parameters={"seconds": 120})
+    wait_until(lambda: run_of(api, under_way)["state_type"] == "RUNNING", "the run to run", 90)
+
+    deploy("second.yaml", "640Mi")
+    assert run_of(api, under_way)["state_type"] == "RUNNING"
+    now = there()
+    assert said(now["a"]) == ("second", "0 7 * * *")
+    assert now["a"]["id"] == before["a"]["id"], "it keeps its runs"
+    assert said(now["c"]) == ("second", "30 7 * * *")
+    assert now["b"]["paused"], "nothing of it starts any more"
+    assert memory() == "640Mi"
+    outcome = ended(api, under_way, 240)
+    assert (outcome["state_type"], outcome["run_count"]) == ("COMPLETED", 1)
+    deploy("second.yaml", "640Mi")
+    assert set(there()) == {"a", "c"}
+
+    release.helm("rollback", release.name, "1", "--wait", "--timeout", "5m")
+    assert {name: said(each) for name, each in there().items()} == first
+    assert not any(each["paused"] for each in there().values())
+    assert memory() == "700Mi"
+
+
+def _drifted(pool: Release) -> float:
+    """How many things drift counts, as Prometheus would read it."""
+    [pod] = pool.pods("drift")
+    path = f"/api/v1/namespaces/{pool.namespace.name}/pods/{pod['metadata']['name']}:8080/proxy/metrics"
+    lines = pool.namespace.kubectl("get", "--raw", path).splitlines()
+    counts = [float(line.rpartition(" ")[2]) for line in lines if line.startswith("desired_state_drifted_objects")]
+    assert counts
+    return sum(counts)
+
+
+def test_what_somebody_changes_on_the_server_is_seen_as_drift(pool: Release, api: httpx.Client) -> None:
+    """In the UI as an artifact and for an alert as a metric, until it is as the last sync left it."""
+    wait_until(lambda: _drifted(pool) == 0, "nothing to have drifted")
+    daily = api.get("/deployments/name/dbt-pipeline/dbt-pipeline-daily").raise_for_status().json()
+
+    def describe(text: str) -> None:
+        api.patch(f"/deployments/{daily['id']}", json={"description": text}).raise_for_status()
+
+    def artifacts() -> list[Object]:
+        body = {"artifacts": {"key": {"like_": "drift-%"}}, "sort": "CREATED_DESC"}
+        found: list[Object] = api.post("/artifacts/filter", json=body).raise_for_status().json()
+        return found
+
+    describe("by hand")
+    wait_until(lambda: _drifted(pool) == 1, "the metric to count it")
+    newest: Object = wait_until(artifacts, "the artifact")[0]
+    assert newest["key"].startswith("drift-")
+    assert "dbt-pipeline/dbt-pipeline-daily" in str(newest["data"])
+    describe(daily["description"])
+    wait_until(lambda: _drifted(pool) == 0, "the metric to be back")
 
 
 def test_a_worker_that_no_longer_watches_is_started_again(pool: Release, values: Object) -> None:
@@ -203,16 +322,17 @@ def test_what_the_server_refuses_fails_the_release_with_the_reason(
     running = {pod["metadata"]["name"] for pod in pool.pods("worker")}
     api.post("/work_pools/", json={"name": "taken", "type": "process"}).raise_for_status()
     wrong: dict[str, Object] = {
-        "Work pool taken exists and is of type process, not kubernetes": {"pool": {"name": "taken"}},
-        "refuses us (401)": {"api": {"auth": {"existingSecret": "wrong"}}},
+        "work pool taken exists and is of type process, not kubernetes": {"pool": {"name": "taken"}},
+        "does not know us (401)": {"api": {"auth": {"existingSecret": "wrong"}}},
+        "/app/absent.yaml does not exist": {"sync": {"files": ["/app/absent.yaml"]}},
     }
     secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "wrong"}, "stringData": {"auth-string": "a:b"}}
     pool.namespace.apply(secret)
     for reason, change in wrong.items():
         with pytest.raises(ClusterError) as caught:
-            pool.deploy(copy.deepcopy(values) | change | {"sync": {"backoffLimit": 0}})
+            pool.deploy(copy.deepcopy(values) | change | {"sync": {"backoffLimit": 0} | change.get("sync", {})})
         assert "sync" in str(caught.value)
-        log = pool.namespace.kubectl("logs", f"job/{NAME}-sync", "-c", "pool")
+        log = pool.namespace.kubectl("logs", f"job/{NAME}-sync", "-c", "sync")
         assert reason in log
         assert "Traceback" not in log
     assert {pod["metadata"]["name"] for pod in pool.pods("worker")} == running

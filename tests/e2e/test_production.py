@@ -118,6 +118,7 @@ def test_there_are_two_of_each_by_the_image_s_digest_and_no_database_of_its_own(
         "api": (2, 2),
         "services": (2, 2),
         "worker": (2, 2),
+        "drift": (1, 1),
     }
     assert found["pools"] == [{"name": "default", "status": "READY", "limit": 100, "workers": 2}]
     assert found["problems"] == []

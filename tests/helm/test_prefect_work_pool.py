@@ -65,12 +65,28 @@ MAXIMAL: Object = {
         "variables": {"gpu": {"type": "integer", "default": 0}},
         "baseJobTemplate": {"job_configuration": {"job_manifest": {"spec": {"suspend": False}}}},
     },
-    "sync": {"settings": {"PREFECT_LOGGING_LEVEL": "ERROR"}},
+    "sync": {
+        "files": ["prefect.yaml", "/more/teams.yaml"],
+        "owner": "the data team",
+        "settings": {"PREFECT_LOGGING_LEVEL": "ERROR"},
+        "pod": {
+            "sidecars": [{"name": "proxy", "image": "proxy:1"}],
+            "volumes": [{"name": "more", "configMap": {"name": "more"}}],
+            "volumeMounts": [{"name": "more", "mountPath": "/more"}],
+        },
+    },
+    "drift": {
+        "everySeconds": 60,
+        "settings": {"PREFECT_LOGGING_LEVEL": "WARNING"},
+        "resources": {"requests": {"memory": "256Mi"}},
+        "pod": {"sidecars": [{"name": "proxy", "image": "proxy:1"}]},
+    },
     "networkPolicy": {
         "api": {"namespaceLabels": {"kubernetes.io/metadata.name": "prefect"}, "cidrs": ["192.0.2.1/32"]},
         "kubernetesCIDRs": ["10.0.0.1/32"],
         "egressCIDRs": ["10.0.0.0/8"],
         "extraEgress": [{"to": [{"ipBlock": {"cidr": "198.51.100.0/24"}}]}],
+        "metricsFrom": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}],
     },
     "extraObjects": [
         {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "more"}, "data": {"of": "{{ .Release.Name }}"}},
@@ -86,8 +102,10 @@ def _with(**values: Any) -> Object:
 def pool_of(objects: list[Object]) -> Object:
     """The pool that a release brings to the server."""
     [found] = [each for each in objects if each["kind"] == "ConfigMap" and each["metadata"]["name"].endswith("-sync")]
-    pool: Object = yaml.safe_load(found["data"]["pool.yaml"])
-    return pool
+    written = yaml.safe_load(found["data"]["pool.yaml"])
+    assert set(written) == {"work_pools"}
+    [pool] = written["work_pools"]
+    return dict(pool)
 
 
 def _pool(values: Object) -> Object:
@@ -111,8 +129,10 @@ def _job(pool: Object, **variables: Any) -> Object:
 def test_what_there_is_by_default() -> None:
     assert inventory(render("prefect-work-pool", TAG)) == [
         "ConfigMap/test-prefect-work-pool-sync",
+        "Deployment/test-prefect-work-pool-drift",
         "Deployment/test-prefect-work-pool-worker",
         "Job/test-prefect-work-pool-sync",
+        "NetworkPolicy/test-prefect-work-pool-drift",
         "NetworkPolicy/test-prefect-work-pool-runs",
         "NetworkPolicy/test-prefect-work-pool-sync",
         "NetworkPolicy/test-prefect-work-pool-test",
@@ -158,6 +178,62 @@ def test_the_role_is_of_this_namespace_and_no_wider_than_the_worker_needs() -> N
     ]
     [subject] = one(objects, "RoleBinding", "test-prefect-work-pool-worker")["subjects"]
     assert subject["name"] == "test-prefect-work-pool-worker"
+
+
+def _args(objects: list[Object], workload: str) -> list[str]:
+    """What the one container of the chart's own in a pod is started with; beside it there may be sidecars."""
+    found: list[str] = pod_specs(objects)[workload]["containers"][0]["args"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("sync", "between"),
+    [
+        ({}, ["--adopt", "--prune", "prefect.yaml"]),
+        ({"adopt": False, "prune": False}, ["prefect.yaml"]),
+        ({"files": []}, ["--adopt", "--prune"]),
+        ({"files": ["prefect.yaml", "/more/teams.yaml"]}, ["--adopt", "--prune", "prefect.yaml", "/more/teams.yaml"]),
+    ],
+)
+def test_the_sync_is_one_command_with_the_files_and_the_pool(sync: Object, between: list[str]) -> None:
+    """Its last words are the reason of a release that fails."""
+    objects = render("prefect-work-pool", _with(sync=sync))
+    spec = pod_specs(objects)["Job/test-prefect-work-pool-sync"]
+    assert "initContainers" not in spec
+    [container] = spec["containers"]
+    assert container["name"] == "sync"
+    assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
+    owner = ["--owner", "default of test in prefect", "--wait", "300"]
+    assert container["args"] == ["orchestrate", "sync", *owner, *between, "/etc/prefect-pool/pool.yaml"]
+
+
+def test_the_files_may_come_from_volumes_and_containers_before_but_none_beside_keeps_the_job_from_ending() -> None:
+    spec = pod_specs(render("prefect-work-pool", MAXIMAL))["Job/pool-sync"]
+    [container] = spec["containers"]
+    assert [each["name"] for each in spec["initContainers"]] == ["native"]
+    assert {each["mountPath"] for each in container["volumeMounts"]} == {"/tmp", "/more", "/etc/prefect-pool"}  # noqa: S108
+    assert {each["name"] for each in spec["volumes"]} == {"tmp", "more", "pool"}
+
+
+def test_drift_watches_what_the_sync_has_made() -> None:
+    """The owner is one and the same, or drift would look for what nobody has noted."""
+    for values, name in ((TAG, "test-prefect-work-pool"), (MAXIMAL, "pool")):
+        objects = render("prefect-work-pool", values)
+        sync, drift = (
+            _args(objects, f"{each}-{part}")
+            for each, part in ((f"Job/{name}", "sync"), (f"Deployment/{name}", "drift"))
+        )
+        assert drift[:2] == ["orchestrate", "watch"]
+        assert drift[drift.index("--owner") + 1] == sync[sync.index("--owner") + 1]
+    assert drift[-4:] == ["--every", "60", "--port", "8080"]
+    container = pod_specs(objects)["Deployment/pool-drift"]["containers"][0]
+    assert {container[f"{each}Probe"]["httpGet"]["path"] for each in ("startup", "liveness", "readiness")} == {
+        "/health"
+    }
+    assert environment(container)["PREFECT_LOGGING_LEVEL"] == "WARNING"
+    assert environment(container)["PREFECT_API_URL"] == "https://test.example.com/api"
+    without = inventory(render("prefect-work-pool", _with(drift={"enabled": False})))
+    assert not [each for each in without if each.endswith("-drift")]
 
 
 def test_only_the_worker_has_a_token() -> None:
@@ -261,15 +337,21 @@ def test_policies_deny_all_that_is_not_named() -> None:
     for each in objects:
         if each["kind"] == "NetworkPolicy":
             assert each["spec"]["policyTypes"] == ["Ingress", "Egress"]
-            assert "ingress" not in each["spec"]
+            assert ("ingress" in each["spec"]) == (each["metadata"]["name"] == "pool-drift")
+    assert one(objects, "NetworkPolicy", "pool-drift")["spec"]["ingress"] == [
+        {"ports": [{"port": "metrics"}], "from": MAXIMAL["networkPolicy"]["metricsFrom"]}
+    ]
+    by_default = one(render("prefect-work-pool", TAG), "NetworkPolicy", "test-prefect-work-pool-drift")
+    assert "ingress" not in by_default["spec"], "a rule without `from` would let everybody in"
     reached = {
         name: set(re.findall(r"[0-9.]+/[0-9]+", json.dumps(one(objects, "NetworkPolicy", f"pool-{name}")["spec"])))
-        for name in ("worker", "runs", "sync")
+        for name in ("worker", "runs", "sync", "drift")
     }
     assert reached == {
         "worker": {"192.0.2.1/32", "10.0.0.1/32"},
         "runs": {"192.0.2.1/32", "10.0.0.0/8", "198.51.100.0/24"},
         "sync": {"192.0.2.1/32"},
+        "drift": {"192.0.2.1/32"},
     }
     metadata = one(render("prefect-work-pool", TAG), "NetworkPolicy", "test-prefect-work-pool-runs")
     assert {"cidr": "0.0.0.0/0", "except": ["169.254.0.0/16"]} in [
@@ -293,6 +375,9 @@ REFUSED = [
     (_with(worker={"replica": 2}), "at '/worker': additional properties 'replica' not allowed"),
     (_with(worker={"replicas": "two"}), "at '/worker/replicas': got string, want integer"),
     (_with(pool={"concurrencyLimit": -1}), "at '/pool/concurrencyLimit'"),
+    (_with(sync={"deployments": True}), "at '/sync': additional properties 'deployments' not allowed"),
+    (_with(sync={"files": ["--prune"]}), "at '/sync/files/0'"),
+    (_with(drift={"everySeconds": 0}), "at '/drift/everySeconds'"),
     (_with(networkPolicy={"egressCIDRs": ["everywhere"]}), "at '/networkPolicy/egressCIDRs/0'"),
 ]
 

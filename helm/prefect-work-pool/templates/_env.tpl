@@ -1,6 +1,6 @@
 {{/* The environment of a component's container: (list root component). A name is there once, the last one wins:
-     the chart's own, `settings` and `env` of worker and sync (runs have the worker's settings from the worker), those of
-     the component. */}}
+     the chart's own, `settings` and `env` of worker, sync and drift (runs have the worker's settings from the worker),
+     those of the component. */}}
 {{- define "prefect-work-pool.env" -}}
 {{- $root := index . 0 -}}
 {{- $levels := list (index $root.Values (index . 1)) -}}

@@ -1,4 +1,4 @@
-{{/* A pod's template for worker and sync:
+{{/* A pod's template for worker, sync and drift:
      (dict "root" "component" "containers" (the text of them) "serviceAccount" "token" "annotations"). */}}
 {{- define "prefect-work-pool.pod" -}}
 {{- $root := .root -}}
@@ -29,6 +29,32 @@ spec:
     {{- with .volumes }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
+{{- end -}}
+
+{{/* The containers of worker, sync and drift:
+     (dict "root" "component" "pod" "args" "more" (the text of the main one's other keys)). */}}
+{{- define "prefect-work-pool.containers" -}}
+{{- with .pod.initContainers }}
+initContainers:
+  {{- tpl (toYaml .) $.root | nindent 2 }}
+{{- end }}
+containers:
+  - name: {{ .component }}
+    {{- include "prefect-work-pool.container" (list .root .component .pod) | nindent 4 }}
+    args: {{- toYaml .args | nindent 6 }}
+    {{- .more | trim | nindent 4 }}
+    volumeMounts:
+      {{- include "prefect-work-pool.mounts" (list .root .pod) | nindent 6 }}
+  {{- with .pod.sidecars }}
+  {{- tpl (toYaml .) $.root | nindent 2 }}
+  {{- end }}
+{{- end -}}
+
+{{/* A container's probes: (list (the component's values) (the probes' handler)). */}}
+{{- define "prefect-work-pool.probes" -}}
+{{- range $name := list "startupProbe" "livenessProbe" "readinessProbe" }}
+{{ $name }}: {{- merge dict (index (index $ 0) $name) (index $ 1) | toYaml | nindent 2 }}
+{{- end }}
 {{- end -}}
 
 {{/* What the chart's containers share: (list root component pod). */}}

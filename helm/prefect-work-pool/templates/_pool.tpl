@@ -1,22 +1,28 @@
-{{/* The pool as `python -m orchestration.pool` reads it. */}}
+{{/* Who made what `sync` makes, as the server is told: by it a later sync knows its own. */}}
+{{- define "prefect-work-pool.owner" -}}
+{{- .Values.sync.owner | default (printf "%s of %s in %s" .Values.pool.name .Release.Name .Release.Namespace) -}}
+{{- end -}}
+
+{{/* The pool as a file of `orchestrate sync`. */}}
 {{- define "prefect-work-pool.pool" -}}
-name: {{ .Values.pool.name }}
-type: kubernetes
-description: {{ .Values.pool.description | quote }}
-concurrency_limit: {{ .Values.pool.concurrencyLimit | toJson }}
-queues:
-  {{- range .Values.pool.queues }}
-  - name: {{ .name | quote }}
-    {{- with .priority }}
-    priority: {{ . }}
-    {{- end }}
-    concurrency_limit: {{ .concurrencyLimit | toJson }}
-    description: {{ .description | default "" | quote }}
-  {{- else }} []
-  {{- end }}
-base_job_template:
-  {{- $template := dict "job_configuration" (include "prefect-work-pool.jobConfiguration" . | fromYaml) "variables" (include "prefect-work-pool.jobVariables" . | fromYaml) }}
-  {{- mergeOverwrite $template .Values.runs.baseJobTemplate | toYaml | nindent 2 }}
+work_pools:
+  - name: {{ .Values.pool.name | quote }}
+    type: kubernetes
+    description: {{ .Values.pool.description | quote }}
+    concurrency_limit: {{ .Values.pool.concurrencyLimit | toJson }}
+    queues:
+      {{- range .Values.pool.queues }}
+      - name: {{ .name | quote }}
+        {{- with .priority }}
+        priority: {{ . }}
+        {{- end }}
+        concurrency_limit: {{ .concurrencyLimit | toJson }}
+        description: {{ .description | default "" | quote }}
+      {{- else }} []
+      {{- end }}
+    base_job_template:
+      {{- $template := dict "job_configuration" (include "prefect-work-pool.jobConfiguration" . | fromYaml) "variables" (include "prefect-work-pool.jobVariables" . | fromYaml) }}
+      {{- mergeOverwrite $template .Values.runs.baseJobTemplate | toYaml | nindent 6 }}
 {{- end -}}
 
 {{/* What the worker makes of a run. What is in {{ }} comes from the job variables. */}}

@@ -46,7 +46,7 @@
 {{- $references = append $references (dict "path" "api.auth.existingSecret" "name" .existingSecret "key" .key) -}}
 {{- end -}}
 {{- end -}}
-{{- range $path, $env := dict "env" .Values.env "worker.env" .Values.worker.env "runs.env" .Values.runs.env "sync.env" .Values.sync.env -}}
+{{- range $path, $env := dict "env" .Values.env "worker.env" .Values.worker.env "runs.env" .Values.runs.env "sync.env" .Values.sync.env "drift.env" (ternary .Values.drift.env list .Values.drift.enabled) -}}
 {{- range $variable := $env -}}
 {{- $reference := dig "valueFrom" "secretKeyRef" dict $variable -}}
 {{- if and $reference (not $reference.optional) -}}
