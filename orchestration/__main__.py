@@ -5,6 +5,7 @@ import asyncio
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 # Beyond these, a command imports what it needs: --help is there at once.
 from orchestration.errors import DeploymentsError, PipelineError
@@ -13,11 +14,16 @@ NOTHING, FAILED, DIFFERS, INTERRUPTED = 0, 1, 2, 130
 """Exit statuses."""
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """argparse ends with 2, which a plan says of changes."""
+        self.print_usage(sys.stderr)
+        self.exit(FAILED, f"{self.prog}: {message}\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(
-        prog="orchestrate", description="Deployments as desired state: prefect.yaml and what lies beside it."
-    )
+    top = _Parser(prog="orchestrate", description="Deployments as desired state: prefect.yaml and what lies beside it.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, text: str, *, files: bool = True) -> argparse.ArgumentParser:
@@ -41,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     made = command("diff", "what was changed on the server since the last sync; exit status 2 if anything", files=False)
     made.add_argument("--json", action="store_true", help="for programs")
     made = command("export", "write what the server has as a file that changes nothing when synced", files=False)
+    made.add_argument("--mine", action="store_true", help="only what the owner has, without what nobody owns")
     made.add_argument("--output", type=Path, metavar="FILE", help="default: printed")
     made.add_argument("--directory", type=Path, help="the working directory of runs; default: this one")
     made = command("adopt", "take something over as it is on the server", files=False)
@@ -59,16 +66,20 @@ def _files(options: argparse.Namespace) -> list[str]:
     return options.files or ["prefect.yaml"]
 
 
-def _owner(options: argparse.Namespace) -> str:
-    """Who is meant, where no file is read but for its name."""
-    if options.owner:
-        return str(options.owner)
+def _name() -> str:
+    """The name in prefect.yaml; empty if there is none."""
     from orchestration.deployments import files
 
     name = files.read(["prefect.yaml"])[0].get("name") if Path("prefect.yaml").exists() else None
-    if not isinstance(name, str) or not name:
+    return name if isinstance(name, str) else ""
+
+
+def _owner(options: argparse.Namespace) -> str:
+    """Who is meant, where no file is read but for its name."""
+    name = options.owner or _name()
+    if not name:
         raise DeploymentsError("Whose things are meant is not said: no prefect.yaml with a `name` is here. Say --owner")
-    return name
+    return str(name)
 
 
 async def _plan(options: argparse.Namespace) -> int:
@@ -109,13 +120,16 @@ async def _diff(options: argparse.Namespace) -> int:
 async def _export(options: argparse.Namespace) -> int:
     from orchestration.deployments import export, server
 
+    owner = _owner(options) if options.mine else options.owner or _name() or "exported"
     async with server.connected() as api:
-        found = await server.everything(api)
-    text = export.text(export.document(found, options.owner or "exported", options.directory or Path.cwd()))
+        found, others = await export.of(api, owner, mine=options.mine)
+    text = export.text(export.document(found, owner, options.directory or Path.cwd()))
     if options.output:
         options.output.write_text(text)
     else:
         print(text, end="")
+    for other, number in sorted(others.items()):
+        print(f"Left out: {number} of {other}. Export them by --owner '{other}'", file=sys.stderr)
     return NOTHING
 
 

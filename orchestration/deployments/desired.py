@@ -257,7 +257,9 @@ def _checked(document: Map) -> _File:
 
 def _mistake(document: Map, error: ValidationError, model: type[BaseModel], prefix: tuple[str | int, ...] = ()) -> str:
     """The first mistake that pydantic found, in one sentence."""
-    first = error.errors(include_url=False)[0]
+    found = error.errors(include_url=False)
+    # A key that is misspelt is missing too.
+    first = next((each for each in found if each["type"] == "extra_forbidden"), found[0])
     path = (*prefix, *(step for step in first["loc"] if isinstance(step, str | int)))
     where = files.place(document, path)
     key = next((str(step) for step in reversed(path) if isinstance(step, str)), "")

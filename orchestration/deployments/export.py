@@ -1,11 +1,15 @@
 """A server's present state as a file: synced back it changes nothing."""
 
+import asyncio
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from orchestration.deployments import record as records_of
+from orchestration.deployments import server as api
 from orchestration.deployments.objects import (
     AUTOMATION,
     DEPLOYMENT,
@@ -18,7 +22,28 @@ from orchestration.deployments.objects import (
     Name,
     Object,
 )
-from orchestration.deployments.server import JSON
+from orchestration.deployments.server import JSON, Server
+
+
+async def of(server: Server, owner: str, *, mine: bool) -> tuple[dict[Name, Object], Counter[str]]:
+    """What of a server is an owner's to sync, and how much of others is left out, by owner.
+
+    Args:
+        server: whose things these are.
+        owner: who would sync them.
+        mine: without what nobody owns, but for what comes with a pool of the owner's.
+    """
+    found, records = await asyncio.gather(api.everything(server), records_of.all_of(server))
+    owners = records_of.owners(records.values())
+
+    def owned_by(each: Object) -> str:
+        pool = (POOL, each.key.partition("/")[0])
+        return owners.get(each.name) or (owners.get(pool, "") if each.kind == QUEUE else "")
+
+    of_whom = {each.name: owned_by(each) for each in found.values()}
+    ours = (owner,) if mine else (owner, "")
+    kept = {name: each for name, each in found.items() if of_whom[name] in ours}
+    return kept, Counter(whose for whose in of_whom.values() if whose not in (owner, ""))
 
 
 def document(found: Mapping[Name, Object], owner: str, directory: Path) -> JSON:

@@ -162,7 +162,8 @@ def _compare(plan: Plan, wanted: Object, found: Object | None, others: dict[Name
             f"{wanted.where}: {spoken(name)} belongs to {other}. Rename yours, or take it over on purpose: "
             f"orchestrate adopt '{name[0]}:{name[1]}' --owner '{plan.owner}' --from '{other}'"
         )
-    ours = name in record.applied or _comes_with_our_pool(plan, wanted)
+    recorded = name in record.applied
+    ours = recorded or _comes_with_our_pool(plan, wanted)
     if not ours and not adopt:
         raise DeploymentsError(
             f"{wanted.where}: {spoken(name)} exists and is not of {plan.owner}. Rename yours, or take over what nobody "
@@ -176,7 +177,7 @@ def _compare(plan: Plan, wanted: Object, found: Object | None, others: dict[Name
         fields.append(("copies", copies + 1, 1))
     if fields or not ours:
         plan.changes.append(Change(CHANGE if ours else ADOPT, wanted, found, fields, since))
-    elif since or name not in record.applied or record.applied[name] is None:
+    elif since or (recorded and record.applied[name] is None):
         plan.changes.append(Change(FINISH, wanted, found, since=since))
     plan.notes += _kept_for_operators(wanted, found)
 

@@ -35,9 +35,12 @@ PAGE = 200
 AT_ONCE = 2
 """Requests at the same time. More are slower on SQLite and no faster on Postgres."""
 
-PATIENCE = 60.0
-"""Seconds for which a request is made again that the server could not answer: a lost connection, or a 5xx, which is
-also what it says when others hold its database."""
+ANSWER = 75.0
+"""Seconds in which an answer must come: on SQLite a server waits for its database for 60 s before it says that others
+hold it."""
+
+PATIENCE = 180.0
+"""Seconds for which a request is made again that the server could not answer: a lost connection, or a 5xx."""
 
 JSON = dict[str, Any]
 
@@ -178,7 +181,7 @@ async def connected(wait: float = 0) -> AsyncIterator[Server]:
         verify = ssl.create_default_context(cafile=settings.api.ssl_cert_file)
     name, _, password = auth.partition(":")
     async with httpx.AsyncClient(
-        base_url=url, auth=(name, password) if auth else None, headers=headers, verify=verify, timeout=60
+        base_url=url, auth=(name, password) if auth else None, headers=headers, verify=verify, timeout=ANSWER
     ) as client:
         server = Server(client, url)
         await _answers(server, wait)

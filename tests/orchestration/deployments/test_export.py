@@ -83,3 +83,17 @@ def test_export_then_sync_then_plan_is_empty(project: Project, file: dict[str, A
     status, said = project.run("plan", "--prune", "exported.yaml")
     assert status == 0, said
     project.sync("--prune", "exported.yaml")
+
+
+def test_what_others_have_is_left_out_and_said(project: Project) -> None:
+    other = f"other-{project.owner}"
+    project.write({"name": "a"})
+    project.sync()
+    project.write({"name": "theirs"}, file="other.yaml", name=other, work_pools=[])
+    project.sync("other.yaml")
+    status, said = project.run("export")
+    assert status == 0
+    assert f"name: {project.owner}\n" in said
+    assert project.own("a") in said
+    assert project.own("theirs") not in said
+    assert f"Left out: 1 of {other}. Export them by --owner '{other}'" in said

@@ -1,13 +1,15 @@
 """Bad input: one message each, with file, line and cure, before anything is sent."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from orchestration.__main__ import main
 from orchestration.deployments import check, desired
-from orchestration.deployments.objects import DEPLOYMENT
+from orchestration.deployments.objects import DEPLOYMENT, KINDS
 from orchestration.errors import DeploymentsError
+from orchestration.settings import ROOT
 
 HEAD = "name: shop\n"
 
@@ -50,6 +52,12 @@ def test_what_is_right_is_read(folder: Path) -> None:
         pytest.param(HEAD + "deplyments: []\n", ":2: ", "Did you mean deployments?", id="unknown key"),
         pytest.param(with_deployment("schedles: []"), ":6: ", "Did you mean schedules?", id="unknown key below"),
         pytest.param(with_deployment("schedules: [{corn: x}]"), ":6: ", "Did you mean cron?", id="unknown key deeper"),
+        pytest.param(
+            HEAD + "deployments:\n  - {nme: a, entrypoint: 'flow.py:etl'}\n",
+            ":3: ",
+            "Did you mean name?",
+            id="misspelt",
+        ),
         pytest.param(HEAD + "name: x\n", ":2: ", "is here twice, first in line 1", id="a key twice"),
         pytest.param(
             with_deployment() + deployment(),
@@ -144,6 +152,13 @@ def test_a_message_and_no_traceback(folder: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err == "absent.yaml does not exist. Go where it is, or name another.\n"
 
 
+def test_what_is_not_understood_is_no_plan_with_changes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--pruen"])
+    assert ended.value.code == 1, "2 says that there is something to do"
+    assert "unrecognized arguments: --pruen" in capsys.readouterr().err
+
+
 def test_a_file_is_split_by_team(folder: Path) -> None:
     (folder / "teams").mkdir()
     (folder / "teams" / "one.yaml").write_text("deployments:\n" + deployment("parameters: {day: 1}", "one"))
@@ -164,6 +179,19 @@ def test_anchors_and_the_environment(folder: Path, monkeypatch: pytest.MonkeyPat
     (found,) = desired.read(["prefect.yaml"]).of(DEPLOYMENT)
     assert found.fields["schedules"]["one"]["schedule"]["timezone"] == "Europe/Berlin"
     assert found.fields["parameters"] == {"day": 1, "name": "eu"}
+
+
+def test_the_example_of_the_docs_is_right(folder: Path) -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "deployments.md").read_text(), re.DOTALL)
+    (folder / "teams").mkdir()
+    (folder / "teams" / "a.yaml").write_text("deployments: []\n")
+    (folder / "flows").mkdir()
+    (folder / "flows" / "example_flow.py").write_text(
+        "from prefect import flow\n\n@flow\ndef dbt_pipeline(full_refresh: bool = False) -> None:\n    pass\n"
+    )
+    (folder / "prefect.yaml").write_text(example)
+    assert main(["check"]) == 0
+    assert {kind for kind, _ in desired.read(["prefect.yaml"]).objects} == set(KINDS)
 
 
 def test_check_shows_the_next_five_times(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -63,6 +64,9 @@ def test_a_first_sync_makes_everything_and_a_second_sends_nothing(project: Proje
     status, planned = project.run("plan")
     assert status == 2
     assert "9 to create" in planned
+    assert "\033[" not in planned
+    with patch("sys.stdout.isatty", return_value=True):
+        assert "\033[32m+ deployment" in project.run("plan")[1], "in colour on a terminal"
     assert project.deployment("a") is None, "a plan changes nothing"
     project.sync()
     made = project.there("a")
@@ -270,7 +274,7 @@ def test_two_syncs_at_once(project: Project, same: bool) -> None:
         )
         for file in ("one.yaml", "two.yaml")
     ]
-    said = [each.communicate(timeout=120)[0] for each in both]
+    said = [each.communicate(timeout=400)[0] for each in both]
     assert [each.returncode for each in both] == [0, 0], "\n".join(each[-1500:] for each in said)
     if same:
         assert project.run("plan", "--prune", "one.yaml")[0] == 0, said
