@@ -66,8 +66,9 @@ backfill: .venv/ready ## load every day, or FIRST=... to LAST=..., that is not l
 
 ##@ Serve
 .PHONY: server worker
+# Time zones from the package tzdata, which lists them: of the system's folder the server opens every file, again and again.
 server: .venv/ready ## start a Prefect server with its UI on http://localhost:4200
-	@$(BIN)/prefect server start
+	@PYTHONTZPATH= $(BIN)/prefect server start
 
 worker: .venv/ready ## start a worker that executes deployments' runs as processes of this machine
 	@$(BIN)/prefect worker start --pool default --type process
@@ -151,7 +152,7 @@ down-docker: ## stop what runs in Docker; databases and passwords stay
 	@docker/stack down
 
 ##@ Develop
-.PHONY: setup test fix bench bench-deploys bench-dbt kill-test dbt-ends picture clean
+.PHONY: setup test fix bench bench-deploys bench-dbt bench-deployments kill-test sync-kills dbt-ends picture clean
 setup: .venv/ready ## create the environment in .venv
 
 test: .venv/ready ## check the code and run all tests, PROCESSES=3 at once; TESTS=tests/flows for some, one by one
@@ -175,8 +176,15 @@ bench-deploys: .venv/ready ## measure make up and make deploy on the local clust
 bench-dbt: .venv/ready ## measure dbt in a flow beside dbt's command line, at 20, 300 and 1,000 nodes
 	@$(BIN)/python -m tests.benchmarks.dbt --pairs $(PAIRS)
 
+bench-deployments: .venv/ready ## measure orchestrate plan and sync beside prefect deploy --all
+	@$(BIN)/python -m tests.benchmarks.deployments --pairs $(PAIRS)
+
 kill-test: .venv/ready ## kill the pipeline at KILLS=50 random moments; writes tests/benchmarks/kills.md
 	@$(BIN)/python -m tests.benchmarks.kills --kills $(KILLS)
+
+sync-kills: KILLS = 30
+sync-kills: .venv/ready ## kill orchestrate sync at KILLS=30 random moments; writes tests/benchmarks/sync_kills.md
+	@$(BIN)/python -m tests.benchmarks.sync_kills --kills $(KILLS)
 
 dbt-ends: .venv/ready ## kill and cancel dbt's runs at ROUNDS=20 random moments each; writes tests/benchmarks/dbt_ends.md
 	@$(BIN)/python -m tests.benchmarks.dbt_ends --rounds $(ROUNDS)
@@ -191,7 +199,7 @@ clean: ## remove the environment and what tools left behind; the warehouse stays
 help: ## show this
 	@awk 'BEGIN {FS = ":.*## "; tty = system("test -t 1") == 0} \
 		/^##@/ {printf "\n%s\n", substr($$0, 5)} \
-		/^[a-z-]+:.*## / {printf "  %s%-16s%s %s\n", tty ? "\033[36m" : "", $$1, tty ? "\033[0m" : "", $$2}' Makefile
+		/^[a-z-]+:.*## / {printf "  %s%-17s%s %s\n", tty ? "\033[36m" : "", $$1, tty ? "\033[0m" : "", $$2}' Makefile
 
 .venv/ready: pyproject.toml uv.lock
 	@[ -n "$(PYTHON)" ] || { echo "No Python 3.11, 3.12 or 3.13 was found. Install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }

@@ -25,6 +25,7 @@ class Record:
         owner: who.
         applied: the fields of each thing as the owner's last sync left them. None: a sync began to make it.
         begun: since when (ISO 8601, UTC) a sync works on a thing that it has not reported as done.
+        late: when runs of a deployment fell due that the server deletes with a schedule which a sync removes.
         ending: deployments that a sync paused, to be deleted when their runs have ended.
         serial: another after each write.
         id: the document's; empty if there is none yet.
@@ -34,6 +35,7 @@ class Record:
     applied: dict[Name, JSON | None] = field(default_factory=dict)
     begun: dict[Name, str] = field(default_factory=dict)
     ending: set[str] = field(default_factory=set)
+    late: dict[Name, list[str]] = field(default_factory=dict)
     serial: str = ""
     id: str = ""
 
@@ -45,6 +47,7 @@ class Record:
             "applied": [[*name, fields] for name, fields in sorted(self.applied.items())],
             "begun": [[*name, since] for name, since in sorted(self.begun.items())],
             "ending": sorted(self.ending),
+            "late": [[*name, times] for name, times in sorted(self.late.items())],
         }
 
 
@@ -68,6 +71,7 @@ def _read(document: JSON) -> Record:
         {(kind, key): fields for kind, key, fields in data["applied"]},
         {(kind, key): since for kind, key, since in data["begun"]},
         set(data["ending"]),
+        {(kind, key): times for kind, key, times in data.get("late", ())},
         data["serial"],
         document["id"],
     )

@@ -45,6 +45,12 @@ ROUNDS = 5
 REACH = timedelta(hours=1)
 """How far back runs are scheduled anew after a sync that was cut off: further back, they had their time."""
 
+PASS = 1.0
+"""Seconds that the server's own scheduler takes from reading a deployment to inserting its runs, at most, mostly."""
+
+AT_LEAST = timedelta(minutes=1)
+"""How far ahead runs are when a sync ends: until the server's own scheduler comes by."""
+
 
 async def sync(
     server: Server,
@@ -93,8 +99,11 @@ async def sync(
 async def _apply(server: Server, plan: Plan) -> tuple[bool, str]:
     """Carry it out; whether another sync was at work or a request had to be made twice, and what was refused."""
     now = datetime.now(UTC).isoformat()
+    late = await _late(server, plan.changes, now)
 
     def begin(record: Record) -> None:
+        for name, times in late.items():
+            record.late[name] = sorted({*record.late.get(name, ()), *times})
         for each in plan.changes:
             if each.action == END:
                 record.ending.add(each.name[1])
@@ -107,11 +116,12 @@ async def _apply(server: Server, plan: Plan) -> tuple[bool, str]:
     done: list[Change] = []
     failures: list[str] = []
     flows: dict[str, str] = {}
+    touched: dict[str, Change] = {}
     progress = _Progress(len(plan.changes))
 
     async def carry_out(change: Change) -> None:
         try:
-            await _carry_out(server, change, flows, now)
+            await _carry_out(server, change, flows, touched, now, began.late.get(change.name, ()))
         except RefusedError as error:
             where = change.wanted.where + ": " if change.wanted else ""
             failures.append(f"{where}{spoken(change.name)}: {error}")
@@ -123,6 +133,7 @@ async def _apply(server: Server, plan: Plan) -> tuple[bool, str]:
         for changes in _stages(plan.changes):
             if not failures:
                 await asyncio.gather(*map(carry_out, changes))
+        await _schedule_again(server, touched, now)
     finally:
         progress.end()
         # Also when the server went away or somebody interrupts: what is known to be done need not be done again.
@@ -144,6 +155,7 @@ async def _report(server: Server, owner: str, done: Sequence[Change]) -> str:
             if each.action == END:
                 continue
             record.begun.pop(each.name, None)
+            record.late.pop(each.name, None)
             record.ending.discard(each.name[1] if each.name[0] == DEPLOYMENT else "")
             if each.wanted is None:
                 record.applied.pop(each.name, None)
@@ -186,12 +198,63 @@ class _Progress:
             print("\r" + " " * 20 + "\r", end="", file=sys.stderr, flush=True)
 
 
-async def _carry_out(server: Server, change: Change, flows: dict[str, str], now: str) -> None:
+async def _late(server: Server, changes: Sequence[Change], now: str) -> dict[Name, list[str]]:
+    """When runs fell due that nobody has begun, of deployments that lose a schedule: with one, the server deletes those
+    of all of them.
+    """
+    late: dict[Name, list[str]] = {}
+    for each in changes:
+        if each.name[0] != DEPLOYMENT or not each.wanted or not each.found:
+            continue
+        pairs = paired(each.wanted.fields["schedules"], each.found.fields["schedules"])
+        if all(wanted is not None for _, _, wanted in pairs):
+            continue
+        staying = {found["id"] for _, found, wanted in pairs if found and wanted is not None}
+        since = datetime.fromisoformat(now) - REACH
+        runs = await server.all(
+            "/flow_runs/filter",
+            deployments={"id": {"any_": [each.found.id]}},
+            flow_runs={
+                "state": {"type": {"any_": ["SCHEDULED"]}},
+                "expected_start_time": {"after_": since.isoformat(), "before_": now},
+            },
+            sort="ID_DESC",
+        )
+        of_staying = [run for run in runs if (run.get("created_by") or {}).get("id") in staying]
+        late[each.name] = sorted({run["expected_start_time"] for run in of_staying})
+    return late
+
+
+async def _schedule_again(server: Server, touched: dict[str, Change], now: str) -> None:
+    """Delete and make the runs to come once more: the server's own scheduler, if it read a deployment before a change
+    and inserts after it, puts runs of the old state back.
+    """
+    if touched:
+        await asyncio.sleep(PASS)
+    for id_, change in touched.items():
+        assert change.wanted
+        assert change.found
+        # Any change deletes the runs to come.
+        await server.ask("PATCH", f"/deployments/{id_}", {"description": change.wanted.fields["description"]})
+        if change.wanted.fields["schedules"] and not _paused(change.wanted, change.found):
+            await _schedule_runs(server, id_, datetime.fromisoformat(change.since or now))
+
+
+def _paused(wanted: Object, found: Object) -> bool:
+    return bool(found.fields["paused"] if wanted.fields["paused"] is None else wanted.fields["paused"])
+
+
+async def _carry_out(
+    server: Server, change: Change, flows: dict[str, str], touched: dict[str, Change], now: str, late: Sequence[str]
+) -> None:
     kind = change.name[0]
     if change.action == FORGET:
         return
     if change.action == DELETE:
         assert change.found
+        # To the server a deployment's triggers are automations that stay when it goes.
+        for each in (id_ for ids in change.found.raw.get("trigger_ids", {}).values() for id_ in ids):
+            await server.ask("DELETE", f"/automations/{each}", absent=True)
         await server.ask("DELETE", _path(change.found), absent=True)
         return
     if change.action == END:
@@ -200,7 +263,7 @@ async def _carry_out(server: Server, change: Change, flows: dict[str, str], now:
         return
     assert change.wanted
     if kind == DEPLOYMENT:
-        await _deployment(server, change, flows, now)
+        await _deployment(server, change, flows, touched, now, late)
     elif change.action == CREATE:
         await _create(server, change.wanted)
     elif change.action != FINISH:
@@ -284,30 +347,46 @@ PLAIN = (
 """A deployment's fields that are sent as they are."""
 
 
-async def _deployment(server: Server, change: Change, flows: dict[str, str], now: str) -> None:
+async def _deployment(
+    server: Server, change: Change, flows: dict[str, str], touched: dict[str, Change], now: str, late: Sequence[str]
+) -> None:
     wanted, found = change.wanted, change.found
     assert wanted
     if found is None:
+        created = datetime.now(UTC)
         id_ = await _create_deployment(server, wanted, flows)
         await _triggers(server, wanted, id_, {}, {})
+        if wanted.fields["schedules"] and not wanted.fields["paused"]:
+            await _schedule_runs(server, id_, created)
         return
     different = {name.partition(".")[0] for name, _, _ in change.fields}
     body = {key: wanted.fields[key] for key in PLAIN if key in different}
     if different & {"work_pool_name", "work_queue_name", "job_variables"}:
         # With the pool's name the server checks the job variables.
         body |= {key: wanted.fields[key] for key in ("work_pool_name", "work_queue_name", "job_variables")}
-    touched = bool(body) or bool(change.since)
+    changed = bool(body) or bool(change.since) or "schedules" in different
     if body:
         await server.ask("PATCH", f"/deployments/{found.id}", body)
     if "schedules" in different:
         await _schedules(server, wanted, found)
-        touched = True
+    for each in late:
+        body = {"start_time": each, "end_time": each}
+        await server.ask("POST", f"/deployments/{found.id}/schedule", body)
     if different & {"triggers", "copies"}:
         await _triggers(server, wanted, found.id, found.fields["triggers"], found.raw["trigger_ids"])
-    paused = found.fields["paused"] if wanted.fields["paused"] is None else wanted.fields["paused"]
-    if touched and wanted.fields["schedules"] and not paused:
-        since = max(datetime.fromisoformat(change.since or now), datetime.now(UTC) - REACH)
-        await server.ask("POST", f"/deployments/{found.id}/schedule", {"start_time": since.isoformat()})
+    if changed and (wanted.fields["schedules"] or found.fields["schedules"]):
+        touched[found.id] = change
+    if changed and wanted.fields["schedules"] and not _paused(wanted, found):
+        await _schedule_runs(server, found.id, datetime.fromisoformat(change.since or now))
+
+
+async def _schedule_runs(server: Server, deployment: str, since: datetime) -> None:
+    """Those that are there stay: the server knows a run by its schedule and its time."""
+    since = max(since, datetime.now(UTC) - REACH)
+    await server.ask("POST", f"/deployments/{deployment}/schedule", {"start_time": since.isoformat()})
+    if datetime.now(UTC) - since > AT_LEAST:
+        # It makes a hundred of a schedule, or an hour's: from longer ago on these may end before now.
+        await server.ask("POST", f"/deployments/{deployment}/schedule", {})
 
 
 async def _create_deployment(server: Server, wanted: Object, flows: dict[str, str]) -> str:
@@ -354,7 +433,7 @@ async def _schedules(server: Server, wanted: Object, found: Object) -> None:
 async def _triggers(
     server: Server, wanted: Object, deployment: str, found: dict[str, JSON], ids: dict[str, list[str]]
 ) -> None:
-    """A deployment's triggers are automations that it owns: they go with it."""
+    """A deployment's triggers are automations that it owns."""
     for name, each in wanted.fields["triggers"].items():
         body: dict[str, Any] = {"name": name} | with_deployment(each, NOBODY, deployment)
         if name not in ids:

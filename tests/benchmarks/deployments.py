@@ -1,0 +1,313 @@
+"""Measure `orchestrate plan` and `orchestrate sync` beside `prefect deploy --all` of the same file.
+
+    python -m tests.benchmarks.deployments --pairs 7     # or: make bench-deployments
+
+The file has 500 deployments with 800 schedules of 40 flows in 20 scripts. Each pair has new servers, so that the first
+time is one. Whole processes are timed from exec to exit; in between the server is let finish what it does by itself,
+like scheduling the runs of what is new. The table is printed and appended to results.md.
+"""
+
+import argparse
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from tests.benchmarks.run import BIN, RESULTS, Figure, heading, timed
+from tests.parts import new_database, prefect_server, rows_of, settings_of, wait_until
+
+ORCHESTRATE = str(BIN / "orchestrate")
+
+DEPLOY = (str(BIN / "prefect"), "--no-prompt", "deploy")
+
+SCRIPTS = 20
+
+POOL = "bench"
+
+REST = 12
+"""Seconds without a new run after which a server has scheduled what is new: it looks for that every 5 s."""
+
+SCRIPT = '''
+from datetime import date
+from typing import Literal
+
+from prefect import flow, task
+from pydantic import BaseModel, Field
+
+
+class Source(BaseModel):
+    """Where the rows come from."""
+
+    host: str
+    port: int = Field(5432, gt=0)
+    tables: list[str] = []
+
+
+@task
+def rows(source: Source, day: date | None) -> int:
+    return len(source.tables)
+
+
+@flow(name="load-{number:02}")
+def load(source: Source, day: date | None = None, mode: Literal["append", "replace"] = "append") -> int:
+    """Loads a day."""
+    return rows(source, day)
+
+
+@flow(name="report-{number:02}")
+def report(title: str, recipients: list[str], days: int = 7) -> None:
+    """Sends what was loaded."""
+'''
+
+SCHEDULES: Sequence[dict[str, Any]] = (
+    {"cron": "0 6 * * *", "timezone": "Europe/Berlin"},
+    {"cron": "30 5 * * 1-5"},
+    {"interval": 21600},
+    {"cron": "15 */4 * * *", "timezone": "America/New_York", "slug": "hours"},
+    {"rrule": "FREQ=WEEKLY;BYDAY=MO,TH;BYHOUR=7;BYMINUTE=0;BYSECOND=0", "timezone": "Asia/Tokyo"},
+)
+
+
+def _schedules(number: int) -> list[dict[str, Any]]:
+    """Of a deployment: one, of three in five a second."""
+    first = {**SCHEDULES[number % 3]}
+    return [first] if number % 5 > 2 else [first, {**SCHEDULES[3 + number % 2]}]
+
+
+def write_project(folder: Path, deployments: int) -> int:
+    """Write the scripts and a prefect.yaml that both programs read; how many schedules it has."""
+    for number in range(SCRIPTS):
+        script = folder / "flows" / f"script_{number:02}.py"
+        script.parent.mkdir(exist_ok=True)
+        script.write_text(SCRIPT.replace("{number:02}", f"{number:02}"))
+    listed: list[dict[str, Any]] = []
+    for number in range(deployments):
+        loads = number // SCRIPTS % 2 == 0
+        source = {"host": f"db-{number}.example.com", "tables": ["orders", "customers"]}
+        mails = {"title": f"Report {number}", "recipients": ["data@example.com"]}
+        listed.append(
+            {
+                "name": f"deployment-{number:03}",
+                "description": f"The deployment number {number}.",
+                "version": "1",
+                "tags": ["bench", f"team-{number % 7}"],
+                "entrypoint": f"flows/script_{number % SCRIPTS:02}.py:{'load' if loads else 'report'}",
+                "parameters": {"source": source} if loads else mails,
+                "work_pool": {"name": POOL, "job_variables": {"env": {"REGION": "eu"}}},
+                "schedules": _schedules(number),
+            }
+        )
+    document = {"name": "bench", "deployments": listed}
+    (folder / "prefect.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    return sum(len(each["schedules"]) for each in listed)
+
+
+def change(folder: Path) -> str:
+    """Change the parameters of one deployment in the file; its name."""
+    file = folder / "prefect.yaml"
+    document = yaml.safe_load(file.read_text())
+    changed = document["deployments"][0]
+    source = changed["parameters"]["source"]
+    source["port"] = source.get("port", 5432) + 1
+    file.write_text(yaml.safe_dump(document, sort_keys=False))
+    return str(changed["name"])
+
+
+@contextlib.contextmanager
+def new_server(postgres: str) -> Iterator[str]:
+    """The API's URL of a new server with the work pool.
+
+    Args:
+        postgres: the URL of a Postgres, to have its database there; on SQLite, if empty.
+    """
+    with tempfile.TemporaryDirectory() as home, contextlib.ExitStack() as stack:
+        if postgres:
+            database = stack.enter_context(new_database(postgres))
+            url = database.replace("postgresql://", "postgresql+asyncpg://")
+            stack.enter_context(settings_of(PREFECT_SERVER_DATABASE_CONNECTION_URL=url))
+        api = stack.enter_context(prefect_server(Path(home)))
+        httpx.post(f"{api}/work_pools/", json={"name": POOL, "type": "process"}, timeout=60).raise_for_status()
+        _scheduled(api)
+        yield api
+
+
+def _scheduled(api: str) -> None:
+    """Wait until the server has made the runs of all that is new."""
+    runs, since = -1, time.monotonic()
+
+    def rests() -> bool:
+        nonlocal runs, since
+        if (now := _count(api, "flow_runs")) != runs:
+            runs, since = now, time.monotonic()
+        return time.monotonic() - since > REST
+
+    wait_until(rests, "no new runs", 600)
+
+
+def _count(api: str, what: str) -> int:
+    return int(httpx.post(f"{api}/{what}/count", json={}, timeout=60).raise_for_status().json())
+
+
+@dataclass
+class Beside:
+    """Seconds of both programs on one kind of server.
+
+    Args:
+        folder: the project's.
+        deployments: how many it has.
+        limit: seconds after which a `prefect deploy --all` is ended.
+    """
+
+    folder: Path
+    deployments: int
+    limit: float
+    sync: list[float] = field(default_factory=list)
+    plan: list[float] = field(default_factory=list)
+    change: list[float] = field(default_factory=list)
+    deploy: list[float] = field(default_factory=list)
+    deploy_again: list[float] = field(default_factory=list)
+    deploy_one: list[float] = field(default_factory=list)
+    cut_off: int | None = None
+    """How many deployments a `prefect deploy --all` had made when it was ended."""
+
+    def by_orchestrate(self, api: str) -> None:
+        """On a new server: first, then with nothing changed, then with one, which `prefect deploy` brings once more."""
+        environment = {"PREFECT_API_URL": api}
+        self.sync.append(timed([ORCHESTRATE, "sync"], environment, self.folder)[0])
+        self._expect(api)
+        _scheduled(api)
+        self.plan.append(timed([ORCHESTRATE, "plan"], environment, self.folder)[0])  # fails if there is a difference
+        change(self.folder)
+        seconds, said = timed([ORCHESTRATE, "sync"], environment, self.folder)
+        if "1 changed" not in said:
+            raise RuntimeError(f"one deployment is another, and orchestrate sync says:\n{said}")
+        self.change.append(seconds)
+        _scheduled(api)
+        name = change(self.folder)
+        self.deploy_one.append(timed([*DEPLOY, "--name", name], environment, self.folder)[0])
+
+    def by_prefect(self, api: str) -> None:
+        """On a new server: first, then with nothing changed."""
+        for seconds in (self.deploy, self.deploy_again):
+            start = time.perf_counter()
+            ended = self._deploy_all(api)
+            seconds.append(time.perf_counter() - start)
+            if not ended:
+                self.cut_off = _count(api, "deployments")
+                return
+            self._expect(api)
+            _scheduled(api)
+
+    def _deploy_all(self, api: str) -> bool:
+        """Whether it came to an end by itself."""
+        try:
+            subprocess.run(
+                [*DEPLOY, "--all"], cwd=self.folder, env=os.environ | {"PREFECT_API_URL": api},
+                capture_output=True, check=True, timeout=self.limit,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return False
+        except subprocess.CalledProcessError as error:
+            raise RuntimeError(f"prefect deploy failed:\n{error.stdout.decode()}{error.stderr.decode()}") from None
+        return True
+
+    def _expect(self, api: str) -> None:
+        if (there := _count(api, "deployments")) != self.deployments:
+            raise RuntimeError(f"{there} deployments are on the server and not {self.deployments}")
+
+    def figures(self, schedules: int, database: str) -> list[Figure]:
+        """The rows of the table."""
+        things = f"{self.deployments} deployments with {schedules} schedules, {database}"
+        note = f"one ended after {self.limit:.0f} s with {self.cut_off} there" if self.cut_off is not None else ""
+        figures = [
+            Figure(f"first `orchestrate sync` of {things}", "s", self.sync, "at most 30"),
+            Figure("`orchestrate plan`, nothing changed", "s", self.plan, "at most 3"),
+            Figure("`orchestrate sync`, one deployment changed", "s", self.change, "at most 3"),
+            Figure("`prefect deploy --name` of that deployment", "s", self.deploy_one),
+            Figure(f"first `prefect deploy --all` of {things}", "s", self.deploy, note),
+            Figure("`prefect deploy --all`, nothing changed", "s", self.deploy_again),
+        ]
+        return [each for each in figures if each.values]
+
+
+def beside_prefect_deploy(
+    postgres: str, deployments: int, pairs: int, deploys: int, limit: float, database: str
+) -> list[Figure]:
+    """`orchestrate` in all pairs; `prefect deploy --all`, which takes minutes, in the first ones.
+
+    Args:
+        postgres: the URL of a Postgres for the servers' databases; SQLite, if empty.
+        deployments: how many.
+        pairs: how many of them.
+        deploys: in how many of them `prefect deploy --all` is measured.
+        limit: seconds after which one is ended.
+        database: what the servers' is, for the table.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        schedules = write_project(Path(folder), deployments)
+        both = Beside(Path(folder), deployments, limit)
+        for number in range(pairs):
+            with new_server(postgres) as api:
+                both.by_orchestrate(api)
+            if number < deploys:
+                with new_server(postgres) as api:
+                    both.by_prefect(api)
+    return both.figures(schedules, database)
+
+
+def _version(postgres: str) -> str:
+    return f"PostgreSQL {rows_of(postgres, 'show server_version')[0][0].split()[0]}"
+
+
+def help_texts(pairs: int) -> list[Figure]:
+    """`orchestrate --help` beside Prefect's."""
+    ours, prefects = [], []
+    for _ in range(pairs):
+        ours.append(timed([ORCHESTRATE, "--help"], {})[0])
+        prefects.append(timed([str(BIN / "prefect"), "--help"], {})[0])
+    return [
+        Figure("`orchestrate --help`", "s", ours, "at most 0.5"),
+        Figure("`prefect --help`", "s", prefects),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print the table and append it to the results."""
+    parser = argparse.ArgumentParser(description="Measure deployments as desired state beside prefect deploy.")
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--deployments", type=int, default=500)
+    parser.add_argument("--deploys", type=int, default=1, help="pairs with prefect deploy --all; it takes minutes")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds after which one is ended")
+    parser.add_argument("--postgres", metavar="URL", help="of one with pg_trgm, for servers on it after SQLite's")
+    options = parser.parse_args(arguments)
+    databases = {"SQLite": ""} | ({_version(options.postgres): options.postgres} if options.postgres else {})
+    rows = [heading(f"Prefect's server on {' and on '.join(databases)}, load {os.getloadavg()[0]:.1f} before")]
+    print(rows[0], flush=True)
+
+    def report(figures: Sequence[Figure]) -> None:
+        for figure in figures:
+            rows.append(figure.row())
+            print(figure.row(), flush=True)
+
+    with tempfile.TemporaryDirectory() as home:
+        os.environ |= {"PREFECT_HOME": home, "DO_NOT_TRACK": "1"}
+        report(help_texts(options.pairs))
+        for database, url in databases.items():
+            count, pairs, deploys = options.deployments, options.pairs, options.deploys
+            report(beside_prefect_deploy(url, count, pairs, deploys, options.limit, f"on {database}"))
+    with RESULTS.open("a") as results:
+        results.write("\n".join(rows) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

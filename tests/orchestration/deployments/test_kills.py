@@ -1,0 +1,28 @@
+"""A sync that is killed at a random moment and run again leaves what an undisturbed one leaves, and no run is lost."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks.sync_kills import Project, connected, rounds
+
+KILLS = 3
+"""`make sync-kills` makes more."""
+
+
+@pytest.fixture
+def project(tmp_path: Path, prefect_server: str) -> Iterator[Project]:
+    with connected(prefect_server) as api:
+        made = Project(tmp_path, api)
+        yield made
+        # Its schedules of every few seconds would keep the session's server busy.
+        (tmp_path / "nothing.yaml").write_text("name: kills\n")
+        made.run("sync", "nothing")
+
+
+def test_no_kill_changes_what_the_next_sync_leaves(project: Project) -> None:
+    seed = random.randrange(10**6)  # noqa: S311 - moments, no secret
+    _, outcomes = rounds(project, KILLS, random.Random(seed))  # noqa: S311
+    assert [each.wrong for each in outcomes] == [[]] * KILLS, f"seed {seed}"
