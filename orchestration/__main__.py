@@ -1,7 +1,8 @@
-"""`orchestrate`: deployments as desired state, from the command line."""
+"""`orchestrate`: deployments as desired state, and runs that are never lost, from the command line."""
 
 import argparse
 import asyncio
+import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = _Parser(prog="orchestrate", description="Deployments as desired state: prefect.yaml and what lies beside it.")
+    top = _Parser(prog="orchestrate", description="Deployments as desired state, and runs that are never lost.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, text: str, *, files: bool = True) -> argparse.ArgumentParser:
@@ -59,6 +60,23 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--every", type=float, default=300, metavar="SECONDS")
     made.add_argument("--port", type=int, default=8080, help="of /health and /metrics")
     made.add_argument("--wait", type=float, default=300, metavar="SECONDS", help="for the API to answer at first")
+    made = commands.add_parser("runs", help="runs that are due and not over, each with why it is where it is")
+    made.add_argument("--stuck", action="store_true", help="only those that do not get on; exit status 2 if any")
+    made.add_argument("--json", action="store_true", help="for programs")
+    made = commands.add_parser("why", help="what became of a run: states, events, log, and the diagnosis")
+    made.add_argument("run", metavar="RUN", help="its name or id")
+    made.add_argument("--json", action="store_true", help="for programs")
+    text = "bring runs and their pods into agreement, from inside of their namespace"
+    made = commands.add_parser("reconcile", help=text, description=text)
+    made.add_argument("--pool", required=True, help="the work pool")
+    made.add_argument("--namespace", required=True, help="where its Jobs are")
+    made.add_argument("--every", type=float, default=2, metavar="SECONDS")
+    made.add_argument("--port", type=int, default=8080, help="of /health and /metrics")
+    made.add_argument("--wait", type=float, default=300, metavar="SECONDS", help="for the API to answer at first")
+    made.add_argument("--lease", default="", metavar="NAME", help="of several, the one that holds this Lease acts")
+    made.add_argument("--identity", default=platform.node(), help="this one's name among them; default: the host's")
+    made.add_argument("--pending", type=float, default=600, metavar="SECONDS", help="for a pod that cannot start")
+    made.add_argument("--kubernetes", default="", metavar="URL", help="of `kubectl proxy`, outside of a pod")
     return top
 
 
@@ -83,32 +101,35 @@ def _owner(options: argparse.Namespace) -> str:
 
 
 async def _plan(options: argparse.Namespace) -> int:
-    from orchestration.deployments import desired, plan, server, show
+    from orchestration.api import connected
+    from orchestration.deployments import desired, plan, show
 
     pool = desired.default_pool()
     wanted = desired.read(_files(options), owner=options.owner, directory=options.directory, default_pool=pool)
-    async with server.connected(options.wait) as api:
+    async with connected(options.wait) as api:
         found = await plan.make(api, wanted, prune=options.prune, adopt=options.adopt)
     (show.plan_json if options.json else show.plan)(found)
     return DIFFERS if found.changes else NOTHING
 
 
 async def _sync(options: argparse.Namespace) -> int:
-    from orchestration.deployments import desired, server, show, sync
+    from orchestration.api import connected
+    from orchestration.deployments import desired, show, sync
 
     pool = desired.default_pool()
     wanted = desired.read(_files(options), owner=options.owner, directory=options.directory, default_pool=pool)
-    async with server.connected(options.wait) as api:
+    async with connected(options.wait) as api:
         carried_out = await sync.sync(api, wanted, prune=options.prune, adopt=options.adopt, report=show.report)
     show.done(carried_out)
     return NOTHING
 
 
 async def _diff(options: argparse.Namespace) -> int:
-    from orchestration.deployments import drift, server, show
+    from orchestration.api import connected
+    from orchestration.deployments import drift, show
 
     owner = _owner(options)
-    async with server.connected() as api:
+    async with connected() as api:
         found = await drift.find(api, owner)
     if options.json:
         show.drift_json(owner, found)
@@ -118,10 +139,11 @@ async def _diff(options: argparse.Namespace) -> int:
 
 
 async def _export(options: argparse.Namespace) -> int:
-    from orchestration.deployments import export, server
+    from orchestration.api import connected
+    from orchestration.deployments import export
 
     owner = _owner(options) if options.mine else options.owner or _name() or "exported"
-    async with server.connected() as api:
+    async with connected() as api:
         found, others = await export.of(api, owner, mine=options.mine)
     text = export.text(export.document(found, owner, options.directory or Path.cwd()))
     if options.output:
@@ -134,14 +156,15 @@ async def _export(options: argparse.Namespace) -> int:
 
 
 async def _adopt(options: argparse.Namespace) -> int:
-    from orchestration.deployments import objects, server, sync
+    from orchestration.api import connected
+    from orchestration.deployments import objects, sync
 
     try:
         names = [objects.parsed(each) for each in options.names]
     except ValueError as error:
         raise DeploymentsError(str(error)) from None
     owner = _owner(options)
-    async with server.connected() as api:
+    async with connected() as api:
         await sync.adopt(api, owner, names, options.giver)
     print(f"{owner} has taken over {', '.join(map(objects.spoken, names))}.")
     return NOTHING
@@ -162,6 +185,45 @@ async def _watch(options: argparse.Namespace) -> int:
     return NOTHING
 
 
+async def _runs(options: argparse.Namespace) -> int:
+    from orchestration.api import connected
+    from orchestration.reconciler import timeline
+
+    async with connected() as api:
+        found = await timeline.under_way(api, stuck=options.stuck)
+    timeline.show_runs(found, as_json=options.json)
+    return DIFFERS if found and options.stuck else NOTHING
+
+
+async def _why(options: argparse.Namespace) -> int:
+    from orchestration.api import connected
+    from orchestration.reconciler import timeline
+
+    async with connected() as api:
+        run = await timeline.named(api, options.run)
+        moments, sentence = await timeline.timeline(api, run), await timeline.diagnosis(api, run)
+    timeline.show(moments, sentence, as_json=options.json)
+    return NOTHING
+
+
+async def _reconcile(options: argparse.Namespace) -> int:
+    from orchestration.reconciler import loop
+    from orchestration.reconciler.facts import Policy
+
+    await loop.reconcile(
+        options.pool,
+        options.namespace,
+        Policy(pending=options.pending),
+        every=options.every,
+        port=options.port,
+        wait=options.wait,
+        lease=options.lease,
+        identity=options.identity,
+        url=options.kubernetes,
+    )
+    return NOTHING
+
+
 COMMANDS = {
     "plan": _plan,
     "sync": _sync,
@@ -170,6 +232,9 @@ COMMANDS = {
     "adopt": _adopt,
     "check": _check,
     "watch": _watch,
+    "runs": _runs,
+    "why": _why,
+    "reconcile": _reconcile,
 }
 
 

@@ -27,6 +27,10 @@ class DeploymentsError(PipelineError):
     """A file, a flow or a server from which or on which deployments cannot be made: what, where, and the cure."""
 
 
+class ApiError(PipelineError):
+    """A Prefect API that does not answer, does not know us, or does not take what it is sent."""
+
+
 class ClusterError(PipelineError):
     """A cluster that cannot be made, reached or deployed to: what, where, and the cure."""
 

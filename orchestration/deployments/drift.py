@@ -4,10 +4,10 @@ import asyncio
 from dataclasses import dataclass
 from typing import Any
 
+from orchestration.api import Server
 from orchestration.deployments import record as records_of
 from orchestration.deployments import server as api
 from orchestration.deployments.objects import Difference, Object, differences
-from orchestration.deployments.server import Server
 from orchestration.errors import DeploymentsError
 
 

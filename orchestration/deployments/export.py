@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from orchestration.api import JSON, Server
 from orchestration.deployments import record as records_of
 from orchestration.deployments import server as api
 from orchestration.deployments.objects import (
@@ -22,7 +23,6 @@ from orchestration.deployments.objects import (
     Name,
     Object,
 )
-from orchestration.deployments.server import JSON, Server
 
 
 async def of(server: Server, owner: str, *, mine: bool) -> tuple[dict[Name, Object], Counter[str]]:

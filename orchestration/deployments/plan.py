@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from orchestration.api import Server
 from orchestration.deployments import record as records_of
 from orchestration.deployments import server as api
 from orchestration.deployments.desired import Desired
@@ -22,7 +23,6 @@ from orchestration.deployments.objects import (
     spoken,
 )
 from orchestration.deployments.record import Record
-from orchestration.deployments.server import Server
 from orchestration.errors import DeploymentsError
 
 CREATE, CHANGE, ADOPT, FINISH, END, DELETE, FORGET = "create", "change", "adopt", "finish", "end", "delete", "forget"

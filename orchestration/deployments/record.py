@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from uuid import uuid4
 
+from orchestration.api import JSON, RefusedError, Server
 from orchestration.deployments.objects import Name
-from orchestration.deployments.server import JSON, RefusedError, Server
 from orchestration.errors import DeploymentsError
 
 TYPE = "orchestrate-record"

@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import quote
 
+from orchestration.api import JSON, RefusedError, Server
 from orchestration.deployments import plan as planning
 from orchestration.deployments import record as records_of
 from orchestration.deployments import schedules
@@ -36,8 +37,7 @@ from orchestration.deployments.objects import (
 )
 from orchestration.deployments.plan import CREATE, DELETE, END, FINISH, FORGET, Change, Plan
 from orchestration.deployments.record import Record
-from orchestration.deployments.server import JSON, RefusedError, Server
-from orchestration.errors import DeploymentsError
+from orchestration.errors import DeploymentsError, PipelineError
 
 ROUNDS = 5
 """How often a sync looks again when another one was at work at the same time."""
@@ -137,7 +137,7 @@ async def _apply(server: Server, plan: Plan) -> tuple[bool, str]:
     finally:
         progress.end()
         # Also when the server went away or somebody interrupts: what is known to be done need not be done again.
-        with contextlib.suppress(DeploymentsError) if sys.exc_info()[0] else contextlib.nullcontext():
+        with contextlib.suppress(PipelineError) if sys.exc_info()[0] else contextlib.nullcontext():
             before = await _report(server, plan.owner, done)
     together = before != began.serial or server.repeated > repeated
     more = f"\n{len(failures) - 1} more were refused" if len(failures) > 1 else ""

@@ -5,22 +5,20 @@ import contextlib
 import json
 import signal
 import sys
-import threading
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from uuid import uuid4
 
 import prometheus_client as prometheus
 
-from orchestration.deployments import drift, record, server
+from orchestration.api import Server, connected
+from orchestration.deployments import drift, record
 from orchestration.deployments.drift import Drift
 from orchestration.deployments.objects import KINDS, spoken
-from orchestration.deployments.server import Server
-from orchestration.errors import DeploymentsError
+from orchestration.errors import DeploymentsError, PipelineError
+from orchestration.serving import Pulse, served
 
 DRIFTED, RESTORED = "desired-state.drifted", "desired-state.restored"
 """Events of the resource `desired-state.SLUG`."""
@@ -45,12 +43,12 @@ async def watch(owner: str, *, every: float, port: int, wait: float) -> None:
         wait: seconds to wait for the API at first. Later a look that fails is counted, and the next one comes.
 
     Raises:
-        DeploymentsError: the API does not answer at first, or the port cannot be had.
+        PipelineError: the API does not answer at first, or the port cannot be had.
     """
     if not every >= 1:
         raise DeploymentsError(f"--every {every:g} is no number of seconds between looks: give 1 or more")
     state = _State(owner, every)
-    with _served(state, port):
+    with served(state.pulse, port):
         looking = asyncio.create_task(_look_on(state, every, wait))
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, looking.cancel)
@@ -63,10 +61,8 @@ class _State:
 
     def __init__(self, owner: str, every: float) -> None:
         self.owner = owner
-        self.patience = 3 * every + GRACE
-        self.last_well = time.monotonic()
-        self.trouble = ""
-        self.registry = registry = prometheus.CollectorRegistry()
+        self.pulse = Pulse(3 * every + GRACE)
+        registry = self.pulse.registry
         self.drifted = prometheus.Gauge(
             "desired_state_drifted_objects",
             "Things that are not as the owner's last sync left them.",
@@ -89,69 +85,25 @@ class _State:
         for kind in KINDS:
             self.drifted.labels(self.owner, kind).set(counts[kind])
         self.last_look.labels(self.owner).set_to_current_time()
-        self.last_well = time.monotonic()
+        self.pulse.beat()
 
     def failed(self, reason: str) -> None:
         """Count a failure; said once, until looks succeed or fail otherwise."""
         self.failures.inc()
-        if reason != self.trouble:
+        if reason != self.pulse.trouble:
             print(f"{reason.rstrip('.')}. Looking again.", file=sys.stderr, flush=True)
-        self.trouble = reason
+        self.pulse.trouble = reason
 
     def succeeded(self) -> None:
         """Note that what failed, if anything, does so no longer."""
-        if self.trouble:
+        if self.pulse.trouble:
             print(f"{self.owner}: looks succeed again.", flush=True)
-        self.trouble = ""
-
-    def health(self) -> tuple[int, str]:
-        """HTTP's status, and why."""
-        seconds = time.monotonic() - self.last_well
-        ill = seconds > self.patience
-        return 503 if ill else 200, f"{seconds:.0f} s since the last look or the start. {self.trouble}".rstrip() + "\n"
-
-
-@contextlib.contextmanager
-def _served(state: _State, port: int) -> Iterator[None]:
-    """Serve `/metrics` and `/health` from a thread of their own: also while a look is under way."""
-
-    class Handler(BaseHTTPRequestHandler):
-        timeout = 10
-
-        def do_GET(self) -> None:
-            if self.path == "/metrics":
-                self.answer(200, prometheus.CONTENT_TYPE_LATEST, prometheus.generate_latest(state.registry))
-            elif self.path == "/health":
-                status, text = state.health()
-                self.answer(status, "text/plain; charset=utf-8", text.encode())
-            else:
-                self.send_error(404)
-
-        def answer(self, status: int, content_type: str, body: bytes) -> None:
-            self.send_response(status)
-            self.send_header("Content-Type", content_type)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: Any) -> None:
-            """Probes are no news."""
-
-    try:
-        listening = ThreadingHTTPServer(("", port), Handler)
-    except (OSError, OverflowError) as error:
-        raise DeploymentsError(f"Port {port} cannot be listened on: {error}. Say another: --port") from None
-    threading.Thread(target=listening.serve_forever, daemon=True).start()
-    try:
-        yield
-    finally:
-        listening.shutdown()
-        listening.server_close()
+        self.pulse.trouble = ""
 
 
 async def _look_on(state: _State, every: float, wait: float) -> None:
     said = ""
-    async with server.connected(wait) as api:
+    async with connected(wait) as api:
         while True:
             try:
                 found = await drift.find(api, state.owner)
@@ -160,7 +112,7 @@ async def _look_on(state: _State, every: float, wait: float) -> None:
                 if text != said:
                     await _say(api, state.owner, found, text)
                     said = text
-            except DeploymentsError as error:
+            except PipelineError as error:
                 state.failed(str(error))
             else:
                 state.succeeded()

@@ -52,6 +52,7 @@ def values(image: str) -> Object:
             "prefetchSeconds": 5,
             "resources": {"requests": dict(SMALL), "limits": {"memory": "768Mi"}},
         },
+        "reconciler": {"replicas": 1, "resources": {"requests": dict(SMALL), "limits": {"memory": "256Mi"}}},
         "drift": {"everySeconds": 5, "resources": {"requests": dict(SMALL), "limits": {"memory": "512Mi"}}},
         "runs": {
             "resources": {"requests": dict(SMALL), "limits": {"memory": "700Mi"}},

@@ -43,7 +43,7 @@ def ended(api: httpx.Client, run: str, seconds: float = 120) -> Object:
     return found
 
 
-def logged(api: httpx.Client, run: str, last: str) -> list[str]:
+def logged(api: httpx.Client, run: str, last: str, seconds: float = 30) -> list[str]:
     """What the run logged, once the line that begins with `last` has arrived: logs follow the states."""
 
     def lines() -> list[str]:
@@ -51,5 +51,5 @@ def logged(api: httpx.Client, run: str, last: str) -> list[str]:
         messages = [str(each["message"]) for each in found.raise_for_status().json()]
         return messages if any(message.startswith(last) for message in messages) else []
 
-    arrived: list[str] = wait_until(lines, f"{last!r} in the run's logs", 30)
+    arrived: list[str] = wait_until(lines, f"{last!r} in the run's logs", seconds)
     return arrived

@@ -59,7 +59,7 @@ def test_a_second_deploy_finds_nothing_to_do(checkout: Checkout) -> None:
 def test_status_and_logs(checkout: Checkout) -> None:
     output = checkout.make("status", JSON="1")
     found = json.loads(output[output.index("{") :])
-    components = {"api", "services", "database", "redis", "worker", "drift"}
+    components = {"api", "services", "database", "redis", "worker", "drift", "reconciler"}
     assert {each["name"] for each in found["components"]} == components
     assert all(each["ready"] == each["wanted"] == 1 for each in found["components"])
     assert found["pools"] == [{"name": "default", "status": "READY", "limit": 10, "workers": 1}]

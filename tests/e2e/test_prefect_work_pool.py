@@ -35,7 +35,7 @@ def each_minute(pool: Release, api: httpx.Client) -> str:
 
 def test_it_starts_from_nothing_without_a_restart(pool: Release, api: httpx.Client) -> None:
     restarts = pool.restarts()
-    assert len(restarts) == 2, "worker and drift"
+    assert len(restarts) == 3, "worker, drift and reconciler"
     assert not any(restarts.values()), restarts
     assert "Phase:          Succeeded" in pool.helm("test", NAME)
     found = api.post("/deployments/filter", json={}).json()
@@ -299,8 +299,12 @@ def test_what_somebody_changes_on_the_server_is_seen_as_drift(pool: Release, api
 
 
 def test_a_worker_that_no_longer_watches_is_started_again(pool: Release, values: Object) -> None:
-    """Without the right to watch, its watchers give up; polling alone would have kept it green."""
+    """Without the right to watch, its watchers give up; polling alone would have kept it green.
+
+    It watches where no reconciler does.
+    """
     namespace = pool.namespace
+    pool.deploy(copy.deepcopy(values) | {"reconciler": {"enabled": False}})
     binding = namespace.kubectl("get", "rolebinding", f"{NAME}-worker", "-o", "json")
     [old] = pool.pods("worker")
     namespace.kubectl("delete", "rolebinding", f"{NAME}-worker")
@@ -313,6 +317,7 @@ def test_a_worker_that_no_longer_watches_is_started_again(pool: Release, values:
     finally:
         namespace.apply({key: each for key, each in json.loads(binding).items() if key != "status"})
     namespace.kubectl("rollout", "status", f"deployment/{NAME}-worker", "--timeout=180s")
+    pool.deploy(values)
 
 
 def test_what_the_server_refuses_fails_the_release_with_the_reason(

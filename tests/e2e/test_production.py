@@ -119,6 +119,7 @@ def test_there_are_two_of_each_by_the_image_s_digest_and_no_database_of_its_own(
         "services": (2, 2),
         "worker": (2, 2),
         "drift": (1, 1),
+        "reconciler": (2, 2),
     }
     assert found["pools"] == [{"name": "default", "status": "READY", "limit": 100, "workers": 2}]
     assert found["problems"] == []
@@ -129,7 +130,7 @@ def test_there_are_two_of_each_by_the_image_s_digest_and_no_database_of_its_own(
     def may_go() -> list[int]:
         return [each["status"].get("disruptionsAllowed", 0) for each in target.objects("poddisruptionbudgets")]
 
-    wait_until(lambda: may_go() == [1, 1, 1], "one of each to be allowed to go")
+    wait_until(lambda: may_go() == [1, 1, 1, 1], "one of each to be allowed to go")
 
 
 @pytest.mark.timeout(900)

@@ -3,12 +3,14 @@
 import copy
 import json
 import re
+from dataclasses import fields
 from typing import Any
 
 import pytest
 import yaml
 from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerJobConfiguration
 
+from orchestration.reconciler.facts import Retries
 from tests.cluster.progress import ClusterError
 from tests.helm.rendering import EVERY_POD, Object, environment, inventory, one, pod_specs, render
 
@@ -81,6 +83,12 @@ MAXIMAL: Object = {
         "resources": {"requests": {"memory": "256Mi"}},
         "pod": {"sidecars": [{"name": "proxy", "image": "proxy:1"}]},
     },
+    "reconciler": {
+        "everySeconds": 3,
+        "settings": {"PREFECT_LOGGING_LEVEL": "ERROR"},
+        "serviceAccount": {"name": "judge"},
+        "rbac": {"extraRules": [{"apiGroups": [""], "resources": ["nodes"], "verbs": ["list"]}]},
+    },
     "networkPolicy": {
         "api": {"namespaceLabels": {"kubernetes.io/metadata.name": "prefect"}, "cidrs": ["192.0.2.1/32"]},
         "kubernetesCIDRs": ["10.0.0.1/32"],
@@ -130,16 +138,22 @@ def test_what_there_is_by_default() -> None:
     assert inventory(render("prefect-work-pool", TAG)) == [
         "ConfigMap/test-prefect-work-pool-sync",
         "Deployment/test-prefect-work-pool-drift",
+        "Deployment/test-prefect-work-pool-reconciler",
         "Deployment/test-prefect-work-pool-worker",
         "Job/test-prefect-work-pool-sync",
         "NetworkPolicy/test-prefect-work-pool-drift",
+        "NetworkPolicy/test-prefect-work-pool-reconciler",
         "NetworkPolicy/test-prefect-work-pool-runs",
         "NetworkPolicy/test-prefect-work-pool-sync",
         "NetworkPolicy/test-prefect-work-pool-test",
         "NetworkPolicy/test-prefect-work-pool-worker",
         "Pod/test-prefect-work-pool-test",
+        "PodDisruptionBudget/test-prefect-work-pool-reconciler",
+        "Role/test-prefect-work-pool-reconciler",
         "Role/test-prefect-work-pool-worker",
+        "RoleBinding/test-prefect-work-pool-reconciler",
         "RoleBinding/test-prefect-work-pool-worker",
+        "ServiceAccount/test-prefect-work-pool-reconciler",
         "ServiceAccount/test-prefect-work-pool-runs",
         "ServiceAccount/test-prefect-work-pool-worker",
     ]
@@ -236,9 +250,46 @@ def test_drift_watches_what_the_sync_has_made() -> None:
     assert not [each for each in without if each.endswith("-drift")]
 
 
-def test_only_the_worker_has_a_token() -> None:
+def test_the_reconciler_reads_and_deletes_and_makes_nothing_but_its_lease() -> None:
+    objects = render("prefect-work-pool", TAG)
+    name = "test-prefect-work-pool-reconciler"
+    assert one(objects, "Role", name)["rules"] == [
+        {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["list", "delete"]},
+        {"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "deletecollection"]},
+        {"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]},
+        {"apiGroups": [""], "resources": ["events"], "verbs": ["list"]},
+        {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["create"]},
+        {
+            "apiGroups": ["coordination.k8s.io"],
+            "resources": ["leases"],
+            "resourceNames": [name],
+            "verbs": ["get", "update"],
+        },
+    ]
+    args = _args(objects, f"Deployment/{name}")
+    assert args[args.index("--lease") + 1] == name
+    assert one(objects, "Deployment", name)["spec"]["replicas"] == 2
+    variables = environment(pod_specs(objects)["Deployment/test-prefect-work-pool-worker"]["containers"][0])
+    assert variables["PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED"] == "false", "one of them says how a pod ended"
+    without = render("prefect-work-pool", _with(reconciler={"enabled": False}))
+    assert not [each for each in inventory(without) if each.endswith("-reconciler")]
+    variables = environment(pod_specs(without)["Deployment/test-prefect-work-pool-worker"]["containers"][0])
+    assert "PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED" not in variables
+
+
+def test_what_a_run_gets_after_a_crash_is_a_job_variable() -> None:
+    retries = {"crashes": 1, "disruptions": 3, "backoffSeconds": 5, "memoryGrowth": 2, "memoryMax": "8Gi"}
+    properties = _pool(_with(runs={"retries": retries}))["base_job_template"]["variables"]["properties"]
+    names = [each.name for each in fields(Retries)]
+    assert [properties[name]["default"] for name in names] == list(retries.values())
+    [container] = _job(_pool(TAG))["spec"]["template"]["spec"]["containers"]
+    assert container["command"][-1] == "/app/orchestration/execution.py"
+
+
+def test_only_worker_and_reconciler_have_a_token() -> None:
+    with_token = {f"Deployment/test-prefect-work-pool-{each}" for each in ("worker", "reconciler")}
     for name, spec in pod_specs(render("prefect-work-pool", TAG)).items():
-        assert spec["automountServiceAccountToken"] is (name == "Deployment/test-prefect-work-pool-worker"), name
+        assert spec["automountServiceAccountToken"] is (name in with_token), name
     for values, mounts in ((TAG, False), (MAXIMAL, True)):
         assert _job(_pool(values))["spec"]["template"]["spec"]["automountServiceAccountToken"] is mounts
 
@@ -309,7 +360,7 @@ def test_the_template_has_the_variables_of_the_installed_worker() -> None:
     nothing = {"job_watch_timeout_seconds", "pod_watch_timeout_seconds", "stream_output"}
     elsewhere = {"namespace", "cluster_config"}
     ours = set(_pool(TAG)["base_job_template"]["variables"]["properties"])
-    assert ours - upstream == {"active_deadline_seconds"}
+    assert ours - upstream == {"active_deadline_seconds", *(each.name for each in fields(Retries))}
     assert upstream - ours == nothing | elsewhere
 
 
@@ -337,21 +388,24 @@ def test_policies_deny_all_that_is_not_named() -> None:
     for each in objects:
         if each["kind"] == "NetworkPolicy":
             assert each["spec"]["policyTypes"] == ["Ingress", "Egress"]
-            assert ("ingress" in each["spec"]) == (each["metadata"]["name"] == "pool-drift")
-    assert one(objects, "NetworkPolicy", "pool-drift")["spec"]["ingress"] == [
-        {"ports": [{"port": "metrics"}], "from": MAXIMAL["networkPolicy"]["metricsFrom"]}
-    ]
+            has_metrics = each["metadata"]["name"] in ("pool-drift", "pool-reconciler")
+            assert ("ingress" in each["spec"]) == has_metrics
+            if has_metrics:
+                assert each["spec"]["ingress"] == [
+                    {"ports": [{"port": "metrics"}], "from": MAXIMAL["networkPolicy"]["metricsFrom"]}
+                ]
     by_default = one(render("prefect-work-pool", TAG), "NetworkPolicy", "test-prefect-work-pool-drift")
     assert "ingress" not in by_default["spec"], "a rule without `from` would let everybody in"
     reached = {
         name: set(re.findall(r"[0-9.]+/[0-9]+", json.dumps(one(objects, "NetworkPolicy", f"pool-{name}")["spec"])))
-        for name in ("worker", "runs", "sync", "drift")
+        for name in ("worker", "runs", "sync", "drift", "reconciler")
     }
     assert reached == {
         "worker": {"192.0.2.1/32", "10.0.0.1/32"},
         "runs": {"192.0.2.1/32", "10.0.0.0/8", "198.51.100.0/24"},
         "sync": {"192.0.2.1/32"},
         "drift": {"192.0.2.1/32"},
+        "reconciler": {"192.0.2.1/32", "10.0.0.1/32"},
     }
     metadata = one(render("prefect-work-pool", TAG), "NetworkPolicy", "test-prefect-work-pool-runs")
     assert {"cidr": "0.0.0.0/0", "except": ["169.254.0.0/16"]} in [
@@ -378,6 +432,8 @@ REFUSED = [
     (_with(sync={"deployments": True}), "at '/sync': additional properties 'deployments' not allowed"),
     (_with(sync={"files": ["--prune"]}), "at '/sync/files/0'"),
     (_with(drift={"everySeconds": 0}), "at '/drift/everySeconds'"),
+    (_with(reconciler={"serviceAccount": {"create": False}}), "needs reconciler.serviceAccount.name"),
+    (_with(runs={"retries": {"memoryMax": "lots"}}), "at '/runs/retries/memoryMax'"),
     (_with(networkPolicy={"egressCIDRs": ["everywhere"]}), "at '/networkPolicy/egressCIDRs/0'"),
 ]
 

@@ -70,6 +70,9 @@ def test_each_object_is_the_charts_field_by_field_but_for_these() -> None:
             f"{worker}/env/PREFECT_API_URL/value",
             f"{worker}/env/WORK_POOL/name",
             f"{worker}/env/WORK_POOL/value",
+            # Here is no reconciler, so the worker itself watches.
+            f"{worker}/env/PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED/name",
+            f"{worker}/env/PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED/value",
         },
         f"RoleBinding/{NAME}": {f"/subjects/{NAME}/namespace"},
         f"NetworkPolicy/{NAME}": {api},

@@ -1,5 +1,5 @@
 {{/* The environment of a component's container: (list root component). A name is there once, the last one wins:
-     the chart's own, `settings` and `env` of worker, sync and drift (runs have the worker's settings from the worker),
+     the chart's own, `settings` and `env` of worker, sync, drift and reconciler (runs have the worker's settings from the worker),
      those of the component. */}}
 {{- define "prefect-work-pool.env" -}}
 {{- $root := index . 0 -}}
@@ -37,6 +37,10 @@
   valueFrom: {secretKeyRef: {name: {{ .existingSecret }}, key: {{ .key }}}}
 {{- end }}
 {{- end }}
+{{- if has (index . 1) (list "worker" "reconciler") }}
+- {name: POD_NAME, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
+- {name: NAMESPACE, valueFrom: {fieldRef: {fieldPath: metadata.namespace}}}
+{{- end }}
 {{- if eq (index . 1) "worker" }}
 {{- include "prefect-work-pool.workerEnv" $root }}
 {{- end }}
@@ -50,8 +54,10 @@
 - {name: PREFECT_INTEGRATIONS_KUBERNETES_WORKER_API_AUTH_STRING_SECRET_KEY, value: {{ .key }}}
 {{- end }}
 {{- end }}
-- {name: POD_NAME, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
-- {name: NAMESPACE, valueFrom: {fieldRef: {fieldPath: metadata.namespace}}}
+{{- if .Values.reconciler.enabled }}
+# The reconciler sees more of a pod's end, and two of them would each say it in its own words.
+- {name: PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED, value: "false"}
+{{- end }}
 # Without it pods and Jobs are watched in the whole cluster, which the Role does not allow.
 - {name: PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_NAMESPACES, value: $(NAMESPACE)}
 {{- with .Values.worker }}

@@ -1,4 +1,4 @@
-{{/* Names and labels. Components: worker, runs, sync, drift. */}}
+{{/* Names and labels. Components: worker, runs, sync, drift, reconciler. */}}
 
 {{- define "prefect-work-pool.fullname" -}}
 {{- $name := default .Chart.Name .Values.nameOverride -}}

@@ -14,6 +14,17 @@
     - {port: dns-tcp, protocol: TCP}
 {{- end -}}
 
+{{- define "prefect-work-pool.kubernetesEgress" -}}
+- to:
+    {{- range .Values.networkPolicy.kubernetesCIDRs }}
+    - ipBlock: {cidr: {{ . }}}
+    {{- end }}
+  ports:
+    {{- range .Values.networkPolicy.kubernetesPorts }}
+    - {port: {{ . }}}
+    {{- end }}
+{{- end -}}
+
 {{- define "prefect-work-pool.apiEgress" -}}
 {{- with .Values.networkPolicy.api -}}
 - to:

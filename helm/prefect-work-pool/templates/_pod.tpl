@@ -1,4 +1,4 @@
-{{/* A pod's template for worker, sync and drift:
+{{/* A pod's template for worker, sync, drift and reconciler:
      (dict "root" "component" "containers" (the text of them) "serviceAccount" "token" "annotations"). */}}
 {{- define "prefect-work-pool.pod" -}}
 {{- $root := .root -}}
@@ -31,7 +31,7 @@ spec:
     {{- end }}
 {{- end -}}
 
-{{/* The containers of worker, sync and drift:
+{{/* The containers of worker, sync, drift and reconciler:
      (dict "root" "component" "pod" "args" "more" (the text of the main one's other keys)). */}}
 {{- define "prefect-work-pool.containers" -}}
 {{- with .pod.initContainers }}

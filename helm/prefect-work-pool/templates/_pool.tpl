@@ -80,6 +80,9 @@ containers:
   - name: prefect-job
     image: "{{ "{{ image }}" }}"
     imagePullPolicy: "{{ "{{ image_pull_policy }}" }}"
+    {{- with $root.Values.runs.entrypoint }}
+    command: {{- toYaml . | nindent 6 }}
+    {{- end }}
     args: "{{ "{{ command }}" }}"
     {{- include "prefect-work-pool.containerEnv" (list $root "runs") | nindent 4 }}
     resources:
@@ -125,6 +128,11 @@ prefect.io/role: flow-run
   "image_pull_policy" (dict "title" "Image Pull Policy" "type" "string" "enum" (list "IfNotPresent" "Always" "Never") "default" ($runs.image.pullPolicy | default .Values.image.pullPolicy) "description" "When the node pulls the image.")
   "service_account_name" (dict "title" "Service Account Name" "type" "string" "default" (include "prefect-work-pool.serviceAccountName" (list . "runs")) "description" "Who the run is to Kubernetes.")
   "backoff_limit" (dict "title" "Backoff Limit" "type" "integer" "minimum" 0 "default" (int $runs.backoffLimit) "description" "How often Kubernetes tries a failed pod again. At 0 Prefect reschedules a run whose pod is evicted.")
+  "crash_retries" (dict "title" "Crash Retries" "type" "integer" "minimum" 0 "default" (int $runs.retries.crashes) "description" "How often a run is tried again after it crashed.")
+  "disruption_retries" (dict "title" "Disruption Retries" "type" "integer" "minimum" 0 "default" (int $runs.retries.disruptions) "description" "How often a run is tried again after the cluster ended it: eviction, drain, preemption, a lost node.")
+  "crash_backoff" (dict "title" "Crash Backoff" "type" "number" "minimum" 0 "default" $runs.retries.backoffSeconds "description" "Seconds before the second retry after a crash, doubled for each further one; the first comes at once.")
+  "memory_growth" (dict "title" "Memory Growth" "type" "number" "minimum" 1 "default" $runs.retries.memoryGrowth "description" "What the memory limit is multiplied by for a retry after it was exceeded.")
+  "memory_max" (dict "title" "Memory Max" "anyOf" $text "default" ($runs.retries.memoryMax | default nil) "description" "The most that it becomes.")
   "finished_job_ttl" (dict "title" "Finished Job TTL" "anyOf" $number "default" (int $runs.ttlSecondsAfterFinished) "description" "Seconds that a finished Job and its pod stay.")
   "active_deadline_seconds" (dict "title" "Active Deadline Seconds" "anyOf" $number "default" (ternary nil (int $runs.activeDeadlineSeconds) (kindIs "invalid" $runs.activeDeadlineSeconds)) "description" "Seconds that a run may take in all.")
   "cpu_request" (dict "title" "CPU Request" "anyOf" $text "default" $requests.cpu "description" "CPU that the pod is sure of: 500m, 2.")

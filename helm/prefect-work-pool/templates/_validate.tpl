@@ -28,6 +28,9 @@
 {{- if and (not $values.worker.serviceAccount.create) (not $values.worker.serviceAccount.name) -}}
 {{- fail "worker.serviceAccount.create=false needs worker.serviceAccount.name: the default account would get the right to make Jobs" -}}
 {{- end -}}
+{{- if and $values.reconciler.enabled (not $values.reconciler.serviceAccount.create) (not $values.reconciler.serviceAccount.name) -}}
+{{- fail "reconciler.serviceAccount.create=false needs reconciler.serviceAccount.name: the default account would get the right to delete Jobs" -}}
+{{- end -}}
 {{- $prefetch := int $values.worker.prefetchSeconds -}}
 {{- with $values.runs.activeDeadlineSeconds -}}
 {{- if le (int .) $prefetch -}}
@@ -46,7 +49,7 @@
 {{- $references = append $references (dict "path" "api.auth.existingSecret" "name" .existingSecret "key" .key) -}}
 {{- end -}}
 {{- end -}}
-{{- range $path, $env := dict "env" .Values.env "worker.env" .Values.worker.env "runs.env" .Values.runs.env "sync.env" .Values.sync.env "drift.env" (ternary .Values.drift.env list .Values.drift.enabled) -}}
+{{- range $path, $env := dict "env" .Values.env "worker.env" .Values.worker.env "runs.env" .Values.runs.env "sync.env" .Values.sync.env "drift.env" (ternary .Values.drift.env list .Values.drift.enabled) "reconciler.env" (ternary .Values.reconciler.env list .Values.reconciler.enabled) -}}
 {{- range $variable := $env -}}
 {{- $reference := dig "valueFrom" "secretKeyRef" dict $variable -}}
 {{- if and $reference (not $reference.optional) -}}

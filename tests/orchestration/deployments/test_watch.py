@@ -115,7 +115,7 @@ def test_drift_is_said_once_and_so_is_its_end(project: Project, prefect_server: 
         wait_until(lambda: len(artifacts(project)) == 4, "an artifact")
         wait_until(lambda: len(events(project)) == 3, "an event")
         assert watcher.metric("desired_state_look_failures_total", project.owner) == 0
-        assert "s since the last look" in watcher.get("/health")
+        assert "s since the last turn" in watcher.get("/health")
     assert artifacts(project)[3].startswith("All is as the last sync")
     assert [each["event"].partition(".")[2] for each in events(project)] == ["drifted", "drifted", "restored"]
     told = watcher.log.read_text().splitlines()
@@ -172,13 +172,13 @@ def test_a_server_that_goes_away_is_no_end(tmp_path: Path) -> None:
 
 def test_without_a_look_for_long_it_is_ill() -> None:
     state = watch._State("owner", every=300)
-    assert state.health()[0] == 200
-    state.last_well -= 3 * 300 + 59
-    assert state.health()[0] == 200
-    state.last_well -= 2
-    assert state.health()[0] == 503
+    assert state.pulse.health()[0] == 200
+    state.pulse.last -= 3 * 300 + 59
+    assert state.pulse.health()[0] == 200
+    state.pulse.last -= 2
+    assert state.pulse.health()[0] == 503
     state.looked([])
-    assert state.health()[0] == 200
+    assert state.pulse.health()[0] == 200
 
 
 def test_mistakes_are_one_sentence(project: Project) -> None:

@@ -1,0 +1,195 @@
+"""A Prefect server's API: requests that are made again while it cannot answer, clear errors, all pages of a filter."""
+
+import asyncio
+import random
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+
+from orchestration.errors import ApiError
+
+PAGE = 200
+"""What the API gives at most at once."""
+
+AT_ONCE = 1
+"""Requests at the same time. With two, most fail on SQLite: what has read cannot write once the other has written. More
+are no faster on Postgres.
+"""
+
+ANSWER = 75.0
+"""Seconds in which an answer must come: on SQLite a server waits for its database for 60 s before it says that others
+hold it."""
+
+PATIENCE = 180.0
+"""Seconds for which a request is made again that the server could not answer: a lost connection, or a 5xx."""
+
+JSON = dict[str, Any]
+
+
+class RefusedError(ApiError):
+    """The server does not take what it is sent; `status` is HTTP's."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Server:
+    """The API at `url`; made by `connected`."""
+
+    def __init__(self, client: httpx.AsyncClient, url: str) -> None:
+        self.client = client
+        self.url = url
+        self.turns = asyncio.Semaphore(AT_ONCE)
+        self.patience = PATIENCE
+        self.repeated = 0
+        """Requests that were made again: what the first one did is not known."""
+
+    async def ask(self, method: str, path: str, body: Any = None, *, absent: bool = False) -> Any:
+        """One request; the answer's JSON.
+
+        Args:
+            method: of HTTP.
+            path: below the API's URL.
+            body: sent as JSON.
+            absent: a 404 is an answer, None. Any other failure is never read as absence.
+
+        Raises:
+            RefusedError: a 4xx, with what the server says.
+            ApiError: it does not answer, does not know us, or fails.
+        """
+        deadline = time.monotonic() + self.patience
+        pause = 0.1
+        while True:
+            try:
+                async with self.turns:
+                    response = await self.client.request(method, path, json=body)
+            except httpx.TransportError as error:
+                if time.monotonic() > deadline or isinstance(error, httpx.ConnectError):
+                    raise ApiError(self.unreachable(error)) from None
+            else:
+                if response.status_code < 500 or time.monotonic() > deadline:
+                    return self.answer(response, f"{method} {path}", absent)
+            self.repeated += 1
+            pause = min(pause * 2, 3)
+            await asyncio.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - so that two do not stay in step
+
+    def unreachable(self, error: Exception) -> str:
+        """What to say of a server that does not answer."""
+        said = str(error) or type(error).__name__
+        return (
+            f"The Prefect API at {self.url} does not answer: {said}. Start it (`prefect server start`) or name another "
+            "in PREFECT_API_URL"
+        )
+
+    def answer(self, response: httpx.Response, request: str, absent: bool) -> Any:
+        """The JSON of a response, or the error that it is; see `ask`."""
+        status = response.status_code
+        if status < 300:
+            try:
+                return response.json() if response.content else None
+            except ValueError:
+                raise ApiError(
+                    f"{self.url} is no Prefect API: it answers {response.headers.get('content-type')}. "
+                    "PREFECT_API_URL ends with /api"
+                ) from None
+        if status == 404 and absent:
+            return None
+        if status == 405 or (status == 404 and response.text == '{"detail":"Not Found"}'):
+            raise ApiError(f"{self.url} is no Prefect API: it has no {request}. PREFECT_API_URL ends with /api")
+        if status == 401 or (status == 403 and "detail" not in response.text):
+            raise ApiError(
+                f"The Prefect API at {self.url} does not know us ({status}). "
+                "Set PREFECT_API_AUTH_STRING to USER:PASSWORD"
+            )
+        try:
+            said = response.json()
+            said = said.get("exception_detail") or said.get("detail") or said if isinstance(said, dict) else said
+        except ValueError:
+            said = response.text[:300]
+        if isinstance(said, list):
+            said = "; ".join(f"{'.'.join(map(str, each.get('loc', [])))}: {each.get('msg')}" for each in said)
+        if status >= 500:
+            raise ApiError(f"The Prefect API at {self.url} fails ({status}) on {request}: {said}")
+        raise RefusedError(f"the server answers {status}: {said}", status)
+
+    async def all(self, path: str, **body: Any) -> list[JSON]:
+        """All that a filter endpoint has."""
+        found: list[JSON] = []
+        while True:
+            page = await self.ask("POST", path, {**body, "limit": PAGE, "offset": len(found)})
+            found += page
+            if len(page) < PAGE:
+                return found
+
+    async def all_at_once(self, path: str, count: str) -> list[JSON]:
+        """All that a filter endpoint has, its pages at the same time."""
+        total = await self.ask("POST", count, {})
+        sort = {"sort": "NAME_ASC"}
+        pages = await asyncio.gather(
+            *(
+                self.ask("POST", path, {**sort, "limit": PAGE, "offset": offset})
+                for offset in range(0, max(total, 1), PAGE)
+            )
+        )
+        return [each for page in pages for each in page]
+
+
+@asynccontextmanager
+async def connected(wait: float = 0) -> AsyncIterator[Server]:
+    """The server of Prefect's settings, once it answers.
+
+    Args:
+        wait: seconds to wait for it.
+
+    Raises:
+        ApiError: it does not answer, or there is none in the settings.
+    """
+    from prefect.settings import get_current_settings
+
+    settings = get_current_settings()
+    url = (settings.api.url or "").rstrip("/")
+    if not url:
+        raise ApiError("No Prefect API is named. Set PREFECT_API_URL, like http://127.0.0.1:4200/api")
+    auth = settings.api.auth_string.get_secret_value() if settings.api.auth_string else ""
+    headers = {name: value.get_secret_value() if hasattr(value, "get_secret_value") else str(value)
+               for name, value in (settings.client.custom_headers or {}).items()}  # fmt: skip
+    if settings.api.key:
+        headers["Authorization"] = f"Bearer {settings.api.key.get_secret_value()}"
+    verify: Any = not settings.api.tls_insecure_skip_verify
+    if verify and settings.api.ssl_cert_file:
+        import ssl
+
+        verify = ssl.create_default_context(cafile=settings.api.ssl_cert_file)
+    name, _, password = auth.partition(":")
+    async with httpx.AsyncClient(
+        base_url=url, auth=(name, password) if auth else None, headers=headers, verify=verify, timeout=ANSWER
+    ) as client:
+        server = Server(client, url)
+        await _answers(server, wait)
+        yield server
+
+
+async def _answers(server: Server, wait: float) -> None:
+    deadline = time.monotonic() + wait
+    told = False
+    while wait:
+        try:
+            response = await server.client.get("/health")
+            if response.status_code < 500:
+                return
+            reason = str(response.status_code)
+        except httpx.TransportError as error:
+            reason = str(error) or type(error).__name__
+            if time.monotonic() > deadline:
+                raise ApiError(server.unreachable(error)) from None
+        if time.monotonic() > deadline:
+            raise ApiError(f"The Prefect API at {server.url} fails: {reason}. Its log says why")
+        if not told:
+            print(f"Waiting for the Prefect API at {server.url}: {reason}", file=sys.stderr, flush=True)
+            told = True
+        await asyncio.sleep(1)

@@ -1,0 +1,157 @@
+"""Carrying out what was decided: only if the run is still as it was read, and twice is as once."""
+
+import asyncio
+import random
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from urllib.parse import quote
+from uuid import NAMESPACE_URL, uuid4, uuid5
+
+from orchestration.api import RefusedError, Server
+from orchestration.reconciler.cluster import Cluster
+from orchestration.reconciler.decide import (
+    CAUSE,
+    LOG,
+    Action,
+    Adopt,
+    Cancelled,
+    Crash,
+    Explain,
+    Retry,
+    Stop,
+    Unclaim,
+    verdict,
+)
+from orchestration.reconciler.facts import Pod, Retries, Run
+
+BEFORE_ANY_WORKER = timedelta(seconds=60)
+"""How far ahead no worker looks for runs. Cut off after it, a run starts that much later, with the memory it had."""
+
+LONGEST = 2000
+"""Letters of a state's message."""
+
+
+async def carry_out(server: Server, cluster: Cluster, action: Action, pods: list[Pod]) -> str:
+    """Do it; what was done, for people, or nothing if the run is no longer as it was read.
+
+    Args:
+        server: of the run.
+        cluster: of its Jobs.
+        action: what.
+        pods: of the run.
+
+    Raises:
+        PipelineError: server or cluster do not answer, or refuse: the next round decides anew.
+    """
+    if isinstance(action, Stop):
+        await cluster.stop(action.job, action.grace)
+        return f"Job {action.job} deleted: {action.sentence}"
+    run = action.run
+    if not await _unchanged(server, run):
+        return ""
+    if isinstance(action, Adopt):
+        body = {"infrastructure_pid": f"{cluster.namespace}:{action.job}"}
+        await server.ask("PATCH", f"/flow_runs/{run.id}", body)
+        return f"run {run.name}: its Job is {action.job}, which no worker had recorded"
+    if isinstance(action, Explain):
+        return await _set(server, run, "PENDING", action.word, action.sentence)
+    if isinstance(action, Unclaim):
+        return await _set(server, run, "SCHEDULED", "Scheduled", action.sentence, at=datetime.now(UTC))
+    if isinstance(action, Cancelled):
+        return await _set(server, run, "CANCELLED", "Cancelled", action.sentence)
+    if isinstance(action, Crash):
+        tail = await _log_tail(cluster, pods, run)
+        # First the cause: whoever finds the run crashed knows it, also if this process ends in between.
+        await server.ask("PATCH", f"/flow_runs/{run.id}/labels", {CAUSE: action.cause.kind})
+        return await _set(server, run, "CRASHED", "Crashed", f"{action.cause.sentence}.{tail}")
+    return await _retry(server, action)
+
+
+async def _log_tail(cluster: Cluster, pods: list[Pod], run: Run) -> str:
+    ended = [each for each in pods if each.end and (not run.job or each.job == run.job)]
+    if not ended:
+        return ""
+    lines = await cluster.last_lines(max(ended, key=lambda each: each.created).name)
+    return f"{LOG}\n{lines}" if lines else ""
+
+
+async def _retry(server: Server, action: Retry) -> str:
+    run = action.run
+    told = verdict(run, action.cause, await _retries(server, run))
+    if not told.again:
+        await server.ask("PATCH", f"/flow_runs/{run.id}/labels", told.labels)
+        await _event(server, run, "given-up", told.sentence)
+        return f"run {run.name}: {told.sentence}"
+    # First counted, then tried: cut off in between it is tried without being counted again.
+    await server.ask("PATCH", f"/flow_runs/{run.id}/labels", told.labels)
+    delay = told.delay * random.uniform(1, 1.25)  # noqa: S311 - so that many do not come back at once
+    message = f"{told.sentence}. {action.cause.sentence}"
+    if told.memory:
+        # Only what is scheduled may get other variables, and no worker is to take it before.
+        later = datetime.now(UTC) + BEFORE_ANY_WORKER
+        if not await _set(server, run, "SCHEDULED", "Scheduled", f"Gets {told.memory} of memory first", at=later):
+            return ""
+        found = await server.ask("GET", f"/flow_runs/{run.id}")
+        variables = (found.get("job_variables") or {}) | {"memory_limit": told.memory}
+        await server.ask("PATCH", f"/flow_runs/{run.id}", {"job_variables": variables})
+    at = datetime.now(UTC) + timedelta(seconds=delay)
+    return await _set(server, run, "SCHEDULED", "AwaitingRetry", message, at=at)
+
+
+async def _retries(server: Server, run: Run) -> Retries:
+    """The policy of a run: its own job variables, its deployment's, the pool's defaults."""
+    found = await server.ask("GET", f"/flow_runs/{run.id}")
+    deployment = await server.ask("GET", f"/deployments/{run.deployment}", absent=True) or {}
+    name = found.get("work_pool_name")
+    pool = await server.ask("GET", f"/work_pools/{quote(name, safe='')}", absent=True) if name else None
+    properties = ((pool or {}).get("base_job_template") or {}).get("variables", {}).get("properties", {})
+    given = {**(deployment.get("job_variables") or {}), **(found.get("job_variables") or {})}
+    defaults = {name: each.get("default") for name, each in properties.items()}
+    return Retries.of(defaults | given)
+
+
+async def _unchanged(server: Server, run: Run) -> bool:
+    found = await server.ask("GET", f"/flow_runs/{run.id}", absent=True)
+    return found is not None and found["state"] is not None and found["state"]["id"] == run.state_id
+
+
+async def _set(server: Server, run: Run, type_: str, name: str, message: str, *, at: datetime | None = None) -> str:
+    """Propose a state; what it is now, for people, or nothing if the server did not accept it."""
+    # The same from whoever decides it of the same state: the server takes one of them.
+    details: dict[str, Any] = {"transition_id": str(uuid5(NAMESPACE_URL, f"{run.state_id}/{type_}/{name}"))}
+    if at:
+        details["scheduled_time"] = at.isoformat()
+    state = {"type": type_, "name": name, "message": message[:LONGEST], "state_details": details}
+    try:
+        answer = await server.ask("POST", f"/flow_runs/{run.id}/set_state", {"state": state})
+    except RefusedError as error:
+        if error.status == 404:
+            return ""
+        raise
+    if answer["status"] != "ACCEPT":
+        return ""
+    await _event(server, run, name.lower(), message)
+    return f"run {run.name} is {name}: {message.splitlines()[0]}"
+
+
+async def _event(server: Server, run: Run, name: str, message: str) -> None:
+    """Say on the run's page who decided it, and of which state."""
+    event = {
+        "id": str(uuid4()),
+        "occurred": datetime.now(UTC).isoformat(),
+        "event": f"reconciler.flow-run.{name}",
+        "resource": {"prefect.resource.id": f"prefect.flow-run.{run.id}", "prefect.resource.name": run.name},
+        "payload": {"of": {"state": run.state, "since": run.since.isoformat()}, "evidence": message[:LONGEST]},
+    }
+    await server.ask("POST", "/events", [event])
+
+
+async def gather(actions: list[Any], at_once: int = 8) -> list[Any]:
+    """The results of some coroutines, or their exceptions; a few at a time."""
+    turns = asyncio.Semaphore(at_once)
+
+    async def one(coroutine: Any) -> Any:
+        async with turns:
+            return await coroutine
+
+    return await asyncio.gather(*map(one, actions), return_exceptions=True)

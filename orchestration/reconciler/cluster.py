@@ -1,0 +1,194 @@
+"""The Kubernetes API, as the reconciler needs it: one namespace's Jobs, pods, events and logs, and a Lease.
+
+Plain requests: a client's models of a thousand pods take longer and more memory than all the rest of a round.
+"""
+
+import os
+import ssl
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from orchestration.errors import ClusterError
+from orchestration.reconciler.facts import RUN_LABEL, Job, Pod
+
+ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+
+TIMEOUT = 5.0
+"""Seconds for a request."""
+
+PAGE = 500
+
+Object = dict[str, Any]
+
+
+class Cluster:
+    """A namespace; made by `connected`."""
+
+    def __init__(self, client: httpx.AsyncClient, namespace: str) -> None:
+        self.client = client
+        self.namespace = namespace
+
+    async def ask(
+        self, method: str, path: str, body: Any = None, *, query: Object | None = None, absent: Sequence[int] = ()
+    ) -> Any:
+        """One request; the answer's JSON, None for the statuses of `absent`.
+
+        Raises:
+            ClusterError: it does not answer, or refuses. Never read as absence.
+        """
+        token = ACCOUNT / "token"
+        # It changes every hour.
+        headers = {"Authorization": f"Bearer {token.read_text()}"} if token.exists() else {}
+        try:
+            response = await self.client.request(method, path, json=body, params=query, headers=headers)
+        except httpx.TransportError as error:
+            raise ClusterError(f"The Kubernetes API does not answer: {error or type(error).__name__}") from None
+        if response.status_code in absent:
+            return None
+        if response.status_code >= 300:
+            said = response.text[:300]
+            with suppress(ValueError):
+                said = response.json().get("message", said)
+            raise ClusterError(f"The Kubernetes API answers {response.status_code} to {method} {path}: {said}")
+        is_json = response.headers.get("content-type", "").startswith("application/json")
+        return response.json() if is_json else response.text
+
+    async def _all(self, path: str, **query: Any) -> list[Object]:
+        found: list[Object] = []
+        more = ""
+        while True:
+            page = await self.ask("GET", path, query=query | {"limit": PAGE, "continue": more})
+            found += page["items"]
+            more = page["metadata"].get("continue", "")
+            if not more:
+                return found
+
+    async def jobs(self) -> list[Job]:
+        """The Jobs of runs."""
+        path = f"/apis/batch/v1/namespaces/{self.namespace}/jobs"
+        return [Job.read(each) for each in await self._all(path, labelSelector=RUN_LABEL)]
+
+    async def pods(self) -> list[Pod]:
+        """The pods of runs."""
+        path = f"/api/v1/namespaces/{self.namespace}/pods"
+        return [Pod.read(each) for each in await self._all(path, labelSelector=RUN_LABEL)]
+
+    async def refused(self, job: str) -> str:
+        """Why a Job cannot make its pod, of its newest event; empty if nothing is said."""
+        selector = f"involvedObject.kind=Job,involvedObject.name={job},reason=FailedCreate"
+        found = await self._all(f"/api/v1/namespaces/{self.namespace}/events", fieldSelector=selector)
+        found.sort(key=lambda each: str(each.get("lastTimestamp") or each["metadata"]["creationTimestamp"]))
+        return str(found[-1].get("message", "")) if found else ""
+
+    async def last_lines(self, pod: str, lines: int = 5) -> str:
+        """The end of a pod's log; empty if there is none any more."""
+        path = f"/api/v1/namespaces/{self.namespace}/pods/{pod}/log"
+        found = await self.ask("GET", path, query={"tailLines": lines}, absent=(400, 404))
+        return str(found or "").strip()
+
+    async def stop(self, job: str, grace: int | None) -> None:
+        """Delete a Job and its pods.
+
+        Args:
+            job: its name.
+            grace: seconds between SIGTERM and SIGKILL; None is what the pods say.
+        """
+        path = f"/apis/batch/v1/namespaces/{self.namespace}/jobs/{job}"
+        await self.ask("DELETE", path, {"propagationPolicy": "Background"}, absent=(404,))
+        if grace is not None:
+            path = f"/api/v1/namespaces/{self.namespace}/pods"
+            await self.ask("DELETE", path, {"gracePeriodSeconds": grace}, query={"labelSelector": f"job-name={job}"})
+
+
+@asynccontextmanager
+async def connected(namespace: str, url: str = "") -> AsyncIterator[Cluster]:
+    """The cluster that this pod is in.
+
+    Args:
+        namespace: whose Jobs and pods.
+        url: of another API, one that asks for no credentials: that of `kubectl proxy`.
+
+    Raises:
+        ClusterError: this is no pod with a token.
+    """
+    verify: Any = True
+    if not url:
+        host = os.environ.get("KUBERNETES_SERVICE_HOST")
+        if not host or not (ACCOUNT / "token").exists():
+            raise ClusterError(
+                "This is no pod with a token of Kubernetes. Run it in one, or name a `kubectl proxy`: "
+                "--kubernetes http://127.0.0.1:8001"
+            )
+        host = f"[{host}]" if ":" in host else host
+        url = f"https://{host}:{os.environ.get('KUBERNETES_SERVICE_PORT', '443')}"
+        verify = ssl.create_default_context(cafile=str(ACCOUNT / "ca.crt"))
+    async with httpx.AsyncClient(base_url=url, verify=verify, timeout=TIMEOUT) as client:
+        yield Cluster(client, namespace)
+
+
+class Leadership:
+    """A Lease that one of several holds, renewed with each round.
+
+    Another takes it over when it has seen no renewal for its duration, by its own clock alone. The holder acts only
+    while `held`, which ends earlier.
+
+    Args:
+        cluster: where the Lease is.
+        name: of it.
+        identity: of this candidate.
+        duration: seconds.
+    """
+
+    def __init__(self, cluster: Cluster, name: str, identity: str, duration: int = 15) -> None:
+        self.cluster, self.name, self.identity, self.duration = cluster, name, identity, duration
+        self.path = f"/apis/coordination.k8s.io/v1/namespaces/{cluster.namespace}/leases"
+        self._seen: tuple[Any, float] = (None, 0.0)
+        self._until = 0.0
+
+    @property
+    def held(self) -> bool:
+        """Whether this candidate may still act: a request that it makes now is over before another may."""
+        return time.monotonic() < self._until
+
+    async def take(self) -> bool:
+        """Renew it, or take it if nobody holds it; whether this candidate holds it now.
+
+        Raises:
+            ClusterError: the API does not answer.
+        """
+        now = time.monotonic()
+        lease = await self.cluster.ask("GET", f"{self.path}/{self.name}", absent=(404,))
+        spec = {"holderIdentity": self.identity, "leaseDurationSeconds": self.duration, "renewTime": _micro_time()}
+        if lease is None:
+            body = {"metadata": {"name": self.name}, "spec": spec}
+            made = await self.cluster.ask("POST", self.path, body=body, absent=(409,))
+        else:
+            holder, version = lease["spec"].get("holderIdentity"), lease["metadata"]["resourceVersion"]
+            if self._seen[0] != version:
+                self._seen = version, now
+            if holder not in (self.identity, "", None) and now - self._seen[1] < self.duration:
+                self._until = 0.0
+                return False
+            # With the version that was read: of two that take it at once, one is refused.
+            made = await self.cluster.ask("PUT", f"{self.path}/{self.name}", body=lease | {"spec": spec}, absent=(409,))
+        self._until = now + self.duration - 2 * TIMEOUT if made else 0.0
+        return bool(made)
+
+    async def release(self) -> None:
+        """Let another take it at once."""
+        if not self.held:
+            return
+        lease = await self.cluster.ask("GET", f"{self.path}/{self.name}", absent=(404,))
+        if lease and lease["spec"].get("holderIdentity") == self.identity:
+            body = lease | {"spec": lease["spec"] | {"holderIdentity": ""}}
+            await self.cluster.ask("PUT", f"{self.path}/{self.name}", body=body, absent=(409,))
+
+
+def _micro_time() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

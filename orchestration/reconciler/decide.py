@@ -1,0 +1,286 @@
+"""The decision: from a run, its Jobs and pods, the time and the policy to what is to be done. Nothing else is known."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from orchestration.reconciler import causes
+from orchestration.reconciler.causes import Cause
+from orchestration.reconciler.facts import FINAL, Job, Pod, Policy, Retries, Run
+
+CAUSE, CRASHES, DISRUPTIONS, RETRIED, SETTLED = (
+    f"reconciler.{name}" for name in ("cause", "crashes", "disruptions", "retried", "settled")
+)
+"""Labels of a run: the cause of a crash, noted before its state is written; how many crashes and disruptions were
+retried; the state for which one was counted, with its cause, and the state for which there is no retry."""
+
+
+LOG = " The end of its log:"
+"""What a crash's message has behind the cause, before the lines of the log."""
+
+
+@dataclass(frozen=True)
+class Crash:
+    """The run is dead: say so and why."""
+
+    run: Run
+    cause: Cause
+
+
+@dataclass(frozen=True)
+class Explain:
+    """The run's pod does not start: say why while there is time to cure it."""
+
+    run: Run
+    word: str
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Unclaim:
+    """Its worker went away before it made a Job: another is to take it."""
+
+    run: Run
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Adopt:
+    """Its worker went away after it made the Job and before it said so: say so."""
+
+    run: Run
+    job: str
+
+
+@dataclass(frozen=True)
+class Cancelled:
+    """It was to be cancelled, and nothing of it is left."""
+
+    run: Run
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Retry:
+    """It crashed: try again, unless its budget is used up."""
+
+    run: Run
+    cause: Cause
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A Job that nobody wants any more: delete it and its pods.
+
+    Args:
+        job: its name.
+        grace: seconds between SIGTERM and SIGKILL; None is what its pods say.
+        sentence: why.
+    """
+
+    job: str
+    grace: int | None
+    sentence: str
+
+
+SLACK = 2.0
+"""Seconds by which a Job may seem older than the claim that it was made for: its time has no fractions."""
+
+Action = Crash | Explain | Unclaim | Adopt | Cancelled | Retry | Stop
+
+
+def decide(run: Run | None, jobs: Sequence[Job], pods: Sequence[Pod], now: datetime, policy: Policy) -> list[Action]:
+    """What is to be done about one run.
+
+    Args:
+        run: None if the API does not have it any more.
+        jobs: all of it in the namespace, read after the run.
+        pods: all of it in the namespace, read after its Jobs.
+        now: the time on the clock that the API's times are on.
+        policy: how patient to be.
+    """
+    if run is None or run.type in FINAL:
+        return _after_the_end(run, jobs, pods, now, policy)
+    if run.type not in ("PENDING", "RUNNING", "CANCELLING"):
+        return []
+    age = (now - run.since).total_seconds()
+    current = _current(run, jobs)
+    name = current.name if current else run.job
+    actions: list[Action] = [
+        Stop(each.name, None, f"run {run.name} goes on in Job {name}")
+        for each in jobs
+        if current and each.created < current.created and _wanted(each, pods)
+    ]
+    mine = [each for each in pods if each.job == name or not name]
+    if run.type == "CANCELLING":
+        return actions + _cancelling(run, jobs, pods, age, policy)
+    if current and current.name != run.job and age > policy.settle:
+        actions.append(Adopt(run, current.name))
+    live = [each for each in mine if each.live]
+    if run.type == "PENDING":
+        return actions + _pending(run, current, mine, age, now, policy)
+    # As long as its Job is not over, Kubernetes may make another pod, or has yet to count the one that is gone.
+    if live or (current and not current.over and not current.refused and not current.deleted):
+        return actions
+    return actions + _dead(run, mine, now, policy)
+
+
+def _current(run: Run, jobs: Sequence[Job]) -> Job | None:
+    """The Job of the run's newest claim, as far as one is known: the recorded one, or one that was made after it."""
+    recorded = next((each for each in jobs if each.name == run.job), None)
+    later = [each for each in jobs if not each.over and (recorded is None or each.created > recorded.created)]
+    return max(later, key=lambda each: each.created) if later else recorded
+
+
+def _wanted(job: Job, pods: Sequence[Pod]) -> bool:
+    """Whether something of a Job may still execute, and nobody has asked for its deletion."""
+    its = [each for each in pods if each.job == job.name]
+    return not job.deleted and (any(each.live and not each.deleted for each in its) or (not its and not job.over))
+
+
+def _dead(run: Run, pods: Sequence[Pod], now: datetime, policy: Policy) -> list[Action]:
+    """Of a run whose execution is over, though it says nothing of it."""
+    ended = [each.end.at for each in pods if each.end]
+    # What it had to say it said before its process ended; without a pod there is no telling when that was.
+    patience = policy.settle if not ended else policy.reported
+    if (now - max([run.since, *ended])).total_seconds() < patience:
+        return []
+    return [Crash(run, causes.of_end([each for each in pods if each.end]))]
+
+
+def _after_the_end(
+    run: Run | None, jobs: Sequence[Job], pods: Sequence[Pod], now: datetime, policy: Policy
+) -> list[Action]:
+    """Nothing of a run that is over or gone lives on, and one that crashed is tried again."""
+    wanted = [each for each in jobs if _wanted(each, pods)]
+    if run is None:
+        return [Stop(each.name, None, "its run was deleted") for each in wanted]
+    age = (now - run.since).total_seconds()
+    if run.type == "CRASHED":
+        if wanted and age > policy.crashed:
+            return [Stop(each.name, 0, f"run {run.name} has crashed") for each in wanted]
+        if wanted or any(each.live for each in pods) or run.labels.get(SETTLED) == run.state_id or not run.deployment:
+            return []
+        return [Retry(run, _of_crash(run, pods))]
+    if age < policy.linger:
+        return []
+    return [Stop(each.name, None, f"run {run.name} is {run.state}") for each in wanted]
+
+
+def _of_crash(run: Run, pods: Sequence[Pod]) -> Cause:
+    """Why a run crashed that somebody else found dead, or this reconciler before."""
+    ended = [each for each in pods if each.job == run.job and each.end]
+    seen = causes.of_end(ended) if ended else Cause("crash", run.message)
+    # Counted already and cut off before it was tried, or noted by whoever wrote the crash.
+    counted = str(run.labels.get(RETRIED, "")).split()
+    label = counted[1] if counted and counted[0] == run.state_id else run.labels.get(CAUSE)
+    noted = next((kind for kind in causes.KINDS if kind == label), None)
+    if noted or seen.kind == "crash":
+        # What was said of it when it happened says more than an exit code.
+        said = run.message.partition("\n")[0].removesuffix(LOG)
+        return Cause(noted or "crash", said or seen.sentence, seen.memory)
+    return seen
+
+
+def _cancelling(run: Run, jobs: Sequence[Job], pods: Sequence[Pod], age: float, policy: Policy) -> list[Action]:
+    left = [each for each in jobs if _wanted(each, pods)]
+    if not left and not any(each.live for each in pods):
+        return [Cancelled(run, "Nothing of it is left in the cluster")] if age >= policy.settle else []
+    if age < policy.cancel:
+        return []
+    return [Stop(each.name, None, f"run {run.name} is to be cancelled since {age:.0f} s") for each in left]
+
+
+def _pending(
+    run: Run, current: Job | None, pods: Sequence[Pod], age: float, now: datetime, policy: Policy
+) -> list[Action]:
+    """Of a run that was claimed and has not begun."""
+    live = [each for each in pods if each.live]
+    if any(each.started for each in live):
+        return []
+    of_this_claim = current is not None and (
+        run.state in causes.STARTING or current.created.timestamp() >= run.since.timestamp() - SLACK
+    )
+    if live or (current and not current.over and not current.deleted):
+        assert current
+        found = causes.of_wait(current, live)
+        return _explained(run, found, (now - current.created).total_seconds(), policy) if found else []
+    # A Job that is over or gone may be of an earlier claim, and this one's not yet made.
+    if of_this_claim:
+        return _dead(run, pods, now, policy)
+    if age <= policy.claim:
+        return []
+    return [Unclaim(run, f"No worker made a Job within {age:.0f} s of claiming it")]
+
+
+def _explained(run: Run, found: tuple[str, str], waited: float, policy: Policy) -> list[Action]:
+    word, sentence = found
+    if waited > policy.pending:
+        return [Crash(run, Cause("start", f"{sentence.rstrip('.')}. Given up after {waited:.0f} s"))]
+    return [] if run.state == word else [Explain(run, word, sentence)]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a crashed run is tried again.
+
+    Args:
+        again: whether.
+        sentence: for people.
+        delay: seconds until then.
+        labels: what the run's labels become before.
+        memory: its new memory limit; empty if it stays.
+    """
+
+    again: bool
+    sentence: str
+    delay: float = 0
+    labels: dict[str, Any] | None = None
+    memory: str = ""
+
+
+def verdict(run: Run, cause: Cause, retries: Retries) -> Verdict:
+    """Whether a crashed run has a retry left. Asked again after it was counted, it says the same."""
+    if cause.kind == "start":
+        return Verdict(False, "No retry: somebody has to cure that first", labels={SETTLED: run.state_id})
+    budget, label, what = (
+        (retries.disruption_retries, DISRUPTIONS, "disruption")
+        if cause.kind == "disruption"
+        else (retries.crash_retries, CRASHES, "crash")
+    )
+    used = int(run.labels.get(label) or 0)
+    if str(run.labels.get(RETRIED, "")).startswith(run.state_id):
+        used -= 1
+    if used >= budget:
+        said = f"No retry: all {budget} after a {what} are used up" if budget else f"No retry after a {what}"
+        return Verdict(False, said, labels={SETTLED: run.state_id})
+    memory = _grown(cause.memory, retries) if cause.kind == "oom" else ""
+    delay = retries.crash_backoff * 2 ** (used - 1) if used and what == "crash" else 0.0
+    more = f", with {memory} of memory in place of {cause.memory}" if memory else ""
+    return Verdict(
+        True,
+        f"Retry {used + 1} of {budget} after a {what}{more}",
+        delay,
+        {label: used + 1, RETRIED: f"{run.state_id} {cause.kind}", CAUSE: ""},
+        memory,
+    )
+
+
+def _grown(limit: str, retries: Retries) -> str:
+    """The next memory limit, in Mi; empty if it cannot grow."""
+    now = quantity(limit)
+    if not now:
+        return ""
+    new = min(now * retries.memory_growth, quantity(retries.memory_max) or float("inf"))
+    return f"{int(new) // 2**20}Mi" if new > now else ""
+
+
+UNITS = {"": 1, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+def quantity(text: str) -> float:
+    """The number of a quantity of Kubernetes; 0 if it is none. The package that also reads them weighs 126 MB."""
+    match = re.fullmatch(r"([0-9.]+(?:[eE][0-9]+)?)([A-Za-z]*)", text.strip())
+    return float(match[1]) * UNITS[match[2]] if match and match[2] in UNITS else 0.0

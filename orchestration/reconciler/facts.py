@@ -1,0 +1,269 @@
+"""What is read of a run, its Jobs and its pods, and what the policy is: all that a decision is made of."""
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from datetime import datetime
+from typing import Any
+
+FINAL = frozenset({"COMPLETED", "FAILED", "CRASHED", "CANCELLED"})
+"""Types of states after which nothing of a run is executed any more."""
+
+RUN_LABEL = "prefect.io/flow-run-id"
+"""Of Jobs and pods, by the worker."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A flow run, as the API gives it.
+
+    Args:
+        id: its id.
+        type: its state's type, like RUNNING.
+        state: its state's name, like AwaitingRetry.
+        state_id: another with each transition.
+        since: when it got there.
+        message: of the state.
+        name: people's.
+        deployment: its id; empty if it has none.
+        namespace: where its Job was made; empty if none was yet.
+        job: the name of its newest Job; empty if none was made yet.
+        labels: of the run; retries are counted there.
+    """
+
+    id: str
+    type: str
+    state: str
+    state_id: str
+    since: datetime
+    message: str = ""
+    name: str = ""
+    deployment: str = ""
+    namespace: str = ""
+    job: str = ""
+    labels: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, raw: Mapping[str, Any]) -> "Run":
+        """Of the API's JSON."""
+        state = raw["state"]
+        namespace, _, job = str(raw.get("infrastructure_pid") or "").rpartition(":")
+        return cls(
+            raw["id"],
+            state["type"],
+            state["name"],
+            state["id"],
+            datetime.fromisoformat(state["timestamp"]),
+            state["message"] or "",
+            raw["name"],
+            raw["deployment_id"] or "",
+            namespace,
+            job,
+            raw.get("labels") or {},
+        )
+
+
+@dataclass(frozen=True)
+class End:
+    """How a pod ended.
+
+    Args:
+        at: when.
+        code: of its main container; None if that never ran.
+        reason: Kubernetes' word: Error, OOMKilled, Evicted, Completed.
+        message: what Kubernetes adds.
+        disruption: the reason of its condition DisruptionTarget: the cluster's doing, not the run's.
+        oom: whether something in it was killed for its memory.
+        peak: bytes that it used at the most; 0 if nobody knows.
+    """
+
+    at: datetime
+    code: int | None
+    reason: str
+    message: str = ""
+    disruption: str = ""
+    oom: bool = False
+    peak: int = 0
+
+
+@dataclass(frozen=True)
+class Pod:
+    """A pod of a run.
+
+    Args:
+        name: its name.
+        run: the run's id.
+        job: the name of its Job.
+        created: when.
+        started: whether its main container has run.
+        deleted: when somebody asked for its deletion; None if nobody did.
+        end: how it ended; None if it has not.
+        waiting: why it does not start: Kubernetes' word and what it adds.
+        memory: the limit of its main container, as it is written.
+        node: where it is; empty if nowhere yet.
+    """
+
+    name: str
+    run: str
+    job: str
+    created: datetime
+    started: bool = False
+    deleted: datetime | None = None
+    end: End | None = None
+    waiting: tuple[str, str] | None = None
+    memory: str = ""
+    node: str = ""
+
+    @property
+    def live(self) -> bool:
+        """Whether something of it may execute, now or later."""
+        return self.end is None
+
+    @classmethod
+    def read(cls, raw: Mapping[str, Any]) -> "Pod":
+        """Of the API's JSON."""
+        meta, status = raw["metadata"], raw.get("status", {})
+        conditions = {each["type"]: each for each in status.get("conditions", [])}
+        main: Mapping[str, Any] = next(iter(status.get("containerStatuses", [])), {})
+        container = raw["spec"]["containers"][0]
+        state = main.get("state", {})
+        target = conditions.get("DisruptionTarget", {})
+        disruption = target.get("reason", "") if target.get("status") == "True" else ""
+        end = None
+        created = datetime.fromisoformat(meta["creationTimestamp"])
+        if status.get("phase") in ("Succeeded", "Failed"):
+            terminated = state.get("terminated") or {}
+            at = terminated.get("finishedAt") or target.get("lastTransitionTime")
+            reason = status.get("reason") or terminated.get("reason") or status["phase"]
+            memory = _report(terminated.get("message", ""))
+            end = End(
+                datetime.fromisoformat(at) if at else created,
+                terminated.get("exitCode"),
+                reason,
+                status.get("message") or ("" if memory else terminated.get("message", "")),
+                disruption,
+                reason == "OOMKilled" or bool(memory.get("oom_kills")),
+                memory.get("peak", 0),
+            )
+        waiting = None
+        scheduled = conditions.get("PodScheduled", {})
+        if scheduled.get("status") == "False":
+            waiting = (scheduled.get("reason", "Unschedulable"), scheduled.get("message", ""))
+        for each in [*status.get("initContainerStatuses", []), main]:
+            if stuck := each.get("state", {}).get("waiting"):
+                waiting = (stuck.get("reason", ""), stuck.get("message", ""))
+                break
+        deleted = meta.get("deletionTimestamp")
+        return cls(
+            meta["name"],
+            meta["labels"][RUN_LABEL],
+            meta["labels"].get("job-name", ""),
+            created,
+            "running" in state or "terminated" in state,
+            datetime.fromisoformat(deleted) if deleted else None,
+            end,
+            waiting,
+            str(container.get("resources", {}).get("limits", {}).get("memory", "")),
+            raw["spec"].get("nodeName", ""),
+        )
+
+
+def _report(message: str) -> dict[str, int]:
+    """What `orchestration.execution` has left; nothing if it was not there."""
+    try:
+        found = json.loads(message)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A Job of a run.
+
+    Args:
+        name: its name.
+        run: the run's id.
+        created: when.
+        over: whether it will make no pod any more.
+        deleted: whether somebody asked for its deletion.
+        grace: seconds between SIGTERM and SIGKILL of its pods.
+        refused: why it has no pod, of its events: a quota, an account that is not there.
+    """
+
+    name: str
+    run: str
+    created: datetime
+    over: bool = False
+    deleted: bool = False
+    grace: int = 30
+    refused: str = ""
+
+    @classmethod
+    def read(cls, raw: Mapping[str, Any]) -> "Job":
+        """Of the API's JSON."""
+        meta = raw["metadata"]
+        conditions = {each["type"] for each in raw.get("status", {}).get("conditions", []) if each["status"] == "True"}
+        pod = raw["spec"]["template"]["spec"]
+        return cls(
+            meta["name"],
+            meta["labels"][RUN_LABEL],
+            datetime.fromisoformat(meta["creationTimestamp"]),
+            bool(conditions & {"Complete", "Failed"}),
+            "deletionTimestamp" in meta,
+            pod.get("terminationGracePeriodSeconds", 30),
+        )
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How patient the reconciler is; seconds.
+
+    Args:
+        reported: how long after its pod's end what it reported may be on its way.
+        settle: the same where nobody knows when its pod ended.
+        claim: how long a worker may take from its claim to the Job.
+        pending: how long a pod may not start for a reason that a person has to cure.
+        cancel: how long a run's own process may take to notice that it is cancelled, before its Job is deleted.
+        crashed: how long a pod may live on after its run has crashed: it may yet tell why.
+        linger: how long a pod may live on after its run has ended otherwise.
+    """
+
+    reported: float = 1
+    settle: float = 3
+    claim: float = 60
+    pending: float = 600
+    cancel: float = 15
+    crashed: float = 15
+    linger: float = 60
+
+
+@dataclass(frozen=True)
+class Retries:
+    """What a deployment's runs get after a crash; job variables of the same names, with the pool's defaults.
+
+    Args:
+        crash_retries: how many times a run that crashed is tried again.
+        disruption_retries: the same where the cluster ended it: eviction, drain, preemption, a lost node.
+        crash_backoff: seconds before the second retry, doubled for each further one; the first comes at once.
+        memory_growth: what the memory limit is multiplied by after it was exceeded.
+        memory_max: the most it becomes, as a quantity of Kubernetes; empty is no bound.
+    """
+
+    crash_retries: int = 2
+    disruption_retries: int = 10
+    crash_backoff: float = 10
+    memory_growth: float = 1.5
+    memory_max: str = ""
+
+    @classmethod
+    def of(cls, variables: Mapping[str, Any]) -> "Retries":
+        """Those of job variables; one that is absent or not of its kind is the default."""
+        made: dict[str, Any] = {}
+        for each in fields(cls):
+            with suppress(TypeError, ValueError):
+                kind: Any = type(each.default)
+                if variables.get(each.name) is not None:
+                    made[each.name] = kind(variables[each.name])
+        return cls(**made)

@@ -1,0 +1,245 @@
+"""The reconciler's rounds: read everything, decide, act; nothing that a round needs is left from the one before."""
+
+import asyncio
+import contextlib
+import signal
+import sys
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+
+import httpx
+import prometheus_client as prometheus
+
+from orchestration import api
+from orchestration.api import JSON, Server
+from orchestration.errors import PipelineError
+from orchestration.reconciler import cluster as kubernetes
+from orchestration.reconciler.actions import carry_out, gather
+from orchestration.reconciler.cluster import Cluster, Leadership
+from orchestration.reconciler.decide import Action, decide
+from orchestration.reconciler.facts import Job, Pod, Policy, Run
+from orchestration.serving import Pulse, served
+
+LIVE = ["PENDING", "RUNNING", "CANCELLING"]
+
+RECENT = timedelta(hours=1)
+"""How long after its crash a run is looked at: as long as a reconciler may be away and still try it again."""
+
+GRACE = 60
+"""Seconds without a turn of the loop after which it counts as ill."""
+
+REFUSED_AFTER = timedelta(seconds=3)
+"""How long a Job may be without a pod before its events are asked why."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a round has read.
+
+    Args:
+        runs: by id; None are those that the API does not have.
+        jobs: by run.
+        pods: by run.
+    """
+
+    runs: Mapping[str, Run | None]
+    jobs: Mapping[str, Sequence[Job]]
+    pods: Mapping[str, Sequence[Pod]]
+
+
+async def look(server: Server, cluster: Cluster, pool: str) -> Seen:
+    """Read the pool's runs, and then, as a pod is older than what its run says, the namespace's Jobs and pods.
+
+    Raises:
+        PipelineError: one of both does not answer: there is no round then.
+    """
+    live, crashed = await asyncio.gather(
+        _runs(server, pool, {"state": {"type": {"any_": LIVE}}}),
+        _runs(
+            server,
+            pool,
+            {
+                "state": {"type": {"any_": ["CRASHED"]}},
+                "end_time": {"after_": (datetime.now(UTC) - RECENT).isoformat()},
+            },
+        ),
+    )
+    runs: dict[str, Run | None] = {
+        each.id: each for each in [*live, *crashed] if each.namespace in ("", cluster.namespace)
+    }
+    jobs = await cluster.jobs()
+    pods = await cluster.pods()
+    with_pods = {each.job for each in pods}
+    waiting = [
+        each
+        for each in jobs
+        if each.name not in with_pods and not each.over and datetime.now(UTC) - each.created > REFUSED_AFTER
+    ]
+    said = await gather([cluster.refused(each.name) for each in waiting])
+    why = {each.name: text for each, text in zip(waiting, said, strict=True) if isinstance(text, str)}
+    jobs = [replace(each, refused=why.get(each.name, "")) for each in jobs]
+    # What lives without a run that is alive: of one that is over, or that somebody has deleted.
+    unknown = {each.run for each in pods if each.live} | {each.run for each in jobs if not each.over}
+    unknown -= {each.id for each in [*live, *crashed]}
+    runs |= await _named(server, sorted(unknown))
+    of_jobs: dict[str, list[Job]] = defaultdict(list)
+    of_pods: dict[str, list[Pod]] = defaultdict(list)
+    for job in jobs:
+        of_jobs[job.run].append(job)
+    for pod in pods:
+        of_pods[pod.run].append(pod)
+    return Seen(runs, of_jobs, of_pods)
+
+
+async def _runs(server: Server, pool: str, which: JSON) -> list[Run]:
+    found = await server.all("/flow_runs/filter", flow_runs=which, work_pools={"name": {"any_": [pool]}})
+    return [Run.read(each) for each in found if each["state"]]
+
+
+async def _named(server: Server, ids: Sequence[str]) -> dict[str, Run | None]:
+    found: dict[str, Run | None] = dict.fromkeys(ids)
+    for start in range(0, len(ids), api.PAGE):
+        which = {"id": {"any_": ids[start : start + api.PAGE]}}
+        for each in await server.all("/flow_runs/filter", flow_runs=which):
+            found[each["id"]] = Run.read(each) if each["state"] else None
+    return found
+
+
+class Reconciler:
+    """The loop.
+
+    Args:
+        server: of the runs.
+        cluster: of their pods.
+        pool: whose runs.
+        policy: how patient to be.
+        lead: who acts, of several; None acts always.
+        pulse: its sign of life and its metrics.
+    """
+
+    def __init__(
+        self, server: Server, cluster: Cluster, pool: str, policy: Policy, lead: Leadership | None, pulse: Pulse
+    ) -> None:
+        self.server, self.cluster, self.pool, self.policy = server, cluster, pool, policy
+        self.lead, self.pulse = lead, pulse
+        registry = pulse.registry
+        self.actions = prometheus.Counter(
+            "reconciler_actions_total", "What was done about runs.", ["action"], registry=registry
+        )
+        self.rounds = prometheus.Histogram(
+            "reconciler_round_seconds", "How long a round took.", registry=registry,
+            buckets=(0.1, 0.2, 0.5, 1, 2, 5, 10),
+        )  # fmt: skip
+        self.failures = prometheus.Counter("reconciler_failures_total", "Rounds that failed.", registry=registry)
+        self.live = prometheus.Gauge("reconciler_live_runs", "Runs that are claimed or under way.", registry=registry)
+        self.leading = prometheus.Gauge("reconciler_leader", "Whether this one acts.", registry=registry)
+        self.last = prometheus.Gauge(
+            "reconciler_last_round_timestamp_seconds", "When a round last succeeded.", registry=registry
+        )
+
+    async def run(self, every: float) -> None:
+        """Rounds, until cancelled; what fails is said once and tried again."""
+        try:
+            while True:
+                began = time.monotonic()
+                done: list[str] = []
+                try:
+                    leads = self.lead is None or await self.lead.take()
+                    self.leading.set(leads)
+                    if leads:
+                        done = await self.round()
+                    if self.pulse.trouble:
+                        print("Rounds succeed again.", flush=True)
+                    self.pulse.trouble = ""
+                except Exception as error:
+                    self.failures.inc()
+                    if str(error) != self.pulse.trouble:
+                        print(f"{str(error).rstrip('.')}. Looking again.", file=sys.stderr, flush=True)
+                        if not isinstance(error, PipelineError):  # nobody's mistake but ours, and no reason to stop
+                            traceback.print_exception(error)
+                    self.pulse.trouble = str(error)
+                self.pulse.beat()
+                # What was done is often half of it: a crash is followed by a retry. No round follows another at once.
+                rest = 0 if done else every - (time.monotonic() - began)
+                await asyncio.sleep(max(rest, every / 4))
+        finally:
+            if self.lead:
+                with contextlib.suppress(PipelineError):
+                    await self.lead.release()
+
+    async def round(self) -> list[str]:
+        """One round; what was done, a line each."""
+        began = time.monotonic()
+        seen = await look(self.server, self.cluster, self.pool)
+        # To read a thousand runs may take longer than leadership holds.
+        if self.lead and not await self.lead.take():
+            return []
+        now = datetime.now(UTC)
+        todo: list[tuple[Action, list[Pod]]] = []
+        for id_, run in seen.runs.items():
+            pods = list(seen.pods.get(id_, ()))
+            todo += [(each, pods) for each in decide(run, seen.jobs.get(id_, ()), pods, now, self.policy)]
+        self.live.set(sum(run is not None and run.type in LIVE for run in seen.runs.values()))
+        done = await gather([self._act(action, pods) for action, pods in todo])
+        for each in done:
+            if isinstance(each, str) and each:
+                print(each, flush=True)
+        self.rounds.observe(time.monotonic() - began)
+        for each in done:
+            if isinstance(each, BaseException):
+                raise each
+        self.last.set_to_current_time()
+        return [each for each in done if each]
+
+    async def _act(self, action: Action, pods: list[Pod]) -> str:
+        if self.lead and not self.lead.held:
+            return ""
+        said = await carry_out(self.server, self.cluster, action, pods)
+        if said:
+            self.actions.labels(type(action).__name__.lower()).inc()
+        return said
+
+
+async def reconcile(
+    pool: str,
+    namespace: str,
+    policy: Policy,
+    *,
+    every: float,
+    port: int,
+    wait: float,
+    lease: str = "",
+    identity: str = "",
+    url: str = "",
+) -> None:
+    """Reconcile until SIGTERM or SIGINT.
+
+    Args:
+        pool: whose runs.
+        namespace: where their Jobs are.
+        policy: how patient to be.
+        every: seconds from one round to the next.
+        port: of `/metrics` and `/health`.
+        wait: seconds to wait for the Prefect API at first.
+        lease: the Lease of those of whom one acts; without it this one always does.
+        identity: this one's name among them.
+        url: of the Kubernetes API, if this is no pod.
+
+    Raises:
+        PipelineError: it cannot begin.
+    """
+    pulse = Pulse(3 * every + GRACE)
+    with served(pulse, port):
+        async with kubernetes.connected(namespace, url) as cluster, api.connected(wait) as server:
+            # A round that fails is made anew, from what is then; and what this one has sent must not linger.
+            server.patience, server.client.timeout = 0, httpx.Timeout(2 * kubernetes.TIMEOUT)
+            lead = Leadership(cluster, lease, identity) if lease else None
+            working = asyncio.create_task(Reconciler(server, cluster, pool, policy, lead, pulse).run(every))
+            for number in (signal.SIGTERM, signal.SIGINT):
+                asyncio.get_running_loop().add_signal_handler(number, working.cancel)
+            with contextlib.suppress(asyncio.CancelledError):
+                await working

@@ -1,0 +1,1 @@
+"""Faults of runs, their pods, workers and servers, on a real cluster."""

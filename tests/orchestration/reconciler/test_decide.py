@@ -1,0 +1,379 @@
+"""The decision, on single cases and on random histories of a run, its worker, its Jobs and its pods."""
+
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from uuid import uuid4
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestration.reconciler import decide as decisions
+from orchestration.reconciler.causes import Cause
+from orchestration.reconciler.decide import (
+    CAUSE,
+    CRASHES,
+    DISRUPTIONS,
+    RETRIED,
+    SETTLED,
+    Action,
+    Adopt,
+    Cancelled,
+    Crash,
+    Explain,
+    Retry,
+    Stop,
+    Unclaim,
+    decide,
+    quantity,
+    verdict,
+)
+from orchestration.reconciler.facts import FINAL, End, Job, Pod, Policy, Retries, Run
+
+NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
+
+
+def ago(seconds: float) -> datetime:
+    return NOW - timedelta(seconds=seconds)
+
+
+def run(type_: str, seconds: float = 100, **more: object) -> Run:
+    fields = {"job": "job-1", "namespace": "ns", "name": "heron", "deployment": "d"} | more
+    return Run("r", type_, fields.pop("state", type_.title()), "s", ago(seconds), **fields)  # type: ignore[arg-type]
+
+
+def job(name: str = "job-1", seconds: float = 100, **more: object) -> Job:
+    return Job(name, "r", ago(seconds), **more)  # type: ignore[arg-type]
+
+
+def pod(job: str = "job-1", seconds: float = 100, **more: object) -> Pod:
+    return Pod(f"{job}-pod", "r", job, ago(seconds), **more)  # type: ignore[arg-type]
+
+
+def end(seconds: float = 20, code: int | None = 137, reason: str = "Error", **more: object) -> End:
+    return End(ago(seconds), code, reason, **more)  # type: ignore[arg-type]
+
+
+def decided(run: Run | None, jobs: list[Job], pods: list[Pod]) -> list[Action]:
+    return decide(run, jobs, pods, NOW, Policy())
+
+
+def kind_of(action: Action) -> str:
+    assert isinstance(action, Crash | Retry)
+    return action.cause.kind
+
+
+def test_a_run_in_its_pod_is_left_alone() -> None:
+    assert decided(run("RUNNING"), [job()], [pod(started=True)]) == []
+    assert decided(run("PENDING", 5), [job(seconds=4)], [pod(seconds=3)]) == []
+    assert decided(run("SCHEDULED"), [], []) == []
+    assert decided(run("PAUSED"), [job(over=True)], [pod(end=end(code=0))]) == []
+
+
+@pytest.mark.parametrize(
+    ("ended", "kind", "said"),
+    [
+        (end(code=137), "crash", "exit code 137 (SIGKILL)"),
+        (end(code=0, reason="Completed"), "crash", "exit code 0"),
+        (end(reason="OOMKilled", oom=True, peak=700 * 2**20), "oom", "memory limit of 700Mi; it used 700 MiB"),
+        (end(code=0, reason="Completed", oom=True), "oom", "OOMKilled"),
+        (end(code=143, disruption="EvictionByEvictionAPI"), "disruption", "evicted by the API"),
+        (end(code=None, reason="Evicted", message="The node was low on memory"), "disruption", "low on memory"),
+    ],
+)
+def test_a_dead_run_crashes_with_its_cause(ended: End, kind: str, said: str) -> None:
+    (action,) = decided(run("RUNNING"), [job(over=True)], [pod(started=True, memory="700Mi", end=ended)])
+    assert kind_of(action) == kind
+    assert isinstance(action, Crash)
+    assert said in action.cause.sentence
+
+
+def test_a_run_may_still_report_how_it_ended() -> None:
+    assert decided(run("RUNNING"), [job(over=True)], [pod(end=end(seconds=0.5))]) == []
+    assert decided(run("RUNNING", 1), [job(over=True)], []) == []
+
+
+def test_a_run_whose_pod_was_deleted_crashes_once_its_job_is_over() -> None:
+    assert decided(run("RUNNING"), [job()], []) == [], "Kubernetes has not counted it yet"
+    assert [kind_of(each) for each in decided(run("RUNNING"), [job(over=True)], [])] == ["crash"]
+    assert [kind_of(each) for each in decided(run("RUNNING"), [], [])] == ["crash"], "the Job is gone too"
+
+
+def test_a_claim_without_a_job_goes_back_and_a_job_without_a_claimant_is_recorded() -> None:
+    lost = run("PENDING", 61, job="")
+    assert [type(each) for each in decided(lost, [], [])] == [Unclaim]
+    assert decided(run("PENDING", 59, job=""), [], []) == []
+    assert decided(lost, [job(seconds=60)], []) == [Adopt(lost, "job-1")]
+    # Claimed again after a crash: the Job that is recorded is the old one.
+    again = run("PENDING", 10)
+    assert decided(again, [job(over=True)], [pod(end=end(seconds=30))]) == []
+    assert decided(again, [job(over=True), job("job-2", seconds=5)], [pod("job-2", seconds=4)]) == [
+        Adopt(again, "job-2")
+    ]
+
+
+def test_what_keeps_a_pod_from_starting_is_said_at_once_and_ends_the_run_after_a_time() -> None:
+    stuck = pod(seconds=5, waiting=("ErrImagePull", "not found"))
+    (action,) = decided(run("PENDING", 6), [job(seconds=6)], [stuck])
+    assert isinstance(action, Explain)
+    assert action.word == "ImagePullBackOff"
+    assert "not found" in action.sentence
+    told = run("PENDING", 3, state="ImagePullBackOff", message=action.sentence)
+    assert decided(told, [job(seconds=6)], [replace(stuck, waiting=("ImagePullBackOff", "back-off"))]) == []
+    (action,) = decided(replace(told, since=ago(1)), [job(seconds=601)], [replace(stuck, created=ago(601))])
+    assert kind_of(action) == "start"
+    (action,) = decided(run("PENDING", 6), [job(seconds=5, refused="exceeded quota")], [])
+    assert isinstance(action, Explain)
+    assert "exceeded quota" in action.sentence
+
+
+def test_cancelling_ends_the_pod_and_then_the_run() -> None:
+    assert decided(run("CANCELLING", 14), [job()], [pod(started=True)]) == []
+    (action,) = decided(run("CANCELLING", 16), [job()], [pod(started=True)])
+    assert isinstance(action, Stop)
+    assert action.grace is None
+    assert decided(run("CANCELLING", 16), [job(deleted=True)], [pod(started=True, deleted=ago(1))]) == []
+    assert [type(each) for each in decided(run("CANCELLING", 16), [], [])] == [Cancelled]
+
+
+def test_nothing_outlives_its_run() -> None:
+    assert [type(each) for each in decided(None, [job()], [pod(started=True)])] == [Stop]
+    assert decided(run("COMPLETED", 30), [job()], [pod(started=True)]) == []
+    assert [type(each) for each in decided(run("COMPLETED", 61), [job()], [pod(started=True)])] == [Stop]
+    assert decided(run("CRASHED", 10), [job()], [pod(started=True)]) == [], "it may yet tell why"
+    (action,) = decided(run("CRASHED", 16), [job()], [pod(started=True)])
+    assert isinstance(action, Stop)
+    assert action.grace == 0
+    older = [job("job-0", seconds=200), job()]
+    stopped = decided(run("RUNNING"), older, [pod("job-0", started=True), pod(started=True)])
+    assert [each.job for each in stopped if isinstance(each, Stop)] == ["job-0"]
+
+
+def test_a_crash_is_tried_again_within_its_budget() -> None:
+    crashed = run("CRASHED", 5)
+    (action,) = decided(crashed, [job(over=True)], [pod(end=end())])
+    assert isinstance(action, Retry)
+    first = verdict(crashed, action.cause, Retries())
+    assert (first.again, first.delay) == (True, 0)
+    assert first.labels == {CRASHES: 1, RETRIED: "s crash", CAUSE: ""}
+    # Cut off after it was counted: the same again.
+    assert verdict(replace(crashed, labels=first.labels or {}), action.cause, Retries()) == first
+    second = verdict(replace(crashed, labels={CRASHES: 1}), action.cause, Retries())
+    assert (second.again, second.delay) == (True, 10)
+    third = verdict(replace(crashed, labels={CRASHES: 2}), action.cause, Retries())
+    assert (third.again, third.labels) == (False, {SETTLED: "s"})
+    assert decided(replace(crashed, labels=third.labels or {}), [], []) == []
+    assert decided(replace(crashed, deployment=""), [], []) == []
+
+
+def test_a_disruption_has_a_budget_of_its_own_and_a_hopeless_start_none() -> None:
+    noted = run("CRASHED", 5, labels={CAUSE: "disruption", CRASHES: 2}, message="Drained")
+    (action,) = decided(noted, [], [])
+    assert kind_of(action) == "disruption"
+    assert isinstance(action, Retry)
+    assert verdict(noted, action.cause, Retries()).labels == {DISRUPTIONS: 1, RETRIED: "s disruption", CAUSE: ""}
+    assert not verdict(noted, Cause("start", ""), Retries()).again
+
+
+@pytest.mark.parametrize(
+    ("limit", "most", "grown"),
+    [("700Mi", "", "1050Mi"), ("1Gi", "1.2Gi", "1228Mi"), ("2Gi", "1Gi", ""), ("", "", ""), ("1e9", "", "1430Mi")],
+)
+def test_memory_grows_after_it_was_exceeded(limit: str, most: str, grown: str) -> None:
+    found = verdict(run("CRASHED"), Cause("oom", "", limit), Retries(memory_max=most))
+    assert found.memory == grown
+    assert found.again
+
+
+def test_a_budget_that_is_none_is_the_default() -> None:
+    found = Retries.of({"crash_retries": "5", "memory_growth": "much", "memory_max": None, "env": {}})
+    assert found == Retries(crash_retries=5)
+
+
+def test_quantities() -> None:
+    assert [quantity(each) for each in ("1Ki", "1k", "1500m", "2", "x", "")] == [1024, 1000, 1.5, 2, 0, 0]
+
+
+@dataclass
+class World:
+    """A run, its worker, Jobs and pods, as the real ones behave."""
+
+    now: datetime = NOW
+    run: Run | None = field(default_factory=lambda: run("SCHEDULED", job=""))
+    jobs: list[Job] = field(default_factory=list)
+    pods: list[Pod] = field(default_factory=list)
+    claims: list[datetime] = field(default_factory=list)
+    made: str = ""
+    read: Run | None = None
+
+    def set(self, type_: str, name: str = "") -> None:
+        assert self.run
+        if self.run.type in FINAL:
+            assert (self.run.type, type_) == ("CRASHED", "SCHEDULED"), f"a run that is {self.run.type} became {type_}"
+        self.run = replace(self.run, type=type_, state=name or type_, state_id=uuid4().hex, since=self.now)
+
+    def worker_claims(self) -> None:
+        if self.run and self.run.type == "SCHEDULED":
+            self.set("PENDING")
+            self.claims.append(self.now)
+
+    def worker_makes_the_job(self) -> None:
+        """Each claim in its turn, at the latest after as long as the policy allows."""
+        if self.claims and (self.now - self.claims.pop(0)).total_seconds() < Policy().claim:
+            self.made = f"job-{uuid4().hex}"
+            created = self.now.replace(microsecond=0)
+            self.jobs.append(Job(self.made, "r", created))
+            self.pods.append(Pod(self.made, "r", self.made, created))
+
+    def kubernetes_makes_another_pod(self) -> None:
+        """As it does of a Job with a backoffLimit, until that is over."""
+        living = {each.job for each in self.pods if each.live}
+        for each in self.jobs:
+            if not each.over and each.name not in living:
+                self.pods.append(Pod(f"{each.name}-{uuid4().hex}", "r", each.name, self.now.replace(microsecond=0)))
+                return
+
+    def pod_reports_a_crash(self) -> None:
+        """What executes the flow's process says that it died, and lives on for a moment."""
+        if self.run and self.run.type == "RUNNING" and any(each.live and each.started for each in self.pods):
+            self.set("CRASHED")
+
+    def worker_records_it(self) -> None:
+        if self.run and self.made:
+            self.run = replace(self.run, job=self.made)
+
+    def worker_dies(self) -> None:
+        self.claims, self.made = [], ""
+
+    def pod_starts(self) -> None:
+        """Prefect's engine begins a run that is Pending, and one that is Running as well."""
+        for number, each in enumerate(self.pods):
+            if each.live and not each.started:
+                if self.run and self.run.type in ("PENDING", "RUNNING"):
+                    assert not any(other.live and other.started for other in self.pods), "a second living execution"
+                    self.set("RUNNING")
+                    self.pods[number] = replace(each, started=True)
+                else:
+                    self._end(number, 0)
+                return
+
+    def _end(self, number: int, code: int, **more: object) -> None:
+        self.pods[number] = replace(self.pods[number], end=End(self.now, code, "Error", **more))  # type: ignore[arg-type]
+
+    def pod_completes(self) -> None:
+        for number, each in enumerate(self.pods):
+            if each.live and each.started:
+                if self.run and self.run.type == "RUNNING":
+                    self.set("COMPLETED")
+                self._end(number, 0)
+
+    def pod_is_killed(self, **more: object) -> None:
+        for number, each in enumerate(self.pods):
+            if each.live:
+                self._end(number, 137, **more)
+                return
+
+    def pod_is_evicted(self) -> None:
+        self.pod_is_killed(disruption="EvictionByEvictionAPI")
+
+    def pod_runs_out_of_memory(self) -> None:
+        self.pod_is_killed(oom=True)
+
+    def pod_is_deleted(self) -> None:
+        self.pods = self.pods[1:]
+
+    def job_is_deleted(self) -> None:
+        if self.jobs:
+            self.stop(self.jobs[0].name)
+
+    def controller_counts(self) -> None:
+        living = {each.job for each in self.pods if each.live}
+        self.jobs = [replace(each, over=each.over or each.name not in living) for each in self.jobs]
+
+    def cancelled_in_the_ui(self) -> None:
+        if self.run and self.run.type in ("PENDING", "RUNNING"):
+            self.set("CANCELLING")
+
+    def a_second_passes(self) -> None:
+        self.now += timedelta(seconds=1)
+
+    def a_minute_passes(self) -> None:
+        self.now += timedelta(seconds=61)
+
+    def reconciler_reads_the_run(self) -> None:
+        self.read = self.run
+
+    def reconciler_acts(self) -> None:
+        if self.read is None:
+            return
+        for action in decide(self.read, self.jobs, self.pods, self.now, Policy()):
+            self.carry_out(action)
+        self.read = None
+
+    def stop(self, name: str) -> None:
+        self.jobs = [each for each in self.jobs if each.name != name]
+        self.pods = [each for each in self.pods if each.job != name]
+
+    def carry_out(self, action: Action) -> None:
+        if isinstance(action, Stop):
+            self.stop(action.job)
+        elif self.run is None or self.run.state_id != action.run.state_id:
+            return
+        elif isinstance(action, Adopt):
+            self.run = replace(self.run, job=action.job)
+        elif isinstance(action, Unclaim):
+            self.set("SCHEDULED")
+        elif isinstance(action, Cancelled):
+            self.set("CANCELLED")
+        elif isinstance(action, Crash):
+            self.run = replace(self.run, labels={**self.run.labels, CAUSE: action.cause.kind})
+            self.set("CRASHED")
+        elif isinstance(action, Retry):
+            told = verdict(self.run, action.cause, Retries())
+            self.run = replace(self.run, labels={**self.run.labels, **(told.labels or {})})
+            if told.again:
+                assert not any(each.live for each in self.pods), "tried again beside a living pod"
+                self.set("SCHEDULED", "AwaitingRetry")
+        elif isinstance(action, Explain):
+            self.set("PENDING", action.word)
+
+
+NO_EVENTS = {"set", "stop", "carry_out"}
+EVENTS = [name for name, value in vars(World).items() if callable(value) and name not in NO_EVENTS and name[0] != "_"]
+SECONDS = ["a_second_passes"] * 4
+ROUND = ["reconciler_reads_the_run", "reconciler_acts"]
+USUAL = [
+    ["worker_claims", "worker_makes_the_job", "worker_records_it", "pod_starts"],
+    ["worker_claims", "worker_makes_the_job"],
+    ["pod_is_deleted", *SECONDS, *ROUND, "kubernetes_makes_another_pod", *ROUND],
+    ["pod_reports_a_crash", *ROUND],
+    ["pod_is_deleted", *SECONDS, *ROUND, *ROUND, "worker_claims", "kubernetes_makes_another_pod", "pod_starts"],
+    [*SECONDS, "controller_counts", *ROUND],
+    ["pod_is_killed", "controller_counts", *SECONDS, *ROUND],
+    ["pod_is_killed", "controller_counts", *SECONDS, *ROUND, *ROUND, "worker_claims", *SECONDS],
+    ["pod_completes", "a_minute_passes"],
+]
+"""What often comes one after the other: of single events most histories would come to nothing."""
+
+
+@given(st.lists(st.sampled_from([*([each] for each in EVENTS), *USUAL * 3]), max_size=25))
+@settings(max_examples=800, deadline=None)
+def test_any_history_ends_with_nothing_lost_stuck_or_twice(history: list[list[str]]) -> None:
+    world = World()
+    for event in (each for some in history for each in some):
+        getattr(world, event)()
+    # From here on nothing goes wrong any more.
+    for _ in range(120):
+        for event in (
+            "controller_counts", "reconciler_reads_the_run", "reconciler_acts", "worker_claims",
+            "worker_makes_the_job", "worker_records_it", "pod_starts", "a_second_passes", "pod_completes",
+            "controller_counts", "a_second_passes",
+        ):  # fmt: skip
+            getattr(world, event)()
+        if world.run and world.run.type == "PENDING" and not world.claims:
+            world.a_minute_passes()
+    assert world.run
+    assert world.run.type in FINAL, world
+    assert not [each for each in world.pods if each.live], world
+    if world.run.type == "CRASHED":
+        assert decisions.SETTLED in world.run.labels
