@@ -31,6 +31,9 @@ from prefect_kubernetes import KubernetesWorker
 from prefect_kubernetes.settings import KubernetesSettings
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
+from orchestration.reconciler.cluster import identity
+from orchestration.reconciler.facts import CLUSTER
+
 _watching_on: asyncio.AbstractEventLoop | None = None
 
 WATCHED = ("jobs", "pods")
@@ -69,6 +72,7 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
     def __init__(self, namespace: str | None = None, **options: Any) -> None:
         super().__init__(**options)
         self._namespace = namespace
+        self._cluster = identity()
         self._draining = False
         self._polling = asyncio.Lock()
         self._proposed: set[UUID] = set()
@@ -106,6 +110,12 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
             return pending
         finally:
             self._proposed.add(flow_run.id)
+
+    async def _give_worker_labels_to_flow_run(self, flow_run_id: UUID) -> None:
+        """Mark a claimed run, for the reconciler of this cluster alone."""
+        await super()._give_worker_labels_to_flow_run(flow_run_id)
+        if self._cluster:
+            await self.client.update_flow_run_labels(flow_run_id, {CLUSTER: self._cluster})
 
     async def run(self, flow_run: FlowRun, configuration: KubernetesWorkerJobConfiguration, **options: Any) -> Any:
         """Make the run's Job."""

@@ -3,6 +3,7 @@
 Plain requests: a client's models of a thousand pods take longer and more memory than all the rest of a round.
 """
 
+import hashlib
 import os
 import ssl
 import time
@@ -15,7 +16,7 @@ from typing import Any
 import httpx
 
 from orchestration.errors import ClusterError
-from orchestration.reconciler.facts import RUN_LABEL, Job, Pod
+from orchestration.reconciler.facts import POOL_LABEL, RUN_LABEL, Job, Pod
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
@@ -27,12 +28,21 @@ PAGE = 500
 Object = dict[str, Any]
 
 
+def identity() -> str:
+    """What tells the cluster that this pod is in from others: of its certificate authority. Empty outside of one."""
+    try:
+        return hashlib.sha256((ACCOUNT / "ca.crt").read_bytes()).hexdigest()[:16]
+    except OSError:
+        return ""
+
+
 class Cluster:
     """A namespace; made by `connected`."""
 
     def __init__(self, client: httpx.AsyncClient, namespace: str) -> None:
         self.client = client
         self.namespace = namespace
+        self.identity = identity()
 
     async def ask(
         self, method: str, path: str, body: Any = None, *, query: Object | None = None, absent: Sequence[int] = ()
@@ -69,15 +79,15 @@ class Cluster:
             if not more:
                 return found
 
-    async def jobs(self) -> list[Job]:
-        """The Jobs of runs."""
+    async def jobs(self, pool: str) -> list[Job]:
+        """The Jobs of a work pool's runs, by its id: other pools and other servers may have theirs beside them."""
         path = f"/apis/batch/v1/namespaces/{self.namespace}/jobs"
-        return [Job.read(each) for each in await self._all(path, labelSelector=RUN_LABEL)]
+        return [Job.read(each) for each in await self._all(path, labelSelector=f"{RUN_LABEL},{POOL_LABEL}={pool}")]
 
-    async def pods(self) -> list[Pod]:
-        """The pods of runs."""
+    async def pods(self, pool: str) -> list[Pod]:
+        """The pods of a work pool's runs."""
         path = f"/api/v1/namespaces/{self.namespace}/pods"
-        return [Pod.read(each) for each in await self._all(path, labelSelector=RUN_LABEL)]
+        return [Pod.read(each) for each in await self._all(path, labelSelector=f"{RUN_LABEL},{POOL_LABEL}={pool}")]
 
     async def refused(self, job: str) -> str:
         """Why a Job cannot make its pod, of its newest event; empty if nothing is said."""

@@ -10,8 +10,12 @@ from typing import Any
 FINAL = frozenset({"COMPLETED", "FAILED", "CRASHED", "CANCELLED"})
 """Types of states after which nothing of a run is executed any more."""
 
-RUN_LABEL = "prefect.io/flow-run-id"
+RUN_LABEL, POOL_LABEL = "prefect.io/flow-run-id", "prefect.io/work-pool-id"
 """Of Jobs and pods, by the worker."""
+
+CLUSTER = "reconciler.cluster"
+"""Label of a run, by the worker that claimed it: in which cluster. Workers of several may share a pool, and their
+namespaces may have the same name."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,13 @@ class Run:
     namespace: str = ""
     job: str = ""
     labels: Mapping[str, Any] = field(default_factory=dict)
+
+    def is_of(self, cluster: str, namespace: str) -> bool:
+        """Whether its pod is there; what is claimed and not yet marked by its worker may be anywhere."""
+        marked = self.labels.get(CLUSTER)
+        if marked is None and not self.job:
+            return self.type == "PENDING"
+        return marked == cluster and self.namespace in ("", namespace)
 
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> "Run":

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from urllib.parse import quote
 
 import httpx
 import prometheus_client as prometheus
@@ -57,6 +58,7 @@ async def look(server: Server, cluster: Cluster, pool: str) -> Seen:
     Raises:
         PipelineError: one of both does not answer: there is no round then.
     """
+    pool_id = (await server.ask("GET", f"/work_pools/{quote(pool, safe='')}"))["id"]
     live, crashed = await asyncio.gather(
         _runs(server, pool, {"state": {"type": {"any_": LIVE}}}),
         _runs(
@@ -69,10 +71,10 @@ async def look(server: Server, cluster: Cluster, pool: str) -> Seen:
         ),
     )
     runs: dict[str, Run | None] = {
-        each.id: each for each in [*live, *crashed] if each.namespace in ("", cluster.namespace)
+        each.id: each for each in [*live, *crashed] if each.is_of(cluster.identity, cluster.namespace)
     }
-    jobs = await cluster.jobs()
-    pods = await cluster.pods()
+    jobs = await cluster.jobs(pool_id)
+    pods = await cluster.pods(pool_id)
     with_pods = {each.job for each in pods}
     waiting = [
         each

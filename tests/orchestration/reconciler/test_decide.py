@@ -28,7 +28,7 @@ from orchestration.reconciler.decide import (
     quantity,
     verdict,
 )
-from orchestration.reconciler.facts import FINAL, End, Job, Pod, Policy, Retries, Run
+from orchestration.reconciler.facts import CLUSTER, FINAL, End, Job, Pod, Policy, Retries, Run
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
@@ -86,6 +86,18 @@ def test_a_dead_run_crashes_with_its_cause(ended: End, kind: str, said: str) -> 
     assert kind_of(action) == kind
     assert isinstance(action, Crash)
     assert said in action.cause.sentence
+
+
+def test_whose_a_run_is() -> None:
+    """Its worker has said where it is; a hand that executes one makes no Job and is left alone."""
+    ours = {CLUSTER: "one"}
+    assert run("RUNNING", labels=ours).is_of("one", "ns")
+    assert not run("RUNNING", labels=ours).is_of("one", "other")
+    assert not run("RUNNING", labels=ours).is_of("two", "ns"), "another cluster's namespace has the same name"
+    assert not run("RUNNING", labels={}).is_of("one", "ns"), "by a worker that marks none"
+    assert not run("RUNNING", labels={}, job="", namespace="").is_of("one", "ns"), "executed by hand"
+    assert run("PENDING", labels={}, job="", namespace="").is_of("one", "ns"), "a claim that nobody has gone on with"
+    assert run("RUNNING", labels=ours, job="", namespace="").is_of("one", "ns"), "its worker died before it said more"
 
 
 def test_a_run_may_still_report_how_it_ended() -> None:
