@@ -112,7 +112,6 @@ class Pod:
         end: how it ended; None if it has not.
         waiting: why it does not start: Kubernetes' word and what it adds.
         memory: the limit of its main container, as it is written.
-        node: where it is; empty if nowhere yet.
     """
 
     name: str
@@ -124,7 +123,6 @@ class Pod:
     end: End | None = None
     waiting: tuple[str, str] | None = None
     memory: str = ""
-    node: str = ""
 
     @property
     def live(self) -> bool:
@@ -176,7 +174,6 @@ class Pod:
             end,
             waiting,
             str(container.get("resources", {}).get("limits", {}).get("memory", "")),
-            raw["spec"].get("nodeName", ""),
         )
 
 
@@ -199,7 +196,6 @@ class Job:
         created: when.
         over: whether it will make no pod any more.
         deleted: whether somebody asked for its deletion.
-        grace: seconds between SIGTERM and SIGKILL of its pods.
         refused: why it has no pod, of its events: a quota, an account that is not there.
     """
 
@@ -208,7 +204,6 @@ class Job:
     created: datetime
     over: bool = False
     deleted: bool = False
-    grace: int = 30
     refused: str = ""
 
     @classmethod
@@ -216,14 +211,12 @@ class Job:
         """Of the API's JSON."""
         meta = raw["metadata"]
         conditions = {each["type"] for each in raw.get("status", {}).get("conditions", []) if each["status"] == "True"}
-        pod = raw["spec"]["template"]["spec"]
         return cls(
             meta["name"],
             meta["labels"][RUN_LABEL],
             datetime.fromisoformat(meta["creationTimestamp"]),
             bool(conditions & {"Complete", "Failed"}),
             "deletionTimestamp" in meta,
-            pod.get("terminationGracePeriodSeconds", 30),
         )
 
 
