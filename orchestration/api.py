@@ -126,18 +126,6 @@ class Server:
             if len(page) < PAGE:
                 return found
 
-    async def all_at_once(self, path: str, count: str) -> list[JSON]:
-        """All that a filter endpoint has, its pages at the same time."""
-        total = await self.ask("POST", count, {})
-        sort = {"sort": "NAME_ASC"}
-        pages = await asyncio.gather(
-            *(
-                self.ask("POST", path, {**sort, "limit": PAGE, "offset": offset})
-                for offset in range(0, max(total, 1), PAGE)
-            )
-        )
-        return [each for page in pages for each in page]
-
 
 @asynccontextmanager
 async def connected(wait: float = 0) -> AsyncIterator[Server]:

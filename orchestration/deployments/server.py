@@ -32,8 +32,8 @@ async def everything(server: Server) -> dict[Name, Object]:
         server.all("/work_pools/filter"),
         server.all("/work_queues/filter"),
         server.all("/automations/filter"),
-        server.all_at_once("/deployments/filter", "/deployments/count"),
-        server.all_at_once("/flows/filter", "/flows/count"),
+        server.all("/deployments/filter", sort="NAME_ASC"),
+        server.all("/flows/filter", sort="NAME_ASC"),
     )
     names = {each["id"]: each["name"] for each in flows}
     found: list[Object] = []

@@ -291,9 +291,8 @@ def test_what_somebody_changes_on_the_server_is_seen_as_drift(pool: Release, api
 
     describe("by hand")
     wait_until(lambda: _drifted(pool) == 1, "the metric to count it")
-    newest: Object = wait_until(artifacts, "the artifact")[0]
-    assert newest["key"].startswith("drift-")
-    assert "dbt-pipeline/dbt-pipeline-daily" in str(newest["data"])
+    # The metric comes first, and an artifact of an earlier look may be there.
+    wait_until(lambda: "dbt-pipeline/dbt-pipeline-daily" in str(artifacts()[:1]), "the artifact to name it")
     describe(daily["description"])
     wait_until(lambda: _drifted(pool) == 0, "the metric to be back")
 
