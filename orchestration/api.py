@@ -63,7 +63,7 @@ class Server:
             ApiError: it does not answer, does not know us, or fails.
         """
         deadline = time.monotonic() + self.patience
-        pause = 0.1
+        pause = 0.01
         while True:
             try:
                 async with self.turns:

@@ -73,7 +73,6 @@ def load(entrypoint: str, directory: Path) -> Flow:
     if source.module is None:
         raise DeploymentsError(f"entrypoint {entrypoint}: {source.error}")
     from prefect import flows
-    from prefect.utilities.callables import parameter_schema
     from pydantic_core import to_jsonable_python
 
     flow: Any = source.module
@@ -88,7 +87,7 @@ def load(entrypoint: str, directory: Path) -> Flow:
             cure = f"decorate it with @flow, or {_flows_of(source.module, function)}"
             raise DeploymentsError(f"entrypoint {entrypoint}: {function} of {source_name} is not a flow: {cure}")
         # Not model_dump_for_openapi: of a flow without parameters it has "definitions", which deploy does not send.
-        schema = to_jsonable_python(parameter_schema(flow).model_dump(exclude_unset=True))
+        schema = to_jsonable_python(flow.parameters.model_dump(exclude_unset=True))
     return Flow(name=flow.name, description=flow.description or None, schema=schema)
 
 

@@ -56,6 +56,11 @@ class Change:
         thing = self.wanted or self.found
         return thing.name if thing else self.gone
 
+    @property
+    def differs(self) -> set[str]:
+        """The names of the fields that do, without what is inside of them."""
+        return {name.partition(".")[0] for name, _, _ in self.fields}
+
     def json(self) -> dict[str, Any]:
         """For programs."""
         kind, key = self.name

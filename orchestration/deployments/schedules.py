@@ -120,6 +120,20 @@ def next_times(schedule: Mapping[str, Any], n: int = 5, after: datetime | None =
     ]
 
 
+def is_due_within(schedule: Mapping[str, Any], span: timedelta) -> bool:
+    """Whether the first time of a schedule that begins now is no further ahead than that."""
+    form = normal(schedule)
+    if "interval" in form and "anchor_date" not in form:
+        return bool(form["interval"] <= span.total_seconds())
+    return _is_due_within(json.dumps(form, sort_keys=True), span)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_due_within(text: str, span: timedelta) -> bool:
+    """Of a normal form, as JSON: see `_checked`."""
+    return any(each - datetime.now(each.tzinfo) <= span for each in next_times(json.loads(text), 1))
+
+
 def _of_server(form: Mapping[str, Any]) -> Any:
     """The server's own class of a schedule."""
     from prefect.server.schemas import schedules

@@ -10,6 +10,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from itertools import groupby
 from typing import Any
 from urllib.parse import quote
 
@@ -48,8 +49,11 @@ REACH = timedelta(hours=1)
 PASS = 1.0
 """Seconds that the server's own scheduler takes from reading a deployment to inserting its runs, at most, mostly."""
 
-AT_LEAST = timedelta(minutes=1)
-"""How far ahead runs are when a sync ends: until the server's own scheduler comes by."""
+SOON = timedelta(minutes=5)
+"""How far ahead runs of a new deployment are not left to the server's own scheduler, which comes by each minute."""
+
+TIMES = {"schedules", "paused"}
+"""Fields of a deployment that say when it runs, and whether."""
 
 
 async def sync(
@@ -118,21 +122,20 @@ async def _apply(server: Server, plan: Plan) -> tuple[bool, str]:
     flows: dict[str, str] = {}
     touched: dict[str, Change] = {}
     progress = _Progress(len(plan.changes))
-
-    async def carry_out(change: Change) -> None:
-        try:
-            await _carry_out(server, change, flows, touched, now, began.late.get(change.name, ()))
-        except RefusedError as error:
-            where = change.wanted.where + ": " if change.wanted else ""
-            failures.append(f"{where}{spoken(change.name)}: {error}")
-        else:
-            done.append(change)
-            progress.one()
-
     try:
-        for changes in _stages(plan.changes):
-            if not failures:
-                await asyncio.gather(*map(carry_out, changes))
+        # What is refused ends it before what stands on it; others of its kind are done.
+        for _, changes in groupby(plan.changes, lambda each: (each.name[0], each.wanted is None)):
+            if failures:
+                break
+            for change in changes:
+                try:
+                    await _carry_out(server, change, flows, touched, now, began.late.get(change.name, ()))
+                except RefusedError as error:
+                    where = change.wanted.where + ": " if change.wanted else ""
+                    failures.append(f"{where}{spoken(change.name)}: {error}")
+                else:
+                    done.append(change)
+                    progress.one()
         await _schedule_again(server, touched, now)
     finally:
         progress.end()
@@ -166,19 +169,6 @@ async def _report(server: Server, owner: str, done: Sequence[Change]) -> str:
 
     await records_of.write(server, owner, finish)
     return before
-
-
-def _stages(changes: Sequence[Change]) -> list[list[Change]]:
-    """What may be done at the same time, in order. Queues push each other's priorities: one after the other."""
-    stages: list[list[Change]] = []
-    last: tuple[str, bool] | None = None
-    for each in changes:
-        stage = each.name[0], each.wanted is None
-        if stage != last or each.name[0] == QUEUE:
-            stages.append([])
-        stages[-1].append(each)
-        last = stage
-    return stages
 
 
 class _Progress:
@@ -228,8 +218,11 @@ async def _late(server: Server, changes: Sequence[Change], now: str) -> dict[Nam
 async def _schedule_again(server: Server, touched: dict[str, Change], now: str) -> None:
     """Delete and make the runs to come once more: the server's own scheduler, if it read a deployment before a change
     and inserts after it, puts runs of the old state back.
+
+    A run of the same schedule and time it does not insert beside the new one: of a deployment whose times are the same
+    what it put there came before the new ones, and there is nothing to wait for.
     """
-    if touched:
+    if any(each.since or TIMES & each.differs for each in touched.values()):
         await asyncio.sleep(PASS)
     for id_, change in touched.items():
         assert change.wanted
@@ -334,7 +327,7 @@ async def _change(server: Server, change: Change) -> None:
         body = {"name": wanted.key, "enabled": found.fields["enabled"]} | fields
         await server.ask("PUT", _path(found), body)
     else:
-        different = {name.partition(".")[0] for name, _, _ in change.fields}
+        different = change.differs
         body = {key: value for key, value in fields.items() if key in different}
         if body:
             await server.ask("PATCH", _path(found), body)
@@ -356,10 +349,11 @@ async def _deployment(
         created = datetime.now(UTC)
         id_ = await _create_deployment(server, wanted, flows)
         await _triggers(server, wanted, id_, {}, {})
-        if wanted.fields["schedules"] and not wanted.fields["paused"]:
+        active = [each for each in wanted.fields["schedules"].values() if each["active"] is not False]
+        if not wanted.fields["paused"] and any(schedules.is_due_within(each["schedule"], SOON) for each in active):
             await _schedule_runs(server, id_, created)
         return
-    different = {name.partition(".")[0] for name, _, _ in change.fields}
+    different = change.differs
     body = {key: wanted.fields[key] for key in PLAIN if key in different}
     if different & {"work_pool_name", "work_queue_name", "job_variables"}:
         # With the pool's name the server checks the job variables.
@@ -383,10 +377,9 @@ async def _deployment(
 async def _schedule_runs(server: Server, deployment: str, since: datetime) -> None:
     """Those that are there stay: the server knows a run by its schedule and its time."""
     since = max(since, datetime.now(UTC) - REACH)
-    await server.ask("POST", f"/deployments/{deployment}/schedule", {"start_time": since.isoformat()})
-    if datetime.now(UTC) - since > AT_LEAST:
-        # It makes a hundred of a schedule, or an hour's: from longer ago on these may end before now.
-        await server.ask("POST", f"/deployments/{deployment}/schedule", {})
+    # It makes a hundred of a schedule, or an hour's: from earlier on these end before those that are made from now on.
+    for body in ({"start_time": since.isoformat()}, {}):
+        await server.ask("POST", f"/deployments/{deployment}/schedule", body)
 
 
 async def _create_deployment(server: Server, wanted: Object, flows: dict[str, str]) -> str:
