@@ -49,6 +49,7 @@ LONGEST_FIRST = (
     "tests/docker/test_image.py",
     "tests/flows/test_faults.py",
     "tests/orchestration/deployments/test_sync.py",
+    "tests/orchestration/deployments/test_kills.py",
     "tests/orchestration/dbt/test_ends.py",
     "tests/orchestration/dbt/test_commands.py",
     "tests/orchestration/dbt/test_faults.py",

@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from orchestration.execution import STOPPED
 from orchestration.reconciler import causes
 from orchestration.reconciler.causes import Cause
 from orchestration.reconciler.facts import FINAL, Job, Pod, Policy, Retries, Run
 
-CAUSE, CRASHES, DISRUPTIONS, RETRIED, SETTLED = (
-    f"reconciler.{name}" for name in ("cause", "crashes", "disruptions", "retried", "settled")
+CAUSE, LOST, CRASHES, DISRUPTIONS, RETRIED, SETTLED = (
+    f"reconciler.{name}" for name in ("cause", "lost", "crashes", "disruptions", "retried", "settled")
 )
-"""Labels of a run: the cause of a crash, noted before its state is written; how many crashes and disruptions were
-retried; the state for which one was counted, with its cause, and the state for which there is no retry."""
+"""Labels of a run: the cause of a crash, and whether an execution was lost from sight with it, noted before its state
+is written; how many crashes and disruptions were retried; the state for which one was counted, with its cause, and the
+state for which there is no retry."""
 
 
 LOG = " The end of its log:"
@@ -23,10 +25,17 @@ LOG = " The end of its log:"
 
 @dataclass(frozen=True)
 class Crash:
-    """The run is dead: say so and why."""
+    """The run is dead: say so and why.
+
+    Args:
+        run: which.
+        cause: why.
+        lost: its Jobs whose pods nobody saw end: on a node that is cut off they may execute on, and have to be fenced.
+    """
 
     run: Run
     cause: Cause
+    lost: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,7 +133,7 @@ def decide(run: Run | None, jobs: Sequence[Job], pods: Sequence[Pod], now: datet
     # As long as its Job is not over, Kubernetes may make another pod, or has yet to count the one that is gone.
     if live or (current and not current.over and not current.refused and not current.deleted):
         return actions
-    return actions + _dead(run, mine, now, policy)
+    return actions + _dead(run, [name] if name else [each.name for each in jobs], mine, now, policy)
 
 
 def _current(run: Run, jobs: Sequence[Job]) -> Job | None:
@@ -140,14 +149,16 @@ def _wanted(job: Job, pods: Sequence[Pod]) -> bool:
     return not job.deleted and (any(each.live and not each.deleted for each in its) or (not its and not job.over))
 
 
-def _dead(run: Run, pods: Sequence[Pod], now: datetime, policy: Policy) -> list[Action]:
-    """Of a run whose execution is over, though it says nothing of it."""
+def _dead(run: Run, jobs: Sequence[str], pods: Sequence[Pod], now: datetime, policy: Policy) -> list[Action]:
+    """Of a run whose execution, in a pod of these Jobs, is over, though it says nothing of it."""
     ended = [each.end.at for each in pods if each.end]
     # What it had to say it said before its process ended; without a pod there is no telling when that was.
     patience = policy.settle if not ended else policy.reported
     if (now - max([run.since, *ended])).total_seconds() < patience:
         return []
-    return [Crash(run, causes.of_end([each for each in pods if each.end]))]
+    seen = [each for each in pods if each.end]
+    lost = tuple(sorted({*jobs} - {each.job for each in seen}))
+    return [Crash(run, causes.of_end(seen), lost)]
 
 
 def _after_the_end(
@@ -200,7 +211,7 @@ def _pending(
     live = [each for each in pods if each.live]
     if any(each.started for each in live):
         return []
-    of_this_claim = current is not None and (
+    of_this_claim = current and (
         run.state in causes.STARTING or current.created.timestamp() >= run.since.timestamp() - SLACK
     )
     if live or (current and not current.over and not current.deleted):
@@ -208,8 +219,8 @@ def _pending(
         found = causes.of_wait(current, live)
         return _explained(run, found, (now - current.created).total_seconds(), policy) if found else []
     # A Job that is over or gone may be of an earlier claim, and this one's not yet made.
-    if of_this_claim:
-        return _dead(run, pods, now, policy)
+    if current and of_this_claim:
+        return _dead(run, [current.name], pods, now, policy)
     if age <= policy.claim:
         return []
     return [Unclaim(run, f"No worker made a Job within {age:.0f} s of claiming it")]
@@ -258,6 +269,8 @@ def verdict(run: Run, cause: Cause, retries: Retries) -> Verdict:
         return Verdict(False, said, labels={SETTLED: run.state_id})
     memory = _grown(cause.memory, retries) if cause.kind == "oom" else ""
     delay = retries.crash_backoff * 2 ** (used - 1) if used and what == "crash" else 0.0
+    if run.labels.get(LOST):
+        delay = max(delay, STOPPED)
     more = f", with {memory} of memory in place of {cause.memory}" if memory else ""
     return Verdict(
         True,

@@ -390,7 +390,9 @@ class Outcome:
     """What became of one killed sync."""
 
     moment: float
-    """Seconds from its start; later than its end if it was faster."""
+    """Seconds from its start to its kill, or to its end if that came first."""
+    ended: bool
+    """Whether it ended before it was to be killed."""
     written: bool
     """Whether it had begun to change the server."""
     open: int
@@ -401,8 +403,8 @@ class Outcome:
 
     @property
     def reached(self) -> str:
-        """How far it came."""
-        return f"{self.open} begun" if self.open else "all done" if self.written else "nothing begun"
+        """Whether it was killed before, while or after it changed the server."""
+        return "while" if self.open else "after" if self.written else "before"
 
     @property
     def wrong(self) -> list[str]:
@@ -415,40 +417,57 @@ class Outcome:
         if self.wrong:
             verdict = "\n  ".join(["WRONG", *(each[:300] for each in self.wrong[:10])])
             verdict += f"\n  and {len(self.wrong) - 10} more" if len(self.wrong) > 10 else ""
-        return f"killed after {self.moment:.2f} s, {self.reached}, {verdict}"
+        how = "ended by itself" if self.ended else f"killed {self.reached} it changed the server ({self.open} begun)"
+        return f"{how}, {self.moment:.2f} s from its start, {verdict}"
 
 
-def kill_at_random(project: Project, name: str, undisturbed: Undisturbed, chance: random.Random) -> Outcome:
-    """One round: the other set of files is on the server; a killed sync of this one, and that sync again."""
+def kill_at_random(
+    project: Project, name: str, undisturbed: Undisturbed, seconds: float, chance: random.Random
+) -> Outcome:
+    """One round: the other set of files is on the server; a killed sync of this one, and that sync again.
+
+    Args:
+        project: with the server.
+        name: of the set of files.
+        undisturbed: syncs to compare with.
+        seconds: that a sync takes.
+        chance: draws the moment.
+    """
     api = project.api
     before, serial, since = schedules_of(api), State.read(api).serial, datetime.now(UTC)
     part = MOST_LIKELY if chance.random() < MOST else 1
-    moment = undisturbed.seconds * chance.uniform(1 - part, 1)
-    process = project.start("sync", name)
+    moment, began = seconds * chance.uniform(1 - part, 1), time.monotonic()
+    process, ended = project.start("sync", name), True
     try:
         said = process.communicate(timeout=moment)[0]
+        moment = time.monotonic() - began
         problems = [f"before its kill sync of {name} ends with {process.returncode}: {said}"] * bool(process.returncode)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        problems = []
+        problems, ended = [], False
     killed = State.read(api)
     problems += project.run("sync", name)
     done = datetime.now(UTC)
     problems += project.run("plan", name)
     runs = settled(api, before, since, done)
     problems += differences(State.read(api).things, undisturbed.states[name].things)
-    return Outcome(moment, killed.serial != serial, len(killed.begun), problems, runs)
+    return Outcome(moment, ended, killed.serial != serial, len(killed.begun), problems, runs)
 
 
 def rounds(project: Project, kills: int, chance: random.Random) -> tuple[Undisturbed, list[Outcome]]:
-    """Kill that many syncs, in turn of `a` and of `b`; print what became of each."""
+    """Kill that many syncs, in turn of `a` and of `b`; print what became of each.
+
+    One that ends before its kill is not among them: it shows that a sync takes less time, from which others are drawn.
+    """
     undisturbed = Undisturbed.measure(project)
+    seconds = undisturbed.seconds
     outcomes: list[Outcome] = []
-    for number in range(1, kills + 1):
-        outcome = kill_at_random(project, "ab"[(number - 1) % 2], undisturbed, chance)
+    while (killed := sum(not each.ended for each in outcomes)) < kills:
+        outcome = kill_at_random(project, "ab"[len(outcomes) % 2], undisturbed, seconds, chance)
         outcomes.append(outcome)
-        print(f"{number} of {kills}: {outcome}", flush=True)
+        seconds = min(seconds, outcome.moment) if outcome.ended else seconds
+        print(f"{killed + (not outcome.ended)} of {kills}: {outcome}", flush=True)
     return undisturbed, outcomes
 
 
@@ -460,29 +479,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     chance = random.Random(options.seed)  # noqa: S311 - moments, no secret
     outcomes: list[Outcome] = []
-    while len(outcomes) < options.kills:
+    while (killed := sum(not each.ended for each in outcomes)) < options.kills:
         with (
             tempfile.TemporaryDirectory() as folder,
             tempfile.TemporaryDirectory() as home,
             prefect_server(Path(home)) as url,
             connected(url) as api,
         ):
-            kills = min(options.kills - len(outcomes), A_SERVER)
+            kills = min(options.kills - killed, A_SERVER)
             undisturbed, more = rounds(Project(Path(folder), api), kills, chance)
             outcomes += more
-    moments = [outcome.moment for outcome in outcomes]
-    reached = Counter("while" if each.open else "after" if each.written else "before" for each in outcomes)
+    moments = [outcome.moment for outcome in outcomes if not outcome.ended]
+    reached = Counter(outcome.reached for outcome in outcomes if not outcome.ended)
     wrong = Counter(run.how for outcome in outcomes for run in outcome.runs)
     RESULTS.write_text(
         f"# `orchestrate sync`, killed at random moments\n\n`make sync-kills KILLS={options.kills}` "
         f"(seed {options.seed}), {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; "
         f"an undisturbed sync takes {undisturbed.seconds:.1f} s.\n\n"
         "| | |\n|---|---:|\n"
-        f"| syncs that were to be killed | {len(outcomes)} |\n"
+        f"| killed syncs | {len(moments)} |\n"
         f"| moment of the kill: min, median, max (s) | {min(moments):.1f}, {statistics.median(moments):.1f}, "
         f"{max(moments):.1f} |\n"
-        f"| before, while, after it changed the server; after: some had ended | {reached['before']}, "
-        f"{reached['while']}, {reached['after']} |\n"
+        f"| killed before, while, after it changed the server | {reached['before']}, {reached['while']}, "
+        f"{reached['after']} |\n"
+        f"| that ended before their kill, beside these | {len(outcomes) - len(moments)} |\n"
         f"| after the next sync other than undisturbed | {sum(bool(each.problems) for each in outcomes)} |\n"
         f"| runs missing, doubled | {wrong['missing']}, {wrong['doubled']} |\n"
         f"| runs of another state of the files, put back by Prefect's own scheduler | {wrong['stale']} |\n"

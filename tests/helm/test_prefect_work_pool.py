@@ -63,6 +63,7 @@ MAXIMAL: Object = {
         "backoffLimit": 1,
         "terminationGracePeriodSeconds": 90,
         "serviceAccount": {"name": "runner", "automountToken": True},
+        "results": {"storage": "volume"},
         "pod": {"nodeSelector": {"workload": "flows"}, "priorityClassName": "runs"},
         "variables": {"gpu": {"type": "integer", "default": 0}},
         "baseJobTemplate": {"job_configuration": {"job_manifest": {"spec": {"suspend": False}}}},
@@ -286,6 +287,40 @@ def test_what_a_run_gets_after_a_crash_is_a_job_variable() -> None:
     assert container["command"][-1] == "/app/orchestration/execution.py"
 
 
+def test_results_outlive_the_pod_where_they_have_a_volume() -> None:
+    def rendered(**results: Any) -> tuple[list[Object], Object]:
+        values = _with(runs={"results": {"storage": "volume"} | results})
+        return render("prefect-work-pool", values), _job(_pool(values))["spec"]["template"]["spec"]
+
+    name = "test-prefect-work-pool-results"
+    objects, run = rendered(keepDays=3, volume={"storageClass": "shared", "size": "1Gi"})
+    [claim] = one(objects, "StatefulSet", name)["spec"]["volumeClaimTemplates"]
+    assert claim["spec"] == {
+        "accessModes": ["ReadWriteMany"],
+        "storageClassName": "shared",
+        "resources": {"requests": {"storage": "1Gi"}},
+    }
+    assert run["volumes"][1] == {
+        "name": "results",
+        "persistentVolumeClaim": {"claimName": f"{claim['metadata']['name']}-{name}-0"},
+    }
+    [container] = run["containers"]
+    assert {"name": "results", "mountPath": "/results"} in container["volumeMounts"]
+    variables = environment(container)
+    assert variables["PREFECT_RESULTS_LOCAL_STORAGE_PATH"] == "/results"
+    assert variables["PREFECT_RESULTS_PERSIST_BY_DEFAULT"] == "true"
+    [clean] = pod_specs(objects)[f"StatefulSet/{name}"]["containers"]
+    assert "-mtime +2 " in clean["args"][0], "find counts whole days beyond"
+    assert one(objects, "NetworkPolicy", name)["spec"]["policyTypes"] == ["Ingress", "Egress"]
+
+    objects, run = rendered(persistByDefault=False, volume={"existingClaim": "mine"})
+    assert "volumeClaimTemplates" not in one(objects, "StatefulSet", name)["spec"]
+    mine = {"name": "results", "persistentVolumeClaim": {"claimName": "mine"}}
+    assert mine in run["volumes"]
+    assert mine in pod_specs(objects)[f"StatefulSet/{name}"]["volumes"]
+    assert environment(run["containers"][0])["PREFECT_RESULTS_PERSIST_BY_DEFAULT"] == "false"
+
+
 def test_only_worker_and_reconciler_have_a_token() -> None:
     with_token = {f"Deployment/test-prefect-work-pool-{each}" for each in ("worker", "reconciler")}
     for name, spec in pod_specs(render("prefect-work-pool", TAG)).items():
@@ -326,6 +361,9 @@ def test_the_values_of_the_runs_reach_the_jobs_template() -> None:
     assert container["resources"] == MAXIMAL["runs"]["resources"]
     assert container["envFrom"] == [{"configMapRef": {"name": "flows"}}]
     assert environment(container) == {
+        "KUBERNETES_JOB": {"fieldRef": {"fieldPath": "metadata.labels['batch.kubernetes.io/job-name']"}},
+        "PREFECT_RESULTS_LOCAL_STORAGE_PATH": "/results",
+        "PREFECT_RESULTS_PERSIST_BY_DEFAULT": "true",
         "PREFECT_LOGGING_LEVEL": "WARNING",
         "WAREHOUSE_URL": {"secretKeyRef": {"name": "warehouse", "key": "url"}},
     }

@@ -1,15 +1,19 @@
 """What a run's container says at its end of the memory it used, under both versions of cgroups."""
 
+import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import httpx
+import psutil
 import pytest
 
-from orchestration.execution import report
+from orchestration.execution import FENCED, report
 from orchestration.settings import ROOT
 
 EXECUTION = [sys.executable, "-I", "-S", str(ROOT / "orchestration" / "execution.py")]
@@ -52,6 +56,49 @@ def test_the_status_is_the_command_s(tmp_path: Path, command: str, status: int) 
     )
     assert done.returncode == status
     assert isinstance(json.loads(message.read_text()), dict)
+
+
+def test_an_execution_that_was_given_up_ends_itself(prefect_server: str, tmp_path: Path) -> None:
+    """Also its command's children; another Job of the same run goes on."""
+    with httpx.Client(base_url=prefect_server, timeout=60) as api:
+        flow = api.post("/flows/", json={"name": "fenced"}).raise_for_status().json()["id"]
+        run = api.post("/flow_runs/", json={"flow_id": flow}).raise_for_status().json()["id"]
+        api.patch(f"/flow_runs/{run}/labels", json={f"{FENCED}old": True}).raise_for_status()
+    # What it waits for in between is only in the way here.
+    code = "import execution, sys; execution.EVERY = 0.1; sys.exit(execution.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "sh", "-c", "sleep 60 & echo $!; wait"]
+    messages = {job: tmp_path / job for job in ("old", "new")}
+    processes = {
+        job: subprocess.Popen(
+            command,
+            env={
+                "PATH": os.environ["PATH"],
+                "PYTHONPATH": str(ROOT / "orchestration"),
+                "PREFECT_API_URL": prefect_server,
+                "PREFECT__FLOW_RUN_ID": run,
+                "KUBERNETES_JOB": job,
+                "TERMINATION_MESSAGE_PATH": str(message),
+            },
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for job, message in messages.items()
+    }
+    try:
+        assert processes["old"].wait(30) == -signal.SIGKILL
+        assert processes["old"].stdout
+        child, said = processes["old"].stdout.read().splitlines()
+        assert said.startswith("Job old was given up")
+        assert json.loads(messages["old"].read_text()) == {"fenced": 1}
+        assert not psutil.pid_exists(int(child)) or psutil.Process(int(child)).status() == psutil.STATUS_ZOMBIE
+        time.sleep(1)
+        assert processes["new"].poll() is None
+    finally:
+        for process in processes.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
 
 
 def test_it_waits_for_a_command_that_ends_by_itself_after_sigterm(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@
 {{- if ne (index . 1) "runs" -}}
 {{- $levels = prepend $levels $root.Values -}}
 {{- $entries = include "prefect-work-pool.ownEnv" . | fromYamlArray -}}
+{{- else -}}
+{{- $entries = include "prefect-work-pool.runsEnv" $root | fromYamlArray -}}
 {{- end -}}
 {{- range $level := $levels -}}
 {{- range $name, $value := $level.settings -}}
@@ -43,6 +45,17 @@
 {{- end }}
 {{- if eq (index . 1) "worker" }}
 {{- include "prefect-work-pool.workerEnv" $root }}
+{{- end }}
+{{- end -}}
+
+{{- define "prefect-work-pool.runsEnv" -}}
+# By it an execution knows that it was given up.
+- {name: KUBERNETES_JOB, valueFrom: {fieldRef: {fieldPath: "metadata.labels['batch.kubernetes.io/job-name']"}}}
+{{- with .Values.runs.results }}
+{{- if eq .storage "volume" }}
+- {name: PREFECT_RESULTS_LOCAL_STORAGE_PATH, value: /results}
+- {name: PREFECT_RESULTS_PERSIST_BY_DEFAULT, value: {{ .persistByDefault | quote }}}
+{{- end }}
 {{- end }}
 {{- end -}}
 

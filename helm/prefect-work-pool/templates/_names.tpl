@@ -1,4 +1,4 @@
-{{/* Names and labels. Components: worker, runs, sync, drift, reconciler. */}}
+{{/* Names and labels. Components: worker, runs, results, sync, drift, reconciler. */}}
 
 {{- define "prefect-work-pool.fullname" -}}
 {{- $name := default .Chart.Name .Values.nameOverride -}}
@@ -81,6 +81,11 @@ annotations:
 {{- else -}}
 {{- include "prefect-work-pool.image" .Values.image -}}
 {{- end -}}
+{{- end -}}
+
+{{/* The claim of the runs' results: one's own, or that of the StatefulSet's pod. */}}
+{{- define "prefect-work-pool.resultsClaim" -}}
+{{- .Values.runs.results.volume.existingClaim | default (printf "results-%s-results-0" (include "prefect-work-pool.fullname" .)) -}}
 {{- end -}}
 
 {{/* A component's pod: `pod` with its own on top: (list root component). */}}

@@ -91,8 +91,14 @@ containers:
     securityContext: {{- toYaml $pod.containerSecurityContext | nindent 6 }}
     volumeMounts:
       {{- include "prefect-work-pool.mounts" . | nindent 6 }}
+      {{- if eq $root.Values.runs.results.storage "volume" }}
+      - {name: results, mountPath: /results}
+      {{- end }}
 volumes:
   - {name: tmp, emptyDir: {}}
+  {{- if eq $root.Values.runs.results.storage "volume" }}
+  - {name: results, persistentVolumeClaim: {claimName: {{ include "prefect-work-pool.resultsClaim" $root }}}}
+  {{- end }}
   {{- with $pod.volumes }}
   {{- tpl (toYaml .) $root | nindent 2 }}
   {{- end }}

@@ -33,6 +33,7 @@ def values(values: Object) -> Object:
     made = copy.deepcopy(values)
     made["sync"] = {"files": []}
     made["drift"] = {"enabled": False}
+    made["runs"]["results"] = {"storage": "volume", "volume": {"size": "100Mi"}}
     made["reconciler"] = {
         "everySeconds": 1,
         "pendingTimeoutSeconds": 30,
@@ -131,6 +132,36 @@ def test_a_killed_pod_is_tried_again(pool: Release, api: httpx.Client) -> None:
     again = next(each for each in listed if each["name"] == "AwaitingRetry")
     assert again["message"].startswith("Retry 1 of 2 after a crash")
     assert seconds_between(crashed, again) < SEEN
+
+
+def test_a_retry_does_not_repeat_what_had_finished(pool: Release, api: httpx.Client) -> None:
+    """Not even in a flow that the flow had called; what was half done is done again, with the same key."""
+    run = start(api, deployment(api, entrypoint="/probe/flow.py:stepwise"))
+    completed(api, run)
+    body: Object = {"flow_runs": {"parent_flow_run_id": {"any_": [run]}}}
+    called = api.post("/flow_runs/filter", json=body).raise_for_status().json()
+    assert len(called) == 2
+    assert {each["state_type"] for each in called} == {"COMPLETED"}
+    [end] = [line for line in logged(api, run, "the end") if line.startswith("the end")]
+    assert end == "the end: ['1 by 1', '2 by 1', '3 by 1', '4 by 2', '5 by 2']"
+    body = {"logs": {"flow_run_id": {"any_": [run, *(each["id"] for each in called)]}}, "limit": 200}
+    lines = [str(each["message"]).split() for each in api.post("/logs/filter", json=body).raise_for_status().json()]
+    taken = {(line[1], line[4]): line[-1] for line in lines if line[0] == "step"}
+    assert sorted(taken) == [("1", "1"), ("2", "1"), ("3", "1"), ("4", "1"), ("4", "2"), ("5", "2")]
+    assert taken["4", "1"] == taken["4", "2"]
+
+
+def test_old_results_are_removed(pool: Release, api: httpx.Client) -> None:
+    [pod] = pool.pods("results")
+
+    def run(script: str) -> str:
+        return pool.namespace.kubectl("exec", pod["metadata"]["name"], "--", "sh", "-c", script)
+
+    run("touch -d '8 days ago' /results/old; touch -d '6 days ago' /results/new")
+    pool.namespace.kubectl("delete", "pod", pod["metadata"]["name"])
+    pool.namespace.kubectl("rollout", "status", f"statefulset/{NAME}-results", "--timeout=120s")
+    wait_until(lambda: "old" not in run("ls /results").split(), "the old one to go")
+    assert "new" in run("ls /results").split()
 
 
 def test_a_force_deleted_pod_is_tried_again(pool: Release, api: httpx.Client) -> None:

@@ -25,4 +25,5 @@ def project(tmp_path: Path, prefect_server: str) -> Iterator[Project]:
 def test_no_kill_changes_what_the_next_sync_leaves(project: Project) -> None:
     seed = random.randrange(10**6)  # noqa: S311 - moments, no secret
     _, outcomes = rounds(project, KILLS, random.Random(seed))  # noqa: S311
-    assert [each.wrong for each in outcomes] == [[]] * KILLS, f"seed {seed}"
+    assert [each.wrong for each in outcomes if each.wrong] == [], f"seed {seed}"
+    assert sum(not each.ended for each in outcomes) == KILLS

@@ -8,12 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestration.execution import EVERY, FENCED, STOPPED, TIMEOUT
 from orchestration.reconciler import decide as decisions
 from orchestration.reconciler.causes import Cause
 from orchestration.reconciler.decide import (
     CAUSE,
     CRASHES,
     DISRUPTIONS,
+    LOST,
     RETRIED,
     SETTLED,
     Action,
@@ -178,6 +180,21 @@ def test_a_crash_is_tried_again_within_its_budget() -> None:
     assert decided(replace(crashed, deployment=""), [], []) == []
 
 
+def test_an_execution_that_was_lost_from_sight_is_fenced_before_another_begins() -> None:
+    jobs = [job("job-1", 200, over=True), job("job-2", over=True)]
+    for recorded, ended, lost in (
+        ("job-2", [], ("job-2",)),
+        ("job-2", [pod("job-2", end=end())], ()),
+        ("", [pod("job-1", 200, end=end())], ("job-2",)),
+    ):
+        [crash] = decided(run("RUNNING", 20, job=recorded), jobs, ended)
+        assert isinstance(crash, Crash)
+        assert crash.lost == lost
+    cause = Cause("crash", "gone")
+    assert verdict(run("CRASHED", labels={LOST: True}), cause, Retries()).delay == STOPPED
+    assert verdict(run("CRASHED", labels={LOST: False}), cause, Retries()).delay == 0
+
+
 def test_a_disruption_has_a_budget_of_its_own_and_a_hopeless_start_none() -> None:
     noted = run("CRASHED", 5, labels={CAUSE: "disruption", CRASHES: 2}, message="Drained")
     (action,) = decided(noted, [], [])
@@ -217,6 +234,9 @@ class World:
     claims: list[datetime] = field(default_factory=list)
     made: str = ""
     read: Run | None = None
+    due: datetime = NOW
+    lost: dict[str, datetime | None] = field(default_factory=dict)
+    """Jobs whose pods execute on unseen, and when they were fenced."""
 
     def set(self, type_: str, name: str = "") -> None:
         assert self.run
@@ -225,7 +245,7 @@ class World:
         self.run = replace(self.run, type=type_, state=name or type_, state_id=uuid4().hex, since=self.now)
 
     def worker_claims(self) -> None:
-        if self.run and self.run.type == "SCHEDULED":
+        if self.run and self.run.type == "SCHEDULED" and self.now >= self.due:
             self.set("PENDING")
             self.claims.append(self.now)
 
@@ -238,10 +258,12 @@ class World:
             self.pods.append(Pod(self.made, "r", self.made, created))
 
     def kubernetes_makes_another_pod(self) -> None:
-        """As it does of a Job with a backoffLimit, until that is over."""
+        """As it does of a Job with a backoffLimit, until that is over. Whose node is cut off has none here: the new pod
+        would be of the same Job.
+        """
         living = {each.job for each in self.pods if each.live}
         for each in self.jobs:
-            if not each.over and each.name not in living:
+            if not each.over and each.name not in {*living, *self.lost}:
                 self.pods.append(Pod(f"{each.name}-{uuid4().hex}", "r", each.name, self.now.replace(microsecond=0)))
                 return
 
@@ -263,6 +285,9 @@ class World:
             if each.live and not each.started:
                 if self.run and self.run.type in ("PENDING", "RUNNING"):
                     assert not any(other.live and other.started for other in self.pods), "a second living execution"
+                    for fenced in self.lost.values():
+                        assert fenced, "a second execution beside one that nobody has fenced"
+                        assert self.now - fenced > timedelta(seconds=EVERY + TIMEOUT), "it may not have stopped yet"
                     self.set("RUNNING")
                     self.pods[number] = replace(each, started=True)
                 else:
@@ -293,6 +318,15 @@ class World:
 
     def pod_is_deleted(self) -> None:
         self.pods = self.pods[1:]
+
+    def node_is_cut_off(self) -> None:
+        """Its pod is gone for Kubernetes, and executes on."""
+        for each in self.pods:
+            if each.live and each.started:
+                self.pods.remove(each)
+                if self.run and self.run.type not in FINAL:  # else it has said that it ends
+                    self.lost[each.job] = None
+                return
 
     def job_is_deleted(self) -> None:
         if self.jobs:
@@ -338,7 +372,11 @@ class World:
         elif isinstance(action, Cancelled):
             self.set("CANCELLED")
         elif isinstance(action, Crash):
-            self.run = replace(self.run, labels={**self.run.labels, CAUSE: action.cause.kind})
+            labels = {CAUSE: action.cause.kind, LOST: bool(action.lost)} | {FENCED + each: True for each in action.lost}
+            self.run = replace(self.run, labels={**self.run.labels, **labels})
+            for each in self.lost:
+                if each in action.lost:
+                    self.lost[each] = self.now
             self.set("CRASHED")
         elif isinstance(action, Retry):
             told = verdict(self.run, action.cause, Retries())
@@ -346,6 +384,7 @@ class World:
             if told.again:
                 assert not any(each.live for each in self.pods), "tried again beside a living pod"
                 self.set("SCHEDULED", "AwaitingRetry")
+                self.due = self.now + timedelta(seconds=told.delay)
         elif isinstance(action, Explain):
             self.set("PENDING", action.word)
 
@@ -364,6 +403,7 @@ USUAL = [
     ["pod_is_killed", "controller_counts", *SECONDS, *ROUND],
     ["pod_is_killed", "controller_counts", *SECONDS, *ROUND, *ROUND, "worker_claims", *SECONDS],
     ["pod_completes", "a_minute_passes"],
+    ["node_is_cut_off", "controller_counts", *SECONDS, *ROUND, *ROUND],
 ]
 """What often comes one after the other: of single events most histories would come to nothing."""
 
