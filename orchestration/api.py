@@ -46,10 +46,12 @@ class Server:
         self.url = url
         self.turns = asyncio.Semaphore(AT_ONCE)
         self.patience = PATIENCE
-        self.repeated = 0
-        """Requests that were made again: what the first one did is not known."""
+        self.doubtful = 0
+        """Requests that were made again and are not idempotent: the first may have been done as well."""
 
-    async def ask(self, method: str, path: str, body: Any = None, *, absent: bool = False) -> Any:
+    async def ask(
+        self, method: str, path: str, body: Any = None, *, absent: bool = False, idempotent: bool = False
+    ) -> Any:
         """One request; the answer's JSON.
 
         Args:
@@ -57,6 +59,7 @@ class Server:
             path: below the API's URL.
             body: sent as JSON.
             absent: a 404 is an answer, None. Any other failure is never read as absence.
+            idempotent: of a POST: made twice it is as made once.
 
         Raises:
             RefusedError: a 4xx, with what the server says.
@@ -74,7 +77,7 @@ class Server:
             else:
                 if response.status_code < 500 or time.monotonic() > deadline:
                     return self.answer(response, f"{method} {path}", absent)
-            self.repeated += 1
+            self.doubtful += method == "POST" and not idempotent
             pause = min(pause * 2, 3)
             await asyncio.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - so that two do not stay in step
 
@@ -121,7 +124,7 @@ class Server:
         """All that a filter endpoint has."""
         found: list[JSON] = []
         while True:
-            page = await self.ask("POST", path, {**body, "limit": PAGE, "offset": len(found)})
+            page = await self.ask("POST", path, {**body, "limit": PAGE, "offset": len(found)}, idempotent=True)
             found += page
             if len(page) < PAGE:
                 return found

@@ -101,7 +101,7 @@ async def sync(
 
 
 async def _apply(server: Server, plan: Plan) -> tuple[bool, str]:
-    """Carry it out; whether another sync was at work or a request had to be made twice, and what was refused."""
+    """Carry it out; whether another sync was at work or it is not known what a request did, and what was refused."""
     now = datetime.now(UTC).isoformat()
     late = await _late(server, plan.changes, now)
 
@@ -115,7 +115,7 @@ async def _apply(server: Server, plan: Plan) -> tuple[bool, str]:
                 record.applied.setdefault(each.name, None)
                 record.begun.setdefault(each.name, now)
 
-    repeated = server.repeated
+    doubtful = server.doubtful
     began = await records_of.write(server, plan.owner, begin)
     done: list[Change] = []
     failures: list[str] = []
@@ -142,7 +142,7 @@ async def _apply(server: Server, plan: Plan) -> tuple[bool, str]:
         # Also when the server went away or somebody interrupts: what is known to be done need not be done again.
         with contextlib.suppress(PipelineError) if sys.exc_info()[0] else contextlib.nullcontext():
             before = await _report(server, plan.owner, done)
-    together = before != began.serial or server.repeated > repeated
+    together = before != began.serial or server.doubtful > doubtful
     more = f"\n{len(failures) - 1} more were refused" if len(failures) > 1 else ""
     return together, f"{failures[0]}{more}" if failures else ""
 
@@ -365,7 +365,7 @@ async def _deployment(
         await _schedules(server, wanted, found)
     for each in late:
         body = {"start_time": each, "end_time": each}
-        await server.ask("POST", f"/deployments/{found.id}/schedule", body)
+        await server.ask("POST", f"/deployments/{found.id}/schedule", body, idempotent=True)
     if different & {"triggers", "copies"}:
         await _triggers(server, wanted, found.id, found.fields["triggers"], found.raw["trigger_ids"])
     if changed and (wanted.fields["schedules"] or found.fields["schedules"]):
@@ -379,17 +379,17 @@ async def _schedule_runs(server: Server, deployment: str, since: datetime) -> No
     since = max(since, datetime.now(UTC) - REACH)
     # It makes a hundred of a schedule, or an hour's: from earlier on these end before those that are made from now on.
     for body in ({"start_time": since.isoformat()}, {}):
-        await server.ask("POST", f"/deployments/{deployment}/schedule", body)
+        await server.ask("POST", f"/deployments/{deployment}/schedule", body, idempotent=True)
 
 
 async def _create_deployment(server: Server, wanted: Object, flows: dict[str, str]) -> str:
     flow, _, name = wanted.key.rpartition("/")
     if flow not in flows:
-        flows[flow] = (await server.ask("POST", "/flows/", {"name": flow}))["id"]
+        flows[flow] = (await server.ask("POST", "/flows/", {"name": flow}, idempotent=True))["id"]
     body = {key: wanted.fields[key] for key in PLAIN if wanted.fields[key] is not None}
     body |= {key: wanted.fields[key] for key in ("work_pool_name", "work_queue_name", "job_variables")}
     body |= {"name": name, "flow_id": flows[flow], "schedules": [*map(_schedule, wanted.fields["schedules"].values())]}
-    return str((await server.ask("POST", "/deployments/", body))["id"])
+    return str((await server.ask("POST", "/deployments/", body, idempotent=True))["id"])
 
 
 def _schedule(wanted: JSON) -> JSON:
