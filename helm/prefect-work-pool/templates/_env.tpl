@@ -49,6 +49,10 @@
 {{- end -}}
 
 {{- define "prefect-work-pool.runsEnv" -}}
+# Prefect's own 5 give up after a minute of an API that is away, and the run with it; these after four.
+- {name: PREFECT_CLIENT_MAX_RETRIES, value: "7"}
+# A server whose database is away answers 500.
+- {name: PREFECT_CLIENT_RETRY_EXTRA_CODES, value: "500,504"}
 # By it an execution knows that it was given up.
 - {name: KUBERNETES_JOB, valueFrom: {fieldRef: {fieldPath: "metadata.labels['batch.kubernetes.io/job-name']"}}}
 {{- with .Values.runs.results }}

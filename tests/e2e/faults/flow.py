@@ -31,6 +31,15 @@ def victim(seconds: float = 0, memory: int = 0, killed: bool = False) -> None:
 
 
 @flow
+def ticking(times: int) -> None:
+    """Log every two seconds."""
+    for number in range(times):
+        get_run_logger().info("tick %s", number)
+        time.sleep(2)
+    get_run_logger().info("the end")
+
+
+@flow
 def stepwise() -> None:
     """Take five steps, some of them in flows of their own, and die in the fourth."""
     os.environ["EXECUTION"] = str(flow_run.run_count)

@@ -1,11 +1,15 @@
-"""What becomes of a run whose pod dies, does not start, or is no longer wanted; the API shows it within seconds."""
+"""What becomes of a run whose pod dies, does not start or is no longer wanted, or whose server is away.
+
+The API shows it within seconds.
+"""
 
 import contextlib
 import copy
 import json
 import time
+from collections import defaultdict
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
@@ -311,3 +315,71 @@ def test_nothing_of_it_works_without_the_reconciler(pool: Release, api: httpx.Cl
         assert run_of(api, run)["state_type"] == "RUNNING"
     # And what happened while it was away is found when it is back.
     completed_by_a_retry(api, run)
+
+
+def test_a_server_that_is_away_and_a_database_that_is_killed_lose_nothing(server: Release, pool: Release) -> None:
+    """A run under way completes in its first execution with its whole log; what fell due meanwhile is executed once.
+
+    It comes last: `api` goes by the server's pod.
+    """
+    namespace, times, away = pool.namespace, 110, 120
+    with server.api() as api:
+        minutely = victim(api, schedules=[{"schedule": {"cron": "* * * * *"}}])
+        run = start(api, deployment(api, entrypoint="/probe/flow.py:ticking"), parameters={"times": times})
+        logged(api, run, "tick 5", 120)
+    began = datetime.now(UTC)
+    namespace.kubectl("scale", "deployment/prefect-server-api", "--replicas=0")
+    namespace.kubectl(
+        "delete", "pod", "-l", "app.kubernetes.io/component=api", "--force", "--grace-period=0", "--wait=false"
+    )
+    time.sleep(away)
+    namespace.kubectl("scale", "deployment/prefect-server-api", "--replicas=1")
+    namespace.kubectl("rollout", "status", "deployment/prefect-server-api", "--timeout=120s")
+    back = datetime.now(UTC)
+    missed = {
+        moment
+        for number in range(1, away // 60 + 3)
+        if began < (moment := began.replace(second=0, microsecond=0) + timedelta(minutes=number)) < back
+    }
+
+    def of_the_schedule(api: httpx.Client) -> dict[datetime, list[Object]]:
+        body = {"deployments": {"id": {"any_": [minutely]}}, "limit": 200}
+        made: dict[datetime, list[Object]] = defaultdict(list)
+        for each in api.post("/flow_runs/filter", json=body).raise_for_status().json():
+            made[datetime.fromisoformat(each["expected_start_time"])].append(each)
+        return made
+
+    with server.api() as api:
+        wait_until(
+            lambda: all(each["start_time"] for moment in missed for each in of_the_schedule(api)[moment]),
+            "the missed runs to begin",
+            60,
+        )
+    database = "pod/prefect-server-database-0"
+    before = namespace.kubectl("get", database, "-o", "jsonpath={.metadata.uid}")
+    namespace.kubectl("delete", database, "--force", "--grace-period=0")
+    wait_until(
+        lambda: (
+            namespace.kubectl("get", database, "--ignore-not-found", "-o", "jsonpath={.metadata.uid}")
+            not in ("", before)
+        ),
+        "another pod of the database",
+    )
+    namespace.kubectl("wait", database, "--for=condition=Ready", "--timeout=120s")
+
+    def answers_again() -> bool:
+        # 500 while the database is away, and until the cluster's DNS has its new address; connections may break.
+        with contextlib.suppress(httpx.HTTPError), server.api() as api:
+            return api.get(f"/flow_runs/{run}").is_success
+        return False
+
+    wait_until(answers_again, "the API to have its database again", 90)
+    with server.api() as api:
+        found = ended(api, run, 2 * times)
+        assert (found["state_type"], found["run_count"]) == ("COMPLETED", 1)
+        lines = [line.split()[1] for line in logged(api, run, "the end") if line.startswith("tick")]
+        assert sorted(map(int, lines)) == [*range(times)]
+        for moment in missed:
+            [once] = of_the_schedule(api)[moment]
+            assert (ended(api, once["id"])["state_type"], once["run_count"]) == ("COMPLETED", 1)
+            assert datetime.fromisoformat(once["start_time"]) - back < timedelta(seconds=30)
