@@ -247,7 +247,7 @@ STANDING = {"watch", "reconcile"}
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = parser().parse_args(arguments)
-    if options.command not in STANDING:
+    if arguments is None and options.command not in STANDING:
         # Of a short life: looking for garbage costs a quarter of what Prefect's import takes, and again at the end.
         gc.disable()
         atexit.register(gc.freeze)

@@ -130,7 +130,7 @@ def is_due_within(schedule: Mapping[str, Any], span: timedelta) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _is_due_within(text: str, span: timedelta) -> bool:
-    """Of a normal form, as JSON: see `_checked`."""
+    """Of a normal form, as JSON: see `_checked`. What asks is over within minutes, and with it what is remembered."""
     return any(each - datetime.now(each.tzinfo) <= span for each in next_times(json.loads(text), 1))
 
 

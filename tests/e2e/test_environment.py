@@ -268,8 +268,13 @@ def test_undeployed_the_volumes_and_passwords_stay(checkout: Checkout) -> None:
     output = checkout.make("undeploy")
     assert f"Namespace {checkout.target.namespace} stays" in output
     kinds = "deployments,statefulsets,secrets,persistentvolumeclaims,serviceaccounts,roles"
-    left = {f"{each['kind']}/{each['metadata']['name']}" for each in checkout.target.objects(kinds)}
-    assert left == {
+
+    def left() -> set[str]:
+        return {f"{each['kind']}/{each['metadata']['name']}" for each in checkout.target.objects(kinds)}
+
+    results = "PersistentVolumeClaim/results-prefect-work-pool-results-0"
+    wait_until(lambda: results not in left(), "the volume of results to go with the release")
+    assert left() == {
         "PersistentVolumeClaim/data-prefect-server-database-0",
         "PersistentVolumeClaim/data-warehouse-0",
         "Secret/prefect-server-database",
