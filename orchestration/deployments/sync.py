@@ -7,6 +7,7 @@ anew from then on: a change of a deployment makes the server delete the runs to 
 
 import asyncio
 import contextlib
+import random
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -80,7 +81,9 @@ async def sync(
         DeploymentsError: the server refuses a part; the rest is done, and the next sync goes on.
     """
     first: Plan | None = None
-    for _ in range(ROUNDS):
+    for number in range(ROUNDS):
+        # Two that want different things would stay in step, and each find the other at work each time.
+        await asyncio.sleep(random.uniform(0, number))  # noqa: S311 - no secret
         plan = await planning.make(server, desired, prune=prune, adopt=adopt)
         if first is None or plan.changes:
             report(plan)
@@ -115,7 +118,7 @@ async def _apply(server: Server, plan: Plan) -> tuple[bool, str]:
                 record.applied.setdefault(each.name, None)
                 record.begun.setdefault(each.name, now)
 
-    doubtful = server.doubtful
+    doubtful, conflict = server.doubtful, False
     began = await records_of.write(server, plan.owner, begin)
     done: list[Change] = []
     failures: list[str] = []
@@ -133,6 +136,7 @@ async def _apply(server: Server, plan: Plan) -> tuple[bool, str]:
                 except RefusedError as error:
                     where = change.wanted.where + ": " if change.wanted else ""
                     failures.append(f"{where}{spoken(change.name)}: {error}")
+                    conflict |= error.status == 409
                 else:
                     done.append(change)
                     progress.one()
@@ -142,7 +146,7 @@ async def _apply(server: Server, plan: Plan) -> tuple[bool, str]:
         # Also when the server went away or somebody interrupts: what is known to be done need not be done again.
         with contextlib.suppress(PipelineError) if sys.exc_info()[0] else contextlib.nullcontext():
             before = await _report(server, plan.owner, done)
-    together = before != began.serial or server.doubtful > doubtful
+    together = conflict or before != began.serial or server.doubtful > doubtful
     more = f"\n{len(failures) - 1} more were refused" if len(failures) > 1 else ""
     return together, f"{failures[0]}{more}" if failures else ""
 

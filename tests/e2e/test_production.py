@@ -118,6 +118,7 @@ def test_there_are_two_of_each_by_the_image_s_digest_and_no_database_of_its_own(
         "api": (2, 2),
         "services": (2, 2),
         "worker": (2, 2),
+        "results": (1, 1),
         "drift": (1, 1),
         "reconciler": (2, 2),
     }
@@ -125,7 +126,8 @@ def test_there_are_two_of_each_by_the_image_s_digest_and_no_database_of_its_own(
     assert found["problems"] == []
     digest = r"localhost:5000/prefect-orchestration@sha256:[0-9a-f]{64}"
     assert all(re.fullmatch(digest, each["image"]) for each in found["components"])
-    assert not target.objects("statefulsets,persistentvolumeclaims")
+    kept = {each["metadata"]["name"] for each in target.objects("statefulsets,persistentvolumeclaims")}
+    assert kept == {"prefect-work-pool-results", "results-prefect-work-pool-results-0"}
 
     def may_go() -> list[int]:
         return [each["status"].get("disruptionsAllowed", 0) for each in target.objects("poddisruptionbudgets")]
