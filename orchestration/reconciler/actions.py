@@ -8,12 +8,9 @@ from urllib.parse import quote
 from uuid import NAMESPACE_URL, uuid4, uuid5
 
 from orchestration.api import RefusedError, Server
-from orchestration.execution import FENCED
 from orchestration.reconciler.cluster import Cluster
 from orchestration.reconciler.decide import (
-    CAUSE,
     LOG,
-    LOST,
     Action,
     Adopt,
     Cancelled,
@@ -64,8 +61,7 @@ async def carry_out(server: Server, cluster: Cluster, action: Action, pods: list
     if isinstance(action, Crash):
         tail = await _log_tail(cluster, pods, run)
         # First the cause: whoever finds the run crashed knows it, also if this process ends in between.
-        labels = {CAUSE: action.cause.kind, LOST: bool(action.lost)} | {FENCED + each: True for each in action.lost}
-        await server.ask("PATCH", f"/flow_runs/{run.id}/labels", labels)
+        await server.ask("PATCH", f"/flow_runs/{run.id}/labels", action.labels)
         return await _set(server, run, "CRASHED", "Crashed", f"{action.cause.sentence}.{tail}")
     return await _retry(server, action)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from orchestration.execution import STOPPED
+from orchestration.execution import FENCED, STOPPED
 from orchestration.reconciler import causes
 from orchestration.reconciler.causes import Cause
 from orchestration.reconciler.facts import FINAL, Job, Pod, Policy, Retries, Run
@@ -36,6 +36,11 @@ class Crash:
     run: Run
     cause: Cause
     lost: tuple[str, ...] = ()
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """What the run is given before its state is written: whoever finds it crashed knows the cause."""
+        return {CAUSE: self.cause.kind, LOST: bool(self.lost)} | {FENCED + each: True for each in self.lost}
 
 
 @dataclass(frozen=True)

@@ -372,10 +372,9 @@ class World:
         elif isinstance(action, Cancelled):
             self.set("CANCELLED")
         elif isinstance(action, Crash):
-            labels = {CAUSE: action.cause.kind, LOST: bool(action.lost)} | {FENCED + each: True for each in action.lost}
-            self.run = replace(self.run, labels={**self.run.labels, **labels})
+            self.run = replace(self.run, labels={**self.run.labels, **action.labels})
             for each in self.lost:
-                if each in action.lost:
+                if action.labels.get(FENCED + each):
                     self.lost[each] = self.now
             self.set("CRASHED")
         elif isinstance(action, Retry):
