@@ -6,6 +6,8 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
@@ -30,6 +32,19 @@ PATIENCE = 180.0
 JSON = dict[str, Any]
 
 
+CLOCK = timedelta(seconds=2)
+"""By how much two clocks may differ unnoticed: the date of an answer has no fractions, and it takes its time."""
+
+
+def ahead(response: httpx.Response) -> timedelta:
+    """By how much the clock of who answered is ahead of this one; nothing where that is within `CLOCK`, or not said."""
+    try:
+        found = parsedate_to_datetime(response.headers["Date"]) - datetime.now(UTC)
+    except (KeyError, ValueError):
+        return timedelta()
+    return found if abs(found) > CLOCK else timedelta()
+
+
 class RefusedError(ApiError):
     """The server does not take what it is sent; `status` is HTTP's."""
 
@@ -48,6 +63,13 @@ class Server:
         self.patience = PATIENCE
         self.doubtful = 0
         """Requests that were made again and are not idempotent: the first may have been done as well."""
+        self.ahead = timedelta()
+        """By how much the server's clock is ahead of this one."""
+
+    @property
+    def now(self) -> datetime:
+        """The time on the server's clock, as of its last answer."""
+        return datetime.now(UTC) + self.ahead
 
     async def ask(
         self, method: str, path: str, body: Any = None, *, absent: bool = False, idempotent: bool = False
@@ -75,6 +97,7 @@ class Server:
                 if time.monotonic() > deadline or isinstance(error, httpx.ConnectError):
                     raise ApiError(self.unreachable(error)) from None
             else:
+                self.ahead = ahead(response)
                 if response.status_code < 500 or time.monotonic() > deadline:
                     return self.answer(response, f"{method} {path}", absent)
             self.doubtful += method == "POST" and not idempotent
@@ -122,12 +145,17 @@ class Server:
 
     async def all(self, path: str, **body: Any) -> list[JSON]:
         """All that a filter endpoint has."""
-        found: list[JSON] = []
+        return [each async for page in self.pages(path, **body) for each in page]
+
+    async def pages(self, path: str, **body: Any) -> AsyncIterator[list[JSON]]:
+        """The same page by page, for what keeps little of much."""
+        offset = 0
         while True:
-            page = await self.ask("POST", path, {**body, "limit": PAGE, "offset": len(found)}, idempotent=True)
-            found += page
+            page = await self.ask("POST", path, {**body, "limit": PAGE, "offset": offset}, idempotent=True)
+            yield page
+            offset += len(page)
             if len(page) < PAGE:
-                return found
+                return
 
 
 @asynccontextmanager

@@ -3,6 +3,12 @@ memory something was killed; and it ends what goes on elsewhere.
 
     python -I -S /app/orchestration/execution.py prefect flow-run execute
 
+That command, which a worker asks for by itself, is executed by `orchestration.engine` in place of Prefect's three
+processes, and this one supervises it: asked to end by SIGTERM, or where the run is to be cancelled, it tells the engine
+why, and when that has ended it says what becomes of the run: Cancelled, or AwaitingRetry for a worker to take it again.
+Prefect's command says so first, and a next execution may begin beside one that is still cleaning up. Any other command
+is executed as it is, and gets SIGTERM itself.
+
 Where only a child of the container's first process is killed for its memory, as under cgroup v1, Kubernetes says
 nothing of it. The report is the container's termination message, which outlives its log.
 
@@ -13,14 +19,21 @@ for `STOPPED` seconds from when it was. What cannot ask cannot report either, an
 Only what Python comes with is imported: this must cost nothing.
 """
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+
+COMMAND = ["prefect", "flow-run", "execute"]
 
 FENCED = "reconciler.fenced."
 """The label of a run, before a Job's name, that says that this Job's execution was given up."""
@@ -30,6 +43,9 @@ EVERY, SOON, TIMEOUT = 15.0, 3.0, 5.0
 
 STOPPED = EVERY + 2 * TIMEOUT
 """Seconds after which whatever can ask has stopped."""
+
+LAST_WORDS = 5.0
+"""Seconds of a pod's grace period that are left, when what does not end by itself is killed, to say so."""
 
 MESSAGE = Path(os.environ.get("TERMINATION_MESSAGE_PATH", "/dev/termination-log"))
 
@@ -61,51 +77,83 @@ def report(root: Path = Path("/sys/fs/cgroup")) -> dict[str, int]:
     return found
 
 
-def is_fenced(api: str, run: str, job: str) -> bool:
-    """Ask the Prefect API whether this execution was given up.
+class Api:
+    """What the Prefect API says of this execution's run.
 
     Args:
-        api: its URL.
+        url: of the API.
         run: the flow run's id.
         job: the name of this execution's Job.
-
-    Raises:
-        Exception: it does not answer, or with what makes no sense.
     """
-    # The command does not wait for these.
-    import base64
-    import ssl
-    from urllib.request import Request, urlopen
 
-    headers = {}
-    if password := os.environ.get("PREFECT_API_AUTH_STRING"):
-        headers["Authorization"] = f"Basic {base64.b64encode(password.encode()).decode()}"
-    if key := os.environ.get("PREFECT_API_KEY"):
-        headers["Authorization"] = f"Bearer {key}"
-    context = None
-    if api.startswith("https:"):
-        context = ssl.create_default_context(cafile=os.environ.get("PREFECT_API_SSL_CERT_FILE"))
-        if os.environ.get("PREFECT_API_TLS_INSECURE_SKIP_VERIFY", "").lower() in ("1", "true"):
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    request = Request(f"{api}/flow_runs/{run}", headers=headers)  # noqa: S310 - the API that the run reports to
-    with urlopen(request, timeout=TIMEOUT, context=context) as answer:  # noqa: S310
-        labels = json.load(answer).get("labels") or {}
-    return bool(labels.get(FENCED + job))
+    def __init__(self, url: str, run: str, job: str) -> None:
+        self.url = f"{url}/flow_runs/{run}"
+        self.job = job
+        self.date = ""
+        """When it last answered, on its clock, as HTTP has it; empty if it does not say so."""
+
+    def ask(self, path: str = "", body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The run; or the answer to what is sent to `path` below it.
+
+        Raises:
+            Exception: it does not answer, or with what makes no sense.
+        """
+        # The command does not wait for these.
+        import base64
+        import ssl
+        from urllib.request import Request, urlopen
+
+        headers = json.loads(os.environ.get("PREFECT_CLIENT_CUSTOM_HEADERS") or "{}")
+        headers["Content-Type"] = "application/json"
+        if password := os.environ.get("PREFECT_API_AUTH_STRING"):
+            headers["Authorization"] = f"Basic {base64.b64encode(password.encode()).decode()}"
+        if key := os.environ.get("PREFECT_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        context = None
+        if self.url.startswith("https:"):
+            context = ssl.create_default_context(cafile=os.environ.get("PREFECT_API_SSL_CERT_FILE"))
+            if os.environ.get("PREFECT_API_TLS_INSECURE_SKIP_VERIFY", "").lower() in ("1", "true"):
+                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        data = json.dumps(body).encode() if body else None
+        request = Request(self.url + path, data, headers)  # noqa: S310 - the API that the run reports to
+        with urlopen(request, timeout=TIMEOUT, context=context) as answer:  # noqa: S310
+            self.date = answer.headers["Date"] or ""
+            return dict(json.load(answer))
+
+    def is_fenced(self, run: dict[str, Any]) -> bool:
+        """Whether this execution was given up, as the run says."""
+        return bool((run.get("labels") or {}).get(FENCED + self.job))
+
+    def runs(self) -> Iterator[dict[str, Any]]:
+        """The run, again and again."""
+        pause = EVERY
+        while True:
+            time.sleep(pause)
+            try:
+                run, pause = self.ask(), EVERY
+            except Exception as error:  # whatever it is, the next question may be answered
+                # What is refused is refused again.
+                pause = EVERY if _refused(error) else SOON
+                continue
+            yield run
 
 
-def stop_when_fenced(api: str, run: str, job: str) -> None:
-    """Kill this process's group once its execution is given up."""
-    pause = EVERY
-    while True:
-        time.sleep(pause)
-        try:
-            fenced, pause = is_fenced(api, run, job), EVERY
-        except Exception:  # whatever it is, the next question may be answered
-            fenced, pause = False, SOON
-        if fenced:
-            print(f"Job {job} was given up, and its run goes on elsewhere: this execution ends.", flush=True)
-            _write({"fenced": 1})
-            os.killpg(0, signal.SIGKILL)
+def _refused(error: Exception) -> bool:
+    """Whether it is an HTTP error, which has a code, of the client's."""
+    return getattr(error, "code", 500) < 500
+
+
+def _give_up(job: str) -> None:
+    """Kill this process's group."""
+    print(f"Job {job} was given up, and its run goes on elsewhere: this execution ends.", flush=True)
+    _write({"fenced": 1})
+    os.killpg(0, signal.SIGKILL)
+
+
+def _stop_when_fenced(api: Api) -> None:
+    for run in api.runs():
+        if api.is_fenced(run):
+            _give_up(api.job)
 
 
 def _write(message: dict[str, int]) -> None:
@@ -115,15 +163,144 @@ def _write(message: dict[str, int]) -> None:
         print(f"{MESSAGE} cannot be written to: {error}", file=sys.stderr)
 
 
+class Engine:
+    """`orchestration.engine`, in a process group of its own with what it starts.
+
+    While its flow can be interrupted it is connected to a port of this process, and learns from a byte why it is about
+    to get SIGTERM; from the signal alone it would say that it has crashed. As Prefect 3.8's
+    `prefect/_internal/control_listener.py` has it, of which this is the other side.
+    """
+
+    def __init__(self) -> None:
+        self._connection: socket.socket | None = None
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._token = os.urandom(16).hex()
+        where = {"PREFECT__CONTROL_PORT": str(self._listener.getsockname()[1]), "PREFECT__CONTROL_TOKEN": self._token}
+        command = [sys.executable, "-m", "orchestration.engine"]
+        self.process = subprocess.Popen(command, env=os.environ | where, start_new_session=True)
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        while True:
+            connection, _ = self._listener.accept()
+            with contextlib.suppress(OSError):
+                connection.settimeout(TIMEOUT)
+                if connection.makefile("rb", 0).readline().strip() == self._token.encode():
+                    # It offers to say how it ended, and at its end it would wait to hear that nobody asks.
+                    connection.sendall(b"\x00PF\x02\x00")
+                    self._connection = connection
+                    return
+            connection.close()
+
+    def warned(self, why: bytes) -> bool:
+        """Tell it why it will get SIGTERM; whether it may get that. What has not begun, or does not answer, may not."""
+        if not self._connection:
+            return False
+        try:
+            self._connection.sendall(why)
+            while said := self._connection.recv(64):
+                if said.endswith(b"a"):
+                    return True
+        except TimeoutError:
+            return False
+        except OSError:
+            pass
+        # It has hung up: its flow hears signals by a handler of its own, or is over.
+        return True
+
+    def kill(self, number: signal.Signals) -> None:
+        """Send it a signal, and what it started."""
+        with contextlib.suppress(ProcessLookupError):
+            if self.process.returncode is None:
+                os.killpg(self.process.pid, number)
+
+
+class Supervisor:
+    """Of an engine: it ends it when asked to, and then says what becomes of its run."""
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+        self._asked = threading.Event()
+        # What Prefect's worker says of a Job that Kubernetes does not try again, and of one that it does.
+        self._after = os.environ.get("PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR", "reschedule")
+        grace = float(os.environ.get("GRACE_SECONDS") or 30)
+        self._patience = max(grace - LAST_WORDS, grace / 2)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._asked.set())
+        self._engine = Engine()
+
+    def run(self) -> int:
+        """Wait for the end; the exit status."""
+        for each in (self._watch, self._end):
+            threading.Thread(target=each, daemon=True).start()
+        code = self._engine.process.wait()
+        return self._conclude(code) if self._asked.is_set() else code
+
+    def _watch(self) -> None:
+        for run in self._api.runs():
+            if self._api.is_fenced(run):
+                self._engine.kill(signal.SIGKILL)
+                _give_up(self._api.job)
+            if run.get("state_type") == "CANCELLING":
+                self._asked.set()
+
+    def _end(self) -> None:
+        self._asked.wait()
+        after = {"reschedule": b"r", "relinquish": b"q"}.get(self._after, b"")
+        why = b"c" if self._state() == "CANCELLING" else after
+        if why and not self._engine.warned(why):
+            self._engine.kill(signal.SIGKILL)
+        elif self._state() in ("PENDING", "RUNNING", "CANCELLING", ""):  # else it is about to end
+            self._engine.kill(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._engine.process.wait(self._patience)
+            self._engine.kill(signal.SIGKILL)
+
+    def _state(self) -> str:
+        """What the run is; empty if nobody answers."""
+        with contextlib.suppress(Exception):
+            return str(self._api.ask()["state_type"])
+        return ""
+
+    def _conclude(self, code: int) -> int:
+        """Say what becomes of the run, unless that is said; the exit status."""
+        from email.utils import parsedate_to_datetime
+
+        while True:
+            try:
+                state = self._api.ask()["state_type"]
+                if state == "CANCELLING":
+                    self._api.ask("/set_state", {"state": {"type": "CANCELLED"}})
+                elif state in ("PENDING", "RUNNING") and self._after == "relinquish":
+                    return code or 1  # by which Kubernetes tries it again
+                elif state in ("PENDING", "RUNNING") and self._after == "reschedule":
+                    # By this clock, which may be wrong, only where the other is not known.
+                    now = parsedate_to_datetime(self._api.date) if self._api.date else datetime.now(UTC)
+                    message = "Its pod was asked to end."
+                    details = {"scheduled_time": now.isoformat()}
+                    next_ = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": message, "state_details": details}
+                    self._api.ask("/set_state", {"state": next_})
+                    return 0
+                return code
+            except Exception as error:  # as long as the pod's grace period lasts
+                if _refused(error):
+                    return code
+                time.sleep(SOON)
+
+
 def main(command: list[str]) -> int:
     """Run the command to its end; its exit status, 128 and the signal's number if one ended it."""
-    # tini sends it to the whole group, so the command has its own; this process sees how that ends.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    asked = [os.environ.get(name, "") for name in ("PREFECT_API_URL", "PREFECT__FLOW_RUN_ID", "KUBERNETES_JOB")]
-    if all(asked):
-        threading.Thread(target=stop_when_fenced, args=asked, daemon=True).start()
-    code = subprocess.call(command)
+    found = [os.environ.get(name, "") for name in ("PREFECT_API_URL", "PREFECT__FLOW_RUN_ID", "KUBERNETES_JOB")]
+    api = Api(*found) if all(found) else None
+    if api and command == COMMAND:
+        code = Supervisor(api).run()
+    else:
+        # tini sends it to the whole group, so the command has its own; this process sees how that ends.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        if api:
+            threading.Thread(target=_stop_when_fenced, args=[api], daemon=True).start()
+        code = subprocess.call(command)
     _write(report())
     return code if code >= 0 else 128 - code
 

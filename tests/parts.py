@@ -14,10 +14,12 @@ from unittest.mock import patch
 from urllib.request import urlopen
 from uuid import uuid4
 
+import httpx
 import psycopg
 
 from orchestration import warehouse
 from orchestration.settings import ROOT, settings
+from tests.cluster import binaries
 
 Query = Callable[..., list[tuple[Any, ...]]]
 
@@ -47,6 +49,34 @@ def answers(url: str) -> bool:
             return bool(response.status == 200)
     except OSError:
         return False
+
+
+class _Again(httpx.HTTPTransport):
+    """What was refused by 503 is asked again."""
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        def answered() -> httpx.Response | None:
+            answer = super(_Again, self).handle_request(request)
+            if answer.status_code != 503:
+                return answer
+            answer.close()
+            return None
+
+        answer: httpx.Response = wait_until(answered, f"an answer to {request.method} {request.url}")
+        return answer
+
+
+def client_of(url: str) -> httpx.Client:
+    """A client of the Prefect API at `url` that has its answer at once or later: on a busy machine SQLite may be locked
+    for longer than the server waits, and then it changes nothing and says 503.
+    """
+    return httpx.Client(base_url=url, timeout=60, transport=_Again())
+
+
+def asked(api: httpx.Client, method: str, path: str, body: Any = None, **headers: str) -> Any:
+    """The JSON of an answer."""
+    answer = api.request(method, path, json=body, headers=headers).raise_for_status()
+    return answer.json() if answer.content else None
 
 
 def rows_of(url: str, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
@@ -99,6 +129,57 @@ def new_database(postgres: str) -> Iterator[str]:
         with settings_of(WAREHOUSE_URL=url):
             yield url
         connection.execute(f"drop database {name} with (force)")
+
+
+@contextlib.contextmanager
+def redis_server(folder: Path) -> Iterator[str]:
+    """The URL of a Redis with a password, that keeps nothing; ended afterwards."""
+    binaries.install_packages({"redis-server": "redis-server"})
+    port = free_port()
+    file = folder / "redis.conf"
+    file.write_text("requirepass secret\n")
+    command = [
+        "redis-server",
+        str(file),
+        "--port",
+        str(port),
+        "--bind",
+        "127.0.0.1",
+        "--save",
+        "",
+        "--dir",
+        str(folder),
+    ]
+    with _serving(command, port, {}):
+        yield f"redis://:secret@127.0.0.1:{port}/0"
+
+
+@contextlib.contextmanager
+def s3_server(folder: Path) -> Iterator[dict[str, str]]:
+    """An S3 with a bucket `results`: the variables of who may use it, and `endpoint`; ended afterwards."""
+    for each in ("metadata", "buckets/results"):
+        (folder / each).mkdir(parents=True)
+    port = free_port()
+    command = [str(binaries.program("versitygw")), "--quiet", "--port", f"127.0.0.1:{port}", "posix"]
+    root = {"ROOT_ACCESS_KEY": "someone", "ROOT_SECRET_KEY": "secret"}
+    with _serving([*command, "--sidecar", str(folder / "metadata"), str(folder / "buckets")], port, root):
+        key = {"AWS_ACCESS_KEY_ID": "someone", "AWS_SECRET_ACCESS_KEY": "secret"}
+        yield key | {"endpoint": f"http://127.0.0.1:{port}"}
+
+
+@contextlib.contextmanager
+def _serving(command: list[str], port: int, variables: dict[str, str]) -> Iterator[None]:
+    def listens() -> bool:
+        assert server.poll() is None, f"{command[0]} ended"
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    with subprocess.Popen(command, env=os.environ | variables, stdout=subprocess.DEVNULL) as server:
+        try:
+            wait_until(listens, f"{command[0]} on port {port}")
+            yield
+        finally:
+            server.terminate()
 
 
 @contextlib.contextmanager

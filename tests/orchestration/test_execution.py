@@ -6,15 +6,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from urllib.error import HTTPError
 
-import httpx
 import psutil
 import pytest
 
-from orchestration.execution import FENCED, report
+from orchestration.execution import FENCED, Api, report
 from orchestration.settings import ROOT
+from tests.parts import client_of
 
 EXECUTION = [sys.executable, "-I", "-S", str(ROOT / "orchestration" / "execution.py")]
 
@@ -60,7 +63,7 @@ def test_the_status_is_the_command_s(tmp_path: Path, command: str, status: int) 
 
 def test_an_execution_that_was_given_up_ends_itself(prefect_server: str, tmp_path: Path) -> None:
     """Also its command's children; another Job of the same run goes on."""
-    with httpx.Client(base_url=prefect_server, timeout=60) as api:
+    with client_of(prefect_server) as api:
         flow = api.post("/flows/", json={"name": "fenced"}).raise_for_status().json()["id"]
         run = api.post("/flow_runs/", json={"flow_id": flow}).raise_for_status().json()["id"]
         api.patch(f"/flow_runs/{run}/labels", json={f"{FENCED}old": True}).raise_for_status()
@@ -99,6 +102,32 @@ def test_an_execution_that_was_given_up_ends_itself(prefect_server: str, tmp_pat
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
+
+
+def test_it_asks_as_prefect_s_client_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through a proxy that wants a header and gives none, not even the date."""
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            known = self.headers["X-Team"] == "data" and self.headers["Authorization"] == "Basic dTpw"
+            self.send_response_only(200 if known else 403)
+            self.end_headers()
+            self.wfile.write(json.dumps({"labels": {f"{FENCED}job": True}}).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Proxy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/api"
+        monkeypatch.setenv("PREFECT_API_AUTH_STRING", "u:p")
+        api = Api(url, "run", "job")
+        with pytest.raises(HTTPError):
+            api.ask()
+        monkeypatch.setenv("PREFECT_CLIENT_CUSTOM_HEADERS", '{"X-Team": "data"}')
+        assert api.is_fenced(api.ask())
+        assert not Api(url, "run", "other").is_fenced(api.ask())
+        server.shutdown()
 
 
 def test_it_waits_for_a_command_that_ends_by_itself_after_sigterm(tmp_path: Path) -> None:

@@ -2,23 +2,33 @@
 
 import abc
 import asyncio
+import contextlib
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from unittest.mock import patch
 from uuid import UUID, uuid4
 
 import pytest
+from httpx import HTTPError
 from prefect import flow
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_LOGGING_TO_API_ENABLED,
+    PREFECT_WORKER_QUERY_SECONDS,
+    temporary_settings,
+)
 from prefect.states import Scheduled
 from prefect.workers.base import BaseWorker
 from prefect_kubernetes.worker import KubernetesWorkerResult
 
 from orchestration import worker
+from tests.parts import free_port
+from tests.relay import relayed
 
 
 @flow
@@ -82,3 +92,62 @@ def test_no_more_runs_are_claimed_than_the_pools_limit_however_slow_the_server()
         during, at_rest = asyncio.run(_claims_of_hasty_polls(pool, limit=2))
     assert during == {"SCHEDULED": 4}
     assert at_rest == {"PENDING": 2, "SCHEDULED": 2}
+
+
+async def _claimed_around_absences(url: str, port: int) -> int:
+    """How often a worker polled in vain at a port where, in turns, nobody answers and the server at `url`."""
+    pool, seconds = f"away-{uuid4().hex[:6]}", 0.1
+    away = {PREFECT_API_URL: f"http://127.0.0.1:{port}/api", PREFECT_WORKER_QUERY_SECONDS: seconds}
+    polls = 0
+
+    class Counting(_WithoutJobs, abc.ABC):
+        def _note_absence(self, error: HTTPError) -> None:
+            nonlocal polls
+            super()._note_absence(error)
+            polls += 1
+
+    async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+        async with asyncio.timeout(60):
+            while not await condition():
+                assert not working.done(), working.exception()
+                await asyncio.sleep(seconds)
+
+    async with get_client() as client:
+        await client.create_work_pool(WorkPoolCreate(name=pool, type="kubernetes"))
+        made = await client.create_deployment(
+            flow_id=await client.create_flow(nothing), name="nothing", work_pool_name=pool
+        )
+        with temporary_settings(away):
+            tested = Counting(work_pool_name=pool, create_pool_if_not_found=False)
+            working = asyncio.create_task(tested.start())
+            try:
+                # Before its first answer it asks for more, and that takes longer.
+                for number in (2, 13):
+                    end = polls + number
+
+                    async def missed(end: int = end) -> bool:
+                        return polls >= end
+
+                    await until(missed)
+                    assert tested.is_worker_still_polling(seconds) == (number == 13), "not before the first answer"
+                    with relayed(port, url):
+                        run = (await client.create_flow_run_from_deployment(made, state=Scheduled())).id
+
+                        async def claimed(run: UUID = run) -> bool:
+                            return await _states(client, [run]) == {"PENDING": 1}
+
+                        await until(claimed)
+            finally:
+                working.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await working
+    return polls
+
+
+def test_a_worker_outlasts_an_api_that_is_away(prefect_server: str) -> None:
+    """Prefect's own ends after a dozen polls in vain, and its container is started again ever later."""
+    with (
+        patch.dict("os.environ", PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED="false"),
+        temporary_settings({PREFECT_LOGGING_TO_API_ENABLED: False}),
+    ):
+        assert asyncio.run(_claimed_around_absences(prefect_server, free_port())) >= 15

@@ -1,0 +1,47 @@
+"""What executes a flow run in its container: `prefect flow-run execute` in one process instead of three.
+
+    PREFECT__FLOW_RUN_ID=... python -m orchestration.engine
+
+Prefect's command fetches the flow's code in a second process, which becomes a third to execute it, and each imports
+Prefect anew: on a small machine half of the time to a run's first line. Here the same parts of Prefect 3.8 do both in
+this one; `orchestration.execution`, its parent, is to it what the command is to Prefect's.
+
+Its clients ask again from their first request on. Prefect's repeat a request that finds nobody to talk to only once
+they have had an answer, so that a wrong address fails at once. But a run makes clients as it goes, for the slot of each
+task that has tags, and begins with one: where the API is away for a moment, such a task or run would fail. The address
+was its worker's too, and `PREFECT_CLIENT_MAX_RETRIES` says when to give up.
+"""
+
+import asyncio
+import os
+import runpy
+import sys
+import tempfile
+
+from prefect.client import base
+from prefect.runner._workspace_resolver import PreparedWorkspace, prepare_workspace_for_flow_run
+from prefect.runner._workspace_starter import workspace_environment
+
+for client in (base.PrefectHttpxAsyncClient, base.PrefectHttpxSyncClient):
+    # Set by each client for itself, to False at first.
+    client._has_connected = property(lambda _: True, lambda *_: None)  # type: ignore[assignment]
+
+
+def _enter(workspace: PreparedWorkspace) -> None:
+    """Be in the workspace as a process that is started in it."""
+    os.environ.update(workspace_environment(workspace), PREFECT__FLOW_ENTRYPOINT=workspace.runtime_entrypoint)
+    os.chdir(workspace.working_directory)
+    paths = os.environ["PYTHONPATH"].split(os.pathsep)
+    sys.path[:] = [*paths, *(each for each in sys.path if each not in paths)]
+
+
+def main() -> None:
+    """Execute the run that the environment names."""
+    # It goes with the container: at its exit this process still sends logs from there.
+    folder = tempfile.mkdtemp(prefix="prefect-flow-run-")
+    _enter(asyncio.run(prepare_workspace_for_flow_run(os.environ["PREFECT__FLOW_RUN_ID"], folder)))
+    runpy.run_module("prefect.engine", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""A flow run as a container executes it, by its command, against a real server: its ends, and what is said of them."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from orchestration.settings import ROOT
+from tests.parts import asked, client_of, free_port, wait_until
+from tests.relay import relayed
+
+FLOW = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from prefect import flow, task
+import beside
+
+NOTES = Path(os.environ["NOTES"])
+
+def note(what):
+    with NOTES.open("a") as file:
+        file.write(f"{what}\\n")
+
+@task
+def step(cleanup):
+    try:
+        note("at work")
+        time.sleep(60)
+    finally:
+        time.sleep(cleanup)
+        note("cleaned up")
+
+@flow(on_cancellation=[lambda *_: note("hook")], on_crashed=[lambda *_: note("crashed")])
+def ends(how="completes", cleanup=1.0):
+    child = [sys.executable, "-c", "import beside; print(beside.NAME)"]
+    note(f"{beside.NAME} {subprocess.check_output(child, text=True).strip()} {Path('flow.py').exists()}")
+    if how == "fails":
+        raise ValueError(how)
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        note("at work")
+        time.sleep(60)
+    if how == "works":
+        step(cleanup)
+"""
+
+
+class Run:
+    """A run of that flow, and the process that executes it as its container would."""
+
+    def __init__(self, api: httpx.Client, url: str, folder: Path, **fields: Any) -> None:
+        self.api, self.url, self.folder = api, url, folder
+        (folder / "code").mkdir()
+        (folder / "code/flow.py").write_text(FLOW)
+        (folder / "code/beside.py").write_text("NAME = 'beside'")
+        flow = self.ask("POST", "/flows/", name="ends")["id"]
+        step = {"prefect.deployments.steps.set_working_directory": {"directory": str(folder / "code")}}
+        body = {"name": folder.name, "flow_id": flow, "entrypoint": "flow.py:ends", "pull_steps": [step]}
+        self.deployment = self.ask("POST", "/deployments/", **body | fields)["id"]
+
+    def ask(self, method: str, path: str, /, **body: Any) -> Any:
+        return asked(self.api, method, path, body or None)
+
+    def start(self, grace: int = 60, after: str = "reschedule", **parameters: Any) -> None:
+        path = f"/deployments/{self.deployment}/create_flow_run"
+        self.id = self.ask("POST", path, parameters=parameters, state={"type": "PENDING"})["id"]
+        # What it waits for in between is only in the way here.
+        code = "import execution, sys; execution.EVERY = 0.5; sys.exit(execution.main(sys.argv[1:]))"
+        env = os.environ | {
+            "PREFECT_API_URL": self.url, "PREFECT__FLOW_RUN_ID": self.id, "KUBERNETES_JOB": "job",
+            "PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR": after, "GRACE_SECONDS": str(grace),
+            "TERMINATION_MESSAGE_PATH": str(self.folder / "message"), "NOTES": str(self.folder / "notes"),
+            "TMPDIR": str(self.folder), "PYTHONPATH": f"{ROOT}:{ROOT / 'orchestration'}",
+        }  # fmt: skip
+        with (self.folder / "log").open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code, "prefect", "flow-run", "execute"],
+                env=env, cwd=self.folder, start_new_session=True, stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+
+    def state(self) -> dict[str, Any]:
+        return dict(self.ask("GET", f"/flow_runs/{self.id}")["state"])
+
+    def notes(self) -> list[str]:
+        with contextlib.suppress(FileNotFoundError):
+            return (self.folder / "notes").read_text().splitlines()
+        return []
+
+    def noted(self, what: str) -> None:
+        wait_until(lambda: what in self.notes(), what)
+
+    def engine(self) -> int:
+        """Its process."""
+        found = wait_until(lambda: psutil.Process(self.process.pid).children(), "the engine", 10)
+        return int(found[0].pid)
+
+    def ended(self) -> tuple[int, str]:
+        """Its exit status and its run's state."""
+        return self.process.wait(60), self.state()["name"]
+
+
+@pytest.fixture
+def run(prefect_server: str, tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    """Makes one that has not started."""
+    with client_of(prefect_server) as api, contextlib.ExitStack() as stack:
+
+        def end(made: Run) -> None:
+            if hasattr(made, "process"):
+                processes = [made.process.pid]
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    processes += [each.pid for each in psutil.Process(made.process.pid).children()]
+                for each in processes:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(each, signal.SIGKILL)
+                made.process.wait()
+
+        def make(**fields: Any) -> Run:
+            made = Run(api, prefect_server, tmp_path, **fields)
+            stack.callback(end, made)
+            return made
+
+        yield make
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "state"),
+    [("completes", 0, "Completed"), ("fails", 0, "Failed"), ("killed", 137, "Running")],
+)
+def test_a_run_ends_as_its_flow_does(run: Callable[..., Run], how: str, code: int, state: str) -> None:
+    """In its working directory, from which its children import too. Who is killed leaves it to the reconciler."""
+    made = run()
+    made.start(how=how)
+    assert made.ended() == (code, state)
+    assert made.notes() == ["beside beside True"]
+    assert json.loads((made.folder / "message").read_text()).keys() <= {"peak", "limit", "oom_kills"}
+
+
+def test_code_in_a_folder_is_copied(run: Callable[..., Run], tmp_path: Path) -> None:
+    made = run(pull_steps=None, path=str(tmp_path / "code"))
+    made.start()
+    assert made.ended() == (0, "Completed")
+    assert made.notes() == ["beside beside True"]
+
+
+def test_a_flow_that_cannot_be_loaded_says_so_at_the_end_of_its_log(run: Callable[..., Run]) -> None:
+    made = run(entrypoint="absent.py:ends")
+    made.start()
+    assert made.ended() == (1, "Pending")
+    assert "absent.py" in (made.folder / "log").read_text().splitlines()[-1]
+
+
+def test_asked_to_end_a_run_is_tried_again_only_when_its_tasks_have_cleaned_up(run: Callable[..., Run]) -> None:
+    made = run()
+    made.start(how="works", cleanup=2)
+    made.noted("at work")
+    made.process.terminate()
+    while "cleaned up" not in made.notes():
+        assert made.state()["name"] == "Running"
+        time.sleep(0.1)
+    assert made.ended() == (0, "AwaitingRetry")
+    assert made.notes()[1:] == ["at work", "cleaned up"]
+    assert made.state()["message"] == "Its pod was asked to end."
+    assert made.state()["state_details"]["scheduled_time"]
+
+
+def test_of_one_that_kubernetes_tries_again_nothing_is_said(run: Callable[..., Run]) -> None:
+    made = run()
+    made.start(how="works", after="relinquish")
+    made.noted("at work")
+    made.process.terminate()
+    assert made.ended() == (1, "Running")
+    assert made.notes()[1:] == ["at work", "cleaned up"]
+
+
+@pytest.mark.parametrize("heard", ["by asking", "by SIGTERM"])
+def test_a_run_that_is_cancelled_runs_its_hooks(run: Callable[..., Run], heard: str) -> None:
+    made = run()
+    made.start(how="works")
+    made.noted("at work")
+    if heard == "by SIGTERM":
+        made.process.send_signal(signal.SIGSTOP)
+    made.ask("POST", f"/flow_runs/{made.id}/set_state", state={"type": "CANCELLING"})
+    if heard == "by SIGTERM":
+        made.process.terminate()
+        made.process.send_signal(signal.SIGCONT)
+    assert made.ended() == (0, "Cancelled")
+    assert made.notes()[1:] == ["at work", "cleaned up", "hook"]
+
+
+@pytest.mark.parametrize(("state", "becomes"), [("RUNNING", "AwaitingRetry"), ("CANCELLING", "Cancelled")])
+def test_one_that_does_not_hear_it_is_killed_in_time_to_say_so(
+    run: Callable[..., Run], state: str, becomes: str
+) -> None:
+    made = run()
+    made.start(how="deaf", grace=8)
+    made.noted("at work")
+    engine, began = made.engine(), time.monotonic()
+    if state == "CANCELLING":
+        made.ask("POST", f"/flow_runs/{made.id}/set_state", state={"type": state})
+    made.process.terminate()
+    assert made.ended()[1] == becomes
+    assert 3 <= time.monotonic() - began < 8
+    assert not psutil.pid_exists(engine)
+
+
+def test_one_that_has_not_begun_is_killed_at_once(run: Callable[..., Run]) -> None:
+    made = run()
+    made.start(how="works")
+    made.engine()
+    made.process.terminate()
+    assert made.ended() == (0, "AwaitingRetry")
+    assert made.notes() == []
+
+
+def test_what_was_given_up_ends_with_its_engine(run: Callable[..., Run]) -> None:
+    made = run()
+    made.start(how="works")
+    made.noted("at work")
+    engine = made.engine()
+    made.ask("PATCH", f"/flow_runs/{made.id}/labels", **{"reconciler.fenced.job": True})
+    assert made.ended() == (-signal.SIGKILL, "Running")
+    wait_until(lambda: not psutil.pid_exists(engine), "the engine to be gone", 5)
+    assert "cleaned up" not in made.notes()
+
+
+def test_what_becomes_of_it_is_said_though_the_api_was_away(run: Callable[..., Run]) -> None:
+    made = run()
+    port = free_port()
+    real, made.url = made.url, f"http://127.0.0.1:{port}/api"
+    with relayed(port, real):
+        made.start(how="works")
+        made.noted("at work")
+    made.process.terminate()
+    made.noted("cleaned up")
+    with relayed(port, real):
+        assert made.ended() == (0, "AwaitingRetry")
+
+
+SETUP = """\
+import asyncio, sys
+if "patient" in sys.argv: import orchestration.engine
+from prefect.client.orchestration import get_client
+async def ask():
+    async with get_client() as client:
+        await client.read_flows()
+"""
+
+CLIENTS = {
+    "asynchronous": "asyncio.run(ask())",
+    "synchronous": "with get_client(sync_client=True) as client: client.read_flows()",
+}
+
+
+@pytest.mark.parametrize("client", CLIENTS.values(), ids=CLIENTS)
+def test_a_first_request_waits_for_an_api_that_is_away(prefect_server: str, client: str) -> None:
+    port = free_port()
+    env = os.environ | {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api", "PREFECT_LOGGING_LEVEL": "DEBUG"}
+    command = [sys.executable, "-c", f"{SETUP}{client}\nprint('answered')"]
+    impatient = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert "ConnectError" in impatient.stderr
+    with subprocess.Popen(
+        [*command, "patient"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout
+        said = ""
+        for line in process.stdout:
+            said += line
+            if "retryable exception" in line:
+                break
+        else:
+            raise AssertionError(said)
+        with relayed(port, prefect_server):
+            assert process.stdout.read().splitlines()[-1] == "answered"
+    assert process.returncode == 0

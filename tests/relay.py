@@ -1,0 +1,55 @@
+"""A server that is away and comes back, though it serves others all the while: what is there is a relay to it."""
+
+import contextlib
+import socket
+import socketserver
+import threading
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+
+@contextlib.contextmanager
+def relayed(port: int, url: str) -> Iterator[None]:
+    """The server at `url` answers at a port of the loopback interface, while the block lasts."""
+    real = urlsplit(url)
+    assert real.hostname
+    assert real.port
+    with _Relay(port, (real.hostname, real.port)) as relay:
+        threading.Thread(target=relay.serve_forever, daemon=True).start()
+        try:
+            yield
+        finally:
+            relay.shutdown()
+            for each in relay.open:
+                with contextlib.suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
+
+
+class _Relay(socketserver.ThreadingTCPServer):
+    """What listens on a port in the place of a server that is somewhere else."""
+
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, port: int, to: tuple[str, int]) -> None:
+        self.to = to
+        self.open: list[socket.socket] = []
+        super().__init__(("127.0.0.1", port), _Connection)
+
+
+class _Connection(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        assert isinstance(self.server, _Relay)
+        with socket.create_connection(self.server.to) as other:
+            self.server.open += [self.request, other]
+            back = threading.Thread(target=self._pass, args=(other, self.request), daemon=True)
+            back.start()
+            self._pass(self.request, other)
+            back.join()
+
+    @staticmethod
+    def _pass(one: socket.socket, other: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := one.recv(65536):
+                other.sendall(data)
+            other.shutdown(socket.SHUT_WR)
