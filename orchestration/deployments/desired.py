@@ -11,6 +11,7 @@ work_pools:
     base_job_template: {job_configuration: {...}, variables: {...}}
     queues: [{name: urgent, priority: 1, concurrency_limit: 5, description: ""}]
 variables: [{name: region, value: eu, tags: []}]
+remote_file_systems: [{name: results, basepath: s3://bucket/folder, settings: {}}]
 concurrency_limits: [{name: database, limit: 5, slot_decay_per_second: 0, active: true}]
 tag_concurrency_limits: [{tag: warehouse, limit: 3}]
 automations: [{name: ..., trigger: {...}, actions: [...]}]
@@ -30,6 +31,7 @@ from orchestration.deployments.files import Map
 from orchestration.deployments.objects import (
     AUTOMATION,
     DEPLOYMENT,
+    FILE_SYSTEM,
     LIMIT,
     POOL,
     QUEUE,
@@ -142,6 +144,12 @@ class _Variable(_Model):
     tags: list[str] = []
 
 
+class _FileSystem(_Model):
+    name: str = Field(pattern="^[a-z0-9-]+$")
+    basepath: str = Field(pattern="^[a-z0-9+]+://.")
+    settings: dict[str, Any] = {}
+
+
 class _GlobalLimit(_Model):
     name: str = Field(min_length=1)
     limit: StrictInt = Field(ge=0)
@@ -183,6 +191,7 @@ class _File(_Model):
     deployments: list[_Deployment] | None = None
     work_pools: list[_Pool] | None = None
     variables: list[_Variable] | None = None
+    remote_file_systems: list[_FileSystem] | None = None
     concurrency_limits: list[_GlobalLimit] | None = None
     tag_concurrency_limits: list[_TagLimit] | None = None
     automations: list[_Automation] | None = None
@@ -312,6 +321,8 @@ class _Reader:
         self.refuse_steps(model)
         for index, variable in enumerate(model.variables or []):
             self.add(VARIABLE, variable.name, variable.model_dump(exclude={"name"}), "variables", index)
+        for index, system in enumerate(model.remote_file_systems or []):
+            self.add(FILE_SYSTEM, system.name, system.model_dump(exclude={"name"}), "remote_file_systems", index)
         for index, limit in enumerate(model.concurrency_limits or []):
             fields = limit.model_dump(exclude={"name"})
             fields["slot_decay_per_second"] = float(fields["slot_decay_per_second"])

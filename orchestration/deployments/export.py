@@ -14,6 +14,7 @@ from orchestration.deployments import server as api
 from orchestration.deployments.objects import (
     AUTOMATION,
     DEPLOYMENT,
+    FILE_SYSTEM,
     LIMIT,
     NOBODY,
     POOL,
@@ -77,6 +78,7 @@ def document(found: Mapping[Name, Object], owner: str, directory: Path) -> JSON:
         {"name": each.key, "value": each.fields["value"]} | _said({"tags": each.fields["tags"]})
         for each in of.get(VARIABLE, [])
     ]
+    file["remote_file_systems"] = [{"name": each.key} | _said(each.fields) for each in of.get(FILE_SYSTEM, [])]
     file["concurrency_limits"] = [{"name": each.key} | each.fields for each in of.get(LIMIT, [])]
     file["tag_concurrency_limits"] = [
         {"tag": each.key, "limit": each.fields["concurrency_limit"]} for each in of.get(TAG_LIMIT, [])

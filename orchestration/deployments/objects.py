@@ -7,6 +7,7 @@ from typing import Any
 from orchestration.deployments import schedules
 
 VARIABLE = "variable"
+FILE_SYSTEM = "remote-file-system"
 LIMIT = "concurrency-limit"
 TAG_LIMIT = "tag-concurrency-limit"
 POOL = "work-pool"
@@ -14,7 +15,7 @@ QUEUE = "work-queue"
 DEPLOYMENT = "deployment"
 AUTOMATION = "automation"
 
-KINDS = (VARIABLE, LIMIT, TAG_LIMIT, POOL, QUEUE, DEPLOYMENT, AUTOMATION)
+KINDS = (VARIABLE, FILE_SYSTEM, LIMIT, TAG_LIMIT, POOL, QUEUE, DEPLOYMENT, AUTOMATION)
 """In the order in which they are made; they are deleted in the opposite one."""
 
 LEFT_TO_OTHERS = ("paused", "active", "enabled", "priority", "base_job_template")

@@ -8,6 +8,7 @@ from orchestration.api import JSON, Server
 from orchestration.deployments.objects import (
     AUTOMATION,
     DEPLOYMENT,
+    FILE_SYSTEM,
     LIMIT,
     NOBODY,
     POOL,
@@ -26,8 +27,9 @@ from orchestration.deployments.schedules import from_server
 
 async def everything(server: Server) -> dict[Name, Object]:
     """All that desired state may be about, by kind and key."""
-    variables, limits, pools, queues, automations, deployments, flows = await asyncio.gather(
+    variables, systems, limits, pools, queues, automations, deployments, flows = await asyncio.gather(
         server.all("/variables/filter"),
+        server.all("/block_documents/filter", block_types={"slug": {"any_": [FILE_SYSTEM]}}),
         server.all("/v2/concurrency_limits/filter"),
         server.all("/work_pools/filter"),
         server.all("/work_queues/filter"),
@@ -38,6 +40,9 @@ async def everything(server: Server) -> dict[Name, Object]:
     names = {each["id"]: each["name"] for each in flows}
     found: list[Object] = []
     found += [_made(VARIABLE, each["name"], each, "value", "tags") for each in variables]
+    for each in systems:
+        fields = {key: each["data"].get(key, missing) for key, missing in (("basepath", ""), ("settings", {}))}
+        found.append(Object(FILE_SYSTEM, each["name"], fields, id=each["id"], raw=each))
     for each in limits:
         # The server keeps those of tags and deployments among them.
         if each["name"].startswith("tag:"):

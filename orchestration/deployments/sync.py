@@ -24,6 +24,7 @@ from orchestration.deployments.desired import Desired
 from orchestration.deployments.objects import (
     AUTOMATION,
     DEPLOYMENT,
+    FILE_SYSTEM,
     LEFT_TO_OTHERS,
     LIMIT,
     NOBODY,
@@ -272,6 +273,7 @@ def _path(found: Object) -> str:
     key = "/".join(quote(part, safe="") for part in found.key.split("/"))
     return {
         VARIABLE: f"/variables/{found.id}",
+        FILE_SYSTEM: f"/block_documents/{found.id}",
         LIMIT: f"/v2/concurrency_limits/{found.id}",
         TAG_LIMIT: f"/concurrency_limits/tag/{key}",
         POOL: f"/work_pools/{key}",
@@ -294,6 +296,9 @@ async def _create(server: Server, wanted: Object) -> None:
         # It is one or becomes one: the server's own way to set it.
         await server.ask("POST", "/concurrency_limits/", {"tag": wanted.key, **fields})
         return
+    if wanted.kind == FILE_SYSTEM:
+        await _create_file_system(server, wanted)
+        return
     pool, _, queue = wanted.key.partition("/")
     path, name = {
         VARIABLE: ("/variables/", wanted.key),
@@ -314,6 +319,15 @@ async def _create(server: Server, wanted: Object) -> None:
             await server.ask("PATCH", f"{path}/{quote(name, safe='')}", fields)
 
 
+async def _create_file_system(server: Server, wanted: Object) -> None:
+    """A block; the server made its type and their schema when it started."""
+    kind = await server.ask("GET", f"/block_types/slug/{FILE_SYSTEM}")
+    body: JSON = {"block_schemas": {"block_type_id": {"any_": [kind["id"]]}}, "limit": 1}
+    [schema] = await server.ask("POST", "/block_schemas/filter", body)
+    body = {"name": wanted.key, "data": wanted.fields, "block_type_id": kind["id"], "block_schema_id": schema["id"]}
+    await server.ask("POST", "/block_documents/", body | {"is_anonymous": False})
+
+
 def _without_type(fields: JSON) -> JSON:
     return {key: value for key, value in fields.items() if key != "type"}
 
@@ -325,6 +339,8 @@ async def _change(server: Server, change: Change) -> None:
     fields = _set(wanted.fields)
     if wanted.kind == TAG_LIMIT:
         await _create(server, wanted)
+    elif wanted.kind == FILE_SYSTEM:
+        await server.ask("PATCH", _path(found), {"data": wanted.fields, "merge_existing_data": False})
     elif wanted.kind == AUTOMATION:
         for each in found.raw.get("copy_ids", ()):
             await server.ask("DELETE", f"/automations/{each}", absent=True)

@@ -4,31 +4,97 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import pytest
+import redis
+import s3fs
+import yaml
 from prefect import flow, task
 
 from orchestration.errors import PipelineError
 from orchestration.idempotency import idempotency_key
 from orchestration.settings import ROOT
+from tests import parts
+from tests.helm.rendering import Object, environment, render
+from tests.parts import client_of
 
 FLOWS = ROOT / "tests" / "e2e" / "faults"
 
+Storage = Callable[[str], dict[str, str]]
+"""Brings what a release's storage needs to the server at an URL; the variables of a run's container."""
 
-def _execute(run: str, url: str, results: Path) -> None:
-    """Execute a run as a pod does."""
-    environment = os.environ | {
-        "PREFECT_API_URL": url,
-        "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(results),
-        "PREFECT_RESULTS_PERSIST_BY_DEFAULT": "true",
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [sys.executable, "-m", "prefect", "flow-run", "execute", run]
-    subprocess.run(command, env=environment, cwd=FLOWS, capture_output=True, check=True)
+
+def _release(folder: Path, url: str, **results: Any) -> dict[str, Any]:
+    """Sync what the chart with these results syncs; the variables of a run's container, as the template has them."""
+    values: Object = {"image": {"tag": "1"}, "pool": {"name": f"pool-{uuid4().hex[:8]}"}, "runs": {"results": results}}
+    release = f"release-{uuid4().hex[:8]}"
+    objects = render("prefect-work-pool", values, release)
+    [file] = [each["data"]["pool.yaml"] for each in objects if each["kind"] == "ConfigMap"]
+    (folder / "pool.yaml").write_text(file)
+    command = [sys.executable, "-m", "orchestration", "sync", "--owner", release, str(folder / "pool.yaml")]
+    subprocess.run(command, env=os.environ | {"PREFECT_API_URL": url}, cwd=ROOT, capture_output=True, check=True)
+    [pool] = yaml.safe_load(file)["work_pools"]
+    [container] = pool["base_job_template"]["job_configuration"]["job_manifest"]["spec"]["template"]["spec"][
+        "containers"
+    ]
+    variables = environment(container)
+    return {name: value for name, value in variables.items() if name != "KUBERNETES_JOB"}
+
+
+def _volume(folder: Path) -> Iterator[Storage]:
+    def made(url: str) -> dict[str, str]:
+        variables = _release(folder, url, storage="volume")
+        assert variables["PREFECT_RESULTS_LOCAL_STORAGE_PATH"] == "/results"
+        return variables | {"PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(folder / "results")}
+
+    yield made
+    assert any((folder / "results").iterdir())
+
+
+def _s3(folder: Path) -> Iterator[Storage]:
+    with parts.s3_server(folder) as server:
+        endpoint = server.pop("endpoint")
+        s3 = {"bucket": "results", "endpoint": endpoint, "region": "us-east-1"}
+        yield lambda url: _release(folder, url, storage="s3", s3=s3) | server
+        key, secret = server.values()
+        there = s3fs.S3FileSystem(key=key, secret=secret, endpoint_url=endpoint, skip_instance_cache=True)
+        assert [each.split("/")[:2] for each in there.ls("results")] == [["results", "prefect"]]
+
+
+def _redis(folder: Path) -> Iterator[Storage]:
+    def made(url: str) -> dict[str, str]:
+        variables = _release(folder, url, storage="redis", redis={"existingSecret": "results"}, keepDays=2)
+        assert variables["RESULTS_REDIS_URL"] == {"secretKeyRef": {"name": "results", "key": "url"}}
+        return variables | {"RESULTS_REDIS_URL": server}
+
+    with parts.redis_server(folder) as server:
+        yield made
+        with redis.Redis.from_url(server) as there:
+            keys = list(there.scan_iter("prefect/release-*/results/*"))
+            assert keys
+            assert len(keys) == there.dbsize()
+            assert all(86400 < there.ttl(key) <= 2 * 86400 for key in keys)
+
+
+@pytest.fixture(params=[_volume, _s3, _redis], ids=["volume", "s3", "redis"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
+    """Each storage of results that the chart knows; at the end the results have to be there."""
+    yield from request.param(tmp_path)
+
+
+def _execute(run: str, url: str, variables: dict[str, str]) -> None:
+    """Execute a run as a pod does: what it keeps on its own disk goes with it."""
+    with tempfile.TemporaryDirectory() as disk:
+        pod = {"PREFECT_API_URL": url, "PREFECT_HOME": disk, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "prefect", "flow-run", "execute", run]
+        subprocess.run(command, env=os.environ | variables | pod, cwd=FLOWS, capture_output=True, check=True)
 
 
 def _lines(api: httpx.Client, run: str) -> list[str]:
@@ -39,18 +105,19 @@ def _lines(api: httpx.Client, run: str) -> list[str]:
     return [each["message"] for each in api.post("/logs/filter", json=body).raise_for_status().json()]
 
 
-def test_a_run_that_was_killed_goes_on_where_it_was(prefect_server: str, tmp_path: Path) -> None:
-    with httpx.Client(base_url=prefect_server, timeout=60) as api:
+def test_a_run_that_was_killed_goes_on_where_it_was(prefect_server: str, storage: Storage) -> None:
+    variables = storage(prefect_server)
+    with client_of(prefect_server) as api:
         flow_id = api.post("/flows/", json={"name": "stepwise"}).raise_for_status().json()["id"]
         step = {"prefect.deployments.steps.set_working_directory": {"directory": str(FLOWS)}}
         body = {"name": "durable", "flow_id": flow_id, "entrypoint": "flow.py:stepwise", "pull_steps": [step]}
         made = api.post("/deployments/", json=body).raise_for_status().json()["id"]
         run = api.post(f"/deployments/{made}/create_flow_run", json={}).raise_for_status().json()["id"]
-        _execute(run, prefect_server, tmp_path)
+        _execute(run, prefect_server, variables)
         assert api.get(f"/flow_runs/{run}").json()["state_type"] == "CRASHED"
         again = {"state": {"type": "SCHEDULED", "name": "AwaitingRetry"}}
         api.post(f"/flow_runs/{run}/set_state", json=again).raise_for_status()
-        _execute(run, prefect_server, tmp_path)
+        _execute(run, prefect_server, variables)
         assert api.get(f"/flow_runs/{run}").json()["state_type"] == "COMPLETED"
         lines = _lines(api, run)
     taken = [re.findall(r"step (\d) in execution (\d) with key (\S+)", line) for line in lines]

@@ -3,19 +3,19 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
 from orchestration import warehouse
 from orchestration.dbt import DbtProject
 from tests.orchestration.dbt.projects import every_kind
 from tests.orchestration.dbt.task_runs import Server
+from tests.parts import client_of
 
 
 @pytest.fixture
 def server(prefect_server: str) -> Iterator[Server]:
     """What the session's Prefect server has."""
-    with httpx.Client(base_url=prefect_server, timeout=30) as client:
+    with client_of(prefect_server) as client:
         yield Server(client)
 
 

@@ -132,10 +132,21 @@ def test_what_is_built_is_an_asset_with_its_lineage(project: DbtProject, shop: P
         project.build()
 
     run = server.run(daily(return_state=True))
-    server.nodes(run, len(results_of(shop)))
-    events = server.events(run, "prefect.asset.")
     address = "postgres://{}/analytics/{}".format
     database = warehouse.environment()["PGDATABASE"]
+
+    def told() -> list[Object]:
+        """The server's events, all of them: it writes down what it is sent some time later."""
+        events = server.events(run, "prefect.asset.")
+        ends = [event for event in events if "referenced" not in event["event"]]
+        return events if len(ends) == len(at_work) else []
+
+    at_work = {
+        node
+        for node, status in results_of(shop).items()
+        if node.startswith(("model.", "seed.", "snapshot.")) and status != "skipped"
+    }
+    events = wait_until(told, f"events of {len(at_work)} assets", 30)
     built = {event["resource"]["prefect.resource.id"]: event for event in events if "succeeded" in event["event"]}
     failed = [event["resource"]["prefect.resource.id"] for event in events if "failed" in event["event"]]
     seen = {event["resource"]["prefect.resource.id"] for event in events if "referenced" in event["event"]}

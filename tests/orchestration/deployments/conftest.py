@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from orchestration.__main__ import main
+from tests.parts import client_of
 
 FLOW = '''
 from prefect import flow
@@ -98,5 +99,5 @@ def project(
 ) -> Iterator[Project]:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "flow.py").write_text(FLOW)
-    with httpx.Client(base_url=prefect_server, timeout=30) as api:
+    with client_of(prefect_server) as api:
         yield Project(tmp_path, api, capsys, f"o{os.getpid()}{uuid4().hex[:6]}")

@@ -21,6 +21,7 @@ HOURLY = {"interval": 3600, "anchor_date": "2026-01-01T00:00:00Z", "slug": "hour
 def everything(project: Project) -> dict[str, Any]:
     return {
         "variables": [{"name": project.own("region"), "value": {"a": [1, None]}, "tags": ["x"]}],
+        "remote_file_systems": [{"name": project.own("results"), "basepath": "s3://bucket/a", "settings": {"b": [1]}}],
         "concurrency_limits": [{"name": project.own("database"), "limit": 5, "slot_decay_per_second": 0.5}],
         "tag_concurrency_limits": [{"tag": project.own("warehouse"), "limit": 3}],
         "work_pools": [
@@ -63,7 +64,7 @@ def test_a_first_sync_makes_everything_and_a_second_sends_nothing(project: Proje
     whole(project)
     status, planned = project.run("plan")
     assert status == 2
-    assert "9 to create" in planned
+    assert "10 to create" in planned
     assert "\033[" not in planned
     with patch("sys.stdout.isatty", return_value=True):
         assert "\033[32m+ deployment" in project.run("plan")[1], "in colour on a terminal"
@@ -84,6 +85,30 @@ def test_a_first_sync_makes_everything_and_a_second_sends_nothing(project: Proje
     assert [each["name"] for each in sorted(queues, key=lambda each: each["priority"])] == ["urgent", "default", "slow"]
     project.sync("--prune")
     assert project.there("a") == made
+
+
+def test_a_file_system_is_the_block_that_prefect_loads(project: Project) -> None:
+    from prefect.filesystems import RemoteFileSystem
+
+    name = project.own("results")
+
+    def synced(**fields: Any) -> Any:
+        project.write(remote_file_systems=[{"name": name, **fields}])
+        project.sync("--prune")
+        return RemoteFileSystem.load(name)
+
+    first = synced(basepath="memory://a/b", settings={"x": {"y": 1}})
+    assert (first.basepath, first.settings) == ("memory://a/b", {"x": {"y": 1}})
+    changed = synced(basepath="memory://c")
+    changed.write_path("one", b"1")
+    assert (changed.basepath, changed.settings) == ("memory://c", {})
+    assert changed._block_document_id == first._block_document_id, "what refers to it still finds it"
+    project.write(remote_file_systems=[{"name": name, "basepath": "folder"}])
+    assert "basepath" in project.run("plan")[1]
+    project.write()
+    project.sync("--prune")
+    with pytest.raises(ValueError, match="Unable to find block document"):
+        RemoteFileSystem.load(name)
 
 
 def test_a_change_touches_what_differs_alone(project: Project) -> None:

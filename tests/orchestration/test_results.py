@@ -1,0 +1,59 @@
+"""Results in Redis, by a real one: what is stored, and what happens where there is none."""
+
+from collections.abc import Callable
+from pathlib import Path
+from uuid import uuid4
+
+import fsspec
+import pytest
+import redis
+from prefect import flow, task
+from prefect.filesystems import RemoteFileSystem
+
+from orchestration.errors import SettingsError
+from tests import parts
+
+
+def _storage(**settings: int) -> RemoteFileSystem:
+    made = RemoteFileSystem(basepath=f"redis://{uuid4().hex}/results", settings=settings)
+    made._filesystem = fsspec.filesystem("redis", skip_instance_cache=True, **settings)
+    return made
+
+
+def test_a_file_is_a_key_that_goes_after_its_time(tmp_path: Path, use_settings: Callable[..., None]) -> None:
+    with parts.redis_server(tmp_path) as url, redis.Redis.from_url(url) as there:
+        use_settings(RESULTS_REDIS_URL=url)
+        for storage, seconds in ((_storage(), -1), (_storage(ttl=60), 60)):
+            storage.write_path("a/b", b"one")
+            storage.write_path("a/b", b"two")
+            assert storage.read_path("a/b") == b"two"
+            key = f"{storage.basepath.removeprefix('redis://')}/a/b"
+            assert there.get(key) == b"two"
+            assert there.ttl(key) in (seconds, seconds - 1)
+            with pytest.raises(FileNotFoundError):
+                storage.read_path("a/c")
+        assert there.dbsize() == 2
+
+
+@pytest.mark.parametrize(("url", "said"), [("", "RESULTS_REDIS_URL is not set"), ("localhost:6379", "not a Redis URL")])
+def test_an_url_that_cannot_be_is_said(url: str, said: str, use_settings: Callable[..., None]) -> None:
+    use_settings(RESULTS_REDIS_URL=url)
+    with pytest.raises(SettingsError, match=said):
+        _storage()
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_a_redis_that_is_away_costs_the_results_and_not_the_run(use_settings: Callable[..., None]) -> None:
+    use_settings(RESULTS_REDIS_URL=f"redis://127.0.0.1:{parts.free_port()}/0")
+    storage = _storage()
+    storage.save(f"away-{uuid4().hex[:8]}")
+
+    @task
+    def one() -> int:
+        return 1
+
+    @flow(result_storage=storage, persist_result=True)
+    def away() -> int:
+        return one()
+
+    assert away() == 1
