@@ -65,8 +65,12 @@ def parser() -> argparse.ArgumentParser:
     made = commands.add_parser("runs", help="runs that are due and not over, each with why it is where it is")
     made.add_argument("--stuck", action="store_true", help="only those that do not get on; exit status 2 if any")
     made.add_argument("--json", action="store_true", help="for programs")
-    made = commands.add_parser("why", help="what became of a run: states, events, log, and the diagnosis")
+    made = commands.add_parser("why", help="what became of a run, from creation to end, and the diagnosis")
     made.add_argument("run", metavar="RUN", help="its name or id")
+    made.add_argument("--json", action="store_true", help="for programs")
+    text = "how much memory the runs of each deployment used, and what it should ask for"
+    made = commands.add_parser("memory", help=text, description=text)
+    made.add_argument("deployment", nargs="?", default="", metavar="DEPLOYMENT", help="NAME or FLOW/NAME; default: all")
     made.add_argument("--json", action="store_true", help="for programs")
     text = "bring runs and their pods into agreement, from inside of their namespace"
     made = commands.add_parser("reconcile", help=text, description=text)
@@ -203,8 +207,18 @@ async def _why(options: argparse.Namespace) -> int:
 
     async with connected() as api:
         run = await timeline.named(api, options.run)
-        moments, sentence = await timeline.timeline(api, run), await timeline.diagnosis(api, run)
-    timeline.show(moments, sentence, as_json=options.json)
+        moments, found = await timeline.timeline(api, run), await timeline.diagnosis(api, run)
+    timeline.show(moments, found, as_json=options.json)
+    return NOTHING
+
+
+async def _memory(options: argparse.Namespace) -> int:
+    from orchestration.api import connected
+    from orchestration.reconciler import memory
+
+    async with connected() as api:
+        found = await memory.report(api, options.deployment)
+    memory.show(found, as_json=options.json)
     return NOTHING
 
 
@@ -236,6 +250,7 @@ COMMANDS = {
     "watch": _watch,
     "runs": _runs,
     "why": _why,
+    "memory": _memory,
     "reconcile": _reconcile,
 }
 

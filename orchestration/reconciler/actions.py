@@ -2,17 +2,21 @@
 
 import asyncio
 import random
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 from urllib.parse import quote
 from uuid import NAMESPACE_URL, uuid4, uuid5
 
-from orchestration.api import RefusedError, Server
+from orchestration.api import JSON, RefusedError, Server
+from orchestration.errors import ClusterError
+from orchestration.reconciler import remains
 from orchestration.reconciler.cluster import Cluster
 from orchestration.reconciler.decide import (
     LOG,
+    LOST,
     Action,
     Adopt,
+    Cancel,
     Cancelled,
     Crash,
     Explain,
@@ -46,7 +50,8 @@ async def carry_out(server: Server, cluster: Cluster, action: Action, pods: list
         await cluster.stop(action.job, action.grace)
         return f"Job {action.job} deleted: {action.sentence}"
     run = action.run
-    if not await _unchanged(server, run):
+    found = await server.ask("GET", f"/flow_runs/{run.id}", absent=True)
+    if found is None or found["state"] is None or found["state"]["id"] != run.state_id:
         return ""
     if isinstance(action, Adopt):
         body = {"infrastructure_pid": f"{cluster.namespace}:{action.job}"}
@@ -55,7 +60,9 @@ async def carry_out(server: Server, cluster: Cluster, action: Action, pods: list
     if isinstance(action, Explain):
         return await _set(server, run, "PENDING", action.word, action.sentence)
     if isinstance(action, Unclaim):
-        return await _set(server, run, "SCHEDULED", "Scheduled", action.sentence, at=datetime.now(UTC))
+        return await _set(server, run, "SCHEDULED", "Scheduled", action.sentence, at=server.now)
+    if isinstance(action, Cancel):
+        return await _set(server, run, "CANCELLING", "Cancelling", action.sentence)
     if isinstance(action, Cancelled):
         return await _set(server, run, "CANCELLED", "Cancelled", action.sentence)
     if isinstance(action, Crash):
@@ -63,55 +70,69 @@ async def carry_out(server: Server, cluster: Cluster, action: Action, pods: list
         # First the cause: whoever finds the run crashed knows it, also if this process ends in between.
         await server.ask("PATCH", f"/flow_runs/{run.id}/labels", action.labels)
         return await _set(server, run, "CRASHED", "Crashed", f"{action.cause.sentence}.{tail}")
-    return await _retry(server, action)
+    return await _retry(server, action, found)
 
 
 async def _log_tail(cluster: Cluster, pods: list[Pod], run: Run) -> str:
     ended = [each for each in pods if each.end and (not run.job or each.job == run.job)]
     if not ended:
         return ""
-    lines = await cluster.last_lines(max(ended, key=lambda each: each.created).name)
+    try:
+        lines = await cluster.last_lines(max(ended, key=lambda each: each.created).name)
+    except ClusterError:
+        return ""  # who has it, the kubelet, may be gone or know nobody yet: that must not keep the run Running
     return f"{LOG}\n{lines}" if lines else ""
 
 
-async def _retry(server: Server, action: Retry) -> str:
+async def _retry(server: Server, action: Retry, found: JSON) -> str:
     run = action.run
-    told = verdict(run, action.cause, await _retries(server, run))
+    told = verdict(run, action.cause, await _retries(server, found))
     if not told.again:
+        await remains.end(server, run.id, f"Its run {run.name} has crashed")
         await server.ask("PATCH", f"/flow_runs/{run.id}/labels", told.labels)
         await _event(server, run, "given-up", told.sentence)
         return f"run {run.name}: {told.sentence}"
     # First counted, then tried: cut off in between it is tried without being counted again.
     await server.ask("PATCH", f"/flow_runs/{run.id}/labels", told.labels)
+    if not run.labels.get(LOST):  # else it may go on for a while
+        await remains.release(server, run.id)
     delay = told.delay * random.uniform(1, 1.25)  # noqa: S311 - so that many do not come back at once
     message = f"{told.sentence}. {action.cause.sentence}"
     if told.memory:
         # Only what is scheduled may get other variables, and no worker is to take it before.
-        later = datetime.now(UTC) + BEFORE_ANY_WORKER
+        later = server.now + BEFORE_ANY_WORKER
         if not await _set(server, run, "SCHEDULED", "Scheduled", f"Gets {told.memory} of memory first", at=later):
             return ""
-        found = await server.ask("GET", f"/flow_runs/{run.id}")
         variables = (found.get("job_variables") or {}) | {"memory_limit": told.memory}
         await server.ask("PATCH", f"/flow_runs/{run.id}", {"job_variables": variables})
-    at = datetime.now(UTC) + timedelta(seconds=delay)
+    at = server.now + timedelta(seconds=delay)
     return await _set(server, run, "SCHEDULED", "AwaitingRetry", message, at=at)
 
 
-async def _retries(server: Server, run: Run) -> Retries:
-    """The policy of a run: its own job variables, its deployment's, the pool's defaults."""
-    found = await server.ask("GET", f"/flow_runs/{run.id}")
-    deployment = await server.ask("GET", f"/deployments/{run.deployment}", absent=True) or {}
+async def _retries(server: Server, found: JSON) -> Retries | None:
+    """The policy of a run: its own job variables, its deployment's, the pool's defaults; None without a deployment."""
+    deployment = await server.ask("GET", f"/deployments/{found['deployment_id']}", absent=True)
+    if deployment is None:
+        return None
     name = found.get("work_pool_name")
-    pool = await server.ask("GET", f"/work_pools/{quote(name, safe='')}", absent=True) if name else None
-    properties = ((pool or {}).get("base_job_template") or {}).get("variables", {}).get("properties", {})
+    defaults = await pool_defaults(server, name) if name else {}
     given = {**(deployment.get("job_variables") or {}), **(found.get("job_variables") or {})}
-    defaults = {name: each.get("default") for name, each in properties.items()}
     return Retries.of(defaults | given)
 
 
-async def _unchanged(server: Server, run: Run) -> bool:
-    found = await server.ask("GET", f"/flow_runs/{run.id}", absent=True)
-    return found is not None and found["state"] is not None and found["state"]["id"] == run.state_id
+async def pool_defaults(server: Server, pool: str) -> JSON:
+    """What a work pool gives to runs that do not say otherwise, by job variable; nothing of a pool that is gone.
+
+    Args:
+        server: of the pool.
+        pool: its name.
+
+    Raises:
+        ApiError: the server does not answer.
+    """
+    found = await server.ask("GET", f"/work_pools/{quote(pool, safe='')}", absent=True) or {}
+    properties = (found.get("base_job_template") or {}).get("variables", {}).get("properties", {})
+    return {name: each.get("default") for name, each in properties.items()}
 
 
 async def _set(server: Server, run: Run, type_: str, name: str, message: str, *, at: datetime | None = None) -> str:
@@ -137,7 +158,7 @@ async def _event(server: Server, run: Run, name: str, message: str) -> None:
     """Say on the run's page who decided it, and of which state."""
     event = {
         "id": str(uuid4()),
-        "occurred": datetime.now(UTC).isoformat(),
+        "occurred": server.now.isoformat(),
         "event": f"reconciler.flow-run.{name}",
         "resource": {"prefect.resource.id": f"prefect.flow-run.{run.id}", "prefect.resource.name": run.name},
         "payload": {"of": {"state": run.state, "since": run.since.isoformat()}, "evidence": message[:LONGEST]},

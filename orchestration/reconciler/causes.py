@@ -1,6 +1,7 @@
 """Why a run's pod ended or does not start, in a sentence."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -42,6 +43,47 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 """crash: the run's own doing. oom: it needs more memory. disruption: the cluster's doing. start: a person has to cure
 it, so no retry can help."""
 
+Diagnosis = Literal[
+    "crash", "oom", "disruption", "pod-gone", "image", "config-error", "unschedulable", "refused", "claim-lost", "late",
+    "cancelling", "fenced", "given-up",
+]  # fmt: skip
+"""What a run may suffer from; each has a page of its name."""
+
+PAGES = "docs/diagnoses/{}.md"
+
+OF_STATE: Mapping[str, Diagnosis] = {
+    "ImagePullBackOff": "image",
+    "InvalidImageName": "image",
+    "ErrImageNeverPull": "image",
+    "CreateContainerConfigError": "config-error",
+    "CreateContainerError": "config-error",
+    "RunContainerError": "config-error",
+    "Unschedulable": "unschedulable",
+    "SchedulingGated": "unschedulable",
+    REFUSED: "refused",
+}
+"""The diagnosis of each state of a run whose pod does not start."""
+
+GONE, EXCEEDED, DISRUPTED, WAITS, CANNOT = (
+    "Its pod is gone: ", "OOMKilled: ", " was ended by the cluster: ", " does not start, ", " cannot make its pod: ",
+)  # fmt: skip
+LOST_NODE = "Its pod is gone: the cluster ended it"
+"""What tells the sentences below from each other."""
+
+
+def of_sentence(sentence: str) -> Diagnosis:
+    """The diagnosis that a sentence of this module says, wherever in a state's message it is; crash of any other."""
+    if found := re.search(rf"{WAITS}(\w+)", sentence):
+        return OF_STATE.get(HOPELESS.get(found[1], ""), "crash")
+    marks: dict[str, Diagnosis] = {
+        CANNOT: "refused",
+        EXCEEDED: "oom",
+        DISRUPTED: "disruption",
+        LOST_NODE: "disruption",
+        GONE: "pod-gone",
+    }
+    return next((diagnosis for mark, diagnosis in marks.items() if mark in sentence), "crash")
+
 
 @dataclass(frozen=True)
 class Cause:
@@ -58,25 +100,28 @@ class Cause:
     memory: str = ""
 
 
-def of_end(pods: Sequence[Pod]) -> Cause:
-    """Why the newest of a run's pods ended; none is one that was deleted."""
+def of_end(pods: Sequence[Pod], jobs: Sequence[Job] = ()) -> Cause:
+    """Why the newest of a run's pods ended; of none, what its Jobs say of one that is gone."""
     if not pods:
-        return Cause("crash", "Its pod is gone: somebody deleted it or its Job, and it reported nothing before")
+        if any(each.disrupted for each in jobs):
+            return Cause("disruption", f"{LOST_NODE}, as when its node is lost")
+        return Cause("crash", f"{GONE}somebody deleted it or its Job, and it reported nothing before")
     pod = max(pods, key=lambda each: each.created)
     end = pod.end
     assert end
+    where = f"{pod.name} on {pod.node}" if pod.node else pod.name
     if end.oom:
         limit = f" of {pod.memory}" if pod.memory else ""
         peak = f"; it used {end.peak / 2**20:.0f} MiB at the most" if end.peak else ""
-        return Cause("oom", f"OOMKilled: pod {pod.name} exceeded its memory limit{limit}{peak}", pod.memory)
+        return Cause("oom", f"{EXCEEDED}pod {where} exceeded its memory limit{limit}{peak}", pod.memory)
     if end.disruption or end.reason in ("Evicted", "Preempting", "NodeLost", "Shutdown", "NodeShutdown"):
         why = DISRUPTIONS.get(end.disruption, f"{end.reason}: {end.message}".rstrip(": "))
-        return Cause("disruption", f"Pod {pod.name} was ended by the cluster: {why}")
+        return Cause("disruption", f"Pod {where}{DISRUPTED}{why}")
     if end.code is None:
-        return Cause("crash", f"Pod {pod.name} ended before its container ran: {end.reason} {end.message}".rstrip())
+        return Cause("crash", f"Pod {where} ended before its container ran: {end.reason} {end.message}".rstrip())
     signal = f" ({SIGNALS[end.code]})" if end.code in SIGNALS else ""
     more = f": {end.message}" if end.message else ""
-    return Cause("crash", f"Pod {pod.name} ended with exit code {end.code}{signal}{more}")
+    return Cause("crash", f"Pod {where} ended with exit code {end.code}{signal}{more}")
 
 
 def of_wait(job: Job, pods: Sequence[Pod]) -> tuple[str, str] | None:
@@ -84,7 +129,7 @@ def of_wait(job: Job, pods: Sequence[Pod]) -> tuple[str, str] | None:
     for pod in pods:
         if pod.waiting and pod.waiting[0] in HOPELESS:
             word, said = pod.waiting
-            return HOPELESS[word], f"Pod {pod.name} does not start, {word}: {said}".rstrip(": ")
+            return HOPELESS[word], f"Pod {pod.name}{WAITS}{word}: {said}".rstrip(": ")
     if job.refused and not pods:
-        return REFUSED, f"Job {job.name} cannot make its pod: {job.refused}"
+        return REFUSED, f"Job {job.name}{CANNOT}{job.refused}"
     return None

@@ -3,25 +3,32 @@
 Plain requests: a client's models of a thousand pods take longer and more memory than all the rest of a round.
 """
 
+import asyncio
 import hashlib
 import os
 import ssl
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import httpx
+from pydantic import ValidationError
 
+from orchestration.api import ahead
 from orchestration.errors import ClusterError
 from orchestration.reconciler.facts import POOL_LABEL, RUN_LABEL, Job, Pod
+from orchestration.reconciler.objects import Change, EventObject, JobObject, Listed, Page, PodObject
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 TIMEOUT = 5.0
 """Seconds for a request."""
+
+LISTEN = 120
+"""Seconds after which what is listened to is asked for anew: whatever it was, a connection may be dead."""
 
 PAGE = 500
 
@@ -36,6 +43,12 @@ def identity() -> str:
         return ""
 
 
+def _authorization() -> dict[str, str]:
+    token = ACCOUNT / "token"
+    # It changes every hour.
+    return {"Authorization": f"Bearer {token.read_text()}"} if token.exists() else {}
+
+
 class Cluster:
     """A namespace; made by `connected`."""
 
@@ -43,6 +56,8 @@ class Cluster:
         self.client = client
         self.namespace = namespace
         self.identity = identity()
+        self.ahead = timedelta()
+        """By how much the clock of the Kubernetes API is ahead of this one."""
 
     async def ask(
         self, method: str, path: str, body: Any = None, *, query: Object | None = None, absent: Sequence[int] = ()
@@ -52,13 +67,23 @@ class Cluster:
         Raises:
             ClusterError: it does not answer, or refuses. Never read as absence.
         """
-        token = ACCOUNT / "token"
-        # It changes every hour.
-        headers = {"Authorization": f"Bearer {token.read_text()}"} if token.exists() else {}
+        response = await self._answer(method, path, body, query, absent)
+        if response is None:
+            return None
+        is_json = response.headers.get("content-type", "").startswith("application/json")
+        return response.json() if is_json else response.text
+
+    async def _answer(
+        self, method: str, path: str, body: Any, query: Object | None, absent: Sequence[int]
+    ) -> httpx.Response | None:
+        headers = _authorization()
+        if method == "PATCH":
+            headers["Content-Type"] = "application/merge-patch+json"
         try:
             response = await self.client.request(method, path, json=body, params=query, headers=headers)
         except httpx.TransportError as error:
             raise ClusterError(f"The Kubernetes API does not answer: {error or type(error).__name__}") from None
+        self.ahead = ahead(response)
         if response.status_code in absent:
             return None
         if response.status_code >= 300:
@@ -66,41 +91,86 @@ class Cluster:
             with suppress(ValueError):
                 said = response.json().get("message", said)
             raise ClusterError(f"The Kubernetes API answers {response.status_code} to {method} {path}: {said}")
-        is_json = response.headers.get("content-type", "").startswith("application/json")
-        return response.json() if is_json else response.text
+        return response
 
-    async def _all(self, path: str, **query: Any) -> list[Object]:
-        found: list[Object] = []
+    async def _all(self, kind: type[Page[Listed]], path: str, **query: Any) -> AsyncIterator[Listed]:
+        """All objects of a list, a page of them at a time."""
         more = ""
         while True:
-            page = await self.ask("GET", path, query=query | {"limit": PAGE, "continue": more})
-            found += page["items"]
-            more = page["metadata"].get("continue", "")
+            response = await self._answer("GET", path, None, query | {"limit": PAGE, "continue": more}, ())
+            assert response
+            try:
+                page = kind.model_validate_json(response.content)
+            except ValidationError as error:
+                first = error.errors(include_url=False)[0]
+                where = ".".join(map(str, first["loc"]))
+                raise ClusterError(f"The Kubernetes API's answer to {path} is none: {where} {first['msg']}") from None
+            for each in page.items:
+                yield each
+            more = page.metadata.more
             if not more:
-                return found
+                return
 
-    async def jobs(self, pool: str) -> list[Job]:
-        """The Jobs of a work pool's runs, by its id: other pools and other servers may have theirs beside them."""
+    async def jobs(self, pool: str, clock: timedelta) -> list[Job]:
+        """The Jobs of a work pool's runs, by its id: other pools and other servers may have theirs beside them.
+
+        Args:
+            pool: its id.
+            clock: by how much the clock on which their times are to be is ahead of this one.
+        """
         path = f"/apis/batch/v1/namespaces/{self.namespace}/jobs"
-        return [Job.read(each) for each in await self._all(path, labelSelector=f"{RUN_LABEL},{POOL_LABEL}={pool}")]
+        found = self._all(Page[JobObject], path, labelSelector=f"{RUN_LABEL},{POOL_LABEL}={pool}")
+        return [Job.read(each, clock - self.ahead) async for each in found]
 
-    async def pods(self, pool: str) -> list[Pod]:
-        """The pods of a work pool's runs."""
+    async def pods(self, pool: str, clock: timedelta) -> list[Pod]:
+        """The pods of a work pool's runs; as `jobs`."""
         path = f"/api/v1/namespaces/{self.namespace}/pods"
-        return [Pod.read(each) for each in await self._all(path, labelSelector=f"{RUN_LABEL},{POOL_LABEL}={pool}")]
+        found = self._all(Page[PodObject], path, labelSelector=f"{RUN_LABEL},{POOL_LABEL}={pool}")
+        return [Pod.read(each, clock - self.ahead) async for each in found]
+
+    async def listen(self, heard: asyncio.Event) -> None:
+        """Set `heard` as soon as a run's pod fails or is gone, for ever.
+
+        It hastens who looks every few seconds anyway, so what cannot be heard is no error.
+        """
+        path = f"/api/v1/namespaces/{self.namespace}/pods"
+        # Of what leaves its selection a watch says that it was deleted.
+        query: dict[str, str | int] = {
+            "watch": 1,
+            "timeoutSeconds": LISTEN,
+            "labelSelector": RUN_LABEL,
+            "fieldSelector": "status.phase=Running",
+        }
+        patience = httpx.Timeout(TIMEOUT, read=LISTEN + TIMEOUT)
+        while True:
+            with suppress(httpx.TransportError, ValueError):
+                async with self.client.stream(
+                    "GET", path, params=query, headers=_authorization(), timeout=patience
+                ) as response:
+                    async for line in response.aiter_lines():
+                        change = Change.model_validate_json(line)
+                        if change.type == "DELETED" and change.object.status.phase != "Succeeded":
+                            heard.set()
+            await asyncio.sleep(1)
 
     async def refused(self, job: str) -> str:
         """Why a Job cannot make its pod, of its newest event; empty if nothing is said."""
         selector = f"involvedObject.kind=Job,involvedObject.name={job},reason=FailedCreate"
-        found = await self._all(f"/api/v1/namespaces/{self.namespace}/events", fieldSelector=selector)
-        found.sort(key=lambda each: str(each.get("lastTimestamp") or each["metadata"]["creationTimestamp"]))
-        return str(found[-1].get("message", "")) if found else ""
+        events = self._all(Page[EventObject], f"/api/v1/namespaces/{self.namespace}/events", fieldSelector=selector)
+        found = [each async for each in events]
+        found.sort(key=lambda each: each.last_timestamp or each.metadata.creation_timestamp)
+        return found[-1].message if found else ""
 
     async def last_lines(self, pod: str, lines: int = 5) -> str:
         """The end of a pod's log; empty if there is none any more."""
         path = f"/api/v1/namespaces/{self.namespace}/pods/{pod}/log"
         found = await self.ask("GET", path, query={"tailLines": lines}, absent=(400, 404))
         return str(found or "").strip()
+
+    async def annotate(self, job: str, annotations: dict[str, str]) -> None:
+        """Give a Job these annotations; one that is gone needs none."""
+        path = f"/apis/batch/v1/namespaces/{self.namespace}/jobs/{job}"
+        await self.ask("PATCH", path, {"metadata": {"annotations": annotations}}, absent=(404,))
 
     async def stop(self, job: str, grace: int | None) -> None:
         """Delete a Job and its pods.

@@ -22,6 +22,9 @@ state for which there is no retry."""
 LOG = " The end of its log:"
 """What a crash's message has behind the cause, before the lines of the log."""
 
+UNCLAIMED = "No worker made a Job"
+"""How the message begins of a run that goes back to be claimed by another."""
+
 
 @dataclass(frozen=True)
 class Crash:
@@ -69,6 +72,14 @@ class Adopt:
 
 
 @dataclass(frozen=True)
+class Cancel:
+    """Nobody wants it any more."""
+
+    run: Run
+    sentence: str
+
+
+@dataclass(frozen=True)
 class Cancelled:
     """It was to be cancelled, and nothing of it is left."""
 
@@ -102,7 +113,7 @@ class Stop:
 SLACK = 2.0
 """Seconds by which a Job may seem older than the claim that it was made for: its time has no fractions."""
 
-Action = Crash | Explain | Unclaim | Adopt | Cancelled | Retry | Stop
+Action = Crash | Explain | Unclaim | Adopt | Cancel | Cancelled | Retry | Stop
 
 
 def decide(run: Run | None, jobs: Sequence[Job], pods: Sequence[Pod], now: datetime, policy: Policy) -> list[Action]:
@@ -110,8 +121,8 @@ def decide(run: Run | None, jobs: Sequence[Job], pods: Sequence[Pod], now: datet
 
     Args:
         run: None if the API does not have it any more.
-        jobs: all of it in the namespace, read after the run.
-        pods: all of it in the namespace, read after its Jobs.
+        jobs: all of it in the namespace, read at the same time.
+        pods: all of it in the namespace, read after both.
         now: the time on the clock that the API's times are on.
         policy: how patient to be.
     """
@@ -119,6 +130,8 @@ def decide(run: Run | None, jobs: Sequence[Job], pods: Sequence[Pod], now: datet
         return _after_the_end(run, jobs, pods, now, policy)
     if run.type not in ("PENDING", "RUNNING", "CANCELLING"):
         return []
+    if run.abandoned and run.type != "CANCELLING":
+        return [Cancel(run, "Its deployment was deleted")]
     age = (now - run.since).total_seconds()
     current = _current(run, jobs)
     name = current.name if current else run.job
@@ -134,11 +147,11 @@ def decide(run: Run | None, jobs: Sequence[Job], pods: Sequence[Pod], now: datet
         actions.append(Adopt(run, current.name))
     live = [each for each in mine if each.live]
     if run.type == "PENDING":
-        return actions + _pending(run, current, mine, age, now, policy)
+        return actions + _pending(run, current, jobs, pods, live, now, policy)
     # As long as its Job is not over, Kubernetes may make another pod, or has yet to count the one that is gone.
     if live or (current and not current.over and not current.refused and not current.deleted):
         return actions
-    return actions + _dead(run, [name] if name else [each.name for each in jobs], mine, now, policy)
+    return actions + _dead(run, current, jobs, pods, now, policy)
 
 
 def _current(run: Run, jobs: Sequence[Job]) -> Job | None:
@@ -149,21 +162,28 @@ def _current(run: Run, jobs: Sequence[Job]) -> Job | None:
 
 
 def _wanted(job: Job, pods: Sequence[Pod]) -> bool:
-    """Whether something of a Job may still execute, and nobody has asked for its deletion."""
+    """Whether something of a Job may still execute, a pod that Kubernetes has yet to make too, and nobody has asked for
+    its deletion.
+    """
     its = [each for each in pods if each.job == job.name]
-    return not job.deleted and (any(each.live and not each.deleted for each in its) or (not its and not job.over))
+    return not job.deleted and (not job.over or any(each.live and not each.deleted for each in its))
 
 
-def _dead(run: Run, jobs: Sequence[str], pods: Sequence[Pod], now: datetime, policy: Policy) -> list[Action]:
-    """Of a run whose execution, in a pod of these Jobs, is over, though it says nothing of it."""
-    ended = [each.end.at for each in pods if each.end]
-    # What it had to say it said before its process ended; without a pod there is no telling when that was.
-    patience = policy.settle if not ended else policy.reported
-    if (now - max([run.since, *ended])).total_seconds() < patience:
+def _dead(
+    run: Run, current: Job | None, jobs: Sequence[Job], pods: Sequence[Pod], now: datetime, policy: Policy
+) -> list[Action]:
+    """Of a run whose execution, in a pod of its current Job, is over, though it says nothing of it."""
+    name = current.name if current else run.job
+    seen = [each for each in pods if each.end and (each.job == name or not name)]
+    # What a process has to say it has said when it ends, as it waits for answers; but when did one that is gone end?
+    known = any(each.end and each.end.seen and each.end.at >= run.since for each in seen)
+    if not known and (now - run.since).total_seconds() < policy.settle:
         return []
-    seen = [each for each in pods if each.end]
-    lost = tuple(sorted({*jobs} - {each.job for each in seen}))
-    return [Crash(run, causes.of_end(seen), lost)]
+    # One that is over and that its worker has not recorded may be what executed, and what is older was over before.
+    names = {each.name for each in jobs if current is None or each.created >= current.created}
+    lost = {*names, *filter(None, [name])} - {each.job for each in pods if each.end and each.end.seen}
+    its = [each for each in jobs if each.name == name or not name]
+    return [Crash(run, causes.of_end(seen, its), tuple(sorted(lost)))]
 
 
 def _after_the_end(
@@ -204,16 +224,21 @@ def _cancelling(run: Run, jobs: Sequence[Job], pods: Sequence[Pod], age: float, 
     left = [each for each in jobs if _wanted(each, pods)]
     if not left and not any(each.live for each in pods):
         return [Cancelled(run, "Nothing of it is left in the cluster")] if age >= policy.settle else []
-    if age < policy.cancel:
+    if age < policy.cancel and not run.abandoned:
         return []
     return [Stop(each.name, None, f"run {run.name} is to be cancelled since {age:.0f} s") for each in left]
 
 
 def _pending(
-    run: Run, current: Job | None, pods: Sequence[Pod], age: float, now: datetime, policy: Policy
+    run: Run,
+    current: Job | None,
+    jobs: Sequence[Job],
+    pods: Sequence[Pod],
+    live: Sequence[Pod],
+    now: datetime,
+    policy: Policy,
 ) -> list[Action]:
-    """Of a run that was claimed and has not begun."""
-    live = [each for each in pods if each.live]
+    """Of a run that was claimed and has not begun, with the live pods of its current Job."""
     if any(each.started for each in live):
         return []
     of_this_claim = current and (
@@ -225,10 +250,11 @@ def _pending(
         return _explained(run, found, (now - current.created).total_seconds(), policy) if found else []
     # A Job that is over or gone may be of an earlier claim, and this one's not yet made.
     if current and of_this_claim:
-        return _dead(run, [current.name], pods, now, policy)
+        return _dead(run, current, jobs, pods, now, policy)
+    age = (now - run.since).total_seconds()
     if age <= policy.claim:
         return []
-    return [Unclaim(run, f"No worker made a Job within {age:.0f} s of claiming it")]
+    return [Unclaim(run, f"{UNCLAIMED} within {age:.0f} s of claiming it")]
 
 
 def _explained(run: Run, found: tuple[str, str], waited: float, policy: Policy) -> list[Action]:
@@ -257,8 +283,16 @@ class Verdict:
     memory: str = ""
 
 
-def verdict(run: Run, cause: Cause, retries: Retries) -> Verdict:
-    """Whether a crashed run has a retry left. Asked again after it was counted, it says the same."""
+def verdict(run: Run, cause: Cause, retries: Retries | None) -> Verdict:
+    """Whether a crashed run has a retry left. Asked again after it was counted, it says the same.
+
+    Args:
+        run: which.
+        cause: why it crashed.
+        retries: of its deployment; None if that is gone, and nobody could claim the run any more.
+    """
+    if retries is None:
+        return Verdict(False, "No retry: its deployment was deleted", labels={SETTLED: run.state_id})
     if cause.kind == "start":
         return Verdict(False, "No retry: somebody has to cure that first", labels={SETTLED: run.state_id})
     budget, label, what = (

@@ -4,8 +4,10 @@ import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
+
+from orchestration.reconciler.objects import ContainerState, JobObject, PodObject
 
 FINAL = frozenset({"COMPLETED", "FAILED", "CRASHED", "CANCELLED"})
 """Types of states after which nothing of a run is executed any more."""
@@ -16,6 +18,9 @@ RUN_LABEL, POOL_LABEL = "prefect.io/flow-run-id", "prefect.io/work-pool-id"
 CLUSTER = "reconciler.cluster"
 """Label of a run, by the worker that claimed it: in which cluster. Workers of several may share a pool, and their
 namespaces may have the same name."""
+
+NOTED = "reconciler.noted"
+"""Annotation of a Job: how many of its pods had ended and were noted on their run."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Run:
         namespace: where its Job was made; empty if none was yet.
         job: the name of its newest Job; empty if none was made yet.
         labels: of the run; retries are counted there.
+        abandoned: whether its deployment was deleted.
     """
 
     id: str
@@ -47,6 +53,7 @@ class Run:
     namespace: str = ""
     job: str = ""
     labels: Mapping[str, Any] = field(default_factory=dict)
+    abandoned: bool = False
 
     def is_of(self, cluster: str, namespace: str) -> bool:
         """Whether its pod is there; what is claimed and not yet marked by its worker may be anywhere."""
@@ -87,6 +94,7 @@ class End:
         disruption: the reason of its condition DisruptionTarget: the cluster's doing, not the run's.
         oom: whether something in it was killed for its memory.
         peak: bytes that it used at the most; 0 if nobody knows.
+        seen: whether its node has said so; else that was given up, and what is on it may execute on.
     """
 
     at: datetime
@@ -96,6 +104,7 @@ class End:
     disruption: str = ""
     oom: bool = False
     peak: int = 0
+    seen: bool = True
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,9 @@ class Pod:
         end: how it ended; None if it has not.
         waiting: why it does not start: Kubernetes' word and what it adds.
         memory: the limit of its main container, as it is written.
+        node: where it was put.
+        scheduled: when; None if it was not.
+        began: when its main container began, of one that has ended; None if it never did.
     """
 
     name: str
@@ -123,6 +135,9 @@ class Pod:
     end: End | None = None
     waiting: tuple[str, str] | None = None
     memory: str = ""
+    node: str = ""
+    scheduled: datetime | None = None
+    began: datetime | None = None
 
     @property
     def live(self) -> bool:
@@ -130,50 +145,53 @@ class Pod:
         return self.end is None
 
     @classmethod
-    def read(cls, raw: Mapping[str, Any]) -> "Pod":
-        """Of the API's JSON."""
-        meta, status = raw["metadata"], raw.get("status", {})
-        conditions = {each["type"]: each for each in status.get("conditions", [])}
-        main: Mapping[str, Any] = next(iter(status.get("containerStatuses", [])), {})
-        container = raw["spec"]["containers"][0]
-        state = main.get("state", {})
-        target = conditions.get("DisruptionTarget", {})
-        disruption = target.get("reason", "") if target.get("status") == "True" else ""
-        end = None
-        created = datetime.fromisoformat(meta["creationTimestamp"])
-        if status.get("phase") in ("Succeeded", "Failed"):
-            terminated = state.get("terminated") or {}
-            at = terminated.get("finishedAt") or target.get("lastTransitionTime")
-            reason = status.get("reason") or terminated.get("reason") or status["phase"]
-            memory = _report(terminated.get("message", ""))
+    def read(cls, raw: PodObject, later: timedelta = timedelta()) -> "Pod":
+        """Of what the API has, with times that much later: on another clock."""
+        meta, status = raw.metadata, raw.status
+        conditions = {each.type: each for each in status.conditions}
+        state = status.container_statuses[0].state if status.container_statuses else ContainerState()
+        target = conditions.get("DisruptionTarget")
+        created = meta.creation_timestamp + later
+        end = began = None
+        if status.phase in ("Succeeded", "Failed"):
+            terminated = state.terminated
+            began = terminated and terminated.started_at
+            at = (terminated and terminated.finished_at) or (target and target.last_transition_time)
+            reason = status.reason or (terminated and terminated.reason) or status.phase
+            said = terminated.message if terminated else ""
+            memory = _report(said)
             end = End(
-                datetime.fromisoformat(at) if at else created,
-                terminated.get("exitCode"),
+                at + later if at else created,
+                terminated.exit_code if terminated else None,
                 reason,
-                status.get("message") or ("" if memory else terminated.get("message", "")),
-                disruption,
+                status.message or ("" if memory else said),
+                target.reason if target and target.status == "True" else "",
                 reason == "OOMKilled" or bool(memory.get("oom_kills")),
                 memory.get("peak", 0),
+                terminated is not None or not (state.running or (target and target.reason == "DeletionByPodGC")),
             )
         waiting = None
-        scheduled = conditions.get("PodScheduled", {})
-        if scheduled.get("status") == "False":
-            waiting = (scheduled.get("reason", "Unschedulable"), scheduled.get("message", ""))
-        for each in [*status.get("initContainerStatuses", []), main]:
-            if stuck := each.get("state", {}).get("waiting"):
-                waiting = (stuck.get("reason", ""), stuck.get("message", ""))
+        scheduled = conditions.get("PodScheduled")
+        if scheduled and scheduled.status == "False":
+            waiting = (scheduled.reason or "Unschedulable", scheduled.message)
+        for each in [*(each.state for each in status.init_container_statuses), state]:
+            if each.waiting:
+                waiting = (each.waiting.reason, each.waiting.message)
                 break
-        deleted = meta.get("deletionTimestamp")
+        put = scheduled.last_transition_time if scheduled and scheduled.status == "True" else None
         return cls(
-            meta["name"],
-            meta["labels"][RUN_LABEL],
-            meta["labels"].get("job-name", ""),
+            meta.name,
+            meta.labels[RUN_LABEL],
+            meta.labels.get("job-name", ""),
             created,
-            "running" in state or "terminated" in state,
-            datetime.fromisoformat(deleted) if deleted else None,
+            bool(state.running or state.terminated),
+            meta.deletion_timestamp + later if meta.deletion_timestamp else None,
             end,
             waiting,
-            str(container.get("resources", {}).get("limits", {}).get("memory", "")),
+            str(raw.spec.containers[0].resources.limits.get("memory", "")),
+            raw.spec.node_name,
+            put + later if put else None,
+            began + later if began else None,
         )
 
 
@@ -195,8 +213,11 @@ class Job:
         run: the run's id.
         created: when.
         over: whether it will make no pod any more.
+        once: whether it makes one pod and no other, so that it is over with that one.
         deleted: whether somebody asked for its deletion.
         refused: why it has no pod, of its events: a quota, an account that is not there.
+        disrupted: whether the cluster ended its pod; it says so when that is gone, by its podFailurePolicy.
+        noted: how many of its pods had ended and were noted on the run.
     """
 
     name: str
@@ -204,19 +225,26 @@ class Job:
     created: datetime
     over: bool = False
     deleted: bool = False
+    once: bool = False
     refused: str = ""
+    disrupted: bool = False
+    noted: int = 0
 
     @classmethod
-    def read(cls, raw: Mapping[str, Any]) -> "Job":
-        """Of the API's JSON."""
-        meta = raw["metadata"]
-        conditions = {each["type"] for each in raw.get("status", {}).get("conditions", []) if each["status"] == "True"}
+    def read(cls, raw: JobObject, later: timedelta = timedelta()) -> "Job":
+        """Of what the API has, with times that much later: on another clock."""
+        meta = raw.metadata
+        conditions = {each.type: each for each in raw.status.conditions if each.status == "True"}
+        failed = conditions.get("Failed")
         return cls(
-            meta["name"],
-            meta["labels"][RUN_LABEL],
-            datetime.fromisoformat(meta["creationTimestamp"]),
-            bool(conditions & {"Complete", "Failed"}),
-            "deletionTimestamp" in meta,
+            meta.name,
+            meta.labels[RUN_LABEL],
+            meta.creation_timestamp + later,
+            not conditions.keys().isdisjoint({"Complete", "Failed"}),
+            meta.deletion_timestamp is not None,
+            raw.spec.backoff_limit == 0 and all(each.action == "FailJob" for each in raw.spec.pod_failure_policy.rules),
+            disrupted=failed is not None and "DisruptionTarget" in failed.message,
+            noted=int(meta.annotations.get(NOTED, 0)),
         )
 
 
@@ -225,20 +253,19 @@ class Policy:
     """How patient the reconciler is; seconds.
 
     Args:
-        reported: how long after its pod's end what it reported may be on its way.
-        settle: the same where nobody knows when its pod ended.
+        settle: how long what a run reported may be on its way, where nobody saw its pod end.
         claim: how long a worker may take from its claim to the Job.
         pending: how long a pod may not start for a reason that a person has to cure.
-        cancel: how long a run's own process may take to notice that it is cancelled, before its Job is deleted.
+        cancel: how long a run's own process may take to notice that it is cancelled, before its Job is deleted, of
+            which it hears by SIGTERM.
         crashed: how long a pod may live on after its run has crashed: it may yet tell why.
         linger: how long a pod may live on after its run has ended otherwise.
     """
 
-    reported: float = 1
     settle: float = 3
     claim: float = 60
     pending: float = 600
-    cancel: float = 15
+    cancel: float = 3
     crashed: float = 15
     linger: float = 60
 

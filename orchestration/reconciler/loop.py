@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import signal
 import sys
 import time
@@ -9,7 +10,7 @@ import traceback
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from urllib.parse import quote
 
 import httpx
@@ -19,9 +20,11 @@ from orchestration import api
 from orchestration.api import JSON, Server
 from orchestration.errors import PipelineError
 from orchestration.reconciler import cluster as kubernetes
+from orchestration.reconciler import ends
 from orchestration.reconciler.actions import carry_out, gather
 from orchestration.reconciler.cluster import Cluster, Leadership
 from orchestration.reconciler.decide import Action, decide
+from orchestration.reconciler.ends import Note
 from orchestration.reconciler.facts import Job, Pod, Policy, Run
 from orchestration.serving import Pulse, served
 
@@ -53,39 +56,49 @@ class Seen:
 
 
 async def look(server: Server, cluster: Cluster, pool: str) -> Seen:
-    """Read the pool's runs, and then, as a pod is older than what its run says, the namespace's Jobs and pods.
+    """Read the pool's runs and Jobs, and then, as a pod is older than what its run says, the pods.
+
+    One API's answer is read while the other's is on its way.
 
     Raises:
         PipelineError: one of both does not answer: there is no round then.
     """
     pool_id = (await server.ask("GET", f"/work_pools/{quote(pool, safe='')}"))["id"]
-    live, crashed = await asyncio.gather(
+    live, crashed, jobs = await asyncio.gather(
         _runs(server, pool, {"state": {"type": {"any_": LIVE}}}),
         _runs(
             server,
             pool,
             {
                 "state": {"type": {"any_": ["CRASHED"]}},
-                "end_time": {"after_": (datetime.now(UTC) - RECENT).isoformat()},
+                "end_time": {"after_": (server.now - RECENT).isoformat()},
             },
         ),
+        cluster.jobs(pool_id, server.ahead),
     )
-    runs: dict[str, Run | None] = {
-        each.id: each for each in [*live, *crashed] if each.is_of(cluster.identity, cluster.namespace)
-    }
-    jobs = await cluster.jobs(pool_id)
-    pods = await cluster.pods(pool_id)
+    ours = [each for each in [*live, *crashed] if each.is_of(cluster.identity, cluster.namespace)]
+    gone, pods = await asyncio.gather(
+        _gone(server, sorted({each.deployment for each in ours} - {""})), cluster.pods(pool_id, server.ahead)
+    )
+    runs: dict[str, Run | None] = {each.id: replace(each, abandoned=each.deployment in gone) for each in ours}
     with_pods = {each.job for each in pods}
     waiting = [
         each
         for each in jobs
-        if each.name not in with_pods and not each.over and datetime.now(UTC) - each.created > REFUSED_AFTER
+        if each.name not in with_pods and not each.over and server.now - each.created > REFUSED_AFTER
     ]
     said = await gather([cluster.refused(each.name) for each in waiting])
     why = {each.name: text for each, text in zip(waiting, said, strict=True) if isinstance(text, str)}
-    jobs = [replace(each, refused=why.get(each.name, "")) for each in jobs]
+    # Kubernetes says so some time after the pod has ended: long after it, where its API was away.
+    ended = {each.job for each in pods if each.end}
+    jobs = [
+        replace(each, refused=why.get(each.name, ""), over=each.over or (each.once and each.name in ended))
+        for each in jobs
+    ]
     # What lives without a run that is alive: of one that is over, or that somebody has deleted.
     unknown = {each.run for each in pods if each.live} | {each.run for each in jobs if not each.over}
+    # And of what has ended, what is not noted yet.
+    unknown |= {each.run for some in ends.of_jobs(jobs, pods).values() for each in some}
     unknown -= {each.id for each in [*live, *crashed]}
     runs |= await _named(server, sorted(unknown))
     of_jobs: dict[str, list[Job]] = defaultdict(list)
@@ -98,8 +111,16 @@ async def look(server: Server, cluster: Cluster, pool: str) -> Seen:
 
 
 async def _runs(server: Server, pool: str, which: JSON) -> list[Run]:
-    found = await server.all("/flow_runs/filter", flow_runs=which, work_pools={"name": {"any_": [pool]}})
-    return [Run.read(each) for each in found if each["state"]]
+    pages = server.pages("/flow_runs/filter", flow_runs=which, work_pools={"name": {"any_": [pool]}})
+    return [Run.read(each) async for page in pages for each in page if each["state"]]
+
+
+async def _gone(server: Server, deployments: Sequence[str]) -> set[str]:
+    """Which of them the server does not have any more: a run keeps the id of its own."""
+    these = {"deployments": {"id": {"any_": deployments}}}
+    if await server.ask("POST", "/deployments/count", these, idempotent=True) == len(deployments):
+        return set()  # without reading what is in them
+    return {*deployments} - {each["id"] for each in await server.all("/deployments/filter", **these)}
 
 
 async def _named(server: Server, ids: Sequence[str]) -> dict[str, Run | None]:
@@ -144,10 +165,13 @@ class Reconciler:
         )
 
     async def run(self, every: float) -> None:
-        """Rounds, until cancelled; what fails is said once and tried again."""
+        """Rounds, until cancelled, the next one early if a pod dies; what fails is said once and tried again."""
+        heard = asyncio.Event()
+        listening = asyncio.create_task(self.cluster.listen(heard))
         try:
             while True:
                 began = time.monotonic()
+                heard.clear()
                 done: list[str] = []
                 try:
                     leads = self.lead is None or await self.lead.take()
@@ -166,9 +190,13 @@ class Reconciler:
                     self.pulse.trouble = str(error)
                 self.pulse.beat()
                 # What was done is often half of it: a crash is followed by a retry. No round follows another at once.
+                await asyncio.sleep(every / 10)
                 rest = 0 if done else every - (time.monotonic() - began)
-                await asyncio.sleep(max(rest, every / 4))
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(heard.wait(), rest)
         finally:
+            listening.cancel()
+            await asyncio.wait([listening])
             if self.lead:
                 with contextlib.suppress(PipelineError):
                     await self.lead.release()
@@ -180,22 +208,33 @@ class Reconciler:
         # To read a thousand runs may take longer than leadership holds.
         if self.lead and not await self.lead.take():
             return []
-        now = datetime.now(UTC)
+        now = self.server.now
         todo: list[tuple[Action, list[Pod]]] = []
+        before: list[Note] = []
+        after: list[Note] = []
         for id_, run in seen.runs.items():
-            pods = list(seen.pods.get(id_, ()))
-            todo += [(each, pods) for each in decide(run, seen.jobs.get(id_, ()), pods, now, self.policy)]
+            jobs, pods = seen.jobs.get(id_, ()), list(seen.pods.get(id_, ()))
+            decided = decide(run, jobs, pods, now, self.policy)
+            todo += [(each, pods) for each in decided]
+            # What is tried again may be claimed at once, and its worker writes labels; all else can wait.
+            (before if decided else after).extend(ends.unnoted(run, jobs, pods))
         self.live.set(sum(run is not None and run.type in LIVE for run in seen.runs.values()))
+        failed = await gather([self._note(each) for each in before])
         done = await gather([self._act(action, pods) for action, pods in todo])
+        failed += await gather([self._note(each) for each in after])
         for each in done:
             if isinstance(each, str) and each:
                 print(each, flush=True)
         self.rounds.observe(time.monotonic() - began)
-        for each in done:
+        for each in [*done, *failed]:
             if isinstance(each, BaseException):
                 raise each
         self.last.set_to_current_time()
         return [each for each in done if each]
+
+    async def _note(self, note: Note) -> None:
+        if self.lead is None or self.lead.held:
+            await ends.note(self.server, self.cluster, note)
 
     async def _act(self, action: Action, pods: list[Pod]) -> str:
         if self.lead and not self.lead.held:
@@ -240,6 +279,9 @@ async def reconcile(
             # A round that fails is made anew, from what is then; and what this one has sent must not linger.
             server.patience, server.client.timeout = 0, httpx.Timeout(2 * kubernetes.TIMEOUT)
             lead = Leadership(cluster, lease, identity) if lease else None
+            # To look through Prefect's modules for garbage with each thousand pods takes a tenth of a second.
+            gc.collect()
+            gc.freeze()
             working = asyncio.create_task(Reconciler(server, cluster, pool, policy, lead, pulse).run(every))
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, working.cancel)

@@ -20,6 +20,7 @@ from orchestration.reconciler.decide import (
     SETTLED,
     Action,
     Adopt,
+    Cancel,
     Cancelled,
     Crash,
     Explain,
@@ -102,9 +103,11 @@ def test_whose_a_run_is() -> None:
     assert run("RUNNING", labels=ours, job="", namespace="").is_of("one", "ns"), "its worker died before it said more"
 
 
-def test_a_run_may_still_report_how_it_ended() -> None:
-    assert decided(run("RUNNING"), [job(over=True)], [pod(end=end(seconds=0.5))]) == []
+def test_a_run_whose_end_nobody_saw_may_still_report_it() -> None:
     assert decided(run("RUNNING", 1), [job(over=True)], []) == []
+    assert decided(run("RUNNING", 1), [job(over=True)], [pod(end=end(seconds=2))]) == [], "by another clock"
+    [crash] = decided(run("RUNNING", 1), [job(over=True)], [pod(end=end(seconds=0.1))])
+    assert isinstance(crash, Crash)
 
 
 def test_a_run_whose_pod_was_deleted_crashes_once_its_job_is_over() -> None:
@@ -142,12 +145,23 @@ def test_what_keeps_a_pod_from_starting_is_said_at_once_and_ends_the_run_after_a
 
 
 def test_cancelling_ends_the_pod_and_then_the_run() -> None:
-    assert decided(run("CANCELLING", 14), [job()], [pod(started=True)]) == []
-    (action,) = decided(run("CANCELLING", 16), [job()], [pod(started=True)])
+    assert decided(run("CANCELLING", 2), [job()], [pod(started=True)]) == []
+    (action,) = decided(run("CANCELLING", 4), [job()], [pod(started=True)])
     assert isinstance(action, Stop)
     assert action.grace is None
-    assert decided(run("CANCELLING", 16), [job(deleted=True)], [pod(started=True, deleted=ago(1))]) == []
-    assert [type(each) for each in decided(run("CANCELLING", 16), [], [])] == [Cancelled]
+    assert decided(run("CANCELLING", 4), [job(deleted=True)], [pod(started=True, deleted=ago(1))]) == []
+    assert [type(each) for each in decided(run("CANCELLING", 4), [], [])] == [Cancelled]
+
+
+def test_a_run_whose_deployment_was_deleted_is_ended_at_once() -> None:
+    for type_ in ("PENDING", "RUNNING"):
+        alone = run(type_, 1, abandoned=True)
+        assert decided(alone, [job()], [pod(started=True)]) == [Cancel(alone, "Its deployment was deleted")]
+    (action,) = decided(run("CANCELLING", 1, abandoned=True), [job()], [pod(started=True)])
+    assert isinstance(action, Stop)
+    assert action.grace is None
+    told = verdict(run("CRASHED"), Cause("crash", ""), None)
+    assert (told.again, told.labels) == (False, {SETTLED: "s"}), "nobody could claim it"
 
 
 def test_nothing_outlives_its_run() -> None:
@@ -185,7 +199,9 @@ def test_an_execution_that_was_lost_from_sight_is_fenced_before_another_begins()
     for recorded, ended, lost in (
         ("job-2", [], ("job-2",)),
         ("job-2", [pod("job-2", end=end())], ()),
+        ("job-1", [pod("job-1", 200, end=end())], ("job-2",)),  # its worker died before it recorded the newer one
         ("", [pod("job-1", 200, end=end())], ("job-2",)),
+        ("job-2", [pod("job-2", end=replace(end(), seen=False))], ("job-2",)),  # its node was given up
     ):
         [crash] = decided(run("RUNNING", 20, job=recorded), jobs, ended)
         assert isinstance(crash, Crash)
@@ -199,6 +215,8 @@ def test_a_disruption_has_a_budget_of_its_own_and_a_hopeless_start_none() -> Non
     noted = run("CRASHED", 5, labels={CAUSE: "disruption", CRASHES: 2}, message="Drained")
     (action,) = decided(noted, [], [])
     assert kind_of(action) == "disruption"
+    gone = decided(run("RUNNING"), [job(over=True, disrupted=True)], [])
+    assert [kind_of(each) for each in gone] == ["disruption"], "its Job knows more than its pod, which is gone"
     assert isinstance(action, Retry)
     assert verdict(noted, action.cause, Retries()).labels == {DISRUPTIONS: 1, RETRIED: "s disruption", CAUSE: ""}
     assert not verdict(noted, Cause("start", ""), Retries()).again
@@ -235,6 +253,7 @@ class World:
     made: str = ""
     read: Run | None = None
     due: datetime = NOW
+    abandoned: bool = False
     lost: dict[str, datetime | None] = field(default_factory=dict)
     """Jobs whose pods execute on unseen, and when they were fenced."""
 
@@ -243,6 +262,12 @@ class World:
         if self.run.type in FINAL:
             assert (self.run.type, type_) == ("CRASHED", "SCHEDULED"), f"a run that is {self.run.type} became {type_}"
         self.run = replace(self.run, type=type_, state=name or type_, state_id=uuid4().hex, since=self.now)
+
+    def deployment_is_deleted(self) -> None:
+        """The server deletes what is scheduled with it; what was scheduled before stays what it was."""
+        self.abandoned = True
+        if self.run and self.run.type == "SCHEDULED":
+            self.set("CANCELLED")
 
     def worker_claims(self) -> None:
         if self.run and self.run.type == "SCHEDULED" and self.now >= self.due:
@@ -320,13 +345,22 @@ class World:
         self.pods = self.pods[1:]
 
     def node_is_cut_off(self) -> None:
-        """Its pod is gone for Kubernetes, and executes on."""
+        """Its pod is gone for Kubernetes, and executes on. Not one of several of its Job, which are not told apart."""
         for each in self.pods:
-            if each.live and each.started:
+            if each.live and each.started and not any(other.end for other in self.pods if other.job == each.job):
                 self.pods.remove(each)
                 if self.run and self.run.type not in FINAL:  # else it has said that it ends
                     self.lost[each.job] = None
                 return
+
+    def node_is_given_up(self) -> None:
+        """The same, and Kubernetes has yet to remove the pod, of which it says that it has ended."""
+        before = [*self.pods]
+        self.node_is_cut_off()
+        for each in before:
+            if each not in self.pods:
+                ended = End(self.now, None, "Failed", disruption="DeletionByPodGC", seen=False)
+                self.pods.append(replace(each, end=ended))
 
     def job_is_deleted(self) -> None:
         if self.jobs:
@@ -347,7 +381,7 @@ class World:
         self.now += timedelta(seconds=61)
 
     def reconciler_reads_the_run(self) -> None:
-        self.read = self.run
+        self.read = self.run and replace(self.run, abandoned=self.abandoned)
 
     def reconciler_acts(self) -> None:
         if self.read is None:
@@ -369,6 +403,8 @@ class World:
             self.run = replace(self.run, job=action.job)
         elif isinstance(action, Unclaim):
             self.set("SCHEDULED")
+        elif isinstance(action, Cancel):
+            self.set("CANCELLING")
         elif isinstance(action, Cancelled):
             self.set("CANCELLED")
         elif isinstance(action, Crash):
@@ -378,7 +414,7 @@ class World:
                     self.lost[each] = self.now
             self.set("CRASHED")
         elif isinstance(action, Retry):
-            told = verdict(self.run, action.cause, Retries())
+            told = verdict(self.run, action.cause, None if self.abandoned else Retries())
             self.run = replace(self.run, labels={**self.run.labels, **(told.labels or {})})
             if told.again:
                 assert not any(each.live for each in self.pods), "tried again beside a living pod"
@@ -403,6 +439,7 @@ USUAL = [
     ["pod_is_killed", "controller_counts", *SECONDS, *ROUND, *ROUND, "worker_claims", *SECONDS],
     ["pod_completes", "a_minute_passes"],
     ["node_is_cut_off", "controller_counts", *SECONDS, *ROUND, *ROUND],
+    ["node_is_given_up", "controller_counts", *SECONDS, *ROUND, *ROUND],
 ]
 """What often comes one after the other: of single events most histories would come to nothing."""
 

@@ -1,0 +1,174 @@
+"""What is read of Kubernetes' objects. All else that they have is passed over as it comes: of a pod's 7 kB half say who
+wrote which field, and to make Python objects of them all takes longer than the rest of a round.
+
+The names and their meaning: https://kubernetes.io/docs/reference/kubernetes-api/
+"""
+
+from datetime import datetime
+from typing import Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+
+class Part(BaseModel):
+    """Of an object, with the names of its JSON in Python's manner; a time that is null was never."""
+
+    model_config = ConfigDict(alias_generator=to_camel, frozen=True)  # else defaults are copied for each
+
+
+class Meta(Part):
+    """Of any object."""
+
+    name: str
+    creation_timestamp: datetime
+    deletion_timestamp: datetime | None = None
+    labels: dict[str, str] = Field(default_factory=dict)
+    annotations: dict[str, str] = Field(default_factory=dict)
+
+
+class Condition(Part):
+    """Of a pod or a Job."""
+
+    type: str
+    status: str
+    reason: str = ""
+    message: str = ""
+    last_transition_time: datetime | None = None
+
+
+class Waiting(Part):
+    """Why a container does not run yet."""
+
+    reason: str = ""
+    message: str = ""
+
+
+class Running(Part):
+    """A container that runs."""
+
+
+class Terminated(Part):
+    """How a container ended."""
+
+    exit_code: int
+    reason: str = ""
+    message: str = ""
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+
+
+class ContainerState(Part):
+    """One of three."""
+
+    waiting: Waiting | None = None
+    running: Running | None = None
+    terminated: Terminated | None = None
+
+
+class ContainerStatus(Part):
+    """Of a pod's container."""
+
+    state: ContainerState = ContainerState()
+
+
+class PodStatus(Part):
+    """Where a pod is."""
+
+    phase: str = ""
+    reason: str = ""
+    message: str = ""
+    conditions: tuple[Condition, ...] = ()
+    init_container_statuses: tuple[ContainerStatus, ...] = ()
+    container_statuses: tuple[ContainerStatus, ...] = ()
+
+
+class Resources(Part):
+    """What a container may use."""
+
+    limits: dict[str, str | float] = Field(default_factory=dict)
+
+
+class Container(Part):
+    """Of a pod's specification."""
+
+    resources: Resources = Resources()
+
+
+class PodSpec(Part):
+    """What was asked for."""
+
+    containers: tuple[Container, ...]
+    node_name: str = ""
+
+
+class PodObject(Part):
+    """A pod."""
+
+    metadata: Meta
+    spec: PodSpec
+    status: PodStatus = PodStatus()
+
+
+class Rule(Part):
+    """Of a Job's podFailurePolicy."""
+
+    action: str
+
+
+class PodFailurePolicy(Part):
+    """What a Job makes of how its pods end."""
+
+    rules: tuple[Rule, ...] = ()
+
+
+class JobSpec(Part):
+    """What was asked for."""
+
+    backoff_limit: int | None = None
+    pod_failure_policy: PodFailurePolicy = PodFailurePolicy()
+
+
+class JobStatus(Part):
+    """Where a Job is."""
+
+    conditions: tuple[Condition, ...] = ()
+
+
+class JobObject(Part):
+    """A Job."""
+
+    metadata: Meta
+    spec: JobSpec
+    status: JobStatus = JobStatus()
+
+
+class EventObject(Part):
+    """What was said of an object, once or several times."""
+
+    metadata: Meta
+    message: str = ""
+    last_timestamp: datetime | None = None
+
+
+Listed = TypeVar("Listed", PodObject, JobObject, EventObject)
+
+
+class PageMeta(Part):
+    """Of a part of a list."""
+
+    more: str = Field("", alias="continue")
+
+
+class Page(Part, Generic[Listed]):
+    """A part of a list."""
+
+    metadata: PageMeta
+    items: tuple[Listed, ...]
+
+
+class Change(Part):
+    """A line of a watch on pods; `object` is as it is now, also of one that is gone or left the selection."""
+
+    type: str
+    object: PodObject

@@ -1,0 +1,69 @@
+"""What a round reads comes whole, however many pages it takes."""
+
+import asyncio
+from datetime import timedelta
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from orchestration import api
+from orchestration.api import Server
+from orchestration.reconciler import cluster as kubernetes
+from orchestration.reconciler.facts import POOL_LABEL, RUN_LABEL
+from orchestration.reconciler.loop import _runs
+from tests.cluster.namespace import RESTRICTED, Namespace, proxied
+from tests.orchestration.reconciler.test_timeline import Pool
+from tests.parts import client_of
+
+
+@pytest.mark.parametrize("number", [0, 3, 4])
+def test_all_runs_of_a_pool_are_read(prefect_server: str, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.setattr(api, "PAGE", 2)
+    with client_of(prefect_server) as client:
+        pool = Pool(client)
+        made = {pool.run({"type": "RUNNING"})["id"] for _ in range(number)}
+
+    async def read() -> list[str]:
+        async with httpx.AsyncClient(base_url=prefect_server, timeout=30) as client:
+            running = {"state": {"type": {"any_": ["RUNNING"]}}}
+            return [each.id for each in await _runs(Server(client, prefect_server), pool.name, running)]
+
+    found = asyncio.run(read())
+    assert len(found) == number
+    assert set(found) == made
+
+
+def test_all_jobs_and_pods_of_a_pool_are_read(namespace: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kubernetes, "PAGE", 2)
+    pool, number = str(uuid4()), 5
+    labels = [{POOL_LABEL: pool, RUN_LABEL: str(uuid4())} for _ in range(number)]
+    container = {"name": "main", "image": "none", "securityContext": RESTRICTED}
+    # On no node: nothing has to execute them.
+    spec = {"containers": [container], "restartPolicy": "Never", "nodeSelector": {"no": "node"}}
+    namespace.apply(
+        *(
+            {
+                "apiVersion": "batch/v1",
+                "kind": "Job",
+                "metadata": {"name": f"job-{index}", "labels": each},
+                "spec": {"suspend": True, "template": {"metadata": {"labels": each}, "spec": spec}},
+            }
+            for index, each in enumerate(labels)
+        ),
+        *(
+            {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": f"pod-{index}", "labels": each}, "spec": spec}
+            for index, each in enumerate(labels)
+        ),
+    )
+
+    async def read(url: str) -> tuple[list[str], list[str]]:
+        async with httpx.AsyncClient(base_url=url, timeout=30) as client:
+            there = kubernetes.Cluster(client, namespace.name)
+            jobs, pods = await there.jobs(pool, timedelta()), await there.pods(pool, timedelta())
+        return [each.run for each in jobs], [each.run for each in pods]
+
+    with proxied(namespace.context) as url:
+        jobs, pods = asyncio.run(read(url))
+    runs = sorted(each[RUN_LABEL] for each in labels)
+    assert sorted(jobs) == sorted(pods) == runs
