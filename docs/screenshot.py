@@ -93,12 +93,20 @@ def screenshot(url: str, user: str, page: str, until: str, path: Path) -> str:
             answer = send("Runtime.evaluate", expression="document.body ? document.body.innerText : ''")
             return str(answer["result"].get("value", ""))
 
-        send("Page.navigate", url=url)
-        _wait(lambda: "Login" in text(), "the page that asks for the password")
+        def shown_at(page: str, until: str) -> None:
+            """Go there, and again where the way to it was closed, as a person would."""
+            ends = time.monotonic() + 120
+            while time.monotonic() < ends:
+                send("Page.navigate", url=url + page)
+                with contextlib.suppress(AssertionError):
+                    _wait(lambda: until in text(), until, 30)
+                    return
+            raise AssertionError(f"{until!r} is not on {page or '/'}. There is: {text()[:500]}")
+
+        shown_at("", "Login")
         key = json.dumps(base64.b64encode(user.encode()).decode())
         send("Runtime.evaluate", expression=f"localStorage.setItem('prefect-password', {key})")
-        send("Page.navigate", url=url + page)
-        _wait(lambda: until in text(), f"{until!r} on {page}")
+        shown_at(page, until)
         shown = ["", send("Page.captureScreenshot", format="png")["data"]]
 
         def settled() -> bool:
@@ -113,7 +121,7 @@ def screenshot(url: str, user: str, page: str, until: str, path: Path) -> str:
         return text()
 
 
-def _wait(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
+def _wait(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"

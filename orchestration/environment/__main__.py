@@ -4,6 +4,7 @@ python -m orchestration.environment deploy --env production --context NAME
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -84,19 +85,29 @@ def _ui(where: Environment, options: argparse.Namespace) -> int:
     from orchestration.environment.api import SECRET, forwarded, user
 
     name = user(where).partition(":")[0]
-    with forwarded(where, options.port) as url:
-        print(f"The UI of {where.name}: {url} (end with Ctrl-C)")
-        print(f"User {name}; the password, in Secret {SECRET}:")
-        print(
-            f"  kubectl --context {where.context} --namespace {where.namespace} get secret {SECRET} "
-            "--output go-template='{{index .data \"auth-string\" | base64decode}}'",
-            flush=True,
-        )
-        try:
-            while True:
-                time.sleep(3600)
-        except KeyboardInterrupt:
-            return 0
+    opened = False
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            try:
+                with forwarded(where, options.port) as way:
+                    if opened:
+                        print("It is open again.", flush=True)
+                    else:
+                        opened = True
+                        print(f"The UI of {where.name}: {way.url} (end with Ctrl-C)")
+                        print(f"User {name}; the password, in Secret {SECRET}:")
+                        print(
+                            f"  kubectl --context {where.context} --namespace {where.namespace} get secret {SECRET} "
+                            "--output go-template='{{index .data \"auth-string\" | base64decode}}'",
+                            flush=True,
+                        )
+                    way.process.wait()
+                print("The server's pod is gone. Opening the port to the next one", flush=True)
+            except ClusterError:
+                if not opened:
+                    raise
+                time.sleep(1)
+    return 0
 
 
 COMMANDS: dict[str, tuple[Callable[[Environment, argparse.Namespace], int], str]] = {

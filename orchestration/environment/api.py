@@ -5,8 +5,10 @@ import contextlib
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import httpx
 
@@ -22,9 +24,22 @@ def user(environment: Environment) -> str:
     return base64.b64decode(found).decode()
 
 
+@dataclass(frozen=True)
+class Forward:
+    """A port of this machine that leads to the server.
+
+    Args:
+        url: of the API and UI.
+        process: kubectl, which ends with the pod that it leads to.
+    """
+
+    url: str
+    process: subprocess.Popen[str]
+
+
 @contextlib.contextmanager
-def forwarded(environment: Environment, port: int = 0) -> Iterator[str]:
-    """The address of the API and UI on this machine, while the block lasts.
+def forwarded(environment: Environment, port: int = 0) -> Iterator[Forward]:
+    """A way from this machine to the API and UI, while the block lasts.
 
     Args:
         environment: where the server is.
@@ -37,24 +52,27 @@ def forwarded(environment: Environment, port: int = 0) -> Iterator[str]:
     process = subprocess.Popen(
         [*command, "port-forward", f"service/{SERVER}-api", f"{port or ''}:4200"],
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
     assert process.stdout
-    assert process.stderr
+    # It has a line for each connection, and with nobody to read them makes no more after some thousands.
+    reader = threading.Thread(target=process.stdout.read, daemon=True)
     try:
         line = process.stdout.readline()
         if "127.0.0.1:" not in line:
-            said = process.stderr.read().strip().splitlines()
-            raise ClusterError(f"The server in {environment.namespace} cannot be reached: {said[-1] if said else line}")
-        yield f"http://127.0.0.1:{line.split('127.0.0.1:')[1].split()[0]}"
+            said = [line, *process.stdout.read().splitlines()]
+            raise ClusterError(f"The server in {environment.namespace} cannot be reached: {said[-1].strip()}")
+        reader.start()
+        yield Forward(f"http://127.0.0.1:{line.split('127.0.0.1:')[1].split()[0]}", process)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
         process.wait(10)
+        if reader.is_alive():
+            reader.join(10)
         process.stdout.close()
-        process.stderr.close()
 
 
 @contextlib.contextmanager
@@ -66,8 +84,8 @@ def connected(environment: Environment) -> Iterator[httpx.Client]:
     """
     name, _, password = user(environment).partition(":")
     with (
-        forwarded(environment) as url,
-        httpx.Client(base_url=f"{url}/api", auth=(name, password), timeout=30) as client,
+        forwarded(environment) as way,
+        httpx.Client(base_url=f"{way.url}/api", auth=(name, password), timeout=30) as client,
     ):
         deadline = time.monotonic() + 30
         while True:

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,8 @@ def test_what_is_in_it_and_what_is_not(pod: Callable[..., str]) -> None:
         for requirement in map(Requirement, filter(lambda line: line and line[0] != "#", locked.splitlines()))
         if not requirement.marker or requirement.marker.evaluate(target)
     }
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    expected |= {project["name"]: project["version"]}  # its entry points
     assert {_normal(name): version for name, version in inside["packages"].items()} == expected
 
 
@@ -119,6 +122,8 @@ def test_it_runs_what_a_cluster_runs(pod: Callable[..., str]) -> None:
     pod("python", "-c", "import flows.example_flow, flows.backfill, prefect_kubernetes")
     assert "postgres: 1.11" in pod("dbt", "--version")
     pod("orchestrate", "check")
+    pod("python", "-c", "import fsspec; [fsspec.get_filesystem_class(each) for each in ('redis', 's3')]")
+    pod("python", "-c", "import orchestration.engine")
     assert pod(
         "python", "-c", "import zoneinfo; print(zoneinfo.TZPATH, zoneinfo.ZoneInfo('Europe/Zurich'))"
     ).split() == [

@@ -10,7 +10,9 @@ import pytest
 import yaml
 from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerJobConfiguration
 
+from orchestration.deployments.objects import FILE_SYSTEM, KINDS, POOL
 from orchestration.reconciler.facts import Retries
+from orchestration.settings import ROOT
 from tests.cluster.progress import ClusterError
 from tests.helm.rendering import EVERY_POD, Object, environment, inventory, one, pod_specs, render
 
@@ -108,12 +110,15 @@ def _with(**values: Any) -> Object:
     return copy.deepcopy(TAG) | values
 
 
+def _synced(objects: list[Object]) -> Object:
+    """What a release brings to the server."""
+    [found] = [each for each in objects if each["kind"] == "ConfigMap" and each["metadata"]["name"].endswith("-sync")]
+    return dict(yaml.safe_load(found["data"]["pool.yaml"]))
+
+
 def pool_of(objects: list[Object]) -> Object:
     """The pool that a release brings to the server."""
-    [found] = [each for each in objects if each["kind"] == "ConfigMap" and each["metadata"]["name"].endswith("-sync")]
-    written = yaml.safe_load(found["data"]["pool.yaml"])
-    assert set(written) == {"work_pools"}
-    [pool] = written["work_pools"]
+    [pool] = _synced(objects)["work_pools"]
     return dict(pool)
 
 
@@ -251,12 +256,12 @@ def test_drift_watches_what_the_sync_has_made() -> None:
     assert not [each for each in without if each.endswith("-drift")]
 
 
-def test_the_reconciler_reads_and_deletes_and_makes_nothing_but_its_lease() -> None:
+def test_the_reconciler_reads_marks_and_deletes_and_makes_nothing_but_its_lease() -> None:
     objects = render("prefect-work-pool", TAG)
     name = "test-prefect-work-pool-reconciler"
     assert one(objects, "Role", name)["rules"] == [
-        {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["list", "delete"]},
-        {"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "deletecollection"]},
+        {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["list", "patch", "delete"]},
+        {"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "watch", "deletecollection"]},
         {"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]},
         {"apiGroups": [""], "resources": ["events"], "verbs": ["list"]},
         {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["create"]},
@@ -321,6 +326,60 @@ def test_results_outlive_the_pod_where_they_have_a_volume() -> None:
     assert environment(run["containers"][0])["PREFECT_RESULTS_PERSIST_BY_DEFAULT"] == "false"
 
 
+S3 = {"bucket": "data", "endpoint": "https://s3.example.com", "region": "eu-1"}
+SETTINGS = {"client_kwargs": {"endpoint_url": S3["endpoint"], "region_name": S3["region"]}}
+
+
+@pytest.mark.parametrize(
+    ("results", "basepath", "settings"),
+    [
+        ({"storage": "s3", "s3": S3}, "s3://data/prefect/test", SETTINGS),
+        ({"storage": "s3", "s3": {"bucket": "data", "prefix": "a/b"}}, "s3://data/a/b", {"client_kwargs": {}}),
+        (
+            {"storage": "redis", "redis": {"existingSecret": "cache", "key": "address"}, "keepDays": 3},
+            "redis://prefect/test/results",
+            {"ttl": 3 * 24 * 3600},
+        ),
+    ],
+    ids=["s3", "s3 of Amazon", "redis"],
+)
+def test_results_outlive_the_pod_in_a_block_of_the_releases_own(
+    results: Object, basepath: str, settings: Object
+) -> None:
+    objects = render("prefect-work-pool", _with(runs={"results": results}))
+    synced = _synced(objects)
+    name = "prefect-test-prefect-work-pool-results"
+    assert synced["remote_file_systems"] == [{"name": name, "basepath": basepath, "settings": settings}]
+    assert list(KINDS).index(FILE_SYSTEM) < list(KINDS).index(POOL), "it is there before a template refers to it"
+    run = _job(pool_of(objects))["spec"]["template"]["spec"]
+    [container] = run["containers"]
+    variables = environment(container)
+    assert variables["PREFECT_RESULTS_DEFAULT_STORAGE_BLOCK"] == f"remote-file-system/{name}"
+    assert variables["PREFECT_RESULTS_PERSIST_BY_DEFAULT"] == "true"
+    assert "PREFECT_TASKS_DEFAULT_PERSIST_RESULT" not in variables
+    url = {"secretKeyRef": {"name": "cache", "key": "address"}} if results["storage"] == "redis" else None
+    assert variables.get("RESULTS_REDIS_URL") == url
+    assert not [each for each in inventory(objects) if each.startswith("StatefulSet/")]
+    assert "results" not in {each["name"] for each in run["volumes"]}
+    said = render("prefect-work-pool", _with(runs={"results": results | {"persistByDefault": False}}), "other.one")
+    assert _synced(said)["remote_file_systems"][0]["name"] == "prefect-other-one-prefect-work-pool-results"
+    [container] = _job(pool_of(said))["spec"]["template"]["spec"]["containers"]
+    assert environment(container)["PREFECT_TASKS_DEFAULT_PERSIST_RESULT"] == "false"
+
+
+def test_the_storages_of_the_docs_are_values() -> None:
+    examples = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "durable.md").read_text(), re.DOTALL)
+    shown = [yaml.safe_load(each) for each in examples]
+    assert [each["runs"]["results"]["storage"] for each in shown] == ["volume", "s3", "redis"]
+    for each in shown:
+        render("prefect-work-pool", TAG | each)
+
+
+def test_without_a_block_the_pool_is_all_that_is_synced() -> None:
+    for results in ({}, {"storage": "volume"}):
+        assert set(_synced(render("prefect-work-pool", _with(runs={"results": results})))) == {"work_pools"}
+
+
 def test_only_worker_and_reconciler_have_a_token() -> None:
     with_token = {f"Deployment/test-prefect-work-pool-{each}" for each in ("worker", "reconciler")}
     for name, spec in pod_specs(render("prefect-work-pool", TAG)).items():
@@ -362,6 +421,7 @@ def test_the_values_of_the_runs_reach_the_jobs_template() -> None:
     assert container["envFrom"] == [{"configMapRef": {"name": "flows"}}]
     assert environment(container) == {
         "PREFECT_CLIENT_MAX_RETRIES": "7",
+        "GRACE_SECONDS": "90",
         "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500,504",
         "KUBERNETES_JOB": {"fieldRef": {"fieldPath": "metadata.labels['batch.kubernetes.io/job-name']"}},
         "PREFECT_RESULTS_LOCAL_STORAGE_PATH": "/results",
@@ -474,6 +534,21 @@ REFUSED = [
     (_with(drift={"everySeconds": 0}), "at '/drift/everySeconds'"),
     (_with(reconciler={"serviceAccount": {"create": False}}), "needs reconciler.serviceAccount.name"),
     (_with(runs={"retries": {"memoryMax": "lots"}}), "at '/runs/retries/memoryMax'"),
+    (_with(runs={"results": {"storage": "gcs"}}), "at '/runs/results/storage'"),
+    (_with(runs={"results": {"storage": "s3"}}), "runs.results.storage=s3 needs runs.results.s3.bucket"),
+    (_with(runs={"results": {"storage": "s3", "s3": {"bucket": "s3://a/b"}}}), "at '/runs/results/s3/bucket'"),
+    (_with(runs={"results": {"s3": {"endpoint": "https://key:secret@host"}}}), "at '/runs/results/s3/endpoint'"),
+    (_with(runs={"results": {"s3": {"accessKey": "a"}}}), "additional properties 'accessKey' not allowed"),
+    (_with(runs={"results": {"redis": {"url": "redis://a"}}}), "additional properties 'url' not allowed"),
+    (_with(runs={"results": {"storage": "redis"}}), "needs runs.results.redis.existingSecret: a Secret with the URL"),
+    (
+        _with(runs={"results": {"storage": "volume"}, "settings": {"PREFECT_DEFAULT_RESULT_STORAGE_BLOCK": "a/b"}}),
+        " is another storage than runs.results.storage=",
+    ),
+    (
+        _with(runs={"settings": {"AWS_SECRET_ACCESS_KEY": "a"}}),
+        " would be in plain text in the pool's template. Put it into a Secret",
+    ),
     (_with(networkPolicy={"egressCIDRs": ["everywhere"]}), "at '/networkPolicy/egressCIDRs/0'"),
 ]
 

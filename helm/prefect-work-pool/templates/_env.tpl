@@ -51,6 +51,8 @@
 {{- define "prefect-work-pool.runsEnv" -}}
 # Prefect's own 5 give up after a minute of an API that is away, and the run with it; these after four.
 - {name: PREFECT_CLIENT_MAX_RETRIES, value: "7"}
+# How long an execution may take to end before it is killed.
+- {name: GRACE_SECONDS, value: {{ .Values.runs.terminationGracePeriodSeconds | quote }}}
 # A server whose database is away answers 500.
 - {name: PREFECT_CLIENT_RETRY_EXTRA_CODES, value: "500,504"}
 # By it an execution knows that it was given up.
@@ -58,7 +60,19 @@
 {{- with .Values.runs.results }}
 {{- if eq .storage "volume" }}
 - {name: PREFECT_RESULTS_LOCAL_STORAGE_PATH, value: /results}
+{{- else if ne .storage "none" }}
+- {name: PREFECT_RESULTS_DEFAULT_STORAGE_BLOCK, value: remote-file-system/{{ include "prefect-work-pool.resultsBlock" $ }}}
+{{- if not .persistByDefault }}
+# Where the storage is a block, Prefect takes the other setting for true.
+- {name: PREFECT_TASKS_DEFAULT_PERSIST_RESULT, value: "false"}
+{{- end }}
+{{- end }}
+{{- if ne .storage "none" }}
 - {name: PREFECT_RESULTS_PERSIST_BY_DEFAULT, value: {{ .persistByDefault | quote }}}
+{{- end }}
+{{- if eq .storage "redis" }}
+- name: RESULTS_REDIS_URL
+  valueFrom: {secretKeyRef: {name: {{ .redis.existingSecret }}, key: {{ .redis.key }}}}
 {{- end }}
 {{- end }}
 {{- end -}}

@@ -3,7 +3,12 @@
 {{- .Values.sync.owner | default (printf "%s of %s in %s" .Values.pool.name .Release.Name .Release.Namespace) -}}
 {{- end -}}
 
-{{/* The pool as a file of `orchestrate sync`. */}}
+{{/* The block by which runs find their results: the release's own. */}}
+{{- define "prefect-work-pool.resultsBlock" -}}
+{{- printf "%s-%s-results" .Release.Namespace (include "prefect-work-pool.fullname" .) | replace "." "-" -}}
+{{- end -}}
+
+{{/* The pool, and where its results are, as a file of `orchestrate sync`. */}}
 {{- define "prefect-work-pool.pool" -}}
 work_pools:
   - name: {{ .Values.pool.name | quote }}
@@ -23,6 +28,22 @@ work_pools:
     base_job_template:
       {{- $template := dict "job_configuration" (include "prefect-work-pool.jobConfiguration" . | fromYaml) "variables" (include "prefect-work-pool.jobVariables" . | fromYaml) }}
       {{- mergeOverwrite $template .Values.runs.baseJobTemplate | toYaml | nindent 6 }}
+{{- with .Values.runs.results }}
+{{- if has .storage (list "s3" "redis") }}
+remote_file_systems:
+  - name: {{ include "prefect-work-pool.resultsBlock" $ }}
+    {{- if eq .storage "s3" }}
+    {{- $client := dict }}
+    {{- with .s3.endpoint }}{{- $_ := set $client "endpoint_url" . }}{{- end }}
+    {{- with .s3.region }}{{- $_ := set $client "region_name" . }}{{- end }}
+    basepath: {{ printf "s3://%s/%s" .s3.bucket (.s3.prefix | default (printf "%s/%s" $.Release.Namespace $.Release.Name)) | quote }}
+    settings: {{ dict "client_kwargs" $client | toJson }}
+    {{- else }}
+    basepath: redis://{{ $.Release.Namespace }}/{{ $.Release.Name }}/results
+    settings: {ttl: {{ mul .keepDays 86400 }}}
+    {{- end }}
+{{- end }}
+{{- end }}
 {{- end -}}
 
 {{/* What the worker makes of a run. What is in {{ }} comes from the job variables. */}}
@@ -44,6 +65,10 @@ job_manifest:
     annotations: "{{ "{{ annotations }}" }}"
   spec:
     backoffLimit: "{{ "{{ backoff_limit }}" }}"
+    # With it the Job remembers that the cluster ended its pod, after that is gone with its node.
+    podFailurePolicy:
+      rules:
+        - {action: FailJob, onPodConditions: [{type: DisruptionTarget, status: "True"}]}
     ttlSecondsAfterFinished: "{{ "{{ finished_job_ttl }}" }}"
     activeDeadlineSeconds: "{{ "{{ active_deadline_seconds }}" }}"
     template:

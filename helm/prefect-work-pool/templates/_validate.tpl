@@ -37,7 +37,30 @@
 {{- fail "runs.activeDeadlineSeconds is not above worker.prefetchSeconds: a run that is submitted early would be ended before its time. Set it higher" -}}
 {{- end -}}
 {{- end -}}
+{{- include "prefect-work-pool.validateResults" . -}}
 {{- include "prefect-work-pool.validateSecret" . -}}
+{{- end -}}
+
+{{- define "prefect-work-pool.validateResults" -}}
+{{- $runs := .Values.runs -}}
+{{- with $runs.results -}}
+{{- if and (eq .storage "s3") (not .s3.bucket) -}}
+{{- fail "runs.results.storage=s3 needs runs.results.s3.bucket: the name of a bucket that is there" -}}
+{{- end -}}
+{{- if and (eq .storage "redis") (not .redis.existingSecret) -}}
+{{- fail "runs.results.storage=redis needs runs.results.redis.existingSecret: a Secret with the URL of a Redis or Valkey under runs.results.redis.key" -}}
+{{- end -}}
+{{- range $name := list "PREFECT_RESULTS_DEFAULT_STORAGE_BLOCK" "PREFECT_DEFAULT_RESULT_STORAGE_BLOCK" -}}
+{{- if and (ne $runs.results.storage "none") (hasKey $runs.settings $name) -}}
+{{- fail (printf "runs.settings.%s is another storage than runs.results.storage=%s. Remove it, or set storage: none" $name $runs.results.storage) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- range $name := list "AWS_SECRET_ACCESS_KEY" "AWS_SESSION_TOKEN" "RESULTS_REDIS_URL" -}}
+{{- if hasKey $runs.settings $name -}}
+{{- fail (printf "runs.settings.%s would be in plain text in the pool's template. Put it into a Secret, and its key into runs.env: {name: %s, valueFrom: {secretKeyRef: ...}}" $name $name) -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 
 {{/* A Secret that is missing keeps pods from starting; where the cluster can be asked, that is said before. */}}
@@ -49,11 +72,19 @@
 {{- $references = append $references (dict "path" "api.auth.existingSecret" "name" .existingSecret "key" .key) -}}
 {{- end -}}
 {{- end -}}
+{{- with .Values.runs.results -}}
+{{- if eq .storage "redis" -}}
+{{- $references = append $references (dict "path" "runs.results.redis.existingSecret" "name" .redis.existingSecret "key" .redis.key) -}}
+{{- end -}}
+{{- end -}}
 {{- range $path, $env := dict "env" .Values.env "worker.env" .Values.worker.env "runs.env" .Values.runs.env "sync.env" .Values.sync.env "drift.env" (ternary .Values.drift.env list .Values.drift.enabled) "reconciler.env" (ternary .Values.reconciler.env list .Values.reconciler.enabled) -}}
 {{- range $variable := $env -}}
 {{- $reference := dig "valueFrom" "secretKeyRef" dict $variable -}}
 {{- if and $reference (not $reference.optional) -}}
-{{- $references = append $references (dict "path" (printf "%s: %s" $path $variable.name) "name" $reference.name "key" $reference.key) -}}
+{{- $name := tpl $reference.name $root -}}
+{{- if not (contains "{{" $name) }}{{/* else it is a job variable, which each run has its own of */}}
+{{- $references = append $references (dict "path" (printf "%s: %s" $path $variable.name) "name" $name "key" $reference.key) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
