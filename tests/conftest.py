@@ -5,11 +5,9 @@ import functools
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
-from unittest.mock import patch
 from uuid import uuid4
 
 import pytest
@@ -26,7 +24,6 @@ os.environ["PREFECT_LOGGING_LEVEL"] = "INFO"
 for _name in ("WAREHOUSE_URL", "WAREHOUSE_DIR", "WAREHOUSE_SCHEMA", "LANDING_ZONE", "DBT_THREADS", "PREFECT_API_URL"):
     os.environ.pop(_name, None)
 
-from orchestration.settings import ROOT
 from tests import parts
 from tests.parts import Query, new_database, rows_of, settings_of
 
@@ -38,17 +35,22 @@ LONGEST_FIRST = (
     "tests/cluster/test_node.py",
     "tests/test_readme.py",
     "tests/helm/test_prefect_server.py",
+    "tests/e2e/faults/test_kubernetes_api.py",
     "tests/helm/test_prefect_work_pool.py",
+    "tests/flows/test_faults.py",
+    "tests/orchestration/test_durable.py",
+    "tests/orchestration/deployments/test_sync.py",
+    "tests/e2e/faults/test_services.py",
+    "tests/e2e/faults/test_soak.py",
+    "tests/e2e/faults/test_pods.py",
     "tests/e2e/test_environment.py",
     "tests/e2e/test_prefect_work_pool.py",
-    "tests/e2e/faults/test_pods.py",
+    "tests/e2e/faults/test_nodes.py",
     "tests/e2e/test_prefect_server.py",
     "tests/e2e/test_kubectl_worker.py",
     "tests/docker/test_docker_pool.py",
     "tests/e2e/test_production.py",
     "tests/docker/test_image.py",
-    "tests/flows/test_faults.py",
-    "tests/orchestration/deployments/test_sync.py",
     "tests/orchestration/deployments/test_kills.py",
     "tests/orchestration/dbt/test_ends.py",
     "tests/orchestration/dbt/test_commands.py",
@@ -56,8 +58,8 @@ LONGEST_FIRST = (
 )
 """What `make test` hands out to its processes first, so that none is left alone with something long.
 
-Beside the file that has the cluster alone come some that do not need it. Those that start a Prefect server for the rest
-of their process come late: idle, it takes a twentieth of a core.
+Beside the files that have the cluster alone come some that do not need it. Those that start a Prefect server for the
+rest of their process come late: idle, it takes a twentieth of a core.
 """
 
 
@@ -103,22 +105,17 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[str]:
     Test files share it, also those of other processes; one that is marked `alone` has it to itself.
     """
     from tests.cluster import __main__ as command
-    from tests.cluster import binaries
     from tests.cluster.progress import ClusterError
-    from tests.cluster.turns import turn
 
-    alone = request.node.get_closest_marker("alone") is not None
-    with turn(binaries.cache() / "tests.lock", shared=not alone):
+    with contextlib.ExitStack() as stack:
+        alone = request.node.get_closest_marker("alone") is not None
         try:
-            context = command.up()
+            context = stack.enter_context(command.shared(alone=alone))
         except ClusterError as error:
             if os.environ.get("CI"):
                 raise
             pytest.skip(str(error))
-        # What runs kubectl and helm finds those that were built for the cluster.
-        path = os.pathsep.join([os.environ["PATH"], *map(str, binaries.folders())])
-        with patch.dict(os.environ, PATH=path):
-            yield context
+        yield context
 
 
 @pytest.fixture
@@ -136,12 +133,9 @@ def namespace(cluster: str) -> Iterator["Namespace"]:
 @pytest.fixture(scope="module")
 def image(cluster: str) -> str:
     """The image of this checkout, built and pushed to where the cluster pulls from; its name."""
-    from tests.cluster import binaries
-    from tests.cluster.turns import turn
+    from tests.e2e.release import built_image
 
-    with turn(binaries.cache() / "image.lock"):
-        pushed = subprocess.run([ROOT / "docker" / "build", "--push"], stdout=subprocess.PIPE, text=True, check=True)
-    return pushed.stdout.strip()
+    return built_image()
 
 
 @pytest.fixture

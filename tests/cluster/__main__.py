@@ -9,9 +9,11 @@ The context that `KUBE_CONTEXT` names, which is used as it is and never taken aw
 Docker runs; else a single node from packages, as root on Linux with Go.
 """
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from unittest.mock import patch
 
 from tests.cluster import binaries, kind, node
 from tests.cluster.progress import ClusterError
@@ -48,6 +50,20 @@ def up() -> str:
         else:
             _check(context)
     return context
+
+
+@contextlib.contextmanager
+def shared(*, alone: bool = False) -> Iterator[str]:
+    """The cluster's context, while nobody has the cluster alone; what runs kubectl and helm finds them meanwhile.
+
+    Args:
+        alone: while nobody else has it at all.
+    """
+    with turn(binaries.cache() / "tests.lock", shared=not alone):
+        context = up()
+        path = os.pathsep.join([os.environ["PATH"], *map(str, binaries.folders())])
+        with patch.dict(os.environ, PATH=path):
+            yield context
 
 
 def down() -> None:

@@ -20,7 +20,9 @@ KUBERNETES = "v1.35.4"
 MODULES = {
     "helm": ("helm.sh/helm/v4/cmd/helm", "v4.3.1", "3 min, once"),
     "coredns": ("github.com/coredns/coredns", "v1.15.0", "4 min, once"),
+    "kwok": ("sigs.k8s.io/kwok/cmd/kwok", "v0.8.0", "3 min, once"),
     "kind": ("sigs.k8s.io/kind", "v0.31.0", "1 min, once"),
+    "versitygw": ("github.com/versity/versitygw/cmd/versitygw", "v1.8.0", "3 min, once"),
     "metrics-server": ("sigs.k8s.io/metrics-server/cmd/metrics-server", "v0.9.0", "4 min, once"),
 }
 """Main package, version and how long its build takes, by program."""
@@ -33,6 +35,7 @@ PACKAGES = {
     "debootstrap": "debootstrap",
     "docker-registry": "docker-registry",
     "etcd": "etcd-server",
+    "faketime": "faketime",
     "iptables": "iptables",
     "runc": "runc",
     "socat": "socat",
@@ -114,13 +117,18 @@ def helm(*arguments: str) -> str:
     return done.stdout
 
 
+def kubectl_program() -> str:
+    """The path of kubectl, the one that is here or else our own."""
+    return shutil.which("kubectl") or str(kube().with_name("kubectl"))
+
+
 def kubectl(*arguments: str, text: str | None = None) -> str:
     """Run kubectl, the one that is here or else our own; what it printed.
 
     Raises:
         ClusterError: it failed, with what it said.
     """
-    command = [shutil.which("kubectl") or str(kube().with_name("kubectl")), *arguments]
+    command = [kubectl_program(), *arguments]
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ClusterError(f"kubectl {' '.join(arguments)}: {done.stderr.strip()}")

@@ -1,9 +1,13 @@
 """A namespace of a real cluster, and what a test does in it."""
 
+import contextlib
 import json
 import re
+import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 from tests.cluster import binaries, images
 from tests.cluster.progress import ClusterError
@@ -82,6 +86,30 @@ class Namespace:
                 raise
             return False
         return True
+
+
+@contextlib.contextmanager
+def restricted(context: str, prefix: str) -> Iterator[Namespace]:
+    """A new namespace that enforces the restricted standard; deleted afterwards, with all that is in it."""
+    made = Namespace(context, f"{prefix}-{uuid4().hex[:8]}")
+    binaries.kubectl("--context", context, "create", "namespace", made.name)
+    try:
+        made.kubectl("label", "namespace", made.name, "pod-security.kubernetes.io/enforce=restricted")
+        yield made
+    finally:
+        binaries.kubectl("--context", context, "delete", "namespace", made.name, "--wait=false")
+
+
+@contextlib.contextmanager
+def proxied(context: str) -> Iterator[str]:
+    """The URL of the cluster's API on loopback, which asks for no credentials there, while the block lasts."""
+    command = [binaries.kubectl_program(), "--context", context, "proxy", "--port=0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as proxy:
+        assert proxy.stdout
+        try:
+            yield f"http://{proxy.stdout.readline().split()[-1]}"
+        finally:
+            proxy.terminate()
 
 
 def network_policy(name: str, pod: str | None = None, **rules: list[dict[str, Any]]) -> dict[str, Any]:

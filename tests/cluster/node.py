@@ -1,7 +1,8 @@
 """A single-node Kubernetes from packages, for a machine without Docker. Linux, root, Debian, Go.
 
 Everything it keeps is under `STATE`, everything it starts has a pid file there, and `down` takes all
-of it away. One machine has one such node, whichever checkout asks for it.
+of it away. One machine has one such node, whichever checkout asks for it; for what becomes of pods whose node goes it
+has `second`, a second one of the same cluster.
 """
 
 import base64
@@ -11,10 +12,12 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -27,10 +30,51 @@ from tests.cluster.progress import ClusterError, step
 
 STATE = Path("/var/lib/prefect-orchestration-node")
 CONTEXT = "prefect-node"
-NODE, NODE_IP, BRIDGE = "node-1", "10.250.0.1", "kube0"
-POD_RANGE, SERVICE_RANGE, DNS_IP, API_IP = "10.244.0.0/24", "10.96.0.0/16", "10.96.0.10", "10.96.0.1"
+BRIDGE = "kube0"
+POD_RANGE, SERVICE_RANGE, DNS_IP, API_IP = "10.244.0.0/16", "10.96.0.0/16", "10.96.0.10", "10.96.0.1"
 ETCD = "http://127.0.0.1:23790"
 MANIFESTS = Path(__file__).with_name("manifests")
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Node:
+    """A kubelet with a containerd of its own.
+
+    Args:
+        name: to Kubernetes.
+        ip: its address.
+        pods: the addresses of its pods.
+        bridge: the link that they are on.
+        suffix: of its processes' names.
+        port: of its kubelet.
+        cgroup: below which its pods are; a kubelet ends what it does not know there.
+        taint: what keeps pods away that do not tolerate it.
+    """
+
+    name: str
+    ip: str
+    pods: str
+    bridge: str
+    suffix: str = ""
+    port: int = 10250
+    cgroup: str = "/"
+    taint: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """What its containerd and kubelet keep."""
+        return STATE / self.name if self.suffix else STATE
+
+    @property
+    def socket(self) -> Path:
+        """Of its containerd."""
+        return self.folder / "containerd.sock"
+
+
+FIRST = Node("node-1", "10.250.0.1", "10.244.0.0/24", "cni0")
+SECOND = Node("node-2", "10.250.0.2", "10.244.1.0/24", "cni1", "-2", 10260, "/node-2", "tests/second-node")
+NODES = (FIRST, SECOND)
 
 KUBECONFIG = STATE / "pki" / "admin.kubeconfig"
 
@@ -52,6 +96,8 @@ def up() -> None:
     kube = str(binaries.kube())
     for name in ("helm", "coredns", "metrics-server"):
         binaries.program(name)
+    if KUBECONFIG.exists() and not (STATE / "pki" / "kubelet-2.kubeconfig").exists():
+        down()  # an older checkout's; the authority's key is not kept
     for name in ("pki", "log", "run", "cni", "containerd", "kubelet"):
         (STATE / name).mkdir(parents=True, exist_ok=True)
     complete, version = STATE / "complete", _version()
@@ -64,7 +110,8 @@ def up() -> None:
         _make_certificates()
     with step("Starting the registry and containerd", "2 s"):
         _network()
-        _start_storage()
+        _start_registry()
+        _start_containerd(FIRST)
     with step("Making the images of the sandbox, DNS and metrics", "8 s"):
         images.make_system_images()
     images.make_base_image()
@@ -72,7 +119,8 @@ def up() -> None:
     _stop("agent")  # its code may be another checkout's
     with step("Starting the control plane and the node's agents", "10 s"):
         _start_control_plane(kube)
-        _start_node(kube)
+        _start_kubelet(kube, FIRST)
+        _start_agents(kube)
         _wait(_node_ready, "the node is not Ready", "kubelet")
     with step("Starting DNS, storage and metrics", "15 s"):
         for manifest in sorted(MANIFESTS.iterdir()):
@@ -95,14 +143,15 @@ def down() -> None:
         print("There is no node.", file=sys.stderr)
         return
     with step("Stopping the node", "10 s"):
-        for name in ("agent", "kubelet", "kube-proxy", "kube-scheduler", "kube-controller-manager"):
+        for name in ("agent", "kubelet", "kubelet-2", "kube-proxy", "kube-scheduler", "kube-controller-manager"):
             _stop(name)
         agent.release()
-        _end_containers()
-        for name in ("containerd", "kube-apiserver", "etcd", "registry"):
+        for each in NODES:
+            _end_containers(each)
+        for name in ("containerd", "containerd-2", "kube-apiserver", "etcd", "registry"):
             _stop(name)
         _take_away_network()
-        _unmount()
+        _unmount(STATE)
         shutil.rmtree(STATE)
     _retract_context()
 
@@ -156,14 +205,16 @@ def _retract_context() -> None:
 def _make_certificates() -> None:
     authority = certificates.Authority(STATE / "pki")
     names = [f"kubernetes{suffix}" for suffix in ("", ".default", ".default.svc", ".default.svc.cluster.local")]
-    authority.issue("apiserver", "kube-apiserver", hosts=[*names, "localhost", API_IP, NODE_IP, "127.0.0.1"])
-    authority.issue("kubelet", f"system:node:{NODE}", "system:nodes", hosts=[NODE, NODE_IP])
+    authority.issue("apiserver", "kube-apiserver", hosts=[*names, "localhost", API_IP, FIRST.ip, "127.0.0.1"])
+    for each in NODES:
+        name = f"kubelet{each.suffix}"
+        authority.issue(name, f"system:node:{each.name}", "system:nodes", hosts=[each.name, each.ip])
     authority.issue("controllers", "system:kube-controller-manager")
     authority.issue("scheduler", "system:kube-scheduler")
     authority.issue("proxy", "system:kube-proxy")
     authority.issue("admin", "admin", "system:masters")
     certificates.signing_key(STATE / "pki" / "service-accounts.key")
-    for name in ("kubelet", "controllers", "scheduler", "proxy", "admin"):
+    for name in ("kubelet", "kubelet-2", "controllers", "scheduler", "proxy", "admin"):
         _kubeconfig(name)
 
 
@@ -171,7 +222,7 @@ def _kubeconfig(name: str) -> None:
     def encoded(file: str) -> str:
         return base64.b64encode((STATE / "pki" / file).read_bytes()).decode()
 
-    cluster = {"server": f"https://{NODE_IP}:6443", "certificate-authority-data": encoded("ca.crt")}
+    cluster = {"server": f"https://{FIRST.ip}:6443", "certificate-authority-data": encoded("ca.crt")}
     user = {"client-certificate-data": encoded(f"{name}.crt"), "client-key-data": encoded(f"{name}.key")}
     content = {
         "apiVersion": "v1",
@@ -274,7 +325,7 @@ def _wait(condition: Callable[[], bool], otherwise: str, name: str, seconds: flo
 # --- registry and containerd ---------------------------------------------------------------------
 
 
-def _start_storage() -> None:
+def _start_registry() -> None:
     registry = STATE / "registry.yaml"
     registry.write_text(
         yaml.safe_dump(
@@ -287,43 +338,49 @@ def _start_storage() -> None:
         )
     )
     _start("registry", "docker-registry", "serve", str(registry))
-    (STATE / "containerd" / "config.toml").write_text(
+    _wait(_registry_answers, "the registry does not answer", "registry", 30)
+
+
+def _start_containerd(node: Node) -> None:
+    for name in ("cni", "containerd", "kubelet"):
+        (node.folder / name).mkdir(parents=True, exist_ok=True)
+    (node.folder / "containerd" / "config.toml").write_text(
         f"""version = 2
-root = "{STATE}/containerd/root"
-state = "{STATE}/containerd/state"
+root = "{node.folder}/containerd/root"
+state = "{node.folder}/containerd/state"
 [grpc]
-  address = "{STATE}/containerd.sock"
+  address = "{node.socket}"
 [plugins."io.containerd.grpc.v1.cri"]
   # Where the machine takes CAP_SYS_RESOURCE away, runc may not lower a score.
   restrict_oom_score_adj = true
   sandbox_image = "{images.PAUSE}"
   [plugins."io.containerd.grpc.v1.cri".cni]
     bin_dir = "/usr/lib/cni"
-    conf_dir = "{STATE}/cni"
+    conf_dir = "{node.folder}/cni"
   [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
     runtime_type = "io.containerd.runc.v2"
 """
     )
     bridge = {
         "type": "bridge",
-        "bridge": "cni0",
+        "bridge": node.bridge,
         "isGateway": True,
         "ipMasq": True,
         "hairpinMode": True,
         "ipam": {
             "type": "host-local",
-            "dataDir": str(STATE / "cni-addresses"),
-            "ranges": [[{"subnet": POD_RANGE}]],
+            "dataDir": str(node.folder / "cni-addresses"),
+            "ranges": [[{"subnet": node.pods}]],
             "routes": [{"dst": "0.0.0.0/0"}],
         },
     }
     ports = {"type": "portmap", "capabilities": {"portMappings": True}}
-    (STATE / "cni" / "10-bridge.conflist").write_text(
+    (node.folder / "cni" / "10-bridge.conflist").write_text(
         json.dumps({"cniVersion": "1.0.0", "name": "pods", "plugins": [bridge, ports]})
     )
-    _start("containerd", "containerd", "-c", str(STATE / "containerd" / "config.toml"))
-    _wait(_registry_answers, "the registry does not answer", "registry", 30)
-    _wait(lambda: (STATE / "containerd.sock").exists(), "containerd does not answer", "containerd", 30)
+    name = f"containerd{node.suffix}"
+    _start(name, "containerd", "-c", str(node.folder / "containerd" / "config.toml"))
+    _wait(node.socket.exists, "containerd does not answer", name, 30)
 
 
 def _registry_answers() -> bool:
@@ -334,9 +391,9 @@ def _registry_answers() -> bool:
         return False
 
 
-def _end_containers() -> None:
-    ctr = ["ctr", "-a", str(STATE / "containerd.sock"), "-n", "k8s.io", "tasks"]
-    if _pid("containerd") is None:
+def _end_containers(node: Node) -> None:
+    ctr = ["ctr", "-a", str(node.socket), "-n", "k8s.io", "tasks"]
+    if _pid(f"containerd{node.suffix}") is None:
         return
 
     def tasks() -> list[str]:
@@ -350,9 +407,9 @@ def _end_containers() -> None:
             subprocess.run([*ctr, "delete", "-f", task], capture_output=True, check=False)
 
 
-def _unmount() -> None:
+def _unmount(folder: Path) -> None:
     mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
-    for mount in sorted((mount for mount in mounts if mount.startswith(f"{STATE}/")), reverse=True):
+    for mount in sorted((mount for mount in mounts if mount.startswith(f"{folder}/")), reverse=True):
         subprocess.run(["umount", "--lazy", mount], check=False)
 
 
@@ -364,11 +421,12 @@ def _network() -> None:
     # Not a dummy link: not every kernel has them. Kubelet refuses a node address on loopback.
     if not Path(f"/sys/class/net/{BRIDGE}").exists():
         binaries.run(["ip", "link", "add", BRIDGE, "type", "bridge"])
-        binaries.run(["ip", "addr", "add", f"{NODE_IP}/32", "dev", BRIDGE])
+        for node in NODES:
+            binaries.run(["ip", "addr", "add", f"{node.ip}/32", "dev", BRIDGE])
         binaries.run(["ip", "link", "set", BRIDGE, "up"])
     # A service that kube-proxy does not know must not leave this machine by the default route.
     binaries.run(["ip", "route", "replace", SERVICE_RANGE, "dev", BRIDGE])
-    binaries.run(["ip", "route", "replace", "unreachable", "10.244.0.0/16"])
+    binaries.run(["ip", "route", "replace", "unreachable", POD_RANGE])
     Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
     bridged = Path("/proc/sys/net/bridge/bridge-nf-call-iptables")
     if not bridged.exists():
@@ -383,8 +441,8 @@ def _network() -> None:
 def _take_away_network() -> None:
     for netns in Path("/run/netns").glob("cni-*"):
         subprocess.run(["ip", "netns", "delete", netns.name], capture_output=True, check=False)
-    subprocess.run(["ip", "route", "del", "unreachable", "10.244.0.0/16"], capture_output=True, check=False)
-    for link in ("cni0", BRIDGE):
+    subprocess.run(["ip", "route", "del", "unreachable", POD_RANGE], capture_output=True, check=False)
+    for link in (*(node.bridge for node in NODES), BRIDGE):
         subprocess.run(["ip", "link", "delete", link], capture_output=True, check=False)
     # kube-proxy's and the plugins' rules: without the node they are dead weight for every packet.
     for table in ("nat", "filter", "mangle"):
@@ -407,7 +465,7 @@ def _start_control_plane(kube: str) -> None:
     )  # fmt: skip
     _start(
         "kube-apiserver", kube, "kube-apiserver", f"--etcd-servers={ETCD}",
-        f"--advertise-address={NODE_IP}", f"--bind-address={NODE_IP}", "--secure-port=6443",
+        f"--advertise-address={FIRST.ip}", f"--bind-address={FIRST.ip}", "--secure-port=6443",
         f"--tls-cert-file={pki}/apiserver.crt", f"--tls-private-key-file={pki}/apiserver.key",
         f"--client-ca-file={pki}/ca.crt", f"--service-cluster-ip-range={SERVICE_RANGE}",
         "--service-account-issuer=https://kubernetes.default.svc",
@@ -431,8 +489,8 @@ def _start_control_plane(kube: str) -> None:
     _start("kube-scheduler", kube, "kube-scheduler", f"--kubeconfig={pki}/scheduler.kubeconfig", "--leader-elect=false")
 
 
-def _start_node(kube: str) -> None:
-    kubelet = {
+def _start_kubelet(kube: str, node: Node) -> None:
+    kubelet: dict[str, Any] = {
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
         "kind": "KubeletConfiguration",
         "authentication": {
@@ -448,36 +506,65 @@ def _start_node(kube: str) -> None:
         "imagePullCredentialsVerificationPolicy": "NeverVerify",
         "clusterDNS": [DNS_IP],
         "clusterDomain": "cluster.local",
-        "containerRuntimeEndpoint": f"unix://{STATE}/containerd.sock",
-        "tlsCertFile": f"{STATE}/pki/kubelet.crt",
-        "tlsPrivateKeyFile": f"{STATE}/pki/kubelet.key",
-        "podLogsDir": f"{STATE}/pod-logs",
-        "volumePluginDir": f"{STATE}/volume-plugins",
+        "containerRuntimeEndpoint": f"unix://{node.socket}",
+        "tlsCertFile": f"{STATE}/pki/kubelet{node.suffix}.crt",
+        "tlsPrivateKeyFile": f"{STATE}/pki/kubelet{node.suffix}.key",
+        "podLogsDir": f"{node.folder}/pod-logs",
+        "volumePluginDir": f"{node.folder}/volume-plugins",
+        "port": node.port,
+        "healthzPort": 0,
+        "cgroupRoot": node.cgroup,
         "imageGCHighThresholdPercent": 100,
         "evictionHard": {"memory.available": "200Mi"},
         "nodeStatusUpdateFrequency": "4s",
         "serializeImagePulls": False,
         "resolvConf": "/etc/resolv.conf",
     }
+    if node.taint:
+        kubelet["registerWithTaints"] = [{"key": node.taint, "effect": "NoSchedule"}]
+        _make_cgroup(node)
+    _write(node.folder / "kubelet" / "config.yaml", kubelet)
+    _start(
+        f"kubelet{node.suffix}", kube, "kubelet", f"--config={node.folder}/kubelet/config.yaml",
+        f"--kubeconfig={STATE}/pki/kubelet{node.suffix}.kubeconfig", f"--root-dir={node.folder}/kubelet/root",
+        f"--hostname-override={node.name}", f"--node-ip={node.ip}",
+    )  # fmt: skip
+
+
+def _write(path: Path, content: Any) -> None:
+    # kube-proxy exits when its file is written again.
+    text = yaml.safe_dump(content)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def _cgroups(node: Node) -> list[Path]:
+    """The node's folder in each hierarchy; there is one in version 2, and one for each controller in version 1."""
+    if (CGROUPS / "cgroup.controllers").exists():
+        return [CGROUPS / node.cgroup[1:]]
+    return [each / node.cgroup[1:] for each in sorted(CGROUPS.iterdir()) if each.is_dir() and not each.is_symlink()]
+
+
+def _make_cgroup(node: Node) -> None:
+    for folder in _cgroups(node):
+        folder.mkdir(exist_ok=True)
+        # Version 1 lets no process in before these are set.
+        for name in ("cpuset.cpus", "cpuset.mems"):
+            if (folder / name).exists():
+                (folder / name).write_text((folder.parent / name).read_text())
+
+
+def _start_agents(kube: str) -> None:
     proxy = {
         "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
         "kind": "KubeProxyConfiguration",
         "clientConnection": {"kubeconfig": f"{STATE}/pki/proxy.kubeconfig"},
         "clusterCIDR": POD_RANGE,
-        "hostnameOverride": NODE,
+        "hostnameOverride": FIRST.name,
         "mode": "iptables",
         "conntrack": {"maxPerCore": 0},
     }
-    for name, content in (("config", kubelet), ("proxy", proxy)):
-        path, text = STATE / "kubelet" / f"{name}.yaml", yaml.safe_dump(content)
-        # kube-proxy exits when its file is written again.
-        if not path.exists() or path.read_text() != text:
-            path.write_text(text)
-    _start(
-        "kubelet", kube, "kubelet", f"--config={STATE}/kubelet/config.yaml",
-        f"--kubeconfig={STATE}/pki/kubelet.kubeconfig", f"--root-dir={STATE}/kubelet/root",
-        f"--hostname-override={NODE}", f"--node-ip={NODE_IP}",
-    )  # fmt: skip
+    _write(STATE / "kubelet" / "proxy.yaml", proxy)
     _start("kube-proxy", kube, "kube-proxy", f"--config={STATE}/kubelet/proxy.yaml")
     root = str(Path(__file__).resolve().parents[2])
     _start(
@@ -492,10 +579,10 @@ def _api_ready() -> bool:
     return False
 
 
-def _node_ready() -> bool:
+def _node_ready(node: Node = FIRST) -> bool:
     ready = "jsonpath={.status.conditions[?(@.type=='Ready')].status}"
     with contextlib.suppress(ClusterError):
-        return kubectl("get", "node", NODE, "-o", ready, "--request-timeout=2s") == "True"
+        return kubectl("get", "node", node.name, "-o", ready, "--request-timeout=2s") == "True"
     return False
 
 
@@ -509,4 +596,62 @@ def without_policies() -> Iterator[None]:
     try:
         yield
     finally:
-        _start_node(str(binaries.kube()))
+        _start_agents(str(binaries.kube()))
+
+
+# --- the second node -----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def second() -> Iterator[Node]:
+    """A second node while the block lasts, for pods that tolerate its taint."""
+    _take_away(SECOND)
+    try:
+        _start_containerd(SECOND)
+        start_kubelet(SECOND)
+        yield SECOND
+    finally:
+        _take_away(SECOND)
+
+
+def stop_kubelet(node: Node) -> None:
+    """As when a node is cut off: its pods run on, and nobody hears of them."""
+    _stop(f"kubelet{node.suffix}")
+
+
+def start_kubelet(node: Node) -> None:
+    """Start it, and wait until the node is Ready."""
+    _start_kubelet(str(binaries.kube()), node)
+    # What the API says of the node may be of before it was stopped.
+    _wait(lambda: _kubelet_answers(node) and _node_ready(node), f"{node.name} is not Ready", f"kubelet{node.suffix}")
+
+
+def _kubelet_answers(node: Node) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((node.ip, node.port), 2):
+        return True
+    return False
+
+
+def _take_away(node: Node) -> None:
+    stop_kubelet(node)
+    with contextlib.suppress(ClusterError):
+        kubectl("delete", "node", node.name, "--ignore-not-found")
+    _end_containers(node)
+    _stop(f"containerd{node.suffix}")
+    _unmount(node.folder)
+    shutil.rmtree(node.folder, ignore_errors=True)
+    for folder in _cgroups(node):
+        for path in sorted([folder, *folder.rglob("*/")], reverse=True):
+            with contextlib.suppress(OSError):  # it is not there, or ends by itself
+                path.rmdir()
+    subprocess.run(["ip", "link", "delete", node.bridge], capture_output=True, check=False)
+
+
+@contextlib.contextmanager
+def without_api() -> Iterator[None]:
+    """The node without the Kubernetes API while the block lasts."""
+    _stop("kube-apiserver")
+    try:
+        yield
+    finally:
+        _start_control_plane(str(binaries.kube()))

@@ -1,5 +1,6 @@
 """The node from packages: it is found, mended and taken away whole, and its policies are enforced by what it says."""
 
+import contextlib
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import pytest
 from tests.cluster import __main__ as command
 from tests.cluster import binaries, node
 from tests.cluster.namespace import Namespace, network_policy
+from tests.cluster.progress import ClusterError
 from tests.parts import wait_until
 
 pytestmark = pytest.mark.alone
@@ -40,6 +42,29 @@ def test_a_policy_does_nothing_without_its_enforcer(namespace: Namespace) -> Non
     wait_until(lambda: not namespace.connects("client", "server", 80), "the policy to be enforced again", 20)
 
 
+def test_a_second_node_has_pods_of_its_own_and_leaves_nothing(namespace: Namespace) -> None:
+    namespace.pod("first")
+    with node.second() as other:
+        namespace.pod("second", nodeName=other.name)
+        node.stop_kubelet(other)
+        node.start_kubelet(other)
+
+        def runs_on() -> bool:
+            with contextlib.suppress(ClusterError):  # its kubelet has yet to hear of it
+                namespace.kubectl("exec", "second", "--", "true")
+                return True
+            return False
+
+        wait_until(runs_on, "the pod to be reached again", 30)
+        restarts = "jsonpath={.status.containerStatuses[0].restartCount}"
+        assert namespace.kubectl("get", "pod", "second", "-o", restarts) == "0"
+    assert other.name not in node.kubectl("get", "nodes", "-o", "name")
+    assert not other.folder.exists()
+    assert not list(node.CGROUPS.glob("**/node-2"))
+    assert not Path(f"/sys/class/net/{other.bridge}").exists()
+    namespace.kubectl("exec", "first", "--", "true")
+
+
 def test_a_node_whose_processes_were_all_killed_comes_back(namespace: Namespace) -> None:
     namespace.serve()
     namespace.pod("client")
@@ -61,7 +86,7 @@ def test_down_leaves_nothing_and_up_makes_it_anew(cluster: str) -> None:
     assert command.main(["down"]) == 0
     assert not node.STATE.exists()
     assert str(node.STATE) not in Path("/proc/self/mounts").read_text()
-    assert not any(Path(f"/sys/class/net/{link}").exists() for link in (node.BRIDGE, "cni0"))
+    assert not any(Path(f"/sys/class/net/{link}").exists() for link in (node.BRIDGE, node.FIRST.bridge))
     assert not re.search("KUBE-|CNI-|NETPOL-", binaries.run(["iptables-save"]))
     assert node.SERVICE_RANGE not in binaries.run(["ip", "route"])
     assert not [pid for pid in pids if pid and psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]

@@ -11,28 +11,24 @@ import pytest
 from orchestration.environment.target import Environment
 from orchestration.settings import ROOT
 from tests.cluster import binaries
-from tests.cluster.namespace import Namespace
+from tests.cluster.namespace import Namespace, restricted
 from tests.cluster.turns import turn
 from tests.e2e.checkout import Checkout
-from tests.e2e.release import SMALL, Object, Release, server_values
+from tests.e2e.release import Object, Release, pool_values, probe_of, server_values
 from tests.parts import copy_of_checkout
 
 
 @pytest.fixture(scope="module")
 def probe() -> Object:
     """The ConfigMap with the probe's flow, which the pool's runs find in /probe: for each namespace that has runs."""
-    flow = Path(__file__).with_name("probe_flow.py").read_text()
-    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "probe"}, "data": {"flow.py": flow}}
+    return probe_of(Path(__file__).with_name("probe_flow.py"))
 
 
 @pytest.fixture(scope="module")
 def servers_namespace(cluster: str) -> Iterator[Namespace]:
     """A namespace that enforces the restricted standard."""
-    made = Namespace(cluster, f"pool-{uuid4().hex[:8]}")
-    binaries.kubectl("--context", cluster, "create", "namespace", made.name)
-    made.kubectl("label", "namespace", made.name, "pod-security.kubernetes.io/enforce=restricted")
-    yield made
-    binaries.kubectl("--context", cluster, "delete", "namespace", made.name, "--wait=false")
+    with restricted(cluster, "pool") as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -44,24 +40,7 @@ def server(servers_namespace: Namespace, image: str) -> Release:
 
 @pytest.fixture(scope="module")
 def values(image: str) -> Object:
-    repository, _, tag = image.rpartition(":")
-    return {
-        "image": {"repository": repository, "tag": tag},
-        "worker": {
-            "querySeconds": 2,
-            "prefetchSeconds": 5,
-            "resources": {"requests": dict(SMALL), "limits": {"memory": "768Mi"}},
-        },
-        "reconciler": {"replicas": 1, "resources": {"requests": dict(SMALL), "limits": {"memory": "256Mi"}}},
-        "drift": {"everySeconds": 5, "resources": {"requests": dict(SMALL), "limits": {"memory": "512Mi"}}},
-        "runs": {
-            "resources": {"requests": dict(SMALL), "limits": {"memory": "700Mi"}},
-            "pod": {
-                "volumes": [{"name": "probe", "configMap": {"name": "probe"}}],
-                "volumeMounts": [{"name": "probe", "mountPath": "/probe"}],
-            },
-        },
-    }
+    return pool_values(image)
 
 
 @pytest.fixture(scope="module")

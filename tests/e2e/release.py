@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,6 +17,7 @@ from orchestration.environment.target import Environment
 from orchestration.settings import ROOT
 from tests.cluster import binaries, images
 from tests.cluster.namespace import Namespace
+from tests.cluster.turns import turn
 
 Object = dict[str, Any]
 
@@ -77,6 +80,13 @@ class Release:
             yield client
 
 
+def built_image() -> str:
+    """The image of this checkout, built and pushed to where the cluster pulls from; its name."""
+    with turn(binaries.cache() / "image.lock"):
+        pushed = subprocess.run([ROOT / "docker" / "build", "--push"], stdout=subprocess.PIPE, text=True, check=True)
+    return pushed.stdout.strip()
+
+
 def server_values(image: str) -> Object:
     """The least values of the server's chart on the cluster."""
     small = {
@@ -84,6 +94,37 @@ def server_values(image: str) -> Object:
         for component in ("api", "services", "migrations")
     }
     return {"image": _image(image)} | small | _databases()
+
+
+def pool_values(image: str) -> Object:
+    """The least values of the work pool's chart on the cluster, for runs that find the probe's flow in /probe."""
+    return {
+        "image": _image(image),
+        "worker": {
+            "querySeconds": 2,
+            "prefetchSeconds": 5,
+            "resources": {"requests": dict(SMALL), "limits": {"memory": "768Mi"}},
+        },
+        "reconciler": {"replicas": 1, "resources": {"requests": dict(SMALL), "limits": {"memory": "256Mi"}}},
+        "drift": {"everySeconds": 5, "resources": {"requests": dict(SMALL), "limits": {"memory": "512Mi"}}},
+        "runs": {
+            "resources": {"requests": dict(SMALL), "limits": {"memory": "700Mi"}},
+            "pod": {
+                "volumes": [{"name": "probe", "configMap": {"name": "probe"}}],
+                "volumeMounts": [{"name": "probe", "mountPath": "/probe"}],
+            },
+        },
+    }
+
+
+def probe_of(file: Path) -> Object:
+    """The ConfigMap with a probe's flow."""
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": "probe"},
+        "data": {"flow.py": file.read_text()},
+    }
 
 
 def _databases() -> Object:

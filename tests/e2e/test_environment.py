@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import httpx
@@ -19,7 +20,8 @@ from orchestration.environment.target import POOL
 from tests.cluster import binaries
 from tests.cluster.namespace import Namespace
 from tests.e2e.checkout import DAILY, MAKE, Checkout, environment
-from tests.parts import free_port, wait_until
+from tests.e2e.runs import ended, start
+from tests.parts import answers, free_port, wait_until
 
 
 def _deployment(api: httpx.Client) -> dict[str, object]:
@@ -108,8 +110,47 @@ def test_the_ui_shows_the_run(checkout: Checkout, tmp_path: Path) -> None:
             text = screenshot(url, user(checkout.target), page, "Finished in state Completed()", tmp_path / "ui.png")
             assert run["name"] in text
             assert (tmp_path / "ui.png").stat().st_size > 20_000
+            checkout.target.kubectl("delete", "pods", "--selector", "app.kubernetes.io/component=api")
+            checkout.target.kubectl("rollout", "status", "deployment/prefect-server-api", "--timeout=120s")
+            wait_until(lambda: answers(f"{url}/api/health"), "the port to lead to the next pod")
+            said = [process.stdout.readline() for _ in range(4)][2:]
+            assert said == ["The server's pod is gone. Opening the port to the next one\n", "It is open again.\n"]
         finally:
             os.killpg(process.pid, signal.SIGTERM)
+
+
+def test_a_cancelled_run_takes_its_sql_with_it(checkout: Checkout) -> None:
+    """Also where that waits for a lock that somebody else has."""
+    target = checkout.target
+
+    def sql(statement: str, end: str = "") -> str:
+        command = f'psql -U warehouse -d warehouse -Atc "{statement}"{end}'
+        return target.kubectl("exec", "warehouse-0", "--", "sh", "-c", command).strip()
+
+    others = "from pg_stat_activity where pid <> pg_backend_pid() and"
+    table = "analytics.carrier_daily_punctuality"
+    sql(f"begin; lock table {table}; select pg_sleep(600)", " > /dev/null 2>&1 &")
+    try:
+        wait_until(lambda: sql(f"select count(*) {others} query like '%pg_sleep%'") == "1", "the lock")
+        with connected(target) as api:
+            run = start(api, str(_deployment(api)["id"]))
+            wait_until(
+                lambda: sql(f"select count(*) {others} wait_event_type = 'Lock'") != "0", "dbt to wait for it", 120
+            )
+            began = time.monotonic()
+            api.post(f"/flow_runs/{run}/set_state", json={"state": {"type": "CANCELLING"}}).raise_for_status()
+            assert ended(api, run)["state_type"] == "CANCELLED"
+            wait_until(lambda: sql(f"select count(*) {others} wait_event_type = 'Lock'") == "0", "its SQL to go", 60)
+            assert time.monotonic() - began < 60 + 15, "longer than its grace period and 15 s"
+        its = f"prefect.io/flow-run-id={run}"
+        wait_until(
+            lambda: all(
+                each["status"]["phase"] in ("Succeeded", "Failed") for each in target.objects("pods", "--selector", its)
+            ),
+            "its pod to end",
+        )
+    finally:
+        sql(f"select pg_terminate_backend(pid) {others} query like '%pg_sleep%'")
 
 
 @pytest.mark.timeout(900)

@@ -3,6 +3,8 @@
 import os
 import signal
 import time
+from datetime import UTC, datetime
+from pathlib import Path
 
 from prefect import flow, get_run_logger, task
 from prefect.runtime import flow_run
@@ -11,31 +13,48 @@ from orchestration.idempotency import idempotency_key
 
 
 @flow
-def victim(seconds: float = 0, memory: int = 0, killed: bool = False) -> None:
+def victim(seconds: float = 0, memory: int = 0, killed: bool = False, deaf: bool = False) -> None:
     """Take that long; first use so many MiB of memory, or be killed.
 
     Args:
         seconds: what it takes.
         memory: MiB; as long as there is less, the first execution dies of it.
         killed: whether the first execution is ended by SIGKILL.
+        deaf: whether SIGTERM does nothing to it.
     """
-    logger = get_run_logger()
-    logger.info("execution %s in %s", flow_run.run_count, os.environ["HOSTNAME"])
+    if deaf:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _begin()
     if memory:
         held = bytearray(memory * 2**20)
         held[::4096] = b"x" * len(held[::4096])
     if killed and flow_run.run_count == 1:
         _die()
     time.sleep(seconds)
-    logger.info("the end")
+    get_run_logger().info("the end")
 
 
 @flow
 def ticking(times: int) -> None:
     """Log every two seconds."""
+    _begin()
     for number in range(times):
         get_run_logger().info("tick %s", number)
         time.sleep(2)
+    get_run_logger().info("the end")
+
+
+@flow
+def holding() -> None:
+    """Die while a task holds what there is one of; it is what the second execution needs."""
+    hold(flow_run.run_count)
+
+
+@task(tags=["scarce"])
+def hold(execution: int) -> None:
+    """Hold a slot of the limit of that tag."""
+    if execution == 1:
+        _die()
     get_run_logger().info("the end")
 
 
@@ -61,6 +80,53 @@ def step(number: int) -> str:
     if number == 4 and execution == "1":
         _die()
     return f"{number} by {execution}"
+
+
+@flow
+def piecewise(pieces: int, seconds: float, memory: int = 0) -> None:
+    """Take so many steps, and keep a journal of it that no kill can undo, for `tests.benchmarks.soak`.
+
+    Args:
+        pieces: how many steps.
+        seconds: of each.
+        memory: MiB; as long as there is less, an execution dies of it.
+    """
+    os.environ["EXECUTION"] = str(flow_run.run_count)
+    os.environ["JOURNAL"] = str(Path(os.environ["PREFECT_RESULTS_LOCAL_STORAGE_PATH"]) / "journal" / str(flow_run.id))
+    note("began")
+    _begin()
+    if memory:
+        held = bytearray(memory * 2**20)
+        held[::4096] = b"x" * len(held[::4096])
+    for number in range(1, pieces + 1):
+        piece(number, seconds)
+    note("ended")
+
+
+@task(tags=["piece"])
+def piece(number: int, seconds: float) -> None:
+    """Hold a slot of the limit by that tag, say in which execution, and four times a second that this one is alive."""
+    get_run_logger().info("step %s in execution %s", number, os.environ["EXECUTION"])
+    note(f"step {number}")
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        time.sleep(min(left, 0.25))
+        note("alive")
+
+
+def note(what: str) -> None:
+    """A line of the run's journal: when, which execution, in which pod, what. What is written survives its process."""
+    line = f"{time.time():.3f} {os.environ['EXECUTION']} {os.environ['HOSTNAME']} {what}\n"
+    journal = Path(os.environ["JOURNAL"])
+    journal.parent.mkdir(exist_ok=True)
+    with journal.open("a") as file:
+        file.write(line)
+
+
+def _begin() -> None:
+    """Say which execution this is, and where and when, by its own clock."""
+    where, when = os.environ["HOSTNAME"], datetime.now(UTC).isoformat()
+    get_run_logger().info("execution %s in %s at %s", flow_run.run_count, where, when)
 
 
 def _die() -> None:

@@ -1,136 +1,41 @@
-"""What becomes of a run whose pod dies, does not start or is no longer wanted, or whose server is away.
+"""What becomes of a run whose pod dies, does not start or is no longer wanted. The API shows it within seconds."""
 
-The API shows it within seconds.
-"""
-
-import contextlib
 import copy
-import json
 import time
-from collections import defaultdict
-from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.cluster.progress import ClusterError
-from tests.e2e.release import SMALL, Object, Release
+from tests.e2e.faults.victims import (
+    GRACE,
+    NAME,
+    SEEN,
+    completed,
+    completed_by_a_retry,
+    ending,
+    evicted,
+    force_deleted,
+    killed,
+    leader,
+    pods,
+    seconds_between,
+    state_named,
+    states,
+    under_way,
+    victim,
+    without,
+)
+from tests.e2e.release import Object, Release
 from tests.e2e.runs import deployment, ended, logged, run_of, start
 from tests.parts import wait_until
-
-NAME = "prefect-work-pool"
-
-SEEN = 15.0
-"""Seconds within which the API says what has happened."""
-
-
-@pytest.fixture(scope="module")
-def probe() -> Object:
-    flow = Path(__file__).with_name("flow.py").read_text()
-    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "probe"}, "data": {"flow.py": flow}}
-
-
-@pytest.fixture(scope="module")
-def values(values: Object) -> Object:
-    made = copy.deepcopy(values)
-    made["sync"] = {"files": []}
-    made["drift"] = {"enabled": False}
-    made["runs"]["results"] = {"storage": "volume", "volume": {"size": "100Mi"}}
-    made["reconciler"] = {
-        "everySeconds": 1,
-        "pendingTimeoutSeconds": 30,
-        "resources": {"requests": dict(SMALL), "limits": {"memory": "256Mi"}},
-    }
-    return made
-
-
-def victim(api: httpx.Client, **fields: object) -> str:
-    """A deployment of the flow; its id."""
-    return deployment(api, entrypoint="/probe/flow.py:victim", **fields)
-
-
-def states(api: httpx.Client, run: str) -> list[Object]:
-    """The run's states, the first one first."""
-    found = api.get("/flow_run_states/", params={"flow_run_id": run}).raise_for_status().json()
-    return sorted(found, key=lambda each: str(each["timestamp"]))
-
-
-def state_named(api: httpx.Client, run: str, name: str, seconds: float = SEEN) -> Object:
-    """The run's first state of that name, within some seconds."""
-
-    def found() -> Object | None:
-        return next((each for each in states(api, run) if each["name"] == name), None)
-
-    made: Object = wait_until(found, f"{name} of {run}", seconds)
-    return made
-
-
-def pods(pool: Release, run: str) -> list[Object]:
-    listed = pool.namespace.kubectl("get", "pods", "-l", f"prefect.io/flow-run-id={run}", "-o", "json")
-    found: list[Object] = json.loads(listed)["items"]
-    return found
-
-
-def under_way(api: httpx.Client, pool: Release, deployment_id: str, **parameters: object) -> tuple[str, str]:
-    """A run that logs already; its id and its pod."""
-    run = start(api, deployment_id, parameters=parameters)
-    logged(api, run, "execution 1", 120)
-    [pod] = pods(pool, run)
-    return run, str(pod["metadata"]["name"])
-
-
-def _ending(pod: Object) -> bool:
-    return "deletionTimestamp" in pod["metadata"] or pod["status"]["phase"] in ("Succeeded", "Failed")
-
-
-def seconds_between(earlier: Object, later: Object) -> float:
-    first, second = (datetime.fromisoformat(str(each["timestamp"])) for each in (earlier, later))
-    return (second - first).total_seconds()
-
-
-@contextlib.contextmanager
-def without(pool: Release, component: str) -> Iterator[None]:
-    """The release without the pods of a component, while the block lasts."""
-    name = f"deployment/{NAME}-{component}"
-    replicas = pool.namespace.kubectl("get", name, "-o", "jsonpath={.spec.replicas}")
-    pool.namespace.kubectl("scale", name, "--replicas=0")
-    wait_until(lambda: not pool.pods(component), f"{component} to be gone", 90)
-    try:
-        yield
-    finally:
-        pool.namespace.kubectl("scale", name, f"--replicas={replicas}")
-        pool.namespace.kubectl("rollout", "status", name, "--timeout=120s")
-
-
-def completed(api: httpx.Client, run: str) -> None:
-    """A crash in between is not the end."""
-    wait_until(lambda: run_of(api, run)["state_type"] == "COMPLETED", f"run {run} to complete", 180)
-
-
-def completed_by_a_retry(api: httpx.Client, run: str) -> list[Object]:
-    """The states of a run that completed in its second execution, and of nothing else."""
-    completed(api, run)
-    assert run_of(api, run)["run_count"] == 2
-    listed = states(api, run)
-    assert sum(each["name"] == "AwaitingRetry" for each in listed) == 1
-    executions = [line for line in logged(api, run, "the end") if line.startswith("execution")]
-    assert [line.split()[1] for line in executions] == ["1", "2"]
-    return listed
-
-
-def killed(pool: Release, pod: str) -> None:
-    """All of a pod's processes by SIGKILL, as when a node is in need: nothing of it can say so."""
-    with contextlib.suppress(ClusterError):  # it kills itself too
-        pool.namespace.kubectl("exec", pod, "--", "python", "-c", "import os; os.kill(-1, 9)")
 
 
 def test_a_killed_pod_is_tried_again(pool: Release, api: httpx.Client) -> None:
     run, pod = under_way(api, pool, victim(api), seconds=20)
+    [found] = pods(pool, run)
     killed(pool, pod)
     crashed = state_named(api, run, "Crashed")
-    assert f"Pod {pod} ended with exit code 137 (SIGKILL)" in crashed["message"]
+    assert f"Pod {pod} on {found['spec']['nodeName']} ended with exit code 137 (SIGKILL)" in crashed["message"]
     assert "execution 1" in crashed["message"], "the end of its log"
     listed = completed_by_a_retry(api, run)
     again = next(each for each in listed if each["name"] == "AwaitingRetry")
@@ -138,7 +43,7 @@ def test_a_killed_pod_is_tried_again(pool: Release, api: httpx.Client) -> None:
     assert seconds_between(crashed, again) < SEEN
 
 
-def test_a_retry_does_not_repeat_what_had_finished(pool: Release, api: httpx.Client) -> None:
+def nothing_is_repeated(api: httpx.Client) -> None:
     """Not even in a flow that the flow had called; what was half done is done again, with the same key."""
     run = start(api, deployment(api, entrypoint="/probe/flow.py:stepwise"))
     completed(api, run)
@@ -153,6 +58,10 @@ def test_a_retry_does_not_repeat_what_had_finished(pool: Release, api: httpx.Cli
     taken = {(line[1], line[4]): line[-1] for line in lines if line[0] == "step"}
     assert sorted(taken) == [("1", "1"), ("2", "1"), ("3", "1"), ("4", "1"), ("4", "2"), ("5", "2")]
     assert taken["4", "1"] == taken["4", "2"]
+
+
+def test_a_retry_does_not_repeat_what_had_finished(pool: Release, api: httpx.Client) -> None:
+    nothing_is_repeated(api)
 
 
 def test_old_results_are_removed(pool: Release, api: httpx.Client) -> None:
@@ -170,7 +79,7 @@ def test_old_results_are_removed(pool: Release, api: httpx.Client) -> None:
 
 def test_a_force_deleted_pod_is_tried_again(pool: Release, api: httpx.Client) -> None:
     run, pod = under_way(api, pool, victim(api), seconds=20)
-    pool.namespace.kubectl("delete", "pod", pod, "--force", "--grace-period=0")
+    force_deleted(pool.namespace, pod)
     state_named(api, run, "AwaitingRetry")
     completed_by_a_retry(api, run)
 
@@ -191,19 +100,12 @@ def test_what_runs_out_of_memory_gets_more(pool: Release, api: httpx.Client) -> 
     assert "OOMKilled" in again["message"]
     assert "it used 300 MiB at the most" in again["message"]
     assert run_of(api, run)["job_variables"]["memory_limit"] == "600Mi"
+    wait_until(lambda: run_of(api, run)["labels"].get("reconciler.exceeded") == 300 * 2**20, "the limit to be noted")
 
 
 def test_an_eviction_leaves_the_crash_budget_alone(pool: Release, api: httpx.Client) -> None:
     run, pod = under_way(api, pool, victim(api, job_variables={"crash_retries": 0}), seconds=20)
-    eviction = {
-        "apiVersion": "policy/v1",
-        "kind": "Eviction",
-        "metadata": {"name": pod, "namespace": pool.namespace.name},
-    }
-    pool.namespace.kubectl(
-        "create", "--raw", f"/api/v1/namespaces/{pool.namespace.name}/pods/{pod}/eviction", "-f", "-",
-        text=json.dumps(eviction),
-    )  # fmt: skip
+    evicted(pool.namespace, pod)
     state_named(api, run, "AwaitingRetry")
     completed(api, run)
     assert run_of(api, run)["run_count"] == 2
@@ -224,6 +126,7 @@ def test_a_budget_ends(pool: Release, api: httpx.Client) -> None:
     [
         ({"image": "localhost:5000/absent:1"}, "ImagePullBackOff", "absent:1"),
         ({"cpu_request": "1000"}, "Unschedulable", "Insufficient cpu"),
+        ({"secret": "absent"}, "CreateContainerConfigError", 'secret "absent" not found'),
     ],
 )
 def test_what_cannot_start_is_said_and_given_up(
@@ -242,21 +145,62 @@ def test_what_cannot_start_is_said_and_given_up(
     assert run_of(api, run)["state_type"] == "CRASHED"
 
 
-def test_what_the_quota_refuses_is_said(pool: Release, api: httpx.Client) -> None:
-    quota = {
-        "apiVersion": "v1",
-        "kind": "LimitRange",
-        "metadata": {"name": "small"},
-        "spec": {"limits": [{"type": "Container", "max": {"memory": "4Gi"}}]},
-    }
-    pool.namespace.apply(quota)
+def test_a_run_that_cannot_start_keeps_its_slot_no_longer_than_that(pool: Release, api: httpx.Client) -> None:
+    """The deployment's limit of one lets the next run in once it is given up."""
+    made = victim(api, concurrency_limit=1, concurrency_options={"collision_strategy": "ENQUEUE"})
+    stuck = start(api, made, job_variables={"image": "localhost:5000/absent:1"})
+    state_named(api, stuck, "ImagePullBackOff", 60)
+    waiting = start(api, made)
+    state_named(api, stuck, "Crashed", 60)
+    completed(api, waiting)
+    assert run_of(api, waiting)["run_count"] == 1
+
+
+def test_a_tag_s_slot_is_given_back_with_its_execution(pool: Release, api: httpx.Client) -> None:
+    """The server's own lease of it ends only after five minutes."""
+    api.post("/concurrency_limits/", json={"tag": "scarce", "concurrency_limit": 1}).raise_for_status()
+    run = start(api, deployment(api, entrypoint="/probe/flow.py:holding"))
+    again = state_named(api, run, "AwaitingRetry", 120)
+    completed(api, run)
+    [end] = [each for each in states(api, run) if each["type"] == "COMPLETED"]
+    assert seconds_between(again, end) < 60
+
+
+def test_nothing_of_a_run_that_is_given_up_says_that_it_goes_on(pool: Release, api: httpx.Client) -> None:
+    made = deployment(api, entrypoint="/probe/flow.py:stepwise", job_variables={"crash_retries": 0})
+    run = start(api, made)
+    wait_until(lambda: run_of(api, run)["labels"].get("reconciler.settled"), "the verdict", 120)
+    body: Object = {"flow_runs": {"parent_flow_run_id": {"any_": [run]}}}
+    called = api.post("/flow_runs/filter", json=body).raise_for_status().json()
+    assert sorted(each["state_type"] for each in called) == ["COMPLETED", "CRASHED"]
+    body = {"flow_runs": {"id": {"any_": [run, *(each["id"] for each in called)]}}}
+    tasks = api.post("/task_runs/filter", json=body).raise_for_status().json()
+    ends = {each["name"].partition("-")[0] + f" {each['state_type']}" for each in tasks}
+    assert ends == {"step COMPLETED", "step CRASHED", "steps COMPLETED", "steps CRASHED"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec", "said"),
+    [
+        (
+            "LimitRange",
+            {"limits": [{"type": "Container", "max": {"memory": "4Gi"}}]},
+            "maximum memory usage per Container is 4Gi",
+        ),
+        ("ResourceQuota", {"hard": {"requests.storage": "1Ti", "limits.memory": "8Gi"}}, "exceeded quota: small"),
+    ],
+)
+def test_what_is_not_allowed_is_said(pool: Release, api: httpx.Client, kind: str, spec: Object, said: str) -> None:
+    pool.namespace.apply({"apiVersion": "v1", "kind": kind, "metadata": {"name": "small"}, "spec": spec})
     try:
-        run = start(api, victim(api, job_variables={"memory_limit": "5Gi"}))
+        run = start(api, victim(api, job_variables={"memory_limit": "9Gi"}))
+        made = state_named(api, run, "Submitting", 60)
         stuck = state_named(api, run, "PodRefused", 60)
-        assert "maximum memory usage per Container is 4Gi" in stuck["message"]
+        assert said in stuck["message"]
+        assert seconds_between(made, stuck) < SEEN
         assert "Given up after" in state_named(api, run, "Crashed", 60)["message"]
     finally:
-        pool.namespace.kubectl("delete", "limitrange", "small")
+        pool.namespace.kubectl("delete", kind, "small")
 
 
 def test_what_nobody_wants_any_more_is_ended(pool: Release, api: httpx.Client) -> None:
@@ -264,9 +208,28 @@ def test_what_nobody_wants_any_more_is_ended(pool: Release, api: httpx.Client) -
     deleted, _ = under_way(api, pool, made, seconds=300)
     api.delete(f"/flow_runs/{deleted}").raise_for_status()
     began = time.monotonic()
-    wait_until(lambda: all(_ending(each) for each in pods(pool, deleted)), "its pod to be told", 30)
+    wait_until(lambda: all(ending(each) for each in pods(pool, deleted)), "its pod to be told", 30)
     assert time.monotonic() - began < 30
     wait_until(lambda: not pods(pool, deleted), "the pod of a deleted run to go", 90)
+
+
+def test_a_run_whose_deployment_is_deleted_is_ended(pool: Release, api: httpx.Client) -> None:
+    made = victim(api)
+    run, _ = under_way(api, pool, made, seconds=300)
+    api.delete(f"/deployments/{made}").raise_for_status()
+    state_named(api, run, "Cancelling")
+    assert ended(api, run, 120)["state_type"] == "CANCELLED"
+    assert "deployment was deleted" in state_named(api, run, "Cancelling")["message"]
+    wait_until(lambda: all(map(ending, pods(pool, run))), "its pod to end", 30)
+
+
+def test_a_run_that_does_not_hear_sigterm_is_cancelled(pool: Release, api: httpx.Client) -> None:
+    run, _ = under_way(api, pool, victim(api), seconds=300, deaf=True)
+    began = time.monotonic()
+    api.post(f"/flow_runs/{run}/set_state", json={"state": {"type": "CANCELLING"}}).raise_for_status()
+    assert ended(api, run, 120)["state_type"] == "CANCELLED"
+    assert time.monotonic() - began < GRACE + 15 + SEEN
+    wait_until(lambda: all(map(ending, pods(pool, run))), "its pod to end", SEEN)
 
 
 def test_a_cancelled_run_ends_without_a_worker(pool: Release, api: httpx.Client) -> None:
@@ -275,8 +238,8 @@ def test_a_cancelled_run_ends_without_a_worker(pool: Release, api: httpx.Client)
         began = time.monotonic()
         api.post(f"/flow_runs/{run}/set_state", json={"state": {"type": "CANCELLING"}}).raise_for_status()
         assert ended(api, run, 120)["state_type"] == "CANCELLED"
-        assert time.monotonic() - began < 60 + 15 + SEEN
-        wait_until(lambda: all(map(_ending, pods(pool, run))), "its pod to end", 30)
+        assert time.monotonic() - began < GRACE + 15 + SEEN
+        wait_until(lambda: all(map(ending, pods(pool, run))), "its pod to end", 30)
 
 
 def test_a_claim_whose_worker_died_is_taken_again(pool: Release, api: httpx.Client) -> None:
@@ -296,11 +259,10 @@ def test_a_claim_whose_worker_died_is_taken_again(pool: Release, api: httpx.Clie
 
 
 def test_the_reconciler_s_leader_is_replaced(pool: Release, api: httpx.Client) -> None:
-    lease = json.loads(pool.namespace.kubectl("get", "lease", f"{NAME}-reconciler", "-o", "json"))
-    leader = lease["spec"]["holderIdentity"]
-    assert leader in [pod["metadata"]["name"] for pod in pool.pods("reconciler")]
+    leads = leader(pool)
+    assert leads in [pod["metadata"]["name"] for pod in pool.pods("reconciler")]
     run, pod = under_way(api, pool, victim(api), seconds=20)
-    pool.namespace.kubectl("delete", "pod", leader, "--force", "--grace-period=0")
+    force_deleted(pool.namespace, leads)
     killed(pool, pod)
     state_named(api, run, "Crashed", 45)
     completed_by_a_retry(api, run)
@@ -308,78 +270,51 @@ def test_the_reconciler_s_leader_is_replaced(pool: Release, api: httpx.Client) -
 
 def test_nothing_of_it_works_without_the_reconciler(pool: Release, api: httpx.Client) -> None:
     """What the tests above see is its doing."""
+    made = victim(api)
     with without(pool, "reconciler"):
-        run, pod = under_way(api, pool, victim(api), seconds=20)
+        crashes = start(api, made, parameters={"killed": True})
+        stuck = start(api, victim(api, job_variables={"image": "localhost:5000/absent:1"}))
+        dead, pod = under_way(api, pool, made, seconds=20)
         killed(pool, pod)
+        # On a busy node its process goes on for a while.
+        gone, pod = under_way(api, pool, made, seconds=60)
+        force_deleted(pool.namespace, pod)
+        unwanted, _ = under_way(api, pool, made, seconds=300)
+        api.delete(f"/flow_runs/{unwanted}").raise_for_status()
         time.sleep(2 * SEEN)
-        assert run_of(api, run)["state_type"] == "RUNNING"
+        for each in (crashes, dead, gone):
+            assert run_of(api, each)["state_type"] == "RUNNING", states(api, each)
+        assert "ImagePullBackOff" not in [each["name"] for each in states(api, stuck)]
+        assert not any(map(ending, pods(pool, unwanted)))
     # And what happened while it was away is found when it is back.
-    completed_by_a_retry(api, run)
+    for each in (crashes, dead, gone):
+        completed_by_a_retry(api, each)
+    # A kubelet pulls one image after another: this one's turn may be late.
+    state_named(api, stuck, "ImagePullBackOff", 60)
+    wait_until(lambda: all(map(ending, pods(pool, unwanted))), "the pod of a deleted run to be told", SEEN)
 
 
-def test_a_server_that_is_away_and_a_database_that_is_killed_lose_nothing(server: Release, pool: Release) -> None:
-    """A run under way completes in its first execution with its whole log; what fell due meanwhile is executed once.
-
-    It comes last: `api` goes by the server's pod.
-    """
-    namespace, times, away = pool.namespace, 110, 120
-    with server.api() as api:
-        minutely = victim(api, schedules=[{"schedule": {"cron": "* * * * *"}}])
-        run = start(api, deployment(api, entrypoint="/probe/flow.py:ticking"), parameters={"times": times})
-        logged(api, run, "tick 5", 120)
-    began = datetime.now(UTC)
-    namespace.kubectl("scale", "deployment/prefect-server-api", "--replicas=0")
-    namespace.kubectl(
-        "delete", "pod", "-l", "app.kubernetes.io/component=api", "--force", "--grace-period=0", "--wait=false"
+def test_nor_does_it_where_results_are_in_a_redis(pool: Release, api: httpx.Client, values: Object) -> None:
+    """The server's own, with another database of it. The last one here: results are there from now on."""
+    password = pool.secret("prefect-server-redis", "password")
+    url = f"redis://:{password}@prefect-server-redis:6379/1"
+    redis = {"matchLabels": {"app.kubernetes.io/name": "prefect-server", "app.kubernetes.io/component": "redis"}}
+    runs = {"matchLabels": {"prefect.io/role": "flow-run"}}
+    pool.namespace.apply(
+        {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "results"}, "stringData": {"url": url}},
+        {
+            "apiVersion": "networking.k8s.io/v1",
+            "kind": "NetworkPolicy",
+            "metadata": {"name": "results"},
+            "spec": {
+                "podSelector": redis,
+                "policyTypes": ["Ingress"],
+                "ingress": [{"from": [{"podSelector": runs}], "ports": [{"port": 6379}]}],
+            },
+        },
     )
-    time.sleep(away)
-    namespace.kubectl("scale", "deployment/prefect-server-api", "--replicas=1")
-    namespace.kubectl("rollout", "status", "deployment/prefect-server-api", "--timeout=120s")
-    back = datetime.now(UTC)
-    missed = {
-        moment
-        for number in range(1, away // 60 + 3)
-        if began < (moment := began.replace(second=0, microsecond=0) + timedelta(minutes=number)) < back
-    }
-
-    def of_the_schedule(api: httpx.Client) -> dict[datetime, list[Object]]:
-        body = {"deployments": {"id": {"any_": [minutely]}}, "limit": 200}
-        made: dict[datetime, list[Object]] = defaultdict(list)
-        for each in api.post("/flow_runs/filter", json=body).raise_for_status().json():
-            made[datetime.fromisoformat(each["expected_start_time"])].append(each)
-        return made
-
-    with server.api() as api:
-        wait_until(
-            lambda: all(each["start_time"] for moment in missed for each in of_the_schedule(api)[moment]),
-            "the missed runs to begin",
-            60,
-        )
-    database = "pod/prefect-server-database-0"
-    before = namespace.kubectl("get", database, "-o", "jsonpath={.metadata.uid}")
-    namespace.kubectl("delete", database, "--force", "--grace-period=0")
-    wait_until(
-        lambda: (
-            namespace.kubectl("get", database, "--ignore-not-found", "-o", "jsonpath={.metadata.uid}")
-            not in ("", before)
-        ),
-        "another pod of the database",
-    )
-    namespace.kubectl("wait", database, "--for=condition=Ready", "--timeout=120s")
-
-    def answers_again() -> bool:
-        # 500 while the database is away, and until the cluster's DNS has its new address; connections may break.
-        with contextlib.suppress(httpx.HTTPError), server.api() as api:
-            return api.get(f"/flow_runs/{run}").is_success
-        return False
-
-    wait_until(answers_again, "the API to have its database again", 90)
-    with server.api() as api:
-        found = ended(api, run, 2 * times)
-        assert (found["state_type"], found["run_count"]) == ("COMPLETED", 1)
-        lines = [line.split()[1] for line in logged(api, run, "the end") if line.startswith("tick")]
-        assert sorted(map(int, lines)) == [*range(times)]
-        for moment in missed:
-            [once] = of_the_schedule(api)[moment]
-            assert (ended(api, once["id"])["state_type"], once["run_count"]) == ("COMPLETED", 1)
-            assert datetime.fromisoformat(once["start_time"]) - back < timedelta(seconds=30)
+    made = copy.deepcopy(values)
+    made["runs"]["results"] = {"storage": "redis", "redis": {"existingSecret": "results", "key": "url"}, "keepDays": 1}
+    made["networkPolicy"] = {"extraEgress": [{"to": [{"podSelector": redis}], "ports": [{"port": 6379}]}]}
+    pool.deploy(made)
+    nothing_is_repeated(api)

@@ -1,0 +1,22 @@
+"""A server and a pool whose runs are victims of faults, watched by a quick reconciler."""
+
+import pytest
+
+from tests.e2e.faults.victims import FLOWS, watched
+from tests.e2e.release import Object, probe_of
+
+
+@pytest.fixture(scope="module")
+def probe() -> Object:
+    return probe_of(FLOWS)
+
+
+@pytest.fixture(scope="module")
+def values(values: Object) -> Object:
+    made = watched(values)
+    # A victim may want a Secret that is not there.
+    made["runs"]["variables"] = {"secret": {"type": "string", "default": "prefect-server-auth"}}
+    secret = {"name": '{{ "{{ secret }}" }}', "key": "auth-string"}
+    made["runs"]["env"] = [{"name": "SECRET", "valueFrom": {"secretKeyRef": secret}}]
+    made["reconciler"]["pendingTimeoutSeconds"] = 30
+    return made

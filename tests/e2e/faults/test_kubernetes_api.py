@@ -1,0 +1,60 @@
+"""What becomes of runs while the Kubernetes API is away. Nothing else on the cluster can be tested meanwhile."""
+
+import os
+import signal
+import time
+from datetime import UTC, datetime, timedelta
+
+import httpx
+import pytest
+
+from tests.cluster import node
+from tests.e2e.faults.victims import (
+    completed,
+    completed_by_a_retry,
+    ending,
+    pods,
+    processes,
+    state_named,
+    under_way,
+    victim,
+)
+from tests.e2e.release import Release
+from tests.e2e.runs import ended, run_of, start
+from tests.parts import wait_until
+
+pytestmark = pytest.mark.alone
+
+
+def test_a_minute_without_the_kubernetes_api_loses_nothing(cluster: str, server: Release, pool: Release) -> None:
+    """What runs goes on, what falls due begins within half a minute of its return, what dies is found dead.
+
+    For the last a kubelet has to say what died, which it tries every ten seconds.
+    """
+    if cluster != node.CONTEXT:
+        pytest.skip(f"{cluster} is not the node from packages, whose API can be taken away")
+    with server.api() as api:
+        made = victim(api)
+        goes_on, _ = under_way(api, pool, made, seconds=90)
+        dies, _ = under_way(api, pool, made, seconds=40)
+        auth = api.auth
+    # Not by the Kubernetes API, as `api` is.
+    address = server.namespace.kubectl("get", "service", "prefect-server-api", "-o", "jsonpath={.spec.clusterIP}")
+    with httpx.Client(base_url=f"http://{address}:4200/api", auth=auth, timeout=30) as direct:
+        with node.without_api():
+            assert run_of(direct, dies)["state_type"] == "RUNNING"
+            for pid in processes(dies):
+                os.kill(pid, signal.SIGKILL)
+            due = start(direct, made)
+            time.sleep(60)
+            assert run_of(direct, goes_on)["state_type"] == "RUNNING"
+        back = datetime.now(UTC)
+        wait_until(lambda: all(map(ending, pods(pool, dies))), "the kubelet to say what died", 60)
+        crashed = state_named(direct, dies, "Crashed", 60)
+        assert "exit code 137" in crashed["message"]
+        begun = wait_until(lambda: run_of(direct, due)["start_time"], "what fell due to begin", 60)
+        assert datetime.fromisoformat(begun) - back < timedelta(seconds=30)
+        completed(direct, due)
+        completed_by_a_retry(direct, dies)
+        assert (ended(direct, goes_on)["state_type"], run_of(direct, goes_on)["run_count"]) == ("COMPLETED", 1)
+        assert run_of(direct, due)["run_count"] == 1

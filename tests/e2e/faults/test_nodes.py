@@ -1,0 +1,107 @@
+"""What becomes of a run whose node is drained, hears nothing for a while, or is gone while the run lives on.
+
+The runs are on a second node, so that nothing else is.
+"""
+
+import copy
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+
+import httpx
+import pytest
+
+from orchestration.execution import FENCED, STOPPED
+from tests.cluster import node
+from tests.e2e.faults.victims import completed, pods, processes, state_named, states, under_way, victim
+from tests.e2e.release import Object, Release
+from tests.e2e.runs import deployment, logged, run_of
+from tests.parts import wait_until
+
+
+@pytest.fixture(scope="module")
+def second(cluster: str) -> Iterator[node.Node]:
+    if cluster != node.CONTEXT:
+        pytest.skip(f"{cluster} is not the node from packages, which has a second one")
+    with node.second() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def values(values: Object, second: node.Node) -> Object:
+    made = copy.deepcopy(values)
+    there = {"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "In", "values": [second.name]}]}
+    preferred = [{"weight": 100, "preference": there}]
+    made["runs"]["pod"] |= {
+        "tolerations": [{"key": second.taint, "operator": "Exists"}],
+        "affinity": {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": preferred}},
+    }
+    return made
+
+
+def on_the_second(api: httpx.Client, pool: Release, deployment_id: str, **parameters: object) -> tuple[str, str]:
+    """A run under way there; its id and its pod."""
+    run, name = under_way(api, pool, deployment_id, **parameters)
+    [pod] = pods(pool, run)
+    assert pod["spec"]["nodeName"] == node.SECOND.name
+    return run, name
+
+
+def test_a_drain_reschedules_without_the_crash_budget(pool: Release, api: httpx.Client, second: node.Node) -> None:
+    run, _ = on_the_second(api, pool, victim(api, job_variables={"crash_retries": 0}), seconds=20)
+    node.kubectl("drain", second.name, "--force", "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=90s")
+    try:
+        state_named(api, run, "AwaitingRetry")
+        completed(api, run)
+    finally:
+        node.kubectl("uncordon", second.name)
+    found = run_of(api, run)
+    assert found["run_count"] == 2
+    assert not found["labels"].get("reconciler.crashes")
+
+
+def test_a_run_goes_on_while_its_kubelet_is_away(pool: Release, api: httpx.Client, second: node.Node) -> None:
+    times = 75
+    run, pod = on_the_second(api, pool, deployment(api, entrypoint="/probe/flow.py:ticking"), times=times)
+    node.stop_kubelet(second)
+    time.sleep(120)
+    node.start_kubelet(second)
+    completed(api, run)
+    assert run_of(api, run)["run_count"] == 1
+    assert [each["metadata"]["name"] for each in pods(pool, run)] == [pod]
+    lines = [line.split()[1] for line in logged(api, run, "the end") if line.startswith("tick")]
+    assert sorted(map(int, lines)) == [*range(times)]
+
+
+def test_a_lost_node_s_execution_stops_before_another_begins(
+    pool: Release, api: httpx.Client, second: node.Node
+) -> None:
+    made = deployment(api, entrypoint="/probe/flow.py:ticking", job_variables={"crash_retries": 0})
+    run, _ = on_the_second(api, pool, made, times=150)
+    job = run_of(api, run)["infrastructure_pid"].rpartition(":")[2]
+    old = processes(run, job)
+    assert old
+    node.stop_kubelet(second)
+    try:
+        node.kubectl("delete", "node", second.name)
+        # The control plane takes its time until it believes that it is gone.
+        crashed = state_named(api, run, "Crashed", 120)
+        fenced = time.monotonic()
+        assert "its node is " in crashed["message"]  # lost, or gone
+        assert run_of(api, run)["labels"][FENCED + job]
+        assert processes(run, job), "it was over before it was fenced"
+        wait_until(lambda: not processes(run, job), "the old execution to stop", STOPPED + 2)
+        stopped = datetime.now(UTC)
+        assert time.monotonic() - fenced < STOPPED + 2
+        again = state_named(api, run, "AwaitingRetry")
+        due = datetime.fromisoformat(again["state_details"]["scheduled_time"])
+        assert due - datetime.fromisoformat(crashed["timestamp"]) >= timedelta(seconds=STOPPED)
+        running = wait_until(
+            lambda: [each for each in states(api, run) if each["type"] == "RUNNING"][1:], "another execution", 90
+        )
+        assert datetime.fromisoformat(running[0]["timestamp"]) > stopped
+        assert not run_of(api, run)["labels"].get("reconciler.crashes")
+    finally:
+        node.start_kubelet(second)
+    assert not processes(run, job)
+    assert run_of(api, run)["run_count"] == 2

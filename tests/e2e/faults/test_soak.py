@@ -1,0 +1,28 @@
+"""Two minutes of random faults lose no run, double none and leave nothing; `make soak` takes longer."""
+
+import random
+
+import pytest
+
+from tests.benchmarks.soak import Soak, soaked
+from tests.cluster.namespace import proxied
+from tests.e2e.release import Object, Release, pool_values
+
+MINUTES, RUNS = 2, 15
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def values(image: str) -> Object:
+    return soaked(pool_values(image))
+
+
+def test_random_faults_lose_no_run_and_double_none(server: Release, pool: Release) -> None:
+    seed = random.randrange(10**6)  # noqa: S311 - faults, no secret
+    with proxied(pool.namespace.context) as kubernetes:
+        seen = Soak(server, pool, kubernetes, random.Random(seed)).make(MINUTES, RUNS)  # noqa: S311
+    assert seen.wrong == [], f"seed {seed}"
+    assert len(seen.runs) == RUNS
+    assert len(seen.faults) >= 4
+    assert sum(map(len, seen.executions.values())) > RUNS, "nothing was hit"

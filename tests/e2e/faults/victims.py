@@ -1,0 +1,152 @@
+"""Runs that something happens to, and what is seen of it."""
+
+import contextlib
+import copy
+import json
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+import httpx
+import psutil
+
+from tests.cluster.namespace import Namespace
+from tests.cluster.progress import ClusterError
+from tests.e2e.release import Object, Release
+from tests.e2e.runs import deployment, logged, run_of, start
+from tests.parts import wait_until
+
+NAME = "prefect-work-pool"
+
+SEEN = 15.0
+"""Seconds within which the API says what has happened."""
+
+GRACE = 20
+"""Seconds between a victim's SIGTERM and its SIGKILL."""
+
+
+FLOWS = Path(__file__).with_name("flow.py")
+
+
+def watched(values: Object) -> Object:
+    """Values of a pool with a quick reconciler, whose runs keep their results; and without what they do not need."""
+    made = copy.deepcopy(values)
+    made["sync"] = {"files": []}
+    made["drift"] = {"enabled": False}
+    made["runs"]["terminationGracePeriodSeconds"] = GRACE
+    made["runs"]["results"] = {"storage": "volume", "volume": {"size": "100Mi"}}
+    made["reconciler"] |= {"everySeconds": 1, "replicas": 2}
+    return made
+
+
+def victim(api: httpx.Client, **fields: object) -> str:
+    """A deployment of the flow; its id."""
+    return deployment(api, entrypoint="/probe/flow.py:victim", **fields)
+
+
+def states(api: httpx.Client, run: str) -> list[Object]:
+    """The run's states, the first one first."""
+    found = api.get("/flow_run_states/", params={"flow_run_id": run}).raise_for_status().json()
+    return sorted(found, key=lambda each: str(each["timestamp"]))
+
+
+def state_named(api: httpx.Client, run: str, name: str, seconds: float = SEEN) -> Object:
+    """The run's first state of that name, within some seconds."""
+
+    def found() -> Object | None:
+        return next((each for each in states(api, run) if each["name"] == name), None)
+
+    made: Object = wait_until(found, f"{name} of {run}", seconds)
+    return made
+
+
+def pods(pool: Release, run: str) -> list[Object]:
+    """The run's pods."""
+    listed = pool.namespace.kubectl("get", "pods", "-l", f"prefect.io/flow-run-id={run}", "-o", "json")
+    found: list[Object] = json.loads(listed)["items"]
+    return found
+
+
+def under_way(api: httpx.Client, pool: Release, deployment_id: str, **parameters: object) -> tuple[str, str]:
+    """A run that logs already; its id and its pod."""
+    run = start(api, deployment_id, parameters=parameters)
+    logged(api, run, "execution 1", 120)
+    [pod] = pods(pool, run)
+    return run, str(pod["metadata"]["name"])
+
+
+def ending(pod: Object) -> bool:
+    """Whether a pod was told to end, or has."""
+    return "deletionTimestamp" in pod["metadata"] or pod["status"]["phase"] in ("Succeeded", "Failed")
+
+
+def seconds_between(earlier: Object, later: Object) -> float:
+    """From one state to another."""
+    first, second = (datetime.fromisoformat(str(each["timestamp"])) for each in (earlier, later))
+    return (second - first).total_seconds()
+
+
+@contextlib.contextmanager
+def without(pool: Release, component: str) -> Iterator[None]:
+    """The release without the pods of a component, while the block lasts."""
+    name = f"deployment/{NAME}-{component}"
+    replicas = pool.namespace.kubectl("get", name, "-o", "jsonpath={.spec.replicas}")
+    pool.namespace.kubectl("scale", name, "--replicas=0")
+    wait_until(lambda: not pool.pods(component), f"{component} to be gone", 90)
+    try:
+        yield
+    finally:
+        pool.namespace.kubectl("scale", name, f"--replicas={replicas}")
+        pool.namespace.kubectl("rollout", "status", name, "--timeout=120s")
+
+
+def completed(api: httpx.Client, run: str) -> None:
+    """A crash in between is not the end."""
+    wait_until(lambda: run_of(api, run)["state_type"] == "COMPLETED", f"run {run} to complete", 180)
+
+
+def completed_by_a_retry(api: httpx.Client, run: str) -> list[Object]:
+    """The states of a run that completed in its second execution, and of nothing else."""
+    completed(api, run)
+    assert run_of(api, run)["run_count"] == 2
+    listed = states(api, run)
+    assert sum(each["name"] == "AwaitingRetry" for each in listed) == 1
+    executions = [line for line in logged(api, run, "the end") if line.startswith("execution")]
+    assert [line.split()[1] for line in executions] == ["1", "2"]
+    return listed
+
+
+def force_deleted(namespace: Namespace, *pods: str) -> None:
+    """Pods gone at once; their containers are killed."""
+    namespace.kubectl("delete", "pod", *pods, "--force", "--grace-period=0", "--wait=false")
+
+
+def evicted(namespace: Namespace, pod: str) -> None:
+    """A pod asked to go by the API, as by a drain of its node."""
+    metadata = {"name": pod, "namespace": namespace.name}
+    eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": metadata}
+    path = f"/api/v1/namespaces/{namespace.name}/pods/{pod}/eviction"
+    namespace.kubectl("create", "--raw", path, "-f", "-", text=json.dumps(eviction))
+
+
+def leader(pool: Release) -> str:
+    """The reconciler's pod that acts."""
+    lease = json.loads(pool.namespace.kubectl("get", "lease", f"{NAME}-reconciler", "-o", "json"))
+    return str(lease["spec"]["holderIdentity"])
+
+
+def killed(pool: Release, pod: str) -> None:
+    """All of a pod's processes by SIGKILL, as when a node is in need: nothing of it can say so."""
+    with contextlib.suppress(ClusterError):  # it kills itself too
+        pool.namespace.kubectl("exec", pod, "--", "python", "-c", "import os; os.kill(-1, 9)")
+
+
+def processes(run: str, job: str = "") -> list[int]:
+    """Processes of this machine that execute a run, where the cluster is this machine; in a pod of that Job or any."""
+    found = []
+    for each in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            environment = each.environ()
+            if environment.get("PREFECT__FLOW_RUN_ID") == run and job in ("", environment.get("KUBERNETES_JOB")):
+                found.append(each.pid)
+    return found
