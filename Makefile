@@ -15,6 +15,9 @@ TESTS ?= tests
 PROCESSES ?= 3
 KILLS ?= 50
 ROUNDS ?= 20
+MINUTES ?= 30
+RUNS ?= 200
+SEED ?= 2013
 REGISTRY ?= localhost:5000
 BUILDER ?=
 BASE_IMAGE ?=
@@ -30,6 +33,7 @@ CONFIRM ?=
 PORT ?= 4200
 JSON ?=
 PAIRS ?= 7
+POSTGRES ?=
 
 # The newest Python that dbt supports, whichever name it has here; uv, from PyPI unless it is here.
 PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
@@ -152,7 +156,7 @@ down-docker: ## stop what runs in Docker; databases and passwords stay
 	@docker/stack down
 
 ##@ Develop
-.PHONY: setup test fix bench bench-deploys bench-dbt bench-deployments kill-test sync-kills dbt-ends picture clean
+.PHONY: setup test fix bench bench-deploys bench-dbt bench-deployments bench-reconciler bench-recovery kill-test sync-kills soak dbt-ends picture clean
 setup: .venv/ready ## create the environment in .venv
 
 test: .venv/ready ## check the code and run all tests, PROCESSES=3 at once; TESTS=tests/flows for some, one by one
@@ -176,8 +180,15 @@ bench-deploys: .venv/ready ## measure make up and make deploy on the local clust
 bench-dbt: .venv/ready ## measure dbt in a flow beside dbt's command line, at 20, 300 and 1,000 nodes
 	@$(BIN)/python -m tests.benchmarks.dbt --pairs $(PAIRS)
 
-bench-deployments: .venv/ready ## measure orchestrate plan and sync beside prefect deploy --all
-	@$(BIN)/python -m tests.benchmarks.deployments --pairs $(PAIRS)
+bench-deployments: .venv/ready ## measure orchestrate plan and sync beside prefect deploy --all; POSTGRES=URL of one with pg_trgm
+	@$(BIN)/python -m tests.benchmarks.deployments --pairs $(PAIRS) $(if $(POSTGRES),--postgres '$(POSTGRES)')
+
+bench-reconciler: .venv/ready ## measure a round of the reconciler over 100 to 5,000 simulated runs; POSTGRES=URL of one with pg_trgm
+	@$(BIN)/python -m tests.benchmarks.reconciler $(if $(POSTGRES),--postgres '$(POSTGRES)')
+
+bench-recovery: KILLS = 10
+bench-recovery: .venv/ready ## measure how soon a killed run goes on, KILLS=10 times on the local cluster
+	@$(BIN)/python -m tests.benchmarks.recovery --kills $(KILLS)
 
 kill-test: .venv/ready ## kill the pipeline at KILLS=50 random moments; writes tests/benchmarks/kills.md
 	@$(BIN)/python -m tests.benchmarks.kills --kills $(KILLS)
@@ -185,6 +196,9 @@ kill-test: .venv/ready ## kill the pipeline at KILLS=50 random moments; writes t
 sync-kills: KILLS = 30
 sync-kills: .venv/ready ## kill orchestrate sync at KILLS=30 random moments; writes tests/benchmarks/sync_kills.md
 	@$(BIN)/python -m tests.benchmarks.sync_kills --kills $(KILLS)
+
+soak: .venv/ready ## random faults on the local cluster for MINUTES=30, RUNS=200 runs, SEED=2013; writes tests/benchmarks/soak.md
+	@$(BIN)/python -m tests.benchmarks.soak --minutes $(MINUTES) --runs $(RUNS) --seed $(SEED)
 
 dbt-ends: .venv/ready ## kill and cancel dbt's runs at ROUNDS=20 random moments each; writes tests/benchmarks/dbt_ends.md
 	@$(BIN)/python -m tests.benchmarks.dbt_ends --rounds $(ROUNDS)

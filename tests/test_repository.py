@@ -11,7 +11,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = {package["name"]: package for package in tomllib.loads((ROOT / "uv.lock").read_text())["package"]}
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def _tracked() -> list[Path]:
@@ -30,6 +30,18 @@ def test_the_lock_file_is_current() -> None:
 def test_prefect_is_one_version_everywhere() -> None:
     deploy = yaml.safe_load((ROOT / "prefect.yaml").read_text())
     assert deploy["prefect-version"] == LOCK["prefect"]["version"]
+
+
+def test_the_image_has_the_projects_entry_points() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    dockerfile = (ROOT / "docker/Dockerfile").read_text()
+    for group, entries in project["entry-points"].items():
+        lines = "".join(f"{name} = {value}\\n" for name, value in entries.items())
+        assert f"'[{group}]\\n{lines}'" in dockerfile
+    assert f"Name: {project['name']}\\nVersion: {project['version']}\\n" in dockerfile
+    assert f"{project['name'].replace('-', '_')}-{project['version']}.dist-info" in dockerfile
+    for name, value in project["scripts"].items():
+        assert f'-m {value.split(".")[0]} "$@"\\n\' >/usr/local/bin/{name}' in dockerfile
 
 
 def test_the_bounds_that_matter_are_kept_by_the_lock() -> None:

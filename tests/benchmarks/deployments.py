@@ -264,7 +264,8 @@ def beside_prefect_deploy(
     return both.figures(schedules, database)
 
 
-def _version(postgres: str) -> str:
+def version(postgres: str) -> str:
+    """What a Postgres is, for the table."""
     return f"PostgreSQL {rows_of(postgres, 'show server_version')[0][0].split()[0]}"
 
 
@@ -289,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=1800, help="seconds after which one is ended")
     parser.add_argument("--postgres", metavar="URL", help="of one with pg_trgm, for servers on it after SQLite's")
     options = parser.parse_args(arguments)
-    databases = {"SQLite": ""} | ({_version(options.postgres): options.postgres} if options.postgres else {})
+    databases = {"SQLite": ""} | ({version(options.postgres): options.postgres} if options.postgres else {})
     rows = [heading(f"Prefect's server on {' and on '.join(databases)}, load {os.getloadavg()[0]:.1f} before")]
     print(rows[0], flush=True)
 

@@ -274,12 +274,16 @@ def backfill_the_year(postgres: str, server: str, pairs: int) -> list[Figure]:
     ]
 
 
+def revision() -> str:
+    """The commit that is measured."""
+    described = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(described, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def heading(parts: str) -> str:
     """The beginning of a table in the results: when, what, on which machine, with which parts."""
-    described = ["git", "describe", "--always", "--dirty"]
-    revision = subprocess.run(described, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     return (
-        f"\n## {datetime.now(UTC):%Y-%m-%d}, {revision}\n\n{platform.machine()}, {os.cpu_count()} cores, "
+        f"\n## {datetime.now(UTC):%Y-%m-%d}, {revision()}\n\n{platform.machine()}, {os.cpu_count()} cores, "
         f"{psutil.virtual_memory().total / 2**30:.0f} GB, Python {platform.python_version()}, {parts}.\n\n"
         "| what | unit | n | median | min | max | |\n|---|---|---:|---:|---:|---:|---|"
     )

@@ -1,0 +1,380 @@
+"""Measure a round of the reconciler over many live runs, and what it asks for with many that are over.
+
+    python -m tests.benchmarks.reconciler --rounds 10     # or: make bench-reconciler; POSTGRES=URL of one with pg_trgm
+
+The runs are on a real Prefect server and say Running; their Jobs and pods are on the local cluster, where kwok keeps
+the pods Running on a node that is not there. All agree, so a round is reading alone. Rounds are those of `orchestrate
+reconcile` as a process of its own, as its metrics say. The table is printed and appended to results.md.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import psutil
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from orchestration.api import Server
+from orchestration.reconciler.cluster import Cluster
+from orchestration.reconciler.facts import CLUSTER, POOL_LABEL, RUN_LABEL, Policy
+from orchestration.reconciler.loop import Reconciler
+from orchestration.serving import Pulse
+from orchestration.settings import ROOT
+from tests.benchmarks.deployments import POOL, new_server, version
+from tests.benchmarks.run import RESULTS, Figure, heading
+from tests.cluster import __main__ as local_cluster
+from tests.cluster import binaries
+from tests.cluster.agent import SIMULATED
+from tests.cluster.namespace import proxied, restricted
+from tests.cluster.progress import ClusterError
+from tests.e2e.faults.victims import watched
+from tests.e2e.release import Object, pool_values
+from tests.helm.rendering import render
+from tests.parts import free_port, wait_until
+
+LIVE = (100, 300, 1000, 3000, 5000)
+
+OVER = (0, 1000, 10000)
+"""How many runs are over, beside the first number of live ones; the last number stays for the others."""
+
+AT_ONCE = 16
+"""Requests that make runs, Jobs and pods at the same time."""
+
+STAGES = Path(__file__).with_name("stages.yaml")
+
+PODS = "10.246.0.0/16"
+"""The addresses of simulated pods: no others have them."""
+
+
+@contextlib.contextmanager
+def simulated(context: str) -> Iterator[str]:
+    """The name of a node that is not there and on which pods are Running at once, while the block lasts."""
+    name = f"simulated-{uuid4().hex[:8]}"
+    amounts = {"cpu": "1000", "memory": "1000Gi", "pods": "10000"}
+    node = {
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": {"name": name, "labels": {"kubernetes.io/hostname": name}},
+        "spec": {"taints": [{"key": SIMULATED, "effect": "NoSchedule"}]},
+        "status": {"allocatable": amounts, "capacity": amounts},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "kubeconfig"
+        flat = ["config", "view", "--raw", "--minify", "--flatten"]
+        config.write_text(binaries.kubectl("--context", context, *flat))
+        config.chmod(0o600)
+        binaries.kubectl("--context", context, "create", "-f", "-", text=json.dumps(node))
+        with (Path(folder) / "log").open("w") as log:
+            command = [str(binaries.program("kwok")), "--kubeconfig", str(config), "--manage-single-node", name]
+            kwok = subprocess.Popen(
+                [*command, "--cidr", PODS, "--config", str(STAGES)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # An API server whose etcd is old refuses to stream lists, and each refusal makes it wait longer.
+                env=os.environ | {"KUBE_FEATURE_WatchListClient": "false"},
+            )
+        try:
+            binaries.kubectl("--context", context, "wait", f"node/{name}", "--for=condition=Ready", "--timeout=30s")
+            yield name
+        finally:
+            kwok.terminate()
+            kwok.wait(10)
+            binaries.kubectl("--context", context, "delete", "node", name, "--wait=false")
+
+
+async def manifest(pool_id: str) -> Object:
+    """The Job of a run as the chart's pool has it, by Prefect's own templating, with labels like a worker adds."""
+    from prefect.client.orchestration import PrefectClient
+    from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
+
+    rendered = render("prefect-work-pool", watched(pool_values("localhost:5000/prefect-orchestration:bench")))
+    [sync] = [each for each in rendered if each["kind"] == "ConfigMap" and each["metadata"]["name"].endswith("-sync")]
+    [pool] = yaml.safe_load(sync["data"]["pool.yaml"])["work_pools"]
+    nowhere = PrefectClient("http://127.0.0.1:9/api")  # nothing in the template is the server's to fill in
+    made = await KubernetesWorkerJobConfiguration.from_template_and_values(
+        pool["base_job_template"], {}, client=nowhere
+    )
+    made._populate_env_in_manifest()
+    job: Object = made.job_manifest
+    names = ("deployment-id", "deployment-name", "deployment-updated", "flow-id", "flow-name", "flow-run-name")
+    labels = {f"prefect.io/{name}": "x" * 36 for name in (*names, "version", "work-pool-name", "worker-name")}
+    for meta in (job["metadata"], job["spec"]["template"].setdefault("metadata", {})):
+        meta["labels"] = meta.get("labels", {}) | labels | {POOL_LABEL: pool_id}
+    return job
+
+
+class Load:
+    """What makes the runs and their pods.
+
+    Args:
+        runner: of all that is asynchronous.
+        api: the URL of the Prefect API.
+        kubernetes: the URL of the cluster's API.
+        namespace: of Jobs and pods.
+        node: where the pods are.
+    """
+
+    def __init__(self, runner: asyncio.Runner, api: str, kubernetes: str, namespace: str, node: str) -> None:
+        self.runner, self.namespace, self.node = runner, namespace, node
+        self.prefect = httpx.AsyncClient(base_url=api, timeout=120)
+        self.kubernetes = httpx.AsyncClient(base_url=kubernetes, timeout=120)
+        self.turns = asyncio.Semaphore(AT_ONCE)
+        pool = runner.run(self.ask(self.prefect, "GET", f"/work_pools/{POOL}"))
+        flow = runner.run(self.ask(self.prefect, "POST", "/flows/", {"name": POOL}))
+        body = {"name": POOL, "flow_id": flow["id"], "work_pool_name": POOL}
+        self.deployment = runner.run(self.ask(self.prefect, "POST", "/deployments/", body))["id"]
+        self.job = runner.run(manifest(pool["id"]))
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.runner.run(self.prefect.aclose())
+        self.runner.run(self.kubernetes.aclose())
+
+    def make(self, one: Callable[[], Coroutine[Any, Any, None]], number: int) -> None:
+        """So many of them, and wait until all pods are Running."""
+
+        async def all_of_them() -> None:
+            await asyncio.gather(*(one() for _ in range(number)))
+
+        began = time.monotonic()
+        self.runner.run(all_of_them())
+        wait_until(lambda: not self.runner.run(self.waiting()), "all pods to be Running", 600)
+        print(f"{number:,} runs made in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+
+    async def ask(self, client: httpx.AsyncClient, method: str, path: str, body: Any = None) -> Any:
+        """One request; the answer's JSON.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        async with self.turns:
+            answer = await client.request(method, path, json=body)
+        if answer.is_error:
+            raise RuntimeError(f"{method} {path} ended with {answer.status_code}: {answer.text[:500]}")
+        return answer.json() if answer.content else None
+
+    async def over(self) -> None:
+        """A run that is over."""
+        body = {"state": {"type": "COMPLETED"}}
+        await self.ask(self.prefect, "POST", f"/deployments/{self.deployment}/create_flow_run", body)
+
+    async def live(self) -> None:
+        """A run that is Running, and its Job and pod."""
+        name = f"bench-{uuid4().hex[:12]}"
+        body = {"name": name, "state": {"type": "RUNNING"}, "labels": {CLUSTER: ""}}
+        run = await self.ask(self.prefect, "POST", f"/deployments/{self.deployment}/create_flow_run", body)
+        recorded = {"infrastructure_pid": f"{self.namespace}:{name}"}
+        await self.ask(self.prefect, "PATCH", f"/flow_runs/{run['id']}", recorded)
+        job: Object = copy.deepcopy(self.job) | {"apiVersion": "batch/v1", "kind": "Job"}
+        pod: Object = copy.deepcopy(self.job["spec"]["template"]) | {"apiVersion": "v1", "kind": "Pod"}
+        labels = {RUN_LABEL: run["id"]}
+        job["metadata"] = {"name": name, "labels": job["metadata"]["labels"] | labels}
+        # Nobody makes its pod: no controller of this name is there.
+        job["spec"]["managedBy"] = "tests/bench"
+        labels |= {"job-name": name, SIMULATED: ""}
+        pod["metadata"] = {"name": f"{name}-0", "labels": pod["metadata"]["labels"] | labels}
+        pod["spec"]["nodeName"] = self.node
+        pod["spec"].pop("serviceAccountName", None)
+        pod["spec"].pop("priorityClassName", None)
+        await self.ask(self.kubernetes, "POST", f"/apis/batch/v1/namespaces/{self.namespace}/jobs", job)
+        await self.ask(self.kubernetes, "POST", f"/api/v1/namespaces/{self.namespace}/pods", pod)
+
+    async def waiting(self) -> int:
+        """How many of the pods are not Running."""
+        path = f"/api/v1/namespaces/{self.namespace}/pods?fieldSelector=status.phase%21%3DRunning&limit=1"
+        return len((await self.ask(self.kubernetes, "GET", path))["items"])
+
+
+def rounds_of(
+    api: str, kubernetes: str, namespace: str, live: int, number: int
+) -> tuple[list[float], list[float], float]:
+    """Seconds of rounds of `orchestrate reconcile`, seconds of processor time, and the process's peak memory in MB.
+
+    The first round is not among them: connections are made in it.
+
+    Raises:
+        RuntimeError: it did something, or failed, or did not see all live runs: then not all agree.
+    """
+    port = free_port()
+    command = [
+        *(sys.executable, "-m", "orchestration", "reconcile", "--pool", POOL, "--namespace", namespace),
+        *("--kubernetes", kubernetes),
+        *("--lease", "bench", "--identity", "bench", "--every", "1", "--port", str(port)),
+    ]
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | {"PREFECT_API_URL": api}, stdout=said, stderr=subprocess.STDOUT
+        )
+        try:
+            seconds: list[float] = []
+            processor: list[float] = []
+            before: tuple[float, float, float] | None = None
+            deadline = time.monotonic() + 60 + 20 * number
+            while len(seconds) < number:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    said.seek(0)
+                    raise RuntimeError(f"orchestrate reconcile makes no rounds:\n{said.read()}")
+                time.sleep(0.05)
+                try:
+                    text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=10).text
+                except httpx.TransportError:
+                    continue
+                found = {
+                    each.name: each.value for family in text_string_to_metric_families(text) for each in family.samples
+                }
+                count, total = (found.get(f"reconciler_round_seconds_{name}", 0.0) for name in ("count", "sum"))
+                times = psutil.Process(process.pid).cpu_times()
+                now = (count, total, times.user + times.system)
+                if before and count > before[0]:
+                    rounds = count - before[0]
+                    seconds += [(total - before[1]) / rounds] * (rounds == 1)
+                    processor += [now[2] - before[2]] * (rounds == 1)
+                if count and (before is None or count > before[0]):
+                    before = now
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            peak = next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+            said.seek(0)
+            output, seen = said.read(), found["reconciler_live_runs"]
+            if output or seen != live:
+                raise RuntimeError(f"not all agree; {seen:.0f} of {live} live runs were seen:\n{output}")
+            return seconds, processor, peak
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+@dataclass
+class Parts:
+    """What rounds consist of, in seconds."""
+
+    requests: int = 0
+    """How many the last one made."""
+    prefect: list[float] = field(default_factory=list)
+    """From the requests to Prefect's API to the heads of its answers."""
+    kubernetes: list[float] = field(default_factory=list)
+    """The same of Kubernetes'."""
+    rest: list[float] = field(default_factory=list)
+    """Answers received and read, all decided."""
+
+
+async def parts_of(api: str, kubernetes: str, namespace: str, rounds: int) -> Parts:
+    """What rounds consist of, in this process; the first one makes connections and is not among them."""
+    found = Parts()
+    waited: dict[str, float] = {}
+    sent: dict[int, float] = {}
+
+    async def before(request: httpx.Request) -> None:
+        found.requests += 1
+        sent[id(request)] = time.perf_counter()
+
+    async def after(response: httpx.Response) -> None:
+        host = response.request.url.port
+        waited[str(host)] = waited.get(str(host), 0) + time.perf_counter() - sent.pop(id(response.request))
+
+    hooks: dict[str, list[Any]] = {"request": [before], "response": [after]}
+    async with (
+        httpx.AsyncClient(base_url=api, timeout=30, event_hooks=hooks) as prefect,
+        httpx.AsyncClient(base_url=kubernetes, timeout=30, event_hooks=hooks) as client,
+    ):
+        cluster = Cluster(client, namespace)
+        reconciler = Reconciler(Server(prefect, api), cluster, POOL, Policy(), None, Pulse(60))
+        for number in range(rounds + 1):
+            found.requests = 0
+            waited.clear()
+            began = time.perf_counter()
+            await reconciler.round()
+            whole = time.perf_counter() - began
+            if number:
+                found.prefect.append(waited[str(prefect.base_url.port)])
+                found.kubernetes.append(waited[str(client.base_url.port)])
+                found.rest.append(whole - sum(waited.values()))
+    return found
+
+
+def measure(postgres: str, rounds: int, live: Sequence[int], over: Sequence[int]) -> Iterator[Figure]:
+    """The rows of the table, one after the other as they are measured.
+
+    Args:
+        postgres: the URL of a Postgres for the server's database; SQLite, if empty.
+        rounds: how many of each.
+        live: how many live runs, growing.
+        over: how many that are over, growing, beside the first number of live ones.
+    """
+    with contextlib.ExitStack() as stack:
+        context = stack.enter_context(local_cluster.shared())
+        namespace = stack.enter_context(restricted(context, "bench")).name
+        node = stack.enter_context(simulated(context))
+        kubernetes = stack.enter_context(proxied(context))
+        api = stack.enter_context(new_server(postgres))
+        with asyncio.Runner() as runner:
+            load = Load(runner, api, kubernetes, namespace, node)
+            there = 0
+            load.make(load.live, live[0])
+            for number in over:
+                if number > there:
+                    load.make(load.over, number - there)
+                there = number
+                said = f"a round over {live[0]:,} live runs, {number:,} that are over"
+                parts = runner.run(parts_of(api, kubernetes, namespace, 1))
+                yield Figure(f"requests of {said}", "", [parts.requests])
+                yield Figure(said, "s", rounds_of(api, kubernetes, namespace, live[0], rounds)[0])
+            there = live[0]
+            for number in live:
+                if number > there:
+                    load.make(load.live, number - there)
+                there = number
+                seconds, processor, memory = rounds_of(api, kubernetes, namespace, number, rounds)
+                goal = {1000: "at most 1"}.get(number, "")
+                yield Figure(f"a round over {number:,} live runs, {over[-1]:,} that are over", "s", seconds, goal)
+                yield Figure("processor time of such a round", "s", processor)
+                goal = {1000: "at most 150"}.get(number, "")
+                yield Figure("peak memory of its process", "MB", [memory], goal)
+                parts = runner.run(parts_of(api, kubernetes, namespace, rounds))
+                yield Figure("requests of such a round", "", [parts.requests])
+                yield Figure("of its time: until Prefect's API answers", "s", parts.prefect)
+                yield Figure("of its time: until Kubernetes' API answers", "s", parts.kubernetes)
+                yield Figure("of its time: answers received and read, decisions", "s", parts.rest)
+            load.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print the table and append it to the results."""
+    parser = argparse.ArgumentParser(description="Measure rounds of the reconciler over many runs.")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--live", type=int, nargs="+", default=LIVE, help="how many live runs, growing")
+    parser.add_argument("--over", type=int, nargs="+", default=OVER, help="how many that are over, growing")
+    parser.add_argument("--postgres", metavar="URL", default="", help="of one with pg_trgm; else SQLite")
+    options = parser.parse_args(arguments)
+    database = version(options.postgres) if options.postgres else "SQLite"
+    rows = [heading(f"Prefect's server on {database}, load {os.getloadavg()[0]:.1f} before")]
+    print(rows[0], flush=True)
+    with tempfile.TemporaryDirectory() as home:
+        os.environ |= {"PREFECT_HOME": home, "DO_NOT_TRACK": "1"}
+        try:
+            for figure in measure(options.postgres, options.rounds, options.live, options.over):
+                rows.append(figure.row())
+                print(figure.row(), flush=True)
+        except ClusterError as error:
+            print(f"{error}.", file=sys.stderr)
+            return 1
+    with RESULTS.open("a") as results:
+        results.write("\n".join(rows) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

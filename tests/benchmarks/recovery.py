@@ -1,0 +1,124 @@
+"""Measure how long it takes from a SIGKILL of a run's processes to the first line of its next execution, and what a run
+takes to begin beside one that is executed by Prefect's own command, in alternating pairs.
+
+    python -m tests.benchmarks.recovery --kills 10     # or: make bench-recovery
+
+One run at a time on the local cluster, with the reconciler looking every second and the worker asking every two. When
+processes died and when user code began is from the run's journal, written four times a second; the rest is from its
+states. The table is printed and appended to results.md.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from itertools import pairwise
+
+import httpx
+
+from orchestration.reconciler.ends import PEAK
+from tests.benchmarks.run import RESULTS, Figure, heading
+from tests.benchmarks.soak import Line, installed, journals
+from tests.cluster.progress import ClusterError
+from tests.e2e.faults.victims import killed, pods, state_named, states
+from tests.e2e.release import Release
+from tests.e2e.runs import deployment, ended, logged, run_of, start
+from tests.parts import wait_until
+
+PARTS = (
+    "until it is Crashed: the kubelet says that the pod has ended, and the reconciler hears it",
+    "until it is to be tried again",
+    "until a worker has claimed it",
+    "until it is Running: Job, pod, imports, the flow is loaded",
+    "until its first line",
+)
+"""What happens between a kill and the next execution's first line."""
+
+
+def moments(api: httpx.Client, run: str, journal: Sequence[Line]) -> list[float]:
+    """The ends of `PARTS`, and before them the moment of death, in seconds since 1970."""
+    first, second = dict.fromkeys(each.pod for each in journal)
+    listed = [(each["name"], datetime.fromisoformat(each["timestamp"]).timestamp()) for each in states(api, run)]
+    names = [name for name, _ in listed]
+    crashed = names.index("Crashed")
+    later = dict(reversed(listed[crashed:]))  # the first of a name wins
+    return [
+        max(each.at for each in journal if each.pod == first),
+        *(later[name] for name in ("Crashed", "AwaitingRetry", "Pending", "Running")),
+        min(each.at for each in journal if each.pod == second),
+    ]
+
+
+def measure(api: httpx.Client, pool: Release, kills: int) -> list[Figure]:
+    """The rows of the table."""
+    made = deployment(api, entrypoint="/probe/flow.py:piecewise")
+    totals: list[float] = []
+    parts: list[list[float]] = [[] for _ in PARTS]
+    for number in range(kills):
+        run = start(api, made, parameters={"pieces": 1, "seconds": 30 + number / 10})
+        logged(api, run, "step 1", 120)
+        [pod] = pods(pool, run)
+        killed(pool, pod["metadata"]["name"])
+        state_named(api, run, "Crashed", 60)
+        logged(api, run, "execution 2", 120)
+        found = moments(api, run, journals(pool)[run])
+        totals.append(found[-1] - found[0])
+        for seconds, (earlier, later) in zip(parts, pairwise(found), strict=True):
+            seconds.append(later - earlier)
+        print(f"{number + 1} of {kills}: {totals[-1]:.1f} s", file=sys.stderr, flush=True)
+        api.delete(f"/flow_runs/{run}").raise_for_status()
+        pool.namespace.kubectl("delete", "jobs", "-l", f"prefect.io/flow-run-id={run}")
+        pool.namespace.kubectl("wait", "pods", "-l", f"prefect.io/flow-run-id={run}", "--for=delete", "--timeout=60s")
+    whole = "from SIGKILL of a run's processes to the next execution's first line"
+    return [
+        Figure(whole, "s", totals, "at most 6 at the median"),
+        *(Figure(f"of that: {part}", "s", seconds) for part, seconds in zip(PARTS, parts, strict=True)),
+    ]
+
+
+PREFECTS = "python -m prefect flow-run execute"
+"""Prefect's own command, in words that `orchestration.execution` does not take for what it does better."""
+
+
+def beginnings(api: httpx.Client, pairs: int) -> list[Figure]:
+    """What runs that do nothing take from their claim until they are Running, and of memory, each way."""
+    ways = {"in one process": {}, "by `prefect flow-run execute`": {"command": PREFECTS}}
+    made = {way: deployment(api, entrypoint="/probe/flow.py:victim", job_variables=each) for way, each in ways.items()}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    memory: dict[str, list[float]] = {way: [] for way in ways}
+    for number in range(pairs):
+        for way in [*ways] if number % 2 else [*reversed(ways)]:
+            run = start(api, made[way])
+            ended(api, run)
+            times = {each["name"]: datetime.fromisoformat(each["timestamp"]) for each in states(api, run)}
+            seconds[way].append((times["Running"] - times["Pending"]).total_seconds())
+            peak = wait_until(lambda run=run: run_of(api, run)["labels"].get(PEAK), "its memory")  # type: ignore[misc]
+            memory[way].append(peak / 2**20)
+    return [
+        *(Figure(f"from claim to Running, {way}", "s", each) for way, each in seconds.items()),
+        *(Figure(f"memory of an empty flow at the most, {way}", "MiB", each) for way, each in memory.items()),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print the table and append it to the results."""
+    parser = argparse.ArgumentParser(description="Measure how soon a killed run goes on.")
+    parser.add_argument("--kills", type=int, default=10)
+    options = parser.parse_args(arguments)
+    load = os.getloadavg()[0]
+    try:
+        with installed() as (server, pool), server.api() as api:
+            figures = [*measure(api, pool, options.kills), *beginnings(api, options.kills)]
+    except ClusterError as error:
+        print(f"{error}.", file=sys.stderr)
+        return 1
+    rows = [heading(f"Kubernetes, both charts on one node, load {load:.1f} before"), *(each.row() for each in figures)]
+    print("\n".join(rows))
+    with RESULTS.open("a") as results:
+        results.write("\n".join(rows) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

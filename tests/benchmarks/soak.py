@@ -1,0 +1,599 @@
+"""Many runs under random faults: none lost, none stuck, none twice at a time, nothing left.
+
+    python -m tests.benchmarks.soak --minutes 30 --runs 200      # or: make soak MINUTES=30
+
+Both charts are installed in a namespace of their own on the local cluster. Runs start evenly over the time, and every
+20 s something dies: a run's pod or Job, a worker, the reconciler's leader, the API, the database. Each run keeps a
+journal on the volume of results, four lines a second, which no kill undoes: it shows which execution was alive when,
+and which step was taken how often. The exit status is 1 if anything is wrong.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from orchestration.environment.api import forwarded, user
+from orchestration.environment.target import Environment
+from orchestration.errors import PipelineError
+from tests.benchmarks.run import revision
+from tests.cluster import __main__ as local_cluster
+from tests.cluster.namespace import proxied, restricted
+from tests.cluster.progress import ClusterError
+from tests.e2e.faults.victims import FLOWS, NAME, evicted, force_deleted, killed, leader, watched
+from tests.e2e.release import Object, Release, built_image, pool_values, probe_of, server_values
+from tests.e2e.runs import deployment, start
+
+RESULTS = Path(__file__).with_name("soak.md")
+
+AT_ONCE = 6
+"""Runs that are under way at the most."""
+
+EVERY = 20.0
+"""Seconds from one fault to the next."""
+
+STUCK = 90.0
+"""Seconds for which a run that is due may be without a live pod. The longest that is right: 60 for a claim whose worker
+died, and then the next one's time to take it."""
+
+LAST = 300.0
+"""Seconds that the last runs get once no more are started."""
+
+KEPT = 60
+"""Seconds that a finished Job and its pod stay."""
+
+BUDGET: Object = {"crash_retries": 20, "disruption_retries": 20}
+"""Job variables of all runs: of so few faults none may use it up, so that a run which is given up is a lost one."""
+
+FAULTS = {
+    "pod killed": 4,
+    "pod force-deleted": 3,
+    "pod evicted": 3,
+    "Job deleted": 3,
+    "out of memory": 3,
+    "worker killed": 2,
+    "leader killed": 2,
+    "API killed": 2,
+    "database killed": 1,
+}
+"""How many there are of each in as many faults as all of them, in random order."""
+
+OVER = ("FAILED", "CANCELLED")
+"""Types of states beside Completed from which nobody brings a run back: it is lost."""
+
+LIMIT, MEMORY = "300Mi", 320
+"""The memory limit of a run that is to exceed it, and the MiB that it uses; after that its limit is doubled."""
+
+
+@dataclass
+class Fault:
+    """Something that was done.
+
+    Args:
+        kind: of `FAULTS`.
+        run: the run that was hit; empty if something else was.
+        pod: the one of the execution that was hit; empty if that was not known yet.
+        at: when, in seconds since 1970.
+    """
+
+    kind: str
+    run: str = ""
+    pod: str = ""
+    at: float = field(default_factory=time.time)
+
+
+@dataclass
+class Execution:
+    """A pod of a run, as it was seen; times are seconds since 1970.
+
+    Args:
+        begin: when its container began.
+        end: when it ended, or else was last seen without having been told to end: one that hands its run over by its
+            own hand takes a few seconds to go. What it does in them is in the journal.
+    """
+
+    begin: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a run's journal."""
+
+    at: float
+    pod: str
+    what: str
+
+    @classmethod
+    def read(cls, text: str) -> "Line":
+        at, _, pod, what = text.split(" ", 3)
+        return cls(float(at), pod, what)
+
+
+def twice_at_a_time(journal: Sequence[Line]) -> bool:
+    """Whether an execution wrote something after a later one had begun: lines are in the order of their writing."""
+    order = list(dict.fromkeys(each.pod for each in journal))
+    ranks = [order.index(each.pod) for each in journal]
+    return ranks != sorted(ranks)
+
+
+def repeated(journal: Sequence[Line]) -> int:
+    """How many steps were taken again that had finished: the same execution had gone on to another one."""
+    finished: set[str] = set()
+    again = 0
+    under_way: dict[str, str] = {}
+    for each in journal:
+        if each.what == "alive":
+            continue
+        if each.what in finished:
+            again += 1
+        if each.pod in under_way:
+            finished.add(under_way[each.pod])
+        if each.what.startswith("step"):
+            under_way[each.pod] = each.what
+    return again
+
+
+def journals(pool: Release) -> dict[str, list[Line]]:
+    """By run, from the volume of results, by the pod that looks after it."""
+    [pod] = pool.pods("results")
+    script = "cd /results/journal && grep -H '' *"
+    try:
+        text = pool.namespace.kubectl("exec", _name(pod), "--", "sh", "-c", script)
+    except ClusterError:
+        return {}  # no run began
+    found: dict[str, list[Line]] = defaultdict(list)
+    for line in text.splitlines():
+        run, _, rest = line.partition(":")
+        found[run].append(Line.read(rest))
+    return found
+
+
+class ServerAwayError(Exception):
+    """The Prefect API does not answer now."""
+
+
+class Api:
+    """The API of the release's server, through which a way is found anew when its pod is gone."""
+
+    def __init__(self, server: Release) -> None:
+        self._of = Environment("soak", server.namespace.context, server.namespace.name)
+        self._user, _, self._password = user(self._of).partition(":")
+        self._way = contextlib.ExitStack()
+        self._client: httpx.Client | None = None
+
+    @contextlib.contextmanager
+    def client(self) -> Iterator[httpx.Client]:
+        """A client, for some requests.
+
+        Raises:
+            ServerAwayError: one of them failed.
+        """
+        try:
+            if self._client is None:
+                url = self._way.enter_context(forwarded(self._of)).url
+                login = (self._user, self._password)
+                made = httpx.Client(base_url=f"{url}/api", auth=login, timeout=10)
+                self._client = self._way.enter_context(made)
+            yield self._client
+        except (httpx.HTTPError, PipelineError) as error:
+            self.close()
+            raise ServerAwayError(str(error)) from None
+
+    def close(self) -> None:
+        """Leave."""
+        self._client = None
+        self._way.close()
+
+
+@dataclass
+class Outcome:
+    """What was found.
+
+    Args:
+        runs: ids by name.
+        faults: what was done.
+        journals: by run's id.
+        executions: pods by name, by run's id.
+        states: of those runs that are not Completed.
+        waited: by run's id, the longest time in seconds that it was due and had no live pod.
+        left: pods, Jobs and slots that are still there, in words.
+    """
+
+    runs: dict[str, str] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
+    journals: dict[str, list[Line]] = field(default_factory=dict)
+    executions: dict[str, dict[str, Execution]] = field(default_factory=lambda: defaultdict(dict))
+    states: dict[str, str] = field(default_factory=dict)
+    waited: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    left: list[str] = field(default_factory=list)
+
+    def names(self, ids: Sequence[str]) -> list[str]:
+        """Of runs."""
+        return sorted(name for name, id_ in self.runs.items() if id_ in ids)
+
+    @property
+    def stuck(self) -> list[str]:
+        """Runs that were due and had no live pod for too long."""
+        return [each for each, seconds in self.waited.items() if seconds > STUCK]
+
+    @property
+    def doubled(self) -> list[str]:
+        """Runs whose flow was executed twice at a time, by their journals."""
+        return [run for run, journal in self.journals.items() if twice_at_a_time(journal)]
+
+    @property
+    def beside(self) -> list[float]:
+        """Of each pair of a run's containers the seconds for which one was there before the last one had ended."""
+        found = []
+        for pods in self.executions.values():
+            ordered = sorted(pods.values(), key=lambda each: each.begin)
+            # Kubernetes' times have no fractions.
+            found += [
+                earlier.end - later.begin for earlier, later in pairwise(ordered) if later.begin < earlier.end - 1
+            ]
+        return found
+
+    @property
+    def taken_again(self) -> dict[str, int]:
+        """How many finished steps were taken again, by run."""
+        return {run: again for run, journal in self.journals.items() if (again := repeated(journal))}
+
+    @property
+    def wrong(self) -> list[str]:
+        """All that must not be, with the names of the runs."""
+        said = {
+            "lost": [f"{name} ({self.states[id_]})" for name, id_ in self.runs.items() if id_ in self.states],
+            f"without a live pod for over {STUCK:.0f} s": self.names(self.stuck),
+            "twice at a time": self.names(self.doubled),
+            "containers beside the run's next one": [f"{seconds:.0f} s" for seconds in self.beside],
+            "finished steps taken again": self.names(list(self.taken_again)),
+            "left": self.left,
+        }
+        return [f"{what}: {', '.join(which)}" for what, which in said.items() if which]
+
+    def recoveries(self) -> dict[str, list[float]]:
+        """Seconds from the last sign of life of an execution that was hit to the next one's first line, by fault.
+
+        One that was hit before its first line gave none: that is from the fault.
+        """
+        found: dict[str, list[float]] = defaultdict(list)
+        for fault in self.faults:
+            journal = self.journals.get(fault.run, [])
+            order = list(dict.fromkeys(each.pod for each in journal))
+            pod = fault.pod or (order[0] if order else "")
+            last = max((each.at for each in journal if each.pod == pod), default=fault.at)
+            if later := [each.at for each in journal if each.at > last]:  # else it ended before it was hit
+                found[fault.kind].append(min(later) - last)
+        return found
+
+    def table(self, heading: str) -> str:
+        """The results, as Markdown."""
+        kinds = Counter(each.kind for each in self.faults)
+        steps = sum(each.what.startswith("step") for journal in self.journals.values() for each in journal)
+        executions = sum(map(len, self.executions.values()))
+        rows = {
+            "runs": len(self.runs),
+            "faults": f"{len(self.faults)}: {', '.join(f'{kind} {kinds[kind]}' for kind in FAULTS if kinds[kind])}",
+            "executions": executions,
+            "steps begun": steps,
+            "runs lost": len(self.states),
+            f"runs that were due and without a live pod for over {STUCK:.0f} s": len(self.stuck),
+            "the longest of that (s)": f"{max(self.waited.values(), default=0):.0f}",
+            "runs whose flow was executed twice at a time": len(self.doubled),
+            "containers that began before the run's last one had ended": len(self.beside),
+            "finished steps taken again": sum(self.taken_again.values()),
+            "pods, Jobs and slots left at the end": len(self.left),
+        }
+        lines = [heading, "", "| | |", "|---|---:|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
+        recoveries = self.recoveries()
+        if recoveries:
+            lines += [
+                "From the last sign of life of an execution that was hit to the next one's first line:",
+                "",
+                "| | n | median (s) | max (s) |",
+                "|---|---:|---:|---:|",
+            ]
+            every = {"all of them": [seconds for each in recoveries.values() for seconds in each]}
+            for kind, seconds in [*((kind, recoveries.get(kind, [])) for kind in FAULTS), *every.items()]:
+                if seconds:
+                    lines.append(f"| {kind} | {len(seconds)} | {statistics.median(seconds):.1f} | {max(seconds):.1f} |")
+        return "\n".join(lines) + "\n"
+
+
+class Soak:
+    """The runs, the faults, and what is seen of both.
+
+    Args:
+        server: the release with the API and its database.
+        pool: the release with workers and reconcilers.
+        kubernetes: the URL of the cluster's API.
+        chance: of the faults and of what the runs take.
+    """
+
+    def __init__(self, server: Release, pool: Release, kubernetes: str, chance: random.Random) -> None:
+        self.server, self.pool, self.chance = server, pool, chance
+        self.api = Api(server)
+        self.kubernetes = httpx.Client(base_url=kubernetes, timeout=30)
+        self.seen = Outcome()
+        self._deployment = ""
+        self._runs: dict[str, Object] = {}
+        self._live: dict[str, list[str]] = {}
+        self._without: dict[str, float] = {}
+        self._hungry: list[Fault] = []
+        self._over: set[str] = set()
+        self._bag: list[str] = []
+        self._takes: list[Object] = []
+
+    def make(self, minutes: float, runs: int) -> Outcome:
+        """Start the runs and make the faults; what was found once all is over.
+
+        Ctrl-C ends it early: then what was found is what there was until now.
+        """
+        self._deploy()
+        for _ in range(runs):
+            pieces = self.chance.randint(2, 8)
+            seconds = round(self.chance.triangular(3, 60, 10) / pieces, 2)
+            self._takes.append({"pieces": pieces, "seconds": seconds})
+        began = time.monotonic()
+        length = 60 * minutes
+        fault_at, said_at, told = began + EVERY / 2, began, 0
+        # The end of the time is for the last ones to end in.
+        pause = max(length - 20, 1) / runs
+        deadline = began + length + LAST
+        try:
+            while (now := time.monotonic()) < deadline:
+                with contextlib.suppress(ServerAwayError):
+                    if len(self.seen.runs) < runs and now >= began + pause * len(self.seen.runs):
+                        self._start_one()
+                    self._look()
+                    if len(self.seen.runs) == runs and self._given_up().issuperset(self.seen.states):
+                        break
+                if now >= fault_at and now < began + length:
+                    fault_at = max(fault_at + EVERY, now + EVERY / 2) if self._fault() else now + 1
+                if now >= said_at:
+                    said_at = now + 10
+                    self._say(now - began)
+                    for each in self.seen.faults[told:]:
+                        print(f"          {each.kind} {self._named(each.run)}".rstrip(), flush=True)
+                    told = len(self.seen.faults)
+                time.sleep(0.5)
+            self._wait_for_the_end_of_what_is_left()
+        except KeyboardInterrupt:
+            print("Interrupted: this is what was found until now.", file=sys.stderr)
+            self.seen.left.append("interrupted")
+        finally:
+            self.seen.journals = journals(self.pool)
+            self.api.close()
+            self.kubernetes.close()
+        return self.seen
+
+    def _deploy(self) -> None:
+        with self.api.client() as client:
+            self._deployment = deployment(
+                client, entrypoint="/probe/flow.py:piecewise", job_variables=BUDGET,
+                concurrency_limit=2 * AT_ONCE, concurrency_options={"collision_strategy": "ENQUEUE"},
+            )  # fmt: skip
+            client.post("/concurrency_limits/", json={"tag": "piece", "concurrency_limit": 100}).raise_for_status()
+
+    def _start_one(self) -> None:
+        if len(self.seen.states.keys() - self._over) >= AT_ONCE:
+            return
+        name = f"soak-{len(self.seen.runs) + 1:03}"
+        # With a key: it is asked for again if the answer was lost.
+        more: Object = {"name": name, "idempotency_key": name, "parameters": self._takes[len(self.seen.runs)]}
+        if self._hungry:
+            more["parameters"] = more["parameters"] | {"memory": MEMORY}
+            more["job_variables"] = {"memory_limit": LIMIT, "memory_growth": 2}
+        with self.api.client() as client:
+            run = start(client, self._deployment, **more)
+        self.seen.runs[name] = run
+        self.seen.states[run] = "Scheduled"
+        if self._hungry:
+            self._hungry.pop().run = run
+
+    def _look(self) -> None:
+        """Read the runs that are not Completed, and then the pods of all."""
+        body = {
+            "deployments": {"id": {"any_": [self._deployment]}},
+            "flow_runs": {"state": {"type": {"not_any_": ["COMPLETED"]}}},
+            "limit": 200,
+        }
+        with self.api.client() as client:
+            found: list[Object] = client.post("/flow_runs/filter", json=body).raise_for_status().json()
+        self._runs = {each["id"]: each for each in found}
+        self.seen.states = {each["id"]: each["state_name"] for each in found}
+        self._see_pods()
+        now = time.time()
+        for id_, run in self._runs.items():
+            due = _seconds(run["next_scheduled_start_time"] or run["expected_start_time"])
+            waits = run["state_type"] == "SCHEDULED" and due > now
+            if waits or self._live.get(id_) or run["state_type"] in OVER:
+                if run["state_type"] in OVER and id_ not in self._over:
+                    print(f"          {run['name']} is {run['state_name']}: {run['state']['message']}", flush=True)
+                    self._over.add(id_)
+                self._without.pop(id_, None)
+                continue
+            waited = now - self._without.setdefault(id_, now)
+            if waited > STUCK >= self.seen.waited[id_]:
+                print(f"          {run['name']}: {run['state_name']}, no live pod for {waited:.0f} s", flush=True)
+            self.seen.waited[id_] = max(self.seen.waited[id_], waited)
+        for id_ in self._without.keys() - self._runs.keys():
+            del self._without[id_]
+
+    def _given_up(self) -> set[str]:
+        """Runs whose end is not waited for: they have failed, or are stuck."""
+        now = time.time()
+        return self._over | {run for run, since in self._without.items() if now - since > STUCK}
+
+    def _see_pods(self) -> None:
+        path = f"/api/v1/namespaces/{self.pool.namespace.name}/pods"
+        query = {"labelSelector": "prefect.io/flow-run-id"}
+        self._live = defaultdict(list)
+        for pod in self.kubernetes.get(path, params=query).raise_for_status().json()["items"]:
+            name, run = pod["metadata"]["name"], pod["metadata"]["labels"]["prefect.io/flow-run-id"]
+            if pod["status"]["phase"] in ("Pending", "Running"):
+                self._live[run].append(name)
+            [container] = pod["status"].get("containerStatuses") or [{}]
+            state = container.get("state", {})
+            if moment := (state.get("running") or state.get("terminated") or {}).get("startedAt"):
+                execution = self.seen.executions[run].setdefault(name, Execution(_seconds(moment), _seconds(moment)))
+                if end := (state.get("terminated") or {}).get("finishedAt"):
+                    execution.end = min(_seconds(end), _seconds(pod["metadata"].get("deletionTimestamp", end)))
+                elif "deletionTimestamp" not in pod["metadata"]:
+                    execution.end = time.time()
+
+    def _fault(self) -> bool:
+        """Make the next one; whether there was something for it to hit."""
+        if not self._bag:
+            self._bag = list(Counter(FAULTS).elements())
+            self.chance.shuffle(self._bag)
+        kind = self._bag[-1]
+        namespace = self.pool.namespace
+        fault = Fault(kind)
+        if kind in ("pod killed", "pod force-deleted", "pod evicted", "Job deleted"):
+            # Of those that execute: who has two pods at a time is another matter.
+            begun = {run: pods[0] for run, pods in self._live.items() if pods and pods[0] in self.seen.executions[run]}
+            if not begun:
+                return False
+            fault.run = self.chance.choice(sorted(begun))
+            fault.pod = begun[fault.run]
+        with contextlib.suppress(ClusterError):  # what was to be hit has just ended
+            if kind == "pod killed":
+                killed(self.pool, fault.pod)
+            elif kind == "pod force-deleted":
+                force_deleted(namespace, fault.pod)
+            elif kind == "pod evicted":
+                evicted(namespace, fault.pod)
+            elif kind == "Job deleted":
+                namespace.kubectl("delete", "job", fault.pod.rpartition("-")[0], "--wait=false")
+            elif kind == "out of memory":
+                self._hungry.append(fault)  # the next run that is started
+            elif kind == "worker killed":
+                force_deleted(namespace, self.chance.choice(sorted(map(_name, self.pool.pods("worker")))))
+            elif kind == "leader killed":
+                force_deleted(namespace, leader(self.pool))
+            elif kind == "API killed":
+                force_deleted(namespace, *map(_name, self.server.pods("api")))
+            elif kind == "database killed":
+                force_deleted(namespace, "prefect-server-database-0")
+        self._bag.pop()
+        self.seen.faults.append(fault)
+        return True
+
+    def _wait_for_the_end_of_what_is_left(self) -> None:
+        """No pod or Job of a run, and no slot of a limit, may be there once its time is over."""
+        deadline = time.monotonic() + KEPT + 60
+        while True:
+            with contextlib.suppress(ServerAwayError):
+                self.seen.left = self._left()
+                if not self.seen.left or time.monotonic() > deadline:
+                    return
+            time.sleep(1)
+
+    def _left(self) -> list[str]:
+        found = []
+        of_runs = {"labelSelector": "prefect.io/flow-run-id"}
+        for path in ("/api/v1/namespaces/{}/pods", "/apis/batch/v1/namespaces/{}/jobs"):
+            answer = self.kubernetes.get(path.format(self.pool.namespace.name), params=of_runs).raise_for_status()
+            found += [f"{path.rpartition('/')[2]} {each['metadata']['name']}" for each in answer.json()["items"]]
+        with self.api.client() as client:
+            for limit in client.post("/concurrency_limits/filter", json={}).raise_for_status().json():
+                if limit["active_slots"]:
+                    found.append(f"{len(limit['active_slots'])} slots of the tag {limit['tag']}")
+            for limit in client.post("/v2/concurrency_limits/filter", json={}).raise_for_status().json():
+                if limit["active_slots"]:
+                    found.append(f"{limit['active_slots']} slots of {limit['name']}")
+        return found
+
+    def _named(self, run: str) -> str:
+        return next((name for name, id_ in self.seen.runs.items() if id_ == run), "")
+
+    def _say(self, seconds: float) -> None:
+        seen = self.seen
+        print(
+            f"{seconds:7.0f} s  {len(seen.runs)} started, {len(seen.states)} under way, {len(seen.faults)} faults, "
+            f"{sum(map(len, seen.executions.values()))} executions, longest without a live pod "
+            f"{max(seen.waited.values(), default=0):.0f} s",
+            flush=True,
+        )
+
+
+def _seconds(moment: str) -> float:
+    return datetime.fromisoformat(moment).timestamp()
+
+
+def _name(pod: Mapping[str, Any]) -> str:
+    return str(pod["metadata"]["name"])
+
+
+def soaked(values: Object) -> Object:
+    """Values of a pool for this, from the least ones: two workers, and nothing that stays long when it is over."""
+    made = watched(values)
+    made["worker"]["replicas"] = 2
+    made["runs"]["ttlSecondsAfterFinished"] = KEPT
+    return made
+
+
+@contextlib.contextmanager
+def installed() -> Iterator[tuple[Release, Release]]:
+    """The releases of the server and the pool, in a namespace of their own on the local cluster; gone afterwards."""
+    with local_cluster.shared() as context, restricted(context, "soak") as namespace:
+        image = built_image()
+        server = Release("prefect-server", "prefect-server", namespace)
+        server.deploy(server_values(image))
+        namespace.apply(probe_of(FLOWS))
+        pool = Release(NAME, NAME, namespace)
+        pool.deploy(soaked(pool_values(image)))
+        yield server, pool
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Soak, print the table and write the results file; the exit status is 1 if something is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--runs", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=2013)
+    options = parser.parse_args(arguments)
+    print(f"SEED={options.seed}", flush=True)
+    try:
+        with installed() as (server, pool), proxied(pool.namespace.context) as url:
+            print(f"Namespace {pool.namespace.name} of {pool.namespace.context}", flush=True)
+            version = json.loads(pool.namespace.kubectl("version", "-o", "json"))["serverVersion"]["gitVersion"]
+            load = os.getloadavg()[0]
+            chance = random.Random(options.seed)  # noqa: S311 - faults, no secret
+            seen = Soak(server, pool, url, chance).make(options.minutes, options.runs)
+    except ClusterError as error:
+        print(f"{error}.", file=sys.stderr)
+        return 1
+    command = f"make soak MINUTES={options.minutes:g} RUNS={options.runs} SEED={options.seed}"
+    machine = (
+        f"{revision()}, {platform.machine()}, {os.cpu_count()} cores, Kubernetes {version}, load {load:.1f} before"
+    )
+    budget = " and ".join(f"{name} {value}" for name, value in BUDGET.items())
+    table = seen.table(f"# Runs under random faults\n\n`{command}`, {machine}; each run's budget: {budget}.")
+    print(table)
+    for each in seen.wrong:
+        print(f"WRONG {each}")
+    if "interrupted" in seen.left:
+        return 130
+    RESULTS.write_text(table)
+    return 1 if seen.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
