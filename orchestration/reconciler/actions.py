@@ -64,6 +64,8 @@ async def carry_out(server: Server, cluster: Cluster, action: Action, pods: list
     if isinstance(action, Cancel):
         return await _set(server, run, "CANCELLING", "Cancelling", action.sentence)
     if isinstance(action, Cancelled):
+        if action.labels:
+            await server.ask("PATCH", f"/flow_runs/{run.id}/labels", action.labels)
         return await _set(server, run, "CANCELLED", "Cancelled", action.sentence)
     if isinstance(action, Crash):
         tail = await _log_tail(cluster, pods, run)

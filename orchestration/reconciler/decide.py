@@ -43,7 +43,11 @@ class Crash:
     @property
     def labels(self) -> dict[str, Any]:
         """What the run is given before its state is written: whoever finds it crashed knows the cause."""
-        return {CAUSE: self.cause.kind, LOST: bool(self.lost)} | {FENCED + each: True for each in self.lost}
+        return {CAUSE: self.cause.kind, LOST: bool(self.lost)} | _fences(self.lost)
+
+
+def _fences(jobs: Sequence[str]) -> dict[str, Any]:
+    return {FENCED + each: True for each in jobs}
 
 
 @dataclass(frozen=True)
@@ -81,10 +85,16 @@ class Cancel:
 
 @dataclass(frozen=True)
 class Cancelled:
-    """It was to be cancelled, and nothing of it is left."""
+    """It was to be cancelled, and nothing of it is left in the cluster; `lost` is as of a crash."""
 
     run: Run
     sentence: str
+    lost: tuple[str, ...] = ()
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """What the run is given before its state is written."""
+        return _fences(self.lost)
 
 
 @dataclass(frozen=True)
@@ -142,7 +152,7 @@ def decide(run: Run | None, jobs: Sequence[Job], pods: Sequence[Pod], now: datet
     ]
     mine = [each for each in pods if each.job == name or not name]
     if run.type == "CANCELLING":
-        return actions + _cancelling(run, jobs, pods, age, policy)
+        return actions + _cancelling(run, current, jobs, pods, age, policy)
     if current and current.name != run.job and age > policy.settle:
         actions.append(Adopt(run, current.name))
     live = [each for each in mine if each.live]
@@ -179,11 +189,17 @@ def _dead(
     known = any(each.end and each.end.seen and each.end.at >= run.since for each in seen)
     if not known and (now - run.since).total_seconds() < policy.settle:
         return []
+    its = [each for each in jobs if each.name == name or not name]
+    return [Crash(run, causes.of_end(seen, its), _lost(run, current, jobs, pods))]
+
+
+def _lost(run: Run, current: Job | None, jobs: Sequence[Job], pods: Sequence[Pod]) -> tuple[str, ...]:
+    """The Jobs whose pods may have executed the run and were not seen to end."""
     # One that is over and that its worker has not recorded may be what executed, and what is older was over before.
     names = {each.name for each in jobs if current is None or each.created >= current.created}
-    lost = {*names, *filter(None, [name])} - {each.job for each in pods if each.end and each.end.seen}
-    its = [each for each in jobs if each.name == name or not name]
-    return [Crash(run, causes.of_end(seen, its), tuple(sorted(lost)))]
+    recorded = current.name if current else run.job
+    ended = {each.job for each in pods if each.end and each.end.seen}
+    return tuple(sorted({*names, *filter(None, [recorded])} - ended))
 
 
 def _after_the_end(
@@ -220,10 +236,14 @@ def _of_crash(run: Run, pods: Sequence[Pod]) -> Cause:
     return seen
 
 
-def _cancelling(run: Run, jobs: Sequence[Job], pods: Sequence[Pod], age: float, policy: Policy) -> list[Action]:
+def _cancelling(
+    run: Run, current: Job | None, jobs: Sequence[Job], pods: Sequence[Pod], age: float, policy: Policy
+) -> list[Action]:
     left = [each for each in jobs if _wanted(each, pods)]
     if not left and not any(each.live for each in pods):
-        return [Cancelled(run, "Nothing of it is left in the cluster")] if age >= policy.settle else []
+        if age < policy.settle:
+            return []
+        return [Cancelled(run, "Nothing of it is left in the cluster", _lost(run, current, jobs, pods))]
     if age < policy.cancel and not run.abandoned:
         return []
     return [Stop(each.name, None, f"run {run.name} is to be cancelled since {age:.0f} s") for each in left]

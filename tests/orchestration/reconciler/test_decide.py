@@ -150,7 +150,11 @@ def test_cancelling_ends_the_pod_and_then_the_run() -> None:
     assert isinstance(action, Stop)
     assert action.grace is None
     assert decided(run("CANCELLING", 4), [job(deleted=True)], [pod(started=True, deleted=ago(1))]) == []
-    assert [type(each) for each in decided(run("CANCELLING", 4), [], [])] == [Cancelled]
+    cancelling = run("CANCELLING", 4)
+    for ended, lost in (([], ("job-1",)), ([pod(end=end())], ())):
+        assert decided(cancelling, [job(deleted=True)], ended) == [
+            Cancelled(cancelling, "Nothing of it is left in the cluster", lost)
+        ], "what nobody saw end may execute on"
 
 
 def test_a_run_whose_deployment_was_deleted_is_ended_at_once() -> None:
@@ -405,14 +409,12 @@ class World:
             self.set("SCHEDULED")
         elif isinstance(action, Cancel):
             self.set("CANCELLING")
-        elif isinstance(action, Cancelled):
-            self.set("CANCELLED")
-        elif isinstance(action, Crash):
+        elif isinstance(action, Cancelled | Crash):
             self.run = replace(self.run, labels={**self.run.labels, **action.labels})
             for each in self.lost:
                 if action.labels.get(FENCED + each):
                     self.lost[each] = self.now
-            self.set("CRASHED")
+            self.set("CRASHED" if isinstance(action, Crash) else "CANCELLED")
         elif isinstance(action, Retry):
             told = verdict(self.run, action.cause, None if self.abandoned else Retries())
             self.run = replace(self.run, labels={**self.run.labels, **(told.labels or {})})
@@ -440,6 +442,7 @@ USUAL = [
     ["pod_completes", "a_minute_passes"],
     ["node_is_cut_off", "controller_counts", *SECONDS, *ROUND, *ROUND],
     ["node_is_given_up", "controller_counts", *SECONDS, *ROUND, *ROUND],
+    ["cancelled_in_the_ui", "node_is_cut_off", "controller_counts", *SECONDS, *ROUND],
 ]
 """What often comes one after the other: of single events most histories would come to nothing."""
 
@@ -463,5 +466,6 @@ def test_any_history_ends_with_nothing_lost_stuck_or_twice(history: list[list[st
     assert world.run
     assert world.run.type in FINAL, world
     assert not [each for each in world.pods if each.live], world
+    assert all(world.lost.values()), f"an execution goes on that nobody has fenced: {world}"
     if world.run.type == "CRASHED":
         assert decisions.SETTLED in world.run.labels

@@ -256,17 +256,18 @@ def test_who_was_killed_for_its_memory_needed_more_whatever_came_after(
     assert (found["killed"], found["most"]) == (1, 450 * MIB)
 
 
-def test_what_nobody_saw_end_is_fenced(pool: Pool) -> None:
+@pytest.mark.parametrize(("states", "end"), [(["RUNNING"], "CRASHED"), (["RUNNING", "CANCELLING"], "CANCELLED")])
+def test_what_nobody_saw_end_is_fenced(pool: Pool, states: list[str], end: str) -> None:
     """Kubernetes says of a lost node's pod that it has failed, some time before it removes it."""
-    run = pool.run("RUNNING")
+    run = pool.run(*states)
     job = pool.job(run)
     pool.given_up(job)
 
-    def crashed() -> bool:
+    def ended() -> bool:
         pool.round()
-        return str(pool.ask("GET", f"/flow_runs/{run['id']}")["state"]["type"]) == "CRASHED"
+        return str(pool.ask("GET", f"/flow_runs/{run['id']}")["state"]["type"]) == end
 
-    wait_until(crashed, "it to be Crashed", 20)
+    wait_until(ended, f"it to be {end}", 20)
     assert pool.labels(run)[FENCED + job] is True
 
 
