@@ -289,8 +289,10 @@ def test_nothing_of_it_works_without_the_reconciler(pool: Release, api: httpx.Cl
     # And what happened while it was away is found when it is back.
     for each in (crashes, dead, gone):
         completed_by_a_retry(api, each)
-    # A kubelet pulls one image after another: this one's turn may be late.
-    state_named(api, stuck, "ImagePullBackOff", 60)
+    # By then that has been in vain for longer than it may be.
+    given_up = state_named(api, stuck, "Crashed")["message"]
+    assert "absent:1" in given_up
+    assert "Given up after" in given_up
     wait_until(lambda: all(map(ending, pods(pool, unwanted))), "the pod of a deleted run to be told", SEEN)
 
 
