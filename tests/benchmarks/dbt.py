@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 
 from orchestration import warehouse
-from tests.benchmarks.run import BIN, RESULTS, Figure, heading, timed
+from tests.benchmarks.run import BIN, Figure, table, timed
 from tests.orchestration.dbt.projects import fast
 from tests.parts import embedded_postgres, new_database, prefect_server
 
@@ -122,9 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sizes", type=int, nargs="*", default=list(SIZES), help="nodes of the projects")
     parser.add_argument("--line-pairs", type=int, default=3, help="pairs of the project that logs much; 0 for none")
     options = parser.parse_args(arguments)
-    rows = [heading("embedded PostgreSQL 18, Prefect's server on SQLite")]
-    print(rows[0], flush=True)
     with (
+        table("embedded PostgreSQL 18, Prefect's server on SQLite") as report,
         tempfile.TemporaryDirectory() as folder,
         tempfile.TemporaryDirectory() as home,
         tempfile.TemporaryDirectory() as own_home,
@@ -140,11 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             name = f"20 nodes, {LINES:,} lines of log,"
             projects.append((_talkative(Path(folder) / "talkative"), name, ("", ""), options.line_pairs))
         for project, name, goals, pairs in projects:
-            for figure in beside_the_command_line(postgres, server, project, name, goals, pairs):
-                rows.append(figure.row())
-                print(figure.row(), flush=True)
-    with RESULTS.open("a") as results:
-        results.write("\n".join(rows) + "\n")
+            report(beside_the_command_line(postgres, server, project, name, goals, pairs))
     return 0
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 import yaml
 
-from tests.benchmarks.run import BIN, RESULTS, Figure, heading, timed
+from tests.benchmarks.run import BIN, Figure, table, timed
 from tests.parts import new_database, prefect_server, rows_of, settings_of, wait_until
 
 ORCHESTRATE = str(BIN / "orchestrate")
@@ -291,22 +291,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--postgres", metavar="URL", help="of one with pg_trgm, for servers on it after SQLite's")
     options = parser.parse_args(arguments)
     databases = {"SQLite": ""} | ({version(options.postgres): options.postgres} if options.postgres else {})
-    rows = [heading(f"Prefect's server on {' and on '.join(databases)}, load {os.getloadavg()[0]:.1f} before")]
-    print(rows[0], flush=True)
-
-    def report(figures: Sequence[Figure]) -> None:
-        for figure in figures:
-            rows.append(figure.row())
-            print(figure.row(), flush=True)
-
-    with tempfile.TemporaryDirectory() as home:
+    parts = f"Prefect's server on {' and on '.join(databases)}, load {os.getloadavg()[0]:.1f} before"
+    with table(parts) as report, tempfile.TemporaryDirectory() as home:
         os.environ |= {"PREFECT_HOME": home, "DO_NOT_TRACK": "1"}
         report(help_texts(options.pairs))
         for database, url in databases.items():
             count, pairs, deploys = options.deployments, options.pairs, options.deploys
             report(beside_prefect_deploy(url, count, pairs, deploys, options.limit, f"on {database}"))
-    with RESULTS.open("a") as results:
-        results.write("\n".join(rows) + "\n")
     return 0
 
 

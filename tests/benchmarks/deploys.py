@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orchestration.settings import ROOT
-from tests.benchmarks.run import RESULTS, Figure, heading
+from tests.benchmarks.run import Figure, table
 from tests.parts import copy_of_checkout
 
 MAKE = ("make", "--silent", "--old-file", ".venv/ready")
@@ -69,12 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ["git", "-c", "user.name=bench", "-c", "user.email=bench@example.com", "commit", "-qm", "A copy"],
             cwd=folder, check=True,
         )  # fmt: skip
-        rows = [heading("Kubernetes 1.35 on one node from packages"), *(
-            figure.row() for figure in measure(folder, options.ups, options.pairs)
-        )]  # fmt: skip
-    print("\n".join(rows))
-    with RESULTS.open("a") as results:
-        results.write("\n".join(rows) + "\n")
+        with table("Kubernetes 1.35 on one node from packages") as report:
+            report(measure(folder, options.ups, options.pairs))
     return 0
 
 

@@ -35,7 +35,7 @@ from orchestration.reconciler.loop import Reconciler
 from orchestration.serving import Pulse
 from orchestration.settings import ROOT
 from tests.benchmarks.deployments import POOL, new_server, version
-from tests.benchmarks.run import RESULTS, Figure, heading
+from tests.benchmarks.run import Figure, table
 from tests.cluster import __main__ as local_cluster
 from tests.cluster import binaries
 from tests.cluster.agent import SIMULATED
@@ -360,19 +360,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--postgres", metavar="URL", default="", help="of one with pg_trgm; else SQLite")
     options = parser.parse_args(arguments)
     database = version(options.postgres) if options.postgres else "SQLite"
-    rows = [heading(f"Prefect's server on {database}, load {os.getloadavg()[0]:.1f} before")]
-    print(rows[0], flush=True)
-    with tempfile.TemporaryDirectory() as home:
-        os.environ |= {"PREFECT_HOME": home, "DO_NOT_TRACK": "1"}
-        try:
-            for figure in measure(options.postgres, options.rounds, options.live, options.over):
-                rows.append(figure.row())
-                print(figure.row(), flush=True)
-        except ClusterError as error:
-            print(f"{error}.", file=sys.stderr)
-            return 1
-    with RESULTS.open("a") as results:
-        results.write("\n".join(rows) + "\n")
+    parts = f"Prefect's server on {database}, load {os.getloadavg()[0]:.1f} before"
+    try:
+        with table(parts) as report, tempfile.TemporaryDirectory() as home:
+            os.environ |= {"PREFECT_HOME": home, "DO_NOT_TRACK": "1"}
+            report(measure(options.postgres, options.rounds, options.live, options.over))
+    except ClusterError as error:
+        print(f"{error}.", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -18,7 +18,7 @@ from itertools import pairwise
 import httpx
 
 from orchestration.reconciler.ends import PEAK
-from tests.benchmarks.run import RESULTS, Figure, heading
+from tests.benchmarks.run import Figure, table
 from tests.benchmarks.soak import Line, installed, journals
 from tests.cluster.progress import ClusterError
 from tests.e2e.faults.victims import killed, pods, state_named, states
@@ -106,17 +106,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure how soon a killed run goes on.")
     parser.add_argument("--kills", type=int, default=10)
     options = parser.parse_args(arguments)
-    load = os.getloadavg()[0]
+    parts = f"Kubernetes, both charts on one node, load {os.getloadavg()[0]:.1f} before"
     try:
-        with installed() as (server, pool), server.api() as api:
-            figures = [*measure(api, pool, options.kills), *beginnings(api, options.kills)]
+        with table(parts) as report, installed() as (server, pool), server.api() as api:
+            report(measure(api, pool, options.kills))
+            report(beginnings(api, options.kills))
     except ClusterError as error:
         print(f"{error}.", file=sys.stderr)
         return 1
-    rows = [heading(f"Kubernetes, both charts on one node, load {load:.1f} before"), *(each.row() for each in figures)]
-    print("\n".join(rows))
-    with RESULTS.open("a") as results:
-        results.write("\n".join(rows) + "\n")
     return 0
 
 

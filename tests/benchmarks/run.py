@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -280,7 +280,25 @@ def revision() -> str:
     return subprocess.run(described, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def heading(parts: str) -> str:
+@contextlib.contextmanager
+def table(parts: str) -> Iterator[Callable[[Iterable[Figure]], None]]:
+    """What figures of a table are given to: each is printed as soon as it is measured; at the end all are appended to
+    the results.
+    """
+    rows = [_heading(parts)]
+    print(rows[0], flush=True)
+
+    def report(figures: Iterable[Figure]) -> None:
+        for figure in figures:
+            rows.append(figure.row())
+            print(rows[-1], flush=True)
+
+    yield report
+    with RESULTS.open("a") as results:
+        results.write("\n".join(rows) + "\n")
+
+
+def _heading(parts: str) -> str:
     """The beginning of a table in the results: when, what, on which machine, with which parts."""
     return (
         f"\n## {datetime.now(UTC):%Y-%m-%d}, {revision()}\n\n{platform.machine()}, {os.cpu_count()} cores, "
@@ -296,10 +314,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if answers("http://127.0.0.1:4200/api/health"):
         parser.error("a Prefect server is up on port 4200, so that a run would not start a temporary one; stop it")
-    head = heading("embedded PostgreSQL 18")
-    rows = [head]
-    print(head, flush=True)
     with (
+        table("embedded PostgreSQL 18") as report,
         tempfile.TemporaryDirectory() as folder,
         tempfile.TemporaryDirectory() as home,
         tempfile.TemporaryDirectory() as own_home,
@@ -311,20 +327,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "DO_NOT_TRACK": "1",
         }
         pairs = options.pairs
-
-        def report(measure: Callable[[], list[Figure]]) -> None:
-            for figure in measure():
-                rows.append(figure.row())
-                print(figure.row(), flush=True)
-
-        report(lambda: load_the_year(postgres, pairs))
-        report(lambda: imports(pairs))
-        report(lambda: one_day(postgres, pairs, None))
+        report(load_the_year(postgres, pairs))
+        report(imports(pairs))
+        report(one_day(postgres, pairs, None))
         with prefect_server(Path(home)) as server:
-            report(lambda: one_day(postgres, pairs, server))
-            report(lambda: backfill_the_year(postgres, server, pairs))
-    with RESULTS.open("a") as results:
-        results.write("\n".join(rows) + "\n")
+            report(one_day(postgres, pairs, server))
+            report(backfill_the_year(postgres, server, pairs))
     return 0
 
 
