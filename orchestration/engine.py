@@ -17,6 +17,7 @@ import os
 import runpy
 import sys
 import tempfile
+import warnings
 
 from prefect.client import base
 from prefect.runner._workspace_resolver import PreparedWorkspace, prepare_workspace_for_flow_run
@@ -40,6 +41,8 @@ def main() -> None:
     # It goes with the container: at its exit this process still sends logs from there.
     folder = tempfile.mkdtemp(prefix="prefect-flow-run-")
     _enter(asyncio.run(prepare_workspace_for_flow_run(os.environ["PREFECT__FLOW_RUN_ID"], folder)))
+    # Prefect imports it too; to execute it anew is what its own command does.
+    warnings.filterwarnings("ignore", "'prefect.engine' found in sys.modules", RuntimeWarning)
     runpy.run_module("prefect.engine", run_name="__main__", alter_sys=True)
 
 

@@ -145,6 +145,7 @@ def test_a_run_ends_as_its_flow_does(run: Callable[..., Run], how: str, code: in
     assert made.ended() == (code, state)
     assert made.notes() == ["beside beside True"]
     assert json.loads((made.folder / "message").read_text()).keys() <= {"peak", "limit", "oom_kills"}
+    assert "Warning" not in (made.folder / "log").read_text()
 
 
 def test_code_in_a_folder_is_copied(run: Callable[..., Run], tmp_path: Path) -> None:

@@ -232,11 +232,11 @@ def test_a_reconciler_that_is_killed_at_any_point_does_all_once(
 def test_a_death_is_heard_of_long_before_the_next_look(pool: Release, api: httpx.Client, kubernetes: str) -> None:
     async def listen() -> None:
         async with reconciler(pool, api, kubernetes) as one:
-            looking = asyncio.create_task(one.run(30))
+            looking = asyncio.create_task(one.run(300))
             await asyncio.to_thread(wait_until, lambda: one.pulse.registry.get_sample_value(LOOKED), "the first look")
             killed(pool, pod)
             try:
-                await asyncio.to_thread(state_named, api, run, "AwaitingRetry")
+                await asyncio.to_thread(state_named, api, run, "AwaitingRetry", 60)
             finally:
                 looking.cancel()
                 await asyncio.wait([looking])
