@@ -1,7 +1,9 @@
 """What becomes of runs while the Kubernetes API is away. Nothing else on the cluster can be tested meanwhile."""
 
+import contextlib
 import os
 import signal
+import socket
 import time
 from datetime import UTC, datetime, timedelta
 
@@ -26,8 +28,18 @@ from tests.parts import wait_until
 pytestmark = pytest.mark.alone
 
 
+def _accepts(address: str, port: int) -> bool:
+    """Whether somebody accepts connections there."""
+    with contextlib.suppress(OSError), socket.create_connection((address, port), 1):
+        return True
+    return False
+
+
 def test_a_minute_without_the_kubernetes_api_loses_nothing(cluster: str, server: Release, pool: Release) -> None:
-    """What runs goes on; what falls due begins and what dies is found dead within half a minute of its return."""
+    """What runs goes on; what falls due begins and what dies is found dead within half a minute of its return.
+
+    It is back when pods can reach it, by its service: a kube-proxy takes a while to hear that it has an endpoint again.
+    """
     if cluster != node.CONTEXT:
         pytest.skip(f"{cluster} is not the node from packages, whose API can be taken away")
     with server.api() as api:
@@ -36,7 +48,9 @@ def test_a_minute_without_the_kubernetes_api_loses_nothing(cluster: str, server:
         dies, _ = under_way(api, pool, made, seconds=40)
         auth = api.auth
     # Not by the Kubernetes API, as `api` is.
-    address = server.namespace.kubectl("get", "service", "prefect-server-api", "-o", "jsonpath={.spec.clusterIP}")
+    cluster_ip = ("-o", "jsonpath={.spec.clusterIP}")
+    address = server.namespace.kubectl("get", "service", "prefect-server-api", *cluster_ip)
+    of_kubernetes = server.namespace.kubectl("get", "service", "kubernetes", "--namespace=default", *cluster_ip)
     with httpx.Client(base_url=f"http://{address}:4200/api", auth=auth, timeout=30) as direct:
         with node.without_api():
             assert run_of(direct, dies)["state_type"] == "RUNNING"
@@ -45,6 +59,7 @@ def test_a_minute_without_the_kubernetes_api_loses_nothing(cluster: str, server:
             due = start(direct, made)
             time.sleep(60)
             assert run_of(direct, goes_on)["state_type"] == "RUNNING"
+        wait_until(lambda: _accepts(of_kubernetes, 443), "the API's service")
         back = datetime.now(UTC)
         wait_until(lambda: all(map(ending, pods(pool, dies))), "the kubelet to say what died", 60)
         crashed = state_named(direct, dies, "Crashed", 60)
