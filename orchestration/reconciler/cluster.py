@@ -129,7 +129,7 @@ class Cluster:
         return [Pod.read(each, clock - self.ahead) async for each in found]
 
     async def listen(self, heard: asyncio.Event) -> None:
-        """Set `heard` as soon as a run's pod fails or is gone, for ever.
+        """Set `heard` as soon as a run's pod fails or is gone, and whenever it begins to listen, for ever.
 
         It hastens who looks every few seconds anyway, so what cannot be heard is no error.
         """
@@ -147,6 +147,7 @@ class Cluster:
                 async with self.client.stream(
                     "GET", path, params=query, headers=_authorization(), timeout=patience
                 ) as response:
+                    heard.set()  # what was before nobody has heard
                     async for line in response.aiter_lines():
                         change = Change.model_validate_json(line)
                         if change.type == "DELETED" and change.object.status.phase != "Succeeded":

@@ -43,7 +43,7 @@ from tests.e2e.release import Object, Release
 from tests.e2e.runs import deployment, ended, logged, run_of, start
 from tests.parts import wait_until
 
-LOOKED = "reconciler_last_round_timestamp_seconds"
+LOOKED = "reconciler_round_seconds_count"
 
 FAKE = {"LD_PRELOAD": "/faketime/libfaketime.so.1", "FAKETIME": "+300"}
 """The environment of a process whose clock is five minutes ahead."""
@@ -232,11 +232,13 @@ def test_a_reconciler_that_is_killed_at_any_point_does_all_once(
 def test_a_death_is_heard_of_long_before_the_next_look(pool: Release, api: httpx.Client, kubernetes: str) -> None:
     async def listen() -> None:
         async with reconciler(pool, api, kubernetes) as one:
-            looking = asyncio.create_task(one.run(300))
-            await asyncio.to_thread(wait_until, lambda: one.pulse.registry.get_sample_value(LOOKED), "the first look")
+            looking = asyncio.create_task(one.run(60))
+            looks = one.pulse.registry.get_sample_value
+            # The second one comes when it listens.
+            await asyncio.to_thread(wait_until, lambda: looks(LOOKED) == 2, "the second look")
             killed(pool, pod)
             try:
-                await asyncio.to_thread(state_named, api, run, "AwaitingRetry", 60)
+                await asyncio.to_thread(state_named, api, run, "AwaitingRetry", 45)
             finally:
                 looking.cancel()
                 await asyncio.wait([looking])

@@ -40,7 +40,8 @@ def test_pods_that_fail_or_are_deleted_are_heard_and_those_that_complete_are_not
         heard = Counted()
         async with httpx.AsyncClient(base_url=url, timeout=30) as client:
             listening = asyncio.create_task(Cluster(client, namespace.name).listen(heard))
-            await asyncio.sleep(2)  # what dies before it listens is not heard
+            await asyncio.wait_for(heard.wait(), 10)
+            heard.clear()
             await asyncio.to_thread(end, "completes", 0)
             await asyncio.to_thread(end, "other", 1)
             await asyncio.to_thread(end, "fails", 1)
@@ -53,4 +54,4 @@ def test_pods_that_fail_or_are_deleted_are_heard_and_those_that_complete_are_not
         return heard.times
 
     with proxied(namespace.context) as url:
-        assert asyncio.run(listen(url)) == 2
+        assert asyncio.run(listen(url)) == 3, "that it listens, and what fails and goes"
