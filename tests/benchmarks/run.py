@@ -282,8 +282,8 @@ def revision() -> str:
 
 @contextlib.contextmanager
 def table(parts: str) -> Iterator[Callable[[Iterable[Figure]], None]]:
-    """What figures of a table are given to: each is printed as soon as it is measured; at the end all are appended to
-    the results.
+    """What figures of a table are given to: each is printed as soon as it is measured; at the end, also an early
+    one, all are appended to the results.
     """
     rows = [_heading(parts)]
     print(rows[0], flush=True)
@@ -293,9 +293,12 @@ def table(parts: str) -> Iterator[Callable[[Iterable[Figure]], None]]:
             rows.append(figure.row())
             print(rows[-1], flush=True)
 
-    yield report
-    with RESULTS.open("a") as results:
-        results.write("\n".join(rows) + "\n")
+    try:
+        yield report
+    finally:
+        if len(rows) > 1:
+            with RESULTS.open("a") as results:
+                results.write("\n".join(rows) + "\n")
 
 
 def _heading(parts: str) -> str:
