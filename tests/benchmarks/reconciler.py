@@ -259,7 +259,7 @@ def rounds_of(
 
 @dataclass
 class Parts:
-    """What rounds consist of, in seconds."""
+    """What rounds consist of, in seconds; both APIs are asked at the same time."""
 
     requests: int = 0
     """How many the last one made."""
@@ -267,8 +267,6 @@ class Parts:
     """From the requests to Prefect's API to the heads of its answers."""
     kubernetes: list[float] = field(default_factory=list)
     """The same of Kubernetes'."""
-    rest: list[float] = field(default_factory=list)
-    """Answers received and read, all decided."""
 
 
 async def parts_of(api: str, kubernetes: str, namespace: str, rounds: int) -> Parts:
@@ -295,13 +293,10 @@ async def parts_of(api: str, kubernetes: str, namespace: str, rounds: int) -> Pa
         for number in range(rounds + 1):
             found.requests = 0
             waited.clear()
-            began = time.perf_counter()
             await reconciler.round()
-            whole = time.perf_counter() - began
             if number:
                 found.prefect.append(waited[str(prefect.base_url.port)])
                 found.kubernetes.append(waited[str(client.base_url.port)])
-                found.rest.append(whole - sum(waited.values()))
     return found
 
 
@@ -347,7 +342,6 @@ def measure(postgres: str, rounds: int, live: Sequence[int], over: Sequence[int]
                 yield Figure("requests of such a round", "", [parts.requests])
                 yield Figure("of its time: until Prefect's API answers", "s", parts.prefect)
                 yield Figure("of its time: until Kubernetes' API answers", "s", parts.kubernetes)
-                yield Figure("of its time: answers received and read, decisions", "s", parts.rest)
             load.close()
 
 
