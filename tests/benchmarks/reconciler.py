@@ -92,7 +92,7 @@ def simulated(context: str) -> Iterator[str]:
             yield name
         finally:
             kwok.terminate()
-            kwok.wait(10)
+            kwok.wait(60)  # with thousands of pods it takes a while
             binaries.kubectl("--context", context, "delete", "node", name, "--wait=false")
 
 
