@@ -164,6 +164,19 @@ def decide(run: Run | None, jobs: Sequence[Job], pods: Sequence[Pod], now: datet
     return actions + _dead(run, current, jobs, pods, now, policy)
 
 
+def is_steady(run: Run, jobs: Sequence[Job], pods: Sequence[Pod]) -> bool:
+    """Whether a run executes in the one pod of its one Job: at no time is anything decided about it unless these change.
+
+    As long as it says Running it need not be read again: what executed it anew would have another Job. If its state is
+    another one by then, as after a retry in its process, what is decided of the old one is not done, and it is read.
+    """
+    return (
+        (run.type, run.abandoned) == ("RUNNING", False)
+        and [each.name for each in jobs] == [run.job]
+        and [(each.job, each.live, each.started, each.deleted) for each in pods] == [(run.job, True, True, None)]
+    )
+
+
 def _current(run: Run, jobs: Sequence[Job]) -> Job | None:
     """The Job of the run's newest claim, as far as one is known: the recorded one, or one that was made after it."""
     recorded = next((each for each in jobs if each.name == run.job), None)

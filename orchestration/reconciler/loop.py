@@ -1,8 +1,12 @@
-"""The reconciler's rounds: read everything, decide, act; nothing that a round needs is left from the one before."""
+"""The reconciler's rounds: read everything, decide, act; nothing that a round needs is left from the one before.
+
+What one that begins anew would read again and find unchanged is counted instead, see `decide.is_steady`.
+"""
 
 import asyncio
 import contextlib
 import gc
+import itertools
 import signal
 import sys
 import time
@@ -23,7 +27,7 @@ from orchestration.reconciler import cluster as kubernetes
 from orchestration.reconciler import ends
 from orchestration.reconciler.actions import carry_out, gather
 from orchestration.reconciler.cluster import Cluster, Leadership
-from orchestration.reconciler.decide import Action, decide
+from orchestration.reconciler.decide import Action, decide, is_steady
 from orchestration.reconciler.ends import Note
 from orchestration.reconciler.facts import Job, Pod, Policy, Run
 from orchestration.serving import Pulse, served
@@ -35,6 +39,9 @@ RECENT = timedelta(hours=1)
 
 GRACE = 60
 """Seconds without a turn of the loop after which it counts as ill."""
+
+MANY = 10_000
+"""How many steady runs a request names: a database takes 32,767 at most."""
 
 REFUSED_AFTER = timedelta(seconds=3)
 """How long a Job may be without a pod before its events are asked why."""
@@ -55,17 +62,24 @@ class Seen:
     pods: Mapping[str, Sequence[Pod]]
 
 
-async def look(server: Server, cluster: Cluster, pool: str) -> Seen:
+async def look(server: Server, cluster: Cluster, pool: str, steady: Mapping[str, Run]) -> Seen:
     """Read the pool's runs and Jobs, and then, as a pod is older than what its run says, the pods.
 
     One API's answer is read while the other's is on its way.
+
+    Args:
+        server: of the runs.
+        cluster: of their Jobs and pods.
+        pool: the name of the pool.
+        steady: runs that were steady in an earlier round, by id: they are counted, and not read while they are Running.
 
     Raises:
         PipelineError: one of both does not answer: there is no round then.
     """
     pool_id = (await server.ask("GET", f"/work_pools/{quote(pool, safe='')}"))["id"]
-    live, crashed, jobs = await asyncio.gather(
-        _runs(server, pool, {"state": {"type": {"any_": LIVE}}}),
+    still, live, crashed, jobs = await asyncio.gather(
+        _still(server, pool, steady),
+        _runs(server, pool, {"state": {"type": {"any_": LIVE}}, "id": {"not_any_": [*steady]}}),
         _runs(
             server,
             pool,
@@ -76,7 +90,8 @@ async def look(server: Server, cluster: Cluster, pool: str) -> Seen:
         ),
         cluster.jobs(pool_id, server.ahead),
     )
-    ours = [each for each in [*live, *crashed] if each.is_of(cluster.identity, cluster.namespace)]
+    known = [*still, *live, *crashed]
+    ours = [each for each in known if each.is_of(cluster.identity, cluster.namespace)]
     gone, pods = await asyncio.gather(
         _gone(server, sorted({each.deployment for each in ours} - {""})), cluster.pods(pool_id, server.ahead)
     )
@@ -99,7 +114,7 @@ async def look(server: Server, cluster: Cluster, pool: str) -> Seen:
     unknown = {each.run for each in pods if each.live} | {each.run for each in jobs if not each.over}
     # And of what has ended, what is not noted yet.
     unknown |= {each.run for some in ends.of_jobs(jobs, pods).values() for each in some}
-    unknown -= {each.id for each in [*live, *crashed]}
+    unknown -= {each.id for each in known}
     runs |= await _named(server, sorted(unknown))
     of_jobs: dict[str, list[Job]] = defaultdict(list)
     of_pods: dict[str, list[Pod]] = defaultdict(list)
@@ -113,6 +128,23 @@ async def look(server: Server, cluster: Cluster, pool: str) -> Seen:
 async def _runs(server: Server, pool: str, which: JSON) -> list[Run]:
     pages = server.pages("/flow_runs/filter", flow_runs=which, work_pools={"name": {"any_": [pool]}})
     return [Run.read(each) async for page in pages for each in page if each["state"]]
+
+
+async def _still(server: Server, pool: str, steady: Mapping[str, Run]) -> list[Run]:
+    """Of runs that were steady, those that are Running as they were read, and the others as they are now.
+
+    If one was deleted none is known: whatever lives of them is asked for by its id.
+    """
+    if not steady:
+        return []
+    running: JSON = {"id": {"any_": [*steady]}, "state": {"type": {"any_": ["RUNNING"]}}}
+    number = await server.ask("POST", "/flow_runs/count", {"flow_runs": running}, idempotent=True)
+    if number == len(steady):
+        return [*steady.values()]
+    others = await _runs(server, pool, running | {"state": {"type": {"not_any_": ["RUNNING"]}}})
+    if number + len(others) < len(steady):
+        return others
+    return [*others, *(steady[each] for each in steady.keys() - {each.id for each in others})]
 
 
 async def _gone(server: Server, deployments: Sequence[str]) -> set[str]:
@@ -149,6 +181,8 @@ class Reconciler:
     ) -> None:
         self.server, self.cluster, self.pool, self.policy = server, cluster, pool, policy
         self.lead, self.pulse = lead, pulse
+        self.steady: dict[str, Run] = {}
+        """Runs about which nothing was to be decided and that need not be read again; without it all are."""
         registry = pulse.registry
         self.actions = prometheus.Counter(
             "reconciler_actions_total", "What was done about runs.", ["action"], registry=registry
@@ -204,7 +238,7 @@ class Reconciler:
     async def round(self) -> list[str]:
         """One round; what was done, a line each."""
         began = time.monotonic()
-        seen = await look(self.server, self.cluster, self.pool)
+        seen = await look(self.server, self.cluster, self.pool, self.steady)
         # To read a thousand runs may take longer than leadership holds.
         if self.lead and not await self.lead.take():
             return []
@@ -218,6 +252,12 @@ class Reconciler:
             todo += [(each, pods) for each in decided]
             # What is tried again may be claimed at once, and its worker writes labels; all else can wait.
             (before if decided else after).extend(ends.unnoted(run, jobs, pods))
+        found = (
+            (id_, run)
+            for id_, run in seen.runs.items()
+            if run and is_steady(run, seen.jobs.get(id_, ()), seen.pods.get(id_, ()))
+        )
+        self.steady = dict(itertools.islice(found, MANY))
         self.live.set(sum(run is not None and run.type in LIVE for run in seen.runs.values()))
         failed = await gather([self._note(each) for each in before])
         done = await gather([self._act(action, pods) for action, pods in todo])

@@ -28,6 +28,7 @@ from orchestration.reconciler.decide import (
     Stop,
     Unclaim,
     decide,
+    is_steady,
     quantity,
     verdict,
 )
@@ -101,6 +102,17 @@ def test_whose_a_run_is() -> None:
     assert not run("RUNNING", labels={}, job="", namespace="").is_of("one", "ns"), "executed by hand"
     assert run("PENDING", labels={}, job="", namespace="").is_of("one", "ns"), "a claim that nobody has gone on with"
     assert run("RUNNING", labels=ours, job="", namespace="").is_of("one", "ns"), "its worker died before it said more"
+
+
+def test_which_runs_are_steady() -> None:
+    running, executes = run("RUNNING"), pod(started=True)
+    assert is_steady(running, [job()], [executes])
+    for pods in ([], [pod()], [executes, pod()], [replace(executes, end=end())], [replace(executes, deleted=NOW)]):
+        assert not is_steady(running, [job()], pods)
+    assert not is_steady(running, [], [executes])
+    assert not is_steady(running, [job(), job("job-2")], [executes])
+    for other in (run("PENDING"), run("CANCELLING"), run("RUNNING", job="job-2"), run("RUNNING", abandoned=True)):
+        assert not is_steady(other, [job()], [executes])
 
 
 def test_a_run_whose_end_nobody_saw_may_still_report_it() -> None:
@@ -256,6 +268,7 @@ class World:
     claims: list[datetime] = field(default_factory=list)
     made: str = ""
     read: Run | None = None
+    steady: Run | None = None
     due: datetime = NOW
     abandoned: bool = False
     lost: dict[str, datetime | None] = field(default_factory=dict)
@@ -326,6 +339,11 @@ class World:
     def _end(self, number: int, code: int, **more: object) -> None:
         self.pods[number] = replace(self.pods[number], end=End(self.now, code, "Error", **more))  # type: ignore[arg-type]
 
+    def engine_retries(self) -> None:
+        """The flow, within its execution."""
+        if self.run and self.run.type == "RUNNING" and any(each.live and each.started for each in self.pods):
+            self.set("RUNNING")
+
     def pod_completes(self) -> None:
         for number, each in enumerate(self.pods):
             if each.live and each.started:
@@ -385,12 +403,17 @@ class World:
         self.now += timedelta(seconds=61)
 
     def reconciler_reads_the_run(self) -> None:
-        self.read = self.run and replace(self.run, abandoned=self.abandoned)
+        """Or counts it, where it was steady: then it is known as it was, whatever has happened since."""
+        known = self.steady if self.run and self.run.type == "RUNNING" else None
+        self.read = self.run and replace(known or self.run, abandoned=self.abandoned)
 
     def reconciler_acts(self) -> None:
         if self.read is None:
             return
-        for action in decide(self.read, self.jobs, self.pods, self.now, Policy()):
+        decided = decide(self.read, self.jobs, self.pods, self.now, Policy())
+        self.steady = self.read if is_steady(self.read, self.jobs, self.pods) else None
+        assert not (self.steady and decided), "decided about a steady run"
+        for action in decided:
             self.carry_out(action)
         self.read = None
 
@@ -432,6 +455,9 @@ SECONDS = ["a_second_passes"] * 4
 ROUND = ["reconciler_reads_the_run", "reconciler_acts"]
 USUAL = [
     ["worker_claims", "worker_makes_the_job", "worker_records_it", "pod_starts"],
+    ["worker_claims", "worker_makes_the_job", "worker_records_it", "pod_starts", *ROUND],
+    ["engine_retries", *ROUND],
+    ["deployment_is_deleted", *ROUND],
     ["worker_claims", "worker_makes_the_job"],
     ["pod_is_deleted", *SECONDS, *ROUND, "kubernetes_makes_another_pod", *ROUND],
     ["pod_reports_a_crash", *ROUND],

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -140,17 +140,25 @@ class Pool:
         }  # fmt: skip
         self._is(job, "Failed", {"running": {"startedAt": now}}, conditions=[target])
 
+    def runs(self, job: str) -> None:
+        """Its pod runs, as a kubelet says it."""
+        self._has(job, "Running", {"running": {"startedAt": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}})
+
     def _is(self, job: str, phase: str, state: dict[str, Any], **status: Any) -> str:
-        [pod] = self._pods(job)
-        container = {"name": "prefect-job", "image": "i", "imageID": "i", "ready": False, "restartCount": 0}
-        status |= {"phase": phase, "containerStatuses": [container | {"state": state}]}
-        patch = json.dumps({"status": status})
-        self.namespace.kubectl("patch", pod, "--subresource=status", "--type=merge", "-p", patch)
+        pod = self._has(job, phase, state, **status)
         over = 'jsonpath={.status.conditions[?(@.status=="True")].type}'
         wait_until(
             lambda: {"Failed", "Complete"} & {*self.namespace.kubectl("get", "job", job, "-o", over).split()},
             f"{job} to be over",
         )
+        return pod
+
+    def _has(self, job: str, phase: str, state: dict[str, Any], **status: Any) -> str:
+        [pod] = self._pods(job)
+        container = {"name": "prefect-job", "image": "i", "imageID": "i", "ready": False, "restartCount": 0}
+        status |= {"phase": phase, "containerStatuses": [container | {"state": state}]}
+        patch = json.dumps({"status": status})
+        self.namespace.kubectl("patch", pod, "--subresource=status", "--type=merge", "-p", patch)
         return pod.removeprefix("pod/")
 
     def noted(self, job: str) -> str:
@@ -159,17 +167,25 @@ class Pool:
 
     def round(self) -> list[str]:
         """One of a reconciler that has just started; what it asked of the Prefect API."""
-        asked_for: list[str] = []
+        return self.rounds(lambda: None)[0]
+
+    def rounds(self, *after: Callable[[], object]) -> list[list[str]]:
+        """Rounds of one reconciler, after each of which something happens; what each asked of the Prefect API."""
+        asked_for: list[list[str]] = []
 
         async def note(request: httpx.Request) -> None:
-            asked_for.append(f"{request.method} {request.url.path.removeprefix('/api')}")
+            asked_for[-1].append(f"{request.method} {request.url.path.removeprefix('/api')}")
 
-        async def one() -> None:
+        async def all_of_them() -> None:
             async with prefect.connected() as server, kubernetes.connected(self.namespace.name, self.proxy) as cluster:
                 server.client.event_hooks["request"].append(note)
-                await Reconciler(server, cluster, self.name, Policy(), None, Pulse(60)).round()
+                one = Reconciler(server, cluster, self.name, Policy(), None, Pulse(60))
+                for happens in after:
+                    asked_for.append([])
+                    await one.round()
+                    await asyncio.to_thread(happens)
 
-        asyncio.run(one())
+        asyncio.run(all_of_them())
         return asked_for
 
 
@@ -269,6 +285,37 @@ def test_what_nobody_saw_end_is_fenced(pool: Pool, states: list[str], end: str) 
 
     wait_until(ended, f"it to be {end}", 20)
     assert pool.labels(run)[FENCED + job] is True
+
+
+def test_what_was_steady_is_not_read_again_until_it_changes(pool: Pool) -> None:
+    runs = [pool.run("RUNNING") for _ in range(3)]
+    jobs = [pool.job(each) for each in runs]
+    for run, job in zip(runs, jobs, strict=True):
+        pool.runs(job)
+        pool.ask("PATCH", f"/flow_runs/{run['id']}", infrastructure_pid=f"{pool.namespace.name}:{job}")
+    dies, retried, deleted = runs
+
+    def state(run: dict[str, Any]) -> dict[str, Any]:
+        return dict(pool.ask("GET", f"/flow_runs/{run['id']}")["state"])
+
+    def happens() -> None:
+        pool.ends(jobs[0], 137, "Error")
+        # As the engine does within one execution; then that dies as well.
+        pool.ask("POST", f"/flow_runs/{retried['id']}/set_state", state={"type": "RUNNING"}, force=True)
+        pool.ends(jobs[1], 137, "Error")
+
+    def crashed() -> None:
+        assert state(dies)["type"] == "CRASHED"
+        assert state(retried)["type"] == "RUNNING", "decided of a state that it has no longer"
+
+    def both() -> None:
+        assert state(retried)["type"] == "CRASHED"
+        pool.ask("DELETE", f"/flow_runs/{deleted['id']}")
+
+    first, second, *_ = pool.rounds(lambda: None, happens, crashed, both, lambda: None)
+    assert sorted(second) == sorted([*first, "POST /flow_runs/count"])
+    with pytest.raises(ClusterError, match="not found"):
+        pool.namespace.kubectl("get", "job", jobs[2])
 
 
 def test_a_run_whose_pods_log_cannot_be_read_crashes_all_the_same(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,8 @@ import pytest
 from orchestration import api
 from orchestration.api import Server
 from orchestration.reconciler import cluster as kubernetes
-from orchestration.reconciler.facts import POOL_LABEL, RUN_LABEL
-from orchestration.reconciler.loop import _runs
+from orchestration.reconciler.facts import POOL_LABEL, RUN_LABEL, Run
+from orchestration.reconciler.loop import _runs, _still
 from tests.cluster.namespace import RESTRICTED, Namespace, proxied
 from tests.orchestration.reconciler.test_timeline import Pool
 from tests.parts import client_of
@@ -32,6 +32,50 @@ def test_all_runs_of_a_pool_are_read(prefect_server: str, monkeypatch: pytest.Mo
     found = asyncio.run(read())
     assert len(found) == number
     assert set(found) == made
+
+
+def test_steady_runs_are_counted_and_only_those_read_that_changed(prefect_server: str) -> None:
+    with client_of(prefect_server) as client:
+        pool = Pool(client)
+        made = [pool.run({"type": "RUNNING"})["id"] for _ in range(4)]
+        beside = pool.run({"type": "RUNNING"})["id"]
+
+        def read(steady: dict[str, Run] | None) -> tuple[dict[str, Run], list[str]]:
+            requests: list[str] = []
+
+            async def note(request: httpx.Request) -> None:
+                requests.append(request.url.path.removeprefix("/api"))
+
+            async def ask() -> list[Run]:
+                hooks = {"request": [note]}
+                async with httpx.AsyncClient(base_url=prefect_server, timeout=30, event_hooks=hooks) as client:
+                    server = Server(client, prefect_server)
+                    if steady is None:
+                        return await _runs(server, pool.name, {"id": {"any_": made}})
+                    return await _still(server, pool.name, steady)
+
+            return {each.id: each for each in asyncio.run(ask())}, requests
+
+        def state(run: str, type_: str) -> None:
+            body = {"state": {"type": type_}, "force": True}
+            client.post(f"/flow_runs/{run}/set_state", json=body).raise_for_status()
+
+        steady, _ = read(None)
+        assert read({}) == ({}, [])
+        assert read(steady) == (steady, ["/flow_runs/count"])
+
+        state(made[0], "CANCELLING")
+        state(made[1], "COMPLETED")
+        state(beside, "COMPLETED")
+        found, requests = read(steady)
+        assert {each.id: each.type for each in found.values()} == dict(
+            zip(made, ["CANCELLING", "COMPLETED", "RUNNING", "RUNNING"], strict=True)
+        )
+        assert [found[each] for each in made[2:]] == [steady[each] for each in made[2:]]
+        assert requests == ["/flow_runs/count", "/flow_runs/filter"]
+
+        client.delete(f"/flow_runs/{made[2]}").raise_for_status()
+        assert set(read(steady)[0]) == set(made[:2]), "one was deleted, and nobody knows which"
 
 
 def test_all_jobs_and_pods_of_a_pool_are_read(namespace: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
