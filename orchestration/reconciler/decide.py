@@ -165,7 +165,7 @@ def decide(run: Run | None, jobs: Sequence[Job], pods: Sequence[Pod], now: datet
 
 
 def is_steady(run: Run, jobs: Sequence[Job], pods: Sequence[Pod]) -> bool:
-    """Whether a run executes in the one pod of its one Job: at no time is anything decided about it unless these change.
+    """Whether a run executes in the one pod of its one Job: as long as it does, nothing is decided about it.
 
     As long as it says Running it need not be read again: what executed it anew would have another Job. If its state is
     another one by then, as after a retry in its process, what is decided of the old one is not done, and it is read.

@@ -34,14 +34,23 @@ def push(image: str, name: str | None = None) -> str:
 
 def make_system_images() -> None:
     """Push the images of the node's own pods: the sandbox, DNS and metrics."""
-    made = {PAUSE: (Path(shutil.which("catatonit") or ""), '["/catatonit", "-P"]')}
+    _push_binary(PAUSE, Path(shutil.which("catatonit") or ""), '["/catatonit", "-P"]')
     for name in ("coredns", "metrics-server"):
-        made[f"{REGISTRY}/{name}:{binaries.MODULES[name][1]}"] = (binaries.program(name), f'["/{name}"]')
-    for image, (binary, entrypoint) in made.items():
-        if not registry.has(image):
-            _make(image, binary, f"/{binary.name}", "--entrypoint", entrypoint)
-            push(image)
-            binaries.run(["buildah", "rmi", image])
+        of_program(name)
+
+
+def of_program(name: str) -> str:
+    """The image of a Go program and nothing else, pushed if it is not there; its name."""
+    image = f"{REGISTRY}/{name}:{binaries.MODULES[name][1]}"
+    _push_binary(image, binaries.program(name), f'["/{name}"]')
+    return image
+
+
+def _push_binary(image: str, binary: Path, entrypoint: str) -> None:
+    if not registry.has(image):
+        _make(image, binary, f"/{binary.name}", "--entrypoint", entrypoint)
+        push(image)
+        binaries.run(["buildah", "rmi", image])
 
 
 def _make(image: str, source: Path, target: str, *settings: str) -> None:

@@ -623,11 +623,14 @@ def start_kubelet(node: Node) -> None:
     """Start it, and wait until the node is Ready."""
     _start_kubelet(str(binaries.kube()), node)
     # What the API says of the node may be of before it was stopped.
-    _wait(lambda: _kubelet_answers(node) and _node_ready(node), f"{node.name} is not Ready", f"kubelet{node.suffix}")
+    _wait(
+        lambda: accepts(node.ip, node.port) and _node_ready(node), f"{node.name} is not Ready", f"kubelet{node.suffix}"
+    )
 
 
-def _kubelet_answers(node: Node) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection((node.ip, node.port), 2):
+def accepts(address: str, port: int) -> bool:
+    """Whether somebody accepts connections there."""
+    with contextlib.suppress(OSError), socket.create_connection((address, port), 2):
         return True
     return False
 

@@ -1,9 +1,7 @@
 """What becomes of runs while the Kubernetes API is away. Nothing else on the cluster can be tested meanwhile."""
 
-import contextlib
 import os
 import signal
-import socket
 import time
 from datetime import UTC, datetime, timedelta
 
@@ -26,13 +24,6 @@ from tests.e2e.runs import ended, run_of, start
 from tests.parts import wait_until
 
 pytestmark = pytest.mark.alone
-
-
-def _accepts(address: str, port: int) -> bool:
-    """Whether somebody accepts connections there."""
-    with contextlib.suppress(OSError), socket.create_connection((address, port), 1):
-        return True
-    return False
 
 
 def test_a_minute_without_the_kubernetes_api_loses_nothing(cluster: str, server: Release, pool: Release) -> None:
@@ -60,7 +51,7 @@ def test_a_minute_without_the_kubernetes_api_loses_nothing(cluster: str, server:
             due = start(direct, made)
             time.sleep(60)
             assert run_of(direct, goes_on)["state_type"] == "RUNNING"
-        wait_until(lambda: _accepts(of_kubernetes, 443), "the API's service", 120)
+        wait_until(lambda: node.accepts(of_kubernetes, 443), "the API's service", 120)
         back = datetime.now(UTC)
         wait_until(lambda: all(map(ending, pods(pool, dies))), "the kubelet to say what died", 60)
         crashed = state_named(direct, dies, "Crashed", 60)

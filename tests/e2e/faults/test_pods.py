@@ -6,6 +6,7 @@ import time
 import httpx
 import pytest
 
+from tests.cluster import images
 from tests.e2e.faults.victims import (
     GRACE,
     NAME,
@@ -296,27 +297,69 @@ def test_nothing_of_it_works_without_the_reconciler(pool: Release, api: httpx.Cl
     wait_until(lambda: all(map(ending, pods(pool, unwanted))), "the pod of a deleted run to be told", SEEN)
 
 
-def test_nor_does_it_where_results_are_in_a_redis(pool: Release, api: httpx.Client, values: Object) -> None:
-    """The server's own, with another database of it. The last one here: results are there from now on."""
-    password = pool.secret("prefect-server-redis", "password")
-    url = f"redis://:{password}@prefect-server-redis:6379/1"
-    redis = {"matchLabels": {"app.kubernetes.io/name": "prefect-server", "app.kubernetes.io/component": "redis"}}
+def results_in(pool: Release, values: Object, service: Object, port: int, **results: object) -> None:
+    """From now on results are there: in pods of these labels, which the runs may reach at that port."""
     runs = {"matchLabels": {"prefect.io/role": "flow-run"}}
     pool.namespace.apply(
-        {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "results"}, "stringData": {"url": url}},
         {
             "apiVersion": "networking.k8s.io/v1",
             "kind": "NetworkPolicy",
-            "metadata": {"name": "results"},
+            "metadata": {"name": f"results-{port}"},
             "spec": {
-                "podSelector": redis,
+                "podSelector": service,
                 "policyTypes": ["Ingress"],
-                "ingress": [{"from": [{"podSelector": runs}], "ports": [{"port": 6379}]}],
+                "ingress": [{"from": [{"podSelector": runs}], "ports": [{"port": port}]}],
             },
         },
     )
-    made = copy.deepcopy(values)
-    made["runs"]["results"] = {"storage": "redis", "redis": {"existingSecret": "results", "key": "url"}, "keepDays": 1}
-    made["networkPolicy"] = {"extraEgress": [{"to": [{"podSelector": redis}], "ports": [{"port": 6379}]}]}
-    pool.deploy(made)
+    values["runs"]["results"] = results
+    values["networkPolicy"] = {"extraEgress": [{"to": [{"podSelector": service}], "ports": [{"port": port}]}]}
+    pool.deploy(values)
+
+
+def test_nor_does_it_where_results_are_in_a_redis(pool: Release, api: httpx.Client, values: Object) -> None:
+    """The server's own, with another database of it. The results of all tests after this one are elsewhere."""
+    password = pool.secret("prefect-server-redis", "password")
+    url = f"redis://:{password}@prefect-server-redis:6379/1"
+    pool.namespace.apply(
+        {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "results"}, "stringData": {"url": url}}
+    )
+    redis = {"matchLabels": {"app.kubernetes.io/name": "prefect-server", "app.kubernetes.io/component": "redis"}}
+    from_secret = {"existingSecret": "results", "key": "url"}
+    results_in(pool, copy.deepcopy(values), redis, 6379, storage="redis", redis=from_secret, keepDays=1)
     nothing_is_repeated(api)
+
+
+def test_nor_does_it_where_results_are_in_s3(pool: Release, api: httpx.Client, values: Object) -> None:
+    key = {"AWS_ACCESS_KEY_ID": "someone", "AWS_SECRET_ACCESS_KEY": "secret"}
+    pool.namespace.apply(
+        {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s3"}, "stringData": key},
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"name": "s3"},
+            "spec": {"selector": {"app": "s3"}, "ports": [{"port": 7070}]},
+        },
+    )
+    secret = {name: {"secretKeyRef": {"name": "s3", "key": name}} for name in key}
+    root = {"ROOT_ACCESS_KEY": "AWS_ACCESS_KEY_ID", "ROOT_SECRET_KEY": "AWS_SECRET_ACCESS_KEY"}
+    container = {
+        "image": images.of_program("versitygw"),
+        "command": ["/versitygw", "--port", ":7070", "posix", "--sidecar", "/metadata", "/buckets"],
+        "env": [{"name": name, "valueFrom": secret[of]} for name, of in root.items()],
+        "volumeMounts": [
+            {"name": "metadata", "mountPath": "/metadata"},
+            {"name": "s3", "mountPath": "/buckets/results"},
+        ],
+        "readinessProbe": {"tcpSocket": {"port": 7070}, "periodSeconds": 1},
+    }
+    pool.namespace.pod(
+        "s3", container=container, volumes=[{"name": each, "emptyDir": {}} for each in ("metadata", "s3")]
+    )
+    made = copy.deepcopy(values)
+    made["runs"]["env"] += [{"name": name, "valueFrom": each} for name, each in secret.items()]
+    s3 = {"bucket": "results", "endpoint": "http://s3:7070", "region": "us-east-1"}
+    results_in(pool, made, {"matchLabels": {"app": "s3"}}, 7070, storage="s3", s3=s3)
+    nothing_is_repeated(api)
+    kept = f"PUT /results/{pool.namespace.name}/{pool.name}/"
+    assert kept in pool.namespace.kubectl("logs", "s3")
