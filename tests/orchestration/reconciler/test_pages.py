@@ -11,7 +11,7 @@ from orchestration import api
 from orchestration.api import Server
 from orchestration.reconciler import cluster as kubernetes
 from orchestration.reconciler.facts import POOL_LABEL, RUN_LABEL, Run
-from orchestration.reconciler.loop import _runs, _still
+from orchestration.reconciler.loop import MANY, _runs, _still
 from tests.cluster.namespace import RESTRICTED, Namespace, proxied
 from tests.orchestration.reconciler.test_timeline import Pool
 from tests.parts import client_of
@@ -76,6 +76,8 @@ def test_steady_runs_are_counted_and_only_those_read_that_changed(prefect_server
 
         client.delete(f"/flow_runs/{made[2]}").raise_for_status()
         assert set(read(steady)[0]) == set(made[:2]), "one was deleted, and nobody knows which"
+        many = {str(uuid4()): steady[made[3]] for _ in range(MANY)}
+        assert read(many) == ({}, requests), "more than a database takes"
 
 
 def test_all_jobs_and_pods_of_a_pool_are_read(namespace: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
