@@ -6,7 +6,6 @@ What one that begins anew would read again and find unchanged is counted instead
 import asyncio
 import contextlib
 import gc
-import itertools
 import signal
 import sys
 import time
@@ -246,18 +245,16 @@ class Reconciler:
         todo: list[tuple[Action, list[Pod]]] = []
         before: list[Note] = []
         after: list[Note] = []
+        steady: dict[str, Run] = {}
         for id_, run in seen.runs.items():
             jobs, pods = seen.jobs.get(id_, ()), list(seen.pods.get(id_, ()))
             decided = decide(run, jobs, pods, now, self.policy)
             todo += [(each, pods) for each in decided]
             # What is tried again may be claimed at once, and its worker writes labels; all else can wait.
             (before if decided else after).extend(ends.unnoted(run, jobs, pods))
-        found = (
-            (id_, run)
-            for id_, run in seen.runs.items()
-            if run and is_steady(run, seen.jobs.get(id_, ()), seen.pods.get(id_, ()))
-        )
-        self.steady = dict(itertools.islice(found, MANY))
+            if run and len(steady) < MANY and is_steady(run, jobs, pods):
+                steady[id_] = run
+        self.steady = steady
         self.live.set(sum(run is not None and run.type in LIVE for run in seen.runs.values()))
         failed = await gather([self._note(each) for each in before])
         done = await gather([self._act(action, pods) for action, pods in todo])
