@@ -27,7 +27,7 @@ from typing import Any
 from uuid import UUID
 
 import kopf
-from httpx import HTTPError, HTTPStatusError
+from httpx import HTTPError, HTTPStatusError, Timeout
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.responses import WorkerFlowRunResponse
 from prefect.context import SettingsContext, get_settings_context
@@ -42,6 +42,10 @@ from orchestration.reconciler.facts import CLUSTER
 _watching_on: asyncio.AbstractEventLoop | None = None
 
 WATCHED = ("jobs", "pods")
+
+CONNECT = 5.0
+"""Seconds in which the Prefect API must take a connection. What a network drops is sent again 1, 3, 7, 15 and 31 s
+later: with Prefect's limit of a minute a worker may find an API that is back half a minute late."""
 
 
 @kopf.on.startup()
@@ -132,6 +136,8 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
             return found
 
     async def _sync_and_initialize(self) -> None:
+        asking = self.client._client
+        asking.timeout = Timeout(**asking.timeout.as_dict() | {"connect": CONNECT})
         try:
             await super()._sync_and_initialize()
         except HTTPError as error:

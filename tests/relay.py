@@ -25,6 +25,22 @@ def relayed(port: int, url: str) -> Iterator[None]:
                     each.shutdown(socket.SHUT_RDWR)
 
 
+@contextlib.contextmanager
+def silent(port: int) -> Iterator[None]:
+    """Nothing answers at a port of the loopback interface, not even by a refusal, while the block lasts."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
+        listener.listen(0)
+        # Who comes after those that nobody accepts is dropped, as by a network.
+        for _ in range(2):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(("127.0.0.1", port))
+        yield
+
+
 class _Relay(socketserver.ThreadingTCPServer):
     """What listens on a port in the place of a server that is somewhere else."""
 

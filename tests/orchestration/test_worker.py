@@ -28,7 +28,7 @@ from prefect_kubernetes.worker import KubernetesWorkerResult
 
 from orchestration import worker
 from tests.parts import free_port
-from tests.relay import relayed
+from tests.relay import relayed, silent
 
 
 @flow
@@ -94,8 +94,10 @@ def test_no_more_runs_are_claimed_than_the_pools_limit_however_slow_the_server()
     assert at_rest == {"PENDING": 2, "SCHEDULED": 2}
 
 
-async def _claimed_around_absences(url: str, port: int) -> int:
-    """How often a worker polled a port where, in turns, nobody answers and the server at `url`."""
+async def _claimed_around_absences(
+    url: str, port: int, absent: Callable[[int], contextlib.AbstractContextManager[None]]
+) -> int:
+    """How often a worker polled a port where, in turns, nobody answers, in that way, and the server at `url`."""
     pool, seconds = f"away-{uuid4().hex[:6]}", 0.1
     away = {PREFECT_API_URL: f"http://127.0.0.1:{port}/api", PREFECT_WORKER_QUERY_SECONDS: seconds}
     polls = 0
@@ -122,13 +124,14 @@ async def _claimed_around_absences(url: str, port: int) -> int:
             working = asyncio.create_task(tested.start())
             try:
                 # Before its first answer it asks for more, and that takes longer.
-                for number in (2, 13):
+                for number, absence in ((2, contextlib.nullcontext), (13, absent)):
                     end = polls + number
 
                     async def missed(end: int = end) -> bool:
                         return polls >= end
 
-                    await until(missed)
+                    with absence(port):
+                        await until(missed)
                     assert tested.is_worker_still_polling(seconds) == (number == 13), "not before the first answer"
                     with relayed(port, url):
                         run = (await client.create_flow_run_from_deployment(made, state=Scheduled())).id
@@ -144,10 +147,19 @@ async def _claimed_around_absences(url: str, port: int) -> int:
     return polls
 
 
-def test_a_worker_outlasts_an_api_that_is_away(prefect_server: str) -> None:
-    """Prefect's own ends after a dozen polls in vain, and its container is started again ever later."""
+@pytest.mark.parametrize("absent", [contextlib.nullcontext, silent])
+def test_a_worker_outlasts_an_api_that_is_away(
+    prefect_server: str,
+    absent: Callable[[int], contextlib.AbstractContextManager[None]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Prefect's own ends after a dozen polls in vain, and its container is started again ever later.
+
+    Where a network drops what it sends a poll of its own takes a minute, in which it asks at ever longer intervals.
+    """
+    monkeypatch.setattr(worker, "CONNECT", 0.2)
     with (
         patch.dict("os.environ", PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED="false"),
         temporary_settings({PREFECT_LOGGING_TO_API_ENABLED: False}),
     ):
-        assert asyncio.run(_claimed_around_absences(prefect_server, free_port())) >= 15
+        assert asyncio.run(_claimed_around_absences(prefect_server, free_port(), absent)) >= 15
