@@ -1,6 +1,5 @@
 """What was changed on the server since the owner's last sync."""
 
-import asyncio
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,13 +46,18 @@ async def find(server: Server, owner: str) -> list[Drift]:
     Raises:
         DeploymentsError: the owner has never synced.
     """
-    found, records = await asyncio.gather(api.everything(server), records_of.all_of(server))
-    record = records.get(owner)
-    if record is None:
-        known = ", ".join(sorted(records)) or "nobody"
-        raise DeploymentsError(
-            f"{owner} has never synced to {server.url}. It knows {known}. Say --owner, or sync first"
-        )
+    record = await records_of.of(server, owner)
+    while True:
+        found = await api.everything(server)
+        before, record = record, await records_of.of(server, owner)
+        # What a sync did in between was seen in part.
+        if before and record and before.serial == record.serial:
+            break
+        if record is None:
+            known = ", ".join(sorted(await records_of.all_of(server))) or "nobody"
+            raise DeploymentsError(
+                f"{owner} has never synced to {server.url}. It knows {known}. Say --owner, or sync first"
+            )
     drifted = []
     for (kind, key), fields in sorted(record.applied.items()):
         # What a sync has begun is between two states; the next sync brings it to one.

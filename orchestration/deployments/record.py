@@ -84,7 +84,7 @@ async def write(server: Server, owner: str, change: Callable[[Record], None]) ->
         DeploymentsError: others write it all the time.
     """
     for attempt in range(10):
-        record = await _find(server, owner) or Record(owner)
+        record = await of(server, owner) or Record(owner)
         change(record)
         record.serial = uuid4().hex
         if record.id:
@@ -93,14 +93,15 @@ async def write(server: Server, owner: str, change: Callable[[Record], None]) ->
         else:
             await _create(server, record)
         # Whose write came last has it; the other sees that and writes again.
-        now = await _find(server, owner)
+        now = await of(server, owner)
         if now and now.serial == record.serial:
             return now
         await asyncio.sleep(0.05 * (attempt + 1))
     raise DeploymentsError(f"Other syncs of {owner} write at the same time, again and again. Run it again")
 
 
-async def _find(server: Server, owner: str) -> Record | None:
+async def of(server: Server, owner: str) -> Record | None:
+    """The owner's record, if there is one."""
     path = f"/block_types/slug/{TYPE}/block_documents/name/{slug(owner)}?include_secrets=true"
     found = await server.ask("GET", path, absent=True)
     return _read(found) if found else None

@@ -42,7 +42,7 @@ from orchestration.deployments.plan import CREATE, DELETE, END, FINISH, FORGET, 
 from orchestration.deployments.record import Record
 from orchestration.errors import DeploymentsError, PipelineError
 
-ROUNDS = 5
+ROUNDS = 10
 """How often a sync looks again when another one was at work at the same time."""
 
 REACH = timedelta(hours=1)
@@ -227,15 +227,23 @@ async def _schedule_again(server: Server, touched: dict[str, Change], now: str) 
     A run of the same schedule and time it does not insert beside the new one: of a deployment whose times are the same
     what it put there came before the new ones, and there is nothing to wait for.
     """
-    if any(each.since or TIMES & each.differs for each in touched.values()):
+    if any(each.action == END or each.since or TIMES & each.differs for each in touched.values()):
         await asyncio.sleep(PASS)
     for id_, change in touched.items():
-        assert change.wanted
         assert change.found
+        if change.action == END:
+            await _pause(server, change.found)
+            continue
+        assert change.wanted
         # Any change deletes the runs to come.
         await server.ask("PATCH", f"/deployments/{id_}", {"description": change.wanted.fields["description"]})
         if change.wanted.fields["schedules"] and not _paused(change.wanted, change.found):
             await _schedule_runs(server, id_, datetime.fromisoformat(change.since or now))
+
+
+async def _pause(server: Server, found: Object) -> None:
+    """Pause a deployment; the server deletes its runs to come."""
+    await server.ask("PATCH", f"/deployments/{found.id}", {"paused": True}, absent=True)
 
 
 def _paused(wanted: Object, found: Object) -> bool:
@@ -257,7 +265,8 @@ async def _carry_out(
         return
     if change.action == END:
         assert change.found
-        await server.ask("PATCH", f"/deployments/{change.found.id}", {"paused": True}, absent=True)
+        await _pause(server, change.found)
+        touched[change.found.id] = change
         return
     assert change.wanted
     if kind == DEPLOYMENT:
