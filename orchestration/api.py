@@ -32,8 +32,9 @@ PATIENCE = 180.0
 JSON = dict[str, Any]
 
 
-CLOCK = timedelta(seconds=2)
-"""By how much two clocks may differ unnoticed: the date of an answer has no fractions, and it takes its time."""
+CLOCK = timedelta(seconds=3)
+"""By how much two clocks may differ unnoticed: the date of an answer has no fractions, a server makes it once a second,
+and the answer takes its time."""
 
 
 def ahead(response: httpx.Response) -> timedelta:
