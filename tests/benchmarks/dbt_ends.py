@@ -9,6 +9,7 @@ undisturbed one left.
 """
 
 import argparse
+import contextlib
 import functools
 import os
 import platform
@@ -24,12 +25,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from orchestration.settings import ROOT
 from tests.orchestration.dbt.projects import every_kind, hold, tables
 from tests.orchestration.dbt.task_runs import ENDED, Server, busy, execute
-from tests.parts import embedded_postgres, new_database, prefect_server, rows_of, wait_until
+from tests.parts import client_of, embedded_postgres, new_database, prefect_server, rows_of, wait_until
 
 RESULTS = Path(__file__).with_name("dbt_ends.md")
 
@@ -67,7 +66,7 @@ class Undisturbed:
         """Run it once, in a database of its own; a run before that compiles Python's files."""
         shop = _project(folder / "undisturbed")
         deployment = deploy(shop, api)
-        with httpx.Client(base_url=api, timeout=30) as client, new_database(postgres) as url:
+        with client_of(api) as client, new_database(postgres) as url:
             began = time.monotonic()
             execute(shop, api, Server(client).start(deployment)).wait()
             return cls(time.monotonic() - began, tables(functools.partial(rows_of, url)))
@@ -107,8 +106,9 @@ def _end(way: str, process: "subprocess.Popen[bytes]", server: Server, run: str)
         return
     for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
         # dbt itself has to notice that it is alone.
-        if not any(argument.endswith("child.py") for argument in each.cmdline()):
-            each.send_signal(signal.SIGKILL)
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended, maybe of another's death
+            if not any(argument.endswith("child.py") for argument in each.cmdline()):
+                each.send_signal(signal.SIGKILL)
 
 
 def end_at_random(
@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         embedded_postgres(Path(temporary) / "postgres") as postgres,
         tempfile.TemporaryDirectory() as home,
         prefect_server(Path(home)) as api,
-        httpx.Client(base_url=api, timeout=30) as client,
+        client_of(api) as client,
     ):
         folder = Path(temporary)
         undisturbed = Undisturbed.measure(postgres, api, folder)

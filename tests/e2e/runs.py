@@ -43,13 +43,18 @@ def ended(api: httpx.Client, run: str, seconds: float = 120) -> Object:
     return found
 
 
+def lines(api: httpx.Client, run: str) -> list[str]:
+    """What the run has logged so far."""
+    found = api.post("/logs/filter", json={"logs": {"flow_run_id": {"any_": [run]}}, "limit": 200})
+    return [str(each["message"]) for each in found.raise_for_status().json()]
+
+
 def logged(api: httpx.Client, run: str, last: str, seconds: float = 30) -> list[str]:
     """What the run logged, once the line that begins with `last` has arrived: logs follow the states."""
 
-    def lines() -> list[str]:
-        found = api.post("/logs/filter", json={"logs": {"flow_run_id": {"any_": [run]}}, "limit": 200})
-        messages = [str(each["message"]) for each in found.raise_for_status().json()]
-        return messages if any(message.startswith(last) for message in messages) else []
+    def all_of_them() -> list[str]:
+        found = lines(api, run)
+        return found if any(line.startswith(last) for line in found) else []
 
-    arrived: list[str] = wait_until(lines, f"{last!r} in the run's logs", seconds)
+    arrived: list[str] = wait_until(all_of_them, f"{last!r} in the run's logs", seconds)
     return arrived

@@ -12,6 +12,7 @@ import pytest
 from flows import backfill, landing, raw
 from tests.flows.conftest import Api, Run
 from tests.flows.test_raw import FIRST, SECOND, THIRD, assert_whole
+from tests.orchestration.dbt.task_runs import busy
 from tests.parts import Query, wait_until
 
 
@@ -65,6 +66,8 @@ def test_a_backfill_that_was_killed_goes_on_where_it_was(run: Run, query: Query,
     wait_until(lambda: query("select count(*) > 31 from raw.loads") == [(True,)], "the first chunks")
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    # What was being committed is, a moment after.
+    wait_until(lambda: not busy(query), "the database to have done what it was told")
     before: dict[date, int] = dict(query("select day, load_id from raw.loads"))
     assert assert_whole(query) == set(before)
 

@@ -15,7 +15,7 @@ import pytest
 
 from flows import landing, raw
 from orchestration.errors import WarehouseError
-from tests.parts import Query
+from tests.parts import Query, wait_until
 
 FIRST, SECOND, THIRD = (date(2013, 1, day) for day in (1, 2, 3))
 FLIGHTS = {FIRST: 842, SECOND: 943, THIRD: 914}
@@ -311,9 +311,7 @@ def test_a_connection_cut_in_mid_load_is_worth_another_attempt(query: Query, pos
         thread = threading.Thread(target=load)
         thread.start()
         pattern = "select pid from pg_stat_activity where wait_event_type = 'Lock' and starts_with(query, 'delete')"
-        deadline = time.monotonic() + 10
-        while not (pids := query(pattern)) and time.monotonic() < deadline:
-            time.sleep(0.02)
+        pids = wait_until(lambda: query(pattern), "the load to wait for the lock")
         query("select pg_terminate_backend(%s)", pids[0][0])
         thread.join()
     assert len(caught) == 1

@@ -66,7 +66,6 @@ def test_an_execution_that_was_given_up_ends_itself(prefect_server: str, tmp_pat
     with client_of(prefect_server) as api:
         flow = api.post("/flows/", json={"name": "fenced"}).raise_for_status().json()["id"]
         run = api.post("/flow_runs/", json={"flow_id": flow}).raise_for_status().json()["id"]
-        api.patch(f"/flow_runs/{run}/labels", json={f"{FENCED}old": True}).raise_for_status()
     # What it waits for in between is only in the way here.
     code = "import execution, sys; execution.EVERY = 0.1; sys.exit(execution.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "sh", "-c", "sleep 60 & echo $!; wait"]
@@ -89,12 +88,15 @@ def test_an_execution_that_was_given_up_ends_itself(prefect_server: str, tmp_pat
         for job, message in messages.items()
     }
     try:
-        assert processes["old"].wait(30) == -signal.SIGKILL
         assert processes["old"].stdout
-        child, said = processes["old"].stdout.read().splitlines()
-        assert said.startswith("Job old was given up")
+        child = psutil.Process(int(processes["old"].stdout.readline()))
+        with client_of(prefect_server) as api:
+            api.patch(f"/flow_runs/{run}/labels", json={f"{FENCED}old": True}).raise_for_status()
+        assert processes["old"].wait(30) == -signal.SIGKILL
+        assert processes["old"].stdout.read().startswith("Job old was given up")
         assert json.loads(messages["old"].read_text()) == {"fenced": 1}
-        assert not psutil.pid_exists(int(child)) or psutil.Process(int(child)).status() == psutil.STATUS_ZOMBIE
+        psutil.wait_procs([child], 5)
+        assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
         time.sleep(1)
         assert processes["new"].poll() is None
     finally:

@@ -9,12 +9,11 @@ from datetime import UTC, datetime, timedelta
 import httpx
 import pytest
 
-from tests.cluster import node
+from tests.cluster import images, node
+from tests.cluster.namespace import RESTRICTED
 from tests.e2e.faults.victims import (
     completed,
     completed_by_a_retry,
-    ending,
-    pods,
     processes,
     state_named,
     under_way,
@@ -26,18 +25,28 @@ from tests.parts import wait_until
 
 pytestmark = pytest.mark.alone
 
+CONTAINER = {"name": "main", "image": images.BASE, "command": ["true"], "securityContext": RESTRICTED}
+
+NOTHING = {
+    "apiVersion": "batch/v1",
+    "kind": "Job",
+    "metadata": {"name": "nothing"},
+    "spec": {"template": {"spec": {"containers": [CONTAINER], "restartPolicy": "Never"}}},
+}
+"""A Job of nobody's."""
+
 
 def test_a_minute_without_the_kubernetes_api_loses_nothing(cluster: str, server: Release, pool: Release) -> None:
     """What runs goes on; what falls due begins and what dies is found dead within half a minute of its return.
 
-    It is back when pods can reach it, by its service: a kube-proxy that was refused for a minute asks again after up to
-    a minute, and until then knows of no endpoint.
+    It is back when pods reach it by its service and Kubernetes itself takes a Job to its end. What watches it
+    (kube-proxy, scheduler, controllers, kubelet) and was refused for a minute asks again after up to another one.
     """
     if cluster != node.CONTEXT:
         pytest.skip(f"{cluster} is not the node from packages, whose API can be taken away")
     with server.api() as api:
         made = victim(api)
-        goes_on, _ = under_way(api, pool, made, seconds=90)
+        goes_on, _ = under_way(api, pool, made, seconds=150)
         dies, _ = under_way(api, pool, made, seconds=40)
         auth = api.auth
     # Not by the Kubernetes API, as `api` is.
@@ -54,8 +63,9 @@ def test_a_minute_without_the_kubernetes_api_loses_nothing(cluster: str, server:
             time.sleep(60)
             assert run_of(direct, goes_on)["state_type"] == "RUNNING"
         wait_until(lambda: node.accepts(of_kubernetes, 443), "the API's service", 120)
+        pool.namespace.apply(NOTHING)
+        pool.namespace.kubectl("wait", "job/nothing", "--for=condition=Complete", "--timeout=150s")
         back = datetime.now(UTC)
-        wait_until(lambda: all(map(ending, pods(pool, dies))), "the kubelet to say what died", 60)
         crashed = state_named(direct, dies, "Crashed", 60)
         assert datetime.fromisoformat(crashed["timestamp"]) - back < timedelta(seconds=30)
         assert "exit code 137" in crashed["message"]

@@ -81,15 +81,23 @@ def test_a_lost_node_s_execution_stops_before_another_begins(
     job = run_of(api, run)["infrastructure_pid"].rpartition(":")[2]
     old = processes(run, job)
     assert old
+    seen: list[int] = []
     node.stop_kubelet(second)
     try:
         node.kubectl("delete", "node", second.name)
+
         # The control plane takes its time until it believes that it is gone.
-        crashed = state_named(api, run, "Crashed", 120)
+        def crash() -> Object | None:
+            if found := next((each for each in states(api, run) if each["name"] == "Crashed"), None):
+                return found
+            seen[:] = processes(run, job)
+            return None
+
+        crashed = wait_until(crash, f"Crashed of {run}", 120)
         fenced = time.monotonic()
         assert "its node is " in crashed["message"]  # lost, or gone
         assert run_of(api, run)["labels"][FENCED + job]
-        assert processes(run, job), "it was over before it was fenced"
+        assert seen, "it was over before it was fenced"
         wait_until(lambda: not processes(run, job), "the old execution to stop", STOPPED + 2)
         stopped = datetime.now(UTC)
         assert time.monotonic() - fenced < STOPPED + 2

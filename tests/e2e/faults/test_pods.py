@@ -316,6 +316,12 @@ def results_in(pool: Release, values: Object, service: Object, port: int, **resu
     values["runs"]["results"] = results
     values["networkPolicy"] = {"extraEgress": [{"to": [{"podSelector": service}], "ports": [{"port": port}]}]}
     pool.deploy(values)
+    component = "app.kubernetes.io/component=worker"
+    # One of before that has not yet heard that it is to go claims runs for the old template.
+    wait_until(
+        lambda: len(pool.namespace.kubectl("get", "pods", "-l", component, "-o", "name").split()) == 1,
+        "the worker of before to go",
+    )
 
 
 def test_nor_does_it_where_results_are_in_a_redis(pool: Release, api: httpx.Client, values: Object) -> None:

@@ -10,8 +10,6 @@ from tests.e2e.release import Object, Release, pool_values
 
 MINUTES, RUNS = 2, 15
 
-pytestmark = pytest.mark.timeout(900)
-
 
 @pytest.fixture(scope="module")
 def values(image: str) -> Object:

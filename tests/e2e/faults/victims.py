@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import re
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -137,8 +138,16 @@ def leader(pool: Release) -> str:
 
 def killed(pool: Release, pod: str) -> None:
     """All of a pod's processes by SIGKILL, as when a node is in need: nothing of it can say so."""
-    with contextlib.suppress(ClusterError):  # it kills itself too
-        pool.namespace.kubectl("exec", pod, "--", "python", "-c", "import os; os.kill(-1, 9)")
+
+    def dead() -> bool:
+        try:
+            pool.namespace.kubectl("exec", pod, "--", "python", "-c", "import os; os.kill(-1, 9)")
+        except ClusterError as error:
+            # What kills is a process of the pod as well; and what did not get there kills nobody.
+            return bool(re.search("exit code 137|not found|completed pod|stopped", str(error)))
+        return True
+
+    wait_until(dead, f"kubectl exec in {pod}")
 
 
 def processes(run: str, job: str = "") -> list[int]:

@@ -11,7 +11,7 @@ from orchestration.dbt import DbtProject, artifacts
 from orchestration.errors import DbtError
 from tests.orchestration.dbt.projects import FAULTS, NODES, fast
 from tests.orchestration.dbt.task_runs import Server, results_of
-from tests.parts import Query, settings_of
+from tests.parts import Query, settings_of, wait_until
 
 
 def _change(shop: Path, model: str, old: str, new: str) -> None:
@@ -94,9 +94,13 @@ def test_each_command_is_dbts(project: DbtProject, shop: Path, server: Server, q
     state = all_of_them(return_state=True)
     assert state.is_completed(), state.message
     assert counts["freshness"] == 1
-    tasks = server.get("task_runs", server.run(state))
-    assert len({task["dynamic_key"] for task in tasks}) == 8
-    assert {"freshness · raw.visits"} < {task["name"] for task in tasks}
+
+    def recorded() -> bool:
+        tasks = server.get("task_runs", server.run(state))
+        commands = {task["dynamic_key"] for task in tasks}
+        return len(commands) == 8 and {"freshness · raw.visits"} < {task["name"] for task in tasks}
+
+    wait_until(recorded, "task runs of each command")
     kept = sorted(Path(f"{shop}.kept", "shop").glob("*-docs-generate/*"))
     assert {"catalog.json", "manifest.json", "index.html"} <= {file.name for file in kept}
     catalog = json.loads(next(file for file in kept if file.name == "catalog.json").read_text())

@@ -14,7 +14,7 @@ from orchestration import warehouse
 from orchestration.dbt import DbtProject, DbtResult
 from orchestration.errors import DbtError
 from tests.orchestration.dbt.projects import FAULTS, every_kind, fast, hold
-from tests.orchestration.dbt.task_runs import Server, build_beside, results_of
+from tests.orchestration.dbt.task_runs import Object, Server, build_beside, results_of
 from tests.parts import Query, embedded_postgres, rows_of, settings_of, wait_until
 
 SLEEPING = "query ~ 'pg_sleep' and state = 'active' and pid <> pg_backend_pid()"
@@ -122,8 +122,12 @@ def test_a_connection_that_breaks_is_tried_again(shop: Path, query: Query, serve
     breaker.join()
     assert state.is_completed(), state.message
     run = server.run(state)
-    [task] = [task for task in server.get("task_runs", run) if task["task_key"] == "model.shop.countries"]
-    assert task["run_count"] == 2
+
+    def again() -> Object | None:
+        [task] = [task for task in server.get("task_runs", run) if task["task_key"] == "model.shop.countries"]
+        return task if task["run_count"] == 2 else None
+
+    task = wait_until(again, "the second attempt to be recorded")
     lines = [line["message"] for line in server.logs(run) if line["task_run_id"] == task["id"]]
     assert any("Another attempt in 0.5 s." in line for line in lines)
 

@@ -152,9 +152,9 @@ def test_an_owner_who_has_not_synced_yet_is_waited_for(project: Project, prefect
         project.write({"name": "a"})
         project.sync()
         wait_until(lambda: artifacts(project), "a look")
-    told = watcher.log.read_text()
-    assert told.count("has never synced to") == 1
-    assert f"{project.owner}: looks succeed again." in told
+        again = f"{project.owner}: looks succeed again."
+        wait_until(lambda: again in watcher.log.read_text(), "the log to say so")
+    assert watcher.log.read_text().count("has never synced to") == 1
 
 
 def test_a_server_that_goes_away_is_no_end(tmp_path: Path) -> None:
