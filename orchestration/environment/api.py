@@ -85,7 +85,10 @@ def connected(environment: Environment) -> Iterator[httpx.Client]:
     name, _, password = user(environment).partition(":")
     with (
         forwarded(environment) as way,
-        httpx.Client(base_url=f"{way.url}/api", auth=(name, password), timeout=30) as client,
+        # A server closes what is idle for 5 s, which a request may meet; a client is to be first.
+        httpx.Client(
+            base_url=f"{way.url}/api", auth=(name, password), timeout=30, limits=httpx.Limits(keepalive_expiry=2)
+        ) as client,
     ):
         deadline = time.monotonic() + 30
         while True:

@@ -14,6 +14,12 @@ from orchestration.errors import ClusterError
 
 FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
+LAST = "Finished in state"
+"""How the last line begins that a flow logs which comes to its end."""
+
+LATE = 10.0
+"""Seconds that a log may follow the state: it is sent every two seconds, by machines that have other work."""
+
 
 def start(api: httpx.Client, deployment: str, parameters: dict[str, Any]) -> Object:
     """A run of the deployment FLOW/NAME, now.
@@ -67,7 +73,7 @@ def follow(environment: Environment, api: httpx.Client, run: Object) -> bool:
     What the API was never told is taken from the run's pod: why it does not start, how it died.
     """
     told: set[str] = set()
-    state = ""
+    state, complete, until = "", False, 0.0
     while True:
         now = api.get(f"/flow_runs/{run['id']}").raise_for_status().json()
         over = now["state_type"] in FINAL
@@ -75,13 +81,15 @@ def follow(environment: Environment, api: httpx.Client, run: Object) -> bool:
             state = now["state"]["name"]
             message = f": {now['state']['message']}" if now["state"]["message"] else ""
             print(f"-- {run['name']} is {state}{message}", file=sys.stderr, flush=True)
+        for each in _new_logs(api, run["id"], told):
+            level = {20: "", 30: "WARNING ", 40: "ERROR ", 50: "CRITICAL "}.get(each["level"], "")
+            print(f"{datetime.fromisoformat(each['timestamp']):%H:%M:%S} {level}{each['message']}", flush=True)
+            complete = complete or (each["flow_run_id"] == run["id"] and each["message"].startswith(LAST))
         if over:
-            # Logs follow the states by a moment.
-            time.sleep(2)
-        for line in _new_logs(api, run["id"], told):
-            print(line, flush=True)
-        if over:
-            break
+            # Of one that was ended nobody knows what its last line is.
+            until = until or time.monotonic() + (LATE if now["state_type"] in ("COMPLETED", "FAILED") else 2)
+            if complete or time.monotonic() > until:
+                break
         if now["state_type"] in ("SCHEDULED", "PENDING"):
             for line in _pod_troubles(environment, run["id"]):
                 if line not in told:
@@ -95,11 +103,11 @@ def follow(environment: Environment, api: httpx.Client, run: Object) -> bool:
     return bool(now["state_type"] == "COMPLETED")
 
 
-def _new_logs(api: httpx.Client, run: str, told: set[str]) -> list[str]:
+def _new_logs(api: httpx.Client, run: str, told: set[str]) -> list[Object]:
     """What the run and its subflows have logged since."""
     children = {"parent_flow_run_id": {"any_": [run]}}
     below = api.post("/flow_runs/filter", json={"flow_runs": children}).raise_for_status().json()
-    lines = []
+    new: list[Object] = []
     offset = 0
     while True:
         body = {
@@ -109,13 +117,10 @@ def _new_logs(api: httpx.Client, run: str, told: set[str]) -> list[str]:
             "offset": offset,
         }
         found = api.post("/logs/filter", json=body).raise_for_status().json()
-        for each in found:
-            if each["id"] not in told:
-                told.add(each["id"])
-                level = {20: "", 30: "WARNING ", 40: "ERROR ", 50: "CRITICAL "}.get(each["level"], "")
-                lines.append(f"{datetime.fromisoformat(each['timestamp']):%H:%M:%S} {level}{each['message']}")
+        new += [each for each in found if each["id"] not in told]
+        told.update(each["id"] for each in found)
         if len(found) < 200:
-            return lines
+            return new
         offset += 200
 
 
