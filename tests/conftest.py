@@ -5,6 +5,7 @@ import functools
 import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,9 +81,10 @@ def _remove_prefect_home() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """The URL of an embedded PostgreSQL of the session's own."""
-    with parts.embedded_postgres(tmp_path_factory.mktemp("warehouse")) as url:
+    # Not where pytest keeps its folders: another session that begins closes that to all but root.
+    with tempfile.TemporaryDirectory() as folder, parts.embedded_postgres(Path(folder)) as url:
         yield url
 
 

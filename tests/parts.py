@@ -66,12 +66,12 @@ class _Again(httpx.HTTPTransport):
         return answer
 
 
-def client_of(url: str) -> httpx.Client:
+def client_of(url: str, auth: httpx.Auth | None = None) -> httpx.Client:
     """A client of the Prefect API at `url` that has its answer at once or later: on a busy machine SQLite may be locked
     for longer than the server waits, and then it changes nothing and says 503.
     """
     # A server closes what is idle for 5 s, which a request may meet; a client is to be first.
-    return httpx.Client(base_url=url, timeout=60, transport=_Again(limits=httpx.Limits(keepalive_expiry=2)))
+    return httpx.Client(base_url=url, auth=auth, timeout=60, transport=_Again(limits=httpx.Limits(keepalive_expiry=2)))
 
 
 def asked(api: httpx.Client, method: str, path: str, body: Any = None, **headers: str) -> Any:

@@ -10,11 +10,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
 from orchestration.settings import ROOT
-from tests.parts import answers, copy_of_checkout, free_port, wait_until
+from tests.parts import answers, asked, client_of, copy_of_checkout, free_port, wait_until
 
 README = (ROOT / "README.md").read_text()
 COMMANDS: list[str] = [
@@ -163,7 +162,7 @@ def test_pip_server_flow_deploy_and_worker(
     _run(_command("pip install"), clone, environment)
     with _running(_command("prefect server start"), clone, environment, tmp_path / "server.log"):
         wait_until(lambda: answers(f"http://127.0.0.1:{port}/api/health"), "the server", 180)
-        assert answers(f"http://127.0.0.1:{port}"), "the UI"
+        wait_until(lambda: answers(f"http://127.0.0.1:{port}"), "the UI")
         output = _run(_command("python flows"), clone, environment)
         assert re.search(r"Completed to 2013-\d\d-\d\d: ", output)
         assert f"http://127.0.0.1:{port}/runs/flow-run/" in output
@@ -171,8 +170,9 @@ def test_pip_server_flow_deploy_and_worker(
         assert "successfully created" in output
         shown = _run("prefect deployment inspect dbt-pipeline/dbt-pipeline-daily", clone, environment)
         assert re.search(r"'cron': '0 6 \* \* \*'", shown), shown
-        runs, scheduled = f"http://127.0.0.1:{port}/api/flow_runs/filter", {"state": {"type": {"any_": ["SCHEDULED"]}}}
-        wait_until(lambda: httpx.post(runs, json={"flow_runs": scheduled}).json(), "the schedule's runs", 120)
+        scheduled = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
+        with client_of(f"http://127.0.0.1:{port}/api") as api:
+            wait_until(lambda: asked(api, "POST", "/flow_runs/filter", scheduled), "the schedule's runs", 120)
         with _running(_command("make worker"), clone, environment, tmp_path / "worker.log"):
             ask = _command("prefect deployment run")
             output = _run(f"{ask} --watch", clone, environment)

@@ -19,6 +19,7 @@ from typing import Any
 
 from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
+from urllib3.exceptions import HTTPError
 
 from tests.cluster import policies
 
@@ -124,7 +125,7 @@ def main(kubeconfig: str, volumes: Path) -> None:
                 enforce(wanted)
                 enforced = wanted
             provide_volumes(core, volumes)
-        except (ApiException, OSError, subprocess.SubprocessError) as error:
+        except (ApiException, HTTPError, OSError, subprocess.SubprocessError) as error:
             print(error, file=sys.stderr, flush=True)
             enforced = ""
             time.sleep(1)

@@ -580,9 +580,12 @@ def _api_ready() -> bool:
 
 
 def _node_ready(node: Node = FIRST) -> bool:
+    # What the API says of the node may be of before its kubelet was stopped.
+    if not accepts(node.ip, node.port):
+        return False
     ready = "jsonpath={.status.conditions[?(@.type=='Ready')].status}"
     with contextlib.suppress(ClusterError):
-        return kubectl("get", "node", node.name, "-o", ready, "--request-timeout=2s") == "True"
+        return kubectl("get", "node", node.name, "-o", ready, "--request-timeout=10s") == "True"
     return False
 
 
@@ -622,10 +625,7 @@ def stop_kubelet(node: Node) -> None:
 def start_kubelet(node: Node) -> None:
     """Start it, and wait until the node is Ready."""
     _start_kubelet(str(binaries.kube()), node)
-    # What the API says of the node may be of before it was stopped.
-    _wait(
-        lambda: accepts(node.ip, node.port) and _node_ready(node), f"{node.name} is not Ready", f"kubelet{node.suffix}"
-    )
+    _wait(lambda: _node_ready(node), f"{node.name} is not Ready", f"kubelet{node.suffix}")
 
 
 def accepts(address: str, port: int) -> bool:

@@ -59,8 +59,10 @@ def docker_daemon(folder: Path) -> Iterator[str]:
             daemon.wait(60)
             for mount in reversed(_mounts(folder)):
                 binaries.run(["umount", mount])
-            for group in sorted(Path("/sys/fs/cgroup").glob(f"**/{control_group}")):
-                group.rmdir()
+            groups = Path("/sys/fs/cgroup")
+            for each in (groups, *groups.iterdir()):  # of one hierarchy, or of each
+                if (each / control_group).is_dir():
+                    (each / control_group).rmdir()
             shutil.rmtree(folder)
 
 

@@ -20,7 +20,7 @@ from orchestration.settings import ROOT
 from tests.cluster import binaries, images
 from tests.cluster.progress import ClusterError
 from tests.docker.daemon import docker, docker_daemon
-from tests.parts import copy_of_checkout, free_port, wait_until
+from tests.parts import client_of, copy_of_checkout, free_port, wait_until
 
 DAILY = "dbt-pipeline/dbt-pipeline-daily"
 
@@ -111,8 +111,8 @@ def stack(machine: Stack) -> Stack:
 @pytest.fixture(scope="module")
 def api(stack: Stack) -> Iterator[httpx.Client]:
     """The server's API, with the password that was generated."""
-    auth = ("admin", stack.password.read_text().strip())
-    with httpx.Client(base_url=f"{stack.url}/api", auth=auth, timeout=30) as client:
+    auth = httpx.BasicAuth("admin", stack.password.read_text().strip())
+    with client_of(f"{stack.url}/api", auth) as client:
         yield client
 
 
@@ -150,10 +150,10 @@ def test_up_says_how_to_get_in(stack: Stack) -> None:
 
 
 def test_ui_and_api_are_behind_the_password_on_loopback(stack: Stack, api: httpx.Client) -> None:
-    assert httpx.get(stack.url).text.lstrip().lower().startswith("<!doctype html>")
+    assert httpx.get(stack.url, timeout=30).text.lstrip().lower().startswith("<!doctype html>")
     assert api.get("/admin/version").status_code == 200
     for auth in (None, ("admin", "wrong")):
-        assert httpx.get(f"{stack.url}/api/admin/version", auth=auth).status_code == 401
+        assert httpx.get(f"{stack.url}/api/admin/version", auth=auth, timeout=30).status_code == 401
     published = [ports for each in stack.containers() for ports in each["NetworkSettings"]["Ports"].values() if ports]
     assert [port["HostIp"] for ports in published for port in ports] == ["127.0.0.1"]
 
@@ -206,6 +206,7 @@ def test_no_password_is_in_a_container_s_environment_or_the_api(stack: Stack, ap
 
 def test_a_run_that_is_killed_is_crashed(stack: Stack, api: httpx.Client) -> None:
     run, container = stack.start_run()
+    wait_until(lambda: api.get(f"/flow_runs/{run}").json()["state"]["type"] == "RUNNING", "the run to run")
     stack.docker("kill", container["Id"])
     kind, message = _ended(api, run)
     assert kind == "CRASHED"

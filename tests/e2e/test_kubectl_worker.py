@@ -96,7 +96,7 @@ def burst(api: httpx.Client, made: str, count: int) -> list[str]:
     def claimed() -> bool:
         return any(run_of(api, run)["state_type"] != "SCHEDULED" for run in runs)
 
-    wait_until(claimed, "a worker to claim runs", 30)
+    wait_until(claimed, "a worker to claim runs", 120)
     return runs
 
 
@@ -168,7 +168,7 @@ def test_deleted_nothing_of_it_stays_and_all_runs_go_on(away: Namespace, overlay
     away.kubectl("rollout", "status", WORKER, "--timeout=180s")
     made = deployment(api)
     in_progress = start(api, made, parameters={"seconds": 20})
-    wait_until(lambda: run_of(api, in_progress)["state_type"] == "RUNNING", "the run to run", 60)
+    wait_until(lambda: run_of(api, in_progress)["state_type"] == "RUNNING", "the run to run", 120)
     runs = burst(api, made, 6)
     away.kubectl("delete", "-k", str(overlay))
     wait_until(lambda: not away.kubectl("get", "all", "-l", WORKERS, "-o", "name"), "all of it to go", 90)

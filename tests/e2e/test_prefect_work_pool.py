@@ -129,7 +129,7 @@ def test_ten_runs_at_once_complete_though_the_worker_is_replaced_among_them(pool
     def some_claimed() -> bool:
         return any(run_of(api, run)["state_type"] != "SCHEDULED" for run in runs)
 
-    wait_until(some_claimed, "the worker to claim runs", 30)
+    wait_until(some_claimed, "the worker to claim runs", 120)
     pool.namespace.kubectl("delete", "pod", worker["metadata"]["name"], "--wait=false")
     outcomes = [ended(api, run, 300) for run in runs]
     assert {outcome["state_type"] for outcome in outcomes} == {"COMPLETED"}
@@ -156,7 +156,7 @@ def test_an_upgrade_changes_pool_and_template_and_a_rollback_takes_it_back(
     """The pool's new limit holds; a run that is under way is not disturbed by either."""
     made = deployment(api)
     under_way = start(api, made, parameters={"seconds": 60})
-    wait_until(lambda: run_of(api, under_way)["state_type"] == "RUNNING", "the run to run", 60)
+    wait_until(lambda: run_of(api, under_way)["state_type"] == "RUNNING", "the run to run", 120)
     changed = copy.deepcopy(values)
     changed["pool"] = {"concurrencyLimit": 3, "queues": [{"name": "urgent", "priority": 1, "concurrencyLimit": 1}]}
     changed["runs"]["resources"]["limits"]["memory"] = "640Mi"
@@ -244,8 +244,8 @@ def test_an_upgrade_brings_the_server_to_what_the_files_say_and_a_rollback_takes
     before = there()
     first = {name: said(each) for name, each in before.items()}
     assert first == {"a": ("first", "0 6 * * *"), "b": ("first", "30 6 * * *")}
-    under_way = start(api, before["b"]["id"], parameters={"seconds": 120})
-    wait_until(lambda: run_of(api, under_way)["state_type"] == "RUNNING", "the run to run", 90)
+    under_way = start(api, before["b"]["id"], parameters={"seconds": 180})
+    wait_until(lambda: run_of(api, under_way)["state_type"] == "RUNNING", "the run to run", 120)
 
     deploy("second.yaml", "640Mi")
     assert run_of(api, under_way)["state_type"] == "RUNNING"
@@ -255,7 +255,7 @@ def test_an_upgrade_brings_the_server_to_what_the_files_say_and_a_rollback_takes
     assert said(now["c"]) == ("second", "30 7 * * *")
     assert now["b"]["paused"], "nothing of it starts any more"
     assert memory() == "640Mi"
-    outcome = ended(api, under_way, 240)
+    outcome = ended(api, under_way, 300)
     assert (outcome["state_type"], outcome["run_count"]) == ("COMPLETED", 1)
     deploy("second.yaml", "640Mi")
     assert set(there()) == {"a", "c"}

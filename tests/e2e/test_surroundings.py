@@ -105,6 +105,7 @@ def test_a_burst_of_runs_waits_and_the_server_rolls(local: Namespace) -> None:
         local.pod("one-too-many", labels=FLOW_RUN, priorityClassName="prefect-runs", ready=False, **NOWHERE)
     local.pod("server", priorityClassName="prefect-control", ready=False, **NOWHERE)
     local.kubectl("delete", "pod", "burst-0")
+    local.kubectl("wait", "--for=jsonpath={.status.used.pods}=" + str(most - 1), "quota/runs", "--timeout=30s")
     local.pod("one-too-many", labels=FLOW_RUN, priorityClassName="prefect-runs", ready=False, **NOWHERE)
 
 

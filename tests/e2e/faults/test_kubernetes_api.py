@@ -6,7 +6,6 @@ import signal
 import time
 from datetime import UTC, datetime, timedelta
 
-import httpx
 import pytest
 
 from tests.cluster import images, node
@@ -21,7 +20,7 @@ from tests.e2e.faults.victims import (
 )
 from tests.e2e.release import Release
 from tests.e2e.runs import ended, run_of, start
-from tests.parts import wait_until
+from tests.parts import client_of, wait_until
 
 pytestmark = pytest.mark.alone
 
@@ -53,7 +52,7 @@ def test_a_minute_without_the_kubernetes_api_loses_nothing(cluster: str, server:
     cluster_ip = ("-o", "jsonpath={.spec.clusterIP}")
     address = server.namespace.kubectl("get", "service", "prefect-server-api", *cluster_ip)
     of_kubernetes = server.namespace.kubectl("get", "service", "kubernetes", "--namespace=default", *cluster_ip)
-    with httpx.Client(base_url=f"http://{address}:4200/api", auth=auth, timeout=30) as direct:
+    with client_of(f"http://{address}:4200/api", auth) as direct:
         with node.without_api():
             assert run_of(direct, dies)["state_type"] == "RUNNING"
             for pid in processes(dies):
