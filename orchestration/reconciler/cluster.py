@@ -129,12 +129,12 @@ class Cluster:
         return [Pod.read(each, clock - self.ahead) async for each in found]
 
     async def listen(self, heard: asyncio.Event) -> None:
-        """Set `heard` as soon as a run's pod fails or is gone, and whenever it begins to listen, for ever.
+        """Set `heard` as soon as a run's pod has ended or is gone, and whenever it begins to listen, for ever.
 
         It hastens who looks every few seconds anyway, so what cannot be heard is no error.
         """
         path = f"/api/v1/namespaces/{self.namespace}/pods"
-        # Of what leaves its selection a watch says that it was deleted.
+        # Of what leaves its selection a watch says that it was deleted, and how it was before: not how it ended.
         query: dict[str, str | int] = {
             "watch": 1,
             "timeoutSeconds": LISTEN,
@@ -149,8 +149,7 @@ class Cluster:
                 ) as response:
                     heard.set()  # what was before nobody has heard
                     async for line in response.aiter_lines():
-                        change = Change.model_validate_json(line)
-                        if change.type == "DELETED" and change.object.status.phase != "Succeeded":
+                        if Change.model_validate_json(line).type == "DELETED":
                             heard.set()
             await asyncio.sleep(1)
 

@@ -168,7 +168,6 @@ class Page(Part, Generic[Listed]):
 
 
 class Change(Part):
-    """A line of a watch on pods; `object` is as it is now, also of one that is gone or left the selection."""
+    """A line of a watch: what happened to something."""
 
     type: str
-    object: PodObject
