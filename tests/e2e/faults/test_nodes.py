@@ -13,7 +13,7 @@ import pytest
 
 from orchestration.execution import FENCED, STOPPED
 from tests.cluster import node
-from tests.e2e.faults.victims import completed, pods, processes, state_named, states, under_way, victim
+from tests.e2e.faults.victims import completed, pods, processes, state_named, state_so_far, states, under_way, victim
 from tests.e2e.release import Object, Release
 from tests.e2e.runs import deployment, logged, run_of
 from tests.parts import wait_until
@@ -88,7 +88,7 @@ def test_a_lost_node_s_execution_stops_before_another_begins(
 
         # The control plane takes its time until it believes that it is gone.
         def crash() -> Object | None:
-            if found := next((each for each in states(api, run) if each["name"] == "Crashed"), None):
+            if found := state_so_far(api, run, "Crashed"):
                 return found
             seen[:] = processes(run, job)
             return None

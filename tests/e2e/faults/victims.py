@@ -51,13 +51,14 @@ def states(api: httpx.Client, run: str) -> list[Object]:
     return sorted(found, key=lambda each: str(each["timestamp"]))
 
 
+def state_so_far(api: httpx.Client, run: str, name: str) -> Object | None:
+    """The run's first state of that name, if it has had one."""
+    return next((each for each in states(api, run) if each["name"] == name), None)
+
+
 def state_named(api: httpx.Client, run: str, name: str, seconds: float = SEEN) -> Object:
     """The run's first state of that name, within some seconds."""
-
-    def found() -> Object | None:
-        return next((each for each in states(api, run) if each["name"] == name), None)
-
-    made: Object = wait_until(found, f"{name} of {run}", seconds)
+    made: Object = wait_until(lambda: state_so_far(api, run, name), f"{name} of {run}", seconds)
     return made
 
 
