@@ -10,6 +10,9 @@ Its clients ask again from their first request on. Prefect's repeat a request th
 they have had an answer, so that a wrong address fails at once. But a run makes clients as it goes, for the slot of each
 task that has tags, and begins with one: where the API is away for a moment, such a task or run would fail. The address
 was its worker's too, and `PREFECT_CLIENT_MAX_RETRIES` says when to give up.
+
+They ask at least every `PAUSE` seconds or so. Prefect's wait twice as long each time, at last for minutes in which the
+API may be back: a run that has ended had its pod taken away while the end of its log was still to be sent.
 """
 
 import asyncio
@@ -22,10 +25,21 @@ import warnings
 from prefect.client import base
 from prefect.runner._workspace_resolver import PreparedWorkspace, prepare_workspace_for_flow_run
 from prefect.runner._workspace_starter import workspace_environment
+from prefect.utilities.math import clamped_poisson_interval
 
 for client in (base.PrefectHttpxAsyncClient, base.PrefectHttpxSyncClient):
     # Set by each client for itself, to False at first.
     client._has_connected = property(lambda _: True, lambda *_: None)  # type: ignore[assignment]
+
+PAUSE = 15.0
+"""Seconds, give or take Prefect's jitter, from one request that nobody answered to the next, at the most."""
+
+
+def _pause(average_interval: float, clamping_factor: float = 0.3) -> float:
+    return clamped_poisson_interval(min(average_interval, PAUSE), clamping_factor)
+
+
+base.clamped_poisson_interval = _pause  # type: ignore[attr-defined]
 
 
 def _enter(workspace: PreparedWorkspace) -> None:

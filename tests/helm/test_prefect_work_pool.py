@@ -420,7 +420,7 @@ def test_the_values_of_the_runs_reach_the_jobs_template() -> None:
     assert container["resources"] == MAXIMAL["runs"]["resources"]
     assert container["envFrom"] == [{"configMapRef": {"name": "flows"}}]
     assert environment(container) == {
-        "PREFECT_CLIENT_MAX_RETRIES": "7",
+        "PREFECT_CLIENT_MAX_RETRIES": "19",
         "GRACE_SECONDS": "90",
         "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500,504",
         "KUBERNETES_JOB": {"fieldRef": {"fieldPath": "metadata.labels['batch.kubernetes.io/job-name']"}},

@@ -49,8 +49,8 @@
 {{- end -}}
 
 {{- define "prefect-work-pool.runsEnv" -}}
-# Prefect's own 5 give up after a minute of an API that is away, and the run with it; these after four.
-- {name: PREFECT_CLIENT_MAX_RETRIES, value: "7"}
+# Prefect's own 5 give up after a minute of an API that is away, and the run with it; these, at most 15 s apart, after four.
+- {name: PREFECT_CLIENT_MAX_RETRIES, value: "19"}
 # How long an execution may take to end before it is killed.
 - {name: GRACE_SECONDS, value: {{ .Values.runs.terminationGracePeriodSeconds | quote }}}
 # A server whose database is away answers 500.
