@@ -9,7 +9,8 @@ Its health (`GET :8080/health`) covers the thread that watches pods and Jobs as 
 thread a pod that dies is never seen. And a worker that is asked to end first finishes what it has claimed: no run
 stays Pending because its worker went away between the claim and the Job. While the Prefect API is away it goes on
 asking at the same pace, and is healthy: to end, as Prefect's does, brings nothing back, and a container that ended
-often waits for minutes until it is started.
+often waits for minutes until it is started. A claim that the API's absence cuts off is let go: Prefect's worker would
+end, or say much later, of a run that another has by then, that it crashed, or make a second Job for it.
 
 Intervals are Prefect's settings: `PREFECT_WORKER_QUERY_SECONDS`, `PREFECT_WORKER_PREFETCH_SECONDS`,
 `PREFECT_WORKER_HEARTBEAT_SECONDS`.
@@ -21,6 +22,7 @@ import asyncio
 import contextlib
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -46,6 +48,9 @@ WATCHED = ("jobs", "pods")
 CONNECT = 5.0
 """Seconds in which the Prefect API must take a connection. What a network drops is sent again 1, 3, 7, 15 and 31 s
 later: with Prefect's limit of a minute a worker may find an API that is back half a minute late."""
+
+CLAIM = 45.0
+"""Seconds in which a claimed run gets its Job, or none by this claim: after 60 the reconciler lets another claim it."""
 
 
 @kopf.on.startup()
@@ -85,10 +90,15 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
         self._draining = False
         self._polling = asyncio.Lock()
         self._proposed: set[UUID] = set()
+        self._claimed: dict[UUID, float] = {}
         self._away = False
         now = get_settings_context()
-        self._impatient = SettingsContext(
-            profile=now.profile, settings=now.settings.copy_with_update({PREFECT_CLIENT_MAX_RETRIES: 0})
+        # Four are half a minute; Prefect's five are longer than a claim lasts.
+        self._impatient, self._patient = (
+            SettingsContext(
+                profile=now.profile, settings=now.settings.copy_with_update({PREFECT_CLIENT_MAX_RETRIES: retries})
+            )
+            for retries in (0, 4)
         )
 
     def is_worker_still_polling(self, query_interval_seconds: float) -> bool:
@@ -145,13 +155,40 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
 
     def _note_absence(self, error: HTTPError) -> None:
         """Say once that nobody answers, or what: the next poll asks again. What is refused for good is an error."""
-        if isinstance(error, HTTPStatusError) and error.response.status_code < 500:
+        if not _is_absence(error):
             raise error
         if not self._away:
             self._logger.warning("The Prefect API cannot be used: %s. Asking again.", error or type(error).__name__)
         self._away = True
 
+    async def _submit_run(self, flow_run: FlowRun) -> None:
+        # Here too the next poll is the retry: none is made as long as a run is not yet Pending.
+        try:
+            with self._impatient.model_copy():
+                await super()._submit_run(flow_run)
+        except HTTPError as error:
+            self._submitting_flow_run_ids.discard(flow_run.id)
+            if self._cancelling_observer is not None:
+                self._cancelling_observer.remove_in_flight_flow_run_id(flow_run.id)
+            self._release_limit_slot(flow_run.id)
+            self._note_absence(error)
+        finally:
+            self._claimed.pop(flow_run.id, None)
+
+    async def _submit_run_and_capture_errors(self, flow_run: FlowRun, task_status: Any = None) -> Any:
+        with self._patient.model_copy():
+            return await super()._submit_run_and_capture_errors(flow_run, task_status)
+
+    async def _propose_crashed_state(self, flow_run: FlowRun, message: str, client: Any = None) -> None:
+        """Say so, but not of a claim that was let go: by then the run may be another's."""
+        error = sys.exception()
+        if _is_absence(error) or isinstance(error, TimeoutError):
+            self._logger.warning("The claim of run %s is let go: %s.", flow_run.name, error or type(error).__name__)
+        else:
+            await super()._propose_crashed_state(flow_run, message, client)
+
     async def _propose_pending_state(self, flow_run: FlowRun) -> bool:
+        self._claimed[flow_run.id] = time.monotonic()
         try:
             pending: bool = await super()._propose_pending_state(flow_run)
             return pending
@@ -165,7 +202,14 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
             await self.client.update_flow_run_labels(flow_run_id, {CLUSTER: self._cluster})
 
     async def run(self, flow_run: FlowRun, configuration: KubernetesWorkerJobConfiguration, **options: Any) -> Any:
-        """Make the run's Job."""
+        """Make the run's Job.
+
+        Raises:
+            TimeoutError: the claim is too old for that.
+        """
+        now = time.monotonic()
+        if (age := now - self._claimed.get(flow_run.id, now)) > CLAIM:
+            raise TimeoutError(f"it is {age:.0f} s old, and the run may be another worker's by now")
         if self._namespace:
             configuration.namespace = configuration.job_manifest["metadata"]["namespace"] = self._namespace
         return await super().run(flow_run, configuration, **options)
@@ -178,6 +222,12 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
         self._logger.info("Asked to end; claimed runs that are submitted first: %d.", claimed)
         while self._submitting_flow_run_ids:
             await asyncio.sleep(0.05)
+
+
+def _is_absence(error: BaseException | None) -> bool:
+    """Whether the API did not answer, or not as itself: what it refuses it would refuse again."""
+    refused = isinstance(error, HTTPStatusError) and error.response.status_code < 500
+    return isinstance(error, HTTPError) and not refused
 
 
 async def serve(worker: Worker) -> None:

@@ -11,6 +11,7 @@ from unittest.mock import patch
 from uuid import UUID, uuid4
 
 import pytest
+from httpx import ConnectError
 from prefect import flow
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
@@ -24,7 +25,7 @@ from prefect.settings import (
 )
 from prefect.states import Scheduled
 from prefect.workers.base import BaseWorker
-from prefect_kubernetes.worker import KubernetesWorkerResult
+from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerResult
 
 from orchestration import worker
 from tests.parts import free_port
@@ -163,3 +164,104 @@ def test_a_worker_outlasts_an_api_that_is_away(
         temporary_settings({PREFECT_LOGGING_TO_API_ENABLED: False}),
     ):
         assert asyncio.run(_claimed_around_absences(prefect_server, free_port(), absent)) >= 15
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+async def _claim(
+    url: str,
+    polling: Callable[[], None] = _nothing,
+    claiming: Callable[[], None] = _nothing,
+    submitting: Callable[[worker.Worker, FlowRun], None] = _nothing,
+) -> tuple[Counter[str], int]:
+    """The state of a run, and how many Jobs of it were made, after two polls of a worker to which that happens."""
+    pool, jobs = f"cut-{uuid4().hex[:6]}", 0
+
+    class Cut(worker.Worker, abc.ABC):
+        async def _submit_run(self, flow_run: FlowRun) -> None:
+            claiming()
+            await super()._submit_run(flow_run)
+
+        async def _propose_submitting_state(self, flow_run: FlowRun) -> None:
+            submitting(self, flow_run)
+
+    async def make(*_: Any, task_status: Any, **__: Any) -> KubernetesWorkerResult:
+        nonlocal jobs
+        jobs += 1
+        task_status.started("namespace:job")
+        return KubernetesWorkerResult(identifier="namespace:job", status_code=0)
+
+    async with get_client() as client:
+        await client.create_work_pool(WorkPoolCreate(name=pool, type="kubernetes"))
+        made = await client.create_deployment(
+            flow_id=await client.create_flow(nothing), name="nothing", work_pool_name=pool
+        )
+        with temporary_settings({PREFECT_API_URL: url}), patch.object(KubernetesWorker, "run", make):
+            async with Cut(work_pool_name=pool, create_pool_if_not_found=False) as tested:
+                await tested.sync_with_backend()
+                run = (await client.create_flow_run_from_deployment(made, state=Scheduled())).id
+                for _ in range(2):
+                    polling()
+                    await tested.get_and_submit_flow_runs()
+                    while tested._submitting_flow_run_ids:
+                        await asyncio.sleep(0.05)
+        return await _states(client, [run]), jobs
+
+
+def _raise(error: Exception) -> Callable[..., None]:
+    def it(*_: Any) -> None:
+        raise error
+
+    return it
+
+
+def _grow_old(claiming: worker.Worker, run: FlowRun) -> None:
+    claiming._claimed[run.id] -= worker.CLAIM
+
+
+@pytest.mark.parametrize(
+    ("happens", "state", "jobs"),
+    [
+        (_nothing, "PENDING", 1),
+        (_grow_old, "PENDING", 0),
+        (_raise(ConnectError("nobody there")), "PENDING", 0),
+        (_raise(ValueError("no such thing")), "CRASHED", 0),
+    ],
+    ids=["nothing", "it is too old", "the API goes", "an error"],
+)
+def test_a_claim_that_was_cut_off_makes_no_job_and_says_nothing_of_what_may_be_another_s(
+    prefect_server: str, happens: Callable[[worker.Worker, FlowRun], None], state: str, jobs: int
+) -> None:
+    with (
+        patch.dict("os.environ", PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED="false"),
+        temporary_settings({PREFECT_LOGGING_TO_API_ENABLED: False}),
+    ):
+        assert asyncio.run(_claim(prefect_server, submitting=happens)) == ({state: 1}, jobs)
+
+
+def test_an_api_that_goes_before_a_run_is_claimed_costs_a_poll(prefect_server: str) -> None:
+    """Prefect's own worker ends of it, with its other claims, after a minute in which it does not poll."""
+    port = free_port()
+    with (
+        patch.dict("os.environ", PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED="false"),
+        temporary_settings({PREFECT_LOGGING_TO_API_ENABLED: False}),
+        contextlib.ExitStack() as there,
+    ):
+        claims = 0
+
+        def come() -> None:
+            there.close()
+            there.enter_context(relayed(port, prefect_server))
+
+        def go() -> None:
+            nonlocal claims
+            claims += 1
+            if claims == 1:
+                there.close()
+
+        come()
+        found = asyncio.run(_claim(f"http://127.0.0.1:{port}/api", come, go))
+    assert found == ({"PENDING": 1}, 1)
+    assert claims == 2
