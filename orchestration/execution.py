@@ -41,8 +41,8 @@ FENCED = "reconciler.fenced."
 EVERY, SOON, TIMEOUT = 15.0, 3.0, 5.0
 """Seconds from one question to the next, to the next after one that was not answered, and for an answer."""
 
-STOPPED = EVERY + 2 * TIMEOUT
-"""Seconds after which whatever can ask has stopped."""
+STOPPED = EVERY + SOON + 3 * TIMEOUT
+"""Seconds after which whatever can ask has stopped: also what had been answered just before, and then once was not."""
 
 LAST_WORDS = 5.0
 """Seconds of a pod's grace period that are left, when what does not end by itself is killed, to say so."""
@@ -123,6 +123,11 @@ class Api:
     def is_fenced(self, run: dict[str, Any]) -> bool:
         """Whether this execution was given up, as the run says."""
         return bool((run.get("labels") or {}).get(FENCED + self.job))
+
+    def is_mine(self, run: dict[str, Any]) -> bool:
+        """Whether the run goes on in no other Job than this execution's, as far as its workers have recorded."""
+        recorded = str(run.get("infrastructure_pid") or "")
+        return not recorded or recorded.endswith(f":{self.job}")
 
     def runs(self) -> Iterator[dict[str, Any]]:
         """The run, again and again."""
@@ -221,6 +226,7 @@ class Supervisor:
     def __init__(self, api: Api) -> None:
         self._api = api
         self._asked = threading.Event()
+        self._cancelling = False
         # What Prefect's worker says of a Job that Kubernetes does not try again, and of one that it does.
         self._after = os.environ.get("PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR", "reschedule")
         grace = float(os.environ.get("GRACE_SECONDS") or 30)
@@ -242,12 +248,13 @@ class Supervisor:
                 self._engine.kill(signal.SIGKILL)
                 _give_up(self._api.job)
             if run.get("state_type") == "CANCELLING":
+                self._cancelling = True
                 self._asked.set()
 
     def _end(self) -> None:
         self._asked.wait()
         after = {"reschedule": b"r", "relinquish": b"q"}.get(self._after, b"")
-        why = b"c" if self._state() == "CANCELLING" else after
+        why = b"c" if self._cancelling or self._state() == "CANCELLING" else after
         if why and not self._engine.warned(why):
             self._engine.kill(signal.SIGKILL)
         elif self._state() in ("PENDING", "RUNNING", "CANCELLING", ""):  # else it is about to end
@@ -263,12 +270,15 @@ class Supervisor:
         return ""
 
     def _conclude(self, code: int) -> int:
-        """Say what becomes of the run, unless that is said; the exit status."""
+        """Say what becomes of the run, unless that is said or it goes on elsewhere; the exit status."""
         from email.utils import parsedate_to_datetime
 
         while True:
             try:
-                state = self._api.ask()["state_type"]
+                run = self._api.ask()
+                state = run["state_type"]
+                if not self._api.is_mine(run):
+                    return code or 1
                 if state == "CANCELLING":
                     self._api.ask("/set_state", {"state": {"type": "CANCELLED"}})
                 elif state in ("PENDING", "RUNNING") and self._after == "relinquish":

@@ -212,9 +212,21 @@ def test_one_that_does_not_hear_it_is_killed_in_time_to_say_so(
     if state == "CANCELLING":
         made.ask("POST", f"/flow_runs/{made.id}/set_state", state={"type": state})
     made.process.terminate()
-    assert made.ended()[1] == becomes
-    assert 5 <= time.monotonic() - began < 10
+    made.process.wait(60)
+    # A request to a busy server may take some seconds.
+    assert 5 <= time.monotonic() - began < 20
+    assert made.state()["name"] == becomes
     assert not psutil.pid_exists(engine)
+
+
+def test_of_a_run_that_goes_on_in_another_job_nothing_is_said(run: Callable[..., Run]) -> None:
+    made = run()
+    made.start(how="works")
+    made.noted("at work")
+    made.ask("PATCH", f"/flow_runs/{made.id}", infrastructure_pid="namespace:another")
+    made.process.terminate()
+    assert made.ended() == (1, "Running")
+    assert made.notes()[1:] == ["at work", "cleaned up"]
 
 
 def test_one_that_has_not_begun_is_killed_at_once(run: Callable[..., Run]) -> None:

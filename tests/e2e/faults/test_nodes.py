@@ -48,7 +48,7 @@ def on_the_second(api: httpx.Client, pool: Release, deployment_id: str, **parame
 
 
 def test_a_drain_reschedules_without_the_crash_budget(pool: Release, api: httpx.Client, second: node.Node) -> None:
-    run, _ = on_the_second(api, pool, victim(api, job_variables={"crash_retries": 0}), seconds=20)
+    run, _ = on_the_second(api, pool, victim(api, job_variables={"crash_retries": 0}), seconds=60)
     node.kubectl("drain", second.name, "--force", "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=90s")
     try:
         state_named(api, run, "AwaitingRetry")
@@ -98,9 +98,9 @@ def test_a_lost_node_s_execution_stops_before_another_begins(
         assert "its node is " in crashed["message"]  # lost, or gone
         assert run_of(api, run)["labels"][FENCED + job]
         assert seen, "it was over before it was fenced"
-        wait_until(lambda: not processes(run, job), "the old execution to stop", STOPPED + 2)
+        wait_until(lambda: not processes(run, job), "the old execution to stop", STOPPED + 5)
         stopped = datetime.now(UTC)
-        assert time.monotonic() - fenced < STOPPED + 2
+        assert time.monotonic() - fenced < STOPPED + 5
         again = state_named(api, run, "AwaitingRetry")
         due = datetime.fromisoformat(again["state_details"]["scheduled_time"])
         assert due - datetime.fromisoformat(crashed["timestamp"]) >= timedelta(seconds=STOPPED)
