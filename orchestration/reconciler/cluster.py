@@ -236,6 +236,11 @@ class Leadership:
         """Whether this candidate may still act: a request that it makes now is over before another may."""
         return time.monotonic() < self._until
 
+    @property
+    def ends(self) -> float:
+        """When, on the monotonic clock, another may act: nothing is to go on until then."""
+        return self._until + 2 * TIMEOUT
+
     async def take(self) -> bool:
         """Renew it, or take it if nobody holds it; whether this candidate holds it now.
 

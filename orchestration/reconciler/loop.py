@@ -276,7 +276,12 @@ class Reconciler:
     async def _act(self, action: Action, pods: list[Pod]) -> str:
         if self.lead and not self.lead.held:
             return ""
-        said = await carry_out(self.server, self.cluster, action, pods)
+        try:
+            # Of several requests the last may be made much later than the first, and by then be another's to make.
+            async with asyncio.timeout_at(self.lead.ends if self.lead else None):
+                said = await carry_out(self.server, self.cluster, action, pods)
+        except TimeoutError:
+            raise PipelineError(f"{type(action).__name__} took longer than leadership lasts") from None
         if said:
             self.actions.labels(type(action).__name__.lower()).inc()
         return said
