@@ -40,7 +40,8 @@ def reachable_server() -> Iterator[None]:
         PipelineError: the temporary server does not start.
     """
     url = PREFECT_API_URL.value()
-    if url and _answers(url):
+    # One that is busy is not absent: where nobody listens that is said at once.
+    if url and _answers(url, timeout=10):
         if urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1"):
             _ensure_work_pool(PREFECT_DEFAULT_WORK_POOL_NAME.value())
         yield
@@ -85,7 +86,7 @@ def temporary_server() -> Iterator[str]:
     reader.start()
     try:
         deadline = time.monotonic() + PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value()
-        while not _answers(url):
+        while not _answers(url, timeout=2):
             if server.poll() is not None or time.monotonic() > deadline:
                 server.kill()
                 reader.join()
@@ -108,9 +109,9 @@ def temporary_server() -> Iterator[str]:
         server.stderr.close()
 
 
-def _answers(url: str) -> bool:
+def _answers(url: str, timeout: float) -> bool:
     try:
-        with urlopen(f"{url}/health", timeout=2) as response:  # noqa: S310 - the operator's own address
+        with urlopen(f"{url}/health", timeout=timeout) as response:  # noqa: S310 - the operator's own address
             return bool(response.status == 200)
     except OSError:
         return False
