@@ -127,7 +127,7 @@ def end_at_random(
         except subprocess.TimeoutExpired:
             _end(way, process, server, run)
         if way == "cancelled":
-            # Prefect's own process hears of it by a websocket, and then tells the flow's.
+            # It looks once a second, and then tells the flow's process.
             wait_until(lambda: server.state(run)["type"] in ENDED, "the end of the run", 60)
         told = time.monotonic()
         wait_until(lambda: busy(query) == 0, "the end of its SQL", 30)

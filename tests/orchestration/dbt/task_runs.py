@@ -131,8 +131,18 @@ def build_beside(project: DbtProject) -> tuple[threading.Thread, list[DbtError]]
 
 
 def execute(shop: Path, api: str, run: str) -> "subprocess.Popen[bytes]":
-    """Execute a deployment's flow run as the pod of a Kubernetes work pool does."""
-    command = [sys.executable, "-m", "prefect", "flow-run", "execute", run]
+    """Execute a deployment's flow run as the pod of a Kubernetes work pool does, but that it looks more often whether
+    the run is to be cancelled.
+    """
+    code = (
+        "import sys; from orchestration import execution; execution.EVERY = 1; sys.exit(execution.main(sys.argv[1:]))"
+    )
+    identity = {"PREFECT__FLOW_RUN_ID": run, "KUBERNETES_JOB": "job", "TERMINATION_MESSAGE_PATH": os.devnull}
     return subprocess.Popen(
-        command, env=_environment(shop, api), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", code, "prefect", "flow-run", "execute"],
+        env=_environment(shop, api) | identity,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # of which it kills the group where it was given up
     )
