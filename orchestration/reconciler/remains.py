@@ -7,7 +7,7 @@ UNFINISHED = {"state": {"type": {"any_": ["PENDING", "RUNNING", "SCHEDULED", "PA
 
 async def release(server: Server, run: str) -> None:
     """Give back the slots of concurrency limits by tag that its task runs hold: the server's own lease of one ends only
-    after five minutes.
+    after a minute.
 
     What is set to a final state is not tried again with its run, so all else is left as it is.
 

@@ -5,8 +5,12 @@
 Level-triggered: on every change, and every few seconds, it reads all and makes the node so. Volumes are
 `local` PersistentVolumes, as those of type hostPath ignore fsGroup, and a pod that is not root could
 not write to them.
+
+It also gives all pods the same weight on the processors, whatever they request: where several tests have the node, the
+small pods of one would stand still for most of a minute while another's, with what production requests, start.
 """
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -28,6 +32,9 @@ RESYNC = 5.0
 """Seconds between rounds when nothing is heard of a change."""
 SIMULATED = "tests/simulated"
 """Label of pods that are not there: they need nothing of a node, and thousands of them would keep the agent busy."""
+WEIGHT = 256
+PODS = ("cpu/kubepods/burstable/pod*/cpu.shares", "kubepods/burstable/pod*/cpu.weight")
+"""Files below /sys/fs/cgroup, of version 1 and of version 2."""
 HOOKS = (("FORWARD", policies.EGRESS), ("FORWARD", policies.INGRESS), ("INPUT", policies.EGRESS))
 
 
@@ -44,6 +51,15 @@ def release() -> None:
     """Enforce nothing any more."""
     for hook, chain in HOOKS:
         subprocess.run(["iptables", "-w", "-t", "mangle", "-D", hook, "-j", chain], capture_output=True, check=False)
+
+
+def weigh() -> None:
+    """Give each pod the same weight. The kubelet sets it once, when it makes the pod's cgroup."""
+    for pattern in PODS:
+        for each in Path("/sys/fs/cgroup").glob(pattern):
+            with contextlib.suppress(FileNotFoundError):  # its pod has gone
+                if each.read_text().strip() != str(WEIGHT):
+                    each.write_text(str(WEIGHT))
 
 
 def provide_volumes(core: client.CoreV1Api, folder: Path) -> None:
@@ -125,6 +141,7 @@ def main(kubeconfig: str, volumes: Path) -> None:
                 enforce(wanted)
                 enforced = wanted
             provide_volumes(core, volumes)
+            weigh()
         except (ApiException, HTTPError, OSError, subprocess.SubprocessError) as error:
             print(error, file=sys.stderr, flush=True)
             enforced = ""

@@ -1,16 +1,24 @@
 """A checkout of a person's own, from which an environment is deployed by make."""
 
+import json
 import os
 import subprocess
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
 
 from orchestration.environment.target import Environment
+from tests.parts import wait_until
 
 MAKE = ("make", "--silent", "--old-file", ".venv/ready")
 """With this checkout's environment as it is: its packages are the same, its code comes from the working directory."""
 
 DAILY = "dbt-pipeline/dbt-pipeline-daily"
+
+CRON = f"0 {(datetime.now(ZoneInfo('America/New_York')).hour + 12) % 24} * * *"
+"""When the copy's daily run is due: half a day from now, as one of the schedule's own would be among those of tests."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,17 @@ class Checkout:
         )
         assert done.returncode == status, done.stdout
         return done.stdout
+
+    def steady(self, env: str = "local") -> dict[str, Any]:
+        """What `make status` finds, once all is ready: on a busy node a probe may have been answered late."""
+
+        def found() -> dict[str, Any] | None:
+            output = self.make("status", ENV=env, JSON="1")
+            shown: dict[str, Any] = json.loads(output[output.index("{") :])
+            return shown if all(each["ready"] == each["wanted"] for each in shown["components"]) else None
+
+        status: dict[str, Any] = wait_until(found, "all to be ready", 90)
+        return status
 
     def edit(self, path: str, old: str, new: str) -> None:
         """Replace a text in one of the copy's files."""

@@ -13,7 +13,7 @@ from orchestration.settings import ROOT
 from tests.cluster import binaries
 from tests.cluster.namespace import Namespace, restricted
 from tests.cluster.turns import turn
-from tests.e2e.checkout import Checkout
+from tests.e2e.checkout import CRON, Checkout
 from tests.e2e.release import Object, Release, pool_values, probe_of, server_values
 from tests.parts import copy_of_checkout
 
@@ -67,10 +67,11 @@ def checkout(cluster: str, image: str, tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("checkout")
     copy_of_checkout(folder)
     (folder / ".venv").symlink_to(ROOT / ".venv")
+    made = Checkout(folder, Environment("local", cluster, f"environment-{uuid4().hex[:8]}"))
+    made.edit("prefect.yaml", "0 6 * * *", CRON)
     identity = ["-c", "user.name=tests", "-c", "user.email=tests@example.com"]
     for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "A copy"]):
         subprocess.run(["git", *command], cwd=folder, check=True)
-    target = Environment("local", cluster, f"environment-{uuid4().hex[:8]}")
     with turn(binaries.cache() / "environments.lock"):
-        yield Checkout(folder, target)
-        target.kubectl("delete", "namespace", target.namespace, "--wait=false", "--ignore-not-found")
+        yield made
+        made.target.kubectl("delete", "namespace", made.target.namespace, "--wait=false", "--ignore-not-found")

@@ -19,7 +19,7 @@ from orchestration.environment.runs import named
 from orchestration.environment.target import POOL
 from tests.cluster import binaries
 from tests.cluster.namespace import Namespace
-from tests.e2e.checkout import DAILY, MAKE, Checkout, environment
+from tests.e2e.checkout import CRON, DAILY, MAKE, Checkout, environment
 from tests.e2e.runs import ended, start
 from tests.parts import answers, free_port, wait_until
 
@@ -59,8 +59,7 @@ def test_a_second_deploy_finds_nothing_to_do(checkout: Checkout) -> None:
 
 
 def test_status_and_logs(checkout: Checkout) -> None:
-    output = checkout.make("status", JSON="1")
-    found = json.loads(output[output.index("{") :])
+    found = checkout.steady()
     components = {"api", "services", "database", "redis", "worker", "results", "drift", "reconciler"}
     assert {each["name"] for each in found["components"]} == components
     assert all(each["ready"] == each["wanted"] == 1 for each in found["components"])
@@ -159,23 +158,24 @@ def test_a_changed_flow_and_schedule_are_deployed_and_taken_back(checkout: Check
     server = _servers(checkout)
     before = _image(checkout)
     checkout.edit("flows/report.py", '"""', '"""Changed. ')
-    checkout.edit("prefect.yaml", "0 6 * * *", "30 7 * * *")
+    changed = CRON.replace("0", "30", 1)
+    checkout.edit("prefect.yaml", CRON, changed)
     plan = checkout.make("plan", status=2)
     assert "prefect-work-pool: Deployment/prefect-work-pool-worker is changed" in plan
     assert "prefect-server:" not in plan
     on_server = plan.split("On the server:")[1]
     assert DAILY in on_server
-    assert "30 7 * * *" in on_server
+    assert changed in on_server
     output = checkout.make("deploy")
     assert "prefect-server is as it should be" in output
     assert _image(checkout) != before
     with connected(checkout.target) as api:
-        assert "30 7 * * *" in json.dumps(_deployment(api)["schedules"])
+        assert changed in json.dumps(_deployment(api)["schedules"])
     checkout.make("run-on-cluster")
     checkout.make("rollback")
     assert _image(checkout) == before
     with connected(checkout.target) as api:
-        assert "0 6 * * *" in json.dumps(_deployment(api)["schedules"])
+        assert CRON in json.dumps(_deployment(api)["schedules"])
     after = _servers(checkout)
     assert after == server
 

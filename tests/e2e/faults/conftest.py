@@ -18,5 +18,5 @@ def values(values: Object) -> Object:
     made["runs"]["variables"] = {"secret": {"type": "string", "default": "prefect-server-auth"}}
     secret = {"name": '{{ "{{ secret }}" }}', "key": "auth-string"}
     made["runs"]["env"] = [{"name": "SECRET", "valueFrom": {"secretKeyRef": secret}}]
-    made["reconciler"]["pendingTimeoutSeconds"] = 30
+    made["reconciler"]["pendingTimeoutSeconds"] = 45
     return made

@@ -33,7 +33,7 @@ from tests.parts import wait_until
 
 
 def test_a_killed_pod_is_tried_again(pool: Release, api: httpx.Client) -> None:
-    run, pod = under_way(api, pool, victim(api), seconds=20)
+    run, pod = under_way(api, pool, victim(api), seconds=60)
     [found] = pods(pool, run)
     killed(pool, pod)
     crashed = state_named(api, run, "Crashed")
@@ -80,7 +80,7 @@ def test_old_results_are_removed(pool: Release, api: httpx.Client) -> None:
 
 
 def test_a_force_deleted_pod_is_tried_again(pool: Release, api: httpx.Client) -> None:
-    run, pod = under_way(api, pool, victim(api), seconds=20)
+    run, pod = under_way(api, pool, victim(api), seconds=60)
     force_deleted(pool.namespace, pod)
     state_named(api, run, "AwaitingRetry")
     completed_by_a_retry(api, run)
@@ -106,7 +106,7 @@ def test_what_runs_out_of_memory_gets_more(pool: Release, api: httpx.Client) -> 
 
 
 def test_an_eviction_leaves_the_crash_budget_alone(pool: Release, api: httpx.Client) -> None:
-    run, pod = under_way(api, pool, victim(api, job_variables={"crash_retries": 0}), seconds=20)
+    run, pod = under_way(api, pool, victim(api, job_variables={"crash_retries": 0}), seconds=60)
     evicted(pool.namespace, pod)
     state_named(api, run, "AwaitingRetry")
     completed(api, run)
@@ -139,7 +139,7 @@ def test_what_cannot_start_is_said_and_given_up(
     stuck = state_named(api, run, word)
     assert said in stuck["message"]
     assert seconds_between(made, stuck) < SEEN
-    crashed = state_named(api, run, "Crashed", 60)
+    crashed = state_named(api, run, "Crashed", 90)
     assert "Given up after" in crashed["message"]
     assert ended(api, run)["state_type"] == "CRASHED"
     wait_until(lambda: not pods(pool, run), "its pod to go", 60)
@@ -153,19 +153,24 @@ def test_a_run_that_cannot_start_keeps_its_slot_no_longer_than_that(pool: Releas
     stuck = start(api, made, job_variables={"image": "localhost:5000/absent:1"})
     state_named(api, stuck, "ImagePullBackOff", 60)
     waiting = start(api, made)
-    state_named(api, stuck, "Crashed", 60)
+    state_named(api, stuck, "Crashed", 90)
     completed(api, waiting)
     assert run_of(api, waiting)["run_count"] == 1
 
 
 def test_a_tag_s_slot_is_given_back_with_its_execution(pool: Release, api: httpx.Client) -> None:
-    """The server's own lease of it ends only after five minutes."""
+    """By whoever gives up the run: the server's own lease of it ends only a minute later."""
+
+    def taken() -> int:
+        return int(api.get("/v2/concurrency_limits/tag:scarce").raise_for_status().json()["active_slots"])
+
     api.post("/concurrency_limits/", json={"tag": "scarce", "concurrency_limit": 1}).raise_for_status()
     run = start(api, deployment(api, entrypoint="/probe/flow.py:holding"))
-    again = state_named(api, run, "AwaitingRetry", 120)
+    wait_until(taken, "the slot to be taken", 120)
+    state_named(api, run, "AwaitingRetry", 60)
+    # A pod of the retry, which takes it again, has yet to be made.
+    assert not taken()
     completed(api, run)
-    [end] = [each for each in states(api, run) if each["type"] == "COMPLETED"]
-    assert seconds_between(again, end) < 60
 
 
 def test_nothing_of_a_run_that_is_given_up_says_that_it_goes_on(pool: Release, api: httpx.Client) -> None:
@@ -263,7 +268,7 @@ def test_a_claim_whose_worker_died_is_taken_again(pool: Release, api: httpx.Clie
 def test_the_reconciler_s_leader_is_replaced(pool: Release, api: httpx.Client) -> None:
     leads = leader(pool)
     assert leads in [pod["metadata"]["name"] for pod in pool.pods("reconciler")]
-    run, pod = under_way(api, pool, victim(api), seconds=20)
+    run, pod = under_way(api, pool, victim(api), seconds=60)
     force_deleted(pool.namespace, leads)
     killed(pool, pod)
     state_named(api, run, "Crashed", 45)
@@ -276,7 +281,7 @@ def test_nothing_of_it_works_without_the_reconciler(pool: Release, api: httpx.Cl
     with without(pool, "reconciler"):
         crashes = start(api, made, parameters={"killed": True})
         stuck = start(api, victim(api, job_variables={"image": "localhost:5000/absent:1"}))
-        dead, pod = under_way(api, pool, made, seconds=20)
+        dead, pod = under_way(api, pool, made, seconds=60)
         killed(pool, pod)
         # On a busy node its process goes on for a while.
         gone, pod = under_way(api, pool, made, seconds=60)

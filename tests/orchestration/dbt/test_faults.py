@@ -124,8 +124,8 @@ def test_a_connection_that_breaks_is_tried_again(shop: Path, query: Query, serve
     run = server.run(state)
 
     def again() -> Object | None:
-        [task] = [task for task in server.get("task_runs", run) if task["task_key"] == "model.shop.countries"]
-        return task if task["run_count"] == 2 else None
+        found = [task for task in server.get("task_runs", run) if task["task_key"] == "model.shop.countries"]
+        return next((task for task in found if task["run_count"] == 2), None)
 
     task = wait_until(again, "the second attempt to be recorded")
     lines = [line["message"] for line in server.logs(run) if line["task_run_id"] == task["id"]]
