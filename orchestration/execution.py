@@ -278,7 +278,7 @@ class Supervisor:
                 run = self._api.ask()
                 state = run["state_type"]
                 if not self._api.is_mine(run):
-                    return code or 1
+                    return 0
                 if state == "CANCELLING":
                     self._api.ask("/set_state", {"state": {"type": "CANCELLED"}})
                 elif state in ("PENDING", "RUNNING") and self._after == "relinquish":
