@@ -162,7 +162,7 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
         self._away = True
 
     async def _submit_run(self, flow_run: FlowRun) -> None:
-        # Here too the next poll is the retry: none is made as long as a run is not yet Pending.
+        # Here too the next poll is the retry, until the run is Pending: none is made before that.
         try:
             with self._impatient.model_copy():
                 await super()._submit_run(flow_run)
@@ -174,10 +174,6 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
             self._note_absence(error)
         finally:
             self._claimed.pop(flow_run.id, None)
-
-    async def _submit_run_and_capture_errors(self, flow_run: FlowRun, task_status: Any = None) -> Any:
-        with self._patient.model_copy():
-            return await super()._submit_run_and_capture_errors(flow_run, task_status)
 
     async def _propose_crashed_state(self, flow_run: FlowRun, message: str, client: Any = None) -> None:
         """Say so, but not of a claim that was let go: by then the run may be another's."""
@@ -194,6 +190,8 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
             return pending
         finally:
             self._proposed.add(flow_run.id)
+            # For what follows in this task; it ends with the block in `_submit_run`.
+            self._patient.model_copy().__enter__()
 
     async def _give_worker_labels_to_flow_run(self, flow_run_id: UUID) -> None:
         """Mark a claimed run, for the reconciler of this cluster alone."""

@@ -19,6 +19,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import (
     PREFECT_API_URL,
+    PREFECT_CLIENT_MAX_RETRIES,
     PREFECT_LOGGING_TO_API_ENABLED,
     PREFECT_WORKER_QUERY_SECONDS,
     temporary_settings,
@@ -184,7 +185,14 @@ async def _claim(
             claiming()
             await super()._submit_run(flow_run)
 
+        async def _propose_pending_state(self, flow_run: FlowRun) -> bool:
+            assert PREFECT_CLIENT_MAX_RETRIES.value() == 0
+            pending = await super()._propose_pending_state(flow_run)
+            assert PREFECT_CLIENT_MAX_RETRIES.value() == 4, "to record the Job is worth a while"
+            return pending
+
         async def _propose_submitting_state(self, flow_run: FlowRun) -> None:
+            assert PREFECT_CLIENT_MAX_RETRIES.value() == 4
             submitting(self, flow_run)
 
     async def make(*_: Any, task_status: Any, **__: Any) -> KubernetesWorkerResult:
