@@ -92,13 +92,9 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
         self._proposed: set[UUID] = set()
         self._claimed: dict[UUID, float] = {}
         self._away = False
-        now = get_settings_context()
-        # Four are half a minute; Prefect's five are longer than a claim lasts.
-        self._impatient, self._patient = (
-            SettingsContext(
-                profile=now.profile, settings=now.settings.copy_with_update({PREFECT_CLIENT_MAX_RETRIES: retries})
-            )
-            for retries in (0, 4)
+        self._own = get_settings_context()
+        self._impatient = SettingsContext(
+            profile=self._own.profile, settings=self._own.settings.copy_with_update({PREFECT_CLIENT_MAX_RETRIES: 0})
         )
 
     def is_worker_still_polling(self, query_interval_seconds: float) -> bool:
@@ -190,8 +186,9 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
             return pending
         finally:
             self._proposed.add(flow_run.id)
-            # For what follows in this task; it ends with the block in `_submit_run`.
-            self._patient.model_copy().__enter__()
+            # For what follows in this task, until the block in `_submit_run` ends: to record a Job is worth some
+            # patience, and whatever is set while a Job is made its run gets too.
+            self._own.model_copy().__enter__()
 
     async def _give_worker_labels_to_flow_run(self, flow_run_id: UUID) -> None:
         """Mark a claimed run, for the reconciler of this cluster alone."""

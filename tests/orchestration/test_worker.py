@@ -188,15 +188,15 @@ async def _claim(
         async def _propose_pending_state(self, flow_run: FlowRun) -> bool:
             assert PREFECT_CLIENT_MAX_RETRIES.value() == 0
             pending = await super()._propose_pending_state(flow_run)
-            assert PREFECT_CLIENT_MAX_RETRIES.value() == 4, "to record the Job is worth a while"
+            assert PREFECT_CLIENT_MAX_RETRIES.value() == 5, "to record the Job is worth a while"
             return pending
 
         async def _propose_submitting_state(self, flow_run: FlowRun) -> None:
-            assert PREFECT_CLIENT_MAX_RETRIES.value() == 4
             submitting(self, flow_run)
 
-    async def make(*_: Any, task_status: Any, **__: Any) -> KubernetesWorkerResult:
+    async def make(_: Any, run: FlowRun, configuration: Any, task_status: Any) -> KubernetesWorkerResult:
         nonlocal jobs
+        assert "PREFECT_CLIENT_MAX_RETRIES" not in configuration.env, "runs have more patience than their worker"
         jobs += 1
         task_status.started("namespace:job")
         return KubernetesWorkerResult(identifier="namespace:job", status_code=0)
