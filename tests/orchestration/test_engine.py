@@ -182,7 +182,7 @@ def test_of_one_that_kubernetes_tries_again_nothing_is_said(run: Callable[..., R
     made.start(how="works", after="relinquish")
     made.noted("at work")
     made.process.terminate()
-    assert made.ended() == (0, "Running")
+    assert made.ended() == (1, "Running")
     assert made.notes()[1:] == ["at work", "cleaned up"]
 
 
