@@ -4,7 +4,7 @@ import abc
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from unittest.mock import patch
@@ -38,6 +38,16 @@ def nothing() -> None:
     """What the runs would do; none of them gets to it."""
 
 
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    """Workers that watch no cluster, and whose logs stay here."""
+    with (
+        patch.dict("os.environ", PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED="false"),
+        temporary_settings({PREFECT_LOGGING_TO_API_ENABLED: False}),
+    ):
+        yield
+
+
 class _WithoutJobs(worker.Worker, abc.ABC):
     """Claims as the worker does, and makes no Job, which would need a cluster."""
 
@@ -50,6 +60,14 @@ async def _states(client: PrefectClient, runs: list[UUID]) -> Counter[str]:
     return Counter(str(run.state_type.value) for run in found if run.state_type)
 
 
+async def _deployment(client: PrefectClient, pool: str, limit: int | None = None) -> UUID:
+    """Of the flow, in a new pool of that name with that limit."""
+    await client.create_work_pool(WorkPoolCreate(name=pool, type="kubernetes", concurrency_limit=limit))
+    return await client.create_deployment(
+        flow_id=await client.create_flow(nothing), name="nothing", work_pool_name=pool
+    )
+
+
 async def _claims_of_hasty_polls(pool: str, limit: int) -> tuple[Counter[str], Counter[str]]:
     """The runs' states after polls in a row while the server has not heard of a claim; and at rest."""
     heard = asyncio.Event()
@@ -60,10 +78,7 @@ async def _claims_of_hasty_polls(pool: str, limit: int) -> tuple[Counter[str], C
         return bool(await propose(self, flow_run))
 
     async with get_client() as client:
-        await client.create_work_pool(WorkPoolCreate(name=pool, type="kubernetes", concurrency_limit=limit))
-        made = await client.create_deployment(
-            flow_id=await client.create_flow(nothing), name="nothing", work_pool_name=pool
-        )
+        made = await _deployment(client, pool, limit)
 
         async def start(ago: float) -> UUID:
             when = datetime.now(UTC) - timedelta(minutes=ago)
@@ -87,11 +102,7 @@ async def _claims_of_hasty_polls(pool: str, limit: int) -> tuple[Counter[str], C
 def test_no_more_runs_are_claimed_than_the_pools_limit_however_slow_the_server() -> None:
     """The server counts from Pending on; a poll before that would get the same room a second time."""
     pool = f"limited-{uuid4().hex[:6]}"
-    with (
-        patch.dict("os.environ", PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED="false"),
-        temporary_settings({PREFECT_LOGGING_TO_API_ENABLED: False}),
-    ):
-        during, at_rest = asyncio.run(_claims_of_hasty_polls(pool, limit=2))
+    during, at_rest = asyncio.run(_claims_of_hasty_polls(pool, limit=2))
     assert during == {"SCHEDULED": 4}
     assert at_rest == {"PENDING": 2, "SCHEDULED": 2}
 
@@ -117,10 +128,7 @@ async def _claimed_around_absences(
                 await asyncio.sleep(seconds)
 
     async with get_client() as client:
-        await client.create_work_pool(WorkPoolCreate(name=pool, type="kubernetes"))
-        made = await client.create_deployment(
-            flow_id=await client.create_flow(nothing), name="nothing", work_pool_name=pool
-        )
+        made = await _deployment(client, pool)
         with temporary_settings(away):
             tested = Counting(work_pool_name=pool, create_pool_if_not_found=False)
             working = asyncio.create_task(tested.start())
@@ -160,11 +168,7 @@ def test_a_worker_outlasts_an_api_that_is_away(
     Where a network drops what it sends a poll of its own takes a minute, in which it asks at ever longer intervals.
     """
     monkeypatch.setattr(worker, "CONNECT", 0.2)
-    with (
-        patch.dict("os.environ", PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED="false"),
-        temporary_settings({PREFECT_LOGGING_TO_API_ENABLED: False}),
-    ):
-        assert asyncio.run(_claimed_around_absences(prefect_server, free_port(), absent)) >= 15
+    assert asyncio.run(_claimed_around_absences(prefect_server, free_port(), absent)) >= 15
 
 
 def _nothing(*_: Any) -> None:
@@ -202,10 +206,7 @@ async def _claim(
         return KubernetesWorkerResult(identifier="namespace:job", status_code=0)
 
     async with get_client() as client:
-        await client.create_work_pool(WorkPoolCreate(name=pool, type="kubernetes"))
-        made = await client.create_deployment(
-            flow_id=await client.create_flow(nothing), name="nothing", work_pool_name=pool
-        )
+        made = await _deployment(client, pool)
         with temporary_settings({PREFECT_API_URL: url}), patch.object(KubernetesWorker, "run", make):
             async with Cut(work_pool_name=pool, create_pool_if_not_found=False) as tested:
                 await tested.sync_with_backend()
@@ -242,21 +243,13 @@ def _grow_old(claiming: worker.Worker, run: FlowRun) -> None:
 def test_a_claim_that_was_cut_off_makes_no_job_and_says_nothing_of_what_may_be_another_s(
     prefect_server: str, happens: Callable[[worker.Worker, FlowRun], None], state: str, jobs: int
 ) -> None:
-    with (
-        patch.dict("os.environ", PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED="false"),
-        temporary_settings({PREFECT_LOGGING_TO_API_ENABLED: False}),
-    ):
-        assert asyncio.run(_claim(prefect_server, submitting=happens)) == ({state: 1}, jobs)
+    assert asyncio.run(_claim(prefect_server, submitting=happens)) == ({state: 1}, jobs)
 
 
 def test_an_api_that_goes_before_a_run_is_claimed_costs_a_poll(prefect_server: str) -> None:
     """Prefect's own worker ends of it, with its other claims, after a minute in which it does not poll."""
     port = free_port()
-    with (
-        patch.dict("os.environ", PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED="false"),
-        temporary_settings({PREFECT_LOGGING_TO_API_ENABLED: False}),
-        contextlib.ExitStack() as there,
-    ):
+    with contextlib.ExitStack() as there:
         claims = 0
 
         def come() -> None:
