@@ -53,10 +53,11 @@ async def find(server: Server, owner: str) -> list[Drift]:
         # What a sync did in between was seen in part.
         if before and record and before.serial == record.serial:
             break
-        if record is None:
-            known = ", ".join(sorted(await records_of.all_of(server))) or "nobody"
+        # Unless its first sync came just now.
+        if record is None and owner not in (known := await records_of.all_of(server)):
             raise DeploymentsError(
-                f"{owner} has never synced to {server.url}. It knows {known}. Say --owner, or sync first"
+                f"{owner} has never synced to {server.url}. It knows {', '.join(sorted(known)) or 'nobody'}. "
+                "Say --owner, or sync first"
             )
     drifted = []
     for (kind, key), fields in sorted(record.applied.items()):

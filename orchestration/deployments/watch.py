@@ -90,7 +90,8 @@ class _State:
     def failed(self, reason: str) -> None:
         """Count a failure; said once, until looks succeed or fail otherwise."""
         self.failures.inc()
-        if reason != self.pulse.trouble:
+        # What is wrong is the first sentence. The cure after it may change (which owners the server knows).
+        if reason.partition(". ")[0] != self.pulse.trouble.partition(". ")[0]:
             print(f"{reason.rstrip('.')}. Looking again.", file=sys.stderr, flush=True)
         self.pulse.trouble = reason
 

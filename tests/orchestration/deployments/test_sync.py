@@ -12,8 +12,9 @@ from unittest.mock import patch
 import pytest
 
 from orchestration.api import Server
-from orchestration.deployments import server
+from orchestration.deployments import record, server
 from orchestration.deployments.objects import Name, Object
+from orchestration.deployments.record import Record
 from orchestration.settings import ROOT
 from tests.orchestration.deployments.conftest import Project
 from tests.parts import free_port
@@ -335,6 +336,22 @@ def test_a_sync_in_the_midst_of_a_look_is_no_drift(project: Project, monkeypatch
         return await read(asked)
 
     monkeypatch.setattr(server, "everything", late)
+    assert project.run("diff")[0] == 0
+    assert synced
+
+
+def test_a_first_sync_in_the_midst_of_a_look_is_one(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.write({"name": "a"})
+    read = record.all_of
+    synced: list[str] = []
+
+    async def late(asked: Server) -> dict[str, Record]:
+        if not synced:
+            synced.append("a sync reads as well")
+            await asyncio.to_thread(project.sync)
+        return await read(asked)
+
+    monkeypatch.setattr(record, "all_of", late)
     assert project.run("diff")[0] == 0
     assert synced
 

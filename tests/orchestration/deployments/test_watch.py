@@ -149,6 +149,10 @@ def test_an_owner_who_has_not_synced_yet_is_waited_for(project: Project, prefect
         wait_until(lambda: (watcher.metric(*failures) or 0) >= 2, "looks that fail")
         assert watcher.metric("desired_state_drifted_objects", project.owner, "deployment") is None, "nobody looked"
         assert "never synced" in watcher.get("/health")
+        other = project.own("other")
+        project.write(name=other, work_pools=[], variables=[{"name": project.own("region"), "value": "eu"}])
+        project.sync()
+        wait_until(lambda: other in watcher.get("/health"), "a look that names another owner")
         project.write({"name": "a"})
         project.sync()
         wait_until(lambda: artifacts(project), "a look")
