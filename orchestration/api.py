@@ -33,17 +33,24 @@ JSON = dict[str, Any]
 
 
 CLOCK = timedelta(seconds=3)
-"""By how much two clocks may differ unnoticed: the date of an answer has no fractions, a server makes it once a second,
-and the answer takes its time."""
+"""By how much two clocks may differ unnoticed: the date of an answer has no fractions, and a server makes it once a
+second."""
 
 
 def ahead(response: httpx.Response) -> timedelta:
-    """By how much the clock of who answered is ahead of this one; nothing where that is within `CLOCK`, or not said."""
+    """By how much the clock of who answered is ahead of this one; nothing where that is within `CLOCK`, or not said.
+
+    The answer was made at some time after it was asked for: a slow one is no slow clock.
+    """
     try:
-        found = parsedate_to_datetime(response.headers["Date"]) - datetime.now(UTC)
+        said = parsedate_to_datetime(response.headers["Date"])
     except (KeyError, ValueError):
         return timedelta()
-    return found if abs(found) > CLOCK else timedelta()
+    received = datetime.now(UTC)
+    asked = received - response.elapsed
+    if asked - CLOCK <= said <= received + CLOCK:
+        return timedelta()
+    return said - (received if said > received else asked)
 
 
 class RefusedError(ApiError):

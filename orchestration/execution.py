@@ -148,10 +148,13 @@ def _refused(error: Exception) -> bool:
     return getattr(error, "code", 500) < 500
 
 
-def _give_up(job: str) -> None:
-    """Kill this process's group."""
+def _give_up(job: str, engine: "Engine | None" = None) -> None:
+    """Kill this process's group, and its engine's."""
     print(f"Job {job} was given up, and its run goes on elsewhere: this execution ends.", flush=True)
     _write({"fenced": 1})
+    # Last, as the engine's end is followed by this process's own.
+    if engine:
+        engine.kill(signal.SIGKILL)
     os.killpg(0, signal.SIGKILL)
 
 
@@ -240,13 +243,13 @@ class Supervisor:
         for each in (self._watch, self._end):
             threading.Thread(target=each, daemon=True).start()
         code = self._engine.process.wait()
-        return self._conclude(code) if self._asked.is_set() else code
+        # One that is cancelled in its last moments ends by itself, and is refused what it says of that.
+        return self._conclude(code) if self._asked.is_set() or self._state() == "CANCELLING" else code
 
     def _watch(self) -> None:
         for run in self._api.runs():
             if self._api.is_fenced(run):
-                self._engine.kill(signal.SIGKILL)
-                _give_up(self._api.job)
+                _give_up(self._api.job, self._engine)
             if run.get("state_type") == "CANCELLING":
                 self._cancelling = True
                 self._asked.set()
@@ -254,7 +257,7 @@ class Supervisor:
     def _end(self) -> None:
         self._asked.wait()
         after = {"reschedule": b"r", "relinquish": b"q"}.get(self._after, b"")
-        why = b"c" if self._cancelling or self._state() == "CANCELLING" else after
+        why = b"c" if self._state() == "CANCELLING" or self._cancelling else after
         if why and not self._engine.warned(why):
             self._engine.kill(signal.SIGKILL)
         elif self._state() in ("PENDING", "RUNNING", "CANCELLING", ""):  # else it is about to end

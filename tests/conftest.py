@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
 import pytest
 
@@ -123,13 +122,10 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def namespace(cluster: str) -> Iterator["Namespace"]:
     """A namespace of the cluster, of the test's own."""
-    from tests.cluster import binaries
-    from tests.cluster.namespace import Namespace
+    from tests.cluster.namespace import new
 
-    made = Namespace(cluster, f"test-{uuid4().hex[:8]}")
-    binaries.kubectl("--context", cluster, "create", "namespace", made.name)
-    yield made
-    binaries.kubectl("--context", cluster, "delete", "namespace", made.name, "--wait=false")
+    with new(cluster, "test") as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -25,21 +26,29 @@ Query = Callable[..., list[tuple[Any, ...]]]
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of the loopback interface that nobody uses now.
+
+    None of those that the kernel gives to whoever connects: one of them may be taken before it is used.
+    """
+    while True:
+        port = 10_000 + secrets.randbelow(20_000)  # `random` is hypothesis', which begins again and again
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = 60) -> Any:
     """Poll `condition` until it is true; its value."""
     start = time.monotonic()
-    while (waited := time.monotonic() - start) < seconds:
+    while True:
+        # On a machine that stood still meanwhile the last look comes after the end.
+        waited = time.monotonic() - start
         if value := condition():
             return value
+        if waited > seconds:
+            raise AssertionError(f"not within {seconds} s: {what}")
         # An answer costs kubectl or a server more than a pause does: a wait may last a twentieth longer than it must.
         time.sleep(min(max(0.05, waited / 20), 1))
-    raise AssertionError(f"not within {seconds} s: {what}")
 
 
 def answers(url: str) -> bool:
@@ -62,7 +71,7 @@ class _Again(httpx.HTTPTransport):
             answer.close()
             return None
 
-        answer: httpx.Response = wait_until(answered, f"an answer to {request.method} {request.url}")
+        answer: httpx.Response = wait_until(answered, f"an answer to {request.method} {request.url}", 240)
         return answer
 
 
@@ -70,8 +79,8 @@ def client_of(url: str, auth: httpx.Auth | None = None) -> httpx.Client:
     """A client of the Prefect API at `url` that has its answer at once or later: on a busy machine SQLite may be locked
     for longer than the server waits, and then it changes nothing and says 503.
     """
-    # A server closes what is idle for 5 s, which a request may meet; a client is to be first.
-    return httpx.Client(base_url=url, auth=auth, timeout=60, transport=_Again(limits=httpx.Limits(keepalive_expiry=2)))
+    # A server closes what is idle for 5 s, which a request may meet; a client is to be first. It says 503 after 60 s.
+    return httpx.Client(base_url=url, auth=auth, timeout=75, transport=_Again(limits=httpx.Limits(keepalive_expiry=2)))
 
 
 def asked(api: httpx.Client, method: str, path: str, body: Any = None, **headers: str) -> Any:
@@ -201,4 +210,9 @@ def prefect_server(home: Path) -> Iterator[str]:
             yield url
         finally:
             server.terminate()
-            server.wait(30)
+            # It waits for its connections and for what it is doing.
+            try:
+                server.wait(30)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import random
 import sys
+import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import groupby
@@ -82,9 +83,11 @@ async def sync(
         DeploymentsError: the server refuses a part; the rest is done, and the next sync goes on.
     """
     first: Plan | None = None
+    took = 0.0
     for number in range(ROUNDS):
         # Two that want different things would stay in step, and each find the other at work each time.
-        await asyncio.sleep(random.uniform(0, number))  # noqa: S311 - no secret
+        await asyncio.sleep(random.uniform(0, number * max(1, took)))  # noqa: S311 - no secret
+        began = time.monotonic()
         plan = await planning.make(server, desired, prune=prune, adopt=adopt)
         if first is None or plan.changes:
             report(plan)
@@ -92,6 +95,7 @@ async def sync(
         if not plan.changes:
             return first
         together, refused = await _apply(server, plan)
+        took = time.monotonic() - began
         # What another sync was faster with is refused; to look again tells whether anything is left to do.
         if together:
             continue

@@ -47,8 +47,8 @@ EVERY = 20.0
 """Seconds from one fault to the next."""
 
 STUCK = 90.0
-"""Seconds for which a run that is due may be without a live pod. The longest that is right: 60 for a claim whose worker
-died, and then the next one's time to take it."""
+"""Seconds of the Prefect API's presence for which a run that is due may be without a live pod. The longest that is
+right: 60 for a claim whose worker died, and then the next one's time to take it."""
 
 LAST = 300.0
 """Seconds that the last runs get once no more are started."""
@@ -292,7 +292,7 @@ class Outcome:
             "executions": executions,
             "steps begun": steps,
             "runs lost": len(self.states),
-            f"runs that were due and without a live pod for over {STUCK:.0f} s": len(self.stuck),
+            f"runs that were due and without a live pod for over {STUCK:.0f} s of the API's presence": len(self.stuck),
             "the longest of that (s)": f"{max(self.waited.values(), default=0):.0f}",
             "runs whose flow was executed twice at a time": len(self.doubled),
             "containers that began before the run's last one had ended": len(self.beside),
@@ -334,6 +334,7 @@ class Soak:
         self._runs: dict[str, Object] = {}
         self._live: dict[str, list[str]] = {}
         self._without: dict[str, float] = {}
+        self._away_since = 0.0
         self._hungry: list[Fault] = []
         self._over: set[str] = set()
         self._bag: list[str] = []
@@ -357,12 +358,14 @@ class Soak:
         deadline = began + length + LAST
         try:
             while (now := time.monotonic()) < deadline:
-                with contextlib.suppress(ServerAwayError):
+                try:
                     if len(self.seen.runs) < runs and now >= began + pause * len(self.seen.runs):
                         self._start_one()
                     self._look()
                     if len(self.seen.runs) == runs and self._given_up().issuperset(self.seen.states):
                         break
+                except ServerAwayError:
+                    self._away_since = self._away_since or time.time()
                 if now >= fault_at and now < began + length:
                     fault_at = max(fault_at + EVERY, now + EVERY / 2) if self._fault() else now + 1
                 if now >= said_at:
@@ -415,6 +418,9 @@ class Soak:
         }
         with self.api.client() as client:
             found: list[Object] = client.post("/flow_runs/filter", json=body).raise_for_status().json()
+        if self._away_since:
+            away, self._away_since = time.time() - self._away_since, 0.0
+            self._without = {run: since + away for run, since in self._without.items()}
         self._runs = {each["id"]: each for each in found}
         self.seen.states = {each["id"]: each["state_name"] for each in found}
         self._see_pods()

@@ -11,6 +11,7 @@ from uuid import uuid4
 
 from tests.cluster import binaries, images
 from tests.cluster.progress import ClusterError
+from tests.parts import wait_until
 
 RESTRICTED = {
     "runAsNonRoot": True,
@@ -54,7 +55,7 @@ class Namespace:
         metadata = {"name": name, "labels": {"app": name} | spec.pop("labels", {})}
         self.apply({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": defaults | spec})
         if ready:
-            self.kubectl("wait", "--for=condition=Ready", f"pod/{name}", "--timeout=90s")
+            self.kubectl("wait", "--for=condition=Ready", f"pod/{name}", "--timeout=300s")
 
     def serve(self) -> None:
         """Start a web server, the pod `server` behind a service of that name."""
@@ -89,15 +90,24 @@ class Namespace:
 
 
 @contextlib.contextmanager
-def restricted(context: str, prefix: str) -> Iterator[Namespace]:
-    """A new namespace that enforces the restricted standard; deleted afterwards, with all that is in it."""
+def new(context: str, prefix: str) -> Iterator[Namespace]:
+    """A new namespace; deleted afterwards, with all that is in it."""
     made = Namespace(context, f"{prefix}-{uuid4().hex[:8]}")
     binaries.kubectl("--context", context, "create", "namespace", made.name)
     try:
-        made.kubectl("label", "namespace", made.name, "pod-security.kubernetes.io/enforce=restricted")
+        account = ("get", "serviceaccount", "default", "--ignore-not-found", "-o", "name")
+        wait_until(lambda: made.kubectl(*account), "the service account without which no pod may be made")
         yield made
     finally:
         binaries.kubectl("--context", context, "delete", "namespace", made.name, "--wait=false")
+
+
+@contextlib.contextmanager
+def restricted(context: str, prefix: str) -> Iterator[Namespace]:
+    """A new namespace that enforces the restricted standard; deleted afterwards, with all that is in it."""
+    with new(context, prefix) as made:
+        made.kubectl("label", "namespace", made.name, "pod-security.kubernetes.io/enforce=restricted")
+        yield made
 
 
 @contextlib.contextmanager

@@ -76,7 +76,7 @@ def test_a_node_whose_processes_were_all_killed_comes_back(namespace: Namespace)
     assert not node.running()
     assert command.main(["up"]) == 0
     for name in ("server", "client"):
-        namespace.kubectl("wait", "--for=condition=Ready", f"pod/{name}", "--timeout=90s")
+        namespace.kubectl("wait", "--for=condition=Ready", f"pod/{name}", "--timeout=300s")
     wait_until(lambda: namespace.connects("client", "server", 80), "the server to be reached")
 
 

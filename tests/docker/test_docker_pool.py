@@ -209,13 +209,22 @@ def test_no_password_is_in_a_container_s_environment_or_the_api(stack: Stack, ap
 
 
 def test_a_run_that_is_killed_is_crashed(stack: Stack, api: httpx.Client) -> None:
-    run, container = stack.start_run()
-    running = lambda: api.get(f"/flow_runs/{run}").json()["state"]["type"] == "RUNNING"  # noqa: E731
-    wait_until(running, "the run to run", 180)
-    stack.docker("kill", container["Id"])
-    kind, message = _ended(api, run)
-    assert kind == "CRASHED"
-    assert "status code 137" in message
+    """With its exit code, unless Docker had removed the container by the time Prefect's worker asked for that."""
+
+    def killed() -> str:
+        run, container = stack.start_run()
+        running = lambda: api.get(f"/flow_runs/{run}").json()["state"]["type"] == "RUNNING"  # noqa: E731
+        wait_until(running, "the run to run", 180)
+        stack.docker("kill", container["Id"])
+        kind, message = _ended(api, run)
+        assert kind == "CRASHED"
+        return message
+
+    messages = [killed()]
+    while "status code 137" not in messages[-1] and len(messages) < 3:
+        assert "No heartbeat" in messages[-1]
+        messages.append(killed())
+    assert "status code 137" in messages[-1], messages
 
 
 def test_the_warehouse_s_user_does_not_get_into_prefect_s_database(stack: Stack) -> None:

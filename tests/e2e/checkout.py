@@ -50,7 +50,8 @@ class Checkout:
         def found() -> dict[str, Any] | None:
             output = self.make("status", ENV=env, JSON="1")
             shown: dict[str, Any] = json.loads(output[output.index("{") :])
-            return shown if all(each["ready"] == each["wanted"] for each in shown["components"]) else None
+            ready = all(each["ready"] == each["wanted"] for each in shown["components"])
+            return shown if ready and not shown["problems"] else None
 
         status: dict[str, Any] = wait_until(found, "all to be ready", 90)
         return status

@@ -18,6 +18,7 @@ from orchestration.settings import ROOT
 from tests.cluster import binaries, images
 from tests.cluster.namespace import Namespace
 from tests.cluster.turns import turn
+from tests.parts import wait_until
 
 Object = dict[str, Any]
 
@@ -52,13 +53,17 @@ class Release:
         template = f'{{{{index .data "{key}" | base64decode}}}}'
         return self.namespace.kubectl("get", "secret", name, "-o", f"go-template={template}")
 
-    def pods(self, component: str = "") -> list[Object]:
-        """The release's pods, of one component or all."""
+    def pods(self, component: str = "", *, ending: bool = False) -> list[Object]:
+        """The release's pods, of one component or all; with those that are told to go or without."""
         selector = f"app.kubernetes.io/instance={self.name}"
         if component:
             selector += f",app.kubernetes.io/component={component}"
         found: list[Object] = json.loads(self.namespace.kubectl("get", "pods", "-l", selector, "-o", "json"))["items"]
-        return [pod for pod in found if not pod["metadata"].get("deletionTimestamp")]
+        return [pod for pod in found if ending or not pod["metadata"].get("deletionTimestamp")]
+
+    def one_worker(self) -> None:
+        """Wait until there is one: one of before that has not yet heard that it is to go claims runs as before."""
+        wait_until(lambda: len(self.pods("worker", ending=True)) == 1, "the worker of before to go", 90)
 
     def restarts(self) -> dict[str, int]:
         """How often each pod's containers were started again."""

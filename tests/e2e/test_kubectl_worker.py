@@ -125,7 +125,7 @@ def test_it_joins_the_pool_and_a_run_is_a_pod_beside_it(pool: Release, away: Nam
         [pod] = found
         return (run, pod) if pod["spec"]["containers"][0]["resources"]["limits"] == {"memory": "640Mi"} else None
 
-    run, pod = wait_until(with_the_new_template, "a run by the new template", 90)
+    run, pod = wait_until(with_the_new_template, "a run by the new template", 300)
     assert pod["spec"]["serviceAccountName"] == "prefect-work-pool-runs"
     assert [line for line in logged(api, run, f"reaches {addresses[-1]}") if line.startswith("reaches")] == [
         f"reaches {addresses[0]}: True",

@@ -11,8 +11,7 @@ import pytest
 
 from orchestration.environment.diagnosis import why
 from orchestration.environment.target import Environment
-from tests.cluster import binaries
-from tests.cluster.namespace import Namespace
+from tests.cluster.namespace import Namespace, restricted
 from tests.cluster.progress import ClusterError
 from tests.e2e.release import Object, Release, server_values
 from tests.parts import wait_until
@@ -28,13 +27,10 @@ def values(image: str) -> Object:
 @pytest.fixture(scope="module")
 def server(cluster: str, values: Object) -> Iterator[Release]:
     """A server that is installed from nothing, in a namespace that enforces the restricted standard."""
-    namespace = Namespace(cluster, f"server-{uuid4().hex[:8]}")
-    binaries.kubectl("--context", cluster, "create", "namespace", namespace.name)
-    namespace.kubectl("label", "namespace", namespace.name, "pod-security.kubernetes.io/enforce=restricted")
-    release = Release("prefect-server", NAME, namespace)
-    release.deploy(values)
-    yield release
-    binaries.kubectl("--context", cluster, "delete", "namespace", namespace.name, "--wait=false")
+    with restricted(cluster, "server") as namespace:
+        release = Release("prefect-server", NAME, namespace)
+        release.deploy(values)
+        yield release
 
 
 @pytest.fixture

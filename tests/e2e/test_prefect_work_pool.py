@@ -161,6 +161,7 @@ def test_an_upgrade_changes_pool_and_template_and_a_rollback_takes_it_back(
     changed["pool"] = {"concurrencyLimit": 3, "queues": [{"name": "urgent", "priority": 1, "concurrencyLimit": 1}]}
     changed["runs"]["resources"]["limits"]["memory"] = "640Mi"
     pool.deploy(changed)
+    pool.one_worker()
     found = api.get("/work_pools/default").json()
     assert found["concurrency_limit"] == 3
     assert found["base_job_template"]["variables"]["properties"]["memory_limit"]["default"] == "640Mi"
@@ -244,7 +245,7 @@ def test_an_upgrade_brings_the_server_to_what_the_files_say_and_a_rollback_takes
     before = there()
     first = {name: said(each) for name, each in before.items()}
     assert first == {"a": ("first", "0 6 * * *"), "b": ("first", "30 6 * * *")}
-    under_way = start(api, before["b"]["id"], parameters={"seconds": 180})
+    under_way = start(api, before["b"]["id"], parameters={"seconds": 300})
     wait_until(lambda: run_of(api, under_way)["state_type"] == "RUNNING", "the run to run", 120)
 
     deploy("second.yaml", "640Mi")
@@ -255,7 +256,7 @@ def test_an_upgrade_brings_the_server_to_what_the_files_say_and_a_rollback_takes
     assert said(now["c"]) == ("second", "30 7 * * *")
     assert now["b"]["paused"], "nothing of it starts any more"
     assert memory() == "640Mi"
-    outcome = ended(api, under_way, 300)
+    outcome = ended(api, under_way, 420)
     assert (outcome["state_type"], outcome["run_count"]) == ("COMPLETED", 1)
     deploy("second.yaml", "640Mi")
     assert set(there()) == {"a", "c"}

@@ -8,8 +8,8 @@ from uuid import uuid4
 
 import pytest
 
-from tests.cluster import binaries, images
-from tests.cluster.namespace import RESTRICTED, Namespace
+from tests.cluster import images
+from tests.cluster.namespace import RESTRICTED, Namespace, new
 from tests.e2e.checkout import DAILY, Checkout
 from tests.parts import wait_until
 
@@ -50,37 +50,35 @@ class Databases:
 
 @pytest.fixture(scope="module")
 def databases(cluster: str) -> Iterator[Databases]:
-    namespace = Namespace(cluster, f"databases-{uuid4().hex[:8]}")
-    binaries.kubectl("--context", cluster, "create", "namespace", namespace.name)
-    requests = {"resources": {"requests": {"cpu": "10m", "memory": "128Mi"}, "limits": {"memory": "1Gi"}}}
-    variables = {"POSTGRES_USER": "owner", "POSTGRES_PASSWORD": PASSWORD, "POSTGRES_DB": "prefect"}
-    namespace.pod(
-        "valkey",
-        ready=False,
-        container={
-            "image": images.VALKEY,
-            "command": ["valkey-server", "--requirepass", PASSWORD, "--dir", "/tmp"],  # noqa: S108 - in the pod
-            "securityContext": USER,
-        }
-        | requests,
-    )
-    namespace.pod(
-        "postgres",
-        container={
-            "image": images.POSTGRES,
-            "command": None,
-            "env": [{"name": name, "value": value} for name, value in variables.items()],
-            "readinessProbe": {"exec": {"command": ["pg_isready", "-h", "127.0.0.1"]}, "periodSeconds": 1},
-            "securityContext": USER,
-            "volumeMounts": [{"name": "run", "mountPath": "/var/run/postgresql"}],
-        }
-        | requests,
-        volumes=[{"name": "run", "emptyDir": {}}],
-    )
-    made = Databases(namespace)
-    made.sql("prefect", "create database warehouse")
-    yield made
-    binaries.kubectl("--context", cluster, "delete", "namespace", namespace.name, "--wait=false")
+    with new(cluster, "databases") as namespace:
+        requests = {"resources": {"requests": {"cpu": "10m", "memory": "128Mi"}, "limits": {"memory": "1Gi"}}}
+        variables = {"POSTGRES_USER": "owner", "POSTGRES_PASSWORD": PASSWORD, "POSTGRES_DB": "prefect"}
+        namespace.pod(
+            "valkey",
+            ready=False,
+            container={
+                "image": images.VALKEY,
+                "command": ["valkey-server", "--requirepass", PASSWORD, "--dir", "/tmp"],  # noqa: S108 - in the pod
+                "securityContext": USER,
+            }
+            | requests,
+        )
+        namespace.pod(
+            "postgres",
+            container={
+                "image": images.POSTGRES,
+                "command": None,
+                "env": [{"name": name, "value": value} for name, value in variables.items()],
+                "readinessProbe": {"exec": {"command": ["pg_isready", "-h", "127.0.0.1"]}, "periodSeconds": 1},
+                "securityContext": USER,
+                "volumeMounts": [{"name": "run", "mountPath": "/var/run/postgresql"}],
+            }
+            | requests,
+            volumes=[{"name": "run", "emptyDir": {}}],
+        )
+        made = Databases(namespace)
+        made.sql("prefect", "create database warehouse")
+        yield made
 
 
 @pytest.fixture(scope="module")

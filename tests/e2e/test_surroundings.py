@@ -52,7 +52,7 @@ def local(cluster: str, overlay: Path) -> Iterator[Namespace]:
     try:
         binaries.kubectl("--context", cluster, "apply", "-k", str(overlay))
         _make_secret(made)
-        made.kubectl("rollout", "status", "statefulset/warehouse", "--timeout=90s")
+        made.kubectl("rollout", "status", "statefulset/warehouse", "--timeout=300s")
         yield made
     finally:
         binaries.kubectl("--context", cluster, "delete", "namespace", made.name, "--wait=false", "--ignore-not-found")

@@ -63,7 +63,7 @@ def test_a_backfill_that_was_killed_goes_on_where_it_was(run: Run, query: Query,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    wait_until(lambda: query("select count(*) > 31 from raw.loads") == [(True,)], "the first chunks")
+    wait_until(lambda: query("select count(*) > 31 from raw.loads") == [(True,)], "the first chunks", 180)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     # What was being committed is, a moment after.

@@ -224,15 +224,16 @@ def test_a_corrected_source_reaches_the_marts(postgres: str, landing_zone: Path)
         ) == [("2013-01-01",), ("2013-01-03",)]
 
 
-def test_make_docs_serves_the_documentation(database: str) -> None:
+def test_make_docs_serves_the_documentation(database: str, tmp_path: Path) -> None:
     port = free_port()
+    # Flows of other tests tidy up where dbt writes by default.
+    variables = {"WAREHOUSE_URL": database, "DBT_TARGET_PATH": str(tmp_path), "DBT_LOG_PATH": str(tmp_path)}
     command = ["make", "--silent", "--old-file", ".venv/ready", "docs", f"PORT={port}"]
     served = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"WAREHOUSE_URL": database}, stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )  # fmt: skip
+        command, cwd=ROOT, env=os.environ | variables, stdout=subprocess.DEVNULL, start_new_session=True
+    )
     try:
-        wait_until(lambda: answers(f"http://127.0.0.1:{port}/"), "the documentation", 120)
+        wait_until(lambda: answers(f"http://127.0.0.1:{port}/"), "the documentation", 300)
         with urlopen(f"http://127.0.0.1:{port}/manifest.json") as answer:
             assert "model.flights.route_performance" in json.load(answer)["nodes"]
     finally:

@@ -55,6 +55,9 @@ def ends(how="completes", cleanup=1.0):
         time.sleep(60)
     if how == "works":
         step(cleanup)
+    if how == "ends soon":
+        note("at work")
+        time.sleep(3)
 """
 
 
@@ -74,11 +77,11 @@ class Run:
     def ask(self, method: str, path: str, /, **body: Any) -> Any:
         return asked(self.api, method, path, body or None)
 
-    def start(self, grace: int = 60, after: str = "reschedule", **parameters: Any) -> None:
+    def start(self, grace: int = 60, after: str = "reschedule", every: float = 0.5, **parameters: Any) -> None:
         path = f"/deployments/{self.deployment}/create_flow_run"
         self.id = self.ask("POST", path, parameters=parameters, state={"type": "PENDING"})["id"]
-        # What it waits for in between is only in the way here.
-        code = "import execution, sys; execution.EVERY = 0.5; sys.exit(execution.main(sys.argv[1:]))"
+        # What it waits for in between is mostly in the way here.
+        code = f"import execution, sys; execution.EVERY = {every}; sys.exit(execution.main(sys.argv[1:]))"
         env = os.environ | {
             "PREFECT_API_URL": self.url, "PREFECT__FLOW_RUN_ID": self.id, "KUBERNETES_JOB": "job",
             "PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR": after, "GRACE_SECONDS": str(grace),
@@ -168,8 +171,11 @@ def test_asked_to_end_a_run_is_tried_again_only_when_its_tasks_have_cleaned_up(r
     made.start(how="works", cleanup=2)
     made.noted("at work")
     made.process.terminate()
-    while "cleaned up" not in made.notes():
-        assert made.state()["name"] == "Running"
+    while True:
+        state = made.state()["name"]
+        if "cleaned up" in made.notes():
+            break
+        assert state == "Running"
         time.sleep(0.1)
     assert made.ended() == (0, "AwaitingRetry")
     assert made.notes()[1:] == ["at work", "cleaned up"]
@@ -201,6 +207,14 @@ def test_a_run_that_is_cancelled_runs_its_hooks(run: Callable[..., Run], heard: 
     assert made.notes()[1:] == ["at work", "cleaned up", "hook"]
 
 
+def test_a_run_that_ends_before_it_hears_that_it_is_cancelled_is_cancelled(run: Callable[..., Run]) -> None:
+    made = run()
+    made.start(how="ends soon", every=60)
+    made.noted("at work")
+    made.ask("POST", f"/flow_runs/{made.id}/set_state", state={"type": "CANCELLING"})
+    assert made.ended() == (0, "Cancelled")
+
+
 @pytest.mark.parametrize(("state", "becomes"), [("RUNNING", "AwaitingRetry"), ("CANCELLING", "Cancelled")])
 def test_one_that_does_not_hear_it_is_killed_in_time_to_say_so(
     run: Callable[..., Run], state: str, becomes: str
@@ -213,8 +227,8 @@ def test_one_that_does_not_hear_it_is_killed_in_time_to_say_so(
         made.ask("POST", f"/flow_runs/{made.id}/set_state", state={"type": state})
     made.process.terminate()
     made.process.wait(60)
-    # A request to a busy server may take some seconds.
-    assert 5 <= time.monotonic() - began < 20
+    # Each of four requests to a busy server may take some seconds; its flow would take 60.
+    assert 5 <= time.monotonic() - began < 50
     assert made.state()["name"] == becomes
     assert not psutil.pid_exists(engine)
 
@@ -245,6 +259,7 @@ def test_what_was_given_up_ends_with_its_engine(run: Callable[..., Run]) -> None
     engine = made.engine()
     made.ask("PATCH", f"/flow_runs/{made.id}/labels", **{"reconciler.fenced.job": True})
     assert made.ended() == (-signal.SIGKILL, "Running")
+    assert json.loads((made.folder / "message").read_text()) == {"fenced": 1}
     wait_until(lambda: not psutil.pid_exists(engine), "the engine to be gone", 5)
     assert "cleaned up" not in made.notes()
 
@@ -286,8 +301,9 @@ def test_a_first_request_is_sent_again_and_again_while_the_api_is_away(prefect_s
     command = [sys.executable, "-c", f"{SETUP}{client}\nprint('answered')"]
     impatient = subprocess.run(command, env=env, capture_output=True, text=True)
     assert "ConnectError" in impatient.stderr
+    many = env | {"PREFECT_CLIENT_MAX_RETRIES": "30"}
     with subprocess.Popen(
-        [*command, "patient"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, "patient"], env=many, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         assert process.stdout
         said = ""

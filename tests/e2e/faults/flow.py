@@ -1,13 +1,18 @@
 """Flows for faults: they say in which pod they run, and die of what they are told, in their first execution alone."""
 
+import contextlib
 import os
 import signal
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from uuid import UUID
 
 from prefect import flow, get_run_logger, task
-from prefect.runtime import flow_run
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
+from prefect.exceptions import ObjectNotFound
+from prefect.runtime import flow_run, task_run
 
 from orchestration.idempotency import idempotency_key
 
@@ -131,5 +136,19 @@ def _begin() -> None:
 
 
 def _die() -> None:
-    time.sleep(8)  # its log is sent every two seconds, and the server reads late what becomes of its tasks
+    """Once the server has what was said so far: it reads log and tasks seconds late."""
+    get_run_logger().info("dies")
+    deadline = time.monotonic() + 60
+    with get_client(sync_client=True) as client:
+        while not _is_told(client) and time.monotonic() < deadline:
+            time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _is_told(client: SyncPrefectClient) -> bool:
+    ours = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[UUID(flow_run.id)]))
+    if not any(line.message == "dies" for line in client.read_logs(ours)):
+        return False
+    with contextlib.suppress(ObjectNotFound):
+        return not task_run.id or client.read_task_run(UUID(task_run.id)).state_name == "Running"
+    return False

@@ -6,11 +6,13 @@ import signal
 import time
 from datetime import UTC, datetime, timedelta
 
+import httpx
 import pytest
 
 from tests.cluster import images, node
 from tests.cluster.namespace import RESTRICTED
 from tests.e2e.faults.victims import (
+    claimed,
     completed,
     completed_by_a_retry,
     processes,
@@ -33,6 +35,12 @@ NOTHING = {
     "spec": {"template": {"spec": {"containers": [CONTAINER], "restartPolicy": "Never"}}},
 }
 """A Job of nobody's."""
+
+
+def _is_reached(api: httpx.Client) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return api.get("/health").is_success
+    return False
 
 
 def test_a_minute_without_the_kubernetes_api_loses_nothing(cluster: str, server: Release, pool: Release) -> None:
@@ -64,13 +72,14 @@ def test_a_minute_without_the_kubernetes_api_loses_nothing(cluster: str, server:
         wait_until(lambda: node.accepts(of_kubernetes, 443), "the API's service", 120)
         pool.namespace.apply(NOTHING)
         pool.namespace.kubectl("wait", "job/nothing", "--for=condition=Complete", "--timeout=150s")
+        wait_until(lambda: _is_reached(direct), "the Prefect API's service, whose node was taken for lost", 150)
         back = datetime.now(UTC)
         crashed = state_named(direct, dies, "Crashed", 60)
         assert datetime.fromisoformat(crashed["timestamp"]) - back < timedelta(seconds=30)
         assert "exit code 137" in crashed["message"]
-        begun = wait_until(lambda: run_of(direct, due)["start_time"], "what fell due to begin", 60)
-        assert datetime.fromisoformat(begun) - back < timedelta(seconds=30)
         completed(direct, due)
+        # How long its pod took to start is the node's affair.
+        assert claimed(direct, due) - back < timedelta(seconds=30)
         completed_by_a_retry(direct, dies)
         assert (ended(direct, goes_on)["state_type"], run_of(direct, goes_on)["run_count"]) == ("COMPLETED", 1)
         assert run_of(direct, due)["run_count"] == 1

@@ -105,7 +105,7 @@ def test_a_lost_node_s_execution_stops_before_another_begins(
         due = datetime.fromisoformat(again["state_details"]["scheduled_time"])
         assert due - datetime.fromisoformat(crashed["timestamp"]) >= timedelta(seconds=STOPPED)
         running = wait_until(
-            lambda: [each for each in states(api, run) if each["type"] == "RUNNING"][1:], "another execution", 90
+            lambda: [each for each in states(api, run) if each["type"] == "RUNNING"][1:], "another execution", 180
         )
         assert datetime.fromisoformat(running[0]["timestamp"]) > stopped
         assert not run_of(api, run)["labels"].get("reconciler.crashes")

@@ -20,7 +20,7 @@ from tests.parts import wait_until
 NAME = "prefect-work-pool"
 
 SEEN = 15.0
-"""Seconds within which the API says what has happened."""
+"""Seconds within which the API says what Kubernetes says has happened."""
 
 GRACE = 20
 """Seconds between a victim's SIGTERM and its SIGKILL."""
@@ -72,7 +72,7 @@ def pods(pool: Release, run: str) -> list[Object]:
 def under_way(api: httpx.Client, pool: Release, deployment_id: str, **parameters: object) -> tuple[str, str]:
     """A run that logs already; its id and its pod."""
     run = start(api, deployment_id, parameters=parameters)
-    logged(api, run, "execution 1", 120)
+    logged(api, run, "execution 1", 300)
     [pod] = pods(pool, run)
     return run, str(pod["metadata"]["name"])
 
@@ -80,6 +80,11 @@ def under_way(api: httpx.Client, pool: Release, deployment_id: str, **parameters
 def ending(pod: Object) -> bool:
     """Whether a pod was told to end, or has."""
     return "deletionTimestamp" in pod["metadata"] or pod["status"]["phase"] in ("Succeeded", "Failed")
+
+
+def claimed(api: httpx.Client, run: str) -> datetime:
+    """When a worker took the run first."""
+    return datetime.fromisoformat(next(each["timestamp"] for each in states(api, run) if each["type"] == "PENDING"))
 
 
 def seconds_between(earlier: Object, later: Object) -> float:
@@ -94,12 +99,13 @@ def without(pool: Release, component: str) -> Iterator[None]:
     name = f"deployment/{NAME}-{component}"
     replicas = pool.namespace.kubectl("get", name, "-o", "jsonpath={.spec.replicas}")
     pool.namespace.kubectl("scale", name, "--replicas=0")
-    wait_until(lambda: not pool.pods(component), f"{component} to be gone", 90)
+    # Also those that are told to go: they may not have heard of it.
+    wait_until(lambda: not pool.pods(component, ending=True), f"{component} to be gone", 150)
     try:
         yield
     finally:
         pool.namespace.kubectl("scale", name, f"--replicas={replicas}")
-        pool.namespace.kubectl("rollout", "status", name, "--timeout=120s")
+        pool.namespace.kubectl("rollout", "status", name, "--timeout=300s")
 
 
 def completed(api: httpx.Client, run: str) -> None:
@@ -138,7 +144,10 @@ def leader(pool: Release) -> str:
 
 
 def killed(pool: Release, pod: str) -> None:
-    """All of a pod's processes by SIGKILL, as when a node is in need: nothing of it can say so."""
+    """All of a pod's processes by SIGKILL, as when a node is in need: nothing of it can say so.
+
+    A busy kubelet may take its time until it does.
+    """
 
     def dead() -> bool:
         try:
@@ -149,6 +158,12 @@ def killed(pool: Release, pod: str) -> None:
         return True
 
     wait_until(dead, f"kubectl exec in {pod}")
+
+    def seen() -> bool:
+        found = pool.namespace.kubectl("get", "pod", pod, "--ignore-not-found", "-o", "json")
+        return not found or ending(json.loads(found))
+
+    wait_until(seen, f"the end of {pod}")
 
 
 def processes(run: str, job: str = "") -> list[int]:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -70,8 +69,6 @@ FILES = st.fixed_dictionaries(
 )
 
 
-# It looks whether generating a file has changed `random`, and blames it also for a draw of a thread beside it.
-@pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
 @given(file=FILES)
 @settings(
     max_examples=12,

@@ -38,7 +38,7 @@ class Watcher:
     def get(self, path: str) -> str:
         """The body of what is served, nothing while it is not."""
         with contextlib.suppress(httpx.TransportError):
-            return httpx.get(self.url + path).raise_for_status().text
+            return httpx.get(self.url + path, timeout=60).raise_for_status().text
         return ""
 
     def metric(self, name: str, *labels: str) -> float | None:
@@ -116,6 +116,7 @@ def test_drift_is_said_once_and_so_is_its_end(project: Project, prefect_server: 
         wait_until(lambda: len(events(project)) == 3, "an event")
         assert watcher.metric("desired_state_look_failures_total", project.owner) == 0
         assert "s since the last turn" in watcher.get("/health")
+        wait_until(lambda: len(watcher.log.read_text().splitlines()) >= 4, "its last line")
     assert artifacts(project)[3].startswith("All is as the last sync")
     assert [each["event"].partition(".")[2] for each in events(project)] == ["drifted", "drifted", "restored"]
     told = watcher.log.read_text().splitlines()

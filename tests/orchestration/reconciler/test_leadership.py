@@ -31,8 +31,8 @@ def test_an_action_ends_with_leadership(monkeypatch: pytest.MonkeyPatch) -> None
         async with httpx.AsyncClient() as client:
             place = cluster.Cluster(client, "namespace")
             lead = cluster.Leadership(place, "lease", "this one")
-            lead._until = time.monotonic() + 0.1
             tested = loop.Reconciler(Server(client, "http://nowhere/api"), place, "pool", Policy(), lead, Pulse(60))
+            lead._until = time.monotonic() + 0.5
             assert lead.held
             with pytest.raises(PipelineError, match="Stop took longer than leadership lasts"):
                 await tested._act(action, [])
