@@ -4,17 +4,16 @@ import asyncio
 import json
 import subprocess
 import sys
+from collections.abc import Awaitable, Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import AsyncMock, patch
 
 import pytest
 
 from orchestration.api import Server
 from orchestration.deployments import record, server
-from orchestration.deployments.objects import Name, Object
-from orchestration.deployments.record import Record
 from orchestration.settings import ROOT
 from tests.orchestration.deployments.conftest import Project
 from tests.parts import free_port
@@ -322,38 +321,35 @@ def _env(project: Project) -> dict[str, str]:
     return os.environ | {"PREFECT_API_URL": str(project.api.base_url).rstrip("/"), "PYTHONPATH": str(ROOT)}
 
 
+def synced_before(read: Callable[[Server], Awaitable[Any]], project: Project) -> AsyncMock:
+    """What a look reads, the first time only after a sync that comes in between."""
+    came: list[str] = []
+
+    async def late(asked: Server) -> Any:
+        if not came:
+            came.append("a sync reads as well")
+            await asyncio.to_thread(project.sync)
+        return await read(asked)
+
+    return AsyncMock(side_effect=late)
+
+
 def test_a_sync_in_the_midst_of_a_look_is_no_drift(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     project.write({"name": "a"})
     project.sync()
     project.write({"name": "a", "description": "Another"})
-    read = server.everything
-    synced: list[str] = []
-
-    async def late(asked: Server) -> dict[Name, Object]:
-        if not synced:
-            synced.append("a sync reads as well")
-            await asyncio.to_thread(project.sync)
-        return await read(asked)
-
+    late = synced_before(server.everything, project)
     monkeypatch.setattr(server, "everything", late)
     assert project.run("diff")[0] == 0
-    assert synced
+    assert late.await_count > 1
 
 
 def test_a_first_sync_in_the_midst_of_a_look_is_one(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     project.write({"name": "a"})
-    read = record.all_of
-    synced: list[str] = []
-
-    async def late(asked: Server) -> dict[str, Record]:
-        if not synced:
-            synced.append("a sync reads as well")
-            await asyncio.to_thread(project.sync)
-        return await read(asked)
-
+    late = synced_before(record.all_of, project)
     monkeypatch.setattr(record, "all_of", late)
     assert project.run("diff")[0] == 0
-    assert synced
+    assert late.await_count > 1
 
 
 def test_drift_says_what_was_changed_and_when(project: Project) -> None:
