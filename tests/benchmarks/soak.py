@@ -34,7 +34,7 @@ from tests.benchmarks.run import revision
 from tests.cluster import __main__ as local_cluster
 from tests.cluster.namespace import proxied, restricted
 from tests.cluster.progress import ClusterError
-from tests.e2e.faults.victims import FLOWS, NAME, evicted, force_deleted, killed, leader, watched
+from tests.e2e.faults.victims import FLOWS, NAME, evicted, force_deleted, killed, leader, states, watched
 from tests.e2e.release import Object, Release, built_image, pool_values, probe_of, server_values
 from tests.e2e.runs import deployment, start
 
@@ -436,7 +436,10 @@ class Soak:
                 continue
             waited = now - self._without.setdefault(id_, now)
             if waited > STUCK >= self.seen.waited[id_]:
-                print(f"          {run['name']}: {run['state_name']}, no live pod for {waited:.0f} s", flush=True)
+                print(f"          {run['name']}: no live pod for {waited:.0f} s", flush=True)
+                with self.api.client() as client:
+                    for each in states(client, id_):
+                        print(f"          {each['timestamp']} {each['name']}: {each['message']}", flush=True)
             self.seen.waited[id_] = max(self.seen.waited[id_], waited)
         for id_ in self._without.keys() - self._runs.keys():
             del self._without[id_]

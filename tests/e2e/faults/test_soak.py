@@ -1,6 +1,7 @@
 """Two minutes of random faults lose no run, double none and leave nothing; `make soak` takes longer."""
 
 import random
+from pathlib import Path
 
 import pytest
 
@@ -16,11 +17,14 @@ def values(image: str) -> Object:
     return soaked(pool_values(image))
 
 
-def test_random_faults_lose_no_run_and_double_none(server: Release, pool: Release) -> None:
+def test_random_faults_lose_no_run_and_double_none(
+    server: Release, pool: Release, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     seed = random.randrange(10**6)  # noqa: S311 - faults, no secret
     with proxied(pool.namespace.context) as kubernetes:
         seen = Soak(server, pool, kubernetes, random.Random(seed)).make(MINUTES, RUNS)  # noqa: S311
-    assert seen.wrong == [], f"seed {seed}"
+    (tmp_path / "story").write_text(story := capsys.readouterr().out)
+    assert seen.wrong == [], f"seed {seed}\n{story}"
     assert len(seen.runs) == RUNS
     assert len(seen.faults) >= 4
     assert sum(map(len, seen.executions.values())) > RUNS, "nothing was hit"
