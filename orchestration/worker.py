@@ -196,15 +196,29 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
         if self._cluster:
             await self.client.update_flow_run_labels(flow_run_id, {CLUSTER: self._cluster})
 
+    async def _propose_submitting_state(self, flow_run: FlowRun) -> None:
+        # Not of a claim that is too old: to the reconciler, which gives it away, it would be new again.
+        async with asyncio.timeout(self._left(flow_run)):
+            await super()._propose_submitting_state(flow_run)
+
+    def _left(self, flow_run: FlowRun) -> float:
+        """Seconds until the run's claim is too old for a Job.
+
+        Raises:
+            TimeoutError: it is.
+        """
+        now = time.monotonic()
+        if (age := now - self._claimed.get(flow_run.id, now)) > CLAIM:
+            raise TimeoutError(f"it is {age:.0f} s old, and the run may be another worker's by now")
+        return CLAIM - age
+
     async def run(self, flow_run: FlowRun, configuration: KubernetesWorkerJobConfiguration, **options: Any) -> Any:
         """Make the run's Job.
 
         Raises:
             TimeoutError: the claim is too old for that.
         """
-        now = time.monotonic()
-        if (age := now - self._claimed.get(flow_run.id, now)) > CLAIM:
-            raise TimeoutError(f"it is {age:.0f} s old, and the run may be another worker's by now")
+        self._left(flow_run)
         if self._namespace:
             configuration.namespace = configuration.job_manifest["metadata"]["namespace"] = self._namespace
         return await super().run(flow_run, configuration, **options)

@@ -179,9 +179,9 @@ async def _claim(
     url: str,
     polling: Callable[[], None] = _nothing,
     claiming: Callable[[], None] = _nothing,
-    submitting: Callable[[worker.Worker, FlowRun], None] = _nothing,
-) -> tuple[Counter[str], int]:
-    """The state of a run, and how many Jobs of it were made, after two polls of a worker to which that happens."""
+    submitting: Callable[[worker.Worker, UUID], None] = _nothing,
+) -> tuple[str, int]:
+    """A run's state by name, and how many Jobs of it were made, after two polls of a worker to which that happens."""
     pool, jobs = f"cut-{uuid4().hex[:6]}", 0
 
     class Cut(worker.Worker, abc.ABC):
@@ -195,8 +195,8 @@ async def _claim(
             assert PREFECT_CLIENT_MAX_RETRIES.value() == 5, "to record the Job is worth a while"
             return pending
 
-        async def _propose_submitting_state(self, flow_run: FlowRun) -> None:
-            submitting(self, flow_run)
+        async def _give_worker_labels_to_flow_run(self, flow_run_id: UUID) -> None:
+            submitting(self, flow_run_id)
 
     async def make(_: Any, run: FlowRun, configuration: Any, task_status: Any) -> KubernetesWorkerResult:
         nonlocal jobs
@@ -216,7 +216,7 @@ async def _claim(
                     await tested.get_and_submit_flow_runs()
                     while tested._submitting_flow_run_ids:
                         await asyncio.sleep(0.05)
-        return await _states(client, [run]), jobs
+        return str((await client.read_flow_run(run)).state_name), jobs
 
 
 def _raise(error: Exception) -> Callable[..., None]:
@@ -226,24 +226,38 @@ def _raise(error: Exception) -> Callable[..., None]:
     return it
 
 
-def _grow_old(claiming: worker.Worker, run: FlowRun) -> None:
-    claiming._claimed[run.id] -= worker.CLAIM
+def _grow_old(claiming: worker.Worker, run: UUID) -> None:
+    claiming._claimed[run] -= worker.CLAIM
+
+
+def _grow_nearly_too_old(claiming: worker.Worker, run: UUID) -> None:
+    claiming._claimed[run] -= worker.CLAIM - 0.5
 
 
 @pytest.mark.parametrize(
     ("happens", "state", "jobs"),
     [
-        (_nothing, "PENDING", 1),
-        (_grow_old, "PENDING", 0),
-        (_raise(ConnectError("nobody there")), "PENDING", 0),
-        (_raise(ValueError("no such thing")), "CRASHED", 0),
+        (_nothing, "Submitting", 1),
+        (_grow_old, "Pending", 0),
+        (_raise(ConnectError("nobody there")), "Pending", 0),
+        (_raise(ValueError("no such thing")), "Crashed", 0),
     ],
     ids=["nothing", "it is too old", "the API goes", "an error"],
 )
 def test_a_claim_that_was_cut_off_makes_no_job_and_says_nothing_of_what_may_be_another_s(
-    prefect_server: str, happens: Callable[[worker.Worker, FlowRun], None], state: str, jobs: int
+    prefect_server: str, happens: Callable[[worker.Worker, UUID], None], state: str, jobs: int
 ) -> None:
-    assert asyncio.run(_claim(prefect_server, submitting=happens)) == ({state: 1}, jobs)
+    """Not even that it is submitted, from when on it would be a new claim to the reconciler."""
+    assert asyncio.run(_claim(prefect_server, submitting=happens)) == (state, jobs)
+
+
+def test_a_claim_is_let_go_though_the_api_does_not_answer(prefect_server: str) -> None:
+    async def unanswered(*_: Any) -> None:
+        await asyncio.Event().wait()
+
+    claiming = _claim(prefect_server, submitting=_grow_nearly_too_old)
+    with patch.object(BaseWorker, "_propose_submitting_state", unanswered):
+        assert asyncio.run(asyncio.wait_for(claiming, 120)) == ("Pending", 0)
 
 
 def test_an_api_that_goes_before_a_run_is_claimed_costs_a_poll(prefect_server: str) -> None:
@@ -264,5 +278,5 @@ def test_an_api_that_goes_before_a_run_is_claimed_costs_a_poll(prefect_server: s
 
         come()
         found = asyncio.run(_claim(f"http://127.0.0.1:{port}/api", come, go))
-    assert found == ({"PENDING": 1}, 1)
+    assert found == ("Submitting", 1)
     assert claims == 2
