@@ -43,7 +43,7 @@ class Release:
         with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
             yaml.safe_dump(values, file)
             file.flush()
-            options = ["--wait", "--wait-for-jobs", "--timeout", "5m"] if wait else []
+            options = ["--wait", "--wait-for-jobs", "--timeout", "10m"] if wait else []
             return self.helm(
                 "upgrade", "--install", self.name, str(ROOT / "helm" / self.chart), "-f", file.name, *options
             )

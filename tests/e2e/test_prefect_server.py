@@ -112,7 +112,7 @@ def test_an_upgrade_keeps_passwords_and_data_and_a_rollback_takes_it_back(server
     assert {"name": "PREFECT_SERVER_API_DEFAULT_LIMIT", "value": "123"} in environment
     with server.api() as api:
         assert api.get(f"/work_pools/{pool}").status_code == 200
-    server.helm("rollback", NAME, "1", "--wait", "--timeout", "5m")
+    server.helm("rollback", NAME, "1", "--wait", "--timeout", "10m")
     assert len(server.pods("api")) == 1
     with server.api() as api:
         assert api.get(f"/work_pools/{pool}").status_code == 200
@@ -136,7 +136,7 @@ def test_a_failed_upgrade_leaves_the_server_running(server: Release, values: Obj
     with server.api() as api:
         assert api.post("/work_pools/filter", json={}).status_code == 200
     assert running <= {pod["metadata"]["name"] for pod in server.pods("api")}
-    server.helm("rollback", NAME, "--wait", "--timeout", "5m")
+    server.helm("rollback", NAME, "--wait", "--timeout", "10m")
 
 
 def test_a_missing_secret_is_found_before_anything_is_changed(server: Release, values: Object) -> None:

@@ -174,7 +174,7 @@ def test_an_upgrade_changes_pool_and_template_and_a_rollback_takes_it_back(
     assert (
         job_of(pool, runs[0])["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"] == "640Mi"
     )
-    pool.helm("rollback", NAME, "1", "--wait", "--timeout", "5m")
+    pool.helm("rollback", NAME, "1", "--wait", "--timeout", "10m")
     found = api.get("/work_pools/default").json()
     assert found["concurrency_limit"] is None
     assert found["base_job_template"]["variables"]["properties"]["memory_limit"]["default"] == "700Mi"
@@ -261,7 +261,7 @@ def test_an_upgrade_brings_the_server_to_what_the_files_say_and_a_rollback_takes
     deploy("second.yaml", "640Mi")
     assert set(there()) == {"a", "c"}
 
-    release.helm("rollback", release.name, "1", "--wait", "--timeout", "5m")
+    release.helm("rollback", release.name, "1", "--wait", "--timeout", "10m")
     assert {name: said(each) for name, each in there().items()} == first
     assert not any(each["paused"] for each in there().values())
     assert memory() == "700Mi"
@@ -368,7 +368,7 @@ def test_a_missing_secret_is_found_before_anything_is_changed(
 
 
 def test_uninstalled_nothing_stays_but_the_pool_on_the_server(pool: Release, api: httpx.Client) -> None:
-    pool.helm("rollback", NAME, "1", "--wait", "--timeout", "5m")
+    pool.helm("rollback", NAME, "1", "--wait", "--timeout", "10m")
     pool.helm("uninstall", NAME, "--wait")
     kinds = "deploy,jobs,roles,rolebindings,services,secrets,configmaps,networkpolicies,serviceaccounts,pods"
     listed = json.loads(pool.namespace.kubectl("get", kinds, "-l", f"app.kubernetes.io/instance={NAME}", "-o", "json"))

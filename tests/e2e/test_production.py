@@ -83,7 +83,8 @@ def databases(cluster: str) -> Iterator[Databases]:
 
 @pytest.fixture(scope="module")
 def production(checkout: Checkout) -> Iterator[Checkout]:
-    """The environment, of which nothing is there."""
+    """The environment, of which nothing is there but the image."""
+    checkout.make("push")
     target = replace(checkout.target, name="production", namespace=f"{checkout.target.namespace}-production")
     yield replace(checkout, target=target)
     target.kubectl("delete", "namespace", target.namespace, "--wait=false", "--ignore-not-found")
