@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,8 +64,43 @@ rest of their process come late: idle, it takes a twentieth of a core.
 """
 
 
+class _Told:
+    """Tells of failures and of long files when they come: what is cut short has no summary."""
+
+    LONG = 30.0
+    """Seconds."""
+
+    def __init__(self, terminal: pytest.TerminalReporter) -> None:
+        self.terminal = terminal
+        self.left: Counter[str] = Counter()
+        self.seconds: Counter[str] = Counter()
+
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        """Each process has them all."""
+        self.left = Counter(each.partition("::")[0] for each in ids)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        file = report.nodeid.partition("::")[0]
+        self.seconds[file] += report.duration  # type: ignore[assignment] # a Counter takes any number
+        self.left[file] -= report.when == "teardown"
+        said = []
+        if report.failed:
+            said += [f"{report.nodeid}: {report.when} failed after {report.duration:.0f} s", report.longreprtext]
+        if not self.left[file] and self.seconds[file] > self.LONG:
+            said.append(f"{file}: {self.seconds[file]:.0f} s")
+        for each in said:
+            self.terminal.write_line(f"\n{each}")  # after the dots
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "alone: no other test may use the cluster at the same time")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    plugins = session.config.pluginmanager
+    if plugins.hasplugin("dsession"):  # this process hands out the tests to others
+        plugins.register(_Told(plugins.get_plugin("terminalreporter")))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -42,13 +42,14 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 60) -> 
     start = time.monotonic()
     while True:
         # On a machine that stood still meanwhile the last look comes after the end.
-        waited = time.monotonic() - start
+        looked = time.monotonic()
         if value := condition():
             return value
-        if waited > seconds:
+        if looked - start > seconds:
             raise AssertionError(f"not within {seconds} s: {what}")
-        # An answer costs kubectl or a server more than a pause does: a wait may last a twentieth longer than it must.
-        time.sleep(min(max(0.05, waited / 20), 1))
+        # A look is work that others wait for: it takes half of the time at the most, and a wait may last a twentieth
+        # longer than it must.
+        time.sleep(min(max(0.05, (looked - start) / 20, time.monotonic() - looked), 1))
 
 
 def answers(url: str) -> bool:
