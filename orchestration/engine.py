@@ -13,19 +13,31 @@ was its worker's too, and `PREFECT_CLIENT_MAX_RETRIES` says when to give up.
 
 They ask at least every `PAUSE` seconds or so. Prefect's wait twice as long each time, at last for minutes in which the
 API may be back: a run that has ended had its pod taken away while the end of its log was still to be sent.
+
+And they write down which leases of concurrency slots are held, in the container's termination message: Kubernetes has
+it however the container ends, and who finds the execution dead gives them back. The server tells nobody who holds a
+slot, and takes it back itself only when its lease ends, for `concurrency("name")` after five minutes.
 """
 
 import asyncio
+import contextlib
+import json
 import os
 import runpy
 import sys
 import tempfile
+import threading
 import warnings
+from collections.abc import Callable
+from typing import Any
 
+import httpx
 from prefect.client import base
 from prefect.runner._workspace_resolver import PreparedWorkspace, prepare_workspace_for_flow_run
 from prefect.runner._workspace_starter import workspace_environment
 from prefect.utilities.math import clamped_poisson_interval
+
+from orchestration.execution import write
 
 for client in (base.PrefectHttpxAsyncClient, base.PrefectHttpxSyncClient):
     # Set by each client for itself, to False at first.
@@ -42,6 +54,46 @@ def _pause(average_interval: float, clamping_factor: float = 0.3) -> float:
 base.clamped_poisson_interval = _pause  # type: ignore[attr-defined]
 
 
+HELD = 64
+"""Leases at the most that are written down: of a longer message Kubernetes keeps the first 4096 bytes."""
+
+_held: list[str] = []
+_turn = threading.Lock()
+
+
+def _note(request: httpx.Request, response: httpx.Response) -> None:
+    """Write down what is held now, if the request was for a lease or gave one back and was heard."""
+    path = request.url.path
+    if not response.is_success or not path.endswith(("/increment-with-lease", "/decrement-with-lease")):
+        return
+    with _turn, contextlib.suppress(ValueError, LookupError):  # what cannot be read is no reason to fail the run
+        if path.endswith("/decrement-with-lease"):
+            given = json.loads(request.content)["lease_id"]
+            _held[:] = [each for each in _held if each != given]
+        elif (made := response.json())["limits"]:  # else nobody has set one by that name
+            _held.append(made["lease_id"])
+        write({"leases": _held[-HELD:]})
+
+
+def _noting(send: Callable[..., Any]) -> Callable[..., Any]:
+    """A client's way to send requests, synchronous or not, with what is held noted."""
+
+    def sent(client: object, request: httpx.Request, *args: Any, **kwargs: Any) -> Any:
+        answer = send(client, request, *args, **kwargs)
+        if isinstance(answer, httpx.Response):
+            _note(request, answer)
+            return answer
+
+        async def answered() -> httpx.Response:
+            response: httpx.Response = await answer
+            _note(request, response)
+            return response
+
+        return answered()
+
+    return sent
+
+
 def _enter(workspace: PreparedWorkspace) -> None:
     """Be in the workspace as a process that is started in it."""
     os.environ.update(workspace_environment(workspace), PREFECT__FLOW_ENTRYPOINT=workspace.runtime_entrypoint)
@@ -52,6 +104,8 @@ def _enter(workspace: PreparedWorkspace) -> None:
 
 def main() -> None:
     """Execute the run that the environment names."""
+    for client in (base.PrefectHttpxAsyncClient, base.PrefectHttpxSyncClient):
+        client.send = _noting(client.send)  # type: ignore[method-assign]
     # It goes with the container: at its exit this process still sends logs from there.
     folder = tempfile.mkdtemp(prefix="prefect-flow-run-")
     _enter(asyncio.run(prepare_workspace_for_flow_run(os.environ["PREFECT__FLOW_RUN_ID"], folder)))

@@ -12,6 +12,9 @@ is executed as it is, and gets SIGTERM itself.
 Where only a child of the container's first process is killed for its memory, as under cgroup v1, Kubernetes says
 nothing of it. The report is the container's termination message, which outlives its log.
 
+What the engine leaves of the concurrency slots that it held is given back by this process, or where that is killed as
+well, by who reads the message.
+
 A node that is cut off executes on while its pod is given up and its run tried again. So an execution asks the Prefect
 API every `EVERY` seconds whether its Job is fenced, by a label of its run, and if it is, kills itself; the retry waits
 for `STOPPED` seconds from when it was. What cannot ask cannot report either, and asks again every `SOON` seconds.
@@ -87,7 +90,8 @@ class Api:
     """
 
     def __init__(self, url: str, run: str, job: str) -> None:
-        self.url = f"{url}/flow_runs/{run}"
+        self.url = url
+        self.run = f"/flow_runs/{run}"
         self.job = job
         self.date = ""
         """When it last answered, on its clock, as HTTP has it; empty if it does not say so."""
@@ -98,6 +102,18 @@ class Api:
         Raises:
             Exception: it does not answer, or with what makes no sense.
         """
+        return dict(json.loads(self._answer(self.run + path, body)))
+
+    def give_back(self, leases: list[str]) -> list[str]:
+        """End leases of concurrency slots; those that are left because it does not answer."""
+        for number, lease in enumerate(leases):
+            try:
+                self._answer("/v2/concurrency_limits/decrement-with-lease", {"lease_id": lease})
+            except Exception:  # whatever it is, somebody else may do it
+                return leases[number:]
+        return []
+
+    def _answer(self, path: str, body: dict[str, Any] | None) -> bytes:
         # The command does not wait for these.
         import base64
         import ssl
@@ -118,7 +134,7 @@ class Api:
         request = Request(self.url + path, data, headers)  # noqa: S310 - the API that the run reports to
         with urlopen(request, timeout=TIMEOUT, context=context) as answer:  # noqa: S310
             self.date = answer.headers["Date"] or ""
-            return dict(json.load(answer))
+            return bytes(answer.read())
 
     def is_fenced(self, run: dict[str, Any]) -> bool:
         """Whether this execution was given up, as the run says."""
@@ -151,7 +167,7 @@ def _refused(error: Exception) -> bool:
 def _give_up(job: str, engine: "Engine | None" = None) -> None:
     """Kill this process's group, and its engine's."""
     print(f"Job {job} was given up, and its run goes on elsewhere: this execution ends.", flush=True)
-    _write({"fenced": 1})
+    write({"fenced": 1})
     # Last, as the engine's end is followed by this process's own.
     if engine:
         engine.kill(signal.SIGKILL)
@@ -164,11 +180,20 @@ def _stop_when_fenced(api: Api) -> None:
             _give_up(api.job)
 
 
-def _write(message: dict[str, int]) -> None:
+def write(message: dict[str, Any]) -> None:
+    """Leave that message, in place of what was left before."""
     try:
         MESSAGE.write_text(json.dumps(message))
     except OSError as error:
         print(f"{MESSAGE} cannot be written to: {error}", file=sys.stderr)
+
+
+def _leases() -> list[str]:
+    """What the engine holds, as it has left it."""
+    try:
+        return list(json.loads(MESSAGE.read_text())["leases"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
 
 
 class Engine:
@@ -243,6 +268,8 @@ class Supervisor:
         for each in (self._watch, self._end):
             threading.Thread(target=each, daemon=True).start()
         code = self._engine.process.wait()
+        if held := _leases():
+            write({"leases": self._api.give_back(held)})
         # One that is cancelled in its last moments ends by itself, and is refused what it says of that.
         return self._conclude(code) if self._asked.is_set() or self._state() == "CANCELLING" else code
 
@@ -314,7 +341,8 @@ def main(command: list[str]) -> int:
         if api:
             threading.Thread(target=_stop_when_fenced, args=[api], daemon=True).start()
         code = subprocess.call(command)
-    _write(report())
+    left = _leases()
+    write(report() | ({"leases": left} if left else {}))
     return code if code >= 0 else 128 - code
 
 

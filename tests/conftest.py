@@ -99,8 +99,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     plugins = session.config.pluginmanager
-    if plugins.hasplugin("dsession"):  # this process hands out the tests to others
-        plugins.register(_Told(plugins.get_plugin("terminalreporter")))
+    terminal = plugins.get_plugin("terminalreporter")
+    if terminal and plugins.hasplugin("dsession"):  # this process hands out the tests to others
+        plugins.register(_Told(terminal))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -64,11 +64,13 @@ async def carry_out(server: Server, cluster: Cluster, action: Action, pods: list
     if isinstance(action, Cancel):
         return await _set(server, run, "CANCELLING", "Cancelling", action.sentence)
     if isinstance(action, Cancelled):
+        await remains.give_back(server, pods)
         if action.labels:
             await server.ask("PATCH", f"/flow_runs/{run.id}/labels", action.labels)
         return await _set(server, run, "CANCELLED", "Cancelled", action.sentence)
     if isinstance(action, Crash):
         tail = await _log_tail(cluster, pods, run)
+        await remains.give_back(server, pods)
         # First the cause: whoever finds the run crashed knows it, also if this process ends in between.
         await server.ask("PATCH", f"/flow_runs/{run.id}/labels", action.labels)
         return await _set(server, run, "CRASHED", "Crashed", f"{action.cause.sentence}.{tail}")

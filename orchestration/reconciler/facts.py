@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 from orchestration.reconciler.objects import ContainerState, JobObject, PodObject
 
@@ -95,6 +96,7 @@ class End:
         oom: whether something in it was killed for its memory.
         peak: bytes that it used at the most; 0 if nobody knows.
         seen: whether its node has said so; else that was given up, and what is on it may execute on.
+        leases: of the concurrency slots that its execution held.
     """
 
     at: datetime
@@ -105,6 +107,7 @@ class End:
     oom: bool = False
     peak: int = 0
     seen: bool = True
+    leases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -159,16 +162,17 @@ class Pod:
             at = (terminated and terminated.finished_at) or (target and target.last_transition_time)
             reason = status.reason or (terminated and terminated.reason) or status.phase
             said = terminated.message if terminated else ""
-            memory = _report(said)
+            left = _report(said)
             end = End(
                 at + later if at else created,
                 terminated.exit_code if terminated else None,
                 reason,
-                status.message or ("" if memory else said),
+                status.message or ("" if left else said),
                 target.reason if target and target.status == "True" else "",
-                reason == "OOMKilled" or bool(memory.get("oom_kills")),
-                memory.get("peak", 0),
+                reason == "OOMKilled" or bool(left.get("oom_kills")),
+                left.get("peak", 0),
                 terminated is not None or not (state.running or (target and target.reason == "DeletionByPodGC")),
+                _ids(left.get("leases")),
             )
         waiting = None
         scheduled = conditions.get("PodScheduled")
@@ -195,13 +199,22 @@ class Pod:
         )
 
 
-def _report(message: str) -> dict[str, int]:
+def _report(message: str) -> dict[str, Any]:
     """What `orchestration.execution` has left; nothing if it was not there."""
     try:
         found = json.loads(message)
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _ids(given: object) -> tuple[str, ...]:
+    """Those of a list that are ids: what a container leaves may be anything."""
+    found = []
+    for each in given if isinstance(given, list) else ():
+        with suppress(ValueError):
+            found.append(str(UUID(str(each))))
+    return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What a dead execution leaves on the server: task runs and subflows that say Running, and the slots that they hold."""
 
 from orchestration.api import JSON, Server
+from orchestration.reconciler.facts import Pod
 
 UNFINISHED = {"state": {"type": {"any_": ["PENDING", "RUNNING", "SCHEDULED", "PAUSED", "CANCELLING"]}}}
 
@@ -20,6 +21,23 @@ async def release(server: Server, run: str) -> None:
     """
     tasks, _ = await _unfinished(server, run)
     await _release(server, tasks)
+
+
+async def give_back(server: Server, pods: list[Pod]) -> None:
+    """Give back the slots that executions held whose pods are known to have ended, as far as these have left it: also
+    those of `concurrency("name")`, whose leases the server ends only after minutes.
+
+    Args:
+        server: of the run.
+        pods: of the run.
+
+    Raises:
+        ApiError: the server does not answer.
+    """
+    for lease in {each for pod in pods if pod.end and pod.end.seen for each in pod.end.leases}:
+        # One that is over already is none to the server; one that has no leases does not know the path.
+        path = "/v2/concurrency_limits/decrement-with-lease"
+        await server.ask("POST", path, {"lease_id": lease}, absent=True, idempotent=True)
 
 
 async def end(server: Server, run: str, sentence: str) -> None:

@@ -1,5 +1,6 @@
 """A flow run as a container executes it, by its command, against a real server: its ends, and what is said of them."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -9,6 +10,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +19,19 @@ import httpx
 import psutil
 import pytest
 
+from orchestration.api import Server
+from orchestration.reconciler.facts import End, Pod
+from orchestration.reconciler.remains import give_back
 from orchestration.settings import ROOT
 from tests.parts import asked, client_of, free_port, wait_until
 from tests.relay import relayed
 
 FLOW = """
-import os, signal, subprocess, sys, time
+import asyncio, os, signal, subprocess, sys, time
 from pathlib import Path
 from prefect import flow, task
+from prefect.concurrency.asyncio import concurrency as concurrency_async
+from prefect.concurrency.sync import concurrency
 import beside
 
 NOTES = Path(os.environ["NOTES"])
@@ -41,6 +49,11 @@ def step(cleanup):
         time.sleep(cleanup)
         note("cleaned up")
 
+async def hold():
+    async with concurrency_async("held"):
+        note("at work")
+        await asyncio.sleep(60)
+
 @flow(on_cancellation=[lambda *_: note("hook")], on_crashed=[lambda *_: note("crashed")])
 def ends(how="completes", cleanup=1.0):
     child = [sys.executable, "-c", "import beside; print(beside.NAME)"]
@@ -55,10 +68,18 @@ def ends(how="completes", cleanup=1.0):
         time.sleep(60)
     if how == "works":
         step(cleanup)
+    if how == "holds":
+        with concurrency("absent"), concurrency("held", occupy=2):
+            with concurrency("held", occupy=3):
+                note("inside")
+            asyncio.run(hold())
     if how == "ends soon":
         note("at work")
         time.sleep(3)
 """
+
+
+POD = Pod("pod", "run", "job", datetime.now(UTC))
 
 
 class Run:
@@ -110,6 +131,19 @@ class Run:
         found = wait_until(lambda: psutil.Process(self.process.pid).children(), "the engine", 10)
         return int(found[0].pid)
 
+    def message(self) -> dict[str, Any]:
+        """What it left for Kubernetes."""
+        return dict(json.loads((self.folder / "message").read_text()))
+
+    def taken(self) -> int:
+        """How many slots of the limit are."""
+        return int(self.ask("GET", "/v2/concurrency_limits/held")["active_slots"])
+
+    async def given_back(self, *pods: Pod) -> None:
+        """What these held."""
+        async with httpx.AsyncClient(base_url=self.url, timeout=30) as client:
+            await give_back(Server(client, self.url), list(pods))
+
     def ended(self) -> tuple[int, str]:
         """Its exit status and its run's state."""
         return self.process.wait(60), self.state()["name"]
@@ -148,7 +182,7 @@ def test_a_run_ends_as_its_flow_does(run: Callable[..., Run], how: str, code: in
     made.start(how=how)
     assert made.ended() == (code, state)
     assert made.notes() == ["beside beside True"]
-    assert json.loads((made.folder / "message").read_text()).keys() <= {"peak", "limit", "oom_kills"}
+    assert made.message().keys() <= {"peak", "limit", "oom_kills"}
     assert "Warning" not in (made.folder / "log").read_text()
 
 
@@ -233,6 +267,34 @@ def test_one_that_does_not_hear_it_is_killed_in_time_to_say_so(
     assert not psutil.pid_exists(engine)
 
 
+@pytest.mark.parametrize("dies", ["engine", "all of it"])
+def test_what_it_held_is_given_back_by_who_outlives_it(run: Callable[..., Run], dies: str) -> None:
+    """By its parent; where that dies with it, a message is left for the reconciler."""
+    made = run()
+    made.ask("POST", "/v2/concurrency_limits/", name="held", limit=10)
+    try:
+        made.start(how="holds")
+        made.noted("at work")
+        assert made.taken() == 3
+        engine = made.engine()
+        if dies == "all of it":
+            made.process.kill()
+        os.killpg(engine, signal.SIGKILL)
+        made.process.wait(60)
+        if dies == "engine":
+            assert made.taken() == 0
+            return
+        assert made.taken() == 3
+        assert len(made.message()["leases"]) == 2
+        ended = End(datetime.now(UTC), 137, "Error", leases=tuple(made.message()["leases"]))
+        asyncio.run(made.given_back(replace(POD, end=replace(ended, seen=False))))
+        assert made.taken() == 3, "on a node that is cut off it may go on"
+        asyncio.run(made.given_back(replace(POD, end=ended), replace(POD, end=ended)))
+        assert made.taken() == 0
+    finally:
+        made.ask("DELETE", "/v2/concurrency_limits/held")
+
+
 def test_of_a_run_that_goes_on_in_another_job_nothing_is_said(run: Callable[..., Run]) -> None:
     made = run()
     made.start(how="works")
@@ -259,7 +321,7 @@ def test_what_was_given_up_ends_with_its_engine(run: Callable[..., Run]) -> None
     engine = made.engine()
     made.ask("PATCH", f"/flow_runs/{made.id}/labels", **{"reconciler.fenced.job": True})
     assert made.ended() == (-signal.SIGKILL, "Running")
-    assert json.loads((made.folder / "message").read_text()) == {"fenced": 1}
+    assert made.message() == {"fenced": 1}
     wait_until(lambda: not psutil.pid_exists(engine), "the engine to be gone", 5)
     assert "cleaned up" not in made.notes()
 

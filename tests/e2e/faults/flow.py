@@ -11,6 +11,7 @@ from uuid import UUID
 from prefect import flow, get_run_logger, task
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
+from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run, task_run
 
@@ -52,15 +53,16 @@ def ticking(times: int) -> None:
 
 @flow
 def holding() -> None:
-    """Die while a task holds what there is one of; it is what the second execution needs."""
-    hold(flow_run.run_count)
+    """Die with all of its pod while it and a task hold what there is one of; the second execution needs it too."""
+    with concurrency("scarce"):
+        hold(flow_run.run_count)
 
 
 @task(tags=["scarce"])
 def hold(execution: int) -> None:
     """Hold a slot of the limit of that tag."""
     if execution == 1:
-        _die()
+        _die(-1)
     get_run_logger().info("the end")
 
 
@@ -135,14 +137,18 @@ def _begin() -> None:
     get_run_logger().info("execution %s in %s at %s", flow_run.run_count, where, when)
 
 
-def _die() -> None:
-    """Once the server has what was said so far: it reads log and tasks seconds late."""
+def _die(pid: int = 0) -> None:
+    """Once the server has what was said so far: it reads log and tasks seconds late.
+
+    Args:
+        pid: who is killed; 0 is this process, -1 all of the container.
+    """
     get_run_logger().info("dies")
     deadline = time.monotonic() + 60
     with get_client(sync_client=True) as client:
         while not _is_told(client) and time.monotonic() < deadline:
             time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(pid or os.getpid(), signal.SIGKILL)
 
 
 def _is_told(client: SyncPrefectClient) -> bool:

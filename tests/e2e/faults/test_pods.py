@@ -162,18 +162,22 @@ def test_a_run_that_cannot_start_keeps_its_slot_no_longer_than_that(pool: Releas
     assert run_of(api, waiting)["run_count"] == 1
 
 
-def test_a_tag_s_slot_is_given_back_with_its_execution(pool: Release, api: httpx.Client) -> None:
-    """By whoever gives up the run: the server's own lease of it ends only a minute later."""
+def test_slots_are_given_back_with_the_execution_that_held_them(pool: Release, api: httpx.Client) -> None:
+    """That of a tag and that of `concurrency`, by whoever gives up the run: the server's own leases of them end only a
+    minute later, and five.
+    """
 
-    def taken() -> int:
-        return int(api.get("/v2/concurrency_limits/tag:scarce").raise_for_status().json()["active_slots"])
+    def taken() -> list[int]:
+        limits = [api.get(f"/v2/concurrency_limits/{name}").raise_for_status() for name in ("tag:scarce", "scarce")]
+        return [int(each.json()["active_slots"]) for each in limits]
 
     api.post("/concurrency_limits/", json={"tag": "scarce", "concurrency_limit": 1}).raise_for_status()
+    api.post("/v2/concurrency_limits/", json={"name": "scarce", "limit": 1}).raise_for_status()
     run = start(api, deployment(api, entrypoint="/probe/flow.py:holding"))
-    wait_until(taken, "the slot to be taken", 120)
+    wait_until(lambda: taken() == [1, 1], "the slots to be taken", 120)
     state_named(api, run, "AwaitingRetry", 60)
-    # A pod of the retry, which takes it again, has yet to be made.
-    assert not taken()
+    # A pod of the retry, which takes them again, has yet to be made.
+    assert taken() == [0, 0]
     completed(api, run)
 
 
