@@ -32,6 +32,8 @@ RESYNC = 5.0
 """Seconds between rounds when nothing is heard of a change."""
 SIMULATED = "tests/simulated"
 """Label of pods that are not there: they need nothing of a node, and thousands of them would keep the agent busy."""
+NOT_OVER = "status.phase!=Succeeded,status.phase!=Failed"
+"""Of pods: no policy is for those of runs that are over, which are most of them."""
 WEIGHT = 256
 PODS = ("cpu/kubepods/burstable/pod*/cpu.shares", "kubepods/burstable/pod*/cpu.weight")
 """Files below /sys/fs/cgroup, of version 1 and of version 2."""
@@ -124,7 +126,7 @@ def main(kubeconfig: str, volumes: Path) -> None:
     core, network = client.CoreV1Api(), client.NetworkingV1Api()
     reads = (
         network.list_network_policy_for_all_namespaces,
-        partial(core.list_pod_for_all_namespaces, label_selector=f"!{SIMULATED}"),
+        partial(core.list_pod_for_all_namespaces, label_selector=f"!{SIMULATED}", field_selector=NOT_OVER),
         core.list_namespace,
         core.list_persistent_volume_claim_for_all_namespaces,
         core.list_persistent_volume,

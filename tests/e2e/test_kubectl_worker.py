@@ -26,7 +26,7 @@ WORKERS = "app.kubernetes.io/component=worker"
 @pytest.fixture(scope="module")
 def values(values: Object) -> Object:
     """Those of a pool whose release has no worker: every run is taken by one of kubectl's."""
-    return copy.deepcopy(values) | {"worker": {"replicas": 0}}
+    return copy.deepcopy(values) | {"worker": {"replicas": 0}, "drift": {"enabled": False}}
 
 
 @pytest.fixture(scope="module")

@@ -245,7 +245,7 @@ def test_an_upgrade_brings_the_server_to_what_the_files_say_and_a_rollback_takes
     before = there()
     first = {name: said(each) for name, each in before.items()}
     assert first == {"a": ("first", "0 6 * * *"), "b": ("first", "30 6 * * *")}
-    under_way = start(api, before["b"]["id"], parameters={"seconds": 300})
+    under_way = start(api, before["b"]["id"], parameters={"seconds": 600, "until": "enough"})
     wait_until(lambda: run_of(api, under_way)["state_type"] == "RUNNING", "the run to run", 120)
 
     deploy("second.yaml", "640Mi")
@@ -256,7 +256,8 @@ def test_an_upgrade_brings_the_server_to_what_the_files_say_and_a_rollback_takes
     assert said(now["c"]) == ("second", "30 7 * * *")
     assert now["b"]["paused"], "nothing of it starts any more"
     assert memory() == "640Mi"
-    outcome = ended(api, under_way, 420)
+    api.post("/variables/", json={"name": "enough", "value": True}).raise_for_status()
+    outcome = ended(api, under_way)
     assert (outcome["state_type"], outcome["run_count"]) == ("COMPLETED", 1)
     deploy("second.yaml", "640Mi")
     assert set(there()) == {"a", "c"}

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -89,12 +90,13 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]
     yield from request.param(tmp_path)
 
 
-def _execute(run: str, url: str, variables: dict[str, str]) -> None:
-    """Execute a run as a pod does: what it keeps on its own disk goes with it."""
+def _execute(run: str, url: str, variables: dict[str, str]) -> int:
+    """Execute a run as a pod does: what it keeps on its own disk goes with it; the exit status."""
     with tempfile.TemporaryDirectory() as disk:
-        pod = {"PREFECT_API_URL": url, "PREFECT_HOME": disk, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "prefect", "flow-run", "execute", run]
-        subprocess.run(command, env=os.environ | variables | pod, cwd=FLOWS, capture_output=True, check=True)
+        pod = {"PREFECT_API_URL": url, "PREFECT_HOME": disk, "PYTHONPATH": str(ROOT), "PREFECT__FLOW_RUN_ID": run}
+        pod["TERMINATION_MESSAGE_PATH"] = f"{disk}/message"
+        command = [sys.executable, "-m", "orchestration.engine"]
+        return subprocess.run(command, env=os.environ | variables | pod, cwd=FLOWS, capture_output=True).returncode
 
 
 def _lines(api: httpx.Client, run: str) -> list[str]:
@@ -113,11 +115,10 @@ def test_a_run_that_was_killed_goes_on_where_it_was(prefect_server: str, storage
         body = {"name": "durable", "flow_id": flow_id, "entrypoint": "flow.py:stepwise", "pull_steps": [step]}
         made = api.post("/deployments/", json=body).raise_for_status().json()["id"]
         run = api.post(f"/deployments/{made}/create_flow_run", json={}).raise_for_status().json()["id"]
-        _execute(run, prefect_server, variables)
-        assert api.get(f"/flow_runs/{run}").json()["state_type"] == "CRASHED"
-        again = {"state": {"type": "SCHEDULED", "name": "AwaitingRetry"}}
-        api.post(f"/flow_runs/{run}/set_state", json=again).raise_for_status()
-        _execute(run, prefect_server, variables)
+        assert _execute(run, prefect_server, variables) == -signal.SIGKILL
+        for state in ({"type": "CRASHED"}, {"type": "SCHEDULED", "name": "AwaitingRetry"}):
+            api.post(f"/flow_runs/{run}/set_state", json={"state": state}).raise_for_status()
+        assert _execute(run, prefect_server, variables) == 0
         assert api.get(f"/flow_runs/{run}").json()["state_type"] == "COMPLETED"
         lines = _lines(api, run)
     taken = [re.findall(r"step (\d) in execution (\d) with key (\S+)", line) for line in lines]

@@ -1,4 +1,4 @@
-"""A server and a pool whose runs are victims of faults, watched by a quick reconciler."""
+"""A server and a pool whose runs are victims of faults, watched by a reconciler."""
 
 import pytest
 

@@ -228,9 +228,9 @@ def test_a_reconciler_that_is_killed_at_any_point_does_all_once(
             await asyncio.sleep(0.5)
 
     with without(pool, "reconciler"):
-        runs = dead_runs(pool, api, 5)
+        runs = dead_runs(pool, api, 3)
         deaths = asyncio.run(until_nothing_is_left())
-    assert deaths > 5
+    assert deaths > 3
     for run in runs:
         completed_by_a_retry(api, run)
         assert run_of(api, run)["labels"]["reconciler.crashes"] == 1
@@ -264,7 +264,7 @@ def test_two_reconcilers_without_a_leader_do_all_once(pool: Release, api: httpx.
                 await asyncio.sleep(0.5)
 
     with without(pool, "reconciler"):
-        runs = dead_runs(pool, api, 5)
+        runs = dead_runs(pool, api, 3)
         with without(pool, "worker"):  # no run goes on before both have said what is to become of it
             asyncio.run(both())
     for run in runs:

@@ -30,13 +30,13 @@ FLOWS = Path(__file__).with_name("flow.py")
 
 
 def watched(values: Object) -> Object:
-    """Values of a pool with a quick reconciler, whose runs keep their results; and without what they do not need."""
+    """Values of a pool with two reconcilers, whose runs keep their results; and without what they do not need."""
     made = copy.deepcopy(values)
     made["sync"] = {"files": []}
     made["drift"] = {"enabled": False}
     made["runs"]["terminationGracePeriodSeconds"] = GRACE
     made["runs"]["results"] = {"storage": "volume", "volume": {"size": "100Mi"}}
-    made["reconciler"] |= {"everySeconds": 1, "replicas": 2}
+    made["reconciler"]["replicas"] = 2
     return made
 
 
