@@ -161,11 +161,10 @@ setup: .venv/ready ## create the environment in .venv
 
 test: .venv/ready ## check the code and run all tests, PROCESSES=3 at once; TESTS=tests/flows for some, one by one
 	$(call stage,ruff,$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check .)
-	$(call stage,mypy,$(BIN)/mypy)
 	$(call stage,yamllint,$(BIN)/yamllint -s .)
 	$(call stage,shellcheck and hadolint,$(BIN)/shellcheck docker/build docker/sbom docker/stack tests/cluster/databases/entrypoint k8s/overlays/local/warehouse/secret .ci/run && $(BIN)/hadolint docker/Dockerfile tests/cluster/databases/Dockerfile)
 	$(call stage,sqlfluff,$(BIN)/sqlfluff lint -q flows/warehouse --nocolor)
-	$(if $(filter tests tests/cluster% tests/docker% tests/e2e%,$(TESTS)),$(call stage,cluster,$(BIN)/python -m tests.cluster up || [ -z "$${CI:-}" ]))
+	$(if $(filter tests tests/cluster% tests/docker% tests/e2e%,$(TESTS)),$(call stage,mypy and the cluster beside it,$(BIN)/mypy & { $(BIN)/python -m tests.cluster up || [ -z "$${CI:-}" ]; } && wait $$!),$(call stage,mypy,$(BIN)/mypy))
 	$(call stage,pytest,$(BIN)/pytest $(if $(filter tests,$(TESTS)),--numprocesses $(PROCESSES) $(BY_FILE)) $(TESTS))
 
 fix: .venv/ready ## format the code and repair what the linters can
