@@ -148,13 +148,14 @@ def test_ctrl_c_ends_the_run_with_its_sql(database: str, query: Query, prefect_s
     wait_until(lambda: query(busy) == [(0,)], "its SQL to end", 20)
 
 
-@pytest.mark.parametrize("seed", range(3))
 def test_killed_at_a_random_moment_a_run_leaves_what_the_next_one_completes(
-    postgres: str, prefect_server: str, undisturbed: Undisturbed, seed: int
+    postgres: str, prefect_server: str, undisturbed: Undisturbed
 ) -> None:
+    """Once; `make kill-test` does it fifty times."""
+    seed = random.randrange(10**6)  # noqa: S311 - a moment, no secret
     outcome = run_killed_at_random(postgres, prefect_server, undisturbed, random.Random(seed))  # noqa: S311
-    assert outcome.half_loaded == []
-    assert outcome.same_as_undisturbed
+    assert outcome.half_loaded == [], f"seed {seed}"
+    assert outcome.same_as_undisturbed, f"seed {seed}"
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from tests.orchestration.dbt.projects import command_line, random_dag, tables
 from tests.orchestration.dbt.task_runs import Server
 from tests.parts import Query
 
-GRAPHS = int(os.environ.get("RANDOM_GRAPHS", "3"))
+GRAPHS = int(os.environ.get("RANDOM_GRAPHS", "2"))
 """More of them: `RANDOM_GRAPHS=50 make test TESTS=tests/orchestration/dbt/test_random.py`."""
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.benchmarks.sync_kills import Project, connected, rounds
 
-KILLS = 3
+KILLS = 2
 """`make sync-kills` makes more."""
 
 
