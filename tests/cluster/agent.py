@@ -33,7 +33,7 @@ RESYNC = 5.0
 SIMULATED = "tests/simulated"
 """Label of pods that are not there: they need nothing of a node, and thousands of them would keep the agent busy."""
 NOT_OVER = "status.phase!=Succeeded,status.phase!=Failed"
-"""Of pods: no policy is for those of runs that are over, which are most of them."""
+"""Of pods: no policy is for those of runs that are over."""
 WEIGHT = 256
 PODS = ("cpu/kubepods/burstable/pod*/cpu.shares", "kubepods/burstable/pod*/cpu.weight")
 """Files below /sys/fs/cgroup, of version 1 and of version 2."""

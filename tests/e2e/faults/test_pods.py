@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import functools
 import json
 import re
 import time
@@ -130,26 +129,26 @@ def test_a_budget_ends(pool: Release, api: httpx.Client) -> None:
     assert len([each for each in states(api, run) if each["name"] == "AwaitingRetry"]) == 0
 
 
-def test_what_cannot_start_is_said_and_given_up(pool: Release, api: httpx.Client) -> None:
-    wrong: dict[str, tuple[Object, str]] = {
-        "ImagePullBackOff": ({"image": "localhost:5000/absent:1"}, "absent:1"),
-        "Unschedulable": ({"cpu_request": "1000"}, "Insufficient cpu"),
-        "CreateContainerConfigError": ({"secret": "absent"}, 'secret "absent" not found'),
-    }
-    runs = {word: start(api, victim(api, job_variables=variables)) for word, (variables, _) in wrong.items()}
-
-    def shown(word: str) -> bool:
-        return word in json.dumps(pods(pool, runs[word]))
-
-    for word, (_, said) in wrong.items():
-        wait_until(functools.partial(shown, word), f"{word} of its pod", 120)
-        assert said in state_named(api, runs[word], word)["message"]
-    for run in runs.values():
-        assert "Given up after" in state_named(api, run, "Crashed", 90)["message"]
-        assert ended(api, run)["state_type"] == "CRASHED"
-        wait_until(functools.partial(is_settled, api, run), "the verdict: no retry can help", 30)
-        assert run_of(api, run)["state_type"] == "CRASHED"
-    wait_until(lambda: not any(pods(pool, run) for run in runs.values()), "their pods to go", 60)
+@pytest.mark.parametrize(
+    ("variables", "word", "said"),
+    [
+        ({"image": "localhost:5000/absent:1"}, "ImagePullBackOff", "absent:1"),
+        ({"cpu_request": "1000"}, "Unschedulable", "Insufficient cpu"),
+        ({"secret": "absent"}, "CreateContainerConfigError", 'secret "absent" not found'),
+    ],
+)
+def test_what_cannot_start_is_said_and_given_up(
+    pool: Release, api: httpx.Client, variables: Object, word: str, said: str
+) -> None:
+    run = start(api, victim(api, job_variables=variables))
+    wait_until(lambda: word in json.dumps(pods(pool, run)), f"{word} of its pod", 120)
+    assert said in state_named(api, run, word)["message"]
+    crashed = state_named(api, run, "Crashed", 90)
+    assert "Given up after" in crashed["message"]
+    assert ended(api, run)["state_type"] == "CRASHED"
+    wait_until(lambda: not pods(pool, run), "its pod to go", 60)
+    wait_until(lambda: is_settled(api, run), "the verdict: no retry can help", 30)
+    assert run_of(api, run)["state_type"] == "CRASHED"
 
 
 def is_settled(api: httpx.Client, run: str) -> bool:
