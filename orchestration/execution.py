@@ -164,13 +164,10 @@ def _refused(error: Exception) -> bool:
     return getattr(error, "code", 500) < 500
 
 
-def _give_up(job: str, engine: "Engine | None" = None) -> None:
-    """Kill this process's group, and its engine's."""
+def _give_up(job: str) -> None:
+    """Kill this process's group."""
     print(f"Job {job} was given up, and its run goes on elsewhere: this execution ends.", flush=True)
     write({"fenced": 1})
-    # Last, as the engine's end is followed by this process's own.
-    if engine:
-        engine.kill(signal.SIGKILL)
     os.killpg(0, signal.SIGKILL)
 
 
@@ -255,6 +252,7 @@ class Supervisor:
         self._api = api
         self._asked = threading.Event()
         self._cancelling = False
+        self._fenced = False
         # What Prefect's worker says of a Job that Kubernetes does not try again, and of one that it does.
         self._after = os.environ.get("PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR", "reschedule")
         grace = float(os.environ.get("GRACE_SECONDS") or 30)
@@ -270,13 +268,16 @@ class Supervisor:
         code = self._engine.process.wait()
         if held := _leases():
             write({"leases": self._api.give_back(held)})
+        if self._fenced:
+            _give_up(self._api.job)
         # One that is cancelled in its last moments ends by itself, and is refused what it says of that.
         return self._conclude(code) if self._asked.is_set() or self._state() == "CANCELLING" else code
 
     def _watch(self) -> None:
         for run in self._api.runs():
             if self._api.is_fenced(run):
-                _give_up(self._api.job, self._engine)
+                self._fenced = True
+                self._engine.kill(signal.SIGKILL)
             if run.get("state_type") == "CANCELLING":
                 self._cancelling = True
                 self._asked.set()

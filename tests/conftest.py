@@ -65,7 +65,7 @@ rest of their process come late: idle, it takes a twentieth of a core.
 
 
 class _Told:
-    """Tells of failures and of long files when they come: what is cut short has no summary."""
+    """Tells of failures, long files and what tests have measured when they come: what is cut short has no summary."""
 
     LONG = 30.0
     """Seconds."""
@@ -87,6 +87,8 @@ class _Told:
         said = []
         if report.failed:
             said += [f"{report.nodeid}: {report.when} failed after {report.duration:.0f} s", report.longreprtext]
+        if report.when == "teardown":
+            said += [f"{report.nodeid}: {value}" for name, value in report.user_properties if name == "took"]
         if not self.left[file] and self.seconds[file] > self.LONG:
             said.append(f"{file}: {self.seconds[file]:.0f} s")
         for each in said:

@@ -131,6 +131,10 @@ class Run:
         found = wait_until(lambda: psutil.Process(self.process.pid).children(), "the engine", 10)
         return int(found[0].pid)
 
+    def fence(self) -> None:
+        """Give up its Job."""
+        self.ask("PATCH", f"/flow_runs/{self.id}/labels", **{"reconciler.fenced.job": True})
+
     def message(self) -> dict[str, Any]:
         """What it left for Kubernetes."""
         return dict(json.loads((self.folder / "message").read_text()))
@@ -267,9 +271,9 @@ def test_one_that_does_not_hear_it_is_killed_in_time_to_say_so(
     assert not psutil.pid_exists(engine)
 
 
-@pytest.mark.parametrize("dies", ["engine", "all of it"])
+@pytest.mark.parametrize("dies", ["engine", "all of it", "fenced"])
 def test_what_it_held_is_given_back_by_who_outlives_it(run: Callable[..., Run], dies: str) -> None:
-    """By its parent; where that dies with it, a message is left for the reconciler."""
+    """By its parent, also where it was given up; where that dies with it, a message is left for the reconciler."""
     made = run()
     made.ask("POST", "/v2/concurrency_limits/", name="held", limit=10)
     try:
@@ -279,9 +283,12 @@ def test_what_it_held_is_given_back_by_who_outlives_it(run: Callable[..., Run], 
         engine = made.engine()
         if dies == "all of it":
             made.process.kill()
-        os.killpg(engine, signal.SIGKILL)
+        if dies == "fenced":
+            made.fence()
+        else:
+            os.killpg(engine, signal.SIGKILL)
         made.process.wait(60)
-        if dies == "engine":
+        if dies != "all of it":
             assert made.taken() == 0
             return
         assert made.taken() == 3
@@ -319,7 +326,7 @@ def test_what_was_given_up_ends_with_its_engine(run: Callable[..., Run]) -> None
     made.start(how="works")
     made.noted("at work")
     engine = made.engine()
-    made.ask("PATCH", f"/flow_runs/{made.id}/labels", **{"reconciler.fenced.job": True})
+    made.fence()
     assert made.ended() == (-signal.SIGKILL, "Running")
     assert made.message() == {"fenced": 1}
     wait_until(lambda: not psutil.pid_exists(engine), "the engine to be gone", 5)

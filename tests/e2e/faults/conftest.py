@@ -1,9 +1,19 @@
 """A server and a pool whose runs are victims of faults, watched by a reconciler."""
 
+from collections.abc import Iterator
+
 import pytest
 
-from tests.e2e.faults.victims import FLOWS, watched
+from tests.e2e.faults.victims import FLOWS, TOOK, watched
 from tests.e2e.release import Object, probe_of
+
+
+@pytest.fixture(autouse=True)
+def _took(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What the test says of how soon it was goes into its report."""
+    TOOK.clear()
+    yield
+    request.node.user_properties.extend(("took", each) for each in TOOK)
 
 
 @pytest.fixture(scope="module")

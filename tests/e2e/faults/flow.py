@@ -19,7 +19,7 @@ from orchestration.idempotency import idempotency_key
 
 
 @flow
-def victim(seconds: float = 0, memory: int = 0, killed: bool = False, deaf: bool = False) -> None:
+def victim(seconds: float = 0, memory: int = 0, killed: bool = False, deaf: bool = False, slot: str = "") -> None:
     """Take that long; first use so many MiB of memory, or be killed.
 
     Args:
@@ -27,6 +27,7 @@ def victim(seconds: float = 0, memory: int = 0, killed: bool = False, deaf: bool
         memory: MiB; as long as there is less, the first execution dies of it.
         killed: whether the first execution is ended by SIGKILL.
         deaf: whether SIGTERM does nothing to it.
+        slot: the name of a limit of whose slots it holds one meanwhile; empty is none.
     """
     if deaf:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -37,17 +38,19 @@ def victim(seconds: float = 0, memory: int = 0, killed: bool = False, deaf: bool
     if killed and flow_run.run_count == 1:
         _die()
     # Long enough for whatever is to happen to it; what is tried again has no reason to be slow.
-    time.sleep(seconds if flow_run.run_count == 1 else min(seconds, 5))
+    with concurrency([slot] if slot else []):
+        time.sleep(seconds if flow_run.run_count == 1 else min(seconds, 5))
     get_run_logger().info("the end")
 
 
 @flow
-def ticking(times: int) -> None:
-    """Log every two seconds."""
+def ticking(times: int, slot: str = "") -> None:
+    """Log every two seconds, and hold a slot of a limit meanwhile, if one is named."""
     _begin()
-    for number in range(times):
-        get_run_logger().info("tick %s", number)
-        time.sleep(2)
+    with concurrency([slot] if slot else []):
+        for number in range(times):
+            get_run_logger().info("tick %s", number)
+            time.sleep(2)
     get_run_logger().info("the end")
 
 

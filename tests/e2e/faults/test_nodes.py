@@ -13,7 +13,19 @@ import pytest
 
 from orchestration.execution import FENCED, STOPPED
 from tests.cluster import node
-from tests.e2e.faults.victims import completed, pods, processes, state_named, state_so_far, states, under_way, victim
+from tests.e2e.faults.victims import (
+    completed,
+    pods,
+    processes,
+    said_in_time,
+    scarce,
+    state_named,
+    state_so_far,
+    states,
+    taken,
+    under_way,
+    victim,
+)
 from tests.e2e.release import Object, Release
 from tests.e2e.runs import deployment, logged, run_of
 from tests.parts import wait_until
@@ -49,9 +61,10 @@ def on_the_second(api: httpx.Client, pool: Release, deployment_id: str, **parame
 
 def test_a_drain_reschedules_without_the_crash_budget(pool: Release, api: httpx.Client, second: node.Node) -> None:
     run, _ = on_the_second(api, pool, victim(api, job_variables={"crash_retries": 0}), seconds=60)
+    began = datetime.now(UTC)
     node.kubectl("drain", second.name, "--force", "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=90s")
     try:
-        state_named(api, run, "AwaitingRetry")
+        said_in_time(api, run, "AwaitingRetry", began)
         completed(api, run)
     finally:
         node.kubectl("uncordon", second.name)
@@ -77,7 +90,9 @@ def test_a_lost_node_s_execution_stops_before_another_begins(
     pool: Release, api: httpx.Client, second: node.Node
 ) -> None:
     made = deployment(api, entrypoint="/probe/flow.py:ticking", job_variables={"crash_retries": 0})
-    run, _ = on_the_second(api, pool, made, times=150)
+    slot = scarce(api, "lost")
+    run, _ = on_the_second(api, pool, made, times=150, slot=slot)
+    wait_until(lambda: taken(api, slot) == 1, "the slot to be taken")
     job = run_of(api, run)["infrastructure_pid"].rpartition(":")[2]
     old = processes(run, job)
     assert old
@@ -101,6 +116,7 @@ def test_a_lost_node_s_execution_stops_before_another_begins(
         wait_until(lambda: not processes(run, job), "the old execution to stop", STOPPED + 5)
         stopped = datetime.now(UTC)
         assert time.monotonic() - fenced < STOPPED + 5
+        assert taken(api, slot) == 0
         again = state_named(api, run, "AwaitingRetry")
         due = datetime.fromisoformat(again["state_details"]["scheduled_time"])
         assert due - datetime.fromisoformat(crashed["timestamp"]) >= timedelta(seconds=STOPPED)

@@ -25,18 +25,23 @@ from orchestration.serving import Pulse
 from tests.cluster.namespace import proxied
 from tests.cluster.progress import ClusterError
 from tests.e2e.faults.victims import (
+    BACK,
     GRACE,
     NAME,
     SEEN,
+    START,
     claimed,
     completed,
     completed_by_a_retry,
     ending,
+    in_time,
     killed,
     pods,
+    said_in_time,
     seconds_between,
     state_named,
     states,
+    took,
     under_way,
     victim,
     without,
@@ -126,9 +131,9 @@ def test_runs_that_end_and_die_while_no_worker_is_there(pool: Release, api: http
     dies, pod = under_way(api, pool, made, seconds=300)
     began = time.monotonic()
     with without(pool, "worker"):
-        killed(pool, pod)
-        state_named(api, dies, "Crashed")
-        state_named(api, dies, "AwaitingRetry")
+        died = killed(pool, pod)
+        said_in_time(api, dies, "Crashed", died)
+        said_in_time(api, dies, "AwaitingRetry", died, 2 * SEEN)
         due = start(api, made)
         assert ended(api, ends)["state_type"] == "COMPLETED"
         time.sleep(max(0, 180 - (time.monotonic() - began)))
@@ -136,7 +141,7 @@ def test_runs_that_end_and_die_while_no_worker_is_there(pool: Release, api: http
     for run in (dies, due):
         completed(api, run)
         begun = max(datetime.fromisoformat(each["timestamp"]) for each in states(api, run) if each["type"] == "RUNNING")
-        assert begun - back < timedelta(seconds=60), states(api, run)
+        in_time("it begins", back, begun, 60)
     completed_by_a_retry(api, dies)
     assert run_of(api, due)["run_count"] == run_of(api, ends)["run_count"] == 1
 
@@ -283,8 +288,7 @@ def test_a_run_whose_clock_is_five_minutes_ahead(pool: Release, api: httpx.Clien
     state_named(api, run, "Running", 300)
     [pod] = [each["metadata"]["name"] for each in pods(pool, run)]
     assert is_ahead(pool, pod)
-    killed(pool, pod)
-    crashed = state_named(api, run, "Crashed")
+    crashed = said_in_time(api, run, "Crashed", killed(pool, pod))
     again = state_named(api, run, "AwaitingRetry")
     assert seconds_between(crashed, again) < SEEN
     completed(api, run)
@@ -301,8 +305,7 @@ def test_a_reconciler_whose_clock_is_five_minutes_ahead(pool: Release, api: http
         for each in pool.pods("reconciler"):
             assert is_ahead(pool, each["metadata"]["name"])
         run, pod = under_way(api, pool, victim(api), seconds=300)
-        killed(pool, pod)
-        crashed = state_named(api, run, "Crashed")
+        crashed = said_in_time(api, run, "Crashed", killed(pool, pod))
         listed = completed_by_a_retry(api, run)
         again = next(each for each in listed if each["name"] == "AwaitingRetry")
         assert seconds_between(crashed, again) < SEEN
@@ -321,10 +324,9 @@ def test_a_run_is_cancelled_though_the_server_goes_in_between(server: Release, p
         api.post(f"/flow_runs/{run}/set_state", json={"state": {"type": "CANCELLING"}}).raise_for_status()
     with without_server(pool):
         time.sleep(30)
-    began = time.monotonic()
+    back = datetime.now(UTC)
     with server.api() as api:
-        assert ended(api, run, 120)["state_type"] == "CANCELLED"
-        assert time.monotonic() - began < GRACE + 15 + SEEN
+        said_in_time(api, run, "Cancelled", back, GRACE + SEEN)
         wait_until(lambda: all(map(ending, pods(pool, run))), "its pod to end", SEEN)
 
 
@@ -377,9 +379,9 @@ def test_a_server_that_is_away_and_a_database_that_is_killed_lose_nothing(server
             "the missed runs to begin",
             180,
         )
-        # How long their pods take to start is the node's affair.
-        claims = [claimed(api, each["id"]) for moment in missed for each in of_the_schedule(api)[moment]]
-        assert max(claims) - back < timedelta(seconds=30)
+        for each in (each for moment in missed for each in of_the_schedule(api)[moment]):
+            in_time("a missed run is claimed", back, claimed(api, each["id"]), BACK - START)
+            took("it begins", back, datetime.fromisoformat(each["start_time"]))
     database = "pod/prefect-server-database-0"
     before = namespace.kubectl("get", database, "-o", "jsonpath={.metadata.uid}")
     namespace.kubectl("delete", database, "--force", "--grace-period=0")

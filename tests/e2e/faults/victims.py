@@ -5,7 +5,7 @@ import copy
 import json
 import re
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
@@ -20,7 +20,17 @@ from tests.parts import wait_until
 NAME = "prefect-work-pool"
 
 SEEN = 15.0
-"""Seconds within which the API says what Kubernetes says has happened."""
+"""Seconds from what happens to when the API says so, at the most."""
+
+LAG = timedelta(seconds=5)
+"""What Kubernetes has of that to show it. A busy kubelet takes longer, and then it counts from so long before."""
+
+BACK, START = 30.0, 10.0
+"""Seconds from an API's return to when what fell due meanwhile has begun, at the most; and what its pod's start has of
+that, which on a busy node takes longer."""
+
+TOOK: list[str] = []
+"""How soon it was said what happened in this test."""
 
 GRACE = 20
 """Seconds between a victim's SIGTERM and its SIGKILL."""
@@ -60,6 +70,36 @@ def state_named(api: httpx.Client, run: str, name: str, seconds: float = SEEN) -
     """The run's first state of that name, within some seconds."""
     made: Object = wait_until(lambda: state_so_far(api, run, name), f"{name} of {run}", seconds)
     return made
+
+
+def said_in_time(api: httpx.Client, run: str, name: str, since: datetime, seconds: float = SEEN) -> Object:
+    """The run's first state of that name, which has to be at most so many seconds younger than that."""
+    made = state_named(api, run, name, 120)
+    in_time(name, since, datetime.fromisoformat(str(made["timestamp"])), seconds)
+    return made
+
+
+def in_time(what: str, since: datetime, until: datetime, seconds: float) -> None:
+    """As `took`, and at most so many seconds."""
+    assert took(what, since, until, f" (at most {seconds:.0f})") < seconds, TOOK
+
+
+def took(what: str, since: datetime, until: datetime, bound: str = "") -> float:
+    """Seconds from one time to the other, which the report of the test says too."""
+    seconds = (until - since).total_seconds()
+    TOOK.append(f"{what} after {seconds:.1f} s{bound}")
+    return seconds
+
+
+def scarce(api: httpx.Client, name: str) -> str:
+    """A new limit of one slot; its name."""
+    api.post("/v2/concurrency_limits/", json={"name": name, "limit": 1}).raise_for_status()
+    return name
+
+
+def taken(api: httpx.Client, limit: str) -> int:
+    """How many of a limit's slots are; for that of a tag, `tag:` and the tag."""
+    return int(api.get(f"/v2/concurrency_limits/{limit}").raise_for_status().json()["active_slots"])
 
 
 def pods(pool: Release, run: str) -> list[Object]:
@@ -143,11 +183,32 @@ def leader(pool: Release) -> str:
     return str(lease["spec"]["holderIdentity"])
 
 
-def killed(pool: Release, pod: str) -> None:
-    """All of a pod's processes by SIGKILL, as when a node is in need: nothing of it can say so.
+def shown(happened: datetime, seen: datetime) -> datetime:
+    """From when `SEEN` counts for what happened then and is seen in the Kubernetes API since then."""
+    return max(happened, seen - LAG)
 
-    A busy kubelet may take its time until it does.
-    """
+
+def death(pool: Release, pod: str) -> datetime:
+    """From when `SEEN` counts for the end of a pod, which the kubelet has told or is about to."""
+
+    def told() -> datetime | None:
+        command = ("get", "pod", pod, "--ignore-not-found", "--show-managed-fields", "-o", "json")
+        found = pool.namespace.kubectl(*command)
+        if not found:  # somebody has deleted it meanwhile
+            return datetime.now(UTC)
+        made: Object = json.loads(found)
+        for each in made["status"].get("containerStatuses", []):
+            if terminated := each["state"].get("terminated"):
+                writes = [each for each in made["metadata"]["managedFields"] if each["manager"] == "kubelet"]
+                return shown(*(datetime.fromisoformat(at) for at in (terminated["finishedAt"], writes[-1]["time"])))
+        return None
+
+    ended: datetime = wait_until(told, f"the end of {pod}")
+    return ended
+
+
+def killed(pool: Release, pod: str) -> datetime:
+    """All of a pod's processes by SIGKILL, as when a node is in need: nothing of it can say so. Its `death`."""
 
     def dead() -> bool:
         try:
@@ -158,12 +219,7 @@ def killed(pool: Release, pod: str) -> None:
         return True
 
     wait_until(dead, f"kubectl exec in {pod}")
-
-    def seen() -> bool:
-        found = pool.namespace.kubectl("get", "pod", pod, "--ignore-not-found", "-o", "json")
-        return not found or ending(json.loads(found))
-
-    wait_until(seen, f"the end of {pod}")
+    return death(pool, pod)
 
 
 def processes(run: str, job: str = "") -> list[int]:
