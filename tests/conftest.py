@@ -70,10 +70,14 @@ class _Told:
     LONG = 30.0
     """Seconds."""
 
-    def __init__(self, terminal: pytest.TerminalReporter) -> None:
+    def __init__(self, terminal: pytest.TerminalReporter, *, failures: bool) -> None:
         self.terminal = terminal
+        self.failures = failures
         self.left: Counter[str] = Counter()
         self.seconds: Counter[str] = Counter()
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.left = Counter(each.nodeid.partition("::")[0] for each in session.items)
 
     def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
         """Each process has them all."""
@@ -85,7 +89,7 @@ class _Told:
         self.seconds[file] += report.duration  # type: ignore[assignment] # a Counter takes any number
         self.left[file] -= report.when == "teardown"
         said = []
-        if report.failed:
+        if report.failed and self.failures:
             said += [f"{report.nodeid}: {report.when} failed after {report.duration:.0f} s", report.longreprtext]
         if report.when == "teardown":
             said += [f"{report.nodeid}: {value}" for name, value in report.user_properties if name == "took"]
@@ -102,8 +106,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_sessionstart(session: pytest.Session) -> None:
     plugins = session.config.pluginmanager
     terminal = plugins.get_plugin("terminalreporter")
-    if terminal and plugins.hasplugin("dsession"):  # this process hands out the tests to others
-        plugins.register(_Told(terminal))
+    if terminal and not hasattr(session.config, "workerinput"):  # nobody else tells
+        plugins.register(_Told(terminal, failures=plugins.hasplugin("dsession")))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
