@@ -199,11 +199,11 @@ def death(pool: Release, pod: str) -> datetime:
         made: Object = json.loads(found)
         for each in made["status"].get("containerStatuses", []):
             if terminated := each["state"].get("terminated"):
-                writes = [each for each in made["metadata"]["managedFields"] if each["manager"] == "kubelet"]
-                return shown(*(datetime.fromisoformat(at) for at in (terminated["finishedAt"], writes[-1]["time"])))
+                wrote = [by["time"] for by in made["metadata"]["managedFields"] if by["manager"] == "kubelet"]
+                return shown(*map(datetime.fromisoformat, (terminated["finishedAt"], max(wrote))))
         return None
 
-    ended: datetime = wait_until(told, f"the end of {pod}")
+    ended: datetime = wait_until(told, f"the end of {pod}", 120)
     return ended
 
 
