@@ -308,6 +308,8 @@ class Supervisor:
             try:
                 run = self._api.ask()
                 state = run["state_type"]
+                if self._api.is_fenced(run):
+                    _give_up(self._api.job)
                 if not self._api.is_mine(run):
                     return 0
                 if state == "CANCELLING":

@@ -333,6 +333,16 @@ def test_what_was_given_up_ends_with_its_engine(run: Callable[..., Run]) -> None
     assert "cleaned up" not in made.notes()
 
 
+def test_one_that_was_given_up_does_not_say_what_becomes_of_its_run(run: Callable[..., Run]) -> None:
+    made = run()
+    made.start(how="works", every=60)
+    made.noted("at work")
+    made.fence()
+    made.process.terminate()
+    assert made.ended() == (-signal.SIGKILL, "Running")
+    assert made.message() == {"fenced": 1}
+
+
 def test_what_becomes_of_it_is_said_though_the_api_was_away(run: Callable[..., Run]) -> None:
     made = run()
     port = free_port()
