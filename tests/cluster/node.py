@@ -652,9 +652,22 @@ def _take_away(node: Node) -> None:
 
 @contextlib.contextmanager
 def without_api() -> Iterator[None]:
-    """The node without the Kubernetes API while the block lasts."""
+    """The node without the Kubernetes API while the block lasts: connections are refused."""
     _stop("kube-apiserver")
     try:
         yield
     finally:
         _start_control_plane(str(binaries.kube()))
+
+
+@contextlib.contextmanager
+def with_silent_api() -> Iterator[None]:
+    """The node with a Kubernetes API that takes connections and answers nothing while the block lasts."""
+    process = _pid("kube-apiserver")
+    if process is None:
+        raise ClusterError("kube-apiserver does not run")
+    os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(process, signal.SIGCONT)
