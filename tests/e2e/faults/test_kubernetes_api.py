@@ -63,8 +63,8 @@ def test_a_minute_without_the_kubernetes_api_loses_nothing(
     """What runs goes on; what died is Crashed, and what falls due begins, within half a minute of its return.
 
     It is back when pods reach it by its service, and Prefect's API; a death counts from when the kubelet has told it.
-    The controller manager and the kubelet, which were refused for a minute, ask again after up to another (client-go's
-    reflector), and what they take to start the Job's pod is reported but not counted: no chart can hasten it.
+    The controller manager, the scheduler and the kubelet, refused for a minute, ask again after up to another (by
+    client-go's reflector), and what they take to start the Job's pod is reported but not counted: no chart hastens it.
     """
     if cluster != node.CONTEXT:
         pytest.skip(f"{cluster} is not the node from packages, whose API can be taken away")
