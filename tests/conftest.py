@@ -6,10 +6,10 @@ import os
 import shutil
 import signal
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 import pytest
 
@@ -22,10 +22,12 @@ os.environ["PREFECT_HOME"] = str(_HOME)
 os.environ["DO_NOT_TRACK"] = "1"
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ["PREFECT_LOGGING_LEVEL"] = "INFO"
+# All processes of one run of pytest.
+os.environ.setdefault("TESTS_RUN", uuid4().hex[:8])
 for _name in ("WAREHOUSE_URL", "WAREHOUSE_DIR", "WAREHOUSE_SCHEMA", "LANDING_ZONE", "DBT_THREADS", "PREFECT_API_URL"):
     os.environ.pop(_name, None)
 
-from tests import parts
+from tests import parts, reporting
 from tests.parts import Query, new_database, rows_of, settings_of
 
 if TYPE_CHECKING:
@@ -64,41 +66,6 @@ rest of their process come late: idle, it takes a twentieth of a core.
 """
 
 
-class _Told:
-    """Tells of failures, long files and what tests have measured when they come: what is cut short has no summary."""
-
-    LONG = 30.0
-    """Seconds."""
-
-    def __init__(self, terminal: pytest.TerminalReporter, *, failures: bool) -> None:
-        self.terminal = terminal
-        self.failures = failures
-        self.left: Counter[str] = Counter()
-        self.seconds: Counter[str] = Counter()
-
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        self.left = Counter(each.nodeid.partition("::")[0] for each in session.items)
-
-    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
-        """Each process has them all."""
-        self.left = Counter(each.partition("::")[0] for each in ids)
-
-    @pytest.hookimpl(trylast=True)
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        file = report.nodeid.partition("::")[0]
-        self.seconds[file] += report.duration  # type: ignore[assignment] # a Counter takes any number
-        self.left[file] -= report.when == "teardown"
-        said = []
-        if report.failed and self.failures:
-            said += [f"{report.nodeid}: {report.when} failed after {report.duration:.0f} s", report.longreprtext]
-        if report.when == "teardown":
-            said += [f"{report.nodeid}: {value}" for name, value in report.user_properties if name == "took"]
-        if not self.left[file] and self.seconds[file] > self.LONG:
-            said.append(f"{file}: {self.seconds[file]:.0f} s")
-        for each in said:
-            self.terminal.write_line(f"\n{each}")  # after the dots
-
-
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "alone: no other test may use the cluster at the same time")
 
@@ -106,8 +73,19 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_sessionstart(session: pytest.Session) -> None:
     plugins = session.config.pluginmanager
     terminal = plugins.get_plugin("terminalreporter")
-    if terminal and not hasattr(session.config, "workerinput"):  # nobody else tells
-        plugins.register(_Told(terminal, failures=plugins.hasplugin("dsession")))
+    distributed = plugins.hasplugin("dsession")
+    if not distributed:
+        plugins.register(reporting.Meter())
+    if terminal and not hasattr(session.config, "workerinput"):
+        plugins.register(reporting.Report(terminal, failures=distributed))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Remove what the processes of this run have shared on the cluster."""
+    if not hasattr(session.config, "workerinput"):
+        from tests.e2e.release import remove_shared
+
+        remove_shared()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -22,7 +22,7 @@ from tests.benchmarks.run import Figure, table
 from tests.benchmarks.soak import Line, installed, journals
 from tests.cluster.progress import ClusterError
 from tests.e2e.faults.victims import killed, pods, state_named, states
-from tests.e2e.release import Release
+from tests.e2e.release import Pool
 from tests.e2e.runs import deployment, ended, logged, run_of, start
 from tests.parts import wait_until
 
@@ -50,9 +50,9 @@ def moments(api: httpx.Client, run: str, journal: Sequence[Line]) -> list[float]
     ]
 
 
-def measure(api: httpx.Client, pool: Release, kills: int) -> list[Figure]:
+def measure(api: httpx.Client, pool: Pool, kills: int) -> list[Figure]:
     """The rows of the table."""
-    made = deployment(api, entrypoint="/probe/flow.py:piecewise")
+    made = deployment(api, pool, entrypoint="/probe/flow.py:piecewise")
     totals: list[float] = []
     parts: list[list[float]] = [[] for _ in PARTS]
     for number in range(kills):
@@ -81,10 +81,12 @@ PREFECTS = "python -m prefect flow-run execute"
 """Prefect's own command, in words that `orchestration.execution` does not take for what it does better."""
 
 
-def beginnings(api: httpx.Client, pairs: int) -> list[Figure]:
+def beginnings(api: httpx.Client, pool: Pool, pairs: int) -> list[Figure]:
     """What runs that do nothing take from their claim until they are Running, and of memory, each way."""
     ways = {"in one process": {}, "by `prefect flow-run execute`": {"command": PREFECTS}}
-    made = {way: deployment(api, entrypoint="/probe/flow.py:victim", job_variables=each) for way, each in ways.items()}
+    made = {
+        way: deployment(api, pool, entrypoint="/probe/flow.py:victim", job_variables=each) for way, each in ways.items()
+    }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     memory: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(pairs):
@@ -110,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with table(parts) as report, installed() as (server, pool), server.api() as api:
             report(measure(api, pool, options.kills))
-            report(beginnings(api, options.kills))
+            report(beginnings(api, pool, options.kills))
     except ClusterError as error:
         print(f"{error}.", file=sys.stderr)
         return 1

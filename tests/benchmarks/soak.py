@@ -34,8 +34,8 @@ from tests.benchmarks.run import revision
 from tests.cluster import __main__ as local_cluster
 from tests.cluster.namespace import proxied, restricted
 from tests.cluster.progress import ClusterError
-from tests.e2e.faults.victims import FLOWS, NAME, evicted, force_deleted, killed, leader, states, watched
-from tests.e2e.release import Object, Release, built_image, pool_values, probe_of, server_values
+from tests.e2e.faults.victims import FLOWS, evicted, force_deleted, killed, leader, states, watched
+from tests.e2e.release import Object, Pool, Release, built_image, installed_pool, pool_values, probe_of, server_values
 from tests.e2e.runs import deployment, start
 
 RESULTS = Path(__file__).with_name("soak.md")
@@ -148,7 +148,7 @@ def repeated(journal: Sequence[Line]) -> int:
     return again
 
 
-def journals(pool: Release) -> dict[str, list[Line]]:
+def journals(pool: Pool) -> dict[str, list[Line]]:
     """By run, from the volume of results, by the pod that looks after it."""
     [pod] = pool.pods("results")
     script = "cd /results/journal && grep -H '' *"
@@ -325,7 +325,7 @@ class Soak:
         chance: of the faults and of what the runs take.
     """
 
-    def __init__(self, server: Release, pool: Release, kubernetes: str, chance: random.Random) -> None:
+    def __init__(self, server: Release, pool: Pool, kubernetes: str, chance: random.Random) -> None:
         self.server, self.pool, self.chance = server, pool, chance
         self.api = Api(server)
         self.kubernetes = httpx.Client(base_url=kubernetes, timeout=30)
@@ -388,7 +388,7 @@ class Soak:
     def _deploy(self) -> None:
         with self.api.client() as client:
             self._deployment = deployment(
-                client, entrypoint="/probe/flow.py:piecewise", job_variables=BUDGET,
+                client, self.pool, entrypoint="/probe/flow.py:piecewise", job_variables=BUDGET,
                 concurrency_limit=2 * AT_ONCE, concurrency_options={"collision_strategy": "ENQUEUE"},
             )  # fmt: skip
             client.post("/concurrency_limits/", json={"tag": "piece", "concurrency_limit": 100}).raise_for_status()
@@ -553,22 +553,19 @@ def _name(pod: Mapping[str, Any]) -> str:
 def soaked(values: Object) -> Object:
     """Values of a pool for this, from the least ones: two workers, and nothing that stays long when it is over."""
     made = watched(values)
-    made["worker"]["replicas"] = 2
+    made["worker"]["replicas"] = made["reconciler"]["replicas"] = 2
     made["runs"]["ttlSecondsAfterFinished"] = KEPT
     return made
 
 
 @contextlib.contextmanager
-def installed() -> Iterator[tuple[Release, Release]]:
+def installed() -> Iterator[tuple[Release, Pool]]:
     """The releases of the server and the pool, in a namespace of their own on the local cluster; gone afterwards."""
     with local_cluster.shared() as context, restricted(context, "soak") as namespace:
         image = built_image()
         server = Release("prefect-server", "prefect-server", namespace)
         server.deploy(server_values(image))
-        namespace.apply(probe_of(FLOWS))
-        pool = Release(NAME, NAME, namespace)
-        pool.deploy(soaked(pool_values(image)))
-        yield server, pool
+        yield server, installed_pool(server, namespace, soaked(pool_values(image)), probe_of(FLOWS))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

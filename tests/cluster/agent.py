@@ -1,6 +1,6 @@
 """What a cloud or a CNI plugin would do on the node: enforce NetworkPolicies, provide volumes.
 
-    python -m tests.cluster.agent KUBECONFIG VOLUMES
+    python -m tests.cluster.agent KUBECONFIG VOLUMES PROCESSOR
 
 Level-triggered: on every change, and every few seconds, it reads all and makes the node so. Volumes are
 `local` PersistentVolumes, as those of type hostPath ignore fsGroup, and a pod that is not root could
@@ -8,6 +8,8 @@ not write to them.
 
 It also gives all pods the same weight on the processors, whatever they request: where several tests have the node, the
 small pods of one would stand still for most of a minute while another's, with what production requests, start.
+
+It writes the processor seconds that the pods of each namespace have used to the file PROCESSOR.
 """
 
 import contextlib
@@ -17,6 +19,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,8 @@ from tests.cluster import policies
 PROVISIONER = "prefect-orchestration.test/local"
 RESYNC = 5.0
 """Seconds between rounds when nothing is heard of a change."""
+GATHER = 0.3
+"""Seconds from a change to the round: changes come in bursts, and a round reads all."""
 SIMULATED = "tests/simulated"
 """Label of pods that are not there: they need nothing of a node, and thousands of them would keep the agent busy."""
 NOT_OVER = "status.phase!=Succeeded,status.phase!=Failed"
@@ -37,6 +43,13 @@ NOT_OVER = "status.phase!=Succeeded,status.phase!=Failed"
 WEIGHT = 256
 PODS = ("cpu/kubepods/burstable/pod*/cpu.shares", "kubepods/burstable/pod*/cpu.weight")
 """Files below /sys/fs/cgroup, of version 1 and of version 2."""
+ACCOUNTS = (
+    "cpuacct/kubepods/*/pod*/cpuacct.usage",
+    "cpuacct/node-2/kubepods/*/pod*/cpuacct.usage",
+    "kubepods/*/pod*/cpu.stat",
+    "node-2/kubepods/*/pod*/cpu.stat",
+)
+"""As `PODS`, of both nodes: what a pod has used."""
 HOOKS = (("FORWARD", policies.EGRESS), ("FORWARD", policies.INGRESS), ("INPUT", policies.EGRESS))
 
 
@@ -53,6 +66,35 @@ def release() -> None:
     """Enforce nothing any more."""
     for hook, chain in HOOKS:
         subprocess.run(["iptables", "-w", "-t", "mangle", "-D", hook, "-j", chain], capture_output=True, check=False)
+
+
+class Processor:
+    """Keeps the processor seconds of each namespace's pods, those that are gone included."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.namespaces: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}
+
+    def read(self, pods: Iterable[Mapping[str, Any]]) -> None:
+        """Read what each pod has used so far from its cgroup, and write the sums by namespace."""
+        self.namespaces |= {pod["metadata"]["uid"]: pod["metadata"]["namespace"] for pod in pods}
+        for pattern in ACCOUNTS:
+            for path in Path("/sys/fs/cgroup").glob(pattern):
+                with contextlib.suppress(OSError):  # its pod has gone
+                    self.seconds[path.parent.name.removeprefix("pod")] = _seconds(path.read_text())
+        sums: dict[str, float] = defaultdict(float)
+        for uid, seconds in self.seconds.items():
+            sums[self.namespaces.get(uid, "")] += seconds
+        fresh = self.file.with_suffix(".new")
+        fresh.write_text(json.dumps(sums))
+        fresh.replace(self.file)
+
+
+def _seconds(text: str) -> float:
+    """Return the seconds of a cgroup's account: nanoseconds in version 1, `usage_usec N` first in version 2."""
+    words = text.split()
+    return int(words[1]) / 1e6 if words[0] == "usage_usec" else int(words[0]) / 1e9
 
 
 def weigh() -> None:
@@ -120,7 +162,7 @@ def _items(read: Any) -> list[dict[str, Any]]:
     return found
 
 
-def main(kubeconfig: str, volumes: Path) -> None:
+def main(kubeconfig: str, volumes: Path, processor: Path) -> None:
     """Look after the node until the process is ended."""
     config.load_kube_config(kubeconfig)
     core, network = client.CoreV1Api(), client.NetworkingV1Api()
@@ -134,22 +176,25 @@ def main(kubeconfig: str, volumes: Path) -> None:
     changed = threading.Event()
     for read in reads:
         threading.Thread(target=_listen, args=[read, changed], daemon=True).start()
-    enforced = ""
+    enforced, used = "", Processor(processor)
     while True:
         changed.clear()
         try:
-            wanted = policies.rules(*map(_items, reads[:3]))
+            found, pods, namespaces = map(_items, reads[:3])
+            wanted = policies.rules(found, pods, namespaces)
             if wanted != enforced:
                 enforce(wanted)
                 enforced = wanted
             provide_volumes(core, volumes)
             weigh()
+            used.read(pods)
         except (ApiException, HTTPError, OSError, subprocess.SubprocessError) as error:
             print(error, file=sys.stderr, flush=True)
             enforced = ""
             time.sleep(1)
         changed.wait(RESYNC)
+        time.sleep(GATHER)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))

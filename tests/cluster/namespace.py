@@ -4,7 +4,7 @@ import contextlib
 import json
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
@@ -21,6 +21,10 @@ RESTRICTED = {
     "seccompProfile": {"type": "RuntimeDefault"},
 }
 """A container's security context at the `restricted` Pod Security Standard."""
+
+
+USED: set[str] = set()
+"""Names of the namespaces that this process' tests use: what their pods cost is theirs (tests/reporting.py)."""
 
 
 @dataclass(frozen=True)
@@ -89,24 +93,36 @@ class Namespace:
         return True
 
 
+def make(namespace: Namespace) -> None:
+    """Create a namespace, and wait until pods may be made in it."""
+    binaries.kubectl("--context", namespace.context, "create", "namespace", namespace.name)
+    account = ("get", "serviceaccount", "default", "--ignore-not-found", "-o", "name")
+    wait_until(lambda: namespace.kubectl(*account), "the service account without which no pod may be made")
+
+
+def make_restricted(namespace: Namespace) -> None:
+    """Create a namespace that enforces the restricted standard."""
+    make(namespace)
+    namespace.kubectl("label", "namespace", namespace.name, "pod-security.kubernetes.io/enforce=restricted")
+
+
 @contextlib.contextmanager
-def new(context: str, prefix: str) -> Iterator[Namespace]:
+def new(context: str, prefix: str, create: Callable[[Namespace], None] = make) -> Iterator[Namespace]:
     """A new namespace; deleted afterwards, with all that is in it."""
     made = Namespace(context, f"{prefix}-{uuid4().hex[:8]}")
-    binaries.kubectl("--context", context, "create", "namespace", made.name)
+    USED.add(made.name)
     try:
-        account = ("get", "serviceaccount", "default", "--ignore-not-found", "-o", "name")
-        wait_until(lambda: made.kubectl(*account), "the service account without which no pod may be made")
+        create(made)
         yield made
     finally:
-        binaries.kubectl("--context", context, "delete", "namespace", made.name, "--wait=false")
+        delete = ("delete", "namespace", made.name, "--wait=false", "--ignore-not-found")
+        binaries.kubectl("--context", context, *delete)
 
 
 @contextlib.contextmanager
 def restricted(context: str, prefix: str) -> Iterator[Namespace]:
     """A new namespace that enforces the restricted standard; deleted afterwards, with all that is in it."""
-    with new(context, prefix) as made:
-        made.kubectl("label", "namespace", made.name, "pod-security.kubernetes.io/enforce=restricted")
+    with new(context, prefix, make_restricted) as made:
         yield made
 
 

@@ -322,6 +322,24 @@ def _wait(condition: Callable[[], bool], otherwise: str, name: str, seconds: flo
         time.sleep(0.1)
 
 
+def processor_seconds() -> dict[str, float]:
+    """Return the processor seconds of each namespace's pods since the node's agent was started; by namespace."""
+    with contextlib.suppress(OSError, ValueError):
+        found: dict[str, float] = json.loads((STATE / "processor.json").read_text())
+        return found
+    return {}
+
+
+def own_processor_seconds() -> float:
+    """Return the processor seconds of the node's own processes and of what they have ended, but not of pods."""
+    seconds = 0.0
+    for name in (*COMPONENTS, "kubelet-2", "containerd-2"):
+        with contextlib.suppress(OSError, TypeError):
+            fields = Path(f"/proc/{_pid(name)}/stat").read_text().rpartition(")")[2].split()
+            seconds += sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    return seconds
+
+
 # --- registry and containerd ---------------------------------------------------------------------
 
 
@@ -569,6 +587,7 @@ def _start_agents(kube: str) -> None:
     root = str(Path(__file__).resolve().parents[2])
     _start(
         "agent", sys.executable, "-m", "tests.cluster.agent", str(KUBECONFIG), str(STATE / "volumes"),
+        str(STATE / "processor.json"),
         environment={"PYTHONPATH": root},
     )  # fmt: skip
 

@@ -11,10 +11,20 @@ import pytest
 from orchestration.environment.target import Environment
 from orchestration.settings import ROOT
 from tests.cluster import binaries
-from tests.cluster.namespace import Namespace, restricted
+from tests.cluster.namespace import USED, Namespace, restricted
 from tests.cluster.turns import turn
 from tests.e2e.checkout import CRON, Checkout
-from tests.e2e.release import Object, Release, pool_values, probe_of, server_values
+from tests.e2e.release import (
+    Object,
+    Pool,
+    Release,
+    installed_pool,
+    joining,
+    merged,
+    pool_values,
+    probe_of,
+    shared_server,
+)
 from tests.parts import copy_of_checkout
 
 
@@ -25,31 +35,28 @@ def probe() -> Object:
 
 
 @pytest.fixture(scope="module")
-def servers_namespace(cluster: str) -> Iterator[Namespace]:
+def server(cluster: str, image: str) -> Release:
+    """The server that files share. One whose tests disturb it installs its own."""
+    return shared_server(cluster, image)
+
+
+@pytest.fixture(scope="module")
+def pool_namespace(cluster: str) -> Iterator[Namespace]:
     """A namespace that enforces the restricted standard."""
     with restricted(cluster, "pool") as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-def server(servers_namespace: Namespace, image: str) -> Release:
-    release = Release("prefect-server", "prefect-server", servers_namespace)
-    release.deploy(server_values(image))
-    return release
+def values(image: str, server: Release, pool_namespace: Namespace) -> Object:
+    """The values of a pool that has its namespace's name on the server."""
+    return merged(pool_values(image), joining(server, pool_namespace.name))
 
 
 @pytest.fixture(scope="module")
-def values(image: str) -> Object:
-    return pool_values(image)
-
-
-@pytest.fixture(scope="module")
-def pool(server: Release, values: Object, probe: Object) -> Release:
+def pool(server: Release, pool_namespace: Namespace, values: Object, probe: Object) -> Pool:
     """A work pool that is installed from nothing."""
-    server.namespace.apply(probe)
-    release = Release("prefect-work-pool", "prefect-work-pool", server.namespace)
-    release.deploy(values)
-    return release
+    return installed_pool(server, pool_namespace, values, probe)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +75,7 @@ def checkout(cluster: str, image: str, tmp_path_factory: pytest.TempPathFactory)
     copy_of_checkout(folder)
     (folder / ".venv").symlink_to(ROOT / ".venv")
     made = Checkout(folder, Environment("local", cluster, f"environment-{uuid4().hex[:8]}"))
+    USED.add(made.target.namespace)
     made.edit("prefect.yaml", "0 6 * * *", CRON)
     identity = ["-c", "user.name=tests", "-c", "user.email=tests@example.com"]
     for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "A copy"]):

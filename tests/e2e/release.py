@@ -1,10 +1,12 @@
 """A release of a chart on the cluster, as a person has it: by helm, in a namespace of its own."""
 
 import contextlib
+import copy
 import json
+import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,19 @@ from orchestration.environment.api import connected
 from orchestration.environment.target import Environment
 from orchestration.settings import ROOT
 from tests.cluster import binaries, images
-from tests.cluster.namespace import Namespace
+from tests.cluster.namespace import Namespace, make_restricted
+from tests.cluster.progress import ClusterError
 from tests.cluster.turns import turn
+from tests.e2e.pace import HEARTBEAT_SECONDS, PREFETCH_SECONDS
 from tests.parts import wait_until
 
 Object = dict[str, Any]
+
+RUN = os.environ.get("TESTS_RUN", "")
+"""This run of pytest; tests/conftest.py sets it for all of its processes."""
+
+SHARED = binaries.cache() / f"shared-{RUN}"
+"""The context where this run's processes share namespaces, and whose turn it is to make one."""
 
 SMALL: Object = {"cpu": "10m", "memory": "200Mi"}
 """What a pod of these tests asks for: on a full node it would go for an environment beside it, which has priority."""
@@ -38,15 +48,13 @@ class Release:
         """Run helm in the release's namespace; what it printed."""
         return binaries.helm("--kube-context", self.namespace.context, "-n", self.namespace.name, *arguments)
 
-    def deploy(self, values: Object, *, wait: bool = True) -> str:
+    def deploy(self, values: Object, *, wait: bool = True) -> None:
         """Install the release or upgrade it, and wait until its pods are ready."""
         with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
             yaml.safe_dump(values, file)
             file.flush()
             options = ["--wait", "--wait-for-jobs", "--timeout", "10m"] if wait else []
-            return self.helm(
-                "upgrade", "--install", self.name, str(ROOT / "helm" / self.chart), "-f", file.name, *options
-            )
+            self.helm("upgrade", "--install", self.name, str(ROOT / "helm" / self.chart), "-f", file.name, *options)
 
     def secret(self, name: str, key: str) -> str:
         """The value of a Secret's key."""
@@ -85,6 +93,72 @@ class Release:
             yield client
 
 
+@dataclass(frozen=True)
+class Pool(Release):
+    """A release of the work pool's chart, and the name of its pool on the server."""
+
+    work_pool: str = "default"
+
+
+def shared(context: str, name: str, install: Callable[[Namespace], object]) -> Namespace:
+    """Return a namespace that all processes of this run of pytest share; the first that asks makes it.
+
+    Args:
+        context: of the cluster.
+        name: the end of the namespace's name.
+        install: fills the new namespace.
+    """
+    namespace = Namespace(context, f"shared-{RUN}-{name}")
+    with turn(SHARED):
+        SHARED.write_text(context)
+        if not binaries.kubectl("--context", context, "get", "namespace", namespace.name, "--ignore-not-found"):
+            make_restricted(namespace)
+            namespace.kubectl("label", "namespace", namespace.name, f"tests/run={RUN}")
+            try:
+                install(namespace)
+            except ClusterError:
+                namespace.kubectl("delete", "namespace", namespace.name, "--wait=false")
+                raise
+    return namespace
+
+
+def remove_shared() -> None:
+    """Remove the namespaces that this run's processes have shared."""
+    if SHARED.exists():
+        delete = ("delete", "namespace", "--selector", f"tests/run={RUN}", "--wait=false")
+        binaries.kubectl("--context", SHARED.read_text(), *delete)
+        SHARED.unlink()
+
+
+def shared_server(context: str, image: str) -> Release:
+    """Return the server of all files whose tests leave it alone."""
+
+    def release(namespace: Namespace) -> Release:
+        return Release("prefect-server", "prefect-server", namespace)
+
+    return release(shared(context, "server", lambda made: release(made).deploy(server_values(image))))
+
+
+def installed_pool(server: Release, namespace: Namespace, values: Object, probe: Object) -> Pool:
+    """Install a work pool in a namespace, whose runs have the probe's flow."""
+    namespace.apply(probe)
+    if namespace != server.namespace:
+        give_access(server, namespace)
+    name = values.get("pool", {}).get("name", "default")
+    pool = Pool("prefect-work-pool", "prefect-work-pool", namespace, work_pool=name)
+    pool.deploy(values)
+    return pool
+
+
+def merged(values: Object, change: Object) -> Object:
+    """Return a copy of values with a change, as helm merges a second file of values."""
+    made = dict(values)
+    for key, each in change.items():
+        both = isinstance(each, dict) and isinstance(made.get(key), dict)
+        made[key] = merged(made[key], each) if both else copy.deepcopy(each)
+    return made
+
+
 def built_image() -> str:
     """The image of this checkout, built and pushed to where the cluster pulls from; its name."""
     with turn(binaries.cache() / "image.lock"):
@@ -101,13 +175,30 @@ def server_values(image: str) -> Object:
     return {"image": _image(image)} | small | _databases()
 
 
+def give_access(server: Release, namespace: Namespace) -> None:
+    """Copy the Secret with the server's USER:PASSWORD into another namespace."""
+    value = {"auth-string": server.secret("prefect-server-auth", "auth-string")}
+    metadata = {"name": "prefect-server-auth"}
+    namespace.apply({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": value})
+
+
+def joining(server: Release, work_pool: str) -> Object:
+    """Return the values of a pool of that name, for a server in another namespace."""
+    labels = {"kubernetes.io/metadata.name": server.namespace.name}
+    return {
+        "api": {"url": f"http://prefect-server-api.{server.namespace.name}:4200/api"},
+        "networkPolicy": {"api": {"namespaceLabels": labels}},
+        "pool": {"name": work_pool},
+    }
+
+
 def pool_values(image: str) -> Object:
     """The least values of the work pool's chart on the cluster, for runs that find the probe's flow in /probe."""
     return {
         "image": _image(image),
         "worker": {
-            "querySeconds": 2,
-            "prefetchSeconds": 5,
+            "heartbeatSeconds": HEARTBEAT_SECONDS,
+            "prefetchSeconds": PREFETCH_SECONDS,
             "resources": {"requests": dict(SMALL), "limits": {"memory": "768Mi"}},
         },
         "reconciler": {"replicas": 1, "resources": {"requests": dict(SMALL), "limits": {"memory": "256Mi"}}},

@@ -5,19 +5,19 @@ from uuid import uuid4
 
 import httpx
 
-from tests.e2e.release import Object
+from tests.e2e.release import Object, Pool
 from tests.parts import wait_until
 
 
-def deployment(api: httpx.Client, **fields: Any) -> str:
-    """A new deployment of the probe; its id."""
+def deployment(api: httpx.Client, pool: Pool, **fields: Any) -> str:
+    """A new deployment of the probe in a pool; its id."""
     flow = api.post("/flows/", json={"name": "probe"}).raise_for_status().json()
     body = {
         "name": f"probe-{uuid4().hex[:6]}",
         "flow_id": flow["id"],
         "entrypoint": "/probe/flow.py:probe",
         "path": "/app",
-        "work_pool_name": "default",
+        "work_pool_name": pool.work_pool,
     }
     made = api.post("/deployments/", json=body | fields)
     return str(made.raise_for_status().json()["id"])

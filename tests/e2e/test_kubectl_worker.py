@@ -1,6 +1,5 @@
 """A worker that kubectl alone manages, in a namespace of its own: it joins a pool, and loses no run when it goes."""
 
-import copy
 import json
 import os
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import yaml
 
 from orchestration.settings import ROOT
 from tests.cluster.namespace import Namespace
-from tests.e2e.release import Object, Release
+from tests.e2e.release import Object, Pool, Release, give_access, merged
 from tests.e2e.runs import deployment, ended, logged, run_of, start
 from tests.parts import wait_until
 
@@ -26,18 +25,19 @@ WORKERS = "app.kubernetes.io/component=worker"
 @pytest.fixture(scope="module")
 def values(values: Object) -> Object:
     """Those of a pool whose release has no worker: every run is taken by one of kubectl's."""
-    return copy.deepcopy(values) | {"worker": {"replicas": 0}, "drift": {"enabled": False}}
+    return merged(values, {"worker": {"replicas": 0}, "drift": {"enabled": False}})
 
 
 @pytest.fixture(scope="module")
-def overlay(pool: Release, image: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def overlay(server: Release, pool: Pool, image: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example in a namespace of the module's own, with this checkout's image and the pool's server."""
     folder = tmp_path_factory.mktemp("overlay").resolve()
     (folder / "namespace").mkdir()
-    name, server = f"runs-{uuid4().hex[:8]}", pool.namespace.name
+    name, home = f"runs-{uuid4().hex[:8]}", server.namespace.name
     repository, _, tag = image.rpartition(":")
     environment = [
-        {"name": "PREFECT_API_URL", "value": f"http://prefect-server-api.{server}:4200/api"},
+        {"name": "PREFECT_API_URL", "value": f"http://prefect-server-api.{home}:4200/api"},
+        {"name": "WORK_POOL", "value": pool.work_pool},
         {"name": "PREFECT_WORKER_QUERY_SECONDS", "value": "2"},
     ]
     worker = {
@@ -49,7 +49,7 @@ def overlay(pool: Release, image: str, tmp_path_factory: pytest.TempPathFactory)
     path = "/spec/egress/1/to/0/namespaceSelector/matchLabels/kubernetes.io~1metadata.name"
     ways = {
         "target": {"kind": "NetworkPolicy", "name": "prefect-work-pool-.*"},
-        "patch": json.dumps([{"op": "replace", "path": path, "value": server}]),
+        "patch": json.dumps([{"op": "replace", "path": path, "value": home}]),
     }
     changes: dict[Path, Object] = {
         folder: {
@@ -66,15 +66,12 @@ def overlay(pool: Release, image: str, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="module")
-def away(pool: Release, overlay: Path, probe: Object) -> Iterator[Namespace]:
+def away(server: Release, pool: Pool, overlay: Path, probe: Object) -> Iterator[Namespace]:
     """The worker's namespace, in which one has joined the pool."""
     made = Namespace(pool.namespace.context, yaml.safe_load((overlay / "kustomization.yaml").read_text())["namespace"])
     try:
         made.kubectl("apply", "-k", str(overlay / "namespace"))
-        made.kubectl(
-            "create", "secret", "generic", "prefect-server-auth", "--from-file=auth-string=/dev/stdin",
-            text=pool.secret("prefect-server-auth", "auth-string"),
-        )  # fmt: skip
+        give_access(server, made)
         made.apply(probe)
         made.kubectl("apply", "-k", str(overlay))
         made.kubectl("rollout", "status", WORKER, "--timeout=180s")
@@ -105,18 +102,21 @@ def assert_none_is_lost(api: httpx.Client, runs: list[str]) -> None:
     assert {(outcome["state_type"], outcome["run_count"]) for outcome in outcomes} == {("COMPLETED", 1)}
 
 
-def test_it_joins_the_pool_and_a_run_is_a_pod_beside_it(pool: Release, away: Namespace, api: httpx.Client) -> None:
+def test_it_joins_the_pool_and_a_run_is_a_pod_beside_it(
+    server: Release, pool: Pool, away: Namespace, api: httpx.Client
+) -> None:
     """With the pool's template as it is at the time, which no part of the manifests has."""
     assert not pool.pods("worker")
-    [online] = wait_until(lambda: api.post("/work_pools/default/workers/filter", json={}).json(), "the worker's sign")
+    on_server = f"/work_pools/{pool.work_pool}"
+    [online] = wait_until(lambda: api.post(f"{on_server}/workers/filter", json={}).json(), "the worker's sign")
     assert online["status"] == "ONLINE"
-    template = api.get("/work_pools/default").json()["base_job_template"]
+    template = api.get(on_server).json()["base_job_template"]
     template["variables"]["properties"]["memory_limit"]["default"] = "640Mi"
-    api.patch("/work_pools/default", json={"base_job_template": template}).raise_for_status()
+    api.patch(on_server, json={"base_job_template": template}).raise_for_status()
     addresses = [
-        f"prefect-server-{what}.{pool.namespace.name}:{port}" for what, port in (("api", 4200), ("database", 5432))
+        f"prefect-server-{what}.{server.namespace.name}:{port}" for what, port in (("api", 4200), ("database", 5432))
     ]
-    made = deployment(api, parameters={"addresses": addresses})
+    made = deployment(api, pool, parameters={"addresses": addresses})
 
     def with_the_new_template() -> tuple[str, Object] | None:
         run = start(api, made)
@@ -142,20 +142,20 @@ def test_scaled_it_stays_so_when_it_is_applied_again(away: Namespace, overlay: P
     assert "Worker" in away.kubectl("logs", WORKER)
 
 
-def test_a_rolling_restart_under_a_burst_loses_no_run(away: Namespace, api: httpx.Client) -> None:
+def test_a_rolling_restart_under_a_burst_loses_no_run(pool: Pool, away: Namespace, api: httpx.Client) -> None:
     before = workers(away)
-    runs = burst(api, deployment(api), 6)
+    runs = burst(api, deployment(api, pool), 6)
     away.kubectl("rollout", "restart", WORKER)
     away.kubectl("rollout", "status", WORKER, "--timeout=180s")
     assert_none_is_lost(api, runs)
     assert not set(before) & set(workers(away))
 
 
-def test_a_worker_that_is_deleted_finishes_its_claims(away: Namespace, api: httpx.Client) -> None:
+def test_a_worker_that_is_deleted_finishes_its_claims(pool: Pool, away: Namespace, api: httpx.Client) -> None:
     away.kubectl("scale", WORKER, "--replicas=1")
     wait_until(lambda: len(workers(away)) == 1, "one worker to go")
     [worker] = workers(away)
-    runs = burst(api, deployment(api), 8)
+    runs = burst(api, deployment(api, pool), 8)
     with ThreadPoolExecutor() as beside:
         log = beside.submit(away.kubectl, "logs", "--follow", worker)
         away.kubectl("delete", "pod", worker)
@@ -163,10 +163,12 @@ def test_a_worker_that_is_deleted_finishes_its_claims(away: Namespace, api: http
     assert_none_is_lost(api, runs)
 
 
-def test_deleted_nothing_of_it_stays_and_all_runs_go_on(away: Namespace, overlay: Path, api: httpx.Client) -> None:
+def test_deleted_nothing_of_it_stays_and_all_runs_go_on(
+    pool: Pool, away: Namespace, overlay: Path, api: httpx.Client
+) -> None:
     """The one in progress and those that were claimed; the others wait for a worker."""
     away.kubectl("rollout", "status", WORKER, "--timeout=180s")
-    made = deployment(api)
+    made = deployment(api, pool)
     in_progress = start(api, made, parameters={"seconds": 20})
     wait_until(lambda: run_of(api, in_progress)["state_type"] == "RUNNING", "the run to run", 120)
     runs = burst(api, made, 6)

@@ -10,16 +10,15 @@ import pytest
 import yaml
 
 from tests.cluster.progress import ClusterError
-from tests.e2e.release import SMALL, Object, Release
+from tests.e2e.release import SMALL, Object, Pool, Release, merged
 from tests.e2e.runs import deployment, ended, logged, run_of, start
 from tests.helm.rendering import environment
 from tests.parts import wait_until
 
-SERVER = "prefect-server"
 NAME = "prefect-work-pool"
 
 
-def job_of(pool: Release, run: str) -> Object:
+def job_of(pool: Pool, run: str) -> Object:
     """The run's Job."""
     found = json.loads(pool.namespace.kubectl("get", "jobs", "-l", f"prefect.io/flow-run-id={run}", "-o", "json"))
     [job] = found["items"]
@@ -27,13 +26,13 @@ def job_of(pool: Release, run: str) -> Object:
 
 
 @pytest.fixture(scope="module")
-def each_minute(pool: Release, api: httpx.Client) -> str:
+def each_minute(pool: Pool, api: httpx.Client) -> str:
     """A deployment with a schedule of each minute, which comes round while other tests go on; its id."""
     schedules = [{"schedule": {"cron": "* * * * *"}, "active": True}]
-    return deployment(api, parameters={"text": "each minute"}, schedules=schedules)
+    return deployment(api, pool, parameters={"text": "each minute"}, schedules=schedules)
 
 
-def test_it_starts_from_nothing_without_a_restart(pool: Release, api: httpx.Client) -> None:
+def test_it_starts_from_nothing_without_a_restart(pool: Pool, api: httpx.Client) -> None:
     restarts = pool.restarts()
     assert len(restarts) == 3, "worker, drift and reconciler"
     assert not any(restarts.values()), restarts
@@ -46,11 +45,11 @@ def test_it_starts_from_nothing_without_a_restart(pool: Release, api: httpx.Clie
 
 
 def test_memory_variables_and_image_of_a_deployment_and_of_a_run_reach_the_pod(
-    pool: Release, api: httpx.Client, image: str, each_minute: str
+    pool: Pool, api: httpx.Client, image: str, each_minute: str
 ) -> None:
     repository, _, tag = image.rpartition(":")
     by_digest = f"{repository}@{_digest(repository, tag)}"
-    made = deployment(api, job_variables={"memory_limit": "600Mi", "env": {"GREETING": "deployment"}})
+    made = deployment(api, pool, job_variables={"memory_limit": "600Mi", "env": {"GREETING": "deployment"}})
     of_deployment = start(api, made)
     of_run = start(api, made, job_variables={"memory_limit": "650Mi", "env": {"GREETING": "run"}, "image": by_digest})
     for run, memory, greeting, name in (
@@ -74,27 +73,28 @@ def _digest(repository: str, tag: str) -> str:
 
 
 def test_a_run_has_no_token_no_password_and_no_way_to_the_servers_database(
-    pool: Release, server: Release, api: httpx.Client
+    pool: Pool, server: Release, api: httpx.Client
 ) -> None:
-    addresses = [f"{SERVER}-api:4200", f"{SERVER}-database:5432", f"{SERVER}-redis:6379"]
-    run = start(api, deployment(api), parameters={"addresses": addresses})
+    ports = {"api": 4200, "database": 5432, "redis": 6379}
+    addresses = [f"prefect-server-{name}.{server.namespace.name}:{port}" for name, port in ports.items()]
+    run = start(api, deployment(api, pool), parameters={"addresses": addresses})
     assert ended(api, run)["state_type"] == "COMPLETED"
     lines = logged(api, run, f"reaches {addresses[-1]}")
     assert "token=False services=False" in lines
     assert [line for line in lines if line.startswith("reaches")] == [
-        f"reaches {SERVER}-api:4200: True",
-        f"reaches {SERVER}-database:5432: False",
-        f"reaches {SERVER}-redis:6379: False",
+        f"reaches {addresses[0]}: True",
+        f"reaches {addresses[1]}: False",
+        f"reaches {addresses[2]}: False",
     ]
     manifest = json.dumps(job_of(pool, run))
-    assert server.secret(f"{SERVER}-auth", "auth-string") not in manifest
+    assert server.secret("prefect-server-auth", "auth-string") not in manifest
     [container] = job_of(pool, run)["spec"]["template"]["spec"]["containers"]
-    reference = {"name": f"{SERVER}-auth", "key": "auth-string"}
+    reference = {"name": "prefect-server-auth", "key": "auth-string"}
     assert environment(container)["PREFECT_API_AUTH_STRING"] == {"secretKeyRef": reference}
 
 
 def test_a_schedule_of_each_minute_fires_by_itself_and_runs_as_a_pod(
-    pool: Release, api: httpx.Client, each_minute: str
+    pool: Pool, api: httpx.Client, each_minute: str
 ) -> None:
     """With the parameters of the deployment; its logs, states and artifact are in the API."""
     runs = {"deployments": {"id": {"any_": [each_minute]}}, "flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
@@ -120,9 +120,9 @@ def test_a_schedule_of_each_minute_fires_by_itself_and_runs_as_a_pod(
     assert pod["metadata"]["labels"]["prefect.io/role"] == "flow-run"
 
 
-def test_ten_runs_at_once_complete_though_the_worker_is_replaced_among_them(pool: Release, api: httpx.Client) -> None:
+def test_ten_runs_at_once_complete_though_the_worker_is_replaced_among_them(pool: Pool, api: httpx.Client) -> None:
     """The worker that is deleted makes the Jobs of what it has claimed; its successor takes the rest."""
-    made = deployment(api)
+    made = deployment(api, pool)
     [worker] = pool.pods("worker")
     runs = [start(api, made, parameters={"text": str(number)}) for number in range(10)]
 
@@ -151,21 +151,21 @@ def _most_at_once(api: httpx.Client, runs: list[str]) -> int:
 
 
 def test_an_upgrade_changes_pool_and_template_and_a_rollback_takes_it_back(
-    pool: Release, values: Object, api: httpx.Client
+    pool: Pool, values: Object, api: httpx.Client
 ) -> None:
     """The pool's new limit holds; a run that is under way is not disturbed by either."""
-    made = deployment(api)
+    made = deployment(api, pool)
     under_way = start(api, made, parameters={"seconds": 60})
     wait_until(lambda: run_of(api, under_way)["state_type"] == "RUNNING", "the run to run", 120)
     changed = copy.deepcopy(values)
-    changed["pool"] = {"concurrencyLimit": 3, "queues": [{"name": "urgent", "priority": 1, "concurrencyLimit": 1}]}
+    changed["pool"] |= {"concurrencyLimit": 3, "queues": [{"name": "urgent", "priority": 1, "concurrencyLimit": 1}]}
     changed["runs"]["resources"]["limits"]["memory"] = "640Mi"
     pool.deploy(changed)
     pool.one_worker()
-    found = api.get("/work_pools/default").json()
+    found = api.get(f"/work_pools/{pool.work_pool}").json()
     assert found["concurrency_limit"] == 3
     assert found["base_job_template"]["variables"]["properties"]["memory_limit"]["default"] == "640Mi"
-    queues = {queue["name"]: queue for queue in api.post("/work_pools/default/queues/filter", json={}).json()}
+    queues = {queue["name"]: queue for queue in api.post(f"/work_pools/{pool.work_pool}/queues/filter", json={}).json()}
     assert queues["urgent"]["priority"] == 1
     assert queues["urgent"]["concurrency_limit"] == 1
     runs = [start(api, made, parameters={"seconds": 2}) for _ in range(5)]
@@ -175,10 +175,10 @@ def test_an_upgrade_changes_pool_and_template_and_a_rollback_takes_it_back(
         job_of(pool, runs[0])["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"] == "640Mi"
     )
     pool.helm("rollback", NAME, "1", "--wait", "--timeout", "10m")
-    found = api.get("/work_pools/default").json()
+    found = api.get(f"/work_pools/{pool.work_pool}").json()
     assert found["concurrency_limit"] is None
     assert found["base_job_template"]["variables"]["properties"]["memory_limit"]["default"] == "700Mi"
-    queues = api.post("/work_pools/default/queues/filter", json={}).json()
+    queues = api.post(f"/work_pools/{pool.work_pool}/queues/filter", json={}).json()
     assert [queue["name"] for queue in queues] == ["default"]
     assert ended(api, under_way)["state_type"] == "COMPLETED"
     assert run_of(api, under_way)["run_count"] == 1
@@ -202,7 +202,7 @@ FILES = {
 
 
 @pytest.fixture
-def of_files(pool: Release, values: Object) -> Iterator[tuple[Release, Callable[[str, str], None]]]:
+def of_files(pool: Pool, values: Object) -> Iterator[tuple[Release, Callable[[str, str], None]]]:
     """A second release, of the pool `files`, and how it is deployed: with which of `FILES`, and how much for a run."""
     texts = {name: yaml.safe_dump(each) for name, each in FILES.items()}
     pool.namespace.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "files"}, "data": texts})
@@ -213,7 +213,7 @@ def of_files(pool: Release, values: Object) -> Iterator[tuple[Release, Callable[
             "volumes": [{"name": name, "configMap": {"name": name}} for name in ("files", "probe")],
             "volumeMounts": [{"name": name, "mountPath": f"/{name}"} for name in ("files", "probe")],
         }
-        wanted = copy.deepcopy(values) | {"pool": {"name": "files"}}
+        wanted = merged(values, {"pool": {"name": "files"}})
         wanted["sync"] = {"files": [f"/files/{file}"], "pod": volumes, "backoffLimit": 0}
         wanted["runs"]["resources"]["limits"]["memory"] = memory
         release.deploy(wanted)
@@ -268,7 +268,7 @@ def test_an_upgrade_brings_the_server_to_what_the_files_say_and_a_rollback_takes
     assert memory() == "700Mi"
 
 
-def _drifted(pool: Release) -> float:
+def _drifted(pool: Pool) -> float:
     """How many things drift counts, as Prometheus would read it."""
     [pod] = pool.pods("drift")
     path = f"/api/v1/namespaces/{pool.namespace.name}/pods/{pod['metadata']['name']}:8080/proxy/metrics"
@@ -278,7 +278,7 @@ def _drifted(pool: Release) -> float:
     return sum(counts)
 
 
-def test_what_somebody_changes_on_the_server_is_seen_as_drift(pool: Release, api: httpx.Client) -> None:
+def test_what_somebody_changes_on_the_server_is_seen_as_drift(pool: Pool, api: httpx.Client) -> None:
     """In the UI as an artifact and for an alert as a metric, until it is as the last sync left it."""
     wait_until(lambda: _drifted(pool) == 0, "nothing to have drifted")
     daily = api.get("/deployments/name/dbt-pipeline/dbt-pipeline-daily").raise_for_status().json()
@@ -299,13 +299,13 @@ def test_what_somebody_changes_on_the_server_is_seen_as_drift(pool: Release, api
     wait_until(lambda: _drifted(pool) == 0, "the metric to be back")
 
 
-def test_a_worker_that_no_longer_watches_is_started_again(pool: Release, values: Object) -> None:
+def test_a_worker_that_no_longer_watches_is_started_again(pool: Pool, values: Object) -> None:
     """Without the right to watch, its watchers give up; polling alone would have kept it green.
 
     It watches where no reconciler does.
     """
     namespace = pool.namespace
-    pool.deploy(copy.deepcopy(values) | {"reconciler": {"enabled": False}})
+    pool.deploy(merged(values, {"reconciler": {"enabled": False}}))
     binding = namespace.kubectl("get", "rolebinding", f"{NAME}-worker", "-o", "json")
     [old] = pool.pods("worker")
     namespace.kubectl("delete", "rolebinding", f"{NAME}-worker")
@@ -322,7 +322,7 @@ def test_a_worker_that_no_longer_watches_is_started_again(pool: Release, values:
 
 
 def test_what_the_server_refuses_fails_the_release_with_the_reason(
-    pool: Release, values: Object, api: httpx.Client
+    pool: Pool, values: Object, api: httpx.Client
 ) -> None:
     """And the worker that was there before goes on."""
     running = {pod["metadata"]["name"] for pod in pool.pods("worker")}
@@ -336,7 +336,7 @@ def test_what_the_server_refuses_fails_the_release_with_the_reason(
     pool.namespace.apply(secret)
     for reason, change in wrong.items():
         with pytest.raises(ClusterError) as caught:
-            pool.deploy(copy.deepcopy(values) | change | {"sync": {"backoffLimit": 0} | change.get("sync", {})})
+            pool.deploy(merged(merged(values, change), {"sync": {"backoffLimit": 0}}))
         assert "sync" in str(caught.value)
         log = pool.namespace.kubectl("logs", f"job/{NAME}-sync", "-c", "sync")
         assert reason in log
@@ -359,20 +359,20 @@ WAREHOUSE = {"name": "WAREHOUSE_URL", "valueFrom": {"secretKeyRef": {"name": "wa
     ],
 )
 def test_a_missing_secret_is_found_before_anything_is_changed(
-    pool: Release, values: Object, change: Object, message: str
+    pool: Pool, values: Object, change: Object, message: str
 ) -> None:
     revisions = pool.helm("history", NAME, "-o", "json")
     with pytest.raises(ClusterError) as caught:
-        pool.deploy(copy.deepcopy(values) | change)
+        pool.deploy(merged(values, change))
     assert message in str(caught.value)
     assert pool.helm("history", NAME, "-o", "json") == revisions
 
 
-def test_uninstalled_nothing_stays_but_the_pool_on_the_server(pool: Release, api: httpx.Client) -> None:
+def test_uninstalled_nothing_stays_but_the_pool_on_the_server(pool: Pool, api: httpx.Client) -> None:
     pool.helm("rollback", NAME, "1", "--wait", "--timeout", "10m")
     pool.helm("uninstall", NAME, "--wait")
     kinds = "deploy,jobs,roles,rolebindings,services,secrets,configmaps,networkpolicies,serviceaccounts,pods"
     listed = json.loads(pool.namespace.kubectl("get", kinds, "-l", f"app.kubernetes.io/instance={NAME}", "-o", "json"))
     left = [f"{each['kind']}/{each['metadata']['name']}" for each in listed["items"]]
     assert [name for name in left if not name.startswith("Pod/")] == []
-    assert api.get("/work_pools/default").status_code == 200
+    assert api.get(f"/work_pools/{pool.work_pool}").status_code == 200

@@ -1,11 +1,12 @@
-"""A server and a pool whose runs are victims of faults, watched by a reconciler."""
+"""Pools whose runs are victims of faults, watched by a reconciler."""
 
 from collections.abc import Iterator
 
 import pytest
 
 from tests.e2e.faults.victims import FLOWS, TOOK, watched
-from tests.e2e.release import Object, probe_of
+from tests.e2e.pace import PENDING_TIMEOUT_SECONDS
+from tests.e2e.release import Object, Pool, Release, installed_pool, joining, merged, pool_values, probe_of, shared
 
 
 @pytest.fixture(autouse=True)
@@ -23,10 +24,23 @@ def probe() -> Object:
 
 @pytest.fixture(scope="module")
 def values(values: Object) -> Object:
+    return of_victims(values)
+
+
+@pytest.fixture(scope="module")
+def shared_pool(cluster: str, image: str, server: Release, probe: Object) -> Pool:
+    """The pool of the files whose tests leave worker and reconciler alone: their runs are in it at the same time."""
+    name = "faults"
+    values = of_victims(merged(pool_values(image), joining(server, name)))
+    namespace = shared(cluster, name, lambda made: installed_pool(server, made, values, probe))
+    return Pool("prefect-work-pool", "prefect-work-pool", namespace, work_pool=name)
+
+
+def of_victims(values: Object) -> Object:
+    """Return the values of a pool whose runs may want a Secret that is not there."""
     made = watched(values)
-    # A victim may want a Secret that is not there.
     made["runs"]["variables"] = {"secret": {"type": "string", "default": "prefect-server-auth"}}
     secret = {"name": '{{ "{{ secret }}" }}', "key": "auth-string"}
     made["runs"]["env"] = [{"name": "SECRET", "valueFrom": {"secretKeyRef": secret}}]
-    made["reconciler"]["pendingTimeoutSeconds"] = 45
+    made["reconciler"]["pendingTimeoutSeconds"] = PENDING_TIMEOUT_SECONDS
     return made

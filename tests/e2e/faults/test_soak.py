@@ -5,10 +5,18 @@ import random
 import pytest
 
 from tests.benchmarks.soak import Soak, soaked
-from tests.cluster.namespace import proxied
-from tests.e2e.release import Object, Release, pool_values
+from tests.cluster.namespace import Namespace, proxied
+from tests.e2e.release import Object, Pool, Release, pool_values, server_values
 
 MINUTES, RUNS = 2, 15
+
+
+@pytest.fixture(scope="module")
+def server(pool_namespace: Namespace, image: str) -> Release:
+    """A server of the file's own, beside its pool."""
+    release = Release("prefect-server", "prefect-server", pool_namespace)
+    release.deploy(server_values(image))
+    return release
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +25,7 @@ def values(image: str) -> Object:
 
 
 def test_random_faults_lose_no_run_and_double_none(
-    server: Release, pool: Release, capsys: pytest.CaptureFixture[str]
+    server: Release, pool: Pool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seed = random.randrange(10**6)  # noqa: S311 - faults, no secret
     with proxied(pool.namespace.context) as kubernetes:

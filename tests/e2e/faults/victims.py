@@ -13,7 +13,8 @@ import psutil
 
 from tests.cluster.namespace import Namespace
 from tests.cluster.progress import ClusterError
-from tests.e2e.release import Object, Release
+from tests.e2e.pace import GRACE_SECONDS
+from tests.e2e.release import Object, Pool
 from tests.e2e.runs import deployment, logged, run_of, start
 from tests.parts import wait_until
 
@@ -32,27 +33,22 @@ that, which on a busy node takes longer."""
 TOOK: list[str] = []
 """How soon it was said what happened in this test."""
 
-GRACE = 20
-"""Seconds between a victim's SIGTERM and its SIGKILL."""
-
-
 FLOWS = Path(__file__).with_name("flow.py")
 
 
 def watched(values: Object) -> Object:
-    """Values of a pool with two reconcilers, whose runs keep their results; and without what they do not need."""
+    """Return the values of a pool whose runs keep their results, without what they do not need."""
     made = copy.deepcopy(values)
     made["sync"] = {"files": []}
     made["drift"] = {"enabled": False}
-    made["runs"]["terminationGracePeriodSeconds"] = GRACE
+    made["runs"]["terminationGracePeriodSeconds"] = GRACE_SECONDS
     made["runs"]["results"] = {"storage": "volume", "volume": {"size": "100Mi"}}
-    made["reconciler"]["replicas"] = 2
     return made
 
 
-def victim(api: httpx.Client, **fields: object) -> str:
+def victim(api: httpx.Client, pool: Pool, **fields: object) -> str:
     """A deployment of the flow; its id."""
-    return deployment(api, entrypoint="/probe/flow.py:victim", **fields)
+    return deployment(api, pool, entrypoint="/probe/flow.py:victim", **fields)
 
 
 def states(api: httpx.Client, run: str) -> list[Object]:
@@ -102,14 +98,14 @@ def taken(api: httpx.Client, limit: str) -> int:
     return int(api.get(f"/v2/concurrency_limits/{limit}").raise_for_status().json()["active_slots"])
 
 
-def pods(pool: Release, run: str) -> list[Object]:
+def pods(pool: Pool, run: str) -> list[Object]:
     """The run's pods."""
     listed = pool.namespace.kubectl("get", "pods", "-l", f"prefect.io/flow-run-id={run}", "-o", "json")
     found: list[Object] = json.loads(listed)["items"]
     return found
 
 
-def under_way(api: httpx.Client, pool: Release, deployment_id: str, **parameters: object) -> tuple[str, str]:
+def under_way(api: httpx.Client, pool: Pool, deployment_id: str, **parameters: object) -> tuple[str, str]:
     """A run that logs already; its id and its pod."""
     run = start(api, deployment_id, parameters=parameters)
     logged(api, run, "execution 1", 300)
@@ -134,7 +130,7 @@ def seconds_between(earlier: Object, later: Object) -> float:
 
 
 @contextlib.contextmanager
-def without(pool: Release, component: str) -> Iterator[None]:
+def without(pool: Pool, component: str) -> Iterator[None]:
     """The release without the pods of a component, while the block lasts."""
     name = f"deployment/{NAME}-{component}"
     replicas = pool.namespace.kubectl("get", name, "-o", "jsonpath={.spec.replicas}")
@@ -177,7 +173,7 @@ def evicted(namespace: Namespace, pod: str) -> None:
     namespace.kubectl("create", "--raw", path, "-f", "-", text=json.dumps(eviction))
 
 
-def leader(pool: Release) -> str:
+def leader(pool: Pool) -> str:
     """The reconciler's pod that acts."""
     lease = json.loads(pool.namespace.kubectl("get", "lease", f"{NAME}-reconciler", "-o", "json"))
     return str(lease["spec"]["holderIdentity"])
@@ -188,7 +184,7 @@ def shown(happened: datetime, seen: datetime) -> datetime:
     return max(happened, seen - LAG)
 
 
-def death(pool: Release, pod: str) -> datetime:
+def death(pool: Pool, pod: str) -> datetime:
     """From when `SEEN` counts for the end of a pod, which the kubelet has told or is about to."""
 
     def told() -> datetime | None:
@@ -207,7 +203,7 @@ def death(pool: Release, pod: str) -> datetime:
     return ended
 
 
-def killed(pool: Release, pod: str) -> datetime:
+def killed(pool: Pool, pod: str) -> datetime:
     """All of a pod's processes by SIGKILL, as when a node is in need: nothing of it can say so. Its `death`."""
 
     def dead() -> bool:
@@ -231,3 +227,25 @@ def processes(run: str, job: str = "") -> list[int]:
             if environment.get("PREFECT__FLOW_RUN_ID") == run and job in ("", environment.get("KUBERNETES_JOB")):
                 found.append(each.pid)
     return found
+
+
+def is_settled(api: httpx.Client, run: str) -> bool:
+    """Whether it was said that the run is not tried again."""
+    return bool(run_of(api, run)["labels"].get("reconciler.settled"))
+
+
+def nothing_is_repeated(api: httpx.Client, pool: Pool) -> None:
+    """Not even in a flow that the flow had called; what was half done is done again, with the same key."""
+    run = start(api, deployment(api, pool, entrypoint="/probe/flow.py:stepwise"))
+    completed(api, run)
+    body: Object = {"flow_runs": {"parent_flow_run_id": {"any_": [run]}}}
+    called = api.post("/flow_runs/filter", json=body).raise_for_status().json()
+    assert len(called) == 2
+    assert {each["state_type"] for each in called} == {"COMPLETED"}
+    [end] = [line for line in logged(api, run, "the end") if line.startswith("the end")]
+    assert end == "the end: ['1 by 1', '2 by 1', '3 by 1', '4 by 2', '5 by 2']"
+    body = {"logs": {"flow_run_id": {"any_": [run, *(each["id"] for each in called)]}}, "limit": 200}
+    lines = [str(each["message"]).split() for each in api.post("/logs/filter", json=body).raise_for_status().json()]
+    taken = {(line[1], line[4]): line[-1] for line in lines if line[0] == "step"}
+    assert sorted(taken) == [("1", "1"), ("2", "1"), ("3", "1"), ("4", "1"), ("4", "2"), ("5", "2")]
+    assert taken["4", "1"] == taken["4", "2"]

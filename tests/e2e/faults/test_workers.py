@@ -1,0 +1,199 @@
+"""Runs while workers are away or several, and results that are kept elsewhere."""
+
+import copy
+import json
+import re
+import shlex
+import time
+from datetime import UTC, datetime
+
+import httpx
+
+from tests.cluster import images
+from tests.cluster.namespace import Namespace
+from tests.e2e.faults.victims import (
+    NAME,
+    SEEN,
+    completed,
+    completed_by_a_retry,
+    ending,
+    in_time,
+    killed,
+    nothing_is_repeated,
+    pods,
+    said_in_time,
+    states,
+    under_way,
+    victim,
+    without,
+)
+from tests.e2e.pace import GRACE_SECONDS, WORKERS_AWAY_SECONDS
+from tests.e2e.release import Object, Pool, Release
+from tests.e2e.runs import ended, run_of, start
+from tests.parts import wait_until
+
+LIGHT = """
+import base64, json, os, urllib.request
+url = f"{os.environ['PREFECT_API_URL']}/flow_runs/{os.environ['PREFECT__FLOW_RUN_ID']}/set_state"
+user = base64.b64encode(os.environ["PREFECT_API_AUTH_STRING"].encode()).decode()
+headers = {"Authorization": f"Basic {user}", "Content-Type": "application/json"}
+for type_ in ("RUNNING", "COMPLETED"):
+    body = json.dumps({"state": {"type": type_}}).encode()
+    urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=60)
+"""
+"""What executes a run without an import of Prefect, which for twenty would take minutes of a small machine."""
+
+
+def test_two_workers_execute_each_run_once(pool: Pool, api: httpx.Client) -> None:
+    number, at_once = 20, 6
+    worker = f"deployment/{NAME}-worker"
+    pool.namespace.kubectl("scale", worker, "--replicas=2")
+    try:
+        pool.namespace.kubectl("rollout", "status", worker, "--timeout=300s")
+        made = victim(api, pool, job_variables={"command": f"python -I -S -c {shlex.quote(LIGHT)}"})
+        runs: list[str] = []
+        body = {
+            "deployments": {"id": {"any_": [made]}},
+            "flow_runs": {"state": {"type": {"any_": ["SCHEDULED", "PENDING", "RUNNING"]}}},
+        }
+        while len(runs) < number:
+            # Not all at once: the node is small, and others are on it.
+            free = at_once - int(api.post("/flow_runs/count", json=body).raise_for_status().json())
+            runs += [start(api, made) for _ in range(min(free, number - len(runs)))]
+            time.sleep(0.5)
+        for run in runs:
+            assert (ended(api, run)["state_type"], run_of(api, run)["run_count"]) == ("COMPLETED", 1)
+            assert sum(each["type"] == "PENDING" for each in states(api, run)) <= 2  # Pending, Submitting
+        jobs = json.loads(pool.namespace.kubectl("get", "jobs", "-o", "json"))["items"]
+        of_run = [each["metadata"]["labels"].get("prefect.io/flow-run-id") for each in jobs]
+        assert sorted(each for each in of_run if each in runs) == sorted(runs)
+        by = {run_of(api, run)["labels"]["prefect.worker.name"] for run in runs}
+        assert len(by) == 2, "one worker had them all"
+    finally:
+        pool.namespace.kubectl("scale", worker, "--replicas=1")
+
+
+def test_runs_end_and_crash_while_no_worker_is_there(pool: Pool, api: httpx.Client) -> None:
+    made = victim(api, pool)
+    ends, _ = under_way(api, pool, made, seconds=60)
+    dies, pod = under_way(api, pool, made, seconds=300)
+    began = time.monotonic()
+    with without(pool, "worker"):
+        gone = datetime.now(UTC)
+        died = killed(pool, pod)
+        said_in_time(api, dies, "Crashed", died)
+        said_in_time(api, dies, "AwaitingRetry", died, 2 * SEEN)
+        due = start(api, made)
+        assert ended(api, ends)["state_type"] == "COMPLETED"
+        assert datetime.fromisoformat(run_of(api, ends)["end_time"]) > gone
+        time.sleep(max(0, WORKERS_AWAY_SECONDS - (time.monotonic() - began)))
+    back = datetime.now(UTC)
+    for run in (dies, due):
+        completed(api, run)
+        begun = max(datetime.fromisoformat(each["timestamp"]) for each in states(api, run) if each["type"] == "RUNNING")
+        in_time("it begins", back, begun, 60)
+    completed_by_a_retry(api, dies)
+    assert run_of(api, due)["run_count"] == run_of(api, ends)["run_count"] == 1
+
+
+def test_cancelled_run_ends_without_a_worker(pool: Pool, api: httpx.Client) -> None:
+    run, _ = under_way(api, pool, victim(api, pool), seconds=300)
+    with without(pool, "worker"):
+        began = datetime.now(UTC)
+        api.post(f"/flow_runs/{run}/set_state", json={"state": {"type": "CANCELLING"}}).raise_for_status()
+        said_in_time(api, run, "Cancelled", began, GRACE_SECONDS + SEEN)
+        wait_until(lambda: all(map(ending, pods(pool, run))), "its pod to end", 30)
+
+
+def test_claim_of_a_dead_worker_is_taken_again(pool: Pool, api: httpx.Client) -> None:
+    """As if the worker had died right after its claim: nobody makes a Job."""
+    with without(pool, "worker"):
+        run = start(api, victim(api, pool))
+        pending = {"state": {"type": "PENDING"}}
+        api.post(f"/flow_runs/{run}/set_state", json=pending).raise_for_status()
+
+        def taken_back() -> bool:
+            newest = run_of(api, run)["state"]
+            return newest["type"] == "SCHEDULED" and "No worker made a Job" in (newest["message"] or "")
+
+        wait_until(taken_back, "the claim to be taken back", 60 + SEEN)
+    completed(api, run)
+    assert run_of(api, run)["run_count"] == 1
+
+
+def keep_results(
+    pool: Pool, values: Object, where: Namespace, labels: dict[str, str], port: int, **results: object
+) -> None:
+    """Deploy the pool so that results are kept in the pods of these labels, which its runs may reach at that port."""
+    runs = {
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": pool.namespace.name}},
+        "podSelector": {"matchLabels": {"prefect.io/role": "flow-run"}},
+    }
+    service = {
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": where.name}},
+        "podSelector": {"matchLabels": labels},
+    }
+    where.apply(
+        {
+            "apiVersion": "networking.k8s.io/v1",
+            "kind": "NetworkPolicy",
+            "metadata": {"name": f"results-{port}"},
+            "spec": {
+                "podSelector": service["podSelector"],
+                "policyTypes": ["Ingress"],
+                "ingress": [{"from": [runs], "ports": [{"port": port}]}],
+            },
+        },
+    )
+    made = copy.deepcopy(values)
+    made["runs"]["results"] = results
+    made["networkPolicy"]["extraEgress"] = [{"to": [service], "ports": [{"port": port}]}]
+    pool.deploy(made)
+    pool.one_worker()
+
+
+def test_retry_repeats_no_finished_task_with_results_in_redis(
+    server: Release, pool: Pool, api: httpx.Client, values: Object
+) -> None:
+    """The server's own, with another database of it. The results of all tests after this one are elsewhere."""
+    password = server.secret("prefect-server-redis", "password")
+    url = f"redis://:{password}@prefect-server-redis.{server.namespace.name}:6379/1"
+    pool.namespace.apply(
+        {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "results"}, "stringData": {"url": url}}
+    )
+    redis = {"app.kubernetes.io/name": "prefect-server", "app.kubernetes.io/component": "redis"}
+    from_secret = {"existingSecret": "results", "key": "url"}
+    keep_results(pool, values, server.namespace, redis, 6379, storage="redis", redis=from_secret, keepDays=1)
+    nothing_is_repeated(api, pool)
+
+
+def test_retry_repeats_no_finished_task_with_results_in_s3(pool: Pool, api: httpx.Client, values: Object) -> None:
+    key = {"AWS_ACCESS_KEY_ID": "someone", "AWS_SECRET_ACCESS_KEY": "secret"}
+    pool.namespace.apply(
+        {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s3"}, "stringData": key},
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"name": "s3"},
+            "spec": {"selector": {"app": "s3"}, "ports": [{"port": 7070}]},
+        },
+    )
+    secret = {name: {"secretKeyRef": {"name": "s3", "key": name}} for name in key}
+    root = {"ROOT_ACCESS_KEY": "AWS_ACCESS_KEY_ID", "ROOT_SECRET_KEY": "AWS_SECRET_ACCESS_KEY"}
+    # What is a folder in its own is a bucket.
+    folders = {"metadata": "/metadata", "buckets": "/buckets", "results": "/buckets/results"}
+    container = {
+        "image": images.of_program("versitygw"),
+        "command": ["/versitygw", "--port", ":7070", "posix", "--sidecar", "/metadata", "/buckets"],
+        "env": [{"name": name, "valueFrom": secret[of]} for name, of in root.items()],
+        "volumeMounts": [{"name": name, "mountPath": path} for name, path in folders.items()],
+        "readinessProbe": {"tcpSocket": {"port": 7070}, "periodSeconds": 1},
+    }
+    pool.namespace.pod("s3", container=container, volumes=[{"name": name, "emptyDir": {}} for name in folders])
+    made = copy.deepcopy(values)
+    made["runs"]["env"] += [{"name": name, "valueFrom": each} for name, each in secret.items()]
+    s3 = {"bucket": "results", "endpoint": "http://s3:7070", "region": "us-east-1"}
+    keep_results(pool, made, pool.namespace, {"app": "s3"}, 7070, storage="s3", s3=s3)
+    nothing_is_repeated(api, pool)
+    kept = re.findall(r"200 .* PUT \| /results/(\S+)/", pool.namespace.kubectl("logs", "s3"))
+    assert set(kept) == {f"{pool.namespace.name}/{pool.name}"}

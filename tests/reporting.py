@@ -1,0 +1,210 @@
+"""Reports what tests cost in processor seconds, and holds each folder to its budget in tests/budget.toml.
+
+A file's seconds are those of the process that runs its tests, of all that this process has started, and of the pods in
+the namespaces that its tests use. The local node measures the pods (tests/cluster/agent.py); on any other cluster
+they count nothing.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.cluster import namespace, node
+
+PROCESSOR = "processor seconds"
+"""The user property of a test's report with what it cost."""
+
+MARK = "TESTS_PROCESS"
+"""Variable with the id of the process that runs tests; a daemon that has left the process tree still has it."""
+
+BUDGET = Path(__file__).with_name("budget.toml")
+
+TOLERANCE = 1.2
+"""A folder fails above this multiple of its budget."""
+
+LONG_SECONDS = 30.0
+"""A file that takes longer is reported when it ends."""
+
+MOST_EXPENSIVE = 10
+"""Files in the report."""
+
+SAMPLE_SECONDS = 2.0
+"""Least time between two samples within a file: a sample costs about 20 ms."""
+
+
+def file_of(nodeid: str) -> str:
+    """Return the file of a test's id."""
+    return nodeid.partition("::")[0]
+
+
+def loop_seconds() -> float:
+    """Return the processor seconds of a fixed piece of work, the least of five: how slow this machine is."""
+
+    def once() -> float:
+        start = time.process_time()
+        made = {str(number): hashlib.sha256(str(number).encode()).hexdigest() for number in range(60_000)}
+        json.loads(json.dumps(made))
+        sorted(made.values())
+        return time.process_time() - start
+
+    return min(once() for _ in range(5))
+
+
+class Meter:
+    """Measures each test in the process that runs it."""
+
+    def __init__(self) -> None:
+        os.environ[MARK] = str(os.getpid())
+        self.began = time.time()
+        self.strangers: set[tuple[int, float]] = set()
+        self.daemons: dict[tuple[int, float], float] = {}
+        self.sampled = 0.0
+        self.spent = self._seconds()
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_teardown(self, item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+        try:
+            return (yield)
+        finally:
+            last = nextitem is None or file_of(nextitem.nodeid) != file_of(item.nodeid)
+            if last or time.monotonic() - self.sampled > SAMPLE_SECONDS:
+                spent = self._seconds()
+                # What a process that was killed had used is lost with it.
+                item.user_properties.append((PROCESSOR, max(0.0, spent - self.spent)))
+                self.spent = spent
+
+    def _seconds(self) -> float:
+        """Return the processor seconds of this process, of all it has started and of its pods, since it began."""
+        self.sampled = time.monotonic()
+        own = psutil.Process()
+        tree = [own, *own.children(recursive=True)]
+        self._find_daemons({each.pid for each in tree})
+        pods = node.processor_seconds()
+        return sum(map(_used, tree)) + sum(self.daemons.values()) + sum(pods.get(name, 0.0) for name in namespace.USED)
+
+    def _find_daemons(self, tree: set[int]) -> None:
+        """Find what was started here and has left the process tree, such as an embedded Postgres."""
+        for each in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                key = (each.pid, each.create_time())
+                if key in self.strangers or each.pid in tree or key[1] < self.began - 1:
+                    continue
+                if key in self.daemons or each.environ().get(MARK) == str(os.getpid()):
+                    family = [each, *each.children(recursive=True)] if each.ppid() == 1 else []
+                    self.daemons[key] = max(self.daemons.get(key, 0.0), sum(map(_used, family)))
+                else:
+                    self.strangers.add(key)
+
+
+def _used(process: psutil.Process) -> float:
+    """Return the processor seconds of a process and of its children that have ended."""
+    try:
+        return float(sum(process.cpu_times()[:4]))
+    except psutil.Error:
+        return 0.0
+
+
+class Report:
+    """Reports failures, long files and measurements as they come, costs at the end, and fails what is over budget."""
+
+    def __init__(self, terminal: pytest.TerminalReporter, *, failures: bool) -> None:
+        self.terminal = terminal
+        self.failures = failures
+        self.left: Counter[str] = Counter()
+        self.wall: dict[str, float] = Counter()  # type: ignore[assignment] # a Counter takes any number
+        self.processor: dict[str, float] = Counter()  # type: ignore[assignment]
+        self.began = time.monotonic()
+        self.loop = loop_seconds()
+        self.pods = node.processor_seconds()
+        self.node = node.own_processor_seconds()
+        self.over: list[str] = []
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.left = Counter(file_of(each.nodeid) for each in session.items)
+
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        """Each process collects all of them."""
+        self.left = Counter(map(file_of, ids))
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        file = file_of(report.nodeid)
+        self.wall[file] += report.duration
+        self.left[file] -= report.when == "teardown"
+        lines = []
+        if report.failed and self.failures:
+            lines += [f"{report.nodeid}: {report.when} failed after {report.duration:.0f} s", report.longreprtext]
+        if report.when == "teardown":
+            lines += [f"{report.nodeid}: {value}" for name, value in report.user_properties if name == "took"]
+            self.processor[file] += sum(
+                value for name, value in report.user_properties if name == PROCESSOR and isinstance(value, float)
+            )
+        if not self.left[file] and self.wall[file] > LONG_SECONDS:
+            lines.append(f"{file}: {self.wall[file]:.0f} s, {self.processor[file]:.0f} processor seconds")
+        for each in lines:
+            self.terminal.write_line(f"\n{each}")  # after the dots
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        whole = session.config.args in (["tests"], [str(session.config.rootpath)]) and not session.config.option.keyword
+        if exitstatus == 0 and whole:
+            self.over = over_budget(self.processor, max(self.loop, loop_seconds()), tomllib.loads(BUDGET.read_text()))
+            if self.over:
+                session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self) -> None:
+        if sum(self.wall.values()) < LONG_SECONDS:
+            return
+        write = self.terminal.write_line
+        write(f"\n{'processor s':>12}{'wall s':>9}  the {MOST_EXPENSIVE} most expensive files")
+        for file, seconds in sorted(self.processor.items(), key=lambda each: -each[1])[:MOST_EXPENSIVE]:
+            write(f"{seconds:>12.0f}{self.wall[file]:>9.0f}  {file}")
+        folders: Counter[str] = Counter()
+        for file, seconds in self.processor.items():
+            folders[file.rpartition("/")[0]] += seconds  # type: ignore[assignment]
+        for folder, seconds in sorted(folders.items(), key=lambda each: -each[1]):
+            write(f"{seconds:>12.0f}{'':>9}  {folder}/")
+        now = node.processor_seconds()
+        pods = sum(seconds - self.pods.get(name, 0.0) for name, seconds in now.items())
+        write(f"{pods:>12.0f}{'':>9}  all pods, those of the shared server among them")
+        write(f"{node.own_processor_seconds() - self.node:>12.0f}{'':>9}  the node: control plane, kubelet, containerd")
+        write(f"{sum(self.processor.values()):>12.0f}{time.monotonic() - self.began:>9.0f}  all files")
+        for line in self.over:
+            write(line, red=True, bold=True)
+
+
+def over_budget(spent: Mapping[str, float], loop: float, budget: Mapping[str, object]) -> list[str]:
+    """Return a line for each folder that is over its budget, with the file that took most of it.
+
+    Args:
+        spent: processor seconds by file.
+        loop: `loop_seconds()` of this machine.
+        budget: tests/budget.toml.
+    """
+    limits: dict[str, float] = dict(budget["processor_seconds"])  # type: ignore[call-overload]
+    slower = loop / float(budget["loop"])  # type: ignore[arg-type]
+    lines = []
+    for folder, limit in limits.items():
+        inside = {file: seconds for file, seconds in spent.items() if _folder(file, limits) == folder}
+        total = sum(inside.values()) / slower
+        if total > TOLERANCE * limit:
+            most = max(inside, key=lambda file: inside[file])
+            lines.append(
+                f"{folder} took {total:.0f} processor seconds, {100 * (total / limit - 1):.0f} % over its budget of"
+                f" {limit:.0f} (tests/budget.toml). Most of it: {most}, {inside[most] / slower:.0f} s"
+            )
+    return lines
+
+
+def _folder(file: str, limits: Mapping[str, float]) -> str:
+    """Return the innermost folder of a file that has a limit."""
+    return max((folder for folder in limits if file.startswith(folder.rstrip("/") + "/")), key=len, default="")
