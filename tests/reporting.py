@@ -68,7 +68,7 @@ class Meter:
         self.strangers: set[tuple[int, float]] = set()
         self.daemons: dict[tuple[int, float], float] = {}
         self.sampled = 0.0
-        self.spent = self._seconds()
+        self.spent = self.seconds()
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
@@ -77,12 +77,12 @@ class Meter:
         finally:
             last = nextitem is None or file_of(nextitem.nodeid) != file_of(item.nodeid)
             if last or time.monotonic() - self.sampled > SAMPLE_SECONDS:
-                spent = self._seconds()
+                spent = self.seconds()
                 # What a process that was killed had used is lost with it.
                 item.user_properties.append((PROCESSOR, max(0.0, spent - self.spent)))
                 self.spent = spent
 
-    def _seconds(self) -> float:
+    def seconds(self) -> float:
         """Return the processor seconds of this process, of all it has started and of its pods, since it began."""
         self.sampled = time.monotonic()
         own = psutil.Process()

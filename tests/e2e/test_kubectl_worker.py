@@ -25,7 +25,7 @@ WORKERS = "app.kubernetes.io/component=worker"
 @pytest.fixture(scope="module")
 def values(values: Object) -> Object:
     """Those of a pool whose release has no worker: every run is taken by one of kubectl's."""
-    return merged(values, {"worker": {"replicas": 0}, "drift": {"enabled": False}})
+    return merged(values, {"worker": {"replicas": 0}, "drift": {"enabled": False}, "sync": {"files": []}})
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,12 @@ def job_of(pool: Pool, run: str) -> Object:
 
 
 @pytest.fixture(scope="module")
+def values(values: Object) -> Object:
+    """Those of the pool that the deployments of prefect.yaml name."""
+    return merged(values, {"pool": {"name": "default"}})
+
+
+@pytest.fixture(scope="module")
 def each_minute(pool: Pool, api: httpx.Client) -> str:
     """A deployment with a schedule of each minute, which comes round while other tests go on; its id."""
     schedules = [{"schedule": {"cron": "* * * * *"}, "active": True}]

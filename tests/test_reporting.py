@@ -1,0 +1,86 @@
+"""What tests cost is measured, and a folder that is over its budget fails the run."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestration.settings import ROOT
+from tests.parts import wait_until
+from tests.reporting import Meter, over_budget
+
+BURN = "import time\nwhile time.process_time() < {seconds}: pass\n"
+BUDGET = {"loop": 0.1, "processor_seconds": {"tests": 100, "tests/e2e": 10}}
+
+
+@pytest.mark.parametrize(
+    ("spent", "loop", "culprit"),
+    [
+        ({"tests/test_a.py": 119.0, "tests/e2e/test_b.py": 11.9}, 0.1, None),
+        ({"tests/test_a.py": 60.0, "tests/test_c.py": 61.0}, 0.1, "tests/test_c.py"),
+        (
+            {"tests/test_a.py": 119.0, "tests/e2e/test_b.py": 9.0, "tests/e2e/test_d.py": 4.0},
+            0.1,
+            "tests/e2e/test_b.py",
+        ),
+        ({"tests/e2e/test_b.py": 17.0}, 0.15, None),
+        ({"tests/e2e/test_b.py": 17.0}, 0.1, "tests/e2e/test_b.py"),
+        ({"docs/test_b.py": 1000.0}, 0.1, None),
+    ],
+    ids=["within", "folder", "innermost folder", "slower machine", "same machine", "no limit"],
+)
+def test_folder_over_its_budget_is_named_with_its_most_expensive_file(
+    spent: dict[str, float], loop: float, culprit: str | None
+) -> None:
+    lines = over_budget(spent, loop, BUDGET)
+    assert len(lines) == (culprit is not None)
+    assert all(f"Most of it: {culprit}" in line and "% over its budget" in line for line in lines)
+
+
+def test_meter_counts_children_and_daemons(tmp_path: Path) -> None:
+    """A daemon has left the process tree, as an embedded Postgres has."""
+    meter = Meter()
+    before = meter.seconds()
+    subprocess.run([sys.executable, "-c", BURN.format(seconds=1)], check=True)
+    after = meter.seconds()
+    assert after - before >= 0.9
+    (tmp_path / "daemon.py").write_text(
+        f"import pathlib\n{BURN.format(seconds=1)}pathlib.Path('done').touch()\ntime.sleep(60)"
+    )
+    daemon = "import subprocess, sys; print(subprocess.Popen([sys.executable, 'daemon.py'], stdout=subprocess.DEVNULL).pid)"
+    started = subprocess.run(
+        [sys.executable, "-c", daemon], cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True
+    )
+    wait_until((tmp_path / "done").exists, "the daemon to have worked")
+    assert meter.seconds() - after >= 0.9
+    subprocess.run(["kill", started.stdout.strip()], check=True)
+
+
+@pytest.mark.parametrize(("limit", "status"), [(0.01, 1), (100, 0)])
+def test_run_over_budget_fails(tmp_path: Path, limit: float, status: int) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_slow.py").write_text(
+        "import time\n\ndef test_slow():\n    while time.process_time() < 1: pass\n"
+    )
+    (tmp_path / "budget.toml").write_text(f'loop = 0.1\n[processor_seconds]\n"tests" = {limit}\n')
+    (tmp_path / "conftest.py").write_text(
+        f"""
+import pathlib
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from tests import reporting
+reporting.BUDGET = pathlib.Path("budget.toml")
+reporting.LONG_SECONDS = 0
+
+def pytest_sessionstart(session):
+    plugins = session.config.pluginmanager
+    plugins.register(reporting.Meter())
+    plugins.register(reporting.Report(plugins.get_plugin("terminalreporter"), failures=False))
+"""
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tmp_path, "tests"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert ("over its budget" in done.stdout) == bool(status)
+    assert "tests/test_slow.py" in done.stdout
