@@ -143,9 +143,10 @@ def page(tests: Sequence[LongTest], entries: Mapping[str, Entry]) -> str:
             command = " ".join(filter(None, ["make test-long", f"FOR={test.name}", _spelled(entry["parameters"])]))
             lines += ["", f"## {test.name}", "", test.what, "", f"`{command}`, {_version(entry)}; {machine}.", ""]
             if entry["reason"]:
-                lines += [f"Failed: {entry['reason']}", ""]
+                lines += [f"Failed: {' '.join(entry['reason'].split())}", ""]
             lines += ["| | |", "|---|---:|"]
-            lines += [f"| {name} | {value} |" for name, value in entry["figures"].items()]
+            figures = [(name, str(value).replace("|", "\\|")) for name, value in entry["figures"].items()]
+            lines += [f"| {name} | {value} |" for name, value in figures]
     return "\n".join(lines) + "\n"
 
 

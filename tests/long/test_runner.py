@@ -92,7 +92,7 @@ def test_results_tell_what_ran_where(project: Project, capsys: pytest.CaptureFix
     page = (project.root / results.PAGE).read_text()
     assert page == results.page(project.tests, results.load(project.root))
     assert "`make test-long FOR=kills KILLS=5 SEED=1`" in page
-    assert "| runs | 3 |" in page
+    assert "| runs | 3 |\n| slowest | a \\| b |\n" in page
     table = capsys.readouterr().out.split("\n\n")[-1].splitlines()
     assert [line.split()[:2] for line in table[1:]] == [[name, "passed"] for name in project.recorded]
 
