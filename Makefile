@@ -13,11 +13,13 @@ LAST ?=
 CMD ?= build
 TESTS ?= tests
 PROCESSES ?= 3
-KILLS ?= 50
-ROUNDS ?= 20
-MINUTES ?= 30
-RUNS ?= 200
-SEED ?= 2013
+FOR ?=
+LIST ?=
+KILLS ?=
+ROUNDS ?=
+MINUTES ?=
+RUNS ?=
+SEED ?=
 REGISTRY ?= localhost:5000
 BUILDER ?=
 BASE_IMAGE ?=
@@ -52,6 +54,9 @@ TARGET = --env '$(ENV)' --context "$(CONTEXT)" --namespace '$(NAMESPACE)'
 export DO_NOT_TRACK := 1
 export REGISTRY BUILDER BASE_IMAGE IMAGE KUBE_CONTEXT
 export UV_PYTHON_DOWNLOADS := never
+
+# What is given of the long tests' parameters.
+LONG = $(strip $(foreach name,KILLS ROUNDS MINUTES RUNS SEED,$(if $($(name)),$(name)=$($(name)))))
 
 # A file's tests stay together, as they share what they install; the order of files is that of tests/conftest.py.
 BY_FILE := --dist loadfile --no-loadscope-reorder
@@ -156,7 +161,7 @@ down-docker: ## stop what runs in Docker; databases and passwords stay
 	@docker/stack down
 
 ##@ Develop
-.PHONY: setup test fix bench bench-deploys bench-dbt bench-deployments bench-reconciler bench-recovery kill-test sync-kills soak dbt-ends picture clean
+.PHONY: setup test test-long fix bench bench-deploys bench-dbt bench-deployments bench-reconciler bench-recovery picture clean
 setup: .venv/ready ## create the environment in .venv
 
 test: .venv/ready ## check the code and run all tests, PROCESSES=3 at once; TESTS=tests/flows for some, one by one
@@ -166,6 +171,9 @@ test: .venv/ready ## check the code and run all tests, PROCESSES=3 at once; TEST
 	$(call stage,sqlfluff,$(BIN)/sqlfluff lint -q flows/warehouse --nocolor)
 	$(if $(filter tests tests/cluster% tests/docker% tests/e2e%,$(TESTS)),$(call stage,mypy and the cluster beside it,$(BIN)/mypy & { $(BIN)/python -m tests.cluster up || [ -z "$${CI:-}" ]; } && wait $$!),$(call stage,mypy,$(BIN)/mypy))
 	$(call stage,pytest,$(BIN)/pytest $(if $(filter tests,$(TESTS)),--numprocesses $(PROCESSES) $(BY_FILE)) $(TESTS))
+
+test-long: .venv/ready ## run the long tests, FOR="soak kills reconciler" some, LIST=1 shows them; KILLS= ROUNDS= MINUTES= RUNS= SEED=; FORCE=1
+	@$(BIN)/python -m tests.long $(if $(FOR),--for $(FOR)) $(if $(LIST),--list) $(if $(FORCE),--force) $(if $(LONG),--with $(LONG))
 
 fix: .venv/ready ## format the code and repair what the linters can
 	@$(BIN)/ruff check -q --fix . && $(BIN)/ruff format -q . && $(BIN)/sqlfluff fix -q flows/warehouse
@@ -187,20 +195,7 @@ bench-reconciler: .venv/ready ## measure a round of the reconciler over 100 to 5
 
 bench-recovery: KILLS = 10
 bench-recovery: .venv/ready ## measure how soon a killed run goes on, KILLS=10 times on the local cluster
-	@$(BIN)/python -m tests.benchmarks.recovery --kills $(KILLS)
-
-kill-test: .venv/ready ## kill the pipeline at KILLS=50 random moments; writes tests/benchmarks/kills.md
-	@$(BIN)/python -m tests.benchmarks.kills --kills $(KILLS)
-
-sync-kills: KILLS = 30
-sync-kills: .venv/ready ## kill orchestrate sync at KILLS=30 random moments; writes tests/benchmarks/sync_kills.md
-	@$(BIN)/python -m tests.benchmarks.sync_kills --kills $(KILLS)
-
-soak: .venv/ready ## random faults on the local cluster for MINUTES=30, RUNS=200 runs, SEED=2013; writes tests/benchmarks/soak.md
-	@$(BIN)/python -m tests.benchmarks.soak --minutes $(MINUTES) --runs $(RUNS) --seed $(SEED)
-
-dbt-ends: .venv/ready ## kill and cancel dbt's runs at ROUNDS=20 random moments each; writes tests/benchmarks/dbt_ends.md
-	@$(BIN)/python -m tests.benchmarks.dbt_ends --rounds $(ROUNDS)
+	@PACE=shipped $(BIN)/python -m tests.benchmarks.recovery --kills $(KILLS)
 
 picture: .venv/ready ## draw the pictures of README and docs
 	@$(BIN)/python -m docs.picture

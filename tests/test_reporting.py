@@ -48,7 +48,8 @@ def test_meter_counts_children_and_daemons(tmp_path: Path) -> None:
     (tmp_path / "daemon.py").write_text(
         f"import pathlib\n{BURN.format(seconds=1)}pathlib.Path('done').touch()\ntime.sleep(60)"
     )
-    daemon = "import subprocess, sys; print(subprocess.Popen([sys.executable, 'daemon.py'], stdout=subprocess.DEVNULL).pid)"
+    start = "subprocess.Popen([sys.executable, 'daemon.py'], stdout=subprocess.DEVNULL)"
+    daemon = f"import subprocess, sys; print({start}.pid)"
     started = subprocess.run(
         [sys.executable, "-c", daemon], cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True
     )
@@ -79,7 +80,7 @@ def pytest_sessionstart(session):
     plugins.register(reporting.Report(plugins.get_plugin("terminalreporter"), failures=False))
 """
     )
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tmp_path, "tests"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "tests"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == status, done.stdout + done.stderr
     assert ("over its budget" in done.stdout) == bool(status)

@@ -19,11 +19,11 @@ import httpx
 
 from orchestration.reconciler.ends import PEAK
 from tests.benchmarks.run import Figure, table
-from tests.benchmarks.soak import Line, installed, journals
 from tests.cluster.progress import ClusterError
 from tests.e2e.faults.victims import killed, pods, state_named, states
 from tests.e2e.release import Pool
 from tests.e2e.runs import deployment, ended, logged, run_of, start
+from tests.long.soak import Line, installed, journals
 from tests.parts import wait_until
 
 PARTS = (

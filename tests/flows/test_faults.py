@@ -15,7 +15,7 @@ import pytest
 
 from orchestration import warehouse
 from orchestration.settings import ROOT
-from tests.benchmarks.kills import Undisturbed, run_killed_at_random
+from tests.long.kills import Undisturbed, run_killed_at_random
 from tests.parts import Query, copy_of_checkout, rows_of, settings_of, wait_until
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small or read-only disk needs root")
@@ -151,7 +151,7 @@ def test_ctrl_c_ends_the_run_with_its_sql(database: str, query: Query, prefect_s
 def test_killed_at_a_random_moment_a_run_leaves_what_the_next_one_completes(
     postgres: str, prefect_server: str, undisturbed: Undisturbed
 ) -> None:
-    """Once; `make kill-test` does it fifty times."""
+    """Once; `make test-long FOR=kills` does it fifty times."""
     seed = random.randrange(10**6)  # noqa: S311 - a moment, no secret
     outcome = run_killed_at_random(postgres, prefect_server, undisturbed, random.Random(seed))  # noqa: S311
     assert outcome.half_loaded == [], f"seed {seed}"

@@ -95,7 +95,7 @@ def step(number: int) -> str:
 
 @flow
 def piecewise(pieces: int, seconds: float, memory: int = 0) -> None:
-    """Take so many steps, and keep a journal of it that no kill can undo, for `tests.benchmarks.soak`.
+    """Take so many steps, and keep a journal of it that no kill can undo, for `tests.long.soak`.
 
     Args:
         pieces: how many steps.

@@ -1,12 +1,12 @@
-"""Two minutes of random faults lose no run, double none and leave nothing; `make soak` takes longer."""
+"""Two minutes of random faults lose no run, double none and leave nothing; `make test-long FOR=soak` takes longer."""
 
 import random
 
 import pytest
 
-from tests.benchmarks.soak import Soak, soaked
 from tests.cluster.namespace import Namespace, proxied
 from tests.e2e.release import Object, Pool, Release, pool_values, server_values
+from tests.long.soak import Soak, soaked
 
 MINUTES, RUNS = 2, 15
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from orchestration.dbt import DbtProject
-from tests.benchmarks import dbt_ends
+from tests.long import dbt_ends
 from tests.orchestration.dbt.projects import hold, tables
 from tests.orchestration.dbt.task_runs import Server, busy, execute, results_of, start
 from tests.parts import Query, wait_until
@@ -96,7 +96,7 @@ def test_a_run_that_is_cancelled_ends_its_sql_and_may_be_retried(
 def test_runs_that_end_at_random_moments_leave_what_an_undisturbed_one_leaves(
     postgres: str, prefect_server: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A few here; `make dbt-ends` does twenty of each, on a machine that does nothing else."""
+    """One of each here; `make test-long FOR=dbt-ends` ends twenty, on a machine that does nothing else."""
     monkeypatch.setattr(dbt_ends, "PROMPT", 15.0)
     chance = random.Random(os.getpid())  # noqa: S311 - moments, no secret
     undisturbed = dbt_ends.Undisturbed.measure(postgres, prefect_server, tmp_path)

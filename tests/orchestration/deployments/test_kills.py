@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.sync_kills import Project, connected, rounds
+from tests.long.sync_kills import Project, connected, rounds
 
 KILLS = 2
-"""`make sync-kills` makes more."""
+"""`make test-long FOR=sync-kills` makes more."""
 
 
 @pytest.fixture

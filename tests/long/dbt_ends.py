@@ -1,6 +1,6 @@
 """End dbt's runs at random moments, run them again, and compare with a run that nobody disturbed.
 
-    python -m tests.benchmarks.dbt_ends --rounds 20      # or: make dbt-ends
+    make test-long FOR=dbt-ends ROUNDS=20
 
 Each round has a database of its own and a project with every kind of node. Its flow run is killed (SIGKILL of all
 its processes but dbt's) or cancelled as in the UI, at a moment drawn evenly over the time of an undisturbed run, and is
@@ -8,11 +8,9 @@ then retried. No statement and no transaction may be left five seconds later, an
 undisturbed one left.
 """
 
-import argparse
 import contextlib
 import functools
 import os
-import platform
 import random
 import signal
 import statistics
@@ -20,17 +18,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from orchestration.settings import ROOT
+from tests.long.longtest import Findings, Parameters
 from tests.orchestration.dbt.projects import every_kind, hold, tables
 from tests.orchestration.dbt.task_runs import ENDED, Server, busy, execute
 from tests.parts import client_of, embedded_postgres, new_database, prefect_server, rows_of, wait_until
-
-RESULTS = Path(__file__).with_name("dbt_ends.md")
 
 WAYS = ("killed", "cancelled")
 
@@ -143,13 +139,10 @@ def end_at_random(
         return Outcome(way, moment, done, sql_ended, state, same)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the rounds and write the results file; the exit status is 1 if one of them went wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=2013)
-    options = parser.parse_args(arguments)
-    chance = random.Random(options.seed)  # noqa: S311 - moments, no secret
+def run(parameters: Parameters) -> Findings:
+    """End `ROUNDS` runs each way at moments that `SEED` draws."""
+    rounds = int(parameters["ROUNDS"])
+    chance = random.Random(parameters["SEED"])  # noqa: S311 - moments, no secret
     outcomes: list[Outcome] = []
     with (
         tempfile.TemporaryDirectory() as temporary,
@@ -160,35 +153,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         folder = Path(temporary)
         undisturbed = Undisturbed.measure(postgres, api, folder)
-        for number in range(1, options.rounds + 1):
+        for number in range(1, rounds + 1):
             for way in WAYS:
                 outcome = end_at_random(way, postgres, api, Server(client), undisturbed, folder, chance)
                 outcomes.append(outcome)
                 verdict = "ok" if outcome.right else f"WRONG {outcome}"
                 print(
-                    f"{number} of {options.rounds}: {way} after {outcome.moment:.1f} s, {outcome.done} nodes done, "
+                    f"{number} of {rounds}: {way} after {outcome.moment:.1f} s, {outcome.done} nodes done, "
                     f"SQL gone after {outcome.sql_ended:.1f} s, {verdict}",
                     flush=True,
                 )
-    lines = [
-        f"# dbt's runs, ended at random moments\n\n`make dbt-ends ROUNDS={options.rounds}` (seed {options.seed}), "
-        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; "
-        f"an undisturbed run takes {undisturbed.seconds:.1f} s.\n\n"
-        "| | runs | moment: min, median, max (s) | nodes done: min, median, max | SQL gone after, at most (s) "
-        "| after the retry other than undisturbed |\n|---|---:|---:|---:|---:|---:|\n"
-    ]
+    figures: dict[str, str | float] = {"seconds of an undisturbed run": round(undisturbed.seconds, 1)}
     for way in WAYS:
         of = [outcome for outcome in outcomes if outcome.way == way]
         moments, done = [outcome.moment for outcome in of], [outcome.done for outcome in of]
-        lines.append(
-            f"| {way} | {len(of)} | {min(moments):.1f}, {statistics.median(moments):.1f}, {max(moments):.1f} "
-            f"| {min(done)}, {statistics.median(done):.0f}, {max(done)} | {max(o.sql_ended for o in of):.1f} "
-            f"| {sum(not o.same for o in of)} |\n"
-        )
-    RESULTS.write_text("".join(lines))
-    print(RESULTS.read_text())
-    return 0 if all(outcome.right for outcome in outcomes) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        figures |= {
+            f"{way}: runs": len(of),
+            f"{way}: moment: min, median, max (s)": f"{min(moments):.1f}, {statistics.median(moments):.1f}, "
+            f"{max(moments):.1f}",
+            f"{way}: nodes done: min, median, max": f"{min(done)}, {statistics.median(done):.0f}, {max(done)}",
+            f"{way}: SQL gone after, at most (s)": round(max(outcome.sql_ended for outcome in of), 1),
+            f"{way}: after the retry other than undisturbed": sum(not outcome.same for outcome in of),
+        }
+    return Findings(figures, [str(outcome) for outcome in outcomes if not outcome.right])

@@ -1,18 +1,14 @@
 """Many runs under random faults: none lost, none stuck, none twice at a time, nothing left.
 
-    python -m tests.benchmarks.soak --minutes 30 --runs 200      # or: make soak MINUTES=30
+    make test-long FOR=soak MINUTES=30 RUNS=200
 
 Both charts are installed in a namespace of their own on the local cluster. Runs start evenly over the time, and every
 20 s something dies: a run's pod or Job, a worker, the reconciler's leader, the API, the database. Each run keeps a
 journal on the volume of results, four lines a second, which no kill undoes: it shows which execution was alive when,
-and which step was taken how often. The exit status is 1 if anything is wrong.
+and which step was taken how often.
 """
 
-import argparse
 import contextlib
-import json
-import os
-import platform
 import random
 import statistics
 import sys
@@ -22,7 +18,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -30,15 +25,13 @@ import httpx
 from orchestration.environment.api import forwarded, user
 from orchestration.environment.target import Environment
 from orchestration.errors import PipelineError
-from tests.benchmarks.run import revision
 from tests.cluster import __main__ as local_cluster
 from tests.cluster.namespace import proxied, restricted
 from tests.cluster.progress import ClusterError
 from tests.e2e.faults.victims import FLOWS, evicted, force_deleted, killed, leader, states, watched
 from tests.e2e.release import Object, Pool, Release, built_image, installed_pool, pool_values, probe_of, server_values
 from tests.e2e.runs import deployment, start
-
-RESULTS = Path(__file__).with_name("soak.md")
+from tests.long.longtest import Findings, Parameters
 
 AT_ONCE = 6
 """Runs that are under way at the most."""
@@ -281,38 +274,32 @@ class Outcome:
                 found[fault.kind].append(min(later) - last)
         return found
 
-    def table(self, heading: str) -> str:
-        """The results, as Markdown."""
+    @property
+    def figures(self) -> dict[str, str | float]:
+        """The results, by name."""
         kinds = Counter(each.kind for each in self.faults)
         steps = sum(each.what.startswith("step") for journal in self.journals.values() for each in journal)
-        executions = sum(map(len, self.executions.values()))
-        rows = {
+        found: dict[str, str | float] = {
             "runs": len(self.runs),
             "faults": f"{len(self.faults)}: {', '.join(f'{kind} {kinds[kind]}' for kind in FAULTS if kinds[kind])}",
-            "executions": executions,
+            "each run's budget": " and ".join(f"{name} {value}" for name, value in BUDGET.items()),
+            "executions": sum(map(len, self.executions.values())),
             "steps begun": steps,
             "runs lost": len(self.states),
             f"runs that were due and without a live pod for over {STUCK:.0f} s of the API's presence": len(self.stuck),
-            "the longest of that (s)": f"{max(self.waited.values(), default=0):.0f}",
+            "the longest of that (s)": round(max(self.waited.values(), default=0)),
             "runs whose flow was executed twice at a time": len(self.doubled),
             "containers that began before the run's last one had ended": len(self.beside),
             "finished steps taken again": sum(self.taken_again.values()),
             "pods, Jobs and slots left at the end": len(self.left),
         }
-        lines = [heading, "", "| | |", "|---|---:|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
         recoveries = self.recoveries()
-        if recoveries:
-            lines += [
-                "From the last sign of life of an execution that was hit to the next one's first line:",
-                "",
-                "| | n | median (s) | max (s) |",
-                "|---|---:|---:|---:|",
-            ]
-            every = {"all of them": [seconds for each in recoveries.values() for seconds in each]}
-            for kind, seconds in [*((kind, recoveries.get(kind, [])) for kind in FAULTS), *every.items()]:
-                if seconds:
-                    lines.append(f"| {kind} | {len(seconds)} | {statistics.median(seconds):.1f} | {max(seconds):.1f} |")
-        return "\n".join(lines) + "\n"
+        every = {"all of them": [seconds for each in recoveries.values() for seconds in each]}
+        for kind, seconds in [*((kind, recoveries.get(kind, [])) for kind in FAULTS), *every.items()]:
+            if seconds:
+                name = f"{kind}, from the last sign of life to the next execution's first line: n, median, max (s)"
+                found[name] = f"{len(seconds)}, {statistics.median(seconds):.1f}, {max(seconds):.1f}"
+        return found
 
 
 class Soak:
@@ -568,38 +555,14 @@ def installed() -> Iterator[tuple[Release, Pool]]:
         yield server, installed_pool(server, namespace, soaked(pool_values(image)), probe_of(FLOWS))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Soak, print the table and write the results file; the exit status is 1 if something is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--runs", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=2013)
-    options = parser.parse_args(arguments)
-    print(f"SEED={options.seed}", flush=True)
-    try:
-        with installed() as (server, pool), proxied(pool.namespace.context) as url:
-            print(f"Namespace {pool.namespace.name} of {pool.namespace.context}", flush=True)
-            version = json.loads(pool.namespace.kubectl("version", "-o", "json"))["serverVersion"]["gitVersion"]
-            load = os.getloadavg()[0]
-            chance = random.Random(options.seed)  # noqa: S311 - faults, no secret
-            seen = Soak(server, pool, url, chance).make(options.minutes, options.runs)
-    except ClusterError as error:
-        print(f"{error}.", file=sys.stderr)
-        return 1
-    command = f"make soak MINUTES={options.minutes:g} RUNS={options.runs} SEED={options.seed}"
-    machine = (
-        f"{revision()}, {platform.machine()}, {os.cpu_count()} cores, Kubernetes {version}, load {load:.1f} before"
-    )
-    budget = " and ".join(f"{name} {value}" for name, value in BUDGET.items())
-    table = seen.table(f"# Runs under random faults\n\n`{command}`, {machine}; each run's budget: {budget}.")
-    print(table)
-    for each in seen.wrong:
-        print(f"WRONG {each}")
+def run(parameters: Parameters) -> Findings:
+    """Soak for `MINUTES` with `RUNS` runs and faults that `SEED` draws."""
+    with installed() as (server, pool), proxied(pool.namespace.context) as url:
+        print(f"Namespace {pool.namespace.name} of {pool.namespace.context}", flush=True)
+        chance = random.Random(parameters["SEED"])  # noqa: S311 - faults, no secret
+        seen = Soak(server, pool, url, chance).make(parameters["MINUTES"], int(parameters["RUNS"]))
     if "interrupted" in seen.left:
-        return 130
-    RESULTS.write_text(table)
-    return 1 if seen.wrong else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        for name, value in seen.figures.items():
+            print(f"{name}: {value}")
+        raise KeyboardInterrupt
+    return Findings(seen.figures, seen.wrong)

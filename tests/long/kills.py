@@ -1,6 +1,6 @@
 """Kill the pipeline at random moments, run it again, and compare with a run that nobody disturbed.
 
-    python -m tests.benchmarks.kills --kills 50      # or: make kill-test
+    make test-long FOR=kills KILLS=50
 
 Each round has a warehouse of its own with one day loaded. The run for the next day is killed with
 SIGKILL, its dbt with it, at a moment drawn evenly over the time an undisturbed run takes; then it is
@@ -8,9 +8,7 @@ run again. After the kill no day may be there in part; after the second run ever
 the rows of the undisturbed run.
 """
 
-import argparse
 import os
-import platform
 import random
 import signal
 import statistics
@@ -19,16 +17,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from orchestration.settings import ROOT
+from tests.long.longtest import Findings, Parameters
 from tests.parts import embedded_postgres, new_database, prefect_server, rows_of
-
-RESULTS = Path(__file__).with_name("kills.md")
 
 HALF_LOADED = """
     select coalesce(loads.day, counted.day)::text
@@ -127,13 +123,10 @@ def run_killed_at_random(postgres: str, api: str, undisturbed: Undisturbed, chan
         return Outcome(moment, loaded, half_loaded, content(url) == undisturbed.content)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the rounds and write the results file; the exit status is 1 if one of them went wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=2013)
-    options = parser.parse_args(arguments)
-    chance = random.Random(options.seed)  # noqa: S311 - moments, no secret
+def run(parameters: Parameters) -> Findings:
+    """Kill `KILLS` runs at moments that `SEED` draws."""
+    kills = int(parameters["KILLS"])
+    chance = random.Random(parameters["SEED"])  # noqa: S311 - moments, no secret
     outcomes: list[Outcome] = []
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -142,30 +135,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prefect_server(Path(home)) as api,
     ):
         undisturbed = Undisturbed.measure(postgres, api, [date(2013, 1, 1), date(2013, 1, 2)])
-        for number in range(1, options.kills + 1):
+        for number in range(1, kills + 1):
             outcome = run_killed_at_random(postgres, api, undisturbed, chance)
             outcomes.append(outcome)
             verdict = "ok" if outcome.same_as_undisturbed and not outcome.half_loaded else f"WRONG {outcome}"
-            print(f"{number} of {options.kills}: killed after {outcome.killed_after:.2f} s, {verdict}", flush=True)
-    wrong = [o for o in outcomes if o.half_loaded or not o.same_as_undisturbed]
+            print(f"{number} of {kills}: killed after {outcome.killed_after:.2f} s, {verdict}", flush=True)
     moments = [outcome.killed_after for outcome in outcomes]
     loaded = Counter(outcome.loaded for outcome in outcomes)
-    RESULTS.write_text(
-        f"# Killed at random moments\n\n`make kill-test KILLS={options.kills}` (seed {options.seed}), "
-        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}.\n\n"
-        "| | |\n|---|---:|\n"
-        f"| runs killed | {len(outcomes)} |\n"
-        f"| seconds of an undisturbed run | {undisturbed.seconds:.1f} |\n"
-        f"| moment of the kill: min, median, max (s) | {min(moments):.1f}, {statistics.median(moments):.1f}, "
-        f"{max(moments):.1f} |\n"
-        f"| killed before, after the day was loaded | {loaded[False]}, {loaded[True]} |\n"
-        f"| days there in part after the kill | {sum(len(o.half_loaded) for o in outcomes)} |\n"
-        f"| next run left other rows than an undisturbed one | "
-        f"{sum(not o.same_as_undisturbed for o in outcomes)} |\n"
-    )
-    print(RESULTS.read_text())
-    return 1 if wrong else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    figures: dict[str, str | float] = {
+        "runs killed": len(outcomes),
+        "seconds of an undisturbed run": round(undisturbed.seconds, 1),
+        "moment of the kill: min, median, max (s)": f"{min(moments):.1f}, {statistics.median(moments):.1f}, "
+        f"{max(moments):.1f}",
+        "killed before, after the day was loaded": f"{loaded[False]}, {loaded[True]}",
+        "days there in part after the kill": sum(len(outcome.half_loaded) for outcome in outcomes),
+        "next run left other rows than an undisturbed one": sum(not each.same_as_undisturbed for each in outcomes),
+    }
+    return Findings(figures, [str(each) for each in outcomes if each.half_loaded or not each.same_as_undisturbed])

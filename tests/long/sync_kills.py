@@ -1,6 +1,6 @@
 """Kill `orchestrate sync` at random moments, run it again, and compare with a sync that nobody disturbed.
 
-    python -m tests.benchmarks.sync_kills --kills 30
+    make test-long FOR=sync-kills KILLS=30
 
 There are two sets of files that differ in everything a sync can do. Each round begins with one of them on the server,
 kills the sync of the other with SIGKILL, runs that again, and compares what the server has with what an undisturbed
@@ -12,10 +12,8 @@ runs to come; its own scheduler, if it read the deployment before that and inser
 back, whoever makes the change (https://github.com/PrefectHQ/prefect/issues/17703).
 """
 
-import argparse
 import json
 import os
-import platform
 import random
 import signal
 import statistics
@@ -24,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -35,9 +33,8 @@ import httpx
 from orchestration.deployments import schedules
 from orchestration.deployments.objects import title
 from orchestration.settings import ROOT
+from tests.long.longtest import Findings, Parameters
 from tests.parts import prefect_server
-
-RESULTS = Path(__file__).with_name("sync_kills.md")
 
 A_SERVER = 8
 """Kills on one server: its database grows by a run every three seconds, and each round takes longer."""
@@ -471,45 +468,33 @@ def rounds(project: Project, kills: int, chance: random.Random) -> tuple[Undistu
     return undisturbed, outcomes
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the rounds and write the results file; the exit status is 1 if one of them went wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=2013)
-    options = parser.parse_args(arguments)
-    chance = random.Random(options.seed)  # noqa: S311 - moments, no secret
+def run(parameters: Parameters) -> Findings:
+    """Kill `KILLS` syncs at moments that `SEED` draws."""
+    chance = random.Random(parameters["SEED"])  # noqa: S311 - moments, no secret
     outcomes: list[Outcome] = []
-    while (killed := sum(not each.ended for each in outcomes)) < options.kills:
+    while (killed := sum(not each.ended for each in outcomes)) < parameters["KILLS"]:
         with (
             tempfile.TemporaryDirectory() as folder,
             tempfile.TemporaryDirectory() as home,
             prefect_server(Path(home)) as url,
             connected(url) as api,
         ):
-            kills = min(options.kills - killed, A_SERVER)
+            kills = min(int(parameters["KILLS"]) - killed, A_SERVER)
             undisturbed, more = rounds(Project(Path(folder), api), kills, chance)
             outcomes += more
     moments = [outcome.moment for outcome in outcomes if not outcome.ended]
     reached = Counter(outcome.reached for outcome in outcomes if not outcome.ended)
     wrong = Counter(run.how for outcome in outcomes for run in outcome.runs)
-    RESULTS.write_text(
-        f"# `orchestrate sync`, killed at random moments\n\n`make sync-kills KILLS={options.kills}` "
-        f"(seed {options.seed}), {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; "
-        f"an undisturbed sync takes {undisturbed.seconds:.1f} s.\n\n"
-        "| | |\n|---|---:|\n"
-        f"| killed syncs | {len(moments)} |\n"
-        f"| moment of the kill: min, median, max (s) | {min(moments):.1f}, {statistics.median(moments):.1f}, "
-        f"{max(moments):.1f} |\n"
-        f"| killed before, while, after it changed the server | {reached['before']}, {reached['while']}, "
-        f"{reached['after']} |\n"
-        f"| that ended before their kill, beside these | {len(outcomes) - len(moments)} |\n"
-        f"| after the next sync other than undisturbed | {sum(bool(each.problems) for each in outcomes)} |\n"
-        f"| runs missing, doubled | {wrong['missing']}, {wrong['doubled']} |\n"
-        f"| runs of another state of the files, put back by Prefect's own scheduler | {wrong['stale']} |\n"
-    )
-    print(RESULTS.read_text())
-    return 1 if any(outcome.wrong for outcome in outcomes) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    figures: dict[str, str | float] = {
+        "killed syncs": len(moments),
+        "seconds of an undisturbed sync": round(undisturbed.seconds, 1),
+        "moment of the kill: min, median, max (s)": f"{min(moments):.1f}, {statistics.median(moments):.1f}, "
+        f"{max(moments):.1f}",
+        "killed before, while, after it changed the server": f"{reached['before']}, {reached['while']}, "
+        f"{reached['after']}",
+        "that ended before their kill, beside these": len(outcomes) - len(moments),
+        "after the next sync other than undisturbed": sum(bool(each.problems) for each in outcomes),
+        "runs missing, doubled": f"{wrong['missing']}, {wrong['doubled']}",
+        "runs of another state of the files, put back by Prefect's own scheduler": wrong["stale"],
+    }
+    return Findings(figures, [each for outcome in outcomes for each in outcome.wrong])

@@ -1,0 +1,134 @@
+"""The long tests there are."""
+
+from tests.long import dbt_ends, kills, soak, sync_kills
+from tests.long.longtest import LongTest
+from tests.long.suite import suite
+
+PREFECT = ("uv.lock#prefect", "uv.lock#fastapi", "uv.lock#sqlalchemy")
+
+DBT = (
+    "orchestration/dbt",
+    "orchestration/warehouse.py",
+    *PREFECT,
+    "uv.lock#dbt-core",
+    "uv.lock#dbt-postgres",
+)
+
+DBT_TESTS = ("tests/orchestration/dbt/projects.py", "tests/orchestration/dbt/task_runs.py")
+
+CHARTS = (
+    "helm/prefect-server/templates",
+    "helm/prefect-server/values.yaml",
+    "helm/prefect-work-pool/templates",
+    "helm/prefect-work-pool/values.yaml",
+    "docker/Dockerfile",
+)
+
+RUNS = (
+    "orchestration/reconciler",
+    "orchestration/api.py",
+    "orchestration/engine.py",
+    "orchestration/execution.py",
+    "orchestration/results.py",
+    "orchestration/serving.py",
+    "orchestration/worker.py",
+    *CHARTS,
+    "tests/e2e/pace.py",
+    "tests/e2e/release.py",
+    "tests/e2e/runs.py",
+    *PREFECT,
+    "uv.lock#prefect-kubernetes",
+)
+"""What executes flow runs on Kubernetes and recovers them."""
+
+PROPERTIES = (
+    "tests/flows/test_landing.py",
+    "tests/orchestration/deployments/test_export.py",
+    "tests/orchestration/deployments/test_schedules.py",
+    "tests/orchestration/reconciler/test_decide.py",
+    "tests/orchestration/reconciler/test_memory.py",
+)
+"""The files of tests that Hypothesis draws the examples of."""
+
+UPGRADES = ("tests/e2e/test_prefect_server.py", "tests/e2e/test_prefect_work_pool.py")
+
+SEED = 2013
+
+LONG_TESTS = (
+    LongTest(
+        "soak",
+        "Random faults among many runs on the cluster lose, double and block no run, and leave nothing.",
+        (*RUNS, "tests/e2e/faults/flow.py", "tests/e2e/faults/victims.py", "tests/long/soak.py"),
+        soak.run,
+        {"MINUTES": 30, "RUNS": 200, "SEED": SEED},
+        cluster=True,
+    ),
+    LongTest(
+        "kills",
+        "A daily run that is killed at a random moment leaves no day in part, and the next run completes it.",
+        ("flows", "orchestration/settings.py", *DBT, "tests/long/kills.py"),
+        kills.run,
+        {"KILLS": 50, "SEED": SEED},
+    ),
+    LongTest(
+        "sync-kills",
+        "A sync that is killed at a random moment is finished by the next one; no scheduled run is missing or doubled.",
+        (
+            "orchestration/deployments",
+            "orchestration/__main__.py",
+            "orchestration/api.py",
+            *PREFECT,
+            "tests/long/sync_kills.py",
+        ),
+        sync_kills.run,
+        {"KILLS": 30, "SEED": SEED},
+    ),
+    LongTest(
+        "dbt-ends",
+        "A dbt run that is killed or cancelled at a random moment leaves no SQL, and its retry completes it.",
+        (
+            "orchestration/execution.py",
+            *DBT,
+            *DBT_TESTS,
+            "tests/orchestration/dbt/shop_flow.py",
+            "tests/long/dbt_ends.py",
+        ),
+        dbt_ends.run,
+        {"ROUNDS": 20, "SEED": SEED},
+    ),
+    LongTest(
+        "faults",
+        "The fault suite passes at the shipped time constants, with outages of minutes.",
+        (*RUNS, "tests/e2e/conftest.py", "tests/e2e/faults"),
+        suite("tests/e2e/faults"),
+        cluster=True,
+    ),
+    LongTest(
+        "upgrades",
+        "Both charts are upgraded and rolled back under load at the shipped time constants.",
+        (*RUNS, "orchestration/migrations.py", "tests/e2e/conftest.py", *UPGRADES),
+        suite(*UPGRADES),
+        cluster=True,
+    ),
+    LongTest(
+        "properties",
+        "The property tests hold for many more examples than in `make test`.",
+        ("flows/landing.py", "orchestration/deployments", "orchestration/reconciler", *PROPERTIES),
+        suite(*PROPERTIES, HYPOTHESIS_PROFILE="long"),
+        {"SEED": SEED},
+    ),
+    LongTest(
+        "random-graphs",
+        "Every node of many random dbt graphs with random failures ends as dbt's command line says.",
+        (*DBT, *DBT_TESTS, "tests/orchestration/dbt/test_random.py"),
+        suite("tests/orchestration/dbt/test_random.py", HYPOTHESIS_PROFILE="long", RANDOM_GRAPHS="50"),
+        {"SEED": SEED},
+    ),
+    LongTest(
+        "bill-of-materials",
+        "The image's bill of materials names every package that is in the image.",
+        ("docker/sbom", "docker/build", "docker/Dockerfile", "uv.lock", "tests/long/bill_of_materials.py"),
+        suite("tests/long/bill_of_materials.py"),
+        cluster=True,
+    ),
+)

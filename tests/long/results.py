@@ -1,0 +1,159 @@
+"""The committed results of the long tests: results.json, and results.md for readers."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypedDict
+
+import psutil
+
+from tests.cluster import __main__ as local_cluster
+from tests.cluster import binaries
+from tests.cluster.progress import ClusterError
+from tests.long.longtest import LongTest, NotRunError
+
+FOLDER = Path("tests/long")
+JSON, PAGE = FOLDER / "results.json", FOLDER / "results.md"
+
+
+class Entry(TypedDict):
+    """What one long test found when it last ran at full size; null is what was not recorded."""
+
+    commit: str | None
+    clean: bool | None
+    """Whether the tree had no changes to that commit."""
+    date: str
+    machine: dict[str, str | float]
+    seconds: int | None
+    parameters: dict[str, float]
+    figures: dict[str, str | float]
+    verdict: str
+    """passed or failed."""
+    reason: str
+    """Why it failed."""
+    paths: dict[str, str] | None
+    """The hash of each path that it ran on."""
+
+
+def load(root: Path) -> dict[str, Entry]:
+    """Read the entries, by name of the long test."""
+    file = root / JSON
+    entries: dict[str, Entry] = json.loads(file.read_text()) if file.exists() else {}
+    return entries
+
+
+def record(root: Path, tests: Sequence[LongTest], name: str, entry: Entry) -> None:
+    """Write one entry, in the order of `tests`, and the page."""
+    entries = load(root) | {name: entry}
+    entries = {test.name: entries[test.name] for test in tests if test.name in entries}
+    for file, text in (
+        (root / JSON, json.dumps(entries, indent=2, ensure_ascii=False) + "\n"),
+        (root / PAGE, page(tests, entries)),
+    ):
+        # A kill leaves the file of before or the new one.
+        new = file.with_name(f".{file.name}")
+        new.write_text(text)
+        new.replace(file)
+
+
+def stale(test: LongTest, entry: Entry, root: Path) -> list[str]:
+    """Return the declared paths and sizes that are not what the test last ran on; none if that was not recorded."""
+    recorded = entry["paths"]
+    if recorded is None:
+        return []
+    differing = [path for path, now in test.hashes(root).items() if recorded.get(path) != now]
+    return differing + test.reduced(entry["parameters"])
+
+
+def problems(tests: Sequence[LongTest], root: Path) -> list[str]:
+    """Return what keeps a change from landing: long tests that ran on other content, or failed, each with the cure."""
+    found = []
+    for test in tests:
+        entry = load(root).get(test.name)
+        # An entry without hashes is of an older version, and says so.
+        if entry is None or entry["paths"] is None:
+            continue
+        command = f"Run `make test-long FOR={test.name}` and commit {JSON}"
+        if differing := stale(test, entry, root):
+            paths = ", ".join(differing)
+            found.append(f"{test.name} last ran on other content than this: {paths}. {command}.")
+        elif entry["verdict"] != "passed":
+            found.append(f"{test.name} failed: {entry['reason']}. Repair that. {command}.")
+    return found
+
+
+def revision(root: Path) -> tuple[str | None, bool | None]:
+    """Return the commit, and whether the tree has no changes to it but for the results; null without git."""
+
+    def git(*arguments: str) -> str | None:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changes = git("status", "--porcelain", "--", ".", f":!{JSON}", f":!{PAGE}")
+    return git("rev-parse", "HEAD"), None if changes is None else not changes
+
+
+def machine(*, cluster: bool) -> dict[str, str | float]:
+    """Describe this machine and, with `cluster`, the Kubernetes cluster, which is made if need be.
+
+    Raises:
+        NotRunError: no cluster can be had.
+    """
+    found: dict[str, str | float] = {
+        "architecture": platform.machine(),
+        "cores": os.cpu_count() or 0,
+        "memory_gb": round(psutil.virtual_memory().total / 2**30),
+        "python": platform.python_version(),
+        "load": round(os.getloadavg()[0], 1),
+    }
+    if cluster:
+        try:
+            with local_cluster.shared() as context:
+                version = json.loads(binaries.kubectl("--context", context, "version", "-o", "json"))
+        except ClusterError as error:
+            raise NotRunError(str(error)) from None
+        found["kubernetes"] = version["serverVersion"]["gitVersion"]
+    return found
+
+
+def page(tests: Sequence[LongTest], entries: Mapping[str, Entry]) -> str:
+    """Return the results as Markdown."""
+    lines = [
+        "# Results of the long tests",
+        "",
+        "`make test-long` writes this page and results.json. `make test` fails when the code that a long test declares",
+        "is not the code that it last ran on.",
+        "",
+        "| long test | verdict | commit | date | parameters | minutes |",
+        "|---|---|---|---|---|---:|",
+    ]
+    for test in tests:
+        if entry := entries.get(test.name):
+            minutes = "" if entry["seconds"] is None else f"{entry['seconds'] / 60:.0f}"
+            cells = [entry["verdict"], _version(entry), entry["date"], _spelled(entry["parameters"]), minutes]
+            lines.append(f"| [{test.name}](#{test.name}) | {' | '.join(cells)} |")
+        else:
+            lines.append(f"| {test.name} | never run | | | | |")
+    for test in tests:
+        if entry := entries.get(test.name):
+            machine = ", ".join(f"{name} {value}" for name, value in entry["machine"].items())
+            command = " ".join(filter(None, ["make test-long", f"FOR={test.name}", _spelled(entry["parameters"])]))
+            lines += ["", f"## {test.name}", "", test.what, "", f"`{command}`, {_version(entry)}; {machine}.", ""]
+            if entry["reason"]:
+                lines += [f"Failed: {' '.join(entry['reason'].split())}", ""]
+            lines += ["| | |", "|---|---:|"]
+            figures = [(name, str(value).replace("|", "\\|")) for name, value in entry["figures"].items()]
+            lines += [f"| {name} | {value} |" for name, value in figures]
+    return "\n".join(lines) + "\n"
+
+
+def _version(entry: Entry) -> str:
+    text = (entry["commit"] or "unknown")[:7] + ("" if entry["clean"] is not False else " with changes")
+    return text if entry["paths"] is not None else f"{text} (an older version)"
+
+
+def _spelled(parameters: Mapping[str, float]) -> str:
+    return " ".join(f"{name}={value:g}" for name, value in parameters.items())

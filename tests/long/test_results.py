@@ -1,0 +1,50 @@
+"""The committed results are those of this content, and readable."""
+
+import subprocess
+
+from orchestration.settings import ROOT
+from tests.long import results
+from tests.long.catalogue import LONG_TESTS
+from tests.long.longtest import files
+
+PATHS = sorted({path.partition("#")[0] for test in LONG_TESTS for path in test.paths})
+
+
+def test_long_tests_last_ran_on_this_content_and_passed() -> None:
+    assert results.problems(LONG_TESTS, ROOT) == []
+
+
+def test_results_page_is_current() -> None:
+    assert (ROOT / results.PAGE).read_text() == results.page(LONG_TESTS, results.load(ROOT))
+
+
+def test_every_result_is_of_a_long_test_at_full_size() -> None:
+    tests = {test.name: test for test in LONG_TESTS}
+    for name, entry in results.load(ROOT).items():
+        assert not tests[name].reduced(entry["parameters"])
+
+
+def test_declared_paths_are_hashed_as_git_has_them() -> None:
+    """No tracked file is missed, and nothing that git ignores counts."""
+    hashed = {each.relative_to(ROOT).as_posix() for path in PATHS for each in files(ROOT / path)}
+
+    def listed(*arguments: str) -> set[str]:
+        command = ["git", "ls-files", "-z", *arguments, "--", *PATHS]
+        names = subprocess.check_output(command, cwd=ROOT, text=True).split("\0")
+        return {name for name in names if name and not any(part.startswith(".") for part in name.split("/"))}
+
+    assert listed() - hashed == set()
+    assert hashed & listed("--others", "--ignored", "--exclude-standard") == set()
+
+
+def test_declared_paths_are_there() -> None:
+    for test in LONG_TESTS:
+        assert [path for path in test.paths if not (ROOT / path.partition("#")[0]).exists()] == []
+        assert all(test.hashes(ROOT).values()), "a package is not in uv.lock"
+
+
+def test_long_tests_are_found_by_what_they_test() -> None:
+    names = [test.name for test in LONG_TESTS]
+    assert len(set(names)) == len(names)
+    found = [test.name for test in LONG_TESTS if test.declares("reconciler")]
+    assert found == ["soak", "faults", "upgrades", "properties"]
