@@ -37,7 +37,7 @@ def free_port() -> int:
             return port
 
 
-def wait_until(condition: Callable[[], Any], what: str, seconds: float = 60) -> Any:
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 180) -> Any:
     """Poll `condition` until it is true; its value."""
     start = time.monotonic()
     while True:
