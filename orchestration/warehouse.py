@@ -224,20 +224,23 @@ def _start(data: Path) -> dict[str, str]:
         shutil.rmtree(data, ignore_errors=True)
         fresh.rename(data)
 
-    _forget_dead_server(data)
     server = pgserver.PostgresServer(data, cleanup_mode=None)
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         server.ensure_pgdata_inited()  # lets the user that Postgres runs as reach the folder
-    # When pg_ctl's wait is over the server's start is not: recovery after a kill takes longer.
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        server.ensure_postgres_running()
     deadline = time.monotonic() + START_TIMEOUT
     while not (parameters := _conninfo(data)):
+        _forget_dead_server(data)
+        # A server that a killed process has started is waited for: pgserver fails until that server is ready.
+        if (data / "postmaster.pid").exists():
+            time.sleep(0.1)
+        else:
+            # When pg_ctl's wait is over the server's start is not: recovery after a kill takes longer.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.ensure_postgres_running()
         if time.monotonic() > deadline:
             raise WarehouseError(
                 f"The embedded warehouse did not answer within {START_TIMEOUT:.0f} s. Look at {data / 'log'}."
             )
-        time.sleep(0.1)
     return parameters
 
 

@@ -95,7 +95,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _remove_prefect_home() -> Iterator[None]:
+def _prefect_home() -> Iterator[None]:
+    """What flows' temporary servers keep their state in."""
+    _HOME.mkdir(exist_ok=True)
+    shutil.copyfile(parts.migrated_database(), _HOME / "prefect.db")
     yield
     shutil.rmtree(_HOME, ignore_errors=True)
 

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -52,11 +53,42 @@ def test_the_bounds_that_matter_are_kept_by_the_lock() -> None:
     assert LOCK["prefect"]["version"].startswith("3.8.")
 
 
+def _anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings: a repeated heading's has a number."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    seen: Counter[str] = Counter()
+    anchors = set()
+    for heading in re.findall(r"^#{1,6} +(.+?)[ #]*$", text, flags=re.M):
+        shown = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)
+        slug = re.sub(r"[^\w\- ]", "", shown.lower()).replace(" ", "-")
+        anchors.add(f"{slug}-{seen[slug]}" if seen[slug] else slug)
+        seen[slug] += 1
+    return anchors
+
+
+def _broken_links(page: Path) -> list[str]:
+    """Links of a page to a file that is not there, or to an anchor that is no heading of the linked page."""
+    broken = []
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        name, _, anchor = link.partition("#")
+        file = page.parent / name if name else page
+        if not link.startswith("http") and (not file.exists() or (anchor and anchor not in _anchors(file))):
+            broken.append(link)
+    return broken
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
-    for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-        if not link.startswith("http"):
-            assert (page.parent / link).exists(), f"{page.name} names {link}"
+def test_links_lead_to_a_file_and_a_heading(page: Path) -> None:
+    assert _broken_links(page) == []
+
+
+def test_broken_links_are_found(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("# One `two`, three: [four](b.md)\n## Same\n## Same\n```\n# No heading\n```\n")
+    right = ["a.md", "a.md#one-two-three-four", "#right", "a.md#same", "a.md#same-1", "https://example.com/#x"]
+    wrong = ["c.md", "c.md#one", "a.md#one", "#wrong", "a.md#same-2", "a.md#no-heading"]
+    page = tmp_path / "b.md"
+    page.write_text("# Right\n" + " ".join(f"[link]({each})" for each in [*right, *wrong]))
+    assert _broken_links(page) == wrong
 
 
 def test_the_readme_shows_code_that_is_there() -> None:

@@ -44,7 +44,7 @@ def note(what):
 def step(cleanup):
     try:
         note("at work")
-        time.sleep(60)
+        time.sleep(600)
     finally:
         time.sleep(cleanup)
         note("cleaned up")
@@ -52,7 +52,7 @@ def step(cleanup):
 async def hold():
     async with concurrency_async("held"):
         note("at work")
-        await asyncio.sleep(60)
+        await asyncio.sleep(600)
 
 @flow(on_cancellation=[lambda *_: note("hook")], on_crashed=[lambda *_: note("crashed")])
 def ends(how="completes", cleanup=1.0):
@@ -65,7 +65,7 @@ def ends(how="completes", cleanup=1.0):
     if how == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         note("at work")
-        time.sleep(60)
+        time.sleep(600)
     if how == "works":
         step(cleanup)
     if how == "holds":
@@ -73,9 +73,10 @@ def ends(how="completes", cleanup=1.0):
             with concurrency("held", occupy=3):
                 note("inside")
             asyncio.run(hold())
-    if how == "ends soon":
+    if how == "ends when told":
         note("at work")
-        time.sleep(3)
+        while not NOTES.with_name("end").exists():
+            time.sleep(0.05)
 """
 
 
@@ -128,7 +129,7 @@ class Run:
 
     def engine(self) -> int:
         """Its process."""
-        found = wait_until(lambda: psutil.Process(self.process.pid).children(), "the engine", 10)
+        found = wait_until(lambda: psutil.Process(self.process.pid).children(), "the engine")
         return int(found[0].pid)
 
     def fence(self) -> None:
@@ -150,7 +151,7 @@ class Run:
 
     def ended(self) -> tuple[int, str]:
         """Its exit status and its run's state."""
-        return self.process.wait(60), self.state()["name"]
+        return self.process.wait(300), self.state()["name"]
 
 
 @pytest.fixture
@@ -247,9 +248,10 @@ def test_a_run_that_is_cancelled_runs_its_hooks(run: Callable[..., Run], heard: 
 
 def test_a_run_that_ends_before_it_hears_that_it_is_cancelled_is_cancelled(run: Callable[..., Run]) -> None:
     made = run()
-    made.start(how="ends soon", every=60)
+    made.start(how="ends when told", every=600)
     made.noted("at work")
     made.ask("POST", f"/flow_runs/{made.id}/set_state", state={"type": "CANCELLING"})
+    (made.folder / "end").touch()
     assert made.ended() == (0, "Cancelled")
 
 
@@ -264,9 +266,8 @@ def test_one_that_does_not_hear_it_is_killed_in_time_to_say_so(
     if state == "CANCELLING":
         made.ask("POST", f"/flow_runs/{made.id}/set_state", state={"type": state})
     made.process.terminate()
-    made.process.wait(60)
-    # Each of four requests to a busy server may take some seconds; its flow would take 60.
-    assert 5 <= time.monotonic() - began < 50
+    made.process.wait(300)  # its flow would take 600
+    assert time.monotonic() - began >= 5
     assert made.state()["name"] == becomes
     assert not psutil.pid_exists(engine)
 
@@ -287,7 +288,7 @@ def test_what_it_held_is_given_back_by_who_outlives_it(run: Callable[..., Run], 
             made.fence()
         else:
             os.killpg(engine, signal.SIGKILL)
-        made.process.wait(60)
+        made.process.wait(300)
         if dies != "all of it":
             assert made.taken() == 0
             return
@@ -329,13 +330,13 @@ def test_what_was_given_up_ends_with_its_engine(run: Callable[..., Run]) -> None
     made.fence()
     assert made.ended() == (-signal.SIGKILL, "Running")
     assert made.message() == {"fenced": 1}
-    wait_until(lambda: not psutil.pid_exists(engine), "the engine to be gone", 5)
+    wait_until(lambda: not psutil.pid_exists(engine), "the engine to be gone")
     assert "cleaned up" not in made.notes()
 
 
 def test_one_that_was_given_up_does_not_say_what_becomes_of_its_run(run: Callable[..., Run]) -> None:
     made = run()
-    made.start(how="works", every=60)
+    made.start(how="works", every=600)
     made.noted("at work")
     made.fence()
     made.process.terminate()

@@ -242,14 +242,14 @@ def test_the_whole_way_of_a_run(pool: Pool, capsys: pytest.CaptureFixture[str]) 
     tail = "12:00:00.000 | INFO    | Flow run 'heron' - the last line"
     state("CRASHED", message=f"Pod heron-1-pod was killed. The end of its log:\n{tail}")
 
-    wait_until(lambda: len([each for each in told(run, capsys) if each.startswith("pod")]) == 4, "the events", 20)
-    wait_until(lambda: any(each.startswith("job") for each in told(run, capsys)), "the worker's events", 20)
+    wait_until(lambda: len([each for each in told(run, capsys) if each.startswith("pod")]) == 4, "the events")
+    wait_until(lambda: any(each.startswith("job") for each in told(run, capsys)), "the worker's events")
 
     def cures() -> list[str]:
         """What the observer logs of a pod that it diagnoses."""
         return [each for each in told(run, capsys) if each.startswith("log: ") and "Resolution: " in each]
 
-    wait_until(lambda: len(cures()) == 2, "the observer's log", 20)
+    wait_until(lambda: len(cures()) == 2, "the observer's log")
     found = told(run, capsys)
     assert sorted(set(found) - set(cures())) == sorted([
         "run: created by a person or a program, by the API of deployment d, "
@@ -295,7 +295,7 @@ def test_a_pod_that_the_reconciler_saw_ended_is_told_by_it_alone(
         "pod: heron-1-pod started",
         "pod: heron-1-pod ended: Completed, exit code 0, with 100 MiB of memory at the most",
     ]
-    wait_until(lambda: lines() == expected, "the reconciler's event", 20)
+    wait_until(lambda: lines() == expected, "the reconciler's event")
 
 
 def test_who_created_a_run_and_for_when(pool: Pool, capsys: pytest.CaptureFixture[str]) -> None:
@@ -335,7 +335,7 @@ def test_a_retry_says_when_it_is_due_and_more_events_than_a_page_are_read(
     pool.post(f"/flow_runs/{run['id']}/set_state", state=again, force=True)
     for number in range(60):
         Observed(pool, run, f"pod-{number}", datetime.now(UTC)).tell({"phase": "Pending"})
-    wait_until(lambda: "pod: pod-59 created" in told(run, capsys), "the last event", 20)
+    wait_until(lambda: "pod: pod-59 created" in told(run, capsys), "the last event")
     found = told(run, capsys)
     assert len([each for each in found if each.startswith("pod")]) == 60
     assert f"state: AwaitingRetry, due at {clock(at)}: Retry 1 of 2" in found
