@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,11 +34,13 @@ def _command(start: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def clone() -> Iterator[Path]:
     """What git has of this checkout, changes included, and nothing else."""
-    clone = tmp_path_factory.mktemp("clone") / "checkout"
-    copy_of_checkout(clone)
-    return clone
+    # Not where pytest keeps its folders: another session that begins closes that to all but root, and initdb is not.
+    with tempfile.TemporaryDirectory() as folder:
+        clone = Path(folder) / "checkout"
+        copy_of_checkout(clone)
+        yield clone
 
 
 @pytest.fixture(scope="module")
