@@ -106,7 +106,6 @@ def stopped_afterwards(clone: Path, environment: dict[str, str]) -> Iterator[Non
     _run("make stop", clone, environment)
 
 
-@pytest.mark.timeout(1200)
 def test_make_run_on_a_fresh_machine_and_the_next_day(
     clone: Path, environment: dict[str, str], stopped_afterwards: None
 ) -> None:
@@ -149,7 +148,6 @@ def test_make_lists_its_targets(clone: Path, environment: dict[str, str]) -> Non
     assert "\x1b" not in output, "colours where there is no terminal"
 
 
-@pytest.mark.timeout(1800)
 def test_pip_server_flow_deploy_and_worker(
     clone: Path, environment: dict[str, str], tmp_path: Path, stopped_afterwards: None
 ) -> None:

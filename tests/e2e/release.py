@@ -56,6 +56,11 @@ class Release:
             options = ["--wait", "--wait-for-jobs", "--timeout", "10m"] if wait else []
             self.helm("upgrade", "--install", self.name, str(ROOT / "helm" / self.chart), "-f", file.name, *options)
 
+    def revision(self) -> str:
+        """Return the release's newest revision."""
+        history: list[Object] = json.loads(self.helm("history", self.name, "-o", "json"))
+        return str(history[-1]["revision"])
+
     def secret(self, name: str, key: str) -> str:
         """The value of a Secret's key."""
         template = f'{{{{index .data "{key}" | base64decode}}}}'

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import httpx
-import pytest
 import yaml
 
 from docs.screenshot import screenshot
@@ -29,7 +28,6 @@ def _deployment(api: httpx.Client) -> dict[str, object]:
     return found
 
 
-@pytest.mark.timeout(900)
 def test_make_up_is_the_whole_way(checkout: Checkout) -> None:
     """The daily job is registered with its schedule and has run as a pod against the warehouse in the cluster."""
     output = checkout.make("up")
@@ -152,7 +150,6 @@ def test_a_cancelled_run_takes_its_sql_with_it(checkout: Checkout) -> None:
         sql(f"select pg_terminate_backend(pid) {others} query like '%pg_sleep%'")
 
 
-@pytest.mark.timeout(900)
 def test_a_changed_flow_and_schedule_are_deployed_and_taken_back(checkout: Checkout) -> None:
     """The server stays; a run afterwards has the new image, and after the rollback the old one."""
     server = _servers(checkout)
@@ -223,7 +220,6 @@ def _image(checkout: Checkout) -> str:
     return str(template["variables"]["properties"]["image"]["default"])
 
 
-@pytest.mark.timeout(900)
 def test_a_deploy_that_fails_says_why_and_how_to_go_back(checkout: Checkout) -> None:
     """Which object, which line of its log; what ran before goes on."""
     path = "helm/environments/local/prefect-server.yaml"
@@ -247,7 +243,6 @@ def test_a_deploy_that_fails_says_why_and_how_to_go_back(checkout: Checkout) -> 
     (checkout.folder / path).write_text(values)
 
 
-@pytest.mark.timeout(900)
 def test_a_deploy_that_is_killed_is_taken_up(checkout: Checkout) -> None:
     """Not by one that comes while it may be under way; by one that is told that it is not."""
     checkout.edit("flows/report.py", '"""', '"""Killed. ')

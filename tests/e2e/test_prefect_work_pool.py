@@ -166,6 +166,7 @@ def test_an_upgrade_changes_pool_and_template_and_a_rollback_takes_it_back(
     changed = copy.deepcopy(values)
     changed["pool"] |= {"concurrencyLimit": 3, "queues": [{"name": "urgent", "priority": 1, "concurrencyLimit": 1}]}
     changed["runs"]["resources"]["limits"]["memory"] = "640Mi"
+    before = pool.revision()
     pool.deploy(changed)
     pool.one_worker()
     found = api.get(f"/work_pools/{pool.work_pool}").json()
@@ -180,7 +181,7 @@ def test_an_upgrade_changes_pool_and_template_and_a_rollback_takes_it_back(
     assert (
         job_of(pool, runs[0])["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"] == "640Mi"
     )
-    pool.helm("rollback", NAME, "1", "--wait", "--timeout", "10m")
+    pool.helm("rollback", NAME, before, "--wait", "--timeout", "10m")
     found = api.get(f"/work_pools/{pool.work_pool}").json()
     assert found["concurrency_limit"] is None
     assert found["base_job_template"]["variables"]["properties"]["memory_limit"]["default"] == "700Mi"
@@ -248,6 +249,7 @@ def test_an_upgrade_brings_the_server_to_what_the_files_say_and_a_rollback_takes
         return found["parameters"]["text"], schedule["schedule"]["cron"]
 
     deploy("first.yaml", "700Mi")
+    revision = release.revision()
     before = there()
     first = {name: said(each) for name, each in before.items()}
     assert first == {"a": ("first", "0 6 * * *"), "b": ("first", "30 6 * * *")}
@@ -268,7 +270,7 @@ def test_an_upgrade_brings_the_server_to_what_the_files_say_and_a_rollback_takes
     deploy("second.yaml", "640Mi")
     assert set(there()) == {"a", "c"}
 
-    release.helm("rollback", release.name, "1", "--wait", "--timeout", "10m")
+    release.helm("rollback", release.name, revision, "--wait", "--timeout", "10m")
     assert {name: said(each) for name, each in there().items()} == first
     assert not any(each["paused"] for each in there().values())
     assert memory() == "700Mi"
@@ -374,8 +376,8 @@ def test_a_missing_secret_is_found_before_anything_is_changed(
     assert pool.helm("history", NAME, "-o", "json") == revisions
 
 
-def test_uninstalled_nothing_stays_but_the_pool_on_the_server(pool: Pool, api: httpx.Client) -> None:
-    pool.helm("rollback", NAME, "1", "--wait", "--timeout", "10m")
+def test_uninstalled_nothing_stays_but_the_pool_on_the_server(pool: Pool, values: Object, api: httpx.Client) -> None:
+    pool.deploy(values)
     pool.helm("uninstall", NAME, "--wait")
     kinds = "deploy,jobs,roles,rolebindings,services,secrets,configmaps,networkpolicies,serviceaccounts,pods"
     listed = json.loads(pool.namespace.kubectl("get", kinds, "-l", f"app.kubernetes.io/instance={NAME}", "-o", "json"))

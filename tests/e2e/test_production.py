@@ -90,7 +90,6 @@ def production(checkout: Checkout) -> Iterator[Checkout]:
     target.kubectl("delete", "namespace", target.namespace, "--wait=false", "--ignore-not-found")
 
 
-@pytest.mark.timeout(900)
 def test_it_is_deployed_once_the_secrets_are_there_that_only_a_person_can_make(
     production: Checkout, databases: Databases
 ) -> None:
@@ -133,7 +132,6 @@ def test_there_are_two_of_each_by_the_image_s_digest_and_no_database_of_its_own(
     wait_until(lambda: may_go() == [1, 1, 1, 1], "one of each to be allowed to go")
 
 
-@pytest.mark.timeout(900)
 def test_the_daily_job_runs_as_a_pod_and_all_is_kept_in_the_databases(
     production: Checkout, databases: Databases
 ) -> None:

@@ -142,13 +142,14 @@ def repeated(journal: Sequence[Line]) -> int:
 
 
 def journals(pool: Pool) -> dict[str, list[Line]]:
-    """By run, from the volume of results, by the pod that looks after it."""
+    """Read each run's journal from the volume of results, in the pod that cleans it.
+
+    Raises:
+        ClusterError: they cannot be read.
+    """
     [pod] = pool.pods("results")
-    script = "cd /results/journal && grep -H '' *"
-    try:
-        text = pool.namespace.kubectl("exec", _name(pod), "--", "sh", "-c", script)
-    except ClusterError:
-        return {}  # no run began
+    script = "[ ! -d /results/journal ] || { cd /results/journal && grep -H '' *; }"
+    text = pool.namespace.kubectl("exec", _name(pod), "--", "sh", "-c", script)
     found: dict[str, list[Line]] = defaultdict(list)
     for line in text.splitlines():
         run, _, rest = line.partition(":")
@@ -230,6 +231,15 @@ class Outcome:
         return [run for run, journal in self.journals.items() if twice_at_a_time(journal)]
 
     @property
+    def unwritten(self) -> list[str]:
+        """Completed runs whose journals do not say that they ended: nothing is known of their attempts."""
+        return [
+            id_
+            for id_ in self.runs.values()
+            if id_ not in self.states and not any(line.what == "ended" for line in self.journals.get(id_, []))
+        ]
+
+    @property
     def beside(self) -> list[float]:
         """Of each pair of a run's containers the seconds for which one was there before the last one had ended."""
         found = []
@@ -252,6 +262,7 @@ class Outcome:
         said = {
             "lost": [f"{name} ({self.states[id_]})" for name, id_ in self.runs.items() if id_ in self.states],
             f"without a live pod for over {STUCK:.0f} s": self.names(self.stuck),
+            "completed without a journal of it": self.names(self.unwritten),
             "twice at a time": self.names(self.doubled),
             "containers beside the run's next one": [f"{seconds:.0f} s" for seconds in self.beside],
             "finished steps taken again": self.names(list(self.taken_again)),

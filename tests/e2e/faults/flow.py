@@ -56,17 +56,15 @@ def ticking(times: int, slot: str = "") -> None:
 
 @flow
 def holding() -> None:
-    """Die with all of its pod while it and a task hold what there is one of; the second execution needs it too."""
+    """Die with all of its pod while it and a task hold what there is one of."""
     with concurrency("scarce"):
-        hold(flow_run.run_count)
+        hold()
 
 
 @task(tags=["scarce"])
-def hold(execution: int) -> None:
-    """Hold a slot of the limit of that tag."""
-    if execution == 1:
-        _die(-1)
-    get_run_logger().info("the end")
+def hold() -> None:
+    """Die while it holds a slot of the limit of that tag."""
+    _die(-1)
 
 
 @flow
