@@ -7,7 +7,7 @@ import shutil
 import signal
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ for _name in ("WAREHOUSE_URL", "WAREHOUSE_DIR", "WAREHOUSE_SCHEMA", "LANDING_ZON
     os.environ.pop(_name, None)
 
 from tests import parts
+from tests.cluster import binaries
 from tests.parts import Query, new_database, rows_of, settings_of
 
 if TYPE_CHECKING:
@@ -35,9 +36,7 @@ if TYPE_CHECKING:
 LONGEST_FIRST = (
     "tests/cluster/test_node.py",
     "tests/test_readme.py",
-    "tests/helm/test_prefect_server.py",
     "tests/e2e/faults/test_kubernetes_api.py",
-    "tests/helm/test_prefect_work_pool.py",
     "tests/flows/test_faults.py",
     "tests/orchestration/test_durable.py",
     "tests/orchestration/deployments/test_sync.py",
@@ -64,6 +63,9 @@ rest of their process come late: idle, it takes a twentieth of a core.
 """
 
 
+LEFT_OUT = "CLUSTER=none: the test needs a cluster"
+
+
 class _Told:
     """Tells of failures, long files and what tests have measured when they come: what is cut short has no summary."""
 
@@ -75,6 +77,7 @@ class _Told:
         self.failures = failures
         self.left: Counter[str] = Counter()
         self.seconds: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter()
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self.left = Counter(each.nodeid.partition("::")[0] for each in session.items)
@@ -88,6 +91,7 @@ class _Told:
         file = report.nodeid.partition("::")[0]
         self.seconds[file] += report.duration  # type: ignore[assignment] # a Counter takes any number
         self.left[file] -= report.when == "teardown"
+        self.left_out[file] += report.skipped and LEFT_OUT in str(report.longrepr)
         said = []
         if report.failed and self.failures:
             said += [f"{report.nodeid}: {report.when} failed after {report.duration:.0f} s", report.longreprtext]
@@ -98,8 +102,21 @@ class _Told:
         for each in said:
             self.terminal.write_line(f"\n{each}")  # after the dots
 
+    @pytest.hookimpl(trylast=True)
+    def pytest_terminal_summary(self) -> None:
+        if files := sorted(+self.left_out):
+            tests = f"{self.left_out.total()} tests that need a cluster"
+            self.terminal.write_line(f"Left out: {tests}. Run them: make test TESTS='{' '.join(files)}'")
+
 
 def pytest_configure(config: pytest.Config) -> None:
+    from tests.cluster import choice
+    from tests.cluster.progress import ClusterError
+
+    try:
+        choice.way()
+    except ClusterError as error:
+        raise pytest.UsageError(str(error)) from None
     config.addinivalue_line("markers", "alone: no other test may use the cluster at the same time")
 
 
@@ -114,6 +131,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order the files; each keeps the order of its tests."""
     rank = {name: number for number, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave out what needs a cluster before anything is made for it."""
+    if os.environ.get("CLUSTER") == "none" and "cluster" in getattr(item, "fixturenames", ()):
+        pytest.skip(LEFT_OUT)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(call: pytest.CallInfo[None]) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Skip a test whose program is not here, where none is to be made; in CI it fails."""
+    report = yield
+    if call.excinfo and call.excinfo.errisinstance(binaries.MissingProgramError) and not os.environ.get("CI"):
+        report.outcome = "skipped"
+        report.longrepr = (__file__, 0, f"Skipped: {call.excinfo.value}")
+    return report
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -156,7 +190,7 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[str]:
         try:
             context = stack.enter_context(command.shared(alone=alone))
         except ClusterError as error:
-            if os.environ.get("CI"):
+            if os.environ.get("CI") or os.environ.get("CLUSTER"):
                 raise
             pytest.skip(str(error))
         yield context
