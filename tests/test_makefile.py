@@ -30,11 +30,10 @@ case "{name} $*" in *"{fails}"*) exit 1 ;; *tests.selection*) echo "{selected}" 
 '''
             )
             (tmp_path / name).chmod(0o755)
-        left = {name: value for name, value in os.environ.items() if name not in ("CI", "MAKEFLAGS", "KUBE_CONTEXT")}
+        # Nothing of the make that runs this test.
+        environment = {"PATH": os.environ["PATH"], "CLUSTER": cluster}
         command = ["make", "--old-file", ".venv/ready", "test", f"BIN={tmp_path}", *variables]
-        done = subprocess.run(
-            command, cwd=ROOT, env=left | {"CLUSTER": cluster}, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         lines = log.read_text().splitlines()
         return done.returncode, [line for line in lines if line.startswith(("pytest", "python"))]
 
@@ -81,8 +80,8 @@ def test_preview_that_fails_stops_make(make: Make) -> None:
     assert make(cluster="kid", fails="preview") == (2, ["python -m tests.cluster preview CLUSTER=kid"])
 
 
-@pytest.mark.parametrize(("cluster", "stops"), [("", False), ("node", True)])
-def test_cluster_that_cannot_be_made_stops_make_where_it_was_named(make: Make, cluster: str, stops: bool) -> None:
-    status, commands = make(fails="tests.cluster up", cluster=cluster)
+@pytest.mark.parametrize(("way", "stops"), [("", False), ("node", True)])
+def test_cluster_that_cannot_be_made_stops_make_where_it_was_named(make: Make, way: str, stops: bool) -> None:
+    status, commands = make(fails="tests.cluster up", cluster=way)
     assert status == (2 if stops else 0)
-    assert (f"pytest {ALL} tests CLUSTER={cluster}" in commands) is not stops
+    assert (f"pytest {ALL} tests CLUSTER={way}" in commands) is not stops
