@@ -44,7 +44,7 @@ READERS = {
     "tests/cluster/*": "tests/cluster/* tests/docker/* tests/e2e/*",
     ".ci/*": "tests/test_repository.py",
     ".github/*": "tests/test_repository.py",
-    "Makefile": "tests/test_readme.py tests/test_repository.py tests/e2e/*",
+    "Makefile": "tests/test_makefile.py tests/test_readme.py tests/test_repository.py tests/e2e/*",
     "pyproject.toml": "tests/*",
     "uv.lock": "tests/*",
 }
