@@ -12,7 +12,9 @@ FIRST ?=
 LAST ?=
 CMD ?= build
 TESTS ?= tests
-PROCESSES ?= 3
+CHANGED ?=
+CLUSTER ?=
+PROCESSES ?= 5
 FOR ?=
 LIST ?=
 KILLS ?=
@@ -52,7 +54,7 @@ ENVIRONMENT = PATH="$$PATH:$$($(BIN)/python -m tests.cluster path)" $(BIN)/pytho
 TARGET = --env '$(ENV)' --context "$(CONTEXT)" --namespace '$(NAMESPACE)'
 
 export DO_NOT_TRACK := 1
-export REGISTRY BUILDER BASE_IMAGE IMAGE KUBE_CONTEXT
+export REGISTRY BUILDER BASE_IMAGE IMAGE KUBE_CONTEXT CLUSTER
 export UV_PYTHON_DOWNLOADS := never
 
 # What is given of the long tests' parameters.
@@ -60,6 +62,12 @@ LONG = $(strip $(foreach name,KILLS ROUNDS MINUTES RUNS SEED,$(if $($(name)),$(n
 
 # A file's tests stay together, as they share what they install; the order of files is that of tests/conftest.py.
 BY_FILE := --dist loadfile --no-loadscope-reorder
+
+# The test files: those of TESTS, or those that the change since main, or since the commit CHANGED, can affect.
+SELECTED = $(if $(CHANGED),$$($(BIN)/python -m tests.selection$(if $(filter-out 1,$(CHANGED)), --base '$(CHANGED)')),$(TESTS))
+
+# Not empty where the tests may use a cluster, which is made first but for CLUSTER=none.
+USES_CLUSTER = $(if $(CHANGED),,$(filter tests tests/cluster% tests/docker% tests/e2e%,$(TESTS)))
 
 # $(call stage,NAME,COMMAND): run it and say what it took.
 stage = @printf '\n== %s\n' '$(1)'; start=$$SECONDS; status=0; { $(2); } || status=$$?; \
@@ -164,13 +172,16 @@ down-docker: ## stop what runs in Docker; databases and passwords stay
 .PHONY: setup test test-long fix bench bench-deploys bench-dbt bench-deployments bench-reconciler bench-recovery picture clean
 setup: .venv/ready ## create the environment in .venv
 
-test: .venv/ready ## check the code and run all tests, PROCESSES=3 at once; TESTS=tests/flows for some, one by one
+# What a change affects is tested without a cluster, as one takes minutes.
+test: CLUSTER := $(or $(if $(CHANGED),none),$(CLUSTER))
+test: .venv/ready ## check the code and run all tests, PROCESSES=5 at once; TESTS=tests/flows for some; CHANGED=1; CLUSTER=none
+	$(if $(USES_CLUSTER),@$(BIN)/python -m tests.cluster preview)
 	$(call stage,ruff,$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check .)
 	$(call stage,yamllint,$(BIN)/yamllint -s .)
 	$(call stage,shellcheck and hadolint,$(BIN)/shellcheck docker/build docker/sbom docker/stack tests/cluster/databases/entrypoint k8s/overlays/local/warehouse/secret .ci/run && $(BIN)/hadolint docker/Dockerfile tests/cluster/databases/Dockerfile)
 	$(call stage,sqlfluff,$(BIN)/sqlfluff lint -q flows/warehouse --nocolor)
-	$(if $(filter tests tests/cluster% tests/docker% tests/e2e%,$(TESTS)),$(call stage,mypy and the cluster beside it,$(BIN)/mypy & { $(BIN)/python -m tests.cluster up || [ -z "$${CI:-}" ]; } && wait $$!),$(call stage,mypy,$(BIN)/mypy))
-	$(call stage,pytest,$(BIN)/pytest $(if $(filter tests,$(TESTS)),--numprocesses $(PROCESSES) $(BY_FILE)) $(TESTS))
+	$(if $(and $(USES_CLUSTER),$(filter-out none,$(or $(CLUSTER),any))),$(call stage,mypy and the cluster beside it,$(BIN)/mypy & { $(BIN)/python -m tests.cluster up || [ -z "$${CI:-}$(CLUSTER)" ]; } && wait $$!),$(call stage,mypy,$(BIN)/mypy))
+	$(call stage,pytest,tests="$(SELECTED)" && { [ -z "$$tests" ] || $(BIN)/pytest$(if $(CHANGED)$(filter tests,$(TESTS)), --numprocesses $(PROCESSES) $(BY_FILE)) $$tests; })
 
 test-long: .venv/ready ## run the long tests, FOR="soak kills reconciler" some, LIST=1 shows them; KILLS= ROUNDS= MINUTES= RUNS= SEED=; FORCE=1
 	@$(BIN)/python -m tests.long $(if $(FOR),--for $(FOR)) $(if $(LIST),--list) $(if $(FORCE),--force) $(if $(LONG),--with $(LONG))

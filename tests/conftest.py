@@ -6,12 +6,13 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 from uuid import uuid4
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 # A shell without job control starts what it puts in the background with SIGINT ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -28,45 +29,74 @@ for _name in ("WAREHOUSE_URL", "WAREHOUSE_DIR", "WAREHOUSE_SCHEMA", "LANDING_ZON
     os.environ.pop(_name, None)
 
 from tests import parts, reporting
+from tests.cluster import binaries
 from tests.parts import Query, new_database, rows_of, settings_of
 
 if TYPE_CHECKING:
     from tests.cluster.namespace import Namespace
 
 
-LONGEST_FIRST = (
-    "tests/cluster/test_node.py",
+IN_ONE_PROCESS = (
+    # Each has the cluster alone.
+    ("tests/cluster/test_node.py", "tests/e2e/faults/test_kubernetes_api.py"),
+    # What an environment requests is most of a small node.
+    ("tests/e2e/test_environment.py", "tests/e2e/test_production.py"),
+)
+"""Files that would wait for each other in two processes."""
+
+FIRST = (
+    *IN_ONE_PROCESS[0],
+    # Meanwhile the other processes run what needs no cluster.
     "tests/test_readme.py",
-    "tests/helm/test_prefect_server.py",
-    "tests/e2e/faults/test_kubernetes_api.py",
-    "tests/helm/test_prefect_work_pool.py",
     "tests/flows/test_faults.py",
+    "tests/orchestration/deployments/test_kills.py",
+    "tests/orchestration/dbt/test_ends.py",
     "tests/orchestration/test_durable.py",
     "tests/orchestration/deployments/test_sync.py",
-    "tests/e2e/faults/test_services.py",
+    "tests/orchestration/dbt/test_commands.py",
+    *IN_ONE_PROCESS[1],
     "tests/e2e/faults/test_soak.py",
-    "tests/e2e/faults/test_pods.py",
-    "tests/e2e/test_environment.py",
+    "tests/e2e/faults/test_servers.py",
+    "tests/e2e/faults/test_workers.py",
+    "tests/e2e/faults/test_reconcilers.py",
     "tests/e2e/test_prefect_work_pool.py",
     "tests/e2e/faults/test_nodes.py",
     "tests/e2e/test_prefect_server.py",
     "tests/e2e/test_kubectl_worker.py",
     "tests/docker/test_docker_pool.py",
-    "tests/e2e/test_production.py",
+    "tests/e2e/faults/test_starts.py",
+    "tests/e2e/faults/test_pods.py",
     "tests/docker/test_image.py",
-    "tests/orchestration/deployments/test_kills.py",
-    "tests/orchestration/dbt/test_ends.py",
-    "tests/orchestration/dbt/test_commands.py",
-    "tests/orchestration/dbt/test_faults.py",
 )
-"""What `make test` hands out to its processes first, so that none is left alone with something long.
+"""The order in which `make test` hands out files to its processes, so that none is left alone with a long one.
 
-Beside the files that have the cluster alone come some that do not need it. Those that start a Prefect server for the
-rest of their process come late: idle, it takes a twentieth of a core.
+Tests on the cluster mostly wait; the other files, which follow, use the processors meanwhile.
 """
 
 
+class _InGroups(LoadFileScheduling):  # type: ignore[misc] # xdist has no types
+    """Hands out whole files, and those of `IN_ONE_PROCESS` together."""
+
+    GROUPS: ClassVar = {file: group[0] for group in IN_ONE_PROCESS for file in group}
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = reporting.file_of(nodeid)
+        return self.GROUPS.get(file, file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadFileScheduling:
+    """Replace the scheduler of `--dist loadfile`."""
+    return _InGroups(config, log)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    from tests.cluster import choice
+    from tests.cluster.progress import ClusterError
+
+    try:
+        choice.way()
+    except ClusterError as error:
+        raise pytest.UsageError(str(error)) from None
     config.addinivalue_line("markers", "alone: no other test may use the cluster at the same time")
 
 
@@ -90,8 +120,25 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order the files; each keeps the order of its tests."""
-    rank = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    rank = {name: number for number, name in enumerate(FIRST)}
     items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave out what needs a cluster before anything is made for it."""
+    if os.environ.get("CLUSTER") == "none" and "cluster" in getattr(item, "fixturenames", ()):
+        pytest.skip(reporting.LEFT_OUT)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(call: pytest.CallInfo[None]) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Skip a test whose program is not here, where none is to be made; in CI it fails."""
+    report = yield
+    if call.excinfo and call.excinfo.errisinstance(binaries.MissingProgramError) and not os.environ.get("CI"):
+        report.outcome = "skipped"
+        report.longrepr = (__file__, 0, f"Skipped: {call.excinfo.value}")
+    return report
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -137,7 +184,7 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[str]:
         try:
             context = stack.enter_context(command.shared(alone=alone))
         except ClusterError as error:
-            if os.environ.get("CI"):
+            if os.environ.get("CI") or os.environ.get("CLUSTER"):
                 raise
             pytest.skip(str(error))
         yield context

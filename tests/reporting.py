@@ -26,6 +26,9 @@ PROCESSOR = "processor seconds"
 MARK = "TESTS_PROCESS"
 """Variable with the id of the process that runs tests; a daemon that has left the process tree still has it."""
 
+LEFT_OUT = "CLUSTER=none: the test needs a cluster"
+"""Why a test is skipped that CLUSTER=none leaves out."""
+
 BUDGET = Path(__file__).with_name("budget.toml")
 
 TOLERANCE = 1.2
@@ -127,6 +130,7 @@ class Report:
         self.pods = node.processor_seconds()
         self.node = node.own_processor_seconds()
         self.over: list[str] = []
+        self.left_out: Counter[str] = Counter()
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self.left = Counter(file_of(each.nodeid) for each in session.items)
@@ -140,6 +144,7 @@ class Report:
         file = file_of(report.nodeid)
         self.wall[file] += report.duration
         self.left[file] -= report.when == "teardown"
+        self.left_out[file] += report.skipped and LEFT_OUT in str(report.longrepr)
         lines = []
         if report.failed and self.failures:
             lines += [f"{report.nodeid}: {report.when} failed after {report.duration:.0f} s", report.longreprtext]
@@ -161,9 +166,18 @@ class Report:
             if self.over:
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
+    @pytest.hookimpl(trylast=True)
     def pytest_terminal_summary(self) -> None:
-        if sum(self.wall.values()) < LONG_SECONDS:
-            return
+        write = self.terminal.write_line
+        if sum(self.wall.values()) >= LONG_SECONDS:
+            self._write_costs()
+        if files := sorted(+self.left_out):
+            tests = f"{self.left_out.total()} tests that need a cluster"
+            write(f"Left out: {tests}. Run them: make test TESTS='{' '.join(files)}'")
+        for line in self.over:
+            write(line, red=True, bold=True)
+
+    def _write_costs(self) -> None:
         write = self.terminal.write_line
         write(f"\n{'processor s':>12}{'wall s':>9}  the {MOST_EXPENSIVE} most expensive files")
         for file, seconds in sorted(self.processor.items(), key=lambda each: -each[1])[:MOST_EXPENSIVE]:
@@ -178,8 +192,6 @@ class Report:
         write(f"{pods:>12.0f}{'':>9}  all pods, those of the shared server among them")
         write(f"{node.own_processor_seconds() - self.node:>12.0f}{'':>9}  the node: control plane, kubelet, containerd")
         write(f"{sum(self.processor.values()):>12.0f}{time.monotonic() - self.began:>9.0f}  all files")
-        for line in self.over:
-            write(line, red=True, bold=True)
 
 
 def over_budget(spent: Mapping[str, float], loop: float, budget: Mapping[str, object]) -> list[str]:

@@ -1,5 +1,6 @@
 """What the repository says of itself is true: versions agree, pages name what exists."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from tests.cluster import choice, node
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = {package["name"]: package for package in tomllib.loads((ROOT / "uv.lock").read_text())["package"]}
@@ -118,7 +121,28 @@ def test_settings_are_the_same_on_every_page() -> None:
 def test_continuous_integration_calls_what_people_call() -> None:
     assert (ROOT / ".ci/run").read_text().splitlines()[-1] == "make test"
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
-    assert workflow["jobs"]["test"]["steps"][-1]["run"] == "bash .ci/run"
+    job = workflow["jobs"]["test"]
+    last = job["steps"][-1]
+    # As root and with the runner's programs; by name, as a runner has Docker, on which these tests have no images.
+    command = re.fullmatch(r'sudo -E env "PATH=\$PATH" "LD_LIBRARY_PATH=.*" CLUSTER=(\w+) bash \.ci/run', last["run"])
+    assert command
+    assert choice.WAYS[command[1]] == node.CONTEXT
+    assert last["env"] == {"PYTHON": "python${{ matrix.python }}"}, "else each job has the distribution's Python"
+    assert {"3.11", "3.13"} <= set(job["strategy"]["matrix"]["python"])
+
+
+@pytest.mark.parametrize("python", ["", "a-python-of-your-own"])
+def test_continuous_integration_takes_the_python_that_is_named(tmp_path: Path, python: str) -> None:
+    make = tmp_path / "make"
+    make.write_text('#!/bin/sh\necho "$* by ${PYTHON:-any}"\n')
+    make.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", ROOT / ".ci/run"],
+        env=os.environ | {"PATH": path, "PYTHON": python}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    said = done.stdout.strip()
+    assert said == f"test by {python}" if python else said in ("test by /usr/bin/python3", "test by any")
 
 
 def test_dependencies_point_one_way() -> None:

@@ -4,9 +4,11 @@
     python -m tests.cluster down     # or: make cluster-down
     python -m tests.cluster context  # the name of the context that `up` would use
     python -m tests.cluster path     # the folders of kubectl and helm, where they were built here
+    python -m tests.cluster preview  # what `make test` will do here
 
 The context that `KUBE_CONTEXT` names, which is used as it is and never taken away; else kind, where
-Docker runs; else a single node from packages, as root on Linux with Go.
+Docker runs; else a single node from packages, as root on Linux with Go. `CLUSTER=kind` and `CLUSTER=node` name the
+way to make one; with `CLUSTER=none` there is no cluster, and nothing is built or installed.
 """
 
 import contextlib
@@ -15,27 +17,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from unittest.mock import patch
 
-from tests.cluster import binaries, kind, node
+from tests.cluster import binaries, kind, node, preview
+from tests.cluster.choice import chosen
 from tests.cluster.progress import ClusterError
 from tests.cluster.turns import turn
-
-
-def chosen() -> str:
-    """The context to use: the one that is named, kind's, or the node's.
-
-    Raises:
-        ClusterError: there is none and none can be made, with what is missing.
-    """
-    if named := os.environ.get("KUBE_CONTEXT"):
-        return named
-    if kind.docker_runs():
-        return kind.CONTEXT
-    if reason := node.unavailable():
-        raise ClusterError(
-            f"No cluster can be made here: Docker does not run, and for a node from packages {reason}. "
-            "Start Docker, or name a cluster's context in KUBE_CONTEXT"
-        )
-    return node.CONTEXT
 
 
 def up() -> str:
@@ -96,13 +81,14 @@ def main(arguments: Sequence[str]) -> int:
         "down": down,
         "context": lambda: print(chosen()),
         "path": lambda: print(":".join(map(str, binaries.folders()))),
+        "preview": lambda: print(preview.text()),
     }
     if len(arguments) != 1 or arguments[0] not in commands:
         print(f"usage: python -m tests.cluster {' | '.join(commands)}", file=sys.stderr)
         return 2
     try:
         commands[arguments[0]]()
-    except ClusterError as error:
+    except (ClusterError, binaries.MissingProgramError) as error:
         print(f"{error}.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 What is built is kept under the user's cache folder by version, so that it is built once.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -27,6 +28,8 @@ MODULES = {
 }
 """Main package, version and how long its build takes, by program."""
 
+GATEWAY_API = "v1.4.0"
+
 PACKAGES = {
     "buildah": "buildah",
     "catatonit": "catatonit",
@@ -44,6 +47,10 @@ PACKAGES = {
 """Debian's package by the program that is needed of it."""
 
 SOURCE = Path(__file__).with_name("kubernetes")
+
+
+class MissingProgramError(Exception):
+    """A program is not here and is not made: there is no Go, or `CLUSTER=none` is set."""
 
 
 def cache() -> Path:
@@ -74,6 +81,7 @@ def install_packages(packages: dict[str, str] = PACKAGES, usual: str = "1 min") 
 
 def _install(missing: list[str], usual: str) -> None:
     listed = " ".join(missing)
+    _refuse(listed)
     if not shutil.which("apt-get"):
         raise ClusterError(f"Programs are needed that are not here. Install what Debian calls {listed}")
     with step(f"Installing {listed}", usual):
@@ -145,6 +153,16 @@ def program(name: str) -> Path:
     return cache() / f"{name}-{version}" / name
 
 
+def http_routes() -> Path:
+    """Return the definition of the Gateway API's HTTPRoute, from its Go module."""
+    with _built("gateway-api", GATEWAY_API, "httproutes.yaml", "5 s, once") as file:
+        if file is not None:
+            module = json.loads(run(["go", "mod", "download", "-json", f"sigs.k8s.io/gateway-api@{GATEWAY_API}"]))
+            definitions = Path(module["Dir"]) / "config" / "crd" / "standard"
+            shutil.copyfile(definitions / "gateway.networking.k8s.io_httproutes.yaml", file)
+    return cache() / f"gateway-api-{GATEWAY_API}" / "httproutes.yaml"
+
+
 @contextmanager
 def _built(name: str, version: str, file: str, usual: str) -> Iterator[Path | None]:
     """Where to build a program, or None if it is there; it appears in the cache whole or not at all."""
@@ -152,12 +170,21 @@ def _built(name: str, version: str, file: str, usual: str) -> Iterator[Path | No
     if (folder / file).exists():
         yield None
         return
+    _refuse(name)
+    if not shutil.which("go"):
+        raise MissingProgramError(f"{name} is not here, and there is no Go to build it with")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as fresh:
         with step(f"Building {name} {version} from its Go modules", usual):
             yield Path(fresh) / file
         folder.mkdir(exist_ok=True)
         (Path(fresh) / file).replace(folder / file)
+
+
+def _refuse(program: str) -> None:
+    """Raise MissingProgramError where nothing is to be made on the machine."""
+    if os.environ.get("CLUSTER") == "none":
+        raise MissingProgramError(f"CLUSTER=none: {program} is not here, and nothing is installed or built")
 
 
 def run(command: list[str], environment: dict[str, str] | None = None, folder: Path | None = None) -> str:

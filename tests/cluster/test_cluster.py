@@ -139,6 +139,8 @@ def test_usage_is_measured(namespace: Namespace) -> None:
 def test_a_context_that_was_not_made_here_is_left_alone(
     action: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Any
 ) -> None:
+    binaries.kubectl_program()  # where it is not here, CLUSTER=none builds none
+    monkeypatch.delenv("CLUSTER", raising=False)
     elsewhere = tmp_path / "config"
     elsewhere.write_text("apiVersion: v1\nkind: Config\n")
     monkeypatch.setenv("KUBECONFIG", str(elsewhere))
@@ -154,6 +156,7 @@ def test_where_no_cluster_can_be_made_the_cure_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("KUBE_CONTEXT", raising=False)
+    monkeypatch.delenv("CLUSTER", raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
     assert command.main(["up"]) == 1
     assert "there is no Go to build Kubernetes with" in capsys.readouterr().err

@@ -1,17 +1,23 @@
 """The one way that tests render a chart or read what a tool rendered: objects, checked against Kubernetes' schema."""
 
+import copy
+import functools
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import kubernetes_validate
 import yaml
 
 from orchestration.settings import ROOT
 from tests.cluster import binaries
 
-KUBERNETES = "1.33"
-"""The API version whose schemas are at hand; the charts ask for 1.29 or later."""
+KUBERNETES = (binaries.KUBERNETES.removeprefix("v").rpartition(".")[0], "1.29")
+"""The API versions whose schemas every object must meet: the node's, and the oldest that the charts take."""
+
+# It would read all definitions, a megabyte, again for each object.
+kubernetes_validate.utils.schema_contents = functools.cache(kubernetes_validate.utils.schema_contents)
 
 Object = dict[str, Any]
 
@@ -48,11 +54,16 @@ def render(chart: str, values: Object | Path | None = None, release: str = "test
         ClusterError: helm refuses the values, with its reason.
         ValidationError: an object is none that Kubernetes would take.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        file = values if isinstance(values, Path) else Path(folder) / "values.yaml"
-        if not isinstance(values, Path):
-            file.write_text(yaml.safe_dump(values or {}))
-        text = binaries.helm("template", release, str(ROOT / "helm" / chart), "-n", "prefect", "-f", str(file))
+    text = values.read_text() if isinstance(values, Path) else yaml.safe_dump(values or {})
+    return copy.deepcopy(_rendered(chart, text, release))
+
+
+@functools.cache
+def _rendered(chart: str, values: str, release: str) -> list[Object]:
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(values)
+        file.flush()
+        text = binaries.helm("template", release, str(ROOT / "helm" / chart), "-n", "prefect", "-f", file.name)
     return objects_of(text)
 
 
@@ -62,11 +73,38 @@ def objects_of(text: str) -> list[Object]:
     Raises:
         ValidationError: one is none that Kubernetes would take.
     """
-    objects = [each for each in yaml.safe_load_all(text) if each]
+    objects = [each for each in yaml.load_all(text, yaml.CSafeLoader) if each]
     for each in objects:
         if each["apiVersion"].split("/")[0] not in ("gateway.networking.k8s.io",):
-            kubernetes_validate.validate(each, KUBERNETES, strict=True)
+            for version in KUBERNETES:
+                kubernetes_validate.validate(each, version, strict=True)
     return objects
+
+
+def check_http_route(route: Object) -> None:
+    """Check an HTTPRoute against the Gateway API's own schema; its CEL rules are the API server's to check.
+
+    Raises:
+        ValidationError: it has a field that the schema does not have, or an impossible value.
+    """
+    definition = yaml.load(binaries.http_routes().read_text(), yaml.CSafeLoader)
+    [schema] = [
+        each["schema"]["openAPIV3Schema"]
+        for each in definition["spec"]["versions"]
+        if route["apiVersion"] == f"{definition['spec']['group']}/{each['name']}"
+    ]
+    metadata = {"metadata": {"type": "object"}}
+    jsonschema.validate(route, _closed(schema | {"properties": schema["properties"] | metadata}))
+
+
+def _closed(schema: Any) -> Any:
+    """Return a schema that refuses the fields that an API server would drop."""
+    if isinstance(schema, list):
+        return [_closed(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {key: _closed(value) for key, value in schema.items()}
+    return closed | {"additionalProperties": False} if isinstance(schema.get("properties"), dict) else closed
 
 
 def inventory(objects: list[Object]) -> list[str]:

@@ -5,12 +5,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
 from orchestration.settings import ROOT
 from tests.helm import test_prefect_server, test_prefect_work_pool
-from tests.helm.rendering import Object, assert_restricted, pod_specs, render
+from tests.helm.rendering import KUBERNETES, Object, assert_restricted, objects_of, pod_specs, render
 
 CHARTS = {"prefect-server": test_prefect_server, "prefect-work-pool": test_prefect_work_pool}
 EXAMPLES = sorted((ROOT / "helm").glob("*/examples/*.yaml"))
@@ -66,6 +67,33 @@ def test_versions_agree(chart: Path) -> None:
     locked = re.search(r'name = "prefect"\nversion = "(.*)"', (ROOT / "uv.lock").read_text())
     assert locked
     assert yaml.safe_load((chart / "Chart.yaml").read_text())["appVersion"] == locked[1]
+
+
+def test_oldest_kubernetes_of_the_charts_is_one_whose_schemas_are_checked(chart: Path) -> None:
+    assert yaml.safe_load((chart / "Chart.yaml").read_text())["kubeVersion"] == f">={KUBERNETES[-1]}.0-0"
+
+
+def test_field_that_a_checked_kubernetes_does_not_have_is_refused() -> None:
+    pod: Object = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "a"},
+        "spec": {"containers": [{"name": "a"}]},
+    }
+    for version in KUBERNETES:
+        assert kubernetes_validate.validate(pod, version, strict=True) == version, "another version's schemas were used"
+    assert objects_of(yaml.safe_dump(pod)) == [pod]
+    pod["spec"]["resources"] = {"limits": {"memory": "1Gi"}}  # of a pod as a whole, since 1.32
+    kubernetes_validate.validate(pod, KUBERNETES[0], strict=True)
+    with pytest.raises(kubernetes_validate.ValidationError):
+        objects_of(yaml.safe_dump(pod))
+
+
+def test_rendered_objects_are_each_callers_own() -> None:
+    first = render("prefect-server", test_prefect_server.TAG)
+    kept = yaml.safe_dump(first)
+    first[0].clear()
+    assert yaml.safe_dump(render("prefect-server", test_prefect_server.TAG)) == kept
 
 
 def test_template_files_are_short(chart: Path) -> None:

@@ -6,10 +6,20 @@ import re
 from typing import Any
 
 import pytest
+from jsonschema import ValidationError
 
 from orchestration.settings import ROOT
 from tests.cluster.progress import ClusterError
-from tests.helm.rendering import EVERY_POD, Object, environment, inventory, one, pod_specs, render
+from tests.helm.rendering import (
+    EVERY_POD,
+    Object,
+    check_http_route,
+    environment,
+    inventory,
+    one,
+    pod_specs,
+    render,
+)
 
 CHART = ROOT / "helm" / "prefect-server"
 TAG: Object = {"image": {"tag": "src-0123456789ab"}}
@@ -119,6 +129,16 @@ def test_all_features_at_once() -> None:
     assert api["containers"][0]["livenessProbe"]["httpGet"]["path"] == "/prefect/api/health"
 
 
+def test_http_route_meets_the_schema_of_the_gateway_api() -> None:
+    route = one(render("prefect-server", MAXIMAL), "HTTPRoute", "prefect-api")
+    check_http_route(route)
+    for rule in ({"timeout": {"request": "10s"}}, {"timeouts": {"request": "ten seconds"}}):
+        with pytest.raises(ValidationError):
+            check_http_route(route | {"spec": route["spec"] | {"rules": [route["spec"]["rules"][0] | rule]}})
+    with pytest.raises(ValidationError):
+        check_http_route(route | {"spec": route["spec"] | {"hostname": ["prefect.example.com"]}})
+
+
 @pytest.mark.parametrize("values", [TAG, MAXIMAL], ids=["default", "maximal"])
 def test_no_pod_mounts_a_token(values: Object) -> None:
     for name, spec in pod_specs(render("prefect-server", values)).items():
@@ -152,6 +172,39 @@ def test_processes_share_all_through_redis_or_run_in_one() -> None:
     container = pod_specs(alone)["Deployment/test-prefect-server-api"]["containers"][0]
     assert not shared & set(environment(container))
     assert "--no-services" not in container["args"]
+
+
+def test_without_separate_services_the_api_runs_them() -> None:
+    objects = render("prefect-server", _with(services={"separate": False}))
+    removed = {
+        "Deployment/test-prefect-server-services",
+        "NetworkPolicy/test-prefect-server-services",
+    }
+    assert set(inventory(render("prefect-server", TAG))) - set(inventory(objects)) == removed
+    container = pod_specs(objects)["Deployment/test-prefect-server-api"]["containers"][0]
+    assert "--no-services" not in container["args"]
+    assert "PREFECT_REDIS_MESSAGING_URL" in environment(container), "the bundled Redis is used all the same"
+
+
+def test_without_auth_there_is_no_password_and_no_pod_asks_for_one() -> None:
+    objects = render("prefect-server", _with(auth={"enabled": False}))
+    removed = set(inventory(render("prefect-server", TAG))) - set(inventory(objects))
+    assert removed == {"Secret/test-prefect-server-auth"}
+
+    def asking(objects: list[Object]) -> list[str]:
+        pods = pod_specs(objects).items()
+        return [
+            name for name, spec in pods if any("AUTH_STRING" in each for each in environment(spec["containers"][0]))
+        ]
+
+    assert not asking(objects)
+    assert len(asking(render("prefect-server", TAG))) == 3, "the API, the background services and the release's test"
+
+
+def test_without_network_policies_all_else_stays() -> None:
+    objects = render("prefect-server", _with(networkPolicy={"enabled": False}))
+    kept = [each for each in inventory(render("prefect-server", TAG)) if not each.startswith("NetworkPolicy/")]
+    assert inventory(objects) == kept
 
 
 def test_no_value_of_a_secret_is_in_a_pod() -> None:

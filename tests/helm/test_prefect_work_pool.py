@@ -131,9 +131,8 @@ def _job(pool: Object, **variables: Any) -> Object:
     from prefect.utilities.templating import apply_values
 
     template = pool["base_job_template"]
-    defaults = {
-        name: rule["default"] for name, rule in template["variables"]["properties"].items() if rule.get("default")
-    }
+    properties = template["variables"]["properties"].items()
+    defaults = {name: rule["default"] for name, rule in properties if rule.get("default") is not None}
     values = defaults | variables
     configuration = apply_values(template["job_configuration"], values)
     manifest: Object = KubernetesWorkerJobConfiguration(**configuration).job_manifest
@@ -438,6 +437,33 @@ def test_a_run_wins_over_the_releases_defaults() -> None:
     assert container["resources"] == {"requests": {"cpu": "2", "memory": "384Mi"}, "limits": {"memory": "3Gi"}}
     assert container["image"] == "mine:1"
     assert job["spec"]["ttlSecondsAfterFinished"] == 5
+
+
+def test_without_network_policies_all_else_stays() -> None:
+    objects = render("prefect-work-pool", _with(networkPolicy={"enabled": False}))
+    kept = [each for each in inventory(render("prefect-work-pool", TAG)) if not each.startswith("NetworkPolicy/")]
+    assert inventory(objects) == kept
+
+
+def test_empty_entrypoint_is_the_images_own() -> None:
+    def container(values: Object) -> Object:
+        [found] = _job(_pool(values))["spec"]["template"]["spec"]["containers"]
+        return dict(found)
+
+    own, none = container(TAG), container(_with(runs={"entrypoint": []}))
+    assert own.pop("command")[0] == "tini"
+    assert none == own
+
+
+@pytest.mark.parametrize(("seconds", "retries"), [(None, 0), (11, 3)])
+def test_deadline_and_backoff_limit_are_the_jobs_own(seconds: int | None, retries: int) -> None:
+    """11 s is the least above worker.prefetchSeconds; a run may have another of each."""
+    pool = _pool(_with(runs={"activeDeadlineSeconds": seconds, "backoffLimit": retries}))
+    job = _job(pool)["spec"]
+    assert job["backoffLimit"] == retries
+    assert job.get("activeDeadlineSeconds") == seconds
+    other = _job(pool, active_deadline_seconds=60, backoff_limit=1)["spec"]
+    assert (other["activeDeadlineSeconds"], other["backoffLimit"]) == (60, 1)
 
 
 @pytest.mark.parametrize("values", [TAG, MAXIMAL], ids=["default", "maximal"])

@@ -11,7 +11,7 @@ import yaml
 from orchestration.settings import ROOT
 from tests.cluster import binaries
 from tests.cluster.policies import selects
-from tests.helm.rendering import KUBERNETES, Object, inventory, objects_of, one, pod_specs, render
+from tests.helm.rendering import Object, inventory, objects_of, one, pod_specs, render
 from tests.helm.test_charts import CHARTS
 
 K8S = ROOT / "k8s"
@@ -92,7 +92,7 @@ def test_the_restricted_standard_is_enforced_at_a_pinned_version(environment: st
     labels = one(overlay(environment), "Namespace", ENVIRONMENTS[environment])["metadata"]["labels"]
     for mode in ("enforce", "warn", "audit"):
         assert labels[f"pod-security.kubernetes.io/{mode}"] == "restricted"
-        assert labels[f"pod-security.kubernetes.io/{mode}-version"] == f"v{KUBERNETES}"
+        assert labels[f"pod-security.kubernetes.io/{mode}-version"] == "v1.33"
 
 
 @every_environment

@@ -1,0 +1,65 @@
+"""Each environment's values as they render, and with what its overlay in k8s/ gives and bounds."""
+
+from typing import Any
+
+import pytest
+import yaml
+
+from orchestration.settings import ROOT
+from tests.helm.rendering import Object, assert_restricted, one, pod_specs, render
+from tests.helm.test_prefect_work_pool import TAG, pool_of
+from tests.k8s.test_surroundings import ENVIRONMENTS, overlay
+
+CHARTS = ("prefect-server", "prefect-work-pool")
+
+every_environment = pytest.mark.parametrize("environment", ENVIRONMENTS)
+
+
+def rendered(environment: str, chart: str) -> list[Object]:
+    """The objects of an environment's release, which has its chart's name."""
+    values = yaml.safe_load((ROOT / "helm" / "environments" / environment / f"{chart}.yaml").read_text())
+    return render(chart, TAG | values, chart)
+
+
+def test_every_environment_has_values_for_every_chart() -> None:
+    found = {str(path.relative_to(ROOT / "helm" / "environments")) for path in (ROOT / "helm").glob("environments/*/*")}
+    assert found == {f"{environment}/{chart}.yaml" for environment in ENVIRONMENTS for chart in CHARTS}
+
+
+@every_environment
+@pytest.mark.parametrize("chart", CHARTS)
+def test_pods_are_restricted_and_their_priority_class_is_there(environment: str, chart: str) -> None:
+    objects = rendered(environment, chart)
+    assert pod_specs(objects)
+    assert_restricted(objects)
+    classes = {each["metadata"]["name"] for each in overlay(environment) if each["kind"] == "PriorityClass"}
+    assert {spec["priorityClassName"] for spec in pod_specs(objects).values()} <= classes
+
+
+@every_environment
+def test_containers_fit_the_limit_range(environment: str) -> None:
+    (limits,) = one(overlay(environment), "LimitRange", "containers")["spec"]["limits"]
+    largest = _bytes(limits["max"]["memory"])
+    for chart in CHARTS:
+        for name, spec in pod_specs(rendered(environment, chart)).items():
+            for container in [*spec["containers"], *spec.get("initContainers", [])]:
+                assert _bytes(container["resources"]["limits"]["memory"]) <= largest, name
+
+
+@every_environment
+def test_runs_fit_the_quota_of_their_priority_class(environment: str) -> None:
+    """As many runs as the pool starts at once, with what each requests by default."""
+    pool = pool_of(rendered(environment, "prefect-work-pool"))
+    quota = one(overlay(environment), "ResourceQuota", "runs")["spec"]
+    template = pool["base_job_template"]
+    run = template["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
+    assert [run["priorityClassName"]] == quota["scopeSelector"]["matchExpressions"][0]["values"]
+    assert pool["concurrency_limit"] <= int(quota["hard"]["pods"])
+    variables: dict[str, Any] = template["variables"]["properties"]
+    requested = pool["concurrency_limit"] * _bytes(variables["memory_request"]["default"])
+    assert requested <= _bytes(quota["hard"]["requests.memory"])
+
+
+def _bytes(quantity: str) -> int:
+    units = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
+    return int(quantity[:-2]) * units[quantity[-2:]]

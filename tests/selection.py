@@ -1,0 +1,235 @@
+"""Select the test files that a change can affect: `make test CHANGED=1` runs those that need no cluster.
+
+    python -m tests.selection             # compared with where the branch left main; on main, with the newest commit
+    python -m tests.selection --base REV  # compared with where the branch left REV
+
+Uncommitted and untracked files are part of the change. A test file depends on what it imports, directly or not, also
+inside functions, on the files and modules that its strings name, on each `conftest.py` above it, and on what
+`READERS` declares.
+"""
+
+import argparse
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
+from functools import cached_property
+from pathlib import Path
+from typing import TypeGuard
+
+ROOT = Path(__file__).resolve().parent.parent
+
+IMAGE = "tests/docker/* tests/e2e/* tests/test_readme.py tests/test_repository.py"
+"""What runs the checkout as a whole, as an image or as a copy."""
+
+CHARTS = "tests/helm/test_charts.py tests/helm/test_environments.py tests/k8s/* tests/e2e/*"
+"""What renders or installs every chart."""
+
+READERS = {
+    "helm/prefect-server/*": f"tests/helm/test_prefect_server.py {CHARTS}",
+    "helm/prefect-work-pool/*": f"tests/helm/test_prefect_work_pool.py tests/orchestration/environment/* {CHARTS}",
+    "helm/environments/*": "tests/helm/test_environments.py tests/orchestration/environment/* tests/e2e/*",
+    "k8s/*": "tests/helm/test_environments.py tests/k8s/* tests/e2e/*",
+    "docker/*": IMAGE,
+    "flows/*": IMAGE,
+    "flows/warehouse/*": "tests/flows/*",
+    "orchestration/*": IMAGE,
+    # fsspec finds it by an entry point.
+    "orchestration/results.py": "tests/orchestration/test_results.py tests/orchestration/test_durable.py",
+    "prefect.yaml": f"tests/orchestration/deployments/* {IMAGE}",
+    "docs/*": "tests/test_repository.py",
+    "*.md": "tests/test_repository.py",
+    "tests/cluster/*": "tests/cluster/* tests/docker/* tests/e2e/*",
+    ".ci/*": "tests/test_repository.py",
+    ".github/*": "tests/test_repository.py",
+    "Makefile": "tests/test_makefile.py tests/test_readme.py tests/test_repository.py tests/e2e/*",
+    "pyproject.toml": "tests/*",
+    "uv.lock": "tests/*",
+}
+"""The test files that read what no import shows, by the files that they read."""
+
+TAKES_MINUTES = ("tests/test_readme.py",)
+"""What the inner loop leaves out, besides what needs a cluster."""
+
+
+class BaseError(Exception):
+    """The commit to compare with is not there."""
+
+
+class Checkout:
+    """A git checkout whose test files are selected by a change.
+
+    Args:
+        root: its folder.
+    """
+
+    def __init__(self, root: Path = ROOT) -> None:
+        self.root = root
+        self._references: dict[str, set[str]] = {}
+
+    def _git(self, *arguments: str) -> list[str]:
+        command = ["git", "-c", "core.quotePath=false", *arguments]
+        done = subprocess.run(command, cwd=self.root, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    @cached_property
+    def files(self) -> set[str]:
+        """What git has of the checkout, untracked files included."""
+        return set(self._git("ls-files", "--cached", "--others", "--exclude-standard"))
+
+    @cached_property
+    def tests(self) -> list[str]:
+        """The test files, sorted."""
+        return sorted(name for name in self.files if fnmatch(name, "tests/*test_*.py") and (self.root / name).exists())
+
+    def changed(self, base: str) -> set[str]:
+        """Return the files that differ from the newest commit that `base` and HEAD share.
+
+        Raises:
+            BaseError: there is no such commit.
+        """
+        try:
+            [fork] = self._git("merge-base", base, "HEAD")
+        except subprocess.CalledProcessError:
+            raise BaseError(f"git has no commit {base!r} to compare with. Name one: make test CHANGED=REV") from None
+        untracked = self._git("ls-files", "--others", "--exclude-standard")
+        return {*self._git("diff", "--name-only", "--no-renames", fork), *untracked}
+
+    def affected(self, changed: set[str]) -> list[str]:
+        """Return the test files that depend on one of the files."""
+        self.files |= changed  # what was deleted is still imported by name
+        return [test for test in self.tests if self.dependencies(test) & changed]
+
+    def dependencies(self, test: str) -> set[str]:
+        """Return the files that a test file depends on, itself included."""
+        readers = [pattern for pattern, tests in READERS.items() if any(fnmatch(test, each) for each in tests.split())]
+        return self.named(test) | {name for name in self.files if any(fnmatch(name, each) for each in readers)}
+
+    def named(self, test: str) -> set[str]:
+        """Return the files that a test file imports or names, directly or not, itself included."""
+        found: set[str] = set()
+        left = {test} | self._of_conftests(test)
+        while left:
+            name = left.pop()
+            found.add(name)
+            # conftest files are read by fixture, and this file names in READERS what it does not read.
+            if name.endswith(".py") and Path(name).name != "conftest.py" and name != "tests/selection.py":
+                left |= self._of_file(name) - found
+        return found
+
+    def _of_conftests(self, test: str) -> set[str]:
+        """Return the conftest files of a test and what they import; of their fixtures, those that it uses."""
+        conftests = [f"{folder}/conftest.py" for folder in map(str, Path(test).parents)]
+        found = {name for name in conftests if name in self.files}
+        fixtures: list[tuple[str, ast.FunctionDef]] = []
+        for name in found:
+            for node in self._tree(name).body:
+                if _is_fixture(node):
+                    fixtures.append((name, node))
+                else:
+                    found = found | self._references_of(name, [node])
+        used = _requested(self._tree(test))
+        while reached := [each for each in fixtures if each[1].name in used]:
+            fixtures = [each for each in fixtures if each not in reached]
+            for name, node in reached:
+                used |= _requested(node)
+                found = found | self._references_of(name, [node])
+        return found
+
+    def _of_file(self, name: str) -> set[str]:
+        if name not in self._references:
+            self._references[name] = self._references_of(name, [self._tree(name)])
+        return self._references[name]
+
+    def _tree(self, name: str) -> ast.Module:
+        path = self.root / name
+        return ast.parse(path.read_text() if path.exists() else "")
+
+    def _references_of(self, name: str, nodes: Iterable[ast.AST]) -> set[str]:
+        """Return the files that parts of a Python file import or name."""
+        found: set[str] = set()
+        for node in (inner for outer in nodes for inner in ast.walk(outer)):
+            if isinstance(node, ast.Import):
+                for each in node.names:
+                    found |= self._module(each.name)
+            elif isinstance(node, ast.ImportFrom):
+                package = Path(name).parts[: -node.level] if node.level else ()
+                module = ".".join([*package, *filter(None, [node.module])])
+                for each in node.names:
+                    found |= self._module(f"{module}.{each.name}")
+            elif text := _text(node):
+                for token in re.findall(r"[\w./-]*\w", text):
+                    # A test file is not run by its name: conftest.py and READERS list some.
+                    found |= {token, str(Path(name).parent / token)} & self.files - set(self.tests)
+                    if re.fullmatch(r"\w+(\.\w+)+", token):
+                        found |= self._module(token)
+        return found
+
+    def _module(self, name: str) -> set[str]:
+        """Return the files of a module and of the packages that it is in."""
+        parts = name.split(".")
+        packages = ["/".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        possible = {f"{each}{end}" for each in packages for end in (".py", "/__init__.py")}
+        return (possible | {f"{packages[-1]}/__main__.py"}) & self.files
+
+
+def _is_fixture(node: ast.AST) -> TypeGuard[ast.FunctionDef]:
+    """Tell whether a node is a fixture that a test has only if it asks for it."""
+    decorators = [ast.unparse(each) for each in getattr(node, "decorator_list", [])]
+    return any(each.startswith("pytest.fixture") and "autouse" not in each for each in decorators)
+
+
+def _requested(tree: ast.AST) -> set[str]:
+    """Return the fixtures that tests and fixtures ask for: by arguments, or by `usefixtures`."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            if node.name.startswith("test_") or "pytest.fixture" in "".join(map(ast.unparse, node.decorator_list)):
+                found |= {each.arg for each in ast.walk(node.args) if isinstance(each, ast.arg)}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".usefixtures"):
+            found |= {str(each.value) for each in node.args if isinstance(each, ast.Constant)}
+    return found
+
+
+def _text(node: ast.AST) -> str | None:
+    """Return the text of a literal, or of the literals that `/` joins to a path; None of a docstring."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+        left, right = _text(node.left), _text(node.right)
+        return right and f"{left}/{right}" if left else right
+    if isinstance(node, ast.Constant) and isinstance(node.value, str) and "\n" not in node.value.strip():
+        return node.value
+    return None
+
+
+def main(arguments: list[str] | None = None, checkout: Checkout | None = None) -> int:
+    """Print the test files, and say on stderr what is left out; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tests.selection", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--base", default="main", help="the branch or commit to compare with (default: %(default)s)")
+    checkout = checkout or Checkout()
+    try:
+        changed = checkout.changed(parser.parse_args(arguments).base)
+    except BaseError as error:
+        print(error, file=sys.stderr)
+        return 1
+    selected = checkout.affected(changed)
+    for name in _every_test(changed):
+        print(f"{name} has changed, which every test depends on.", file=sys.stderr)
+    if late := [test for test in selected if test in TAKES_MINUTES]:
+        print(f"Left out, as it takes minutes: make test TESTS='{' '.join(late)}'", file=sys.stderr)
+    if selected == late:
+        print("No other test depends on what has changed." if late else "No test depends on what has changed.",
+              file=sys.stderr)  # fmt: skip
+    for test in selected:
+        if test not in late:
+            print(test)
+    return 0
+
+
+def _every_test(changed: set[str]) -> Iterator[str]:
+    return (name for name in sorted(changed) if READERS.get(name) == "tests/*")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""`make test`: what each of its variables makes it run, with programs in place of the real ones that note it."""
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from orchestration.settings import ROOT
+
+PROGRAMS = ("ruff", "yamllint", "shellcheck", "hadolint", "sqlfluff", "mypy", "pytest", "python")
+ALL = "--numprocesses 3 --dist loadfile --no-loadscope-reorder"
+
+Make = Callable[..., tuple[int, list[str]]]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """Run `make test`; its exit status and the commands of pytest and Python, each with its CLUSTER."""
+    # `selected` is what the selection prints, `fails` a part of the command that fails.
+    log = tmp_path / "log"
+
+    def run(*variables: str, selected: str = "", fails: str = "nothing", cluster: str = "") -> tuple[int, list[str]]:
+        for name in PROGRAMS:
+            (tmp_path / name).write_text(
+                f'''#!/bin/sh
+echo "{name} $* CLUSTER=$CLUSTER" >>"{log}"
+case "{name} $*" in *"{fails}"*) exit 1 ;; *tests.selection*) echo "{selected}" ;; esac
+'''
+            )
+            (tmp_path / name).chmod(0o755)
+        # Nothing of the make that runs this test.
+        environment = {"PATH": os.environ["PATH"], "CLUSTER": cluster}
+        command = ["make", "--old-file", ".venv/ready", "test", f"BIN={tmp_path}", *variables]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        lines = log.read_text().splitlines()
+        return done.returncode, [line for line in lines if line.startswith(("pytest", "python"))]
+
+    return run
+
+
+def test_everything_runs_after_a_preview_and_with_a_cluster(make: Make) -> None:
+    assert make() == (
+        0,
+        [
+            "python -m tests.cluster preview CLUSTER=",
+            "python -m tests.cluster up CLUSTER=",
+            f"pytest {ALL} tests CLUSTER=",
+        ],
+    )
+
+
+def test_change_runs_what_it_affects_without_a_cluster(make: Make) -> None:
+    assert make("CHANGED=1", selected="tests/a.py tests/b.py", cluster="kind") == (
+        0,
+        ["python -m tests.selection CLUSTER=none", f"pytest {ALL} tests/a.py tests/b.py CLUSTER=none"],
+    )
+
+
+def test_change_since_a_commit_that_affects_nothing_runs_no_pytest(make: Make) -> None:
+    assert make("CHANGED=v1") == (0, ["python -m tests.selection --base v1 CLUSTER=none"])
+
+
+def test_selection_that_fails_stops_make(make: Make) -> None:
+    assert make("CHANGED=v1", fails="tests.selection") == (2, ["python -m tests.selection --base v1 CLUSTER=none"])
+
+
+def test_paths_that_need_no_cluster_make_none(make: Make) -> None:
+    assert make("TESTS=tests/helm tests/k8s") == (0, ["pytest tests/helm tests/k8s CLUSTER="])
+
+
+@pytest.mark.parametrize("where", ["environment", "command line"])
+def test_without_cluster_none_is_made(make: Make, where: str) -> None:
+    ran = make(cluster="none") if where == "environment" else make("CLUSTER=none")
+    assert ran == (0, ["python -m tests.cluster preview CLUSTER=none", f"pytest {ALL} tests CLUSTER=none"])
+
+
+def test_preview_that_fails_stops_make(make: Make) -> None:
+    assert make(cluster="kid", fails="preview") == (2, ["python -m tests.cluster preview CLUSTER=kid"])
+
+
+@pytest.mark.parametrize(("way", "stops"), [("", False), ("node", True)])
+def test_cluster_that_cannot_be_made_stops_make_where_it_was_named(make: Make, way: str, stops: bool) -> None:
+    status, commands = make(fails="tests.cluster up", cluster=way)
+    assert status == (2 if stops else 0)
+    assert (f"pytest {ALL} tests CLUSTER={way}" in commands) is not stops
