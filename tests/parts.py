@@ -19,6 +19,7 @@ from urllib.request import urlopen
 from uuid import uuid4
 
 import httpx
+import hypothesis
 import psycopg
 
 from orchestration import warehouse
@@ -27,6 +28,11 @@ from tests.cluster import binaries
 from tests.cluster.turns import turn
 
 Query = Callable[..., list[tuple[Any, ...]]]
+
+
+def examples(share: float) -> int:
+    """How many examples of a property to try: a share of the Hypothesis profile's, see tests/conftest.py."""
+    return max(1, round(share * hypothesis.settings().max_examples))
 
 
 def free_port() -> int:
