@@ -141,6 +141,34 @@ def embedded_postgres(directory: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
+def debian_postgres() -> Iterator[str]:
+    """The URL of Debian's PostgreSQL, which has the extensions that a Prefect server needs; ended afterwards."""
+    binaries.install_packages({"pg_lsclusters": "postgresql"})
+    programs = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda each: int(each.parent.name))
+    user = "postgres" if os.geteuid() == 0 else None  # it refuses to run as root
+    with tempfile.TemporaryDirectory() as folder:
+        if user:
+            shutil.chown(folder, user)
+        data = Path(folder) / "data"
+
+        def run(program: str, *arguments: str) -> None:
+            subprocess.run(
+                [programs / program, "-D", data, *arguments],
+                cwd=folder,
+                user=user,
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
+
+        run("initdb", "--auth=trust", "--username=postgres", "--no-sync")
+        run("pg_ctl", "-w", "-t", "300", "-l", f"{folder}/log", "-o", f"-h '' -k {folder} -F", "start")
+        try:
+            yield f"postgresql://postgres@/postgres?host={folder}"
+        finally:
+            run("pg_ctl", "-m", "immediate", "stop")
+
+
+@contextlib.contextmanager
 def new_database(postgres: str) -> Iterator[str]:
     """The URL of an empty database that is `WAREHOUSE_URL` meanwhile."""
     name = f"test_{uuid4().hex[:12]}"
