@@ -26,7 +26,7 @@ from orchestration.errors import PipelineError
 PATIENCE = 900.0
 """Seconds to wait for the database to answer and for the schema to be made."""
 
-LOCK = "select pg_advisory_lock(hashtextextended('prefect-orchestration: migrations', 0))"
+LOCK = "select pg_try_advisory_lock(hashtextextended('prefect-orchestration: migrations', 0))"
 
 # What another attempt will not cure: a refused user or password, a database that is not there.
 _FINAL = ("28000", "28P01", "3D000")
@@ -112,10 +112,27 @@ async def _wait(deadline: float) -> None:
         await asyncio.sleep(1)
 
 
+async def _lock(connection: AsyncConnection, deadline: float) -> None:
+    """Wait for the lock outside a transaction: a migration that creates an index concurrently waits for transactions.
+
+    Raises:
+        PipelineError: another process holds the lock until the deadline.
+    """
+    while not (await connection.execute(text(LOCK))).scalar():
+        await connection.rollback()
+        if time.monotonic() > deadline:
+            raise PipelineError(
+                f"The schema cannot be upgraded: another process has done so for {PATIENCE:.0f} s. "
+                "Look at the logs of the migrations' Jobs"
+            )
+        await asyncio.sleep(1)
+    await connection.rollback()
+
+
 async def _upgrade(deadline: float) -> None:
     async with _connection(deadline) as connection:
         # Two releases on one database at once: the second finds the work done. The lock is the session's.
-        await connection.execute(text(LOCK))
+        await _lock(connection, deadline)
         before, good = await _status(connection)
         if not good:
             await provide_database_interface().run_migrations_upgrade()

@@ -19,6 +19,7 @@ from urllib.request import urlopen
 from uuid import uuid4
 
 import httpx
+import hypothesis
 import psycopg
 
 from orchestration import warehouse
@@ -27,6 +28,11 @@ from tests.cluster import binaries
 from tests.cluster.turns import turn
 
 Query = Callable[..., list[tuple[Any, ...]]]
+
+
+def examples(share: float) -> int:
+    """How many examples of a property to try: a share of the Hypothesis profile's, see tests/conftest.py."""
+    return max(1, round(share * hypothesis.settings().max_examples))
 
 
 def free_port() -> int:
@@ -132,6 +138,34 @@ def embedded_postgres(directory: Path) -> Iterator[str]:
     finally:
         with settings_of(WAREHOUSE_DIR=str(directory)):
             warehouse.stop()
+
+
+@contextlib.contextmanager
+def debian_postgres() -> Iterator[str]:
+    """The URL of Debian's PostgreSQL, which has the extensions that a Prefect server needs; ended afterwards."""
+    binaries.install_packages({"pg_lsclusters": "postgresql"})
+    programs = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda each: int(each.parent.name))
+    user = "postgres" if os.geteuid() == 0 else None  # it refuses to run as root
+    with tempfile.TemporaryDirectory() as folder:
+        if user:
+            shutil.chown(folder, user)
+        data = Path(folder) / "data"
+
+        def run(program: str, *arguments: str) -> None:
+            subprocess.run(
+                [programs / program, "-D", data, *arguments],
+                cwd=folder,
+                user=user,
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
+
+        run("initdb", "--auth=trust", "--username=postgres", "--no-sync")
+        run("pg_ctl", "-w", "-t", "300", "-l", f"{folder}/log", "-o", f"-h '' -k {folder} -F", "start")
+        try:
+            yield f"postgresql://postgres@/postgres?host={folder}"
+        finally:
+            run("pg_ctl", "-m", "immediate", "stop")
 
 
 @contextlib.contextmanager

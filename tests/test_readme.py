@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -178,6 +177,4 @@ def test_pip_server_flow_deploy_and_worker(
             ask = _command("prefect deployment run")
             output = _run(f"{ask} --watch", clone, environment)
             assert "Flow run finished successfully in 'Completed'" in output, (tmp_path / "worker.log").read_text()
-    deadline = time.monotonic() + 20
-    while answers(f"http://127.0.0.1:{port}/api/health") and time.monotonic() < deadline:
-        time.sleep(0.2)
+    wait_until(lambda: not answers(f"http://127.0.0.1:{port}/api/health"), "the end of the server")

@@ -3,10 +3,12 @@
 import base64
 import logging
 import struct
+import threading
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
+import psycopg
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.flow_engine import run_flow
@@ -115,34 +117,47 @@ def test_parameters_read_well_in_the_ui() -> None:
         assert len(schema[parameter]["description"]) > 20
 
 
-def test_a_lost_connection_is_tried_again(api: Api, query: Query, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = raw.load_days
-    attempts = []
+LOADS = "select last_value, is_called from raw.load_ids"
+"""How many loads have begun: what a sequence has given is not rolled back."""
 
-    def cut_twice(days: list[date], flow_run: str | None = None) -> raw.Loaded:
-        attempts.append(days)
-        if len(attempts) < 3:
-            raise WarehouseError("The connection was cut.", transient=True)
-        return load(days, flow_run)
 
-    monkeypatch.setattr(raw, "load_days", cut_twice)
+def test_a_lost_connection_is_tried_again(
+    api: Api, query: Query, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(example_flow.load_days, "retry_delay_seconds", [0, 0, 0])
+    raw.prepare()
+    waiting = (
+        "select pid from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+        " and starts_with(query, 'delete') and pid <> all(%s)"
+    )
+    cut: list[int] = []
+
+    def cut_twice() -> None:
+        with psycopg.connect(database) as blocker:
+            blocker.execute("lock table raw.flights in share mode")
+            locked.set()
+            for _ in range(2):
+                [(pid,)] = wait_until(lambda: query(waiting, cut), "the load to wait for the lock")
+                query("select pg_terminate_backend(%s)", pid)
+                cut.append(pid)
+
+    locked = threading.Event()
+    thread = threading.Thread(target=cut_twice)
+    thread.start()
+    assert locked.wait(60)
     example_flow.ingest(FIRST)
-    assert len(attempts) == 3
+    thread.join()
+    assert len(cut) == 2
+    assert query(LOADS) == [(3, True)]
     assert assert_whole(query) == {FIRST}
 
 
-def test_what_an_operator_must_cure_is_not_tried_again(api: Api, query: Query, monkeypatch: pytest.MonkeyPatch) -> None:
-    attempts = []
-
-    def refuse(days: list[date], _: str | None = None) -> raw.Loaded:
-        attempts.append(days)
-        raise WarehouseError("The disk is full.")
-
-    monkeypatch.setattr(raw, "load_days", refuse)
-    with pytest.raises(WarehouseError):
+def test_what_an_operator_must_cure_is_not_tried_again(api: Api, query: Query, landing_zone: Path) -> None:
+    with (landing_zone / "flights.csv").open("a") as file:
+        file.write("2013,1,1,early\n")
+    with pytest.raises(WarehouseError, match="Correct the source file"):
         example_flow.ingest(FIRST)
-    assert len(attempts) == 1
+    assert query(LOADS) == [(1, True)]
 
 
 def test_another_warehouse_gets_its_own_reference_tables(api: Api, postgres: str, query: Query) -> None:

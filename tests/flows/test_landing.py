@@ -8,7 +8,7 @@ from datetime import date
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flows import landing
@@ -42,7 +42,6 @@ def test_a_day_is_cut_out_as_a_csv_reader_would() -> None:
     assert extract.rows == 930
 
 
-@settings(deadline=None)
 @given(order=st.randoms(use_true_random=False), ending=st.sampled_from(["\n", "\r\n"]))
 def test_any_order_of_lines_gives_the_same_rows(
     order: random.Random, ending: str, tmp_path_factory: pytest.TempPathFactory

@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.orchestration.deployments.conftest import Project
+from tests.parts import examples
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=8)
 ZONES = st.sampled_from(["UTC", "Europe/Berlin", "America/New_York", "Asia/Kolkata"])
@@ -50,7 +51,7 @@ DEPLOYMENTS = st.fixed_dictionaries(
     },
 )
 FILES = st.fixed_dictionaries(
-    {"deployments": st.lists(DEPLOYMENTS, min_size=1, max_size=3)},
+    {"deployments": st.lists(DEPLOYMENTS, min_size=2, max_size=5)},
     optional={
         "variables": st.lists(st.fixed_dictionaries({"value": JSON}), max_size=2),
         "remote_file_systems": st.lists(
@@ -71,8 +72,7 @@ FILES = st.fixed_dictionaries(
 
 @given(file=FILES)
 @settings(
-    max_examples=12,
-    deadline=None,
+    max_examples=examples(0.05),  # each talks to a server ten times
     phases=[Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -16,6 +16,7 @@ from prefect.server.schemas import actions
 from prefect.server.schemas import schedules as server_schedules
 
 from orchestration.deployments import schedules
+from tests.parts import examples
 
 FILE: list[dict[str, Any]] = [
     {"cron": "0 6 * * *"},
@@ -188,7 +189,7 @@ def test_next_times_are_the_servers_across_dst(raw: dict[str, Any], start: str) 
     assert {str(moment.tzinfo) for moment in found} == {raw.get("timezone", "UTC")}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(0.4))
 @given(
     st.integers(0, 59),
     st.integers(0, 23),

@@ -33,6 +33,7 @@ from orchestration.reconciler.decide import (
     verdict,
 )
 from orchestration.reconciler.facts import CLUSTER, FINAL, End, Job, Pod, Policy, Retries, Run
+from tests.parts import examples
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
@@ -474,7 +475,7 @@ USUAL = [
 
 
 @given(st.lists(st.sampled_from([*([each] for each in EVENTS), *USUAL * 3]), max_size=25))
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=examples(8))
 def test_any_history_ends_with_nothing_lost_stuck_or_twice(history: list[list[str]]) -> None:
     world = World()
     for event in (each for some in history for each in some):

@@ -8,7 +8,7 @@ from uuid import uuid4
 
 import httpx
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestration.__main__ import main
@@ -19,7 +19,6 @@ from tests.parts import asked, client_of
 SIZES = st.integers(1, 2**40)
 
 
-@settings(deadline=None)
 @given(st.lists(SIZES, min_size=1, max_size=20))
 def test_a_recommendation_is_enough_for_what_was_seen_and_not_much_more(needs: list[int]) -> None:
     request, limit = recommended(needs)
@@ -29,7 +28,6 @@ def test_a_recommendation_is_enough_for_what_was_seen_and_not_much_more(needs: l
     assert sum(each * 1.15 <= request for each in needs) * 2 >= len(needs), "half of the runs fit into the request"
 
 
-@settings(deadline=None)
 @given(SIZES, SIZES, st.floats(1.01, 4))
 def test_what_exceeded_its_limit_needs_more_than_that(peak: int, limit: int, growth: float) -> None:
     found = needed({PEAK: peak, EXCEEDED: limit}, growth)
