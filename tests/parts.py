@@ -169,12 +169,12 @@ def debian_postgres() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def new_database(postgres: str) -> Iterator[str]:
-    """The URL of an empty database that is `WAREHOUSE_URL` meanwhile."""
-    name = f"test_{uuid4().hex[:12]}"
+def new_database(postgres: str, name: str | None = None, template: str = "template1") -> Iterator[str]:
+    """The URL of a new database that is `WAREHOUSE_URL` meanwhile: empty, or a copy of another."""
+    name = name or f"test_{uuid4().hex[:12]}"
     url = postgres.replace("/postgres?", f"/{name}?")
     with psycopg.connect(postgres, autocommit=True) as connection:
-        connection.execute(f"create database {name}")
+        connection.execute(f"create database {name} template {template}")
         with settings_of(WAREHOUSE_URL=url):
             yield url
         connection.execute(f"drop database {name} with (force)")

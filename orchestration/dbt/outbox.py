@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -97,7 +98,8 @@ class Outbox:
                 break
         with self._busy:
             waiting = len(self._events) + len(self._requests)
-            return Unsent(waiting + self._lost_events, len(self._lines) + self._lost_lines, self._reason)
+            reason = self._reason or "it has not answered"
+            return Unsent(waiting + self._lost_events, len(self._lines) + self._lost_lines, reason)
 
     def _work(self) -> None:
         from prefect.client.orchestration import get_client
@@ -115,22 +117,30 @@ class Outbox:
 
     def _send_some(self, client: "SyncPrefectClient") -> bool:
         """Send a batch of each kind; whether there is more, and the API took these."""
+        # What is being sent stays until the API has it: else an API that hangs would have it uncounted.
         with self._busy:
-            events = {key: self._events.pop(key) for key in list(self._events)[:BATCH]}
-            requests = [self._requests.popleft()] if self._requests else []
-            lines = [self._lines.popleft() for _ in range(min(BATCH, len(self._lines)))]
-        if events and self._post(client, "/events", list(events.values()), len(events)):
-            events = {}
-        if requests and not events and self._post(client, *requests[0], 1):
-            requests = []
-        if lines and not events and not requests and self._post(client, "/logs/", lines, len(lines)):
-            lines = []
+            events = dict(islice(self._events.items(), BATCH))
+        if events:
+            if not self._post(client, "/events", list(events.values()), len(events)):
+                return False
+            with self._busy:
+                for key, event in events.items():
+                    if self._events[key] is event:  # what came meanwhile is newer, and stays
+                        del self._events[key]
+        if self._requests:
+            if not self._post(client, *self._requests[0], 1):
+                return False
+            with self._busy:
+                self._requests.popleft()
         with self._busy:
-            self._events = events | self._events  # what came meanwhile is newer, and stays
-            self._requests.extendleft(requests)
-            self._lines.extendleft(reversed(lines))
-            waiting = self._events or self._requests or self._lines
-            return bool(waiting) and not (events or requests or lines)
+            lines = list(islice(self._lines, BATCH))
+        if lines:
+            if not self._post(client, "/logs/", lines, len(lines)):
+                return False
+            with self._busy:
+                for _ in lines:
+                    self._lines.popleft()
+        return bool(self._events or self._requests or self._lines)
 
     def _post(self, client: "SyncPrefectClient", path: str, content: Any, count: int) -> bool:
         """Send a batch; False if it should be tried again."""

@@ -121,7 +121,7 @@ LONG_TESTS = (
         "random-graphs",
         "Every node of many random dbt graphs with random failures ends as dbt's command line says.",
         (*DBT, *DBT_TESTS, "tests/orchestration/dbt/test_random.py"),
-        suite("tests/orchestration/dbt/test_random.py", HYPOTHESIS_PROFILE="long", RANDOM_GRAPHS="50"),
+        suite("tests/orchestration/dbt/test_random.py", HYPOTHESIS_PROFILE="long"),
         {"SEED": SEED},
     ),
     LongTest(

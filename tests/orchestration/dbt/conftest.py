@@ -1,15 +1,29 @@
-"""A project with every kind of node, and what the server has of its runs."""
+"""The projects that tests begin with, parsed once a session, and one of them built; what the server has of its runs."""
 
+import functools
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
+from prefect import flow
 
 from orchestration import warehouse
-from orchestration.dbt import DbtProject
-from tests.orchestration.dbt.projects import every_kind
-from tests.orchestration.dbt.task_runs import Server
-from tests.parts import client_of
+from orchestration.dbt import DbtProject, DbtResult
+from orchestration.dbt.process import CHILD
+from tests.orchestration.dbt.projects import every_kind, small, tables
+from tests.orchestration.dbt.task_runs import Server, results_of
+from tests.parts import client_of, new_database, rows_of
+
+DATABASE = "shop"
+"""Every test's database, one after the other: a parse holds for the name of its database."""
+
+LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
+"""Whether there is time for more random graphs and more ends of runs than CI has."""
 
 
 @pytest.fixture
@@ -20,14 +34,101 @@ def server(prefect_server: str) -> Iterator[Server]:
 
 
 @pytest.fixture
-def shop(tmp_path: Path, database: str) -> Path:
-    """A project with every kind of node."""
-    return every_kind(tmp_path / "shop")
+def database(postgres: str) -> Iterator[str]:
+    """A new, empty database; `WAREHOUSE_URL` names it."""
+    with new_database(postgres, DATABASE) as url:
+        yield url
+
+
+def _parsed(folder: Path) -> Path:
+    """Parse a project as `docker/Dockerfile` does: for a host and a user that no run has."""
+    subprocess.run(
+        [sys.executable, "-P", CHILD, "parse", "--project-dir", folder, "--profiles-dir", folder],
+        env=os.environ | {"PGHOST": "build", "PGUSER": "build", "PGDATABASE": DATABASE},
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def parsed_shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with every kind of node, parsed; to be copied."""
+    return _parsed(every_kind(tmp_path_factory.mktemp("parsed") / "shop"))
+
+
+@pytest.fixture(scope="session")
+def parsed_small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project of three models, parsed; to be copied."""
+    return _parsed(small(tmp_path_factory.mktemp("parsed") / "small"))
+
+
+@pytest.fixture
+def shop(tmp_path: Path, database: str, parsed_shop: Path) -> Path:
+    """A project with every kind of node, parsed and not built."""
+    return shutil.copytree(parsed_shop, tmp_path / "shop")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, database: str, parsed_small: Path) -> Path:
+    """A project of three models, parsed and not built."""
+    return shutil.copytree(parsed_small, tmp_path / "small")
+
+
+def use(folder: Path, **options: Any) -> DbtProject:
+    """The project in a folder as flows use it; its artifacts are kept beside it."""
+    return DbtProject(folder, environment=warehouse.environment, artifacts=f"{folder}.kept", **options)
 
 
 @pytest.fixture
 def project(shop: Path) -> Iterator[DbtProject]:
-    """That project as flows use it."""
-    project = DbtProject(shop, environment=warehouse.environment, artifacts=f"{shop}.kept")
+    """The project with every kind of node."""
+    project = use(shop)
     yield project
     project.close()
+
+
+@pytest.fixture
+def small_project(folder: Path) -> Iterator[DbtProject]:
+    """The project of three models."""
+    project = use(folder)
+    yield project
+    project.close()
+
+
+class Built(NamedTuple):
+    """A build of the project with every kind of node, in a flow, that nothing disturbed."""
+
+    folder: Path
+    """The project with its `target/`, for tests to copy; what is kept of the run is in `shop.kept` beside it."""
+    database: str
+    """Of what the build left, as a template."""
+    result: DbtResult
+    results: dict[str, str]
+    """dbt's statuses, as dbt wrote them."""
+    run: str
+    """The flow run's id."""
+    tables: dict[str, Any]
+    """The rows that it left."""
+
+
+@pytest.fixture(scope="session")
+def built(
+    postgres: str, prefect_server: str, parsed_shop: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Built]:
+    """That build."""
+    folder = shutil.copytree(parsed_shop, tmp_path_factory.mktemp("built") / "shop")
+    found: list[DbtResult] = []
+
+    @flow
+    def daily() -> None:
+        found.append(use(folder).build())
+
+    template = f"{DATABASE}_built"
+    with new_database(postgres, DATABASE) as url:
+        run = Server.run(daily(return_state=True))
+        left = tables(functools.partial(rows_of, url))
+        rows_of(postgres, f"create database {template} template {DATABASE}")
+    yield Built(folder, template, found[0], results_of(folder), run, left)
+    rows_of(postgres, f"drop database {template}")

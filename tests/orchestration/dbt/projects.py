@@ -11,7 +11,7 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,19 +24,6 @@ PROFILE = (ROOT / "flows" / "warehouse" / "profiles.yml").read_text()
 
 # Versions of dbt differ in whether a generic test's arguments have a key of their own; here they have.
 _FLAGS = "flags: {send_anonymous_usage_stats: false, require_generic_test_arguments_property: true}\n"
-
-
-class Failure(NamedTuple):
-    """What dbt says of an injected fault."""
-
-    node: str | None
-    """The unique id of the one node that fails; None if dbt does not get as far as the nodes."""
-    status: str
-    """dbt's word for it, "" without a node."""
-    command: tuple[str, ...] = ("build",)
-    """The command that meets the fault, on a new database or after a clean build."""
-    recorded: bool = True
-    """Whether dbt's artifacts have the node."""
 
 
 # --- a project with every kind of node ---------------------------------------------------------
@@ -399,222 +386,85 @@ def _write(folder: Path, files: Mapping[str, str]) -> Path:
 # --- faults ------------------------------------------------------------------------------------
 
 
-def _replace(folder: Path, file: str, old: str, new: str) -> None:
+class Fault(NamedTuple):
+    """An edit of `every_kind` that makes one node fail."""
+
+    file: str
+    old: str
+    new: str
+    node: str
+    """The unique id of the node that fails."""
+    status: str
+    """dbt's word for the failure."""
+
+    def inject(self, folder: Path) -> None:
+        """Edit the project in a folder."""
+        replace(folder, self.file, self.old, self.new)
+
+
+FAULTS: Mapping[str, Fault] = {
+    # The database refuses a table; what reads the table is skipped.
+    "model": Fault(
+        "models/countries.sql", "select country,", "select country, continent,", "model.shop.countries", "error"
+    ),
+    # dbt raises before it has SQL to send.
+    "macro": Fault(
+        "models/german_names.sql", "select name", "select {{ named() }}", "model.shop.german_names", "error"
+    ),
+    # One batch of several divides by zero.
+    "batch": Fault(
+        "models/yearly_orders.sql", "select id, amount", "select id, amount / (amount - 40) as amount",
+        "model.shop.yearly_orders", "partial success",
+    ),
+    # A data test finds rows: the model that reads the tested one is skipped.
+    "data test": Fault(
+        "models/tier_names_v2.sql", "select distinct", "select",
+        "test.shop.unique_tier_names_v2_tier.b94bf5a789", "fail",
+    ),
+    # A test that finds more rows than are shown.
+    "singular test": Fault(
+        "tests/totals_add_up.sql",
+        "select 1 as different\nwhere", "select generate_series(1, 12) as different\nwhere 1 +",
+        "test.shop.totals_add_up", "fail",
+    ),
+    # dbt runs a unit test before its model, which is skipped.
+    "unit test": Fault(
+        "models/unit_tests.yml", "visits: 2", "visits: 3",
+        "unit_test.shop.visits_by_customer.visits_are_counted", "fail",
+    ),
+    "snapshot": Fault(
+        "snapshots/customer_history.sql", "select id,", "select id, colour,", "snapshot.shop.customer_history", "error"
+    ),
+    "function": Fault("functions/doubled.sql", "amount * 2", "colour * 2", "function.shop.doubled", "error"),
+    # A hook is no selected node, and fails when all nodes are done.
+    "hook": Fault(
+        "dbt_project.yml", "select 1 as ended", "select ended", "operation.shop.shop-on-run-end-1", "error"
+    ),
+}  # fmt: skip
+"""Faults by the kind of what fails. They do not hide each other: one build meets all of them."""
+
+
+def replace(folder: Path, file: str, old: str, new: str) -> None:
+    """Replace what stands once in a project's file."""
     content = (folder / file).read_text()
     assert old in content, f"{file} has no {old!r}"
     (folder / file).write_text(content.replace(old, new, 1))
 
 
-def missing_column(folder: Path) -> Failure:
-    """A table selects a column that is not there."""
-    _replace(folder, "models/countries.sql", "select country,", "select country, continent,")
-    return Failure("model.shop.countries", "error")
+# --- a project with hardly anything --------------------------------------------------------------
 
 
-def missing_column_in_a_view(folder: Path) -> Failure:
-    """A view selects a column that is not there: the database notices when it is made."""
-    _replace(folder, "models/tier_titles.sql", "latest.title", "latest.colour")
-    return Failure("model.shop.tier_titles", "error")
-
-
-def missing_column_in_an_ephemeral(folder: Path) -> Failure:
-    """An ephemeral model selects a column that is not there: the table that reads it fails."""
-    _replace(folder, "models/germans.sql", "select id,", "select id, colour,")
-    return Failure("model.shop.german_names", "error")
-
-
-def missing_column_in_an_incremental(folder: Path) -> Failure:
-    """An incremental model selects a column that is not there."""
-    _replace(folder, "models/order_log.sql", "select id,", "select id, colour,")
-    return Failure("model.shop.order_log", "error")
-
-
-def missing_column_in_a_materialized_view(folder: Path) -> Failure:
-    """A materialized view selects a column that is not there: one that exists is refreshed as it was."""
-    _replace(folder, "models/revenue_by_day.sql", "select ordered_on,", "select ordered_on, colour,")
-    return Failure("model.shop.revenue_by_day", "error", ("build", "--full-refresh"))
-
-
-def division_by_zero(folder: Path) -> Failure:
-    """A table divides by zero while it is filled."""
-    _replace(folder, "models/doubled_amounts.sql", "(amount) as", "(amount / (id - 1)) as")
-    return Failure("model.shop.doubled_amounts", "error")
-
-
-def failing_batch(folder: Path) -> Failure:
-    """One batch of several divides by zero: dbt calls the model a partial success."""
-    _replace(folder, "models/yearly_orders.sql", "select id, amount", "select id, amount / (amount - 40) as amount")
-    return Failure("model.shop.yearly_orders", "partial success")
-
-
-def failing_batches(folder: Path) -> Failure:
-    """Every batch fails."""
-    _replace(folder, "models/yearly_orders.sql", "select id, amount", "select id, colour, amount")
-    return Failure("model.shop.yearly_orders", "error")
-
-
-def undefined_macro(folder: Path) -> Failure:
-    """A model calls a macro that is not there."""
-    _replace(folder, "models/countries.sql", "count(*)", "{{ counted('*') }}")
-    return Failure("model.shop.countries", "error")
-
-
-def error_in_jinja(folder: Path) -> Failure:
-    """A model's Jinja raises an error at run time, when dbt has parsed all."""
-    raising = "{% if execute %}{{ exceptions.raise_compiler_error('Not today') }}{% endif %}"
-    _replace(folder, "models/countries.sql", "count(*)", f"{raising}count(*)")
-    return Failure("model.shop.countries", "error")
-
-
-def broken_jinja(folder: Path) -> Failure:
-    """A model's Jinja has no end: dbt cannot parse the project."""
-    _replace(folder, "models/countries.sql", "count(*)", "{{ count(*)")
-    return Failure(None, "")
-
-
-def unknown_model(folder: Path) -> Failure:
-    """A model reads a model that is not there: dbt cannot make the graph."""
-    _replace(folder, "models/countries.sql", "ref('clean_customers')", "ref('clean_clients')")
-    return Failure(None, "")
-
-
-def failing_pre_hook(folder: Path) -> Failure:
-    """A model's own hook fails before it."""
-    _replace(folder, "models/paid_orders.sql", "select 1 as before", "select colour")
-    return Failure("model.shop.paid_orders", "error")
-
-
-def contract_violation(folder: Path) -> Failure:
-    """A model's column has another type than its contract says."""
-    _replace(folder, "models/customer_totals.sql", "::integer as total", "::text as total")
-    return Failure("model.shop.customer_totals", "error")
-
-
-def broken_constraint(folder: Path) -> Failure:
-    """A model's rows break a constraint of its contract."""
-    _replace(folder, "models/customer_totals.sql", "select customers.id,", "select nullif(customers.id, 4) as id,")
-    return Failure("model.shop.customer_totals", "error")
-
-
-def failing_data_test(folder: Path) -> Failure:
-    """A generic test finds rows."""
-    _replace(folder, "models/models.yml", "values: [gold, silver]", "values: [gold]")
-    return Failure("test.shop.accepted_values_clean_customers_tier__gold.332332f11b", "fail")
-
-
-def failing_singular_test(folder: Path) -> Failure:
-    """A singular test finds rows."""
-    _replace(folder, "tests/totals_add_up.sql", "<>", "=")
-    return Failure("test.shop.totals_add_up", "fail")
-
-
-def erroring_test(folder: Path) -> Failure:
-    """A singular test is no SQL that the database understands."""
-    _replace(folder, "tests/totals_add_up.sql", "sum(total)", "sum(colour)")
-    return Failure("test.shop.totals_add_up", "error")
-
-
-def failing_unit_test(folder: Path) -> Failure:
-    """A unit test expects something else."""
-    _replace(folder, "models/unit_tests.yml", "total: 7", "total: 8")
-    return Failure("unit_test.shop.customer_totals.unpaid_is_zero", "fail")
-
-
-def erroring_unit_test(folder: Path) -> Failure:
-    """A unit test gives rows with a column that is not there."""
-    _replace(folder, "models/unit_tests.yml", "{customer_id: 1, amount: 3}", "{customer_id: 1, colour: 3}")
-    return Failure("unit_test.shop.customer_totals.unpaid_is_zero", "error")
-
-
-def failing_snapshot(folder: Path) -> Failure:
-    """A snapshot selects a column that is not there."""
-    _replace(folder, "snapshots/customer_history.sql", "select id,", "select id, colour,")
-    return Failure("snapshot.shop.customer_history", "error")
-
-
-def failing_snapshot_by_yaml(folder: Path) -> Failure:
-    """A snapshot has a key that is not there."""
-    _replace(folder, "snapshots/snapshots.yml", "unique_key: id", "unique_key: colour")
-    return Failure("snapshot.shop.order_history", "error")
-
-
-def bad_seed(folder: Path) -> Failure:
-    """A seed has a word in a column of numbers."""
-    _replace(folder, "seeds/orders.csv", "5,4,8,", "5,4,eight,")
-    return Failure("seed.shop.orders", "error")
-
-
-def failing_function(folder: Path) -> Failure:
-    """A function's SQL reads an argument that it does not have."""
-    _replace(folder, "functions/doubled.sql", "amount * 2", "colour * 2")
-    return Failure("function.shop.doubled", "error")
-
-
-def failing_start(folder: Path) -> Failure:
-    """An on-run-start hook fails."""
-    _replace(folder, "dbt_project.yml", "select 1 as started", "select started")
-    return Failure("operation.shop.shop-on-run-start-1", "error")
-
-
-def failing_end(folder: Path) -> Failure:
-    """An on-run-end hook fails when all nodes are done."""
-    _replace(folder, "dbt_project.yml", "select 1 as ended", "select ended")
-    return Failure("operation.shop.shop-on-run-end-1", "error")
-
-
-def stale_source(folder: Path) -> Failure:
-    """A source's rows are nine days old; only `dbt source freshness` looks."""
-    _replace(folder, "models/sources.yml", ": loaded_at\n", ": loaded_at - interval '9 days'\n")
-    return Failure("source.shop.raw.visits", "error", ("source", "freshness"))
-
-
-def unreadable_source(folder: Path) -> Failure:
-    """A source's freshness reads a column that is not there: sources.json leaves such a source out."""
-    _replace(folder, "models/sources.yml", "loaded_at_field: loaded_at", "loaded_at_field: colour")
-    return Failure("source.shop.raw.visits", "runtime error", ("source", "freshness"), recorded=False)
-
-
-def failing_operation(folder: Path) -> Failure:
-    """The macro of `dbt run-operation greet` fails."""
-    _replace(folder, "macros/greet.sql", "select 1 as greeted", "select greeted")
-    return Failure("macro.shop.greet", "error", ("run-operation", "greet"))
-
-
-FAULTS: Mapping[str, Callable[[Path], Failure]] = {
-    fault.__name__: fault
-    for fault in (
-        missing_column,
-        missing_column_in_a_view,
-        missing_column_in_an_ephemeral,
-        missing_column_in_an_incremental,
-        missing_column_in_a_materialized_view,
-        division_by_zero,
-        failing_batch,
-        failing_batches,
-        undefined_macro,
-        error_in_jinja,
-        broken_jinja,
-        unknown_model,
-        failing_pre_hook,
-        contract_violation,
-        broken_constraint,
-        failing_data_test,
-        failing_singular_test,
-        erroring_test,
-        failing_unit_test,
-        erroring_unit_test,
-        failing_snapshot,
-        failing_snapshot_by_yaml,
-        bad_seed,
-        failing_function,
-        failing_start,
-        failing_end,
-        stale_source,
-        unreadable_source,
-        failing_operation,
+def small(folder: Path) -> Path:
+    """Write a project of three models: a table, a view of the table, and one that neither reads; its folder."""
+    return _write(
+        folder,
+        {
+            "dbt_project.yml": _project_file("small"),
+            "models/one.sql": "{{ config(materialized='table') }}\nselect 1 as id",
+            "models/two.sql": "select * from {{ ref('one') }}",
+            "models/three.sql": "select 3 as id",
+        },
     )
-}
-"""The faults of `every_kind` by name: each edits the project in a folder and says what fails then."""
 
 
 # --- projects of a given size ------------------------------------------------------------------

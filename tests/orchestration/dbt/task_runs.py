@@ -62,7 +62,7 @@ class Server:
             done = [task for task in found.values() if task["state_type"] in ENDED]
             return found if len(done) == count else {}
 
-        found: dict[str, Object] = wait_until(recorded, f"{count} task runs", 60)
+        found: dict[str, Object] = wait_until(recorded, f"{count} task runs", 240)
         return found
 
     def logs(self, run: str) -> list[Object]:

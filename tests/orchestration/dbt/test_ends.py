@@ -1,19 +1,47 @@
-"""A run that is killed, terminated or cancelled: its SQL ends with it, and another attempt goes on from there."""
+"""A run that is killed, terminated or cancelled: its SQL ends with it, and another attempt goes on from there.
 
-import os
+What ends it does so while a model's statement executes. `make dbt-ends` ends runs at moments of the clock.
+"""
+
 import random
 import signal
 from pathlib import Path
+from typing import NamedTuple
 
+import psutil
 import pytest
 
-from orchestration.dbt import DbtProject
 from tests.long import dbt_ends
+from tests.orchestration.dbt.conftest import LONG, Built
 from tests.orchestration.dbt.projects import hold, tables
 from tests.orchestration.dbt.task_runs import Server, busy, execute, results_of, start
 from tests.parts import Query, wait_until
 
-HELD = "model.shop.countries"
+MODELS = (
+    "clean_visits", "customer_totals", "order_log", "paid_orders", "revenue_by_day", "tier_names_v2", "yearly_orders",
+)  # fmt: skip
+"""One of each materialization, and some that others wait for."""
+
+ROUNDS = 10 if LONG else 1
+
+
+class Held(NamedTuple):
+    """The project with a model, another one each time, that takes longer than a test waits for its end."""
+
+    folder: Path
+    model: str
+
+    def let_go(self) -> None:
+        """Have the model take as long as it does."""
+        hold(self.folder, self.model, 0)
+
+
+@pytest.fixture
+def held(shop: Path) -> Held:
+    """That project."""
+    model = random.SystemRandom().choice(MODELS)
+    hold(shop, model, 1200)
+    return Held(shop, model)
 
 
 def _sleeps(query: Query) -> bool:
@@ -24,82 +52,86 @@ def _sleeps(query: Query) -> bool:
     )
 
 
-def _done(server: Server, run: str) -> list[str]:
-    return [task["task_key"] for task in server.get("task_runs", run) if task["state_type"] == "COMPLETED"]
+def _reached(held: Held, server: Server, run: str, query: Query) -> list[str]:
+    """The nodes that are done, hooks apart, when the model's statement executes."""
+    wait_until(lambda: _sleeps(query), f"the statement of {held.model}", 240)
+
+    def done() -> list[str]:
+        completed = [task for task in server.get("task_runs", run) if task["state_type"] == "COMPLETED"]
+        return [task["task_key"] for task in completed if "operation" not in task["tags"] and "dbt" in task["tags"]]
+
+    found: list[str] = wait_until(done, "what is done", 240)
+    assert _sleeps(query), held
+    return found
 
 
-def _state_of(node: str, server: Server, run: str) -> str:
-    # A server reads what tasks tell it with a delay: at first it may not know the task.
-    return next((str(task["state_name"]) for task in server.get("task_runs", run) if task["task_key"] == node), "")
+def _ends(held: Held, query: Query) -> None:
+    wait_until(lambda: busy(query) == 0, f"the end of the SQL of {held.model}", 240)
 
 
-@pytest.fixture
-def held(shop: Path) -> Path:
-    """The project with a model that takes a minute."""
-    hold(shop, "countries", 60)
-    return shop
+def _state_is(state: str, held: Held, server: Server, run: str) -> None:
+    def found() -> bool:
+        # A server reads what tasks tell it with a delay: at first it may not know the task.
+        tasks = {task["name"].replace(".v", "_v"): task["state_name"] for task in server.get("task_runs", run)}
+        return tasks.get(held.model) == state
+
+    wait_until(found, f"{held.model} to be {state}", 240)
 
 
-def _goes_on(shop: Path, query: Query, project: DbtProject, done: list[str]) -> None:
+def _goes_on(held: Held, built: Built, query: Query, done: list[str]) -> None:
     """What the attempt after that built: nothing twice, and the same in the end as an undisturbed run."""
-    assert not set(done) & {node for node in results_of(shop) if not node.startswith("operation.")}
-    resumed = tables(query)
-    # An append-only log has another row after each build, so that the comparison begins from nothing.
-    query("drop schema if exists analytics cascade")
-    project.build()
-    assert resumed == tables(query)
+    assert not set(done) & results_of(held.folder).keys(), held
+    assert tables(query) == built.tables, held
 
 
-@pytest.mark.parametrize(
-    ("how", "flow"), [(signal.SIGKILL, "daily"), (signal.SIGTERM, "daily"), (signal.SIGTERM, "beside")]
-)
-def test_a_run_that_is_ended_half_way_goes_on_from_there(
-    how: signal.Signals, flow: str, held: Path, prefect_server: str, server: Server, query: Query, project: DbtProject
+@pytest.mark.parametrize("flow", ["daily", "beside"])
+def test_a_run_that_is_terminated_ends_its_sql(
+    flow: str, held: Held, prefect_server: str, server: Server, query: Query
 ) -> None:
-    process, run = start(held, prefect_server, flow)
-    wait_until(lambda: _sleeps(query), "the model", 90)
-    done = wait_until(lambda: _done(server, run), "what is done", 30)
-    process.send_signal(how)
-    wait_until(lambda: busy(query) == 0, "the end of its SQL", 15)
-    process.communicate(timeout=30)
-    if how == signal.SIGTERM:
-        wait_until(lambda: _state_of(HELD, server, run) == "Crashed", "the model's state", 10)
-        assert server.state(run)["type"] == "CRASHED"
-    if flow == "daily":
-        hold(held, "countries", 0)
-        again, _ = start(held, prefect_server, "daily", run)
-        again.communicate(timeout=120)
-        assert again.returncode == 0
-        _goes_on(held, query, project, done)
+    process, run = start(held.folder, prefect_server, flow)
+    _reached(held, server, run, query)
+    process.terminate()
+    _ends(held, query)
+    process.communicate(timeout=240)
+    _state_is("Crashed", held, server, run)
+    assert server.state(run)["type"] == "CRASHED"
 
 
+@pytest.mark.parametrize("number", range(ROUNDS))
+def test_a_run_that_is_killed_goes_on_from_there(
+    number: int, built: Built, held: Held, prefect_server: str, server: Server, query: Query
+) -> None:
+    process, run = start(held.folder, prefect_server, "daily")
+    done = _reached(held, server, run, query)
+    [dbt] = psutil.Process(process.pid).children()
+    process.kill()
+    process.communicate(timeout=240)
+    assert process.returncode == -signal.SIGKILL
+    _ends(held, query)
+    wait_until(lambda: not dbt.is_running(), "the end of dbt", 240)
+
+    held.let_go()
+    again, _ = start(held.folder, prefect_server, "daily", run)
+    again.communicate(timeout=480)
+    assert again.returncode == 0, held
+    _goes_on(held, built, query, done)
+
+
+@pytest.mark.parametrize("number", range(ROUNDS))
 def test_a_run_that_is_cancelled_ends_its_sql_and_may_be_retried(
-    held: Path, prefect_server: str, server: Server, query: Query, project: DbtProject
+    number: int, built: Built, held: Held, prefect_server: str, server: Server, query: Query
 ) -> None:
-    run = server.start(dbt_ends.deploy(held, prefect_server))
-    process = execute(held, prefect_server, run)
-    wait_until(lambda: _sleeps(query), "the model", 90)
-    done = wait_until(lambda: _done(server, run), "what is done", 30)
+    run = server.start(dbt_ends.deploy(held.folder, prefect_server))
+    process = execute(held.folder, prefect_server, run)
+    done = _reached(held, server, run, query)
     server.set_state(run, "CANCELLING", "Cancelling")
-    wait_until(lambda: busy(query) == 0, "the end of its SQL", 15)
-    wait_until(lambda: server.state(run)["type"] == "CANCELLED", "the flow run's state", 30)
-    process.wait(60)
-    wait_until(lambda: _state_of(HELD, server, run) == "Cancelled", "the model's state", 10)
+    _ends(held, query)
+    wait_until(lambda: server.state(run)["type"] == "CANCELLED", "the flow run's state", 240)
+    process.wait(240)
+    _state_is("Cancelled", held, server, run)
 
-    hold(held, "countries", 0)
+    held.let_go()
     server.set_state(run, "SCHEDULED", "AwaitingRetry")
-    assert execute(held, prefect_server, run).wait(120) == 0
+    assert execute(held.folder, prefect_server, run).wait(480) == 0, held
     assert server.state(run)["type"] == "COMPLETED"
-    _goes_on(held, query, project, done)
-
-
-def test_runs_that_end_at_random_moments_leave_what_an_undisturbed_one_leaves(
-    postgres: str, prefect_server: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One of each here; `make test-long FOR=dbt-ends` ends twenty, on a machine that does nothing else."""
-    monkeypatch.setattr(dbt_ends, "PROMPT", 15.0)
-    chance = random.Random(os.getpid())  # noqa: S311 - moments, no secret
-    undisturbed = dbt_ends.Undisturbed.measure(postgres, prefect_server, tmp_path)
-    for way in dbt_ends.WAYS:
-        outcome = dbt_ends.end_at_random(way, postgres, prefect_server, server, undisturbed, tmp_path, chance)
-        assert outcome.right, outcome
+    _goes_on(held, built, query, done)

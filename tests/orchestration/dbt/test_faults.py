@@ -13,8 +13,9 @@ from prefect import flow
 from orchestration import warehouse
 from orchestration.dbt import DbtProject, DbtResult
 from orchestration.errors import DbtError
-from tests.orchestration.dbt.projects import FAULTS, every_kind, fast, hold
-from tests.orchestration.dbt.task_runs import Object, Server, build_beside, results_of
+from tests.orchestration.dbt.conftest import use
+from tests.orchestration.dbt.projects import hold, replace, small
+from tests.orchestration.dbt.task_runs import Server, build_beside, results_of
 from tests.parts import Query, embedded_postgres, rows_of, settings_of, wait_until
 
 SLEEPING = "query ~ 'pg_sleep' and state = 'active' and pid <> pg_backend_pid()"
@@ -26,8 +27,10 @@ def _statuses(result: DbtResult) -> dict[str, str]:
 
 def test_warn_error_makes_failures_of_warnings_as_dbt_does(project: DbtProject, shop: Path) -> None:
     options = '{"include": ["LogTestResult"]}'
-    result = project.build(flags=["--warn-error-options", options], check=False)
+    flags = ["--warn-error-options", options, "--indirect-selection", "cautious"]
+    result = project.build(select="customers clean_customers", flags=flags, check=False)
     assert _statuses(result) == results_of(shop)
+    assert [node.name for node in result.failed] == ["only_germans"]
     (shop / "models" / "orphans.yml").write_text("version: 2\nmodels: [{name: nobody, description: not there}]\n")
     with pytest.raises(DbtError, match=r"dbt build could not start .*Nothing was built"):
         project.build(flags=["--warn-error"])
@@ -35,7 +38,7 @@ def test_warn_error_makes_failures_of_warnings_as_dbt_does(project: DbtProject, 
 
 def test_fail_fast_stops_as_dbt_does(project: DbtProject, shop: Path, server: Server) -> None:
     """What never ran is there, and says so."""
-    FAULTS["bad_seed"](shop)
+    replace(shop, "seeds/orders.csv", "5,4,8,", "5,4,eight,")
     results: list[DbtResult] = []
 
     @flow
@@ -55,16 +58,16 @@ def test_fail_fast_stops_as_dbt_does(project: DbtProject, shop: Path, server: Se
     assert skipped == {node for node, status in _statuses(results[0]).items() if status == "skipped"}
 
 
-def test_a_profile_that_is_not_there(shop: Path) -> None:
+def test_a_profile_that_is_not_there(folder: Path) -> None:
     with pytest.raises(DbtError, match=r"could not start .*Could not find profile named 'nowhere'.*Nothing was built"):
-        DbtProject(shop, profile="nowhere", environment=warehouse.environment).build()
+        use(folder, profile="nowhere").build()
 
 
-def test_an_option_that_is_not_there(project: DbtProject) -> None:
+def test_an_option_that_is_not_there(small_project: DbtProject) -> None:
     with pytest.raises(TypeError, match=r"There is no option selct; there are: select, exclude"):
-        project.build(selct="days")  # type: ignore[call-arg]
+        small_project.build(selct="days")  # type: ignore[call-arg]
     with pytest.raises(DbtError, match=r"dbt seed could not start .*No such option '--nowhere'"):
-        project.seed(flags=["--nowhere"])
+        small_project.seed(flags=["--nowhere"])
 
 
 @pytest.fixture
@@ -81,34 +84,23 @@ def guest(postgres: str, query: Query) -> Iterator[dict[str, str]]:
     query("drop role guest")
 
 
-def test_a_wrong_password(shop: Path, guest: dict[str, str]) -> None:
+def test_a_wrong_password(folder: Path, guest: dict[str, str]) -> None:
     with pytest.raises(DbtError, match='password authentication failed for user "guest"') as raised:
-        DbtProject(shop, environment=lambda: guest).build()
+        DbtProject(folder, environment=lambda: guest).build()
     assert "letmein" not in str(raised.value)
 
 
-def test_a_compile_error_shows_file_line_and_text(project: DbtProject, shop: Path) -> None:
-    FAULTS["broken_jinja"](shop)
-    with pytest.raises(DbtError) as raised:
-        project.build()
-    message = str(raised.value)
-    assert "models/countries.sql" in message
-    assert "line 2" in message
-    assert "select country, {{ count(*)" in message
-
-
-def test_a_connection_that_breaks_is_tried_again(shop: Path, query: Query, server: Server) -> None:
+def test_a_connection_that_breaks_is_tried_again(folder: Path, query: Query, server: Server) -> None:
     """The node alone, and what is behind it after it; never the whole run."""
-    project = DbtProject(shop, environment=warehouse.environment, retries=1, retry_delay_seconds=0.5)
-    hold(shop, "countries", 30)
+    project = use(folder, retries=1, retry_delay_seconds=0.5)
+    hold(folder, "one", 1200)
     # Only the first attempt waits.
-    (file,) = (shop / "models").rglob("countries.sql")
-    file.write_text(file.read_text().replace("pg_sleep(30)", "pg_sleep(30) where nextval('public.attempts') = 1"))
+    replace(folder, "models/one.sql", "pg_sleep(1200)", "pg_sleep(1200) where nextval('public.attempts') = 1")
     query("create sequence public.attempts")
 
     def break_it() -> None:
         wait_until(
-            lambda: query(f"select pg_terminate_backend(pid) from pg_stat_activity where {SLEEPING}"), "the model", 60
+            lambda: query(f"select pg_terminate_backend(pid) from pg_stat_activity where {SLEEPING}"), "the model", 240
         )
 
     breaker = threading.Thread(target=break_it)
@@ -116,62 +108,62 @@ def test_a_connection_that_breaks_is_tried_again(shop: Path, query: Query, serve
 
     @flow
     def daily() -> None:
-        project.build(select="+countries", flags=["--indirect-selection", "buildable"])
+        project.build()
 
     state = daily(return_state=True)
     breaker.join()
     assert state.is_completed(), state.message
     run = server.run(state)
 
-    def again() -> Object | None:
-        found = [task for task in server.get("task_runs", run) if task["task_key"] == "model.shop.countries"]
-        return next((task for task in found if task["run_count"] == 2), None)
-
-    task = wait_until(again, "the second attempt to be recorded")
+    task = server.nodes(run, 3)["model.small.one"]
+    attempts = {node: each["run_count"] for node, each in server.nodes(run, 3).items()}
+    assert attempts == {"model.small.one": 2, "model.small.two": 1, "model.small.three": 1}
     lines = [line["message"] for line in server.logs(run) if line["task_run_id"] == task["id"]]
     assert any("Another attempt in 0.5 s." in line for line in lines)
 
 
-def test_a_database_that_is_gone_in_mid_run(tmp_path: Path) -> None:
+def test_a_database_that_is_gone_in_mid_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     with embedded_postgres(tmp_path / "own") as url, settings_of(WAREHOUSE_URL=url):
-        shop = every_kind(tmp_path / "shop")
-        hold(shop, "countries", 60)
+        folder = small(tmp_path / "small")
+        hold(folder, "one", 1200)
         data = Path(rows_of(url, "show data_directory")[0][0])
         environment = warehouse.environment()
-        project = DbtProject(shop, environment=lambda: environment, retries=1, retry_delay_seconds=0.2)
+        project = DbtProject(folder, environment=lambda: environment, retries=1, retry_delay_seconds=0.2)
 
         thread, caught = build_beside(project)
-        wait_until(lambda: rows_of(url, f"select 1 from pg_stat_activity where {SLEEPING}"), "the model", 60)
+        wait_until(lambda: rows_of(url, f"select 1 from pg_stat_activity where {SLEEPING}"), "the model", 240)
+        wait_until(lambda: "OK created sql view model analytics.three" in caplog.text, "the model beside it", 240)
         os.kill(int((data / "postmaster.pid").read_text().splitlines()[0]), signal.SIGQUIT)
-        thread.join(60)
+        thread.join(240)
         assert not thread.is_alive()
         [error] = caught
         assert "Correct the cause and run again" in str(error)
         assert error.result
-        assert "countries" in [node.name for node in error.result.failed]
-        assert "customers" in [node.name for node in error.result.built]
+        assert [node.name for node in error.result.failed] == ["one"]
+        assert [node.name for node in error.result.skipped] == ["two"]
+        assert [node.name for node in error.result.built] == ["three"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a disk that is full")
-def test_a_disk_that_is_full(tmp_path: Path, database: str, query: Query) -> None:
-    shop = fast(tmp_path / "fast", 20)
-    (shop / "target").mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "none", shop / "target"], check=True)
+def test_a_disk_that_is_full(folder: Path, query: Query) -> None:
+    target = folder / "target"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "none", target], check=True)
     try:
         with pytest.raises(DbtError, match="No space left on device"):
-            DbtProject(shop, environment=warehouse.environment, artifacts=str(tmp_path / "kept")).build()
+            use(folder).build()
         assert not query("select 1 from pg_stat_activity where datname = current_database() and xact_start is not null"
                          " and pid <> pg_backend_pid()")  # fmt: skip
     finally:
-        subprocess.run(["umount", shop / "target"], check=True)
-    assert not DbtProject(shop, environment=warehouse.environment).build().failed
+        subprocess.run(["umount", target], check=True)
+    assert not use(folder).build().failed
 
 
 def test_artifacts_that_cannot_be_stored_are_said_and_disturb_nothing(
-    shop: Path, caplog: pytest.LogCaptureFixture
+    folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with settings_of(DBT_ARTIFACTS_URL="file:///dev/full/kept"):
-        result = DbtProject(shop, environment=warehouse.environment).build(select="days")
+        result = DbtProject(folder, environment=warehouse.environment).build(select="three")
     assert not result.failed
     assert result.stored == ""
     assert "The artifacts of this run could not be stored" in caplog.text

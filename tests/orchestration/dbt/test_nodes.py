@@ -1,19 +1,23 @@
 """Each node of a dbt command is a task run: on a real server, compared with what dbt itself wrote."""
 
+import functools
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 from prefect import flow
 
 from orchestration import warehouse
-from orchestration.dbt import DbtProject
+from orchestration.dbt import DbtProject, DbtResult
 from orchestration.dbt.mirror import STATES
 from orchestration.errors import DbtError
-from tests.orchestration.dbt.projects import FAULTS, NODES
+from tests.orchestration.dbt.conftest import DATABASE, Built, use
+from tests.orchestration.dbt.projects import FAULTS, NODES, command_line, tables
 from tests.orchestration.dbt.task_runs import Object, Server, results_of
-from tests.parts import Query, wait_until
+from tests.parts import Query, new_database, rows_of, wait_until
 
 
 def _assert_as_dbt_says(tasks: dict[str, Object], results: dict[str, str]) -> None:
@@ -21,14 +25,10 @@ def _assert_as_dbt_says(tasks: dict[str, Object], results: dict[str, str]) -> No
     assert states == {node: STATES[status] for node, status in results.items()}
 
 
-def test_every_kind_of_node_is_a_task_run(project: DbtProject, shop: Path, server: Server) -> None:
-    @flow
-    def daily() -> None:
-        project.build()
-
-    run = server.run(daily(return_state=True))
+def test_every_kind_of_node_is_a_task_run(built: Built, server: Server) -> None:
+    run = built.run
     tasks = server.nodes(run, NODES)
-    _assert_as_dbt_says(tasks, results_of(shop))
+    _assert_as_dbt_says(tasks, built.results)
 
     names = {task["name"] for task in tasks.values()}
     assert {"clean_orders", "unit test · customer_totals.unpaid_is_zero", "unique · order_log.id"} <= names
@@ -52,44 +52,89 @@ def test_every_kind_of_node_is_a_task_run(project: DbtProject, shop: Path, serve
     assert artifacts["dbt-build-threads"]["data"].startswith("data:image/svg+xml;base64,")
 
 
-@pytest.mark.parametrize(
-    "fault",
-    ["missing_column", "undefined_macro", "failing_data_test", "failing_unit_test", "failing_batch", "failing_end"],
-)
-def test_a_failure_and_what_it_keeps_from_running(fault: str, project: DbtProject, shop: Path, server: Server) -> None:
-    failure = FAULTS[fault](shop)
-    assert failure.node
+class Broken(NamedTuple):
+    """A build that met all of `FAULTS`, in a flow, the next one after a build without a failure."""
+
+    folder: Path
+    run: str
+    """The flow run's id."""
+    state: Any
+    """The flow run's state."""
+    result: DbtResult
+    results: dict[str, str]
+    """dbt's statuses, as dbt wrote them."""
+    tables: dict[str, Any]
+    """The rows that it left."""
+
+
+@pytest.fixture(scope="module")
+def broken(built: Built, postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Broken:
+    """That build."""
+    folder = shutil.copytree(built.folder, tmp_path_factory.mktemp("broken") / "shop")
+    shutil.copytree(f"{built.folder}.kept", f"{folder}.kept")
+    for fault in FAULTS.values():
+        fault.inject(folder)
+    (folder / "models" / "added.sql").write_text("select 1 as id")
 
     @flow
     def daily() -> None:
-        project.build()
+        use(folder).build()
 
-    state = daily(return_state=True)
-    assert state.is_failed()
-    results = results_of(shop)
-    tasks = server.nodes(server.run(state), len(results))
-    _assert_as_dbt_says(tasks, results)
-    assert results[failure.node] == failure.status
-    skipped = [tasks[node] for node, status in results.items() if status == "skipped"]
-    title = tasks[failure.node]["name"]
-    assert all(task["state"]["message"].startswith(f"Skipped, because {title} ") for task in skipped)
+    with new_database(postgres, DATABASE) as url:
+        state = daily(return_state=True)
+        error = state.result(raise_on_failure=False)
+        assert isinstance(error, DbtError)
+        assert error.result
+        left = tables(functools.partial(rows_of, url))
+    return Broken(folder, Server.run(state), state, error.result, results_of(folder), left)
 
 
-def test_a_failing_test_shows_its_sql_and_rows(project: DbtProject, shop: Path, server: Server) -> None:
-    failure = FAULTS["failing_data_test"](shop)
-    assert failure.node
+def test_nodes_fail_as_on_dbts_command_line(broken: Broken, database: str, query: Query) -> None:
+    _, expected = command_line(broken.folder, "build", environment=warehouse.environment())
+    assert broken.results == expected
+    assert {node.id: node.status for node in broken.result.nodes} == expected
+    failed = {node.id: node.status for node in broken.result.failed}
+    assert failed == {fault.node: fault.status for fault in FAULTS.values()}
+    assert broken.tables == tables(query)
 
-    @flow
-    def daily() -> None:
-        project.build()
 
-    run = server.run(daily(return_state=True))
-    task = server.nodes(run, len(results_of(shop)))[failure.node]
-    lines = [line["message"] for line in server.logs(run) if line["task_run_id"] == task["id"]]
-    [shown] = [line for line in lines if "Rows that it found" in line]
-    assert "select" in shown
-    assert "where value_field not in" in shown
-    assert "```sql" in server.artifacts(run)["dbt-build"]["data"]
+def test_a_failure_and_what_it_keeps_from_running(broken: Broken, server: Server) -> None:
+    assert broken.state.is_failed()
+    tasks = server.nodes(broken.run, len(broken.results))
+    _assert_as_dbt_says(tasks, broken.results)
+    because = {task["name"]: task["state"]["message"] for task in tasks.values() if task["state_name"] == "Skipped"}
+    assert because == {
+        "large_countries": "Skipped, because countries failed.",
+        "tier_titles": "Skipped, because unique · tier_names.tier did not pass.",
+        "visits_by_customer": "Skipped, because unit test · visits_by_customer.visits_are_counted did not pass.",
+        "doubled_amounts": "Skipped, because doubled failed.",
+    }
+
+
+def test_a_failing_test_shows_its_sql_and_rows(broken: Broken, server: Server) -> None:
+    tasks = server.nodes(broken.run, len(broken.results))
+
+    def shown(fault: str) -> str:
+        task = tasks[FAULTS[fault].node]["id"]
+        lines = [line["message"] for line in server.logs(broken.run) if line["task_run_id"] == task]
+        [found] = [line for line in lines if "Rows that it found" in line]
+        return str(found)
+
+    assert "having count(*) > 1" in shown("data test")
+    assert "unique_field  n_records\ngold          2" in shown("data test")
+    assert shown("singular test").endswith("(at most 10 shown):\n\ndifferent\n" + "\n".join(map(str, range(1, 11))))
+    assert "```sql" in server.artifacts(broken.run)["dbt-build"]["data"]
+
+
+def test_the_summary_says_what_changed(broken: Broken, built: Built, server: Server) -> None:
+    def summary(run: str) -> str:
+        [found] = [line["message"] for line in server.logs(run) if "critical path" in line["message"]]
+        return str(found)
+
+    assert "since before" not in summary(built.run)
+    assert "since before   new: added" in summary(broken.run)
+    [fails] = [line for line in summary(broken.run).splitlines() if "since before   fails now: " in line]
+    assert fails.endswith(f" and {len(FAULTS) - 5} more")
 
 
 def test_another_attempt_does_only_what_is_left(project: DbtProject, shop: Path, server: Server) -> None:
@@ -121,61 +166,65 @@ def test_another_attempt_does_only_what_is_left(project: DbtProject, shop: Path,
         return {task["task_key"] for task in tasks if task["state_name"] == "Cached"}
 
     # Each has an end since the first attempt, so that these do not tell whether the second one's are recorded.
-    wait_until(lambda: cached() == expected, "the nodes that were reused", 30)
+    wait_until(lambda: cached() == expected, "the nodes that were reused", 240)
 
 
-def test_what_is_built_is_an_asset_with_its_lineage(project: DbtProject, shop: Path, server: Server) -> None:
-    FAULTS["missing_column"](shop)
+def test_another_attempt_with_other_inputs_does_all_of_it(small_project: DbtProject, folder: Path) -> None:
+    results: list[DbtResult] = []
 
-    @flow
+    @flow(retries=1)
     def daily() -> None:
-        project.build()
+        results.append(small_project.build(inputs=f"load {len(results)}"))
+        assert len(results) == 2
 
-    run = server.run(daily(return_state=True))
-    address = "postgres://{}/analytics/{}".format
-    database = warehouse.environment()["PGDATABASE"]
+    assert daily(return_state=True).is_completed()
+    assert [len(result.reused) for result in results] == [0, 0]
+
+
+def test_what_is_built_is_an_asset_with_its_lineage(broken: Broken, server: Server) -> None:
+    address = f"postgres://{DATABASE}/analytics/{{}}".format
+    at_work = {
+        node
+        for node, status in broken.results.items()
+        if node.startswith(("model.", "seed.", "snapshot.")) and status in ("success", "error")
+    }
 
     def told() -> list[Object]:
         """The server's events, all of them: it writes down what it is sent some time later."""
-        events = server.events(run, "prefect.asset.")
+        events = server.events(broken.run, "prefect.asset.")
         ends = [event for event in events if "referenced" not in event["event"]]
         return events if len(ends) == len(at_work) else []
 
-    at_work = {
-        node
-        for node, status in results_of(shop).items()
-        if node.startswith(("model.", "seed.", "snapshot.")) and status != "skipped"
-    }
-    events = wait_until(told, f"events of {len(at_work)} assets", 30)
+    events = wait_until(told, f"events of {len(at_work)} assets", 240)
     built = {event["resource"]["prefect.resource.id"]: event for event in events if "succeeded" in event["event"]}
-    failed = [event["resource"]["prefect.resource.id"] for event in events if "failed" in event["event"]]
+    failed = {event["resource"]["prefect.resource.id"] for event in events if "failed" in event["event"]}
     seen = {event["resource"]["prefect.resource.id"] for event in events if "referenced" in event["event"]}
-    assert failed == [address(database, "countries")]
-    totals = built[address(database, "customer_totals")]
+    assert failed == {address("countries"), address("german_names"), address("customer_history")}
+    totals = built[address("customer_totals")]
     above = {each["prefect.resource.id"] for each in totals["related"] if each["prefect.resource.role"] == "asset"}
-    assert above == {address(database, "clean_customers"), address(database, "paid_orders")}
-    assert address(database, "visits") in seen  # a source
+    assert above == {address("clean_customers"), address("paid_orders")}
+    assert address("visits") in seen  # a source
 
 
-def test_packages_and_a_profile_of_the_users_own(shop: Path, tmp_path: Path, query: Query) -> None:
+def test_packages_and_a_profile_of_the_users_own(folder: Path, tmp_path: Path, query: Query) -> None:
     package = tmp_path / "package"
     (package / "models").mkdir(parents=True)
     (package / "dbt_project.yml").write_text("name: extra\nversion: '1.0'\n")
     (package / "models" / "from_package.sql").write_text("select 1 as id")
-    (shop / "packages.yml").write_text("packages: [{local: ../package}]\n")
+    (folder / "packages.yml").write_text("packages: [{local: ../package}]\n")
     (tmp_path / "profiles").mkdir()
-    profiles = (shop / "profiles.yml").read_text().replace("warehouse:\n  target: dev", "mine:\n  target: dev")
+    profiles = (folder / "profiles.yml").read_text().replace("warehouse:\n  target: dev", "mine:\n  target: dev")
     (tmp_path / "profiles" / "profiles.yml").write_text(profiles.replace("    dev:", "    nightly:"))
-    (shop / "profiles.yml").unlink()
+    (folder / "profiles.yml").unlink()
     own = DbtProject(
-        shop, profile="mine", target="nightly", profiles_dir=tmp_path / "profiles", environment=warehouse.environment,
+        folder, profile="mine", target="nightly", profiles_dir=tmp_path / "profiles", environment=warehouse.environment,
         artifacts=str(tmp_path / "kept"),
     )  # fmt: skip
     with pytest.raises(DbtError, match="dbt deps"):
         own.build(select="from_package")
     dbt = str(Path(sys.executable).parent / "dbt")
     deps = [dbt, "deps", "--profiles-dir", str(tmp_path / "profiles"), "--profile", "mine"]
-    subprocess.run(deps, cwd=shop, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(deps, cwd=folder, check=True, stdout=subprocess.DEVNULL)
     built = own.build(select="package:extra").built
     assert [node.id for node in built] == ["model.extra.from_package"]
     assert query("select id from analytics.from_package") == [(1,)]

@@ -1,7 +1,6 @@
 """dbt as a child process: what comes back, and what becomes of it when something dies."""
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -13,54 +12,53 @@ import psutil
 import pytest
 
 from orchestration import warehouse
-from orchestration.dbt import DbtProject
+from orchestration.dbt import DbtProject, DbtResult, Node
 from orchestration.dbt.process import CHILD
 from orchestration.errors import DbtError
+from tests.orchestration.dbt.conftest import use
+from tests.orchestration.dbt.projects import hold, replace, small
 from tests.orchestration.dbt.task_runs import build_beside
 from tests.parts import Query, wait_until
-
-PROFILE = (Path(__file__).parents[3] / "flows" / "warehouse" / "profiles.yml").read_text()
-
-
-@pytest.fixture
-def folder(tmp_path: Path, database: str) -> Path:
-    """A small dbt project on the test's database."""
-    project = tmp_path / "project"
-    (project / "models").mkdir(parents=True)
-    (project / "profiles.yml").write_text(PROFILE)
-    (project / "dbt_project.yml").write_text(
-        "name: small\nversion: '1.0'\nprofile: warehouse\nflags: {send_anonymous_usage_stats: false}\n"
-    )
-    (project / "models" / "one.sql").write_text("{{ config(materialized='table') }}\nselect 1 as id")
-    (project / "models" / "two.sql").write_text("select * from {{ ref('one') }}")
-    return project
 
 
 @pytest.fixture
 def project(folder: Path) -> Iterator[DbtProject]:
-    """That project as flows use it."""
-    project = DbtProject(folder, environment=warehouse.environment)
+    """A project of three models, parsed and not built."""
+    project = use(folder)
     yield project
     project.close()
 
 
-def test_every_node_comes_back_with_its_outcome(project: DbtProject, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_node_comes_back_with_its_outcome(
+    tmp_path: Path, database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a project that is not parsed yet, whose macros print; the next run parses only what changed."""
     caplog.set_level("INFO")
+    folder = small(tmp_path / "small")
+    replace(folder, "models/one.sql", "select", '{{ print(\'{"event": "result"}\') }}select')
+    project = use(folder)
     result = project.build()
-    one, two = result.nodes
+    assert [node.name for node in result.nodes][-1] == "two"
+    nodes = {node.name: node for node in result.nodes}
+    one, two = nodes["one"], nodes["two"]
     assert (one.id, one.name, one.kind, one.status) == ("model.small.one", "one", "model", "success")
     assert (one.rows, one.materialized, one.path) == (1, "table", "models/one.sql")
     assert (two.rows, two.materialized) == (None, "view")
     assert one.seconds > 0
     assert result.error() is None
     lines = [record.message for record in caplog.records]
-    assert any(line.startswith("1 of 2 OK created sql table model analytics.one") for line in lines)
-    assert any(line.startswith("2 of 2 OK created sql view model analytics.two") for line in lines)
+    assert any("of 3 OK created sql table model analytics.one" in line for line in lines)
+    assert any("of 3 OK created sql view model analytics.two" in line for line in lines)
+    assert "Unable to do partial parsing because saved manifest not found" in caplog.text
+
+    caplog.clear()
+    assert [node.name for node in project.build(select="three").nodes] == ["three"]
+    assert "OK created sql view model analytics.three" in caplog.text
+    assert "Unable to do partial parsing" not in caplog.text
 
 
 def test_a_failed_node_and_what_was_skipped_behind_it(project: DbtProject, folder: Path) -> None:
     (folder / "models" / "one.sql").write_text("select 1 as id from nowhere")
-    (folder / "models" / "three.sql").write_text("select 3 as id")
     with pytest.raises(DbtError) as raised:
         project.build()
     result = raised.value.result
@@ -73,47 +71,53 @@ def test_a_failed_node_and_what_was_skipped_behind_it(project: DbtProject, folde
     assert "Built, each whole and up to date: three." in str(error)
 
 
-def test_many_failures_are_counted_and_the_first_five_told(project: DbtProject, folder: Path) -> None:
-    for number in range(7):
-        (folder / "models" / f"bad_{number}.sql").write_text("select 1 from nowhere")
-    error = project.build(select="bad_0 bad_1 bad_2 bad_3 bad_4 bad_5 bad_6", check=False).error()
-    assert error is not None
-    assert str(error).startswith("dbt build: 7 of 7 nodes failed: ")
-    assert str(error).count("does not exist") == 5
-    assert "; and 2 more. Built, each whole and up to date: nothing." in str(error)
+def test_many_failures_are_counted_and_the_first_five_told() -> None:
+    failed = [
+        Node(f"model.small.bad_{number}", f"bad_{number}", f"bad_{number}", "model", f"models/bad_{number}.sql",
+             status="error", message=f"Database Error in model bad_{number}\n  relation does not exist")
+        for number in range(7)
+    ]  # fmt: skip
+    error = str(DbtResult("build", failed).error())
+    assert error.startswith("dbt build: 7 of 7 nodes failed: model bad_0 (models/bad_0.sql): relation does not exist; ")
+    assert error.count("does not exist") == 5
+    assert "; and 2 more. Built, each whole and up to date: nothing." in error
 
 
 def test_a_selection_that_matches_nothing_is_an_error(project: DbtProject) -> None:
-    with pytest.raises(DbtError, match=r"The selection 'three' matches no node in the dbt project .*dbt ls"):
-        project.build(select="three")
+    with pytest.raises(DbtError, match=r"The selection 'four' matches no node in the dbt project .*dbt ls"):
+        project.build(select="four")
 
 
 def test_a_project_that_is_not_there_is_an_error(tmp_path: Path, database: str) -> None:
-    (tmp_path / "profiles.yml").write_text(PROFILE)
+    (small(tmp_path) / "dbt_project.yml").unlink()
     with pytest.raises(DbtError, match=r"could not start on .*dbt_project\.yml"):
         DbtProject(tmp_path, environment=warehouse.environment).build()
 
 
-def test_jinja_that_is_broken_is_an_error_with_its_file(project: DbtProject, folder: Path) -> None:
-    (folder / "models" / "one.sql").write_text("select {{ 1")
-    with pytest.raises(DbtError, match=r"could not start .*models/one\.sql.*Nothing was built"):
+def test_jinja_that_is_broken_is_an_error_with_file_line_and_text(project: DbtProject, folder: Path) -> None:
+    (folder / "models" / "three.sql").write_text("select\n  {{ 3 as id")
+    with pytest.raises(DbtError, match=r"could not start .*models/three\.sql.*Nothing was built") as raised:
         project.build()
-
-
-def test_what_a_macro_prints_does_not_disturb(project: DbtProject, folder: Path) -> None:
-    (folder / "models" / "one.sql").write_text('{{ print(\'{"event": "result"}\') }}\nselect 1 as id')
-    assert project.build().error() is None
+    assert "line 2" in str(raised.value)
+    assert "{{ 3 as id" in str(raised.value)
 
 
 def test_a_warm_process_is_used_once(project: DbtProject) -> None:
+    """And ends with the project where no command used it."""
     project.warm()
-    warmed = project._warm
-    assert warmed is not None
+    used = project._warm
+    assert used is not None
     project.warm()
-    assert project._warm is warmed
+    assert project._warm is used
     assert project.build().error() is None
-    assert not warmed.alive()
-    assert project.build().error() is None
+    assert not used.alive()
+    project.warm()
+    unused = project._warm
+    assert unused is not None
+    assert unused is not used
+    assert unused.alive()
+    project.close()
+    assert not unused.alive()
 
 
 def test_a_warm_process_that_died_is_replaced(project: DbtProject) -> None:
@@ -121,20 +125,11 @@ def test_a_warm_process_that_died_is_replaced(project: DbtProject) -> None:
     assert project._warm is not None
     project._warm._process.kill()
     project._warm._process.wait()
-    assert project.build().error() is None
-
-
-def test_closing_ends_a_warm_process_that_nothing_used(project: DbtProject) -> None:
-    project.warm()
-    warmed = project._warm
-    assert warmed is not None
-    project.close()
-    assert not warmed.alive()
+    assert project.build(select="three").error() is None
 
 
 def test_two_at_once_in_one_folder_do_not_mix(project: DbtProject, folder: Path, query: Query) -> None:
     query("create schema analytics")  # which Postgres refuses to one of two that make it at once
-    (folder / "models" / "three.sql").write_text("select 3 as id")
     (folder / "target" / ".run-killed").mkdir(parents=True)
     names: dict[str, list[str]] = {}
 
@@ -151,18 +146,6 @@ def test_two_at_once_in_one_folder_do_not_mix(project: DbtProject, folder: Path,
     assert (folder / "target" / "partial_parse.msgpack").exists()
 
 
-def test_the_next_run_parses_only_what_changed(project: DbtProject, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
-
-    def lines() -> str:
-        caplog.clear()
-        project.build()
-        return caplog.text
-
-    assert "Unable to do partial parsing because saved manifest not found" in lines()
-    assert "Unable to do partial parsing" not in lines()
-
-
 def _sleeping(query: Query) -> int:
     found = query("select count(*) from pg_stat_activity where query ~ 'pg_sleep' and state = 'active' "
                   "and pid <> pg_backend_pid()")  # fmt: skip
@@ -171,8 +154,8 @@ def _sleeping(query: Query) -> int:
 
 @pytest.fixture
 def slow(folder: Path) -> Path:
-    """The project with a model that takes a minute."""
-    (folder / "models" / "one.sql").write_text("{{ config(materialized='table') }}\nselect 1 as id from pg_sleep(60)")
+    """The project with a model that takes longer than the test waits for its end."""
+    hold(folder, "one", 1200)
     return folder
 
 
@@ -184,27 +167,25 @@ def _build_elsewhere(folder: Path) -> "subprocess.Popen[bytes]":
     return subprocess.Popen([sys.executable, "-c", code, str(folder)], stderr=subprocess.DEVNULL)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_when_the_flow_dies_its_dbt_and_its_sql_end(slow: Path, query: Query, how: signal.Signals) -> None:
+def test_when_the_flow_is_interrupted_its_dbt_and_its_sql_end(slow: Path, query: Query) -> None:
+    """Of a flow that is killed, see `test_ends`."""
     flow = _build_elsewhere(slow)
-    wait_until(lambda: _sleeping(query) == 1, "the model")
-    children = psutil.Process(flow.pid).children()
-    assert len(children) == 1
-    os.kill(flow.pid, how)
-    flow.wait(20)
-    wait_until(lambda: _sleeping(query) == 0, "the end of the SQL", 10)
-    wait_until(lambda: not any(child.is_running() for child in children), "the end of dbt", 10)
+    wait_until(lambda: _sleeping(query) == 1, "the model", 240)
+    [dbt] = psutil.Process(flow.pid).children()
+    flow.send_signal(signal.SIGINT)
+    flow.wait(240)
+    wait_until(lambda: _sleeping(query) == 0, "the end of the SQL", 240)
+    wait_until(lambda: not dbt.is_running(), "the end of dbt", 240)
 
 
 def test_when_dbt_dies_the_flow_is_told(slow: Path, query: Query) -> None:
-    project = DbtProject(slow, environment=warehouse.environment)
-
+    project = use(slow)
     thread, caught = build_beside(project)
-    wait_until(lambda: _sleeping(query) == 1, "the model")
+    wait_until(lambda: _sleeping(query) == 1, "the model", 240)
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.ZombieProcess):
             if str(CHILD) in child.cmdline():
                 child.kill()
     thread.join()
     assert "dbt build ended with status -9 before it was done" in str(caught[0])
-    wait_until(lambda: _sleeping(query) == 0, "the end of the SQL", 10)
+    wait_until(lambda: _sleeping(query) == 0, "the end of the SQL", 240)

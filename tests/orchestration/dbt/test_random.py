@@ -8,24 +8,19 @@ import pytest
 from prefect import flow
 
 from orchestration import warehouse
-from orchestration.dbt import DbtProject, DbtResult
+from orchestration.dbt import DbtResult
 from orchestration.dbt.mirror import STATES
+from tests.orchestration.dbt.conftest import LONG, use
 from tests.orchestration.dbt.projects import command_line, random_dag, tables
 from tests.orchestration.dbt.task_runs import Server
 from tests.parts import Query
 
-GRAPHS = int(os.environ.get("RANDOM_GRAPHS", "2"))
-"""More of them: `RANDOM_GRAPHS=50 make test TESTS=tests/orchestration/dbt/test_random.py`."""
+GRAPHS = 50 if LONG else 1
+"""Random ones, after one that is the same each time."""
 
 
-@pytest.mark.parametrize("graph", range(GRAPHS))
-def test_states_are_those_of_the_command_line(
-    graph: int, tmp_path: Path, database: str, query: Query, server: Server
-) -> None:
-    seed = int(os.environ.get("RANDOM_SEED", random.SystemRandom().randrange(10**6)))
-    again = f"the same graph again: RANDOM_SEED={seed}"
-    chance = random.Random(seed)  # noqa: S311 - a graph, no secret
-    folder = random_dag(tmp_path / "random", chance, nodes=chance.randrange(5, 40))
+def _assert_as_on_the_command_line(folder: Path, query: Query, server: Server) -> set[str]:
+    """Build the project in both ways; dbt's statuses."""
     _, expected = command_line(folder, "build", environment=warehouse.environment())
     expected_tables = tables(query)
     query("drop schema if exists analytics cascade")
@@ -34,11 +29,31 @@ def test_states_are_those_of_the_command_line(
 
     @flow
     def daily() -> None:
-        results.append(DbtProject(folder, environment=warehouse.environment).build(check=False))
+        results.append(use(folder).build(check=False))
 
     run = server.run(daily(return_state=True))
-    assert {node.id: node.status for node in results[0].nodes} == expected, again
+    assert {node.id: node.status for node in results[0].nodes} == expected
     tasks = server.nodes(run, len(expected))
     states = {node: (task["state_type"], task["state_name"]) for node, task in tasks.items()}
-    assert states == {node: STATES[status] for node, status in expected.items()}, again
-    assert tables(query) == expected_tables, again
+    assert states == {node: STATES[status] for node, status in expected.items()}
+    assert tables(query) == expected_tables
+    return set(expected.values())
+
+
+def test_a_graph_with_all_outcomes(tmp_path: Path, database: str, query: Query, server: Server) -> None:
+    folder = random_dag(tmp_path / "random", random.Random(3), nodes=40)  # noqa: S311 - the same each time
+    outcomes = _assert_as_on_the_command_line(folder, query, server)
+    assert outcomes == {"success", "error", "skipped", "pass", "fail", "warn"}
+
+
+@pytest.mark.parametrize("graph", range(GRAPHS))
+def test_random_graphs(graph: int, tmp_path: Path, database: str, query: Query, server: Server) -> None:
+    """The same graph again: `RANDOM_SEED=`, which the folder's name has."""
+    seed = int(os.environ.get("RANDOM_SEED", random.SystemRandom().randrange(10**6)))
+    chance = random.Random(seed)  # noqa: S311 - a graph, no secret
+    folder = random_dag(tmp_path / f"seed_{seed}", chance, nodes=chance.randrange(5, 40))
+    try:
+        _assert_as_on_the_command_line(folder, query, server)
+    except AssertionError as error:
+        error.add_note(f"the same graph again: RANDOM_SEED={seed}")
+        raise
