@@ -42,10 +42,25 @@ def test_an_url_that_cannot_be_is_said(url: str, said: str, use_settings: Callab
         _storage()
 
 
+def _s3(port: int) -> RemoteFileSystem:
+    endpoint = {"endpoint_url": f"http://127.0.0.1:{port}"}
+    key = {"key": "someone", "secret": "secret"}
+    return RemoteFileSystem(basepath="s3://results/away", settings=key | {"client_kwargs": endpoint})
+
+
+def _redis(_: int) -> RemoteFileSystem:
+    return _storage()
+
+
+@pytest.mark.parametrize("made", [_redis, _s3])
 @pytest.mark.usefixtures("prefect_server")
-def test_a_redis_that_is_away_costs_the_results_and_not_the_run(use_settings: Callable[..., None]) -> None:
-    use_settings(RESULTS_REDIS_URL=f"redis://127.0.0.1:{parts.free_port()}/0")
-    storage = _storage()
+def test_results_storage_that_is_away_costs_the_results_and_not_the_run(
+    made: Callable[[int], RemoteFileSystem], use_settings: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = parts.free_port()
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # each of its retries waits longer than the one before
+    use_settings(RESULTS_REDIS_URL=f"redis://127.0.0.1:{port}/0")
+    storage = made(port)
     storage.save(f"away-{uuid4().hex[:8]}")
 
     @task
