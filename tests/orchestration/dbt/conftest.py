@@ -17,7 +17,7 @@ from orchestration.dbt import DbtProject, DbtResult
 from orchestration.dbt.process import CHILD
 from tests.orchestration.dbt.projects import every_kind, small, tables
 from tests.orchestration.dbt.task_runs import Server, results_of
-from tests.parts import client_of, new_database, rows_of
+from tests.parts import client_of, new_database, rows_of, wait_until
 
 DATABASE = "shop"
 """Every test's database, one after the other: a parse holds for the name of its database."""
@@ -129,6 +129,9 @@ def built(
     with new_database(postgres, DATABASE) as url:
         run = Server.run(daily(return_state=True))
         left = tables(functools.partial(rows_of, url))
+        sessions = f"select 1 from pg_stat_activity where datname = '{DATABASE}'"
+        # Postgres waits 5 s for them, a busy machine may need longer to end them.
+        wait_until(lambda: not rows_of(postgres, sessions), "the end of the build's sessions", 240)
         rows_of(postgres, f"create database {template} template {DATABASE}")
     yield Built(folder, template, found[0], results_of(folder), run, left)
     rows_of(postgres, f"drop database {template}")

@@ -96,7 +96,7 @@ def test_retry_does_what_the_last_command_left(shop: Path, tmp_path: Path) -> No
         "unit_test.shop.customer_totals.unpaid_is_zero",
     } <= left
     replace(shop, "models/paid_orders.sql", "no_such_column as cents,", "cents,")
-    project.retry(select="clean_orders paid_orders+")
+    project.retry()
     assert {node for node in results_of(shop) if not node.startswith("operation.")} == left
     with pytest.raises(DbtError, match=r"The last dbt build of .* left nothing to retry"):
         project.retry()

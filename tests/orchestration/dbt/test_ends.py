@@ -3,8 +3,10 @@
 What ends it does so while a model's statement executes. `make dbt-ends` ends runs at moments of the clock.
 """
 
+import contextlib
 import random
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +44,17 @@ def held(shop: Path) -> Held:
     model = random.SystemRandom().choice(MODELS)
     hold(shop, model, 1200)
     return Held(shop, model)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(prefect_server: str, built: Built) -> Iterator[None]:
+    """A test that failed leaves no process to disturb the next one, whose database has the same name."""
+    before = psutil.Process().children(recursive=True)
+    yield
+    for process in psutil.Process().children(recursive=True):
+        if process not in before:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def _sleeps(query: Query) -> bool:
