@@ -140,7 +140,12 @@ def test_ctrl_c_ends_the_run_with_its_sql(database: str, query: Query, prefect_s
         start_new_session=True,
     )
     busy = "select count(*) from pg_stat_activity where application_name = 'dbt' and datname = current_database()"
-    wait_until(lambda: query(busy) != [(0,)], "dbt to be there", 180)
+
+    def dbt_is_there() -> bool:
+        assert process.poll() is None, process.communicate()[0]
+        return query(busy) != [(0,)]
+
+    wait_until(dbt_is_there, "dbt to be there", 300)
     os.killpg(process.pid, signal.SIGINT)
     try:
         # What has ended is still told to a server that may be busy.
