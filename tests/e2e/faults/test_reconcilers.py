@@ -247,8 +247,8 @@ def test_reconciler_with_a_clock_five_minutes_ahead_retries_once(pool: Pool, api
 
 
 def test_killed_leader_is_replaced(pool: Pool, api: httpx.Client) -> None:
-    leads = leader(pool)
-    assert leads in [pod["metadata"]["name"] for pod in pool.pods("reconciler")]
+    names = [pod["metadata"]["name"] for pod in pool.pods("reconciler")]
+    leads: str = wait_until(lambda: (found := leader(pool)) in names and found, "one of them to lead")
     run, pod = under_way(api, pool, victim(api, pool), seconds=60)
     force_deleted(pool.namespace, leads)
     killed(pool, pod)
