@@ -23,9 +23,6 @@ from tests.cluster import namespace, node
 PROCESSOR = "processor seconds"
 """The user property of a test's report with what it cost."""
 
-MARK = "TESTS_PROCESS"
-"""Variable with the id of the process that runs tests; a daemon that has left the process tree still has it."""
-
 LEFT_OUT = "CLUSTER=none: the test needs a cluster"
 """Why a test is skipped that CLUSTER=none leaves out."""
 
@@ -66,7 +63,7 @@ class Meter:
     """Measures each test in the process that runs it."""
 
     def __init__(self) -> None:
-        os.environ[MARK] = str(os.getpid())
+        os.environ[node.TESTS_PROCESS] = str(os.getpid())
         self.began = time.time()
         self.strangers: set[tuple[int, float]] = set()
         self.daemons: dict[tuple[int, float], float] = {}
@@ -101,7 +98,7 @@ class Meter:
                 key = (each.pid, each.create_time())
                 if key in self.strangers or each.pid in tree or key[1] < self.began - 1:
                     continue
-                if key in self.daemons or each.environ().get(MARK) == str(os.getpid()):
+                if key in self.daemons or each.environ().get(node.TESTS_PROCESS) == str(os.getpid()):
                     family = [each, *each.children(recursive=True)] if each.ppid() == 1 else []
                     self.daemons[key] = max(self.daemons.get(key, 0.0), sum(map(_used, family)))
                 else:

@@ -36,6 +36,10 @@ ETCD = "http://127.0.0.1:23790"
 MANIFESTS = Path(__file__).with_name("manifests")
 CGROUPS = Path("/sys/fs/cgroup")
 
+TESTS_PROCESS = "TESTS_PROCESS"
+"""Variable with the id of the process of tests that has started a program (tests/reporting.py); the node's own
+programs, which outlive it, do not have it."""
+
 
 @dataclass(frozen=True)
 class Node:
@@ -285,7 +289,7 @@ def _start(name: str, *command: str, environment: Mapping[str, str] = {}) -> Non
     pid = os.posix_spawnp(
         command[0],
         command,
-        os.environ | environment,
+        {name: value for name, value in (os.environ | environment).items() if name != TESTS_PROCESS},
         file_actions=[
             (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
             (os.POSIX_SPAWN_DUP2, log, 1),

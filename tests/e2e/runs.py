@@ -45,8 +45,13 @@ def ended(api: httpx.Client, run: str, seconds: float = 120) -> Object:
 
 def lines(api: httpx.Client, run: str) -> list[str]:
     """What the run has logged so far."""
-    found = api.post("/logs/filter", json={"logs": {"flow_run_id": {"any_": [run]}}, "limit": 200})
-    return [str(each["message"]) for each in found.raise_for_status().json()]
+    found: list[str] = []
+    while True:
+        body = {"logs": {"flow_run_id": {"any_": [run]}}, "limit": 200, "offset": len(found)}
+        page = api.post("/logs/filter", json=body).raise_for_status().json()
+        found += [str(each["message"]) for each in page]
+        if len(page) < 200:
+            return found
 
 
 def logged(api: httpx.Client, run: str, last: str, seconds: float = 30) -> list[str]:
