@@ -25,6 +25,7 @@ TEST_PACKAGES = {
     "chromium": "chromium",
     "dockerd": "docker.io",
     "docker-compose": "docker-compose",
+    "pg_lsclusters": "postgresql",
 }
 """What single tests install, besides what the node needs."""
 

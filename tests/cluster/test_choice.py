@@ -2,6 +2,7 @@
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from tests.cluster import __main__ as command
 from tests.cluster import binaries, choice, kind, node, preview
 from tests.cluster.progress import ClusterError
 from tests.docker import daemon
+from tests.parts import migrated_database
 
 NO_GO = "there is no Go to build Kubernetes with"
 
@@ -129,15 +131,19 @@ def test_without_cluster_its_tests_are_left_out_in_one_line(processes: list[str]
 
 
 @pytest.mark.parametrize("ci", ["", "true"])
-def test_absent_program_skips_its_test_but_in_ci_fails_it(tmp_path: Path, ci: str) -> None:
-    """With an empty cache and an empty PATH there is no helm."""
+def test_absent_program_skips_its_test_but_in_ci_fails_it(machine: pytest.MonkeyPatch, tmp_path: Path, ci: str) -> None:
+    """With a cache and a PATH that have no program there is no helm."""
+    machine.undo()
+    cache = tmp_path / "prefect-orchestration"
+    cache.mkdir()
+    shutil.copy(migrated_database(), cache)  # not to be made again
     done = _pytest(
         "tests/helm/test_prefect_server.py", "-k", "by_default",
         CLUSTER="none", CI=ci, PATH=str(tmp_path), XDG_CACHE_HOME=str(tmp_path),
     )  # fmt: skip
     assert ("1 failed" if ci else "1 skipped") in done.stdout, done.stdout + done.stderr
     assert "CLUSTER=none: helm is not here, and nothing is installed or built" in done.stdout
-    assert list(tmp_path.iterdir()) == []
+    assert [each for each in cache.iterdir() if each.is_dir()] == [], "something was built"
 
 
 def test_invalid_cluster_stops_pytest() -> None:
