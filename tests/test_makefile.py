@@ -10,7 +10,7 @@ import pytest
 from orchestration.settings import ROOT
 
 PROGRAMS = ("ruff", "yamllint", "shellcheck", "hadolint", "sqlfluff", "mypy", "pytest", "python")
-ALL = "--numprocesses 3 --dist loadfile --no-loadscope-reorder"
+ALL = "--numprocesses 5 --dist loadfile --no-loadscope-reorder"
 
 Make = Callable[..., tuple[int, list[str]]]
 
