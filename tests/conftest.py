@@ -55,6 +55,8 @@ FIRST = (
     # Meanwhile the other processes run what needs no cluster.
     "tests/test_readme.py",
     "tests/flows/test_faults.py",
+    "tests/flows/test_example_flow.py",
+    "tests/flows/test_warehouse.py",
     "tests/orchestration/deployments/test_kills.py",
     "tests/orchestration/dbt/test_ends.py",
     "tests/orchestration/test_durable.py",

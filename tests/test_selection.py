@@ -114,8 +114,6 @@ UNNAMED = {
     "orchestration/environment/__main__.py": BY_MAKE,
     "orchestration/environment/deploy.py": BY_MAKE,
     "orchestration/environment/status.py": BY_MAKE,
-    "orchestration/migrations.py": "the server's chart runs it, in tests/e2e/test_prefect_server.py",
-    "orchestration/results.py": "fsspec finds it by an entry point; READERS names its tests",
 }
 """The modules that no test imports or names, and what runs them instead."""
 

@@ -30,7 +30,7 @@ from tests.e2e.faults.victims import (
 )
 from tests.e2e.pace import KUBERNETES_AWAY_SECONDS
 from tests.e2e.release import Pool, Release
-from tests.e2e.runs import ended, run_of, start
+from tests.e2e.runs import deployment, ended, run_of, start
 from tests.parts import client_of, wait_until
 
 pytestmark = pytest.mark.alone
@@ -71,7 +71,8 @@ def test_kubernetes_api_outage_loses_no_run(
         pytest.skip(f"{cluster} is not the node from packages, whose API can be taken away")
     with server.api() as api:
         made = victim(api, pool)
-        goes_on, _ = under_way(api, pool, made, seconds=90 + KUBERNETES_AWAY_SECONDS)
+        ticking = deployment(api, pool, entrypoint="/probe/flow.py:ticking")
+        goes_on, pod_that_goes_on = under_way(api, pool, ticking, times=600)
         dies, victim_pod = under_way(api, pool, made, seconds=40)
         auth = api.auth
     # Not by the Kubernetes API, as `api` is.
@@ -107,5 +108,6 @@ def test_kubernetes_api_outage_loses_no_run(
         took("it begins", back, begun)
         in_time("without Kubernetes' own part it begins", back + of_kubernetes, begun, BACK)
         completed_by_a_retry(direct, dies)
+        pool.namespace.kubectl("exec", pod_that_goes_on, "--", "touch", "/tmp/enough")  # noqa: S108 - in the pod
         assert (ended(direct, goes_on)["state_type"], run_of(direct, goes_on)["run_count"]) == ("COMPLETED", 1)
         assert run_of(direct, due)["run_count"] == 1
