@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from tests.cluster import choice, node
+from tests.conftest import FIRST
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = {package["name"]: package for package in tomllib.loads((ROOT / "uv.lock").read_text())["package"]}
@@ -153,6 +154,10 @@ def test_dependencies_point_one_way() -> None:
 @pytest.mark.parametrize("module", ["flows/landing.py", "flows/raw.py", "flows/report.py"])
 def test_what_tasks_do_knows_no_prefect(module: str) -> None:
     assert not re.search(r"^\s*(from|import) prefect", (ROOT / module).read_text(), flags=re.M)
+
+
+def test_ordered_test_files_exist() -> None:
+    assert [file for file in FIRST if not (ROOT / file).is_file()] == []
 
 
 def test_no_module_is_a_drawer() -> None:

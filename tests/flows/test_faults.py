@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from orchestration import warehouse
@@ -130,32 +131,38 @@ def test_a_read_only_checkout_with_a_warehouse_elsewhere_is_enough(
 
 
 def test_ctrl_c_ends_the_run_with_its_sql(database: str, query: Query, prefect_server: str) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "flows/example_flow.py", "--day", "2013-01-01"],
-        cwd=ROOT,
-        env=os.environ | {"PREFECT_API_URL": prefect_server},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    busy = "select count(*) from pg_stat_activity where application_name = 'dbt' and datname = current_database()"
+    """Also a statement that waits for a lock, which is still held when the run has ended."""
+    query("create schema analytics_staging")
+    query("create view analytics_staging.stg_loads as select 1 as load_id")
+    of_dbt = "select count(*) from pg_stat_activity where application_name = 'dbt' and datname = current_database()"
+    with psycopg.connect(database) as holder:
+        holder.execute("lock table analytics_staging.stg_loads in access exclusive mode")
+        process = subprocess.Popen(
+            [sys.executable, "flows/example_flow.py", "--day", "2013-01-01"],
+            cwd=ROOT,
+            env=os.environ | {"PREFECT_API_URL": prefect_server},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
 
-    def dbt_is_there() -> bool:
-        assert process.poll() is None, process.communicate()[0]
-        return query(busy) != [(0,)]
+        def dbt_waits() -> bool:
+            assert process.poll() is None, process.communicate()[0]
+            return query(f"{of_dbt} and wait_event_type = 'Lock'") != [(0,)]
 
-    wait_until(dbt_is_there, "dbt to be there", 300)
-    os.killpg(process.pid, signal.SIGINT)
-    try:
-        # What has ended is still told to a server that may be busy.
-        output, _ = process.communicate(timeout=180)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 130, output
-    assert output.strip().splitlines()[-1].startswith("Interrupted")
-    wait_until(lambda: query(busy) == [(0,)], "its SQL to end")
+        try:
+            wait_until(dbt_waits, "dbt to wait for the lock", 300)
+            os.killpg(process.pid, signal.SIGINT)
+            # What has ended is still told to a server that may be busy.
+            output, _ = process.communicate(timeout=300)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+        assert process.returncode == 130, output
+        assert output.strip().splitlines()[-1].startswith("Interrupted")
+        wait_until(lambda: query(of_dbt) == [(0,)], "its SQL to end")
 
 
 def test_killed_at_a_random_moment_a_run_leaves_what_the_next_one_completes(
