@@ -24,7 +24,8 @@ os.environ["PREFECT_HOME"] = str(_HOME)
 os.environ["DO_NOT_TRACK"] = "1"
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ["PREFECT_LOGGING_LEVEL"] = "INFO"
-# All processes of one run of pytest.
+# One run of pytest with all of its processes, and those of pytest that its tests start.
+_BEGINS_RUN = "TESTS_RUN" not in os.environ
 os.environ.setdefault("TESTS_RUN", uuid4().hex[:8])
 for _name in ("WAREHOUSE_URL", "WAREHOUSE_DIR", "WAREHOUSE_SCHEMA", "LANDING_ZONE", "DBT_THREADS", "PREFECT_API_URL"):
     os.environ.pop(_name, None)
@@ -118,9 +119,9 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         plugins.register(reporting.Report(terminal, failures=distributed))
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
+def pytest_sessionfinish() -> None:
     """Remove what the processes of this run have shared on the cluster."""
-    if not hasattr(session.config, "workerinput"):
+    if _BEGINS_RUN:
         from tests.e2e.release import remove_shared
 
         remove_shared()
