@@ -47,12 +47,7 @@ from tests.parts import wait_until
 LOOKED = "reconciler_round_seconds_count"
 
 
-FAKE = {
-    "LD_PRELOAD": "/faketime/libfaketime.so.1",
-    "FAKETIME": "+300",
-    # Python waits by the monotonic clock: with that faked as well, waits spin.
-    "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-}
+FAKE = {"LD_PRELOAD": "/faketime/libfaketime.so.1", "FAKETIME": "+300"}
 """The environment of a process whose clock is five minutes ahead."""
 
 
