@@ -85,8 +85,8 @@ class Meter:
     def seconds(self) -> float:
         """Return the processor seconds of this process, of all it has started and of its pods, since it began."""
         self.sampled = time.monotonic()
-        own = psutil.Process()
-        tree = [own, *own.children(recursive=True)]
+        own, nodes = psutil.Process(), node.processes()
+        tree = [own, *(each for each in own.children(recursive=True) if each.pid not in nodes)]
         self._find_daemons({each.pid for each in tree})
         pods = node.processor_seconds()
         return sum(map(_used, tree)) + sum(self.daemons.values()) + sum(pods.get(name, 0.0) for name in namespace.USED)
@@ -103,6 +103,11 @@ class Meter:
                     self.daemons[key] = max(self.daemons.get(key, 0.0), sum(map(_used, family)))
                 else:
                     self.strangers.add(key)
+
+
+def _of_node() -> float:
+    """Return the processor seconds of the local node's own processes since each began."""
+    return sum(_used(psutil.Process(pid)) for pid in node.processes() if psutil.pid_exists(pid))
 
 
 def _used(process: psutil.Process) -> float:
@@ -124,7 +129,7 @@ class Report:
         self.processor: dict[str, float] = Counter()  # type: ignore[assignment]
         self.began = time.monotonic()
         self.pods = node.processor_seconds()
-        self.node = node.own_processor_seconds()
+        self.node = _of_node()
         self.over: list[str] = []
         self.cached = _cached()
         self.left_out: Counter[str] = Counter()
@@ -188,7 +193,7 @@ class Report:
         now = node.processor_seconds()
         pods = sum(seconds - self.pods.get(name, 0.0) for name, seconds in now.items())
         write(f"{pods:>12.0f}{'':>9}  all pods, those of the shared server among them")
-        write(f"{node.own_processor_seconds() - self.node:>12.0f}{'':>9}  the node: control plane, kubelet, containerd")
+        write(f"{_of_node() - self.node:>12.0f}{'':>9}  the node: control plane, kubelet, containerd")
         write(f"{sum(self.processor.values()):>12.0f}{time.monotonic() - self.began:>9.0f}  all files")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from orchestration.settings import ROOT
+from tests.cluster import node
 from tests.parts import wait_until
 from tests.reporting import Meter, over_budget
 
@@ -56,6 +57,20 @@ def test_meter_counts_children_and_daemons(tmp_path: Path) -> None:
     wait_until((tmp_path / "done").exists, "the daemon to have worked")
     assert meter.seconds() - after >= 0.9
     subprocess.run(["kill", started.stdout.strip()], check=True)
+
+
+@pytest.mark.parametrize("of_node", [True, False])
+def test_meter_leaves_out_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_node: bool) -> None:
+    """The test process that starts the node is the parent of its programs, and serves other files' tests."""
+    meter = Meter()
+    code = f"import pathlib\n{BURN.format(seconds=1)}pathlib.Path('done').touch()\ntime.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path) as program:
+        if of_node:
+            monkeypatch.setattr(node, "processes", lambda: {program.pid})
+        before = meter.seconds()
+        wait_until((tmp_path / "done").exists, "the program to have worked")
+        assert (meter.seconds() - before < 0.7) is of_node
+        program.kill()
 
 
 @pytest.mark.parametrize(("limit", "status"), [(0.01, 1), (100, 0)])

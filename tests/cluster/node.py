@@ -334,14 +334,9 @@ def processor_seconds() -> dict[str, float]:
     return {}
 
 
-def own_processor_seconds() -> float:
-    """Return the processor seconds of the node's own processes and of what they have ended, but not of pods."""
-    seconds = 0.0
-    for name in (*COMPONENTS, "kubelet-2", "containerd-2"):
-        with contextlib.suppress(OSError, TypeError):
-            fields = Path(f"/proc/{_pid(name)}/stat").read_text().rpartition(")")[2].split()
-            seconds += sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
-    return seconds
+def processes() -> set[int]:
+    """Return the ids of the node's own processes: children of who started them, for whose work they do not count."""
+    return {pid for name in (*COMPONENTS, "kubelet-2", "containerd-2") if (pid := _pid(name)) is not None}
 
 
 # --- registry and containerd ---------------------------------------------------------------------
