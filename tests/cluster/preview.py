@@ -27,7 +27,7 @@ TEST_PACKAGES = {
     "docker-compose": "docker-compose",
     "pg_lsclusters": "postgresql",
 }
-"""What single tests install, besides what the node needs."""
+"""Debian's packages that single tests install, by program."""
 
 
 def text() -> str:

@@ -4,9 +4,21 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.cluster.namespace import Namespace
 from tests.e2e.faults.victims import FLOWS, TOOK, watched
 from tests.e2e.pace import PENDING_TIMEOUT_SECONDS
-from tests.e2e.release import Object, Pool, Release, installed_pool, joining, merged, pool_values, probe_of, shared
+from tests.e2e.release import (
+    Object,
+    Pool,
+    Release,
+    installed_pool,
+    joining,
+    merged,
+    pool_values,
+    probe_of,
+    server_values,
+    shared,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -23,13 +35,21 @@ def probe() -> Object:
 
 
 @pytest.fixture(scope="module")
+def own_server(pool_namespace: Namespace, image: str) -> Release:
+    """A server in the pool's namespace, for tests that disturb it."""
+    release = Release("prefect-server", "prefect-server", pool_namespace)
+    release.deploy(server_values(image))
+    return release
+
+
+@pytest.fixture(scope="module")
 def values(values: Object) -> Object:
     return of_victims(values)
 
 
 @pytest.fixture(scope="module")
 def shared_pool(cluster: str, image: str, server: Release, probe: Object) -> Pool:
-    """The pool of the files whose tests leave worker and reconciler alone: their runs are in it at the same time."""
+    """The pool of all files whose tests leave worker and reconciler alone."""
     name = "faults"
     values = of_victims(merged(pool_values(image), joining(server, name)))
     namespace = shared(cluster, name, lambda made: installed_pool(server, made, values, probe))

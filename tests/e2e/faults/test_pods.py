@@ -1,4 +1,4 @@
-"""What becomes of a run whose pod dies. The API shows it within seconds."""
+"""Runs whose pods die: the API shows the cause within seconds, and the run is retried within its budget."""
 
 import contextlib
 from datetime import UTC, datetime

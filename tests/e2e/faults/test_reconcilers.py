@@ -78,7 +78,7 @@ def pool(server: Release, pool_namespace: Namespace, values: Object, probe: Obje
 
 
 class _KilledError(BaseException):
-    """What a reconciler dies of here."""
+    """Kills a reconciler."""
 
 
 @contextlib.asynccontextmanager
@@ -128,7 +128,7 @@ def kubernetes(pool: Pool) -> Iterator[str]:
 
 
 def dead_runs(pool: Pool, api: httpx.Client, number: int) -> list[str]:
-    """Runs whose pods were killed, and which nobody has noticed."""
+    """Return runs whose pods were killed while no reconciler was there."""
     made = victim(api, pool)
     runs = [start(api, made, parameters={"seconds": 300}) for _ in range(number)]
     alive = set(runs)
@@ -257,7 +257,7 @@ def test_killed_leader_is_replaced(pool: Pool, api: httpx.Client) -> None:
 
 
 def test_without_a_reconciler_nothing_is_retried_or_ended(pool: Pool, api: httpx.Client) -> None:
-    """What the tests above see is its doing."""
+    """The reconciler does what the tests above see."""
     made = victim(api, pool)
     with without(pool, "reconciler"):
         crashes = start(api, made, parameters={"killed": True})

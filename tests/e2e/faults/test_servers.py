@@ -9,7 +9,6 @@ from datetime import UTC, datetime, timedelta
 import httpx
 import pytest
 
-from tests.cluster.namespace import Namespace
 from tests.cluster.progress import ClusterError
 from tests.e2e.faults.victims import (
     BACK,
@@ -25,17 +24,14 @@ from tests.e2e.faults.victims import (
     victim,
 )
 from tests.e2e.pace import GRACE_SECONDS, SERVER_AWAY_SECONDS
-from tests.e2e.release import Object, Pool, Release, server_values
+from tests.e2e.release import Object, Pool, Release
 from tests.e2e.runs import deployment, ended, logged, run_of, start
 from tests.parts import wait_until
 
 
 @pytest.fixture(scope="module")
-def server(pool_namespace: Namespace, image: str) -> Release:
-    """A server of the file's own, beside its pool."""
-    release = Release("prefect-server", "prefect-server", pool_namespace)
-    release.deploy(server_values(image))
-    return release
+def server(own_server: Release) -> Release:
+    return own_server
 
 
 def test_run_is_cancelled_though_the_server_dies_meanwhile(server: Release, pool: Pool) -> None:

@@ -4,19 +4,16 @@ import random
 
 import pytest
 
-from tests.cluster.namespace import Namespace, proxied
-from tests.e2e.release import Object, Pool, Release, pool_values, server_values
+from tests.cluster.namespace import proxied
+from tests.e2e.release import Object, Pool, Release, pool_values
 from tests.long.soak import Soak, soaked
 
 MINUTES, RUNS = 2, 15
 
 
 @pytest.fixture(scope="module")
-def server(pool_namespace: Namespace, image: str) -> Release:
-    """A server of the file's own, beside its pool."""
-    release = Release("prefect-server", "prefect-server", pool_namespace)
-    release.deploy(server_values(image))
-    return release
+def server(own_server: Release) -> Release:
+    return own_server
 
 
 @pytest.fixture(scope="module")
