@@ -46,8 +46,6 @@ if TYPE_CHECKING:
 IN_ONE_PROCESS = (
     # Each has the cluster alone.
     ("tests/cluster/test_node.py", "tests/e2e/faults/test_kubernetes_api.py"),
-    # What an environment requests is most of a small node.
-    ("tests/e2e/test_environment.py", "tests/e2e/test_production.py"),
 )
 """Files that would wait for each other in two processes."""
 
@@ -63,8 +61,7 @@ FIRST = (
     "tests/orchestration/test_durable.py",
     "tests/orchestration/deployments/test_sync.py",
     "tests/orchestration/dbt/test_commands.py",
-    *IN_ONE_PROCESS[1],
-    "tests/e2e/faults/test_soak.py",
+    "tests/e2e/test_environment.py",
     "tests/e2e/faults/test_servers.py",
     "tests/e2e/faults/test_workers.py",
     "tests/e2e/faults/test_reconcilers.py",
@@ -72,7 +69,6 @@ FIRST = (
     "tests/e2e/faults/test_nodes.py",
     "tests/e2e/test_prefect_server.py",
     "tests/e2e/test_kubectl_worker.py",
-    "tests/docker/test_docker_pool.py",
     "tests/e2e/faults/test_starts.py",
     "tests/e2e/faults/test_pods.py",
     "tests/docker/test_image.py",

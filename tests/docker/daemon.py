@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,55 @@ def docker(host: str, *arguments: str) -> str:
     return binaries.run(["docker", *arguments], os.environ | {"DOCKER_HOST": host}).strip()
 
 
+@dataclass
+class Daemon:
+    """A Docker daemon that keeps everything in a folder.
+
+    Args:
+        folder: of its data, its socket and its log.
+    """
+
+    folder: Path
+    _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+
+    @property
+    def host(self) -> str:
+        """The address, for DOCKER_HOST."""
+        return f"unix://{self.folder}/docker.sock"
+
+    @property
+    def control_group(self) -> str:
+        """The control group of its containers."""
+        return f"docker-test-{os.getpid()}"
+
+    def start(self) -> None:
+        """Start the daemon and wait until it answers."""
+        folder = self.folder
+        command = [
+            "dockerd", "--host", self.host, "--pidfile", f"{folder}/pid", "--exec-root", f"{folder}/exec",
+            "--data-root", f"{folder}/data", "--cgroup-parent", f"/{self.control_group}", "--bridge=none",
+            "--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false",
+            "--default-address-pool", ADDRESSES,
+        ]  # fmt: skip
+        with (folder / "log").open("a") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        wait_until(self._answers, f"a Docker daemon; see {folder}/log")
+
+    def stop(self) -> None:
+        """Stop the daemon, and with it the containers."""
+        if self._process:
+            self._process.terminate()
+            self._process.wait(60)
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(ClusterError):
+            return bool(docker(self.host, "version"))
+        return False
+
+
 @contextlib.contextmanager
-def docker_daemon(folder: Path) -> Iterator[str]:
-    """The address, for DOCKER_HOST, of a daemon that keeps everything in `folder`; it is ended afterwards.
+def docker_daemon(folder: Path) -> Iterator[Daemon | None]:
+    """Run a Docker daemon in `folder`; None where the machine's own, in DOCKER_HOST, has to do.
 
     The machine's packet filter, its forwarding and Docker's usual socket are left alone. A CI machine that
     gives no root has a Docker of its own to use.
@@ -36,34 +83,25 @@ def docker_daemon(folder: Path) -> Iterator[str]:
         if not os.environ.get("CI"):
             pytest.skip("a Docker daemon of the tests' own needs root")
         assert kind.docker_runs(), "neither root nor Docker"
-        yield os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
+        yield None
         return
     binaries.install_packages(PACKAGES, "15 s")
-    host, control_group = f"unix://{folder}/docker.sock", f"docker-test-{os.getpid()}"
-    command = [
-        "dockerd", "--host", host, "--pidfile", f"{folder}/pid", "--exec-root", f"{folder}/exec",
-        "--data-root", f"{folder}/data", "--cgroup-parent", f"/{control_group}", "--bridge=none",
-        "--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false",
-        "--default-address-pool", ADDRESSES,
-    ]  # fmt: skip
-    with (folder / "log").open("w") as log:
-        daemon = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            wait_until((folder / "docker.sock").exists, f"a Docker daemon; see {folder}/log")
-            yield host
-        finally:
-            with contextlib.suppress(ClusterError):  # it did not start
-                _remove(host, ("ps", "--all", "--quiet"), ("rm", "--force", "--volumes"))
-                _remove(host, ("network", "ls", "--quiet", "--filter", "type=custom"), ("network", "rm"))
-            daemon.terminate()
-            daemon.wait(60)
-            for mount in reversed(_mounts(folder)):
-                binaries.run(["umount", mount])
-            groups = Path("/sys/fs/cgroup")
-            for each in (groups, *groups.iterdir()):  # of one hierarchy, or of each
-                if (each / control_group).is_dir():
-                    (each / control_group).rmdir()
-            shutil.rmtree(folder)
+    daemon = Daemon(folder)
+    try:
+        daemon.start()
+        yield daemon
+    finally:
+        with contextlib.suppress(ClusterError):  # it did not start
+            _remove(daemon.host, ("ps", "--all", "--quiet"), ("rm", "--force", "--volumes"))
+            _remove(daemon.host, ("network", "ls", "--quiet", "--filter", "type=custom"), ("network", "rm"))
+        daemon.stop()
+        for mount in reversed(_mounts(folder)):
+            binaries.run(["umount", mount])
+        groups = Path("/sys/fs/cgroup")
+        for each in (groups, *groups.iterdir()):  # of one hierarchy, or of each
+            if (each / daemon.control_group).is_dir():
+                (each / daemon.control_group).rmdir()
+        shutil.rmtree(folder)
 
 
 def _remove(host: str, listing: tuple[str, ...], removal: tuple[str, ...]) -> None:

@@ -111,6 +111,32 @@ LONG_TESTS = (
         cluster=True,
     ),
     LongTest(
+        "production",
+        "ENV=production is installed with two replicas of each component on external databases and runs the daily job.",
+        (
+            "orchestration/environment",
+            "helm/environments",
+            *CHARTS,
+            "tests/e2e/checkout.py",
+            "tests/long/production.py",
+        ),
+        suite("tests/long/production.py"),
+        cluster=True,
+    ),
+    LongTest(
+        "docker-pool",
+        "Without Kubernetes, one machine with Docker runs the daily deployment as a container, through faults.",
+        (
+            *(f"docker/{each}" for each in ("Dockerfile", "build", "compose.yaml", "pool.yaml", "stack")),
+            "tests/docker/daemon.py",
+            "tests/long/docker_pool.py",
+            *PREFECT,
+            "uv.lock#prefect-docker",
+        ),
+        suite("tests/long/docker_pool.py"),
+        cluster=True,
+    ),
+    LongTest(
         "properties",
         "The property tests hold for many more examples than in `make test`.",
         ("flows/landing.py", "orchestration/deployments", "orchestration/reconciler", *PROPERTIES),

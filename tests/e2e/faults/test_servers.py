@@ -1,6 +1,7 @@
-"""Runs while the Prefect server or its database is away."""
+"""Runs while the Prefect server or its database is away, and under random faults of every part."""
 
 import contextlib
+import random
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 import httpx
 import pytest
 
+from tests.cluster.namespace import proxied
 from tests.cluster.progress import ClusterError
 from tests.e2e.faults.victims import (
     BACK,
@@ -24,14 +26,36 @@ from tests.e2e.faults.victims import (
     victim,
 )
 from tests.e2e.pace import GRACE_SECONDS, SERVER_AWAY_SECONDS
-from tests.e2e.release import Object, Pool, Release
+from tests.e2e.release import Object, Pool, Release, pool_values
 from tests.e2e.runs import deployment, ended, logged, run_of, start
+from tests.long.soak import Soak, soaked
 from tests.parts import wait_until
+
+SOAK_MINUTES, SOAK_RUNS = 2, 15
+"""`make test-long FOR=soak` takes longer."""
 
 
 @pytest.fixture(scope="module")
 def server(own_server: Release) -> Release:
     return own_server
+
+
+@pytest.fixture(scope="module")
+def values(image: str) -> Object:
+    return soaked(pool_values(image))
+
+
+# The first test of the file: at its end nothing may be left in the namespace.
+def test_random_faults_lose_no_run_and_execute_none_twice_at_a_time(
+    server: Release, pool: Pool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seed = random.randrange(10**6)  # noqa: S311 - faults, no secret
+    with proxied(pool.namespace.context) as kubernetes:
+        seen = Soak(server, pool, kubernetes, random.Random(seed)).make(SOAK_MINUTES, SOAK_RUNS)  # noqa: S311
+    assert seen.wrong == [], f"seed {seed}\n{capsys.readouterr().out}"
+    assert len(seen.runs) == SOAK_RUNS
+    assert len(seen.faults) >= 4
+    assert sum(map(len, seen.executions.values())) > SOAK_RUNS, "no fault hit a run"
 
 
 def test_run_is_cancelled_though_the_server_dies_meanwhile(server: Release, pool: Pool) -> None:

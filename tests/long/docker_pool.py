@@ -1,8 +1,13 @@
-"""One machine with Docker: up, the daily deployment as a container, a killed one, up again, down."""
+"""One machine with Docker: up, the daily deployment as a container, a killed one, up again, down.
 
+`make test` does not collect this file; `make test-long FOR=docker-pool` runs it.
+"""
+
+import contextlib
 import json
 import os
 import re
+import socket
 import stat
 import subprocess
 import sys
@@ -19,7 +24,7 @@ from orchestration.environment import registry
 from orchestration.settings import ROOT
 from tests.cluster import binaries, images
 from tests.cluster.progress import ClusterError
-from tests.docker.daemon import docker, docker_daemon
+from tests.docker.daemon import Daemon, docker, docker_daemon
 from tests.parts import client_of, copy_of_checkout, free_port, wait_until
 
 DAILY = "dbt-pipeline/dbt-pipeline-daily"
@@ -31,6 +36,8 @@ class Stack:
 
     checkout: Path
     environment: dict[str, str]
+    daemon: Daemon | None
+    """None where the daemon is the machine's own."""
     said: str = ""
 
     def make(self, target: str, status: int = 0, **variables: str) -> str:
@@ -83,11 +90,12 @@ def machine(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[St
     checkout = tmp_path_factory.mktemp("checkout")
     copy_of_checkout(checkout)
     subprocess.run(["git", "init", "-q"], cwd=checkout, check=True)  # docker/build asks git what there is
-    with docker_daemon(tmp_path_factory.mktemp("docker")) as host:
+    with docker_daemon(tmp_path_factory.mktemp("docker")) as daemon:
+        host = daemon.host if daemon else os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
         environment = os.environ | {"DOCKER_HOST": host, "PORT": str(free_port()), "IMAGE": image}
         if registry.has(images.POSTGRES):  # this machine reaches no image registry but its own
             environment["POSTGRES_IMAGE"] = _postgres(host, tmp_path_factory.mktemp("postgres") / "image.tar")
-        yield Stack(checkout, environment)
+        yield Stack(checkout, environment, daemon)
 
 
 def _postgres(host: str, archive: Path) -> str:
@@ -100,6 +108,13 @@ def _postgres(host: str, archive: Path) -> str:
     docker(host, "load", "--quiet", "--input", str(archive))
     archive.unlink()
     return name
+
+
+def test_taken_port_is_named_with_its_cure(machine: Stack) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = machine.make("up-docker", status=2, PORT=str(port))
+    assert f"Port {port} of this machine is taken. Choose another: make up-docker PORT=4201" in said
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +240,25 @@ def test_a_run_that_is_killed_is_crashed(stack: Stack, api: httpx.Client) -> Non
         assert "No heartbeat" in messages[-1]
         messages.append(killed())
     assert "status code 137" in messages[-1], messages
+
+
+def test_restarted_docker_brings_the_stack_back_and_reports_the_cut_run(stack: Stack, api: httpx.Client) -> None:
+    if stack.daemon is None:
+        pytest.skip("the machine's own Docker is not restarted")
+    run, _ = stack.start_run()
+    wait_until(lambda: api.get(f"/flow_runs/{run}").json()["state"]["type"] == "RUNNING", "the run to run", 180)
+    stack.daemon.stop()
+    stack.daemon.start()
+
+    def is_back() -> bool:
+        with contextlib.suppress(httpx.HTTPError):
+            return bool(api.get("/health").is_success)
+        return False
+
+    wait_until(is_back, "the server to be back", 180)
+    assert _ended(api, run)[0] == "CRASHED"
+    again, _ = stack.start_run()
+    assert _ended(api, again)[0] == "COMPLETED"
 
 
 def test_the_warehouse_s_user_does_not_get_into_prefect_s_database(stack: Stack) -> None:

@@ -1,4 +1,7 @@
-"""ENV=production on a real cluster: two of each, on databases that somebody else looks after, from nothing to gone."""
+"""ENV=production on a real cluster: two replicas of each component on external databases, installed and undeployed.
+
+`make test` does not collect this file; `make test-long FOR=production` runs it.
+"""
 
 import json
 import re
@@ -46,6 +49,9 @@ class Databases:
         return self.namespace.kubectl(
             "exec", "valkey", "--", "env", f"REDISCLI_AUTH={PASSWORD}", "valkey-cli", *command
         ).strip()
+
+
+pytest_plugins = ("tests.e2e.conftest",)  # for the fixture `checkout`
 
 
 @pytest.fixture(scope="module")
