@@ -1,6 +1,7 @@
-"""Who acts: an action of several requests is not carried on once another reconciler may act."""
+"""Leader election: only the holder of the Lease acts, and only for as long as no other reconciler may."""
 
 import asyncio
+import time
 from types import SimpleNamespace
 
 import httpx
@@ -12,6 +13,7 @@ from orchestration.reconciler import cluster, loop
 from orchestration.reconciler.decide import Action, Stop
 from orchestration.reconciler.facts import Policy
 from orchestration.serving import Pulse
+from tests.cluster.namespace import Namespace, proxied
 
 
 def test_action_ends_with_leadership(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,3 +53,35 @@ def test_action_ends_with_leadership(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with asyncio.Runner(loop_factory=Loop) as runner:
         runner.run(act())
+
+
+def test_one_of_many_candidates_leads_and_the_next_one_after_release_or_expiry(namespace: Namespace) -> None:
+    async def compete(url: str) -> None:
+        async with httpx.AsyncClient(base_url=url, timeout=30) as client:
+            place = cluster.Cluster(client, namespace.name)
+            candidates = [cluster.Leadership(place, "lease", str(number)) for number in range(8)]
+
+            async def leaders() -> list[cluster.Leadership]:
+                """All try at once; those who lead then."""
+                took = await asyncio.gather(*(each.take() for each in candidates))
+                return [each for each, leads in zip(candidates, took, strict=True) if leads]
+
+            # Two read the Lease before either has written it, and the API server refuses one of them.
+            [first] = await leaders()
+            assert [each for each in candidates if each.held] == [first]
+            assert await leaders() == [first]
+            await first.release()
+            [second] = await leaders()
+            candidates.remove(second)  # it dies
+            for each in candidates:
+                each.duration = 2
+            # The others have just seen its renewal.
+            assert await leaders() == []
+            began = time.monotonic()
+            while not (found := await leaders()):
+                await asyncio.sleep(0.1)
+            assert len(found) == 1
+            assert time.monotonic() - began > 1
+
+    with proxied(namespace.context) as url:
+        asyncio.run(asyncio.wait_for(compete(url), 60))
