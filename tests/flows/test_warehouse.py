@@ -20,7 +20,7 @@ from flows.example_flow import NO_UNIT_TESTS
 from orchestration import warehouse
 from orchestration.dbt import DbtProject
 from orchestration.settings import ROOT
-from tests.parts import answers, free_port, new_database, rows_of, wait_until
+from tests.parts import answers, debian_postgres, free_port, new_database, rows_of, wait_until
 
 PROJECT = ROOT / "flows" / "warehouse"
 MODELS = (
@@ -203,6 +203,18 @@ def test_days_in_any_order_and_loaded_again_give_what_a_full_refresh_gives(postg
         assert project.build(full_refresh=True, flags=NO_UNIT_TESTS).error() is None
         assert incremental == _content(url)
         assert len({row[0] for row in incremental["analytics.carrier_daily_punctuality"]}) == 5
+
+
+def test_debians_postgres_builds_what_the_embedded_one_builds(built: str) -> None:
+    with debian_postgres() as server, new_database(server) as url:
+        [(version,)] = rows_of(url, "show server_version_num")
+        assert int(version) >= 150_000, "docs/warehouse.md names 15 as the oldest version"
+        raw.prepare()
+        raw.load_days(landing.days()[:3])
+        for table in landing.REFERENCE:
+            raw.load_reference(table)
+        assert DbtProject(PROJECT, environment=warehouse.environment).build(flags=NO_UNIT_TESTS).error() is None
+        assert _content(url) == _content(built)
 
 
 def test_a_corrected_source_reaches_the_marts(postgres: str, landing_zone: Path) -> None:
