@@ -110,13 +110,6 @@ def _postgres(host: str, archive: Path) -> str:
     return name
 
 
-def test_taken_port_is_named_with_its_cure(machine: Stack) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        said = machine.make("up-docker", status=2, PORT=str(port))
-    assert f"Port {port} of this machine is taken. Choose another: make up-docker PORT=4201" in said
-
-
 @pytest.fixture(scope="module")
 def stack(machine: Stack) -> Stack:
     """The stack, up from nothing, and what `make up-docker` said."""
@@ -154,6 +147,13 @@ def test_without_docker_one_line_says_so(machine: Stack) -> None:
     assert "Start it, or name another in DOCKER_HOST" in said[0]
     assert len(said) == 2, "and make's own line"
     assert not machine.password.exists()
+
+
+def test_taken_port_is_named_with_its_cure(machine: Stack) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = machine.make("up-docker", status=2, PORT=str(port))
+    assert f"Port {port} of this machine is taken. Choose another: make up-docker PORT=4201" in said
 
 
 def test_up_says_how_to_get_in(stack: Stack) -> None:
@@ -246,7 +246,11 @@ def test_restarted_docker_brings_the_stack_back_and_reports_the_cut_run(stack: S
     if stack.daemon is None:
         pytest.skip("the machine's own Docker is not restarted")
     run, _ = stack.start_run()
-    wait_until(lambda: api.get(f"/flow_runs/{run}").json()["state"]["type"] == "RUNNING", "the run to run", 180)
+    begun = {
+        "filter": {"event": {"name": ["prefect.flow-run.Running"]}, "any_resource": {"id": [f"prefect.flow-run.{run}"]}}
+    }
+    # The server keeps events in memory for a moment, and what it has there is lost with it.
+    wait_until(lambda: api.post("/events/filter", json=begun).json()["events"], "the run to run", 180)
     stack.daemon.stop()
     stack.daemon.start()
 
@@ -259,6 +263,7 @@ def test_restarted_docker_brings_the_stack_back_and_reports_the_cut_run(stack: S
     assert _ended(api, run)[0] == "CRASHED"
     again, _ = stack.start_run()
     assert _ended(api, again)[0] == "COMPLETED"
+    wait_until(lambda: not stack.containers(f"label=io.prefect.flow-run-id={again}"), "its container to be removed")
 
 
 def test_the_warehouse_s_user_does_not_get_into_prefect_s_database(stack: Stack) -> None:

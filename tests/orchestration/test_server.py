@@ -54,7 +54,7 @@ def test_the_temporary_server_ends_with_its_flow_however_that_ends() -> None:
     wait_until(lambda: answers(f"{url}/health"), "the server")
     flow.kill()
     flow.communicate()
-    wait_until(lambda: not answers(f"{url}/health"), "the end of the server", 30)
+    wait_until(lambda: not answers(f"{url}/health"), "the end of the server")
 
 
 def test_a_temporary_server_that_does_not_start_says_why(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,7 +125,12 @@ def test_a_connection_that_breaks_is_tried_again(folder: Path, query: Query, ser
 
 def test_a_database_that_is_gone_in_mid_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    with embedded_postgres(tmp_path / "own") as url, settings_of(WAREHOUSE_URL=url):
+    # Not where pytest keeps its folders: another session that begins closes that to all but root.
+    with (
+        tempfile.TemporaryDirectory() as own,
+        embedded_postgres(Path(own)) as url,
+        settings_of(WAREHOUSE_URL=url),
+    ):
         folder = small(tmp_path / "small")
         hold(folder, "one", 1200)
         data = Path(rows_of(url, "show data_directory")[0][0])

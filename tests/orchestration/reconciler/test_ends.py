@@ -237,7 +237,7 @@ def test_what_ended_is_noted_once_and_costs_nothing_from_then_on(
         found = json.loads(capsys.readouterr().out)["timeline"]
         return [each["text"] for each in found if each["who"] == "pod"]
 
-    wait_until(lines, "the event", 20)
+    wait_until(lines, "the event")
     assert lines() == [
         f"{pods[0]} created",
         f"{pods[0]} started",
@@ -283,7 +283,7 @@ def test_what_nobody_saw_end_is_fenced(pool: Pool, states: list[str], end: str) 
         pool.round()
         return str(pool.ask("GET", f"/flow_runs/{run['id']}")["state"]["type"]) == end
 
-    wait_until(ended, f"it to be {end}", 20)
+    wait_until(ended, f"it to be {end}")
     assert pool.labels(run)[FENCED + job] is True
 
 
