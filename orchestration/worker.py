@@ -40,6 +40,7 @@ from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
 from orchestration.reconciler.cluster import identity
 from orchestration.reconciler.facts import CLUSTER
+from orchestration.reconciler.objects import MAIN_CONTAINER, MAIN_CONTAINER_ANNOTATION
 
 _watching_on: asyncio.AbstractEventLoop | None = None
 
@@ -219,8 +220,13 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
             TimeoutError: the claim is too old for that.
         """
         self._left(flow_run)
+        manifest = configuration.job_manifest
         if self._namespace:
-            configuration.namespace = configuration.job_manifest["metadata"]["namespace"] = self._namespace
+            configuration.namespace = manifest["metadata"]["namespace"] = self._namespace
+        template = manifest["spec"]["template"]
+        # Prefect executes the run in the first. An injector may put others before it.
+        main = {MAIN_CONTAINER_ANNOTATION: template["spec"]["containers"][0].get("name", MAIN_CONTAINER)}
+        template["metadata"]["annotations"] = main | (template["metadata"].get("annotations") or {})
         return await super().run(flow_run, configuration, **options)
 
     async def drain(self) -> None:

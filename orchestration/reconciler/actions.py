@@ -82,7 +82,7 @@ async def _log_tail(cluster: Cluster, pods: list[Pod], run: Run) -> str:
     if not ended:
         return ""
     try:
-        lines = await cluster.last_lines(max(ended, key=lambda each: each.created).name)
+        lines = await cluster.last_lines(max(ended, key=lambda each: each.created))
     except ClusterError:
         return ""  # who has it, the kubelet, may be gone or know nobody yet: that must not keep the run Running
     return f"{LOG}\n{lines}" if lines else ""

@@ -15,6 +15,7 @@ HOPELESS = {
     "CreateContainerConfigError": "CreateContainerConfigError",
     "CreateContainerError": "CreateContainerError",
     "RunContainerError": "RunContainerError",
+    "CrashLoopBackOff": "CrashLoopBackOff",
     "Unschedulable": "Unschedulable",
     "SchedulingGated": "SchedulingGated",
 }
@@ -58,6 +59,7 @@ OF_STATE: Mapping[str, Diagnosis] = {
     "CreateContainerConfigError": "config-error",
     "CreateContainerError": "config-error",
     "RunContainerError": "config-error",
+    "CrashLoopBackOff": "config-error",
     "Unschedulable": "unschedulable",
     "SchedulingGated": "unschedulable",
     REFUSED: "refused",

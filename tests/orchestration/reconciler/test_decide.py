@@ -272,6 +272,8 @@ class World:
     steady: Run | None = None
     due: datetime = NOW
     abandoned: bool = False
+    sidecars: bool = False
+    """Whether a sidecar runs on in each pod until somebody deletes it."""
     lost: dict[str, datetime | None] = field(default_factory=dict)
     """Jobs whose pods execute on unseen, and when they were fenced."""
 
@@ -304,7 +306,7 @@ class World:
         """As it does of a Job with a backoffLimit, until that is over. Whose node is cut off has none here: the new pod
         would be of the same Job.
         """
-        living = {each.job for each in self.pods if each.live}
+        living = {each.job for each in self.pods if each.live or each.lingers}
         for each in self.jobs:
             if not each.over and each.name not in {*living, *self.lost}:
                 self.pods.append(Pod(f"{each.name}-{uuid4().hex}", "r", each.name, self.now.replace(microsecond=0)))
@@ -338,7 +340,8 @@ class World:
                 return
 
     def _end(self, number: int, code: int, **more: object) -> None:
-        self.pods[number] = replace(self.pods[number], end=End(self.now, code, "Error", **more))  # type: ignore[arg-type]
+        end = End(self.now, code, "Error", **more)  # type: ignore[arg-type]
+        self.pods[number] = replace(self.pods[number], end=end, lingers=self.sidecars)
 
     def engine_retries(self) -> None:
         """The flow, within its execution."""
@@ -389,8 +392,11 @@ class World:
         if self.jobs:
             self.stop(self.jobs[0].name)
 
+    def sidecar_ends(self) -> None:
+        self.pods = [replace(each, lingers=False) for each in self.pods]
+
     def controller_counts(self) -> None:
-        living = {each.job for each in self.pods if each.live}
+        living = {each.job for each in self.pods if each.live or each.lingers}
         self.jobs = [replace(each, over=each.over or each.name not in living) for each in self.jobs]
 
     def cancelled_in_the_ui(self) -> None:
@@ -474,10 +480,10 @@ USUAL = [
 """What often comes one after the other: of single events most histories would come to nothing."""
 
 
-@given(st.lists(st.sampled_from([*([each] for each in EVENTS), *USUAL * 3]), max_size=25))
+@given(st.lists(st.sampled_from([*([each] for each in EVENTS), *USUAL * 3]), max_size=25), st.booleans())
 @settings(max_examples=examples(8))
-def test_any_history_ends_with_nothing_lost_stuck_or_twice(history: list[list[str]]) -> None:
-    world = World()
+def test_any_history_ends_with_nothing_lost_stuck_or_twice(history: list[list[str]], sidecars: bool) -> None:
+    world = World(sidecars=sidecars)
     for event in (each for some in history for each in some):
         getattr(world, event)()
     # From here on nothing goes wrong any more.
@@ -492,7 +498,7 @@ def test_any_history_ends_with_nothing_lost_stuck_or_twice(history: list[list[st
             world.a_minute_passes()
     assert world.run
     assert world.run.type in FINAL, world
-    assert not [each for each in world.pods if each.live], world
+    assert not [each for each in world.pods if each.live or each.lingers], world
     assert all(world.lost.values()), f"an execution goes on that nobody has fenced: {world}"
     if world.run.type == "CRASHED":
         assert decisions.SETTLED in world.run.labels
