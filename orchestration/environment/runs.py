@@ -132,7 +132,7 @@ def _pods(environment: Environment, run: str) -> list[Object]:
 
 def _pod_troubles(environment: Environment, run: str) -> list[str]:
     """Why the run's pod is not made or does not start; a sidecar keeps it from neither."""
-    troubles = []
+    troubles: list[str] = []
     for pod in _pods(environment, run):
         init = {each["name"] for each in pod["spec"].get("initContainers", [])}
         troubles += diagnosis.troubles(environment, pod, init | {PodObject.model_validate(pod).main_container.name})

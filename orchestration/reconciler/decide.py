@@ -6,17 +6,14 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from orchestration.execution import FENCED, STOPPED
+from orchestration.execution import CAUSE, DISRUPTIONS, FENCED, STOPPED
 from orchestration.reconciler import causes
 from orchestration.reconciler.causes import Cause
 from orchestration.reconciler.facts import FINAL, Job, Pod, Policy, Retries, Run
 
-CAUSE, LOST, CRASHES, DISRUPTIONS, RETRIED, SETTLED = (
-    f"reconciler.{name}" for name in ("cause", "lost", "crashes", "disruptions", "retried", "settled")
-)
-"""Labels of a run: the cause of a crash, and whether an execution was lost from sight with it, noted before its state
-is written; how many crashes and disruptions were retried; the state for which one was counted, with its cause, and the
-state for which there is no retry."""
+LOST, CRASHES, RETRIED, SETTLED = (f"reconciler.{name}" for name in ("lost", "crashes", "retried", "settled"))
+"""Labels of a run: whether an execution was lost from sight with a crash, noted before its state is written; how many
+crashes were retried; the state for which one was counted, with its cause, and the state for which there is no retry."""
 
 
 LOG = " The end of its log:"
@@ -48,6 +45,20 @@ class Crash:
 
 def _fences(jobs: Sequence[str]) -> dict[str, Any]:
     return {FENCED + each: True for each in jobs}
+
+
+@dataclass(frozen=True)
+class TimeOut:
+    """The run took longer than its deadline allows: no retry would take less; `lost` is as of a crash."""
+
+    run: Run
+    sentence: str
+    lost: tuple[str, ...] = ()
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """What the run is given before its state is written."""
+        return _fences(self.lost)
 
 
 @dataclass(frozen=True)
@@ -123,7 +134,7 @@ class Stop:
 SLACK = 2.0
 """Seconds by which a Job may seem older than the claim that it was made for: its time has no fractions."""
 
-Action = Crash | Explain | Unclaim | Adopt | Cancel | Cancelled | Retry | Stop
+Action = Crash | TimeOut | Explain | Unclaim | Adopt | Cancel | Cancelled | Retry | Stop
 
 
 def decide(run: Run | None, jobs: Sequence[Job], pods: Sequence[Pod], now: datetime, policy: Policy) -> list[Action]:
@@ -230,7 +241,10 @@ def _dead(
     if not known and (now - run.since).total_seconds() < policy.settle:
         return []
     its = [each for each in jobs if each.name == name or not name]
-    return [Crash(run, causes.of_end(seen, its), _lost(run, current, jobs, pods))]
+    lost = _lost(run, current, jobs, pods)
+    if sentence := causes.of_deadline(current, seen):
+        return [TimeOut(run, sentence, lost)]
+    return [Crash(run, causes.of_end(seen, its), lost)]
 
 
 def _lost(run: Run, current: Job | None, jobs: Sequence[Job], pods: Sequence[Pod]) -> tuple[str, ...]:
@@ -262,6 +276,9 @@ def _after_the_end(
             or not run.deployment
         ):
             return held
+        its = [each for each in pods if each.job == run.job]
+        if sentence := causes.of_deadline(next((each for each in jobs if each.name == run.job), None), its):
+            return [*held, TimeOut(run, sentence)]
         return [*held, Retry(run, _of_crash(run, pods))]
     if age < policy.linger:
         return _held_open(run, jobs, pods, now, policy)

@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+from orchestration.execution import DISRUPTION_RETRIES
 from orchestration.reconciler.objects import Condition, Container, ContainerState, JobObject, PodObject, PodStatus
 
 FINAL = frozenset({"COMPLETED", "FAILED", "CRASHED", "CANCELLED"})
@@ -266,6 +267,7 @@ class Job:
         refused: why it has no pod, of its events: a quota, an account that is not there.
         disrupted: whether the cluster ended its pod; it says so when that is gone, by its podFailurePolicy.
         noted: how many of its pods had ended and were noted on the run.
+        expired: the seconds of its activeDeadlineSeconds, if it ran for longer; Kubernetes ends its pods then.
     """
 
     name: str
@@ -277,6 +279,7 @@ class Job:
     refused: str = ""
     disrupted: bool = False
     noted: int = 0
+    expired: int | None = None
 
     @classmethod
     def read(cls, raw: JobObject, later: timedelta = timedelta()) -> "Job":
@@ -284,6 +287,8 @@ class Job:
         meta = raw.metadata
         conditions = {each.type: each for each in raw.status.conditions if each.status == "True"}
         failed = conditions.get("Failed")
+        # The second one comes first, and the first once no pod is left.
+        reasons = {conditions[each].reason for each in ("Failed", "FailureTarget") if each in conditions}
         return cls(
             meta.name,
             meta.labels[RUN_LABEL],
@@ -293,6 +298,7 @@ class Job:
             raw.spec.backoff_limit == 0 and all(each.action == "FailJob" for each in raw.spec.pod_failure_policy.rules),
             disrupted=failed is not None and "DisruptionTarget" in failed.message,
             noted=int(meta.annotations.get(NOTED, 0)),
+            expired=raw.spec.active_deadline_seconds or 0 if "DeadlineExceeded" in reasons else None,
         )
 
 
@@ -334,7 +340,7 @@ class Retries:
     """
 
     crash_retries: int = 2
-    disruption_retries: int = 10
+    disruption_retries: int = DISRUPTION_RETRIES
     crash_backoff: float = 10
     memory_growth: float = 1.5
     memory_max: str = ""

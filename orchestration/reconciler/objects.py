@@ -169,6 +169,7 @@ class JobSpec(Part):
     """What was asked for."""
 
     backoff_limit: int | None = None
+    active_deadline_seconds: int | None = None
     pod_failure_policy: PodFailurePolicy = PodFailurePolicy()
 
 

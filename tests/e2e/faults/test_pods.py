@@ -119,6 +119,18 @@ def test_evicted_run_keeps_its_crash_budget(pool: Pool, api: httpx.Client) -> No
     assert not run_of(api, run)["labels"].get("reconciler.crashes")
 
 
+def test_deadline_ends_the_run_without_a_retry(pool: Pool, api: httpx.Client) -> None:
+    """Not even by the retries of the flow, whose process has no time for them."""
+    made = victim(api, pool, job_variables={"active_deadline_seconds": 30})
+    run = start(api, made, parameters={"seconds": 300}, empirical_policy={"retries": 2, "retry_delay": 0})
+    found = state_named(api, run, "TimedOut", 120)
+    assert found["type"] == "FAILED"
+    assert "ran for longer than its activeDeadlineSeconds of 30" in found["message"]
+    wait_until(lambda: all(map(ending, pods(pool, run))), "its pod to end", SEEN)
+    assert run_of(api, run)["state_name"] == "TimedOut"
+    assert [each["name"] for each in states(api, run)].count("Running") == 1
+
+
 def test_crash_budget_of_zero_retries_nothing(pool: Pool, api: httpx.Client) -> None:
     run, pod = under_way(api, pool, victim(api, pool, job_variables={"crash_retries": 0}), seconds=60)
     said_in_time(api, run, "Crashed", killed(pool, pod))
