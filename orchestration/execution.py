@@ -41,6 +41,15 @@ COMMAND = ["prefect", "flow-run", "execute"]
 FENCED = "reconciler.fenced."
 """The label of a run, before a Job's name, that says that this Job's execution was given up."""
 
+CAUSE, DISRUPTIONS = "reconciler.cause", "reconciler.disruptions"
+"""Labels of a run: the cause of a crash, and how many disruptions were retried."""
+
+DISRUPTION_RETRIES = 10
+"""How often a run is tried again after a disruption, where neither the run nor its deployment nor its pool says so."""
+
+DEADLINE = "ACTIVE_DEADLINE_SECONDS"
+"""Variable with a Job's `activeDeadlineSeconds`, set by the worker, of a Job that has one."""
+
 EVERY, SOON, TIMEOUT = 15.0, 3.0, 5.0
 """Seconds from one question to the next, to the next after one that was not answered, and for an answer."""
 
@@ -104,6 +113,33 @@ class Api:
         """
         return dict(json.loads(self._answer(self.run + path, body)))
 
+    def label(self, labels: dict[str, Any]) -> None:
+        """Give the run these labels."""
+        self._answer(f"{self.run}/labels", labels, "PATCH")
+
+    def disruption_retries(self, run: dict[str, Any]) -> int:
+        """Return how often a run may be tried again after a disruption.
+
+        It is a job variable of the run, else of its deployment, else of its pool.
+
+        Raises:
+            Exception: the API does not answer.
+        """
+        from urllib.parse import quote
+
+        name = "disruption_retries"
+        given = (run.get("job_variables") or {}).get(name)
+        if given is None and (deployment := run.get("deployment_id")):
+            found = json.loads(self._answer(f"/deployments/{deployment}", None))
+            given = (found.get("job_variables") or {}).get(name)
+        if given is None and (pool := run.get("work_pool_name")):
+            template = json.loads(self._answer(f"/work_pools/{quote(pool, safe='')}", None))["base_job_template"]
+            given = template.get("variables", {}).get("properties", {}).get(name, {}).get("default")
+        try:
+            return DISRUPTION_RETRIES if given is None else int(given)
+        except (TypeError, ValueError):
+            return DISRUPTION_RETRIES
+
     def give_back(self, leases: list[str]) -> list[str]:
         """End leases of concurrency slots; those that are left because it does not answer."""
         for number, lease in enumerate(leases):
@@ -113,7 +149,7 @@ class Api:
                 return leases[number:]
         return []
 
-    def _answer(self, path: str, body: dict[str, Any] | None) -> bytes:
+    def _answer(self, path: str, body: dict[str, Any] | None, method: str | None = None) -> bytes:
         # The command does not wait for these.
         import base64
         import ssl
@@ -131,7 +167,8 @@ class Api:
             if os.environ.get("PREFECT_API_TLS_INSECURE_SKIP_VERIFY", "").lower() in ("1", "true"):
                 context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         data = json.dumps(body).encode() if body else None
-        request = Request(self.url + path, data, headers)  # noqa: S310 - the API that the run reports to
+        # It is the API that the run reports to.
+        request = Request(self.url + path, data, headers, method=method)  # noqa: S310
         with urlopen(request, timeout=TIMEOUT, context=context) as answer:  # noqa: S310
             self.date = answer.headers["Date"] or ""
             return bytes(answer.read())
@@ -255,6 +292,8 @@ class Supervisor:
         self._fenced = False
         # What Prefect's worker says of a Job that Kubernetes does not try again, and of one that it does.
         self._after = os.environ.get("PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR", "reschedule")
+        self._has_deadline = bool(os.environ.get(DEADLINE))
+        self._counted: tuple[int, int] | None = None
         grace = float(os.environ.get("GRACE_SECONDS") or 30)
         self._patience = max(grace - LAST_WORDS, grace / 2)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -317,18 +356,44 @@ class Supervisor:
                 elif state in ("PENDING", "RUNNING") and self._after == "relinquish":
                     return code or 1  # by which Kubernetes tries it again
                 elif state in ("PENDING", "RUNNING") and self._after == "reschedule":
+                    if self._has_deadline:
+                        return code or 1  # the reconciler knows if it has passed, after which nothing is tried again
+                    number, budget = self._count(run)
                     # By this clock, which may be wrong, only where the other is not known.
                     now = parsedate_to_datetime(self._api.date) if self._api.date else datetime.now(UTC)
-                    message = "Its pod was asked to end."
-                    details = {"scheduled_time": now.isoformat()}
-                    next_ = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": message, "state_details": details}
-                    self._api.ask("/set_state", {"state": next_})
+                    self._api.ask("/set_state", {"state": after_sigterm(number, budget, now)})
                     return 0
                 return code
             except Exception as error:  # as long as the pod's grace period lasts
                 if _refused(error):
                     return code
                 time.sleep(SOON)
+
+    def _count(self, run: dict[str, Any]) -> tuple[int, int]:
+        """Draw on the budget for disruptions, once: which retry this is, and of how many."""
+        if self._counted is None:
+            budget = self._api.disruption_retries(run)
+            number = int((run.get("labels") or {}).get(DISRUPTIONS) or 0) + 1
+            self._api.label({DISRUPTIONS: number} if number <= budget else {CAUSE: "disruption"})
+            self._counted = number, budget
+        return self._counted
+
+
+def after_sigterm(number: int, budget: int, now: datetime) -> dict[str, Any]:
+    """Return the state of a run whose pod was asked to end.
+
+    Args:
+        number: which retry after a disruption this one would be, from 1 on.
+        budget: how many there are.
+        now: on the clock of the Prefect API.
+    """
+    asked = "Its pod was asked to end."
+    if number > budget:
+        message = f"No retry: all {budget} after a disruption are used up. {asked}"
+        return {"type": "CRASHED", "name": "Crashed", "message": message}
+    message = f"Retry {number} of {budget} after a disruption. {asked}"
+    details = {"scheduled_time": now.isoformat()}
+    return {"type": "SCHEDULED", "name": "AwaitingRetry", "message": message, "state_details": details}
 
 
 def main(command: list[str]) -> int:

@@ -38,8 +38,10 @@ from prefect_kubernetes import KubernetesWorker
 from prefect_kubernetes.settings import KubernetesSettings
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
+from orchestration.execution import DEADLINE
 from orchestration.reconciler.cluster import identity
 from orchestration.reconciler.facts import CLUSTER
+from orchestration.reconciler.objects import MAIN_CONTAINER, MAIN_CONTAINER_ANNOTATION
 
 _watching_on: asyncio.AbstractEventLoop | None = None
 
@@ -219,8 +221,22 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
             TimeoutError: the claim is too old for that.
         """
         self._left(flow_run)
+        manifest = configuration.job_manifest
         if self._namespace:
-            configuration.namespace = configuration.job_manifest["metadata"]["namespace"] = self._namespace
+            configuration.namespace = manifest["metadata"]["namespace"] = self._namespace
+        template = manifest["spec"]["template"]
+        # Prefect executes the run in the first. An injector may put others before it.
+        main = {MAIN_CONTAINER_ANNOTATION: template["spec"]["containers"][0].get("name", MAIN_CONTAINER)}
+        template["metadata"]["annotations"] = main | (template["metadata"].get("annotations") or {})
+        environment = template["spec"]["containers"][0]["env"]
+        if deadline := manifest["spec"].get("activeDeadlineSeconds") or template["spec"].get("activeDeadlineSeconds"):
+            environment.append({"name": DEADLINE, "value": str(deadline)})
+        command = template["spec"]["containers"][0].get("command") or []
+        if not any("execution.py" in each for each in command) and not KubernetesSettings().observer.enabled:
+            # Prefect's own command would have the run tried again for ever. The reconciler has budgets.
+            for each in environment:
+                if each["name"] == "PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR":
+                    each["value"] = "relinquish"
         return await super().run(flow_run, configuration, **options)
 
     async def drain(self) -> None:

@@ -1,6 +1,6 @@
 """Why a release does not become ready: which object, which event, which line of a log."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -49,13 +49,15 @@ def _ready(pod: Object) -> bool:
     return conditions.get("Ready") == "True"
 
 
-def troubles(environment: Environment, pod: Object) -> Iterator[str]:
-    """What keeps a pod from running, and how its containers ended."""
+def troubles(environment: Environment, pod: Object, containers: Collection[str] = ()) -> Iterator[str]:
+    """What keeps a pod from running, and how its containers ended; only of those containers, if some are named."""
     name = pod["metadata"]["name"]
     for condition in pod["status"].get("conditions", []):
         if condition["status"] == "False" and condition.get("reason") == "Unschedulable":
             yield f"pod/{name}: no node takes it: {condition['message']}"
     for status in _statuses(pod):
+        if containers and status["name"] not in containers:
+            continue
         state = status.get("state", {}) | {"last": status.get("lastState", {}).get("terminated")}
         if "running" in state and not status["ready"]:
             # It waits for something, or is slow: the end of its log says which.

@@ -11,6 +11,7 @@ import httpx
 from orchestration.environment import diagnosis
 from orchestration.environment.target import Environment, Object
 from orchestration.errors import ClusterError
+from orchestration.reconciler.objects import PodObject
 
 FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
@@ -98,7 +99,8 @@ def follow(environment: Environment, api: httpx.Client, run: Object) -> bool:
         time.sleep(1)
     if now["state_type"] == "CRASHED":
         for pod in _pods(environment, run["id"]):
-            for line in diagnosis.last_lines(environment, pod["metadata"]["name"], "prefect-job", 20):
+            main = PodObject.model_validate(pod).main_container.name
+            for line in diagnosis.last_lines(environment, pod["metadata"]["name"], main, 20):
                 print(f"-- pod: {line}", file=sys.stderr)
     return bool(now["state_type"] == "COMPLETED")
 
@@ -129,8 +131,11 @@ def _pods(environment: Environment, run: str) -> list[Object]:
 
 
 def _pod_troubles(environment: Environment, run: str) -> list[str]:
-    """Why the run's pod is not made or does not start."""
-    troubles = [reason for pod in _pods(environment, run) for reason in diagnosis.troubles(environment, pod)]
+    """Why the run's pod is not made or does not start; a sidecar keeps it from neither."""
+    troubles: list[str] = []
+    for pod in _pods(environment, run):
+        init = {each["name"] for each in pod["spec"].get("initContainers", [])}
+        troubles += diagnosis.troubles(environment, pod, init | {PodObject.model_validate(pod).main_container.name})
     for job in environment.objects("jobs", "--selector", f"prefect.io/flow-run-id={run}"):
         about = f"involvedObject.name={job['metadata']['name']},type=Warning"
         troubles += [

@@ -22,6 +22,7 @@ from orchestration.reconciler.decide import (
     Explain,
     Retry,
     Stop,
+    TimeOut,
     Unclaim,
     verdict,
 )
@@ -74,7 +75,19 @@ async def carry_out(server: Server, cluster: Cluster, action: Action, pods: list
         # First the cause: whoever finds the run crashed knows it, also if this process ends in between.
         await server.ask("PATCH", f"/flow_runs/{run.id}/labels", action.labels)
         return await _set(server, run, "CRASHED", "Crashed", f"{action.cause.sentence}.{tail}")
+    if isinstance(action, TimeOut):
+        return await _time_out(server, action, pods, await _log_tail(cluster, pods, run))
     return await _retry(server, action, found)
+
+
+async def _time_out(server: Server, action: TimeOut, pods: list[Pod], tail: str) -> str:
+    run = action.run
+    await remains.give_back(server, pods)
+    await remains.end(server, run.id, f"Its run {run.name} has timed out")
+    if action.labels:
+        await server.ask("PATCH", f"/flow_runs/{run.id}/labels", action.labels)
+    # A flow's own retries would make of a proposed failure another run attempt.
+    return await _set(server, run, "FAILED", "TimedOut", f"{action.sentence}.{tail}", force=True)
 
 
 async def _log_tail(cluster: Cluster, pods: list[Pod], run: Run) -> str:
@@ -82,7 +95,7 @@ async def _log_tail(cluster: Cluster, pods: list[Pod], run: Run) -> str:
     if not ended:
         return ""
     try:
-        lines = await cluster.last_lines(max(ended, key=lambda each: each.created).name)
+        lines = await cluster.last_lines(max(ended, key=lambda each: each.created))
     except ClusterError:
         return ""  # who has it, the kubelet, may be gone or know nobody yet: that must not keep the run Running
     return f"{LOG}\n{lines}" if lines else ""
@@ -139,15 +152,17 @@ async def pool_defaults(server: Server, pool: str) -> JSON:
     return {name: each.get("default") for name, each in properties.items()}
 
 
-async def _set(server: Server, run: Run, type_: str, name: str, message: str, *, at: datetime | None = None) -> str:
-    """Propose a state; what it is now, for people, or nothing if the server did not accept it."""
+async def _set(
+    server: Server, run: Run, type_: str, name: str, message: str, *, at: datetime | None = None, force: bool = False
+) -> str:
+    """Propose a state, or force it; what it is now, for people, or nothing if the server did not accept it."""
     # The same from whoever decides it of the same state: the server takes one of them.
     details: dict[str, Any] = {"transition_id": str(uuid5(NAMESPACE_URL, f"{run.state_id}/{type_}/{name}"))}
     if at:
         details["scheduled_time"] = at.isoformat()
     state = {"type": type_, "name": name, "message": message[:LONGEST], "state_details": details}
     try:
-        answer = await server.ask("POST", f"/flow_runs/{run.id}/set_state", {"state": state})
+        answer = await server.ask("POST", f"/flow_runs/{run.id}/set_state", {"state": state, "force": force})
     except RefusedError as error:
         if error.status == 404:
             return ""

@@ -15,6 +15,7 @@ HOPELESS = {
     "CreateContainerConfigError": "CreateContainerConfigError",
     "CreateContainerError": "CreateContainerError",
     "RunContainerError": "RunContainerError",
+    "CrashLoopBackOff": "CrashLoopBackOff",
     "Unschedulable": "Unschedulable",
     "SchedulingGated": "SchedulingGated",
 }
@@ -44,8 +45,8 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 it, so no retry can help."""
 
 Diagnosis = Literal[
-    "crash", "oom", "disruption", "pod-gone", "image", "config-error", "unschedulable", "refused", "claim-lost", "late",
-    "cancelling", "fenced", "given-up",
+    "crash", "oom", "disruption", "deadline", "pod-gone", "image", "config-error", "unschedulable", "refused",
+    "claim-lost", "late", "cancelling", "fenced", "given-up",
 ]  # fmt: skip
 """What a run may suffer from; each has a page of its name."""
 
@@ -58,6 +59,7 @@ OF_STATE: Mapping[str, Diagnosis] = {
     "CreateContainerConfigError": "config-error",
     "CreateContainerError": "config-error",
     "RunContainerError": "config-error",
+    "CrashLoopBackOff": "config-error",
     "Unschedulable": "unschedulable",
     "SchedulingGated": "unschedulable",
     REFUSED: "refused",
@@ -68,6 +70,8 @@ GONE, EXCEEDED, DISRUPTED, WAITS, CANNOT = (
     "Its pod is gone: ", "OOMKilled: ", " was ended by the cluster: ", " does not start, ", " cannot make its pod: ",
 )  # fmt: skip
 LOST_NODE = "Its pod is gone: the cluster ended it"
+ASKED = "Its pod was asked to end"
+EXPIRED = " ran for longer than "
 """What tells the sentences below from each other."""
 
 
@@ -80,6 +84,8 @@ def of_sentence(sentence: str) -> Diagnosis:
         EXCEEDED: "oom",
         DISRUPTED: "disruption",
         LOST_NODE: "disruption",
+        ASKED: "disruption",
+        EXPIRED: "deadline",
         GONE: "pod-gone",
     }
     return next((diagnosis for mark, diagnosis in marks.items() if mark in sentence), "crash")
@@ -122,6 +128,16 @@ def of_end(pods: Sequence[Pod], jobs: Sequence[Job] = ()) -> Cause:
     signal = f" ({SIGNALS[end.code]})" if end.code in SIGNALS else ""
     more = f": {end.message}" if end.message else ""
     return Cause("crash", f"Pod {where} ended with exit code {end.code}{signal}{more}")
+
+
+def of_deadline(job: Job | None, pods: Sequence[Pod]) -> str:
+    """Say that a Job or one of its pods ran for longer than its deadline allows; empty if none did."""
+    if job and job.expired is not None:
+        return f"Job {job.name}{EXPIRED}its activeDeadlineSeconds of {job.expired}"
+    for pod in pods:
+        if pod.end and pod.end.reason == "DeadlineExceeded":
+            return f"Pod {pod.name}{EXPIRED}its activeDeadlineSeconds: {pod.end.message}".rstrip(": ")
+    return ""
 
 
 def of_wait(job: Job, pods: Sequence[Pod]) -> tuple[str, str] | None:

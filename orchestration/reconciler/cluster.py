@@ -129,7 +129,7 @@ class Cluster:
         return [Pod.read(each, clock - self.ahead) async for each in found]
 
     async def listen(self, heard: asyncio.Event) -> None:
-        """Set `heard` as soon as a run's pod has ended or is gone, and whenever it begins to listen, for ever.
+        """Set `heard` as soon as a run's main container has ended or its pod is gone, and when it begins to listen.
 
         It hastens who looks every few seconds anyway, so what cannot be heard is no error.
         """
@@ -149,7 +149,8 @@ class Cluster:
                 ) as response:
                     heard.set()  # what was before nobody has heard
                     async for line in response.aiter_lines():
-                        if Change.model_validate_json(line).type == "DELETED":
+                        change = Change.model_validate_json(line)
+                        if change.type == "DELETED" or (change.type == "MODIFIED" and Pod.read(change.object).end):
                             heard.set()
             await asyncio.sleep(1)
 
@@ -161,10 +162,11 @@ class Cluster:
         found.sort(key=lambda each: each.last_timestamp or each.metadata.creation_timestamp)
         return found[-1].message if found else ""
 
-    async def last_lines(self, pod: str, lines: int = 5) -> str:
-        """The end of a pod's log; empty if there is none any more."""
-        path = f"/api/v1/namespaces/{self.namespace}/pods/{pod}/log"
-        found = await self.ask("GET", path, query={"tailLines": lines}, absent=(400, 404))
+    async def last_lines(self, pod: Pod, lines: int = 5) -> str:
+        """The end of the log of a pod's main container; empty if there is none any more."""
+        path = f"/api/v1/namespaces/{self.namespace}/pods/{pod.name}/log"
+        query = {"tailLines": lines, "container": pod.container}
+        found = await self.ask("GET", path, query=query, absent=(400, 404))
         return str(found or "").strip()
 
     async def annotate(self, job: str, annotations: dict[str, str]) -> None:

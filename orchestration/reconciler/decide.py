@@ -2,21 +2,18 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from orchestration.execution import FENCED, STOPPED
+from orchestration.execution import CAUSE, DISRUPTIONS, FENCED, STOPPED
 from orchestration.reconciler import causes
 from orchestration.reconciler.causes import Cause
 from orchestration.reconciler.facts import FINAL, Job, Pod, Policy, Retries, Run
 
-CAUSE, LOST, CRASHES, DISRUPTIONS, RETRIED, SETTLED = (
-    f"reconciler.{name}" for name in ("cause", "lost", "crashes", "disruptions", "retried", "settled")
-)
-"""Labels of a run: the cause of a crash, and whether an execution was lost from sight with it, noted before its state
-is written; how many crashes and disruptions were retried; the state for which one was counted, with its cause, and the
-state for which there is no retry."""
+LOST, CRASHES, RETRIED, SETTLED = (f"reconciler.{name}" for name in ("lost", "crashes", "retried", "settled"))
+"""Labels of a run: whether an execution was lost from sight with a crash, noted before its state is written; how many
+crashes were retried; the state for which one was counted, with its cause, and the state for which there is no retry."""
 
 
 LOG = " The end of its log:"
@@ -48,6 +45,20 @@ class Crash:
 
 def _fences(jobs: Sequence[str]) -> dict[str, Any]:
     return {FENCED + each: True for each in jobs}
+
+
+@dataclass(frozen=True)
+class TimeOut:
+    """The run took longer than its deadline allows: no retry would take less; `lost` is as of a crash."""
+
+    run: Run
+    sentence: str
+    lost: tuple[str, ...] = ()
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """What the run is given before its state is written."""
+        return _fences(self.lost)
 
 
 @dataclass(frozen=True)
@@ -123,7 +134,7 @@ class Stop:
 SLACK = 2.0
 """Seconds by which a Job may seem older than the claim that it was made for: its time has no fractions."""
 
-Action = Crash | Explain | Unclaim | Adopt | Cancel | Cancelled | Retry | Stop
+Action = Crash | TimeOut | Explain | Unclaim | Adopt | Cancel | Cancelled | Retry | Stop
 
 
 def decide(run: Run | None, jobs: Sequence[Job], pods: Sequence[Pod], now: datetime, policy: Policy) -> list[Action]:
@@ -136,10 +147,11 @@ def decide(run: Run | None, jobs: Sequence[Job], pods: Sequence[Pod], now: datet
         now: the time on the clock that the API's times are on.
         policy: how patient to be.
     """
+    jobs = [_with_its_main_container(each, pods, now, policy) for each in jobs]
     if run is None or run.type in FINAL:
         return _after_the_end(run, jobs, pods, now, policy)
     if run.type not in ("PENDING", "RUNNING", "CANCELLING"):
-        return []
+        return _held_open(run, jobs, pods, now, policy)
     if run.abandoned and run.type != "CANCELLING":
         return [Cancel(run, "Its deployment was deleted")]
     age = (now - run.since).total_seconds()
@@ -184,12 +196,38 @@ def _current(run: Run, jobs: Sequence[Job]) -> Job | None:
     return max(later, key=lambda each: each.created) if later else recorded
 
 
-def _wanted(job: Job, pods: Sequence[Pod]) -> bool:
-    """Whether something of a Job may still execute, a pod that Kubernetes has yet to make too, and nobody has asked for
-    its deletion.
-    """
+def _executes(job: Job, pods: Sequence[Pod]) -> bool:
+    """Whether a Job that is not being deleted may execute its run, also in a pod that Kubernetes has yet to make."""
     its = [each for each in pods if each.job == job.name]
     return not job.deleted and (not job.over or any(each.live and not each.deleted for each in its))
+
+
+def _wanted(job: Job, pods: Sequence[Pod]) -> bool:
+    """Whether something of a Job is alive, a sidecar too, and nobody has asked for its deletion."""
+    lingers = any(each.lingers and not each.deleted for each in pods if each.job == job.name)
+    return _executes(job, pods) or (lingers and not job.deleted)
+
+
+def _with_its_main_container(job: Job, pods: Sequence[Pod], now: datetime, policy: Policy) -> Job:
+    """Return the Job, over if the main container of its pod has ended and a sidecar holds the pod open.
+
+    Kubernetes would wait for the sidecar, and make no further pod meanwhile.
+    """
+    its = [each for each in pods if each.job == job.name]
+    if job.over or any(each.live for each in its):
+        return job
+    return replace(job, over=any(_is_held_open(each, now, policy) for each in its))
+
+
+def _is_held_open(pod: Pod, now: datetime, policy: Policy) -> bool:
+    return pod.lingers and pod.end is not None and (now - pod.end.at).total_seconds() > policy.sidecars
+
+
+def _held_open(run: Run, jobs: Sequence[Job], pods: Sequence[Pod], now: datetime, policy: Policy) -> list[Action]:
+    """Delete Jobs of which only sidecars run on."""
+    held = {each.job for each in pods if _is_held_open(each, now, policy) and not each.deleted}
+    sentence = f"the main container of run {run.name} has ended"
+    return [Stop(each.name, None, sentence) for each in jobs if each.name in held and not _executes(each, pods)]
 
 
 def _dead(
@@ -203,7 +241,10 @@ def _dead(
     if not known and (now - run.since).total_seconds() < policy.settle:
         return []
     its = [each for each in jobs if each.name == name or not name]
-    return [Crash(run, causes.of_end(seen, its), _lost(run, current, jobs, pods))]
+    lost = _lost(run, current, jobs, pods)
+    if sentence := causes.of_deadline(current, seen):
+        return [TimeOut(run, sentence, lost)]
+    return [Crash(run, causes.of_end(seen, its), lost)]
 
 
 def _lost(run: Run, current: Job | None, jobs: Sequence[Job], pods: Sequence[Pod]) -> tuple[str, ...]:
@@ -224,13 +265,23 @@ def _after_the_end(
         return [Stop(each.name, None, "its run was deleted") for each in wanted]
     age = (now - run.since).total_seconds()
     if run.type == "CRASHED":
-        if wanted and age > policy.crashed:
-            return [Stop(each.name, 0, f"run {run.name} has crashed") for each in wanted]
-        if wanted or any(each.live for each in pods) or run.labels.get(SETTLED) == run.state_id or not run.deployment:
-            return []
-        return [Retry(run, _of_crash(run, pods))]
+        held = _held_open(run, jobs, pods, now, policy)
+        executing = [each for each in jobs if _executes(each, pods)]
+        if executing and age > policy.crashed:
+            return [*held, *(Stop(each.name, 0, f"run {run.name} has crashed") for each in executing)]
+        if (
+            executing
+            or any(each.live for each in pods)
+            or run.labels.get(SETTLED) == run.state_id
+            or not run.deployment
+        ):
+            return held
+        its = [each for each in pods if each.job == run.job]
+        if sentence := causes.of_deadline(next((each for each in jobs if each.name == run.job), None), its):
+            return [*held, TimeOut(run, sentence)]
+        return [*held, Retry(run, _of_crash(run, pods))]
     if age < policy.linger:
-        return []
+        return _held_open(run, jobs, pods, now, policy)
     return [Stop(each.name, None, f"run {run.name} is {run.state}") for each in wanted]
 
 

@@ -8,7 +8,8 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from orchestration.reconciler.objects import ContainerState, JobObject, PodObject
+from orchestration.execution import DISRUPTION_RETRIES
+from orchestration.reconciler.objects import Condition, Container, ContainerState, JobObject, PodObject, PodStatus
 
 FINAL = frozenset({"COMPLETED", "FAILED", "CRASHED", "CANCELLED"})
 """Types of states after which nothing of a run is executed any more."""
@@ -19,6 +20,9 @@ RUN_LABEL, POOL_LABEL = "prefect.io/flow-run-id", "prefect.io/work-pool-id"
 CLUSTER = "reconciler.cluster"
 """Label of a run, by the worker that claimed it: in which cluster. Workers of several may share a pool, and their
 namespaces may have the same name."""
+
+ORDINARY = frozenset({"", "ContainerCreating", "PodInitializing"})
+"""Why a container waits that is about to start, or for another one."""
 
 NOTED = "reconciler.noted"
 """Annotation of a Job: how many of its pods had ended and were noted on their run."""
@@ -127,6 +131,8 @@ class Pod:
         node: where it was put.
         scheduled: when; None if it was not.
         began: when its main container began, of one that has ended; None if it never did.
+        container: the name of its main container.
+        lingers: whether other containers run on in it though the main one has ended: a sidecar that nothing ends.
     """
 
     name: str
@@ -141,6 +147,8 @@ class Pod:
     node: str = ""
     scheduled: datetime | None = None
     began: datetime | None = None
+    container: str = ""
+    lingers: bool = False
 
     @property
     def live(self) -> bool:
@@ -150,14 +158,16 @@ class Pod:
     @classmethod
     def read(cls, raw: PodObject, later: timedelta = timedelta()) -> "Pod":
         """Of what the API has, with times that much later: on another clock."""
-        meta, status = raw.metadata, raw.status
+        meta, status, main = raw.metadata, raw.status, raw.main_container
         conditions = {each.type: each for each in status.conditions}
-        state = status.container_statuses[0].state if status.container_statuses else ContainerState()
+        # The kubelet lists them by name, not by the order of the specification.
+        state = next((each.state for each in status.container_statuses if each.name == main.name), ContainerState())
         target = conditions.get("DisruptionTarget")
         created = meta.creation_timestamp + later
         end = began = None
-        if status.phase in ("Succeeded", "Failed"):
-            terminated = state.terminated
+        terminated = state.terminated
+        is_over = status.phase in ("Succeeded", "Failed")
+        if is_over or (terminated and not _is_restarted(raw, main, terminated.exit_code)):
             began = terminated and terminated.started_at
             at = (terminated and terminated.finished_at) or (target and target.last_transition_time)
             reason = status.reason or (terminated and terminated.reason) or status.phase
@@ -167,36 +177,62 @@ class Pod:
                 at + later if at else created,
                 terminated.exit_code if terminated else None,
                 reason,
-                status.message or ("" if left else said),
+                status.message or ("" if left else said) or ("" if terminated else _failed_init_container(status)),
                 target.reason if target and target.status == "True" else "",
                 reason == "OOMKilled" or bool(left.get("oom_kills")),
                 left.get("peak", 0),
                 terminated is not None or not (state.running or (target and target.reason == "DeletionByPodGC")),
                 _ids(left.get("leases")),
             )
-        waiting = None
+        started = bool(state.running or terminated)
         scheduled = conditions.get("PodScheduled")
-        if scheduled and scheduled.status == "False":
-            waiting = (scheduled.reason or "Unschedulable", scheduled.message)
-        for each in [*(each.state for each in status.init_container_statuses), state]:
-            if each.waiting:
-                waiting = (each.waiting.reason, each.waiting.message)
-                break
         put = scheduled.last_transition_time if scheduled and scheduled.status == "True" else None
         return cls(
             meta.name,
             meta.labels[RUN_LABEL],
             meta.labels.get("job-name", ""),
             created,
-            bool(state.running or state.terminated),
+            started,
             meta.deletion_timestamp + later if meta.deletion_timestamp else None,
             end,
-            waiting,
-            str(raw.spec.containers[0].resources.limits.get("memory", "")),
+            None if started else _waiting(status, state, scheduled),
+            str(main.resources.limits.get("memory", "")),
             raw.spec.node_name,
             put + later if put else None,
             began + later if began else None,
+            main.name,
+            end is not None and not is_over,
         )
+
+
+def _is_restarted(pod: PodObject, main: Container, exit_code: int) -> bool:
+    """Whether the kubelet starts the main container again in the same pod; an empty policy is Kubernetes' Always."""
+    policy = main.restart_policy or pod.spec.restart_policy or "Always"
+    return policy == "Always" or (policy == "OnFailure" and exit_code != 0)
+
+
+def _failed_init_container(status: PodStatus) -> str:
+    """Name the init container that kept the main container from starting; empty if none did."""
+    for each in status.init_container_statuses:
+        if each.state.terminated and each.state.terminated.exit_code:
+            return f"init container {each.name} ended with exit code {each.state.terminated.exit_code}"
+    return ""
+
+
+def _waiting(status: PodStatus, main: ContainerState, scheduled: Condition | None) -> tuple[str, str] | None:
+    """Why a pod's main container has not started: it waits for the node, and for each init container.
+
+    What the kubelet says of a container that only waits for another says nothing, where the other one says more.
+    """
+    found = None
+    if scheduled and scheduled.status == "False":
+        found = (scheduled.reason or "Unschedulable", scheduled.message)
+    for state in [*(each.state for each in status.init_container_statuses), main]:
+        if state.waiting and (found is None or state.waiting.reason not in ORDINARY):
+            found = (state.waiting.reason, state.waiting.message)
+            if state.waiting.reason not in ORDINARY:
+                break
+    return found
 
 
 def _report(message: str) -> dict[str, Any]:
@@ -231,6 +267,7 @@ class Job:
         refused: why it has no pod, of its events: a quota, an account that is not there.
         disrupted: whether the cluster ended its pod; it says so when that is gone, by its podFailurePolicy.
         noted: how many of its pods had ended and were noted on the run.
+        expired: the seconds of its activeDeadlineSeconds, if it ran for longer; Kubernetes ends its pods then.
     """
 
     name: str
@@ -242,6 +279,7 @@ class Job:
     refused: str = ""
     disrupted: bool = False
     noted: int = 0
+    expired: int | None = None
 
     @classmethod
     def read(cls, raw: JobObject, later: timedelta = timedelta()) -> "Job":
@@ -249,6 +287,8 @@ class Job:
         meta = raw.metadata
         conditions = {each.type: each for each in raw.status.conditions if each.status == "True"}
         failed = conditions.get("Failed")
+        # The second one comes first, and the first once no pod is left.
+        reasons = {conditions[each].reason for each in ("Failed", "FailureTarget") if each in conditions}
         return cls(
             meta.name,
             meta.labels[RUN_LABEL],
@@ -258,6 +298,7 @@ class Job:
             raw.spec.backoff_limit == 0 and all(each.action == "FailJob" for each in raw.spec.pod_failure_policy.rules),
             disrupted=failed is not None and "DisruptionTarget" in failed.message,
             noted=int(meta.annotations.get(NOTED, 0)),
+            expired=raw.spec.active_deadline_seconds or 0 if "DeadlineExceeded" in reasons else None,
         )
 
 
@@ -273,6 +314,8 @@ class Policy:
             which it hears by SIGTERM.
         crashed: how long a pod may live on after its run has crashed: it may yet tell why.
         linger: how long a pod may live on after its run has ended otherwise.
+        sidecars: how long other containers of a pod may run on after its main container has ended: native sidecars end
+            by themselves, and the pod's log stays.
     """
 
     settle: float = 3
@@ -281,6 +324,7 @@ class Policy:
     cancel: float = 3
     crashed: float = 15
     linger: float = 60
+    sidecars: float = 5
 
 
 @dataclass(frozen=True)
@@ -296,7 +340,7 @@ class Retries:
     """
 
     crash_retries: int = 2
-    disruption_retries: int = 10
+    disruption_retries: int = DISRUPTION_RETRIES
     crash_backoff: float = 10
     memory_growth: float = 1.5
     memory_max: str = ""

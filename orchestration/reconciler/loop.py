@@ -110,7 +110,7 @@ async def look(server: Server, cluster: Cluster, pool: str, steady: Mapping[str,
         for each in jobs
     ]
     # What lives without a run that is alive: of one that is over, or that somebody has deleted.
-    unknown = {each.run for each in pods if each.live} | {each.run for each in jobs if not each.over}
+    unknown = {each.run for each in pods if each.live or each.lingers} | {each.run for each in jobs if not each.over}
     # And of what has ended, what is not noted yet.
     unknown |= {each.run for some in ends.of_jobs(jobs, pods).values() for each in some}
     unknown -= {each.id for each in known}

@@ -69,6 +69,7 @@ class ContainerState(Part):
 class ContainerStatus(Part):
     """Of a pod's container."""
 
+    name: str = ""
     state: ContainerState = ContainerState()
 
 
@@ -89,10 +90,19 @@ class Resources(Part):
     limits: dict[str, str | float] = Field(default_factory=dict)
 
 
+class Variable(Part):
+    """Of a container's environment."""
+
+    name: str = ""
+
+
 class Container(Part):
     """Of a pod's specification."""
 
+    name: str = ""
+    env: tuple[Variable, ...] = ()
     resources: Resources = Resources()
+    restart_policy: str = ""
 
 
 class PodSpec(Part):
@@ -100,6 +110,17 @@ class PodSpec(Part):
 
     containers: tuple[Container, ...]
     node_name: str = ""
+    restart_policy: str = ""
+
+
+MAIN_CONTAINER = "prefect-job"
+"""The name of the main container in Prefect's and the chart's base job templates."""
+
+RUN_VARIABLE = "PREFECT__FLOW_RUN_ID"
+"""The environment variable that Prefect's worker gives to the main container alone."""
+
+MAIN_CONTAINER_ANNOTATION = "kubectl.kubernetes.io/default-container"
+"""The annotation of a pod by which the worker names the main container, and from which kubectl takes it."""
 
 
 class PodObject(Part):
@@ -108,6 +129,28 @@ class PodObject(Part):
     metadata: Meta
     spec: PodSpec
     status: PodStatus = PodStatus()
+
+    @property
+    def main_container(self) -> Container:
+        """The container that executes the run, whatever an injector has added, reordered or renamed.
+
+        It is the container called `prefect-job`; else the one with the run's id in its environment; else the one that
+        the worker names in an annotation; else the first.
+        """
+        named = self.metadata.annotations.get(MAIN_CONTAINER_ANNOTATION)
+        containers = self.spec.containers
+        return next(
+            (
+                each
+                for found in (
+                    [each for each in containers if each.name == MAIN_CONTAINER],
+                    [each for each in containers if any(some.name == RUN_VARIABLE for some in each.env)],
+                    [each for each in containers if each.name == named],
+                )
+                for each in found
+            ),
+            containers[0],
+        )
 
 
 class Rule(Part):
@@ -126,6 +169,7 @@ class JobSpec(Part):
     """What was asked for."""
 
     backoff_limit: int | None = None
+    active_deadline_seconds: int | None = None
     pod_failure_policy: PodFailurePolicy = PodFailurePolicy()
 
 
@@ -168,6 +212,7 @@ class Page(Part, Generic[Listed]):
 
 
 class Change(Part):
-    """A line of a watch: what happened to something."""
+    """A line of a watch: what happened to a pod, and what the pod is now."""
 
     type: str
+    object: PodObject

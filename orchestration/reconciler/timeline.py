@@ -11,8 +11,9 @@ from urllib.parse import quote
 
 from orchestration.api import CLOCK, JSON, Server
 from orchestration.errors import ApiError
+from orchestration.execution import CAUSE
 from orchestration.reconciler.causes import OF_STATE, PAGES, STARTING, Diagnosis, of_sentence
-from orchestration.reconciler.decide import CAUSE, LOG, LOST, SETTLED, UNCLAIMED
+from orchestration.reconciler.decide import LOG, LOST, SETTLED, UNCLAIMED
 from orchestration.reconciler.ends import ENDED
 from orchestration.reconciler.facts import FINAL
 
@@ -251,6 +252,8 @@ async def diagnosis(server: Server, run: Mapping[str, Any]) -> Finding:
         retried = " No retry is left" if settled else ""
         sentence = f"It is {name}{f': {said}' if said else ''}.{retried}".replace("..", ".")
         given_up: tuple[Diagnosis, ...] = ("given-up",) if settled else ()
+        if kind == "FAILED" and of_sentence(said) == "deadline":
+            return Finding(sentence, ("deadline",))
         return Finding(sentence, (*_of_crash(said, labels), *given_up) if kind == "CRASHED" else ())
     if kind == "RUNNING":
         job = (run["infrastructure_pid"] or "unknown").rpartition(":")[2]

@@ -62,6 +62,9 @@ def ends(how="completes", cleanup=1.0):
         raise ValueError(how)
     if how == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
+    if how == "signals its parent":
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(600)
     if how == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         note("at work")
@@ -99,9 +102,14 @@ class Run:
     def ask(self, method: str, path: str, /, **body: Any) -> Any:
         return asked(self.api, method, path, body or None)
 
-    def start(self, grace: int = 60, after: str = "reschedule", every: float = 0.5, **parameters: Any) -> None:
+    def start(self, **options: Any) -> None:
+        """Create the run and execute it; `options` are those of `execute`, all others the flow's parameters."""
+        execution = {name: options.pop(name) for name in ("grace", "after", "every", "deadline") if name in options}
         path = f"/deployments/{self.deployment}/create_flow_run"
-        self.id = self.ask("POST", path, parameters=parameters, state={"type": "PENDING"})["id"]
+        self.id = self.ask("POST", path, parameters=options, state={"type": "PENDING"})["id"]
+        self.execute(**execution)
+
+    def execute(self, grace: int = 60, after: str = "reschedule", every: float = 0.5, deadline: str = "") -> None:
         # What it waits for in between is mostly in the way here.
         code = f"import execution, sys; execution.EVERY = {every}; sys.exit(execution.main(sys.argv[1:]))"
         env = os.environ | {
@@ -109,6 +117,7 @@ class Run:
             "PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR": after, "GRACE_SECONDS": str(grace),
             "TERMINATION_MESSAGE_PATH": str(self.folder / "message"), "NOTES": str(self.folder / "notes"),
             "TMPDIR": str(self.folder), "PYTHONPATH": f"{ROOT}:{ROOT / 'orchestration'}",
+            "ACTIVE_DEADLINE_SECONDS": deadline,
         }  # fmt: skip
         with (self.folder / "log").open("w") as log:
             self.process = subprocess.Popen(
@@ -118,6 +127,9 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         return dict(self.ask("GET", f"/flow_runs/{self.id}")["state"])
+
+    def labels(self) -> dict[str, Any]:
+        return dict(self.ask("GET", f"/flow_runs/{self.id}")["labels"])
 
     def notes(self) -> list[str]:
         with contextlib.suppress(FileNotFoundError):
@@ -218,8 +230,32 @@ def test_asked_to_end_a_run_is_tried_again_only_when_its_tasks_have_cleaned_up(r
         time.sleep(0.1)
     assert made.ended() == (0, "AwaitingRetry")
     assert made.notes()[1:] == ["at work", "cleaned up"]
-    assert made.state()["message"] == "Its pod was asked to end."
+    assert made.state()["message"] == "Retry 1 of 10 after a disruption. Its pod was asked to end."
     assert made.state()["state_details"]["scheduled_time"]
+    assert made.labels()["reconciler.disruptions"] == 1
+
+
+def test_sigterm_draws_on_the_disruption_budget(run: Callable[..., Run]) -> None:
+    """A flow that sends SIGTERM to its own supervisor is not retried for ever."""
+    made = run(job_variables={"disruption_retries": 1})
+    made.start(how="signals its parent")
+    assert made.ended() == (0, "AwaitingRetry")
+    made.execute()
+    assert made.ended() == (0, "Crashed")
+    assert made.state()["message"] == "No retry: all 1 after a disruption are used up. Its pod was asked to end."
+    assert (made.labels()["reconciler.disruptions"], made.labels()["reconciler.cause"]) == (1, "disruption")
+
+
+def test_sigterm_of_a_job_with_a_deadline_is_left_to_the_reconciler(run: Callable[..., Run]) -> None:
+    """The reconciler knows whether the deadline has passed, after which nothing is retried."""
+    made = run()
+    made.start(how="works", deadline="20")
+    made.noted("at work")
+    made.process.terminate()
+    code, state = made.ended()
+    assert code
+    assert state == "Running"
+    assert made.notes()[1:] == ["at work", "cleaned up"]
 
 
 def test_of_one_that_kubernetes_tries_again_nothing_is_said(run: Callable[..., Run]) -> None:

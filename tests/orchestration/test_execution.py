@@ -1,5 +1,6 @@
 """What a run's container says at its end of the memory it used, under both versions of cgroups."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -11,13 +12,17 @@ import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from urllib.error import HTTPError
+from uuid import uuid4
 
+import httpx
 import psutil
 import pytest
 
+from orchestration.api import Server
 from orchestration.execution import FENCED, Api, report
+from orchestration.reconciler import actions
 from orchestration.settings import ROOT
-from tests.parts import client_of
+from tests.parts import asked, client_of
 
 EXECUTION = [sys.executable, "-I", "-S", str(ROOT / "orchestration" / "execution.py")]
 
@@ -104,6 +109,42 @@ def test_an_execution_that_was_given_up_ends_itself(prefect_server: str, tmp_pat
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("of_run", "of_deployment", "of_pool", "retries"),
+    [(3, 2, 1, 3), (None, 2, 1, 2), (None, None, 1, 1), (0, 2, 1, 0), (None, None, None, 10), ("many", 2, 1, 10)],
+)
+def test_disruption_budget_is_that_of_the_run_else_the_deployment_else_the_pool(
+    prefect_server: str, of_run: object, of_deployment: object, of_pool: object, retries: int
+) -> None:
+    def variables(budget: object) -> dict[str, object]:
+        return {} if budget is None else {"disruption_retries": budget}
+
+    name = f"budget-{uuid4().hex[:6]}"
+    with client_of(prefect_server) as api:
+        properties = {
+            "disruption_retries": {"title": "Disruption Retries"}
+            | ({"default": of_pool} if of_pool is not None else {})
+        }
+        template = {"job_configuration": {"name": ""}, "variables": {"properties": properties}}
+        asked(api, "POST", "/work_pools/", {"name": name, "type": "kubernetes", "base_job_template": template})
+        body = {"name": name, "flow_id": asked(api, "POST", "/flows/", {"name": "budget"})["id"]}
+        body |= {"work_pool_name": name, "job_variables": variables(of_deployment)}
+        deployment = asked(api, "POST", "/deployments/", body)["id"]
+        path = f"/deployments/{deployment}/create_flow_run"
+        run = asked(api, "POST", path, {"job_variables": variables(of_run)})
+        execution = Api(prefect_server, run["id"], "job")
+        assert execution.disruption_retries(execution.ask()) == retries
+        found = {"job_variables": variables(of_run), "deployment_id": deployment, "work_pool_name": name}
+        assert asyncio.run(_by_the_reconciler(prefect_server, found)) == retries
+
+
+async def _by_the_reconciler(url: str, found: dict[str, object]) -> int:
+    async with httpx.AsyncClient(base_url=url, timeout=30) as client:
+        retries = await actions._retries(Server(client, url), found)
+    assert retries
+    return retries.disruption_retries
 
 
 def test_it_asks_as_prefect_s_client_would(monkeypatch: pytest.MonkeyPatch) -> None:

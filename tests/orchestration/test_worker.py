@@ -29,6 +29,7 @@ from prefect.workers.base import BaseWorker
 from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerResult
 
 from orchestration import worker
+from orchestration.reconciler.objects import MAIN_CONTAINER_ANNOTATION
 from tests.parts import free_port
 from tests.relay import relayed, silent
 
@@ -201,6 +202,12 @@ async def _claim(
     async def make(_: Any, run: FlowRun, configuration: Any, task_status: Any) -> KubernetesWorkerResult:
         nonlocal jobs
         assert "PREFECT_CLIENT_MAX_RETRIES" not in configuration.env, "runs have more patience than their worker"
+        metadata = configuration.job_manifest["spec"]["template"]["metadata"]
+        assert metadata["annotations"] == {MAIN_CONTAINER_ANNOTATION: "prefect-job"}
+        given = configuration.job_manifest["spec"]["template"]["spec"]["containers"][0]["env"]
+        environment = {each["name"]: each.get("value") for each in given}
+        assert "ACTIVE_DEADLINE_SECONDS" not in environment
+        assert environment["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"] == "relinquish", "without the supervisor"
         jobs += 1
         task_status.started("namespace:job")
         return KubernetesWorkerResult(identifier="namespace:job", status_code=0)

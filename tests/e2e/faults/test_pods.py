@@ -12,6 +12,7 @@ from tests.e2e.faults.victims import (
     completed,
     completed_by_a_retry,
     death,
+    ending,
     evicted,
     force_deleted,
     is_settled,
@@ -21,6 +22,7 @@ from tests.e2e.faults.victims import (
     said_in_time,
     scarce,
     seconds_between,
+    sidecars,
     state_named,
     states,
     taken,
@@ -28,7 +30,7 @@ from tests.e2e.faults.victims import (
     victim,
 )
 from tests.e2e.release import Object, Pool
-from tests.e2e.runs import deployment, run_of, start
+from tests.e2e.runs import deployment, logged, run_of, start
 from tests.parts import wait_until
 
 
@@ -117,6 +119,18 @@ def test_evicted_run_keeps_its_crash_budget(pool: Pool, api: httpx.Client) -> No
     assert not run_of(api, run)["labels"].get("reconciler.crashes")
 
 
+def test_deadline_ends_the_run_without_a_retry(pool: Pool, api: httpx.Client) -> None:
+    """Not even by the retries of the flow, whose process has no time for them."""
+    made = victim(api, pool, job_variables={"active_deadline_seconds": 30})
+    run = start(api, made, parameters={"seconds": 300}, empirical_policy={"retries": 2, "retry_delay": 0})
+    found = state_named(api, run, "TimedOut", 120)
+    assert found["type"] == "FAILED"
+    assert "ran for longer than its activeDeadlineSeconds of 30" in found["message"]
+    wait_until(lambda: all(map(ending, pods(pool, run))), "its pod to end", SEEN)
+    assert run_of(api, run)["state_name"] == "TimedOut"
+    assert [each["name"] for each in states(api, run)].count("Running") == 1
+
+
 def test_crash_budget_of_zero_retries_nothing(pool: Pool, api: httpx.Client) -> None:
     run, pod = under_way(api, pool, victim(api, pool, job_variables={"crash_retries": 0}), seconds=60)
     said_in_time(api, run, "Crashed", killed(pool, pod))
@@ -150,3 +164,40 @@ def test_given_up_run_leaves_no_task_or_subflow_running(pool: Pool, api: httpx.C
     tasks = api.post("/task_runs/filter", json=body).raise_for_status().json()
     ends = {each["name"].partition("-")[0] + f" {each['state_type']}" for each in tasks}
     assert ends == {"step COMPLETED", "step CRASHED", "steps COMPLETED", "steps CRASHED"}
+
+
+def test_main_container_alone_decides_next_to_sidecars(pool: Pool, api: httpx.Client) -> None:
+    """With a sidecar before and one after it in the alphabet, both of which would run on; all runs at once."""
+    of = {"crash_retries": 0, **sidecars()}
+    bad = {"image": "localhost:5000/absent:1"}
+    small = {"memory_limit": "300Mi"}
+    runs = {
+        "killed": start(api, victim(api, pool, job_variables=of), parameters={"seconds": 300}),
+        "evicted": start(api, victim(api, pool, job_variables=of), parameters={"seconds": 300}),
+        "cancelled": start(api, victim(api, pool, job_variables=of), parameters={"seconds": 300}),
+        "oom": start(api, victim(api, pool, job_variables=of | small), parameters={"memory": 320}),
+        "image": start(api, victim(api, pool, job_variables=of | bad)),
+    }
+    for each in ("killed", "evicted", "cancelled"):
+        logged(api, runs[each], "execution 1", 300)
+    [killed_pod], [evicted_pod] = pods(pool, runs["killed"]), pods(pool, runs["evicted"])
+    names = [each["name"] for each in killed_pod["status"]["containerStatuses"]]
+    assert names == ["aaa-proxy", "prefect-job", "zzz-proxy"]
+
+    crashed = said_in_time(api, runs["killed"], "Crashed", killed(pool, killed_pod["metadata"]["name"]))
+    assert "ended with exit code 137 (SIGKILL)" in crashed["message"]
+    assert "execution 1" in crashed["message"], "the end of the main container's log"
+    began = datetime.now(UTC)
+    evicted(pool.namespace, evicted_pod["metadata"]["name"])
+    api.post(f"/flow_runs/{runs['cancelled']}/set_state", json={"state": {"type": "CANCELLING"}}).raise_for_status()
+    said_in_time(api, runs["evicted"], "AwaitingRetry", began)
+    said_in_time(api, runs["cancelled"], "Cancelled", began)
+
+    found = state_named(api, runs["oom"], "Crashed", 120)
+    assert "exceeded its memory limit of 300Mi; it used 300 MiB at the most" in found["message"]
+    assert "absent:1" in state_named(api, runs["image"], "ImagePullBackOff", 60)["message"]
+    completed(api, runs["evicted"])
+    for each in runs.values():
+        wait_until(lambda each=each: all(map(ending, pods(pool, each))), "the Job to be deleted", 60)  # type: ignore[misc]
+    assert run_of(api, runs["evicted"])["run_count"] == 2
+    assert state_named(api, runs["image"], "Crashed")["message"].count("Given up after") == 1

@@ -11,7 +11,8 @@ from pathlib import Path
 import httpx
 import psutil
 
-from tests.cluster.namespace import Namespace
+from tests.cluster import images
+from tests.cluster.namespace import RESTRICTED, Namespace
 from tests.cluster.progress import ClusterError
 from tests.e2e.pace import GRACE_SECONDS
 from tests.e2e.release import Object, Pool
@@ -34,6 +35,18 @@ TOOK: list[str] = []
 """How soon it was said what happened in this test."""
 
 FLOWS = Path(__file__).with_name("flow.py")
+
+PLACES = ("before", "after")
+"""Variables of the victims' pool: further containers of a run's pod."""
+
+
+def sidecars() -> Object:
+    """Return job variables for two sidecars that outlive the main container, whichever way the alphabet goes."""
+    container = {
+        "image": images.BASE, "command": ["sleep", "600"], "securityContext": RESTRICTED,
+        "resources": {"requests": {"cpu": "1m", "memory": "8Mi"}, "limits": {"memory": "16Mi"}},
+    }  # fmt: skip
+    return {place: {"name": name} | container for place, name in zip(PLACES, ("aaa-proxy", "zzz-proxy"), strict=True)}
 
 
 def watched(values: Object) -> Object:
@@ -194,7 +207,7 @@ def death(pool: Pool, pod: str) -> datetime:
             return datetime.now(UTC)
         made: Object = json.loads(found)
         for each in made["status"].get("containerStatuses", []):
-            if terminated := each["state"].get("terminated"):
+            if each["name"] == "prefect-job" and (terminated := each["state"].get("terminated")):
                 wrote = [by["time"] for by in made["metadata"]["managedFields"] if by["manager"] == "kubelet"]
                 return shown(*map(datetime.fromisoformat, (terminated["finishedAt"], max(wrote))))
         return None

@@ -8,13 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestration.execution import EVERY, FENCED, STOPPED, TIMEOUT
+from orchestration.execution import CAUSE, DISRUPTIONS, EVERY, FENCED, STOPPED, TIMEOUT, after_sigterm
 from orchestration.reconciler import decide as decisions
 from orchestration.reconciler.causes import Cause
 from orchestration.reconciler.decide import (
-    CAUSE,
     CRASHES,
-    DISRUPTIONS,
     LOST,
     RETRIED,
     SETTLED,
@@ -26,13 +24,15 @@ from orchestration.reconciler.decide import (
     Explain,
     Retry,
     Stop,
+    TimeOut,
     Unclaim,
     decide,
     is_steady,
     quantity,
     verdict,
 )
-from orchestration.reconciler.facts import CLUSTER, FINAL, End, Job, Pod, Policy, Retries, Run
+from orchestration.reconciler.facts import CLUSTER, FINAL, RUN_LABEL, End, Job, Pod, Policy, Retries, Run
+from orchestration.reconciler.objects import JobObject
 from tests.parts import examples
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -272,13 +272,18 @@ class World:
     steady: Run | None = None
     due: datetime = NOW
     abandoned: bool = False
+    sidecars: bool = False
+    """Whether a sidecar runs on in each pod until somebody deletes it."""
+    started: set[str] = field(default_factory=set)
+    """Jobs of which a pod has begun the run: its run attempts."""
     lost: dict[str, datetime | None] = field(default_factory=dict)
     """Jobs whose pods execute on unseen, and when they were fenced."""
 
     def set(self, type_: str, name: str = "") -> None:
         assert self.run
         if self.run.type in FINAL:
-            assert (self.run.type, type_) == ("CRASHED", "SCHEDULED"), f"a run that is {self.run.type} became {type_}"
+            expected = [("CRASHED", "SCHEDULED"), ("CRASHED", "FAILED")]
+            assert (self.run.type, type_) in expected, f"a run that is {self.run.type} became {type_}"
         self.run = replace(self.run, type=type_, state=name or type_, state_id=uuid4().hex, since=self.now)
 
     def deployment_is_deleted(self) -> None:
@@ -304,7 +309,7 @@ class World:
         """As it does of a Job with a backoffLimit, until that is over. Whose node is cut off has none here: the new pod
         would be of the same Job.
         """
-        living = {each.job for each in self.pods if each.live}
+        living = {each.job for each in self.pods if each.live or each.lingers}
         for each in self.jobs:
             if not each.over and each.name not in {*living, *self.lost}:
                 self.pods.append(Pod(f"{each.name}-{uuid4().hex}", "r", each.name, self.now.replace(microsecond=0)))
@@ -332,13 +337,15 @@ class World:
                         assert fenced, "a second execution beside one that nobody has fenced"
                         assert self.now - fenced > timedelta(seconds=EVERY + TIMEOUT), "it may not have stopped yet"
                     self.set("RUNNING")
+                    self.started.add(each.job)
                     self.pods[number] = replace(each, started=True)
                 else:
                     self._end(number, 0)
                 return
 
     def _end(self, number: int, code: int, **more: object) -> None:
-        self.pods[number] = replace(self.pods[number], end=End(self.now, code, "Error", **more))  # type: ignore[arg-type]
+        end = End(self.now, code, "Error", **more)  # type: ignore[arg-type]
+        self.pods[number] = replace(self.pods[number], end=end, lingers=self.sidecars)
 
     def engine_retries(self) -> None:
         """The flow, within its execution."""
@@ -356,6 +363,29 @@ class World:
         for number, each in enumerate(self.pods):
             if each.live:
                 self._end(number, 137, **more)
+                return
+
+    def pod_is_asked_to_end(self) -> None:
+        """By SIGTERM, whoever sent it: the supervisor in the pod says what becomes of the run."""
+        for number, each in enumerate(self.pods):
+            if each.live and each.started:
+                if self.run and self.run.type == "RUNNING":
+                    used = int(self.run.labels.get(DISRUPTIONS) or 0)
+                    state = after_sigterm(used + 1, Retries().disruption_retries, self.now)
+                    is_left = state["type"] == "SCHEDULED"
+                    labels = {DISRUPTIONS: used + 1} if is_left else {CAUSE: "disruption"}
+                    self.run = replace(self.run, labels={**self.run.labels, **labels})
+                    self.set(state["type"], state["name"])
+                    self.due = self.now
+                self._end(number, 0)
+                return
+
+    def deadline_passes(self) -> None:
+        """Its Job's pods get SIGTERM, and the supervisor says nothing."""
+        for number, each in enumerate(self.pods):
+            if each.live:
+                self.jobs = [replace(job, over=True, expired=20) if job.name == each.job else job for job in self.jobs]
+                self._end(number, 143)
                 return
 
     def pod_is_evicted(self) -> None:
@@ -389,8 +419,11 @@ class World:
         if self.jobs:
             self.stop(self.jobs[0].name)
 
+    def sidecar_ends(self) -> None:
+        self.pods = [replace(each, lingers=False) for each in self.pods]
+
     def controller_counts(self) -> None:
-        living = {each.job for each in self.pods if each.live}
+        living = {each.job for each in self.pods if each.live or each.lingers}
         self.jobs = [replace(each, over=each.over or each.name not in living) for each in self.jobs]
 
     def cancelled_in_the_ui(self) -> None:
@@ -433,6 +466,11 @@ class World:
             self.set("SCHEDULED")
         elif isinstance(action, Cancel):
             self.set("CANCELLING")
+        elif isinstance(action, TimeOut):
+            self.set("FAILED", "TimedOut")
+            for each in action.lost:
+                if each in self.lost:
+                    self.lost[each] = self.now
         elif isinstance(action, Cancelled | Crash):
             self.run = replace(self.run, labels={**self.run.labels, **action.labels})
             for each in self.lost:
@@ -474,10 +512,10 @@ USUAL = [
 """What often comes one after the other: of single events most histories would come to nothing."""
 
 
-@given(st.lists(st.sampled_from([*([each] for each in EVENTS), *USUAL * 3]), max_size=25))
+@given(st.lists(st.sampled_from([*([each] for each in EVENTS), *USUAL * 3]), max_size=25), st.booleans())
 @settings(max_examples=examples(8))
-def test_any_history_ends_with_nothing_lost_stuck_or_twice(history: list[list[str]]) -> None:
-    world = World()
+def test_any_history_ends_with_nothing_lost_stuck_or_twice(history: list[list[str]], sidecars: bool) -> None:
+    world = World(sidecars=sidecars)
     for event in (each for some in history for each in some):
         getattr(world, event)()
     # From here on nothing goes wrong any more.
@@ -492,7 +530,72 @@ def test_any_history_ends_with_nothing_lost_stuck_or_twice(history: list[list[st
             world.a_minute_passes()
     assert world.run
     assert world.run.type in FINAL, world
-    assert not [each for each in world.pods if each.live], world
+    assert not [each for each in world.pods if each.live or each.lingers], world
     assert all(world.lost.values()), f"an execution goes on that nobody has fenced: {world}"
     if world.run.type == "CRASHED":
         assert decisions.SETTLED in world.run.labels
+
+
+ENDS = [
+    ["pod_is_killed"],
+    ["pod_is_evicted"],
+    ["pod_runs_out_of_memory"],
+    ["pod_is_deleted"],
+    ["node_is_cut_off"],
+    ["node_is_given_up"],
+    ["job_is_deleted"],
+    ["pod_reports_a_crash", "pod_is_killed"],
+    ["pod_is_asked_to_end"],
+    ["pod_is_asked_to_end", "sidecar_ends"],
+    ["engine_retries", "pod_is_asked_to_end"],
+]
+"""How a run attempt may end without the run being over."""
+
+
+@given(st.lists(st.sampled_from(ENDS), min_size=20, max_size=20), st.booleans())
+@settings(max_examples=examples(2))
+def test_any_history_of_ends_has_no_more_run_attempts_than_its_budgets(ends: list[list[str]], sidecars: bool) -> None:
+    world = World(sidecars=sidecars)
+    beginning = ["worker_claims", "worker_makes_the_job", "worker_records_it", "pod_starts", *ROUND]
+    for events in ends:
+        for event in [*beginning, *events]:
+            getattr(world, event)()
+        for event in ["controller_counts", *SECONDS, *SECONDS, *ROUND] * 3 + ["a_minute_passes"] * 22:
+            getattr(world, event)()
+    for event in ["controller_counts", *SECONDS, *ROUND] * 10:
+        getattr(world, event)()
+    assert world.run
+    retries = Retries()
+    assert world.run.type == "CRASHED", "20 ends are more than any budget"
+    assert len(world.started) <= 1 + retries.crash_retries + retries.disruption_retries
+    assert decisions.SETTLED in world.run.labels
+
+
+def test_deadline_ends_the_run_without_a_retry() -> None:
+    expired = job(over=True, expired=20)
+    for pods in ([], [pod(end=end(code=143))], [pod(end=end(code=137))]):
+        [action] = decided(run("RUNNING"), [expired], pods)
+        assert isinstance(action, TimeOut)
+        assert action.sentence == "Job job-1 ran for longer than its activeDeadlineSeconds of 20"
+        assert action.lost == (() if pods else ("job-1",))
+        [action] = decided(run("CRASHED", 5), [expired], pods)
+        assert isinstance(action, TimeOut), "its process said something of itself first"
+    waited = run("PENDING", 5, state="Unschedulable")
+    assert [type(each) for each in decided(waited, [expired], [])] == [TimeOut], "it never had a node"
+    in_its_pod = pod(end=end(code=137, reason="DeadlineExceeded", message="Pod was active longer"))
+    assert [type(each) for each in decided(run("RUNNING"), [job(over=True)], [in_its_pod])] == [TimeOut]
+    again = run("RUNNING", job="job-2")
+    assert decided(again, [replace(expired, created=ago(500)), job("job-2")], [pod("job-2", started=True)]) == []
+
+
+@pytest.mark.parametrize("type_", ["Failed", "FailureTarget"])
+def test_deadline_is_read_of_the_job(type_: str) -> None:
+    condition = {"type": type_, "status": "True", "reason": "DeadlineExceeded"}
+    raw = {
+        "metadata": {"name": "j", "creationTimestamp": NOW, "labels": {RUN_LABEL: "r"}},
+        "spec": {"activeDeadlineSeconds": 20},
+        "status": {"conditions": [condition]},
+    }
+    assert Job.read(JobObject.model_validate(raw)).expired == 20
+    raw["status"] = {"conditions": [condition | {"reason": "BackoffLimitExceeded"}]}
+    assert Job.read(JobObject.model_validate(raw)).expired is None

@@ -20,9 +20,10 @@ from prefect_kubernetes import KubernetesWorker, observer
 from prefect_kubernetes.worker import KubernetesWorkerResult
 
 from orchestration.__main__ import main
+from orchestration.execution import CAUSE
 from orchestration.reconciler import ends
 from orchestration.reconciler.causes import LOST_NODE
-from orchestration.reconciler.decide import CAUSE, LOST, SETTLED, UNCLAIMED
+from orchestration.reconciler.decide import LOST, SETTLED, UNCLAIMED
 from orchestration.reconciler.facts import End, Pod, Run
 from tests.parts import asked, client_of, wait_until
 
