@@ -20,6 +20,9 @@ CLUSTER = "reconciler.cluster"
 """Label of a run, by the worker that claimed it: in which cluster. Workers of several may share a pool, and their
 namespaces may have the same name."""
 
+NAMESPACE = "reconciler.namespace"
+"""Label of a run, by the worker that claimed it: where it makes the Job."""
+
 NOTED = "reconciler.noted"
 """Annotation of a Job: how many of its pods had ended and were noted on their run."""
 
@@ -61,7 +64,8 @@ class Run:
         marked = self.labels.get(CLUSTER)
         if marked is None and not self.job:
             return self.type == "PENDING"
-        return marked == cluster and self.namespace in ("", namespace)
+        where = self.namespace or self.labels.get(NAMESPACE) or namespace
+        return marked == cluster and where == namespace
 
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> "Run":
@@ -231,6 +235,7 @@ class Job:
         refused: why it has no pod, of its events: a quota, an account that is not there.
         disrupted: whether the cluster ended its pod; it says so when that is gone, by its podFailurePolicy.
         noted: how many of its pods had ended and were noted on the run.
+        given_away: whether its claim of the run is over, so that its pods execute nothing.
     """
 
     name: str
@@ -242,6 +247,7 @@ class Job:
     refused: str = ""
     disrupted: bool = False
     noted: int = 0
+    given_away: bool = False
 
     @classmethod
     def read(cls, raw: JobObject, later: timedelta = timedelta()) -> "Job":

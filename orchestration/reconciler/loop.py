@@ -22,8 +22,8 @@ import prometheus_client as prometheus
 from orchestration import api
 from orchestration.api import JSON, Server
 from orchestration.errors import PipelineError
+from orchestration.reconciler import claims, ends
 from orchestration.reconciler import cluster as kubernetes
-from orchestration.reconciler import ends
 from orchestration.reconciler.actions import carry_out, gather
 from orchestration.reconciler.cluster import Cluster, Leadership
 from orchestration.reconciler.decide import Action, decide, is_steady
@@ -115,6 +115,8 @@ async def look(server: Server, cluster: Cluster, pool: str, steady: Mapping[str,
     unknown |= {each.run for some in ends.of_jobs(jobs, pods).values() for each in some}
     unknown -= {each.id for each in known}
     runs |= await _named(server, sorted(unknown))
+    late = await claims.given_away(server, runs, jobs)
+    jobs = [replace(each, given_away=True) if each.name in late else each for each in jobs]
     of_jobs: dict[str, list[Job]] = defaultdict(list)
     of_pods: dict[str, list[Pod]] = defaultdict(list)
     for job in jobs:
