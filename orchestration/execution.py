@@ -131,6 +131,8 @@ class Api:
         self.run = f"/flow_runs/{run}"
         self.states = f"/flow_run_states/?flow_run_id={run}"
         self.job = job
+        self.csrf: dict[str, str] = {}
+        """Headers of a token, where the API protects itself against forged requests."""
         self.date = ""
         """When it last answered, on its clock, as HTTP has it; empty if it does not say so."""
 
@@ -152,12 +154,25 @@ class Api:
         return []
 
     def _answer(self, path: str, body: dict[str, Any] | None) -> bytes:
+        from urllib.error import HTTPError  # the command does not wait for it
+
+        try:
+            return self._request(path, body)
+        except HTTPError as error:
+            if not (body and error.code == 403 and b"CSRF token" in error.read()):
+                raise
+        client = os.urandom(16).hex()
+        token = json.loads(self._request(f"/csrf-token?client={client}", None))["token"]
+        self.csrf = {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": client}
+        return self._request(path, body)
+
+    def _request(self, path: str, body: dict[str, Any] | None) -> bytes:
         # The command does not wait for these.
         import base64
         import ssl
         from urllib.request import Request, urlopen
 
-        headers = json.loads(os.environ.get("PREFECT_CLIENT_CUSTOM_HEADERS") or "{}")
+        headers = json.loads(os.environ.get("PREFECT_CLIENT_CUSTOM_HEADERS") or "{}") | self.csrf
         headers["Content-Type"] = "application/json"
         if password := os.environ.get("PREFECT_API_AUTH_STRING"):
             headers["Authorization"] = f"Basic {base64.b64encode(password.encode()).decode()}"
