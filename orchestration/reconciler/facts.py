@@ -130,7 +130,11 @@ class Pod:
         memory: the limit of its main container, as it is written.
         node: where it was put.
         scheduled: when; None if it was not.
-        began: when its main container began, of one that has ended; None if it never did.
+        began: when its main container began; None if it did not.
+        uid: Kubernetes' id of it.
+        phase: Kubernetes' word for where it is: Pending, Running, Succeeded, Failed.
+        restarts: of its containers.
+        labels: of the pod.
     """
 
     name: str
@@ -145,6 +149,10 @@ class Pod:
     node: str = ""
     scheduled: datetime | None = None
     began: datetime | None = None
+    uid: str = ""
+    phase: str = ""
+    restarts: int = 0
+    labels: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def live(self) -> bool:
@@ -159,7 +167,8 @@ class Pod:
         state = status.container_statuses[0].state if status.container_statuses else ContainerState()
         target = conditions.get("DisruptionTarget")
         created = meta.creation_timestamp + later
-        end = began = None
+        end = None
+        began = state.running and state.running.started_at
         if status.phase in ("Succeeded", "Failed"):
             terminated = state.terminated
             began = terminated and terminated.started_at
@@ -200,6 +209,10 @@ class Pod:
             raw.spec.node_name,
             put + later if put else None,
             began + later if began else None,
+            meta.uid,
+            status.phase,
+            sum(each.restart_count for each in status.container_statuses),
+            meta.labels,
         )
 
 
