@@ -83,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--identity", default=platform.node(), help="this one's name among them; default: the host's")
     made.add_argument("--pending", type=float, default=600, metavar="SECONDS", help="for a pod that cannot start")
     made.add_argument("--kubernetes", default="", metavar="URL", help="of `kubectl proxy`, outside of a pod")
+    made.add_argument("--no-pod-events", action="store_true", help="tell the server nothing of what happens to pods")
     return top
 
 
@@ -236,6 +237,7 @@ async def _reconcile(options: argparse.Namespace) -> int:
         lease=options.lease,
         identity=options.identity,
         url=options.kubernetes,
+        pod_events=not options.no_pod_events,
     )
     return NOTHING
 

@@ -4,11 +4,12 @@ import asyncio
 import random
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Generator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any
+from uuid import uuid4
 
 import httpx
 
@@ -51,6 +52,48 @@ def ahead(response: httpx.Response) -> timedelta:
     if asked - CLOCK <= said <= received + CLOCK:
         return timedelta()
     return said - (received if said > received else asked)
+
+
+class Access(httpx.Auth):
+    """Gives requests the user and, where the API protects itself against forged requests (CSRF), a token.
+
+    The token is asked for when a request is refused for want of one, so that other servers are not asked. The server
+    changes nothing when it refuses.
+
+    Args:
+        url: of the API.
+        user: USER:PASSWORD; empty is nobody.
+    """
+
+    requires_response_body = True
+
+    def __init__(self, url: str, user: str = "") -> None:
+        name, _, password = user.partition(":")
+        self._user = httpx.BasicAuth(name, password) if user else None
+        self._client = str(uuid4())
+        self._url = f"{url}/csrf-token?client={self._client}"
+        self._token = ""
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        """Send the request, and once more with a new token if the server asks for one."""
+        self._sign(request)
+        response = yield request
+        if response.status_code != 403 or "CSRF token" not in response.text:
+            return
+        # With what proxies want of the client.
+        same = {name: value for name, value in request.headers.items() if not name.startswith("content-")}
+        answer = yield httpx.Request("GET", self._url, headers=same)
+        if answer.is_success:
+            self._token = answer.json()["token"]
+            self._sign(request)
+            yield request
+
+    def _sign(self, request: httpx.Request) -> None:
+        if self._user:
+            next(self._user.auth_flow(request))
+        if self._token and request.method != "GET":
+            request.headers["Prefect-Csrf-Token"] = self._token
+            request.headers["Prefect-Csrf-Client"] = self._client
 
 
 class RefusedError(ApiError):
@@ -192,9 +235,8 @@ async def connected(wait: float = 0) -> AsyncIterator[Server]:
         import ssl
 
         verify = ssl.create_default_context(cafile=settings.api.ssl_cert_file)
-    name, _, password = auth.partition(":")
     async with httpx.AsyncClient(
-        base_url=url, auth=(name, password) if auth else None, headers=headers, verify=verify, timeout=ANSWER
+        base_url=url, auth=Access(url, auth), headers=headers, verify=verify, timeout=ANSWER
     ) as client:
         server = Server(client, url)
         await _answers(server, wait)

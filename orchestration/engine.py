@@ -37,7 +37,7 @@ from prefect.runner._workspace_resolver import PreparedWorkspace, prepare_worksp
 from prefect.runner._workspace_starter import workspace_environment
 from prefect.utilities.math import clamped_poisson_interval
 
-from orchestration.execution import write
+from orchestration.execution import GATE, write
 
 for client in (base.PrefectHttpxAsyncClient, base.PrefectHttpxSyncClient):
     # Set by each client for itself, to False at first.
@@ -102,8 +102,17 @@ def _enter(workspace: PreparedWorkspace) -> None:
     sys.path[:] = [*paths, *(each for each in sys.path if each not in paths)]
 
 
+def _wait_to_begin() -> None:
+    """Wait for the supervisor to know that the run is still this Job's; without a supervisor there is no wait."""
+    if gate := os.environ.pop(GATE, ""):
+        with os.fdopen(int(gate), "rb") as opened:
+            if not opened.read(1):
+                sys.exit(1)  # the supervisor has died
+
+
 def main() -> None:
     """Execute the run that the environment names."""
+    _wait_to_begin()
     for client in (base.PrefectHttpxAsyncClient, base.PrefectHttpxSyncClient):
         client.send = _noting(client.send)  # type: ignore[method-assign]
     # It goes with the container: at its exit this process still sends logs from there.

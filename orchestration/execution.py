@@ -19,19 +19,24 @@ A node that is cut off executes on while its pod is given up and its run tried a
 API every `EVERY` seconds whether its Job is fenced, by a label of its run, and if it is, kills itself; the retry waits
 for `STOPPED` seconds from when it was. What cannot ask cannot report either, and asks again every `SOON` seconds.
 
+A Job's name ends with its claim (`claim_of`), which is the fencing token: nothing of a run is executed before the
+Prefect API has said that the claim was not given away. So a Job whose creation was delayed until another worker had the
+run executes nothing. The engine loads meanwhile, and waits for the answer.
+
 Only what Python comes with is imported: this must cost nothing.
 """
 
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -55,6 +60,16 @@ EVERY, SOON, TIMEOUT = 15.0, 3.0, 5.0
 
 STOPPED = EVERY + SOON + 3 * TIMEOUT
 """Seconds after which whatever can ask has stopped: also what had been answered just before, and then once was not."""
+
+GIVEN_AWAY = "ClaimLost"
+"""Name of the Pending state of a run whose claim the reconciler gives away: from then on no Job of the claim executes
+the run."""
+
+BEGIN_SECONDS = 240.0
+"""How long an execution that has not begun asks an API that does not answer whether it may."""
+
+GATE = "EXECUTION_GATE"
+"""Variable with the file descriptor from which the engine reads a byte once it may begin."""
 
 LAST_WORDS = 5.0
 """Seconds of a pod's grace period that are left, when what does not end by itself is killed, to say so."""
@@ -89,6 +104,28 @@ def report(root: Path = Path("/sys/fs/cgroup")) -> dict[str, int]:
     return found
 
 
+def claim_of(job: str) -> str:
+    """Return the claim in a Job's name: the last 12 digits of the id of the Pending state that made it; else empty."""
+    found = re.search(r"-([0-9a-f]{12})$", job)
+    return found[1] if found else ""
+
+
+def is_given_away(job: str, states: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether a Job's claim of its run is over, so that the Job must not execute the run.
+
+    Args:
+        job: the name of the Job.
+        states: all states of the run, oldest first.
+    """
+    claim = claim_of(job)
+    made = [number for number, each in enumerate(states) if claim and str(each["id"]).endswith(claim)]
+    later = states[made[0] + 1 :] if made else ()
+    # A claim sets the state named Pending, and what is Scheduled is any worker's to claim.
+    return any(each["name"] in ("Pending", GIVEN_AWAY) for each in later) or (
+        bool(later) and later[-1]["type"] == "SCHEDULED"
+    )
+
+
 class Api:
     """What the Prefect API says of this execution's run.
 
@@ -101,7 +138,10 @@ class Api:
     def __init__(self, url: str, run: str, job: str) -> None:
         self.url = url
         self.run = f"/flow_runs/{run}"
+        self.states = f"/flow_run_states/?flow_run_id={run}"
         self.job = job
+        self.csrf: dict[str, str] = {}
+        """Headers of a token, where the API protects itself against forged requests."""
         self.date = ""
         """When it last answered, on its clock, as HTTP has it; empty if it does not say so."""
 
@@ -150,12 +190,25 @@ class Api:
         return []
 
     def _answer(self, path: str, body: dict[str, Any] | None, method: str | None = None) -> bytes:
+        from urllib.error import HTTPError  # the command does not wait for it
+
+        try:
+            return self._request(path, body, method)
+        except HTTPError as error:
+            if not (body and error.code == 403 and b"CSRF token" in error.read()):
+                raise
+        client = os.urandom(16).hex()
+        token = json.loads(self._request(f"/csrf-token?client={client}", None))["token"]
+        self.csrf = {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": client}
+        return self._request(path, body, method)
+
+    def _request(self, path: str, body: dict[str, Any] | None, method: str | None = None) -> bytes:
         # The command does not wait for these.
         import base64
         import ssl
         from urllib.request import Request, urlopen
 
-        headers = json.loads(os.environ.get("PREFECT_CLIENT_CUSTOM_HEADERS") or "{}")
+        headers = json.loads(os.environ.get("PREFECT_CLIENT_CUSTOM_HEADERS") or "{}") | self.csrf
         headers["Content-Type"] = "application/json"
         if password := os.environ.get("PREFECT_API_AUTH_STRING"):
             headers["Authorization"] = f"Basic {base64.b64encode(password.encode()).decode()}"
@@ -176,6 +229,25 @@ class Api:
     def is_fenced(self, run: dict[str, Any]) -> bool:
         """Whether this execution was given up, as the run says."""
         return bool((run.get("labels") or {}).get(FENCED + self.job))
+
+    def may_begin(self) -> bool:
+        """Wait for the answer whether this execution may begin: its Job is not fenced, its claim not given away.
+
+        Raises:
+            TimeoutError: the API has not answered for `BEGIN_SECONDS`.
+        """
+        deadline = time.monotonic() + BEGIN_SECONDS
+        while True:
+            try:
+                return not self.is_fenced(self.ask()) and not is_given_away(
+                    self.job, json.loads(self._answer(self.states, None))
+                )
+            except Exception as error:
+                if _refused(error):  # as what is executed will be
+                    return True
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"The Prefect API at {self.url} does not answer: {error}") from None
+                time.sleep(SOON)
 
     def is_mine(self, run: dict[str, Any]) -> bool:
         """Whether the run goes on in no other Job than this execution's, as far as its workers have recorded."""
@@ -242,9 +314,15 @@ class Engine:
         self._connection: socket.socket | None = None
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._token = os.urandom(16).hex()
-        where = {"PREFECT__CONTROL_PORT": str(self._listener.getsockname()[1]), "PREFECT__CONTROL_TOKEN": self._token}
+        read, self._gate = os.pipe()
+        where = {
+            "PREFECT__CONTROL_PORT": str(self._listener.getsockname()[1]),
+            "PREFECT__CONTROL_TOKEN": self._token,
+            GATE: str(read),
+        }
         command = [sys.executable, "-m", "orchestration.engine"]
-        self.process = subprocess.Popen(command, env=os.environ | where, start_new_session=True)
+        self.process = subprocess.Popen(command, env=os.environ | where, start_new_session=True, pass_fds=[read])
+        os.close(read)
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
@@ -259,11 +337,22 @@ class Engine:
                     return
             connection.close()
 
-    def warned(self, why: bytes) -> bool:
-        """Tell it why it will get SIGTERM; whether it may get that. What has not begun, or does not answer, may not."""
+    def begin(self) -> None:
+        """Let it execute the run."""
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._gate, b"b")
+
+    def warned(self, why: bytes, patience: float) -> bool:
+        """Tell it why it will get SIGTERM; whether it may get that. What has not begun, or does not answer, may not.
+
+        Args:
+            why: it ends.
+            patience: seconds for its answer. A flow that holds Python's lock, as in a library's C code, delays that.
+        """
         if not self._connection:
             return False
         try:
+            self._connection.settimeout(max(patience, SOON))
             self._connection.sendall(why)
             while said := self._connection.recv(64):
                 if said.endswith(b"a"):
@@ -313,6 +402,17 @@ class Supervisor:
         return self._conclude(code) if self._asked.is_set() or self._state() == "CANCELLING" else code
 
     def _watch(self) -> None:
+        try:
+            begins = self._api.may_begin()
+        except TimeoutError as error:
+            print(f"{error}. The run has not begun, and this execution ends.", flush=True)
+            self._engine.kill(signal.SIGKILL)
+            return
+        if not begins:
+            self._fenced = True
+            self._engine.kill(signal.SIGKILL)
+            return
+        self._engine.begin()
         for run in self._api.runs():
             if self._api.is_fenced(run):
                 self._fenced = True
@@ -323,14 +423,15 @@ class Supervisor:
 
     def _end(self) -> None:
         self._asked.wait()
+        deadline = time.monotonic() + self._patience
         after = {"reschedule": b"r", "relinquish": b"q"}.get(self._after, b"")
         why = b"c" if self._state() == "CANCELLING" or self._cancelling else after
-        if why and not self._engine.warned(why):
+        if why and not self._engine.warned(why, deadline - time.monotonic()):
             self._engine.kill(signal.SIGKILL)
         elif self._state() in ("PENDING", "RUNNING", "CANCELLING", ""):  # else it is about to end
             self._engine.kill(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._engine.process.wait(self._patience)
+                self._engine.process.wait(max(deadline - time.monotonic(), 0))
             self._engine.kill(signal.SIGKILL)
 
     def _state(self) -> str:
@@ -407,6 +508,13 @@ def main(command: list[str]) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         if api:
+            try:
+                begins = api.may_begin()
+            except TimeoutError as error:
+                print(f"{error}. The run has not begun, and this execution ends.", flush=True)
+                return 1
+            if not begins:
+                _give_up(api.job)
             threading.Thread(target=_stop_when_fenced, args=[api], daemon=True).start()
         code = subprocess.call(command)
     left = _leases()

@@ -12,6 +12,10 @@ asking at the same pace, and is healthy: to end, as Prefect's does, brings nothi
 often waits for minutes until it is started. A claim that the API's absence cuts off is let go: Prefect's worker would
 end, or say much later, of a run that another has by then, that it crashed, or make a second Job for it.
 
+A claim has one Job at most: its name ends with the claim's id, so that Kubernetes refuses a second one. A request for
+the Job that Kubernetes answers too late, or never, may still create it when another worker has the run. Nothing is
+executed in that Job (`orchestration.execution`), and the reconciler deletes it.
+
 Intervals are Prefect's settings: `PREFECT_WORKER_QUERY_SECONDS`, `PREFECT_WORKER_PREFETCH_SECONDS`,
 `PREFECT_WORKER_HEARTBEAT_SECONDS`.
 """
@@ -25,22 +29,28 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from http import HTTPStatus
 from typing import Any
 from uuid import UUID
 
+import aiohttp
 import kopf
 from httpx import HTTPError, HTTPStatusError, Timeout
+from kubernetes_asyncio.client import ApiClient, BatchV1Api, V1Job
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.responses import WorkerFlowRunResponse
 from prefect.context import SettingsContext, get_settings_context
+from prefect.exceptions import Abort, InfrastructureError
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, get_current_settings
+from prefect.states import Pending
+from prefect.utilities.engine import propose_state
 from prefect_kubernetes import KubernetesWorker
 from prefect_kubernetes.settings import KubernetesSettings
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
-from orchestration.execution import DEADLINE
+from orchestration.execution import DEADLINE, claim_of
 from orchestration.reconciler.cluster import identity
-from orchestration.reconciler.facts import CLUSTER
+from orchestration.reconciler.facts import CLUSTER, NAMESPACE
 from orchestration.reconciler.objects import MAIN_CONTAINER, MAIN_CONTAINER_ANNOTATION
 
 _watching_on: asyncio.AbstractEventLoop | None = None
@@ -53,6 +63,13 @@ later: with Prefect's limit of a minute a worker may find an API that is back ha
 
 CLAIM = 45.0
 """Seconds in which a claimed run gets its Job, or none by this claim: after 60 the reconciler lets another claim it."""
+
+
+AGAIN = 1.0
+"""Seconds from a request for a Job that found no Kubernetes API to the next."""
+
+LONGEST = 63
+"""Letters of a Job's name; its pods have it as a label."""
 
 
 @kopf.on.startup()
@@ -93,6 +110,7 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
         self._polling = asyncio.Lock()
         self._proposed: set[UUID] = set()
         self._claimed: dict[UUID, float] = {}
+        self._claims: dict[UUID, UUID] = {}
         self._away = False
         self._own = get_settings_context()
         self._impatient = SettingsContext(
@@ -172,11 +190,12 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
             self._note_absence(error)
         finally:
             self._claimed.pop(flow_run.id, None)
+            self._claims.pop(flow_run.id, None)
 
     async def _propose_crashed_state(self, flow_run: FlowRun, message: str, client: Any = None) -> None:
         """Say so, but not of a claim that was let go: by then the run may be another's."""
         error = sys.exception()
-        if _is_absence(error) or isinstance(error, TimeoutError):
+        if _is_absence(error) or isinstance(error, TimeoutError | ConnectionError | aiohttp.ClientError):
             self._logger.warning("The claim of run %s is let go: %s.", flow_run.name, error or type(error).__name__)
         else:
             await super()._propose_crashed_state(flow_run, message, client)
@@ -184,19 +203,37 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
     async def _propose_pending_state(self, flow_run: FlowRun) -> bool:
         self._claimed[flow_run.id] = time.monotonic()
         try:
-            pending: bool = await super()._propose_pending_state(flow_run)
-            return pending
+            return await self._claim(flow_run)
         finally:
             self._proposed.add(flow_run.id)
             # For what follows in this task, until the block in `_submit_run` ends: to record a Job is worth some
             # patience, and whatever is set while a Job is made its run gets too.
             self._own.model_copy().__enter__()
 
+    async def _claim(self, flow_run: FlowRun) -> bool:
+        """As Prefect's `_propose_pending_state`, which does not keep the id of the state that it sets."""
+        logger = self.get_flow_run_logger(flow_run)
+        try:
+            state = await propose_state(self.client, Pending(), flow_run_id=flow_run.id)
+        except Abort as error:
+            logger.info("Run %s is not claimed: %s", flow_run.name, error)
+            return False
+        except Exception:
+            logger.exception("Run %s is not claimed.", flow_run.name)
+            return False
+        if not state.is_pending():
+            logger.info("Run %s is not claimed: it is %s.", flow_run.name, state.name)
+            return False
+        self._claims[flow_run.id] = state.id
+        return True
+
     async def _give_worker_labels_to_flow_run(self, flow_run_id: UUID) -> None:
         """Mark a claimed run, for the reconciler of this cluster alone."""
         await super()._give_worker_labels_to_flow_run(flow_run_id)
         if self._cluster:
             await self.client.update_flow_run_labels(flow_run_id, {CLUSTER: self._cluster})
+        if self._namespace:
+            await self.client.update_flow_run_labels(flow_run_id, {NAMESPACE: self._namespace})
 
     async def _propose_submitting_state(self, flow_run: FlowRun) -> None:
         # Not of a claim that is too old: to the reconciler, which gives it away, it would be new again.
@@ -220,7 +257,7 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
         Raises:
             TimeoutError: the claim is too old for that.
         """
-        self._left(flow_run)
+        left = self._left(flow_run)
         manifest = configuration.job_manifest
         if self._namespace:
             configuration.namespace = manifest["metadata"]["namespace"] = self._namespace
@@ -237,7 +274,24 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
             for each in environment:
                 if each["name"] == "PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR":
                     each["value"] = "relinquish"
-        return await super().run(flow_run, configuration, **options)
+        if claim := self._claims.get(flow_run.id):
+            _name(manifest["metadata"], claim)
+        async with asyncio.timeout(left):
+            return await super().run(flow_run, configuration, **options)
+
+    async def _create_job(self, configuration: KubernetesWorkerJobConfiguration, client: ApiClient) -> V1Job:
+        """Create the claim's Job, or find the one that an unanswered request has created."""
+        while True:
+            try:
+                return await super()._create_job(configuration, client)
+            except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
+                self._logger.warning("The Kubernetes API does not answer: %s. Asking again.", error)
+                await asyncio.sleep(AGAIN)
+            except InfrastructureError as error:
+                name = configuration.job_manifest["metadata"].get("name", "")
+                if getattr(error.__cause__, "status", 0) != HTTPStatus.CONFLICT or not claim_of(name):
+                    raise
+                return await BatchV1Api(client).read_namespaced_job(name, configuration.namespace)
 
     async def drain(self) -> None:
         """Claim nothing more, and wait until each claimed run has its Job."""
@@ -247,6 +301,13 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
         self._logger.info("Asked to end; claimed runs that are submitted first: %d.", claimed)
         while self._submitting_flow_run_ids:
             await asyncio.sleep(0.05)
+
+
+def _name(metadata: dict[str, Any], claim: UUID) -> None:
+    """Name a Job after its claim; one that the pool names keeps its name."""
+    if prefix := metadata.get("generateName"):
+        end = f"-{str(claim)[-12:]}"
+        metadata["name"] = prefix[: LONGEST - len(end)].rstrip("-.") + end
 
 
 def _is_absence(error: BaseException | None) -> bool:

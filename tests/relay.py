@@ -4,7 +4,7 @@ import contextlib
 import socket
 import socketserver
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
 
@@ -41,14 +41,36 @@ def silent(port: int) -> Iterator[None]:
         yield
 
 
+Stall = Callable[[bytes, str], None]
+"""Is given what goes through a relay and whether that is "asked" or "answered"; what it waits for is held so long."""
+
+
+@contextlib.contextmanager
+def stalled(url: str, stall: Stall) -> Iterator[str]:
+    """The URL of a relay to the server at `url`, on which requests and answers are held, while the block lasts.
+
+    A request that is let go reaches the server, also if its client has given up meanwhile.
+    """
+    real = urlsplit(url)
+    assert real.hostname
+    assert real.port
+    with _Relay(0, (real.hostname, real.port), stall) as relay:
+        threading.Thread(target=relay.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{relay.server_address[1]}"
+        finally:
+            relay.shutdown()
+
+
 class _Relay(socketserver.ThreadingTCPServer):
     """What listens on a port in the place of a server that is somewhere else."""
 
     daemon_threads = True
     allow_reuse_address = True
 
-    def __init__(self, port: int, to: tuple[str, int]) -> None:
+    def __init__(self, port: int, to: tuple[str, int], stall: Stall | None = None) -> None:
         self.to = to
+        self.stall = stall
         self.open: list[socket.socket] = []
         super().__init__(("127.0.0.1", port), _Connection)
 
@@ -56,16 +78,24 @@ class _Relay(socketserver.ThreadingTCPServer):
 class _Connection(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         assert isinstance(self.server, _Relay)
+        self.stall = self.server.stall
+        self.unanswered = threading.Semaphore(0)
         with socket.create_connection(self.server.to) as other:
             self.server.open += [self.request, other]
-            back = threading.Thread(target=self._pass, args=(other, self.request), daemon=True)
+            back = threading.Thread(target=self._pass, args=(other, self.request, "answered"), daemon=True)
             back.start()
-            self._pass(self.request, other)
+            self._pass(self.request, other, "asked")
             back.join()
 
-    @staticmethod
-    def _pass(one: socket.socket, other: socket.socket) -> None:
+    def _pass(self, one: socket.socket, other: socket.socket, way: str) -> None:
         with contextlib.suppress(OSError):
             while data := one.recv(65536):
+                if self.stall:
+                    self.stall(data, way)
+                    if way == "answered":
+                        self.unanswered.release()
                 other.sendall(data)
+            if self.stall and way == "asked":
+                # Of a client that hangs up some servers drop the request.
+                self.unanswered.acquire(timeout=10)
             other.shutdown(socket.SHUT_WR)

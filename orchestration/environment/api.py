@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import httpx
 
+from orchestration.api import Access
 from orchestration.environment.target import SERVER, Environment
 from orchestration.errors import ClusterError
 
@@ -82,12 +83,15 @@ def connected(environment: Environment) -> Iterator[httpx.Client]:
     Raises:
         ClusterError: there is no server, or it does not answer within 30 s.
     """
-    name, _, password = user(environment).partition(":")
+    auth = user(environment)
     with (
         forwarded(environment) as way,
         # A server closes what is idle for 5 s, which a request may meet; a client is to be first.
         httpx.Client(
-            base_url=f"{way.url}/api", auth=(name, password), timeout=30, limits=httpx.Limits(keepalive_expiry=2)
+            base_url=f"{way.url}/api",
+            auth=Access(f"{way.url}/api", auth),
+            timeout=30,
+            limits=httpx.Limits(keepalive_expiry=2),
         ) as client,
     ):
         deadline = time.monotonic() + 30

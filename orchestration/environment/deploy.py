@@ -18,6 +18,7 @@ from pathlib import Path
 import yaml
 
 from orchestration.environment import diagnosis, registry, sync
+from orchestration.environment.deploys import Deploys
 from orchestration.environment.target import OVERLAYS, POOL, RELEASES, SERVER, Environment, Object, run
 from orchestration.errors import ClusterError
 from orchestration.progress import step
@@ -59,6 +60,7 @@ def check(environment: Environment) -> None:
     for verb, kind in (
         ("create", "deployments.apps"),
         ("create", "secrets"),
+        ("create", "configmaps"),
         ("create", "roles.rbac.authorization.k8s.io"),
     ):
         if not _may(environment, verb, kind):
@@ -140,9 +142,11 @@ def _inputs(environment: Environment, release: str, image: Image) -> str:
     return hashlib.sha256(b"\0".join([*map(str.encode, made_of), *contents])).hexdigest()[:12]
 
 
-def _as_it_should_be(history: list[Object], inputs: str) -> bool:
-    """Whether the newest revision was deployed from the same inputs."""
-    return bool(history) and history[-1]["status"] == "deployed" and f"inputs {inputs}" in history[-1]["description"]
+def _is_current(deploys: Deploys, release: str, history: list[Object], inputs: str) -> bool:
+    """Whether the newest revision is deployed, and from the same inputs."""
+    if not history or history[-1]["status"] != "deployed":
+        return False
+    return deploys.inputs.get(release, {}).get(str(history[-1]["revision"])) == inputs
 
 
 def _history(environment: Environment, release: str) -> list[Object]:
@@ -173,15 +177,17 @@ def deploy(environment: Environment, *, force: bool = False) -> None:
         secret = OVERLAYS / environment.name / "warehouse" / "secret"
         if secret.exists():
             run([str(secret), "--context", environment.context, "--namespace", environment.namespace])
-    mark = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    deploys = Deploys(environment)
+    deploys.begin()
     for release in RELEASES:
-        _deploy_release(environment, release, image, mark, force)
+        _deploy_release(environment, release, image, deploys, force)
+    deploys.end()
 
 
-def _deploy_release(environment: Environment, release: str, image: Image, mark: str, force: bool) -> None:
+def _deploy_release(environment: Environment, release: str, image: Image, deploys: Deploys, force: bool) -> None:
     inputs = _inputs(environment, release, image)
     history = _history(environment, release)
-    if not force and _as_it_should_be(history, inputs):
+    if not force and _is_current(deploys, release, history, inputs):
         print(f"{release} is as it should be: revision {history[-1]['revision']}.")
         return
     _unlock(environment, release, history, force)
@@ -190,7 +196,8 @@ def _deploy_release(environment: Environment, release: str, image: Image, mark: 
             sync.check(environment, _sync(environment, options))
         verb, usual = ("Upgrading", "20 s") if history else ("Installing", "30 s")
         with step(f"{verb} {release}", usual):
-            description = f"deploy {mark}, inputs {inputs}, image {image.digest}"
+            description = f"deploy {deploys.made[-1].at}, inputs {inputs}, image {image.digest}"
+            deploys.touch(release, history)
             try:
                 environment.helm(
                     "upgrade", "--install", release, str(CHARTS / release), *options,
@@ -199,6 +206,7 @@ def _deploy_release(environment: Environment, release: str, image: Image, mark: 
                 wait(environment, release)
             except ClusterError as error:
                 raise ClusterError(_explained(environment, release, str(error), history)) from None
+            deploys.note(release, _history(environment, release)[-1]["revision"], inputs)
 
 
 def _sync(environment: Environment, options: list[str]) -> sync.Sync:
@@ -303,9 +311,10 @@ def plan(environment: Environment) -> bool:
             changed = True
             print(done.stdout)
     skipped = set()
+    deploys = Deploys(environment)
     for release in RELEASES:
         history = _history(environment, release)
-        if _as_it_should_be(history, _inputs(environment, release, image)):
+        if _is_current(deploys, release, history, _inputs(environment, release, image)):
             skipped.add(release)
             continue
         before = _manifest(environment, release) if history else {}
@@ -370,6 +379,8 @@ def _by_name(manifest: str) -> dict[str, str]:
 def rollback(environment: Environment, *, force: bool = False) -> None:
     """Take back the newest deploy: of both releases what it changed, pool and deployments included.
 
+    The next rollback takes back the deploy before.
+
     Args:
         environment: where.
         force: also one that seems to be under way.
@@ -377,35 +388,36 @@ def rollback(environment: Environment, *, force: bool = False) -> None:
     Raises:
         ClusterError: there is nothing to go back to, or what there was does not become ready.
     """
+    deploys = Deploys(environment)
+    if not deploys.made:
+        raise ClusterError(f"There is no deploy in {environment.namespace} to take back")
     histories = {release: _history(environment, release) for release in RELEASES}
-    marks = {release: _mark(history[-1]) if history else "" for release, history in histories.items()}
-    newest = max(marks.values())
-    taken_back = False
+    for release, revision in deploys.made[-1].before.items():
+        kept = [each["revision"] for each in histories[release]]
+        if revision and revision not in kept:
+            raise ClusterError(
+                f"{release}: revision {revision}, which ran before the deploy of {deploys.made[-1].at}, is not kept. "
+                f"Check out what was deployed before, and: make deploy ENV={environment.name}"
+            )
+    taken = deploys.take_back()
     for release in RELEASES:
-        history = histories[release]
-        if marks[release] != newest:
+        if release not in taken.before:
             continue
-        # A revision that failed was never what ran.
-        good = [each for each in history[:-1] if each["status"] in ("superseded", "deployed")]
-        if not good:
+        revision = taken.before[release]
+        if not revision:
+            print(f"{release} was installed by that deploy, and stays.")
             continue
-        revision = good[-1]["revision"]
-        _unlock(environment, release, history, force)
+        _unlock(environment, release, histories[release], force)
         with step(f"Rolling {release} back to revision {revision}", "20 s"):
             try:
-                environment.helm("rollback", release, str(revision), "--timeout", "10m")
+                environment.helm("rollback", release, str(revision), "--timeout", "10m", "--history-max", "20")
                 wait(environment, release)
             except ClusterError as error:
                 raise ClusterError(_explained(environment, release, str(error), [])) from None
-        taken_back = True
-    if not taken_back:
-        raise ClusterError(f"There is no revision before the newest deploy in {environment.namespace}")
-
-
-def _mark(revision: Object) -> str:
-    """When a revision was deployed: revisions of one deploy have the same."""
-    found = re.search(r"deploy (\S+),", revision["description"])
-    return found[1] if found else str(revision["updated"])
+        inputs = deploys.inputs.get(release, {}).get(str(revision), "")
+        deploys.note(release, _history(environment, release)[-1]["revision"], inputs)
+    deploys.taken_back()
+    print(f"The deploy of {taken.at} is taken back.")
 
 
 def undeploy(environment: Environment) -> None:
@@ -416,6 +428,7 @@ def undeploy(environment: Environment) -> None:
                 environment.helm("uninstall", release, "--wait", "--timeout", "5m")
         else:
             print(f"{release} is not there.")
+    Deploys(environment).forget()
     print(
         f"Namespace {environment.namespace} stays, with the databases' volumes and passwords. To remove all of it:\n"
         f"  kubectl --context {environment.context} delete namespace {environment.namespace}"

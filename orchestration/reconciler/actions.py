@@ -9,6 +9,7 @@ from uuid import NAMESPACE_URL, uuid4, uuid5
 
 from orchestration.api import JSON, RefusedError, Server
 from orchestration.errors import ClusterError
+from orchestration.execution import GIVEN_AWAY
 from orchestration.reconciler import remains
 from orchestration.reconciler.cluster import Cluster
 from orchestration.reconciler.decide import (
@@ -20,6 +21,7 @@ from orchestration.reconciler.decide import (
     Cancelled,
     Crash,
     Explain,
+    GiveAway,
     Retry,
     Stop,
     TimeOut,
@@ -60,7 +62,14 @@ async def carry_out(server: Server, cluster: Cluster, action: Action, pods: list
         return f"run {run.name}: its Job is {action.job}, which no worker had recorded"
     if isinstance(action, Explain):
         return await _set(server, run, "PENDING", action.word, action.sentence)
+    if isinstance(action, GiveAway):
+        if not Run.read(found).is_of(cluster.identity, cluster.namespace):
+            return ""  # meanwhile a worker elsewhere has marked it
+        return await _set(server, run, "PENDING", GIVEN_AWAY, action.sentence)
     if isinstance(action, Unclaim):
+        # Read again, as the Jobs of the round may have been read before the claim was given away.
+        if await cluster.has_job(run.id):
+            return ""
         return await _set(server, run, "SCHEDULED", "Scheduled", action.sentence, at=server.now)
     if isinstance(action, Cancel):
         return await _set(server, run, "CANCELLING", "Cancelling", action.sentence)

@@ -122,6 +122,12 @@ class Cluster:
         found = self._all(Page[JobObject], path, labelSelector=f"{RUN_LABEL},{POOL_LABEL}={pool}")
         return [Job.read(each, clock - self.ahead) async for each in found]
 
+    async def has_job(self, run: str) -> bool:
+        """Return whether a run has a Job now that is not over."""
+        path = f"/apis/batch/v1/namespaces/{self.namespace}/jobs"
+        found = self._all(Page[JobObject], path, labelSelector=f"{RUN_LABEL}={run}")
+        return not all([Job.read(each).over async for each in found])
+
     async def pods(self, pool: str, clock: timedelta) -> list[Pod]:
         """The pods of a work pool's runs; as `jobs`."""
         path = f"/api/v1/namespaces/{self.namespace}/pods"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from orchestration.execution import CAUSE, DISRUPTIONS, FENCED, STOPPED
+from orchestration.execution import CAUSE, DISRUPTIONS, FENCED, GIVEN_AWAY, STOPPED
 from orchestration.reconciler import causes
 from orchestration.reconciler.causes import Cause
 from orchestration.reconciler.facts import FINAL, Job, Pod, Policy, Retries, Run
@@ -71,8 +71,16 @@ class Explain:
 
 
 @dataclass(frozen=True)
+class GiveAway:
+    """Its worker went away before it made a Job: from now on no Job of the claim executes the run."""
+
+    run: Run
+    sentence: str
+
+
+@dataclass(frozen=True)
 class Unclaim:
-    """Its worker went away before it made a Job: another is to take it."""
+    """Its claim was given away, and there is no Job of it: another worker is to take the run."""
 
     run: Run
     sentence: str
@@ -134,7 +142,7 @@ class Stop:
 SLACK = 2.0
 """Seconds by which a Job may seem older than the claim that it was made for: its time has no fractions."""
 
-Action = Crash | TimeOut | Explain | Unclaim | Adopt | Cancel | Cancelled | Retry | Stop
+Action = Crash | TimeOut | Explain | GiveAway | Unclaim | Adopt | Cancel | Cancelled | Retry | Stop
 
 
 def decide(run: Run | None, jobs: Sequence[Job], pods: Sequence[Pod], now: datetime, policy: Policy) -> list[Action]:
@@ -155,9 +163,12 @@ def decide(run: Run | None, jobs: Sequence[Job], pods: Sequence[Pod], now: datet
     if run.abandoned and run.type != "CANCELLING":
         return [Cancel(run, "Its deployment was deleted")]
     age = (now - run.since).total_seconds()
+    if run.state == GIVEN_AWAY:
+        return _unclaimed(run, jobs, pods)
+    stopped, jobs, pods = _without_given_away(run, jobs, pods)
     current = _current(run, jobs)
     name = current.name if current else run.job
-    actions: list[Action] = [
+    actions: list[Action] = stopped + [
         Stop(each.name, None, f"run {run.name} goes on in Job {name}")
         for each in jobs
         if current and each.created < current.created and _wanted(each, pods)
@@ -174,6 +185,26 @@ def decide(run: Run | None, jobs: Sequence[Job], pods: Sequence[Pod], now: datet
     if live or (current and not current.over and not current.refused and not current.deleted):
         return actions
     return actions + _dead(run, current, jobs, pods, now, policy)
+
+
+def _unclaimed(run: Run, jobs: Sequence[Job], pods: Sequence[Pod]) -> list[Action]:
+    """Of a run whose claim was given away: whatever Kubernetes creates from here on executes nothing."""
+    if any(not each.over for each in jobs) or any(each.live for each in pods):
+        why = f"the claim of run {run.name} was given away"
+        return [Stop(each.name, None, why) for each in jobs if _wanted(each, pods)]
+    return [Unclaim(run, run.message)]
+
+
+def _without_given_away(
+    run: Run, jobs: Sequence[Job], pods: Sequence[Pod]
+) -> tuple[list[Action], Sequence[Job], Sequence[Pod]]:
+    """Stop the Jobs of earlier claims; return the other Jobs and their pods."""
+    late = {each.name for each in jobs if each.given_away}
+    if not late:
+        return [], jobs, pods
+    why = f"run {run.name} was claimed again before this Job was created"
+    stopped: list[Action] = [Stop(each.name, None, why) for each in jobs if each.given_away and _wanted(each, pods)]
+    return stopped, [each for each in jobs if not each.given_away], [each for each in pods if each.job not in late]
 
 
 def is_steady(run: Run, jobs: Sequence[Job], pods: Sequence[Pod]) -> bool:
@@ -338,7 +369,7 @@ def _pending(
     age = (now - run.since).total_seconds()
     if age <= policy.claim:
         return []
-    return [Unclaim(run, f"{UNCLAIMED} within {age:.0f} s of claiming it")]
+    return [GiveAway(run, f"{UNCLAIMED} within {age:.0f} s of claiming it")]
 
 
 def _explained(run: Run, found: tuple[str, str], waited: float, policy: Policy) -> list[Action]:

@@ -24,6 +24,9 @@ namespaces may have the same name."""
 ORDINARY = frozenset({"", "ContainerCreating", "PodInitializing"})
 """Why a container waits that is about to start, or for another one."""
 
+NAMESPACE = "reconciler.namespace"
+"""Label of a run, by the worker that claimed it: where it makes the Job."""
+
 NOTED = "reconciler.noted"
 """Annotation of a Job: how many of its pods had ended and were noted on their run."""
 
@@ -65,7 +68,8 @@ class Run:
         marked = self.labels.get(CLUSTER)
         if marked is None and not self.job:
             return self.type == "PENDING"
-        return marked == cluster and self.namespace in ("", namespace)
+        where = self.namespace or self.labels.get(NAMESPACE) or namespace
+        return marked == cluster and where == namespace
 
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> "Run":
@@ -130,9 +134,13 @@ class Pod:
         memory: the limit of its main container, as it is written.
         node: where it was put.
         scheduled: when; None if it was not.
-        began: when its main container began, of one that has ended; None if it never did.
+        began: when its main container began; None if it did not.
         container: the name of its main container.
         lingers: whether other containers run on in it though the main one has ended: a sidecar that nothing ends.
+        uid: Kubernetes' id of it.
+        phase: Kubernetes' word for where it is: Pending, Running, Succeeded, Failed.
+        restarts: of its containers.
+        labels: of the pod.
     """
 
     name: str
@@ -149,6 +157,10 @@ class Pod:
     began: datetime | None = None
     container: str = ""
     lingers: bool = False
+    uid: str = ""
+    phase: str = ""
+    restarts: int = 0
+    labels: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def live(self) -> bool:
@@ -164,11 +176,12 @@ class Pod:
         state = next((each.state for each in status.container_statuses if each.name == main.name), ContainerState())
         target = conditions.get("DisruptionTarget")
         created = meta.creation_timestamp + later
-        end = began = None
+        end = None
+        began = state.running.started_at if state.running else None
         terminated = state.terminated
         is_over = status.phase in ("Succeeded", "Failed")
         if is_over or (terminated and not _is_restarted(raw, main, terminated.exit_code)):
-            began = terminated and terminated.started_at
+            began = terminated.started_at if terminated else None
             at = (terminated and terminated.finished_at) or (target and target.last_transition_time)
             reason = status.reason or (terminated and terminated.reason) or status.phase
             said = terminated.message if terminated else ""
@@ -202,6 +215,10 @@ class Pod:
             began + later if began else None,
             main.name,
             end is not None and not is_over,
+            meta.uid,
+            status.phase,
+            sum(each.restart_count for each in status.container_statuses),
+            meta.labels,
         )
 
 
@@ -268,6 +285,7 @@ class Job:
         disrupted: whether the cluster ended its pod; it says so when that is gone, by its podFailurePolicy.
         noted: how many of its pods had ended and were noted on the run.
         expired: the seconds of its activeDeadlineSeconds, if it ran for longer; Kubernetes ends its pods then.
+        given_away: whether its claim of the run is over, so that its pods execute nothing.
     """
 
     name: str
@@ -280,6 +298,7 @@ class Job:
     disrupted: bool = False
     noted: int = 0
     expired: int | None = None
+    given_away: bool = False
 
     @classmethod
     def read(cls, raw: JobObject, later: timedelta = timedelta()) -> "Job":

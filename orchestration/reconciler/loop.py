@@ -22,13 +22,14 @@ import prometheus_client as prometheus
 from orchestration import api
 from orchestration.api import JSON, Server
 from orchestration.errors import PipelineError
+from orchestration.reconciler import claims, ends
 from orchestration.reconciler import cluster as kubernetes
-from orchestration.reconciler import ends
 from orchestration.reconciler.actions import carry_out, gather
 from orchestration.reconciler.cluster import Cluster, Leadership
 from orchestration.reconciler.decide import Action, decide, is_steady
 from orchestration.reconciler.ends import Note
 from orchestration.reconciler.facts import Job, Pod, Policy, Run
+from orchestration.reconciler.podevents import PodEvents
 from orchestration.serving import Pulse, served
 
 LIVE = ["PENDING", "RUNNING", "CANCELLING"]
@@ -115,6 +116,8 @@ async def look(server: Server, cluster: Cluster, pool: str, steady: Mapping[str,
     unknown |= {each.run for some in ends.of_jobs(jobs, pods).values() for each in some}
     unknown -= {each.id for each in known}
     runs |= await _named(server, sorted(unknown))
+    late = await claims.given_away(server, runs, jobs)
+    jobs = [replace(each, given_away=True) if each.name in late else each for each in jobs]
     of_jobs: dict[str, list[Job]] = defaultdict(list)
     of_pods: dict[str, list[Pod]] = defaultdict(list)
     for job in jobs:
@@ -173,13 +176,21 @@ class Reconciler:
         policy: how patient to be.
         lead: who acts, of several; None acts always.
         pulse: its sign of life and its metrics.
+        events: tells what happens to pods; None tells nothing.
     """
 
     def __init__(
-        self, server: Server, cluster: Cluster, pool: str, policy: Policy, lead: Leadership | None, pulse: Pulse
+        self,
+        server: Server,
+        cluster: Cluster,
+        pool: str,
+        policy: Policy,
+        lead: Leadership | None,
+        pulse: Pulse,
+        events: PodEvents | None = None,
     ) -> None:
         self.server, self.cluster, self.pool, self.policy = server, cluster, pool, policy
-        self.lead, self.pulse = lead, pulse
+        self.lead, self.pulse, self.events = lead, pulse, events
         self.steady: dict[str, Run] = {}
         """Runs about which nothing was to be decided and that need not be read again; without it all are."""
         registry = pulse.registry
@@ -211,6 +222,8 @@ class Reconciler:
                     self.leading.set(leads)
                     if leads:
                         done = await self.round()
+                    elif self.events:
+                        self.events.forget()
                     if self.pulse.trouble:
                         print("Rounds succeed again.", flush=True)
                     self.pulse.trouble = ""
@@ -259,6 +272,7 @@ class Reconciler:
         failed = await gather([self._note(each) for each in before])
         done = await gather([self._act(action, pods) for action, pods in todo])
         failed += await gather([self._note(each) for each in after])
+        failed += await gather([self._tell([pod for some in seen.pods.values() for pod in some])])
         for each in done:
             if isinstance(each, str) and each:
                 print(each, flush=True)
@@ -272,6 +286,10 @@ class Reconciler:
     async def _note(self, note: Note) -> None:
         if self.lead is None or self.lead.held:
             await ends.note(self.server, self.cluster, note)
+
+    async def _tell(self, pods: Sequence[Pod]) -> None:
+        if self.events and (self.lead is None or self.lead.held):
+            await self.events.tell(pods)
 
     async def _act(self, action: Action, pods: list[Pod]) -> str:
         if self.lead and not self.lead.held:
@@ -298,6 +316,7 @@ async def reconcile(
     lease: str = "",
     identity: str = "",
     url: str = "",
+    pod_events: bool = True,
 ) -> None:
     """Reconcile until SIGTERM or SIGINT.
 
@@ -311,6 +330,7 @@ async def reconcile(
         lease: the Lease of those of whom one acts; without it this one always does.
         identity: this one's name among them.
         url: of the Kubernetes API, if this is no pod.
+        pod_events: tell the server what happens to pods.
 
     Raises:
         PipelineError: it cannot begin.
@@ -324,7 +344,9 @@ async def reconcile(
             # To look through Prefect's modules for garbage with each thousand pods takes a tenth of a second.
             gc.collect()
             gc.freeze()
-            working = asyncio.create_task(Reconciler(server, cluster, pool, policy, lead, pulse).run(every))
+            events = PodEvents(server, namespace) if pod_events else None
+            reconciler = Reconciler(server, cluster, pool, policy, lead, pulse, events)
+            working = asyncio.create_task(reconciler.run(every))
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, working.cancel)
             with contextlib.suppress(asyncio.CancelledError):

@@ -21,6 +21,7 @@ class Meta(Part):
     """Of any object."""
 
     name: str
+    uid: str = ""
     creation_timestamp: datetime
     deletion_timestamp: datetime | None = None
     labels: dict[str, str] = Field(default_factory=dict)
@@ -47,6 +48,8 @@ class Waiting(Part):
 class Running(Part):
     """A container that runs."""
 
+    started_at: datetime | None = None
+
 
 class Terminated(Part):
     """How a container ended."""
@@ -71,6 +74,7 @@ class ContainerStatus(Part):
 
     name: str = ""
     state: ContainerState = ContainerState()
+    restart_count: int = 0
 
 
 class PodStatus(Part):

@@ -27,7 +27,7 @@ from tests.parts import asked, client_of, free_port, wait_until
 from tests.relay import relayed
 
 FLOW = """
-import asyncio, os, signal, subprocess, sys, time
+import asyncio, ctypes, os, signal, subprocess, sys, time
 from pathlib import Path
 from prefect import flow, task
 from prefect.concurrency.asyncio import concurrency as concurrency_async
@@ -71,6 +71,14 @@ def ends(how="completes", cleanup=1.0):
         time.sleep(600)
     if how == "works":
         step(cleanup)
+    if how == "keeps Python's lock":
+        try:
+            note("at work")
+            ctypes.PyDLL(None).sleep(9)
+            note("let it go")
+            time.sleep(600)
+        finally:
+            note("cleaned up")
     if how == "holds":
         with concurrency("absent"), concurrency("held", occupy=2):
             with concurrency("held", occupy=3):
@@ -84,6 +92,10 @@ def ends(how="completes", cleanup=1.0):
 
 
 POD = Pod("pod", "run", "job", datetime.now(UTC))
+
+
+EXECUTION = ("grace", "after", "every", "begin", "deadline")
+"""Parameters of `Run.execute`."""
 
 
 class Run:
@@ -102,18 +114,39 @@ class Run:
     def ask(self, method: str, path: str, /, **body: Any) -> Any:
         return asked(self.api, method, path, body or None)
 
-    def start(self, **options: Any) -> None:
-        """Create the run and execute it; `options` are those of `execute`, all others the flow's parameters."""
-        execution = {name: options.pop(name) for name in ("grace", "after", "every", "deadline") if name in options}
+    def claim(self, **parameters: Any) -> str:
+        """Create it, claimed by a worker; the name of the claim's Job."""
         path = f"/deployments/{self.deployment}/create_flow_run"
-        self.id = self.ask("POST", path, parameters=options, state={"type": "PENDING"})["id"]
-        self.execute(**execution)
+        made = self.ask("POST", path, parameters=parameters, state={"type": "PENDING"})
+        self.id = made["id"]
+        return f"job-{made['state']['id'][-12:]}"
 
-    def execute(self, grace: int = 60, after: str = "reschedule", every: float = 0.5, deadline: str = "") -> None:
+    def start(self, job: str = "", **options: Any) -> None:
+        """Execute the run in the pod of its claim's Job; without a Job create the run first.
+
+        `options` are those of `execute`, all others the flow's parameters.
+        """
+        execution = {name: options.pop(name) for name in EXECUTION if name in options}
+        if not job:
+            self.claim(**options)
+        self.execute(job or "job", **execution)
+
+    def execute(
+        self,
+        job: str = "job",
+        grace: int = 60,
+        after: str = "reschedule",
+        every: float = 0.5,
+        begin: float = 240,
+        deadline: str = "",
+    ) -> None:
         # What it waits for in between is mostly in the way here.
-        code = f"import execution, sys; execution.EVERY = {every}; sys.exit(execution.main(sys.argv[1:]))"
+        code = (
+            f"import execution, sys; execution.EVERY, execution.BEGIN_SECONDS = {every}, {begin}; "
+            "sys.exit(execution.main(sys.argv[1:]))"
+        )
         env = os.environ | {
-            "PREFECT_API_URL": self.url, "PREFECT__FLOW_RUN_ID": self.id, "KUBERNETES_JOB": "job",
+            "PREFECT_API_URL": self.url, "PREFECT__FLOW_RUN_ID": self.id, "KUBERNETES_JOB": job,
             "PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR": after, "GRACE_SECONDS": str(grace),
             "TERMINATION_MESSAGE_PATH": str(self.folder / "message"), "NOTES": str(self.folder / "notes"),
             "TMPDIR": str(self.folder), "PYTHONPATH": f"{ROOT}:{ROOT / 'orchestration'}",
@@ -306,6 +339,43 @@ def test_one_that_does_not_hear_it_is_killed_in_time_to_say_so(
     assert time.monotonic() - began >= 5
     assert made.state()["name"] == becomes
     assert not psutil.pid_exists(engine)
+
+
+def test_flow_that_keeps_pythons_lock_has_the_whole_grace_period(run: Callable[..., Run]) -> None:
+    made = run()
+    made.start(how="keeps Python's lock")
+    made.noted("at work")
+    made.process.terminate()
+    assert made.ended() == (0, "AwaitingRetry")
+    assert made.notes()[1:] == ["at work", "let it go", "cleaned up"]
+
+
+@pytest.mark.parametrize("given_away", [False, True])
+def test_claim_executes_its_run_unless_it_was_given_away(run: Callable[..., Run], given_away: bool) -> None:
+    made = run()
+    job = made.claim()
+    if given_away:
+        for each in ("SCHEDULED", "PENDING"):
+            made.ask("POST", f"/flow_runs/{made.id}/set_state", state={"type": each})
+    made.start(job=job)
+    assert made.ended() == ((-signal.SIGKILL, "Pending") if given_away else (0, "Completed"))
+    assert made.notes() == ([] if given_away else ["beside beside True"])
+    assert ("fenced" in made.message()) == given_away
+
+
+def test_run_does_not_begin_before_the_api_has_answered(run: Callable[..., Run]) -> None:
+    made = run()
+    port = free_port()
+    real, made.url = made.url, f"http://127.0.0.1:{port}/api"
+    job = made.claim()
+    made.start(job=job, begin=1)
+    assert made.process.wait(300) == 137
+    assert "does not answer: " in (made.folder / "log").read_text()
+    assert (made.state()["name"], made.notes()) == ("Pending", [])
+    made.start(job=job)
+    made.engine()
+    with relayed(port, real):
+        assert made.ended() == (0, "Completed")
 
 
 @pytest.mark.parametrize("dies", ["engine", "all of it", "fenced"])

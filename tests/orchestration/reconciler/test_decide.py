@@ -5,10 +5,20 @@ from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from orchestration.execution import CAUSE, DISRUPTIONS, EVERY, FENCED, STOPPED, TIMEOUT, after_sigterm
+from orchestration.execution import (
+    CAUSE,
+    DISRUPTIONS,
+    EVERY,
+    FENCED,
+    GIVEN_AWAY,
+    STOPPED,
+    TIMEOUT,
+    after_sigterm,
+    is_given_away,
+)
 from orchestration.reconciler import decide as decisions
 from orchestration.reconciler.causes import Cause
 from orchestration.reconciler.decide import (
@@ -22,6 +32,7 @@ from orchestration.reconciler.decide import (
     Cancelled,
     Crash,
     Explain,
+    GiveAway,
     Retry,
     Stop,
     TimeOut,
@@ -131,7 +142,11 @@ def test_a_run_whose_pod_was_deleted_crashes_once_its_job_is_over() -> None:
 
 def test_a_claim_without_a_job_goes_back_and_a_job_without_a_claimant_is_recorded() -> None:
     lost = run("PENDING", 61, job="")
-    assert [type(each) for each in decided(lost, [], [])] == [Unclaim]
+    assert [type(each) for each in decided(lost, [], [])] == [GiveAway]
+    given_away = replace(lost, state=GIVEN_AWAY, since=NOW)
+    assert [type(each) for each in decided(given_away, [job("job-0", over=True)], [])] == [Unclaim]
+    assert [type(each) for each in decided(given_away, [job()], [pod()])] == [Stop], "it was created meanwhile"
+    assert decided(given_away, [], [pod(deleted=NOW)]) == [], "its pod has yet to end"
     assert decided(run("PENDING", 59, job=""), [], []) == []
     assert decided(lost, [job(seconds=60)], []) == [Adopt(lost, "job-1")]
     # Claimed again after a crash: the Job that is recorded is the old one.
@@ -266,7 +281,12 @@ class World:
     run: Run | None = field(default_factory=lambda: run("SCHEDULED", job=""))
     jobs: list[Job] = field(default_factory=list)
     pods: list[Pod] = field(default_factory=list)
-    claims: list[datetime] = field(default_factory=list)
+    claims: list[tuple[datetime, str]] = field(default_factory=list)
+    stalled: list[str] = field(default_factory=list)
+    """Jobs that the Kubernetes API was asked to create and may yet create."""
+    states: list[dict[str, str]] = field(default_factory=list)
+    checked: dict[str, bool] = field(default_factory=dict)
+    """What pods have heard when they asked whether they may execute the run."""
     made: str = ""
     read: Run | None = None
     steady: Run | None = None
@@ -285,6 +305,7 @@ class World:
             expected = [("CRASHED", "SCHEDULED"), ("CRASHED", "FAILED")]
             assert (self.run.type, type_) in expected, f"a run that is {self.run.type} became {type_}"
         self.run = replace(self.run, type=type_, state=name or type_, state_id=uuid4().hex, since=self.now)
+        self.states.append({"id": self.run.state_id, "name": self.run.state, "type": type_})
 
     def deployment_is_deleted(self) -> None:
         """The server deletes what is scheduled with it; what was scheduled before stays what it was."""
@@ -294,16 +315,36 @@ class World:
 
     def worker_claims(self) -> None:
         if self.run and self.run.type == "SCHEDULED" and self.now >= self.due:
-            self.set("PENDING")
-            self.claims.append(self.now)
+            self.set("PENDING", "Pending")
+            self.claims.append((self.now, f"job-{self.states[-1]['id'][-12:]}"))
 
     def worker_makes_the_job(self) -> None:
         """Each claim in its turn, at the latest after as long as the policy allows."""
-        if self.claims and (self.now - self.claims.pop(0)).total_seconds() < Policy().claim:
-            self.made = f"job-{uuid4().hex}"
-            created = self.now.replace(microsecond=0)
-            self.jobs.append(Job(self.made, "r", created))
-            self.pods.append(Pod(self.made, "r", self.made, created))
+        if self.claims:
+            claimed, name = self.claims.pop(0)
+            if (self.now - claimed).total_seconds() < Policy().claim:
+                self.made = name
+                self._create(name)
+
+    def request_for_a_job_stalls(self) -> None:
+        if self.claims:
+            self.stalled.append(self.claims.pop(0)[1])
+
+    def stalled_request_arrives(self) -> None:
+        """However late: its worker has let the claim go, and does not record the Job."""
+        if self.stalled and self.run:
+            self._create(self.stalled.pop(0))
+
+    def _create(self, name: str) -> None:
+        created = self.now.replace(microsecond=0)
+        self.jobs.append(Job(name, "r", created))
+        self.pods.append(Pod(name, "r", name, created))
+
+    def pod_asks_whether_it_may_begin(self) -> None:
+        for each in self.pods:
+            if each.live and not each.started and each.name not in self.checked:
+                self.checked[each.name] = not is_given_away(each.job, self.states)
+                return
 
     def kubernetes_makes_another_pod(self) -> None:
         """As it does of a Job with a backoffLimit, until that is over. Whose node is cut off has none here: the new pod
@@ -331,7 +372,8 @@ class World:
         """Prefect's engine begins a run that is Pending, and one that is Running as well."""
         for number, each in enumerate(self.pods):
             if each.live and not each.started:
-                if self.run and self.run.type in ("PENDING", "RUNNING"):
+                may_begin = self.checked.get(each.name, not is_given_away(each.job, self.states))
+                if may_begin and self.run and self.run.type in ("PENDING", "RUNNING"):
                     assert not any(other.live and other.started for other in self.pods), "a second living execution"
                     for fenced in self.lost.values():
                         assert fenced, "a second execution beside one that nobody has fenced"
@@ -373,7 +415,7 @@ class World:
                     used = int(self.run.labels.get(DISRUPTIONS) or 0)
                     state = after_sigterm(used + 1, Retries().disruption_retries, self.now)
                     is_left = state["type"] == "SCHEDULED"
-                    labels = {DISRUPTIONS: used + 1} if is_left else {CAUSE: "disruption"}
+                    labels: dict[str, object] = {DISRUPTIONS: used + 1} if is_left else {CAUSE: "disruption"}
                     self.run = replace(self.run, labels={**self.run.labels, **labels})
                     self.set(state["type"], state["name"])
                     self.due = self.now
@@ -444,12 +486,19 @@ class World:
     def reconciler_acts(self) -> None:
         if self.read is None:
             return
-        decided = decide(self.read, self.jobs, self.pods, self.now, Policy())
-        self.steady = self.read if is_steady(self.read, self.jobs, self.pods) else None
+        jobs = [
+            replace(each, given_away=not each.over and each.name != self.read.job and self._is_given_away(each.name))
+            for each in self.jobs
+        ]
+        decided = decide(self.read, jobs, self.pods, self.now, Policy())
+        self.steady = self.read if is_steady(self.read, jobs, self.pods) else None
         assert not (self.steady and decided), "decided about a steady run"
         for action in decided:
             self.carry_out(action)
         self.read = None
+
+    def _is_given_away(self, job: str) -> bool:
+        return is_given_away(job, self.states)
 
     def stop(self, name: str) -> None:
         self.jobs = [each for each in self.jobs if each.name != name]
@@ -462,8 +511,11 @@ class World:
             return
         elif isinstance(action, Adopt):
             self.run = replace(self.run, job=action.job)
+        elif isinstance(action, GiveAway):
+            self.set("PENDING", GIVEN_AWAY)
         elif isinstance(action, Unclaim):
-            self.set("SCHEDULED")
+            if all(each.over for each in self.jobs):
+                self.set("SCHEDULED")
         elif isinstance(action, Cancel):
             self.set("CANCELLING")
         elif isinstance(action, TimeOut):
@@ -498,6 +550,9 @@ USUAL = [
     ["engine_retries", *ROUND],
     ["deployment_is_deleted", *ROUND],
     ["worker_claims", "worker_makes_the_job"],
+    ["worker_claims", "request_for_a_job_stalls", "a_minute_passes", *ROUND, *ROUND],
+    ["stalled_request_arrives", "pod_starts", *ROUND],
+    ["stalled_request_arrives", "pod_asks_whether_it_may_begin", *ROUND],
     ["pod_is_deleted", *SECONDS, *ROUND, "kubernetes_makes_another_pod", *ROUND],
     ["pod_reports_a_crash", *ROUND],
     ["pod_is_deleted", *SECONDS, *ROUND, *ROUND, "worker_claims", "kubernetes_makes_another_pod", "pod_starts"],
@@ -512,7 +567,18 @@ USUAL = [
 """What often comes one after the other: of single events most histories would come to nothing."""
 
 
+GIVEN_AWAY_CLAIM = ["worker_claims", "request_for_a_job_stalls", "a_minute_passes", *ROUND]
+EXECUTES = ["worker_claims", "worker_makes_the_job", "worker_records_it", "pod_starts"]
+ASKS = ["stalled_request_arrives", "pod_asks_whether_it_may_begin"]
+
+
 @given(st.lists(st.sampled_from([*([each] for each in EVENTS), *USUAL * 3]), max_size=25), st.booleans())
+@example([GIVEN_AWAY_CLAIM, ROUND, EXECUTES, ["stalled_request_arrives", "pod_starts"], ROUND], False)
+@example([GIVEN_AWAY_CLAIM, ["stalled_request_arrives"], ROUND, ROUND, EXECUTES], False)
+@example(
+    [GIVEN_AWAY_CLAIM, ROUND, ["worker_claims", *ASKS], ["worker_makes_the_job", "pod_starts"], ["pod_starts"]], False
+)
+@example([GIVEN_AWAY_CLAIM[:3], [ROUND[0]], ASKS, [ROUND[1]], ROUND, EXECUTES, ["pod_starts"]], False)
 @settings(max_examples=examples(8))
 def test_any_history_ends_with_nothing_lost_stuck_or_twice(history: list[list[str]], sidecars: bool) -> None:
     world = World(sidecars=sidecars)

@@ -1,0 +1,174 @@
+"""The events of pods that Prefect's own observer emits: same names, resources and ids, from what a round reads.
+
+An event's id is made of what it says, so that the server keeps one of several. A reconciler that begins asks the server
+which events are there already: automations forget after half an hour which they have seen.
+
+Source of names, resources and ids: prefect_kubernetes.observer. That calls every failed container evicted; here a pod
+is evicted that the cluster ended, and any other one failed.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
+from itertools import pairwise
+from typing import Any
+from uuid import NAMESPACE_URL, uuid5
+
+import prefect
+from prefect.utilities.slugify import slugify
+
+from orchestration.api import JSON, RefusedError, Server
+from orchestration.reconciler.causes import of_end
+from orchestration.reconciler.facts import Pod
+
+PREFIX = "prefect.kubernetes.pod."
+
+RELATED = ("flow-run", "deployment", "flow", "work-pool")
+"""Roles of related resources; the labels `prefect.io/ROLE-id` and `prefect.io/ROLE-name` say which they are."""
+
+BATCH = 100
+"""Events in a request."""
+
+PODS = 12
+"""Pods of which a request asks for events: each has four at most, and an answer has 50."""
+
+TIGHT = timedelta(minutes=5)
+"""How far apart two events of a pod may be of which the later one says that it follows the other."""
+
+
+class PodEvents:
+    """Tells the server once what happens to pods.
+
+    Args:
+        server: gets the events.
+        namespace: of the pods.
+    """
+
+    def __init__(self, server: Server, namespace: str) -> None:
+        self._server, self._namespace = server, namespace
+        self._told: set[str] = set()
+        self._is_new = True
+
+    def forget(self) -> None:
+        """Note that another reconciler tells from now on."""
+        self._told, self._is_new = set(), True
+
+    async def tell(self, pods: Sequence[Pod]) -> None:
+        """Send the events that were not sent.
+
+        Args:
+            pods: all that there are, with what was read of them.
+
+        Raises:
+            ApiError: the server does not answer, or refuses events; what it refuses is not sent again.
+        """
+        found = [event for each in pods for event in events_of(each, self._namespace)]
+        told = self._told | (await self._there(pods) if self._is_new and pods else set())
+        self._is_new = self._is_new and not pods
+        self._told = told & {each["id"] for each in found}
+        new = [each for each in found if each["id"] not in told]
+        for batch in _parts(new, BATCH):
+            try:
+                await self._server.ask("POST", "/events", batch, idempotent=True)
+            except RefusedError:
+                self._told |= {each["id"] for each in batch}
+                raise
+            self._told |= {each["id"] for each in batch}
+
+    async def _there(self, pods: Sequence[Pod]) -> set[str]:
+        """The ids of the pods' events that the server has."""
+        found: set[str] = set()
+        for some in _parts(pods, PODS):
+            which: JSON = {
+                "event": {"prefix": [PREFIX]},
+                "resource": {"id": [f"{PREFIX}{each.uid}" for each in some]},
+                "occurred": {"since": min(each.created for each in some).isoformat()},
+            }
+            answer = await self._server.ask("POST", "/events/filter", {"filter": which}, idempotent=True)
+            found |= {each["id"] for each in answer["events"]}
+        return found
+
+
+def _parts(found: Sequence[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(found), size):
+        yield list(found[start : start + size])
+
+
+def events_of(pod: Pod, namespace: str) -> list[JSON]:
+    """Return what has happened to a pod, oldest first."""
+    diagnosis = _diagnosis(pod)
+    happened: list[tuple[str, datetime, JSON, str | None]] = [("Pending", pod.created, {}, None)]
+    if pod.live and not pod.started and diagnosis:
+        happened.append(("Pending", pod.created, {}, diagnosis))
+    if pod.began:
+        happened.append(("Running", pod.began, {}, None))
+    if pod.end:
+        why = {} if pod.phase == "Succeeded" else {"kubernetes.reason": pod.end.reason}
+        happened.append((pod.phase, pod.end.at, why, diagnosis))
+    made = []
+    for of, at, more, category in happened:
+        said = {"uid": pod.uid, "phase": of, "restart_count": pod.restarts, "diagnosis": category}
+        name = "evicted" if of == "Failed" and of_end([pod]).kind == "disruption" else of.lower()
+        resource = {
+            "prefect.resource.id": f"{PREFIX}{pod.uid}",
+            "prefect.resource.name": pod.name,
+            "kubernetes.namespace": namespace,
+        }
+        made.append(
+            {
+                "id": str(uuid5(NAMESPACE_URL, json.dumps(said, sort_keys=True))),
+                "event": PREFIX + name,
+                "occurred": at.isoformat(),
+                "resource": resource | more | ({"kubernetes.diagnosis": category} if category else {}),
+                "related": _related(pod.labels),
+                "payload": {},
+            }
+        )
+    for first, second in pairwise(made):
+        if datetime.fromisoformat(second["occurred"]) - datetime.fromisoformat(first["occurred"]) < TIGHT:
+            second["follows"] = first["id"]
+    return made
+
+
+def _related(labels: Mapping[str, str]) -> list[JSON]:
+    found: list[JSON] = []
+    for role in RELATED:
+        if id_ := labels.get(f"prefect.io/{role}-id"):
+            found.append({"prefect.resource.id": f"prefect.{role}.{id_}", "prefect.resource.role": role})
+            if name := labels.get(f"prefect.io/{role}-name"):
+                found[-1]["prefect.resource.name"] = name
+    if worker := labels.get("prefect.io/worker-name"):
+        found.append(
+            {
+                "prefect.resource.id": f"prefect.worker.kubernetes.{slugify(worker)}",
+                "prefect.resource.role": "worker",
+                "prefect.resource.name": worker,
+                "prefect.worker-type": "kubernetes",
+                "prefect.version": prefect.__version__,
+            }
+        )
+    return found
+
+
+def _diagnosis(pod: Pod) -> str | None:
+    """Prefect's category of what is wrong with a pod, if anything."""
+    if pod.end:
+        if pod.end.oom:
+            return "OOMKilled"
+        return "Evicted" if pod.end.reason == "Evicted" else None
+    if not pod.waiting:
+        return None
+    word, said = pod.waiting
+    if word in ("ErrImagePull", "ImagePullBackOff"):
+        return "ImagePullError"
+    return _unschedulable(said.lower()) if word == "Unschedulable" else None
+
+
+def _unschedulable(said: str) -> str:
+    kinds: dict[str, tuple[str, ...]] = {
+        "Taint": ("taint",),
+        "NodeAffinity": ("affinity", "node selector"),
+        "InsufficientResources": ("insufficient",),
+    }
+    kind = next((kind for kind, words in kinds.items() if any(word in said for word in words)), "")
+    return f"Unschedulable.{kind}" if kind else "Unschedulable"

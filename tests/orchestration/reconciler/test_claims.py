@@ -1,0 +1,315 @@
+"""A claim has one Job at most and a run one execution at a time, however slow the Kubernetes API is: on real APIs.
+
+The test stands in for the kubelet: it executes the supervisor of each Job that it finds.
+"""
+
+import abc
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+from uuid import uuid4
+
+import httpx
+import pytest
+from kubernetes_asyncio.client import ApiClient, Configuration
+from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, PREFECT_WORKER_QUERY_SECONDS, temporary_settings
+
+from orchestration import execution, worker
+from orchestration.api import Server
+from orchestration.execution import claim_of, is_given_away
+from orchestration.reconciler import cluster as kubernetes
+from orchestration.reconciler.facts import RUN_LABEL, Policy
+from orchestration.reconciler.loop import Reconciler
+from orchestration.serving import Pulse
+from tests.cluster.namespace import Namespace, proxied
+from tests.parts import asked, client_of
+from tests.relay import stalled
+
+CLAIM, GIVEN_AWAY_AFTER, REQUEST = 8.0, 11.0, 1.0
+"""Seconds: the worker's `CLAIM`, the reconciler's `Policy.claim`, and its patience with a request to Kubernetes."""
+
+EXECUTES = """
+import os, sys, time, urllib.request
+sys.path.insert(0, os.environ["CODE"])
+from execution import Api
+notes = open(os.environ["NOTES"], "a", buffering=1)
+api = Api(*(os.environ[name] for name in ("PREFECT_API_URL", "PREFECT__FLOW_RUN_ID", "KUBERNETES_JOB")))
+notes.write(f"{time.time()} begins\\n")
+api.ask("/set_state", {"state": {"type": "RUNNING"}})
+time.sleep(3)
+notes.write(f"{time.time()} ends\\n")
+api.ask("/set_state", {"state": {"type": "COMPLETED"}})
+"""
+"""What a run's container executes, without an import of Prefect."""
+
+TEMPLATE = {
+    "variables": {"type": "object", "properties": {}},
+    "job_configuration": {
+        "command": "true",
+        "job_manifest": {
+            "apiVersion": "batch/v1",
+            "kind": "Job",
+            "metadata": {"generateName": "a-run-with-a-name-that-is-longer-than-a-job-s-name-may-be-of-one-"},
+            # No node has anything to do with it.
+            "spec": {
+                "suspend": True,
+                "backoffLimit": 0,
+                "template": {
+                    "spec": {
+                        "parallelism": 1,
+                        "completions": 1,
+                        "restartPolicy": "Never",
+                        "containers": [{"name": "prefect-job", "image": "none"}],
+                    }
+                },
+            },
+        },
+    },
+}
+
+
+def state(id_: str, type_: str, name: str = "") -> dict[str, str]:
+    return {"id": f"0199c0de-0000-7000-8000-{id_:>012}", "type": type_, "name": name or type_.title()}
+
+
+def test_claim_is_over_once_given_away_or_taken_by_another_worker() -> None:
+    claimed = [state("0", "SCHEDULED"), state("a1", "PENDING"), state("1", "PENDING", "Submitting")]
+    job, later = "heron-0000000000a1", "heron-0000000000b2"
+    again = [*claimed, state("2", "SCHEDULED"), state("b2", "PENDING")]
+    for states, over in (
+        ([], False),
+        (claimed, False),
+        ([*claimed, state("2", "PENDING", "Unschedulable"), state("3", "RUNNING")], False),
+        ([*claimed, state("3", "RUNNING"), state("4", "SCHEDULED", "AwaitingRetry"), state("5", "RUNNING")], False),
+        ([*claimed, state("2", "PENDING", execution.GIVEN_AWAY)], True),
+        (again[:-1], True),
+        (again, True),
+        ([*again, state("6", "RUNNING")], True),
+    ):
+        assert is_given_away(job, states) == over, states
+    assert not is_given_away(later, again)
+    assert not is_given_away("heron-x7k2p", again), "a Job of a worker that names none"
+    assert [claim_of(each) for each in (job, "heron-x7k2p", "0000000000a1", "")] == ["0000000000a1", "", "", ""]
+
+
+class Kubelet:
+    """Executes each Job of a namespace once, as its pod's container would."""
+
+    def __init__(self, api: httpx.Client, url: str, folder: Path) -> None:
+        self.api, self.url, self.folder = api, url, folder
+        self.jobs: dict[str, set[str]] = defaultdict(set)
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    async def work(self, kubernetes_url: str, namespace: str) -> None:
+        async with httpx.AsyncClient(base_url=kubernetes_url, timeout=30) as client:
+            while True:
+                listed = (await client.get(f"/apis/batch/v1/namespaces/{namespace}/jobs")).raise_for_status().json()
+                for each in listed["items"]:
+                    run, job = each["metadata"]["labels"][RUN_LABEL], each["metadata"]["name"]
+                    if job not in self.jobs[run]:
+                        self.jobs[run].add(job)
+                        self.execute(run, job)
+                await asyncio.sleep(0.1)
+
+    def execute(self, run: str, job: str) -> None:
+        env = {
+            "PATH": os.environ["PATH"], "CODE": str(Path(execution.__file__).parent), "KUBERNETES_JOB": job,
+            "PREFECT_API_URL": self.url, "PREFECT__FLOW_RUN_ID": run, "NOTES": str(self.folder / run),
+            "TERMINATION_MESSAGE_PATH": str(self.folder / job),
+        }  # fmt: skip
+        python = [sys.executable, "-I", "-S"]
+        command = [*python, execution.__file__, *python, "-c", EXECUTES]
+        self.processes.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, start_new_session=True))
+
+    def is_idle(self) -> bool:
+        """Whether all that was executed has ended."""
+        return all(each.poll() is not None for each in self.processes)
+
+    def close(self) -> None:
+        for each in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(each.pid, signal.SIGKILL)
+            each.wait()
+
+    def noted(self, run: str) -> list[str]:
+        with contextlib.suppress(FileNotFoundError):
+            return [line.split()[1] for line in (self.folder / run).read_text().splitlines()]
+        return []
+
+    def state(self, run: str) -> str:
+        return str(asked(self.api, "GET", f"/flow_runs/{run}")["state"]["type"])
+
+    def history(self, run: str) -> str:
+        """What happened to a run, for the message of a failure."""
+        states = asked(self.api, "GET", f"/flow_run_states/?flow_run_id={run}")
+        said = [f"{each['timestamp'][14:22]} {each['name']} {each['id'][-12:]}" for each in states]
+        return ", ".join([*said, f"Jobs {sorted(self.jobs[run])}", *self.noted(run)])
+
+
+ID = rb"([0-9a-f]{8}-[0-9a-f-]{27})"
+ASKED, ANSWERED = rb'"PREFECT__FLOW_RUN_ID", "value": "' + ID, rb'prefect.io/flow-run-id":"' + ID
+"""How a run is named in a request for its Job, and in the answer."""
+
+
+class Stalls:
+    """What becomes of the requests for Jobs of some runs, and of each third request of the reconciler."""
+
+    def __init__(self, kubelet: Kubelet) -> None:
+        self.kubelet = kubelet
+        self.of: dict[str, str] = {}
+        self.asked: dict[str, int] = defaultdict(int)
+        self.answered: set[str] = set()
+        self.held = self.reconciler = 0
+
+    def worker(self, data: bytes, way: str) -> None:
+        """Hold the first request for a Job, or its answer, as the run's case says."""
+        found = re.search(ASKED if way == "asked" else ANSWERED, data)
+        if not found:
+            return
+        run = found[1].decode()
+        case = self.of[run]
+        if way == "asked":
+            self.asked[run] += 1
+            if self.asked[run] == 1 and case == "until another executes":
+                self.wait(lambda: "begins" in self.kubelet.noted(run))
+            if case == "until another has claimed":
+                number = self.asked[run]
+                self.wait(lambda: self.asked[run] == 2 if number == 1 else len(self.kubelet.jobs[run]) > 0)
+            if self.asked[run] == 1 and case == "until it is given away":
+                before = self.given_away(run)
+                self.wait(lambda: self.given_away(run) > before)
+        elif run not in self.answered:
+            self.answered.add(run)
+            if case == "its answer":
+                self.wait(lambda: "begins" in self.kubelet.noted(run))
+            if case == "its answer is lost":
+                raise ConnectionResetError
+
+    def given_away(self, run: str) -> int:
+        """How often a claim of the run was."""
+        states = asked(self.kubelet.api, "GET", f"/flow_run_states/?flow_run_id={run}")
+        return sum(each["name"] == execution.GIVEN_AWAY for each in states)
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        self.held += 1
+        deadline = time.monotonic() + 60
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.3)
+        self.held -= 1
+
+    def hold_some(self, _: bytes, way: str) -> None:
+        """Hold each third request, and each fifth answer, for longer than the reconciler waits."""
+        self.reconciler += 1
+        if self.reconciler < 60 and self.reconciler % (3 if way == "asked" else 5) == 0:
+            time.sleep(1.3 * REQUEST)
+
+
+CASES = (
+    "until another executes", "until another has claimed", "until it is given away", "its answer",
+    "its answer is lost",
+)  # fmt: skip
+
+
+@contextlib.asynccontextmanager
+async def at_work(tasks: list[Any]) -> AsyncIterator[list[asyncio.Task[Any]]]:
+    started = [asyncio.create_task(each) for each in tasks]
+    try:
+        yield started
+    finally:
+        for each in started:
+            each.cancel()
+        await asyncio.wait(started)
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Workers that watch no cluster, and seconds where a minute is shipped."""
+    monkeypatch.setattr(worker, "CLAIM", CLAIM)
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED", "false")
+    for name in ("DELAY_SECONDS", "JITTER_MAX_SECONDS"):
+        monkeypatch.setenv(f"PREFECT_INTEGRATIONS_KUBERNETES_WORKER_CREATE_JOB_RETRY_{name}", "0")
+    with temporary_settings({PREFECT_LOGGING_TO_API_ENABLED: False, PREFECT_WORKER_QUERY_SECONDS: 0.3}):
+        yield
+
+
+@pytest.mark.usefixtures("brief")
+def test_run_executes_once_however_late_kubernetes_creates_a_job(
+    prefect_server: str, namespace: Namespace, tmp_path: Path
+) -> None:
+    name = f"claims-{uuid4().hex[:6]}"
+    with client_of(prefect_server) as api, proxied(namespace.context) as url, contextlib.ExitStack() as stack:
+        asked(api, "POST", "/work_pools/", {"name": name, "type": "kubernetes", "base_job_template": TEMPLATE})
+        flow = asked(api, "POST", "/flows/", {"name": name})["id"]
+        made = asked(api, "POST", "/deployments/", {"name": "d", "flow_id": flow, "work_pool_name": name})["id"]
+        kubelet = stack.enter_context(contextlib.closing(Kubelet(api, prefect_server, tmp_path)))
+        stalls = Stalls(kubelet)
+        body = {"state": {"type": "SCHEDULED"}}
+        runs = {case: asked(api, "POST", f"/deployments/{made}/create_flow_run", body)["id"] for case in CASES}
+        stalls.of = {run: case for case, run in runs.items()}
+        with stalled(url, stalls.worker) as of_worker, stalled(url, stalls.hold_some) as of_reconciler:
+            asyncio.run(
+                _until_ended(prefect_server, name, namespace.name, url, of_worker, of_reconciler, kubelet, stalls, runs)
+            )
+            jobs = dict(kubelet.jobs)
+        ends = {case: (kubelet.state(run), kubelet.noted(run)) for case, run in runs.items()}
+        assert ends == dict.fromkeys(CASES, ("COMPLETED", ["begins", "ends"]))
+        for case, run in runs.items():
+            states = asked(api, "GET", f"/flow_run_states/?flow_run_id={run}")
+            claims = {each["id"][-12:] for each in states if each["name"] == "Pending"}
+            made_for = [claim_of(job) for job in jobs[run]]
+            assert len(set(made_for)) == len(made_for), f"{case}: a claim has two Jobs"
+            assert claims.issuperset(made_for), case
+
+
+async def _until_ended(
+    server: str,
+    pool: str,
+    namespace: str,
+    url: str,
+    of_worker: str,
+    of_reconciler: str,
+    kubelet: Kubelet,
+    stalls: Stalls,
+    runs: dict[str, str],
+) -> None:
+    """Let worker and reconciler work until all runs have ended, and what late Jobs execute too."""
+
+    class Stalled(worker.Worker, abc.ABC):
+        @contextlib.asynccontextmanager
+        async def _get_configured_kubernetes_client(self, _: Any) -> AsyncIterator[ApiClient]:
+            async with ApiClient(Configuration(host=of_worker)) as client:
+                yield client
+
+    async with (
+        httpx.AsyncClient(base_url=server, timeout=30) as for_prefect,
+        httpx.AsyncClient(base_url=of_reconciler, timeout=REQUEST) as for_kubernetes,
+    ):
+        place = kubernetes.Cluster(for_kubernetes, namespace)
+        policy = Policy(settle=0.5, claim=GIVEN_AWAY_AFTER)
+        with patch.object(kubernetes, "LISTEN", 5):
+            reconciler = Reconciler(Server(for_prefect, server), place, pool, policy, None, Pulse(60))
+            tested = Stalled(namespace=namespace, work_pool_name=pool, create_pool_if_not_found=False)
+            tested._cluster = place.identity
+            works = [tested.start(), reconciler.run(0.5), kubelet.work(url, namespace)]
+            async with at_work(works) as started:
+
+                async def is_over() -> bool:
+                    assert not any(each.done() for each in started), [each for each in started if each.done()]
+                    found = [await asyncio.to_thread(kubelet.state, run) for run in runs.values()]
+                    return set(found) == {"COMPLETED"} and not stalls.held and kubelet.is_idle()
+
+                end = time.monotonic() + 240
+                while not await is_over():
+                    if time.monotonic() > end:
+                        pytest.fail("\n".join(f"{case}: {kubelet.history(run)}" for case, run in runs.items()))
+                    await asyncio.sleep(1)

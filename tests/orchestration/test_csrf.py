@@ -1,0 +1,122 @@
+"""All that talks to a Prefect server, on one that protects itself against forged requests (CSRF)."""
+
+import asyncio
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from uuid import uuid4
+
+import httpx
+import pytest
+import yaml
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from orchestration import api as prefect
+from orchestration.__main__ import main
+from orchestration.api import Access, Server
+from orchestration.dbt import outbox
+from orchestration.deployments import watch
+from orchestration.deployments.record import slug
+from orchestration.execution import Api
+from orchestration.reconciler.actions import _set
+from orchestration.reconciler.facts import Run
+from tests import parts
+from tests.parts import asked
+
+
+@pytest.fixture
+def named(protected: str) -> Iterator[str]:
+    """The same, named by the settings."""
+    with temporary_settings({PREFECT_API_URL: protected}):
+        yield protected
+
+
+@pytest.fixture(scope="module")
+def protected(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The API's URL of a server with CSRF protection."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED", "true")
+        with parts.prefect_server(tmp_path_factory.mktemp("protected")) as url:
+            environment.delenv("PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED")
+            yield url
+
+
+def test_every_client_works_with_csrf_protection(
+    named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = httpx.post(f"{named}/work_pools/filter", json={}, timeout=30)
+    assert (refused.status_code, refused.json()) == (403, {"detail": "Missing CSRF token."})
+
+    # sync, drift
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flow.py").write_text("from prefect import flow\n\n@flow\ndef etl() -> None: ...\n")
+    made = {"name": "nightly", "entrypoint": "flow.py:etl", "work_pool": {"name": "pool"}, "tags": ["a"]}
+    document = {"name": "team", "work_pools": [{"name": "pool", "type": "process"}], "deployments": [made]}
+    (tmp_path / "prefect.yaml").write_text(yaml.safe_dump(document))
+    assert [main([each]) for each in ("sync", "plan", "diff")] == [0, 0, 0], capsys.readouterr()
+
+    with httpx.Client(base_url=named, auth=Access(named), timeout=60) as client:
+        asked(client, "PATCH", "/work_pools/pool", {"description": "by hand"})
+
+        async def look() -> None:
+            async with prefect.connected() as server:
+                await watch._say(server, "team", (), "All is as it was.")
+
+        asyncio.run(look())
+        assert asked(client, "GET", f"/artifacts/drift-{slug('team')}/latest")["data"] == "All is as it was."
+
+        flow = asked(client, "POST", "/flows/", {"name": "etl"})["id"]
+        run = asked(client, "POST", "/flow_runs/", {"flow_id": flow, "state": {"type": "RUNNING"}})
+
+        # supervisor
+        supervisor = Api(named, run["id"], "job")
+        supervisor.ask("/set_state", {"state": {"type": "SCHEDULED", "name": "AwaitingRetry"}})
+        assert asked(client, "GET", f"/flow_runs/{run['id']}")["state"]["name"] == "AwaitingRetry"
+        assert supervisor.give_back([str(uuid4())]) == []
+
+        # reconciler
+        run = asked(client, "GET", f"/flow_runs/{run['id']}")
+
+        async def act() -> str:
+            async with prefect.connected() as server:
+                await server.ask("PATCH", f"/flow_runs/{run['id']}/labels", {"reconciler.cause": "crash"})
+                return await _set(server, Run.read(run), "CRASHED", "Crashed", "Its pod is gone")
+
+        assert asyncio.run(act()).endswith("is Crashed: Its pod is gone")
+
+        # dbt
+        sender = outbox.Outbox()
+        event = {"id": str(uuid4()), "occurred": datetime.now(UTC).isoformat(), "event": "a", "payload": {}}
+        sender.event("one", event | {"resource": {"prefect.resource.id": "dbt"}})
+        assert not sender.close()
+
+
+def test_token_that_the_server_has_forgotten_is_asked_for_again(protected: str) -> None:
+    access = Access(protected)
+
+    async def ask() -> list[object]:
+        async with httpx.AsyncClient(base_url=protected, auth=access, timeout=60) as client:
+            server = Server(client, protected)
+            first = await server.ask("POST", "/work_pools/filter", {})
+            assert access._token
+            access._token = "forgotten"  # noqa: S105 - as a server does after an hour
+            return [first, await server.ask("POST", "/work_pools/filter", {})]
+
+    first, second = asyncio.run(ask())
+    assert first == second
+    supervisor = Api(protected, str(uuid4()), "job")
+    supervisor.csrf = {"Prefect-Csrf-Token": "forgotten", "Prefect-Csrf-Client": "any"}
+    assert supervisor.give_back([str(uuid4())]) == []
+
+
+def test_server_without_csrf_protection_is_not_asked_for_a_token(prefect_server: str) -> None:
+    paths = []
+    with httpx.Client(
+        base_url=prefect_server,
+        auth=Access(prefect_server, "user:password"),
+        timeout=60,
+        event_hooks={"request": [lambda request: paths.append(request.url.path)]},
+    ) as client:
+        assert client.post("/work_pools/filter", json={}).is_success
+    assert [re.sub("^/api", "", path) for path in paths] == ["/work_pools/filter"]
