@@ -46,7 +46,7 @@ from orchestration.errors import ClusterError
 from orchestration.execution import DEADLINE
 from orchestration.reconciler import causes
 from orchestration.reconciler.cluster import certificate_hash, connected
-from orchestration.reconciler.facts import CLUSTER, REFUSED, Policy, Refusal
+from orchestration.reconciler.facts import CLUSTER, REFUSAL, Policy, Refusal
 from orchestration.reconciler.objects import MAIN_CONTAINER, MAIN_CONTAINER_ANNOTATION
 
 _watching_on: asyncio.AbstractEventLoop | None = None
@@ -215,7 +215,7 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
             is_kubernetes and causes.is_passing(status, sentence),
             found.run_count,
         )
-        await self.client.update_flow_run_labels(flow_run.id, {REFUSED: refusal.label})
+        await self.client.update_flow_run_labels(flow_run.id, {REFUSAL: refusal.label})
         if not KubernetesSettings().observer.enabled:
             return Pending(name=causes.JOB_REFUSED, message=sentence)
         now, policy = datetime.now(UTC), Policy()

@@ -8,7 +8,7 @@ from typing import Any
 from orchestration.execution import CAUSE, DISRUPTIONS, FENCED, STOPPED
 from orchestration.reconciler import causes
 from orchestration.reconciler.causes import Cause
-from orchestration.reconciler.facts import FINAL, REFUSED, Job, Pod, Policy, Refusal, Retries, Run, quantity
+from orchestration.reconciler.facts import FINAL, REFUSAL, Job, Pod, Policy, Refusal, Retries, Run, quantity
 
 LOST, CRASHES, RETRIED, SETTLED = (f"reconciler.{name}" for name in ("lost", "crashes", "retried", "settled"))
 """Labels of a run: whether an execution was lost from sight with a crash, noted before its state is written; how many
@@ -40,7 +40,7 @@ class Crash:
     def labels(self) -> dict[str, Any]:
         """What the run is given before its state is written: whoever finds it crashed knows the cause."""
         # What begins anew after it was given up waits as long again.
-        refused = {REFUSED: ""} if self.run.labels.get(REFUSED) else {}
+        refused = {REFUSAL: ""} if self.run.labels.get(REFUSAL) else {}
         return {CAUSE: self.cause.kind, LOST: bool(self.lost)} | refused | _fences(self.lost)
 
 

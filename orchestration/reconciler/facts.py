@@ -29,7 +29,7 @@ NOTED = "reconciler.noted"
 """Annotation of a Job: how many of its pods had ended and were noted on their run."""
 
 
-REFUSED = "reconciler.refused"
+REFUSAL = "reconciler.refused"
 """Label of a run whose Job Kubernetes does not take, by the worker: a `Refusal`."""
 
 
@@ -55,7 +55,7 @@ class Refusal:
     @classmethod
     def read(cls, labels: Mapping[str, Any]) -> "Refusal | None":
         """Return that of a run's labels; None if there is none."""
-        parts = str(labels.get(REFUSED) or "").split()
+        parts = str(labels.get(REFUSAL) or "").split()
         with suppress(ValueError):
             since, kind, attempts = parts
             return cls(datetime.fromisoformat(since), kind == "capacity", int(attempts))

@@ -34,7 +34,7 @@ from orchestration.reconciler.decide import (
 from orchestration.reconciler.facts import (
     CLUSTER,
     FINAL,
-    REFUSED,
+    REFUSAL,
     RUN_LABEL,
     End,
     Job,
@@ -306,7 +306,7 @@ def test_refused_job_is_asked_for_again_until_the_run_is_given_up(capacity: bool
 
     def refused(since: float, age: float, attempts: int = 0) -> Run:
         label = Refusal(ago(since), capacity, attempts).label
-        return run("PENDING", age, state=causes.JOB_REFUSED, job="", message=message, labels={REFUSED: label})
+        return run("PENDING", age, state=causes.JOB_REFUSED, job="", message=message, labels={REFUSAL: label})
 
     assert decided(refused(59, 59), [], []) == []
     assert decided(refused(patience - 1, 61), [], []) == [Unclaim(refused(patience - 1, 61), message)]
@@ -316,7 +316,7 @@ def test_refused_job_is_asked_for_again_until_the_run_is_given_up(capacity: bool
     assert isinstance(crash, Crash)
     assert crash.cause.kind == "start"
     assert crash.cause.sentence.startswith(f"{message}. Given up after")
-    assert crash.labels[REFUSED] == "", "a retry by hand waits as long again"
+    assert crash.labels[REFUSAL] == "", "a retry by hand waits as long again"
     assert not verdict(replace(refused(1, 1), type="CRASHED"), crash.cause, Retries(crash_retries=0)).again
     created = job(seconds=3)
     assert [type(each) for each in decided(refused(61, 5), [created], [])] == [Adopt], "its answer was lost, not it"
@@ -324,8 +324,8 @@ def test_refused_job_is_asked_for_again_until_the_run_is_given_up(capacity: bool
 
 def test_refusal_is_read_as_it_was_written() -> None:
     made = Refusal(ago(5), True, 3)
-    assert Refusal.read({REFUSED: made.label}) == made
-    for none in ({}, {REFUSED: ""}, {REFUSED: "yesterday"}, {REFUSED: "2026-01-01 capacity many"}):
+    assert Refusal.read({REFUSAL: made.label}) == made
+    for none in ({}, {REFUSAL: ""}, {REFUSAL: "yesterday"}, {REFUSAL: "2026-01-01 capacity many"}):
         assert Refusal.read(none) is None
 
 
