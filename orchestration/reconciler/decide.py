@@ -217,7 +217,7 @@ def _with_its_main_container(job: Job, pods: Sequence[Pod], now: datetime, polic
     its = [each for each in pods if each.job == job.name]
     if job.over or any(each.live for each in its):
         return job
-    return replace(job, over=any(_is_held_open(each, now, policy) for each in its))
+    return replace(job, over=any(each.lingers and (job.once or _is_held_open(each, now, policy)) for each in its))
 
 
 def _is_held_open(pod: Pod, now: datetime, policy: Policy) -> bool:

@@ -245,8 +245,8 @@ class Pod:
 
 
 def _is_restarted(pod: PodObject, main: Container, exit_code: int) -> bool:
-    """Whether the kubelet starts the main container again in the same pod; an empty policy is Kubernetes' Always."""
-    policy = main.restart_policy or pod.spec.restart_policy or "Always"
+    """Whether the kubelet starts the main container again in the same pod: of a Job, only if that says OnFailure."""
+    policy = main.restart_policy or pod.spec.restart_policy
     return policy == "Always" or (policy == "OnFailure" and exit_code != 0)
 
 
