@@ -82,6 +82,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--lease", default="", metavar="NAME", help="of several, the one that holds this Lease acts")
     made.add_argument("--identity", default=platform.node(), help="this one's name among them; default: the host's")
     made.add_argument("--pending", type=float, default=600, metavar="SECONDS", help="for a pod that cannot start")
+    text = "for a run that waits for room: a quota, full nodes"
+    made.add_argument("--capacity", type=float, default=86_400, metavar="SECONDS", help=text)
     made.add_argument("--kubernetes", default="", metavar="URL", help="of `kubectl proxy`, outside of a pod")
     made.add_argument("--no-pod-events", action="store_true", help="tell the server nothing of what happens to pods")
     return top
@@ -230,7 +232,7 @@ async def _reconcile(options: argparse.Namespace) -> int:
     await loop.reconcile(
         options.pool,
         options.namespace,
-        Policy(pending=options.pending),
+        Policy(pending=options.pending, capacity=options.capacity),
         every=options.every,
         port=options.port,
         wait=options.wait,

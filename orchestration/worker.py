@@ -28,7 +28,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from typing import Any
 from uuid import UUID
@@ -37,20 +37,22 @@ import aiohttp
 import kopf
 from httpx import HTTPError, HTTPStatusError, Timeout
 from kubernetes_asyncio.client import ApiClient, BatchV1Api, V1Job
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.responses import WorkerFlowRunResponse
 from prefect.context import SettingsContext, get_settings_context
-from prefect.exceptions import Abort, InfrastructureError
+from prefect.exceptions import Abort, InfrastructureError, ObjectNotFound
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, get_current_settings
-from prefect.states import Pending
+from prefect.states import Pending, Scheduled
 from prefect.utilities.engine import propose_state
 from prefect_kubernetes import KubernetesWorker
 from prefect_kubernetes.settings import KubernetesSettings
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
+from orchestration.errors import ClusterError
 from orchestration.execution import DEADLINE, claim_of
-from orchestration.reconciler.cluster import identity
-from orchestration.reconciler.facts import CLUSTER, NAMESPACE
+from orchestration.reconciler import causes
+from orchestration.reconciler.cluster import certificate_hash, connected
+from orchestration.reconciler.facts import CLUSTER, NAMESPACE, REFUSAL, Policy, Refusal
 from orchestration.reconciler.objects import MAIN_CONTAINER, MAIN_CONTAINER_ANNOTATION
 
 _watching_on: asyncio.AbstractEventLoop | None = None
@@ -105,7 +107,7 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
     def __init__(self, namespace: str | None = None, **options: Any) -> None:
         super().__init__(**options)
         self._namespace = namespace
-        self._cluster = identity()
+        self._cluster = ""
         self._draining = False
         self._polling = asyncio.Lock()
         self._proposed: set[UUID] = set()
@@ -197,8 +199,45 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
         error = sys.exception()
         if _is_absence(error) or isinstance(error, TimeoutError | ConnectionError | aiohttp.ClientError):
             self._logger.warning("The claim of run %s is let go: %s.", flow_run.name, error or type(error).__name__)
-        else:
+        elif error is None:
             await super()._propose_crashed_state(flow_run, message, client)
+        else:
+            try:
+                state = await self._refused(flow_run, error)
+                if state:
+                    await propose_state(self.client, state, flow_run_id=flow_run.id)
+                else:
+                    await super()._propose_crashed_state(flow_run, message, client)
+            except (Abort, ObjectNotFound, HTTPError) as hindrance:
+                self._logger.warning("The claim of run %s is let go: %s.", flow_run.name, hindrance)
+
+    async def _refused(self, flow_run: FlowRun, error: BaseException) -> State[Any] | None:
+        """Note since when the run has no Job; its state, which says why, or None if no worker is to claim it again.
+
+        The reconciler lets a worker claim it again, or gives it up after a time. Without one it is Scheduled here.
+        """
+        answer = error
+        while answer.__context__ and not hasattr(answer, "status"):
+            answer = answer.__context__
+        status = int(getattr(answer, "status", None) or 0)
+        is_kubernetes = hasattr(answer, "status") or isinstance(answer, aiohttp.ClientError | OSError)
+        word = "" if error.__cause__ is answer else f"{getattr(answer, 'reason', None) or type(error).__name__}: "
+        sentence = f"{causes.NO_JOB}{word}{error}"
+        found = await self.client.read_flow_run(flow_run.id)
+        before = Refusal.read(found.labels)
+        refusal = Refusal(
+            before.since if before and before.attempts == found.run_count else datetime.now(UTC),
+            is_kubernetes and causes.is_passing(status, sentence),
+            found.run_count,
+        )
+        await self.client.update_flow_run_labels(flow_run.id, {REFUSAL: refusal.label})
+        if not KubernetesSettings().observer.enabled:
+            return Pending(name=causes.JOB_REFUSED, message=sentence)
+        now, policy = datetime.now(UTC), Policy()
+        if not refusal.waits_for_capacity or (now - refusal.since).total_seconds() > policy.capacity:
+            return None
+        due = now + timedelta(seconds=policy.claim)
+        return Scheduled(scheduled_time=due, name=causes.JOB_REFUSED, message=sentence)
 
     async def _propose_pending_state(self, flow_run: FlowRun) -> bool:
         self._claimed[flow_run.id] = time.monotonic()
@@ -230,8 +269,13 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
     async def _give_worker_labels_to_flow_run(self, flow_run_id: UUID) -> None:
         """Mark a claimed run, for the reconciler of this cluster alone."""
         await super()._give_worker_labels_to_flow_run(flow_run_id)
-        if self._cluster:
-            await self.client.update_flow_run_labels(flow_run_id, {CLUSTER: self._cluster})
+        if not self._cluster:
+            # Where it does not answer, the reconciler knows the cluster by the other mark as well.
+            with contextlib.suppress(ClusterError):
+                async with connected("") as cluster:
+                    self._cluster = await cluster.identity()
+        if marked := self._cluster or certificate_hash():
+            await self.client.update_flow_run_labels(flow_run_id, {CLUSTER: marked})
         if self._namespace:
             await self.client.update_flow_run_labels(flow_run_id, {NAMESPACE: self._namespace})
 

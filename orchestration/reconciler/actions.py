@@ -63,7 +63,7 @@ async def carry_out(server: Server, cluster: Cluster, action: Action, pods: list
     if isinstance(action, Explain):
         return await _set(server, run, "PENDING", action.word, action.sentence)
     if isinstance(action, GiveAway):
-        if not Run.read(found).is_of(cluster.identity, cluster.namespace):
+        if not Run.read(found).is_of(await cluster.identities(), cluster.namespace):
             return ""  # meanwhile a worker elsewhere has marked it
         return await _set(server, run, "PENDING", GIVEN_AWAY, action.sentence)
     if isinstance(action, Unclaim):

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from orchestration.reconciler.facts import Job, Pod
+from orchestration.reconciler.facts import Job, Pod, quantity
 
 HOPELESS = {
     "ErrImagePull": "ImagePullBackOff",
@@ -18,12 +18,18 @@ HOPELESS = {
     "CrashLoopBackOff": "CrashLoopBackOff",
     "Unschedulable": "Unschedulable",
     "SchedulingGated": "SchedulingGated",
+    "FailedMount": "FailedMount",
+    "FailedAttachVolume": "FailedAttachVolume",
+    "FailedCreatePodSandBox": "FailedCreatePodSandBox",
 }
 """Why a pod waits for what waiting alone does not cure: Kubernetes' words, and the state that the run gets. Kubernetes
 goes to and fro between the first two."""
 
 REFUSED = "PodRefused"
 """The same of a Job whose pod the API server does not take."""
+
+JOB_REFUSED = "JobRefused"
+"""State of a run whose Job the API server does not take."""
 
 STARTING = frozenset({"InfrastructurePending", REFUSED, *HOPELESS.values()})
 """States that a run gets once its Job is there."""
@@ -62,7 +68,11 @@ OF_STATE: Mapping[str, Diagnosis] = {
     "CrashLoopBackOff": "config-error",
     "Unschedulable": "unschedulable",
     "SchedulingGated": "unschedulable",
+    "FailedMount": "config-error",
+    "FailedAttachVolume": "config-error",
+    "FailedCreatePodSandBox": "config-error",
     REFUSED: "refused",
+    JOB_REFUSED: "refused",
 }
 """The diagnosis of each state of a run whose pod does not start."""
 
@@ -72,6 +82,7 @@ GONE, EXCEEDED, DISRUPTED, WAITS, CANNOT = (
 LOST_NODE = "Its pod is gone: the cluster ended it"
 ASKED = "Its pod was asked to end"
 EXPIRED = " ran for longer than "
+NO_JOB = "Its Job was not created: "
 """What tells the sentences below from each other."""
 
 
@@ -81,6 +92,7 @@ def of_sentence(sentence: str) -> Diagnosis:
         return OF_STATE.get(HOPELESS.get(found[1], ""), "crash")
     marks: dict[str, Diagnosis] = {
         CANNOT: "refused",
+        NO_JOB: "refused",
         EXCEEDED: "oom",
         DISRUPTED: "disruption",
         LOST_NODE: "disruption",
@@ -149,3 +161,55 @@ def of_wait(job: Job, pods: Sequence[Pod]) -> tuple[str, str] | None:
     if job.refused and not pods:
         return REFUSED, f"Job {job.name}{CANNOT}{job.refused}"
     return None
+
+
+ROOM = (
+    "Insufficient ", "Too many pods", "no nodes available", "node(s) were unschedulable", "node(s) were not ready",
+    "node.kubernetes.io/", "exceed max volume count",
+)  # fmt: skip
+"""What the scheduler says of nodes that are full, cordoned or not ready: others end, or an autoscaler adds nodes."""
+
+PASSING = (
+    "admission webhook",
+    "denied request",
+    "failed calling webhook",
+    "status unknown for quota",
+    "etcdserver",
+    "timed out",
+)
+"""What the API server says where it, or what it asks, may answer otherwise later."""
+
+
+def waits_for_capacity(word: str, said: str) -> bool:
+    """Whether a run will start without a cure, once there is room.
+
+    Args:
+        word: the run's state: one of those of a pod that waits, or of a refusal.
+        said: why, in Kubernetes' words.
+    """
+    if word == "SchedulingGated":
+        return True
+    if word == "Unschedulable":
+        return any(each in said for each in ROOM)
+    if word in (REFUSED, JOB_REFUSED):
+        return _is_over_quota(said) or any(each in said for each in PASSING)
+    return False
+
+
+def _is_over_quota(said: str) -> bool:
+    """Whether a quota is used up by others: one that is smaller than what is asked for never has room."""
+    found = re.search(r"exceeded quota: .*?requested: (.*?), used: .*?, limited: (\S+)", said)
+    if not found:
+        return False
+    asked, limits = (dict(re.findall(r"([^=,\s]+)=([0-9]+[.0-9A-Za-z]*)", each)) for each in found.groups())
+    return all(quantity(size) <= quantity(limits[name].rstrip(".")) for name, size in asked.items() if name in limits)
+
+
+def is_passing(status: int, said: str) -> bool:
+    """Whether Kubernetes may take a Job later that it has refused, without a cure.
+
+    Args:
+        status: of its answer, as HTTP has it; 0 if it did not answer.
+        said: why.
+    """
+    return status in (0, 408, 429) or status >= 500 or waits_for_capacity(JOB_REFUSED, said)

@@ -32,11 +32,20 @@ LISTEN = 120
 
 PAGE = 500
 
+STUCK = ("FailedCreatePodSandBox", "FailedAttachVolume", "FailedMount")
+"""Reasons of events of pods that wait for their containers to be created, the more telling one last."""
+
+REPEATED = timedelta(minutes=4)
+"""How old such an event is at most, where the cause lasts: the kubelet says it every two minutes."""
+
 Object = dict[str, Any]
 
 
-def identity() -> str:
-    """What tells the cluster that this pod is in from others: of its certificate authority. Empty outside of one."""
+def certificate_hash() -> str:
+    """Return the hash of this pod's certificate authority, by which older versions told clusters apart; empty outside.
+
+    It changes when the authority does, so it is the identity only where the UID may not be read.
+    """
     try:
         return hashlib.sha256((ACCOUNT / "ca.crt").read_bytes()).hexdigest()[:16]
     except OSError:
@@ -55,9 +64,32 @@ class Cluster:
     def __init__(self, client: httpx.AsyncClient, namespace: str) -> None:
         self.client = client
         self.namespace = namespace
-        self.identity = identity()
+        self._identity: str | None = None
         self.ahead = timedelta()
         """By how much the clock of the Kubernetes API is ahead of this one."""
+
+    async def identity(self) -> str:
+        """Return what tells this cluster from others: the UID of its namespace kube-system, which never changes.
+
+        Without the right to read that namespace it is the hash of the certificate authority.
+
+        Raises:
+            ClusterError: the API does not answer.
+        """
+        if self._identity is None:
+            found = await self.ask("GET", "/api/v1/namespaces/kube-system", absent=(403, 404))
+            if found is None:
+                print("The namespace kube-system may not be read: the cluster's CA is its identity.", flush=True)
+            self._identity = str(found["metadata"]["uid"]) if found else certificate_hash()
+        return self._identity
+
+    async def identities(self) -> frozenset[str]:
+        """Return all by which a worker of this cluster may have marked its runs, be it of an older version.
+
+        Raises:
+            ClusterError: the API does not answer.
+        """
+        return frozenset({await self.identity(), certificate_hash()})
 
     async def ask(
         self, method: str, path: str, body: Any = None, *, query: Object | None = None, absent: Sequence[int] = ()
@@ -167,6 +199,18 @@ class Cluster:
         found = [each async for each in events]
         found.sort(key=lambda each: each.last_timestamp or each.metadata.creation_timestamp)
         return found[-1].message if found else ""
+
+    async def stuck(self) -> dict[str, tuple[str, str]]:
+        """Why pods that have a node do not start, by name: words and messages of events that are repeated now."""
+        found: dict[str, tuple[str, str]] = {}
+        for reason in STUCK:
+            selector = f"involvedObject.kind=Pod,reason={reason}"
+            path = f"/api/v1/namespaces/{self.namespace}/events"
+            async for each in self._all(Page[EventObject], path, fieldSelector=selector):
+                last = each.last_timestamp or each.metadata.creation_timestamp
+                if datetime.now(UTC) + self.ahead - last < REPEATED:
+                    found[each.involved_object.name] = (each.reason, each.message)
+        return found
 
     async def last_lines(self, pod: Pod, lines: int = 5) -> str:
         """The end of the log of a pod's main container; empty if there is none any more."""

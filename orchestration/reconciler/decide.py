@@ -1,6 +1,5 @@
 """The decision: from a run, its Jobs and pods, the time and the policy to what is to be done. Nothing else is known."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -9,7 +8,7 @@ from typing import Any
 from orchestration.execution import CAUSE, DISRUPTIONS, FENCED, GIVEN_AWAY, STOPPED
 from orchestration.reconciler import causes
 from orchestration.reconciler.causes import Cause
-from orchestration.reconciler.facts import FINAL, Job, Pod, Policy, Retries, Run
+from orchestration.reconciler.facts import FINAL, REFUSAL, Job, Pod, Policy, Refusal, Retries, Run, quantity
 
 LOST, CRASHES, RETRIED, SETTLED = (f"reconciler.{name}" for name in ("lost", "crashes", "retried", "settled"))
 """Labels of a run: whether an execution was lost from sight with a crash, noted before its state is written; how many
@@ -40,7 +39,9 @@ class Crash:
     @property
     def labels(self) -> dict[str, Any]:
         """What the run is given before its state is written: whoever finds it crashed knows the cause."""
-        return {CAUSE: self.cause.kind, LOST: bool(self.lost)} | _fences(self.lost)
+        # What begins anew after it was given up waits as long again.
+        refused = {REFUSAL: ""} if self.run.labels.get(REFUSAL) else {}
+        return {CAUSE: self.cause.kind, LOST: bool(self.lost)} | refused | _fences(self.lost)
 
 
 def _fences(jobs: Sequence[str]) -> dict[str, Any]:
@@ -247,7 +248,7 @@ def _with_its_main_container(job: Job, pods: Sequence[Pod], now: datetime, polic
     its = [each for each in pods if each.job == job.name]
     if job.over or any(each.live for each in its):
         return job
-    return replace(job, over=any(_is_held_open(each, now, policy) for each in its))
+    return replace(job, over=any(each.lingers and (job.once or _is_held_open(each, now, policy)) for each in its))
 
 
 def _is_held_open(pod: Pod, now: datetime, policy: Policy) -> bool:
@@ -367,16 +368,31 @@ def _pending(
     if current and of_this_claim:
         return _dead(run, current, jobs, pods, now, policy)
     age = (now - run.since).total_seconds()
+    if run.state == causes.JOB_REFUSED:
+        return _refused(run, now, policy)
     if age <= policy.claim:
         return []
     return [GiveAway(run, f"{UNCLAIMED} within {age:.0f} s of claiming it")]
 
 
+def _refused(run: Run, now: datetime, policy: Policy) -> list[Action]:
+    """Of a run whose Job Kubernetes did not take: a worker asks again, each time after as long as a claim may take."""
+    refusal = Refusal.read(run.labels)
+    waited = (now - (refusal.since if refusal else run.since)).total_seconds()
+    if waited > (policy.capacity if refusal and refusal.waits_for_capacity else policy.pending):
+        return [_given_up(run, run.message, waited)]
+    return [Unclaim(run, run.message)] if (now - run.since).total_seconds() > policy.claim else []
+
+
 def _explained(run: Run, found: tuple[str, str], waited: float, policy: Policy) -> list[Action]:
     word, sentence = found
-    if waited > policy.pending:
-        return [Crash(run, Cause("start", f"{sentence.rstrip('.')}. Given up after {waited:.0f} s"))]
+    if waited > (policy.capacity if causes.waits_for_capacity(word, sentence) else policy.pending):
+        return [_given_up(run, sentence, waited)]
     return [] if run.state == word else [Explain(run, word, sentence)]
+
+
+def _given_up(run: Run, sentence: str, waited: float) -> Crash:
+    return Crash(run, Cause("start", f"{sentence.rstrip('.')}. Given up after {waited:.0f} s"))
 
 
 @dataclass(frozen=True)
@@ -442,12 +458,3 @@ def _grown(limit: str, retries: Retries) -> str:
         return ""
     new = min(now * retries.memory_growth, quantity(retries.memory_max) or float("inf"))
     return f"{int(new) // 2**20}Mi" if new > now else ""
-
-
-UNITS = {"": 1, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-
-
-def quantity(text: str) -> float:
-    """The number of a quantity of Kubernetes; 0 if it is none. The package that also reads them weighs 126 MB."""
-    match = re.fullmatch(r"([0-9.]+(?:[eE][0-9]+)?)([A-Za-z]*)", text.strip())
-    return float(match[1]) * UNITS[match[2]] if match and match[2] in UNITS else 0.0

@@ -12,8 +12,7 @@ from uuid import NAMESPACE_URL, uuid5
 
 from orchestration.api import JSON, Server
 from orchestration.reconciler.cluster import Cluster
-from orchestration.reconciler.decide import quantity
-from orchestration.reconciler.facts import FINAL, NOTED, Job, Pod, Run
+from orchestration.reconciler.facts import FINAL, NOTED, Job, Pod, Run, quantity
 
 PEAK, EXCEEDED = "reconciler.peak", "reconciler.exceeded"
 """Labels of a run, in bytes: what one of its pods used at the most, and the highest limit for which one was killed."""

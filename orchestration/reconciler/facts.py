@@ -1,7 +1,8 @@
 """What is read of a run, its Jobs and its pods, and what the policy is: all that a decision is made of."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta
@@ -18,8 +19,8 @@ RUN_LABEL, POOL_LABEL = "prefect.io/flow-run-id", "prefect.io/work-pool-id"
 """Of Jobs and pods, by the worker."""
 
 CLUSTER = "reconciler.cluster"
-"""Label of a run, by the worker that claimed it: in which cluster. Workers of several may share a pool, and their
-namespaces may have the same name."""
+"""Label of a run, by the worker that claimed it: the identity of its cluster. Workers of several may share a pool, and
+their namespaces may have the same name."""
 
 ORDINARY = frozenset({"", "ContainerCreating", "PodInitializing"})
 """Why a container waits that is about to start, or for another one."""
@@ -29,6 +30,39 @@ NAMESPACE = "reconciler.namespace"
 
 NOTED = "reconciler.noted"
 """Annotation of a Job: how many of its pods had ended and were noted on their run."""
+
+
+REFUSAL = "reconciler.refused"
+"""Label of a run whose Job Kubernetes does not take, by the worker: a `Refusal`."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Since when Kubernetes does not take a run's Job.
+
+    Args:
+        since: when it refused the Job first.
+        waits_for_capacity: whether the Job will be taken without a cure, by its newest answer.
+        attempts: how many run attempts there were before; a refusal before another attempt is another one.
+    """
+
+    since: datetime
+    waits_for_capacity: bool
+    attempts: int
+
+    @property
+    def label(self) -> str:
+        """As the run has it."""
+        return f"{self.since.isoformat()} {'capacity' if self.waits_for_capacity else 'cure'} {self.attempts}"
+
+    @classmethod
+    def read(cls, labels: Mapping[str, Any]) -> "Refusal | None":
+        """Return that of a run's labels; None if there is none."""
+        parts = str(labels.get(REFUSAL) or "").split()
+        with suppress(ValueError):
+            since, kind, attempts = parts
+            return cls(datetime.fromisoformat(since), kind == "capacity", int(attempts))
+        return None
 
 
 @dataclass(frozen=True)
@@ -63,13 +97,18 @@ class Run:
     labels: Mapping[str, Any] = field(default_factory=dict)
     abandoned: bool = False
 
-    def is_of(self, cluster: str, namespace: str) -> bool:
-        """Whether its pod is there; what is claimed and not yet marked by its worker may be anywhere."""
+    def is_of(self, clusters: Collection[str], namespace: str) -> bool:
+        """Whether its pod is there; what is claimed and not yet marked by its worker may be anywhere.
+
+        Args:
+            clusters: the identities of one cluster.
+            namespace: of its Jobs.
+        """
         marked = self.labels.get(CLUSTER)
         if marked is None and not self.job:
             return self.type == "PENDING"
         where = self.namespace or self.labels.get(NAMESPACE) or namespace
-        return marked == cluster and where == namespace
+        return marked in clusters and where == namespace
 
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> "Run":
@@ -223,8 +262,8 @@ class Pod:
 
 
 def _is_restarted(pod: PodObject, main: Container, exit_code: int) -> bool:
-    """Whether the kubelet starts the main container again in the same pod; an empty policy is Kubernetes' Always."""
-    policy = main.restart_policy or pod.spec.restart_policy or "Always"
+    """Whether the kubelet starts the main container again in the same pod: of a Job, only if that says OnFailure."""
+    policy = main.restart_policy or pod.spec.restart_policy
     return policy == "Always" or (policy == "OnFailure" and exit_code != 0)
 
 
@@ -329,6 +368,7 @@ class Policy:
         settle: how long what a run reported may be on its way, where nobody saw its pod end.
         claim: how long a worker may take from its claim to the Job.
         pending: how long a pod may not start for a reason that a person has to cure.
+        capacity: how long a run may wait for room: a quota that is used up, nodes that are full.
         cancel: how long a run's own process may take to notice that it is cancelled, before its Job is deleted, of
             which it hears by SIGTERM.
         crashed: how long a pod may live on after its run has crashed: it may yet tell why.
@@ -340,6 +380,7 @@ class Policy:
     settle: float = 3
     claim: float = 60
     pending: float = 600
+    capacity: float = 86_400
     cancel: float = 3
     crashed: float = 15
     linger: float = 60
@@ -374,3 +415,16 @@ class Retries:
                 if variables.get(each.name) is not None:
                     made[each.name] = kind(variables[each.name])
         return cls(**made)
+
+
+UNITS = {
+    "": 1, "n": 1e-9, "u": 1e-6, "m": 1e-3,
+    "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18,
+    "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50, "Ei": 2**60,
+}  # fmt: skip
+
+
+def quantity(text: str) -> float:
+    """The number of a quantity of Kubernetes; 0 if it is none. The package that also reads them weighs 126 MB."""
+    match = re.fullmatch(r"([0-9.]+(?:[eE][0-9]+)?)([A-Za-z]*)", text.strip())
+    return float(match[1]) * UNITS[match[2]] if match and match[2] in UNITS else 0.0

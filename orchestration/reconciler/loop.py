@@ -21,14 +21,14 @@ import prometheus_client as prometheus
 
 from orchestration import api
 from orchestration.api import JSON, Server
-from orchestration.errors import PipelineError
+from orchestration.errors import ClusterError, PipelineError
 from orchestration.reconciler import claims, ends
 from orchestration.reconciler import cluster as kubernetes
 from orchestration.reconciler.actions import carry_out, gather
 from orchestration.reconciler.cluster import Cluster, Leadership
 from orchestration.reconciler.decide import Action, decide, is_steady
 from orchestration.reconciler.ends import Note
-from orchestration.reconciler.facts import Job, Pod, Policy, Run
+from orchestration.reconciler.facts import ORDINARY, Job, Pod, Policy, Run
 from orchestration.reconciler.podevents import PodEvents
 from orchestration.serving import Pulse, served
 
@@ -42,6 +42,9 @@ GRACE = 60
 
 MANY = 10_000
 """How many steady runs a request names: a database takes 32,767 at most."""
+
+CREATED_AFTER = timedelta(seconds=20)
+"""How long a pod may have a node and no container before events are asked why."""
 
 REFUSED_AFTER = timedelta(seconds=3)
 """How long a Job may be without a pod before its events are asked why."""
@@ -76,6 +79,7 @@ async def look(server: Server, cluster: Cluster, pool: str, steady: Mapping[str,
     Raises:
         PipelineError: one of both does not answer: there is no round then.
     """
+    clusters = await cluster.identities()
     pool_id = (await server.ask("GET", f"/work_pools/{quote(pool, safe='')}"))["id"]
     still, live, crashed, jobs = await asyncio.gather(
         _still(server, pool, steady),
@@ -91,7 +95,7 @@ async def look(server: Server, cluster: Cluster, pool: str, steady: Mapping[str,
         cluster.jobs(pool_id, server.ahead),
     )
     known = [*still, *live, *crashed]
-    ours = [each for each in known if each.is_of(cluster.identity, cluster.namespace)]
+    ours = [each for each in known if each.is_of(clusters, cluster.namespace)]
     gone, pods = await asyncio.gather(
         _gone(server, sorted({each.deployment for each in ours} - {""})), cluster.pods(pool_id, server.ahead)
     )
@@ -104,6 +108,7 @@ async def look(server: Server, cluster: Cluster, pool: str, steady: Mapping[str,
     ]
     said = await gather([cluster.refused(each.name) for each in waiting])
     why = {each.name: text for each, text in zip(waiting, said, strict=True) if isinstance(text, str)}
+    pods = await _with_events(cluster, pods, server)
     # Kubernetes says so some time after the pod has ended: long after it, where its API was away.
     ended = {each.job for each in pods if each.end}
     jobs = [
@@ -125,6 +130,24 @@ async def look(server: Server, cluster: Cluster, pool: str, steady: Mapping[str,
     for pod in pods:
         of_pods[pod.run].append(pod)
     return Seen(runs, of_jobs, of_pods)
+
+
+async def _with_events(cluster: Cluster, pods: list[Pod], server: Server) -> list[Pod]:
+    """The pods, those whose containers cannot be created with the reason, which only events have."""
+    if not any(_is_creating(each, server) for each in pods):
+        return pods
+    try:
+        why = await cluster.stuck()
+    except ClusterError:
+        return pods
+    return [replace(each, waiting=why.get(each.name)) if _is_creating(each, server) else each for each in pods]
+
+
+def _is_creating(pod: Pod, server: Server) -> bool:
+    """Whether a pod has a node and no container for so long that something may keep it from one."""
+    waits = pod.waiting is None or pod.waiting[0] in ORDINARY
+    since = pod.scheduled
+    return pod.live and not pod.started and waits and since is not None and server.now - since > CREATED_AFTER
 
 
 async def _runs(server: Server, pool: str, which: JSON) -> list[Run]:

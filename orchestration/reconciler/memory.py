@@ -10,9 +10,8 @@ from typing import Any
 from orchestration.api import JSON, PAGE, Server
 from orchestration.errors import ApiError
 from orchestration.reconciler.actions import pool_defaults
-from orchestration.reconciler.decide import quantity
 from orchestration.reconciler.ends import EXCEEDED, PEAK
-from orchestration.reconciler.facts import Retries
+from orchestration.reconciler.facts import Retries, quantity
 
 MIB = 2**20
 STEP, LEAST = 32 * MIB, 64 * MIB

@@ -191,10 +191,18 @@ class JobObject(Part):
     status: JobStatus = JobStatus()
 
 
+class Reference(Part):
+    """What an event is about."""
+
+    name: str = ""
+
+
 class EventObject(Part):
     """What was said of an object, once or several times."""
 
     metadata: Meta
+    involved_object: Reference = Reference()
+    reason: str = ""
     message: str = ""
     last_timestamp: datetime | None = None
 

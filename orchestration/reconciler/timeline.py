@@ -12,13 +12,16 @@ from urllib.parse import quote
 from orchestration.api import CLOCK, JSON, Server
 from orchestration.errors import ApiError
 from orchestration.execution import CAUSE
-from orchestration.reconciler.causes import OF_STATE, PAGES, STARTING, Diagnosis, of_sentence
+from orchestration.reconciler.causes import JOB_REFUSED, NO_JOB, OF_STATE, PAGES, STARTING, Diagnosis, of_sentence
 from orchestration.reconciler.decide import LOG, LOST, SETTLED, UNCLAIMED
 from orchestration.reconciler.ends import ENDED
 from orchestration.reconciler.facts import FINAL
 
 PATIENCE = timedelta(seconds=60)
 """How long a run may be late, claimed or to be cancelled before it counts as stuck."""
+
+WAITING = STARTING | {JOB_REFUSED}
+"""States of a claimed run that say in their message what it waits for."""
 
 LINES = 10
 """Of a run's log."""
@@ -259,7 +262,7 @@ async def diagnosis(server: Server, run: Mapping[str, Any]) -> Finding:
         job = (run["infrastructure_pid"] or "unknown").rpartition(":")[2]
         return Finding(f"It runs since {_spoken(since)}, in Job {job}.")
     if kind == "PENDING":
-        if name in STARTING and said:
+        if name in WAITING and said:
             return Finding(said, (OF_STATE[name],) if name in OF_STATE else ())
         worker = labels.get("prefect.worker.name")
         by = f" by worker {worker}" if worker else ""
@@ -274,6 +277,8 @@ async def diagnosis(server: Server, run: Mapping[str, Any]) -> Finding:
     before = _of_crash(said, labels) if name == "AwaitingRetry" and said.startswith("Retry ") else ()
     if said.startswith(UNCLAIMED):
         before = ("claim-lost",)
+    if said.startswith(NO_JOB):
+        before = ("refused",)
     if due > now:
         return Finding(f"It is due in {_spoken(due - now)}{f': {said}' if said else '.'}", before)
     sentence = f"It is late by {_spoken(now - due)}: {await _hindrance(server, run)}"
@@ -328,7 +333,7 @@ async def under_way(server: Server, *, stuck: bool) -> list[JSON]:
     found = [*await server.all("/flow_runs/filter", flow_runs=due | top)]
     for run in await server.all("/flow_runs/filter", flow_runs=live | top):
         waited = now - datetime.fromisoformat(run["state"]["timestamp"])
-        hopeless = run["state_name"] in STARTING and run["state"]["message"]
+        hopeless = run["state_name"] in WAITING and run["state"]["message"]
         if not stuck or hopeless or (run["state_type"] != "RUNNING" and waited > PATIENCE):
             found.append(run)
     found.sort(key=lambda each: str(each["expected_start_time"]))

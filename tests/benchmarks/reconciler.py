@@ -138,6 +138,7 @@ class Load:
         body = {"name": POOL, "flow_id": flow["id"], "work_pool_name": POOL}
         self.deployment = runner.run(self.ask(self.prefect, "POST", "/deployments/", body))["id"]
         self.job = runner.run(manifest(pool["id"]))
+        self.cluster = runner.run(self.ask(self.kubernetes, "GET", "/api/v1/namespaces/kube-system"))["metadata"]["uid"]
 
     def close(self) -> None:
         """Close the connections."""
@@ -175,7 +176,7 @@ class Load:
     async def live(self) -> None:
         """A run that is Running, and its Job and pod."""
         name = f"bench-{uuid4().hex[:12]}"
-        body = {"name": name, "state": {"type": "RUNNING"}, "labels": {CLUSTER: ""}}
+        body = {"name": name, "state": {"type": "RUNNING"}, "labels": {CLUSTER: self.cluster}}
         run = await self.ask(self.prefect, "POST", f"/deployments/{self.deployment}/create_flow_run", body)
         recorded = {"infrastructure_pid": f"{self.namespace}:{name}"}
         await self.ask(self.prefect, "PATCH", f"/flow_runs/{run['id']}", recorded)

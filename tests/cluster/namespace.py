@@ -115,8 +115,15 @@ def new(context: str, prefix: str, create: Callable[[Namespace], None] = make) -
         create(made)
         yield made
     finally:
-        delete = ("delete", "namespace", made.name, "--wait=false", "--ignore-not-found")
-        binaries.kubectl("--context", context, *delete)
+        remove(made)
+
+
+def remove(namespace: Namespace) -> None:
+    """Delete a namespace, and what releases in it have in the whole cluster."""
+    of_cluster = ("clusterrole,clusterrolebinding", "-l", f"prefect.io/release-namespace={namespace.name}")
+    binaries.kubectl("--context", namespace.context, "delete", *of_cluster)
+    delete = ("delete", "namespace", namespace.name, "--wait=false", "--ignore-not-found")
+    binaries.kubectl("--context", namespace.context, *delete)
 
 
 @contextlib.contextmanager

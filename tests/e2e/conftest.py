@@ -11,7 +11,7 @@ import pytest
 from orchestration.environment.target import Environment
 from orchestration.settings import ROOT
 from tests.cluster import binaries
-from tests.cluster.namespace import USED, Namespace, restricted
+from tests.cluster.namespace import USED, Namespace, remove, restricted
 from tests.cluster.turns import turn
 from tests.e2e.checkout import CRON, Checkout
 from tests.e2e.release import (
@@ -82,4 +82,4 @@ def checkout(cluster: str, image: str, tmp_path_factory: pytest.TempPathFactory)
         subprocess.run(["git", *command], cwd=folder, check=True)
     with turn(binaries.cache() / "environments.lock"):
         yield made
-        made.target.kubectl("delete", "namespace", made.target.namespace, "--wait=false", "--ignore-not-found")
+        remove(Namespace(cluster, made.target.namespace))

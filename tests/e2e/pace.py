@@ -17,6 +17,9 @@ def _paced(scaled: int, shipped: int) -> int:
 PENDING_TIMEOUT_SECONDS = _paced(15, 600)
 """The chart's `reconciler.pendingTimeoutSeconds`."""
 
+CAPACITY_TIMEOUT_SECONDS = _paced(30, 660)
+"""The chart's `reconciler.capacityTimeoutSeconds` where a test waits for its end: a day by default."""
+
 GRACE_SECONDS = _paced(8, 60)
 """The chart's `runs.terminationGracePeriodSeconds`: between a run's SIGTERM and its SIGKILL."""
 

@@ -18,7 +18,7 @@ from orchestration.environment.api import connected
 from orchestration.environment.target import Environment
 from orchestration.settings import ROOT
 from tests.cluster import binaries, images
-from tests.cluster.namespace import Namespace, make_restricted
+from tests.cluster.namespace import Namespace, make_restricted, remove
 from tests.cluster.progress import ClusterError
 from tests.cluster.turns import turn
 from tests.e2e.pace import HEARTBEAT_SECONDS, PREFETCH_SECONDS
@@ -122,7 +122,7 @@ def shared(context: str, name: str, install: Callable[[Namespace], object]) -> N
             try:
                 install(namespace)
             except ClusterError:
-                namespace.kubectl("delete", "namespace", namespace.name, "--wait=false")
+                remove(namespace)
                 raise
     return namespace
 
@@ -130,8 +130,10 @@ def shared(context: str, name: str, install: Callable[[Namespace], object]) -> N
 def remove_shared() -> None:
     """Remove the namespaces that this run's processes have shared."""
     if SHARED.exists():
-        delete = ("delete", "namespace", "--selector", f"tests/run={RUN}", "--wait=false")
-        binaries.kubectl("--context", SHARED.read_text(), *delete)
+        context = SHARED.read_text()
+        names = ("get", "namespace", "--selector", f"tests/run={RUN}", "-o", "jsonpath={.items[*].metadata.name}")
+        for name in binaries.kubectl("--context", context, *names).split():
+            remove(Namespace(context, name))
         SHARED.unlink()
 
 

@@ -141,6 +141,8 @@ def _job(pool: Object, **variables: Any) -> Object:
 
 def test_what_there_is_by_default() -> None:
     assert inventory(render("prefect-work-pool", TAG)) == [
+        "ClusterRole/prefect:test-prefect-work-pool",
+        "ClusterRoleBinding/prefect:test-prefect-work-pool",
         "ConfigMap/test-prefect-work-pool-sync",
         "Deployment/test-prefect-work-pool-drift",
         "Deployment/test-prefect-work-pool-reconciler",
@@ -189,7 +191,15 @@ def test_all_features_at_once() -> None:
 
 def test_the_role_is_of_this_namespace_and_no_wider_than_the_worker_needs() -> None:
     objects = render("prefect-work-pool", TAG)
-    assert not [name for name in inventory(objects) if name.startswith("Cluster")]
+    [cluster_role] = [each for each in objects if each["kind"] == "ClusterRole"]
+    assert cluster_role["rules"] == [
+        {"apiGroups": [""], "resources": ["namespaces"], "resourceNames": ["kube-system"], "verbs": ["get"]}
+    ], "all that is the cluster's: what tells it from others"
+    [binding] = [each for each in objects if each["kind"] == "ClusterRoleBinding"]
+    accounts = [f"test-prefect-work-pool-{each}" for each in ("worker", "reconciler")]
+    assert [(each["name"], each["namespace"]) for each in binding["subjects"]] == [(n, "prefect") for n in accounts]
+    without = inventory(render("prefect-work-pool", _with(clusterRole={"create": False})))
+    assert not [name for name in without if name.startswith("Cluster")]
     assert one(objects, "Role", "test-prefect-work-pool-worker")["rules"] == [
         {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["create", "get", "list", "watch", "delete"]},
         {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]},

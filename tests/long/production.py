@@ -12,7 +12,7 @@ from uuid import uuid4
 import pytest
 
 from tests.cluster import images
-from tests.cluster.namespace import RESTRICTED, Namespace, new
+from tests.cluster.namespace import RESTRICTED, Namespace, new, remove
 from tests.e2e.checkout import DAILY, Checkout
 from tests.parts import wait_until
 
@@ -93,7 +93,7 @@ def production(checkout: Checkout) -> Iterator[Checkout]:
     checkout.make("push")
     target = replace(checkout.target, name="production", namespace=f"{checkout.target.namespace}-production")
     yield replace(checkout, target=target)
-    target.kubectl("delete", "namespace", target.namespace, "--wait=false", "--ignore-not-found")
+    remove(Namespace(target.context, target.namespace))
 
 
 def test_it_is_deployed_once_the_secrets_are_there_that_only_a_person_can_make(

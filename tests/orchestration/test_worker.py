@@ -3,15 +3,20 @@
 import abc
 import asyncio
 import contextlib
+import json
+import os
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 from uuid import UUID, uuid4
 
 import pytest
+from aiohttp import ClientOSError
 from httpx import ConnectError
+from kubernetes_asyncio.client import ApiClient, BatchV1Api
+from kubernetes_asyncio.client.exceptions import ApiException
 from prefect import flow
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
@@ -29,6 +34,8 @@ from prefect.workers.base import BaseWorker
 from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerResult
 
 from orchestration import worker
+from orchestration.reconciler import causes
+from orchestration.reconciler.facts import Refusal
 from orchestration.reconciler.objects import MAIN_CONTAINER_ANNOTATION
 from tests.parts import free_port
 from tests.relay import relayed, silent
@@ -172,6 +179,21 @@ def test_a_worker_outlasts_an_api_that_is_away(
     assert asyncio.run(_claimed_around_absences(prefect_server, free_port(), absent)) >= 15
 
 
+IMPATIENT = {
+    "PREFECT_INTEGRATIONS_KUBERNETES_WORKER_CREATE_JOB_RETRY_MAX_RETRIES": "1",
+    "PREFECT_INTEGRATIONS_KUBERNETES_WORKER_CREATE_JOB_RETRY_JITTER_MAX_SECONDS": "0",
+}
+
+
+class _Unconnected(worker.Worker, abc.ABC):
+    """A worker with a client of no cluster."""
+
+    @contextlib.asynccontextmanager
+    async def _get_configured_kubernetes_client(self, *_: Any) -> AsyncIterator[ApiClient]:
+        async with ApiClient() as client:
+            yield client
+
+
 def _nothing(*_: Any) -> None:
     pass
 
@@ -247,7 +269,7 @@ def _grow_nearly_too_old(claiming: worker.Worker, run: UUID) -> None:
         (_nothing, "Submitting", 1),
         (_grow_old, "Pending", 0),
         (_raise(ConnectError("nobody there")), "Pending", 0),
-        (_raise(ValueError("no such thing")), "Crashed", 0),
+        (_raise(ValueError("no such thing")), "JobRefused", 0),
     ],
     ids=["nothing", "it is too old", "the API goes", "an error"],
 )
@@ -287,3 +309,78 @@ def test_an_api_that_goes_before_a_run_is_claimed_costs_a_poll(prefect_server: s
         found = asyncio.run(_claim(f"http://127.0.0.1:{port}/api", come, go))
     assert found == ("Submitting", 1)
     assert claims == 2
+
+
+def _api_error(status: int, reason: str, body: str) -> ApiException:
+    error: Any = ApiException(status=status, reason=reason)
+    error.body = body
+    return cast("ApiException", error)
+
+
+OVER_QUOTA = json.dumps(
+    {
+        "message": 'jobs.batch "x" is forbidden: exceeded quota: objects, requested: count/jobs.batch=1, '
+        "used: count/jobs.batch=2, limited: count/jobs.batch=2"
+    }
+)
+DENIED = json.dumps({"message": 'admission webhook "policy" denied the request: not now'})
+INVALID = json.dumps({"message": 'Job.batch "x" is invalid: spec.template.spec.containers[0].image: Required value'})
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        pytest.param(
+            _api_error(403, "Forbidden", OVER_QUOTA), "capacity", "exceeded quota: objects", id="without a reconciler"
+        ),
+        (_api_error(403, "Forbidden", OVER_QUOTA), "capacity", "exceeded quota: objects"),
+        (_api_error(400, "Bad Request", DENIED), "capacity", "denied the request: not now"),
+        (
+            _api_error(500, "Internal Server Error", '{"message": "etcdserver: leader changed"}'),
+            "capacity",
+            "leader changed",
+        ),
+        (_api_error(503, "Service Unavailable", "<html>"), "capacity", "Service Unavailable"),
+        (ClientOSError(111, "Connect call failed"), "capacity", "Connect call failed"),
+        (_api_error(422, "Unprocessable Entity", INVALID), "cure", "Required value"),
+    ],
+)
+def test_refused_job_does_not_crash_the_run(
+    request: pytest.FixtureRequest, prefect_server: str, error: Exception, kind: str, said: str
+) -> None:
+    """It says why, since when and how long that may take, the second time as of the first."""
+    alone = "without a reconciler" in request.node.name
+
+    async def refuse(*_: Any, **__: Any) -> None:
+        raise error
+
+    async def claim() -> None:
+        pool = f"refused-{uuid4().hex[:6]}"
+        async with get_client() as client:
+            made = await _deployment(client, pool)
+            run = (await client.create_flow_run_from_deployment(made, state=Scheduled())).id
+            labels = []
+            with patch.object(BatchV1Api, "create_namespaced_job", refuse), patch.dict("os.environ", IMPATIENT):
+                async with _Unconnected(work_pool_name=pool, create_pool_if_not_found=False) as tested:
+                    await tested.sync_with_backend()
+                    os.environ["PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED"] = str(alone).lower()
+                    for _ in range(2):
+                        await tested.get_and_submit_flow_runs()
+                        while (await client.read_flow_run(run)).state_name != "JobRefused":
+                            await asyncio.sleep(0.05)
+                        found = await client.read_flow_run(run)
+                        assert found.state
+                        assert found.state.type.value == ("SCHEDULED" if alone else "PENDING")
+                        assert found.state.message
+                        assert found.state.message.startswith(causes.NO_JOB)
+                        assert said in found.state.message
+                        labels.append(Refusal.read(found.labels))
+                        await client.set_flow_run_state(run, Scheduled(), force=True)
+                    os.environ["PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED"] = "false"
+            [first, second] = labels
+            assert first
+            assert first.waits_for_capacity == (kind == "capacity")
+            assert first == second
+
+    with temporary_settings({PREFECT_API_URL: prefect_server}):
+        asyncio.run(asyncio.wait_for(claim(), 120))

@@ -58,6 +58,23 @@ annotations:
 {{- end }}
 {{- end -}}
 
+{{/* The name of what belongs to the whole cluster, where other namespaces may have a release of the same name. */}}
+{{- define "prefect-work-pool.clusterRoleName" -}}
+{{- printf "%s:%s" .Release.Namespace (include "prefect-work-pool.fullname" .) -}}
+{{- end -}}
+
+{{/* `metadata` of an object of the whole cluster. Its namespace is a label, by which it can be found and deleted. */}}
+{{- define "prefect-work-pool.clusterMetadata" -}}
+name: {{ include "prefect-work-pool.clusterRoleName" . | quote }}
+labels:
+  {{- include "prefect-work-pool.labels" (list . "reconciler") | nindent 2 }}
+  prefect.io/release-namespace: {{ .Release.Namespace }}
+{{- with .Values.commonAnnotations }}
+annotations:
+  {{- tpl (toYaml .) $ | nindent 2 }}
+{{- end }}
+{{- end -}}
+
 {{/* An image's whole name; the digest wins over the tag. */}}
 {{- define "prefect-work-pool.image" -}}
 {{- if .digest -}}{{ .repository }}@{{ .digest }}{{- else -}}{{ .repository }}:{{ .tag }}{{- end -}}

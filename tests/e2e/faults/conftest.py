@@ -6,7 +6,7 @@ import pytest
 
 from tests.cluster.namespace import Namespace
 from tests.e2e.faults.victims import FLOWS, PLACES, TOOK, watched
-from tests.e2e.pace import PENDING_TIMEOUT_SECONDS
+from tests.e2e.pace import CAPACITY_TIMEOUT_SECONDS, PENDING_TIMEOUT_SECONDS
 from tests.e2e.release import (
     Object,
     Pool,
@@ -52,6 +52,7 @@ def shared_pool(cluster: str, image: str, server: Release, probe: Object) -> Poo
     """The pool of all files whose tests leave worker and reconciler alone."""
     name = "faults"
     values = of_victims(merged(pool_values(image), joining(server, name)))
+    values["reconciler"]["capacityTimeoutSeconds"] = CAPACITY_TIMEOUT_SECONDS
     namespace = shared(cluster, name, lambda made: with_places(installed_pool(server, made, values, probe), server))
     return Pool("prefect-work-pool", "prefect-work-pool", namespace, work_pool=name)
 

@@ -4,8 +4,6 @@ import asyncio
 import base64
 import contextlib
 import copy
-import hashlib
-import json
 import time
 from collections.abc import AsyncIterator, Iterator
 from datetime import datetime, timedelta
@@ -111,13 +109,11 @@ async def reconciler(pool: Pool, api: httpx.Client, kubernetes: str, dies_at: in
             raise _KilledError
 
     hooks: dict[str, list[Any]] = {"request": [before], "response": [after]}
-    root = json.loads(pool.namespace.kubectl("get", "configmap", "kube-root-ca.crt", "-o", "json"))["data"]["ca.crt"]
     async with (
         httpx.AsyncClient(base_url=api.base_url, auth=api.auth, timeout=30, event_hooks=hooks) as prefect,
         httpx.AsyncClient(base_url=kubernetes, timeout=30, event_hooks=hooks) as client,
     ):
         cluster = Cluster(client, pool.namespace.name)
-        cluster.identity = hashlib.sha256(root.encode()).hexdigest()[:16]
         yield Reconciler(Server(prefect, str(api.base_url)), cluster, pool.work_pool, Policy(), None, Pulse(60))
 
 

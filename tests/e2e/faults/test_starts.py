@@ -21,7 +21,7 @@ from tests.e2e.faults.victims import (
     under_way,
     victim,
 )
-from tests.e2e.pace import GRACE_SECONDS, PENDING_TIMEOUT_SECONDS
+from tests.e2e.pace import CAPACITY_TIMEOUT_SECONDS, GRACE_SECONDS, PENDING_TIMEOUT_SECONDS
 from tests.e2e.release import Object, Pool
 from tests.e2e.runs import ended, run_of, start
 from tests.parts import wait_until
@@ -36,15 +36,15 @@ def pool(shared_pool: Pool) -> Pool:
 
 
 @pytest.mark.parametrize(
-    ("variables", "word", "said"),
+    ("variables", "word", "said", "patience"),
     [
-        ({"image": "localhost:5000/absent:1"}, "ImagePullBackOff", "absent:1"),
-        ({"cpu_request": "1000"}, "Unschedulable", "Insufficient cpu"),
-        ({"secret": "absent"}, "CreateContainerConfigError", 'secret "absent" not found'),
+        ({"image": "localhost:5000/absent:1"}, "ImagePullBackOff", "absent:1", PENDING_TIMEOUT_SECONDS),
+        ({"cpu_request": "1000"}, "Unschedulable", "Insufficient cpu", CAPACITY_TIMEOUT_SECONDS),
+        ({"secret": "absent"}, "CreateContainerConfigError", 'secret "absent" not found', PENDING_TIMEOUT_SECONDS),
     ],
 )
 def test_run_that_cannot_start_shows_why_and_is_given_up(
-    pool: Pool, api: httpx.Client, variables: Object, word: str, said: str
+    pool: Pool, api: httpx.Client, variables: Object, word: str, said: str, patience: int
 ) -> None:
     run = start(api, victim(api, pool, job_variables=variables))
 
@@ -56,8 +56,8 @@ def test_run_that_cannot_start_shows_why_and_is_given_up(
     [pod] = wait_until(waits, f"{word} of its pod", 120)
     created = datetime.fromisoformat(pod["metadata"]["creationTimestamp"])
     assert said in said_in_time(api, run, word, shown(created, datetime.now(UTC)))["message"]
-    crashed = state_named(api, run, "Crashed", GIVEN_UP)
-    assert "Given up after" in crashed["message"]
+    crashed = state_named(api, run, "Crashed", patience + 45)
+    assert int(crashed["message"].partition("Given up after ")[2].split()[0]) >= patience
     assert ended(api, run)["state_type"] == "CRASHED"
     wait_until(lambda: not pods(pool, run), "its pod to go", 60)
     wait_until(lambda: is_settled(api, run), "the verdict: no retry can help", 30)

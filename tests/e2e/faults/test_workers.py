@@ -1,10 +1,12 @@
 """Runs while workers are away or several, and results that are kept elsewhere."""
 
+import contextlib
 import copy
 import json
 import re
 import shlex
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 
 import httpx
@@ -22,12 +24,13 @@ from tests.e2e.faults.victims import (
     nothing_is_repeated,
     pods,
     said_in_time,
+    state_named,
     states,
     under_way,
     victim,
     without,
 )
-from tests.e2e.pace import GRACE_SECONDS, WORKERS_AWAY_SECONDS
+from tests.e2e.pace import GRACE_SECONDS, PENDING_TIMEOUT_SECONDS, WORKERS_AWAY_SECONDS
 from tests.e2e.release import Object, Pool, Release
 from tests.e2e.runs import ended, run_of, start
 from tests.parts import wait_until
@@ -71,6 +74,40 @@ def test_two_workers_execute_each_run_once(pool: Pool, api: httpx.Client) -> Non
         assert len(by) == 2, "one worker had them all"
     finally:
         pool.namespace.kubectl("scale", worker, "--replicas=1")
+
+
+@contextlib.contextmanager
+def full(pool: Pool, kind: str, name: str) -> Iterator[None]:
+    """The namespace with a quota of that name that is used up, while the block lasts."""
+    listed = json.loads(pool.namespace.kubectl("get", kind, "-o", "json"))["items"]
+    used = sum(each["status"].get("phase") not in ("Succeeded", "Failed") for each in listed)
+    spec = {"hard": {name: str(used)}}
+    pool.namespace.apply({"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "full"}, "spec": spec})
+    try:
+        counted = ("get", "resourcequota", "full", "-o", "jsonpath={.status.used}")
+        wait_until(lambda: pool.namespace.kubectl(*counted), "the quota to count", 60)
+        yield
+    finally:
+        pool.namespace.kubectl("delete", "resourcequota", "full")
+
+
+def test_runs_over_quota_wait_for_room(pool: Pool, api: httpx.Client) -> None:
+    """Though there is no retry: one whose Job is refused, and then one whose pod is."""
+    made = victim(api, pool, job_variables={"crash_retries": 0})
+    container = {"name": "main", "image": "none"}
+    idle = {"parallelism": 0, "template": {"spec": {"containers": [container], "restartPolicy": "Never"}}}
+    # A quota of none would be one in which no Job ever has room.
+    pool.namespace.apply({"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "idle"}, "spec": idle})
+    for kind, name, state in (("jobs", "count/jobs.batch", "JobRefused"), ("pods", "pods", "PodRefused")):
+        with full(pool, kind, name):
+            run = start(api, made)
+            assert "exceeded quota: full" in state_named(api, run, state, 60)["message"]
+            time.sleep(PENDING_TIMEOUT_SECONDS + 5)
+            assert run_of(api, run)["state_type"] == "PENDING"
+        completed(api, run)
+        assert run_of(api, run)["run_count"] == 1
+        assert not run_of(api, run)["labels"].get("reconciler.crashes")
+        wait_until(lambda run=run: all(map(ending, pods(pool, run))), "its pod to end")  # type: ignore[misc]
 
 
 def test_runs_end_and_crash_while_no_worker_is_there(pool: Pool, api: httpx.Client) -> None:

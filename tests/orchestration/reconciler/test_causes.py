@@ -8,7 +8,16 @@ from typing import get_args
 import pytest
 
 from orchestration.reconciler import causes
-from orchestration.reconciler.causes import HOPELESS, OF_STATE, PAGES, REFUSED, STARTING, Diagnosis, of_sentence
+from orchestration.reconciler.causes import (
+    HOPELESS,
+    JOB_REFUSED,
+    OF_STATE,
+    PAGES,
+    REFUSED,
+    STARTING,
+    Diagnosis,
+    of_sentence,
+)
 from orchestration.reconciler.facts import End, Job, Pod
 from orchestration.settings import ROOT
 
@@ -29,7 +38,7 @@ def test_each_diagnosis_has_its_page_and_each_page_its_diagnosis() -> None:
 
 
 def test_each_state_of_a_pod_that_waits_has_a_page_that_names_it() -> None:
-    assert OF_STATE.keys() == STARTING - {"InfrastructurePending"}
+    assert OF_STATE.keys() == STARTING - {"InfrastructurePending"} | {JOB_REFUSED}
     for state, diagnosis in OF_STATE.items():
         assert state in page(diagnosis).read_text()
 
@@ -85,3 +94,58 @@ def test_a_refusal_is_diagnosed() -> None:
 
 def test_what_others_say_of_a_crash_is_a_crash() -> None:
     assert of_sentence("") == of_sentence("Execution was cancelled by the runtime environment.") == "crash"
+
+
+QUOTA = 'pods "heron-1" is forbidden: exceeded quota: runs, requested: {}, used: {}, limited: {}'
+NODES = "0/3 nodes are available: {}. preemption: 0/3 nodes are available: 3 Preemption is not helpful for scheduling."
+
+
+@pytest.mark.parametrize(
+    ("word", "said", "waits"),
+    [
+        (REFUSED, QUOTA.format("limits.memory=1Gi", "limits.memory=16Gi", "limits.memory=16Gi"), True),
+        (REFUSED, QUOTA.format("cpu=1,limits.memory=1Gi", "cpu=3,limits.memory=1Gi", "cpu=4,limits.memory=16Gi"), True),
+        (REFUSED, QUOTA.format("limits.memory=99Gi", "limits.memory=0", "limits.memory=90Gi"), False),
+        (REFUSED, QUOTA.format("cpu=100m,pods=1", "cpu=0,pods=0", "cpu=2,pods=0"), False),
+        (REFUSED, "failed quota: runs: must specify limits.memory for: prefect-job", False),
+        (REFUSED, "status unknown for quota: runs, resources: pods", True),
+        (REFUSED, "maximum memory usage per Container is 4Gi, but limit is 99Gi", False),
+        (REFUSED, 'error looking up service account ns/runs: serviceaccount "runs" not found', False),
+        (REFUSED, 'violates PodSecurity "restricted:latest": runAsNonRoot != true', False),
+        (REFUSED, 'admission webhook "queue.example.com" denied the request: come back later', True),
+        (
+            REFUSED,
+            'Internal error occurred: failed calling webhook "mesh.example.com": context deadline exceeded',
+            True,
+        ),
+        (JOB_REFUSED, QUOTA.format("count/jobs.batch=1", "count/jobs.batch=2", "count/jobs.batch=2. Hint: more"), True),
+        (JOB_REFUSED, QUOTA.format("count/jobs.batch=1", "count/jobs.batch=0", "count/jobs.batch=0"), False),
+        ("Unschedulable", NODES.format("3 Insufficient cpu"), True),
+        (
+            "Unschedulable",
+            NODES.format("1 Insufficient memory, 2 node(s) had untolerated taint {dedicated: gpu}"),
+            True,
+        ),
+        ("Unschedulable", NODES.format("3 Insufficient nvidia.com/gpu"), True),
+        ("Unschedulable", NODES.format("3 Too many pods"), True),
+        ("Unschedulable", NODES.format("3 node(s) were unschedulable"), True),
+        ("Unschedulable", NODES.format("3 node(s) had untolerated taint {node.kubernetes.io/unreachable: }"), True),
+        ("Unschedulable", "no nodes available to schedule pods", True),
+        ("Unschedulable", NODES.format("3 node(s) didn't match Pod's node affinity/selector"), False),
+        ("Unschedulable", NODES.format("3 node(s) had untolerated taint {dedicated: gpu}"), False),
+        ("Unschedulable", "0/1 nodes are available: pod has unbound immediate PersistentVolumeClaims", False),
+        ("SchedulingGated", "Scheduling is blocked due to non-empty scheduling gates", True),
+        ("ImagePullBackOff", "timed out", False),
+        ("CreateContainerConfigError", 'secret "Insufficient " not found', False),
+        ("FailedMount", 'MountVolume.SetUp failed for volume "v": secret "absent" not found', False),
+    ],
+)
+def test_what_waits_for_room_is_told_from_what_needs_a_cure(word: str, said: str, waits: bool) -> None:
+    assert causes.waits_for_capacity(word, said) == waits
+
+
+@pytest.mark.parametrize(
+    ("status", "passes"), [(500, True), (503, True), (429, True), (0, True), (422, False), (403, False)]
+)
+def test_an_answer_that_may_be_another_later(status: int, passes: bool) -> None:
+    assert causes.is_passing(status, 'jobs.batch is forbidden: User "worker" cannot create resource "jobs"') == passes

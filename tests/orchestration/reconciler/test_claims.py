@@ -299,7 +299,7 @@ async def _until_ended(
         with patch.object(kubernetes, "LISTEN", 5):
             reconciler = Reconciler(Server(for_prefect, server), place, pool, policy, None, Pulse(60))
             tested = Stalled(namespace=namespace, work_pool_name=pool, create_pool_if_not_found=False)
-            tested._cluster = place.identity
+            tested._cluster = await place.identity()
             works = [tested.start(), reconciler.run(0.5), kubelet.work(url, namespace)]
             async with at_work(works) as started:
 

@@ -146,6 +146,8 @@ def test_job_that_kubernetes_retries_ends_with_a_pod_that_a_sidecar_holds_open()
     [crash] = decided("RUNNING", job, pod(KILLED, {"zzz": RUNNING}))
     assert isinstance(crash, Crash)
     fresh = pod(terminated(137, "Error", seconds=1), {"zzz": RUNNING})
+    [crash] = decided("RUNNING", Job("heron", "r", NOW - timedelta(seconds=3600), once=True), fresh)
+    assert isinstance(crash, Crash), "Kubernetes makes no other pod"
     assert decided("RUNNING", job, fresh) == [], "the sidecar may be about to end, and Kubernetes to make another pod"
 
 
@@ -235,6 +237,9 @@ def test_container_that_is_restarted_in_its_pod_has_not_ended() -> None:
     assert Pod.read(PodObject.model_validate(raw)).live
     raw["status"]["containerStatuses"][0]["state"] = COMPLETED
     assert not Pod.read(PodObject.model_validate(raw)).live
+    raw["status"]["containerStatuses"][0]["state"] = KILLED
+    del raw["spec"]["restartPolicy"]
+    assert not Pod.read(PodObject.model_validate(raw)).live, "a Job's pod has no other policy than OnFailure and Never"
 
 
 def run(type_: str) -> Run:

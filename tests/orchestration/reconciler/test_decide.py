@@ -19,6 +19,7 @@ from orchestration.execution import (
     after_sigterm,
     is_given_away,
 )
+from orchestration.reconciler import causes
 from orchestration.reconciler import decide as decisions
 from orchestration.reconciler.causes import Cause
 from orchestration.reconciler.decide import (
@@ -39,10 +40,22 @@ from orchestration.reconciler.decide import (
     Unclaim,
     decide,
     is_steady,
-    quantity,
     verdict,
 )
-from orchestration.reconciler.facts import CLUSTER, FINAL, RUN_LABEL, End, Job, Pod, Policy, Retries, Run
+from orchestration.reconciler.facts import (
+    CLUSTER,
+    FINAL,
+    REFUSAL,
+    RUN_LABEL,
+    End,
+    Job,
+    Pod,
+    Policy,
+    Refusal,
+    Retries,
+    Run,
+    quantity,
+)
 from orchestration.reconciler.objects import JobObject
 from tests.parts import examples
 
@@ -107,13 +120,15 @@ def test_a_dead_run_crashes_with_its_cause(ended: End, kind: str, said: str) -> 
 def test_whose_a_run_is() -> None:
     """Its worker has said where it is; a hand that executes one makes no Job and is left alone."""
     ours = {CLUSTER: "one"}
-    assert run("RUNNING", labels=ours).is_of("one", "ns")
-    assert not run("RUNNING", labels=ours).is_of("one", "other")
-    assert not run("RUNNING", labels=ours).is_of("two", "ns"), "another cluster's namespace has the same name"
-    assert not run("RUNNING", labels={}).is_of("one", "ns"), "by a worker that marks none"
-    assert not run("RUNNING", labels={}, job="", namespace="").is_of("one", "ns"), "executed by hand"
-    assert run("PENDING", labels={}, job="", namespace="").is_of("one", "ns"), "a claim that nobody has gone on with"
-    assert run("RUNNING", labels=ours, job="", namespace="").is_of("one", "ns"), "its worker died before it said more"
+    one, two = {"one", "as one was marked before"}, {"two"}
+    assert run("RUNNING", labels=ours).is_of(one, "ns")
+    assert run("RUNNING", labels={CLUSTER: "as one was marked before"}).is_of(one, "ns"), "by an older version"
+    assert not run("RUNNING", labels=ours).is_of(one, "other")
+    assert not run("RUNNING", labels=ours).is_of(two, "ns"), "another cluster's namespace has the same name"
+    assert not run("RUNNING", labels={}).is_of(one, "ns"), "by a worker that marks none"
+    assert not run("RUNNING", labels={}, job="", namespace="").is_of(one, "ns"), "executed by hand"
+    assert run("PENDING", labels={}, job="", namespace="").is_of(one, "ns"), "a claim that nobody has gone on with"
+    assert run("RUNNING", labels=ours, job="", namespace="").is_of(one, "ns"), "its worker died before it said more"
 
 
 def test_which_runs_are_steady() -> None:
@@ -273,6 +288,62 @@ def test_quantities() -> None:
     assert [quantity(each) for each in ("1Ki", "1k", "1500m", "2", "x", "")] == [1024, 1000, 1.5, 2, 0, 0]
 
 
+FULL = "0/1 nodes are available: 1 Insufficient cpu"
+
+
+@pytest.mark.parametrize(
+    ("waiting", "refused", "patience"),
+    [
+        (("Unschedulable", FULL), "", Policy().capacity),
+        (("SchedulingGated", "gates"), "", Policy().capacity),
+        (("Unschedulable", "1 node(s) didn't match Pod's node affinity/selector"), "", Policy().pending),
+        (("ImagePullBackOff", "back-off"), "", Policy().pending),
+        (("FailedMount", 'secret "absent" not found'), "", Policy().pending),
+        (None, "exceeded quota: runs, requested: pods=1, used: pods=20, limited: pods=20", Policy().capacity),
+        (None, "maximum memory usage per Container is 4Gi", Policy().pending),
+    ],
+)
+def test_what_waits_for_room_waits_longer_than_what_needs_a_cure(
+    waiting: tuple[str, str] | None, refused: str, patience: float
+) -> None:
+    state = waiting[0] if waiting else "PodRefused"
+    waits = run("PENDING", 5, state=state)
+    for age in (patience - 1, patience + 1):
+        made = [pod(seconds=age, waiting=waiting)] if waiting else []
+        found = decided(waits, [job(seconds=age, refused=refused)], made)
+        assert [kind_of(each) for each in found] == ([] if age < patience else ["start"])
+
+
+@pytest.mark.parametrize(("capacity", "patience"), [(True, Policy().capacity), (False, Policy().pending)])
+def test_refused_job_is_asked_for_again_until_the_run_is_given_up(capacity: bool, patience: float) -> None:
+    """It costs no retry: nothing has started. Whatever older Job of the run is there is none of this claim."""
+    message = f"{causes.NO_JOB}exceeded quota"
+
+    def refused(since: float, age: float, attempts: int = 0) -> Run:
+        label = Refusal(ago(since), capacity, attempts).label
+        return run("PENDING", age, state=causes.JOB_REFUSED, job="", message=message, labels={REFUSAL: label})
+
+    assert decided(refused(59, 59), [], []) == []
+    assert decided(refused(patience - 1, 61), [], []) == [Unclaim(refused(patience - 1, 61), message)]
+    again = replace(refused(61, 61), job="job-0")
+    assert decided(again, [job("job-0", 500, over=True)], [pod("job-0", 500, end=end())]) == [Unclaim(again, message)]
+    [crash] = decided(refused(patience + 1, 5), [], [])
+    assert isinstance(crash, Crash)
+    assert crash.cause.kind == "start"
+    assert crash.cause.sentence.startswith(f"{message}. Given up after")
+    assert crash.labels[REFUSAL] == "", "a retry by hand waits as long again"
+    assert not verdict(replace(refused(1, 1), type="CRASHED"), crash.cause, Retries(crash_retries=0)).again
+    created = job(seconds=3)
+    assert [type(each) for each in decided(refused(61, 5), [created], [])] == [Adopt], "its answer was lost, not it"
+
+
+def test_refusal_is_read_as_it_was_written() -> None:
+    made = Refusal(ago(5), True, 3)
+    assert Refusal.read({REFUSAL: made.label}) == made
+    for none in ({}, {REFUSAL: ""}, {REFUSAL: "yesterday"}, {REFUSAL: "2026-01-01 capacity many"}):
+        assert Refusal.read(none) is None
+
+
 @dataclass
 class World:
     """A run, its worker, Jobs and pods, as the real ones behave."""
@@ -420,6 +491,8 @@ class World:
                     self.set(state["type"], state["name"])
                     self.due = self.now
                 self._end(number, 0)
+                # Of a Job for which Kubernetes makes another pod the supervisor says nothing.
+                self.jobs = [replace(job, over=job.over or job.name == each.job) for job in self.jobs]
                 return
 
     def deadline_passes(self) -> None:
@@ -456,6 +529,13 @@ class World:
             if each not in self.pods:
                 ended = End(self.now, None, "Failed", disruption="DeletionByPodGC", seen=False)
                 self.pods.append(replace(each, end=ended))
+
+    def finished_jobs_are_removed(self) -> None:
+        """As they are after `ttlSecondsAfterFinished`."""
+        over = {each.name for each in self.jobs if each.over}
+        over -= {each.job for each in self.pods if each.live or each.lingers}
+        self.jobs = [each for each in self.jobs if each.name not in over]
+        self.pods = [each for each in self.pods if each.job not in over]
 
     def job_is_deleted(self) -> None:
         if self.jobs:
@@ -626,7 +706,8 @@ def test_any_history_of_ends_has_no_more_run_attempts_than_its_budgets(ends: lis
     for events in ends:
         for event in [*beginning, *events]:
             getattr(world, event)()
-        for event in ["controller_counts", *SECONDS, *SECONDS, *ROUND] * 3 + ["a_minute_passes"] * 22:
+        waits = ["controller_counts", *SECONDS, *SECONDS, *ROUND] * 3 + ["a_minute_passes"] * 22
+        for event in [*waits, "finished_jobs_are_removed"]:
             getattr(world, event)()
     for event in ["controller_counts", *SECONDS, *ROUND] * 10:
         getattr(world, event)()

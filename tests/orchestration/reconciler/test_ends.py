@@ -80,6 +80,8 @@ class Pool:
     def __init__(self, api: httpx.Client, namespace: Namespace, proxy: str) -> None:
         self.api, self.namespace, self.proxy = api, namespace, proxy
         self.name = f"ends-{uuid4().hex[:6]}"
+        self.cluster = namespace.kubectl("get", "namespace", "kube-system", "-o", "jsonpath={.metadata.uid}")
+        """As the worker of this cluster marks its runs."""
         self.id = self.ask("POST", "/work_pools/", name=self.name, type="kubernetes")["id"]
         flow = self.ask("POST", "/flows/", name=self.name)["id"]
         made = self.ask("POST", "/deployments/", name="d", flow_id=flow, work_pool_name=self.name)
@@ -92,8 +94,7 @@ class Pool:
         made = self.ask("POST", f"/deployments/{self.deployment}/create_flow_run", state={"type": "SCHEDULED"})
         for each in states:
             self.ask("POST", f"/flow_runs/{made['id']}/set_state", state={"type": each}, force=True)
-        # As the worker of this cluster does, which for one that is not in a pod has no name.
-        self.ask("PATCH", f"/flow_runs/{made['id']}/labels", **{CLUSTER: ""})
+        self.ask("PATCH", f"/flow_runs/{made['id']}/labels", **{CLUSTER: self.cluster})
         return dict(made)
 
     def labels(self, run: dict[str, Any]) -> dict[str, Any]:

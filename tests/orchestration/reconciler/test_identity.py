@@ -1,0 +1,62 @@
+"""By what a reconciler knows the runs of its cluster, on a real cluster."""
+
+import asyncio
+from pathlib import Path
+
+import httpx
+import pytest
+
+from orchestration.reconciler import cluster as kubernetes
+from orchestration.reconciler.cluster import Cluster, certificate_hash
+from orchestration.reconciler.facts import CLUSTER, Run
+from tests.cluster.namespace import Namespace, proxied
+from tests.orchestration.reconciler.test_decide import NOW
+
+
+def run(mark: str) -> Run:
+    return Run("r", "RUNNING", "Running", "s", NOW, namespace="ns", job="job-1", labels={CLUSTER: mark})
+
+
+def test_certificate_authority_is_rotated_and_no_run_is_orphaned(
+    namespace: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by `kubectl proxy`, where no certificate is; what an older version marked is known while the CA stays."""
+    uid = namespace.kubectl("get", "namespace", "kube-system", "-o", "jsonpath={.metadata.uid}")
+    monkeypatch.setattr(kubernetes, "ACCOUNT", tmp_path)
+
+    async def identities(url: str) -> list[frozenset[str]]:
+        async with httpx.AsyncClient(base_url=url, timeout=30) as client:
+            there, found = Cluster(client, namespace.name), []
+            for certificate in ("", "old", "new"):
+                if certificate:
+                    (tmp_path / "ca.crt").write_text(certificate)
+                found.append(await there.identities())
+            assert await there.identity() == uid
+            return found
+
+    with proxied(namespace.context) as url:
+        outside, before, after = asyncio.run(identities(url))
+    (tmp_path / "ca.crt").write_text("old")
+    marked_before, elsewhere = run(certificate_hash()), run("another-uid")
+    for each in (outside, before, after):
+        assert run(uid).is_of(each, "ns")
+        assert not elsewhere.is_of(each, "ns")
+    assert marked_before.is_of(before, "ns")
+    assert not marked_before.is_of(after, "ns")
+
+
+def test_cluster_whose_uid_may_not_be_read_is_known_by_its_certificate_authority(
+    namespace: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kubernetes, "ACCOUNT", tmp_path)
+    (tmp_path / "ca.crt").write_text("ca")
+
+    async def identity(url: str) -> str:
+        # An account without a right of any kind.
+        headers = {"Impersonate-User": f"system:serviceaccount:{namespace.name}:default"}
+        async with httpx.AsyncClient(base_url=url, timeout=30, headers=headers) as client:
+            return await Cluster(client, namespace.name).identity()
+
+    with proxied(namespace.context) as url:
+        assert asyncio.run(identity(url)) == certificate_hash()
+    assert "kube-system may not be read" in capsys.readouterr().out
