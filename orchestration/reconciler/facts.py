@@ -168,10 +168,10 @@ class Pod:
         target = conditions.get("DisruptionTarget")
         created = meta.creation_timestamp + later
         end = None
-        began = state.running and state.running.started_at
+        began = state.running.started_at if state.running else None
         if status.phase in ("Succeeded", "Failed"):
             terminated = state.terminated
-            began = terminated and terminated.started_at
+            began = terminated.started_at if terminated else None
             at = (terminated and terminated.finished_at) or (target and target.last_transition_time)
             reason = status.reason or (terminated and terminated.reason) or status.phase
             said = terminated.message if terminated else ""

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from orchestration.api import CLOCK, JSON, Server
 from orchestration.errors import ApiError
+from orchestration.execution import GIVEN_AWAY
 from orchestration.reconciler.causes import OF_STATE, PAGES, STARTING, Diagnosis, of_sentence
 from orchestration.reconciler.decide import CAUSE, LOG, LOST, SETTLED, UNCLAIMED
 from orchestration.reconciler.ends import ENDED
@@ -258,6 +259,8 @@ async def diagnosis(server: Server, run: Mapping[str, Any]) -> Finding:
     if kind == "PENDING":
         if name in STARTING and said:
             return Finding(said, (OF_STATE[name],) if name in OF_STATE else ())
+        if name == GIVEN_AWAY:
+            return Finding(said, ("claim-lost",))
         worker = labels.get("prefect.worker.name")
         by = f" by worker {worker}" if worker else ""
         waits = "its pod starts, or the worker went away"

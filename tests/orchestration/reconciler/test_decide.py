@@ -33,7 +33,7 @@ from orchestration.reconciler.decide import (
     quantity,
     verdict,
 )
-from orchestration.reconciler.facts import CLUSTER, FINAL, End, Job, Pod, Policy, Retries, Run
+from orchestration.reconciler.facts import CLUSTER, FINAL, NAMESPACE, End, Job, Pod, Policy, Retries, Run
 from tests.parts import examples
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -99,6 +99,8 @@ def test_whose_a_run_is() -> None:
     ours = {CLUSTER: "one"}
     assert run("RUNNING", labels=ours).is_of("one", "ns")
     assert not run("RUNNING", labels=ours).is_of("one", "other")
+    elsewhere = ours | {NAMESPACE: "other"}
+    assert not run("PENDING", labels=elsewhere, job="", namespace="").is_of("one", "ns"), "its Job is to be there"
     assert not run("RUNNING", labels=ours).is_of("two", "ns"), "another cluster's namespace has the same name"
     assert not run("RUNNING", labels={}).is_of("one", "ns"), "by a worker that marks none"
     assert not run("RUNNING", labels={}, job="", namespace="").is_of("one", "ns"), "executed by hand"
