@@ -239,15 +239,21 @@ class Api:
         deadline = time.monotonic() + BEGIN_SECONDS
         while True:
             try:
-                return not self.is_fenced(self.ask()) and not is_given_away(
-                    self.job, json.loads(self._answer(self.states, None))
-                )
+                return not self.is_fenced(self.ask()) and not self.is_given_away()
             except Exception as error:
                 if _refused(error):  # as what is executed will be
                     return True
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"The Prefect API at {self.url} does not answer: {error}") from None
                 time.sleep(SOON)
+
+    def is_given_away(self) -> bool:
+        """Return whether the Job's claim of the run is over.
+
+        Raises:
+            Exception: as of `ask`.
+        """
+        return is_given_away(self.job, json.loads(self._answer(self.states, None)))
 
     def is_mine(self, run: dict[str, Any]) -> bool:
         """Whether the run goes on in no other Job than this execution's, as far as its workers have recorded."""
@@ -452,6 +458,8 @@ class Supervisor:
                     _give_up(self._api.job)
                 if not self._api.is_mine(run):
                     return 0
+                if state in ("PENDING", "RUNNING", "CANCELLING") and self._api.is_given_away():
+                    _give_up(self._api.job)
                 if state == "CANCELLING":
                     self._api.ask("/set_state", {"state": {"type": "CANCELLED"}})
                 elif state in ("PENDING", "RUNNING") and self._after == "relinquish":

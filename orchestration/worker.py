@@ -30,7 +30,7 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import aiohttp
@@ -220,7 +220,7 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
         while answer.__context__ and not hasattr(answer, "status"):
             answer = answer.__context__
         status = int(getattr(answer, "status", None) or 0)
-        is_kubernetes = hasattr(answer, "status") or isinstance(answer, aiohttp.ClientError | OSError)
+        is_kubernetes = hasattr(answer, "status") or isinstance(answer, OSError)
         word = "" if error.__cause__ is answer else f"{getattr(answer, 'reason', None) or type(error).__name__}: "
         sentence = f"{causes.NO_JOB}{word}{error}"
         found = await self.client.read_flow_run(flow_run.id)
@@ -242,29 +242,21 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
     async def _propose_pending_state(self, flow_run: FlowRun) -> bool:
         self._claimed[flow_run.id] = time.monotonic()
         try:
-            return await self._claim(flow_run)
+            pending: bool = await super()._propose_pending_state(flow_run)
+            if pending:
+                # Its id is the claim. Another name is of another worker's claim, which came after this one.
+                state = (await self.client.read_flow_run(flow_run.id)).state
+                pending = state is not None and state.name == "Pending"
+                if state and pending:
+                    self._claims[flow_run.id] = state.id
+            return pending
+        except ObjectNotFound:
+            return False  # it was deleted meanwhile
         finally:
             self._proposed.add(flow_run.id)
             # For what follows in this task, until the block in `_submit_run` ends: to record a Job is worth some
             # patience, and whatever is set while a Job is made its run gets too.
             self._own.model_copy().__enter__()
-
-    async def _claim(self, flow_run: FlowRun) -> bool:
-        """As Prefect's `_propose_pending_state`, which does not keep the id of the state that it sets."""
-        logger = self.get_flow_run_logger(flow_run)
-        try:
-            state = await propose_state(self.client, Pending(), flow_run_id=flow_run.id)
-        except Abort as error:
-            logger.info("Run %s is not claimed: %s", flow_run.name, error)
-            return False
-        except Exception:
-            logger.exception("Run %s is not claimed.", flow_run.name)
-            return False
-        if not state.is_pending():
-            logger.info("Run %s is not claimed: it is %s.", flow_run.name, state.name)
-            return False
-        self._claims[flow_run.id] = state.id
-        return True
 
     async def _give_worker_labels_to_flow_run(self, flow_run_id: UUID) -> None:
         """Mark a claimed run, for the reconciler of this cluster alone."""
@@ -325,15 +317,17 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
 
     async def _create_job(self, configuration: KubernetesWorkerJobConfiguration, client: ApiClient) -> V1Job:
         """Create the claim's Job, or find the one that an unanswered request has created."""
+        name = configuration.job_manifest["metadata"].get("name", "")
+        if not claim_of(name):
+            return cast(V1Job, await super()._create_job(configuration, client))
         while True:
             try:
-                return await super()._create_job(configuration, client)
+                return cast(V1Job, await super()._create_job(configuration, client))
             except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
                 self._logger.warning("The Kubernetes API does not answer: %s. Asking again.", error)
                 await asyncio.sleep(AGAIN)
             except InfrastructureError as error:
-                name = configuration.job_manifest["metadata"].get("name", "")
-                if getattr(error.__cause__, "status", 0) != HTTPStatus.CONFLICT or not claim_of(name):
+                if getattr(error.__cause__, "status", 0) != HTTPStatus.CONFLICT:
                     raise
                 return await BatchV1Api(client).read_namespaced_job(name, configuration.namespace)
 

@@ -105,7 +105,7 @@ def events_of(pod: Pod, namespace: str) -> list[JSON]:
     if pod.end:
         why = {} if pod.phase == "Succeeded" else {"kubernetes.reason": pod.end.reason}
         happened.append((pod.phase, pod.end.at, why, diagnosis))
-    made = []
+    made: list[JSON] = []
     for of, at, more, category in happened:
         said = {"uid": pod.uid, "phase": of, "restart_count": pod.restarts, "diagnosis": category}
         name = "evicted" if of == "Failed" and of_end([pod]).kind == "disruption" else of.lower()

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from orchestration.api import CLOCK, JSON, Server
 from orchestration.errors import ApiError
-from orchestration.execution import CAUSE
+from orchestration.execution import CAUSE, GIVEN_AWAY
 from orchestration.reconciler.causes import JOB_REFUSED, NO_JOB, OF_STATE, PAGES, STARTING, Diagnosis, of_sentence
 from orchestration.reconciler.decide import LOG, LOST, SETTLED, UNCLAIMED
 from orchestration.reconciler.ends import ENDED
@@ -264,6 +264,8 @@ async def diagnosis(server: Server, run: Mapping[str, Any]) -> Finding:
     if kind == "PENDING":
         if name in WAITING and said:
             return Finding(said, (OF_STATE[name],) if name in OF_STATE else ())
+        if name == GIVEN_AWAY:
+            return Finding(said, ("claim-lost",))
         worker = labels.get("prefect.worker.name")
         by = f" by worker {worker}" if worker else ""
         waits = "its pod starts, or the worker went away"

@@ -286,6 +286,9 @@ def test_the_reconciler_reads_marks_and_deletes_and_makes_nothing_but_its_lease(
     assert one(objects, "Deployment", name)["spec"]["replicas"] == 2
     variables = environment(pod_specs(objects)["Deployment/test-prefect-work-pool-worker"]["containers"][0])
     assert variables["PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED"] == "false", "one of them says how a pod ended"
+    assert "--no-pod-events" not in args
+    silent = render("prefect-work-pool", _with(reconciler={"podEvents": False}))
+    assert "--no-pod-events" in _args(silent, f"Deployment/{name}")
     without = render("prefect-work-pool", _with(reconciler={"enabled": False}))
     assert not [each for each in inventory(without) if each.endswith("-reconciler")]
     variables = environment(pod_specs(without)["Deployment/test-prefect-work-pool-worker"]["containers"][0])

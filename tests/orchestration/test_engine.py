@@ -363,6 +363,22 @@ def test_claim_executes_its_run_unless_it_was_given_away(run: Callable[..., Run]
     assert ("fenced" in made.message()) == given_away
 
 
+def test_late_job_says_nothing_of_a_run_that_another_worker_has(run: Callable[..., Run]) -> None:
+    """Also where it is deleted before it knows that it is late."""
+    made = run()
+    port = free_port()
+    real, made.url = made.url, f"http://127.0.0.1:{port}/api"
+    job = made.claim()
+    for each in ("SCHEDULED", "PENDING"):
+        made.ask("POST", f"/flow_runs/{made.id}/set_state", state={"type": each})
+    made.start(job=job)
+    made.engine()
+    made.process.terminate()
+    with relayed(port, real):
+        assert made.ended() == (-signal.SIGKILL, "Pending")
+    assert made.notes() == []
+
+
 def test_run_does_not_begin_before_the_api_has_answered(run: Callable[..., Run]) -> None:
     made = run()
     port = free_port()

@@ -13,7 +13,6 @@ from unittest.mock import patch
 from uuid import UUID, uuid4
 
 import pytest
-from aiohttp import ClientOSError
 from httpx import ConnectError
 from kubernetes_asyncio.client import ApiClient, BatchV1Api
 from kubernetes_asyncio.client.exceptions import ApiException
@@ -341,7 +340,6 @@ INVALID = json.dumps({"message": 'Job.batch "x" is invalid: spec.template.spec.c
             "leader changed",
         ),
         (_api_error(503, "Service Unavailable", "<html>"), "capacity", "Service Unavailable"),
-        (ClientOSError(111, "Connect call failed"), "capacity", "Connect call failed"),
         (_api_error(422, "Unprocessable Entity", INVALID), "cure", "Required value"),
     ],
 )

@@ -45,6 +45,7 @@ from orchestration.reconciler.decide import (
 from orchestration.reconciler.facts import (
     CLUSTER,
     FINAL,
+    NAMESPACE,
     REFUSAL,
     RUN_LABEL,
     End,
@@ -124,6 +125,8 @@ def test_whose_a_run_is() -> None:
     assert run("RUNNING", labels=ours).is_of(one, "ns")
     assert run("RUNNING", labels={CLUSTER: "as one was marked before"}).is_of(one, "ns"), "by an older version"
     assert not run("RUNNING", labels=ours).is_of(one, "other")
+    elsewhere = ours | {NAMESPACE: "other"}
+    assert not run("PENDING", labels=elsewhere, job="", namespace="").is_of(one, "ns"), "its Job is to be there"
     assert not run("RUNNING", labels=ours).is_of(two, "ns"), "another cluster's namespace has the same name"
     assert not run("RUNNING", labels={}).is_of(one, "ns"), "by a worker that marks none"
     assert not run("RUNNING", labels={}, job="", namespace="").is_of(one, "ns"), "executed by hand"

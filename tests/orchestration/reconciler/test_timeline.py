@@ -133,6 +133,7 @@ TOMORROW = {"scheduled_time": (datetime.now(UTC) + timedelta(days=1)).isoformat(
             ["disruption", "fenced"],
         ),
         ({"type": "SCHEDULED", "name": "AwaitingRetry", "state_details": TOMORROW}, {}, []),
+        ({"type": "PENDING", "name": "ClaimLost", "message": f"{UNCLAIMED} within 61 s"}, {}, ["claim-lost"]),
         ({"type": "SCHEDULED", "message": f"{UNCLAIMED} within 61 s", "state_details": TOMORROW}, {}, ["claim-lost"]),
         ({"type": "PENDING", "name": "ErrImageNeverPull", "message": "Pod x does not start"}, {}, ["image"]),
         ({"type": "PENDING", "name": "PodRefused", "message": "Job x cannot make its pod"}, {}, ["refused"]),
