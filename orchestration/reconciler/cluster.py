@@ -188,7 +188,7 @@ class Cluster:
                     heard.set()  # what was before nobody has heard
                     async for line in response.aiter_lines():
                         change = Change.model_validate_json(line)
-                        if change.type == "DELETED" or (change.type == "MODIFIED" and Pod.read(change.object).end):
+                        if change.type == "DELETED" or (change.type == "MODIFIED" and Pod.read(change.object).lingers):
                             heard.set()
             await asyncio.sleep(1)
 

@@ -237,6 +237,8 @@ class Pod:
                 _ids(left.get("leases")),
             )
         started = bool(state.running or terminated)
+        statuses = [*status.init_container_statuses, *status.container_statuses]
+        others = [each for each in statuses if each.name != main.name]
         scheduled = conditions.get("PodScheduled")
         put = scheduled.last_transition_time if scheduled and scheduled.status == "True" else None
         return cls(
@@ -253,7 +255,8 @@ class Pod:
             put + later if put else None,
             began + later if began else None,
             main.name,
-            end is not None and not is_over,
+            # Of a pod without sidecars the kubelet says so, too, before it says that the pod is over.
+            end is not None and not is_over and any(not each.state.terminated for each in others),
             meta.uid,
             status.phase,
             sum(each.restart_count for each in status.container_statuses),

@@ -7,7 +7,8 @@ import httpx
 
 from orchestration.reconciler.cluster import Cluster
 from orchestration.reconciler.facts import RUN_LABEL
-from tests.cluster.namespace import Namespace, proxied
+from tests.cluster import images
+from tests.cluster.namespace import RESTRICTED, Namespace, proxied
 
 UNTIL_TOLD = """
 import os, time
@@ -31,7 +32,14 @@ def test_pods_of_runs_are_heard_when_they_end_or_are_deleted_and_others_are_not(
     for name in ("completes", "fails", "goes"):
         labels = {RUN_LABEL: name}
         namespace.pod(name, "python3", "-c", UNTIL_TOLD, labels=labels, restartPolicy="Never")
+    beside = {"name": "zzz", "image": images.BASE, "command": ["sleep", "600"], "securityContext": RESTRICTED}
+    main = beside | {"name": "prefect-job", "command": ["python3", "-c", UNTIL_TOLD]}
+    namespace.pod("held", labels={RUN_LABEL: "held"}, restartPolicy="Never", containers=[beside, main])
     namespace.pod("other", "python3", "-c", UNTIL_TOLD, restartPolicy="Never")
+
+    def end_main() -> None:
+        command = ("sh", "-c", "echo 1 > /tmp/new && mv /tmp/new /tmp/end")
+        namespace.kubectl("exec", "held", "-c", "prefect-job", "--", *command)
 
     def end(pod: str, code: int) -> None:
         namespace.kubectl("exec", pod, "--", "sh", "-c", f"echo {code} > /tmp/new && mv /tmp/new /tmp/end")
@@ -53,9 +61,12 @@ def test_pods_of_runs_are_heard_when_they_end_or_are_deleted_and_others_are_not(
                 await asyncio.to_thread(happens)
                 await asyncio.wait_for(heard.wait(), 10)
                 heard.clear()
+            times = heard.times
+            await asyncio.to_thread(end_main)
+            await asyncio.wait_for(heard.wait(), 10)
             listening.cancel()
             await asyncio.wait([listening])
-        return heard.times
+        return times
 
     with proxied(namespace.context) as url:
         assert asyncio.run(listen(url)) == 4, "that it listens, and what ends and goes"

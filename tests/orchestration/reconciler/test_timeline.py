@@ -20,9 +20,9 @@ from prefect_kubernetes import KubernetesWorker, observer
 from prefect_kubernetes.worker import KubernetesWorkerResult
 
 from orchestration.__main__ import main
-from orchestration.execution import CAUSE
+from orchestration.execution import CAUSE, after_sigterm
 from orchestration.reconciler import ends
-from orchestration.reconciler.causes import LOST_NODE
+from orchestration.reconciler.causes import EXPIRED, LOST_NODE, NO_JOB
 from orchestration.reconciler.decide import LOST, SETTLED, UNCLAIMED
 from orchestration.reconciler.facts import End, Pod, Run
 from tests.parts import asked, client_of, wait_until
@@ -137,6 +137,12 @@ TOMORROW = {"scheduled_time": (datetime.now(UTC) + timedelta(days=1)).isoformat(
         ({"type": "SCHEDULED", "message": f"{UNCLAIMED} within 61 s", "state_details": TOMORROW}, {}, ["claim-lost"]),
         ({"type": "PENDING", "name": "ErrImageNeverPull", "message": "Pod x does not start"}, {}, ["image"]),
         ({"type": "PENDING", "name": "PodRefused", "message": "Job x cannot make its pod"}, {}, ["refused"]),
+        ({"type": "PENDING", "name": "JobRefused", "message": f"{NO_JOB}Forbidden"}, {}, ["refused"]),
+        ({"type": "SCHEDULED", "message": f"{NO_JOB}Forbidden", "state_details": TOMORROW}, {}, ["refused"]),
+        ({"type": "FAILED", "name": "TimedOut", "message": f"Job x{EXPIRED}its deadline"}, {}, ["deadline"]),
+        ({"type": "FAILED", "message": "Flow run encountered an exception"}, {}, []),
+        (after_sigterm(1, 10, datetime.now(UTC) + timedelta(days=1)), {}, ["disruption"]),
+        (after_sigterm(11, 10, datetime.now(UTC)), {CAUSE: "disruption"}, ["disruption"]),
         ({"type": "PENDING"}, {}, []),
         ({"type": "CANCELLING"}, {}, ["cancelling"]),
         ({"type": "COMPLETED", "message": "OOMKilled: no"}, {}, []),
