@@ -4,6 +4,7 @@ A pod that does not fit is refused by Kubernetes each time, after the run was sc
 """
 
 import functools
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -18,6 +19,10 @@ DEMANDED = frozenset({"cpu", "memory", "requests.cpu", "requests.memory", "limit
 """What every container must state if a quota counts it."""
 
 _BINARY = ("", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei")
+_DECIMAL = {"n": -9, "u": -6, "m": -3, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
+_QUANTITY = re.compile(
+    r"\+?(?P<number>[0-9]+\.?[0-9]*|\.[0-9]+)(?P<suffix>|[KMGTPE]i|[numkMGTPE]|[eE][+-]?[0-9]{1,3})", re.ASCII
+)
 
 
 def read(path: Path) -> list[Mapping[str, Any]]:
@@ -106,7 +111,7 @@ def problems(
         quotas: the namespace's, of :func:`read`.
 
     Raises:
-        DeploymentsError: a quantity of a quota is none, or the package kubernetes is not installed.
+        DeploymentsError: a quantity of a quota is none.
     """
     pod, containers = _pod(template, job_variables)
     ranges = [(each, item) for each in quotas if each["kind"] == "LimitRange" for item in _limits(each)]
@@ -378,17 +383,18 @@ def _known(value: Any, each: Mapping[str, Any]) -> Decimal:
 
 @functools.cache
 def _quantity(value: str) -> Decimal:
-    try:
-        from kubernetes.utils.quantity import parse_quantity
-    except ImportError:
-        raise DeploymentsError(
-            "quotas are read by the package kubernetes, which is not installed: "
-            "install it (pip install kubernetes) or leave the quota out"
-        ) from None
-    number: Decimal = parse_quantity(value)
-    if not number.is_finite() or number < 0:
+    """A quantity as a number, as Kubernetes' ParseQuantity does.
+
+    Raises:
+        ValueError: the text is no quantity, or a negative one.
+    """
+    match = _QUANTITY.fullmatch(value)
+    if not match:
         raise ValueError(value)
-    return number
+    number, suffix = Decimal(match["number"]), match["suffix"]
+    if suffix in _BINARY:
+        return number * 1024 ** _BINARY.index(suffix)
+    return number * Decimal(10) ** (_DECIMAL[suffix] if suffix in _DECIMAL else int(suffix[1:]))
 
 
 def _limits(each: Mapping[str, Any]) -> list[Mapping[str, Any]]:

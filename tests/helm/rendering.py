@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,26 @@ EVERY_POD: Object = {
 }
 """The keys of a chart's `pod` that all of its pods may have, each with a value."""
 
+POD_RULES: list[tuple[Object, str]] = [
+    ({"volumes": [{"name": "a", "emptyDir": {}}] * 2}, "(or pod's) has the "),
+    ({"volumeMounts": [{"name": "absent", "mountPath": "/a"}]}, "(or those of a container of it) names "),
+    ({"initContainers": [{"name": "a", "image": "a"}] * 2}, ", a name that another container of the pod has"),
+    ({"initContainers": [{"name": "a"}]}, " without an image"),
+    ({"dnsPolicy": "None"}, ".dnsConfig.nameservers: a pod would find no name"),
+]
+"""Values of a component's `pod` that every chart refuses, with the message."""
+
+RESOURCE_RULES: list[tuple[Object, str]] = [
+    ({"requests": {"cpu": 3}, "limits": {"cpu": "2500m"}}, ") is above "),
+    ({"requests": {"nvidia.com/gpu": 1}}, ", which Kubernetes wants of what it cannot overcommit"),
+    ({"limits": {"nvidia.com/gpu": 0.5}}, ", which is no whole number of them"),
+    (
+        {"requests": {"cpu": None, "memory": None}, "limits": {"memory": None, "hugepages-2Mi": "4Mi"}},
+        " needs a request of cpu or memory",
+    ),
+]
+"""Values of a component's `resources` that every chart refuses, with the message."""
+
 
 def render(chart: str, values: Object | Path | None = None, release: str = "test") -> list[Object]:
     """The objects that a chart renders, in namespace `prefect`.
@@ -58,13 +79,26 @@ def render(chart: str, values: Object | Path | None = None, release: str = "test
     return copy.deepcopy(_rendered(chart, text, release))
 
 
+def rendered(chart: str, values: Object, release: str = "test") -> str:
+    """The text that a chart renders, as Helm sends it.
+
+    Raises:
+        ClusterError: helm refuses the values, with its reason.
+    """
+    # JSON: PyYAML and Go do not read every plain text as the same.
+    return _text(chart, json.dumps(values, ensure_ascii=False), release)
+
+
 @functools.cache
 def _rendered(chart: str, values: str, release: str) -> list[Object]:
+    return objects_of(_text(chart, values, release))
+
+
+def _text(chart: str, values: str, release: str) -> str:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         file.write(values)
         file.flush()
-        text = binaries.helm("template", release, str(ROOT / "helm" / chart), "-n", "prefect", "-f", file.name)
-    return objects_of(text)
+        return binaries.helm("template", release, str(ROOT / "helm" / chart), "-n", "prefect", "-f", file.name)
 
 
 def objects_of(text: str) -> list[Object]:

@@ -12,6 +12,8 @@ from orchestration.settings import ROOT
 from tests.cluster.progress import ClusterError
 from tests.helm.rendering import (
     EVERY_POD,
+    POD_RULES,
+    RESOURCE_RULES,
     Object,
     check_http_route,
     environment,
@@ -261,6 +263,31 @@ REFUSED = [
     (_with(settings={"prefect_home": "x"}), "'prefect_home' does not match pattern"),
     (_with(service={"type": "Load"}), "at '/service/type'"),
     (_with(image={"digest": "sha256:1"}), "at '/image/digest'"),
+    *[(_with(services={"pod": pod}), message) for pod, message in POD_RULES],
+    *[(_with(services={"resources": resources}), message) for resources, message in RESOURCE_RULES],
+    (_with(migrations={"pod": {"sidecars": [{"name": "a", "image": "a"}]}}), ".pod.sidecars would keep its pod"),
+    (
+        _with(database={"bundled": {"pod": {"volumes": [{"name": "data", "emptyDir": {}}]}}}),
+        ", a name that the chart itself uses",
+    ),
+    (
+        _with(database={"bundled": {"pod": {"volumeMounts": [{"name": "tmp", "mountPath": "/var/run/postgresql"}]}}}),
+        ", where the chart itself mounts a volume",
+    ),
+    (
+        _with(api={"autoscaling": {"enabled": True, "minReplicas": 9}}),
+        "api.autoscaling.minReplicas is above api.autoscaling.maxReplicas",
+    ),
+    (
+        _with(api={"strategy": {"rollingUpdate": {"maxSurge": "0%"}}}),
+        ".strategy.rollingUpdate has 0 for maxSurge and for maxUnavailable",
+    ),
+    (
+        _with(api={"podDisruptionBudget": {"maxUnavailable": ""}}),
+        ".podDisruptionBudget has neither minAvailable nor maxUnavailable",
+    ),
+    (_with(api={"terminationGracePeriodSeconds": 3}), ".lifecycle.preStop.sleep.seconds ("),
+    (_with(fullnameOverride="1st"), " begins with a digit, which no Service's name may"),
 ]
 
 

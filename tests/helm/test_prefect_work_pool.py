@@ -14,7 +14,17 @@ from orchestration.deployments.objects import FILE_SYSTEM, KINDS, POOL
 from orchestration.reconciler.facts import Retries
 from orchestration.settings import ROOT
 from tests.cluster.progress import ClusterError
-from tests.helm.rendering import EVERY_POD, Object, environment, inventory, one, pod_specs, render
+from tests.helm.rendering import (
+    EVERY_POD,
+    POD_RULES,
+    RESOURCE_RULES,
+    Object,
+    environment,
+    inventory,
+    one,
+    pod_specs,
+    render,
+)
 
 TAG: Object = {"image": {"tag": "src-0123456789ab"}}
 
@@ -34,7 +44,7 @@ MAXIMAL: Object = {
     "settings": {"PREFECT_LOGGING_LEVEL": "INFO", "PREFECT_CLIENT_MAX_RETRIES": 9},
     "env": [{"name": "FROM_SECRET", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}],
     "envFrom": [{"secretRef": {"name": "all-settings"}}],
-    "pod": EVERY_POD,
+    "pod": EVERY_POD | {"sidecars": [{"name": "proxy", "image": "proxy:1"}]},
     "worker": {
         "replicas": 3,
         "queues": ["urgent", "later"],
@@ -75,7 +85,6 @@ MAXIMAL: Object = {
         "owner": "the data team",
         "settings": {"PREFECT_LOGGING_LEVEL": "ERROR"},
         "pod": {
-            "sidecars": [{"name": "proxy", "image": "proxy:1"}],
             "volumes": [{"name": "more", "configMap": {"name": "more"}}],
             "volumeMounts": [{"name": "more", "mountPath": "/more"}],
         },
@@ -207,6 +216,41 @@ def test_the_role_is_of_this_namespace_and_no_wider_than_the_worker_needs() -> N
     ]
     [subject] = one(objects, "RoleBinding", "test-prefect-work-pool-worker")["subjects"]
     assert subject["name"] == "test-prefect-work-pool-worker"
+
+
+VERBS = {
+    "create": "create",
+    "get": "read",
+    "list": "read",
+    "watch": "watch",
+    "patch": "patch",
+    "update": "update",
+    "delete": "delete",
+    "deletecollection": "delete",
+}
+"""The word for each verb of a Role."""
+
+
+@pytest.mark.parametrize("component", ["worker", "reconciler"])
+def test_comments_name_each_verb_of_a_role(component: str) -> None:
+    rules = one(render("prefect-work-pool", TAG), "Role", f"test-prefect-work-pool-{component}")["rules"]
+    chart = ROOT / "helm" / "prefect-work-pool"
+    of_values = re.search(
+        rf"^{component}:.*?^  rbac:\n(.*?)create: true", (chart / "values.yaml").read_text(), re.DOTALL | re.MULTILINE
+    )
+    template = (chart / "templates" / component / "rbac.yaml").read_text()
+    assert of_values
+    for comment in (of_values[1], template.partition("*/")[0]):
+        for rule in rules:
+            for verb in rule["verbs"]:
+                assert VERBS[verb] in comment, f"{verb} {rule['resources']} is not in: {comment}"
+
+
+def test_comments_that_list_the_components_list_all() -> None:
+    text = (ROOT / "helm" / "prefect-work-pool" / "values.yaml").read_text()
+    for comment in re.findall(r"(?:^ *#.*\n)+", text, flags=re.MULTILINE):
+        if "drift" in comment and "sync" in comment and "worker" in comment:
+            assert "reconciler" in comment, comment
 
 
 def _args(objects: list[Object], workload: str) -> list[str]:
@@ -589,6 +633,37 @@ REFUSED = [
         " would be in plain text in the pool's template. Put it into a Secret",
     ),
     (_with(networkPolicy={"egressCIDRs": ["everywhere"]}), "at '/networkPolicy/egressCIDRs/0'"),
+    *[(_with(worker={"pod": pod}), message) for pod, message in POD_RULES],
+    *[(_with(drift={"resources": resources}), message) for resources, message in RESOURCE_RULES],
+    (_with(sync={"pod": {"sidecars": [{"name": "a", "image": "a"}]}}), ".pod.sidecars would keep its pod from ending"),
+    (
+        _with(runs={"results": {"storage": "volume"}, "pod": {"volumes": [{"name": "results", "emptyDir": {}}]}}),
+        ", a name that the chart itself uses",
+    ),
+    (
+        _with(sync={"pod": {"volumeMounts": [{"name": "tmp", "mountPath": "/etc/prefect-pool"}]}}),
+        ", where the chart itself mounts a volume",
+    ),
+    (
+        _with(worker={"autoscaling": {"enabled": True, "minReplicas": 4}}),
+        "worker.autoscaling.minReplicas is above worker.autoscaling.maxReplicas",
+    ),
+    (
+        _with(worker={"strategy": {"rollingUpdate": {"maxSurge": 0}}}),
+        ".strategy.rollingUpdate has 0 for maxSurge and for maxUnavailable",
+    ),
+    (
+        _with(worker={"terminationGracePeriodSeconds": 1, "lifecycle": {"preStop": {"sleep": {"seconds": 1}}}}),
+        ".lifecycle.preStop.sleep.seconds (",
+    ),
+    (
+        _with(reconciler={"podDisruptionBudget": {"maxUnavailable": ""}}),
+        ".podDisruptionBudget has neither minAvailable nor maxUnavailable",
+    ),
+    (
+        _with(runs={"annotations": {"a": "{{ .Data.password }}"}}),
+        ", which Prefect takes for a job variable that the pool does not have",
+    ),
 ]
 
 

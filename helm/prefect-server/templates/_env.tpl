@@ -2,16 +2,17 @@
      the chart's own, `settings` and `env` of all, `settings` and `env` of the component. */}}
 {{- define "prefect-server.env" -}}
 {{- $root := index . 0 -}}
-{{- $values := index $root.Values (index . 1) -}}
+{{- $component := index . 1 -}}
 {{- $entries := include "prefect-server.ownEnv" . | fromYamlArray -}}
-{{- range $name, $value := $root.Values.settings -}}
-{{- $entries = append $entries (dict "name" $name "value" (toString $value)) -}}
+{{- range $level := list (dict "path" "env" "values" $root.Values) (dict "path" (printf "%s.env" $component) "values" (index $root.Values $component)) -}}
+{{- range $name, $value := $level.values.settings -}}
+{{- $entries = append $entries (dict "name" $name "value" (include "prefect-server.text" $value)) -}}
 {{- end -}}
-{{- $entries = concat $entries (tpl (toYaml $root.Values.env) $root | fromYamlArray) -}}
-{{- range $name, $value := $values.settings -}}
-{{- $entries = append $entries (dict "name" $name "value" (toString $value)) -}}
+{{- range include "prefect-server.filled" (list $root $level.path $level.values.env) | fromYamlArray -}}
+{{- if hasKey . "value" -}}{{- $_ := set . "value" (include "prefect-server.text" .value) -}}{{- end -}}
+{{- $entries = append $entries . -}}
 {{- end -}}
-{{- $entries = concat $entries (tpl (toYaml $values.env) $root | fromYamlArray) -}}
+{{- end -}}
 {{- $last := dict -}}
 {{- $names := list -}}
 {{- range $entries -}}
@@ -29,11 +30,11 @@
 {{- $database := $root.Values.database -}}
 - {name: PREFECT_HOME, value: /tmp/prefect}
 - {name: PREFECT_SERVER_DATABASE_MIGRATE_ON_START, value: "false"}
-- {name: PREFECT_SERVER_DATABASE_SQLALCHEMY_POOL_SIZE, value: {{ $database.poolSize | quote }}}
-- {name: PREFECT_SERVER_DATABASE_SQLALCHEMY_MAX_OVERFLOW, value: {{ $database.maxOverflow | quote }}}
+- {name: PREFECT_SERVER_DATABASE_SQLALCHEMY_POOL_SIZE, value: {{ int64 $database.poolSize | quote }}}
+- {name: PREFECT_SERVER_DATABASE_SQLALCHEMY_MAX_OVERFLOW, value: {{ int64 $database.maxOverflow | quote }}}
 {{- if $database.external.existingSecret }}
 - name: PREFECT_SERVER_DATABASE_CONNECTION_URL
-  valueFrom: {secretKeyRef: {name: {{ $database.external.existingSecret }}, key: {{ $database.external.key }}}}
+  valueFrom: {secretKeyRef: {name: {{ $database.external.existingSecret | quote }}, key: {{ $database.external.key | quote }}}}
 {{- else }}
 - {name: PREFECT_SERVER_DATABASE_DRIVER, value: postgresql+asyncpg}
 - {name: PREFECT_SERVER_DATABASE_HOST, value: {{ include "prefect-server.fullname" $root }}-database}
@@ -41,7 +42,7 @@
 - {name: PREFECT_SERVER_DATABASE_NAME, value: prefect}
 - {name: PREFECT_SERVER_DATABASE_USER, value: prefect}
 - name: PREFECT_SERVER_DATABASE_PASSWORD
-  valueFrom: {secretKeyRef: {name: {{ include "prefect-server.databaseSecret" $root }}, key: password}}
+  valueFrom: {secretKeyRef: {name: {{ include "prefect-server.databaseSecret" $root | quote }}, key: password}}
 {{- end }}
 {{- if ne (index . 1) "migrations" }}
 {{- include "prefect-server.serverEnv" . }}
@@ -53,19 +54,19 @@
 {{- $root := index . 0 -}}
 {{- if $root.Values.auth.enabled }}
 - name: PREFECT_SERVER_API_AUTH_STRING
-  valueFrom: {secretKeyRef: {name: {{ include "prefect-server.authSecret" $root }}, key: {{ $root.Values.auth.key }}}}
+  valueFrom: {secretKeyRef: {name: {{ include "prefect-server.authSecret" $root | quote }}, key: {{ $root.Values.auth.key | quote }}}}
 # Services call the API by the same client as everybody.
 - name: PREFECT_API_AUTH_STRING
-  valueFrom: {secretKeyRef: {name: {{ include "prefect-server.authSecret" $root }}, key: {{ $root.Values.auth.key }}}}
+  valueFrom: {secretKeyRef: {name: {{ include "prefect-server.authSecret" $root | quote }}, key: {{ $root.Values.auth.key | quote }}}}
 {{- end }}
 {{- if include "prefect-server.redis" $root }}
 {{- if $root.Values.redis.external.existingSecret }}
 - name: REDIS_URL
   valueFrom:
-    secretKeyRef: {name: {{ $root.Values.redis.external.existingSecret }}, key: {{ $root.Values.redis.external.key }}}
+    secretKeyRef: {name: {{ $root.Values.redis.external.existingSecret | quote }}, key: {{ $root.Values.redis.external.key | quote }}}
 {{- else }}
 - name: REDIS_PASSWORD
-  valueFrom: {secretKeyRef: {name: {{ include "prefect-server.redisSecret" $root }}, key: password}}
+  valueFrom: {secretKeyRef: {name: {{ include "prefect-server.redisSecret" $root | quote }}, key: password}}
 - name: REDIS_URL
   value: redis://:$(REDIS_PASSWORD)@{{ include "prefect-server.fullname" $root }}-redis:6379/0
 {{- end }}
@@ -80,11 +81,31 @@
 - {name: PREFECT_SERVER_WORKER_CHANNEL_CLEANUP_QUEUE_STORAGE, value: prefect_redis.cleanup_queue}
 {{- end }}
 - {name: PREFECT_SERVER_API_BASE_PATH, value: {{ $root.Values.api.basePath }}}
-- {name: PREFECT_API_URL, value: "http://{{ include "prefect-server.fullname" $root }}-api:{{ $root.Values.service.port }}{{ $root.Values.api.basePath }}"}
+- {name: PREFECT_API_URL, value: "http://{{ include "prefect-server.fullname" $root }}-api:{{ int64 $root.Values.service.port }}{{ $root.Values.api.basePath }}"}
 {{- if eq (index . 1) "api" }}
 - {name: PREFECT_SERVER_API_HOST, value: 0.0.0.0}
 - {name: PREFECT_SERVER_API_PORT, value: "4200"}
 - {name: PREFECT_UI_API_URL, value: {{ $root.Values.api.uiApiUrl | default $root.Values.api.basePath | quote }}}
 - {name: PREFECT_UI_STATIC_DIRECTORY, value: /tmp/ui}
 {{- end }}
+{{- end -}}
+
+{{/* What a container is started by where the Redis is the bundled one: (list root component). A password may have characters
+     that are none in a URL; Kubernetes puts them into REDIS_URL as they are. Each byte becomes %XX. */}}
+{{- define "prefect-server.redisCommand" -}}
+{{- $root := index . 0 -}}
+{{- if and (ne (index . 1) "migrations") $root.Values.redis.bundled.enabled -}}
+- tini
+- -g
+- --
+- sh
+- -c
+- |
+  password=$(printf %s "$REDIS_PASSWORD" | od -An -v -tx1 | tr -d '\n' | tr ' ' %)
+  for name in PREFECT_REDIS_MESSAGING_URL PREFECT_REDIS_WORKER_CLEANUP_QUEUE_URL PREFECT_SERVER_DOCKET_URL; do
+    if [ "$(printenv "$name")" = "$REDIS_URL" ]; then export "$name=redis://:$password@${REDIS_URL##*@}"; fi
+  done
+  exec "$@"
+- --
+{{- end -}}
 {{- end -}}

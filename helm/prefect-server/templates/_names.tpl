@@ -1,21 +1,23 @@
 {{/* Names and labels. Components: api, services, migrations, database, redis. */}}
 
+{{/* The objects' names begin with it: a label of DNS, to which the longest component can be added. */}}
 {{- define "prefect-server.fullname" -}}
 {{- $name := default .Chart.Name .Values.nameOverride -}}
 {{- if .Values.fullnameOverride -}}
-{{- .Values.fullnameOverride | trunc 50 | trimSuffix "-" -}}
+{{- $name = .Values.fullnameOverride -}}
 {{- else if contains $name .Release.Name -}}
-{{- .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- $name = .Release.Name -}}
 {{- else -}}
-{{- printf "%s-%s" .Release.Name $name | trunc 50 | trimSuffix "-" -}}
+{{- $name = printf "%s-%s" .Release.Name $name -}}
 {{- end -}}
+{{- regexReplaceAll "-+$" ($name | replace "." "-" | trunc 50) "" -}}
 {{- end -}}
 
 {{/* The labels that select a component's pods: (list root component). They never change. */}}
 {{- define "prefect-server.selector" -}}
 {{- $root := index . 0 -}}
-app.kubernetes.io/name: {{ default $root.Chart.Name $root.Values.nameOverride | trunc 63 }}
-app.kubernetes.io/instance: {{ $root.Release.Name }}
+app.kubernetes.io/name: {{ default $root.Chart.Name $root.Values.nameOverride | quote }}
+app.kubernetes.io/instance: {{ $root.Release.Name | quote }}
 app.kubernetes.io/component: {{ index . 1 }}
 {{- end -}}
 
@@ -27,9 +29,6 @@ app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
 app.kubernetes.io/part-of: prefect
 app.kubernetes.io/managed-by: {{ $root.Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
-{{- with $root.Values.commonLabels }}
-{{ tpl (toYaml .) $root }}
-{{- end }}
 {{- end -}}
 
 {{/* A pod's labels: (list root component). Without versions: a chart that says no more than that it is newer
@@ -37,24 +36,19 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
 {{- define "prefect-server.podLabels" -}}
 {{ include "prefect-server.selector" . }}
 app.kubernetes.io/part-of: prefect
-{{- with (index . 0).Values.commonLabels }}
-{{ tpl (toYaml .) (index $ 0) }}
-{{- end }}
 {{- end -}}
 
 {{/* `metadata` of an object: (dict "root" "component" "name" "labels" "annotations"). */}}
 {{- define "prefect-server.metadata" -}}
-{{- $annotations := merge dict (.annotations | default dict) .root.Values.commonAnnotations -}}
+{{- $own := include "prefect-server.filled" (list .root (printf "%s.annotations" (.path | default .component)) (.annotations | default dict)) | fromYaml -}}
+{{- $annotations := mergeOverwrite (include "prefect-server.filled" (list .root "commonAnnotations" .root.Values.commonAnnotations) | fromYaml) $own -}}
 name: {{ .name | default (printf "%s-%s" (include "prefect-server.fullname" .root) .component) }}
 namespace: {{ .root.Release.Namespace }}
 labels:
-  {{- include "prefect-server.labels" (list .root .component) | nindent 2 }}
-  {{- with .labels }}
-  {{- tpl (toYaml .) $.root | nindent 2 }}
-  {{- end }}
+  {{- include "prefect-server.mergedLabels" (list .root (include "prefect-server.labels" (list .root .component) | fromYaml) (printf "%s.labels" (.path | default .component)) .labels) | nindent 2 }}
 {{- with $annotations }}
 annotations:
-  {{- tpl (toYaml .) $.root | nindent 2 }}
+  {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end -}}
 

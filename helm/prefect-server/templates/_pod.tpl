@@ -3,20 +3,15 @@
 {{- define "prefect-server.pod" -}}
 {{- $root := .root -}}
 {{- $values := index $root.Values .component -}}
-{{- $pod := mergeOverwrite (deepCopy $root.Values.pod) (deepCopy ($values.pod | default dict)) -}}
+{{- $pod := include "prefect-server.podValues" (list $root .component) | fromYaml -}}
 {{ include "prefect-server.podMetadata" (list $root .component $pod) }}
 spec:
-  serviceAccountName: {{ include "prefect-server.serviceAccountName" $root }}
+  serviceAccountName: {{ include "prefect-server.serviceAccountName" $root | quote }}
   automountServiceAccountToken: {{ $root.Values.serviceAccount.automountToken }}
   enableServiceLinks: false
-  {{- with $root.Values.image.pullSecrets }}
-  imagePullSecrets:
-    {{- range . }}
-    - name: {{ . }}
-    {{- end }}
-  {{- end }}
-  {{- with $values.terminationGracePeriodSeconds }}
-  terminationGracePeriodSeconds: {{ . }}
+  {{- include "prefect-server.pullSecrets" $root | nindent 2 }}
+  {{- if hasKey $values "terminationGracePeriodSeconds" }}
+  terminationGracePeriodSeconds: {{ int64 $values.terminationGracePeriodSeconds }}
   {{- end }}
   {{- include "prefect-server.placement" (list $root $pod) | nindent 2 }}
   {{- if or .wait $pod.initContainers }}
@@ -25,16 +20,19 @@ spec:
     {{- include "prefect-server.waitForMigrations" (list $root $pod) | nindent 4 }}
     {{- end }}
     {{- with $pod.initContainers }}
-    {{- tpl (toYaml .) $root | nindent 4 }}
+    {{- toYaml . | nindent 4 }}
     {{- end }}
   {{- end }}
   containers:
     - name: {{ .component }}
       image: {{ include "prefect-server.image" $root.Values.image | quote }}
       imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+      {{- with include "prefect-server.redisCommand" (list $root .component) }}
+      command: {{- . | nindent 8 }}
+      {{- end }}
       args: {{- toYaml .args | nindent 8 }}
       {{- include "prefect-server.containerEnv" (list $root .component) | nindent 6 }}
-      resources: {{- toYaml $values.resources | nindent 8 }}
+      resources: {{- include "prefect-server.resources" $values.resources | nindent 8 }}
       securityContext: {{- toYaml $pod.containerSecurityContext | nindent 8 }}
       {{- with $values.lifecycle }}
       lifecycle: {{- toYaml . | nindent 8 }}
@@ -43,18 +41,54 @@ spec:
       {{- toYaml . | nindent 6 }}
       {{- end }}
       volumeMounts:
-        - {name: tmp, mountPath: /tmp}
-        {{- with $pod.volumeMounts }}
-        {{- tpl (toYaml .) $root | nindent 8 }}
-        {{- end }}
-    {{- with $pod.sidecars }}
-    {{- tpl (toYaml .) $root | nindent 4 }}
+        {{- include "prefect-server.mounts" (list list $pod) | nindent 8 }}
+    {{- /* A container beside the migrations would keep their Job from ending. */}}
+    {{- with ternary list $pod.sidecars (eq .component "migrations") }}
+    {{- toYaml . | nindent 4 }}
     {{- end }}
   volumes:
-    - {name: tmp, emptyDir: {}}
-    {{- with $pod.volumes }}
-    {{- tpl (toYaml .) $root | nindent 4 }}
-    {{- end }}
+    {{- include "prefect-server.volumes" (list list $pod) | nindent 4 }}
+{{- end -}}
+
+{{/* A pod's volumes and its main container's mounts: (list (the chart's own but for /tmp) pod). What has the name, or the
+     mount path, of the chart's /tmp takes its place. */}}
+{{- define "prefect-server.volumes" -}}
+{{- $own := prepend (index . 0) (dict "name" "tmp" "emptyDir" dict) -}}
+{{- include "prefect-server.byKey" (list "name" $own (index . 1).volumes) -}}
+{{- end -}}
+
+{{- define "prefect-server.mounts" -}}
+{{- $own := prepend (index . 0) (dict "name" "tmp" "mountPath" "/tmp") -}}
+{{- include "prefect-server.byKey" (list "mountPath" $own (index . 1).volumeMounts) -}}
+{{- end -}}
+
+{{/* A component's pod, with its templates filled: `pod` with its own on top: (list root component). */}}
+{{- define "prefect-server.podValues" -}}
+{{- $root := index . 0 -}}
+{{- $all := include "prefect-server.filled" (list $root "pod" $root.Values.pod) | fromYaml -}}
+{{- $own := include "prefect-server.filled" (list $root (printf "%s.pod" (index . 1)) (index $root.Values (index . 1)).pod) | fromYaml -}}
+{{- mergeOverwrite $all $own | toYaml -}}
+{{- end -}}
+
+{{/* The pod of the bundled database or Redis, whose image has another user: (list root component). It has of `pod` where it
+     runs, and all of its own. */}}
+{{- define "prefect-server.bundledPod" -}}
+{{- $root := index . 0 -}}
+{{- $bundled := (index $root.Values (index . 1)).bundled -}}
+{{- $uid := int64 $bundled.uid -}}
+{{- $security := dict "runAsNonRoot" true "runAsUser" $uid "runAsGroup" $uid "fsGroup" $uid "seccompProfile" (dict "type" "RuntimeDefault") -}}
+{{- $all := include "prefect-server.filled" (list $root "pod" (omit $root.Values.pod "sidecars" "initContainers" "volumes" "volumeMounts" "labels" "annotations")) | fromYaml -}}
+{{- $own := include "prefect-server.filled" (list $root (printf "%s.bundled.pod" (index . 1)) $bundled.pod) | fromYaml -}}
+{{- mergeOverwrite $all (dict "securityContext" $security) $own | toYaml -}}
+{{- end -}}
+
+{{- define "prefect-server.pullSecrets" -}}
+{{- with .Values.image.pullSecrets }}
+imagePullSecrets:
+  {{- range uniq . }}
+  - name: {{ . | quote }}
+  {{- end }}
+{{- end }}
 {{- end -}}
 
 {{/* (list root component pod) */}}
@@ -63,14 +97,11 @@ spec:
 {{- $pod := index . 2 -}}
 metadata:
   labels:
-    {{- include "prefect-server.podLabels" . | nindent 4 }}
-    {{- with $pod.labels }}
-    {{- tpl (toYaml .) $root | nindent 4 }}
-    {{- end }}
+    {{- include "prefect-server.mergedLabels" (list $root (include "prefect-server.podLabels" . | fromYaml) (printf "%s.pod.labels" (index . 1)) $pod.labels) | nindent 4 }}
   annotations:
     checksum/secrets: {{ include "prefect-server.secrets" $root | sha256sum }}
-    {{- with merge dict $pod.annotations $root.Values.commonAnnotations }}
-    {{- tpl (toYaml .) $root | nindent 4 }}
+    {{- with mergeOverwrite (include "prefect-server.filled" (list $root "commonAnnotations" $root.Values.commonAnnotations) | fromYaml) ($pod.annotations | default dict) }}
+    {{- toYaml . | nindent 4 }}
     {{- end }}
 {{- end -}}
 
@@ -82,9 +113,10 @@ metadata:
   imagePullPolicy: {{ $root.Values.image.pullPolicy }}
   args: [python, -m, orchestration.migrations, wait]
   {{- include "prefect-server.containerEnv" (list $root "migrations") | nindent 2 }}
-  resources: {{- toYaml $root.Values.migrations.resources | nindent 4 }}
+  resources: {{- include "prefect-server.resources" $root.Values.migrations.resources | nindent 4 }}
   securityContext: {{- toYaml (index . 1).containerSecurityContext | nindent 4 }}
-  volumeMounts: [{name: tmp, mountPath: /tmp}]
+  volumeMounts:
+    {{- include "prefect-server.mounts" (list list (index . 1)) | nindent 4 }}
 {{- end -}}
 
 {{/* `env` and `envFrom` of a component's container: (list root component). */}}
@@ -94,7 +126,7 @@ env:
   {{- include "prefect-server.env" . | nindent 2 }}
 {{- with concat $root.Values.envFrom (index $root.Values (index . 1)).envFrom }}
 envFrom:
-  {{- tpl (toYaml .) $root | nindent 2 }}
+  {{- include "prefect-server.filled" (list $root "envFrom" .) | nindent 2 }}
 {{- end }}
 {{- end -}}
 
@@ -105,12 +137,12 @@ envFrom:
 securityContext: {{- toYaml $pod.securityContext | nindent 2 }}
 {{- range $key := list "priorityClassName" "runtimeClassName" "dnsPolicy" }}
 {{- with index $pod $key }}
-{{ $key }}: {{ . }}
+{{ $key }}: {{ . | quote }}
 {{- end }}
 {{- end }}
 {{- range $key := list "nodeSelector" "tolerations" "affinity" "topologySpreadConstraints" "hostAliases" "dnsConfig" }}
 {{- with index $pod $key }}
-{{ $key }}: {{- tpl (toYaml .) $root | nindent 2 }}
+{{ $key }}: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}
 {{- end -}}

@@ -36,7 +36,57 @@
 {{- if and $values.api.autoscaling.enabled (not (dig "requests" "cpu" "" $values.api.resources)) -}}
 {{- fail "api.autoscaling.enabled=true needs api.resources.requests.cpu: the utilisation is measured against it" -}}
 {{- end -}}
+{{- if regexMatch "^[0-9]" (include "prefect-server.fullname" .) -}}
+{{- fail (printf "fullnameOverride, or else the release's name %q, begins with a digit, which no Service's name may. Set a fullnameOverride that begins with a letter" .Release.Name) -}}
+{{- end -}}
+{{- include "prefect-server.validateScale" . -}}
+{{- include "prefect-server.validatePods" . -}}
 {{- include "prefect-server.validateSecrets" . -}}
+{{- end -}}
+
+{{- define "prefect-server.validateScale" -}}
+{{- with .Values.api.autoscaling -}}
+{{- if and .enabled (gt (int64 .minReplicas) (int64 .maxReplicas)) -}}
+{{- fail "api.autoscaling.minReplicas is above api.autoscaling.maxReplicas. Raise maxReplicas" -}}
+{{- end -}}
+{{- end -}}
+{{- range $component := list "api" "services" -}}
+{{- $grace := int64 (index $.Values $component).terminationGracePeriodSeconds -}}
+{{- $sleep := dig "preStop" "sleep" "seconds" 0 (index $.Values $component).lifecycle | int64 -}}
+{{- if and $sleep (ge $sleep $grace) -}}
+{{- fail (printf "%s.lifecycle.preStop.sleep.seconds (%d) is not below %s.terminationGracePeriodSeconds (%d). Raise terminationGracePeriodSeconds, or set lifecycle.preStop to null" $component $sleep $component $grace) -}}
+{{- end -}}
+{{- with (index $.Values $component).strategy -}}
+{{- if and (eq .type "RollingUpdate") (regexMatch "^0%?$" (get (.rollingUpdate | default dict) "maxSurge" | toString)) (regexMatch "^0%?$" (get (.rollingUpdate | default dict) "maxUnavailable" | toString)) -}}
+{{- fail (printf "%s.strategy.rollingUpdate has 0 for maxSurge and for maxUnavailable: no pod could ever be replaced. Set one of them to 1" $component) -}}
+{{- end -}}
+{{- end -}}
+{{- with (index $.Values $component).podDisruptionBudget -}}
+{{- if and .enabled (eq (toString .minAvailable) "") (eq (toString .maxUnavailable) "") -}}
+{{- fail (printf "%s.podDisruptionBudget has neither minAvailable nor maxUnavailable. Set one of them" $component) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- $ports := list (dict "name" "http" "port" .Values.service.port) -}}
+{{- include "prefect-server.validateTwice" (list "service.extraPorts" "name" (concat $ports .Values.service.extraPorts)) -}}
+{{- include "prefect-server.validateTwice" (list "service.extraPorts" "port" (concat $ports .Values.service.extraPorts)) -}}
+{{- end -}}
+
+{{- define "prefect-server.validatePods" -}}
+{{- range $component := list "migrations" "tests" -}}
+{{- if (index $.Values $component).pod.sidecars -}}
+{{- fail (printf "%s.pod.sidecars would keep its pod from ending. Put them into %s.pod.initContainers with restartPolicy: Always" $component $component) -}}
+{{- end -}}
+{{- end -}}
+{{- range $component := list "api" "services" "migrations" "tests" -}}
+{{- $pod := include "prefect-server.podValues" (list $ $component) | fromYaml -}}
+{{- if has $component (list "migrations" "tests") -}}{{- $pod = omit $pod "sidecars" -}}{{- end -}}
+{{- include "prefect-server.validatePod" (dict "component" $component "pod" $pod "volumes" list "mounts" list "containers" (list $component "test" "wait-for-migrations") "resources" ((index $.Values $component).resources | default dict)) -}}
+{{- end -}}
+{{- range $component, $own := dict "database" (dict "volumes" (list "data" "run") "mounts" (list "/var/lib/postgresql/data" "/var/run/postgresql") "main" "postgres") "redis" (dict "main" "valkey") -}}
+{{- $pod := include "prefect-server.bundledPod" (list $ $component) | fromYaml -}}
+{{- include "prefect-server.validatePod" (dict "component" (printf "%s.bundled" $component) "pod" $pod "volumes" ($own.volumes | default list) "mounts" ($own.mounts | default list) "containers" (list $own.main) "resources" (index $.Values $component).bundled.resources) -}}
+{{- end -}}
 {{- end -}}
 
 {{/* A Secret that is missing keeps pods from starting; where the cluster can be asked, that is said before. */}}

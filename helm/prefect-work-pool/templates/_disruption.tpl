@@ -11,10 +11,11 @@ spec:
   selector:
     matchLabels:
       {{- include "prefect-work-pool.selector" (list $root (index . 1)) | nindent 6 }}
-  {{- if $budget.minAvailable }}
-  minAvailable: {{ $budget.minAvailable }}
+  {{- /* 0 is a number of pods, too. */}}
+  {{- if ne (toString $budget.minAvailable) "" }}
+  minAvailable: {{ include "prefect-work-pool.text" $budget.minAvailable }}
   {{- else }}
-  maxUnavailable: {{ $budget.maxUnavailable }}
+  maxUnavailable: {{ include "prefect-work-pool.text" $budget.maxUnavailable }}
   {{- end }}
 {{- end -}}
 {{- end -}}

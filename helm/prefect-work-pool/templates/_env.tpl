@@ -3,19 +3,23 @@
      those of the component. */}}
 {{- define "prefect-work-pool.env" -}}
 {{- $root := index . 0 -}}
-{{- $levels := list (index $root.Values (index . 1)) -}}
+{{- $component := index . 1 -}}
+{{- $levels := list (dict "path" (printf "%s.env" $component) "values" (index $root.Values $component)) -}}
 {{- $entries := list -}}
 {{- if ne (index . 1) "runs" -}}
-{{- $levels = prepend $levels $root.Values -}}
+{{- $levels = prepend $levels (dict "path" "env" "values" $root.Values) -}}
 {{- $entries = include "prefect-work-pool.ownEnv" . | fromYamlArray -}}
 {{- else -}}
 {{- $entries = include "prefect-work-pool.runsEnv" $root | fromYamlArray -}}
 {{- end -}}
 {{- range $level := $levels -}}
-{{- range $name, $value := $level.settings -}}
-{{- $entries = append $entries (dict "name" $name "value" (toString $value)) -}}
+{{- range $name, $value := $level.values.settings -}}
+{{- $entries = append $entries (dict "name" $name "value" (include "prefect-work-pool.text" $value)) -}}
 {{- end -}}
-{{- $entries = concat $entries (tpl (toYaml $level.env) $root | fromYamlArray) -}}
+{{- range include "prefect-work-pool.filled" (list $root $level.path $level.values.env) | fromYamlArray -}}
+{{- if hasKey . "value" -}}{{- $_ := set . "value" (include "prefect-work-pool.text" .value) -}}{{- end -}}
+{{- $entries = append $entries . -}}
+{{- end -}}
 {{- end -}}
 {{- $last := dict -}}
 {{- $names := list -}}
@@ -32,11 +36,11 @@
 {{- define "prefect-work-pool.ownEnv" -}}
 {{- $root := index . 0 -}}
 - {name: PREFECT_HOME, value: /tmp/prefect}
-- {name: PREFECT_API_URL, value: {{ tpl $root.Values.api.url $root | quote }}}
+- {name: PREFECT_API_URL, value: {{ include "prefect-work-pool.line" (list $root "api.url" $root.Values.api.url) | quote }}}
 {{- with $root.Values.api.auth }}
 {{- if .existingSecret }}
 - name: PREFECT_API_AUTH_STRING
-  valueFrom: {secretKeyRef: {name: {{ .existingSecret }}, key: {{ .key }}}}
+  valueFrom: {secretKeyRef: {name: {{ .existingSecret | quote }}, key: {{ .key | quote }}}}
 {{- end }}
 {{- end }}
 {{- if has (index . 1) (list "worker" "reconciler") }}
@@ -52,7 +56,7 @@
 # Prefect's own 5 give up after a minute of an API that is away, and the run with it; these, at most 15 s apart, after four.
 - {name: PREFECT_CLIENT_MAX_RETRIES, value: "19"}
 # How long an execution may take to end before it is killed.
-- {name: GRACE_SECONDS, value: {{ .Values.runs.terminationGracePeriodSeconds | quote }}}
+- {name: GRACE_SECONDS, value: {{ int64 .Values.runs.terminationGracePeriodSeconds | quote }}}
 # A server whose database is away answers 500.
 - {name: PREFECT_CLIENT_RETRY_EXTRA_CODES, value: "500,504"}
 # By it an execution knows that it was given up.
@@ -72,7 +76,7 @@
 {{- end }}
 {{- if eq .storage "redis" }}
 - name: RESULTS_REDIS_URL
-  valueFrom: {secretKeyRef: {name: {{ .redis.existingSecret }}, key: {{ .redis.key }}}}
+  valueFrom: {secretKeyRef: {name: {{ .redis.existingSecret | quote }}, key: {{ .redis.key | quote }}}}
 {{- end }}
 {{- end }}
 {{- end -}}
@@ -81,8 +85,8 @@
 {{- with .Values.api.auth }}
 {{- if .existingSecret }}
 # So that a run's Job refers to the Secret instead of having the password in its manifest.
-- {name: PREFECT_INTEGRATIONS_KUBERNETES_WORKER_API_AUTH_STRING_SECRET_NAME, value: {{ .existingSecret }}}
-- {name: PREFECT_INTEGRATIONS_KUBERNETES_WORKER_API_AUTH_STRING_SECRET_KEY, value: {{ .key }}}
+- {name: PREFECT_INTEGRATIONS_KUBERNETES_WORKER_API_AUTH_STRING_SECRET_NAME, value: {{ .existingSecret | quote }}}
+- {name: PREFECT_INTEGRATIONS_KUBERNETES_WORKER_API_AUTH_STRING_SECRET_KEY, value: {{ .key | quote }}}
 {{- end }}
 {{- end }}
 {{- if .Values.reconciler.enabled }}
@@ -92,9 +96,9 @@
 # Without it pods and Jobs are watched in the whole cluster, which the Role does not allow.
 - {name: PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_NAMESPACES, value: $(NAMESPACE)}
 {{- with .Values.worker }}
-- {name: PREFECT_WORKER_QUERY_SECONDS, value: {{ .querySeconds | quote }}}
-- {name: PREFECT_WORKER_PREFETCH_SECONDS, value: {{ .prefetchSeconds | quote }}}
-- {name: PREFECT_WORKER_HEARTBEAT_SECONDS, value: {{ .heartbeatSeconds | quote }}}
+- {name: PREFECT_WORKER_QUERY_SECONDS, value: {{ int64 .querySeconds | quote }}}
+- {name: PREFECT_WORKER_PREFETCH_SECONDS, value: {{ int64 .prefetchSeconds | quote }}}
+- {name: PREFECT_WORKER_HEARTBEAT_SECONDS, value: {{ int64 .heartbeatSeconds | quote }}}
 # A run that is cancelled loses its pod.
 - {name: PREFECT_WORKER_ENABLE_CANCELLATION, value: "true"}
 - {name: PREFECT_API_ENABLE_HTTP2, value: {{ .http2 | quote }}}
@@ -109,6 +113,6 @@ env:
   {{- include "prefect-work-pool.env" . | nindent 2 }}
 {{- with concat $all (index $root.Values (index . 1)).envFrom }}
 envFrom:
-  {{- tpl (toYaml .) $root | nindent 2 }}
+  {{- include "prefect-work-pool.filled" (list $root "envFrom" .) | nindent 2 }}
 {{- end }}
 {{- end -}}

@@ -17,11 +17,11 @@
 {{- define "prefect-work-pool.kubernetesEgress" -}}
 - to:
     {{- range .Values.networkPolicy.kubernetesCIDRs }}
-    - ipBlock: {cidr: {{ . }}}
+    - ipBlock: {cidr: {{ . | quote }}}
     {{- end }}
   ports:
     {{- range .Values.networkPolicy.kubernetesPorts }}
-    - {port: {{ . }}}
+    - {port: {{ int64 . }}}
     {{- end }}
 {{- end -}}
 
@@ -34,9 +34,9 @@
       namespaceSelector:
         matchLabels: {{- toYaml . | nindent 10 }}
       {{- end }}
-  ports: [{port: {{ .port }}}]
+  ports: [{port: {{ int64 .port }}}]
 {{- range .cidrs }}
-- to: [{ipBlock: {cidr: {{ . }}}}]
+- to: [{ipBlock: {cidr: {{ . | quote }}}}]
 {{- end }}
 {{- end }}
 {{- end -}}

@@ -5,38 +5,29 @@
 {{- $pod := include "prefect-work-pool.podValues" (list $root .component) | fromYaml -}}
 metadata:
   labels:
-    {{- include "prefect-work-pool.podLabels" (list $root .component) | nindent 4 }}
-    {{- with $pod.labels }}
-    {{- tpl (toYaml .) $root | nindent 4 }}
-    {{- end }}
-  {{- with merge dict (.annotations | default dict) $pod.annotations $root.Values.commonAnnotations }}
+    {{- include "prefect-work-pool.mergedLabels" (list $root (include "prefect-work-pool.podLabels" (list $root .component) | fromYaml) (printf "%s.pod.labels" .component) $pod.labels) | nindent 4 }}
+  {{- with mergeOverwrite (include "prefect-work-pool.filled" (list $root "commonAnnotations" $root.Values.commonAnnotations) | fromYaml) ($pod.annotations | default dict) (.annotations | default dict) }}
   annotations:
-    {{- tpl (toYaml .) $root | nindent 4 }}
+    {{- toYaml . | nindent 4 }}
   {{- end }}
 spec:
-  serviceAccountName: {{ .serviceAccount }}
+  serviceAccountName: {{ .serviceAccount | quote }}
   automountServiceAccountToken: {{ .token }}
-  {{- with (index $root.Values .component).terminationGracePeriodSeconds }}
-  terminationGracePeriodSeconds: {{ . }}
+  {{- if hasKey (index $root.Values .component) "terminationGracePeriodSeconds" }}
+  terminationGracePeriodSeconds: {{ int64 (index $root.Values .component).terminationGracePeriodSeconds }}
   {{- end }}
   {{- include "prefect-work-pool.placement" (list $root $pod) | nindent 2 }}
   {{- .containers | nindent 2 }}
   volumes:
-    - {name: tmp, emptyDir: {}}
-    {{- with $pod.volumes }}
-    {{- tpl (toYaml .) $root | nindent 4 }}
-    {{- end }}
-    {{- with .volumes }}
-    {{- toYaml . | nindent 4 }}
-    {{- end }}
+    {{- include "prefect-work-pool.volumes" (list .volumes $pod) | nindent 4 }}
 {{- end -}}
 
 {{/* The containers of worker, sync, drift and reconciler:
-     (dict "root" "component" "pod" "args" "more" (the text of the main one's other keys)). */}}
+     (dict "root" "component" "pod" "mounts" "args" "more" (the text of the main one's other keys)). */}}
 {{- define "prefect-work-pool.containers" -}}
 {{- with .pod.initContainers }}
 initContainers:
-  {{- tpl (toYaml .) $.root | nindent 2 }}
+  {{- toYaml . | nindent 2 }}
 {{- end }}
 containers:
   - name: {{ .component }}
@@ -44,16 +35,16 @@ containers:
     args: {{- toYaml .args | nindent 6 }}
     {{- .more | trim | nindent 4 }}
     volumeMounts:
-      {{- include "prefect-work-pool.mounts" (list .root .pod) | nindent 6 }}
+      {{- include "prefect-work-pool.mounts" (list .mounts .pod) | nindent 6 }}
   {{- with .pod.sidecars }}
-  {{- tpl (toYaml .) $.root | nindent 2 }}
+  {{- toYaml . | nindent 2 }}
   {{- end }}
 {{- end -}}
 
 {{/* A container's probes: (list (the component's values) (the probes' handler)). */}}
 {{- define "prefect-work-pool.probes" -}}
 {{- range $name := list "startupProbe" "livenessProbe" "readinessProbe" }}
-{{ $name }}: {{- merge dict (index (index $ 0) $name) (index $ 1) | toYaml | nindent 2 }}
+{{ $name }}: {{- mergeOverwrite (deepCopy (index $ 1)) (index (index $ 0) $name) | toYaml | nindent 2 }}
 {{- end }}
 {{- end -}}
 
@@ -63,16 +54,20 @@ containers:
 image: {{ include "prefect-work-pool.image" $root.Values.image | quote }}
 imagePullPolicy: {{ $root.Values.image.pullPolicy }}
 {{ include "prefect-work-pool.containerEnv" . }}
-resources: {{- toYaml (index $root.Values (index . 1)).resources | nindent 2 }}
+resources: {{- include "prefect-work-pool.resources" (index $root.Values (index . 1)).resources | nindent 2 }}
 securityContext: {{- toYaml (index . 2).containerSecurityContext | nindent 2 }}
 {{- end -}}
 
-{{/* The mounts of a container: (list root pod). */}}
+{{/* A pod's volumes and its main container's mounts: (list (the chart's own but for /tmp) pod). What has the name, or the
+     mount path, of the chart's /tmp takes its place. */}}
+{{- define "prefect-work-pool.volumes" -}}
+{{- $own := prepend (index . 0 | default list) (dict "name" "tmp" "emptyDir" dict) -}}
+{{- include "prefect-work-pool.byKey" (list "name" $own (index . 1).volumes) -}}
+{{- end -}}
+
 {{- define "prefect-work-pool.mounts" -}}
-- {name: tmp, mountPath: /tmp}
-{{- with (index . 1).volumeMounts }}
-{{ tpl (toYaml .) (index $ 0) }}
-{{- end }}
+{{- $own := prepend (index . 0 | default list) (dict "name" "tmp" "mountPath" "/tmp") -}}
+{{- include "prefect-work-pool.byKey" (list "mountPath" $own (index . 1).volumeMounts) -}}
 {{- end -}}
 
 {{/* Where a pod runs, and as whom: (list root pod). */}}
@@ -82,19 +77,19 @@ securityContext: {{- toYaml (index . 2).containerSecurityContext | nindent 2 }}
 enableServiceLinks: false
 {{- with $root.Values.image.pullSecrets }}
 imagePullSecrets:
-  {{- range . }}
-  - name: {{ . }}
+  {{- range uniq . }}
+  - name: {{ . | quote }}
   {{- end }}
 {{- end }}
 securityContext: {{- toYaml $pod.securityContext | nindent 2 }}
 {{- range $key := list "priorityClassName" "runtimeClassName" "dnsPolicy" }}
 {{- with index $pod $key }}
-{{ $key }}: {{ . }}
+{{ $key }}: {{ . | quote }}
 {{- end }}
 {{- end }}
 {{- range $key := list "nodeSelector" "tolerations" "affinity" "topologySpreadConstraints" "hostAliases" "dnsConfig" }}
 {{- with index $pod $key }}
-{{ $key }}: {{- tpl (toYaml .) $root | nindent 2 }}
+{{ $key }}: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}
 {{- end -}}

@@ -14,12 +14,12 @@ work_pools:
   - name: {{ .Values.pool.name | quote }}
     type: kubernetes
     description: {{ .Values.pool.description | quote }}
-    concurrency_limit: {{ .Values.pool.concurrencyLimit | toJson }}
+    concurrency_limit: {{ toJson .Values.pool.concurrencyLimit }}
     queues:
       {{- range .Values.pool.queues }}
       - name: {{ .name | quote }}
         {{- with .priority }}
-        priority: {{ . }}
+        priority: {{ int64 . }}
         {{- end }}
         concurrency_limit: {{ .concurrencyLimit | toJson }}
         description: {{ .description | default "" | quote }}
@@ -27,7 +27,7 @@ work_pools:
       {{- end }}
     base_job_template:
       {{- $template := dict "job_configuration" (include "prefect-work-pool.jobConfiguration" . | fromYaml) "variables" (include "prefect-work-pool.jobVariables" . | fromYaml) }}
-      {{- mergeOverwrite $template .Values.runs.baseJobTemplate | toYaml | nindent 6 }}
+      {{- mergeOverwrite $template (deepCopy .Values.runs.baseJobTemplate) | toPrettyJson | nindent 6 }}
 {{- with .Values.runs.results }}
 {{- if has .storage (list "s3" "redis") }}
 remote_file_systems:
@@ -40,7 +40,7 @@ remote_file_systems:
     settings: {{ dict "client_kwargs" $client | toJson }}
     {{- else }}
     basepath: redis://{{ $.Release.Namespace }}/{{ $.Release.Name }}/results
-    settings: {ttl: {{ mul .keepDays 86400 }}}
+    settings: {ttl: {{ mul (int64 .keepDays) 86400 }}}
     {{- end }}
 {{- end }}
 {{- end }}
@@ -74,13 +74,11 @@ job_manifest:
     template:
       metadata:
         labels:
-          {{- include "prefect-work-pool.runLabels" . | nindent 10 }}
-          {{- with merge dict .Values.runs.labels $pod.labels }}
-          {{- tpl (toYaml .) $ | nindent 10 }}
-          {{- end }}
-        {{- with merge dict .Values.runs.annotations $pod.annotations .Values.commonAnnotations }}
+          {{- include "prefect-work-pool.runLabels" (list . $pod) | nindent 10 }}
+        {{- $annotations := include "prefect-work-pool.filled" (list . "runs.annotations" .Values.runs.annotations) | fromYaml }}
+        {{- with mergeOverwrite (include "prefect-work-pool.filled" (list . "commonAnnotations" .Values.commonAnnotations) | fromYaml) ($pod.annotations | default dict) $annotations }}
         annotations:
-          {{- tpl (toYaml .) $ | nindent 10 }}
+          {{- toYaml . | nindent 10 }}
         {{- end }}
       spec:
         {{- include "prefect-work-pool.runSpec" (list . $pod) | nindent 8 }}
@@ -90,16 +88,22 @@ job_manifest:
 {{- define "prefect-work-pool.runSpec" -}}
 {{- $root := index . 0 -}}
 {{- $pod := index . 1 -}}
+{{- $volumes := list -}}
+{{- $mounts := list -}}
+{{- if eq $root.Values.runs.results.storage "volume" -}}
+{{- $volumes = list (dict "name" "results" "persistentVolumeClaim" (dict "claimName" (include "prefect-work-pool.resultsClaim" $root))) -}}
+{{- $mounts = list (dict "name" "results" "mountPath" "/results") -}}
+{{- end -}}
 parallelism: 1
 completions: 1
 restartPolicy: Never
 serviceAccountName: "{{ "{{ service_account_name }}" }}"
 automountServiceAccountToken: {{ $root.Values.runs.serviceAccount.automountToken }}
-terminationGracePeriodSeconds: {{ $root.Values.runs.terminationGracePeriodSeconds }}
+terminationGracePeriodSeconds: {{ int64 $root.Values.runs.terminationGracePeriodSeconds }}
 {{ include "prefect-work-pool.placement" . }}
 {{- with $pod.initContainers }}
 initContainers:
-  {{- tpl (toYaml .) $root | nindent 2 }}
+  {{- toYaml . | nindent 2 }}
 {{- end }}
 containers:
   - name: prefect-job
@@ -110,33 +114,31 @@ containers:
     {{- end }}
     args: "{{ "{{ command }}" }}"
     {{- include "prefect-work-pool.containerEnv" (list $root "runs") | nindent 4 }}
-    resources:
-      requests: {cpu: "{{ "{{ cpu_request }}" }}", memory: "{{ "{{ memory_request }}" }}"}
-      limits: {cpu: "{{ "{{ cpu_limit }}" }}", memory: "{{ "{{ memory_limit }}" }}"}
+    resources: {{- include "prefect-work-pool.runResources" $root.Values.runs.resources | nindent 6 }}
     securityContext: {{- toYaml $pod.containerSecurityContext | nindent 6 }}
     volumeMounts:
-      {{- include "prefect-work-pool.mounts" . | nindent 6 }}
-      {{- if eq $root.Values.runs.results.storage "volume" }}
-      - {name: results, mountPath: /results}
-      {{- end }}
+      {{- include "prefect-work-pool.mounts" (list $mounts $pod) | nindent 6 }}
 volumes:
-  - {name: tmp, emptyDir: {}}
-  {{- if eq $root.Values.runs.results.storage "volume" }}
-  - {name: results, persistentVolumeClaim: {claimName: {{ include "prefect-work-pool.resultsClaim" $root }}}}
-  {{- end }}
-  {{- with $pod.volumes }}
-  {{- tpl (toYaml .) $root | nindent 2 }}
-  {{- end }}
+  {{- include "prefect-work-pool.volumes" (list $volumes $pod) | nindent 2 }}
 {{- end -}}
 
-{{/* The labels by which policies and quotas find runs. The worker adds Prefect's. */}}
+{{/* The resources of a run: CPU and memory are job variables, all others, such as GPUs, those of every run. */}}
+{{- define "prefect-work-pool.runResources" -}}
+{{- $resources := dict -}}
+{{- range $part, $variable := dict "requests" "request" "limits" "limit" -}}
+{{- $others := include "prefect-work-pool.quantities" (omit (index $ $part | default dict) "cpu" "memory") | fromYaml -}}
+{{- $own := dict "cpu" (printf "{{ cpu_%s }}" $variable) "memory" (printf "{{ memory_%s }}" $variable) -}}
+{{- $_ := set $resources $part (merge $own $others) -}}
+{{- end -}}
+{{- toYaml $resources -}}
+{{- end -}}
+
+{{/* The labels of runs: (list root pod). By the chart's own policies and quotas find them. The worker adds Prefect's. */}}
 {{- define "prefect-work-pool.runLabels" -}}
-app.kubernetes.io/instance: {{ .Release.Name }}
-app.kubernetes.io/component: runs
-prefect.io/role: flow-run
-{{- with .Values.commonLabels }}
-{{ tpl (toYaml .) $ }}
-{{- end }}
+{{- $root := index . 0 -}}
+{{- $own := dict "app.kubernetes.io/instance" $root.Release.Name "app.kubernetes.io/component" "runs" "prefect.io/role" "flow-run" -}}
+{{- $labels := mergeOverwrite dict ((index . 1).labels | default dict) (include "prefect-work-pool.filled" (list $root "runs.labels" $root.Values.runs.labels) | fromYaml) -}}
+{{- include "prefect-work-pool.mergedLabels" (list $root $own "runs.labels" $labels) -}}
 {{- end -}}
 
 {{/* What a deployment or a run may set, with the release's defaults. Upstream's variables, without those that do
@@ -144,8 +146,8 @@ prefect.io/role: flow-run
      without namespace and cluster_config: the Role covers this namespace alone. */}}
 {{- define "prefect-work-pool.jobVariables" -}}
 {{- $runs := .Values.runs -}}
-{{- $requests := $runs.resources.requests | default dict -}}
-{{- $limits := $runs.resources.limits | default dict -}}
+{{- $requests := include "prefect-work-pool.quantities" $runs.resources.requests | fromYaml -}}
+{{- $limits := include "prefect-work-pool.quantities" $runs.resources.limits | fromYaml -}}
 {{- $text := list (dict "type" "string") (dict "type" "null") -}}
 {{- $number := list (dict "type" "integer") (dict "type" "null") -}}
 {{- $map := dict "type" "string" -}}
@@ -166,10 +168,10 @@ prefect.io/role: flow-run
   "memory_max" (dict "title" "Memory Max" "anyOf" $text "default" ($runs.retries.memoryMax | default nil) "description" "The most that it becomes.")
   "finished_job_ttl" (dict "title" "Finished Job TTL" "anyOf" $number "default" (int $runs.ttlSecondsAfterFinished) "description" "Seconds that a finished Job and its pod stay.")
   "active_deadline_seconds" (dict "title" "Active Deadline Seconds" "anyOf" $number "default" (ternary nil (int $runs.activeDeadlineSeconds) (kindIs "invalid" $runs.activeDeadlineSeconds)) "description" "Seconds that a run may take in all.")
-  "cpu_request" (dict "title" "CPU Request" "anyOf" $text "default" $requests.cpu "description" "CPU that the pod is sure of: 500m, 2.")
-  "cpu_limit" (dict "title" "CPU Limit" "anyOf" $text "default" $limits.cpu "description" "CPU that it may use at most.")
-  "memory_request" (dict "title" "Memory Request" "anyOf" $text "default" $requests.memory "description" "Memory that the pod is sure of: 512Mi, 2Gi.")
-  "memory_limit" (dict "title" "Memory Limit" "anyOf" $text "default" $limits.memory "description" "Memory at which it is killed.")
+  "cpu_request" (dict "title" "CPU Request" "anyOf" $text "default" (get $requests "cpu" | default nil) "description" "CPU that the pod is sure of: 500m, 2.")
+  "cpu_limit" (dict "title" "CPU Limit" "anyOf" $text "default" (get $limits "cpu" | default nil) "description" "CPU that it may use at most.")
+  "memory_request" (dict "title" "Memory Request" "anyOf" $text "default" (get $requests "memory" | default nil) "description" "Memory that the pod is sure of: 512Mi, 2Gi.")
+  "memory_limit" (dict "title" "Memory Limit" "anyOf" $text "default" (get $limits "memory" | default nil) "description" "Memory at which it is killed.")
 -}}
-{{- dict "type" "object" "description" (printf "What a deployment or a run may set on %s." .Values.pool.name) "properties" (merge dict $runs.variables $variables) | toYaml -}}
+{{- dict "type" "object" "description" (printf "What a deployment or a run may set on %s." .Values.pool.name) "properties" (mergeOverwrite $variables (deepCopy $runs.variables)) | toYaml -}}
 {{- end -}}

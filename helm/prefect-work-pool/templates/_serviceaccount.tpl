@@ -5,7 +5,7 @@
 apiVersion: v1
 kind: ServiceAccount
 metadata:
-  {{- include "prefect-work-pool.metadata" (dict "root" (index . 0) "component" (index . 1) "name" (include "prefect-work-pool.serviceAccountName" .) "labels" $account.labels "annotations" $account.annotations) | nindent 2 }}
+  {{- include "prefect-work-pool.metadata" (dict "root" (index . 0) "component" (index . 1) "name" (include "prefect-work-pool.serviceAccountName" .) "path" (printf "%s.serviceAccount" (index . 1)) "labels" $account.labels "annotations" $account.annotations) | nindent 2 }}
 automountServiceAccountToken: false
 {{- end }}
 {{- end -}}

@@ -13,6 +13,7 @@
 {{- fail (printf "pool.name %q starts with `prefect`, which the server keeps for itself. Choose another name" $values.pool.name) -}}
 {{- end -}}
 {{- $queues := list "default" -}}
+{{- include "prefect-work-pool.validateTwice" (list "pool.queues" "name" $values.pool.queues) -}}
 {{- range $values.pool.queues -}}{{- $queues = append $queues .name -}}{{- end -}}
 {{- range $values.worker.queues -}}
 {{- if not (has . $queues) -}}
@@ -37,8 +38,73 @@
 {{- fail "runs.activeDeadlineSeconds is not above worker.prefetchSeconds: a run that is submitted early would be ended before its time. Set it higher" -}}
 {{- end -}}
 {{- end -}}
+{{- range $component := list "sync" "tests" -}}
+{{- if (index $values $component).pod.sidecars -}}
+{{- fail (printf "%s.pod.sidecars would keep its pod from ending. Put them into %s.pod.initContainers with restartPolicy: Always" $component $component) -}}
+{{- end -}}
+{{- end -}}
+{{- include "prefect-work-pool.validateScale" . -}}
+{{- include "prefect-work-pool.validatePods" . -}}
+{{- include "prefect-work-pool.validateVariables" . -}}
 {{- include "prefect-work-pool.validateResults" . -}}
 {{- include "prefect-work-pool.validateSecret" . -}}
+{{- end -}}
+
+{{- define "prefect-work-pool.validateScale" -}}
+{{- with .Values.worker.autoscaling -}}
+{{- if and .enabled (gt (int64 .minReplicas) (int64 .maxReplicas)) -}}
+{{- fail "worker.autoscaling.minReplicas is above worker.autoscaling.maxReplicas. Raise maxReplicas" -}}
+{{- end -}}
+{{- end -}}
+{{- $component := "worker" -}}
+{{- $grace := int64 (index $.Values $component).terminationGracePeriodSeconds -}}
+{{- $sleep := dig "preStop" "sleep" "seconds" 0 (index $.Values $component).lifecycle | int64 -}}
+{{- if and $sleep (ge $sleep $grace) -}}
+{{- fail (printf "%s.lifecycle.preStop.sleep.seconds (%d) is not below %s.terminationGracePeriodSeconds (%d). Raise terminationGracePeriodSeconds, or set lifecycle.preStop to null" $component $sleep $component $grace) -}}
+{{- end -}}
+{{- with .Values.worker.strategy -}}
+{{- if and (eq .type "RollingUpdate") (regexMatch "^0%?$" (get (.rollingUpdate | default dict) "maxSurge" | toString)) (regexMatch "^0%?$" (get (.rollingUpdate | default dict) "maxUnavailable" | toString)) -}}
+{{- fail "worker.strategy.rollingUpdate has 0 for maxSurge and for maxUnavailable: no pod could ever be replaced. Set one of them to 1" -}}
+{{- end -}}
+{{- end -}}
+{{- range $component := list "worker" "reconciler" -}}
+{{- with (index $.Values $component).podDisruptionBudget -}}
+{{- if and .enabled (eq (toString .minAvailable) "") (eq (toString .maxUnavailable) "") -}}
+{{- fail (printf "%s.podDisruptionBudget has neither minAvailable nor maxUnavailable. Set one of them" $component) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "prefect-work-pool.validatePods" -}}
+{{- range $component, $own := dict "worker" dict "runs" (dict "main" "prefect-job") "sync" (dict "volumes" (list "pool") "mounts" (list "/etc/prefect-pool")) "drift" dict "reconciler" dict -}}
+{{- $pod := include "prefect-work-pool.podValues" (list $ $component) | fromYaml -}}
+{{- $volumes := $own.volumes | default list -}}
+{{- $mounts := $own.mounts | default list -}}
+{{- if and (eq $component "runs") (eq $.Values.runs.results.storage "volume") -}}
+{{- $volumes = list "results" -}}
+{{- $mounts = list "/results" -}}
+{{- end -}}
+{{- if has $component (list "runs" "sync") -}}{{- $pod = omit $pod "sidecars" -}}{{- end -}}
+{{- include "prefect-work-pool.validatePod" (dict "component" $component "pod" $pod "volumes" $volumes "mounts" $mounts "containers" (list ($own.main | default $component)) "resources" (index $.Values $component).resources) -}}
+{{- end -}}
+{{- $pod := omit (include "prefect-work-pool.podValues" (list . "tests") | fromYaml) "sidecars" -}}
+{{- include "prefect-work-pool.validatePod" (dict "component" "tests" "pod" $pod "volumes" list "mounts" list "containers" (list "test") "resources" dict) -}}
+{{- end -}}
+
+{{/* What is in {{ }} in the runs' values comes from job variables; Prefect would leave out what has another name. */}}
+{{- define "prefect-work-pool.validateVariables" -}}
+{{- $variables := (include "prefect-work-pool.jobVariables" . | fromYaml).properties -}}
+{{- $variables = merge dict $variables (dig "variables" "properties" dict .Values.runs.baseJobTemplate) -}}
+{{- $pod := include "prefect-work-pool.podValues" (list . "runs") | fromYaml -}}
+{{- range $path, $value := dict "runs.annotations" .Values.runs.annotations "runs.labels" .Values.runs.labels "runs.env" .Values.runs.env "runs.envFrom" .Values.runs.envFrom "runs.settings" .Values.runs.settings "runs.entrypoint" .Values.runs.entrypoint "runs.pod" $pod "commonLabels" .Values.commonLabels "commonAnnotations" .Values.commonAnnotations "runs.baseJobTemplate" .Values.runs.baseJobTemplate -}}
+{{- range regexFindAll "\\{\\{\\s*[\\w.\\-\\[\\]$]+\\s*\\}\\}" (include "prefect-work-pool.filled" (list $ $path $value) | replace "\n" " ") -1 -}}
+{{- $name := trimAll "{} \t" . -}}
+{{- if not (hasKey $variables $name) -}}
+{{- fail (printf "%s (or pod's) has %s, which Prefect takes for a job variable that the pool does not have. Add it to runs.variables, or keep the text out of the runs' pods" $path .) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 
 {{- define "prefect-work-pool.validateResults" -}}

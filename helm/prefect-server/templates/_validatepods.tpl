@@ -1,0 +1,108 @@
+{{/* Rules of pods that Kubernetes would find too late, or not name the key of. */}}
+
+{{/* A component's pod: (dict "root" "component" "pod" "volumes" (names that are the chart's) "mounts" (paths that are)
+     "containers" (names that are) "resources"). */}}
+{{- define "prefect-server.validatePod" -}}
+{{- $path := printf "%s.pod" .component -}}
+{{- $known := append .volumes "tmp" -}}
+{{- range .pod.volumes -}}
+{{- if has .name $.volumes -}}
+{{- fail (printf "%s.volumes (or pod.volumes) has a volume %q, a name that the chart itself uses. Choose another" $path .name) -}}
+{{- end -}}
+{{- $known = append $known .name -}}
+{{- end -}}
+{{- include "prefect-server.validateTwice" (list (printf "%s.volumes" $path) "name" .pod.volumes) -}}
+{{- include "prefect-server.validateTwice" (list (printf "%s.volumeMounts" $path) "mountPath" .pod.volumeMounts) -}}
+{{- range .pod.volumeMounts -}}
+{{- if has .mountPath $.mounts -}}
+{{- fail (printf "%s.volumeMounts (or pod.volumeMounts) has %s, where the chart itself mounts a volume. Choose another mountPath" $path .mountPath) -}}
+{{- end -}}
+{{- end -}}
+{{- $containers := concat (.pod.initContainers | default list) (.pod.sidecars | default list) -}}
+{{- range prepend $containers (dict "volumeMounts" .pod.volumeMounts) -}}
+{{- range .volumeMounts -}}
+{{- if not (has .name $known) -}}
+{{- fail (printf "%s.volumeMounts (or those of a container of it) names %q, which %s.volumes does not have: %s. Add the volume" $path .name $path ($known | uniq | join ", ")) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- $names := .containers -}}
+{{- range $containers -}}
+{{- if not .image -}}
+{{- fail (printf "%s.initContainers or %s.sidecars (or those of pod) has a container %q without an image. Add its image" $path $path .name) -}}
+{{- end -}}
+{{- if has .name $names -}}
+{{- fail (printf "%s.initContainers or %s.sidecars (or those of pod) has a container %q, a name that another container of the pod has. Choose another" $path $path .name) -}}
+{{- end -}}
+{{- $names = append $names .name -}}
+{{- end -}}
+{{- include "prefect-server.validatePlacement" (list $path .pod) -}}
+{{- include "prefect-server.validateResources" (list (printf "%s.resources" .component) .resources) -}}
+{{- end -}}
+
+{{/* (list path key list) */}}
+{{- define "prefect-server.validateTwice" -}}
+{{- $key := index . 1 -}}
+{{- $found := list -}}
+{{- range index . 2 -}}
+{{- if has (get . $key) $found -}}
+{{- fail (printf "%s (or pod's) has the %s %q twice. Remove one" (index $ 0) $key (get . $key | toString)) -}}
+{{- end -}}
+{{- $found = append $found (get . $key) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* (list path pod) */}}
+{{- define "prefect-server.validatePlacement" -}}
+{{- $path := index . 0 -}}
+{{- $pod := index . 1 -}}
+{{- $pairs := list -}}
+{{- range $pod.topologySpreadConstraints -}}
+{{- $pairs = append $pairs (dict "pair" (printf "%s, %s" .topologyKey .whenUnsatisfiable)) -}}
+{{- end -}}
+{{- include "prefect-server.validateTwice" (list (printf "%s.topologySpreadConstraints" $path) "pair" $pairs) -}}
+{{- if and (eq ($pod.dnsPolicy | default "") "None") (not ($pod.dnsConfig | default dict).nameservers) -}}
+{{- fail (printf "%s.dnsPolicy=None needs %s.dnsConfig.nameservers: a pod would find no name" $path $path) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* A quantity as a number. */}}
+{{- define "prefect-server.quantity" -}}
+{{- $text := include "prefect-server.text" . -}}
+{{- $units := dict "" 1.0 "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "P" 1e15 "Ki" 1024.0 "Mi" 1048576.0 "Gi" 1073741824.0 "Ti" 1099511627776.0 "Pi" 1125899906842624.0 -}}
+{{- $unit := regexFind "[A-Za-z]+$" $text -}}
+{{- mulf (float64 (trimSuffix $unit $text)) (get $units $unit) -}}
+{{- end -}}
+
+{{/* A container's requests and limits: (list path resources). */}}
+{{- define "prefect-server.validateResources" -}}
+{{- $path := index . 0 -}}
+{{- $requests := (index . 1).requests | default dict -}}
+{{- $limits := (index . 1).limits | default dict -}}
+{{- range $name, $value := $requests -}}
+{{- $limit := get $limits $name -}}
+{{- if and (kindIs "invalid" $value | not) (hasKey $limits $name) (kindIs "invalid" $limit | not) -}}
+{{- if gt (include "prefect-server.quantity" $value | float64) (include "prefect-server.quantity" $limit | float64) -}}
+{{- fail (printf "%s.requests.%s (%s) is above %s.limits.%s (%s). Raise the limit" $path $name (include "prefect-server.text" $value) $path $name (include "prefect-server.text" $limit)) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- range $name := concat (keys $requests) (keys $limits) | uniq | sortAlpha -}}
+{{- if or (contains "/" $name) (hasPrefix "hugepages-" $name) -}}
+{{- $limit := get $limits $name | default 0 -}}
+{{- $request := get $requests $name | default $limit -}}
+{{- if ne (include "prefect-server.quantity" $limit) (include "prefect-server.quantity" $request) -}}
+{{- fail (printf "%s.limits.%s is not the same as %s.requests.%s, which Kubernetes wants of what it cannot overcommit. Set limits.%s alone" $path $name $path $name $name) -}}
+{{- end -}}
+{{- $page := 1.0 -}}
+{{- if hasPrefix "hugepages-" $name -}}{{- $page = include "prefect-server.quantity" (trimPrefix "hugepages-" $name) | float64 -}}{{- end -}}
+{{- $pages := divf (include "prefect-server.quantity" $limit | float64) $page -}}
+{{- if ne (floor $pages) $pages -}}
+{{- fail (printf "%s.limits.%s is %s, which is no whole number of them. Set a whole number" $path $name (include "prefect-server.text" $limit)) -}}
+{{- end -}}
+{{- if and (hasPrefix "hugepages-" $name) (not (or $requests.cpu $requests.memory $limits.cpu $limits.memory)) -}}
+{{- fail (printf "%s.limits.%s needs a request of cpu or memory. Set %s.requests.memory" $path $name $path) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}

@@ -1,0 +1,106 @@
+{{/* What values become in a manifest: text, filled templates, merged lists. */}}
+
+{{/* A scalar as text: Go would print numbers from 10^6 on with an exponent. */}}
+{{- define "prefect-server.text" -}}
+{{- if kindIs "string" . -}}{{ . }}{{- else -}}{{ toJson . }}{{- end -}}
+{{- end -}}
+
+{{/* Fill the templates in a value, in place: (dict "root" "path" "value"). Text is a template where it names one of Helm's
+     objects (.Release, .Values, .Chart, .Capabilities, .Files, .Template), includes, or begins with a quoted text; all
+     else is kept as it is, such as the templates of Vault or Consul in annotations. An error of Helm names the path. */}}
+{{- define "prefect-server.fill" -}}
+{{- if kindIs "string" .value -}}
+{{- if regexMatch "\\{\\{(-? *([\"`]|(include|tpl|lookup) )|[^}]*\\.(Release|Values|Chart|Capabilities|Files|Template)\\b)" .value -}}
+{{- $_ := set . "value" (tpl (printf "{{/* %s */}}%s" (.path | replace "*/" "") .value) .root) -}}
+{{- end -}}
+{{- else if kindIs "map" .value -}}
+{{- $filled := dict -}}
+{{- range $key, $each := .value -}}
+{{- $name := dict "root" $.root "path" $.path "value" $key -}}
+{{- include "prefect-server.fill" $name -}}
+{{- $part := dict "root" $.root "path" (printf "%s.%s" $.path $key) "value" $each -}}
+{{- include "prefect-server.fill" $part -}}
+{{- $_ := set $filled $name.value $part.value -}}
+{{- end -}}
+{{- $_ := set . "value" $filled -}}
+{{- else if kindIs "slice" .value -}}
+{{- $filled := list -}}
+{{- range $index, $each := .value -}}
+{{- $part := dict "root" $.root "path" (printf "%s[%d]" $.path $index) "value" $each -}}
+{{- include "prefect-server.fill" $part -}}
+{{- $filled = append $filled $part.value -}}
+{{- end -}}
+{{- $_ := set . "value" $filled -}}
+{{- end -}}
+{{- end -}}
+
+{{/* A value with its templates filled, as YAML: (list root path value). */}}
+{{- define "prefect-server.filled" -}}
+{{- $part := dict "root" (index . 0) "path" (index . 1) "value" (index . 2) -}}
+{{- include "prefect-server.fill" $part -}}
+{{- toYaml $part.value -}}
+{{- end -}}
+
+{{/* A text with its templates filled: (list root path text). */}}
+{{- define "prefect-server.line" -}}
+{{- $part := dict "root" (index . 0) "path" (index . 1) "value" (index . 2) -}}
+{{- include "prefect-server.fill" $part -}}
+{{- $part.value -}}
+{{- end -}}
+
+{{/* Two lists of objects as one, in which of those with the same key the last wins: (list key list list). */}}
+{{- define "prefect-server.byKey" -}}
+{{- $key := index . 0 -}}
+{{- $last := dict -}}
+{{- $names := list -}}
+{{- range $each := concat (index . 1 | default list) (index . 2 | default list) -}}
+{{- $names = append $names (get $each $key) -}}
+{{- $_ := set $last (get $each $key) $each -}}
+{{- end -}}
+{{- $merged := list -}}
+{{- range uniq $names -}}{{- $merged = append $merged (get $last .) -}}{{- end -}}
+{{- toYaml $merged -}}
+{{- end -}}
+
+{{/* `labels` of an object: what the chart says of it, then commonLabels, then its own: (list root own path labels). */}}
+{{- define "prefect-server.mergedLabels" -}}
+{{- $root := index . 0 -}}
+{{- $common := include "prefect-server.filled" (list $root "commonLabels" $root.Values.commonLabels) | fromYaml -}}
+{{- $own := include "prefect-server.filled" (list $root (index . 2) (index . 3 | default dict)) | fromYaml -}}
+{{- $labels := mergeOverwrite dict $common $own (index . 1) -}}
+{{- range $key, $value := $labels -}}
+{{- if not (or (regexMatch "^(([A-Za-z0-9][A-Za-z0-9_.-]{0,61})?[A-Za-z0-9])?$" $value) (and (hasPrefix "runs." (index $ 2)) (contains "{{" $value))) -}}
+{{- fail (printf "%s.%s (or commonLabels) is %q, which is no value of a label: up to 63 letters, digits, - _ . that begin and end with a letter or a digit. Choose another, or an annotation" (index $ 2) $key $value) -}}
+{{- end -}}
+{{- end -}}
+{{- toYaml $labels -}}
+{{- end -}}
+
+{{/* Quantities of a container as text, without those that are null. */}}
+{{- define "prefect-server.quantities" -}}
+{{- $given := dict -}}
+{{- range $name, $value := . -}}
+{{- if not (kindIs "invalid" $value) -}}{{- $_ := set $given $name (include "prefect-server.text" $value) -}}{{- end -}}
+{{- end -}}
+{{- toYaml $given -}}
+{{- end -}}
+
+{{/* A container's `resources`. */}}
+{{- define "prefect-server.resources" -}}
+{{- $given := dict -}}
+{{- range $part, $quantities := . -}}
+{{- if $quantities -}}{{- $_ := set $given $part (include "prefect-server.quantities" $quantities | fromYaml) -}}{{- end -}}
+{{- end -}}
+{{- toYaml $given -}}
+{{- end -}}
+
+{{/* A Deployment's `strategy`: without the part of the default that another type does not have. */}}
+{{- define "prefect-server.strategy" -}}
+{{- toYaml (ternary (omit . "rollingUpdate") . (eq .type "Recreate")) -}}
+{{- end -}}
+
+{{/* The name of a component's StatefulSet: (list root component). Kubernetes adds a hash to it in a label of the pod. */}}
+{{- define "prefect-server.statefulSet" -}}
+{{- $suffix := printf "-%s" (index . 1) -}}
+{{- printf "%s%s" (regexReplaceAll "-+$" (include "prefect-server.fullname" (index . 0) | trunc (sub 52 (len $suffix) | int)) "") $suffix -}}
+{{- end -}}

@@ -1,0 +1,118 @@
+"""A Kubernetes API server with nothing behind it: it says what Kubernetes accepts, within seconds, as root or not."""
+
+import contextlib
+import json
+import os
+import ssl
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from tests.cluster import binaries, certificates
+from tests.parts import free_port, wait_until
+
+NAMESPACE = "prefect"
+
+ABSENT_OBJECTS = ("ServiceAccount", "Priority", "RuntimeClass", "StorageObjectInUseProtection")
+"""The admission plugins that ask for objects which an installation brings, such as a PriorityClass."""
+
+
+class ApiServer:
+    """Asks a Kubernetes API server whether it takes an object.
+
+    Args:
+        client: a client of the server, as its administrator.
+    """
+
+    def __init__(self, client: httpx.Client) -> None:
+        self.client = client
+        self._paths: dict[tuple[str, str], str] = {}
+
+    def refusal(self, manifest: str | dict[str, Any]) -> str | None:
+        """Return why the server refuses to create an object in `NAMESPACE`; None if it accepts the object.
+
+        Args:
+            manifest: the object, or its YAML as Helm sends it.
+        """
+        found = yaml.load(manifest, yaml.CSafeLoader) if isinstance(manifest, str) else manifest
+        text = manifest if isinstance(manifest, str) else json.dumps(manifest)
+        answer = self.client.post(
+            self._path(found["apiVersion"], found["kind"]),
+            params={"dryRun": "All", "fieldValidation": "Strict"},
+            content=text.encode(),
+            headers={"Content-Type": "application/yaml" if isinstance(manifest, str) else "application/json"},
+        )
+        if answer.is_success:
+            return None
+        return f"{found['kind']}/{found['metadata'].get('name')}: {answer.json()['message']}"
+
+    def create(self, manifest: dict[str, Any]) -> None:
+        """Create an object."""
+        self.client.post(self._path(manifest["apiVersion"], manifest["kind"]), json=manifest).raise_for_status()
+
+    def _path(self, version: str, kind: str) -> str:
+        if (version, kind) not in self._paths:
+            group = f"/apis/{version}" if "/" in version else f"/api/{version}"
+            for each in self.client.get(group).raise_for_status().json()["resources"]:
+                if "/" not in each["name"]:
+                    place = f"/namespaces/{NAMESPACE}" if each["namespaced"] else ""
+                    self._paths[version, each["kind"]] = f"{group}{place}/{each['name']}"
+        return self._paths[version, kind]
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[ApiServer]:
+    """Start an API server and its etcd, which keep their state in `folder`; they end with the block."""
+    binaries.install_packages({"etcd": binaries.PACKAGES["etcd"]})
+    kube = str(binaries.kube())
+    pki = folder / "pki"
+    authority = certificates.Authority(pki)
+    authority.issue("server", "kube-apiserver", hosts=["127.0.0.1"])
+    authority.issue("admin", "admin", "system:masters")
+    certificates.signing_key(pki / "accounts.key")
+    store, peers, port = (free_port() for _ in range(3))
+    etcd = [
+        "etcd", "--data-dir", str(folder / "etcd"), "--listen-client-urls", f"http://127.0.0.1:{store}",
+        "--advertise-client-urls", f"http://127.0.0.1:{store}", "--listen-peer-urls", f"http://127.0.0.1:{peers}",
+        "--initial-advertise-peer-urls", f"http://127.0.0.1:{peers}",
+        "--initial-cluster", f"default=http://127.0.0.1:{peers}", "--unsafe-no-fsync",
+    ]  # fmt: skip
+    server = [
+        kube, "kube-apiserver", f"--etcd-servers=http://127.0.0.1:{store}", "--bind-address=127.0.0.1",
+        f"--secure-port={port}", f"--tls-cert-file={pki}/server.crt", f"--tls-private-key-file={pki}/server.key",
+        f"--client-ca-file={pki}/ca.crt", "--service-cluster-ip-range=10.96.0.0/16,fd00::/112",
+        "--service-account-issuer=https://kubernetes.default.svc",
+        f"--service-account-key-file={pki}/accounts.key", f"--service-account-signing-key-file={pki}/accounts.key",
+        "--authorization-mode=AlwaysAllow", "--endpoint-reconciler-type=none",
+        f"--disable-admission-plugins={','.join(ABSENT_OBJECTS)}",
+    ]  # fmt: skip
+    context = ssl.create_default_context(cafile=str(pki / "ca.crt"))
+    context.load_cert_chain(pki / "admin.crt", pki / "admin.key")
+    with (
+        _running(etcd, folder / "etcd.log"),
+        _running(server, folder / "kube-apiserver.log"),
+        httpx.Client(base_url=f"https://127.0.0.1:{port}", verify=context, timeout=30) as client,
+    ):
+        wait_until(lambda: _ready(client), f"a Kubernetes API server; see {folder}/kube-apiserver.log")
+        found = ApiServer(client)
+        found.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}})
+        yield found
+
+
+@contextlib.contextmanager
+def _running(command: list[str], log: Path) -> Iterator[None]:
+    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output, env=os.environ) as process:
+        try:
+            yield
+        finally:
+            process.terminate()
+
+
+def _ready(client: httpx.Client) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return client.get("/readyz").text == "ok"
+    return False

@@ -1,0 +1,125 @@
+"""Whether Kubernetes and a Prefect server take what a chart renders."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+from prefect.client.schemas.objects import FlowRun
+from prefect.utilities.templating import apply_values
+from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
+
+from orchestration.deployments import desired
+from orchestration.deployments.objects import POOL, QUEUE
+from tests.cluster import apiserver, binaries
+from tests.helm.rendering import Object
+from tests.parts import wait_until
+
+REVISION = "5d4f8c7b9d"
+"""A hash that Kubernetes' StatefulSet controller might append to a name."""
+
+
+@contextlib.contextmanager
+def kubernetes(folder: Path) -> Iterator[apiserver.ApiServer]:
+    """Start an API server that knows the Gateway API's HTTPRoute."""
+    with apiserver.alone(folder) as api:
+        api.create(yaml.load(binaries.http_routes().read_text(), yaml.CSafeLoader))
+        group = "/apis/gateway.networking.k8s.io/v1"
+        wait_until(lambda: api.client.get(group).is_success, "the API of HTTPRoute")
+        yield api
+
+
+def refusals(api: apiserver.ApiServer, rendered: str) -> list[str]:
+    """Return why the API server refuses objects of a rendered chart, or pods of its StatefulSets."""
+    found = []
+    for manifest in re.split(r"^---\n", rendered, flags=re.MULTILINE):
+        each = yaml.load(manifest, yaml.CSafeLoader)
+        if each:
+            found += [api.refusal(manifest), *(api.refusal(pod) for pod in _pods(each))]
+    return [each for each in found if each]
+
+
+def _pods(each: Object) -> list[Object]:
+    """Return the objects that Kubernetes' StatefulSet controller makes of a StatefulSet."""
+    if each["kind"] != "StatefulSet":
+        return []
+    set_name, spec = each["metadata"]["name"], each["spec"]
+    name = f"{set_name}-0"
+    labels = spec["template"]["metadata"]["labels"] | {
+        "controller-revision-hash": f"{set_name}-{REVISION}",
+        "statefulset.kubernetes.io/pod-name": name,
+        "apps.kubernetes.io/pod-index": "0",
+    }
+    claims = [
+        {"apiVersion": "v1", "kind": "PersistentVolumeClaim"}
+        | claim
+        | {"metadata": {"name": f"{claim['metadata']['name']}-{name}", "labels": spec["selector"]["matchLabels"]}}
+        for claim in spec.get("volumeClaimTemplates", [])
+    ]
+    mounted = [
+        {
+            "name": claim["metadata"]["name"].removesuffix(f"-{name}"),
+            "persistentVolumeClaim": {"claimName": claim["metadata"]["name"]},
+        }
+        for claim in claims
+    ]
+    template = spec["template"]["spec"]
+    pod = template | {
+        "hostname": name,
+        "subdomain": spec["serviceName"],
+        "volumes": [*template.get("volumes", []), *mounted],
+    }
+    metadata = {"name": name, "labels": labels, "annotations": spec["template"]["metadata"].get("annotations")}
+    return [{"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": pod}, *claims]
+
+
+def synced_file(rendered: str) -> str:
+    """Return the file with the pool that a release's `sync` reads."""
+    for each in yaml.load_all(rendered, yaml.CSafeLoader):
+        if each and each["kind"] == "ConfigMap" and "pool.yaml" in (each.get("data") or {}):
+            return str(each["data"]["pool.yaml"])
+    raise AssertionError("The release has no file with its pool")
+
+
+def job(template: Object, **variables: Any) -> Object:
+    """Return the Job that Prefect's worker makes of a run with a base job template."""
+    properties = template["variables"]["properties"].items()
+    defaults = {name: rule["default"] for name, rule in properties if rule.get("default") is not None}
+    configuration = KubernetesWorkerJobConfiguration(
+        **apply_values(template["job_configuration"], defaults | variables)
+    )
+    configuration.prepare_for_flow_run(FlowRun(flow_id="00000000-0000-0000-0000-000000000000", name="a-run"))
+    manifest: Object = configuration.job_manifest
+    for misplaced in ("parallelism", "completions"):  # Prefect insists on them, where Kubernetes has no such fields
+        del manifest["spec"]["template"]["spec"][misplaced]
+    return manifest
+
+
+def pool_refusals(api: apiserver.ApiServer, server: httpx.Client, rendered: str, folder: Path) -> list[str]:
+    """Return why `sync`, the Prefect server or Kubernetes refuse a release's pool, its queues or a run's Job."""
+    file = folder / "pool.yaml"
+    file.write_text(synced_file(rendered))
+    wanted = desired.read([file], owner="the tests")
+    [pool] = wanted.of(POOL)
+    answers = [server.post("/work_pools/", json={"name": pool.key, **_sent(pool.fields)})]
+    path = "/work_pools/"
+    if answers[0].is_success:
+        answers += [
+            server.post(
+                f"/work_pools/{pool.key}/queues", json={"name": each.key.partition("/")[2], **_sent(each.fields)}
+            )
+            for each in wanted.of(QUEUE)
+            if not each.key.endswith("/default")
+        ]
+        server.delete(f"/work_pools/{pool.key}").raise_for_status()
+    refused = [f"{path}: {each.text}" for each in answers if not each.is_success]
+    if not refused and (said := api.refusal(job(pool.fields["base_job_template"]))):
+        refused.append(f"The Job of a run: {said}")
+    return refused
+
+
+def _sent(fields: Object) -> Object:
+    return {name: value for name, value in fields.items() if value is not None}

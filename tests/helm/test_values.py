@@ -1,0 +1,367 @@
+"""Any values: a chart refuses them with their key, or Kubernetes and the Prefect server take what they render."""
+
+import asyncio
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from orchestration.api import connected
+from orchestration.deployments import desired
+from orchestration.deployments.objects import POOL
+from orchestration.deployments.sync import sync
+from orchestration.settings import ROOT
+from tests.cluster import binaries
+from tests.cluster.apiserver import ApiServer
+from tests.cluster.progress import ClusterError
+from tests.helm import acceptance, values
+from tests.helm.rendering import Object, environment, one, pod_specs, render, rendered
+from tests.helm.test_charts import CHARTS
+from tests.parts import client_of, examples, free_port, wait_until
+
+WAYS: dict[str, list[Object]] = {
+    "prefect-server": [
+        {},
+        {
+            "api": {"autoscaling": {"enabled": True}},
+            "services": {"replicas": 2},
+            "ingress": {"enabled": True, "hosts": [{"host": "prefect.example.com"}]},
+            "httpRoute": {"enabled": True, "parentRefs": [{"name": "gateway"}]},
+        },
+        {
+            "auth": {"existingSecret": "auth"},
+            "database": {"bundled": {"enabled": False}, "external": {"existingSecret": "database"}},
+            "redis": {"bundled": {"enabled": False}, "external": {"existingSecret": "redis"}},
+        },
+        {"service": {"type": "NodePort"}, "api": {"replicas": 2}, "networkPolicy": {"apiFrom": [{"podSelector": {}}]}},
+        {"service": {"type": "LoadBalancer"}},
+    ],
+    "prefect-work-pool": [
+        {},
+        {"worker": {"autoscaling": {"enabled": True}}, "runs": {"results": {"storage": "volume"}}},
+        {
+            "worker": {"replicas": 2, "serviceAccount": {"name": "mine"}},
+            "reconciler": {"serviceAccount": {"name": "mine"}},
+            "runs": {"results": {"storage": "s3", "s3": {"bucket": "data"}}, "image": {"tag": "2"}},
+            "pool": {"queues": [{"name": "urgent"}]},
+        },
+        {"runs": {"results": {"storage": "redis", "redis": {"existingSecret": "redis"}}}},
+    ],
+}
+"""By chart: the defaults, and values that turn on what is off by default."""
+
+
+@pytest.fixture(scope="module")
+def kubernetes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
+    with acceptance.kubernetes(tmp_path_factory.mktemp("kubernetes")) as api:
+        yield api
+
+
+@pytest.fixture(scope="module")
+def server(prefect_server: str) -> Iterator[httpx.Client]:
+    with client_of(prefect_server) as client:
+        yield client
+
+
+@pytest.fixture(params=CHARTS)
+def chart(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def _tagged(given: Object) -> Object:
+    return given | {"image": {"tag": "1"} | given.get("image", {})}
+
+
+class Judge:
+    """Tries values of a chart on real servers.
+
+    Args:
+        kubernetes: an API server.
+        server: a client of a Prefect server.
+        folder: for the file that `sync` reads.
+    """
+
+    def __init__(self, kubernetes: ApiServer, server: httpx.Client, folder: Path) -> None:
+        self.kubernetes = kubernetes
+        self.server = server
+        self.folder = folder
+
+    def refusal(self, chart: str, given: Object, release: str = "test") -> str | None:
+        """Return the chart's refusal of values; None if it takes them, and all servers what they render."""
+        try:
+            text = rendered(chart, _tagged(given), release)
+        except ClusterError as error:
+            return str(error)
+        found = acceptance.refusals(self.kubernetes, text)
+        if chart == "prefect-work-pool":
+            found += acceptance.pool_refusals(self.kubernetes, self.server, text, self.folder)
+        assert not found, f"{found} of release {release} with {given}"
+        return None
+
+
+@pytest.fixture
+def judge(kubernetes: ApiServer, server: httpx.Client, tmp_path: Path) -> Judge:
+    return Judge(kubernetes, server, tmp_path)
+
+
+def _names(message: str, paths: list[values.Path]) -> bool:
+    """Return whether a refusal is the chart's own and names one of the keys."""
+    own = any(part in message for part in ("specifications of the schema", "execution error at", "{{/*"))
+    return own and any(key in message for path in paths for key in (path[-1], ".".join(path)))
+
+
+@st.composite
+def _drawn(draw: st.DrawFn, chart: str, mistaken: bool = False) -> tuple[Object, list[values.Path]]:
+    """Draw a few keys with what their schema takes; one of them with a mistake, if `mistaken`."""
+    of_chart = values.keys(chart)
+    paths = draw(st.lists(st.sampled_from(sorted(of_chart)), min_size=1, max_size=2 if mistaken else 4, unique=True))
+    given: Object = draw(st.sampled_from(WAYS[chart]))
+    for path in paths:
+        given = values.put(given, path, draw(of_chart[path]))
+    if mistaken:
+        given = values.put(given, paths[0], draw(st.sampled_from(values.MISTAKES)))
+    return given, paths
+
+
+def _tried(chart: str, judge: Judge, share: float, mistaken: bool) -> None:
+    @settings(max_examples=examples(share), deadline=None, suppress_health_check=list(HealthCheck))
+    @given(_drawn(chart, mistaken), values.RELEASE)
+    def tried(drawn: tuple[Object, list[values.Path]], release: str) -> None:
+        given_values, paths = drawn
+        refusal = judge.refusal(chart, given_values, release)
+        if refusal:
+            assert _names(refusal, [*paths, ("fullnameOverride",)]), f"{refusal} of {release} with {given_values}"
+
+    tried()
+
+
+def test_drawn_values_are_accepted_by_servers_or_refused_with_their_key(chart: str, judge: Judge) -> None:
+    _tried(chart, judge, share=0.5, mistaken=False)
+
+
+def test_values_of_another_type_are_accepted_by_servers_or_refused_with_their_key(chart: str, judge: Judge) -> None:
+    _tried(chart, judge, share=0.25, mistaken=True)
+
+
+NOWHERE = {
+    "global": "values of other charts may refer to it",
+    "runs.pod.sidecars": "refused",
+    "sync.pod.sidecars": "refused",
+    "migrations.pod.sidecars": "refused",
+    "tests.pod.sidecars": "refused",
+}
+"""Keys whose value is in no object, and why."""
+
+
+def _text(chart: str, given: Object) -> str:
+    text = rendered(chart, _tagged(given))
+    return re.sub(r"^data:\n  .*: [A-Za-z0-9+/=]+$", "", text, flags=re.MULTILINE)  # a password is new each time
+
+
+def test_value_of_a_key_is_in_what_is_rendered(chart: str) -> None:
+    """Nothing is dropped without a word."""
+    of_chart = values.keys(chart)
+    names = sorted(path for path in of_chart if ".".join(path) not in NOWHERE)
+
+    @settings(max_examples=examples(0.25), deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.sampled_from(names), st.data())
+    def tried(path: values.Path, data: st.DataObject) -> None:
+        default = yaml.safe_load((ROOT / "helm" / chart / "values.yaml").read_text())
+        for key in path:
+            default = default.get(key) if isinstance(default, dict) else None
+        others = of_chart[path].filter(lambda drawn: drawn != default and bool(drawn) | (default is True))
+        given_value = data.draw(others)
+        refusals = []
+        for way in WAYS[chart]:
+            try:
+                changed = _text(chart, values.put(way, path, given_value))
+            except ClusterError as error:
+                refusals.append(str(error))
+                continue
+            if changed != _text(chart, way):
+                return
+        assert refusals, f"{'.'.join(path)}: {given_value!r} changes nothing"
+
+    tried()
+
+
+def test_key_that_a_template_needs_cannot_be_null(chart: str) -> None:
+    """Helm removes a key that is null: the schema asks for each that has a default, and pods do without theirs."""
+    root = values.schema(chart)
+
+    def check(default: Any, rule: Object, path: str) -> None:
+        while "$ref" in rule or ("allOf" in rule and "properties" not in rule):
+            definition = rule.get("$ref") or rule["allOf"][0]["$ref"]
+            rule = root["$defs"][definition.rpartition("/")[2]] | {
+                key: each for key, each in rule.items() if key == "required"
+            }
+        if (
+            path.endswith((".pod", "Probe", ".resources", ".lifecycle", ".strategy", ".timeouts"))
+            or not isinstance(default, dict)
+            or "properties" not in rule
+        ):
+            return
+        needed = {key for key, each in default.items() if each is not None} - {"minAvailable", "maxUnavailable"}
+        assert needed <= set(rule.get("required", ())), f"{path}: {sorted(needed - set(rule.get('required', ())))}"
+        for key, each in default.items():
+            check(each, rule["properties"][key], f"{path}.{key}")
+
+    check(yaml.safe_load((ROOT / "helm" / chart / "values.yaml").read_text()), root, "")
+
+
+LONGEST = "a" * 53
+
+CASES: dict[str, tuple[str, Object, str]] = {
+    "quantities as numbers": (
+        "prefect-work-pool",
+        {"runs": {"resources": {"requests": {"cpu": 2, "memory": "1Gi"}, "limits": {"memory": 2_000_000_000}}}},
+        "test",
+    ),
+    "variables as numbers": (
+        "prefect-work-pool",
+        {"runs": {"env": [{"name": "PORT", "value": 8080}, {"name": "DEBUG", "value": True}]}},
+        "test",
+    ),
+    "longest name with a volume of results": (
+        "prefect-work-pool",
+        {"runs": {"results": {"storage": "volume"}}},
+        LONGEST,
+    ),
+    "longest name with a database": ("prefect-server", {}, LONGEST),
+    "a volume in place of the chart's": (
+        "prefect-work-pool",
+        {"runs": {"pod": {"volumes": [{"name": "tmp", "emptyDir": {"sizeLimit": "20Gi"}}]}}},
+        "test",
+    ),
+    "one label in two places": (
+        "prefect-work-pool",
+        {"commonLabels": {"team": "a"}, "pod": {"labels": {"team": "b"}}, "runs": {"labels": {"team": "c"}}},
+        "test",
+    ),
+    "templates of Vault": (
+        "prefect-server",
+        {"pod": {"annotations": {"a": '{{- with secret "db" -}}{{ .Data.data.password }}{{- end }}'}}},
+        "test",
+    ),
+    "numbers from 10^6 on": (
+        "prefect-work-pool",
+        {
+            "pool": {"concurrencyLimit": 2_000_000, "queues": [{"name": "a", "priority": 1_000_000}]},
+            "runs": {"terminationGracePeriodSeconds": 3_000_000, "ttlSecondsAfterFinished": 2_000_000},
+            "worker": {"terminationGracePeriodSeconds": 3_000_000, "prefetchSeconds": 1_000_000},
+        },
+        "test",
+    ),
+    "another strategy than the default's": ("prefect-server", {"api": {"strategy": {"type": "Recreate"}}}, "test"),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_values_that_kubernetes_takes_are_accepted(judge: Judge, case: tuple[str, Object, str]) -> None:
+    assert judge.refusal(*case) is None
+
+
+def test_resources_that_are_no_job_variables_are_those_of_every_run(judge: Judge) -> None:
+    resources = {"requests": {"ephemeral-storage": "1Gi"}, "limits": {"nvidia.com/gpu": 1, "ephemeral-storage": "2Gi"}}
+    text = rendered("prefect-work-pool", {"image": {"tag": "1"}, "runs": {"resources": resources}})
+    template = yaml.safe_load(acceptance.synced_file(text))["work_pools"][0]["base_job_template"]
+    made = acceptance.job(template)
+    assert judge.kubernetes.refusal(made) is None
+    [container] = made["spec"]["template"]["spec"]["containers"]
+    assert container["resources"] == {
+        "requests": {"cpu": "200m", "memory": "384Mi", "ephemeral-storage": "1Gi"},
+        "limits": {"memory": "1Gi", "nvidia.com/gpu": "1", "ephemeral-storage": "2Gi"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("given_value", "text"),
+    [(2_000_000, "2000000"), (-5_000_000, "-5000000"), (0.25, "0.25"), (True, "true"), ("{{ x }}", "{{ x }}")],
+    ids=str,
+)
+def test_setting_is_the_text_that_was_written(chart: str, given_value: Any, text: str) -> None:
+    objects = render(chart, {"image": {"tag": "1"}, "settings": {"PREFECT_A": given_value}})
+    for name, spec in pod_specs(objects).items():
+        [container] = [
+            each for each in spec["containers"] if each["name"] in ("api", "services", "worker", "sync")
+        ] or [None]
+        if container:
+            assert environment(container)["PREFECT_A"] == text, name
+
+
+def test_value_of_a_component_wins_also_where_it_is_false() -> None:
+    written = {"containerSecurityContext": {"readOnlyRootFilesystem": False}}
+    objects = render("prefect-work-pool", {"image": {"tag": "1"}, "worker": {"pod": written}})
+    [container] = pod_specs(objects)["Deployment/test-prefect-work-pool-worker"]["containers"]
+    assert container["securityContext"]["readOnlyRootFilesystem"] is False
+    budget = {"podDisruptionBudget": {"minAvailable": 0}}
+    objects = render("prefect-work-pool", {"image": {"tag": "1"}, "reconciler": budget})
+    assert one(objects, "PodDisruptionBudget", "test-prefect-work-pool-reconciler")["spec"]["minAvailable"] == 0
+
+
+EXAMPLES = sorted((ROOT / "helm" / "prefect-work-pool" / "examples").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example_of_the_work_pool_is_synced_to_a_fresh_server(
+    server: httpx.Client, tmp_path: Path, example: Path
+) -> None:
+    """With the deployments of prefect.yaml, as the release's Job does."""
+    given_values = yaml.safe_load(example.read_text())
+    file = tmp_path / "pool.yaml"
+    file.write_text(acceptance.synced_file(rendered("prefect-work-pool", given_values)))
+    wanted = desired.read([ROOT / "prefect.yaml", file], owner=f"the tests of {example.stem}", directory=ROOT)
+
+    async def synced() -> None:
+        async with connected() as api:
+            await sync(api, wanted, prune=True, adopt=True)
+
+    asyncio.run(synced())
+    for each in server.post("/deployments/filter", json={}).json():
+        server.delete(f"/deployments/{each['id']}").raise_for_status()
+    [pool] = wanted.of(POOL)
+    server.delete(f"/work_pools/{pool.key}").raise_for_status()
+
+
+PASSWORD = "p@s:s/w#r%d?&=+ \\\"'$(REDIS_URL)`é" + "x" * 20
+
+
+def test_password_with_every_character_opens_the_bundled_redis(tmp_path: Path) -> None:
+    """The commands of the chart's containers, with what Kubernetes makes of their variables."""
+    specs = pod_specs(render("prefect-server", {"image": {"tag": "1"}}))
+    binaries.install_packages({"redis-server": "redis-server"})
+    port = free_port()
+    script = specs["Deployment/test-prefect-server-redis"]["containers"][0]["args"][0]
+    script = script.replace("/tmp", str(tmp_path)).replace("valkey-server", "redis-server")  # noqa: S108
+    [api] = specs["Deployment/test-prefect-server-api"]["containers"]
+    assert environment(api)["PREFECT_SERVER_DOCKET_URL"] == "$(REDIS_URL)"
+    url = f"redis://:{PASSWORD}@127.0.0.1:{port}/0"
+    named = {"PREFECT_REDIS_MESSAGING_URL": url, "PREFECT_SERVER_DOCKET_URL": url, "REDIS_URL": url}
+    variables = os.environ | named | {"REDIS_PASSWORD": PASSWORD}
+    code = (
+        "import os, redis; [redis.Redis.from_url(os.environ[name]).ping() for name in "
+        "('PREFECT_REDIS_MESSAGING_URL', 'PREFECT_SERVER_DOCKET_URL')]"
+    )
+    tini, arguments = api["command"][:3], api["command"][3:]
+    assert tini == ["tini", "-g", "--"]
+    with subprocess.Popen(["sh", "-c", script.rstrip() + f" --port {port}"], env=variables) as redis:
+        try:
+            wait_until(lambda: _listens(port), "a Redis")
+            subprocess.run([*arguments, sys.executable, "-c", code], env=variables, check=True)
+        finally:
+            redis.terminate()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
