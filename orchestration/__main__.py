@@ -3,15 +3,21 @@
 import argparse
 import asyncio
 import atexit
+import contextlib
+import functools
 import gc
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 # Beyond these, a command imports what it needs: --help is there at once.
 from orchestration.errors import DeploymentsError, PipelineError
+
+if TYPE_CHECKING:
+    from orchestration.api import Server
+    from orchestration.deployments.desired import Desired
 
 NOTHING, FAILED, DIFFERS, INTERRUPTED = 0, 1, 2, 130
 """Exit statuses."""
@@ -109,25 +115,41 @@ def _owner(options: argparse.Namespace) -> str:
     return str(name)
 
 
-async def _plan(options: argparse.Namespace) -> int:
+@contextlib.asynccontextmanager
+async def _wanted(options: argparse.Namespace) -> AsyncIterator[tuple["Server", "Desired"]]:
+    """The server, and what the files want of it. A mistake in the files is found without it where they name none of
+    its variables.
+    """
     from orchestration.api import connected
-    from orchestration.deployments import desired, plan, show
+    from orchestration.deployments import desired, files, server, templates
 
-    pool = desired.default_pool()
-    wanted = desired.read(_files(options), owner=options.owner, directory=options.directory, default_pool=pool)
+    documents = files.read(_files(options))
+    read = functools.partial(
+        desired.of,
+        documents,
+        owner=options.owner,
+        directory=options.directory,
+        default_pool=desired.default_pool(),
+    )
+    names = templates.variables_of(documents)
+    wanted = None if names else read()
     async with connected(options.wait) as api:
+        yield api, wanted or read(variables=await server.variables(api, names))
+
+
+async def _plan(options: argparse.Namespace) -> int:
+    from orchestration.deployments import plan, show
+
+    async with _wanted(options) as (api, wanted):
         found = await plan.make(api, wanted, prune=options.prune, adopt=options.adopt)
     (show.plan_json if options.json else show.plan)(found)
     return DIFFERS if found.changes else NOTHING
 
 
 async def _sync(options: argparse.Namespace) -> int:
-    from orchestration.api import connected
-    from orchestration.deployments import desired, show, sync
+    from orchestration.deployments import show, sync
 
-    pool = desired.default_pool()
-    wanted = desired.read(_files(options), owner=options.owner, directory=options.directory, default_pool=pool)
-    async with connected(options.wait) as api:
+    async with _wanted(options) as (api, wanted):
         carried_out = await sync.sync(api, wanted, prune=options.prune, adopt=options.adopt, report=show.report)
     show.done(carried_out)
     return NOTHING
@@ -149,7 +171,7 @@ async def _diff(options: argparse.Namespace) -> int:
 
 async def _export(options: argparse.Namespace) -> int:
     from orchestration.api import connected
-    from orchestration.deployments import export
+    from orchestration.deployments import export, objects
 
     owner = _owner(options) if options.mine else options.owner or _name() or "exported"
     async with connected() as api:
@@ -159,6 +181,8 @@ async def _export(options: argparse.Namespace) -> int:
         options.output.write_text(text)
     else:
         print(text, end="")
+    for name, reason in sorted(export.unsaid(found).items()):
+        print(f"Left out: {objects.spoken(name)} {reason}", file=sys.stderr)
     for other, number in sorted(others.items()):
         print(f"Left out: {number} of {other}. Export them by --owner '{other}'", file=sys.stderr)
     return NOTHING

@@ -168,10 +168,11 @@ def test_pip_server_flow_deploy_and_worker(
         assert f"http://127.0.0.1:{port}/runs/flow-run/" in output
         output = _run(_command("prefect deploy "), clone, environment)
         assert "successfully created" in output
-        shown = _run("prefect deployment inspect dbt-pipeline/dbt-pipeline-daily", clone, environment)
-        assert re.search(r"'cron': '0 6 \* \* \*'", shown), shown
         scheduled = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
         with client_of(f"http://127.0.0.1:{port}/api") as api:
+            made = asked(api, "GET", "/deployments/name/dbt-pipeline/dbt-pipeline-daily")
+            [schedule] = [each["schedule"] for each in made["schedules"]]
+            assert f'cron: "{schedule["cron"]}", timezone: {schedule["timezone"]}' in README
             wait_until(lambda: asked(api, "POST", "/flow_runs/filter", scheduled), "the schedule's runs", 120)
         with _running(_command("make worker"), clone, environment, tmp_path / "worker.log"):
             ask = _command("prefect deployment run")

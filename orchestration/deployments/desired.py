@@ -20,13 +20,24 @@ automations: [{name: ..., trigger: {...}, actions: [...]}]
 import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    ValidationError,
+    field_validator,
+)
 
-from orchestration.deployments import files, schedules
+from orchestration.deployments import files, schedules, templates
 from orchestration.deployments.files import Map
 from orchestration.deployments.objects import (
     AUTOMATION,
@@ -47,9 +58,22 @@ from orchestration.deployments.objects import (
 )
 from orchestration.errors import DeploymentsError
 
+UNKNOWN = {"__prefect_kind": "workspace_variable"}
+"""Stands for a value that is known with the server alone, which thus fits every parameter."""
+
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+
+def _text(value: Any) -> Any:
+    """A tag may be a number."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _truth(value: Any) -> Any:
+    """A schedule's truth may come from the environment, as text."""
+    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
 
 
 class _Schedule(_Model):
@@ -59,7 +83,7 @@ class _Schedule(_Model):
     timezone: str | None = None
     anchor_date: Any = None
     day_or: Any = None
-    active: StrictBool | None = None
+    active: Annotated[StrictBool | None, BeforeValidator(_truth)] = None
     parameters: dict[str, Any] = {}
     slug: str | None = Field(default=None, min_length=1)
     replaces: str | None = None
@@ -77,13 +101,29 @@ class _Limit(_Model):
     grace_period_seconds: StrictInt | None = Field(default=None, ge=60, le=86400)
 
 
+def _name(value: str) -> str:
+    """A name that the server takes.
+
+    Raises:
+        ValueError: why it does not.
+    """
+    if not value.strip("' \""):
+        raise ValueError("is blank: choose another")
+    if found := sorted({*value} & {*"/%&<>"}):
+        raise ValueError(f"has {' '.join(found)}, which the server takes in no name: choose another")
+    if value.endswith(".py"):
+        raise ValueError("ends with .py, which `prefect deploy` takes off: choose another")
+    return value
+
+
 class _Deployment(_Model):
     name: str = Field(min_length=1)
     version: str | None = None
     version_type: str | None = None
     description: str | None = None
-    tags: list[str] | None = None
+    tags: list[Annotated[str, BeforeValidator(_text)]] | None = None
     entrypoint: str
+    path: str | None = None
     flow_name: str | None = None
     parameters: dict[str, Any] | None = None
     enforce_parameter_schema: StrictBool | None = None
@@ -99,10 +139,15 @@ class _Deployment(_Model):
 
     @field_validator("name")
     @classmethod
-    def _no_slash(cls, value: str) -> str:
+    def _takes(cls, value: str) -> str:
         if "/" in value:
             raise ValueError("a deployment's name has no slash: FLOW/NAME is said with it")
-        return value
+        return _name(value)
+
+    @field_validator("schedule", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return None if value == {} else value  # as `prefect init` writes it
 
     @field_validator("concurrency_limit", mode="before")
     @classmethod
@@ -112,7 +157,7 @@ class _Deployment(_Model):
     @field_validator("pull", mode="before")
     @classmethod
     def _one_step(cls, value: Any) -> Any:
-        return [value] if isinstance(value, dict) and value else value
+        return None if value == {} else [value] if isinstance(value, dict) else value
 
 
 class _Queue(_Model):
@@ -199,7 +244,7 @@ class _File(_Model):
     @field_validator("pull", mode="before")
     @classmethod
     def _one_step(cls, value: Any) -> Any:
-        return [value] if isinstance(value, dict) and value else value
+        return None if value == {} else [value] if isinstance(value, dict) else value
 
 
 @dataclass
@@ -241,10 +286,33 @@ def read(
     Raises:
         DeploymentsError: the first mistake: what, where (FILE:LINE) and the cure.
     """
-    documents = files.read(paths)
+    return of(files.read(paths), owner=owner, directory=directory, default_pool=default_pool, offline=offline)
+
+
+def of(
+    documents: Sequence[Map],
+    *,
+    owner: str = "",
+    directory: Path | None = None,
+    default_pool: str = "",
+    offline: bool = False,
+    variables: Mapping[str, Any] | None = None,
+) -> Desired:
+    """Import the flows of the documents of files and check all that needs no server.
+
+    Args:
+        documents: filled in where they have placeholders.
+        owner: as for :func:`read`.
+        directory: as for :func:`read`.
+        default_pool: as for :func:`read`.
+        offline: as for :func:`read`.
+        variables: those of the server that deployments name, by name.
+
+    Raises:
+        DeploymentsError: the first mistake: what, where (FILE:LINE) and the cure.
+    """
     missing: list[str] | None = [] if offline else None
-    for document in documents:
-        files.filled(document, document.at(), missing)
+    templates.fill(documents, variables or {}, missing)
     checked = [_checked(document) for document in documents]
     name = owner or next((each.name for each in checked if each.name), None)
     if not name:
@@ -253,7 +321,7 @@ def read(
         )
     desired = Desired(name, notes=list(missing or ()))
     for document, model in zip(documents, checked, strict=True):
-        _Reader(desired, document, model, directory or Path.cwd(), default_pool).all()
+        _Reader(desired, document, model, directory, default_pool).all()
     return desired
 
 
@@ -313,7 +381,7 @@ class _Reader:
     desired: Desired
     document: Map
     model: _File
-    directory: Path
+    directory: Path | None
     default_pool: str
 
     def all(self) -> None:
@@ -380,8 +448,13 @@ class _Reader:
         self, read: Callable[[Mapping[str, Any]], dict[str, Any]], raw: Mapping[str, Any], *path: str | int
     ) -> dict[str, Any]:
         """What Prefect makes of an automation or a trigger."""
+        from prefect.server.events.schemas.automations import AutomationCreate
+
         try:
-            return read(raw)
+            fields = read(raw)
+            # Prefect's client knows triggers that only Prefect Cloud has.
+            AutomationCreate.model_validate(deepcopy(fields) | {"name": raw.get("name") or "automation"})
+            return fields
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             steps = [step for step in first["loc"] if step in raw or isinstance(step, int) or str(step).islower()]
@@ -406,12 +479,20 @@ class _Reader:
                 f"{wanted.flow_name}. Correct or remove flow_name"
             )
         parameters = wanted.parameters or {}
+        for given in (parameters, *(each.parameters for each in wanted.schedules or [])):
+            if name := next((name for name, value in given.items() if templates.is_for_a_run(value)), ""):
+                raise DeploymentsError(
+                    f"{self.at(*path, 'parameters')}: deployment {wanted.name}: parameter {name} has a __prefect_kind, "
+                    "which the server fills in for a run that somebody starts, not in a deployment. Write the value, "
+                    "or {{ prefect.variables.NAME }}"
+                )
         listed = self.schedules(wanted, *path)
         if wanted.enforce_parameter_schema is not False:
             # What starts by itself has nobody to ask for what is missing.
             started = [parameters | each["parameters"] for each in listed.values()] or [parameters]
             for each in started:
-                for problem in flows.problems(each, flow.schema, complete=bool(listed)):
+                known = {key: UNKNOWN if templates.is_unknown(value) else value for key, value in each.items()}
+                for problem in flows.problems(known, flow.schema, complete=bool(listed)):
                     raise DeploymentsError(f"{self.at(*path, 'parameters')}: deployment {wanted.name}: {problem}")
         limit = wanted.concurrency_limit or _Limit()
         options = None
@@ -427,15 +508,23 @@ class _Reader:
                 f"{self.at(*path)}: deployment {wanted.name} names no work pool. Add `work_pool: {{name: ...}}`"
             )
         pull = wanted.pull if "pull" in wanted.model_fields_set else self.model.pull
+        if pull is None and self.model.pull:
+            pull = self.model.pull
         if pull is None:
-            step = {"directory": str(self.directory)}
+            if (pool.job_variables or {}).get("image") and not self.directory:
+                raise DeploymentsError(
+                    f"{self.at(*path)}: deployment {wanted.name} has an image of its own, and no `pull` says where its "
+                    "flow is there. Add `pull: [{prefect.deployments.steps.set_working_directory: {directory: ...}}]`, "
+                    "for example /opt/prefect"
+                )
+            step = {"directory": str(self.directory or Path.cwd())}
             pull = [{"prefect.deployments.steps.set_working_directory": step}]
         fields = {
             "description": wanted.description or flow.description,
-            "version": wanted.version,
-            "tags": sorted(set(wanted.tags or [])),
+            "version": wanted.version or flow.version,
+            "tags": sorted({each for each in wanted.tags or [] if each.strip()}),
             "entrypoint": wanted.entrypoint,
-            "path": None,
+            "path": wanted.path,
             "pull_steps": _plain(pull),
             "work_pool_name": pool_name,
             "work_queue_name": pool.work_queue_name or "default",
@@ -454,12 +543,19 @@ class _Reader:
     def schedules(self, wanted: _Deployment, *path: str | int) -> dict[str, dict[str, Any]]:
         given = [(each, ("schedules", number)) for number, each in enumerate(wanted.schedules or [])]
         if wanted.schedule:
+            if "schedules" in wanted.model_fields_set:
+                raise DeploymentsError(
+                    f"{self.at(*path, 'schedule')}: deployment {wanted.name} has schedule and schedules. Write all of "
+                    "them under schedules"
+                )
             given.append((wanted.schedule, ("schedule",)))  # type: ignore[arg-type]
         listed: list[dict[str, Any]] = []
         slugs: dict[str, str] = {}
         for each, below in given:
             raw = each.model_dump()
             where = self.at(*path, *below)
+            if templates.is_unknown(raw):  # noted
+                continue
             if problem := schedules.problem(raw):
                 key = next((key for key in ("timezone", "anchor_date") if problem.startswith(key)), "")
                 raise DeploymentsError(
@@ -472,7 +568,13 @@ class _Reader:
                 )
             slugs[each.slug or ""] = where
             form = schedules.normal(raw)
-            known = {"schedule": form, "active": each.active, "parameters": _plain(each.parameters), "slug": each.slug}
+            known = {
+                "schedule": form,
+                "active": each.active,
+                "parameters": _plain(each.parameters),
+                "slug": each.slug,
+                "zoned": each.timezone is not None,
+            }
             if each.slug is None and any(known == other for other in listed):
                 raise DeploymentsError(f"{where}: deployment {wanted.name} has this schedule twice. Remove one")
             listed.append(known)
@@ -488,7 +590,7 @@ class _Reader:
                     f"{self.at(*below)}: deployment {wanted.name} has two triggers {name}. Rename one"
                 )
             fields = self.understood(trigger, raw, *below)
-            made[str(name)] = fields | {"enabled": raw.get("enabled")}
+            made[str(name)] = fields | {"enabled": fields["enabled"] if raw.get("enabled") is not None else None}
         return made
 
 

@@ -11,6 +11,7 @@ import yaml
 from orchestration.api import JSON, Server
 from orchestration.deployments import record as records_of
 from orchestration.deployments import server as api
+from orchestration.deployments import templates
 from orchestration.deployments.objects import (
     AUTOMATION,
     DEPLOYMENT,
@@ -24,6 +25,20 @@ from orchestration.deployments.objects import (
     Name,
     Object,
 )
+
+FILLED_IN = (
+    "description",
+    "version",
+    "tags",
+    "entrypoint",
+    "path",
+    "parameters",
+    "job_variables",
+    "work_pool_name",
+    "work_queue_name",
+    "schedules",
+)
+"""Fields of a deployment in which a file's placeholders are filled in."""
 
 
 async def of(server: Server, owner: str, *, mine: bool) -> tuple[dict[Name, Object], Counter[str]]:
@@ -47,6 +62,24 @@ async def of(server: Server, owner: str, *, mine: bool) -> tuple[dict[Name, Obje
     return kept, Counter(whose for whose in of_whom.values() if whose not in (owner, ""))
 
 
+def unsaid(found: Mapping[Name, Object]) -> dict[Name, str]:
+    """What no file can say, and why."""
+    reasons: dict[Name, str] = {}
+    for each in found.values():
+        if each.kind != DEPLOYMENT:
+            continue
+        fields = each.fields
+        if not fields["entrypoint"]:
+            reasons[each.name] = "has no entrypoint"
+        elif not fields["work_pool_name"]:
+            reasons[each.name] = "has no work pool: the process that serves its flow (flow.serve) keeps it"
+        elif name := next((name for name in FILLED_IN if templates.has_placeholder(fields[name])), ""):
+            reasons[each.name] = f"has a placeholder in its {name}, which reading a file would fill in"
+        elif templates.is_for_a_run(fields["parameters"]):
+            reasons[each.name] = "has a parameter with a __prefect_kind, which is for a run"
+    return reasons
+
+
 def document(found: Mapping[Name, Object], owner: str, directory: Path) -> JSON:
     """The file that says what `found` is.
 
@@ -59,7 +92,8 @@ def document(found: Mapping[Name, Object], owner: str, directory: Path) -> JSON:
     for each in found.values():
         of.setdefault(each.kind, []).append(each)
     file: JSON = {"name": owner}
-    file["deployments"] = [_deployment(each, directory) for each in of.get(DEPLOYMENT, []) if each.fields["entrypoint"]]
+    left = unsaid(found)
+    file["deployments"] = [_deployment(each, directory) for each in of.get(DEPLOYMENT, []) if each.name not in left]
     queues = of.get(QUEUE, [])
     file["work_pools"] = [
         {"name": each.key}
@@ -105,7 +139,7 @@ def _said(fields: Mapping[str, Any]) -> JSON:
 def _deployment(each: Object, directory: Path) -> JSON:
     fields = each.fields
     made: JSON = {"name": each.key.rpartition("/")[2], "entrypoint": fields["entrypoint"]}
-    made |= _said({key: fields[key] for key in ("description", "version", "tags", "parameters")})
+    made |= _said({key: fields[key] for key in ("description", "version", "path", "tags", "parameters")})
     if not fields["enforce_parameter_schema"]:
         made["enforce_parameter_schema"] = False
     pool = {"name": fields["work_pool_name"], "job_variables": fields["job_variables"]}

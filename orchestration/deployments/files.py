@@ -1,8 +1,9 @@
 """Files of desired state, read so that every mistake can be pointed at: each mapping knows its file and lines."""
 
-import os
-import re
+import math
+import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,6 @@ from typing import Any
 import yaml
 
 from orchestration.errors import DeploymentsError
-
-PLACEHOLDER = re.compile(r"{{\s*\$(\w+)\s*}}")
 
 
 class Map(dict[str, Any]):
@@ -59,6 +58,28 @@ def read(paths: Sequence[str | Path]) -> list[Map]:
     return found
 
 
+def included(path: str, context: Path) -> list[str]:
+    """The files that a file of desired state includes, relative to the folder that an image is built from.
+
+    Args:
+        path: of the file, relative to `context`.
+        context: the folder.
+
+    Raises:
+        DeploymentsError: one is outside of the folder, and no image has it; or a file cannot be read.
+    """
+    found = []
+    for document in read([context / path])[1:]:
+        file = Path(document.file).resolve()
+        if not file.is_relative_to(context.resolve()):
+            raise DeploymentsError(
+                f"{path} includes {file}, which is outside of {context.resolve()}, from which the image is built. Move "
+                "the file there, and correct include"
+            )
+        found.append(str(file.relative_to(context.resolve())))
+    return found
+
+
 def _with_included(path: Path, seen: set[Path], named_at: str) -> Iterator[Map]:
     if path.resolve() in seen:
         return
@@ -71,9 +92,11 @@ def _with_included(path: Path, seen: set[Path], named_at: str) -> Iterator[Map]:
     if not isinstance(included, list) or not all(isinstance(each, str) for each in included):
         raise DeploymentsError(f"{document.at('include')}: include is a list of files, like [teams/*.yaml]")
     for pattern in included:
+        if not pattern.strip():
+            raise DeploymentsError(f"{document.at('include')}: a pattern is empty. Write a file, like teams/*.yaml")
         if Path(pattern).is_absolute():
             raise DeploymentsError(f"{document.at('include')}: {pattern} must be relative to {path.parent}")
-        matches = sorted(path.parent.glob(pattern))
+        matches = sorted(each for each in path.parent.glob(pattern) if not each.is_dir())
         if not matches:
             raise DeploymentsError(
                 f"{document.at('include')}: no file is {path.parent / pattern}. Make it or leave it out"
@@ -94,7 +117,7 @@ def _document(path: Path, named_at: str) -> Map:
     loader = yaml.CSafeLoader(text)
     try:
         node = loader.get_single_node()
-        document = _value(loader, node, str(path), ()) if node else Map()
+        document = _Values(loader, str(path)).of(node) if node else Map()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
@@ -102,6 +125,8 @@ def _document(path: Path, named_at: str) -> Map:
         raise DeploymentsError(f"{place}: this is no YAML: {said}. Look at the indentation and quotes there") from None
     except (yaml.YAMLError, ValueError) as error:
         raise DeploymentsError(f"{path}: this is no YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise DeploymentsError(f"{path}: lists or mappings are nested too deep, or without end. Write less") from None
     finally:
         loader.dispose()
     if not isinstance(document, Map):
@@ -111,81 +136,101 @@ def _document(path: Path, named_at: str) -> Map:
     return document
 
 
-def _value(loader: yaml.CSafeLoader, node: yaml.Node, file: str, above: tuple[yaml.Node, ...]) -> Any:
-    """The value of a node, as JSON knows it: dates are text."""
-    line = node.start_mark.line + 1
-    if node in above:
-        raise DeploymentsError(f"{file}:{line}: an anchor that holds itself. Write the value out")
-    if isinstance(node, yaml.ScalarNode):
-        value = loader.construct_object(node)
-        if isinstance(value, date):
-            return value.isoformat()
-        if isinstance(value, bytes | set):
-            raise DeploymentsError(f"{file}:{line}: a value that JSON does not know. Write text, a number or a list")
-        return value
-    above = (*above, node)
-    if isinstance(node, yaml.SequenceNode):
-        sequence = Seq(_value(loader, each, file, above) for each in node.value)
-        sequence.file, sequence.line = file, line
-        sequence.lines = [each.start_mark.line + 1 for each in node.value]
-        return sequence
-    assert isinstance(node, yaml.MappingNode)
-    mapping = Map()
-    mapping.file, mapping.line, mapping.lines = file, line, {}
-    for key, _ in node.value:
-        if key.tag == "tag:yaml.org,2002:merge":
-            continue
-        name = loader.construct_object(key) if isinstance(key, yaml.ScalarNode) else None
-        if not isinstance(name, str | int | float | bool):
-            raise DeploymentsError(f"{file}:{key.start_mark.line + 1}: a key must be text")
-        name = name if isinstance(name, str) else str(key.value)
-        if name in mapping.lines:
-            raise DeploymentsError(
-                f"{file}:{key.start_mark.line + 1}: {name} is here twice, first in line {mapping.lines[name]}. "
-                "Remove one: only the last would count"
-            )
-        mapping.lines[name] = key.start_mark.line + 1
-    loader.flatten_mapping(node)
-    for key, value in node.value:
-        mapping[str(key.value)] = _value(loader, value, file, above)
-        mapping.lines.setdefault(str(key.value), line)
-    return mapping
-
-
-def filled(value: Any, where: str, missing: list[str] | None = None) -> Any:
-    """`value` with `{{ $NAME }}` replaced by the environment's, as `prefect deploy` does.
+@dataclass
+class _Values:
+    """Makes the values of a document's nodes, as JSON knows them: dates are text.
 
     Args:
-        value: text, or what holds text.
-        where: FILE:LINE, for a mapping's own is nearer.
-        missing: takes the names that the environment does not have, in place of an error.
-
-    Raises:
-        DeploymentsError: the environment does not have it.
+        loader: knows YAML's types.
+        file: as it was named.
+        seen: mappings whose own keys have been read: an alias leads to the same node again, and `flatten_mapping` has
+            put the merged keys into the node.
     """
-    if isinstance(value, str) and "{{" in value:
 
-        def replaced(match: re.Match[str]) -> str:
-            name = match[1]
-            if name in os.environ:
-                return os.environ[name]
-            if missing is None:
-                raise DeploymentsError(
-                    f"{where}: {match[0]} is not in the environment. Set it: export {name}=..., or write the value"
-                )
-            missing.append(f"{where}: {match[0]} is not set here")
-            return match[0]
+    loader: yaml.CSafeLoader
+    file: str
+    seen: set[int] = field(default_factory=set)
 
-        return PLACEHOLDER.sub(replaced, value)
-    if isinstance(value, Map):
-        for key, each in value.items():
-            if isinstance(each, str | Map | Seq):
-                value[key] = filled(each, value.at(key), missing)
-    elif isinstance(value, Seq):
-        for index, each in enumerate(value):
-            if isinstance(each, str | Map | Seq):
-                value[index] = filled(each, value.at(index), missing)
-    return value
+    def of(self, node: yaml.Node, above: tuple[yaml.Node, ...] = ()) -> Any:
+        """The value of a node below others."""
+        if node in above:
+            raise self.error(node, "an anchor that holds itself. Write the value out")
+        if isinstance(node, yaml.ScalarNode):
+            return self.scalar(node)
+        above = (*above, node)
+        if isinstance(node, yaml.SequenceNode):
+            if node.tag != "tag:yaml.org,2002:seq":
+                raise self.error(node, f"a value of the kind {node.tag}, which JSON does not know. Write a list")
+            sequence = Seq(self.of(each, above) for each in node.value)
+            sequence.file, sequence.line = self.file, node.start_mark.line + 1
+            sequence.lines = [each.start_mark.line + 1 for each in node.value]
+            return sequence
+        assert isinstance(node, yaml.MappingNode)
+        if node.tag != "tag:yaml.org,2002:map":
+            raise self.error(node, f"a value of the kind {node.tag}, which JSON does not know. Write a mapping")
+        return self.mapping(node, above)
+
+    def error(self, node: yaml.Node, text: str) -> DeploymentsError:
+        return DeploymentsError(f"{self.file}:{node.start_mark.line + 1}: {text}")
+
+    def scalar(self, node: yaml.ScalarNode) -> Any:
+        try:
+            value = self.loader.construct_object(node)
+        except ValueError as error:
+            shown = node.value if len(node.value) < 40 else f"{node.value[:40]}..."
+            raise self.error(node, f"{shown} is no value ({error}). Correct it, or put it in quotes") from None
+        if isinstance(value, date):
+            from pydantic_core import to_jsonable_python
+
+            return to_jsonable_python(value)  # as `prefect deploy` sends it
+        if isinstance(value, float) and not math.isfinite(value):
+            raise self.error(
+                node, f"{node.value} is a number that JSON does not know. Write another, or text in quotes"
+            )
+        if isinstance(value, str) and not _is_text(value):
+            raise self.error(node, f"{value!r} has a character that no server keeps. Leave it out")
+        if not isinstance(value, str | int | float | None):
+            raise self.error(node, "a value that JSON does not know. Write text, a number or a list")
+        return value
+
+    def mapping(self, node: yaml.MappingNode, above: tuple[yaml.Node, ...]) -> Map:
+        line = node.start_mark.line + 1
+        mapping = Map()
+        mapping.file, mapping.line, mapping.lines = self.file, line, {}
+        if id(node) not in self.seen:
+            for key, _ in node.value:
+                if key.tag == "tag:yaml.org,2002:merge":
+                    continue
+                name = self.key(key)
+                if name in mapping.lines:
+                    raise self.error(
+                        key,
+                        f"{name} is here twice, first in line {mapping.lines[name]}. "
+                        "Remove one: only the last would count",
+                    )
+                mapping.lines[name] = key.start_mark.line + 1
+            self.loader.flatten_mapping(node)
+            self.seen.add(id(node))
+        for key, value in node.value:
+            name = self.key(key)
+            mapping[name] = self.of(value, above)
+            mapping.lines.setdefault(name, line)
+        return mapping
+
+    def key(self, node: yaml.Node) -> str:
+        """A key as JSON has it."""
+        name = self.loader.construct_object(node) if isinstance(node, yaml.ScalarNode) else None
+        if isinstance(name, int) and not isinstance(name, bool):
+            return str(name)
+        if not isinstance(name, str) or not _is_text(name):
+            shown = f"{node.value} is no text, and a" if isinstance(node, yaml.ScalarNode) else "a"
+            raise self.error(node, f"{shown} key must be text. Put it in quotes")
+        return name
+
+
+def _is_text(value: str) -> bool:
+    """Whether a server can keep it: Postgres has no zero bytes, UTF-8 no halves of characters."""
+    return not any(each == "\0" or "\ud800" <= each <= "\udfff" for each in value)
 
 
 def place(document: Map, path: Sequence[str | int]) -> str:
@@ -200,3 +245,10 @@ def place(document: Map, path: Sequence[str | int]) -> str:
             where = value.at(step)
             value = value[step]
     return where
+
+
+if __name__ == "__main__":
+    try:
+        print("\n".join(included(sys.argv[1], Path())))
+    except DeploymentsError as failure:
+        sys.exit(str(failure))

@@ -3,17 +3,27 @@
 import contextlib
 import difflib
 import functools
+import inspect
+import ipaddress
 import json
 import os
+import re
 import sys
 import sysconfig
 import threading
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import date, datetime, time, timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from uuid import UUID
+
+import jsonschema
+import pydantic
+import referencing
+import referencing.exceptions
 
 from orchestration.errors import DeploymentsError
 
@@ -30,11 +40,13 @@ class Flow:
     Args:
         name: the flow's name on the server.
         description: the flow's, None if it has none.
+        version: the flow's, None if `@flow` has none: Prefect's default, a hash of the file, changes with each edit.
         schema: the parameter_openapi_schema that `prefect deploy` sends.
     """
 
     name: str
     description: str | None
+    version: str | None
     schema: dict[str, Any]
 
 
@@ -88,12 +100,13 @@ def load(entrypoint: str, directory: Path) -> Flow:
             raise DeploymentsError(f"entrypoint {entrypoint}: {function} of {source_name} is not a flow: {cure}")
         # Not model_dump_for_openapi: of a flow without parameters it has "definitions", which deploy does not send.
         schema = to_jsonable_python(flow.parameters.model_dump(exclude_unset=True))
-    return Flow(name=flow.name, description=flow.description or None, schema=schema)
+        return Flow(flow.name, flow.description or None, _version(flow), schema)
 
 
 def problems(parameters: Mapping[str, Any], schema: Mapping[str, Any], *, complete: bool) -> list[str]:
     """What of a deployment's parameters does not fit its flow, a sentence each.
 
+    The server looks at no format (a date, a time of day, a UUID): pydantic reads them when the flow starts.
     Values that the server fills in when a run starts (`__prefect_kind`) are accepted as they are.
 
     Args:
@@ -105,6 +118,17 @@ def problems(parameters: Mapping[str, Any], schema: Mapping[str, Any], *, comple
 
     # Many deployments share few flows and parameters. YAML's dates are text to the server.
     return list(_problems(to_json(parameters), json.dumps(schema), complete))
+
+
+def _version(flow: Any) -> str | None:
+    """The version that `@flow` gives."""
+    from prefect.utilities.hashing import file_hash
+
+    try:
+        default = file_hash(inspect.getsourcefile(flow.fn) or "")
+    except (OSError, TypeError):
+        default = None
+    return flow.version if flow.version != default else None
 
 
 def _split(entrypoint: str) -> tuple[str, str]:
@@ -227,12 +251,11 @@ def _problems(parameters: bytes, schema: str, complete: bool) -> tuple[str, ...]
         cure = f"did you mean {near[0]}?" if near else f"remove it, {has}"
         found.append(f"parameter {name}: the flow has no such parameter: {cure}")
     given = {name: value for name, value in values.items() if name in properties}
-    from prefect.utilities.schema_tools import CircularSchemaRefError, ValidationError, validate
-
     try:
-        errors = validate(given, json.loads(schema), ignore_required=not complete)
-    except (CircularSchemaRefError, ValidationError) as failure:
-        reason = str(failure) or "a type refers to itself without end"
+        errors = _errors(given, json.loads(schema), complete)
+    except (referencing.exceptions.Unresolvable, RecursionError) as failure:
+        reason = str(failure) if isinstance(failure, referencing.exceptions.Unresolvable) else ""
+        reason = reason or "a type refers to itself without end"
         return (*sorted(found), f"the parameters cannot be checked against the flow ({reason}): simplify its types")
     for error in errors:
         if error.validator == "required" and not error.absolute_path:
@@ -241,6 +264,49 @@ def _problems(parameters: bytes, schema: str, complete: bool) -> tuple[str, ...]
         else:
             found += [f"parameter {_path(leaf)}: {leaf.message}" for leaf in _leaves(error)]
     return tuple(sorted(dict.fromkeys(found)))
+
+
+def _errors(values: dict[str, Any], schema: dict[str, Any], complete: bool) -> list[Any]:
+    """What the server, or pydantic for a format, refuses: as `prefect.utilities.schema_tools.validate`."""
+    from prefect.utilities.collections import remove_nested_keys
+    from prefect.utilities.schema_tools.validation import preprocess_schema
+
+    schema = dict(preprocess_schema(schema))
+    if not complete:
+        schema = remove_nested_keys(["required"], schema)
+    registry: referencing.Registry[Any] = referencing.Registry()
+    validator = jsonschema.Draft202012Validator(schema, registry=registry, format_checker=_formats())
+    return list(validator.iter_errors(values))
+
+
+@functools.cache
+def _formats() -> jsonschema.FormatChecker:
+    """The formats of schemas that pydantic writes, checked by the types that they stand for."""
+    checker = jsonschema.FormatChecker(formats=())
+    types: dict[str, Any] = {
+        "date-time": datetime,
+        "date": date,
+        "time": time,
+        "duration": timedelta,
+        "uuid": UUID,
+        "uri": pydantic.AnyUrl,
+        "ipv4": ipaddress.IPv4Address,
+        "ipv6": ipaddress.IPv6Address,
+        "ipv4network": ipaddress.IPv4Network,
+        "ipv6network": ipaddress.IPv6Network,
+        "regex": re.Pattern,
+    }
+    for name, kind in types.items():
+        checker.checks(name)(functools.partial(_fits, pydantic.TypeAdapter(kind)))
+    return checker
+
+
+def _fits(adapter: pydantic.TypeAdapter[Any], value: object) -> bool:
+    try:
+        adapter.validate_python(value)
+    except pydantic.ValidationError:
+        return not isinstance(value, str)  # what is no text has another mistake
+    return True
 
 
 def _leaves(error: Any) -> list[Any]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestration.api import Server
+from orchestration.api import JSON, Server
 from orchestration.deployments import record as records_of
 from orchestration.deployments import server as api
 from orchestration.deployments.desired import Desired
@@ -25,9 +25,10 @@ from orchestration.deployments.objects import (
 from orchestration.deployments.record import Record
 from orchestration.errors import DeploymentsError
 
-CREATE, CHANGE, ADOPT, FINISH, END, DELETE, FORGET = "create", "change", "adopt", "finish", "end", "delete", "forget"
+CREATE, CHANGE, ADOPT, FINISH = "create", "change", "adopt", "finish"
+END, DELETE, FORGET, KEEP = "end", "delete", "forget", "keep"
 """Finish: what a sync that was cut off had begun. End: pause a deployment that goes when its runs have ended.
-Forget: what is gone already."""
+Forget: what is gone already. Keep: what was to be deleted, and a run has come into it meanwhile."""
 
 
 @dataclass
@@ -81,6 +82,7 @@ class Plan:
         owner: whose things these are.
         changes: in the order in which they are to be made.
         notes: what stays as it is, and why, a line each.
+        deferred: what a sync left for the next one, for a run had begun meanwhile, a line each.
         record: what the owner has now.
         found: all that the server has.
     """
@@ -90,6 +92,7 @@ class Plan:
     notes: list[str]
     record: Record
     found: dict[Name, Object]
+    deferred: list[str] = field(default_factory=list)
 
 
 async def make(server: Server, desired: Desired, *, prune: bool = False, adopt: bool = False) -> Plan:
@@ -121,7 +124,41 @@ async def make(server: Server, desired: Desired, *, prune: bool = False, adopt: 
         return goes, -kind if goes else kind, priority
 
     plan.changes.sort(key=order)
+    _refuse_job_variables(plan, desired)
     return plan
+
+
+def _refuse_job_variables(plan: Plan, desired: Desired) -> None:
+    """Refuse what the server would refuse of a deployment that changes, before anything does."""
+    from prefect.utilities.schema_tools import CircularSchemaRefError, ValidationError, validate
+
+    pools = {each.key: each for each in plan.found.values() if each.kind == POOL}
+    pools |= {each.key: each for each in desired.of(POOL) if each.fields["base_job_template"] is not None}
+    for each in plan.changes:
+        wanted = each.wanted
+        if not wanted or wanted.kind != DEPLOYMENT or not wanted.fields["job_variables"]:
+            continue
+        pool = pools.get(wanted.fields["work_pool_name"])
+        variables = pool and (pool.fields["base_job_template"] or {}).get("variables")
+        if not variables or (each.found and not each.differs & {"work_pool_name", "work_queue_name", "job_variables"}):
+            continue
+        try:
+            # As the server does, but for the defaults of the pool, which are not the deployment's.
+            validate(
+                wanted.fields["job_variables"],
+                variables,
+                raise_on_error=True,
+                ignore_required=True,
+                allow_none_with_default=True,
+            )
+        except ValidationError as error:
+            said = str(error).removeprefix("Validation failed for field ").replace(" Failure reason: ", " ")
+            raise DeploymentsError(
+                f"{wanted.where}: {spoken(wanted.name)}: the work pool {wanted.fields['work_pool_name']} takes no such "
+                f"job variable {said}. Correct it under work_pool.job_variables, or the pool's base job template"
+            ) from None
+        except CircularSchemaRefError:
+            continue  # the server says so
 
 
 def _refuse_impossible(desired: Desired, found: dict[Name, Object]) -> None:
@@ -167,6 +204,7 @@ def _compare(plan: Plan, wanted: Object, found: Object | None, others: dict[Name
             f"{wanted.where}: {spoken(name)} belongs to {other}. Rename yours, or take it over on purpose: "
             f"orchestrate adopt '{name[0]}:{name[1]}' --owner '{plan.owner}' --from '{other}'"
         )
+    wanted = _without_deferred(plan, wanted, found)
     recorded = name in record.applied
     ours = recorded or _comes_with_our_pool(plan, wanted)
     if not ours and not adopt:
@@ -185,6 +223,40 @@ def _compare(plan: Plan, wanted: Object, found: Object | None, others: dict[Name
     elif since or (recorded and record.applied[name] is None):
         plan.changes.append(Change(FINISH, wanted, found, since=since))
     plan.notes += _kept_for_operators(wanted, found)
+
+
+def _without_deferred(plan: Plan, wanted: Object, found: Object) -> Object:
+    """The same without what the server cannot take now: with its deployment's limit gone, it fails when a run that
+    holds a slot ends.
+    """
+    if wanted.kind != DEPLOYMENT or not removes_limit(wanted, found) or not held_slots(found.raw):
+        return wanted
+    plan.notes.append(limit_stays(wanted, held_slots(found.raw)))
+    return with_limit_of(wanted, found)
+
+
+def removes_limit(wanted: Object, found: Object) -> bool:
+    """Whether a deployment's own concurrency limit would go."""
+    return wanted.fields["concurrency_limit"] is None and found.fields["concurrency_limit"] is not None
+
+
+def held_slots(deployment: JSON) -> int:
+    """How many runs hold a slot of a deployment's concurrency limit."""
+    return int((deployment.get("global_concurrency_limit") or {}).get("active_slots") or 0)
+
+
+def limit_stays(wanted: Object, held: int) -> str:
+    """Say that a limit is not removed yet."""
+    runs = f"{held} run{'s hold' if held > 1 else ' holds'}"
+    return (
+        f"{spoken(wanted.name)}: its concurrency_limit stays while {runs} a slot; the next sync after that removes it"
+    )
+
+
+def with_limit_of(wanted: Object, found: Object) -> Object:
+    """A deployment with the limit that it has."""
+    kept = {key: found.fields[key] for key in ("concurrency_limit", "concurrency_options")}
+    return Object(wanted.kind, wanted.key, wanted.fields | kept, wanted.where)
 
 
 def _comes_with_our_pool(plan: Plan, wanted: Object) -> bool:
@@ -232,6 +304,10 @@ async def _removals(server: Server, plan: Plan, desired: Desired, prune: bool) -
         for each in plan.found.values()
         if each.kind == DEPLOYMENT and (each.name not in there or each.id in busy)
     }
+    deleted = [each.id for each in leaving if each.id not in busy]
+    waiting = await api.places_of_runs(
+        server, [each for each in there.values() if each.kind in (POOL, QUEUE)], without=deleted
+    )
     for each in there.values():
         if each.id in busy:
             runs = f"{busy[each.id]} unfinished run{'s' if busy[each.id] > 1 else ''}"
@@ -240,6 +316,8 @@ async def _removals(server: Server, plan: Plan, desired: Desired, prune: bool) -
                 plan.changes.append(Change(END, None, each, [("paused", each.fields["paused"], True)]))
         elif each.kind == POOL and each.key in staying:
             plan.notes.append(f"{spoken(each.name)} stays while deployments use it")
+        elif each.id in waiting:
+            plan.notes.append(f"{spoken(each.name)} stays while runs are in it")
         elif each.kind == QUEUE and each.key.endswith("/default"):
             plan.changes.append(Change(FORGET, None, each))  # it goes with its pool
         elif each.kind == QUEUE and each.key in queues:

@@ -1,7 +1,7 @@
 """What a Prefect server has that desired state is about, all of it at once."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from orchestration.api import JSON, Server
@@ -78,6 +78,12 @@ async def everything(server: Server) -> dict[Name, Object]:
     return things
 
 
+async def variables(server: Server, names: Collection[str]) -> JSON:
+    """Values of those of these variables that there are."""
+    found = await server.all("/variables/filter", variables={"name": {"any_": sorted(names)}})
+    return {each["name"]: each["value"] for each in found}
+
+
 def deployment(raw: JSON, flow: str) -> Object:
     """A deployment as the server gives it."""
     limit = raw.get("global_concurrency_limit") or {}
@@ -116,19 +122,43 @@ def _made(kind: str, key: str, raw: JSON, *fields: str) -> Object:
     return Object(kind, key, values, id=raw["id"], raw=raw)
 
 
+BEGUN: Mapping[str, Any] = {
+    "operator": "or_",
+    "type": {"any_": ["PENDING", "RUNNING", "PAUSED", "CANCELLING"]},
+    "name": {"any_": ["AwaitingRetry", "AwaitingConcurrencySlot"]},
+}
+"""States of a run that has begun and not ended."""
+
+
 async def unfinished(server: Server, deployments: Sequence[Object]) -> dict[str, int]:
     """How many runs of each deployment have begun and not ended, by its id; only where there are any."""
-    busy: Mapping[str, Any] = {
-        "state": {
-            "operator": "or_",
-            "type": {"any_": ["PENDING", "RUNNING", "PAUSED", "CANCELLING"]},
-            "name": {"any_": ["AwaitingRetry", "AwaitingConcurrencySlot"]},
-        }
-    }
 
     async def count(each: Object) -> int:
-        body = {"deployments": {"id": {"any_": [each.id]}}, "flow_runs": busy}
-        return int(await server.ask("POST", "/flow_runs/count", body))
+        body = {"deployments": {"id": {"any_": [each.id]}}, "flow_runs": {"state": BEGUN}}
+        return int(await server.ask("POST", "/flow_runs/count", body, idempotent=True))
 
     counts = await asyncio.gather(*map(count, deployments))
     return {each.id: number for each, number in zip(deployments, counts, strict=True) if number}
+
+
+async def places_of_runs(server: Server, places: Sequence[Object], *, without: Collection[str] = ()) -> set[str]:
+    """The ids of those work pools and queues in which runs are that have not ended: without it no worker finds them.
+
+    Args:
+        server: where.
+        places: pools and queues.
+        without: ids of deployments whose runs do not count.
+    """
+    states = {"state": {"type": {"any_": ["SCHEDULED", "PENDING", "RUNNING", "PAUSED", "CANCELLING"]}}}
+
+    async def has_runs(each: Object) -> bool:
+        which = {"work_pools": {"name": {"any_": [each.key]}}} if each.kind == POOL else {
+            "work_pool_queues": {"id": {"any_": [each.id]}}
+        }  # fmt: skip
+        async for page in server.pages("/flow_runs/filter", flow_runs=states, sort="ID_DESC", **which):
+            if any(run["deployment_id"] not in without for run in page):
+                return True
+        return False
+
+    found = await asyncio.gather(*map(has_runs, places))
+    return {each.id for each, runs in zip(places, found, strict=True) if runs}

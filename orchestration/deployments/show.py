@@ -8,7 +8,7 @@ from typing import Any
 
 from orchestration.deployments.drift import Drift
 from orchestration.deployments.objects import Difference, Object, title
-from orchestration.deployments.plan import ADOPT, CHANGE, CREATE, DELETE, END, FINISH, FORGET, Plan
+from orchestration.deployments.plan import ADOPT, CHANGE, CREATE, DELETE, END, FINISH, FORGET, KEEP, Plan
 
 MARKS = {
     CREATE: ("+", "create", "32"),
@@ -53,8 +53,10 @@ def done(carried_out: Plan) -> None:
     if not carried_out.changes:
         print(f"{carried_out.owner}: nothing to do, {_has(carried_out)} as the files say.")
         return
+    for line in carried_out.deferred:
+        print(_coloured(f"! {line}", "33"))
     past = {CREATE: "created", CHANGE: "changed", ADOPT: "adopted", FINISH: "finished", DELETE: "deleted",
-            END: "paused until their runs end", FORGET: "forgotten"}  # fmt: skip
+            END: "paused until their runs end", FORGET: "forgotten", KEEP: "kept"}  # fmt: skip
     counts = Counter(past[each.action] for each in carried_out.changes)
     print(f"{carried_out.owner}: {', '.join(f'{number} {word}' for word, number in counts.items())}.")
 

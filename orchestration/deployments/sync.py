@@ -39,7 +39,7 @@ from orchestration.deployments.objects import (
     spoken,
     with_deployment,
 )
-from orchestration.deployments.plan import CREATE, DELETE, END, FINISH, FORGET, Change, Plan
+from orchestration.deployments.plan import CREATE, DELETE, END, FINISH, FORGET, KEEP, Change, Plan
 from orchestration.deployments.record import Record
 from orchestration.errors import DeploymentsError, PipelineError
 
@@ -117,9 +117,11 @@ async def _apply(server: Server, plan: Plan) -> tuple[bool, str]:
         for name, times in late.items():
             record.late[name] = sorted({*record.late.get(name, ()), *times})
         for each in plan.changes:
-            if each.action == END:
+            if each.action == END or (each.action == DELETE and _is_to_pause(each)):
                 record.ending.add(each.name[1])
-            elif each.action != FORGET:
+            if each.action == END:
+                continue
+            if each.action != FORGET:
                 record.applied.setdefault(each.name, None)
                 record.begun.setdefault(each.name, now)
 
@@ -137,7 +139,7 @@ async def _apply(server: Server, plan: Plan) -> tuple[bool, str]:
                 break
             for change in changes:
                 try:
-                    await _carry_out(server, change, flows, touched, now, began.late.get(change.name, ()))
+                    await _carry_out(server, plan, change, flows, touched, now, began.late.get(change.name, ()))
                 except RefusedError as error:
                     where = change.wanted.where + ": " if change.wanted else ""
                     failures.append(f"{where}{spoken(change.name)}: {error}")
@@ -165,10 +167,13 @@ async def _report(server: Server, owner: str, done: Sequence[Change]) -> str:
         before = before or record.serial
         for each in done:
             if each.action == END:
+                record.begun.pop(each.name, None)
                 continue
             record.begun.pop(each.name, None)
             record.late.pop(each.name, None)
             record.ending.discard(each.name[1] if each.name[0] == DEPLOYMENT else "")
+            if each.action == KEEP:
+                continue
             if each.wanted is None:
                 record.applied.pop(each.name, None)
             else:
@@ -255,13 +260,25 @@ def _paused(wanted: Object, found: Object) -> bool:
 
 
 async def _carry_out(
-    server: Server, change: Change, flows: dict[str, str], touched: dict[str, Change], now: str, late: Sequence[str]
+    server: Server,
+    plan: Plan,
+    change: Change,
+    flows: dict[str, str],
+    touched: dict[str, Change],
+    now: str,
+    late: Sequence[str],
 ) -> None:
     kind = change.name[0]
     if change.action == FORGET:
         return
     if change.action == DELETE:
         assert change.found
+        if reason := await _stays(server, plan, change):
+            plan.deferred.append(f"{spoken(change.name)} {reason}")
+            change.action = END if kind == DEPLOYMENT else KEEP
+            if kind == DEPLOYMENT:
+                touched[change.found.id] = change
+            return
         # To the server a deployment's triggers are automations that stay when it goes.
         for each in (id_ for ids in change.found.raw.get("trigger_ids", {}).values() for id_ in ids):
             await server.ask("DELETE", f"/automations/{each}", absent=True)
@@ -274,11 +291,53 @@ async def _carry_out(
         return
     assert change.wanted
     if kind == DEPLOYMENT:
+        await _keep_limit(server, plan, change)
         await _deployment(server, change, flows, touched, now, late)
     elif change.action == CREATE:
         await _create(server, change.wanted)
     elif change.action != FINISH:
         await _change(server, change)
+
+
+def _is_to_pause(change: Change) -> bool:
+    """Whether a sync pauses what it deletes, and not an operator did."""
+    return bool(change.name[0] == DEPLOYMENT and change.found and not change.found.fields["paused"])
+
+
+async def _stays(server: Server, plan: Plan, change: Change) -> str:
+    """Why something does not go after all: a run has begun since the plan was made."""
+    found = change.found
+    assert found
+    if found.kind == DEPLOYMENT:
+        # The server schedules no run of a paused one; whether one had begun is seen after that.
+        await _pause(server, found)
+        if busy := await api.unfinished(server, [found]):
+            runs = f"{busy[found.id]} run{'s have' if busy[found.id] > 1 else ' has'}"
+            return f"stays, paused: {runs} begun meanwhile. It goes with the first sync after their end"
+    if found.kind in (POOL, QUEUE):
+        ended = [each.found for each in plan.changes if each.action == END and each.found]
+        places = {each.fields["work_pool_name"] for each in ended}
+        places |= {f"{each.fields['work_pool_name']}/{each.fields['work_queue_name']}" for each in ended}
+        if found.key in places or await api.places_of_runs(server, [found]):
+            return "stays: a run has come into it meanwhile. It goes with the first sync after that run's end"
+    return ""
+
+
+async def _keep_limit(server: Server, plan: Plan, change: Change) -> None:
+    """Leave a deployment's concurrency limit as it is if a run has taken a slot since the plan was made."""
+    wanted, found = change.wanted, change.found
+    if (
+        not wanted
+        or not found
+        or "concurrency_limit" not in change.differs
+        or not planning.removes_limit(wanted, found)
+    ):
+        return
+    now = await server.ask("GET", f"/deployments/{found.id}", absent=True)
+    if now and (held := planning.held_slots(now)):
+        plan.deferred.append(planning.limit_stays(wanted, held))
+        change.wanted = planning.with_limit_of(wanted, found)
+        change.fields = [each for each in change.fields if not each[0].startswith("concurrency_")]
 
 
 def _path(found: Object) -> str:
@@ -426,8 +485,14 @@ async def _create_deployment(server: Server, wanted: Object, flows: dict[str, st
 
 
 def _schedule(wanted: JSON) -> JSON:
-    body = {key: wanted[key] for key in ("schedule", "parameters", "slug")}
+    body = {key: wanted[key] for key in ("parameters", "slug")} | {"schedule": _times(wanted)}
     return body if wanted["active"] is None else body | {"active": wanted["active"]}
+
+
+def _times(wanted: JSON) -> JSON:
+    """A cron without a timezone is sent without one, as `prefect deploy` sends it: it means UTC."""
+    left = () if wanted.get("zoned", True) or "cron" not in wanted["schedule"] else ("timezone",)
+    return {key: value for key, value in wanted["schedule"].items() if key not in left}
 
 
 async def _schedules(server: Server, wanted: Object, found: Object) -> None:
@@ -444,7 +509,7 @@ async def _schedules(server: Server, wanted: Object, found: Object) -> None:
         body = {"parameters": each["parameters"]}  # the server empties them if they are not said
         changed = (old["parameters"] or {}) != each["parameters"]
         if not schedules.same(each["schedule"], old["schedule"]):
-            body["schedule"], changed = each["schedule"], True
+            body["schedule"], changed = _times(each), True
         if each["active"] is not None and each["active"] != old["active"]:
             body["active"], changed = each["active"], True
         if changed:

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -182,6 +183,35 @@ def test_a_changed_flow_makes_only_the_last_layers_anew(image: str, checkout: Pa
     assert sum(layer["size"] for layer in new) < 2e6
     (checkout / "docs" / "loading.md").write_text("")
     assert _build(checkout) == changed, "what is not in the image does not change it"
+
+
+def test_what_prefect_yaml_includes_is_in_the_image(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, image: str
+) -> None:
+    monkeypatch.setenv("PYTHON", sys.executable)
+    deployment = "deployments:\n- {name: more, entrypoint: 'flows/backfill.py:backfill', work_pool: {name: default}}\n"
+    (checkout / "teams" / "of data").mkdir(parents=True)
+    (checkout / "teams" / "of data" / "one.yaml").write_text(deployment)
+    prefect = checkout / "prefect.yaml"
+    prefect.write_text(prefect.read_text() + "\ninclude: ['teams/*/*.yaml']\n")
+    first = _build(checkout)  # it is checked at the end: a file that is not in there fails the build
+    (checkout / "teams" / "of data" / "one.yaml").write_text(deployment.replace("more", "less"))
+    assert len({image, first, _build(checkout)}) == 3
+
+
+def test_an_included_file_outside_of_the_checkout_is_refused_by_name(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHON", sys.executable)
+    (checkout.parent / "others.yaml").write_text("deployments: []\n")
+    prefect = checkout / "prefect.yaml"
+    prefect.write_text(prefect.read_text() + "\ninclude: ['../others.yaml']\n")
+    done = subprocess.run(["docker/build"], cwd=checkout, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    outside = (
+        f"prefect.yaml includes {checkout.parent}/others.yaml, which is outside of {checkout}, from which the image"
+    )
+    assert done.stderr.startswith(outside)
 
 
 def test_a_builder_that_is_unknown_is_named(checkout: Path) -> None:

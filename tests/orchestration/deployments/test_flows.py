@@ -1,16 +1,24 @@
 """Flows are imported as Prefect imports them, each folder by itself, and parameters checked as the server does."""
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from prefect.client.schemas.actions import DeploymentCreate
+from prefect.exceptions import ParameterTypeError
+from prefect.flows import load_flow_from_entrypoint
 from prefect.utilities.callables import parameter_schema
+from prefect.utilities.schema_tools import ValidationError, validate
 
 from orchestration.deployments import flows
 from orchestration.errors import DeploymentsError
+from tests.orchestration.deployments import corpus
+from tests.parts import examples
 
 ETL = '''
 from datetime import date
@@ -241,3 +249,83 @@ def test_what_is_required_is_so_only_with_a_schedule(schema: dict[str, Any]) -> 
         "parameter size: 'rows' is a required property"
     ]
     assert flows.problems({"size": {}}, schema, complete=False) == []
+
+
+@pytest.fixture(scope="module")
+def typed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """A folder with flows of many types of parameters, and the flows' schemas."""
+    folder = tmp_path_factory.mktemp("typed")
+    (folder / "flow.py").write_text(corpus.FLOWS)
+    return folder, {name: flows.load(f"flow.py:{name}", folder).schema for name in ("etl", "times", "kinds")}
+
+
+WORDS = st.sampled_from(
+    [
+        "2024-01-01",
+        "2024-01-01T05:00",
+        "2024-01-01T05:00:00Z",
+        "2024-01-01 05:00:00.5+02:00",
+        "2024-13-01",
+        "2024-01-01T25:00",
+        "06:30",
+        "06:30:00",
+        "6:30",
+        "24:00",
+        "06:30Z",
+        "PT1H",
+        "P1D",
+        "1 day",
+        "01:30:00",
+        "-PT1H",
+        "90",
+        "1e3",
+        "1700000000",
+        "soon",
+        "",
+        "red",
+        "a",
+        "inf",
+        "1.25",
+        "http://x.y/z",
+        "x.y",
+        "http://exa mple.com/a b",
+        "5c7a1f9e-0000-4000-8000-000000000000",
+        "5c7a1f9e000040008000000000000000",
+    ]
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | WORDS,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["name", "inner", "many", "n", "when"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@given(data=st.data())
+@settings(max_examples=examples(3), suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_parameter_fits_as_the_server_and_the_flow_read_it(
+    typed: tuple[Path, dict[str, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch, data: st.DataObject
+) -> None:
+    folder, schemas = typed
+    monkeypatch.chdir(folder)
+    name = data.draw(st.sampled_from(sorted(schemas)))
+    parameter = data.draw(st.sampled_from(sorted(schemas[name]["properties"])))
+    given_value = {parameter: data.draw(WORDS | VALUES)}
+    problems = flows.problems(given_value, schemas[name], complete=False)
+    try:
+        validate(given_value, schemas[name], raise_on_error=True, ignore_required=True)
+    except ValidationError:
+        assert problems, f"the server refuses {given_value}"
+        return
+    try:
+        _flow(str(folder), name).validate_parameters(given_value)
+    except ParameterTypeError:
+        return  # the server takes it; what else the flow's types refuse, its schema does not say
+    assert problems == [], f"server and flow take {given_value}"
+
+
+@functools.cache
+def _flow(folder: str, name: str) -> Any:
+    return load_flow_from_entrypoint(f"{folder}/flow.py:{name}")

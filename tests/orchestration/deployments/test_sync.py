@@ -263,7 +263,7 @@ def test_a_deployment_that_comes_back_is_resumed(project: Project) -> None:
     assert project.run("plan", "--prune")[0] == 0
 
 
-def test_a_refusal_is_named_with_its_line_and_the_rest_is_done(project: Project) -> None:
+def test_job_variables_that_the_pool_does_not_take_are_refused_before_anything_changes(project: Project) -> None:
     template = {
         "job_configuration": {"command": "{{ command }}"},
         "variables": {"type": "object", "properties": {"command": {"type": "string"}}},
@@ -273,12 +273,23 @@ def test_a_refusal_is_named_with_its_line_and_the_rest_is_done(project: Project)
     project.write(bad, {"name": "good"}, work_pools=[pool])
     status, said = project.run("sync")
     assert status == 1
-    assert "prefect.yaml:" in said
-    assert f"deployment etl/{project.own('bad')}" in said
-    assert "Traceback" not in said
-    assert project.deployment("good")
+    assert f"prefect.yaml:14: deployment etl/{project.own('bad')}: the work pool {project.pool} takes no such" in said
+    assert project.deployment("good") is None
     bad["work_pool"]["job_variables"]["command"] = "true"  # type: ignore[index]
     project.write(bad, {"name": "good"}, work_pools=[pool])
+    project.sync()
+
+
+def test_a_refusal_is_named_with_its_line_and_the_rest_is_done(project: Project) -> None:
+    good = {"name": project.own("good"), "value": 1}
+    project.write(variables=[{"name": project.own("bad"), "value": "x" * 10_000}, good])
+    status, said = project.run("sync")
+    assert status == 1
+    assert "prefect.yaml:" in said
+    assert f"variable {project.own('bad')}" in said
+    assert "Traceback" not in said
+    assert project.api.get(f"/variables/name/{project.own('good')}").status_code == 200
+    project.write(variables=[{"name": project.own("bad"), "value": "x"}, good])
     assert "was cut off" in project.run("plan")[1]
     project.sync()
 

@@ -1,0 +1,489 @@
+"""Files of deployments that people write, small and many, for :mod:`test_differential`."""
+
+# ruff: noqa: E501 - lines of YAML
+
+FLOWS = '''
+import datetime as dt
+import enum
+import uuid
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, Dict, List, Literal, Optional, Set, Tuple, Union
+
+from prefect import flow
+from pydantic import AnyUrl, BaseModel, Field
+
+
+class Colour(enum.Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+class Inner(BaseModel):
+    n: int = 1
+    when: dt.datetime | None = None
+
+
+class Config(BaseModel):
+    name: str
+    inner: Inner = Inner()
+    many: list[Inner] = []
+
+
+@flow
+def etl(source: str = "crm", day: int = 1, rate: float = 0.5, on: bool = True, extra: Any = None):
+    """Loads a day."""
+
+
+@flow
+def empty(): ...
+
+
+@flow(name="Named flow", description="Says so.", version="7")
+def named(x: int = 1): ...
+
+
+@flow
+def times(at: dt.datetime | None = None, day: dt.date | None = None, clock: dt.time | None = None,
+          span: dt.timedelta | None = None): ...
+
+
+@flow
+def kinds(colour: Colour = Colour.RED, either: Union[int, str, None] = None, which: Literal["a", "b"] = "a",
+          config: Config | None = None, ids: List[uuid.UUID] = [], tags: Set[str] = set(), pair: Tuple[int, str] = (1, ""),
+          path: Path = Path("."), money: Decimal = Decimal(1), url: Optional[AnyUrl] = None,
+          table: Dict[str, int] = {}, n: int = Field(default=1, ge=0, le=10)): ...
+
+
+@flow
+def required(a: int, b: str = "x"): ...
+
+
+class Team:
+    @flow
+    @staticmethod
+    def work(x: int = 1): ...
+
+    @flow
+    def method(self, x: int = 1): ...
+
+    class Inner:
+        @flow
+        @staticmethod
+        def deep(y: str = "y"): ...
+'''
+
+PACKAGE = "from prefect import flow\n\n@flow\ndef daily(x: int = 1): ...\n"
+
+ENVIRONMENT = {
+    "A_TEXT": "text",
+    "A_NUMBER": "3",
+    "A_TRUTH": "false",
+    "NOTHING": "",
+    "A_LIST": "[a, b]",
+    "A_CRON": "5 4 * * *",
+    "NESTED": "{{ $A_TEXT }}",
+}
+
+VARIABLES = {
+    "text": "from a variable",
+    "number": 7,
+    "truth": False,
+    "list": ["x", "y"],
+    "mapping": {"a": {"b": [1, 2]}},
+    "nothing": None,
+    "nested": "{{ $A_TEXT }}",
+    "cron": "7 8 * * *",
+}
+"""Variables of the server, whose names begin with the test's prefix."""
+
+
+def one(more: str = "", entrypoint: str = "flow.py:etl", name: str = "d", pool: str = "{name: POOL}") -> str:
+    """A file with one deployment that has these lines as well."""
+    lines = "".join(f"    {line}\n" for line in more.splitlines())
+    return f"deployments:\n  - name: {name}\n    entrypoint: {entrypoint}\n    work_pool: {pool}\n{lines}"
+
+
+CORPUS: dict[str, str] = {
+    "plain": one(),
+    "described": one("description: What it does\nversion: '3'\ntags: [b, a, b]"),
+    "flow in a class": one(entrypoint="flow.py:Team.work"),
+    "flow in a class in a class": one(entrypoint="flow.py:Team.Inner.deep"),
+    "method": one(entrypoint="flow.py:Team.method"),
+    "named flow": one(entrypoint="flow.py:named"),
+    "flow without parameters": one(entrypoint="flow.py:empty"),
+    "module with a dot": one(entrypoint="pack.jobs.daily"),
+    "module with a colon": one(entrypoint="pack.jobs:daily"),
+    "script by dot": one(entrypoint="./flow.py:etl"),
+    "script with a space": one(entrypoint="'my flows/a b.py:daily'"),
+    "script in a package": one(entrypoint="pack/jobs.py:daily"),
+    "name with spaces": one(name="'my daily job'"),
+    "name in unicode": one(name="täglich ☀"),
+    "name ends with .py": one(name="load.py"),
+    "name with a slash": one(name="a/b"),
+    "name with a percent sign": one(name="'a%b'"),
+    "name with an ampersand": one(name="'a&b'"),
+    "name of a number": one(name="5"),
+    "name is blank": one(name="' '"),
+    "name from the environment": one(name="'{{ $A_TEXT }}-x'"),
+    "entrypoint from the environment": one(entrypoint="'flow.py:{{ $MODULE }}'"),
+    "byte order mark": "\ufeff" + one(),
+    "carriage returns": one("description: |\n  one\n  two").replace("\n", "\r\n"),
+    "document marker": "---\n" + one(),
+    # merge keys
+    "anchor of a merged alias": """
+definitions:
+  pools:
+    small: &small
+      name: POOL
+      work_queue_name: default
+      job_variables: {image: a}
+    large: &large
+      <<: *small
+      job_variables: {image: b, cpu: 4}
+pull: []
+deployments:
+  - {name: light, entrypoint: "flow.py:etl", work_pool: *small}
+  - {name: heavy, entrypoint: "flow.py:etl", work_pool: *large}
+  - {name: heavier, entrypoint: "flow.py:etl", work_pool: {<<: *large, work_queue_name: urgent}}
+  - &base {name: base, entrypoint: "flow.py:etl", work_pool: *large, tags: [x]}
+  - {<<: *base, name: derived, tags: [y]}
+  - {name: first, <<: *base}
+""",
+    "two merges": """
+x: &one {source: a, day: 1}
+y: &two {day: 2, rate: 0.25}
+deployments:
+  - {name: l, entrypoint: "flow.py:etl", work_pool: {name: POOL}, parameters: {<<: [*one, *two], 'on': false}}
+  - {name: m, entrypoint: "flow.py:etl", work_pool: {name: POOL}, parameters: {<<: *two, <<: *one}}
+""".replace("x: &one", "definitions:\n  x: &one").replace("y: &two", "  y: &two"),
+    "merge of a merge, used twice": """
+definitions:
+  a: &a {cron: "0 1 * * *", timezone: UTC}
+  b: &b {<<: *a, timezone: Europe/Berlin}
+  c: &c {<<: *b, slug: c}
+deployments:
+  - {name: d, entrypoint: "flow.py:etl", work_pool: {name: POOL}, schedules: [*c, {<<: *c, slug: d}, *b]}
+""",
+    # environment
+    "text from the environment": one(
+        "description: 'for {{ $A_TEXT }}, {{$A_NUMBER}}'\nversion: '{{ $A_NUMBER }}'\n"
+        "tags: ['{{ $A_TEXT }}', x]\nparameters: {source: '{{ $A_TEXT }}', extra: {deep: ['{{ $A_NUMBER }}']}}"
+    ),
+    "variable without a dollar": one(
+        "description: '{{ A_TEXT }}'\nparameters: {source: '{{ A_TEXT }}-{{ A_NUMBER }}'}"
+    ),
+    "empty variable of the environment": one("description: '{{ $NOTHING }}'\nparameters: {source: '{{ $NOTHING }}'}"),
+    "unset variable of the environment": one("parameters: {source: 'x{{ $NO_SUCH_THING }}'}"),
+    "nested variable of the environment": one("parameters: {source: '{{ $NESTED }}'}"),
+    "number from the environment": one("parameters: {day: '{{ $A_NUMBER }}'}"),
+    "truth from the environment": one("paused: '{{ $A_TRUTH }}'"),
+    "limit from the environment": one("concurrency_limit: '{{ $A_NUMBER }}'"),
+    "limit in a mapping from the environment": one(
+        "concurrency_limit: {limit: '{{ $A_NUMBER }}', collision_strategy: ENQUEUE}"
+    ),
+    "enforcement from the environment": one("enforce_parameter_schema: '{{ $A_TRUTH }}'"),
+    "tags from the environment": one("tags: '{{ $A_TEXT }}'"),
+    "tags as text": one("tags: abc"),
+    "tags of numbers": one("tags: [1, 2.5, '']"),
+    "tags of truths": one("tags: [true]"),
+    "schedule from the environment": one(
+        "schedules: [{cron: '{{ $A_CRON }}', timezone: UTC, active: '{{ $A_TRUTH }}', day_or: '{{ $A_TRUTH }}', slug: '{{ $A_TEXT }}'}]"
+    ),
+    "interval from the environment": one("schedules: [{interval: '{{ $A_NUMBER }}'}]"),
+    "schedule's parameters from the environment": one(
+        "schedules: [{cron: '0 1 * * *', parameters: {source: '{{ $A_TEXT }}'}}]"
+    ),
+    "pool from the environment": one(
+        pool="{name: '{{ $THE_POOL }}', work_queue_name: '{{ $QUEUE }}', job_variables: {image: '{{ $A_TEXT }}'}}",
+        more="pull: []",
+    ),
+    "pull from the environment": "pull:\n- prefect.deployments.steps.set_working_directory: {directory: '/x/{{ $A_TEXT }}'}\n"
+    + one(),
+    # variables and blocks
+    "parameter from a variable": one("parameters: {source: '{{ prefect.variables.VAR_text }}'}"),
+    "typed parameters from variables": one(
+        "parameters: {day: '{{ prefect.variables.VAR_number }}', 'on': '{{ prefect.variables.VAR_truth }}',"
+        " extra: '{{ prefect.variables.VAR_mapping }}', source: 'a {{prefect.variables.VAR_number}} b'}"
+    ),
+    "tags and description from variables": one(
+        "description: 'Loads {{ prefect.variables.VAR_text }}'\ntags: ['{{ prefect.variables.VAR_text }}']"
+    ),
+    "tags are a variable": one("tags: '{{ prefect.variables.VAR_list }}'"),
+    "list in text from a variable": one("description: 'of {{ prefect.variables.VAR_list }}'"),
+    "version from a number": one("version: '{{ prefect.variables.VAR_number }}'"),
+    "variable of nothing": one("parameters: {source: 'x{{ prefect.variables.VAR_nothing }}'}"),
+    "variable that is absent": one("parameters: {source: 'x{{ prefect.variables.VAR_absent }}'}"),
+    "variable with a placeholder": one("parameters: {source: '{{ prefect.variables.VAR_nested }}'}"),
+    "cron from a variable": one("schedules: [{cron: '{{ prefect.variables.VAR_cron }}', timezone: UTC}]"),
+    "job variables from variables": one(
+        pool="{name: POOL, job_variables: {cpu: '{{ prefect.variables.VAR_number }}', env: {A: '{{ prefect.variables.VAR_text }}'}}}"
+    ),
+    "pull with a variable": "pull:\n- prefect.deployments.steps.set_working_directory: {directory: '{{ prefect.variables.VAR_text }}'}\n"
+    + one(),
+    "trigger enabled by a variable": one("triggers: [{expect: [a.b], enabled: '{{ prefect.variables.VAR_truth }}'}]"),
+    "limit from a variable": one("concurrency_limit: '{{ prefect.variables.VAR_number }}'"),
+    "parameter from a block": one("parameters: {source: '{{ prefect.blocks.secret.VAR-token }}'}"),
+    "parameter that refers to a block": one(
+        "parameters: {extra: {$ref: {block_document_id: 5c7a1f9e-0000-4000-8000-000000000000}}}"
+    ),
+    "output of a build step": one(
+        pool="{name: POOL, job_variables: {image: '{{ build_image.image }}'}}", more="pull: []"
+    ),
+    "output of a step in text": one("description: 'at {{ build.tag }}'"),
+    "context of a run": one("parameters: {source: '{{ ctx.flow_run.name }}', extra: ['a {{ ctx.flow_run.name }}']}"),
+    "context of a run in a list": one("parameters: {extra: ['{{ ctx.flow_run.name }}']}"),
+    "braces that are no placeholder": one("parameters: {source: '{{ a | b }} {% x %} {{}}'}"),
+    # schedules
+    "no schedule": one("schedule: {}"),
+    "no schedule at all": one("schedule: null\nschedules: null"),
+    "old schedule": one("schedule: {cron: '0 6 * * *', timezone: America/New_York}"),
+    "old interval": one("schedule: {interval: 600, anchor_date: '2024-01-01T00:00:00', timezone: UTC}"),
+    "both kinds of schedules": one("schedule: {cron: '0 6 * * *'}\nschedules: [{cron: '0 7 * * *'}]"),
+    "empty old schedule beside schedules": one("schedule: {}\nschedules: [{cron: '0 7 * * *'}]"),
+    "empty schedule in a list": one("schedules: [{}]"),
+    "many schedules": one(
+        "schedules:\n- {cron: '0 6 * * *', day_or: false, active: false}\n- {interval: PT90M, timezone: Asia/Kolkata}\n"
+        "- {rrule: 'FREQ=DAILY;BYHOUR=3', timezone: Europe/Berlin, slug: r}\n- {interval: 3600, anchor_date: '2024-01-01T06:00:00+05:30'}\n"
+        "- {cron: '@daily', parameters: {day: 4}}"
+    ),
+    "date without quotes as an anchor": one("schedules: [{interval: 3600, anchor_date: 2024-01-01}]"),
+    "moment without quotes as an anchor": one("schedules: [{interval: 3600, anchor_date: 2024-01-01T05:00:00+02:00}]"),
+    "anchor without a zone": one(
+        "schedules: [{interval: 86400, anchor_date: '2024-01-01T06:00', timezone: America/New_York}]"
+    ),
+    "nested schedule": one("schedules: [{schedule: {cron: '0 6 * * *'}, active: true}]"),
+    "schedule twice": one("schedules: [{cron: '0 6 * * *'}, {cron: '0 6 * * *'}]"),
+    "slug with spaces": one("schedules: [{cron: '0 6 * * *', slug: 'At Six!'}]"),
+    "fraction of a second": one("schedules: [{interval: 0.5}]"),
+    "interval in words": one("schedules: [{interval: '1 day'}]"),
+    "interval on a clock": one("schedules: [{interval: 01:30:00}]"),
+    "schedule of a time zone alone": one("schedules: [{timezone: UTC}]"),
+    "schedules that are a mapping": one("schedules: {cron: '0 6 * * *'}"),
+    # limits
+    "limit": one("concurrency_limit: 2"),
+    "limit with a strategy": one(
+        "concurrency_limit: {limit: 2, collision_strategy: CANCEL_NEW, grace_period_seconds: 90}"
+    ),
+    "limit without a strategy": one("concurrency_limit: {limit: 2}"),
+    "no limit": one("concurrency_limit: null"),
+    "limit of a truth": one("concurrency_limit: true"),
+    "limit of a fraction": one("concurrency_limit: 2.5"),
+    "limit below one": one("concurrency_limit: 0"),
+    "strategy in lower case": one("concurrency_limit: {limit: 2, collision_strategy: enqueue}"),
+    # triggers
+    "trigger": one(
+        "triggers: [{expect: [orders.landed], match: {prefect.resource.id: 'warehouse.*'}, parameters: {day: 4}}]"
+    ),
+    "trigger that is off": one("triggers: [{expect: [orders.landed], enabled: false}]"),
+    "trigger from the environment": one(
+        "triggers: [{expect: ['{{ $A_TEXT }}.x'], enabled: '{{ $A_TRUTH }}', name: '{{ $A_TEXT }}'}]"
+    ),
+    "trigger with an event's template": one(
+        "triggers: [{expect: [a.b], parameters: {source: '{{ event.name }}', extra: {__prefect_kind: jinja, template: '{{ event.id }}'}}}]"
+    ),
+    "trigger with an event's template in a list": one(
+        "triggers: [{expect: [a.b], parameters: {extra: ['{{ event.name }}']}}]"
+    ),
+    "trigger with a template elsewhere": one(
+        "triggers: [{expect: [a.b], match_related: {prefect.resource.name: '{{ event.name }}'}}]"
+    ),
+    "several triggers": one(
+        "triggers:\n- {type: event, expect: [a.b], posture: Proactive, within: 60, threshold: 2}\n"
+        "- {type: compound, require: all, within: 3600, triggers: [{type: event, expect: [a]}, {type: event, expect: [b]}]}\n"
+        "- {type: sequence, within: 60, triggers: [{type: event, expect: [a]}, {type: event, expect: [b]}]}\n"
+        "- {expect: [z], job_variables: {cpu: 2}, schedule_after: 60, name: last, description: Tells}"
+    ),
+    "trigger of a metric": one("triggers: [{type: metric, metric: {name: successes, operator: '<', threshold: 0.5}}]"),
+    "trigger on runs": one(
+        "triggers: [{type: event, expect: [prefect.flow-run.Completed], match_related: {prefect.resource.name: up,"
+        " prefect.resource.role: flow}, for_each: [prefect.resource.id], after: [x, y]}]"
+    ),
+    "trigger of nothing": one("triggers: [{enabled: false}]"),  # of everything, once it is on
+    "no triggers": one("triggers: []"),
+    "trigger on in words": one("triggers: [{expect: [a.b], enabled: 'off'}]"),
+    # parameters
+    "moments": one(
+        "parameters: {at: 2024-01-01T05:00:00Z, day: 2024-01-01, clock: '06:30', span: PT1H}\n", "flow.py:times"
+    ),
+    "naive moments": one(
+        "parameters: {at: '2024-01-01T05:00:00', day: '2024-01-01', clock: '06:30:00', span: '01:30:00'}",
+        "flow.py:times",
+    ),
+    "number of seconds as a span": one("parameters: {span: 90}", "flow.py:times"),
+    "date that is none": one("parameters: {day: 2024-13-45}", "flow.py:times"),
+    "moments without quotes": one("parameters: {at: 2024-01-01 05:00:00.5, day: 2024-01-01}", "flow.py:times"),
+    "moment with an offset": one("parameters: {at: 2024-01-01T05:00:00.25+02:00}", "flow.py:times"),
+    "time of day without quotes": one("parameters: {clock: 06:30:00}", "flow.py:times"),
+    "kinds": one(
+        "parameters: {colour: blue, either: x, which: b, ids: [5c7a1f9e-0000-4000-8000-000000000000], tags: [a, b],"
+        " pair: [1, x], path: /tmp/x, money: 1.25, url: 'http://x.y/z', table: {a: 1}, n: 3}",
+        "flow.py:kinds",
+    ),
+    "nested model": one(
+        "parameters: {config: {name: x, inner: {n: 2, when: 2024-01-01T00:00:00Z}, many: [{n: 1}, {}]}}",
+        "flow.py:kinds",
+    ),
+    "wrong enum": one("parameters: {colour: green}", "flow.py:kinds"),
+    "out of range": one("parameters: {n: 11}", "flow.py:kinds"),
+    "infinite": one("parameters: {rate: .inf}"),
+    "not a number": one("parameters: {extra: .nan}"),
+    "large number": one("parameters: {day: 9007199254740993, extra: 12345678901234567890, rate: 1.0e+300}"),
+    "very large number": one("parameters: {extra: 1" + "0" * 400 + "}"),
+    "huge number": one("parameters: {extra: 1" + "0" * 5000 + "}"),
+    "numbers in other bases": one("parameters: {day: 0x10, extra: [010, 0b11, 1_000, 190:20:30]}"),
+    "keys that are no text": one("parameters: {extra: {1: a, on: b, null: c, 1.5: d, 0x10: e}}"),
+    "keys of numbers": one("parameters: {extra: {1: a, 2: b}}"),
+    "keys of truths": one("parameters: {extra: {on: b}}"),
+    "keys in other bases": one("parameters: {extra: {0x10: b}}"),
+    "key that is a date": one("parameters: {extra: {2024-01-01: b}}"),
+    "no value of a parameter": one("parameters: {source: , extra: ~}"),
+    "no parameters": one("parameters:"),
+    "text that no encoding has": one('parameters: {extra: "\\ud800"}'),
+    "text with a nothing in it": one('parameters: {extra: "a\\0b"}'),
+    "bytes": one("parameters: {extra: !!binary aGVsbG8=}"),
+    "set": one("parameters: {extra: !!set {a, b}}"),
+    "pairs": one("parameters: {extra: !!omap [a: 1]}"),
+    "unknown tag": one("parameters: {extra: !thing 1}"),
+    "an integer as text": one("parameters: {day: '5'}"),
+    "a whole fraction as an integer": one("parameters: {day: 5.0}"),
+    "required and not there": one(entrypoint="flow.py:required"),
+    "required and not there, scheduled": one("schedules: [{cron: '0 6 * * *'}]", "flow.py:required"),
+    "unknown parameter": one("parameters: {sorce: x}"),
+    "unknown parameter, not enforced": one("parameters: {sorce: x}\nenforce_parameter_schema: false"),
+    "parameter that the server fills in": one(
+        "parameters: {source: {__prefect_kind: workspace_variable, variable_name: VAR_text}}"
+    ),
+    "parameter of json": one("parameters: {day: {__prefect_kind: json, value: '4'}}"),
+    "parameter of a template": one("parameters: {source: {__prefect_kind: jinja, template: '{{ 1 + 1 }}'}}"),
+    # others
+    "pull of its own": one("pull:\n- prefect.deployments.steps.git_clone: {repository: 'https://x.y/z', branch: main}"),
+    "pull of nothing": "pull:\n- prefect.deployments.steps.set_working_directory: {directory: /x}\n" + one("pull: []"),
+    "pull left to the file": "pull:\n- prefect.deployments.steps.set_working_directory: {directory: /x}\n"
+    + one("pull: null"),
+    "pull left to nobody": "pull: []\n" + one("pull: null"),
+    "pull as a mapping": "pull: {prefect.deployments.steps.set_working_directory: {directory: /x}}\n" + one(),
+    "pull of an empty mapping": one("pull: {}"),
+    "pull with outputs of steps": "pull:\n- prefect.deployments.steps.git_clone: {repository: 'https://x.y/z', id: c}\n"
+    "- prefect.deployments.steps.run_shell_script: {script: 'ls {{ c.directory }}', directory: '{{ c.directory }}'}\n"
+    + one(),
+    "image and no pull": one(pool="{name: POOL, job_variables: {image: x}}"),
+    "job variables": one(
+        pool="{name: POOL, work_queue_name: urgent, job_variables: {cpu: 2, env: {A: b}, other: null}}"
+    ),
+    "wrong job variables": one(pool="{name: POOL, job_variables: {cpu: many}}"),
+    "no job variables": one(pool="{name: POOL, job_variables: null}"),
+    "paused": one("paused: true"),
+    "paused in words": one("paused: 'yes'"),
+    "flow's name": one("flow_name: etl"),
+    "another flow's name": one("flow_name: other"),
+    "kind of version": one("version_type: prefect:simple\nversion: '1'"),
+    "version of a number": one("version: 1"),
+    "date as a description": one("description: 2024-01-01"),
+    "service levels": one("sla: []"),
+    "unknown key": one("colour: red"),
+    "no deployments": "deployments: []\n",
+    "empty file": "",
+    "nothing but a comment": "# nothing\n",
+    "prefect init": "prefect-version: 3.8.0\nbuild: null\npush: null\npull: null\ndeployments:\n- name: d\n  version: null\n  tags: []\n"
+    "  description: null\n  schedule: {}\n  concurrency_limit: null\n  flow_name: null\n  entrypoint: flow.py:etl\n  parameters: {}\n"
+    "  work_pool: {name: POOL, work_queue_name: null, job_variables: {}}\n",
+    "a deployment without a name": "deployments:\n- {name: null, entrypoint: 'flow.py:etl', work_pool: {name: POOL}}\n",
+    "anchor that holds itself": "definitions: &a {<<: *a}\n" + one(),
+    "sequence that holds itself": "definitions: &a [*a]\n" + one(),
+    "merge of text": "definitions: {<<: text}\n" + one(),
+    "very deep": "definitions: " + "[" * 3000 + "]" * 3000 + "\n" + one(),
+    "include of nothing": "include: ['']\n" + one(),
+}
+
+
+REFUSED: dict[str, str] = {
+    "name ends with .py": ":3: name ends with .py, which `prefect deploy` takes off",
+    "name with a slash": ":3: name a deployment's name has no slash",
+    "name with a percent sign": ":3: name has %",
+    "name with an ampersand": ":3: name has &",
+    "name of a number": ":3: name should be a valid string, not 5",
+    "name is blank": ":3: name is blank",
+    "unset variable of the environment": ":6: {{ $NO_SUCH_THING }} is not in the environment",
+    "number from the environment": ":6: deployment d: parameter day: '3' is not of type 'integer'",
+    "truth from the environment": ":6: paused should be a valid boolean, not 'false'",
+    "limit from the environment": ":6: concurrency_limit should be",
+    "limit in a mapping from the environment": ":6: limit should be a valid integer",
+    "enforcement from the environment": ":6: enforce_parameter_schema should be a valid boolean",
+    "tags from the environment": ":6: tags should be a valid list",
+    "tags as text": ":6: tags should be a valid list",
+    "tags of truths": ":6: tags.0 should be a valid string",
+    "interval from the environment": ":6: deployment d: interval '3' is no length of time",
+    "parameter from a block": ":6: {{ prefect.blocks.secret.VAR-token }} would write the block's content",
+    "output of a build step": ":5: {{ build_image.image }} has no value",
+    "output of a step in text": ":6: {{ build.tag }} has no value",
+    "context of a run in a list": ":6: {{ ctx.flow_run.name }} would be dropped from this list",
+    "both kinds of schedules": ":6: deployment d has schedule and schedules",
+    "empty schedule in a list": ":6: deployment d: a schedule has none of cron, interval, rrule",
+    "nested schedule": ":6: schedule is no key here",
+    "schedule twice": ":6: deployment d has this schedule twice",
+    "schedule of a time zone alone": ":6: deployment d: a schedule has none of",
+    "schedules that are a mapping": ":6: schedules should be a valid list",
+    "limit of a truth": ":6: limit should be a valid integer",
+    "limit of a fraction": ":6: concurrency_limit should be",
+    "limit below one": ":6: limit should be greater than or equal to 1",
+    "strategy in lower case": ":6: collision_strategy should be",
+    "trigger with an event's template in a list": ":6: {{ event.name }} would be dropped from this list",
+    "trigger with a template elsewhere": ":6: {{ event.name }} has no value",
+    "trigger of a metric": ":6: trigger.type: Input should be 'event'",
+    "wrong enum": ":6: deployment d: parameter colour: 'green' is not one of",
+    "number of seconds as a span": ":6: deployment d: parameter span: 90 is not of type 'string'",
+    "infinite": ":6: .inf is a number that JSON does not know",
+    "not a number": ":6: .nan is a number that JSON does not know",
+    "huge number": ":6: 1000000000000000000000000000000000000000... is no value (Exceeds the limit",
+    "date that is none": ":6: 2024-13-45 is no value (month must be in 1..12)",
+    "keys that are no text": ":6: on is no text, and a key must be text",
+    "keys of truths": ":6: on is no text",
+    "key that is a date": ":6: 2024-01-01 is no text",
+    "no value of a parameter": ":6: deployment d: parameter source: None is not of type 'string'",
+    "text that no encoding has": ":6:28: this is no YAML: found invalid Unicode character",
+    "text with a nothing in it": ":6: 'a\\x00b' has a character that no server keeps",
+    "bytes": ":6: a value that JSON does not know",
+    "set": ":6: a value of the kind tag:yaml.org,2002:set",
+    "pairs": ":6: a value of the kind tag:yaml.org,2002:omap",
+    "unknown tag": ":6:25: this is no YAML: could not determine a constructor",
+    "an integer as text": ":6: deployment d: parameter day: '5' is not of type 'integer'",
+    "required and not there, scheduled": ":3: deployment d: parameter a: the flow requires it",
+    "unknown parameter": ":6: deployment d: parameter sorce: the flow has no such parameter",
+    "parameter that the server fills in": ":6: deployment d: parameter source has a __prefect_kind",
+    "parameter of json": ":6: deployment d: parameter day has a __prefect_kind",
+    "parameter of a template": ":6: deployment d: parameter source has a __prefect_kind",
+    "image and no pull": ":3: deployment d has an image of its own, and no `pull` says where",
+    "paused in words": ":6: paused should be a valid boolean",
+    "another flow's name": ":6: the flow of flow.py:etl is called etl",
+    "version of a number": ":6: version should be a valid string",
+    "service levels": ":6: sla is no key here",
+    "unknown key": ":6: colour is no key here",
+    "a deployment without a name": ":3: name should be a valid string",
+    "sequence that holds itself": ":2: an anchor that holds itself",
+    "merge of text": ":2:19: this is no YAML: expected a mapping",
+    "very deep": ": lists or mappings are nested too deep",
+    "include of nothing": ":2: a pattern is empty",
+}
+"""Where, and in which words, `orchestrate` refuses a file before it looks at the server."""
+
+REFUSED_BY_PLAN: dict[str, str] = {
+    "version from a number": ":6: version should be a valid string, not 7",
+    "variable that is absent": " is a variable that neither the files nor the server have",
+    "wrong job variables": ":3: deployment etl/d: the work pool POOL takes no such job variable 'cpu'",
+}
+"""The same of what shows with the server alone, before it is changed."""
+
+BEYOND = {
+    "limit without a strategy",
+    "limit from a variable",
+    "no parameters",
+    "no job variables",
+    "nothing but a comment",
+    "empty file",
+    "no deployments",
+    "parameter that refers to a block",
+    "anchor that holds itself",
+    "date as a description",
+}
+"""Where `prefect deploy` fails, or writes a block's secrets into the deployment, and what is meant is plain."""

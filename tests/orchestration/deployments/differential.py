@@ -1,0 +1,171 @@
+"""`prefect deploy --all` and `orchestrate sync`, and what each leaves on a server, field by field."""
+
+import asyncio
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from orchestration.__main__ import main
+from orchestration.settings import ROOT
+
+SERVERS = {
+    "id", "created", "updated", "created_by", "updated_by", "flow_id", "work_queue_id", "last_polled", "status",
+    "labels", "deployment_id", "max_scheduled_runs",
+}  # fmt: skip
+"""Fields that the server decides."""
+
+VERSION = {"version", "version_id", "version_branch", "version_info"}
+"""Fields that Prefect takes from the flow's file or from git where no file gives a version."""
+
+
+@dataclass
+class Sides:
+    """A folder with flow files and a prefect.yaml, whose owner and pool nobody else on the server has."""
+
+    folder: Path
+    api: httpx.Client
+    capture: pytest.CaptureFixture[str]
+    owner: str
+    deployer: subprocess.Popen[str]
+    variables: Collection[str]
+
+    @property
+    def pool(self) -> str:
+        return f"pool-{self.owner}"
+
+    def make_pool(self) -> None:
+        """Make the pool."""
+        variables = {"type": "object", "properties": {"image": {"type": "string"}, "cpu": {"type": "integer"}}}
+        template = {"job_configuration": {"image": "{{ image }}"}, "variables": variables}
+        body = {"name": self.pool, "type": "process", "base_job_template": template}
+        self.api.post("/work_pools/", json=body).raise_for_status()
+        self.api.post(f"/work_pools/{self.pool}/queues", json={"name": "urgent"}).raise_for_status()
+
+    def deploy(self) -> tuple[str, dict[str, Any]]:
+        """What `prefect deploy --all` leaves, and why it failed, if it did."""
+        environment = {name: os.environ[name] for name in self.variables}
+        assert self.deployer.stdin
+        assert self.deployer.stdout
+        self.deployer.stdin.write(json.dumps([str(self.folder), environment]) + "\n")
+        self.deployer.stdin.flush()
+        failed, said = json.loads(self.deployer.stdout.readline())
+        skipped = "Skipping deployment configuration" in said or "Skipping." in said
+        return " ".join(said.split())[-400:] if failed or skipped else "", self.state()
+
+    def sync(self, *arguments: str) -> tuple[str, dict[str, Any]]:
+        """What `orchestrate sync` leaves, and why it failed, if it did."""
+        status, said = self.run("sync", *arguments)
+        return said if status else "", self.state()
+
+    def run(self, *arguments: str) -> tuple[int, str]:
+        """`orchestrate`; its exit status and all that it printed."""
+        self.capture.readouterr()
+        with contextlib.chdir(self.folder):
+            status = main(arguments)
+        printed = self.capture.readouterr()
+        return status, printed.out + printed.err
+
+    def deployments(self) -> list[dict[str, Any]]:
+        """The pool's."""
+        body = {"work_pools": {"name": {"any_": [self.pool]}}, "sort": "NAME_ASC"}
+        return list(self.api.post("/deployments/filter", json=body).raise_for_status().json())
+
+    def state(self) -> dict[str, Any]:
+        """The pool's deployments with their automations, without what is the server's to decide."""
+        found = {}
+        for each in self.deployments():
+            flow = self.api.get(f"/flows/{each['flow_id']}").raise_for_status().json()["name"]
+            related = self.api.get(f"/automations/related-to/prefect.deployment.{each['id']}").raise_for_status().json()
+            made = _plain(each, each["id"])
+            made["tags"] = sorted(set(made["tags"]))
+            # Without a docstring Prefect sends this text, and it sends an anchor with the offset that the file has.
+            made["description"] = None if made["description"] == "None" else made["description"]
+            for schedule in made["schedules"]:
+                if anchor := schedule["schedule"].get("anchor_date"):
+                    schedule["schedule"]["anchor_date"] = _moment(anchor)
+            made["schedules"] = sorted(made["schedules"], key=str)
+            made["automations"] = sorted((_plain(one, each["id"]) for one in related), key=lambda one: one["name"])
+            found[f"{flow}/{each['name']}"] = made
+        return found
+
+    def clear(self) -> None:
+        """Delete the pool's deployments and their automations."""
+        for each in self.deployments():
+            self.api.delete(f"/automations/owned-by/prefect.deployment.{each['id']}").raise_for_status()
+            self.api.delete(f"/deployments/{each['id']}").raise_for_status()
+
+
+def _moment(anchor: str) -> str:
+    """The moment of an anchor; without one a schedule begins when the server gets it."""
+    found = datetime.fromisoformat(anchor)
+    return "now" if abs(datetime.now(UTC) - found) < timedelta(minutes=10) else found.astimezone(UTC).isoformat()
+
+
+def _plain(value: Any, deployment: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(each, deployment) for key, each in value.items() if key not in SERVERS}
+    if isinstance(value, list):
+        return [_plain(each, deployment) for each in value]
+    return value.replace(deployment, "ID") if isinstance(value, str) else value
+
+
+def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
+    """Where two states differ."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in sorted({*one, *other}, key=str):
+            yield from differences(one.get(key), other.get(key), f"{path}.{key}".lstrip("."))
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        for number, (a, b) in enumerate(zip(one, other, strict=True)):
+            yield from differences(a, b, f"{path}[{number}]")
+    elif one != other or type(one) is not type(other):
+        yield f"{path}: {one!r} != {other!r}"
+
+
+@contextlib.contextmanager
+def deploying(url: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that deploys what it is told, for Prefect is slow to import and leaves connections open."""
+    command = [sys.executable, "-m", "tests.orchestration.deployments.differential"]
+    variables = {"PREFECT_API_URL": url, "PYTHONPATH": str(ROOT), "PREFECT_CLI_PROMPT": "false"}
+    with subprocess.Popen(
+        command, cwd=folder, env=os.environ | variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            assert process.stdin
+            process.stdin.close()
+
+
+def _serve() -> None:
+    """Deploy the folder of each line; answer with whether that failed, and what was printed."""
+    from prefect.cli import _app
+    from prefect.cli.deploy._commands import deploy
+
+    answers = sys.stdout
+    for line in sys.stdin:
+        folder, variables = json.loads(line)
+        os.chdir(folder)
+        os.environ.update(variables)
+        failed, said = False, io.StringIO()
+        _app.console.file = said
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            try:
+                asyncio.run(deploy(deploy_all=True))
+            except SystemExit as ended:
+                failed = bool(ended.code)
+        print(json.dumps([failed, said.getvalue()]), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    _serve()
