@@ -46,12 +46,15 @@ class PodEvents:
 
     def __init__(self, server: Server, namespace: str) -> None:
         self._server, self._namespace = server, namespace
-        self._told: set[str] = set()
+        self._told: dict[str, set[str]] = {}
+        """Ids of events, by the pod's."""
+        self._seen: dict[str, tuple[Any, ...]] = {}
+        """What was read of each pod, as far as it makes events."""
         self._is_new = True
 
     def forget(self) -> None:
         """Note that another reconciler tells from now on."""
-        self._told, self._is_new = set(), True
+        self._told, self._seen, self._is_new = {}, {}, True
 
     async def tell(self, pods: Sequence[Pod]) -> None:
         """Send the events that were not sent.
@@ -62,22 +65,27 @@ class PodEvents:
         Raises:
             ApiError: the server does not answer, or refuses events; what it refuses is not sent again.
         """
-        found = [event for each in pods for event in events_of(each, self._namespace)]
-        told = self._told | (await self._there(pods) if self._is_new and pods else set())
-        self._is_new = self._is_new and not pods
-        self._told = told & {each["id"] for each in found}
-        new = [each for each in found if each["id"] not in told]
-        for batch in _parts(new, BATCH):
+        if self._is_new and pods:
+            await self._ask(pods)
+            self._is_new = False
+        seen = {each.uid: (each.phase, each.started, each.waiting, each.live, each.restarts) for each in pods}
+        changed = [each for each in pods if self._seen.get(each.uid) != seen[each.uid]]
+        self._told = {uid: self._told.get(uid, set()) for uid in seen}
+        found = [(each.uid, event) for each in changed for event in events_of(each, self._namespace)]
+        for batch in _parts([each for each in found if each[1]["id"] not in self._told[each[0]]], BATCH):
+            refused = None
             try:
-                await self._server.ask("POST", "/events", batch, idempotent=True)
-            except RefusedError:
-                self._told |= {each["id"] for each in batch}
-                raise
-            self._told |= {each["id"] for each in batch}
+                await self._server.ask("POST", "/events", [event for _, event in batch], idempotent=True)
+            except RefusedError as error:
+                refused = error
+            for uid, event in batch:
+                self._told[uid].add(event["id"])
+            if refused:
+                raise refused
+        self._seen = seen
 
-    async def _there(self, pods: Sequence[Pod]) -> set[str]:
-        """The ids of the pods' events that the server has."""
-        found: set[str] = set()
+    async def _ask(self, pods: Sequence[Pod]) -> None:
+        """Note which of the pods' events the server has."""
         for some in _parts(pods, PODS):
             which: JSON = {
                 "event": {"prefix": [PREFIX]},
@@ -85,8 +93,9 @@ class PodEvents:
                 "occurred": {"since": min(each.created for each in some).isoformat()},
             }
             answer = await self._server.ask("POST", "/events/filter", {"filter": which}, idempotent=True)
-            found |= {each["id"] for each in answer["events"]}
-        return found
+            for each in answer["events"]:
+                uid = each["resource"]["prefect.resource.id"].removeprefix(PREFIX)
+                self._told.setdefault(uid, set()).add(each["id"])
 
 
 def _parts(found: Sequence[Any], size: int) -> Iterator[list[Any]]:

@@ -154,7 +154,7 @@ def test_each_event_is_told_once_and_fires_automations_once(prefect_server: str)
         wait_until(lambda: len(events(f"{PREFIX}{others[-1]['metadata']['uid']}")) == 3, "those of the others")
         assert asyncio.run(tell(stages[-1], *others)) == []
         # As if the answer had been lost, or two told at once.
-        with patch.object(PodEvents, "_there", return_value=set()):
+        with patch.object(PodEvents, "_ask"):
             assert len(asyncio.run(tell(stages[-1], rounds=1))) == 3
         asyncio.run(tell(marker := pod("Pending")))
         wait_until(lambda: events(f"{PREFIX}{marker['metadata']['uid']}"), "what was sent later")
