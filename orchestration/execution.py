@@ -206,7 +206,8 @@ class Engine:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._token = os.urandom(16).hex()
         where = {"PREFECT__CONTROL_PORT": str(self._listener.getsockname()[1]), "PREFECT__CONTROL_TOKEN": self._token}
-        command = [sys.executable, "-m", "orchestration.engine"]
+        # Not from the folder that it starts in, where a user may have a package of that name.
+        command = [sys.executable, "-P", "-m", "orchestration.engine"]
         self.process = subprocess.Popen(command, env=os.environ | where, start_new_session=True)
         threading.Thread(target=self._listen, daemon=True).start()
 
