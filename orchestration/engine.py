@@ -21,14 +21,20 @@ slot, and takes it back itself only when its lease ends, for `concurrency("name"
 
 import asyncio
 import contextlib
+import functools
+import importlib
 import json
 import os
 import runpy
+import site
 import sys
+import sysconfig
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -100,6 +106,35 @@ def _enter(workspace: PreparedWorkspace) -> None:
     os.chdir(workspace.working_directory)
     paths = os.environ["PYTHONPATH"].split(os.pathsep)
     sys.path[:] = [*paths, *(each for each in sys.path if each not in paths)]
+    importlib.invalidate_caches()
+
+
+def _path_files() -> set[tuple[str, str]]:
+    """The .pth files that a process reads when it starts: folder and name."""
+    folders = [*site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])]
+    return {(folder, file.name) for folder in folders for file in Path(folder).glob("*.pth")}
+
+
+def _forget(imported: Collection[str]) -> None:
+    """Forget modules that a process which is started here would import anew, or from elsewhere.
+
+    These are what pull steps imported and did not install, and packages of which the user's code has one of that name.
+
+    Args:
+        imported: the modules that were imported before the pull steps.
+    """
+    installed = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+    files = {name: getattr(module, "__file__", None) or "" for name, module in sys.modules.items()}
+
+    @functools.cache
+    def moved(package: str) -> bool:
+        spec = PathFinder.find_spec(package)
+        return bool(spec and spec.origin and files.get(package) and spec.origin != files[package])
+
+    for name, file in files.items():
+        own = file and not file.startswith(installed) and name != "__main__"
+        if own and (name not in imported or moved(name.partition(".")[0])):
+            del sys.modules[name]
 
 
 def _wait_to_begin() -> None:
@@ -117,7 +152,11 @@ def main() -> None:
         client.send = _noting(client.send)  # type: ignore[method-assign]
     # It goes with the container: at its exit this process still sends logs from there.
     folder = tempfile.mkdtemp(prefix="prefect-flow-run-")
+    imported, path_files = set(sys.modules), _path_files()
     _enter(asyncio.run(prepare_workspace_for_flow_run(os.environ["PREFECT__FLOW_RUN_ID"], folder)))
+    for each in sorted(_path_files() - path_files):  # of what pull steps installed, as `pip install -e .` does
+        site.addpackage(*each, None)
+    _forget(imported)
     # Prefect imports it too; to execute it anew is what its own command does.
     warnings.filterwarnings("ignore", "'prefect.engine' found in sys.modules", RuntimeWarning)
     runpy.run_module("prefect.engine", run_name="__main__", alter_sys=True)

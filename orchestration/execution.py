@@ -326,7 +326,8 @@ class Engine:
             "PREFECT__CONTROL_TOKEN": self._token,
             GATE: str(read),
         }
-        command = [sys.executable, "-m", "orchestration.engine"]
+        # Not from the folder that it starts in, where a user may have a package of that name.
+        command = [sys.executable, "-P", "-m", "orchestration.engine"]
         self.process = subprocess.Popen(command, env=os.environ | where, start_new_session=True, pass_fds=[read])
         os.close(read)
         threading.Thread(target=self._listen, daemon=True).start()

@@ -94,7 +94,7 @@ def ends(how="completes", cleanup=1.0):
 POD = Pod("pod", "run", "job", datetime.now(UTC))
 
 
-EXECUTION = ("grace", "after", "every", "begin", "deadline")
+EXECUTION = ("grace", "after", "every", "begin", "deadline", "python", "prefects")
 """Parameters of `Run.execute`."""
 
 
@@ -139,7 +139,10 @@ class Run:
         every: float = 0.5,
         begin: float = 240,
         deadline: str = "",
+        python: str = sys.executable,
+        prefects: bool = False,
     ) -> None:
+        """Execute the run as its container does, or by Prefect's own command."""
         # What it waits for in between is mostly in the way here.
         code = (
             f"import execution, sys; execution.EVERY, execution.BEGIN_SECONDS = {every}, {begin}; "
@@ -154,7 +157,7 @@ class Run:
         }  # fmt: skip
         with (self.folder / "log").open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", code, "prefect", "flow-run", "execute"],
+                [python, *(["-m"] if prefects else ["-c", code]), "prefect", "flow-run", "execute"],
                 env=env, cwd=self.folder, start_new_session=True, stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
 
@@ -521,3 +524,92 @@ def test_a_first_request_is_sent_again_and_again_while_the_api_is_away(prefect_s
         with relayed(port, prefect_server):
             assert process.stdout.read().splitlines()[-1] == "answered"
     assert process.returncode == 0
+
+
+USER = {
+    "flows/common.py": "X = 'flows.common'\n",
+    "flows/team/common.py": "X = 'common'\n",
+    "orchestration/__init__.py": "",
+    "orchestration/rates.py": "X = 'orchestration.rates'\n",
+    "src/pkg/util.py": "X = 'src.pkg.util'\n",
+    "src/pkg/steps.py": """
+import site, sys
+from pathlib import Path
+def install():
+    here = Path.cwd()
+    Path(site.getsitepackages()[0], "installed.pth").write_text(f"{here / 'src'}\\n")
+    sys.path.insert(0, str(here / "old"))
+    import helper
+    sys.path.remove(str(here / "old"))
+""",
+    "old/helper.py": "X = 'old/helper'\n",
+    "helper.py": "X = 'helper'\n",
+    "flows/team/etl.py": """
+import importlib, os, sys
+from pathlib import Path
+from prefect import flow
+
+NAMES = "flows.common", "common", "orchestration.rates", "src.pkg.util", "pkg.util", "flows.team.common", "helper"
+
+@flow
+def a():
+    for name in NAMES:
+        try:
+            found = importlib.import_module(name).X
+        except Exception as error:
+            found = type(error).__name__
+        with open(os.environ["NOTES"], "a") as file:
+            file.write(f"{name}: {found}\\n")
+""",
+}
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Path:
+    """The interpreter of an environment with what this one has, in which pull steps may install."""
+    folder = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    [packages] = folder.glob("lib/python*/site-packages")
+    (packages / "inherited.pth").write_text("\n".join(each for each in sys.path if "site-packages" in each) + "\n")
+    return folder / "bin" / "python"
+
+
+@pytest.mark.parametrize("entrypoint", ["flows/team/etl.py:a", "flows.team.etl.a"])
+def test_users_code_is_imported_as_under_prefects_command(
+    run: Callable[..., Run], tmp_path: Path, environment: Path, entrypoint: str
+) -> None:
+    """From a repository with folders named as this project's, without `__init__.py`, and with a package to install."""
+    repository = tmp_path / "repository"
+    for name, content in USER.items():
+        (repository / name).parent.mkdir(parents=True, exist_ok=True)
+        (repository / name).write_text(content)
+    git = ["git", "-C", str(repository), "-c", "user.name=a", "-c", "user.email=a@example.com"]
+    for arguments in (["init", "-q", "-b", "main"], ["add", "."], ["commit", "-q", "-m", "all"]):
+        subprocess.run([*git, *arguments], check=True)
+    clone = {"id": "clone", "repository": f"file://{repository}", "branch": "main"}
+    made = run(
+        entrypoint=entrypoint,
+        pull_steps=[
+            {"prefect.deployments.steps.git_clone": clone},
+            {"prefect.deployments.steps.set_working_directory": {"directory": "{{ clone.directory }}"}},
+            {"src.pkg.steps.install": {}},
+        ],
+    )
+    found = []
+    for prefects in (True, False):
+        made.start(python=str(environment), prefects=prefects)
+        assert made.ended() == (0, "Completed"), (made.folder / "log").read_text()
+        found.append(made.notes())
+        (made.folder / "notes").unlink()
+        for file in environment.parent.parent.glob("lib/python*/site-packages/installed.pth"):
+            file.unlink()
+    assert found[1] == found[0]
+    assert dict(note.split(": ") for note in found[0]) == {
+        "flows.common": "flows.common",
+        "common": "common" if ":" in entrypoint else "ModuleNotFoundError",
+        "orchestration.rates": "orchestration.rates",
+        "src.pkg.util": "src.pkg.util",
+        "pkg.util": "src.pkg.util",
+        "flows.team.common": "common",
+        "helper": "helper",
+    }

@@ -1,1 +1,0 @@
-"""What runs: flows, what they read and load, and the dbt project in `warehouse/`."""
