@@ -313,6 +313,8 @@ def of(
     """
     missing: list[str] | None = [] if offline else None
     templates.fill(documents, variables or {}, missing)
+    if offline:
+        templates.leave_out_unknown(documents)
     checked = [_checked(document) for document in documents]
     name = owner or next((each.name for each in checked if each.name), None)
     if not name:

@@ -42,6 +42,15 @@ def is_unknown(value: Any) -> bool:
     return any(match[1].startswith(VARIABLE) for text in _texts(value) for match in PLACEHOLDER.finditer(text))
 
 
+def leave_out_unknown(documents: Sequence[Map]) -> None:
+    """Remove the keys of deployments whose values have no type without the server."""
+    for document in documents:
+        for deployment in _deployments(document):
+            for key in ("tags", "triggers", "concurrency_limit"):
+                if is_unknown(deployment.get(key)):
+                    del deployment[key]
+
+
 def is_for_a_run(value: Any) -> bool:
     """Whether the server would fill a value in when somebody starts a run."""
     if isinstance(value, dict):

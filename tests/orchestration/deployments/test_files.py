@@ -205,6 +205,18 @@ def test_check_shows_the_next_five_times(folder: Path, capsys: pytest.CaptureFix
     assert "that it exists is seen by plan and sync" in said
 
 
+def test_check_takes_any_value_for_a_variable_of_the_server(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    variable = "'{{ prefect.variables.x }}'"
+    (folder / "prefect.yaml").write_text(
+        with_deployment(
+            f"parameters: {{day: {variable}}}\ntags: {variable}\ndescription: {variable}\n"
+            f"schedules: [{{cron: {variable}}}]\ntriggers: [{{expect: [a.b], enabled: {variable}}}]"
+        )
+    )
+    assert main(["check"]) == 0
+    assert capsys.readouterr().out.count("{{ prefect.variables.x }} is known with the server alone") == 5
+
+
 def test_check_fits_the_namespace(folder: Path) -> None:
     pool = (
         "work_pools:\n- name: p\n  type: kubernetes\n  base_job_template:\n    job_configuration:\n"
