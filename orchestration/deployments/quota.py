@@ -393,7 +393,7 @@ def _quantity(value: str) -> Decimal:
         raise ValueError(value)
     number, suffix = Decimal(match["number"]), match["suffix"]
     if suffix in _BINARY:
-        return number * 1024 ** _BINARY.index(suffix)
+        return number * Decimal(1024) ** _BINARY.index(suffix)
     return number * Decimal(10) ** (_DECIMAL[suffix] if suffix in _DECIMAL else int(suffix[1:]))
 
 

@@ -215,9 +215,8 @@ def _numbers(rule: Object, root: Object) -> SearchStrategy[float]:
 def _strings(rule: Object, root: Object) -> SearchStrategy[str]:
     if "pattern" not in rule:
         return TEXT.filter(lambda text: len(text) >= rule.get("minLength", 0))
-    drawn = st.from_regex(
-        rule["pattern"], fullmatch=True, alphabet=st.characters(codec="ascii", exclude_categories=("Cc",))
-    )
+    printable = st.characters(min_codepoint=32, max_codepoint=126)
+    drawn = st.from_regex(rule["pattern"], fullmatch=True, alphabet=printable)
     return drawn.filter(lambda text: len(text) <= rule.get("maxLength", 1000))
 
 
