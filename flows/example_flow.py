@@ -161,6 +161,11 @@ def transform(select: str | None = None, full_refresh: bool = False) -> list[Ste
         result = dbt_project.build(
             select=select, full_refresh=full_refresh, flags=NO_UNIT_TESTS, inputs=raw.newest_load()
         )
+    if select and not result.nodes:
+        raise DbtError(
+            f"The selection {select!r} matches no node in the dbt project {dbt_project.path}; nothing was built. "
+            "See what there is with: make dbt CMD=ls"
+        )
     return dbt_steps(result)
 
 

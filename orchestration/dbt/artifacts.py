@@ -1,14 +1,14 @@
 """dbt's artifacts, kept run by run: for deferral, `state:` selections, docs and what changed since.
 
     <root>/<project>/<run>/{manifest,run_results,sources,catalog,nodes}.json, dbt.log
-    <root>/<project>/latest-<target>.json     the last run that built the whole project without a failure
+    <root>/<project>/latest-<target>.json     the last `dbt build` of the whole project without a failure
 
 The root is any URL that fsspec knows; without one, a folder beside Prefect's results.
 """
 
 import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,7 +45,17 @@ class Artifacts:
         self._folder = f"{path}/{project}"
         self._project = project
 
-    def store(self, folder: Path, result: DbtResult, target: str, run: str, *, whole: bool) -> str:
+    def store(
+        self,
+        folder: Path,
+        result: DbtResult,
+        target: str,
+        run: str,
+        *,
+        whole: bool,
+        options: Sequence[str] = (),
+        defer_to: str | None = None,
+    ) -> str:
         """Keep what a command left in its target folder.
 
         Args:
@@ -54,6 +64,8 @@ class Artifacts:
             target: the profile's target.
             run: what tells the flow run's commands from others.
             whole: whether it was to build the whole project.
+            options: dbt's options, for a retry.
+            defer_to: what it compared with.
 
         Returns:
             The folder's URL.
@@ -64,8 +76,9 @@ class Artifacts:
         for file in FILES:
             if (folder / file).exists():
                 self._files.put_file(str(folder / file), f"{self._folder}/{name}/{file}")
-        self._write(f"{name}/nodes.json", {"command": result.command, "target": target, "nodes": result.nodes})
-        if whole and not result.failed:
+        kept = {"command": result.command, "target": target, "options": list(options), "defer_to": defer_to}
+        self._write(f"{name}/nodes.json", {**kept, "nodes": result.nodes})
+        if whole and not result.error():
             self._write(f"latest-{target}.json", {"run": name})
         good = {
             json.loads(self._files.cat_file(path))["run"] for path in self._files.glob(f"{self._folder}/latest-*.json")
@@ -81,7 +94,8 @@ class Artifacts:
             with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # one that is being written or deleted
                 stored = json.loads(self._files.cat_file(f"{self._folder}/{run}/nodes.json"))
                 if command in (None, stored["command"]) and target in (None, stored["target"]):
-                    return Earlier(stored["command"], [_node(node) for node in stored["nodes"]])
+                    nodes = [_node(node) for node in stored["nodes"]]
+                    return Earlier(stored["command"], nodes, stored.get("options", []), stored.get("defer_to"))
         return None
 
     def fetch(self, source: str, into: Path) -> Path:
@@ -137,11 +151,17 @@ class Earlier:
     Args:
         command: dbt's command.
         nodes: what became of its nodes.
+        options: dbt's options.
+        defer_to: what it compared with.
     """
 
-    def __init__(self, command: str, nodes: Iterable[Node]) -> None:
+    def __init__(
+        self, command: str, nodes: Iterable[Node], options: Sequence[str] = (), defer_to: str | None = None
+    ) -> None:
         self.command = command
         self.nodes = {node.id: node for node in nodes}
+        self.options = list(options)
+        self.defer_to = defer_to
 
 
 def _plain(value: Any) -> Any:

@@ -7,11 +7,12 @@ Given arguments, it runs them as dbt's command line does: `python child.py parse
 the process then uses with any host and user.
 
 stdin: one line, `{"arguments": [...], "environment": {...}, "done": [...], "only": [...], "retries": n, "delay": s,
-"transient": regex}`, then nothing until the end. When it closes while dbt runs, the parent is gone:
+"transient": regex, "sample_rows": n}`, then nothing until the end. When it closes while dbt runs, the parent is gone:
 dbt is interrupted, which cancels its SQL.
 
 stdout, a line each:
 
+- `selected`: whether the command selected the whole project
 - `nodes`: nodes that this command selected, with what is known of them before they run
 - `start`, `retry`, `rows`, `end`: what becomes of one of them, by its unique id
 - `log`: a line of dbt's log from level info on, with the node that it is about
@@ -43,13 +44,20 @@ GRACE = 2.5
 BAD = {"error", "fail", "runtime error", "partial success", "skipped"}
 """dbt's statuses that keep what comes after a node from running."""
 
-SAMPLE = 10
-"""Rows of a failing test that are shown."""
+CELL_BYTES, SAMPLE_BYTES, SQL_BYTES = 500, 10_000, 20_000
+"""Bytes of a value, of all rows and of the SQL of a failing test that are shown."""
+
+SELECTIONS = (
+    "select", "exclude", "selector", "resource_types", "inline",
+    "empty", "sample", "event_time_start", "event_time_end",
+)  # fmt: skip
+"""Options of dbt's commands, given in whatever form, that leave out nodes or rows."""
 
 _PROGRESS = {"LogStartLine", "LogStartBatch", "LogHookStartLine", "Formatting", "ConcurrencyLine", "EndOfRunSummary"}
 """Events whose lines say nothing that the nodes' states do not."""
 
 _JINJA = re.compile(r"\{([{%]).*?[%}]\}", re.DOTALL)
+_SOURCE = re.compile(r"""source\(\s*['"](.+?)['"]\s*,\s*['"](.+?)['"]\s*\)""")
 _CONNECTION = re.compile(r"\btarget\b(?!\s*\.\s*(name|schema|database|dbname|type|profile_name)\b)")
 """What reads more of the target than a parse depends on anyway."""
 
@@ -65,6 +73,7 @@ class Reporter:
         self._retries: int = command["retries"]
         self._delay: float = command["delay"]
         self._transient = re.compile(command["transient"], re.IGNORECASE)
+        self._sample_rows: int = command["sample_rows"]
         self._stdout = stdout
         self._lock = threading.Lock()
         self._task: Any = None
@@ -88,8 +97,15 @@ class Reporter:
         selected = {node.unique_id: node for node in task._flattened_nodes}
         units: set[str] = getattr(task, "selected_unit_tests", set())
         selected |= {unit: task.manifest.unit_tests[unit] for unit in units}
+        part = any(getattr(task.args, option, None) for option in SELECTIONS)
+        # Unit tests build nothing, and dbt advises to leave them out where data is real.
+        part = part or bool({*(getattr(task.args, "exclude_resource_types", None) or ())} - {"unit_test"})
+        part = part or bool(task.config.get_default_selector_name())
         if self._only is not None:
+            every = len(selected)
             selected = {key: node for key, node in selected.items() if key in self._only or node.is_ephemeral_model}
+            part = part or len(selected) < every
+        self.send("selected", whole=not part)
         shown = {key: node for key, node in selected.items() if not node.is_ephemeral_model}
         nearest: dict[str, list[str]] = {}
         parents = {key: self._parents(node, shown, nearest) for key, node in shown.items()}
@@ -110,6 +126,8 @@ class Reporter:
 
         task._flattened_nodes = [node for node in task._flattened_nodes if node.unique_id in left]
         nodes = {node.unique_id for node in task._flattened_nodes}
+        if not nodes:
+            task._flattened_nodes = _NothingLeft()
         task.job_queue = GraphQueue(task.graph.get_subset_graph(nodes).graph, task.manifest, nodes)
         task.num_nodes = sum(not node.is_ephemeral_model for node in task._flattened_nodes)
         if getattr(task, "selected_unit_tests", None):
@@ -162,14 +180,17 @@ class Reporter:
 
     def _show_rows(self, adapter: Any, test: Any, manifest: Any) -> None:
         sql = test.compiled_code
-        self.send("rows", id=test.unique_id, sql=sql, columns=[], rows=[])
+        shown = _cut(sql, SQL_BYTES)
+        self.send("rows", id=test.unique_id, sql=shown, columns=[], rows=[])
+        if not self._sample_rows:
+            return
         with adapter.connection_named(f"rows {test.unique_id}"):
             limited = adapter.execute_macro(
-                "get_limit_subquery_sql", macro_resolver=manifest, kwargs={"sql": sql, "limit": SAMPLE}
+                "get_limit_subquery_sql", macro_resolver=manifest, kwargs={"sql": sql, "limit": self._sample_rows}
             )
             _, table = adapter.execute(str(limited), fetch=True)
-        rows = [[_cell(value) for value in row] for row in table.rows]
-        self.send("rows", id=test.unique_id, sql=sql, columns=list(table.column_names), rows=rows)
+        columns, rows = _bounded(list(table.column_names), [list(row) for row in table.rows])
+        self.send("rows", id=test.unique_id, sql=shown, columns=columns, rows=rows)
 
     def listen(self, event: Any) -> None:
         """dbt's callback: called in the thread of whatever happens."""
@@ -241,8 +262,8 @@ class Reporter:
         first = next((node for node in stopped if self._status[node] != "skipped"), stopped[0] if stopped else "")
         return self._because.get(first, first)
 
-    def result(self, result: Any, finished: str = "") -> None:
-        """Say what a result of dbt's says of a node: of those that end without an event of their own."""
+    def result(self, result: Any, finished: str = "", final: bool = False) -> None:
+        """Say what a result of dbt's says of a node that has no event of its own, or one that no longer holds."""
         node, status = result.node, str(result.status)
         self._status[node.unique_id] = status
         self.send(
@@ -256,16 +277,27 @@ class Reporter:
             rows=_rows(result.adapter_response or {}),
             failures=result.failures,
             because="",
+            final=final,
         )
 
     def ended(self, outcome: Any) -> None:
-        """Say how the command ended, and what became of nodes that it left out (fail-fast)."""
+        """Say how the command ended, and what dbt's results say otherwise of nodes: those that fail-fast left out."""
         for result in getattr(outcome.result, "results", None) or []:
             node = getattr(result, "node", None)
-            if node is not None and node.unique_id in self._known and node.unique_id not in self._status:
-                self.result(result)
+            if node is None or node.unique_id not in self._known:
+                continue
+            if self._status.get(node.unique_id) != str(result.status):
+                self.result(result, final=True)
         error = str(outcome.exception).strip() or type(outcome.exception).__name__ if outcome.exception else None
-        self.send("result", success=outcome.success, error=error)
+        problems = getattr(outcome.result, "errors", None) or []  # of the catalog, which is no node
+        self.send("result", success=outcome.success, error=error, problems=[str(each) for each in problems])
+
+
+class _NothingLeft(list):  # type: ignore[type-arg]
+    """No node, where dbt is to run the hooks all the same: with no node selected it does not."""
+
+    def __len__(self) -> int:
+        return 1
 
 
 def _described(node: Any, manifest: Any, parents: list[str]) -> Json:
@@ -304,15 +336,46 @@ def _title(node: Any, manifest: Any) -> str:
     if kind == "source":
         return f"freshness · {node.source_name}.{node.name}"
     if kind == "unit_test":
-        return f"unit test · {node.model}.{node.name}"
-    if kind == "model" and getattr(node, "version", None) is not None:
-        return f"{node.name}.v{node.version}"
+        version = getattr(node, "version", None)
+        return f"unit test · {node.model}{'' if version is None else f'.v{version}'}.{node.name}"
     if kind != "test" or not getattr(node, "test_metadata", None):
-        return str(node.name)
-    attached = getattr(node, "attached_node", None) or next(iter(node.depends_on_nodes), "")
-    tested = manifest.nodes.get(attached) or manifest.sources.get(attached)
-    of = f"{tested.source_name}.{tested.name}" if hasattr(tested, "source_name") else getattr(tested, "name", "")
-    return f"{node.test_metadata.name} · {of}{f'.{node.column_name}' if node.column_name else ''}"
+        return _versioned(node)
+    tested = _tested(node, manifest)
+    of = f"{tested.source_name}.{tested.name}" if hasattr(tested, "source_name") else _versioned(tested)
+    called = node.name if _is_named(node, tested) else node.test_metadata.name
+    return f"{called} · {of}{f'.{node.column_name}' if node.column_name else ''}"
+
+
+def _tested(test: Any, manifest: Any) -> Any:
+    """What a generic test tests: a node, or a source, of which dbt keeps only the call."""
+    if source := _SOURCE.search(str(test.test_metadata.kwargs.get("model", ""))):
+        for each in manifest.sources.values():
+            if (each.source_name, each.name) == source.groups() and each.unique_id in test.depends_on_nodes:
+                return each
+    attached = getattr(test, "attached_node", None) or next(iter(test.depends_on_nodes), "")
+    return manifest.nodes.get(attached) or manifest.sources.get(attached)
+
+
+def _versioned(node: Any) -> str:
+    """A node's name, with its version if it is a model that has one."""
+    version = getattr(node, "version", None)
+    return f"{getattr(node, 'name', '')}{'' if version is None else f'.v{version}'}"
+
+
+def _is_named(test: Any, tested: Any) -> bool:
+    """Whether the project names a generic test: dbt makes a name of the test and its arguments otherwise."""
+    try:
+        from dbt.parser.generic_test_builders import synthesize_generic_test_names
+    except ImportError:
+        return False
+    metadata = test.test_metadata
+    kind = f"source_{metadata.name}" if hasattr(tested, "source_name") else metadata.name
+    kind = f"{metadata.namespace}_{kind}" if metadata.namespace else kind
+    of = f"{tested.source_name}_{tested.name}" if hasattr(tested, "source_name") else getattr(tested, "name", "")
+    if getattr(tested, "version", None) is not None:
+        of = f"{of}_v{tested.version}"
+    arguments = {name: value for name, value in metadata.kwargs.items() if name != "model"}
+    return test.name not in synthesize_generic_test_names(kind, of, arguments)
 
 
 def _rows(response: Json) -> int | None:
@@ -321,8 +384,41 @@ def _rows(response: Json) -> int | None:
     return int(rows) if rows is not None and int(rows) >= 0 else None
 
 
+def _bounded(columns: "list[str]", rows: "list[list[Any]]") -> "tuple[list[str], list[list[Any]]]":
+    """As many of the columns and rows as fit into `SAMPLE_BYTES`."""
+    names: list[str] = []
+    left = SAMPLE_BYTES
+    for column in columns:
+        name = _cut(column, CELL_BYTES)
+        left -= len(name.encode()) + 2
+        if left < SAMPLE_BYTES // 2:
+            break
+        names.append(name)
+    shown = []
+    for row in rows:
+        cells = [_cell(value) for value in row[: len(names)]]
+        left -= sum(len(str(cell).encode("utf-8", "replace")) + 2 for cell in cells)
+        if left < 0:
+            break
+        shown.append(cells)
+    return names, shown
+
+
 def _cell(value: Any) -> Any:
-    return value if value is None or isinstance(value, bool | int | float) else str(value)
+    if value is None or isinstance(value, (bool, float)):
+        return value
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        value = bytes(value[:CELL_BYTES]).hex()
+    text = str(value)
+    return value if isinstance(value, int) and len(text) <= CELL_BYTES else _cut(text, CELL_BYTES)
+
+
+def _cut(text: str, most: int) -> str:
+    """The text, at most so many bytes of it."""
+    data = text[:most].encode("utf-8", "replace")
+    if len(text) <= most and len(data) <= most:
+        return text
+    return data[: most - 4].decode("utf-8", "ignore") + " …"
 
 
 def _utc(text: str) -> str:

@@ -38,6 +38,9 @@ STATES = {
 
 LEVELS = {"debug": 10, "info": 20, "warn": 30, "error": 40}
 
+MESSAGE = 20_000
+"""Characters of a state's message: the server drops an event of more than 1.5 MB without an error."""
+
 PAGE = 200
 """Task runs in an answer of the API."""
 
@@ -83,24 +86,23 @@ class Call:
         from prefect.client.orchestration import get_client
 
         with get_client(sync_client=True) as client:
-            run = self.flow_run.id if self.flow_run.run_count > 1 else self._sibling(client)
-            return {task.task_key: task for task in self._done(client, run)} if run else {}
+            runs = [self.flow_run.id] if self.flow_run.run_count > 1 else []
+            runs += self._siblings(client)
+            return {task.task_key: task for task in self._done(client, runs)} if runs else {}
 
-    def _sibling(self, client: "SyncPrefectClient") -> UUID | None:
-        """A subflow is a new flow run in each attempt of its parent: the one before this."""
+    def _siblings(self, client: "SyncPrefectClient") -> list[UUID]:
+        """The runs of a subflow in earlier attempts of its parent: each is a new flow run, and may have done a part."""
         from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentTaskRunId
-        from prefect.client.schemas.sorting import FlowRunSort
 
         parent = self.flow_run.parent_task_run_id
         if parent is None:
-            return None
+            return []
         runs = client.read_flow_runs(
             flow_run_filter=FlowRunFilter(parent_task_run_id=FlowRunFilterParentTaskRunId(any_=[parent])),
-            sort=FlowRunSort.START_TIME_DESC,
         )
-        return next((run.id for run in runs if run.id != self.flow_run.id), None)
+        return [run.id for run in runs if run.id != self.flow_run.id]
 
-    def _done(self, client: "SyncPrefectClient", run: UUID) -> Iterable[Any]:
+    def _done(self, client: "SyncPrefectClient", runs: list[UUID]) -> Iterable[Any]:
         from prefect.client.schemas.filters import (
             FlowRunFilter,
             FlowRunFilterId,
@@ -111,7 +113,7 @@ class Call:
         from prefect.client.schemas.objects import StateType
 
         done = TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=[StateType.COMPLETED])))
-        of = FlowRunFilter(id=FlowRunFilterId(any_=[run]))
+        of = FlowRunFilter(id=FlowRunFilterId(any_=runs))
         offset = 0
         while page := client.read_task_runs(flow_run_filter=of, task_run_filter=done, limit=PAGE, offset=offset):
             yield from (task for task in page if task.dynamic_key == self.key)
@@ -122,9 +124,12 @@ class Mirror:
     """Shows the nodes of one command as task runs."""
 
     def __init__(self, call: Call) -> None:
+        from prefect.settings import get_current_settings
+
         self._call = call
         self._outbox = Outbox()
         self._flow = _related(call)
+        self._related = get_current_settings().server.events.maximum_related_resources
         self._referenced: set[str] = set()
 
     def running(self, node: Node, message: str = "") -> None:
@@ -185,6 +190,7 @@ class Mirror:
 
     def _state(self, node: Node, kind: str, name: str, message: str, at: datetime) -> None:
         task_run = self._call.task_run(node.id)
+        message = message if len(message) <= MESSAGE else f"{message[:MESSAGE]} …"
         ended = node.ended if kind not in ("RUNNING", "SCHEDULED") else None
         about: Json = {
             "name": node.title,
@@ -248,9 +254,12 @@ class Mirror:
         related = [
             {"prefect.resource.id": task_run, "prefect.resource.role": "task-run"},
             {"prefect.resource.id": "dbt", "prefect.resource.role": "asset-materialized-by"},
-            *({"prefect.resource.id": address, "prefect.resource.role": "asset"} for address in node.reads[:400]),
-        ]  # fmt: skip
-        metadata = {"rows": node.rows, "seconds": node.seconds, "materialized": node.materialized}
+        ]
+        room = max(0, self._related - len(self._flow) - len(related))
+        related += [{"prefect.resource.id": address, "prefect.resource.role": "asset"} for address in node.reads[:room]]
+        metadata: Json = {"rows": node.rows, "seconds": node.seconds, "materialized": node.materialized}
+        if len(node.reads) > room:
+            metadata["upstream"] = node.reads[:5_000]
         self._asset(f"prefect.asset.materialization.{outcome}", asset, related, metadata)
 
     def _asset(self, event: str, resource: Json, related: list[Json], payload: Json) -> None:

@@ -14,15 +14,17 @@ so that dbt's imports (2 s) overlap with other work. dbt's threads stay dbt's.
 
 import atexit
 import contextlib
+import dataclasses
 import fcntl
-import json
 import logging
+import math
 import os
 import re
 import shutil
 import sys
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -50,6 +52,8 @@ TRANSIENT = (
 """Messages of databases that another attempt may cure."""
 
 TESTS = ("test", "unit_test")
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Options(TypedDict, total=False):
@@ -93,10 +97,53 @@ def _arguments(options: Options) -> list[str]:
     if exclude := options.get("exclude"):
         arguments += ["--exclude", *exclude.split()]
     if variables := options.get("vars"):
-        arguments += ["--vars", json.dumps(variables)]
+        arguments += ["--vars", _vars(variables)]
     if threads := options.get("threads"):
         arguments += ["--threads", str(threads)]
     return [*arguments, *options.get("flags", ())]
+
+
+def _vars(variables: Any) -> str:
+    """The project's variables in YAML that dbt reads as the same JSON.
+
+    PyYAML reads JSON's `1e+16` as a text, so that JSON itself would not do.
+
+    Raises:
+        DbtError: a value that JSON does not have, by its name.
+    """
+    if not isinstance(variables, Mapping):
+        raise DbtError(f"vars are no mapping, but {variables!r:.100}. Give a dictionary of names and values.")
+    return str(yaml.safe_dump(_plain(variables, "vars"), default_flow_style=True, width=10**9)).strip()
+
+
+def _plain(value: Any, name: str, above: tuple[int, ...] = ()) -> Any:
+    """The value as JSON has it: in dictionaries, lists, texts and numbers."""
+    wrong = ""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        if not _SURROGATE.search(value):
+            return str.__str__(value)
+        wrong = "a text with half a character"
+    elif isinstance(value, int):
+        return int(value)
+    elif isinstance(value, float):
+        if math.isfinite(value):
+            return float(value)
+        wrong = f"{value}, which is no number"
+    elif id(value) in above:
+        wrong = "a value that contains itself"
+    elif isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                wrong = f"a dictionary with the name {key!r:.50}, which is no text"
+        if not wrong:
+            inside = (*above, id(value))
+            return {_plain(key, name): _plain(each, f"{name}.{key}", inside) for key, each in value.items()}
+    elif isinstance(value, list | tuple):
+        return [_plain(each, f"{name}[{number}]", (*above, id(value))) for number, each in enumerate(value)]
+    wrong = wrong or f"a {type(value).__name__}"
+    raise DbtError(f"{name} is no JSON: it is {wrong}. Give texts, numbers, lists and dictionaries.")
 
 
 class DbtProject:
@@ -113,6 +160,8 @@ class DbtProject:
         retries: how often a node is tried again whose database was away, or in a deadlock, for a moment.
         retry_delay_seconds: the wait before that; it occupies one of dbt's threads.
         python: the interpreter of the environment that dbt is installed in, if not this one.
+        sample_rows: how many of the rows that a failing data test finds are logged and stored, 10 KB at most; 0 for
+            none, where rows must not leave the database. None for `DBT_SAMPLE_ROWS`.
     """
 
     def __init__(
@@ -127,6 +176,7 @@ class DbtProject:
         retries: int = 2,
         retry_delay_seconds: float = 5.0,
         python: str | Path = sys.executable,
+        sample_rows: int | None = None,
     ) -> None:
         self.path = Path(path).resolve()
         self._profile = profile
@@ -137,6 +187,7 @@ class DbtProject:
         self._retries = retries
         self._delay = retry_delay_seconds
         self._python = Path(python)
+        self._sample_rows = sample_rows
         self._warm: DbtProcess | None = None
         self._starting = threading.Lock()
         self._attempts: dict[tuple[Any, str], dict[str, Node]] = {}
@@ -166,17 +217,10 @@ class DbtProject:
             Every node's outcome.
 
         Raises:
-            DbtError: dbt could not run (the project does not parse, the selection matches nothing), or nodes failed.
+            DbtError: dbt could not run (the project does not parse), or nodes failed. A selection that matches nothing
+                is a warning in the log, as with dbt's command; `flags=["--warn-error"]` makes it an error.
         """
-        result = self._run("build", options)
-        select = options.get("select")
-        # A selection by state may well find nothing: nothing has changed.
-        if not result.nodes and not re.search(r"\b(state|result|source_status):", select or ""):
-            chosen = f"The selection {select!r} matches no node" if select else "There is no node to build"
-            raise DbtError(
-                f"{chosen} in the dbt project {self.path}; nothing was built. See what there is with: dbt ls"
-            )
-        return result
+        return self._run("build", options)
 
     def run(self, **options: Unpack[Options]) -> DbtResult:
         """`dbt run`: the models, without their tests; see :meth:`build`."""
@@ -209,41 +253,49 @@ class DbtProject:
     def retry(self, **options: Unpack[Options]) -> DbtResult:
         """Run what the project's last command left: what failed in it and what was skipped behind that.
 
-        A flow run that is retried does so by itself; this is for a new one. Give the options that the command had.
+        The options are those of that command, unless others are given. A flow run that is retried does so by itself;
+        this is for a new one.
 
         Raises:
-            DbtError: no command was stored, it left nothing, or nodes failed again.
+            DbtError: no command was stored, or nodes failed again.
         """
         artifacts = self._store()
         last = artifacts.newest(target=self._target_name)
         if last is None:
             raise DbtError(f"There is no run of {self.path} in {artifacts.root} to retry. Run a command first.")
-        if all(node.done for node in last.nodes.values()):
-            raise DbtError(f"The last dbt {last.command} of {self.path} left nothing to retry.")
+        # dbt's own command retries no hook either.
+        if all(node.done or node.kind == "operation" for node in last.nodes.values()):
+            logger.warning("The last dbt %s of %s left nothing to retry.", last.command, self.path)
+            return DbtResult(last.command)
         return self._run(last.command, options, last)
 
     # One of them ------------------------------------------------------------------------------
 
     def _run(self, command: str, given: Options, last: Earlier | None = None) -> DbtResult:
         options, defer_to = _arguments(given), given.get("defer_to")
+        if last and not options and not defer_to:
+            options, defer_to = last.options, last.defer_to
         call = Call.current(self.path.name, command, options, given.get("inputs"))
-        before = {} if last is None else {key: node for key, node in last.nodes.items() if node.done}
-        before |= self._done_before(call)
+        earlier = self._done_before(call)
+        environment = dict(self._environment())
         with self._target() as target, tempfile.TemporaryDirectory(prefix="dbt-state-") as state:
             arguments = [
                 "--log-level", "none", "--no-use-colors", "--log-path", str(target), *command.split(),
-                "--project-dir", str(self.path), "--target-path", str(target), *self._profile_options(), *options,
+                "--project-dir", str(self.path), "--target-path", str(target),
+                *self._profile_options(environment), *options,
             ]  # fmt: skip
             if defer_to:
                 arguments += ["--defer", "--state", str(self._store().fetch(defer_to, Path(state)))]
-            run = _Run(command, call, before)
-            only = set(last.nodes) if last else None
+            run = _Run(command, call, earlier)
+            only = {key for key, node in last.nodes.items() if not node.done} if last else None
             try:
-                self._execute(run, arguments, only)
-                result = self._finish(run, target, options)
+                self._execute(run, arguments, environment, only)
+                result = self._finish(run, target, options, defer_to)
             finally:
                 if call:
-                    self._attempts[call.memory] = {node.id: node for node in run.nodes.values() if node.done}
+                    # An attempt that ends before dbt lists its nodes takes nothing from what earlier ones have done.
+                    done = {node.id: node for node in run.nodes.values() if node.done}
+                    self._attempts[call.memory] = earlier | done
                 run.close()
         if given.get("check", True) and (error := result.error()):
             raise error
@@ -257,16 +309,25 @@ class DbtProject:
             return self._attempts[call.memory]
         return call.earlier()
 
-    def _profile_options(self) -> list[str]:
+    def _profile_options(self, environment: Mapping[str, str]) -> list[str]:
         options = []
-        folder = self._profiles_dir or (self.path if (self.path / "profiles.yml").exists() else None)
-        if folder:
+        if folder := self._profiles_folder({**os.environ, **environment}):
             options += ["--profiles-dir", str(folder)]
         if self._profile:
             options += ["--profile", self._profile]
         if self._target_name:
             options += ["--target", self._target_name]
         return options
+
+    def _profiles_folder(self, environment: Mapping[str, str]) -> Path | None:
+        """The folder with profiles.yml in dbt's order: option, environment, project; None for dbt's default."""
+        if self._profiles_dir:
+            return self._profiles_dir
+        for name in ("DBT_ENGINE_PROFILES_DIR", "DBT_PROFILES_DIR"):
+            if named := environment.get(name):
+                # dbt's process has the project as its working directory, the flow's may be another.
+                return Path(named).resolve() if Path(named).exists() else self.path / named
+        return self.path if (self.path / "profiles.yml").exists() else None
 
     def _started(self) -> DbtProcess:
         """The process that is warm, or a new one; for the holder of the lock."""
@@ -281,8 +342,7 @@ class DbtProject:
             child, self._warm = self._started(), None
         return child
 
-    def _execute(self, run: "_Run", arguments: list[str], only: set[str] | None) -> None:
-        environment = dict(self._environment())
+    def _execute(self, run: "_Run", arguments: list[str], environment: dict[str, str], only: set[str] | None) -> None:
         child = self._take_child()
         try:
             child.run(
@@ -294,6 +354,7 @@ class DbtProject:
                     "retries": self._retries,
                     "delay": self._delay,
                     "transient": TRANSIENT,
+                    "sample_rows": settings().dbt_sample_rows if self._sample_rows is None else self._sample_rows,
                 }
             )
             try:
@@ -331,19 +392,20 @@ class DbtProject:
                 stopped, left = "could not start", "Nothing was built"
             raise DbtError(f"dbt {run.command} {stopped} on {self.path}: {reason.removesuffix('.')}. {left}.")
 
-    def _finish(self, run: "_Run", target: Path, options: list[str]) -> DbtResult:
+    def _finish(self, run: "_Run", target: Path, options: list[str], defer_to: str | None) -> DbtResult:
         """Store the artifacts, and tell what was done."""
         result = run.result()
         before, stored = None, ""
         try:
             artifacts = self._store()
             before = artifacts.newest(run.command, run.target)
-            whole = run.command in ("build", "run") and not {"--select", "--exclude"} & set(options)
+            whole = run.command == "build" and run.whole
             name = f"{run.call.flow_run.id if run.call else os.getpid()}-{run.command.replace(' ', '-')}"
-            stored = artifacts.store(target, result, run.target, name, whole=whole)
+            again = {"options": options, "defer_to": defer_to}
+            stored = artifacts.store(target, result, run.target, name, whole=whole, **again)
         except Exception as error:
             run.say("warn", f"The artifacts of this run could not be stored: {error}")
-        result = DbtResult(result.command, result.nodes, result.seconds, stored)
+        result = dataclasses.replace(result, stored=stored)
         run.summarise(result, before)
         return result
 
@@ -443,9 +505,13 @@ class _Run:
         self.nodes: dict[str, Node] = {}
         self.outcome: dict[str, Any] | None = None
         self.target = ""
+        self.whole = False
+        """Whether the command has selected the whole project."""
         self.stopping = False
         """Whether the command is being ended: what fails now was cancelled."""
         self._ended: list[Node] = []
+        self._errors: deque[str] = deque(maxlen=3)
+        """The last errors of dbt's log that are about no node."""
         self._running: dict[str, Node] = {}
         self._mirror = Mirror(call) if call else None
         self._logger: Any = logger
@@ -457,6 +523,8 @@ class _Run:
     def apply(self, event: dict[str, Any]) -> None:
         """Take in what the child says."""
         match event["event"]:
+            case "selected":
+                self.whole = event["whole"]
             case "nodes":
                 self.target = event["target"]
                 for described in event["nodes"]:
@@ -506,13 +574,14 @@ class _Run:
         if self.stopping and event["status"] in (*FAILED, SKIPPED):
             return
         self._running.pop(node.id, None)
-        if node.status:
+        if node.status and (node.status == REUSED or not event.get("final")):
             return
+        if not node.status:
+            self._ended.append(node)
         node.status, node.message, node.because = event["status"], event["message"] or "", event["because"]
         node.ended, node.seconds, node.thread = _time(event["at"]), event["seconds"], event["thread"]
         node.started = node.started or node.ended
         node.rows, node.failures = event["rows"], event["failures"]
-        self._ended.append(node)
         if self._mirror:
             self._mirror.ended(node, self.nodes)
         if node.sql:
@@ -522,6 +591,8 @@ class _Run:
         known = self.nodes.get(node)
         # A test that passes is not worth a line on the terminal; at its task run it is.
         quiet = level == "info" and known is not None and known.kind in TESTS
+        if level == "error" and not known:
+            self._errors.append(" ".join(text.split())[:500])
         self.say(level, text, node if known else "", aloud=not quiet)
 
     def say(self, level: str, text: str, node: str = "", *, aloud: bool = True) -> None:
@@ -545,7 +616,14 @@ class _Run:
         if timed:
             first = min(node.started for node in timed if node.started)
             seconds = (max(node.ended for node in timed if node.ended) - first).total_seconds()
-        return DbtResult(self.command, list(self._ended), seconds)
+        return DbtResult(self.command, list(self._ended), seconds, problem=self._problem())
+
+    def _problem(self) -> str:
+        """Why dbt says that the command failed, where no node did."""
+        if self.outcome is None or self.outcome["success"] or any(node.failed for node in self._ended):
+            return ""
+        said = self.outcome["problems"] or list(self._errors) or ["dbt says that it failed, and not why"]
+        return "; ".join(" ".join(text.split()) for text in said)
 
     def summarise(self, result: DbtResult, before: Earlier | None) -> None:
         """Tell what the command did: in the log and as artifacts."""

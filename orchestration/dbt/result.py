@@ -56,7 +56,7 @@ class Node:
     """The compiled SQL of a test that failed."""
     columns: list[str] = field(default_factory=list)
     sample: list[list[Any]] = field(default_factory=list)
-    """Up to ten of the rows that it found."""
+    """Some of the rows that it found: see `sample_rows` of `DbtProject`."""
 
     @property
     def failed(self) -> bool:
@@ -88,6 +88,8 @@ class DbtResult:
     """From the first node's start to the last one's end."""
     stored: str = ""
     """The URL of the folder with the command's artifacts; empty if they could not be stored."""
+    problem: str = ""
+    """Why dbt's command fails although no node did: the catalog could not be read, say."""
 
     @property
     def failed(self) -> list[Node]:
@@ -117,6 +119,10 @@ class DbtResult:
 
     def error(self) -> DbtError | None:
         """The failures in one sentence, with what was built all the same; None if all is well."""
+        if self.problem and not self.failed:
+            return DbtError(
+                f"dbt {self.command} failed: {self.problem.removesuffix('.')}. Correct the cause and run again.", self
+            )
         if not self.failed:
             return None
         reasons = "; ".join(f"{node.kind} {node.name} ({node.path}): {node.reason}" for node in self.failed[:5])

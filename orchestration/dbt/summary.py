@@ -101,7 +101,7 @@ def markdown(result: DbtResult, before: Earlier | None = None) -> str:
     if result.failed or result.warned:
         lines += ["| what failed | file | why |", "|---|---|---|"]
         for node in [*result.failed, *result.warned][:50]:
-            lines.append(f"| `{node.title}` | {node.path} | {_cell(node.reason)} |")
+            lines.append(f"| `{node.title}` | {node.path} | {_cell(node.reason[:1_000])} |")
         lines.append("")
     for node in [node for node in [*result.failed, *result.warned] if node.sql][:5]:
         lines += [f"`{node.title}`:", "", "```sql", node.sql.strip(), "```", "", *_table(node), ""]

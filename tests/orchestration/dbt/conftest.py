@@ -1,5 +1,6 @@
 """The projects that tests begin with, parsed once a session, and one of them built; what the server has of its runs."""
 
+import contextlib
 import functools
 import os
 import shutil
@@ -15,6 +16,7 @@ from prefect import flow
 from orchestration import warehouse
 from orchestration.dbt import DbtProject, DbtResult
 from orchestration.dbt.process import CHILD
+from tests.orchestration.dbt import forked, projects
 from tests.orchestration.dbt.projects import every_kind, small, tables
 from tests.orchestration.dbt.task_runs import Server, results_of
 from tests.parts import client_of, new_database, rows_of, wait_until
@@ -135,3 +137,33 @@ def built(
         rows_of(postgres, f"create database {template} template {DATABASE}")
     yield Built(folder, template, found[0], results_of(folder), run, left)
     rows_of(postgres, f"drop database {template}")
+
+
+class Tiny(NamedTuple):
+    """A project for tests that run many commands, and what runs them at a fraction of what a process costs."""
+
+    folder: Path
+    """The project after a whole build, with its `target/`, for tests to copy."""
+    python: Path
+    """An interpreter for `DbtProject` that is a fork of a process that has dbt imported."""
+    socket: Path
+    """What forks: see `forked`."""
+
+
+@pytest.fixture(scope="session")
+def tiny(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
+    """That project."""
+    work = tmp_path_factory.mktemp("tiny")
+    made = Tiny(projects.tiny(work / "tiny"), work / "python", work / "socket")
+    made.python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{forked.__file__}" "{made.socket}" "$@"\n')
+    made.python.chmod(0o755)
+    command = [sys.executable, "-P", forked.__file__, "serve", made.socket]
+    with contextlib.ExitStack() as stack:
+        with new_database(postgres, DATABASE):
+            environment = {**os.environ, **warehouse.environment()}
+            server = subprocess.Popen(command, env=environment, cwd=made.folder, stdout=subprocess.PIPE)
+            stack.enter_context(server)
+            stack.callback(server.terminate)
+            assert server.stdout
+            assert server.stdout.readline() == b"ready\n"
+        yield made

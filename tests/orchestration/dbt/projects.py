@@ -467,6 +467,57 @@ def small(folder: Path) -> Path:
     )
 
 
+# --- a project for many commands -----------------------------------------------------------------
+
+
+def _profile(schema: str) -> str:
+    return PROFILE.replace("{{ env_var('WAREHOUSE_SCHEMA', 'analytics') }}", schema)
+
+
+_TINY = {
+    "dbt_project.yml": """
+name: tiny
+version: "1.0"
+profile: warehouse
+flags: {send_anonymous_usage_stats: false}
+on-run-start: "select {{ var('started', 1) }} as started"
+on-run-end: "select 1 as ended"
+""",
+    "profiles.yml": PROFILE + "    other:" + _profile("other").partition("    dev:")[2],
+    "seeds/rates.csv": "id\n1\n2\n",
+    "models/one.sql": "{{ config(materialized='table') }}\nselect id from {{ ref('rates') }}\n",
+    "models/two.sql": "select id from {{ ref('one') }}\n",
+    "models/three.sql": "{{ config(tags=['hourly']) }}\nselect {{ var('third', 3) }} as id\n",
+    "models/models.yml": """
+version: 2
+models:
+  - name: one
+    columns: [{name: id, data_tests: [unique, {not_null: {name: ids_are_known, config: {severity: warn}}}]}]
+sources:
+  - name: server
+    schema: pg_catalog
+    tables:
+      - name: databases
+        identifier: pg_database
+        config:
+          loaded_at_field: now()
+          freshness: {error_after: {count: 2, period: day}}
+""",
+    "snapshots/history.yml": """
+snapshots:
+  - {name: history, relation: ref('rates'), config: {unique_key: id, strategy: check, check_cols: all}}
+""",
+}
+
+
+def tiny(folder: Path) -> Path:
+    """Write a project with a few nodes, hooks, a source and a second target; its folder.
+
+    The target `other` builds into the schema `other`, the profile in the folder `elsewhere` into `elsewhere`.
+    """
+    return _write(folder, _TINY | {"elsewhere/profiles.yml": _profile("elsewhere")})
+
+
 # --- projects of a given size ------------------------------------------------------------------
 
 _WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "hazel", "inlet", "juniper", "kelp", "lagoon")

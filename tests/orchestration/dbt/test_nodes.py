@@ -32,6 +32,14 @@ def test_every_kind_of_node_is_a_task_run(built: Built, server: Server) -> None:
 
     names = {task["name"] for task in tasks.values()}
     assert {"clean_orders", "unit test · customer_totals.unpaid_is_zero", "unique · order_log.id"} <= names
+    # The project's own name of a test, and a model's version.
+    assert {
+        "only_germans · clean_customers.country",
+        "not_null · raw.visits.id",
+        "positive · clean_orders.amount",
+    } <= names
+    assert {"tier_names.v2", "unique · tier_names.v1.tier", "unique · tier_names.v2.tier"} <= names
+    assert {"unique · customers.id", "relationships · clean_orders.customer_id"} <= names
     assert all(task["start_time"] <= task["end_time"] for task in tasks.values())
     parents = {node: [above["id"] for above in task["task_inputs"]["parents"]] for node, task in tasks.items()}
     by_id = {task["id"]: task for task in tasks.values()}
@@ -105,7 +113,7 @@ def test_a_failure_and_what_it_keeps_from_running(broken: Broken, server: Server
     because = {task["name"]: task["state"]["message"] for task in tasks.values() if task["state_name"] == "Skipped"}
     assert because == {
         "large_countries": "Skipped, because countries failed.",
-        "tier_titles": "Skipped, because unique · tier_names.tier did not pass.",
+        "tier_titles": "Skipped, because unique · tier_names.v2.tier did not pass.",
         "visits_by_customer": "Skipped, because unit test · visits_by_customer.visits_are_counted did not pass.",
         "doubled_amounts": "Skipped, because doubled failed.",
     }

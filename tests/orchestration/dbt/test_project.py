@@ -83,11 +83,6 @@ def test_many_failures_are_counted_and_the_first_five_told() -> None:
     assert "; and 2 more. Built, each whole and up to date: nothing." in error
 
 
-def test_a_selection_that_matches_nothing_is_an_error(project: DbtProject) -> None:
-    with pytest.raises(DbtError, match=r"The selection 'four' matches no node in the dbt project .*dbt ls"):
-        project.build(select="four")
-
-
 def test_a_project_that_is_not_there_is_an_error(tmp_path: Path, database: str) -> None:
     (small(tmp_path) / "dbt_project.yml").unlink()
     with pytest.raises(DbtError, match=r"could not start on .*dbt_project\.yml"):

@@ -1,0 +1,103 @@
+"""dbt imported once, for tests that run many commands: each command is a fork of one process.
+
+    forked.py serve SOCKET      builds the project here, then forks for each request
+    forked.py SOCKET ARGUMENTS  asks for a fork in this process's place, and ends with its status
+
+ARGUMENTS are those of an interpreter (`-P FILE`), of which the fork runs the file, or `dbt` and its arguments, which it
+runs as the console script of that name does.
+"""
+
+import contextlib
+import gc
+import json
+import os
+import runpy
+import signal
+import socket
+import sys
+from pathlib import Path
+
+
+def ask(path: str, arguments: list[str], environment: dict[str, str] | None = None, folder: str = "") -> int:
+    """Run the arguments in a fork; its exit status."""
+    request = [arguments, folder or str(Path.cwd()), dict(os.environ) | (environment or {})]
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(path)
+        socket.send_fds(client, [b"."], [0, 1, 2])
+        client.sendall(json.dumps(request).encode() + b"\n")
+        return int(client.makefile().readline())
+
+
+def serve(path: str) -> None:
+    """Fork for each request."""
+    from dbt.cli.main import dbtRunner
+
+    # What parses models starts a thread, without which its forks would wait: so one of them does it.
+    if not os.fork():
+        os._exit(not dbtRunner().invoke(["--quiet", "build"]).success)
+    assert os.wait()[1] == 0
+    # A first command costs a second of a processor more than the next: what it imports and makes is in all forks.
+    assert dbtRunner().invoke(["--quiet", "compile"]).success
+    gc.freeze()
+    gc.disable()  # forks are short
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        server.listen()
+        print("ready", flush=True)
+        while True:
+            client, _ = server.accept()
+            if not os.fork():
+                server.close()
+                _run(client)
+            client.close()
+            with contextlib.suppress(ChildProcessError):  # what has ended counts as this process's time
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+
+
+def _run(client: socket.socket) -> None:
+    """Fork once more for what is asked for, and answer with its exit status."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    _, files, _, _ = socket.recv_fds(client, 1, 3)
+    with client.makefile() as stream:
+        arguments, folder, environment = json.loads(stream.readline())
+    if not (process := os.fork()):
+        client.close()
+        _become(arguments, folder, environment, files)
+    for file in (0, 1, 2, *files):
+        os.close(file)  # whoever reads them waits for the fork alone
+    _, status = os.waitpid(process, 0)
+    with contextlib.suppress(OSError):
+        client.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+    os._exit(0)
+
+
+def _become(arguments: list[str], folder: str, environment: dict[str, str], files: list[int]) -> None:
+    """Be a process of its own that runs the arguments."""
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    status = 0
+    try:
+        if arguments[0] == "dbt":
+            from dbt.cli.main import cli
+
+            sys.argv = arguments
+            cli()
+        else:
+            sys.argv = arguments[1:]
+            runpy.run_path(arguments[1], run_name="__main__")
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(bool(end.code))
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "serve":
+        serve(sys.argv[2])
+    sys.exit(ask(sys.argv[1], sys.argv[2:]))

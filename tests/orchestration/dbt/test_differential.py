@@ -1,0 +1,280 @@
+"""Each command of `DbtProject` against the `dbt` command: outcome, schemas, nodes and their states are equal.
+
+Both run in forks of one process that has dbt imported, `forked`: the command as its console script does, and what
+`DbtProject` starts.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestration import warehouse
+from orchestration.dbt import DbtProject
+from orchestration.errors import DbtError
+from tests.orchestration.dbt import forked
+from tests.orchestration.dbt.conftest import DATABASE, Tiny
+from tests.orchestration.dbt.projects import replace
+from tests.parts import new_database, rows_of
+
+Edit = Callable[[Path], Any]
+
+
+def _write(file: str, content: str) -> Edit:
+    def edit(folder: Path) -> None:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(content)
+
+    return edit
+
+
+def _replace(file: str, old: str, new: str) -> Edit:
+    return lambda folder: replace(folder, file, old, new)
+
+
+BROKEN = _replace("models/one.sql", "select id", "select nothing")
+DUPLICATE = _replace("seeds/rates.csv", "2\n", "1\n")
+UNKNOWN = _replace("models/one.sql", "select id", "select nullif(id, 2) as id")
+STALE = _replace("models/models.yml", "now()", "now() - interval '3 days'")
+NOT_COMPILED = _write("models/four.sql", "{{ exceptions.raise_compiler_error('no') if execute }}")
+CHANGED = _replace("models/three.sql", "as id", "as number")
+ADDED = _write("models/four.sql", "select 4 as id")
+
+
+def _hook(old: str, new: str) -> Edit:
+    return _replace("dbt_project.yml", old, new)
+
+
+SELECTORS = """
+selectors:
+  - {name: hourly, default: false, definition: {method: tag, value: hourly}}
+  - {name: changed, definition: {method: state, value: modified}}
+"""
+NAMED = _write("selectors.yml", SELECTORS)
+CATALOG = """
+{% macro get_catalog(schema, schemas) %}{{ exceptions.raise_compiler_error("no catalog today") }}{% endmacro %}
+{% macro get_catalog_relations(schema, relations) %}{{ get_catalog(schema, []) }}{% endmacro %}
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A command in both ways."""
+
+    line: str
+    """dbt's arguments."""
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Those of the method of the same name; by default all that follows the command, as `flags`."""
+    edits: tuple[Edit, ...] = ()
+    made: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Options of `DbtProject`."""
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    exit: int = 0
+    """What dbt's status has to be: that the case is what it says."""
+    kept: bool = False
+    """Whether it is what later runs compare with."""
+    after: str = ""
+    """dbt's arguments of a command before it, by both."""
+    before: tuple[Edit, ...] = ()
+    """Edits for that one too."""
+
+
+CASES = {
+    # What is whole, and every way not to be.
+    "whole": Case("build", kept=True),
+    "select": Case("build --select +one", {"select": "+one"}),
+    "-s": Case("build -s +two"),
+    "select=": Case("build --select=three"),
+    "select everything": Case("build --select *"),
+    "exclude": Case("build --exclude two", {"exclude": "two"}),
+    "exclude=": Case("build --exclude=rates+"),
+    "selector": Case("build --selector hourly", edits=(NAMED,)),
+    "default selector": Case(
+        "build", edits=(_write("selectors.yml", SELECTORS.replace("false", "true", 1)),)
+    ),
+    "resource-type": Case("build --resource-type seed --resource-type model"),
+    "without unit tests": Case("build --exclude-resource-type unit_test", kept=True),
+    "exclude-resource-type": Case("build --exclude-resource-type=test"),
+    "by environment": Case("build", environment={"DBT_EXCLUDE_RESOURCE_TYPES": "snapshot"}),
+    "empty": Case("build --empty"),
+    "sample": Case("build", environment={"DBT_SAMPLE": "3 days"}),
+    "state": Case("build --select state:new --state STATE", edits=(ADDED,)),
+    "state by selector": Case("build --selector changed --state STATE", edits=(NAMED, CHANGED)),
+    "state of nothing": Case("build --select state:modified --state STATE"),
+    "defer": Case("run --select two --defer --state STATE --favor-state", after="build"),
+    # No node.
+    "nothing": Case("build --select four", {"select": "four"}),
+    "nothing, which is an error": Case("build --select four --warn-error", exit=2),
+    # Failures.
+    "model": Case("build", edits=(BROKEN,), exit=1),
+    "test": Case("build", edits=(DUPLICATE,), exit=1),
+    "warning": Case("build", edits=(UNKNOWN,), kept=True),
+    "warning, which is an error": Case("build --warn-error", edits=(UNKNOWN,), exit=1),
+    "fail-fast": Case("build --fail-fast --threads 1", edits=(BROKEN,), exit=1),
+    "hook before": Case("build", edits=(_hook("as started", "as started from nowhere"),), exit=1),
+    "hook after": Case("build", edits=(_hook("as ended", "as ended from nowhere"),), exit=1),
+    "hook that raises": Case(
+        "run", edits=(_hook("var('started', 1)", "exceptions.raise_compiler_error('stop')"),), exit=2
+    ),
+    "parse": Case("build", edits=(_write("models/four.sql", "select {{ 4"),), exit=2),
+    "no such option": Case("build --nowhere", exit=2),
+    "no such selector": Case("build --selector nowhere", exit=2),
+    # The other commands.
+    "seed": Case("seed"),
+    "snapshot": Case("snapshot", after="seed"),
+    "test alone": Case("test", after="build"),
+    "test of nothing built": Case("test", exit=1),
+    "run of vars": Case('run -s three --vars {"third":1e+16}', {"select": "three", "vars": {"third": 1e16}}),
+    "freshness": Case("source freshness"),
+    "stale": Case("source freshness", edits=(STALE,), exit=1),
+    "compile": Case("compile"),
+    "compile error": Case("compile", edits=(NOT_COMPILED,), exit=2),
+    "docs": Case("docs generate"),
+    "docs error": Case("docs generate", edits=(NOT_COMPILED,), exit=2),
+    "catalog": Case("docs generate", edits=(_write("macros/catalog.sql", CATALOG),), exit=1),
+    # Another attempt, by hand.
+    "retry": Case("retry", after="build --exclude history three", before=(BROKEN,), exit=1),
+    "retry of nothing": Case("retry", after="build"),
+    "retry before anything": Case("retry", edits=(lambda folder: shutil.rmtree(folder / "target"),), exit=2),
+    # Where it builds.
+    "target": Case(
+        "run -s three --target other --full-refresh --threads 2",
+        {"select": "three", "full_refresh": True, "threads": 2}, made={"target": "other"},
+    ),
+    "target by environment": Case("run -s three", environment={"DBT_TARGET": "other"}),
+    "profiles by option": Case(
+        "run -s three --profiles-dir ELSEWHERE", {"select": "three"}, made={"profiles_dir": "ELSEWHERE"},
+        environment={"DBT_PROFILES_DIR": "/nowhere"},
+    ),
+    "profiles by flag": Case("run -s three --profiles-dir ELSEWHERE"),
+    "profiles by environment": Case("run -s three", environment={"DBT_PROFILES_DIR": "ELSEWHERE"}),
+    "profiles by another": Case("run -s three", environment={"DBT_ENGINE_PROFILES_DIR": "ELSEWHERE"}),
+    "profiles nowhere": Case("run -s three", environment={"DBT_PROFILES_DIR": "/nowhere"}, exit=2),
+}  # fmt: skip
+
+METHODS = {"source freshness": "source_freshness", "docs generate": "docs"}
+"""Methods of `DbtProject` by dbt's command, where that is not the name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a command did."""
+
+    failed: int
+    """dbt's exit status, or whether `DbtProject` raised."""
+    nodes: dict[str, str]
+    relations: list[tuple[str, str]]
+
+
+class Ways:
+    """The two ways to run a command, each in a copy of the project.
+
+    Args:
+        tiny: the project with the target folder of a whole build, and what forks.
+        work: an empty folder.
+        url: the database's.
+    """
+
+    def __init__(self, tiny: Tiny, work: Path, url: str) -> None:
+        self._tiny, self._url = tiny, url
+        self._kept = work / "kept"
+        self._places = {"STATE": str(tiny.folder / "target"), "ELSEWHERE": str(tiny.folder / "elsewhere")}
+        self.folders = [Path(shutil.copytree(tiny.folder, work / name)) for name in ("dbt", "here")]
+
+    def placed(self, text: Any) -> Any:
+        """An argument with the folders that it names."""
+        return self._places.get(text, text) if isinstance(text, str) else text
+
+    def relations(self) -> list[tuple[str, str]]:
+        """All relations of the database's own schemas, which are dropped."""
+        own = "nspname !~ '^pg_' and nspname not in ('information_schema', 'public')"
+        found = rows_of(
+            self._url,
+            f"select nspname, relname from pg_class join pg_namespace n on n.oid = relnamespace where {own}"
+            " and relkind in ('r', 'v') order by 1, 2",
+        )
+        for (schema,) in rows_of(self._url, f"select nspname from pg_namespace where {own}"):
+            rows_of(self._url, f'drop schema "{schema}" cascade')
+        return [(schema, name) for schema, name in found]
+
+    def by_dbt(self, case: Case) -> tuple[int, dict[str, str]]:
+        """dbt's exit status, and the nodes as it wrote them."""
+        target = self.folders[0] / "target"
+        files = [target / "run_results.json", target / "sources.json"]
+        before = [file.stat().st_mtime_ns if file.exists() else 0 for file in files]
+        arguments = ["dbt", *map(self.placed, case.line.split(" "))]
+        status = forked.ask(str(self._tiny.socket), arguments, warehouse.environment(), str(self.folders[0]))
+        for file, changed in zip(files, before, strict=True):
+            if file.exists() and file.stat().st_mtime_ns != changed:
+                results = json.loads(file.read_text())["results"]
+                return status, {result["unique_id"]: result["status"] for result in results}
+        return status, {}
+
+    def by_project(self, case: Case) -> tuple[int, dict[str, str]]:
+        """Whether `DbtProject` raised, and the nodes as it returned them."""
+        words = case.line.split(" ")
+        command = " ".join(words[:2]) if words[0] in ("source", "docs") else words[0]
+        options = case.options or {"flags": [self.placed(part) for part in words[len(command.split()) :]]}
+        made = {name: self.placed(value) for name, value in case.made.items()}
+        project = DbtProject(
+            self.folders[1],
+            environment=warehouse.environment,
+            artifacts=str(self._kept),
+            python=self._tiny.python,
+            retries=0,
+            **made,
+        )
+        try:
+            result, failed = getattr(project, METHODS.get(command, command))(**options), 0
+        except DbtError as error:
+            result, failed = error.result, 1
+        nodes = {node.id: node.status for node in result.nodes} if result else {}
+        if command == "source freshness":  # dbt writes sources alone to its file, and hooks are no sources
+            nodes = {node: status for node, status in nodes.items() if not node.startswith("operation.")}
+        return failed, nodes
+
+    def kept(self) -> bool:
+        """Whether there is a run to compare with."""
+        return bool(list(self._kept.glob("tiny/latest-*.json")))
+
+    def forget(self) -> None:
+        """Forget the run to compare with."""
+        for file in self._kept.glob("tiny/latest-*.json"):
+            file.unlink()
+
+
+@pytest.fixture(scope="module")
+def ways(tiny: Tiny, postgres: str) -> Iterator[Callable[[Path], Ways]]:
+    """Makes them."""
+    with new_database(postgres, DATABASE) as url:
+        yield lambda folder: Ways(tiny, folder, url)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_command_ends_as_dbts_own_does(
+    case: Case, ways: Callable[[Path], Ways], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = ways(tmp_path)
+    for name, value in case.environment.items():
+        monkeypatch.setenv(name, both.placed(value))
+
+    outcomes = []
+    for folder, run in zip(both.folders, (both.by_dbt, both.by_project), strict=True):
+        for edit in case.before:
+            edit(folder)
+        if case.after:
+            run(Case(case.after))
+            both.forget()
+        for edit in case.edits:
+            edit(folder)
+        outcomes.append(Outcome(*run(case), both.relations()))
+    expected, found = outcomes
+    assert expected.failed == case.exit
+    # Of a command that dbt itself gives up it writes no results.
+    nodes = {} if case.exit == 2 else found.nodes
+    assert Outcome(bool(found.failed), nodes, found.relations) == dataclasses.replace(expected, failed=bool(case.exit))
+    assert both.kept() == case.kept

@@ -1,0 +1,94 @@
+"""What the options of a command are to dbt, and what of a failing test's rows is shown."""
+
+import datetime
+import decimal
+import enum
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+import yaml
+from hypothesis import strategies
+
+from orchestration.dbt import DbtProject, child
+from orchestration.dbt.project import _arguments
+from orchestration.errors import DbtError
+from tests.parts import examples
+
+_JSON = strategies.recursive(
+    strategies.none()
+    | strategies.booleans()
+    | strategies.integers()
+    | strategies.floats(allow_nan=False, allow_infinity=False)
+    | strategies.text(),
+    lambda inner: strategies.lists(inner) | strategies.dictionaries(strategies.text(), inner),
+    max_leaves=8,
+)
+
+
+@hypothesis.settings(max_examples=examples(2))
+@hypothesis.given(variables=strategies.dictionaries(strategies.text(), _JSON, min_size=1))
+@hypothesis.example(variables={"large": 1e16, "small": 1e-7, "day": "2024-01-01", "no": "no", "octal": "010"})
+def test_vars_reach_dbt_as_they_are(variables: Mapping[str, Any]) -> None:
+    """dbt reads them as YAML, in which JSON's `1e+16` is a text."""
+    option, text = _arguments({"vars": variables})
+    assert option == "--vars"
+    found = yaml.safe_load(text)
+    assert found == variables
+    assert json.dumps(found, sort_keys=True) == json.dumps(variables, sort_keys=True)
+
+
+class _Colour(enum.Enum):
+    RED = 1
+
+
+_ITSELF: dict[str, Any] = {}
+_ITSELF["inside"] = _ITSELF
+
+NO_JSON = {
+    "vars.day": ({"day": datetime.date(2024, 1, 1)}, "a date"),
+    "vars.at": ({"at": datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC)}, "a datetime"),
+    "vars.window.days[1]": ({"window": {"days": [1, datetime.timedelta(1)]}}, "a timedelta"),
+    "vars.price": ({"price": decimal.Decimal(1)}, "a Decimal"),
+    "vars.share": ({"share": math.nan}, "nan, which is no number"),
+    "vars.folder": ({"folder": Path("/tmp")}, "a PosixPath"),  # noqa: S108 - not used
+    "vars.names": ({"names": {"a"}}, "a set"),
+    "vars.raw": ({"raw": b"a"}, "a bytes"),
+    "vars.colour": ({"colour": _Colour.RED}, "a _Colour"),
+    "vars.by_year": ({"by_year": {2024: 1}}, "a dictionary with the name 2024, which is no text"),
+    "vars.inside": (_ITSELF, "a value that contains itself"),
+    "vars.text": ({"text": "\ud800"}, "a text with half a character"),
+}
+
+
+@pytest.mark.parametrize("name", NO_JSON)
+def test_vars_that_are_no_json_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    variables, what = NO_JSON[name]
+    with pytest.raises(DbtError) as raised:
+        DbtProject(tmp_path).build(vars=variables)
+    assert str(raised.value).startswith(f"{name} is no JSON: it is {what}. ")
+    with pytest.raises(DbtError, match="vars are no mapping"):
+        DbtProject(tmp_path).build(vars='{"a": 1}')  # type: ignore[arg-type]
+
+
+_VALUES = strategies.none() | strategies.integers() | strategies.floats() | strategies.text() | strategies.binary()
+
+
+@hypothesis.settings(max_examples=examples(1))
+@hypothesis.given(
+    columns=strategies.lists(strategies.text(min_size=1, max_size=80), min_size=1, max_size=300),
+    value=_VALUES | strategies.sampled_from(["x" * 10**6, "€" * 10**6, b"x" * 10**6, 10**4_000, "a \ud800"]),
+    number=strategies.integers(min_value=1, max_value=100),
+)
+def test_sample_of_failing_rows_is_bounded_in_bytes(columns: list[str], value: Any, number: int) -> None:
+    names, rows = child._bounded(columns, [[value] * len(columns)] * number)
+    size = len(json.dumps(names, ensure_ascii=False).encode("utf-8", "replace"))
+    size += sum(len(str(cell).encode("utf-8", "replace")) for row in rows for cell in row)
+    assert size < 1.5 * child.SAMPLE_BYTES
+    assert all(len(row) == len(names) for row in rows)
+    if len(columns) == 1:
+        assert rows, "one column always fits"
