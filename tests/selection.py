@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 IMAGE = "tests/docker/* tests/e2e/* tests/test_readme.py tests/test_repository.py"
 """What runs the checkout as a whole, as an image or as a copy."""
 
-CHARTS = "tests/helm/test_charts.py tests/helm/test_environments.py tests/k8s/* tests/e2e/*"
+CHARTS = "tests/helm/test_charts.py tests/helm/test_environments.py tests/helm/test_values.py tests/k8s/* tests/e2e/*"
 """What renders or installs every chart."""
 
 READERS = {

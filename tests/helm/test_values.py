@@ -15,6 +15,8 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from prefect.settings import Settings
+from sqlalchemy.engine import make_url
 
 from orchestration.api import connected
 from orchestration.deployments import desired
@@ -146,11 +148,11 @@ def _tried(chart: str, judge: Judge, share: float, mistaken: bool) -> None:
 
 
 def test_drawn_values_are_accepted_by_servers_or_refused_with_their_key(chart: str, judge: Judge) -> None:
-    _tried(chart, judge, share=0.5, mistaken=False)
+    _tried(chart, judge, share=0.35, mistaken=False)
 
 
 def test_values_of_another_type_are_accepted_by_servers_or_refused_with_their_key(chart: str, judge: Judge) -> None:
-    _tried(chart, judge, share=0.25, mistaken=True)
+    _tried(chart, judge, share=0.15, mistaken=True)
 
 
 NOWHERE = {
@@ -173,7 +175,7 @@ def test_value_of_a_key_is_in_what_is_rendered(chart: str) -> None:
     of_chart = values.keys(chart)
     names = sorted(path for path in of_chart if ".".join(path) not in NOWHERE)
 
-    @settings(max_examples=examples(0.25), deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples(0.15), deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.sampled_from(names), st.data())
     def tried(path: values.Path, data: st.DataObject) -> None:
         default = yaml.safe_load((ROOT / "helm" / chart / "values.yaml").read_text())
@@ -360,6 +362,17 @@ def test_password_with_every_character_opens_the_bundled_redis(tmp_path: Path) -
             subprocess.run([*arguments, sys.executable, "-c", code], env=variables, check=True)
         finally:
             redis.terminate()
+
+
+def test_password_with_every_character_opens_the_bundled_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefect makes the URL of the chart's variables."""
+    specs = pod_specs(render("prefect-server", {"image": {"tag": "1"}}))
+    variables = environment(specs["Deployment/test-prefect-server-api"]["containers"][0])
+    for name in ("DRIVER", "HOST", "PORT", "NAME", "USER"):
+        monkeypatch.setenv(f"PREFECT_SERVER_DATABASE_{name}", variables[f"PREFECT_SERVER_DATABASE_{name}"])
+    monkeypatch.setenv("PREFECT_SERVER_DATABASE_PASSWORD", PASSWORD)
+    url = make_url(Settings().server.database.connection_url.get_secret_value())
+    assert (url.password, url.host) == (PASSWORD, "test-prefect-server-database")
 
 
 def _listens(port: int) -> bool:
