@@ -401,8 +401,7 @@ class DbtProject:
             before = artifacts.newest(run.command, run.target)
             whole = run.command == "build" and run.whole
             name = f"{run.call.flow_run.id if run.call else os.getpid()}-{run.command.replace(' ', '-')}"
-            again = {"options": options, "defer_to": defer_to}
-            stored = artifacts.store(target, result, run.target, name, whole=whole, **again)
+            stored = artifacts.store(target, result, run.target, name, whole=whole, options=options, defer_to=defer_to)
         except Exception as error:
             run.say("warn", f"The artifacts of this run could not be stored: {error}")
         result = dataclasses.replace(result, stored=stored)

@@ -157,7 +157,7 @@ def tiny(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ti
     made = Tiny(projects.tiny(work / "tiny"), work / "python", work / "socket")
     made.python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{forked.__file__}" "{made.socket}" "$@"\n')
     made.python.chmod(0o755)
-    command = [sys.executable, "-P", forked.__file__, "serve", made.socket]
+    command = [sys.executable, "-P", str(forked.__file__), "serve", str(made.socket)]
     with contextlib.ExitStack() as stack:
         with new_database(postgres, DATABASE):
             environment = {**os.environ, **warehouse.environment()}

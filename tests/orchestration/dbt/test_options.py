@@ -49,7 +49,7 @@ class _Colour(enum.Enum):
 _ITSELF: dict[str, Any] = {}
 _ITSELF["inside"] = _ITSELF
 
-NO_JSON = {
+NO_JSON: dict[str, tuple[Any, str]] = {
     "vars.day": ({"day": datetime.date(2024, 1, 1)}, "a date"),
     "vars.at": ({"at": datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC)}, "a datetime"),
     "vars.window.days[1]": ({"window": {"days": [1, datetime.timedelta(1)]}}, "a timedelta"),
