@@ -79,14 +79,26 @@ class Sides:
     def deployments(self) -> list[dict[str, Any]]:
         """The pool's."""
         body = {"work_pools": {"name": {"any_": [self.pool]}}, "sort": "NAME_ASC"}
-        return list(self.api.post("/deployments/filter", json=body).raise_for_status().json())
+        return self.listed("deployments", body)
+
+    def listed(self, kind: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+        return list(self.api.post(f"/{kind}/filter", json=body).raise_for_status().json())
+
+    def automations(self) -> dict[str, list[dict[str, Any]]]:
+        """The newest automations by the deployment that they run."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for each in self.listed("automations", {"sort": "CREATED_DESC"}):
+            found.setdefault(str(each["actions"][0].get("deployment_id")), []).append(each)
+        return found
 
     def state(self) -> dict[str, Any]:
         """The pool's deployments with their automations, without what is the server's to decide."""
         found = {}
-        for each in self.deployments():
-            flow = self.api.get(f"/flows/{each['flow_id']}").raise_for_status().json()["name"]
-            related = self.api.get(f"/automations/related-to/prefect.deployment.{each['id']}").raise_for_status().json()
+        deployments, automations = self.deployments(), self.automations()
+        ids = sorted({each["flow_id"] for each in deployments})
+        flows = {each["id"]: each["name"] for each in self.listed("flows", {"flows": {"id": {"any_": ids}}})}
+        for each in deployments:
+            related = automations.get(each["id"], [])
             made = _plain(each, each["id"])
             made["tags"] = sorted(set(made["tags"]))
             # Without a docstring Prefect sends this text, and it sends an anchor with the offset that the file has.
@@ -96,13 +108,15 @@ class Sides:
                     schedule["schedule"]["anchor_date"] = _moment(anchor)
             made["schedules"] = sorted(made["schedules"], key=str)
             made["automations"] = sorted((_plain(one, each["id"]) for one in related), key=lambda one: one["name"])
-            found[f"{flow}/{each['name']}"] = made
+            found[f"{flows[each['flow_id']]}/{each['name']}"] = made
         return found
 
     def clear(self) -> None:
         """Delete the pool's deployments and their automations."""
+        automations = self.automations()
         for each in self.deployments():
-            self.api.delete(f"/automations/owned-by/prefect.deployment.{each['id']}").raise_for_status()
+            for one in automations.get(each["id"], []):
+                self.api.delete(f"/automations/{one['id']}").raise_for_status()
             self.api.delete(f"/deployments/{each['id']}").raise_for_status()
 
 

@@ -227,13 +227,13 @@ DEPLOYMENTS = st.fixed_dictionaries(
 
 
 @given(
-    deployments=st.lists(DEPLOYMENTS, min_size=3, max_size=6),
+    deployments=st.lists(DEPLOYMENTS, min_size=3, max_size=5),
     pull=st.none()
     | st.just([])
     | st.just([{"prefect.deployments.steps.set_working_directory": {"directory": "/{{ $A_TEXT }}"}}]),
 )
 @settings(
-    max_examples=examples(0.03),  # each deploys, syncs and exports
+    max_examples=examples(0.02),  # each deploys, syncs and exports
     phases=[Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
