@@ -393,8 +393,8 @@ def _quantity(value: str) -> Decimal:
         raise ValueError(value)
     number, suffix = Decimal(match["number"]), match["suffix"]
     if suffix in _BINARY:
-        return number * 1024 ** _BINARY.index(suffix)
-    return number * Decimal(10) ** (_DECIMAL[suffix] if suffix in _DECIMAL else int(suffix[1:]))
+        return number * Decimal(1024) ** _BINARY.index(suffix)
+    return number.scaleb(_DECIMAL[suffix] if suffix in _DECIMAL else int(suffix[1:]))
 
 
 def _limits(each: Mapping[str, Any]) -> list[Mapping[str, Any]]:
