@@ -394,7 +394,7 @@ def _quantity(value: str) -> Decimal:
     number, suffix = Decimal(match["number"]), match["suffix"]
     if suffix in _BINARY:
         return number * Decimal(1024) ** _BINARY.index(suffix)
-    return number * Decimal(10) ** (_DECIMAL[suffix] if suffix in _DECIMAL else int(suffix[1:]))
+    return number.scaleb(_DECIMAL[suffix] if suffix in _DECIMAL else int(suffix[1:]))
 
 
 def _limits(each: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -371,9 +371,9 @@ def test_password_with_every_character_opens_the_bundled_database(monkeypatch: p
     for name in ("DRIVER", "HOST", "PORT", "NAME", "USER"):
         monkeypatch.setenv(f"PREFECT_SERVER_DATABASE_{name}", variables[f"PREFECT_SERVER_DATABASE_{name}"])
     monkeypatch.setenv("PREFECT_SERVER_DATABASE_PASSWORD", PASSWORD)
-    found = Settings().server.database.connection_url
-    assert found
-    url = make_url(found.get_secret_value())
+    secret = Settings().server.database.connection_url
+    assert secret
+    url = make_url(secret.get_secret_value())
     assert (url.password, url.host) == (PASSWORD, "test-prefect-server-database")
 
 
