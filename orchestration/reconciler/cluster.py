@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from orchestration.api import ahead
 from orchestration.errors import ClusterError
 from orchestration.reconciler.facts import POOL_LABEL, RUN_LABEL, Job, Pod
-from orchestration.reconciler.objects import Change, EventObject, JobObject, Listed, Page, PodObject
+from orchestration.reconciler.objects import Change, EventObject, JobObject, LeanPodObject, Listed, Page, PodObject
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
@@ -163,8 +163,12 @@ class Cluster:
     async def pods(self, pool: str, clock: timedelta) -> list[Pod]:
         """The pods of a work pool's runs; as `jobs`."""
         path = f"/api/v1/namespaces/{self.namespace}/pods"
-        found = self._all(Page[PodObject], path, labelSelector=f"{RUN_LABEL},{POOL_LABEL}={pool}")
-        return [Pod.read(each, clock - self.ahead) async for each in found]
+        selector = f"{RUN_LABEL},{POOL_LABEL}={pool}"
+        lean = [each async for each in self._all(Page[LeanPodObject], path, labelSelector=selector)]
+        if all(each.is_named for each in lean):
+            return [Pod.read(each, clock - self.ahead) for each in lean]
+        whole = self._all(Page[PodObject], path, labelSelector=selector)
+        return [Pod.read(each, clock - self.ahead) async for each in whole]
 
     async def listen(self, heard: asyncio.Event) -> None:
         """Set `heard` as soon as a run's main container has ended or its pod is gone, and when it begins to listen.

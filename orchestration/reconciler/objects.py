@@ -157,6 +157,29 @@ class PodObject(Part):
         )
 
 
+class LeanContainer(Container):
+    """A container without its environment: to read that of all takes as long as all else of their pods."""
+
+    env: tuple[Variable, ...] = Field((), alias="not-read")
+
+
+class LeanPodSpec(PodSpec):
+    """A pod's specification without environments."""
+
+    containers: tuple[LeanContainer, ...]
+
+
+class LeanPodObject(PodObject):
+    """A pod without environments: enough where its main container has the usual name."""
+
+    spec: LeanPodSpec
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the main container has the usual name."""
+        return any(each.name == MAIN_CONTAINER for each in self.spec.containers)
+
+
 class Rule(Part):
     """Of a Job's podFailurePolicy."""
 
@@ -207,7 +230,7 @@ class EventObject(Part):
     last_timestamp: datetime | None = None
 
 
-Listed = TypeVar("Listed", PodObject, JobObject, EventObject)
+Listed = TypeVar("Listed", PodObject, LeanPodObject, JobObject, EventObject)
 
 
 class PageMeta(Part):

@@ -12,6 +12,7 @@ from orchestration.api import Server
 from orchestration.reconciler import cluster as kubernetes
 from orchestration.reconciler.facts import POOL_LABEL, RUN_LABEL, Run
 from orchestration.reconciler.loop import MANY, _runs, _still
+from orchestration.reconciler.objects import RUN_VARIABLE
 from tests.cluster.namespace import RESTRICTED, Namespace, proxied
 from tests.orchestration.reconciler.test_timeline import Pool
 from tests.parts import client_of
@@ -80,13 +81,16 @@ def test_steady_runs_are_counted_and_only_those_read_that_changed(prefect_server
         assert read(many) == ({}, requests), "more than a database takes"
 
 
-def test_all_jobs_and_pods_of_a_pool_are_read(namespace: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["prefect-job", "renamed"])
+def test_all_jobs_and_pods_of_a_pool_are_read(namespace: Namespace, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """With the main container, also where an injector has renamed it."""
     monkeypatch.setattr(kubernetes, "PAGE", 2)
     pool, number = str(uuid4()), 5
     labels = [{POOL_LABEL: pool, RUN_LABEL: str(uuid4())} for _ in range(number)]
-    container = {"name": "main", "image": "none", "securityContext": RESTRICTED}
+    proxy = {"name": "aaa", "image": "none", "securityContext": RESTRICTED}
+    container = proxy | {"name": name, "env": [{"name": RUN_VARIABLE, "value": "r"}]}
     # On no node: nothing has to execute them.
-    spec = {"containers": [container], "restartPolicy": "Never", "nodeSelector": {"no": "node"}}
+    spec = {"containers": [proxy, container], "restartPolicy": "Never", "nodeSelector": {"no": "node"}}
     namespace.apply(
         *(
             {
@@ -107,6 +111,7 @@ def test_all_jobs_and_pods_of_a_pool_are_read(namespace: Namespace, monkeypatch:
         async with httpx.AsyncClient(base_url=url, timeout=30) as client:
             there = kubernetes.Cluster(client, namespace.name)
             jobs, pods = await there.jobs(pool, timedelta()), await there.pods(pool, timedelta())
+            assert {each.container for each in pods} == {name}
         return [each.run for each in jobs], [each.run for each in pods]
 
     with proxied(namespace.context) as url:
