@@ -381,7 +381,7 @@ def _refused(run: Run, now: datetime, policy: Policy) -> list[Action]:
     waited = (now - (refusal.since if refusal else run.since)).total_seconds()
     if waited > (policy.capacity if refusal and refusal.waits_for_capacity else policy.pending):
         return [_given_up(run, run.message, waited)]
-    return [Unclaim(run, run.message)] if (now - run.since).total_seconds() > policy.claim else []
+    return [GiveAway(run, run.message)] if (now - run.since).total_seconds() > policy.claim else []
 
 
 def _explained(run: Run, found: tuple[str, str], waited: float, policy: Policy) -> list[Action]:

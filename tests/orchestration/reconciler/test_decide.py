@@ -327,9 +327,9 @@ def test_refused_job_is_asked_for_again_until_the_run_is_given_up(capacity: bool
         return run("PENDING", age, state=causes.JOB_REFUSED, job="", message=message, labels={REFUSAL: label})
 
     assert decided(refused(59, 59), [], []) == []
-    assert decided(refused(patience - 1, 61), [], []) == [Unclaim(refused(patience - 1, 61), message)]
+    assert decided(refused(patience - 1, 61), [], []) == [GiveAway(refused(patience - 1, 61), message)]
     again = replace(refused(61, 61), job="job-0")
-    assert decided(again, [job("job-0", 500, over=True)], [pod("job-0", 500, end=end())]) == [Unclaim(again, message)]
+    assert decided(again, [job("job-0", 500, over=True)], [pod("job-0", 500, end=end())]) == [GiveAway(again, message)]
     [crash] = decided(refused(patience + 1, 5), [], [])
     assert isinstance(crash, Crash)
     assert crash.cause.kind == "start"
