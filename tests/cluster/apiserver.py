@@ -67,7 +67,8 @@ class ApiServer:
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[ApiServer]:
     """Start an API server and its etcd, which keep their state in `folder`; they end with the block."""
-    binaries.install_packages({"etcd": binaries.PACKAGES["etcd"]})
+    needed = {"etcd": binaries.PACKAGES["etcd"]}
+    binaries.install_packages(needed)
     kube = str(binaries.kube())
     pki = folder / "pki"
     authority = certificates.Authority(pki)

@@ -59,13 +59,14 @@ annotations:
 
 {{/* `metadata` of an object of the whole cluster. Its namespace is a label, by which it can be found and deleted. */}}
 {{- define "prefect-work-pool.clusterMetadata" -}}
+{{- $labels := include "prefect-work-pool.labels" (list . "reconciler") | fromYaml -}}
+{{- $_ := set $labels "prefect.io/release-namespace" .Release.Namespace -}}
 name: {{ include "prefect-work-pool.clusterRoleName" . | quote }}
 labels:
-  {{- include "prefect-work-pool.labels" (list . "reconciler") | nindent 2 }}
-  prefect.io/release-namespace: {{ .Release.Namespace }}
-{{- with .Values.commonAnnotations }}
+  {{- include "prefect-work-pool.mergedLabels" (list . $labels "clusterRole.labels" dict) | nindent 2 }}
+{{- with include "prefect-work-pool.filled" (list . "commonAnnotations" .Values.commonAnnotations) | fromYaml }}
 annotations:
-  {{- tpl (toYaml .) $ | nindent 2 }}
+  {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end -}}
 
