@@ -255,6 +255,10 @@ REFUSED = [
     (_with(ingress={"enabled": True}), "ingress.enabled=true needs ingress.hosts"),
     (_with(httpRoute={"enabled": True}), "httpRoute.enabled=true needs httpRoute.parentRefs"),
     (
+        _with(httpRoute={"enabled": True, "parentRefs": [{"name": "a"}, {"name": "a", "sectionName": "https"}]}),
+        "httpRoute.parentRefs names a gateway twice: ",
+    ),
+    (
         _with(api={"autoscaling": {"enabled": True}, "resources": {"requests": {"cpu": None}}}),
         "needs api.resources.requests.cpu",
     ),

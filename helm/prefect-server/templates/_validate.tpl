@@ -27,6 +27,16 @@
 {{- if and (gt (int $replicas) 1) (not $values.services.separate) -}}
 {{- fail "api.replicas (or api.autoscaling.maxReplicas) over 1 needs services.separate=true: each API pod would run all services" -}}
 {{- end -}}
+{{- $parents := dict -}}
+{{- range $parent := ternary $values.httpRoute.parentRefs list $values.httpRoute.enabled -}}
+{{- $name := list $parent.group $parent.kind $parent.namespace $parent.name | toJson -}}
+{{- $section := $parent.sectionName | default "" -}}
+{{- $others := get $parents $name | default list -}}
+{{- if and $others (or (not $section) (has $section $others) (has "" $others)) -}}
+{{- fail (printf "httpRoute.parentRefs names a gateway twice: %s. Give each of its entries a sectionName of its own, or leave one out" $parent.name) -}}
+{{- end -}}
+{{- $_ := set $parents $name (append $others $section) -}}
+{{- end -}}
 {{- if and $values.ingress.enabled (not $values.ingress.hosts) -}}
 {{- fail "ingress.enabled=true needs ingress.hosts: [{host: prefect.example.com, paths: [{path: /, pathType: Prefix}]}]" -}}
 {{- end -}}
