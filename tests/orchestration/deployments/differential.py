@@ -126,9 +126,14 @@ def _moment(anchor: str) -> str:
     return "now" if abs(datetime.now(UTC) - found) < timedelta(minutes=10) else found.astimezone(UTC).isoformat()
 
 
+SETS = ("expect", "after", "for_each")
+"""Fields of a trigger that are sets, which the server lists in any order."""
+
+
 def _plain(value: Any, deployment: str) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(each, deployment) for key, each in value.items() if key not in SERVERS}
+        made = {key: _plain(each, deployment) for key, each in value.items() if key not in SERVERS}
+        return {key: sorted(each) if key in SETS and isinstance(each, list) else each for key, each in made.items()}
     if isinstance(value, list):
         return [_plain(each, deployment) for each in value]
     return value.replace(deployment, "ID") if isinstance(value, str) else value
