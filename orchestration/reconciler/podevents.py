@@ -10,18 +10,21 @@ is evicted that the cluster ended, and any other one failed.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
+from importlib.metadata import version
 from itertools import pairwise
 from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
-import prefect
-from prefect.utilities.slugify import slugify
+from slugify import slugify  # Prefect's own dependency, and what its observer uses
 
 from orchestration.api import JSON, RefusedError, Server
 from orchestration.reconciler.causes import of_end
 from orchestration.reconciler.facts import Pod
 
 PREFIX = "prefect.kubernetes.pod."
+
+VERSION = version("prefect")
+"""Of Prefect, which is not imported for it: that would double the reconciler's memory."""
 
 RELATED = ("flow-run", "deployment", "flow", "work-pool")
 """Roles of related resources; the labels `prefect.io/ROLE-id` and `prefect.io/ROLE-name` say which they are."""
@@ -153,7 +156,7 @@ def _related(labels: Mapping[str, str]) -> list[JSON]:
                 "prefect.resource.role": "worker",
                 "prefect.resource.name": worker,
                 "prefect.worker-type": "kubernetes",
-                "prefect.version": prefect.__version__,
+                "prefect.version": VERSION,
             }
         )
     return found

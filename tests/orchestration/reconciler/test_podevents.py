@@ -4,6 +4,8 @@ import asyncio
 import copy
 import json
 import logging
+import subprocess
+import sys
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -161,3 +163,9 @@ def test_each_event_is_told_once_and_fires_automations_once(prefect_server: str)
         assert events(f"{PREFIX}{uid}") == [f"{PREFIX}{each}" for each in ("pending", "running", "failed")]
         assert Counter(events(f"prefect.automation.{automation}"))["prefect.automation.triggered"] == 1
         asked(api, "DELETE", f"/automations/{automation}")
+
+
+def test_reconciler_does_not_import_prefect() -> None:
+    """Prefect takes as much memory as all else of the reconciler."""
+    code = "import sys, orchestration.reconciler.loop; print('prefect' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
