@@ -49,8 +49,8 @@ def _fences(jobs: Sequence[str]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class TimeOut:
-    """The run took longer than its deadline allows: no retry would take less; `lost` is as of a crash."""
+class _Ending:
+    """End a run in a final state; `lost` is as of a crash."""
 
     run: Run
     sentence: str
@@ -60,6 +60,10 @@ class TimeOut:
     def labels(self) -> dict[str, Any]:
         """What the run is given before its state is written."""
         return _fences(self.lost)
+
+
+class TimeOut(_Ending):
+    """The run took longer than its deadline allows: no retry would take less."""
 
 
 @dataclass(frozen=True)
@@ -103,18 +107,8 @@ class Cancel:
     sentence: str
 
 
-@dataclass(frozen=True)
-class Cancelled:
-    """It was to be cancelled, and nothing of it is left in the cluster; `lost` is as of a crash."""
-
-    run: Run
-    sentence: str
-    lost: tuple[str, ...] = ()
-
-    @property
-    def labels(self) -> dict[str, Any]:
-        """What the run is given before its state is written."""
-        return _fences(self.lost)
+class Cancelled(_Ending):
+    """It was to be cancelled, and nothing of it is left in the cluster."""
 
 
 @dataclass(frozen=True)
