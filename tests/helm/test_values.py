@@ -15,7 +15,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from prefect.settings import Settings
+from prefect.settings import PREFECT_API_URL, Settings, temporary_settings
 from sqlalchemy.engine import make_url
 
 from orchestration.api import connected
@@ -29,7 +29,7 @@ from tests.cluster.progress import ClusterError
 from tests.helm import acceptance, values
 from tests.helm.rendering import Object, environment, one, pod_specs, render, rendered
 from tests.helm.test_charts import CHARTS
-from tests.parts import client_of, examples, free_port, wait_until
+from tests.parts import client_of, examples, free_port, prefect_server, wait_until
 
 WAYS: dict[str, list[Object]] = {
     "prefect-server": [
@@ -70,8 +70,13 @@ def kubernetes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
 
 
 @pytest.fixture(scope="module")
-def server(prefect_server: str) -> Iterator[httpx.Client]:
-    with client_of(prefect_server) as client:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """A client of a Prefect server that has no pool of other tests."""
+    with (
+        prefect_server(tmp_path_factory.mktemp("prefect")) as url,
+        temporary_settings({PREFECT_API_URL: url}),
+        client_of(url) as client,
+    ):
         yield client
 
 
