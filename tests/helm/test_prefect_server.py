@@ -255,6 +255,12 @@ REFUSED = [
     (_with(ingress={"enabled": True}), "ingress.enabled=true needs ingress.hosts"),
     (_with(httpRoute={"enabled": True}), "httpRoute.enabled=true needs httpRoute.parentRefs"),
     (
+        _with(httpRoute={"enabled": True, "parentRefs": [{"name": "a", "namespace": "a.b"}]}),
+        "/httpRoute/parentRefs/0/namespace",
+    ),
+    (_with(httpRoute={"enabled": True, "parentRefs": [{"name": "a", "group": "A"}]}), "/httpRoute/parentRefs/0/group"),
+    (_with(httpRoute={"enabled": True, "parentRefs": [{"name": "a", "kind": "a.b"}]}), "/httpRoute/parentRefs/0/kind"),
+    (
         _with(httpRoute={"enabled": True, "parentRefs": [{"name": "a"}, {"name": "a", "sectionName": "https"}]}),
         "httpRoute.parentRefs names a gateway twice: ",
     ),
