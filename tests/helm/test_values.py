@@ -157,7 +157,6 @@ def test_values_of_another_type_are_accepted_by_servers_or_refused_with_their_ke
 
 NOWHERE = {
     "global": "values of other charts may refer to it",
-    "runs.pod.sidecars": "refused",
     "sync.pod.sidecars": "refused",
     "migrations.pod.sidecars": "refused",
     "tests.pod.sidecars": "refused",

@@ -20,8 +20,8 @@
 {{- fail (printf "worker.queues names %q, which pool.queues does not have: %s" . (join ", " $queues)) -}}
 {{- end -}}
 {{- end -}}
-{{- if $values.runs.pod.sidecars -}}
-{{- fail "runs.pod.sidecars would keep a run's Job from ending. Put them into runs.pod.initContainers with restartPolicy: Always" -}}
+{{- if and $values.runs.pod.sidecars (not (and $values.reconciler.enabled (int64 $values.reconciler.replicas))) -}}
+{{- fail "runs.pod.sidecars needs the reconciler, which deletes a run's Job when its main container has ended. Set reconciler.enabled=true and reconciler.replicas above 0, or put them into runs.pod.initContainers with restartPolicy: Always" -}}
 {{- end -}}
 {{- if and $values.worker.autoscaling.enabled (not (dig "requests" "cpu" "" $values.worker.resources)) -}}
 {{- fail "worker.autoscaling.enabled=true needs worker.resources.requests.cpu: the utilisation is measured against it" -}}
@@ -85,7 +85,7 @@
 {{- $volumes = list "results" -}}
 {{- $mounts = list "/results" -}}
 {{- end -}}
-{{- if has $component (list "runs" "sync") -}}{{- $pod = omit $pod "sidecars" -}}{{- end -}}
+{{- if eq $component "sync" -}}{{- $pod = omit $pod "sidecars" -}}{{- end -}}
 {{- include "prefect-work-pool.validatePod" (dict "component" $component "pod" $pod "volumes" $volumes "mounts" $mounts "containers" (list ($own.main | default $component)) "resources" (index $.Values $component).resources) -}}
 {{- end -}}
 {{- $pod := omit (include "prefect-work-pool.podValues" (list . "tests") | fromYaml) "sidecars" -}}
