@@ -48,6 +48,25 @@ POD_RULES: list[tuple[Object, str]] = [
     ({"initContainers": [{"name": "a", "image": "a"}] * 2}, ", a name that another container of the pod has"),
     ({"initContainers": [{"name": "a"}]}, " without an image"),
     ({"dnsPolicy": "None"}, ".dnsConfig.nameservers: a pod would find no name"),
+    ({"dnsConfig": {"searches": ["a." * 100 + "a"] * 11}}, ".dnsConfig.searches are longer than 2048"),
+    (
+        {"nodeSelector": {"a": "{{ x }}"}},
+        ", which is no value of a label: up to 63 letters, digits",
+    ),
+    ({"tolerations": [{"key": "a", "value": "{{ .Release.Name }}_"}]}, " selects "),
+    (
+        {"sidecars": [{"name": "a", "image": "a", "envFrom": [{"secretRef": {"name": "{{ x }}"}}]}]},
+        ", which is no name: up to 253 lower-case letters",
+    ),
+    ({"containerSecurityContext": {"privileged": True}}, " has privileged=true and allowPrivilegeEscalation=false"),
+    (
+        {"sidecars": [{"name": "a", "image": "a", "resources": {"requests": {"cpu": 2}, "limits": {"cpu": 1}}}]},
+        " is above ",
+    ),
+    (
+        {"initContainers": [{"name": "a", "image": "a", "volumeMounts": [{"name": "tmp", "mountPath": "/a"}] * 2}]},
+        "(or pod's) has the ",
+    ),
 ]
 """Values of a component's `pod` that every chart refuses, with the message."""
 

@@ -690,6 +690,18 @@ REFUSED = [
         _with(worker={"terminationGracePeriodSeconds": 1, "lifecycle": {"preStop": {"sleep": {"seconds": 1}}}}),
         ".lifecycle.preStop.sleep.seconds (",
     ),
+    (_with(worker={"lifecycle": {"postStart": {"sleep": {"seconds": 61}}}}), ".lifecycle.postStart.sleep.seconds ("),
+    (_with(env=[{"name": "A", "valueFrom": {"secretKeyRef": {"name": "{{ x }}", "key": "a"}}}]), "env names "),
+    *[
+        (_with(networkPolicy={"metricsFrom": [{"ipBlock": {"cidr": cidr, "except": [part]}}]}), ".ipBlock.except has ")
+        for cidr, part in (
+            ("10.0.0.0/8", "11.0.0.0/9"),
+            ("10.0.0.0/8", "10.0.0.0/8"),
+            ("10.1.0.0/15", "10.3.0.0/16"),
+            ("0.0.0.0/0", "fd00::/8"),
+        )
+    ],
+    (_with(networkPolicy={"extraEgress": [{"ports": [{"port": 20, "endPort": 10}]}]}), ".ports has endPort "),
     (
         _with(reconciler={"podDisruptionBudget": {"maxUnavailable": ""}}),
         ".podDisruptionBudget has neither minAvailable nor maxUnavailable",

@@ -68,15 +68,20 @@ spec:
 {{- $all := include "prefect-server.filled" (list $root "pod" $root.Values.pod) | fromYaml -}}
 {{- $own := include "prefect-server.filled" (list $root (printf "%s.pod" (index . 1)) (index $root.Values (index . 1)).pod) | fromYaml -}}
 {{- $pod := mergeOverwrite $all $own -}}
-{{- include "prefect-server.secureContainers" $pod -}}
+{{- include "prefect-server.completeContainers" $pod -}}
 {{- toYaml $pod -}}
 {{- end -}}
 
-{{/* A pod's values, in place: a container of the user that names no securityContext has that of the chart's containers. */}}
-{{- define "prefect-server.secureContainers" -}}
+{{/* A pod's values, in place: a container of the user that names no securityContext has that of the chart's containers, and
+     what is written as a number where Kubernetes wants text is text. */}}
+{{- define "prefect-server.completeContainers" -}}
 {{- $security := .containerSecurityContext -}}
-{{- range concat (.initContainers | default list) (.sidecars | default list) -}}
+{{- range $container := concat (.initContainers | default list) (.sidecars | default list) -}}
 {{- if and $security (not .securityContext) -}}{{- $_ := set . "securityContext" $security -}}{{- end -}}
+{{- range .env -}}
+{{- if hasKey . "value" -}}{{- $_ := set . "value" (include "prefect-server.text" .value) -}}{{- end -}}
+{{- end -}}
+{{- with .resources -}}{{- $_ := set $container "resources" (include "prefect-server.resources" . | fromYaml) -}}{{- end -}}
 {{- end -}}
 {{- end -}}
 
@@ -90,7 +95,7 @@ spec:
 {{- $all := include "prefect-server.filled" (list $root "pod" (omit $root.Values.pod "sidecars" "initContainers" "volumes" "volumeMounts" "labels" "annotations")) | fromYaml -}}
 {{- $own := include "prefect-server.filled" (list $root (printf "%s.bundled.pod" (index . 1)) $bundled.pod) | fromYaml -}}
 {{- $pod := mergeOverwrite $all (dict "securityContext" $security) $own -}}
-{{- include "prefect-server.secureContainers" $pod -}}
+{{- include "prefect-server.completeContainers" $pod -}}
 {{- toYaml $pod -}}
 {{- end -}}
 

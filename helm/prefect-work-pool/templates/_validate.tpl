@@ -45,6 +45,7 @@
 {{- end -}}
 {{- include "prefect-work-pool.validateScale" . -}}
 {{- include "prefect-work-pool.validatePods" . -}}
+{{- include "prefect-work-pool.validateFilled" . -}}
 {{- include "prefect-work-pool.validateVariables" . -}}
 {{- include "prefect-work-pool.validateResults" . -}}
 {{- include "prefect-work-pool.validateSecret" . -}}
@@ -62,6 +63,10 @@
 {{- if and $sleep (ge $sleep $grace) -}}
 {{- fail (printf "%s.lifecycle.preStop.sleep.seconds (%d) is not below %s.terminationGracePeriodSeconds (%d). Raise terminationGracePeriodSeconds, or set lifecycle.preStop to null" $component $sleep $component $grace) -}}
 {{- end -}}
+{{- $sleep = dig "postStart" "sleep" "seconds" 0 (index $.Values $component).lifecycle | int64 -}}
+{{- if gt $sleep $grace -}}
+{{- fail (printf "%s.lifecycle.postStart.sleep.seconds (%d) is above %s.terminationGracePeriodSeconds (%d). Raise terminationGracePeriodSeconds, or lower it" $component $sleep $component $grace) -}}
+{{- end -}}
 {{- with .Values.worker.strategy -}}
 {{- if and (eq .type "RollingUpdate") (regexMatch "^0%?$" (get (.rollingUpdate | default dict) "maxSurge" | toString)) (regexMatch "^0%?$" (get (.rollingUpdate | default dict) "maxUnavailable" | toString)) -}}
 {{- fail "worker.strategy.rollingUpdate has 0 for maxSurge and for maxUnavailable: no pod could ever be replaced. Set one of them to 1" -}}
@@ -74,6 +79,17 @@
 {{- end -}}
 {{- end -}}
 {{- end -}}
+{{- end -}}
+
+{{/* What is filled from templates, where it is used. */}}
+{{- define "prefect-work-pool.validateFilled" -}}
+{{- range $prefix, $values := dict "" .Values "worker." .Values.worker "runs." .Values.runs "sync." .Values.sync "drift." .Values.drift "reconciler." .Values.reconciler -}}
+{{- $filled := include "prefect-work-pool.filled" (list $ (printf "%senv" $prefix) (dict "env" $values.env "envFrom" $values.envFrom)) | fromYaml -}}
+{{- include "prefect-work-pool.validateReferences" (list $prefix $filled.env $filled.envFrom) -}}
+{{- end -}}
+{{- $policy := include "prefect-work-pool.filled" (list . "networkPolicy" (pick .Values.networkPolicy "metricsFrom" "extraEgress")) | fromYaml -}}
+{{- include "prefect-work-pool.validatePeers" (list "networkPolicy.metricsFrom" $policy.metricsFrom) -}}
+{{- include "prefect-work-pool.validateEgress" (list "networkPolicy.extraEgress" $policy.extraEgress) -}}
 {{- end -}}
 
 {{- define "prefect-work-pool.validatePods" -}}

@@ -36,8 +36,32 @@
 {{- end -}}
 {{- $names = append $names .name -}}
 {{- end -}}
+{{- range $key := list "initContainers" "sidecars" -}}
+{{- range index $.pod $key -}}
+{{- $of := printf "%s.%s: %s" $path $key .name -}}
+{{- include "prefect-work-pool.validateTwice" (list (printf "%s.volumeMounts" $of) "mountPath" .volumeMounts) -}}
+{{- $ports := list -}}
+{{- range .ports -}}
+{{- if .name -}}{{- $ports = append $ports . -}}{{- end -}}
+{{- end -}}
+{{- include "prefect-work-pool.validateTwice" (list (printf "%s.ports" $of) "name" $ports) -}}
+{{- include "prefect-work-pool.validateReferences" (list (printf "%s.%s." $path $key) .env .envFrom) -}}
+{{- include "prefect-work-pool.validateResources" (list (printf "%s.resources" $of) (.resources | default dict)) -}}
+{{- include "prefect-work-pool.validateSecurity" (list (printf "%s.securityContext" $of) .securityContext) -}}
+{{- end -}}
+{{- end -}}
+{{- include "prefect-work-pool.validateSecurity" (list (printf "%s.containerSecurityContext" $path) .pod.containerSecurityContext) -}}
 {{- include "prefect-work-pool.validatePlacement" (list $path .pod) -}}
 {{- include "prefect-work-pool.validateResources" (list (printf "%s.resources" .component) .resources) -}}
+{{- end -}}
+
+{{/* (list path securityContext) */}}
+{{- define "prefect-work-pool.validateSecurity" -}}
+{{- with index . 1 -}}
+{{- if and .privileged (eq (toJson .allowPrivilegeEscalation) "false") -}}
+{{- fail (printf "%s has privileged=true and allowPrivilegeEscalation=false, which exclude each other. Set allowPrivilegeEscalation to true, or privileged to false" (index $ 0)) -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 
 {{/* (list path key list) */}}
@@ -58,9 +82,17 @@
 {{- $pod := index . 1 -}}
 {{- $pairs := list -}}
 {{- range $pod.topologySpreadConstraints -}}
+{{- include "prefect-work-pool.validateSelector" (list (printf "%s.topologySpreadConstraints" $path) .labelSelector) -}}
 {{- $pairs = append $pairs (dict "pair" (printf "%s, %s" .topologyKey .whenUnsatisfiable)) -}}
 {{- end -}}
 {{- include "prefect-work-pool.validateTwice" (list (printf "%s.topologySpreadConstraints" $path) "pair" $pairs) -}}
+{{- include "prefect-work-pool.validateSelected" (list (printf "%s.nodeSelector" $path) ($pod.nodeSelector | default dict)) -}}
+{{- range $pod.tolerations -}}
+{{- include "prefect-work-pool.validateSelected" (list (printf "%s.tolerations" $path) (dict (.key | default "") (.value | default ""))) -}}
+{{- end -}}
+{{- if gt (len (join " " ($pod.dnsConfig | default dict).searches)) 2048 -}}
+{{- fail (printf "%s.dnsConfig.searches are longer than 2048 characters together. Remove some" $path) -}}
+{{- end -}}
 {{- if and (eq ($pod.dnsPolicy | default "") "None") (not ($pod.dnsConfig | default dict).nameservers) -}}
 {{- fail (printf "%s.dnsPolicy=None needs %s.dnsConfig.nameservers: a pod would find no name" $path $path) -}}
 {{- end -}}
