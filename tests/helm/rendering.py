@@ -64,6 +64,10 @@ POD_RULES: list[tuple[Object, str]] = [
         " is above ",
     ),
     (
+        {"sidecars": [{"name": "a", "image": "a", "lifecycle": {"preStop": {"sleep": {"seconds": 1000}}}}]},
+        ".lifecycle sleeps longer than its pod has to end (",
+    ),
+    (
         {"initContainers": [{"name": "a", "image": "a", "volumeMounts": [{"name": "tmp", "mountPath": "/a"}] * 2}]},
         "(or pod's) has the ",
     ),

@@ -150,11 +150,11 @@
 {{- range $component := list "api" "services" "migrations" "tests" -}}
 {{- $pod := include "prefect-server.podValues" (list $ $component) | fromYaml -}}
 {{- if has $component (list "migrations" "tests") -}}{{- $pod = omit $pod "sidecars" -}}{{- end -}}
-{{- include "prefect-server.validatePod" (dict "component" $component "pod" $pod "volumes" list "mounts" list "containers" (list $component "test" "wait-for-migrations") "resources" ((index $.Values $component).resources | default dict)) -}}
+{{- include "prefect-server.validatePod" (dict "component" $component "pod" $pod "volumes" list "mounts" list "containers" (list $component "test" "wait-for-migrations") "resources" ((index $.Values $component).resources | default dict) "grace" (index $.Values $component).terminationGracePeriodSeconds) -}}
 {{- end -}}
-{{- range $component, $own := dict "database" (dict "volumes" (list "data" "run") "mounts" (list "/var/lib/postgresql/data" "/var/run/postgresql") "main" "postgres") "redis" (dict "main" "valkey") -}}
+{{- range $component, $own := dict "database" (dict "volumes" (list "data" "run") "mounts" (list "/var/lib/postgresql/data" "/var/run/postgresql") "main" "postgres" "grace" 120) "redis" (dict "main" "valkey") -}}
 {{- $pod := include "prefect-server.bundledPod" (list $ $component) | fromYaml -}}
-{{- include "prefect-server.validatePod" (dict "component" (printf "%s.bundled" $component) "pod" $pod "volumes" ($own.volumes | default list) "mounts" ($own.mounts | default list) "containers" (list $own.main) "resources" (index $.Values $component).bundled.resources) -}}
+{{- include "prefect-server.validatePod" (dict "component" (printf "%s.bundled" $component) "pod" $pod "volumes" ($own.volumes | default list) "mounts" ($own.mounts | default list) "containers" (list $own.main) "resources" (index $.Values $component).bundled.resources "grace" $own.grace) -}}
 {{- end -}}
 {{- end -}}
 

@@ -1,7 +1,7 @@
 {{/* Rules of pods that Kubernetes would find too late, or not name the key of. */}}
 
 {{/* A component's pod: (dict "root" "component" "pod" "volumes" (names that are the chart's) "mounts" (paths that are)
-     "containers" (names that are) "resources"). */}}
+     "containers" (names that are) "resources" "grace" (seconds to end; Kubernetes' own 30, if empty)). */}}
 {{- define "prefect-server.validatePod" -}}
 {{- $path := printf "%s.pod" .component -}}
 {{- $known := append .volumes "tmp" -}}
@@ -45,6 +45,12 @@
 {{- if .name -}}{{- $ports = append $ports . -}}{{- end -}}
 {{- end -}}
 {{- include "prefect-server.validateTwice" (list (printf "%s.ports" $of) "name" $ports) -}}
+{{- $grace := int64 ($.grace | default 30) -}}
+{{- range $hook := .lifecycle -}}
+{{- if gt (dig "sleep" "seconds" 0 $hook | int64) $grace -}}
+{{- fail (printf "%s.lifecycle sleeps longer than its pod has to end (%d seconds). Lower it, or raise terminationGracePeriodSeconds" $of $grace) -}}
+{{- end -}}
+{{- end -}}
 {{- include "prefect-server.validateReferences" (list (printf "%s.%s." $path $key) .env .envFrom) -}}
 {{- include "prefect-server.validateResources" (list (printf "%s.resources" $of) (.resources | default dict)) -}}
 {{- include "prefect-server.validateSecurity" (list (printf "%s.securityContext" $of) .securityContext) -}}

@@ -102,7 +102,7 @@
 {{- $mounts = list "/results" -}}
 {{- end -}}
 {{- if eq $component "sync" -}}{{- $pod = omit $pod "sidecars" -}}{{- end -}}
-{{- include "prefect-work-pool.validatePod" (dict "component" $component "pod" $pod "volumes" $volumes "mounts" $mounts "containers" (list ($own.main | default $component)) "resources" (index $.Values $component).resources) -}}
+{{- include "prefect-work-pool.validatePod" (dict "component" $component "pod" $pod "volumes" $volumes "mounts" $mounts "containers" (list ($own.main | default $component)) "resources" (index $.Values $component).resources "grace" (index $.Values $component).terminationGracePeriodSeconds) -}}
 {{- end -}}
 {{- $pod := omit (include "prefect-work-pool.podValues" (list . "tests") | fromYaml) "sidecars" -}}
 {{- include "prefect-work-pool.validatePod" (dict "component" "tests" "pod" $pod "volumes" list "mounts" list "containers" (list "test") "resources" dict) -}}
