@@ -199,7 +199,7 @@ def test_value_of_a_key_is_in_what_is_rendered(chart: str) -> None:
 
 def _takes(rule: Object, value: Any) -> bool:
     defs = values.schema("prefect-server")["$defs"]
-    return jsonschema.Draft7Validator({"$defs": defs, "allOf": [rule]}).is_valid(value)
+    return bool(jsonschema.Draft7Validator({"$defs": defs, "allOf": [rule]}).is_valid(value))
 
 
 def test_definitions_of_both_schemas_are_the_same() -> None:

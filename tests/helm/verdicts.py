@@ -145,8 +145,44 @@ def _before(container: Object) -> Object:
     return _pod(initContainers=[container])
 
 
-_EXPRESSIONS = ({"operator": "In"}, {"operator": "In", "values": []}, {"operator": "Exists", "values": ["a"]})
+_EXPRESSIONS: tuple[Object, ...] = (
+    {"operator": "In"},
+    {"operator": "In", "values": []},
+    {"operator": "Exists", "values": ["a"]},
+)
 _PROBE = {"exec": {"command": ["a"]}}
+
+_CONTAINERS: tuple[Object, ...] = (
+    {"foo": 1}, {"workingDir": 5}, {"ports": [{"containerPort": 0}]}, {"ports": [{"containerPort": 80,
+    "name": "A"}]},
+    {"ports": [{"containerPort": 80, "name": "a"}]}, {"livenessProbe": _PROBE},
+    {"livenessProbe": {"httpGet": {"port": 0}}},
+    {"readinessProbe": _PROBE | {"successThreshold": 2}}, {"livenessProbe": _PROBE | {"successThreshold": 2}},
+    {"volumeMounts": [{"name": "tmp", "mountPath": "/a", "mountPropagation": "Bidirectional"}]},
+    {
+        "volumeMounts": [{"name": "tmp", "mountPath": "/a", "mountPropagation": "Bidirectional"}],
+        "securityContext": {"privileged": True},
+    },
+    {"volumeMounts": [{"name": "tmp", "mountPath": "/a", "subPath": "a", "subPathExpr": "b"}]},
+    {"volumeMounts": [{"name": "tmp", "mountPath": "/a", "recursiveReadOnly": "Enabled"}]},
+)  # fmt: skip
+
+_INIT_CONTAINERS: tuple[Object, ...] = (
+    {"livenessProbe": _PROBE}, {"restartPolicy": "Always", "livenessProbe": _PROBE},
+    {"lifecycle": {"preStop": {"exec": {"command": ["a"]}}}},
+)  # fmt: skip
+
+_VOLUMES: tuple[Object, ...] = (
+    {"secret": {"secretName": "a"}}, {"secret": {"name": "a"}}, {"secret": {}}, {"configMap": {}},
+    {"configMap": {"name": "a"}},
+    {"configMap": {"name": "a", "defaultMode": 1000}}, {"persistentVolumeClaim": {}}, {"hostPath": {}},
+    {"csi": {}}, {"foo": {}},
+    {"secret": {"secretName": "a", "items": [{"key": "a", "path": "../b"}]}}, {"nfs": {"server": "a", "path": "b"}},
+    {"secret": {"secretName": "a", "items": [{"key": "a", "path": "b/c", "mode": 256}]}},
+    {"hostPath": {"path": "/a"}},
+    {"csi": {"driver": "a.b", "volumeAttributes": {"a": "b"}}}, {"emptyDir": {"medium": "Memory",
+    "sizeLimit": "1Gi"}},
+)  # fmt: skip
 
 OF_OBJECTS: dict[str, tuple[Maker, Sequence[Object]]] = {
     "podSecurityContext": (lambda value: _pod(securityContext=value), [
@@ -176,35 +212,9 @@ OF_OBJECTS: dict[str, tuple[Maker, Sequence[Object]]] = {
         {"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [{"topologyKey": "a",
         "labelSelector": {}}]}},
     ]),
-    "volume": (lambda value: _pod(volumes=[value]), [{"name": "a"} | each for each in (
-        {"secret": {"secretName": "a"}}, {"secret": {"name": "a"}}, {"secret": {}}, {"configMap": {}},
-        {"configMap": {"name": "a"}},
-        {"configMap": {"name": "a", "defaultMode": 1000}}, {"persistentVolumeClaim": {}}, {"hostPath": {}},
-        {"csi": {}}, {"foo": {}},
-        {"secret": {"secretName": "a", "items": [{"key": "a", "path": "../b"}]}}, {"nfs": {"server": "a", "path": "b"}},
-        {"secret": {"secretName": "a", "items": [{"key": "a", "path": "b/c", "mode": 256}]}},
-        {"hostPath": {"path": "/a"}},
-        {"csi": {"driver": "a.b", "volumeAttributes": {"a": "b"}}}, {"emptyDir": {"medium": "Memory",
-        "sizeLimit": "1Gi"}},
-    )]),
-    "container": (_with, [_SIDE | each for each in (
-        {"foo": 1}, {"workingDir": 5}, {"ports": [{"containerPort": 0}]}, {"ports": [{"containerPort": 80,
-        "name": "A"}]},
-        {"ports": [{"containerPort": 80, "name": "a"}]}, {"livenessProbe": _PROBE},
-        {"livenessProbe": {"httpGet": {"port": 0}}},
-        {"readinessProbe": _PROBE | {"successThreshold": 2}}, {"livenessProbe": _PROBE | {"successThreshold": 2}},
-        {"volumeMounts": [{"name": "tmp", "mountPath": "/a", "mountPropagation": "Bidirectional"}]},
-        {
-            "volumeMounts": [{"name": "tmp", "mountPath": "/a", "mountPropagation": "Bidirectional"}],
-            "securityContext": {"privileged": True},
-        },
-        {"volumeMounts": [{"name": "tmp", "mountPath": "/a", "subPath": "a", "subPathExpr": "b"}]},
-        {"volumeMounts": [{"name": "tmp", "mountPath": "/a", "recursiveReadOnly": "Enabled"}]},
-    )]),
-    "initContainer": (_before, [_SIDE | each for each in (
-        {"livenessProbe": _PROBE}, {"restartPolicy": "Always", "livenessProbe": _PROBE},
-        {"lifecycle": {"preStop": {"exec": {"command": ["a"]}}}},
-    )]),
+    "volume": (lambda value: _pod(volumes=[value]), [{"name": "a"} | each for each in _VOLUMES]),
+    "container": (_with, [_SIDE | each for each in _CONTAINERS]),
+    "initContainer": (_before, [_SIDE | each for each in _INIT_CONTAINERS]),
     "lifecycle": (lambda value: _container(lifecycle=value), [
         {"preStop": {"httpGet": {}}}, {"preStop": {"httpGet": {"port": "http", "path": "/a"}}},
         {"postStart": {"sleep": {"seconds": 1}}},
