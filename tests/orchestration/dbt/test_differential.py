@@ -108,6 +108,7 @@ CASES = {
     "defer": Case("run --select two --defer --state STATE --favor-state", after="build"),
     # No node.
     "nothing": Case("build --select four", {"select": "four"}),
+    "an empty selection": Case("build --select ", {"select": ""}),
     "nothing, which is an error": Case("build --select four --warn-error", exit=2),
     # Failures.
     "model": Case("build", edits=(BROKEN,), exit=1),
@@ -123,6 +124,7 @@ CASES = {
     ),
     "parse": Case("build", edits=(_write("models/four.sql", "select {{ 4"),), exit=2),
     "no such option": Case("build --nowhere", exit=2),
+    "no threads": Case("run -s three --threads 0", {"select": "three", "threads": 0}, exit=2),
     "no such selector": Case("build --selector nowhere", exit=2),
     # The other commands.
     "seed": Case("seed"),
