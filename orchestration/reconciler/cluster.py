@@ -189,7 +189,8 @@ class Cluster:
                 async with self.client.stream(
                     "GET", path, params=query, headers=_authorization(), timeout=patience
                 ) as response:
-                    heard.set()  # what was before nobody has heard
+                    if response.is_success:
+                        heard.set()  # what was before nobody has heard
                     async for line in response.aiter_lines():
                         change = Change.model_validate_json(line)
                         if change.type == "DELETED" or (change.type == "MODIFIED" and Pod.read(change.object).lingers):

@@ -47,4 +47,4 @@ def test_long_tests_are_found_by_what_they_test() -> None:
     names = [test.name for test in LONG_TESTS]
     assert len(set(names)) == len(names)
     found = [test.name for test in LONG_TESTS if test.declares("reconciler")]
-    assert found == ["soak", "faults", "upgrades", "properties"]
+    assert found == ["soak", "faults", "upgrades", "properties", "benchmarks"]

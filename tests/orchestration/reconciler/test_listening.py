@@ -60,3 +60,22 @@ def test_pods_of_runs_are_heard_when_they_end_or_are_deleted_and_others_are_not(
 
     with proxied(namespace.context) as url:
         asyncio.run(listen(url))
+
+
+def test_kubernetes_api_that_refuses_to_be_listened_to_says_nothing_of_pods() -> None:
+    async def heard_of_a_refusal() -> bool:
+        heard, asked = asyncio.Event(), asyncio.Event()
+
+        def refuse(_: httpx.Request) -> httpx.Response:
+            asked.set()
+            return httpx.Response(429, json={"kind": "Status", "code": 429})
+
+        async with httpx.AsyncClient(base_url="http://kubernetes", transport=httpx.MockTransport(refuse)) as client:
+            listening = asyncio.create_task(Cluster(client, "prefect").listen(heard))
+            await asked.wait()
+            await asyncio.sleep(0.1)
+            listening.cancel()
+            await asyncio.wait([listening])
+        return heard.is_set()
+
+    assert not asyncio.run(heard_of_a_refusal())
