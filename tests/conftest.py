@@ -64,6 +64,8 @@ FIRST = (
     "tests/orchestration/test_durable.py",
     "tests/orchestration/deployments/test_sync.py",
     "tests/orchestration/dbt/test_commands.py",
+    "tests/orchestration/dbt/test_differential.py",
+    "tests/orchestration/deployments/test_differential.py",
     "tests/e2e/test_environment.py",
     "tests/e2e/faults/test_servers.py",
     "tests/e2e/faults/test_workers.py",
