@@ -31,7 +31,9 @@ for _name in ("WAREHOUSE_URL", "WAREHOUSE_DIR", "WAREHOUSE_SCHEMA", "LANDING_ZON
     os.environ.pop(_name, None)
 
 # One example in a hundred may take a second more on a busy machine: none has a deadline.
-# The short profile draws the same examples each time: what a change breaks is red, and nothing else is.
+# The short profile takes its seed from each test. Two runs draw the same examples only if they import the same modules:
+# Hypothesis also draws constants from the source of `orchestration`, `flows` and other local modules that are imported,
+# and no setting turns that off. A file alone draws other examples than the same file in the whole suite.
 hypothesis.settings.register_profile("short", max_examples=100, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("long", max_examples=5_000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))

@@ -60,7 +60,7 @@ class Options(TypedDict, total=False):
     """What the commands of :class:`DbtProject` take; dbt says which of them a command of its own does not."""
 
     select: str | None
-    """Any dbt selection, several separated by spaces; all if None."""
+    """Any dbt selection, several separated by spaces; all if None, nothing if empty."""
     exclude: str | None
     """What to leave out of it."""
     full_refresh: bool
@@ -92,15 +92,18 @@ def _arguments(options: Options) -> list[str]:
             f"There is no option {', '.join(sorted(unknown))}; there are: {', '.join(Options.__annotations__)}"
         )
     arguments = ["--full-refresh"] if options.get("full_refresh") else []
-    if select := options.get("select"):
-        arguments += ["--select", *select.split()]
+    if (select := options.get("select")) is not None:
+        arguments += ["--select", *(select.split() or [""])]  # an empty one selects nothing, and not everything
     if exclude := options.get("exclude"):
         arguments += ["--exclude", *exclude.split()]
-    if variables := options.get("vars"):
+    if (variables := options.get("vars")) is not None:
         arguments += ["--vars", _vars(variables)]
-    if threads := options.get("threads"):
+    if (threads := options.get("threads")) is not None:
         arguments += ["--threads", str(threads)]
-    return [*arguments, *options.get("flags", ())]
+    flags = options.get("flags", ())
+    if isinstance(flags, str):
+        raise DbtError(f"flags are a text, {flags!r:.100}. Give a list, like {flags.split()!r:.100}.")
+    return [*arguments, *flags]
 
 
 def _vars(variables: Any) -> str:
@@ -284,7 +287,7 @@ class DbtProject:
                 "--project-dir", str(self.path), "--target-path", str(target),
                 *self._profile_options(environment), *options,
             ]  # fmt: skip
-            if defer_to:
+            if defer_to is not None:
                 arguments += ["--defer", "--state", str(self._store().fetch(defer_to, Path(state)))]
             run = _Run(command, call, earlier)
             only = {key for key, node in last.nodes.items() if not node.done} if last else None

@@ -19,7 +19,7 @@ automations: [{name: ..., trigger: {...}, actions: [...]}]
 
 import difflib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,9 +30,11 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    RootModel,
     StrictBool,
     StrictFloat,
     StrictInt,
+    TypeAdapter,
     ValidationError,
     field_validator,
 )
@@ -51,6 +53,7 @@ from orchestration.deployments.objects import (
     Name,
     Object,
     automation,
+    fires_on_everything,
     runs_one_deployment,
     schedules_by_name,
     spoken,
@@ -116,10 +119,15 @@ def _name(value: str) -> str:
     return value
 
 
+_VersionType = Literal[
+    "prefect:simple", "vcs:github", "vcs:gitlab", "vcs:bitbucket", "vcs:azuredevops", "vcs:git"
+]  # fmt: skip
+
+
 class _Deployment(_Model):
     name: str = Field(min_length=1)
     version: str | None = None
-    version_type: str | None = None
+    version_type: _VersionType | None = None
     description: str | None = None
     tags: list[Annotated[str, BeforeValidator(_text)]] | None = None
     entrypoint: str
@@ -351,6 +359,10 @@ def _mistake(document: Map, error: ValidationError, model: type[BaseModel], pref
         return f"{where}: {key} is missing"
     said = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     wanted = f"should be {said}" if first["msg"].startswith("Input should be") else said
+    if first["type"] in ("model_type", "dict_type"):
+        known = _keys(model, (*path, ""))
+        also = "a number or " if key == "concurrency_limit" else ""
+        wanted = f"should be {also}a mapping" + (f" of {', '.join(known)}" if known else "")
     got = first.get("input")
     shown = f", not {got!r}" if isinstance(got, str | int | float | bool) or got is None else ""
     return f"{where}: {'.'.join(map(str, path[-2:])) if isinstance(path[-1], int) else key} {wanted}{shown}"
@@ -436,6 +448,8 @@ class _Reader:
             self.add(QUEUE, f"{pool.name}/{queue.name}", fields, *path, "queues", number)
 
     def automation(self, wanted: _Automation, index: int) -> None:
+        from prefect.events.schemas.automations import AutomationCore
+
         path = ("automations", index)
         raw = wanted.model_dump()
         if runs_one_deployment(raw):
@@ -443,19 +457,25 @@ class _Reader:
                 f"{self.at(*path, 'actions')}: automation {wanted.name} only runs a deployment: "
                 "write it there, in triggers"
             )
-        fields = self.understood(automation, raw | {"enabled": wanted.enabled is not False}, *path)
+        fields = self.understood(automation, AutomationCore, raw | {"enabled": wanted.enabled is not False}, *path)
         self.add(AUTOMATION, wanted.name, fields | {"enabled": wanted.enabled}, *path)
 
     def understood(
-        self, read: Callable[[Mapping[str, Any]], dict[str, Any]], raw: Mapping[str, Any], *path: str | int
+        self, read: Callable[[Mapping[str, Any]], dict[str, Any]], model: Any, raw: Mapping[str, Any], *path: str | int
     ) -> dict[str, Any]:
-        """What Prefect makes of an automation or a trigger."""
+        """What Prefect makes of an automation or a trigger, of which `model` is Prefect's type."""
         from prefect.server.events.schemas.automations import AutomationCreate
 
         try:
             fields = read(raw)
             # Prefect's client knows triggers that only Prefect Cloud has.
             AutomationCreate.model_validate(deepcopy(fields) | {"name": raw.get("name") or "automation"})
+            for below, known in _unread(raw, TypeAdapter(model).validate_python(dict(raw))):
+                # Prefect leaves the key out: without its filter an automation fires at other events.
+                near = difflib.get_close_matches(str(below[-1]), known, 1)
+                cure = f"Did you mean {near[0]}?" if near else f"Known are: {', '.join(known)}"
+                where = files.place(self.document, (*path, *below))
+                raise DeploymentsError(f"{where}: {below[-1]} is no key here. {cure}")
             return fields
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
@@ -491,11 +511,13 @@ class _Reader:
         listed = self.schedules(wanted, *path)
         if wanted.enforce_parameter_schema is not False:
             # What starts by itself has nobody to ask for what is missing.
-            started = [parameters | each["parameters"] for each in listed.values()] or [parameters]
-            for each in started:
+            started = [(each.parameters, below) for each, below in _scheduled(wanted)] or [({}, ())]
+            for own, below in started:
+                each = parameters | own
+                where = self.at(*path, *(below if own else ()), "parameters")
                 known = {key: UNKNOWN if templates.is_unknown(value) else value for key, value in each.items()}
                 for problem in flows.problems(known, flow.schema, complete=bool(listed)):
-                    raise DeploymentsError(f"{self.at(*path, 'parameters')}: deployment {wanted.name}: {problem}")
+                    raise DeploymentsError(f"{where}: deployment {wanted.name}: {problem}")
         limit = wanted.concurrency_limit or _Limit()
         options = None
         if limit.collision_strategy or limit.grace_period_seconds:
@@ -543,17 +565,14 @@ class _Reader:
         self.add(DEPLOYMENT, f"{flow.name}/{wanted.name}", fields, *path)
 
     def schedules(self, wanted: _Deployment, *path: str | int) -> dict[str, dict[str, Any]]:
-        given = [(each, ("schedules", number)) for number, each in enumerate(wanted.schedules or [])]
-        if wanted.schedule:
-            if "schedules" in wanted.model_fields_set:
-                raise DeploymentsError(
-                    f"{self.at(*path, 'schedule')}: deployment {wanted.name} has schedule and schedules. Write all of "
-                    "them under schedules"
-                )
-            given.append((wanted.schedule, ("schedule",)))  # type: ignore[arg-type]
+        if wanted.schedule and "schedules" in wanted.model_fields_set:
+            raise DeploymentsError(
+                f"{self.at(*path, 'schedule')}: deployment {wanted.name} has schedule and schedules. Write all of "
+                "them under schedules"
+            )
         listed: list[dict[str, Any]] = []
         slugs: dict[str, str] = {}
-        for each, below in given:
+        for each, below in _scheduled(wanted):
             raw = each.model_dump()
             where = self.at(*path, *below)
             if templates.is_unknown(raw):  # noted
@@ -575,25 +594,67 @@ class _Reader:
                 "active": each.active,
                 "parameters": _plain(each.parameters),
                 "slug": each.slug,
+                "replaces": each.replaces,
                 "zoned": each.timezone is not None,
             }
-            if each.slug is None and any(known == other for other in listed):
+            fires = (form, each.active is not False, known["parameters"])
+            if each.slug is None and any(
+                fires == (other["schedule"], other["active"] is not False, other["parameters"])
+                for other in listed
+                if other["slug"] is None
+            ):
                 raise DeploymentsError(f"{where}: deployment {wanted.name} has this schedule twice. Remove one")
             listed.append(known)
         return schedules_by_name(listed)
 
     def triggers(self, wanted: _Deployment, *path: str | int) -> dict[str, dict[str, Any]]:
+        if not wanted.triggers:
+            return {}
+        from prefect.events import DeploymentTriggerTypes
+
         made: dict[str, dict[str, Any]] = {}
-        for number, raw in enumerate(wanted.triggers or []):
+        for number, raw in enumerate(wanted.triggers):
             below = (*path, "triggers", number)
             name = raw.get("name") or f"{wanted.name}__automation_{number + 1}"
             if name in made:
                 raise DeploymentsError(
                     f"{self.at(*below)}: deployment {wanted.name} has two triggers {name}. Rename one"
                 )
-            fields = self.understood(trigger, raw, *below)
+            fields = self.understood(trigger, DeploymentTriggerTypes, raw, *below)
+            if fires_on_everything(fields["trigger"]):
+                raise DeploymentsError(
+                    f"{self.at(*below)}: deployment {wanted.name}: trigger {name} names no event, so that every event "
+                    "starts a run, also those of its own runs. Name them, like expect: [orders.landed], or a match"
+                )
             made[str(name)] = fields | {"enabled": fields["enabled"] if raw.get("enabled") is not None else None}
         return made
+
+
+def _scheduled(wanted: _Deployment) -> list[tuple[_Schedule, tuple[str | int, ...]]]:
+    """The schedules of a deployment, each with where it is in there."""
+    listed: list[tuple[_Schedule, tuple[str | int, ...]]] = [
+        (each, ("schedules", number)) for number, each in enumerate(wanted.schedules or [])
+    ]
+    return [*listed, (wanted.schedule, ("schedule",))] if wanted.schedule else listed
+
+
+def _unread(raw: Any, read: Any) -> Iterator[tuple[tuple[str | int, ...], list[str]]]:
+    """The path of each key that pydantic left out, and the keys that there are.
+
+    Args:
+        raw: of a file.
+        read: the model that pydantic made of it.
+    """
+    if isinstance(raw, list) and isinstance(read, list):
+        for index, (each, made) in enumerate(zip(raw, read, strict=False)):
+            yield from (((index, *below), known) for below, known in _unread(each, made))
+    if not isinstance(raw, dict) or not isinstance(read, BaseModel) or isinstance(read, RootModel):
+        return
+    known = [each.alias or name for name, each in type(read).model_fields.items()]
+    for key, value in raw.items():
+        if key not in known:
+            yield (key,), known
+        yield from (((key, *below), inner) for below, inner in _unread(value, getattr(read, key, None)))
 
 
 def _plain(value: Any) -> Any:

@@ -24,6 +24,7 @@ from orchestration.deployments.objects import (
     VARIABLE,
     Name,
     Object,
+    fires_on_everything,
 )
 
 FILLED_IN = (
@@ -77,6 +78,8 @@ def unsaid(found: Mapping[Name, Object]) -> dict[Name, str]:
             reasons[each.name] = f"has a placeholder in its {name}, which reading a file would fill in"
         elif templates.is_for_a_run(fields["parameters"]):
             reasons[each.name] = "has a parameter with a __prefect_kind, which is for a run"
+        elif any(fires_on_everything(trigger["trigger"]) for trigger in fields["triggers"].values()):
+            reasons[each.name] = "has a trigger of every event, also those of its own runs, which no file may have"
     return reasons
 
 
@@ -146,8 +149,9 @@ def _deployment(each: Object, directory: Path) -> JSON:
     if fields["work_queue_name"] != "default":
         pool["work_queue_name"] = fields["work_queue_name"]
     made["work_pool"] = _said(pool)
-    if fields["concurrency_limit"]:
-        made["concurrency_limit"] = {"limit": fields["concurrency_limit"]} | _said(fields["concurrency_options"] or {})
+    made |= _said(
+        {"concurrency_limit": _said({"limit": fields["concurrency_limit"]} | (fields["concurrency_options"] or {}))}
+    )
     if fields["paused"]:
         made["paused"] = True
     made |= _said({"schedules": [_schedule(schedule) for schedule in fields["schedules"].values()]})

@@ -1,6 +1,6 @@
 """What a file says and a server has, in one form, so that the two can be compared."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,6 +129,13 @@ def trigger(raw: Mapping[str, Any]) -> dict[str, Any]:
     return automation(read.as_automation().model_dump(mode="json"))
 
 
+def fires_on_everything(trigger: Mapping[str, Any]) -> bool:
+    """Whether a trigger, as :func:`automation` gives it, or one inside of it, is of any event at all."""
+    if trigger["type"] != "event":
+        return any(fires_on_everything(each) for each in trigger.get("triggers", ()))
+    return trigger["posture"] == "Reactive" and not any(trigger[key] for key in ("expect", "match", "match_related"))
+
+
 def _settled(trigger: Any) -> Any:
     """A trigger without ids, and with the sets of Prefect's model in one order."""
     if isinstance(trigger, list):
@@ -200,25 +207,30 @@ def _mapping_differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) ->
 def paired(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Schedules that are one and the same: (name, found, wanted), either may be None.
 
-    By name first. What has no slug and no counterpart is a changed one, in order, so that it stays what it is to its
-    runs and stays paused if it was.
+    By name first, then by the slug that the file replaces, then by equal times: a schedule that gets, changes or loses
+    its slug keeps its late runs and stays paused if it was. What has no slug and no counterpart is a changed one, in
+    order.
     """
-    pairs: list[tuple[str, Any, Any]] = []
-    left = dict(found)
-    new: list[str] = []
-    for name, each in wanted.items():
-        if name in left:
-            pairs.append((name, left.pop(name), each))
-            continue
-        like = [key for key, old in left.items() if not each["slug"] and not old["slug"]]
-        same = [key for key in like if schedules.same(each["schedule"], left[key]["schedule"])]
-        if same:
-            pairs.append((name, left.pop(same[0]), each))
-        else:
-            new.append(name)
-    for name in new:
-        like = [key for key, old in left.items() if not wanted[name]["slug"] and not old["slug"] and key not in wanted]
-        pairs.append((name, left.pop(like[0]) if like else None, wanted[name]))
+    pairs: list[tuple[str, Any, Any]] = [(name, found[name], each) for name, each in wanted.items() if name in found]
+    left = {name: each for name, each in found.items() if name not in wanted}
+    new = {name: each for name, each in wanted.items() if name not in found}
+
+    def counterparts(name: str) -> Iterator[str]:
+        each = new[name]
+        if each.get("replaces") in left and left[each["replaces"]]["slug"]:
+            yield each["replaces"]
+        same = [key for key, old in left.items() if schedules.same(each["schedule"], old["schedule"])]
+        yield from sorted(same, key=lambda key: bool(left[key]["slug"]) != bool(each["slug"]))
+
+    def changed(name: str) -> Iterator[str]:
+        yield from () if new[name]["slug"] else (key for key, old in left.items() if not old["slug"])
+
+    for candidates in (counterparts, changed):
+        for name in [*new]:
+            key = next(candidates(name), None)
+            if key is not None:
+                pairs += [(name, left.pop(key), new.pop(name))]
+    pairs += [(name, None, each) for name, each in new.items()]
     return pairs + [(name, each, None) for name, each in left.items()]
 
 
@@ -236,6 +248,8 @@ def _schedule_differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -
             listed.append((f"schedules.{name}.active", old["active"], new["active"]))
         if (new["parameters"] or {}) != (old["parameters"] or {}):
             listed.append((f"schedules.{name}.parameters", old["parameters"], new["parameters"]))
+        if new["slug"] != old["slug"]:
+            listed.append((f"schedules.{name}.slug", old["slug"], new["slug"]))
     return listed
 
 

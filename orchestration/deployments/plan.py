@@ -2,7 +2,7 @@
 
 import asyncio
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,29 +136,36 @@ def _refuse_job_variables(plan: Plan, desired: Desired) -> None:
     pools |= {each.key: each for each in desired.of(POOL) if each.fields["base_job_template"] is not None}
     for each in plan.changes:
         wanted = each.wanted
-        if not wanted or wanted.kind != DEPLOYMENT or not wanted.fields["job_variables"]:
+        if not wanted or wanted.kind != DEPLOYMENT:
             continue
         pool = pools.get(wanted.fields["work_pool_name"])
         variables = pool and (pool.fields["base_job_template"] or {}).get("variables")
-        if not variables or (each.found and not each.differs & {"work_pool_name", "work_queue_name", "job_variables"}):
+        if not variables:
             continue
-        try:
-            # As the server does, but for the defaults of the pool, which are not the deployment's.
-            validate(
-                wanted.fields["job_variables"],
-                variables,
-                raise_on_error=True,
-                ignore_required=True,
-                allow_none_with_default=True,
-            )
-        except ValidationError as error:
-            said = str(error).removeprefix("Validation failed for field ").replace(" Failure reason: ", " ")
-            raise DeploymentsError(
-                f"{wanted.where}: {spoken(wanted.name)}: the work pool {wanted.fields['work_pool_name']} takes no such "
-                f"job variable {said}. Correct it under work_pool.job_variables, or the pool's base job template"
-            ) from None
-        except CircularSchemaRefError:
-            continue  # the server says so
+        for key, given in _job_variables(each, wanted):
+            if not given:
+                continue
+            try:
+                # As the server does, but for the defaults of the pool, which are not the deployment's.
+                validate(given, variables, raise_on_error=True, ignore_required=True, allow_none_with_default=True)
+            except ValidationError as error:
+                said = str(error).removeprefix("Validation failed for field ").replace(" Failure reason: ", " ")
+                raise DeploymentsError(
+                    f"{wanted.where}: {spoken(wanted.name)}: the work pool {wanted.fields['work_pool_name']} takes no "
+                    f"such job variable {said}. Correct it under {key}, or the pool's base job template"
+                ) from None
+            except CircularSchemaRefError:
+                continue  # the server says so
+
+
+def _job_variables(change: Change, wanted: Object) -> Iterator[tuple[str, JSON]]:
+    """What a deployment and its triggers give to the pool, as far as a sync sends it, and under which key."""
+    if change.found is None or change.differs & {"work_pool_name", "work_queue_name", "job_variables"}:
+        yield "work_pool.job_variables", wanted.fields["job_variables"]
+    if change.found is None or "triggers" in change.differs:
+        for name, trigger in wanted.fields["triggers"].items():
+            for action in trigger["actions"]:
+                yield f"job_variables of the trigger {name}", action.get("job_variables") or {}
 
 
 def _refuse_impossible(desired: Desired, found: dict[Name, Object]) -> None:

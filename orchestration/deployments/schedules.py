@@ -256,6 +256,8 @@ def _rrule_problem(form: Mapping[str, Any]) -> str | None:
         reason = " ".join(str(error.__context__ or error).split())
         if "'freq'" in reason:
             reason = "it has no FREQ"
+        if "UNTIL" in reason:  # dateutil asks for the Z, which may be there
+            reason = "UNTIL and DTSTART must both have a Z or a TZID, or neither; without a DTSTART UNTIL has none"
         return f'rrule "{shown}" does not parse ({reason}): write one such as "FREQ=WEEKLY;BYDAY=MO;BYHOUR=6"'
     if _has_future(rule, datetime.now(ZoneInfo(timezone))):
         return None

@@ -211,7 +211,7 @@ async def _late(server: Server, changes: Sequence[Change], now: str) -> dict[Nam
         if each.name[0] != DEPLOYMENT or not each.wanted or not each.found:
             continue
         pairs = paired(each.wanted.fields["schedules"], each.found.fields["schedules"])
-        if all(wanted is not None for _, _, wanted in pairs):
+        if not any(found and _goes(found, wanted) for _, found, wanted in pairs):
             continue
         staying = {found["id"] for _, found, wanted in pairs if found and wanted is not None}
         since = datetime.fromisoformat(now) - REACH
@@ -495,6 +495,11 @@ def _times(wanted: JSON) -> JSON:
     return {key: value for key, value in wanted["schedule"].items() if key not in left}
 
 
+def _goes(found: JSON, wanted: JSON | None) -> bool:
+    """Whether a schedule is deleted: the server cannot take a slug away, so one that loses its slug is made again."""
+    return wanted is None or bool(found["slug"] and not wanted["slug"])
+
+
 async def _schedules(server: Server, wanted: Object, found: Object) -> None:
     path = f"/deployments/{found.id}/schedules"
     new = []
@@ -503,8 +508,9 @@ async def _schedules(server: Server, wanted: Object, found: Object) -> None:
     for _, old, each in pairs:
         if each is None:
             continue
-        if old is None:
-            new.append(_schedule(each))
+        if old is None or _goes(old, each):
+            active = old["active"] if old and each["active"] is None else each["active"]
+            new.append(_schedule(each | {"active": active}))
             continue
         body = {"parameters": each["parameters"]}  # the server empties them if they are not said
         changed = (old["parameters"] or {}) != each["parameters"]
@@ -512,12 +518,14 @@ async def _schedules(server: Server, wanted: Object, found: Object) -> None:
             body["schedule"], changed = _times(each), True
         if each["active"] is not None and each["active"] != old["active"]:
             body["active"], changed = each["active"], True
+        if each["slug"] != old["slug"]:
+            body["slug"], changed = each["slug"], True
         if changed:
             await server.ask("PATCH", f"{path}/{old['id']}", body, absent=True)
     if new:
         await server.ask("POST", path, new)
     for _, old, each in pairs:
-        if each is None:
+        if old and _goes(old, each):
             await server.ask("DELETE", f"{path}/{old['id']}", absent=True)
 
 

@@ -163,7 +163,9 @@ class Load:
             RuntimeError: it failed.
         """
         async with self.turns:
-            answer = await client.request(method, path, json=body)
+            # A server on SQLite refuses what meets another transaction, and has changed nothing then.
+            while (answer := await client.request(method, path, json=body)).status_code == 503:
+                await asyncio.sleep(0.1)
         if answer.is_error:
             raise RuntimeError(f"{method} {path} ended with {answer.status_code}: {answer.text[:500]}")
         return answer.json() if answer.content else None

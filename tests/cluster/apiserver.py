@@ -88,7 +88,7 @@ def alone(folder: Path) -> Iterator[ApiServer]:
         f"--client-ca-file={pki}/ca.crt", "--service-cluster-ip-range=10.96.0.0/16,fd00::/112",
         "--service-account-issuer=https://kubernetes.default.svc",
         f"--service-account-key-file={pki}/accounts.key", f"--service-account-signing-key-file={pki}/accounts.key",
-        "--authorization-mode=AlwaysAllow", "--endpoint-reconciler-type=none",
+        "--authorization-mode=AlwaysAllow", "--allow-privileged", "--endpoint-reconciler-type=none",
         f"--disable-admission-plugins={','.join(ABSENT_OBJECTS)}",
     ]  # fmt: skip
     context = ssl.create_default_context(cafile=str(pki / "ca.crt"))

@@ -15,6 +15,7 @@ from flows import example_flow
 from orchestration import warehouse
 from orchestration.dbt import DbtProject
 from orchestration.settings import ROOT
+from tests.orchestration.dbt.conftest import Tiny, forks
 
 
 class Api:
@@ -51,8 +52,16 @@ class Api:
         return {artifact.key or "": artifact for artifact in found}
 
 
+@pytest.fixture(scope="session")
+def forked_dbt(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
+    """Run the dbt of this process's flows in forks; flows in processes of their own have a real interpreter."""
+    with forks(postgres, tmp_path_factory.mktemp("tiny")) as made, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(example_flow.dbt_project, "_python", made.python)
+        yield made
+
+
 @pytest.fixture
-def api(prefect_server: str) -> Api:
+def api(prefect_server: str, forked_dbt: Tiny) -> Api:
     """The session's Prefect server."""
     return Api()
 

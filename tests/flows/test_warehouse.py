@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -20,6 +19,7 @@ from flows.example_flow import NO_UNIT_TESTS
 from orchestration import warehouse
 from orchestration.dbt import DbtProject
 from orchestration.settings import ROOT
+from tests.orchestration.dbt.conftest import Tiny
 from tests.parts import answers, debian_postgres, free_port, new_database, rows_of, wait_until
 
 PROJECT = ROOT / "flows" / "warehouse"
@@ -33,10 +33,13 @@ MODELS = (
 )
 
 
-def _dbt(*arguments: str, target: Path) -> "subprocess.CompletedProcess[str]":
+pytestmark = pytest.mark.usefixtures("forked_dbt")
+
+
+def _dbt(forked_dbt: Tiny, *arguments: str, target: Path) -> "subprocess.CompletedProcess[str]":
     """dbt's own command line on the warehouse of the test."""
     return subprocess.run(
-        [str(Path(sys.executable).parent / "dbt"), "--no-use-colors", *arguments,
+        [str(forked_dbt.python), "dbt", "--no-use-colors", *arguments,
          "--project-dir", str(PROJECT), "--profiles-dir", str(PROJECT),
          "--target-path", str(target), "--log-path", str(target)],
         env=os.environ | warehouse.environment(),
@@ -45,7 +48,7 @@ def _dbt(*arguments: str, target: Path) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.fixture(scope="module")
-def built(postgres: str) -> Iterator[str]:
+def built(postgres: str, forked_dbt: Tiny) -> Iterator[str]:
     """A warehouse with three days, built."""
     with new_database(postgres) as url:
         raw.prepare()
@@ -57,27 +60,27 @@ def built(postgres: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def manifest(built: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def manifest(built: str, forked_dbt: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """dbt's own description of the project."""
     target = tmp_path_factory.mktemp("target")
-    assert _dbt("parse", target=target).returncode == 0
+    assert _dbt(forked_dbt, "parse", target=target).returncode == 0
     content: dict[str, Any] = json.loads((target / "manifest.json").read_text())
     return content
 
 
-def test_the_unit_tests_pass(built: str, tmp_path: Path) -> None:
-    result = _dbt("test", "--select", "test_type:unit", target=tmp_path)
+def test_the_unit_tests_pass(built: str, forked_dbt: Tiny, tmp_path: Path) -> None:
+    result = _dbt(forked_dbt, "test", "--select", "test_type:unit", target=tmp_path)
     assert result.returncode == 0, result.stdout
     assert "PASS=6" in result.stdout
 
 
-def test_sources_are_fresh_after_a_load_and_stale_two_days_later(built: str, tmp_path: Path) -> None:
-    fresh = _dbt("source", "freshness", target=tmp_path)
+def test_sources_are_fresh_after_a_load_and_stale_two_days_later(built: str, forked_dbt: Tiny, tmp_path: Path) -> None:
+    fresh = _dbt(forked_dbt, "source", "freshness", target=tmp_path)
     assert fresh.returncode == 0, fresh.stdout
     assert fresh.stdout.count("PASS freshness") == 3
     rows_of(built, "update raw.loads set loaded_at = loaded_at - interval '51 hours'")
     try:
-        stale = _dbt("source", "freshness", target=tmp_path)
+        stale = _dbt(forked_dbt, "source", "freshness", target=tmp_path)
         assert stale.returncode == 1
         assert "ERROR STALE freshness of raw.flights" in stale.stdout
     finally:

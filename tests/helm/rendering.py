@@ -48,6 +48,29 @@ POD_RULES: list[tuple[Object, str]] = [
     ({"initContainers": [{"name": "a", "image": "a"}] * 2}, ", a name that another container of the pod has"),
     ({"initContainers": [{"name": "a"}]}, " without an image"),
     ({"dnsPolicy": "None"}, ".dnsConfig.nameservers: a pod would find no name"),
+    ({"dnsConfig": {"searches": ["a." * 100 + "a"] * 11}}, ".dnsConfig.searches are longer than 2048"),
+    (
+        {"nodeSelector": {"a": "{{ x }}"}},
+        ", which is no value of a label: up to 63 letters, digits",
+    ),
+    ({"tolerations": [{"key": "a", "value": "{{ .Release.Name }}_"}]}, " selects "),
+    (
+        {"sidecars": [{"name": "a", "image": "a", "envFrom": [{"secretRef": {"name": "{{ x }}"}}]}]},
+        ", which is no name: up to 253 lower-case letters",
+    ),
+    ({"containerSecurityContext": {"privileged": True}}, " has privileged=true and allowPrivilegeEscalation=false"),
+    (
+        {"sidecars": [{"name": "a", "image": "a", "resources": {"requests": {"cpu": 2}, "limits": {"cpu": 1}}}]},
+        " is above ",
+    ),
+    (
+        {"sidecars": [{"name": "a", "image": "a", "lifecycle": {"preStop": {"sleep": {"seconds": 1000}}}}]},
+        ".lifecycle sleeps longer than its pod has to end (",
+    ),
+    (
+        {"initContainers": [{"name": "a", "image": "a", "volumeMounts": [{"name": "tmp", "mountPath": "/a"}] * 2}]},
+        "(or pod's) has the ",
+    ),
 ]
 """Values of a component's `pod` that every chart refuses, with the message."""
 
@@ -171,12 +194,12 @@ def assert_restricted(objects: list[Object]) -> None:
         assert spec["securityContext"]["runAsUser"] > 0, name
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, name
         for container in [*spec["containers"], *spec.get("initContainers", [])]:
-            if container["image"] == "proxy:1":
-                continue
             context = container["securityContext"]
             assert context["allowPrivilegeEscalation"] is False, name
             assert context["readOnlyRootFilesystem"] is True, name
             assert context["capabilities"] == {"drop": ["ALL"]}, name
+            if container["image"] == "proxy:1":
+                continue
             assert set(container["resources"]) == {"requests", "limits"}, name
             assert not container["image"].endswith((":latest", ":")), name
 

@@ -255,6 +255,12 @@ REFUSED = [
     (_with(ingress={"enabled": True}), "ingress.enabled=true needs ingress.hosts"),
     (_with(httpRoute={"enabled": True}), "httpRoute.enabled=true needs httpRoute.parentRefs"),
     (
+        _with(httpRoute={"enabled": True, "parentRefs": [{"name": "a", "namespace": "a.b"}]}),
+        "/httpRoute/parentRefs/0/namespace",
+    ),
+    (_with(httpRoute={"enabled": True, "parentRefs": [{"name": "a", "group": "A"}]}), "/httpRoute/parentRefs/0/group"),
+    (_with(httpRoute={"enabled": True, "parentRefs": [{"name": "a", "kind": "a.b"}]}), "/httpRoute/parentRefs/0/kind"),
+    (
         _with(httpRoute={"enabled": True, "parentRefs": [{"name": "a"}, {"name": "a", "sectionName": "https"}]}),
         "httpRoute.parentRefs names a gateway twice: ",
     ),
@@ -291,6 +297,21 @@ REFUSED = [
         ".podDisruptionBudget has neither minAvailable nor maxUnavailable",
     ),
     (_with(api={"terminationGracePeriodSeconds": 3}), ".lifecycle.preStop.sleep.seconds ("),
+    (_with(services={"lifecycle": {"postStart": {"sleep": {"seconds": 61}}}}), ".lifecycle.postStart.sleep.seconds ("),
+    (_with(ingress={"tls": [{"hosts": ["{{ .Release.Name }}_"]}]}), "ingress.tls names "),
+    (_with(networkPolicy={"apiFrom": [{"ipBlock": {"cidr": "10.0.0.0/8", "except": ["11.0.0.0/9"]}}]}), ".except has "),
+    (_with(networkPolicy={"extraEgress": [{"ports": [{"port": 20, "endPort": 10}]}]}), ".ports has endPort "),
+    (_with(service={"clusterIP": "fd00::9", "ipFamilies": ["IPv4"]}), "service.clusterIP is an address of "),
+    (
+        _with(
+            service={"type": "NodePort", "nodePort": 30001, "extraPorts": [{"name": "a", "port": 1, "nodePort": 30001}]}
+        ),
+        "(or pod's) has the ",
+    ),
+    (
+        _with(httpRoute={"timeouts": {"request": "1m", "backendRequest": "61s"}}),
+        "httpRoute.timeouts.backendRequest (",
+    ),
     (_with(fullnameOverride="1st"), " begins with a digit, which no Service's name may"),
 ]
 

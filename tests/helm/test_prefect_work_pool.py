@@ -467,8 +467,9 @@ def test_the_values_of_the_runs_reach_the_jobs_template() -> None:
     assert spec["terminationGracePeriodSeconds"] == 90
     assert spec["nodeSelector"] == {"kubernetes.io/os": "linux", "workload": "flows"}
     assert spec["priorityClassName"] == "runs"
-    for key in ("tolerations", "affinity", "topologySpreadConstraints", "initContainers", "hostAliases", "dnsConfig"):
+    for key in ("tolerations", "affinity", "topologySpreadConstraints", "hostAliases", "dnsConfig"):
         assert spec[key] == MAXIMAL["pod"][key]
+    assert [each["name"] for each in spec["initContainers"]] == ["native"]
     assert spec["imagePullSecrets"] == [{"name": "registry"}]
     [container] = spec["containers"]
     assert container["image"] == "flows:2"
@@ -537,6 +538,24 @@ def test_runs_meet_the_restricted_standard(values: Object) -> None:
     }
 
 
+PROXY: Object = {"name": "aaa-proxy", "image": "proxy:1", "env": [{"name": "OF", "value": "{{ .Release.Name }}"}]}
+
+
+def test_sidecars_of_runs_follow_the_main_container() -> None:
+    log = {"name": "log", "image": "log:1", "securityContext": {"runAsUser": 5}}
+    values = _with(pod={"sidecars": [{"name": "of-all", "image": "a"}]}, runs={"pod": {"sidecars": [PROXY, log]}})
+    objects = render("prefect-work-pool", values)
+    main, proxy, own = _job(pool_of(objects))["spec"]["template"]["spec"]["containers"]
+    assert main["name"] == "prefect-job", "the worker gives command and variables to the first container"
+    [without] = _job(_pool(TAG))["spec"]["template"]["spec"]["containers"]
+    assert main == without
+    filled = [{"name": "OF", "value": "test"}]
+    assert proxy == PROXY | {"env": filled, "securityContext": main["securityContext"]}
+    assert own == log, "its own securityContext stays"
+    with_proxy = pod_specs(objects)["Deployment/test-prefect-work-pool-worker"]["containers"]
+    assert [each["name"] for each in with_proxy] == ["worker", "of-all"]
+
+
 def test_the_template_has_the_variables_of_the_installed_worker() -> None:
     """What a newer worker lets deployments set has to be added, or left out on purpose."""
     upstream = set(KubernetesWorker.get_default_base_job_template()["variables"]["properties"])
@@ -602,7 +621,22 @@ REFUSED = [
     (_with(runs={"image": {"tag": "latest"}}), "is `latest`"),
     (_with(pool={"name": "Prefect-pool"}), "starts with `prefect`, which the server keeps"),
     (_with(worker={"queues": ["absent"]}), "which pool.queues does not have: "),
-    (_with(runs={"pod": {"sidecars": [{"name": "x"}]}}), "runs.pod.sidecars would keep a run's Job from ending"),
+    *[
+        (_with(runs={"pod": {"sidecars": [{"name": "a", "image": "a"}]}}, reconciler=reconciler), message)
+        for reconciler, message in (
+            ({"enabled": False}, "runs.pod.sidecars needs the reconciler"),
+            ({"replicas": 0}, "runs.pod.sidecars needs the reconciler"),
+        )
+    ],
+    (
+        _with(runs={"pod": {"sidecars": [{"name": "prefect-job", "image": "a"}]}}),
+        '"prefect-job", a name that another container',
+    ),
+    (
+        _with(runs={"pod": {key: [{"name": "a", "image": "a"}] for key in ("initContainers", "sidecars")}}),
+        ", a name that another container of the pod has",
+    ),
+    (_with(runs={"pod": {"sidecars": [{"name": "a"}]}}), " without an image"),
     (
         _with(worker={"autoscaling": {"enabled": True}, "resources": {"requests": {"cpu": None}}}),
         "needs worker.resources.requests.cpu",
@@ -656,6 +690,18 @@ REFUSED = [
         _with(worker={"terminationGracePeriodSeconds": 1, "lifecycle": {"preStop": {"sleep": {"seconds": 1}}}}),
         ".lifecycle.preStop.sleep.seconds (",
     ),
+    (_with(worker={"lifecycle": {"postStart": {"sleep": {"seconds": 61}}}}), ".lifecycle.postStart.sleep.seconds ("),
+    (_with(env=[{"name": "A", "valueFrom": {"secretKeyRef": {"name": "{{ x }}", "key": "a"}}}]), "env names "),
+    *[
+        (_with(networkPolicy={"metricsFrom": [{"ipBlock": {"cidr": cidr, "except": [part]}}]}), ".ipBlock.except has ")
+        for cidr, part in (
+            ("10.0.0.0/8", "11.0.0.0/9"),
+            ("10.0.0.0/8", "10.0.0.0/8"),
+            ("10.1.0.0/15", "10.3.0.0/16"),
+            ("0.0.0.0/0", "fd00::/8"),
+        )
+    ],
+    (_with(networkPolicy={"extraEgress": [{"ports": [{"port": 20, "endPort": 10}]}]}), ".ports has endPort "),
     (
         _with(reconciler={"podDisruptionBudget": {"maxUnavailable": ""}}),
         ".podDisruptionBudget has neither minAvailable nor maxUnavailable",

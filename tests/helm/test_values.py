@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from prefect.settings import Settings
+from prefect.settings import PREFECT_API_URL, Settings, temporary_settings
 from sqlalchemy.engine import make_url
 
 from orchestration.api import connected
@@ -26,10 +27,10 @@ from orchestration.settings import ROOT
 from tests.cluster import binaries
 from tests.cluster.apiserver import ApiServer
 from tests.cluster.progress import ClusterError
-from tests.helm import acceptance, values
+from tests.helm import acceptance, values, verdicts
 from tests.helm.rendering import Object, environment, one, pod_specs, render, rendered
 from tests.helm.test_charts import CHARTS
-from tests.parts import client_of, examples, free_port, wait_until
+from tests.parts import client_of, examples, free_port, prefect_server, wait_until
 
 WAYS: dict[str, list[Object]] = {
     "prefect-server": [
@@ -70,8 +71,13 @@ def kubernetes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
 
 
 @pytest.fixture(scope="module")
-def server(prefect_server: str) -> Iterator[httpx.Client]:
-    with client_of(prefect_server) as client:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """A client of a Prefect server that has no pool of other tests."""
+    with (
+        prefect_server(tmp_path_factory.mktemp("prefect")) as url,
+        temporary_settings({PREFECT_API_URL: url}),
+        client_of(url) as client,
+    ):
         yield client
 
 
@@ -157,7 +163,6 @@ def test_values_of_another_type_are_accepted_by_servers_or_refused_with_their_ke
 
 NOWHERE = {
     "global": "values of other charts may refer to it",
-    "runs.pod.sidecars": "refused",
     "sync.pod.sidecars": "refused",
     "migrations.pod.sidecars": "refused",
     "tests.pod.sidecars": "refused",
@@ -195,6 +200,35 @@ def test_value_of_a_key_is_in_what_is_rendered(chart: str) -> None:
         assert refusals, f"{'.'.join(path)}: {given_value!r} changes nothing"
 
     tried()
+
+
+def _takes(rule: Object, value: Any) -> bool:
+    defs = values.schema("prefect-server")["$defs"]
+    return bool(jsonschema.Draft7Validator({"$defs": defs, "allOf": [rule]}).is_valid(value))
+
+
+def test_definitions_of_both_schemas_are_the_same() -> None:
+    ours, theirs = (values.schema(chart)["$defs"] for chart in CHARTS)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("path", verdicts.OF_TEXT, ids=".".join)
+def test_text_that_the_schema_takes_is_taken_by_kubernetes(kubernetes: ApiServer, path: tuple[str, ...]) -> None:
+    rule = values.schema("prefect-server")
+    for key in path if path[0] == "$defs" else ("properties", *path):
+        rule = rule[key]
+    make, both = verdicts.OF_TEXT[path]
+    refused = {text: kubernetes.refusal(make(text)) for text in {*verdicts.TEXTS, *both} if _takes(rule, text)}
+    assert {text: why for text, why in refused.items() if why} == {}
+    assert set(both) <= set(refused), "the schema refuses what Kubernetes takes"
+
+
+@pytest.mark.parametrize("definition", verdicts.OF_OBJECTS)
+def test_schema_and_kubernetes_say_the_same_of_an_object(kubernetes: ApiServer, definition: str) -> None:
+    make, given_values = verdicts.OF_OBJECTS[definition]
+    for value in given_values:
+        refusal = kubernetes.refusal(make(value))
+        assert _takes({"$ref": f"#/$defs/{definition}"}, value) == (refusal is None), f"{value}: {refusal}"
 
 
 def test_key_that_a_template_needs_cannot_be_null(chart: str) -> None:

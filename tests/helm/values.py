@@ -27,7 +27,7 @@ MISTAKES: tuple[Any, ...] = (None, True, False, 2_000_000, 1.5, "2", "x y", [], 
 
 NAME = st.from_regex(r"[a-z]([a-z0-9-]{0,14}[a-z0-9])?", fullmatch=True)
 QUANTITY = st.sampled_from([1, 0.5, 2_000_000, 3_000_000_000, "1", "500m", "1.5", "2Gi", "1e3", "128M", ".5"])
-LABEL = st.sampled_from(["a", "1", "true", "A_b.c-d", "", "x" * 63, "{{ .Release.Name }}"])
+LABEL = st.sampled_from(["a", "1", "true", "A_b.c-d", "", "x" * 63, "{{ .Release.Name }}", "{{ x }}"])
 LABEL_KEY = st.sampled_from(["team", "example.com/team", "a.b-c_D", "x" * 63])
 PRINTABLE = st.characters(codec="ascii", min_codepoint=32, max_codepoint=126)
 TEXT = st.sampled_from(HOSTILE) | st.text(
@@ -49,11 +49,15 @@ SECURITY = st.sampled_from(
     [{"runAsUser": None}, {"runAsUser": 2_000_000}, {"runAsNonRoot": False, "fsGroup": 0}, {"supplementalGroups": [5]}]
 )
 
+REFERENCES = st.sampled_from(["s", "a" * 64, "{{ .Release.Name }}-s", "{{ .Release.Name }}_s", "{{ name }}", "{{ x }}"])
+"""Names of Secrets and ConfigMaps, among them templates that become none."""
+
 KINDS: dict[str, SearchStrategy[Any]] = {
     "quantity": QUANTITY,
     "size": st.sampled_from(["1", "1Gi", "1.5Ti", "2000000", "1e9"]),
     "labels": st.dictionaries(LABEL_KEY, LABEL, max_size=2),
     "ownLabels": st.dictionaries(LABEL_KEY, LABEL, max_size=2),
+    "strictLabels": st.dictionaries(LABEL_KEY, LABEL.filter(lambda text: "{{" not in text), max_size=2),
     "annotations": st.dictionaries(LABEL_KEY, TEXT, max_size=2),
     "settings": st.dictionaries(
         st.sampled_from(["PREFECT_A", "PREFECT_LOGGING_LEVEL"]),
@@ -64,13 +68,17 @@ KINDS: dict[str, SearchStrategy[Any]] = {
         {"name": st.sampled_from(["PORT", "DEBUG", "a.b-c", "PREFECT_API_URL"])},
         optional={"value": TEXT | st.booleans() | st.sampled_from(NUMBERS)},
     )
+    | st.builds(
+        lambda name: {"name": "A", "valueFrom": {"secretKeyRef": {"name": name, "key": "k", "optional": True}}},
+        REFERENCES,
+    )
     | st.sampled_from(
         [
-            {"name": "A", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k", "optional": True}}},
             {"name": "A", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}},
+            {"name": "A", "valueFrom": {"resourceFieldRef": {"resource": "limits.memory", "divisor": 1}}},
         ]
     ),
-    "envFrom": st.sampled_from([{"secretRef": {"name": "s"}}, {"prefix": "A_", "configMapRef": {"name": "c"}}]),
+    "envFrom": st.builds(lambda name: {"prefix": "A_", "secretRef": {"name": name}}, REFERENCES),
     "toleration": st.sampled_from(
         [
             {"operator": "Exists"},
@@ -104,9 +112,22 @@ KINDS: dict[str, SearchStrategy[Any]] = {
         st.sampled_from(["/tmp", "/data", "/results", "/tmp/x"]),  # noqa: S108 - of a container
     ),
     "container": st.builds(
-        lambda name, env: {"name": name, "image": "proxy:1", "env": env},
-        st.sampled_from(["proxy", "worker", "api", "log"]),
-        st.just([{"name": "A", "value": "{{ .Release.Name }}"}]),
+        lambda name, more: {"name": name, "image": "proxy:1"} | more,
+        st.sampled_from(["proxy", "worker", "api", "log", "prefect-job"]),
+        st.sampled_from(
+            [
+                {"env": [{"name": "A", "value": "{{ .Release.Name }}"}, {"name": "B", "value": 8080}]},
+                {"envFrom": [{"secretRef": {"name": "{{ x }}"}}]},
+                {"resources": {"requests": {"cpu": 2, "memory": 2_000_000_000}, "limits": {"cpu": None}}},
+                {"resources": {"requests": {"cpu": 2}, "limits": {"cpu": 1}}},
+                {"resources": {"requests": {"nvidia.com/gpu": 1}}},
+                {"ports": [{"containerPort": 15090, "name": "metrics"}], "securityContext": {"runAsUser": 2_000_000}},
+                {"ports": [{"containerPort": 1, "name": "a"}, {"containerPort": 2, "name": "a"}]},
+                {"volumeMounts": [{"name": "tmp", "mountPath": "/a"}, {"name": "tmp", "mountPath": "/a"}]},
+                {"securityContext": {"privileged": True}},
+                {"securityContext": {"privileged": True, "allowPrivilegeEscalation": False}},
+            ]
+        ),
     ),
     "initContainer": st.builds(
         lambda name: {"name": name, "image": "proxy:1", "restartPolicy": "Always"},
@@ -140,10 +161,21 @@ KINDS: dict[str, SearchStrategy[Any]] = {
         ]
     ),
     "peer": st.sampled_from(
-        [{"namespaceSelector": {}}, {"ipBlock": {"cidr": "10.0.0.0/8"}}, {"podSelector": {"matchLabels": {"a": "b"}}}]
+        [
+            {"namespaceSelector": {}},
+            {"ipBlock": {"cidr": "10.0.0.0/8"}},
+            {"ipBlock": {"cidr": "10.0.0.0/8", "except": ["10.1.0.0/16"]}},
+            {"ipBlock": {"cidr": "10.0.0.0/8", "except": ["11.1.0.0/16"]}},
+            {"podSelector": {"matchLabels": {"a": "b"}}},
+            {"podSelector": {"matchLabels": {"a": "{{ x }}"}}},
+        ]
     ),
     "egressRule": st.sampled_from(
-        [{"to": [{"ipBlock": {"cidr": "fd00::/8"}}]}, {"ports": [{"port": 6379, "protocol": "TCP"}, {"port": "https"}]}]
+        [
+            {"to": [{"ipBlock": {"cidr": "fd00::/8"}}]},
+            {"ports": [{"port": 6379, "protocol": "TCP"}, {"port": "https"}]},
+            {"ports": [{"port": 20, "endPort": 10}]},
+        ]
     ),
     "policyRule": st.just({"apiGroups": [""], "resources": ["secrets"], "verbs": ["get"]}),
 }
@@ -152,7 +184,7 @@ KINDS: dict[str, SearchStrategy[Any]] = {
 FREE: dict[str, SearchStrategy[Any]] = {
     "securityContext": SECURITY,
     "containerSecurityContext": st.sampled_from(
-        [{"readOnlyRootFilesystem": False}, {"runAsUser": 1}, {"privileged": False}]
+        [{"readOnlyRootFilesystem": False}, {"runAsUser": 1}, {"privileged": False}, {"privileged": True}]
     ),
     "affinity": st.sampled_from(
         [{}, {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}}, {"nodeAffinity": None}]

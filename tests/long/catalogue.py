@@ -1,6 +1,6 @@
 """The long tests there are."""
 
-from tests.long import dbt_ends, kills, soak, sync_kills
+from tests.long import benchmarks, dbt_ends, kills, soak, sync_kills
 from tests.long.longtest import LongTest
 from tests.long.suite import suite
 
@@ -155,6 +155,13 @@ LONG_TESTS = (
         "The image's bill of materials names every package that is in the image.",
         ("docker/sbom", "docker/build", "docker/Dockerfile", "uv.lock", "tests/long/bill_of_materials.py"),
         suite("tests/long/bill_of_materials.py"),
+        cluster=True,
+    ),
+    LongTest(
+        "benchmarks",
+        "Each benchmark runs to its end in its smallest size and appends its figures.",
+        (*(f"tests/benchmarks/{name}.py" for name in benchmarks.SMALLEST), "tests/long/benchmarks.py"),
+        suite("tests/long/benchmarks.py"),
         cluster=True,
     ),
 )

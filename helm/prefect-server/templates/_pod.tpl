@@ -67,7 +67,22 @@ spec:
 {{- $root := index . 0 -}}
 {{- $all := include "prefect-server.filled" (list $root "pod" $root.Values.pod) | fromYaml -}}
 {{- $own := include "prefect-server.filled" (list $root (printf "%s.pod" (index . 1)) (index $root.Values (index . 1)).pod) | fromYaml -}}
-{{- mergeOverwrite $all $own | toYaml -}}
+{{- $pod := mergeOverwrite $all $own -}}
+{{- include "prefect-server.completeContainers" $pod -}}
+{{- toYaml $pod -}}
+{{- end -}}
+
+{{/* A pod's values, in place: a container of the user that names no securityContext has that of the chart's containers, and
+     what is written as a number where Kubernetes wants text is text. */}}
+{{- define "prefect-server.completeContainers" -}}
+{{- $security := .containerSecurityContext -}}
+{{- range $container := concat (.initContainers | default list) (.sidecars | default list) -}}
+{{- if and $security (not .securityContext) -}}{{- $_ := set . "securityContext" $security -}}{{- end -}}
+{{- range .env -}}
+{{- if hasKey . "value" -}}{{- $_ := set . "value" (include "prefect-server.text" .value) -}}{{- end -}}
+{{- end -}}
+{{- with .resources -}}{{- $_ := set $container "resources" (include "prefect-server.resources" . | fromYaml) -}}{{- end -}}
+{{- end -}}
 {{- end -}}
 
 {{/* The pod of the bundled database or Redis, whose image has another user: (list root component). It has of `pod` where it
@@ -79,7 +94,9 @@ spec:
 {{- $security := dict "runAsNonRoot" true "runAsUser" $uid "runAsGroup" $uid "fsGroup" $uid "seccompProfile" (dict "type" "RuntimeDefault") -}}
 {{- $all := include "prefect-server.filled" (list $root "pod" (omit $root.Values.pod "sidecars" "initContainers" "volumes" "volumeMounts" "labels" "annotations")) | fromYaml -}}
 {{- $own := include "prefect-server.filled" (list $root (printf "%s.bundled.pod" (index . 1)) $bundled.pod) | fromYaml -}}
-{{- mergeOverwrite $all (dict "securityContext" $security) $own | toYaml -}}
+{{- $pod := mergeOverwrite $all (dict "securityContext" $security) $own -}}
+{{- include "prefect-server.completeContainers" $pod -}}
+{{- toYaml $pod -}}
 {{- end -}}
 
 {{- define "prefect-server.pullSecrets" -}}

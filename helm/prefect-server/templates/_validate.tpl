@@ -51,6 +51,8 @@
 {{- end -}}
 {{- include "prefect-server.validateScale" . -}}
 {{- include "prefect-server.validatePods" . -}}
+{{- include "prefect-server.validateFilled" . -}}
+{{- include "prefect-server.validateService" . -}}
 {{- include "prefect-server.validateSecrets" . -}}
 {{- end -}}
 
@@ -66,6 +68,10 @@
 {{- if and $sleep (ge $sleep $grace) -}}
 {{- fail (printf "%s.lifecycle.preStop.sleep.seconds (%d) is not below %s.terminationGracePeriodSeconds (%d). Raise terminationGracePeriodSeconds, or set lifecycle.preStop to null" $component $sleep $component $grace) -}}
 {{- end -}}
+{{- $sleep = dig "postStart" "sleep" "seconds" 0 (index $.Values $component).lifecycle | int64 -}}
+{{- if gt $sleep $grace -}}
+{{- fail (printf "%s.lifecycle.postStart.sleep.seconds (%d) is above %s.terminationGracePeriodSeconds (%d). Raise terminationGracePeriodSeconds, or lower it" $component $sleep $component $grace) -}}
+{{- end -}}
 {{- with (index $.Values $component).strategy -}}
 {{- if and (eq .type "RollingUpdate") (regexMatch "^0%?$" (get (.rollingUpdate | default dict) "maxSurge" | toString)) (regexMatch "^0%?$" (get (.rollingUpdate | default dict) "maxUnavailable" | toString)) -}}
 {{- fail (printf "%s.strategy.rollingUpdate has 0 for maxSurge and for maxUnavailable: no pod could ever be replaced. Set one of them to 1" $component) -}}
@@ -77,9 +83,62 @@
 {{- end -}}
 {{- end -}}
 {{- end -}}
-{{- $ports := list (dict "name" "http" "port" .Values.service.port) -}}
-{{- include "prefect-server.validateTwice" (list "service.extraPorts" "name" (concat $ports .Values.service.extraPorts)) -}}
-{{- include "prefect-server.validateTwice" (list "service.extraPorts" "port" (concat $ports .Values.service.extraPorts)) -}}
+{{- end -}}
+
+{{- define "prefect-server.validateService" -}}
+{{- $service := .Values.service -}}
+{{- $ports := prepend $service.extraPorts (dict "name" "http" "port" $service.port "nodePort" $service.nodePort) -}}
+{{- include "prefect-server.validateTwice" (list "service.extraPorts" "name" $ports) -}}
+{{- include "prefect-server.validateTwice" (list "service.extraPorts" "port" $ports) -}}
+{{- $ofNodes := list -}}
+{{- range $ports -}}
+{{- if .nodePort -}}{{- $ofNodes = append $ofNodes . -}}{{- end -}}
+{{- end -}}
+{{- include "prefect-server.validateTwice" (list "service.extraPorts" "nodePort" $ofNodes) -}}
+{{- with $service.ipFamilies -}}
+{{- $family := ternary "IPv6" "IPv4" (contains ":" $service.clusterIP) -}}
+{{- if and (regexMatch "[.:]" $service.clusterIP) (ne (first .) $family) -}}
+{{- fail (printf "service.clusterIP is an address of %s, and the first of service.ipFamilies is %s. Make them the same" $family (first .)) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* What is filled from templates, where it is used. */}}
+{{- define "prefect-server.validateFilled" -}}
+{{- range $prefix, $values := dict "" .Values "api." .Values.api "services." .Values.services "migrations." .Values.migrations -}}
+{{- $filled := include "prefect-server.filled" (list $ (printf "%senv" $prefix) (dict "env" $values.env "envFrom" $values.envFrom)) | fromYaml -}}
+{{- include "prefect-server.validateReferences" (list $prefix $filled.env $filled.envFrom) -}}
+{{- end -}}
+{{- $filled := include "prefect-server.filled" (list . "values" (dict "policy" (pick .Values.networkPolicy "apiFrom" "extraEgress") "ingress" (pick .Values.ingress "hosts" "tls") "route" (pick .Values.httpRoute "parentRefs" "hostnames"))) | fromYaml -}}
+{{- include "prefect-server.validatePeers" (list "networkPolicy.apiFrom" $filled.policy.apiFrom) -}}
+{{- include "prefect-server.validateEgress" (list "networkPolicy.extraEgress" $filled.policy.extraEgress) -}}
+{{- range $filled.ingress.hosts -}}{{- include "prefect-server.validateName" (list "ingress.hosts" .host) -}}{{- end -}}
+{{- range $filled.ingress.tls -}}
+{{- range .hosts -}}{{- include "prefect-server.validateName" (list "ingress.tls" .) -}}{{- end -}}
+{{- with .secretName -}}{{- include "prefect-server.validateName" (list "ingress.tls" .) -}}{{- end -}}
+{{- end -}}
+{{- range $filled.route.hostnames -}}{{- include "prefect-server.validateName" (list "httpRoute.hostnames" .) -}}{{- end -}}
+{{- range $filled.route.parentRefs -}}
+{{- range $name := list .name .sectionName -}}
+{{- with $name -}}{{- include "prefect-server.validateName" (list "httpRoute.parentRefs" .) -}}{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- include "prefect-server.validateTimeouts" .Values.httpRoute.timeouts -}}
+{{- end -}}
+
+{{- define "prefect-server.validateTimeouts" -}}
+{{- $seconds := list -}}
+{{- range $time := list .request .backendRequest -}}
+{{- $sum := 0.0 -}}
+{{- range regexFindAll "[0-9]+(ms|h|m|s)" $time -1 -}}
+{{- $unit := regexFind "[a-z]+" . -}}
+{{- $sum = addf $sum (mulf (trimSuffix $unit . | float64) (get (dict "h" 3600.0 "m" 60.0 "s" 1.0 "ms" 0.001) $unit)) -}}
+{{- end -}}
+{{- $seconds = append $seconds $sum -}}
+{{- end -}}
+{{- if and (index $seconds 0) (gt (index $seconds 1) (index $seconds 0)) -}}
+{{- fail (printf "httpRoute.timeouts.backendRequest (%s) is longer than httpRoute.timeouts.request (%s). Lower it" .backendRequest .request) -}}
+{{- end -}}
 {{- end -}}
 
 {{- define "prefect-server.validatePods" -}}
@@ -91,11 +150,11 @@
 {{- range $component := list "api" "services" "migrations" "tests" -}}
 {{- $pod := include "prefect-server.podValues" (list $ $component) | fromYaml -}}
 {{- if has $component (list "migrations" "tests") -}}{{- $pod = omit $pod "sidecars" -}}{{- end -}}
-{{- include "prefect-server.validatePod" (dict "component" $component "pod" $pod "volumes" list "mounts" list "containers" (list $component "test" "wait-for-migrations") "resources" ((index $.Values $component).resources | default dict)) -}}
+{{- include "prefect-server.validatePod" (dict "component" $component "pod" $pod "volumes" list "mounts" list "containers" (list $component "test" "wait-for-migrations") "resources" ((index $.Values $component).resources | default dict) "grace" (index $.Values $component).terminationGracePeriodSeconds) -}}
 {{- end -}}
-{{- range $component, $own := dict "database" (dict "volumes" (list "data" "run") "mounts" (list "/var/lib/postgresql/data" "/var/run/postgresql") "main" "postgres") "redis" (dict "main" "valkey") -}}
+{{- range $component, $own := dict "database" (dict "volumes" (list "data" "run") "mounts" (list "/var/lib/postgresql/data" "/var/run/postgresql") "main" "postgres" "grace" 120) "redis" (dict "main" "valkey") -}}
 {{- $pod := include "prefect-server.bundledPod" (list $ $component) | fromYaml -}}
-{{- include "prefect-server.validatePod" (dict "component" (printf "%s.bundled" $component) "pod" $pod "volumes" ($own.volumes | default list) "mounts" ($own.mounts | default list) "containers" (list $own.main) "resources" (index $.Values $component).bundled.resources) -}}
+{{- include "prefect-server.validatePod" (dict "component" (printf "%s.bundled" $component) "pod" $pod "volumes" ($own.volumes | default list) "mounts" ($own.mounts | default list) "containers" (list $own.main) "resources" (index $.Values $component).bundled.resources "grace" $own.grace) -}}
 {{- end -}}
 {{- end -}}
 

@@ -1,7 +1,7 @@
 {{/* Rules of pods that Kubernetes would find too late, or not name the key of. */}}
 
 {{/* A component's pod: (dict "root" "component" "pod" "volumes" (names that are the chart's) "mounts" (paths that are)
-     "containers" (names that are) "resources"). */}}
+     "containers" (names that are) "resources" "grace" (seconds to end; Kubernetes' own 30, if empty)). */}}
 {{- define "prefect-server.validatePod" -}}
 {{- $path := printf "%s.pod" .component -}}
 {{- $known := append .volumes "tmp" -}}
@@ -36,8 +36,38 @@
 {{- end -}}
 {{- $names = append $names .name -}}
 {{- end -}}
+{{- range $key := list "initContainers" "sidecars" -}}
+{{- range index $.pod $key -}}
+{{- $of := printf "%s.%s: %s" $path $key .name -}}
+{{- include "prefect-server.validateTwice" (list (printf "%s.volumeMounts" $of) "mountPath" .volumeMounts) -}}
+{{- $ports := list -}}
+{{- range .ports -}}
+{{- if .name -}}{{- $ports = append $ports . -}}{{- end -}}
+{{- end -}}
+{{- include "prefect-server.validateTwice" (list (printf "%s.ports" $of) "name" $ports) -}}
+{{- $grace := int64 ($.grace | default 30) -}}
+{{- range $hook := .lifecycle -}}
+{{- if gt (dig "sleep" "seconds" 0 $hook | int64) $grace -}}
+{{- fail (printf "%s.lifecycle sleeps longer than its pod has to end (%d seconds). Lower it, or raise terminationGracePeriodSeconds" $of $grace) -}}
+{{- end -}}
+{{- end -}}
+{{- include "prefect-server.validateReferences" (list (printf "%s.%s." $path $key) .env .envFrom) -}}
+{{- include "prefect-server.validateResources" (list (printf "%s.resources" $of) (.resources | default dict)) -}}
+{{- include "prefect-server.validateSecurity" (list (printf "%s.securityContext" $of) .securityContext) -}}
+{{- end -}}
+{{- end -}}
+{{- include "prefect-server.validateSecurity" (list (printf "%s.containerSecurityContext" $path) .pod.containerSecurityContext) -}}
 {{- include "prefect-server.validatePlacement" (list $path .pod) -}}
 {{- include "prefect-server.validateResources" (list (printf "%s.resources" .component) .resources) -}}
+{{- end -}}
+
+{{/* (list path securityContext) */}}
+{{- define "prefect-server.validateSecurity" -}}
+{{- with index . 1 -}}
+{{- if and .privileged (eq (toJson .allowPrivilegeEscalation) "false") -}}
+{{- fail (printf "%s has privileged=true and allowPrivilegeEscalation=false, which exclude each other. Set allowPrivilegeEscalation to true, or privileged to false" (index $ 0)) -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 
 {{/* (list path key list) */}}
@@ -58,9 +88,17 @@
 {{- $pod := index . 1 -}}
 {{- $pairs := list -}}
 {{- range $pod.topologySpreadConstraints -}}
+{{- include "prefect-server.validateSelector" (list (printf "%s.topologySpreadConstraints" $path) .labelSelector) -}}
 {{- $pairs = append $pairs (dict "pair" (printf "%s, %s" .topologyKey .whenUnsatisfiable)) -}}
 {{- end -}}
 {{- include "prefect-server.validateTwice" (list (printf "%s.topologySpreadConstraints" $path) "pair" $pairs) -}}
+{{- include "prefect-server.validateSelected" (list (printf "%s.nodeSelector" $path) ($pod.nodeSelector | default dict)) -}}
+{{- range $pod.tolerations -}}
+{{- include "prefect-server.validateSelected" (list (printf "%s.tolerations" $path) (dict (.key | default "") (.value | default ""))) -}}
+{{- end -}}
+{{- if gt (len (join " " ($pod.dnsConfig | default dict).searches)) 2048 -}}
+{{- fail (printf "%s.dnsConfig.searches are longer than 2048 characters together. Remove some" $path) -}}
+{{- end -}}
 {{- if and (eq ($pod.dnsPolicy | default "") "None") (not ($pod.dnsConfig | default dict).nameservers) -}}
 {{- fail (printf "%s.dnsPolicy=None needs %s.dnsConfig.nameservers: a pod would find no name" $path $path) -}}
 {{- end -}}

@@ -100,10 +100,27 @@ annotations:
 {{- .Values.runs.results.volume.existingClaim | default (printf "results-%s-0" (include "prefect-work-pool.statefulSet" (list . "results"))) -}}
 {{- end -}}
 
-{{/* A component's pod, with its templates filled: `pod` with its own on top: (list root component). */}}
+{{/* A component's pod, with its templates filled: `pod` with its own on top: (list root component). Runs have their own
+     sidecars alone. */}}
 {{- define "prefect-work-pool.podValues" -}}
 {{- $root := index . 0 -}}
 {{- $all := include "prefect-work-pool.filled" (list $root "pod" $root.Values.pod) | fromYaml -}}
 {{- $own := include "prefect-work-pool.filled" (list $root (printf "%s.pod" (index . 1)) (index $root.Values (index . 1)).pod) | fromYaml -}}
-{{- mergeOverwrite $all $own | toYaml -}}
+{{- if eq (index . 1) "runs" -}}{{- $all = omit $all "sidecars" -}}{{- end -}}
+{{- $pod := mergeOverwrite $all $own -}}
+{{- include "prefect-work-pool.completeContainers" $pod -}}
+{{- toYaml $pod -}}
+{{- end -}}
+
+{{/* A pod's values, in place: a container of the user that names no securityContext has that of the chart's containers, and
+     what is written as a number where Kubernetes wants text is text. */}}
+{{- define "prefect-work-pool.completeContainers" -}}
+{{- $security := .containerSecurityContext -}}
+{{- range $container := concat (.initContainers | default list) (.sidecars | default list) -}}
+{{- if and $security (not .securityContext) -}}{{- $_ := set . "securityContext" $security -}}{{- end -}}
+{{- range .env -}}
+{{- if hasKey . "value" -}}{{- $_ := set . "value" (include "prefect-work-pool.text" .value) -}}{{- end -}}
+{{- end -}}
+{{- with .resources -}}{{- $_ := set $container "resources" (include "prefect-work-pool.resources" . | fromYaml) -}}{{- end -}}
+{{- end -}}
 {{- end -}}

@@ -118,6 +118,9 @@ containers:
     securityContext: {{- toYaml $pod.containerSecurityContext | nindent 6 }}
     volumeMounts:
       {{- include "prefect-work-pool.mounts" (list $mounts $pod) | nindent 6 }}
+  {{- with $pod.sidecars }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
 volumes:
   {{- include "prefect-work-pool.volumes" (list $volumes $pod) | nindent 2 }}
 {{- end -}}

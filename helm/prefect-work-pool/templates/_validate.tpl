@@ -20,8 +20,8 @@
 {{- fail (printf "worker.queues names %q, which pool.queues does not have: %s" . (join ", " $queues)) -}}
 {{- end -}}
 {{- end -}}
-{{- if $values.runs.pod.sidecars -}}
-{{- fail "runs.pod.sidecars would keep a run's Job from ending. Put them into runs.pod.initContainers with restartPolicy: Always" -}}
+{{- if and $values.runs.pod.sidecars (not (and $values.reconciler.enabled (int64 $values.reconciler.replicas))) -}}
+{{- fail "runs.pod.sidecars needs the reconciler, which deletes a run's Job when its main container has ended. Set reconciler.enabled=true and reconciler.replicas above 0, or put them into runs.pod.initContainers with restartPolicy: Always" -}}
 {{- end -}}
 {{- if and $values.worker.autoscaling.enabled (not (dig "requests" "cpu" "" $values.worker.resources)) -}}
 {{- fail "worker.autoscaling.enabled=true needs worker.resources.requests.cpu: the utilisation is measured against it" -}}
@@ -45,6 +45,7 @@
 {{- end -}}
 {{- include "prefect-work-pool.validateScale" . -}}
 {{- include "prefect-work-pool.validatePods" . -}}
+{{- include "prefect-work-pool.validateFilled" . -}}
 {{- include "prefect-work-pool.validateVariables" . -}}
 {{- include "prefect-work-pool.validateResults" . -}}
 {{- include "prefect-work-pool.validateSecret" . -}}
@@ -62,6 +63,10 @@
 {{- if and $sleep (ge $sleep $grace) -}}
 {{- fail (printf "%s.lifecycle.preStop.sleep.seconds (%d) is not below %s.terminationGracePeriodSeconds (%d). Raise terminationGracePeriodSeconds, or set lifecycle.preStop to null" $component $sleep $component $grace) -}}
 {{- end -}}
+{{- $sleep = dig "postStart" "sleep" "seconds" 0 (index $.Values $component).lifecycle | int64 -}}
+{{- if gt $sleep $grace -}}
+{{- fail (printf "%s.lifecycle.postStart.sleep.seconds (%d) is above %s.terminationGracePeriodSeconds (%d). Raise terminationGracePeriodSeconds, or lower it" $component $sleep $component $grace) -}}
+{{- end -}}
 {{- with .Values.worker.strategy -}}
 {{- if and (eq .type "RollingUpdate") (regexMatch "^0%?$" (get (.rollingUpdate | default dict) "maxSurge" | toString)) (regexMatch "^0%?$" (get (.rollingUpdate | default dict) "maxUnavailable" | toString)) -}}
 {{- fail "worker.strategy.rollingUpdate has 0 for maxSurge and for maxUnavailable: no pod could ever be replaced. Set one of them to 1" -}}
@@ -76,6 +81,17 @@
 {{- end -}}
 {{- end -}}
 
+{{/* What is filled from templates, where it is used. */}}
+{{- define "prefect-work-pool.validateFilled" -}}
+{{- range $prefix, $values := dict "" .Values "worker." .Values.worker "runs." .Values.runs "sync." .Values.sync "drift." .Values.drift "reconciler." .Values.reconciler -}}
+{{- $filled := include "prefect-work-pool.filled" (list $ (printf "%senv" $prefix) (dict "env" $values.env "envFrom" $values.envFrom)) | fromYaml -}}
+{{- include "prefect-work-pool.validateReferences" (list $prefix $filled.env $filled.envFrom) -}}
+{{- end -}}
+{{- $policy := include "prefect-work-pool.filled" (list . "networkPolicy" (pick .Values.networkPolicy "metricsFrom" "extraEgress")) | fromYaml -}}
+{{- include "prefect-work-pool.validatePeers" (list "networkPolicy.metricsFrom" $policy.metricsFrom) -}}
+{{- include "prefect-work-pool.validateEgress" (list "networkPolicy.extraEgress" $policy.extraEgress) -}}
+{{- end -}}
+
 {{- define "prefect-work-pool.validatePods" -}}
 {{- range $component, $own := dict "worker" dict "runs" (dict "main" "prefect-job") "sync" (dict "volumes" (list "pool") "mounts" (list "/etc/prefect-pool")) "drift" dict "reconciler" dict -}}
 {{- $pod := include "prefect-work-pool.podValues" (list $ $component) | fromYaml -}}
@@ -85,8 +101,8 @@
 {{- $volumes = list "results" -}}
 {{- $mounts = list "/results" -}}
 {{- end -}}
-{{- if has $component (list "runs" "sync") -}}{{- $pod = omit $pod "sidecars" -}}{{- end -}}
-{{- include "prefect-work-pool.validatePod" (dict "component" $component "pod" $pod "volumes" $volumes "mounts" $mounts "containers" (list ($own.main | default $component)) "resources" (index $.Values $component).resources) -}}
+{{- if eq $component "sync" -}}{{- $pod = omit $pod "sidecars" -}}{{- end -}}
+{{- include "prefect-work-pool.validatePod" (dict "component" $component "pod" $pod "volumes" $volumes "mounts" $mounts "containers" (list ($own.main | default $component)) "resources" (index $.Values $component).resources "grace" (index $.Values $component).terminationGracePeriodSeconds) -}}
 {{- end -}}
 {{- $pod := omit (include "prefect-work-pool.podValues" (list . "tests") | fromYaml) "sidecars" -}}
 {{- include "prefect-work-pool.validatePod" (dict "component" "tests" "pod" $pod "volumes" list "mounts" list "containers" (list "test") "resources" dict) -}}

@@ -265,7 +265,7 @@ def test_without_a_reconciler_nothing_is_retried_or_ended(pool: Pool, api: httpx
         force_deleted(pool.namespace, pod)
         unwanted, _ = under_way(api, pool, made, seconds=300)
         api.delete(f"/flow_runs/{unwanted}").raise_for_status()
-        time.sleep(SEEN)
+        time.sleep(15)
         for each in (crashes, dead):
             assert run_of(api, each)["state_type"] == "RUNNING", states(api, each)
         # Where the kubelet gave it the time to, it has said itself that it is to be tried again, and was.

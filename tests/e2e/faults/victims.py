@@ -14,20 +14,21 @@ import psutil
 from tests.cluster import images
 from tests.cluster.namespace import RESTRICTED, Namespace
 from tests.cluster.progress import ClusterError
-from tests.e2e.pace import GRACE_SECONDS
+from tests.e2e.pace import GRACE_SECONDS, IS_SHIPPED
 from tests.e2e.release import Object, Pool
 from tests.e2e.runs import deployment, logged, run_of, start
 from tests.parts import wait_until
 
 NAME = "prefect-work-pool"
 
-SEEN = 15.0
-"""Seconds from what happens to when the API says so, at the most."""
+SEEN = 15.0 if IS_SHIPPED else 45.0
+"""Seconds from what happens to when the API says so, at the most: as documented, or less than any lease or claim lasts
+where other tests have the processors too."""
 
 LAG = timedelta(seconds=5)
 """What Kubernetes has of that to show it. A busy kubelet takes longer, and then it counts from so long before."""
 
-BACK, START = 30.0, 10.0
+BACK, START = (30.0, 10.0) if IS_SHIPPED else (60.0, 20.0)
 """Seconds from an API's return to when what fell due meanwhile has begun, at the most; and what its pod's start has of
 that, which on a busy node takes longer."""
 

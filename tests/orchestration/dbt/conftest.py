@@ -36,8 +36,8 @@ def server(prefect_server: str) -> Iterator[Server]:
 
 
 @pytest.fixture
-def database(postgres: str) -> Iterator[str]:
-    """A new, empty database; `WAREHOUSE_URL` names it."""
+def database(postgres: str, tiny: "Tiny") -> Iterator[str]:
+    """A new, empty database; `WAREHOUSE_URL` names it. dbt runs in forks."""
     with new_database(postgres, DATABASE) as url:
         yield url
 
@@ -117,7 +117,7 @@ class Built(NamedTuple):
 
 @pytest.fixture(scope="session")
 def built(
-    postgres: str, prefect_server: str, parsed_shop: Path, tmp_path_factory: pytest.TempPathFactory
+    postgres: str, prefect_server: str, tiny: "Tiny", parsed_shop: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Built]:
     """That build."""
     folder = shutil.copytree(parsed_shop, tmp_path_factory.mktemp("built") / "shop")
@@ -150,10 +150,13 @@ class Tiny(NamedTuple):
     """What forks: see `forked`."""
 
 
-@pytest.fixture(scope="session")
-def tiny(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
-    """That project."""
-    work = tmp_path_factory.mktemp("tiny")
+@contextlib.contextmanager
+def forks(postgres: str, work: Path) -> Iterator[Tiny]:
+    """Run dbt in forks: meanwhile each `DbtProject` without an interpreter of its own has `Tiny.python`.
+
+    A child of a real interpreter imports dbt for 1.2 processor seconds and warms up for another one. The tests of the
+    child process (`test_project`), of runs that end (`test_ends`) and of flows' own processes have real ones.
+    """
     made = Tiny(projects.tiny(work / "tiny"), work / "python", work / "socket")
     made.python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{forked.__file__}" "{made.socket}" "$@"\n')
     made.python.chmod(0o755)
@@ -166,4 +169,14 @@ def tiny(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ti
             stack.callback(server.terminate)
             assert server.stdout
             assert server.stdout.readline() == b"ready\n"
+        defaults = DbtProject.__init__.__kwdefaults__
+        assert defaults
+        stack.enter_context(pytest.MonkeyPatch.context()).setitem(defaults, "python", made.python)
+        yield made
+
+
+@pytest.fixture(scope="session")
+def tiny(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
+    """That project, and what forks."""
+    with forks(postgres, tmp_path_factory.mktemp("tiny")) as made:
         yield made

@@ -108,13 +108,15 @@ CASES = {
     "defer": Case("run --select two --defer --state STATE --favor-state", after="build"),
     # No node.
     "nothing": Case("build --select four", {"select": "four"}),
+    "an empty selection": Case("build --select ", {"select": ""}),
     "nothing, which is an error": Case("build --select four --warn-error", exit=2),
     # Failures.
     "model": Case("build", edits=(BROKEN,), exit=1),
     "test": Case("build", edits=(DUPLICATE,), exit=1),
     "warning": Case("build", edits=(UNKNOWN,), kept=True),
     "warning, which is an error": Case("build --warn-error", edits=(UNKNOWN,), exit=1),
-    "fail-fast": Case("build --fail-fast --threads 1", edits=(BROKEN,), exit=1),
+    # Of other nodes dbt may have begun one before it stops, also with one thread.
+    "fail-fast": Case("build --fail-fast --threads 1 --select one+", edits=(BROKEN,), exit=1),
     "hook before": Case("build", edits=(_hook("as started", "as started from nowhere"),), exit=1),
     "hook after": Case("build", edits=(_hook("as ended", "as ended from nowhere"),), exit=1),
     "hook that raises": Case(
@@ -122,6 +124,7 @@ CASES = {
     ),
     "parse": Case("build", edits=(_write("models/four.sql", "select {{ 4"),), exit=2),
     "no such option": Case("build --nowhere", exit=2),
+    "no threads": Case("run -s three --threads 0", {"select": "three", "threads": 0}, exit=2),
     "no such selector": Case("build --selector nowhere", exit=2),
     # The other commands.
     "seed": Case("seed"),

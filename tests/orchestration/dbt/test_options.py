@@ -42,6 +42,14 @@ def test_vars_reach_dbt_as_they_are(variables: Mapping[str, Any]) -> None:
     assert json.dumps(found, sort_keys=True) == json.dumps(variables, sort_keys=True)
 
 
+def test_flags_that_are_a_text_are_refused_with_the_list_that_is_meant(tmp_path: Path) -> None:
+    """Each of its letters would be an option of dbt's."""
+    with pytest.raises(
+        DbtError, match=r"flags are a text, '--fail-fast -s a'. Give a list, like \['--fail-fast', '-s'"
+    ):
+        DbtProject(tmp_path).build(flags="--fail-fast -s a")
+
+
 class _Colour(enum.Enum):
     RED = 1
 

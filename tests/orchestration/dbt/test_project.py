@@ -23,8 +23,8 @@ from tests.parts import Query, wait_until
 
 @pytest.fixture
 def project(folder: Path) -> Iterator[DbtProject]:
-    """A project of three models, parsed and not built."""
-    project = use(folder)
+    """A project of three models, parsed and not built, with a child of a real interpreter."""
+    project = use(folder, python=sys.executable)
     yield project
     project.close()
 
@@ -174,7 +174,7 @@ def test_when_the_flow_is_interrupted_its_dbt_and_its_sql_end(slow: Path, query:
 
 
 def test_when_dbt_dies_the_flow_is_told(slow: Path, query: Query) -> None:
-    project = use(slow)
+    project = use(slow, python=sys.executable)
     thread, caught = build_beside(project)
     wait_until(lambda: _sleeping(query) == 1, "the model", 240)
     for child in psutil.Process().children():

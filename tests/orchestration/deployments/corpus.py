@@ -260,6 +260,18 @@ deployments:
     "interval on a clock": one("schedules: [{interval: 01:30:00}]"),
     "schedule of a time zone alone": one("schedules: [{timezone: UTC}]"),
     "schedules that are a mapping": one("schedules: {cron: '0 6 * * *'}"),
+    "schedule twice, once with its time zone": one(
+        "schedules: [{cron: '0 6 * * *'}, {cron: '0 6 * * *', timezone: UTC}]"
+    ),
+    "schedule twice, once of which is on": one("schedules: [{cron: '0 6 * * *'}, {cron: '0 6 * * *', active: true}]"),
+    "schedule twice, once off": one("schedules: [{cron: '0 6 * * *'}, {cron: '0 6 * * *', active: false}]"),
+    "schedule that replaces another": one("schedules: [{cron: '0 6 * * *', slug: six, replaces: morning}]"),
+    "schedule of a text": one("schedules: ['0 6 * * *']"),
+    "schedule's wrong parameter": one(
+        "parameters: {day: 1}\nschedules:\n- {cron: '0 6 * * *'}\n- {cron: '0 7 * * *', parameters: {day: x}}"
+    ),
+    "rule until a moment": one("schedules: [{rrule: 'FREQ=DAILY;UNTIL=20990101T000000'}]"),
+    "rule until a moment in UTC": one("schedules: [{rrule: 'FREQ=DAILY;UNTIL=20990101T000000Z'}]"),
     # limits
     "limit": one("concurrency_limit: 2"),
     "limit with a strategy": one(
@@ -268,6 +280,9 @@ deployments:
     "limit without a strategy": one("concurrency_limit: {limit: 2}"),
     "no limit": one("concurrency_limit: null"),
     "limit of a truth": one("concurrency_limit: true"),
+    "strategy and no limit": one("concurrency_limit: {collision_strategy: CANCEL_NEW, grace_period_seconds: 60}"),
+    "limit of a text": one("concurrency_limit: '2'"),
+    "pool of a text": one(pool="POOL"),
     "limit of a fraction": one("concurrency_limit: 2.5"),
     "limit below one": one("concurrency_limit: 0"),
     "strategy in lower case": one("concurrency_limit: {limit: 2, collision_strategy: enqueue}"),
@@ -300,6 +315,19 @@ deployments:
         " prefect.resource.role: flow}, for_each: [prefect.resource.id], after: [x, y]}]"
     ),
     "trigger of nothing": one("triggers: [{enabled: false}]"),  # of everything, once it is on
+    "trigger with wrong job variables": one("triggers: [{expect: [a.b], name: landed, job_variables: {cpu: many}}]"),
+    "trigger of everything": one("triggers: [{}]"),
+    "trigger of everything inside of one": one(
+        "triggers: [{type: compound, require: any, within: 60, triggers: [{type: event}, {type: event, expect: [b]}]}]"
+    ),
+    "trigger of a resource": one(
+        "triggers: [{match: {prefect.resource.id: 'warehouse.*'}}, {match_related: {prefect.resource.role: flow}}]"
+    ),
+    "trigger that waits for anything": one("triggers: [{posture: Proactive, within: 3600}]"),
+    "trigger with a misspelt key": one("triggers: [{expect: [a.b], match_realted: {prefect.resource.role: flow}}]"),
+    "trigger with a misspelt key inside": one(
+        "triggers: [{type: sequence, within: 60, triggers: [{type: event, expect: [a]}, {type: event, expect: [b], afetr: [c]}]}]"
+    ),
     "no triggers": one("triggers: []"),
     "trigger on in words": one("triggers: [{expect: [a.b], enabled: 'off'}]"),
     # parameters
@@ -378,6 +406,7 @@ deployments:
     "flow's name": one("flow_name: etl"),
     "another flow's name": one("flow_name: other"),
     "kind of version": one("version_type: prefect:simple\nversion: '1'"),
+    "kind of version that is none": one("version_type: git\nversion: '1'"),
     "version of a number": one("version: 1"),
     "date as a description": one("description: 2024-01-01"),
     "service levels": one("sla: []"),
@@ -422,6 +451,19 @@ REFUSED: dict[str, str] = {
     "empty schedule in a list": ":6: deployment d: a schedule has none of cron, interval, rrule",
     "nested schedule": ":6: schedule is no key here",
     "schedule twice": ":6: deployment d has this schedule twice",
+    "schedule twice, once with its time zone": ":6: deployment d has this schedule twice",
+    "schedule twice, once of which is on": ":6: deployment d has this schedule twice",
+    "schedule of a text": ":6: schedules.0 should be a mapping of cron, interval, rrule,",
+    "schedule's wrong parameter": ":9: deployment d: parameter day: 'x' is not of type 'integer'",
+    "rule until a moment in UTC": ':6: deployment d: rrule "FREQ=DAILY;UNTIL=20990101T000000Z" does not parse (UNTIL and',
+    "limit of a text": ":6: concurrency_limit should be a number or a mapping of limit,",
+    "pool of a text": ":5: work_pool should be a mapping of name, work_queue_name, job_variables",
+    "trigger of nothing": ":6: deployment d: trigger d__automation_1 names no event",
+    "trigger of everything": ":6: deployment d: trigger d__automation_1 names no event",
+    "trigger of everything inside of one": ":6: deployment d: trigger d__automation_1 names no event",
+    "trigger with a misspelt key": ":6: match_realted is no key here. Did you mean match_related?",
+    "trigger with a misspelt key inside": ":6: afetr is no key here. Did you mean after?",
+    "kind of version that is none": ":6: version_type should be 'prefect:simple',",
     "schedule of a time zone alone": ":6: deployment d: a schedule has none of",
     "schedules that are a mapping": ":6: schedules should be a valid list",
     "limit of a truth": ":6: limit should be a valid integer",
@@ -470,6 +512,7 @@ REFUSED: dict[str, str] = {
 REFUSED_BY_PLAN: dict[str, str] = {
     "version from a number": ":6: version should be a valid string, not 7",
     "variable that is absent": " is a variable that neither the files nor the server have",
+    "trigger with wrong job variables": ":3: deployment etl/d: the work pool POOL takes no such job variable 'cpu'",
     "wrong job variables": ":3: deployment etl/d: the work pool POOL takes no such job variable 'cpu'",
 }
 """The same of what shows with the server alone, before it is changed."""

@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from hashlib import md5
 from pathlib import Path
 from typing import Any
@@ -157,6 +157,52 @@ def test_a_schedule_that_changes_stays_the_same_schedule(project: Project) -> No
     project.write({"name": "a", "schedules": [HOURLY]})
     project.sync()
     assert [each["slug"] for each in project.there("a")["schedules"]] == ["hourly"]
+
+
+def test_a_schedule_whose_slug_changes_keeps_its_late_runs_and_its_pause(project: Project) -> None:
+    often = {"interval": 600, "anchor_date": "2026-01-01T00:00:00Z"}
+    changes: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "gets": ({}, {"slug": "{}-new"}),
+        "renames": ({"slug": "{}-old"}, {"slug": "{}-new"}),
+        "replaces": ({"slug": "{}-old"}, {"slug": "{}-new", "replaces": "{}-old", "timezone": "Europe/Berlin"}),
+        "loses": ({"slug": "{}-old"}, {}),
+    }
+
+    def write(number: int) -> None:
+        schedules = {
+            name: [
+                each | {key: value.format(slug) for key, value in both[number].items()}
+                for slug, each in (("often", often), ("daily", DAILY))
+            ]
+            for name, both in changes.items()
+        }
+        project.write(*({"name": name, "schedules": each} for name, each in schedules.items()))
+
+    def seen(name: str) -> Any:
+        made = project.there(name)
+        due = [run["expected_start_time"] for run in project.runs(name)]
+        now = datetime.now(UTC).isoformat()
+        states = sorted(("cron" in each["schedule"], each["active"]) for each in made["schedules"])
+        return states, [each for each in due if each < now], len(due) - len(set(due))
+
+    write(0)
+    project.sync()
+    before = {}
+    for name in changes:
+        made = project.there(name)
+        daily = next(each["id"] for each in made["schedules"] if "cron" in each["schedule"])
+        path = f"/deployments/{made['id']}"
+        project.api.patch(f"{path}/schedules/{daily}", json={"active": False}).raise_for_status()
+        start = (datetime.now(UTC) - timedelta(minutes=25)).isoformat()
+        body = {"start_time": start, "end_time": datetime.now(UTC).isoformat()}
+        project.api.post(f"{path}/schedule", json=body).raise_for_status()
+        before[name] = seen(name)
+        assert len(before[name][1]) in (2, 3)
+    write(1)
+    project.sync()
+    assert {name: seen(name) for name in changes} == before
+    assert {each["slug"] for each in project.there("gets")["schedules"]} == {"often-new", "daily-new"}
+    assert {each["slug"] for each in project.there("loses")["schedules"]} == {None}
 
 
 def test_what_was_paused_stays_paused_unless_the_file_says_otherwise(project: Project) -> None:

@@ -1,0 +1,97 @@
+{{/* Rules of values whose templates are filled: what the schema has to let pass as {{ }} may become what Kubernetes refuses. */}}
+
+{{/* A name of an object, or of a host: (list path name). A run's may come from a job variable. */}}
+{{- define "prefect-server.validateName" -}}
+{{- $name := index . 1 -}}
+{{- $ofRun := and (hasPrefix "runs." (index . 0)) (contains "{{" $name) -}}
+{{- if not (or $ofRun (and (le (len $name) 253) (regexMatch "^(\\*\\.)?[a-z0-9]([a-z0-9-]*[a-z0-9])?(\\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*$" $name))) -}}
+{{- fail (printf "%s names %q, which is no name: up to 253 lower-case letters, digits, - and . that begin and end with a letter or a digit. Choose another, or correct its template" (index . 0) $name) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Values of labels that select: (list path labels). */}}
+{{- define "prefect-server.validateSelected" -}}
+{{- range $key, $value := index . 1 -}}
+{{- $ofRun := and (hasPrefix "runs." (index $ 0)) (contains "{{" $value) -}}
+{{- if not (or $ofRun (regexMatch "^(([A-Za-z0-9][A-Za-z0-9_.-]{0,61})?[A-Za-z0-9])?$" $value)) -}}
+{{- fail (printf "%s selects %s=%q, which is no value of a label: up to 63 letters, digits, - _ . that begin and end with a letter or a digit. Choose another, or correct its template" (index $ 0) $key $value) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Labels of a selector: (list path selector). */}}
+{{- define "prefect-server.validateSelector" -}}
+{{- $selector := index . 1 | default dict -}}
+{{- include "prefect-server.validateSelected" (list (index . 0) ($selector.matchLabels | default dict)) -}}
+{{- range $expression := $selector.matchExpressions -}}
+{{- range $expression.values -}}
+{{- include "prefect-server.validateSelected" (list (index $ 0) (dict $expression.key .)) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* What variables refer to: (list prefix env envFrom), filled; the prefix is that of both keys. */}}
+{{- define "prefect-server.validateReferences" -}}
+{{- $prefix := index . 0 -}}
+{{- range index . 1 -}}
+{{- $source := .valueFrom | default dict -}}
+{{- range $reference := list $source.secretKeyRef $source.configMapKeyRef -}}
+{{- with $reference -}}{{- include "prefect-server.validateName" (list (printf "%senv" $prefix) .name) -}}{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- range index . 2 -}}
+{{- range $reference := list .secretRef .configMapRef -}}
+{{- with $reference -}}{{- include "prefect-server.validateName" (list (printf "%senvFrom" $prefix) .name) -}}{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Peers of a policy: (list path peers). */}}
+{{- define "prefect-server.validatePeers" -}}
+{{- $path := index . 0 -}}
+{{- range index . 1 -}}
+{{- include "prefect-server.validateSelector" (list $path .podSelector) -}}
+{{- include "prefect-server.validateSelector" (list $path .namespaceSelector) -}}
+{{- with .ipBlock -}}
+{{- $cidr := .cidr -}}
+{{- range .except -}}
+{{- if ne (include "prefect-server.within" (list . $cidr)) "true" -}}
+{{- fail (printf "%s.ipBlock.except has %s, which is no part of its cidr %s. Remove it, or correct one of them" $path . $cidr) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Rules of egress: (list path rules). */}}
+{{- define "prefect-server.validateEgress" -}}
+{{- $path := index . 0 -}}
+{{- range index . 1 -}}
+{{- include "prefect-server.validatePeers" (list (printf "%s.to" $path) .to) -}}
+{{- range .ports -}}
+{{- if and .endPort (lt (int64 .endPort) (int64 .port)) -}}
+{{- fail (printf "%s.ports has endPort %d below port %d. Raise endPort" $path (int64 .endPort) (int64 .port)) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Whether a range of addresses is a part of another, and smaller: (list cidr cidr). Of IPv6 the lengths are compared. */}}
+{{- define "prefect-server.within" -}}
+{{- $part := splitList "/" (index . 0) -}}
+{{- $whole := splitList "/" (index . 1) -}}
+{{- $longer := gt (index $part 1 | int64) (index $whole 1 | int64) -}}
+{{- $same := eq (contains ":" (index . 0)) (contains ":" (index . 1)) -}}
+{{- if and $same (not (contains ":" (index . 0))) -}}
+{{- $size := 1 -}}
+{{- range until (sub 32 (index $whole 1 | int64) | int) -}}{{- $size = mul $size 2 -}}{{- end -}}
+{{- $networks := list -}}
+{{- range $address := list (index $part 0) (index $whole 0) -}}
+{{- $number := 0 -}}
+{{- range splitList "." $address -}}{{- $number = add (mul $number 256) (int64 .) -}}{{- end -}}
+{{- $networks = append $networks (div $number $size) -}}
+{{- end -}}
+{{- $same = eq (index $networks 0) (index $networks 1) -}}
+{{- end -}}
+{{- and $longer $same -}}
+{{- end -}}
