@@ -3,7 +3,7 @@
     PREFECT__FLOW_RUN_ID=... python -m orchestration.engine
 
 Prefect's command fetches the flow's code in a second process, which becomes a third to execute it, and each imports
-Prefect anew: on a small machine half of the time to a run's first line. Here the same parts of Prefect 3.8 do both in
+Prefect anew: on a small machine half of the time to a run's first line. Here the same parts of Prefect 3.9 do both in
 this one; `orchestration.execution`, its parent, is to it what the command is to Prefect's.
 
 Its clients ask again from their first request on. Prefect's repeat a request that finds nobody to talk to only once

@@ -312,7 +312,7 @@ class Engine:
     """`orchestration.engine`, in a process group of its own with what it starts.
 
     While its flow can be interrupted it is connected to a port of this process, and learns from a byte why it is about
-    to get SIGTERM; from the signal alone it would say that it has crashed. As Prefect 3.8's
+    to get SIGTERM; from the signal alone it would say that it has crashed. As Prefect 3.9's
     `prefect/_internal/control_listener.py` has it, of which this is the other side.
     """
 

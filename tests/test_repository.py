@@ -50,11 +50,8 @@ def test_the_image_has_the_projects_entry_points() -> None:
 
 
 def test_the_bounds_that_matter_are_kept_by_the_lock() -> None:
-    fastapi = tuple(map(int, LOCK["fastapi"]["version"].split(".")))
-    assert (0, 139) <= fastapi < (0, 151)
-    assert LOCK["sqlalchemy"]["version"].startswith("2.0.")
+    assert LOCK["prefect"]["version"].startswith("3.9.")
     assert LOCK["dbt-core"]["version"].startswith("1.11.")
-    assert LOCK["prefect"]["version"].startswith("3.8.")
 
 
 def _anchors(page: Path) -> set[str]:

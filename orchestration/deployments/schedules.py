@@ -22,7 +22,7 @@ _DAILY = 3  # dateutil.rrule.DAILY; what is more frequent is greater
 
 
 def normal(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The schedule as the server of Prefect 3.8 gives it back.
+    """Return the schedule as the server of Prefect 3.9 gives it back.
 
     Args:
         raw: a schedule of the file: one of cron, interval (seconds, ISO 8601 or HH:MM:SS) and rrule, with timezone,

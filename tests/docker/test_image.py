@@ -119,7 +119,7 @@ def _normal(name: str) -> str:
 
 
 def test_it_runs_what_a_cluster_runs(pod: Callable[..., str]) -> None:
-    assert "3.8" in pod("prefect", "--version")
+    assert "3.9" in pod("prefect", "--version")
     pod("python", "-c", "import flows.example_flow, flows.backfill, prefect_kubernetes")
     assert "postgres: 1.11" in pod("dbt", "--version")
     pod("orchestrate", "check")

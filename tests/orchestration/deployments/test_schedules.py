@@ -5,6 +5,7 @@ import subprocess
 import sys
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from prefect.server.schemas import actions
 from prefect.server.schemas import schedules as server_schedules
 
 from orchestration.deployments import schedules
-from tests.parts import examples
+from tests.parts import asked, client_of, examples, wait_until
 
 FILE: list[dict[str, Any]] = [
     {"cron": "0 6 * * *"},
@@ -212,6 +213,35 @@ def test_times_start_now() -> None:
     assert len(schedules.next_times({"rrule": "DTSTART:20990101T000000\nRRULE:FREQ=DAILY;COUNT=2"})) == 2
     # Without the server's DTSTART this walks through all seconds since 2020.
     assert len(schedules.next_times({"rrule": "FREQ=SECONDLY"})) == 5
+
+
+def test_server_makes_the_runs_of_a_schedule_at_the_next_times(prefect_server: str) -> None:
+    """On SQLAlchemy 2.1 Prefect 3.8 made none, and only its log said so."""
+    raw: list[dict[str, Any]] = [
+        {"cron": "*/7 * * * *", "timezone": "America/New_York"},
+        {"interval": 1800.0, "anchor_date": "2026-01-01T00:10:00Z", "timezone": "Europe/Berlin"},
+        {"rrule": "DTSTART:20260101T000000\nRRULE:FREQ=HOURLY;BYMINUTE=5", "timezone": "UTC"},
+    ]
+    with client_of(prefect_server) as api:
+        flow = asked(api, "POST", "/flows/", {"name": f"scheduled-{uuid4().hex[:6]}"})["id"]
+        made: dict[str, dict[str, Any]] = {}
+        for number, schedule in enumerate(raw):
+            body = {"name": f"d{number}", "flow_id": flow, "schedules": [{"schedule": schedule, "active": True}]}
+            made[asked(api, "POST", "/deployments/", body)["id"]] = schedule
+        which = {"deployments": {"id": {"any_": list(made)}}}
+
+        def times() -> dict[str, list[datetime]]:
+            found: dict[str, list[datetime]] = {each: [] for each in made}
+            for run in asked(api, "POST", "/flow_runs/filter", which):
+                assert run["state"]["type"] == "SCHEDULED"
+                found[run["deployment_id"]].append(datetime.fromisoformat(run["expected_start_time"]))
+            return {each: sorted(found[each]) for each in made}
+
+        wait_until(lambda: all(len(each) > 2 for each in times().values()), "three runs of each schedule")
+        for deployment, found in times().items():
+            expected = schedules.next_times(made[deployment], len(found), found[0])
+            assert found == [moment.astimezone(UTC) for moment in expected]
+            asked(api, "DELETE", f"/deployments/{deployment}")
 
 
 def test_the_import_does_not_import_prefect() -> None:
