@@ -117,6 +117,7 @@ LONG_TESTS = (
             "orchestration/environment",
             "helm/environments",
             *CHARTS,
+            *PREFECT,
             "tests/e2e/checkout.py",
             "tests/long/production.py",
         ),
