@@ -87,6 +87,9 @@
 - {name: PREFECT_SERVER_API_PORT, value: "4200"}
 - {name: PREFECT_UI_API_URL, value: {{ $root.Values.api.uiApiUrl | default $root.Values.api.basePath | quote }}}
 - {name: PREFECT_UI_STATIC_DIRECTORY, value: /tmp/ui}
+{{- else if eq (index . 1) "services" }}
+# Since Prefect 3.9 these processes write the UI's files as well, which nobody asks them for.
+- {name: PREFECT_UI_ENABLED, value: "false"}
 {{- end }}
 {{- end -}}
 
