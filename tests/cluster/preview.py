@@ -75,7 +75,7 @@ def _lines() -> Iterator[tuple[str, str]]:
         for name, (version, usual) in PROGRAMS.items()
         if name in BUILT.get(context, ()) and not (binaries.cache() / f"{name}-{version}").exists()
     ]
-    yield "Time", "about 40 min on 2 cores" + (f", and once to build {', '.join(once)}" if once else "")
+    yield "Time", "about 31 min on 2 cores" + (f", and once to build {', '.join(once)}" if once else "")
     yield "Faster", "CLUSTER=none make test: what needs no cluster. make test CHANGED=1: what a change affects"
 
 
