@@ -342,6 +342,13 @@ def _checked(document: Map) -> _File:
         raise DeploymentsError(_mistake(document, error, _File)) from None
 
 
+def _unknown_key(where: str, key: str, known: Sequence[str]) -> str:
+    """Say that there is no such key, and which one is meant."""
+    near = difflib.get_close_matches(key, known, 1)
+    cure = f"Did you mean {near[0]}?" if near else f"Known are: {', '.join(known)}"
+    return f"{where}: {key} is no key here. {cure}"
+
+
 def _mistake(document: Map, error: ValidationError, model: type[BaseModel], prefix: tuple[str | int, ...] = ()) -> str:
     """The first mistake that pydantic found, in one sentence."""
     found = error.errors(include_url=False)
@@ -351,10 +358,7 @@ def _mistake(document: Map, error: ValidationError, model: type[BaseModel], pref
     where = files.place(document, path)
     key = next((str(step) for step in reversed(path) if isinstance(step, str)), "")
     if first["type"] == "extra_forbidden":
-        known = _keys(model, path)
-        near = difflib.get_close_matches(key, known, 1)
-        cure = f"Did you mean {near[0]}?" if near else f"Known are: {', '.join(known)}"
-        return f"{where}: {key} is no key here. {cure}"
+        return _unknown_key(where, key, _keys(model, path))
     if first["type"] == "missing":
         return f"{where}: {key} is missing"
     said = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
@@ -463,7 +467,7 @@ class _Reader:
     def understood(
         self, read: Callable[[Mapping[str, Any]], dict[str, Any]], model: Any, raw: Mapping[str, Any], *path: str | int
     ) -> dict[str, Any]:
-        """What Prefect makes of an automation or a trigger, of which `model` is Prefect's type."""
+        """Return what Prefect reads in an automation or a trigger; `model` is Prefect's type of it."""
         from prefect.server.events.schemas.automations import AutomationCreate
 
         try:
@@ -472,10 +476,8 @@ class _Reader:
             AutomationCreate.model_validate(deepcopy(fields) | {"name": raw.get("name") or "automation"})
             for below, known in _unread(raw, TypeAdapter(model).validate_python(dict(raw))):
                 # Prefect leaves the key out: without its filter an automation fires at other events.
-                near = difflib.get_close_matches(str(below[-1]), known, 1)
-                cure = f"Did you mean {near[0]}?" if near else f"Known are: {', '.join(known)}"
                 where = files.place(self.document, (*path, *below))
-                raise DeploymentsError(f"{where}: {below[-1]} is no key here. {cure}")
+                raise DeploymentsError(_unknown_key(where, str(below[-1]), known))
             return fields
         except ValidationError as error:
             first = error.errors(include_url=False)[0]

@@ -159,7 +159,7 @@ def _refuse_job_variables(plan: Plan, desired: Desired) -> None:
 
 
 def _job_variables(change: Change, wanted: Object) -> Iterator[tuple[str, JSON]]:
-    """What a deployment and its triggers give to the pool, as far as a sync sends it, and under which key."""
+    """Yield the job variables that a sync sends for a deployment and its triggers, each with its key in the file."""
     if change.found is None or change.differs & {"work_pool_name", "work_queue_name", "job_variables"}:
         yield "work_pool.job_variables", wanted.fields["job_variables"]
     if change.found is None or "triggers" in change.differs:

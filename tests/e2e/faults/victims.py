@@ -22,8 +22,8 @@ from tests.parts import wait_until
 NAME = "prefect-work-pool"
 
 SEEN = 15.0 if IS_SHIPPED else 45.0
-"""Seconds from what happens to when the API says so, at the most: as documented, or less than any lease or claim lasts
-where other tests have the processors too."""
+"""Most seconds from an event to the state that reports it: the documented bound at the shipped pace. Beside other tests
+it is a longer one, still shorter than a lease or a claim, which would otherwise end the run."""
 
 LAG = timedelta(seconds=5)
 """What Kubernetes has of that to show it. A busy kubelet takes longer, and then it counts from so long before."""
