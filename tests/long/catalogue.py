@@ -29,6 +29,7 @@ RUNS = (
     "orchestration/api.py",
     "orchestration/engine.py",
     "orchestration/execution.py",
+    "orchestration/prefect_compat",
     "orchestration/results.py",
     "orchestration/serving.py",
     "orchestration/worker.py",

@@ -16,8 +16,8 @@ import pytest
 from prefect.client.schemas.objects import FlowRun
 from prefect.events.clients import get_events_client
 from prefect.workers.base import BaseJobConfiguration
-from prefect_kubernetes import KubernetesWorker, observer
-from prefect_kubernetes.worker import KubernetesWorkerResult
+from prefect_kubernetes import observer
+from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerResult
 
 from orchestration.__main__ import main
 from orchestration.execution import CAUSE, after_sigterm
