@@ -30,6 +30,7 @@ RUNS = (
     "orchestration/engine.py",
     "orchestration/execution.py",
     "orchestration/prefect_compat",
+    "orchestration/protocol.py",
     "orchestration/results.py",
     "orchestration/serving.py",
     "orchestration/worker.py",
@@ -89,6 +90,7 @@ LONG_TESTS = (
         "A dbt run that is killed or cancelled at a random moment leaves no SQL, and its retry completes it.",
         (
             "orchestration/execution.py",
+            "orchestration/protocol.py",
             *DBT,
             *DBT_TESTS,
             "tests/orchestration/dbt/shop_flow.py",
