@@ -31,6 +31,7 @@ from orchestration.reconciler.ends import Note
 from orchestration.reconciler.facts import ORDINARY, Job, Pod, Policy, Run
 from orchestration.reconciler.podevents import PodEvents
 from orchestration.serving import Pulse, served
+from orchestration.terminal import one_line
 
 LIVE = ["PENDING", "RUNNING", "CANCELLING"]
 
@@ -311,7 +312,7 @@ class Reconciler:
         emitted = await gather([self._tell([pod for some in seen.pods.values() for pod in some])])
         for each in done:
             if isinstance(each, str) and each:
-                print(each, flush=True)
+                print(one_line(each), flush=True)
         self.rounds.observe(time.monotonic() - began)
         acted = zip((_subject(action) for action, _ in todo), done, strict=True)
         noting = zip((f"Job {each.job}" for each in [*before, *after]), noted, strict=True)
@@ -336,7 +337,7 @@ class Reconciler:
             self.failures.inc()
             reported[subject] = f"{subject} is left as it is: {str(error).rstrip('.') or type(error).__name__}."
             if self.reported.get(subject) != reported[subject]:
-                print(reported[subject], file=sys.stderr, flush=True)
+                print(one_line(reported[subject]), file=sys.stderr, flush=True)
                 if not isinstance(error, PipelineError):
                     traceback.print_exception(error)
         self.reported = reported
