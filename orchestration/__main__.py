@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 # Beyond these, a command imports what it needs: --help is there at once.
 from orchestration.errors import DeploymentsError, PipelineError
+from orchestration.terminal import printable_output
 
 if TYPE_CHECKING:
     from orchestration.api import Server
@@ -294,16 +295,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Of a short life: looking for garbage costs a quarter of what Prefect's import takes, and again at the end.
         gc.disable()
         atexit.register(gc.freeze)
-    try:
-        return asyncio.run(COMMANDS[options.command](options))
-    except PipelineError as error:
-        print(f"{error}{'' if str(error).endswith('.') else '.'}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("\nInterrupted. Run it again: what is done is kept.", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        return FAILED
+    with printable_output():
+        try:
+            return asyncio.run(COMMANDS[options.command](options))
+        except PipelineError as error:
+            print(f"{error}{'' if str(error).endswith('.') else '.'}", file=sys.stderr)
+            return FAILED
+        except KeyboardInterrupt:
+            print("\nInterrupted. Run it again: what is done is kept.", file=sys.stderr)
+            return INTERRUPTED
+        except BrokenPipeError:
+            return FAILED
 
 
 if __name__ == "__main__":

@@ -182,7 +182,7 @@ class Api:
             given = template.get("variables", {}).get("properties", {}).get(name, {}).get("default")
         try:
             return DISRUPTION_RETRIES if given is None else int(given)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return DISRUPTION_RETRIES
 
     def give_back(self, leases: list[str]) -> list[str]:
@@ -487,10 +487,22 @@ class Supervisor:
         """Draw on the budget for disruptions, once: which retry this is, and of how many."""
         if self._counted is None:
             budget = self._api.disruption_retries(run)
-            number = int((run.get("labels") or {}).get(DISRUPTIONS) or 0) + 1
+            number = whole_number((run.get("labels") or {}).get(DISRUPTIONS)) + 1
             self._api.label({DISRUPTIONS: number} if number <= budget else {CAUSE: "disruption"})
             self._counted = number, budget
         return self._counted
+
+
+def whole_number(given: object) -> int:
+    """Return the whole number from 0 to 2**63 - 1 that a label, an annotation or a report holds; 0 if it holds none.
+
+    A flow run and its user can write anything there.
+    """
+    try:
+        number = int(given or 0)  # type: ignore[call-overload]
+    except (TypeError, ValueError, OverflowError):
+        return 0
+    return int(number) if 0 <= number < 2**63 else 0
 
 
 def after_sigterm(number: int, budget: int, now: datetime) -> dict[str, Any]:

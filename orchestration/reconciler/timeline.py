@@ -16,6 +16,7 @@ from orchestration.reconciler.causes import JOB_REFUSED, NO_JOB, OF_STATE, PAGES
 from orchestration.reconciler.decide import LOG, LOST, SETTLED, UNCLAIMED
 from orchestration.reconciler.ends import ENDED
 from orchestration.reconciler.facts import FINAL
+from orchestration.terminal import one_line
 
 PATIENCE = timedelta(seconds=60)
 """How long a run may be late, claimed or to be cancelled before it counts as stuck."""
@@ -366,10 +367,10 @@ def show_runs(runs: Sequence[JSON], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(runs, indent=2))
         return
-    width = max((len(each["name"]) for each in runs), default=0)
-    states = max((len(each["state"]) for each in runs), default=0)
-    for each in runs:
-        print(f"{each['name']:<{width}}  {each['state']:<{states}}  {each['why']}")
+    rows = [tuple(one_line(each[name]) for name in ("name", "state", "why")) for each in runs]
+    width, states = (max((len(each[column]) for each in rows), default=0) for column in (0, 1))
+    for name, state, why in rows:
+        print(f"{name:<{width}}  {state:<{states}}  {why}")
     if not runs:
         print("None.")
 

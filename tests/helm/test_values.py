@@ -356,7 +356,8 @@ def test_example_of_the_work_pool_is_synced_to_a_fresh_server(
     given_values = yaml.safe_load(example.read_text())
     file = tmp_path / "pool.yaml"
     file.write_text(acceptance.synced_file(rendered("prefect-work-pool", given_values)))
-    wanted = desired.read([ROOT / "prefect.yaml", file], owner=f"the tests of {example.stem}", directory=ROOT)
+    # One owner: a server on SQLite may make what was asked for twice after the test before has deleted it.
+    wanted = desired.read([ROOT / "prefect.yaml", file], owner="the tests of examples", directory=ROOT)
 
     async def synced() -> None:
         async with connected() as api:

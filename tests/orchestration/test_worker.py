@@ -45,6 +45,9 @@ def nothing() -> None:
     """What the runs would do; none of them gets to it."""
 
 
+pytestmark = pytest.mark.usefixtures("closed_worker_channels")
+
+
 @pytest.fixture(autouse=True)
 def alone() -> Iterator[None]:
     """Workers that watch no cluster, and whose logs stay here."""

@@ -106,6 +106,19 @@ def test_what_keeps_a_run_from_being_claimed(pool: Pool, capsys: pytest.CaptureF
     assert f"{late['name']}  " in capsys.readouterr().out
 
 
+def test_commands_print_control_characters_of_runs_as_escapes(pool: Pool, capsys: pytest.CaptureFixture[str]) -> None:
+    name = f"{pool.name}\x1b[2J\nheron"
+    run = pool.run({"type": "CRASHED", "message": "\x1b]0;title\x07"}, name=name)
+    pool.run({"type": "RUNNING"}, name=name)
+    capsys.readouterr()
+    main(["runs"])
+    main(["why", run["id"]])
+    shown = "".join(capsys.readouterr())
+    assert f"{pool.name}\\x1b[2J\\nheron  Running" in shown
+    assert "\\x1b]0;title\\x07" in shown
+    assert not set(shown) & {"\x1b", "\x07"}
+
+
 DEAD = "Pod x on n ended with exit code 137 (SIGKILL). The end of its log:\nOOMKilled: as a line of a log"
 TOMORROW = {"scheduled_time": (datetime.now(UTC) + timedelta(days=1)).isoformat()}
 
