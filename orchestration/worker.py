@@ -1,6 +1,7 @@
 """The Kubernetes worker, with what Prefect's own lacks.
 
     python -m orchestration.worker --pool default [--namespace NS] [--queue NAME]... [--limit N] [--name NAME]
+                                   [--template FILE]
 
 With `--namespace` its Jobs go there, whatever the pool says: beside the worker, where its Role covers them, so that
 workers of several namespaces and clusters can share a pool.
@@ -29,6 +30,7 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -47,8 +49,10 @@ from prefect.utilities.engine import propose_state
 from prefect_kubernetes.settings import KubernetesSettings
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration, KubernetesWorkerResult
 
-from orchestration.errors import ClusterError
-from orchestration.execution import DEADLINE, claim_of
+from orchestration import jobtemplate
+from orchestration.errors import ClusterError, SettingsError
+from orchestration.execution import CAUSE, DEADLINE, claim_of
+from orchestration.jobtemplate import RefusedVariableError
 from orchestration.prefect_compat.workers import CompatibleWorker, watched_kinds
 from orchestration.reconciler import causes
 from orchestration.reconciler.cluster import certificate_hash, connected
@@ -79,11 +83,14 @@ class Worker(CompatibleWorker):
 
     Args:
         namespace: where its Jobs go; None leaves that to the pool's base job template.
+        template: the base job template of its release; None takes that of the server's pool.
         options: those of Prefect's worker.
     """
 
-    def __init__(self, namespace: str | None = None, **options: Any) -> None:
+    def __init__(self, namespace: str | None = None, template: dict[str, Any] | None = None, **options: Any) -> None:
         super().__init__(**options)
+        if template:
+            self.job_configuration = jobtemplate.configuration_of(template)
         self._namespace = namespace
         self._cluster = ""
         self._draining = False
@@ -177,6 +184,11 @@ class Worker(CompatibleWorker):
             self.logger.warning("The claim of run %s is let go: %s.", flow_run.name, error or type(error).__name__)
         elif error is None:
             await super().report_refusal(flow_run, message, client)
+        elif isinstance(error, RefusedVariableError):
+            with contextlib.suppress(Abort, ObjectNotFound, HTTPError):
+                # The reconciler tries no run again that a person has to cure.
+                await self.client.update_flow_run_labels(flow_run.id, {CAUSE: "start"})
+                await super().report_refusal(flow_run, f"{causes.NO_JOB}{error}.", client)
         else:
             try:
                 state = await self._refused(flow_run, error)
@@ -366,10 +378,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--queue", action="append", help="only this queue of it; may be repeated")
     parser.add_argument("--limit", type=int, help="how many runs it submits at once")
     parser.add_argument("--name", help="the worker's name; else one of its own")
+    parser.add_argument("--template", type=Path, help="the base job template, as JSON; else that of the pool")
     options = parser.parse_args(arguments)
     settings = get_current_settings().worker
+    try:
+        template = jobtemplate.read(options.template) if options.template else None
+    except SettingsError as error:
+        print(f"{error}.", file=sys.stderr)
+        return 1
     worker = Worker(
         namespace=options.namespace,
+        template=template,
         name=options.name,
         work_pool_name=options.pool,
         work_queues=options.queue,

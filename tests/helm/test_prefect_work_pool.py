@@ -153,6 +153,7 @@ def test_what_there_is_by_default() -> None:
         "ClusterRole/prefect:test-prefect-work-pool",
         "ClusterRoleBinding/prefect:test-prefect-work-pool",
         "ConfigMap/test-prefect-work-pool-sync",
+        "ConfigMap/test-prefect-work-pool-worker",
         "Deployment/test-prefect-work-pool-drift",
         "Deployment/test-prefect-work-pool-reconciler",
         "Deployment/test-prefect-work-pool-worker",
@@ -189,7 +190,8 @@ def test_all_features_at_once() -> None:
     assert worker["containers"][0]["args"] == [
         "python", "-m", "orchestration.worker", "--pool", "etl",
         "--name", "$(POD_NAME)", "--namespace", "$(NAMESPACE)",
-        "--queue", "urgent", "--queue", "later", "--limit", "20", "--name", "first",
+        "--queue", "urgent", "--queue", "later", "--limit", "20",
+        "--template", "/etc/prefect-pool/base-job-template.json", "--name", "first",
     ]  # fmt: skip
     variables = environment(worker["containers"][0])
     assert variables["PREFECT_API_URL"] == "https://test.example.com/api"
