@@ -49,5 +49,6 @@ def test_run_cannot_give_the_next_run_another_identity(pool: Pool, api: httpx.Cl
 
     # The reconciler has looked several times since.
     history = api.get("/flow_run_states/", params={"flow_run_id": refused}).raise_for_status().json()
+    history.sort(key=lambda each: each["timestamp"])
     assert [each["name"] for each in history] == ["Scheduled", "Pending", "Crashed"]
     assert not pool.namespace.kubectl("get", "jobs", "-l", f"prefect.io/flow-run-id={refused}", "-o", "name")
