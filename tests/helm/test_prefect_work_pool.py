@@ -173,6 +173,8 @@ def test_what_there_is_by_default() -> None:
         "ServiceAccount/test-prefect-work-pool-reconciler",
         "ServiceAccount/test-prefect-work-pool-runs",
         "ServiceAccount/test-prefect-work-pool-worker",
+        "ValidatingAdmissionPolicy/prefect-test-prefect-work-pool-worker",
+        "ValidatingAdmissionPolicyBinding/prefect-test-prefect-work-pool-worker",
     ]
 
 
@@ -717,3 +719,19 @@ def test_what_cannot_work_is_refused_with_its_key_and_cure(values: Object, messa
     with pytest.raises(ClusterError) as caught:
         render("prefect-work-pool", values)
     assert message in str(caught.value)
+
+
+def test_admission_policy_names_what_runs_refer_to() -> None:
+    policy = one(render("prefect-work-pool", MAXIMAL), "ValidatingAdmissionPolicy", "prefect-pool-worker")
+    variables = {each["name"]: each["expression"] for each in policy["spec"]["variables"]}
+    assert "all-settings" not in variables["secrets"], "of the worker alone"
+    assert "warehouse" in json.loads(variables["secrets"])
+    assert json.loads(variables["configMaps"]) == ["ca", "flows"]
+    assert variables["chosen"] == "false"
+    chosen = _with(runs={"variables": {"team": {"type": "string"}}, "envFrom": [{"secretRef": {"name": "{{ team }}"}}]})
+    policy = one(
+        render("prefect-work-pool", chosen), "ValidatingAdmissionPolicy", "prefect-test-prefect-work-pool-worker"
+    )
+    assert {each["name"]: each["expression"] for each in policy["spec"]["variables"]}["chosen"] == "true"
+    without = inventory(render("prefect-work-pool", _with(admissionPolicy={"enabled": False})))
+    assert not [name for name in without if name.startswith("ValidatingAdmission")]
