@@ -34,7 +34,9 @@ def test_each_diagnosis_has_its_page_and_each_page_its_diagnosis() -> None:
     folder = page("crash").parent
     assert {each.stem for each in folder.iterdir()} == DIAGNOSES
     for each in DIAGNOSES:
-        assert f"(diagnoses/{each}.md)" in (ROOT / "docs/runs.md").read_text(), f"the table leaves out {each}"
+        assert f"(../diagnoses/{each}.md)" in (ROOT / "docs/explanation/how-runs-survive.md").read_text(), (
+            f"the table leaves out {each}"
+        )
 
 
 def test_each_state_of_a_pod_that_waits_has_a_page_that_names_it() -> None:
