@@ -40,6 +40,8 @@ READERS = {
     "orchestration/results.py": "tests/orchestration/test_results.py tests/orchestration/test_durable.py",
     "prefect.yaml": f"tests/orchestration/deployments/* {IMAGE}",
     "docs/*": "tests/test_repository.py",
+    "docs/diagnoses/*": "tests/orchestration/test_diagnoses.py tests/orchestration/reconciler/test_causes.py",
+    "orchestration/diagnoses/*": "tests/orchestration/test_diagnoses.py",
     "*.md": "tests/test_repository.py",
     "tests/cluster/*": "tests/cluster/* tests/docker/* tests/e2e/*",
     ".ci/*": "tests/test_repository.py",

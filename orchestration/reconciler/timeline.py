@@ -9,10 +9,11 @@ from logging import WARNING
 from typing import Any
 from urllib.parse import quote
 
+from orchestration import diagnoses
 from orchestration.api import CLOCK, JSON, Server
 from orchestration.errors import ApiError
 from orchestration.execution import CAUSE, GIVEN_AWAY
-from orchestration.reconciler.causes import JOB_REFUSED, NO_JOB, OF_STATE, PAGES, STARTING, Diagnosis, of_sentence
+from orchestration.reconciler.causes import JOB_REFUSED, NO_JOB, OF_STATE, STARTING, Diagnosis, of_sentence
 from orchestration.reconciler.decide import LOG, LOST, SETTLED, UNCLAIMED
 from orchestration.reconciler.ends import ENDED
 from orchestration.reconciler.facts import FINAL
@@ -241,8 +242,8 @@ class Finding:
 
     @property
     def pages(self) -> list[str]:
-        """Where it is written what that means and what cures it."""
-        return [PAGES.format(each) for each in self.diagnoses]
+        """Return the paths of the diagnoses' pages."""
+        return [diagnoses.path(each) for each in self.diagnoses]
 
 
 async def diagnosis(server: Server, run: Mapping[str, Any]) -> Finding:
@@ -376,7 +377,7 @@ def show_runs(runs: Sequence[JSON], *, as_json: bool) -> None:
 
 
 def show(moments: Sequence[Moment], found: Finding, *, as_json: bool) -> None:
-    """Print a timeline, and below it the diagnosis and where to read about it."""
+    """Print a timeline, and below it the diagnosis and the title and path of each page about it."""
     if as_json:
         lines = [each.json() for each in moments]
         print(json.dumps({"timeline": lines, "diagnosis": found.sentence, "see": found.pages}, indent=2))
@@ -390,5 +391,5 @@ def show(moments: Sequence[Moment], found: Finding, *, as_json: bool) -> None:
         for below in more:
             print(f"{'':<{width + 23}}{below}")
     print(f"\n{found.sentence}")
-    if found.pages:
-        print(f"See {' and '.join(found.pages)}")
+    for name in found.diagnoses:
+        print(f"{diagnoses.title(name)}. See {diagnoses.path(name)}, or run: orchestrate explain {name}")

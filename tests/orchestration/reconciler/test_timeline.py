@@ -20,6 +20,7 @@ from prefect_kubernetes import observer
 from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerResult
 
 from orchestration.__main__ import main
+from orchestration.diagnoses import title
 from orchestration.execution import CAUSE, after_sigterm
 from orchestration.reconciler import ends
 from orchestration.reconciler.causes import EXPIRED, LOST_NODE, NO_JOB
@@ -171,8 +172,10 @@ def test_the_pages_of_a_diagnosis(
     pages = [f"docs/diagnoses/{each}.md" for each in diagnoses]
     assert why(run, capsys)["see"] == pages
     main(["why", run["id"]])
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last == f"See {' and '.join(pages)}" if pages else not last.startswith("See ")
+    shown = capsys.readouterr().out
+    see = [f"{title(each)}. See docs/diagnoses/{each}.md, or run: orchestrate explain {each}" for each in diagnoses]
+    assert shown.splitlines()[len(shown.splitlines()) - len(see) :] == see
+    assert shown.count("orchestrate explain") == len(see)
 
 
 def clock(time: datetime) -> str:
@@ -288,7 +291,10 @@ def test_the_whole_way_of_a_run(pool: Pool, capsys: pytest.CaptureFixture[str]) 
     assert main(["why", run["name"]]) == 0
     shown = capsys.readouterr().out
     assert "  log     a line\n" in shown
-    assert shown.endswith("It is Crashed: Pod heron-1-pod was killed.\nSee docs/diagnoses/crash.md\n")
+    assert shown.endswith(
+        f"It is Crashed: Pod heron-1-pod was killed.\n{title('crash')}. "
+        "See docs/diagnoses/crash.md, or run: orchestrate explain crash\n"
+    )
 
 
 def test_a_pod_that_the_reconciler_saw_ended_is_told_by_it_alone(
