@@ -30,6 +30,7 @@ CHARTS = "tests/helm/test_charts.py tests/helm/test_environments.py tests/helm/t
 READERS = {
     "helm/prefect-server/*": f"tests/helm/test_prefect_server.py {CHARTS}",
     "helm/prefect-work-pool/*": f"tests/helm/test_prefect_work_pool.py tests/orchestration/environment/* {CHARTS}",
+    "helm/*/values*": "tests/test_how_to.py",
     "helm/environments/*": "tests/helm/test_environments.py tests/orchestration/environment/* tests/e2e/*",
     "k8s/*": "tests/helm/test_environments.py tests/k8s/* tests/e2e/*",
     "docker/*": IMAGE,
@@ -40,6 +41,7 @@ READERS = {
     "orchestration/results.py": "tests/orchestration/test_results.py tests/orchestration/test_durable.py",
     "prefect.yaml": f"tests/orchestration/deployments/* {IMAGE}",
     "docs/*": "tests/test_repository.py",
+    "docs/how-to/*": "tests/test_how_to.py",
     "*.md": "tests/test_repository.py",
     "tests/cluster/*": "tests/cluster/* tests/docker/* tests/e2e/*",
     ".ci/*": "tests/test_repository.py",
