@@ -30,7 +30,6 @@ CHARTS = "tests/helm/test_charts.py tests/helm/test_environments.py tests/helm/t
 READERS = {
     "helm/prefect-server/*": f"tests/helm/test_prefect_server.py {CHARTS}",
     "helm/prefect-work-pool/*": f"tests/helm/test_prefect_work_pool.py tests/orchestration/environment/* {CHARTS}",
-    "helm/*/values*": "tests/test_how_to.py",
     "helm/environments/*": "tests/helm/test_environments.py tests/orchestration/environment/* tests/e2e/*",
     "k8s/*": "tests/helm/test_environments.py tests/k8s/* tests/e2e/*",
     "docker/*": IMAGE,
@@ -41,7 +40,6 @@ READERS = {
     "orchestration/results.py": "tests/orchestration/test_results.py tests/orchestration/test_durable.py",
     "prefect.yaml": f"tests/orchestration/deployments/* {IMAGE}",
     "docs/*": "tests/test_repository.py",
-    "docs/how-to/*": "tests/test_how_to.py",
     "*.md": "tests/test_repository.py",
     "tests/cluster/*": "tests/cluster/* tests/docker/* tests/e2e/*",
     ".ci/*": "tests/test_repository.py",
@@ -49,6 +47,8 @@ READERS = {
     "Makefile": "tests/test_makefile.py tests/test_readme.py tests/test_repository.py tests/e2e/*",
     "pyproject.toml": "tests/*",
     "uv.lock": "tests/*",
+    "docs/how-to/*": "tests/test_how_to.py",
+    "helm/*/values*": "tests/test_how_to.py",
 }
 """The test files that read what no import shows, by the files that they read."""
 
