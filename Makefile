@@ -126,7 +126,7 @@ down: cluster-down ## take the local cluster away, with all that is on it
 deploy: .venv/ready ## bring ENV to what the checkout says: charts, pool, deployments; FORCE=1 also where nothing changed
 	@$(ENVIRONMENT) deploy $(TARGET) $(if $(FORCE),--force)
 
-plan: .venv/ready ## what a deploy would change; scripts ask python -m orchestration.environment plan, see docs/deploying.md
+plan: .venv/ready ## what a deploy would change; scripts ask python -m orchestration.environment plan, see docs/how-to/deploy.md
 	@$(ENVIRONMENT) plan $(TARGET)
 
 rollback: .venv/ready ## take back the newest deploy: image, charts, pool, deployments

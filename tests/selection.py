@@ -49,6 +49,8 @@ READERS = {
     "Makefile": "tests/test_makefile.py tests/test_readme.py tests/test_repository.py tests/e2e/*",
     "pyproject.toml": "tests/*",
     "uv.lock": "tests/*",
+    "docs/how-to/*": "tests/test_how_to.py",
+    "helm/*/values*": "tests/test_how_to.py",
 }
 """The test files that read what no import shows, by the files that they read."""
 

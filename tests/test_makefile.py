@@ -82,7 +82,7 @@ def test_preview_that_fails_stops_make(make: Make) -> None:
 
 @pytest.mark.parametrize("status", [0, 1, 2])
 def test_make_plan_says_no_more_than_that_its_command_failed(tmp_path: Path, status: int) -> None:
-    """As docs/deploying.md has it: scripts call the command."""
+    """As docs/how-to/deploy.md has it: scripts call the command."""
     (tmp_path / "python").write_text(f'#!/bin/sh\ncase "$*" in *environment*) exit {status} ;; esac\n')
     (tmp_path / "python").chmod(0o755)
     command = ["make", "--old-file", ".venv/ready", "plan", f"BIN={tmp_path}"]

@@ -146,7 +146,7 @@ def test_a_variable_is_known_where_it_is_used(folder: str) -> None:
 
 
 def test_the_pages_name_what_there_is() -> None:
-    page = (ROOT / "docs" / "workers.md").read_text()
+    page = (ROOT / "docs" / "how-to" / "workers-without-helm.md").read_text()
     for folder in re.findall(r"-k (k8s/\S+)", page):
         assert (ROOT / folder / "kustomization.yaml").exists(), folder
     secret = (K8S / EXAMPLE / "kustomization.yaml").read_text().split("its Secret")[1].split("apiVersion")[0]

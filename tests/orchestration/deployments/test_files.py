@@ -195,7 +195,9 @@ def test_anchors_and_the_environment(folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_example_of_the_docs_is_right(folder: Path) -> None:
-    (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "deployments.md").read_text(), re.DOTALL)
+    (example,) = re.findall(
+        r"```yaml\n(.*?)```", (ROOT / "docs" / "how-to" / "manage-deployments.md").read_text(), re.DOTALL
+    )
     (folder / "teams").mkdir()
     (folder / "teams" / "a.yaml").write_text("deployments: []\n")
     (folder / "flows").mkdir()
