@@ -9,8 +9,8 @@ import ast
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -256,8 +256,7 @@ def values(chart: str) -> str:
     for key, value in root.value:
         rule = schema_text["properties"][key.value]
         if isinstance(value, yaml.MappingNode) and value.value:
-            intro = sentence(_comments(lines, key.start_mark.line))
-            # A section of which the schema knows no more than a kind: `pod`, say.
+            intro = textwrap.fill(sentence(_comments(lines, key.start_mark.line)), 120, break_on_hyphens=False)
             sections.append((key.value, intro, list(rows(value, rule, key.value))))
         else:
             only = yaml.MappingNode(root.tag, [(key, value)], flow_style=False)
@@ -294,7 +293,10 @@ def commands() -> str:
     text = f"{NOTE.format('orchestration/__main__.py')}\n"
     for name, command in chosen.choices.items():
         shown = [each for each in command._actions if not isinstance(each, argparse._HelpAction)]
-        usage = " ".join(["orchestrate", name, *map(_usage, shown)])
+        # An argument and its value stay on one line.
+        words = ["orchestrate", name, *(_usage(each).replace(" ", "\0") for each in shown)]
+        usage = textwrap.fill(" ".join(words), 100, subsequent_indent="    ", break_on_hyphens=False)
+        usage = usage.replace("\0", " ")
         text += f"\n### orchestrate {name}\n\n{sentence(helps[name])}\n\n```text\n{usage}\n```\n"
         rows = [[code(_form(each)), _default(each), sentence(each.help or _common_option(each))] for each in shown]
         text += f"\n{table(('Argument', 'Default', 'Meaning'), rows)}" if rows else ""
@@ -302,7 +304,14 @@ def commands() -> str:
 
 
 def _common_option(action: argparse.Action) -> str:
-    return {"every": "seconds between two rounds"}[action.dest]
+    """Return the text of an argument without a help text.
+
+    Raises:
+        LookupError: there is none.
+    """
+    if action.dest == "every":
+        return "seconds between two rounds"
+    raise LookupError(f"{_form(action)} has no help text. Add one in orchestration/__main__.py.")
 
 
 def _metavar(action: argparse.Action) -> str:
@@ -428,7 +437,9 @@ def _tokens(objects: list[Object]) -> str:
     rows = []
     for name, spec in sorted(pod_specs(objects).items()):
         account = spec.get("serviceAccountName", "default")
-        mounted = spec.get("automountServiceAccountToken", accounts.get(account, {}).get("automountServiceAccountToken"))
+        mounted = spec.get(
+            "automountServiceAccountToken", accounts.get(account, {}).get("automountServiceAccountToken")
+        )
         rows.append([code(name), code(account), "yes" if mounted is not False else "no"])
     return "## API tokens\n\n" + table(("Pods of", "ServiceAccount", "Token mounted"), rows)
 
