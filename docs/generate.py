@@ -424,10 +424,23 @@ def _rules(objects: list[Object]) -> str:
                 for resource in rule["resources"]:
                     for verb in rule["verbs"]:
                         shown = code(f"{resource}.{group}" if group else resource)
-                        row = [shown, names or "all", scope, code(verb), REASONS[component][f"{resource} {verb}"]]
+                        row = [shown, names or "all", scope, code(verb), _reason(component, resource, verb)]
                         sections.setdefault(component, []).append(row)
     head = ("Resource", "Names", "Scope", "Verb", "Why")
     return "\n".join(f"### {name}\n\n{table(head, rows)}" for name, rows in sorted(sections.items(), reverse=True))
+
+
+def _reason(component: str, resource: str, verb: str) -> str:
+    """Return why a component has a verb of a resource.
+
+    Raises:
+        LookupError: no reason is known.
+    """
+    if text := REASONS.get(component, {}).get(f"{resource} {verb}"):
+        return text
+    raise LookupError(
+        f"{component} may {verb} {resource}, and nothing says why. Add it to REASONS in docs/generate.py."
+    )
 
 
 def _tokens(objects: list[Object]) -> str:

@@ -24,7 +24,7 @@ def test_verb_without_a_reason_is_refused() -> None:
     }
     reference = {"kind": "Role", "name": metadata["name"]}
     binding = {"kind": "RoleBinding", "metadata": metadata, "roleRef": reference, "subjects": [metadata]}
-    with pytest.raises(LookupError, match="secrets get"):
+    with pytest.raises(LookupError, match="worker may get secrets, and nothing says why"):
         generate._rules([role, binding])
 
 
