@@ -69,6 +69,9 @@ SELECTED = $(if $(CHANGED),$$($(BIN)/python -m tests.selection$(if $(filter-out 
 # Not empty where the tests may use a cluster, which is made first but for CLUSTER=none.
 USES_CLUSTER = $(if $(CHANGED),,$(filter tests tests/cluster% tests/docker% tests/e2e%,$(TESTS)))
 
+# With --quiet, --strict would accept a broken link.
+SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # $(call stage,NAME,COMMAND): run it and say what it took.
 stage = @printf '\n== %s\n' '$(1)'; start=$$SECONDS; status=0; { $(2); } || status=$$?; \
 	printf '== %s: %s in %s s\n' '$(1)' "$$([ $$status = 0 ] && echo ok || echo FAILED)" "$$((SECONDS - start))"; exit $$status
@@ -179,6 +182,7 @@ test: .venv/ready ## check the code and run all tests, PROCESSES=5 at once; TEST
 	$(call stage,ruff,$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check .)
 	$(call stage,yamllint,$(BIN)/yamllint -s .)
 	$(call stage,codespell,$(BIN)/codespell)
+	$(call stage,docs-site,$(SITE))
 	$(call stage,shellcheck and hadolint,$(BIN)/shellcheck docker/build docker/sbom docker/stack tests/cluster/databases/entrypoint k8s/overlays/local/warehouse/secret .ci/run && $(BIN)/hadolint docker/Dockerfile tests/cluster/databases/Dockerfile)
 	$(call stage,sqlfluff,$(BIN)/sqlfluff lint -q flows/warehouse --nocolor)
 	$(if $(and $(USES_CLUSTER),$(filter-out none,$(or $(CLUSTER),any))),$(call stage,mypy and the cluster beside it,$(BIN)/mypy & { $(BIN)/python -m tests.cluster up || [ -z "$${CI:-}$(CLUSTER)" ]; } && wait $$!),$(call stage,mypy,$(BIN)/mypy))
@@ -216,7 +220,7 @@ docs: .venv/ready ## write the generated parts of docs/reference
 	@$(BIN)/python -m docs.generate
 
 docs-site: .venv/ready ## build the docs as a site in build/site; a broken link fails
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@$(SITE)
 
 clean: ## remove the environment and what tools left behind; the warehouse stays
 	rm -rf .venv .uv .mypy_cache .pytest_cache .ruff_cache build/site flows/warehouse/target flows/warehouse/logs
