@@ -490,24 +490,36 @@ def current(name: str) -> str:
 
 
 def write(name: str) -> None:
-    """Bring a block up to date."""
+    """Bring a block up to date.
+
+    Raises:
+        LookupError: its page does not have it, or a text for it is missing.
+        MissingProgramError, ClusterError: helm is not here, or refuses the values.
+    """
     page, make = BLOCKS[name]
     text = (REFERENCE / page).read_text()
     block = f"<!-- begin {name} -->\n\n{make()}\n<!-- end {name} -->"
-    written = re.sub(rf"<!-- begin {name} -->.*?<!-- end {name} -->", lambda _: block, text, flags=re.S)
+    written, number = re.subn(rf"<!-- begin {name} -->.*?<!-- end {name} -->", lambda _: block, text, flags=re.S)
+    if not number:
+        raise LookupError(f"it has no block. Add `<!-- begin {name} -->` and `<!-- end {name} -->`.")
     (REFERENCE / page).write_text(written)
 
 
-def main() -> None:
-    """Bring all blocks up to date; without helm, all but those that need helm."""
+def main() -> int:
+    """Bring all blocks up to date; without helm, all but those that need helm. Return the exit status."""
     from tests.cluster.binaries import MissingProgramError
+    from tests.cluster.progress import ClusterError
 
-    for name in BLOCKS:
+    for name, (page, _) in BLOCKS.items():
         try:
             write(name)
         except MissingProgramError as error:
-            print(f"docs/reference/{BLOCKS[name][0]} stays as it is: {error}.", file=sys.stderr)
+            print(f"docs/reference/{page} stays as it is: {error}.", file=sys.stderr)
+        except (LookupError, ClusterError) as error:
+            print(f"docs/reference/{page} cannot be written: {error}", file=sys.stderr)
+            return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,6 +18,7 @@ from orchestration import execution, reconciler
 from orchestration.deployments import watch
 from orchestration.reconciler import causes, decide, ends, podevents, timeline
 from orchestration.settings import ROOT
+from tests.cluster.binaries import MissingProgramError
 
 DOCS = ROOT / "docs"
 REFERENCE = DOCS / "reference"
@@ -64,6 +65,31 @@ def test_comment_is_shown_as_a_sentence(comment: str, shown: str) -> None:
 def test_key_without_a_text_is_refused() -> None:
     with pytest.raises(LookupError, match=r"worker\.somethingNew has no comment in values\.yaml.*Add a comment"):
         generate._common_text("worker.somethingNew")
+
+
+def test_without_helm_the_page_of_rbac_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def rbac() -> str:
+        raise MissingProgramError("helm is not here")
+
+    old = {
+        page: f"before\n<!-- begin {page[0]} -->\nold\n<!-- end {page[0]} -->\nafter\n" for page in ("rbac.md", "m.md")
+    }
+    for page, text in old.items():
+        (tmp_path / page).write_text(text)
+    blocks = {"r": ("rbac.md", rbac), "m": ("m.md", lambda: "new\n")}
+    monkeypatch.setattr(generate, "REFERENCE", tmp_path)
+    monkeypatch.setattr(generate, "BLOCKS", blocks)
+    assert generate.main() == 0
+    assert (tmp_path / "rbac.md").read_text() == old["rbac.md"]
+    assert generate.current("m") == "new\n"
+    assert capsys.readouterr().err == "docs/reference/rbac.md stays as it is: helm is not here.\n"
+
+    monkeypatch.setattr(generate, "BLOCKS", {"x": ("m.md", lambda: "new\n")})
+    assert generate.main() == 1
+    error = "docs/reference/m.md cannot be written: it has no block. Add `<!-- begin x -->` and `<!-- end x -->`.\n"
+    assert capsys.readouterr().err == error
 
 
 # Commands
