@@ -189,6 +189,16 @@ def test_dropped_words_are_found_in_prose_alone() -> None:
     assert _dropped(page) == ["anew", "nobody"]
 
 
+def test_every_page_is_reachable_from_the_index() -> None:
+    found, left = set(), [DOCS / "index.md"]
+    while left:
+        page = left.pop()
+        if page not in found and page.is_relative_to(DOCS) and page.suffix == ".md" and page.is_file():
+            found.add(page)
+            left += [(page.parent / link).resolve() for link in re.findall(r"\]\(([^)#:]+)", page.read_text())]
+    assert sorted(str(page.relative_to(ROOT)) for page in set(DOCS.rglob("*.md")) - found) == []
+
+
 # Completeness of reference pages
 
 
