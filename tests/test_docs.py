@@ -12,7 +12,7 @@ from typing import get_args
 
 import pytest
 
-from docs import generate
+from docs import generate, site_hooks
 from orchestration import __main__ as program
 from orchestration import execution, reconciler
 from orchestration.deployments import watch
@@ -197,6 +197,18 @@ def test_every_page_is_reachable_from_the_index() -> None:
             found.add(page)
             left += [(page.parent / link).resolve() for link in re.findall(r"\]\(([^)#:]+)", page.read_text())]
     assert sorted(str(page.relative_to(ROOT)) for page in set(DOCS.rglob("*.md")) - found) == []
+
+
+@pytest.mark.parametrize(
+    ("repository", "outside"),
+    [("https://example.com/a/b/", "[code](https://example.com/a/b/blob/main/helm/x.yaml#L1)"), ("", "code")],
+)
+def test_site_links_to_files_outside_of_docs_lead_to_the_repository(repository: str, outside: str) -> None:
+    page = types.SimpleNamespace(file=types.SimpleNamespace(src_uri="how-to/a.md"))
+    kept = "[b](b.md#c), [d](../dbt.md), [e](#f), [g](https://example.com/../h), "
+    config = types.SimpleNamespace(repo_url=repository)
+    markdown = site_hooks.on_page_markdown(f"{kept}[code](../../helm/x.yaml#L1)", page, config)
+    assert markdown == kept + outside
 
 
 # Completeness of reference pages
