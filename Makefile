@@ -76,6 +76,9 @@ SELECTED = $(if $(CHANGED),$$($(BIN)/python -m tests.selection$(if $(filter-out 
 # Not empty where the tests may use a cluster, which is made first but for CLUSTER=none.
 USES_CLUSTER = $(if $(CHANGED),,$(filter tests tests/cluster% tests/docker% tests/e2e%,$(TESTS)))
 
+# With --quiet, --strict would accept a broken link.
+SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # $(call stage,NAME,COMMAND): run it and say what it took.
 stage = @printf '\n== %s\n' '$(1)'; start=$$SECONDS; status=0; { $(2); } || status=$$?; \
 	printf '== %s: %s in %s s\n' '$(1)' "$$([ $$status = 0 ] && echo ok || echo FAILED)" "$$((SECONDS - start))"; exit $$status
@@ -98,15 +101,15 @@ worker: .venv/ready ## start a worker that executes deployments' runs as process
 	@$(BIN)/prefect worker start --pool default --type process
 
 ##@ Warehouse
-.PHONY: psql dbt docs stop
+.PHONY: psql dbt dbt-docs stop
 psql: .venv/ready ## open psql on the warehouse
 	@$(WAREHOUSE) exec psql
 
 dbt: .venv/ready ## run a dbt command on the warehouse, CMD="build --select route_performance"
 	@$(WAREHOUSE) exec $(BIN)/dbt $(CMD) --project-dir flows/warehouse --profiles-dir flows/warehouse
 
-docs: PORT := $(if $(filter override,$(origin PORT)),$(PORT),8080)
-docs: .venv/ready ## make the dbt project's docs and serve them on http://localhost:8080, or PORT=
+dbt-docs: PORT := $(if $(filter override,$(origin PORT)),$(PORT),8080)
+dbt-docs: .venv/ready ## make the dbt project's docs and serve them on http://localhost:8080, or PORT=
 	@$(WAREHOUSE) exec $(BIN)/dbt docs generate --project-dir flows/warehouse --profiles-dir flows/warehouse
 	@$(WAREHOUSE) exec $(BIN)/dbt docs serve --port $(call quoted,$(PORT)) --no-browser --project-dir flows/warehouse --profiles-dir flows/warehouse
 
@@ -176,7 +179,7 @@ down-docker: ## stop what runs in Docker; databases and passwords stay
 	@docker/stack down
 
 ##@ Develop
-.PHONY: setup test test-long fix bench bench-deploys bench-dbt bench-deployments bench-reconciler bench-recovery picture clean
+.PHONY: setup test test-long fix bench bench-deploys bench-dbt bench-deployments bench-reconciler bench-recovery picture docs docs-site clean
 setup: .venv/ready ## create the environment in .venv
 
 # What a change affects is tested without a cluster, as one takes minutes.
@@ -185,6 +188,8 @@ test: .venv/ready ## check the code and run all tests, PROCESSES=5 at once; TEST
 	$(if $(USES_CLUSTER),@$(BIN)/python -m tests.cluster preview)
 	$(call stage,ruff,$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check .)
 	$(call stage,yamllint,$(BIN)/yamllint -s .)
+	$(call stage,codespell,$(BIN)/codespell)
+	$(call stage,docs-site,$(SITE))
 	$(call stage,shellcheck and hadolint,$(BIN)/shellcheck docker/build docker/sbom docker/stack tests/cluster/databases/entrypoint k8s/overlays/local/warehouse/secret .ci/run && $(BIN)/hadolint docker/Dockerfile tests/cluster/databases/Dockerfile)
 	$(call stage,sqlfluff,$(BIN)/sqlfluff lint -q flows/warehouse --nocolor)
 	$(if $(and $(USES_CLUSTER),$(filter-out none,$(or $(CLUSTER),any))),$(call stage,mypy and the cluster beside it,$(BIN)/mypy & { $(BIN)/python -m tests.cluster up || [ -z "$${CI:-}$(CLUSTER)" ]; } && wait $$!),$(call stage,mypy,$(BIN)/mypy))
@@ -218,8 +223,14 @@ bench-recovery: .venv/ready ## measure how soon a killed run goes on, KILLS=10 t
 picture: .venv/ready ## draw the pictures of README and docs
 	@$(BIN)/python -m docs.picture
 
+docs: .venv/ready ## write the generated parts of docs/reference
+	@$(BIN)/python -m docs.generate
+
+docs-site: .venv/ready ## build the docs as a site in build/site; a broken link fails
+	@$(SITE)
+
 clean: ## remove the environment and what tools left behind; the warehouse stays
-	rm -rf .venv .uv .mypy_cache .pytest_cache .ruff_cache flows/warehouse/target flows/warehouse/logs
+	rm -rf .venv .uv .mypy_cache .pytest_cache .ruff_cache build/site flows/warehouse/target flows/warehouse/logs
 
 .PHONY: help
 help: ## show this

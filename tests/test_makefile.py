@@ -9,7 +9,7 @@ import pytest
 
 from orchestration.settings import ROOT
 
-PROGRAMS = ("ruff", "yamllint", "shellcheck", "hadolint", "sqlfluff", "mypy", "pytest", "python")
+PROGRAMS = ("ruff", "yamllint", "codespell", "mkdocs", "shellcheck", "hadolint", "sqlfluff", "mypy", "pytest", "python")
 ALL = "--numprocesses 5 --dist loadfile --no-loadscope-reorder"
 
 Make = Callable[..., tuple[int, list[str]]]

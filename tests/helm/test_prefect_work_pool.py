@@ -428,7 +428,7 @@ def test_results_outlive_the_pod_in_a_block_of_the_releases_own(
 
 
 def test_the_storages_of_the_docs_are_values() -> None:
-    examples = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "durable.md").read_text(), re.DOTALL)
+    examples = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/explanation/durable-results.md").read_text(), re.DOTALL)
     shown = [yaml.safe_load(each) for each in examples]
     assert [each["runs"]["results"]["storage"] for each in shown] == ["volume", "s3", "redis"]
     for each in shown:

@@ -37,14 +37,6 @@ WORDS = {
 """What people search for, and the diagnosis whose page they want."""
 
 
-def test_packaged_pages_equal_those_of_docs() -> None:
-    pages, packaged = (
-        {each.name: each.read_bytes() for each in folder.glob("*.md")}
-        for folder in (ROOT / diagnoses.FOLDER, ROOT / "orchestration/diagnoses")
-    )
-    assert packaged == pages, "Run: cp docs/diagnoses/*.md orchestration/diagnoses/"
-
-
 def test_each_diagnosis_has_a_page_and_a_row_in_the_index() -> None:
     assert diagnoses.names() == sorted(get_args(Diagnosis))
     index = (ROOT / diagnoses.path(diagnoses.INDEX)).read_text()
@@ -80,9 +72,11 @@ def test_explain_lists_the_pages_if_the_word_means_none_or_several(
     assert shown.err.endswith("Name one of them: orchestrate explain NAME.\n")
 
 
-def test_explain_needs_neither_docs_nor_server(tmp_path: Path) -> None:
-    """The image holds orchestration/ alone."""
-    shutil.copytree(ROOT / "orchestration", tmp_path / "orchestration", ignore=shutil.ignore_patterns("__pycache__"))
+def test_explain_needs_no_server(tmp_path: Path) -> None:
+    """From the folders that the image has, by the Dockerfile."""
+    for folder in ("orchestration", diagnoses.FOLDER):
+        assert f"\nCOPY {folder} {folder}\n" in (ROOT / "docker/Dockerfile").read_text()
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-P", "-m", "orchestration", "explain", "oom"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "PREFECT_API_URL": "http://127.0.0.1:9/api"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)

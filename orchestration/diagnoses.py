@@ -1,25 +1,22 @@
-"""The pages of docs/diagnoses, which the image has no other copy of.
-
-`docs/diagnoses` is the source. The files here are copies, as the image holds `orchestration/` but not `docs/`; a test
-compares them byte by byte. After a change: `cp docs/diagnoses/*.md orchestration/diagnoses/`.
-"""
+"""The pages of docs/diagnoses, which the image has, too."""
 
 import posixpath
 import re
-from importlib.resources import files
+from pathlib import Path
 
 from orchestration.errors import DiagnosisError
 
 FOLDER = "docs/diagnoses"
-"""Where the repository has the pages."""
+"""Where repository and image have the pages."""
+
+_PAGES = Path(__file__).resolve().parents[1] / FOLDER
 
 INDEX = "index"
 
 
 def names() -> list[str]:
     """Return the names of all diagnoses, sorted."""
-    pages = (each.name for each in files(__name__).iterdir())
-    return sorted(name.removesuffix(".md") for name in pages if name.endswith(".md") and name != f"{INDEX}.md")
+    return sorted(each.stem for each in _PAGES.glob("*.md") if each.stem != INDEX)
 
 
 def path(name: str) -> str:
@@ -69,4 +66,4 @@ def find(word: str) -> str:
 
 
 def _source(name: str) -> str:
-    return files(__name__).joinpath(f"{name}.md").read_text(encoding="utf-8")
+    return (_PAGES / f"{name}.md").read_text(encoding="utf-8")
