@@ -1,11 +1,9 @@
 """The private attributes of dateutil's recurrence rules."""
 
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 
-@dataclass(frozen=True)
 class RulePart:
     """A rule of dateutil's, with the parts of its RRULE as public names.
 
@@ -14,7 +12,8 @@ class RulePart:
     Until: dateutil's rules have public attributes
     """
 
-    rule: Any
+    def __init__(self, rule: Any) -> None:
+        self.rule = rule
 
     @property
     def frequency(self) -> int:
