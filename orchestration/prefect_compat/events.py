@@ -24,7 +24,7 @@ def pod_event_id(uid: str, phase: str, restarts: int, diagnosis: str | None) -> 
     """Return the id of a pod's event, which follows from what the event says: the server keeps one of several.
 
     Replaces: the ids of `prefect_kubernetes.observer._replicate_pod_event`
-    Why: the reconciler emits the events of pods once, where each worker's observer would
+    Why: the reconciler emits each pod's events once, without an observer in each worker
     Until: the observer can run in one process for all workers
     """
     content = {"uid": uid, "phase": phase, "restart_count": restarts, "diagnosis": diagnosis}
@@ -35,7 +35,7 @@ def pod_resource(uid: str, name: str, namespace: str, diagnosis: str | None) -> 
     """Return a pod as the resource of an event.
 
     Replaces: the resources of `prefect_kubernetes.observer._replicate_pod_event`
-    Why: the reconciler emits the events of pods once, where each worker's observer would
+    Why: the reconciler emits each pod's events once, without an observer in each worker
     Until: the observer can run in one process for all workers
     """
     found = {
@@ -50,7 +50,7 @@ def resources_of_labels(labels: Mapping[str, str]) -> list[Json]:
     """Return what the labels of a run's pod relate an event to.
 
     Replaces: `prefect_kubernetes.observer._related_resources_from_labels`
-    Why: the reconciler emits the events of pods once, where each worker's observer would
+    Why: the reconciler emits each pod's events once, without an observer in each worker
     Until: the observer can run in one process for all workers
     """
     found: list[Json] = []
@@ -83,7 +83,7 @@ class PodDiagnosis(StrEnum):
     """What is wrong with a pod, by which automations choose events.
 
     Replaces: `prefect_kubernetes.diagnostics.DiagnosisCategory`
-    Why: the reconciler emits the events of pods once, where each worker's observer would
+    Why: the reconciler emits each pod's events once, without an observer in each worker
     Until: the observer can run in one process for all workers
     """
 
@@ -100,7 +100,7 @@ def unschedulable_diagnosis(message: str) -> PodDiagnosis:
     """Return the category of what the Kubernetes scheduler says of a pod that has no node.
 
     Replaces: `prefect_kubernetes.diagnostics._categorize_unschedulable`
-    Why: the reconciler emits the events of pods once, where each worker's observer would
+    Why: the reconciler emits each pod's events once, without an observer in each worker
     Until: the observer can run in one process for all workers
     """
     words = {
@@ -116,7 +116,7 @@ def flow_run_resources(flow_run: Any, flow: Any) -> list[Json]:
     """Return what an event in a flow run is related to.
 
     Replaces: `prefect.events.related.related_resources_from_run_context`
-    Why: Prefect's function asks the API, in a flow, for each event
+    Why: Prefect's function asks the API for each event
     Until: Prefect's function takes a flow run that is known
 
     Args:
@@ -149,7 +149,7 @@ def task_run_state_event(task_run: UUID, state: Json, at: datetime, about: Json,
     """Return the event of which the server makes a task run and its state.
 
     Replaces: `prefect.utilities.engine.emit_task_run_state_change_event`
-    Why: dbt's nodes are task runs, in bulk, and a state that is not sent yet gives way to the next one
+    Why: dbt's nodes become task runs in bulk, and only the newest unsent state of a node is sent
     Until: the Prefect API takes task runs and their states in bulk
 
     Args:
@@ -198,7 +198,7 @@ def asset_referenced_event(address: str, related: list[Json]) -> Json:
     """Return the event of an asset that something was made of.
 
     Replaces: "prefect.asset.referenced" of `prefect.context.AssetContext.emit_events`
-    Why: dbt's nodes are no tasks of Prefect's, of which alone `@materialize` makes assets
+    Why: `@materialize` reports only what tasks of Prefect make, and dbt's nodes are not tasks
     Until: Prefect has a function that reports an asset outside a task
     """
     return _asset_event("prefect.asset.referenced", {"prefect.resource.id": address}, related, {})
@@ -210,7 +210,7 @@ def asset_materialization_event(
     """Return the event of an asset that dbt has made.
 
     Replaces: "prefect.asset.materialization" of `prefect.context.AssetContext.emit_events`
-    Why: dbt's nodes are no tasks of Prefect's, of which alone `@materialize` makes assets
+    Why: `@materialize` reports only what tasks of Prefect make, and dbt's nodes are not tasks
     Until: Prefect has a function that reports an asset outside a task
 
     Args:

@@ -8,7 +8,7 @@ class RulePart:
     """A rule of dateutil's, with the parts of its RRULE as public names.
 
     Replaces: the attributes `_freq`, `_count`, `_interval`, `_until`, `_dtstart` and `_original_rule` of `rrule`
-    Why: whether a rule has a date in the future is not found by walking the rule, which may take minutes
+    Why: walking through a rule's dates in search of one in the future may take minutes
     Until: dateutil's rules have public attributes
     """
 

@@ -111,7 +111,7 @@ def database_interface() -> "PrefectDBInterface":
     """Return the server's interface of the database that the settings name.
 
     Replaces: `prefect.server.database.provide_database_interface`
-    Why: one process migrates the database, with a lock, and the others wait for the schema
+    Why: one process migrates the database under a lock, and the others wait for the schema
     Until: `prefect server database` has a command that waits and one that locks
     """
     _check_version()
@@ -124,7 +124,7 @@ def migrations_config() -> "Config":
     """Return Alembic's configuration of the server's migrations.
 
     Replaces: `prefect.server.database.alembic_commands.alembic_config`
-    Why: whether a schema is older or newer than the image follows from the revisions in the image
+    Why: the revisions in the image tell whether a schema is older or newer than the image
     Until: `prefect server database` tells the revisions it knows
     """
     _check_version()
