@@ -16,7 +16,8 @@ from docs import generate, site_hooks
 from orchestration import __main__ as program
 from orchestration import execution, reconciler
 from orchestration.deployments import watch
-from orchestration.reconciler import causes, decide, ends, podevents, timeline
+from orchestration.prefect_compat.events import POD_EVENT_PREFIX
+from orchestration.reconciler import causes, decide, ends, timeline
 from orchestration.settings import ROOT
 from tests.cluster.binaries import MissingProgramError
 
@@ -258,7 +259,7 @@ def test_page_of_events_has_every_event() -> None:
     page = _page("events")
     of_states = {*_states_of_actions(), execution.GIVEN_AWAY}
     events = {f"reconciler.flow-run.{each.lower()}" for each in of_states}
-    events |= {f"{podevents.PREFIX}{each}" for each in timeline.PHASES}
+    events |= {f"{POD_EVENT_PREFIX}{each}" for each in timeline.PHASES}
     events |= {timeline.GIVEN_UP, ends.ENDED, watch.DRIFTED, watch.RESTORED, timeline.SUBMITTED, timeline.EXECUTED}
     assert [each for each in sorted(events) if f"`{each}`" not in page] == []
 

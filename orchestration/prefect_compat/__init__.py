@@ -4,12 +4,15 @@ Other modules call functions and override methods with plain names. Each entry s
 `Until` when it is needed. docs/prefect.md lists the entries, and `tests/orchestration/test_prefect_compat.py` compares
 what they use with the installed packages.
 
-The package has a module for each process, as a flow run must not pay for the imports of a worker:
+The package has several modules, as a flow run must not pay for the imports of a worker:
 
-    workers           the worker (imports prefect-kubernetes and kopf)
-    flow_runs         the engine and the flow in its process (imports when called)
-    server_internals  what the server does with schedules and its database (imports when called)
-    events            events that are not emitted by Prefect (standard library only)
+    workers           the worker: imports prefect-kubernetes and kopf
+    flow_runs         the engine: imports Prefect's clients and runner
+    server_internals  schedules, automations and the server's database: imports Prefect when called
+    events, recurrence, task_runners
+                      events, dateutil's rules, the end of a flow with threads: import no Prefect
+
+`orchestration/protocol.py` has what the supervisor needs, and imports nothing.
 """
 
 import functools

@@ -28,7 +28,7 @@ def retry_first_requests() -> None:
     """Let Prefect's clients repeat also the first request that is not answered.
 
     Replaces: `_has_connected` of both clients in `prefect.client.base`
-    Why: a run makes clients as it goes, and a moment without an API would fail the run
+    Why: a run creates clients while it runs, and a short outage of the API would fail the run
     Until: a setting has clients retry before their first answer
     """
     for client in _CLIENTS:
@@ -54,7 +54,7 @@ def observe_responses(observe: Callable[[httpx.Request, httpx.Response], None]) 
     """Call `observe` with each response that a client of this process has.
 
     Replaces: `send` of both clients in `prefect.client.base`
-    Why: the server does not tell which run holds a concurrency slot, but the answer to the run's request does
+    Why: the Prefect API does not list the holders of a concurrency slot, so each run attempt records its leases
     Until: the Prefect API lists the holders of slots
     """
     for client in _CLIENTS:

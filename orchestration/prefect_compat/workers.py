@@ -37,7 +37,7 @@ def watched_kinds(kinds: Iterable[str]) -> set[str]:
     """Return which of these kinds, such as "pods", the observer's thread watches now.
 
     Replaces: kopf's task names ("watcher for pods.v1@prefect"), in the loop that a handler of `kopf.on.startup` notes
-    Why: kopf lets a watcher end that was refused too often, and the worker's health check does not see that
+    Why: a watcher ends after repeated refusals, and the worker's health check does not notice
     Until: the worker's health check covers its observer
     """
     if _kopf_loop is None or not _kopf_loop.is_running():
@@ -46,10 +46,11 @@ def watched_kinds(kinds: Iterable[str]) -> set[str]:
     return {kind for kind in kinds if any(name.startswith(f"watcher for {kind}.") for name in names)}
 
 
+# abc.ABC keeps this class out of Prefect's registry of workers, and __init_subclass__ its subclasses.
 class CompatibleWorker(KubernetesWorker, abc.ABC):
     """Prefect's Kubernetes worker, with public names for the steps from a poll to a Job.
 
-    Replaces: registration of subclasses, which `abc.ABC` and an own `__init_subclass__` prevent
+    Replaces: the registration of workers by `BaseWorker.__init_subclass__`
     Why: a subclass would take the type "kubernetes" in Prefect's registry of workers
     Until: Prefect registers workers explicitly
     """
@@ -92,7 +93,7 @@ class CompatibleWorker(KubernetesWorker, abc.ABC):
         """Return the ids of runs from their poll until they have a Job or none.
 
         Replaces: `BaseWorker._submitting_flow_run_ids`
-        Why: to drain is to wait for these
+        Why: a worker that drains waits until these runs have their Jobs
         Until: workers drain before they end
         """
         return self._submitting_flow_run_ids
@@ -193,7 +194,7 @@ class CompatibleWorker(KubernetesWorker, abc.ABC):
 
         Replaces: `BaseWorker._propose_submitting_state`
         Why: a claim that is too old must not look like a new one
-        Until: Prefect fences claims
+        Until: Prefect fences runs of stale claims
         """
         await super()._propose_submitting_state(flow_run)
 

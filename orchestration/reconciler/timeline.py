@@ -13,6 +13,7 @@ from orchestration import diagnoses
 from orchestration.api import CLOCK, JSON, Server
 from orchestration.errors import ApiError
 from orchestration.execution import CAUSE, GIVEN_AWAY
+from orchestration.prefect_compat.events import POD_EVENT_PREFIX
 from orchestration.reconciler.causes import JOB_REFUSED, NO_JOB, OF_STATE, STARTING, Diagnosis, of_sentence
 from orchestration.reconciler.decide import LOG, LOST, SETTLED, UNCLAIMED
 from orchestration.reconciler.ends import ENDED
@@ -31,7 +32,6 @@ LINES = 10
 SUBMITTED, EXECUTED = "prefect.worker.submitted-flow-run", "prefect.worker.executed-flow-run"
 """Events of a worker: it has claimed a run; and it has made the run's Job or, where that is none, seen the run end."""
 
-POD = "prefect.kubernetes.pod."
 PHASES = ("pending", "running", "succeeded", "failed", "evicted")
 """Events of the worker's observer, where it is on: this and a pod's phase. Source: prefect_kubernetes/observer.py."""
 
@@ -90,7 +90,9 @@ async def timeline(server: Server, run: Mapping[str, Any]) -> list[Moment]:
     for event in events:
         if event["event"] == ENDED:
             moments += _of_pod(event["payload"])
-        elif not (event["event"].startswith(POD) and event["resource"].get("prefect.resource.name") in noted):
+        elif not (
+            event["event"].startswith(POD_EVENT_PREFIX) and event["resource"].get("prefect.resource.name") in noted
+        ):
             moments += [each] if (each := _of_event(event)) else []
     jobs = {each.text.split()[0] for each in moments if each.who == "job"}
     moments += _of_states(states, moments)
@@ -142,7 +144,7 @@ async def _events(server: Server, run: Mapping[str, Any]) -> list[JSON]:
     while True:
         which = {
             "any_resource": {"id": [f"prefect.flow-run.{run['id']}"]},
-            "event": {"name": [SUBMITTED, EXECUTED, GIVEN_UP, ENDED, *(POD + each for each in PHASES)]},
+            "event": {"name": [SUBMITTED, EXECUTED, GIVEN_UP, ENDED, *(POD_EVENT_PREFIX + each for each in PHASES)]},
             "occurred": {"since": since.isoformat(), "until": (datetime.now(UTC) + PATIENCE).isoformat()},
             "order": "ASC",
         }
@@ -168,8 +170,8 @@ def _of_event(event: Mapping[str, Any]) -> Moment | None:
         if resource.get("prefect.worker-type") != "kubernetes":
             return Moment(at, "worker", f"{subject} saw {made} end with status {code}")
         return Moment(at, "job", f"{job} made in namespace {namespace}") if job else None
-    if name.startswith(POD):
-        phase, why = name.removeprefix(POD), resource.get("kubernetes.diagnosis", "")
+    if name.startswith(POD_EVENT_PREFIX):
+        phase, why = name.removeprefix(POD_EVENT_PREFIX), resource.get("kubernetes.diagnosis", "")
         # It calls each pod evicted whose container ended with a reason, be it an error.
         reason = resource.get("kubernetes.reason") or why or ("Failed" if phase == "failed" else "Completed")
         said = {"pending": f"does not start: {why}" if why else "created", "running": "started"}

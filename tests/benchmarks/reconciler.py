@@ -105,7 +105,7 @@ async def manifest(pool_id: str) -> Object:
     [sync] = [each for each in rendered if each["kind"] == "ConfigMap" and each["metadata"]["name"].endswith("-sync")]
     [pool] = yaml.safe_load(sync["data"]["pool.yaml"])["work_pools"]
     nowhere = PrefectClient("http://127.0.0.1:9/api")  # nothing in the template is the server's to fill in
-    made: Any = await KubernetesWorkerJobConfiguration.from_template_and_values(
+    made = await KubernetesWorkerJobConfiguration.from_template_and_values(
         pool["base_job_template"], {}, client=nowhere
     )
     made._populate_env_in_manifest()

@@ -8,6 +8,7 @@ PREFECT = ("uv.lock#prefect", "uv.lock#fastapi", "uv.lock#sqlalchemy")
 
 DBT = (
     "orchestration/dbt",
+    "orchestration/prefect_compat",
     "orchestration/warehouse.py",
     *PREFECT,
     "uv.lock#dbt-core",
@@ -79,6 +80,7 @@ LONG_TESTS = (
             "orchestration/deployments",
             "orchestration/__main__.py",
             "orchestration/api.py",
+            "orchestration/prefect_compat",
             *PREFECT,
             "tests/long/sync_kills.py",
         ),
