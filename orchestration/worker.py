@@ -99,6 +99,7 @@ class Worker(CompatibleWorker):
         self._claimed: dict[UUID, float] = {}
         self._claims: dict[UUID, UUID] = {}
         self._away = False
+        self._warned: set[str] = set()
         self._own = get_settings_context()
         self._impatient = SettingsContext(
             profile=self._own.profile, settings=self._own.settings.copy_with_update({PREFECT_CLIENT_MAX_RETRIES: 0})
@@ -305,6 +306,13 @@ class Worker(CompatibleWorker):
             for each in environment:
                 if each["name"] == "PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR":
                     each["value"] = "relinquish"
+        left_out = _leave_out_secrets(environment)
+        if left_out - self._warned:
+            self._warned |= left_out
+            self.logger.warning(
+                "Runs do not get %s, which a Job's manifest would show. Give it by reference: runs.env of the chart.",
+                " and ".join(sorted(left_out)),
+            )
         if claim := self._claims.get(flow_run.id):
             _name(manifest["metadata"], claim)
         async with asyncio.timeout(left):
@@ -334,6 +342,25 @@ class Worker(CompatibleWorker):
         self.logger.info("Asked to end; claimed runs that are submitted first: %d.", claimed)
         while self.submitting:
             await asyncio.sleep(0.05)
+
+
+def _leave_out_secrets(environment: list[dict[str, Any]]) -> set[str]:
+    """Remove the worker's own secret settings from the environment of a run's Job; return their names.
+
+    Prefect's worker copies its settings into each Job, and refers to key and password only where a Secret is named.
+    """
+    settings, by_reference = get_current_settings(), KubernetesSettings().worker
+    kept = set()
+    if by_reference.api_key_secret_name or by_reference.create_secret_for_api_key:
+        kept.add("PREFECT_API_KEY")
+    if by_reference.api_auth_string_secret_name:
+        kept.add("PREFECT_API_AUTH_STRING")
+    shown = settings.to_environment_variables(exclude_unset=True)
+    hidden = settings.to_environment_variables(exclude_unset=True, include_secrets=False)
+    secret = {name for name, value in shown.items() if hidden.get(name) != value} | {"PREFECT_CLIENT_CUSTOM_HEADERS"}
+    found = {each["name"] for each in environment if each["name"] in secret - kept and "value" in each}
+    environment[:] = [each for each in environment if each["name"] not in found or "value" not in each]
+    return found
 
 
 def _name(metadata: dict[str, Any], claim: UUID) -> None:

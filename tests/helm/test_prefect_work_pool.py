@@ -735,3 +735,16 @@ def test_admission_policy_names_what_runs_refer_to() -> None:
     assert {each["name"]: each["expression"] for each in policy["spec"]["variables"]}["chosen"] == "true"
     without = inventory(render("prefect-work-pool", _with(admissionPolicy={"enabled": False})))
     assert not [name for name in without if name.startswith("ValidatingAdmission")]
+
+
+def test_runs_have_the_headers_of_a_proxy_by_reference() -> None:
+    headers = {
+        "name": "PREFECT_CLIENT_CUSTOM_HEADERS",
+        "valueFrom": {"secretKeyRef": {"name": "proxy", "key": "headers"}},
+    }
+    values = _with(env=[headers])
+    objects = render("prefect-work-pool", values)
+    manifest = _pool(values)["base_job_template"]["job_configuration"]["job_manifest"]
+    assert headers in manifest["spec"]["template"]["spec"]["containers"][0]["env"]
+    policy = one(objects, "ValidatingAdmissionPolicy", "prefect-test-prefect-work-pool-worker")
+    assert "proxy" in {each["name"]: each["expression"] for each in policy["spec"]["variables"]}["secrets"]

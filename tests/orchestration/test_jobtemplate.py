@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
+from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
+    PREFECT_API_KEY,
+    PREFECT_CLIENT_CUSTOM_HEADERS,
+    PREFECT_LOGGING_LEVEL,
+    PREFECT_LOGGING_TO_API_ENABLED,
+    temporary_settings,
+)
 from prefect.states import Scheduled
 from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerResult
 
@@ -177,3 +184,18 @@ def test_run_with_a_refused_variable_crashes_without_a_job_or_a_retry(template: 
     assert "job variable service_account_name: 'worker' is none of" in run.state.message
     assert "runs.allowed" in run.state.message
     assert run.labels[CAUSE] == "start"
+
+
+@pytest.mark.usefixtures("prefect_server", "alone")
+def test_job_shows_no_secret_of_the_worker(template: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name of a Secret makes Prefect's worker refer to it; all else is left out, as the headers of a proxy are."""
+    prefix = "PREFECT_INTEGRATIONS_KUBERNETES_WORKER_API_AUTH_STRING_SECRET"
+    for suffix, value in (("NAME", "prefect-server-auth"), ("KEY", "auth-string")):
+        monkeypatch.setenv(f"{prefix}_{suffix}", value)
+    secrets = {PREFECT_API_KEY: "s3cret-key", PREFECT_CLIENT_CUSTOM_HEADERS: {"X-Access": "s3cret-header"}}
+    with temporary_settings(secrets | {PREFECT_API_AUTH_STRING: "admin:s3cret", PREFECT_LOGGING_LEVEL: "WARNING"}):
+        [manifest], _ = asyncio.run(_submitted(template, {}))
+    names = {each["name"] for each in manifest["spec"]["template"]["spec"]["containers"][0]["env"]}
+    assert names.isdisjoint({"PREFECT_API_KEY", "PREFECT_CLIENT_CUSTOM_HEADERS"})
+    assert {"PREFECT_API_AUTH_STRING", "PREFECT_LOGGING_LEVEL"} <= names
+    assert "s3cret-" not in json.dumps(manifest)
