@@ -6,15 +6,17 @@ schema before it makes the Job.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jsonschema
-from prefect.client.orchestration import PrefectClient
-from prefect.utilities.collections import set_in_dict
-from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
 from orchestration.errors import PipelineError, SettingsError
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import PrefectClient
+    from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
 
 class RefusedVariableError(PipelineError):
@@ -40,6 +42,24 @@ def read(path: Path) -> dict[str, Any]:
     return dict(found)
 
 
+def nested(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Return job variables by name, `env.NAME` as an entry of `env`; what is written whole wins.
+
+    Source: `BaseJobConfiguration.from_template_and_values` of Prefect.
+    """
+    from prefect.utilities.collections import deep_merge, set_in_dict
+
+    made: dict[str, Any] = {}
+    for name, value in variables.items():
+        if "." in name:
+            set_in_dict(made, name, value)
+    for name, value in variables.items():
+        if "." not in name:
+            both = isinstance(made.get(name), dict) and isinstance(value, dict)
+            made[name] = deep_merge(made[name], value) if both else value
+    return made
+
+
 def check(variables: dict[str, Any], schema: dict[str, Any]) -> None:
     """Refuse job variables that the schema does not allow.
 
@@ -50,17 +70,9 @@ def check(variables: dict[str, Any], schema: dict[str, Any]) -> None:
     Raises:
         RefusedVariableError: one is not allowed. The message does not show values of `env`.
     """
-    merged: dict[str, Any] = {}
-    for name, value in variables.items():
-        if "." in name:
-            set_in_dict(merged, name, value)
-    for name, value in variables.items():
-        if "." not in name:
-            both = isinstance(value, dict) and isinstance(merged.get(name), dict)
-            merged[name] = merged[name] | value if both else value
     # What is required the template has defaults for.
     known = {"type": "object", "properties": schema.get("properties", {}), "$defs": schema.get("$defs", {})}
-    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(known).iter_errors(merged))
+    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(known).iter_errors(nested(variables)))
     if error:
         raise RefusedVariableError(_sentence(error))
 
@@ -80,12 +92,13 @@ def _sentence(error: jsonschema.ValidationError) -> str:
     return f"{what}: {error.message}. {cure}"
 
 
-def configuration_of(template: dict[str, Any]) -> type[KubernetesWorkerJobConfiguration]:
+def configuration_of(template: dict[str, Any]) -> "type[KubernetesWorkerJobConfiguration]":
     """Return the job configuration that a worker makes of this template, whatever the server's pool has.
 
     Args:
         template: the base job template, with `job_configuration` and `variables`.
     """
+    from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
     class Trusted(KubernetesWorkerJobConfiguration):
         """A job configuration of the release's template."""
@@ -95,7 +108,7 @@ def configuration_of(template: dict[str, Any]) -> type[KubernetesWorkerJobConfig
             cls,
             base_job_template: dict[str, Any],  # noqa: ARG003 - the server's
             values: dict[str, Any],
-            client: PrefectClient | None = None,
+            client: "PrefectClient | None" = None,
         ) -> KubernetesWorkerJobConfiguration:
             check(values, template["variables"])
             made: KubernetesWorkerJobConfiguration = await super().from_template_and_values(
