@@ -425,7 +425,7 @@ def verdict(run: Run, cause: Cause, retries: Retries | None) -> Verdict:
     if retries is None:
         return Verdict(False, "No retry: its deployment was deleted", labels={SETTLED: run.state_id})
     if cause.kind == "start":
-        return Verdict(False, "No retry: somebody has to cure that first", labels={SETTLED: run.state_id})
+        return Verdict(False, "No retry: its cause has to be cured first", labels={SETTLED: run.state_id})
     budget, label, what = (
         (retries.disruption_retries, DISRUPTIONS, "disruption")
         if cause.kind == "disruption"

@@ -183,7 +183,7 @@ def _of_pod(told: Mapping[str, Any]) -> list[Moment]:
     """The lines of a pod that the reconciler saw ended."""
     pod, times = told["pod"], {name: told[name] for name in ("created", "scheduled", "started", "ended")}
     code = "" if told["code"] is None else f", exit code {told['code']}"
-    peak = f", with {told['peak'] / 2**20:.0f} MiB of memory at the most" if told["peak"] else ""
+    peak = f", with at most {told['peak'] / 2**20:.0f} MiB of memory" if told["peak"] else ""
     text = {
         "created": f"{pod} created",
         "scheduled": f"{pod} put on {told['node']}",

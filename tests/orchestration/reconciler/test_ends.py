@@ -245,7 +245,7 @@ def test_what_ended_is_noted_once_and_costs_nothing_from_then_on(
     assert lines() == [
         f"{pods[0]} created",
         f"{pods[0]} started",
-        f"{pods[0]} ended: Completed, exit code 0, with 100 MiB of memory at the most",
+        f"{pods[0]} ended: Completed, exit code 0, with at most 100 MiB of memory",
     ]
 
 

@@ -320,7 +320,7 @@ def test_a_pod_that_the_reconciler_saw_ended_is_told_by_it_alone(
         "pod: heron-1-pod created",
         "pod: heron-1-pod put on node-1",
         "pod: heron-1-pod started",
-        "pod: heron-1-pod ended: Completed, exit code 0, with 100 MiB of memory at the most",
+        "pod: heron-1-pod ended: Completed, exit code 0, with at most 100 MiB of memory",
     ]
     wait_until(lambda: lines() == expected, "the reconciler's event")
 
