@@ -170,9 +170,12 @@ def previous() -> tuple[Path, Path]:
             with tempfile.TemporaryDirectory(prefix=".checkout-", dir=folder.parent) as made:
                 archive, files = Path(made) / "archive.tar", Path(made) / "files"
                 command = ["git", "archive", f"--output={archive}", PREVIOUS_COMMIT]
-                if subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode:
+                done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+                if done.returncode:
                     commit = f"Commit {PREVIOUS_COMMIT[:7]} with Prefect {PREVIOUS}"
-                    raise UnavailableError(f"{commit} is not in this clone. Run git fetch --unshallow.")
+                    raise UnavailableError(
+                        f"{commit} cannot be read: {done.stderr.strip()}. Run git fetch --unshallow."
+                    )
                 files.mkdir()
                 subprocess.run(["tar", "-xf", archive, "-C", files], check=True)
                 files.rename(folder)

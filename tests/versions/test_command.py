@@ -118,6 +118,14 @@ def test_version_that_cannot_be_had_is_not_run_and_fails(tries: Tries, why: Exce
     assert f"Prefect 3.9.0 (named): {why}" in errors
 
 
+def test_clone_without_the_release_before_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(catalogue, "PREVIOUS_COMMIT", "0" * 40)
+    with pytest.raises(UnavailableError, match=r"^Commit 0000000 with Prefect .*git fetch --unshallow\.$"):
+        catalogue.previous()
+    assert [each.name for each in (tmp_path / "prefect-orchestration").iterdir()] == ["checkout-0000000.lock"]
+
+
 def test_name_that_is_no_version_is_refused(tries: Tries) -> None:
     status, output, errors = tries("3.9")
     assert (status, output) == (2, "")
