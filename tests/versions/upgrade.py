@@ -1,4 +1,4 @@
-"""A server that is upgraded, or taken back, in the middle of a run: the run completes with the version it began with.
+"""Server and runs of two versions: a server that changes in the middle of a run, and Prefect's own worker of the other.
 
 `make test` does not collect this file; `make test-versions` runs it. Server and run are processes of this machine.
 """
@@ -107,7 +107,7 @@ def test_run_completes_while_the_server_changes_its_version(way: str, tmp_path: 
                 "PREFECT_CLIENT_MAX_RETRIES": "19",  # as the work pool's chart sets it
                 "KUBERNETES_JOB": f"job-{claim[-12:]}", "TERMINATION_MESSAGE_PATH": str(tmp_path / "message"),
             }  # fmt: skip
-            command = [interpreter, root / "orchestration" / "execution.py", "prefect", "flow-run", "execute"]
+            command = [str(interpreter), str(root / "orchestration" / "execution.py"), "prefect", "flow-run", "execute"]
             log = stack.enter_context((tmp_path / "log").open("w"))
             process = subprocess.Popen(
                 command, env=variables, cwd=tmp_path, start_new_session=True, stdout=log, stderr=subprocess.STDOUT
@@ -134,3 +134,33 @@ def test_run_completes_while_the_server_changes_its_version(way: str, tmp_path: 
             assert asked(api, "GET", "/v2/concurrency_limits/held")["active_slots"] == 0
             limit = asked(api, "GET", f"/deployments/{deployment}")["global_concurrency_limit"]
             assert limit["active_slots"] == 0
+
+
+@pytest.mark.parametrize("newer", ["server", "worker"])
+def test_process_worker_of_the_other_version_executes_a_run(newer: str, tmp_path: Path) -> None:
+    python, _ = previous()
+    old, new = (python, PREVIOUS), (Path(sys.executable), locked())
+    server, worker = (new, old) if newer == "server" else (old, new)
+    home, port = tmp_path / "home", free_port()
+    home.mkdir()
+    (tmp_path / "flow.py").write_text("from prefect import flow\n\n@flow\ndef nothing(day: int = 1): pass\n")
+    migrated(server[0], home)
+    url = f"http://127.0.0.1:{port}/api"
+    with serving(*server, home, port), client_of(url) as api:
+        flow = asked(api, "POST", "/flows/", {"name": "nothing"})["id"]
+        step = {"prefect.deployments.steps.set_working_directory": {"directory": str(tmp_path)}}
+        body = {"name": "daily", "flow_id": flow, "entrypoint": "flow.py:nothing", "pull_steps": [step]}
+        variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        variables |= {"PREFECT_API_URL": url, "PREFECT_HOME": str(tmp_path / "worker")}
+
+        def prefect(*arguments: str) -> None:
+            command = [str(worker[0]), "-m", "prefect", *arguments]
+            done = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
+
+        prefect("work-pool", "create", "processes", "--type", "process")
+        deployment = asked(api, "POST", "/deployments/", {**body, "work_pool_name": "processes"})["id"]
+        run = asked(api, "POST", f"/deployments/{deployment}/create_flow_run", {"parameters": {"day": 2}})["id"]
+        prefect("worker", "start", "--pool", "processes", "--run-once")
+        state = asked(api, "GET", f"/flow_runs/{run}")["state"]
+        assert (state["type"], state["name"]) == ("COMPLETED", "Completed"), state
