@@ -33,6 +33,7 @@ RUN ?=
 DEPLOYMENT ?= dbt-pipeline/dbt-pipeline-daily
 PARAMETERS ?=
 FORCE ?=
+PREFECT ?=
 CONFIRM ?=
 PORT ?= 4200
 JSON ?=
@@ -179,7 +180,7 @@ down-docker: ## stop what runs in Docker; databases and passwords stay
 	@docker/stack down
 
 ##@ Develop
-.PHONY: setup test test-long fix bench bench-deploys bench-dbt bench-deployments bench-reconciler bench-recovery picture docs docs-site clean
+.PHONY: setup test test-long test-versions fix bench bench-deploys bench-dbt bench-deployments bench-reconciler bench-recovery picture docs docs-site clean
 setup: .venv/ready ## create the environment in .venv
 
 # What a change affects is tested without a cluster, as one takes minutes.
@@ -197,6 +198,9 @@ test: .venv/ready ## check the code and run all tests, PROCESSES=5 at once; TEST
 
 test-long: .venv/ready ## run the long tests, FOR="soak kills reconciler" some, LIST=1 shows them; KILLS= ROUNDS= MINUTES= RUNS= SEED=; FORCE=1
 	@$(BIN)/python -m tests.long $(if $(FOR),--for $(FOR)) $(if $(LIST),--list) $(if $(FORCE),--force) $(if $(LONG),--with $(LONG))
+
+test-versions: .venv/ready ## run the contract tests on the oldest and newest Prefect, or on PREFECT="3.9.0 3.9.1"; JSON=1
+	@$(BIN)/python -m tests.versions $(PREFECT) $(if $(JSON),--json)
 
 fix: .venv/ready ## format the code and repair what the linters can
 	@$(BIN)/ruff check -q --fix . && $(BIN)/ruff format -q . && $(BIN)/sqlfluff fix -q flows/warehouse

@@ -51,8 +51,9 @@ READERS = {
     "*.md": "tests/test_repository.py tests/test_docs.py",
     "tests/cluster/*": "tests/cluster/* tests/docker/* tests/e2e/*",
     ".ci/*": "tests/test_repository.py",
-    ".github/*": "tests/test_repository.py",
-    "Makefile": "tests/test_makefile.py tests/test_docs.py tests/test_readme.py tests/test_repository.py tests/e2e/*",
+    ".github/*": "tests/test_repository.py tests/versions/test_command.py",
+    "Makefile": "tests/test_makefile.py tests/test_docs.py tests/test_readme.py tests/test_repository.py "
+    "tests/versions/* tests/e2e/*",
     "pyproject.toml": "tests/*",
     "uv.lock": "tests/*",
     "docs/how-to/*": "tests/test_how_to.py",

@@ -2,17 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from prefect import flow
 
 from orchestration.dbt.mirror import STATES
-from orchestration.settings import ROOT
-from tests.cluster import binaries
-from tests.cluster.turns import turn
+from tests.interpreters import interpreter
 from tests.orchestration.dbt.conftest import use
 from tests.orchestration.dbt.projects import replace
 from tests.orchestration.dbt.task_runs import Server, results_of
@@ -23,16 +19,8 @@ DBT = ("dbt-core==1.10.23", "dbt-postgres==1.10.2")
 
 @pytest.fixture(scope="module")
 def older() -> Path:
-    """The interpreter of an environment with dbt 1.10, kept in the user's cache folder."""
-    folder = binaries.cache() / f"{DBT[0]}-python-{sys.version_info.major}.{sys.version_info.minor}"
-    uv = shutil.which("uv") or str(ROOT / ".uv/bin/uv")
-    python, ready = folder / "bin" / "python", folder / "ready"
-    with turn(folder.with_suffix(".lock")):
-        if not ready.exists():
-            subprocess.run([uv, "venv", "-q", "--clear", "--python", sys.executable, folder], check=True)
-            subprocess.run([uv, "pip", "install", "-q", "--compile", "--python", python, *DBT], check=True)
-            ready.touch()
-    return python
+    """The interpreter of an environment with dbt 1.10."""
+    return interpreter(DBT[0], DBT)
 
 
 def test_states_are_those_of_an_older_dbt(older: Path, shop: Path, server: Server) -> None:

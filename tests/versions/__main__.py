@@ -1,0 +1,229 @@
+"""Run the contract tests on the oldest and newest supported Prefect, on the newest there is, and across an upgrade."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+from orchestration.settings import ROOT
+from tests.interpreters import UvError
+from tests.versions.catalogue import (
+    ACROSS,
+    PARTS,
+    PREVIOUS,
+    Trial,
+    UnavailableError,
+    chosen,
+    environment,
+    locked,
+    previous,
+)
+
+PAGE, BEGIN, END = "docs/prefect.md", "<!-- begin make test-versions -->", "<!-- end make test-versions -->"
+
+EITHER = "either"
+"""Stands for the versions of runs that begin before and after an upgrade."""
+
+PROCESSES = 3
+"""Of pytest: its tests wait for their servers about a third of the time."""
+
+
+@dataclass
+class Outcome:
+    """What the tests of a part did; `seconds` of the process that ran them."""
+
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        if self.failed:
+            return f"{self.failed} of {self.passed + self.failed} failed"
+        if self.skipped:
+            return f"{self.passed} passed, {self.skipped} skipped"
+        return f"{self.passed} passed" if self.passed else "failed"
+
+    def is_good(self) -> bool:
+        """Tell whether something ran and nothing failed."""
+        return self.passed > 0 and not self.failed
+
+
+@dataclass
+class Row:
+    """A line of the table: two versions and what each part did; no parts where they could not be tried."""
+
+    server: str
+    runs: str
+    why: str
+    counts: bool
+    parts: dict[str, Outcome]
+    problem: str = ""
+
+    def is_good(self) -> bool:
+        """Tell whether every part passed."""
+        return not self.problem and all(each.is_good() for each in self.parts.values())
+
+    def cells(self) -> list[str]:
+        """Return the line's texts."""
+        outcomes = [str(self.parts[part]) if part in self.parts else "" for part in PARTS]
+        return [self.server, self.runs, self.why, *(outcomes if self.parts else ["not run", *outcomes[1:]])]
+
+
+HEAD = ["server", "worker and runs", "what", *PARTS]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the contract tests; the exit status.
+
+    Returns:
+        0 if all passed but for versions that are not supported, 1 if one failed that counts, 2 if nothing could be run.
+    """
+    parser = argparse.ArgumentParser(prog="python -m tests.versions", description=__doc__)
+    parser.add_argument("versions", nargs="*", metavar="VERSION", help="of Prefect; without: those that are supported")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(arguments)
+    began = time.monotonic()
+    rows: list[Row] = []
+    try:
+        trials = chosen(options.versions)
+        for version, (why, counts) in trials.items():
+            rows.append(_tried(version, version, why, counts))
+        if not options.versions:
+            rows += [
+                _tried(locked(), PREVIOUS, "upgraded server", True),
+                _tried(PREVIOUS, locked(), "upgraded worker and runs", True),
+                _tried(f"{PREVIOUS}, {locked()}", EITHER, "server changed in a run", True),
+            ]
+    except (UvError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+    else:
+        print("\n".join(aligned([HEAD, *(row.cells() for row in rows)])))
+    for row in rows:
+        if not row.is_good():
+            print(said(row), file=sys.stderr)
+    _say(f"{time.monotonic() - began:.0f} s")
+    if not options.versions:
+        write(rows, ROOT / PAGE)
+    if "GITHUB_ACTIONS" in os.environ:
+        _tell_github(rows)
+    return int(any(row.counts and not row.is_good() for row in rows))
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines with their columns aligned."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
+def markdown(rows: Sequence[Row]) -> list[str]:
+    """Return the table in Markdown."""
+    lines = [HEAD, ["---"] * len(HEAD), *(row.cells() for row in rows)]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def said(row: Row) -> str:
+    """Return a sentence on a line that is not good."""
+    failed = [part for part, outcome in row.parts.items() if not outcome.is_good()]
+    what = row.problem or f"failed: {', '.join(failed)}"
+    name = f"Prefect {row.server}" if row.server == row.runs else f"Server {row.server} with runs of {row.runs}"
+    return f"{name} ({row.why}{'' if row.counts else ', not supported'}): {what}"
+
+
+def write(rows: Sequence[Row], page: Path) -> None:
+    """Replace the table in the page."""
+    before, _, rest = page.read_text().partition(f"{BEGIN}\n")
+    after = rest.partition(END)[2]
+    page.write_text("\n".join([f"{before}{BEGIN}", *markdown(rows), END]) + after)
+
+
+def _tried(server: str, runs: str, why: str, counts: bool) -> Row:
+    """Run the tests of a server's version with that of worker and runs."""
+    row = Row(server, runs, why, counts, {})
+    try:
+        _say(f"server {server}, worker and runs {runs} ({why}): preparing the environment")
+        row.parts = _ran(_trial(server, runs, why, counts))
+    except (UvError, UnavailableError) as error:
+        row.problem = str(error)
+    return row
+
+
+def _trial(server: str, runs: str, why: str, counts: bool) -> Trial:
+    if server == runs:
+        return Trial(server, runs, why, counts, _interpreter(server))
+    if runs == EITHER:
+        return Trial(server, runs, why, counts, _interpreter(locked()), parts=("upgrade",))
+    python, checkout = previous()
+    if runs == PREVIOUS:
+        return Trial(server, runs, why, counts, python, checkout, _interpreter(server), ACROSS)
+    return Trial(server, runs, why, counts, _interpreter(runs), ROOT, python, ACROSS)
+
+
+def _interpreter(version: str) -> Path:
+    """Return the interpreter with this version: this one, if it has what is locked."""
+    return Path(sys.executable) if version == locked() else environment(version)
+
+
+def _ran(trial: Trial) -> dict[str, Outcome]:
+    """Run the trial's tests, with their progress on the standard error."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        variables = {**os.environ, "PYTHONPATH": str(trial.root)}
+        if trial.server_python:
+            variables |= {"PYTEST_PLUGINS": "another_server"}
+            variables |= {"SERVER_PYTHON": str(trial.server_python), "SERVER_VERSION": trial.server}
+            variables["PYTHONPATH"] += f":{Path(__file__).parent / 'plugin'}"
+        command = [str(trial.python), "-m", "pytest", "--quiet", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        command += ["--numprocesses", str(PROCESSES), "--dist", "loadfile", "--no-loadscope-reorder", *trial.files()]
+        if trial.root != ROOT:
+            # Its tests do not close the workers' websockets that Prefect leaves open (docs/upstream.md).
+            command += ["-W", "ignore::ResourceWarning", "-W", "ignore::pytest.PytestUnraisableExceptionWarning"]
+        subprocess.run(command, cwd=trial.root, env=variables, stdout=sys.stderr, check=False)
+        return read(report, trial.parts)
+
+
+def read(report: Path, parts: Sequence[str]) -> dict[str, Outcome]:
+    """Return what each part did by pytest's report; a part without a test in it has failed."""
+    outcomes = {part: Outcome() for part in parts if any((ROOT / file).is_file() for file in PARTS[part])}
+    cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []  # noqa: S314 - pytest wrote it
+    for part, outcome in outcomes.items():
+        modules = {file.removesuffix(".py").replace("/", ".") for file in PARTS[part]}
+        for case in cases:
+            # A file that cannot be imported is a case with the file as its name.
+            if (case.get("classname") or case.get("name")) in modules:
+                kinds = {each.tag for each in case}
+                failed = bool(kinds & {"failure", "error"})
+                outcome.failed += failed
+                outcome.skipped += "skipped" in kinds
+                outcome.passed += not failed and "skipped" not in kinds
+                outcome.seconds = round(outcome.seconds + float(case.get("time") or 0), 1)
+    return outcomes
+
+
+def _tell_github(rows: Sequence[Row]) -> None:
+    """Show the table in the workflow's summary, and a warning for each version that is not supported and fails."""
+    for row in rows:
+        if not row.is_good():
+            kind = "error" if row.counts else "warning"
+            print(f"::{kind} title=make test-versions::{said(row)}", file=sys.stderr)
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with Path(summary).open("a") as file:
+            file.write("\n".join(markdown(rows)) + "\n")
+
+
+def _say(text: str) -> None:
+    print(f"== {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
