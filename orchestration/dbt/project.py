@@ -323,14 +323,17 @@ class DbtProject:
         return options
 
     def _profiles_folder(self, environment: Mapping[str, str]) -> Path | None:
-        """The folder with profiles.yml in dbt's order: option, environment, project; None for dbt's default."""
+        """The folder with profiles.yml that an option or the environment names; None where dbt looks for it.
+
+        dbt looks in `.env`, since 1.12, then in the project, which is its working directory, then in `~/.dbt`.
+        """
         if self._profiles_dir:
             return self._profiles_dir
         for name in ("DBT_ENGINE_PROFILES_DIR", "DBT_PROFILES_DIR"):
             if named := environment.get(name):
                 # dbt's process has the project as its working directory, the flow's may be another.
                 return Path(named).resolve() if Path(named).exists() else self.path / named
-        return self.path if (self.path / "profiles.yml").exists() else None
+        return None
 
     def _started(self) -> DbtProcess:
         """The process that is warm, or a new one; for the holder of the lock."""
