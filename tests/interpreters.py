@@ -56,7 +56,7 @@ def interpreter(name: str, requirements: Sequence[str], *options: str) -> Path:
     with turn(folder.with_name(f"{folder.name}.lock")):
         if not ready.exists():
             uv("venv", "--clear", "--python", sys.executable, folder)
-            install = ("pip", "install", "--compile-bytecode", "--python", python, *options)
+            install: tuple[str | Path, ...] = ("pip", "install", "--compile-bytecode", "--python", python, *options)
             uv(*install, "--requirements", "-", text="\n".join(requirements))
             ready.touch()
     return python
