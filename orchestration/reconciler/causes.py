@@ -56,8 +56,6 @@ Diagnosis = Literal[
 ]  # fmt: skip
 """What a run may suffer from; each has a page of its name."""
 
-PAGES = "docs/diagnoses/{}.md"
-
 OF_STATE: Mapping[str, Diagnosis] = {
     "ImagePullBackOff": "image",
     "InvalidImageName": "image",
