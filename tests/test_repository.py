@@ -51,7 +51,7 @@ def test_the_image_has_the_projects_entry_points() -> None:
 
 def test_the_bounds_that_matter_are_kept_by_the_lock() -> None:
     assert LOCK["prefect"]["version"].startswith("3.9.")
-    assert LOCK["dbt-core"]["version"].startswith("1.11.")
+    assert LOCK["dbt-core"]["version"].startswith("1.12.")
 
 
 def _anchors(page: Path) -> set[str]:

@@ -53,8 +53,14 @@ SELECTIONS = (
 )  # fmt: skip
 """Options of dbt's commands, given in whatever form, that leave out nodes or rows."""
 
-_PROGRESS = {"LogStartLine", "LogStartBatch", "LogHookStartLine", "Formatting", "ConcurrencyLine", "EndOfRunSummary"}
+_PROGRESS = {
+    "LogStartLine", "LogStartBatch", "LogStartOverload", "LogHookStartLine",
+    "Formatting", "ConcurrencyLine", "EndOfRunSummary",
+}  # fmt: skip
 """Events whose lines say nothing that the nodes' states do not."""
+
+_RENDERED = (".sql", ".yml", ".yaml", ".md", ".py", ".js", ".j2", ".jinja", ".jinja2")
+"""Endings of the files whose Jinja dbt renders; the last four since dbt 1.12."""
 
 _JINJA = re.compile(r"\{([{%]).*?[%}]\}", re.DOTALL)
 _SOURCE = re.compile(r"""source\(\s*['"](.+?)['"]\s*,\s*['"](.+?)['"]\s*\)""")
@@ -258,9 +264,14 @@ class Reporter:
         unit = self._task.manifest.unit_tests.get(skipped)
         if unit:  # it is skipped with its model
             above |= set(graph.predecessors(unit.depends_on.nodes[0]))
-        stopped = sorted(node for node in above if self._status.get(node) in BAD)
+        stopped = sorted(node for node in above if self._status.get(node) in BAD and not self._is_passed_over(node))
         first = next((node for node in stopped if self._status[node] != "skipped"), stopped[0] if stopped else "")
         return self._because.get(first, first)
+
+    def _is_passed_over(self, node: str) -> bool:
+        """Tell whether what reads a node runs although the node fails: `on_error: continue`, since dbt 1.12."""
+        config = getattr(self._task.manifest.nodes.get(node), "config", None)
+        return getattr(getattr(config, "on_error", None), "value", "") == "continue"
 
     def result(self, result: Any, finished: str = "", final: bool = False) -> None:
         """Say what a result of dbt's says of a node that has no event of its own, or one that no longer holds."""
@@ -460,7 +471,7 @@ def _reads_connection(project: Any) -> bool:
     for source in project.all_source_paths:
         files += (folder / source).rglob("*")
     for file in files:
-        if file.suffix in (".sql", ".yml", ".yaml", ".md", ".py") and file.is_file():
+        if file.suffix in _RENDERED and file.is_file():
             text = file.read_text(encoding="utf-8", errors="replace")
             if file.suffix == ".py" and "target" in text:
                 return True

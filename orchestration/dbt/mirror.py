@@ -248,7 +248,7 @@ def message_of(node: Node, by_id: Mapping[str, Node]) -> str:
             what = "did not pass" if above.kind in ("test", "unit_test") else "failed"
             return f"Skipped, because {above.title} {what}."
         case "reused":
-            return "Done by an earlier attempt of this run; not again."
+            return node.message or "Done by an earlier attempt of this run; not again."
         case "success" | "pass" | "no-op":
             return f"{node.message or node.status} in {node.seconds:.2f} s{rows}"
         case _:

@@ -281,12 +281,12 @@ class DbtProject:
             options, defer_to = last.options, last.defer_to
         call = Call.current(self.path.name, command, options, given.get("inputs"))
         earlier = self._done_before(call)
-        environment = dict(self._environment())
+        environment = self._dbts_environment()
         with self._target() as target, tempfile.TemporaryDirectory(prefix="dbt-state-") as state:
             arguments = [
                 "--log-level", "none", "--no-use-colors", "--log-path", str(target), *command.split(),
                 "--project-dir", str(self.path), "--target-path", str(target),
-                *self._profile_options(environment), *options,
+                *self._profile_options(), *options,
             ]  # fmt: skip
             if defer_to is not None:
                 arguments += ["--defer", "--state", str(self._store().fetch(defer_to, Path(state)))]
@@ -313,25 +313,27 @@ class DbtProject:
             return self._attempts[call.memory]
         return call.earlier()
 
-    def _profile_options(self, environment: Mapping[str, str]) -> list[str]:
+    def _dbts_environment(self) -> dict[str, str]:
+        """The variables of a command. A profiles folder that one of them names is found from the flow's folder too.
+
+        dbt's process has the project as its working directory, the flow's may be another.
+        """
+        environment = dict(self._environment())
+        for name in ("DBT_ENGINE_PROFILES_DIR", "DBT_PROFILES_DIR"):
+            if named := environment.get(name, os.environ.get(name)):
+                environment[name] = str(Path(named).resolve() if Path(named).exists() else self.path / named)
+        return environment
+
+    def _profile_options(self) -> list[str]:
+        """The options of the profile that are given here; dbt itself looks at its environment, `.env` and folders."""
         options = []
-        if folder := self._profiles_folder({**os.environ, **environment}):
-            options += ["--profiles-dir", str(folder)]
+        if self._profiles_dir:
+            options += ["--profiles-dir", str(self._profiles_dir)]
         if self._profile:
             options += ["--profile", self._profile]
         if self._target_name:
             options += ["--target", self._target_name]
         return options
-
-    def _profiles_folder(self, environment: Mapping[str, str]) -> Path | None:
-        """The folder with profiles.yml in dbt's order: option, environment, project; None for dbt's default."""
-        if self._profiles_dir:
-            return self._profiles_dir
-        for name in ("DBT_ENGINE_PROFILES_DIR", "DBT_PROFILES_DIR"):
-            if named := environment.get(name):
-                # dbt's process has the project as its working directory, the flow's may be another.
-                return Path(named).resolve() if Path(named).exists() else self.path / named
-        return self.path if (self.path / "profiles.yml").exists() else None
 
     def _started(self) -> DbtProcess:
         """The process that is warm, or a new one; for the holder of the lock."""

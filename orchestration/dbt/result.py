@@ -10,7 +10,7 @@ from orchestration.errors import DbtError
 FAILED = ("error", "fail", "runtime error", "partial success")
 SKIPPED = "skipped"
 REUSED = "reused"
-"""Not dbt's word: an earlier attempt of the same run has done it."""
+"""An earlier attempt of the same run has done it. dbt 1.12 has the word too, for what is as its state says."""
 NOT_RUN = ""
 """Selected, but the command was over before it came to it."""
 

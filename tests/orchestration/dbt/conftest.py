@@ -5,7 +5,6 @@ import functools
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from prefect import flow
 from orchestration import warehouse
 from orchestration.dbt import DbtProject, DbtResult
 from orchestration.dbt.process import CHILD
-from tests.orchestration.dbt import forked, projects
+from tests.orchestration.dbt import forked, projects, versions
 from tests.orchestration.dbt.projects import every_kind, small, tables
 from tests.orchestration.dbt.task_runs import Server, results_of
 from tests.parts import client_of, new_database, rows_of, wait_until
@@ -45,7 +44,7 @@ def database(postgres: str, tiny: "Tiny") -> Iterator[str]:
 def _parsed(folder: Path) -> Path:
     """Parse a project as `docker/Dockerfile` does: for a host and a user that no run has."""
     subprocess.run(
-        [sys.executable, "-P", CHILD, "parse", "--project-dir", folder, "--profiles-dir", folder],
+        [versions.tested(), "-P", CHILD, "parse", "--project-dir", folder, "--profiles-dir", folder],
         env=os.environ | {"PGHOST": "build", "PGUSER": "build", "PGDATABASE": DATABASE},
         cwd=folder,
         stdout=subprocess.DEVNULL,
@@ -158,9 +157,9 @@ def forks(postgres: str, work: Path) -> Iterator[Tiny]:
     child process (`test_project`), of runs that end (`test_ends`) and of flows' own processes have real ones.
     """
     made = Tiny(projects.tiny(work / "tiny"), work / "python", work / "socket")
-    made.python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{forked.__file__}" "{made.socket}" "$@"\n')
+    made.python.write_text(f'#!/bin/sh\nexec "{versions.tested()}" -I -S "{forked.__file__}" "{made.socket}" "$@"\n')
     made.python.chmod(0o755)
-    command = [sys.executable, "-P", str(forked.__file__), "serve", str(made.socket)]
+    command = [str(versions.tested()), "-P", str(forked.__file__), "serve", str(made.socket)]
     with contextlib.ExitStack() as stack:
         with new_database(postgres, DATABASE):
             environment = {**os.environ, **warehouse.environment()}

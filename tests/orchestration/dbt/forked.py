@@ -83,10 +83,12 @@ def _become(arguments: list[str], folder: str, environment: dict[str, str], file
     status = 0
     try:
         if arguments[0] == "dbt":
-            from dbt.cli.main import cli
+            from dbt.cli import main
 
+            if hasattr(main, "load_dotenv"):  # as this module does when it is imported, since dbt 1.12
+                main.load_dotenv(main.find_dotenv(usecwd=True), override=False)
             sys.argv = arguments
-            cli()
+            main.cli()
         else:
             sys.argv = arguments[1:]
             runpy.run_path(arguments[1], run_name="__main__")

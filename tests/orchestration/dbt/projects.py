@@ -8,8 +8,8 @@ runs in a second or two. The environment is that of `orchestration.warehouse.env
 import json
 import os
 import random
+import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import NamedTuple
 import psycopg
 
 from orchestration.settings import ROOT
+from tests.orchestration.dbt import versions
 from tests.parts import Query
 
 PROFILE = (ROOT / "flows" / "warehouse" / "profiles.yml").read_text()
@@ -28,10 +29,13 @@ _FLAGS = "flags: {send_anonymous_usage_stats: false, require_generic_test_argume
 
 # --- a project with every kind of node ---------------------------------------------------------
 
+FUNCTIONS = int(versions.minor() >= (1, 11))
+"""How many functions `every_kind` has: dbt 1.11 brought them."""
+
 OUTCOMES: Mapping[tuple[str, str], int] = {
     ("exposure", "no-op"): 1,
-    ("function", "success"): 1,
-    ("model", "success"): 19,
+    **({("function", "success"): FUNCTIONS} if FUNCTIONS else {}),
+    ("model", "success"): 18 + FUNCTIONS,
     ("operation", "success"): 4,
     ("saved_query", "no-op"): 1,
     ("seed", "success"): 2,
@@ -373,7 +377,16 @@ def every_kind(folder: Path) -> Path:
     source's table is made by the first on-run-start hook. `greet` is a macro for `run-operation`, the
     model `retired` is disabled, the analysis is compiled only.
     """
-    return _write(folder, _EVERY_KIND)
+    _write(folder, _EVERY_KIND)
+    if not FUNCTIONS:
+        without_functions(folder)
+    return folder
+
+
+def without_functions(folder: Path) -> None:
+    """Take the function out of `every_kind`, and the model that calls the function."""
+    shutil.rmtree(folder / "functions")
+    (folder / "models" / "doubled_amounts.sql").unlink()
 
 
 def _write(folder: Path, files: Mapping[str, str]) -> Path:
@@ -402,7 +415,7 @@ class Fault(NamedTuple):
         replace(folder, self.file, self.old, self.new)
 
 
-FAULTS: Mapping[str, Fault] = {
+FAULTS: dict[str, Fault] = {
     # The database refuses a table; what reads the table is skipped.
     "model": Fault(
         "models/countries.sql", "select country,", "select country, continent,", "model.shop.countries", "error"
@@ -435,13 +448,15 @@ FAULTS: Mapping[str, Fault] = {
     "snapshot": Fault(
         "snapshots/customer_history.sql", "select id,", "select id, colour,", "snapshot.shop.customer_history", "error"
     ),
-    "function": Fault("functions/doubled.sql", "amount * 2", "colour * 2", "function.shop.doubled", "error"),
     # A hook is no selected node, and fails when all nodes are done.
     "hook": Fault(
         "dbt_project.yml", "select 1 as ended", "select ended", "operation.shop.shop-on-run-end-1", "error"
     ),
 }  # fmt: skip
 """Faults by the kind of what fails. They do not hide each other: one build meets all of them."""
+
+if FUNCTIONS:
+    FAULTS["function"] = Fault("functions/doubled.sql", "amount * 2", "colour * 2", "function.shop.doubled", "error")
 
 
 def replace(folder: Path, file: str, old: str, new: str) -> None:
@@ -670,7 +685,7 @@ def command_line(
             temporary,
         ]
         ended = subprocess.run(
-            [str(Path(sys.executable).parent / "dbt"), *arguments, *map(str, places)],
+            [str(versions.tested().parent / "dbt"), *arguments, *map(str, places)],
             env=os.environ | dict(environment),
             cwd=folder,
             stdin=subprocess.DEVNULL,

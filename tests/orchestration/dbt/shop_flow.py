@@ -16,8 +16,14 @@ from prefect.flow_engine import run_flow
 from orchestration import warehouse
 from orchestration.dbt import DbtProject
 from orchestration.settings import ROOT
+from tests.orchestration.dbt import versions
 
-project = DbtProject(os.environ["SHOP"], environment=warehouse.environment, artifacts=os.environ["SHOP"] + ".kept")
+project = DbtProject(
+    os.environ["SHOP"],
+    environment=warehouse.environment,
+    artifacts=os.environ["SHOP"] + ".kept",
+    python=versions.tested(),
+)
 
 
 @flow

@@ -16,7 +16,7 @@ import pytest
 from orchestration import warehouse
 from orchestration.dbt import DbtProject
 from orchestration.errors import DbtError
-from tests.orchestration.dbt import forked
+from tests.orchestration.dbt import forked, versions
 from tests.orchestration.dbt.conftest import DATABASE, Tiny
 from tests.orchestration.dbt.projects import replace
 from tests.parts import new_database, rows_of
@@ -39,6 +39,7 @@ def _replace(file: str, old: str, new: str) -> Edit:
 BROKEN = _replace("models/one.sql", "select id", "select nothing")
 DUPLICATE = _replace("seeds/rates.csv", "2\n", "1\n")
 UNKNOWN = _replace("models/one.sql", "select id", "select nullif(id, 2) as id")
+CONTINUED = _replace("models/one.sql", "'table'", "'table', on_error='continue'")
 STALE = _replace("models/models.yml", "now()", "now() - interval '3 days'")
 NOT_COMPILED = _write("models/four.sql", "{{ exceptions.raise_compiler_error('no') if execute }}")
 CHANGED = _replace("models/three.sql", "as id", "as number")
@@ -55,6 +56,19 @@ selectors:
   - {name: changed, definition: {method: state, value: modified}}
 """
 NAMED = _write("selectors.yml", SELECTORS)
+FUNCTIONS = """
+functions:
+  - name: doubled
+    arguments: [{name: amount, data_type: integer}]
+    returns: {data_type: integer}
+    overloads:
+      - {defined_in: doubled_text, arguments: [{name: amount, data_type: text}], returns: {data_type: text}}
+"""
+WRONG_OVERLOAD = (
+    _write("functions/doubled.sql", "select amount * 2"),
+    _write("functions/doubled_text.sql", "select amount * 2"),
+    _write("functions/functions.yml", FUNCTIONS),
+)
 CATALOG = """
 {% macro get_catalog(schema, schemas) %}{{ exceptions.raise_compiler_error("no catalog today") }}{% endmacro %}
 {% macro get_catalog_relations(schema, relations) %}{{ get_catalog(schema, []) }}{% endmacro %}
@@ -81,6 +95,8 @@ class Case:
     """dbt's arguments of a command before it, by both."""
     before: tuple[Edit, ...] = ()
     """Edits for that one too."""
+    since: tuple[int, int] = (1, 0)
+    """The first minor version of dbt that has it."""
 
 
 CASES = {
@@ -115,6 +131,11 @@ CASES = {
     "test": Case("build", edits=(DUPLICATE,), exit=1),
     "warning": Case("build", edits=(UNKNOWN,), kept=True),
     "warning, which is an error": Case("build --warn-error", edits=(UNKNOWN,), exit=1),
+    "model, and on with what reads it": Case("build", edits=(CONTINUED, BROKEN), exit=1),
+    "function in part": Case(
+        "build -s resource_type:function",
+        edits=WRONG_OVERLOAD, exit=1, since=(1, 12),
+    ),
     # Of other nodes dbt may have begun one before it stops, also with one thread.
     "fail-fast": Case("build --fail-fast --threads 1 --select one+", edits=(BROKEN,), exit=1),
     "hook before": Case("build", edits=(_hook("as started", "as started from nowhere"),), exit=1),
@@ -156,6 +177,12 @@ CASES = {
     "profiles by flag": Case("run -s three --profiles-dir ELSEWHERE"),
     "profiles by environment": Case("run -s three", environment={"DBT_PROFILES_DIR": "ELSEWHERE"}),
     "profiles by another": Case("run -s three", environment={"DBT_ENGINE_PROFILES_DIR": "ELSEWHERE"}),
+    # dbt 1.12 reads the file.
+    "profiles by .env": Case("run -s three", edits=(_write(".env", "DBT_PROFILES_DIR=elsewhere\n"),)),
+    "environment before .env": Case(
+        "run -s three", edits=(_write(".env", "DBT_PROFILES_DIR=/nowhere\nDBT_TARGET=other\n"),),
+        environment={"DBT_PROFILES_DIR": "ELSEWHERE", "DBT_TARGET": "dev"},
+    ),
     "profiles nowhere": Case("run -s three", environment={"DBT_PROFILES_DIR": "/nowhere"}, exit=2),
 }  # fmt: skip
 
@@ -261,6 +288,8 @@ def ways(tiny: Tiny, postgres: str) -> Iterator[Callable[[Path], Ways]]:
 def test_command_ends_as_dbts_own_does(
     case: Case, ways: Callable[[Path], Ways], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if versions.minor() < case.since:
+        pytest.skip(f"dbt {'.'.join(map(str, case.since))} brought it")
     both = ways(tmp_path)
     for name, value in case.environment.items():
         monkeypatch.setenv(name, both.placed(value))

@@ -5,6 +5,7 @@ import decimal
 import enum
 import json
 import math
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,22 @@ def test_vars_that_are_no_json_are_refused_by_name(name: str, tmp_path: Path) ->
     assert str(raised.value).startswith(f"{name} is no JSON: it is {what}. ")
     with pytest.raises(DbtError, match="vars are no mapping"):
         DbtProject(tmp_path).build(vars='{"a": 1}')  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*(f"models/who{suffix}" for suffix in (".sql", ".yml", ".md", ".py", ".sql.j2", ".md.jinja", ".sql.jinja2")),
+     "functions/who.js"],
+)  # fmt: skip
+def test_file_that_reads_the_connection_is_found(name: str, tmp_path: Path) -> None:
+    """In each kind of file whose Jinja dbt renders; a parse that was made for another host does not hold then."""
+    project = types.SimpleNamespace(project_root=str(tmp_path), all_source_paths=["models", "functions"])
+    for file, text in (("dbt_project.yml", "name: who"), ("models/other.sql", "{{ target.schema }}"), (name, "1")):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(text)
+    assert not child._reads_connection(project)
+    (tmp_path / name).write_text("{{ target.host }}")
+    assert child._reads_connection(project)
 
 
 _VALUES = strategies.none() | strategies.integers() | strategies.floats() | strategies.text() | strategies.binary()

@@ -15,6 +15,7 @@ from orchestration import warehouse
 from orchestration.dbt import DbtProject, DbtResult, Node
 from orchestration.dbt.process import CHILD
 from orchestration.errors import DbtError
+from tests.orchestration.dbt import versions
 from tests.orchestration.dbt.conftest import use
 from tests.orchestration.dbt.projects import hold, replace, small
 from tests.orchestration.dbt.task_runs import build_beside
@@ -24,7 +25,7 @@ from tests.parts import Query, wait_until
 @pytest.fixture
 def project(folder: Path) -> Iterator[DbtProject]:
     """A project of three models, parsed and not built, with a child of a real interpreter."""
-    project = use(folder, python=sys.executable)
+    project = use(folder, python=versions.tested())
     yield project
     project.close()
 
@@ -69,6 +70,17 @@ def test_a_failed_node_and_what_was_skipped_behind_it(project: DbtProject, folde
     assert [node.because for node in result.skipped] == ["model.small.one"]
     assert 'model one (models/one.sql): relation "nowhere" does not exist' in str(error)
     assert "Built, each whole and up to date: three." in str(error)
+
+
+@pytest.mark.skipif(versions.minor() < (1, 12), reason="dbt 1.12 brought on_error")
+def test_skipped_node_names_the_failure_that_stopped_it(small_project: DbtProject, folder: Path) -> None:
+    """And none that dbt was told to pass over."""
+    (folder / "models" / "one.sql").write_text("{{ config(on_error='continue') }} select 1 as id from nowhere")
+    (folder / "models" / "three.sql").write_text("select 3 as id from nowhere")
+    (folder / "models" / "four.sql").write_text("select * from {{ ref('one') }}, {{ ref('three') }}")
+    result = small_project.build(select="+four", check=False)
+    assert {node.name for node in result.failed} == {"one", "three"}
+    assert [(node.name, node.because) for node in result.skipped] == [("four", "model.small.three")]
 
 
 def test_many_failures_are_counted_and_the_first_five_told() -> None:
@@ -157,9 +169,10 @@ def slow(folder: Path) -> Path:
 def _build_elsewhere(folder: Path) -> "subprocess.Popen[bytes]":
     code = (
         "import sys; from pathlib import Path; from orchestration import warehouse; from orchestration.dbt import *\n"
-        "DbtProject(Path(sys.argv[1]), environment=warehouse.environment).build()"
+        "DbtProject(Path(sys.argv[1]), environment=warehouse.environment, python=sys.argv[2]).build()"
     )
-    return subprocess.Popen([sys.executable, "-c", code, str(folder)], stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-c", code, str(folder), str(versions.tested())]
+    return subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
 
 def test_when_the_flow_is_interrupted_its_dbt_and_its_sql_end(slow: Path, query: Query) -> None:
@@ -174,7 +187,7 @@ def test_when_the_flow_is_interrupted_its_dbt_and_its_sql_end(slow: Path, query:
 
 
 def test_when_dbt_dies_the_flow_is_told(slow: Path, query: Query) -> None:
-    project = use(slow, python=sys.executable)
+    project = use(slow, python=versions.tested())
     thread, caught = build_beside(project)
     wait_until(lambda: _sleeping(query) == 1, "the model", 240)
     for child in psutil.Process().children():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.orchestration.dbt.conftest import Built
-from tests.orchestration.dbt.projects import FAULTS, NODES, OUTCOMES, every_kind, fast, hold, random_dag
+from tests.orchestration.dbt.projects import FAULTS, FUNCTIONS, NODES, OUTCOMES, every_kind, fast, hold, random_dag
 
 
 def test_a_clean_build_ends_as_it_says(built: Built) -> None:
@@ -28,7 +28,7 @@ def test_every_resource_type_is_in_the_project(built: Built) -> None:
         if isinstance(resource, dict) and resource.get("package_name") == "shop"
     ]
     assert {resource["resource_type"] for resource in own} == {
-        "analysis", "doc", "exposure", "function", "group", "macro", "metric", "model", "operation",
+        "analysis", "doc", "exposure", *(["function"] * FUNCTIONS), "group", "macro", "metric", "model", "operation",
         "saved_query", "seed", "semantic_model", "snapshot", "source", "test", "unit_test",
     }  # fmt: skip
     models = [resource for resource in own if resource["resource_type"] == "model"]

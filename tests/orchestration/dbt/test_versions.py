@@ -1,35 +1,54 @@
-"""Another version of dbt than the flow's own environment has, in an environment of its own."""
+"""A part of the contract with each version of dbt that is tested; the others than the locked have their environments.
+
+`TEST_DBT=1.10 pytest tests/orchestration/dbt` runs all tests of this folder with another version.
+"""
 
 import json
-import shutil
+import re
+import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 from prefect import flow
 
 from orchestration.dbt.mirror import STATES
-from tests.interpreters import interpreter
+from orchestration.dbt.result import FAILED
+from orchestration.settings import ROOT
+from tests.orchestration.dbt import versions
 from tests.orchestration.dbt.conftest import use
-from tests.orchestration.dbt.projects import replace
+from tests.orchestration.dbt.projects import FUNCTIONS, replace, without_functions
 from tests.orchestration.dbt.task_runs import Server, results_of
 from tests.parts import wait_until
 
-DBT = ("dbt-core==1.10.23", "dbt-postgres==1.10.2")
+OTHERS = [version for version in versions.VERSIONS if version != ".".join(map(str, versions.minor()))]
 
 
-@pytest.fixture(scope="module")
-def older() -> Path:
-    """The interpreter of an environment with dbt 1.10."""
-    return interpreter(DBT[0], DBT)
+def test_newest_tested_dbt_is_the_locked_one_and_the_docs_list_each() -> None:
+    locked = {each["name"]: each["version"] for each in tomllib.loads((ROOT / "uv.lock").read_text())["package"]}
+    newest = max(versions.VERSIONS, key=lambda version: int(version.split(".")[1]))
+    assert versions.VERSIONS[newest] == tuple(f"{name}=={locked[name]}" for name in ("dbt-core", "dbt-postgres"))
+    listed = re.findall(r"^\| (1\.\d+\.\d+) \| ([\d.]+) \|", (ROOT / "docs/dbt.md").read_text(), flags=re.M)
+    tested = {tuple(each.partition("==")[2] for each in requirements) for requirements in versions.VERSIONS.values()}
+    assert set(listed) == tested
 
 
-def test_states_are_those_of_an_older_dbt(older: Path, shop: Path, server: Server) -> None:
-    """Of every kind of node that it knows; functions came with 1.11."""
-    shutil.rmtree(shop / "functions")
-    (shop / "models" / "doubled_amounts.sql").unlink()
+@pytest.mark.parametrize("version", versions.VERSIONS)
+def test_every_status_of_dbt_has_a_state(version: str) -> None:
+    code = "from dbt.artifacts.schemas.results import NodeStatus; print(*NodeStatus, sep='\\n')"
+    listed = subprocess.run([versions.python_of(version), "-c", code], capture_output=True, text=True, check=True)
+    statuses = set(listed.stdout.splitlines())
+    assert set(FAILED) <= statuses <= STATES.keys()
+
+
+@pytest.mark.parametrize("version", OTHERS)
+def test_states_are_those_of_another_dbt(version: str, shop: Path, server: Server) -> None:
+    """Of every kind of node that the version has."""
+    if version == "1.10" and FUNCTIONS:
+        without_functions(shop)
     replace(shop, "models/models.yml", "values: [gold, silver]", "values: [gold]")
     failure = "test.shop.accepted_values_clean_customers_tier__gold.332332f11b"
-    project = use(shop, python=older)
+    project = use(shop, python=versions.python_of(version))
     attempts: list[dict[str, str]] = []
 
     @flow(retries=1)
@@ -43,7 +62,7 @@ def test_states_are_those_of_an_older_dbt(older: Path, shop: Path, server: Serve
 
     state = daily(return_state=True)
     written = json.loads((shop / "target" / "run_results.json").read_text())
-    assert written["metadata"]["dbt_version"] == "1.10.23"
+    assert f"dbt-core=={written['metadata']['dbt_version']}" in versions.VERSIONS[version]
     first, second = attempts
     assert first[failure] == "fail"
     # The corrected test has another id, as that has its values in it.
