@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import os
 import shutil
 import signal
@@ -112,6 +113,8 @@ def pytest_configure(config: pytest.Config) -> None:
         choice.way()
     except ClusterError as error:
         raise pytest.UsageError(str(error)) from None
+    # What is imported for the tests stays: to look at it again and again took half of the time that the imports do.
+    gc.disable()
     config.addinivalue_line("markers", "alone: no other test may use the cluster at the same time")
 
 
@@ -131,6 +134,11 @@ def pytest_sessionfinish() -> None:
         from tests.e2e.release import remove_shared
 
         remove_shared()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
