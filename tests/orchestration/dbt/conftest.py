@@ -167,7 +167,8 @@ def forks(postgres: str, work: Path) -> Iterator[Tiny]:
     made = Tiny(projects.tiny(work / "tiny"), work / forked.PARSE, work / "python", work / "socket")
     made.python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{forked.__file__}" "{made.socket}" "$@"\n')
     made.python.chmod(0o755)
-    command = [sys.executable, "-P", forked.__file__, "serve", made.socket, CHILD, made.dbts_parse]
+    files = map(str, (made.socket, CHILD, made.dbts_parse))
+    command = [sys.executable, "-P", str(forked.__file__), "serve", *files]
     with contextlib.ExitStack() as stack:
         with new_database(postgres, DATABASE):
             environment = {**os.environ, **warehouse.environment()}
