@@ -39,6 +39,13 @@ JSON ?=
 PAIRS ?= 7
 POSTGRES ?=
 
+# What a person gives is data: make expands no `$` in it, and the shell gets it in quotes.
+GIVEN := DAY FULL_REFRESH SELECT FIRST LAST CMD TESTS CHANGED FOR KILLS ROUNDS MINUTES RUNS SEED REGISTRY BUILDER BASE_IMAGE IMAGE \
+	ENV KUBE_CONTEXT NAMESPACE RUN DEPLOYMENT PARAMETERS CONFIRM PORT PAIRS POSTGRES PROCESSES
+$(foreach name,$(GIVEN),$(if $(filter-out file,$(origin $(name))),$(eval \
+	$(if $(filter command,$(firstword $(origin $(name)))),override) $(name) := $$(value $(name)))))
+quoted = '$(subst ','\'',$(1))'
+
 # The newest Python that dbt supports, whichever name it has here; uv, from PyPI unless it is here.
 PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && command -v $$python && break; done)
@@ -48,10 +55,10 @@ BIN := .venv/bin
 WAREHOUSE := $(BIN)/python -m orchestration.warehouse
 
 # The cluster that is named; for the local environment, the one of `make cluster`.
-CONTEXT = $(or $(KUBE_CONTEXT),$(if $(filter local,$(ENV)),$$($(BIN)/python -m tests.cluster context)))
+CONTEXT = $(if $(KUBE_CONTEXT),$(call quoted,$(KUBE_CONTEXT)),"$(if $(filter local,$(ENV)),$$($(BIN)/python -m tests.cluster context))")
 # kubectl and helm as they are here, else those that were built for the local cluster.
 ENVIRONMENT = PATH="$$PATH:$$($(BIN)/python -m tests.cluster path)" $(BIN)/python -m orchestration.environment
-TARGET = --env '$(ENV)' --context "$(CONTEXT)" --namespace '$(NAMESPACE)'
+TARGET = --env $(call quoted,$(ENV)) --context $(CONTEXT) --namespace $(call quoted,$(NAMESPACE))
 
 export DO_NOT_TRACK := 1
 export REGISTRY BUILDER BASE_IMAGE IMAGE KUBE_CONTEXT CLUSTER
@@ -60,16 +67,19 @@ export UV_PYTHON_DOWNLOADS := never
 export UV_COMPILE_BYTECODE ?= 1
 
 # What is given of the long tests' parameters.
-LONG = $(strip $(foreach name,KILLS ROUNDS MINUTES RUNS SEED,$(if $($(name)),$(name)=$($(name)))))
+LONG = $(strip $(foreach name,KILLS ROUNDS MINUTES RUNS SEED,$(if $($(name)),$(call quoted,$(name)=$($(name))))))
 
 # A file's tests stay together, as they share what they install; the order of files is that of tests/conftest.py.
 BY_FILE := --dist loadfile --no-loadscope-reorder
 
 # The test files: those of TESTS, or those that the change since main, or since the commit CHANGED, can affect.
-SELECTED = $(if $(CHANGED),$$($(BIN)/python -m tests.selection$(if $(filter-out 1,$(CHANGED)), --base '$(CHANGED)')),$(TESTS))
+SELECTED = $(if $(CHANGED),$$($(BIN)/python -m tests.selection$(if $(filter-out 1,$(CHANGED)), --base $(call quoted,$(CHANGED)))),$(TESTS))
 
 # Not empty where the tests may use a cluster, which is made first but for CLUSTER=none.
 USES_CLUSTER = $(if $(CHANGED),,$(filter tests tests/cluster% tests/docker% tests/e2e%,$(TESTS)))
+
+# With --quiet, --strict would accept a broken link.
+SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # $(call stage,NAME,COMMAND): run it and say what it took.
 stage = @printf '\n== %s\n' '$(1)'; start=$$SECONDS; status=0; { $(2); } || status=$$?; \
@@ -78,10 +88,10 @@ stage = @printf '\n== %s\n' '$(1)'; start=$$SECONDS; status=0; { $(2); } || stat
 ##@ Run
 .PHONY: run backfill
 run: .venv/ready ## run the daily job: the next day, or DAY=2013-02-08 FULL_REFRESH=1 SELECT=...
-	@$(BIN)/python flows/example_flow.py $(if $(DAY),--day '$(DAY)') $(if $(FULL_REFRESH),--full-refresh) $(if $(SELECT),--select='$(SELECT)')
+	@$(BIN)/python flows/example_flow.py $(if $(DAY),--day $(call quoted,$(DAY))) $(if $(FULL_REFRESH),--full-refresh) $(if $(SELECT),--select=$(call quoted,$(SELECT)))
 
 backfill: .venv/ready ## load every day, or FIRST=... to LAST=..., that is not loaded yet, and build once
-	@$(BIN)/python flows/backfill.py $(if $(FIRST),--first '$(FIRST)') $(if $(LAST),--last '$(LAST)') $(if $(FULL_REFRESH),--full-refresh)
+	@$(BIN)/python flows/backfill.py $(if $(FIRST),--first $(call quoted,$(FIRST))) $(if $(LAST),--last $(call quoted,$(LAST))) $(if $(FULL_REFRESH),--full-refresh)
 
 ##@ Serve
 .PHONY: server worker
@@ -93,17 +103,17 @@ worker: .venv/ready ## start a worker that executes deployments' runs as process
 	@$(BIN)/prefect worker start --pool default --type process
 
 ##@ Warehouse
-.PHONY: psql dbt docs stop
+.PHONY: psql dbt dbt-docs stop
 psql: .venv/ready ## open psql on the warehouse
 	@$(WAREHOUSE) exec psql
 
 dbt: .venv/ready ## run a dbt command on the warehouse, CMD="build --select route_performance"
 	@$(WAREHOUSE) exec $(BIN)/dbt $(CMD) --project-dir flows/warehouse --profiles-dir flows/warehouse
 
-docs: PORT = 8080
-docs: .venv/ready ## make the dbt project's docs and serve them on http://localhost:8080, or PORT=
+dbt-docs: PORT := $(if $(filter override,$(origin PORT)),$(PORT),8080)
+dbt-docs: .venv/ready ## make the dbt project's docs and serve them on http://localhost:8080, or PORT=
 	@$(WAREHOUSE) exec $(BIN)/dbt docs generate --project-dir flows/warehouse --profiles-dir flows/warehouse
-	@$(WAREHOUSE) exec $(BIN)/dbt docs serve --port $(PORT) --no-browser --project-dir flows/warehouse --profiles-dir flows/warehouse
+	@$(WAREHOUSE) exec $(BIN)/dbt docs serve --port $(call quoted,$(PORT)) --no-browser --project-dir flows/warehouse --profiles-dir flows/warehouse
 
 stop: .venv/ready ## stop the embedded warehouse
 	@$(WAREHOUSE) stop
@@ -112,7 +122,7 @@ stop: .venv/ready ## stop the embedded warehouse
 .PHONY: up down deploy plan rollback undeploy run-on-cluster status logs ui
 up: cluster ## the whole way from nothing: cluster, image, charts, the daily job as a pod, the UI's address
 	@$(ENVIRONMENT) deploy $(TARGET)
-	@$(ENVIRONMENT) run $(TARGET) '$(DEPLOYMENT)'
+	@$(ENVIRONMENT) run $(TARGET) $(call quoted,$(DEPLOYMENT))
 	@$(ENVIRONMENT) status $(TARGET)
 	@echo "Open the UI: make ui"
 
@@ -121,26 +131,26 @@ down: cluster-down ## take the local cluster away, with all that is on it
 deploy: .venv/ready ## bring ENV to what the checkout says: charts, pool, deployments; FORCE=1 also where nothing changed
 	@$(ENVIRONMENT) deploy $(TARGET) $(if $(FORCE),--force)
 
-plan: .venv/ready ## what a deploy would change; scripts ask python -m orchestration.environment plan, see docs/deploying.md
+plan: .venv/ready ## what a deploy would change; scripts ask python -m orchestration.environment plan, see docs/how-to/deploy.md
 	@$(ENVIRONMENT) plan $(TARGET)
 
 rollback: .venv/ready ## take back the newest deploy: image, charts, pool, deployments
 	@$(ENVIRONMENT) rollback $(TARGET) $(if $(FORCE),--force)
 
 undeploy: .venv/ready ## take the releases away; volumes and passwords stay
-	@$(ENVIRONMENT) undeploy $(TARGET) --confirm '$(CONFIRM)'
+	@$(ENVIRONMENT) undeploy $(TARGET) --confirm $(call quoted,$(CONFIRM))
 
 run-on-cluster: .venv/ready ## run DEPLOYMENT=FLOW/NAME as a pod, PARAMETERS='{"day": "2013-02-08"}', and follow it
-	@$(ENVIRONMENT) run $(TARGET) '$(DEPLOYMENT)' --parameters '$(PARAMETERS)'
+	@$(ENVIRONMENT) run $(TARGET) $(call quoted,$(DEPLOYMENT)) --parameters $(call quoted,$(PARAMETERS))
 
 status: .venv/ready ## one screen: components, pool, running and late runs, each deployment's last; JSON=1
 	@$(ENVIRONMENT) status $(TARGET) $(if $(JSON),--json)
 
 logs: .venv/ready ## follow a run: RUN=its name or id; the newest without
-	@$(ENVIRONMENT) logs $(TARGET) $(RUN)
+	@$(ENVIRONMENT) logs $(TARGET) $(if $(RUN),-- $(call quoted,$(RUN)))
 
 ui: .venv/ready ## open the UI on http://localhost:4200, or PORT=
-	@$(ENVIRONMENT) ui $(TARGET) --port $(PORT)
+	@$(ENVIRONMENT) ui $(TARGET) --port $(call quoted,$(PORT))
 
 ##@ Cluster and image
 .PHONY: cluster cluster-down build push sbom worker-manifests
@@ -171,7 +181,7 @@ down-docker: ## stop what runs in Docker; databases and passwords stay
 	@docker/stack down
 
 ##@ Develop
-.PHONY: setup test test-long fix bench bench-deploys bench-dbt bench-deployments bench-reconciler bench-recovery picture clean
+.PHONY: setup test test-long fix bench bench-deploys bench-dbt bench-deployments bench-reconciler bench-recovery picture docs docs-site clean
 setup: .venv/ready ## create the environment in .venv
 
 # What a change affects is tested without a cluster, as one takes minutes.
@@ -180,10 +190,12 @@ test: .venv/ready ## check the code and run all tests, PROCESSES=5 at once; TEST
 	$(if $(USES_CLUSTER),@$(BIN)/python -m tests.cluster preview)
 	$(call stage,ruff,$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check .)
 	$(call stage,yamllint,$(BIN)/yamllint -s .)
+	$(call stage,codespell,$(BIN)/codespell)
+	$(call stage,docs-site,$(SITE))
 	$(call stage,shellcheck and hadolint,$(BIN)/shellcheck docker/build docker/sbom docker/stack tests/cluster/databases/entrypoint k8s/overlays/local/warehouse/secret .ci/run && $(BIN)/hadolint docker/Dockerfile tests/cluster/databases/Dockerfile)
 	$(call stage,sqlfluff,$(BIN)/sqlfluff lint -q flows/warehouse --nocolor)
 	$(if $(and $(USES_CLUSTER),$(filter-out none,$(or $(CLUSTER),any))),$(call stage,mypy and the cluster beside it,$(BIN)/mypy & { $(BIN)/python -m tests.cluster up || [ -z "$${CI:-}$(CLUSTER)" ]; } && wait $$!),$(call stage,mypy,$(BIN)/mypy))
-	$(call stage,pytest,tests="$(SELECTED)" && { [ -z "$$tests" ] || $(BIN)/pytest$(if $(CHANGED)$(filter tests,$(TESTS)), --numprocesses $(PROCESSES) $(BY_FILE)) $$tests; })
+	$(call stage,pytest,tests="$(SELECTED)" && { [ -z "$$tests" ] || $(BIN)/pytest$(if $(CHANGED)$(filter tests,$(TESTS)), --numprocesses $(call quoted,$(PROCESSES)) $(BY_FILE)) $$tests; })
 
 test-long: .venv/ready ## run the long tests, FOR="soak kills reconciler" some, LIST=1 shows them; KILLS= ROUNDS= MINUTES= RUNS= SEED=; FORCE=1
 	@$(BIN)/python -m tests.long $(if $(FOR),--for $(FOR)) $(if $(LIST),--list) $(if $(FORCE),--force) $(if $(LONG),--with $(LONG))
@@ -192,29 +204,35 @@ fix: .venv/ready ## format the code and repair what the linters can
 	@$(BIN)/ruff check -q --fix . && $(BIN)/ruff format -q . && $(BIN)/sqlfluff fix -q flows/warehouse
 
 bench: .venv/ready ## measure; PAIRS=7; prints a table and appends to tests/benchmarks/results.md
-	@$(BIN)/python -m tests.benchmarks.run --pairs $(PAIRS)
+	@$(BIN)/python -m tests.benchmarks.run --pairs $(call quoted,$(PAIRS))
 
 bench-deploys: .venv/ready ## measure make up and make deploy on the local cluster, which it takes away first
-	@$(BIN)/python -m tests.benchmarks.deploys --pairs $(PAIRS)
+	@$(BIN)/python -m tests.benchmarks.deploys --pairs $(call quoted,$(PAIRS))
 
 bench-dbt: .venv/ready ## measure dbt in a flow beside dbt's command line, at 20, 300 and 1,000 nodes
-	@$(BIN)/python -m tests.benchmarks.dbt --pairs $(PAIRS)
+	@$(BIN)/python -m tests.benchmarks.dbt --pairs $(call quoted,$(PAIRS))
 
 bench-deployments: .venv/ready ## measure orchestrate plan and sync beside prefect deploy --all; POSTGRES=URL of one with pg_trgm
-	@$(BIN)/python -m tests.benchmarks.deployments --pairs $(PAIRS) $(if $(POSTGRES),--postgres '$(POSTGRES)')
+	@$(BIN)/python -m tests.benchmarks.deployments --pairs $(call quoted,$(PAIRS)) $(if $(POSTGRES),--postgres $(call quoted,$(POSTGRES)))
 
 bench-reconciler: .venv/ready ## measure a round of the reconciler over 100 to 5,000 simulated runs; POSTGRES=URL of one with pg_trgm
-	@$(BIN)/python -m tests.benchmarks.reconciler $(if $(POSTGRES),--postgres '$(POSTGRES)')
+	@$(BIN)/python -m tests.benchmarks.reconciler $(if $(POSTGRES),--postgres $(call quoted,$(POSTGRES)))
 
-bench-recovery: KILLS = 10
+bench-recovery: KILLS := $(or $(KILLS),10)
 bench-recovery: .venv/ready ## measure how soon a killed run goes on, KILLS=10 times on the local cluster
-	@PACE=shipped $(BIN)/python -m tests.benchmarks.recovery --kills $(KILLS)
+	@PACE=shipped $(BIN)/python -m tests.benchmarks.recovery --kills $(call quoted,$(KILLS))
 
 picture: .venv/ready ## draw the pictures of README and docs
 	@$(BIN)/python -m docs.picture
 
+docs: .venv/ready ## write the generated parts of docs/reference
+	@$(BIN)/python -m docs.generate
+
+docs-site: .venv/ready ## build the docs as a site in build/site; a broken link fails
+	@$(SITE)
+
 clean: ## remove the environment and what tools left behind; the warehouse stays
-	rm -rf .venv .uv .mypy_cache .pytest_cache .ruff_cache flows/warehouse/target flows/warehouse/logs
+	rm -rf .venv .uv .mypy_cache .pytest_cache .ruff_cache build/site flows/warehouse/target flows/warehouse/logs
 
 .PHONY: help
 help: ## show this

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 # Beyond these, a command imports what it needs: --help is there at once.
 from orchestration.errors import DeploymentsError, PipelineError
+from orchestration.terminal import printable_output
 
 if TYPE_CHECKING:
     from orchestration.api import Server
@@ -74,6 +75,10 @@ def parser() -> argparse.ArgumentParser:
     made = commands.add_parser("why", help="what became of a run, from creation to end, and the diagnosis")
     made.add_argument("run", metavar="RUN", help="its name or id")
     made.add_argument("--json", action="store_true", help="for programs")
+    text = "print the page of a diagnosis: what it means and how to cure it"
+    made = commands.add_parser("explain", help=text, description=text)
+    named = "a diagnosis, or a state or reason such as OOMKilled; default: print the index"
+    made.add_argument("name", nargs="?", default="", metavar="NAME", help=named)
     text = "how much memory the runs of each deployment used, and what it should ask for"
     made = commands.add_parser("memory", help=text, description=text)
     made.add_argument("deployment", nargs="?", default="", metavar="DEPLOYMENT", help="NAME or FLOW/NAME; default: all")
@@ -239,6 +244,13 @@ async def _why(options: argparse.Namespace) -> int:
     return NOTHING
 
 
+async def _explain(options: argparse.Namespace) -> int:
+    from orchestration import diagnoses
+
+    print(diagnoses.page(diagnoses.find(options.name) if options.name else diagnoses.INDEX), end="")
+    return NOTHING
+
+
 async def _memory(options: argparse.Namespace) -> int:
     from orchestration.api import connected
     from orchestration.reconciler import memory
@@ -278,6 +290,7 @@ COMMANDS = {
     "watch": _watch,
     "runs": _runs,
     "why": _why,
+    "explain": _explain,
     "memory": _memory,
     "reconcile": _reconcile,
 }
@@ -294,16 +307,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Of a short life: looking for garbage costs a quarter of what Prefect's import takes, and again at the end.
         gc.disable()
         atexit.register(gc.freeze)
-    try:
-        return asyncio.run(COMMANDS[options.command](options))
-    except PipelineError as error:
-        print(f"{error}{'' if str(error).endswith('.') else '.'}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("\nInterrupted. Run it again: what is done is kept.", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        return FAILED
+    with printable_output():
+        try:
+            return asyncio.run(COMMANDS[options.command](options))
+        except PipelineError as error:
+            print(f"{error}{'' if str(error).endswith('.') else '.'}", file=sys.stderr)
+            return FAILED
+        except KeyboardInterrupt:
+            print("\nInterrupted. Run it again: what is done is kept.", file=sys.stderr)
+            return INTERRUPTED
+        except BrokenPipeError:
+            return FAILED
 
 
 if __name__ == "__main__":

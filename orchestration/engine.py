@@ -25,40 +25,26 @@ import functools
 import importlib
 import json
 import os
-import runpy
 import site
 import sys
 import sysconfig
 import tempfile
 import threading
-import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any
 
 import httpx
-from prefect.client import base
-from prefect.runner._workspace_resolver import PreparedWorkspace, prepare_workspace_for_flow_run
-from prefect.runner._workspace_starter import workspace_environment
-from prefect.utilities.math import clamped_poisson_interval
 
 from orchestration.execution import GATE, write
-
-for client in (base.PrefectHttpxAsyncClient, base.PrefectHttpxSyncClient):
-    # Set by each client for itself, to False at first.
-    client._has_connected = property(lambda _: True, lambda *_: None)  # type: ignore[assignment]
+from orchestration.prefect_compat import flow_runs
+from orchestration.protocol import FLOW_RUN_ID_VARIABLE
 
 PAUSE = 15.0
 """Seconds, give or take Prefect's jitter, from one request that nobody answered to the next, at the most."""
 
-
-def _pause(average_interval: float, clamping_factor: float = 0.3) -> float:
-    return clamped_poisson_interval(min(average_interval, PAUSE), clamping_factor)
-
-
-base.clamped_poisson_interval = _pause  # type: ignore[attr-defined]
-
+flow_runs.retry_first_requests()
+flow_runs.bound_retry_pauses(lambda: PAUSE)
 
 HELD = 64
 """Leases at the most that are written down: of a longer message Kubernetes keeps the first 4096 bytes."""
@@ -81,29 +67,10 @@ def _note(request: httpx.Request, response: httpx.Response) -> None:
         write({"leases": _held[-HELD:]})
 
 
-def _noting(send: Callable[..., Any]) -> Callable[..., Any]:
-    """A client's way to send requests, synchronous or not, with what is held noted."""
-
-    def sent(client: object, request: httpx.Request, *args: Any, **kwargs: Any) -> Any:
-        answer = send(client, request, *args, **kwargs)
-        if isinstance(answer, httpx.Response):
-            _note(request, answer)
-            return answer
-
-        async def answered() -> httpx.Response:
-            response: httpx.Response = await answer
-            _note(request, response)
-            return response
-
-        return answered()
-
-    return sent
-
-
-def _enter(workspace: PreparedWorkspace) -> None:
+def _enter(workspace: flow_runs.Workspace) -> None:
     """Be in the workspace as a process that is started in it."""
-    os.environ.update(workspace_environment(workspace), PREFECT__FLOW_ENTRYPOINT=workspace.runtime_entrypoint)
-    os.chdir(workspace.working_directory)
+    os.environ.update(workspace.environment)
+    os.chdir(workspace.directory)
     paths = os.environ["PYTHONPATH"].split(os.pathsep)
     sys.path[:] = [*paths, *(each for each in sys.path if each not in paths)]
     importlib.invalidate_caches()
@@ -148,18 +115,15 @@ def _wait_to_begin() -> None:
 def main() -> None:
     """Execute the run that the environment names."""
     _wait_to_begin()
-    for client in (base.PrefectHttpxAsyncClient, base.PrefectHttpxSyncClient):
-        client.send = _noting(client.send)  # type: ignore[method-assign]
+    flow_runs.observe_responses(_note)
     # It goes with the container: at its exit this process still sends logs from there.
     folder = tempfile.mkdtemp(prefix="prefect-flow-run-")
     imported, path_files = set(sys.modules), _path_files()
-    _enter(asyncio.run(prepare_workspace_for_flow_run(os.environ["PREFECT__FLOW_RUN_ID"], folder)))
+    _enter(asyncio.run(flow_runs.prepare_workspace(os.environ[FLOW_RUN_ID_VARIABLE], folder)))
     for each in sorted(_path_files() - path_files):  # of what pull steps installed, as `pip install -e .` does
         site.addpackage(*each, None)
     _forget(imported)
-    # Prefect imports it too; to execute it anew is what its own command does.
-    warnings.filterwarnings("ignore", "'prefect.engine' found in sys.modules", RuntimeWarning)
-    runpy.run_module("prefect.engine", run_name="__main__", alter_sys=True)
+    flow_runs.run_engine()
 
 
 if __name__ == "__main__":

@@ -35,6 +35,10 @@ class ClusterError(PipelineError):
     """A cluster that cannot be made, reached or deployed to: what, where, and the cure."""
 
 
+class DiagnosisError(PipelineError):
+    """A word that is the name of no diagnosis's page, or of several."""
+
+
 class WarehouseError(PipelineError):
     """The warehouse cannot be started, reached or written to.
 

@@ -41,6 +41,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # a Job's command runs this file with -I, by which Python adds no folder of ours to the path
+    sys.path.append(str(Path(__file__).parent.parent))
+
+from orchestration import protocol
+
 COMMAND = ["prefect", "flow-run", "execute"]
 
 FENCED = "reconciler.fenced."
@@ -92,7 +97,7 @@ def _first(names: tuple[str, ...], root: Path) -> str:
 
 
 def report(root: Path = Path("/sys/fs/cgroup")) -> dict[str, int]:
-    """Bytes of memory at the most (`peak`) and allowed (`limit`), and how many processes were killed for it."""
+    """Return the bytes of memory used at most (`peak`) and allowed (`limit`), and how many processes were killed for it."""
     found = {}
     for name, files in (("peak", PEAKS), ("limit", LIMITS)):
         text = _first(files, root)
@@ -177,7 +182,7 @@ class Api:
             given = template.get("variables", {}).get("properties", {}).get(name, {}).get("default")
         try:
             return DISRUPTION_RETRIES if given is None else int(given)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return DISRUPTION_RETRIES
 
     def give_back(self, leases: list[str]) -> list[str]:
@@ -312,8 +317,7 @@ class Engine:
     """`orchestration.engine`, in a process group of its own with what it starts.
 
     While its flow can be interrupted it is connected to a port of this process, and learns from a byte why it is about
-    to get SIGTERM; from the signal alone it would say that it has crashed. As Prefect 3.9's
-    `prefect/_internal/control_listener.py` has it, of which this is the other side.
+    to get SIGTERM; from the signal alone it would say that it has crashed. `orchestration.protocol` has the messages.
     """
 
     def __init__(self) -> None:
@@ -322,8 +326,8 @@ class Engine:
         self._token = os.urandom(16).hex()
         read, self._gate = os.pipe()
         where = {
-            "PREFECT__CONTROL_PORT": str(self._listener.getsockname()[1]),
-            "PREFECT__CONTROL_TOKEN": self._token,
+            protocol.CONTROL_PORT_VARIABLE: str(self._listener.getsockname()[1]),
+            protocol.CONTROL_TOKEN_VARIABLE: self._token,
             GATE: str(read),
         }
         # Not from the folder that it starts in, where a user may have a package of that name.
@@ -339,7 +343,7 @@ class Engine:
                 connection.settimeout(TIMEOUT)
                 if connection.makefile("rb", 0).readline().strip() == self._token.encode():
                     # It offers to say how it ended, and at its end it would wait to hear that nobody asks.
-                    connection.sendall(b"\x00PF\x02\x00")
+                    connection.sendall(protocol.NO_RECEIPTS)
                     self._connection = connection
                     return
             connection.close()
@@ -362,7 +366,7 @@ class Engine:
             self._connection.settimeout(max(patience, SOON))
             self._connection.sendall(why)
             while said := self._connection.recv(64):
-                if said.endswith(b"a"):
+                if said.endswith(protocol.ACKNOWLEDGED):
                     return True
         except TimeoutError:
             return False
@@ -431,8 +435,8 @@ class Supervisor:
     def _end(self) -> None:
         self._asked.wait()
         deadline = time.monotonic() + self._patience
-        after = {"reschedule": b"r", "relinquish": b"q"}.get(self._after, b"")
-        why = b"c" if self._state() == "CANCELLING" or self._cancelling else after
+        after = {"reschedule": protocol.RESCHEDULE, "relinquish": protocol.RELINQUISH}.get(self._after, b"")
+        why = protocol.CANCEL if self._state() == "CANCELLING" or self._cancelling else after
         if why and not self._engine.warned(why, deadline - time.monotonic()):
             self._engine.kill(signal.SIGKILL)
         elif self._state() in ("PENDING", "RUNNING", "CANCELLING", ""):  # else it is about to end
@@ -483,10 +487,22 @@ class Supervisor:
         """Draw on the budget for disruptions, once: which retry this is, and of how many."""
         if self._counted is None:
             budget = self._api.disruption_retries(run)
-            number = int((run.get("labels") or {}).get(DISRUPTIONS) or 0) + 1
+            number = whole_number((run.get("labels") or {}).get(DISRUPTIONS)) + 1
             self._api.label({DISRUPTIONS: number} if number <= budget else {CAUSE: "disruption"})
             self._counted = number, budget
         return self._counted
+
+
+def whole_number(given: object) -> int:
+    """Return the whole number from 0 to 2**63 - 1 that a label, an annotation or a report holds; 0 if it holds none.
+
+    A flow run and its user can write anything there.
+    """
+    try:
+        number = int(given or 0)  # type: ignore[call-overload]
+    except (TypeError, ValueError, OverflowError):
+        return 0
+    return int(number) if 0 <= number < 2**63 else 0
 
 
 def after_sigterm(number: int, budget: int, now: datetime) -> dict[str, Any]:
@@ -508,7 +524,7 @@ def after_sigterm(number: int, budget: int, now: datetime) -> dict[str, Any]:
 
 def main(command: list[str]) -> int:
     """Run the command to its end; its exit status, 128 and the signal's number if one ended it."""
-    found = [os.environ.get(name, "") for name in ("PREFECT_API_URL", "PREFECT__FLOW_RUN_ID", "KUBERNETES_JOB")]
+    found = [os.environ.get(name, "") for name in ("PREFECT_API_URL", protocol.FLOW_RUN_ID_VARIABLE, "KUBERNETES_JOB")]
     api = Api(*found) if all(found) else None
     if api and command == COMMAND:
         code = Supervisor(api).run()

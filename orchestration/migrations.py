@@ -15,13 +15,12 @@ import time
 from collections.abc import AsyncIterator, Sequence
 
 from asyncpg import InterfaceError, PostgresError
-from prefect.server.database import provide_database_interface
-from prefect.server.database.alembic_commands import alembic_config
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from orchestration.errors import PipelineError
+from orchestration.prefect_compat.server_internals import database_interface, migrations_config
 
 PATIENCE = 900.0
 """Seconds to wait for the database to answer and for the schema to be made."""
@@ -37,9 +36,7 @@ def _revisions() -> tuple[str, frozenset[str]]:
     """The newest revision of this image's migrations, and all that it knows."""
     from alembic.script import ScriptDirectory
 
-    config = alembic_config()
-    config.set_main_option("version_locations", str(provide_database_interface().orm.versions_dir))
-    script = ScriptDirectory.from_config(config)
+    script = ScriptDirectory.from_config(migrations_config())
     head = script.get_current_head()
     assert head
     return head, frozenset(revision.revision for revision in script.walk_revisions())
@@ -60,7 +57,7 @@ async def _connection(deadline: float) -> AsyncIterator[AsyncConnection]:
     Raises:
         PipelineError: it refuses the user, is not there, or does not answer until the deadline.
     """
-    engine = await provide_database_interface().engine()
+    engine = await database_interface().engine()
     where = engine.url.render_as_string(hide_password=True)
     told = False
     while True:
@@ -135,7 +132,7 @@ async def _upgrade(deadline: float) -> None:
         await _lock(connection, deadline)
         before, good = await _status(connection)
         if not good:
-            await provide_database_interface().run_migrations_upgrade()
+            await database_interface().run_migrations_upgrade()
         after, _ = await _status(connection)
     changed = f"went from {before or 'nothing'} to" if before != after else "is at"
     print(f"The schema {changed} {after}.")

@@ -26,6 +26,7 @@ from prefect.settings import (
 )
 
 from orchestration.errors import PipelineError
+from orchestration.prefect_compat.server_internals import TEMPORARY_SERVER_APP, temporary_server_variables
 
 
 @contextlib.contextmanager
@@ -146,9 +147,8 @@ def _serve(descriptor: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    # What Prefect sets for its own temporary server.
-    os.environ |= {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
-    uvicorn.run("prefect.server.api.server:create_app", factory=True, fd=descriptor, log_level="error", lifespan="on")
+    os.environ |= temporary_server_variables()
+    uvicorn.run(TEMPORARY_SERVER_APP, factory=True, fd=descriptor, log_level="error", lifespan="on")
 
 
 if __name__ == "__main__":

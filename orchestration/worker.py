@@ -1,6 +1,7 @@
 """The Kubernetes worker, with what Prefect's own lacks.
 
     python -m orchestration.worker --pool default [--namespace NS] [--queue NAME]... [--limit N] [--name NAME]
+                                   [--template FILE]
 
 With `--namespace` its Jobs go there, whatever the pool says: beside the worker, where its Role covers them, so that
 workers of several namespaces and clusters can share a pool.
@@ -20,7 +21,6 @@ Intervals are Prefect's settings: `PREFECT_WORKER_QUERY_SECONDS`, `PREFECT_WORKE
 `PREFECT_WORKER_HEARTBEAT_SECONDS`.
 """
 
-import abc
 import argparse
 import asyncio
 import contextlib
@@ -30,13 +30,15 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import aiohttp
-import kopf
-from httpx import HTTPError, HTTPStatusError, Timeout
+import anyio
+from httpx import HTTPError, HTTPStatusError
 from kubernetes_asyncio.client import ApiClient, BatchV1Api, V1Job
+from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.responses import WorkerFlowRunResponse
 from prefect.context import SettingsContext, get_settings_context
@@ -44,18 +46,18 @@ from prefect.exceptions import Abort, InfrastructureError, ObjectNotFound
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, get_current_settings
 from prefect.states import Pending, Scheduled
 from prefect.utilities.engine import propose_state
-from prefect_kubernetes import KubernetesWorker
 from prefect_kubernetes.settings import KubernetesSettings
-from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
+from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration, KubernetesWorkerResult
 
-from orchestration.errors import ClusterError
-from orchestration.execution import DEADLINE, claim_of
+from orchestration import jobtemplate
+from orchestration.errors import ClusterError, SettingsError
+from orchestration.execution import CAUSE, DEADLINE, claim_of
+from orchestration.jobtemplate import RefusedVariableError
+from orchestration.prefect_compat.workers import CompatibleWorker, watched_kinds
 from orchestration.reconciler import causes
 from orchestration.reconciler.cluster import certificate_hash, connected
 from orchestration.reconciler.facts import CLUSTER, NAMESPACE, REFUSAL, Policy, Refusal
 from orchestration.reconciler.objects import MAIN_CONTAINER, MAIN_CONTAINER_ANNOTATION
-
-_watching_on: asyncio.AbstractEventLoop | None = None
 
 WATCHED = ("jobs", "pods")
 
@@ -74,38 +76,21 @@ LONGEST = 63
 """Letters of a Job's name; its pods have it as a label."""
 
 
-@kopf.on.startup()
-async def _note_loop(**_: Any) -> None:
-    """Remember where kopf runs its watchers: in a thread of Prefect's, with a loop of its own."""
-    global _watching_on
-    _watching_on = asyncio.get_running_loop()
-
-
-def watched() -> set[str]:
-    """Which of `WATCHED` are being watched now.
-
-    A watcher that was refused too often ends, and kopf goes on without it: what is left is seen by the names of
-    its tasks ("watcher for pods.v1@prefect").
-    """
-    if _watching_on is None or not _watching_on.is_running():
-        return set()
-    names = [task.get_name() for task in asyncio.all_tasks(_watching_on)]
-    return {kind for kind in WATCHED if any(name.startswith(f"watcher for {kind}.") for name in names)}
-
-
-# ABC keeps it out of Prefect's registry of worker types, where "kubernetes" is taken.
-class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not typed
+class Worker(CompatibleWorker):
     """Prefect's Kubernetes worker, healthy only while it also watches, and drained before it ends.
 
     It claims no run while its earlier claims are not yet Pending, which is from where on limits count them.
 
     Args:
         namespace: where its Jobs go; None leaves that to the pool's base job template.
+        template: the base job template of its release; None takes that of the server's pool.
         options: those of Prefect's worker.
     """
 
-    def __init__(self, namespace: str | None = None, **options: Any) -> None:
+    def __init__(self, namespace: str | None = None, template: dict[str, Any] | None = None, **options: Any) -> None:
         super().__init__(**options)
+        if template:
+            self.job_configuration = jobtemplate.configuration_of(template)
         self._namespace = namespace
         self._cluster = ""
         self._draining = False
@@ -114,6 +99,7 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
         self._claimed: dict[UUID, float] = {}
         self._claims: dict[UUID, UUID] = {}
         self._away = False
+        self._warned: set[str] = set()
         self._own = get_settings_context()
         self._impatient = SettingsContext(
             profile=self._own.profile, settings=self._own.settings.copy_with_update({PREFECT_CLIENT_MAX_RETRIES: 0})
@@ -124,13 +110,13 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
 
         Not before the server has answered for the first time: until then an older worker is not to go.
         """
-        if not self.is_setup or self._work_pool is None:
+        if not self.is_setup or not self.has_work_pool:
             return False
         # Prefect's thirty polls are a minute at a poll every two seconds: on a busy server some claims take that long.
-        polls: bool = super().is_worker_still_polling(max(query_interval_seconds, 10))
-        missing = set(WATCHED) - watched() if KubernetesSettings().observer.enabled else set()
+        polls = super().is_worker_still_polling(max(query_interval_seconds, 10))
+        missing = set(WATCHED) - watched_kinds(WATCHED) if KubernetesSettings().observer.enabled else set()
         if missing:
-            self._logger.error("No longer watching %s: the worker has to start again.", " and ".join(sorted(missing)))
+            self.logger.error("No longer watching %s: the worker has to start again.", " and ".join(sorted(missing)))
             return False
         return polls
 
@@ -141,33 +127,33 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
         claims are Pending, it would hand out more than the limits allow.
         """
         async with self._polling:
-            self._proposed &= self._submitting_flow_run_ids
-            if self._draining or self._submitting_flow_run_ids - self._proposed:
+            self._proposed &= self.submitting
+            if self._draining or self.submitting - self._proposed:
                 return []
             try:
-                if self._away and not self._has_successfully_synced:
-                    await super()._sync_and_initialize()
-                found: list[FlowRun] = await super().get_and_submit_flow_runs()
+                if self._away and not self.has_synchronized:
+                    await super().synchronize()
+                found = await super().get_and_submit_flow_runs()
             except HTTPError as error:
                 self._note_absence(error)
-                self._last_polled_time = datetime.now(UTC)
+                self.record_poll()
                 return []
             if self._away:
-                self._logger.info("The Prefect API answers again.")
+                self.logger.info("The Prefect API answers again.")
                 self._away = False
             return found
 
-    async def _get_scheduled_flow_runs(self) -> list[WorkerFlowRunResponse]:
+    async def read_due_runs(self) -> list[WorkerFlowRunResponse]:
+        """Read which runs are due, without retries."""
         # The next poll is the retry: the client's own would let half a minute pass before it finds the API back.
         with self._impatient.model_copy():
-            found: list[WorkerFlowRunResponse] = await super()._get_scheduled_flow_runs()
-            return found
+            return await super().read_due_runs()
 
-    async def _sync_and_initialize(self) -> None:
-        asking = self.client._client
-        asking.timeout = Timeout(**asking.timeout.as_dict() | {"connect": CONNECT})
+    async def synchronize(self) -> None:
+        """Send a heartbeat and read the pool; an API that does not answer is asked again by the next poll."""
+        self.limit_connect_time(CONNECT)
         try:
-            await super()._sync_and_initialize()
+            await super().synchronize()
         except HTTPError as error:
             self._note_absence(error)
 
@@ -176,40 +162,43 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
         if not _is_absence(error):
             raise error
         if not self._away:
-            self._logger.warning("The Prefect API cannot be used: %s. Asking again.", error or type(error).__name__)
+            self.logger.warning("The Prefect API cannot be used: %s. Asking again.", error or type(error).__name__)
         self._away = True
 
-    async def _submit_run(self, flow_run: FlowRun) -> None:
+    async def claim_and_submit(self, flow_run: FlowRun) -> None:
+        """Claim a due run and make its Job, or let the claim go if the Prefect API does not answer."""
         # Here too the next poll is the retry, until the run is Pending: none is made before that.
         try:
             with self._impatient.model_copy():
-                await super()._submit_run(flow_run)
+                await super().claim_and_submit(flow_run)
         except HTTPError as error:
-            self._submitting_flow_run_ids.discard(flow_run.id)
-            if self._cancelling_observer is not None:
-                self._cancelling_observer.remove_in_flight_flow_run_id(flow_run.id)
-            self._release_limit_slot(flow_run.id)
+            self.release(flow_run)
             self._note_absence(error)
         finally:
             self._claimed.pop(flow_run.id, None)
             self._claims.pop(flow_run.id, None)
 
-    async def _propose_crashed_state(self, flow_run: FlowRun, message: str, client: Any = None) -> None:
+    async def report_refusal(self, flow_run: FlowRun, message: str, client: PrefectClient | None = None) -> None:
         """Say so, but not of a claim that was let go: by then the run may be another's."""
         error = sys.exception()
         if _is_absence(error) or isinstance(error, TimeoutError | ConnectionError | aiohttp.ClientError):
-            self._logger.warning("The claim of run %s is let go: %s.", flow_run.name, error or type(error).__name__)
+            self.logger.warning("The claim of run %s is let go: %s.", flow_run.name, error or type(error).__name__)
         elif error is None:
-            await super()._propose_crashed_state(flow_run, message, client)
+            await super().report_refusal(flow_run, message, client)
+        elif isinstance(error, RefusedVariableError):
+            with contextlib.suppress(Abort, ObjectNotFound, HTTPError):
+                # The reconciler tries no run again that a person has to cure.
+                await self.client.update_flow_run_labels(flow_run.id, {CAUSE: "start"})
+                await super().report_refusal(flow_run, f"{causes.NO_JOB}{error}.", client)
         else:
             try:
                 state = await self._refused(flow_run, error)
                 if state:
                     await propose_state(self.client, state, flow_run_id=flow_run.id)
                 else:
-                    await super()._propose_crashed_state(flow_run, message, client)
+                    await super().report_refusal(flow_run, message, client)
             except (Abort, ObjectNotFound, HTTPError) as hindrance:
-                self._logger.warning("The claim of run %s is let go: %s.", flow_run.name, hindrance)
+                self.logger.warning("The claim of run %s is let go: %s.", flow_run.name, hindrance)
 
     async def _refused(self, flow_run: FlowRun, error: BaseException) -> State[Any] | None:
         """Note since when the run has no Job; its state, which says why, or None if no worker is to claim it again.
@@ -239,10 +228,11 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
         due = now + timedelta(seconds=policy.claim)
         return Scheduled(scheduled_time=due, name=causes.JOB_REFUSED, message=sentence)
 
-    async def _propose_pending_state(self, flow_run: FlowRun) -> bool:
+    async def claim(self, flow_run: FlowRun) -> bool:
+        """Set a run Pending, and note the claim's id and age; return whether the claim was granted."""
         self._claimed[flow_run.id] = time.monotonic()
         try:
-            pending: bool = await super()._propose_pending_state(flow_run)
+            pending = await super().claim(flow_run)
             if pending:
                 # Its id is the claim. Another name is of another worker's claim, which came after this one.
                 state = (await self.client.read_flow_run(flow_run.id)).state
@@ -254,13 +244,13 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
             return False  # it was deleted meanwhile
         finally:
             self._proposed.add(flow_run.id)
-            # For what follows in this task, until the block in `_submit_run` ends: to record a Job is worth some
+            # For what follows in this task, until the block in `claim_and_submit` ends: to record a Job is worth some
             # patience, and whatever is set while a Job is made its run gets too.
             self._own.model_copy().__enter__()
 
-    async def _give_worker_labels_to_flow_run(self, flow_run_id: UUID) -> None:
+    async def label_claimed_run(self, flow_run_id: UUID) -> None:
         """Mark a claimed run, for the reconciler of this cluster alone."""
-        await super()._give_worker_labels_to_flow_run(flow_run_id)
+        await super().label_claimed_run(flow_run_id)
         if not self._cluster:
             # Where it does not answer, the reconciler knows the cluster by the other mark as well.
             with contextlib.suppress(ClusterError):
@@ -271,10 +261,11 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
         if self._namespace:
             await self.client.update_flow_run_labels(flow_run_id, {NAMESPACE: self._namespace})
 
-    async def _propose_submitting_state(self, flow_run: FlowRun) -> None:
+    async def report_submitting(self, flow_run: FlowRun) -> None:
+        """Set a claimed run Submitting, in the time that is left of the claim."""
         # Not of a claim that is too old: to the reconciler, which gives it away, it would be new again.
         async with asyncio.timeout(self._left(flow_run)):
-            await super()._propose_submitting_state(flow_run)
+            await super().report_submitting(flow_run)
 
     def _left(self, flow_run: FlowRun) -> float:
         """Seconds until the run's claim is too old for a Job.
@@ -287,7 +278,12 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
             raise TimeoutError(f"it is {age:.0f} s old, and the run may be another worker's by now")
         return CLAIM - age
 
-    async def run(self, flow_run: FlowRun, configuration: KubernetesWorkerJobConfiguration, **options: Any) -> Any:
+    async def run(
+        self,
+        flow_run: FlowRun,
+        configuration: KubernetesWorkerJobConfiguration,
+        task_status: anyio.abc.TaskStatus[int] | None = None,
+    ) -> KubernetesWorkerResult:
         """Make the run's Job.
 
         Raises:
@@ -310,21 +306,28 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
             for each in environment:
                 if each["name"] == "PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR":
                     each["value"] = "relinquish"
+        left_out = _leave_out_secrets(environment)
+        if left_out - self._warned:
+            self._warned |= left_out
+            self.logger.warning(
+                "Runs do not get %s, which a Job's manifest would show. Give it by reference: runs.env of the chart.",
+                " and ".join(sorted(left_out)),
+            )
         if claim := self._claims.get(flow_run.id):
             _name(manifest["metadata"], claim)
         async with asyncio.timeout(left):
-            return await super().run(flow_run, configuration, **options)
+            return await super().run(flow_run, configuration, task_status)
 
-    async def _create_job(self, configuration: KubernetesWorkerJobConfiguration, client: ApiClient) -> V1Job:
+    async def create_job(self, configuration: KubernetesWorkerJobConfiguration, client: ApiClient) -> V1Job:
         """Create the claim's Job, or find the one that an unanswered request has created."""
         name = configuration.job_manifest["metadata"].get("name", "")
         if not claim_of(name):
-            return cast(V1Job, await super()._create_job(configuration, client))
+            return await super().create_job(configuration, client)
         while True:
             try:
-                return cast(V1Job, await super()._create_job(configuration, client))
+                return await super().create_job(configuration, client)
             except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
-                self._logger.warning("The Kubernetes API does not answer: %s. Asking again.", error)
+                self.logger.warning("The Kubernetes API does not answer: %s. Asking again.", error)
                 await asyncio.sleep(AGAIN)
             except InfrastructureError as error:
                 if getattr(error.__cause__, "status", 0) != HTTPStatus.CONFLICT:
@@ -335,10 +338,29 @@ class Worker(KubernetesWorker, abc.ABC):  # type: ignore[misc] # upstream is not
         """Claim nothing more, and wait until each claimed run has its Job."""
         self._draining = True
         async with self._polling:
-            claimed = len(self._submitting_flow_run_ids)
-        self._logger.info("Asked to end; claimed runs that are submitted first: %d.", claimed)
-        while self._submitting_flow_run_ids:
+            claimed = len(self.submitting)
+        self.logger.info("Asked to end; claimed runs that are submitted first: %d.", claimed)
+        while self.submitting:
             await asyncio.sleep(0.05)
+
+
+def _leave_out_secrets(environment: list[dict[str, Any]]) -> set[str]:
+    """Remove the worker's own secret settings from the environment of a run's Job; return their names.
+
+    Prefect's worker copies its settings into each Job, and refers to key and password only where a Secret is named.
+    """
+    settings, by_reference = get_current_settings(), KubernetesSettings().worker
+    kept = set()
+    if by_reference.api_key_secret_name or by_reference.create_secret_for_api_key:
+        kept.add("PREFECT_API_KEY")
+    if by_reference.api_auth_string_secret_name:
+        kept.add("PREFECT_API_AUTH_STRING")
+    shown = settings.to_environment_variables(exclude_unset=True)
+    hidden = settings.to_environment_variables(exclude_unset=True, include_secrets=False)
+    secret = {name for name, value in shown.items() if hidden.get(name) != value} | {"PREFECT_CLIENT_CUSTOM_HEADERS"}
+    found = {each["name"] for each in environment if each["name"] in secret - kept and "value" in each}
+    environment[:] = [each for each in environment if each["name"] not in found or "value" not in each]
+    return found
 
 
 def _name(metadata: dict[str, Any], claim: UUID) -> None:
@@ -383,10 +405,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--queue", action="append", help="only this queue of it; may be repeated")
     parser.add_argument("--limit", type=int, help="how many runs it submits at once")
     parser.add_argument("--name", help="the worker's name; else one of its own")
+    parser.add_argument("--template", type=Path, help="the base job template, as JSON; else that of the pool")
     options = parser.parse_args(arguments)
     settings = get_current_settings().worker
+    try:
+        template = jobtemplate.read(options.template) if options.template else None
+    except SettingsError as error:
+        print(f"{error}.", file=sys.stderr)
+        return 1
     worker = Worker(
         namespace=options.namespace,
+        template=template,
         name=options.name,
         work_pool_name=options.pool,
         work_queues=options.queue,

@@ -24,29 +24,39 @@ ROOT = Path(__file__).resolve().parent.parent
 IMAGE = "tests/docker/* tests/e2e/* tests/test_readme.py tests/test_repository.py"
 """What runs the checkout as a whole, as an image or as a copy."""
 
+REFERENCE = "tests/test_docs.py tests/helm/test_reference.py"
+"""What compares reference pages with the code and the charts."""
+
 CHARTS = "tests/helm/test_charts.py tests/helm/test_environments.py tests/helm/test_values.py tests/k8s/* tests/e2e/*"
 """What renders or installs every chart."""
 
 READERS = {
-    "helm/prefect-server/*": f"tests/helm/test_prefect_server.py {CHARTS}",
-    "helm/prefect-work-pool/*": f"tests/helm/test_prefect_work_pool.py tests/orchestration/environment/* {CHARTS}",
-    "helm/environments/*": "tests/helm/test_environments.py tests/orchestration/environment/* tests/e2e/*",
+    "helm/prefect-server/*": f"tests/helm/test_prefect_server.py {REFERENCE} {CHARTS}",
+    "helm/prefect-work-pool/*": (
+        f"tests/helm/test_prefect_work_pool.py tests/orchestration/environment/* {REFERENCE} {CHARTS}"
+    ),
+    "helm/environments/*": (
+        f"tests/helm/test_environments.py tests/orchestration/environment/* tests/e2e/* {REFERENCE}"
+    ),
     "k8s/*": "tests/helm/test_environments.py tests/k8s/* tests/e2e/*",
     "docker/*": IMAGE,
     "flows/*": IMAGE,
     "flows/warehouse/*": "tests/flows/*",
-    "orchestration/*": IMAGE,
+    "orchestration/*": f"{IMAGE} tests/test_docs.py",
     # fsspec finds it by an entry point.
     "orchestration/results.py": "tests/orchestration/test_results.py tests/orchestration/test_durable.py",
     "prefect.yaml": f"tests/orchestration/deployments/* {IMAGE}",
-    "docs/*": "tests/test_repository.py",
-    "*.md": "tests/test_repository.py",
+    "docs/*": f"tests/test_repository.py {REFERENCE}",
+    "docs/diagnoses/*": "tests/orchestration/test_diagnoses.py tests/orchestration/reconciler/test_causes.py",
+    "*.md": "tests/test_repository.py tests/test_docs.py",
     "tests/cluster/*": "tests/cluster/* tests/docker/* tests/e2e/*",
     ".ci/*": "tests/test_repository.py",
     ".github/*": "tests/test_repository.py",
-    "Makefile": "tests/test_makefile.py tests/test_readme.py tests/test_repository.py tests/e2e/*",
+    "Makefile": "tests/test_makefile.py tests/test_docs.py tests/test_readme.py tests/test_repository.py tests/e2e/*",
     "pyproject.toml": "tests/*",
     "uv.lock": "tests/*",
+    "docs/how-to/*": "tests/test_how_to.py",
+    "helm/*/values*": "tests/test_how_to.py",
 }
 """The test files that read what no import shows, by the files that they read."""
 

@@ -9,7 +9,7 @@ import pytest
 
 from orchestration.settings import ROOT
 
-PROGRAMS = ("ruff", "yamllint", "shellcheck", "hadolint", "sqlfluff", "mypy", "pytest", "python")
+PROGRAMS = ("ruff", "yamllint", "codespell", "mkdocs", "shellcheck", "hadolint", "sqlfluff", "mypy", "pytest", "python")
 ALL = "--numprocesses 5 --dist loadfile --no-loadscope-reorder"
 
 Make = Callable[..., tuple[int, list[str]]]
@@ -82,7 +82,7 @@ def test_preview_that_fails_stops_make(make: Make) -> None:
 
 @pytest.mark.parametrize("status", [0, 1, 2])
 def test_make_plan_says_no_more_than_that_its_command_failed(tmp_path: Path, status: int) -> None:
-    """As docs/deploying.md has it: scripts call the command."""
+    """As docs/how-to/deploy.md has it: scripts call the command."""
     (tmp_path / "python").write_text(f'#!/bin/sh\ncase "$*" in *environment*) exit {status} ;; esac\n')
     (tmp_path / "python").chmod(0o755)
     command = ["make", "--old-file", ".venv/ready", "plan", f"BIN={tmp_path}"]
@@ -95,6 +95,34 @@ def test_cluster_that_cannot_be_made_stops_make_where_it_was_named(make: Make, w
     status, commands = make(fails="tests.cluster up", cluster=way)
     assert status == (2 if stops else 0)
     assert (f"pytest {ALL} tests CLUSTER={way}" in commands) is not stops
+
+
+HOSTILE = 'a\'b "c" $(touch {folder}/executed) $HOME `touch {folder}/executed` \\ ;#&|<x> 100% é, -x'
+
+
+@pytest.mark.parametrize(
+    ("target", "variable"),
+    [
+        ("run", "DAY"), ("run", "SELECT"), ("backfill", "FIRST"), ("backfill", "LAST"), ("deploy", "ENV"),
+        ("deploy", "KUBE_CONTEXT"), ("deploy", "NAMESPACE"), ("undeploy", "CONFIRM"), ("run-on-cluster", "DEPLOYMENT"),
+        ("run-on-cluster", "PARAMETERS"), ("logs", "RUN"), ("ui", "PORT"), ("test-long", "SEED"), ("bench", "PAIRS"),
+        ("bench-deployments", "POSTGRES"), ("bench-recovery", "KILLS"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("where", ["environment", "command line"])
+def test_value_reaches_the_command_as_it_was_given(tmp_path: Path, target: str, variable: str, where: str) -> None:
+    value = HOSTILE.format(folder=tmp_path)
+    (tmp_path / "python").write_text(f"#!/bin/sh\nfor each; do printf '%s\\0' \"$each\"; done >>{tmp_path}/arguments\n")
+    (tmp_path / "python").chmod(0o755)
+    given = {variable: value} if where == "environment" else {}
+    command = ["make", "--old-file", ".venv/ready", target, f"BIN={tmp_path}"]
+    subprocess.run(
+        [*command, *([] if given else [f"{variable}={value}"])],
+        cwd=ROOT, env={"PATH": os.environ["PATH"]} | given, check=True, capture_output=True,
+    )  # fmt: skip
+    arguments = (tmp_path / "arguments").read_text().split("\0")
+    assert [each for each in arguments if each.removeprefix("--select=").removeprefix("SEED=") == value]
+    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize(("given", "compiled"), [({}, "1"), ({"UV_COMPILE_BYTECODE": "0"}, "0")])

@@ -1,4 +1,4 @@
-"""The README's commands, as printed, in a fresh clone with a home of its own."""
+"""The commands of the README and of the local quickstart, as printed, in a fresh clone with a home of its own."""
 
 import contextlib
 import os
@@ -16,11 +16,16 @@ from orchestration.settings import ROOT
 from tests.parts import answers, asked, client_of, copy_of_checkout, free_port, wait_until
 
 README = (ROOT / "README.md").read_text()
-COMMANDS: list[str] = [
-    line.split("   #")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.S)
-    for line in block.splitlines()
-]
+QUICKSTART = (ROOT / "docs/start/quickstart-local.md").read_text()
+
+
+def _commands(page: str) -> list[str]:
+    """Return the commands in a page's blocks of bash, without their comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", page, flags=re.S)
+    return [line.split("   #")[0].strip() for block in blocks for line in block.splitlines()]
+
+
+COMMANDS = _commands(README)
 
 
 def _command(start: str) -> str:
@@ -113,7 +118,9 @@ def test_make_run_on_a_fresh_machine_and_the_next_day(
         pytest.skip("a Prefect server is up on port 4200, so that a run would not be on its own")
     output = _run(_command("make run"), clone, environment)
     assert "Creating the environment" in output
-    assert "Completed to 2013-01-01: 5,705 rows loaded, 12 models built, 26/26 tests passed" in output
+    completed = "Completed to 2013-01-01: 5,705 rows loaded, 12 models built, 26/26 tests passed"
+    assert completed in output
+    assert completed in QUICKSTART
     output = _run(_command("make run"), clone, environment)
     assert "Creating the environment" not in output
     assert "Completed to 2013-01-02: " in output
@@ -122,9 +129,18 @@ def test_make_run_on_a_fresh_machine_and_the_next_day(
     assert "Completed to 2013-02-08: 5,798 rows loaded, 12 models built, 26/26 tests passed" in output
     days = _run("make psql <<< 'select day from raw.loads order by 1'", clone, environment)
     assert re.findall(r"2013-\d\d-\d\d", days) == ["2013-01-01", "2013-01-02", "2013-02-08"]
+    [query] = re.findall(r"```sql\n(.*?)```", QUICKSTART, flags=re.S)
+    assert "(5 rows)" in _run(f"make psql <<< '{query}'", clone, environment)
     output = _run(_command("make run SELECT"), clone, environment)
     assert "route_performance" in output
     assert "weather_delay_effect" not in output
+
+
+def test_quickstart_commands_are_those_that_are_executed_here() -> None:
+    """In `.venv/bin`, which `make` fills; the servers are started and stopped here in another way."""
+    others = {"make server", "make stop"}
+    for command in _commands(QUICKSTART):
+        assert command.removeprefix(".venv/bin/").removesuffix(" --watch") in {*COMMANDS, *others}
 
 
 def test_a_mistake_at_the_command_line_is_one_sentence(

@@ -109,7 +109,7 @@ def test_settings_are_the_same_on_every_page() -> None:
 
     table = [line for line in (settings.__doc__ or "").splitlines() if line.startswith("| `")]
     assert len(table) == len(settings.Settings.model_fields)
-    page = (ROOT / "docs/settings.md").read_text()
+    page = (ROOT / "docs/reference/settings.md").read_text()
     example = (ROOT / ".env.example").read_text()
     for row in table:
         assert row in page

@@ -1,9 +1,8 @@
 """dbt's nodes as task runs of the flow run that dbt runs in.
 
 A task run is what its events say it is: Prefect's own tasks report theirs the same way
-(`prefect.utilities.engine.emit_task_run_state_change_event`), and the server makes task runs and
-states of them. Ids follow from flow run, command and node, so that another attempt of the same flow
-run continues the same task runs.
+(`orchestration.prefect_compat.events`), and the server makes task runs and states of them. Ids follow
+from flow run, command and node, so that another attempt of the same flow run continues the same task runs.
 """
 
 import contextlib
@@ -13,10 +12,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
-from uuid import NAMESPACE_URL, UUID, uuid4, uuid5
+from uuid import NAMESPACE_URL, UUID, uuid5
 
 from orchestration.dbt.outbox import Outbox, Unsent
 from orchestration.dbt.result import REUSED, Node
+from orchestration.prefect_compat import events
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -128,7 +128,7 @@ class Mirror:
 
         self._call = call
         self._outbox = Outbox()
-        self._flow = _related(call)
+        self._flow = events.flow_run_resources(call.flow_run, call.flow)
         self._related = get_current_settings().server.events.maximum_related_resources
         self._referenced: set[str] = set()
 
@@ -211,90 +211,30 @@ class Mirror:
         if ended:
             about["end_time"] = ended.isoformat()
             about["total_run_time"] = node.seconds
+        state = {"type": kind, "name": name, "message": message}
         # Coalesced by the task run: a state that nobody has seen yet gives way to the next.
-        self._outbox.event(
-            str(task_run),
-            {
-                "id": str(uuid4()),
-                "occurred": at.isoformat(),
-                "event": f"prefect.task-run.{name}",
-                "resource": {
-                    "prefect.resource.id": f"prefect.task-run.{task_run}",
-                    "prefect.resource.name": node.title,
-                    "prefect.run-count": str(node.attempts),
-                    "prefect.state-message": message,
-                    "prefect.state-name": name,
-                    "prefect.state-timestamp": at.isoformat(),
-                    "prefect.state-type": kind,
-                    "prefect.orchestration": "client",
-                },
-                "related": self._flow,
-                "payload": {
-                    "intended": {"from": None, "to": kind},
-                    "initial_state": None,
-                    "validated_state": {
-                        "type": kind, "name": name, "message": message, "state_details": {}, "data": None,
-                    },
-                    "task_run": about,
-                },
-            },
-        )  # fmt: skip
+        self._outbox.event(str(task_run), events.task_run_state_event(task_run, state, at, about, self._flow))
 
     def _materialized(self, node: Node) -> None:
         """What a node has built, as Prefect's `@materialize` reports it."""
         for address in node.reads:
             if address not in self._referenced:
                 self._referenced.add(address)
-                self._asset("prefect.asset.referenced", {"prefect.resource.id": address}, [], {})
-        outcome = "succeeded" if node.status == "success" else "failed"
-        asset = {"prefect.resource.id": node.asset, "prefect.resource.name": node.name}
+                self._asset(events.asset_referenced_event(address, self._flow))
+        asset = {"address": node.asset, "name": node.name}
         if node.description:
-            asset["prefect.asset.description"] = node.description
-        task_run = f"prefect.task-run.{self._call.task_run(node.id)}"
-        related = [
-            {"prefect.resource.id": task_run, "prefect.resource.role": "task-run"},
-            {"prefect.resource.id": "dbt", "prefect.resource.role": "asset-materialized-by"},
-        ]
-        room = max(0, self._related - len(self._flow) - len(related))
-        related += [{"prefect.resource.id": address, "prefect.resource.role": "asset"} for address in node.reads[:room]]
+            asset["description"] = node.description
+        room = max(0, self._related - len(self._flow) - events.MATERIALIZATION_RESOURCES)
         metadata: Json = {"rows": node.rows, "seconds": node.seconds, "materialized": node.materialized}
         if len(node.reads) > room:
             metadata["upstream"] = node.reads[:5_000]
-        self._asset(f"prefect.asset.materialization.{outcome}", asset, related, metadata)
+        task_run = self._call.task_run(node.id)
+        upstream = list(node.reads[:room])
+        succeeded = node.status == "success"
+        self._asset(events.asset_materialization_event(succeeded, asset, task_run, upstream, self._flow, metadata))
 
-    def _asset(self, event: str, resource: Json, related: list[Json], payload: Json) -> None:
-        self._outbox.event(
-            f"{event} {resource['prefect.resource.id']}",
-            {
-                "id": str(uuid4()),
-                "occurred": datetime.now(UTC).isoformat(),
-                "event": event,
-                "resource": resource,
-                "related": self._flow + related,
-                "payload": payload,
-            },
-        )
-
-
-def _related(call: Call) -> list[Json]:
-    run = call.flow_run
-    related = [
-        {
-            "prefect.resource.id": f"prefect.flow-run.{run.id}",
-            "prefect.resource.role": "flow-run",
-            "prefect.resource.name": run.name,
-        },
-        {
-            "prefect.resource.id": f"prefect.flow.{run.flow_id}",
-            "prefect.resource.role": "flow",
-            "prefect.resource.name": call.flow.name if call.flow else str(run.flow_id),
-        },
-    ]
-    if run.deployment_id:
-        related.append(
-            {"prefect.resource.id": f"prefect.deployment.{run.deployment_id}", "prefect.resource.role": "deployment"}
-        )
-    return related
+    def _asset(self, event: Json) -> None:
+        self._outbox.event(f"{event['event']} {event['resource']['prefect.resource.id']}", event)
 
 
 def message_of(node: Node, by_id: Mapping[str, Node]) -> str:

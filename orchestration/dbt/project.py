@@ -38,6 +38,7 @@ from orchestration.dbt.mirror import Call, Mirror
 from orchestration.dbt.process import DbtProcess
 from orchestration.dbt.result import FAILED, NOT_RUN, REUSED, SKIPPED, DbtResult, Node
 from orchestration.errors import DbtError
+from orchestration.prefect_compat.task_runners import cancel_events
 from orchestration.settings import settings
 
 logger = logging.getLogger(__name__)
@@ -456,7 +457,7 @@ def _interrupted_with_task(child: DbtProcess) -> Iterator[None]:
     from prefect.context import FlowRunContext
 
     context = FlowRunContext.get()
-    events = getattr(context and context.task_runner, "_cancel_events", {})
+    events = cancel_events(context and context.task_runner)
     if threading.current_thread() is threading.main_thread() or not events:
         yield
         return

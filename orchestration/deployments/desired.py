@@ -60,6 +60,7 @@ from orchestration.deployments.objects import (
     trigger,
 )
 from orchestration.errors import DeploymentsError
+from orchestration.prefect_compat.server_internals import validate_automation
 
 UNKNOWN = {"__prefect_kind": "workspace_variable"}
 """Stands for a value that is known with the server alone, which thus fits every parameter."""
@@ -468,12 +469,10 @@ class _Reader:
         self, read: Callable[[Mapping[str, Any]], dict[str, Any]], model: Any, raw: Mapping[str, Any], *path: str | int
     ) -> dict[str, Any]:
         """Return what Prefect reads in an automation or a trigger; `model` is Prefect's type of it."""
-        from prefect.server.events.schemas.automations import AutomationCreate
-
         try:
             fields = read(raw)
             # Prefect's client knows triggers that only Prefect Cloud has.
-            AutomationCreate.model_validate(deepcopy(fields) | {"name": raw.get("name") or "automation"})
+            validate_automation(deepcopy(fields) | {"name": raw.get("name") or "automation"})
             for below, known in _unread(raw, TypeAdapter(model).validate_python(dict(raw))):
                 # Prefect leaves the key out: without its filter an automation fires at other events.
                 where = files.place(self.document, (*path, *below))

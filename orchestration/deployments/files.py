@@ -12,6 +12,9 @@ import yaml
 
 from orchestration.errors import DeploymentsError
 
+MOST_VALUES = 500_000
+"""The values of a file: some thousand deployments. Aliases of aliases make as many of a few lines as they like."""
+
 
 class Map(dict[str, Any]):
     """A mapping of a file.
@@ -117,6 +120,11 @@ def _document(path: Path, named_at: str) -> Map:
     loader = yaml.CSafeLoader(text)
     try:
         node = loader.get_single_node()
+        if node and (number := _count(node, {})) > MOST_VALUES:
+            raise DeploymentsError(
+                f"{path}: its aliases repeat each other until it has {number:.1e} values, and {MOST_VALUES:,} are the "
+                "limit. Use fewer aliases within aliases, or several files"
+            )
         document = _Values(loader, str(path)).of(node) if node else Map()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -134,6 +142,21 @@ def _document(path: Path, named_at: str) -> Map:
     if not document.file:
         document.file, document.line, document.lines = str(path), 1, {}
     return document
+
+
+def _count(node: yaml.Node, known: dict[int, int]) -> int:
+    """Return how many values a node has, with those that its aliases repeat.
+
+    Args:
+        node: of a document.
+        known: the numbers of nodes by their id; a node that holds itself is found later.
+    """
+    if isinstance(node, yaml.CollectionNode) and id(node) not in known:
+        known[id(node)] = 0
+        pairs = isinstance(node, yaml.MappingNode)
+        below = [each for pair in node.value for each in pair] if pairs else node.value
+        known[id(node)] = 1 + sum(_count(each, known) for each in below)
+    return known.get(id(node), 1)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from orchestration.errors import DeploymentsError
+from orchestration.jobtemplate import nested
 
 DEMANDED = frozenset({"cpu", "memory", "requests.cpu", "requests.memory", "limits.cpu", "limits.memory"})
 """What every container must state if a quota counts it."""
@@ -141,21 +142,11 @@ def problems(
 
 def _pod(template: Mapping[str, Any], job_variables: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[_Container]]:
     """The pod's spec and its containers, of the template filled in as the worker does."""
-    from prefect.utilities.collections import deep_merge, set_in_dict
     from prefect.utilities.templating import apply_values
 
     schema = _at(template, "variables", "properties") or {}
     values = {name: each["default"] for name, each in schema.items() if each.get("default") is not None}
-    # "env.NAME" means NAME in env; what is written whole goes before it.
-    given: dict[str, Any] = {}
-    for name, value in job_variables.items():
-        if "." in name:
-            set_in_dict(given, name, value)
-    for name, value in job_variables.items():
-        if "." not in name:
-            both = isinstance(given.get(name), dict) and isinstance(value, dict)
-            given[name] = deep_merge(given[name], value) if both else value
-    values |= given
+    values |= nested(job_variables)
 
     spec = _at(template, "job_configuration", "job_manifest", "spec", "template", "spec")
     if not isinstance(spec, Mapping):

@@ -11,6 +11,8 @@ from datetime import UTC, date, datetime, time, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo, available_timezones
 
+from orchestration.prefect_compat import recurrence, server_internals
+
 KINDS = ("cron", "interval", "rrule")
 
 HORIZON = timedelta(days=40 * 365)
@@ -112,11 +114,10 @@ def next_times(schedule: Mapping[str, Any], n: int = 5, after: datetime | None =
     if "interval" in form:
         form.setdefault("anchor_date", start.isoformat())
     elif "rrule" in form:
-        form["rrule"] = _anchored(form["rrule"], form["timezone"])
+        form["rrule"] = server_internals.anchored_rrule(form["rrule"], form["timezone"])
     zone = ZoneInfo(form["timezone"])
     return [
-        datetime.fromtimestamp(found.timestamp(), zone)
-        for found in sorted(_of_server(form)._get_dates_generator(n=n, start=start))
+        datetime.fromtimestamp(found.timestamp(), zone) for found in server_internals.schedule_dates(form, n, start)
     ]
 
 
@@ -132,21 +133,6 @@ def is_due_within(schedule: Mapping[str, Any], span: timedelta) -> bool:
 def _is_due_within(text: str, span: timedelta) -> bool:
     """Of a normal form, as JSON: see `_checked`. What asks is over within minutes, and with it what is remembered."""
     return any(each - datetime.now(each.tzinfo) <= span for each in next_times(json.loads(text), 1))
-
-
-def _of_server(form: Mapping[str, Any]) -> Any:
-    """The server's own class of a schedule."""
-    from prefect.server.schemas import schedules
-
-    kinds = {"cron": schedules.CronSchedule, "interval": schedules.IntervalSchedule, "rrule": schedules.RRuleSchedule}
-    return next(kinds[kind](**form) for kind in KINDS if kind in form)
-
-
-def _anchored(rrule: str, timezone: str) -> str:
-    """The rule with the DTSTART that the server gives it: without one a rule of minutes is walked from 2020 on."""
-    from prefect._internal.schemas.validators import normalize_rrule_string
-
-    return normalize_rrule_string(rrule, timezone=timezone)
 
 
 @functools.cache
@@ -223,33 +209,27 @@ def _timezone_problem(name: str) -> str | None:
 
 
 def _cron_problem(form: Mapping[str, Any]) -> str | None:
-    from prefect._vendor.croniter.croniter import CroniterBadDateError, CroniterError, croniter
-
     cron = form["cron"]
     if _RANDOM.search(cron):
         return f'cron "{cron}" has H or R, which Prefect does not have: write the minute and the hour'
     try:
-        dates = croniter(cron, datetime.now(UTC), day_or=form["day_or"])  # type: ignore[no-untyped-call]
-    except (CroniterError, ValueError) as error:
+        fires = server_internals.cron_fires(cron, form["day_or"], datetime.now(UTC))
+    except ValueError as error:
         reason = " ".join(str(error).split()).rstrip(".")
         return f'cron "{cron}" does not parse ({reason}): it is minute hour day month weekday, such as "0 6 * * 1-5"'
-    try:
-        dates.get_next(float)  # type: ignore[no-untyped-call]
-    except CroniterBadDateError:
+    if not fires:
         return f'cron "{cron}" never fires: no coming date has that day, month and weekday; correct them'
     return None
 
 
 def _rrule_problem(form: Mapping[str, Any]) -> str | None:
-    from prefect._internal.schemas.validators import validate_rrule_string
-
     rrule, timezone = form["rrule"], form["timezone"]
     shown = " ".join(rrule.split())
     shown = shown if len(shown) <= 120 else f"{shown[:117]}..."
     try:
-        anchored = validate_rrule_string(_anchored(rrule, timezone))
-        rule = _of_server({"rrule": anchored, "timezone": timezone}).to_rrule()
-        if any(part._interval < 1 for part in _parts(rule)):
+        anchored = server_internals.validated_rrule(server_internals.anchored_rrule(rrule, timezone))
+        rule = server_internals.server_schedule({"rrule": anchored, "timezone": timezone}).to_rrule()
+        if any(part.interval < 1 for part in recurrence.parts(rule)):
             raise ValueError("INTERVAL is less than 1")
     # A rule without FREQ is a TypeError to dateutil, one with INTERVAL=0 a division by zero to Prefect.
     except (ValueError, TypeError, ArithmeticError) as error:
@@ -264,26 +244,18 @@ def _rrule_problem(form: Mapping[str, Any]) -> str | None:
     return f'rrule "{shown}" has no date in the future: remove it or change its UNTIL, COUNT or dates'
 
 
-def _parts(rule: Any) -> list[Any]:
-    """The rules of a set of dateutil's, or the one rule itself."""
-    return getattr(rule, "_rrule", [rule])
-
-
 def _has_future(rule: Any, now: datetime) -> bool:
     """Whether a rule of dateutil's has a date from `now` on, as far as that is found soon. It changes the rule."""
-    for part in _parts(rule):
-        over = part._until and part._until < now
-        if part._freq > _DAILY and not over and not (part._count and _at_any_date(part)):
+    for part in recurrence.parts(rule):
+        over = part.until and part.until < now
+        # A COUNT bounds how long a rule is walked that restricts no more than the time of day.
+        if part.frequency > _DAILY and not over and not (part.count and part.restricts_time_alone):
             return True
-        endless = not part._count and not part._until and part._interval == 1
-        if endless and part is rule and part._dtstart < now:
-            rule = part = part.replace(dtstart=now.replace(microsecond=0))  # without the years that have passed
+        endless = not part.count and not part.until and part.interval == 1
+        if endless and part.rule is rule and part.start < now:
+            rule = rule.replace(dtstart=now.replace(microsecond=0))  # without the years that have passed
+            [part] = recurrence.parts(rule)
         # Without an end dateutil goes on to the year 9999 for a date that there never is.
-        horizon = max(now, part._dtstart) + HORIZON
-        part._until = min(part._until or horizon, horizon)
+        horizon = max(now, part.start) + HORIZON
+        part.end_at(min(part.until or horizon, horizon))
     return next(iter(rule.xafter(now, count=1, inc=True)), None) is not None
-
-
-def _at_any_date(part: Any) -> bool:
-    """Whether a rule restricts no more than the time of day, so that its COUNT bounds how long it is walked."""
-    return {key for key, value in part._original_rule.items() if value} <= {"byhour", "byminute", "bysecond"}

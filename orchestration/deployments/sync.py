@@ -195,11 +195,12 @@ class _Progress:
     def one(self) -> None:
         self.done += 1
         if self.shown:
-            print(f"\r{self.done} of {self.total}", end="", file=sys.stderr, flush=True)
+            # Not through `orchestration.terminal`, which takes carriage returns for those of a hostile name.
+            print(f"\r{self.done} of {self.total}", end="", file=sys.__stderr__, flush=True)
 
     def end(self) -> None:
         if self.shown:
-            print("\r" + " " * 20 + "\r", end="", file=sys.stderr, flush=True)
+            print("\r" + " " * 20 + "\r", end="", file=sys.__stderr__, flush=True)
 
 
 async def _late(server: Server, changes: Sequence[Change], now: str) -> dict[Name, list[str]]:

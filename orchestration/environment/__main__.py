@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from orchestration.environment.target import Environment, resolve
 from orchestration.errors import ClusterError
+from orchestration.terminal import printable_output
 
 
 def _deploy(where: Environment, options: argparse.Namespace) -> int:
@@ -147,15 +148,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif name == "ui":
             command.add_argument("--port", type=int, default=4200)
     options = parser.parse_args(arguments)
-    try:
-        where = resolve(options.env, options.context, options.namespace)
-        return COMMANDS[options.command][0](where, options)
-    except ClusterError as error:
-        print(f"{error}{'' if str(error).endswith('.') else '.'}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nInterrupted. Run it again: what is done is kept.", file=sys.stderr)
-        return 130
+    with printable_output():
+        try:
+            where = resolve(options.env, options.context, options.namespace)
+            return COMMANDS[options.command][0](where, options)
+        except ClusterError as error:
+            print(f"{error}{'' if str(error).endswith('.') else '.'}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("\nInterrupted. Run it again: what is done is kept.", file=sys.stderr)
+            return 130
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ from typing import Any
 
 import httpx
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from orchestration.environment import diagnosis
 from orchestration.environment.api import connected
 from orchestration.environment.target import RELEASES, Environment, Object
 from orchestration.errors import ClusterError
+from orchestration.terminal import one_line
 
 COLOURS = {"COMPLETED": "green", "RUNNING": "blue", "FAILED": "red", "CRASHED": "red", "CANCELLED": "yellow"}
 
@@ -100,19 +102,22 @@ def show(environment: Environment, found: Object, console: Console) -> None:
     for each in found["components"]:
         good = each["ready"] == each["wanted"]
         table.add_row(
-            each["name"], f"[{'green' if good else 'red'}]{each['ready']}/{each['wanted']}[/]", _short(each["image"])
+            _cell(each["name"]),
+            f"[{'green' if good else 'red'}]{each['ready']}/{each['wanted']}[/]",
+            _cell(_short(each["image"])),
         )
     console.print(table, "")
     table = _table("work pool", "status", "workers", "limit")
     for each in found["pools"]:
         colour = "green" if each["status"] == "READY" else "red"
         table.add_row(
-            each["name"], f"[{colour}]{each['status']}[/]", str(each["workers"]), str(each["limit"] or "none")
+            _cell(each["name"]), f"[{colour}]{each['status']}[/]", str(each["workers"]), str(each["limit"] or "none")
         )
     console.print(table, "")
     table = _table("running or late", "flow", "state", "since")
     for each in found["runs"]:
-        table.add_row(each["name"], each["flow"], _state(each["state"]), _ago(each["started"] or each["expected"]))
+        since = _ago(each["started"] or each["expected"])
+        table.add_row(_cell(each["name"]), _cell(each["flow"]), _state(each["state"]), since)
     if found["runs"]:
         console.print(table, "")
     else:
@@ -121,14 +126,14 @@ def show(environment: Environment, found: Object, console: Console) -> None:
     for each in found["deployments"]:
         last = each["last"]
         row = (
-            [last["name"], _state(last["state"]), _ago(last["started"]), f"{last['seconds']:.0f} s"]
+            [_cell(last["name"]), _state(last["state"]), _ago(last["started"]), f"{last['seconds']:.0f} s"]
             if last
             else ["none"] + [""] * 3
         )
-        table.add_row(each["name"], *row, "paused" if each["paused"] else _moment(each["next"]))
+        table.add_row(_cell(each["name"]), *row, "paused" if each["paused"] else _moment(each["next"]))
     console.print(table, "")
     for line in found["problems"]:
-        console.print(f"[red]{line}[/]", highlight=False)
+        console.print(f"[red]{escape(line)}[/]", highlight=False)
 
 
 def _table(*columns: str) -> Table:
@@ -136,6 +141,11 @@ def _table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column, no_wrap=True)
     return table
+
+
+def _cell(text: str) -> str:
+    """Return a name for a cell: brackets in it are no markup, and it stays on its line."""
+    return escape(one_line(text))
 
 
 def _state(state: str) -> str:

@@ -21,7 +21,7 @@ RELEASES = (SERVER, POOL)
 """The releases of an environment, in the order in which they are deployed; each has its chart's name."""
 
 OVERLAYS = ROOT / "k8s" / "overlays"
-PAGE = "docs/environments.md"
+PAGE = "docs/how-to/environments.md"
 
 
 def run(command: Sequence[str], text: str | None = None, *, folder: Path = ROOT) -> str:

@@ -179,7 +179,8 @@ async def _set(
     if answer["status"] != "ACCEPT":
         return ""
     await _event(server, run, name.lower(), message)
-    return f"run {run.name} is {name}: {message.splitlines()[0]}"
+    headline = message.partition("\n")[0]
+    return f"run {run.name} is {name}: {headline}"
 
 
 async def _event(server: Server, run: Run, name: str, message: str) -> None:

@@ -56,8 +56,6 @@ Diagnosis = Literal[
 ]  # fmt: skip
 """What a run may suffer from; each has a page of its name."""
 
-PAGES = "docs/diagnoses/{}.md"
-
 OF_STATE: Mapping[str, Diagnosis] = {
     "ImagePullBackOff": "image",
     "InvalidImageName": "image",
@@ -123,14 +121,14 @@ def of_end(pods: Sequence[Pod], jobs: Sequence[Job] = ()) -> Cause:
     if not pods:
         if any(each.disrupted for each in jobs):
             return Cause("disruption", f"{LOST_NODE}, as when its node is lost")
-        return Cause("crash", f"{GONE}somebody deleted it or its Job, and it reported nothing before")
+        return Cause("crash", f"{GONE}the pod or its Job was deleted, and the run reported nothing before")
     pod = max(pods, key=lambda each: each.created)
     end = pod.end
     assert end
     where = f"{pod.name} on {pod.node}" if pod.node else pod.name
     if end.oom:
         limit = f" of {pod.memory}" if pod.memory else ""
-        peak = f"; it used {end.peak / 2**20:.0f} MiB at the most" if end.peak else ""
+        peak = f"; it used at most {end.peak / 2**20:.0f} MiB" if end.peak else ""
         return Cause("oom", f"{EXCEEDED}pod {where} exceeded its memory limit{limit}{peak}", pod.memory)
     if end.disruption or end.reason in ("Evicted", "Preempting", "NodeLost", "Shutdown", "NodeShutdown"):
         why = DISRUPTIONS.get(end.disruption, f"{end.reason}: {end.message}".rstrip(": "))

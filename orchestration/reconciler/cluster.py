@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from orchestration.api import ahead
 from orchestration.errors import ClusterError
-from orchestration.reconciler.facts import POOL_LABEL, RUN_LABEL, Job, Pod
+from orchestration.reconciler.facts import POOL_LABEL, RUN_LABEL, Job, Pod, is_run_id
 from orchestration.reconciler.objects import Change, EventObject, JobObject, LeanPodObject, Listed, Page, PodObject
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
@@ -152,7 +152,8 @@ class Cluster:
         """
         path = f"/apis/batch/v1/namespaces/{self.namespace}/jobs"
         found = self._all(Page[JobObject], path, labelSelector=f"{RUN_LABEL},{POOL_LABEL}={pool}")
-        return [Job.read(each, clock - self.ahead) async for each in found]
+        jobs = [Job.read(each, clock - self.ahead) async for each in found]
+        return [each for each in jobs if is_run_id(each.run)]
 
     async def has_job(self, run: str) -> bool:
         """Return whether a run has a Job now that is not over."""
@@ -166,9 +167,11 @@ class Cluster:
         selector = f"{RUN_LABEL},{POOL_LABEL}={pool}"
         lean = [each async for each in self._all(Page[LeanPodObject], path, labelSelector=selector)]
         if all(each.is_named for each in lean):
-            return [Pod.read(each, clock - self.ahead) for each in lean]
-        whole = self._all(Page[PodObject], path, labelSelector=selector)
-        return [Pod.read(each, clock - self.ahead) async for each in whole]
+            pods = [Pod.read(each, clock - self.ahead) for each in lean]
+        else:
+            whole = self._all(Page[PodObject], path, labelSelector=selector)
+            pods = [Pod.read(each, clock - self.ahead) async for each in whole]
+        return [each for each in pods if is_run_id(each.run)]
 
     async def listen(self, heard: asyncio.Event) -> None:
         """Set `heard` as soon as a run's main container has ended or its pod is gone, and when it begins to listen.

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from orchestration.execution import CAUSE, DISRUPTIONS, FENCED, GIVEN_AWAY, STOPPED
+from orchestration.execution import CAUSE, DISRUPTIONS, FENCED, GIVEN_AWAY, STOPPED, whole_number
 from orchestration.reconciler import causes
 from orchestration.reconciler.causes import Cause
 from orchestration.reconciler.facts import FINAL, REFUSAL, Job, Pod, Policy, Refusal, Retries, Run, quantity
@@ -17,6 +17,12 @@ crashes were retried; the state for which one was counted, with its cause, and t
 
 LOG = " The end of its log:"
 """What a crash's message has behind the cause, before the lines of the log."""
+
+LONGEST_BACKOFF_SECONDS = 86_400.0
+"""The upper bound of the delay before a retry."""
+
+DOUBLINGS = 30
+"""How often the delay is doubled: more doublings of a second than any that the bound allows."""
 
 UNCLAIMED = "No worker made a Job"
 """How the message begins of a run that goes back to be claimed by another."""
@@ -419,20 +425,21 @@ def verdict(run: Run, cause: Cause, retries: Retries | None) -> Verdict:
     if retries is None:
         return Verdict(False, "No retry: its deployment was deleted", labels={SETTLED: run.state_id})
     if cause.kind == "start":
-        return Verdict(False, "No retry: somebody has to cure that first", labels={SETTLED: run.state_id})
+        return Verdict(False, "No retry: its cause has to be cured first", labels={SETTLED: run.state_id})
     budget, label, what = (
         (retries.disruption_retries, DISRUPTIONS, "disruption")
         if cause.kind == "disruption"
         else (retries.crash_retries, CRASHES, "crash")
     )
-    used = int(run.labels.get(label) or 0)
+    used = whole_number(run.labels.get(label))
     if str(run.labels.get(RETRIED, "")).startswith(run.state_id):
         used -= 1
     if used >= budget:
         said = f"No retry: all {budget} after a {what} are used up" if budget else f"No retry after a {what}"
         return Verdict(False, said, labels={SETTLED: run.state_id})
     memory = _grown(cause.memory, retries) if cause.kind == "oom" else ""
-    delay = retries.crash_backoff * 2 ** (used - 1) if used and what == "crash" else 0.0
+    doubled = retries.crash_backoff * 2.0 ** min(used - 1, DOUBLINGS)
+    delay = min(doubled, LONGEST_BACKOFF_SECONDS) if used and what == "crash" else 0.0
     if run.labels.get(LOST):
         delay = max(delay, STOPPED)
     more = f", with {memory} of memory in place of {cause.memory}" if memory else ""

@@ -11,6 +11,7 @@ from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
 from orchestration.api import JSON, Server
+from orchestration.execution import whole_number
 from orchestration.reconciler.cluster import Cluster
 from orchestration.reconciler.facts import FINAL, NOTED, Job, Pod, Run, quantity
 
@@ -45,7 +46,7 @@ class Note:
             found[PEAK] = max(found[PEAK], pod.end.peak, limit)
             found[EXCEEDED] = max(found[EXCEEDED], limit)
         before = self.run.labels if self.run else {}
-        return {name: value for name, value in found.items() if value > int(before.get(name) or 0)}
+        return {name: value for name, value in found.items() if value > whole_number(before.get(name))}
 
 
 def of_jobs(jobs: Sequence[Job], pods: Sequence[Pod]) -> dict[str, tuple[Pod, ...]]:

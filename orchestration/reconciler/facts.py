@@ -6,10 +6,10 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, ClassVar
 from uuid import UUID
 
-from orchestration.execution import DISRUPTION_RETRIES
+from orchestration.execution import DISRUPTION_RETRIES, whole_number
 from orchestration.reconciler.objects import Condition, Container, ContainerState, JobObject, PodObject, PodStatus
 
 FINAL = frozenset({"COMPLETED", "FAILED", "CRASHED", "CANCELLED"})
@@ -61,7 +61,8 @@ class Refusal:
         parts = str(labels.get(REFUSAL) or "").split()
         with suppress(ValueError):
             since, kind, attempts = parts
-            return cls(datetime.fromisoformat(since), kind == "capacity", int(attempts))
+            refused = datetime.fromisoformat(since)
+            return cls(refused, kind == "capacity", int(attempts)) if refused.tzinfo else None
         return None
 
 
@@ -232,7 +233,7 @@ class Pod:
                 status.message or ("" if left else said) or ("" if terminated else _failed_init_container(status)),
                 target.reason if target and target.status == "True" else "",
                 reason == "OOMKilled" or bool(left.get("oom_kills")),
-                left.get("peak", 0),
+                whole_number(left.get("peak")),
                 terminated is not None or not (state.running or (target and target.reason == "DeletionByPodGC")),
                 _ids(left.get("leases")),
             )
@@ -298,9 +299,16 @@ def _report(message: str) -> dict[str, Any]:
     """What `orchestration.execution` has left; nothing if it was not there."""
     try:
         found = json.loads(message)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def is_run_id(label: str) -> bool:
+    """Whether a label has the form of a flow run's id, for which alone the API can be asked."""
+    with suppress(ValueError):
+        return str(UUID(label)) == label
+    return False
 
 
 def _ids(given: object) -> tuple[str, ...]:
@@ -358,7 +366,7 @@ class Job:
             meta.deletion_timestamp is not None,
             raw.spec.backoff_limit == 0 and all(each.action == "FailJob" for each in raw.spec.pod_failure_policy.rules),
             disrupted=failed is not None and "DisruptionTarget" in failed.message,
-            noted=int(meta.annotations.get(NOTED, 0)),
+            noted=whole_number(meta.annotations.get(NOTED)),
             expired=raw.spec.active_deadline_seconds or 0 if "DeadlineExceeded" in reasons else None,
         )
 
@@ -408,15 +416,20 @@ class Retries:
     memory_growth: float = 1.5
     memory_max: str = ""
 
+    MOST: ClassVar[float] = 1e6
+    """The upper bound of `crash_backoff` and `memory_growth`."""
+
     @classmethod
     def of(cls, variables: Mapping[str, Any]) -> "Retries":
-        """Those of job variables; one that is absent or not of its kind is the default."""
+        """Return those of job variables. One that is absent, not of its kind or out of bounds is the default."""
         made: dict[str, Any] = {}
         for each in fields(cls):
-            with suppress(TypeError, ValueError):
+            with suppress(TypeError, ValueError, OverflowError):
                 kind: Any = type(each.default)
                 if variables.get(each.name) is not None:
-                    made[each.name] = kind(variables[each.name])
+                    value = kind(variables[each.name])
+                    if kind is not float or 0 <= value <= cls.MOST:
+                        made[each.name] = value
         return cls(**made)
 
 
@@ -428,6 +441,12 @@ UNITS = {
 
 
 def quantity(text: str) -> float:
-    """The number of a quantity of Kubernetes; 0 if it is none. The package that also reads them weighs 126 MB."""
-    match = re.fullmatch(r"([0-9.]+(?:[eE][0-9]+)?)([A-Za-z]*)", text.strip())
-    return float(match[1]) * UNITS[match[2]] if match and match[2] in UNITS else 0.0
+    """Return the number of a quantity of Kubernetes; 0 if it is none, or over 2**63 as Kubernetes has none of these.
+
+    The package that also reads them weighs 126 MB.
+    """
+    match = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE][0-9]+)?([A-Za-z]*)", text.strip())
+    if not match or match[3] not in UNITS:
+        return 0.0
+    size = float(match[1] + (match[2] or "")) * UNITS[match[3]]
+    return size if size < 2**63 else 0.0

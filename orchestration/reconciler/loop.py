@@ -20,17 +20,18 @@ import httpx
 import prometheus_client as prometheus
 
 from orchestration import api
-from orchestration.api import JSON, Server
+from orchestration.api import JSON, RefusedError, Server
 from orchestration.errors import ClusterError, PipelineError
 from orchestration.reconciler import claims, ends
 from orchestration.reconciler import cluster as kubernetes
 from orchestration.reconciler.actions import carry_out, gather
 from orchestration.reconciler.cluster import Cluster, Leadership
-from orchestration.reconciler.decide import Action, decide, is_steady
+from orchestration.reconciler.decide import Action, Stop, decide, is_steady
 from orchestration.reconciler.ends import Note
 from orchestration.reconciler.facts import ORDINARY, Job, Pod, Policy, Run
 from orchestration.reconciler.podevents import PodEvents
 from orchestration.serving import Pulse, served
+from orchestration.terminal import one_line
 
 LIVE = ["PENDING", "RUNNING", "CANCELLING"]
 
@@ -48,6 +49,11 @@ CREATED_AFTER = timedelta(seconds=20)
 
 REFUSED_AFTER = timedelta(seconds=3)
 """How long a Job may be without a pod before its events are asked why."""
+
+
+def _subject(action: Action) -> str:
+    """Name what an action concerns."""
+    return f"Job {action.job}" if isinstance(action, Stop) else f"Run {action.run.name}"
 
 
 @dataclass(frozen=True)
@@ -216,6 +222,8 @@ class Reconciler:
         self.lead, self.pulse, self.events = lead, pulse, events
         self.steady: dict[str, Run] = {}
         """Runs about which nothing was to be decided and that need not be read again; without it all are."""
+        self.reported: dict[str, str] = {}
+        """The failures of single runs and Jobs in the newest round, by run or Job."""
         registry = pulse.registry
         self.actions = prometheus.Counter(
             "reconciler_actions_total", "What was done about runs.", ["action"], registry=registry
@@ -282,29 +290,57 @@ class Reconciler:
         before: list[Note] = []
         after: list[Note] = []
         steady: dict[str, Run] = {}
+        failures: list[tuple[str, BaseException]] = []
         for id_, run in seen.runs.items():
             jobs, pods = seen.jobs.get(id_, ()), list(seen.pods.get(id_, ()))
-            decided = decide(run, jobs, pods, now, self.policy)
+            try:
+                decided = decide(run, jobs, pods, now, self.policy)
+                notes = ends.unnoted(run, jobs, pods)
+            except Exception as error:
+                failures.append((f"Run {id_}", error))
+                continue
             todo += [(each, pods) for each in decided]
             # What is tried again may be claimed at once, and its worker writes labels; all else can wait.
-            (before if decided else after).extend(ends.unnoted(run, jobs, pods))
+            (before if decided else after).extend(notes)
             if run and len(steady) < MANY and is_steady(run, jobs, pods):
                 steady[id_] = run
         self.steady = steady
         self.live.set(sum(run is not None and run.type in LIVE for run in seen.runs.values()))
-        failed = await gather([self._note(each) for each in before])
+        noted = await gather([self._note(each) for each in before])
         done = await gather([self._act(action, pods) for action, pods in todo])
-        failed += await gather([self._note(each) for each in after])
-        failed += await gather([self._tell([pod for some in seen.pods.values() for pod in some])])
+        noted += await gather([self._note(each) for each in after])
+        emitted = await gather([self._tell([pod for some in seen.pods.values() for pod in some])])
         for each in done:
             if isinstance(each, str) and each:
-                print(each, flush=True)
+                print(one_line(each), flush=True)
         self.rounds.observe(time.monotonic() - began)
-        for each in [*done, *failed]:
-            if isinstance(each, BaseException):
-                raise each
+        acted = zip((_subject(action) for action, _ in todo), done, strict=True)
+        noting = zip((f"Job {each.job}" for each in [*before, *after]), noted, strict=True)
+        results = [*acted, *noting, ("Pod events", emitted[0])]
+        self._report([*failures, *(each for each in results if isinstance(each[1], BaseException))])
         self.last.set_to_current_time()
-        return [each for each in done if each]
+        return [each for each in done if isinstance(each, str) and each]
+
+    def _report(self, failures: Sequence[tuple[str, BaseException]]) -> None:
+        """Print the failures of single runs and Jobs, each once.
+
+        A user can write what makes one run fail. That must not keep the reconciler from the others.
+
+        Raises:
+            BaseException: a failure that concerns all: an API that does not answer.
+        """
+        reported: dict[str, str] = {}
+        for subject, error in failures:
+            concerns_all = isinstance(error, PipelineError) and not isinstance(error, RefusedError)
+            if concerns_all or not isinstance(error, Exception):
+                raise error
+            self.failures.inc()
+            reported[subject] = f"{subject} is left as it is: {str(error).rstrip('.') or type(error).__name__}."
+            if self.reported.get(subject) != reported[subject]:
+                print(one_line(reported[subject]), file=sys.stderr, flush=True)
+                if not isinstance(error, PipelineError):
+                    traceback.print_exception(error)
+        self.reported = reported
 
     async def _note(self, note: Note) -> None:
         if self.lead is None or self.lead.held:

@@ -9,6 +9,7 @@ from typing import Any
 
 from orchestration.api import JSON, PAGE, Server
 from orchestration.errors import ApiError
+from orchestration.execution import whole_number
 from orchestration.reconciler.actions import pool_defaults
 from orchestration.reconciler.ends import EXCEEDED, PEAK
 from orchestration.reconciler.facts import Retries, quantity
@@ -54,7 +55,7 @@ def needed(labels: Mapping[str, Any], growth: float) -> int:
         growth: what a limit is multiplied by after it was exceeded. One that was exceeded and never outgrown was too
             low by nobody knows how much.
     """
-    peak, exceeded = (int(labels.get(each) or 0) for each in (PEAK, EXCEEDED))
+    peak, exceeded = (whole_number(labels.get(each)) for each in (PEAK, EXCEEDED))
     return peak if peak > exceeded else ceil(exceeded * growth)
 
 

@@ -10,6 +10,8 @@ from typing import Generic, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
+from orchestration.protocol import FLOW_RUN_ID_VARIABLE
+
 
 class Part(BaseModel):
     """Of an object, with the names of its JSON in Python's manner; a time that is null was never."""
@@ -120,9 +122,6 @@ class PodSpec(Part):
 MAIN_CONTAINER = "prefect-job"
 """The name of the main container in Prefect's and the chart's base job templates."""
 
-RUN_VARIABLE = "PREFECT__FLOW_RUN_ID"
-"""The environment variable that Prefect's worker gives to the main container alone."""
-
 MAIN_CONTAINER_ANNOTATION = "kubectl.kubernetes.io/default-container"
 """The annotation of a pod by which the worker names the main container, and from which kubectl takes it."""
 
@@ -148,7 +147,7 @@ class PodObject(Part):
                 each
                 for found in (
                     [each for each in containers if each.name == MAIN_CONTAINER],
-                    [each for each in containers if any(some.name == RUN_VARIABLE for some in each.env)],
+                    [each for each in containers if any(some.name == FLOW_RUN_ID_VARIABLE for some in each.env)],
                     [each for each in containers if each.name == named],
                 )
                 for each in found

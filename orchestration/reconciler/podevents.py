@@ -3,31 +3,26 @@
 An event's id is made of what it says, so that the server keeps one of several. A reconciler that begins asks the server
 which events are there already: automations forget after half an hour which they have seen.
 
-Source of names, resources and ids: prefect_kubernetes.observer. That calls every failed container evicted; here a pod
+Names, resources and ids are those of Prefect's observer, which calls every failed container evicted; here a pod
 is evicted that the cluster ended, and any other one failed.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
-from importlib.metadata import version
 from itertools import pairwise
 from typing import Any
-from uuid import NAMESPACE_URL, uuid5
-
-from slugify import slugify  # Prefect's own dependency, and what its observer uses
 
 from orchestration.api import JSON, RefusedError, Server
+from orchestration.prefect_compat.events import POD_EVENT_PREFIX as PREFIX
+from orchestration.prefect_compat.events import (
+    PodDiagnosis,
+    pod_event_id,
+    pod_resource,
+    resources_of_labels,
+    unschedulable_diagnosis,
+)
 from orchestration.reconciler.causes import of_end
 from orchestration.reconciler.facts import Pod
-
-PREFIX = "prefect.kubernetes.pod."
-
-VERSION = version("prefect")
-"""Of Prefect, which is not imported for it: that would double the reconciler's memory."""
-
-RELATED = ("flow-run", "deployment", "flow", "work-pool")
-"""Roles of related resources; the labels `prefect.io/ROLE-id` and `prefect.io/ROLE-name` say which they are."""
 
 BATCH = 100
 """Events in a request."""
@@ -109,7 +104,7 @@ def _parts(found: Sequence[Any], size: int) -> Iterator[list[Any]]:
 def events_of(pod: Pod, namespace: str) -> list[JSON]:
     """Return what has happened to a pod, oldest first."""
     diagnosis = _diagnosis(pod)
-    happened: list[tuple[str, datetime, JSON, str | None]] = [("Pending", pod.created, {}, None)]
+    happened: list[tuple[str, datetime, JSON, PodDiagnosis | None]] = [("Pending", pod.created, {}, None)]
     if pod.live and not pod.started and diagnosis:
         happened.append(("Pending", pod.created, {}, diagnosis))
     if pod.began:
@@ -119,20 +114,14 @@ def events_of(pod: Pod, namespace: str) -> list[JSON]:
         happened.append((pod.phase, pod.end.at, why, diagnosis))
     made: list[JSON] = []
     for of, at, more, category in happened:
-        said = {"uid": pod.uid, "phase": of, "restart_count": pod.restarts, "diagnosis": category}
         name = "evicted" if of == "Failed" and of_end([pod]).kind == "disruption" else of.lower()
-        resource = {
-            "prefect.resource.id": f"{PREFIX}{pod.uid}",
-            "prefect.resource.name": pod.name,
-            "kubernetes.namespace": namespace,
-        }
         made.append(
             {
-                "id": str(uuid5(NAMESPACE_URL, json.dumps(said, sort_keys=True))),
+                "id": pod_event_id(pod.uid, of, pod.restarts, category),
                 "event": PREFIX + name,
                 "occurred": at.isoformat(),
-                "resource": resource | more | ({"kubernetes.diagnosis": category} if category else {}),
-                "related": _related(pod.labels),
+                "resource": pod_resource(pod.uid, pod.name, namespace, category) | more,
+                "related": resources_of_labels(pod.labels),
                 "payload": {},
             }
         )
@@ -142,45 +131,15 @@ def events_of(pod: Pod, namespace: str) -> list[JSON]:
     return made
 
 
-def _related(labels: Mapping[str, str]) -> list[JSON]:
-    found: list[JSON] = []
-    for role in RELATED:
-        if id_ := labels.get(f"prefect.io/{role}-id"):
-            found.append({"prefect.resource.id": f"prefect.{role}.{id_}", "prefect.resource.role": role})
-            if name := labels.get(f"prefect.io/{role}-name"):
-                found[-1]["prefect.resource.name"] = name
-    if worker := labels.get("prefect.io/worker-name"):
-        found.append(
-            {
-                "prefect.resource.id": f"prefect.worker.kubernetes.{slugify(worker)}",
-                "prefect.resource.role": "worker",
-                "prefect.resource.name": worker,
-                "prefect.worker-type": "kubernetes",
-                "prefect.version": VERSION,
-            }
-        )
-    return found
-
-
-def _diagnosis(pod: Pod) -> str | None:
+def _diagnosis(pod: Pod) -> PodDiagnosis | None:
     """Prefect's category of what is wrong with a pod, if anything."""
     if pod.end:
         if pod.end.oom:
-            return "OOMKilled"
-        return "Evicted" if pod.end.reason == "Evicted" else None
+            return PodDiagnosis.OOM_KILLED
+        return PodDiagnosis.EVICTED if pod.end.reason == "Evicted" else None
     if not pod.waiting:
         return None
     word, said = pod.waiting
     if word in ("ErrImagePull", "ImagePullBackOff"):
-        return "ImagePullError"
-    return _unschedulable(said.lower()) if word == "Unschedulable" else None
-
-
-def _unschedulable(said: str) -> str:
-    kinds: dict[str, tuple[str, ...]] = {
-        "Taint": ("taint",),
-        "NodeAffinity": ("affinity", "node selector"),
-        "InsufficientResources": ("insufficient",),
-    }
-    kind = next((kind for kind, words in kinds.items() if any(word in said for word in words)), "")
-    return f"Unschedulable.{kind}" if kind else "Unschedulable"
+        return PodDiagnosis.IMAGE_PULL_ERROR
+    return unschedulable_diagnosis(said) if word == "Unschedulable" else None

@@ -9,13 +9,16 @@ from logging import WARNING
 from typing import Any
 from urllib.parse import quote
 
+from orchestration import diagnoses
 from orchestration.api import CLOCK, JSON, Server
 from orchestration.errors import ApiError
 from orchestration.execution import CAUSE, GIVEN_AWAY
-from orchestration.reconciler.causes import JOB_REFUSED, NO_JOB, OF_STATE, PAGES, STARTING, Diagnosis, of_sentence
+from orchestration.prefect_compat.events import POD_EVENT_PREFIX
+from orchestration.reconciler.causes import JOB_REFUSED, NO_JOB, OF_STATE, STARTING, Diagnosis, of_sentence
 from orchestration.reconciler.decide import LOG, LOST, SETTLED, UNCLAIMED
 from orchestration.reconciler.ends import ENDED
 from orchestration.reconciler.facts import FINAL
+from orchestration.terminal import one_line
 
 PATIENCE = timedelta(seconds=60)
 """How long a run may be late, claimed or to be cancelled before it counts as stuck."""
@@ -29,7 +32,6 @@ LINES = 10
 SUBMITTED, EXECUTED = "prefect.worker.submitted-flow-run", "prefect.worker.executed-flow-run"
 """Events of a worker: it has claimed a run; and it has made the run's Job or, where that is none, seen the run end."""
 
-POD = "prefect.kubernetes.pod."
 PHASES = ("pending", "running", "succeeded", "failed", "evicted")
 """Events of the worker's observer, where it is on: this and a pod's phase. Source: prefect_kubernetes/observer.py."""
 
@@ -88,7 +90,9 @@ async def timeline(server: Server, run: Mapping[str, Any]) -> list[Moment]:
     for event in events:
         if event["event"] == ENDED:
             moments += _of_pod(event["payload"])
-        elif not (event["event"].startswith(POD) and event["resource"].get("prefect.resource.name") in noted):
+        elif not (
+            event["event"].startswith(POD_EVENT_PREFIX) and event["resource"].get("prefect.resource.name") in noted
+        ):
             moments += [each] if (each := _of_event(event)) else []
     jobs = {each.text.split()[0] for each in moments if each.who == "job"}
     moments += _of_states(states, moments)
@@ -140,7 +144,7 @@ async def _events(server: Server, run: Mapping[str, Any]) -> list[JSON]:
     while True:
         which = {
             "any_resource": {"id": [f"prefect.flow-run.{run['id']}"]},
-            "event": {"name": [SUBMITTED, EXECUTED, GIVEN_UP, ENDED, *(POD + each for each in PHASES)]},
+            "event": {"name": [SUBMITTED, EXECUTED, GIVEN_UP, ENDED, *(POD_EVENT_PREFIX + each for each in PHASES)]},
             "occurred": {"since": since.isoformat(), "until": (datetime.now(UTC) + PATIENCE).isoformat()},
             "order": "ASC",
         }
@@ -166,8 +170,8 @@ def _of_event(event: Mapping[str, Any]) -> Moment | None:
         if resource.get("prefect.worker-type") != "kubernetes":
             return Moment(at, "worker", f"{subject} saw {made} end with status {code}")
         return Moment(at, "job", f"{job} made in namespace {namespace}") if job else None
-    if name.startswith(POD):
-        phase, why = name.removeprefix(POD), resource.get("kubernetes.diagnosis", "")
+    if name.startswith(POD_EVENT_PREFIX):
+        phase, why = name.removeprefix(POD_EVENT_PREFIX), resource.get("kubernetes.diagnosis", "")
         # It calls each pod evicted whose container ended with a reason, be it an error.
         reason = resource.get("kubernetes.reason") or why or ("Failed" if phase == "failed" else "Completed")
         said = {"pending": f"does not start: {why}" if why else "created", "running": "started"}
@@ -179,7 +183,7 @@ def _of_pod(told: Mapping[str, Any]) -> list[Moment]:
     """The lines of a pod that the reconciler saw ended."""
     pod, times = told["pod"], {name: told[name] for name in ("created", "scheduled", "started", "ended")}
     code = "" if told["code"] is None else f", exit code {told['code']}"
-    peak = f", with {told['peak'] / 2**20:.0f} MiB of memory at the most" if told["peak"] else ""
+    peak = f", with at most {told['peak'] / 2**20:.0f} MiB of memory" if told["peak"] else ""
     text = {
         "created": f"{pod} created",
         "scheduled": f"{pod} put on {told['node']}",
@@ -240,8 +244,8 @@ class Finding:
 
     @property
     def pages(self) -> list[str]:
-        """Where it is written what that means and what cures it."""
-        return [PAGES.format(each) for each in self.diagnoses]
+        """Return the paths of the diagnoses' pages."""
+        return [diagnoses.path(each) for each in self.diagnoses]
 
 
 async def diagnosis(server: Server, run: Mapping[str, Any]) -> Finding:
@@ -366,16 +370,16 @@ def show_runs(runs: Sequence[JSON], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(runs, indent=2))
         return
-    width = max((len(each["name"]) for each in runs), default=0)
-    states = max((len(each["state"]) for each in runs), default=0)
-    for each in runs:
-        print(f"{each['name']:<{width}}  {each['state']:<{states}}  {each['why']}")
+    rows = [tuple(one_line(each[name]) for name in ("name", "state", "why")) for each in runs]
+    width, states = (max((len(each[column]) for each in rows), default=0) for column in (0, 1))
+    for name, state, why in rows:
+        print(f"{name:<{width}}  {state:<{states}}  {why}")
     if not runs:
         print("None.")
 
 
 def show(moments: Sequence[Moment], found: Finding, *, as_json: bool) -> None:
-    """Print a timeline, and below it the diagnosis and where to read about it."""
+    """Print a timeline, and below it the diagnosis and the title and path of each page about it."""
     if as_json:
         lines = [each.json() for each in moments]
         print(json.dumps({"timeline": lines, "diagnosis": found.sentence, "see": found.pages}, indent=2))
@@ -389,5 +393,5 @@ def show(moments: Sequence[Moment], found: Finding, *, as_json: bool) -> None:
         for below in more:
             print(f"{'':<{width + 23}}{below}")
     print(f"\n{found.sentence}")
-    if found.pages:
-        print(f"See {' and '.join(found.pages)}")
+    for name in found.diagnoses:
+        print(f"{diagnoses.title(name)}. See {diagnoses.path(name)}, or run: orchestrate explain {name}")

@@ -181,7 +181,7 @@ def test_a_changed_flow_makes_only_the_last_layers_anew(image: str, checkout: Pa
     before, after = (_manifest(each)["layers"] for each in (image, changed))
     new = [layer for layer in after if layer not in before]
     assert sum(layer["size"] for layer in new) < 2e6
-    (checkout / "docs" / "loading.md").write_text("")
+    (checkout / "docs" / "explanation" / "loading.md").write_text("")
     assert _build(checkout) == changed, "what is not in the image does not change it"
 
 

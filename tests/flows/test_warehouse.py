@@ -216,7 +216,7 @@ def test_days_in_any_order_and_loaded_again_give_what_a_full_refresh_gives(postg
 def test_debians_postgres_builds_what_the_embedded_one_builds(built: str) -> None:
     with debian_postgres() as server, new_database(server) as url:
         [(version,)] = rows_of(url, "show server_version_num")
-        assert int(version) >= 150_000, "docs/warehouse.md names 15 as the oldest version"
+        assert int(version) >= 150_000, "docs/explanation/warehouse.md names 15 as the oldest version"
         raw.prepare()
         raw.load_days(landing.days()[:3])
         for table in landing.REFERENCE:

@@ -153,6 +153,7 @@ def test_what_there_is_by_default() -> None:
         "ClusterRole/prefect:test-prefect-work-pool",
         "ClusterRoleBinding/prefect:test-prefect-work-pool",
         "ConfigMap/test-prefect-work-pool-sync",
+        "ConfigMap/test-prefect-work-pool-worker",
         "Deployment/test-prefect-work-pool-drift",
         "Deployment/test-prefect-work-pool-reconciler",
         "Deployment/test-prefect-work-pool-worker",
@@ -172,6 +173,8 @@ def test_what_there_is_by_default() -> None:
         "ServiceAccount/test-prefect-work-pool-reconciler",
         "ServiceAccount/test-prefect-work-pool-runs",
         "ServiceAccount/test-prefect-work-pool-worker",
+        "ValidatingAdmissionPolicy/prefect-test-prefect-work-pool-worker",
+        "ValidatingAdmissionPolicyBinding/prefect-test-prefect-work-pool-worker",
     ]
 
 
@@ -189,7 +192,8 @@ def test_all_features_at_once() -> None:
     assert worker["containers"][0]["args"] == [
         "python", "-m", "orchestration.worker", "--pool", "etl",
         "--name", "$(POD_NAME)", "--namespace", "$(NAMESPACE)",
-        "--queue", "urgent", "--queue", "later", "--limit", "20", "--name", "first",
+        "--queue", "urgent", "--queue", "later", "--limit", "20",
+        "--template", "/etc/prefect-pool/base-job-template.json", "--name", "first",
     ]  # fmt: skip
     variables = environment(worker["containers"][0])
     assert variables["PREFECT_API_URL"] == "https://test.example.com/api"
@@ -424,7 +428,7 @@ def test_results_outlive_the_pod_in_a_block_of_the_releases_own(
 
 
 def test_the_storages_of_the_docs_are_values() -> None:
-    examples = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "durable.md").read_text(), re.DOTALL)
+    examples = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/explanation/durable-results.md").read_text(), re.DOTALL)
     shown = [yaml.safe_load(each) for each in examples]
     assert [each["runs"]["results"]["storage"] for each in shown] == ["volume", "s3", "redis"]
     for each in shown:
@@ -609,10 +613,6 @@ def test_policies_deny_all_that_is_not_named() -> None:
         "drift": {"192.0.2.1/32"},
         "reconciler": {"192.0.2.1/32", "10.0.0.1/32"},
     }
-    metadata = one(render("prefect-work-pool", TAG), "NetworkPolicy", "test-prefect-work-pool-runs")
-    assert {"cidr": "0.0.0.0/0", "except": ["169.254.0.0/16"]} in [
-        to["ipBlock"] for rule in metadata["spec"]["egress"] for to in rule["to"] if "ipBlock" in to
-    ]
 
 
 REFUSED = [
@@ -699,6 +699,7 @@ REFUSED = [
             ("10.0.0.0/8", "10.0.0.0/8"),
             ("10.1.0.0/15", "10.3.0.0/16"),
             ("0.0.0.0/0", "fd00::/8"),
+            ("fd00::/16", "fd01::/32"),
         )
     ],
     (_with(networkPolicy={"extraEgress": [{"ports": [{"port": 20, "endPort": 10}]}]}), ".ports has endPort "),
@@ -718,3 +719,32 @@ def test_what_cannot_work_is_refused_with_its_key_and_cure(values: Object, messa
     with pytest.raises(ClusterError) as caught:
         render("prefect-work-pool", values)
     assert message in str(caught.value)
+
+
+def test_admission_policy_names_what_runs_refer_to() -> None:
+    policy = one(render("prefect-work-pool", MAXIMAL), "ValidatingAdmissionPolicy", "prefect-pool-worker")
+    variables = {each["name"]: each["expression"] for each in policy["spec"]["variables"]}
+    assert "all-settings" not in variables["secrets"], "of the worker alone"
+    assert "warehouse" in json.loads(variables["secrets"])
+    assert json.loads(variables["configMaps"]) == ["ca", "flows"]
+    assert variables["chosen"] == "false"
+    chosen = _with(runs={"variables": {"team": {"type": "string"}}, "envFrom": [{"secretRef": {"name": "{{ team }}"}}]})
+    policy = one(
+        render("prefect-work-pool", chosen), "ValidatingAdmissionPolicy", "prefect-test-prefect-work-pool-worker"
+    )
+    assert {each["name"]: each["expression"] for each in policy["spec"]["variables"]}["chosen"] == "true"
+    without = inventory(render("prefect-work-pool", _with(admissionPolicy={"enabled": False})))
+    assert not [name for name in without if name.startswith("ValidatingAdmission")]
+
+
+def test_runs_have_the_headers_of_a_proxy_by_reference() -> None:
+    headers = {
+        "name": "PREFECT_CLIENT_CUSTOM_HEADERS",
+        "valueFrom": {"secretKeyRef": {"name": "proxy", "key": "headers"}},
+    }
+    values = _with(env=[headers])
+    objects = render("prefect-work-pool", values)
+    manifest = _pool(values)["base_job_template"]["job_configuration"]["job_manifest"]
+    assert headers in manifest["spec"]["template"]["spec"]["containers"][0]["env"]
+    policy = one(objects, "ValidatingAdmissionPolicy", "prefect-test-prefect-work-pool-worker")
+    assert "proxy" in {each["name"]: each["expression"] for each in policy["spec"]["variables"]}["secrets"]

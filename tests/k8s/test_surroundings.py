@@ -122,7 +122,7 @@ def test_the_quota_counts_runs_alone_and_asks_for_nothing_that_the_limit_range_d
 
 
 def test_environments_grow_and_the_page_says_how() -> None:
-    page = (ROOT / "docs" / "environments.md").read_text()
+    page = (ROOT / "docs" / "how-to" / "environments.md").read_text()
     sizes = []
     for environment, namespace in ENVIRONMENTS.items():
         quota = one(overlay(environment), "ResourceQuota", "runs")["spec"]["hard"]

@@ -78,7 +78,9 @@ def test_each_object_is_the_charts_field_by_field_but_for_these() -> None:
         f"NetworkPolicy/{NAME}": {api},
         "NetworkPolicy/prefect-work-pool-runs": {api},
     }
-    defaults = render("prefect-work-pool", test_prefect_work_pool.TAG, generate.RELEASE)
+    # The template is the pool's release's, and this worker takes it from the server.
+    values = test_prefect_work_pool.TAG | {"worker": {"templateFrom": "server"}}
+    defaults = render("prefect-work-pool", values, generate.RELEASE)
     for each in base():
         kind, name = each["kind"], each["metadata"]["name"]
         here, there = leaves(each), leaves(one(defaults, kind, name))
@@ -144,7 +146,7 @@ def test_a_variable_is_known_where_it_is_used(folder: str) -> None:
 
 
 def test_the_pages_name_what_there_is() -> None:
-    page = (ROOT / "docs" / "workers.md").read_text()
+    page = (ROOT / "docs" / "how-to" / "workers-without-helm.md").read_text()
     for folder in re.findall(r"-k (k8s/\S+)", page):
         assert (ROOT / folder / "kustomization.yaml").exists(), folder
     secret = (K8S / EXAMPLE / "kustomization.yaml").read_text().split("its Secret")[1].split("apiVersion")[0]

@@ -8,6 +8,7 @@ PREFECT = ("uv.lock#prefect", "uv.lock#fastapi", "uv.lock#sqlalchemy")
 
 DBT = (
     "orchestration/dbt",
+    "orchestration/prefect_compat",
     "orchestration/warehouse.py",
     *PREFECT,
     "uv.lock#dbt-core",
@@ -29,6 +30,8 @@ RUNS = (
     "orchestration/api.py",
     "orchestration/engine.py",
     "orchestration/execution.py",
+    "orchestration/prefect_compat",
+    "orchestration/protocol.py",
     "orchestration/results.py",
     "orchestration/serving.py",
     "orchestration/worker.py",
@@ -77,6 +80,7 @@ LONG_TESTS = (
             "orchestration/deployments",
             "orchestration/__main__.py",
             "orchestration/api.py",
+            "orchestration/prefect_compat",
             *PREFECT,
             "tests/long/sync_kills.py",
         ),
@@ -88,6 +92,7 @@ LONG_TESTS = (
         "A dbt run that is killed or cancelled at a random moment leaves no SQL, and its retry completes it.",
         (
             "orchestration/execution.py",
+            "orchestration/protocol.py",
             *DBT,
             *DBT_TESTS,
             "tests/orchestration/dbt/shop_flow.py",

@@ -1,6 +1,5 @@
 """The worker's claims, on a real Prefect server; its Jobs are tested on the real cluster (`tests/e2e`)."""
 
-import abc
 import asyncio
 import contextlib
 import json
@@ -45,6 +44,9 @@ def nothing() -> None:
     """What the runs would do; none of them gets to it."""
 
 
+pytestmark = pytest.mark.usefixtures("closed_worker_channels")
+
+
 @pytest.fixture(autouse=True)
 def alone() -> Iterator[None]:
     """Workers that watch no cluster, and whose logs stay here."""
@@ -55,7 +57,7 @@ def alone() -> Iterator[None]:
         yield
 
 
-class _WithoutJobs(worker.Worker, abc.ABC):
+class _WithoutJobs(worker.Worker):
     """Claims as the worker does, and makes no Job, which would need a cluster."""
 
     async def run(self, *_: Any, **__: Any) -> KubernetesWorkerResult:
@@ -103,7 +105,7 @@ async def _claims_of_hasty_polls(pool: str, limit: int) -> tuple[Counter[str], C
                 heard.set()
                 # A server on SQLite refuses what meets another transaction; the worker claims it by its next poll.
                 for _ in range(20):
-                    while polled._submitting_flow_run_ids:
+                    while polled.submitting:
                         await asyncio.sleep(0.05)
                     at_rest = await _states(client, runs)
                     if at_rest["PENDING"] >= limit:
@@ -129,7 +131,7 @@ async def _claimed_around_absences(
     away = {PREFECT_API_URL: f"http://127.0.0.1:{port}/api", PREFECT_WORKER_QUERY_SECONDS: seconds}
     polls = 0
 
-    class Counting(_WithoutJobs, abc.ABC):
+    class Counting(_WithoutJobs):
         async def get_and_submit_flow_runs(self) -> list[FlowRun]:
             nonlocal polls
             polls += 1
@@ -191,7 +193,7 @@ IMPATIENT = {
 }
 
 
-class _Unconnected(worker.Worker, abc.ABC):
+class _Unconnected(worker.Worker):
     """A worker with a client of no cluster."""
 
     @contextlib.asynccontextmanager
@@ -213,18 +215,18 @@ async def _claim(
     """A run's state by name, and how many Jobs of it were made, after two polls of a worker to which that happens."""
     pool, jobs = f"cut-{uuid4().hex[:6]}", 0
 
-    class Cut(worker.Worker, abc.ABC):
-        async def _submit_run(self, flow_run: FlowRun) -> None:
+    class Cut(worker.Worker):
+        async def claim_and_submit(self, flow_run: FlowRun) -> None:
             claiming()
-            await super()._submit_run(flow_run)
+            await super().claim_and_submit(flow_run)
 
-        async def _propose_pending_state(self, flow_run: FlowRun) -> bool:
+        async def claim(self, flow_run: FlowRun) -> bool:
             assert PREFECT_CLIENT_MAX_RETRIES.value() == 0
-            pending = await super()._propose_pending_state(flow_run)
+            pending = await super().claim(flow_run)
             assert PREFECT_CLIENT_MAX_RETRIES.value() == 5, "to record the Job is worth a while"
             return pending
 
-        async def _give_worker_labels_to_flow_run(self, flow_run_id: UUID) -> None:
+        async def label_claimed_run(self, flow_run_id: UUID) -> None:
             submitting(self, flow_run_id)
 
     async def make(_: Any, run: FlowRun, configuration: Any, task_status: Any) -> KubernetesWorkerResult:
@@ -249,7 +251,7 @@ async def _claim(
                 for _ in range(2):
                     polling()
                     await tested.get_and_submit_flow_runs()
-                    while tested._submitting_flow_run_ids:
+                    while tested.submitting:
                         await asyncio.sleep(0.05)
         return str((await client.read_flow_run(run)).state_name), jobs
 

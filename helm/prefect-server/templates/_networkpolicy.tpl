@@ -34,3 +34,40 @@
     {{- end }}
   ports: [{port: {{ index . 1 }}}]
 {{- end -}}
+
+{{/* The peer of a range of addresses without networkPolicy.exceptCIDRs: (list root cidr). */}}
+{{- define "prefect-server.addressPeer" -}}
+{{- $cidr := index . 1 -}}
+{{- $except := list -}}
+{{- range (index . 0).Values.networkPolicy.exceptCIDRs -}}
+{{- if eq (include "prefect-server.within" (list . $cidr)) "true" -}}{{- $except = append $except . -}}{{- end -}}
+{{- end -}}
+ipBlock: {cidr: {{ $cidr | quote }}{{ with $except }}, except: {{ toJson . }}{{ end }}}
+{{- end -}}
+
+{{/* The first bits of a range of IPv4 or IPv6 addresses, as ones and zeros: as many as its prefix is long. */}}
+{{- define "prefect-server.prefixBits" -}}
+{{- $range := splitList "/" . -}}
+{{- $bits := "" -}}
+{{- if contains ":" . -}}
+{{- $halves := splitList "::" (index $range 0) -}}
+{{- $groups := without (splitList ":" (index $halves 0)) "" -}}
+{{- if gt (len $halves) 1 -}}
+{{- $last := without (splitList ":" (index $halves 1)) "" -}}
+{{- range until (sub (sub 8 (len $groups)) (len $last) | int) -}}{{- $groups = append $groups "0" -}}{{- end -}}
+{{- $groups = concat $groups $last -}}
+{{- end -}}
+{{- range $groups -}}{{- $bits = printf "%s%016b" $bits (int64 (printf "0x%s" .)) -}}{{- end -}}
+{{- else -}}
+{{- range splitList "." (index $range 0) -}}{{- $bits = printf "%s%08b" $bits (int64 .) -}}{{- end -}}
+{{- end -}}
+{{- trunc (index $range 1 | int) $bits -}}
+{{- end -}}
+
+{{/* Whether a range of addresses is a part of another, and smaller: (list cidr cidr). */}}
+{{- define "prefect-server.within" -}}
+{{- $part := include "prefect-server.prefixBits" (index . 0) -}}
+{{- $whole := include "prefect-server.prefixBits" (index . 1) -}}
+{{- $same := eq (contains ":" (index . 0)) (contains ":" (index . 1)) -}}
+{{- and $same (gt (len $part) (len $whole)) (hasPrefix $whole $part) -}}
+{{- end -}}

@@ -75,23 +75,3 @@
 {{- end -}}
 {{- end -}}
 {{- end -}}
-
-{{/* Whether a range of addresses is a part of another, and smaller: (list cidr cidr). Of IPv6 the lengths are compared. */}}
-{{- define "prefect-server.within" -}}
-{{- $part := splitList "/" (index . 0) -}}
-{{- $whole := splitList "/" (index . 1) -}}
-{{- $longer := gt (index $part 1 | int64) (index $whole 1 | int64) -}}
-{{- $same := eq (contains ":" (index . 0)) (contains ":" (index . 1)) -}}
-{{- if and $same (not (contains ":" (index . 0))) -}}
-{{- $size := 1 -}}
-{{- range until (sub 32 (index $whole 1 | int64) | int) -}}{{- $size = mul $size 2 -}}{{- end -}}
-{{- $networks := list -}}
-{{- range $address := list (index $part 0) (index $whole 0) -}}
-{{- $number := 0 -}}
-{{- range splitList "." $address -}}{{- $number = add (mul $number 256) (int64 .) -}}{{- end -}}
-{{- $networks = append $networks (div $number $size) -}}
-{{- end -}}
-{{- $same = eq (index $networks 0) (index $networks 1) -}}
-{{- end -}}
-{{- and $longer $same -}}
-{{- end -}}

@@ -59,6 +59,12 @@
 - {name: GRACE_SECONDS, value: {{ int64 .Values.runs.terminationGracePeriodSeconds | quote }}}
 # A server whose database is away answers 500.
 - {name: PREFECT_CLIENT_RETRY_EXTRA_CODES, value: "500,504"}
+{{- range concat .Values.env .Values.worker.env }}
+{{- if and (eq .name "PREFECT_CLIENT_CUSTOM_HEADERS") (hasKey . "valueFrom") }}
+# The worker copies its settings to runs, but none that is secret.
+- {{ toJson . }}
+{{- end }}
+{{- end }}
 # By it an execution knows that it was given up.
 - {name: KUBERNETES_JOB, valueFrom: {fieldRef: {fieldPath: "metadata.labels['batch.kubernetes.io/job-name']"}}}
 {{- with .Values.runs.results }}

@@ -17,12 +17,18 @@
 {{- define "prefect-work-pool.kubernetesEgress" -}}
 - to:
     {{- range .Values.networkPolicy.kubernetesCIDRs }}
-    - ipBlock: {cidr: {{ . | quote }}}
+    - {{ include "prefect-work-pool.addressPeer" (list $ .) }}
     {{- end }}
   ports:
     {{- range .Values.networkPolicy.kubernetesPorts }}
     - {port: {{ int64 . }}}
     {{- end }}
+{{- end -}}
+
+{{/* The port of the API at api.url. */}}
+{{- define "prefect-work-pool.apiPort" -}}
+{{- $url := urlParse (include "prefect-work-pool.line" (list . "api.url" .Values.api.url)) -}}
+{{- regexFind "[0-9]+$" (regexFind ":[0-9]+$" $url.host) | default (ternary 443 80 (eq $url.scheme "https")) -}}
 {{- end -}}
 
 {{- define "prefect-work-pool.apiEgress" -}}
@@ -36,7 +42,45 @@
       {{- end }}
   ports: [{port: {{ int64 .port }}}]
 {{- range .cidrs }}
-- to: [{ipBlock: {cidr: {{ . | quote }}}}]
+- to: [{ {{- include "prefect-work-pool.addressPeer" (list $ .) -}} }]
+  ports: [{port: {{ include "prefect-work-pool.apiPort" $ }}}]
 {{- end }}
 {{- end }}
+{{- end -}}
+
+{{/* The peer of a range of addresses without networkPolicy.exceptCIDRs: (list root cidr). */}}
+{{- define "prefect-work-pool.addressPeer" -}}
+{{- $cidr := index . 1 -}}
+{{- $except := list -}}
+{{- range (index . 0).Values.networkPolicy.exceptCIDRs -}}
+{{- if eq (include "prefect-work-pool.within" (list . $cidr)) "true" -}}{{- $except = append $except . -}}{{- end -}}
+{{- end -}}
+ipBlock: {cidr: {{ $cidr | quote }}{{ with $except }}, except: {{ toJson . }}{{ end }}}
+{{- end -}}
+
+{{/* The first bits of a range of IPv4 or IPv6 addresses, as ones and zeros: as many as its prefix is long. */}}
+{{- define "prefect-work-pool.prefixBits" -}}
+{{- $range := splitList "/" . -}}
+{{- $bits := "" -}}
+{{- if contains ":" . -}}
+{{- $halves := splitList "::" (index $range 0) -}}
+{{- $groups := without (splitList ":" (index $halves 0)) "" -}}
+{{- if gt (len $halves) 1 -}}
+{{- $last := without (splitList ":" (index $halves 1)) "" -}}
+{{- range until (sub (sub 8 (len $groups)) (len $last) | int) -}}{{- $groups = append $groups "0" -}}{{- end -}}
+{{- $groups = concat $groups $last -}}
+{{- end -}}
+{{- range $groups -}}{{- $bits = printf "%s%016b" $bits (int64 (printf "0x%s" .)) -}}{{- end -}}
+{{- else -}}
+{{- range splitList "." (index $range 0) -}}{{- $bits = printf "%s%08b" $bits (int64 .) -}}{{- end -}}
+{{- end -}}
+{{- trunc (index $range 1 | int) $bits -}}
+{{- end -}}
+
+{{/* Whether a range of addresses is a part of another, and smaller: (list cidr cidr). */}}
+{{- define "prefect-work-pool.within" -}}
+{{- $part := include "prefect-work-pool.prefixBits" (index . 0) -}}
+{{- $whole := include "prefect-work-pool.prefixBits" (index . 1) -}}
+{{- $same := eq (contains ":" (index . 0)) (contains ":" (index . 1)) -}}
+{{- and $same (gt (len $part) (len $whole)) (hasPrefix $whole $part) -}}
 {{- end -}}

@@ -26,8 +26,7 @@ work_pools:
       {{- else }} []
       {{- end }}
     base_job_template:
-      {{- $template := dict "job_configuration" (include "prefect-work-pool.jobConfiguration" . | fromYaml) "variables" (include "prefect-work-pool.jobVariables" . | fromYaml) }}
-      {{- mergeOverwrite $template (deepCopy .Values.runs.baseJobTemplate) | toPrettyJson | nindent 6 }}
+      {{- include "prefect-work-pool.baseJobTemplate" . | nindent 6 }}
 {{- with .Values.runs.results }}
 {{- if has .storage (list "s3" "redis") }}
 remote_file_systems:
@@ -44,6 +43,12 @@ remote_file_systems:
     {{- end }}
 {{- end }}
 {{- end }}
+{{- end -}}
+
+{{/* The base job template as JSON: on the server for the UI and for deployments, in a ConfigMap for the worker. */}}
+{{- define "prefect-work-pool.baseJobTemplate" -}}
+{{- $template := dict "job_configuration" (include "prefect-work-pool.jobConfiguration" . | fromYaml) "variables" (include "prefect-work-pool.jobVariables" . | fromYaml) }}
+{{- mergeOverwrite $template (deepCopy .Values.runs.baseJobTemplate) | toPrettyJson -}}
 {{- end -}}
 
 {{/* What the worker makes of a run. What is in {{ }} comes from the job variables. */}}
@@ -154,15 +159,25 @@ volumes:
 {{- $text := list (dict "type" "string") (dict "type" "null") -}}
 {{- $number := list (dict "type" "integer") (dict "type" "null") -}}
 {{- $map := dict "type" "string" -}}
+{{- /* By these keys policies, quotas and the reconciler know the pods of each component. */ -}}
+{{- $free := dict "not" (dict "pattern" "^(app\\.kubernetes\\.io/|prefect\\.io/|reconciler\\.|kubectl\\.kubernetes\\.io/|batch\\.kubernetes\\.io/|job-name$|controller-uid$)") -}}
+{{- $accounts := prepend .Values.runs.allowed.serviceAccounts (include "prefect-work-pool.serviceAccountName" (list . "runs")) -}}
+{{- $image := dict "title" "Image" "type" "string" "default" (include "prefect-work-pool.runsImage" .) "description" "The container's image." -}}
+{{- with .Values.runs.allowed.images -}}
+{{- $own := regexReplaceAll "[:@][^/]*$" (include "prefect-work-pool.runsImage" $) "" -}}
+{{- $patterns := list (printf "%s[:@].*" (regexQuoteMeta $own)) -}}
+{{- range . -}}{{- $patterns = append $patterns (regexQuoteMeta . | replace "\\*" ".*") -}}{{- end -}}
+{{- $_ := set $image "pattern" (printf "^(%s)$" (join "|" $patterns)) -}}
+{{- end -}}
 {{- $variables := dict
   "name" (dict "title" "Name" "anyOf" $text "default" nil "description" "The beginning of the Job's name.")
   "command" (dict "title" "Command" "anyOf" $text "default" nil "description" "The command of the container; empty runs the flow.")
   "env" (dict "title" "Environment Variables" "type" "object" "additionalProperties" (dict "anyOf" $text) "description" "Plain variables; secrets come by runs.env of the chart.")
-  "labels" (dict "title" "Labels" "type" "object" "additionalProperties" $map "description" "Labels of Job and pod.")
-  "annotations" (dict "title" "Annotations" "type" "object" "additionalProperties" $map "description" "Annotations of Job and pod.")
-  "image" (dict "title" "Image" "type" "string" "default" (include "prefect-work-pool.runsImage" .) "description" "The container's image.")
+  "labels" (dict "title" "Labels" "type" "object" "additionalProperties" $map "propertyNames" $free "description" "Labels of Job and pod.")
+  "annotations" (dict "title" "Annotations" "type" "object" "additionalProperties" $map "propertyNames" $free "description" "Annotations of Job and pod.")
+  "image" $image
   "image_pull_policy" (dict "title" "Image Pull Policy" "type" "string" "enum" (list "IfNotPresent" "Always" "Never") "default" ($runs.image.pullPolicy | default .Values.image.pullPolicy) "description" "When the node pulls the image.")
-  "service_account_name" (dict "title" "Service Account Name" "type" "string" "default" (include "prefect-work-pool.serviceAccountName" (list . "runs")) "description" "Who the run is to Kubernetes.")
+  "service_account_name" (dict "title" "Service Account Name" "type" "string" "enum" $accounts "default" (first $accounts) "description" "The pod's service account.")
   "backoff_limit" (dict "title" "Backoff Limit" "type" "integer" "minimum" 0 "default" (int $runs.backoffLimit) "description" "How often Kubernetes tries a failed pod again. At 0 Prefect reschedules a run whose pod is evicted.")
   "crash_retries" (dict "title" "Crash Retries" "type" "integer" "minimum" 0 "default" (int $runs.retries.crashes) "description" "How often a run is tried again after it crashed.")
   "disruption_retries" (dict "title" "Disruption Retries" "type" "integer" "minimum" 0 "default" (int $runs.retries.disruptions) "description" "How often a run is tried again after the cluster ended it: eviction, drain, preemption, a lost node.")

@@ -104,7 +104,7 @@ def test_oom_killed_run_gets_more_memory(pool: Pool, api: httpx.Client) -> None:
     again = next(each for each in listed if each["name"] == "AwaitingRetry")
     assert "with 600Mi of memory in place of 300Mi" in again["message"]
     assert "OOMKilled" in again["message"]
-    assert "it used 300 MiB at the most" in again["message"]
+    assert "it used at most 300 MiB" in again["message"]
     assert run_of(api, run)["job_variables"]["memory_limit"] == "600Mi"
     wait_until(lambda: run_of(api, run)["labels"].get("reconciler.exceeded") == 300 * 2**20, "the limit to be noted")
 
@@ -194,7 +194,7 @@ def test_main_container_alone_decides_next_to_sidecars(pool: Pool, api: httpx.Cl
     said_in_time(api, runs["cancelled"], "Cancelled", began)
 
     found = state_named(api, runs["oom"], "Crashed", 120)
-    assert "exceeded its memory limit of 300Mi; it used 300 MiB at the most" in found["message"]
+    assert "exceeded its memory limit of 300Mi; it used at most 300 MiB" in found["message"]
     assert "absent:1" in state_named(api, runs["image"], "ImagePullBackOff", 60)["message"]
     completed(api, runs["evicted"])
     for each in runs.values():

@@ -42,6 +42,19 @@ def test_what_is_right_is_read(folder: Path) -> None:
     assert found.where == "prefect.yaml:3"
 
 
+def _bomb(line: str) -> str:
+    """Nine lines, of which each has the one before ten times."""
+    first = "  a0: &a0 {x: 1}\n"
+    return "definitions:\n" + first + "".join(line.format(n=n, of=", ".join([f"*a{n - 1}"] * 10)) for n in range(1, 10))
+
+
+@pytest.mark.parametrize("line", ["  a{n}: &a{n} [{of}]\n", "  a{n}: &a{n} {{<<: [{of}]}}\n"], ids=["list", "merge"])
+def test_aliases_that_repeat_without_measure_are_refused_at_once(folder: Path, line: str) -> None:
+    (folder / "prefect.yaml").write_text(HEAD + _bomb(line))
+    with pytest.raises(DeploymentsError, match=r"prefect\.yaml: its aliases repeat .* until it has 3\.\de\+09 values"):
+        desired.read(["prefect.yaml"])
+
+
 @pytest.mark.parametrize(
     ("text", "where", "said"),
     [
@@ -182,7 +195,9 @@ def test_anchors_and_the_environment(folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_example_of_the_docs_is_right(folder: Path) -> None:
-    (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "deployments.md").read_text(), re.DOTALL)
+    (example,) = re.findall(
+        r"```yaml\n(.*?)```", (ROOT / "docs" / "how-to" / "manage-deployments.md").read_text(), re.DOTALL
+    )
     (folder / "teams").mkdir()
     (folder / "teams" / "a.yaml").write_text("deployments: []\n")
     (folder / "flows").mkdir()

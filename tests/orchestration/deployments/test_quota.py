@@ -257,7 +257,7 @@ def test_it_is_filled_in_as_the_worker_does(variables: dict[str, Any]) -> None:
 
     pool = template(cpu_request="1", memory_limit="1Gi")
     nowhere = PrefectClient("http://127.0.0.1:9/api")  # nothing in the template is the server's to fill in
-    made = asyncio.run(KubernetesWorkerJobConfiguration.from_template_and_values(pool, variables, client=nowhere))
+    made: Any = asyncio.run(KubernetesWorkerJobConfiguration.from_template_and_values(pool, variables, client=nowhere))
     [container] = made.job_manifest["spec"]["template"]["spec"]["containers"]
     _, [ours] = quota._pod(pool, variables)
     assert ours.amounts == {

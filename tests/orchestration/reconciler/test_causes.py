@@ -7,12 +7,12 @@ from typing import get_args
 
 import pytest
 
+from orchestration import diagnoses
 from orchestration.reconciler import causes
 from orchestration.reconciler.causes import (
     HOPELESS,
     JOB_REFUSED,
     OF_STATE,
-    PAGES,
     REFUSED,
     STARTING,
     Diagnosis,
@@ -27,14 +27,16 @@ DIAGNOSES = set(get_args(Diagnosis))
 
 
 def page(diagnosis: str) -> Path:
-    return ROOT / PAGES.format(diagnosis)
+    return ROOT / diagnoses.path(diagnosis)
 
 
 def test_each_diagnosis_has_its_page_and_each_page_its_diagnosis() -> None:
     folder = page("crash").parent
-    assert {each.stem for each in folder.iterdir()} == DIAGNOSES
+    assert {each.stem for each in folder.iterdir()} == DIAGNOSES | {diagnoses.INDEX}
     for each in DIAGNOSES:
-        assert f"(diagnoses/{each}.md)" in (ROOT / "docs/runs.md").read_text(), f"the table leaves out {each}"
+        assert f"(../diagnoses/{each}.md)" in (ROOT / "docs/explanation/how-runs-survive.md").read_text(), (
+            f"the table leaves out {each}"
+        )
 
 
 def test_each_state_of_a_pod_that_waits_has_a_page_that_names_it() -> None:

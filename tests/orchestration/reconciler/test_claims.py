@@ -248,7 +248,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-@pytest.mark.usefixtures("brief")
+@pytest.mark.usefixtures("brief", "closed_worker_channels")
 def test_run_executes_once_however_late_kubernetes_creates_a_job(
     prefect_server: str, namespace: Namespace, tmp_path: Path
 ) -> None:

@@ -120,7 +120,7 @@ def test_dead_main_container_crashes_the_run_and_its_job_goes(
     assert crash.lost == (), "its end was seen"
     if cause == "oom":
         assert crash.cause.memory == "1Gi"
-        assert "it used 1024 MiB" in crash.cause.sentence
+        assert "it used at most 1024 MiB" in crash.cause.sentence
         assert ended.end
         assert ended.end.leases == (LEASE,)
     assert {type(each) for each in decided("CRASHED", job, ended)} == {Retry, Stop}, "nothing executes it any more"

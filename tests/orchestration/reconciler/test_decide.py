@@ -105,7 +105,7 @@ def test_a_run_in_its_pod_is_left_alone() -> None:
     [
         (end(code=137), "crash", "exit code 137 (SIGKILL)"),
         (end(code=0, reason="Completed"), "crash", "exit code 0"),
-        (end(reason="OOMKilled", oom=True, peak=700 * 2**20), "oom", "memory limit of 700Mi; it used 700 MiB"),
+        (end(reason="OOMKilled", oom=True, peak=700 * 2**20), "oom", "memory limit of 700Mi; it used at most 700 MiB"),
         (end(code=0, reason="Completed", oom=True), "oom", "OOMKilled"),
         (end(code=143, disruption="EvictionByEvictionAPI"), "disruption", "evicted by the API"),
         (end(code=None, reason="Evicted", message="The node was low on memory"), "disruption", "low on memory"),

@@ -18,6 +18,9 @@ from orchestration.__main__ import main
 from orchestration.errors import ClusterError
 from orchestration.execution import FENCED
 from orchestration.reconciler import cluster as kubernetes
+from orchestration.reconciler import loop
+from orchestration.reconciler.actions import carry_out
+from orchestration.reconciler.decide import Crash
 from orchestration.reconciler.ends import EXCEEDED, PEAK, Note, of_jobs, unnoted
 from orchestration.reconciler.facts import CLUSTER, NOTED, POOL_LABEL, RUN_LABEL, End, Job, Pod, Policy, Run
 from orchestration.reconciler.loop import Reconciler
@@ -124,7 +127,7 @@ class Pool:
     def _pods(self, job: str) -> list[str]:
         return self.namespace.kubectl("get", "pods", "-l", f"job-name={job}", "-o", "name").split()
 
-    def ends(self, job: str, code: int, reason: str, **report: int) -> str:
+    def ends(self, job: str, code: int, reason: str, **report: int | str) -> str:
         """Its pod ends, as a kubelet says it, and it with that; the pod's name."""
         # It has no fractions: of what ends in the second in which its run began, nobody knows which was first.
         now = f"{datetime.now(UTC) + timedelta(seconds=1):%Y-%m-%dT%H:%M:%SZ}"
@@ -242,7 +245,7 @@ def test_what_ended_is_noted_once_and_costs_nothing_from_then_on(
     assert lines() == [
         f"{pods[0]} created",
         f"{pods[0]} started",
-        f"{pods[0]} ended: Completed, exit code 0, with 100 MiB of memory at the most",
+        f"{pods[0]} ended: Completed, exit code 0, with at most 100 MiB of memory",
     ]
 
 
@@ -332,3 +335,44 @@ def test_a_run_whose_pods_log_cannot_be_read_crashes_all_the_same(pool: Pool, mo
     state = pool.ask("GET", f"/flow_runs/{run['id']}")["state"]
     assert state["type"] == "CRASHED"
     assert "exit code 137" in state["message"]
+
+
+def test_hostile_objects_keep_no_other_run_from_the_reconciler(
+    pool: Pool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user writes the annotation, the termination message, the run's labels and a run's id that is none."""
+    hostile = pool.run("RUNNING", "COMPLETED")
+    job = pool.job(hostile)
+    pool.namespace.kubectl("annotate", "job", job, f"{NOTED}=x")
+    pool.ask("PATCH", f"/flow_runs/{hostile['id']}/labels", **{PEAK: "x"})
+    pool.ends(job, 0, "Completed", peak="x")
+    pool.job({"id": "not-a-run"})
+    crashing = pool.run("RUNNING", "CRASHED")
+    pool.ask("PATCH", f"/flow_runs/{crashing['id']}/labels", **{"reconciler.crashes": "x"})
+    dead = pool.run("RUNNING")
+    pool.ends(pool.job(dead), 137, "Error")
+
+    def state(run: dict[str, Any]) -> str:
+        return str(pool.ask("GET", f"/flow_runs/{run['id']}")["state_name"])
+
+    pool.round()
+    assert [state(each) for each in (dead, crashing)] == ["Crashed", "AwaitingRetry"]
+    assert pool.noted(job) == "1"
+
+    # What no reading foresees: the API refuses what is written of one run.
+    refused, dead = pool.run("RUNNING"), pool.run("RUNNING")
+    for each in (refused, dead):
+        pool.ends(pool.job(each), 137, "Error")
+
+    async def refuse(server: Any, cluster: Any, action: Any, pods: list[Pod]) -> str:
+        if isinstance(action, Crash) and action.run.id == refused["id"]:
+            raise prefect.RefusedError("the server answers 422: labels: no", 422)
+        return await carry_out(server, cluster, action, pods)
+
+    monkeypatch.setattr(loop, "carry_out", refuse)
+    capsys.readouterr()
+    pool.rounds(lambda: None, lambda: None)
+    assert state(dead) in ("Crashed", "AwaitingRetry")
+    assert state(refused) == "Running"
+    shown = capsys.readouterr().err
+    assert shown.count(f"Run {refused['name']} is left as it is: the server answers 422: labels: no.") == 1

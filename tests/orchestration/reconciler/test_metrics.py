@@ -27,4 +27,4 @@ def test_metrics_endpoint_exposes_what_the_documentation_lists() -> None:
     with served(pulse, port):
         text = asyncio.run(exposed())
     names = {name for name in re.findall(r"^# TYPE (\w+)", text, flags=re.M) if not name.endswith("_created")}
-    assert names == set(re.findall(r"`(reconciler_\w+)", (ROOT / "docs/runs.md").read_text()))
+    assert names == set(re.findall(r"`(reconciler_\w+)", (ROOT / "docs/reference/metrics.md").read_text()))

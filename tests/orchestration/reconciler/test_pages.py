@@ -9,10 +9,10 @@ import pytest
 
 from orchestration import api
 from orchestration.api import Server
+from orchestration.protocol import FLOW_RUN_ID_VARIABLE
 from orchestration.reconciler import cluster as kubernetes
 from orchestration.reconciler.facts import POOL_LABEL, RUN_LABEL, Run
 from orchestration.reconciler.loop import MANY, _runs, _still
-from orchestration.reconciler.objects import RUN_VARIABLE
 from tests.cluster.namespace import RESTRICTED, Namespace, proxied
 from tests.orchestration.reconciler.test_timeline import Pool
 from tests.parts import client_of
@@ -88,7 +88,7 @@ def test_all_jobs_and_pods_of_a_pool_are_read(namespace: Namespace, monkeypatch:
     pool, number = str(uuid4()), 5
     labels = [{POOL_LABEL: pool, RUN_LABEL: str(uuid4())} for _ in range(number)]
     proxy = {"name": "aaa", "image": "none", "securityContext": RESTRICTED}
-    container = proxy | {"name": name, "env": [{"name": RUN_VARIABLE, "value": "r"}]}
+    container = proxy | {"name": name, "env": [{"name": FLOW_RUN_ID_VARIABLE, "value": "r"}]}
     # On no node: nothing has to execute them.
     spec = {"containers": [proxy, container], "restartPolicy": "Never", "nodeSelector": {"no": "node"}}
     namespace.apply(

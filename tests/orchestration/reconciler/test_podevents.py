@@ -17,9 +17,10 @@ import pytest
 from prefect_kubernetes import observer
 
 from orchestration.api import Server
+from orchestration.prefect_compat.events import POD_EVENT_PREFIX as PREFIX
 from orchestration.reconciler.facts import Pod
 from orchestration.reconciler.objects import PodObject
-from orchestration.reconciler.podevents import PREFIX, PodEvents, events_of
+from orchestration.reconciler.podevents import PodEvents, events_of
 from tests.parts import asked, client_of, wait_until
 
 NOW = datetime.now(UTC).replace(microsecond=0)

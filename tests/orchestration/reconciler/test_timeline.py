@@ -16,10 +16,11 @@ import pytest
 from prefect.client.schemas.objects import FlowRun
 from prefect.events.clients import get_events_client
 from prefect.workers.base import BaseJobConfiguration
-from prefect_kubernetes import KubernetesWorker, observer
-from prefect_kubernetes.worker import KubernetesWorkerResult
+from prefect_kubernetes import observer
+from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerResult
 
 from orchestration.__main__ import main
+from orchestration.diagnoses import title
 from orchestration.execution import CAUSE, after_sigterm
 from orchestration.reconciler import ends
 from orchestration.reconciler.causes import EXPIRED, LOST_NODE, NO_JOB
@@ -106,6 +107,19 @@ def test_what_keeps_a_run_from_being_claimed(pool: Pool, capsys: pytest.CaptureF
     assert f"{late['name']}  " in capsys.readouterr().out
 
 
+def test_commands_print_control_characters_of_runs_as_escapes(pool: Pool, capsys: pytest.CaptureFixture[str]) -> None:
+    name = f"{pool.name}\x1b[2J\nheron"
+    run = pool.run({"type": "CRASHED", "message": "\x1b]0;title\x07"}, name=name)
+    pool.run({"type": "RUNNING"}, name=name)
+    capsys.readouterr()
+    main(["runs"])
+    main(["why", run["id"]])
+    shown = "".join(capsys.readouterr())
+    assert f"{pool.name}\\x1b[2J\\nheron  Running" in shown
+    assert "\\x1b]0;title\\x07" in shown
+    assert not set(shown) & {"\x1b", "\x07"}
+
+
 DEAD = "Pod x on n ended with exit code 137 (SIGKILL). The end of its log:\nOOMKilled: as a line of a log"
 TOMORROW = {"scheduled_time": (datetime.now(UTC) + timedelta(days=1)).isoformat()}
 
@@ -158,8 +172,10 @@ def test_the_pages_of_a_diagnosis(
     pages = [f"docs/diagnoses/{each}.md" for each in diagnoses]
     assert why(run, capsys)["see"] == pages
     main(["why", run["id"]])
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last == f"See {' and '.join(pages)}" if pages else not last.startswith("See ")
+    shown = capsys.readouterr().out
+    see = [f"{title(each)}. See docs/diagnoses/{each}.md, or run: orchestrate explain {each}" for each in diagnoses]
+    assert shown.splitlines()[len(shown.splitlines()) - len(see) :] == see
+    assert shown.count("orchestrate explain") == len(see)
 
 
 def clock(time: datetime) -> str:
@@ -275,7 +291,10 @@ def test_the_whole_way_of_a_run(pool: Pool, capsys: pytest.CaptureFixture[str]) 
     assert main(["why", run["name"]]) == 0
     shown = capsys.readouterr().out
     assert "  log     a line\n" in shown
-    assert shown.endswith("It is Crashed: Pod heron-1-pod was killed.\nSee docs/diagnoses/crash.md\n")
+    assert shown.endswith(
+        f"It is Crashed: Pod heron-1-pod was killed.\n{title('crash')}. "
+        "See docs/diagnoses/crash.md, or run: orchestrate explain crash\n"
+    )
 
 
 def test_a_pod_that_the_reconciler_saw_ended_is_told_by_it_alone(
@@ -301,7 +320,7 @@ def test_a_pod_that_the_reconciler_saw_ended_is_told_by_it_alone(
         "pod: heron-1-pod created",
         "pod: heron-1-pod put on node-1",
         "pod: heron-1-pod started",
-        "pod: heron-1-pod ended: Completed, exit code 0, with 100 MiB of memory at the most",
+        "pod: heron-1-pod ended: Completed, exit code 0, with at most 100 MiB of memory",
     ]
     wait_until(lambda: lines() == expected, "the reconciler's event")
 

@@ -1,0 +1,525 @@
+"""Write the generated parts of the reference pages: `make docs`.
+
+A page is text with blocks between `<!-- begin NAME -->` and `<!-- end NAME -->`. `BLOCKS` says which function makes the
+block of that name. The text around the blocks is written by hand.
+"""
+
+import argparse
+import ast
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from orchestration.settings import ROOT
+
+REFERENCE = ROOT / "docs" / "reference"
+
+Object = dict[str, Any]
+
+NOTE = "`make docs` writes this part from {}. Change it there."
+
+COMMON_TEXTS = {
+    "image": "Another image for this component.",
+    "pullPolicy": "When the kubelet pulls the image.",
+    "settings": "Prefect settings by name. They win over the top-level `settings`.",
+    "env": "Environment variables, as in a container.",
+    "envFrom": "Whole ConfigMaps and Secrets as environment variables.",
+    "resources": "Requests and limits of the main container.",
+    "pod": "The keys of the top-level `pod`, for this component alone. They win.",
+    "labels": "More labels.",
+    "annotations": "More annotations.",
+    "commonAnnotations": "Annotations of every object.",
+    "nodeSelector": "Labels that a node must have.",
+    "tolerations": "Taints that the pods tolerate.",
+    "affinity": "Affinity to nodes and pods.",
+    "topologySpreadConstraints": "How the pods spread over zones and nodes.",
+    "priorityClassName": "The PriorityClass.",
+    "runtimeClassName": "The RuntimeClass.",
+    "hostAliases": "More lines of /etc/hosts.",
+    "dnsPolicy": "The pod's DNS policy.",
+    "dnsConfig": "The pod's DNS options.",
+    "volumes": "More volumes.",
+    "volumeMounts": "More mounts of the main container.",
+    "securityContext": "The pod's security context.",
+    "replicas": "How many pods.",
+    "args": "Arguments that replace those of the command.",
+    "extraArgs": "Arguments that are added to those of the command.",
+    "lifecycle": "The container's lifecycle hooks.",
+    "strategy": "The Deployment's update strategy.",
+    "revisionHistoryLimit": "How many old ReplicaSets stay.",
+    "startupProbe": "Times of the startup probe.",
+    "livenessProbe": "Times of the liveness probe.",
+    "readinessProbe": "Times of the readiness probe.",
+    "terminationGracePeriodSeconds": "Seconds between SIGTERM and SIGKILL.",
+    "activeDeadlineSeconds": "Seconds that the Job may take.",
+    "backoffLimit": "How often Kubernetes retries the Job's pod.",
+    "autoscaling.enabled": "Create a HorizontalPodAutoscaler.",
+    "autoscaling.minReplicas": "The fewest pods.",
+    "autoscaling.maxReplicas": "The most pods.",
+    "autoscaling.targetCPUUtilizationPercentage": "The CPU use to aim at, in percent of the request.",
+    "autoscaling.behavior": "How fast to scale up and down.",
+    "podDisruptionBudget": "The PodDisruptionBudget: `enabled`, and one of `minAvailable` and `maxUnavailable`.",
+    "podDisruptionBudget.enabled": "Create a PodDisruptionBudget.",
+    "podDisruptionBudget.minAvailable": "How many pods must stay: a number or a percentage.",
+    "podDisruptionBudget.maxUnavailable": "How many pods may be away: a number or a percentage.",
+    "serviceAccount.create": "Create the ServiceAccount.",
+    "serviceAccount.name": "The name of the ServiceAccount that is created, or of an existing one.",
+    "rbac.create": "Create the Role.",
+    "rbac.extraRules": "More rules of the Role.",
+    "auth.enabled": "Ask for a password.",
+    "auth.key": "The key in the Secret.",
+    "pool.description": "The pool's description in the UI.",
+    "drift.enabled": "Run the component.",
+    "reconciler.enabled": "Run the component.",
+    "ingress.enabled": "Create an Ingress.",
+    "ingress.className": "The IngressClass.",
+    "httpRoute.enabled": "Create an HTTPRoute of the Gateway API.",
+    "httpRoute.hostnames": "The route's host names.",
+    "tag": "The image's tag.",
+    "digest": "The image's digest. It wins over the tag.",
+    "maxOverflow": "Connections beyond `poolSize` that each process may open under load.",
+    "storage.size": "The size of the volume.",
+    "volume.size": "The size of the volume.",
+    "service.type": "The Service's type.",
+    "service.port": "The Service's port.",
+    "service.nodePort": "The node port, for the types NodePort and LoadBalancer.",
+    "service.clusterIP": "A fixed address in the cluster.",
+    "service.loadBalancerClass": "The load balancer's class.",
+    "service.loadBalancerSourceRanges": "Addresses that the load balancer lets in.",
+    "service.externalTrafficPolicy": "`Local` keeps the clients' addresses.",
+    "service.sessionAffinity": "`ClientIP` sends a client to the same pod.",
+    "service.ipFamilies": "The IP families.",
+    "service.extraPorts": "More ports of the Service.",
+    "api.port": "The port of the Prefect API's pods.",
+    "api.cidrs": "Addresses of a Prefect API outside of the cluster.",
+    "api.namespaceLabels": "Labels of the namespace with the API's pods. Empty: the release's namespace.",
+    "api.podLabels": "Labels of the API's pods.",
+    "dns.namespaceLabels": "Labels of the namespace with the cluster's DNS pods.",
+    "dns.podLabels": "Labels of the cluster's DNS pods.",
+    "networkPolicy.kubernetesPorts": "The ports of the Kubernetes API.",
+    "networkPolicy.exceptCIDRs": "Addresses that runs may not reach: the cloud's metadata service.",
+    "tests.pod": "The keys of the top-level `pod`, for the pod of `helm test`.",
+}
+"""Texts of keys without a comment in values.yaml, by the end of their names; the longest end wins."""
+
+REASONS = {
+    "worker": {
+        "jobs create": "Create the Job of a claimed run.",
+        "jobs get": "Find the Job that an unanswered request has created.",
+        "jobs list": "Find the Jobs of runs, where the reconciler is off.",
+        "jobs watch": "Learn that a Job has ended, where the reconciler is off.",
+        "jobs delete": "Delete the Job of a cancelled run.",
+        "pods get": "Read the pod of a run, where the reconciler is off.",
+        "pods list": "Find the pods of runs, where the reconciler is off.",
+        "pods watch": "Learn that a pod has started or ended, where the reconciler is off.",
+        "pods/log get": "Read the log of a pod that crashed before it could report, where the reconciler is off.",
+        "namespaces get": "Read the UID of kube-system, which identifies the cluster.",
+    },
+    "reconciler": {
+        "jobs list": "Read the Jobs of runs in each round.",
+        "jobs patch": "Annotate a Job whose ended pods are recorded.",
+        "jobs delete": "Delete Jobs of cancelled, finished and deleted runs.",
+        "pods list": "Read the pods of runs in each round.",
+        "pods watch": "Start a round as soon as a pod fails or is deleted.",
+        "pods deletecollection": "Kill what still runs of a crashed run.",
+        "pods/log get": "Read the last lines of a crashed run's log.",
+        "events list": "Read why a volume cannot be mounted or a pod cannot be created.",
+        "leases create": "Create the Lease of the leader election.",
+        "leases get": "Read who the leader is.",
+        "leases update": "Take, renew and release the Lease.",
+        "namespaces get": "Read the UID of kube-system, which identifies the cluster.",
+    },
+}
+"""Why a component has a verb of a resource."""
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [list(head), *map(list, rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "".join(f"| {' | '.join(each.replace('|', chr(92) + '|') for each in line)} |\n" for line in lines)
+
+
+def code(value: object) -> str:
+    """Return a value in backquotes; nothing for nothing."""
+    return f"`{value}`" if str(value) else ""
+
+
+def sentence(text: str) -> str:
+    """Return a comment as a sentence, with braces and URLs in backquotes."""
+    # What is in backquotes already is left alone.
+    parts = re.split(r"(`[^`]*`)", " ".join(text.split()))
+    for number, part in enumerate(parts[::2]):
+        parts[2 * number] = re.sub(r"\[\{.*\}\]|\{\{.*?\}\}|\{[^{}]*\}|[a-z+]+://[^\s,;)]*", r"`\g<0>`", part)
+    joined = "".join(parts)
+    return joined[:1].upper() + joined[1:] + ("." if joined and joined[-1] != "." else "")
+
+
+# Values of the charts
+
+
+def _comments(lines: list[str], number: int) -> str:
+    """Return the comment directly above a line."""
+    first = number
+    while first and re.match(r"\s*#", lines[first - 1]):
+        first -= 1
+    # What is indented in a comment is an example.
+    examples = (re.sub(r"^\s*# {2,}(.*)", r"`\1`.", each) for each in lines[first:number])
+    return " ".join(re.sub(r"^\s*# ?(-- )?", "", each) for each in examples)
+
+
+def _flow(value: Any) -> str:
+    """Return a value as it would be written on one line."""
+    if isinstance(value, str):
+        is_plain = re.fullmatch(r"[\w/][\w./:-]*", value) and yaml.safe_load(value) == value
+        return value if is_plain else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_flow(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_flow, value)) + "]"
+    return json.dumps(value)
+
+
+class Schema:
+    """Reads the types of keys from a chart's values.schema.json."""
+
+    def __init__(self, schema: Object) -> None:
+        self._schema = schema
+
+    def definition(self, rule: Object) -> str:
+        """Return the name of the definition that a rule refers to; empty if there is none."""
+        return str(rule.get("$ref", "")).rpartition("/")[2]
+
+    def resolved(self, rule: Object) -> Object:
+        """Return the rule that a reference leads to."""
+        found: Object = self._schema["$defs"][self.definition(rule)] if "$ref" in rule else rule
+        return found
+
+    def type_of(self, rule: Object) -> str:
+        """Return the type of a key's values, for people."""
+        name, found = self.definition(rule), self.resolved(rule)
+        if "enum" in found:
+            return " or ".join(code(_flow(each)) for each in found["enum"])
+        if "type" not in found and (either := found.get("oneOf", found.get("anyOf"))):
+            return " or ".join(dict.fromkeys(map(self.type_of, either)))
+        if "type" not in found and "allOf" in found:
+            return self.type_of(found["allOf"][0])
+        types = found.get("type", "any")
+        kinds = [types] if isinstance(types, str) else list(types)
+        if kinds == ["array"]:
+            item = self.type_of(found["items"]) if "items" in found else ""
+            return f"list of {item}" if item else "list"
+        if name and kinds != ["object"]:
+            words = re.sub(r"([A-Z])", lambda match: f" {match[1].lower()}", name)
+            return "string" if words == "reference" else words
+        text = " or ".join(kinds)
+        if name and name not in ("settings", "labels", "annotations"):
+            return "labels" if name.endswith("Labels") else name
+        low, high = found.get("minimum"), found.get("maximum")
+        if high is not None and high < 2**31 - 1 and "integer" in kinds:
+            return f"{text}, {low} to {high}"
+        return text
+
+
+def values(chart: str) -> str:
+    """Return the tables of a chart's values: a section for each component, a row for each key."""
+    source = (ROOT / "helm" / chart / "values.yaml").read_text()
+    schema_text = json.loads((ROOT / "helm" / chart / "values.schema.json").read_text())
+    schema, lines = Schema(schema_text), source.splitlines()
+    general: list[list[str]] = []
+    sections: list[tuple[str, str, list[list[str]]]] = []
+
+    def rows(node: yaml.MappingNode, rule: Object, path: str) -> Iterator[list[str]]:
+        for key, value in node.value:
+            name = f"{path}.{key.value}" if path else key.value
+            found = schema.resolved(rule)["properties"][key.value]
+            text = _comments(lines, key.start_mark.line)
+            known = schema.definition(found)
+            opens = isinstance(value, yaml.MappingNode) and bool(value.value) and not value.flow_style
+            opens = opens and "properties" in schema.resolved(found) and known in ("", "image", "podDisruptionBudget")
+            if opens:
+                assert isinstance(value, yaml.MappingNode)
+                if text:
+                    yield [code(name), "object", "", sentence(text)]
+                yield from rows(value, found, name)
+            else:
+                default = yaml.safe_load(yaml.serialize(value))
+                yield [code(name), schema.type_of(found), code(_flow(default)), sentence(text) or _common_text(name)]
+
+    root = yaml.compose(source)
+    assert isinstance(root, yaml.MappingNode)
+    for key, value in root.value:
+        rule = schema_text["properties"][key.value]
+        if isinstance(value, yaml.MappingNode) and value.value:
+            intro = textwrap.fill(sentence(_comments(lines, key.start_mark.line)), 120, break_on_hyphens=False)
+            sections.append((key.value, intro, list(rows(value, rule, key.value))))
+        else:
+            only = yaml.MappingNode(root.tag, [(key, value)], flow_style=False)
+            general += rows(only, schema_text, "")
+    head = ("Key", "Type", "Default", "Meaning")
+    text = f"## General\n\n{table(head, general)}"
+    for name, intro, found in sections:
+        text += f"\n## {name}\n\n" + (f"{intro}\n\n" if intro else "") + table(head, found)
+    return f"{NOTE.format(f'helm/{chart}/values.yaml and values.schema.json')}\n\n{text}"
+
+
+def _common_text(name: str) -> str:
+    """Return the text of a key without a comment.
+
+    Raises:
+        LookupError: there is none.
+    """
+    parts = name.split(".")
+    for number in range(len(parts)):
+        if text := COMMON_TEXTS.get(".".join(parts[number:])):
+            return text
+    raise LookupError(f"{name} has no comment in values.yaml, and docs/generate.py no text for it. Add a comment.")
+
+
+# Commands
+
+
+def commands() -> str:
+    """Return a section for each subcommand of `orchestrate`, with its arguments."""
+    from orchestration.__main__ import parser
+
+    [chosen] = [each for each in parser()._actions if isinstance(each, argparse._SubParsersAction)]
+    helps = {each.dest: each.help or "" for each in chosen._choices_actions}
+    text = f"{NOTE.format('orchestration/__main__.py')}\n"
+    for name, command in chosen.choices.items():
+        shown = [each for each in command._actions if not isinstance(each, argparse._HelpAction)]
+        # An argument and its value stay on one line.
+        words = ["orchestrate", name, *(_usage(each).replace(" ", "\0") for each in shown)]
+        usage = textwrap.fill(" ".join(words), 100, subsequent_indent="    ", break_on_hyphens=False)
+        usage = usage.replace("\0", " ")
+        text += f"\n### orchestrate {name}\n\n{sentence(helps[name])}\n\n```text\n{usage}\n```\n"
+        rows = [[code(_form(each)), _default(each), sentence(each.help or _common_option(each))] for each in shown]
+        text += f"\n{table(('Argument', 'Default', 'Meaning'), rows)}" if rows else ""
+    return text
+
+
+def _common_option(action: argparse.Action) -> str:
+    """Return the text of an argument without a help text.
+
+    Raises:
+        LookupError: there is none.
+    """
+    if action.dest == "every":
+        return "seconds between two rounds"
+    raise LookupError(f"{_form(action)} has no help text. Add one in orchestration/__main__.py.")
+
+
+def _metavar(action: argparse.Action) -> str:
+    return str(action.metavar or action.dest.upper()) if action.nargs != 0 else ""
+
+
+def _form(action: argparse.Action) -> str:
+    return " ".join(filter(None, [*action.option_strings[:1], _metavar(action)]))
+
+
+def _usage(action: argparse.Action) -> str:
+    repeated = {"*": f"[{_metavar(action)}...]", "+": f"{_metavar(action)}..."}
+    if not action.option_strings and action.nargs in repeated:
+        return repeated[str(action.nargs)]
+    return _form(action) if action.required else f"[{_form(action)}]"
+
+
+def _default(action: argparse.Action) -> str:
+    if action.required or action.nargs == 0 or action.default in (None, "") or action.dest == "identity":
+        return ""
+    return code(f"{action.default:g}" if isinstance(action.default, float) else str(action.default))
+
+
+def targets() -> str:
+    """Return a table of make's targets for each of their groups."""
+    text = f"{NOTE.format('the Makefile')}\n"
+    rows: list[list[str]] = []
+    for line in (ROOT / "Makefile").read_text().splitlines():
+        if group := re.match(r"##@ (.*)", line):
+            text += table(("Target", "What it does"), rows) if rows else ""
+            text += f"\n### {group[1]}\n\n"
+            rows = []
+        elif target := re.match(r"([a-z-]+):.*?## (.*)", line):
+            rows.append([code(f"make {target[1]}"), sentence(target[2])])
+    return text + table(("Target", "What it does"), rows)
+
+
+# Settings, metrics
+
+
+def settings_table() -> str:
+    """Return the table in the docstring of orchestration/settings.py."""
+    from orchestration import settings
+
+    lines = [line for line in (settings.__doc__ or "").splitlines() if line.startswith("|")]
+    return NOTE.format("orchestration/settings.py") + "\n\n" + "\n".join(lines) + "\n"
+
+
+KINDS = {"Counter": "counter", "Gauge": "gauge", "Histogram": "histogram", "Summary": "summary"}
+
+
+def metrics() -> str:
+    """Return a table of the metrics that the code registers."""
+    rows = []
+    for path in sorted((ROOT / "orchestration").rglob("*.py")):
+        source = path.read_text()
+        if "prometheus_client" not in source:
+            continue
+        for node in ast.walk(ast.parse(source)):
+            kind = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
+            if kind in KINDS and isinstance(node, ast.Call) and len(node.args) >= 2:
+                name, text, *labels = (ast.literal_eval(each) for each in node.args)
+                component = "drift" if name.startswith("desired_state") else path.parent.name
+                labelled = ", ".join(map(code, labels[0])) if labels else ""
+                rows.append([code(name), KINDS[kind], component, labelled, sentence(text)])
+    head = ("Metric", "Type", "Component", "Labels", "Meaning")
+    return NOTE.format("the code that registers the metrics") + "\n\n" + table(head, sorted(rows))
+
+
+# RBAC
+
+
+def rbac() -> str:
+    """Return what each component may do in the Kubernetes API, from the rendered charts.
+
+    Raises:
+        MissingProgramError: helm is not here and cannot be built.
+    """
+    # It needs helm, and much that the other pages do not.
+    from tests.helm.rendering import render
+
+    tag = {"image": {"tag": "1"}}
+    charts = ("prefect-server", "prefect-work-pool")
+    production = ROOT / "helm" / "environments" / "production"
+    default = [each for chart in charts for each in render(chart, tag, chart)]
+    with_values = [
+        each
+        for chart in charts
+        for each in render(chart, yaml.safe_load((production / f"{chart}.yaml").read_text()) | tag, chart)
+    ]
+    text = NOTE.format("the rendered charts") + "\n"
+    if _rules(default) == _rules(with_values):
+        text += "The Roles are the same with the default values and with those of `helm/environments/production`.\n"
+        return text + "\n" + _rules(default) + "\n" + _tokens(with_values)
+    text += f"\n## With the default values\n\n{_rules(default)}\n## In production\n\n{_rules(with_values)}"
+    return text + "\n" + _tokens(with_values)
+
+
+def _rules(objects: list[Object]) -> str:
+    roles = {(each["kind"], each["metadata"]["name"]): each for each in objects if each["kind"].endswith("Role")}
+    sections: dict[str, list[list[str]]] = {}
+    for binding in (each for each in objects if each["kind"].endswith("RoleBinding")):
+        role = roles[binding["roleRef"]["kind"], binding["roleRef"]["name"]]
+        scope = "the whole cluster" if binding["kind"] == "ClusterRoleBinding" else "its namespace"
+        for subject in binding["subjects"]:
+            component = subject["name"].removeprefix("prefect-work-pool-")
+            for rule in role["rules"]:
+                group = rule["apiGroups"][0]
+                names = ", ".join(map(code, rule.get("resourceNames", [])))
+                for resource in rule["resources"]:
+                    for verb in rule["verbs"]:
+                        shown = code(f"{resource}.{group}" if group else resource)
+                        row = [shown, names or "all", scope, code(verb), _reason(component, resource, verb)]
+                        sections.setdefault(component, []).append(row)
+    head = ("Resource", "Names", "Scope", "Verb", "Why")
+    return "\n".join(f"### {name}\n\n{table(head, rows)}" for name, rows in sorted(sections.items(), reverse=True))
+
+
+def _reason(component: str, resource: str, verb: str) -> str:
+    """Return why a component has a verb of a resource.
+
+    Raises:
+        LookupError: no reason is known.
+    """
+    if text := REASONS.get(component, {}).get(f"{resource} {verb}"):
+        return text
+    raise LookupError(
+        f"{component} may {verb} {resource}, and nothing says why. Add it to REASONS in docs/generate.py."
+    )
+
+
+def _tokens(objects: list[Object]) -> str:
+    from tests.helm.rendering import pod_specs
+
+    accounts = {each["metadata"]["name"]: each for each in objects if each["kind"] == "ServiceAccount"}
+    rows = []
+    for name, spec in sorted(pod_specs(objects).items()):
+        account = spec.get("serviceAccountName", "default")
+        mounted = spec.get(
+            "automountServiceAccountToken", accounts.get(account, {}).get("automountServiceAccountToken")
+        )
+        rows.append([code(name), code(account), "yes" if mounted is not False else "no"])
+    return "## API tokens\n\n" + table(("Pods of", "ServiceAccount", "Token mounted"), rows)
+
+
+BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
+    "server-values": ("server-values.md", lambda: values("prefect-server")),
+    "work-pool-values": ("work-pool-values.md", lambda: values("prefect-work-pool")),
+    "orchestrate": ("commands.md", commands),
+    "make": ("commands.md", targets),
+    "settings": ("settings.md", settings_table),
+    "metrics": ("metrics.md", metrics),
+    "rbac": ("rbac.md", rbac),
+}
+"""The page and the function of each block."""
+
+NEEDS_HELM = ("rbac",)
+
+
+def without_blocks(text: str) -> str:
+    """Return a page's text without its generated blocks."""
+    return re.sub(r"<!-- begin (\S+) -->.*?<!-- end \1 -->", "", text, flags=re.S)
+
+
+def current(name: str) -> str:
+    """Return the block as its page has it.
+
+    Raises:
+        LookupError: the page does not have it.
+    """
+    page = REFERENCE / BLOCKS[name][0]
+    found = re.search(rf"<!-- begin {name} -->\n\n(.*?)\n<!-- end {name} -->", page.read_text(), flags=re.S)
+    if not found:
+        raise LookupError(f"{page} has no block `{name}`: add `<!-- begin {name} -->` and `<!-- end {name} -->`.")
+    return found[1]
+
+
+def write(name: str) -> None:
+    """Bring a block up to date.
+
+    Raises:
+        LookupError: its page does not have it, or a text for it is missing.
+        MissingProgramError, ClusterError: helm is not here, or refuses the values.
+    """
+    page, make = BLOCKS[name]
+    text = (REFERENCE / page).read_text()
+    block = f"<!-- begin {name} -->\n\n{make()}\n<!-- end {name} -->"
+    written, number = re.subn(rf"<!-- begin {name} -->.*?<!-- end {name} -->", lambda _: block, text, flags=re.S)
+    if not number:
+        raise LookupError(f"it has no block. Add `<!-- begin {name} -->` and `<!-- end {name} -->`.")
+    (REFERENCE / page).write_text(written)
+
+
+def main() -> int:
+    """Bring all blocks up to date; without helm, all but those that need helm. Return the exit status."""
+    from tests.cluster.binaries import MissingProgramError
+    from tests.cluster.progress import ClusterError
+
+    for name, (page, _) in BLOCKS.items():
+        try:
+            write(name)
+        except MissingProgramError as error:
+            print(f"docs/reference/{page} stays as it is: {error}.", file=sys.stderr)
+        except (LookupError, ClusterError) as error:
+            print(f"docs/reference/{page} cannot be written: {error}", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

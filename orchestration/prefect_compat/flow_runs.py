@@ -1,0 +1,111 @@
+"""The engine's private interfaces of Prefect: its clients, its runner's workspaces, and its engine.
+
+The engine imports this module before the supervisor lets the run begin, and needs all that this module imports.
+"""
+
+import runpy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import prefect
+from prefect.client import base
+from prefect.runner._workspace_resolver import prepare_workspace_for_flow_run
+from prefect.runner._workspace_starter import workspace_environment
+from prefect.utilities.math import clamped_poisson_interval
+
+from orchestration.prefect_compat import warn_if_untested
+from orchestration.protocol import FLOW_ENTRYPOINT_VARIABLE
+
+warn_if_untested("prefect", prefect.__version__)
+
+_CLIENTS = (base.PrefectHttpxAsyncClient, base.PrefectHttpxSyncClient)
+
+
+def retry_first_requests() -> None:
+    """Let Prefect's clients repeat also the first request that is not answered.
+
+    Replaces: `_has_connected` of both clients in `prefect.client.base`
+    Why: a run creates clients while it runs, and a short outage of the API would fail the run
+    Until: a setting has clients retry before their first answer
+    """
+    for client in _CLIENTS:
+        # Each client sets it to False at first.
+        client._has_connected = property(lambda _: True, lambda *_: None)  # type: ignore[assignment]
+
+
+def bound_retry_pauses(longest: Callable[[], float]) -> None:
+    """Bound the pauses between a client's retries to `longest` seconds, but for Prefect's jitter.
+
+    Replaces: `prefect.client.base.clamped_poisson_interval`
+    Why: the pauses double up to minutes in which the API may be back
+    Until: a setting has the longest pause
+    """
+
+    def bounded(average_interval: float, clamping_factor: float = 0.3) -> float:
+        return clamped_poisson_interval(min(average_interval, longest()), clamping_factor)
+
+    base.clamped_poisson_interval = bounded  # type: ignore[attr-defined]
+
+
+def observe_responses(observe: Callable[[httpx.Request, httpx.Response], None]) -> None:
+    """Call `observe` with each response that a client of this process has.
+
+    Replaces: `send` of both clients in `prefect.client.base`
+    Why: the Prefect API does not list the holders of a concurrency slot, so each run attempt records its leases
+    Until: the Prefect API lists the holders of slots
+    """
+    for client in _CLIENTS:
+        client.send = _observed(client.send, observe)  # type: ignore[method-assign]
+
+
+def _observed(send: Callable[..., Any], observe: Callable[[httpx.Request, httpx.Response], None]) -> Callable[..., Any]:
+    """A client's way to send requests, synchronous or not, with each response observed."""
+
+    def sent(client: object, request: httpx.Request, *args: Any, **kwargs: Any) -> Any:
+        answer = send(client, request, *args, **kwargs)
+        if isinstance(answer, httpx.Response):
+            observe(request, answer)
+            return answer
+
+        async def answered() -> httpx.Response:
+            response: httpx.Response = await answer
+            observe(request, response)
+            return response
+
+        return answered()
+
+    return sent
+
+
+class Workspace(NamedTuple):
+    """Where a run's code is, and the environment in which to execute the run."""
+
+    directory: Path
+    environment: dict[str, str]
+
+
+async def prepare_workspace(run: str, folder: str) -> Workspace:
+    """Fetch a run's code into a folder, by the pull steps of its deployment.
+
+    Replaces: `prefect.runner._workspace_resolver`, `prefect.runner._workspace_starter`, `PREFECT__FLOW_ENTRYPOINT`
+    Why: Prefect executes a run in three processes, each with Prefect's imports
+    Until: `prefect flow-run execute` uses one process
+    """
+    prepared = await prepare_workspace_for_flow_run(run, folder)
+    environment = workspace_environment(prepared) | {FLOW_ENTRYPOINT_VARIABLE: prepared.runtime_entrypoint}
+    return Workspace(prepared.working_directory, environment)
+
+
+def run_engine() -> None:
+    """Execute the run that the environment names, in this process.
+
+    Replaces: `python -m prefect.engine`, by which Prefect's runner starts a process
+    Why: Prefect executes a run in three processes, each with Prefect's imports
+    Until: `prefect flow-run execute` uses one process
+    """
+    # Prefect imports the module too; to execute it again is what Prefect's own command does.
+    warnings.filterwarnings("ignore", "'prefect.engine' found in sys.modules", RuntimeWarning)
+    runpy.run_module("prefect.engine", run_name="__main__", alter_sys=True)

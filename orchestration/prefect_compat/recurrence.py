@@ -1,0 +1,64 @@
+"""The private attributes of dateutil's recurrence rules."""
+
+from datetime import datetime
+from typing import Any
+
+
+class RulePart:
+    """A rule of dateutil's, with the parts of its RRULE as public names.
+
+    Replaces: the attributes `_freq`, `_count`, `_interval`, `_until`, `_dtstart` and `_original_rule` of `rrule`
+    Why: walking through a rule's dates in search of one in the future may take minutes
+    Until: dateutil's rules have public attributes
+    """
+
+    def __init__(self, rule: Any) -> None:
+        self.rule = rule
+
+    @property
+    def frequency(self) -> int:
+        """Return dateutil's number of FREQ: 3 is DAILY, and what is more frequent is greater."""
+        return int(self.rule._freq)
+
+    @property
+    def count(self) -> int | None:
+        """Return COUNT."""
+        found: int | None = self.rule._count
+        return found
+
+    @property
+    def interval(self) -> int:
+        """Return INTERVAL."""
+        return int(self.rule._interval)
+
+    @property
+    def start(self) -> datetime:
+        """Return DTSTART."""
+        found: datetime = self.rule._dtstart
+        return found
+
+    @property
+    def until(self) -> datetime | None:
+        """Return UNTIL."""
+        found: datetime | None = self.rule._until
+        return found
+
+    @property
+    def restricts_time_alone(self) -> bool:
+        """Return whether the rule restricts no more than the time of day."""
+        restricted = {key for key, value in self.rule._original_rule.items() if value}
+        return restricted <= {"byhour", "byminute", "bysecond"}
+
+    def end_at(self, until: datetime) -> None:
+        """Change UNTIL."""
+        self.rule._until = until
+
+
+def parts(rule: Any) -> list[RulePart]:
+    """Return the rules of a set of dateutil's, or the one rule itself.
+
+    Replaces: `rruleset._rrule`
+    Why: a schedule may have several rules
+    Until: dateutil's sets can be iterated
+    """
+    return [RulePart(part) for part in getattr(rule, "_rrule", [rule])]

@@ -1,0 +1,148 @@
+"""What the Prefect server does with schedules, automations and its database, called without a server.
+
+Nothing is imported before it is called: each of these imports takes a second.
+"""
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from orchestration.prefect_compat import warn_if_untested
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+    from prefect.server.database import PrefectDBInterface
+
+
+def _check_version() -> None:
+    import prefect
+
+    warn_if_untested("prefect", prefect.__version__)
+
+
+def server_schedule(form: Mapping[str, Any]) -> Any:
+    """Return the server's own object of a schedule in the form of the API.
+
+    Replaces: the classes of `prefect.server.schemas.schedules`
+    Why: a schedule is checked before it is sent
+    Until: the Prefect API validates a schedule without saving the schedule
+    """
+    _check_version()
+    from prefect.server.schemas import schedules
+
+    kinds = {"cron": schedules.CronSchedule, "interval": schedules.IntervalSchedule, "rrule": schedules.RRuleSchedule}
+    return next(made(**form) for kind, made in kinds.items() if kind in form)
+
+
+def schedule_dates(form: Mapping[str, Any], n: int, start: datetime) -> list[datetime]:
+    """Return the next `n` dates of a schedule in the form of the API, as the scheduler finds them.
+
+    Replaces: `_get_dates_generator` of the classes in `prefect.server.schemas.schedules`
+    Why: `orchestrate` shows when a deployment runs next, and whether runs are due during a sync
+    Until: `get_dates` can be called without an event loop
+    """
+    return sorted(server_schedule(form)._get_dates_generator(n=n, start=start))
+
+
+def anchored_rrule(rrule: str, timezone: str) -> str:
+    """Return the rule with the DTSTART that the server gives to one without.
+
+    Replaces: `prefect._internal.schemas.validators.normalize_rrule_string`
+    Why: without a DTSTART a rule of minutes is walked from 2020 on
+    Until: the Prefect API validates a schedule without saving the schedule
+    """
+    _check_version()
+    from prefect._internal.schemas.validators import normalize_rrule_string
+
+    return normalize_rrule_string(rrule, timezone=timezone)
+
+
+def validated_rrule(rrule: str) -> str:
+    """Return the rule if the server takes it.
+
+    Replaces: `prefect._internal.schemas.validators.validate_rrule_string`
+    Why: a schedule is checked before it is sent
+    Until: the Prefect API validates a schedule without saving the schedule
+
+    Raises:
+        ValueError: the server refuses the rule.
+    """
+    _check_version()
+    from prefect._internal.schemas.validators import validate_rrule_string
+
+    return validate_rrule_string(rrule)
+
+
+def cron_fires(cron: str, day_or: bool, now: datetime) -> bool:
+    """Return whether a cron expression has a date from `now` on.
+
+    Replaces: `prefect._vendor.croniter`
+    Why: a schedule is checked before it is sent, and the server takes one that never fires
+    Until: the Prefect API validates a schedule without saving the schedule
+
+    Raises:
+        ValueError: the server's parser refuses the expression.
+    """
+    _check_version()
+    from prefect._vendor.croniter.croniter import CroniterBadDateError, croniter
+
+    dates = croniter(cron, now, day_or=day_or)  # type: ignore[no-untyped-call]
+    try:
+        dates.get_next(float)  # type: ignore[no-untyped-call]
+    except CroniterBadDateError:
+        return False
+    return True
+
+
+def validate_automation(fields: dict[str, Any]) -> None:
+    """Raise pydantic's ValidationError for an automation that the server refuses.
+
+    Replaces: `prefect.server.events.schemas.automations.AutomationCreate`
+    Why: the client's class takes triggers that only Prefect Cloud has
+    Until: the client's class refuses what the server does not have
+    """
+    _check_version()
+    from prefect.server.events.schemas.automations import AutomationCreate
+
+    AutomationCreate.model_validate(fields)
+
+
+def database_interface() -> "PrefectDBInterface":
+    """Return the server's interface of the database that the settings name.
+
+    Replaces: `prefect.server.database.provide_database_interface`
+    Why: one process migrates the database under a lock, and the others wait for the schema
+    Until: `prefect server database` has a command that waits and one that locks
+    """
+    _check_version()
+    from prefect.server.database import provide_database_interface
+
+    return provide_database_interface()
+
+
+def migrations_config() -> "Config":
+    """Return Alembic's configuration of the server's migrations.
+
+    Replaces: `prefect.server.database.alembic_commands.alembic_config`
+    Why: the revisions in the image tell whether a schema is older or newer than the image
+    Until: `prefect server database` tells the revisions it knows
+    """
+    _check_version()
+    from prefect.server.database.alembic_commands import alembic_config
+
+    config = alembic_config()
+    config.set_main_option("version_locations", str(database_interface().orm.versions_dir))
+    return config
+
+
+TEMPORARY_SERVER_APP = "prefect.server.api.server:create_app"
+
+
+def temporary_server_variables() -> dict[str, str]:
+    """Return the environment of a server that lives as long as a flow.
+
+    Replaces: `PREFECT__SERVER_EPHEMERAL`, `PREFECT__SERVER_FINAL`, `prefect.server.api.server.create_app`
+    Why: Prefect's own temporary server starts after the flow's imports, in the flow's memory
+    Until: a command starts Prefect's temporary server on a socket
+    """
+    return {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}

@@ -1,0 +1,87 @@
+"""The password of the Docker stack is data: the containers' shells read back what `docker/password` holds."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from tests.parts import examples
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPOSE = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())["services"]
+POOL = yaml.safe_load((ROOT / "docker/pool.yaml").read_text())["work_pools"][0]["base_job_template"]
+SERVER, CLIENT = "PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING"
+
+
+def _script(command: list[str], folder: Path) -> list[str]:
+    """A container's command with its folders in `folder`, as Compose gives it: with single dollars."""
+    places = {"/secrets/": f"{folder}/", "/run/secrets/": f"{folder}/", "/var/run/docker.sock": str(folder)}
+    made = [each.replace("$$", "$") for each in command]
+    for place, other in places.items():
+        made = [each.replace(place, other) for each in made]
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("secrets")
+    for each in ("server", "run"):
+        (made / each).mkdir()
+    return made
+
+
+@settings(max_examples=examples(0.1), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(st.characters(exclude_categories=["Cs", "Cc"], codec="utf-8"), min_size=1, max_size=20))
+@example("a b")
+@example("a&b")
+@example("$(touch {folder}/executed) `touch {folder}/executed`")
+@example("""'"\\""")
+@example("a:b%40#;")
+def test_password_reaches_server_and_runs_as_it_is(folder: Path, password: str) -> None:
+    password = password.replace("{folder}", str(folder))
+    writes = _script(COMPOSE["secrets"]["command"], folder)
+    subprocess.run(writes, input=f"{password}\n", text=True, check=True, capture_output=True)
+    shell = POOL["job_configuration"]["container_create_kwargs"]["entrypoint"]
+    entrypoint = shell[shell.index("sh") :]
+    assert entrypoint[2].replace("$", "$$") in COMPOSE["server"]["entrypoint"], "two ways to source it"
+    for place, name in (("server", SERVER), ("server", CLIENT), ("run", CLIENT)):
+        reads = [each.replace("/run/secrets", str(folder / place)) for each in entrypoint]
+        environment = {"PATH": os.environ["PATH"]}
+        done = subprocess.run([*reads, "env", "-0"], env=environment, capture_output=True, text=True, check=True)
+        found = dict(each.partition("=")[::2] for each in done.stdout.split("\0"))
+        assert found[name] == f"admin:{password}", place
+    assert not (folder / "executed").exists()
+
+
+def test_server_without_a_password_does_not_start(tmp_path: Path) -> None:
+    command = [each.replace("$$", "$") for each in COMPOSE["server"]["command"]]
+    (tmp_path / "prefect").write_text("#!/bin/sh\necho started\n")
+    (tmp_path / "prefect").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for access, code in (("", 2), ("admin:a", 0)):
+        settings = environment | {SERVER: access}
+        done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (code, "" if code else "started\n")
+        assert ("The server has no password. Start it by make up-docker" in done.stderr) == bool(code)
+
+
+@pytest.mark.parametrize("text", ["a\nb\n", " \n", "\n"])
+def test_password_file_that_holds_no_password_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "docker").mkdir()
+    shutil.copy(ROOT / "docker/stack", tmp_path / "docker/stack")
+    (tmp_path / "docker/password").write_text(text)
+    docker = tmp_path / "bin/docker"
+    docker.parent.mkdir()
+    docker.write_text("#!/bin/sh\n")
+    docker.chmod(0o755)
+    done = subprocess.run(
+        [tmp_path / "docker/stack", "up"],
+        env=os.environ | {"PATH": f"{docker.parent}:{os.environ['PATH']}"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "docker/password is no password: it must be one line with text" in done.stderr

@@ -1,0 +1,643 @@
+"""What `orchestration.prefect_compat` uses of Prefect, prefect-kubernetes, kopf and dateutil, as installed.
+
+Each entry of the seam has a test with the entry's name, which fails when a new version moves what the entry uses.
+No test here needs a server, a cluster or the network.
+"""
+
+import ast
+import functools
+import importlib
+import inspect
+import logging
+import re
+import tomllib
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest.mock import patch
+from uuid import uuid4
+
+import pytest
+
+from orchestration import prefect_compat, protocol
+from orchestration.prefect_compat import events, recurrence, server_internals, warn_if_untested
+from orchestration.settings import ROOT
+
+SEAM = sorted((ROOT / "orchestration/prefect_compat").glob("*.py"))
+PROTOCOL = ROOT / "orchestration/protocol.py"
+PAGE = ROOT / "docs/prefect.md"
+
+
+class Entry(NamedTuple):
+    """What the seam says of one use of a private interface."""
+
+    name: str
+    replaces: str
+    why: str
+    until: str
+
+
+SECTIONS = ("Replaces", "Why", "Until")
+
+
+def _documented(file: Path) -> Iterator[tuple[str, str]]:
+    """Names and docstrings of what a module of the seam offers, the module among them if it has no functions."""
+    tree = ast.parse(file.read_text())
+    if file == PROTOCOL:
+        yield file.stem, ast.get_docstring(tree) or ""
+
+    def below(node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[str, str]]:
+        for each in node.body:
+            if not isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or each.name.startswith("_"):
+                continue
+            text = ast.get_docstring(each) or ""
+            name = f"{prefix}.{each.name}"
+            if file.stem != "__init__" and name not in PLAIN:
+                yield name, text
+            if isinstance(each, ast.ClassDef):
+                yield from below(each, name)
+
+    yield from below(tree, file.stem)
+
+
+PLAIN = {"flow_runs.Workspace", *(f"recurrence.RulePart.{name}" for name in (
+    "frequency", "count", "interval", "start", "until", "restricts_time_alone", "end_at",
+))}  # fmt: skip
+"""What the seam offers besides entries: the result of one, and the parts of one."""
+
+
+def _entry(name: str, text: str) -> Entry:
+    found = dict(re.findall(rf"^({'|'.join(SECTIONS)}): (.+)$", text, re.MULTILINE))
+    assert set(found) == set(SECTIONS), f"{name} says {sorted(found)} of {SECTIONS}"
+    return Entry(name, *(found[each] for each in SECTIONS))
+
+
+def entries() -> list[Entry]:
+    """All entries of the seam, in the order of the modules."""
+    return [_entry(*each) for file in (*SEAM, PROTOCOL) for each in _documented(file)]
+
+
+def _object(path: str) -> Any:
+    """The object at "module:name.name"."""
+    module, _, names = path.partition(":")
+    return functools.reduce(getattr, names.split("."), importlib.import_module(module)) if names else (
+        importlib.import_module(module)
+    )  # fmt: skip
+
+
+def signature(path: str) -> Callable[[], str]:
+    """A check's left side: names and defaults of a function's parameters."""
+
+    def found() -> str:
+        made = inspect.signature(_object(path))
+        bare = [each.replace(annotation=inspect.Parameter.empty) for each in made.parameters.values()]
+        return str(made.replace(parameters=bare, return_annotation=inspect.Signature.empty))
+
+    return found
+
+
+def lacks(path: str, *texts: str) -> Callable[[], list[str]]:
+    """A check's left side: which of these texts the source of a function, a class or a module does not have."""
+    return lambda: [each for each in texts if each not in inspect.getsource(_object(path))]
+
+
+@functools.cache
+def _worker() -> Any:
+    return _object("prefect_kubernetes.worker:KubernetesWorker")(work_pool_name="none", name="none")
+
+
+def _client() -> Any:
+    return _object("prefect.client.orchestration:PrefectClient")("http://127.0.0.1:9/api")._client
+
+
+def _rule() -> Any:
+    return _object("dateutil.rrule:rrule")(
+        3, count=2, interval=3, dtstart=datetime(2026, 1, 1, 6, tzinfo=UTC), byhour=6
+    )
+
+
+def _rule_set() -> Any:
+    made = _object("dateutil.rrule:rruleset")()
+    made.rrule(_rule())
+    return made
+
+
+def _read(part: recurrence.RulePart) -> tuple[Any, ...]:
+    part.end_at(datetime(2026, 2, 1, tzinfo=UTC))
+    return (part.frequency, part.count, part.interval, part.start.day, part.restricts_time_alone, part.until)
+
+
+def _emitted(function: Callable[..., Any], where: str, *arguments: Any) -> list[dict[str, Any]]:
+    """The events that a function of Prefect emits by `emit_event` of the module `where`."""
+    found: list[dict[str, Any]] = []
+    with patch(where, lambda **event: found.append(event)):
+        function(*arguments)
+    return found
+
+
+def _task_run_event() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The event of a task run's state, as Prefect emits one and as the seam makes one."""
+    from prefect.client.schemas.objects import TaskRun
+    from prefect.states import Running
+
+    state: Any = Running(message="begins")
+    run = TaskRun(id=uuid4(), name="a", task_key="a", dynamic_key="0", run_count=1, flow_run_id=uuid4(), state=state)
+    where = "prefect.utilities.engine"
+    [theirs] = _emitted(_object(f"{where}:emit_task_run_state_change_event"), f"{where}.emit_event", run, None, state)
+    about = {"name": "a", "task_key": "a", "dynamic_key": "0", "run_count": 1}
+    ours = events.task_run_state_event(
+        run.id, {"type": "RUNNING", "name": "Running", "message": "begins"}, state.timestamp, about, []
+    )
+    return ours, theirs
+
+
+def _unlike_task_run_event() -> list[str]:
+    """Where the two differ that the server reads."""
+    ours, theirs = _task_run_event()
+    of = theirs["payload"]["task_run"]
+    about = {key: value for key, value in ours["payload"].pop("task_run").items() if of.get(key) != value}
+    theirs["payload"].pop("task_run")
+    theirs["payload"]["validated_state"]["state_details"] = {}
+    different = [name for name in ("event", "payload") if ours[name] != theirs[name]]
+    different += [
+        key
+        for key, value in ours["resource"].items()
+        if key[-9:] != "timestamp" and theirs["resource"].get(key) != value
+    ]
+    return [*different, *about]
+
+
+def _asset_events() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The events of a materialization, as Prefect emits them and as the seam makes them."""
+    from prefect.assets import Asset, AssetProperties
+    from prefect.context import AssetContext
+    from prefect.states import Completed
+
+    made = Asset(key="postgres://a/b", properties=AssetProperties(name="b", description="of a"))
+    context = AssetContext(
+        upstream_assets={Asset(key="postgres://a/a")}, downstream_assets={made}, materialized_by="dbt",
+        materialization_metadata={made.key: {"rows": 1}},
+    )  # fmt: skip
+    theirs = _emitted(context.emit_events, "prefect.events.emit_event", Completed())
+    run = uuid4()
+    asset = {"address": made.key, "name": "b", "description": "of a"}
+    materialized = events.asset_materialization_event(True, asset, run, ["postgres://a/a"], [], {"rows": 1})
+    # Prefect adds the task run when it emits the event.
+    own = {"prefect.resource.id": f"prefect.task-run.{run}", "prefect.resource.role": "task-run"}
+    assert own in materialized["related"]
+    assert len(materialized["related"]) == events.MATERIALIZATION_RESOURCES + 1
+    materialized["related"].remove(own)
+    return [events.asset_referenced_event("postgres://a/a", []), materialized], theirs
+
+
+def _unlike_asset_event(number: int) -> list[str]:
+    ours, theirs = (each[number] for each in _asset_events())
+    for each in (ours, theirs):
+        each["related"] = sorted(each.get("related", ()), key=str)
+        each["payload"] = each.get("payload", {})
+    return [name for name in ("event", "resource", "related", "payload") if ours[name] != theirs[name]]
+
+
+LABELS = {
+    f"prefect.io/{name}": name
+    for each in ("flow-run", "flow", "deployment", "work-pool", "worker")
+    for name in (f"{each}-id", f"{each}-name")
+}
+OBSERVER, DIAGNOSTICS = "prefect_kubernetes.observer", "prefect_kubernetes.diagnostics"
+BASE, WORKER = "prefect.workers.base:BaseWorker", "prefect_kubernetes.worker:KubernetesWorker"
+SUBMIT = f"{BASE}._submit_run_and_capture_errors"
+HTTP = "prefect.client.base:PrefectHttpx"
+CONTROL = "prefect._internal.control_listener"
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+UNSCHEDULABLE = ("untolerated taint {a: b}", "node affinity", "Insufficient cpu", "node selector", "else")
+DATES = "(self, n=None, start=None, end=None)"
+APP = "(settings=None, ephemeral=False, webserver_only=False, final=False, ignore_cache=False)"
+CRON = {"cron": "0 6 * * *", "timezone": "UTC", "day_or": True}
+
+
+def _labelled() -> list[str]:
+    """The related resources of which the seam and the observer make other things."""
+    theirs = [each.model_dump() for each in _object(f"{OBSERVER}:_related_resources_from_labels")(LABELS)]
+    return [each["prefect.resource.id"] for each in events.resources_of_labels(LABELS) if each not in theirs]
+
+
+def _unlike_related() -> list[str]:
+    """The related resources of which the seam and Prefect make other things."""
+    run = SimpleNamespace(id="r", name="heron", flow_id="f", deployment_id=None)
+    made = _object("prefect.events.related:object_as_related_resource")
+    theirs = [
+        made(kind, kind, SimpleNamespace(id=id_, name=name)).model_dump()
+        for kind, id_, name in (("flow-run", "r", "heron"), ("flow", "f", "etl"))
+    ]
+    ours = events.flow_run_resources(run, SimpleNamespace(name="etl"))
+    return [each["prefect.resource.id"] for each in ours if each not in theirs]
+
+
+def _refused_trigger() -> str:
+    with pytest.raises(ValueError, match="trigger"):
+        server_internals.validate_automation({"name": "a", "trigger": {"type": "metric"}, "actions": []})
+    return "refused"
+
+
+Check = tuple[Callable[[], Any], Any]
+
+CONTRACTS: dict[str, list[Check]] = {
+    "workers.watched_kinds": [
+        (lambda: str(_object("kopf._cogs.structs.references:Resource")("", "v1", "pods", namespaced=True)), "pods.v1"),
+        (
+            lacks(
+                "kopf._core.reactor.orchestration:spawn_missing_watchers",
+                'name=f"watcher for {what}"', 'what = f"{resource}@{namespace}"',
+            ),
+            [],
+        ),
+        (lacks(f"{OBSERVER}:_observer_thread_entry", "kopf.operator("), []),
+    ],
+    "workers.CompatibleWorker": [
+        (lacks("prefect.utilities.dispatch:_register_subclass_of_base_type", "if abc.ABC in cls.__bases__:"), []),
+        (lambda: _object("orchestration.worker:Worker").type, "kubernetes"),
+        (lambda: _object(f"{BASE}.get_worker_class_from_type")("kubernetes") is _object(WORKER), True),
+    ],
+    "workers.CompatibleWorker.logger": [(lambda: _worker()._logger.isEnabledFor(logging.ERROR), True)],
+    "workers.CompatibleWorker.has_work_pool": [
+        (lambda: _worker()._work_pool, None),
+        (lacks(f"{BASE}._record_work_pool_snapshot", "self._work_pool = work_pool"), []),
+    ],
+    "workers.CompatibleWorker.has_synchronized": [
+        (lambda: _worker()._has_successfully_synced, False),
+        (lacks(f"{BASE}._initialize_after_sync", "self._has_successfully_synced = True"), []),
+    ],
+    "workers.CompatibleWorker.submitting": [
+        (lambda: _worker()._submitting_flow_run_ids, set()),
+        (lacks(f"{BASE}._submit_run", "self._submitting_flow_run_ids.remove(flow_run.id)"), []),
+    ],
+    "workers.CompatibleWorker.record_poll": [
+        (lambda: isinstance(_worker()._last_polled_time, datetime), True),
+        (lacks(f"{BASE}.is_worker_still_polling", "self._last_polled_time"), []),
+    ],
+    "workers.CompatibleWorker.limit_connect_time": [
+        (lambda: set(_client().timeout.as_dict()), {"connect", "read", "write", "pool"}),
+    ],
+    "workers.CompatibleWorker.release": [
+        (signature(f"{BASE}._release_limit_slot"), "(self, flow_run_id)"),
+        (lambda: _worker()._cancelling_observer, None),
+        (
+            signature("prefect._internal.observers:FlowRunCancellingObserver.remove_in_flight_flow_run_id"),
+            "(self, flow_run_id)",
+        ),
+    ],
+    "workers.CompatibleWorker.read_due_runs": [
+        (signature(f"{BASE}._get_scheduled_flow_runs"), "(self)"),
+        (lacks(f"{BASE}.get_and_submit_flow_runs", "self._get_scheduled_flow_runs("), []),
+    ],
+    "workers.CompatibleWorker.synchronize": [
+        (signature(f"{BASE}._sync_and_initialize"), "(self)"),
+        (lacks(f"{BASE}.start", "workload=self._sync_and_initialize"), []),
+        (lacks(f"{BASE}.setup", "await self._sync_and_initialize()"), []),
+    ],
+    "workers.CompatibleWorker.claim_and_submit": [
+        (signature(f"{BASE}._submit_run"), "(self, flow_run)"),
+        (lacks(f"{BASE}._submit_scheduled_flow_runs", "self._submit_run,"), []),
+    ],
+    "workers.CompatibleWorker.claim": [
+        (signature(f"{BASE}._propose_pending_state"), "(self, flow_run)"),
+        (lacks(f"{BASE}._submit_run", "await self._propose_pending_state(flow_run)"), []),
+    ],
+    "workers.CompatibleWorker.label_claimed_run": [
+        (signature(f"{BASE}._give_worker_labels_to_flow_run"), "(self, flow_run_id)"),
+        (lacks(SUBMIT, "await self._give_worker_labels_to_flow_run(flow_run.id)"), []),
+    ],
+    "workers.CompatibleWorker.report_submitting": [
+        (signature(f"{BASE}._propose_submitting_state"), "(self, flow_run)"),
+        (lacks(SUBMIT, "await self._propose_submitting_state(flow_run)"), []),
+    ],
+    "workers.CompatibleWorker.report_refusal": [
+        (signature(f"{BASE}._propose_crashed_state"), "(self, flow_run, message, client=None)"),
+        (lacks(SUBMIT, "await self._propose_crashed_state(flow_run, message)"), []),
+    ],
+    "workers.CompatibleWorker.create_job": [
+        (signature(f"{WORKER}._create_job"), "(self, configuration, client)"),
+        (lacks(f"{WORKER}.run", "await self._create_job(configuration, client)"), []),
+    ],
+    "flow_runs.retry_first_requests": [
+        (lacks(f"{HTTP}{each}Client", "self._has_connected: bool = False", "if self._has_connected:"), [])
+        for each in ("Async", "Sync")
+    ],
+    "flow_runs.bound_retry_pauses": [
+        (signature("prefect.utilities.math:clamped_poisson_interval"), "(average_interval, clamping_factor=0.3)"),
+        *((lacks(f"{HTTP}{each}Client", "clamped_poisson_interval("), []) for each in ("Async", "Sync")),
+    ],
+    "flow_runs.observe_responses": [
+        (signature(f"{HTTP}{each}Client.send"), "(self, request, *args, **kwargs)") for each in ("Async", "Sync")
+    ],
+    "flow_runs.prepare_workspace": [
+        (
+            signature("prefect.runner._workspace_resolver:prepare_workspace_for_flow_run"),
+            "(flow_run_id, workspace_root)",
+        ),
+        (signature("prefect.runner._workspace_starter:workspace_environment"), "(workspace)"),
+        (
+            lambda: {"working_directory", "runtime_entrypoint"}
+            - set(_object("prefect.runner._workspace_resolver:PreparedWorkspace").model_fields),
+            set(),
+        ),
+        (lacks("prefect.flow_engine", f'os.environ.get("{protocol.FLOW_ENTRYPOINT_VARIABLE}")'), []),
+    ],
+    "flow_runs.run_engine": [
+        (lacks("prefect.engine", 'if __name__ == "__main__":', protocol.FLOW_RUN_ID_VARIABLE), []),
+        (lacks("prefect.engine", "configure_from_env()"), []),
+    ],
+    "task_runners.cancel_events": [
+        (lambda: _object("prefect.task_runners:ThreadPoolTaskRunner")()._cancel_events, {}),
+    ],
+    "protocol": [
+        (
+            lambda: _object("prefect._internal.attempt_control:BYTE_FOR_INTENT"),
+            {"cancel": protocol.CANCEL, "reschedule": protocol.RESCHEDULE, "relinquish": protocol.RELINQUISH},
+        ),
+        (
+            lambda: _object("prefect._internal.attempt_control:encode_negotiation")(
+                _object("prefect._internal.attempt_control:CURRENT_PROTOCOL_VERSION"), 0
+            ),
+            protocol.NO_RECEIPTS,
+        ),
+        (lacks(f"{CONTROL}:_acknowledge_intent", f"sock.sendall({protocol.ACKNOWLEDGED!r})".replace("'", '"')), []),
+        (
+            lacks(f"{CONTROL}:configure_from_env", protocol.CONTROL_PORT_VARIABLE, protocol.CONTROL_TOKEN_VARIABLE),
+            [],
+        ),
+    ],
+    "server_internals.server_schedule": [
+        (lambda: type(server_internals.server_schedule(CRON)).__name__, "CronSchedule"),
+        (
+            lambda: type(server_internals.server_schedule({"rrule": "FREQ=DAILY"}).to_rrule()).__name__,
+            "rrule",
+        ),
+    ],
+    "server_internals.schedule_dates": [
+        (signature("prefect.server.schemas.schedules:CronSchedule._get_dates_generator"), DATES),
+        (lambda: [each.hour for each in server_internals.schedule_dates(CRON, 1, NOW)], [6]),
+    ],
+    "server_internals.anchored_rrule": [
+        (
+            signature("prefect._internal.schemas.validators:normalize_rrule_string"),
+            "(rrule_string, *, now=None, timezone=None)",
+        ),
+        (lambda: server_internals.anchored_rrule("FREQ=DAILY", "UTC").partition(":")[0], "DTSTART"),
+    ],
+    "server_internals.validated_rrule": [
+        (signature("prefect._internal.schemas.validators:validate_rrule_string"), "(v)"),
+    ],
+    "server_internals.cron_fires": [
+        (lambda: server_internals.cron_fires("0 6 * * *", True, NOW), True),
+        (lambda: server_internals.cron_fires("0 6 30 2 *", True, NOW), False),
+        (
+            lambda: issubclass(_object("prefect._vendor.croniter.croniter:CroniterBadCronError"), ValueError),
+            True,
+        ),
+    ],
+    "server_internals.validate_automation": [(_refused_trigger, "refused")],
+    "server_internals.database_interface": [
+        (lambda: hasattr(server_internals.database_interface().orm, "versions_dir"), True),
+        (signature("prefect.server.database:PrefectDBInterface.run_migrations_upgrade"), "(self)"),
+        (signature("prefect.server.database:PrefectDBInterface.engine"), "(self)"),
+    ],
+    "server_internals.migrations_config": [
+        (signature("prefect.server.database.alembic_commands:alembic_config"), "()"),
+        (
+            lambda: Path(server_internals.migrations_config().get_main_option("version_locations") or "").is_dir(),
+            True,
+        ),
+    ],
+    "server_internals.temporary_server_variables": [
+        (signature("prefect.server.api.server:create_app"), APP),
+        (
+            lacks(
+                "prefect.server.api.server:create_app",
+                'os.getenv("PREFECT__SERVER_EPHEMERAL")', 'os.getenv("PREFECT__SERVER_FINAL")',
+            ),
+            [],
+        ),
+        (lambda: server_internals.TEMPORARY_SERVER_APP, "prefect.server.api.server:create_app"),
+    ],
+    "recurrence.RulePart": [
+        (
+            lambda: _read(recurrence.RulePart(_rule())),
+            (3, 2, 3, 1, True, datetime(2026, 2, 1, tzinfo=UTC)),
+        ),
+    ],
+    "recurrence.parts": [(lambda: [type(each.rule).__name__ for each in recurrence.parts(_rule_set())], ["rrule"])],
+    "events.pod_event_id": [
+        (
+            lacks(
+                f"{OBSERVER}:_replicate_pod_event",
+                "uuid.uuid5(", "uuid.NAMESPACE_URL", '"uid": uid',
+                '"phase": phase', '"restart_count": ', "sort_keys=True",
+            ),
+            [],
+        ),
+    ],
+    "events.pod_resource": [
+        (
+            lacks(
+                f"{OBSERVER}:_replicate_pod_event",
+                'f"prefect.kubernetes.pod.{uid}"', '"kubernetes.namespace": namespace', '"kubernetes.diagnosis"',
+                'event=f"prefect.kubernetes.pod.{phase.lower()}"',
+            ),
+            [],
+        ),
+    ],
+    "events.resources_of_labels": [(_labelled, [])],
+    "events.PodDiagnosis": [
+        (
+            lambda: {each.value for each in events.PodDiagnosis}
+            - {each.value for each in _object(f"{DIAGNOSTICS}:DiagnosisCategory")},
+            set(),
+        ),
+    ],
+    "events.unschedulable_diagnosis": [
+        (
+            lambda: [_object(f"{DIAGNOSTICS}:_categorize_unschedulable")(each) for each in UNSCHEDULABLE],
+            [events.unschedulable_diagnosis(each) for each in UNSCHEDULABLE],
+        )
+    ],
+    "events.flow_run_resources": [(_unlike_related, [])],
+    "events.task_run_state_event": [(_unlike_task_run_event, [])],
+    "events.asset_referenced_event": [(lambda: _unlike_asset_event(0), [])],
+    "events.asset_materialization_event": [(lambda: _unlike_asset_event(1), [])],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", CONTRACTS)
+def test_entry_matches_the_installed_packages(entry: str) -> None:
+    for number, (found, expected) in enumerate(CONTRACTS[entry]):
+        assert found() == expected, f"{entry}: check {number} of its private interfaces has another result"
+
+
+def test_every_entry_has_its_reasons_and_a_contract() -> None:
+    assert sorted(each.name for each in entries()) == sorted(CONTRACTS)
+    assert all(CONTRACTS.values())
+
+
+def test_page_has_the_entries_of_the_seam() -> None:
+    rows = [f"| `{name}` | {replaces} | {why} | {until} |" for name, replaces, why, until in entries()]
+    table = "\n".join(["| entry | replaces | why | needed until |", "|---|---|---|---|", *rows])
+    assert table in PAGE.read_text(), f"{PAGE} has to have this table:\n{table}"
+
+
+def test_tested_versions_are_the_bounds_of_the_project() -> None:
+    bounds = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    for package, (first, end) in prefect_compat.TESTED_VERSIONS.items():
+        assert f"{package}>={first},<{end}" in bounds
+
+
+@pytest.mark.parametrize(
+    ("version", "warned"),
+    [("3.9.1", 0), ("3.9.1.dev2+g1", 0), ("3.9.12", 0), ("3.9.0", 1), ("3.10.0rc1", 1), ("3.10", 1), ("4.0", 1)],
+)
+def test_untested_version_warns_once_and_names_the_page(version: str, warned: int) -> None:
+    warn_if_untested.cache_clear()
+    try:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                warn_if_untested("prefect", version)
+    finally:
+        warn_if_untested.cache_clear()
+    assert ["docs/prefect.md" in str(each.message) for each in found] == [True] * warned
+
+
+PACKAGES = ("prefect", "prefect_kubernetes", "kopf", "dateutil")
+
+TEXTS = (
+    "PREFECT__",
+    "prefect._",
+    "prefect.server.",
+    "prefect.kubernetes.",
+    "prefect.task-run.",
+    "prefect.asset.",
+    "watcher for ",
+)
+"""How variables, modules, events and tasks are called that Prefect and kopf do not document."""
+
+
+@functools.cache
+def _names_of_workers() -> frozenset[str]:
+    """Private names of Prefect's Kubernetes worker, of which a subclass must neither read, set nor override any."""
+    return frozenset(each for each in (*dir(_worker()), *vars(_worker())) if _is_private(each))
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def _is_private_module(path: str) -> bool:
+    package, *parts = path.split(".")
+    if package not in PACKAGES:
+        return False
+    return package == "kopf" or parts[:1] == ["server"] or parts[:1] == ["observer"] or any(map(_is_private, parts))
+
+
+def _imports(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """Path and local name of what a statement imports."""
+    match node:
+        case ast.Import(names=names):
+            yield from ((each.name, each.asname or each.name.partition(".")[0]) for each in names)
+        case ast.ImportFrom(module=str(module), names=names):
+            yield from ((f"{module}.{each.name}", each.asname or each.name) for each in names)
+
+
+def private_names(source: str) -> Iterator[str]:
+    """What a module's source uses of Prefect, prefect-kubernetes, kopf and dateutil that only the seam may use."""
+    nodes = list(ast.walk(ast.parse(source)))
+    imported = dict(each[::-1] for node in nodes for each in _imports(node))
+    foreign = {name for name, path in imported.items() if path.partition(".")[0] in PACKAGES}
+    # dbt's own private names are used in dbt's process, where nothing of Prefect is imported.
+    is_dbt = not foreign and any(path.partition(".")[0] == "dbt" for path in imported.values())
+    for node in nodes:
+        match node:
+            case ast.For(target=ast.Name(id=name), iter=iterated) if foreign & {
+                each.id for each in ast.walk(iterated) if isinstance(each, ast.Name)
+            }:
+                foreign.add(name)
+    for node in nodes:
+        yield from (path for path, _ in _imports(node) if _is_private_module(path))
+        match node:
+            case ast.Attribute(value=ast.Name(id="self" | "cls" | "os")):
+                pass
+            case ast.Attribute(attr=name) if _is_private(name) and not is_dbt:
+                yield ast.unparse(node)
+            case ast.Call(
+                func=ast.Name(id="getattr" | "setattr" | "hasattr"), args=[_, ast.Constant(value=str(name)), *_]
+            ):
+                if _is_private(name):
+                    yield name
+            case ast.Call(func=ast.Attribute(attr="run_module"), args=[ast.Constant(value=str(name)), *_]):
+                yield from [name] if name.partition(".")[0] in PACKAGES else []
+            case ast.Constant(value=str(text)) if text.startswith(TEXTS):
+                yield text
+            case ast.Constant(value=bytes(text)) if text.startswith(b"\0PF"):
+                yield repr(text)
+            case ast.keyword(arg=str(name)) if name.startswith(TEXTS):
+                yield name
+        match node:
+            case ast.Assign(targets=[ast.Attribute(value=ast.Name(id=name)) as target]) if name in foreign:
+                yield f"{ast.unparse(target)} ="
+            case ast.ClassDef(bases=bases) if any(ast.unparse(each).endswith("Worker") for each in bases):
+                yield from sorted(set(_of_class(node)) & _names_of_workers())
+
+
+def _of_class(node: ast.ClassDef) -> Iterator[str]:
+    """The names that a class reads and sets on `self`, and those of its methods."""
+    for each in ast.walk(node):
+        match each:
+            case ast.Attribute(value=ast.Name(id="self"), attr=name):
+                yield name
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                yield name
+
+
+def test_no_private_name_is_used_outside_the_seam() -> None:
+    sources = {
+        file: file.read_text()
+        for folder in ("orchestration", "flows", "k8s")
+        for file in sorted((ROOT / folder).rglob("*.py"))
+        if file not in (*SEAM, PROTOCOL)
+    }
+    assert len(sources) > 50
+    assert {
+        f"{file.relative_to(ROOT)}: {name}" for file, source in sources.items() for name in private_names(source)
+    } == set()
+
+
+USES = {
+    "from prefect.runner._workspace_resolver import prepare_workspace_for_flow_run": 1,
+    "from prefect._vendor.croniter.croniter import CroniterError, croniter": 2,
+    "from prefect.server.schemas import schedules": 1,
+    "import kopf\n@kopf.on.startup()\nasync def note(**_): ...": 1,
+    "from prefect.client import base\nbase.clamped_poisson_interval = 1": 1,
+    "from prefect.client import base\nfor client in (base.A, base.B):\n    client.send = 1\n    client._x = 2": 3,
+    "getattr(task_runner, '_cancel_events', {})": 1,
+    "part._until < now": 1,
+    "self.client._client": 1,
+    "from prefect_kubernetes import KubernetesWorker\nclass W(KubernetesWorker):\n"
+    "    def a(self): self._last_polled_time = self._logger\n    async def _submit_run(self): super()._submit_run()": 4,
+    "environment = {'PREFECT__CONTROL_PORT': '1'} | dict(PREFECT__FLOW_ENTRYPOINT='f')": 2,
+    "uvicorn.run('prefect.server.api.server:create_app')": 1,
+    "runpy.run_module('prefect.engine')": 1,
+    "connection.sendall(b'\\x00PF\\x02\\x00')": 1,
+    "event = f'prefect.asset.materialization.{outcome}'": 1,
+    "name.startswith(f'watcher for {kind}.')": 1,
+    "import dbt.task\ntask._flattened_nodes": 0,
+    "import os\nclass A:\n    def f(self): self._x = os._exit(0)": 0,
+    "from prefect import flow, __version__\nfrom prefect.settings import get_current_settings": 0,
+}
+"""Uses of the kinds that there are, and how many names of each are private."""
+
+
+@pytest.mark.parametrize(("source", "found"), USES.items())
+def test_use_of_a_private_name_is_found(source: str, found: int) -> None:
+    assert len(list(private_names(source))) == found, list(private_names(source))
