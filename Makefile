@@ -64,6 +64,8 @@ TARGET = --env $(call quoted,$(ENV)) --context $(CONTEXT) --namespace $(call quo
 export DO_NOT_TRACK := 1
 export REGISTRY BUILDER BASE_IMAGE IMAGE KUBE_CONTEXT CLUSTER
 export UV_PYTHON_DOWNLOADS := never
+# The first run need not compile what it imports.
+export UV_COMPILE_BYTECODE ?= 1
 
 # What is given of the long tests' parameters.
 LONG = $(strip $(foreach name,KILLS ROUNDS MINUTES RUNS SEED,$(if $($(name)),$(call quoted,$(name)=$($(name))))))
@@ -246,5 +248,5 @@ help: ## show this
 	@[ -n "$(PYTHON)" ] || { echo "No Python 3.11, 3.12 or 3.13 was found. Install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@[ -x "$(UV)" ] || { echo "Installing uv $(UV_VERSION) in .uv"; $(PYTHON) -m venv .uv && .uv/bin/python -m pip install -q --disable-pip-version-check uv==$(UV_VERSION); }
 	@echo "Creating the environment in .venv (about half a minute)"
-	@$(UV) sync -q --locked --all-extras --compile-bytecode --python $(PYTHON)
+	@$(UV) sync -q --locked --all-extras --python $(PYTHON)
 	@touch $@

@@ -2,9 +2,11 @@
 
 import contextlib
 import functools
+import gc
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -24,6 +26,9 @@ os.environ["PREFECT_HOME"] = str(_HOME)
 os.environ["DO_NOT_TRACK"] = "1"
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ["PREFECT_LOGGING_LEVEL"] = "INFO"
+# Whatever the shell says: without bytecode each process of pytest compiles all tests, each child what it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # One run of pytest with all of its processes, and those of pytest that its tests start.
 _BEGINS_RUN = "TESTS_RUN" not in os.environ
 os.environ.setdefault("TESTS_RUN", uuid4().hex[:8])
@@ -44,6 +49,7 @@ from tests.parts import Query, new_database, rows_of, settings_of
 
 if TYPE_CHECKING:
     from tests.cluster.namespace import Namespace
+    from tests.orchestration.dbt.conftest import Tiny
 
 
 IN_ONE_PROCESS = (
@@ -107,6 +113,8 @@ def pytest_configure(config: pytest.Config) -> None:
         choice.way()
     except ClusterError as error:
         raise pytest.UsageError(str(error)) from None
+    # What is imported for the tests stays: to look at it again and again took half of the time that the imports do.
+    gc.disable()
     config.addinivalue_line("markers", "alone: no other test may use the cluster at the same time")
 
 
@@ -126,6 +134,11 @@ def pytest_sessionfinish() -> None:
         from tests.e2e.release import remove_shared
 
         remove_shared()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -166,6 +179,15 @@ def postgres() -> Iterator[str]:
     # Not where pytest keeps its folders: another session that begins closes that to all but root.
     with tempfile.TemporaryDirectory() as folder, parts.embedded_postgres(Path(folder)) as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def tiny(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator["Tiny"]:
+    """A dbt project for many commands, and what runs them in forks; from here on that is what `DbtProject` starts."""
+    from tests.orchestration.dbt.conftest import forks
+
+    with forks(postgres, tmp_path_factory.mktemp("tiny")) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -123,3 +123,19 @@ def test_value_reaches_the_command_as_it_was_given(tmp_path: Path, target: str, 
     arguments = (tmp_path / "arguments").read_text().split("\0")
     assert [each for each in arguments if each.removeprefix("--select=").removeprefix("SEED=") == value]
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(("given", "compiled"), [({}, "1"), ({"UV_COMPILE_BYTECODE": "0"}, "0")])
+def test_environment_is_compiled_unless_uv_is_told_otherwise(
+    tmp_path: Path, given: dict[str, str], compiled: str
+) -> None:
+    for name in ("pyproject.toml", "uv.lock"):
+        (tmp_path / name).touch()
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / "uv").write_text(f'#!/bin/sh\necho "$* UV_COMPILE_BYTECODE=$UV_COMPILE_BYTECODE" >>"{tmp_path}/log"\n')
+    (tmp_path / "uv").chmod(0o755)
+    command = ["make", "--file", str(ROOT / "Makefile"), ".venv/ready", f"UV={tmp_path / 'uv'}", "PYTHON=python3"]
+    environment = {"PATH": os.environ["PATH"]} | given
+    subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=True)
+    expected = f"sync -q --locked --all-extras --python python3 UV_COMPILE_BYTECODE={compiled}\n"
+    assert (tmp_path / "log").read_text() == expected

@@ -54,8 +54,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "VIRTUAL_ENV"))}
     path = os.pathsep.join(part for part in kept["PATH"].split(os.pathsep) if Path(part) != Path(sys.executable).parent)
     return kept | {
-        # Of all that pip installs little is imported here, and that is compiled then.
+        # Of all that is installed little is imported here, and that is compiled then.
         "PIP_NO_COMPILE": "1",
+        "UV_COMPILE_BYTECODE": "0",
         "PATH": path,
         "HOME": str(tmp_path_factory.mktemp("home")),
         "PIP_CACHE_DIR": os.environ.get("PIP_CACHE_DIR", str(cache / "pip")),
@@ -111,7 +112,7 @@ def stopped_afterwards(clone: Path, environment: dict[str, str]) -> Iterator[Non
 
 
 def test_make_run_on_a_fresh_machine_and_the_next_day(
-    clone: Path, environment: dict[str, str], stopped_afterwards: None
+    clone: Path, environment: dict[str, str], prefect_server: str, stopped_afterwards: None
 ) -> None:
     if answers("http://127.0.0.1:4200/api/health"):
         pytest.skip("a Prefect server is up on port 4200, so that a run would not be on its own")
@@ -123,6 +124,7 @@ def test_make_run_on_a_fresh_machine_and_the_next_day(
     output = _run(_command("make run"), clone, environment)
     assert "Creating the environment" not in output
     assert "Completed to 2013-01-02: " in output
+    environment = environment | {"PREFECT_API_URL": prefect_server}  # a server for each run was seen twice
     output = _run(_command("make run DAY"), clone, environment)
     assert "Completed to 2013-02-08: 5,798 rows loaded, 12 models built, 26/26 tests passed" in output
     days = _run("make psql <<< 'select day from raw.loads order by 1'", clone, environment)
@@ -142,9 +144,9 @@ def test_quickstart_commands_are_those_that_are_executed_here() -> None:
 
 
 def test_a_mistake_at_the_command_line_is_one_sentence(
-    clone: Path, environment: dict[str, str], stopped_afterwards: None
+    clone: Path, environment: dict[str, str], prefect_server: str, stopped_afterwards: None
 ) -> None:
-    output = _run("make run DAY=tomorrow", clone, environment, status=2)
+    output = _run("make run DAY=tomorrow", clone, environment | {"PREFECT_API_URL": prefect_server}, status=2)
     assert "Failed: " in output
     assert "'tomorrow' is no day. Write it as YYYY-MM-DD, for example 2013-02-08" in output
     assert "Traceback" not in output

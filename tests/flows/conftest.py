@@ -1,5 +1,6 @@
 """Flows in this process, on a real server, Postgres and dbt."""
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,8 @@ from flows import example_flow
 from orchestration import warehouse
 from orchestration.dbt import DbtProject
 from orchestration.settings import ROOT
-from tests.orchestration.dbt.conftest import Tiny, forks
+from tests.orchestration.dbt.conftest import Tiny
+from tests.orchestration.dbt.forked import PARSE
 
 
 class Api:
@@ -53,11 +55,11 @@ class Api:
 
 
 @pytest.fixture(scope="session")
-def forked_dbt(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
+def forked_dbt(tiny: Tiny) -> Iterator[Tiny]:
     """Run the dbt of this process's flows in forks; flows in processes of their own have a real interpreter."""
-    with forks(postgres, tmp_path_factory.mktemp("tiny")) as made, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(example_flow.dbt_project, "_python", made.python)
-        yield made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(example_flow.dbt_project, "_python", tiny.python)
+        yield tiny
 
 
 @pytest.fixture
@@ -69,8 +71,11 @@ def api(prefect_server: str, forked_dbt: Tiny) -> Api:
 @pytest.fixture
 def project_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of the dbt project that the flows use for the rest of the test."""
-    copy = tmp_path / "project"
-    shutil.copytree(ROOT / "flows" / "warehouse", copy, ignore=shutil.ignore_patterns("target", "logs"))
+    original, copy = ROOT / "flows" / "warehouse", tmp_path / "project"
+    shutil.copytree(original, copy, ignore=shutil.ignore_patterns("target", "logs"))
+    with contextlib.suppress(FileNotFoundError):  # which a flow of another test has left: it saves parsing again
+        (copy / "target").mkdir()
+        shutil.copyfile(original / "target" / PARSE, copy / "target" / PARSE)
     project = DbtProject(copy, environment=warehouse.environment)
     monkeypatch.setattr(example_flow, "dbt_project", project)
     yield copy

@@ -60,27 +60,32 @@ def built(postgres: str, forked_dbt: Tiny) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def manifest(built: str, forked_dbt: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where dbt's command line writes, with the parse of its last command."""
+    return tmp_path_factory.mktemp("target")
+
+
+@pytest.fixture(scope="module")
+def manifest(built: str, forked_dbt: Tiny, target: Path) -> dict[str, Any]:
     """dbt's own description of the project."""
-    target = tmp_path_factory.mktemp("target")
     assert _dbt(forked_dbt, "parse", target=target).returncode == 0
     content: dict[str, Any] = json.loads((target / "manifest.json").read_text())
     return content
 
 
-def test_the_unit_tests_pass(built: str, forked_dbt: Tiny, tmp_path: Path) -> None:
-    result = _dbt(forked_dbt, "test", "--select", "test_type:unit", target=tmp_path)
+def test_the_unit_tests_pass(built: str, forked_dbt: Tiny, target: Path) -> None:
+    result = _dbt(forked_dbt, "test", "--select", "test_type:unit", target=target)
     assert result.returncode == 0, result.stdout
     assert "PASS=6" in result.stdout
 
 
-def test_sources_are_fresh_after_a_load_and_stale_two_days_later(built: str, forked_dbt: Tiny, tmp_path: Path) -> None:
-    fresh = _dbt(forked_dbt, "source", "freshness", target=tmp_path)
+def test_sources_are_fresh_after_a_load_and_stale_two_days_later(built: str, forked_dbt: Tiny, target: Path) -> None:
+    fresh = _dbt(forked_dbt, "source", "freshness", target=target)
     assert fresh.returncode == 0, fresh.stdout
     assert fresh.stdout.count("PASS freshness") == 3
     rows_of(built, "update raw.loads set loaded_at = loaded_at - interval '51 hours'")
     try:
-        stale = _dbt(forked_dbt, "source", "freshness", target=tmp_path)
+        stale = _dbt(forked_dbt, "source", "freshness", target=target)
         assert stale.returncode == 1
         assert "ERROR STALE freshness of raw.flights" in stale.stdout
     finally:

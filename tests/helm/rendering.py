@@ -17,8 +17,9 @@ from tests.cluster import binaries
 KUBERNETES = (binaries.KUBERNETES.removeprefix("v").rpartition(".")[0], "1.29")
 """The API versions whose schemas every object must meet: the node's, and the oldest that the charts take."""
 
-# It would read all definitions, a megabyte, again for each object.
+# It would read all definitions, a megabyte, and list its folder again for each object.
 kubernetes_validate.utils.schema_contents = functools.cache(kubernetes_validate.utils.schema_contents)
+kubernetes_validate.utils.all_versions = functools.cache(kubernetes_validate.utils.all_versions)
 
 Object = dict[str, Any]
 
@@ -136,12 +137,18 @@ def objects_of(text: str) -> list[Object]:
     """
     objects = [each for each in yaml.load_all(text, yaml.CSafeLoader) if each]
     for each in objects:
-        if each["apiVersion"].split("/")[0] not in ("gateway.networking.k8s.io",):
+        known = each["apiVersion"].split("/")[0] not in ("gateway.networking.k8s.io",)
+        if known and (text := repr(each)) not in _VALID:
             for version in KUBERNETES:
                 # Before 1.30 there is none of this kind, and then the chart renders none.
                 if version != "1.29" or not each["kind"].startswith("ValidatingAdmissionPolicy"):
                     kubernetes_validate.validate(each, version, strict=True)
+            _VALID.add(text)
     return objects
+
+
+_VALID: set[str] = set()
+"""Objects that met the schemas: most are the same whatever the values."""
 
 
 def check_http_route(route: Object) -> None:

@@ -41,10 +41,10 @@ def database(postgres: str, tiny: "Tiny") -> Iterator[str]:
         yield url
 
 
-def _parsed(folder: Path) -> Path:
+def _parsed(folder: Path, tiny: "Tiny") -> Path:
     """Parse a project as `docker/Dockerfile` does: for a host and a user that no run has."""
     subprocess.run(
-        [versions.tested(), "-P", CHILD, "parse", "--project-dir", folder, "--profiles-dir", folder],
+        [tiny.python, "-P", CHILD, "parse", "--project-dir", folder, "--profiles-dir", folder],
         env=os.environ | {"PGHOST": "build", "PGUSER": "build", "PGDATABASE": DATABASE},
         cwd=folder,
         stdout=subprocess.DEVNULL,
@@ -54,15 +54,15 @@ def _parsed(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def parsed_shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def parsed_shop(tiny: "Tiny", tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with every kind of node, parsed; to be copied."""
-    return _parsed(every_kind(tmp_path_factory.mktemp("parsed") / "shop"))
+    return _parsed(every_kind(tmp_path_factory.mktemp("parsed") / "shop"), tiny)
 
 
 @pytest.fixture(scope="session")
-def parsed_small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def parsed_small(tiny: "Tiny", tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project of three models, parsed; to be copied."""
-    return _parsed(small(tmp_path_factory.mktemp("parsed") / "small"))
+    return _parsed(small(tmp_path_factory.mktemp("parsed") / "small"), tiny)
 
 
 @pytest.fixture
@@ -142,11 +142,18 @@ class Tiny(NamedTuple):
     """A project for tests that run many commands, and what runs them at a fraction of what a process costs."""
 
     folder: Path
-    """The project after a whole build, with its `target/`, for tests to copy."""
+    """The project after a whole build, with its `target/`, for tests to copy: its parse holds for `DbtProject`."""
+    dbts_parse: Path
+    """The parse of the project that holds for the `dbt` command."""
     python: Path
     """An interpreter for `DbtProject` that is a fork of a process that has dbt imported."""
     socket: Path
     """What forks: see `forked`."""
+
+    @property
+    def dbt(self) -> list[str]:
+        """The `dbt` command, in a fork."""
+        return [str(self.python), "dbt"]
 
 
 @contextlib.contextmanager
@@ -156,10 +163,11 @@ def forks(postgres: str, work: Path) -> Iterator[Tiny]:
     A child of a real interpreter imports dbt for 1.2 processor seconds and warms up for another one. The tests of the
     child process (`test_project`), of runs that end (`test_ends`) and of flows' own processes have real ones.
     """
-    made = Tiny(projects.tiny(work / "tiny"), work / "python", work / "socket")
+    made = Tiny(projects.tiny(work / "tiny"), work / forked.PARSE, work / "python", work / "socket")
     made.python.write_text(f'#!/bin/sh\nexec "{versions.tested()}" -I -S "{forked.__file__}" "{made.socket}" "$@"\n')
     made.python.chmod(0o755)
-    command = [str(versions.tested()), "-P", str(forked.__file__), "serve", str(made.socket)]
+    files = map(str, (made.socket, CHILD, made.dbts_parse))
+    command = [str(versions.tested()), "-P", str(forked.__file__), "serve", *files]
     with contextlib.ExitStack() as stack:
         with new_database(postgres, DATABASE):
             environment = {**os.environ, **warehouse.environment()}
@@ -171,11 +179,4 @@ def forks(postgres: str, work: Path) -> Iterator[Tiny]:
         defaults = DbtProject.__init__.__kwdefaults__
         assert defaults
         stack.enter_context(pytest.MonkeyPatch.context()).setitem(defaults, "python", made.python)
-        yield made
-
-
-@pytest.fixture(scope="session")
-def tiny(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
-    """That project, and what forks."""
-    with forks(postgres, tmp_path_factory.mktemp("tiny")) as made:
         yield made

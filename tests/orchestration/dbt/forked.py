@@ -1,10 +1,11 @@
 """dbt imported once, for tests that run many commands: each command is a fork of one process.
 
-    forked.py serve SOCKET      builds the project here, then forks for each request
-    forked.py SOCKET ARGUMENTS  asks for a fork in this process's place, and ends with its status
+    forked.py serve SOCKET CHILD DBTS  builds the project here, then forks for each request
+    forked.py SOCKET ARGUMENTS         asks for a fork in this process's place, and ends with its status
 
 ARGUMENTS are those of an interpreter (`-P FILE`), of which the fork runs the file, or `dbt` and its arguments, which it
-runs as the console script of that name does.
+runs as the console script of that name does. A parse holds for the `dbt` command or for CHILD, the file that
+`DbtProject` runs: CHILD's stays in the project's `target/`, the one of `dbt` becomes the file DBTS.
 """
 
 import contextlib
@@ -17,6 +18,9 @@ import socket
 import sys
 from pathlib import Path
 
+PARSE = "partial_parse.msgpack"
+"""In a target folder, dbt's parse of the project."""
+
 
 def ask(path: str, arguments: list[str], environment: dict[str, str] | None = None, folder: str = "") -> int:
     """Run the arguments in a fork; its exit status."""
@@ -28,16 +32,16 @@ def ask(path: str, arguments: list[str], environment: dict[str, str] | None = No
         return int(client.makefile().readline())
 
 
-def serve(path: str) -> None:
+def serve(path: str, child: str, dbts: str) -> None:
     """Fork for each request."""
     from dbt.cli.main import dbtRunner
 
-    # What parses models starts a thread, without which its forks would wait: so one of them does it.
-    if not os.fork():
-        os._exit(not dbtRunner().invoke(["--quiet", "build"]).success)
-    assert os.wait()[1] == 0
+    # What parses models starts a thread, without which its forks would wait: so forks parse.
+    _fork(["dbt", "--quiet", "build"])
     # A first command costs a second of a processor more than the next: what it imports and makes is in all forks.
     assert dbtRunner().invoke(["--quiet", "compile"]).success
+    Path("target", PARSE).replace(dbts)
+    _fork(["-P", child, "--quiet", "parse"])
     gc.freeze()
     gc.disable()  # forks are short
     with socket.socket(socket.AF_UNIX) as server:
@@ -53,6 +57,13 @@ def serve(path: str) -> None:
             with contextlib.suppress(ChildProcessError):  # what has ended counts as this process's time
                 while os.waitpid(-1, os.WNOHANG)[0]:
                     pass
+
+
+def _fork(arguments: list[str]) -> None:
+    """Run the arguments here in a fork."""
+    if not os.fork():
+        _become(arguments, str(Path.cwd()), dict(os.environ), [])
+    assert os.wait()[1] == 0, arguments
 
 
 def _run(client: socket.socket) -> None:
@@ -80,7 +91,7 @@ def _become(arguments: list[str], folder: str, environment: dict[str, str], file
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    status = 0
+    status = 1
     try:
         if arguments[0] == "dbt":
             from dbt.cli import main
@@ -92,6 +103,7 @@ def _become(arguments: list[str], folder: str, environment: dict[str, str], file
         else:
             sys.argv = arguments[1:]
             runpy.run_path(arguments[1], run_name="__main__")
+        status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(bool(end.code))
     finally:
@@ -101,5 +113,5 @@ def _become(arguments: list[str], folder: str, environment: dict[str, str], file
 
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
-        serve(sys.argv[2])
+        serve(*sys.argv[2:])
     sys.exit(ask(sys.argv[1], sys.argv[2:]))

@@ -11,7 +11,7 @@ import random
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -657,7 +657,11 @@ def hold(folder: Path, model: str, seconds: float) -> None:
 
 
 def command_line(
-    folder: Path, *arguments: str, environment: Mapping[str, str], target: Path | None = None
+    folder: Path,
+    *arguments: str,
+    environment: Mapping[str, str],
+    target: Path | None = None,
+    dbt: Sequence[str] = (),
 ) -> tuple[int, dict[str, str]]:
     """Run dbt's command line on a project.
 
@@ -667,6 +671,7 @@ def command_line(
         environment: added to this process's.
         target: where dbt's artifacts go and stay, and what is parsed already comes from. Else dbt parses
             all, and nothing is kept.
+        dbt: the command.
 
     Returns:
         The exit status, and the status of each unique id: of run_results.json, of sources.json for
@@ -685,7 +690,7 @@ def command_line(
             temporary,
         ]
         ended = subprocess.run(
-            [str(versions.tested().parent / "dbt"), *arguments, *map(str, places)],
+            [*(dbt or [str(versions.tested().parent / "dbt")]), *arguments, *map(str, places)],
             env=os.environ | dict(environment),
             cwd=folder,
             stdin=subprocess.DEVNULL,

@@ -98,6 +98,13 @@ class Case:
     since: tuple[int, int] = (1, 0)
     """The first minor version of dbt that has it."""
 
+    @property
+    def profile(self) -> str:
+        """What a parse of the project as it is does not hold for, if the case has another profile or target."""
+        return next(
+            (name for name in ("ELSEWHERE", "other") if name in f"{self.line} {self.made} {self.environment}"), ""
+        )
+
 
 CASES = {
     # What is whole, and every way not to be.
@@ -200,6 +207,10 @@ class Outcome:
     relations: list[tuple[str, str]]
 
 
+Parses = dict[tuple[str, str], bytes]
+"""dbt's parses that a case has made, by its profile and its folder's name: a parse takes longer than most commands."""
+
+
 class Ways:
     """The two ways to run a command, each in a copy of the project.
 
@@ -207,13 +218,26 @@ class Ways:
         tiny: the project with the target folder of a whole build, and what forks.
         work: an empty folder.
         url: the database's.
+        parses: those of the cases before.
     """
 
-    def __init__(self, tiny: Tiny, work: Path, url: str) -> None:
-        self._tiny, self._url = tiny, url
+    def __init__(self, tiny: Tiny, work: Path, url: str, parses: Parses) -> None:
+        self._tiny, self._url, self._parses = tiny, url, parses
         self._kept = work / "kept"
         self._places = {"STATE": str(tiny.folder / "target"), "ELSEWHERE": str(tiny.folder / "elsewhere")}
         self.folders = [Path(shutil.copytree(tiny.folder, work / name)) for name in ("dbt", "here")]
+        shutil.copyfile(tiny.dbts_parse, self.folders[0] / "target" / forked.PARSE)
+
+    def reuse_parses(self, profile: str) -> None:
+        """Give each folder the parse of a case before with that profile."""
+        for folder in self.folders:
+            if parse := self._parses.get((profile, folder.name)):
+                (folder / "target" / forked.PARSE).write_bytes(parse)
+
+    def keep_parses(self, profile: str) -> None:
+        """Keep each folder's parse for cases with that profile."""
+        for folder in self.folders:
+            self._parses[profile, folder.name] = (folder / "target" / forked.PARSE).read_bytes()
 
     def placed(self, text: Any) -> Any:
         """An argument with the folders that it names."""
@@ -280,8 +304,9 @@ class Ways:
 @pytest.fixture(scope="module")
 def ways(tiny: Tiny, postgres: str) -> Iterator[Callable[[Path], Ways]]:
     """Makes them."""
+    parses: Parses = {}
     with new_database(postgres, DATABASE) as url:
-        yield lambda folder: Ways(tiny, folder, url)
+        yield lambda folder: Ways(tiny, folder, url, parses)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -293,6 +318,8 @@ def test_command_ends_as_dbts_own_does(
     both = ways(tmp_path)
     for name, value in case.environment.items():
         monkeypatch.setenv(name, both.placed(value))
+    if case.profile:
+        both.reuse_parses(case.profile)
 
     outcomes = []
     for folder, run in zip(both.folders, (both.by_dbt, both.by_project), strict=True):
@@ -304,6 +331,8 @@ def test_command_ends_as_dbts_own_does(
         for edit in case.edits:
             edit(folder)
         outcomes.append(Outcome(*run(case), both.relations()))
+    if case.profile:
+        both.keep_parses(case.profile)
     expected, found = outcomes
     assert expected.failed == case.exit
     # Of a command that dbt itself gives up it writes no results.

@@ -13,8 +13,7 @@ from orchestration import warehouse
 from orchestration.dbt import DbtProject, DbtResult
 from orchestration.dbt.mirror import STATES
 from orchestration.errors import DbtError
-from tests.orchestration.dbt import versions
-from tests.orchestration.dbt.conftest import DATABASE, Built, use
+from tests.orchestration.dbt.conftest import DATABASE, Built, Tiny, use
 from tests.orchestration.dbt.projects import FAULTS, FUNCTIONS, NODES, command_line, tables
 from tests.orchestration.dbt.task_runs import Object, Server, results_of
 from tests.parts import Query, new_database, rows_of, wait_until
@@ -97,8 +96,8 @@ def broken(built: Built, postgres: str, tmp_path_factory: pytest.TempPathFactory
     return Broken(folder, Server.run(state), state, error.result, results_of(folder), left)
 
 
-def test_nodes_fail_as_on_dbts_command_line(broken: Broken, database: str, query: Query) -> None:
-    _, expected = command_line(broken.folder, "build", environment=warehouse.environment())
+def test_nodes_fail_as_on_dbts_command_line(broken: Broken, database: str, query: Query, tiny: Tiny) -> None:
+    _, expected = command_line(broken.folder, "build", environment=warehouse.environment(), dbt=tiny.dbt)
     assert broken.results == expected
     assert {node.id: node.status for node in broken.result.nodes} == expected
     failed = {node.id: node.status for node in broken.result.failed}
@@ -214,7 +213,7 @@ def test_what_is_built_is_an_asset_with_its_lineage(broken: Broken, server: Serv
     assert address("visits") in seen  # a source
 
 
-def test_packages_and_a_profile_of_the_users_own(folder: Path, tmp_path: Path, query: Query) -> None:
+def test_packages_and_a_profile_of_the_users_own(folder: Path, tmp_path: Path, query: Query, tiny: Tiny) -> None:
     package = tmp_path / "package"
     (package / "models").mkdir(parents=True)
     (package / "dbt_project.yml").write_text("name: extra\nversion: '1.0'\n")
@@ -230,8 +229,7 @@ def test_packages_and_a_profile_of_the_users_own(folder: Path, tmp_path: Path, q
     )  # fmt: skip
     with pytest.raises(DbtError, match="dbt deps"):
         own.build(select="from_package")
-    dbt = str(versions.tested().parent / "dbt")
-    deps = [dbt, "deps", "--profiles-dir", str(tmp_path / "profiles"), "--profile", "mine"]
+    deps = [*tiny.dbt, "deps", "--profiles-dir", str(tmp_path / "profiles"), "--profile", "mine"]
     subprocess.run(deps, cwd=folder, check=True, stdout=subprocess.DEVNULL)
     built = own.build(select="package:extra").built
     assert [node.id for node in built] == ["model.extra.from_package"]

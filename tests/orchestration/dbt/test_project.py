@@ -58,10 +58,10 @@ def test_every_node_comes_back_with_its_outcome(
     assert "Unable to do partial parsing" not in caplog.text
 
 
-def test_a_failed_node_and_what_was_skipped_behind_it(project: DbtProject, folder: Path) -> None:
+def test_a_failed_node_and_what_was_skipped_behind_it(small_project: DbtProject, folder: Path) -> None:
     (folder / "models" / "one.sql").write_text("select 1 as id from nowhere")
     with pytest.raises(DbtError) as raised:
-        project.build()
+        small_project.build()
     result = raised.value.result
     assert [node.name for node in result.failed] == ["one"]
     assert [node.name for node in result.skipped] == ["two"]
@@ -101,10 +101,10 @@ def test_a_project_that_is_not_there_is_an_error(tmp_path: Path, database: str) 
         DbtProject(tmp_path, environment=warehouse.environment).build()
 
 
-def test_jinja_that_is_broken_is_an_error_with_file_line_and_text(project: DbtProject, folder: Path) -> None:
+def test_jinja_that_is_broken_is_an_error_with_file_line_and_text(small_project: DbtProject, folder: Path) -> None:
     (folder / "models" / "three.sql").write_text("select\n  {{ 3 as id")
     with pytest.raises(DbtError, match=r"could not start .*models/three\.sql.*Nothing was built") as raised:
-        project.build()
+        small_project.build()
     assert "line 2" in str(raised.value)
     assert "{{ 3 as id" in str(raised.value)
 
@@ -135,13 +135,13 @@ def test_a_warm_process_that_died_is_replaced(project: DbtProject) -> None:
     assert project.build(select="three").error() is None
 
 
-def test_two_at_once_in_one_folder_do_not_mix(project: DbtProject, folder: Path, query: Query) -> None:
+def test_two_at_once_in_one_folder_do_not_mix(small_project: DbtProject, folder: Path, query: Query) -> None:
     query("create schema analytics")  # which Postgres refuses to one of two that make it at once
     (folder / "target" / ".run-killed").mkdir(parents=True)
     names: dict[str, list[str]] = {}
 
     def build(select: str) -> None:
-        names[select] = [node.name for node in project.build(select=select).nodes]
+        names[select] = [node.name for node in small_project.build(select=select).nodes]
 
     threads = [threading.Thread(target=build, args=[select]) for select in ("+two", "three")]
     for thread in threads:

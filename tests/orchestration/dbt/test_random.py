@@ -10,7 +10,7 @@ from prefect import flow
 from orchestration import warehouse
 from orchestration.dbt import DbtResult
 from orchestration.dbt.mirror import STATES
-from tests.orchestration.dbt.conftest import LONG, use
+from tests.orchestration.dbt.conftest import LONG, Tiny, use
 from tests.orchestration.dbt.projects import command_line, random_dag, tables
 from tests.orchestration.dbt.task_runs import Server
 from tests.parts import Query
@@ -19,9 +19,9 @@ GRAPHS = 50 if LONG else 1
 """Random ones, after one that is the same each time."""
 
 
-def _assert_as_on_the_command_line(folder: Path, query: Query, server: Server) -> set[str]:
+def _assert_as_on_the_command_line(folder: Path, query: Query, server: Server, tiny: Tiny) -> set[str]:
     """Build the project in both ways; dbt's statuses."""
-    _, expected = command_line(folder, "build", environment=warehouse.environment())
+    _, expected = command_line(folder, "build", environment=warehouse.environment(), dbt=tiny.dbt)
     expected_tables = tables(query)
     query("drop schema if exists analytics cascade")
 
@@ -40,20 +40,20 @@ def _assert_as_on_the_command_line(folder: Path, query: Query, server: Server) -
     return set(expected.values())
 
 
-def test_a_graph_with_all_outcomes(tmp_path: Path, database: str, query: Query, server: Server) -> None:
+def test_a_graph_with_all_outcomes(tmp_path: Path, database: str, query: Query, server: Server, tiny: Tiny) -> None:
     folder = random_dag(tmp_path / "random", random.Random(3), nodes=40)  # noqa: S311 - the same each time
-    outcomes = _assert_as_on_the_command_line(folder, query, server)
+    outcomes = _assert_as_on_the_command_line(folder, query, server, tiny)
     assert outcomes == {"success", "error", "skipped", "pass", "fail", "warn"}
 
 
 @pytest.mark.parametrize("graph", range(GRAPHS))
-def test_random_graphs(graph: int, tmp_path: Path, database: str, query: Query, server: Server) -> None:
+def test_random_graphs(graph: int, tmp_path: Path, database: str, query: Query, server: Server, tiny: Tiny) -> None:
     """The same graph again: `RANDOM_SEED=`, which the folder's name has."""
     seed = int(os.environ.get("RANDOM_SEED", random.SystemRandom().randrange(10**6)))
     chance = random.Random(seed)  # noqa: S311 - a graph, no secret
     folder = random_dag(tmp_path / f"seed_{seed}", chance, nodes=chance.randrange(5, 40))
     try:
-        _assert_as_on_the_command_line(folder, query, server)
+        _assert_as_on_the_command_line(folder, query, server, tiny)
     except AssertionError as error:
         error.add_note(f"the same graph again: RANDOM_SEED={seed}")
         raise
