@@ -97,7 +97,7 @@ def _first(names: tuple[str, ...], root: Path) -> str:
 
 
 def report(root: Path = Path("/sys/fs/cgroup")) -> dict[str, int]:
-    """Return the bytes of memory used at most (`peak`) and allowed (`limit`), and how many processes were killed for it."""
+    """Return the bytes of memory used at most (`peak`) and allowed (`limit`), and the processes killed for it."""
     found = {}
     for name, files in (("peak", PEAKS), ("limit", LIMITS)):
         text = _first(files, root)

@@ -14,7 +14,7 @@ from tests.interpreters import interpreter
 VERSIONS = {
     "1.10": ("dbt-core==1.10.23", "dbt-postgres==1.10.2"),
     "1.11": ("dbt-core==1.11.16", "dbt-postgres==1.11.0"),
-    "1.12": ("dbt-core==1.12.6", "dbt-postgres==1.11.0"),
+    "1.12": ("dbt-core==1.12.0", "dbt-postgres==1.11.0"),
 }
 """The requirements of the newest release of each minor version that docs/dbt.md lists as tested."""
 
