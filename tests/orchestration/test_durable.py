@@ -37,7 +37,7 @@ def _release(folder: Path, url: str, **results: Any) -> dict[str, Any]:
     values: Object = {"image": {"tag": "1"}, "pool": {"name": f"pool-{uuid4().hex[:8]}"}, "runs": {"results": results}}
     release = f"release-{uuid4().hex[:8]}"
     objects = render("prefect-work-pool", values, release)
-    [file] = [each["data"]["pool.yaml"] for each in objects if each["kind"] == "ConfigMap"]
+    [file] = [each["data"]["pool.yaml"] for each in objects if "pool.yaml" in each.get("data", {})]
     (folder / "pool.yaml").write_text(file)
     command = [sys.executable, "-m", "orchestration", "sync", "--owner", release, str(folder / "pool.yaml")]
     subprocess.run(command, env=os.environ | {"PREFECT_API_URL": url}, cwd=ROOT, capture_output=True, check=True)
