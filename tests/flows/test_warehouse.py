@@ -244,11 +244,11 @@ def test_a_corrected_source_reaches_the_marts(postgres: str, landing_zone: Path)
         ) == [("2013-01-01",), ("2013-01-03",)]
 
 
-def test_make_docs_serves_the_documentation(database: str, tmp_path: Path) -> None:
+def test_make_dbt_docs_serves_the_documentation(database: str, tmp_path: Path) -> None:
     port = free_port()
     # Flows of other tests tidy up where dbt writes by default.
     variables = {"WAREHOUSE_URL": database, "DBT_TARGET_PATH": str(tmp_path), "DBT_LOG_PATH": str(tmp_path)}
-    command = ["make", "--silent", "--old-file", ".venv/ready", "docs", f"PORT={port}"]
+    command = ["make", "--silent", "--old-file", ".venv/ready", "dbt-docs", f"PORT={port}"]
     served = subprocess.Popen(
         command, cwd=ROOT, env=os.environ | variables, stdout=subprocess.DEVNULL, start_new_session=True
     )
