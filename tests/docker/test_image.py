@@ -83,7 +83,8 @@ def pod(namespace: Namespace, image: str) -> Callable[..., str]:
 
 def test_what_is_in_it_and_what_is_not(pod: Callable[..., str]) -> None:
     inside = json.loads(pod("python", "-c", INSIDE))
-    assert inside["bytes"] < 600e6
+    # dbt-core 1.12 brought metricflow, sqlglot and rapidfuzz: 26 MB.
+    assert inside["bytes"] < 620e6
     assert inside["user"] == [65532, 65532]
     assert inside["first"] == "tini"
     assert inside["programs"] == []
