@@ -53,6 +53,8 @@ def shared_pool(cluster: str, image: str, server: Release, probe: Object) -> Poo
     name = "faults"
     values = of_victims(merged(pool_values(image), joining(server, name)))
     values["reconciler"]["capacityTimeoutSeconds"] = CAPACITY_TIMEOUT_SECONDS
+    # Whose template `with_places` changes.
+    values = merged(values, {"worker": {"templateFrom": "server"}})
     namespace = shared(cluster, name, lambda made: with_places(installed_pool(server, made, values, probe), server))
     return Pool("prefect-work-pool", "prefect-work-pool", namespace, work_pool=name)
 
