@@ -90,7 +90,7 @@ def test_what_is_in_it_and_what_is_not(pod: Callable[..., str]) -> None:
     assert inside["programs"] == []
     assert inside["writable"] == ["/tmp"]  # noqa: S108 - in the pod
     assert inside["compiled"] == inside["sources"] > 10
-    assert inside["app"] == ["flows", "orchestration", "prefect.yaml", "pyproject.toml", "uv.lock"]
+    assert inside["app"] == ["docs", "flows", "orchestration", "prefect.yaml", "pyproject.toml", "uv.lock"]
     assert inside["parsed"]
     assert inside["caches"] == []
 
