@@ -120,7 +120,8 @@ def new(context: str, prefix: str, create: Callable[[Namespace], None] = make) -
 
 def remove(namespace: Namespace) -> None:
     """Delete a namespace, and what releases in it have in the whole cluster."""
-    of_cluster = ("clusterrole,clusterrolebinding", "-l", f"prefect.io/release-namespace={namespace.name}")
+    kinds = "clusterrole,clusterrolebinding,validatingadmissionpolicy,validatingadmissionpolicybinding"
+    of_cluster = (kinds, "-l", f"prefect.io/release-namespace={namespace.name}")
     binaries.kubectl("--context", namespace.context, "delete", *of_cluster)
     delete = ("delete", "namespace", namespace.name, "--wait=false", "--ignore-not-found")
     binaries.kubectl("--context", namespace.context, *delete)
