@@ -40,7 +40,7 @@ JSON ?=
 PAIRS ?= 7
 POSTGRES ?=
 
-# What a person gives is data: make expands no `$` in it, and the shell gets it in quotes.
+# A person's values are data: make expands no `$` in them, and the shell gets them in quotes.
 GIVEN := DAY FULL_REFRESH SELECT FIRST LAST CMD TESTS CHANGED FOR KILLS ROUNDS MINUTES RUNS SEED REGISTRY BUILDER BASE_IMAGE IMAGE \
 	ENV KUBE_CONTEXT NAMESPACE RUN DEPLOYMENT PARAMETERS CONFIRM PORT PAIRS POSTGRES PROCESSES
 $(foreach name,$(GIVEN),$(if $(filter-out file,$(origin $(name))),$(eval \

@@ -152,7 +152,7 @@ def code(value: object) -> str:
 
 def sentence(text: str) -> str:
     """Return a comment as a sentence, with braces and URLs in backquotes."""
-    # What is in backquotes already is left alone.
+    # Leave text in backquotes alone.
     parts = re.split(r"(`[^`]*`)", " ".join(text.split()))
     for number, part in enumerate(parts[::2]):
         parts[2 * number] = re.sub(r"\[\{.*\}\]|\{\{.*?\}\}|\{[^{}]*\}|[a-z+]+://[^\s,;)]*", r"`\g<0>`", part)
@@ -168,7 +168,7 @@ def _comments(lines: list[str], number: int) -> str:
     first = number
     while first and re.match(r"\s*#", lines[first - 1]):
         first -= 1
-    # What is indented in a comment is an example.
+    # Indented text in a comment is an example.
     examples = (re.sub(r"^\s*# {2,}(.*)", r"`\1`.", each) for each in lines[first:number])
     return " ".join(re.sub(r"^\s*# ?(-- )?", "", each) for each in examples)
 

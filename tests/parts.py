@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -260,12 +260,18 @@ def prefect_server(home: Path) -> Iterator[str]:
     """The API's URL of a Prefect server that keeps its state in `home`; ended afterwards."""
     if not (home / "prefect.db").exists():
         shutil.copyfile(migrated_database(), home / "prefect.db")
-    port = free_port()
+    with served(home, free_port(), sys.executable, os.environ) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def served(home: Path, port: int, python: str | Path, environment: Mapping[str, str]) -> Iterator[str]:
+    """The API's URL of the server of an interpreter's Prefect, with its state in `home`; ended afterwards."""
     url = f"http://127.0.0.1:{port}/api"
-    with (home / "server.log").open("w") as log:
+    with (home / "server.log").open("a") as log:
         server = subprocess.Popen(
-            [sys.executable, "-m", "prefect", "server", "start", "--port", str(port)],
-            env=os.environ | {"PREFECT_HOME": str(home), "PYTHONTZPATH": ""},  # as `make server`
+            [str(python), "-m", "prefect", "server", "start", "--port", str(port)],
+            env={**environment, "PREFECT_HOME": str(home), "PYTHONTZPATH": ""},  # as `make server`
             cwd=home,
             stdout=log,
             stderr=subprocess.STDOUT,

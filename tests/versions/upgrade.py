@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from orchestration.settings import ROOT
-from tests.parts import answers, asked, client_of, free_port, wait_until
+from tests.parts import asked, client_of, free_port, served, wait_until
 from tests.versions.catalogue import PREVIOUS, locked, previous
 
 FLOW = """
@@ -47,25 +47,13 @@ def serving(python: Path, version: str, home: Path, port: int) -> Iterator[None]
     """Serve the API with the database in `home`; the schema is that of the newest server that has served it."""
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     # As in the chart, where a Job migrates and an older server leaves a newer schema as it is.
-    variables |= {"PREFECT_HOME": str(home), "PREFECT_API_DATABASE_MIGRATE_ON_START": "false", "PYTHONTZPATH": ""}
+    variables["PREFECT_API_DATABASE_MIGRATE_ON_START"] = "false"
     # Leases outlast a server, as those in the chart's Redis do.
     variables["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"] = "prefect.server.concurrency.lease_storage.filesystem"
-    command = [str(python), "-m", "prefect", "server", "start", "--port", str(port)]
-    with (home / "server.log").open("a") as log:
-        server = subprocess.Popen(command, env=variables, cwd=home, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            url = f"http://127.0.0.1:{port}/api"
-            wait_until(lambda: answers(f"{url}/health"), f"Prefect's server {version}; see {home}/server.log", 240)
-            with client_of(url) as api:
-                assert asked(api, "GET", "/admin/version") == version
-            yield
-        finally:
-            server.terminate()
-            try:
-                server.wait(30)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
+    with served(home, port, python, variables) as url:
+        with client_of(url) as api:
+            assert asked(api, "GET", "/admin/version") == version
+        yield
 
 
 def migrated(python: Path, home: Path) -> None:
