@@ -300,6 +300,7 @@ STANDING = {"watch", "reconcile"}
 """Those that end when they are told to."""
 
 
+@printable_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = parser().parse_args(arguments)
@@ -307,17 +308,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Of a short life: looking for garbage costs a quarter of what Prefect's import takes, and again at the end.
         gc.disable()
         atexit.register(gc.freeze)
-    with printable_output():
-        try:
-            return asyncio.run(COMMANDS[options.command](options))
-        except PipelineError as error:
-            print(f"{error}{'' if str(error).endswith('.') else '.'}", file=sys.stderr)
-            return FAILED
-        except KeyboardInterrupt:
-            print("\nInterrupted. Run it again: what is done is kept.", file=sys.stderr)
-            return INTERRUPTED
-        except BrokenPipeError:
-            return FAILED
+    try:
+        return asyncio.run(COMMANDS[options.command](options))
+    except PipelineError as error:
+        print(f"{error}{'' if str(error).endswith('.') else '.'}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("\nInterrupted. Run it again: what is done is kept.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        return FAILED
 
 
 if __name__ == "__main__":

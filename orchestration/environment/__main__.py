@@ -123,6 +123,7 @@ COMMANDS: dict[str, tuple[Callable[[Environment, argparse.Namespace], int], str]
 }
 
 
+@printable_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m orchestration.environment", description=__doc__.splitlines()[0])
@@ -148,16 +149,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif name == "ui":
             command.add_argument("--port", type=int, default=4200)
     options = parser.parse_args(arguments)
-    with printable_output():
-        try:
-            where = resolve(options.env, options.context, options.namespace)
-            return COMMANDS[options.command][0](where, options)
-        except ClusterError as error:
-            print(f"{error}{'' if str(error).endswith('.') else '.'}", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            print("\nInterrupted. Run it again: what is done is kept.", file=sys.stderr)
-            return 130
+    try:
+        where = resolve(options.env, options.context, options.namespace)
+        return COMMANDS[options.command][0](where, options)
+    except ClusterError as error:
+        print(f"{error}{'' if str(error).endswith('.') else '.'}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted. Run it again: what is done is kept.", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
