@@ -53,12 +53,12 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 UV_VERSION := 0.13.9
 UV = $(shell command -v uv || echo .uv/bin/uv)
 BIN := .venv/bin
-WAREHOUSE := $(BIN)/python -m orchestration.warehouse
+WAREHOUSE := $(BIN)/python -m orchestration.local.warehouse
 
 # The cluster that is named; for the local environment, the one of `make cluster`.
-CONTEXT = $(if $(KUBE_CONTEXT),$(call quoted,$(KUBE_CONTEXT)),"$(if $(filter local,$(ENV)),$$($(BIN)/python -m tests.cluster context))")
+CONTEXT = $(if $(KUBE_CONTEXT),$(call quoted,$(KUBE_CONTEXT)),"$(if $(filter local,$(ENV)),$$($(BIN)/python -m orchestration.operations.local_cluster context))")
 # kubectl and helm as they are here, else those that were built for the local cluster.
-ENVIRONMENT = PATH="$$PATH:$$($(BIN)/python -m tests.cluster path)" $(BIN)/python -m orchestration.environment
+ENVIRONMENT = PATH="$$PATH:$$($(BIN)/python -m orchestration.operations.local_cluster path)" $(BIN)/python -m orchestration.operations
 TARGET = --env $(call quoted,$(ENV)) --context $(CONTEXT) --namespace $(call quoted,$(NAMESPACE))
 
 export DO_NOT_TRACK := 1
@@ -132,7 +132,7 @@ down: cluster-down ## take the local cluster away, with all that is on it
 deploy: .venv/ready ## bring ENV to what the checkout says: charts, pool, deployments; FORCE=1 also where nothing changed
 	@$(ENVIRONMENT) deploy $(TARGET) $(if $(FORCE),--force)
 
-plan: .venv/ready ## what a deploy would change; scripts ask python -m orchestration.environment plan, see docs/how-to/deploy.md
+plan: .venv/ready ## what a deploy would change; scripts ask python -m orchestration.operations plan, see docs/how-to/deploy.md
 	@$(ENVIRONMENT) plan $(TARGET)
 
 rollback: .venv/ready ## take back the newest deploy: image, charts, pool, deployments
@@ -156,10 +156,10 @@ ui: .venv/ready ## open the UI on http://localhost:4200, or PORT=
 ##@ Cluster and image
 .PHONY: cluster cluster-down build push sbom worker-manifests
 cluster: .venv/ready ## make a local cluster: KUBE_CONTEXT if named, else kind, else a node from packages
-	@$(BIN)/python -m tests.cluster up
+	@$(BIN)/python -m orchestration.operations.local_cluster up
 
 cluster-down: .venv/ready ## take away the cluster that was made here
-	@$(BIN)/python -m tests.cluster down
+	@$(BIN)/python -m orchestration.operations.local_cluster down
 
 build: ## build the image, BUILDER=docker or buildah; prints its name
 	@docker/build
@@ -188,14 +188,14 @@ setup: .venv/ready ## create the environment in .venv
 # What a change affects is tested without a cluster, as one takes minutes.
 test: CLUSTER := $(or $(if $(CHANGED),none),$(CLUSTER))
 test: .venv/ready ## check the code and run all tests, PROCESSES=5 at once; TESTS=tests/flows for some; CHANGED=1; CLUSTER=none
-	$(if $(USES_CLUSTER),@$(BIN)/python -m tests.cluster preview)
+	$(if $(USES_CLUSTER),@$(BIN)/python -m tests.preview)
 	$(call stage,ruff,$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check .)
 	$(call stage,yamllint,$(BIN)/yamllint -s .)
 	$(call stage,codespell,$(BIN)/codespell)
 	$(call stage,docs-site,$(SITE))
-	$(call stage,shellcheck and hadolint,$(BIN)/shellcheck docker/build docker/sbom docker/stack tests/cluster/databases/entrypoint k8s/overlays/local/warehouse/secret .ci/run && $(BIN)/hadolint docker/Dockerfile tests/cluster/databases/Dockerfile)
+	$(call stage,shellcheck and hadolint,$(BIN)/shellcheck docker/build docker/sbom docker/stack docker/databases/entrypoint k8s/overlays/local/warehouse/secret .ci/run && $(BIN)/hadolint docker/Dockerfile docker/databases/Dockerfile)
 	$(call stage,sqlfluff,$(BIN)/sqlfluff lint -q flows/warehouse --nocolor)
-	$(if $(and $(USES_CLUSTER),$(filter-out none,$(or $(CLUSTER),any))),$(call stage,mypy and the cluster beside it,$(BIN)/mypy & { $(BIN)/python -m tests.cluster up || [ -z "$${CI:-}$(CLUSTER)" ]; } && wait $$!),$(call stage,mypy,$(BIN)/mypy))
+	$(if $(and $(USES_CLUSTER),$(filter-out none,$(or $(CLUSTER),any))),$(call stage,mypy and the cluster beside it,$(BIN)/mypy & { $(BIN)/python -m orchestration.operations.local_cluster up || [ -z "$${CI:-}$(CLUSTER)" ]; } && wait $$!),$(call stage,mypy,$(BIN)/mypy))
 	$(call stage,pytest,tests="$(SELECTED)" && { [ -z "$$tests" ] || $(BIN)/pytest$(if $(CHANGED)$(filter tests,$(TESTS)), --numprocesses $(call quoted,$(PROCESSES)) $(BY_FILE)) $$tests; })
 
 test-long: .venv/ready ## run the long tests, FOR="soak kills reconciler" some, LIST=1 shows them; KILLS= ROUNDS= MINUTES= RUNS= SEED=; FORCE=1

@@ -507,8 +507,8 @@ def write(name: str) -> None:
 
 def main() -> int:
     """Bring all blocks up to date; without helm, all but those that need helm. Return the exit status."""
-    from tests.cluster.binaries import MissingProgramError
-    from tests.cluster.progress import ClusterError
+    from orchestration.errors import ClusterError
+    from orchestration.operations.local_cluster.binaries import MissingProgramError
 
     for name, (page, _) in BLOCKS.items():
         try:

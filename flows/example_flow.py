@@ -26,10 +26,10 @@ from pydantic import BeforeValidator
 from flows import landing, raw
 from flows import report as reporting
 from flows.report import Step
-from orchestration import warehouse
 from orchestration.dbt import DbtProject, DbtResult
 from orchestration.errors import DbtError, PipelineError, WarehouseError, explains_itself, hide_explained_tracebacks
-from orchestration.server import reachable_server
+from orchestration.local import warehouse
+from orchestration.local.temporary_server import reachable_server
 from orchestration.settings import ROOT, settings
 
 hide_explained_tracebacks()

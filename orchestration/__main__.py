@@ -17,8 +17,8 @@ from orchestration.errors import DeploymentsError, PipelineError
 from orchestration.terminal import printable_output
 
 if TYPE_CHECKING:
-    from orchestration.api import Server
     from orchestration.deployments.desired import Desired
+    from orchestration.prefect_api import Server
 
 NOTHING, FAILED, DIFFERS, INTERRUPTED = 0, 1, 2, 130
 """Exit statuses."""
@@ -125,8 +125,8 @@ async def _wanted(options: argparse.Namespace) -> AsyncIterator[tuple["Server", 
     """The server, and what the files want of it. A mistake in the files is found without it where they name none of
     its variables.
     """
-    from orchestration.api import connected
-    from orchestration.deployments import desired, files, server, templates
+    from orchestration.deployments import desired, files, live_state, templates
+    from orchestration.prefect_api import connected
 
     documents = files.read(_files(options))
     read = functools.partial(
@@ -139,7 +139,7 @@ async def _wanted(options: argparse.Namespace) -> AsyncIterator[tuple["Server", 
     names = templates.variables_of(documents)
     wanted = None if names else read()
     async with connected(options.wait) as api:
-        yield api, wanted or read(variables=await server.variables(api, names))
+        yield api, wanted or read(variables=await live_state.variables(api, names))
 
 
 async def _plan(options: argparse.Namespace) -> int:
@@ -161,8 +161,8 @@ async def _sync(options: argparse.Namespace) -> int:
 
 
 async def _diff(options: argparse.Namespace) -> int:
-    from orchestration.api import connected
     from orchestration.deployments import drift, show
+    from orchestration.prefect_api import connected
 
     owner = _owner(options)
     async with connected() as api:
@@ -175,8 +175,8 @@ async def _diff(options: argparse.Namespace) -> int:
 
 
 async def _export(options: argparse.Namespace) -> int:
-    from orchestration.api import connected
-    from orchestration.deployments import export, objects
+    from orchestration.deployments import export, resources
+    from orchestration.prefect_api import connected
 
     owner = _owner(options) if options.mine else options.owner or _name() or "exported"
     async with connected() as api:
@@ -187,24 +187,24 @@ async def _export(options: argparse.Namespace) -> int:
     else:
         print(text, end="")
     for name, reason in sorted(export.unsaid(found).items()):
-        print(f"Left out: {objects.spoken(name)} {reason}", file=sys.stderr)
+        print(f"Left out: {resources.spoken(name)} {reason}", file=sys.stderr)
     for other, number in sorted(others.items()):
         print(f"Left out: {number} of {other}. Export them by --owner '{other}'", file=sys.stderr)
     return NOTHING
 
 
 async def _adopt(options: argparse.Namespace) -> int:
-    from orchestration.api import connected
-    from orchestration.deployments import objects, sync
+    from orchestration.deployments import resources, sync
+    from orchestration.prefect_api import connected
 
     try:
-        names = [objects.parsed(each) for each in options.names]
+        names = [resources.parsed(each) for each in options.names]
     except ValueError as error:
         raise DeploymentsError(str(error)) from None
     owner = _owner(options)
     async with connected() as api:
         await sync.adopt(api, owner, names, options.giver)
-    print(f"{owner} has taken over {', '.join(map(objects.spoken, names))}.")
+    print(f"{owner} has taken over {', '.join(map(resources.spoken, names))}.")
     return NOTHING
 
 
@@ -224,8 +224,8 @@ async def _watch(options: argparse.Namespace) -> int:
 
 
 async def _runs(options: argparse.Namespace) -> int:
-    from orchestration.api import connected
-    from orchestration.reconciler import timeline
+    from orchestration.inspection import timeline
+    from orchestration.prefect_api import connected
 
     async with connected() as api:
         found = await timeline.under_way(api, stuck=options.stuck)
@@ -234,8 +234,8 @@ async def _runs(options: argparse.Namespace) -> int:
 
 
 async def _why(options: argparse.Namespace) -> int:
-    from orchestration.api import connected
-    from orchestration.reconciler import timeline
+    from orchestration.inspection import timeline
+    from orchestration.prefect_api import connected
 
     async with connected() as api:
         run = await timeline.named(api, options.run)
@@ -252,8 +252,8 @@ async def _explain(options: argparse.Namespace) -> int:
 
 
 async def _memory(options: argparse.Namespace) -> int:
-    from orchestration.api import connected
-    from orchestration.reconciler import memory
+    from orchestration.inspection import memory
+    from orchestration.prefect_api import connected
 
     async with connected() as api:
         found = await memory.report(api, options.deployment)
@@ -263,7 +263,7 @@ async def _memory(options: argparse.Namespace) -> int:
 
 async def _reconcile(options: argparse.Namespace) -> int:
     from orchestration.reconciler import loop
-    from orchestration.reconciler.facts import Policy
+    from orchestration.reconciler.model import Policy
 
     await loop.reconcile(
         options.pool,

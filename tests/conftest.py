@@ -43,8 +43,8 @@ hypothesis.settings.register_profile("short", max_examples=100, deadline=None, d
 hypothesis.settings.register_profile("long", max_examples=5_000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
+from orchestration.operations.local_cluster import binaries
 from tests import parts, reporting
-from tests.cluster import binaries
 from tests.parts import Query, new_database, rows_of, settings_of
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ FIRST = (
     "tests/flows/test_warehouse.py",
     "tests/orchestration/deployments/test_kills.py",
     "tests/orchestration/dbt/test_ends.py",
-    "tests/orchestration/test_durable.py",
+    "tests/orchestration/runs/test_durable.py",
     "tests/orchestration/deployments/test_sync.py",
     "tests/orchestration/dbt/test_commands.py",
     "tests/orchestration/dbt/test_differential.py",
@@ -106,8 +106,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadFileS
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    from tests.cluster import choice
-    from tests.cluster.progress import ClusterError
+    from orchestration.errors import ClusterError
+    from orchestration.operations.local_cluster import choice
 
     try:
         choice.way()
@@ -208,8 +208,8 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[str]:
 
     Test files share it, also those of other processes; one that is marked `alone` has it to itself.
     """
-    from tests.cluster import __main__ as command
-    from tests.cluster.progress import ClusterError
+    from orchestration.errors import ClusterError
+    from orchestration.operations.local_cluster import __main__ as command
 
     with contextlib.ExitStack() as stack:
         alone = request.node.get_closest_marker("alone") is not None

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from orchestration.operations.local_cluster import binaries
+from orchestration.operations.local_cluster.turns import turn
 from orchestration.settings import ROOT
-from tests.cluster import binaries
-from tests.cluster.turns import turn
 
 
 class UvError(Exception):

@@ -22,10 +22,10 @@ import httpx
 import hypothesis
 import psycopg
 
-from orchestration import warehouse
+from orchestration.local import warehouse
+from orchestration.operations.local_cluster import binaries
+from orchestration.operations.local_cluster.turns import turn
 from orchestration.settings import ROOT, settings
-from tests.cluster import binaries
-from tests.cluster.turns import turn
 
 Query = Callable[..., list[tuple[Any, ...]]]
 

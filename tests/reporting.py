@@ -1,8 +1,8 @@
 """Reports what tests cost in processor seconds, and holds each folder to its budget in tests/budget.toml.
 
 A file's seconds are those of the process that runs its tests, of all that this process has started, and of the pods in
-the namespaces that its tests use. The local node measures the pods (tests/cluster/agent.py); on any other cluster
-they count nothing.
+the namespaces that its tests use. The local node's agent (orchestration/operations/local_cluster/agent.py) measures the
+pods; on any other cluster they count nothing.
 """
 
 import contextlib
@@ -18,7 +18,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster import binaries, namespace, node
+from orchestration.operations.local_cluster import binaries, node
+from tests.cluster import namespace
 
 PROCESSOR = "processor seconds"
 """The user property of a test's report with what it cost."""

@@ -33,10 +33,10 @@ CHARTS = "tests/helm/test_charts.py tests/helm/test_environments.py tests/helm/t
 READERS = {
     "helm/prefect-server/*": f"tests/helm/test_prefect_server.py {REFERENCE} {CHARTS}",
     "helm/prefect-work-pool/*": (
-        f"tests/helm/test_prefect_work_pool.py tests/orchestration/environment/* {REFERENCE} {CHARTS}"
+        f"tests/helm/test_prefect_work_pool.py tests/orchestration/operations/* {REFERENCE} {CHARTS}"
     ),
     "helm/environments/*": (
-        f"tests/helm/test_environments.py tests/orchestration/environment/* tests/e2e/* {REFERENCE}"
+        f"tests/helm/test_environments.py tests/orchestration/operations/* tests/e2e/* {REFERENCE}"
     ),
     "k8s/*": "tests/helm/test_environments.py tests/k8s/* tests/e2e/*",
     "docker/*": IMAGE,
@@ -44,12 +44,12 @@ READERS = {
     "flows/warehouse/*": "tests/flows/*",
     "orchestration/*": f"{IMAGE} tests/test_docs.py",
     # fsspec finds it by an entry point.
-    "orchestration/results.py": "tests/orchestration/test_results.py tests/orchestration/test_durable.py",
+    "orchestration/runs/redis_storage.py": "tests/orchestration/runs/*",
     "prefect.yaml": f"tests/orchestration/deployments/* {IMAGE}",
     "docs/*": f"tests/test_repository.py {REFERENCE}",
     "docs/diagnoses/*": "tests/orchestration/test_diagnoses.py tests/orchestration/reconciler/test_causes.py",
     "*.md": "tests/test_repository.py tests/test_docs.py",
-    "tests/cluster/*": "tests/cluster/* tests/docker/* tests/e2e/*",
+    "orchestration/operations/local_cluster/*": "tests/cluster/* tests/docker/* tests/e2e/*",
     ".ci/*": "tests/test_repository.py",
     ".github/*": "tests/test_repository.py tests/versions/test_command.py",
     "Makefile": "tests/test_makefile.py tests/test_docs.py tests/test_readme.py tests/test_repository.py "

@@ -14,12 +14,14 @@ import pytest
 
 from docs import generate, site_hooks
 from orchestration import __main__ as program
-from orchestration import execution, reconciler
+from orchestration import reconciler
 from orchestration.deployments import watch
+from orchestration.inspection import timeline
+from orchestration.operations.local_cluster.binaries import MissingProgramError
 from orchestration.prefect_compat.events import POD_EVENT_PREFIX
-from orchestration.reconciler import causes, decide, ends, timeline
+from orchestration.reconciler import causes, decide, pod_records
+from orchestration.runs import supervisor
 from orchestration.settings import ROOT
-from tests.cluster.binaries import MissingProgramError
 
 DOCS = ROOT / "docs"
 REFERENCE = DOCS / "reference"
@@ -213,7 +215,7 @@ def _page(name: str) -> str:
 def _modules() -> list[types.ModuleType]:
     """Return the modules that define what worker, supervisor and reconciler share."""
     names = [each.name for each in pkgutil.iter_modules(reconciler.__path__, f"{reconciler.__name__}.")]
-    return [execution, watch, *map(importlib.import_module, names)]
+    return [supervisor, watch, *map(importlib.import_module, names)]
 
 
 def _constants(prefix: str) -> set[str]:
@@ -235,7 +237,7 @@ def _states_of_actions() -> set[str]:
 def test_page_of_states_has_every_state() -> None:
     written = _states_of_actions()
     assert {"Crashed", "AwaitingRetry"} <= written
-    states = {*written, *causes.OF_STATE, *causes.STARTING, execution.GIVEN_AWAY}
+    states = {*written, *causes.OF_STATE, *causes.STARTING, supervisor.GIVEN_AWAY}
     page = _page("states")
     assert [each for each in sorted(states) if f"`{each}`" not in page] == []
     assert [each for each in causes.KINDS if f"| `{each}` |" not in page] == []
@@ -248,17 +250,24 @@ def test_page_of_states_has_every_state() -> None:
 
 def test_page_of_events_has_every_event() -> None:
     page = _page("events")
-    of_states = {*_states_of_actions(), execution.GIVEN_AWAY}
+    of_states = {*_states_of_actions(), supervisor.GIVEN_AWAY}
     events = {f"reconciler.flow-run.{each.lower()}" for each in of_states}
     events |= {f"{POD_EVENT_PREFIX}{each}" for each in timeline.PHASES}
-    events |= {timeline.GIVEN_UP, ends.ENDED, watch.DRIFTED, watch.RESTORED, timeline.SUBMITTED, timeline.EXECUTED}
+    events |= {
+        timeline.GIVEN_UP,
+        pod_records.ENDED,
+        watch.DRIFTED,
+        watch.RESTORED,
+        timeline.SUBMITTED,
+        timeline.EXECUTED,
+    }
     assert [each for each in sorted(events) if f"`{each}`" not in page] == []
 
 
 def test_page_of_labels_has_every_label() -> None:
     page = _page("labels-and-annotations")
-    labels = _constants("reconciler.") - {timeline.GIVEN_UP, ends.ENDED} | _constants("prefect.io/")
-    assert {execution.FENCED, execution.CAUSE} <= labels
+    labels = _constants("reconciler.") - {timeline.GIVEN_UP, pod_records.ENDED} | _constants("prefect.io/")
+    assert {supervisor.FENCED, supervisor.CAUSE} <= labels
     assert [each for each in sorted(labels) if f"`{each}" not in page] == []
 
 

@@ -44,8 +44,8 @@ def test_everything_runs_after_a_preview_and_with_a_cluster(make: Make) -> None:
     assert make() == (
         0,
         [
-            "python -m tests.cluster preview CLUSTER=",
-            "python -m tests.cluster up CLUSTER=",
+            "python -m tests.preview CLUSTER=",
+            "python -m orchestration.operations.local_cluster up CLUSTER=",
             f"pytest {ALL} tests CLUSTER=",
         ],
     )
@@ -73,11 +73,11 @@ def test_paths_that_need_no_cluster_make_none(make: Make) -> None:
 @pytest.mark.parametrize("where", ["environment", "command line"])
 def test_without_cluster_none_is_made(make: Make, where: str) -> None:
     ran = make(cluster="none") if where == "environment" else make("CLUSTER=none")
-    assert ran == (0, ["python -m tests.cluster preview CLUSTER=none", f"pytest {ALL} tests CLUSTER=none"])
+    assert ran == (0, ["python -m tests.preview CLUSTER=none", f"pytest {ALL} tests CLUSTER=none"])
 
 
 def test_preview_that_fails_stops_make(make: Make) -> None:
-    assert make(cluster="kid", fails="preview") == (2, ["python -m tests.cluster preview CLUSTER=kid"])
+    assert make(cluster="kid", fails="preview") == (2, ["python -m tests.preview CLUSTER=kid"])
 
 
 @pytest.mark.parametrize("status", [0, 1, 2])

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from orchestration.operations.local_cluster import node
 from orchestration.settings import ROOT
-from tests.cluster import node
 from tests.parts import wait_until
 from tests.reporting import Meter, over_budget
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.cluster import choice, node
+from orchestration.operations.local_cluster import choice, node
 from tests.conftest import FIRST
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,7 +8,7 @@ from typing import Any
 from orchestration.deployments import desired as wanted
 from orchestration.deployments import schedules
 from orchestration.deployments.desired import Desired
-from orchestration.deployments.objects import DEPLOYMENT, POOL, QUEUE, title
+from orchestration.deployments.resources import DEPLOYMENT, POOL, QUEUE, title
 from orchestration.errors import DeploymentsError
 
 TIMES = 5

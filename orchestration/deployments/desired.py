@@ -41,7 +41,7 @@ from pydantic import (
 
 from orchestration.deployments import files, schedules, templates
 from orchestration.deployments.files import Map
-from orchestration.deployments.objects import (
+from orchestration.deployments.resources import (
     AUTOMATION,
     DEPLOYMENT,
     FILE_SYSTEM,

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-from orchestration.api import Server
+from orchestration.deployments import live_state as api
 from orchestration.deployments import record as records_of
-from orchestration.deployments import server as api
-from orchestration.deployments.objects import Difference, Object, differences
+from orchestration.deployments.resources import Difference, Object, differences
 from orchestration.errors import DeploymentsError
+from orchestration.prefect_api import Server
 
 
 @dataclass

@@ -8,11 +8,10 @@ from typing import Any
 
 import yaml
 
-from orchestration.api import JSON, Server
+from orchestration.deployments import live_state as api
 from orchestration.deployments import record as records_of
-from orchestration.deployments import server as api
 from orchestration.deployments import templates
-from orchestration.deployments.objects import (
+from orchestration.deployments.resources import (
     AUTOMATION,
     DEPLOYMENT,
     FILE_SYSTEM,
@@ -26,6 +25,7 @@ from orchestration.deployments.objects import (
     Object,
     fires_on_everything,
 )
+from orchestration.prefect_api import JSON, Server
 
 FILLED_IN = (
     "description",

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestration.api import JSON, Server
+from orchestration.deployments import live_state as api
 from orchestration.deployments import record as records_of
-from orchestration.deployments import server as api
 from orchestration.deployments.desired import Desired
-from orchestration.deployments.objects import (
+from orchestration.deployments.record import Record
+from orchestration.deployments.resources import (
     AUTOMATION,
     DEPLOYMENT,
     KINDS,
@@ -22,8 +22,8 @@ from orchestration.deployments.objects import (
     differences,
     spoken,
 )
-from orchestration.deployments.record import Record
 from orchestration.errors import DeploymentsError
+from orchestration.prefect_api import JSON, Server
 
 CREATE, CHANGE, ADOPT, FINISH = "create", "change", "adopt", "finish"
 END, DELETE, FORGET, KEEP = "end", "delete", "forget", "keep"

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from orchestration.errors import DeploymentsError
-from orchestration.jobtemplate import nested
+from orchestration.worker.job_template import nested
 
 DEMANDED = frozenset({"cpu", "memory", "requests.cpu", "requests.memory", "limits.cpu", "limits.memory"})
 """What every container must state if a quota counts it."""

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from uuid import uuid4
 
-from orchestration.api import JSON, RefusedError, Server
-from orchestration.deployments.objects import Name
+from orchestration.deployments.resources import Name
 from orchestration.errors import DeploymentsError
+from orchestration.prefect_api import JSON, RefusedError, Server
 
 TYPE = "orchestrate-record"
 """The block type's slug."""

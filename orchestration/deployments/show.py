@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestration.deployments.drift import Drift
-from orchestration.deployments.objects import Difference, Object, title
 from orchestration.deployments.plan import ADOPT, CHANGE, CREATE, DELETE, END, FINISH, FORGET, KEEP, Plan
+from orchestration.deployments.resources import Difference, Object, title
 
 MARKS = {
     CREATE: ("+", "create", "32"),

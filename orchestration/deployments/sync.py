@@ -16,13 +16,14 @@ from itertools import groupby
 from typing import Any
 from urllib.parse import quote
 
-from orchestration.api import JSON, RefusedError, Server
+from orchestration.deployments import live_state as api
 from orchestration.deployments import plan as planning
 from orchestration.deployments import record as records_of
 from orchestration.deployments import schedules
-from orchestration.deployments import server as api
 from orchestration.deployments.desired import Desired
-from orchestration.deployments.objects import (
+from orchestration.deployments.plan import CREATE, DELETE, END, FINISH, FORGET, KEEP, Change, Plan
+from orchestration.deployments.record import Record
+from orchestration.deployments.resources import (
     AUTOMATION,
     DEPLOYMENT,
     FILE_SYSTEM,
@@ -39,9 +40,8 @@ from orchestration.deployments.objects import (
     spoken,
     with_deployment,
 )
-from orchestration.deployments.plan import CREATE, DELETE, END, FINISH, FORGET, KEEP, Change, Plan
-from orchestration.deployments.record import Record
 from orchestration.errors import DeploymentsError, PipelineError
+from orchestration.prefect_api import JSON, RefusedError, Server
 
 ROUNDS = 10
 """How often a sync looks again when another one was at work at the same time."""

@@ -13,12 +13,12 @@ from uuid import uuid4
 
 import prometheus_client as prometheus
 
-from orchestration.api import Server, connected
 from orchestration.deployments import drift, record
 from orchestration.deployments.drift import Drift
-from orchestration.deployments.objects import KINDS, spoken
+from orchestration.deployments.resources import KINDS, spoken
 from orchestration.errors import DeploymentsError, PipelineError
-from orchestration.serving import Pulse, served
+from orchestration.health import Pulse, served
+from orchestration.prefect_api import Server, connected
 
 DRIFTED, RESTORED = "desired-state.drifted", "desired-state.restored"
 """Events of the resource `desired-state.SLUG`."""

@@ -7,11 +7,9 @@ from typing import Any
 from urllib.parse import quote
 from uuid import NAMESPACE_URL, uuid4, uuid5
 
-from orchestration.api import JSON, RefusedError, Server
 from orchestration.errors import ClusterError
-from orchestration.execution import GIVEN_AWAY
-from orchestration.reconciler import remains
-from orchestration.reconciler.cluster import Cluster
+from orchestration.prefect_api import JSON, RefusedError, Server
+from orchestration.reconciler import orphans
 from orchestration.reconciler.decide import (
     LOG,
     LOST,
@@ -28,7 +26,9 @@ from orchestration.reconciler.decide import (
     Unclaim,
     verdict,
 )
-from orchestration.reconciler.facts import Pod, Retries, Run
+from orchestration.reconciler.kubernetes_client import Cluster
+from orchestration.reconciler.model import Pod, Retries, Run
+from orchestration.runs.supervisor import GIVEN_AWAY
 
 BEFORE_ANY_WORKER = timedelta(seconds=60)
 """How far ahead no worker looks for runs. Cut off after it, a run starts that much later, with the memory it had."""
@@ -74,13 +74,13 @@ async def carry_out(server: Server, cluster: Cluster, action: Action, pods: list
     if isinstance(action, Cancel):
         return await _set(server, run, "CANCELLING", "Cancelling", action.sentence)
     if isinstance(action, Cancelled):
-        await remains.give_back(server, pods)
+        await orphans.give_back(server, pods)
         if action.labels:
             await server.ask("PATCH", f"/flow_runs/{run.id}/labels", action.labels)
         return await _set(server, run, "CANCELLED", "Cancelled", action.sentence)
     if isinstance(action, Crash):
         tail = await _log_tail(cluster, pods, run)
-        await remains.give_back(server, pods)
+        await orphans.give_back(server, pods)
         # First the cause: whoever finds the run crashed knows it, also if this process ends in between.
         await server.ask("PATCH", f"/flow_runs/{run.id}/labels", action.labels)
         return await _set(server, run, "CRASHED", "Crashed", f"{action.cause.sentence}.{tail}")
@@ -91,8 +91,8 @@ async def carry_out(server: Server, cluster: Cluster, action: Action, pods: list
 
 async def _time_out(server: Server, action: TimeOut, pods: list[Pod], tail: str) -> str:
     run = action.run
-    await remains.give_back(server, pods)
-    await remains.end(server, run.id, f"Its run {run.name} has timed out")
+    await orphans.give_back(server, pods)
+    await orphans.end(server, run.id, f"Its run {run.name} has timed out")
     if action.labels:
         await server.ask("PATCH", f"/flow_runs/{run.id}/labels", action.labels)
     # A flow's own retries would make of a proposed failure another run attempt.
@@ -114,14 +114,14 @@ async def _retry(server: Server, action: Retry, found: JSON) -> str:
     run = action.run
     told = verdict(run, action.cause, await _retries(server, found))
     if not told.again:
-        await remains.end(server, run.id, f"Its run {run.name} has crashed")
+        await orphans.end(server, run.id, f"Its run {run.name} has crashed")
         await server.ask("PATCH", f"/flow_runs/{run.id}/labels", told.labels)
         await _event(server, run, "given-up", told.sentence)
         return f"run {run.name}: {told.sentence}"
     # First counted, then tried: cut off in between it is tried without being counted again.
     await server.ask("PATCH", f"/flow_runs/{run.id}/labels", told.labels)
     if not run.labels.get(LOST):  # else it may go on for a while
-        await remains.release(server, run.id)
+        await orphans.release(server, run.id)
     delay = told.delay * random.uniform(1, 1.25)  # noqa: S311 - so that many do not come back at once
     message = f"{told.sentence}. {action.cause.sentence}"
     if told.memory:

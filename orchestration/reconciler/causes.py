@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from orchestration.reconciler.facts import Job, Pod, quantity
+from orchestration.reconciler.model import Job, Pod, quantity
 
 HOPELESS = {
     "ErrImagePull": "ImagePullBackOff",

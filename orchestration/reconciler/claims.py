@@ -3,9 +3,9 @@
 import asyncio
 from collections.abc import Iterable, Mapping
 
-from orchestration.api import Server
-from orchestration.execution import claim_of, is_given_away
-from orchestration.reconciler.facts import Job, Run
+from orchestration.prefect_api import Server
+from orchestration.reconciler.model import Job, Run
+from orchestration.runs.supervisor import claim_of, is_given_away
 
 
 async def given_away(server: Server, runs: Mapping[str, Run | None], jobs: Iterable[Job]) -> set[str]:

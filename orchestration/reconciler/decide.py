@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from orchestration.execution import CAUSE, DISRUPTIONS, FENCED, GIVEN_AWAY, STOPPED, whole_number
 from orchestration.reconciler import causes
 from orchestration.reconciler.causes import Cause
-from orchestration.reconciler.facts import FINAL, REFUSAL, Job, Pod, Policy, Refusal, Retries, Run, quantity
+from orchestration.reconciler.model import FINAL, REFUSAL, Job, Pod, Policy, Refusal, Retries, Run, quantity
+from orchestration.runs.supervisor import CAUSE, DISRUPTIONS, FENCED, GIVEN_AWAY, STOPPED, whole_number
 
 LOST, CRASHES, RETRIED, SETTLED = (f"reconciler.{name}" for name in ("lost", "crashes", "retried", "settled"))
 """Labels of a run: whether an execution was lost from sight with a crash, noted before its state is written; how many

@@ -19,18 +19,18 @@ from urllib.parse import quote
 import httpx
 import prometheus_client as prometheus
 
-from orchestration import api
-from orchestration.api import JSON, RefusedError, Server
+from orchestration import prefect_api
 from orchestration.errors import ClusterError, PipelineError
-from orchestration.reconciler import claims, ends
-from orchestration.reconciler import cluster as kubernetes
+from orchestration.health import Pulse, served
+from orchestration.prefect_api import JSON, RefusedError, Server
+from orchestration.reconciler import claims, pod_records
+from orchestration.reconciler import kubernetes_client as kubernetes
 from orchestration.reconciler.actions import carry_out, gather
-from orchestration.reconciler.cluster import Cluster, Leadership
 from orchestration.reconciler.decide import Action, Stop, decide, is_steady
-from orchestration.reconciler.ends import Note
-from orchestration.reconciler.facts import ORDINARY, Job, Pod, Policy, Run
-from orchestration.reconciler.podevents import PodEvents
-from orchestration.serving import Pulse, served
+from orchestration.reconciler.kubernetes_client import Cluster, Leadership
+from orchestration.reconciler.model import ORDINARY, Job, Pod, Policy, Run
+from orchestration.reconciler.pod_events import PodEvents
+from orchestration.reconciler.pod_records import Note
 from orchestration.terminal import one_line
 
 LIVE = ["PENDING", "RUNNING", "CANCELLING"]
@@ -124,7 +124,7 @@ async def look(server: Server, cluster: Cluster, pool: str, steady: Mapping[str,
     # What lives without a run that is alive: of one that is over, or that somebody has deleted.
     unknown = {each.run for each in pods if each.live or each.lingers} | {each.run for each in jobs if not each.over}
     # And of what has ended, what is not noted yet.
-    unknown |= {each.run for some in ends.of_jobs(jobs, pods).values() for each in some}
+    unknown |= {each.run for some in pod_records.of_jobs(jobs, pods).values() for each in some}
     unknown -= {each.id for each in known}
     runs |= await _named(server, sorted(unknown))
     late = await claims.given_away(server, runs, jobs)
@@ -188,8 +188,8 @@ async def _gone(server: Server, deployments: Sequence[str]) -> set[str]:
 
 async def _named(server: Server, ids: Sequence[str]) -> dict[str, Run | None]:
     found: dict[str, Run | None] = dict.fromkeys(ids)
-    for start in range(0, len(ids), api.PAGE):
-        which = {"id": {"any_": ids[start : start + api.PAGE]}}
+    for start in range(0, len(ids), prefect_api.PAGE):
+        which = {"id": {"any_": ids[start : start + prefect_api.PAGE]}}
         for each in await server.all("/flow_runs/filter", flow_runs=which):
             found[each["id"]] = Run.read(each) if each["state"] else None
     return found
@@ -295,7 +295,7 @@ class Reconciler:
             jobs, pods = seen.jobs.get(id_, ()), list(seen.pods.get(id_, ()))
             try:
                 decided = decide(run, jobs, pods, now, self.policy)
-                notes = ends.unnoted(run, jobs, pods)
+                notes = pod_records.unnoted(run, jobs, pods)
             except Exception as error:
                 failures.append((f"Run {id_}", error))
                 continue
@@ -344,7 +344,7 @@ class Reconciler:
 
     async def _note(self, note: Note) -> None:
         if self.lead is None or self.lead.held:
-            await ends.note(self.server, self.cluster, note)
+            await pod_records.note(self.server, self.cluster, note)
 
     async def _tell(self, pods: Sequence[Pod]) -> None:
         if self.events and (self.lead is None or self.lead.held):
@@ -396,7 +396,7 @@ async def reconcile(
     """
     pulse = Pulse(3 * every + GRACE)
     with served(pulse, port):
-        async with kubernetes.connected(namespace, url) as cluster, api.connected(wait) as server:
+        async with kubernetes.connected(namespace, url) as cluster, prefect_api.connected(wait) as server:
             # A round that fails is made anew, from what is then; and what this one has sent must not linger.
             server.patience, server.client.timeout = 0, httpx.Timeout(2 * kubernetes.TIMEOUT)
             lead = Leadership(cluster, lease, identity) if lease else None

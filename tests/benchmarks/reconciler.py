@@ -28,19 +28,19 @@ import psutil
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from orchestration.api import Server
-from orchestration.reconciler.cluster import Cluster
-from orchestration.reconciler.facts import CLUSTER, POOL_LABEL, RUN_LABEL, Policy
+from orchestration.errors import ClusterError
+from orchestration.health import Pulse
+from orchestration.operations.local_cluster import __main__ as local_cluster
+from orchestration.operations.local_cluster import binaries
+from orchestration.operations.local_cluster.agent import SIMULATED
+from orchestration.prefect_api import Server
+from orchestration.reconciler.kubernetes_client import Cluster
 from orchestration.reconciler.loop import Reconciler
-from orchestration.serving import Pulse
+from orchestration.reconciler.model import CLUSTER, POOL_LABEL, RUN_LABEL, Policy
 from orchestration.settings import ROOT
 from tests.benchmarks.deployments import POOL, new_server, version
 from tests.benchmarks.run import Figure, table
-from tests.cluster import __main__ as local_cluster
-from tests.cluster import binaries
-from tests.cluster.agent import SIMULATED
 from tests.cluster.namespace import proxied, restricted
-from tests.cluster.progress import ClusterError
 from tests.e2e.faults.victims import watched
 from tests.e2e.release import Object, pool_values
 from tests.helm.rendering import render

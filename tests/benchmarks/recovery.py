@@ -17,9 +17,9 @@ from itertools import pairwise
 
 import httpx
 
-from orchestration.reconciler.ends import PEAK
+from orchestration.errors import ClusterError
+from orchestration.reconciler.pod_records import PEAK
 from tests.benchmarks.run import Figure, table
-from tests.cluster.progress import ClusterError
 from tests.e2e.faults.victims import killed, pods, state_named, states
 from tests.e2e.release import Pool
 from tests.e2e.runs import deployment, ended, logged, run_of, start
@@ -78,7 +78,7 @@ def measure(api: httpx.Client, pool: Pool, kills: int) -> list[Figure]:
 
 
 PREFECTS = "python -m prefect flow-run execute"
-"""Prefect's own command, in words that `orchestration.execution` does not take for what it does better."""
+"""Prefect's own command, in words that `orchestration.runs.supervisor` does not take for what it does better."""
 
 
 def beginnings(api: httpx.Client, pool: Pool, pairs: int) -> list[Figure]:

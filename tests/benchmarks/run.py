@@ -26,7 +26,7 @@ import httpx
 import psutil
 
 from flows import backfill, landing, raw
-from orchestration import warehouse
+from orchestration.local import warehouse
 from orchestration.settings import ROOT
 from tests.parts import answers, embedded_postgres, new_database, prefect_server
 
@@ -97,7 +97,7 @@ def _memory_of(process: "subprocess.Popen[bytes]") -> Iterator[Memory]:
                 for each in [root, *root.children(recursive=True)]:
                     with contextlib.suppress(psutil.Error):
                         size = each.memory_full_info().pss / 2**20
-                        if "orchestration.server" in each.cmdline():
+                        if "orchestration.local.temporary_server" in each.cmdline():
                             server += size
                         else:
                             flow += size

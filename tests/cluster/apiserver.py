@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import yaml
 
-from tests.cluster import binaries, certificates
+from orchestration.operations.local_cluster import binaries, certificates
 from tests.parts import free_port, wait_until
 
 NAMESPACE = "prefect"

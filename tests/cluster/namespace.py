@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
-from tests.cluster import binaries, images
-from tests.cluster.progress import ClusterError
+from orchestration.errors import ClusterError
+from orchestration.operations.local_cluster import binaries, images
 from tests.parts import wait_until
 
 RESTRICTED = {

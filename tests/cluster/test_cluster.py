@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from tests.cluster import __main__ as command
-from tests.cluster import binaries, images, node
+from orchestration.errors import ClusterError
+from orchestration.operations.local_cluster import __main__ as command
+from orchestration.operations.local_cluster import binaries, images, node
 from tests.cluster.namespace import Namespace, network_policy
-from tests.cluster.progress import ClusterError
 from tests.parts import wait_until
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster import __main__ as command
-from tests.cluster import binaries, node
+from orchestration.errors import ClusterError
+from orchestration.operations.local_cluster import __main__ as command
+from orchestration.operations.local_cluster import binaries, node
 from tests.cluster.namespace import Namespace, network_policy
-from tests.cluster.progress import ClusterError
 from tests.parts import wait_until
 
 pytestmark = pytest.mark.alone

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import binaries, kind
-from tests.cluster.progress import ClusterError
+from orchestration.errors import ClusterError
+from orchestration.operations.local_cluster import binaries, kind
 from tests.parts import wait_until
 
 PACKAGES = {"dockerd": "docker.io", "docker-compose": "docker-compose"}

@@ -125,7 +125,7 @@ def test_it_runs_what_a_cluster_runs(pod: Callable[..., str]) -> None:
     assert "postgres: 1.11" in pod("dbt", "--version")
     pod("orchestrate", "check")
     pod("python", "-c", "import fsspec; [fsspec.get_filesystem_class(each) for each in ('redis', 's3')]")
-    pod("python", "-c", "import orchestration.engine")
+    pod("python", "-c", "import orchestration.runs.engine")
     assert pod(
         "python", "-c", "import zoneinfo; print(zoneinfo.TZPATH, zoneinfo.ZoneInfo('Europe/Zurich'))"
     ).split() == [

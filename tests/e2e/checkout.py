@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
-from orchestration.environment.target import Environment
+from orchestration.operations.environment import Environment
 from tests.parts import wait_until
 
 MAKE = ("make", "--silent", "--old-file", ".venv/ready")

@@ -8,11 +8,11 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from orchestration.environment.target import Environment
+from orchestration.operations.environment import Environment
+from orchestration.operations.local_cluster import binaries
+from orchestration.operations.local_cluster.turns import turn
 from orchestration.settings import ROOT
-from tests.cluster import binaries
 from tests.cluster.namespace import USED, Namespace, remove, restricted
-from tests.cluster.turns import turn
 from tests.e2e.checkout import CRON, Checkout
 from tests.e2e.release import (
     Object,

@@ -14,13 +14,13 @@ from typing import Any
 import httpx
 import yaml
 
-from orchestration.environment.api import connected
-from orchestration.environment.target import Environment
+from orchestration.errors import ClusterError
+from orchestration.operations.environment import Environment
+from orchestration.operations.local_cluster import binaries, images
+from orchestration.operations.local_cluster.turns import turn
+from orchestration.operations.port_forward import connected
 from orchestration.settings import ROOT
-from tests.cluster import binaries, images
 from tests.cluster.namespace import Namespace, make_restricted, remove
-from tests.cluster.progress import ClusterError
-from tests.cluster.turns import turn
 from tests.e2e.pace import HEARTBEAT_SECONDS, PREFETCH_SECONDS
 from tests.parts import wait_until
 

@@ -12,11 +12,11 @@ import httpx
 import yaml
 
 from docs.screenshot import screenshot
-from orchestration.environment.api import connected, user
-from orchestration.environment.diagnosis import troubles, why
-from orchestration.environment.runs import named
-from orchestration.environment.target import POOL
-from tests.cluster import binaries
+from orchestration.operations.environment import POOL
+from orchestration.operations.local_cluster import binaries
+from orchestration.operations.port_forward import connected, user
+from orchestration.operations.release_diagnosis import troubles, why
+from orchestration.operations.start_run import named
 from tests.cluster.namespace import Namespace
 from tests.e2e.checkout import CRON, DAILY, MAKE, Checkout, environment
 from tests.e2e.runs import ended, start

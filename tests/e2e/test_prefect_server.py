@@ -9,10 +9,10 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from orchestration.environment.diagnosis import why
-from orchestration.environment.target import Environment
+from orchestration.errors import ClusterError
+from orchestration.operations.environment import Environment
+from orchestration.operations.release_diagnosis import why
 from tests.cluster.namespace import Namespace, restricted
-from tests.cluster.progress import ClusterError
 from tests.e2e.release import Object, Release, server_values
 from tests.parts import wait_until
 

@@ -9,7 +9,7 @@ import httpx
 import pytest
 import yaml
 
-from tests.cluster.progress import ClusterError
+from orchestration.errors import ClusterError
 from tests.e2e.release import SMALL, Object, Pool, Release, merged
 from tests.e2e.runs import deployment, ended, logged, run_of, start
 from tests.helm.rendering import environment

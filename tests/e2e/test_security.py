@@ -7,7 +7,7 @@ from collections.abc import Callable
 import httpx
 import pytest
 
-from tests.cluster.progress import ClusterError
+from orchestration.errors import ClusterError
 from tests.e2e.release import Object, Pool, merged
 from tests.e2e.runs import deployment, ended, start
 from tests.parts import wait_until

@@ -10,10 +10,10 @@ from uuid import uuid4
 import pytest
 import yaml
 
+from orchestration.errors import ClusterError
+from orchestration.operations.local_cluster import binaries, images
 from orchestration.settings import ROOT
-from tests.cluster import binaries, images
 from tests.cluster.namespace import Namespace
-from tests.cluster.progress import ClusterError
 from tests.parts import wait_until
 
 LOCAL = ROOT / "k8s" / "overlays" / "local"

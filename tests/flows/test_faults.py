@@ -15,7 +15,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from orchestration import warehouse
+from orchestration.local import warehouse
 from orchestration.settings import ROOT
 from tests.long.kills import Undisturbed, run_killed_at_random
 from tests.parts import Query, copy_of_checkout, rows_of, settings_of, wait_until

@@ -13,8 +13,9 @@ from prefect.utilities.templating import apply_values
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
 from orchestration.deployments import desired
-from orchestration.deployments.objects import POOL, QUEUE
-from tests.cluster import apiserver, binaries
+from orchestration.deployments.resources import POOL, QUEUE
+from orchestration.operations.local_cluster import binaries
+from tests.cluster import apiserver
 from tests.helm.rendering import Object
 from tests.parts import wait_until
 

@@ -11,8 +11,8 @@ import jsonschema
 import kubernetes_validate
 import yaml
 
+from orchestration.operations.local_cluster import binaries
 from orchestration.settings import ROOT
-from tests.cluster import binaries
 
 KUBERNETES = (binaries.KUBERNETES.removeprefix("v").rpartition(".")[0], "1.29")
 """The API versions whose schemas every object must meet: the node's, and the oldest that the charts take."""

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from jsonschema import ValidationError
 
+from orchestration.errors import ClusterError
 from orchestration.settings import ROOT
-from tests.cluster.progress import ClusterError
 from tests.helm.rendering import (
     EVERY_POD,
     POD_RULES,

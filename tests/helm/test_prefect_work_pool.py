@@ -10,10 +10,10 @@ import pytest
 import yaml
 from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerJobConfiguration
 
-from orchestration.deployments.objects import FILE_SYSTEM, KINDS, POOL
-from orchestration.reconciler.facts import Retries
+from orchestration.deployments.resources import FILE_SYSTEM, KINDS, POOL
+from orchestration.errors import ClusterError
+from orchestration.reconciler.model import Retries
 from orchestration.settings import ROOT
-from tests.cluster.progress import ClusterError
 from tests.helm.rendering import (
     EVERY_POD,
     POD_RULES,
@@ -349,7 +349,7 @@ def test_what_a_run_gets_after_a_crash_is_a_job_variable() -> None:
     names = [each.name for each in fields(Retries)]
     assert [properties[name]["default"] for name in names] == list(retries.values())
     [container] = _job(_pool(TAG))["spec"]["template"]["spec"]["containers"]
-    assert container["command"][-1] == "/app/orchestration/execution.py"
+    assert container["command"][-1] == "/app/orchestration/runs/supervisor.py"
 
 
 def test_results_outlive_the_pod_where_they_have_a_volume() -> None:

@@ -20,14 +20,14 @@ from hypothesis import strategies as st
 from prefect.settings import PREFECT_API_URL, Settings, temporary_settings
 from sqlalchemy.engine import make_url
 
-from orchestration.api import connected
 from orchestration.deployments import desired
-from orchestration.deployments.objects import POOL
+from orchestration.deployments.resources import POOL
 from orchestration.deployments.sync import sync
+from orchestration.errors import ClusterError
+from orchestration.operations.local_cluster import binaries
+from orchestration.prefect_api import connected
 from orchestration.settings import ROOT
-from tests.cluster import binaries
 from tests.cluster.apiserver import ApiServer
-from tests.cluster.progress import ClusterError
 from tests.helm import acceptance, values, verdicts
 from tests.helm.rendering import Object, environment, objects_of, one, pod_specs, render, rendered
 from tests.helm.test_charts import CHARTS

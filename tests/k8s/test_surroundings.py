@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from orchestration.operations.local_cluster import binaries
+from orchestration.operations.local_cluster.policies import selects
 from orchestration.settings import ROOT
-from tests.cluster import binaries
-from tests.cluster.policies import selects
 from tests.helm.rendering import Object, inventory, objects_of, one, pod_specs, render
 from tests.helm.test_charts import CHARTS
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from k8s.worker import generate
+from orchestration.operations.local_cluster import binaries
+from orchestration.operations.local_cluster.policies import selects
 from orchestration.settings import ROOT
-from tests.cluster import binaries
-from tests.cluster.policies import selects
 from tests.helm import test_prefect_work_pool
 from tests.helm.rendering import Object, assert_restricted, environment, inventory, objects_of, one, pod_specs, render
 from tests.k8s.test_surroundings import K8S, charts

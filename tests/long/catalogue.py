@@ -9,7 +9,7 @@ PREFECT = ("uv.lock#prefect", "uv.lock#fastapi", "uv.lock#sqlalchemy")
 DBT = (
     "orchestration/dbt",
     "orchestration/prefect_compat",
-    "orchestration/warehouse.py",
+    "orchestration/local/warehouse.py",
     *PREFECT,
     "uv.lock#dbt-core",
     "uv.lock#dbt-postgres",
@@ -27,14 +27,14 @@ CHARTS = (
 
 RUNS = (
     "orchestration/reconciler",
-    "orchestration/api.py",
-    "orchestration/engine.py",
-    "orchestration/execution.py",
+    "orchestration/prefect_api.py",
+    "orchestration/runs/engine.py",
+    "orchestration/runs/supervisor.py",
     "orchestration/prefect_compat",
     "orchestration/protocol.py",
-    "orchestration/results.py",
-    "orchestration/serving.py",
-    "orchestration/worker.py",
+    "orchestration/runs/redis_storage.py",
+    "orchestration/health.py",
+    "orchestration/worker/kubernetes_worker.py",
     *CHARTS,
     "tests/e2e/pace.py",
     "tests/e2e/release.py",
@@ -49,7 +49,7 @@ PROPERTIES = (
     "tests/orchestration/deployments/test_export.py",
     "tests/orchestration/deployments/test_schedules.py",
     "tests/orchestration/reconciler/test_decide.py",
-    "tests/orchestration/reconciler/test_memory.py",
+    "tests/orchestration/inspection/test_memory.py",
 )
 """The files of tests that Hypothesis draws the examples of."""
 
@@ -79,7 +79,7 @@ LONG_TESTS = (
         (
             "orchestration/deployments",
             "orchestration/__main__.py",
-            "orchestration/api.py",
+            "orchestration/prefect_api.py",
             "orchestration/prefect_compat",
             *PREFECT,
             "tests/long/sync_kills.py",
@@ -91,7 +91,7 @@ LONG_TESTS = (
         "dbt-ends",
         "A dbt run that is killed or cancelled at a random moment leaves no SQL, and its retry completes it.",
         (
-            "orchestration/execution.py",
+            "orchestration/runs/supervisor.py",
             "orchestration/protocol.py",
             *DBT,
             *DBT_TESTS,
@@ -119,7 +119,7 @@ LONG_TESTS = (
         "production",
         "ENV=production is installed with two replicas of each component on external databases and runs the daily job.",
         (
-            "orchestration/environment",
+            "orchestration/operations",
             "helm/environments",
             *CHARTS,
             *PREFECT,

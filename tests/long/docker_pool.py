@@ -20,10 +20,10 @@ import httpx
 import pytest
 import yaml
 
-from orchestration.environment import registry
+from orchestration.errors import ClusterError
+from orchestration.operations import registry
+from orchestration.operations.local_cluster import binaries, images
 from orchestration.settings import ROOT
-from tests.cluster import binaries, images
-from tests.cluster.progress import ClusterError
 from tests.docker.daemon import Daemon, docker, docker_daemon
 from tests.parts import client_of, copy_of_checkout, free_port, wait_until
 
@@ -100,7 +100,7 @@ def machine(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[St
 
 def _postgres(host: str, archive: Path) -> str:
     """Build today's image of Postgres, most of it from the builder's cache, and give it to the daemon."""
-    name, folder = "postgres:test", ROOT / "tests/cluster/databases"
+    name, folder = "postgres:test", ROOT / "docker/databases"
     isolation = ["--isolation", "chroot", "--network", "host", "--tls-verify=false", "--layers"]
     options = ["--build-arg", f"BASE_IMAGE={images.BASE}", "--target", "postgres", "--quiet", str(folder)]
     built = binaries.run(["buildah", "build", *isolation, *options]).strip()

@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import pytest
 
-from tests.cluster import images
+from orchestration.operations.local_cluster import images
 from tests.cluster.namespace import RESTRICTED, Namespace, new, remove
 from tests.e2e.checkout import DAILY, Checkout
 from tests.parts import wait_until

@@ -10,9 +10,9 @@ from typing import TypedDict
 
 import psutil
 
-from tests.cluster import __main__ as local_cluster
-from tests.cluster import binaries
-from tests.cluster.progress import ClusterError
+from orchestration.errors import ClusterError
+from orchestration.operations.local_cluster import __main__ as local_cluster
+from orchestration.operations.local_cluster import binaries
 from tests.long.longtest import LongTest, NotRunError
 
 FOLDER = Path("tests/long")

@@ -22,12 +22,11 @@ from typing import Any
 
 import httpx
 
-from orchestration.environment.api import forwarded, user
-from orchestration.environment.target import Environment
-from orchestration.errors import PipelineError
-from tests.cluster import __main__ as local_cluster
+from orchestration.errors import ClusterError, PipelineError
+from orchestration.operations.environment import Environment
+from orchestration.operations.local_cluster import __main__ as local_cluster
+from orchestration.operations.port_forward import forwarded, user
 from tests.cluster.namespace import proxied, restricted
-from tests.cluster.progress import ClusterError
 from tests.e2e.faults.victims import FLOWS, evicted, force_deleted, killed, leader, states, watched
 from tests.e2e.release import Object, Pool, Release, built_image, installed_pool, pool_values, probe_of, server_values
 from tests.e2e.runs import deployment, start

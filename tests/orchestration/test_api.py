@@ -6,7 +6,7 @@ from email.utils import format_datetime
 import httpx
 import pytest
 
-from orchestration.api import ahead
+from orchestration.prefect_api import ahead
 
 
 def answer(date: str, *, took: float = 0) -> httpx.Response:

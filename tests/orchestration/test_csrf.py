@@ -12,15 +12,15 @@ import pytest
 import yaml
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from orchestration import api as prefect
+from orchestration import prefect_api as prefect
 from orchestration.__main__ import main
-from orchestration.api import Access, Server
 from orchestration.dbt import outbox
 from orchestration.deployments import watch
 from orchestration.deployments.record import slug
-from orchestration.execution import Api
+from orchestration.prefect_api import Access, Server
 from orchestration.reconciler.actions import _set
-from orchestration.reconciler.facts import Run
+from orchestration.reconciler.model import Run
+from orchestration.runs.supervisor import Api
 from tests import parts
 from tests.parts import asked
 

@@ -258,7 +258,7 @@ CONTRACTS: dict[str, list[Check]] = {
     ],
     "workers.CompatibleWorker": [
         (lacks("prefect.utilities.dispatch:_register_subclass_of_base_type", "if abc.ABC in cls.__bases__:"), []),
-        (lambda: _object("orchestration.worker:Worker").type, "kubernetes"),
+        (lambda: _object("orchestration.worker.kubernetes_worker:Worker").type, "kubernetes"),
         (lambda: _object(f"{BASE}.get_worker_class_from_type")("kubernetes") is _object(WORKER), True),
     ],
     "workers.CompatibleWorker.logger": [(lambda: _worker()._logger.isEnabledFor(logging.ERROR), True)],

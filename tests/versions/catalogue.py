@@ -11,23 +11,23 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from orchestration.operations.local_cluster import binaries
+from orchestration.operations.local_cluster.turns import turn
 from orchestration.settings import ROOT
-from tests.cluster import binaries
-from tests.cluster.turns import turn
 from tests.interpreters import interpreter, uv
 
 PARTS = {
     "signatures": ("tests/orchestration/test_prefect_compat.py",),
-    "engine": ("tests/orchestration/test_engine.py",),
-    "execution": ("tests/orchestration/test_execution.py",),
-    "durable": ("tests/orchestration/test_durable.py",),
-    "worker": ("tests/orchestration/test_worker.py",),
+    "engine": ("tests/orchestration/runs/test_engine.py",),
+    "execution": ("tests/orchestration/runs/test_supervisor.py",),
+    "durable": ("tests/orchestration/runs/test_durable.py",),
+    "worker": ("tests/orchestration/worker/test_kubernetes_worker.py",),
     "sync": (
         "tests/orchestration/deployments/test_export.py",
         "tests/orchestration/deployments/test_schedules.py",
         "tests/orchestration/deployments/test_sync.py",
     ),
-    "server": ("tests/orchestration/test_migrations.py", "tests/orchestration/test_server.py"),
+    "server": ("tests/orchestration/test_migrations.py", "tests/orchestration/local/test_temporary_server.py"),
     "dbt mirror": ("tests/orchestration/dbt/test_nodes.py", "tests/orchestration/dbt/test_outbox.py"),
     "upgrade": ("tests/versions/upgrade.py",),
 }

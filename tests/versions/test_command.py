@@ -144,10 +144,11 @@ def test_outcome_of_a_part_is_that_of_its_files(tmp_path: Path) -> None:
     report = tmp_path / "report.xml"
     report.write_text(
         """<testsuites><testsuite>
-        <testcase classname="tests.orchestration.test_engine" name="a" time="1.5" />
-        <testcase classname="tests.orchestration.test_engine" name="b" time="2"><failure message="x" /></testcase>
-        <testcase classname="tests.orchestration.test_durable" name="c" time="1"><skipped message="x" /></testcase>
-        <testcase classname="" name="tests.orchestration.test_worker" time="0"><error message="x" /></testcase>
+        <testcase classname="tests.orchestration.runs.test_engine" name="a" time="1.5" />
+        <testcase classname="tests.orchestration.runs.test_engine" name="b" time="2"><failure message="x" /></testcase>
+        <testcase classname="tests.orchestration.runs.test_durable" name="c" time="1"><skipped message="x" /></testcase>
+        <testcase classname="" name="tests.orchestration.worker.test_kubernetes_worker" time="0">
+        <error message="x" /></testcase>
         </testsuite></testsuites>"""
     )
     found = command.read(report, ("engine", "durable", "worker", "execution"))

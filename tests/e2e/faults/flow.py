@@ -15,7 +15,7 @@ from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run, task_run
 
-from orchestration.idempotency import idempotency_key
+from orchestration.runs.idempotency import idempotency_key
 
 
 @flow

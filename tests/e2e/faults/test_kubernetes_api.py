@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 import httpx
 import pytest
 
-from tests.cluster import node
+from orchestration.operations.local_cluster import node
 from tests.e2e.faults.victims import (
     BACK,
     START,

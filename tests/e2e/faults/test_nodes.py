@@ -11,8 +11,8 @@ from datetime import UTC, datetime, timedelta
 import httpx
 import pytest
 
-from orchestration.execution import FENCED, STOPPED
-from tests.cluster import node
+from orchestration.operations.local_cluster import node
+from orchestration.runs.supervisor import FENCED, STOPPED
 from tests.e2e.faults.victims import (
     completed,
     pods,

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import httpx
 import pytest
 
-from tests.cluster.progress import ClusterError
+from orchestration.errors import ClusterError
 from tests.e2e.faults.victims import (
     SEEN,
     completed,

@@ -13,11 +13,11 @@ from typing import Any
 import httpx
 import pytest
 
-from orchestration.api import Server
-from orchestration.reconciler.cluster import Cluster
-from orchestration.reconciler.facts import Policy
+from orchestration.health import Pulse
+from orchestration.prefect_api import Server
+from orchestration.reconciler.kubernetes_client import Cluster
 from orchestration.reconciler.loop import Reconciler
-from orchestration.serving import Pulse
+from orchestration.reconciler.model import Policy
 from tests.cluster.namespace import Namespace, proxied
 from tests.e2e.faults.victims import (
     NAME,

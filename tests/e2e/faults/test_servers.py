@@ -10,8 +10,8 @@ from datetime import UTC, datetime, timedelta
 import httpx
 import pytest
 
+from orchestration.errors import ClusterError
 from tests.cluster.namespace import proxied
-from tests.cluster.progress import ClusterError
 from tests.e2e.faults.victims import (
     BACK,
     SEEN,

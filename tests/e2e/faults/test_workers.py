@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 
 import httpx
 
-from tests.cluster import images
+from orchestration.operations.local_cluster import images
 from tests.cluster.namespace import Namespace
 from tests.e2e.faults.victims import (
     NAME,

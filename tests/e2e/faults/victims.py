@@ -11,9 +11,9 @@ from pathlib import Path
 import httpx
 import psutil
 
-from tests.cluster import images
+from orchestration.errors import ClusterError
+from orchestration.operations.local_cluster import images
 from tests.cluster.namespace import RESTRICTED, Namespace
-from tests.cluster.progress import ClusterError
 from tests.e2e.pace import GRACE_SECONDS, IS_SHIPPED
 from tests.e2e.release import Object, Pool
 from tests.e2e.runs import deployment, logged, run_of, start

@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestration import warehouse
 from orchestration.dbt import DbtProject, DbtResult, Node
 from orchestration.dbt.process import CHILD
 from orchestration.errors import DbtError
+from orchestration.local import warehouse
 from tests.orchestration.dbt import versions
 from tests.orchestration.dbt.conftest import use
 from tests.orchestration.dbt.projects import hold, replace, small

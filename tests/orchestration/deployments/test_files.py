@@ -7,7 +7,7 @@ import pytest
 
 from orchestration.__main__ import main
 from orchestration.deployments import check, desired
-from orchestration.deployments.objects import DEPLOYMENT, KINDS
+from orchestration.deployments.resources import DEPLOYMENT, KINDS
 from orchestration.errors import DeploymentsError
 from orchestration.settings import ROOT
 

@@ -13,8 +13,8 @@ from unittest.mock import AsyncMock, patch
 
 import pytest
 
-from orchestration.api import Server
-from orchestration.deployments import record, server
+from orchestration.deployments import live_state, record
+from orchestration.prefect_api import Server
 from orchestration.settings import ROOT
 from tests.orchestration.deployments.conftest import Project
 from tests.parts import free_port
@@ -396,8 +396,8 @@ def test_a_sync_in_the_midst_of_a_look_is_no_drift(project: Project, monkeypatch
     project.write({"name": "a"})
     project.sync()
     project.write({"name": "a", "description": "Another"})
-    late = synced_before(server.everything, project)
-    monkeypatch.setattr(server, "everything", late)
+    late = synced_before(live_state.everything, project)
+    monkeypatch.setattr(live_state, "everything", late)
     assert project.run("diff")[0] == 0
     assert late.await_count > 1
 

@@ -18,7 +18,7 @@ from orchestration.reconciler.causes import (
     Diagnosis,
     of_sentence,
 )
-from orchestration.reconciler.facts import End, Job, Pod
+from orchestration.reconciler.model import End, Job, Pod
 from orchestration.settings import ROOT
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

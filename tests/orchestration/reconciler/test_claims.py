@@ -24,13 +24,14 @@ import pytest
 from kubernetes_asyncio.client import ApiClient, Configuration
 from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, PREFECT_WORKER_QUERY_SECONDS, temporary_settings
 
-from orchestration import execution, worker
-from orchestration.api import Server
-from orchestration.execution import claim_of, is_given_away
-from orchestration.reconciler import cluster as kubernetes
-from orchestration.reconciler.facts import RUN_LABEL, Policy
+from orchestration.health import Pulse
+from orchestration.prefect_api import Server
+from orchestration.reconciler import kubernetes_client as kubernetes
 from orchestration.reconciler.loop import Reconciler
-from orchestration.serving import Pulse
+from orchestration.reconciler.model import RUN_LABEL, Policy
+from orchestration.runs import supervisor
+from orchestration.runs.supervisor import claim_of, is_given_away
+from orchestration.worker import kubernetes_worker
 from tests.cluster.namespace import Namespace, proxied
 from tests.parts import asked, client_of
 from tests.relay import stalled
@@ -97,7 +98,7 @@ def test_claim_is_over_once_given_away_or_taken_by_another_worker() -> None:
         (claimed, False),
         ([*claimed, state("2", "PENDING", "Unschedulable"), state("3", "RUNNING")], False),
         ([*claimed, state("3", "RUNNING"), state("4", "SCHEDULED", "AwaitingRetry"), state("5", "RUNNING")], False),
-        ([*claimed, state("2", "PENDING", execution.GIVEN_AWAY)], True),
+        ([*claimed, state("2", "PENDING", supervisor.GIVEN_AWAY)], True),
         (again[:-1], True),
         (again, True),
         ([*again, state("6", "RUNNING")], True),
@@ -129,12 +130,12 @@ class Kubelet:
 
     def execute(self, run: str, job: str) -> None:
         env = {
-            "PATH": os.environ["PATH"], "CODE": str(Path(execution.__file__).parent), "KUBERNETES_JOB": job,
+            "PATH": os.environ["PATH"], "CODE": str(Path(supervisor.__file__).parent), "KUBERNETES_JOB": job,
             "PREFECT_API_URL": self.url, "PREFECT__FLOW_RUN_ID": run, "NOTES": str(self.folder / run),
             "TERMINATION_MESSAGE_PATH": str(self.folder / job),
         }  # fmt: skip
         python = [sys.executable, "-I", "-S"]
-        command = [*python, execution.__file__, *python, "-c", EXECUTES]
+        command = [*python, supervisor.__file__, *python, "-c", EXECUTES]
         self.processes.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, start_new_session=True))
 
     def is_idle(self) -> bool:
@@ -204,7 +205,7 @@ class Stalls:
     def given_away(self, run: str) -> int:
         """How often a claim of the run was."""
         states = asked(self.kubelet.api, "GET", f"/flow_run_states/?flow_run_id={run}")
-        return sum(each["name"] == execution.GIVEN_AWAY for each in states)
+        return sum(each["name"] == supervisor.GIVEN_AWAY for each in states)
 
     def wait(self, condition: Callable[[], bool]) -> None:
         self.held += 1
@@ -240,7 +241,7 @@ async def at_work(tasks: list[Any]) -> AsyncIterator[list[asyncio.Task[Any]]]:
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Workers that watch no cluster, and seconds where a minute is shipped."""
-    monkeypatch.setattr(worker, "CLAIM", CLAIM)
+    monkeypatch.setattr(kubernetes_worker, "CLAIM", CLAIM)
     monkeypatch.setenv("PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED", "false")
     for name in ("DELAY_SECONDS", "JITTER_MAX_SECONDS"):
         monkeypatch.setenv(f"PREFECT_INTEGRATIONS_KUBERNETES_WORKER_CREATE_JOB_RETRY_{name}", "0")
@@ -290,7 +291,7 @@ async def _until_ended(
 ) -> None:
     """Let worker and reconciler work until all runs have ended, and what late Jobs execute too."""
 
-    class Stalled(worker.Worker, abc.ABC):
+    class Stalled(kubernetes_worker.Worker, abc.ABC):
         @contextlib.asynccontextmanager
         async def _get_configured_kubernetes_client(self, _: Any) -> AsyncIterator[ApiClient]:
             async with ApiClient(Configuration(host=of_worker)) as client:

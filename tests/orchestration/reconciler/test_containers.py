@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from orchestration.reconciler import causes
 from orchestration.reconciler.decide import Action, Cancelled, Crash, Explain, Retry, Stop, decide, is_steady
-from orchestration.reconciler.facts import RUN_LABEL, Job, Pod, Policy, Run
-from orchestration.reconciler.objects import MAIN_CONTAINER_ANNOTATION, PodObject
+from orchestration.reconciler.kubernetes_objects import MAIN_CONTAINER_ANNOTATION, PodObject
+from orchestration.reconciler.model import RUN_LABEL, Job, Pod, Policy, Run
 from tests.parts import examples
 
 Json = dict[str, Any]

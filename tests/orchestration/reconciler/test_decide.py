@@ -8,17 +8,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from orchestration.execution import (
-    CAUSE,
-    DISRUPTIONS,
-    EVERY,
-    FENCED,
-    GIVEN_AWAY,
-    STOPPED,
-    TIMEOUT,
-    after_sigterm,
-    is_given_away,
-)
 from orchestration.reconciler import causes
 from orchestration.reconciler import decide as decisions
 from orchestration.reconciler.causes import Cause
@@ -42,7 +31,8 @@ from orchestration.reconciler.decide import (
     is_steady,
     verdict,
 )
-from orchestration.reconciler.facts import (
+from orchestration.reconciler.kubernetes_objects import JobObject
+from orchestration.reconciler.model import (
     CLUSTER,
     FINAL,
     NAMESPACE,
@@ -57,7 +47,17 @@ from orchestration.reconciler.facts import (
     Run,
     quantity,
 )
-from orchestration.reconciler.objects import JobObject
+from orchestration.runs.supervisor import (
+    CAUSE,
+    DISRUPTIONS,
+    EVERY,
+    FENCED,
+    GIVEN_AWAY,
+    STOPPED,
+    TIMEOUT,
+    after_sigterm,
+    is_given_away,
+)
 from tests.parts import examples
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)

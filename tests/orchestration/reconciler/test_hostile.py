@@ -9,10 +9,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from orchestration.execution import CAUSE, DISRUPTIONS
+from orchestration.inspection.memory import needed
 from orchestration.reconciler.decide import CRASHES, LOST, RETRIED, SETTLED, Retry, decide, verdict
-from orchestration.reconciler.ends import EXCEEDED, PEAK, of_jobs, unnoted
-from orchestration.reconciler.facts import (
+from orchestration.reconciler.kubernetes_objects import JobObject, PodObject
+from orchestration.reconciler.model import (
     CLUSTER,
     NAMESPACE,
     NOTED,
@@ -27,9 +27,9 @@ from orchestration.reconciler.facts import (
     is_run_id,
     quantity,
 )
-from orchestration.reconciler.memory import needed
-from orchestration.reconciler.objects import JobObject, PodObject
-from orchestration.reconciler.podevents import events_of
+from orchestration.reconciler.pod_events import events_of
+from orchestration.reconciler.pod_records import EXCEEDED, PEAK, of_jobs, unnoted
+from orchestration.runs.supervisor import CAUSE, DISRUPTIONS
 from tests.orchestration.reconciler.test_decide import NOW, ago
 from tests.parts import examples
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from orchestration.reconciler import cluster as kubernetes
-from orchestration.reconciler.cluster import Cluster, certificate_hash
-from orchestration.reconciler.facts import CLUSTER, Run
+from orchestration.reconciler import kubernetes_client as kubernetes
+from orchestration.reconciler.kubernetes_client import Cluster, certificate_hash
+from orchestration.reconciler.model import CLUSTER, Run
 from tests.cluster.namespace import Namespace, proxied
 from tests.orchestration.reconciler.test_decide import NOW
 

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from orchestration.api import Server
 from orchestration.errors import PipelineError
-from orchestration.reconciler import cluster, loop
+from orchestration.health import Pulse
+from orchestration.prefect_api import Server
+from orchestration.reconciler import kubernetes_client, loop
 from orchestration.reconciler.decide import Action, Stop
-from orchestration.reconciler.facts import Policy
-from orchestration.serving import Pulse
+from orchestration.reconciler.model import Policy
 from tests.cluster.namespace import Namespace, proxied
 
 
@@ -33,19 +33,19 @@ def test_action_ends_with_leadership(monkeypatch: pytest.MonkeyPatch) -> None:
             await asyncio.sleep(0)
 
     monkeypatch.setattr(loop, "carry_out", carry_out)
-    monkeypatch.setattr(cluster, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(kubernetes_client, "time", SimpleNamespace(monotonic=lambda: now))
     action: Action = Stop("job", None, "nobody wants it")
 
     async def act() -> None:
         async with httpx.AsyncClient() as client:
-            place = cluster.Cluster(client, "namespace")
-            lead = cluster.Leadership(place, "lease", "this one")
+            place = kubernetes_client.Cluster(client, "namespace")
+            lead = kubernetes_client.Leadership(place, "lease", "this one")
             tested = loop.Reconciler(Server(client, "http://nowhere/api"), place, "pool", Policy(), lead, Pulse(60))
             lead._until = now + 5
             with pytest.raises(PipelineError, match="Stop took longer than leadership lasts"):
                 await tested._act(action, [])
             # The request that was next in the loop's queue when the time was over is made too.
-            assert 1005 + 2 * cluster.TIMEOUT <= now <= lead.ends + 1
+            assert 1005 + 2 * kubernetes_client.TIMEOUT <= now <= lead.ends + 1
             requests = asked
             # From here on it does not begin one.
             assert await tested._act(action, []) == ""
@@ -58,10 +58,10 @@ def test_action_ends_with_leadership(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_of_many_candidates_leads_and_the_next_one_after_release_or_expiry(namespace: Namespace) -> None:
     async def compete(url: str) -> None:
         async with httpx.AsyncClient(base_url=url, timeout=30) as client:
-            place = cluster.Cluster(client, namespace.name)
-            candidates = [cluster.Leadership(place, "lease", str(number)) for number in range(8)]
+            place = kubernetes_client.Cluster(client, namespace.name)
+            candidates = [kubernetes_client.Leadership(place, "lease", str(number)) for number in range(8)]
 
-            async def leaders() -> list[cluster.Leadership]:
+            async def leaders() -> list[kubernetes_client.Leadership]:
                 """All try at once; those who lead then."""
                 took = await asyncio.gather(*(each.take() for each in candidates))
                 return [each for each, leads in zip(candidates, took, strict=True) if leads]

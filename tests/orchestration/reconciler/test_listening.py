@@ -5,9 +5,9 @@ from functools import partial
 
 import httpx
 
-from orchestration.reconciler.cluster import Cluster
-from orchestration.reconciler.facts import RUN_LABEL
-from tests.cluster import images
+from orchestration.operations.local_cluster import images
+from orchestration.reconciler.kubernetes_client import Cluster
+from orchestration.reconciler.model import RUN_LABEL
 from tests.cluster.namespace import RESTRICTED, Namespace, proxied
 
 UNTIL_TOLD = """

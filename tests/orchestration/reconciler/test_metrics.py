@@ -6,11 +6,11 @@ from urllib.request import urlopen
 
 import httpx
 
-from orchestration.api import Server
-from orchestration.reconciler.cluster import Cluster
-from orchestration.reconciler.facts import Policy
+from orchestration.health import Pulse, served
+from orchestration.prefect_api import Server
+from orchestration.reconciler.kubernetes_client import Cluster
 from orchestration.reconciler.loop import Reconciler
-from orchestration.serving import Pulse, served
+from orchestration.reconciler.model import Policy
 from orchestration.settings import ROOT
 from tests.parts import free_port
 

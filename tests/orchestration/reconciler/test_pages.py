@@ -7,20 +7,20 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from orchestration import api
-from orchestration.api import Server
+from orchestration import prefect_api
+from orchestration.prefect_api import Server
 from orchestration.protocol import FLOW_RUN_ID_VARIABLE
-from orchestration.reconciler import cluster as kubernetes
-from orchestration.reconciler.facts import POOL_LABEL, RUN_LABEL, Run
+from orchestration.reconciler import kubernetes_client as kubernetes
 from orchestration.reconciler.loop import MANY, _runs, _still
+from orchestration.reconciler.model import POOL_LABEL, RUN_LABEL, Run
 from tests.cluster.namespace import RESTRICTED, Namespace, proxied
-from tests.orchestration.reconciler.test_timeline import Pool
+from tests.orchestration.inspection.test_timeline import Pool
 from tests.parts import client_of
 
 
 @pytest.mark.parametrize("number", [0, 3, 4])
 def test_all_runs_of_a_pool_are_read(prefect_server: str, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    monkeypatch.setattr(api, "PAGE", 2)
+    monkeypatch.setattr(prefect_api, "PAGE", 2)
     with client_of(prefect_server) as client:
         pool = Pool(client)
         made = {pool.run({"type": "RUNNING"})["id"] for _ in range(number)}

@@ -1,0 +1,1 @@
+"""Read and explain runs: timeline, diagnosis, memory."""

@@ -1,0 +1,122 @@
+"""The images that a node needs before any other, made where no image registry can be reached.
+
+They are pushed to the node's own registry and pulled from there like every other image.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from orchestration.operations import registry
+from orchestration.operations.local_cluster import binaries
+from orchestration.progress import step
+from orchestration.settings import ROOT
+
+REGISTRY = "localhost:5000"
+"""Where `make push` pushes to and the node pulls from."""
+
+PAUSE = f"{REGISTRY}/pause:1"
+BASE = f"{REGISTRY}/python:3.13-slim-trixie"
+"""Debian trixie with its Python 3.13 under the names that the official image has."""
+
+POSTGRES = f"{REGISTRY}/postgres:17"
+VALKEY = f"{REGISTRY}/valkey:8.1"
+"""Debian's, with the interface of the official images."""
+
+
+def push(image: str, name: str | None = None) -> str:
+    """Push an image of buildah's store to the node's registry, as `name`; its digest there."""
+    with tempfile.NamedTemporaryFile("r") as digest:
+        target = f"docker://{name or image}"
+        binaries.run(["buildah", "push", "-q", "--tls-verify=false", "--digestfile", digest.name, image, target])
+        return digest.read().strip()
+
+
+def make_system_images() -> None:
+    """Push the images of the node's own pods: the sandbox, DNS and metrics."""
+    _push_binary(PAUSE, Path(shutil.which("catatonit") or ""), '["/catatonit", "-P"]')
+    for name in ("coredns", "metrics-server"):
+        of_program(name)
+
+
+def of_program(name: str) -> str:
+    """The image of a Go program and nothing else, pushed if it is not there; its name."""
+    image = f"{REGISTRY}/{name}:{binaries.MODULES[name][1]}"
+    _push_binary(image, binaries.program(name), f'["/{name}"]')
+    return image
+
+
+def _push_binary(image: str, binary: Path, entrypoint: str) -> None:
+    if not registry.has(image):
+        _make(image, binary, f"/{binary.name}", "--entrypoint", entrypoint)
+        push(image)
+        binaries.run(["buildah", "rmi", image])
+
+
+def _make(image: str, source: Path, target: str, *settings: str) -> None:
+    """An image of one file or folder in buildah's store."""
+    container = binaries.run(["buildah", "from", "scratch"]).strip()
+    try:
+        binaries.run(["buildah", "add", "-q", container, str(source), target])
+        binaries.run(["buildah", "config", *settings, container])
+        binaries.run(["buildah", "commit", "-q", container, image])
+    finally:
+        binaries.run(["buildah", "rm", container])
+
+
+def make_base_image() -> None:
+    """Push the base image, from Debian's packages; kept as an archive in the user's cache."""
+    if registry.has(BASE):
+        return
+    archive = binaries.cache() / "python-3.13-slim-trixie" / "image.tar"
+    if not archive.exists():
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            step("Making the base image from Debian's packages", "80 s, once"),
+            tempfile.TemporaryDirectory(prefix=".base-", dir=archive.parent) as folder,
+        ):
+            _bootstrap(Path(folder) / "root")
+            fresh = Path(folder) / "image.tar"
+            _make(BASE, Path(folder) / "root", "/", "--cmd", "python3", "--env", "LANG=C.UTF-8")
+            binaries.run(["buildah", "push", "-q", BASE, f"oci-archive:{fresh}:{BASE}"])
+            fresh.replace(archive)
+    push(binaries.run(["buildah", "pull", "-q", f"oci-archive:{archive}"]).strip(), BASE)
+
+
+def make_databases() -> None:
+    """Push Postgres and Valkey with the interface of their official images."""
+    folder = ROOT / "docker" / "databases"
+    for target, image in (("postgres", POSTGRES), ("valkey", VALKEY)):
+        if not registry.has(image):
+            with step(f"Making the image of {target} from Debian's packages", "20 s"):
+                options = ["--build-arg", f"BASE_IMAGE={BASE}", "--target", target, "--tag", image]
+                isolation = ["--isolation", "chroot", "--network", "host", "--tls-verify=false", "--layers"]
+                binaries.run(["buildah", "build", "-q", *isolation, *options, str(folder)])
+                push(image)
+
+
+def _bootstrap(root: Path) -> None:
+    # This machine's keyring may be older than trixie; its mirror is the one that it trusts already.
+    keys = "/usr/share/keyrings/debian-archive-trixie-automatic.gpg"
+    check = [f"--keyring={keys}"] if Path(keys).exists() else ["--no-check-gpg"]
+    packages = "ca-certificates,python3.13,python3.13-venv"
+    binaries.run(
+        ["debootstrap", *check, "--variant=minbase", f"--include={packages}", "trixie", str(root), *_mirror()],
+        os.environ | {"DEBIAN_FRONTEND": "noninteractive"},
+    )
+    for name in ("python", "python3"):
+        link = root / "usr" / "local" / "bin" / name
+        link.unlink(missing_ok=True)
+        link.symlink_to("/usr/bin/python3.13")
+    # What the official slim images leave out, and what apt keeps of the installation.
+    documents = [f"usr/share/{name}" for name in ("doc", "info", "locale", "man")]
+    for folder in ("var/lib/apt/lists", "var/cache/apt", "var/log", *documents):
+        for entry in (root / folder).iterdir() if (root / folder).exists() else ():
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def _mirror() -> list[str]:
+    """The Debian mirror that this machine's apt uses; debootstrap knows one of its own."""
+    sites = binaries.run(["apt-get", "indextargets", "--format", "$(SITE)"]).split()
+    return [site for site in sites if site.rstrip("/").endswith("/debian")][:1]

@@ -1,0 +1,1 @@
+"""What executes a flow run in its pod: supervisor, engine, idempotency keys, storage of results."""

@@ -1,0 +1,1 @@
+"""The Kubernetes worker, and the base job template that it trusts."""

@@ -1,0 +1,84 @@
+"""Run the Kubernetes worker of a work pool.
+
+python -m orchestration.worker --pool default [--namespace NS] [--queue NAME]... [--limit N] [--name NAME]
+[--template FILE]
+"""
+
+import argparse
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from httpx import HTTPError, HTTPStatusError
+from prefect.settings import get_current_settings
+
+from orchestration.errors import SettingsError
+from orchestration.worker import job_template
+from orchestration.worker.kubernetes_worker import Worker
+
+
+async def serve(worker: Worker) -> None:
+    """Run the worker until SIGTERM or SIGINT; then drain it."""
+    asked = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked.set)
+    working = asyncio.create_task(worker.start(with_healthcheck=True))
+    waiting = asyncio.create_task(asked.wait())
+    await asyncio.wait({working, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    if asked.is_set():
+        draining = asyncio.create_task(worker.drain())
+        await asyncio.wait({working, draining}, return_when=asyncio.FIRST_COMPLETED)
+        draining.cancel()
+        working.cancel()
+    waiting.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await working
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m orchestration.worker", description="Run a pool's flow runs as Jobs."
+    )
+    parser.add_argument("--pool", required=True, help="the work pool")
+    parser.add_argument("--namespace", help="where its Jobs go; else where the pool says")
+    parser.add_argument("--queue", action="append", help="only this queue of it; may be repeated")
+    parser.add_argument("--limit", type=int, help="how many runs it submits at once")
+    parser.add_argument("--name", help="the worker's name; else one of its own")
+    parser.add_argument("--template", type=Path, help="the base job template, as JSON; else that of the pool")
+    options = parser.parse_args(arguments)
+    settings = get_current_settings().worker
+    try:
+        template = job_template.read(options.template) if options.template else None
+    except SettingsError as error:
+        print(f"{error}.", file=sys.stderr)
+        return 1
+    worker = Worker(
+        namespace=options.namespace,
+        template=template,
+        name=options.name,
+        work_pool_name=options.pool,
+        work_queues=options.queue,
+        limit=options.limit,
+        prefetch_seconds=settings.prefetch_seconds,
+        heartbeat_interval_seconds=int(settings.heartbeat_seconds),
+        create_pool_if_not_found=False,
+    )
+    try:
+        asyncio.run(serve(worker))
+    except HTTPStatusError as error:
+        cure = ". Check the Secret with USER:PASSWORD" if error.response.status_code in (401, 403) else ""
+        print(f"The Prefect API at {error.request.url} answers {error.response.status_code}{cure}.", file=sys.stderr)
+        return 1
+    except HTTPError as error:
+        print(f"The Prefect API cannot be used: {error or type(error).__name__}.", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

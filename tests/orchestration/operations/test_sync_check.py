@@ -1,0 +1,56 @@
+"""What a plan and a check are told: what the release's own Job is, on the checkout's files."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from orchestration.operations import sync_check
+from orchestration.operations.environment import POOL
+from orchestration.operations.local_cluster import binaries
+from orchestration.settings import ROOT
+from tests.helm.rendering import Object
+from tests.helm.test_prefect_work_pool import TAG
+
+
+def _rendered(folder: Path, **values: Object) -> sync_check.Sync:
+    file = folder / "values.yaml"
+    file.write_text(yaml.safe_dump(TAG | values))
+    return sync_check.of(binaries.helm("template", "test", str(ROOT / "helm" / POOL), "-n", "prefect", "-f", str(file)))
+
+
+@pytest.mark.parametrize(
+    ("values", "owner", "options", "files"),
+    [
+        ({}, "default of test in prefect", ("--adopt", "--prune"), ("prefect.yaml",)),
+        ({"owner": "me", "adopt": False, "files": []}, "me", ("--prune",), ()),
+        ({"adopt": False, "prune": False}, "default of test in prefect", (), ("prefect.yaml",)),
+    ],
+)
+def test_what_the_job_is_told(
+    tmp_path: Path, values: Object, owner: str, options: tuple[str, ...], files: tuple[str, ...]
+) -> None:
+    found = _rendered(tmp_path, sync=values)
+    assert (found.owner, found.options, found.files) == (owner, options, files)
+    assert yaml.safe_load(found.pool)["work_pools"][0]["name"] == "default"
+
+
+def test_the_image_s_files_are_the_checkout_s_and_those_of_volumes_are_elsewhere(tmp_path: Path) -> None:
+    found = _rendered(tmp_path, sync={"files": ["prefect.yaml", "/app/more.yaml", "/teams/one.yaml"]})
+    assert found.elsewhere == ["/teams/one.yaml"]
+    with found.here() as files:
+        assert files[:-1] == ["prefect.yaml", "more.yaml"]
+        assert Path(files[-1]).read_text() == found.pool
+
+
+def test_each_environment_s_pool_and_the_deployments_can_ship(tmp_path: Path) -> None:
+    for values in sorted((ROOT / "helm" / "environments").glob(f"*/{POOL}.yaml")):
+        found = _rendered(tmp_path, **yaml.safe_load(values.read_text()))
+        with found.here() as files:
+            done = subprocess.run(
+                [sys.executable, "-m", "orchestration", "check", *files, "--owner", found.owner],
+                cwd=ROOT, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+        assert done.returncode == 0, f"{values}: {done.stderr}"

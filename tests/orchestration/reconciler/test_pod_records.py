@@ -1,0 +1,378 @@
+"""What is kept of pods that have ended, of which of them, and at what cost: on a real cluster and a real server."""
+
+import asyncio
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from orchestration import prefect_api as prefect
+from orchestration.__main__ import main
+from orchestration.errors import ClusterError
+from orchestration.health import Pulse
+from orchestration.operations.local_cluster import images
+from orchestration.reconciler import kubernetes_client as kubernetes
+from orchestration.reconciler import loop
+from orchestration.reconciler.actions import carry_out
+from orchestration.reconciler.decide import Crash
+from orchestration.reconciler.loop import Reconciler
+from orchestration.reconciler.model import CLUSTER, NOTED, POOL_LABEL, RUN_LABEL, End, Job, Pod, Policy, Run
+from orchestration.reconciler.pod_records import EXCEEDED, PEAK, Note, of_jobs, unnoted
+from orchestration.runs.supervisor import FENCED
+from tests.cluster.namespace import RESTRICTED, Namespace
+from tests.parts import asked, client_of, free_port, wait_until
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+MIB = 2**20
+RUN = Run("r", "COMPLETED", "Completed", "s", NOW, name="heron", job="heron-2")
+JOBS = [Job("heron-1", "r", NOW), Job("heron-2", "r", NOW)]
+ENDED = Pod("p", "r", "heron-2", NOW, memory="300Mi", end=End(NOW, 0, "Completed", peak=100 * MIB))
+KILLED = replace(ENDED, name="k", job="heron-1", end=End(NOW, 137, "OOMKilled", oom=True))
+
+
+def test_a_job_is_noted_once_and_again_when_another_of_its_pods_has_ended() -> None:
+    assert of_jobs(JOBS, [ENDED, replace(ENDED, name="live", end=None)]) == {"heron-2": (ENDED,)}
+    marked = [replace(each, noted=1) for each in JOBS]
+    assert of_jobs(marked, [ENDED, KILLED]) == {}
+    again = replace(ENDED, name="again")
+    assert of_jobs(marked, [ENDED, again]) == {"heron-2": (ENDED, again)}
+    assert of_jobs([], [ENDED]) == {}, "its Job is gone, and nothing could say that it is noted"
+
+
+@pytest.mark.parametrize(
+    ("type_", "job", "noted"),
+    [
+        ("COMPLETED", "heron-2", ["heron-1", "heron-2"]),
+        ("CRASHED", "heron-2", ["heron-1", "heron-2"]),
+        ("RUNNING", "heron-2", ["heron-1"]),  # that of the other may be about to be tried again
+        ("RUNNING", "", []),
+        ("SCHEDULED", "heron-1", []),
+        ("PENDING", "heron-1", []),
+    ],
+)
+def test_nothing_is_noted_while_a_worker_may_write_labels(type_: str, job: str, noted: list[str]) -> None:
+    found = unnoted(replace(RUN, type=type_, job=job), JOBS, [ENDED, KILLED])
+    assert sorted(each.job for each in found) == noted
+
+
+def test_a_run_that_is_gone_is_marked_so_that_nobody_asks_for_it_again() -> None:
+    assert [each.run for each in unnoted(None, JOBS, [ENDED])] == [None]
+
+
+def test_the_labels_are_of_the_most_that_any_pod_used() -> None:
+    assert Note(RUN, "heron-2", (ENDED,)).labels == {PEAK: 100 * MIB}
+    assert Note(RUN, "heron-1", (KILLED,)).labels == {PEAK: 300 * MIB, EXCEEDED: 300 * MIB}
+    more = replace(RUN, labels={PEAK: 400 * MIB})
+    assert Note(more, "heron-1", (ENDED, KILLED)).labels == {EXCEEDED: 300 * MIB}
+    nobody_knows = replace(ENDED, end=End(NOW, 137, "Error"))
+    assert Note(RUN, "heron-2", (nobody_knows,)).labels == {}
+
+
+class Pool:
+    """A work pool whose runs' Jobs are in a namespace. No node takes their pods: they end by what is written to the
+    API, as a kubelet writes it.
+    """
+
+    def __init__(self, api: httpx.Client, namespace: Namespace, proxy: str) -> None:
+        self.api, self.namespace, self.proxy = api, namespace, proxy
+        self.name = f"ends-{uuid4().hex[:6]}"
+        self.cluster = namespace.kubectl("get", "namespace", "kube-system", "-o", "jsonpath={.metadata.uid}")
+        """As the worker of this cluster marks its runs."""
+        self.id = self.ask("POST", "/work_pools/", name=self.name, type="kubernetes")["id"]
+        flow = self.ask("POST", "/flows/", name=self.name)["id"]
+        made = self.ask("POST", "/deployments/", name="d", flow_id=flow, work_pool_name=self.name)
+        self.deployment = made["id"]
+
+    def ask(self, method: str, path: str, **body: Any) -> Any:
+        return asked(self.api, method, path, body)
+
+    def run(self, *states: str) -> dict[str, Any]:
+        made = self.ask("POST", f"/deployments/{self.deployment}/create_flow_run", state={"type": "SCHEDULED"})
+        for each in states:
+            self.ask("POST", f"/flow_runs/{made['id']}/set_state", state={"type": each}, force=True)
+        self.ask("PATCH", f"/flow_runs/{made['id']}/labels", **{CLUSTER: self.cluster})
+        return dict(made)
+
+    def labels(self, run: dict[str, Any]) -> dict[str, Any]:
+        return dict(self.ask("GET", f"/flow_runs/{run['id']}")["labels"])
+
+    def job(self, run: dict[str, Any], number: int = 1) -> str:
+        """A Job as a worker makes one; its name, once its pod is there."""
+        name = f"{run['id']}-{number}"
+        labels = {RUN_LABEL: run["id"], POOL_LABEL: self.id}
+        container = {
+            "name": "prefect-job", "image": images.BASE, "command": ["true"], "securityContext": RESTRICTED,
+            "resources": {"requests": {"cpu": "10m"}, "limits": {"memory": "300Mi"}},
+        }  # fmt: skip
+        spec = {"containers": [container], "restartPolicy": "Never", "nodeSelector": {"no": "node"}}
+        template = {"metadata": {"labels": labels}, "spec": spec}
+        self.namespace.apply(
+            {
+                "apiVersion": "batch/v1",
+                "kind": "Job",
+                "metadata": {"name": name, "labels": labels},
+                "spec": {"backoffLimit": 0, "template": template},
+            }
+        )
+        wait_until(lambda: self._pods(name), f"the pod of {name}")
+        return name
+
+    def _pods(self, job: str) -> list[str]:
+        return self.namespace.kubectl("get", "pods", "-l", f"job-name={job}", "-o", "name").split()
+
+    def ends(self, job: str, code: int, reason: str, **report: int | str) -> str:
+        """Its pod ends, as a kubelet says it, and it with that; the pod's name."""
+        # It has no fractions: of what ends in the second in which its run began, nobody knows which was first.
+        now = f"{datetime.now(UTC) + timedelta(seconds=1):%Y-%m-%dT%H:%M:%SZ}"
+        message = json.dumps(report) if report else ""
+        end = {"exitCode": code, "reason": reason, "startedAt": now, "finishedAt": now, "message": message}
+        return self._is(job, "Failed" if code else "Succeeded", {"terminated": end})
+
+    def given_up(self, job: str) -> None:
+        """Its pod is of a node that is gone, as the control plane says it."""
+        now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+        target = {
+            "type": "DisruptionTarget", "status": "True", "reason": "DeletionByPodGC", "message": "PodGC: node is gone",
+            "lastTransitionTime": now,
+        }  # fmt: skip
+        self._is(job, "Failed", {"running": {"startedAt": now}}, conditions=[target])
+
+    def runs(self, job: str) -> None:
+        """Its pod runs, as a kubelet says it."""
+        self._has(job, "Running", {"running": {"startedAt": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}})
+
+    def _is(self, job: str, phase: str, state: dict[str, Any], **status: Any) -> str:
+        pod = self._has(job, phase, state, **status)
+        over = 'jsonpath={.status.conditions[?(@.status=="True")].type}'
+        wait_until(
+            lambda: {"Failed", "Complete"} & {*self.namespace.kubectl("get", "job", job, "-o", over).split()},
+            f"{job} to be over",
+        )
+        return pod
+
+    def _has(self, job: str, phase: str, state: dict[str, Any], **status: Any) -> str:
+        [pod] = self._pods(job)
+        container = {"name": "prefect-job", "image": "i", "imageID": "i", "ready": False, "restartCount": 0}
+        status |= {"phase": phase, "containerStatuses": [container | {"state": state}]}
+        patch = json.dumps({"status": status})
+        self.namespace.kubectl("patch", pod, "--subresource=status", "--type=merge", "-p", patch)
+        return pod.removeprefix("pod/")
+
+    def noted(self, job: str) -> str:
+        found = json.loads(self.namespace.kubectl("get", "job", job, "-o", "json"))
+        return str(found["metadata"].get("annotations", {}).get(NOTED, ""))
+
+    def round(self) -> list[str]:
+        """One of a reconciler that has just started; what it asked of the Prefect API."""
+        return self.rounds(lambda: None)[0]
+
+    def rounds(self, *after: Callable[[], object]) -> list[list[str]]:
+        """Rounds of one reconciler, after each of which something happens; what each asked of the Prefect API."""
+        asked_for: list[list[str]] = []
+
+        async def note(request: httpx.Request) -> None:
+            asked_for[-1].append(f"{request.method} {request.url.path.removeprefix('/api')}")
+
+        async def all_of_them() -> None:
+            async with prefect.connected() as server, kubernetes.connected(self.namespace.name, self.proxy) as cluster:
+                server.client.event_hooks["request"].append(note)
+                one = Reconciler(server, cluster, self.name, Policy(), None, Pulse(60))
+                for happens in after:
+                    asked_for.append([])
+                    await one.round()
+                    await asyncio.to_thread(happens)
+
+        asyncio.run(all_of_them())
+        return asked_for
+
+
+@pytest.fixture
+def pool(prefect_server: str, namespace: Namespace) -> Iterator[Pool]:
+    port = free_port()
+    proxy = subprocess.Popen(
+        ["kubectl", "--context", namespace.context, "proxy", f"--port={port}"],
+        stdout=subprocess.DEVNULL,
+    )
+    url = f"http://127.0.0.1:{port}"
+
+    def answers() -> bool:
+        with suppress(httpx.HTTPError):
+            return httpx.get(f"{url}/version").is_success
+        return False
+
+    try:
+        wait_until(answers, "kubectl proxy")
+        with client_of(prefect_server) as api:
+            yield Pool(api, namespace, url)
+    finally:
+        proxy.terminate()
+        proxy.wait()
+
+
+def test_what_ended_is_noted_once_and_costs_nothing_from_then_on(
+    pool: Pool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also of runs that completed; a reconciler that starts anew knows what the one before has noted."""
+    nothing = pool.round()
+    runs = [pool.run("RUNNING", "COMPLETED") for _ in range(3)]
+    jobs = [pool.job(each) for each in runs]
+    pods = [pool.ends(each, 0, "Completed", peak=number * MIB) for number, each in enumerate(jobs, 100)]
+    gone = pool.run("RUNNING", "COMPLETED")
+    jobs.append(pool.job(gone))
+    pool.ends(jobs[-1], 0, "Completed", peak=MIB)
+    pool.ask("DELETE", f"/flow_runs/{gone['id']}")
+
+    pool.round()
+    assert [pool.labels(each)[PEAK] for each in runs] == [100 * MIB, 101 * MIB, 102 * MIB]
+    assert [pool.noted(each) for each in jobs] == ["1"] * 4
+    assert pool.round() == nothing, "requests of a round grow with what has ended"
+
+    capsys.readouterr()
+
+    def lines() -> list[str]:
+        assert main(["why", runs[0]["id"], "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)["timeline"]
+        return [each["text"] for each in found if each["who"] == "pod"]
+
+    wait_until(lines, "the event")
+    assert lines() == [
+        f"{pods[0]} created",
+        f"{pods[0]} started",
+        f"{pods[0]} ended: Completed, exit code 0, with at most 100 MiB of memory",
+    ]
+
+
+def test_who_was_killed_for_its_memory_needed_more_whatever_came_after(
+    pool: Pool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = pool.run("RUNNING", "CRASHED")
+    first = pool.job(run)
+    pool.ask("PATCH", f"/flow_runs/{run['id']}", infrastructure_pid=f"{pool.namespace.name}:{first}")
+    pool.ends(first, 137, "OOMKilled")
+    asked_for = pool.round()
+    found = pool.ask("GET", f"/flow_runs/{run['id']}")
+    assert (found["state_name"], found["job_variables"]) == ("AwaitingRetry", {"memory_limit": "450Mi"})
+    assert pool.noted(first) == "1"
+    tried_again = asked_for.index(f"POST /flow_runs/{run['id']}/set_state")
+    assert asked_for.index("POST /events") < tried_again, "noted after a worker may have claimed it"
+    assert pool.labels(run)[PEAK] == pool.labels(run)[EXCEEDED] == 300 * MIB
+    pool.ask("POST", f"/flow_runs/{run['id']}/set_state", state={"type": "RUNNING"}, force=True)
+    second = pool.job(run, 2)
+    pool.ends(second, 0, "Completed", peak=100 * MIB)
+    pool.ask("POST", f"/flow_runs/{run['id']}/set_state", state={"type": "COMPLETED"}, force=True)
+    pool.round()
+    assert pool.noted(second) == "1"
+    assert pool.labels(run)[PEAK] == 300 * MIB
+    capsys.readouterr()
+    main(["memory", f"{pool.name}/d", "--json"])
+    [found] = json.loads(capsys.readouterr().out)
+    assert (found["killed"], found["most"]) == (1, 450 * MIB)
+
+
+@pytest.mark.parametrize(("states", "end"), [(["RUNNING"], "CRASHED"), (["RUNNING", "CANCELLING"], "CANCELLED")])
+def test_what_nobody_saw_end_is_fenced(pool: Pool, states: list[str], end: str) -> None:
+    """Kubernetes says of a lost node's pod that it has failed, some time before it removes it."""
+    run = pool.run(*states)
+    job = pool.job(run)
+    pool.given_up(job)
+
+    def ended() -> bool:
+        pool.round()
+        return str(pool.ask("GET", f"/flow_runs/{run['id']}")["state"]["type"]) == end
+
+    wait_until(ended, f"it to be {end}")
+    assert pool.labels(run)[FENCED + job] is True
+
+
+def test_what_was_steady_is_not_read_again_until_it_changes(pool: Pool) -> None:
+    runs = [pool.run("RUNNING") for _ in range(3)]
+    jobs = [pool.job(each) for each in runs]
+    for run, job in zip(runs, jobs, strict=True):
+        pool.runs(job)
+        pool.ask("PATCH", f"/flow_runs/{run['id']}", infrastructure_pid=f"{pool.namespace.name}:{job}")
+    dies, retried, deleted = runs
+
+    def state(run: dict[str, Any]) -> dict[str, Any]:
+        return dict(pool.ask("GET", f"/flow_runs/{run['id']}")["state"])
+
+    def happens() -> None:
+        pool.ends(jobs[0], 137, "Error")
+        # As the engine does within one execution; then that dies as well.
+        pool.ask("POST", f"/flow_runs/{retried['id']}/set_state", state={"type": "RUNNING"}, force=True)
+        pool.ends(jobs[1], 137, "Error")
+
+    def crashed() -> None:
+        assert state(dies)["type"] == "CRASHED"
+        assert state(retried)["type"] == "RUNNING", "decided of a state that it has no longer"
+
+    def both() -> None:
+        assert state(retried)["type"] == "CRASHED"
+        pool.ask("DELETE", f"/flow_runs/{deleted['id']}")
+
+    first, second, *_ = pool.rounds(lambda: None, happens, crashed, both, lambda: None)
+    assert sorted(second) == sorted([*first, "POST /flow_runs/count"])
+    with pytest.raises(ClusterError, match="not found"):
+        pool.namespace.kubectl("get", "job", jobs[2])
+
+
+def test_a_run_whose_pods_log_cannot_be_read_crashes_all_the_same(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an outage of the Kubernetes API a kubelet may refuse even that API for half a minute."""
+
+    async def refused(*_: object) -> str:
+        raise ClusterError("The Kubernetes API answers 403 to GET /api/v1/namespaces/ns/pods/pod/log")
+
+    monkeypatch.setattr(kubernetes.Cluster, "last_lines", refused)
+    run = pool.run("RUNNING")
+    pool.ends(pool.job(run), 137, "Error")
+    pool.round()
+    state = pool.ask("GET", f"/flow_runs/{run['id']}")["state"]
+    assert state["type"] == "CRASHED"
+    assert "exit code 137" in state["message"]
+
+
+def test_hostile_objects_keep_no_other_run_from_the_reconciler(
+    pool: Pool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user writes the annotation, the termination message, the run's labels and a run's id that is none."""
+    hostile = pool.run("RUNNING", "COMPLETED")
+    job = pool.job(hostile)
+    pool.namespace.kubectl("annotate", "job", job, f"{NOTED}=x")
+    pool.ask("PATCH", f"/flow_runs/{hostile['id']}/labels", **{PEAK: "x"})
+    pool.ends(job, 0, "Completed", peak="x")
+    pool.job({"id": "not-a-run"})
+    crashing = pool.run("RUNNING", "CRASHED")
+    pool.ask("PATCH", f"/flow_runs/{crashing['id']}/labels", **{"reconciler.crashes": "x"})
+    dead = pool.run("RUNNING")
+    pool.ends(pool.job(dead), 137, "Error")
+
+    def state(run: dict[str, Any]) -> str:
+        return str(pool.ask("GET", f"/flow_runs/{run['id']}")["state_name"])
+
+    pool.round()
+    assert [state(each) for each in (dead, crashing)] == ["Crashed", "AwaitingRetry"]
+    assert pool.noted(job) == "1"
+
+    # What no reading foresees: the API refuses what is written of one run.
+    refused, dead = pool.run("RUNNING"), pool.run("RUNNING")
+    for each in (refused, dead):
+        pool.ends(pool.job(each), 137, "Error")
+
+    async def refuse(server: Any, cluster: Any, action: Any, pods: list[Pod]) -> str:
+        if isinstance(action, Crash) and action.run.id == refused["id"]:
+            raise prefect.RefusedError("the server answers 422: labels: no", 422)
+        return await carry_out(server, cluster, action, pods)
+
+    monkeypatch.setattr(loop, "carry_out", refuse)
+    capsys.readouterr()
+    pool.rounds(lambda: None, lambda: None)
+    assert state(dead) in ("Crashed", "AwaitingRetry")
+    assert state(refused) == "Running"
+    shown = capsys.readouterr().err
+    assert shown.count(f"Run {refused['name']} is left as it is: the server answers 422: labels: no.") == 1

@@ -1,0 +1,615 @@
+"""A flow run as a container executes it, by its command, against a real server: its ends, and what is said of them."""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from orchestration.prefect_api import Server
+from orchestration.reconciler.model import End, Pod
+from orchestration.reconciler.orphans import give_back
+from orchestration.settings import ROOT
+from tests.parts import asked, client_of, free_port, wait_until
+from tests.relay import relayed
+
+FLOW = """
+import asyncio, ctypes, os, signal, subprocess, sys, time
+from pathlib import Path
+from prefect import flow, task
+from prefect.concurrency.asyncio import concurrency as concurrency_async
+from prefect.concurrency.sync import concurrency
+import beside
+
+NOTES = Path(os.environ["NOTES"])
+
+def note(what):
+    with NOTES.open("a") as file:
+        file.write(f"{what}\\n")
+
+@task
+def step(cleanup):
+    try:
+        note("at work")
+        time.sleep(600)
+    finally:
+        time.sleep(cleanup)
+        note("cleaned up")
+
+async def hold():
+    async with concurrency_async("held"):
+        note("at work")
+        await asyncio.sleep(600)
+
+@flow(on_cancellation=[lambda *_: note("hook")], on_crashed=[lambda *_: note("crashed")])
+def ends(how="completes", cleanup=1.0):
+    child = [sys.executable, "-c", "import beside; print(beside.NAME)"]
+    note(f"{beside.NAME} {subprocess.check_output(child, text=True).strip()} {Path('flow.py').exists()}")
+    if how == "fails":
+        raise ValueError(how)
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "signals its parent":
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(600)
+    if how == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        note("at work")
+        time.sleep(600)
+    if how == "works":
+        step(cleanup)
+    if how == "keeps Python's lock":
+        try:
+            note("at work")
+            ctypes.PyDLL(None).sleep(9)
+            note("let it go")
+            time.sleep(600)
+        finally:
+            note("cleaned up")
+    if how == "holds":
+        with concurrency("absent"), concurrency("held", occupy=2):
+            with concurrency("held", occupy=3):
+                note("inside")
+            asyncio.run(hold())
+    if how == "ends when told":
+        note("at work")
+        while not NOTES.with_name("end").exists():
+            time.sleep(0.05)
+"""
+
+
+POD = Pod("pod", "run", "job", datetime.now(UTC))
+
+
+EXECUTION = ("grace", "after", "every", "begin", "deadline", "python", "prefects")
+"""Parameters of `Run.execute`."""
+
+
+class Run:
+    """A run of that flow, and the process that executes it as its container would."""
+
+    def __init__(self, api: httpx.Client, url: str, folder: Path, **fields: Any) -> None:
+        self.api, self.url, self.folder = api, url, folder
+        (folder / "code").mkdir()
+        (folder / "code/flow.py").write_text(FLOW)
+        (folder / "code/beside.py").write_text("NAME = 'beside'")
+        flow = self.ask("POST", "/flows/", name="ends")["id"]
+        step = {"prefect.deployments.steps.set_working_directory": {"directory": str(folder / "code")}}
+        body = {"name": folder.name, "flow_id": flow, "entrypoint": "flow.py:ends", "pull_steps": [step]}
+        self.deployment = self.ask("POST", "/deployments/", **body | fields)["id"]
+
+    def ask(self, method: str, path: str, /, **body: Any) -> Any:
+        return asked(self.api, method, path, body or None)
+
+    def claim(self, **parameters: Any) -> str:
+        """Create it, claimed by a worker; the name of the claim's Job."""
+        path = f"/deployments/{self.deployment}/create_flow_run"
+        made = self.ask("POST", path, parameters=parameters, state={"type": "PENDING"})
+        self.id = made["id"]
+        return f"job-{made['state']['id'][-12:]}"
+
+    def start(self, job: str = "", **options: Any) -> None:
+        """Execute the run in the pod of its claim's Job; without a Job create the run first.
+
+        `options` are those of `execute`, all others the flow's parameters.
+        """
+        execution = {name: options.pop(name) for name in EXECUTION if name in options}
+        if not job:
+            self.claim(**options)
+        self.execute(job or "job", **execution)
+
+    def execute(
+        self,
+        job: str = "job",
+        grace: int = 60,
+        after: str = "reschedule",
+        every: float = 0.5,
+        begin: float = 240,
+        deadline: str = "",
+        python: str = sys.executable,
+        prefects: bool = False,
+    ) -> None:
+        """Execute the run as its container does, or by Prefect's own command."""
+        # What it waits for in between is mostly in the way here.
+        code = (
+            f"import supervisor, sys; supervisor.EVERY, supervisor.BEGIN_SECONDS = {every}, {begin}; "
+            "sys.exit(supervisor.main(sys.argv[1:]))"
+        )
+        env = os.environ | {
+            "PREFECT_API_URL": self.url, "PREFECT__FLOW_RUN_ID": self.id, "KUBERNETES_JOB": job,
+            "PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR": after, "GRACE_SECONDS": str(grace),
+            "TERMINATION_MESSAGE_PATH": str(self.folder / "message"), "NOTES": str(self.folder / "notes"),
+            "TMPDIR": str(self.folder), "PYTHONPATH": f"{ROOT}:{ROOT / 'orchestration/runs'}",
+            "ACTIVE_DEADLINE_SECONDS": deadline,
+        }  # fmt: skip
+        with (self.folder / "log").open("w") as log:
+            self.process = subprocess.Popen(
+                [python, *(["-m"] if prefects else ["-c", code]), "prefect", "flow-run", "execute"],
+                env=env, cwd=self.folder, start_new_session=True, stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+
+    def state(self) -> dict[str, Any]:
+        return dict(self.ask("GET", f"/flow_runs/{self.id}")["state"])
+
+    def labels(self) -> dict[str, Any]:
+        return dict(self.ask("GET", f"/flow_runs/{self.id}")["labels"])
+
+    def notes(self) -> list[str]:
+        with contextlib.suppress(FileNotFoundError):
+            return (self.folder / "notes").read_text().splitlines()
+        return []
+
+    def noted(self, what: str) -> None:
+        wait_until(lambda: what in self.notes(), what)
+
+    def engine(self) -> int:
+        """Its process."""
+        found = wait_until(lambda: psutil.Process(self.process.pid).children(), "the engine")
+        return int(found[0].pid)
+
+    def fence(self) -> None:
+        """Give up its Job."""
+        self.ask("PATCH", f"/flow_runs/{self.id}/labels", **{"reconciler.fenced.job": True})
+
+    def message(self) -> dict[str, Any]:
+        """What it left for Kubernetes."""
+        return dict(json.loads((self.folder / "message").read_text()))
+
+    def taken(self) -> int:
+        """How many slots of the limit are."""
+        return int(self.ask("GET", "/v2/concurrency_limits/held")["active_slots"])
+
+    async def given_back(self, *pods: Pod) -> None:
+        """What these held."""
+        async with httpx.AsyncClient(base_url=self.url, timeout=30) as client:
+            await give_back(Server(client, self.url), list(pods))
+
+    def ended(self) -> tuple[int, str]:
+        """Its exit status and its run's state."""
+        return self.process.wait(300), self.state()["name"]
+
+
+@pytest.fixture
+def run(prefect_server: str, tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    """Makes one that has not started."""
+    with client_of(prefect_server) as api, contextlib.ExitStack() as stack:
+
+        def end(made: Run) -> None:
+            if hasattr(made, "process"):
+                processes = [made.process.pid]
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    processes += [each.pid for each in psutil.Process(made.process.pid).children()]
+                for each in processes:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(each, signal.SIGKILL)
+                made.process.wait()
+
+        def make(**fields: Any) -> Run:
+            made = Run(api, prefect_server, tmp_path, **fields)
+            stack.callback(end, made)
+            return made
+
+        yield make
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "state"),
+    [("completes", 0, "Completed"), ("fails", 0, "Failed"), ("killed", 137, "Running")],
+)
+def test_a_run_ends_as_its_flow_does(run: Callable[..., Run], how: str, code: int, state: str) -> None:
+    """In its working directory, from which its children import too. Who is killed leaves it to the reconciler."""
+    made = run()
+    made.start(how=how)
+    assert made.ended() == (code, state)
+    assert made.notes() == ["beside beside True"]
+    assert made.message().keys() <= {"peak", "limit", "oom_kills"}
+    assert "Warning" not in (made.folder / "log").read_text()
+
+
+def test_code_in_a_folder_is_copied(run: Callable[..., Run], tmp_path: Path) -> None:
+    made = run(pull_steps=None, path=str(tmp_path / "code"))
+    made.start()
+    assert made.ended() == (0, "Completed")
+    assert made.notes() == ["beside beside True"]
+
+
+def test_a_flow_that_cannot_be_loaded_says_so_at_the_end_of_its_log(run: Callable[..., Run]) -> None:
+    made = run(entrypoint="absent.py:ends")
+    made.start()
+    assert made.ended() == (1, "Pending")
+    assert "absent.py" in (made.folder / "log").read_text().splitlines()[-1]
+
+
+def test_asked_to_end_a_run_is_tried_again_only_when_its_tasks_have_cleaned_up(run: Callable[..., Run]) -> None:
+    made = run()
+    made.start(how="works", cleanup=2)
+    made.noted("at work")
+    made.process.terminate()
+    while True:
+        state = made.state()["name"]
+        if "cleaned up" in made.notes():
+            break
+        assert state == "Running"
+        time.sleep(0.1)
+    assert made.ended() == (0, "AwaitingRetry")
+    assert made.notes()[1:] == ["at work", "cleaned up"]
+    assert made.state()["message"] == "Retry 1 of 10 after a disruption. Its pod was asked to end."
+    assert made.state()["state_details"]["scheduled_time"]
+    assert made.labels()["reconciler.disruptions"] == 1
+
+
+def test_sigterm_draws_on_the_disruption_budget(run: Callable[..., Run]) -> None:
+    """A flow that sends SIGTERM to its own supervisor is not retried for ever."""
+    made = run(job_variables={"disruption_retries": 1})
+    made.start(how="signals its parent")
+    assert made.ended() == (0, "AwaitingRetry")
+    made.execute()
+    assert made.ended() == (0, "Crashed")
+    assert made.state()["message"] == "No retry: all 1 after a disruption are used up. Its pod was asked to end."
+    assert (made.labels()["reconciler.disruptions"], made.labels()["reconciler.cause"]) == (1, "disruption")
+
+
+def test_sigterm_of_a_job_with_a_deadline_is_left_to_the_reconciler(run: Callable[..., Run]) -> None:
+    """The reconciler knows whether the deadline has passed, after which nothing is retried."""
+    made = run()
+    made.start(how="works", deadline="20")
+    made.noted("at work")
+    made.process.terminate()
+    code, state = made.ended()
+    assert code
+    assert state == "Running"
+    assert made.notes()[1:] == ["at work", "cleaned up"]
+
+
+def test_of_one_that_kubernetes_tries_again_nothing_is_said(run: Callable[..., Run]) -> None:
+    made = run()
+    made.start(how="works", after="relinquish")
+    made.noted("at work")
+    made.process.terminate()
+    assert made.ended() == (1, "Running")
+    assert made.notes()[1:] == ["at work", "cleaned up"]
+
+
+@pytest.mark.parametrize("heard", ["by asking", "by SIGTERM"])
+def test_a_run_that_is_cancelled_runs_its_hooks(run: Callable[..., Run], heard: str) -> None:
+    made = run()
+    made.start(how="works")
+    made.noted("at work")
+    if heard == "by SIGTERM":
+        made.process.send_signal(signal.SIGSTOP)
+    made.ask("POST", f"/flow_runs/{made.id}/set_state", state={"type": "CANCELLING"})
+    if heard == "by SIGTERM":
+        made.process.terminate()
+        made.process.send_signal(signal.SIGCONT)
+    assert made.ended() == (0, "Cancelled")
+    assert made.notes()[1:] == ["at work", "cleaned up", "hook"]
+
+
+def test_a_run_that_ends_before_it_hears_that_it_is_cancelled_is_cancelled(run: Callable[..., Run]) -> None:
+    made = run()
+    made.start(how="ends when told", every=600)
+    made.noted("at work")
+    made.ask("POST", f"/flow_runs/{made.id}/set_state", state={"type": "CANCELLING"})
+    (made.folder / "end").touch()
+    assert made.ended() == (0, "Cancelled")
+
+
+@pytest.mark.parametrize(("state", "becomes"), [("RUNNING", "AwaitingRetry"), ("CANCELLING", "Cancelled")])
+def test_one_that_does_not_hear_it_is_killed_in_time_to_say_so(
+    run: Callable[..., Run], state: str, becomes: str
+) -> None:
+    made = run()
+    made.start(how="deaf", grace=10)
+    made.noted("at work")
+    engine, began = made.engine(), time.monotonic()
+    if state == "CANCELLING":
+        made.ask("POST", f"/flow_runs/{made.id}/set_state", state={"type": state})
+    made.process.terminate()
+    made.process.wait(300)  # its flow would take 600
+    assert time.monotonic() - began >= 5
+    assert made.state()["name"] == becomes
+    assert not psutil.pid_exists(engine)
+
+
+def test_flow_that_keeps_pythons_lock_has_the_whole_grace_period(run: Callable[..., Run]) -> None:
+    made = run()
+    made.start(how="keeps Python's lock")
+    made.noted("at work")
+    made.process.terminate()
+    assert made.ended() == (0, "AwaitingRetry")
+    assert made.notes()[1:] == ["at work", "let it go", "cleaned up"]
+
+
+@pytest.mark.parametrize("given_away", [False, True])
+def test_claim_executes_its_run_unless_it_was_given_away(run: Callable[..., Run], given_away: bool) -> None:
+    made = run()
+    job = made.claim()
+    if given_away:
+        for each in ("SCHEDULED", "PENDING"):
+            made.ask("POST", f"/flow_runs/{made.id}/set_state", state={"type": each})
+    made.start(job=job)
+    assert made.ended() == ((-signal.SIGKILL, "Pending") if given_away else (0, "Completed"))
+    assert made.notes() == ([] if given_away else ["beside beside True"])
+    assert ("fenced" in made.message()) == given_away
+
+
+def test_late_job_says_nothing_of_a_run_that_another_worker_has(run: Callable[..., Run]) -> None:
+    """Also where it is deleted before it knows that it is late."""
+    made = run()
+    port = free_port()
+    real, made.url = made.url, f"http://127.0.0.1:{port}/api"
+    job = made.claim()
+    for each in ("SCHEDULED", "PENDING"):
+        made.ask("POST", f"/flow_runs/{made.id}/set_state", state={"type": each})
+    made.start(job=job)
+    made.engine()
+    made.process.terminate()
+    with relayed(port, real):
+        assert made.ended() == (-signal.SIGKILL, "Pending")
+    assert made.notes() == []
+
+
+def test_run_does_not_begin_before_the_api_has_answered(run: Callable[..., Run]) -> None:
+    made = run()
+    port = free_port()
+    real, made.url = made.url, f"http://127.0.0.1:{port}/api"
+    job = made.claim()
+    made.start(job=job, begin=1)
+    assert made.process.wait(300) == 137
+    assert "does not answer: " in (made.folder / "log").read_text()
+    assert (made.state()["name"], made.notes()) == ("Pending", [])
+    made.start(job=job)
+    made.engine()
+    with relayed(port, real):
+        assert made.ended() == (0, "Completed")
+
+
+@pytest.mark.parametrize("dies", ["engine", "all of it", "fenced"])
+def test_what_it_held_is_given_back_by_who_outlives_it(run: Callable[..., Run], dies: str) -> None:
+    """By its parent, also where it was given up; where that dies with it, a message is left for the reconciler."""
+    made = run()
+    made.ask("POST", "/v2/concurrency_limits/", name="held", limit=10)
+    try:
+        made.start(how="holds")
+        made.noted("at work")
+        assert made.taken() == 3
+        engine = made.engine()
+        if dies == "all of it":
+            made.process.kill()
+        if dies == "fenced":
+            made.fence()
+        else:
+            os.killpg(engine, signal.SIGKILL)
+        made.process.wait(300)
+        if dies != "all of it":
+            assert made.taken() == 0
+            return
+        assert made.taken() == 3
+        assert len(made.message()["leases"]) == 2
+        ended = End(datetime.now(UTC), 137, "Error", leases=tuple(made.message()["leases"]))
+        asyncio.run(made.given_back(replace(POD, end=replace(ended, seen=False))))
+        assert made.taken() == 3, "on a node that is cut off it may go on"
+        asyncio.run(made.given_back(replace(POD, end=ended), replace(POD, end=ended)))
+        assert made.taken() == 0
+    finally:
+        made.ask("DELETE", "/v2/concurrency_limits/held")
+
+
+def test_of_a_run_that_goes_on_in_another_job_nothing_is_said(run: Callable[..., Run]) -> None:
+    made = run()
+    made.start(how="works")
+    made.noted("at work")
+    made.ask("PATCH", f"/flow_runs/{made.id}", infrastructure_pid="namespace:another")
+    made.process.terminate()
+    assert made.ended() == (0, "Running")
+    assert made.notes()[1:] == ["at work", "cleaned up"]
+
+
+def test_one_that_has_not_begun_is_killed_at_once(run: Callable[..., Run]) -> None:
+    made = run()
+    made.start(how="works")
+    made.engine()
+    made.process.terminate()
+    assert made.ended() == (0, "AwaitingRetry")
+    assert made.notes() == []
+
+
+def test_what_was_given_up_ends_with_its_engine(run: Callable[..., Run]) -> None:
+    made = run()
+    made.start(how="works")
+    made.noted("at work")
+    engine = made.engine()
+    made.fence()
+    assert made.ended() == (-signal.SIGKILL, "Running")
+    assert made.message() == {"fenced": 1}
+    wait_until(lambda: not psutil.pid_exists(engine), "the engine to be gone")
+    assert "cleaned up" not in made.notes()
+
+
+def test_one_that_was_given_up_does_not_say_what_becomes_of_its_run(run: Callable[..., Run]) -> None:
+    made = run()
+    made.start(how="works", every=600)
+    made.noted("at work")
+    made.fence()
+    made.process.terminate()
+    assert made.ended() == (-signal.SIGKILL, "Running")
+    assert made.message() == {"fenced": 1}
+
+
+def test_what_becomes_of_it_is_said_though_the_api_was_away(run: Callable[..., Run]) -> None:
+    made = run()
+    port = free_port()
+    real, made.url = made.url, f"http://127.0.0.1:{port}/api"
+    with relayed(port, real):
+        made.start(how="works")
+        made.noted("at work")
+    made.process.terminate()
+    made.noted("cleaned up")
+    with relayed(port, real):
+        assert made.ended() == (0, "AwaitingRetry")
+
+
+SETUP = """\
+import asyncio, sys
+if "patient" in sys.argv:
+    from orchestration import engine
+    engine.PAUSE = 0.5
+from prefect.client.orchestration import get_client
+async def ask():
+    async with get_client() as client:
+        await client.read_flows()
+"""
+
+CLIENTS = {
+    "asynchronous": "asyncio.run(ask())",
+    "synchronous": "with get_client(sync_client=True) as client: client.read_flows()",
+}
+
+
+@pytest.mark.parametrize("client", CLIENTS.values(), ids=CLIENTS)
+def test_a_first_request_is_sent_again_and_again_while_the_api_is_away(prefect_server: str, client: str) -> None:
+    port = free_port()
+    env = os.environ | {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api", "PREFECT_LOGGING_LEVEL": "DEBUG"}
+    command = [sys.executable, "-c", f"{SETUP}{client}\nprint('answered')"]
+    impatient = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert "ConnectError" in impatient.stderr
+    many = env | {"PREFECT_CLIENT_MAX_RETRIES": "30"}
+    with subprocess.Popen(
+        [*command, "patient"], env=many, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout
+        said = ""
+        pauses: list[float] = []
+        for line in process.stdout:
+            said += line
+            pauses += map(float, re.findall(r"Another attempt will be made in ([\d.]+)s", line))
+            if len(pauses) == 4:
+                break
+        else:
+            raise AssertionError(said)
+        assert max(pauses) < 0.5 * 1.5
+        with relayed(port, prefect_server):
+            assert process.stdout.read().splitlines()[-1] == "answered"
+    assert process.returncode == 0
+
+
+USER = {
+    "flows/common.py": "X = 'flows.common'\n",
+    "flows/team/common.py": "X = 'common'\n",
+    "orchestration/__init__.py": "",
+    "orchestration/rates.py": "X = 'orchestration.rates'\n",
+    "src/pkg/util.py": "X = 'src.pkg.util'\n",
+    "src/pkg/steps.py": """
+import site, sys
+from pathlib import Path
+def install():
+    here = Path.cwd()
+    Path(site.getsitepackages()[0], "installed.pth").write_text(f"{here / 'src'}\\n")
+    sys.path.insert(0, str(here / "old"))
+    import helper
+    sys.path.remove(str(here / "old"))
+""",
+    "old/helper.py": "X = 'old/helper'\n",
+    "helper.py": "X = 'helper'\n",
+    "flows/team/etl.py": """
+import importlib, os, sys
+from pathlib import Path
+from prefect import flow
+
+NAMES = "flows.common", "common", "orchestration.rates", "src.pkg.util", "pkg.util", "flows.team.common", "helper"
+
+@flow
+def a():
+    for name in NAMES:
+        try:
+            found = importlib.import_module(name).X
+        except Exception as error:
+            found = type(error).__name__
+        with open(os.environ["NOTES"], "a") as file:
+            file.write(f"{name}: {found}\\n")
+""",
+}
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Path:
+    """The interpreter of an environment with what this one has, in which pull steps may install."""
+    folder = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    [packages] = folder.glob("lib/python*/site-packages")
+    (packages / "inherited.pth").write_text("\n".join(each for each in sys.path if "site-packages" in each) + "\n")
+    return folder / "bin" / "python"
+
+
+@pytest.mark.parametrize("entrypoint", ["flows/team/etl.py:a", "flows.team.etl.a"])
+def test_users_code_is_imported_as_under_prefects_command(
+    run: Callable[..., Run], tmp_path: Path, environment: Path, entrypoint: str
+) -> None:
+    """From a repository with folders named as this project's, without `__init__.py`, and with a package to install."""
+    repository = tmp_path / "repository"
+    for name, content in USER.items():
+        (repository / name).parent.mkdir(parents=True, exist_ok=True)
+        (repository / name).write_text(content)
+    git = ["git", "-C", str(repository), "-c", "user.name=a", "-c", "user.email=a@example.com"]
+    for arguments in (["init", "-q", "-b", "main"], ["add", "."], ["commit", "-q", "-m", "all"]):
+        subprocess.run([*git, *arguments], check=True)
+    clone = {"id": "clone", "repository": f"file://{repository}", "branch": "main"}
+    made = run(
+        entrypoint=entrypoint,
+        pull_steps=[
+            {"prefect.deployments.steps.git_clone": clone},
+            {"prefect.deployments.steps.set_working_directory": {"directory": "{{ clone.directory }}"}},
+            {"src.pkg.steps.install": {}},
+        ],
+    )
+    found = []
+    for prefects in (True, False):
+        made.start(python=str(environment), prefects=prefects)
+        assert made.ended() == (0, "Completed"), (made.folder / "log").read_text()
+        found.append(made.notes())
+        (made.folder / "notes").unlink()
+        for file in environment.parent.parent.glob("lib/python*/site-packages/installed.pth"):
+            file.unlink()
+    assert found[1] == found[0]
+    assert dict(note.split(": ") for note in found[0]) == {
+        "flows.common": "flows.common",
+        "common": "common" if ":" in entrypoint else "ModuleNotFoundError",
+        "orchestration.rates": "orchestration.rates",
+        "src.pkg.util": "src.pkg.util",
+        "pkg.util": "src.pkg.util",
+        "flows.team.common": "common",
+        "helper": "helper",
+    }

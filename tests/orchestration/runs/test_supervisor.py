@@ -1,0 +1,192 @@
+"""What a run's container says at its end of the memory it used, under both versions of cgroups."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from urllib.error import HTTPError
+from uuid import uuid4
+
+import httpx
+import psutil
+import pytest
+
+from orchestration.prefect_api import Server
+from orchestration.reconciler import actions
+from orchestration.runs.supervisor import FENCED, Api, report
+from orchestration.settings import ROOT
+from tests.parts import asked, client_of
+
+EXECUTION = [sys.executable, "-I", "-S", str(ROOT / "orchestration/runs/supervisor.py")]
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        (
+            {"memory.peak": "1000\n", "memory.max": "2000\n", "memory.events": "low 0\noom 3\noom_kill 2\n"},
+            {"peak": 1000, "limit": 2000, "oom_kills": 2},
+        ),
+        (
+            {
+                "memory/memory.max_usage_in_bytes": "1000\n",
+                "memory/memory.limit_in_bytes": "9223372036854771712\n",
+                "memory/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 1\n",
+            },
+            {"peak": 1000, "oom_kills": 1},
+        ),
+        ({"memory.max": "max\n"}, {}),
+        ({}, {}),
+    ],
+    ids=["version 2", "version 1", "no limit", "none"],
+)
+def test_the_memory_of_a_cgroup(tmp_path: Path, files: dict[str, str], found: dict[str, int]) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert report(tmp_path) == found
+
+
+@pytest.mark.parametrize(
+    ("command", "status"), [("exit(3)", 3), ("import os; os.kill(os.getpid(), 9)", 137), ("pass", 0)]
+)
+def test_the_status_is_the_command_s(tmp_path: Path, command: str, status: int) -> None:
+    message = tmp_path / "message"
+    done = subprocess.run(
+        [*EXECUTION, sys.executable, "-c", command], env={"TERMINATION_MESSAGE_PATH": str(message)}, check=False
+    )
+    assert done.returncode == status
+    assert isinstance(json.loads(message.read_text()), dict)
+
+
+def test_an_execution_that_was_given_up_ends_itself(prefect_server: str, tmp_path: Path) -> None:
+    """Also its command's children; another Job of the same run goes on."""
+    with client_of(prefect_server) as api:
+        flow = api.post("/flows/", json={"name": "fenced"}).raise_for_status().json()["id"]
+        run = api.post("/flow_runs/", json={"flow_id": flow}).raise_for_status().json()["id"]
+    # What it waits for in between is only in the way here.
+    code = "import supervisor, sys; supervisor.EVERY = 0.1; sys.exit(supervisor.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "sh", "-c", "sleep 60 & echo $!; wait"]
+    messages = {job: tmp_path / job for job in ("old", "new")}
+    processes = {
+        job: subprocess.Popen(
+            command,
+            env={
+                "PATH": os.environ["PATH"],
+                "PYTHONPATH": str(ROOT / "orchestration"),
+                "PREFECT_API_URL": prefect_server,
+                "PREFECT__FLOW_RUN_ID": run,
+                "KUBERNETES_JOB": job,
+                "TERMINATION_MESSAGE_PATH": str(message),
+            },
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for job, message in messages.items()
+    }
+    try:
+        assert processes["old"].stdout
+        child = psutil.Process(int(processes["old"].stdout.readline()))
+        with client_of(prefect_server) as api:
+            api.patch(f"/flow_runs/{run}/labels", json={f"{FENCED}old": True}).raise_for_status()
+        assert processes["old"].wait(30) == -signal.SIGKILL
+        assert processes["old"].stdout.read().startswith("Job old was given up")
+        assert json.loads(messages["old"].read_text()) == {"fenced": 1}
+        psutil.wait_procs([child], 5)
+        assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+        time.sleep(1)
+        assert processes["new"].poll() is None
+    finally:
+        for process in processes.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("of_run", "of_deployment", "of_pool", "retries"),
+    [(3, 2, 1, 3), (None, 2, 1, 2), (None, None, 1, 1), (0, 2, 1, 0), (None, None, None, 10), ("many", 2, 1, 10)],
+)
+def test_disruption_budget_is_that_of_the_run_else_the_deployment_else_the_pool(
+    prefect_server: str, of_run: object, of_deployment: object, of_pool: object, retries: int
+) -> None:
+    def variables(budget: object) -> dict[str, object]:
+        return {} if budget is None else {"disruption_retries": budget}
+
+    name = f"budget-{uuid4().hex[:6]}"
+    with client_of(prefect_server) as api:
+        properties = {
+            "disruption_retries": {"title": "Disruption Retries"}
+            | ({"default": of_pool} if of_pool is not None else {})
+        }
+        template = {"job_configuration": {"name": ""}, "variables": {"properties": properties}}
+        asked(api, "POST", "/work_pools/", {"name": name, "type": "kubernetes", "base_job_template": template})
+        body = {"name": name, "flow_id": asked(api, "POST", "/flows/", {"name": "budget"})["id"]}
+        body |= {"work_pool_name": name, "job_variables": variables(of_deployment)}
+        deployment = asked(api, "POST", "/deployments/", body)["id"]
+        path = f"/deployments/{deployment}/create_flow_run"
+        run = asked(api, "POST", path, {"job_variables": variables(of_run)})
+        execution = Api(prefect_server, run["id"], "job")
+        assert execution.disruption_retries(execution.ask()) == retries
+        found = {"job_variables": variables(of_run), "deployment_id": deployment, "work_pool_name": name}
+        assert asyncio.run(_by_the_reconciler(prefect_server, found)) == retries
+
+
+async def _by_the_reconciler(url: str, found: dict[str, object]) -> int:
+    async with httpx.AsyncClient(base_url=url, timeout=30) as client:
+        retries = await actions._retries(Server(client, url), found)
+    assert retries
+    return retries.disruption_retries
+
+
+def test_it_asks_as_prefect_s_client_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through a proxy that wants a header and gives none, not even the date."""
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            known = self.headers["X-Team"] == "data" and self.headers["Authorization"] == "Basic dTpw"
+            self.send_response_only(200 if known else 403)
+            self.end_headers()
+            self.wfile.write(json.dumps({"labels": {f"{FENCED}job": True}}).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Proxy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/api"
+        monkeypatch.setenv("PREFECT_API_AUTH_STRING", "u:p")
+        api = Api(url, "run", "job")
+        with pytest.raises(HTTPError):
+            api.ask()
+        monkeypatch.setenv("PREFECT_CLIENT_CUSTOM_HEADERS", '{"X-Team": "data"}')
+        assert api.is_fenced(api.ask())
+        assert not Api(url, "run", "other").is_fenced(api.ask())
+        server.shutdown()
+
+
+def test_it_waits_for_a_command_that_ends_by_itself_after_sigterm(tmp_path: Path) -> None:
+    """Both get the signal; only the command decides what it means."""
+    command = (
+        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); print('up', flush=True); "
+        "time.sleep(60)"
+    )
+    env = {"TERMINATION_MESSAGE_PATH": str(tmp_path / "message")}
+    process = subprocess.Popen([*EXECUTION, sys.executable, "-c", command], env=env, stdout=subprocess.PIPE)
+    assert process.stdout
+    assert process.stdout.readline() == b"up\n"
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None, "its command has not been told yet"
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    subprocess.run(["kill", "-TERM", *children], check=True)
+    assert process.wait(10) == 7
+    process.stdout.close()

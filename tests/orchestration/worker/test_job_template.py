@@ -1,0 +1,201 @@
+"""A worker makes Jobs of its release's template, and refuses job variables that the template does not allow."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+from uuid import uuid4
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
+    PREFECT_API_KEY,
+    PREFECT_CLIENT_CUSTOM_HEADERS,
+    PREFECT_LOGGING_LEVEL,
+    PREFECT_LOGGING_TO_API_ENABLED,
+    temporary_settings,
+)
+from prefect.states import Scheduled
+from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerResult
+
+from orchestration.errors import SettingsError
+from orchestration.runs.supervisor import CAUSE
+from orchestration.worker import job_template, kubernetes_worker
+from orchestration.worker.job_template import RefusedVariableError
+from tests.helm.rendering import one, render
+
+pytestmark = pytest.mark.usefixtures("closed_worker_channels")
+
+ALLOWED = {"serviceAccounts": ["reader"], "images": ["registry.example.com/data/*"]}
+VALUES: dict[str, Any] = {
+    "image": {"repository": "registry.example.com/flows", "tag": "1"},
+    "runs": {"allowed": ALLOWED},
+}
+
+
+@pytest.fixture(scope="module")
+def template() -> dict[str, Any]:
+    """The template that the chart's worker has."""
+    made = one(render("prefect-work-pool", VALUES), "ConfigMap", "test-prefect-work-pool-worker")
+    return dict(json.loads(made["data"]["base-job-template.json"]))
+
+
+def test_worker_has_the_template_that_sync_brings_to_the_server(template: dict[str, Any]) -> None:
+    synced = yaml.safe_load(
+        one(render("prefect-work-pool", VALUES), "ConfigMap", "test-prefect-work-pool-sync")["data"]["pool.yaml"]
+    )
+    assert synced["work_pools"][0]["base_job_template"] == template
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"image": "registry.example.com/flows:2", "cpu_limit": "1", "env": {"A": "b"}, "env.C": "d"},
+        {"image": "registry.example.com/data/etl@sha256:0123", "service_account_name": "reader"},
+        {"labels": {"team": "a"}, "annotations": {"sidecar.istio.io/inject": "false"}},
+        {"of nobody": 1},
+    ],
+)
+def test_variables_that_the_template_allows_pass(template: dict[str, Any], variables: dict[str, Any]) -> None:
+    job_template.check(variables, template["variables"])
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        (
+            {"service_account_name": "prefect-work-pool-worker"},
+            "service_account_name: 'prefect-work-pool-worker' is none of",
+        ),
+        ({"service_account_name": "{{ prefect.variables.account }}"}, "service_account_name: '{{ prefect"),
+        ({"image": "evil.example.com/flows:1"}, "image: 'evil.example.com/flows:1' is not allowed by"),
+        ({"image": "registry.example.com/flows.evil.com/x"}, "image: "),
+        ({"image": "{{ prefect.variables.image }}"}, "image: "),
+        ({"image": None}, "image: None is not of type 'string'"),
+        ({"labels": {"app.kubernetes.io/name": "prefect-server"}}, "labels: the key 'app.kubernetes.io/name' is kept"),
+        ({"labels": {"prefect.io/flow-run-id": "x"}}, "labels: the key 'prefect.io/flow-run-id' is kept"),
+        ({"annotations": {"reconciler.noted": "x"}}, "annotations: the key 'reconciler.noted' is kept"),
+        ({"labels": "{{ prefect.blocks.json.labels }}"}, "labels: "),
+        ({"labels.app": "x", "labels": {"prefect.io/role": "y"}}, "labels: the key 'prefect.io/role' is kept"),
+        ({"env": {"PASSWORD": ["s3cret"]}}, "job variable env.PASSWORD is no text"),
+        ({"finished_job_ttl": "never"}, "finished_job_ttl: "),
+    ],
+)
+def test_variable_that_the_template_does_not_allow_is_refused_by_name(
+    template: dict[str, Any], variables: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(RefusedVariableError) as refused:
+        job_template.check(variables, template["variables"])
+    assert said in str(refused.value)
+    assert "s3cret" not in str(refused.value)
+
+
+KEYS = st.sampled_from(["app.kubernetes.io/", "prefect.io/", "reconciler.", "kubectl.kubernetes.io/", "a/", ""])
+
+
+@given(st.dictionaries(st.tuples(KEYS, st.text("abc", min_size=1, max_size=3)).map("".join), st.text(max_size=3)))
+def test_no_label_of_the_platform_passes(template: dict[str, Any], labels: dict[str, str]) -> None:
+    kept = [each for each in labels if each.startswith(("app.kube", "prefect.io/", "reconciler.", "kubectl."))]
+    try:
+        job_template.check({"labels": labels}, template["variables"])
+    except RefusedVariableError:
+        assert kept
+    else:
+        assert not kept
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"variables": {"type": 1}, "job_configuration": {}}'])
+def test_file_that_is_no_template_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "template.json"
+    file.write_text(text)
+    with pytest.raises(SettingsError, match="is no base job template"):
+        job_template.read(file)
+
+
+@flow
+def nothing() -> None:
+    """What the runs would do; none of them gets to it."""
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """Workers that watch no cluster, and whose logs stay here."""
+    with (
+        patch.dict("os.environ", PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED="false"),
+        temporary_settings({PREFECT_LOGGING_TO_API_ENABLED: False}),
+    ):
+        yield
+
+
+async def _submitted(template: dict[str, Any], variables: dict[str, Any]) -> tuple[list[Any], Any]:
+    """The manifests of the Jobs that a worker makes of a run, and the run; the server's template is an attacker's."""
+    made: list[Any] = []
+
+    async def make(_: Any, run: Any, configuration: Any, task_status: Any) -> KubernetesWorkerResult:
+        made.append(configuration.job_manifest)
+        task_status.started("namespace:job")
+        return KubernetesWorkerResult(identifier="namespace:job", status_code=0)
+
+    stolen = json.loads(json.dumps(template))
+    stolen["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]["serviceAccountName"] = "worker"
+    stolen["variables"]["properties"] = {name: {} for name in template["variables"]["properties"]}
+    pool = f"stolen-{uuid4().hex[:6]}"
+    async with get_client() as client:
+        await client.create_work_pool(WorkPoolCreate(name=pool, type="kubernetes", base_job_template=stolen))
+        deployment = await client.create_deployment(
+            flow_id=await client.create_flow(nothing), name="nothing", work_pool_name=pool
+        )
+        with patch.object(KubernetesWorker, "run", make):
+            options: dict[str, Any] = {"work_pool_name": pool, "create_pool_if_not_found": False}
+            async with kubernetes_worker.Worker(template=template, **options) as tested:
+                await tested.sync_with_backend()
+                run = await client.create_flow_run_from_deployment(
+                    deployment, state=Scheduled(), job_variables=variables
+                )
+                for _ in range(3):
+                    await tested.get_and_submit_flow_runs()
+                    while tested.submitting:
+                        await asyncio.sleep(0.05)
+        return made, await client.read_flow_run(run.id)
+
+
+@pytest.mark.usefixtures("prefect_server", "alone")
+def test_job_is_made_of_the_release_s_template(template: dict[str, Any]) -> None:
+    [manifest], run = asyncio.run(_submitted(template, {"labels": {"team": "a"}}))
+    assert manifest["spec"]["template"]["spec"]["serviceAccountName"] == "test-prefect-work-pool-runs"
+    assert manifest["metadata"]["labels"]["team"] == "a"
+    assert run.state_name == "Submitting"
+
+
+@pytest.mark.usefixtures("prefect_server", "alone")
+def test_run_with_a_refused_variable_crashes_without_a_job_or_a_retry(template: dict[str, Any]) -> None:
+    made, run = asyncio.run(_submitted(template, {"service_account_name": "worker"}))
+    assert made == []
+    assert run.state_name == "Crashed"
+    assert "job variable service_account_name: 'worker' is none of" in run.state.message
+    assert "runs.allowed" in run.state.message
+    assert run.labels[CAUSE] == "start"
+
+
+@pytest.mark.usefixtures("prefect_server", "alone")
+def test_job_shows_no_secret_of_the_worker(template: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name of a Secret makes Prefect's worker refer to it; all else is left out, as the headers of a proxy are."""
+    prefix = "PREFECT_INTEGRATIONS_KUBERNETES_WORKER_API_AUTH_STRING_SECRET"
+    for suffix, value in (("NAME", "prefect-server-auth"), ("KEY", "auth-string")):
+        monkeypatch.setenv(f"{prefix}_{suffix}", value)
+    secrets = {PREFECT_API_KEY: "s3cret-key", PREFECT_CLIENT_CUSTOM_HEADERS: {"X-Access": "s3cret-header"}}
+    with temporary_settings(secrets | {PREFECT_API_AUTH_STRING: "admin:s3cret", PREFECT_LOGGING_LEVEL: "WARNING"}):
+        [manifest], _ = asyncio.run(_submitted(template, {}))
+    names = {each["name"] for each in manifest["spec"]["template"]["spec"]["containers"][0]["env"]}
+    assert names.isdisjoint({"PREFECT_API_KEY", "PREFECT_CLIENT_CUSTOM_HEADERS"})
+    assert {"PREFECT_API_AUTH_STRING", "PREFECT_LOGGING_LEVEL"} <= names
+    assert "s3cret-" not in json.dumps(manifest)

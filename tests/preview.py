@@ -1,0 +1,105 @@
+"""Print before `make test` which cluster it uses and why, how long it takes and what it changes on the machine."""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from orchestration.errors import ClusterError
+from orchestration.operations.local_cluster import binaries, kind, node
+from orchestration.operations.local_cluster.choice import chosen, way
+
+PROGRAMS = {"kubernetes": (binaries.KUBERNETES, "9 min, once")} | {
+    name: (version, usual) for name, (_, version, usual) in binaries.MODULES.items()
+}
+"""Version and build time of what is built from Go modules, by name."""
+
+BUILT = {
+    node.CONTEXT: ("kubernetes", "helm", "coredns", "metrics-server", "versitygw"),
+    kind.CONTEXT: ("kind", "kubernetes", "helm", "versitygw"),
+}
+"""What the tests need of them, by the cluster's context; kind has programs that the machine may have as well."""
+
+TEST_PACKAGES = {
+    "redis-server": "redis-server",
+    "chromium": "chromium",
+    "dockerd": "docker.io",
+    "docker-compose": "docker-compose",
+    "pg_lsclusters": "postgresql",
+}
+"""Debian's packages that single tests install, by program."""
+
+
+def text() -> str:
+    """Return the lines.
+
+    Raises:
+        ClusterError: `CLUSTER` is invalid, or names what cannot be made here.
+    """
+    lines = list(_lines())
+    width = max(len(title) for title, _ in lines)
+    return "\n".join(f"{title:{width}}  {line}".rstrip() for title, line in lines)
+
+
+def _lines() -> Iterator[tuple[str, str]]:
+    named = way()
+    try:
+        context = chosen()
+    except ClusterError as error:
+        if named not in ("", "none"):
+            raise
+        yield "Cluster", f"none. {error}"
+        if named:
+            yield "Changes", f"{binaries.cache()} alone: no package is installed and no program is built"
+        else:
+            yield "", "The tests that need a cluster are skipped. With CI set that is an error"
+        return
+    if context == os.environ.get("KUBE_CONTEXT"):
+        yield "Cluster", f"{context}, which KUBE_CONTEXT names"
+        yield "Changes", "namespaces of the tests' own in that cluster, removed afterwards"
+    elif context == kind.CONTEXT:
+        yield "Cluster", f"{context}, by kind: {'CLUSTER=kind' if named else 'Docker runs'}"
+        yield "Changes", "Docker: the kind cluster and a registry on localhost:5000. make cluster-down removes them"
+    else:
+        reason = "CLUSTER=node" if named else "Docker does not run, and this is Linux with Go and you are root"
+        yield "Cluster", f"{context}, a node from packages: {reason}"
+        yield "Changes", f"{node.STATE}, {'there already' if node.STATE.exists() else 'new'}"
+        yield "", f"bridges {node.BRIDGE} and {node.FIRST.bridge}, routes, iptables chains KUBE-*, CNI-*, NETPOL-*"
+        yield "", "make cluster-down removes them"
+    packages = binaries.PACKAGES | TEST_PACKAGES if context == node.CONTEXT else TEST_PACKAGES
+    absent = sorted(package for program, package in packages.items() if not shutil.which(program))
+    yield "Debian", f"installs {' '.join(absent)}" if absent else "every package is installed"
+    yield "Cache", f"{binaries.cache()}: {', '.join(_cached()) or 'empty'}"
+    once = [
+        f"{name} {usual.partition(',')[0]}"
+        for name, (version, usual) in PROGRAMS.items()
+        if name in BUILT.get(context, ()) and not (binaries.cache() / f"{name}-{version}").exists()
+    ]
+    yield "Time", "about 31 min on 2 cores" + (f", and once to build {', '.join(once)}" if once else "")
+    yield "Faster", "CLUSTER=none make test: what needs no cluster. make test CHANGED=1: what a change affects"
+
+
+def _cached() -> list[str]:
+    """Return what the cache holds, largest first, with its size."""
+    sizes = {each.name: _bytes(each) for each in binaries.cache().glob("*") if each.is_dir()}
+    ordered = sorted(sizes.items(), key=lambda item: -item[1])
+    return [f"{name} {size / 1e6:.0f} MB" for name, size in ordered if size > 1e6]
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def main() -> int:
+    """Print the preview; return the exit status."""
+    try:
+        print(text())
+    except ClusterError as error:
+        print(f"{error}.", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
