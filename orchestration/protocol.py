@@ -1,27 +1,101 @@
-"""What Prefect's processes tell each other about a flow run: environment variables, and the control session.
+"""What the worker, the supervisor of a flow run and the reconciler share: labels, annotations, events, variables.
 
-The supervisor imports this module, which therefore imports nothing.
-
-Replaces: `PREFECT__*` variables, and the wire format of `prefect._internal.attempt_control`
-Why: without a reason before SIGTERM the engine reports a crash, and a cancelled run would not be Cancelled
-Until: Prefect documents how a supervisor ends a flow run
+The supervisor runs without site-packages, so this module imports the standard library alone.
 """
 
-FLOW_RUN_ID_VARIABLE = "PREFECT__FLOW_RUN_ID"
-"""The environment variable that Prefect's worker gives to the main container alone."""
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-FLOW_ENTRYPOINT_VARIABLE = "PREFECT__FLOW_ENTRYPOINT"
-"""The environment variable that names the flow to the engine: file and function."""
+FINAL_STATES = frozenset({"COMPLETED", "FAILED", "CRASHED", "CANCELLED"})
+"""The types of states after which nothing of a flow run is executed."""
 
-CONTROL_PORT_VARIABLE = "PREFECT__CONTROL_PORT"
-CONTROL_TOKEN_VARIABLE = "PREFECT__CONTROL_TOKEN"  # noqa: S105 - a name
-"""The environment variables by which the engine connects to the supervisor."""
+MAIN_CONTAINER = "prefect-job"
+"""The name of the main container in Prefect's and the chart's base job templates."""
 
-CANCEL, RESCHEDULE, RELINQUISH = b"c", b"r", b"q"
-"""Why the engine is about to get SIGTERM: the supervisor sends one of these."""
+MAIN_CONTAINER_ANNOTATION = "kubectl.kubernetes.io/default-container"
+"""The annotation of a pod by which the worker names the main container, and from which kubectl takes it."""
 
-ACKNOWLEDGED = b"a"
-"""The engine answers that it knows the reason."""
+RUN_LABEL, POOL_LABEL = "prefect.io/flow-run-id", "prefect.io/work-pool-id"
+"""Labels of Jobs and pods. The worker writes them."""
 
-NO_RECEIPTS = b"\x00PF\x02\x00"
-"""The supervisor's answer to the engine's offer to report how the run attempt ended: protocol 2, without receipts."""
+NOTED_ANNOTATION = "reconciler.noted"
+"""Annotation of a Job: how many of its ended pods the reconciler has recorded on the flow run."""
+
+# Labels of a flow run.
+
+CLUSTER_LABEL, NAMESPACE_LABEL = "reconciler.cluster", "reconciler.namespace"
+"""The identity of the cluster, and the namespace, in which the worker that claimed the run creates its Job.
+
+Workers of several clusters may share a work pool, and their namespaces may have the same name.
+"""
+
+REFUSAL_LABEL = "reconciler.refused"
+"""Since when Kubernetes refuses the run's Job: a `Refusal`. The worker writes it."""
+
+CAUSE_LABEL, LOST_LABEL = "reconciler.cause", "reconciler.lost"
+"""The cause of a crash, and whether its run attempt was lost from sight. Both are written before the Crashed state."""
+
+CRASHES_LABEL, DISRUPTIONS_LABEL = "reconciler.crashes", "reconciler.disruptions"
+"""How many crashes and how many disruptions were retried."""
+
+RETRIED_LABEL, SETTLED_LABEL = "reconciler.retried", "reconciler.settled"
+"""The id of the state whose retry is counted, with its cause, and the id of the state for which there is no retry."""
+
+PEAK_LABEL, EXCEEDED_LABEL = "reconciler.peak", "reconciler.exceeded"
+"""The memory that one of the run's pods used, and the highest limit for which a pod was killed, both in bytes."""
+
+FENCED_LABEL_PREFIX = "reconciler.fenced."
+"""Before a Job's name, the label that fences the Job: nothing of the run may be executed in its pods."""
+
+POD_ENDED_EVENT = "reconciler.pod.ended"
+"""The event on a run's page for each pod that has ended."""
+
+CLAIM_LOST = "ClaimLost"
+"""The name of the Pending state of a run whose claim the reconciler gives away. No Job of the claim executes it."""
+
+DISRUPTION_RETRIES = 10
+"""How many disruptions are retried if neither the run nor its deployment nor its work pool has a number."""
+
+DEADLINE_VARIABLE = "ACTIVE_DEADLINE_SECONDS"
+"""The environment variable with a Job's `activeDeadlineSeconds`. The worker sets it if the Job has one."""
+
+CHECK_INTERVAL_SECONDS, RECHECK_INTERVAL_SECONDS, CHECK_TIMEOUT_SECONDS = 15.0, 3.0, 5.0
+"""How often a supervisor asks whether its Job is fenced, asks again after no answer, and how long it waits for one."""
+
+FENCED_WITHIN_SECONDS = CHECK_INTERVAL_SECONDS + RECHECK_INTERVAL_SECONDS + 3 * CHECK_TIMEOUT_SECONDS
+"""How long after a Job was fenced its supervisor has stopped: it was answered just before, and then once was not."""
+
+
+def claim_of(job: str) -> str:
+    """Return the claim in a Job's name: the last 12 digits of the id of the Pending state that made it; else empty."""
+    found = re.search(r"-([0-9a-f]{12})$", job)
+    return found[1] if found else ""
+
+
+def is_given_away(job: str, states: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether a Job's claim of its run is over, so that the Job must not execute the run.
+
+    Args:
+        job: the name of the Job.
+        states: all states of the run, oldest first.
+    """
+    claim = claim_of(job)
+    made = [number for number, each in enumerate(states) if claim and str(each["id"]).endswith(claim)]
+    later = states[made[0] + 1 :] if made else ()
+    # A claim sets the state named Pending, and what is Scheduled is any worker's to claim.
+    return any(each["name"] in ("Pending", CLAIM_LOST) for each in later) or (
+        bool(later) and later[-1]["type"] == "SCHEDULED"
+    )
+
+
+def whole_number(given: object) -> int:
+    """Return the whole number from 0 to 2**63 - 1 that a label, an annotation or a report holds; 0 if it holds none.
+
+    A flow run and its user can write anything there.
+    """
+    try:
+        number = int(given or 0)  # type: ignore[call-overload]
+    except (TypeError, ValueError, OverflowError):
+        return 0
+    return int(number) if 0 <= number < 2**63 else 0

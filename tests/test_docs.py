@@ -14,12 +14,12 @@ import pytest
 
 from docs import generate, site_hooks
 from orchestration import __main__ as program
-from orchestration import reconciler
+from orchestration import protocol, reconciler
 from orchestration.deployments import watch
 from orchestration.inspection import timeline
 from orchestration.operations.local_cluster.binaries import MissingProgramError
 from orchestration.prefect_compat.events import POD_EVENT_PREFIX
-from orchestration.reconciler import causes, decide, pod_records
+from orchestration.reconciler import causes, decide
 from orchestration.runs import supervisor
 from orchestration.settings import ROOT
 
@@ -237,7 +237,7 @@ def _states_of_actions() -> set[str]:
 def test_page_of_states_has_every_state() -> None:
     written = _states_of_actions()
     assert {"Crashed", "AwaitingRetry"} <= written
-    states = {*written, *causes.OF_STATE, *causes.STARTING, supervisor.GIVEN_AWAY}
+    states = {*written, *causes.OF_STATE, *causes.STARTING, protocol.CLAIM_LOST}
     page = _page("states")
     assert [each for each in sorted(states) if f"`{each}`" not in page] == []
     assert [each for each in causes.KINDS if f"| `{each}` |" not in page] == []
@@ -250,12 +250,12 @@ def test_page_of_states_has_every_state() -> None:
 
 def test_page_of_events_has_every_event() -> None:
     page = _page("events")
-    of_states = {*_states_of_actions(), supervisor.GIVEN_AWAY}
+    of_states = {*_states_of_actions(), protocol.CLAIM_LOST}
     events = {f"reconciler.flow-run.{each.lower()}" for each in of_states}
     events |= {f"{POD_EVENT_PREFIX}{each}" for each in timeline.PHASES}
     events |= {
         timeline.GIVEN_UP,
-        pod_records.ENDED,
+        protocol.POD_ENDED_EVENT,
         watch.DRIFTED,
         watch.RESTORED,
         timeline.SUBMITTED,
@@ -266,8 +266,8 @@ def test_page_of_events_has_every_event() -> None:
 
 def test_page_of_labels_has_every_label() -> None:
     page = _page("labels-and-annotations")
-    labels = _constants("reconciler.") - {timeline.GIVEN_UP, pod_records.ENDED} | _constants("prefect.io/")
-    assert {supervisor.FENCED, supervisor.CAUSE} <= labels
+    labels = _constants("reconciler.") - {timeline.GIVEN_UP, protocol.POD_ENDED_EVENT} | _constants("prefect.io/")
+    assert {protocol.FENCED_LABEL_PREFIX, protocol.CAUSE_LABEL} <= labels
     assert [each for each in sorted(labels) if f"`{each}" not in page] == []
 
 

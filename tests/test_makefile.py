@@ -83,7 +83,7 @@ def test_preview_that_fails_stops_make(make: Make) -> None:
 @pytest.mark.parametrize("status", [0, 1, 2])
 def test_make_plan_says_no_more_than_that_its_command_failed(tmp_path: Path, status: int) -> None:
     """As docs/how-to/deploy.md has it: scripts call the command."""
-    (tmp_path / "python").write_text(f'#!/bin/sh\ncase "$*" in *environment*) exit {status} ;; esac\n')
+    (tmp_path / "python").write_text(f'#!/bin/sh\ncase "$*" in *operations*) exit {status} ;; esac\n')
     (tmp_path / "python").chmod(0o755)
     command = ["make", "--old-file", ".venv/ready", "plan", f"BIN={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, env={"PATH": os.environ["PATH"]}, capture_output=True, check=False)
@@ -92,7 +92,7 @@ def test_make_plan_says_no_more_than_that_its_command_failed(tmp_path: Path, sta
 
 @pytest.mark.parametrize(("way", "stops"), [("", False), ("node", True)])
 def test_cluster_that_cannot_be_made_stops_make_where_it_was_named(make: Make, way: str, stops: bool) -> None:
-    status, commands = make(fails="tests.cluster up", cluster=way)
+    status, commands = make(fails="local_cluster up", cluster=way)
     assert status == (2 if stops else 0)
     assert (f"pytest {ALL} tests CLUSTER={way}" in commands) is not stops
 

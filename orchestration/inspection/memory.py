@@ -9,10 +9,9 @@ from typing import Any
 
 from orchestration.errors import ApiError
 from orchestration.prefect_api import JSON, PAGE, Server
+from orchestration.protocol import EXCEEDED_LABEL, PEAK_LABEL, whole_number
 from orchestration.reconciler.actions import pool_defaults
 from orchestration.reconciler.model import Retries, quantity
-from orchestration.reconciler.pod_records import EXCEEDED, PEAK
-from orchestration.runs.supervisor import whole_number
 
 MIB = 2**20
 STEP, LEAST = 32 * MIB, 64 * MIB
@@ -55,7 +54,7 @@ def needed(labels: Mapping[str, Any], growth: float) -> int:
         growth: what a limit is multiplied by after it was exceeded. One that was exceeded and never outgrown was too
             low by nobody knows how much.
     """
-    peak, exceeded = (whole_number(labels.get(each)) for each in (PEAK, EXCEEDED))
+    peak, exceeded = (whole_number(labels.get(each)) for each in (PEAK_LABEL, EXCEEDED_LABEL))
     return peak if peak > exceeded else ceil(exceeded * growth)
 
 
@@ -112,7 +111,7 @@ async def _usage(server: Server, deployment: str, name: str, variables: Mapping[
     return Usage(
         name,
         len(needs),
-        sum(bool(each.get(EXCEEDED)) for each in runs),
+        sum(bool(each.get(EXCEEDED_LABEL)) for each in runs),
         int(median(needs)) if needs else 0,
         max(needs, default=0),
         *(str(variables.get(each) or "") for each in ("memory_request", "memory_limit")),

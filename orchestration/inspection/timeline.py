@@ -13,11 +13,9 @@ from orchestration import diagnoses
 from orchestration.errors import ApiError
 from orchestration.prefect_api import CLOCK, JSON, Server
 from orchestration.prefect_compat.events import POD_EVENT_PREFIX
+from orchestration.protocol import CAUSE_LABEL, CLAIM_LOST, FINAL_STATES, LOST_LABEL, POD_ENDED_EVENT, SETTLED_LABEL
 from orchestration.reconciler.causes import JOB_REFUSED, NO_JOB, OF_STATE, STARTING, Diagnosis, of_sentence
-from orchestration.reconciler.decide import LOG, LOST, SETTLED, UNCLAIMED
-from orchestration.reconciler.model import FINAL
-from orchestration.reconciler.pod_records import ENDED
-from orchestration.runs.supervisor import CAUSE, GIVEN_AWAY
+from orchestration.reconciler.decide import LOG, UNCLAIMED
 from orchestration.terminal import one_line
 
 PATIENCE = timedelta(seconds=60)
@@ -86,9 +84,9 @@ async def timeline(server: Server, run: Mapping[str, Any]) -> list[Moment]:
     states.sort(key=lambda each: str(each["timestamp"]))
     events = await _events(server, run)
     moments = [await _created(server, run, states[0] if states else None)]
-    noted = {event["payload"]["pod"] for event in events if event["event"] == ENDED}
+    noted = {event["payload"]["pod"] for event in events if event["event"] == POD_ENDED_EVENT}
     for event in events:
-        if event["event"] == ENDED:
+        if event["event"] == POD_ENDED_EVENT:
             moments += _of_pod(event["payload"])
         elif not (
             event["event"].startswith(POD_EVENT_PREFIX) and event["resource"].get("prefect.resource.name") in noted
@@ -144,7 +142,9 @@ async def _events(server: Server, run: Mapping[str, Any]) -> list[JSON]:
     while True:
         which = {
             "any_resource": {"id": [f"prefect.flow-run.{run['id']}"]},
-            "event": {"name": [SUBMITTED, EXECUTED, GIVEN_UP, ENDED, *(POD_EVENT_PREFIX + each for each in PHASES)]},
+            "event": {
+                "name": [SUBMITTED, EXECUTED, GIVEN_UP, POD_ENDED_EVENT, *(POD_EVENT_PREFIX + each for each in PHASES)]
+            },
             "occurred": {"since": since.isoformat(), "until": (datetime.now(UTC) + PATIENCE).isoformat()},
             "order": "ASC",
         }
@@ -254,8 +254,8 @@ async def diagnosis(server: Server, run: Mapping[str, Any]) -> Finding:
     name, kind, said = state["name"], state["type"], (state["message"] or "").partition("\n")[0].removesuffix(LOG)
     now = datetime.now(UTC)
     since = now - datetime.fromisoformat(state["timestamp"])
-    if kind in FINAL:
-        settled = labels.get(SETTLED) == state["id"]
+    if kind in FINAL_STATES:
+        settled = labels.get(SETTLED_LABEL) == state["id"]
         retried = " No retry is left" if settled else ""
         sentence = f"It is {name}{f': {said}' if said else ''}.{retried}".replace("..", ".")
         given_up: tuple[Diagnosis, ...] = ("given-up",) if settled else ()
@@ -268,7 +268,7 @@ async def diagnosis(server: Server, run: Mapping[str, Any]) -> Finding:
     if kind == "PENDING":
         if name in WAITING and said:
             return Finding(said, (OF_STATE[name],) if name in OF_STATE else ())
-        if name == GIVEN_AWAY:
+        if name == CLAIM_LOST:
             return Finding(said, ("claim-lost",))
         worker = labels.get("prefect.worker.name")
         by = f" by worker {worker}" if worker else ""
@@ -294,10 +294,10 @@ async def diagnosis(server: Server, run: Mapping[str, Any]) -> Finding:
 def _of_crash(said: str, labels: Mapping[str, Any]) -> tuple[Diagnosis, ...]:
     """Of what a run crashed; what the reconciler noted says more than what a process said of itself."""
     found = of_sentence(said)
-    noted = labels.get(CAUSE)
+    noted = labels.get(CAUSE_LABEL)
     if found == "crash" and noted in ("oom", "disruption"):
         found = noted
-    return (found, "fenced") if labels.get(LOST) else (found,)
+    return (found, "fenced") if labels.get(LOST_LABEL) else (found,)
 
 
 async def _hindrance(server: Server, run: Mapping[str, Any]) -> str:

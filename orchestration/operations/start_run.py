@@ -11,9 +11,8 @@ import httpx
 from orchestration.errors import ClusterError
 from orchestration.operations import release_diagnosis
 from orchestration.operations.environment import Environment, Object
+from orchestration.protocol import FINAL_STATES
 from orchestration.reconciler.kubernetes_objects import PodObject
-
-FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 LAST = "Finished in state"
 """How the last line begins that a flow logs which comes to its end."""
@@ -77,7 +76,7 @@ def follow(environment: Environment, api: httpx.Client, run: Object) -> bool:
     state, complete, until = "", False, 0.0
     while True:
         now = api.get(f"/flow_runs/{run['id']}").raise_for_status().json()
-        over = now["state_type"] in FINAL
+        over = now["state_type"] in FINAL_STATES
         if now["state"]["name"] != state:
             state = now["state"]["name"]
             message = f": {now['state']['message']}" if now["state"]["message"] else ""

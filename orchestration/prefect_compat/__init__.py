@@ -12,7 +12,7 @@ The package has several modules, as a flow run must not pay for the imports of a
     events, recurrence, task_runners
                       events, dateutil's rules, the end of a flow with threads: import no Prefect
 
-`orchestration/protocol.py` has what the supervisor needs, and imports nothing.
+`orchestration/prefect_protocol.py` has what the supervisor needs, and imports nothing.
 """
 
 import functools

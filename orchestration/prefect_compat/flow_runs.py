@@ -17,7 +17,7 @@ from prefect.runner._workspace_starter import workspace_environment
 from prefect.utilities.math import clamped_poisson_interval
 
 from orchestration.prefect_compat import warn_if_untested
-from orchestration.protocol import FLOW_ENTRYPOINT_VARIABLE
+from orchestration.prefect_protocol import FLOW_ENTRYPOINT_VARIABLE
 
 warn_if_untested("prefect", prefect.__version__)
 

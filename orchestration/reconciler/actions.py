@@ -9,10 +9,10 @@ from uuid import NAMESPACE_URL, uuid4, uuid5
 
 from orchestration.errors import ClusterError
 from orchestration.prefect_api import JSON, RefusedError, Server
+from orchestration.protocol import CLAIM_LOST, LOST_LABEL
 from orchestration.reconciler import orphans
 from orchestration.reconciler.decide import (
     LOG,
-    LOST,
     Action,
     Adopt,
     Cancel,
@@ -28,7 +28,6 @@ from orchestration.reconciler.decide import (
 )
 from orchestration.reconciler.kubernetes_client import Cluster
 from orchestration.reconciler.model import Pod, Retries, Run
-from orchestration.runs.supervisor import GIVEN_AWAY
 
 BEFORE_ANY_WORKER = timedelta(seconds=60)
 """How far ahead no worker looks for runs. Cut off after it, a run starts that much later, with the memory it had."""
@@ -65,7 +64,7 @@ async def carry_out(server: Server, cluster: Cluster, action: Action, pods: list
     if isinstance(action, GiveAway):
         if not Run.read(found).is_of(await cluster.identities(), cluster.namespace):
             return ""  # meanwhile a worker elsewhere has marked it
-        return await _set(server, run, "PENDING", GIVEN_AWAY, action.sentence)
+        return await _set(server, run, "PENDING", CLAIM_LOST, action.sentence)
     if isinstance(action, Unclaim):
         # Read again, as the Jobs of the round may have been read before the claim was given away.
         if await cluster.has_job(run.id):
@@ -120,7 +119,7 @@ async def _retry(server: Server, action: Retry, found: JSON) -> str:
         return f"run {run.name}: {told.sentence}"
     # First counted, then tried: cut off in between it is tried without being counted again.
     await server.ask("PATCH", f"/flow_runs/{run.id}/labels", told.labels)
-    if not run.labels.get(LOST):  # else it may go on for a while
+    if not run.labels.get(LOST_LABEL):  # else it may go on for a while
         await orphans.release(server, run.id)
     delay = told.delay * random.uniform(1, 1.25)  # noqa: S311 - so that many do not come back at once
     message = f"{told.sentence}. {action.cause.sentence}"

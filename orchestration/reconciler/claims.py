@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import Iterable, Mapping
 
 from orchestration.prefect_api import Server
+from orchestration.protocol import claim_of, is_given_away
 from orchestration.reconciler.model import Job, Run
-from orchestration.runs.supervisor import claim_of, is_given_away
 
 
 async def given_away(server: Server, runs: Mapping[str, Run | None], jobs: Iterable[Job]) -> set[str]:

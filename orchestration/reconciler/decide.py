@@ -5,15 +5,23 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
+from orchestration.protocol import (
+    CAUSE_LABEL,
+    CLAIM_LOST,
+    CRASHES_LABEL,
+    DISRUPTIONS_LABEL,
+    FENCED_LABEL_PREFIX,
+    FENCED_WITHIN_SECONDS,
+    FINAL_STATES,
+    LOST_LABEL,
+    REFUSAL_LABEL,
+    RETRIED_LABEL,
+    SETTLED_LABEL,
+    whole_number,
+)
 from orchestration.reconciler import causes
 from orchestration.reconciler.causes import Cause
-from orchestration.reconciler.model import FINAL, REFUSAL, Job, Pod, Policy, Refusal, Retries, Run, quantity
-from orchestration.runs.supervisor import CAUSE, DISRUPTIONS, FENCED, GIVEN_AWAY, STOPPED, whole_number
-
-LOST, CRASHES, RETRIED, SETTLED = (f"reconciler.{name}" for name in ("lost", "crashes", "retried", "settled"))
-"""Labels of a run: whether an execution was lost from sight with a crash, noted before its state is written; how many
-crashes were retried; the state for which one was counted, with its cause, and the state for which there is no retry."""
-
+from orchestration.reconciler.model import Job, Pod, Policy, Refusal, Retries, Run, quantity
 
 LOG = " The end of its log:"
 """What a crash's message has behind the cause, before the lines of the log."""
@@ -46,12 +54,12 @@ class Crash:
     def labels(self) -> dict[str, Any]:
         """What the run is given before its state is written: whoever finds it crashed knows the cause."""
         # What begins anew after it was given up waits as long again.
-        refused = {REFUSAL: ""} if self.run.labels.get(REFUSAL) else {}
-        return {CAUSE: self.cause.kind, LOST: bool(self.lost)} | refused | _fences(self.lost)
+        refused = {REFUSAL_LABEL: ""} if self.run.labels.get(REFUSAL_LABEL) else {}
+        return {CAUSE_LABEL: self.cause.kind, LOST_LABEL: bool(self.lost)} | refused | _fences(self.lost)
 
 
 def _fences(jobs: Sequence[str]) -> dict[str, Any]:
-    return {FENCED + each: True for each in jobs}
+    return {FENCED_LABEL_PREFIX + each: True for each in jobs}
 
 
 @dataclass(frozen=True)
@@ -157,14 +165,14 @@ def decide(run: Run | None, jobs: Sequence[Job], pods: Sequence[Pod], now: datet
         policy: how patient to be.
     """
     jobs = [_with_its_main_container(each, pods, now, policy) for each in jobs]
-    if run is None or run.type in FINAL:
+    if run is None or run.type in FINAL_STATES:
         return _after_the_end(run, jobs, pods, now, policy)
     if run.type not in ("PENDING", "RUNNING", "CANCELLING"):
         return _held_open(run, jobs, pods, now, policy)
     if run.abandoned and run.type != "CANCELLING":
         return [Cancel(run, "Its deployment was deleted")]
     age = (now - run.since).total_seconds()
-    if run.state == GIVEN_AWAY:
+    if run.state == CLAIM_LOST:
         return _unclaimed(run, jobs, pods)
     stopped, jobs, pods = _without_given_away(run, jobs, pods)
     current = _current(run, jobs)
@@ -304,7 +312,7 @@ def _after_the_end(
         if (
             executing
             or any(each.live for each in pods)
-            or run.labels.get(SETTLED) == run.state_id
+            or run.labels.get(SETTLED_LABEL) == run.state_id
             or not run.deployment
         ):
             return held
@@ -322,8 +330,8 @@ def _of_crash(run: Run, pods: Sequence[Pod]) -> Cause:
     ended = [each for each in pods if each.job == run.job and each.end]
     seen = causes.of_end(ended) if ended else Cause("crash", run.message)
     # Counted already and cut off before it was tried, or noted by whoever wrote the crash.
-    counted = str(run.labels.get(RETRIED, "")).split()
-    label = counted[1] if counted and counted[0] == run.state_id else run.labels.get(CAUSE)
+    counted = str(run.labels.get(RETRIED_LABEL, "")).split()
+    label = counted[1] if counted and counted[0] == run.state_id else run.labels.get(CAUSE_LABEL)
     noted = next((kind for kind in causes.KINDS if kind == label), None)
     if noted or seen.kind == "crash":
         # What was said of it when it happened says more than an exit code.
@@ -423,31 +431,31 @@ def verdict(run: Run, cause: Cause, retries: Retries | None) -> Verdict:
         retries: of its deployment; None if that is gone, and nobody could claim the run any more.
     """
     if retries is None:
-        return Verdict(False, "No retry: its deployment was deleted", labels={SETTLED: run.state_id})
+        return Verdict(False, "No retry: its deployment was deleted", labels={SETTLED_LABEL: run.state_id})
     if cause.kind == "start":
-        return Verdict(False, "No retry: its cause has to be cured first", labels={SETTLED: run.state_id})
+        return Verdict(False, "No retry: its cause has to be cured first", labels={SETTLED_LABEL: run.state_id})
     budget, label, what = (
-        (retries.disruption_retries, DISRUPTIONS, "disruption")
+        (retries.disruption_retries, DISRUPTIONS_LABEL, "disruption")
         if cause.kind == "disruption"
-        else (retries.crash_retries, CRASHES, "crash")
+        else (retries.crash_retries, CRASHES_LABEL, "crash")
     )
     used = whole_number(run.labels.get(label))
-    if str(run.labels.get(RETRIED, "")).startswith(run.state_id):
+    if str(run.labels.get(RETRIED_LABEL, "")).startswith(run.state_id):
         used -= 1
     if used >= budget:
         said = f"No retry: all {budget} after a {what} are used up" if budget else f"No retry after a {what}"
-        return Verdict(False, said, labels={SETTLED: run.state_id})
+        return Verdict(False, said, labels={SETTLED_LABEL: run.state_id})
     memory = _grown(cause.memory, retries) if cause.kind == "oom" else ""
     doubled = retries.crash_backoff * 2.0 ** min(used - 1, DOUBLINGS)
     delay = min(doubled, LONGEST_BACKOFF_SECONDS) if used and what == "crash" else 0.0
-    if run.labels.get(LOST):
-        delay = max(delay, STOPPED)
+    if run.labels.get(LOST_LABEL):
+        delay = max(delay, FENCED_WITHIN_SECONDS)
     more = f", with {memory} of memory in place of {cause.memory}" if memory else ""
     return Verdict(
         True,
         f"Retry {used + 1} of {budget} after a {what}{more}",
         delay,
-        {label: used + 1, RETRIED: f"{run.state_id} {cause.kind}", CAUSE: ""},
+        {label: used + 1, RETRIED_LABEL: f"{run.state_id} {cause.kind}", CAUSE_LABEL: ""},
         memory,
     )
 

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from orchestration.errors import ClusterError
 from orchestration.prefect_api import ahead
+from orchestration.protocol import POOL_LABEL, RUN_LABEL
 from orchestration.reconciler.kubernetes_objects import (
     Change,
     EventObject,
@@ -28,7 +29,7 @@ from orchestration.reconciler.kubernetes_objects import (
     Page,
     PodObject,
 )
-from orchestration.reconciler.model import POOL_LABEL, RUN_LABEL, Job, Pod, is_run_id
+from orchestration.reconciler.model import Job, Pod, is_run_id
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 

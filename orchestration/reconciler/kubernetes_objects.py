@@ -10,7 +10,8 @@ from typing import Generic, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
-from orchestration.protocol import FLOW_RUN_ID_VARIABLE
+from orchestration.prefect_protocol import FLOW_RUN_ID_VARIABLE
+from orchestration.protocol import MAIN_CONTAINER, MAIN_CONTAINER_ANNOTATION
 
 
 class Part(BaseModel):
@@ -117,13 +118,6 @@ class PodSpec(Part):
     containers: tuple[Container, ...]
     node_name: str = ""
     restart_policy: str = ""
-
-
-MAIN_CONTAINER = "prefect-job"
-"""The name of the main container in Prefect's and the chart's base job templates."""
-
-MAIN_CONTAINER_ANNOTATION = "kubectl.kubernetes.io/default-container"
-"""The annotation of a pod by which the worker names the main container, and from which kubectl takes it."""
 
 
 class PodObject(Part):

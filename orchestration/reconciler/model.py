@@ -9,6 +9,15 @@ from datetime import datetime, timedelta
 from typing import Any, ClassVar
 from uuid import UUID
 
+from orchestration.protocol import (
+    CLUSTER_LABEL,
+    DISRUPTION_RETRIES,
+    NAMESPACE_LABEL,
+    NOTED_ANNOTATION,
+    REFUSAL_LABEL,
+    RUN_LABEL,
+    whole_number,
+)
 from orchestration.reconciler.kubernetes_objects import (
     Condition,
     Container,
@@ -17,30 +26,9 @@ from orchestration.reconciler.kubernetes_objects import (
     PodObject,
     PodStatus,
 )
-from orchestration.runs.supervisor import DISRUPTION_RETRIES, whole_number
-
-FINAL = frozenset({"COMPLETED", "FAILED", "CRASHED", "CANCELLED"})
-"""Types of states after which nothing of a run is executed any more."""
-
-RUN_LABEL, POOL_LABEL = "prefect.io/flow-run-id", "prefect.io/work-pool-id"
-"""Of Jobs and pods, by the worker."""
-
-CLUSTER = "reconciler.cluster"
-"""Label of a run, by the worker that claimed it: the identity of its cluster. Workers of several may share a pool, and
-their namespaces may have the same name."""
 
 ORDINARY = frozenset({"", "ContainerCreating", "PodInitializing"})
 """Why a container waits that is about to start, or for another one."""
-
-NAMESPACE = "reconciler.namespace"
-"""Label of a run, by the worker that claimed it: where it makes the Job."""
-
-NOTED = "reconciler.noted"
-"""Annotation of a Job: how many of its pods had ended and were noted on their run."""
-
-
-REFUSAL = "reconciler.refused"
-"""Label of a run whose Job Kubernetes does not take, by the worker: a `Refusal`."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +53,7 @@ class Refusal:
     @classmethod
     def read(cls, labels: Mapping[str, Any]) -> "Refusal | None":
         """Return that of a run's labels; None if there is none."""
-        parts = str(labels.get(REFUSAL) or "").split()
+        parts = str(labels.get(REFUSAL_LABEL) or "").split()
         with suppress(ValueError):
             since, kind, attempts = parts
             refused = datetime.fromisoformat(since)
@@ -112,10 +100,10 @@ class Run:
             clusters: the identities of one cluster.
             namespace: of its Jobs.
         """
-        marked = self.labels.get(CLUSTER)
+        marked = self.labels.get(CLUSTER_LABEL)
         if marked is None and not self.job:
             return self.type == "PENDING"
-        where = self.namespace or self.labels.get(NAMESPACE) or namespace
+        where = self.namespace or self.labels.get(NAMESPACE_LABEL) or namespace
         return marked in clusters and where == namespace
 
     @classmethod
@@ -373,7 +361,7 @@ class Job:
             meta.deletion_timestamp is not None,
             raw.spec.backoff_limit == 0 and all(each.action == "FailJob" for each in raw.spec.pod_failure_policy.rules),
             disrupted=failed is not None and "DisruptionTarget" in failed.message,
-            noted=whole_number(meta.annotations.get(NOTED)),
+            noted=whole_number(meta.annotations.get(NOTED_ANNOTATION)),
             expired=raw.spec.active_deadline_seconds or 0 if "DeadlineExceeded" in reasons else None,
         )
 

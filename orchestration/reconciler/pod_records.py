@@ -11,15 +11,16 @@ from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
 from orchestration.prefect_api import JSON, Server
+from orchestration.protocol import (
+    EXCEEDED_LABEL,
+    FINAL_STATES,
+    NOTED_ANNOTATION,
+    PEAK_LABEL,
+    POD_ENDED_EVENT,
+    whole_number,
+)
 from orchestration.reconciler.kubernetes_client import Cluster
-from orchestration.reconciler.model import FINAL, NOTED, Job, Pod, Run, quantity
-from orchestration.runs.supervisor import whole_number
-
-PEAK, EXCEEDED = "reconciler.peak", "reconciler.exceeded"
-"""Labels of a run, in bytes: what one of its pods used at the most, and the highest limit for which one was killed."""
-
-ENDED = "reconciler.pod.ended"
-"""An event on the run's page; `told` is its payload."""
+from orchestration.reconciler.model import Job, Pod, Run, quantity
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ class Note:
     @property
     def labels(self) -> dict[str, int]:
         """What the run does not say yet. Who was killed for its memory used at least its limit."""
-        found = {PEAK: 0, EXCEEDED: 0}
+        found = {PEAK_LABEL: 0, EXCEEDED_LABEL: 0}
         for pod in self.pods:
             assert pod.end
             limit = int(quantity(pod.memory)) if pod.end.oom else 0
-            found[PEAK] = max(found[PEAK], pod.end.peak, limit)
-            found[EXCEEDED] = max(found[EXCEEDED], limit)
+            found[PEAK_LABEL] = max(found[PEAK_LABEL], pod.end.peak, limit)
+            found[EXCEEDED_LABEL] = max(found[EXCEEDED_LABEL], limit)
         before = self.run.labels if self.run else {}
         return {name: value for name, value in found.items() if value > whole_number(before.get(name))}
 
@@ -62,7 +63,9 @@ def unnoted(run: Run | None, jobs: Sequence[Job], pods: Sequence[Pod]) -> list[N
     """What is to be noted of a run now: nothing while a worker may write its labels, as one of the two would lose."""
 
     def is_quiet(job: str) -> bool:
-        return run is None or run.type in FINAL | {"PAUSED"} or (run.type == "RUNNING" and run.job not in ("", job))
+        return (
+            run is None or run.type in FINAL_STATES | {"PAUSED"} or (run.type == "RUNNING" and run.job not in ("", job))
+        )
 
     return [Note(run, job, ended) for job, ended in of_jobs(jobs, pods).items() if is_quiet(job)]
 
@@ -78,7 +81,7 @@ async def note(server: Server, cluster: Cluster, noted: Note) -> None:
             await server.ask("PATCH", f"/flow_runs/{noted.run.id}/labels", noted.labels, absent=True)
         events = [_event(noted.run, each) for each in noted.pods]
         await server.ask("POST", "/events", events, idempotent=True)
-    await cluster.annotate(noted.job, {NOTED: str(len(noted.pods))})
+    await cluster.annotate(noted.job, {NOTED_ANNOTATION: str(len(noted.pods))})
 
 
 def told(pod: Pod) -> JSON:
@@ -102,9 +105,9 @@ def _event(run: Run, pod: Pod) -> dict[str, Any]:
     assert pod.end
     return {
         # The same of the same pod: the server keeps one.
-        "id": str(uuid5(NAMESPACE_URL, f"{run.id}/{pod.name}/{ENDED}")),
+        "id": str(uuid5(NAMESPACE_URL, f"{run.id}/{pod.name}/{POD_ENDED_EVENT}")),
         "occurred": pod.end.at.isoformat(),
-        "event": ENDED,
+        "event": POD_ENDED_EVENT,
         "resource": {"prefect.resource.id": f"prefect.flow-run.{run.id}", "prefect.resource.name": run.name},
         "payload": told(pod),
     }

@@ -37,7 +37,7 @@ from pathlib import Path
 import httpx
 
 from orchestration.prefect_compat import flow_runs
-from orchestration.protocol import FLOW_RUN_ID_VARIABLE
+from orchestration.prefect_protocol import FLOW_RUN_ID_VARIABLE
 from orchestration.runs.supervisor import GATE, write
 
 PAUSE = 15.0

@@ -29,14 +29,13 @@ Only what Python comes with is imported: this must cost nothing.
 import contextlib
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -44,31 +43,22 @@ from typing import Any
 if not __package__:  # a Job's command runs this file with -I, by which Python adds no folder of ours to the path
     sys.path.append(str(Path(__file__).parents[2]))
 
-from orchestration import protocol
+from orchestration import prefect_protocol
+from orchestration.protocol import (
+    CAUSE_LABEL,
+    CHECK_INTERVAL_SECONDS,
+    CHECK_TIMEOUT_SECONDS,
+    DEADLINE_VARIABLE,
+    DISRUPTION_RETRIES,
+    DISRUPTIONS_LABEL,
+    FENCED_LABEL_PREFIX,
+    RECHECK_INTERVAL_SECONDS,
+    is_given_away,
+    whole_number,
+)
 
 COMMAND = ["prefect", "flow-run", "execute"]
 
-FENCED = "reconciler.fenced."
-"""The label of a run, before a Job's name, that says that this Job's execution was given up."""
-
-CAUSE, DISRUPTIONS = "reconciler.cause", "reconciler.disruptions"
-"""Labels of a run: the cause of a crash, and how many disruptions were retried."""
-
-DISRUPTION_RETRIES = 10
-"""How often a run is tried again after a disruption, where neither the run nor its deployment nor its pool says so."""
-
-DEADLINE = "ACTIVE_DEADLINE_SECONDS"
-"""Variable with a Job's `activeDeadlineSeconds`, set by the worker, of a Job that has one."""
-
-EVERY, SOON, TIMEOUT = 15.0, 3.0, 5.0
-"""Seconds from one question to the next, to the next after one that was not answered, and for an answer."""
-
-STOPPED = EVERY + SOON + 3 * TIMEOUT
-"""Seconds after which whatever can ask has stopped: also what had been answered just before, and then once was not."""
-
-GIVEN_AWAY = "ClaimLost"
-"""Name of the Pending state of a run whose claim the reconciler gives away: from then on no Job of the claim executes
-the run."""
 
 BEGIN_SECONDS = 240.0
 """How long an execution that has not begun asks an API that does not answer whether it may."""
@@ -107,28 +97,6 @@ def report(root: Path = Path("/sys/fs/cgroup")) -> dict[str, int]:
     if kills.get("oom_kill", "").isdigit():
         found["oom_kills"] = int(kills["oom_kill"])
     return found
-
-
-def claim_of(job: str) -> str:
-    """Return the claim in a Job's name: the last 12 digits of the id of the Pending state that made it; else empty."""
-    found = re.search(r"-([0-9a-f]{12})$", job)
-    return found[1] if found else ""
-
-
-def is_given_away(job: str, states: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether a Job's claim of its run is over, so that the Job must not execute the run.
-
-    Args:
-        job: the name of the Job.
-        states: all states of the run, oldest first.
-    """
-    claim = claim_of(job)
-    made = [number for number, each in enumerate(states) if claim and str(each["id"]).endswith(claim)]
-    later = states[made[0] + 1 :] if made else ()
-    # A claim sets the state named Pending, and what is Scheduled is any worker's to claim.
-    return any(each["name"] in ("Pending", GIVEN_AWAY) for each in later) or (
-        bool(later) and later[-1]["type"] == "SCHEDULED"
-    )
 
 
 class Api:
@@ -227,13 +195,13 @@ class Api:
         data = json.dumps(body).encode() if body else None
         # It is the API that the run reports to.
         request = Request(self.url + path, data, headers, method=method)  # noqa: S310
-        with urlopen(request, timeout=TIMEOUT, context=context) as answer:  # noqa: S310
+        with urlopen(request, timeout=CHECK_TIMEOUT_SECONDS, context=context) as answer:  # noqa: S310
             self.date = answer.headers["Date"] or ""
             return bytes(answer.read())
 
     def is_fenced(self, run: dict[str, Any]) -> bool:
         """Whether this execution was given up, as the run says."""
-        return bool((run.get("labels") or {}).get(FENCED + self.job))
+        return bool((run.get("labels") or {}).get(FENCED_LABEL_PREFIX + self.job))
 
     def may_begin(self) -> bool:
         """Wait for the answer whether this execution may begin: its Job is not fenced, its claim not given away.
@@ -250,7 +218,7 @@ class Api:
                     return True
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"The Prefect API at {self.url} does not answer: {error}") from None
-                time.sleep(SOON)
+                time.sleep(RECHECK_INTERVAL_SECONDS)
 
     def is_given_away(self) -> bool:
         """Return whether the Job's claim of the run is over.
@@ -267,14 +235,14 @@ class Api:
 
     def runs(self) -> Iterator[dict[str, Any]]:
         """The run, again and again."""
-        pause = EVERY
+        pause = CHECK_INTERVAL_SECONDS
         while True:
             time.sleep(pause)
             try:
-                run, pause = self.ask(), EVERY
+                run, pause = self.ask(), CHECK_INTERVAL_SECONDS
             except Exception as error:  # whatever it is, the next question may be answered
                 # What is refused is refused again.
-                pause = EVERY if _refused(error) else SOON
+                pause = CHECK_INTERVAL_SECONDS if _refused(error) else RECHECK_INTERVAL_SECONDS
                 continue
             yield run
 
@@ -317,7 +285,8 @@ class Engine:
     """`orchestration.runs.engine`, in a process group of its own with what it starts.
 
     While its flow can be interrupted it is connected to a port of this process, and learns from a byte why it is about
-    to get SIGTERM; from the signal alone it would say that it has crashed. `orchestration.protocol` has the messages.
+    to get SIGTERM; from the signal alone it would say that it has crashed. The messages are those of
+    `orchestration.prefect_protocol`.
     """
 
     def __init__(self) -> None:
@@ -326,8 +295,8 @@ class Engine:
         self._token = os.urandom(16).hex()
         read, self._gate = os.pipe()
         where = {
-            protocol.CONTROL_PORT_VARIABLE: str(self._listener.getsockname()[1]),
-            protocol.CONTROL_TOKEN_VARIABLE: self._token,
+            prefect_protocol.CONTROL_PORT_VARIABLE: str(self._listener.getsockname()[1]),
+            prefect_protocol.CONTROL_TOKEN_VARIABLE: self._token,
             GATE: str(read),
         }
         # Not from the folder that it starts in, where a user may have a package of that name.
@@ -340,10 +309,10 @@ class Engine:
         while True:
             connection, _ = self._listener.accept()
             with contextlib.suppress(OSError):
-                connection.settimeout(TIMEOUT)
+                connection.settimeout(CHECK_TIMEOUT_SECONDS)
                 if connection.makefile("rb", 0).readline().strip() == self._token.encode():
                     # It offers to say how it ended, and at its end it would wait to hear that nobody asks.
-                    connection.sendall(protocol.NO_RECEIPTS)
+                    connection.sendall(prefect_protocol.NO_RECEIPTS)
                     self._connection = connection
                     return
             connection.close()
@@ -363,10 +332,10 @@ class Engine:
         if not self._connection:
             return False
         try:
-            self._connection.settimeout(max(patience, SOON))
+            self._connection.settimeout(max(patience, RECHECK_INTERVAL_SECONDS))
             self._connection.sendall(why)
             while said := self._connection.recv(64):
-                if said.endswith(protocol.ACKNOWLEDGED):
+                if said.endswith(prefect_protocol.ACKNOWLEDGED):
                     return True
         except TimeoutError:
             return False
@@ -392,7 +361,7 @@ class Supervisor:
         self._fenced = False
         # What Prefect's worker says of a Job that Kubernetes does not try again, and of one that it does.
         self._after = os.environ.get("PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR", "reschedule")
-        self._has_deadline = bool(os.environ.get(DEADLINE))
+        self._has_deadline = bool(os.environ.get(DEADLINE_VARIABLE))
         self._counted: tuple[int, int] | None = None
         grace = float(os.environ.get("GRACE_SECONDS") or 30)
         self._patience = max(grace - LAST_WORDS, grace / 2)
@@ -435,8 +404,10 @@ class Supervisor:
     def _end(self) -> None:
         self._asked.wait()
         deadline = time.monotonic() + self._patience
-        after = {"reschedule": protocol.RESCHEDULE, "relinquish": protocol.RELINQUISH}.get(self._after, b"")
-        why = protocol.CANCEL if self._state() == "CANCELLING" or self._cancelling else after
+        after = {"reschedule": prefect_protocol.RESCHEDULE, "relinquish": prefect_protocol.RELINQUISH}.get(
+            self._after, b""
+        )
+        why = prefect_protocol.CANCEL if self._state() == "CANCELLING" or self._cancelling else after
         if why and not self._engine.warned(why, deadline - time.monotonic()):
             self._engine.kill(signal.SIGKILL)
         elif self._state() in ("PENDING", "RUNNING", "CANCELLING", ""):  # else it is about to end
@@ -481,28 +452,16 @@ class Supervisor:
             except Exception as error:  # as long as the pod's grace period lasts
                 if _refused(error):
                     return code
-                time.sleep(SOON)
+                time.sleep(RECHECK_INTERVAL_SECONDS)
 
     def _count(self, run: dict[str, Any]) -> tuple[int, int]:
         """Draw on the budget for disruptions, once: which retry this is, and of how many."""
         if self._counted is None:
             budget = self._api.disruption_retries(run)
-            number = whole_number((run.get("labels") or {}).get(DISRUPTIONS)) + 1
-            self._api.label({DISRUPTIONS: number} if number <= budget else {CAUSE: "disruption"})
+            number = whole_number((run.get("labels") or {}).get(DISRUPTIONS_LABEL)) + 1
+            self._api.label({DISRUPTIONS_LABEL: number} if number <= budget else {CAUSE_LABEL: "disruption"})
             self._counted = number, budget
         return self._counted
-
-
-def whole_number(given: object) -> int:
-    """Return the whole number from 0 to 2**63 - 1 that a label, an annotation or a report holds; 0 if it holds none.
-
-    A flow run and its user can write anything there.
-    """
-    try:
-        number = int(given or 0)  # type: ignore[call-overload]
-    except (TypeError, ValueError, OverflowError):
-        return 0
-    return int(number) if 0 <= number < 2**63 else 0
 
 
 def after_sigterm(number: int, budget: int, now: datetime) -> dict[str, Any]:
@@ -524,7 +483,10 @@ def after_sigterm(number: int, budget: int, now: datetime) -> dict[str, Any]:
 
 def main(command: list[str]) -> int:
     """Run the command to its end; its exit status, 128 and the signal's number if one ended it."""
-    found = [os.environ.get(name, "") for name in ("PREFECT_API_URL", protocol.FLOW_RUN_ID_VARIABLE, "KUBERNETES_JOB")]
+    found = [
+        os.environ.get(name, "")
+        for name in ("PREFECT_API_URL", prefect_protocol.FLOW_RUN_ID_VARIABLE, "KUBERNETES_JOB")
+    ]
     api = Api(*found) if all(found) else None
     if api and command == COMMAND:
         code = Supervisor(api).run()

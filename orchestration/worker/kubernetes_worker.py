@@ -44,11 +44,19 @@ from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration, Kubernet
 
 from orchestration.errors import ClusterError
 from orchestration.prefect_compat.workers import CompatibleWorker, watched_kinds
+from orchestration.protocol import (
+    CAUSE_LABEL,
+    CLUSTER_LABEL,
+    DEADLINE_VARIABLE,
+    MAIN_CONTAINER,
+    MAIN_CONTAINER_ANNOTATION,
+    NAMESPACE_LABEL,
+    REFUSAL_LABEL,
+    claim_of,
+)
 from orchestration.reconciler import causes
 from orchestration.reconciler.kubernetes_client import certificate_hash, connected
-from orchestration.reconciler.kubernetes_objects import MAIN_CONTAINER, MAIN_CONTAINER_ANNOTATION
-from orchestration.reconciler.model import CLUSTER, NAMESPACE, REFUSAL, Policy, Refusal
-from orchestration.runs.supervisor import CAUSE, DEADLINE, claim_of
+from orchestration.reconciler.model import Policy, Refusal
 from orchestration.worker import job_template
 from orchestration.worker.job_template import RefusedVariableError
 
@@ -181,7 +189,7 @@ class Worker(CompatibleWorker):
         elif isinstance(error, RefusedVariableError):
             with contextlib.suppress(Abort, ObjectNotFound, HTTPError):
                 # The reconciler tries no run again that a person has to cure.
-                await self.client.update_flow_run_labels(flow_run.id, {CAUSE: "start"})
+                await self.client.update_flow_run_labels(flow_run.id, {CAUSE_LABEL: "start"})
                 await super().report_refusal(flow_run, f"{causes.NO_JOB}{error}.", client)
         else:
             try:
@@ -212,7 +220,7 @@ class Worker(CompatibleWorker):
             is_kubernetes and causes.is_passing(status, sentence),
             found.run_count,
         )
-        await self.client.update_flow_run_labels(flow_run.id, {REFUSAL: refusal.label})
+        await self.client.update_flow_run_labels(flow_run.id, {REFUSAL_LABEL: refusal.label})
         if not KubernetesSettings().observer.enabled:
             return Pending(name=causes.JOB_REFUSED, message=sentence)
         now, policy = datetime.now(UTC), Policy()
@@ -250,9 +258,9 @@ class Worker(CompatibleWorker):
                 async with connected("") as cluster:
                     self._cluster = await cluster.identity()
         if marked := self._cluster or certificate_hash():
-            await self.client.update_flow_run_labels(flow_run_id, {CLUSTER: marked})
+            await self.client.update_flow_run_labels(flow_run_id, {CLUSTER_LABEL: marked})
         if self._namespace:
-            await self.client.update_flow_run_labels(flow_run_id, {NAMESPACE: self._namespace})
+            await self.client.update_flow_run_labels(flow_run_id, {NAMESPACE_LABEL: self._namespace})
 
     async def report_submitting(self, flow_run: FlowRun) -> None:
         """Set a claimed run Submitting, in the time that is left of the claim."""
@@ -292,7 +300,7 @@ class Worker(CompatibleWorker):
         template["metadata"]["annotations"] = main | (template["metadata"].get("annotations") or {})
         environment = template["spec"]["containers"][0]["env"]
         if deadline := manifest["spec"].get("activeDeadlineSeconds") or template["spec"].get("activeDeadlineSeconds"):
-            environment.append({"name": DEADLINE, "value": str(deadline)})
+            environment.append({"name": DEADLINE_VARIABLE, "value": str(deadline)})
         command = template["spec"]["containers"][0].get("command") or []
         if not any("supervisor.py" in each for each in command) and not KubernetesSettings().observer.enabled:
             # Prefect's own command would have the run tried again for ever. The reconciler has budgets.

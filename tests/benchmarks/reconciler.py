@@ -34,9 +34,10 @@ from orchestration.operations.local_cluster import __main__ as local_cluster
 from orchestration.operations.local_cluster import binaries
 from orchestration.operations.local_cluster.agent import SIMULATED
 from orchestration.prefect_api import Server
+from orchestration.protocol import CLUSTER_LABEL, POOL_LABEL, RUN_LABEL
 from orchestration.reconciler.kubernetes_client import Cluster
 from orchestration.reconciler.loop import Reconciler
-from orchestration.reconciler.model import CLUSTER, POOL_LABEL, RUN_LABEL, Policy
+from orchestration.reconciler.model import Policy
 from orchestration.settings import ROOT
 from tests.benchmarks.deployments import POOL, new_server, version
 from tests.benchmarks.run import Figure, table
@@ -178,7 +179,7 @@ class Load:
     async def live(self) -> None:
         """A run that is Running, and its Job and pod."""
         name = f"bench-{uuid4().hex[:12]}"
-        body = {"name": name, "state": {"type": "RUNNING"}, "labels": {CLUSTER: self.cluster}}
+        body = {"name": name, "state": {"type": "RUNNING"}, "labels": {CLUSTER_LABEL: self.cluster}}
         run = await self.ask(self.prefect, "POST", f"/deployments/{self.deployment}/create_flow_run", body)
         recorded = {"infrastructure_pid": f"{self.namespace}:{name}"}
         await self.ask(self.prefect, "PATCH", f"/flow_runs/{run['id']}", recorded)

@@ -18,7 +18,7 @@ from itertools import pairwise
 import httpx
 
 from orchestration.errors import ClusterError
-from orchestration.reconciler.pod_records import PEAK
+from orchestration.protocol import PEAK_LABEL
 from tests.benchmarks.run import Figure, table
 from tests.e2e.faults.victims import killed, pods, state_named, states
 from tests.e2e.release import Pool
@@ -95,7 +95,7 @@ def beginnings(api: httpx.Client, pool: Pool, pairs: int) -> list[Figure]:
             ended(api, run)
             times = {each["name"]: datetime.fromisoformat(each["timestamp"]) for each in states(api, run)}
             seconds[way].append((times["Running"] - times["Pending"]).total_seconds())
-            peak = wait_until(lambda run=run: run_of(api, run)["labels"].get(PEAK), "its memory")  # type: ignore[misc]
+            peak = wait_until(lambda run=run: run_of(api, run)["labels"].get(PEAK_LABEL), "its memory")  # type: ignore[misc]
             memory[way].append(peak / 2**20)
     return [
         *(Figure(f"from claim to Running, {way}", "s", each) for way, each in seconds.items()),

@@ -31,6 +31,7 @@ RUNS = (
     "orchestration/runs/engine.py",
     "orchestration/runs/supervisor.py",
     "orchestration/prefect_compat",
+    "orchestration/prefect_protocol.py",
     "orchestration/protocol.py",
     "orchestration/runs/redis_storage.py",
     "orchestration/health.py",

@@ -22,12 +22,13 @@ from uuid import uuid4
 
 import pytest
 
-from orchestration import prefect_compat, protocol
+from orchestration import prefect_compat
+from orchestration import prefect_protocol as wire
 from orchestration.prefect_compat import events, recurrence, server_internals, warn_if_untested
 from orchestration.settings import ROOT
 
 SEAM = sorted((ROOT / "orchestration/prefect_compat").glob("*.py"))
-PROTOCOL = ROOT / "orchestration/protocol.py"
+PROTOCOL = ROOT / "orchestration/prefect_protocol.py"
 PAGE = ROOT / "docs/prefect.md"
 
 
@@ -344,29 +345,29 @@ CONTRACTS: dict[str, list[Check]] = {
             - set(_object("prefect.runner._workspace_resolver:PreparedWorkspace").model_fields),
             set(),
         ),
-        (lacks("prefect.flow_engine", f'os.environ.get("{protocol.FLOW_ENTRYPOINT_VARIABLE}")'), []),
+        (lacks("prefect.flow_engine", f'os.environ.get("{wire.FLOW_ENTRYPOINT_VARIABLE}")'), []),
     ],
     "flow_runs.run_engine": [
-        (lacks("prefect.engine", 'if __name__ == "__main__":', protocol.FLOW_RUN_ID_VARIABLE), []),
+        (lacks("prefect.engine", 'if __name__ == "__main__":', wire.FLOW_RUN_ID_VARIABLE), []),
         (lacks("prefect.engine", "configure_from_env()"), []),
     ],
     "task_runners.cancel_events": [
         (lambda: _object("prefect.task_runners:ThreadPoolTaskRunner")()._cancel_events, {}),
     ],
-    "protocol": [
+    "prefect_protocol": [
         (
             lambda: _object("prefect._internal.attempt_control:BYTE_FOR_INTENT"),
-            {"cancel": protocol.CANCEL, "reschedule": protocol.RESCHEDULE, "relinquish": protocol.RELINQUISH},
+            {"cancel": wire.CANCEL, "reschedule": wire.RESCHEDULE, "relinquish": wire.RELINQUISH},
         ),
         (
             lambda: _object("prefect._internal.attempt_control:encode_negotiation")(
                 _object("prefect._internal.attempt_control:CURRENT_PROTOCOL_VERSION"), 0
             ),
-            protocol.NO_RECEIPTS,
+            wire.NO_RECEIPTS,
         ),
-        (lacks(f"{CONTROL}:_acknowledge_intent", f"sock.sendall({protocol.ACKNOWLEDGED!r})".replace("'", '"')), []),
+        (lacks(f"{CONTROL}:_acknowledge_intent", f"sock.sendall({wire.ACKNOWLEDGED!r})".replace("'", '"')), []),
         (
-            lacks(f"{CONTROL}:configure_from_env", protocol.CONTROL_PORT_VARIABLE, protocol.CONTROL_TOKEN_VARIABLE),
+            lacks(f"{CONTROL}:configure_from_env", wire.CONTROL_PORT_VARIABLE, wire.CONTROL_TOKEN_VARIABLE),
             [],
         ),
     ],

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from orchestration.operations.local_cluster import node
-from orchestration.runs.supervisor import FENCED, STOPPED
+from orchestration.protocol import FENCED_LABEL_PREFIX, FENCED_WITHIN_SECONDS
 from tests.e2e.faults.victims import (
     completed,
     pods,
@@ -110,15 +110,15 @@ def test_attempt_on_a_lost_node_stops_before_the_retry_begins(pool: Pool, api: h
         crashed = wait_until(crash, f"Crashed of {run}", 120)
         fenced = time.monotonic()
         assert "its node is " in crashed["message"]  # lost, or gone
-        assert run_of(api, run)["labels"][FENCED + job]
+        assert run_of(api, run)["labels"][FENCED_LABEL_PREFIX + job]
         assert seen, "it was over before it was fenced"
-        wait_until(lambda: not processes(run, job), "the old execution to stop", STOPPED + 5)
+        wait_until(lambda: not processes(run, job), "the old execution to stop", FENCED_WITHIN_SECONDS + 5)
         stopped = datetime.now(UTC)
-        assert time.monotonic() - fenced < STOPPED + 5
+        assert time.monotonic() - fenced < FENCED_WITHIN_SECONDS + 5
         assert taken(api, slot) == 0
         again = state_named(api, run, "AwaitingRetry")
         due = datetime.fromisoformat(again["state_details"]["scheduled_time"])
-        assert due - datetime.fromisoformat(crashed["timestamp"]) >= timedelta(seconds=STOPPED)
+        assert due - datetime.fromisoformat(crashed["timestamp"]) >= timedelta(seconds=FENCED_WITHIN_SECONDS)
         running = wait_until(
             lambda: [each for each in states(api, run) if each["type"] == "RUNNING"][1:], "another execution", 180
         )

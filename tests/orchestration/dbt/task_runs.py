@@ -136,7 +136,7 @@ def execute(shop: Path, api: str, run: str) -> "subprocess.Popen[bytes]":
     """
     code = (
         "import sys; from orchestration.runs import supervisor; "
-        "supervisor.EVERY = 1; sys.exit(supervisor.main(sys.argv[1:]))"
+        "supervisor.CHECK_INTERVAL_SECONDS = 1; sys.exit(supervisor.main(sys.argv[1:]))"
     )
     identity = {"PREFECT__FLOW_RUN_ID": run, "KUBERNETES_JOB": "job", "TERMINATION_MESSAGE_PATH": os.devnull}
     return subprocess.Popen(

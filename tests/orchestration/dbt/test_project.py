@@ -168,7 +168,8 @@ def slow(folder: Path) -> Path:
 
 def _build_elsewhere(folder: Path) -> "subprocess.Popen[bytes]":
     code = (
-        "import sys; from pathlib import Path; from orchestration import warehouse; from orchestration.dbt import *\n"
+        "import sys; from pathlib import Path\n"
+        "from orchestration.local import warehouse; from orchestration.dbt import *\n"
         "DbtProject(Path(sys.argv[1]), environment=warehouse.environment, python=sys.argv[2]).build()"
     )
     command = [sys.executable, "-c", code, str(folder), str(versions.tested())]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from orchestration.__main__ import main
 from orchestration.inspection.memory import LEAST, MIB, STEP, needed, recommended
-from orchestration.reconciler.pod_records import EXCEEDED, PEAK
+from orchestration.protocol import EXCEEDED_LABEL, PEAK_LABEL
 from tests.parts import asked, client_of
 
 SIZES = st.integers(1, 2**40)
@@ -30,7 +30,7 @@ def test_a_recommendation_is_enough_for_what_was_seen_and_not_much_more(needs: l
 
 @given(SIZES, SIZES, st.floats(1.01, 4))
 def test_what_exceeded_its_limit_needs_more_than_that(peak: int, limit: int, growth: float) -> None:
-    found = needed({PEAK: peak, EXCEEDED: limit}, growth)
+    found = needed({PEAK_LABEL: peak, EXCEEDED_LABEL: limit}, growth)
     assert found > limit
     assert found >= peak
     if peak > limit:  # the retry had more, and its peak says how much is enough
@@ -41,7 +41,7 @@ def test_single_recommendations() -> None:
     assert recommended([MIB]) == (LEAST, LEAST)
     assert recommended([100 * MIB, 200 * MIB, 600 * MIB]) == (256 * MIB, 800 * MIB)
     assert needed({}, 1.5) == 0
-    assert needed({EXCEEDED: 300 * MIB, PEAK: 300 * MIB}, 1.5) == 450 * MIB
+    assert needed({EXCEEDED_LABEL: 300 * MIB, PEAK_LABEL: 300 * MIB}, 1.5) == 450 * MIB
 
 
 class Deployment:

@@ -21,11 +21,12 @@ from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerResult
 
 from orchestration.__main__ import main
 from orchestration.diagnoses import title
+from orchestration.protocol import CAUSE_LABEL, LOST_LABEL, SETTLED_LABEL
 from orchestration.reconciler import pod_records
 from orchestration.reconciler.causes import EXPIRED, LOST_NODE, NO_JOB
-from orchestration.reconciler.decide import LOST, SETTLED, UNCLAIMED
+from orchestration.reconciler.decide import UNCLAIMED
 from orchestration.reconciler.model import End, Pod, Run
-from orchestration.runs.supervisor import CAUSE, after_sigterm
+from orchestration.runs.supervisor import after_sigterm
 from tests.parts import asked, client_of, wait_until
 
 Json = dict[str, Any]
@@ -128,12 +129,16 @@ TOMORROW = {"scheduled_time": (datetime.now(UTC) + timedelta(days=1)).isoformat(
     ("state", "labels", "diagnoses"),
     [
         ({"type": "CRASHED", "message": DEAD}, {}, ["crash"]),
-        ({"type": "CRASHED", "message": "Execution was interrupted"}, {CAUSE: "disruption"}, ["disruption"]),
-        ({"type": "CRASHED", "message": "OOMKilled: pod x exceeded"}, {CAUSE: "oom", SETTLED: "-"}, ["oom"]),
-        ({"type": "CRASHED", "message": DEAD}, {SETTLED: "of this state"}, ["crash", "given-up"]),
+        ({"type": "CRASHED", "message": "Execution was interrupted"}, {CAUSE_LABEL: "disruption"}, ["disruption"]),
+        (
+            {"type": "CRASHED", "message": "OOMKilled: pod x exceeded"},
+            {CAUSE_LABEL: "oom", SETTLED_LABEL: "-"},
+            ["oom"],
+        ),
+        ({"type": "CRASHED", "message": DEAD}, {SETTLED_LABEL: "of this state"}, ["crash", "given-up"]),
         (
             {"type": "CRASHED", "message": "Its pod is gone: somebody deleted it"},
-            {CAUSE: "crash", LOST: True},
+            {CAUSE_LABEL: "crash", LOST_LABEL: True},
             ["pod-gone", "fenced"],
         ),
         (
@@ -143,7 +148,7 @@ TOMORROW = {"scheduled_time": (datetime.now(UTC) + timedelta(days=1)).isoformat(
                 "message": f"Retry 1 of 10 after a disruption. {LOST_NODE}",
                 "state_details": TOMORROW,
             },
-            {LOST: True},
+            {LOST_LABEL: True},
             ["disruption", "fenced"],
         ),
         ({"type": "SCHEDULED", "name": "AwaitingRetry", "state_details": TOMORROW}, {}, []),
@@ -156,7 +161,7 @@ TOMORROW = {"scheduled_time": (datetime.now(UTC) + timedelta(days=1)).isoformat(
         ({"type": "FAILED", "name": "TimedOut", "message": f"Job x{EXPIRED}its deadline"}, {}, ["deadline"]),
         ({"type": "FAILED", "message": "Flow run encountered an exception"}, {}, []),
         (after_sigterm(1, 10, datetime.now(UTC) + timedelta(days=1)), {}, ["disruption"]),
-        (after_sigterm(11, 10, datetime.now(UTC)), {CAUSE: "disruption"}, ["disruption"]),
+        (after_sigterm(11, 10, datetime.now(UTC)), {CAUSE_LABEL: "disruption"}, ["disruption"]),
         ({"type": "PENDING"}, {}, []),
         ({"type": "CANCELLING"}, {}, ["cancelling"]),
         ({"type": "COMPLETED", "message": "OOMKilled: no"}, {}, []),
@@ -166,8 +171,8 @@ def test_the_pages_of_a_diagnosis(
     pool: Pool, capsys: pytest.CaptureFixture[str], state: Json, labels: Json, diagnoses: list[str]
 ) -> None:
     run = pool.run({"type": "RUNNING"}, state)
-    if labels.get(SETTLED) == "of this state":
-        labels = {SETTLED: pool.ask("GET", f"/flow_runs/{run['id']}")["state_id"]}
+    if labels.get(SETTLED_LABEL) == "of this state":
+        labels = {SETTLED_LABEL: pool.ask("GET", f"/flow_runs/{run['id']}")["state_id"]}
     pool.ask("PATCH", f"/flow_runs/{run['id']}/labels", labels)
     pages = [f"docs/diagnoses/{each}.md" for each in diagnoses]
     assert why(run, capsys)["see"] == pages

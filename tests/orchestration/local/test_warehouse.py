@@ -42,7 +42,7 @@ def _python(code: str, **variables: str) -> "subprocess.Popen[str]":
 
 
 PRINT_START = (
-    "from orchestration import warehouse\n"
+    "from orchestration.local import warehouse\n"
     "with warehouse.connect() as c: print(c.execute('select pg_postmaster_start_time()').fetchone())"
 )
 
@@ -100,7 +100,7 @@ def test_a_pid_that_is_now_somebody_elses_does_not_block_the_start(own: Path) ->
 KILLED_AT = """
 import os, signal, sys, threading, time
 from pathlib import Path
-from orchestration import warehouse
+from orchestration.local import warehouse
 
 file, program = sys.argv[1:]
 
@@ -233,7 +233,7 @@ def test_a_program_that_is_not_there_is_named() -> None:
 
 def test_sql_of_a_client_that_is_gone_ends(database: str) -> None:
     process = _python(
-        "from orchestration import warehouse\nwith warehouse.connect() as c: c.execute('select pg_sleep(60)')"
+        "from orchestration.local import warehouse\nwith warehouse.connect() as c: c.execute('select pg_sleep(60)')"
     )
     running = "select count(*) from pg_stat_activity where query = 'select pg_sleep(60)' and state = 'active'"
     wait_until(lambda: rows_of(database, running) == [(1,)], "the query")
@@ -244,7 +244,7 @@ def test_sql_of_a_client_that_is_gone_ends(database: str) -> None:
 
 def test_the_lock_is_for_one_at_a_time_and_ends_with_its_holder(database: str) -> None:
     code = (
-        "from orchestration import warehouse; import time\n"
+        "from orchestration.local import warehouse; import time\n"
         "with warehouse.exclusive('a test'): print('held', flush=True); time.sleep(60)"
     )
     holder = _python(code)

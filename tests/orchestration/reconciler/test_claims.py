@@ -24,13 +24,14 @@ import pytest
 from kubernetes_asyncio.client import ApiClient, Configuration
 from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, PREFECT_WORKER_QUERY_SECONDS, temporary_settings
 
+from orchestration import protocol
 from orchestration.health import Pulse
 from orchestration.prefect_api import Server
+from orchestration.protocol import RUN_LABEL, claim_of, is_given_away
 from orchestration.reconciler import kubernetes_client as kubernetes
 from orchestration.reconciler.loop import Reconciler
-from orchestration.reconciler.model import RUN_LABEL, Policy
+from orchestration.reconciler.model import Policy
 from orchestration.runs import supervisor
-from orchestration.runs.supervisor import claim_of, is_given_away
 from orchestration.worker import kubernetes_worker
 from tests.cluster.namespace import Namespace, proxied
 from tests.parts import asked, client_of
@@ -98,7 +99,7 @@ def test_claim_is_over_once_given_away_or_taken_by_another_worker() -> None:
         (claimed, False),
         ([*claimed, state("2", "PENDING", "Unschedulable"), state("3", "RUNNING")], False),
         ([*claimed, state("3", "RUNNING"), state("4", "SCHEDULED", "AwaitingRetry"), state("5", "RUNNING")], False),
-        ([*claimed, state("2", "PENDING", supervisor.GIVEN_AWAY)], True),
+        ([*claimed, state("2", "PENDING", protocol.CLAIM_LOST)], True),
         (again[:-1], True),
         (again, True),
         ([*again, state("6", "RUNNING")], True),
@@ -205,7 +206,7 @@ class Stalls:
     def given_away(self, run: str) -> int:
         """How often a claim of the run was."""
         states = asked(self.kubelet.api, "GET", f"/flow_run_states/?flow_run_id={run}")
-        return sum(each["name"] == supervisor.GIVEN_AWAY for each in states)
+        return sum(each["name"] == protocol.CLAIM_LOST for each in states)
 
     def wait(self, condition: Callable[[], bool]) -> None:
         self.held += 1

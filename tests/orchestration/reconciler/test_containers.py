@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestration.protocol import MAIN_CONTAINER_ANNOTATION, RUN_LABEL
 from orchestration.reconciler import causes
 from orchestration.reconciler.decide import Action, Cancelled, Crash, Explain, Retry, Stop, decide, is_steady
-from orchestration.reconciler.kubernetes_objects import MAIN_CONTAINER_ANNOTATION, PodObject
-from orchestration.reconciler.model import RUN_LABEL, Job, Pod, Policy, Run
+from orchestration.reconciler.kubernetes_objects import PodObject
+from orchestration.reconciler.model import Job, Pod, Policy, Run
 from tests.parts import examples
 
 Json = dict[str, Any]

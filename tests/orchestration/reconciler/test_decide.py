@@ -8,14 +8,29 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from orchestration import protocol
+from orchestration.protocol import (
+    CAUSE_LABEL,
+    CHECK_INTERVAL_SECONDS,
+    CHECK_TIMEOUT_SECONDS,
+    CLAIM_LOST,
+    CLUSTER_LABEL,
+    CRASHES_LABEL,
+    DISRUPTIONS_LABEL,
+    FENCED_LABEL_PREFIX,
+    FENCED_WITHIN_SECONDS,
+    FINAL_STATES,
+    LOST_LABEL,
+    NAMESPACE_LABEL,
+    REFUSAL_LABEL,
+    RETRIED_LABEL,
+    RUN_LABEL,
+    SETTLED_LABEL,
+    is_given_away,
+)
 from orchestration.reconciler import causes
-from orchestration.reconciler import decide as decisions
 from orchestration.reconciler.causes import Cause
 from orchestration.reconciler.decide import (
-    CRASHES,
-    LOST,
-    RETRIED,
-    SETTLED,
     Action,
     Adopt,
     Cancel,
@@ -32,32 +47,8 @@ from orchestration.reconciler.decide import (
     verdict,
 )
 from orchestration.reconciler.kubernetes_objects import JobObject
-from orchestration.reconciler.model import (
-    CLUSTER,
-    FINAL,
-    NAMESPACE,
-    REFUSAL,
-    RUN_LABEL,
-    End,
-    Job,
-    Pod,
-    Policy,
-    Refusal,
-    Retries,
-    Run,
-    quantity,
-)
-from orchestration.runs.supervisor import (
-    CAUSE,
-    DISRUPTIONS,
-    EVERY,
-    FENCED,
-    GIVEN_AWAY,
-    STOPPED,
-    TIMEOUT,
-    after_sigterm,
-    is_given_away,
-)
+from orchestration.reconciler.model import End, Job, Pod, Policy, Refusal, Retries, Run, quantity
+from orchestration.runs.supervisor import after_sigterm
 from tests.parts import examples
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -120,12 +111,12 @@ def test_a_dead_run_crashes_with_its_cause(ended: End, kind: str, said: str) -> 
 
 def test_whose_a_run_is() -> None:
     """Its worker has said where it is; a hand that executes one makes no Job and is left alone."""
-    ours = {CLUSTER: "one"}
+    ours = {CLUSTER_LABEL: "one"}
     one, two = {"one", "as one was marked before"}, {"two"}
     assert run("RUNNING", labels=ours).is_of(one, "ns")
-    assert run("RUNNING", labels={CLUSTER: "as one was marked before"}).is_of(one, "ns"), "by an older version"
+    assert run("RUNNING", labels={CLUSTER_LABEL: "as one was marked before"}).is_of(one, "ns"), "by an older version"
     assert not run("RUNNING", labels=ours).is_of(one, "other")
-    elsewhere = ours | {NAMESPACE: "other"}
+    elsewhere = ours | {NAMESPACE_LABEL: "other"}
     assert not run("PENDING", labels=elsewhere, job="", namespace="").is_of(one, "ns"), "its Job is to be there"
     assert not run("RUNNING", labels=ours).is_of(two, "ns"), "another cluster's namespace has the same name"
     assert not run("RUNNING", labels={}).is_of(one, "ns"), "by a worker that marks none"
@@ -161,7 +152,7 @@ def test_a_run_whose_pod_was_deleted_crashes_once_its_job_is_over() -> None:
 def test_a_claim_without_a_job_goes_back_and_a_job_without_a_claimant_is_recorded() -> None:
     lost = run("PENDING", 61, job="")
     assert [type(each) for each in decided(lost, [], [])] == [GiveAway]
-    given_away = replace(lost, state=GIVEN_AWAY, since=NOW)
+    given_away = replace(lost, state=CLAIM_LOST, since=NOW)
     assert [type(each) for each in decided(given_away, [job("job-0", over=True)], [])] == [Unclaim]
     assert [type(each) for each in decided(given_away, [job()], [pod()])] == [Stop], "it was created meanwhile"
     assert decided(given_away, [], [pod(deleted=NOW)]) == [], "its pod has yet to end"
@@ -211,7 +202,7 @@ def test_a_run_whose_deployment_was_deleted_is_ended_at_once() -> None:
     assert isinstance(action, Stop)
     assert action.grace is None
     told = verdict(run("CRASHED"), Cause("crash", ""), None)
-    assert (told.again, told.labels) == (False, {SETTLED: "s"}), "nobody could claim it"
+    assert (told.again, told.labels) == (False, {SETTLED_LABEL: "s"}), "nobody could claim it"
 
 
 def test_nothing_outlives_its_run() -> None:
@@ -233,13 +224,13 @@ def test_a_crash_is_tried_again_within_its_budget() -> None:
     assert isinstance(action, Retry)
     first = verdict(crashed, action.cause, Retries())
     assert (first.again, first.delay) == (True, 0)
-    assert first.labels == {CRASHES: 1, RETRIED: "s crash", CAUSE: ""}
+    assert first.labels == {CRASHES_LABEL: 1, RETRIED_LABEL: "s crash", CAUSE_LABEL: ""}
     # Cut off after it was counted: the same again.
     assert verdict(replace(crashed, labels=first.labels or {}), action.cause, Retries()) == first
-    second = verdict(replace(crashed, labels={CRASHES: 1}), action.cause, Retries())
+    second = verdict(replace(crashed, labels={CRASHES_LABEL: 1}), action.cause, Retries())
     assert (second.again, second.delay) == (True, 10)
-    third = verdict(replace(crashed, labels={CRASHES: 2}), action.cause, Retries())
-    assert (third.again, third.labels) == (False, {SETTLED: "s"})
+    third = verdict(replace(crashed, labels={CRASHES_LABEL: 2}), action.cause, Retries())
+    assert (third.again, third.labels) == (False, {SETTLED_LABEL: "s"})
     assert decided(replace(crashed, labels=third.labels or {}), [], []) == []
     assert decided(replace(crashed, deployment=""), [], []) == []
 
@@ -257,18 +248,22 @@ def test_an_execution_that_was_lost_from_sight_is_fenced_before_another_begins()
         assert isinstance(crash, Crash)
         assert crash.lost == lost
     cause = Cause("crash", "gone")
-    assert verdict(run("CRASHED", labels={LOST: True}), cause, Retries()).delay == STOPPED
-    assert verdict(run("CRASHED", labels={LOST: False}), cause, Retries()).delay == 0
+    assert verdict(run("CRASHED", labels={LOST_LABEL: True}), cause, Retries()).delay == FENCED_WITHIN_SECONDS
+    assert verdict(run("CRASHED", labels={LOST_LABEL: False}), cause, Retries()).delay == 0
 
 
 def test_a_disruption_has_a_budget_of_its_own_and_a_hopeless_start_none() -> None:
-    noted = run("CRASHED", 5, labels={CAUSE: "disruption", CRASHES: 2}, message="Drained")
+    noted = run("CRASHED", 5, labels={CAUSE_LABEL: "disruption", CRASHES_LABEL: 2}, message="Drained")
     (action,) = decided(noted, [], [])
     assert kind_of(action) == "disruption"
     gone = decided(run("RUNNING"), [job(over=True, disrupted=True)], [])
     assert [kind_of(each) for each in gone] == ["disruption"], "its Job knows more than its pod, which is gone"
     assert isinstance(action, Retry)
-    assert verdict(noted, action.cause, Retries()).labels == {DISRUPTIONS: 1, RETRIED: "s disruption", CAUSE: ""}
+    assert verdict(noted, action.cause, Retries()).labels == {
+        DISRUPTIONS_LABEL: 1,
+        RETRIED_LABEL: "s disruption",
+        CAUSE_LABEL: "",
+    }
     assert not verdict(noted, Cause("start", ""), Retries()).again
 
 
@@ -324,7 +319,7 @@ def test_refused_job_is_asked_for_again_until_the_run_is_given_up(capacity: bool
 
     def refused(since: float, age: float, attempts: int = 0) -> Run:
         label = Refusal(ago(since), capacity, attempts).label
-        return run("PENDING", age, state=causes.JOB_REFUSED, job="", message=message, labels={REFUSAL: label})
+        return run("PENDING", age, state=causes.JOB_REFUSED, job="", message=message, labels={REFUSAL_LABEL: label})
 
     assert decided(refused(59, 59), [], []) == []
     assert decided(refused(patience - 1, 61), [], []) == [GiveAway(refused(patience - 1, 61), message)]
@@ -334,7 +329,7 @@ def test_refused_job_is_asked_for_again_until_the_run_is_given_up(capacity: bool
     assert isinstance(crash, Crash)
     assert crash.cause.kind == "start"
     assert crash.cause.sentence.startswith(f"{message}. Given up after")
-    assert crash.labels[REFUSAL] == "", "a retry by hand waits as long again"
+    assert crash.labels[REFUSAL_LABEL] == "", "a retry by hand waits as long again"
     assert not verdict(replace(refused(1, 1), type="CRASHED"), crash.cause, Retries(crash_retries=0)).again
     created = job(seconds=3)
     assert [type(each) for each in decided(refused(61, 5), [created], [])] == [Adopt], "its answer was lost, not it"
@@ -342,8 +337,8 @@ def test_refused_job_is_asked_for_again_until_the_run_is_given_up(capacity: bool
 
 def test_refusal_is_read_as_it_was_written() -> None:
     made = Refusal(ago(5), True, 3)
-    assert Refusal.read({REFUSAL: made.label}) == made
-    for none in ({}, {REFUSAL: ""}, {REFUSAL: "yesterday"}, {REFUSAL: "2026-01-01 capacity many"}):
+    assert Refusal.read({REFUSAL_LABEL: made.label}) == made
+    for none in ({}, {REFUSAL_LABEL: ""}, {REFUSAL_LABEL: "yesterday"}, {REFUSAL_LABEL: "2026-01-01 capacity many"}):
         assert Refusal.read(none) is None
 
 
@@ -375,7 +370,7 @@ class World:
 
     def set(self, type_: str, name: str = "") -> None:
         assert self.run
-        if self.run.type in FINAL:
+        if self.run.type in FINAL_STATES:
             expected = [("CRASHED", "SCHEDULED"), ("CRASHED", "FAILED")]
             assert (self.run.type, type_) in expected, f"a run that is {self.run.type} became {type_}"
         self.run = replace(self.run, type=type_, state=name or type_, state_id=uuid4().hex, since=self.now)
@@ -451,7 +446,9 @@ class World:
                     assert not any(other.live and other.started for other in self.pods), "a second living execution"
                     for fenced in self.lost.values():
                         assert fenced, "a second execution beside one that nobody has fenced"
-                        assert self.now - fenced > timedelta(seconds=EVERY + TIMEOUT), "it may not have stopped yet"
+                        assert self.now - fenced > timedelta(seconds=CHECK_INTERVAL_SECONDS + CHECK_TIMEOUT_SECONDS), (
+                            "it may not have stopped yet"
+                        )
                     self.set("RUNNING")
                     self.started.add(each.job)
                     self.pods[number] = replace(each, started=True)
@@ -486,10 +483,12 @@ class World:
         for number, each in enumerate(self.pods):
             if each.live and each.started:
                 if self.run and self.run.type == "RUNNING":
-                    used = int(self.run.labels.get(DISRUPTIONS) or 0)
+                    used = int(self.run.labels.get(DISRUPTIONS_LABEL) or 0)
                     state = after_sigterm(used + 1, Retries().disruption_retries, self.now)
                     is_left = state["type"] == "SCHEDULED"
-                    labels: dict[str, object] = {DISRUPTIONS: used + 1} if is_left else {CAUSE: "disruption"}
+                    labels: dict[str, object] = (
+                        {DISRUPTIONS_LABEL: used + 1} if is_left else {CAUSE_LABEL: "disruption"}
+                    )
                     self.run = replace(self.run, labels={**self.run.labels, **labels})
                     self.set(state["type"], state["name"])
                     self.due = self.now
@@ -520,7 +519,7 @@ class World:
         for each in self.pods:
             if each.live and each.started and not any(other.end for other in self.pods if other.job == each.job):
                 self.pods.remove(each)
-                if self.run and self.run.type not in FINAL:  # else it has said that it ends
+                if self.run and self.run.type not in FINAL_STATES:  # else it has said that it ends
                     self.lost[each.job] = None
                 return
 
@@ -595,7 +594,7 @@ class World:
         elif isinstance(action, Adopt):
             self.run = replace(self.run, job=action.job)
         elif isinstance(action, GiveAway):
-            self.set("PENDING", GIVEN_AWAY)
+            self.set("PENDING", CLAIM_LOST)
         elif isinstance(action, Unclaim):
             if all(each.over for each in self.jobs):
                 self.set("SCHEDULED")
@@ -609,7 +608,7 @@ class World:
         elif isinstance(action, Cancelled | Crash):
             self.run = replace(self.run, labels={**self.run.labels, **action.labels})
             for each in self.lost:
-                if action.labels.get(FENCED + each):
+                if action.labels.get(FENCED_LABEL_PREFIX + each):
                     self.lost[each] = self.now
             self.set("CRASHED" if isinstance(action, Crash) else "CANCELLED")
         elif isinstance(action, Retry):
@@ -678,11 +677,11 @@ def test_any_history_ends_with_nothing_lost_stuck_or_twice(history: list[list[st
         if world.run and world.run.type == "PENDING" and not world.claims:
             world.a_minute_passes()
     assert world.run
-    assert world.run.type in FINAL, world
+    assert world.run.type in FINAL_STATES, world
     assert not [each for each in world.pods if each.live or each.lingers], world
     assert all(world.lost.values()), f"an execution goes on that nobody has fenced: {world}"
     if world.run.type == "CRASHED":
-        assert decisions.SETTLED in world.run.labels
+        assert protocol.SETTLED_LABEL in world.run.labels
 
 
 ENDS = [
@@ -718,7 +717,7 @@ def test_any_history_of_ends_has_no_more_run_attempts_than_its_budgets(ends: lis
     retries = Retries()
     assert world.run.type == "CRASHED", "20 ends are more than any budget"
     assert len(world.started) <= 1 + retries.crash_retries + retries.disruption_retries
-    assert decisions.SETTLED in world.run.labels
+    assert protocol.SETTLED_LABEL in world.run.labels
 
 
 def test_deadline_ends_the_run_without_a_retry() -> None:

@@ -10,26 +10,26 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from orchestration.inspection.memory import needed
-from orchestration.reconciler.decide import CRASHES, LOST, RETRIED, SETTLED, Retry, decide, verdict
-from orchestration.reconciler.kubernetes_objects import JobObject, PodObject
-from orchestration.reconciler.model import (
-    CLUSTER,
-    NAMESPACE,
-    NOTED,
-    REFUSAL,
+from orchestration.protocol import (
+    CAUSE_LABEL,
+    CLUSTER_LABEL,
+    CRASHES_LABEL,
+    DISRUPTIONS_LABEL,
+    EXCEEDED_LABEL,
+    LOST_LABEL,
+    NAMESPACE_LABEL,
+    NOTED_ANNOTATION,
+    PEAK_LABEL,
+    REFUSAL_LABEL,
+    RETRIED_LABEL,
     RUN_LABEL,
-    Job,
-    Pod,
-    Policy,
-    Refusal,
-    Retries,
-    Run,
-    is_run_id,
-    quantity,
+    SETTLED_LABEL,
 )
+from orchestration.reconciler.decide import Retry, decide, verdict
+from orchestration.reconciler.kubernetes_objects import JobObject, PodObject
+from orchestration.reconciler.model import Job, Pod, Policy, Refusal, Retries, Run, is_run_id, quantity
 from orchestration.reconciler.pod_events import events_of
-from orchestration.reconciler.pod_records import EXCEEDED, PEAK, of_jobs, unnoted
-from orchestration.runs.supervisor import CAUSE, DISRUPTIONS
+from orchestration.reconciler.pod_records import of_jobs, unnoted
 from tests.orchestration.reconciler.test_decide import NOW, ago
 from tests.parts import examples
 
@@ -43,7 +43,21 @@ TEXTS = st.sampled_from(
 )  # fmt: skip
 VALUES = TEXTS | st.booleans() | st.floats() | st.integers() | st.text(max_size=20) | st.integers(10**9, 10**400)
 LABELS = st.dictionaries(
-    st.sampled_from([PEAK, EXCEEDED, CRASHES, DISRUPTIONS, LOST, RETRIED, SETTLED, CAUSE, REFUSAL, CLUSTER, NAMESPACE]),
+    st.sampled_from(
+        [
+            PEAK_LABEL,
+            EXCEEDED_LABEL,
+            CRASHES_LABEL,
+            DISRUPTIONS_LABEL,
+            LOST_LABEL,
+            RETRIED_LABEL,
+            SETTLED_LABEL,
+            CAUSE_LABEL,
+            REFUSAL_LABEL,
+            CLUSTER_LABEL,
+            NAMESPACE_LABEL,
+        ]
+    ),
     VALUES,
 )
 VARIABLES = st.dictionaries(
@@ -62,7 +76,7 @@ def _run(state: str, labels: dict[str, Any], text: str) -> Run:
 def _job(annotation: str) -> Job:
     metadata = {
         "name": "job-1", "uid": "u", "creationTimestamp": ago(100).isoformat(), "labels": {RUN_LABEL: RUN},
-        "annotations": {NOTED: annotation},
+        "annotations": {NOTED_ANNOTATION: annotation},
     }  # fmt: skip
     return Job.read(JobObject.model_validate({"metadata": metadata, "spec": {"backoffLimit": 0}}))
 
@@ -85,7 +99,7 @@ def _pod(message: str, memory: str, reason: str) -> Pod:
     st.sampled_from(["PENDING", "RUNNING", "CANCELLING", "CRASHED", "COMPLETED", "PAUSED"]),
     LABELS, VARIABLES, TEXTS, TEXTS, TEXTS, st.sampled_from(["OOMKilled", "Error", "Evicted"]),
 )  # fmt: skip
-@example("CRASHED", {CRASHES: 10**9}, {"crash_retries": 10**10}, "x", "0", "1Mi", "Error")
+@example("CRASHED", {CRASHES_LABEL: 10**9}, {"crash_retries": 10**10}, "x", "0", "1Mi", "Error")
 def test_hostile_labels_annotations_and_messages_are_read_and_decided_on(
     state: str, labels: dict[str, Any], variables: dict[str, Any], text: str, annotation: str, memory: str, reason: str
 ) -> None:

@@ -6,15 +6,16 @@ from pathlib import Path
 import httpx
 import pytest
 
+from orchestration.protocol import CLUSTER_LABEL
 from orchestration.reconciler import kubernetes_client as kubernetes
 from orchestration.reconciler.kubernetes_client import Cluster, certificate_hash
-from orchestration.reconciler.model import CLUSTER, Run
+from orchestration.reconciler.model import Run
 from tests.cluster.namespace import Namespace, proxied
 from tests.orchestration.reconciler.test_decide import NOW
 
 
 def run(mark: str) -> Run:
-    return Run("r", "RUNNING", "Running", "s", NOW, namespace="ns", job="job-1", labels={CLUSTER: mark})
+    return Run("r", "RUNNING", "Running", "s", NOW, namespace="ns", job="job-1", labels={CLUSTER_LABEL: mark})
 
 
 def test_certificate_authority_is_rotated_and_no_run_is_orphaned(

@@ -6,8 +6,8 @@ from functools import partial
 import httpx
 
 from orchestration.operations.local_cluster import images
+from orchestration.protocol import RUN_LABEL
 from orchestration.reconciler.kubernetes_client import Cluster
-from orchestration.reconciler.model import RUN_LABEL
 from tests.cluster.namespace import RESTRICTED, Namespace, proxied
 
 UNTIL_TOLD = """

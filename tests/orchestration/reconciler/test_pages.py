@@ -9,10 +9,11 @@ import pytest
 
 from orchestration import prefect_api
 from orchestration.prefect_api import Server
-from orchestration.protocol import FLOW_RUN_ID_VARIABLE
+from orchestration.prefect_protocol import FLOW_RUN_ID_VARIABLE
+from orchestration.protocol import POOL_LABEL, RUN_LABEL
 from orchestration.reconciler import kubernetes_client as kubernetes
 from orchestration.reconciler.loop import MANY, _runs, _still
-from orchestration.reconciler.model import POOL_LABEL, RUN_LABEL, Run
+from orchestration.reconciler.model import Run
 from tests.cluster.namespace import RESTRICTED, Namespace, proxied
 from tests.orchestration.inspection.test_timeline import Pool
 from tests.parts import client_of

@@ -18,14 +18,22 @@ from orchestration.__main__ import main
 from orchestration.errors import ClusterError
 from orchestration.health import Pulse
 from orchestration.operations.local_cluster import images
+from orchestration.protocol import (
+    CLUSTER_LABEL,
+    EXCEEDED_LABEL,
+    FENCED_LABEL_PREFIX,
+    NOTED_ANNOTATION,
+    PEAK_LABEL,
+    POOL_LABEL,
+    RUN_LABEL,
+)
 from orchestration.reconciler import kubernetes_client as kubernetes
 from orchestration.reconciler import loop
 from orchestration.reconciler.actions import carry_out
 from orchestration.reconciler.decide import Crash
 from orchestration.reconciler.loop import Reconciler
-from orchestration.reconciler.model import CLUSTER, NOTED, POOL_LABEL, RUN_LABEL, End, Job, Pod, Policy, Run
-from orchestration.reconciler.pod_records import EXCEEDED, PEAK, Note, of_jobs, unnoted
-from orchestration.runs.supervisor import FENCED
+from orchestration.reconciler.model import End, Job, Pod, Policy, Run
+from orchestration.reconciler.pod_records import Note, of_jobs, unnoted
 from tests.cluster.namespace import RESTRICTED, Namespace
 from tests.parts import asked, client_of, free_port, wait_until
 
@@ -67,10 +75,10 @@ def test_a_run_that_is_gone_is_marked_so_that_nobody_asks_for_it_again() -> None
 
 
 def test_the_labels_are_of_the_most_that_any_pod_used() -> None:
-    assert Note(RUN, "heron-2", (ENDED,)).labels == {PEAK: 100 * MIB}
-    assert Note(RUN, "heron-1", (KILLED,)).labels == {PEAK: 300 * MIB, EXCEEDED: 300 * MIB}
-    more = replace(RUN, labels={PEAK: 400 * MIB})
-    assert Note(more, "heron-1", (ENDED, KILLED)).labels == {EXCEEDED: 300 * MIB}
+    assert Note(RUN, "heron-2", (ENDED,)).labels == {PEAK_LABEL: 100 * MIB}
+    assert Note(RUN, "heron-1", (KILLED,)).labels == {PEAK_LABEL: 300 * MIB, EXCEEDED_LABEL: 300 * MIB}
+    more = replace(RUN, labels={PEAK_LABEL: 400 * MIB})
+    assert Note(more, "heron-1", (ENDED, KILLED)).labels == {EXCEEDED_LABEL: 300 * MIB}
     nobody_knows = replace(ENDED, end=End(NOW, 137, "Error"))
     assert Note(RUN, "heron-2", (nobody_knows,)).labels == {}
 
@@ -97,7 +105,7 @@ class Pool:
         made = self.ask("POST", f"/deployments/{self.deployment}/create_flow_run", state={"type": "SCHEDULED"})
         for each in states:
             self.ask("POST", f"/flow_runs/{made['id']}/set_state", state={"type": each}, force=True)
-        self.ask("PATCH", f"/flow_runs/{made['id']}/labels", **{CLUSTER: self.cluster})
+        self.ask("PATCH", f"/flow_runs/{made['id']}/labels", **{CLUSTER_LABEL: self.cluster})
         return dict(made)
 
     def labels(self, run: dict[str, Any]) -> dict[str, Any]:
@@ -167,7 +175,7 @@ class Pool:
 
     def noted(self, job: str) -> str:
         found = json.loads(self.namespace.kubectl("get", "job", job, "-o", "json"))
-        return str(found["metadata"].get("annotations", {}).get(NOTED, ""))
+        return str(found["metadata"].get("annotations", {}).get(NOTED_ANNOTATION, ""))
 
     def round(self) -> list[str]:
         """One of a reconciler that has just started; what it asked of the Prefect API."""
@@ -230,7 +238,7 @@ def test_what_ended_is_noted_once_and_costs_nothing_from_then_on(
     pool.ask("DELETE", f"/flow_runs/{gone['id']}")
 
     pool.round()
-    assert [pool.labels(each)[PEAK] for each in runs] == [100 * MIB, 101 * MIB, 102 * MIB]
+    assert [pool.labels(each)[PEAK_LABEL] for each in runs] == [100 * MIB, 101 * MIB, 102 * MIB]
     assert [pool.noted(each) for each in jobs] == ["1"] * 4
     assert pool.round() == nothing, "requests of a round grow with what has ended"
 
@@ -262,14 +270,14 @@ def test_who_was_killed_for_its_memory_needed_more_whatever_came_after(
     assert pool.noted(first) == "1"
     tried_again = asked_for.index(f"POST /flow_runs/{run['id']}/set_state")
     assert asked_for.index("POST /events") < tried_again, "noted after a worker may have claimed it"
-    assert pool.labels(run)[PEAK] == pool.labels(run)[EXCEEDED] == 300 * MIB
+    assert pool.labels(run)[PEAK_LABEL] == pool.labels(run)[EXCEEDED_LABEL] == 300 * MIB
     pool.ask("POST", f"/flow_runs/{run['id']}/set_state", state={"type": "RUNNING"}, force=True)
     second = pool.job(run, 2)
     pool.ends(second, 0, "Completed", peak=100 * MIB)
     pool.ask("POST", f"/flow_runs/{run['id']}/set_state", state={"type": "COMPLETED"}, force=True)
     pool.round()
     assert pool.noted(second) == "1"
-    assert pool.labels(run)[PEAK] == 300 * MIB
+    assert pool.labels(run)[PEAK_LABEL] == 300 * MIB
     capsys.readouterr()
     main(["memory", f"{pool.name}/d", "--json"])
     [found] = json.loads(capsys.readouterr().out)
@@ -288,7 +296,7 @@ def test_what_nobody_saw_end_is_fenced(pool: Pool, states: list[str], end: str) 
         return str(pool.ask("GET", f"/flow_runs/{run['id']}")["state"]["type"]) == end
 
     wait_until(ended, f"it to be {end}")
-    assert pool.labels(run)[FENCED + job] is True
+    assert pool.labels(run)[FENCED_LABEL_PREFIX + job] is True
 
 
 def test_what_was_steady_is_not_read_again_until_it_changes(pool: Pool) -> None:
@@ -343,8 +351,8 @@ def test_hostile_objects_keep_no_other_run_from_the_reconciler(
     """A user writes the annotation, the termination message, the run's labels and a run's id that is none."""
     hostile = pool.run("RUNNING", "COMPLETED")
     job = pool.job(hostile)
-    pool.namespace.kubectl("annotate", "job", job, f"{NOTED}=x")
-    pool.ask("PATCH", f"/flow_runs/{hostile['id']}/labels", **{PEAK: "x"})
+    pool.namespace.kubectl("annotate", "job", job, f"{NOTED_ANNOTATION}=x")
+    pool.ask("PATCH", f"/flow_runs/{hostile['id']}/labels", **{PEAK_LABEL: "x"})
     pool.ends(job, 0, "Completed", peak="x")
     pool.job({"id": "not-a-run"})
     crashing = pool.run("RUNNING", "CRASHED")

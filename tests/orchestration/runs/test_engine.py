@@ -145,7 +145,7 @@ class Run:
         """Execute the run as its container does, or by Prefect's own command."""
         # What it waits for in between is mostly in the way here.
         code = (
-            f"import supervisor, sys; supervisor.EVERY, supervisor.BEGIN_SECONDS = {every}, {begin}; "
+            f"import supervisor, sys; supervisor.CHECK_INTERVAL_SECONDS, supervisor.BEGIN_SECONDS = {every}, {begin}; "
             "sys.exit(supervisor.main(sys.argv[1:]))"
         )
         env = os.environ | {

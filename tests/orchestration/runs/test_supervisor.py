@@ -19,8 +19,9 @@ import psutil
 import pytest
 
 from orchestration.prefect_api import Server
+from orchestration.protocol import FENCED_LABEL_PREFIX
 from orchestration.reconciler import actions
-from orchestration.runs.supervisor import FENCED, Api, report
+from orchestration.runs.supervisor import Api, report
 from orchestration.settings import ROOT
 from tests.parts import asked, client_of
 
@@ -72,7 +73,7 @@ def test_an_execution_that_was_given_up_ends_itself(prefect_server: str, tmp_pat
         flow = api.post("/flows/", json={"name": "fenced"}).raise_for_status().json()["id"]
         run = api.post("/flow_runs/", json={"flow_id": flow}).raise_for_status().json()["id"]
     # What it waits for in between is only in the way here.
-    code = "import supervisor, sys; supervisor.EVERY = 0.1; sys.exit(supervisor.main(sys.argv[1:]))"
+    code = "import supervisor, sys; supervisor.CHECK_INTERVAL_SECONDS = 0.1; sys.exit(supervisor.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "sh", "-c", "sleep 60 & echo $!; wait"]
     messages = {job: tmp_path / job for job in ("old", "new")}
     processes = {
@@ -80,7 +81,7 @@ def test_an_execution_that_was_given_up_ends_itself(prefect_server: str, tmp_pat
             command,
             env={
                 "PATH": os.environ["PATH"],
-                "PYTHONPATH": str(ROOT / "orchestration"),
+                "PYTHONPATH": str(ROOT / "orchestration/runs"),
                 "PREFECT_API_URL": prefect_server,
                 "PREFECT__FLOW_RUN_ID": run,
                 "KUBERNETES_JOB": job,
@@ -96,7 +97,7 @@ def test_an_execution_that_was_given_up_ends_itself(prefect_server: str, tmp_pat
         assert processes["old"].stdout
         child = psutil.Process(int(processes["old"].stdout.readline()))
         with client_of(prefect_server) as api:
-            api.patch(f"/flow_runs/{run}/labels", json={f"{FENCED}old": True}).raise_for_status()
+            api.patch(f"/flow_runs/{run}/labels", json={f"{FENCED_LABEL_PREFIX}old": True}).raise_for_status()
         assert processes["old"].wait(30) == -signal.SIGKILL
         assert processes["old"].stdout.read().startswith("Job old was given up")
         assert json.loads(messages["old"].read_text()) == {"fenced": 1}
@@ -155,7 +156,7 @@ def test_it_asks_as_prefect_s_client_would(monkeypatch: pytest.MonkeyPatch) -> N
             known = self.headers["X-Team"] == "data" and self.headers["Authorization"] == "Basic dTpw"
             self.send_response_only(200 if known else 403)
             self.end_headers()
-            self.wfile.write(json.dumps({"labels": {f"{FENCED}job": True}}).encode())
+            self.wfile.write(json.dumps({"labels": {f"{FENCED_LABEL_PREFIX}job": True}}).encode())
 
         def log_message(self, *_: object) -> None:
             pass

@@ -27,7 +27,7 @@ from prefect.states import Scheduled
 from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerResult
 
 from orchestration.errors import SettingsError
-from orchestration.runs.supervisor import CAUSE
+from orchestration.protocol import CAUSE_LABEL
 from orchestration.worker import job_template, kubernetes_worker
 from orchestration.worker.job_template import RefusedVariableError
 from tests.helm.rendering import one, render
@@ -183,7 +183,7 @@ def test_run_with_a_refused_variable_crashes_without_a_job_or_a_retry(template: 
     assert run.state_name == "Crashed"
     assert "job variable service_account_name: 'worker' is none of" in run.state.message
     assert "runs.allowed" in run.state.message
-    assert run.labels[CAUSE] == "start"
+    assert run.labels[CAUSE_LABEL] == "start"
 
 
 @pytest.mark.usefixtures("prefect_server", "alone")

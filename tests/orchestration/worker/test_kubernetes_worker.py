@@ -31,8 +31,8 @@ from prefect.states import Scheduled
 from prefect.workers.base import BaseWorker
 from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerResult
 
+from orchestration.protocol import MAIN_CONTAINER_ANNOTATION
 from orchestration.reconciler import causes
-from orchestration.reconciler.kubernetes_objects import MAIN_CONTAINER_ANNOTATION
 from orchestration.reconciler.model import Refusal
 from orchestration.worker import kubernetes_worker
 from tests.parts import free_port
