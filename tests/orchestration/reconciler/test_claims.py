@@ -43,7 +43,7 @@ CLAIM, GIVEN_AWAY_AFTER, REQUEST = 8.0, 11.0, 1.0
 EXECUTES = """
 import os, sys, time, urllib.request
 sys.path.insert(0, os.environ["CODE"])
-from execution import Api
+from supervisor import Api
 notes = open(os.environ["NOTES"], "a", buffering=1)
 api = Api(*(os.environ[name] for name in ("PREFECT_API_URL", "PREFECT__FLOW_RUN_ID", "KUBERNETES_JOB")))
 def say(state):
