@@ -485,7 +485,7 @@ def test_what_becomes_of_it_is_said_though_the_api_was_away(run: Callable[..., R
 SETUP = """\
 import asyncio, sys
 if "patient" in sys.argv:
-    from orchestration import engine
+    from orchestration.runs import engine
     engine.PAUSE = 0.5
 from prefect.client.orchestration import get_client
 async def ask():
