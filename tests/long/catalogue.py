@@ -28,12 +28,10 @@ CHARTS = (
 RUNS = (
     "orchestration/reconciler",
     "orchestration/prefect_api.py",
-    "orchestration/runs/engine.py",
-    "orchestration/runs/supervisor.py",
+    "orchestration/runs",
     "orchestration/prefect_compat",
     "orchestration/prefect_protocol.py",
     "orchestration/protocol.py",
-    "orchestration/runs/redis_storage.py",
     "orchestration/health.py",
     "orchestration/worker/kubernetes_worker.py",
     *CHARTS,
@@ -92,7 +90,7 @@ LONG_TESTS = (
         "dbt-ends",
         "A dbt run that is killed or cancelled at a random moment leaves no SQL, and its retry completes it.",
         (
-            "orchestration/runs/supervisor.py",
+            "orchestration/runs",
             "orchestration/protocol.py",
             *DBT,
             *DBT_TESTS,

@@ -20,7 +20,7 @@ from orchestration.deployments.record import slug
 from orchestration.prefect_api import Access, Server
 from orchestration.reconciler.actions import _set
 from orchestration.reconciler.model import Run
-from orchestration.runs.supervisor import Api
+from orchestration.runs.run_client import RunClient
 from tests import parts
 from tests.parts import asked
 
@@ -70,10 +70,10 @@ def test_every_client_works_with_csrf_protection(
         run = asked(client, "POST", "/flow_runs/", {"flow_id": flow, "state": {"type": "RUNNING"}})
 
         # supervisor
-        supervisor = Api(named, run["id"], "job")
-        supervisor.ask("/set_state", {"state": {"type": "SCHEDULED", "name": "AwaitingRetry"}})
+        run_client = RunClient(named, run["id"], "job")
+        run_client.set_state({"type": "SCHEDULED", "name": "AwaitingRetry"})
         assert asked(client, "GET", f"/flow_runs/{run['id']}")["state"]["name"] == "AwaitingRetry"
-        assert supervisor.give_back([str(uuid4())]) == []
+        assert run_client.release_leases([str(uuid4())]) == []
 
         # reconciler
         run = asked(client, "GET", f"/flow_runs/{run['id']}")
@@ -105,9 +105,9 @@ def test_token_that_the_server_has_forgotten_is_asked_for_again(protected: str) 
 
     first, second = asyncio.run(ask())
     assert first == second
-    supervisor = Api(protected, str(uuid4()), "job")
-    supervisor.csrf = {"Prefect-Csrf-Token": "forgotten", "Prefect-Csrf-Client": "any"}
-    assert supervisor.give_back([str(uuid4())]) == []
+    run_client = RunClient(protected, str(uuid4()), "job")
+    run_client.csrf_headers = {"Prefect-Csrf-Token": "forgotten", "Prefect-Csrf-Client": "any"}
+    assert run_client.release_leases([str(uuid4())]) == []
 
 
 def test_server_without_csrf_protection_is_not_asked_for_a_token(prefect_server: str) -> None:

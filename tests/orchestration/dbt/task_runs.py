@@ -135,8 +135,8 @@ def execute(shop: Path, api: str, run: str) -> "subprocess.Popen[bytes]":
     the run is to be cancelled.
     """
     code = (
-        "import sys; from orchestration.runs import supervisor; "
-        "supervisor.CHECK_INTERVAL_SECONDS = 1; sys.exit(supervisor.main(sys.argv[1:]))"
+        "import sys; from orchestration.runs import run_client, supervisor; "
+        "run_client.CHECK_INTERVAL_SECONDS = 1; sys.exit(supervisor.main(sys.argv[1:]))"
     )
     identity = {"PREFECT__FLOW_RUN_ID": run, "KUBERNETES_JOB": "job", "TERMINATION_MESSAGE_PATH": os.devnull}
     return subprocess.Popen(

@@ -43,13 +43,13 @@ CLAIM, GIVEN_AWAY_AFTER, REQUEST = 8.0, 11.0, 1.0
 EXECUTES = """
 import os, sys, time, urllib.request
 sys.path.insert(0, os.environ["CODE"])
-from supervisor import Api
+from orchestration.runs.run_client import RunClient
 notes = open(os.environ["NOTES"], "a", buffering=1)
-api = Api(*(os.environ[name] for name in ("PREFECT_API_URL", "PREFECT__FLOW_RUN_ID", "KUBERNETES_JOB")))
+api = RunClient(*(os.environ[name] for name in ("PREFECT_API_URL", "PREFECT__FLOW_RUN_ID", "KUBERNETES_JOB")))
 def say(state):
     while True:  # as Prefect's client does: a server on SQLite refuses what meets another transaction
         try:
-            return api.ask("/set_state", {"state": {"type": state}})
+            return api.set_state({"type": state})
         except Exception:
             time.sleep(0.5)
 notes.write(f"{time.time()} begins\\n")
@@ -131,7 +131,7 @@ class Kubelet:
 
     def execute(self, run: str, job: str) -> None:
         env = {
-            "PATH": os.environ["PATH"], "CODE": str(Path(supervisor.__file__).parent), "KUBERNETES_JOB": job,
+            "PATH": os.environ["PATH"], "CODE": str(Path(supervisor.__file__).parents[2]), "KUBERNETES_JOB": job,
             "PREFECT_API_URL": self.url, "PREFECT__FLOW_RUN_ID": run, "NOTES": str(self.folder / run),
             "TERMINATION_MESSAGE_PATH": str(self.folder / job),
         }  # fmt: skip

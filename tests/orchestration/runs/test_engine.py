@@ -145,14 +145,15 @@ class Run:
         """Execute the run as its container does, or by Prefect's own command."""
         # What it waits for in between is mostly in the way here.
         code = (
-            f"import supervisor, sys; supervisor.CHECK_INTERVAL_SECONDS, supervisor.BEGIN_SECONDS = {every}, {begin}; "
+            "import sys; from orchestration.runs import run_client, supervisor; "
+            f"run_client.CHECK_INTERVAL_SECONDS, run_client.BEGIN_TIMEOUT_SECONDS = {every}, {begin}; "
             "sys.exit(supervisor.main(sys.argv[1:]))"
         )
         env = os.environ | {
             "PREFECT_API_URL": self.url, "PREFECT__FLOW_RUN_ID": self.id, "KUBERNETES_JOB": job,
             "PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR": after, "GRACE_SECONDS": str(grace),
             "TERMINATION_MESSAGE_PATH": str(self.folder / "message"), "NOTES": str(self.folder / "notes"),
-            "TMPDIR": str(self.folder), "PYTHONPATH": f"{ROOT}:{ROOT / 'orchestration/runs'}",
+            "TMPDIR": str(self.folder), "PYTHONPATH": str(ROOT),
             "ACTIVE_DEADLINE_SECONDS": deadline,
         }  # fmt: skip
         with (self.folder / "log").open("w") as log:
@@ -486,7 +487,7 @@ SETUP = """\
 import asyncio, sys
 if "patient" in sys.argv:
     from orchestration.runs import engine
-    engine.PAUSE = 0.5
+    engine.LONGEST_RETRY_PAUSE_SECONDS = 0.5
 from prefect.client.orchestration import get_client
 async def ask():
     async with get_client() as client:

@@ -21,7 +21,8 @@ import pytest
 from orchestration.prefect_api import Server
 from orchestration.protocol import FENCED_LABEL_PREFIX
 from orchestration.reconciler import actions
-from orchestration.runs.supervisor import Api, report
+from orchestration.runs.run_client import RunClient
+from orchestration.runs.termination_message import memory_report
 from orchestration.settings import ROOT
 from tests.parts import asked, client_of
 
@@ -52,7 +53,7 @@ def test_the_memory_of_a_cgroup(tmp_path: Path, files: dict[str, str], found: di
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert report(tmp_path) == found
+    assert memory_report(tmp_path) == found
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,10 @@ def test_an_execution_that_was_given_up_ends_itself(prefect_server: str, tmp_pat
         flow = api.post("/flows/", json={"name": "fenced"}).raise_for_status().json()["id"]
         run = api.post("/flow_runs/", json={"flow_id": flow}).raise_for_status().json()["id"]
     # What it waits for in between is only in the way here.
-    code = "import supervisor, sys; supervisor.CHECK_INTERVAL_SECONDS = 0.1; sys.exit(supervisor.main(sys.argv[1:]))"
+    code = (
+        "import sys; from orchestration.runs import run_client, supervisor; "
+        "run_client.CHECK_INTERVAL_SECONDS = 0.1; sys.exit(supervisor.main(sys.argv[1:]))"
+    )
     command = [sys.executable, "-c", code, "sh", "-c", "sleep 60 & echo $!; wait"]
     messages = {job: tmp_path / job for job in ("old", "new")}
     processes = {
@@ -81,7 +85,7 @@ def test_an_execution_that_was_given_up_ends_itself(prefect_server: str, tmp_pat
             command,
             env={
                 "PATH": os.environ["PATH"],
-                "PYTHONPATH": str(ROOT / "orchestration/runs"),
+                "PYTHONPATH": str(ROOT),
                 "PREFECT_API_URL": prefect_server,
                 "PREFECT__FLOW_RUN_ID": run,
                 "KUBERNETES_JOB": job,
@@ -135,8 +139,8 @@ def test_disruption_budget_is_that_of_the_run_else_the_deployment_else_the_pool(
         deployment = asked(api, "POST", "/deployments/", body)["id"]
         path = f"/deployments/{deployment}/create_flow_run"
         run = asked(api, "POST", path, {"job_variables": variables(of_run)})
-        execution = Api(prefect_server, run["id"], "job")
-        assert execution.disruption_retries(execution.ask()) == retries
+        client = RunClient(prefect_server, run["id"], "job")
+        assert client.disruption_retries(client.read_run()) == retries
         found = {"job_variables": variables(of_run), "deployment_id": deployment, "work_pool_name": name}
         assert asyncio.run(_by_the_reconciler(prefect_server, found)) == retries
 
@@ -165,12 +169,12 @@ def test_it_asks_as_prefect_s_client_would(monkeypatch: pytest.MonkeyPatch) -> N
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/api"
         monkeypatch.setenv("PREFECT_API_AUTH_STRING", "u:p")
-        api = Api(url, "run", "job")
+        client = RunClient(url, "run", "job")
         with pytest.raises(HTTPError):
-            api.ask()
+            client.read_run()
         monkeypatch.setenv("PREFECT_CLIENT_CUSTOM_HEADERS", '{"X-Team": "data"}')
-        assert api.is_fenced(api.ask())
-        assert not Api(url, "run", "other").is_fenced(api.ask())
+        assert client.is_fenced(client.read_run())
+        assert not RunClient(url, "run", "other").is_fenced(client.read_run())
         server.shutdown()
 
 

@@ -1,0 +1,93 @@
+"""The process of the engine, as its parent, the supervisor, controls it.
+
+The supervisor imports this module, which therefore imports the standard library alone.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+from orchestration import prefect_protocol
+from orchestration.protocol import CHECK_TIMEOUT_SECONDS, RECHECK_INTERVAL_SECONDS
+
+GATE_VARIABLE = "EXECUTION_GATE"
+"""The environment variable with the file descriptor from which the engine reads a byte once it may begin."""
+
+
+class EngineProcess:
+    """Starts `orchestration.runs.engine` in a process group, lets it begin, and ends the group.
+
+    While the flow can be interrupted, the engine is connected to a port of this process. The supervisor sends the
+    reason before SIGTERM: from the signal alone the engine would report a crash. `orchestration.prefect_protocol` has
+    the messages.
+    """
+
+    def __init__(self) -> None:
+        self._connection: socket.socket | None = None
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._token = os.urandom(16).hex()
+        read, self._gate = os.pipe()
+        control = {
+            prefect_protocol.CONTROL_PORT_VARIABLE: str(self._listener.getsockname()[1]),
+            prefect_protocol.CONTROL_TOKEN_VARIABLE: self._token,
+            GATE_VARIABLE: str(read),
+        }
+        # -P: the working directory is not on the path, as a user may have a package named `orchestration` there.
+        command = [sys.executable, "-P", "-m", "orchestration.runs.engine"]
+        self.process = subprocess.Popen(command, env=os.environ | control, start_new_session=True, pass_fds=[read])
+        os.close(read)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        """Accept the connection that has the token."""
+        while True:
+            connection, _ = self._listener.accept()
+            with contextlib.suppress(OSError):
+                connection.settimeout(CHECK_TIMEOUT_SECONDS)
+                if connection.makefile("rb", 0).readline().strip() == self._token.encode():
+                    # The engine offers to report how it ended. Without this answer it would wait for one at its end.
+                    connection.sendall(prefect_protocol.NO_RECEIPTS)
+                    self._connection = connection
+                    return
+            connection.close()
+
+    def begin(self) -> None:
+        """Let the engine execute the run."""
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._gate, b"b")
+
+    def announce_sigterm(self, reason: bytes, timeout: float) -> bool:
+        """Send the engine the reason for the SIGTERM that follows.
+
+        Args:
+            reason: one of the reasons in `orchestration.prefect_protocol`.
+            timeout: seconds to wait for the engine's answer. A flow that holds Python's lock, as in a C library, delays
+                the answer.
+
+        Returns:
+            Whether SIGTERM may follow. False if the engine has not begun or does not answer.
+        """
+        if not self._connection:
+            return False
+        try:
+            self._connection.settimeout(max(timeout, RECHECK_INTERVAL_SECONDS))
+            self._connection.sendall(reason)
+            while answer := self._connection.recv(64):
+                if answer.endswith(prefect_protocol.ACKNOWLEDGED):
+                    return True
+        except TimeoutError:
+            return False
+        except OSError:
+            pass
+        # The engine has closed the connection: its flow handles signals itself, or is over.
+        return True
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal to the engine and to all processes in its group."""
+        with contextlib.suppress(ProcessLookupError):
+            if self.process.returncode is None:
+                os.killpg(self.process.pid, number)
