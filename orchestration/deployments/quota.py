@@ -3,8 +3,6 @@
 A pod that does not fit is refused by Kubernetes each time, after the run was scheduled: nobody sees it before.
 """
 
-import functools
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -14,16 +12,11 @@ from typing import Any, Literal
 import yaml
 
 from orchestration.errors import DeploymentsError
+from orchestration.quantity import BINARY_SUFFIXES, parse_quantity
 from orchestration.worker.job_template import nested
 
 DEMANDED = frozenset({"cpu", "memory", "requests.cpu", "requests.memory", "limits.cpu", "limits.memory"})
 """What every container must state if a quota counts it."""
-
-_BINARY = ("", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei")
-_DECIMAL = {"n": -9, "u": -6, "m": -3, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
-_QUANTITY = re.compile(
-    r"\+?(?P<number>[0-9]+\.?[0-9]*|\.[0-9]+)(?P<suffix>|[KMGTPE]i|[numkMGTPE]|[eE][+-]?[0-9]{1,3})", re.ASCII
-)
 
 
 def read(path: Path) -> list[Mapping[str, Any]]:
@@ -320,7 +313,7 @@ def _total(containers: list[_Container], key: str) -> str:
         return ""
     sidecars = peak = main = Decimal(0)
     for container in stated:
-        amount = _quantity(container.amounts[key])
+        amount = parse_quantity(container.amounts[key])
         if container.role == "main":
             main += amount
         elif container.role == "sidecar":
@@ -336,29 +329,29 @@ def _text(amount: Decimal, key: str) -> str:
         return f"{(amount * 1000).normalize():f}m"
     power = 0
     if key.endswith(("memory", "ephemeral-storage")):
-        while amount and amount % 1024 == 0 and power + 1 < len(_BINARY):
+        while amount and amount % 1024 == 0 and power + 1 < len(BINARY_SUFFIXES):
             amount, power = amount / 1024, power + 1
-    return f"{amount:f}{_BINARY[power]}"
+    return f"{amount:f}{BINARY_SUFFIXES[power]}"
 
 
 def _cure(containers: list[_Container], key: str) -> str:
     """What to change for the pod's total of `key`: the greatest part first."""
     stating = [container for container in containers if key in container.amounts] or containers[-1:]
     known = [container for container in stating if "{{" not in container.amounts.get(key, "0")] or stating
-    known.sort(key=lambda container: -_quantity(container.amounts.get(key, "0")))
+    known.sort(key=lambda container: -parse_quantity(container.amounts.get(key, "0")))
     return " or ".join(dict.fromkeys(container.cure(key) for container in known))
 
 
 def _more(one: Any, other: Any) -> bool:
     """Whether a quantity is more than another; not if either is only known when the run starts."""
-    return "{{" not in f"{one}{other}" and _quantity(str(one)) > _quantity(str(other))
+    return "{{" not in f"{one}{other}" and parse_quantity(str(one)) > parse_quantity(str(other))
 
 
 def _is_quantity(value: str) -> bool:
     if "{{" in value:
         return True
     try:
-        _quantity(value)
+        parse_quantity(value)
     except ValueError:
         return False
     return True
@@ -367,25 +360,9 @@ def _is_quantity(value: str) -> bool:
 def _known(value: Any, each: Mapping[str, Any]) -> Decimal:
     """A quantity of the namespace's own."""
     try:
-        return _quantity(str(value))
+        return parse_quantity(str(value))
     except ValueError:
         raise DeploymentsError(f"{_named(each)} has {value!r}, which is no quantity: correct it") from None
-
-
-@functools.cache
-def _quantity(value: str) -> Decimal:
-    """A quantity as a number, as Kubernetes' ParseQuantity does.
-
-    Raises:
-        ValueError: the text is no quantity, or a negative one.
-    """
-    match = _QUANTITY.fullmatch(value)
-    if not match:
-        raise ValueError(value)
-    number, suffix = Decimal(match["number"]), match["suffix"]
-    if suffix in _BINARY:
-        return number * Decimal(1024) ** _BINARY.index(suffix)
-    return number.scaleb(_DECIMAL[suffix] if suffix in _DECIMAL else int(suffix[1:]))
 
 
 def _limits(each: Mapping[str, Any]) -> list[Mapping[str, Any]]:

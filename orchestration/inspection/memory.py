@@ -10,8 +10,9 @@ from typing import Any
 from orchestration.errors import ApiError
 from orchestration.prefect_api import JSON, PAGE, Server
 from orchestration.protocol import EXCEEDED_LABEL, PEAK_LABEL, whole_number
+from orchestration.quantity import quantity_or_zero
 from orchestration.reconciler.actions import pool_defaults
-from orchestration.reconciler.model import Retries, quantity
+from orchestration.reconciler.model import Retries
 
 MIB = 2**20
 STEP, LEAST = 32 * MIB, 64 * MIB
@@ -129,7 +130,10 @@ def show(found: Sequence[Usage], *, as_json: bool) -> None:
         return
     table = [("DEPLOYMENT", "RUNS", "KILLED", "MEDIAN", "MAX", "REQUEST", "LIMIT", "RECOMMENDED", "")]
     for each in found:
-        now = [f"{quantity(size) / MIB:.0f}Mi" if quantity(size) else "-" for size in (each.request, each.limit)]
+        now = [
+            f"{quantity_or_zero(size) / MIB:.0f}Mi" if quantity_or_zero(size) else "-"
+            for size in (each.request, each.limit)
+        ]
         seen = [f"{ceil(size / MIB)}Mi" if size else "-" for size in (each.median, each.most)]
         new = (each.recommended_request or "-", each.recommended_limit or "-")
         table.append((each.deployment, str(each.runs), str(each.killed), *seen, *now, *new))  # type: ignore[arg-type]

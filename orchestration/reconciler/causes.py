@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from orchestration.reconciler.model import Job, Pod, quantity
+from orchestration.quantity import quantity_or_zero
+from orchestration.reconciler.model import Job, Pod
 
 HOPELESS = {
     "ErrImagePull": "ImagePullBackOff",
@@ -200,7 +201,11 @@ def _is_over_quota(said: str) -> bool:
     if not found:
         return False
     asked, limits = (dict(re.findall(r"([^=,\s]+)=([0-9]+[.0-9A-Za-z]*)", each)) for each in found.groups())
-    return all(quantity(size) <= quantity(limits[name].rstrip(".")) for name, size in asked.items() if name in limits)
+    return all(
+        quantity_or_zero(size) <= quantity_or_zero(limits[name].rstrip("."))
+        for name, size in asked.items()
+        if name in limits
+    )
 
 
 def is_passing(status: int, said: str) -> bool:

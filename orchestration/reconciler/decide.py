@@ -19,9 +19,10 @@ from orchestration.protocol import (
     SETTLED_LABEL,
     whole_number,
 )
+from orchestration.quantity import quantity_or_zero
 from orchestration.reconciler import causes
 from orchestration.reconciler.causes import Cause
-from orchestration.reconciler.model import Job, Pod, Policy, Refusal, Retries, Run, quantity
+from orchestration.reconciler.model import Job, Pod, Policy, Refusal, Retries, Run
 
 LOG = " The end of its log:"
 """What a crash's message has behind the cause, before the lines of the log."""
@@ -462,8 +463,8 @@ def verdict(run: Run, cause: Cause, retries: Retries | None) -> Verdict:
 
 def _grown(limit: str, retries: Retries) -> str:
     """The next memory limit, in Mi; empty if it cannot grow."""
-    now = quantity(limit)
+    now = quantity_or_zero(limit)
     if not now:
         return ""
-    new = min(now * retries.memory_growth, quantity(retries.memory_max) or float("inf"))
+    new = min(now * retries.memory_growth, quantity_or_zero(retries.memory_max) or float("inf"))
     return f"{int(new) // 2**20}Mi" if new > now else ""

@@ -1,7 +1,6 @@
 """What is read of a run, its Jobs and its pods, and what the policy is: all that a decision is made of."""
 
 import json
-import re
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -426,22 +425,3 @@ class Retries:
                     if kind is not float or 0 <= value <= cls.MOST:
                         made[each.name] = value
         return cls(**made)
-
-
-UNITS = {
-    "": 1, "n": 1e-9, "u": 1e-6, "m": 1e-3,
-    "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18,
-    "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50, "Ei": 2**60,
-}  # fmt: skip
-
-
-def quantity(text: str) -> float:
-    """Return the number of a quantity of Kubernetes; 0 if it is none, or over 2**63 as Kubernetes has none of these.
-
-    The package that also reads them weighs 126 MB.
-    """
-    match = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE][0-9]+)?([A-Za-z]*)", text.strip())
-    if not match or match[3] not in UNITS:
-        return 0.0
-    size = float(match[1] + (match[2] or "")) * UNITS[match[3]]
-    return size if size < 2**63 else 0.0

@@ -19,8 +19,9 @@ from orchestration.protocol import (
     POD_ENDED_EVENT,
     whole_number,
 )
+from orchestration.quantity import quantity_or_zero
 from orchestration.reconciler.kubernetes_client import Cluster
-from orchestration.reconciler.model import Job, Pod, Run, quantity
+from orchestration.reconciler.model import Job, Pod, Run
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Note:
         found = {PEAK_LABEL: 0, EXCEEDED_LABEL: 0}
         for pod in self.pods:
             assert pod.end
-            limit = int(quantity(pod.memory)) if pod.end.oom else 0
+            limit = int(quantity_or_zero(pod.memory)) if pod.end.oom else 0
             found[PEAK_LABEL] = max(found[PEAK_LABEL], pod.end.peak, limit)
             found[EXCEEDED_LABEL] = max(found[EXCEEDED_LABEL], limit)
         before = self.run.labels if self.run else {}

@@ -2,19 +2,16 @@
 
 import asyncio
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
-from kubernetes.utils.quantity import parse_quantity
 
 from orchestration.deployments import quota
 from orchestration.errors import DeploymentsError
+from orchestration.quantity import parse_quantity
 from orchestration.settings import ROOT
 
 RESOURCES = {
@@ -325,27 +322,6 @@ def test_a_file_that_is_no_quota(tmp_path: Path, text: bytes | None, says: str) 
 
 def test_quotas_are_read_without_the_package_that_the_image_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "kubernetes.utils.quantity", None)
-    quota._quantity.cache_clear()
+    parse_quantity.cache_clear()
     [problem] = quota.problems(template(memory_limit="8Gi"), {}, [hard(limits_memory="4Gi")])
     assert "asks for memory 8Gi" in problem
-
-
-@given(
-    st.from_regex(r"[0-9]{1,6}(\.[0-9]{0,3})?([KMGTPE]i|[numkMGTPE])?", fullmatch=True)
-    | st.text("0123456789.eEkKMGi-+ ", max_size=8)
-)
-def test_quantity_is_the_number_that_the_client_of_kubernetes_reads(text: str) -> None:
-    try:
-        expected = parse_quantity(text)
-    except ValueError:
-        expected = None
-    try:
-        number = quota._quantity(text)
-    except ValueError:
-        number = None
-    if number is not None:
-        assert number == expected
-    else:
-        # The client also takes what Kubernetes does not: white space, signs, an exponent with a suffix.
-        plain = expected is not None and re.fullmatch(r"[0-9]+(\.[0-9]*)?([KMGTPE]i|[numkMGTPE])?", text)
-        assert not plain

@@ -47,7 +47,7 @@ from orchestration.reconciler.decide import (
     verdict,
 )
 from orchestration.reconciler.kubernetes_objects import JobObject
-from orchestration.reconciler.model import End, Job, Pod, Policy, Refusal, Retries, Run, quantity
+from orchestration.reconciler.model import End, Job, Pod, Policy, Refusal, Retries, Run
 from orchestration.runs.supervisor import after_sigterm
 from tests.parts import examples
 
@@ -280,10 +280,6 @@ def test_memory_grows_after_it_was_exceeded(limit: str, most: str, grown: str) -
 def test_a_budget_that_is_none_is_the_default() -> None:
     found = Retries.of({"crash_retries": "5", "memory_growth": "much", "memory_max": None, "env": {}})
     assert found == Retries(crash_retries=5)
-
-
-def test_quantities() -> None:
-    assert [quantity(each) for each in ("1Ki", "1k", "1500m", "2", "x", "")] == [1024, 1000, 1.5, 2, 0, 0]
 
 
 FULL = "0/1 nodes are available: 1 Insufficient cpu"

@@ -27,7 +27,7 @@ from orchestration.protocol import (
 )
 from orchestration.reconciler.decide import Retry, decide, verdict
 from orchestration.reconciler.kubernetes_objects import JobObject, PodObject
-from orchestration.reconciler.model import Job, Pod, Policy, Refusal, Retries, Run, is_run_id, quantity
+from orchestration.reconciler.model import Job, Pod, Policy, Refusal, Retries, Run, is_run_id
 from orchestration.reconciler.pod_events import events_of
 from orchestration.reconciler.pod_records import of_jobs, unnoted
 from tests.orchestration.reconciler.test_decide import NOW, ago
@@ -117,13 +117,6 @@ def test_hostile_labels_annotations_and_messages_are_read_and_decided_on(
     assert needed(labels, Retries.of(variables).memory_growth) >= 0
     refusal = Refusal.read(labels)
     assert refusal is None or NOW - refusal.since
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("1.2.3", 0), (".", 0), ("9" * 400, 0), ("1e400", 0), ("1.5Gi", 1.5 * 2**30), ("100m", 0.1)]
-)
-def test_text_that_is_no_quantity_counts_as_none(text: str, size: float) -> None:
-    assert quantity(text) == pytest.approx(size)
 
 
 @pytest.mark.parametrize(
