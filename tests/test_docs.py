@@ -16,6 +16,7 @@ from docs import generate, site_hooks
 from orchestration import __main__ as program
 from orchestration import protocol, reconciler
 from orchestration.deployments import watch
+from orchestration.diagnosis_table import SIGNALS, STARTING_STATES, STATE_DIAGNOSES
 from orchestration.inspection import timeline
 from orchestration.operations.local_cluster.binaries import MissingProgramError
 from orchestration.prefect_compat.events import POD_EVENT_PREFIX
@@ -237,15 +238,15 @@ def _states_of_actions() -> set[str]:
 def test_page_of_states_has_every_state() -> None:
     written = _states_of_actions()
     assert {"Crashed", "AwaitingRetry"} <= written
-    states = {*written, *causes.OF_STATE, *causes.STARTING, protocol.CLAIM_LOST}
+    states = {*written, *STATE_DIAGNOSES, *STARTING_STATES, protocol.CLAIM_LOST}
     page = _page("states")
     assert [each for each in sorted(states) if f"`{each}`" not in page] == []
     assert [each for each in causes.KINDS if f"| `{each}` |" not in page] == []
     # Each state of a pod that does not start is in one row with its diagnosis.
     rows = {
-        state: next(row for row in page.splitlines() if row.startswith(f"| `{state}` |")) for state in causes.OF_STATE
+        state: next(row for row in page.splitlines() if row.startswith(f"| `{state}` |")) for state in STATE_DIAGNOSES
     }
-    assert [s for s, diagnosis in causes.OF_STATE.items() if f"(../diagnoses/{diagnosis}.md)" not in rows[s]] == []
+    assert [s for s, diagnosis in STATE_DIAGNOSES.items() if f"(../diagnoses/{diagnosis}.md)" not in rows[s]] == []
 
 
 def test_page_of_events_has_every_event() -> None:
@@ -282,4 +283,4 @@ def test_page_of_exit_codes_has_every_code() -> None:
     of_orchestrate = page.partition("## orchestrate")[2].partition("##")[0]
     codes = {program.NOTHING, program.FAILED, program.DIFFERS, program.INTERRUPTED}
     assert set(map(int, re.findall(r"^\| (\d+) \|", of_orchestrate, flags=re.M))) == codes
-    assert [code for code, name in causes.SIGNALS.items() if f"| {code} | {name}" not in page] == []
+    assert [code for code, name in SIGNALS.items() if f"| {code} | {name}" not in page] == []

@@ -10,18 +10,18 @@ from typing import Any
 from urllib.parse import quote
 
 from orchestration import diagnoses
+from orchestration.diagnosis_table import JOB_REFUSED, STARTING_STATES, STATE_DIAGNOSES, Diagnosis
 from orchestration.errors import ApiError
 from orchestration.prefect_api import CLOCK, JSON, Server
 from orchestration.prefect_compat.events import POD_EVENT_PREFIX
 from orchestration.protocol import CAUSE_LABEL, CLAIM_LOST, FINAL_STATES, LOST_LABEL, POD_ENDED_EVENT, SETTLED_LABEL
-from orchestration.reconciler.causes import JOB_REFUSED, NO_JOB, OF_STATE, STARTING, Diagnosis, of_sentence
-from orchestration.reconciler.decide import LOG, UNCLAIMED
+from orchestration.reconciler.state_messages import diagnosis_of, is_job_refusal, is_unclaimed, split_log_tail
 from orchestration.terminal import one_line
 
 PATIENCE = timedelta(seconds=60)
 """How long a run may be late, claimed or to be cancelled before it counts as stuck."""
 
-WAITING = STARTING | {JOB_REFUSED}
+WAITING = STARTING_STATES | {JOB_REFUSED}
 """States of a claimed run that say in their message what it waits for."""
 
 LINES = 10
@@ -221,7 +221,7 @@ def _of_states(states: Sequence[Mapping[str, Any]], others: Sequence[Moment]) ->
 async def _log(server: Server, run: Mapping[str, Any], told: Sequence[str]) -> list[Moment]:
     """The end of a run's log, without what its worker's events and the messages of its states have."""
     logs = {"logs": {"flow_run_id": {"any_": [run["id"]]}}, "sort": "TIMESTAMP_DESC", "limit": 5 * LINES}
-    there = {line.rpartition(" - ")[2] for message in told for line in message.partition(LOG)[2].splitlines()}
+    there = {line.rpartition(" - ")[2] for message in told for line in split_log_tail(message)[1].splitlines()}
     lines = [
         Moment(datetime.fromisoformat(line["timestamp"]), "log", line["message"])
         for line in await server.ask("POST", "/logs/filter", logs)
@@ -251,7 +251,7 @@ class Finding:
 async def diagnosis(server: Server, run: Mapping[str, Any]) -> Finding:
     """Why a run is where it is."""
     state, labels = run["state"], run["labels"] or {}
-    name, kind, said = state["name"], state["type"], (state["message"] or "").partition("\n")[0].removesuffix(LOG)
+    name, kind, said = state["name"], state["type"], split_log_tail(state["message"] or "")[0]
     now = datetime.now(UTC)
     since = now - datetime.fromisoformat(state["timestamp"])
     if kind in FINAL_STATES:
@@ -259,7 +259,7 @@ async def diagnosis(server: Server, run: Mapping[str, Any]) -> Finding:
         retried = " No retry is left" if settled else ""
         sentence = f"It is {name}{f': {said}' if said else ''}.{retried}".replace("..", ".")
         given_up: tuple[Diagnosis, ...] = ("given-up",) if settled else ()
-        if kind == "FAILED" and of_sentence(said) == "deadline":
+        if kind == "FAILED" and diagnosis_of(said) == "deadline":
             return Finding(sentence, ("deadline",))
         return Finding(sentence, (*_of_crash(said, labels), *given_up) if kind == "CRASHED" else ())
     if kind == "RUNNING":
@@ -267,7 +267,7 @@ async def diagnosis(server: Server, run: Mapping[str, Any]) -> Finding:
         return Finding(f"It runs since {_spoken(since)}, in Job {job}.")
     if kind == "PENDING":
         if name in WAITING and said:
-            return Finding(said, (OF_STATE[name],) if name in OF_STATE else ())
+            return Finding(said, (STATE_DIAGNOSES[name],) if name in STATE_DIAGNOSES else ())
         if name == CLAIM_LOST:
             return Finding(said, ("claim-lost",))
         worker = labels.get("prefect.worker.name")
@@ -281,9 +281,9 @@ async def diagnosis(server: Server, run: Mapping[str, Any]) -> Finding:
     due = datetime.fromisoformat(state["state_details"].get("scheduled_time") or run["expected_start_time"])
     # Prefect itself calls it so where a flow has failed and has retries of its own.
     before = _of_crash(said, labels) if name == "AwaitingRetry" and said.startswith("Retry ") else ()
-    if said.startswith(UNCLAIMED):
+    if is_unclaimed(said):
         before = ("claim-lost",)
-    if said.startswith(NO_JOB):
+    if is_job_refusal(said):
         before = ("refused",)
     if due > now:
         return Finding(f"It is due in {_spoken(due - now)}{f': {said}' if said else '.'}", before)
@@ -293,7 +293,7 @@ async def diagnosis(server: Server, run: Mapping[str, Any]) -> Finding:
 
 def _of_crash(said: str, labels: Mapping[str, Any]) -> tuple[Diagnosis, ...]:
     """Of what a run crashed; what the reconciler noted says more than what a process said of itself."""
-    found = of_sentence(said)
+    found = diagnosis_of(said)
     noted = labels.get(CAUSE_LABEL)
     if found == "crash" and noted in ("oom", "disruption"):
         found = noted

@@ -4,16 +4,11 @@ from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
+from orchestration.diagnosis_table import WAITING_REASONS
 from orchestration.errors import ClusterError
 from orchestration.operations.environment import Environment, Object
 
-HOPELESS = (
-    "ErrImagePull",
-    "ImagePullBackOff",
-    "InvalidImageName",
-    "CreateContainerConfigError",
-    "CreateContainerError",
-)
+HOPELESS = frozenset(reason for reason, meaning in WAITING_REASONS.items() if meaning.fails_rollout)
 """Why a container waits for what only a person can change."""
 
 PATIENCE = 20.0

@@ -12,7 +12,6 @@ from orchestration.prefect_api import JSON, RefusedError, Server
 from orchestration.protocol import CLAIM_LOST, LOST_LABEL
 from orchestration.reconciler import orphans
 from orchestration.reconciler.decide import (
-    LOG,
     Action,
     Adopt,
     Cancel,
@@ -28,6 +27,7 @@ from orchestration.reconciler.decide import (
 )
 from orchestration.reconciler.kubernetes_client import Cluster
 from orchestration.reconciler.model import Pod, Retries, Run
+from orchestration.reconciler.state_messages import with_log_tail
 
 BEFORE_ANY_WORKER = timedelta(seconds=60)
 """How far ahead no worker looks for runs. Cut off after it, a run starts that much later, with the memory it had."""
@@ -82,7 +82,7 @@ async def carry_out(server: Server, cluster: Cluster, action: Action, pods: list
         await orphans.give_back(server, pods)
         # First the cause: whoever finds the run crashed knows it, also if this process ends in between.
         await server.ask("PATCH", f"/flow_runs/{run.id}/labels", action.labels)
-        return await _set(server, run, "CRASHED", "Crashed", f"{action.cause.sentence}.{tail}")
+        return await _set(server, run, "CRASHED", "Crashed", with_log_tail(action.cause.sentence, tail))
     if isinstance(action, TimeOut):
         return await _time_out(server, action, pods, await _log_tail(cluster, pods, run))
     return await _retry(server, action, found)
@@ -95,7 +95,7 @@ async def _time_out(server: Server, action: TimeOut, pods: list[Pod], tail: str)
     if action.labels:
         await server.ask("PATCH", f"/flow_runs/{run.id}/labels", action.labels)
     # A flow's own retries would make of a proposed failure another run attempt.
-    return await _set(server, run, "FAILED", "TimedOut", f"{action.sentence}.{tail}", force=True)
+    return await _set(server, run, "FAILED", "TimedOut", with_log_tail(action.sentence, tail), force=True)
 
 
 async def _log_tail(cluster: Cluster, pods: list[Pod], run: Run) -> str:
@@ -103,10 +103,9 @@ async def _log_tail(cluster: Cluster, pods: list[Pod], run: Run) -> str:
     if not ended:
         return ""
     try:
-        lines = await cluster.last_lines(max(ended, key=lambda each: each.created))
+        return await cluster.last_lines(max(ended, key=lambda each: each.created))
     except ClusterError:
         return ""  # who has it, the kubelet, may be gone or know nobody yet: that must not keep the run Running
-    return f"{LOG}\n{lines}" if lines else ""
 
 
 async def _retry(server: Server, action: Retry, found: JSON) -> str:

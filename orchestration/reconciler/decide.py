@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
+from orchestration.diagnosis_table import JOB_REFUSED, STARTING_STATES
 from orchestration.protocol import (
     CAUSE_LABEL,
     CLAIM_LOST,
@@ -23,18 +24,13 @@ from orchestration.quantity import quantity_or_zero
 from orchestration.reconciler import causes
 from orchestration.reconciler.causes import Cause
 from orchestration.reconciler.model import Job, Pod, Policy, Refusal, Retries, Run
-
-LOG = " The end of its log:"
-"""What a crash's message has behind the cause, before the lines of the log."""
+from orchestration.reconciler.state_messages import NO_JOB_FOR_CLAIM, split_log_tail
 
 LONGEST_BACKOFF_SECONDS = 86_400.0
 """The upper bound of the delay before a retry."""
 
 DOUBLINGS = 30
 """How often the delay is doubled: more doublings of a second than any that the bound allows."""
-
-UNCLAIMED = "No worker made a Job"
-"""How the message begins of a run that goes back to be claimed by another."""
 
 
 @dataclass(frozen=True)
@@ -283,9 +279,9 @@ def _dead(
         return []
     its = [each for each in jobs if each.name == name or not name]
     lost = _lost(run, current, jobs, pods)
-    if sentence := causes.of_deadline(current, seen):
+    if sentence := causes.exceeded_deadline(current, seen):
         return [TimeOut(run, sentence, lost)]
-    return [Crash(run, causes.of_end(seen, its), lost)]
+    return [Crash(run, causes.cause_of_end(seen, its), lost)]
 
 
 def _lost(run: Run, current: Job | None, jobs: Sequence[Job], pods: Sequence[Pod]) -> tuple[str, ...]:
@@ -318,7 +314,7 @@ def _after_the_end(
         ):
             return held
         its = [each for each in pods if each.job == run.job]
-        if sentence := causes.of_deadline(next((each for each in jobs if each.name == run.job), None), its):
+        if sentence := causes.exceeded_deadline(next((each for each in jobs if each.name == run.job), None), its):
             return [*held, TimeOut(run, sentence)]
         return [*held, Retry(run, _of_crash(run, pods))]
     if age < policy.linger:
@@ -329,15 +325,15 @@ def _after_the_end(
 def _of_crash(run: Run, pods: Sequence[Pod]) -> Cause:
     """Why a run crashed that somebody else found dead, or this reconciler before."""
     ended = [each for each in pods if each.job == run.job and each.end]
-    seen = causes.of_end(ended) if ended else Cause("crash", run.message)
+    seen = causes.cause_of_end(ended) if ended else Cause("crash", run.message)
     # Counted already and cut off before it was tried, or noted by whoever wrote the crash.
     counted = str(run.labels.get(RETRIED_LABEL, "")).split()
     label = counted[1] if counted and counted[0] == run.state_id else run.labels.get(CAUSE_LABEL)
     noted = next((kind for kind in causes.KINDS if kind == label), None)
     if noted or seen.kind == "crash":
         # What was said of it when it happened says more than an exit code.
-        said = run.message.partition("\n")[0].removesuffix(LOG)
-        return Cause(noted or "crash", said or seen.sentence, seen.memory)
+        sentence, _ = split_log_tail(run.message)
+        return Cause(noted or "crash", sentence or seen.sentence, seen.memory)
     return seen
 
 
@@ -367,21 +363,21 @@ def _pending(
     if any(each.started for each in live):
         return []
     of_this_claim = current and (
-        run.state in causes.STARTING or current.created.timestamp() >= run.since.timestamp() - SLACK
+        run.state in STARTING_STATES or current.created.timestamp() >= run.since.timestamp() - SLACK
     )
     if live or (current and not current.over and not current.deleted):
         assert current
-        found = causes.of_wait(current, live)
+        found = causes.waiting_state(current, live)
         return _explained(run, found, (now - current.created).total_seconds(), policy) if found else []
     # A Job that is over or gone may be of an earlier claim, and this one's not yet made.
     if current and of_this_claim:
         return _dead(run, current, jobs, pods, now, policy)
     age = (now - run.since).total_seconds()
-    if run.state == causes.JOB_REFUSED:
+    if run.state == JOB_REFUSED:
         return _refused(run, now, policy)
     if age <= policy.claim:
         return []
-    return [GiveAway(run, f"{UNCLAIMED} within {age:.0f} s of claiming it")]
+    return [GiveAway(run, f"{NO_JOB_FOR_CLAIM} within {age:.0f} s of claiming it")]
 
 
 def _refused(run: Run, now: datetime, policy: Policy) -> list[Action]:

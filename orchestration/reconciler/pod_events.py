@@ -21,7 +21,7 @@ from orchestration.prefect_compat.events import (
     resources_of_labels,
     unschedulable_diagnosis,
 )
-from orchestration.reconciler.causes import of_end
+from orchestration.reconciler.causes import cause_of_end
 from orchestration.reconciler.model import Pod
 
 BATCH = 100
@@ -114,7 +114,7 @@ def events_of(pod: Pod, namespace: str) -> list[JSON]:
         happened.append((pod.phase, pod.end.at, why, diagnosis))
     made: list[JSON] = []
     for of, at, more, category in happened:
-        name = "evicted" if of == "Failed" and of_end([pod]).kind == "disruption" else of.lower()
+        name = "evicted" if of == "Failed" and cause_of_end([pod]).kind == "disruption" else of.lower()
         made.append(
             {
                 "id": pod_event_id(pod.uid, of, pod.restarts, category),

@@ -42,6 +42,7 @@ from prefect.utilities.engine import propose_state
 from prefect_kubernetes.settings import KubernetesSettings
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration, KubernetesWorkerResult
 
+from orchestration.diagnosis_table import JOB_REFUSED
 from orchestration.errors import ClusterError
 from orchestration.prefect_compat.workers import CompatibleWorker, watched_kinds
 from orchestration.protocol import (
@@ -57,6 +58,7 @@ from orchestration.protocol import (
 from orchestration.reconciler import causes
 from orchestration.reconciler.kubernetes_client import certificate_hash, connected
 from orchestration.reconciler.model import Policy, Refusal
+from orchestration.reconciler.state_messages import JOB_NOT_CREATED
 from orchestration.worker import job_template
 from orchestration.worker.job_template import RefusedVariableError
 
@@ -190,7 +192,7 @@ class Worker(CompatibleWorker):
             with contextlib.suppress(Abort, ObjectNotFound, HTTPError):
                 # The reconciler tries no run again that a person has to cure.
                 await self.client.update_flow_run_labels(flow_run.id, {CAUSE_LABEL: "start"})
-                await super().report_refusal(flow_run, f"{causes.NO_JOB}{error}.", client)
+                await super().report_refusal(flow_run, f"{JOB_NOT_CREATED}{error}.", client)
         else:
             try:
                 state = await self._refused(flow_run, error)
@@ -212,22 +214,22 @@ class Worker(CompatibleWorker):
         status = int(getattr(answer, "status", None) or 0)
         is_kubernetes = hasattr(answer, "status") or isinstance(answer, OSError)
         word = "" if error.__cause__ is answer else f"{getattr(answer, 'reason', None) or type(error).__name__}: "
-        sentence = f"{causes.NO_JOB}{word}{error}"
+        sentence = f"{JOB_NOT_CREATED}{word}{error}"
         found = await self.client.read_flow_run(flow_run.id)
         before = Refusal.read(found.labels)
         refusal = Refusal(
             before.since if before and before.attempts == found.run_count else datetime.now(UTC),
-            is_kubernetes and causes.is_passing(status, sentence),
+            is_kubernetes and causes.is_transient(status, sentence),
             found.run_count,
         )
         await self.client.update_flow_run_labels(flow_run.id, {REFUSAL_LABEL: refusal.label})
         if not KubernetesSettings().observer.enabled:
-            return Pending(name=causes.JOB_REFUSED, message=sentence)
+            return Pending(name=JOB_REFUSED, message=sentence)
         now, policy = datetime.now(UTC), Policy()
         if not refusal.waits_for_capacity or (now - refusal.since).total_seconds() > policy.capacity:
             return None
         due = now + timedelta(seconds=policy.claim)
-        return Scheduled(scheduled_time=due, name=causes.JOB_REFUSED, message=sentence)
+        return Scheduled(scheduled_time=due, name=JOB_REFUSED, message=sentence)
 
     async def claim(self, flow_run: FlowRun) -> bool:
         """Set a run Pending, and note the claim's id and age; return whether the claim was granted."""

@@ -32,6 +32,7 @@ RUNS = (
     "orchestration/prefect_compat",
     "orchestration/prefect_protocol.py",
     "orchestration/protocol.py",
+    "orchestration/diagnosis_table.py",
     "orchestration/health.py",
     "orchestration/worker/kubernetes_worker.py",
     *CHARTS,

@@ -12,7 +12,7 @@ import pytest
 
 from orchestration import diagnoses
 from orchestration.__main__ import main
-from orchestration.reconciler.causes import OF_STATE, Diagnosis
+from orchestration.diagnosis_table import STATE_DIAGNOSES, Diagnosis
 from orchestration.settings import ROOT
 
 WORDS = {
@@ -32,7 +32,7 @@ WORDS = {
     "Late": "late",
     "Cancelling": "cancelling",
     "given-up": "given-up",
-    **OF_STATE,
+    **STATE_DIAGNOSES,
 }
 """What people search for, and the diagnosis whose page they want."""
 

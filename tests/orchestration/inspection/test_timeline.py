@@ -23,9 +23,8 @@ from orchestration.__main__ import main
 from orchestration.diagnoses import title
 from orchestration.protocol import CAUSE_LABEL, LOST_LABEL, SETTLED_LABEL
 from orchestration.reconciler import pod_records
-from orchestration.reconciler.causes import EXPIRED, LOST_NODE, NO_JOB
-from orchestration.reconciler.decide import UNCLAIMED
 from orchestration.reconciler.model import End, Pod, Run
+from orchestration.reconciler.state_messages import DEADLINE_EXCEEDED, JOB_NOT_CREATED, NO_JOB_FOR_CLAIM, NODE_LOST
 from orchestration.runs.supervisor import after_sigterm
 from tests.parts import asked, client_of, wait_until
 
@@ -145,20 +144,24 @@ TOMORROW = {"scheduled_time": (datetime.now(UTC) + timedelta(days=1)).isoformat(
             {
                 "type": "SCHEDULED",
                 "name": "AwaitingRetry",
-                "message": f"Retry 1 of 10 after a disruption. {LOST_NODE}",
+                "message": f"Retry 1 of 10 after a disruption. {NODE_LOST}",
                 "state_details": TOMORROW,
             },
             {LOST_LABEL: True},
             ["disruption", "fenced"],
         ),
         ({"type": "SCHEDULED", "name": "AwaitingRetry", "state_details": TOMORROW}, {}, []),
-        ({"type": "PENDING", "name": "ClaimLost", "message": f"{UNCLAIMED} within 61 s"}, {}, ["claim-lost"]),
-        ({"type": "SCHEDULED", "message": f"{UNCLAIMED} within 61 s", "state_details": TOMORROW}, {}, ["claim-lost"]),
+        ({"type": "PENDING", "name": "ClaimLost", "message": f"{NO_JOB_FOR_CLAIM} within 61 s"}, {}, ["claim-lost"]),
+        (
+            {"type": "SCHEDULED", "message": f"{NO_JOB_FOR_CLAIM} within 61 s", "state_details": TOMORROW},
+            {},
+            ["claim-lost"],
+        ),
         ({"type": "PENDING", "name": "ErrImageNeverPull", "message": "Pod x does not start"}, {}, ["image"]),
         ({"type": "PENDING", "name": "PodRefused", "message": "Job x cannot make its pod"}, {}, ["refused"]),
-        ({"type": "PENDING", "name": "JobRefused", "message": f"{NO_JOB}Forbidden"}, {}, ["refused"]),
-        ({"type": "SCHEDULED", "message": f"{NO_JOB}Forbidden", "state_details": TOMORROW}, {}, ["refused"]),
-        ({"type": "FAILED", "name": "TimedOut", "message": f"Job x{EXPIRED}its deadline"}, {}, ["deadline"]),
+        ({"type": "PENDING", "name": "JobRefused", "message": f"{JOB_NOT_CREATED}Forbidden"}, {}, ["refused"]),
+        ({"type": "SCHEDULED", "message": f"{JOB_NOT_CREATED}Forbidden", "state_details": TOMORROW}, {}, ["refused"]),
+        ({"type": "FAILED", "name": "TimedOut", "message": f"Job x{DEADLINE_EXCEEDED}its deadline"}, {}, ["deadline"]),
         ({"type": "FAILED", "message": "Flow run encountered an exception"}, {}, []),
         (after_sigterm(1, 10, datetime.now(UTC) + timedelta(days=1)), {}, ["disruption"]),
         (after_sigterm(11, 10, datetime.now(UTC)), {CAUSE_LABEL: "disruption"}, ["disruption"]),

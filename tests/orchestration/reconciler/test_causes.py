@@ -7,18 +7,18 @@ from typing import get_args
 
 import pytest
 
-from orchestration import diagnoses
-from orchestration.reconciler import causes
-from orchestration.reconciler.causes import (
-    HOPELESS,
+from orchestration import diagnoses, diagnosis_table
+from orchestration.diagnosis_table import (
     JOB_REFUSED,
-    OF_STATE,
-    REFUSED,
-    STARTING,
+    POD_REFUSED,
+    STARTING_STATES,
+    STATE_DIAGNOSES,
+    WAITING_REASONS,
     Diagnosis,
-    of_sentence,
 )
+from orchestration.reconciler import causes
 from orchestration.reconciler.model import End, Job, Pod
+from orchestration.reconciler.state_messages import diagnosis_of
 from orchestration.settings import ROOT
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -40,8 +40,8 @@ def test_each_diagnosis_has_its_page_and_each_page_its_diagnosis() -> None:
 
 
 def test_each_state_of_a_pod_that_waits_has_a_page_that_names_it() -> None:
-    assert OF_STATE.keys() == STARTING - {"InfrastructurePending"} | {JOB_REFUSED}
-    for state, diagnosis in OF_STATE.items():
+    assert STATE_DIAGNOSES.keys() == STARTING_STATES - {"InfrastructurePending"} | {JOB_REFUSED}
+    for state, diagnosis in STATE_DIAGNOSES.items():
         assert state in page(diagnosis).read_text()
 
 
@@ -52,11 +52,13 @@ def test_a_page_says_what_to_see_to_confirm_to_cure_and_what_happens_by_itself(d
     assert [each for each in parts if f"**{each}**" in text] == parts
 
 
-@pytest.mark.parametrize("reason", sorted({*causes.DISRUPTIONS, "Evicted", "Preempting", "NodeLost", "Shutdown"}))
+@pytest.mark.parametrize(
+    "reason", sorted({*diagnosis_table.DISRUPTIONS, "Evicted", "Preempting", "NodeLost", "Shutdown"})
+)
 def test_each_end_by_the_cluster_is_a_disruption(reason: str) -> None:
-    by_condition = reason in causes.DISRUPTIONS
+    by_condition = reason in diagnosis_table.DISRUPTIONS
     end = End(NOW, 143, "Error", disruption=reason) if by_condition else End(NOW, None, reason)
-    assert of_sentence(causes.of_end([replace(POD, end=end)]).sentence) == "disruption"
+    assert diagnosis_of(causes.cause_of_end([replace(POD, end=end)]).sentence) == "disruption"
 
 
 @pytest.mark.parametrize(
@@ -69,33 +71,35 @@ def test_each_end_by_the_cluster_is_a_disruption(reason: str) -> None:
     ],
 )
 def test_the_sentence_of_an_end_is_diagnosed_as_that(end: End, diagnosis: Diagnosis) -> None:
-    sentence = causes.of_end([replace(POD, end=end)]).sentence
-    assert of_sentence(sentence) == diagnosis
-    assert of_sentence(f"Retry 1 of 2 after a crash. {sentence}") == diagnosis
+    sentence = causes.cause_of_end([replace(POD, end=end)]).sentence
+    assert diagnosis_of(sentence) == diagnosis
+    assert diagnosis_of(f"Retry 1 of 2 after a crash. {sentence}") == diagnosis
 
 
 def test_a_pod_that_is_gone_is_diagnosed_by_what_its_job_says() -> None:
     job = Job("heron-1", "r", NOW, over=True)
-    assert of_sentence(causes.of_end([], [job]).sentence) == "pod-gone"
-    assert of_sentence(causes.of_end([], [replace(job, disrupted=True)]).sentence) == "disruption"
+    assert diagnosis_of(causes.cause_of_end([], [job]).sentence) == "pod-gone"
+    assert diagnosis_of(causes.cause_of_end([], [replace(job, disrupted=True)]).sentence) == "disruption"
 
 
-@pytest.mark.parametrize("word", sorted(HOPELESS))
+@pytest.mark.parametrize("word", sorted(WAITING_REASONS))
 def test_a_pod_that_waits_is_diagnosed_by_its_word_also_when_given_up(word: str) -> None:
-    found = causes.of_wait(Job("heron-1", "r", NOW), [replace(POD, waiting=(word, "OOMKilled: said by somebody"))])
+    found = causes.waiting_state(
+        Job("heron-1", "r", NOW), [replace(POD, waiting=(word, "OOMKilled: said by somebody"))]
+    )
     assert found
-    assert of_sentence(f"{found[1]}. Given up after 601 s") == OF_STATE[found[0]]
+    assert diagnosis_of(f"{found[1]}. Given up after 601 s") == STATE_DIAGNOSES[found[0]]
 
 
 def test_a_refusal_is_diagnosed() -> None:
-    found = causes.of_wait(Job("heron-1", "r", NOW, refused="exceeded quota"), [])
+    found = causes.waiting_state(Job("heron-1", "r", NOW, refused="exceeded quota"), [])
     assert found
-    assert found[0] == REFUSED
-    assert of_sentence(found[1]) == OF_STATE[REFUSED] == "refused"
+    assert found[0] == POD_REFUSED
+    assert diagnosis_of(found[1]) == STATE_DIAGNOSES[POD_REFUSED] == "refused"
 
 
 def test_what_others_say_of_a_crash_is_a_crash() -> None:
-    assert of_sentence("") == of_sentence("Execution was cancelled by the runtime environment.") == "crash"
+    assert diagnosis_of("") == diagnosis_of("Execution was cancelled by the runtime environment.") == "crash"
 
 
 QUOTA = 'pods "heron-1" is forbidden: exceeded quota: runs, requested: {}, used: {}, limited: {}'
@@ -105,18 +109,22 @@ NODES = "0/3 nodes are available: {}. preemption: 0/3 nodes are available: 3 Pre
 @pytest.mark.parametrize(
     ("word", "said", "waits"),
     [
-        (REFUSED, QUOTA.format("limits.memory=1Gi", "limits.memory=16Gi", "limits.memory=16Gi"), True),
-        (REFUSED, QUOTA.format("cpu=1,limits.memory=1Gi", "cpu=3,limits.memory=1Gi", "cpu=4,limits.memory=16Gi"), True),
-        (REFUSED, QUOTA.format("limits.memory=99Gi", "limits.memory=0", "limits.memory=90Gi"), False),
-        (REFUSED, QUOTA.format("cpu=100m,pods=1", "cpu=0,pods=0", "cpu=2,pods=0"), False),
-        (REFUSED, "failed quota: runs: must specify limits.memory for: prefect-job", False),
-        (REFUSED, "status unknown for quota: runs, resources: pods", True),
-        (REFUSED, "maximum memory usage per Container is 4Gi, but limit is 99Gi", False),
-        (REFUSED, 'error looking up service account ns/runs: serviceaccount "runs" not found', False),
-        (REFUSED, 'violates PodSecurity "restricted:latest": runAsNonRoot != true', False),
-        (REFUSED, 'admission webhook "queue.example.com" denied the request: come back later', True),
+        (POD_REFUSED, QUOTA.format("limits.memory=1Gi", "limits.memory=16Gi", "limits.memory=16Gi"), True),
         (
-            REFUSED,
+            POD_REFUSED,
+            QUOTA.format("cpu=1,limits.memory=1Gi", "cpu=3,limits.memory=1Gi", "cpu=4,limits.memory=16Gi"),
+            True,
+        ),
+        (POD_REFUSED, QUOTA.format("limits.memory=99Gi", "limits.memory=0", "limits.memory=90Gi"), False),
+        (POD_REFUSED, QUOTA.format("cpu=100m,pods=1", "cpu=0,pods=0", "cpu=2,pods=0"), False),
+        (POD_REFUSED, "failed quota: runs: must specify limits.memory for: prefect-job", False),
+        (POD_REFUSED, "status unknown for quota: runs, resources: pods", True),
+        (POD_REFUSED, "maximum memory usage per Container is 4Gi, but limit is 99Gi", False),
+        (POD_REFUSED, 'error looking up service account ns/runs: serviceaccount "runs" not found', False),
+        (POD_REFUSED, 'violates PodSecurity "restricted:latest": runAsNonRoot != true', False),
+        (POD_REFUSED, 'admission webhook "queue.example.com" denied the request: come back later', True),
+        (
+            POD_REFUSED,
             'Internal error occurred: failed calling webhook "mesh.example.com": context deadline exceeded',
             True,
         ),
@@ -150,4 +158,4 @@ def test_what_waits_for_room_is_told_from_what_needs_a_cure(word: str, said: str
     ("status", "passes"), [(500, True), (503, True), (429, True), (0, True), (422, False), (403, False)]
 )
 def test_an_answer_that_may_be_another_later(status: int, passes: bool) -> None:
-    assert causes.is_passing(status, 'jobs.batch is forbidden: User "worker" cannot create resource "jobs"') == passes
+    assert causes.is_transient(status, 'jobs.batch is forbidden: User "worker" cannot create resource "jobs"') == passes

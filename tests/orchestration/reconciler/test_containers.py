@@ -200,7 +200,7 @@ def test_native_sidecar_that_does_not_start_is_explained(state: Json, word: str)
 
 def test_init_container_that_fails_is_named() -> None:
     failed = pod(CREATING, native={"fetch": terminated(3, "Error")}, phase="Failed")
-    assert "init container fetch ended with exit code 3" in causes.of_end([failed]).sentence
+    assert "init container fetch ended with exit code 3" in causes.cause_of_end([failed]).sentence
 
 
 VARIABLE: Json = {"env": [{"name": "HOME", "value": "/"}, {"name": "PREFECT__FLOW_RUN_ID", "value": "r"}]}

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from orchestration import protocol
+from orchestration import diagnosis_table, protocol
 from orchestration.protocol import (
     CAUSE_LABEL,
     CHECK_INTERVAL_SECONDS,
@@ -28,7 +28,7 @@ from orchestration.protocol import (
     SETTLED_LABEL,
     is_given_away,
 )
-from orchestration.reconciler import causes
+from orchestration.reconciler import state_messages
 from orchestration.reconciler.causes import Cause
 from orchestration.reconciler.decide import (
     Action,
@@ -311,11 +311,13 @@ def test_what_waits_for_room_waits_longer_than_what_needs_a_cure(
 @pytest.mark.parametrize(("capacity", "patience"), [(True, Policy().capacity), (False, Policy().pending)])
 def test_refused_job_is_asked_for_again_until_the_run_is_given_up(capacity: bool, patience: float) -> None:
     """It costs no retry: nothing has started. Whatever older Job of the run is there is none of this claim."""
-    message = f"{causes.NO_JOB}exceeded quota"
+    message = f"{state_messages.JOB_NOT_CREATED}exceeded quota"
 
     def refused(since: float, age: float, attempts: int = 0) -> Run:
         label = Refusal(ago(since), capacity, attempts).label
-        return run("PENDING", age, state=causes.JOB_REFUSED, job="", message=message, labels={REFUSAL_LABEL: label})
+        return run(
+            "PENDING", age, state=diagnosis_table.JOB_REFUSED, job="", message=message, labels={REFUSAL_LABEL: label}
+        )
 
     assert decided(refused(59, 59), [], []) == []
     assert decided(refused(patience - 1, 61), [], []) == [GiveAway(refused(patience - 1, 61), message)]

@@ -32,7 +32,7 @@ from prefect.workers.base import BaseWorker
 from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerResult
 
 from orchestration.protocol import MAIN_CONTAINER_ANNOTATION
-from orchestration.reconciler import causes
+from orchestration.reconciler import state_messages
 from orchestration.reconciler.model import Refusal
 from orchestration.worker import kubernetes_worker
 from tests.parts import free_port
@@ -379,7 +379,7 @@ def test_refused_job_does_not_crash_the_run(
                         assert found.state
                         assert found.state.type.value == ("SCHEDULED" if alone else "PENDING")
                         assert found.state.message
-                        assert found.state.message.startswith(causes.NO_JOB)
+                        assert found.state.message.startswith(state_messages.JOB_NOT_CREATED)
                         assert said in found.state.message
                         labels.append(Refusal.read(found.labels))
                         await client.set_flow_run_state(run, Scheduled(), force=True)
