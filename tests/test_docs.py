@@ -21,6 +21,7 @@ from orchestration.inspection import timeline
 from orchestration.operations.local_cluster.binaries import MissingProgramError
 from orchestration.prefect_compat.events import POD_EVENT_PREFIX
 from orchestration.reconciler import causes, decide
+from orchestration.reconciler.run_events import GIVEN_UP_EVENT, STATE_EVENT_PREFIX
 from orchestration.runs import supervisor
 from orchestration.settings import ROOT
 
@@ -232,7 +233,7 @@ def _constants(prefix: str) -> set[str]:
 def _states_of_actions() -> set[str]:
     """Return the names of states that the reconciler writes as they are in its code."""
     source = "".join(Path(str(module.__file__)).read_text() for module in _modules())
-    return set(re.findall(r'_set\(server, run, "[A-Z]+", "(\w+)"', source))
+    return set(re.findall(r'_set_state\(server, run, "[A-Z]+", "(\w+)"', source))
 
 
 def test_page_of_states_has_every_state() -> None:
@@ -252,10 +253,10 @@ def test_page_of_states_has_every_state() -> None:
 def test_page_of_events_has_every_event() -> None:
     page = _page("events")
     of_states = {*_states_of_actions(), protocol.CLAIM_LOST}
-    events = {f"reconciler.flow-run.{each.lower()}" for each in of_states}
+    events = {f"{STATE_EVENT_PREFIX}{each.lower()}" for each in of_states}
     events |= {f"{POD_EVENT_PREFIX}{each}" for each in timeline.PHASES}
     events |= {
-        timeline.GIVEN_UP,
+        GIVEN_UP_EVENT,
         protocol.POD_ENDED_EVENT,
         watch.DRIFTED,
         watch.RESTORED,
@@ -267,7 +268,9 @@ def test_page_of_events_has_every_event() -> None:
 
 def test_page_of_labels_has_every_label() -> None:
     page = _page("labels-and-annotations")
-    labels = _constants("reconciler.") - {timeline.GIVEN_UP, protocol.POD_ENDED_EVENT} | _constants("prefect.io/")
+    labels = _constants("reconciler.") - {GIVEN_UP_EVENT, STATE_EVENT_PREFIX, protocol.POD_ENDED_EVENT} | _constants(
+        "prefect.io/"
+    )
     assert {protocol.FENCED_LABEL_PREFIX, protocol.CAUSE_LABEL} <= labels
     assert [each for each in sorted(labels) if f"`{each}" not in page] == []
 

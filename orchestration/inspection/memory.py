@@ -11,8 +11,8 @@ from orchestration.errors import ApiError
 from orchestration.prefect_api import JSON, PAGE, Server
 from orchestration.protocol import EXCEEDED_LABEL, PEAK_LABEL, whole_number
 from orchestration.quantity import quantity_or_zero
-from orchestration.reconciler.actions import pool_defaults
-from orchestration.reconciler.model import Retries
+from orchestration.reconciler.budget import RetryBudget
+from orchestration.work_pools import read_pool_defaults
 
 MIB = 2**20
 STEP, LEAST = 32 * MIB, 64 * MIB
@@ -90,7 +90,7 @@ async def report(server: Server, name: str = "") -> list[Usage]:
     for each in deployments:
         pool = each["work_pool_name"]
         if pool and pool not in pools:
-            pools[pool] = await pool_defaults(server, pool)
+            pools[pool] = await read_pool_defaults(server, pool)
         variables = pools.get(pool, {}) | (each["job_variables"] or {})
         usage = await _usage(server, each["id"], f"{flows.get(each['flow_id'], '?')}/{each['name']}", variables)
         if name or usage.runs:
@@ -106,7 +106,7 @@ async def _usage(server: Server, deployment: str, name: str, variables: Mapping[
         "limit": PAGE,
     }
     runs = [each["labels"] or {} for each in await server.ask("POST", "/flow_runs/filter", ended, idempotent=True)]
-    growth = Retries.of(variables).memory_growth
+    growth = RetryBudget.from_job_variables(variables).memory_growth
     needs = [size for each in runs if (size := needed(each, growth))]
     request, limit = recommended(needs) if needs else (0, 0)
     return Usage(

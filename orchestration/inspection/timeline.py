@@ -15,6 +15,7 @@ from orchestration.errors import ApiError
 from orchestration.prefect_api import CLOCK, JSON, Server
 from orchestration.prefect_compat.events import POD_EVENT_PREFIX
 from orchestration.protocol import CAUSE_LABEL, CLAIM_LOST, FINAL_STATES, LOST_LABEL, POD_ENDED_EVENT, SETTLED_LABEL
+from orchestration.reconciler.run_events import GIVEN_UP_EVENT
 from orchestration.reconciler.state_messages import diagnosis_of, is_job_refusal, is_unclaimed, split_log_tail
 from orchestration.terminal import one_line
 
@@ -32,9 +33,6 @@ SUBMITTED, EXECUTED = "prefect.worker.submitted-flow-run", "prefect.worker.execu
 
 PHASES = ("pending", "running", "succeeded", "failed", "evicted")
 """Events of the worker's observer, where it is on: this and a pod's phase. Source: prefect_kubernetes/observer.py."""
-
-GIVEN_UP = "reconciler.flow-run.given-up"
-"""Of the reconciler's events the one that says what no state of the run says."""
 
 AT_ONCE = 50
 """Events that the API gives at most."""
@@ -143,7 +141,13 @@ async def _events(server: Server, run: Mapping[str, Any]) -> list[JSON]:
         which = {
             "any_resource": {"id": [f"prefect.flow-run.{run['id']}"]},
             "event": {
-                "name": [SUBMITTED, EXECUTED, GIVEN_UP, POD_ENDED_EVENT, *(POD_EVENT_PREFIX + each for each in PHASES)]
+                "name": [
+                    SUBMITTED,
+                    EXECUTED,
+                    GIVEN_UP_EVENT,
+                    POD_ENDED_EVENT,
+                    *(POD_EVENT_PREFIX + each for each in PHASES),
+                ]
             },
             "occurred": {"since": since.isoformat(), "until": (datetime.now(UTC) + PATIENCE).isoformat()},
             "order": "ASC",

@@ -9,28 +9,17 @@ from orchestration.diagnosis_table import JOB_REFUSED, STARTING_STATES
 from orchestration.protocol import (
     CAUSE_LABEL,
     CLAIM_LOST,
-    CRASHES_LABEL,
-    DISRUPTIONS_LABEL,
     FENCED_LABEL_PREFIX,
-    FENCED_WITHIN_SECONDS,
     FINAL_STATES,
     LOST_LABEL,
     REFUSAL_LABEL,
     RETRIED_LABEL,
     SETTLED_LABEL,
-    whole_number,
 )
-from orchestration.quantity import quantity_or_zero
 from orchestration.reconciler import causes
 from orchestration.reconciler.causes import Cause
-from orchestration.reconciler.model import Job, Pod, Policy, Refusal, Retries, Run
+from orchestration.reconciler.model import Job, Pod, Policy, Refusal, Run
 from orchestration.reconciler.state_messages import NO_JOB_FOR_CLAIM, split_log_tail
-
-LONGEST_BACKOFF_SECONDS = 86_400.0
-"""The upper bound of the delay before a retry."""
-
-DOUBLINGS = 30
-"""How often the delay is doubled: more doublings of a second than any that the bound allows."""
 
 
 @dataclass(frozen=True)
@@ -398,69 +387,3 @@ def _explained(run: Run, found: tuple[str, str], waited: float, policy: Policy) 
 
 def _given_up(run: Run, sentence: str, waited: float) -> Crash:
     return Crash(run, Cause("start", f"{sentence.rstrip('.')}. Given up after {waited:.0f} s"))
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a crashed run is tried again.
-
-    Args:
-        again: whether.
-        sentence: for people.
-        delay: seconds until then.
-        labels: what the run's labels become before.
-        memory: its new memory limit; empty if it stays.
-    """
-
-    again: bool
-    sentence: str
-    delay: float = 0
-    labels: dict[str, Any] | None = None
-    memory: str = ""
-
-
-def verdict(run: Run, cause: Cause, retries: Retries | None) -> Verdict:
-    """Whether a crashed run has a retry left. Asked again after it was counted, it says the same.
-
-    Args:
-        run: which.
-        cause: why it crashed.
-        retries: of its deployment; None if that is gone, and nobody could claim the run any more.
-    """
-    if retries is None:
-        return Verdict(False, "No retry: its deployment was deleted", labels={SETTLED_LABEL: run.state_id})
-    if cause.kind == "start":
-        return Verdict(False, "No retry: its cause has to be cured first", labels={SETTLED_LABEL: run.state_id})
-    budget, label, what = (
-        (retries.disruption_retries, DISRUPTIONS_LABEL, "disruption")
-        if cause.kind == "disruption"
-        else (retries.crash_retries, CRASHES_LABEL, "crash")
-    )
-    used = whole_number(run.labels.get(label))
-    if str(run.labels.get(RETRIED_LABEL, "")).startswith(run.state_id):
-        used -= 1
-    if used >= budget:
-        said = f"No retry: all {budget} after a {what} are used up" if budget else f"No retry after a {what}"
-        return Verdict(False, said, labels={SETTLED_LABEL: run.state_id})
-    memory = _grown(cause.memory, retries) if cause.kind == "oom" else ""
-    doubled = retries.crash_backoff * 2.0 ** min(used - 1, DOUBLINGS)
-    delay = min(doubled, LONGEST_BACKOFF_SECONDS) if used and what == "crash" else 0.0
-    if run.labels.get(LOST_LABEL):
-        delay = max(delay, FENCED_WITHIN_SECONDS)
-    more = f", with {memory} of memory in place of {cause.memory}" if memory else ""
-    return Verdict(
-        True,
-        f"Retry {used + 1} of {budget} after a {what}{more}",
-        delay,
-        {label: used + 1, RETRIED_LABEL: f"{run.state_id} {cause.kind}", CAUSE_LABEL: ""},
-        memory,
-    )
-
-
-def _grown(limit: str, retries: Retries) -> str:
-    """The next memory limit, in Mi; empty if it cannot grow."""
-    now = quantity_or_zero(limit)
-    if not now:
-        return ""
-    new = min(now * retries.memory_growth, quantity_or_zero(retries.memory_max) or float("inf"))
-    return f"{int(new) // 2**20}Mi" if new > now else ""

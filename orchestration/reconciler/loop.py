@@ -25,7 +25,8 @@ from orchestration.health import Pulse, served
 from orchestration.prefect_api import JSON, RefusedError, Server
 from orchestration.reconciler import claims, pod_records
 from orchestration.reconciler import kubernetes_client as kubernetes
-from orchestration.reconciler.actions import carry_out, gather
+from orchestration.reconciler.actions import carry_out
+from orchestration.reconciler.concurrency import gather_bounded
 from orchestration.reconciler.decide import Action, Stop, decide, is_steady
 from orchestration.reconciler.kubernetes_client import Cluster, Leadership
 from orchestration.reconciler.model import ORDINARY, Job, Pod, Policy, Run
@@ -112,7 +113,7 @@ async def look(server: Server, cluster: Cluster, pool: str, steady: Mapping[str,
         for each in jobs
         if each.name not in with_pods and not each.over and server.now - each.created > REFUSED_AFTER
     ]
-    said = await gather([cluster.refused(each.name) for each in waiting])
+    said = await gather_bounded([cluster.refused(each.name) for each in waiting])
     why = {each.name: text for each, text in zip(waiting, said, strict=True) if isinstance(text, str)}
     pods = await _with_events(cluster, pods, server)
     # Kubernetes says so some time after the pod has ended: long after it, where its API was away.
@@ -306,10 +307,10 @@ class Reconciler:
                 steady[id_] = run
         self.steady = steady
         self.live.set(sum(run is not None and run.type in LIVE for run in seen.runs.values()))
-        noted = await gather([self._note(each) for each in before])
-        done = await gather([self._act(action, pods) for action, pods in todo])
-        noted += await gather([self._note(each) for each in after])
-        emitted = await gather([self._tell([pod for some in seen.pods.values() for pod in some])])
+        noted = await gather_bounded([self._note(each) for each in before])
+        done = await gather_bounded([self._act(action, pods) for action, pods in todo])
+        noted += await gather_bounded([self._note(each) for each in after])
+        emitted = await gather_bounded([self._tell([pod for some in seen.pods.values() for pod in some])])
         for each in done:
             if isinstance(each, str) and each:
                 print(one_line(each), flush=True)

@@ -3,14 +3,13 @@
 import json
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any, ClassVar
+from typing import Any
 from uuid import UUID
 
 from orchestration.protocol import (
     CLUSTER_LABEL,
-    DISRUPTION_RETRIES,
     NAMESPACE_LABEL,
     NOTED_ANNOTATION,
     REFUSAL_LABEL,
@@ -390,38 +389,3 @@ class Policy:
     crashed: float = 15
     linger: float = 60
     sidecars: float = 5
-
-
-@dataclass(frozen=True)
-class Retries:
-    """What a deployment's runs get after a crash; job variables of the same names, with the pool's defaults.
-
-    Args:
-        crash_retries: how many times a run that crashed is tried again.
-        disruption_retries: the same where the cluster ended it: eviction, drain, preemption, a lost node.
-        crash_backoff: seconds before the second retry, doubled for each further one; the first comes at once.
-        memory_growth: what the memory limit is multiplied by after it was exceeded.
-        memory_max: the most it becomes, as a quantity of Kubernetes; empty is no bound.
-    """
-
-    crash_retries: int = 2
-    disruption_retries: int = DISRUPTION_RETRIES
-    crash_backoff: float = 10
-    memory_growth: float = 1.5
-    memory_max: str = ""
-
-    MOST: ClassVar[float] = 1e6
-    """The upper bound of `crash_backoff` and `memory_growth`."""
-
-    @classmethod
-    def of(cls, variables: Mapping[str, Any]) -> "Retries":
-        """Return those of job variables. One that is absent, not of its kind or out of bounds is the default."""
-        made: dict[str, Any] = {}
-        for each in fields(cls):
-            with suppress(TypeError, ValueError, OverflowError):
-                kind: Any = type(each.default)
-                if variables.get(each.name) is not None:
-                    value = kind(variables[each.name])
-                    if kind is not float or 0 <= value <= cls.MOST:
-                        made[each.name] = value
-        return cls(**made)

@@ -7,7 +7,6 @@ makes it, and asks nothing about what was noted before.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
 from orchestration.prefect_api import JSON, Server
@@ -22,6 +21,7 @@ from orchestration.protocol import (
 from orchestration.quantity import quantity_or_zero
 from orchestration.reconciler.kubernetes_client import Cluster
 from orchestration.reconciler.model import Job, Pod, Run
+from orchestration.reconciler.run_events import build_run_event
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,8 @@ def told(pod: Pod) -> JSON:
     }
 
 
-def _event(run: Run, pod: Pod) -> dict[str, Any]:
+def _event(run: Run, pod: Pod) -> JSON:
     assert pod.end
-    return {
-        # The same of the same pod: the server keeps one.
-        "id": str(uuid5(NAMESPACE_URL, f"{run.id}/{pod.name}/{POD_ENDED_EVENT}")),
-        "occurred": pod.end.at.isoformat(),
-        "event": POD_ENDED_EVENT,
-        "resource": {"prefect.resource.id": f"prefect.flow-run.{run.id}", "prefect.resource.name": run.name},
-        "payload": told(pod),
-    }
+    # The id is that of the pod: the server keeps one event of several reconcilers.
+    id_ = str(uuid5(NAMESPACE_URL, f"{run.id}/{pod.name}/{POD_ENDED_EVENT}"))
+    return build_run_event(run, POD_ENDED_EVENT, pod.end.at, told(pod), id_)

@@ -12,7 +12,7 @@ from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerJobConfi
 
 from orchestration.deployments.resources import FILE_SYSTEM, KINDS, POOL
 from orchestration.errors import ClusterError
-from orchestration.reconciler.model import Retries
+from orchestration.reconciler.budget import RetryBudget
 from orchestration.settings import ROOT
 from tests.helm.rendering import (
     EVERY_POD,
@@ -346,7 +346,7 @@ def test_the_reconciler_reads_marks_and_deletes_and_makes_nothing_but_its_lease(
 def test_what_a_run_gets_after_a_crash_is_a_job_variable() -> None:
     retries = {"crashes": 1, "disruptions": 3, "backoffSeconds": 5, "memoryGrowth": 2, "memoryMax": "8Gi"}
     properties = _pool(_with(runs={"retries": retries}))["base_job_template"]["variables"]["properties"]
-    names = [each.name for each in fields(Retries)]
+    names = [each.name for each in fields(RetryBudget)]
     assert [properties[name]["default"] for name in names] == list(retries.values())
     [container] = _job(_pool(TAG))["spec"]["template"]["spec"]["containers"]
     assert container["command"][-1] == "/app/orchestration/runs/supervisor.py"
@@ -566,7 +566,7 @@ def test_the_template_has_the_variables_of_the_installed_worker() -> None:
     nothing = {"job_watch_timeout_seconds", "pod_watch_timeout_seconds", "stream_output"}
     elsewhere = {"namespace", "cluster_config"}
     ours = set(_pool(TAG)["base_job_template"]["variables"]["properties"])
-    assert ours - upstream == {"active_deadline_seconds", *(each.name for each in fields(Retries))}
+    assert ours - upstream == {"active_deadline_seconds", *(each.name for each in fields(RetryBudget))}
     assert upstream - ours == nothing | elsewhere
 
 

@@ -18,7 +18,7 @@ from orchestration.dbt import outbox
 from orchestration.deployments import watch
 from orchestration.deployments.record import slug
 from orchestration.prefect_api import Access, Server
-from orchestration.reconciler.actions import _set
+from orchestration.reconciler.actions import _set_state
 from orchestration.reconciler.model import Run
 from orchestration.runs.run_client import RunClient
 from tests import parts
@@ -81,7 +81,7 @@ def test_every_client_works_with_csrf_protection(
         async def act() -> str:
             async with prefect.connected() as server:
                 await server.ask("PATCH", f"/flow_runs/{run['id']}/labels", {"reconciler.cause": "crash"})
-                return await _set(server, Run.read(run), "CRASHED", "Crashed", "Its pod is gone")
+                return await _set_state(server, Run.read(run), "CRASHED", "Crashed", "Its pod is gone")
 
         assert asyncio.run(act()).endswith("is Crashed: Its pod is gone")
 

@@ -29,6 +29,7 @@ from orchestration.protocol import (
     is_given_away,
 )
 from orchestration.reconciler import state_messages
+from orchestration.reconciler.budget import RetryBudget, decide_retry
 from orchestration.reconciler.causes import Cause
 from orchestration.reconciler.decide import (
     Action,
@@ -44,10 +45,9 @@ from orchestration.reconciler.decide import (
     Unclaim,
     decide,
     is_steady,
-    verdict,
 )
 from orchestration.reconciler.kubernetes_objects import JobObject
-from orchestration.reconciler.model import End, Job, Pod, Policy, Refusal, Retries, Run
+from orchestration.reconciler.model import End, Job, Pod, Policy, Refusal, Run
 from orchestration.runs.supervisor import after_sigterm
 from tests.parts import examples
 
@@ -201,8 +201,8 @@ def test_a_run_whose_deployment_was_deleted_is_ended_at_once() -> None:
     (action,) = decided(run("CANCELLING", 1, abandoned=True), [job()], [pod(started=True)])
     assert isinstance(action, Stop)
     assert action.grace is None
-    told = verdict(run("CRASHED"), Cause("crash", ""), None)
-    assert (told.again, told.labels) == (False, {SETTLED_LABEL: "s"}), "nobody could claim it"
+    told = decide_retry(run("CRASHED"), Cause("crash", ""), None)
+    assert (told.is_retried, told.labels) == (False, {SETTLED_LABEL: "s"}), "nobody could claim it"
 
 
 def test_nothing_outlives_its_run() -> None:
@@ -222,15 +222,15 @@ def test_a_crash_is_tried_again_within_its_budget() -> None:
     crashed = run("CRASHED", 5)
     (action,) = decided(crashed, [job(over=True)], [pod(end=end())])
     assert isinstance(action, Retry)
-    first = verdict(crashed, action.cause, Retries())
-    assert (first.again, first.delay) == (True, 0)
+    first = decide_retry(crashed, action.cause, RetryBudget())
+    assert (first.is_retried, first.delay_seconds) == (True, 0)
     assert first.labels == {CRASHES_LABEL: 1, RETRIED_LABEL: "s crash", CAUSE_LABEL: ""}
     # Cut off after it was counted: the same again.
-    assert verdict(replace(crashed, labels=first.labels or {}), action.cause, Retries()) == first
-    second = verdict(replace(crashed, labels={CRASHES_LABEL: 1}), action.cause, Retries())
-    assert (second.again, second.delay) == (True, 10)
-    third = verdict(replace(crashed, labels={CRASHES_LABEL: 2}), action.cause, Retries())
-    assert (third.again, third.labels) == (False, {SETTLED_LABEL: "s"})
+    assert decide_retry(replace(crashed, labels=first.labels or {}), action.cause, RetryBudget()) == first
+    second = decide_retry(replace(crashed, labels={CRASHES_LABEL: 1}), action.cause, RetryBudget())
+    assert (second.is_retried, second.delay_seconds) == (True, 10)
+    third = decide_retry(replace(crashed, labels={CRASHES_LABEL: 2}), action.cause, RetryBudget())
+    assert (third.is_retried, third.labels) == (False, {SETTLED_LABEL: "s"})
     assert decided(replace(crashed, labels=third.labels or {}), [], []) == []
     assert decided(replace(crashed, deployment=""), [], []) == []
 
@@ -248,8 +248,11 @@ def test_an_execution_that_was_lost_from_sight_is_fenced_before_another_begins()
         assert isinstance(crash, Crash)
         assert crash.lost == lost
     cause = Cause("crash", "gone")
-    assert verdict(run("CRASHED", labels={LOST_LABEL: True}), cause, Retries()).delay == FENCED_WITHIN_SECONDS
-    assert verdict(run("CRASHED", labels={LOST_LABEL: False}), cause, Retries()).delay == 0
+    assert (
+        decide_retry(run("CRASHED", labels={LOST_LABEL: True}), cause, RetryBudget()).delay_seconds
+        == FENCED_WITHIN_SECONDS
+    )
+    assert decide_retry(run("CRASHED", labels={LOST_LABEL: False}), cause, RetryBudget()).delay_seconds == 0
 
 
 def test_a_disruption_has_a_budget_of_its_own_and_a_hopeless_start_none() -> None:
@@ -259,12 +262,12 @@ def test_a_disruption_has_a_budget_of_its_own_and_a_hopeless_start_none() -> Non
     gone = decided(run("RUNNING"), [job(over=True, disrupted=True)], [])
     assert [kind_of(each) for each in gone] == ["disruption"], "its Job knows more than its pod, which is gone"
     assert isinstance(action, Retry)
-    assert verdict(noted, action.cause, Retries()).labels == {
+    assert decide_retry(noted, action.cause, RetryBudget()).labels == {
         DISRUPTIONS_LABEL: 1,
         RETRIED_LABEL: "s disruption",
         CAUSE_LABEL: "",
     }
-    assert not verdict(noted, Cause("start", ""), Retries()).again
+    assert not decide_retry(noted, Cause("start", ""), RetryBudget()).is_retried
 
 
 @pytest.mark.parametrize(
@@ -272,14 +275,16 @@ def test_a_disruption_has_a_budget_of_its_own_and_a_hopeless_start_none() -> Non
     [("700Mi", "", "1050Mi"), ("1Gi", "1.2Gi", "1228Mi"), ("2Gi", "1Gi", ""), ("", "", ""), ("1e9", "", "1430Mi")],
 )
 def test_memory_grows_after_it_was_exceeded(limit: str, most: str, grown: str) -> None:
-    found = verdict(run("CRASHED"), Cause("oom", "", limit), Retries(memory_max=most))
-    assert found.memory == grown
-    assert found.again
+    found = decide_retry(run("CRASHED"), Cause("oom", "", limit), RetryBudget(memory_max=most))
+    assert found.memory_limit == grown
+    assert found.is_retried
 
 
 def test_a_budget_that_is_none_is_the_default() -> None:
-    found = Retries.of({"crash_retries": "5", "memory_growth": "much", "memory_max": None, "env": {}})
-    assert found == Retries(crash_retries=5)
+    found = RetryBudget.from_job_variables(
+        {"crash_retries": "5", "memory_growth": "much", "memory_max": None, "env": {}}
+    )
+    assert found == RetryBudget(crash_retries=5)
 
 
 FULL = "0/1 nodes are available: 1 Insufficient cpu"
@@ -328,7 +333,9 @@ def test_refused_job_is_asked_for_again_until_the_run_is_given_up(capacity: bool
     assert crash.cause.kind == "start"
     assert crash.cause.sentence.startswith(f"{message}. Given up after")
     assert crash.labels[REFUSAL_LABEL] == "", "a retry by hand waits as long again"
-    assert not verdict(replace(refused(1, 1), type="CRASHED"), crash.cause, Retries(crash_retries=0)).again
+    assert not decide_retry(
+        replace(refused(1, 1), type="CRASHED"), crash.cause, RetryBudget(crash_retries=0)
+    ).is_retried
     created = job(seconds=3)
     assert [type(each) for each in decided(refused(61, 5), [created], [])] == [Adopt], "its answer was lost, not it"
 
@@ -482,7 +489,7 @@ class World:
             if each.live and each.started:
                 if self.run and self.run.type == "RUNNING":
                     used = int(self.run.labels.get(DISRUPTIONS_LABEL) or 0)
-                    state = after_sigterm(used + 1, Retries().disruption_retries, self.now)
+                    state = after_sigterm(used + 1, RetryBudget().disruption_retries, self.now)
                     is_left = state["type"] == "SCHEDULED"
                     labels: dict[str, object] = (
                         {DISRUPTIONS_LABEL: used + 1} if is_left else {CAUSE_LABEL: "disruption"}
@@ -610,12 +617,12 @@ class World:
                     self.lost[each] = self.now
             self.set("CRASHED" if isinstance(action, Crash) else "CANCELLED")
         elif isinstance(action, Retry):
-            told = verdict(self.run, action.cause, None if self.abandoned else Retries())
+            told = decide_retry(self.run, action.cause, None if self.abandoned else RetryBudget())
             self.run = replace(self.run, labels={**self.run.labels, **(told.labels or {})})
-            if told.again:
+            if told.is_retried:
                 assert not any(each.live for each in self.pods), "tried again beside a living pod"
                 self.set("SCHEDULED", "AwaitingRetry")
-                self.due = self.now + timedelta(seconds=told.delay)
+                self.due = self.now + timedelta(seconds=told.delay_seconds)
         elif isinstance(action, Explain):
             self.set("PENDING", action.word)
 
@@ -712,7 +719,7 @@ def test_any_history_of_ends_has_no_more_run_attempts_than_its_budgets(ends: lis
     for event in ["controller_counts", *SECONDS, *ROUND] * 10:
         getattr(world, event)()
     assert world.run
-    retries = Retries()
+    retries = RetryBudget()
     assert world.run.type == "CRASHED", "20 ends are more than any budget"
     assert len(world.started) <= 1 + retries.crash_retries + retries.disruption_retries
     assert protocol.SETTLED_LABEL in world.run.labels

@@ -147,7 +147,7 @@ def test_disruption_budget_is_that_of_the_run_else_the_deployment_else_the_pool(
 
 async def _by_the_reconciler(url: str, found: dict[str, object]) -> int:
     async with httpx.AsyncClient(base_url=url, timeout=30) as client:
-        retries = await actions._retries(Server(client, url), found)
+        retries = await actions.read_budget(Server(client, url), found)
     assert retries
     return retries.disruption_retries
 
