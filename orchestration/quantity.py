@@ -43,3 +43,19 @@ def quantity_or_zero(text: str) -> float:
     except (ValueError, ArithmeticError):
         return 0.0
     return float(number) if number < 2**63 else 0.0
+
+
+def format_quantity(amount: Decimal, key: str) -> str:
+    """Return a quantity as people write it.
+
+    Args:
+        amount: cores of a CPU, bytes of memory or storage, or a count.
+        key: the resource that is counted, such as `limits.memory`.
+    """
+    if key.endswith(".cpu") and amount % 1:
+        return f"{(amount * 1000).normalize():f}m"
+    power = 0
+    if key.endswith(("memory", "ephemeral-storage")):
+        while amount and amount % 1024 == 0 and power + 1 < len(BINARY_SUFFIXES):
+            amount, power = amount / 1024, power + 1
+    return f"{amount:f}{BINARY_SUFFIXES[power]}"

@@ -50,16 +50,17 @@ def check(paths: Sequence[str | Path], *, owner: str = "", pool: str = "", quota
 
 
 def _fits(desired: Desired, quota: Path) -> None:
-    from orchestration.deployments import quota as quotas
+    from orchestration.deployments import quota_file
+    from orchestration.deployments.quota import find_problems
 
-    namespace = quotas.read(quota)
+    namespace = quota_file.read(quota)
     pools = {each.key: each for each in desired.of(POOL)}
     for each in desired.of(DEPLOYMENT):
         pool = pools.get(each.fields["work_pool_name"])
         if pool is None or pool.fields["type"] != "kubernetes":
             continue
         template: dict[str, Any] = pool.fields["base_job_template"] or {}
-        for problem in quotas.problems(template, each.fields["job_variables"], namespace):
+        for problem in find_problems(template, each.fields["job_variables"], namespace):
             raise DeploymentsError(f"{each.where}: deployment {each.key}: {problem}")
 
 

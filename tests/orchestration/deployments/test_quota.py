@@ -1,4 +1,4 @@
-"""A run's pod against the namespace's ResourceQuota and LimitRange, before Kubernetes refuses it."""
+"""The check of a run's pod against the ResourceQuota and LimitRange objects of its namespace."""
 
 import asyncio
 import json
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestration.deployments import quota
+from orchestration.deployments import pod_resources, quota, quota_file
 from orchestration.errors import DeploymentsError
 from orchestration.quantity import parse_quantity
 from orchestration.settings import ROOT
@@ -21,7 +21,7 @@ RESOURCES = {
 
 
 def template(init: list[Any] | str = (), sidecar: dict[str, Any] | None = None, **defaults: str) -> dict[str, Any]:  # type: ignore[assignment]
-    """A pool's template in the shape of the chart's."""
+    """Return the template of a pool, in the shape of the chart's."""
     names = ("cpu_request", "cpu_limit", "memory_request", "memory_limit")
     text = [{"type": "string"}, {"type": "null"}]
     spec = {
@@ -58,35 +58,38 @@ def template(init: list[Any] | str = (), sidecar: dict[str, Any] | None = None, 
 
 
 def hard(name: str = "runs", spec: dict[str, Any] | None = None, /, **amounts: str) -> dict[str, Any]:
-    """A ResourceQuota; `limits_memory` is limits.memory."""
+    """Return a ResourceQuota; `limits_memory` is limits.memory."""
     amounts = {key.replace("_", "."): value for key, value in amounts.items()}
     return {"kind": "ResourceQuota", "metadata": {"name": name}, "spec": {"hard": amounts, **(spec or {})}}
 
 
 def limits(kind: str = "Container", **bounds: dict[str, str]) -> dict[str, Any]:
-    """A LimitRange of one item."""
+    """Return a LimitRange of one item."""
     return {"kind": "LimitRange", "metadata": {"name": "all"}, "spec": {"limits": [{"type": kind, **bounds}]}}
 
 
 def memory(amount: str, name: str, **more: Any) -> dict[str, Any]:
-    """A container with that much memory, said in the template itself."""
+    """Return a container that requests this much memory in the template itself."""
     resources = {"requests": {"memory": amount}, "limits": {"memory": amount}}
     return {"name": name, "resources": resources, **more}
 
 
-def test_a_run_that_is_too_large_for_the_quota() -> None:
-    found = quota.problems(template(memory_request="1Gi"), {"memory_limit": "8Gi"}, [hard(limits_memory="4Gi")])
+def test_run_above_the_quota_is_refused() -> None:
+    found = quota.find_problems(template(memory_request="1Gi"), {"memory_limit": "8Gi"}, [hard(limits_memory="4Gi")])
     assert found == [
-        "a run asks for memory 8Gi (limits.memory) and quota runs of the namespace allows 4Gi in all: "
-        "lower job_variables.memory_limit"
+        "the pod of a run requests memory 8Gi (limits.memory), but quota runs of the namespace allows 4Gi in total. "
+        "Lower job_variables.memory_limit"
     ]
-    assert quota.problems(template(memory_request="1Gi"), {"memory_limit": "4096Mi"}, [hard(limits_memory="4Gi")]) == []
+    assert (
+        quota.find_problems(template(memory_request="1Gi"), {"memory_limit": "4096Mi"}, [hard(limits_memory="4Gi")])
+        == []
+    )
 
 
-def test_a_limit_is_also_the_request_that_is_not_stated() -> None:
-    [found] = quota.problems(template(), {"cpu_limit": "5"}, [hard(cpu="4500m")])
+def test_limit_is_the_request_of_a_container_without_one() -> None:
+    [found] = quota.find_problems(template(), {"cpu_limit": "5"}, [hard(cpu="4500m")])
     assert "cpu 5 (requests.cpu)" in found
-    assert found.endswith("allows 4500m in all: lower job_variables.cpu_limit")
+    assert found.endswith("allows 4500m in total. Lower job_variables.cpu_limit")
 
 
 @pytest.mark.parametrize(
@@ -111,42 +114,43 @@ def test_a_limit_is_also_the_request_that_is_not_stated() -> None:
     ids=["containers", "init", "sidecar", "init after sidecar", "init before sidecar"],
 )
 def test_containers_add_up_as_in_kubernetes(pool: dict[str, Any], total: str) -> None:
-    [found] = quota.problems(pool, {}, [hard(limits_memory="2Gi")])
-    assert f"a run asks for memory {total} (limits.memory)" in found
-    assert quota.problems(pool, {}, [hard(limits_memory=total)]) == []
+    [found] = quota.find_problems(pool, {}, [hard(limits_memory="2Gi")])
+    assert f"the pod of a run requests memory {total} (limits.memory)" in found
+    assert quota.find_problems(pool, {}, [hard(limits_memory=total)]) == []
 
 
-def test_the_cure_names_the_greatest_first() -> None:
+def test_cure_names_the_greatest_container_first() -> None:
     pool = template(sidecar=memory("2Gi", "proxy"), memory_limit="1Gi")
-    [found] = quota.problems(pool, {}, [hard(limits_memory="2Gi")])
+    [found] = quota.find_problems(pool, {}, [hard(limits_memory="2Gi")])
     assert found.endswith(
-        "lower limits.memory of container proxy in the work pool's base_job_template or job_variables.memory_limit"
+        "Lower limits.memory of container proxy in the work pool's base_job_template or job_variables.memory_limit"
     )
 
 
-def test_a_quota_demands_what_it_counts() -> None:
+def test_container_without_a_counted_amount_is_refused() -> None:
     wanted = [hard(limits_memory="4Gi", requests_cpu="2", **{"requests.nvidia.com/gpu": "1"})]
-    found = quota.problems(template(), {}, wanted)
+    found = quota.find_problems(template(), {}, wanted)
     assert found == [
-        "quota runs of the namespace demands limits.memory and container prefect-job states none: "
-        "set job_variables.memory_limit, or a default in a LimitRange",
-        "quota runs of the namespace demands requests.cpu and container prefect-job states none: "
-        "set job_variables.cpu_request, or a default in a LimitRange",
+        "quota runs of the namespace demands limits.memory, but container prefect-job states none. "
+        "Set job_variables.memory_limit, or a default in a LimitRange",
+        "quota runs of the namespace demands requests.cpu, but container prefect-job states none. "
+        "Set job_variables.cpu_request, or a default in a LimitRange",
     ]
     assert (
-        quota.problems(template(), {}, [*wanted, limits(default={"memory": "1Gi"}, defaultRequest={"cpu": "1"})]) == []
+        quota.find_problems(template(), {}, [*wanted, limits(default={"memory": "1Gi"}, defaultRequest={"cpu": "1"})])
+        == []
     )
-    # Without a default of its own a LimitRange's max is the default.
-    assert quota.problems(template(), {}, [*wanted, limits(max={"memory": "1Gi", "cpu": "1"})]) == []
+    # The max of a LimitRange is the default where it has none.
+    assert quota.find_problems(template(), {}, [*wanted, limits(max={"memory": "1Gi", "cpu": "1"})]) == []
 
 
-def test_no_pod_at_all() -> None:
-    found = quota.problems(template(), {}, [hard(pods="0"), hard("jobs", **{"count/jobs.batch": "0"})])
+def test_quota_of_no_pods_is_refused() -> None:
+    found = quota.find_problems(template(), {}, [hard(pods="0"), hard("jobs", **{"count/jobs.batch": "0"})])
     assert found == [
-        "quota runs of the namespace allows no run (pods: 0): raise it to 1 or more",
-        "quota jobs of the namespace allows no run (count/jobs.batch: 0): raise it to 1 or more",
+        "quota runs of the namespace allows no run (pods: 0). Raise it to 1 or more",
+        "quota jobs of the namespace allows no run (count/jobs.batch: 0). Raise it to 1 or more",
     ]
-    assert quota.problems(template(), {}, [hard(pods="1")]) == []
+    assert quota.find_problems(template(), {}, [hard(pods="1")]) == []
 
 
 @pytest.mark.parametrize(
@@ -172,92 +176,92 @@ def test_no_pod_at_all() -> None:
         ),
     ],
 )
-def test_a_quota_counts_what_its_scopes_say(spec: dict[str, Any], counts: bool) -> None:
-    found = quota.problems(template(), {"memory_limit": "8Gi"}, [hard("runs", spec, limits_memory="4Gi")])
+def test_quota_counts_a_pod_by_its_scopes(spec: dict[str, Any], counts: bool) -> None:
+    found = quota.find_problems(template(), {"memory_limit": "8Gi"}, [hard("runs", spec, limits_memory="4Gi")])
     assert bool(found) is counts
 
 
-def test_a_limit_range_bounds_each_container() -> None:
+def test_limit_range_bounds_each_container() -> None:
     between = limits(max={"memory": "4Gi"}, min={"memory": "256Mi"})
-    assert quota.problems(template(), {"memory_limit": "8Gi"}, [between]) == [
-        "container prefect-job asks for memory 8Gi (limits.memory) and limit range all of the namespace allows at most "
-        "4Gi a container: lower job_variables.memory_limit"
+    assert quota.find_problems(template(), {"memory_limit": "8Gi"}, [between]) == [
+        "container prefect-job requests memory 8Gi (limits.memory), but limit range all of the namespace allows at "
+        "most 4Gi per container. Lower job_variables.memory_limit"
     ]
-    assert quota.problems(template(memory_limit="1Gi"), {"memory_request": "64Mi"}, [between]) == [
-        "container prefect-job asks for memory 64Mi (requests.memory) and limit range all of the namespace demands at "
-        "least 256Mi a container: raise job_variables.memory_request"
+    assert quota.find_problems(template(memory_limit="1Gi"), {"memory_request": "64Mi"}, [between]) == [
+        "container prefect-job requests memory 64Mi (requests.memory), but limit range all of the namespace demands at "
+        "least 256Mi per container. Raise job_variables.memory_request"
     ]
-    # Two that fit one by one do not make a pod too large, unless that is bounded too.
+    # Two containers that fit one by one exceed nothing, unless the pod has a bound too.
     pool = template(sidecar=memory("3Gi", "proxy"), memory_limit="3Gi")
-    assert quota.problems(pool, {}, [between]) == []
-    [found] = quota.problems(pool, {}, [limits("Pod", max={"memory": "4Gi"})])
-    assert "a run asks for memory 6Gi (limits.memory)" in found
-    assert "at most 4Gi a pod" in found
+    assert quota.find_problems(pool, {}, [between]) == []
+    [found] = quota.find_problems(pool, {}, [limits("Pod", max={"memory": "4Gi"})])
+    assert "the pod of a run requests memory 6Gi (limits.memory)" in found
+    assert "at most 4Gi per pod" in found
 
 
-def test_a_limit_range_of_pods_gives_no_default() -> None:
-    [found] = quota.problems(template(), {}, [limits("Pod", max={"cpu": "2"})])
+def test_limit_range_of_pods_gives_no_default() -> None:
+    [found] = quota.find_problems(template(), {}, [limits("Pod", max={"cpu": "2"})])
     assert found == (
-        "a run states no limits.cpu and limit range all of the namespace demands one (max 2 a pod): "
-        "set job_variables.cpu_limit"
+        "the pod of a run has no limits.cpu, but limit range all of the namespace demands one (max 2 per pod). "
+        "Set job_variables.cpu_limit"
     )
 
 
-def test_a_request_above_the_limit() -> None:
-    found = quota.problems(template(memory_request="2Gi"), {}, [limits(default={"memory": "512Mi"})])
+def test_request_above_the_limit_is_refused() -> None:
+    found = quota.find_problems(template(memory_request="2Gi"), {}, [limits(default={"memory": "512Mi"})])
     assert found == [
-        "container prefect-job asks for memory 2Gi (requests.memory), more than the limits.memory 512Mi that a "
-        "LimitRange gives it: lower job_variables.memory_request or raise job_variables.memory_limit"
+        "container prefect-job requests memory 2Gi (requests.memory), more than the limits.memory 512Mi that a "
+        "LimitRange gives the container. Lower job_variables.memory_request or raise job_variables.memory_limit"
     ]
 
 
-def test_what_is_no_quantity() -> None:
-    [found] = quota.problems(template(), {"memory_limit": "8GB"}, [hard(limits_memory="4Gi")])
+def test_invalid_quantity_is_refused() -> None:
+    [found] = quota.find_problems(template(), {"memory_limit": "8GB"}, [hard(limits_memory="4Gi")])
     assert found == (
-        "container prefect-job has limits.memory '8GB', which is no quantity: write one such as 2Gi for "
+        "container prefect-job has limits.memory '8GB', which is not a quantity. Write one such as 2Gi for "
         "job_variables.memory_limit"
     )
     for wrong in (hard(limits_memory="lots"), limits(max={"memory": "-1"})):
-        with pytest.raises(DeploymentsError, match=r"of the namespace has '.*', which is no quantity: correct it"):
-            quota.problems(template(memory_limit="1Gi"), {}, [wrong])
+        with pytest.raises(DeploymentsError, match=r"of the namespace has '.*', which is not a quantity\. Correct it"):
+            quota.find_problems(template(memory_limit="1Gi"), {}, [wrong])
 
 
-def test_what_is_known_only_at_the_run_is_let_pass() -> None:
+def test_quantity_that_is_unknown_until_the_run_is_accepted() -> None:
     variable = {"memory_limit": "{{ prefect.variables.memory }}", "memory_request": "1Gi"}
-    assert quota.problems(template(), variable, [hard(limits_memory="4Gi"), limits(max={"memory": "512Mi"})]) == [
-        "container prefect-job asks for memory 1Gi (requests.memory) and limit range all of the namespace allows at "
-        "most 512Mi a container: lower job_variables.memory_request"
+    assert quota.find_problems(template(), variable, [hard(limits_memory="4Gi"), limits(max={"memory": "512Mi"})]) == [
+        "container prefect-job requests memory 1Gi (requests.memory), but limit range all of the namespace allows at "
+        "most 512Mi per container. Lower job_variables.memory_request"
     ]
 
 
-def test_other_templates() -> None:
-    assert quota.problems({}, {}, [hard(pods="0")]) == []
+def test_template_without_a_manifest_or_with_whole_sections_from_variables() -> None:
+    assert quota.find_problems({}, {}, [hard(pods="0")]) == []
     whole = template()
     container = whole["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]["containers"][0]
     container["resources"] = "{{ resources }}"
-    [found] = quota.problems(whole, {"resources.limits": {"memory": "8Gi"}}, [hard(limits_memory="4Gi")])
-    assert found.endswith("lower job_variables.resources")
+    [found] = quota.find_problems(whole, {"resources.limits": {"memory": "8Gi"}}, [hard(limits_memory="4Gi")])
+    assert found.endswith("Lower job_variables.resources")
     listed = template(init="{{ before }}")
-    [found] = quota.problems(
+    [found] = quota.find_problems(
         listed, {"before": [memory("8Gi", "prepare")]}, [hard(limits_memory="4Gi"), limits(max={"memory": "9Gi"})]
     )
-    assert "a run asks for memory" in found
+    assert "the pod of a run requests memory" in found
 
 
 @pytest.mark.parametrize(
     "variables", [{}, {"memory_limit": "8Gi", "cpu_request": None}, {"env.A": "1", "env": {"B": "2"}}]
 )
-def test_it_is_filled_in_as_the_worker_does(variables: dict[str, Any]) -> None:
-    """The requests and limits that prefect_kubernetes puts into the Job."""
+def test_template_is_filled_in_as_the_worker_does(variables: dict[str, Any]) -> None:
+    """Compare with the requests and limits that prefect_kubernetes puts into the Job."""
     from prefect.client.orchestration import PrefectClient
     from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
     pool = template(cpu_request="1", memory_limit="1Gi")
-    nowhere = PrefectClient("http://127.0.0.1:9/api")  # nothing in the template is the server's to fill in
+    nowhere = PrefectClient("http://127.0.0.1:9/api")  # the server fills in nothing of this template
     made: Any = asyncio.run(KubernetesWorkerJobConfiguration.from_template_and_values(pool, variables, client=nowhere))
     [container] = made.job_manifest["spec"]["template"]["spec"]["containers"]
-    _, [ours] = quota._pod(pool, variables)
-    assert ours.amounts == {
+    _, [container_of_check] = pod_resources.pod_of(pool, variables)
+    assert container_of_check.amounts == {
         f"{kind}.{resource}": value
         for kind, stated in container["resources"].items()
         for resource, value in stated.items()
@@ -265,16 +269,16 @@ def test_it_is_filled_in_as_the_worker_does(variables: dict[str, Any]) -> None:
     }
 
 
-def test_the_namespaces_of_this_project() -> None:
-    """Their LimitRange makes a run fit that states nothing."""
-    objects = [each for name in ("quota", "limitrange") for each in quota.read(ROOT / f"k8s/base/{name}.yaml")]
+def test_run_without_requests_fits_the_namespace_of_this_project() -> None:
+    """The LimitRange of k8s/base gives the run its requests and limits."""
+    objects = [each for name in ("quota", "limitrange") for each in quota_file.read(ROOT / f"k8s/base/{name}.yaml")]
     assert [each["kind"] for each in objects] == ["ResourceQuota", "ResourceQuota", "LimitRange"]
-    assert quota.problems(template(), {}, objects) == []
-    assert quota.problems(template(), {"memory_limit": "3Gi"}, objects)
-    assert quota.problems(template(), {"cpu_request": "5"}, objects)
+    assert quota.find_problems(template(), {}, objects) == []
+    assert quota.find_problems(template(), {"memory_limit": "3Gi"}, objects)
+    assert quota.find_problems(template(), {"cpu_request": "5"}, objects)
 
 
-def test_what_kubectl_gives_is_read(tmp_path: Path) -> None:
+def test_output_of_kubectl_is_read(tmp_path: Path) -> None:
     file = tmp_path / "quota"
     quotas, other = [hard(pods="1"), limits(max={"memory": "1Gi"})], {"kind": "Namespace"}
     for text in (
@@ -283,9 +287,9 @@ def test_what_kubectl_gives_is_read(tmp_path: Path) -> None:
         json.dumps({"kind": "List", "items": quotas}),
     ):
         file.write_text(text)
-        assert quota.read(file) == quotas
+        assert quota_file.read(file) == quotas
     file.write_text(json.dumps({"kind": "ResourceQuotaList", "items": [{"spec": {"hard": {"pods": "1"}}}]}))
-    assert quota.read(file) == [{"kind": "ResourceQuota", "spec": {"hard": {"pods": "1"}}}]
+    assert quota_file.read(file) == [{"kind": "ResourceQuota", "spec": {"hard": {"pods": "1"}}}]
 
 
 @pytest.mark.parametrize(
@@ -294,10 +298,10 @@ def test_what_kubectl_gives_is_read(tmp_path: Path) -> None:
         (None, "cannot be read: No such file or directory"),
         (b"\xff\xfe\x00", "cannot be read: it is not text"),
         (b"{a: [", "is neither YAML nor JSON"),
-        (b"", "has no ResourceQuota or LimitRange: write it by kubectl get"),
+        (b"", "has no ResourceQuota or LimitRange. Write it with: kubectl get"),
         (b"kind: Namespace", "has no ResourceQuota or LimitRange"),
-        (b"just text", "no Kubernetes object: it has no kind"),
-        (b"{kind: List, items: [3]}", "no Kubernetes object: it has no kind"),
+        (b"just text", "not a Kubernetes object: it has no kind"),
+        (b"{kind: List, items: [3]}", "not a Kubernetes object: it has no kind"),
         (
             b"{kind: ResourceQuota, metadata: {name: a}, spec: {hard: [1]}}",
             "the spec of quota a of the namespace is not",
@@ -309,19 +313,19 @@ def test_what_kubectl_gives_is_read(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_file_that_is_no_quota(tmp_path: Path, text: bytes | None, says: str) -> None:
+def test_file_that_is_not_a_quota_is_refused(tmp_path: Path, text: bytes | None, says: str) -> None:
     file = tmp_path / "quota.yaml"
     if text is not None:
         file.write_bytes(text)
     with pytest.raises(DeploymentsError) as caught:
-        quota.read(file)
+        quota_file.read(file)
     assert str(caught.value).startswith(f"quota file {file}")
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_quotas_are_read_without_the_package_that_the_image_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quota_check_works_without_the_package_kubernetes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "kubernetes.utils.quantity", None)
     parse_quantity.cache_clear()
-    [problem] = quota.problems(template(memory_limit="8Gi"), {}, [hard(limits_memory="4Gi")])
-    assert "asks for memory 8Gi" in problem
+    [problem] = quota.find_problems(template(memory_limit="8Gi"), {}, [hard(limits_memory="4Gi")])
+    assert "requests memory 8Gi" in problem
