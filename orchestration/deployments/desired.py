@@ -489,6 +489,7 @@ class _Reader:
 
     def deployment(self, wanted: _Deployment, index: int) -> None:
         from orchestration.deployments import flows
+        from orchestration.deployments.parameters import find_problems
 
         path = ("deployments", index)
         self.refuse_steps(wanted, *path)
@@ -517,7 +518,7 @@ class _Reader:
                 each = parameters | own
                 where = self.at(*path, *(below if own else ()), "parameters")
                 known = {key: UNKNOWN if templates.is_unknown(value) else value for key, value in each.items()}
-                for problem in flows.problems(known, flow.schema, complete=bool(listed)):
+                for problem in find_problems(known, flow.schema, complete=bool(listed)):
                     raise DeploymentsError(f"{where}: deployment {wanted.name}: {problem}")
         limit = wanted.concurrency_limit or _Limit()
         options = None

@@ -122,7 +122,7 @@ def test_aliases_that_repeat_without_measure_are_refused_at_once(folder: Path, l
         pytest.param(
             HEAD + "deployments:\n  - {name: a, entrypoint: 'flw.py:etl'}\n",
             ":3: ",
-            "did you mean flow.py",
+            "Did you mean flow.py",
             id="no script",
         ),
         pytest.param(

@@ -1,4 +1,4 @@
-"""Flows are imported as Prefect imports them, each folder by itself, and parameters checked as the server does."""
+"""Flows are imported as Prefect imports them, and parameters are checked as the server checks them."""
 
 import functools
 import sys
@@ -15,7 +15,7 @@ from prefect.flows import load_flow_from_entrypoint
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools import ValidationError, validate
 
-from orchestration.deployments import flows
+from orchestration.deployments import flows, parameters
 from orchestration.errors import DeploymentsError
 from tests.orchestration.deployments import corpus
 from tests.parts import examples
@@ -63,7 +63,7 @@ def plain(): ...
 
 
 def team(folder: Path, name: str) -> Path:
-    """A folder with a flow file and a module beside it."""
+    """Make a folder with a flow file and a module next to it."""
     folder.mkdir(parents=True)
     (folder / "helpers.py").write_text(f"NAME = {name!r}\n")
     (folder / "etl.py").write_text(ETL)
@@ -76,7 +76,7 @@ def refused(entrypoint: str, directory: Path) -> str:
     return str(caught.value)
 
 
-def test_a_flow_is_what_prefect_deploys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_loaded_flow_is_what_prefect_deploys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     team(tmp_path / "etl", "loads")
     modules, path, cwd = set(sys.modules), list(sys.path), Path.cwd()
     loaded = flows.load("etl/etl.py:load", tmp_path)
@@ -85,13 +85,13 @@ def test_a_flow_is_what_prefect_deploys(tmp_path: Path, capsys: pytest.CaptureFi
     assert flows.load("etl/etl.py:nothing", tmp_path).description is None
     assert flows.load("etl/etl.py:Team.work", tmp_path).name == "work"
     out = capsys.readouterr()
-    assert (out.out, out.err) == ("", "being imported\n"), "once for all of its flows, and not where --json goes"
+    assert (out.out, out.err) == ("", "being imported\n"), "imported once for all flows; stdout is left to --json"
     assert (sys.path, Path.cwd()) == (path, cwd)
     assert not {"etl", "helpers"} & set(sys.modules)
     assert not [name for name in set(sys.modules) - modules if "loader" in name]
 
 
-def test_the_schema_is_the_one_of_prefects_client(tmp_path: Path) -> None:
+def test_schema_is_the_one_of_the_prefect_client(tmp_path: Path) -> None:
     from prefect import flow
 
     @flow
@@ -106,7 +106,7 @@ def test_the_schema_is_the_one_of_prefects_client(tmp_path: Path) -> None:
     assert flows.load("f.py:nothing", tmp_path).schema == sent["parameter_openapi_schema"]
 
 
-def test_folders_do_not_see_each_others_modules(tmp_path: Path) -> None:
+def test_modules_of_two_folders_stay_apart(tmp_path: Path) -> None:
     team(tmp_path / "a", "of-a")
     team(tmp_path / "b", "of-b")
     assert flows.load("a/etl.py:load", tmp_path).name == "of-a"
@@ -115,7 +115,7 @@ def test_folders_do_not_see_each_others_modules(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("entrypoint", ["pack.jobs:daily", "pack.jobs.daily", "pack/jobs.py:daily"])
-def test_modules_of_two_projects(tmp_path: Path, entrypoint: str) -> None:
+def test_packages_of_two_projects_stay_apart(tmp_path: Path, entrypoint: str) -> None:
     for name in "ab":
         (tmp_path / name / "pack").mkdir(parents=True)
         (tmp_path / name / "pack" / "names.py").write_text(f"NAME = {name!r}\n")
@@ -125,8 +125,8 @@ def test_modules_of_two_projects(tmp_path: Path, entrypoint: str) -> None:
     assert [flows.load(entrypoint, tmp_path / name).name for name in "ab"] == ["a", "b"]
 
 
-def test_packages_that_were_there_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A flow of this project imports the package that imports it: a second copy would have other exceptions."""
+def test_imported_package_is_not_imported_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flow of this project imports the package that imports the flow. A second copy would have other exceptions."""
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours" / "__init__.py").touch()
     (tmp_path / "ours" / "late.py").write_text("class Error(Exception): ...\n")
@@ -149,14 +149,14 @@ BROKEN = {
         "line 1 column 2 (char 1) at raises.py:3",
     ),
     "deep.py": ("import raises\n", "at raises.py:3"),
-    "lacks.py": ("import nosuchthing\n", "ModuleNotFoundError: No module named 'nosuchthing' at lacks.py:1: install"),
+    "lacks.py": ("import nosuchthing\n", "ModuleNotFoundError: No module named 'nosuchthing' at lacks.py:1. Install"),
     "exits.py": ("import sys\nsys.exit(3)\n", "it ends the process when imported (SystemExit: 3 at exits.py:2)"),
-    "empty.py": ("", "empty.py has no f: it has no flow"),
+    "empty.py": ("", "empty.py has no f. It has no flow"),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_file_that_fails(tmp_path: Path, name: str) -> None:
+def test_file_that_fails_to_import_is_explained(tmp_path: Path, name: str) -> None:
     for file, (text, _) in BROKEN.items():
         (tmp_path / file).write_text(text)
     message = refused(f"{name}:f", tmp_path)
@@ -166,7 +166,7 @@ def test_a_file_that_fails(tmp_path: Path, name: str) -> None:
     assert not {"raises", "deep", "exits"} & set(sys.modules)
 
 
-def test_an_interrupt_passes(tmp_path: Path) -> None:
+def test_interrupt_during_an_import_is_raised(tmp_path: Path) -> None:
     (tmp_path / "f.py").write_text("raise KeyboardInterrupt\n")
     cwd = Path.cwd()
     with pytest.raises(KeyboardInterrupt):
@@ -177,30 +177,30 @@ def test_an_interrupt_passes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entrypoint", "says"),
     [
-        ("etl/elt.py:load", "there is no file etl/elt.py in {}: did you mean etl/etl.py?"),
-        ("etl/etl.py:laod", "etl/etl.py has no laod: did you mean load?"),
-        ("etl/etl.py:zzz", "etl/etl.py has no zzz: its flows are load, nothing"),
-        ("etl/etl.py:plain", "plain of etl/etl.py is not a flow: decorate it with @flow, or"),
+        ("etl/elt.py:load", "there is no file etl/elt.py in {}. Did you mean etl/etl.py?"),
+        ("etl/etl.py:laod", "etl/etl.py has no laod. Did you mean load?"),
+        ("etl/etl.py:zzz", "etl/etl.py has no zzz. Its flows are load, nothing"),
+        ("etl/etl.py:plain", "plain of etl/etl.py is not a flow. Decorate it with @flow. Its flows are load, nothing"),
         ("etl/etl.py:Team.wrok", "etl/etl.py has no Team.wrok"),
-        ("etl/etl.py", "names no flow: write path/to/file.py:function"),
-        ("etl", "names no flow: write path/to/file.py:function"),
+        ("etl/etl.py", "names no flow. Write path/to/file.py:function"),
+        ("etl", "names no flow. Write path/to/file.py:function"),
         ("nosuch.jobs:daily", "there is no module nosuch in {} or installed"),
         ("etl.nosuch:daily", "there is no module etl.nosuch in {} or installed"),
     ],
 )
-def test_an_entrypoint_that_is_wrong(tmp_path: Path, entrypoint: str, says: str) -> None:
+def test_wrong_entrypoint_is_refused_with_the_cure(tmp_path: Path, entrypoint: str, says: str) -> None:
     team(tmp_path / "etl", "loads")
     assert says.format(tmp_path) in refused(entrypoint, tmp_path)
 
 
 @pytest.fixture(scope="module")
 def schema(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The parameters of `load` in ETL."""
+    """Return the schema of the parameters of `load` in ETL."""
     return flows.load("etl.py:load", team(tmp_path_factory.mktemp("schema") / "etl", "loads")).schema
 
 
 @pytest.mark.parametrize(
-    "parameters",
+    "values",
     [
         {},
         {"day": "2013-01-01", "size": None, "label": None},
@@ -209,23 +209,23 @@ def schema(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         {"size": {"rows": {"__prefect_kind": "json", "value": "1"}}, "label": {"__prefect_kind": "jinja"}},
     ],
 )
-def test_parameters_that_fit(schema: dict[str, Any], parameters: dict[str, Any]) -> None:
-    assert flows.problems(parameters, schema, complete=False) == []
+def test_valid_parameters_are_accepted(schema: dict[str, Any], values: dict[str, Any]) -> None:
+    assert parameters.find_problems(values, schema, complete=False) == []
 
 
-def test_a_date_of_yaml_is_text(schema: dict[str, Any]) -> None:
+def test_date_of_yaml_is_accepted_as_text(schema: dict[str, Any]) -> None:
     from datetime import date
 
-    assert flows.problems({"day": date(2013, 1, 1)}, schema, complete=True) == []
+    assert parameters.find_problems({"day": date(2013, 1, 1)}, schema, complete=True) == []
 
 
 @pytest.mark.parametrize(
-    ("parameters", "problem"),
+    ("values", "problem"),
     [
-        ({"dya": 1}, "parameter dya: the flow has no such parameter: did you mean day?"),
+        ({"dya": 1}, "parameter dya: the flow has no such parameter. Did you mean day?"),
         (
             {"q": 1},
-            "parameter q: the flow has no such parameter: remove it, its parameters are day, size, sizes, label, n",
+            "parameter q: the flow has no such parameter. Remove it: its parameters are day, size, sizes, label, n",
         ),
         ({"n": "x"}, "parameter n: 'x' is not of type 'integer'"),
         ({"n": None}, "parameter n: None is not of type 'integer'"),
@@ -238,22 +238,22 @@ def test_a_date_of_yaml_is_text(schema: dict[str, Any]) -> None:
         ({"label": 1.5}, "parameter label: 1.5 is none of integer, string"),
     ],
 )
-def test_a_parameter_that_does_not_fit(schema: dict[str, Any], parameters: dict[str, Any], problem: str) -> None:
-    assert flows.problems(parameters, schema, complete=False) == [problem]
+def test_invalid_parameter_is_explained(schema: dict[str, Any], values: dict[str, Any], problem: str) -> None:
+    assert parameters.find_problems(values, schema, complete=False) == [problem]
 
 
-def test_what_is_required_is_so_only_with_a_schedule(schema: dict[str, Any]) -> None:
-    required = "parameter day: the flow requires it: give it a value, or a default in the flow"
-    assert flows.problems({"n": 2}, schema, complete=True) == [required]
-    assert flows.problems({"day": "2013-01-01", "size": {}}, schema, complete=True) == [
+def test_required_parameter_is_demanded_only_of_scheduled_runs(schema: dict[str, Any]) -> None:
+    required = "parameter day: the flow requires it. Give it a value, or a default in the flow"
+    assert parameters.find_problems({"n": 2}, schema, complete=True) == [required]
+    assert parameters.find_problems({"day": "2013-01-01", "size": {}}, schema, complete=True) == [
         "parameter size: 'rows' is a required property"
     ]
-    assert flows.problems({"size": {}}, schema, complete=False) == []
+    assert parameters.find_problems({"size": {}}, schema, complete=False) == []
 
 
 @pytest.fixture(scope="module")
 def typed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
-    """A folder with flows of many types of parameters, and the flows' schemas."""
+    """Return a folder with flows of many types of parameters, and the flows' schemas."""
     folder = tmp_path_factory.mktemp("typed")
     (folder / "flow.py").write_text(corpus.FLOWS)
     return folder, {name: flows.load(f"flow.py:{name}", folder).schema for name in ("etl", "times", "kinds")}
@@ -305,7 +305,7 @@ VALUES = st.recursive(
 
 @given(data=st.data())
 @settings(max_examples=examples(3), suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_parameter_fits_as_the_server_and_the_flow_read_it(
+def test_parameter_is_accepted_as_server_and_flow_accept_it(
     typed: tuple[Path, dict[str, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch, data: st.DataObject
 ) -> None:
     folder, schemas = typed
@@ -313,7 +313,7 @@ def test_a_parameter_fits_as_the_server_and_the_flow_read_it(
     name = data.draw(st.sampled_from(sorted(schemas)))
     parameter = data.draw(st.sampled_from(sorted(schemas[name]["properties"])))
     given_value = {parameter: data.draw(WORDS | VALUES)}
-    problems = flows.problems(given_value, schemas[name], complete=False)
+    problems = parameters.find_problems(given_value, schemas[name], complete=False)
     try:
         validate(given_value, schemas[name], raise_on_error=True, ignore_required=True)
     except ValidationError:
@@ -322,8 +322,8 @@ def test_a_parameter_fits_as_the_server_and_the_flow_read_it(
     try:
         _flow(str(folder), name).validate_parameters(given_value)
     except ParameterTypeError:
-        return  # the server takes it; what else the flow's types refuse, its schema does not say
-    assert problems == [], f"server and flow take {given_value}"
+        return  # the server accepts it; the schema does not contain all that the flow's types refuse
+    assert problems == [], f"server and flow accept {given_value}"
 
 
 @functools.cache
