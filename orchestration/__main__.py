@@ -125,7 +125,7 @@ async def _wanted(options: argparse.Namespace) -> AsyncIterator[tuple["Server", 
     """The server, and what the files want of it. A mistake in the files is found without it where they name none of
     its variables.
     """
-    from orchestration.deployments import desired, files, live_state, templates
+    from orchestration.deployments import desired, files, live_state, placeholders
     from orchestration.prefect_api import connected
 
     documents = files.read(_files(options))
@@ -136,7 +136,7 @@ async def _wanted(options: argparse.Namespace) -> AsyncIterator[tuple["Server", 
         directory=options.directory,
         default_pool=desired.default_pool(),
     )
-    names = templates.variables_of(documents)
+    names = placeholders.server_variables(documents)
     wanted = None if names else read()
     async with connected(options.wait) as api:
         yield api, wanted or read(variables=await live_state.variables(api, names))

@@ -39,8 +39,8 @@ from pydantic import (
     field_validator,
 )
 
-from orchestration.deployments import files, schedules, templates
-from orchestration.deployments.files import Map
+from orchestration.deployments import files, placeholders, schedules
+from orchestration.deployments.files import YamlMapping
 from orchestration.deployments.resources import (
     AUTOMATION,
     DEPLOYMENT,
@@ -299,7 +299,7 @@ def read(
 
 
 def of(
-    documents: Sequence[Map],
+    documents: Sequence[YamlMapping],
     *,
     owner: str = "",
     directory: Path | None = None,
@@ -321,14 +321,14 @@ def of(
         DeploymentsError: the first mistake: what, where (FILE:LINE) and the cure.
     """
     missing: list[str] | None = [] if offline else None
-    templates.fill(documents, variables or {}, missing)
+    placeholders.resolve(documents, variables or {}, missing)
     if offline:
-        templates.leave_out_unknown(documents)
+        placeholders.drop_unresolved_keys(documents)
     checked = [_checked(document) for document in documents]
     name = owner or next((each.name for each in checked if each.name), None)
     if not name:
         raise DeploymentsError(
-            f"{documents[0].at()}: whose this is, is not said. Add `name: my-project` at the top, or say --owner"
+            f"{documents[0].location()}: whose this is, is not said. Add `name: my-project` at the top, or say --owner"
         )
     desired = Desired(name, notes=list(missing or ()))
     for document, model in zip(documents, checked, strict=True):
@@ -336,7 +336,7 @@ def of(
     return desired
 
 
-def _checked(document: Map) -> _File:
+def _checked(document: YamlMapping) -> _File:
     try:
         return _File.model_validate(document)
     except ValidationError as error:
@@ -350,13 +350,15 @@ def _unknown_key(where: str, key: str, known: Sequence[str]) -> str:
     return f"{where}: {key} is no key here. {cure}"
 
 
-def _mistake(document: Map, error: ValidationError, model: type[BaseModel], prefix: tuple[str | int, ...] = ()) -> str:
+def _mistake(
+    document: YamlMapping, error: ValidationError, model: type[BaseModel], prefix: tuple[str | int, ...] = ()
+) -> str:
     """The first mistake that pydantic found, in one sentence."""
     found = error.errors(include_url=False)
     # A key that is misspelt is missing too.
     first = next((each for each in found if each["type"] == "extra_forbidden"), found[0])
     path = (*prefix, *(step for step in first["loc"] if isinstance(step, str | int)))
-    where = files.place(document, path)
+    where = files.locate(document, path)
     key = next((str(step) for step in reversed(path) if isinstance(step, str)), "")
     if first["type"] == "extra_forbidden":
         return _unknown_key(where, key, _keys(model, path))
@@ -398,7 +400,7 @@ class _Reader:
     """Makes the objects of one file."""
 
     desired: Desired
-    document: Map
+    document: YamlMapping
     model: _File
     directory: Path | None
     default_pool: str
@@ -424,7 +426,7 @@ class _Reader:
             self.deployment(deployment, index)
 
     def at(self, *path: str | int) -> str:
-        return files.place(self.document, path)
+        return files.locate(self.document, path)
 
     def add(self, kind: str, key: str, fields: dict[str, Any], *path: str | int) -> None:
         made = Object(kind, key, fields, self.at(*path))
@@ -475,7 +477,7 @@ class _Reader:
             validate_automation(deepcopy(fields) | {"name": raw.get("name") or "automation"})
             for below, known in _unread(raw, TypeAdapter(model).validate_python(dict(raw))):
                 # Prefect leaves the key out: without its filter an automation fires at other events.
-                where = files.place(self.document, (*path, *below))
+                where = files.locate(self.document, (*path, *below))
                 raise DeploymentsError(_unknown_key(where, str(below[-1]), known))
             return fields
         except ValidationError as error:
@@ -483,7 +485,7 @@ class _Reader:
             steps = [step for step in first["loc"] if step in raw or isinstance(step, int) or str(step).islower()]
             named = ".".join(map(str, steps))
             raise DeploymentsError(
-                f"{files.place(self.document, (*path, *steps))}: {named}: {first['msg']}. "
+                f"{files.locate(self.document, (*path, *steps))}: {named}: {first['msg']}. "
                 "What an automation may say: docs.prefect.io, Automations"
             ) from None
 
@@ -504,7 +506,9 @@ class _Reader:
             )
         parameters = wanted.parameters or {}
         for given in (parameters, *(each.parameters for each in wanted.schedules or [])):
-            if name := next((name for name, value in given.items() if templates.is_for_a_run(value)), ""):
+            if name := next(
+                (name for name, value in given.items() if placeholders.is_resolved_at_run_start(value)), ""
+            ):
                 raise DeploymentsError(
                     f"{self.at(*path, 'parameters')}: deployment {wanted.name}: parameter {name} has a __prefect_kind, "
                     "which the server fills in for a run that somebody starts, not in a deployment. Write the value, "
@@ -517,7 +521,10 @@ class _Reader:
             for own, below in started:
                 each = parameters | own
                 where = self.at(*path, *(below if own else ()), "parameters")
-                known = {key: UNKNOWN if templates.is_unknown(value) else value for key, value in each.items()}
+                known = {
+                    key: UNKNOWN if placeholders.has_unresolved_variable(value) else value
+                    for key, value in each.items()
+                }
                 for problem in find_problems(known, flow.schema, complete=bool(listed)):
                     raise DeploymentsError(f"{where}: deployment {wanted.name}: {problem}")
         limit = wanted.concurrency_limit or _Limit()
@@ -577,9 +584,9 @@ class _Reader:
         for each, below in _scheduled(wanted):
             raw = each.model_dump()
             where = self.at(*path, *below)
-            if templates.is_unknown(raw):  # noted
+            if placeholders.has_unresolved_variable(raw):  # noted
                 continue
-            if problem := schedules.problem(raw):
+            if problem := schedules.find_problem(raw):
                 key = next((key for key in ("timezone", "anchor_date") if problem.startswith(key)), "")
                 raise DeploymentsError(
                     f"{self.at(*path, *below, key) if key else where}: deployment {wanted.name}: {problem}"
@@ -590,7 +597,7 @@ class _Reader:
                     f"{slugs[each.slug]}. Rename one"
                 )
             slugs[each.slug or ""] = where
-            form = schedules.normal(raw)
+            form = schedules.normalize(raw)
             known = {
                 "schedule": form,
                 "active": each.active,

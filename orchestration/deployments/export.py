@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from orchestration.deployments import live_state as api
+from orchestration.deployments import placeholders
 from orchestration.deployments import record as records_of
-from orchestration.deployments import templates
 from orchestration.deployments.resources import (
     AUTOMATION,
     DEPLOYMENT,
@@ -74,9 +74,9 @@ def unsaid(found: Mapping[Name, Object]) -> dict[Name, str]:
             reasons[each.name] = "has no entrypoint"
         elif not fields["work_pool_name"]:
             reasons[each.name] = "has no work pool: the process that serves its flow (flow.serve) keeps it"
-        elif name := next((name for name in FILLED_IN if templates.has_placeholder(fields[name])), ""):
+        elif name := next((name for name in FILLED_IN if placeholders.has_placeholder(fields[name])), ""):
             reasons[each.name] = f"has a placeholder in its {name}, which reading a file would fill in"
-        elif templates.is_for_a_run(fields["parameters"]):
+        elif placeholders.is_resolved_at_run_start(fields["parameters"]):
             reasons[each.name] = "has a parameter with a __prefect_kind, which is for a run"
         elif any(fires_on_everything(trigger["trigger"]) for trigger in fields["triggers"].values()):
             reasons[each.name] = "has a trigger of every event, also those of its own runs, which no file may have"

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from orchestration.deployments import schedules
 from orchestration.deployments.resources import (
     AUTOMATION,
     DEPLOYMENT,
@@ -21,7 +22,6 @@ from orchestration.deployments.resources import (
     schedules_by_name,
     with_deployment,
 )
-from orchestration.deployments.schedules import from_server
 from orchestration.prefect_api import JSON, Server
 
 
@@ -90,7 +90,7 @@ def deployment(raw: JSON, flow: str) -> Object:
     own_limit = str(limit.get("name", "")).startswith("deployment:")
     listed = [
         {
-            "schedule": from_server(each["schedule"]),
+            "schedule": schedules.normalize(each["schedule"]),
             "active": each["active"],
             "parameters": each["parameters"] or {},
             "slug": each["slug"],

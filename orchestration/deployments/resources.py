@@ -219,7 +219,7 @@ def paired(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[tuple[st
         each = new[name]
         if each.get("replaces") in left and left[each["replaces"]]["slug"]:
             yield each["replaces"]
-        same = [key for key, old in left.items() if schedules.same(each["schedule"], old["schedule"])]
+        same = [key for key, old in left.items() if schedules.is_same(each["schedule"], old["schedule"])]
         yield from sorted(same, key=lambda key: bool(left[key]["slug"]) != bool(each["slug"]))
 
     def changed(name: str) -> Iterator[str]:
@@ -240,7 +240,7 @@ def _schedule_differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -
         if old is None or new is None:
             listed.append((f"schedules.{name}", _said(old), _said(new)))
             continue
-        if not schedules.same(new["schedule"], old["schedule"]):
+        if not schedules.is_same(new["schedule"], old["schedule"]):
             titles = title(old["schedule"]), title(new["schedule"])
             both = titles if titles[0] != titles[1] else (old["schedule"], new["schedule"])
             listed.append((f"schedules.{name}", *both))

@@ -1,12 +1,13 @@
-"""Schedules of a prefect.yaml, in the form in which the server gives them back.
+"""Schedules of a deployment: one normal form for files and server, validation, and the next times.
 
-Prefect is imported when a schedule is checked, not before: comparing needs none of it.
+The next times come from the server's own classes, not from croniter or cronsim: a preview must not differ from the runs.
+Prefect is imported when a schedule is checked, not before: comparing schedules does not need it.
 """
 
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo, available_timezones
@@ -16,35 +17,35 @@ from orchestration.prefect_compat import recurrence, server_internals
 KINDS = ("cron", "interval", "rrule")
 
 HORIZON = timedelta(days=40 * 365)
-"""How far ahead a date is searched for: longer than leap years and weekdays take to meet."""
+"""How far ahead a date is searched for: leap years and weekdays repeat within this time."""
 
 _DTSTART = re.compile(r"^DTSTART[^\n]*\n", re.IGNORECASE)
 _RANDOM = re.compile(r"(?:^|[\s,])[HR]\b", re.IGNORECASE)
-_DAILY = 3  # dateutil.rrule.DAILY; what is more frequent is greater
+_DAILY = 3  # dateutil.rrule.DAILY; more frequent rules have greater numbers
 
 
-def normal(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the schedule as the server of Prefect 3.9 gives it back.
+def normalize(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schedule in the form in which the server of Prefect 3.9 returns it.
 
     Args:
-        raw: a schedule of the file: one of cron, interval (seconds, ISO 8601 or HH:MM:SS) and rrule, with timezone,
-            day_or and anchor_date. Other keys are not looked at.
+        raw: a schedule of a file or of the server: one of cron, interval (seconds, ISO 8601 or HH:MM:SS) and rrule,
+            with timezone, day_or and anchor_date. Other keys are ignored.
 
     Returns:
         cron: cron, timezone, day_or. interval: interval in seconds, timezone, and anchor_date (UTC, ISO 8601) if `raw`
-        has one: else the server takes the time at which it gets the schedule. rrule: rrule, timezone; the server puts a
-        DTSTART in front if there is none.
+        has one: else the server takes the time at which it receives the schedule. rrule: rrule, timezone; the server
+        prepends a DTSTART if there is none.
 
     Raises:
-        ValueError: it has no such form, in one sentence. Whether it can run is :func:`problem`'s to say.
+        ValueError: the schedule has no such form. :func:`find_problem` also checks that the schedule can run.
     """
     given = [kind for kind in KINDS if raw.get(kind) is not None]
     if len(given) != 1:
         found = f"has {' and '.join(given)}" if given else f"has none of {', '.join(KINDS)}"
-        raise ValueError(f"a schedule {found}: give it exactly one")
+        raise ValueError(f"a schedule {found}. Give it exactly one")
     timezone = raw.get("timezone") or "UTC"
     if not isinstance(timezone, str):
-        raise ValueError(f'timezone {timezone!r} is no text: write a name such as "Europe/Berlin"')
+        raise ValueError(f'timezone {timezone!r} is not text. Write a name such as "Europe/Berlin"')
     kind, value = given[0], raw[given[0]]
     if kind == "interval":
         schedule = {"interval": _seconds(value), "timezone": timezone}
@@ -53,7 +54,7 @@ def normal(raw: Mapping[str, Any]) -> dict[str, Any]:
         return schedule
     if not isinstance(value, str) or not value.strip():
         example = '"0 6 * * *"' if kind == "cron" else '"FREQ=DAILY;BYHOUR=6"'
-        raise ValueError(f"{kind} {value!r} is no text: write it in quotes, such as {example}")
+        raise ValueError(f"{kind} {value!r} is not text. Write it in quotes, such as {example}")
     if kind == "cron":
         return {"cron": value.strip(), "timezone": timezone, "day_or": _day_or(raw.get("day_or"))}
     rrule = value.strip()
@@ -62,68 +63,91 @@ def normal(raw: Mapping[str, Any]) -> dict[str, Any]:
             inner = json.loads(rrule)
             rrule, timezone = str(inner["rrule"]).strip(), raw.get("timezone") or inner.get("timezone") or "UTC"
         except (ValueError, KeyError):
-            raise ValueError(f'rrule {value!r} is no rule: as JSON it is {{"rrule": ..., "timezone": ...}}') from None
+            raise ValueError(
+                f'rrule {value!r} is not a rule. As JSON it is {{"rrule": ..., "timezone": ...}}'
+            ) from None
     return {"rrule": rrule, "timezone": timezone}
 
 
-def from_server(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The same form of a schedule that the server returned."""
-    return normal(raw)
-
-
-def same(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
-    """Whether two normal forms are one schedule.
+def is_same(desired: Mapping[str, Any], live: Mapping[str, Any]) -> bool:
+    """Return whether two normalized schedules are the same.
 
     Args:
-        wanted: what the file says; what it leaves to the server (anchor_date, DTSTART) may be anything in `found`.
-        found: what the server has.
+        desired: the schedule of a file. What the file leaves to the server (anchor_date, DTSTART) is not compared.
+        live: the schedule of the server.
     """
-    if "interval" in wanted and "anchor_date" not in wanted:
-        found = {key: value for key, value in found.items() if key != "anchor_date"}
-    if "rrule" in wanted and "rrule" in found and "DTSTART" not in wanted["rrule"].upper():
-        found = {**found, "rrule": _DTSTART.sub("", found["rrule"])}
-    return wanted == found
+    if "interval" in desired and "anchor_date" not in desired:
+        live = {key: value for key, value in live.items() if key != "anchor_date"}
+    if "rrule" in desired and "rrule" in live and "DTSTART" not in desired["rrule"].upper():
+        live = {**live, "rrule": _DTSTART.sub("", live["rrule"])}
+    return desired == live
 
 
-def problem(raw: Mapping[str, Any]) -> str | None:
-    """Why a schedule of the file cannot run, in one sentence with the cure; None if it can.
+def title(schedule: Mapping[str, Any]) -> str:
+    """Return a normalized schedule in a few words, such as `cron 0 6 * * * UTC`."""
+    kind = next(kind for kind in KINDS if kind in schedule)
+    value = schedule[kind]
+    if kind == "interval":
+        value = f"{value:g} s"
+    elif kind == "rrule":
+        value = str(value).removeprefix("RRULE:").rpartition("\n")[2]
+    return f"{kind} {value} {schedule['timezone']}"
 
-    Rules of hours, minutes and seconds are only looked at for an end in the past: to walk through all their dates may
-    take minutes.
+
+def by_name(listed: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return schedules by slug, and those without a slug by title.
+
+    Args:
+        listed: schedules with `schedule` in the normal form, `active`, `parameters`, `slug`, perhaps `id`.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for schedule in listed:
+        name = schedule.get("slug") or title(schedule["schedule"])
+        number = 2
+        while name in found:  # the same times again, with other parameters
+            name = f"{name.rsplit(' #', 1)[0]} #{number}"
+            number += 1
+        found[name] = {key: value for key, value in schedule.items() if key != "slug"} | {"slug": schedule.get("slug")}
+    return found
+
+
+def find_problem(raw: Mapping[str, Any]) -> str | None:
+    """Return why a schedule of a file cannot run, with the cure; None if it can.
+
+    Of a rule of hours, minutes or seconds, only an end in the past is found: to walk through all its dates may take
+    minutes.
     """
     try:
-        schedule = normal(raw)
+        schedule = normalize(raw)
     except ValueError as error:
         return str(error)
-    return _checked(json.dumps(schedule, sort_keys=True))
+    return _find_problem(json.dumps(schedule, sort_keys=True))
 
 
 def next_times(schedule: Mapping[str, Any], n: int = 5, after: datetime | None = None) -> list[datetime]:
-    """The next `n` times of a schedule that has no problem, as the server finds them.
+    """Return the next times of a valid schedule, as the server computes them.
 
     Args:
-        schedule: as in the file or in its normal form.
-        n: how many; there are fewer if the schedule ends.
-        after: the first is then or later; None is now. An interval without an anchor_date starts here.
+        schedule: as in the file or normalized.
+        n: the number of times. There are fewer if the schedule ends.
+        after: the first time is not before this; None is now. An interval without an anchor_date starts here.
 
     Returns:
         Times in the schedule's timezone.
     """
-    form = normal(schedule)
+    form = normalize(schedule)
     start = after or datetime.now(UTC)
     if "interval" in form:
         form.setdefault("anchor_date", start.isoformat())
     elif "rrule" in form:
         form["rrule"] = server_internals.anchored_rrule(form["rrule"], form["timezone"])
     zone = ZoneInfo(form["timezone"])
-    return [
-        datetime.fromtimestamp(found.timestamp(), zone) for found in server_internals.schedule_dates(form, n, start)
-    ]
+    return [datetime.fromtimestamp(time.timestamp(), zone) for time in server_internals.schedule_dates(form, n, start)]
 
 
 def is_due_within(schedule: Mapping[str, Any], span: timedelta) -> bool:
-    """Whether the first time of a schedule that begins now is no further ahead than that."""
-    form = normal(schedule)
+    """Return whether the first time of a schedule that starts now is within `span`."""
+    form = normalize(schedule)
     if "interval" in form and "anchor_date" not in form:
         return bool(form["interval"] <= span.total_seconds())
     return _is_due_within(json.dumps(form, sort_keys=True), span)
@@ -131,8 +155,8 @@ def is_due_within(schedule: Mapping[str, Any], span: timedelta) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _is_due_within(text: str, span: timedelta) -> bool:
-    """Of a normal form, as JSON: see `_checked`. What asks is over within minutes, and with it what is remembered."""
-    return any(each - datetime.now(each.tzinfo) <= span for each in next_times(json.loads(text), 1))
+    """Take a normalized schedule as JSON, so that the result can be cached: a sync ends within minutes."""
+    return any(time - datetime.now(time.tzinfo) <= span for time in next_times(json.loads(text), 1))
 
 
 @functools.cache
@@ -143,30 +167,30 @@ def _seconds_type() -> Any:
 
 
 def _seconds(value: Any) -> float:
-    """Seconds of an interval, read as `prefect deploy` reads them."""
-    cure = 'write seconds (3600), "PT1H" or "01:00:00"'
+    """Return the seconds of an interval, as `prefect deploy` reads it."""
+    cure = 'Write seconds (3600), "PT1H" or "01:00:00"'
     try:
         if isinstance(value, bool):
             raise ValueError
         seconds = float(_seconds_type().validate_python(value).total_seconds())
     except (ValueError, OverflowError):
-        raise ValueError(f"interval {value!r} is no length of time: {cure}") from None
+        raise ValueError(f"interval {value!r} is not a length of time. {cure}") from None
     if seconds <= 0:
-        raise ValueError(f"interval {value!r} is not longer than nothing: {cure}")
+        raise ValueError(f"interval {value!r} is not greater than zero. {cure}")
     return seconds
 
 
 def _anchor(value: Any) -> str:
-    """An anchor date as UTC; without an offset it is UTC, as for `prefect deploy`."""
+    """Return an anchor date in UTC. One without an offset is UTC, as for `prefect deploy`."""
     try:
-        if isinstance(value, date) and not isinstance(value, datetime):  # YAML's own, without quotes
+        if isinstance(value, date) and not isinstance(value, datetime):  # a date of YAML without quotes
             value = datetime.combine(value, time())
         moment = value if isinstance(value, datetime) else datetime.fromisoformat(value)
         if moment.tzinfo is None:
             moment = moment.replace(tzinfo=UTC)
         return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f'anchor_date {value!r} is no date: write it as "2026-01-31T06:00:00+00:00"') from None
+        raise ValueError(f'anchor_date {value!r} is not a date. Write it as "2026-01-31T06:00:00+00:00"') from None
 
 
 def _day_or(value: Any) -> bool:
@@ -175,13 +199,13 @@ def _day_or(value: Any) -> bool:
     if isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
     if not isinstance(value, bool):
-        raise ValueError(f"day_or {value!r} is neither true nor false: true lets the day or the weekday match")
+        raise ValueError(f"day_or {value!r} is neither true nor false. With true, the day or the weekday has to match")
     return value
 
 
 @functools.lru_cache(maxsize=4096)
-def _checked(text: str) -> str | None:
-    """Why the schedule (a normal form, as JSON) cannot run. Once a text: a file has few schedules, many times."""
+def _find_problem(text: str) -> str | None:
+    """Take a normalized schedule as JSON, so that the result can be cached: a file repeats a few schedules."""
     form = json.loads(text)
     return _timezone_problem(form["timezone"]) or (
         _cron_problem(form) if "cron" in form else _rrule_problem(form) if "rrule" in form else None
@@ -198,27 +222,29 @@ def _timezone_problem(name: str) -> str | None:
         return None
     import difflib
 
-    wanted = name.lower().replace(" ", "_")
+    spelling = name.lower().replace(" ", "_")
     # A city without its continent is as common as a typing error.
     known = {zone.rpartition("/")[2].lower(): zone for zone in sorted(_timezones())}
     known |= {zone.lower(): zone for zone in _timezones()}
-    # What is near an abbreviation (CEST, EST) is another part of the world.
-    near = [wanted] if wanted in known else difflib.get_close_matches(wanted, known, n=1) if len(wanted) > 4 else []
-    cure = f'did you mean "{known[near[0]]}"?' if near else 'write a name such as "Europe/Berlin" or "UTC"'
-    return f'timezone "{name}" does not exist: {cure}'
+    # A name that looks like an abbreviation (CEST, EST) is in another part of the world.
+    near = [spelling] if spelling in known else []
+    if not near and len(spelling) > 4:
+        near = difflib.get_close_matches(spelling, known, n=1)
+    cure = f'Did you mean "{known[near[0]]}"?' if near else 'Write a name such as "Europe/Berlin" or "UTC"'
+    return f'timezone "{name}" does not exist. {cure}'
 
 
 def _cron_problem(form: Mapping[str, Any]) -> str | None:
     cron = form["cron"]
     if _RANDOM.search(cron):
-        return f'cron "{cron}" has H or R, which Prefect does not have: write the minute and the hour'
+        return f'cron "{cron}" has H or R, which Prefect does not support. Write the minute and the hour'
     try:
         fires = server_internals.cron_fires(cron, form["day_or"], datetime.now(UTC))
     except ValueError as error:
         reason = " ".join(str(error).split()).rstrip(".")
-        return f'cron "{cron}" does not parse ({reason}): it is minute hour day month weekday, such as "0 6 * * 1-5"'
+        return f'cron "{cron}" does not parse ({reason}). Write minute hour day month weekday, such as "0 6 * * 1-5"'
     if not fires:
-        return f'cron "{cron}" never fires: no coming date has that day, month and weekday; correct them'
+        return f'cron "{cron}" never fires: no date in the future has that day, month and weekday. Correct them'
     return None
 
 
@@ -231,31 +257,31 @@ def _rrule_problem(form: Mapping[str, Any]) -> str | None:
         rule = server_internals.server_schedule({"rrule": anchored, "timezone": timezone}).to_rrule()
         if any(part.interval < 1 for part in recurrence.parts(rule)):
             raise ValueError("INTERVAL is less than 1")
-    # A rule without FREQ is a TypeError to dateutil, one with INTERVAL=0 a division by zero to Prefect.
+    # For a rule without FREQ dateutil raises TypeError, for INTERVAL=0 Prefect divides by zero.
     except (ValueError, TypeError, ArithmeticError) as error:
         reason = " ".join(str(error.__context__ or error).split())
         if "'freq'" in reason:
             reason = "it has no FREQ"
-        if "UNTIL" in reason:  # dateutil asks for the Z, which may be there
+        if "UNTIL" in reason:  # dateutil demands the Z even where it is present
             reason = "UNTIL and DTSTART must both have a Z or a TZID, or neither; without a DTSTART UNTIL has none"
-        return f'rrule "{shown}" does not parse ({reason}): write one such as "FREQ=WEEKLY;BYDAY=MO;BYHOUR=6"'
+        return f'rrule "{shown}" does not parse ({reason}). Write one such as "FREQ=WEEKLY;BYDAY=MO;BYHOUR=6"'
     if _has_future(rule, datetime.now(ZoneInfo(timezone))):
         return None
-    return f'rrule "{shown}" has no date in the future: remove it or change its UNTIL, COUNT or dates'
+    return f'rrule "{shown}" has no date in the future. Remove it or change its UNTIL, COUNT or dates'
 
 
 def _has_future(rule: Any, now: datetime) -> bool:
-    """Whether a rule of dateutil's has a date from `now` on, as far as that is found soon. It changes the rule."""
+    """Return whether a rule of dateutil has a date from `now` on; True if a search would take long. Change the rule."""
     for part in recurrence.parts(rule):
         over = part.until and part.until < now
-        # A COUNT bounds how long a rule is walked that restricts no more than the time of day.
+        # COUNT bounds the walk through a rule that restricts only the time of day.
         if part.frequency > _DAILY and not over and not (part.count and part.restricts_time_alone):
             return True
         endless = not part.count and not part.until and part.interval == 1
         if endless and part.rule is rule and part.start < now:
-            rule = rule.replace(dtstart=now.replace(microsecond=0))  # without the years that have passed
+            rule = rule.replace(dtstart=now.replace(microsecond=0))  # skip the years that have passed
             [part] = recurrence.parts(rule)
-        # Without an end dateutil goes on to the year 9999 for a date that there never is.
+        # Without an end dateutil walks to the year 9999 in search of a date that does not exist.
         horizon = max(now, part.start) + HORIZON
         part.end_at(min(part.until or horizon, horizon))
     return next(iter(rule.xafter(now, count=1, inc=True)), None) is not None

@@ -515,7 +515,7 @@ async def _schedules(server: Server, wanted: Object, found: Object) -> None:
             continue
         body = {"parameters": each["parameters"]}  # the server empties them if they are not said
         changed = (old["parameters"] or {}) != each["parameters"]
-        if not schedules.same(each["schedule"], old["schedule"]):
+        if not schedules.is_same(each["schedule"], old["schedule"]):
             body["schedule"], changed = _times(each), True
         if each["active"] is not None and each["active"] != old["active"]:
             body["active"], changed = each["active"], True

@@ -258,7 +258,7 @@ def schedules_of(api: httpx.Client) -> dict[str, Schedule]:
     """Whatever makes runs, by the schedule's id."""
     return {
         each["id"]: Schedule(
-            f"{deployment['name']}, {title(schedules.from_server(each['schedule']))}",
+            f"{deployment['name']}, {title(schedules.normalize(each['schedule']))}",
             each["schedule"],
             deployment["parameters"] | each["parameters"],
         )

@@ -51,16 +51,16 @@ def _bomb(line: str) -> str:
 @pytest.mark.parametrize("line", ["  a{n}: &a{n} [{of}]\n", "  a{n}: &a{n} {{<<: [{of}]}}\n"], ids=["list", "merge"])
 def test_aliases_that_repeat_without_measure_are_refused_at_once(folder: Path, line: str) -> None:
     (folder / "prefect.yaml").write_text(HEAD + _bomb(line))
-    with pytest.raises(DeploymentsError, match=r"prefect\.yaml: its aliases repeat .* until it has 3\.\de\+09 values"):
+    with pytest.raises(DeploymentsError, match=r"prefect\.yaml: its aliases expand to 3\.\de\+09 values"):
         desired.read(["prefect.yaml"])
 
 
 @pytest.mark.parametrize(
     ("text", "where", "said"),
     [
-        pytest.param("name: shop\ndeployments: [\n", ":3:1: ", "this is no YAML", id="no YAML"),
-        pytest.param("name: shop\n  x: y\n", ":2:4: ", "this is no YAML", id="indentation"),
-        pytest.param("- a\n", ":1: ", "this is no mapping", id="a list"),
+        pytest.param("name: shop\ndeployments: [\n", ":3:1: ", "invalid YAML", id="no YAML"),
+        pytest.param("name: shop\n  x: y\n", ":2:4: ", "invalid YAML", id="indentation"),
+        pytest.param("- a\n", ":1: ", "expected a mapping", id="a list"),
         pytest.param("deployments: []\n", ":1: ", "Add `name:", id="nobody's"),
         pytest.param(HEAD + "deplyments: []\n", ":2: ", "Did you mean deployments?", id="unknown key"),
         pytest.param(with_deployment("schedles: []"), ":6: ", "Did you mean schedules?", id="unknown key below"),
@@ -71,7 +71,7 @@ def test_aliases_that_repeat_without_measure_are_refused_at_once(folder: Path, l
             "Did you mean name?",
             id="misspelt",
         ),
-        pytest.param(HEAD + "name: x\n", ":2: ", "is here twice, first in line 1", id="a key twice"),
+        pytest.param(HEAD + "name: x\n", ":2: ", "duplicate key name, first in line 1", id="a key twice"),
         pytest.param(
             with_deployment() + deployment(),
             ":6: ",
@@ -89,13 +89,13 @@ def test_aliases_that_repeat_without_measure_are_refused_at_once(folder: Path, l
         pytest.param(
             with_deployment("schedules:\n- cron: '0 6 * * *'\n  timezone: Europe/Brlin"),
             ":8: ",
-            'did you mean "Europe/Berlin"',
+            'Did you mean "Europe/Berlin"',
             id="no timezone",
         ),
         pytest.param(
             with_deployment("schedules: [{cron: '0 6 * * *', interval: 5}]"),
             ":6: ",
-            "give it exactly one",
+            "Give it exactly one",
             id="two kinds",
         ),
         pytest.param(with_deployment("schedules: [{rrule: 'FREQ=NEVER'}]"), ":6: ", "does not parse", id="no rrule"),
@@ -118,7 +118,7 @@ def test_aliases_that_repeat_without_measure_are_refused_at_once(folder: Path, l
         pytest.param(with_deployment("build: [{a: b}]"), ":6: ", "build steps are not run here", id="build steps"),
         pytest.param(with_deployment("triggers: [{expect: 5}]"), ":6: ", "expect", id="a trigger"),
         pytest.param(with_deployment("description: '{{ $NOT_SET }}'"), ":6: ", "export NOT_SET=", id="the environment"),
-        pytest.param(HEAD + "include: [teams/*.yaml]\n", ":2: ", "no file is teams/*.yaml", id="include"),
+        pytest.param(HEAD + "include: [teams/*.yaml]\n", ":2: ", "no file matches teams/*.yaml", id="include"),
         pytest.param(
             HEAD + "deployments:\n  - {name: a, entrypoint: 'flw.py:etl'}\n",
             ":3: ",
@@ -162,7 +162,7 @@ def test_bad_input(folder: Path, text: str, where: str, said: str) -> None:
 
 def test_a_message_and_no_traceback(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "absent.yaml"]) == 1
-    assert capsys.readouterr().err == "absent.yaml does not exist. Go where it is, or name another.\n"
+    assert capsys.readouterr().err == "absent.yaml does not exist. Change to its folder, or name another file.\n"
 
 
 def test_what_is_not_understood_is_no_plan_with_changes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,7 +229,7 @@ def test_check_takes_any_value_for_a_variable_of_the_server(folder: Path, capsys
         )
     )
     assert main(["check"]) == 0
-    assert capsys.readouterr().out.count("{{ prefect.variables.x }} is known with the server alone") == 5
+    assert capsys.readouterr().out.count("{{ prefect.variables.x }} is known only to the server") == 5
 
 
 def test_check_fits_the_namespace(folder: Path) -> None:

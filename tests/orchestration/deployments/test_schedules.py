@@ -1,4 +1,4 @@
-"""Schedules compare equal to what Prefect's server makes of them, and fire when the server says."""
+"""Schedules of a file equal those that Prefect's server returns, and their next times are the server's."""
 
 import asyncio
 import subprocess
@@ -38,8 +38,8 @@ FILE: list[dict[str, Any]] = [
 ]
 
 
-def of_server(raw: dict[str, Any]) -> Any:
-    """The server's JSON after a round by `prefect deploy`: file, client, wire, server."""
+def sent_to_server(raw: dict[str, Any]) -> Any:
+    """Return the server's JSON of a schedule that `prefect deploy` sends: file, client, wire, server."""
     config = RawScheduleConfig.model_validate(raw).model_dump(exclude_unset=True)
     sent = DeploymentScheduleCreate.model_validate(_schedule_config_to_deployment_schedule(config))
     kept = actions.DeploymentScheduleCreate.model_validate(sent.model_dump(mode="json", exclude_unset=True))
@@ -47,23 +47,23 @@ def of_server(raw: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("raw", FILE, ids=str)
-def test_a_schedule_equals_what_the_server_returns(raw: dict[str, Any]) -> None:
-    returned = of_server(raw)
-    wanted, found = schedules.normal(raw), schedules.from_server(returned)
-    assert schedules.same(wanted, found)
-    assert schedules.problem(raw) is None
-    assert schedules.from_server(found) == found
-    assert wanted.keys() - found.keys() == set()
-    # To send the normal form is to send the file's.
-    assert schedules.same(wanted, schedules.from_server(of_server(wanted)))
+def test_schedule_equals_what_the_server_returns(raw: dict[str, Any]) -> None:
+    returned = sent_to_server(raw)
+    desired, live = schedules.normalize(raw), schedules.normalize(returned)
+    assert schedules.is_same(desired, live)
+    assert schedules.find_problem(raw) is None
+    assert schedules.normalize(live) == live
+    assert desired.keys() - live.keys() == set()
+    # The server makes the same schedule of the normalized form.
+    assert schedules.is_same(desired, schedules.normalize(sent_to_server(desired)))
     for key in ("cron", "interval", "day_or"):
-        assert wanted.get(key) == returned.get(key)
+        assert desired.get(key) == returned.get(key)
 
 
-def test_no_two_of_them_are_the_same() -> None:
-    found = [schedules.from_server(of_server(raw)) for raw in FILE]
+def test_different_schedules_are_not_equal() -> None:
+    found = [schedules.normalize(sent_to_server(raw)) for raw in FILE]
     for number, raw in enumerate(FILE):
-        equal = [n for n, other in enumerate(found) if schedules.same(schedules.normal(raw), other)]
+        equal = [n for n, other in enumerate(found) if schedules.is_same(schedules.normalize(raw), other)]
         assert equal == [number]
 
 
@@ -76,13 +76,13 @@ def test_no_two_of_them_are_the_same() -> None:
         ({"cron": "0 6 * * *"}, {"cron": "0 6 * * *", "timezone": "Europe/Berlin"}),
     ],
 )
-def test_what_the_file_gives_is_compared(one: dict[str, Any], other: dict[str, Any]) -> None:
-    assert not schedules.same(schedules.normal(one), schedules.from_server(of_server(other)))
+def test_schedules_that_differ_in_one_key_are_not_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert not schedules.is_same(schedules.normalize(one), schedules.normalize(sent_to_server(other)))
 
 
-def test_an_anchor_without_quotes_is_a_date() -> None:
+def test_anchor_date_without_quotes_is_read_as_a_date() -> None:
     for anchor in (date(2024, 1, 1), datetime(2024, 1, 1), "2024-01-01T01:00:00+01:00"):
-        assert schedules.normal({"interval": 60, "anchor_date": anchor})["anchor_date"] == "2024-01-01T00:00:00Z"
+        assert schedules.normalize({"interval": 60, "anchor_date": anchor})["anchor_date"] == "2024-01-01T00:00:00Z"
 
 
 LONG = "FREQ=DAILY;BYSECOND=" + "1," * 4000 + "1"
@@ -91,12 +91,12 @@ LONG = "FREQ=DAILY;BYSECOND=" + "1," * 4000 + "1"
 @pytest.mark.parametrize(
     ("raw", "says"),
     [
-        ({}, "a schedule has none of cron, interval, rrule: give it exactly one"),
-        ({"cron": "0 6 * * *", "interval": 60}, "a schedule has cron and interval: give it exactly one"),
-        ({"cron": 5}, "cron 5 is no text"),
+        ({}, "a schedule has none of cron, interval, rrule. Give it exactly one"),
+        ({"cron": "0 6 * * *", "interval": 60}, "a schedule has cron and interval. Give it exactly one"),
+        ({"cron": 5}, "cron 5 is not text"),
         (
             {"cron": "0 25 * * *"},
-            'cron "0 25 * * *" does not parse ([0 25 * * *] is not acceptable, out of range): it is',
+            'cron "0 25 * * *" does not parse ([0 25 * * *] is not acceptable, out of range). Write minute',
         ),
         ({"cron": "0 6 * *"}, 'cron "0 6 * *" does not parse'),
         ({"cron": "H 6 * * *"}, 'cron "H 6 * * *" has H or R'),
@@ -107,32 +107,32 @@ LONG = "FREQ=DAILY;BYSECOND=" + "1," * 4000 + "1"
             "never fires",
         ),  # on a Monday elsewhere; Prefect's croniter looks for both and gives up
         ({"cron": "0 6 * * *", "day_or": "perhaps"}, "day_or 'perhaps' is neither true nor false"),
-        ({"cron": "0 6 * * *", "timezone": "Europe/Berln"}, 'does not exist: did you mean "Europe/Berlin"?'),
-        ({"interval": 60, "timezone": "new york"}, 'did you mean "America/New_York"?'),
-        ({"cron": "0 6 * * *", "timezone": "CEST"}, 'timezone "CEST" does not exist: write a name such as'),
-        ({"cron": "0 6 * * *", "timezone": 2}, "timezone 2 is no text"),
-        ({"interval": 0}, "interval 0 is not longer than nothing: write seconds"),
-        ({"interval": "-PT1H"}, "interval '-PT1H' is not longer than nothing"),
-        ({"interval": "1 hour"}, "interval '1 hour' is no length of time: write seconds"),
-        ({"interval": True}, "interval True is no length of time"),
-        ({"interval": float("inf")}, "interval inf is no length of time"),
-        ({"interval": 60, "anchor_date": "soon"}, "anchor_date 'soon' is no date"),
-        ({"rrule": "FREQ=FOO"}, "does not parse (invalid 'FREQ': FOO): write one such as"),
+        ({"cron": "0 6 * * *", "timezone": "Europe/Berln"}, 'does not exist. Did you mean "Europe/Berlin"?'),
+        ({"interval": 60, "timezone": "new york"}, 'Did you mean "America/New_York"?'),
+        ({"cron": "0 6 * * *", "timezone": "CEST"}, 'timezone "CEST" does not exist. Write a name such as'),
+        ({"cron": "0 6 * * *", "timezone": 2}, "timezone 2 is not text"),
+        ({"interval": 0}, "interval 0 is not greater than zero. Write seconds"),
+        ({"interval": "-PT1H"}, "interval '-PT1H' is not greater than zero"),
+        ({"interval": "1 hour"}, "interval '1 hour' is not a length of time. Write seconds"),
+        ({"interval": True}, "interval True is not a length of time"),
+        ({"interval": float("inf")}, "interval inf is not a length of time"),
+        ({"interval": 60, "anchor_date": "soon"}, "anchor_date 'soon' is not a date"),
+        ({"rrule": "FREQ=FOO"}, "does not parse (invalid 'FREQ': FOO). Write one such as"),
         ({"rrule": "INTERVAL=2"}, "does not parse (it has no FREQ)"),
         ({"rrule": "FREQ=DAILY;INTERVAL=0"}, "does not parse (INTERVAL is less than 1)"),
         ({"rrule": "FREQ=MINUTELY;INTERVAL=0"}, "does not parse"),
-        ({"rrule": "FREQ=DAILY;UNTIL=20240101T000000"}, "has no date in the future: remove it or change"),
+        ({"rrule": "FREQ=DAILY;UNTIL=20240101T000000"}, "has no date in the future. Remove it or change"),
         ({"rrule": "FREQ=SECONDLY;UNTIL=20240101T000000"}, "has no date in the future"),
         ({"rrule": "FREQ=HOURLY;COUNT=3"}, "has no date in the future"),
         ({"rrule": "FREQ=YEARLY;BYMONTH=2;BYMONTHDAY=30"}, "has no date in the future"),
         ({"rrule": "RDATE:20200101T000000Z"}, "has no date in the future"),
-        ({"rrule": "{}"}, "is no rule: as JSON"),
+        ({"rrule": "{}"}, "is not a rule. As JSON"),
         ({"rrule": LONG}, "does not parse"),
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_a_schedule_that_cannot_run(raw: dict[str, Any], says: str) -> None:
-    problem = schedules.problem(raw)
+def test_schedule_that_cannot_run_is_explained(raw: dict[str, Any], says: str) -> None:
+    problem = schedules.find_problem(raw)
     assert problem
     assert says in problem
     assert "\n" not in problem
@@ -151,19 +151,19 @@ def test_a_schedule_that_cannot_run(raw: dict[str, Any], says: str) -> None:
     ],
     ids=str,
 )
-def test_what_fires_seldom_or_often_has_no_problem(raw: dict[str, Any]) -> None:
-    assert schedules.problem(raw) is None
+def test_schedule_that_fires_rarely_or_often_is_valid(raw: dict[str, Any]) -> None:
+    assert schedules.find_problem(raw) is None
 
 
 async def dates(raw: dict[str, Any], start: datetime) -> list[datetime]:
-    """What the server's own class says."""
+    """Return the next five dates of the server's own class."""
     kind = {
         "cron": server_schedules.CronSchedule,
         "interval": server_schedules.IntervalSchedule,
         "rrule": server_schedules.RRuleSchedule,
     }
     schedule = next(kind[key](**raw) for key in raw if key in kind)
-    # To Python an ambiguous time equals none of another zone's.
+    # In Python an ambiguous local time equals no time of another zone.
     return [moment.astimezone(UTC) for moment in await schedule.get_dates(n=5, start=start)]
 
 
@@ -183,7 +183,7 @@ async def dates(raw: dict[str, Any], start: datetime) -> list[datetime]:
     ],
     ids=str,
 )
-def test_next_times_are_the_servers_across_dst(raw: dict[str, Any], start: str) -> None:
+def test_next_times_equal_those_of_the_server_across_dst(raw: dict[str, Any], start: str) -> None:
     after = datetime.fromisoformat(start)
     found = schedules.next_times(raw, 5, after)
     assert [moment.astimezone(UTC) for moment in found] == asyncio.run(dates(raw, after))
@@ -198,25 +198,27 @@ def test_next_times_are_the_servers_across_dst(raw: dict[str, Any], start: str) 
     st.sampled_from(["Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "Asia/Kolkata", "UTC"]),
     st.datetimes(datetime(2026, 1, 1), datetime(2027, 1, 1)),
 )
-def test_next_times_of_any_cron(minute: int, hour: int, weekday: str, timezone: str, moment: datetime) -> None:
+def test_next_times_of_any_cron_equal_those_of_the_server(
+    minute: int, hour: int, weekday: str, timezone: str, moment: datetime
+) -> None:
     raw = {"cron": f"{minute} {hour} * * {weekday}", "timezone": timezone}
     start = moment.replace(tzinfo=UTC)
     found = schedules.next_times(raw, 5, start)
     assert [moment.astimezone(UTC) for moment in found] == asyncio.run(dates(raw, start))
 
 
-def test_times_start_now() -> None:
+def test_next_times_start_now() -> None:
     before = datetime.now(UTC)
     first = schedules.next_times({"interval": 3600}, 2)
     assert before <= first[0] <= datetime.now(UTC)
     assert first[1] - first[0] == timedelta(hours=1)
     assert len(schedules.next_times({"rrule": "DTSTART:20990101T000000\nRRULE:FREQ=DAILY;COUNT=2"})) == 2
-    # Without the server's DTSTART this walks through all seconds since 2020.
+    # Without the DTSTART that the server adds, this would walk through all seconds since 2020.
     assert len(schedules.next_times({"rrule": "FREQ=SECONDLY"})) == 5
 
 
-def test_server_makes_the_runs_of_a_schedule_at_the_next_times(prefect_server: str) -> None:
-    """On SQLAlchemy 2.1 Prefect 3.8 made none, and only its log said so."""
+def test_server_schedules_runs_at_the_next_times(prefect_server: str) -> None:
+    """On SQLAlchemy 2.1 Prefect 3.8 created no runs, and reported that only in its log."""
     raw: list[dict[str, Any]] = [
         {"cron": "*/7 * * * *", "timezone": "America/New_York"},
         {"interval": 1800.0, "anchor_date": "2026-01-01T00:10:00Z", "timezone": "Europe/Berlin"},
@@ -244,6 +246,6 @@ def test_server_makes_the_runs_of_a_schedule_at_the_next_times(prefect_server: s
             asked(api, "DELETE", f"/deployments/{deployment}")
 
 
-def test_the_import_does_not_import_prefect() -> None:
+def test_module_does_not_import_prefect() -> None:
     code = "import sys, orchestration.deployments.schedules; sys.exit(bool({'prefect', 'pydantic'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,259 @@
+"""Resolve the placeholders of deployments as `prefect deploy` does; refuse those that it would drop silently.
+
+`{{ prefect.variables.NAME }}` is a variable of the files or the server, `{{ $NAME }}` one of the environment. A
+placeholder that Prefect resolves later stays: in a pull step, in the job of a run, in the parameters of an event.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from orchestration.deployments.files import YamlMapping, YamlSequence
+from orchestration.errors import DeploymentsError
+
+PLACEHOLDER = re.compile(r"{{\s*([\w.\-\[\]$]+)\s*}}")
+"""A placeholder, as `prefect.utilities.templating` reads it."""
+
+VARIABLE = "prefect.variables."
+BLOCK = "prefect.blocks."
+CONTEXT = "ctx."
+"""The prefix of what a worker fills in when it starts a run."""
+
+
+def server_variables(documents: Sequence[YamlMapping]) -> set[str]:
+    """Return the names of the variables that deployments refer to and no file declares."""
+    named = {
+        match[1].removeprefix(VARIABLE)
+        for document in documents
+        for deployment in _deployments(document)
+        for key, value in deployment.items()
+        if key != "pull"
+        for text in _texts(value)
+        for match in PLACEHOLDER.finditer(text)
+        if match[1].startswith(VARIABLE)
+    }
+    return named - _declared_variables(documents).keys() if named else named
+
+
+def has_unresolved_variable(value: Any) -> bool:
+    """Return whether a value refers to a variable of the server that has not been resolved."""
+    return any(match[1].startswith(VARIABLE) for text in _texts(value) for match in PLACEHOLDER.finditer(text))
+
+
+def drop_unresolved_keys(documents: Sequence[YamlMapping]) -> None:
+    """Remove the keys of deployments whose values have no known type without the server."""
+    for document in documents:
+        for deployment in _deployments(document):
+            for key in ("tags", "triggers", "concurrency_limit"):
+                if has_unresolved_variable(deployment.get(key)):
+                    del deployment[key]
+
+
+def is_resolved_at_run_start(value: Any) -> bool:
+    """Return whether the server would fill a value in when a person starts a run (`__prefect_kind`)."""
+    if isinstance(value, dict):
+        return "__prefect_kind" in value or any(is_resolved_at_run_start(inner) for inner in value.values())
+    return isinstance(value, list) and any(is_resolved_at_run_start(inner) for inner in value)
+
+
+def has_placeholder(value: Any) -> bool:
+    """Return whether a value has a placeholder that reading it from a file would resolve."""
+    return any(not match[1].startswith(CONTEXT) for text in _texts(value) for match in PLACEHOLDER.finditer(text))
+
+
+def resolve(documents: Sequence[YamlMapping], variables: Mapping[str, Any], missing: list[str] | None) -> None:
+    """Resolve the placeholders of all documents in place.
+
+    Args:
+        documents: the files, changed in place.
+        variables: values of the server's variables, by name.
+        missing: takes a line for each value that is unknown here, instead of an error.
+
+    Raises:
+        DeploymentsError: a placeholder cannot be resolved. The message has its line.
+    """
+    for document in documents:
+        for key, value in document.items():
+            if key != "deployments" and isinstance(value, str | YamlMapping | YamlSequence):
+                document[key] = _EnvironmentResolver(missing).resolve(value, document.location(key))
+    # After the environment, which variables of the files may refer to.
+    known = dict(variables) | _declared_variables(documents)
+    for document in documents:
+        for deployment in _deployments(document):
+            _DeploymentResolver(missing, known).resolve_deployment(deployment)
+
+
+def _deployments(document: YamlMapping) -> Iterator[YamlMapping]:
+    listed = document.get("deployments")
+    for deployment in listed if isinstance(listed, list) else ():
+        if isinstance(deployment, YamlMapping):
+            yield deployment
+
+
+def _declared_variables(documents: Sequence[YamlMapping]) -> dict[str, Any]:
+    """Return the values of the variables that the files declare, by name."""
+    listed = [
+        variable
+        for document in documents
+        for variable in document.get("variables") or ()
+        if isinstance(variable, YamlMapping)
+    ]
+    return {str(variable.get("name")): variable.get("value") for variable in listed}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the texts in a value that may have a placeholder."""
+    if isinstance(value, str):
+        if "{{" in value:
+            yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
+
+
+@dataclass
+class _EnvironmentResolver:
+    """Resolves variables of the environment.
+
+    Args:
+        missing: takes a line for each variable that is not set, instead of an error.
+    """
+
+    missing: list[str] | None
+
+    def resolve(self, value: Any, where: str) -> Any:
+        """Return a value of a file, resolved; a mapping or a list is changed in place.
+
+        Raises:
+            DeploymentsError: a variable of the environment is not set.
+        """
+        if isinstance(value, str):
+            return self.resolve_text(value, where) if "{{" in value else value
+        if isinstance(value, YamlMapping):
+            for key, inner in value.items():
+                value[key] = self.resolve(inner, value.location(key))
+        elif isinstance(value, YamlSequence):
+            for index, inner in enumerate(value):
+                value[index] = self.resolve(inner, value.location(index))
+        return value
+
+    def resolve_text(self, text: str, where: str) -> Any:
+        return PLACEHOLDER.sub(lambda match: self.environment_value(match, where), text)
+
+    def environment_value(self, match: re.Match[str], where: str) -> str:
+        if not match[1].startswith("$"):
+            return match[0]
+        name = match[1].lstrip("$")
+        if name in os.environ:
+            return os.environ[name]
+        if self.missing is None:
+            raise DeploymentsError(
+                f"{where}: {match[0]} is not set in the environment. Set it with export {name}=..., or write the value"
+            )
+        self.missing.append(f"{where}: {match[0]} is not set here")
+        return match[0]
+
+
+@dataclass
+class _DeploymentResolver(_EnvironmentResolver):
+    """Resolves the placeholders of a deployment.
+
+    Args:
+        missing: takes a line for each value that is unknown here, instead of an error.
+        variables: values of the variables of files and server, by name.
+    """
+
+    variables: Mapping[str, Any]
+
+    def resolve_deployment(self, deployment: YamlMapping) -> None:
+        """Resolve a deployment in place."""
+        for key, value in deployment.items():
+            where = deployment.location(key)
+            if key == "pull":  # a worker resolves the other placeholders
+                deployment[key] = _EnvironmentResolver(self.missing).resolve(value, where)
+            elif key == "triggers" and isinstance(value, YamlSequence):
+                for index, trigger in enumerate(value):
+                    if isinstance(trigger, YamlMapping):
+                        for name, inner in trigger.items():
+                            trigger[name] = self.resolve_value(
+                                inner, trigger.location(name), in_event=name == "parameters"
+                            )
+                    else:
+                        value[index] = self.resolve_value(trigger, value.location(index))
+            else:
+                deployment[key] = self.resolve_value(value, where)
+
+    def resolve_value(self, value: Any, where: str, *, in_event: bool = False, in_list: bool = False) -> Any:
+        """Return a value of a deployment, resolved; a mapping or a list is changed in place.
+
+        Args:
+            value: the value.
+            where: FILE:LINE.
+            in_event: the value may refer to an event, which the server resolves.
+            in_list: the value is an entry of a list. Prefect drops an entry that is one unresolved placeholder.
+        """
+        if isinstance(value, YamlMapping):
+            for key, inner in value.items():
+                value[key] = self.resolve_value(inner, value.location(key), in_event=in_event)
+        elif isinstance(value, YamlSequence):
+            for index, inner in enumerate(value):
+                value[index] = self.resolve_value(inner, value.location(index), in_event=in_event, in_list=True)
+        elif isinstance(value, str) and "{{" in value:
+            return self.resolve_typed(value, where, in_event, in_list)
+        return value
+
+    def resolve_typed(self, text: str, where: str, in_event: bool, in_list: bool) -> Any:
+        """Return a text, resolved. A text that is one variable gets the variable's type."""
+        whole = PLACEHOLDER.fullmatch(text)
+        if whole and whole[1].startswith(VARIABLE):
+            value = self.variable_value(whole, where)
+            if not isinstance(value, str):
+                return value
+            text = value
+        else:
+            text = PLACEHOLDER.sub(
+                lambda match: str(self.variable_value(match, where)) if match[1].startswith(VARIABLE) else match[0],
+                text,
+            )
+        # A variable of the environment may refer to another one.
+        for _ in range(2):
+            text = PLACEHOLDER.sub(lambda match: self.environment_value(match, where), text)
+        for match in PLACEHOLDER.finditer(text):
+            self.refuse_unresolved(match, where, in_event, in_list and match[0] == text)
+        return text
+
+    def variable_value(self, match: re.Match[str], where: str) -> Any:
+        name = match[1].removeprefix(VARIABLE)
+        if name in self.variables:
+            return self.variables[name]
+        if self.missing is None:
+            raise DeploymentsError(
+                f"{where}: {match[0]} is a variable that neither the files nor the server have. Add it under "
+                f"variables, or create it with: prefect variable set {name} ..."
+            )
+        self.missing.append(f"{where}: {match[0]} is known only to the server")
+        return match[0]
+
+    def environment_value(self, match: re.Match[str], where: str) -> str:
+        name = match[1]
+        return os.environ[name] if name in os.environ else super().environment_value(match, where)
+
+    def refuse_unresolved(self, match: re.Match[str], where: str, in_event: bool, dropped: bool) -> None:
+        """Refuse a placeholder that is left, unless Prefect resolves it later."""
+        name = match[1]
+        if name.startswith(BLOCK):
+            raise DeploymentsError(
+                f"{where}: {match[0]} would write the block's content, secret or not, into the deployment. Load the "
+                "block in the flow, or name it in the work pool's base job template"
+            )
+        if (in_event or name.startswith(CONTEXT)) and not dropped:
+            return
+        if self.missing is not None and name.startswith(("$", VARIABLE)):
+            return
+        cause = "would be dropped from this list" if dropped else "has no value: build and push steps do not run here"
+        raise DeploymentsError(f"{where}: {match[0]} {cause}. Write the value, or {{{{ $NAME }}}} of the environment")
