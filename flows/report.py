@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from psycopg import sql
 
+from orchestration import warehouse
 from orchestration.errors import WarehouseError
-from orchestration.local import warehouse
 from orchestration.settings import settings
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def summarise(steps: list[Step], failure: str | None = None) -> Summary:
 
 def _summarise(steps: list[Step], failure: str | None) -> Summary:
     schema = settings().warehouse_schema
-    with warehouse.explained("Reading the marts"), warehouse.connect() as connection:
+    with warehouse.explain_errors("Reading the marts"), warehouse.connect() as connection:
         names = connection.execute(
             "select table_name from information_schema.tables"
             " where table_schema = %s and table_type = 'BASE TABLE' order by table_name",

@@ -22,7 +22,8 @@ import httpx
 import hypothesis
 import psycopg
 
-from orchestration.local import warehouse
+from orchestration import warehouse
+from orchestration.local.embedded_postgres import stop as stop_postgres
 from orchestration.operations.local_cluster import binaries
 from orchestration.operations.local_cluster.turns import turn
 from orchestration.settings import ROOT, settings
@@ -135,8 +136,7 @@ def embedded_postgres(directory: Path) -> Iterator[str]:
     try:
         yield f"postgresql://postgres@/postgres?host={host}"
     finally:
-        with settings_of(WAREHOUSE_DIR=str(directory)):
-            warehouse.stop()
+        stop_postgres(directory)
 
 
 @contextlib.contextmanager

@@ -1,1 +1,1 @@
-"""What a laptop needs and a cluster does not: an embedded Postgres and a temporary Prefect server."""
+"""What only a laptop needs: an embedded Postgres and a temporary Prefect server."""

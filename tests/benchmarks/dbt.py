@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from orchestration.local import warehouse
+from orchestration import warehouse
 from tests.benchmarks.run import BIN, Figure, table, timed
 from tests.orchestration.dbt.projects import fast
 from tests.parts import embedded_postgres, new_database, prefect_server

@@ -26,7 +26,8 @@ import httpx
 import psutil
 
 from flows import backfill, landing, raw
-from orchestration.local import warehouse
+from orchestration import warehouse
+from orchestration.local.embedded_postgres import find_program
 from orchestration.settings import ROOT
 from tests.parts import answers, embedded_postgres, new_database, prefect_server
 
@@ -141,7 +142,10 @@ def load_the_year(postgres: str, pairs: int) -> list[Figure]:
         for _ in range(pairs):
             for seconds, act in (
                 (ours, load),
-                (psql, lambda: _timed([warehouse._program("psql"), "-qf", str(script)], warehouse.environment())),
+                (
+                    psql,
+                    lambda: _timed([find_program("psql"), "-qf", str(script)], warehouse.environment()),
+                ),
             ):
                 with new_database(postgres):
                     raw.prepare()

@@ -13,8 +13,8 @@ from prefect.client.schemas.objects import Artifact, FlowRun, TaskRun
 from prefect.client.schemas.sorting import FlowRunSort
 
 from flows import example_flow
+from orchestration import warehouse
 from orchestration.dbt import DbtProject
-from orchestration.local import warehouse
 from orchestration.settings import ROOT
 from tests.orchestration.dbt.conftest import Tiny
 from tests.orchestration.dbt.forked import PARSE

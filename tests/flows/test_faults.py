@@ -15,7 +15,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from orchestration.local import warehouse
+from orchestration import warehouse
+from orchestration.local import embedded_postgres
 from orchestration.settings import ROOT
 from tests.long.kills import Undisturbed, run_killed_at_random
 from tests.parts import Query, copy_of_checkout, rows_of, settings_of, wait_until
@@ -86,7 +87,7 @@ def test_a_full_disk_leaves_whole_days_and_more_room_cures_it(disk: Path, prefec
                 assert result.returncode == 0, result.stdout + result.stderr
                 assert rows_of(url, "select count(*), sum(flights)::int from raw.loads") == [(365, 336_776)]
             finally:
-                warehouse.stop()
+                embedded_postgres.stop(disk)
 
 
 @as_root

@@ -16,8 +16,8 @@ import pytest
 
 from flows import landing, raw
 from flows.example_flow import NO_UNIT_TESTS
+from orchestration import warehouse
 from orchestration.dbt import DbtProject
-from orchestration.local import warehouse
 from orchestration.settings import ROOT
 from tests.orchestration.dbt.conftest import Tiny
 from tests.parts import answers, debian_postgres, free_port, new_database, rows_of, wait_until

@@ -9,7 +9,8 @@ PREFECT = ("uv.lock#prefect", "uv.lock#fastapi", "uv.lock#sqlalchemy")
 DBT = (
     "orchestration/dbt",
     "orchestration/prefect_compat",
-    "orchestration/local/warehouse.py",
+    "orchestration/local/embedded_postgres.py",
+    "orchestration/warehouse.py",
     *PREFECT,
     "uv.lock#dbt-core",
     "uv.lock#dbt-postgres",

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import pytest
 from prefect import flow
 
+from orchestration import warehouse
 from orchestration.dbt import DbtProject, DbtResult
 from orchestration.dbt.process import CHILD
-from orchestration.local import warehouse
 from tests.orchestration.dbt import forked, projects, versions
 from tests.orchestration.dbt.projects import every_kind, small, tables
 from tests.orchestration.dbt.task_runs import Server, results_of

@@ -1,7 +1,7 @@
 """Real dbt projects to test against, what can go wrong in them, and dbt's own command line as the judge.
 
 Every project is made of files in a folder, reads `flows/warehouse/profiles.yml`, needs no network and
-runs in a second or two. The environment is that of `orchestration.local.warehouse.environment()`; another
+runs in a second or two. The environment is that of `orchestration.warehouse.environment()`; another
 `WAREHOUSE_SCHEMA` in it keeps two runs in one database apart.
 """
 

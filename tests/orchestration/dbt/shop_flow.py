@@ -13,8 +13,8 @@ from prefect import flow, task
 from prefect.client.orchestration import get_client
 from prefect.flow_engine import run_flow
 
+from orchestration import warehouse
 from orchestration.dbt import DbtProject
-from orchestration.local import warehouse
 from orchestration.settings import ROOT
 from tests.orchestration.dbt import versions
 

@@ -9,9 +9,9 @@ import pytest
 from prefect import flow
 from prefect.context import FlowRunContext
 
+from orchestration import warehouse
 from orchestration.dbt import DbtProject, DbtResult
 from orchestration.errors import DbtError
-from orchestration.local import warehouse
 from tests.orchestration.dbt.conftest import Tiny
 from tests.orchestration.dbt.projects import replace
 from tests.orchestration.dbt.task_runs import Server

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from prefect import flow
 
+from orchestration import warehouse
 from orchestration.dbt import DbtProject, DbtResult, artifacts
 from orchestration.errors import DbtError
-from orchestration.local import warehouse
 from tests.orchestration.dbt.conftest import DATABASE, Built, use
 from tests.orchestration.dbt.projects import fast, hold, replace
 from tests.orchestration.dbt.task_runs import Server, results_of

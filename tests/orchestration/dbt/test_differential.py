@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from orchestration import warehouse
 from orchestration.dbt import DbtProject
 from orchestration.errors import DbtError
-from orchestration.local import warehouse
 from tests.orchestration.dbt import forked, versions
 from tests.orchestration.dbt.conftest import DATABASE, Tiny
 from tests.orchestration.dbt.projects import replace

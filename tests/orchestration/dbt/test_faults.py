@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from prefect import flow
 
+from orchestration import warehouse
 from orchestration.dbt import DbtProject, DbtResult
 from orchestration.errors import DbtError
-from orchestration.local import warehouse
 from tests.orchestration.dbt.conftest import use
 from tests.orchestration.dbt.projects import hold, replace, small
 from tests.orchestration.dbt.task_runs import Server, build_beside, results_of

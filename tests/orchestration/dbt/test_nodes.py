@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import pytest
 from prefect import flow
 
+from orchestration import warehouse
 from orchestration.dbt import DbtProject, DbtResult
 from orchestration.dbt.mirror import STATES
 from orchestration.errors import DbtError
-from orchestration.local import warehouse
 from tests.orchestration.dbt.conftest import DATABASE, Built, Tiny, use
 from tests.orchestration.dbt.projects import FAULTS, FUNCTIONS, NODES, command_line, tables
 from tests.orchestration.dbt.task_runs import Object, Server, results_of

@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from orchestration import warehouse
 from orchestration.dbt import DbtProject, DbtResult, Node
 from orchestration.dbt.process import CHILD
 from orchestration.errors import DbtError
-from orchestration.local import warehouse
 from tests.orchestration.dbt import versions
 from tests.orchestration.dbt.conftest import use
 from tests.orchestration.dbt.projects import hold, replace, small
@@ -169,7 +169,7 @@ def slow(folder: Path) -> Path:
 def _build_elsewhere(folder: Path) -> "subprocess.Popen[bytes]":
     code = (
         "import sys; from pathlib import Path\n"
-        "from orchestration.local import warehouse; from orchestration.dbt import *\n"
+        "from orchestration import warehouse; from orchestration.dbt import *\n"
         "DbtProject(Path(sys.argv[1]), environment=warehouse.environment, python=sys.argv[2]).build()"
     )
     command = [sys.executable, "-c", code, str(folder), str(versions.tested())]

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from prefect import flow
 
+from orchestration import warehouse
 from orchestration.dbt import DbtResult
 from orchestration.dbt.mirror import STATES
-from orchestration.local import warehouse
 from tests.orchestration.dbt.conftest import LONG, Tiny, use
 from tests.orchestration.dbt.projects import command_line, random_dag, tables
 from tests.orchestration.dbt.task_runs import Server

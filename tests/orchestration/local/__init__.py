@@ -1,1 +1,1 @@
-"""Tests of the reconciler."""
+"""Tests of what only a laptop needs."""
