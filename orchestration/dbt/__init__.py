@@ -1,4 +1,4 @@
-"""dbt in a flow: one child process a command, each node a task run."""
+"""dbt in a flow: one child process for each command, and a task run for each node."""
 
 from orchestration.dbt.project import DbtProject
 from orchestration.dbt.result import DbtResult, Node

@@ -1,9 +1,9 @@
-"""dbt's artifacts, kept run by run: for deferral, `state:` selections, docs and what changed since.
+"""Keep dbt's artifacts command by command: for deferral, `state:` selections, docs and the summary's changes.
 
-    <root>/<project>/<run>/{manifest,run_results,sources,catalog,nodes}.json, dbt.log
-    <root>/<project>/latest-<target>.json     the last `dbt build` of the whole project without a failure
+    <root>/<project>/<command>/{manifest,run_results,sources,catalog,nodes}.json, index.html, dbt.log
+    <root>/<project>/latest-<target>.json     names the last `dbt build` of the whole project without a failure
 
-The root is any URL that fsspec knows; without one, a folder beside Prefect's results.
+The root is any URL that fsspec knows; by default a folder next to Prefect's results.
 """
 
 import contextlib
@@ -19,17 +19,17 @@ from orchestration.errors import DbtError
 
 FILES = ("manifest.json", "run_results.json", "sources.json", "catalog.json", "index.html", "dbt.log")
 
-KEPT = 30
-"""Runs of a project that are kept, and each target's last good one; older ones are deleted when a new one comes."""
+KEPT_COMMANDS = 30
+"""How many commands of a project are kept, besides each target's last good build. A new command deletes older ones."""
 
-_STATE = ("manifest.json", "run_results.json", "sources.json")
+_STATE_FILES = ("manifest.json", "run_results.json", "sources.json")
 
 
 class Artifacts:
-    """The artifacts of a project's runs.
+    """Stores and finds the artifacts of a project's commands.
 
     Args:
-        root: URL or folder; None for a folder beside Prefect's results.
+        root: URL or folder; None for a folder next to Prefect's results.
         project: the project's name.
     """
 
@@ -56,57 +56,61 @@ class Artifacts:
         options: Sequence[str] = (),
         defer_to: str | None = None,
     ) -> str:
-        """Keep what a command left in its target folder.
+        """Store the artifacts of a command, and delete those of older commands.
 
         Args:
-            folder: dbt's target folder.
-            result: what the command did.
+            folder: the command's target folder.
+            result: the command's result.
             target: the profile's target.
-            run: what tells the flow run's commands from others.
-            whole: whether it was to build the whole project.
-            options: dbt's options, for a retry.
-            defer_to: what it compared with.
+            run: identifies flow run and command, as a part of a file's name.
+            whole: whether the command was to build the whole project.
+            options: the command's arguments, for a retry.
+            defer_to: the state that the command deferred to, for a retry.
 
         Returns:
-            The folder's URL.
+            The URL of the folder with the artifacts.
         """
-        # Sorted by name they are sorted by time.
+        # Names sort by time.
         name = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{run}"
         self._files.makedirs(f"{self._folder}/{name}", exist_ok=True)
         for file in FILES:
             if (folder / file).exists():
                 self._files.put_file(str(folder / file), f"{self._folder}/{name}/{file}")
-        kept = {"command": result.command, "target": target, "options": list(options), "defer_to": defer_to}
-        self._write(f"{name}/nodes.json", {**kept, "nodes": result.nodes})
+        content = {"command": result.command, "target": target, "options": list(options), "defer_to": defer_to}
+        self._write(f"{name}/nodes.json", {**content, "nodes": result.nodes})
         if whole and not result.error():
             self._write(f"latest-{target}.json", {"run": name})
-        good = {
+        good_builds = {
             json.loads(self._files.cat_file(path))["run"] for path in self._files.glob(f"{self._folder}/latest-*.json")
         }
-        for old in set(self._runs()[KEPT:]) - good:
-            with contextlib.suppress(OSError):  # another run may be deleting it too
+        for old in set(self._names()[KEPT_COMMANDS:]) - good_builds:
+            with contextlib.suppress(OSError):  # another process may delete the same folder
                 self._files.rm(f"{self._folder}/{old}", recursive=True)
         return f"{self.root}/{self._project}/{name}"
 
-    def newest(self, command: str | None = None, target: str | None = None) -> "Earlier | None":
-        """The newest run, of a command or of any."""
-        for run in self._runs():
-            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # one that is being written or deleted
-                stored = json.loads(self._files.cat_file(f"{self._folder}/{run}/nodes.json"))
+    def newest(self, command: str | None = None, target: str | None = None) -> "StoredCommand | None":
+        """Return the newest stored command, optionally of one dbt command and one target."""
+        for name in self._names():
+            # The file may be being written or deleted.
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                stored = json.loads(self._files.cat_file(f"{self._folder}/{name}/nodes.json"))
                 if command in (None, stored["command"]) and target in (None, stored["target"]):
                     nodes = [_node(node) for node in stored["nodes"]]
-                    return Earlier(stored["command"], nodes, stored.get("options", []), stored.get("defer_to"))
+                    return StoredCommand(stored["command"], nodes, stored.get("options", []), stored.get("defer_to"))
         return None
 
     def fetch(self, source: str, into: Path) -> Path:
-        """Get the artifacts that deferral and `state:` selections compare with.
+        """Copy the artifacts that deferral and `state:` selections compare with.
 
         Args:
-            source: a target's name, for its last run without a failure; or a folder or URL that has a manifest.json.
-            into: an empty folder to put them in.
+            source: a target's name, for its last build without a failure, or a folder or URL with a manifest.json.
+            into: an empty folder for the copies.
+
+        Returns:
+            The folder `into`.
 
         Raises:
-            DbtError: there are none.
+            DbtError: the source has no manifest.json.
         """
         import fsspec
 
@@ -117,19 +121,19 @@ class Artifacts:
             with contextlib.suppress(OSError):
                 latest = json.loads(self._files.cat_file(f"{self._folder}/latest-{source}.json"))
                 folder = f"{self._folder}/{latest['run']}"
-        for file in _STATE:
+        for file in _STATE_FILES:
             with contextlib.suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError):
                 (into / file).write_bytes(files.cat_file(f"{folder}/{file}"))
         if not (into / "manifest.json").exists():
-            where = source if "/" in source else f"a run of target {source!r} without a failure in {self.root}"
+            place = source if "/" in source else f"a run of target {source!r} without a failure in {self.root}"
             raise DbtError(
-                f"There is nothing to defer to: {where} has no manifest.json. "
+                f"There is nothing to defer to: {place} has no manifest.json. "
                 "Build the whole project there first, or name another folder or target."
             )
         return into
 
-    def _runs(self) -> list[str]:
-        """The names of the runs, newest first."""
+    def _names(self) -> list[str]:
+        """Return the folder names of the stored commands, newest first."""
         try:
             entries = self._files.ls(self._folder, detail=True)
         except FileNotFoundError:
@@ -140,19 +144,19 @@ class Artifacts:
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         path = f"{self._folder}/{name}"
-        data = json.dumps(content, default=_plain).encode()
+        data = json.dumps(content, default=_as_json).encode()
         self._files.pipe_file(f"{path}.new", data)
         self._files.mv(f"{path}.new", path)
 
 
-class Earlier:
-    """A command that was run before.
+class StoredCommand:
+    """A command whose artifacts are stored.
 
     Args:
         command: dbt's command.
-        nodes: what became of its nodes.
-        options: dbt's options.
-        defer_to: what it compared with.
+        nodes: its nodes with their outcomes.
+        options: its arguments.
+        defer_to: the state that it deferred to.
     """
 
     def __init__(
@@ -164,7 +168,7 @@ class Earlier:
         self.defer_to = defer_to
 
 
-def _plain(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     return asdict(value) if isinstance(value, Node) else str(value)
 
 

@@ -1,13 +1,14 @@
-"""dbt's nodes as task runs of the flow run that dbt runs in.
+"""Show dbt's nodes as task runs of the flow run that dbt runs in.
 
-A task run is what its events say it is: Prefect's own tasks report theirs the same way
-(`orchestration.prefect_compat.events`), and the server makes task runs and states of them. Ids follow
-from flow run, command and node, so that another attempt of the same flow run continues the same task runs.
+The server derives a task run and its states from events; Prefect's own tasks send the same events
+(`orchestration.prefect_compat.events`). The id of a task run is computed from flow run, command and node, so that the
+next attempt of the flow run continues the same task runs.
 """
 
 import contextlib
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import NAMESPACE_URL, UUID, uuid5
 
 from orchestration.dbt.outbox import Outbox, Unsent
-from orchestration.dbt.result import REUSED, Node
+from orchestration.dbt.result import REUSED, SKIPPED, Node
 from orchestration.prefect_compat import events
 
 if TYPE_CHECKING:
@@ -31,58 +32,66 @@ STATES = {
     "fail": ("FAILED", "Failed"),
     "runtime error": ("FAILED", "Failed"),
     "partial success": ("FAILED", "Failed"),
-    # Not Completed and not Failed; Prefect has no type of its own for it.
-    "skipped": ("CANCELLED", "Skipped"),
+    # Neither Completed nor Failed: of Prefect's state types, Cancelled is the nearest.
+    SKIPPED: ("CANCELLED", "Skipped"),
 }
 """Type and name of a task run's state by dbt's status."""
 
-LEVELS = {"debug": 10, "info": 20, "warn": 30, "error": 40}
+UNKNOWN_STATE = ("CANCELLED", "Unknown")
+"""Type and name for any other status, which a later dbt may bring: not done, so that the next attempt runs the node."""
 
-MESSAGE = 20_000
-"""Characters of a state's message: the server drops an event of more than 1.5 MB without an error."""
+LOG_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}
+"""Python's log level by dbt's; any other level counts as info."""
 
-PAGE = 200
-"""Task runs in an answer of the API."""
+MESSAGE_CHARACTERS = 20_000
+"""Longest message of a state: the server drops an event of more than 1.5 MB without an error."""
+
+PAGE_SIZE = 200
+"""Task runs in one answer of the API."""
 
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Call:
-    """A dbt command in a flow run: the same one in each attempt of it."""
+    """Identifies a dbt command in a flow run, equally in each attempt of the flow run."""
 
     flow_run: Any
     """Prefect's FlowRun."""
     flow: Any
     """Prefect's Flow, or None."""
     key: str
-    """Different from that of any other command of the flow run."""
+    """Unique among the commands of the flow run."""
 
     @property
     def memory(self) -> tuple[UUID, str]:
-        """What is the same in each attempt; a subflow is a new flow run in each, under the same task run."""
+        """The key of the command over all attempts: a subflow is a new flow run in each, under the same task run."""
         return (self.flow_run.parent_task_run_id or self.flow_run.id, self.key)
 
     @classmethod
     def current(cls, *signature: Any) -> "Call | None":
-        """The call that the running flow makes now; None outside of a flow."""
+        """Return the call that the running flow makes now; None outside of a flow.
+
+        Args:
+            signature: what tells this command from others of the flow: project, command, options.
+        """
         from prefect.context import FlowRunContext
 
         context = FlowRunContext.get()
         if context is None or context.flow_run is None:
             return None
         key = "dbt " + hashlib.sha256(json.dumps(signature, default=str).encode()).hexdigest()[:8]
-        # Prefect counts the calls of a task in here; each attempt begins anew.
+        # Prefect counts the calls of a task here; each attempt begins at 0.
         number = int(context.task_run_dynamic_keys.get(key, -1)) + 1
         context.task_run_dynamic_keys[key] = number
         return cls(context.flow_run, context.flow, f"{key} {number}")
 
     def task_run(self, node: str) -> UUID:
-        """The id of a node's task run."""
+        """Return the id of a node's task run."""
         return uuid5(NAMESPACE_URL, f"prefect.flow-run.{self.flow_run.id}/{self.key}/{node}")
 
     def earlier(self) -> dict[str, Any]:
-        """The task runs of the nodes that earlier attempts have done, by the node's id."""
+        """Return the task runs of the nodes that earlier attempts have finished, by the node's id."""
         from prefect.client.orchestration import get_client
 
         with get_client(sync_client=True) as client:
@@ -91,7 +100,7 @@ class Call:
             return {task.task_key: task for task in self._done(client, runs)} if runs else {}
 
     def _siblings(self, client: "SyncPrefectClient") -> list[UUID]:
-        """The runs of a subflow in earlier attempts of its parent: each is a new flow run, and may have done a part."""
+        """Return the runs of this subflow in earlier attempts of its parent flow run."""
         from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentTaskRunId
 
         parent = self.flow_run.parent_task_run_id
@@ -103,6 +112,7 @@ class Call:
         return [run.id for run in runs if run.id != self.flow_run.id]
 
     def _done(self, client: "SyncPrefectClient", runs: list[UUID]) -> Iterable[Any]:
+        """Yield the completed task runs of this command in the flow runs."""
         from prefect.client.schemas.filters import (
             FlowRunFilter,
             FlowRunFilterId,
@@ -113,55 +123,57 @@ class Call:
         from prefect.client.schemas.objects import StateType
 
         done = TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=[StateType.COMPLETED])))
-        of = FlowRunFilter(id=FlowRunFilterId(any_=runs))
+        in_runs = FlowRunFilter(id=FlowRunFilterId(any_=runs))
         offset = 0
-        while page := client.read_task_runs(flow_run_filter=of, task_run_filter=done, limit=PAGE, offset=offset):
+        while page := client.read_task_runs(
+            flow_run_filter=in_runs, task_run_filter=done, limit=PAGE_SIZE, offset=offset
+        ):
             yield from (task for task in page if task.dynamic_key == self.key)
             offset += len(page)
 
 
 class Mirror:
-    """Shows the nodes of one command as task runs."""
+    """Reports the nodes of one command to the Prefect API: states, log lines, assets and artifacts."""
 
     def __init__(self, call: Call) -> None:
         from prefect.settings import get_current_settings
 
         self._call = call
         self._outbox = Outbox()
-        self._flow = events.flow_run_resources(call.flow_run, call.flow)
-        self._related = get_current_settings().server.events.maximum_related_resources
+        self._flow_resources = events.flow_run_resources(call.flow_run, call.flow)
+        self._maximum_related = get_current_settings().server.events.maximum_related_resources
         self._referenced: set[str] = set()
 
-    def running(self, node: Node, message: str = "") -> None:
-        """A node has started."""
+    def running(self, node: Node) -> None:
+        """Report that a node has started."""
         assert node.started
         name = "Retrying" if node.attempts > 1 else "Running"
-        self._state(node, "RUNNING", name, message, node.started)
+        self._state(node, "RUNNING", name, "", node.started)
 
     def retrying(self, node: Node, message: str, at: datetime) -> None:
-        """A node's attempt has failed, and there will be another one."""
+        """Report that a node has failed and will run again."""
         self._state(node, "SCHEDULED", "AwaitingRetry", message, at)
 
     def ended(self, node: Node, by_id: Mapping[str, Node]) -> None:
-        """A node has a status."""
-        kind, name = STATES[node.status]
-        # A reused node ended long ago; the server keeps the state that is newest.
+        """Report the status of a node."""
+        kind, name = STATES.get(node.status, UNKNOWN_STATE)
+        # A reused node ended long ago, but the server keeps the state with the newest time.
         at = node.ended if node.ended and node.status != REUSED else datetime.now(UTC)
         self._state(node, kind, name, message_of(node, by_id), at)
         if node.asset and node.status in ("success", "error"):
             self._materialized(node)
 
     def stopped(self, node: Node, cancelled: bool) -> None:
-        """A node was running when the command was ended."""
+        """Report that a node was running when the command was interrupted."""
         kind, name = ("CANCELLED", "Cancelled") if cancelled else ("CRASHED", "Crashed")
         self._state(node, kind, name, "dbt was interrupted; its SQL was cancelled.", node.ended or datetime.now(UTC))
 
     def log(self, level: str, text: str, node: str = "") -> None:
-        """A line of dbt's log, at the node's task run or the flow run."""
+        """Send a log line, of the node's task run or of the flow run."""
         self._outbox.line(
             {
                 "name": "dbt",
-                "level": LEVELS.get(level, 20),
+                "level": LOG_LEVELS.get(level, logging.INFO),
                 "message": text[:100_000],
                 "timestamp": datetime.now(UTC).isoformat(),
                 "flow_run_id": str(self._call.flow_run.id),
@@ -170,17 +182,17 @@ class Mirror:
         )
 
     def artifact(self, name: str, kind: str, data: str, description: str) -> None:
-        """An artifact of the flow run."""
+        """Create an artifact of the flow run."""
         key = "-".join(name.lower().split())
         content = {"key": key, "type": kind, "data": data, "description": description}
         self._outbox.request("/artifacts/", {**content, "flow_run_id": str(self._call.flow_run.id)})
 
     def close(self) -> Unsent:
-        """Send what is left; what could not be sent."""
+        """Send the rest; return what could not be sent."""
         return self._outbox.close()
 
     def cancelled(self) -> bool:
-        """Whether somebody cancels the flow run: then what it does is cancelled, else it crashes."""
+        """Return whether the flow run is being cancelled; otherwise its process is being terminated."""
         from prefect.client.orchestration import get_client
 
         with contextlib.suppress(Exception), get_client(sync_client=True, httpx_settings={"timeout": 2.0}) as client:
@@ -190,9 +202,9 @@ class Mirror:
 
     def _state(self, node: Node, kind: str, name: str, message: str, at: datetime) -> None:
         task_run = self._call.task_run(node.id)
-        message = message if len(message) <= MESSAGE else f"{message[:MESSAGE]} …"
+        message = message if len(message) <= MESSAGE_CHARACTERS else f"{message[:MESSAGE_CHARACTERS]} …"
         ended = node.ended if kind not in ("RUNNING", "SCHEDULED") else None
-        about: Json = {
+        task: Json = {
             "name": node.title,
             "task_key": node.id,
             "dynamic_key": self._call.key,
@@ -207,49 +219,58 @@ class Mirror:
             "flow_run_run_count": self._call.flow_run.run_count,
         }
         if node.started:
-            about["expected_start_time"] = about["start_time"] = node.started.isoformat()
+            task["expected_start_time"] = task["start_time"] = node.started.isoformat()
         if ended:
-            about["end_time"] = ended.isoformat()
-            about["total_run_time"] = node.seconds
+            task["end_time"] = ended.isoformat()
+            task["total_run_time"] = node.seconds
         state = {"type": kind, "name": name, "message": message}
-        # Coalesced by the task run: a state that nobody has seen yet gives way to the next.
-        self._outbox.event(str(task_run), events.task_run_state_event(task_run, state, at, about, self._flow))
+        # By task run, so that the outbox replaces a state that is still unsent.
+        self._outbox.event(str(task_run), events.task_run_state_event(task_run, state, at, task, self._flow_resources))
 
     def _materialized(self, node: Node) -> None:
-        """What a node has built, as Prefect's `@materialize` reports it."""
-        for address in node.reads:
-            if address not in self._referenced:
-                self._referenced.add(address)
-                self._asset(events.asset_referenced_event(address, self._flow))
+        """Report the asset that a node has built or failed to build, as Prefect's `@materialize` does."""
+        for key in node.reads:
+            if key not in self._referenced:
+                self._referenced.add(key)
+                self._asset(events.asset_referenced_event(key, self._flow_resources))
         asset = {"address": node.asset, "name": node.name}
         if node.description:
             asset["description"] = node.description
-        room = max(0, self._related - len(self._flow) - events.MATERIALIZATION_RESOURCES)
+        room = max(0, self._maximum_related - len(self._flow_resources) - events.MATERIALIZATION_RESOURCES)
         metadata: Json = {"rows": node.rows, "seconds": node.seconds, "materialized": node.materialized}
         if len(node.reads) > room:
             metadata["upstream"] = node.reads[:5_000]
         task_run = self._call.task_run(node.id)
         upstream = list(node.reads[:room])
         succeeded = node.status == "success"
-        self._asset(events.asset_materialization_event(succeeded, asset, task_run, upstream, self._flow, metadata))
+        self._asset(
+            events.asset_materialization_event(succeeded, asset, task_run, upstream, self._flow_resources, metadata)
+        )
 
     def _asset(self, event: Json) -> None:
         self._outbox.event(f"{event['event']} {event['resource']['prefect.resource.id']}", event)
 
 
 def message_of(node: Node, by_id: Mapping[str, Node]) -> str:
-    """A node's status in a sentence."""
+    """Return the message of a node's state.
+
+    Args:
+        node: the node.
+        by_id: all nodes of the command by their ids.
+    """
     rows = "" if node.rows is None else f", {node.rows:,} rows"
     match node.status:
         case "skipped":
-            above = by_id.get(node.because)
-            if above is None:
+            cause = by_id.get(node.because)
+            if cause is None:
                 return node.message or "Skipped."
-            what = "did not pass" if above.kind in ("test", "unit_test") else "failed"
-            return f"Skipped, because {above.title} {what}."
+            outcome = "did not pass" if cause.kind in ("test", "unit_test") else "failed"
+            return f"Skipped, because {cause.title} {outcome}."
         case "reused":
-            return node.message or "Done by an earlier attempt of this run; not again."
+            return node.message or "Finished by an earlier attempt of this run."
         case "success" | "pass" | "no-op":
             return f"{node.message or node.status} in {node.seconds:.2f} s{rows}"
+        case status if status not in STATES:
+            return f"dbt reports the status {status!r}, which is unknown here. {node.message}".strip()
         case _:
             return node.message or node.status

@@ -1,4 +1,4 @@
-"""What a dbt command did: its nodes, and what became of each."""
+"""The result of a dbt command: its nodes and the outcome of each."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -7,70 +7,74 @@ from typing import Any
 
 from orchestration.errors import DbtError
 
+SUCCEEDED = ("success", "pass", "no-op", "warn")
+"""dbt's statuses of nodes that need not run again."""
 FAILED = ("error", "fail", "runtime error", "partial success")
+"""dbt's statuses of nodes for which dbt's command fails."""
 SKIPPED = "skipped"
+"""dbt's status of nodes that did not run, because a node above failed."""
 REUSED = "reused"
-"""An earlier attempt of the same run has done it. dbt 1.12 has the word too, for what is as its state says."""
+"""An earlier attempt of the flow run has finished the node. dbt 1.12 has this status too: the state holds the result."""
 NOT_RUN = ""
-"""Selected, but the command was over before it came to it."""
+"""The node was selected, but the command ended before it ran."""
 
 
 @dataclass
 class Node:
-    """A node that a command selected, and what became of it."""
+    """A node that a command selected, with its outcome once it has one."""
 
     id: str
-    """dbt's unique id: model.flights.stg_flights."""
+    """dbt's unique id: `model.flights.stg_flights`."""
     name: str
     title: str
-    """As people say it: `stg_flights`, `not_null · stg_flights.flight_id`."""
+    """The name that people read: `stg_flights`, `not_null · stg_flights.flight_id`."""
     kind: str
     """dbt's resource type: model, seed, snapshot, test, unit_test, source, operation, ..."""
     path: str
     relation: str | None = None
-    """The quoted relation that it builds."""
+    """The quoted name of the relation that the node builds."""
     materialized: str | None = None
     parents: list[str] = field(default_factory=list)
-    """Ids of the nodes right above it among those of the command."""
+    """The ids of the nearest nodes above, among those of the command."""
     description: str = ""
     asset: str = ""
-    """The address of what it builds: postgres://database/schema/name."""
+    """The asset key of the relation that the node builds: `postgres://database/schema/name`."""
     reads: list[str] = field(default_factory=list)
-    """The addresses of what it is built from, sources too."""
+    """The asset keys of the relations that the node reads, sources included."""
 
     status: str = NOT_RUN
-    """dbt's own word: success, pass, warn, error, fail, skipped, no-op, ...; or `REUSED`."""
+    """dbt's status (success, pass, warn, error, fail, skipped, no-op, ...), `REUSED` or `NOT_RUN`."""
     message: str = ""
     started: datetime | None = None
     ended: datetime | None = None
     seconds: float = 0.0
     thread: str = ""
     rows: int | None = None
-    """Rows affected, as the database says; None for what has none, a view for one."""
+    """Rows affected, as the database reports; None where it reports none, as of a view."""
     failures: int | None = None
-    """Rows that a test found wrong."""
+    """Rows that a test found."""
     attempts: int = 0
     because: str = ""
-    """The id of the node whose failure is why this one was skipped."""
+    """The id of the failed node that this node was skipped for."""
     sql: str = ""
-    """The compiled SQL of a test that failed."""
+    """The compiled SQL of a failed test."""
     columns: list[str] = field(default_factory=list)
     sample: list[list[Any]] = field(default_factory=list)
-    """Some of the rows that it found: see `sample_rows` of `DbtProject`."""
+    """Some of the rows that a failed test found: see `sample_rows` of `DbtProject`."""
 
     @property
     def failed(self) -> bool:
-        """Whether it ran and did not succeed."""
+        """Whether the node ran and failed."""
         return self.status in FAILED
 
     @property
     def done(self) -> bool:
-        """Whether it need not run again."""
-        return bool(self.status) and self.status not in (*FAILED, SKIPPED)
+        """Whether a retry leaves the node out."""
+        return self.status in (*SUCCEEDED, REUSED)
 
     @property
     def reason(self) -> str:
-        """Why it failed, in a line: dbt's message without its heading."""
+        """Why the node failed, in one line: dbt's message without its heading."""
         lines = [line.strip() for line in self.message.splitlines() if line.strip()]
         if len(lines) > 1 and " Error in " in lines[0]:
             lines = lines[1:]
@@ -80,16 +84,16 @@ class Node:
 
 @dataclass(frozen=True)
 class DbtResult:
-    """What a dbt command did, node by node in the order in which they ended."""
+    """The result of a dbt command: its nodes in the order in which they ended."""
 
     command: str
     nodes: list[Node] = field(default_factory=list)
     seconds: float = 0.0
-    """From the first node's start to the last one's end."""
+    """From the first node's start to the last node's end."""
     stored: str = ""
-    """The URL of the folder with the command's artifacts; empty if they could not be stored."""
+    """The URL of the folder with the command's artifacts; empty if storing them failed."""
     problem: str = ""
-    """Why dbt's command fails although no node did: the catalog could not be read, say."""
+    """Why the command failed although no node failed, such as an unreadable catalog."""
 
     @property
     def failed(self) -> list[Node]:
@@ -98,27 +102,32 @@ class DbtResult:
 
     @property
     def skipped(self) -> list[Node]:
-        """The nodes that did not run because something above them failed."""
+        """The nodes that did not run, because a node above failed."""
         return [node for node in self.nodes if node.status == SKIPPED]
 
     @property
     def warned(self) -> list[Node]:
-        """The nodes that dbt warns of."""
+        """The nodes that ended with a warning."""
         return [node for node in self.nodes if node.status == "warn"]
 
     @property
     def reused(self) -> list[Node]:
-        """The nodes that an earlier attempt of the same run has done."""
+        """The nodes that an earlier attempt of the flow run has finished."""
         return [node for node in self.nodes if node.status == REUSED]
 
     @property
+    def unknown(self) -> list[Node]:
+        """The nodes with a status that this version does not know: neither failed nor done."""
+        return [node for node in self.nodes if node.status not in (*SUCCEEDED, *FAILED, SKIPPED, REUSED, NOT_RUN)]
+
+    @property
     def built(self) -> list[Node]:
-        """The relations that were built or refreshed, by this attempt or an earlier one."""
+        """The nodes whose relations were built, by this attempt of the flow run or an earlier one."""
         kinds = ("model", "seed", "snapshot")
         return [node for node in self.nodes if node.kind in kinds and node.status in ("success", REUSED)]
 
     def error(self) -> DbtError | None:
-        """The failures in one sentence, with what was built all the same; None if all is well."""
+        """Return the failures in one sentence, with the relations that were built; None if no node failed."""
         if self.problem and not self.failed:
             return DbtError(
                 f"dbt {self.command} failed: {self.problem.removesuffix('.')}. Correct the cause and run again.", self
@@ -136,7 +145,7 @@ class DbtResult:
         )
 
     def critical_path(self) -> list[Node]:
-        """The chain of dependencies that took longest: no number of threads makes the command shorter."""
+        """Return the chain of dependencies that took longest: more threads cannot make the command shorter."""
         by_id = {node.id: node for node in self.nodes}
         longest: dict[str, tuple[float, str]] = {}
 
@@ -155,7 +164,7 @@ class DbtResult:
 
 
 def _parents_first(nodes: dict[str, Node]) -> Iterable[Node]:
-    """The nodes, each after all of its parents; without recursion, as a chain may be long."""
+    """Yield each node after all of its parents, without recursion: a chain may be long."""
     seen: set[str] = set()
     for root in nodes.values():
         stack = [(root, False)]

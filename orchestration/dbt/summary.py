@@ -1,20 +1,20 @@
-"""What a dbt command did, for people: a text for logs, a page for the UI, a picture of its threads."""
+"""Summarise a dbt command: text for logs, Markdown for the UI, and a picture of dbt's threads."""
 
 import base64
 from html import escape
 
-from orchestration.dbt.artifacts import Earlier
+from orchestration.dbt.artifacts import StoredCommand
 from orchestration.dbt.result import DbtResult, Node
 
-SLOWEST = 5
-"""Nodes that are named as the slowest."""
+SLOWEST_NODES = 5
+"""How many nodes the summary names as the slowest, and in each of its lists."""
 
 _COLOURS = {"model": "#2a9d8f", "seed": "#8ab17d", "snapshot": "#287271", "test": "#e9c46a", "unit_test": "#e9c46a"}
 _FAILED, _OTHER = "#e76f51", "#8d99ae"
 
 
 def counts(result: DbtResult) -> str:
-    """How many nodes there were and what became of them."""
+    """Return the number of nodes, the seconds, and the number of nodes by outcome."""
     passed = sum(node.status in ("success", "pass", "no-op") for node in result.nodes)
     parts = {
         "ok": passed,
@@ -22,50 +22,52 @@ def counts(result: DbtResult) -> str:
         "failed": len(result.failed),
         "skipped": len(result.skipped),
         "done before": len(result.reused),
+        "of unknown status": len(result.unknown),
     }
     listed = ", ".join(f"{count} {word}" for word, count in parts.items() if count) or "nothing to do"
     return f"{len(result.nodes)} nodes in {result.seconds:.1f} s: {listed}"
 
 
 def slowest(result: DbtResult) -> list[Node]:
-    """The nodes that took longest, longest first."""
-    return sorted((node for node in result.nodes if node.seconds), key=lambda node: -node.seconds)[:SLOWEST]
+    """Return the nodes that took longest, longest first."""
+    return sorted((node for node in result.nodes if node.seconds), key=lambda node: -node.seconds)[:SLOWEST_NODES]
 
 
-def changes(result: DbtResult, before: Earlier | None) -> list[str]:
-    """What is different from the run before, a line each; nothing if there was none."""
+def changes(result: DbtResult, before: StoredCommand | None) -> list[str]:
+    """Return the differences from the command before, one line each; empty if there is none to compare with."""
     if before is None:
         return []
     now = {node.id: node for node in result.nodes}
-    both = [(before.nodes[key], node) for key, node in now.items() if key in before.nodes]
+    pairs = [(before.nodes[key], node) for key, node in now.items() if key in before.nodes]
     slower = [
         f"{node.title} ({old.seconds:.1f} s → {node.seconds:.1f} s)"
-        for old, node in both
+        for old, node in pairs
         if node.seconds > 1.5 * old.seconds and node.seconds - old.seconds > 1
     ]
-    found = {
-        "fails now": [node.title for old, node in both if node.failed and not old.failed],
-        "works again": [node.title for old, node in both if old.failed and node.done],
+    by_change = {
+        "fails now": [node.title for old, node in pairs if node.failed and not old.failed],
+        "works again": [node.title for old, node in pairs if old.failed and node.done],
         "new": [node.title for key, node in now.items() if key not in before.nodes],
         "gone": [node.title for key, node in before.nodes.items() if key not in now],
         "slower": slower,
     }
-    return [f"{what}: {_some(titles)}" for what, titles in found.items() if titles]
+    return [f"{change}: {_first_titles(titles)}" for change, titles in by_change.items() if titles]
 
 
-def _some(titles: list[str]) -> str:
-    more = f" and {len(titles) - SLOWEST} more" if len(titles) > SLOWEST else ""
-    return ", ".join(titles[:SLOWEST]) + more
+def _first_titles(titles: list[str]) -> str:
+    more = f" and {len(titles) - SLOWEST_NODES} more" if len(titles) > SLOWEST_NODES else ""
+    return ", ".join(titles[:SLOWEST_NODES]) + more
 
 
-def _critical(result: DbtResult) -> tuple[float, list[Node]]:
+def _critical_path(result: DbtResult) -> tuple[float, list[Node]]:
+    """Return the seconds of the critical path, and its nodes that took time."""
     path = [node for node in result.critical_path() if node.seconds]
     return sum(node.seconds for node in path), path
 
 
-def text(result: DbtResult, before: Earlier | None = None) -> str:
-    """The summary as plain text, a line a fact."""
-    seconds, path = _critical(result)
+def text(result: DbtResult, before: StoredCommand | None = None) -> str:
+    """Return the summary as plain text, one fact a line."""
+    seconds, path = _critical_path(result)
     lines = [f"dbt {result.command}: {counts(result)}"]
     if path:
         chain = " → ".join(node.title for node in path)
@@ -79,9 +81,9 @@ def text(result: DbtResult, before: Earlier | None = None) -> str:
     return "\n".join(lines)
 
 
-def markdown(result: DbtResult, before: Earlier | None = None) -> str:
-    """The summary as the Markdown of Prefect's artifact."""
-    seconds, path = _critical(result)
+def markdown(result: DbtResult, before: StoredCommand | None = None) -> str:
+    """Return the summary as Markdown, for an artifact in Prefect's UI."""
+    seconds, path = _critical_path(result)
     by_id = {node.id: node for node in result.nodes}
     lines = [f"**dbt {result.command}: {counts(result)}**", ""]
     if path:
@@ -108,8 +110,8 @@ def markdown(result: DbtResult, before: Earlier | None = None) -> str:
     if result.skipped:
         lines += ["| skipped | because of |", "|---|---|"]
         for node in result.skipped[:50]:
-            above = by_id.get(node.because)
-            lines.append(f"| `{node.title}` | {f'`{above.title}`' if above else _cell(node.message)} |")
+            cause = by_id.get(node.because)
+            lines.append(f"| `{node.title}` | {f'`{cause.title}`' if cause else _cell(node.message)} |")
         lines.append("")
     if changed := changes(result, before):
         lines += ["Since the run before:", "", *(f"- {line}" for line in changed), ""]
@@ -123,7 +125,7 @@ def _count(rows: int | None) -> str:
 
 
 def _table(node: Node) -> list[str]:
-    """The rows that a test found, as a table."""
+    """Return the rows that a test found as lines of a Markdown table."""
     if not node.sample:
         return []
     header = [f"| {' | '.join(map(_cell, node.columns))} |", f"|{'---|' * len(node.columns)}"]
@@ -131,7 +133,7 @@ def _table(node: Node) -> list[str]:
 
 
 def rows_as_text(node: Node) -> str:
-    """A failed test's SQL and the rows it found, aligned for a log."""
+    """Return a failed test's SQL and the rows that it found, in columns for a log."""
     rows = [node.columns, *([str(value) for value in row] for row in node.sample)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(node.columns))]
     table = ["  ".join(value.ljust(width) for value, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -144,7 +146,10 @@ def _cell(value: str) -> str:
 
 
 def gantt(result: DbtResult) -> str:
-    """A picture of the threads as SVG: a row a thread, a bar a node, on the critical path framed."""
+    """Return an SVG picture of dbt's threads: a row for each thread, a bar for each node.
+
+    Bars of the critical path have a frame. Empty if no node has run in a thread.
+    """
     bars = [node for node in result.nodes if node.started and node.ended and node.thread]
     if not bars:
         return ""
@@ -187,5 +192,5 @@ def gantt(result: DbtResult) -> str:
 
 
 def as_data_url(svg: str) -> str:
-    """A picture as a URL that holds it, so that the UI needs no file store to show it."""
+    """Return a `data:` URL of the picture, which the UI shows without a file store."""
     return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"

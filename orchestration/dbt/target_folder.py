@@ -1,0 +1,68 @@
+"""The target folder of one dbt command: separate, as two commands in one folder mix up their files."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+PARSE = "partial_parse.msgpack"
+"""dbt's parse of the project, in a target folder."""
+
+
+@contextlib.contextmanager
+def target_folder(project: Path) -> Iterator[Path]:
+    """Yield a new target folder, which replaces the content of the project's `target/` after success.
+
+    The folder starts with the partial parse of `target/`. In a checkout that is not writable, the folder is temporary
+    and its files are deleted.
+
+    Args:
+        project: the folder with dbt_project.yml.
+    """
+    shared = project / "target"
+    try:
+        shared.mkdir(exist_ok=True)
+        folder, lock = _locked_folder(shared)
+    except OSError:
+        folder, lock = Path(tempfile.mkdtemp(prefix="dbt-")), None
+    try:
+        with contextlib.suppress(OSError):
+            shutil.copyfile(shared / PARSE, folder / PARSE)
+        yield folder
+        if folder.parent == shared:
+            with contextlib.suppress(OSError):
+                for entry in folder.iterdir():
+                    if entry.is_dir():
+                        shutil.rmtree(shared / entry.name, ignore_errors=True)
+                    entry.replace(shared / entry.name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked_folder(shared: Path) -> tuple[Path, int]:
+    """Make a folder in `shared`, and remove those that killed commands left.
+
+    Returns:
+        The folder, and the file descriptor that locks it.
+    """
+    shared_descriptor = os.open(shared, os.O_RDONLY)
+    try:
+        # One process at a time: a new folder that is not locked yet would look abandoned.
+        fcntl.flock(shared_descriptor, fcntl.LOCK_EX)
+        for other in shared.glob(".run-*"):
+            lock = os.open(other, os.O_RDONLY)
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(other, ignore_errors=True)
+            os.close(lock)
+        folder = Path(tempfile.mkdtemp(prefix=".run-", dir=shared))
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return folder, lock
+    finally:
+        os.close(shared_descriptor)
