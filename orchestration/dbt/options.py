@@ -31,8 +31,8 @@ class Options(TypedDict, total=False):
     flags: Sequence[str]
     """More options of dbt's command (`["--fail-fast"]`)."""
     inputs: object
-    """Identifies the data that the flow has loaded for the nodes, such as the id of the newest load. A retry of the flow
-    run leaves out finished nodes only while `inputs` is equal."""
+    """Identifies the data that the flow has loaded for the nodes, such as the id of the newest load. A retry of the
+    flow run leaves out finished nodes only while `inputs` is equal."""
     check: bool
     """Raise if nodes failed, which is the default. With False the caller looks at the result."""
 

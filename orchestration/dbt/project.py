@@ -198,7 +198,7 @@ class DbtProject:
                 if call:
                     # An attempt that ends before dbt lists its nodes forgets nothing of earlier attempts.
                     done = {node.id: node for node in run.nodes.values() if node.done}
-                    self._finished[call.memory] = finished | done
+                    self._finished[call.memory] = {**finished, **done}
                 run.close()
         if options.get("check", True) and (error := result.error()):
             raise error

@@ -14,7 +14,7 @@ FAILED = ("error", "fail", "runtime error", "partial success")
 SKIPPED = "skipped"
 """dbt's status of nodes that did not run, because a node above failed."""
 REUSED = "reused"
-"""An earlier attempt of the flow run has finished the node. dbt 1.12 has this status too: the state holds the result."""
+"""An earlier attempt of the flow run finished the node. dbt 1.12 has this status too: the state holds the result."""
 NOT_RUN = ""
 """The node was selected, but the command ended before it ran."""
 

@@ -1,6 +1,7 @@
 """Read files of desired state as YAML, with the file and line of each value.
 
-ruamel.yaml keeps positions too, but its loader is pure Python: a file of 1,000 deployments takes it 1.6 s, this one 0.12.
+ruamel.yaml keeps positions too, but its loader is pure Python: it takes 1.6 s for a file of 1,000 deployments, and this
+module 0.12 s.
 """
 
 import math

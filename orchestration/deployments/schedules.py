@@ -1,6 +1,6 @@
 """Schedules of a deployment: one normal form for files and server, validation, and the next times.
 
-The next times come from the server's own classes, not from croniter or cronsim: a preview must not differ from the runs.
+The next times come from the server's own classes, not from croniter or cronsim: a preview must show what will run.
 Prefect is imported when a schedule is checked, not before: comparing schedules does not need it.
 """
 

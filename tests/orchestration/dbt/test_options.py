@@ -16,7 +16,7 @@ import yaml
 from hypothesis import strategies
 
 from orchestration.dbt import DbtProject, child
-from orchestration.dbt.project import _arguments
+from orchestration.dbt.options import command_line_arguments
 from orchestration.errors import DbtError
 from tests.parts import examples
 
@@ -36,7 +36,7 @@ _JSON = strategies.recursive(
 @hypothesis.example(variables={"large": 1e16, "small": 1e-7, "day": "2024-01-01", "no": "no", "octal": "010"})
 def test_vars_reach_dbt_as_they_are(variables: Mapping[str, Any]) -> None:
     """dbt reads them as YAML, in which JSON's `1e+16` is a text."""
-    option, text = _arguments({"vars": variables})
+    option, text = command_line_arguments({"vars": variables})
     assert option == "--vars"
     found = yaml.safe_load(text)
     assert found == variables

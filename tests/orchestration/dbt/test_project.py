@@ -112,14 +112,14 @@ def test_jinja_that_is_broken_is_an_error_with_file_line_and_text(small_project:
 def test_a_warm_process_is_used_once(project: DbtProject) -> None:
     """And ends with the project where no command used it."""
     project.warm()
-    used = project._warm
+    used = project._warm_process
     assert used is not None
     project.warm()
-    assert project._warm is used
+    assert project._warm_process is used
     assert project.build().error() is None
     assert not used.alive()
     project.warm()
-    unused = project._warm
+    unused = project._warm_process
     assert unused is not None
     assert unused is not used
     assert unused.alive()
@@ -129,9 +129,9 @@ def test_a_warm_process_is_used_once(project: DbtProject) -> None:
 
 def test_a_warm_process_that_died_is_replaced(project: DbtProject) -> None:
     project.warm()
-    assert project._warm is not None
-    project._warm._process.kill()
-    project._warm._process.wait()
+    assert project._warm_process is not None
+    project._warm_process._process.kill()
+    project._warm_process._process.wait()
     assert project.build(select="three").error() is None
 
 
