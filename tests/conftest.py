@@ -131,9 +131,9 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def pytest_sessionfinish() -> None:
     """Remove what the processes of this run have shared on the cluster."""
     if _BEGINS_RUN:
-        from tests.e2e.release import remove_shared
+        from tests.e2e.release import remove_shared_namespaces
 
-        remove_shared()
+        remove_shared_namespaces()
 
 
 def pytest_collection_finish() -> None:
@@ -234,9 +234,9 @@ def namespace(cluster: str) -> Iterator["Namespace"]:
 @pytest.fixture(scope="module")
 def image(cluster: str) -> str:
     """The image of this checkout, built and pushed to where the cluster pulls from; its name."""
-    from tests.e2e.release import built_image
+    from tests.e2e.release import build_image
 
-    return built_image()
+    return build_image()
 
 
 @pytest.fixture

@@ -17,14 +17,14 @@ from datetime import datetime
 from pathlib import Path
 
 from orchestration import warehouse
-from tests.benchmarks.run import BIN, Figure, table, timed
+from tests.benchmarks.run import BIN, Figure, results_table, time_command
 from tests.orchestration.dbt.projects import fast
 from tests.parts import embedded_postgres, new_database, prefect_server
 
 SIZES = {20: ("", "at most 2.5"), 300: ("at most 1.15", ""), 1000: ("at most 1.10", "")}
 """Nodes of the projects; what the flow may take: how many times the command line's time, how many seconds more."""
 
-LINES = 100_000
+LOG_LINES = 100_000
 
 FLOW = """
 import resource
@@ -46,17 +46,17 @@ print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 
 
-def _talkative(folder: Path) -> Path:
+def _project_with_many_log_lines(folder: Path) -> Path:
     """The smallest project, of which a model logs very many lines."""
     project = fast(folder, 20)
     model = project / "models" / "amber_0.sql"
     line = "{% do log('line ' ~ i, info=true) %}"
-    loop = f"{{% if execute %}}{{% for i in range({LINES}) %}}{line}{{% endfor %}}{{% endif %}}"
+    loop = f"{{% if execute %}}{{% for i in range({LOG_LINES}) %}}{line}{{% endfor %}}{{% endif %}}"
     model.write_text(f"{model.read_text()}\n{loop}\n")
     return project
 
 
-def _span(target: Path) -> float:
+def _seconds_of_nodes(target: Path) -> float:
     """Seconds from the first node's start to the last one's end, as dbt wrote them."""
     results = json.loads((target / "run_results.json").read_text())["results"]
     times = [datetime.fromisoformat(timing[key]) for result in results for timing in result["timing"]
@@ -64,7 +64,7 @@ def _span(target: Path) -> float:
     return (max(times) - min(times)).total_seconds()
 
 
-def beside_the_command_line(
+def compare_with_command_line(
     postgres: str, server: str, project: Path, name: str, goals: tuple[str, str], pairs: int
 ) -> list[Figure]:
     """The project's build in a flow, and by `dbt build`.
@@ -90,14 +90,14 @@ def beside_the_command_line(
             *("--project-dir", str(project), "--profiles-dir", str(project)),
         ]
         environment = {"WAREHOUSE_URL": url, "PREFECT_API_URL": server}
-        timed(flow, environment)  # the first ones parse
-        timed(dbt, warehouse.environment())
+        time_command(flow, environment)  # the first ones parse
+        time_command(dbt, warehouse.environment())
         for _ in range(pairs):
-            seconds, output = timed(flow, environment)
+            seconds, output = time_command(flow, environment)
             ours.append(seconds)
-            our_spans.append(_span(project / "target"))
-            dbts.append(timed(dbt, warehouse.environment())[0])
-            dbts_spans.append(_span(Path(folder) / "target"))
+            our_spans.append(_seconds_of_nodes(project / "target"))
+            dbts.append(time_command(dbt, warehouse.environment())[0])
+            dbts_spans.append(_seconds_of_nodes(Path(folder) / "target"))
             peaks.append(float(re.findall(r"^peak (.+)$", output, re.MULTILINE)[0]))
             unsent += sum(int(each) for each in re.findall(r"did not take \d+ events and (\d+) lines", output))
     both = list(zip(ours, dbts, strict=True))
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--line-pairs", type=int, default=3, help="pairs of the project that logs much; 0 for none")
     options = parser.parse_args(arguments)
     with (
-        table("embedded PostgreSQL 18, Prefect's server on SQLite") as report,
+        results_table("embedded PostgreSQL 18, Prefect's server on SQLite") as report,
         tempfile.TemporaryDirectory() as folder,
         tempfile.TemporaryDirectory() as home,
         tempfile.TemporaryDirectory() as own_home,
@@ -136,10 +136,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for nodes in options.sizes
         ]
         if options.line_pairs:
-            name = f"20 nodes, {LINES:,} lines of log,"
-            projects.append((_talkative(Path(folder) / "talkative"), name, ("", ""), options.line_pairs))
+            name = f"20 nodes, {LOG_LINES:,} lines of log,"
+            projects.append(
+                (_project_with_many_log_lines(Path(folder) / "talkative"), name, ("", ""), options.line_pairs)
+            )
         for project, name, goals, pairs in projects:
-            report(beside_the_command_line(postgres, server, project, name, goals, pairs))
+            report(compare_with_command_line(postgres, server, project, name, goals, pairs))
     return 0
 
 

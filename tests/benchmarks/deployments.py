@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 import yaml
 
-from tests.benchmarks.run import BIN, Figure, table, timed
+from tests.benchmarks.run import BIN, Figure, results_table, time_command
 from tests.parts import new_database, prefect_server, rows_of, settings_of, wait_until
 
 ORCHESTRATE = str(BIN / "orchestrate")
@@ -33,7 +33,7 @@ SCRIPTS = 20
 
 POOL = "bench"
 
-REST = 12
+QUIET_SECONDS = 12
 """Seconds without a new run after which a server has scheduled what is new: it looks for that every 5 s."""
 
 SCRIPT = '''
@@ -111,7 +111,7 @@ def write_project(folder: Path, deployments: int) -> int:
     return sum(len(each["schedules"]) for each in listed)
 
 
-def change(folder: Path) -> str:
+def change_one_deployment(folder: Path) -> str:
     """Change the parameters of one deployment in the file; its name."""
     file = folder / "prefect.yaml"
     document = yaml.safe_load(file.read_text())
@@ -136,11 +136,11 @@ def new_server(postgres: str) -> Iterator[str]:
             stack.enter_context(settings_of(PREFECT_SERVER_DATABASE_CONNECTION_URL=url))
         api = stack.enter_context(prefect_server(Path(home)))
         httpx.post(f"{api}/work_pools/", json={"name": POOL, "type": "process"}, timeout=60).raise_for_status()
-        _scheduled(api)
+        _wait_until_scheduled(api)
         yield api
 
 
-def _scheduled(api: str) -> None:
+def _wait_until_scheduled(api: str) -> None:
     """Wait until the server has made the runs of all that is new."""
     runs, since = -1, time.monotonic()
 
@@ -148,7 +148,7 @@ def _scheduled(api: str) -> None:
         nonlocal runs, since
         if (now := _count(api, "flow_runs")) != runs:
             runs, since = now, time.monotonic()
-        return time.monotonic() - since > REST
+        return time.monotonic() - since > QUIET_SECONDS
 
     wait_until(rests, "no new runs", 600)
 
@@ -158,7 +158,7 @@ def _count(api: str, what: str) -> int:
 
 
 @dataclass
-class Beside:
+class Comparison:
     """Seconds of both programs on one kind of server.
 
     Args:
@@ -182,18 +182,20 @@ class Beside:
     def by_orchestrate(self, api: str) -> None:
         """On a new server: first, then with nothing changed, then with one, which `prefect deploy` brings once more."""
         environment = {"PREFECT_API_URL": api}
-        self.sync.append(timed([ORCHESTRATE, "sync"], environment, self.folder)[0])
+        self.sync.append(time_command([ORCHESTRATE, "sync"], environment, self.folder)[0])
         self._expect(api)
-        _scheduled(api)
-        self.plan.append(timed([ORCHESTRATE, "plan"], environment, self.folder)[0])  # fails if there is a difference
-        change(self.folder)
-        seconds, said = timed([ORCHESTRATE, "sync"], environment, self.folder)
+        _wait_until_scheduled(api)
+        self.plan.append(
+            time_command([ORCHESTRATE, "plan"], environment, self.folder)[0]
+        )  # fails if there is a difference
+        change_one_deployment(self.folder)
+        seconds, said = time_command([ORCHESTRATE, "sync"], environment, self.folder)
         if "1 changed" not in said:
             raise RuntimeError(f"one deployment is another, and orchestrate sync says:\n{said}")
         self.change.append(seconds)
-        _scheduled(api)
-        name = change(self.folder)
-        self.deploy_one.append(timed([*DEPLOY, "--name", name], environment, self.folder)[0])
+        _wait_until_scheduled(api)
+        name = change_one_deployment(self.folder)
+        self.deploy_one.append(time_command([*DEPLOY, "--name", name], environment, self.folder)[0])
 
     def by_prefect(self, api: str) -> None:
         """On a new server: first, then with nothing changed."""
@@ -205,7 +207,7 @@ class Beside:
                 self.cut_off = _count(api, "deployments")
                 return
             self._expect(api)
-            _scheduled(api)
+            _wait_until_scheduled(api)
 
     def _deploy_all(self, api: str) -> bool:
         """Whether it came to an end by itself."""
@@ -239,7 +241,7 @@ class Beside:
         return [each for each in figures if each.values]
 
 
-def beside_prefect_deploy(
+def compare_with_prefect_deploy(
     postgres: str, deployments: int, pairs: int, deploys: int, limit: float, database: str
 ) -> list[Figure]:
     """`orchestrate` in all pairs; `prefect deploy --all`, which takes minutes, in the first ones.
@@ -254,7 +256,7 @@ def beside_prefect_deploy(
     """
     with tempfile.TemporaryDirectory() as folder:
         schedules = write_project(Path(folder), deployments)
-        both = Beside(Path(folder), deployments, limit)
+        both = Comparison(Path(folder), deployments, limit)
         for number in range(pairs):
             with new_server(postgres) as api:
                 both.by_orchestrate(api)
@@ -264,17 +266,17 @@ def beside_prefect_deploy(
     return both.figures(schedules, database)
 
 
-def version(postgres: str) -> str:
+def postgres_version(postgres: str) -> str:
     """What a Postgres is, for the table."""
     return f"PostgreSQL {rows_of(postgres, 'show server_version')[0][0].split()[0]}"
 
 
-def help_texts(pairs: int) -> list[Figure]:
+def measure_help(pairs: int) -> list[Figure]:
     """`orchestrate --help` beside Prefect's."""
     ours, prefects = [], []
     for _ in range(pairs):
-        ours.append(timed([ORCHESTRATE, "--help"], {})[0])
-        prefects.append(timed([str(BIN / "prefect"), "--help"], {})[0])
+        ours.append(time_command([ORCHESTRATE, "--help"], {})[0])
+        prefects.append(time_command([str(BIN / "prefect"), "--help"], {})[0])
     return [
         Figure("`orchestrate --help`", "s", ours, "at most 0.5"),
         Figure("`prefect --help`", "s", prefects),
@@ -290,14 +292,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=1800, help="seconds after which one is ended")
     parser.add_argument("--postgres", metavar="URL", help="of one with pg_trgm, for servers on it after SQLite's")
     options = parser.parse_args(arguments)
-    databases = {"SQLite": ""} | ({version(options.postgres): options.postgres} if options.postgres else {})
+    databases = {"SQLite": ""} | ({postgres_version(options.postgres): options.postgres} if options.postgres else {})
     parts = f"Prefect's server on {' and on '.join(databases)}, load {os.getloadavg()[0]:.1f} before"
-    with table(parts) as report, tempfile.TemporaryDirectory() as home:
+    with results_table(parts) as report, tempfile.TemporaryDirectory() as home:
         os.environ |= {"PREFECT_HOME": home, "DO_NOT_TRACK": "1"}
-        report(help_texts(options.pairs))
+        report(measure_help(options.pairs))
         for database, url in databases.items():
             count, pairs, deploys = options.deployments, options.pairs, options.deploys
-            report(beside_prefect_deploy(url, count, pairs, deploys, options.limit, f"on {database}"))
+            report(compare_with_prefect_deploy(url, count, pairs, deploys, options.limit, f"on {database}"))
     return 0
 
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orchestration.settings import ROOT
-from tests.benchmarks.run import Figure, table
+from tests.benchmarks.run import Figure, results_table
 from tests.parts import copy_of_checkout
 
 MAKE = ("make", "--silent", "--old-file", ".venv/ready")
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ["git", "-c", "user.name=bench", "-c", "user.email=bench@example.com", "commit", "-qm", "A copy"],
             cwd=folder, check=True,
         )  # fmt: skip
-        with table("Kubernetes 1.35 on one node from packages") as report:
+        with results_table("Kubernetes 1.35 on one node from packages") as report:
             report(measure(folder, options.ups, options.pairs))
     return 0
 

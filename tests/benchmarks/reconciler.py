@@ -39,30 +39,30 @@ from orchestration.reconciler.kubernetes_client import Cluster
 from orchestration.reconciler.loop import Reconciler
 from orchestration.reconciler.model import Policy
 from orchestration.settings import ROOT
-from tests.benchmarks.deployments import POOL, new_server, version
-from tests.benchmarks.run import Figure, table
+from tests.benchmarks.deployments import POOL, new_server, postgres_version
+from tests.benchmarks.run import Figure, results_table
 from tests.cluster.namespace import proxied, restricted
-from tests.e2e.faults.victims import watched
+from tests.e2e.faults.victims import fault_values
 from tests.e2e.release import Object, pool_values
 from tests.helm.rendering import render
 from tests.parts import free_port, wait_until
 
-LIVE = (100, 300, 1000, 3000, 5000)
+LIVE_RUNS = (100, 300, 1000, 3000, 5000)
 
-OVER = (0, 1000, 10000)
+FINISHED_RUNS = (0, 1000, 10000)
 """How many runs are over, beside the first number of live ones; the last number stays for the others."""
 
-AT_ONCE = 16
+CONCURRENT_REQUESTS = 16
 """Requests that make runs, Jobs and pods at the same time."""
 
 STAGES = Path(__file__).with_name("stages.yaml")
 
-PODS = "10.246.0.0/16"
+POD_ADDRESSES = "10.246.0.0/16"
 """The addresses of simulated pods: no others have them."""
 
 
 @contextlib.contextmanager
-def simulated(context: str) -> Iterator[str]:
+def simulated_node(context: str) -> Iterator[str]:
     """The name of a node that is not there and on which pods are Running at once, while the block lasts."""
     name = f"simulated-{uuid4().hex[:8]}"
     amounts = {"cpu": "1000", "memory": "1000Gi", "pods": "10000"}
@@ -82,7 +82,7 @@ def simulated(context: str) -> Iterator[str]:
         with (Path(folder) / "log").open("w") as log:
             command = [str(binaries.program("kwok")), "--kubeconfig", str(config), "--manage-single-node", name]
             kwok = subprocess.Popen(
-                [*command, "--cidr", PODS, "--config", str(STAGES)],
+                [*command, "--cidr", POD_ADDRESSES, "--config", str(STAGES)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 # An API server whose etcd is old refuses to stream lists, and each refusal makes it wait longer.
@@ -97,12 +97,12 @@ def simulated(context: str) -> Iterator[str]:
             binaries.kubectl("--context", context, "delete", "node", name, "--wait=false")
 
 
-async def manifest(pool_id: str) -> Object:
+async def job_manifest(pool_id: str) -> Object:
     """The Job of a run as the chart's pool has it, by Prefect's own templating, with labels like a worker adds."""
     from prefect.client.orchestration import PrefectClient
     from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
-    rendered = render("prefect-work-pool", watched(pool_values("localhost:5000/prefect-orchestration:bench")))
+    rendered = render("prefect-work-pool", fault_values(pool_values("localhost:5000/prefect-orchestration:bench")))
     [sync] = [each for each in rendered if each["kind"] == "ConfigMap" and each["metadata"]["name"].endswith("-sync")]
     [pool] = yaml.safe_load(sync["data"]["pool.yaml"])["work_pools"]
     nowhere = PrefectClient("http://127.0.0.1:9/api")  # nothing in the template is the server's to fill in
@@ -118,7 +118,7 @@ async def manifest(pool_id: str) -> Object:
     return job
 
 
-class Load:
+class LoadGenerator:
     """What makes the runs and their pods.
 
     Args:
@@ -133,12 +133,12 @@ class Load:
         self.runner, self.namespace, self.node = runner, namespace, node
         self.prefect = httpx.AsyncClient(base_url=api, timeout=120)
         self.kubernetes = httpx.AsyncClient(base_url=kubernetes, timeout=120)
-        self.turns = asyncio.Semaphore(AT_ONCE)
+        self.turns = asyncio.Semaphore(CONCURRENT_REQUESTS)
         pool = runner.run(self.ask(self.prefect, "GET", f"/work_pools/{POOL}"))
         flow = runner.run(self.ask(self.prefect, "POST", "/flows/", {"name": POOL}))
         body = {"name": POOL, "flow_id": flow["id"], "work_pool_name": POOL}
         self.deployment = runner.run(self.ask(self.prefect, "POST", "/deployments/", body))["id"]
-        self.job = runner.run(manifest(pool["id"]))
+        self.job = runner.run(job_manifest(pool["id"]))
         self.cluster = runner.run(self.ask(self.kubernetes, "GET", "/api/v1/namespaces/kube-system"))["metadata"]["uid"]
 
     def close(self) -> None:
@@ -203,7 +203,7 @@ class Load:
         return len((await self.ask(self.kubernetes, "GET", path))["items"])
 
 
-def rounds_of(
+def measure_rounds(
     api: str, kubernetes: str, namespace: str, live: int, number: int
 ) -> tuple[list[float], list[float], float]:
     """Seconds of rounds of `orchestrate reconcile`, seconds of processor time, and the process's peak memory in MB.
@@ -262,7 +262,7 @@ def rounds_of(
 
 
 @dataclass
-class Parts:
+class RoundParts:
     """What rounds consist of, in seconds; both APIs are asked at the same time."""
 
     requests: int = 0
@@ -273,9 +273,9 @@ class Parts:
     """The same of Kubernetes'."""
 
 
-async def parts_of(api: str, kubernetes: str, namespace: str, rounds: int) -> Parts:
+async def measure_parts(api: str, kubernetes: str, namespace: str, rounds: int) -> RoundParts:
     """What rounds consist of, in this process; the first one makes connections and is not among them."""
-    found = Parts()
+    found = RoundParts()
     waited: dict[str, float] = {}
     sent: dict[int, float] = {}
 
@@ -316,11 +316,11 @@ def measure(postgres: str, rounds: int, live: Sequence[int], over: Sequence[int]
     with contextlib.ExitStack() as stack:
         context = stack.enter_context(local_cluster.shared())
         namespace = stack.enter_context(restricted(context, "bench")).name
-        node = stack.enter_context(simulated(context))
+        node = stack.enter_context(simulated_node(context))
         kubernetes = stack.enter_context(proxied(context))
         api = stack.enter_context(new_server(postgres))
         with asyncio.Runner() as runner:
-            load = Load(runner, api, kubernetes, namespace, node)
+            load = LoadGenerator(runner, api, kubernetes, namespace, node)
             there = 0
             load.make(load.live, live[0])
             for number in over:
@@ -328,21 +328,21 @@ def measure(postgres: str, rounds: int, live: Sequence[int], over: Sequence[int]
                     load.make(load.over, number - there)
                 there = number
                 said = f"a round over {live[0]:,} live runs, {number:,} that are over"
-                parts = runner.run(parts_of(api, kubernetes, namespace, 1))
+                parts = runner.run(measure_parts(api, kubernetes, namespace, 1))
                 yield Figure(f"requests of {said}", "", [parts.requests])
-                yield Figure(said, "s", rounds_of(api, kubernetes, namespace, live[0], rounds)[0])
+                yield Figure(said, "s", measure_rounds(api, kubernetes, namespace, live[0], rounds)[0])
             there = live[0]
             for number in live:
                 if number > there:
                     load.make(load.live, number - there)
                 there = number
-                seconds, processor, memory = rounds_of(api, kubernetes, namespace, number, rounds)
+                seconds, processor, memory = measure_rounds(api, kubernetes, namespace, number, rounds)
                 goal = {1000: "at most 1"}.get(number, "")
                 yield Figure(f"a round over {number:,} live runs, {over[-1]:,} that are over", "s", seconds, goal)
                 yield Figure("processor time of such a round", "s", processor)
                 goal = {1000: "at most 150"}.get(number, "")
                 yield Figure("peak memory of its process", "MB", [memory], goal)
-                parts = runner.run(parts_of(api, kubernetes, namespace, rounds))
+                parts = runner.run(measure_parts(api, kubernetes, namespace, rounds))
                 yield Figure("requests of such a round", "", [parts.requests])
                 yield Figure("of its time: until Prefect's API answers", "s", parts.prefect)
                 yield Figure("of its time: until Kubernetes' API answers", "s", parts.kubernetes)
@@ -353,14 +353,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table and append it to the results."""
     parser = argparse.ArgumentParser(description="Measure rounds of the reconciler over many runs.")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--live", type=int, nargs="+", default=LIVE, help="how many live runs, growing")
-    parser.add_argument("--over", type=int, nargs="+", default=OVER, help="how many that are over, growing")
+    parser.add_argument("--live", type=int, nargs="+", default=LIVE_RUNS, help="how many live runs, growing")
+    parser.add_argument("--over", type=int, nargs="+", default=FINISHED_RUNS, help="how many that are over, growing")
     parser.add_argument("--postgres", metavar="URL", default="", help="of one with pg_trgm; else SQLite")
     options = parser.parse_args(arguments)
-    database = version(options.postgres) if options.postgres else "SQLite"
+    database = postgres_version(options.postgres) if options.postgres else "SQLite"
     parts = f"Prefect's server on {database}, load {os.getloadavg()[0]:.1f} before"
     try:
-        with table(parts) as report, tempfile.TemporaryDirectory() as home:
+        with results_table(parts) as report, tempfile.TemporaryDirectory() as home:
             os.environ |= {"PREFECT_HOME": home, "DO_NOT_TRACK": "1"}
             report(measure(options.postgres, options.rounds, options.live, options.over))
     except ClusterError as error:

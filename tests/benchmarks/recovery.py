@@ -19,11 +19,11 @@ import httpx
 
 from orchestration.errors import ClusterError
 from orchestration.protocol import PEAK_LABEL
-from tests.benchmarks.run import Figure, table
-from tests.e2e.faults.victims import killed, pods, state_named, states
+from tests.benchmarks.run import Figure, results_table
+from tests.e2e.faults.victims import kill_pod, list_pods, list_states, wait_for_state
 from tests.e2e.release import Pool
-from tests.e2e.runs import deployment, ended, logged, run_of, start
-from tests.long.soak import Line, installed, journals
+from tests.e2e.runs import create_deployment, get_run, start_run, wait_for_log, wait_until_ended
+from tests.long.soak import Line, installed_charts, read_journals
 from tests.parts import wait_until
 
 PARTS = (
@@ -36,10 +36,10 @@ PARTS = (
 """What happens between a kill and the next execution's first line."""
 
 
-def moments(api: httpx.Client, run: str, journal: Sequence[Line]) -> list[float]:
+def find_milestones(api: httpx.Client, run: str, journal: Sequence[Line]) -> list[float]:
     """The ends of `PARTS`, and before them the moment of death, in seconds since 1970."""
     first, second = dict.fromkeys(each.pod for each in journal)
-    listed = [(each["name"], datetime.fromisoformat(each["timestamp"]).timestamp()) for each in states(api, run)]
+    listed = [(each["name"], datetime.fromisoformat(each["timestamp"]).timestamp()) for each in list_states(api, run)]
     names = [name for name, _ in listed]
     crashed = names.index("Crashed")
     later = dict(reversed(listed[crashed:]))  # the first of a name wins
@@ -50,19 +50,19 @@ def moments(api: httpx.Client, run: str, journal: Sequence[Line]) -> list[float]
     ]
 
 
-def measure(api: httpx.Client, pool: Pool, kills: int) -> list[Figure]:
+def measure_recovery(api: httpx.Client, pool: Pool, kills: int) -> list[Figure]:
     """The rows of the table."""
-    made = deployment(api, pool, entrypoint="/probe/flow.py:piecewise")
+    made = create_deployment(api, pool, entrypoint="/probe/flow.py:piecewise")
     totals: list[float] = []
     parts: list[list[float]] = [[] for _ in PARTS]
     for number in range(kills):
-        run = start(api, made, parameters={"pieces": 1, "seconds": 30 + number / 10})
-        logged(api, run, "step 1", 120)
-        [pod] = pods(pool, run)
-        killed(pool, pod["metadata"]["name"])
-        state_named(api, run, "Crashed", 60)
-        logged(api, run, "execution 2", 120)
-        found = moments(api, run, journals(pool)[run])
+        run = start_run(api, made, parameters={"pieces": 1, "seconds": 30 + number / 10})
+        wait_for_log(api, run, "step 1", 120)
+        [pod] = list_pods(pool, run)
+        kill_pod(pool, pod["metadata"]["name"])
+        wait_for_state(api, run, "Crashed", 60)
+        wait_for_log(api, run, "execution 2", 120)
+        found = find_milestones(api, run, read_journals(pool)[run])
         totals.append(found[-1] - found[0])
         for seconds, (earlier, later) in zip(parts, pairwise(found), strict=True):
             seconds.append(later - earlier)
@@ -77,25 +77,26 @@ def measure(api: httpx.Client, pool: Pool, kills: int) -> list[Figure]:
     ]
 
 
-PREFECTS = "python -m prefect flow-run execute"
+PREFECT_COMMAND = "python -m prefect flow-run execute"
 """Prefect's own command, in words that `orchestration.runs.supervisor` does not take for what it does better."""
 
 
-def beginnings(api: httpx.Client, pool: Pool, pairs: int) -> list[Figure]:
+def measure_starts(api: httpx.Client, pool: Pool, pairs: int) -> list[Figure]:
     """What runs that do nothing take from their claim until they are Running, and of memory, each way."""
-    ways = {"in one process": {}, "by `prefect flow-run execute`": {"command": PREFECTS}}
+    ways = {"in one process": {}, "by `prefect flow-run execute`": {"command": PREFECT_COMMAND}}
     made = {
-        way: deployment(api, pool, entrypoint="/probe/flow.py:victim", job_variables=each) for way, each in ways.items()
+        way: create_deployment(api, pool, entrypoint="/probe/flow.py:victim", job_variables=each)
+        for way, each in ways.items()
     }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     memory: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(pairs):
         for way in [*ways] if number % 2 else [*reversed(ways)]:
-            run = start(api, made[way])
-            ended(api, run)
-            times = {each["name"]: datetime.fromisoformat(each["timestamp"]) for each in states(api, run)}
+            run = start_run(api, made[way])
+            wait_until_ended(api, run)
+            times = {each["name"]: datetime.fromisoformat(each["timestamp"]) for each in list_states(api, run)}
             seconds[way].append((times["Running"] - times["Pending"]).total_seconds())
-            peak = wait_until(lambda run=run: run_of(api, run)["labels"].get(PEAK_LABEL), "its memory")  # type: ignore[misc]
+            peak = wait_until(lambda run=run: get_run(api, run)["labels"].get(PEAK_LABEL), "its memory")  # type: ignore[misc]
             memory[way].append(peak / 2**20)
     return [
         *(Figure(f"from claim to Running, {way}", "s", each) for way, each in seconds.items()),
@@ -110,9 +111,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     parts = f"Kubernetes, both charts on one node, load {os.getloadavg()[0]:.1f} before"
     try:
-        with table(parts) as report, installed() as (server, pool), server.api() as api:
-            report(measure(api, pool, options.kills))
-            report(beginnings(api, pool, options.kills))
+        with results_table(parts) as report, installed_charts() as (server, pool), server.api() as api:
+            report(measure_recovery(api, pool, options.kills))
+            report(measure_starts(api, pool, options.kills))
     except ClusterError as error:
         print(f"{error}.", file=sys.stderr)
         return 1

@@ -56,7 +56,7 @@ class Figure:
         return f"| {self.name} | {self.unit} | {len(values)} | {figures} | {self.note} |"
 
 
-def timed(command: Sequence[str], environment: Mapping[str, str], folder: Path = ROOT) -> tuple[float, str]:
+def time_command(command: Sequence[str], environment: Mapping[str, str], folder: Path = ROOT) -> tuple[float, str]:
     """Seconds that a command takes from exec to exit, and what it prints.
 
     Raises:
@@ -72,8 +72,8 @@ def timed(command: Sequence[str], environment: Mapping[str, str], folder: Path =
     return seconds, done.stdout + done.stderr
 
 
-def _timed(command: Sequence[str], environment: Mapping[str, str], folder: Path = ROOT) -> float:
-    return timed(command, environment, folder)[0]
+def _seconds(command: Sequence[str], environment: Mapping[str, str], folder: Path = ROOT) -> float:
+    return time_command(command, environment, folder)[0]
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Memory:
 
 
 @contextlib.contextmanager
-def _memory_of(process: "subprocess.Popen[bytes]") -> Iterator[Memory]:
+def _watch_memory(process: "subprocess.Popen[bytes]") -> Iterator[Memory]:
     memory, done = Memory(), threading.Event()
 
     def watch() -> None:
@@ -115,7 +115,7 @@ def _memory_of(process: "subprocess.Popen[bytes]") -> Iterator[Memory]:
         watcher.join()
 
 
-def load_the_year(postgres: str, pairs: int) -> list[Figure]:
+def measure_load(postgres: str, pairs: int) -> list[Figure]:
     """All five tables of the year: this project's load beside that of psql, from the same rows."""
     rows = sum(landing.extract(table, landing.days()).rows for table in landing.DAILY)
     rows += sum(landing.extract_all(table).rows for table in landing.REFERENCE)
@@ -142,10 +142,7 @@ def load_the_year(postgres: str, pairs: int) -> list[Figure]:
         for _ in range(pairs):
             for seconds, act in (
                 (ours, load),
-                (
-                    psql,
-                    lambda: _timed([find_program("psql"), "-qf", str(script)], warehouse.environment()),
-                ),
+                (psql, lambda: _seconds([find_program("psql"), "-qf", str(script)], warehouse.environment())),
             ):
                 with new_database(postgres):
                     raw.prepare()
@@ -159,7 +156,7 @@ def load_the_year(postgres: str, pairs: int) -> list[Figure]:
     ]
 
 
-def one_day(postgres: str, pairs: int, server: str | None) -> list[Figure]:
+def measure_one_day(postgres: str, pairs: int, server: str | None) -> list[Figure]:
     """A warm run of one day beside an empty flow and `dbt build` alone."""
     with_server = "with a server that stays up" if server else "with Prefect's temporary server"
     api = {"PREFECT_API_URL": server} if server else {}
@@ -179,29 +176,29 @@ def one_day(postgres: str, pairs: int, server: str | None) -> list[Figure]:
             *("--log-path", folder, "--project-dir", str(PROJECT), "--profiles-dir", str(PROJECT)),
         ]
         run = [sys.executable, "flows/example_flow.py"]
-        _timed(run, environment)  # the first day is not warm
-        _timed(run, environment)
-        _timed(dbt, warehouse.environment())
+        _seconds(run, environment)  # the first day is not warm
+        _seconds(run, environment)
+        _seconds(dbt, warehouse.environment())
         for _ in range(pairs):
-            runs.append(_timed(run, environment))
+            runs.append(_seconds(run, environment))
             # Outside the checkout, whose settings name a server: Prefect's own default is a temporary one.
-            empties.append(_timed([sys.executable, str(empty)], api, Path(folder)))
+            empties.append(_seconds([sys.executable, str(empty)], api, Path(folder)))
             # The same work: the day that was built last is due again.
             newest = (
                 "update raw.loads set load_id = nextval('raw.load_ids') where day = (select max(day) from raw.loads)"
             )
             with warehouse.connect() as connection:
                 connection.execute(newest)
-            dbts.append(_timed(dbt, warehouse.environment()))
+            dbts.append(_seconds(dbt, warehouse.environment()))
             over.append(runs[-1] - empties[-1] - dbts[-1])
             if server:
-                for part, seconds in _parts_of_the_newest_run(server).items():
+                for part, seconds in _read_parts_of_newest_run(server).items():
                     parts.setdefault(part, []).append(seconds)
         for _ in range(pairs):
             process = subprocess.Popen(
                 run, cwd=ROOT, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )
-            with _memory_of(process) as memory:
+            with _watch_memory(process) as memory:
                 process.wait()
             flow_memory.append(memory.flow)
             all_memory.append(memory.together)
@@ -219,7 +216,7 @@ def one_day(postgres: str, pairs: int, server: str | None) -> list[Figure]:
     return figures
 
 
-def _parts_of_the_newest_run(api: str) -> dict[str, float]:
+def _read_parts_of_newest_run(api: str) -> dict[str, float]:
     """Where the newest run's time went, as its server and its report say."""
 
     def newest(flow: str) -> dict[str, Any]:
@@ -241,11 +238,11 @@ def _parts_of_the_newest_run(api: str) -> dict[str, float]:
     }
 
 
-def imports(pairs: int) -> list[Figure]:
+def measure_imports(pairs: int) -> list[Figure]:
     """Python, Prefect and the flow's own imports."""
 
     def measure(code: str) -> float:
-        return _timed([sys.executable, "-c", code], {})
+        return _seconds([sys.executable, "-c", code], {})
 
     prefect: list[float] = []
     flow: list[float] = []
@@ -258,18 +255,18 @@ def imports(pairs: int) -> list[Figure]:
     ]
 
 
-def backfill_the_year(postgres: str, server: str, pairs: int) -> list[Figure]:
+def measure_backfill(postgres: str, server: str, pairs: int) -> list[Figure]:
     """The backfill of the year beside one warm day, times 365."""
     years: list[float] = []
     days: list[float] = []
     for _ in range(pairs):
         with new_database(postgres) as url:
             environment = {"WAREHOUSE_URL": url, "PREFECT_API_URL": server}
-            years.append(_timed([sys.executable, "flows/backfill.py"], environment))
+            years.append(_seconds([sys.executable, "flows/backfill.py"], environment))
         with new_database(postgres) as url:
             environment = {"WAREHOUSE_URL": url, "PREFECT_API_URL": server}
-            _timed([sys.executable, "flows/example_flow.py"], environment)
-            days.append(_timed([sys.executable, "flows/example_flow.py"], environment))
+            _seconds([sys.executable, "flows/example_flow.py"], environment)
+            days.append(_seconds([sys.executable, "flows/example_flow.py"], environment))
     factor = [365 * day / year for day, year in zip(days, years, strict=True)]
     return [
         Figure("backfill of the year, 365 days", "s", years, "with a server that stays up"),
@@ -278,14 +275,14 @@ def backfill_the_year(postgres: str, server: str, pairs: int) -> list[Figure]:
     ]
 
 
-def revision() -> str:
+def describe_commit() -> str:
     """The commit that is measured."""
     described = ["git", "describe", "--always", "--dirty"]
     return subprocess.run(described, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 @contextlib.contextmanager
-def table(parts: str) -> Iterator[Callable[[Iterable[Figure]], None]]:
+def results_table(parts: str) -> Iterator[Callable[[Iterable[Figure]], None]]:
     """What figures of a table are given to: each is printed as soon as it is measured; at the end, also an early
     one, all are appended to the results.
     """
@@ -308,7 +305,7 @@ def table(parts: str) -> Iterator[Callable[[Iterable[Figure]], None]]:
 def _heading(parts: str) -> str:
     """The beginning of a table in the results: when, what, on which machine, with which parts."""
     return (
-        f"\n## {datetime.now(UTC):%Y-%m-%d}, {revision()}\n\n{platform.machine()}, {os.cpu_count()} cores, "
+        f"\n## {datetime.now(UTC):%Y-%m-%d}, {describe_commit()}\n\n{platform.machine()}, {os.cpu_count()} cores, "
         f"{psutil.virtual_memory().total / 2**30:.0f} GB, Python {platform.python_version()}, {parts}.\n\n"
         "| what | unit | n | median | min | max | |\n|---|---|---:|---:|---:|---:|---|"
     )
@@ -322,7 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if answers("http://127.0.0.1:4200/api/health"):
         parser.error("a Prefect server is up on port 4200, so that a run would not start a temporary one; stop it")
     with (
-        table("embedded PostgreSQL 18") as report,
+        results_table("embedded PostgreSQL 18") as report,
         tempfile.TemporaryDirectory() as folder,
         tempfile.TemporaryDirectory() as home,
         tempfile.TemporaryDirectory() as own_home,
@@ -334,12 +331,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "DO_NOT_TRACK": "1",
         }
         pairs = options.pairs
-        report(load_the_year(postgres, pairs))
-        report(imports(pairs))
-        report(one_day(postgres, pairs, None))
+        report(measure_load(postgres, pairs))
+        report(measure_imports(pairs))
+        report(measure_one_day(postgres, pairs, None))
         with prefect_server(Path(home)) as server:
-            report(one_day(postgres, pairs, server))
-            report(backfill_the_year(postgres, server, pairs))
+            report(measure_one_day(postgres, pairs, server))
+            report(measure_backfill(postgres, server, pairs))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A checkout of a person's own, from which an environment is deployed by make."""
+"""A copy of this checkout, from which tests deploy an environment by make."""
 
 import json
 import os
@@ -13,28 +13,35 @@ from orchestration.operations.environment import Environment
 from tests.parts import wait_until
 
 MAKE = ("make", "--silent", "--old-file", ".venv/ready")
-"""With this checkout's environment as it is: its packages are the same, its code comes from the working directory."""
+"""Use this checkout's virtual environment unchanged: its packages are the same, and the code comes from the working
+directory."""
 
 DAILY = "dbt-pipeline/dbt-pipeline-daily"
 
 CRON = f"0 {(datetime.now(ZoneInfo('America/New_York')).hour + 12) % 24} * * *"
-"""When the copy's daily run is due: half a day from now, as one of the schedule's own would be among those of tests."""
+"""The schedule of the copy's daily deployment: half a day from now, so that none of its runs starts during the tests."""
 
 
 @dataclass(frozen=True)
 class Checkout:
-    """A copy of this checkout, committed, that tests may change, and the environment that it deploys to."""
+    """A committed copy of this checkout that tests may change, and the environment that it deploys to."""
 
     folder: Path
     target: Environment
 
     def make(self, *arguments: str, status: int = 0, **variables: str) -> str:
-        """Run make in the copy on the environment; what it printed on both streams."""
+        """Run make in the copy and return what it printed on both streams.
+
+        Args:
+            arguments: the target, and further arguments of make.
+            status: the expected exit status.
+            variables: make variables; by default KUBE_CONTEXT and NAMESPACE name the environment.
+        """
         named = {"KUBE_CONTEXT": self.target.context, "NAMESPACE": self.target.namespace} | variables
         done = subprocess.run(
             [*MAKE, *arguments, *(f"{name}={value}" for name, value in named.items())],
             cwd=self.folder,
-            env=environment(),
+            env=environment_without_prefect(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -44,25 +51,28 @@ class Checkout:
         assert done.returncode == status, done.stdout
         return done.stdout
 
-    def steady(self, env: str = "local") -> dict[str, Any]:
-        """What `make status` finds, once all is ready: on a busy node a probe may have been answered late."""
+    def wait_until_ready(self, env: str = "local") -> dict[str, Any]:
+        """Wait until `make status` reports all components as ready, and return its JSON.
 
-        def found() -> dict[str, Any] | None:
+        A probe may be late on a busy node, so one look is not enough.
+        """
+
+        def read_if_ready() -> dict[str, Any] | None:
             output = self.make("status", ENV=env, JSON="1")
-            shown: dict[str, Any] = json.loads(output[output.index("{") :])
-            ready = all(each["ready"] == each["wanted"] for each in shown["components"])
-            return shown if ready and not shown["problems"] else None
+            read: dict[str, Any] = json.loads(output[output.index("{") :])
+            ready = all(component["ready"] == component["wanted"] for component in read["components"])
+            return read if ready and not read["problems"] else None
 
-        status: dict[str, Any] = wait_until(found, "all to be ready", 90)
+        status: dict[str, Any] = wait_until(read_if_ready, "all components to be ready", 90)
         return status
 
     def edit(self, path: str, old: str, new: str) -> None:
-        """Replace a text in one of the copy's files."""
+        """Replace the first occurrence of a text in one of the copy's files."""
         text = (self.folder / path).read_text()
         assert old in text
         (self.folder / path).write_text(text.replace(old, new, 1))
 
 
-def environment() -> dict[str, str]:
-    """The process' environment without what the tests set for themselves."""
+def environment_without_prefect() -> dict[str, str]:
+    """Return the process's environment variables without the PREFECT_ ones, which tests set for themselves."""
     return {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}

@@ -1,4 +1,4 @@
-"""A server and its pool, or a checkout that makes them, for all tests of a file."""
+"""Fixtures for all tests of a file: a server and its work pool, or a checkout that deploys them."""
 
 import subprocess
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ from tests.e2e.release import (
     Object,
     Pool,
     Release,
-    installed_pool,
-    joining,
-    merged,
+    connection_values,
+    install_pool,
+    merge_values,
     pool_values,
-    probe_of,
+    probe_config_map,
     shared_server,
 )
 from tests.parts import copy_of_checkout
@@ -30,56 +30,57 @@ from tests.parts import copy_of_checkout
 
 @pytest.fixture(scope="module")
 def probe() -> Object:
-    """The ConfigMap with the probe's flow, which the pool's runs find in /probe: for each namespace that has runs."""
-    return probe_of(Path(__file__).with_name("probe_flow.py"))
+    """The ConfigMap with the probe's flow, for each namespace with runs; runs find the flow in /probe."""
+    return probe_config_map(Path(__file__).with_name("probe_flow.py"))
 
 
 @pytest.fixture(scope="module")
 def server(cluster: str, image: str) -> Release:
-    """The server that files share. One whose tests disturb it installs its own."""
+    """The server that test files share. A file whose tests disturb the server installs its own."""
     return shared_server(cluster, image)
 
 
 @pytest.fixture(scope="module")
 def pool_namespace(cluster: str) -> Iterator[Namespace]:
-    """A namespace that enforces the restricted standard."""
-    with restricted(cluster, "pool") as made:
-        yield made
+    """A namespace that enforces the restricted Pod Security Standard."""
+    with restricted(cluster, "pool") as namespace:
+        yield namespace
 
 
 @pytest.fixture(scope="module")
 def values(image: str, server: Release, pool_namespace: Namespace) -> Object:
-    """The values of a pool that has its namespace's name on the server."""
-    return merged(pool_values(image), joining(server, pool_namespace.name))
+    """The values of a work pool whose name on the server is its namespace's name."""
+    return merge_values(pool_values(image), connection_values(server, pool_namespace.name))
 
 
 @pytest.fixture(scope="module")
 def pool(server: Release, pool_namespace: Namespace, values: Object, probe: Object) -> Pool:
-    """A work pool that is installed from nothing."""
-    return installed_pool(server, pool_namespace, values, probe)
+    """A work pool, freshly installed."""
+    return install_pool(server, pool_namespace, values, probe)
 
 
 @pytest.fixture(scope="module")
 def api(server: Release) -> Iterator[httpx.Client]:
+    """A client of the server's API."""
     with server.api() as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def checkout(cluster: str, image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkout]:
-    """A checkout whose local environment has a namespace that is not there yet.
+    """A checkout whose local environment has a namespace that does not exist yet.
 
-    One file at a time has it: what an environment requests is most of a small node.
+    One test file at a time has an environment: its resource requests fill most of a small node.
     """
     folder = tmp_path_factory.mktemp("checkout")
     copy_of_checkout(folder)
     (folder / ".venv").symlink_to(ROOT / ".venv")
-    made = Checkout(folder, Environment("local", cluster, f"environment-{uuid4().hex[:8]}"))
-    USED.add(made.target.namespace)
-    made.edit("prefect.yaml", "0 6 * * *", CRON)
+    copy = Checkout(folder, Environment("local", cluster, f"environment-{uuid4().hex[:8]}"))
+    USED.add(copy.target.namespace)
+    copy.edit("prefect.yaml", "0 6 * * *", CRON)
     identity = ["-c", "user.name=tests", "-c", "user.email=tests@example.com"]
     for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "A copy"]):
         subprocess.run(["git", *command], cwd=folder, check=True)
     with turn(binaries.cache() / "environments.lock"):
-        yield made
-        remove(Namespace(cluster, made.target.namespace))
+        yield copy
+        remove(Namespace(cluster, copy.target.namespace))

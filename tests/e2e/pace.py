@@ -1,8 +1,8 @@
 """How long tests on the cluster wait: scaled down, or with PACE=shipped at the charts' defaults.
 
-`make test` scales what values of the charts set, and the outages that are measured against it, in about the same
-proportion. `make test-long` runs the same tests at what is shipped. Pairs on which two components must agree, such as
-the fencing interval of supervisor and reconciler, are constants of the code and stay as they are.
+`make test` scales the waits that the charts' values set, and the outages that are measured against them, in about the
+same proportion. `make test-long` runs the same tests at the shipped values. Intervals on which two components must
+agree, such as the fencing interval of supervisor and reconciler, are constants of the code and are not scaled.
 """
 
 import os
@@ -10,33 +10,33 @@ import os
 IS_SHIPPED = os.environ.get("PACE") == "shipped"
 
 
-def _paced(scaled: int, shipped: int) -> int:
+def _pick(scaled: int, shipped: int) -> int:
     return shipped if IS_SHIPPED else scaled
 
 
-PENDING_TIMEOUT_SECONDS = _paced(15, 600)
+PENDING_TIMEOUT_SECONDS = _pick(15, 600)
 """The chart's `reconciler.pendingTimeoutSeconds`."""
 
-CAPACITY_TIMEOUT_SECONDS = _paced(30, 660)
-"""The chart's `reconciler.capacityTimeoutSeconds` where a test waits for its end: a day by default."""
+CAPACITY_TIMEOUT_SECONDS = _pick(30, 660)
+"""The chart's `reconciler.capacityTimeoutSeconds` in tests that wait until it expires. The default is a day."""
 
-GRACE_SECONDS = _paced(8, 60)
+GRACE_SECONDS = _pick(8, 60)
 """The chart's `runs.terminationGracePeriodSeconds`: between a run's SIGTERM and its SIGKILL."""
 
-HEARTBEAT_SECONDS = _paced(6, 30)
-"""The chart's `worker.heartbeatSeconds`. After three without one a worker counts as gone."""
+HEARTBEAT_SECONDS = _pick(6, 30)
+"""The chart's `worker.heartbeatSeconds`. A worker counts as offline after three missed heartbeats."""
 
-PREFETCH_SECONDS = _paced(5, 10)
+PREFETCH_SECONDS = _pick(5, 10)
 """The chart's `worker.prefetchSeconds`."""
 
-WORKERS_AWAY_SECONDS = 6 * HEARTBEAT_SECONDS
-"""How long tests leave a pool without a worker: twice what makes one count as gone."""
+WORKER_OUTAGE_SECONDS = 6 * HEARTBEAT_SECONDS
+"""How long tests leave a pool without a worker: twice the time after which a worker counts as offline."""
 
-SERVER_AWAY_SECONDS = _paced(40, 120)
-"""How long tests leave a namespace without its Prefect API and then kill the database."""
+SERVER_OUTAGE_SECONDS = _pick(40, 120)
+"""How long tests leave a namespace without its Prefect API, before they kill the database."""
 
-KUBERNETES_AWAY_SECONDS = _paced(20, 60)
+KUBERNETES_OUTAGE_SECONDS = _pick(20, 60)
 """How long tests leave the node without the Kubernetes API."""
 
-KUBELET_AWAY_SECONDS = _paced(60, 120)
-"""How long tests stop a kubelet: longer than the 50 s after which Kubernetes calls its node NotReady."""
+KUBELET_OUTAGE_SECONDS = _pick(60, 120)
+"""How long tests stop a kubelet: longer than the 50 s after which Kubernetes marks its node NotReady."""

@@ -1,4 +1,4 @@
-"""A flow for tests on the cluster: it shows what its pod is given, and takes as long as it is told."""
+"""A flow for tests on the cluster: it logs what its pod is given, and waits as long as its parameters say."""
 
 import os
 import socket
@@ -12,14 +12,14 @@ from prefect.variables import Variable
 
 @task
 def wait(seconds: float, until: str = "") -> None:
-    """Take that long, or that at the most until the server has a variable of that name."""
+    """Wait; with `until`, at most until the server has a variable of that name."""
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0 and not (until and Variable.get(until)):
         time.sleep(min(left, 2) if until else left)
 
 
-def reaches(address: str) -> bool:
-    """Whether HOST:PORT accepts a connection."""
+def is_reachable(address: str) -> bool:
+    """Tell whether HOST:PORT accepts a connection."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), 3).close()
@@ -30,7 +30,7 @@ def reaches(address: str) -> bool:
 
 @flow
 def probe(text: str = "", seconds: float = 0, addresses: list[str] | None = None, until: str = "") -> None:
-    """Log the text and the pod's variables, wait, and say which addresses are reached."""
+    """Log the text and the pod's environment, wait, and log which addresses accept a connection."""
     logger = get_run_logger()
     logger.info("text=%s GREETING=%s", text, os.environ.get("GREETING"))
     token = Path("/var/run/secrets/kubernetes.io/serviceaccount/token").exists()
@@ -39,5 +39,5 @@ def probe(text: str = "", seconds: float = 0, addresses: list[str] | None = None
     )
     wait(seconds, until)
     for address in addresses or []:
-        logger.info("reaches %s: %s", address, reaches(address))
+        logger.info("reaches %s: %s", address, is_reachable(address))
     create_markdown_artifact(f"# {text}", key="probe")

@@ -1,4 +1,4 @@
-"""A release of a chart on the cluster, as a person has it: by helm, in a namespace of its own."""
+"""Releases of the charts on a cluster: install them by helm, in namespaces that tests own or share."""
 
 import contextlib
 import copy
@@ -26,30 +26,31 @@ from tests.parts import wait_until
 
 Object = dict[str, Any]
 
-RUN = os.environ.get("TESTS_RUN", "")
-"""This run of pytest; tests/conftest.py sets it for all of its processes."""
+TEST_RUN = os.environ.get("TESTS_RUN", "")
+"""The id of this run of pytest. tests/conftest.py sets it for all processes of the run."""
 
-SHARED = binaries.cache() / f"shared-{RUN}"
-"""The context where this run's processes share namespaces, and whose turn it is to make one."""
+SHARED_CONTEXT_FILE = binaries.cache() / f"shared-{TEST_RUN}"
+"""Holds the context in which this run's processes share namespaces, and is the lock for creating one."""
 
-SMALL: Object = {"cpu": "10m", "memory": "200Mi"}
-"""What a pod of these tests asks for: on a full node it would go for an environment beside it, which has priority."""
+SMALL_REQUESTS: Object = {"cpu": "10m", "memory": "200Mi"}
+"""Resource requests of a test's pod. With more, the pods of a `make up` environment on the same small node, which have
+priority, would preempt it."""
 
 
 @dataclass(frozen=True)
 class Release:
-    """A chart, installed under a name in a namespace."""
+    """A release of a chart: its name and namespace, and what tests do with it."""
 
     chart: str
     name: str
     namespace: Namespace
 
     def helm(self, *arguments: str) -> str:
-        """Run helm in the release's namespace; what it printed."""
+        """Run helm in the release's namespace and return its output."""
         return binaries.helm("--kube-context", self.namespace.context, "-n", self.namespace.name, *arguments)
 
     def deploy(self, values: Object, *, wait: bool = True) -> None:
-        """Install the release or upgrade it, and wait until its pods are ready."""
+        """Install or upgrade the release; with `wait`, until its pods are ready and its Jobs have completed."""
         with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
             yaml.safe_dump(values, file)
             file.flush()
@@ -62,24 +63,29 @@ class Release:
         return str(history[-1]["revision"])
 
     def secret(self, name: str, key: str) -> str:
-        """The value of a Secret's key."""
+        """Return the value of a Secret's key."""
         template = f'{{{{index .data "{key}" | base64decode}}}}'
         return self.namespace.kubectl("get", "secret", name, "-o", f"go-template={template}")
 
-    def pods(self, component: str = "", *, ending: bool = False) -> list[Object]:
-        """The release's pods, of one component or all; with those that are told to go or without."""
+    def pods(self, component: str = "", *, terminating: bool = False) -> list[Object]:
+        """Return the release's pods.
+
+        Args:
+            component: the component's name; empty for all components.
+            terminating: whether pods that are being deleted are included.
+        """
         selector = f"app.kubernetes.io/instance={self.name}"
         if component:
             selector += f",app.kubernetes.io/component={component}"
         found: list[Object] = json.loads(self.namespace.kubectl("get", "pods", "-l", selector, "-o", "json"))["items"]
-        return [pod for pod in found if ending or not pod["metadata"].get("deletionTimestamp")]
+        return [pod for pod in found if terminating or not pod["metadata"].get("deletionTimestamp")]
 
-    def one_worker(self) -> None:
-        """Wait until there is one: one of before that has not yet heard that it is to go claims runs as before."""
-        wait_until(lambda: len(self.pods("worker", ending=True)) == 1, "the worker of before to go", 90)
+    def wait_for_one_worker(self) -> None:
+        """Wait until only one worker is left: a terminating worker claims runs until it receives its signal."""
+        wait_until(lambda: len(self.pods("worker", terminating=True)) == 1, "the previous worker to be gone", 90)
 
     def restarts(self) -> dict[str, int]:
-        """How often each pod's containers were started again."""
+        """Return the number of container restarts by pod name."""
         return {
             pod["metadata"]["name"]: sum(
                 status["restartCount"]
@@ -93,32 +99,35 @@ class Release:
 
     @contextlib.contextmanager
     def api(self) -> Iterator[httpx.Client]:
-        """A client of the API of the namespace's server, with its password."""
+        """Yield a client of the Prefect API in the release's namespace, authenticated with its password."""
         with connected(Environment("test", self.namespace.context, self.namespace.name)) as client:
             yield client
 
 
 @dataclass(frozen=True)
 class Pool(Release):
-    """A release of the work pool's chart, and the name of its pool on the server."""
+    """A release of the work pool's chart, and the name of its work pool on the server."""
 
     work_pool: str = "default"
 
 
-def shared(context: str, name: str, install: Callable[[Namespace], object]) -> Namespace:
-    """Return a namespace that all processes of this run of pytest share; the first that asks makes it.
+def shared_namespace(context: str, name: str, install: Callable[[Namespace], object]) -> Namespace:
+    """Return a namespace that all processes of this run of pytest share; the first caller creates it.
 
     Args:
-        context: of the cluster.
-        name: the end of the namespace's name.
-        install: fills the new namespace.
+        context: the cluster's context.
+        name: the last part of the namespace's name.
+        install: installs the releases in the new namespace.
+
+    Raises:
+        ClusterError: `install` failed. The namespace is removed again.
     """
-    namespace = Namespace(context, f"shared-{RUN}-{name}")
-    with turn(SHARED):
-        SHARED.write_text(context)
+    namespace = Namespace(context, f"shared-{TEST_RUN}-{name}")
+    with turn(SHARED_CONTEXT_FILE):
+        SHARED_CONTEXT_FILE.write_text(context)
         if not binaries.kubectl("--context", context, "get", "namespace", namespace.name, "--ignore-not-found"):
             make_restricted(namespace)
-            namespace.kubectl("label", "namespace", namespace.name, f"tests/run={RUN}")
+            namespace.kubectl("label", "namespace", namespace.name, f"tests/run={TEST_RUN}")
             try:
                 install(namespace)
             except ClusterError:
@@ -127,70 +136,72 @@ def shared(context: str, name: str, install: Callable[[Namespace], object]) -> N
     return namespace
 
 
-def remove_shared() -> None:
-    """Remove the namespaces that this run's processes have shared."""
-    if SHARED.exists():
-        context = SHARED.read_text()
-        names = ("get", "namespace", "--selector", f"tests/run={RUN}", "-o", "jsonpath={.items[*].metadata.name}")
+def remove_shared_namespaces() -> None:
+    """Remove the namespaces that the processes of this run share."""
+    if SHARED_CONTEXT_FILE.exists():
+        context = SHARED_CONTEXT_FILE.read_text()
+        names = ("get", "namespace", "--selector", f"tests/run={TEST_RUN}", "-o", "jsonpath={.items[*].metadata.name}")
         for name in binaries.kubectl("--context", context, *names).split():
             remove(Namespace(context, name))
-        SHARED.unlink()
+        SHARED_CONTEXT_FILE.unlink()
 
 
 def shared_server(context: str, image: str) -> Release:
-    """Return the server of all files whose tests leave it alone."""
+    """Return the server that test files share if they do not disturb it; install it if need be."""
 
     def release(namespace: Namespace) -> Release:
         return Release("prefect-server", "prefect-server", namespace)
 
-    return release(shared(context, "server", lambda made: release(made).deploy(server_values(image))))
+    return release(
+        shared_namespace(context, "server", lambda namespace: release(namespace).deploy(server_values(image)))
+    )
 
 
-def installed_pool(server: Release, namespace: Namespace, values: Object, probe: Object) -> Pool:
-    """Install a work pool in a namespace, whose runs have the probe's flow."""
+def install_pool(server: Release, namespace: Namespace, values: Object, probe: Object) -> Pool:
+    """Install a work pool whose runs find the probe's flow in /probe, and wait until it is ready."""
     namespace.apply(probe)
     if namespace != server.namespace:
-        give_access(server, namespace)
+        copy_credential(server, namespace)
     name = values.get("pool", {}).get("name", "default")
     pool = Pool("prefect-work-pool", "prefect-work-pool", namespace, work_pool=name)
     pool.deploy(values)
     return pool
 
 
-def merged(values: Object, change: Object) -> Object:
-    """Return a copy of values with a change, as helm merges a second file of values."""
-    made = dict(values)
-    for key, each in change.items():
-        both = isinstance(each, dict) and isinstance(made.get(key), dict)
-        made[key] = merged(made[key], each) if both else copy.deepcopy(each)
-    return made
+def merge_values(values: Object, change: Object) -> Object:
+    """Return a copy of `values` with `change` merged in, as helm merges a second values file."""
+    result = dict(values)
+    for key, value in change.items():
+        both_are_mappings = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merge_values(result[key], value) if both_are_mappings else copy.deepcopy(value)
+    return result
 
 
-def built_image() -> str:
-    """The image of this checkout, built and pushed to where the cluster pulls from; its name."""
+def build_image() -> str:
+    """Build this checkout's image, push it to the registry that the cluster pulls from, and return its name."""
     with turn(binaries.cache() / "image.lock"):
         pushed = subprocess.run([ROOT / "docker" / "build", "--push"], stdout=subprocess.PIPE, text=True, check=True)
     return pushed.stdout.strip()
 
 
 def server_values(image: str) -> Object:
-    """The least values of the server's chart on the cluster."""
+    """Return the minimal values of the server's chart for tests."""
     small = {
-        component: {"resources": {"requests": dict(SMALL), "limits": {"memory": "1Gi"}}}
+        component: {"resources": {"requests": dict(SMALL_REQUESTS), "limits": {"memory": "1Gi"}}}
         for component in ("api", "services", "migrations")
     }
     return {"image": _image(image)} | small | _databases()
 
 
-def give_access(server: Release, namespace: Namespace) -> None:
+def copy_credential(server: Release, namespace: Namespace) -> None:
     """Copy the Secret with the server's USER:PASSWORD into another namespace."""
     value = {"auth-string": server.secret("prefect-server-auth", "auth-string")}
     metadata = {"name": "prefect-server-auth"}
     namespace.apply({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": value})
 
 
-def joining(server: Release, work_pool: str) -> Object:
-    """Return the values of a pool of that name, for a server in another namespace."""
+def connection_values(server: Release, work_pool: str) -> Object:
+    """Return the values that connect a pool with this name to a server in another namespace."""
     labels = {"kubernetes.io/metadata.name": server.namespace.name}
     return {
         "api": {"url": f"http://prefect-server-api.{server.namespace.name}:4200/api"},
@@ -200,18 +211,18 @@ def joining(server: Release, work_pool: str) -> Object:
 
 
 def pool_values(image: str) -> Object:
-    """The least values of the work pool's chart on the cluster, for runs that find the probe's flow in /probe."""
+    """Return the minimal values of the work pool's chart for tests; its runs find the probe's flow in /probe."""
     return {
         "image": _image(image),
         "worker": {
             "heartbeatSeconds": HEARTBEAT_SECONDS,
             "prefetchSeconds": PREFETCH_SECONDS,
-            "resources": {"requests": dict(SMALL), "limits": {"memory": "768Mi"}},
+            "resources": {"requests": dict(SMALL_REQUESTS), "limits": {"memory": "768Mi"}},
         },
-        "reconciler": {"replicas": 1, "resources": {"requests": dict(SMALL), "limits": {"memory": "256Mi"}}},
-        "drift": {"everySeconds": 10, "resources": {"requests": dict(SMALL), "limits": {"memory": "512Mi"}}},
+        "reconciler": {"replicas": 1, "resources": {"requests": dict(SMALL_REQUESTS), "limits": {"memory": "256Mi"}}},
+        "drift": {"everySeconds": 10, "resources": {"requests": dict(SMALL_REQUESTS), "limits": {"memory": "512Mi"}}},
         "runs": {
-            "resources": {"requests": dict(SMALL), "limits": {"memory": "700Mi"}},
+            "resources": {"requests": dict(SMALL_REQUESTS), "limits": {"memory": "700Mi"}},
             "pod": {
                 "volumes": [{"name": "probe", "configMap": {"name": "probe"}}],
                 "volumeMounts": [{"name": "probe", "mountPath": "/probe"}],
@@ -220,8 +231,8 @@ def pool_values(image: str) -> Object:
     }
 
 
-def probe_of(file: Path) -> Object:
-    """The ConfigMap with a probe's flow."""
+def probe_config_map(file: Path) -> Object:
+    """Return the ConfigMap that holds a probe's flow."""
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",

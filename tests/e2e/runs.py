@@ -1,4 +1,4 @@
-"""Flow runs of the probe, as tests ask a server for them."""
+"""Flow runs of the probe: create, start, wait for and read them by the Prefect API."""
 
 from typing import Any
 from uuid import uuid4
@@ -9,8 +9,14 @@ from tests.e2e.release import Object, Pool
 from tests.parts import wait_until
 
 
-def deployment(api: httpx.Client, pool: Pool, **fields: Any) -> str:
-    """A new deployment of the probe in a pool; its id."""
+def create_deployment(api: httpx.Client, pool: Pool, **fields: Any) -> str:
+    """Create a deployment of the probe in a pool and return its id.
+
+    Args:
+        api: client of the Prefect API.
+        pool: the release of the work pool.
+        fields: fields of the deployment that replace the defaults.
+    """
     flow = api.post("/flows/", json={"name": "probe"}).raise_for_status().json()
     body = {
         "name": f"probe-{uuid4().hex[:6]}",
@@ -19,47 +25,48 @@ def deployment(api: httpx.Client, pool: Pool, **fields: Any) -> str:
         "path": "/app",
         "work_pool_name": pool.work_pool,
     }
-    made = api.post("/deployments/", json=body | fields)
-    return str(made.raise_for_status().json()["id"])
+    created = api.post("/deployments/", json=body | fields)
+    return str(created.raise_for_status().json()["id"])
 
 
-def start(api: httpx.Client, deployment_id: str, **fields: Any) -> str:
-    """A run of the deployment, now; its id."""
-    made = api.post(f"/deployments/{deployment_id}/create_flow_run", json={"state": {"type": "SCHEDULED"}} | fields)
-    return str(made.raise_for_status().json()["id"])
+def start_run(api: httpx.Client, deployment_id: str, **fields: Any) -> str:
+    """Schedule a run of the deployment for now and return its id."""
+    created = api.post(f"/deployments/{deployment_id}/create_flow_run", json={"state": {"type": "SCHEDULED"}} | fields)
+    return str(created.raise_for_status().json()["id"])
 
 
-def run_of(api: httpx.Client, run: str) -> Object:
+def get_run(api: httpx.Client, run: str) -> Object:
+    """Return the run as the Prefect API has it."""
     found: Object = api.get(f"/flow_runs/{run}").raise_for_status().json()
     return found
 
 
-def ended(api: httpx.Client, run: str, seconds: float = 120) -> Object:
-    """The run, once it is over."""
+def wait_until_ended(api: httpx.Client, run: str, seconds: float = 120) -> Object:
+    """Wait until the run is in a final state and return the run."""
     final = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
     found: Object = wait_until(
-        lambda: (now := run_of(api, run))["state_type"] in final and now, f"run {run} to end", seconds
+        lambda: (now := get_run(api, run))["state_type"] in final and now, f"run {run} to end", seconds
     )
     return found
 
 
-def lines(api: httpx.Client, run: str) -> list[str]:
-    """What the run has logged so far."""
+def read_log(api: httpx.Client, run: str) -> list[str]:
+    """Return the messages that the run has logged so far."""
     found: list[str] = []
     while True:
         body = {"logs": {"flow_run_id": {"any_": [run]}}, "limit": 200, "offset": len(found)}
         page = api.post("/logs/filter", json=body).raise_for_status().json()
-        found += [str(each["message"]) for each in page]
+        found += [str(log["message"]) for log in page]
         if len(page) < 200:
             return found
 
 
-def logged(api: httpx.Client, run: str, last: str, seconds: float = 30) -> list[str]:
-    """What the run logged, once the line that begins with `last` has arrived: logs follow the states."""
+def wait_for_log(api: httpx.Client, run: str, last: str, seconds: float = 30) -> list[str]:
+    """Wait for a line that begins with `last`, and return all messages: the server stores logs later than states."""
 
-    def all_of_them() -> list[str]:
-        found = lines(api, run)
+    def read_if_complete() -> list[str]:
+        found = read_log(api, run)
         return found if any(line.startswith(last) for line in found) else []
 
-    arrived: list[str] = wait_until(all_of_them, f"{last!r} in the run's logs", seconds)
-    return arrived
+    messages: list[str] = wait_until(read_if_complete, f"{last!r} in the run's logs", seconds)
+    return messages

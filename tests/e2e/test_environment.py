@@ -18,8 +18,8 @@ from orchestration.operations.port_forward import connected, user
 from orchestration.operations.release_diagnosis import troubles, why
 from orchestration.operations.start_run import named
 from tests.cluster.namespace import Namespace
-from tests.e2e.checkout import CRON, DAILY, MAKE, Checkout, environment
-from tests.e2e.runs import ended, start
+from tests.e2e.checkout import CRON, DAILY, MAKE, Checkout, environment_without_prefect
+from tests.e2e.runs import start_run, wait_until_ended
 from tests.parts import answers, free_port, wait_until
 
 
@@ -57,7 +57,7 @@ def test_a_second_deploy_finds_nothing_to_do(checkout: Checkout) -> None:
 
 
 def test_status_and_logs(checkout: Checkout) -> None:
-    found = checkout.steady()
+    found = checkout.wait_until_ready()
     components = {"api", "services", "database", "redis", "worker", "results", "drift", "reconciler"}
     assert {each["name"] for each in found["components"]} == components
     assert all(each["ready"] == each["wanted"] == 1 for each in found["components"])
@@ -95,7 +95,12 @@ def test_the_ui_shows_the_run(checkout: Checkout, tmp_path: Path) -> None:
     command = [*MAKE, "ui", f"PORT={port}"]
     command += [f"KUBE_CONTEXT={checkout.target.context}", f"NAMESPACE={checkout.target.namespace}"]
     with subprocess.Popen(
-        command, cwd=checkout.folder, env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=checkout.folder,
+        env=environment_without_prefect(),
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as process:
         try:
             assert process.stdout
@@ -136,13 +141,13 @@ def test_a_cancelled_run_takes_its_sql_with_it(checkout: Checkout) -> None:
     try:
         wait_until(lambda: sql(f"select count(*) {others} query like '%pg_sleep%'") == "1", "the lock")
         with connected(target) as api:
-            run = start(api, str(_deployment(api)["id"]))
+            run = start_run(api, str(_deployment(api)["id"]))
             wait_until(
                 lambda: sql(f"select count(*) {others} wait_event_type = 'Lock'") != "0", "dbt to wait for it", 300
             )
             began = time.monotonic()
             api.post(f"/flow_runs/{run}/set_state", json={"state": {"type": "CANCELLING"}}).raise_for_status()
-            assert ended(api, run)["state_type"] == "CANCELLED"
+            assert wait_until_ended(api, run)["state_type"] == "CANCELLED"
             wait_until(lambda: sql(f"select count(*) {others} wait_event_type = 'Lock'") == "0", "its SQL to go", 60)
             assert time.monotonic() - began < 60 + 15, "longer than its grace period and 15 s"
         its = f"prefect.io/flow-run-id={run}"
@@ -159,8 +164,8 @@ def test_a_cancelled_run_takes_its_sql_with_it(checkout: Checkout) -> None:
 
 def test_a_changed_flow_and_schedule_are_deployed_and_taken_back(checkout: Checkout) -> None:
     """The server stays; a run afterwards has the new image, and after the rollback the old one."""
-    server = _servers(checkout)
-    before = _image(checkout)
+    server = _api_pods(checkout)
+    before = _image_of_runs(checkout)
     checkout.edit("flows/report.py", '"""', '"""Changed. ')
     changed = CRON.replace("0", "30", 1)
     checkout.edit("prefect.yaml", CRON, changed)
@@ -172,15 +177,15 @@ def test_a_changed_flow_and_schedule_are_deployed_and_taken_back(checkout: Check
     assert changed in on_server
     output = checkout.make("deploy")
     assert "prefect-server is as it should be" in output
-    assert _image(checkout) != before
+    assert _image_of_runs(checkout) != before
     with connected(checkout.target) as api:
         assert changed in json.dumps(_deployment(api)["schedules"])
     checkout.make("run-on-cluster")
     checkout.make("rollback")
-    assert _image(checkout) == before
+    assert _image_of_runs(checkout) == before
     with connected(checkout.target) as api:
         assert CRON in json.dumps(_deployment(api)["schedules"])
-    after = _servers(checkout)
+    after = _api_pods(checkout)
     assert after == server
 
 
@@ -214,13 +219,13 @@ def test_a_run_that_does_not_start_is_no_trouble_of_the_release(checkout: Checko
     target.kubectl("delete", "pod", "stuck")
 
 
-def _servers(checkout: Checkout) -> set[str]:
+def _api_pods(checkout: Checkout) -> set[str]:
     """The names of the API's pods."""
     pods = checkout.target.objects("pods", "--selector", "app.kubernetes.io/component=api")
     return {pod["metadata"]["name"] for pod in pods}
 
 
-def _image(checkout: Checkout) -> str:
+def _image_of_runs(checkout: Checkout) -> str:
     """The image that runs get."""
     with connected(checkout.target) as api:
         template = api.get("/work_pools/default").raise_for_status().json()["base_job_template"]
@@ -255,7 +260,7 @@ def test_a_deploy_that_is_killed_is_taken_up(checkout: Checkout) -> None:
     checkout.edit("flows/report.py", '"""', '"""Killed. ')
     named = [f"KUBE_CONTEXT={checkout.target.context}", f"NAMESPACE={checkout.target.namespace}"]
     with subprocess.Popen(
-        [*MAKE, "deploy", *named], cwd=checkout.folder, env=environment(), stderr=subprocess.DEVNULL,
+        [*MAKE, "deploy", *named], cwd=checkout.folder, env=environment_without_prefect(), stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL, start_new_session=True,
     ) as process:  # fmt: skip
 
@@ -288,12 +293,14 @@ def test_what_must_not_begin_does_not(checkout: Checkout, tmp_path: Path) -> Non
     assert "localhost:5000/prefect-orchestration:absent is not in the registry. Push it: make push" in missing
     confirm = checkout.make("undeploy", ENV="production", status=2)
     assert "make undeploy ENV=production CONFIRM=production" in confirm
-    stranger = checkout.make("deploy", KUBE_CONTEXT="stranger", status=2, KUBECONFIG=str(_stranger(checkout, tmp_path)))
+    stranger = checkout.make(
+        "deploy", KUBE_CONTEXT="stranger", status=2, KUBECONFIG=str(_kubeconfig_without_rights(checkout, tmp_path))
+    )
     assert f"may not create deployments.apps in namespace {checkout.target.namespace}" in stranger
     assert "Traceback" not in absent + nameless + dirty + missing + confirm + stranger
 
 
-def _stranger(checkout: Checkout, folder: Path) -> Path:
+def _kubeconfig_without_rights(checkout: Checkout, folder: Path) -> Path:
     """A kubeconfig with a user who has no rights, as context `stranger`."""
     target = checkout.target
     config = json.loads(target.kubectl("config", "view", "--raw", "--minify", "-o", "json"))

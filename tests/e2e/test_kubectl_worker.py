@@ -13,8 +13,8 @@ import yaml
 
 from orchestration.settings import ROOT
 from tests.cluster.namespace import Namespace
-from tests.e2e.release import Object, Pool, Release, give_access, merged
-from tests.e2e.runs import deployment, ended, logged, run_of, start
+from tests.e2e.release import Object, Pool, Release, copy_credential, merge_values
+from tests.e2e.runs import create_deployment, get_run, start_run, wait_for_log, wait_until_ended
 from tests.parts import wait_until
 
 EXAMPLE = ROOT / "k8s" / "worker" / "overlays" / "example"
@@ -25,7 +25,7 @@ WORKERS = "app.kubernetes.io/component=worker"
 @pytest.fixture(scope="module")
 def values(values: Object) -> Object:
     """Those of a pool whose release has no worker: every run is taken by one of kubectl's."""
-    return merged(values, {"worker": {"replicas": 0}, "drift": {"enabled": False}, "sync": {"files": []}})
+    return merge_values(values, {"worker": {"replicas": 0}, "drift": {"enabled": False}, "sync": {"files": []}})
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def away(server: Release, pool: Pool, overlay: Path, probe: Object) -> Iterator[
     made = Namespace(pool.namespace.context, yaml.safe_load((overlay / "kustomization.yaml").read_text())["namespace"])
     try:
         made.kubectl("apply", "-k", str(overlay / "namespace"))
-        give_access(server, made)
+        copy_credential(server, made)
         made.apply(probe)
         made.kubectl("apply", "-k", str(overlay))
         made.kubectl("rollout", "status", WORKER, "--timeout=180s")
@@ -80,25 +80,25 @@ def away(server: Release, pool: Pool, overlay: Path, probe: Object) -> Iterator[
         made.kubectl("delete", "namespace", made.name, "--wait=false", "--ignore-not-found")
 
 
-def workers(away: Namespace) -> list[str]:
+def list_worker_pods(away: Namespace) -> list[str]:
     """The names of the workers' pods, but for those that are ending."""
     listed = json.loads(away.kubectl("get", "pods", "-l", WORKERS, "-o", "json"))["items"]
     return [pod["metadata"]["name"] for pod in listed if not pod["metadata"].get("deletionTimestamp")]
 
 
-def burst(api: httpx.Client, made: str, count: int) -> list[str]:
+def start_burst(api: httpx.Client, made: str, count: int) -> list[str]:
     """So many runs at once, the first of which is claimed by now."""
-    runs = [start(api, made, parameters={"text": str(number)}) for number in range(count)]
+    runs = [start_run(api, made, parameters={"text": str(number)}) for number in range(count)]
 
     def claimed() -> bool:
-        return any(run_of(api, run)["state_type"] != "SCHEDULED" for run in runs)
+        return any(get_run(api, run)["state_type"] != "SCHEDULED" for run in runs)
 
     wait_until(claimed, "a worker to claim runs", 120)
     return runs
 
 
-def assert_none_is_lost(api: httpx.Client, runs: list[str]) -> None:
-    outcomes = [ended(api, run, 180) for run in runs]
+def assert_all_completed_once(api: httpx.Client, runs: list[str]) -> None:
+    outcomes = [wait_until_ended(api, run, 180) for run in runs]
     assert {(outcome["state_type"], outcome["run_count"]) for outcome in outcomes} == {("COMPLETED", 1)}
 
 
@@ -116,18 +116,18 @@ def test_it_joins_the_pool_and_a_run_is_a_pod_beside_it(
     addresses = [
         f"prefect-server-{what}.{server.namespace.name}:{port}" for what, port in (("api", 4200), ("database", 5432))
     ]
-    made = deployment(api, pool, parameters={"addresses": addresses})
+    made = create_deployment(api, pool, parameters={"addresses": addresses})
 
     def with_the_new_template() -> tuple[str, Object] | None:
-        run = start(api, made)
-        assert ended(api, run)["state_type"] == "COMPLETED"
+        run = start_run(api, made)
+        assert wait_until_ended(api, run)["state_type"] == "COMPLETED"
         found = json.loads(away.kubectl("get", "pods", "-l", f"prefect.io/flow-run-id={run}", "-o", "json"))["items"]
         [pod] = found
         return (run, pod) if pod["spec"]["containers"][0]["resources"]["limits"] == {"memory": "640Mi"} else None
 
     run, pod = wait_until(with_the_new_template, "a run by the new template", 300)
     assert pod["spec"]["serviceAccountName"] == "prefect-work-pool-runs"
-    assert [line for line in logged(api, run, f"reaches {addresses[-1]}") if line.startswith("reaches")] == [
+    assert [line for line in wait_for_log(api, run, f"reaches {addresses[-1]}") if line.startswith("reaches")] == [
         f"reaches {addresses[0]}: True",
         f"reaches {addresses[1]}: False",
     ]
@@ -138,29 +138,29 @@ def test_scaled_it_stays_so_when_it_is_applied_again(away: Namespace, overlay: P
     away.kubectl("scale", WORKER, "--replicas=2")
     away.kubectl("apply", "-k", str(overlay))
     away.kubectl("rollout", "status", WORKER, "--timeout=180s")
-    assert len(workers(away)) == 2
+    assert len(list_worker_pods(away)) == 2
     assert "Worker" in away.kubectl("logs", WORKER)
 
 
 def test_a_rolling_restart_under_a_burst_loses_no_run(pool: Pool, away: Namespace, api: httpx.Client) -> None:
-    before = workers(away)
-    runs = burst(api, deployment(api, pool), 6)
+    before = list_worker_pods(away)
+    runs = start_burst(api, create_deployment(api, pool), 6)
     away.kubectl("rollout", "restart", WORKER)
     away.kubectl("rollout", "status", WORKER, "--timeout=180s")
-    assert_none_is_lost(api, runs)
-    assert not set(before) & set(workers(away))
+    assert_all_completed_once(api, runs)
+    assert not set(before) & set(list_worker_pods(away))
 
 
 def test_a_worker_that_is_deleted_finishes_its_claims(pool: Pool, away: Namespace, api: httpx.Client) -> None:
     away.kubectl("scale", WORKER, "--replicas=1")
-    wait_until(lambda: len(workers(away)) == 1, "one worker to go")
-    [worker] = workers(away)
-    runs = burst(api, deployment(api, pool), 8)
+    wait_until(lambda: len(list_worker_pods(away)) == 1, "one worker to go")
+    [worker] = list_worker_pods(away)
+    runs = start_burst(api, create_deployment(api, pool), 8)
     with ThreadPoolExecutor() as beside:
         log = beside.submit(away.kubectl, "logs", "--follow", worker)
         away.kubectl("delete", "pod", worker)
     assert "Asked to end; claimed runs that are submitted first:" in log.result()
-    assert_none_is_lost(api, runs)
+    assert_all_completed_once(api, runs)
 
 
 def test_deleted_nothing_of_it_stays_and_all_runs_go_on(
@@ -168,14 +168,14 @@ def test_deleted_nothing_of_it_stays_and_all_runs_go_on(
 ) -> None:
     """The one in progress and those that were claimed; the others wait for a worker."""
     away.kubectl("rollout", "status", WORKER, "--timeout=180s")
-    made = deployment(api, pool)
-    in_progress = start(api, made, parameters={"seconds": 20})
-    wait_until(lambda: run_of(api, in_progress)["state_type"] == "RUNNING", "the run to run", 120)
-    runs = burst(api, made, 6)
+    made = create_deployment(api, pool)
+    in_progress = start_run(api, made, parameters={"seconds": 20})
+    wait_until(lambda: get_run(api, in_progress)["state_type"] == "RUNNING", "the run to run", 120)
+    runs = start_burst(api, made, 6)
     away.kubectl("delete", "-k", str(overlay))
     wait_until(lambda: not away.kubectl("get", "all", "-l", WORKERS, "-o", "name"), "all of it to go", 90)
-    claimed = [run for run in runs if run_of(api, run)["state_type"] != "SCHEDULED"]
+    claimed = [run for run in runs if get_run(api, run)["state_type"] != "SCHEDULED"]
     assert claimed
-    assert_none_is_lost(api, [in_progress, *claimed])
+    assert_all_completed_once(api, [in_progress, *claimed])
     away.kubectl("apply", "-k", str(overlay))
-    assert_none_is_lost(api, runs)
+    assert_all_completed_once(api, runs)

@@ -16,7 +16,7 @@ from tests.cluster.namespace import Namespace, restricted
 from tests.e2e.release import Object, Release, server_values
 from tests.parts import wait_until
 
-NAME = "prefect-server"
+SERVER_RELEASE = "prefect-server"
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def values(image: str) -> Object:
 def server(cluster: str, values: Object) -> Iterator[Release]:
     """A server that is installed from nothing, in a namespace that enforces the restricted standard."""
     with restricted(cluster, "server") as namespace:
-        release = Release("prefect-server", NAME, namespace)
+        release = Release("prefect-server", SERVER_RELEASE, namespace)
         release.deploy(values)
         yield release
 
@@ -44,15 +44,15 @@ def test_it_starts_from_nothing_without_a_restart(server: Release) -> None:
     restarts = server.restarts()
     assert len(restarts) == 5, "API, services, migrations, database, Valkey"
     assert not any(restarts.values()), restarts
-    assert "Phase:          Succeeded" in server.helm("test", NAME)
+    assert "Phase:          Succeeded" in server.helm("test", SERVER_RELEASE)
 
 
 def test_schema_is_made_by_one_migration(server: Release) -> None:
     """By the install's Job, and by no pod of the API or the services."""
-    of_release = ("--selector", f"app.kubernetes.io/instance={NAME}", "--all-containers", "--prefix")
+    of_release = ("--selector", f"app.kubernetes.io/instance={SERVER_RELEASE}", "--all-containers", "--prefix")
     logs = server.namespace.kubectl("logs", *of_release, "--tail=-1", "--max-log-requests=20")
     [made] = [line for line in logs.splitlines() if "The schema went from" in line]
-    assert made.startswith(f"[pod/{NAME}-migrations-1-")
+    assert made.startswith(f"[pod/{SERVER_RELEASE}-migrations-1-")
     assert "The schema went from nothing to" in made
 
 
@@ -84,7 +84,7 @@ def test_services_do_their_work_without_an_error(server: Release, api: httpx.Cli
     deployment = api.post("/deployments/", json={"name": "daily", "flow_id": flow["id"], "schedules": schedules}).json()
     runs = {"deployments": {"id": {"any_": [deployment["id"]]}}, "limit": 1}
     wait_until(lambda: api.post("/flow_runs/filter", json=runs).json(), "the schedule's runs", 90)
-    log = server.namespace.kubectl("logs", f"deployment/{NAME}-services", "--tail=-1")
+    log = server.namespace.kubectl("logs", f"deployment/{SERVER_RELEASE}-services", "--tail=-1")
     assert not [line for line in log.splitlines() if "ERROR" in line or "Traceback" in line]
 
 
@@ -93,15 +93,15 @@ def test_a_stranger_reaches_the_api_and_neither_database_nor_valkey(server: Rele
     server.namespace.pod("neighbour")
     home = server.namespace.name
     for pods, pod in ((namespace, "stranger"), (server.namespace, "neighbour")):
-        assert pods.connects(pod, f"{NAME}-api.{home}.svc.cluster.local", 4200)
-        assert not pods.connects(pod, f"{NAME}-database.{home}.svc.cluster.local", 5432)
-        assert not pods.connects(pod, f"{NAME}-redis.{home}.svc.cluster.local", 6379)
+        assert pods.connects(pod, f"{SERVER_RELEASE}-api.{home}.svc.cluster.local", 4200)
+        assert not pods.connects(pod, f"{SERVER_RELEASE}-database.{home}.svc.cluster.local", 5432)
+        assert not pods.connects(pod, f"{SERVER_RELEASE}-redis.{home}.svc.cluster.local", 6379)
     server.namespace.kubectl("delete", "pod", "neighbour")
 
 
 def test_an_upgrade_keeps_passwords_and_data_and_a_rollback_takes_it_back(server: Release, values: Object) -> None:
     secrets = (("auth", "auth-string"), ("database", "password"), ("redis", "password"))
-    before = [server.secret(f"{NAME}-{name}", key) for name, key in secrets]
+    before = [server.secret(f"{SERVER_RELEASE}-{name}", key) for name, key in secrets]
     database = server.pods("database")[0]["metadata"]["uid"]
     with server.api() as api:
         pool = f"pool-{uuid4().hex[:6]}"
@@ -110,14 +110,14 @@ def test_an_upgrade_keeps_passwords_and_data_and_a_rollback_takes_it_back(server
     changed["api"]["replicas"] = 2
     revision = server.revision()
     server.deploy(changed)
-    assert [server.secret(f"{NAME}-{name}", key) for name, key in secrets] == before
+    assert [server.secret(f"{SERVER_RELEASE}-{name}", key) for name, key in secrets] == before
     assert server.pods("database")[0]["metadata"]["uid"] == database, "the database went on"
     assert len(server.pods("api")) == 2
     environment = server.pods("api")[0]["spec"]["containers"][0]["env"]
     assert {"name": "PREFECT_SERVER_API_DEFAULT_LIMIT", "value": "123"} in environment
     with server.api() as api:
         assert api.get(f"/work_pools/{pool}").status_code == 200
-    server.helm("rollback", NAME, revision, "--wait", "--timeout", "10m")
+    server.helm("rollback", SERVER_RELEASE, revision, "--wait", "--timeout", "10m")
     assert len(server.pods("api")) == 1
     with server.api() as api:
         assert api.get(f"/work_pools/{pool}").status_code == 200
@@ -141,25 +141,25 @@ def test_a_failed_upgrade_leaves_the_server_running(server: Release, values: Obj
     with server.api() as api:
         assert api.post("/work_pools/filter", json={}).status_code == 200
     assert running <= {pod["metadata"]["name"] for pod in server.pods("api")}
-    server.helm("rollback", NAME, "--wait", "--timeout", "10m")
+    server.helm("rollback", SERVER_RELEASE, "--wait", "--timeout", "10m")
 
 
 def test_a_missing_secret_is_found_before_anything_is_changed(server: Release, values: Object) -> None:
-    revisions = server.helm("history", NAME, "-o", "json")
+    revisions = server.helm("history", SERVER_RELEASE, "-o", "json")
     with pytest.raises(ClusterError) as caught:
         server.deploy(copy.deepcopy(values) | {"auth": {"existingSecret": "absent"}})
     assert "auth.existingSecret names a Secret absent that namespace" in str(caught.value)
-    assert server.helm("history", NAME, "-o", "json") == revisions
+    assert server.helm("history", SERVER_RELEASE, "-o", "json") == revisions
 
 
 def test_an_external_database_with_a_wrong_password_says_so(
     namespace: Namespace, server: Release, values: Object
 ) -> None:
-    url = f"postgresql+asyncpg://prefect:wrong@{NAME}-database.{server.namespace.name}:5432/prefect"
+    url = f"postgresql+asyncpg://prefect:wrong@{SERVER_RELEASE}-database.{server.namespace.name}:5432/prefect"
     encoded = base64.b64encode(url.encode()).decode()
     secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "db"}, "data": {"connection-url": encoded}}
     namespace.apply(secret)
-    server.namespace.kubectl("delete", "networkpolicy", f"{NAME}-database")
+    server.namespace.kubectl("delete", "networkpolicy", f"{SERVER_RELEASE}-database")
     release = Release("prefect-server", "other", namespace)
     release.deploy(
         copy.deepcopy(values) | {"database": {"bundled": {"enabled": False}, "external": {"existingSecret": "db"}}},
@@ -201,13 +201,13 @@ def test_a_database_that_is_nowhere_is_named(namespace: Namespace, values: Objec
 
 
 def test_uninstalled_only_the_volume_and_its_password_stay(server: Release) -> None:
-    server.helm("uninstall", NAME, "--wait")
+    server.helm("uninstall", SERVER_RELEASE, "--wait")
     kinds = "deploy,sts,jobs,services,secrets,configmaps,networkpolicies,serviceaccounts,pvc"
     listed = json.loads(server.namespace.kubectl("get", kinds, "-o", "json"))["items"]
     left = sorted(f"{each['kind']}/{each['metadata']['name']}" for each in listed)
     assert left == [
         "ConfigMap/kube-root-ca.crt",
-        f"PersistentVolumeClaim/data-{NAME}-database-0",
-        f"Secret/{NAME}-database",
+        f"PersistentVolumeClaim/data-{SERVER_RELEASE}-database-0",
+        f"Secret/{SERVER_RELEASE}-database",
         "ServiceAccount/default",
     ]

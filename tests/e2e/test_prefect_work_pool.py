@@ -10,15 +10,15 @@ import pytest
 import yaml
 
 from orchestration.errors import ClusterError
-from tests.e2e.release import SMALL, Object, Pool, Release, merged
-from tests.e2e.runs import deployment, ended, logged, run_of, start
+from tests.e2e.release import SMALL_REQUESTS, Object, Pool, Release, merge_values
+from tests.e2e.runs import create_deployment, get_run, start_run, wait_for_log, wait_until_ended
 from tests.helm.rendering import environment
 from tests.parts import wait_until
 
-NAME = "prefect-work-pool"
+POOL_RELEASE = "prefect-work-pool"
 
 
-def job_of(pool: Pool, run: str) -> Object:
+def find_job(pool: Pool, run: str) -> Object:
     """The run's Job."""
     found = json.loads(pool.namespace.kubectl("get", "jobs", "-l", f"prefect.io/flow-run-id={run}", "-o", "json"))
     [job] = found["items"]
@@ -28,21 +28,21 @@ def job_of(pool: Pool, run: str) -> Object:
 @pytest.fixture(scope="module")
 def values(values: Object) -> Object:
     """Those of the pool that the deployments of prefect.yaml name."""
-    return merged(values, {"pool": {"name": "default"}})
+    return merge_values(values, {"pool": {"name": "default"}})
 
 
 @pytest.fixture(scope="module")
 def each_minute(pool: Pool, api: httpx.Client) -> str:
     """A deployment with a schedule of each minute, which comes round while other tests go on; its id."""
     schedules = [{"schedule": {"cron": "* * * * *"}, "active": True}]
-    return deployment(api, pool, parameters={"text": "each minute"}, schedules=schedules)
+    return create_deployment(api, pool, parameters={"text": "each minute"}, schedules=schedules)
 
 
 def test_it_starts_from_nothing_without_a_restart(pool: Pool, api: httpx.Client) -> None:
     restarts = pool.restarts()
     assert len(restarts) == 3, "worker, drift and reconciler"
     assert not any(restarts.values()), restarts
-    assert "Phase:          Succeeded" in pool.helm("test", NAME)
+    assert "Phase:          Succeeded" in pool.helm("test", POOL_RELEASE)
     found = api.post("/deployments/filter", json={}).json()
     assert {"dbt-pipeline-daily", "backfill"} <= {each["name"] for each in found}
     [daily] = [each for each in found if each["name"] == "dbt-pipeline-daily"]
@@ -55,19 +55,21 @@ def test_memory_variables_and_image_of_a_deployment_and_of_a_run_reach_the_pod(
 ) -> None:
     repository, _, tag = image.rpartition(":")
     by_digest = f"{repository}@{_digest(repository, tag)}"
-    made = deployment(api, pool, job_variables={"memory_limit": "600Mi", "env": {"GREETING": "deployment"}})
-    of_deployment = start(api, made)
-    of_run = start(api, made, job_variables={"memory_limit": "650Mi", "env": {"GREETING": "run"}, "image": by_digest})
+    made = create_deployment(api, pool, job_variables={"memory_limit": "600Mi", "env": {"GREETING": "deployment"}})
+    of_deployment = start_run(api, made)
+    of_run = start_run(
+        api, made, job_variables={"memory_limit": "650Mi", "env": {"GREETING": "run"}, "image": by_digest}
+    )
     for run, memory, greeting, name in (
         (of_deployment, "600Mi", "deployment", image),
         (of_run, "650Mi", "run", by_digest),
     ):
-        assert ended(api, run)["state_type"] == "COMPLETED"
-        [container] = job_of(pool, run)["spec"]["template"]["spec"]["containers"]
+        assert wait_until_ended(api, run)["state_type"] == "COMPLETED"
+        [container] = find_job(pool, run)["spec"]["template"]["spec"]["containers"]
         assert container["resources"]["limits"] == {"memory": memory}
-        assert container["resources"]["requests"] == SMALL
+        assert container["resources"]["requests"] == SMALL_REQUESTS
         assert container["image"] == name
-        assert logged(api, run, f"text= GREETING={greeting}")
+        assert wait_for_log(api, run, f"text= GREETING={greeting}")
 
 
 def _digest(repository: str, tag: str) -> str:
@@ -83,18 +85,18 @@ def test_a_run_has_no_token_no_password_and_no_way_to_the_servers_database(
 ) -> None:
     ports = {"api": 4200, "database": 5432, "redis": 6379}
     addresses = [f"prefect-server-{name}.{server.namespace.name}:{port}" for name, port in ports.items()]
-    run = start(api, deployment(api, pool), parameters={"addresses": addresses})
-    assert ended(api, run)["state_type"] == "COMPLETED"
-    lines = logged(api, run, f"reaches {addresses[-1]}")
+    run = start_run(api, create_deployment(api, pool), parameters={"addresses": addresses})
+    assert wait_until_ended(api, run)["state_type"] == "COMPLETED"
+    lines = wait_for_log(api, run, f"reaches {addresses[-1]}")
     assert "token=False services=False" in lines
     assert [line for line in lines if line.startswith("reaches")] == [
         f"reaches {addresses[0]}: True",
         f"reaches {addresses[1]}: False",
         f"reaches {addresses[2]}: False",
     ]
-    manifest = json.dumps(job_of(pool, run))
+    manifest = json.dumps(find_job(pool, run))
     assert server.secret("prefect-server-auth", "auth-string") not in manifest
-    [container] = job_of(pool, run)["spec"]["template"]["spec"]["containers"]
+    [container] = find_job(pool, run)["spec"]["template"]["spec"]["containers"]
     reference = {"name": "prefect-server-auth", "key": "auth-string"}
     assert environment(container)["PREFECT_API_AUTH_STRING"] == {"secretKeyRef": reference}
 
@@ -112,7 +114,7 @@ def test_a_schedule_of_each_minute_fires_by_itself_and_runs_as_a_pod(
     run: Object = wait_until(first, "the schedule's first run to complete", 150)
     api.delete(f"/deployments/{each_minute}")
     assert run["auto_scheduled"] is True
-    assert logged(api, run["id"], "text=each minute")
+    assert wait_for_log(api, run["id"], "text=each minute")
     states = api.get("/flow_run_states/", params={"flow_run_id": run["id"]}).json()
     assert [state["type"] for state in sorted(states, key=lambda state: state["timestamp"])][-2:] == [
         "RUNNING",
@@ -128,21 +130,21 @@ def test_a_schedule_of_each_minute_fires_by_itself_and_runs_as_a_pod(
 
 def test_ten_runs_at_once_complete_though_the_worker_is_replaced_among_them(pool: Pool, api: httpx.Client) -> None:
     """The worker that is deleted makes the Jobs of what it has claimed; its successor takes the rest."""
-    made = deployment(api, pool)
+    made = create_deployment(api, pool)
     [worker] = pool.pods("worker")
-    runs = [start(api, made, parameters={"text": str(number)}) for number in range(10)]
+    runs = [start_run(api, made, parameters={"text": str(number)}) for number in range(10)]
 
     def some_claimed() -> bool:
-        return any(run_of(api, run)["state_type"] != "SCHEDULED" for run in runs)
+        return any(get_run(api, run)["state_type"] != "SCHEDULED" for run in runs)
 
     wait_until(some_claimed, "the worker to claim runs", 120)
     pool.namespace.kubectl("delete", "pod", worker["metadata"]["name"], "--wait=false")
-    outcomes = [ended(api, run, 300) for run in runs]
+    outcomes = [wait_until_ended(api, run, 300) for run in runs]
     assert {outcome["state_type"] for outcome in outcomes} == {"COMPLETED"}
     assert {outcome["run_count"] for outcome in outcomes} == {1}
 
 
-def _most_at_once(api: httpx.Client, runs: list[str]) -> int:
+def _max_concurrent_runs(api: httpx.Client, runs: list[str]) -> int:
     """How many of the ended runs held a slot of their pool at the same time: from Pending to the end."""
     moments = []
     for run in runs:
@@ -160,38 +162,38 @@ def test_an_upgrade_changes_pool_and_template_and_a_rollback_takes_it_back(
     pool: Pool, values: Object, api: httpx.Client
 ) -> None:
     """The pool's new limit holds; a run that is under way is not disturbed by either."""
-    made = deployment(api, pool)
-    under_way = start(api, made, parameters={"seconds": 60})
-    wait_until(lambda: run_of(api, under_way)["state_type"] == "RUNNING", "the run to run", 120)
+    made = create_deployment(api, pool)
+    under_way = start_run(api, made, parameters={"seconds": 60})
+    wait_until(lambda: get_run(api, under_way)["state_type"] == "RUNNING", "the run to run", 120)
     changed = copy.deepcopy(values)
     changed["pool"] |= {"concurrencyLimit": 3, "queues": [{"name": "urgent", "priority": 1, "concurrencyLimit": 1}]}
     changed["runs"]["resources"]["limits"]["memory"] = "640Mi"
     before = pool.revision()
     pool.deploy(changed)
-    pool.one_worker()
+    pool.wait_for_one_worker()
     found = api.get(f"/work_pools/{pool.work_pool}").json()
     assert found["concurrency_limit"] == 3
     assert found["base_job_template"]["variables"]["properties"]["memory_limit"]["default"] == "640Mi"
     queues = {queue["name"]: queue for queue in api.post(f"/work_pools/{pool.work_pool}/queues/filter", json={}).json()}
     assert queues["urgent"]["priority"] == 1
     assert queues["urgent"]["concurrency_limit"] == 1
-    runs = [start(api, made, parameters={"seconds": 2}) for _ in range(5)]
-    assert {ended(api, run, 240)["state_type"] for run in runs} == {"COMPLETED"}
-    assert _most_at_once(api, runs) <= 3
+    runs = [start_run(api, made, parameters={"seconds": 2}) for _ in range(5)]
+    assert {wait_until_ended(api, run, 240)["state_type"] for run in runs} == {"COMPLETED"}
+    assert _max_concurrent_runs(api, runs) <= 3
     assert (
-        job_of(pool, runs[0])["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"] == "640Mi"
+        find_job(pool, runs[0])["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"] == "640Mi"
     )
-    pool.helm("rollback", NAME, before, "--wait", "--timeout", "10m")
+    pool.helm("rollback", POOL_RELEASE, before, "--wait", "--timeout", "10m")
     found = api.get(f"/work_pools/{pool.work_pool}").json()
     assert found["concurrency_limit"] is None
     assert found["base_job_template"]["variables"]["properties"]["memory_limit"]["default"] == "700Mi"
     queues = api.post(f"/work_pools/{pool.work_pool}/queues/filter", json={}).json()
     assert [queue["name"] for queue in queues] == ["default"]
-    assert ended(api, under_way)["state_type"] == "COMPLETED"
-    assert run_of(api, under_way)["run_count"] == 1
+    assert wait_until_ended(api, under_way)["state_type"] == "COMPLETED"
+    assert get_run(api, under_way)["run_count"] == 1
 
 
-def _wanted(name: str, text: str, cron: str) -> Object:
+def _deployment_in_file(name: str, text: str, cron: str) -> Object:
     """A deployment of the probe on the pool `files`, as a file has it."""
     return {
         "name": name,
@@ -203,8 +205,15 @@ def _wanted(name: str, text: str, cron: str) -> Object:
 
 
 FILES = {
-    "first.yaml": {"deployments": [_wanted("a", "first", "0 6 * * *"), _wanted("b", "first", "30 6 * * *")]},
-    "second.yaml": {"deployments": [_wanted("a", "second", "0 7 * * *"), _wanted("c", "second", "30 7 * * *")]},
+    "first.yaml": {
+        "deployments": [_deployment_in_file("a", "first", "0 6 * * *"), _deployment_in_file("b", "first", "30 6 * * *")]
+    },
+    "second.yaml": {
+        "deployments": [
+            _deployment_in_file("a", "second", "0 7 * * *"),
+            _deployment_in_file("c", "second", "30 7 * * *"),
+        ]
+    },
 }
 
 
@@ -220,7 +229,7 @@ def of_files(pool: Pool, values: Object) -> Iterator[tuple[Release, Callable[[st
             "volumes": [{"name": name, "configMap": {"name": name}} for name in ("files", "probe")],
             "volumeMounts": [{"name": name, "mountPath": f"/{name}"} for name in ("files", "probe")],
         }
-        wanted = merged(values, {"pool": {"name": "files"}})
+        wanted = merge_values(values, {"pool": {"name": "files"}})
         wanted["sync"] = {"files": [f"/files/{file}"], "pod": volumes, "backoffLimit": 0}
         wanted["runs"]["resources"]["limits"]["memory"] = memory
         release.deploy(wanted)
@@ -253,11 +262,11 @@ def test_an_upgrade_brings_the_server_to_what_the_files_say_and_a_rollback_takes
     before = there()
     first = {name: said(each) for name, each in before.items()}
     assert first == {"a": ("first", "0 6 * * *"), "b": ("first", "30 6 * * *")}
-    under_way = start(api, before["b"]["id"], parameters={"seconds": 600, "until": "enough"})
-    wait_until(lambda: run_of(api, under_way)["state_type"] == "RUNNING", "the run to run", 120)
+    under_way = start_run(api, before["b"]["id"], parameters={"seconds": 600, "until": "enough"})
+    wait_until(lambda: get_run(api, under_way)["state_type"] == "RUNNING", "the run to run", 120)
 
     deploy("second.yaml", "640Mi")
-    assert run_of(api, under_way)["state_type"] == "RUNNING"
+    assert get_run(api, under_way)["state_type"] == "RUNNING"
     now = there()
     assert said(now["a"]) == ("second", "0 7 * * *")
     assert now["a"]["id"] == before["a"]["id"], "it keeps its runs"
@@ -265,7 +274,7 @@ def test_an_upgrade_brings_the_server_to_what_the_files_say_and_a_rollback_takes
     assert now["b"]["paused"], "nothing of it starts any more"
     assert memory() == "640Mi"
     api.post("/variables/", json={"name": "enough", "value": True}).raise_for_status()
-    outcome = ended(api, under_way)
+    outcome = wait_until_ended(api, under_way)
     assert (outcome["state_type"], outcome["run_count"]) == ("COMPLETED", 1)
     deploy("second.yaml", "640Mi")
     assert set(there()) == {"a", "c"}
@@ -276,7 +285,7 @@ def test_an_upgrade_brings_the_server_to_what_the_files_say_and_a_rollback_takes
     assert memory() == "700Mi"
 
 
-def _drifted(pool: Pool) -> float:
+def _count_drifted_objects(pool: Pool) -> float:
     """How many things drift counts, as Prometheus would read it."""
     [pod] = pool.pods("drift")
     path = f"/api/v1/namespaces/{pool.namespace.name}/pods/{pod['metadata']['name']}:8080/proxy/metrics"
@@ -288,7 +297,7 @@ def _drifted(pool: Pool) -> float:
 
 def test_what_somebody_changes_on_the_server_is_seen_as_drift(pool: Pool, api: httpx.Client) -> None:
     """In the UI as an artifact and for an alert as a metric, until it is as the last sync left it."""
-    wait_until(lambda: _drifted(pool) == 0, "nothing to have drifted")
+    wait_until(lambda: _count_drifted_objects(pool) == 0, "nothing to have drifted")
     daily = api.get("/deployments/name/dbt-pipeline/dbt-pipeline-daily").raise_for_status().json()
 
     def describe(text: str) -> None:
@@ -300,11 +309,11 @@ def test_what_somebody_changes_on_the_server_is_seen_as_drift(pool: Pool, api: h
         return found
 
     describe("by hand")
-    wait_until(lambda: _drifted(pool) == 1, "the metric to count it")
+    wait_until(lambda: _count_drifted_objects(pool) == 1, "the metric to count it")
     # The metric comes first, and an artifact of an earlier look may be there.
     wait_until(lambda: "dbt-pipeline/dbt-pipeline-daily" in str(artifacts()[:1]), "the artifact to name it")
     describe(daily["description"])
-    wait_until(lambda: _drifted(pool) == 0, "the metric to be back")
+    wait_until(lambda: _count_drifted_objects(pool) == 0, "the metric to be back")
 
 
 def test_a_worker_that_no_longer_watches_is_started_again(pool: Pool, values: Object) -> None:
@@ -313,10 +322,10 @@ def test_a_worker_that_no_longer_watches_is_started_again(pool: Pool, values: Ob
     It watches where no reconciler does.
     """
     namespace = pool.namespace
-    pool.deploy(merged(values, {"reconciler": {"enabled": False}}))
-    binding = namespace.kubectl("get", "rolebinding", f"{NAME}-worker", "-o", "json")
+    pool.deploy(merge_values(values, {"reconciler": {"enabled": False}}))
+    binding = namespace.kubectl("get", "rolebinding", f"{POOL_RELEASE}-worker", "-o", "json")
     [old] = pool.pods("worker")
-    namespace.kubectl("delete", "rolebinding", f"{NAME}-worker")
+    namespace.kubectl("delete", "rolebinding", f"{POOL_RELEASE}-worker")
     try:
         namespace.kubectl("delete", "pod", old["metadata"]["name"])
         wait_until(lambda: any(pool.restarts().values()), "the worker to be started again", 240)
@@ -325,7 +334,7 @@ def test_a_worker_that_no_longer_watches_is_started_again(pool: Pool, values: Ob
         assert "No longer watching" in before
     finally:
         namespace.apply({key: each for key, each in json.loads(binding).items() if key != "status"})
-    namespace.kubectl("rollout", "status", f"deployment/{NAME}-worker", "--timeout=180s")
+    namespace.kubectl("rollout", "status", f"deployment/{POOL_RELEASE}-worker", "--timeout=180s")
     pool.deploy(values)
 
 
@@ -344,9 +353,9 @@ def test_what_the_server_refuses_fails_the_release_with_the_reason(
     pool.namespace.apply(secret)
     for reason, change in wrong.items():
         with pytest.raises(ClusterError) as caught:
-            pool.deploy(merged(merged(values, change), {"sync": {"backoffLimit": 0}}))
+            pool.deploy(merge_values(merge_values(values, change), {"sync": {"backoffLimit": 0}}))
         assert "sync" in str(caught.value)
-        log = pool.namespace.kubectl("logs", f"job/{NAME}-sync", "-c", "sync")
+        log = pool.namespace.kubectl("logs", f"job/{POOL_RELEASE}-sync", "-c", "sync")
         assert reason in log
         assert "Traceback" not in log
     assert {pod["metadata"]["name"] for pod in pool.pods("worker")} == running
@@ -369,18 +378,20 @@ WAREHOUSE = {"name": "WAREHOUSE_URL", "valueFrom": {"secretKeyRef": {"name": "wa
 def test_a_missing_secret_is_found_before_anything_is_changed(
     pool: Pool, values: Object, change: Object, message: str
 ) -> None:
-    revisions = pool.helm("history", NAME, "-o", "json")
+    revisions = pool.helm("history", POOL_RELEASE, "-o", "json")
     with pytest.raises(ClusterError) as caught:
-        pool.deploy(merged(values, change))
+        pool.deploy(merge_values(values, change))
     assert message in str(caught.value)
-    assert pool.helm("history", NAME, "-o", "json") == revisions
+    assert pool.helm("history", POOL_RELEASE, "-o", "json") == revisions
 
 
 def test_uninstalled_nothing_stays_but_the_pool_on_the_server(pool: Pool, values: Object, api: httpx.Client) -> None:
     pool.deploy(values)
-    pool.helm("uninstall", NAME, "--wait")
+    pool.helm("uninstall", POOL_RELEASE, "--wait")
     kinds = "deploy,jobs,roles,rolebindings,services,secrets,configmaps,networkpolicies,serviceaccounts,pods"
-    listed = json.loads(pool.namespace.kubectl("get", kinds, "-l", f"app.kubernetes.io/instance={NAME}", "-o", "json"))
+    listed = json.loads(
+        pool.namespace.kubectl("get", kinds, "-l", f"app.kubernetes.io/instance={POOL_RELEASE}", "-o", "json")
+    )
     left = [f"{each['kind']}/{each['metadata']['name']}" for each in listed["items"]]
     assert [name for name in left if not name.startswith("Pod/")] == []
     assert api.get(f"/work_pools/{pool.work_pool}").status_code == 200

@@ -8,15 +8,15 @@ import httpx
 import pytest
 
 from orchestration.errors import ClusterError
-from tests.e2e.release import Object, Pool, merged
-from tests.e2e.runs import deployment, ended, start
+from tests.e2e.release import Object, Pool, merge_values
+from tests.e2e.runs import create_deployment, start_run, wait_until_ended
 from tests.parts import wait_until
 
 
 @pytest.fixture(scope="module")
 def values(values: Object) -> Object:
     """Those of a pool without deployments of its own."""
-    return merged(values, {"drift": {"enabled": False}, "sync": {"files": []}})
+    return merge_values(values, {"drift": {"enabled": False}, "sync": {"files": []}})
 
 
 def _account_of_worker(pool: Pool) -> str:
@@ -36,12 +36,12 @@ def test_run_cannot_give_the_next_run_another_identity(pool: Pool, api: httpx.Cl
     api.patch(on_server, json={"base_job_template": template}).raise_for_status()
 
     labels = {"app.kubernetes.io/name": "prefect-server", "app.kubernetes.io/component": "api"}
-    refused = start(api, deployment(api, pool, job_variables={"labels": labels}))
-    found = ended(api, refused)
+    refused = start_run(api, create_deployment(api, pool, job_variables={"labels": labels}))
+    found = wait_until_ended(api, refused)
     assert found["state_type"] == "CRASHED"
     assert "labels: the key 'app.kubernetes.io/name' is kept" in found["state"]["message"]
 
-    run = start(api, deployment(api, pool))
+    run = start_run(api, create_deployment(api, pool))
 
     def pod() -> Object | None:
         selector = f"prefect.io/flow-run-id={run}"
@@ -52,7 +52,7 @@ def test_run_cannot_give_the_next_run_another_identity(pool: Pool, api: httpx.Cl
     assert made["serviceAccountName"].endswith("-runs")
     assert made["automountServiceAccountToken"] is False
     assert "envFrom" not in made["containers"][0]
-    assert ended(api, run)["state_type"] == "COMPLETED"
+    assert wait_until_ended(api, run)["state_type"] == "COMPLETED"
 
     # The reconciler has looked several times since.
     history = api.get("/flow_run_states/", params={"flow_run_id": refused}).raise_for_status().json()
@@ -61,7 +61,7 @@ def test_run_cannot_give_the_next_run_another_identity(pool: Pool, api: httpx.Cl
     assert not pool.namespace.kubectl("get", "jobs", "-l", f"prefect.io/flow-run-id={refused}", "-o", "name")
 
 
-def _with(job: Object, change: Callable[[Object], object]) -> Object:
+def _change_pod(job: Object, change: Callable[[Object], object]) -> Object:
     made = copy.deepcopy(job)
     change(made["spec"]["template"])
     return made
@@ -89,8 +89,8 @@ ATTACKS: dict[str, Callable[[Object], object]] = {
 
 
 def test_token_of_the_worker_makes_no_other_job(pool: Pool, api: httpx.Client) -> None:
-    run = start(api, deployment(api, pool))
-    assert ended(api, run)["state_type"] == "COMPLETED"
+    run = start_run(api, create_deployment(api, pool))
+    assert wait_until_ended(api, run)["state_type"] == "COMPLETED"
     selector = f"prefect.io/flow-run-id={run}"
     [job] = json.loads(pool.namespace.kubectl("get", "jobs", "-l", selector, "-o", "json"))["items"]
     job["metadata"] = {"name": "stolen", "labels": job["metadata"]["labels"]}
@@ -108,4 +108,4 @@ def test_token_of_the_worker_makes_no_other_job(pool: Pool, api: httpx.Client) -
 
     assert create(job).strip() == "job.batch/stolen"
     for said, change in ATTACKS.items():
-        assert said in create(_with(job, change)), said
+        assert said in create(_change_pod(job, change)), said

@@ -18,7 +18,7 @@ from tests.parts import wait_until
 
 LOCAL = ROOT / "k8s" / "overlays" / "local"
 FLOW_RUN = {"prefect.io/role": "flow-run"}
-NOWHERE = {"nodeSelector": {"prefect.io/no-such": "node"}}
+UNSCHEDULABLE = {"nodeSelector": {"prefect.io/no-such": "node"}}
 """Where a pod is admitted and counted and costs nothing."""
 
 
@@ -89,24 +89,24 @@ def test_what_could_reach_beyond_its_container_is_refused(local: Namespace) -> N
 
 
 def test_memory_and_cpu_are_given_to_who_names_none_and_too_much_is_refused(local: Namespace) -> None:
-    local.pod("plain", container={"resources": {}}, ready=False, **NOWHERE)
+    local.pod("plain", container={"resources": {}}, ready=False, **UNSCHEDULABLE)
     given = json.loads(local.kubectl("get", "pod", "plain", "-o", "jsonpath={.spec.containers[0].resources}"))
     assert given == {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"memory": "512Mi"}}
     with pytest.raises(ClusterError, match="maximum memory usage per Container is 2Gi"):
-        local.pod("greedy", container={"resources": {"limits": {"memory": "3Gi"}}}, ready=False, **NOWHERE)
+        local.pod("greedy", container={"resources": {"limits": {"memory": "3Gi"}}}, ready=False, **UNSCHEDULABLE)
 
 
 def test_a_burst_of_runs_waits_and_the_server_rolls(local: Namespace) -> None:
     most = int(local.kubectl("get", "quota", "runs", "-o", "jsonpath={.spec.hard.pods}"))
     local.kubectl("wait", "--for=jsonpath={.status.hard.pods}=" + str(most), "quota/runs", "--timeout=30s")
     for number in range(most):
-        local.pod(f"burst-{number}", labels=FLOW_RUN, priorityClassName="prefect-runs", ready=False, **NOWHERE)
+        local.pod(f"burst-{number}", labels=FLOW_RUN, priorityClassName="prefect-runs", ready=False, **UNSCHEDULABLE)
     with pytest.raises(ClusterError, match=f"exceeded quota: runs, requested: pods=1, used: pods={most}"):
-        local.pod("one-too-many", labels=FLOW_RUN, priorityClassName="prefect-runs", ready=False, **NOWHERE)
-    local.pod("server", priorityClassName="prefect-control", ready=False, **NOWHERE)
+        local.pod("one-too-many", labels=FLOW_RUN, priorityClassName="prefect-runs", ready=False, **UNSCHEDULABLE)
+    local.pod("server", priorityClassName="prefect-control", ready=False, **UNSCHEDULABLE)
     local.kubectl("delete", "pod", "burst-0")
     local.kubectl("wait", "--for=jsonpath={.status.used.pods}=" + str(most - 1), "quota/runs", "--timeout=30s")
-    local.pod("one-too-many", labels=FLOW_RUN, priorityClassName="prefect-runs", ready=False, **NOWHERE)
+    local.pod("one-too-many", labels=FLOW_RUN, priorityClassName="prefect-runs", ready=False, **UNSCHEDULABLE)
 
 
 def test_no_service_opens_a_port_to_the_world(local: Namespace) -> None:

@@ -18,7 +18,7 @@ import pytest
 from orchestration import warehouse
 from orchestration.local import embedded_postgres
 from orchestration.settings import ROOT
-from tests.long.kills import Undisturbed, run_killed_at_random
+from tests.long.kills import Baseline, run_killed_at_random
 from tests.parts import Query, copy_of_checkout, rows_of, settings_of, wait_until
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small or read-only disk needs root")
@@ -167,7 +167,7 @@ def test_ctrl_c_ends_the_run_with_its_sql(database: str, query: Query, prefect_s
 
 
 def test_killed_at_a_random_moment_a_run_leaves_what_the_next_one_completes(
-    postgres: str, prefect_server: str, undisturbed: Undisturbed
+    postgres: str, prefect_server: str, undisturbed: Baseline
 ) -> None:
     """Once, while it works on the warehouse; `make test-long FOR=kills` does it fifty times."""
     seed = random.randrange(10**6)  # noqa: S311 - a moment, no secret
@@ -177,6 +177,6 @@ def test_killed_at_a_random_moment_a_run_leaves_what_the_next_one_completes(
 
 
 @pytest.fixture(scope="module")
-def undisturbed(postgres: str, prefect_server: str) -> Undisturbed:
+def undisturbed(postgres: str, prefect_server: str) -> Baseline:
     """What two days look like when nothing is killed."""
-    return Undisturbed.measure(postgres, prefect_server, [date(2013, 1, 1), date(2013, 1, 2)])
+    return Baseline.measure(postgres, prefect_server, [date(2013, 1, 1), date(2013, 1, 2)])

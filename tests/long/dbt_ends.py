@@ -30,7 +30,7 @@ from tests.parts import client_of, embedded_postgres, new_database, prefect_serv
 
 WAYS = ("killed", "cancelled")
 
-PROMPT = 5.0
+SQL_END_SECONDS = 5.0
 """Seconds after which none of a run's SQL may be left: half a second until dbt hears it, 2.5 to end it, 2 until
 Postgres finds the client gone."""
 
@@ -51,7 +51,7 @@ def _project(folder: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Undisturbed:
+class Baseline:
     """A run that nobody disturbed."""
 
     seconds: float
@@ -59,7 +59,7 @@ class Undisturbed:
     tables: dict[str, Any] = field(repr=False)
 
     @classmethod
-    def measure(cls, postgres: str, api: str, folder: Path) -> "Undisturbed":
+    def measure(cls, postgres: str, api: str, folder: Path) -> "Baseline":
         """Run it once, in a database of its own; a run before that compiles Python's files."""
         shop = _project(folder / "undisturbed")
         deployment = deploy(shop, api)
@@ -90,7 +90,7 @@ class Outcome:
         """Whether all is as it must be."""
         # Nobody tells the server of a kill: what it heard of last stays.
         states = {"cancelled": ("CANCELLED",), "killed": ("SCHEDULED", "PENDING", "RUNNING")}[self.way]
-        return self.same and self.sql_ended <= PROMPT and self.state in (*states, "COMPLETED")
+        return self.same and self.sql_ended <= SQL_END_SECONDS and self.state in (*states, "COMPLETED")
 
 
 def _end(way: str, process: "subprocess.Popen[bytes]", server: Server, run: str) -> None:
@@ -109,7 +109,7 @@ def _end(way: str, process: "subprocess.Popen[bytes]", server: Server, run: str)
 
 
 def end_at_random(
-    way: str, postgres: str, api: str, server: Server, undisturbed: Undisturbed, folder: Path, chance: random.Random
+    way: str, postgres: str, api: str, server: Server, undisturbed: Baseline, folder: Path, chance: random.Random
 ) -> Outcome:
     """One round: a run that is ended at a random moment, and its retry."""
     moment = chance.uniform(0, undisturbed.seconds)
@@ -152,7 +152,7 @@ def run(parameters: Parameters) -> Findings:
         client_of(api) as client,
     ):
         folder = Path(temporary)
-        undisturbed = Undisturbed.measure(postgres, api, folder)
+        undisturbed = Baseline.measure(postgres, api, folder)
         for number in range(1, rounds + 1):
             for way in WAYS:
                 outcome = end_at_random(way, postgres, api, Server(client), undisturbed, folder, chance)

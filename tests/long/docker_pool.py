@@ -94,11 +94,13 @@ def machine(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[St
         host = daemon.host if daemon else os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
         environment = os.environ | {"DOCKER_HOST": host, "PORT": str(free_port()), "IMAGE": image}
         if registry.has(images.POSTGRES):  # this machine reaches no image registry but its own
-            environment["POSTGRES_IMAGE"] = _postgres(host, tmp_path_factory.mktemp("postgres") / "image.tar")
+            environment["POSTGRES_IMAGE"] = _load_postgres_image(
+                host, tmp_path_factory.mktemp("postgres") / "image.tar"
+            )
         yield Stack(checkout, environment, daemon)
 
 
-def _postgres(host: str, archive: Path) -> str:
+def _load_postgres_image(host: str, archive: Path) -> str:
     """Build today's image of Postgres, most of it from the builder's cache, and give it to the daemon."""
     name, folder = "postgres:test", ROOT / "docker/databases"
     isolation = ["--isolation", "chroot", "--network", "host", "--tls-verify=false", "--layers"]
@@ -124,7 +126,7 @@ def api(stack: Stack) -> Iterator[httpx.Client]:
         yield client
 
 
-def _ended(api: httpx.Client, run: str) -> tuple[str, str]:
+def _wait_until_ended(api: httpx.Client, run: str) -> tuple[str, str]:
     """The type and message of the state that a flow run ends in."""
 
     def state() -> Any:
@@ -185,7 +187,7 @@ def test_the_daily_deployment_runs_as_a_container_of_the_image(stack: Stack, api
     api.patch(f"/deployments/{daily['id']}/schedules/{schedule['id']}", json={"active": False}).raise_for_status()
 
     run, container = stack.start_run()
-    assert _ended(api, run)[0] == "COMPLETED"
+    assert _wait_until_ended(api, run)[0] == "COMPLETED"
     assert container["Config"]["Image"] == stack.environment["IMAGE"]
     assert container["Config"]["User"] == "65532:65532"
     confined = container["HostConfig"]
@@ -220,7 +222,7 @@ def test_no_password_is_in_a_container_s_environment_or_the_api(stack: Stack, ap
     assert pool["base_job_template"]["variables"]["properties"]["image"]["default"] == stack.environment["IMAGE"]
     shown = json.dumps([stack.containers(), container, pool, api.post("/deployments/filter", json={}).json()])
     assert not [each for each in passwords if each in shown]
-    assert _ended(api, run)[0] == "COMPLETED"
+    assert _wait_until_ended(api, run)[0] == "COMPLETED"
 
 
 def test_a_run_that_is_killed_is_crashed(stack: Stack, api: httpx.Client) -> None:
@@ -231,7 +233,7 @@ def test_a_run_that_is_killed_is_crashed(stack: Stack, api: httpx.Client) -> Non
         running = lambda: api.get(f"/flow_runs/{run}").json()["state"]["type"] == "RUNNING"  # noqa: E731
         wait_until(running, "the run to run", 180)
         stack.docker("kill", container["Id"])
-        kind, message = _ended(api, run)
+        kind, message = _wait_until_ended(api, run)
         assert kind == "CRASHED"
         return message
 
@@ -260,9 +262,9 @@ def test_restarted_docker_brings_the_stack_back_and_reports_the_cut_run(stack: S
         return False
 
     wait_until(is_back, "the server to be back", 180)
-    assert _ended(api, run)[0] == "CRASHED"
+    assert _wait_until_ended(api, run)[0] == "CRASHED"
     again, _ = stack.start_run()
-    assert _ended(api, again)[0] == "COMPLETED"
+    assert _wait_until_ended(api, again)[0] == "COMPLETED"
     wait_until(lambda: not stack.containers(f"label=io.prefect.flow-run-id={again}"), "its container to be removed")
 
 

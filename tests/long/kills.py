@@ -40,7 +40,7 @@ HALF_LOADED = """
 """
 
 
-def content(url: str) -> dict[str, list[tuple[Any, ...]]]:
+def read_models(url: str) -> dict[str, list[tuple[Any, ...]]]:
     """Every row of every model of the warehouse at `url`, but for which load it is from."""
     tables = rows_of(
         url,
@@ -71,7 +71,7 @@ def _wait_for_work(process: "subprocess.Popen[bytes]", url: str) -> None:
     wait_until(lambda: rows_of(url, connected) or process.poll() is not None, "the run's first connection", 300)
 
 
-def _run(day: date, url: str, api: str) -> float:
+def _time_run(day: date, url: str, api: str) -> float:
     """Seconds of an undisturbed run from its first connection to the warehouse."""
     process = _start(day, url, api)
     _wait_for_work(process, url)
@@ -83,7 +83,7 @@ def _run(day: date, url: str, api: str) -> float:
 
 
 @dataclass(frozen=True)
-class Undisturbed:
+class Baseline:
     """Two days that nobody disturbed."""
 
     days: list[date]
@@ -92,11 +92,11 @@ class Undisturbed:
     content: dict[str, list[tuple[Any, ...]]] = field(repr=False)
 
     @classmethod
-    def measure(cls, postgres: str, api: str, days: list[date]) -> "Undisturbed":
+    def measure(cls, postgres: str, api: str, days: list[date]) -> "Baseline":
         """Run both days in a warehouse of their own."""
         with new_database(postgres) as url:
-            _run(days[0], url, api)
-            return cls(days, _run(days[1], url, api), content(url))
+            _time_run(days[0], url, api)
+            return cls(days, _time_run(days[1], url, api), read_models(url))
 
 
 @dataclass(frozen=True)
@@ -113,13 +113,13 @@ class Outcome:
     """Whether the next run left what an undisturbed one leaves."""
 
 
-def run_killed_at_random(postgres: str, api: str, undisturbed: Undisturbed, chance: random.Random) -> Outcome:
+def run_killed_at_random(postgres: str, api: str, undisturbed: Baseline, chance: random.Random) -> Outcome:
     """One round: a day, a killed run of the next, and that run again; another round if the run ends before its kill."""
     first, second = undisturbed.days
     seconds = undisturbed.seconds
     while True:
         with new_database(postgres) as url:
-            _run(first, url, api)
+            _time_run(first, url, api)
             moment = chance.uniform(0, seconds)
             process = _start(second, url, api)
             _wait_for_work(process, url)
@@ -132,8 +132,8 @@ def run_killed_at_random(postgres: str, api: str, undisturbed: Undisturbed, chan
                 continue
             half_loaded = [day for (day,) in rows_of(url, HALF_LOADED)]
             loaded = rows_of(url, "select count(*) from raw.loads where day = %s", second) == [(1,)]
-            _run(second, url, api)
-            return Outcome(moment, loaded, half_loaded, content(url) == undisturbed.content)
+            _time_run(second, url, api)
+            return Outcome(moment, loaded, half_loaded, read_models(url) == undisturbed.content)
 
 
 def run(parameters: Parameters) -> Findings:
@@ -147,7 +147,7 @@ def run(parameters: Parameters) -> Findings:
         tempfile.TemporaryDirectory() as home,
         prefect_server(Path(home)) as api,
     ):
-        undisturbed = Undisturbed.measure(postgres, api, [date(2013, 1, 1), date(2013, 1, 2)])
+        undisturbed = Baseline.measure(postgres, api, [date(2013, 1, 1), date(2013, 1, 2)])
         for number in range(1, kills + 1):
             outcome = run_killed_at_random(postgres, api, undisturbed, chance)
             outcomes.append(outcome)

@@ -116,7 +116,7 @@ def test_it_is_deployed_once_the_secrets_are_there_that_only_a_person_can_make(
 
 def test_there_are_two_of_each_by_the_image_s_digest_and_no_database_of_its_own(production: Checkout) -> None:
     target = production.target
-    found = production.steady("production")
+    found = production.wait_until_ready("production")
     assert {each["name"]: (each["ready"], each["wanted"]) for each in found["components"]} == {
         "api": (2, 2),
         "services": (2, 2),

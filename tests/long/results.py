@@ -51,7 +51,7 @@ def record(root: Path, tests: Sequence[LongTest], name: str, entry: Entry) -> No
     entries = {test.name: entries[test.name] for test in tests if test.name in entries}
     for file, text in (
         (root / JSON, json.dumps(entries, indent=2, ensure_ascii=False) + "\n"),
-        (root / PAGE, page(tests, entries)),
+        (root / PAGE, render_page(tests, entries)),
     ):
         # A kill leaves the file of before or the new one.
         new = file.with_name(f".{file.name}")
@@ -59,7 +59,7 @@ def record(root: Path, tests: Sequence[LongTest], name: str, entry: Entry) -> No
         new.replace(file)
 
 
-def stale(test: LongTest, entry: Entry, root: Path) -> list[str]:
+def find_changes(test: LongTest, entry: Entry, root: Path) -> list[str]:
     """Return the declared paths and sizes that are not what the test last ran on; none if that was not recorded."""
     recorded = entry["paths"]
     if recorded is None:
@@ -68,7 +68,7 @@ def stale(test: LongTest, entry: Entry, root: Path) -> list[str]:
     return differing + test.reduced(entry["parameters"])
 
 
-def problems(tests: Sequence[LongTest], root: Path) -> list[str]:
+def find_problems(tests: Sequence[LongTest], root: Path) -> list[str]:
     """Return what keeps a change from landing: long tests that ran on other content, or failed, each with the cure."""
     found = []
     for test in tests:
@@ -77,7 +77,7 @@ def problems(tests: Sequence[LongTest], root: Path) -> list[str]:
         if entry is None or entry["paths"] is None:
             continue
         command = f"Run `make test-long FOR={test.name}` and commit {JSON}"
-        if differing := stale(test, entry, root):
+        if differing := find_changes(test, entry, root):
             paths = ", ".join(differing)
             found.append(f"{test.name} last ran on other content than this: {paths}. {command}.")
         elif entry["verdict"] != "passed":
@@ -85,7 +85,7 @@ def problems(tests: Sequence[LongTest], root: Path) -> list[str]:
     return found
 
 
-def revision(root: Path) -> tuple[str | None, bool | None]:
+def read_revision(root: Path) -> tuple[str | None, bool | None]:
     """Return the commit, and whether the tree has no changes to it but for the results; null without git."""
 
     def git(*arguments: str) -> str | None:
@@ -96,7 +96,7 @@ def revision(root: Path) -> tuple[str | None, bool | None]:
     return git("rev-parse", "HEAD"), None if changes is None else not changes
 
 
-def machine(*, cluster: bool) -> dict[str, str | float]:
+def describe_machine(*, cluster: bool) -> dict[str, str | float]:
     """Describe this machine and, with `cluster`, the Kubernetes cluster, which is made if need be.
 
     Raises:
@@ -119,7 +119,7 @@ def machine(*, cluster: bool) -> dict[str, str | float]:
     return found
 
 
-def page(tests: Sequence[LongTest], entries: Mapping[str, Entry]) -> str:
+def render_page(tests: Sequence[LongTest], entries: Mapping[str, Entry]) -> str:
     """Return the results as Markdown."""
     lines = [
         "# Results of the long tests",
@@ -133,14 +133,16 @@ def page(tests: Sequence[LongTest], entries: Mapping[str, Entry]) -> str:
     for test in tests:
         if entry := entries.get(test.name):
             minutes = "" if entry["seconds"] is None else f"{entry['seconds'] / 60:.0f}"
-            cells = [entry["verdict"], _version(entry), entry["date"], _spelled(entry["parameters"]), minutes]
+            cells = [entry["verdict"], _version(entry), entry["date"], _format_parameters(entry["parameters"]), minutes]
             lines.append(f"| [{test.name}](#{test.name}) | {' | '.join(cells)} |")
         else:
             lines.append(f"| {test.name} | never run | | | | |")
     for test in tests:
         if entry := entries.get(test.name):
             machine = ", ".join(f"{name} {value}" for name, value in entry["machine"].items())
-            command = " ".join(filter(None, ["make test-long", f"FOR={test.name}", _spelled(entry["parameters"])]))
+            command = " ".join(
+                filter(None, ["make test-long", f"FOR={test.name}", _format_parameters(entry["parameters"])])
+            )
             lines += ["", f"## {test.name}", "", test.what, "", f"`{command}`, {_version(entry)}; {machine}.", ""]
             if entry["reason"]:
                 lines += [f"Failed: {' '.join(entry['reason'].split())}", ""]
@@ -155,5 +157,5 @@ def _version(entry: Entry) -> str:
     return text if entry["paths"] is not None else f"{text} (an older version)"
 
 
-def _spelled(parameters: Mapping[str, float]) -> str:
+def _format_parameters(parameters: Mapping[str, float]) -> str:
     return " ".join(f"{name}={value:g}" for name, value in parameters.items())

@@ -101,10 +101,10 @@ def _run(test: LongTest, given: dict[str, float], tests: Sequence[LongTest], roo
         return Row(test.name, "passed before", entry["seconds"], "on this content; FORCE=1 runs it again")
     parameters = {**test.parameters, **given}
     before = test.hashes(root)
-    commit, clean = results.revision(root)
+    commit, clean = results.read_revision(root)
     start = time.monotonic()
     try:
-        machine = results.machine(cluster=test.cluster)
+        machine = results.describe_machine(cluster=test.cluster)
         findings = test.run(parameters)
     except NotRunError as error:
         print(error, file=sys.stderr)
@@ -143,7 +143,7 @@ def _state(test: LongTest, root: Path) -> Row:
     entry = results.load(root).get(test.name)
     if entry is None:
         return Row(test.name, "never run", None, test.what)
-    differing = results.stale(test, entry, root)
+    differing = results.find_changes(test, entry, root)
     note = f"on other content: {', '.join(differing)}" if differing else entry["reason"]
     if entry["paths"] is None:
         note = f"on an older version: {(entry['commit'] or 'unknown')[:7]}"

@@ -27,28 +27,37 @@ from orchestration.operations.environment import Environment
 from orchestration.operations.local_cluster import __main__ as local_cluster
 from orchestration.operations.port_forward import forwarded, user
 from tests.cluster.namespace import proxied, restricted
-from tests.e2e.faults.victims import FLOWS, evicted, force_deleted, killed, leader, states, watched
-from tests.e2e.release import Object, Pool, Release, built_image, installed_pool, pool_values, probe_of, server_values
-from tests.e2e.runs import deployment, start
+from tests.e2e.faults.victims import FLOW_FILE, evict, fault_values, force_delete, kill_pod, leader_pod, list_states
+from tests.e2e.release import (
+    Object,
+    Pool,
+    Release,
+    build_image,
+    install_pool,
+    pool_values,
+    probe_config_map,
+    server_values,
+)
+from tests.e2e.runs import create_deployment, start_run
 from tests.long.longtest import Findings, Parameters
 
-AT_ONCE = 6
+MAX_LIVE_RUNS = 6
 """Runs that are under way at the most."""
 
-EVERY = 20.0
+FAULT_INTERVAL_SECONDS = 20.0
 """Seconds from one fault to the next."""
 
-STUCK = 90.0
+STUCK_AFTER_SECONDS = 90.0
 """Seconds of the Prefect API's presence for which a run that is due may be without a live pod. The longest that is
 right: 60 for a claim whose worker died, and then the next one's time to take it."""
 
-LAST = 300.0
+DRAIN_SECONDS = 300.0
 """Seconds that the last runs get once no more are started."""
 
-KEPT = 60
+JOB_TTL_SECONDS = 60
 """Seconds that a finished Job and its pod stay."""
 
-BUDGET: Object = {"crash_retries": 20, "disruption_retries": 20}
+RETRY_BUDGET: Object = {"crash_retries": 20, "disruption_retries": 20}
 """Job variables of all runs: of so few faults none may use it up, so that a run which is given up is a lost one."""
 
 FAULTS = {
@@ -64,10 +73,10 @@ FAULTS = {
 }
 """How many there are of each in as many faults as all of them, in random order."""
 
-OVER = ("FAILED", "CANCELLED")
+LOST_STATE_TYPES = ("FAILED", "CANCELLED")
 """Types of states beside Completed from which nobody brings a run back: it is lost."""
 
-LIMIT, MEMORY = "300Mi", 320
+MEMORY_LIMIT, MEMORY_USE_MIB = "300Mi", 320
 """The memory limit of a run that is to exceed it, and the MiB that it uses; after that its limit is doubled."""
 
 
@@ -89,7 +98,7 @@ class Fault:
 
 
 @dataclass
-class Execution:
+class Attempt:
     """A pod of a run, as it was seen; times are seconds since 1970.
 
     Args:
@@ -116,14 +125,14 @@ class Line:
         return cls(float(at), pod, what)
 
 
-def twice_at_a_time(journal: Sequence[Line]) -> bool:
+def has_overlapping_attempts(journal: Sequence[Line]) -> bool:
     """Whether an execution wrote something after a later one had begun: lines are in the order of their writing."""
     order = list(dict.fromkeys(each.pod for each in journal))
     ranks = [order.index(each.pod) for each in journal]
     return ranks != sorted(ranks)
 
 
-def repeated(journal: Sequence[Line]) -> int:
+def count_repeated_steps(journal: Sequence[Line]) -> int:
     """How many steps were taken again that had finished: the same execution had gone on to another one."""
     finished: set[str] = set()
     again = 0
@@ -140,7 +149,7 @@ def repeated(journal: Sequence[Line]) -> int:
     return again
 
 
-def journals(pool: Pool) -> dict[str, list[Line]]:
+def read_journals(pool: Pool) -> dict[str, list[Line]]:
     """Read each run's journal from the volume of results, in the pod that cleans it.
 
     Raises:
@@ -148,7 +157,7 @@ def journals(pool: Pool) -> dict[str, list[Line]]:
     """
     [pod] = pool.pods("results")
     script = "[ ! -d /results/journal ] || { cd /results/journal && grep -H '' *; }"
-    text = pool.namespace.kubectl("exec", _name(pod), "--", "sh", "-c", script)
+    text = pool.namespace.kubectl("exec", _pod_name(pod), "--", "sh", "-c", script)
     found: dict[str, list[Line]] = defaultdict(list)
     for line in text.splitlines():
         run, _, rest = line.partition(":")
@@ -156,11 +165,11 @@ def journals(pool: Pool) -> dict[str, list[Line]]:
     return found
 
 
-class ServerAwayError(Exception):
+class ServerUnavailableError(Exception):
     """The Prefect API does not answer now."""
 
 
-class Api:
+class ReconnectingApi:
     """The API of the release's server, through which a way is found anew when its pod is gone."""
 
     def __init__(self, server: Release) -> None:
@@ -185,7 +194,7 @@ class Api:
             yield self._client
         except (httpx.HTTPError, PipelineError) as error:
             self.close()
-            raise ServerAwayError(str(error)) from None
+            raise ServerUnavailableError(str(error)) from None
 
     def close(self) -> None:
         """Leave."""
@@ -201,7 +210,7 @@ class Outcome:
         runs: ids by name.
         faults: what was done.
         journals: by run's id.
-        executions: pods by name, by run's id.
+        attempts: pods by name, by run's id.
         states: of those runs that are not Completed.
         waited: by run's id, the longest time in seconds that it was due and had no live pod.
         left: pods, Jobs and slots that are still there, in words.
@@ -210,7 +219,7 @@ class Outcome:
     runs: dict[str, str] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     journals: dict[str, list[Line]] = field(default_factory=dict)
-    executions: dict[str, dict[str, Execution]] = field(default_factory=lambda: defaultdict(dict))
+    attempts: dict[str, dict[str, Attempt]] = field(default_factory=lambda: defaultdict(dict))
     states: dict[str, str] = field(default_factory=dict)
     waited: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     left: list[str] = field(default_factory=list)
@@ -222,12 +231,12 @@ class Outcome:
     @property
     def stuck(self) -> list[str]:
         """Runs that were due and had no live pod for too long."""
-        return [each for each, seconds in self.waited.items() if seconds > STUCK]
+        return [each for each, seconds in self.waited.items() if seconds > STUCK_AFTER_SECONDS]
 
     @property
     def doubled(self) -> list[str]:
         """Runs whose flow was executed twice at a time, by their journals."""
-        return [run for run, journal in self.journals.items() if twice_at_a_time(journal)]
+        return [run for run, journal in self.journals.items() if has_overlapping_attempts(journal)]
 
     @property
     def unwritten(self) -> list[str]:
@@ -242,7 +251,7 @@ class Outcome:
     def beside(self) -> list[float]:
         """Of each pair of a run's containers the seconds for which one was there before the last one had ended."""
         found = []
-        for pods in self.executions.values():
+        for pods in self.attempts.values():
             ordered = sorted(pods.values(), key=lambda each: each.begin)
             # Kubernetes' times have no fractions.
             found += [
@@ -253,14 +262,14 @@ class Outcome:
     @property
     def taken_again(self) -> dict[str, int]:
         """How many finished steps were taken again, by run."""
-        return {run: again for run, journal in self.journals.items() if (again := repeated(journal))}
+        return {run: again for run, journal in self.journals.items() if (again := count_repeated_steps(journal))}
 
     @property
     def wrong(self) -> list[str]:
         """All that must not be, with the names of the runs."""
         said = {
             "lost": [f"{name} ({self.states[id_]})" for name, id_ in self.runs.items() if id_ in self.states],
-            f"without a live pod for over {STUCK:.0f} s": self.names(self.stuck),
+            f"without a live pod for over {STUCK_AFTER_SECONDS:.0f} s": self.names(self.stuck),
             "completed without a journal of it": self.names(self.unwritten),
             "twice at a time": self.names(self.doubled),
             "containers beside the run's next one": [f"{seconds:.0f} s" for seconds in self.beside],
@@ -292,11 +301,13 @@ class Outcome:
         found: dict[str, str | float] = {
             "runs": len(self.runs),
             "faults": f"{len(self.faults)}: {', '.join(f'{kind} {kinds[kind]}' for kind in FAULTS if kinds[kind])}",
-            "each run's budget": " and ".join(f"{name} {value}" for name, value in BUDGET.items()),
-            "executions": sum(map(len, self.executions.values())),
+            "each run's budget": " and ".join(f"{name} {value}" for name, value in RETRY_BUDGET.items()),
+            "executions": sum(map(len, self.attempts.values())),
             "steps begun": steps,
             "runs lost": len(self.states),
-            f"runs that were due and without a live pod for over {STUCK:.0f} s of the API's presence": len(self.stuck),
+            f"due runs without a live pod for over {STUCK_AFTER_SECONDS:.0f} s while the API was there": len(
+                self.stuck
+            ),
             "the longest of that (s)": round(max(self.waited.values(), default=0)),
             "runs whose flow was executed twice at a time": len(self.doubled),
             "containers that began before the run's last one had ended": len(self.beside),
@@ -324,7 +335,7 @@ class Soak:
 
     def __init__(self, server: Release, pool: Pool, kubernetes: str, chance: random.Random) -> None:
         self.server, self.pool, self.chance = server, pool, chance
-        self.api = Api(server)
+        self.api = ReconnectingApi(server)
         self.kubernetes = httpx.Client(base_url=kubernetes, timeout=30)
         self.seen = Outcome()
         self._deployment = ""
@@ -337,7 +348,7 @@ class Soak:
         self._bag: list[str] = []
         self._takes: list[Object] = []
 
-    def make(self, minutes: float, runs: int) -> Outcome:
+    def run(self, minutes: float, runs: int) -> Outcome:
         """Start the runs and make the faults; what was found once all is over.
 
         Ctrl-C ends it early: then what was found is what there was until now.
@@ -349,10 +360,10 @@ class Soak:
             self._takes.append({"pieces": pieces, "seconds": seconds})
         began = time.monotonic()
         length = 60 * minutes
-        fault_at, said_at, told = began + EVERY / 2, began, 0
+        fault_at, said_at, told = began + FAULT_INTERVAL_SECONDS / 2, began, 0
         # The end of the time is for the last ones to end in.
         pause = max(length - 20, 1) / runs
-        deadline = began + length + LAST
+        deadline = began + length + DRAIN_SECONDS
         try:
             while (now := time.monotonic()) < deadline:
                 try:
@@ -361,10 +372,14 @@ class Soak:
                     self._look()
                     if len(self.seen.runs) == runs and self._given_up().issuperset(self.seen.states):
                         break
-                except ServerAwayError:
+                except ServerUnavailableError:
                     self._away_since = self._away_since or time.time()
                 if now >= fault_at and now < began + length:
-                    fault_at = max(fault_at + EVERY, now + EVERY / 2) if self._fault() else now + 1
+                    fault_at = (
+                        max(fault_at + FAULT_INTERVAL_SECONDS, now + FAULT_INTERVAL_SECONDS / 2)
+                        if self._fault()
+                        else now + 1
+                    )
                 if now >= said_at:
                     said_at = now + 10
                     self._say(now - began)
@@ -377,30 +392,30 @@ class Soak:
             print("Interrupted: this is what was found until now.", file=sys.stderr)
             self.seen.left.append("interrupted")
         finally:
-            self.seen.journals = journals(self.pool)
+            self.seen.journals = read_journals(self.pool)
             self.api.close()
             self.kubernetes.close()
         return self.seen
 
     def _deploy(self) -> None:
         with self.api.client() as client:
-            self._deployment = deployment(
-                client, self.pool, entrypoint="/probe/flow.py:piecewise", job_variables=BUDGET,
-                concurrency_limit=2 * AT_ONCE, concurrency_options={"collision_strategy": "ENQUEUE"},
+            self._deployment = create_deployment(
+                client, self.pool, entrypoint="/probe/flow.py:piecewise", job_variables=RETRY_BUDGET,
+                concurrency_limit=2 * MAX_LIVE_RUNS, concurrency_options={"collision_strategy": "ENQUEUE"},
             )  # fmt: skip
             client.post("/concurrency_limits/", json={"tag": "piece", "concurrency_limit": 100}).raise_for_status()
 
     def _start_one(self) -> None:
-        if len(self.seen.states.keys() - self._over) >= AT_ONCE:
+        if len(self.seen.states.keys() - self._over) >= MAX_LIVE_RUNS:
             return
         name = f"soak-{len(self.seen.runs) + 1:03}"
         # With a key: it is asked for again if the answer was lost.
         more: Object = {"name": name, "idempotency_key": name, "parameters": self._takes[len(self.seen.runs)]}
         if self._hungry:
-            more["parameters"] = more["parameters"] | {"memory": MEMORY}
-            more["job_variables"] = {"memory_limit": LIMIT, "memory_growth": 2}
+            more["parameters"] = more["parameters"] | {"memory": MEMORY_USE_MIB}
+            more["job_variables"] = {"memory_limit": MEMORY_LIMIT, "memory_growth": 2}
         with self.api.client() as client:
-            run = start(client, self._deployment, **more)
+            run = start_run(client, self._deployment, **more)
         self.seen.runs[name] = run
         self.seen.states[run] = "Scheduled"
         if self._hungry:
@@ -423,19 +438,19 @@ class Soak:
         self._see_pods()
         now = time.time()
         for id_, run in self._runs.items():
-            due = _seconds(run["next_scheduled_start_time"] or run["expected_start_time"])
+            due = _timestamp(run["next_scheduled_start_time"] or run["expected_start_time"])
             waits = run["state_type"] == "SCHEDULED" and due > now
-            if waits or self._live.get(id_) or run["state_type"] in OVER:
-                if run["state_type"] in OVER and id_ not in self._over:
+            if waits or self._live.get(id_) or run["state_type"] in LOST_STATE_TYPES:
+                if run["state_type"] in LOST_STATE_TYPES and id_ not in self._over:
                     print(f"          {run['name']} is {run['state_name']}: {run['state']['message']}", flush=True)
                     self._over.add(id_)
                 self._without.pop(id_, None)
                 continue
             waited = now - self._without.setdefault(id_, now)
-            if waited > STUCK >= self.seen.waited[id_]:
+            if waited > STUCK_AFTER_SECONDS >= self.seen.waited[id_]:
                 print(f"          {run['name']}: no live pod for {waited:.0f} s", flush=True)
                 with self.api.client() as client:
-                    for each in states(client, id_):
+                    for each in list_states(client, id_):
                         print(f"          {each['timestamp']} {each['name']}: {each['message']}", flush=True)
             self.seen.waited[id_] = max(self.seen.waited[id_], waited)
         for id_ in self._without.keys() - self._runs.keys():
@@ -444,7 +459,7 @@ class Soak:
     def _given_up(self) -> set[str]:
         """Runs whose end is not waited for: they have failed, or are stuck."""
         now = time.time()
-        return self._over | {run for run, since in self._without.items() if now - since > STUCK}
+        return self._over | {run for run, since in self._without.items() if now - since > STUCK_AFTER_SECONDS}
 
     def _see_pods(self) -> None:
         path = f"/api/v1/namespaces/{self.pool.namespace.name}/pods"
@@ -457,9 +472,9 @@ class Soak:
             [container] = pod["status"].get("containerStatuses") or [{}]
             state = container.get("state", {})
             if moment := (state.get("running") or state.get("terminated") or {}).get("startedAt"):
-                execution = self.seen.executions[run].setdefault(name, Execution(_seconds(moment), _seconds(moment)))
+                execution = self.seen.attempts[run].setdefault(name, Attempt(_timestamp(moment), _timestamp(moment)))
                 if end := (state.get("terminated") or {}).get("finishedAt"):
-                    execution.end = min(_seconds(end), _seconds(pod["metadata"].get("deletionTimestamp", end)))
+                    execution.end = min(_timestamp(end), _timestamp(pod["metadata"].get("deletionTimestamp", end)))
                 elif "deletionTimestamp" not in pod["metadata"]:
                     execution.end = time.time()
 
@@ -473,39 +488,39 @@ class Soak:
         fault = Fault(kind)
         if kind in ("pod killed", "pod force-deleted", "pod evicted", "Job deleted"):
             # Of those that execute: who has two pods at a time is another matter.
-            begun = {run: pods[0] for run, pods in self._live.items() if pods and pods[0] in self.seen.executions[run]}
+            begun = {run: pods[0] for run, pods in self._live.items() if pods and pods[0] in self.seen.attempts[run]}
             if not begun:
                 return False
             fault.run = self.chance.choice(sorted(begun))
             fault.pod = begun[fault.run]
         with contextlib.suppress(ClusterError):  # what was to be hit has just ended
             if kind == "pod killed":
-                killed(self.pool, fault.pod)
+                kill_pod(self.pool, fault.pod)
             elif kind == "pod force-deleted":
-                force_deleted(namespace, fault.pod)
+                force_delete(namespace, fault.pod)
             elif kind == "pod evicted":
-                evicted(namespace, fault.pod)
+                evict(namespace, fault.pod)
             elif kind == "Job deleted":
                 namespace.kubectl("delete", "job", fault.pod.rpartition("-")[0], "--wait=false")
             elif kind == "out of memory":
                 self._hungry.append(fault)  # the next run that is started
             elif kind == "worker killed":
-                force_deleted(namespace, self.chance.choice(sorted(map(_name, self.pool.pods("worker")))))
+                force_delete(namespace, self.chance.choice(sorted(map(_pod_name, self.pool.pods("worker")))))
             elif kind == "leader killed":
-                force_deleted(namespace, leader(self.pool))
+                force_delete(namespace, leader_pod(self.pool))
             elif kind == "API killed":
-                force_deleted(namespace, *map(_name, self.server.pods("api")))
+                force_delete(namespace, *map(_pod_name, self.server.pods("api")))
             elif kind == "database killed":
-                force_deleted(namespace, "prefect-server-database-0")
+                force_delete(namespace, "prefect-server-database-0")
         self._bag.pop()
         self.seen.faults.append(fault)
         return True
 
     def _wait_for_the_end_of_what_is_left(self) -> None:
         """No pod or Job of a run, and no slot of a limit, may be there once its time is over."""
-        deadline = time.monotonic() + KEPT + 60
+        deadline = time.monotonic() + JOB_TTL_SECONDS + 60
         while True:
-            with contextlib.suppress(ServerAwayError):
+            with contextlib.suppress(ServerUnavailableError):
                 self.seen.left = self._left()
                 if not self.seen.left or time.monotonic() > deadline:
                     return
@@ -533,44 +548,44 @@ class Soak:
         seen = self.seen
         print(
             f"{seconds:7.0f} s  {len(seen.runs)} started, {len(seen.states)} under way, {len(seen.faults)} faults, "
-            f"{sum(map(len, seen.executions.values()))} executions, longest without a live pod "
+            f"{sum(map(len, seen.attempts.values()))} executions, longest without a live pod "
             f"{max(seen.waited.values(), default=0):.0f} s",
             flush=True,
         )
 
 
-def _seconds(moment: str) -> float:
+def _timestamp(moment: str) -> float:
     return datetime.fromisoformat(moment).timestamp()
 
 
-def _name(pod: Mapping[str, Any]) -> str:
+def _pod_name(pod: Mapping[str, Any]) -> str:
     return str(pod["metadata"]["name"])
 
 
-def soaked(values: Object) -> Object:
+def soak_values(values: Object) -> Object:
     """Values of a pool for this, from the least ones: two workers, and nothing that stays long when it is over."""
-    made = watched(values)
+    made = fault_values(values)
     made["worker"]["replicas"] = made["reconciler"]["replicas"] = 2
-    made["runs"]["ttlSecondsAfterFinished"] = KEPT
+    made["runs"]["ttlSecondsAfterFinished"] = JOB_TTL_SECONDS
     return made
 
 
 @contextlib.contextmanager
-def installed() -> Iterator[tuple[Release, Pool]]:
+def installed_charts() -> Iterator[tuple[Release, Pool]]:
     """The releases of the server and the pool, in a namespace of their own on the local cluster; gone afterwards."""
     with local_cluster.shared() as context, restricted(context, "soak") as namespace:
-        image = built_image()
+        image = build_image()
         server = Release("prefect-server", "prefect-server", namespace)
         server.deploy(server_values(image))
-        yield server, installed_pool(server, namespace, soaked(pool_values(image)), probe_of(FLOWS))
+        yield server, install_pool(server, namespace, soak_values(pool_values(image)), probe_config_map(FLOW_FILE))
 
 
 def run(parameters: Parameters) -> Findings:
     """Soak for `MINUTES` with `RUNS` runs and faults that `SEED` draws."""
-    with installed() as (server, pool), proxied(pool.namespace.context) as url:
+    with installed_charts() as (server, pool), proxied(pool.namespace.context) as url:
         print(f"Namespace {pool.namespace.name} of {pool.namespace.context}", flush=True)
         chance = random.Random(parameters["SEED"])  # noqa: S311 - faults, no secret
-        seen = Soak(server, pool, url, chance).make(parameters["MINUTES"], int(parameters["RUNS"]))
+        seen = Soak(server, pool, url, chance).run(parameters["MINUTES"], int(parameters["RUNS"]))
     if "interrupted" in seen.left:
         for name, value in seen.figures.items():
             print(f"{name}: {value}")

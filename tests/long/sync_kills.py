@@ -36,7 +36,7 @@ from orchestration.settings import ROOT
 from tests.long.longtest import Findings, Parameters
 from tests.parts import prefect_server
 
-A_SERVER = 8
+KILLS_PER_SERVER = 8
 """Kills on one server: its database grows by a run every three seconds, and each round takes longer."""
 
 FLOW = """
@@ -141,24 +141,24 @@ deployments:
 """,
 }
 
-OF_A_MOMENT = {
+VOLATILE_KEYS = {
     "id", "created", "updated", "created_by", "updated_by", "last_polled", "status", "serial", "begun", "anchor_date",
 }  # fmt: skip
 """Keys whose values differ between two servers with the same state; of `begun` see :meth:`State.read`."""
 
-MOST_LIKELY = 0.4
+WRITING_SHARE = 0.4
 """The last part of a sync's time, in which it talks to the server; before, it imports."""
 
-MOST = 0.8
+KILLS_WHILE_WRITING_SHARE = 0.8
 """Of the kills fall in that part, the others anywhere."""
 
-TIMES = 20
+CHECKED_TIMES = 20
 """How many of a schedule's times to come are looked at, as far as they are within `AHEAD`."""
 
-AHEAD = timedelta(minutes=50)
+SCHEDULED_AHEAD = timedelta(minutes=50)
 """The server's own scheduler sees to it that an hour is scheduled, and three runs."""
 
-SETTLED = 15.0
+SETTLING_SECONDS = 15.0
 """Seconds in which what is wrong may become right: between two rounds of the server's own scheduler."""
 
 
@@ -176,7 +176,7 @@ class State:
     def read(cls, api: httpx.Client) -> "State":
         """All of it, by the API alone."""
         found = {
-            kind: [each for each in _all(api, path) if str(each["name"]).startswith(("kills", "tag:kills"))]
+            kind: [each for each in _read_all(api, path) if str(each["name"]).startswith(("kills", "tag:kills"))]
             for kind, path in (
                 ("variables", "/variables/filter"),
                 ("limits", "/v2/concurrency_limits/filter"),
@@ -184,19 +184,19 @@ class State:
                 ("automations", "/automations/filter"),
             )
         }
-        found["queues"] = [each for each in _all(api, "/work_queues/filter") if each["work_pool_name"] == "kills"]
-        found["deployments"] = _deployments(api)
-        owned = [each["data"] for each in _all(api, "/block_documents/filter", include_secrets=True)]
+        found["queues"] = [each for each in _read_all(api, "/work_queues/filter") if each["work_pool_name"] == "kills"]
+        found["deployments"] = _read_deployments(api)
+        owned = [each["data"] for each in _read_all(api, "/block_documents/filter", include_secrets=True)]
         found["records"] = records = [each for each in owned if each.get("owner") == "kills"]
         names = {each["id"]: each["name"] for each in [*found["pools"], *found["queues"], *found["deployments"]]}
         text = json.dumps(found)
         for id_, name in names.items():
             text = text.replace(id_, name)
         begun = [each for record in records for each in record["begun"]]
-        return cls(_without_moments(json.loads(text)), begun, "".join(each["serial"] for each in records))
+        return cls(_without_volatile(json.loads(text)), begun, "".join(each["serial"] for each in records))
 
 
-def _all(api: httpx.Client, path: str, **body: Any) -> list[dict[str, Any]]:
+def _read_all(api: httpx.Client, path: str, **body: Any) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     while True:
         page = api.post(path, json=body | {"limit": 200, "offset": len(found)}).raise_for_status().json()
@@ -205,31 +205,31 @@ def _all(api: httpx.Client, path: str, **body: Any) -> list[dict[str, Any]]:
             return found
 
 
-def _deployments(api: httpx.Client) -> list[dict[str, Any]]:
-    return _all(api, "/deployments/filter", flows={"name": {"any_": ["kills"]}})
+def _read_deployments(api: httpx.Client) -> list[dict[str, Any]]:
+    return _read_all(api, "/deployments/filter", flows={"name": {"any_": ["kills"]}})
 
 
-def _without_moments(value: Any) -> Any:
+def _without_volatile(value: Any) -> Any:
     """`value` without ids and times; lists in an order of their own, as the server gives them in none."""
     if isinstance(value, dict):
-        kept = {key: each for key, each in value.items() if key not in OF_A_MOMENT}
-        return {key: _without_moments(each) for key, each in kept.items() if key != "flow_id"}
+        kept = {key: each for key, each in value.items() if key not in VOLATILE_KEYS}
+        return {key: _without_volatile(each) for key, each in kept.items() if key != "flow_id"}
     if isinstance(value, list):
-        return sorted((_without_moments(each) for each in value), key=lambda each: json.dumps(each, sort_keys=True))
+        return sorted((_without_volatile(each) for each in value), key=lambda each: json.dumps(each, sort_keys=True))
     return value
 
 
-def differences(found: Any, wanted: Any, path: str = "") -> list[str]:
+def find_differences(found: Any, wanted: Any, path: str = "") -> list[str]:
     """Where two states differ."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         keys = sorted({*found, *wanted})
-        return [each for key in keys for each in differences(found.get(key), wanted.get(key), f"{path}.{key}")]
+        return [each for key in keys for each in find_differences(found.get(key), wanted.get(key), f"{path}.{key}")]
     if isinstance(found, list) and isinstance(wanted, list):
         more = [each for each in found if found.count(each) > wanted.count(each)]
         less = [each for each in wanted if wanted.count(each) > found.count(each)]
         if len(found) != len(wanted):
             return [f"{path.lstrip('.')}: {more} in place of {less}"]
-        return [each for a, b in zip(more, less, strict=True) for each in differences(a, b, f"{path}[]")]
+        return [each for a, b in zip(more, less, strict=True) for each in find_differences(a, b, f"{path}[]")]
     return [] if found == wanted else [f"{path.lstrip('.')}: {found} in place of {wanted}"]
 
 
@@ -248,13 +248,13 @@ class Schedule:
         return [each.astimezone(UTC) for each in schedules.next_times(self.schedule, number, after)]
 
 
-def connected(url: str) -> httpx.Client:
+def connect(url: str) -> httpx.Client:
     """The API at `url`."""
     # The server closes what was idle for five seconds, and httpx by itself would use it until then.
     return httpx.Client(base_url=url, timeout=60, limits=httpx.Limits(keepalive_expiry=1))
 
 
-def schedules_of(api: httpx.Client) -> dict[str, Schedule]:
+def active_schedules(api: httpx.Client) -> dict[str, Schedule]:
     """Whatever makes runs, by the schedule's id."""
     return {
         each["id"]: Schedule(
@@ -262,7 +262,7 @@ def schedules_of(api: httpx.Client) -> dict[str, Schedule]:
             each["schedule"],
             deployment["parameters"] | each["parameters"],
         )
-        for deployment in _deployments(api)
+        for deployment in _read_deployments(api)
         for each in deployment["schedules"]
         if each["active"] and not deployment["paused"]
     }
@@ -281,7 +281,9 @@ class WrongRun:
         return f"{self.how}: {self.schedule} at {self.time:%H:%M:%S}"
 
 
-def wrong_runs(api: httpx.Client, before: Mapping[str, Schedule], since: datetime, done: datetime) -> list[WrongRun]:
+def find_wrong_runs(
+    api: httpx.Client, before: Mapping[str, Schedule], since: datetime, done: datetime
+) -> list[WrongRun]:
     """Runs that are missing, doubled, or none of the schedules that are there now.
 
     Args:
@@ -292,10 +294,10 @@ def wrong_runs(api: httpx.Client, before: Mapping[str, Schedule], since: datetim
         done: from when on all must be as the schedules are now.
     """
     which = {"flows": {"name": {"any_": ["kills"]}}, "flow_runs": {"expected_start_time": {"after_": f"{since}"}}}
-    now = schedules_of(api)
+    now = active_schedules(api)
     found: dict[str, dict[datetime, dict[str, Any]]] = defaultdict(dict)
     times: Counter[tuple[str, datetime]] = Counter()
-    for run in {each["id"]: each for each in _all(api, "/flow_runs/filter", sort="ID_DESC", **which)}.values():
+    for run in {each["id"]: each for each in _read_all(api, "/flow_runs/filter", sort="ID_DESC", **which)}.values():
         id_, time_ = run["created_by"]["id"], datetime.fromisoformat(run["expected_start_time"])
         found[id_][time_] = run["parameters"]
         schedule = now.get(id_) or before.get(id_)
@@ -308,9 +310,12 @@ def wrong_runs(api: httpx.Client, before: Mapping[str, Schedule], since: datetim
         if schedule:
             passed = 1 + int((done - since).total_seconds())  # no schedule here has more than one a second
             due = {*schedule.times(since, passed)} & {*old.times(since, passed)} if old else set()
-            coming = schedule.times(done, TIMES)
+            coming = schedule.times(done, CHECKED_TIMES)
             # The server makes three at least, of which one may be due by now.
-            must = {each for each in due if each <= done} | {*coming[:2], *(e for e in coming if e <= done + AHEAD)}
+            must = {each for each in due if each <= done} | {
+                *coming[:2],
+                *(e for e in coming if e <= done + SCHEDULED_AHEAD),
+            }
             wrong += [WrongRun("missing", name, each) for each in must if each not in runs]
             right = schedule.times(done, len(runs) + 1)
         for time_, parameters in runs.items():
@@ -320,10 +325,12 @@ def wrong_runs(api: httpx.Client, before: Mapping[str, Schedule], since: datetim
     return sorted(wrong, key=lambda each: (each.how, each.schedule, each.time))
 
 
-def settled(api: httpx.Client, before: Mapping[str, Schedule], since: datetime, done: datetime) -> list[WrongRun]:
+def find_lasting_wrong_runs(
+    api: httpx.Client, before: Mapping[str, Schedule], since: datetime, done: datetime
+) -> list[WrongRun]:
     """What of `wrong_runs` stays wrong."""
-    deadline = time.monotonic() + SETTLED
-    while (wrong := wrong_runs(api, before, since, done)) and time.monotonic() < deadline:
+    deadline = time.monotonic() + SETTLING_SECONDS
+    while (wrong := find_wrong_runs(api, before, since, done)) and time.monotonic() < deadline:
         time.sleep(0.5)
     return wrong
 
@@ -360,7 +367,7 @@ class Project:
 
 
 @dataclass(frozen=True)
-class Undisturbed:
+class Baseline:
     """Syncs that nobody disturbed."""
 
     seconds: float
@@ -368,14 +375,14 @@ class Undisturbed:
     states: dict[str, State] = field(repr=False)
 
     @classmethod
-    def measure(cls, project: Project) -> "Undisturbed":
+    def measure(cls, project: Project) -> "Baseline":
         """Sync `a`, which makes everything, and then `b`."""
         states = {}
         for name in FILES:
-            before, since, began = schedules_of(project.api), datetime.now(UTC), time.monotonic()
+            before, since, began = active_schedules(project.api), datetime.now(UTC), time.monotonic()
             problems = project.run("sync", name)
             seconds = time.monotonic() - began
-            runs = settled(project.api, before, since, datetime.now(UTC))
+            runs = find_lasting_wrong_runs(project.api, before, since, datetime.now(UTC))
             if problems := [*problems, *(str(run) for run in runs if run.how != "stale")]:
                 raise RuntimeError(f"an undisturbed sync of {name}: {'; '.join(problems)}")
             states[name] = State.read(project.api)
@@ -419,7 +426,7 @@ class Outcome:
 
 
 def kill_at_random(
-    project: Project, name: str, undisturbed: Undisturbed, seconds: float, chance: random.Random
+    project: Project, name: str, undisturbed: Baseline, seconds: float, chance: random.Random
 ) -> Outcome:
     """One round: the other set of files is on the server; a killed sync of this one, and that sync again.
 
@@ -431,8 +438,8 @@ def kill_at_random(
         chance: draws the moment.
     """
     api = project.api
-    before, serial, since = schedules_of(api), State.read(api).serial, datetime.now(UTC)
-    part = MOST_LIKELY if chance.random() < MOST else 1
+    before, serial, since = active_schedules(api), State.read(api).serial, datetime.now(UTC)
+    part = WRITING_SHARE if chance.random() < KILLS_WHILE_WRITING_SHARE else 1
     moment, began = seconds * chance.uniform(1 - part, 1), time.monotonic()
     process, ended = project.start("sync", name), True
     try:
@@ -447,17 +454,17 @@ def kill_at_random(
     problems += project.run("sync", name)
     done = datetime.now(UTC)
     problems += project.run("plan", name)
-    runs = settled(api, before, since, done)
-    problems += differences(State.read(api).things, undisturbed.states[name].things)
+    runs = find_lasting_wrong_runs(api, before, since, done)
+    problems += find_differences(State.read(api).things, undisturbed.states[name].things)
     return Outcome(moment, ended, killed.serial != serial, len(killed.begun), problems, runs)
 
 
-def rounds(project: Project, kills: int, chance: random.Random) -> tuple[Undisturbed, list[Outcome]]:
+def run_rounds(project: Project, kills: int, chance: random.Random) -> tuple[Baseline, list[Outcome]]:
     """Kill that many syncs, in turn of `a` and of `b`; print what became of each.
 
     One that ends before its kill is not among them: it shows that a sync takes less time, from which others are drawn.
     """
-    undisturbed = Undisturbed.measure(project)
+    undisturbed = Baseline.measure(project)
     seconds = undisturbed.seconds
     outcomes: list[Outcome] = []
     while (killed := sum(not each.ended for each in outcomes)) < kills:
@@ -477,10 +484,10 @@ def run(parameters: Parameters) -> Findings:
             tempfile.TemporaryDirectory() as folder,
             tempfile.TemporaryDirectory() as home,
             prefect_server(Path(home)) as url,
-            connected(url) as api,
+            connect(url) as api,
         ):
-            kills = min(int(parameters["KILLS"]) - killed, A_SERVER)
-            undisturbed, more = rounds(Project(Path(folder), api), kills, chance)
+            kills = min(int(parameters["KILLS"]) - killed, KILLS_PER_SERVER)
+            undisturbed, more = run_rounds(Project(Path(folder), api), kills, chance)
             outcomes += more
     moments = [outcome.moment for outcome in outcomes if not outcome.ended]
     reached = Counter(outcome.reached for outcome in outcomes if not outcome.ended)

@@ -11,11 +11,11 @@ PATHS = sorted({path.partition("#")[0] for test in LONG_TESTS for path in test.p
 
 
 def test_long_tests_last_ran_on_this_content_and_passed() -> None:
-    assert results.problems(LONG_TESTS, ROOT) == []
+    assert results.find_problems(LONG_TESTS, ROOT) == []
 
 
 def test_results_page_is_current() -> None:
-    assert (ROOT / results.PAGE).read_text() == results.page(LONG_TESTS, results.load(ROOT))
+    assert (ROOT / results.PAGE).read_text() == results.render_page(LONG_TESTS, results.load(ROOT))
 
 
 def test_every_result_is_of_a_long_test_at_full_size() -> None:

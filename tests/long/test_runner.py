@@ -63,7 +63,7 @@ class Project:
     @property
     def problems(self) -> list[str]:
         """What `make test` would fail for."""
-        return results.problems(self.tests, self.root)
+        return results.find_problems(self.tests, self.root)
 
     @property
     def recorded(self) -> list[str]:
@@ -90,7 +90,7 @@ def test_results_tell_what_ran_where(project: Project, capsys: pytest.CaptureFix
     assert entry["paths"]["uv.lock#prefect"] == "3.8.8"
     assert (entry["commit"], entry["clean"]) == (None, None), "there is no git here"
     page = (project.root / results.PAGE).read_text()
-    assert page == results.page(project.tests, results.load(project.root))
+    assert page == results.render_page(project.tests, results.load(project.root))
     assert "`make test-long FOR=kills KILLS=5 SEED=1`" in page
     assert "| runs | 3 |\n| slowest | a \\| b |\n" in page
     table = capsys.readouterr().out.split("\n\n")[-1].splitlines()
@@ -163,7 +163,7 @@ def test_a_path_that_is_declared_since_and_a_size_that_has_grown_are_told(projec
     kills, soak, charts = project.tests
     more = LongTest("kills", "", (*kills.paths, "chart"), kills.run, kills.parameters)
     longer = LongTest("soak", "", soak.paths, soak.run, {"MINUTES": 60})
-    found = results.problems([more, longer, charts], project.root)
+    found = results.find_problems([more, longer, charts], project.root)
     assert [each.split(". ")[0].partition(": ")[2] for each in found] == ["chart", "MINUTES=30 is below 60"]
 
 
@@ -185,7 +185,7 @@ def test_never_run_and_older_versions_are_listed_and_no_failure(
         "soak passed 0 on an older version: e54c69c",
         "charts never run It renders.",
     ]
-    assert "e54c69c (an older version)" in results.page(project.tests, results.load(project.root))
+    assert "e54c69c (an older version)" in results.render_page(project.tests, results.load(project.root))
 
 
 def test_an_interrupted_run_keeps_what_has_ended_and_is_resumed(

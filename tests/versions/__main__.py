@@ -15,20 +15,20 @@ from xml.etree import ElementTree
 from orchestration.settings import ROOT
 from tests.interpreters import UvError
 from tests.versions.catalogue import (
-    ACROSS,
+    CROSS_VERSION_PARTS,
     PARTS,
     PREVIOUS,
     Trial,
     UnavailableError,
-    chosen,
-    environment,
-    locked,
-    previous,
+    choose_versions,
+    locked_version,
+    prepare_environment,
+    previous_release,
 )
 
 PAGE, BEGIN, END = "docs/prefect.md", "<!-- begin make test-versions -->", "<!-- end make test-versions -->"
 
-EITHER = "either"
+EITHER_VERSION = "either"
 """Stands for the versions of runs that begin before and after an upgrade."""
 
 PROCESSES = 3
@@ -93,14 +93,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     rows: list[Row] = []
     try:
-        trials = chosen(options.versions)
+        trials = choose_versions(options.versions)
         for version, (why, counts) in trials.items():
-            rows.append(_tried(version, version, why, counts))
+            rows.append(_try_versions(version, version, why, counts))
         if not options.versions:
             rows += [
-                _tried(locked(), PREVIOUS, "upgraded server", True),
-                _tried(PREVIOUS, locked(), "upgraded worker and runs", True),
-                _tried(f"{PREVIOUS}, {locked()}", EITHER, "server changed in a run", True),
+                _try_versions(locked_version(), PREVIOUS, "upgraded server", True),
+                _try_versions(PREVIOUS, locked_version(), "upgraded worker and runs", True),
+                _try_versions(f"{PREVIOUS}, {locked_version()}", EITHER_VERSION, "server changed in a run", True),
             ]
     except (UvError, ValueError) as error:
         print(error, file=sys.stderr)
@@ -108,31 +108,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
     else:
-        print("\n".join(aligned([HEAD, *(row.cells() for row in rows)])))
+        print("\n".join(align_columns([HEAD, *(row.cells() for row in rows)])))
     for row in rows:
         if not row.is_good():
-            print(said(row), file=sys.stderr)
-    _say(f"{time.monotonic() - began:.0f} s")
+            print(describe_failure(row), file=sys.stderr)
+    _log(f"{time.monotonic() - began:.0f} s")
     if not options.versions:
-        write(rows, ROOT / PAGE)
+        write_page(rows, ROOT / PAGE)
     if "GITHUB_ACTIONS" in os.environ:
-        _tell_github(rows)
+        _report_to_github(rows)
     return int(any(row.counts and not row.is_good() for row in rows))
 
 
-def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+def align_columns(lines: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines with their columns aligned."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return ["  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
-def markdown(rows: Sequence[Row]) -> list[str]:
+def render_markdown(rows: Sequence[Row]) -> list[str]:
     """Return the table in Markdown."""
     lines = [HEAD, ["---"] * len(HEAD), *(row.cells() for row in rows)]
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def said(row: Row) -> str:
+def describe_failure(row: Row) -> str:
     """Return a sentence on a line that is not good."""
     failed = [part for part, outcome in row.parts.items() if not outcome.is_good()]
     what = row.problem or f"failed: {', '.join(failed)}"
@@ -140,41 +140,41 @@ def said(row: Row) -> str:
     return f"{name} ({row.why}{'' if row.counts else ', not supported'}): {what}"
 
 
-def write(rows: Sequence[Row], page: Path) -> None:
+def write_page(rows: Sequence[Row], page: Path) -> None:
     """Replace the table in the page."""
     before, _, rest = page.read_text().partition(f"{BEGIN}\n")
     after = rest.partition(END)[2]
-    page.write_text("\n".join([f"{before}{BEGIN}", *markdown(rows), END]) + after)
+    page.write_text("\n".join([f"{before}{BEGIN}", *render_markdown(rows), END]) + after)
 
 
-def _tried(server: str, runs: str, why: str, counts: bool) -> Row:
+def _try_versions(server: str, runs: str, why: str, counts: bool) -> Row:
     """Run the tests of a server's version with that of worker and runs."""
     row = Row(server, runs, why, counts, {})
     try:
-        _say(f"server {server}, worker and runs {runs} ({why}): preparing the environment")
-        row.parts = _ran(_trial(server, runs, why, counts))
+        _log(f"server {server}, worker and runs {runs} ({why}): preparing the environment")
+        row.parts = _run_tests(_prepare_trial(server, runs, why, counts))
     except (UvError, UnavailableError) as error:
         row.problem = str(error)
     return row
 
 
-def _trial(server: str, runs: str, why: str, counts: bool) -> Trial:
+def _prepare_trial(server: str, runs: str, why: str, counts: bool) -> Trial:
     if server == runs:
         return Trial(server, runs, why, counts, _interpreter(server))
-    if runs == EITHER:
-        return Trial(server, runs, why, counts, _interpreter(locked()), parts=("upgrade",))
-    python, checkout = previous()
+    if runs == EITHER_VERSION:
+        return Trial(server, runs, why, counts, _interpreter(locked_version()), parts=("upgrade",))
+    python, checkout = previous_release()
     if runs == PREVIOUS:
-        return Trial(server, runs, why, counts, python, checkout, _interpreter(server), ACROSS)
-    return Trial(server, runs, why, counts, _interpreter(runs), ROOT, python, ACROSS)
+        return Trial(server, runs, why, counts, python, checkout, _interpreter(server), CROSS_VERSION_PARTS)
+    return Trial(server, runs, why, counts, _interpreter(runs), ROOT, python, CROSS_VERSION_PARTS)
 
 
 def _interpreter(version: str) -> Path:
     """Return the interpreter with this version: this one, if it has what is locked."""
-    return Path(sys.executable) if version == locked() else environment(version)
+    return Path(sys.executable) if version == locked_version() else prepare_environment(version)
 
 
-def _ran(trial: Trial) -> dict[str, Outcome]:
+def _run_tests(trial: Trial) -> dict[str, Outcome]:
     """Run the trial's tests, with their progress on the standard error."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
@@ -189,10 +189,10 @@ def _ran(trial: Trial) -> dict[str, Outcome]:
             # Its tests do not close the workers' websockets that Prefect leaves open (docs/upstream.md).
             command += ["-W", "ignore::ResourceWarning", "-W", "ignore::pytest.PytestUnraisableExceptionWarning"]
         subprocess.run(command, cwd=trial.root, env=variables, stdout=sys.stderr, check=False)
-        return read(report, trial.parts)
+        return read_report(report, trial.parts)
 
 
-def read(report: Path, parts: Sequence[str]) -> dict[str, Outcome]:
+def read_report(report: Path, parts: Sequence[str]) -> dict[str, Outcome]:
     """Return what each part did by pytest's report; a part without a test in it has failed."""
     outcomes = {part: Outcome() for part in parts if any((ROOT / file).is_file() for file in PARTS[part])}
     cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []  # noqa: S314 - pytest wrote it
@@ -210,18 +210,18 @@ def read(report: Path, parts: Sequence[str]) -> dict[str, Outcome]:
     return outcomes
 
 
-def _tell_github(rows: Sequence[Row]) -> None:
+def _report_to_github(rows: Sequence[Row]) -> None:
     """Show the table in the workflow's summary, and a warning for each version that is not supported and fails."""
     for row in rows:
         if not row.is_good():
             kind = "error" if row.counts else "warning"
-            print(f"::{kind} title=make test-versions::{said(row)}", file=sys.stderr)
+            print(f"::{kind} title=make test-versions::{describe_failure(row)}", file=sys.stderr)
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
         with Path(summary).open("a") as file:
-            file.write("\n".join(markdown(rows)) + "\n")
+            file.write("\n".join(render_markdown(rows)) + "\n")
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(f"== {text}", file=sys.stderr, flush=True)
 
 

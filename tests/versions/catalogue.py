@@ -33,10 +33,10 @@ PARTS = {
 }
 """The test files of each part of the contract with Prefect; none needs a cluster."""
 
-CONTRACT = tuple(part for part in PARTS if part != "upgrade")
+SAME_VERSION_PARTS = tuple(part for part in PARTS if part != "upgrade")
 """The parts that run where server and runs have the same version."""
 
-ACROSS = ("engine", "execution", "worker", "sync")
+CROSS_VERSION_PARTS = ("engine", "execution", "worker", "sync")
 """The parts that run where server and runs have different versions."""
 
 PREVIOUS, PREVIOUS_COMMIT = "3.8.8", "0f9e41d17c4b936f92ef472ef25f883c9945fcd8"
@@ -69,31 +69,31 @@ class Trial:
     python: Path
     root: Path = ROOT
     server_python: Path | None = None
-    parts: Sequence[str] = CONTRACT
+    parts: Sequence[str] = SAME_VERSION_PARTS
 
     def files(self) -> list[str]:
         """Return the test files that the checkout has of the parts."""
         return [file for part in self.parts for file in PARTS[part] if (self.root / file).is_file()]
 
 
-def bound() -> Requirement:
+def supported_range() -> Requirement:
     """Return pyproject.toml's bound of Prefect."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return next(each for each in map(Requirement, project["dependencies"]) if each.name == "prefect")
 
 
-def locked() -> str:
+def locked_version() -> str:
     """Return the version of Prefect in uv.lock."""
     packages = tomllib.loads((ROOT / "uv.lock").read_text())["package"]
     return str(next(each["version"] for each in packages if each["name"] == "prefect"))
 
 
-def oldest() -> str:
+def oldest_version() -> str:
     """Return the oldest supported version: pyproject's lower bound."""
-    return next(each.version for each in bound().specifier if each.operator in (">=", "=="))
+    return next(each.version for each in supported_range().specifier if each.operator in (">=", "=="))
 
 
-def newest(requirement: str) -> str:
+def newest_version(requirement: str) -> str:
     """Return the newest version on the index that fits the requirement.
 
     Raises:
@@ -103,7 +103,7 @@ def newest(requirement: str) -> str:
     return str(Requirement(uv("pip", "compile", *options, text=requirement).strip()).specifier).removeprefix("==")
 
 
-def chosen(named: Sequence[str]) -> dict[str, tuple[str, bool]]:
+def choose_versions(named: Sequence[str]) -> dict[str, tuple[str, bool]]:
     """Return the versions to try, in order: why each is tried, and whether its failure counts.
 
     Args:
@@ -118,11 +118,11 @@ def chosen(named: Sequence[str]) -> dict[str, tuple[str, bool]]:
             if not re.fullmatch(r"\d+\.\d+\.\d+\w*", each):
                 raise ValueError(f"PREFECT={each} is no version. Name versions as PREFECT='3.9.0 3.9.1'.")
         return dict.fromkeys(named, ("named", True))
-    supported = bound()
+    supported = supported_range()
     reasons = {
-        "oldest supported": oldest(),
-        "newest supported": newest(str(supported)),
-        "newest on the index": newest("prefect"),
+        "oldest supported": oldest_version(),
+        "newest supported": newest_version(str(supported)),
+        "newest on the index": newest_version("prefect"),
     }
     return {
         version: (", ".join(why for why, each in reasons.items() if each == version), version in supported.specifier)
@@ -130,7 +130,7 @@ def chosen(named: Sequence[str]) -> dict[str, tuple[str, bool]]:
     }
 
 
-def environment(version: str) -> Path:
+def prepare_environment(version: str) -> Path:
     """Return the interpreter of the locked environment with another version of Prefect, made if need be.
 
     Beyond the bounds of pyproject.toml, those of Prefect's integrations and of whenever do not hold either. Everything
@@ -146,10 +146,10 @@ def environment(version: str) -> Path:
         name = Requirement(text).name
         if name != "prefect":
             follows = name.startswith("prefect-") or name == "whenever"
-            wanted.append(name if follows and version not in bound().specifier else text)
+            wanted.append(name if follows and version not in supported_range().specifier else text)
     with tempfile.TemporaryDirectory() as folder:
         pins, overrides = Path(folder) / "pins.txt", Path(folder) / "overrides.txt"
-        pins.write_text("\n".join(_exported(ROOT)))
+        pins.write_text("\n".join(_locked_packages(ROOT)))
         overrides.write_text("\n".join(settings["tool"]["uv"]["override-dependencies"]))
         # What is in the output file already is preferred.
         options = ("--no-annotate", "--no-header", "--upgrade-package", "prefect", "--override", overrides)
@@ -157,7 +157,7 @@ def environment(version: str) -> Path:
         return interpreter(f"prefect-{version}", pins.read_text().splitlines(), "--no-deps")
 
 
-def previous() -> tuple[Path, Path]:
+def previous_release() -> tuple[Path, Path]:
     """Return the interpreter and the checkout of the release before, with the packages that its lock file names.
 
     Raises:
@@ -179,10 +179,10 @@ def previous() -> tuple[Path, Path]:
                 files.mkdir()
                 subprocess.run(["tar", "-xf", archive, "-C", files], check=True)
                 files.rename(folder)
-    return interpreter(f"prefect-{PREVIOUS}", _exported(folder), "--no-deps"), folder
+    return interpreter(f"prefect-{PREVIOUS}", _locked_packages(folder), "--no-deps"), folder
 
 
-def _exported(project: Path) -> list[str]:
+def _locked_packages(project: Path) -> list[str]:
     """Return the packages that the project's lock file pins, as pip takes them."""
     options = ("--frozen", "--no-emit-project", "--all-extras", "--no-hashes", "--no-annotate", "--no-header")
     return uv("export", *options, "--project", project).splitlines()

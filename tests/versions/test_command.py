@@ -31,7 +31,9 @@ def tries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     page.write_text(f"# Before\n\n{command.BEGIN}\nold\n{command.END}\n\nAfter\n")
     monkeypatch.setattr(command, "PAGE", str(page))
     monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
-    monkeypatch.setattr(catalogue, "newest", lambda wanted: "4.0.0" if wanted == "prefect" else catalogue.locked())
+    monkeypatch.setattr(
+        catalogue, "newest_version", lambda wanted: "4.0.0" if wanted == "prefect" else catalogue.locked_version()
+    )
 
     def run(*arguments: str, bad: Sequence[str] = (), away: Exception | None = None) -> tuple[int, str, str]:
         def ran(server: str, runs: str, why: str, counts: bool) -> catalogue.Trial:
@@ -39,9 +41,9 @@ def tries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
                 raise away
             return catalogue.Trial(server, runs, why, counts, Path(sys.executable))
 
-        monkeypatch.setattr(command, "_trial", ran)
+        monkeypatch.setattr(command, "_prepare_trial", ran)
         outcomes = lambda trial: dict.fromkeys(PARTS, BAD if trial.runs in bad else GOOD)  # noqa: E731
-        monkeypatch.setattr(command, "_ran", outcomes)
+        monkeypatch.setattr(command, "_run_tests", outcomes)
         status = command.main(arguments)
         return status, *capsys.readouterr()
 
@@ -52,8 +54,10 @@ def test_all_supported_versions_and_both_ways_of_an_upgrade_are_tried(tries: Tri
     status, output, _ = tries()
     assert status == 0
     lines = [re.split(r" {2,}", line) for line in output.splitlines()]
-    locked = catalogue.locked()
-    supported = [[catalogue.oldest()] * 2, [locked] * 2] if catalogue.oldest() != locked else [[locked] * 2]
+    locked = catalogue.locked_version()
+    supported = (
+        [[catalogue.oldest_version()] * 2, [locked] * 2] if catalogue.oldest_version() != locked else [[locked] * 2]
+    )
     tried = [
         *supported,
         ["4.0.0", "4.0.0"],
@@ -72,10 +76,12 @@ def test_all_supported_versions_and_both_ways_of_an_upgrade_are_tried(tries: Tri
 
 
 def test_supported_version_that_fails_is_named_and_fails_the_command(tries: Tries) -> None:
-    status, output, errors = tries(bad=[catalogue.locked()])
+    status, output, errors = tries(bad=[catalogue.locked_version()])
     assert status == 1
     assert "2 of 3 failed" in output
-    assert re.search(rf"^Prefect {catalogue.locked()} \(.*newest supported\): failed: signatures", errors, flags=re.M)
+    assert re.search(
+        rf"^Prefect {catalogue.locked_version()} \(.*newest supported\): failed: signatures", errors, flags=re.M
+    )
 
 
 def test_version_beyond_the_bounds_that_fails_is_named_only(tries: Tries) -> None:
@@ -122,7 +128,7 @@ def test_clone_without_the_release_before_says_how_to_get_it(tmp_path: Path, mon
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(catalogue, "PREVIOUS_COMMIT", "0" * 40)
     with pytest.raises(UnavailableError, match=r"^Commit 0000000 with Prefect .*git fetch --unshallow\.$"):
-        catalogue.previous()
+        catalogue.previous_release()
     assert [each.name for each in (tmp_path / "prefect-orchestration").iterdir()] == ["checkout-0000000.lock"]
 
 
@@ -136,7 +142,7 @@ def test_index_that_is_away_is_one_message(tries: Tries, monkeypatch: pytest.Mon
     def away(wanted: str) -> str:
         raise UvError("uv pip failed: no connection")
 
-    monkeypatch.setattr(catalogue, "newest", away)
+    monkeypatch.setattr(catalogue, "newest_version", away)
     assert tries() == (2, "", "uv pip failed: no connection\n")
 
 
@@ -151,7 +157,7 @@ def test_outcome_of_a_part_is_that_of_its_files(tmp_path: Path) -> None:
         <error message="x" /></testcase>
         </testsuite></testsuites>"""
     )
-    found = command.read(report, ("engine", "durable", "worker", "execution"))
+    found = command.read_report(report, ("engine", "durable", "worker", "execution"))
     assert found == {
         "engine": Outcome(1, 1, 0, 3.5),
         "durable": Outcome(0, 0, 1, 1.0),
@@ -163,7 +169,7 @@ def test_outcome_of_a_part_is_that_of_its_files(tmp_path: Path) -> None:
 
 
 def test_pytest_that_leaves_no_report_fails_every_part(tmp_path: Path) -> None:
-    row = Row("1", "1", "", True, command.read(tmp_path / "absent.xml", ("engine", "worker")))
+    row = Row("1", "1", "", True, command.read_report(tmp_path / "absent.xml", ("engine", "worker")))
     assert not row.is_good()
 
 
@@ -179,8 +185,8 @@ def test_signatures_hold_on_the_oldest_and_newest_prefect_of_the_lock() -> None:
     """On the version that runs this, the signature tests themselves run: an environment is made only for others."""
     from prefect import __version__
 
-    for version in {catalogue.oldest(), catalogue.locked()} - {__version__}:
-        python = catalogue.environment(version)
+    for version in {catalogue.oldest_version(), catalogue.locked_version()} - {__version__}:
+        python = catalogue.prepare_environment(version)
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         subprocess.run([python, "-m", "pytest", "-q", *PARTS["signatures"]], cwd=ROOT, env=environment, check=True)
 
@@ -190,8 +196,8 @@ def test_recorded_table_is_of_the_supported_versions() -> None:
     table = page.split(command.BEGIN)[1].split(command.END)[0]
     tried = {line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| 3")}
     cure = "Run `make test-versions` and commit docs/prefect.md"
-    assert not tried or {catalogue.oldest(), catalogue.locked()} <= tried, cure
-    assert Version(PREVIOUS) < Version(catalogue.oldest())
+    assert not tried or {catalogue.oldest_version(), catalogue.locked_version()} <= tried, cure
+    assert Version(PREVIOUS) < Version(catalogue.oldest_version())
 
 
 def test_weekly_workflow_runs_what_people_run() -> None:

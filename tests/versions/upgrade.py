@@ -14,7 +14,7 @@ import pytest
 
 from orchestration.settings import ROOT
 from tests.parts import asked, client_of, free_port, served, wait_until
-from tests.versions.catalogue import PREVIOUS, locked, previous
+from tests.versions.catalogue import PREVIOUS, locked_version, previous_release
 
 FLOW = """
 import os, time
@@ -43,7 +43,7 @@ def steps():
 
 
 @contextlib.contextmanager
-def serving(python: Path, version: str, home: Path, port: int) -> Iterator[None]:
+def serve_version(python: Path, version: str, home: Path, port: int) -> Iterator[None]:
     """Serve the API with the database in `home`; the schema is that of the newest server that has served it."""
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     # As in the chart, where a Job migrates and an older server leaves a newer schema as it is.
@@ -56,7 +56,7 @@ def serving(python: Path, version: str, home: Path, port: int) -> Iterator[None]
         yield
 
 
-def migrated(python: Path, home: Path) -> None:
+def migrate_database(python: Path, home: Path) -> None:
     """Migrate the database in `home` to the schema of the interpreter's Prefect."""
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
         "PREFECT_HOME": str(home)
@@ -67,20 +67,20 @@ def migrated(python: Path, home: Path) -> None:
 
 @pytest.mark.parametrize("way", ["upgrade", "rollback"])
 def test_run_completes_while_the_server_changes_its_version(way: str, tmp_path: Path) -> None:
-    python, checkout = previous()
-    old, new = (python, PREVIOUS, checkout), (Path(sys.executable), locked(), ROOT)
+    python, checkout = previous_release()
+    old, new = (python, PREVIOUS, checkout), (Path(sys.executable), locked_version(), ROOT)
     before, after = (old, new) if way == "upgrade" else (new, old)
     home, notes, port = tmp_path / "home", tmp_path / "notes", free_port()
     home.mkdir()
     notes.mkdir()
     (tmp_path / "flow.py").write_text(FLOW)
-    migrated(before[0], home)
+    migrate_database(before[0], home)
 
     def seen(what: str) -> None:
         wait_until(lambda: (notes / what).exists(), what)
 
     with contextlib.ExitStack() as stack:
-        with serving(*before[:2], home, port), client_of(f"http://127.0.0.1:{port}/api") as api:
+        with serve_version(*before[:2], home, port), client_of(f"http://127.0.0.1:{port}/api") as api:
             asked(api, "POST", "/v2/concurrency_limits/", {"name": "held", "limit": 1})
             flow = asked(api, "POST", "/flows/", {"name": "steps"})["id"]
             step = {"prefect.deployments.steps.set_working_directory": {"directory": str(tmp_path)}}
@@ -106,9 +106,9 @@ def test_run_completes_while_the_server_changes_its_version(way: str, tmp_path: 
             stack.callback(process.kill)
             seen("step-1")
         if way == "upgrade":
-            migrated(after[0], home)
+            migrate_database(after[0], home)
         (notes / "step-1-seen").touch()  # it goes on while no server is there
-        with serving(*after[:2], home, port), client_of(f"http://127.0.0.1:{port}/api") as api:
+        with serve_version(*after[:2], home, port), client_of(f"http://127.0.0.1:{port}/api") as api:
             seen("step-2")
             (notes / "step-2-seen").touch()
             assert process.wait(300) == 0, (tmp_path / "log").read_text()
@@ -129,15 +129,15 @@ def test_run_completes_while_the_server_changes_its_version(way: str, tmp_path: 
 
 @pytest.mark.parametrize("newer", ["server", "worker"])
 def test_process_worker_of_the_other_version_executes_a_run(newer: str, tmp_path: Path) -> None:
-    python, _ = previous()
-    old, new = (python, PREVIOUS), (Path(sys.executable), locked())
+    python, _ = previous_release()
+    old, new = (python, PREVIOUS), (Path(sys.executable), locked_version())
     server, worker = (new, old) if newer == "server" else (old, new)
     home, port = tmp_path / "home", free_port()
     home.mkdir()
     (tmp_path / "flow.py").write_text("from prefect import flow\n\n@flow\ndef nothing(day: int = 1): pass\n")
-    migrated(server[0], home)
+    migrate_database(server[0], home)
     url = f"http://127.0.0.1:{port}/api"
-    with serving(*server, home, port), client_of(url) as api:
+    with serve_version(*server, home, port), client_of(url) as api:
         flow = asked(api, "POST", "/flows/", {"name": "nothing"})["id"]
         step = {"prefect.deployments.steps.set_working_directory": {"directory": str(tmp_path)}}
         body = {"name": "daily", "flow_id": flow, "entrypoint": "flow.py:nothing", "pull_steps": [step]}

@@ -1,1 +1,1 @@
-"""Faults of runs, their pods, workers and servers, on a real cluster."""
+"""Fault tests on a real cluster: faults of runs, pods, workers, nodes and servers."""

@@ -1,37 +1,37 @@
-"""Pools whose runs are victims of faults, watched by a reconciler."""
+"""Fixtures of the fault tests: work pools whose runs are the victims, watched by a reconciler."""
 
 from collections.abc import Iterator
 
 import pytest
 
 from tests.cluster.namespace import Namespace
-from tests.e2e.faults.victims import FLOWS, PLACES, TOOK, watched
+from tests.e2e.faults.victims import DURATIONS, FLOW_FILE, SIDECAR_VARIABLES, fault_values
 from tests.e2e.pace import CAPACITY_TIMEOUT_SECONDS, PENDING_TIMEOUT_SECONDS
 from tests.e2e.release import (
     Object,
     Pool,
     Release,
-    installed_pool,
-    joining,
-    merged,
+    connection_values,
+    install_pool,
+    merge_values,
     pool_values,
-    probe_of,
+    probe_config_map,
     server_values,
-    shared,
+    shared_namespace,
 )
 
 
 @pytest.fixture(autouse=True)
-def _took(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What the test says of how soon it was goes into its report."""
-    TOOK.clear()
+def _report_durations(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Add the durations that the test measured to its report."""
+    DURATIONS.clear()
     yield
-    request.node.user_properties.extend(("took", each) for each in TOOK)
+    request.node.user_properties.extend(("took", duration) for duration in DURATIONS)
 
 
 @pytest.fixture(scope="module")
 def probe() -> Object:
-    return probe_of(FLOWS)
+    return probe_config_map(FLOW_FILE)
 
 
 @pytest.fixture(scope="module")
@@ -44,42 +44,48 @@ def own_server(pool_namespace: Namespace, image: str) -> Release:
 
 @pytest.fixture(scope="module")
 def values(values: Object) -> Object:
-    return of_victims(values)
+    return victim_values(values)
 
 
 @pytest.fixture(scope="module")
 def shared_pool(cluster: str, image: str, server: Release, probe: Object) -> Pool:
-    """The pool of all files whose tests leave worker and reconciler alone."""
+    """The pool that test files share if they do not disturb its worker and reconciler."""
     name = "faults"
-    values = of_victims(merged(pool_values(image), joining(server, name)))
+    values = victim_values(merge_values(pool_values(image), connection_values(server, name)))
     values["reconciler"]["capacityTimeoutSeconds"] = CAPACITY_TIMEOUT_SECONDS
-    # Whose template `with_places` changes.
-    values = merged(values, {"worker": {"templateFrom": "server"}})
-    namespace = shared(cluster, name, lambda made: with_places(installed_pool(server, made, values, probe), server))
+    # `add_sidecar_variables` changes the template on the server.
+    values = merge_values(values, {"worker": {"templateFrom": "server"}})
+
+    def install(namespace: Namespace) -> None:
+        add_sidecar_variables(install_pool(server, namespace, values, probe), server)
+
+    namespace = shared_namespace(cluster, name, install)
     return Pool("prefect-work-pool", "prefect-work-pool", namespace, work_pool=name)
 
 
-def with_places(pool: Pool, server: Release) -> Pool:
-    """Give the pool's template places for the containers that an injector would add; empty where a run names none."""
+def add_sidecar_variables(pool: Pool, server: Release) -> None:
+    """Add variables for sidecars to the pool's template, where an injector would add containers.
+
+    A run without such a job variable has no sidecar.
+    """
     with server.api() as api:
         path = f"/work_pools/{pool.work_pool}"
         template = api.get(path).raise_for_status().json()["base_job_template"]
         spec = template["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
-        spec["containers"] += [f"{{{{ {place} }}}}" for place in PLACES]
+        spec["containers"] += [f"{{{{ {variable} }}}}" for variable in SIDECAR_VARIABLES]
         api.patch(path, json={"base_job_template": template}).raise_for_status()
-    # A worker keeps the template that it has read for a while.
+    # A worker caches the template.
     pool.namespace.kubectl("rollout", "restart", f"deployment/{pool.name}-worker")
     pool.namespace.kubectl("rollout", "status", f"deployment/{pool.name}-worker", "--timeout=300s")
-    pool.one_worker()
-    return pool
+    pool.wait_for_one_worker()
 
 
-def of_victims(values: Object) -> Object:
-    """Return the values of a pool whose runs may want a Secret that is not there."""
-    made = watched(values)
-    made["runs"]["variables"] = {"secret": {"type": "string", "default": "prefect-server-auth"}}
-    made["runs"]["variables"] |= {place: {"type": "object"} for place in PLACES}
+def victim_values(values: Object) -> Object:
+    """Return the values of a pool whose runs can name a Secret, also one that does not exist, and sidecars."""
+    changed = fault_values(values)
+    changed["runs"]["variables"] = {"secret": {"type": "string", "default": "prefect-server-auth"}}
+    changed["runs"]["variables"] |= {variable: {"type": "object"} for variable in SIDECAR_VARIABLES}
     secret = {"name": '{{ "{{ secret }}" }}', "key": "auth-string"}
-    made["runs"]["env"] = [{"name": "SECRET", "valueFrom": {"secretKeyRef": secret}}]
-    made["reconciler"]["pendingTimeoutSeconds"] = PENDING_TIMEOUT_SECONDS
-    return made
+    changed["runs"]["env"] = [{"name": "SECRET", "valueFrom": {"secretKeyRef": secret}}]
+    changed["reconciler"]["pendingTimeoutSeconds"] = PENDING_TIMEOUT_SECONDS
+    return changed

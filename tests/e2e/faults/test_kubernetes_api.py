@@ -14,23 +14,23 @@ import pytest
 
 from orchestration.operations.local_cluster import node
 from tests.e2e.faults.victims import (
-    BACK,
-    START,
-    completed,
-    completed_by_a_retry,
-    death,
-    in_time,
-    pods,
-    processes,
-    said_in_time,
-    state_named,
-    took,
-    under_way,
-    victim,
+    POD_START_SECONDS,
+    RECOVERY_SECONDS,
+    assert_completed_by_one_retry,
+    assert_state_within,
+    assert_within,
+    deploy_victim,
+    find_processes,
+    list_pods,
+    record_duration,
+    start_running,
+    wait_for_death,
+    wait_for_state,
+    wait_until_completed,
 )
-from tests.e2e.pace import KUBERNETES_AWAY_SECONDS
+from tests.e2e.pace import KUBERNETES_OUTAGE_SECONDS
 from tests.e2e.release import Pool, Release
-from tests.e2e.runs import deployment, ended, run_of, start
+from tests.e2e.runs import create_deployment, get_run, start_run, wait_until_ended
 from tests.parts import client_of, wait_until
 
 pytestmark = pytest.mark.alone
@@ -44,7 +44,7 @@ def _is_reached(api: httpx.Client) -> bool:
 
 def _stages(pool: Pool, run: str) -> list[tuple[str, datetime]]:
     """When each part of Kubernetes had done what the run's pod needs of it, the last one last."""
-    [pod] = pods(pool, run)
+    [pod] = list_pods(pool, run)
     [scheduled] = [each for each in pod["status"]["conditions"] if each["type"] == "PodScheduled"]
     [container] = pod["status"]["containerStatuses"]
     [state] = container["state"].values()  # it is not always told yet that it has ended
@@ -70,10 +70,10 @@ def test_kubernetes_api_outage_loses_no_run(
     if cluster != node.CONTEXT:
         pytest.skip(f"{cluster} is not the node from packages, whose API can be taken away")
     with server.api() as api:
-        made = victim(api, pool)
-        ticking = deployment(api, pool, entrypoint="/probe/flow.py:ticking")
-        goes_on, pod_that_goes_on = under_way(api, pool, ticking, times=600)
-        dies, victim_pod = under_way(api, pool, made, seconds=40)
+        made = deploy_victim(api, pool)
+        ticking = create_deployment(api, pool, entrypoint="/probe/flow.py:ticking")
+        goes_on, pod_that_goes_on = start_running(api, pool, ticking, times=600)
+        dies, victim_pod = start_running(api, pool, made, seconds=40)
         auth = api.auth
     # Not by the Kubernetes API, as `api` is.
     cluster_ip = ("-o", "jsonpath={.spec.clusterIP}")
@@ -81,33 +81,38 @@ def test_kubernetes_api_outage_loses_no_run(
     kubernetes = server.namespace.kubectl("get", "service", "kubernetes", "--namespace=default", *cluster_ip)
     with client_of(f"http://{address}:4200/api", auth) as direct:
         with away():
-            assert run_of(direct, dies)["state_type"] == "RUNNING"
-            for pid in processes(dies):
+            assert get_run(direct, dies)["state_type"] == "RUNNING"
+            for pid in find_processes(dies):
                 with contextlib.suppress(ProcessLookupError):  # the first to die takes the other with it
                     os.kill(pid, signal.SIGKILL)
-            due = start(direct, made)
-            time.sleep(KUBERNETES_AWAY_SECONDS)
-            assert run_of(direct, goes_on)["state_type"] == "RUNNING"
+            due = start_run(direct, made)
+            time.sleep(KUBERNETES_OUTAGE_SECONDS)
+            assert get_run(direct, goes_on)["state_type"] == "RUNNING"
         wait_until(lambda: node.accepts(kubernetes, 443), "the API's service", 120)
         accepts = datetime.now(UTC)
         wait_until(lambda: _is_reached(direct), "the Prefect API's service, whose node was taken for lost", 150)
         back = datetime.now(UTC)
-        took("Prefect's API is reached", accepts, back)
-        crashed = said_in_time(direct, dies, "Crashed", max(back, death(pool, victim_pod)), BACK)
+        record_duration("Prefect's API is reached", accepts, back)
+        crashed = assert_state_within(
+            direct, dies, "Crashed", max(back, wait_for_death(pool, victim_pod)), RECOVERY_SECONDS
+        )
         assert "exit code 137" in crashed["message"]
         jobs = ("get", "jobs", "-l", f"prefect.io/flow-run-id={due}", "-o", "jsonpath={.items[*].metadata}")
         job = wait_until(lambda: pool.namespace.kubectl(*jobs), "the Job of what fell due")
         has_job = datetime.fromisoformat(json.loads(job)["creationTimestamp"])
-        in_time("what fell due has its Job", back, has_job, BACK - START)
-        completed(direct, due)
+        assert_within("what fell due has its Job", back, has_job, RECOVERY_SECONDS - POD_START_SECONDS)
+        wait_until_completed(direct, due)
         stages = _stages(pool, due)
         for stage, at in stages:
-            took(stage, back, at)
+            record_duration(stage, back, at)
         of_kubernetes = stages[-1][1] - has_job
-        begun = datetime.fromisoformat(state_named(direct, due, "Running")["timestamp"])
-        took("it begins", back, begun)
-        in_time("without Kubernetes' own part it begins", back + of_kubernetes, begun, BACK)
-        completed_by_a_retry(direct, dies)
+        begun = datetime.fromisoformat(wait_for_state(direct, due, "Running")["timestamp"])
+        record_duration("it begins", back, begun)
+        assert_within("without Kubernetes' own part it begins", back + of_kubernetes, begun, RECOVERY_SECONDS)
+        assert_completed_by_one_retry(direct, dies)
         pool.namespace.kubectl("exec", pod_that_goes_on, "--", "touch", "/tmp/enough")  # noqa: S108 - in the pod
-        assert (ended(direct, goes_on)["state_type"], run_of(direct, goes_on)["run_count"]) == ("COMPLETED", 1)
-        assert run_of(direct, due)["run_count"] == 1
+        assert (wait_until_ended(direct, goes_on)["state_type"], get_run(direct, goes_on)["run_count"]) == (
+            "COMPLETED",
+            1,
+        )
+        assert get_run(direct, due)["run_count"] == 1

@@ -1,6 +1,6 @@
-"""What becomes of a run whose node is drained, hears nothing for a while, or is gone while the run lives on.
+"""Faults of a node: drained, with a stopped kubelet, or lost while the run's processes live on.
 
-The runs are on a second node, so that nothing else is.
+The runs are on a second node, so that the faults hit nothing else.
 """
 
 import copy
@@ -14,117 +14,122 @@ import pytest
 from orchestration.operations.local_cluster import node
 from orchestration.protocol import FENCED_LABEL_PREFIX, FENCED_WITHIN_SECONDS
 from tests.e2e.faults.victims import (
-    completed,
-    pods,
-    processes,
-    said_in_time,
-    scarce,
-    state_named,
-    state_so_far,
-    states,
-    taken,
-    under_way,
-    victim,
+    assert_state_within,
+    count_taken_slots,
+    create_limit,
+    deploy_victim,
+    find_processes,
+    find_state,
+    list_pods,
+    list_states,
+    start_running,
+    wait_for_state,
+    wait_until_completed,
 )
-from tests.e2e.pace import KUBELET_AWAY_SECONDS
+from tests.e2e.pace import KUBELET_OUTAGE_SECONDS
 from tests.e2e.release import Object, Pool
-from tests.e2e.runs import deployment, logged, run_of
+from tests.e2e.runs import create_deployment, get_run, wait_for_log
 from tests.parts import wait_until
 
 
 @pytest.fixture(scope="module")
-def second(cluster: str) -> Iterator[node.Node]:
+def second_node(cluster: str) -> Iterator[node.Node]:
     if cluster != node.CONTEXT:
         pytest.skip(f"{cluster} is not the node from packages, which has a second one")
-    with node.second() as made:
-        yield made
+    with node.second() as joined:
+        yield joined
 
 
 @pytest.fixture(scope="module")
-def values(values: Object, second: node.Node) -> Object:
-    made = copy.deepcopy(values)
-    there = {"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "In", "values": [second.name]}]}
+def values(values: Object, second_node: node.Node) -> Object:
+    changed = copy.deepcopy(values)
+    there = {"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "In", "values": [second_node.name]}]}
     preferred = [{"weight": 100, "preference": there}]
-    made["runs"]["pod"] |= {
-        "tolerations": [{"key": second.taint, "operator": "Exists"}],
+    changed["runs"]["pod"] |= {
+        "tolerations": [{"key": second_node.taint, "operator": "Exists"}],
         "affinity": {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": preferred}},
     }
-    return made
+    return changed
 
 
-def on_the_second(api: httpx.Client, pool: Pool, deployment_id: str, **parameters: object) -> tuple[str, str]:
-    """A run under way there; its id and its pod."""
-    run, name = under_way(api, pool, deployment_id, **parameters)
-    [pod] = pods(pool, run)
+def start_on_second_node(api: httpx.Client, pool: Pool, deployment_id: str, **parameters: object) -> tuple[str, str]:
+    """Start a run on the second node, wait until its flow logs, and return the run's id and its pod's name."""
+    run, name = start_running(api, pool, deployment_id, **parameters)
+    [pod] = list_pods(pool, run)
     assert pod["spec"]["nodeName"] == node.SECOND.name
     return run, name
 
 
-def test_drained_run_keeps_its_crash_budget(pool: Pool, api: httpx.Client, second: node.Node) -> None:
-    run, _ = on_the_second(api, pool, victim(api, pool, job_variables={"crash_retries": 0}), seconds=60)
+def test_drained_run_keeps_its_crash_budget(pool: Pool, api: httpx.Client, second_node: node.Node) -> None:
+    run, _ = start_on_second_node(api, pool, deploy_victim(api, pool, job_variables={"crash_retries": 0}), seconds=60)
     began = datetime.now(UTC)
-    node.kubectl("drain", second.name, "--force", "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=90s")
+    node.kubectl("drain", second_node.name, "--force", "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=90s")
     try:
-        said_in_time(api, run, "AwaitingRetry", began)
-        completed(api, run)
+        assert_state_within(api, run, "AwaitingRetry", began)
+        wait_until_completed(api, run)
     finally:
-        node.kubectl("uncordon", second.name)
-    found = run_of(api, run)
+        node.kubectl("uncordon", second_node.name)
+    found = get_run(api, run)
     assert found["run_count"] == 2
     assert not found["labels"].get("reconciler.crashes")
 
 
-def test_run_survives_an_absent_kubelet(pool: Pool, api: httpx.Client, second: node.Node) -> None:
-    times = 15 + KUBELET_AWAY_SECONDS // 2
-    run, pod = on_the_second(api, pool, deployment(api, pool, entrypoint="/probe/flow.py:ticking"), times=times)
-    node.stop_kubelet(second)
-    time.sleep(KUBELET_AWAY_SECONDS)
-    node.start_kubelet(second)
-    completed(api, run)
-    assert run_of(api, run)["run_count"] == 1
-    assert [each["metadata"]["name"] for each in pods(pool, run)] == [pod]
-    lines = [line.split()[1] for line in logged(api, run, "the end") if line.startswith("tick")]
+def test_run_survives_a_stopped_kubelet(pool: Pool, api: httpx.Client, second_node: node.Node) -> None:
+    times = 15 + KUBELET_OUTAGE_SECONDS // 2
+    ticking = create_deployment(api, pool, entrypoint="/probe/flow.py:ticking")
+    run, pod = start_on_second_node(api, pool, ticking, times=times)
+    node.stop_kubelet(second_node)
+    time.sleep(KUBELET_OUTAGE_SECONDS)
+    node.start_kubelet(second_node)
+    wait_until_completed(api, run)
+    assert get_run(api, run)["run_count"] == 1
+    assert [each["metadata"]["name"] for each in list_pods(pool, run)] == [pod]
+    lines = [line.split()[1] for line in wait_for_log(api, run, "the end") if line.startswith("tick")]
     assert sorted(map(int, lines)) == [*range(times)]
 
 
-def test_attempt_on_a_lost_node_stops_before_the_retry_begins(pool: Pool, api: httpx.Client, second: node.Node) -> None:
-    made = deployment(api, pool, entrypoint="/probe/flow.py:ticking", job_variables={"crash_retries": 0})
-    slot = scarce(api, "lost")
-    run, _ = on_the_second(api, pool, made, times=150, slot=slot)
-    wait_until(lambda: taken(api, slot) == 1, "the slot to be taken")
-    job = run_of(api, run)["infrastructure_pid"].rpartition(":")[2]
-    old = processes(run, job)
+def test_attempt_on_a_lost_node_stops_before_the_retry_begins(
+    pool: Pool, api: httpx.Client, second_node: node.Node
+) -> None:
+    ticking = create_deployment(api, pool, entrypoint="/probe/flow.py:ticking", job_variables={"crash_retries": 0})
+    slot = create_limit(api, "lost")
+    run, _ = start_on_second_node(api, pool, ticking, times=150, slot=slot)
+    wait_until(lambda: count_taken_slots(api, slot) == 1, "the slot to be taken")
+    job = get_run(api, run)["infrastructure_pid"].rpartition(":")[2]
+    old = find_processes(run, job)
     assert old
     seen: list[int] = []
-    node.stop_kubelet(second)
+    node.stop_kubelet(second_node)
     try:
-        node.kubectl("delete", "node", second.name)
+        node.kubectl("delete", "node", second_node.name)
 
-        # The control plane takes its time until it believes that it is gone.
-        def crash() -> Object | None:
-            if found := state_so_far(api, run, "Crashed"):
+        # The control plane takes a while to give the node up.
+        def find_crash() -> Object | None:
+            if found := find_state(api, run, "Crashed"):
                 return found
-            seen[:] = processes(run, job)
+            seen[:] = find_processes(run, job)
             return None
 
-        crashed = wait_until(crash, f"Crashed of {run}", 120)
+        crashed = wait_until(find_crash, f"Crashed of {run}", 120)
         fenced = time.monotonic()
         assert "its node is " in crashed["message"]  # lost, or gone
-        assert run_of(api, run)["labels"][FENCED_LABEL_PREFIX + job]
-        assert seen, "it was over before it was fenced"
-        wait_until(lambda: not processes(run, job), "the old execution to stop", FENCED_WITHIN_SECONDS + 5)
+        assert get_run(api, run)["labels"][FENCED_LABEL_PREFIX + job]
+        assert seen, "the old attempt ended before it was fenced"
+        wait_until(lambda: not find_processes(run, job), "the old attempt to stop", FENCED_WITHIN_SECONDS + 5)
         stopped = datetime.now(UTC)
         assert time.monotonic() - fenced < FENCED_WITHIN_SECONDS + 5
-        assert taken(api, slot) == 0
-        again = state_named(api, run, "AwaitingRetry")
+        assert count_taken_slots(api, slot) == 0
+        again = wait_for_state(api, run, "AwaitingRetry")
         due = datetime.fromisoformat(again["state_details"]["scheduled_time"])
         assert due - datetime.fromisoformat(crashed["timestamp"]) >= timedelta(seconds=FENCED_WITHIN_SECONDS)
         running = wait_until(
-            lambda: [each for each in states(api, run) if each["type"] == "RUNNING"][1:], "another execution", 180
+            lambda: [each for each in list_states(api, run) if each["type"] == "RUNNING"][1:],
+            "another run attempt",
+            180,
         )
         assert datetime.fromisoformat(running[0]["timestamp"]) > stopped
-        assert not run_of(api, run)["labels"].get("reconciler.crashes")
+        assert not get_run(api, run)["labels"].get("reconciler.crashes")
     finally:
-        node.start_kubelet(second)
-    assert not processes(run, job)
-    assert run_of(api, run)["run_count"] == 2
+        node.start_kubelet(second_node)
+    assert not find_processes(run, job)
+    assert get_run(api, run)["run_count"] == 2

@@ -1,4 +1,4 @@
-"""Runs whose pods die: the API shows the cause within seconds, and the run is retried within its budget."""
+"""Runs whose pods die: the state shows the cause within seconds, and the reconciler retries within the retry budget."""
 
 import contextlib
 from datetime import UTC, datetime
@@ -8,29 +8,30 @@ import pytest
 
 from orchestration.errors import ClusterError
 from tests.e2e.faults.victims import (
-    SEEN,
-    completed,
-    completed_by_a_retry,
-    death,
-    ending,
-    evicted,
-    force_deleted,
+    DETECTION_SECONDS,
+    assert_completed_by_one_retry,
+    assert_no_task_is_repeated,
+    assert_state_within,
+    count_taken_slots,
+    create_limit,
+    deploy_victim,
+    evict,
+    find_state,
+    force_delete,
+    is_ending,
     is_settled,
-    killed,
-    nothing_is_repeated,
-    pods,
-    said_in_time,
-    scarce,
+    kill_pod,
+    list_pods,
+    list_states,
     seconds_between,
     sidecars,
-    state_named,
-    states,
-    taken,
-    under_way,
-    victim,
+    start_running,
+    wait_for_death,
+    wait_for_state,
+    wait_until_completed,
 )
 from tests.e2e.release import Object, Pool
-from tests.e2e.runs import deployment, logged, run_of, start
+from tests.e2e.runs import create_deployment, get_run, start_run, wait_for_log
 from tests.parts import wait_until
 
 
@@ -40,164 +41,170 @@ def pool(shared_pool: Pool) -> Pool:
 
 
 def test_killed_pod_is_retried(pool: Pool, api: httpx.Client) -> None:
-    run, pod = under_way(api, pool, victim(api, pool), seconds=60)
-    [found] = pods(pool, run)
-    crashed = said_in_time(api, run, "Crashed", killed(pool, pod))
+    run, pod = start_running(api, pool, deploy_victim(api, pool), seconds=60)
+    [found] = list_pods(pool, run)
+    crashed = assert_state_within(api, run, "Crashed", kill_pod(pool, pod))
     assert f"Pod {pod} on {found['spec']['nodeName']} ended with exit code 137 (SIGKILL)" in crashed["message"]
-    assert "execution 1" in crashed["message"], "the end of its log"
-    listed = completed_by_a_retry(api, run)
-    again = next(each for each in listed if each["name"] == "AwaitingRetry")
-    assert again["message"].startswith("Retry 1 of 2 after a crash")
-    assert seconds_between(crashed, again) < SEEN
+    assert "attempt 1 in" in crashed["message"], "the end of its log"
+    listed = assert_completed_by_one_retry(api, run)
+    retry = next(each for each in listed if each["name"] == "AwaitingRetry")
+    assert retry["message"].startswith("Retry 1 of 2 after a crash")
+    assert seconds_between(crashed, retry) < DETECTION_SECONDS
 
 
 def test_retry_repeats_no_finished_task(pool: Pool, api: httpx.Client) -> None:
-    nothing_is_repeated(api, pool)
+    assert_no_task_is_repeated(api, pool)
 
 
 def test_old_results_are_removed(pool: Pool, api: httpx.Client) -> None:
     [pod] = pool.pods("results")
 
-    def run(script: str) -> str:
+    def run_shell(script: str) -> str:
         return pool.namespace.kubectl("exec", pod["metadata"]["name"], "--", "sh", "-c", script)
 
-    def kept() -> list[str]:
-        with contextlib.suppress(ClusterError):  # its pod may be gone, and not yet be there again
-            return run("ls /results").split()
+    def list_results() -> list[str]:
+        with contextlib.suppress(ClusterError):  # the pod is being replaced
+            return run_shell("ls /results").split()
         return []
 
-    run("touch -d '8 days ago' /results/old; touch -d '6 days ago' /results/new")
+    run_shell("touch -d '8 days ago' /results/old; touch -d '6 days ago' /results/new")
     pool.namespace.kubectl("delete", "pod", pod["metadata"]["name"])
-    wait_until(lambda: "new" in (found := kept()) and "old" not in found, "the old one to go, and no other", 120)
+    wait_until(
+        lambda: "new" in (found := list_results()) and "old" not in found, "only the old result to be removed", 120
+    )
 
 
-def of_itself(api: httpx.Client, pool: Pool, run: str) -> datetime:
-    """The death of a run's first pod, which is its own doing."""
-    state_named(api, run, "Running", 120)
-    first = min(pods(pool, run), key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
-    return death(pool, first["metadata"]["name"])
+def wait_for_first_pod_death(api: httpx.Client, pool: Pool, run: str) -> datetime:
+    """Wait until a run has ended its first pod itself; return the time from which `DETECTION_SECONDS` counts."""
+    wait_for_state(api, run, "Running", 120)
+    first = min(list_pods(pool, run), key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
+    return wait_for_death(pool, first["metadata"]["name"])
 
 
 def test_force_deleted_pod_is_retried(pool: Pool, api: httpx.Client) -> None:
-    """The retry needs the slot that it held, and waits in vain if nobody has given it back."""
-    slot = scarce(api, "force-deleted")
-    run, pod = under_way(api, pool, victim(api, pool), seconds=60, slot=slot)
-    wait_until(lambda: taken(api, slot) == 1, "the slot to be taken")
+    """The retry needs the slot that the first attempt held, and would wait for it if nothing had released it."""
+    slot = create_limit(api, "force-deleted")
+    run, pod = start_running(api, pool, deploy_victim(api, pool), seconds=60, slot=slot)
+    wait_until(lambda: count_taken_slots(api, slot) == 1, "the slot to be taken")
     began = datetime.now(UTC)
-    force_deleted(pool.namespace, pod)
-    said_in_time(api, run, "AwaitingRetry", began)
-    completed_by_a_retry(api, run)
+    force_delete(pool.namespace, pod)
+    assert_state_within(api, run, "AwaitingRetry", began)
+    assert_completed_by_one_retry(api, run)
 
 
 def test_killed_process_is_retried(pool: Pool, api: httpx.Client) -> None:
-    run = start(api, victim(api, pool), parameters={"killed": True})
-    said_in_time(api, run, "Crashed", of_itself(api, pool, run))
-    completed_by_a_retry(api, run)
+    run = start_run(api, deploy_victim(api, pool), parameters={"killed": True})
+    assert_state_within(api, run, "Crashed", wait_for_first_pod_death(api, pool, run))
+    assert_completed_by_one_retry(api, run)
 
 
 def test_oom_killed_run_gets_more_memory(pool: Pool, api: httpx.Client) -> None:
-    made = victim(api, pool, job_variables={"memory_limit": "300Mi", "memory_growth": 2})
-    run = start(api, made, parameters={"memory": 320})
-    said_in_time(api, run, "Crashed", of_itself(api, pool, run))
-    completed(api, run)
-    listed = states(api, run)
-    again = next(each for each in listed if each["name"] == "AwaitingRetry")
-    assert "with 600Mi of memory in place of 300Mi" in again["message"]
-    assert "OOMKilled" in again["message"]
-    assert "it used at most 300 MiB" in again["message"]
-    assert run_of(api, run)["job_variables"]["memory_limit"] == "600Mi"
-    wait_until(lambda: run_of(api, run)["labels"].get("reconciler.exceeded") == 300 * 2**20, "the limit to be noted")
+    deployment = deploy_victim(api, pool, job_variables={"memory_limit": "300Mi", "memory_growth": 2})
+    run = start_run(api, deployment, parameters={"memory": 320})
+    assert_state_within(api, run, "Crashed", wait_for_first_pod_death(api, pool, run))
+    wait_until_completed(api, run)
+    listed = list_states(api, run)
+    retry = next(each for each in listed if each["name"] == "AwaitingRetry")
+    assert "with 600Mi of memory in place of 300Mi" in retry["message"]
+    assert "OOMKilled" in retry["message"]
+    assert "it used at most 300 MiB" in retry["message"]
+    assert get_run(api, run)["job_variables"]["memory_limit"] == "600Mi"
+    wait_until(lambda: get_run(api, run)["labels"].get("reconciler.exceeded") == 300 * 2**20, "the limit to be noted")
 
 
 def test_evicted_run_keeps_its_crash_budget(pool: Pool, api: httpx.Client) -> None:
-    run, pod = under_way(api, pool, victim(api, pool, job_variables={"crash_retries": 0}), seconds=60)
+    run, pod = start_running(api, pool, deploy_victim(api, pool, job_variables={"crash_retries": 0}), seconds=60)
     began = datetime.now(UTC)
-    evicted(pool.namespace, pod)
-    said_in_time(api, run, "AwaitingRetry", began)
-    completed(api, run)
-    assert run_of(api, run)["run_count"] == 2
-    assert not run_of(api, run)["labels"].get("reconciler.crashes")
+    evict(pool.namespace, pod)
+    assert_state_within(api, run, "AwaitingRetry", began)
+    wait_until_completed(api, run)
+    assert get_run(api, run)["run_count"] == 2
+    assert not get_run(api, run)["labels"].get("reconciler.crashes")
 
 
 def test_deadline_ends_the_run_without_a_retry(pool: Pool, api: httpx.Client) -> None:
-    """Not even by the retries of the flow, whose process has no time for them."""
-    made = victim(api, pool, job_variables={"active_deadline_seconds": 30})
-    run = start(api, made, parameters={"seconds": 300}, empirical_policy={"retries": 2, "retry_delay": 0})
-    found = state_named(api, run, "TimedOut", 120)
+    """The flow's own retries do not extend the deadline either."""
+    deployment = deploy_victim(api, pool, job_variables={"active_deadline_seconds": 30})
+    run = start_run(api, deployment, parameters={"seconds": 300}, empirical_policy={"retries": 2, "retry_delay": 0})
+    found = wait_for_state(api, run, "TimedOut", 120)
     assert found["type"] == "FAILED"
     assert "ran for longer than its activeDeadlineSeconds of 30" in found["message"]
-    wait_until(lambda: all(map(ending, pods(pool, run))), "its pod to end", SEEN)
-    assert run_of(api, run)["state_name"] == "TimedOut"
-    assert [each["name"] for each in states(api, run)].count("Running") == 1
+    wait_until(lambda: all(map(is_ending, list_pods(pool, run))), "its pod to end", DETECTION_SECONDS)
+    assert get_run(api, run)["state_name"] == "TimedOut"
+    assert [each["name"] for each in list_states(api, run)].count("Running") == 1
 
 
 def test_crash_budget_of_zero_retries_nothing(pool: Pool, api: httpx.Client) -> None:
-    run, pod = under_way(api, pool, victim(api, pool, job_variables={"crash_retries": 0}), seconds=60)
-    said_in_time(api, run, "Crashed", killed(pool, pod))
-    wait_until(lambda: is_settled(api, run), "the verdict", 30)
-    assert run_of(api, run)["state_type"] == "CRASHED"
-    assert len([each for each in states(api, run) if each["name"] == "AwaitingRetry"]) == 0
+    run, pod = start_running(api, pool, deploy_victim(api, pool, job_variables={"crash_retries": 0}), seconds=60)
+    assert_state_within(api, run, "Crashed", kill_pod(pool, pod))
+    wait_until(lambda: is_settled(api, run), "the decision not to retry", 30)
+    assert get_run(api, run)["state_type"] == "CRASHED"
+    assert not find_state(api, run, "AwaitingRetry")
 
 
 def test_concurrency_slots_are_released_when_a_run_attempt_ends(pool: Pool, api: httpx.Client) -> None:
-    """Those of a tag and of `concurrency`: the server's leases of them would end a minute and five minutes later.
+    """The slots of a tag and of `concurrency`, whose leases on the server would expire after one and five minutes.
 
-    Without a retry, whose attempt would take them again.
+    The run has no retry, whose attempt would take the slots again.
     """
     api.post("/concurrency_limits/", json={"tag": "scarce", "concurrency_limit": 1}).raise_for_status()
-    limits = ["tag:scarce", scarce(api, "scarce")]
-    made = deployment(api, pool, entrypoint="/probe/flow.py:holding", job_variables={"crash_retries": 0})
-    run = start(api, made)
-    wait_until(lambda: [taken(api, each) for each in limits] == [1, 1], "the slots to be taken", 120)
-    state_named(api, run, "Crashed", 60)
-    wait_until(lambda: [taken(api, each) for each in limits] == [0, 0], "the slots to be released", SEEN)
+    limits = ["tag:scarce", create_limit(api, "scarce")]
+    holding = create_deployment(api, pool, entrypoint="/probe/flow.py:holding", job_variables={"crash_retries": 0})
+    run = start_run(api, holding)
+    wait_until(lambda: [count_taken_slots(api, each) for each in limits] == [1, 1], "the slots to be taken", 120)
+    wait_for_state(api, run, "Crashed", 60)
+    wait_until(
+        lambda: [count_taken_slots(api, each) for each in limits] == [0, 0],
+        "the slots to be released",
+        DETECTION_SECONDS,
+    )
 
 
 def test_given_up_run_leaves_no_task_or_subflow_running(pool: Pool, api: httpx.Client) -> None:
-    made = deployment(api, pool, entrypoint="/probe/flow.py:stepwise", job_variables={"crash_retries": 0})
-    run = start(api, made)
-    wait_until(lambda: is_settled(api, run), "the verdict", 120)
+    stepwise = create_deployment(api, pool, entrypoint="/probe/flow.py:stepwise", job_variables={"crash_retries": 0})
+    run = start_run(api, stepwise)
+    wait_until(lambda: is_settled(api, run), "the decision not to retry", 120)
     body: Object = {"flow_runs": {"parent_flow_run_id": {"any_": [run]}}}
-    called = api.post("/flow_runs/filter", json=body).raise_for_status().json()
-    assert sorted(each["state_type"] for each in called) == ["COMPLETED", "CRASHED"]
-    body = {"flow_runs": {"id": {"any_": [run, *(each["id"] for each in called)]}}}
+    subflows = api.post("/flow_runs/filter", json=body).raise_for_status().json()
+    assert sorted(subflow["state_type"] for subflow in subflows) == ["COMPLETED", "CRASHED"]
+    body = {"flow_runs": {"id": {"any_": [run, *(subflow["id"] for subflow in subflows)]}}}
     tasks = api.post("/task_runs/filter", json=body).raise_for_status().json()
-    ends = {each["name"].partition("-")[0] + f" {each['state_type']}" for each in tasks}
+    ends = {task["name"].partition("-")[0] + f" {task['state_type']}" for task in tasks}
     assert ends == {"step COMPLETED", "step CRASHED", "steps COMPLETED", "steps CRASHED"}
 
 
-def test_main_container_alone_decides_next_to_sidecars(pool: Pool, api: httpx.Client) -> None:
-    """With a sidecar before and one after it in the alphabet, both of which would run on; all runs at once."""
-    of = {"crash_retries": 0, **sidecars()}
+def test_main_container_decides_despite_sidecars(pool: Pool, api: httpx.Client) -> None:
+    """Two sidecars outlive the main container; one sorts before it and one after it. All runs are in parallel."""
+    variables = {"crash_retries": 0, **sidecars()}
     bad = {"image": "localhost:5000/absent:1"}
     small = {"memory_limit": "300Mi"}
     runs = {
-        "killed": start(api, victim(api, pool, job_variables=of), parameters={"seconds": 300}),
-        "evicted": start(api, victim(api, pool, job_variables=of), parameters={"seconds": 300}),
-        "cancelled": start(api, victim(api, pool, job_variables=of), parameters={"seconds": 300}),
-        "oom": start(api, victim(api, pool, job_variables=of | small), parameters={"memory": 320}),
-        "image": start(api, victim(api, pool, job_variables=of | bad)),
+        "killed": start_run(api, deploy_victim(api, pool, job_variables=variables), parameters={"seconds": 300}),
+        "evicted": start_run(api, deploy_victim(api, pool, job_variables=variables), parameters={"seconds": 300}),
+        "cancelled": start_run(api, deploy_victim(api, pool, job_variables=variables), parameters={"seconds": 300}),
+        "oom": start_run(api, deploy_victim(api, pool, job_variables=variables | small), parameters={"memory": 320}),
+        "image": start_run(api, deploy_victim(api, pool, job_variables=variables | bad)),
     }
-    for each in ("killed", "evicted", "cancelled"):
-        logged(api, runs[each], "execution 1", 300)
-    [killed_pod], [evicted_pod] = pods(pool, runs["killed"]), pods(pool, runs["evicted"])
-    names = [each["name"] for each in killed_pod["status"]["containerStatuses"]]
+    for case in ("killed", "evicted", "cancelled"):
+        wait_for_log(api, runs[case], "attempt 1 in", 300)
+    [killed_pod], [evicted_pod] = list_pods(pool, runs["killed"]), list_pods(pool, runs["evicted"])
+    names = [status["name"] for status in killed_pod["status"]["containerStatuses"]]
     assert names == ["aaa-proxy", "prefect-job", "zzz-proxy"]
 
-    crashed = said_in_time(api, runs["killed"], "Crashed", killed(pool, killed_pod["metadata"]["name"]))
+    crashed = assert_state_within(api, runs["killed"], "Crashed", kill_pod(pool, killed_pod["metadata"]["name"]))
     assert "ended with exit code 137 (SIGKILL)" in crashed["message"]
-    assert "execution 1" in crashed["message"], "the end of the main container's log"
+    assert "attempt 1 in" in crashed["message"], "the end of the main container's log"
     began = datetime.now(UTC)
-    evicted(pool.namespace, evicted_pod["metadata"]["name"])
+    evict(pool.namespace, evicted_pod["metadata"]["name"])
     api.post(f"/flow_runs/{runs['cancelled']}/set_state", json={"state": {"type": "CANCELLING"}}).raise_for_status()
-    said_in_time(api, runs["evicted"], "AwaitingRetry", began)
-    said_in_time(api, runs["cancelled"], "Cancelled", began)
+    assert_state_within(api, runs["evicted"], "AwaitingRetry", began)
+    assert_state_within(api, runs["cancelled"], "Cancelled", began)
 
-    found = state_named(api, runs["oom"], "Crashed", 120)
+    found = wait_for_state(api, runs["oom"], "Crashed", 120)
     assert "exceeded its memory limit of 300Mi; it used at most 300 MiB" in found["message"]
-    assert "absent:1" in state_named(api, runs["image"], "ImagePullBackOff", 60)["message"]
-    completed(api, runs["evicted"])
+    assert "absent:1" in wait_for_state(api, runs["image"], "ImagePullBackOff", 60)["message"]
+    wait_until_completed(api, runs["evicted"])
     for each in runs.values():
-        wait_until(lambda each=each: all(map(ending, pods(pool, each))), "the Job to be deleted", 60)  # type: ignore[misc]
-    assert run_of(api, runs["evicted"])["run_count"] == 2
-    assert state_named(api, runs["image"], "Crashed")["message"].count("Given up after") == 1
+        wait_until(lambda each=each: all(map(is_ending, list_pods(pool, each))), "the Job to be deleted", 60)  # type: ignore[misc]
+    assert get_run(api, runs["evicted"])["run_count"] == 2
+    assert wait_for_state(api, runs["image"], "Crashed")["message"].count("Given up after") == 1

@@ -1,4 +1,4 @@
-"""Runs while the Prefect server or its database is away, and under random faults of every part."""
+"""Outages of the Prefect server and its database, and random faults of every component."""
 
 import contextlib
 import random
@@ -13,26 +13,26 @@ import pytest
 from orchestration.errors import ClusterError
 from tests.cluster.namespace import proxied
 from tests.e2e.faults.victims import (
-    BACK,
-    SEEN,
-    START,
-    claimed,
-    ending,
-    in_time,
-    pods,
-    said_in_time,
-    took,
-    under_way,
-    victim,
+    DETECTION_SECONDS,
+    POD_START_SECONDS,
+    RECOVERY_SECONDS,
+    assert_state_within,
+    assert_within,
+    deploy_victim,
+    first_claim_time,
+    is_ending,
+    list_pods,
+    record_duration,
+    start_running,
 )
-from tests.e2e.pace import GRACE_SECONDS, SERVER_AWAY_SECONDS
+from tests.e2e.pace import GRACE_SECONDS, SERVER_OUTAGE_SECONDS
 from tests.e2e.release import Object, Pool, Release, pool_values
-from tests.e2e.runs import deployment, ended, logged, run_of, start
-from tests.long.soak import Soak, soaked
+from tests.e2e.runs import create_deployment, get_run, start_run, wait_for_log, wait_until_ended
+from tests.long.soak import Soak, soak_values
 from tests.parts import wait_until
 
 SOAK_MINUTES, SOAK_RUNS = 2, 15
-"""`make test-long FOR=soak` takes longer."""
+"""Size of the soak here; `make test-long FOR=soak` runs the full size."""
 
 
 @pytest.fixture(scope="module")
@@ -42,37 +42,37 @@ def server(own_server: Release) -> Release:
 
 @pytest.fixture(scope="module")
 def values(image: str) -> Object:
-    return soaked(pool_values(image))
+    return soak_values(pool_values(image))
 
 
-# The first test of the file: at its end nothing may be left in the namespace.
-def test_random_faults_lose_no_run_and_execute_none_twice_at_a_time(
+# The first test of the file: the soak asserts that no pod, Job or slot is left in the namespace.
+def test_random_faults_lose_no_run_and_overlap_no_attempts(
     server: Release, pool: Pool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seed = random.randrange(10**6)  # noqa: S311 - faults, no secret
     with proxied(pool.namespace.context) as kubernetes:
-        seen = Soak(server, pool, kubernetes, random.Random(seed)).make(SOAK_MINUTES, SOAK_RUNS)  # noqa: S311
-    assert seen.wrong == [], f"seed {seed}\n{capsys.readouterr().out}"
-    assert len(seen.runs) == SOAK_RUNS
-    assert len(seen.faults) >= 4
-    assert sum(map(len, seen.executions.values())) > SOAK_RUNS, "no fault hit a run"
+        outcome = Soak(server, pool, kubernetes, random.Random(seed)).run(SOAK_MINUTES, SOAK_RUNS)  # noqa: S311
+    assert outcome.wrong == [], f"seed {seed}\n{capsys.readouterr().out}"
+    assert len(outcome.runs) == SOAK_RUNS
+    assert len(outcome.faults) >= 4
+    assert sum(map(len, outcome.attempts.values())) > SOAK_RUNS, "no fault hit a run"
 
 
-def test_run_is_cancelled_though_the_server_dies_meanwhile(server: Release, pool: Pool) -> None:
+def test_cancellation_survives_a_server_outage(server: Release, pool: Pool) -> None:
     with server.api() as api:
-        run, _ = under_way(api, pool, victim(api, pool), seconds=300)
+        run, _ = start_running(api, pool, deploy_victim(api, pool), seconds=300)
         api.post(f"/flow_runs/{run}/set_state", json={"state": {"type": "CANCELLING"}}).raise_for_status()
-    with without_server(server):
-        time.sleep(SERVER_AWAY_SECONDS / 4)
+    with server_down(server):
+        time.sleep(SERVER_OUTAGE_SECONDS / 4)
     back = datetime.now(UTC)
     with server.api() as api:
-        said_in_time(api, run, "Cancelled", back, GRACE_SECONDS + SEEN)
-        wait_until(lambda: all(map(ending, pods(pool, run))), "its pod to end", SEEN)
+        assert_state_within(api, run, "Cancelled", back, GRACE_SECONDS + DETECTION_SECONDS)
+        wait_until(lambda: all(map(is_ending, list_pods(pool, run))), "its pod to end", DETECTION_SECONDS)
 
 
 @contextlib.contextmanager
-def without_server(server: Release) -> Iterator[None]:
-    """Kill the Prefect API, and leave its namespace without one while the block lasts."""
+def server_down(server: Release) -> Iterator[None]:
+    """Kill the Prefect API and keep it at zero replicas while the block lasts."""
     server.namespace.kubectl("scale", "deployment/prefect-server-api", "--replicas=0")
     server.namespace.kubectl(
         "delete", "pod", "-l", "app.kubernetes.io/component=api", "--force", "--grace-period=0", "--wait=false"
@@ -85,45 +85,47 @@ def without_server(server: Release) -> Iterator[None]:
 
 
 def test_server_outage_and_killed_database_lose_no_run(server: Release, pool: Pool) -> None:
-    """A run under way completes in its first execution with its whole log; what fell due meanwhile is executed once.
+    """A run in progress completes in its first attempt with its whole log; runs that fell due are executed once.
 
-    Each part has its own client, as a client goes by the server's pod.
+    Each part opens its own client, because a client is forwarded to one pod of the server.
     """
     namespace = server.namespace
     with server.api() as api:
-        minutely = victim(api, pool, schedules=[{"schedule": {"cron": "* * * * *"}}])
-        run = start(api, deployment(api, pool, entrypoint="/probe/flow.py:ticking"), parameters={"times": 600})
-        logged(api, run, "tick 5", 120)
-    # Not while a run of the schedule is claimed: what is cut off then is let go, and another claims it a minute later.
-    wait_until(lambda: 25 < datetime.now(UTC).second < 45, "a moment between two of the schedule", 90)
+        minutely = deploy_victim(api, pool, schedules=[{"schedule": {"cron": "* * * * *"}}])
+        ticking = create_deployment(api, pool, entrypoint="/probe/flow.py:ticking")
+        run = start_run(api, ticking, parameters={"times": 600})
+        wait_for_log(api, run, "tick 5", 120)
+    # Not while a worker claims a scheduled run: a claim that is cut off is released and takes a minute longer.
+    wait_until(lambda: 25 < datetime.now(UTC).second < 45, "a moment between two scheduled runs", 90)
     began = datetime.now(UTC)
-    with without_server(server):
-        time.sleep(SERVER_AWAY_SECONDS)
+    with server_down(server):
+        time.sleep(SERVER_OUTAGE_SECONDS)
     back = datetime.now(UTC)
     missed = {
         moment
-        for number in range(1, SERVER_AWAY_SECONDS // 60 + 3)
+        for number in range(1, SERVER_OUTAGE_SECONDS // 60 + 3)
         if began < (moment := began.replace(second=0, microsecond=0) + timedelta(minutes=number)) < back
     }
     assert missed
 
-    def of_the_schedule(api: httpx.Client) -> dict[datetime, list[Object]]:
+    def scheduled_runs(api: httpx.Client) -> dict[datetime, list[Object]]:
         body = {"deployments": {"id": {"any_": [minutely]}}, "limit": 200}
-        made: dict[datetime, list[Object]] = defaultdict(list)
-        for each in api.post("/flow_runs/filter", json=body).raise_for_status().json():
-            made[datetime.fromisoformat(each["expected_start_time"])].append(each)
-        return made
+        by_time: dict[datetime, list[Object]] = defaultdict(list)
+        for found in api.post("/flow_runs/filter", json=body).raise_for_status().json():
+            by_time[datetime.fromisoformat(found["expected_start_time"])].append(found)
+        return by_time
 
+    def all_missed_have_begun() -> bool:
+        by_time = scheduled_runs(api)
+        return all(by_time[moment] and all(each["start_time"] for each in by_time[moment]) for moment in missed)
+
+    claim_seconds = RECOVERY_SECONDS - POD_START_SECONDS
     with server.api() as api:
-        wait_until(
-            lambda: all(each["start_time"] for moment in missed for each in of_the_schedule(api)[moment]),
-            "the missed runs to begin",
-            180,
-        )
-        for each in (each for moment in missed for each in of_the_schedule(api)[moment]):
-            in_time("a missed run is claimed", back, claimed(api, each["id"]), BACK - START)
-            took("it begins", back, datetime.fromisoformat(each["start_time"]))
-        assert run_of(api, run)["state_type"] == "RUNNING"
+        wait_until(all_missed_have_begun, "the missed runs to begin", 180)
+        for missed_run in (found for moment in missed for found in scheduled_runs(api)[moment]):
+            assert_within("a missed run is claimed", back, first_claim_time(api, missed_run["id"]), claim_seconds)
+            record_duration("the missed run begins", back, datetime.fromisoformat(missed_run["start_time"]))
+        assert get_run(api, run)["state_type"] == "RUNNING"
     database = "pod/prefect-server-database-0"
     before = namespace.kubectl("get", database, "-o", "jsonpath={.metadata.uid}")
     namespace.kubectl("delete", database, "--force", "--grace-period=0")
@@ -132,26 +134,26 @@ def test_server_outage_and_killed_database_lose_no_run(server: Release, pool: Po
             namespace.kubectl("get", database, "--ignore-not-found", "-o", "jsonpath={.metadata.uid}")
             not in ("", before)
         ),
-        "another pod of the database",
+        "a new pod of the database",
     )
     namespace.kubectl("wait", database, "--for=condition=Ready", "--timeout=300s")
 
-    def answers_again() -> bool:
-        # 500 while the database is away, and until the cluster's DNS has its new address; connections may break.
+    def has_database() -> bool:
+        # The API answers 500 until the cluster's DNS has the database's new address; connections may break.
         with contextlib.suppress(httpx.HTTPError, ClusterError), server.api() as api:
             return api.get(f"/flow_runs/{run}").is_success
         return False
 
-    wait_until(answers_again, "the API to have its database again", 90)
+    wait_until(has_database, "the API to reach its database", 90)
     with server.api() as api:
-        [pod] = pods(pool, run)
+        [pod] = list_pods(pool, run)
         pool.namespace.kubectl("exec", pod["metadata"]["name"], "--", "touch", "/tmp/enough")  # noqa: S108 - in the pod
-        found = ended(api, run)
+        found = wait_until_ended(api, run)
         assert (found["state_type"], found["run_count"]) == ("COMPLETED", 1)
-        ticks = [int(line.split()[1]) for line in logged(api, run, "the end", 90) if line.startswith("tick")]
-        # A client that had no answer from a database that was killed sends its lines again.
+        ticks = [int(line.split()[1]) for line in wait_for_log(api, run, "the end", 90) if line.startswith("tick")]
+        # A client whose request met the killed database sends its lines again, so lines may be doubled.
         assert {*ticks} == {*range(max(ticks) + 1)}
-        assert 2 * max(ticks) > SERVER_AWAY_SECONDS
+        assert 2 * max(ticks) > SERVER_OUTAGE_SECONDS
         for moment in missed:
-            [once] = of_the_schedule(api)[moment]
-            assert (ended(api, once["id"])["state_type"], once["run_count"]) == ("COMPLETED", 1)
+            [once] = scheduled_runs(api)[moment]
+            assert (wait_until_ended(api, once["id"])["state_type"], once["run_count"]) == ("COMPLETED", 1)

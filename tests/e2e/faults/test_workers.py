@@ -14,28 +14,28 @@ import httpx
 from orchestration.operations.local_cluster import images
 from tests.cluster.namespace import Namespace
 from tests.e2e.faults.victims import (
-    NAME,
-    SEEN,
-    completed,
-    completed_by_a_retry,
-    ending,
-    in_time,
-    killed,
-    nothing_is_repeated,
-    pods,
-    said_in_time,
-    state_named,
-    states,
-    under_way,
-    victim,
-    without,
+    DETECTION_SECONDS,
+    POOL_RELEASE,
+    assert_completed_by_one_retry,
+    assert_no_task_is_repeated,
+    assert_state_within,
+    assert_within,
+    deploy_victim,
+    is_ending,
+    kill_pod,
+    list_pods,
+    list_states,
+    scaled_to_zero,
+    start_running,
+    wait_for_state,
+    wait_until_completed,
 )
-from tests.e2e.pace import GRACE_SECONDS, PENDING_TIMEOUT_SECONDS, WORKERS_AWAY_SECONDS
+from tests.e2e.pace import GRACE_SECONDS, PENDING_TIMEOUT_SECONDS, WORKER_OUTAGE_SECONDS
 from tests.e2e.release import Object, Pool, Release
-from tests.e2e.runs import ended, run_of, start
+from tests.e2e.runs import get_run, start_run, wait_until_ended
 from tests.parts import wait_until
 
-LIGHT = """
+LIGHT_RUN_CODE = """
 import base64, json, os, urllib.request
 url = f"{os.environ['PREFECT_API_URL']}/flow_runs/{os.environ['PREFECT__FLOW_RUN_ID']}/set_state"
 user = base64.b64encode(os.environ["PREFECT_API_AUTH_STRING"].encode()).decode()
@@ -49,11 +49,11 @@ for type_ in ("RUNNING", "COMPLETED"):
 
 def test_two_workers_execute_each_run_once(pool: Pool, api: httpx.Client) -> None:
     number, at_once = 20, 6
-    worker = f"deployment/{NAME}-worker"
+    worker = f"deployment/{POOL_RELEASE}-worker"
     pool.namespace.kubectl("scale", worker, "--replicas=2")
     try:
         pool.namespace.kubectl("rollout", "status", worker, "--timeout=300s")
-        made = victim(api, pool, job_variables={"command": f"python -I -S -c {shlex.quote(LIGHT)}"})
+        made = deploy_victim(api, pool, job_variables={"command": f"python -I -S -c {shlex.quote(LIGHT_RUN_CODE)}"})
         runs: list[str] = []
         body = {
             "deployments": {"id": {"any_": [made]}},
@@ -62,22 +62,22 @@ def test_two_workers_execute_each_run_once(pool: Pool, api: httpx.Client) -> Non
         while len(runs) < number:
             # Not all at once: the node is small, and others are on it.
             free = at_once - int(api.post("/flow_runs/count", json=body).raise_for_status().json())
-            runs += [start(api, made) for _ in range(min(free, number - len(runs)))]
+            runs += [start_run(api, made) for _ in range(min(free, number - len(runs)))]
             time.sleep(0.5)
         for run in runs:
-            assert (ended(api, run)["state_type"], run_of(api, run)["run_count"]) == ("COMPLETED", 1)
-            assert sum(each["type"] == "PENDING" for each in states(api, run)) <= 2  # Pending, Submitting
+            assert (wait_until_ended(api, run)["state_type"], get_run(api, run)["run_count"]) == ("COMPLETED", 1)
+            assert sum(each["type"] == "PENDING" for each in list_states(api, run)) <= 2  # Pending, Submitting
         jobs = json.loads(pool.namespace.kubectl("get", "jobs", "-o", "json"))["items"]
         of_run = [each["metadata"]["labels"].get("prefect.io/flow-run-id") for each in jobs]
         assert sorted(each for each in of_run if each in runs) == sorted(runs)
-        by = {run_of(api, run)["labels"]["prefect.worker.name"] for run in runs}
+        by = {get_run(api, run)["labels"]["prefect.worker.name"] for run in runs}
         assert len(by) == 2, "one worker had them all"
     finally:
         pool.namespace.kubectl("scale", worker, "--replicas=1")
 
 
 @contextlib.contextmanager
-def full(pool: Pool, kind: str, name: str) -> Iterator[None]:
+def exhausted_quota(pool: Pool, kind: str, name: str) -> Iterator[None]:
     """The namespace with a quota of that name that is used up, while the block lasts."""
     listed = json.loads(pool.namespace.kubectl("get", kind, "-o", "json"))["items"]
     used = sum(each["status"].get("phase") not in ("Succeeded", "Failed") for each in listed)
@@ -93,72 +93,74 @@ def full(pool: Pool, kind: str, name: str) -> Iterator[None]:
 
 def test_runs_over_quota_wait_for_room(pool: Pool, api: httpx.Client) -> None:
     """Though there is no retry: one whose Job is refused, and then one whose pod is."""
-    made = victim(api, pool, job_variables={"crash_retries": 0})
+    made = deploy_victim(api, pool, job_variables={"crash_retries": 0})
     container = {"name": "main", "image": "none"}
     idle = {"parallelism": 0, "template": {"spec": {"containers": [container], "restartPolicy": "Never"}}}
     # A quota of none would be one in which no Job ever has room.
     pool.namespace.apply({"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "idle"}, "spec": idle})
     for kind, name, state in (("jobs", "count/jobs.batch", "JobRefused"), ("pods", "pods", "PodRefused")):
-        with full(pool, kind, name):
-            run = start(api, made)
-            assert "exceeded quota: full" in state_named(api, run, state, 60)["message"]
+        with exhausted_quota(pool, kind, name):
+            run = start_run(api, made)
+            assert "exceeded quota: full" in wait_for_state(api, run, state, 60)["message"]
             time.sleep(PENDING_TIMEOUT_SECONDS + 5)
-            assert run_of(api, run)["state_type"] == "PENDING"
-        completed(api, run)
-        assert run_of(api, run)["run_count"] == 1
-        assert not run_of(api, run)["labels"].get("reconciler.crashes")
-        wait_until(lambda run=run: all(map(ending, pods(pool, run))), "its pod to end")  # type: ignore[misc]
+            assert get_run(api, run)["state_type"] == "PENDING"
+        wait_until_completed(api, run)
+        assert get_run(api, run)["run_count"] == 1
+        assert not get_run(api, run)["labels"].get("reconciler.crashes")
+        wait_until(lambda run=run: all(map(is_ending, list_pods(pool, run))), "its pod to end")  # type: ignore[misc]
 
 
 def test_runs_end_and_crash_while_no_worker_is_there(pool: Pool, api: httpx.Client) -> None:
-    made = victim(api, pool)
-    ends, _ = under_way(api, pool, made, seconds=60)
-    dies, pod = under_way(api, pool, made, seconds=300)
+    made = deploy_victim(api, pool)
+    ends, _ = start_running(api, pool, made, seconds=60)
+    dies, pod = start_running(api, pool, made, seconds=300)
     began = time.monotonic()
-    with without(pool, "worker"):
+    with scaled_to_zero(pool, "worker"):
         gone = datetime.now(UTC)
-        died = killed(pool, pod)
-        said_in_time(api, dies, "Crashed", died)
-        said_in_time(api, dies, "AwaitingRetry", died, 2 * SEEN)
-        due = start(api, made)
-        assert ended(api, ends)["state_type"] == "COMPLETED"
-        assert datetime.fromisoformat(run_of(api, ends)["end_time"]) > gone
-        time.sleep(max(0, WORKERS_AWAY_SECONDS - (time.monotonic() - began)))
+        died = kill_pod(pool, pod)
+        assert_state_within(api, dies, "Crashed", died)
+        assert_state_within(api, dies, "AwaitingRetry", died, 2 * DETECTION_SECONDS)
+        due = start_run(api, made)
+        assert wait_until_ended(api, ends)["state_type"] == "COMPLETED"
+        assert datetime.fromisoformat(get_run(api, ends)["end_time"]) > gone
+        time.sleep(max(0, WORKER_OUTAGE_SECONDS - (time.monotonic() - began)))
     back = datetime.now(UTC)
     for run in (dies, due):
-        completed(api, run)
-        begun = max(datetime.fromisoformat(each["timestamp"]) for each in states(api, run) if each["type"] == "RUNNING")
-        in_time("it begins", back, begun, 60)
-    completed_by_a_retry(api, dies)
-    assert run_of(api, due)["run_count"] == run_of(api, ends)["run_count"] == 1
+        wait_until_completed(api, run)
+        begun = max(
+            datetime.fromisoformat(each["timestamp"]) for each in list_states(api, run) if each["type"] == "RUNNING"
+        )
+        assert_within("it begins", back, begun, 60)
+    assert_completed_by_one_retry(api, dies)
+    assert get_run(api, due)["run_count"] == get_run(api, ends)["run_count"] == 1
 
 
 def test_cancelled_run_ends_without_a_worker(pool: Pool, api: httpx.Client) -> None:
-    run, _ = under_way(api, pool, victim(api, pool), seconds=300)
-    with without(pool, "worker"):
+    run, _ = start_running(api, pool, deploy_victim(api, pool), seconds=300)
+    with scaled_to_zero(pool, "worker"):
         began = datetime.now(UTC)
         api.post(f"/flow_runs/{run}/set_state", json={"state": {"type": "CANCELLING"}}).raise_for_status()
-        said_in_time(api, run, "Cancelled", began, GRACE_SECONDS + SEEN)
-        wait_until(lambda: all(map(ending, pods(pool, run))), "its pod to end", 30)
+        assert_state_within(api, run, "Cancelled", began, GRACE_SECONDS + DETECTION_SECONDS)
+        wait_until(lambda: all(map(is_ending, list_pods(pool, run))), "its pod to end", 30)
 
 
 def test_claim_of_a_dead_worker_is_taken_again(pool: Pool, api: httpx.Client) -> None:
     """As if the worker had died right after its claim: nobody makes a Job."""
-    with without(pool, "worker"):
-        run = start(api, victim(api, pool))
+    with scaled_to_zero(pool, "worker"):
+        run = start_run(api, deploy_victim(api, pool))
         pending = {"state": {"type": "PENDING"}}
         api.post(f"/flow_runs/{run}/set_state", json=pending).raise_for_status()
 
         def taken_back() -> bool:
-            newest = run_of(api, run)["state"]
+            newest = get_run(api, run)["state"]
             return newest["type"] == "SCHEDULED" and "No worker made a Job" in (newest["message"] or "")
 
-        wait_until(taken_back, "the claim to be taken back", 60 + SEEN)
-    completed(api, run)
-    assert run_of(api, run)["run_count"] == 1
+        wait_until(taken_back, "the claim to be taken back", 60 + DETECTION_SECONDS)
+    wait_until_completed(api, run)
+    assert get_run(api, run)["run_count"] == 1
 
 
-def keep_results(
+def deploy_with_results(
     pool: Pool, values: Object, where: Namespace, labels: dict[str, str], port: int, **results: object
 ) -> None:
     """Deploy the pool so that results are kept in the pods of these labels, which its runs may reach at that port."""
@@ -186,7 +188,7 @@ def keep_results(
     made["runs"]["results"] = results
     made["networkPolicy"]["extraEgress"] = [{"to": [service], "ports": [{"port": port}]}]
     pool.deploy(made)
-    pool.one_worker()
+    pool.wait_for_one_worker()
 
 
 def test_retry_repeats_no_finished_task_with_results_in_redis(
@@ -200,8 +202,8 @@ def test_retry_repeats_no_finished_task_with_results_in_redis(
     )
     redis = {"app.kubernetes.io/name": "prefect-server", "app.kubernetes.io/component": "redis"}
     from_secret = {"existingSecret": "results", "key": "url"}
-    keep_results(pool, values, server.namespace, redis, 6379, storage="redis", redis=from_secret, keepDays=1)
-    nothing_is_repeated(api, pool)
+    deploy_with_results(pool, values, server.namespace, redis, 6379, storage="redis", redis=from_secret, keepDays=1)
+    assert_no_task_is_repeated(api, pool)
 
 
 def test_retry_repeats_no_finished_task_with_results_in_s3(pool: Pool, api: httpx.Client, values: Object) -> None:
@@ -230,7 +232,7 @@ def test_retry_repeats_no_finished_task_with_results_in_s3(pool: Pool, api: http
     made = copy.deepcopy(values)
     made["runs"]["env"] += [{"name": name, "valueFrom": each} for name, each in secret.items()]
     s3 = {"bucket": "results", "endpoint": "http://s3:7070", "region": "us-east-1"}
-    keep_results(pool, made, pool.namespace, {"app": "s3"}, 7070, storage="s3", s3=s3)
-    nothing_is_repeated(api, pool)
+    deploy_with_results(pool, made, pool.namespace, {"app": "s3"}, 7070, storage="s3", s3=s3)
+    assert_no_task_is_repeated(api, pool)
     kept = re.findall(r"200 .* PUT \| /results/(\S+)/", pool.namespace.kubectl("logs", "s3"))
     assert set(kept) == {f"{pool.namespace.name}/{pool.name}"}

@@ -1,4 +1,4 @@
-"""Runs that something happens to, and what is seen of it."""
+"""Helpers of the fault tests: start runs, inject faults into them, and wait for their states."""
 
 import contextlib
 import copy
@@ -16,141 +16,146 @@ from orchestration.operations.local_cluster import images
 from tests.cluster.namespace import RESTRICTED, Namespace
 from tests.e2e.pace import GRACE_SECONDS, IS_SHIPPED
 from tests.e2e.release import Object, Pool
-from tests.e2e.runs import deployment, logged, run_of, start
+from tests.e2e.runs import create_deployment, get_run, start_run, wait_for_log
 from tests.parts import wait_until
 
-NAME = "prefect-work-pool"
+POOL_RELEASE = "prefect-work-pool"
 
-SEEN = 15.0 if IS_SHIPPED else 45.0
-"""Most seconds from an event to the state that reports it: the documented bound at the shipped pace. Beside other tests
-it is a longer one, still shorter than a lease or a claim, which would otherwise end the run."""
+DETECTION_SECONDS = 15.0 if IS_SHIPPED else 45.0
+"""Upper bound from an event to the state that reports it. At the shipped pace this is the documented bound. Next to
+other tests the bound is longer, but still shorter than a lease or a claim, which would otherwise end the run."""
 
-LAG = timedelta(seconds=5)
-"""What Kubernetes has of that to show it. A busy kubelet takes longer, and then it counts from so long before."""
+KUBELET_LAG = timedelta(seconds=5)
+"""The share of `DETECTION_SECONDS` in which Kubernetes shows an event. A busy kubelet takes longer: then the bound
+counts from this long before the kubelet's report."""
 
-BACK, START = (30.0, 10.0) if IS_SHIPPED else (60.0, 20.0)
-"""Seconds from an API's return to when what fell due meanwhile has begun, at the most; and what its pod's start has of
-that, which on a busy node takes longer."""
+RECOVERY_SECONDS, POD_START_SECONDS = (30.0, 10.0) if IS_SHIPPED else (60.0, 20.0)
+"""Upper bound from an API's return to the start of the runs that fell due during the outage, and the share of it that
+the start of a pod takes. On a busy node a pod takes longer to start."""
 
-TOOK: list[str] = []
-"""How soon it was said what happened in this test."""
+DURATIONS: list[str] = []
+"""The durations that the current test measured, as sentences for its report."""
 
-FLOWS = Path(__file__).with_name("flow.py")
+FLOW_FILE = Path(__file__).with_name("flow.py")
 
-PLACES = ("before", "after")
-"""Variables of the victims' pool: further containers of a run's pod."""
+SIDECAR_VARIABLES = ("before", "after")
+"""Job variables of the victims' pool: each adds a container to a run's pod."""
 
 
 def sidecars() -> Object:
-    """Return job variables for two sidecars that outlive the main container, whichever way the alphabet goes."""
+    """Return job variables for two sidecars that outlive the main container; one sorts before it, one after it."""
     container = {
         "image": images.BASE, "command": ["sleep", "600"], "securityContext": RESTRICTED,
         "resources": {"requests": {"cpu": "1m", "memory": "8Mi"}, "limits": {"memory": "16Mi"}},
     }  # fmt: skip
-    return {place: {"name": name} | container for place, name in zip(PLACES, ("aaa-proxy", "zzz-proxy"), strict=True)}
+    names = ("aaa-proxy", "zzz-proxy")
+    return {variable: {"name": name} | container for variable, name in zip(SIDECAR_VARIABLES, names, strict=True)}
 
 
-def watched(values: Object) -> Object:
-    """Return the values of a pool whose runs keep their results, without what they do not need."""
-    made = copy.deepcopy(values)
-    made["sync"] = {"files": []}
-    made["drift"] = {"enabled": False}
-    made["runs"]["terminationGracePeriodSeconds"] = GRACE_SECONDS
-    made["runs"]["results"] = {"storage": "volume", "volume": {"size": "100Mi"}}
-    return made
+def fault_values(values: Object) -> Object:
+    """Return the values of a pool that keeps results on a volume and runs neither sync nor drift detection."""
+    changed = copy.deepcopy(values)
+    changed["sync"] = {"files": []}
+    changed["drift"] = {"enabled": False}
+    changed["runs"]["terminationGracePeriodSeconds"] = GRACE_SECONDS
+    changed["runs"]["results"] = {"storage": "volume", "volume": {"size": "100Mi"}}
+    return changed
 
 
-def victim(api: httpx.Client, pool: Pool, **fields: object) -> str:
-    """A deployment of the flow; its id."""
-    return deployment(api, pool, entrypoint="/probe/flow.py:victim", **fields)
+def deploy_victim(api: httpx.Client, pool: Pool, **fields: object) -> str:
+    """Create a deployment of the flow `victim` and return its id."""
+    return create_deployment(api, pool, entrypoint="/probe/flow.py:victim", **fields)
 
 
-def states(api: httpx.Client, run: str) -> list[Object]:
-    """The run's states, the first one first."""
+def list_states(api: httpx.Client, run: str) -> list[Object]:
+    """Return the run's states, oldest first."""
     found = api.get("/flow_run_states/", params={"flow_run_id": run}).raise_for_status().json()
-    return sorted(found, key=lambda each: str(each["timestamp"]))
+    return sorted(found, key=lambda state: str(state["timestamp"]))
 
 
-def state_so_far(api: httpx.Client, run: str, name: str) -> Object | None:
-    """The run's first state of that name, if it has had one."""
-    return next((each for each in states(api, run) if each["name"] == name), None)
+def find_state(api: httpx.Client, run: str, name: str) -> Object | None:
+    """Return the run's first state with this name, or None."""
+    return next((state for state in list_states(api, run) if state["name"] == name), None)
 
 
-def state_named(api: httpx.Client, run: str, name: str, seconds: float = SEEN) -> Object:
-    """The run's first state of that name, within some seconds."""
-    made: Object = wait_until(lambda: state_so_far(api, run, name), f"{name} of {run}", seconds)
-    return made
+def wait_for_state(api: httpx.Client, run: str, name: str, seconds: float = DETECTION_SECONDS) -> Object:
+    """Wait up to `seconds` for the run's first state with this name, and return the state."""
+    state: Object = wait_until(lambda: find_state(api, run, name), f"{name} of {run}", seconds)
+    return state
 
 
-def said_in_time(api: httpx.Client, run: str, name: str, since: datetime, seconds: float = SEEN) -> Object:
-    """The run's first state of that name, which has to be at most so many seconds younger than that."""
-    made = state_named(api, run, name, 120)
-    in_time(name, since, datetime.fromisoformat(str(made["timestamp"])), seconds)
-    return made
+def assert_state_within(
+    api: httpx.Client, run: str, name: str, since: datetime, seconds: float = DETECTION_SECONDS
+) -> Object:
+    """Return the run's first state with this name; assert that its timestamp is at most `seconds` after `since`."""
+    state = wait_for_state(api, run, name, 120)
+    assert_within(name, since, datetime.fromisoformat(str(state["timestamp"])), seconds)
+    return state
 
 
-def in_time(what: str, since: datetime, until: datetime, seconds: float) -> None:
-    """As `took`, and at most so many seconds."""
-    assert took(what, since, until, f" (at most {seconds:.0f})") < seconds, TOOK
+def assert_within(what: str, since: datetime, until: datetime, seconds: float) -> None:
+    """Record the duration from `since` to `until`, and assert that it is below `seconds`."""
+    assert record_duration(what, since, until, f" (at most {seconds:.0f})") < seconds, DURATIONS
 
 
-def took(what: str, since: datetime, until: datetime, bound: str = "") -> float:
-    """Seconds from one time to the other, which the report of the test says too."""
+def record_duration(what: str, since: datetime, until: datetime, bound: str = "") -> float:
+    """Return the seconds from `since` to `until`, and add them to the test's report."""
     seconds = (until - since).total_seconds()
-    TOOK.append(f"{what} after {seconds:.1f} s{bound}")
+    DURATIONS.append(f"{what} after {seconds:.1f} s{bound}")
     return seconds
 
 
-def scarce(api: httpx.Client, name: str) -> str:
-    """A new limit of one slot; its name."""
+def create_limit(api: httpx.Client, name: str) -> str:
+    """Create a concurrency limit of one slot and return its name."""
     api.post("/v2/concurrency_limits/", json={"name": name, "limit": 1}).raise_for_status()
     return name
 
 
-def taken(api: httpx.Client, limit: str) -> int:
-    """How many of a limit's slots are; for that of a tag, `tag:` and the tag."""
+def count_taken_slots(api: httpx.Client, limit: str) -> int:
+    """Return how many slots of a limit are taken. The limit of a tag has the name `tag:` and the tag."""
     return int(api.get(f"/v2/concurrency_limits/{limit}").raise_for_status().json()["active_slots"])
 
 
-def pods(pool: Pool, run: str) -> list[Object]:
-    """The run's pods."""
+def list_pods(pool: Pool, run: str) -> list[Object]:
+    """Return the run's pods."""
     listed = pool.namespace.kubectl("get", "pods", "-l", f"prefect.io/flow-run-id={run}", "-o", "json")
     found: list[Object] = json.loads(listed)["items"]
     return found
 
 
-def under_way(api: httpx.Client, pool: Pool, deployment_id: str, **parameters: object) -> tuple[str, str]:
-    """A run that logs already; its id and its pod."""
-    run = start(api, deployment_id, parameters=parameters)
-    logged(api, run, "execution 1", 300)
-    [pod] = pods(pool, run)
+def start_running(api: httpx.Client, pool: Pool, deployment_id: str, **parameters: object) -> tuple[str, str]:
+    """Start a run, wait until its flow logs, and return the run's id and its pod's name."""
+    run = start_run(api, deployment_id, parameters=parameters)
+    wait_for_log(api, run, "attempt 1 in", 300)
+    [pod] = list_pods(pool, run)
     return run, str(pod["metadata"]["name"])
 
 
-def ending(pod: Object) -> bool:
-    """Whether a pod was told to end, or has."""
+def is_ending(pod: Object) -> bool:
+    """Tell whether a pod is terminating or has ended."""
     return "deletionTimestamp" in pod["metadata"] or pod["status"]["phase"] in ("Succeeded", "Failed")
 
 
-def claimed(api: httpx.Client, run: str) -> datetime:
-    """When a worker took the run first."""
-    return datetime.fromisoformat(next(each["timestamp"] for each in states(api, run) if each["type"] == "PENDING"))
+def first_claim_time(api: httpx.Client, run: str) -> datetime:
+    """Return when a worker first claimed the run."""
+    states = list_states(api, run)
+    return datetime.fromisoformat(next(state["timestamp"] for state in states if state["type"] == "PENDING"))
 
 
 def seconds_between(earlier: Object, later: Object) -> float:
-    """From one state to another."""
-    first, second = (datetime.fromisoformat(str(each["timestamp"])) for each in (earlier, later))
+    """Return the seconds from one state to another."""
+    first, second = (datetime.fromisoformat(str(state["timestamp"])) for state in (earlier, later))
     return (second - first).total_seconds()
 
 
 @contextlib.contextmanager
-def without(pool: Pool, component: str) -> Iterator[None]:
-    """The release without the pods of a component, while the block lasts."""
-    name = f"deployment/{NAME}-{component}"
+def scaled_to_zero(pool: Pool, component: str) -> Iterator[None]:
+    """Scale a component of the release to zero replicas while the block lasts."""
+    name = f"deployment/{POOL_RELEASE}-{component}"
     replicas = pool.namespace.kubectl("get", name, "-o", "jsonpath={.spec.replicas}")
     pool.namespace.kubectl("scale", name, "--replicas=0")
-    # Also those that are told to go: they may not have heard of it.
-    wait_until(lambda: not pool.pods(component, ending=True), f"{component} to be gone", 150)
+    # A terminating pod may not have received its signal yet, and works until then.
+    wait_until(lambda: not pool.pods(component, terminating=True), f"{component} to be gone", 150)
     try:
         yield
     finally:
@@ -158,108 +163,130 @@ def without(pool: Pool, component: str) -> Iterator[None]:
         pool.namespace.kubectl("rollout", "status", name, "--timeout=300s")
 
 
-def completed(api: httpx.Client, run: str) -> None:
-    """A crash in between is not the end."""
-    wait_until(lambda: run_of(api, run)["state_type"] == "COMPLETED", f"run {run} to complete", 180)
+def wait_until_completed(api: httpx.Client, run: str) -> None:
+    """Wait until the run is Completed; a crash before that does not end the wait."""
+    wait_until(lambda: get_run(api, run)["state_type"] == "COMPLETED", f"run {run} to complete", 180)
 
 
-def completed_by_a_retry(api: httpx.Client, run: str) -> list[Object]:
-    """The states of a run that completed in its second execution, and of nothing else."""
-    completed(api, run)
-    assert run_of(api, run)["run_count"] == 2
-    listed = states(api, run)
-    assert sum(each["name"] == "AwaitingRetry" for each in listed) == 1
-    executions = [line for line in logged(api, run, "the end") if line.startswith("execution")]
-    assert [line.split()[1] for line in executions] == ["1", "2"]
+def assert_completed_by_one_retry(api: httpx.Client, run: str) -> list[Object]:
+    """Assert that the run completes in its second run attempt, after exactly one retry, and return its states."""
+    wait_until_completed(api, run)
+    assert get_run(api, run)["run_count"] == 2
+    listed = list_states(api, run)
+    assert sum(state["name"] == "AwaitingRetry" for state in listed) == 1
+    attempts = [line for line in wait_for_log(api, run, "the end") if line.startswith("attempt")]
+    assert [line.split()[1] for line in attempts] == ["1", "2"]
     return listed
 
 
-def force_deleted(namespace: Namespace, *pods: str) -> None:
-    """Pods gone at once; their containers are killed."""
+def force_delete(namespace: Namespace, *pods: str) -> None:
+    """Delete pods without a grace period: their containers are killed."""
     namespace.kubectl("delete", "pod", *pods, "--force", "--grace-period=0", "--wait=false")
 
 
-def evicted(namespace: Namespace, pod: str) -> None:
-    """A pod asked to go by the API, as by a drain of its node."""
+def evict(namespace: Namespace, pod: str) -> None:
+    """Evict a pod by the Eviction API, as `kubectl drain` does."""
     metadata = {"name": pod, "namespace": namespace.name}
     eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": metadata}
     path = f"/api/v1/namespaces/{namespace.name}/pods/{pod}/eviction"
     namespace.kubectl("create", "--raw", path, "-f", "-", text=json.dumps(eviction))
 
 
-def leader(pool: Pool) -> str:
-    """The reconciler's pod that acts."""
-    lease = json.loads(pool.namespace.kubectl("get", "lease", f"{NAME}-reconciler", "-o", "json"))
+def leader_pod(pool: Pool) -> str:
+    """Return the name of the reconciler's pod that holds the Lease."""
+    lease = json.loads(pool.namespace.kubectl("get", "lease", f"{POOL_RELEASE}-reconciler", "-o", "json"))
     return str(lease["spec"]["holderIdentity"])
 
 
-def shown(happened: datetime, seen: datetime) -> datetime:
-    """From when `SEEN` counts for what happened then and is seen in the Kubernetes API since then."""
-    return max(happened, seen - LAG)
+def visible_since(happened: datetime, seen: datetime) -> datetime:
+    """Return the time from which `DETECTION_SECONDS` counts.
+
+    Args:
+        happened: the time of the event.
+        seen: the time since which the Kubernetes API shows the event.
+    """
+    return max(happened, seen - KUBELET_LAG)
 
 
-def death(pool: Pool, pod: str) -> datetime:
-    """From when `SEEN` counts for the end of a pod, which the kubelet has told or is about to."""
+def wait_for_death(pool: Pool, pod: str) -> datetime:
+    """Wait until the kubelet reports the end of a pod; return the time from which `DETECTION_SECONDS` counts."""
 
-    def told() -> datetime | None:
+    def death() -> datetime | None:
         command = ("get", "pod", pod, "--ignore-not-found", "--show-managed-fields", "-o", "json")
         found = pool.namespace.kubectl(*command)
-        if not found:  # somebody has deleted it meanwhile
+        if not found:  # the pod was deleted before this look
             return datetime.now(UTC)
-        made: Object = json.loads(found)
-        for each in made["status"].get("containerStatuses", []):
-            if each["name"] == "prefect-job" and (terminated := each["state"].get("terminated")):
-                wrote = [by["time"] for by in made["metadata"]["managedFields"] if by["manager"] == "kubelet"]
-                return shown(*map(datetime.fromisoformat, (terminated["finishedAt"], max(wrote))))
+        read: Object = json.loads(found)
+        for status in read["status"].get("containerStatuses", []):
+            if status["name"] == "prefect-job" and (terminated := status["state"].get("terminated")):
+                written = [
+                    entry["time"] for entry in read["metadata"]["managedFields"] if entry["manager"] == "kubelet"
+                ]
+                return visible_since(*map(datetime.fromisoformat, (terminated["finishedAt"], max(written))))
         return None
 
-    ended: datetime = wait_until(told, f"the end of {pod}", 120)
-    return ended
+    died: datetime = wait_until(death, f"the end of {pod}", 120)
+    return died
 
 
-def killed(pool: Pool, pod: str) -> datetime:
-    """All of a pod's processes by SIGKILL, as when a node is in need: nothing of it can say so. Its `death`."""
+def kill_pod(pool: Pool, pod: str) -> datetime:
+    """Kill all processes of a pod by SIGKILL, as the kernel does when a node is out of memory.
 
-    def dead() -> bool:
+    No process of the pod can report its end.
+
+    Returns:
+        The time from which `DETECTION_SECONDS` counts.
+    """
+
+    def is_killed() -> bool:
         try:
             pool.namespace.kubectl("exec", pod, "--", "python", "-c", "import os; os.kill(-1, 9)")
         except ClusterError as error:
-            # What kills is a process of the pod as well; and what did not get there kills nobody.
+            # The signal also ends the process that sends it. Any other failure means that nothing was killed.
             return bool(re.search("exit code 137|not found|completed pod|stopped", str(error)))
         return True
 
-    wait_until(dead, f"kubectl exec in {pod}")
-    return death(pool, pod)
+    wait_until(is_killed, f"kubectl exec in {pod}")
+    return wait_for_death(pool, pod)
 
 
-def processes(run: str, job: str = "") -> list[int]:
-    """Processes of this machine that execute a run, where the cluster is this machine; in a pod of that Job or any."""
+def find_processes(run: str, job: str = "") -> list[int]:
+    """Return the ids of this machine's processes that execute a run, where this machine is the cluster's node.
+
+    Args:
+        run: the run's id.
+        job: the name of the Job; empty for any.
+    """
     found = []
-    for each in psutil.process_iter():
+    for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            environment = each.environ()
+            environment = process.environ()
             if environment.get("PREFECT__FLOW_RUN_ID") == run and job in ("", environment.get("KUBERNETES_JOB")):
-                found.append(each.pid)
+                found.append(process.pid)
     return found
 
 
 def is_settled(api: httpx.Client, run: str) -> bool:
-    """Whether it was said that the run is not tried again."""
-    return bool(run_of(api, run)["labels"].get("reconciler.settled"))
+    """Tell whether the reconciler decided not to retry the run."""
+    return bool(get_run(api, run)["labels"].get("reconciler.settled"))
 
 
-def nothing_is_repeated(api: httpx.Client, pool: Pool) -> None:
-    """Not even in a flow that the flow had called; what was half done is done again, with the same key."""
-    run = start(api, deployment(api, pool, entrypoint="/probe/flow.py:stepwise"))
-    completed(api, run)
+def assert_no_task_is_repeated(api: httpx.Client, pool: Pool) -> None:
+    """Assert that a retry repeats no finished task, also not in subflows.
+
+    The retry repeats the task that was interrupted, with the same idempotency key.
+    """
+    run = start_run(api, create_deployment(api, pool, entrypoint="/probe/flow.py:stepwise"))
+    wait_until_completed(api, run)
     body: Object = {"flow_runs": {"parent_flow_run_id": {"any_": [run]}}}
-    called = api.post("/flow_runs/filter", json=body).raise_for_status().json()
-    assert len(called) == 2
-    assert {each["state_type"] for each in called} == {"COMPLETED"}
-    [end] = [line for line in logged(api, run, "the end") if line.startswith("the end")]
+    subflows = api.post("/flow_runs/filter", json=body).raise_for_status().json()
+    assert len(subflows) == 2
+    assert {subflow["state_type"] for subflow in subflows} == {"COMPLETED"}
+    [end] = [line for line in wait_for_log(api, run, "the end") if line.startswith("the end")]
     assert end == "the end: ['1 by 1', '2 by 1', '3 by 1', '4 by 2', '5 by 2']"
-    body = {"logs": {"flow_run_id": {"any_": [run, *(each["id"] for each in called)]}}, "limit": 200}
-    lines = [str(each["message"]).split() for each in api.post("/logs/filter", json=body).raise_for_status().json()]
-    taken = {(line[1], line[4]): line[-1] for line in lines if line[0] == "step"}
-    assert sorted(taken) == [("1", "1"), ("2", "1"), ("3", "1"), ("4", "1"), ("4", "2"), ("5", "2")]
-    assert taken["4", "1"] == taken["4", "2"]
+    body = {"logs": {"flow_run_id": {"any_": [run, *(subflow["id"] for subflow in subflows)]}}, "limit": 200}
+    logs = api.post("/logs/filter", json=body).raise_for_status().json()
+    lines = [str(log["message"]).split() for log in logs]
+    keys = {(line[1], line[4]): line[-1] for line in lines if line[0] == "step"}
+    assert sorted(keys) == [("1", "1"), ("2", "1"), ("3", "1"), ("4", "1"), ("4", "2"), ("5", "2")]
+    assert keys["4", "1"] == keys["4", "2"]

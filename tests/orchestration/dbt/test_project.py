@@ -117,14 +117,14 @@ def test_a_warm_process_is_used_once(project: DbtProject) -> None:
     project.warm()
     assert project._warm_process is used
     assert project.build().error() is None
-    assert not used.alive()
+    assert not used.is_running()
     project.warm()
     unused = project._warm_process
     assert unused is not None
     assert unused is not used
-    assert unused.alive()
+    assert unused.is_running()
     project.close()
-    assert not unused.alive()
+    assert not unused.is_running()
 
 
 def test_a_warm_process_that_died_is_replaced(project: DbtProject) -> None:
