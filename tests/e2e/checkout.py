@@ -19,7 +19,7 @@ directory."""
 DAILY = "dbt-pipeline/dbt-pipeline-daily"
 
 CRON = f"0 {(datetime.now(ZoneInfo('America/New_York')).hour + 12) % 24} * * *"
-"""The schedule of the copy's daily deployment: half a day from now, so that none of its runs starts during the tests."""
+"""The schedule of the copy's daily deployment: half a day from now, so that no run of it starts during the tests."""
 
 
 @dataclass(frozen=True)

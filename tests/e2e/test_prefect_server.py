@@ -148,7 +148,7 @@ def test_a_missing_secret_is_found_before_anything_is_changed(server: Release, v
     revisions = server.helm("history", SERVER_RELEASE, "-o", "json")
     with pytest.raises(ClusterError) as caught:
         server.deploy(copy.deepcopy(values) | {"auth": {"existingSecret": "absent"}})
-    assert "auth.existingSecret names a Secret absent that namespace" in str(caught.value)
+    assert "auth.existingSecret names the Secret absent: namespace" in str(caught.value)
     assert server.helm("history", SERVER_RELEASE, "-o", "json") == revisions
 
 

@@ -369,10 +369,10 @@ WAREHOUSE = {"name": "WAREHOUSE_URL", "valueFrom": {"secretKeyRef": {"name": "wa
     [
         (
             {"api": {"auth": {"existingSecret": "absent"}}},
-            "api.auth.existingSecret names a Secret absent that namespace",
+            "api.auth.existingSecret names the Secret absent: namespace",
         ),
-        ({"api": {"auth": {"key": "user"}}}, "asks for the key user, which Secret prefect-server-auth"),
-        ({"runs": {"env": [WAREHOUSE]}}, "runs.env: WAREHOUSE_URL names a Secret warehouse that namespace"),
+        ({"api": {"auth": {"key": "user"}}}, "names the key user: Secret prefect-server-auth"),
+        ({"runs": {"env": [WAREHOUSE]}}, "runs.env: WAREHOUSE_URL names the Secret warehouse: namespace"),
     ],
 )
 def test_a_missing_secret_is_found_before_anything_is_changed(

@@ -70,15 +70,17 @@ def _change_pod(job: Object, change: Callable[[Object], object]) -> Object:
 ATTACKS: dict[str, Callable[[Object], object]] = {
     "service account": lambda pod: pod["spec"].update(serviceAccountName="prefect-work-pool-worker"),
     "token": lambda pod: pod["spec"].update(automountServiceAccountToken=True),
-    "namespaces of its node": lambda pod: pod["spec"].update(hostNetwork=True),
+    "host namespaces": lambda pod: pod["spec"].update(hostNetwork=True),
     "Secret or ConfigMap": lambda pod: pod["spec"]["containers"][0].update(
         envFrom=[{"secretRef": {"name": "prefect-database"}}]
     ),
-    "Secret or ConfigMap than": lambda pod: pod["spec"]["containers"][0]["env"].append(
+    "Secret or ConfigMap that": lambda pod: pod["spec"]["containers"][0]["env"].append(
         {"name": "A", "valueFrom": {"secretKeyRef": {"name": "prefect-database", "key": "password"}}}
     ),
-    "other volumes": lambda pod: pod["spec"]["volumes"].append({"name": "root", "hostPath": {"path": "/"}}),
-    "other volumes than": lambda pod: pod["spec"]["volumes"].append({"name": "s", "secret": {"secretName": "s"}}),
+    "a volume": lambda pod: pod["spec"]["volumes"].append({"name": "root", "hostPath": {"path": "/"}}),
+    "a volume that the chart's values do not name": lambda pod: pod["spec"]["volumes"].append(
+        {"name": "s", "secret": {"secretName": "s"}}
+    ),
     "app.kubernetes.io/component": lambda pod: pod["metadata"]["labels"].update(
         {"app.kubernetes.io/name": "prefect-server", "app.kubernetes.io/component": "api"}
     ),

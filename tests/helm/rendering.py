@@ -45,19 +45,19 @@ EVERY_POD: Object = {
 
 POD_RULES: list[tuple[Object, str]] = [
     ({"volumes": [{"name": "a", "emptyDir": {}}] * 2}, "(or pod's) has the "),
-    ({"volumeMounts": [{"name": "absent", "mountPath": "/a"}]}, "(or those of a container of it) names "),
-    ({"initContainers": [{"name": "a", "image": "a"}] * 2}, ", a name that another container of the pod has"),
+    ({"volumeMounts": [{"name": "absent", "mountPath": "/a"}]}, "(or a container's volumeMounts) names the volume "),
+    ({"initContainers": [{"name": "a", "image": "a"}] * 2}, ": another container of the pod has this name"),
     ({"initContainers": [{"name": "a"}]}, " without an image"),
-    ({"dnsPolicy": "None"}, ".dnsConfig.nameservers: a pod would find no name"),
+    ({"dnsPolicy": "None"}, ".dnsConfig.nameservers: the pod could resolve no name"),
     ({"dnsConfig": {"searches": ["a." * 100 + "a"] * 11}}, ".dnsConfig.searches are longer than 2048"),
     (
         {"nodeSelector": {"a": "{{ x }}"}},
-        ", which is no value of a label: up to 63 letters, digits",
+        ": a label's value has up to 63 letters, digits",
     ),
     ({"tolerations": [{"key": "a", "value": "{{ .Release.Name }}_"}]}, " selects "),
     (
         {"sidecars": [{"name": "a", "image": "a", "envFrom": [{"secretRef": {"name": "{{ x }}"}}]}]},
-        ", which is no name: up to 253 lower-case letters",
+        ": a name has up to 253 lower-case letters",
     ),
     ({"containerSecurityContext": {"privileged": True}}, " has privileged=true and allowPrivilegeEscalation=false"),
     (
@@ -66,7 +66,7 @@ POD_RULES: list[tuple[Object, str]] = [
     ),
     (
         {"sidecars": [{"name": "a", "image": "a", "lifecycle": {"preStop": {"sleep": {"seconds": 1000}}}}]},
-        ".lifecycle sleeps longer than its pod has to end (",
+        ".lifecycle sleeps longer than the pod's grace period (",
     ),
     (
         {"initContainers": [{"name": "a", "image": "a", "volumeMounts": [{"name": "tmp", "mountPath": "/a"}] * 2}]},
@@ -77,8 +77,8 @@ POD_RULES: list[tuple[Object, str]] = [
 
 RESOURCE_RULES: list[tuple[Object, str]] = [
     ({"requests": {"cpu": 3}, "limits": {"cpu": "2500m"}}, ") is above "),
-    ({"requests": {"nvidia.com/gpu": 1}}, ", which Kubernetes wants of what it cannot overcommit"),
-    ({"limits": {"nvidia.com/gpu": 0.5}}, ", which is no whole number of them"),
+    ({"requests": {"nvidia.com/gpu": 1}}, ": Kubernetes cannot overcommit this resource"),
+    ({"limits": {"nvidia.com/gpu": 0.5}}, ": Kubernetes takes only whole units of this resource"),
     (
         {"requests": {"cpu": None, "memory": None}, "limits": {"memory": None, "hugepages-2Mi": "4Mi"}},
         " needs a request of cpu or memory",

@@ -244,7 +244,7 @@ REFUSED = [
     ({}, "image.tag is empty"),
     (_with(image={"tag": "latest"}), "image.tag is `latest`"),
     (_with(database={"external": {"existingSecret": "db"}}), "database.bundled.enabled=false"),
-    (_with(database={"bundled": {"enabled": False}}), "There is no database"),
+    (_with(database={"bundled": {"enabled": False}}), "No database is configured: "),
     (_with(redis={"external": {"existingSecret": "r"}}), "redis.bundled.enabled=false"),
     (_with(redis={"bundled": {"enabled": False}}), "services.separate=true needs a Redis"),
     (
@@ -275,14 +275,17 @@ REFUSED = [
     (_with(image={"digest": "sha256:1"}), "at '/image/digest'"),
     *[(_with(services={"pod": pod}), message) for pod, message in POD_RULES],
     *[(_with(services={"resources": resources}), message) for resources, message in RESOURCE_RULES],
-    (_with(migrations={"pod": {"sidecars": [{"name": "a", "image": "a"}]}}), ".pod.sidecars would keep its pod"),
+    (
+        _with(migrations={"pod": {"sidecars": [{"name": "a", "image": "a"}]}}),
+        ".pod.sidecars is set: a sidecar would keep the pod from ending",
+    ),
     (
         _with(database={"bundled": {"pod": {"volumes": [{"name": "data", "emptyDir": {}}]}}}),
-        ", a name that the chart itself uses",
+        ": the chart uses this name for its own volume",
     ),
     (
         _with(database={"bundled": {"pod": {"volumeMounts": [{"name": "tmp", "mountPath": "/var/run/postgresql"}]}}}),
-        ", where the chart itself mounts a volume",
+        ": the chart mounts its own volume there",
     ),
     (
         _with(api={"autoscaling": {"enabled": True, "minReplicas": 9}}),
@@ -312,7 +315,7 @@ REFUSED = [
         _with(httpRoute={"timeouts": {"request": "1m", "backendRequest": "61s"}}),
         "httpRoute.timeouts.backendRequest (",
     ),
-    (_with(fullnameOverride="1st"), " begins with a digit, which no Service's name may"),
+    (_with(fullnameOverride="1st"), " begins with a digit: Kubernetes refuses a Service of such a name"),
 ]
 
 

@@ -619,8 +619,8 @@ REFUSED = [
     ({}, "image.tag is empty"),
     (_with(image={"tag": "latest"}), "is `latest`"),
     (_with(runs={"image": {"tag": "latest"}}), "is `latest`"),
-    (_with(pool={"name": "Prefect-pool"}), "starts with `prefect`, which the server keeps"),
-    (_with(worker={"queues": ["absent"]}), "which pool.queues does not have: "),
+    (_with(pool={"name": "Prefect-pool"}), "starts with `prefect`: the server reserves such names"),
+    (_with(worker={"queues": ["absent"]}), ": pool.queues has only "),
     *[
         (_with(runs={"pod": {"sidecars": [{"name": "a", "image": "a"}]}}, reconciler=reconciler), message)
         for reconciler, message in (
@@ -630,11 +630,11 @@ REFUSED = [
     ],
     (
         _with(runs={"pod": {"sidecars": [{"name": "prefect-job", "image": "a"}]}}),
-        '"prefect-job", a name that another container',
+        '"prefect-job": another container',
     ),
     (
         _with(runs={"pod": {key: [{"name": "a", "image": "a"}] for key in ("initContainers", "sidecars")}}),
-        ", a name that another container of the pod has",
+        ": another container of the pod has this name",
     ),
     (_with(runs={"pod": {"sidecars": [{"name": "a"}]}}), " without an image"),
     (
@@ -657,26 +657,29 @@ REFUSED = [
     (_with(runs={"results": {"s3": {"endpoint": "https://key:secret@host"}}}), "at '/runs/results/s3/endpoint'"),
     (_with(runs={"results": {"s3": {"accessKey": "a"}}}), "additional properties 'accessKey' not allowed"),
     (_with(runs={"results": {"redis": {"url": "redis://a"}}}), "additional properties 'url' not allowed"),
-    (_with(runs={"results": {"storage": "redis"}}), "needs runs.results.redis.existingSecret: a Secret with the URL"),
+    (_with(runs={"results": {"storage": "redis"}}), "needs runs.results.redis.existingSecret: results have no place"),
     (
         _with(runs={"results": {"storage": "volume"}, "settings": {"PREFECT_DEFAULT_RESULT_STORAGE_BLOCK": "a/b"}}),
         " is another storage than runs.results.storage=",
     ),
     (
         _with(runs={"settings": {"AWS_SECRET_ACCESS_KEY": "a"}}),
-        " would be in plain text in the pool's template. Put it into a Secret",
+        " is a secret: it would be in plain text in the pool's template. Put it into a Secret",
     ),
     (_with(networkPolicy={"egressCIDRs": ["everywhere"]}), "at '/networkPolicy/egressCIDRs/0'"),
     *[(_with(worker={"pod": pod}), message) for pod, message in POD_RULES],
     *[(_with(drift={"resources": resources}), message) for resources, message in RESOURCE_RULES],
-    (_with(sync={"pod": {"sidecars": [{"name": "a", "image": "a"}]}}), ".pod.sidecars would keep its pod from ending"),
+    (
+        _with(sync={"pod": {"sidecars": [{"name": "a", "image": "a"}]}}),
+        ".pod.sidecars is set: a sidecar would keep the pod from ending",
+    ),
     (
         _with(runs={"results": {"storage": "volume"}, "pod": {"volumes": [{"name": "results", "emptyDir": {}}]}}),
-        ", a name that the chart itself uses",
+        ": the chart uses this name for its own volume",
     ),
     (
         _with(sync={"pod": {"volumeMounts": [{"name": "tmp", "mountPath": "/etc/prefect-pool"}]}}),
-        ", where the chart itself mounts a volume",
+        ": the chart mounts its own volume there",
     ),
     (
         _with(worker={"autoscaling": {"enabled": True, "minReplicas": 4}}),
@@ -709,7 +712,7 @@ REFUSED = [
     ),
     (
         _with(runs={"annotations": {"a": "{{ .Data.password }}"}}),
-        ", which Prefect takes for a job variable that the pool does not have",
+        ": Prefect reads it as a job variable, and the pool has none of that name",
     ),
 ]
 

@@ -105,7 +105,7 @@ def test_it_is_deployed_once_the_secrets_are_there_that_only_a_person_can_make(
     for where, (secret, url) in zip(asked, databases.urls().items(), strict=True):
         name, key = secret.split()
         refused = production.make("deploy", ENV="production", status=2)
-        assert f"{where} names a Secret {name} that namespace" in refused
+        assert f"{where} names the Secret {name}: namespace" in refused
         create = f"kubectl --namespace {target.namespace} create secret generic {name} --from-literal={key}="
         assert create in refused
         target.kubectl("create", "secret", "generic", name, f"--from-literal={key}={url}")

@@ -1,4 +1,4 @@
-{{/* A PodDisruptionBudget where a component may have more than one pod: (list root component replicas). */}}
+{{/* PodDisruptionBudget of a component that may have more than one pod: (list root component replicas). */}}
 {{- define "prefect-server.disruptionBudget" -}}
 {{- $root := index . 0 -}}
 {{- $budget := (index $root.Values (index . 1)).podDisruptionBudget -}}
@@ -11,7 +11,7 @@ spec:
   selector:
     matchLabels:
       {{- include "prefect-server.selector" (list $root (index . 1)) | nindent 6 }}
-  {{- /* 0 is a number of pods, too. */}}
+  {{- /* minAvailable may be 0. */}}
   {{- if ne (toString $budget.minAvailable) "" }}
   minAvailable: {{ include "prefect-server.text" $budget.minAvailable }}
   {{- else }}

@@ -1,5 +1,5 @@
-{{/* The environment of a component's container: (list root component). A name is there once, the last one wins:
-     the chart's own, `settings` and `env` of all, `settings` and `env` of the component. */}}
+{{/* Environment of a component's container: (list root component). Each name is set once. Precedence, lowest first: the chart's
+     variables, the top-level `settings` and `env`, the component's `settings` and `env`. */}}
 {{- define "prefect-server.env" -}}
 {{- $root := index . 0 -}}
 {{- $component := index . 1 -}}
@@ -24,7 +24,7 @@
 {{- end -}}
 {{- end -}}
 
-{{/* What the chart itself sets: (list root component). */}}
+{{/* Variables that the chart sets: (list root component). */}}
 {{- define "prefect-server.ownEnv" -}}
 {{- $root := index . 0 -}}
 {{- $database := $root.Values.database -}}
@@ -49,13 +49,13 @@
 {{- end }}
 {{- end -}}
 
-{{/* What API and services have and migrations have no need of: (list root component). */}}
+{{/* Variables of API and services, which migrations do not need: (list root component). */}}
 {{- define "prefect-server.serverEnv" -}}
 {{- $root := index . 0 -}}
 {{- if $root.Values.auth.enabled }}
 - name: PREFECT_SERVER_API_AUTH_STRING
   valueFrom: {secretKeyRef: {name: {{ include "prefect-server.authSecret" $root | quote }}, key: {{ $root.Values.auth.key | quote }}}}
-# Services call the API by the same client as everybody.
+# Services call the API with Prefect's client.
 - name: PREFECT_API_AUTH_STRING
   valueFrom: {secretKeyRef: {name: {{ include "prefect-server.authSecret" $root | quote }}, key: {{ $root.Values.auth.key | quote }}}}
 {{- end }}
@@ -70,7 +70,7 @@
 - name: REDIS_URL
   value: redis://:$(REDIS_PASSWORD)@{{ include "prefect-server.fullname" $root }}-redis:6379/0
 {{- end }}
-# All of them or none: what is left in one process' memory is unknown to the others, and runs are scheduled twice.
+# Set all of them or none: other processes do not see what stays in one process' memory, and runs are scheduled twice.
 - {name: PREFECT_REDIS_MESSAGING_URL, value: $(REDIS_URL)}
 - {name: PREFECT_REDIS_WORKER_CLEANUP_QUEUE_URL, value: $(REDIS_URL)}
 - {name: PREFECT_SERVER_DOCKET_URL, value: $(REDIS_URL)}
@@ -88,13 +88,13 @@
 - {name: PREFECT_UI_API_URL, value: {{ $root.Values.api.uiApiUrl | default $root.Values.api.basePath | quote }}}
 - {name: PREFECT_UI_STATIC_DIRECTORY, value: /tmp/ui}
 {{- else if eq (index . 1) "services" }}
-# Since Prefect 3.9 these processes write the UI's files as well, which nobody asks them for.
+# Since Prefect 3.9 these processes, too, would write the UI's files, which they never serve.
 - {name: PREFECT_UI_ENABLED, value: "false"}
 {{- end }}
 {{- end -}}
 
-{{/* What a container is started by where the Redis is the bundled one: (list root component). A password may have characters
-     that are none in a URL; Kubernetes puts them into REDIS_URL as they are. Each byte becomes %XX. */}}
+{{/* Command of a container that uses the bundled Redis: (list root component). A password may have characters that a URL
+     cannot have, and Kubernetes copies them into REDIS_URL unchanged. The command encodes each byte as %XX. */}}
 {{- define "prefect-server.redisCommand" -}}
 {{- $root := index . 0 -}}
 {{- if and (ne (index . 1) "migrations") $root.Values.redis.bundled.enabled -}}

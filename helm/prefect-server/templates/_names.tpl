@@ -1,6 +1,6 @@
 {{/* Names and labels. Components: api, services, migrations, database, redis. */}}
 
-{{/* The objects' names begin with it: a label of DNS, to which the longest component can be added. */}}
+{{/* Prefix of all objects' names. Cut to 50 characters, so that it stays a DNS label with the longest component appended. */}}
 {{- define "prefect-server.fullname" -}}
 {{- $name := default .Chart.Name .Values.nameOverride -}}
 {{- if .Values.fullnameOverride -}}
@@ -13,7 +13,7 @@
 {{- regexReplaceAll "-+$" ($name | replace "." "-" | trunc 50) "" -}}
 {{- end -}}
 
-{{/* The labels that select a component's pods: (list root component). They never change. */}}
+{{/* Labels that select a component's pods: (list root component). They never change, as selectors are immutable. */}}
 {{- define "prefect-server.selector" -}}
 {{- $root := index . 0 -}}
 app.kubernetes.io/name: {{ default $root.Chart.Name $root.Values.nameOverride | quote }}
@@ -21,7 +21,7 @@ app.kubernetes.io/instance: {{ $root.Release.Name | quote }}
 app.kubernetes.io/component: {{ index . 1 }}
 {{- end -}}
 
-{{/* All labels of an object: (list root component). */}}
+{{/* The chart's labels of an object: (list root component). */}}
 {{- define "prefect-server.labels" -}}
 {{- $root := index . 0 -}}
 {{ include "prefect-server.selector" . }}
@@ -31,14 +31,15 @@ app.kubernetes.io/managed-by: {{ $root.Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" | trunc 63 }}
 {{- end -}}
 
-{{/* A pod's labels: (list root component). Without versions: a chart that says no more than that it is newer
-     starts no database anew. */}}
+{{/* The chart's labels of a pod: (list root component). They have no versions, so that a new chart version alone does not
+     restart the database. */}}
 {{- define "prefect-server.podLabels" -}}
 {{ include "prefect-server.selector" . }}
 app.kubernetes.io/part-of: prefect
 {{- end -}}
 
-{{/* `metadata` of an object: (dict "root" "component" "name" "labels" "annotations"). */}}
+{{/* `metadata` of an object: (dict "root" "component" "name" "labels" "annotations" "path"). `path` is the key of the labels
+     and annotations in the values, for error messages. */}}
 {{- define "prefect-server.metadata" -}}
 {{- $own := include "prefect-server.filled" (list .root (printf "%s.annotations" (.path | default .component)) (.annotations | default dict)) | fromYaml -}}
 {{- $annotations := mergeOverwrite (include "prefect-server.filled" (list .root "commonAnnotations" .root.Values.commonAnnotations) | fromYaml) $own -}}
@@ -52,7 +53,7 @@ annotations:
 {{- end }}
 {{- end -}}
 
-{{/* An image's whole name; the digest wins over the tag. */}}
+{{/* Full name of an image. The digest wins over the tag. */}}
 {{- define "prefect-server.image" -}}
 {{- if .digest -}}{{ .repository }}@{{ .digest }}{{- else -}}{{ .repository }}:{{ .tag }}{{- end -}}
 {{- end -}}
@@ -65,7 +66,7 @@ annotations:
 {{- end -}}
 {{- end -}}
 
-{{/* The Secrets: the one that the person names, else the chart's own. */}}
+{{/* Names of the Secrets: the existing Secret from the values, else the generated one. */}}
 {{- define "prefect-server.authSecret" -}}
 {{- default (printf "%s-auth" (include "prefect-server.fullname" .)) .Values.auth.existingSecret -}}
 {{- end -}}
@@ -78,7 +79,7 @@ annotations:
 {{- default (printf "%s-redis" (include "prefect-server.fullname" .)) .Values.redis.bundled.existingSecret -}}
 {{- end -}}
 
-{{/* Whether processes of the server share a Redis. */}}
+{{/* "true" if the server's processes share a Redis. */}}
 {{- define "prefect-server.redis" -}}
 {{- if or .Values.redis.bundled.enabled .Values.redis.external.existingSecret -}}true{{- end -}}
 {{- end -}}

@@ -1,4 +1,4 @@
-{{/* Egress that several policies share. */}}
+{{/* Egress and ingress rules that several NetworkPolicies share. */}}
 
 {{- define "prefect-server.dnsEgress" -}}
 - to:
@@ -9,12 +9,12 @@
   ports:
     - {port: 53, protocol: UDP}
     - {port: 53, protocol: TCP}
-    # CoreDNS may listen elsewhere than its service does.
+    # CoreDNS may listen on other ports than its Service.
     - {port: dns, protocol: UDP}
     - {port: dns-tcp, protocol: TCP}
 {{- end -}}
 
-{{/* To the chart's own pods: (list root component port). */}}
+{{/* Egress to a component of the chart: (list root component port). */}}
 {{- define "prefect-server.ownEgress" -}}
 - to:
     - podSelector:
@@ -23,7 +23,7 @@
   ports: [{port: {{ index . 2 }}}]
 {{- end -}}
 
-{{/* Ingress from the chart's own pods: (list root port components...). */}}
+{{/* Ingress from components of the chart: (list root port components...). */}}
 {{- define "prefect-server.ownIngress" -}}
 {{- $root := index . 0 -}}
 - from:
@@ -35,7 +35,7 @@
   ports: [{port: {{ index . 1 }}}]
 {{- end -}}
 
-{{/* The peer of a range of addresses without networkPolicy.exceptCIDRs: (list root cidr). */}}
+{{/* Peer for an address range, without the ranges of networkPolicy.exceptCIDRs: (list root cidr). */}}
 {{- define "prefect-server.addressPeer" -}}
 {{- $cidr := index . 1 -}}
 {{- $except := list -}}
@@ -45,7 +45,7 @@
 ipBlock: {cidr: {{ $cidr | quote }}{{ with $except }}, except: {{ toJson . }}{{ end }}}
 {{- end -}}
 
-{{/* The first bits of a range of IPv4 or IPv6 addresses, as ones and zeros: as many as its prefix is long. */}}
+{{/* Network prefix of an IPv4 or IPv6 range, as a text of ones and zeros. */}}
 {{- define "prefect-server.prefixBits" -}}
 {{- $range := splitList "/" . -}}
 {{- $bits := "" -}}
@@ -64,7 +64,7 @@ ipBlock: {cidr: {{ $cidr | quote }}{{ with $except }}, except: {{ toJson . }}{{ 
 {{- trunc (index $range 1 | int) $bits -}}
 {{- end -}}
 
-{{/* Whether a range of addresses is a part of another, and smaller: (list cidr cidr). */}}
+{{/* "true" if the first range lies inside the second and is smaller: (list cidr cidr). */}}
 {{- define "prefect-server.within" -}}
 {{- $part := include "prefect-server.prefixBits" (index . 0) -}}
 {{- $whole := include "prefect-server.prefixBits" (index . 1) -}}

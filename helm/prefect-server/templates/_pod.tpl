@@ -1,5 +1,5 @@
-{{/* A pod's template for API, services and migrations:
-     (dict "root" "component" "args" "container" (more of the main container) "wait" (for the schema)). */}}
+{{/* Pod template of API, services and migrations: (dict "root" "component" "args" "container" "wait"). `container` has more keys
+     of the main container. `wait` adds the init container that waits for the database schema. */}}
 {{- define "prefect-server.pod" -}}
 {{- $root := .root -}}
 {{- $values := index $root.Values .component -}}
@@ -42,7 +42,7 @@ spec:
       {{- end }}
       volumeMounts:
         {{- include "prefect-server.mounts" (list list $pod) | nindent 8 }}
-    {{- /* A container beside the migrations would keep their Job from ending. */}}
+    {{- /* A sidecar would keep the Job of the migrations from ending. */}}
     {{- with ternary list $pod.sidecars (eq .component "migrations") }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
@@ -50,8 +50,8 @@ spec:
     {{- include "prefect-server.volumes" (list list $pod) | nindent 4 }}
 {{- end -}}
 
-{{/* A pod's volumes and its main container's mounts: (list (the chart's own but for /tmp) pod). What has the name, or the
-     mount path, of the chart's /tmp takes its place. */}}
+{{/* Volumes of a pod, and mounts of its main container: (list (the chart's own, without /tmp) pod). The chart adds /tmp. A
+     volume or mount of the user with the same name or path replaces it. */}}
 {{- define "prefect-server.volumes" -}}
 {{- $own := prepend (index . 0) (dict "name" "tmp" "emptyDir" dict) -}}
 {{- include "prefect-server.byKey" (list "name" $own (index . 1).volumes) -}}
@@ -62,7 +62,8 @@ spec:
 {{- include "prefect-server.byKey" (list "mountPath" $own (index . 1).volumeMounts) -}}
 {{- end -}}
 
-{{/* A component's pod, with its templates filled: `pod` with its own on top: (list root component). */}}
+{{/* Pod values of a component, with templates rendered: (list root component). The component's `pod` wins over the top-level
+     `pod`. */}}
 {{- define "prefect-server.podValues" -}}
 {{- $root := index . 0 -}}
 {{- $all := include "prefect-server.filled" (list $root "pod" $root.Values.pod) | fromYaml -}}
@@ -72,8 +73,8 @@ spec:
 {{- toYaml $pod -}}
 {{- end -}}
 
-{{/* A pod's values, in place: a container of the user that names no securityContext has that of the chart's containers, and
-     what is written as a number where Kubernetes wants text is text. */}}
+{{/* Complete the containers in a pod's values, in place. A user's container without a securityContext gets that of the chart's
+     containers. Numbers become text where Kubernetes needs text. */}}
 {{- define "prefect-server.completeContainers" -}}
 {{- $security := .containerSecurityContext -}}
 {{- range $container := concat (.initContainers | default list) (.sidecars | default list) -}}
@@ -85,8 +86,8 @@ spec:
 {{- end -}}
 {{- end -}}
 
-{{/* The pod of the bundled database or Redis, whose image has another user: (list root component). It has of `pod` where it
-     runs, and all of its own. */}}
+{{/* Pod values of the bundled database or Redis, whose image has another user: (list root component). Of the top-level `pod`
+     they take placement, DNS and the containers' security context. */}}
 {{- define "prefect-server.bundledPod" -}}
 {{- $root := index . 0 -}}
 {{- $bundled := (index $root.Values (index . 1)).bundled -}}
@@ -108,7 +109,7 @@ imagePullSecrets:
 {{- end }}
 {{- end -}}
 
-{{/* (list root component pod) */}}
+{{/* `metadata` of a pod template: (list root component pod). */}}
 {{- define "prefect-server.podMetadata" -}}
 {{- $root := index . 0 -}}
 {{- $pod := index . 2 -}}
@@ -122,7 +123,7 @@ metadata:
     {{- end }}
 {{- end -}}
 
-{{/* The container that lets a pod's server start only on the schema that it knows: (list root pod). */}}
+{{/* Init container that waits for the database schema of this release's Prefect: (list root pod). */}}
 {{- define "prefect-server.waitForMigrations" -}}
 {{- $root := index . 0 -}}
 - name: wait-for-migrations
@@ -147,7 +148,7 @@ envFrom:
 {{- end }}
 {{- end -}}
 
-{{/* Where a pod runs, and as whom: (list root pod). */}}
+{{/* Placement and security context of a pod: (list root pod). */}}
 {{- define "prefect-server.placement" -}}
 {{- $root := index . 0 -}}
 {{- $pod := index . 1 -}}

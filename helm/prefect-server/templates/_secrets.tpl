@@ -1,7 +1,7 @@
-{{/* Secrets that the chart makes where none is named. What is in the cluster already is kept, so that an
-     upgrade changes no password; without access to the cluster (`helm template`) they are new each time. */}}
+{{/* Generated Secrets, where the values name no existing one. The chart keeps values that are in the cluster already, so that
+     an upgrade changes no password. Without access to the cluster (`helm template`) each rendering has new values. */}}
 
-{{/* A value of an existing Secret, or 32 new characters: (list root secret key). */}}
+{{/* Value of an existing Secret, or 32 random characters: (list root secret key). */}}
 {{- define "prefect-server.kept" -}}
 {{- $root := index . 0 -}}
 {{- $found := lookup "v1" "Secret" $root.Release.Namespace (index . 1) -}}
@@ -12,8 +12,8 @@
 {{- end -}}
 {{- end -}}
 
-{{/* What of the Secrets makes pods start anew when it changes: names and keys, not the values, which the chart
-     does not see where a person keeps them. */}}
+{{/* Names and keys of the Secrets, as text for a checksum: pods restart when they change. The chart cannot see the values of
+     existing Secrets. */}}
 {{- define "prefect-server.secrets" -}}
 {{- list (include "prefect-server.authSecret" .) .Values.auth.key (include "prefect-server.databaseSecret" .) (include "prefect-server.redisSecret" .) .Values.database.external .Values.redis.external | toJson -}}
 {{- end -}}

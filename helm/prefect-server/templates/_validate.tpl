@@ -1,31 +1,32 @@
-{{/* Rules across values: each names the key and the cure. Those of single values are in values.schema.json. */}}
+{{/* Rules across values. A message is `<what failed>: <cause>. <cure>.` and names the key. values.schema.json has the rules of
+     single values. */}}
 {{- define "prefect-server.validate" -}}
 {{- $values := .Values -}}
 {{- if not (or $values.image.tag $values.image.digest) -}}
-{{- fail "image.tag is empty. Set it to a tag that `make push` printed, or image.digest; `make deploy` does so" -}}
+{{- fail "image.tag is empty: the chart has no image to run. Set image.tag to a tag that `make push` printed, or set image.digest. `make deploy` sets the tag." -}}
 {{- end -}}
 {{- if eq $values.image.tag "latest" -}}
-{{- fail "image.tag is `latest`, which changes under a running release. Set a tag that stays, or image.digest" -}}
+{{- fail "image.tag is `latest`: this tag changes under a running release. Set a tag that stays, or image.digest." -}}
 {{- end -}}
 {{- if and $values.database.external.existingSecret $values.database.bundled.enabled -}}
-{{- fail "database.external.existingSecret and database.bundled.enabled are both set. Set database.bundled.enabled=false to use the external one, or leave the Secret empty" -}}
+{{- fail "database.external.existingSecret and database.bundled.enabled are both set: a server has one database. Set database.bundled.enabled=false to use the external one, or leave existingSecret empty." -}}
 {{- end -}}
 {{- if not (or $values.database.external.existingSecret $values.database.bundled.enabled) -}}
-{{- fail "There is no database. Set database.external.existingSecret to a Secret with its URL, or database.bundled.enabled=true" -}}
+{{- fail "No database is configured: database.bundled.enabled is false and database.external.existingSecret is empty. Set existingSecret to a Secret with the database's URL, or database.bundled.enabled=true." -}}
 {{- end -}}
 {{- if and $values.redis.external.existingSecret $values.redis.bundled.enabled -}}
-{{- fail "redis.external.existingSecret and redis.bundled.enabled are both set. Set redis.bundled.enabled=false to use the external one, or leave the Secret empty" -}}
+{{- fail "redis.external.existingSecret and redis.bundled.enabled are both set: a server has one Redis. Set redis.bundled.enabled=false to use the external one, or leave existingSecret empty." -}}
 {{- end -}}
 {{- $redis := include "prefect-server.redis" . -}}
 {{- if and $values.services.separate (not $redis) -}}
-{{- fail "services.separate=true needs a Redis: events would stay in the API's memory. Set redis.bundled.enabled=true or redis.external.existingSecret, or services.separate=false" -}}
+{{- fail "services.separate=true needs a Redis: events would stay in the API's memory. Set redis.bundled.enabled=true or redis.external.existingSecret, or services.separate=false." -}}
 {{- end -}}
 {{- $replicas := ternary $values.api.autoscaling.maxReplicas $values.api.replicas $values.api.autoscaling.enabled -}}
 {{- if and (gt (int $replicas) 1) (not $redis) -}}
-{{- fail "api.replicas (or api.autoscaling.maxReplicas) over 1 needs a Redis: runs would be scheduled twice. Set redis.bundled.enabled=true or redis.external.existingSecret" -}}
+{{- fail "api.replicas (or api.autoscaling.maxReplicas) over 1 needs a Redis: runs would be scheduled twice. Set redis.bundled.enabled=true or redis.external.existingSecret." -}}
 {{- end -}}
 {{- if and (gt (int $replicas) 1) (not $values.services.separate) -}}
-{{- fail "api.replicas (or api.autoscaling.maxReplicas) over 1 needs services.separate=true: each API pod would run all services" -}}
+{{- fail "api.replicas (or api.autoscaling.maxReplicas) over 1 needs services.separate=true: each API pod would run all services. Set services.separate=true, or one replica." -}}
 {{- end -}}
 {{- $parents := dict -}}
 {{- range $parent := ternary $values.httpRoute.parentRefs list $values.httpRoute.enabled -}}
@@ -33,21 +34,21 @@
 {{- $section := $parent.sectionName | default "" -}}
 {{- $others := get $parents $name | default list -}}
 {{- if and $others (or (not $section) (has $section $others) (has "" $others)) -}}
-{{- fail (printf "httpRoute.parentRefs names a gateway twice: %s. Give each of its entries a sectionName of its own, or leave one out" $parent.name) -}}
+{{- fail (printf "httpRoute.parentRefs names a gateway twice: %s. Give each entry a different sectionName, or remove one." $parent.name) -}}
 {{- end -}}
 {{- $_ := set $parents $name (append $others $section) -}}
 {{- end -}}
 {{- if and $values.ingress.enabled (not $values.ingress.hosts) -}}
-{{- fail "ingress.enabled=true needs ingress.hosts: [{host: prefect.example.com, paths: [{path: /, pathType: Prefix}]}]" -}}
+{{- fail "ingress.enabled=true needs ingress.hosts: an Ingress without hosts routes nothing. Set ingress.hosts=[{host: prefect.example.com, paths: [{path: /, pathType: Prefix}]}]." -}}
 {{- end -}}
 {{- if and $values.httpRoute.enabled (not $values.httpRoute.parentRefs) -}}
-{{- fail "httpRoute.enabled=true needs httpRoute.parentRefs: [{name: GATEWAY, namespace: NAMESPACE}]" -}}
+{{- fail "httpRoute.enabled=true needs httpRoute.parentRefs: a route without a gateway receives nothing. Set httpRoute.parentRefs=[{name: GATEWAY, namespace: NAMESPACE}]." -}}
 {{- end -}}
 {{- if and $values.api.autoscaling.enabled (not (dig "requests" "cpu" "" $values.api.resources)) -}}
-{{- fail "api.autoscaling.enabled=true needs api.resources.requests.cpu: the utilisation is measured against it" -}}
+{{- fail "api.autoscaling.enabled=true needs api.resources.requests.cpu: CPU use is measured against the request. Set the request, or api.autoscaling.enabled=false." -}}
 {{- end -}}
 {{- if regexMatch "^[0-9]" (include "prefect-server.fullname" .) -}}
-{{- fail (printf "fullnameOverride, or else the release's name %q, begins with a digit, which no Service's name may. Set a fullnameOverride that begins with a letter" .Release.Name) -}}
+{{- fail (printf "fullnameOverride (or the release's name) makes the name %q, which begins with a digit: Kubernetes refuses a Service of such a name. Set fullnameOverride to a name that begins with a letter." (include "prefect-server.fullname" .)) -}}
 {{- end -}}
 {{- include "prefect-server.validateScale" . -}}
 {{- include "prefect-server.validatePods" . -}}
@@ -59,27 +60,27 @@
 {{- define "prefect-server.validateScale" -}}
 {{- with .Values.api.autoscaling -}}
 {{- if and .enabled (gt (int64 .minReplicas) (int64 .maxReplicas)) -}}
-{{- fail "api.autoscaling.minReplicas is above api.autoscaling.maxReplicas. Raise maxReplicas" -}}
+{{- fail "api.autoscaling.minReplicas is above api.autoscaling.maxReplicas: no number of pods meets both. Raise maxReplicas." -}}
 {{- end -}}
 {{- end -}}
 {{- range $component := list "api" "services" -}}
 {{- $grace := int64 (index $.Values $component).terminationGracePeriodSeconds -}}
 {{- $sleep := dig "preStop" "sleep" "seconds" 0 (index $.Values $component).lifecycle | int64 -}}
 {{- if and $sleep (ge $sleep $grace) -}}
-{{- fail (printf "%s.lifecycle.preStop.sleep.seconds (%d) is not below %s.terminationGracePeriodSeconds (%d). Raise terminationGracePeriodSeconds, or set lifecycle.preStop to null" $component $sleep $component $grace) -}}
+{{- fail (printf "%s.lifecycle.preStop.sleep.seconds (%d) is not below %s.terminationGracePeriodSeconds (%d): no time is left for the shutdown after the sleep. Raise terminationGracePeriodSeconds, or set lifecycle.preStop to null." $component $sleep $component $grace) -}}
 {{- end -}}
 {{- $sleep = dig "postStart" "sleep" "seconds" 0 (index $.Values $component).lifecycle | int64 -}}
 {{- if gt $sleep $grace -}}
-{{- fail (printf "%s.lifecycle.postStart.sleep.seconds (%d) is above %s.terminationGracePeriodSeconds (%d). Raise terminationGracePeriodSeconds, or lower it" $component $sleep $component $grace) -}}
+{{- fail (printf "%s.lifecycle.postStart.sleep.seconds (%d) is above %s.terminationGracePeriodSeconds (%d): Kubernetes refuses a longer sleep. Raise terminationGracePeriodSeconds, or shorten the sleep." $component $sleep $component $grace) -}}
 {{- end -}}
 {{- with (index $.Values $component).strategy -}}
 {{- if and (eq .type "RollingUpdate") (regexMatch "^0%?$" (get (.rollingUpdate | default dict) "maxSurge" | toString)) (regexMatch "^0%?$" (get (.rollingUpdate | default dict) "maxUnavailable" | toString)) -}}
-{{- fail (printf "%s.strategy.rollingUpdate has 0 for maxSurge and for maxUnavailable: no pod could ever be replaced. Set one of them to 1" $component) -}}
+{{- fail (printf "%s.strategy.rollingUpdate has 0 for maxSurge and for maxUnavailable: no pod could ever be replaced. Set one of them to 1." $component) -}}
 {{- end -}}
 {{- end -}}
 {{- with (index $.Values $component).podDisruptionBudget -}}
 {{- if and .enabled (eq (toString .minAvailable) "") (eq (toString .maxUnavailable) "") -}}
-{{- fail (printf "%s.podDisruptionBudget has neither minAvailable nor maxUnavailable. Set one of them" $component) -}}
+{{- fail (printf "%s.podDisruptionBudget has neither minAvailable nor maxUnavailable: a budget needs one of them. Set one, or enabled=false." $component) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
@@ -98,12 +99,12 @@
 {{- with $service.ipFamilies -}}
 {{- $family := ternary "IPv6" "IPv4" (contains ":" $service.clusterIP) -}}
 {{- if and (regexMatch "[.:]" $service.clusterIP) (ne (first .) $family) -}}
-{{- fail (printf "service.clusterIP is an address of %s, and the first of service.ipFamilies is %s. Make them the same" $family (first .)) -}}
+{{- fail (printf "service.clusterIP is an address of %s: the first of service.ipFamilies is %s. Make the two agree." $family (first .)) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
 
-{{/* What is filled from templates, where it is used. */}}
+{{/* Values after their templates are rendered. */}}
 {{- define "prefect-server.validateFilled" -}}
 {{- range $prefix, $values := dict "" .Values "api." .Values.api "services." .Values.services "migrations." .Values.migrations -}}
 {{- $filled := include "prefect-server.filled" (list $ (printf "%senv" $prefix) (dict "env" $values.env "envFrom" $values.envFrom)) | fromYaml -}}
@@ -137,14 +138,14 @@
 {{- $seconds = append $seconds $sum -}}
 {{- end -}}
 {{- if and (index $seconds 0) (gt (index $seconds 1) (index $seconds 0)) -}}
-{{- fail (printf "httpRoute.timeouts.backendRequest (%s) is longer than httpRoute.timeouts.request (%s). Lower it" .backendRequest .request) -}}
+{{- fail (printf "httpRoute.timeouts.backendRequest (%s) is longer than httpRoute.timeouts.request (%s): the Gateway API refuses that. Lower backendRequest." .backendRequest .request) -}}
 {{- end -}}
 {{- end -}}
 
 {{- define "prefect-server.validatePods" -}}
 {{- range $component := list "migrations" "tests" -}}
 {{- if (index $.Values $component).pod.sidecars -}}
-{{- fail (printf "%s.pod.sidecars would keep its pod from ending. Put them into %s.pod.initContainers with restartPolicy: Always" $component $component) -}}
+{{- fail (printf "%s.pod.sidecars is set: a sidecar would keep the pod from ending. Put the containers into %s.pod.initContainers with restartPolicy: Always." $component $component) -}}
 {{- end -}}
 {{- end -}}
 {{- range $component := list "api" "services" "migrations" "tests" -}}
@@ -158,7 +159,7 @@
 {{- end -}}
 {{- end -}}
 
-{{/* A Secret that is missing keeps pods from starting; where the cluster can be asked, that is said before. */}}
+{{/* Existing Secrets and their keys. Pods cannot start without them. Helm can check only with access to the cluster. */}}
 {{- define "prefect-server.validateSecrets" -}}
 {{- $root := . -}}
 {{- $references := list
@@ -172,10 +173,10 @@
 {{- if .name -}}
 {{- $secret := lookup "v1" "Secret" $root.Release.Namespace .name -}}
 {{- if not $secret -}}
-{{- fail (printf "%s names a Secret %s that namespace %s does not have. Create it: kubectl --namespace %s create secret generic %s --from-literal=%s=..." .path .name $root.Release.Namespace $root.Release.Namespace .name .key) -}}
+{{- fail (printf "%s names the Secret %s: namespace %s has no such Secret. Create it: kubectl --namespace %s create secret generic %s --from-literal=%s=..." .path .name $root.Release.Namespace $root.Release.Namespace .name .key) -}}
 {{- end -}}
 {{- if not (hasKey ($secret.data | default dict) .key) -}}
-{{- fail (printf "%s: Secret %s in namespace %s has no key %s. It has: %s" .path .name $root.Release.Namespace .key (keys ($secret.data | default dict) | sortAlpha | join ", ")) -}}
+{{- fail (printf "%s names the key %s: Secret %s in namespace %s does not have it. Add the key, or choose one of: %s." .path .key .name $root.Release.Namespace (keys ($secret.data | default dict) | sortAlpha | join ", ")) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

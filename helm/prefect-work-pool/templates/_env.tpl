@@ -1,6 +1,6 @@
-{{/* The environment of a component's container: (list root component). A name is there once, the last one wins:
-     the chart's own, `settings` and `env` of worker, sync, drift and reconciler (runs have the worker's settings from the worker),
-     those of the component. */}}
+{{/* Environment of a component's container: (list root component). Each name is set once. Precedence, lowest first: the chart's
+     variables, the top-level `settings` and `env`, the component's `settings` and `env`. Runs skip the top-level ones: the
+     worker hands its settings on to them. */}}
 {{- define "prefect-work-pool.env" -}}
 {{- $root := index . 0 -}}
 {{- $component := index . 1 -}}
@@ -32,7 +32,7 @@
 {{- end -}}
 {{- end -}}
 
-{{/* What the chart itself sets: (list root component). */}}
+{{/* Variables that the chart sets: (list root component). */}}
 {{- define "prefect-work-pool.ownEnv" -}}
 {{- $root := index . 0 -}}
 - {name: PREFECT_HOME, value: /tmp/prefect}
@@ -53,19 +53,19 @@
 {{- end -}}
 
 {{- define "prefect-work-pool.runsEnv" -}}
-# Prefect's own 5 give up after a minute of an API that is away, and the run with it; these, at most 15 s apart, after four.
+# Prefect's default of 5 retries fails the run after one minute without the API. 19 retries, at most 15 s apart, last four.
 - {name: PREFECT_CLIENT_MAX_RETRIES, value: "19"}
-# How long an execution may take to end before it is killed.
+# Grace period of a run attempt: the supervisor kills the process group after it.
 - {name: GRACE_SECONDS, value: {{ int64 .Values.runs.terminationGracePeriodSeconds | quote }}}
-# A server whose database is away answers 500.
+# A server without its database answers 500.
 - {name: PREFECT_CLIENT_RETRY_EXTRA_CODES, value: "500,504"}
 {{- range concat .Values.env .Values.worker.env }}
 {{- if and (eq .name "PREFECT_CLIENT_CUSTOM_HEADERS") (hasKey . "valueFrom") }}
-# The worker copies its settings to runs, but none that is secret.
+# The worker copies its settings to runs, except secret ones.
 - {{ toJson . }}
 {{- end }}
 {{- end }}
-# By it an execution knows that it was given up.
+# The supervisor finds by its Job's name whether its run attempt is fenced.
 - {name: KUBERNETES_JOB, valueFrom: {fieldRef: {fieldPath: "metadata.labels['batch.kubernetes.io/job-name']"}}}
 {{- with .Values.runs.results }}
 {{- if eq .storage "volume" }}
@@ -73,7 +73,7 @@
 {{- else if ne .storage "none" }}
 - {name: PREFECT_RESULTS_DEFAULT_STORAGE_BLOCK, value: remote-file-system/{{ include "prefect-work-pool.resultsBlock" $ }}}
 {{- if not .persistByDefault }}
-# Where the storage is a block, Prefect takes the other setting for true.
+# With a storage block, Prefect takes PREFECT_RESULTS_PERSIST_BY_DEFAULT for true.
 - {name: PREFECT_TASKS_DEFAULT_PERSIST_RESULT, value: "false"}
 {{- end }}
 {{- end }}
@@ -90,22 +90,22 @@
 {{- define "prefect-work-pool.workerEnv" -}}
 {{- with .Values.api.auth }}
 {{- if .existingSecret }}
-# So that a run's Job refers to the Secret instead of having the password in its manifest.
+# A run's Job then refers to the Secret, and its manifest has no password.
 - {name: PREFECT_INTEGRATIONS_KUBERNETES_WORKER_API_AUTH_STRING_SECRET_NAME, value: {{ .existingSecret | quote }}}
 - {name: PREFECT_INTEGRATIONS_KUBERNETES_WORKER_API_AUTH_STRING_SECRET_KEY, value: {{ .key | quote }}}
 {{- end }}
 {{- end }}
 {{- if .Values.reconciler.enabled }}
-# The reconciler sees more of a pod's end, and two of them would each say it in its own words.
+# The reconciler reports how pods end, in more detail. Prefect's observer would report each end a second time.
 - {name: PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED, value: "false"}
 {{- end }}
-# Without it pods and Jobs are watched in the whole cluster, which the Role does not allow.
+# The default is to watch pods and Jobs in the whole cluster, which the Role does not allow.
 - {name: PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_NAMESPACES, value: $(NAMESPACE)}
 {{- with .Values.worker }}
 - {name: PREFECT_WORKER_QUERY_SECONDS, value: {{ int64 .querySeconds | quote }}}
 - {name: PREFECT_WORKER_PREFETCH_SECONDS, value: {{ int64 .prefetchSeconds | quote }}}
 - {name: PREFECT_WORKER_HEARTBEAT_SECONDS, value: {{ int64 .heartbeatSeconds | quote }}}
-# A run that is cancelled loses its pod.
+# Cancelling a run deletes its pod.
 - {name: PREFECT_WORKER_ENABLE_CANCELLATION, value: "true"}
 - {name: PREFECT_API_ENABLE_HTTP2, value: {{ .http2 | quote }}}
 {{- end }}

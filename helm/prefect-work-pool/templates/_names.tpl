@@ -1,6 +1,6 @@
 {{/* Names and labels. Components: worker, runs, results, sync, drift, reconciler. */}}
 
-{{/* The objects' names begin with it: a label of DNS, to which the longest component can be added. */}}
+{{/* Prefix of all objects' names. Cut to 50 characters, so that it stays a DNS label with the longest component appended. */}}
 {{- define "prefect-work-pool.fullname" -}}
 {{- $name := default .Chart.Name .Values.nameOverride -}}
 {{- if .Values.fullnameOverride -}}
@@ -13,7 +13,7 @@
 {{- regexReplaceAll "-+$" ($name | replace "." "-" | trunc 50) "" -}}
 {{- end -}}
 
-{{/* The labels that select a component's pods: (list root component). They never change. */}}
+{{/* Labels that select a component's pods: (list root component). They never change, as selectors are immutable. */}}
 {{- define "prefect-work-pool.selector" -}}
 {{- $root := index . 0 -}}
 app.kubernetes.io/name: {{ default $root.Chart.Name $root.Values.nameOverride | quote }}
@@ -21,7 +21,7 @@ app.kubernetes.io/instance: {{ $root.Release.Name | quote }}
 app.kubernetes.io/component: {{ index . 1 }}
 {{- end -}}
 
-{{/* All labels of an object: (list root component). */}}
+{{/* The chart's labels of an object: (list root component). */}}
 {{- define "prefect-work-pool.labels" -}}
 {{- $root := index . 0 -}}
 {{ include "prefect-work-pool.selector" . }}
@@ -31,14 +31,15 @@ app.kubernetes.io/managed-by: {{ $root.Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" | trunc 63 }}
 {{- end -}}
 
-{{/* A pod's labels: (list root component). Without versions: a chart that says no more than that it is newer
-     starts nothing anew. */}}
+{{/* The chart's labels of a pod: (list root component). They have no versions, so that a new chart version alone restarts
+     no pod. */}}
 {{- define "prefect-work-pool.podLabels" -}}
 {{ include "prefect-work-pool.selector" . }}
 app.kubernetes.io/part-of: prefect
 {{- end -}}
 
-{{/* `metadata` of an object: (dict "root" "component" "name" "labels" "annotations"). */}}
+{{/* `metadata` of an object: (dict "root" "component" "name" "labels" "annotations" "path"). `path` is the key of the labels
+     and annotations in the values, for error messages. */}}
 {{- define "prefect-work-pool.metadata" -}}
 {{- $own := include "prefect-work-pool.filled" (list .root (printf "%s.annotations" (.path | default .component)) (.annotations | default dict)) | fromYaml -}}
 {{- $annotations := mergeOverwrite (include "prefect-work-pool.filled" (list .root "commonAnnotations" .root.Values.commonAnnotations) | fromYaml) $own -}}
@@ -52,12 +53,12 @@ annotations:
 {{- end }}
 {{- end -}}
 
-{{/* The name of what belongs to the whole cluster, where other namespaces may have a release of the same name. */}}
+{{/* Name of cluster-wide objects. Other namespaces may have a release of the same name. */}}
 {{- define "prefect-work-pool.clusterRoleName" -}}
 {{- printf "%s:%s" .Release.Namespace (include "prefect-work-pool.fullname" .) -}}
 {{- end -}}
 
-{{/* `metadata` of an object of the whole cluster. Its namespace is a label, by which it can be found and deleted. */}}
+{{/* `metadata` of a cluster-wide object. A label has the release's namespace, to find and delete the object. */}}
 {{- define "prefect-work-pool.clusterMetadata" -}}
 {{- $labels := include "prefect-work-pool.labels" (list . "reconciler") | fromYaml -}}
 {{- $_ := set $labels "prefect.io/release-namespace" .Release.Namespace -}}
@@ -70,12 +71,12 @@ annotations:
 {{- end }}
 {{- end -}}
 
-{{/* An image's whole name; the digest wins over the tag. */}}
+{{/* Full name of an image. The digest wins over the tag. */}}
 {{- define "prefect-work-pool.image" -}}
 {{- if .digest -}}{{ .repository }}@{{ .digest }}{{- else -}}{{ .repository }}:{{ .tag }}{{- end -}}
 {{- end -}}
 
-{{/* The name of a component's service account: (list root component). */}}
+{{/* Name of a component's service account: (list root component). */}}
 {{- define "prefect-work-pool.serviceAccountName" -}}
 {{- $account := (index (index . 0).Values (index . 1)).serviceAccount -}}
 {{- if $account.create -}}
@@ -85,7 +86,7 @@ annotations:
 {{- end -}}
 {{- end -}}
 
-{{/* The image of the runs: their own where one is given, else the release's. */}}
+{{/* Image of runs: runs.image if it is set, else the release's image. */}}
 {{- define "prefect-work-pool.runsImage" -}}
 {{- $own := .Values.runs.image -}}
 {{- if or $own.tag $own.digest -}}
@@ -95,13 +96,13 @@ annotations:
 {{- end -}}
 {{- end -}}
 
-{{/* The claim of the runs' results: one's own, or that of the StatefulSet's pod. */}}
+{{/* Claim with the results of runs: the existing claim from the values, else that of the StatefulSet's pod. */}}
 {{- define "prefect-work-pool.resultsClaim" -}}
 {{- .Values.runs.results.volume.existingClaim | default (printf "results-%s-0" (include "prefect-work-pool.statefulSet" (list . "results"))) -}}
 {{- end -}}
 
-{{/* A component's pod, with its templates filled: `pod` with its own on top: (list root component). Runs have their own
-     sidecars alone. */}}
+{{/* Pod values of a component, with templates rendered: (list root component). The component's `pod` wins over the top-level
+     `pod`. Runs take no top-level sidecars. */}}
 {{- define "prefect-work-pool.podValues" -}}
 {{- $root := index . 0 -}}
 {{- $all := include "prefect-work-pool.filled" (list $root "pod" $root.Values.pod) | fromYaml -}}
@@ -112,8 +113,8 @@ annotations:
 {{- toYaml $pod -}}
 {{- end -}}
 
-{{/* A pod's values, in place: a container of the user that names no securityContext has that of the chart's containers, and
-     what is written as a number where Kubernetes wants text is text. */}}
+{{/* Complete the containers in a pod's values, in place. A user's container without a securityContext gets that of the chart's
+     containers. Numbers become text where Kubernetes needs text. */}}
 {{- define "prefect-work-pool.completeContainers" -}}
 {{- $security := .containerSecurityContext -}}
 {{- range $container := concat (.initContainers | default list) (.sidecars | default list) -}}

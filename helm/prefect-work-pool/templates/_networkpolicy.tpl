@@ -1,4 +1,4 @@
-{{/* Egress that several policies share. */}}
+{{/* Egress and ingress rules that several NetworkPolicies share. */}}
 
 {{- define "prefect-work-pool.dnsEgress" -}}
 - to:
@@ -9,7 +9,7 @@
   ports:
     - {port: 53, protocol: UDP}
     - {port: 53, protocol: TCP}
-    # CoreDNS may listen elsewhere than its service does.
+    # CoreDNS may listen on other ports than its Service.
     - {port: dns, protocol: UDP}
     - {port: dns-tcp, protocol: TCP}
 {{- end -}}
@@ -25,7 +25,7 @@
     {{- end }}
 {{- end -}}
 
-{{/* The port of the API at api.url. */}}
+{{/* Port of the API at api.url. */}}
 {{- define "prefect-work-pool.apiPort" -}}
 {{- $url := urlParse (include "prefect-work-pool.line" (list . "api.url" .Values.api.url)) -}}
 {{- regexFind "[0-9]+$" (regexFind ":[0-9]+$" $url.host) | default (ternary 443 80 (eq $url.scheme "https")) -}}
@@ -48,7 +48,7 @@
 {{- end }}
 {{- end -}}
 
-{{/* The peer of a range of addresses without networkPolicy.exceptCIDRs: (list root cidr). */}}
+{{/* Peer for an address range, without the ranges of networkPolicy.exceptCIDRs: (list root cidr). */}}
 {{- define "prefect-work-pool.addressPeer" -}}
 {{- $cidr := index . 1 -}}
 {{- $except := list -}}
@@ -58,7 +58,7 @@
 ipBlock: {cidr: {{ $cidr | quote }}{{ with $except }}, except: {{ toJson . }}{{ end }}}
 {{- end -}}
 
-{{/* The first bits of a range of IPv4 or IPv6 addresses, as ones and zeros: as many as its prefix is long. */}}
+{{/* Network prefix of an IPv4 or IPv6 range, as a text of ones and zeros. */}}
 {{- define "prefect-work-pool.prefixBits" -}}
 {{- $range := splitList "/" . -}}
 {{- $bits := "" -}}
@@ -77,7 +77,7 @@ ipBlock: {cidr: {{ $cidr | quote }}{{ with $except }}, except: {{ toJson . }}{{ 
 {{- trunc (index $range 1 | int) $bits -}}
 {{- end -}}
 
-{{/* Whether a range of addresses is a part of another, and smaller: (list cidr cidr). */}}
+{{/* "true" if the first range lies inside the second and is smaller: (list cidr cidr). */}}
 {{- define "prefect-work-pool.within" -}}
 {{- $part := include "prefect-work-pool.prefixBits" (index . 0) -}}
 {{- $whole := include "prefect-work-pool.prefixBits" (index . 1) -}}

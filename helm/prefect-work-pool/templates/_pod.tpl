@@ -1,5 +1,5 @@
-{{/* A pod's template for worker, sync, drift and reconciler:
-     (dict "root" "component" "containers" (the text of them) "serviceAccount" "token" "annotations"). */}}
+{{/* Pod template of worker, sync, drift and reconciler: (dict "root" "component" "containers" "serviceAccount" "token" "volumes"
+     "annotations"). `containers` is rendered text. `token` mounts the API token of Kubernetes. */}}
 {{- define "prefect-work-pool.pod" -}}
 {{- $root := .root -}}
 {{- $pod := include "prefect-work-pool.podValues" (list $root .component) | fromYaml -}}
@@ -22,8 +22,8 @@ spec:
     {{- include "prefect-work-pool.volumes" (list .volumes $pod) | nindent 4 }}
 {{- end -}}
 
-{{/* The containers of worker, sync, drift and reconciler:
-     (dict "root" "component" "pod" "mounts" "args" "more" (the text of the main one's other keys)). */}}
+{{/* Containers of worker, sync, drift and reconciler: (dict "root" "component" "pod" "mounts" "args" "more"). `more` is the
+     rendered text of the main container's other keys. */}}
 {{- define "prefect-work-pool.containers" -}}
 {{- with .pod.initContainers }}
 initContainers:
@@ -41,14 +41,14 @@ containers:
   {{- end }}
 {{- end -}}
 
-{{/* A container's probes: (list (the component's values) (the probes' handler)). */}}
+{{/* Probes of a container: (list (the component's values) (the handler of all probes)). */}}
 {{- define "prefect-work-pool.probes" -}}
 {{- range $name := list "startupProbe" "livenessProbe" "readinessProbe" }}
 {{ $name }}: {{- mergeOverwrite (deepCopy (index $ 1)) (index (index $ 0) $name) | toYaml | nindent 2 }}
 {{- end }}
 {{- end -}}
 
-{{/* What the chart's containers share: (list root component pod). */}}
+{{/* Keys that the chart's containers share: (list root component pod). */}}
 {{- define "prefect-work-pool.container" -}}
 {{- $root := index . 0 -}}
 image: {{ include "prefect-work-pool.image" $root.Values.image | quote }}
@@ -58,8 +58,8 @@ resources: {{- include "prefect-work-pool.resources" (index $root.Values (index 
 securityContext: {{- toYaml (index . 2).containerSecurityContext | nindent 2 }}
 {{- end -}}
 
-{{/* A pod's volumes and its main container's mounts: (list (the chart's own but for /tmp) pod). What has the name, or the
-     mount path, of the chart's /tmp takes its place. */}}
+{{/* Volumes of a pod, and mounts of its main container: (list (the chart's own, without /tmp) pod). The chart adds /tmp. A
+     volume or mount of the user with the same name or path replaces it. */}}
 {{- define "prefect-work-pool.volumes" -}}
 {{- $own := prepend (index . 0 | default list) (dict "name" "tmp" "emptyDir" dict) -}}
 {{- include "prefect-work-pool.byKey" (list "name" $own (index . 1).volumes) -}}
@@ -70,7 +70,7 @@ securityContext: {{- toYaml (index . 2).containerSecurityContext | nindent 2 }}
 {{- include "prefect-work-pool.byKey" (list "mountPath" $own (index . 1).volumeMounts) -}}
 {{- end -}}
 
-{{/* Where a pod runs, and as whom: (list root pod). */}}
+{{/* Placement and security context of a pod: (list root pod). */}}
 {{- define "prefect-work-pool.placement" -}}
 {{- $root := index . 0 -}}
 {{- $pod := index . 1 -}}

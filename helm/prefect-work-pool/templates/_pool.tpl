@@ -1,14 +1,14 @@
-{{/* Who made what `sync` makes, as the server is told: by it a later sync knows its own. */}}
+{{/* Owner that `sync` records on the server, by which a later sync recognises its resources. */}}
 {{- define "prefect-work-pool.owner" -}}
 {{- .Values.sync.owner | default (printf "%s of %s in %s" .Values.pool.name .Release.Name .Release.Namespace) -}}
 {{- end -}}
 
-{{/* The block by which runs find their results: the release's own. */}}
+{{/* Name of the release's storage block, by which runs find their results. */}}
 {{- define "prefect-work-pool.resultsBlock" -}}
 {{- printf "%s-%s-results" .Release.Namespace (include "prefect-work-pool.fullname" .) | replace "." "-" -}}
 {{- end -}}
 
-{{/* The pool, and where its results are, as a file of `orchestrate sync`. */}}
+{{/* The pool and the storage of its results, as a file for `orchestrate sync`. */}}
 {{- define "prefect-work-pool.pool" -}}
 work_pools:
   - name: {{ .Values.pool.name | quote }}
@@ -45,13 +45,13 @@ remote_file_systems:
 {{- end }}
 {{- end -}}
 
-{{/* The base job template as JSON: on the server for the UI and for deployments, in a ConfigMap for the worker. */}}
+{{/* Base job template as JSON: on the server for the UI and for deployments, in a ConfigMap for the worker. */}}
 {{- define "prefect-work-pool.baseJobTemplate" -}}
 {{- $template := dict "job_configuration" (include "prefect-work-pool.jobConfiguration" . | fromYaml) "variables" (include "prefect-work-pool.jobVariables" . | fromYaml) }}
 {{- mergeOverwrite $template (deepCopy .Values.runs.baseJobTemplate) | toPrettyJson -}}
 {{- end -}}
 
-{{/* What the worker makes of a run. What is in {{ }} comes from the job variables. */}}
+{{/* `job_configuration`: the Job of a run. Prefect replaces text in {{ }} by job variables. */}}
 {{- define "prefect-work-pool.jobConfiguration" -}}
 {{- $pod := include "prefect-work-pool.podValues" (list . "runs") | fromYaml -}}
 name: "{{ "{{ name }}" }}"
@@ -70,7 +70,7 @@ job_manifest:
     annotations: "{{ "{{ annotations }}" }}"
   spec:
     backoffLimit: "{{ "{{ backoff_limit }}" }}"
-    # With it the Job remembers that the cluster ended its pod, after that is gone with its node.
+    # The Job then records a disruption, which outlasts the pod when its node is lost.
     podFailurePolicy:
       rules:
         - {action: FailJob, onPodConditions: [{type: DisruptionTarget, status: "True"}]}
@@ -89,7 +89,7 @@ job_manifest:
         {{- include "prefect-work-pool.runSpec" (list . $pod) | nindent 8 }}
 {{- end -}}
 
-{{/* The pod of a run: (list root pod). */}}
+{{/* `spec` of a run's pod: (list root pod). */}}
 {{- define "prefect-work-pool.runSpec" -}}
 {{- $root := index . 0 -}}
 {{- $pod := index . 1 -}}
@@ -130,7 +130,7 @@ volumes:
   {{- include "prefect-work-pool.volumes" (list $volumes $pod) | nindent 2 }}
 {{- end -}}
 
-{{/* The resources of a run: CPU and memory are job variables, all others, such as GPUs, those of every run. */}}
+{{/* Resources of a run. CPU and memory are job variables. Others, such as GPUs, are the same for all runs. */}}
 {{- define "prefect-work-pool.runResources" -}}
 {{- $resources := dict -}}
 {{- range $part, $variable := dict "requests" "request" "limits" "limit" -}}
@@ -141,7 +141,7 @@ volumes:
 {{- toYaml $resources -}}
 {{- end -}}
 
-{{/* The labels of runs: (list root pod). By the chart's own policies and quotas find them. The worker adds Prefect's. */}}
+{{/* Labels of runs: (list root pod). Policies and quotas select runs by the chart's labels. The worker adds Prefect's labels. */}}
 {{- define "prefect-work-pool.runLabels" -}}
 {{- $root := index . 0 -}}
 {{- $own := dict "app.kubernetes.io/instance" $root.Release.Name "app.kubernetes.io/component" "runs" "prefect.io/role" "flow-run" -}}
@@ -149,9 +149,9 @@ volumes:
 {{- include "prefect-work-pool.mergedLabels" (list $root $own "runs.labels" $labels) -}}
 {{- end -}}
 
-{{/* What a deployment or a run may set, with the release's defaults. Upstream's variables, without those that do
-     nothing in prefect-kubernetes 0.8 (job_watch_timeout_seconds, pod_watch_timeout_seconds, stream_output) and
-     without namespace and cluster_config: the Role covers this namespace alone. */}}
+{{/* `variables`: what a deployment or a run may set, with the release's defaults. They are upstream's variables, except those
+     that do nothing in prefect-kubernetes 0.8 (job_watch_timeout_seconds, pod_watch_timeout_seconds, stream_output), and
+     except namespace and cluster_config: the Role covers only this namespace. */}}
 {{- define "prefect-work-pool.jobVariables" -}}
 {{- $runs := .Values.runs -}}
 {{- $requests := include "prefect-work-pool.quantities" $runs.resources.requests | fromYaml -}}
@@ -159,7 +159,7 @@ volumes:
 {{- $text := list (dict "type" "string") (dict "type" "null") -}}
 {{- $number := list (dict "type" "integer") (dict "type" "null") -}}
 {{- $map := dict "type" "string" -}}
-{{- /* By these keys policies, quotas and the reconciler know the pods of each component. */ -}}
+{{- /* Policies, quotas and the reconciler identify pods by these keys. */ -}}
 {{- $free := dict "not" (dict "pattern" "^(app\\.kubernetes\\.io/|prefect\\.io/|reconciler\\.|kubectl\\.kubernetes\\.io/|batch\\.kubernetes\\.io/|job-name$|controller-uid$)") -}}
 {{- $accounts := prepend .Values.runs.allowed.serviceAccounts (include "prefect-work-pool.serviceAccountName" (list . "runs")) -}}
 {{- $image := dict "title" "Image" "type" "string" "default" (include "prefect-work-pool.runsImage" .) "description" "The container's image." -}}
@@ -170,26 +170,26 @@ volumes:
 {{- $_ := set $image "pattern" (printf "^(%s)$" (join "|" $patterns)) -}}
 {{- end -}}
 {{- $variables := dict
-  "name" (dict "title" "Name" "anyOf" $text "default" nil "description" "The beginning of the Job's name.")
-  "command" (dict "title" "Command" "anyOf" $text "default" nil "description" "The command of the container; empty runs the flow.")
-  "env" (dict "title" "Environment Variables" "type" "object" "additionalProperties" (dict "anyOf" $text) "description" "Plain variables; secrets come by runs.env of the chart.")
-  "labels" (dict "title" "Labels" "type" "object" "additionalProperties" $map "propertyNames" $free "description" "Labels of Job and pod.")
-  "annotations" (dict "title" "Annotations" "type" "object" "additionalProperties" $map "propertyNames" $free "description" "Annotations of Job and pod.")
+  "name" (dict "title" "Name" "anyOf" $text "default" nil "description" "Prefix of the Job's name.")
+  "command" (dict "title" "Command" "anyOf" $text "default" nil "description" "Command of the container. Empty: run the flow.")
+  "env" (dict "title" "Environment Variables" "type" "object" "additionalProperties" (dict "anyOf" $text) "description" "Environment variables in plain text. Secrets come from runs.env of the chart.")
+  "labels" (dict "title" "Labels" "type" "object" "additionalProperties" $map "propertyNames" $free "description" "Labels of the Job and its pod.")
+  "annotations" (dict "title" "Annotations" "type" "object" "additionalProperties" $map "propertyNames" $free "description" "Annotations of the Job and its pod.")
   "image" $image
   "image_pull_policy" (dict "title" "Image Pull Policy" "type" "string" "enum" (list "IfNotPresent" "Always" "Never") "default" ($runs.image.pullPolicy | default .Values.image.pullPolicy) "description" "When the node pulls the image.")
   "service_account_name" (dict "title" "Service Account Name" "type" "string" "enum" $accounts "default" (first $accounts) "description" "The pod's service account.")
-  "backoff_limit" (dict "title" "Backoff Limit" "type" "integer" "minimum" 0 "default" (int $runs.backoffLimit) "description" "How often Kubernetes tries a failed pod again. At 0 Prefect reschedules a run whose pod is evicted.")
-  "crash_retries" (dict "title" "Crash Retries" "type" "integer" "minimum" 0 "default" (int $runs.retries.crashes) "description" "How often a run is tried again after it crashed.")
-  "disruption_retries" (dict "title" "Disruption Retries" "type" "integer" "minimum" 0 "default" (int $runs.retries.disruptions) "description" "How often a run is tried again after the cluster ended it: eviction, drain, preemption, a lost node.")
-  "crash_backoff" (dict "title" "Crash Backoff" "type" "number" "minimum" 0 "default" $runs.retries.backoffSeconds "description" "Seconds before the second retry after a crash, doubled for each further one; the first comes at once.")
-  "memory_growth" (dict "title" "Memory Growth" "type" "number" "minimum" 1 "default" $runs.retries.memoryGrowth "description" "What the memory limit is multiplied by for a retry after it was exceeded.")
-  "memory_max" (dict "title" "Memory Max" "anyOf" $text "default" ($runs.retries.memoryMax | default nil) "description" "The most that it becomes.")
-  "finished_job_ttl" (dict "title" "Finished Job TTL" "anyOf" $number "default" (int $runs.ttlSecondsAfterFinished) "description" "Seconds that a finished Job and its pod stay.")
+  "backoff_limit" (dict "title" "Backoff Limit" "type" "integer" "minimum" 0 "default" (int $runs.backoffLimit) "description" "How often Kubernetes retries a failed pod. At 0, Prefect reschedules a run whose pod is evicted.")
+  "crash_retries" (dict "title" "Crash Retries" "type" "integer" "minimum" 0 "default" (int $runs.retries.crashes) "description" "Retries after crashes.")
+  "disruption_retries" (dict "title" "Disruption Retries" "type" "integer" "minimum" 0 "default" (int $runs.retries.disruptions) "description" "Retries after disruptions: eviction, drain, preemption, a lost node.")
+  "crash_backoff" (dict "title" "Crash Backoff" "type" "number" "minimum" 0 "default" $runs.retries.backoffSeconds "description" "Seconds before the second retry after a crash, doubled for each further one. The first retry comes at once.")
+  "memory_growth" (dict "title" "Memory Growth" "type" "number" "minimum" 1 "default" $runs.retries.memoryGrowth "description" "Factor by which the memory limit grows after an OOM kill.")
+  "memory_max" (dict "title" "Memory Max" "anyOf" $text "default" ($runs.retries.memoryMax | default nil) "description" "The highest memory limit after growth.")
+  "finished_job_ttl" (dict "title" "Finished Job TTL" "anyOf" $number "default" (int $runs.ttlSecondsAfterFinished) "description" "Seconds after which Kubernetes deletes a finished Job and its pod.")
   "active_deadline_seconds" (dict "title" "Active Deadline Seconds" "anyOf" $number "default" (ternary nil (int $runs.activeDeadlineSeconds) (kindIs "invalid" $runs.activeDeadlineSeconds)) "description" "Seconds that a run may take in all.")
-  "cpu_request" (dict "title" "CPU Request" "anyOf" $text "default" (get $requests "cpu" | default nil) "description" "CPU that the pod is sure of: 500m, 2.")
-  "cpu_limit" (dict "title" "CPU Limit" "anyOf" $text "default" (get $limits "cpu" | default nil) "description" "CPU that it may use at most.")
-  "memory_request" (dict "title" "Memory Request" "anyOf" $text "default" (get $requests "memory" | default nil) "description" "Memory that the pod is sure of: 512Mi, 2Gi.")
-  "memory_limit" (dict "title" "Memory Limit" "anyOf" $text "default" (get $limits "memory" | default nil) "description" "Memory at which it is killed.")
+  "cpu_request" (dict "title" "CPU Request" "anyOf" $text "default" (get $requests "cpu" | default nil) "description" "CPU that is reserved for the pod: 500m, 2.")
+  "cpu_limit" (dict "title" "CPU Limit" "anyOf" $text "default" (get $limits "cpu" | default nil) "description" "CPU that the pod may use.")
+  "memory_request" (dict "title" "Memory Request" "anyOf" $text "default" (get $requests "memory" | default nil) "description" "Memory that is reserved for the pod: 512Mi, 2Gi.")
+  "memory_limit" (dict "title" "Memory Limit" "anyOf" $text "default" (get $limits "memory" | default nil) "description" "Memory above which the pod is killed: 1Gi, 4Gi.")
 -}}
-{{- dict "type" "object" "description" (printf "What a deployment or a run may set on %s." .Values.pool.name) "properties" (mergeOverwrite $variables (deepCopy $runs.variables)) | toYaml -}}
+{{- dict "type" "object" "description" (printf "Job variables of the pool %s." .Values.pool.name) "properties" (mergeOverwrite $variables (deepCopy $runs.variables)) | toYaml -}}
 {{- end -}}

@@ -1,4 +1,5 @@
-{{/* What the pods of runs refer to, by kind: (list root spec). The worker adds the Secrets of its own credentials. */}}
+{{/* Objects that the pods of runs refer to, by kind: (list root spec). They include the Secrets with the worker's credentials,
+     which the worker adds to each Job. */}}
 {{- define "prefect-work-pool.referenced" -}}
 {{- $root := index . 0 -}}
 {{- $spec := index . 1 -}}

@@ -1,4 +1,4 @@
-{{/* The service account of a component: (list root component). Whether a pod mounts its token is the pod's matter. */}}
+{{/* ServiceAccount of a component: (list root component). Each pod decides whether it mounts the token. */}}
 {{- define "prefect-work-pool.serviceAccount" -}}
 {{- $account := (index (index . 0).Values (index . 1)).serviceAccount -}}
 {{- if $account.create -}}

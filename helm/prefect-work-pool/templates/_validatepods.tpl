@@ -1,13 +1,13 @@
-{{/* Rules of pods that Kubernetes would find too late, or not name the key of. */}}
+{{/* Rules of pods. Kubernetes would check them too late, or without naming the key. */}}
 
-{{/* A component's pod: (dict "root" "component" "pod" "volumes" (names that are the chart's) "mounts" (paths that are)
-     "containers" (names that are) "resources" "grace" (seconds to end; Kubernetes' own 30, if empty)). */}}
+{{/* Pod of a component: (dict "component" "pod" "volumes" "mounts" "containers" "resources" "grace"). `volumes`, `mounts` and
+     `containers` are the names and paths that the chart uses. `grace` is the grace period in seconds, by default 30. */}}
 {{- define "prefect-work-pool.validatePod" -}}
 {{- $path := printf "%s.pod" .component -}}
 {{- $known := append .volumes "tmp" -}}
 {{- range .pod.volumes -}}
 {{- if has .name $.volumes -}}
-{{- fail (printf "%s.volumes (or pod.volumes) has a volume %q, a name that the chart itself uses. Choose another" $path .name) -}}
+{{- fail (printf "%s.volumes (or pod.volumes) has a volume %q: the chart uses this name for its own volume. Choose another name." $path .name) -}}
 {{- end -}}
 {{- $known = append $known .name -}}
 {{- end -}}
@@ -15,24 +15,24 @@
 {{- include "prefect-work-pool.validateTwice" (list (printf "%s.volumeMounts" $path) "mountPath" .pod.volumeMounts) -}}
 {{- range .pod.volumeMounts -}}
 {{- if has .mountPath $.mounts -}}
-{{- fail (printf "%s.volumeMounts (or pod.volumeMounts) has %s, where the chart itself mounts a volume. Choose another mountPath" $path .mountPath) -}}
+{{- fail (printf "%s.volumeMounts (or pod.volumeMounts) has the mountPath %s: the chart mounts its own volume there. Choose another mountPath." $path .mountPath) -}}
 {{- end -}}
 {{- end -}}
 {{- $containers := concat (.pod.initContainers | default list) (.pod.sidecars | default list) -}}
 {{- range prepend $containers (dict "volumeMounts" .pod.volumeMounts) -}}
 {{- range .volumeMounts -}}
 {{- if not (has .name $known) -}}
-{{- fail (printf "%s.volumeMounts (or those of a container of it) names %q, which %s.volumes does not have: %s. Add the volume" $path .name $path ($known | uniq | join ", ")) -}}
+{{- fail (printf "%s.volumeMounts (or a container's volumeMounts) names the volume %q: %s.volumes has only %s. Add the volume." $path .name $path ($known | uniq | join ", ")) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
 {{- $names := .containers -}}
 {{- range $containers -}}
 {{- if not .image -}}
-{{- fail (printf "%s.initContainers or %s.sidecars (or those of pod) has a container %q without an image. Add its image" $path $path .name) -}}
+{{- fail (printf "%s.initContainers or %s.sidecars (or pod's) has a container %q without an image: Kubernetes needs one. Add its image." $path $path .name) -}}
 {{- end -}}
 {{- if has .name $names -}}
-{{- fail (printf "%s.initContainers or %s.sidecars (or those of pod) has a container %q, a name that another container of the pod has. Choose another" $path $path .name) -}}
+{{- fail (printf "%s.initContainers or %s.sidecars (or pod's) has a container %q: another container of the pod has this name. Choose another name." $path $path .name) -}}
 {{- end -}}
 {{- $names = append $names .name -}}
 {{- end -}}
@@ -48,7 +48,7 @@
 {{- $grace := int64 ($.grace | default 30) -}}
 {{- range $hook := .lifecycle -}}
 {{- if gt (dig "sleep" "seconds" 0 $hook | int64) $grace -}}
-{{- fail (printf "%s.lifecycle sleeps longer than its pod has to end (%d seconds). Lower it, or raise terminationGracePeriodSeconds" $of $grace) -}}
+{{- fail (printf "%s.lifecycle sleeps longer than the pod's grace period (%d seconds): Kubernetes refuses that. Shorten the sleep, or raise terminationGracePeriodSeconds." $of $grace) -}}
 {{- end -}}
 {{- end -}}
 {{- include "prefect-work-pool.validateReferences" (list (printf "%s.%s." $path $key) .env .envFrom) -}}
@@ -61,28 +61,28 @@
 {{- include "prefect-work-pool.validateResources" (list (printf "%s.resources" .component) .resources) -}}
 {{- end -}}
 
-{{/* (list path securityContext) */}}
+{{/* Security context: (list path securityContext). */}}
 {{- define "prefect-work-pool.validateSecurity" -}}
 {{- with index . 1 -}}
 {{- if and .privileged (eq (toJson .allowPrivilegeEscalation) "false") -}}
-{{- fail (printf "%s has privileged=true and allowPrivilegeEscalation=false, which exclude each other. Set allowPrivilegeEscalation to true, or privileged to false" (index $ 0)) -}}
+{{- fail (printf "%s has privileged=true and allowPrivilegeEscalation=false: they exclude each other. Set allowPrivilegeEscalation=true, or privileged=false." (index $ 0)) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
 
-{{/* (list path key list) */}}
+{{/* Objects whose key must be unique in a list: (list path key list). */}}
 {{- define "prefect-work-pool.validateTwice" -}}
 {{- $key := index . 1 -}}
 {{- $found := list -}}
 {{- range index . 2 -}}
 {{- if has (get . $key) $found -}}
-{{- fail (printf "%s (or pod's) has the %s %q twice. Remove one" (index $ 0) $key (get . $key | toString)) -}}
+{{- fail (printf "%s (or pod's) has the %s %q twice: Kubernetes takes each only once. Remove one." (index $ 0) $key (get . $key | toString)) -}}
 {{- end -}}
 {{- $found = append $found (get . $key) -}}
 {{- end -}}
 {{- end -}}
 
-{{/* (list path pod) */}}
+{{/* Placement and DNS of a pod: (list path pod). */}}
 {{- define "prefect-work-pool.validatePlacement" -}}
 {{- $path := index . 0 -}}
 {{- $pod := index . 1 -}}
@@ -97,14 +97,14 @@
 {{- include "prefect-work-pool.validateSelected" (list (printf "%s.tolerations" $path) (dict (.key | default "") (.value | default ""))) -}}
 {{- end -}}
 {{- if gt (len (join " " ($pod.dnsConfig | default dict).searches)) 2048 -}}
-{{- fail (printf "%s.dnsConfig.searches are longer than 2048 characters together. Remove some" $path) -}}
+{{- fail (printf "%s.dnsConfig.searches are longer than 2048 characters together: Kubernetes refuses that. Remove some." $path) -}}
 {{- end -}}
 {{- if and (eq ($pod.dnsPolicy | default "") "None") (not ($pod.dnsConfig | default dict).nameservers) -}}
-{{- fail (printf "%s.dnsPolicy=None needs %s.dnsConfig.nameservers: a pod would find no name" $path $path) -}}
+{{- fail (printf "%s.dnsPolicy=None needs %s.dnsConfig.nameservers: the pod could resolve no name. Set nameservers, or another dnsPolicy." $path $path) -}}
 {{- end -}}
 {{- end -}}
 
-{{/* A quantity as a number. */}}
+{{/* Quantity as a number. */}}
 {{- define "prefect-work-pool.quantity" -}}
 {{- $text := include "prefect-work-pool.text" . -}}
 {{- $units := dict "" 1.0 "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "P" 1e15 "Ki" 1024.0 "Mi" 1048576.0 "Gi" 1073741824.0 "Ti" 1099511627776.0 "Pi" 1125899906842624.0 -}}
@@ -112,7 +112,7 @@
 {{- mulf (float64 (trimSuffix $unit $text)) (get $units $unit) -}}
 {{- end -}}
 
-{{/* A container's requests and limits: (list path resources). */}}
+{{/* Requests and limits of a container: (list path resources). */}}
 {{- define "prefect-work-pool.validateResources" -}}
 {{- $path := index . 0 -}}
 {{- $requests := (index . 1).requests | default dict -}}
@@ -121,7 +121,7 @@
 {{- $limit := get $limits $name -}}
 {{- if and (kindIs "invalid" $value | not) (hasKey $limits $name) (kindIs "invalid" $limit | not) -}}
 {{- if gt (include "prefect-work-pool.quantity" $value | float64) (include "prefect-work-pool.quantity" $limit | float64) -}}
-{{- fail (printf "%s.requests.%s (%s) is above %s.limits.%s (%s). Raise the limit" $path $name (include "prefect-work-pool.text" $value) $path $name (include "prefect-work-pool.text" $limit)) -}}
+{{- fail (printf "%s.requests.%s (%s) is above %s.limits.%s (%s): Kubernetes refuses that. Raise the limit, or lower the request." $path $name (include "prefect-work-pool.text" $value) $path $name (include "prefect-work-pool.text" $limit)) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
@@ -130,16 +130,16 @@
 {{- $limit := get $limits $name | default 0 -}}
 {{- $request := get $requests $name | default $limit -}}
 {{- if ne (include "prefect-work-pool.quantity" $limit) (include "prefect-work-pool.quantity" $request) -}}
-{{- fail (printf "%s.limits.%s is not the same as %s.requests.%s, which Kubernetes wants of what it cannot overcommit. Set limits.%s alone" $path $name $path $name $name) -}}
+{{- fail (printf "%s.limits.%s differs from %s.requests.%s: Kubernetes cannot overcommit this resource. Set only limits.%s." $path $name $path $name $name) -}}
 {{- end -}}
 {{- $page := 1.0 -}}
 {{- if hasPrefix "hugepages-" $name -}}{{- $page = include "prefect-work-pool.quantity" (trimPrefix "hugepages-" $name) | float64 -}}{{- end -}}
 {{- $pages := divf (include "prefect-work-pool.quantity" $limit | float64) $page -}}
 {{- if ne (floor $pages) $pages -}}
-{{- fail (printf "%s.limits.%s is %s, which is no whole number of them. Set a whole number" $path $name (include "prefect-work-pool.text" $limit)) -}}
+{{- fail (printf "%s.limits.%s is %s: Kubernetes takes only whole units of this resource (of huge pages, whole pages). Set a whole number." $path $name (include "prefect-work-pool.text" $limit)) -}}
 {{- end -}}
 {{- if and (hasPrefix "hugepages-" $name) (not (or $requests.cpu $requests.memory $limits.cpu $limits.memory)) -}}
-{{- fail (printf "%s.limits.%s needs a request of cpu or memory. Set %s.requests.memory" $path $name $path) -}}
+{{- fail (printf "%s.limits.%s needs a request of cpu or memory: Kubernetes refuses huge pages alone. Set %s.requests.memory." $path $name $path) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

@@ -1,13 +1,14 @@
-{{/* What values become in a manifest: text, filled templates, merged lists. */}}
+{{/* Conversion of values for manifests: scalars to text, templates, merged lists. */}}
 
-{{/* A scalar as text: Go would print numbers from 10^6 on with an exponent. */}}
+{{/* Scalar as text. Go would print numbers from 10^6 on with an exponent. */}}
 {{- define "prefect-work-pool.text" -}}
 {{- if kindIs "string" . -}}{{ . }}{{- else -}}{{ toJson . }}{{- end -}}
 {{- end -}}
 
-{{/* Fill the templates in a value, in place: (dict "root" "path" "value"). Text is a template where it names one of Helm's
-     objects (.Release, .Values, .Chart, .Capabilities, .Files, .Template), includes, or begins with a quoted text; all
-     else is kept as it is, such as the templates of Vault or Consul in annotations. An error of Helm names the path. */}}
+{{/* Render the templates in a value, in place: (dict "root" "path" "value"). Text is a template if it uses one of Helm's
+     objects (.Release, .Values, .Chart, .Capabilities, .Files, .Template) or functions (include, tpl, lookup), or if its
+     action begins with a quoted text. Other text stays unchanged, such as templates of Vault or Consul in annotations.
+     The path is in Helm's error messages. */}}
 {{- define "prefect-work-pool.fill" -}}
 {{- if kindIs "string" .value -}}
 {{- if regexMatch "\\{\\{(-? *([\"`]|(include|tpl|lookup) )|[^}]*\\.(Release|Values|Chart|Capabilities|Files|Template)\\b)" .value -}}
@@ -34,21 +35,21 @@
 {{- end -}}
 {{- end -}}
 
-{{/* A value with its templates filled, as YAML: (list root path value). */}}
+{{/* Value with its templates rendered, as YAML: (list root path value). */}}
 {{- define "prefect-work-pool.filled" -}}
 {{- $part := dict "root" (index . 0) "path" (index . 1) "value" (index . 2) -}}
 {{- include "prefect-work-pool.fill" $part -}}
 {{- toYaml $part.value -}}
 {{- end -}}
 
-{{/* A text with its templates filled: (list root path text). */}}
+{{/* Text with its templates rendered: (list root path text). */}}
 {{- define "prefect-work-pool.line" -}}
 {{- $part := dict "root" (index . 0) "path" (index . 1) "value" (index . 2) -}}
 {{- include "prefect-work-pool.fill" $part -}}
 {{- $part.value -}}
 {{- end -}}
 
-{{/* Two lists of objects as one, in which of those with the same key the last wins: (list key list list). */}}
+{{/* Two lists of objects merged by a key: (list key list list). The last object of a key wins. */}}
 {{- define "prefect-work-pool.byKey" -}}
 {{- $key := index . 0 -}}
 {{- $last := dict -}}
@@ -62,7 +63,8 @@
 {{- toYaml $merged -}}
 {{- end -}}
 
-{{/* `labels` of an object: what the chart says of it, then commonLabels, then its own: (list root own path labels). */}}
+{{/* `labels` of an object: (list root (the chart's labels) path (the object's labels)). The chart's labels win over those of
+     the object, and these over commonLabels. */}}
 {{- define "prefect-work-pool.mergedLabels" -}}
 {{- $root := index . 0 -}}
 {{- $common := include "prefect-work-pool.filled" (list $root "commonLabels" $root.Values.commonLabels) | fromYaml -}}
@@ -70,13 +72,13 @@
 {{- $labels := mergeOverwrite dict $common $own (index . 1) -}}
 {{- range $key, $value := $labels -}}
 {{- if not (or (regexMatch "^(([A-Za-z0-9][A-Za-z0-9_.-]{0,61})?[A-Za-z0-9])?$" $value) (and (hasPrefix "runs." (index $ 2)) (contains "{{" $value))) -}}
-{{- fail (printf "%s.%s (or commonLabels) is %q, which is no value of a label: up to 63 letters, digits, - _ . that begin and end with a letter or a digit. Choose another, or an annotation" (index $ 2) $key $value) -}}
+{{- fail (printf "%s.%s (or commonLabels) is %q: a label's value has up to 63 letters, digits, - _ . and begins and ends with a letter or a digit. Choose another value, or use an annotation." (index $ 2) $key $value) -}}
 {{- end -}}
 {{- end -}}
 {{- toYaml $labels -}}
 {{- end -}}
 
-{{/* Quantities of a container as text, without those that are null. */}}
+{{/* Quantities of a container as text. Null removes a default. */}}
 {{- define "prefect-work-pool.quantities" -}}
 {{- $given := dict -}}
 {{- range $name, $value := . -}}
@@ -85,7 +87,7 @@
 {{- toYaml $given -}}
 {{- end -}}
 
-{{/* A container's `resources`. */}}
+{{/* `resources` of a container. */}}
 {{- define "prefect-work-pool.resources" -}}
 {{- $given := dict -}}
 {{- range $part, $quantities := . -}}
@@ -94,12 +96,12 @@
 {{- toYaml $given -}}
 {{- end -}}
 
-{{/* A Deployment's `strategy`: without the part of the default that another type does not have. */}}
+{{/* `strategy` of a Deployment. Recreate has no rollingUpdate, which the default values would add. */}}
 {{- define "prefect-work-pool.strategy" -}}
 {{- toYaml (ternary (omit . "rollingUpdate") . (eq .type "Recreate")) -}}
 {{- end -}}
 
-{{/* The name of a component's StatefulSet: (list root component). Kubernetes adds a hash to it in a label of the pod. */}}
+{{/* Name of a component's StatefulSet: (list root component). It is short, as Kubernetes puts it with a hash into a label. */}}
 {{- define "prefect-work-pool.statefulSet" -}}
 {{- $suffix := printf "-%s" (index . 1) -}}
 {{- printf "%s%s" (regexReplaceAll "-+$" (include "prefect-work-pool.fullname" (index . 0) | trunc (sub 52 (len $suffix) | int)) "") $suffix -}}
