@@ -74,7 +74,7 @@ def test_the_last_good_run_is_kept_whatever_follows(
     project: DbtProject, shop: Path, good: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And nothing modified since is no error."""
-    monkeypatch.setattr(artifacts, "KEPT", 1)
+    monkeypatch.setattr(artifacts, "KEPT_COMMANDS", 1)
     kept = artifacts.Artifacts(f"{shop}.kept", "shop")
     passing = [
         Path(kept.store(shop / "target", DbtResult("compile"), "dev", str(number), whole=False)) for number in range(2)

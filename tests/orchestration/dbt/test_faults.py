@@ -65,7 +65,7 @@ def test_a_profile_that_is_not_there(folder: Path) -> None:
 
 
 def test_an_option_that_is_not_there(small_project: DbtProject) -> None:
-    with pytest.raises(TypeError, match=r"There is no option selct; there are: select, exclude"):
+    with pytest.raises(TypeError, match=r"Unknown option selct. Options are: select, exclude"):
         small_project.build(selct="days")  # type: ignore[call-arg]
     with pytest.raises(DbtError, match=r"dbt seed could not start .*No such option '--nowhere'"):
         small_project.seed(flags=["--nowhere"])

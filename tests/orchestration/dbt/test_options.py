@@ -46,7 +46,7 @@ def test_vars_reach_dbt_as_they_are(variables: Mapping[str, Any]) -> None:
 def test_flags_that_are_a_text_are_refused_with_the_list_that_is_meant(tmp_path: Path) -> None:
     """Each of its letters would be an option of dbt's."""
     with pytest.raises(
-        DbtError, match=r"flags are a text, '--fail-fast -s a'. Give a list, like \['--fail-fast', '-s'"
+        DbtError, match=r"flags is a string, '--fail-fast -s a'. Give a list, like \['--fail-fast', '-s'"
     ):
         DbtProject(tmp_path).build(flags="--fail-fast -s a")
 
@@ -63,14 +63,14 @@ NO_JSON: dict[str, tuple[Any, str]] = {
     "vars.at": ({"at": datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC)}, "a datetime"),
     "vars.window.days[1]": ({"window": {"days": [1, datetime.timedelta(1)]}}, "a timedelta"),
     "vars.price": ({"price": decimal.Decimal(1)}, "a Decimal"),
-    "vars.share": ({"share": math.nan}, "nan, which is no number"),
+    "vars.share": ({"share": math.nan}, "the number nan"),
     "vars.folder": ({"folder": Path("/tmp")}, "a PosixPath"),  # noqa: S108 - not used
     "vars.names": ({"names": {"a"}}, "a set"),
     "vars.raw": ({"raw": b"a"}, "a bytes"),
     "vars.colour": ({"colour": _Colour.RED}, "a _Colour"),
-    "vars.by_year": ({"by_year": {2024: 1}}, "a dictionary with the name 2024, which is no text"),
+    "vars.by_year": ({"by_year": {2024: 1}}, "a dictionary with the key 2024, which is not a string"),
     "vars.inside": (_ITSELF, "a value that contains itself"),
-    "vars.text": ({"text": "\ud800"}, "a text with half a character"),
+    "vars.text": ({"text": "\ud800"}, "a string with half a character (a lone surrogate)"),
 }
 
 
@@ -79,8 +79,8 @@ def test_vars_that_are_no_json_are_refused_by_name(name: str, tmp_path: Path) ->
     variables, what = NO_JSON[name]
     with pytest.raises(DbtError) as raised:
         DbtProject(tmp_path).build(vars=variables)
-    assert str(raised.value).startswith(f"{name} is no JSON: it is {what}. ")
-    with pytest.raises(DbtError, match="vars are no mapping"):
+    assert str(raised.value).startswith(f"{name} is not JSON: it is {what}. ")
+    with pytest.raises(DbtError, match="vars is not a mapping"):
         DbtProject(tmp_path).build(vars='{"a": 1}')  # type: ignore[arg-type]
 
 

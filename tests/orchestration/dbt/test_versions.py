@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from prefect import flow
 
-from orchestration.dbt.mirror import STATES
-from orchestration.dbt.result import FAILED
+from orchestration.dbt import DbtResult
+from orchestration.dbt.mirror import STATES, UNKNOWN_STATE
+from orchestration.dbt.result import FAILED, REUSED, SKIPPED, SUCCEEDED
 from orchestration.settings import ROOT
 from tests.orchestration.dbt import versions
-from tests.orchestration.dbt.conftest import use
+from tests.orchestration.dbt.conftest import Tiny, use
 from tests.orchestration.dbt.projects import FUNCTIONS, replace, without_functions
 from tests.orchestration.dbt.task_runs import Server, results_of
 from tests.parts import wait_until
@@ -39,6 +40,34 @@ def test_every_status_of_dbt_has_a_state(version: str) -> None:
     listed = subprocess.run([versions.python_of(version), "-c", code], capture_output=True, text=True, check=True)
     statuses = set(listed.stdout.splitlines())
     assert set(FAILED) <= statuses <= STATES.keys()
+    assert {*SUCCEEDED, *FAILED, SKIPPED, REUSED} == STATES.keys()
+
+
+def test_unknown_status_is_neither_failed_nor_done(folder: Path, tmp_path: Path, tiny: Tiny, server: Server) -> None:
+    """Of a later dbt, which a filter of the child's output stands for: the next attempt runs the node again."""
+    python = tmp_path / "later-dbt"
+    as_later = r's/("id": "model.small.three", "status": )"success"/\1"postponed"/'
+    python.write_text(f"#!/bin/sh\n'{tiny.python}' \"$@\" | sed --unbuffered --regexp-extended '{as_later}'\n")
+    python.chmod(0o755)
+    project = use(folder, python=python)
+    results: list[DbtResult] = []
+
+    @flow(retries=1)
+    def daily() -> None:
+        results.append(project.build())
+        assert len(results) == 2
+
+    state = daily(return_state=True)
+    assert state.is_completed(), state.message
+    statuses = [{node.name: node.status for node in result.nodes} for result in results]
+    assert statuses == [
+        {"one": "success", "two": "success", "three": "postponed"},
+        {"one": "reused", "two": "reused", "three": "postponed"},
+    ]
+    assert [node.name for node in results[1].unknown] == ["three"]
+    task = server.nodes(server.run(state), 3)["model.small.three"]
+    assert (task["state_type"], task["state_name"]) == UNKNOWN_STATE == ("CANCELLED", "Unknown")
+    assert task["state"]["message"].startswith("dbt reports the status 'postponed', which is unknown here.")
 
 
 @pytest.mark.parametrize("version", OTHERS)
