@@ -1,4 +1,4 @@
-"""The log of long-running components, each test in a process of its own: logging is configured for a whole process."""
+"""The log that `orchestration/logs.py` configures, each test in a process of its own: logging is per process."""
 
 import json
 import os

@@ -121,7 +121,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(prefect_server: str, storage
         assert _execute(run, prefect_server, variables) == 0
         assert api.get(f"/flow_runs/{run}").json()["state_type"] == "COMPLETED"
         lines = _lines(api, run)
-    taken = [re.findall(r"step (\d) in execution (\d) with key (\S+)", line) for line in lines]
+    taken = [re.findall(r"step (\d) in attempt (\d) with key (\S+)", line) for line in lines]
     steps = [each for found in taken for each in found]
     assert Counter((number, execution) for number, execution, _ in steps) == Counter(
         [("1", "1"), ("2", "1"), ("3", "1"), ("4", "1"), ("4", "2"), ("5", "2")]

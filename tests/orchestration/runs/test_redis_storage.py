@@ -1,4 +1,4 @@
-"""Results in Redis, by a real one: what is stored, and what happens where there is none."""
+"""Results in a real Redis, by `orchestration/runs/redis_storage.py`, which fsspec finds by an entry point."""
 
 from collections.abc import Callable
 from pathlib import Path
