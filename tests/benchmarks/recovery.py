@@ -61,7 +61,7 @@ def measure_recovery(api: httpx.Client, pool: Pool, kills: int) -> list[Figure]:
         [pod] = list_pods(pool, run)
         kill_pod(pool, pod["metadata"]["name"])
         wait_for_state(api, run, "Crashed", 60)
-        wait_for_log(api, run, "execution 2", 120)
+        wait_for_log(api, run, "attempt 2 in", 120)
         found = find_milestones(api, run, read_journals(pool)[run])
         totals.append(found[-1] - found[0])
         for seconds, (earlier, later) in zip(parts, pairwise(found), strict=True):

@@ -328,7 +328,7 @@ def find_wrong_runs(
 def find_lasting_wrong_runs(
     api: httpx.Client, before: Mapping[str, Schedule], since: datetime, done: datetime
 ) -> list[WrongRun]:
-    """What of `wrong_runs` stays wrong."""
+    """Return the wrong runs that are still wrong after `SETTLING_SECONDS`."""
     deadline = time.monotonic() + SETTLING_SECONDS
     while (wrong := find_wrong_runs(api, before, since, done)) and time.monotonic() < deadline:
         time.sleep(0.5)
