@@ -8,7 +8,8 @@ from typing import Any
 from orchestration.deployments import desired as wanted
 from orchestration.deployments import schedules
 from orchestration.deployments.desired import Desired
-from orchestration.deployments.resources import DEPLOYMENT, POOL, QUEUE, title
+from orchestration.deployments.resources import DEPLOYMENT, POOL, QUEUE
+from orchestration.deployments.schedules import title
 from orchestration.errors import DeploymentsError
 
 TIMES = 5

@@ -55,7 +55,6 @@ from orchestration.deployments.resources import (
     automation,
     fires_on_everything,
     runs_one_deployment,
-    schedules_by_name,
     spoken,
     trigger,
 )
@@ -614,7 +613,7 @@ class _Reader:
             ):
                 raise DeploymentsError(f"{where}: deployment {wanted.name} has this schedule twice. Remove one")
             listed.append(known)
-        return schedules_by_name(listed)
+        return schedules.by_name(listed)
 
     def triggers(self, wanted: _Deployment, *path: str | int) -> dict[str, dict[str, Any]]:
         if not wanted.triggers:

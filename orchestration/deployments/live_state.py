@@ -19,7 +19,6 @@ from orchestration.deployments.resources import (
     Object,
     automation,
     runs_one_deployment,
-    schedules_by_name,
     with_deployment,
 )
 from orchestration.prefect_api import JSON, Server
@@ -110,7 +109,7 @@ def deployment(raw: JSON, flow: str) -> Object:
         "concurrency_limit": limit.get("limit") if own_limit else raw.get("concurrency_limit"),
         "concurrency_options": raw.get("concurrency_options"),
         "paused": raw["paused"],
-        "schedules": schedules_by_name(listed),
+        "schedules": schedules.by_name(listed),
         "triggers": {},
     }
     return Object(DEPLOYMENT, f"{flow}/{raw['name']}", fields, id=raw["id"], raw=raw | {"trigger_ids": {}})

@@ -1,6 +1,6 @@
 """What a file says and a server has, in one form, so that the two can be compared."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,34 +70,6 @@ def parsed(text: str) -> Name:
     if kind not in KINDS or not key:
         raise ValueError(f"{text} is no KIND:KEY. Write deployment:FLOW/NAME; the kinds are {', '.join(KINDS)}")
     return kind, key
-
-
-def schedules_by_name(listed: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Schedules by slug; those without one by what they are, as `cron 0 6 * * * UTC`.
-
-    Args:
-        listed: each with `schedule` in normal form, `active`, `parameters`, `slug`, perhaps `id`.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for each in listed:
-        name = each.get("slug") or title(each["schedule"])
-        number = 2
-        while name in found:  # the same twice, with other parameters
-            name = f"{name.rsplit(' #', 1)[0]} #{number}"
-            number += 1
-        found[name] = {key: value for key, value in each.items() if key != "slug"} | {"slug": each.get("slug")}
-    return found
-
-
-def title(schedule: Mapping[str, Any]) -> str:
-    """A schedule in a few words."""
-    kind = next(each for each in schedules.KINDS if each in schedule)
-    value = schedule[kind]
-    if kind == "interval":
-        value = f"{value:g} s"
-    elif kind == "rrule":
-        value = str(value).removeprefix("RRULE:").rpartition("\n")[2]
-    return f"{kind} {value} {schedule['timezone']}"
 
 
 def automation(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,7 +213,7 @@ def _schedule_differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -
             listed.append((f"schedules.{name}", _said(old), _said(new)))
             continue
         if not schedules.is_same(new["schedule"], old["schedule"]):
-            titles = title(old["schedule"]), title(new["schedule"])
+            titles = schedules.title(old["schedule"]), schedules.title(new["schedule"])
             both = titles if titles[0] != titles[1] else (old["schedule"], new["schedule"])
             listed.append((f"schedules.{name}", *both))
         if new["active"] is not None and new["active"] != old["active"]:
@@ -256,4 +228,4 @@ def _schedule_differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -
 def _said(schedule: Mapping[str, Any] | None) -> str | None:
     if schedule is None:
         return None
-    return title(schedule["schedule"]) + ("" if schedule["active"] in (None, True) else ", paused")
+    return schedules.title(schedule["schedule"]) + ("" if schedule["active"] in (None, True) else ", paused")

@@ -8,7 +8,8 @@ from typing import Any
 
 from orchestration.deployments.drift import Drift
 from orchestration.deployments.plan import ADOPT, CHANGE, CREATE, DELETE, END, FINISH, FORGET, KEEP, Plan
-from orchestration.deployments.resources import Difference, Object, title
+from orchestration.deployments.resources import Difference, Object
+from orchestration.deployments.schedules import title
 
 MARKS = {
     CREATE: ("+", "create", "32"),

@@ -29,7 +29,7 @@ LOG_LINES = 100_000
 FLOW = """
 import resource
 import sys
-from orchestration.local import warehouse
+from orchestration import warehouse
 from orchestration.dbt import DbtProject
 
 project = DbtProject(sys.argv[1], environment=warehouse.environment, artifacts=sys.argv[1] + ".kept")

@@ -31,7 +31,7 @@ from typing import Any
 import httpx
 
 from orchestration.deployments import schedules
-from orchestration.deployments.resources import title
+from orchestration.deployments.schedules import title
 from orchestration.settings import ROOT
 from tests.long.longtest import Findings, Parameters
 from tests.parts import prefect_server

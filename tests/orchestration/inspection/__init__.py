@@ -1,1 +1,1 @@
-"""Tests of the reconciler."""
+"""Tests of how runs are read and explained."""

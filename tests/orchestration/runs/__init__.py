@@ -1,1 +1,1 @@
-"""Tests of the reconciler."""
+"""Tests of what executes a flow run in its pod."""

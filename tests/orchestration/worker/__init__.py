@@ -1,1 +1,1 @@
-"""Tests of the reconciler."""
+"""Tests of the Kubernetes worker and its base job template."""
