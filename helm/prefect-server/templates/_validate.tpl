@@ -1,6 +1,19 @@
 {{/* Rules across values. A message is `<what failed>: <cause>. <cure>.` and names the key. values.schema.json has the rules of
      single values. */}}
 {{- define "prefect-server.validate" -}}
+{{- include "prefect-server.validateImage" . -}}
+{{- include "prefect-server.validateDatabase" . -}}
+{{- include "prefect-server.validateProcesses" . -}}
+{{- include "prefect-server.validateRoutes" . -}}
+{{- include "prefect-server.validateNames" . -}}
+{{- include "prefect-server.validateScale" . -}}
+{{- include "prefect-server.validatePods" . -}}
+{{- include "prefect-server.validateFilled" . -}}
+{{- include "prefect-server.validateService" . -}}
+{{- include "prefect-server.validateSecrets" . -}}
+{{- end -}}
+
+{{- define "prefect-server.validateImage" -}}
 {{- $values := .Values -}}
 {{- if not (or $values.image.tag $values.image.digest) -}}
 {{- fail "image.tag is empty: the chart has no image to run. Set image.tag to a tag that `make push` printed, or set image.digest. `make deploy` sets the tag." -}}
@@ -8,6 +21,11 @@
 {{- if eq $values.image.tag "latest" -}}
 {{- fail "image.tag is `latest`: this tag changes under a running release. Set a tag that stays, or image.digest." -}}
 {{- end -}}
+{{- end -}}
+
+{{/* The database and Redis of the server. */}}
+{{- define "prefect-server.validateDatabase" -}}
+{{- $values := .Values -}}
 {{- if and $values.database.external.existingSecret $values.database.bundled.enabled -}}
 {{- fail "database.external.existingSecret and database.bundled.enabled are both set: a server has one database. Set database.bundled.enabled=false to use the external one, or leave existingSecret empty." -}}
 {{- end -}}
@@ -17,6 +35,11 @@
 {{- if and $values.redis.external.existingSecret $values.redis.bundled.enabled -}}
 {{- fail "redis.external.existingSecret and redis.bundled.enabled are both set: a server has one Redis. Set redis.bundled.enabled=false to use the external one, or leave existingSecret empty." -}}
 {{- end -}}
+{{- end -}}
+
+{{/* Processes that need a shared Redis, or may run only once. */}}
+{{- define "prefect-server.validateProcesses" -}}
+{{- $values := .Values -}}
 {{- $redis := include "prefect-server.redis" . -}}
 {{- if and $values.services.separate (not $redis) -}}
 {{- fail "services.separate=true needs a Redis: events would stay in the API's memory. Set redis.bundled.enabled=true or redis.external.existingSecret, or services.separate=false." -}}
@@ -28,6 +51,10 @@
 {{- if and (gt (int $replicas) 1) (not $values.services.separate) -}}
 {{- fail "api.replicas (or api.autoscaling.maxReplicas) over 1 needs services.separate=true: each API pod would run all services. Set services.separate=true, or one replica." -}}
 {{- end -}}
+{{- end -}}
+
+{{- define "prefect-server.validateRoutes" -}}
+{{- $values := .Values -}}
 {{- $parents := dict -}}
 {{- range $parent := ternary $values.httpRoute.parentRefs list $values.httpRoute.enabled -}}
 {{- $name := list $parent.group $parent.kind $parent.namespace $parent.name | toJson -}}
@@ -44,20 +71,19 @@
 {{- if and $values.httpRoute.enabled (not $values.httpRoute.parentRefs) -}}
 {{- fail "httpRoute.enabled=true needs httpRoute.parentRefs: a route without a gateway receives nothing. Set httpRoute.parentRefs=[{name: GATEWAY, namespace: NAMESPACE}]." -}}
 {{- end -}}
-{{- if and $values.api.autoscaling.enabled (not (dig "requests" "cpu" "" $values.api.resources)) -}}
-{{- fail "api.autoscaling.enabled=true needs api.resources.requests.cpu: CPU use is measured against the request. Set the request, or api.autoscaling.enabled=false." -}}
 {{- end -}}
+
+{{- define "prefect-server.validateNames" -}}
 {{- if regexMatch "^[0-9]" (include "prefect-server.fullname" .) -}}
 {{- fail (printf "fullnameOverride (or the release's name) makes the name %q, which begins with a digit: Kubernetes refuses a Service of such a name. Set fullnameOverride to a name that begins with a letter." (include "prefect-server.fullname" .)) -}}
 {{- end -}}
-{{- include "prefect-server.validateScale" . -}}
-{{- include "prefect-server.validatePods" . -}}
-{{- include "prefect-server.validateFilled" . -}}
-{{- include "prefect-server.validateService" . -}}
-{{- include "prefect-server.validateSecrets" . -}}
 {{- end -}}
 
+{{/* Replicas, updates and disruption budgets. */}}
 {{- define "prefect-server.validateScale" -}}
+{{- if and .Values.api.autoscaling.enabled (not (dig "requests" "cpu" "" .Values.api.resources)) -}}
+{{- fail "api.autoscaling.enabled=true needs api.resources.requests.cpu: CPU use is measured against the request. Set the request, or api.autoscaling.enabled=false." -}}
+{{- end -}}
 {{- with .Values.api.autoscaling -}}
 {{- if and .enabled (gt (int64 .minReplicas) (int64 .maxReplicas)) -}}
 {{- fail "api.autoscaling.minReplicas is above api.autoscaling.maxReplicas: no number of pods meets both. Raise maxReplicas." -}}

@@ -149,6 +149,18 @@ volumes:
 {{- include "prefect-work-pool.mergedLabels" (list $root $own "runs.labels" $labels) -}}
 {{- end -}}
 
+{{/* The job variable `image`. runs.allowed.images restricts it by a pattern, which the image of runs always meets. */}}
+{{- define "prefect-work-pool.imageVariable" -}}
+{{- $image := dict "title" "Image" "type" "string" "default" (include "prefect-work-pool.runsImage" .) "description" "The container's image." -}}
+{{- with .Values.runs.allowed.images -}}
+{{- $own := regexReplaceAll "[:@][^/]*$" (include "prefect-work-pool.runsImage" $) "" -}}
+{{- $patterns := list (printf "%s[:@].*" (regexQuoteMeta $own)) -}}
+{{- range . -}}{{- $patterns = append $patterns (regexQuoteMeta . | replace "\\*" ".*") -}}{{- end -}}
+{{- $_ := set $image "pattern" (printf "^(%s)$" (join "|" $patterns)) -}}
+{{- end -}}
+{{- toYaml $image -}}
+{{- end -}}
+
 {{/* `variables`: what a deployment or a run may set, with the release's defaults. They are upstream's variables, except those
      that do nothing in prefect-kubernetes 0.8 (job_watch_timeout_seconds, pod_watch_timeout_seconds, stream_output), and
      except namespace and cluster_config: the Role covers only this namespace. */}}
@@ -162,20 +174,13 @@ volumes:
 {{- /* Policies, quotas and the reconciler identify pods by these keys. */ -}}
 {{- $free := dict "not" (dict "pattern" "^(app\\.kubernetes\\.io/|prefect\\.io/|reconciler\\.|kubectl\\.kubernetes\\.io/|batch\\.kubernetes\\.io/|job-name$|controller-uid$)") -}}
 {{- $accounts := prepend .Values.runs.allowed.serviceAccounts (include "prefect-work-pool.serviceAccountName" (list . "runs")) -}}
-{{- $image := dict "title" "Image" "type" "string" "default" (include "prefect-work-pool.runsImage" .) "description" "The container's image." -}}
-{{- with .Values.runs.allowed.images -}}
-{{- $own := regexReplaceAll "[:@][^/]*$" (include "prefect-work-pool.runsImage" $) "" -}}
-{{- $patterns := list (printf "%s[:@].*" (regexQuoteMeta $own)) -}}
-{{- range . -}}{{- $patterns = append $patterns (regexQuoteMeta . | replace "\\*" ".*") -}}{{- end -}}
-{{- $_ := set $image "pattern" (printf "^(%s)$" (join "|" $patterns)) -}}
-{{- end -}}
 {{- $variables := dict
   "name" (dict "title" "Name" "anyOf" $text "default" nil "description" "Prefix of the Job's name.")
   "command" (dict "title" "Command" "anyOf" $text "default" nil "description" "Command of the container. Empty: run the flow.")
   "env" (dict "title" "Environment Variables" "type" "object" "additionalProperties" (dict "anyOf" $text) "description" "Environment variables in plain text. Secrets come from runs.env of the chart.")
   "labels" (dict "title" "Labels" "type" "object" "additionalProperties" $map "propertyNames" $free "description" "Labels of the Job and its pod.")
   "annotations" (dict "title" "Annotations" "type" "object" "additionalProperties" $map "propertyNames" $free "description" "Annotations of the Job and its pod.")
-  "image" $image
+  "image" (include "prefect-work-pool.imageVariable" . | fromYaml)
   "image_pull_policy" (dict "title" "Image Pull Policy" "type" "string" "enum" (list "IfNotPresent" "Always" "Never") "default" ($runs.image.pullPolicy | default .Values.image.pullPolicy) "description" "When the node pulls the image.")
   "service_account_name" (dict "title" "Service Account Name" "type" "string" "enum" $accounts "default" (first $accounts) "description" "The pod's service account.")
   "backoff_limit" (dict "title" "Backoff Limit" "type" "integer" "minimum" 0 "default" (int $runs.backoffLimit) "description" "How often Kubernetes retries a failed pod. At 0, Prefect reschedules a run whose pod is evicted.")

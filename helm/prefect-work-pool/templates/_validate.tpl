@@ -1,6 +1,20 @@
 {{/* Rules across values. A message is `<what failed>: <cause>. <cure>.` and names the key. values.schema.json has the rules of
      single values. */}}
 {{- define "prefect-work-pool.validate" -}}
+{{- include "prefect-work-pool.validateImages" . -}}
+{{- include "prefect-work-pool.validateQueues" . -}}
+{{- include "prefect-work-pool.validateAccounts" . -}}
+{{- include "prefect-work-pool.validateDeadline" . -}}
+{{- include "prefect-work-pool.validateSidecars" . -}}
+{{- include "prefect-work-pool.validateScale" . -}}
+{{- include "prefect-work-pool.validatePods" . -}}
+{{- include "prefect-work-pool.validateFilled" . -}}
+{{- include "prefect-work-pool.validateVariables" . -}}
+{{- include "prefect-work-pool.validateResults" . -}}
+{{- include "prefect-work-pool.validateSecret" . -}}
+{{- end -}}
+
+{{- define "prefect-work-pool.validateImages" -}}
 {{- $values := .Values -}}
 {{- if not (or $values.image.tag $values.image.digest) -}}
 {{- fail "image.tag is empty: the chart has no image to run. Set image.tag to a tag that `make push` printed, or set image.digest. `make deploy` sets the tag." -}}
@@ -10,6 +24,11 @@
 {{- fail "image.tag (or runs.image.tag) is `latest`: this tag changes under a running release. Set a tag that stays, or a digest." -}}
 {{- end -}}
 {{- end -}}
+{{- end -}}
+
+{{/* The pool and its queues. */}}
+{{- define "prefect-work-pool.validateQueues" -}}
+{{- $values := .Values -}}
 {{- if hasPrefix "prefect" (lower $values.pool.name) -}}
 {{- fail (printf "pool.name %q starts with `prefect`: the server reserves such names. Choose another name." $values.pool.name) -}}
 {{- end -}}
@@ -21,38 +40,47 @@
 {{- fail (printf "worker.queues names %q: pool.queues has only %s. Add the queue to pool.queues, or remove it from worker.queues." . (join ", " $queues)) -}}
 {{- end -}}
 {{- end -}}
-{{- if and $values.runs.pod.sidecars (not (and $values.reconciler.enabled (int64 $values.reconciler.replicas))) -}}
-{{- fail "runs.pod.sidecars needs the reconciler: it deletes a run's Job when the main container has ended. Set reconciler.enabled=true and reconciler.replicas above 0, or put the containers into runs.pod.initContainers with restartPolicy: Always." -}}
 {{- end -}}
-{{- if and $values.worker.autoscaling.enabled (not (dig "requests" "cpu" "" $values.worker.resources)) -}}
-{{- fail "worker.autoscaling.enabled=true needs worker.resources.requests.cpu: CPU use is measured against the request. Set the request, or worker.autoscaling.enabled=false." -}}
-{{- end -}}
+
+{{/* Service accounts whose Roles the chart creates. */}}
+{{- define "prefect-work-pool.validateAccounts" -}}
+{{- $values := .Values -}}
 {{- if and (not $values.worker.serviceAccount.create) (not $values.worker.serviceAccount.name) -}}
 {{- fail "worker.serviceAccount.create=false needs worker.serviceAccount.name: the default account would get permission to create Jobs. Name an existing account." -}}
 {{- end -}}
 {{- if and $values.reconciler.enabled (not $values.reconciler.serviceAccount.create) (not $values.reconciler.serviceAccount.name) -}}
 {{- fail "reconciler.serviceAccount.create=false needs reconciler.serviceAccount.name: the default account would get permission to delete Jobs. Name an existing account." -}}
 {{- end -}}
+{{- end -}}
+
+{{- define "prefect-work-pool.validateDeadline" -}}
+{{- $values := .Values -}}
 {{- $prefetch := int $values.worker.prefetchSeconds -}}
 {{- with $values.runs.activeDeadlineSeconds -}}
 {{- if le (int .) $prefetch -}}
 {{- fail "runs.activeDeadlineSeconds is not above worker.prefetchSeconds: a run that is submitted early would be killed before its scheduled time. Raise runs.activeDeadlineSeconds." -}}
 {{- end -}}
 {{- end -}}
+{{- end -}}
+
+{{/* Sidecars, which keep a pod from ending. */}}
+{{- define "prefect-work-pool.validateSidecars" -}}
+{{- $values := .Values -}}
+{{- if and $values.runs.pod.sidecars (not (and $values.reconciler.enabled (int64 $values.reconciler.replicas))) -}}
+{{- fail "runs.pod.sidecars needs the reconciler: it deletes a run's Job when the main container has ended. Set reconciler.enabled=true and reconciler.replicas above 0, or put the containers into runs.pod.initContainers with restartPolicy: Always." -}}
+{{- end -}}
 {{- range $component := list "sync" "tests" -}}
 {{- if (index $values $component).pod.sidecars -}}
 {{- fail (printf "%s.pod.sidecars is set: a sidecar would keep the pod from ending. Put the containers into %s.pod.initContainers with restartPolicy: Always." $component $component) -}}
 {{- end -}}
 {{- end -}}
-{{- include "prefect-work-pool.validateScale" . -}}
-{{- include "prefect-work-pool.validatePods" . -}}
-{{- include "prefect-work-pool.validateFilled" . -}}
-{{- include "prefect-work-pool.validateVariables" . -}}
-{{- include "prefect-work-pool.validateResults" . -}}
-{{- include "prefect-work-pool.validateSecret" . -}}
 {{- end -}}
 
+{{/* Replicas, updates and disruption budgets. */}}
 {{- define "prefect-work-pool.validateScale" -}}
+{{- if and .Values.worker.autoscaling.enabled (not (dig "requests" "cpu" "" .Values.worker.resources)) -}}
+{{- fail "worker.autoscaling.enabled=true needs worker.resources.requests.cpu: CPU use is measured against the request. Set the request, or worker.autoscaling.enabled=false." -}}
+{{- end -}}
 {{- with .Values.worker.autoscaling -}}
 {{- if and .enabled (gt (int64 .minReplicas) (int64 .maxReplicas)) -}}
 {{- fail "worker.autoscaling.minReplicas is above worker.autoscaling.maxReplicas: no number of pods meets both. Raise maxReplicas." -}}
