@@ -1,1 +1,1 @@
-"""Tests of the charts as they render; what they do on a cluster is in tests/e2e."""
+"""Tests of the rendered charts. tests/e2e has those on a cluster."""

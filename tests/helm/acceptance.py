@@ -1,4 +1,4 @@
-"""Whether Kubernetes and a Prefect server take what a chart renders."""
+"""Try rendered charts on a Kubernetes API server and a Prefect server."""
 
 import contextlib
 import re
@@ -20,7 +20,7 @@ from tests.helm.rendering import Object
 from tests.parts import wait_until
 
 REVISION = "5d4f8c7b9d"
-"""A hash that Kubernetes' StatefulSet controller might append to a name."""
+"""A hash such as the StatefulSet controller appends to names."""
 
 
 @contextlib.contextmanager
@@ -34,7 +34,7 @@ def kubernetes(folder: Path) -> Iterator[apiserver.ApiServer]:
 
 
 def refusals(api: apiserver.ApiServer, rendered: str) -> list[str]:
-    """Return why the API server refuses objects of a rendered chart, or pods of its StatefulSets."""
+    """Return the API server's refusals of a rendered chart, its StatefulSets' pods and claims included."""
     found = []
     for manifest in re.split(r"^---\n", rendered, flags=re.MULTILINE):
         each = yaml.load(manifest, yaml.CSafeLoader)
@@ -44,7 +44,7 @@ def refusals(api: apiserver.ApiServer, rendered: str) -> list[str]:
 
 
 def _pods(each: Object) -> list[Object]:
-    """Return the objects that Kubernetes' StatefulSet controller makes of a StatefulSet."""
+    """Return the pod and claims that the StatefulSet controller creates for a StatefulSet."""
     if each["kind"] != "StatefulSet":
         return []
     set_name, spec = each["metadata"]["name"], each["spec"]
@@ -78,7 +78,11 @@ def _pods(each: Object) -> list[Object]:
 
 
 def synced_file(rendered: str) -> str:
-    """Return the file with the pool that a release's `sync` reads."""
+    """Return the text of pool.yaml, which the release's sync Job reads.
+
+    Raises:
+        AssertionError: the release has no such file.
+    """
     for each in yaml.load_all(rendered, yaml.CSafeLoader):
         if each and each["kind"] == "ConfigMap" and "pool.yaml" in (each.get("data") or {}):
             return str(each["data"]["pool.yaml"])
@@ -86,7 +90,7 @@ def synced_file(rendered: str) -> str:
 
 
 def job(template: Object, **variables: Any) -> Object:
-    """Return the Job that Prefect's worker makes of a run with a base job template."""
+    """Return the Job that Prefect's worker creates for a run with a base job template and these job variables."""
     properties = template["variables"]["properties"].items()
     defaults = {name: rule["default"] for name, rule in properties if rule.get("default") is not None}
     configuration = KubernetesWorkerJobConfiguration(
@@ -100,7 +104,14 @@ def job(template: Object, **variables: Any) -> Object:
 
 
 def pool_refusals(api: apiserver.ApiServer, server: httpx.Client, rendered: str, folder: Path) -> list[str]:
-    """Return why `sync`, the Prefect server or Kubernetes refuse a release's pool, its queues or a run's Job."""
+    """Return the refusals of a release's pool and queues by the Prefect server, and of a run's Job by Kubernetes.
+
+    Args:
+        api: a Kubernetes API server.
+        server: a client of a Prefect server.
+        rendered: the rendered work pool chart.
+        folder: for the file that sync reads.
+    """
     file = folder / "pool.yaml"
     file.write_text(synced_file(rendered))
     wanted = desired.read([file], owner="the tests")
@@ -117,8 +128,8 @@ def pool_refusals(api: apiserver.ApiServer, server: httpx.Client, rendered: str,
         ]
         server.delete(f"/work_pools/{pool.key}").raise_for_status()
     refused = [f"{path}: {each.text}" for each in answers if not each.is_success]
-    if not refused and (said := api.refusal(job(pool.fields["base_job_template"]))):
-        refused.append(f"The Job of a run: {said}")
+    if not refused and (refusal := api.refusal(job(pool.fields["base_job_template"]))):
+        refused.append(f"The Job of a run: {refusal}")
     return refused
 
 

@@ -1,4 +1,4 @@
-"""The one way that tests render a chart or read what a tool rendered: objects, checked against Kubernetes' schema."""
+"""Render charts to objects that are checked against the Kubernetes schemas. All tests that render use this module."""
 
 import copy
 import functools
@@ -15,9 +15,9 @@ from orchestration.operations.local_cluster import binaries
 from orchestration.settings import ROOT
 
 KUBERNETES = (binaries.KUBERNETES.removeprefix("v").rpartition(".")[0], "1.29")
-"""The API versions whose schemas every object must meet: the node's, and the oldest that the charts take."""
+"""Kubernetes versions whose schemas all objects must meet: that of the local node, and the oldest supported one."""
 
-# It would read all definitions, a megabyte, and list its folder again for each object.
+# Without a cache it reads all definitions (1 MB) and lists its folder for each object.
 kubernetes_validate.utils.schema_contents = functools.cache(kubernetes_validate.utils.schema_contents)
 kubernetes_validate.utils.all_versions = functools.cache(kubernetes_validate.utils.all_versions)
 
@@ -41,7 +41,7 @@ EVERY_POD: Object = {
     "volumes": [{"name": "ca", "configMap": {"name": "ca"}}],
     "volumeMounts": [{"name": "ca", "mountPath": "/ca"}],
 }
-"""The keys of a chart's `pod` that all of its pods may have, each with a value."""
+"""A value for each key of a chart's `pod` that all of its pods accept."""
 
 POD_RULES: list[tuple[Object, str]] = [
     ({"volumes": [{"name": "a", "emptyDir": {}}] * 2}, "(or pod's) has the "),
@@ -73,7 +73,7 @@ POD_RULES: list[tuple[Object, str]] = [
         "(or pod's) has the ",
     ),
 ]
-"""Values of a component's `pod` that every chart refuses, with the message."""
+"""Values of a component's `pod` that both charts refuse, with a part of the message."""
 
 RESOURCE_RULES: list[tuple[Object, str]] = [
     ({"requests": {"cpu": 3}, "limits": {"cpu": "2500m"}}, ") is above "),
@@ -84,11 +84,11 @@ RESOURCE_RULES: list[tuple[Object, str]] = [
         " needs a request of cpu or memory",
     ),
 ]
-"""Values of a component's `resources` that every chart refuses, with the message."""
+"""Values of a component's `resources` that both charts refuse, with a part of the message."""
 
 
 def render(chart: str, values: Object | Path | None = None, release: str = "test") -> list[Object]:
-    """The objects that a chart renders, in namespace `prefect`.
+    """Return the objects that a chart renders in the namespace `prefect`.
 
     Args:
         chart: a folder of `helm/`.
@@ -96,20 +96,20 @@ def render(chart: str, values: Object | Path | None = None, release: str = "test
         release: the release's name.
 
     Raises:
-        ClusterError: helm refuses the values, with its reason.
-        ValidationError: an object is none that Kubernetes would take.
+        ClusterError: helm refuses the values. The message has the reason.
+        ValidationError: an object violates a Kubernetes schema.
     """
     text = values.read_text() if isinstance(values, Path) else yaml.safe_dump(values or {})
     return copy.deepcopy(_rendered(chart, text, release))
 
 
 def rendered(chart: str, values: Object, release: str = "test") -> str:
-    """The text that a chart renders, as Helm sends it.
+    """Return the text that a chart renders, as Helm sends it.
 
     Raises:
-        ClusterError: helm refuses the values, with its reason.
+        ClusterError: helm refuses the values. The message has the reason.
     """
-    # JSON: PyYAML and Go do not read every plain text as the same.
+    # JSON, because PyYAML and Go read some plain YAML texts differently.
     return _text(chart, json.dumps(values, ensure_ascii=False), release)
 
 
@@ -124,23 +124,23 @@ def _text(chart: str, values: str, release: str) -> str:
         file.flush()
         return binaries.helm(
             "template", release, str(ROOT / "helm" / chart), "-n", "prefect", "-f", file.name,
-            # Of a cluster that it does not ask Helm takes little for granted.
+            # Without a cluster, Helm assumes few API versions.
             "--api-versions", "admissionregistration.k8s.io/v1/ValidatingAdmissionPolicy",
         )  # fmt: skip
 
 
 def objects_of(text: str) -> list[Object]:
-    """The objects of a YAML stream.
+    """Return the objects of a YAML stream.
 
     Raises:
-        ValidationError: one is none that Kubernetes would take.
+        ValidationError: an object violates a Kubernetes schema.
     """
     objects = [each for each in yaml.load_all(text, yaml.CSafeLoader) if each]
     for each in objects:
         known = each["apiVersion"].split("/")[0] not in ("gateway.networking.k8s.io",)
         if known and (text := repr(each)) not in _VALID:
             for version in KUBERNETES:
-                # Before 1.30 there is none of this kind, and then the chart renders none.
+                # Kubernetes before 1.30 lacks this kind, and the chart does not render it there.
                 if version != "1.29" or not each["kind"].startswith("ValidatingAdmissionPolicy"):
                     kubernetes_validate.validate(each, version, strict=True)
             _VALID.add(text)
@@ -148,14 +148,14 @@ def objects_of(text: str) -> list[Object]:
 
 
 _VALID: set[str] = set()
-"""Objects that met the schemas: most are the same whatever the values."""
+"""Objects that met the schemas. A cache: most objects are equal for all values."""
 
 
 def check_http_route(route: Object) -> None:
-    """Check an HTTPRoute against the Gateway API's own schema; its CEL rules are the API server's to check.
+    """Check an HTTPRoute against the Gateway API's schema, without its CEL rules.
 
     Raises:
-        ValidationError: it has a field that the schema does not have, or an impossible value.
+        ValidationError: the route has an unknown field or an invalid value.
     """
     definition = yaml.load(binaries.http_routes().read_text(), yaml.CSafeLoader)
     [schema] = [
@@ -168,7 +168,7 @@ def check_http_route(route: Object) -> None:
 
 
 def _closed(schema: Any) -> Any:
-    """Return a schema that refuses the fields that an API server would drop."""
+    """Return a schema that refuses unknown fields, which an API server would drop."""
     if isinstance(schema, list):
         return [_closed(each) for each in schema]
     if not isinstance(schema, dict):
@@ -178,19 +178,19 @@ def _closed(schema: Any) -> Any:
 
 
 def inventory(objects: list[Object]) -> list[str]:
-    """The objects as "Kind/name", sorted."""
+    """Return the objects as sorted "Kind/name" texts."""
     return sorted(f"{each['kind']}/{each['metadata']['name']}" for each in objects)
 
 
 def one(objects: list[Object], kind: str, name: str) -> Object:
-    """The object of that kind and name."""
+    """Return the only object of a kind and name."""
     found = [each for each in objects if each["kind"] == kind and each["metadata"]["name"] == name]
     assert len(found) == 1, f"{kind}/{name} is not among {inventory(objects)}"
     return found[0]
 
 
 def pod_specs(objects: list[Object]) -> dict[str, Object]:
-    """Each pod that the objects make, by "Kind/name"."""
+    """Return the pod specs of the objects by "Kind/name"."""
     specs = {}
     for each in objects:
         spec = each["spec"] if each["kind"] == "Pod" else each.get("spec", {}).get("template", {}).get("spec")
@@ -200,7 +200,10 @@ def pod_specs(objects: list[Object]) -> dict[str, Object]:
 
 
 def assert_restricted(objects: list[Object]) -> None:
-    """Each pod that the objects make meets the `restricted` Pod Security Standard, and more than it asks."""
+    """Assert that all pods meet the `restricted` Pod Security Standard.
+
+    They also have a read-only root file system, no service links, resources, and an image with a fixed tag.
+    """
     for name, spec in pod_specs(objects).items():
         assert spec["enableServiceLinks"] is False, name
         assert spec["securityContext"]["runAsNonRoot"] is True, name
@@ -218,5 +221,5 @@ def assert_restricted(objects: list[Object]) -> None:
 
 
 def environment(container: Object) -> dict[str, Any]:
-    """A container's variables: the value, or where it comes from."""
+    """Return a container's environment variables: the value, or its source (`valueFrom`), by name."""
     return {each["name"]: each.get("value", each.get("valueFrom")) for each in container["env"]}

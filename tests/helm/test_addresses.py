@@ -1,4 +1,4 @@
-"""The addresses that the charts' policies open, for every range of IPv4 and IPv6, beside Python's `ipaddress`."""
+"""Address ranges of the charts' NetworkPolicies, IPv4 and IPv6, compared with Python's `ipaddress`."""
 
 import ipaddress
 import random
@@ -10,14 +10,14 @@ from tests.helm.rendering import Object, render
 
 CHARTS = ("prefect-server", "prefect-work-pool")
 METADATA = ["169.254.169.254", "168.63.129.16", "100.100.100.200", "fd00:ec2::254", "fe80::a9fe:a9fe"]
-"""Where AWS, GCP, Azure and Alibaba answer, by IPv4 and IPv6."""
+"""Addresses of the metadata services of AWS, GCP, Azure and Alibaba, and link-local ones."""
 
 TAG: Object = {"image": {"tag": "src-0123456789ab"}}
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 def _drawn(seed: int, number: int) -> list[str]:
-    """Ranges, half of them around the exceptions that are drawn as well."""
+    """Return random address ranges, many of them near the metadata services."""
     draw = random.Random(seed)  # noqa: S311
     found: list[str] = ["0.0.0.0/0", "::/0", "fd00::/8", "168.63.0.0/16", "169.254.169.254/32", "fd00:ec2::/32"]
     while len(found) < number:
@@ -42,7 +42,7 @@ def _blocks(objects: list[Object]) -> list[Object]:
 
 @pytest.mark.parametrize("chart", CHARTS)
 @pytest.mark.parametrize("seed", range(3))
-def test_exceptions_are_those_that_a_range_holds(chart: str, seed: int) -> None:
+def test_exceptions_of_a_range_lie_inside_it(chart: str, seed: int) -> None:
     ranges, excepted = _drawn(seed, 60), [each for each in _drawn(seed + 100, 20) if not each.endswith("/0")]
     values = TAG | {"networkPolicy": {"egressCIDRs": ranges, "exceptCIDRs": excepted}}
     blocks = {each["cidr"]: each.get("except", []) for each in _blocks(render(chart, values))}
@@ -54,7 +54,7 @@ def test_exceptions_are_those_that_a_range_holds(chart: str, seed: int) -> None:
 
 
 def _is_part(part: Network, whole: Network) -> bool:
-    # mypy wants both of the same version.
+    # mypy needs both networks of the same IP version.
     same: Any = whole
     return part.version == whole.version and part != whole and part.subnet_of(same)
 
@@ -68,7 +68,7 @@ def _is_part(part: Network, whole: Network) -> bool:
         {"egressCIDRs": ["168.63.0.0/16", "100.64.0.0/10", "169.0.0.0/8", "fd00::/8", "fe00::/7"]},
     ],
 )
-def test_no_rule_opens_a_metadata_service(chart: str, more: Object) -> None:
+def test_no_egress_rule_reaches_a_metadata_service(chart: str, more: Object) -> None:
     policy = more | ({"api": {"cidrs": ["0.0.0.0/0", "::/0"]}} if chart == "prefect-work-pool" else {})
     for block in _blocks(render(chart, TAG | {"networkPolicy": policy})):
         for address in map(ipaddress.ip_address, METADATA):
@@ -86,7 +86,7 @@ def test_no_rule_opens_a_metadata_service(chart: str, more: Object) -> None:
         ("", 4200),
     ],
 )
-def test_rule_for_an_api_outside_of_the_cluster_opens_its_port_alone(url: str, port: int) -> None:
+def test_egress_to_an_external_api_opens_only_its_port(url: str, port: int) -> None:
     values = TAG | {"networkPolicy": {"api": {"cidrs": ["192.0.2.1/32"]}}} | ({"api": {"url": url}} if url else {})
     rules = [
         rule

@@ -1,4 +1,4 @@
-"""What holds for every chart: examples render, pods are restricted, values are closed, rules are tested."""
+"""Rules of all charts: examples render, pods are restricted, schemas are closed, each validation has a test."""
 
 import json
 import re
@@ -16,8 +16,8 @@ from tests.helm.rendering import KUBERNETES, Object, assert_restricted, objects_
 CHARTS = {"prefect-server": test_prefect_server, "prefect-work-pool": test_prefect_work_pool}
 EXAMPLES = sorted((ROOT / "helm").glob("*/examples/*.yaml"))
 
-# Found by asking the cluster, which `helm template` does not: shown on a real one.
-ASKS_THE_CLUSTER = {"prefect-server": 2, "prefect-work-pool": 2}
+# Validations that need a cluster, which `helm template` does not ask. tests/e2e has their tests.
+VALIDATIONS_THAT_NEED_A_CLUSTER = {"prefect-server": 2, "prefect-work-pool": 2}
 
 
 @pytest.fixture(params=CHARTS)
@@ -25,17 +25,17 @@ def chart(request: pytest.FixtureRequest) -> Path:
     return ROOT / "helm" / str(request.param)
 
 
-def test_every_chart_is_here() -> None:
+def test_all_charts_are_tested() -> None:
     assert {path.parent.name for path in (ROOT / "helm").glob("*/Chart.yaml")} == set(CHARTS)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: f"{path.parent.parent.name}-{path.stem}")
-def test_each_example_renders(example: Path) -> None:
+def test_example_renders_pods(example: Path) -> None:
     assert pod_specs(render(example.parent.parent.name, example))
 
 
 @pytest.mark.parametrize("values", ["TAG", "MAXIMAL"])
-def test_every_pod_meets_the_restricted_standard(chart: Path, values: str) -> None:
+def test_pods_meet_the_restricted_standard(chart: Path, values: str) -> None:
     assert_restricted(render(chart.name, getattr(CHARTS[chart.name], values)))
 
 
@@ -44,10 +44,10 @@ def test_every_rule_has_a_negative_test(chart: Path) -> None:
     rules = re.findall(r"{{- fail (?:\(printf )?\"(.*)", "".join(texts))
     messages = [message for _, message in CHARTS[chart.name].REFUSED]
     untested = [rule for rule in rules if not any(message in rule for message in messages)]
-    assert len(untested) == ASKS_THE_CLUSTER[chart.name], untested
+    assert len(untested) == VALIDATIONS_THAT_NEED_A_CLUSTER[chart.name], untested
 
 
-def test_values_are_short_commented_and_closed(chart: Path) -> None:
+def test_values_are_short_and_schema_refuses_unknown_keys(chart: Path) -> None:
     text = (chart / "values.yaml").read_text()
     assert len(text.splitlines()) < 400
     schema = json.loads((chart / "values.schema.json").read_text())
@@ -64,17 +64,17 @@ def test_values_are_short_commented_and_closed(chart: Path) -> None:
     assert not re.search(r"(?i)password: *\S", text)
 
 
-def test_versions_agree(chart: Path) -> None:
+def test_app_version_is_the_locked_prefect(chart: Path) -> None:
     locked = re.search(r'name = "prefect"\nversion = "(.*)"', (ROOT / "uv.lock").read_text())
     assert locked
     assert yaml.safe_load((chart / "Chart.yaml").read_text())["appVersion"] == locked[1]
 
 
-def test_oldest_kubernetes_of_the_charts_is_one_whose_schemas_are_checked(chart: Path) -> None:
+def test_oldest_supported_kubernetes_is_among_the_checked_schemas(chart: Path) -> None:
     assert yaml.safe_load((chart / "Chart.yaml").read_text())["kubeVersion"] == f">={KUBERNETES[-1]}.0-0"
 
 
-def test_field_that_a_checked_kubernetes_does_not_have_is_refused() -> None:
+def test_field_unknown_to_one_kubernetes_version_is_refused() -> None:
     pod: Object = {
         "apiVersion": "v1",
         "kind": "Pod",
@@ -90,14 +90,23 @@ def test_field_that_a_checked_kubernetes_does_not_have_is_refused() -> None:
         objects_of(yaml.safe_dump(pod))
 
 
-def test_rendered_objects_are_each_callers_own() -> None:
+def test_render_returns_a_copy_to_each_caller() -> None:
     first = render("prefect-server", test_prefect_server.TAG)
     kept = yaml.safe_dump(first)
     first[0].clear()
     assert yaml.safe_dump(render("prefect-server", test_prefect_server.TAG)) == kept
 
 
-def test_template_files_are_short(chart: Path) -> None:
+def test_named_templates_have_at_most_60_lines(chart: Path) -> None:
     for file in (chart / "templates").glob("_*.tpl"):
         for definition in re.findall(r"{{- define.*?\n{{- end -}}\n", file.read_text(), flags=re.S):
             assert definition.count("\n") <= 60, file.name
+
+
+SHARED_TEMPLATES = ("_disruption.tpl", "_validatepods.tpl", "_validatevalues.tpl", "_values.tpl")
+
+
+@pytest.mark.parametrize("name", SHARED_TEMPLATES)
+def test_shared_templates_are_the_same_in_all_charts(name: str) -> None:
+    texts = [(ROOT / "helm" / chart / "templates" / name).read_text().replace(chart, "CHART") for chart in CHARTS]
+    assert len(set(texts)) == 1

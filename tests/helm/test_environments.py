@@ -1,4 +1,4 @@
-"""Each environment's values as they render, and with what its overlay in k8s/ gives and bounds."""
+"""Values of each environment: how they render, and whether they fit the quotas and limits of its overlay in k8s/."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ every_environment = pytest.mark.parametrize("environment", ENVIRONMENTS)
 
 
 def rendered(environment: str, chart: str) -> list[Object]:
-    """The objects of an environment's release, which has its chart's name."""
+    """Return the objects of an environment's release, which has its chart's name."""
     values = yaml.safe_load((ROOT / "helm" / "environments" / environment / f"{chart}.yaml").read_text())
     return render(chart, TAG | values, chart)
 
@@ -28,7 +28,7 @@ def test_every_environment_has_values_for_every_chart() -> None:
 
 @every_environment
 @pytest.mark.parametrize("chart", CHARTS)
-def test_pods_are_restricted_and_their_priority_class_is_there(environment: str, chart: str) -> None:
+def test_pods_are_restricted_and_their_priority_class_exists(environment: str, chart: str) -> None:
     objects = rendered(environment, chart)
     assert pod_specs(objects)
     assert_restricted(objects)
@@ -48,7 +48,7 @@ def test_containers_fit_the_limit_range(environment: str) -> None:
 
 @every_environment
 def test_runs_fit_the_quota_of_their_priority_class(environment: str) -> None:
-    """As many runs as the pool starts at once, with what each requests by default."""
+    """The pool's concurrency limit, times the default requests, fits the quota."""
     pool = pool_of(rendered(environment, "prefect-work-pool"))
     quota = one(overlay(environment), "ResourceQuota", "runs")["spec"]
     template = pool["base_job_template"]

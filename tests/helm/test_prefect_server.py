@@ -1,4 +1,4 @@
-"""The server's chart as it renders: what is there, what each value does, what is refused."""
+"""The rendered server chart: default objects, effects of values, refused values."""
 
 import copy
 import json
@@ -26,7 +26,7 @@ from tests.helm.rendering import (
 CHART = ROOT / "helm" / "prefect-server"
 TAG: Object = {"image": {"tag": "src-0123456789ab"}}
 
-# Every feature at once: what it renders must be what Kubernetes takes.
+# All features together. Kubernetes must accept the rendered objects.
 MAXIMAL: Object = {
     "image": {"tag": "1", "pullSecrets": ["registry"], "pullPolicy": "Always"},
     "fullnameOverride": "prefect",
@@ -77,7 +77,7 @@ MAXIMAL: Object = {
 
 
 def _with(**values: Any) -> Object:
-    """The least values with these in place: `_with(api={"replicas": 2})`."""
+    """Return minimal values with these merged in: `_with(api={"replicas": 2})`."""
 
     def put(target: Object, changes: Object) -> Object:
         for key, value in changes.items():
@@ -87,7 +87,7 @@ def _with(**values: Any) -> Object:
     return put(copy.deepcopy(TAG), values)
 
 
-def test_what_there_is_by_default() -> None:
+def test_default_values_render_the_expected_objects() -> None:
     assert inventory(render("prefect-server", TAG)) == [
         "Deployment/test-prefect-server-api",
         "Deployment/test-prefect-server-redis",
@@ -111,7 +111,7 @@ def test_what_there_is_by_default() -> None:
     ]
 
 
-def test_all_features_at_once() -> None:
+def test_all_features_render_together() -> None:
     objects = render("prefect-server", MAXIMAL)
     assert {"HorizontalPodAutoscaler/prefect-api", "PodDisruptionBudget/prefect-api", "Ingress/prefect-api",
             "PodDisruptionBudget/prefect-services", "HTTPRoute/prefect-api", "ConfigMap/more",
@@ -147,7 +147,7 @@ def test_no_pod_mounts_a_token(values: Object) -> None:
         assert spec["automountServiceAccountToken"] is False, name
 
 
-def test_a_name_is_in_the_environment_once_and_the_nearest_wins() -> None:
+def test_component_settings_override_top_level_settings() -> None:
     specs = pod_specs(render("prefect-server", MAXIMAL))
     for name, level in (("api", "DEBUG"), ("services", "INFO")):
         container = specs[f"Deployment/prefect-{name}"]["containers"][0]
@@ -159,7 +159,7 @@ def test_a_name_is_in_the_environment_once_and_the_nearest_wins() -> None:
         assert container["envFrom"] == [{"secretRef": {"name": "all-settings"}}]
 
 
-def test_processes_share_all_through_redis_or_run_in_one() -> None:
+def test_processes_share_all_state_in_redis_or_run_as_one() -> None:
     shared = {
         "PREFECT_REDIS_MESSAGING_URL", "PREFECT_REDIS_WORKER_CLEANUP_QUEUE_URL", "PREFECT_SERVER_DOCKET_URL",
         "PREFECT_SERVER_EVENTS_MESSAGING_BROKER", "PREFECT_SERVER_EVENTS_MESSAGING_CACHE",
@@ -176,7 +176,7 @@ def test_processes_share_all_through_redis_or_run_in_one() -> None:
     assert "--no-services" not in container["args"]
 
 
-def test_without_separate_services_the_api_runs_them() -> None:
+def test_api_runs_services_that_are_not_separate() -> None:
     objects = render("prefect-server", _with(services={"separate": False}))
     removed = {
         "Deployment/test-prefect-server-services",
@@ -188,7 +188,7 @@ def test_without_separate_services_the_api_runs_them() -> None:
     assert "PREFECT_REDIS_MESSAGING_URL" in environment(container), "the bundled Redis is used all the same"
 
 
-def test_without_auth_there_is_no_password_and_no_pod_asks_for_one() -> None:
+def test_disabled_auth_removes_all_passwords() -> None:
     objects = render("prefect-server", _with(auth={"enabled": False}))
     removed = set(inventory(render("prefect-server", TAG))) - set(inventory(objects))
     assert removed == {"Secret/test-prefect-server-auth"}
@@ -203,13 +203,13 @@ def test_without_auth_there_is_no_password_and_no_pod_asks_for_one() -> None:
     assert len(asking(render("prefect-server", TAG))) == 3, "the API, the background services and the release's test"
 
 
-def test_without_network_policies_all_else_stays() -> None:
+def test_disabled_network_policies_remove_no_other_object() -> None:
     objects = render("prefect-server", _with(networkPolicy={"enabled": False}))
     kept = [each for each in inventory(render("prefect-server", TAG)) if not each.startswith("NetworkPolicy/")]
     assert inventory(objects) == kept
 
 
-def test_no_value_of_a_secret_is_in_a_pod() -> None:
+def test_pods_have_no_secret_in_plain_text() -> None:
     objects = render("prefect-server", TAG)
     secrets = [value for each in objects if each["kind"] == "Secret" for value in each["data"].values()]
     text = json.dumps(pod_specs(objects))
@@ -218,7 +218,7 @@ def test_no_value_of_a_secret_is_in_a_pod() -> None:
     assert not re.search(r"password\W+value\W", text, flags=re.IGNORECASE)
 
 
-def test_secrets_of_your_own_are_used_and_none_is_made() -> None:
+def test_existing_secrets_are_used_and_none_is_generated() -> None:
     example = CHART / "examples" / "production.yaml"
     objects = render("prefect-server", example)
     assert not [name for name in inventory(objects) if name.startswith(("Secret/", "StatefulSet/"))]
@@ -231,7 +231,7 @@ def test_secrets_of_your_own_are_used_and_none_is_made() -> None:
     }
 
 
-def test_pods_start_anew_when_the_secrets_they_read_change() -> None:
+def test_changed_secret_names_restart_pods() -> None:
     def checksum(values: Object) -> str:
         template = one(render("prefect-server", values), "Deployment", "test-prefect-server-api")["spec"]["template"]
         return str(template["metadata"]["annotations"]["checksum/secrets"])
@@ -320,7 +320,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("values", "message"), REFUSED, ids=lambda value: value[:40] if isinstance(value, str) else "")
-def test_what_cannot_work_is_refused_with_its_key_and_cure(values: Object, message: str) -> None:
+def test_impossible_values_are_refused_with_key_and_cure(values: Object, message: str) -> None:
     with pytest.raises(ClusterError) as caught:
         render("prefect-server", values)
     assert message in str(caught.value)

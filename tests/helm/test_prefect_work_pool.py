@@ -1,4 +1,4 @@
-"""The work pool's chart as it renders: what is there, what each value does, what is refused."""
+"""The rendered work pool chart: default objects, effects of values, refused values."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ from tests.helm.rendering import (
 
 TAG: Object = {"image": {"tag": "src-0123456789ab"}}
 
-# Every feature at once: what it renders must be what Kubernetes takes.
+# All features together. Kubernetes must accept the rendered objects.
 MAXIMAL: Object = {
     "image": {"tag": "1", "pullSecrets": ["registry"], "pullPolicy": "Always"},
     "fullnameOverride": "pool",
@@ -115,18 +115,18 @@ MAXIMAL: Object = {
 
 
 def _with(**values: Any) -> Object:
-    """The least values with these in place: `_with(worker={"replicas": 2})`."""
+    """Return minimal values with these top-level keys: `_with(worker={"replicas": 2})`."""
     return copy.deepcopy(TAG) | values
 
 
 def _synced(objects: list[Object]) -> Object:
-    """What a release brings to the server."""
+    """Return the content of pool.yaml, which the release's sync Job applies to the server."""
     [found] = [each for each in objects if each["kind"] == "ConfigMap" and each["metadata"]["name"].endswith("-sync")]
     return dict(yaml.safe_load(found["data"]["pool.yaml"]))
 
 
 def pool_of(objects: list[Object]) -> Object:
-    """The pool that a release brings to the server."""
+    """Return the pool that a release's sync Job applies to the server."""
     [pool] = _synced(objects)["work_pools"]
     return dict(pool)
 
@@ -136,7 +136,7 @@ def _pool(values: Object) -> Object:
 
 
 def _job(pool: Object, **variables: Any) -> Object:
-    """The Job that the worker would make with these job variables, by Prefect's own templating."""
+    """Return the Job of a run with these job variables, by Prefect's templating."""
     from prefect.utilities.templating import apply_values
 
     template = pool["base_job_template"]
@@ -148,7 +148,7 @@ def _job(pool: Object, **variables: Any) -> Object:
     return manifest
 
 
-def test_what_there_is_by_default() -> None:
+def test_default_values_render_the_expected_objects() -> None:
     assert inventory(render("prefect-work-pool", TAG)) == [
         "ClusterRole/prefect:test-prefect-work-pool",
         "ClusterRoleBinding/prefect:test-prefect-work-pool",
@@ -178,7 +178,7 @@ def test_what_there_is_by_default() -> None:
     ]
 
 
-def test_all_features_at_once() -> None:
+def test_all_features_render_together() -> None:
     objects = render("prefect-work-pool", MAXIMAL)
     assert {"HorizontalPodAutoscaler/pool-worker", "PodDisruptionBudget/pool-worker", "ConfigMap/more",
             "ServiceAccount/launcher", "ServiceAccount/runner"} <= set(inventory(objects))  # fmt: skip
@@ -202,12 +202,12 @@ def test_all_features_at_once() -> None:
     assert variables["PREFECT_API_ENABLE_HTTP2"] == "false"
 
 
-def test_the_role_is_of_this_namespace_and_no_wider_than_the_worker_needs() -> None:
+def test_worker_role_has_only_the_needed_verbs_in_its_namespace() -> None:
     objects = render("prefect-work-pool", TAG)
     [cluster_role] = [each for each in objects if each["kind"] == "ClusterRole"]
     assert cluster_role["rules"] == [
         {"apiGroups": [""], "resources": ["namespaces"], "resourceNames": ["kube-system"], "verbs": ["get"]}
-    ], "all that is the cluster's: what tells it from others"
+    ], "the only cluster-wide permission: to identify the cluster"
     [binding] = [each for each in objects if each["kind"] == "ClusterRoleBinding"]
     accounts = [f"test-prefect-work-pool-{each}" for each in ("worker", "reconciler")]
     assert [(each["name"], each["namespace"]) for each in binding["subjects"]] == [(n, "prefect") for n in accounts]
@@ -232,11 +232,11 @@ VERBS = {
     "delete": "delete",
     "deletecollection": "delete",
 }
-"""The word for each verb of a Role."""
+"""The word in comments for each verb of a Role."""
 
 
 @pytest.mark.parametrize("component", ["worker", "reconciler"])
-def test_comments_name_each_verb_of_a_role(component: str) -> None:
+def test_comments_name_all_verbs_of_a_role(component: str) -> None:
     rules = one(render("prefect-work-pool", TAG), "Role", f"test-prefect-work-pool-{component}")["rules"]
     chart = ROOT / "helm" / "prefect-work-pool"
     of_values = re.search(
@@ -250,7 +250,7 @@ def test_comments_name_each_verb_of_a_role(component: str) -> None:
                 assert VERBS[verb] in comment, f"{verb} {rule['resources']} is not in: {comment}"
 
 
-def test_comments_that_list_the_components_list_all() -> None:
+def test_comments_list_all_components() -> None:
     text = (ROOT / "helm" / "prefect-work-pool" / "values.yaml").read_text()
     for comment in re.findall(r"(?:^ *#.*\n)+", text, flags=re.MULTILINE):
         if "drift" in comment and "sync" in comment and "worker" in comment:
@@ -258,7 +258,7 @@ def test_comments_that_list_the_components_list_all() -> None:
 
 
 def _args(objects: list[Object], workload: str) -> list[str]:
-    """What the one container of the chart's own in a pod is started with; beside it there may be sidecars."""
+    """Return the arguments of a pod's main container."""
     found: list[str] = pod_specs(objects)[workload]["containers"][0]["args"]
     return found
 
@@ -272,8 +272,8 @@ def _args(objects: list[Object], workload: str) -> list[str]:
         ({"files": ["prefect.yaml", "/more/teams.yaml"]}, ["--adopt", "--prune", "prefect.yaml", "/more/teams.yaml"]),
     ],
 )
-def test_the_sync_is_one_command_with_the_files_and_the_pool(sync: Object, between: list[str]) -> None:
-    """Its last words are the reason of a release that fails."""
+def test_sync_is_one_command_with_files_and_pool(sync: Object, between: list[str]) -> None:
+    """One command, so that its last log lines are the reason of a failed release."""
     objects = render("prefect-work-pool", _with(sync=sync))
     spec = pod_specs(objects)["Job/test-prefect-work-pool-sync"]
     assert "initContainers" not in spec
@@ -284,7 +284,7 @@ def test_the_sync_is_one_command_with_the_files_and_the_pool(sync: Object, betwe
     assert container["args"] == ["orchestrate", "sync", *owner, *between, "/etc/prefect-pool/pool.yaml"]
 
 
-def test_the_files_may_come_from_volumes_and_containers_before_but_none_beside_keeps_the_job_from_ending() -> None:
+def test_sync_job_has_init_containers_and_volumes_but_no_sidecars() -> None:
     spec = pod_specs(render("prefect-work-pool", MAXIMAL))["Job/pool-sync"]
     [container] = spec["containers"]
     assert [each["name"] for each in spec["initContainers"]] == ["native"]
@@ -292,8 +292,8 @@ def test_the_files_may_come_from_volumes_and_containers_before_but_none_beside_k
     assert {each["name"] for each in spec["volumes"]} == {"tmp", "more", "pool"}
 
 
-def test_drift_watches_what_the_sync_has_made() -> None:
-    """The owner is one and the same, or drift would look for what nobody has noted."""
+def test_drift_and_sync_have_the_same_owner() -> None:
+    """With another owner, drift would find no record of a sync."""
     for values, name in ((TAG, "test-prefect-work-pool"), (MAXIMAL, "pool")):
         objects = render("prefect-work-pool", values)
         sync, drift = (
@@ -313,7 +313,7 @@ def test_drift_watches_what_the_sync_has_made() -> None:
     assert not [each for each in without if each.endswith("-drift")]
 
 
-def test_the_reconciler_reads_marks_and_deletes_and_makes_nothing_but_its_lease() -> None:
+def test_reconciler_role_creates_only_its_lease() -> None:
     objects = render("prefect-work-pool", TAG)
     name = "test-prefect-work-pool-reconciler"
     assert one(objects, "Role", name)["rules"] == [
@@ -333,7 +333,7 @@ def test_the_reconciler_reads_marks_and_deletes_and_makes_nothing_but_its_lease(
     assert args[args.index("--lease") + 1] == name
     assert one(objects, "Deployment", name)["spec"]["replicas"] == 2
     variables = environment(pod_specs(objects)["Deployment/test-prefect-work-pool-worker"]["containers"][0])
-    assert variables["PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED"] == "false", "one of them says how a pod ended"
+    assert variables["PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED"] == "false", "only the reconciler reports it"
     assert "--no-pod-events" not in args
     silent = render("prefect-work-pool", _with(reconciler={"podEvents": False}))
     assert "--no-pod-events" in _args(silent, f"Deployment/{name}")
@@ -343,7 +343,7 @@ def test_the_reconciler_reads_marks_and_deletes_and_makes_nothing_but_its_lease(
     assert "PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED" not in variables
 
 
-def test_what_a_run_gets_after_a_crash_is_a_job_variable() -> None:
+def test_retry_budget_values_become_job_variables() -> None:
     retries = {"crashes": 1, "disruptions": 3, "backoffSeconds": 5, "memoryGrowth": 2, "memoryMax": "8Gi"}
     properties = _pool(_with(runs={"retries": retries}))["base_job_template"]["variables"]["properties"]
     names = [each.name for each in fields(RetryBudget)]
@@ -352,7 +352,7 @@ def test_what_a_run_gets_after_a_crash_is_a_job_variable() -> None:
     assert container["command"][-1] == "/app/orchestration/runs/supervisor.py"
 
 
-def test_results_outlive_the_pod_where_they_have_a_volume() -> None:
+def test_results_on_a_volume_outlive_the_pod() -> None:
     def rendered(**results: Any) -> tuple[list[Object], Object]:
         values = _with(runs={"results": {"storage": "volume"} | results})
         return render("prefect-work-pool", values), _job(_pool(values))["spec"]["template"]["spec"]
@@ -403,14 +403,12 @@ SETTINGS = {"client_kwargs": {"endpoint_url": S3["endpoint"], "region_name": S3[
     ],
     ids=["s3", "s3 of Amazon", "redis"],
 )
-def test_results_outlive_the_pod_in_a_block_of_the_releases_own(
-    results: Object, basepath: str, settings: Object
-) -> None:
+def test_results_in_a_storage_block_outlive_the_pod(results: Object, basepath: str, settings: Object) -> None:
     objects = render("prefect-work-pool", _with(runs={"results": results}))
     synced = _synced(objects)
     name = "prefect-test-prefect-work-pool-results"
     assert synced["remote_file_systems"] == [{"name": name, "basepath": basepath, "settings": settings}]
-    assert list(KINDS).index(FILE_SYSTEM) < list(KINDS).index(POOL), "it is there before a template refers to it"
+    assert list(KINDS).index(FILE_SYSTEM) < list(KINDS).index(POOL), "the block exists before a template refers to it"
     run = _job(pool_of(objects))["spec"]["template"]["spec"]
     [container] = run["containers"]
     variables = environment(container)
@@ -421,13 +419,15 @@ def test_results_outlive_the_pod_in_a_block_of_the_releases_own(
     assert variables.get("RESULTS_REDIS_URL") == url
     assert not [each for each in inventory(objects) if each.startswith("StatefulSet/")]
     assert "results" not in {each["name"] for each in run["volumes"]}
-    said = render("prefect-work-pool", _with(runs={"results": results | {"persistByDefault": False}}), "other.one")
-    assert _synced(said)["remote_file_systems"][0]["name"] == "prefect-other-one-prefect-work-pool-results"
-    [container] = _job(pool_of(said))["spec"]["template"]["spec"]["containers"]
+    not_persisted = render(
+        "prefect-work-pool", _with(runs={"results": results | {"persistByDefault": False}}), "other.one"
+    )
+    assert _synced(not_persisted)["remote_file_systems"][0]["name"] == "prefect-other-one-prefect-work-pool-results"
+    [container] = _job(pool_of(not_persisted))["spec"]["template"]["spec"]["containers"]
     assert environment(container)["PREFECT_TASKS_DEFAULT_PERSIST_RESULT"] == "false"
 
 
-def test_the_storages_of_the_docs_are_values() -> None:
+def test_result_storages_in_the_docs_are_valid_values() -> None:
     examples = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/explanation/durable-results.md").read_text(), re.DOTALL)
     shown = [yaml.safe_load(each) for each in examples]
     assert [each["runs"]["results"]["storage"] for each in shown] == ["volume", "s3", "redis"]
@@ -435,12 +435,12 @@ def test_the_storages_of_the_docs_are_values() -> None:
         render("prefect-work-pool", TAG | each)
 
 
-def test_without_a_block_the_pool_is_all_that_is_synced() -> None:
+def test_only_the_pool_is_synced_without_a_storage_block() -> None:
     for results in ({}, {"storage": "volume"}):
         assert set(_synced(render("prefect-work-pool", _with(runs={"results": results})))) == {"work_pools"}
 
 
-def test_only_worker_and_reconciler_have_a_token() -> None:
+def test_only_worker_and_reconciler_mount_an_api_token() -> None:
     with_token = {f"Deployment/test-prefect-work-pool-{each}" for each in ("worker", "reconciler")}
     for name, spec in pod_specs(render("prefect-work-pool", TAG)).items():
         assert spec["automountServiceAccountToken"] is (name in with_token), name
@@ -448,7 +448,7 @@ def test_only_worker_and_reconciler_have_a_token() -> None:
         assert _job(_pool(values))["spec"]["template"]["spec"]["automountServiceAccountToken"] is mounts
 
 
-def test_the_values_of_the_runs_reach_the_jobs_template() -> None:
+def test_values_of_runs_reach_the_base_job_template() -> None:
     pool = _pool(MAXIMAL)
     assert pool["concurrency_limit"] == 7
     assert pool["queues"] == [
@@ -493,7 +493,7 @@ def test_the_values_of_the_runs_reach_the_jobs_template() -> None:
     assert {"name": "ca", "mountPath": "/ca"} in container["volumeMounts"]
 
 
-def test_a_run_wins_over_the_releases_defaults() -> None:
+def test_job_variables_override_the_releases_defaults() -> None:
     job = _job(_pool(TAG), memory_limit="3Gi", cpu_request="2", image="mine:1", finished_job_ttl=5)
     [container] = job["spec"]["template"]["spec"]["containers"]
     assert container["resources"] == {"requests": {"cpu": "2", "memory": "384Mi"}, "limits": {"memory": "3Gi"}}
@@ -501,13 +501,13 @@ def test_a_run_wins_over_the_releases_defaults() -> None:
     assert job["spec"]["ttlSecondsAfterFinished"] == 5
 
 
-def test_without_network_policies_all_else_stays() -> None:
+def test_disabled_network_policies_remove_no_other_object() -> None:
     objects = render("prefect-work-pool", _with(networkPolicy={"enabled": False}))
     kept = [each for each in inventory(render("prefect-work-pool", TAG)) if not each.startswith("NetworkPolicy/")]
     assert inventory(objects) == kept
 
 
-def test_empty_entrypoint_is_the_images_own() -> None:
+def test_empty_entrypoint_keeps_that_of_the_image() -> None:
     def container(values: Object) -> Object:
         [found] = _job(_pool(values))["spec"]["template"]["spec"]["containers"]
         return dict(found)
@@ -518,8 +518,8 @@ def test_empty_entrypoint_is_the_images_own() -> None:
 
 
 @pytest.mark.parametrize(("seconds", "retries"), [(None, 0), (11, 3)])
-def test_deadline_and_backoff_limit_are_the_jobs_own(seconds: int | None, retries: int) -> None:
-    """11 s is the least above worker.prefetchSeconds; a run may have another of each."""
+def test_deadline_and_backoff_limit_reach_the_job(seconds: int | None, retries: int) -> None:
+    """11 s is the lowest value above worker.prefetchSeconds. Job variables override both."""
     pool = _pool(_with(runs={"activeDeadlineSeconds": seconds, "backoffLimit": retries}))
     job = _job(pool)["spec"]
     assert job["backoffLimit"] == retries
@@ -560,8 +560,8 @@ def test_sidecars_of_runs_follow_the_main_container() -> None:
     assert [each["name"] for each in with_proxy] == ["worker", "of-all"]
 
 
-def test_the_template_has_the_variables_of_the_installed_worker() -> None:
-    """What a newer worker lets deployments set has to be added, or left out on purpose."""
+def test_base_job_template_has_all_upstream_variables() -> None:
+    """A variable that a newer worker adds has to be added here, or left out on purpose."""
     upstream = set(KubernetesWorker.get_default_base_job_template()["variables"]["properties"])
     nothing = {"job_watch_timeout_seconds", "pod_watch_timeout_seconds", "stream_output"}
     elsewhere = {"namespace", "cluster_config"}
@@ -570,7 +570,7 @@ def test_the_template_has_the_variables_of_the_installed_worker() -> None:
     assert upstream - ours == nothing | elsewhere
 
 
-def test_no_password_is_in_a_job_or_in_a_pod() -> None:
+def test_jobs_and_pods_have_no_password_in_plain_text() -> None:
     objects = render("prefect-work-pool", TAG)
     assert not [name for name in inventory(objects) if name.startswith("Secret/")]
     variables = environment(pod_specs(objects)["Deployment/test-prefect-work-pool-worker"]["containers"][0])
@@ -580,7 +580,7 @@ def test_no_password_is_in_a_job_or_in_a_pod() -> None:
     assert (variables[f"{prefix}_NAME"], variables[f"{prefix}_KEY"]) == tuple(reference.values())
 
 
-def test_a_changed_template_starts_new_workers() -> None:
+def test_changed_base_job_template_restarts_workers() -> None:
     def checksum(values: Object) -> str:
         worker = one(render("prefect-work-pool", values), "Deployment", "test-prefect-work-pool-worker")
         return str(worker["spec"]["template"]["metadata"]["annotations"]["checksum/pool"])
@@ -589,7 +589,7 @@ def test_a_changed_template_starts_new_workers() -> None:
     assert checksum(TAG) != checksum(_with(runs={"resources": {"limits": {"memory": "2Gi"}}}))
 
 
-def test_policies_deny_all_that_is_not_named() -> None:
+def test_network_policies_deny_everything_else() -> None:
     objects = render("prefect-work-pool", MAXIMAL)
     for each in objects:
         if each["kind"] == "NetworkPolicy":
@@ -718,16 +718,16 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("values", "message"), REFUSED, ids=lambda value: value[:40] if isinstance(value, str) else "")
-def test_what_cannot_work_is_refused_with_its_key_and_cure(values: Object, message: str) -> None:
+def test_impossible_values_are_refused_with_key_and_cure(values: Object, message: str) -> None:
     with pytest.raises(ClusterError) as caught:
         render("prefect-work-pool", values)
     assert message in str(caught.value)
 
 
-def test_admission_policy_names_what_runs_refer_to() -> None:
+def test_admission_policy_lists_the_references_of_runs() -> None:
     policy = one(render("prefect-work-pool", MAXIMAL), "ValidatingAdmissionPolicy", "prefect-pool-worker")
     variables = {each["name"]: each["expression"] for each in policy["spec"]["variables"]}
-    assert "all-settings" not in variables["secrets"], "of the worker alone"
+    assert "all-settings" not in variables["secrets"], "only the worker has this Secret"
     assert "warehouse" in json.loads(variables["secrets"])
     assert json.loads(variables["configMaps"]) == ["ca", "flows"]
     assert variables["chosen"] == "false"
@@ -740,7 +740,7 @@ def test_admission_policy_names_what_runs_refer_to() -> None:
     assert not [name for name in without if name.startswith("ValidatingAdmission")]
 
 
-def test_runs_have_the_headers_of_a_proxy_by_reference() -> None:
+def test_runs_get_proxy_headers_by_secret_reference() -> None:
     headers = {
         "name": "PREFECT_CLIENT_CUSTOM_HEADERS",
         "valueFrom": {"secretKeyRef": {"name": "proxy", "key": "headers"}},

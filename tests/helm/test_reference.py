@@ -1,4 +1,4 @@
-"""Reference pages agree with the charts as they render."""
+"""Reference pages agree with the rendered charts."""
 
 import re
 
@@ -11,7 +11,7 @@ from tests.helm.rendering import Object, render
 LABELS = ROOT / "docs" / "reference" / "labels-and-annotations.md"
 
 
-def test_page_of_rbac_is_current() -> None:
+def test_rbac_page_is_current() -> None:
     assert generate.current("rbac") == generate.rbac(), "the page is not current: run make docs"
 
 
@@ -29,7 +29,7 @@ def test_verb_without_a_reason_is_refused() -> None:
 
 
 def _keys(found: object) -> set[str]:
-    """Return the names of labels and annotations of objects and their parts."""
+    """Return the keys of labels and annotations in objects and their pod templates."""
     if isinstance(found, list):
         return {key for each in found for key in _keys(each)}
     if not isinstance(found, dict):
@@ -40,7 +40,7 @@ def _keys(found: object) -> set[str]:
     return own | {key for each in found.values() for key in _keys(each)}
 
 
-def test_page_of_labels_has_those_of_the_charts() -> None:
+def test_labels_page_has_all_labels_of_the_charts() -> None:
     tag: Object = {"image": {"tag": "1"}}
     objects = [each for chart in ("prefect-server", "prefect-work-pool") for each in render(chart, tag, chart)]
     named = set(re.findall(r"`([\w./-]+)`", LABELS.read_text()))

@@ -1,4 +1,4 @@
-"""Any values: a chart refuses them with their key, or Kubernetes and the Prefect server take what they render."""
+"""Property tests: a chart refuses values and names their key, or real servers accept the rendered objects."""
 
 import asyncio
 import os
@@ -62,7 +62,7 @@ WAYS: dict[str, list[Object]] = {
         {"runs": {"results": {"storage": "redis", "redis": {"existingSecret": "redis"}}}},
     ],
 }
-"""By chart: the defaults, and values that turn on what is off by default."""
+"""By chart: the defaults, and values that enable features that are off by default."""
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def kubernetes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A client of a Prefect server that has no pool of other tests."""
+    """Yield a client of a Prefect server without pools of other tests."""
     with (
         prefect_server(tmp_path_factory.mktemp("prefect")) as url,
         temporary_settings({PREFECT_API_URL: url}),
@@ -92,7 +92,7 @@ def _tagged(given: Object) -> Object:
 
 
 class Judge:
-    """Tries values of a chart on real servers.
+    """Renders values of a chart and tries the objects on real servers.
 
     Args:
         kubernetes: an API server.
@@ -106,7 +106,11 @@ class Judge:
         self.folder = folder
 
     def refusal(self, chart: str, given: Object, release: str = "test") -> str | None:
-        """Return the chart's refusal of values; None if it takes them, and all servers what they render."""
+        """Return the chart's refusal of values; None if the chart accepts them.
+
+        Raises:
+            AssertionError: a server refuses what the chart renders.
+        """
         try:
             text = rendered(chart, _tagged(given), release)
         except ClusterError as error:
@@ -124,14 +128,14 @@ def judge(kubernetes: ApiServer, server: httpx.Client, tmp_path: Path) -> Judge:
 
 
 def _names(message: str, paths: list[values.Path]) -> bool:
-    """Return whether a refusal is the chart's own and names one of the keys."""
+    """Return whether the chart itself refused the values, and named one of the keys."""
     own = any(part in message for part in ("specifications of the schema", "execution error at", "{{/*"))
     return own and any(key in message for path in paths for key in (path[-1], ".".join(path)))
 
 
 @st.composite
 def _drawn(draw: st.DrawFn, chart: str, mistaken: bool = False) -> tuple[Object, list[values.Path]]:
-    """Draw a few keys with what their schema takes; one of them with a mistake, if `mistaken`."""
+    """Draw keys with values that the schema accepts. If `mistaken`, one value has a wrong type."""
     of_chart = values.keys(chart)
     paths = draw(st.lists(st.sampled_from(sorted(of_chart)), min_size=1, max_size=2 if mistaken else 4, unique=True))
     given: Object = draw(st.sampled_from(WAYS[chart]))
@@ -154,7 +158,7 @@ def _tried(chart: str, judge: Judge, share: float, mistaken: bool) -> None:
     tried()
 
 
-def test_drawn_values_are_accepted_by_servers_or_refused_with_their_key(chart: str, judge: Judge) -> None:
+def test_valid_values_are_accepted_by_servers_or_refused_with_their_key(chart: str, judge: Judge) -> None:
     _tried(chart, judge, share=0.35, mistaken=False)
 
 
@@ -163,21 +167,21 @@ def test_values_of_another_type_are_accepted_by_servers_or_refused_with_their_ke
 
 
 NOWHERE = {
-    "global": "values of other charts may refer to it",
+    "global": "for parent charts",
     "sync.pod.sidecars": "refused",
     "migrations.pod.sidecars": "refused",
     "tests.pod.sidecars": "refused",
 }
-"""Keys whose value is in no object, and why."""
+"""Keys whose value appears in no object, and the reason."""
 
 
 def _text(chart: str, given: Object) -> str:
     text = rendered(chart, _tagged(given))
-    return re.sub(r"^data:\n  .*: [A-Za-z0-9+/=]+$", "", text, flags=re.MULTILINE)  # a password is new each time
+    return re.sub(r"^data:\n  .*: [A-Za-z0-9+/=]+$", "", text, flags=re.MULTILINE)  # generated passwords differ
 
 
-def test_value_of_a_key_is_in_what_is_rendered(chart: str) -> None:
-    """Nothing is dropped without a word."""
+def test_every_value_changes_the_rendered_objects(chart: str) -> None:
+    """No value is silently ignored."""
     of_chart = values.keys(chart)
     names = sorted(path for path in of_chart if ".".join(path) not in NOWHERE)
 
@@ -214,26 +218,26 @@ def test_definitions_of_both_schemas_are_the_same() -> None:
 
 
 @pytest.mark.parametrize("path", verdicts.OF_TEXT, ids=".".join)
-def test_text_that_the_schema_takes_is_taken_by_kubernetes(kubernetes: ApiServer, path: tuple[str, ...]) -> None:
+def test_kubernetes_accepts_texts_that_the_schema_accepts(kubernetes: ApiServer, path: tuple[str, ...]) -> None:
     rule = values.schema("prefect-server")
     for key in path if path[0] == "$defs" else ("properties", *path):
         rule = rule[key]
     make, both = verdicts.OF_TEXT[path]
     refused = {text: kubernetes.refusal(make(text)) for text in {*verdicts.TEXTS, *both} if _takes(rule, text)}
     assert {text: why for text, why in refused.items() if why} == {}
-    assert set(both) <= set(refused), "the schema refuses what Kubernetes takes"
+    assert set(both) <= set(refused), "the schema refuses what Kubernetes accepts"
 
 
 @pytest.mark.parametrize("definition", verdicts.OF_OBJECTS)
-def test_schema_and_kubernetes_say_the_same_of_an_object(kubernetes: ApiServer, definition: str) -> None:
+def test_schema_and_kubernetes_agree_on_an_object(kubernetes: ApiServer, definition: str) -> None:
     make, given_values = verdicts.OF_OBJECTS[definition]
     for value in given_values:
         refusal = kubernetes.refusal(make(value))
         assert _takes({"$ref": f"#/$defs/{definition}"}, value) == (refusal is None), f"{value}: {refusal}"
 
 
-def test_key_that_a_template_needs_cannot_be_null(chart: str) -> None:
-    """Helm removes a key that is null: the schema asks for each that has a default, and pods do without theirs."""
+def test_schema_requires_keys_that_templates_need(chart: str) -> None:
+    """Helm removes a key whose value is null, so the schema requires all keys with a default, except those of pods."""
     root = values.schema(chart)
 
     def check(default: Any, rule: Object, path: str) -> None:
@@ -308,7 +312,7 @@ def test_values_that_kubernetes_takes_are_accepted(judge: Judge, case: tuple[str
     assert judge.refusal(*case) is None
 
 
-def test_resources_that_are_no_job_variables_are_those_of_every_run(judge: Judge) -> None:
+def test_other_resources_are_the_same_for_all_runs(judge: Judge) -> None:
     resources = {"requests": {"ephemeral-storage": "1Gi"}, "limits": {"nvidia.com/gpu": 1, "ephemeral-storage": "2Gi"}}
     text = rendered("prefect-work-pool", {"image": {"tag": "1"}, "runs": {"resources": resources}})
     template = yaml.safe_load(acceptance.synced_file(text))["work_pools"][0]["base_job_template"]
@@ -326,7 +330,7 @@ def test_resources_that_are_no_job_variables_are_those_of_every_run(judge: Judge
     [(2_000_000, "2000000"), (-5_000_000, "-5000000"), (0.25, "0.25"), (True, "true"), ("{{ x }}", "{{ x }}")],
     ids=str,
 )
-def test_setting_is_the_text_that_was_written(chart: str, given_value: Any, text: str) -> None:
+def test_setting_keeps_its_written_text(chart: str, given_value: Any, text: str) -> None:
     objects = render(chart, {"image": {"tag": "1"}, "settings": {"PREFECT_A": given_value}})
     for name, spec in pod_specs(objects).items():
         [container] = [
@@ -336,7 +340,7 @@ def test_setting_is_the_text_that_was_written(chart: str, given_value: Any, text
             assert environment(container)["PREFECT_A"] == text, name
 
 
-def test_value_of_a_component_wins_also_where_it_is_false() -> None:
+def test_component_value_wins_even_if_false() -> None:
     written = {"containerSecurityContext": {"readOnlyRootFilesystem": False}}
     objects = render("prefect-work-pool", {"image": {"tag": "1"}, "worker": {"pod": written}})
     [container] = pod_specs(objects)["Deployment/test-prefect-work-pool-worker"]["containers"]
@@ -350,14 +354,12 @@ EXAMPLES = sorted((ROOT / "helm" / "prefect-work-pool" / "examples").glob("*.yam
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_example_of_the_work_pool_is_synced_to_a_fresh_server(
-    server: httpx.Client, tmp_path: Path, example: Path
-) -> None:
-    """With the deployments of prefect.yaml, as the release's Job does."""
+def test_work_pool_example_syncs_to_a_new_server(server: httpx.Client, tmp_path: Path, example: Path) -> None:
+    """The release's sync Job applies the deployments of prefect.yaml with the pool."""
     given_values = yaml.safe_load(example.read_text())
     file = tmp_path / "pool.yaml"
     file.write_text(acceptance.synced_file(rendered("prefect-work-pool", given_values)))
-    # One owner: a server on SQLite may make what was asked for twice after the test before has deleted it.
+    # One owner for all tests: SQLite may run a repeated create after the previous test has deleted the object.
     wanted = desired.read([ROOT / "prefect.yaml", file], owner="the tests of examples", directory=ROOT)
 
     async def synced() -> None:
@@ -375,7 +377,7 @@ PASSWORD = "p@s:s/w#r%d?&=+ \\\"'$(REDIS_URL)`é" + "x" * 20
 
 
 def test_password_with_every_character_opens_the_bundled_redis(tmp_path: Path) -> None:
-    """The commands of the chart's containers, with what Kubernetes makes of their variables."""
+    """Run the commands of the chart's containers, with the variables that Kubernetes would set."""
     specs = pod_specs(render("prefect-server", {"image": {"tag": "1"}}))
     binaries.install_packages({"redis-server": "redis-server"})
     port = free_port()
@@ -401,7 +403,7 @@ def test_password_with_every_character_opens_the_bundled_redis(tmp_path: Path) -
 
 
 def test_password_with_every_character_opens_the_bundled_database(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prefect makes the URL of the chart's variables."""
+    """Prefect builds the URL from the chart's variables."""
     specs = pod_specs(render("prefect-server", {"image": {"tag": "1"}}))
     variables = environment(specs["Deployment/test-prefect-server-api"]["containers"][0])
     for name in ("DRIVER", "HOST", "PORT", "NAME", "USER"):
@@ -426,8 +428,8 @@ def test_every_pod_has_the_pull_secrets(chart: str) -> None:
     assert without == []
 
 
-def test_version_with_a_plus_makes_no_invalid_label(chart: str, tmp_path: Path) -> None:
-    """Flux adds `+` and a digest to a chart's version."""
+def test_chart_version_with_a_plus_is_a_valid_label(chart: str, tmp_path: Path) -> None:
+    """Flux appends `+` and a digest to a chart's version."""
     copied = tmp_path / chart
     shutil.copytree(ROOT / "helm" / chart, copied)
     metadata = copied / "Chart.yaml"

@@ -1,4 +1,4 @@
-"""Values for the charts, drawn from their schemas: what people write, and what they write by mistake."""
+"""Hypothesis strategies for chart values, derived from the schemas, with common mistakes."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -14,13 +14,13 @@ from tests.helm.rendering import Object
 Path = tuple[str, ...]
 
 NUMBERS = (0, 1, 8080, 1_000_000, 2_000_000, 2**31 - 1)
-"""Integers that charts meet, among them those that Go prints with an exponent."""
+"""Typical integers, and large ones, which Go prints with an exponent."""
 
 HOSTILE = (
     "", "true", "1", "08", "1e3", "null", "a: b", "a #b", "- a", "'", '"', "\\", "%", "@/#", "$(POD_NAME)", "é", "a\nb",
     "{{ .Release.Name }}", "{{ end }}", "{{ name }}", '{{- with secret "db" -}}{{ .Data.password }}{{- end }}',
 )  # fmt: skip
-"""Texts that a template which does not quote them would break."""
+"""Texts that break a template without quotes."""
 
 MISTAKES: tuple[Any, ...] = (None, True, False, 2_000_000, 1.5, "2", "x y", [], {}, [None], {"a": None})
 """Values of another type than the key's."""
@@ -38,7 +38,7 @@ _RELEASE = r"[a-z]([a-z0-9-]{0,51}[a-z0-9])?"
 RELEASE = st.sampled_from(["test", "a" * 53, "prefect-server" + "-a" * 19, "other.one", "1st", "a" * 40 + ".b"]) | (
     st.from_regex(_RELEASE, fullmatch=True)
 )
-"""Names that Helm takes for a release: up to 53 characters."""
+"""Release names that Helm accepts: up to 53 characters."""
 
 
 def _lists(items: SearchStrategy[Any]) -> SearchStrategy[list[Any]]:
@@ -50,7 +50,7 @@ SECURITY = st.sampled_from(
 )
 
 REFERENCES = st.sampled_from(["s", "a" * 64, "{{ .Release.Name }}-s", "{{ .Release.Name }}_s", "{{ name }}", "{{ x }}"])
-"""Names of Secrets and ConfigMaps, among them templates that become none."""
+"""Names of Secrets and ConfigMaps, some with templates that render to invalid names."""
 
 KINDS: dict[str, SearchStrategy[Any]] = {
     "quantity": QUANTITY,
@@ -179,7 +179,7 @@ KINDS: dict[str, SearchStrategy[Any]] = {
     ),
     "policyRule": st.just({"apiGroups": [""], "resources": ["secrets"], "verbs": ["get"]}),
 }
-"""Values by the name of a definition of the schema."""
+"""Strategies by the name of the schema's definition."""
 
 FREE: dict[str, SearchStrategy[Any]] = {
     "securityContext": SECURITY,
@@ -195,7 +195,7 @@ FREE: dict[str, SearchStrategy[Any]] = {
     "baseJobTemplate": st.just({"job_configuration": {"job_manifest": {"spec": {"suspend": True}}}}),
     "global": st.just({"a": 1}),
 }
-"""Values of keys whose inside is not the chart's matter."""
+"""Strategies for keys whose content the chart passes on."""
 
 
 @cache
@@ -206,7 +206,7 @@ def schema(chart: str) -> Object:
 
 
 def keys(chart: str) -> dict[Path, SearchStrategy[Any]]:
-    """Return each key of a chart that holds a value, with what its schema takes."""
+    """Return a strategy for each key of a chart that holds a value."""
     return dict(_keys(schema(chart), schema(chart), ()))
 
 
@@ -222,7 +222,7 @@ def _keys(node: Object, root: Object, path: Path) -> Iterator[tuple[Path, Search
 
 
 def strategy(rule: Object, root: Object, name: str = "") -> SearchStrategy[Any]:
-    """Return what a rule of a schema takes."""
+    """Return a strategy for the values that a schema rule accepts."""
     definition = rule.get("$ref", "").rpartition("/")[2]
     if definition in KINDS:
         return KINDS[definition]

@@ -1,4 +1,4 @@
-"""The objects in which a Kubernetes API server judges each kind of value of the charts' schemas."""
+"""Objects that put each kind of value in the charts' schemas before a Kubernetes API server."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from tests.helm.rendering import Object
 
 LONG = "a" * 64
-"""Longer than a label; as a part of a name it is none too long."""
+"""Too long for a label, but short enough as a part of a name."""
 
 TEXTS = (
     "", "a", "A", "1", "a-b", "-a", "a-", "a_b", "_a", ".", "..", ".a", "..a", "a.b", "a..b", "*.a.b", "*", "a b",
@@ -24,7 +24,7 @@ TEXTS = (
     "limits.gpu",
     "repository/image", "localhost:5000/a/b", "-5", "5", "100%",
 )  # fmt: skip
-"""Texts at the edges of what Kubernetes takes for a name, a key, an address or a field."""
+"""Edge cases of names, keys, addresses and fields in Kubernetes."""
 
 Maker = Callable[[Any], Object]
 
@@ -132,7 +132,7 @@ OF_TEXT: dict[tuple[str, ...], tuple[Maker, Sequence[str]]] = {
     (*_PORTS, "name"): (lambda text: _service({"name": text}), ["1a", "x" * 63]),
     ("image", "properties", "repository"): (lambda text: _container(image=f"{text}:1"), ["localhost:5000/a/b", "a"]),
 }  # fmt: skip
-"""By path in a schema: how an object is made of a text, and texts that both take."""
+"""By schema path: a function from a text to an object, and texts that schema and Kubernetes both accept."""
 
 _SIDE: Object = {"name": "b", "image": "b"}
 
@@ -243,4 +243,4 @@ OF_OBJECTS: dict[str, tuple[Maker, Sequence[Object]]] = {
         "verbs": []},
     ]),
 }  # fmt: skip
-"""By definition of the schemas: how an object is made of a value, and values that both judge alike."""
+"""By schema definition: a function from a value to an object, and values on which schema and Kubernetes agree."""
