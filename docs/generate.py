@@ -105,7 +105,7 @@ COMMON_TEXTS = {
     "networkPolicy.exceptCIDRs": "Addresses that runs may not reach: the cloud's metadata service.",
     "tests.pod": "The keys of the top-level `pod`, for the pod of `helm test`.",
 }
-"""Texts of keys without a comment in values.yaml, by the end of their names; the longest end wins."""
+"""Texts of keys without a comment in values.yaml, by the end of their names. The longest matching end wins."""
 
 REASONS = {
     "worker": {
@@ -135,7 +135,7 @@ REASONS = {
         "namespaces get": "Read the UID of kube-system, which identifies the cluster.",
     },
 }
-"""Why a component has a verb of a resource."""
+"""Reasons for permissions, by component and "RESOURCE VERB"."""
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -146,7 +146,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def code(value: object) -> str:
-    """Return a value in backquotes; nothing for nothing."""
+    """Return a value in backquotes. An empty value stays empty."""
     return f"`{value}`" if str(value) else ""
 
 
@@ -192,7 +192,7 @@ class Schema:
         self._schema = schema
 
     def definition(self, rule: Object) -> str:
-        """Return the name of the definition that a rule refers to; empty if there is none."""
+        """Return the name of the definition that a rule refers to, or an empty text."""
         return str(rule.get("$ref", "")).rpartition("/")[2]
 
     def resolved(self, rule: Object) -> Object:
@@ -201,7 +201,7 @@ class Schema:
         return found
 
     def type_of(self, rule: Object) -> str:
-        """Return the type of a key's values, for people."""
+        """Return the type of a key's values in words."""
         name, found = self.definition(rule), self.resolved(rule)
         if "enum" in found:
             return " or ".join(code(_flow(each)) for each in found["enum"])
@@ -269,10 +269,10 @@ def values(chart: str) -> str:
 
 
 def _common_text(name: str) -> str:
-    """Return the text of a key without a comment.
+    """Return the text of COMMON_TEXTS for a key without a comment.
 
     Raises:
-        LookupError: there is none.
+        LookupError: COMMON_TEXTS has no text for the key.
     """
     parts = name.split(".")
     for number in range(len(parts)):
@@ -304,10 +304,10 @@ def commands() -> str:
 
 
 def _common_option(action: argparse.Action) -> str:
-    """Return the text of an argument without a help text.
+    """Return the common text of an argument without a help text.
 
     Raises:
-        LookupError: there is none.
+        LookupError: the argument has no common text.
     """
     if action.dest == "every":
         return "seconds between two rounds"
@@ -385,12 +385,12 @@ def metrics() -> str:
 
 
 def rbac() -> str:
-    """Return what each component may do in the Kubernetes API, from the rendered charts.
+    """Return tables of the Kubernetes permissions of each component, from the rendered charts.
 
     Raises:
-        MissingProgramError: helm is not here and cannot be built.
+        MissingProgramError: helm is not installed and cannot be built.
     """
-    # It needs helm, and much that the other pages do not.
+    # Imported here, as only this page needs helm and the test dependencies.
     from tests.helm.rendering import render
 
     tag = {"image": {"tag": "1"}}
@@ -431,10 +431,10 @@ def _rules(objects: list[Object]) -> str:
 
 
 def _reason(component: str, resource: str, verb: str) -> str:
-    """Return why a component has a verb of a resource.
+    """Return the reason for a permission of a component.
 
     Raises:
-        LookupError: no reason is known.
+        LookupError: REASONS has no reason for it.
     """
     if text := REASONS.get(component, {}).get(f"{resource} {verb}"):
         return text
@@ -466,7 +466,7 @@ BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "metrics": ("metrics.md", metrics),
     "rbac": ("rbac.md", rbac),
 }
-"""The page and the function of each block."""
+"""Page and function of each generated block."""
 
 NEEDS_HELM = ("rbac",)
 
@@ -477,10 +477,10 @@ def without_blocks(text: str) -> str:
 
 
 def current(name: str) -> str:
-    """Return the block as its page has it.
+    """Return the current text of a block on its page.
 
     Raises:
-        LookupError: the page does not have it.
+        LookupError: the page has no such block.
     """
     page = REFERENCE / BLOCKS[name][0]
     found = re.search(rf"<!-- begin {name} -->\n\n(.*?)\n<!-- end {name} -->", page.read_text(), flags=re.S)
@@ -490,11 +490,11 @@ def current(name: str) -> str:
 
 
 def write(name: str) -> None:
-    """Bring a block up to date.
+    """Write a block to its page.
 
     Raises:
-        LookupError: its page does not have it, or a text for it is missing.
-        MissingProgramError, ClusterError: helm is not here, or refuses the values.
+        LookupError: the page has no such block, or a text for the block is missing.
+        MissingProgramError, ClusterError: helm is not installed, or refuses the values.
     """
     page, make = BLOCKS[name]
     text = (REFERENCE / page).read_text()
@@ -506,7 +506,7 @@ def write(name: str) -> None:
 
 
 def main() -> int:
-    """Bring all blocks up to date; without helm, all but those that need helm. Return the exit status."""
+    """Write all blocks, or without helm those that do not need it. Return the exit status."""
     from orchestration.errors import ClusterError
     from orchestration.operations.local_cluster.binaries import MissingProgramError
 

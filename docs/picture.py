@@ -1,4 +1,4 @@
-"""The pictures of README and docs: the report of a run after a month of days. `make picture` writes them."""
+"""Draw the pictures of README and docs from a run that loads a day after a month of days: `make picture`."""
 
 import io
 import tempfile
@@ -14,7 +14,7 @@ from tests.parts import embedded_postgres, new_database
 
 IMAGES = Path(__file__).with_name("images")
 
-# Rich's own template without the web font that it downloads: a reader's browser has a monospaced one.
+# Rich's template, without the web font that it would download. The reader's browser has a monospaced font.
 SVG = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
     <style>
     .{unique_id}-matrix {{ font-family: Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: {char_height}px;
@@ -34,7 +34,7 @@ SVG = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http:/
 
 
 def main() -> None:
-    """Load January in a warehouse of its own, build, run one more day, and draw its report."""
+    """Load January into a new warehouse, build, run one more day, and draw the report of that day."""
     with tempfile.TemporaryDirectory() as folder, embedded_postgres(Path(folder)) as postgres, new_database(postgres):
         days = landing.days()[:31]
         raw.prepare()

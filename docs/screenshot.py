@@ -1,8 +1,8 @@
-"""The README's picture of the UI, by a real browser on a real cluster.
+"""Take the README's picture of the UI with a real browser on a real cluster.
 
     python -m docs.screenshot URL USER:PASSWORD /v2/runs/flow-run/ID "Finished in state Completed()"
 
-Chromium without a window, steered by its DevTools protocol (https://chromedevtools.github.io/devtools-protocol).
+It steers a headless Chromium by the DevTools protocol (https://chromedevtools.github.io/devtools-protocol).
 """
 
 import base64
@@ -33,7 +33,11 @@ Send = Callable[..., dict[str, Any]]
 
 @contextlib.contextmanager
 def browser() -> Iterator[Send]:
-    """A page of a new browser; call it with a DevTools method and its parameters."""
+    """Start a browser and yield a function that sends a DevTools method with its parameters to a page.
+
+    Raises:
+        AssertionError: chromium is not installed or does not start.
+    """
     program = shutil.which("chromium") or shutil.which("google-chrome")
     assert program, "chromium is not installed"
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", f"--window-size={SIZE}"]
@@ -78,14 +82,17 @@ def _sender(socket: Any) -> Send:
 
 
 def screenshot(url: str, user: str, page: str, until: str, path: Path) -> str:
-    """Take a picture of a page of the UI, as a person who has given the password; the page's text.
+    """Log in to the UI, save a picture of a page, and return the page's text.
 
     Args:
-        url: of the UI.
+        url: URL of the UI.
         user: USER:PASSWORD.
-        page: as the address bar shows it after `url`.
-        until: a text that the page shows when it is there.
-        path: where the PNG goes.
+        page: path of the page below `url`.
+        until: a text that the loaded page shows.
+        path: the PNG file to write.
+
+    Raises:
+        AssertionError: the page does not show the text within 120 s, or does not settle.
     """
     with browser() as send:
 
@@ -94,7 +101,7 @@ def screenshot(url: str, user: str, page: str, until: str, path: Path) -> str:
             return str(answer["result"].get("value", ""))
 
         def shown_at(page: str, until: str) -> None:
-            """Go there, and again where the way to it was closed, as a person would."""
+            """Load a page until it shows a text. Reload it every 30 s, as a port-forward may have been closed."""
             ends = time.monotonic() + 120
             while time.monotonic() < ends:
                 send("Page.navigate", url=url + page)
@@ -110,7 +117,7 @@ def screenshot(url: str, user: str, page: str, until: str, path: Path) -> str:
         shown = ["", send("Page.captureScreenshot", format="png")["data"]]
 
         def settled() -> bool:
-            """Whether placeholders have gone and two pictures in a row are the same."""
+            """Return whether no placeholder is shown and two consecutive pictures are the same."""
             shown.append(send("Page.captureScreenshot", format="png")["data"])
             pulsing = "document.querySelectorAll('.animate-pulse').length"
             placeholders = send("Runtime.evaluate", expression=pulsing)["result"]["value"]

@@ -1,17 +1,17 @@
-"""What the site needs beyond what GitHub shows: the order of its sections, and links to files outside of docs/."""
+"""Hooks of the docs site, which GitHub does not need: order of the sections, and links to files outside of docs/."""
 
 import posixpath
 import re
 from typing import Any
 
 SECTIONS = ("start", "how to", "explanation", "reference", "diagnoses", "contributing")
-"""The site's sections, in order; pages without a section come first."""
+"""Sections of the site in order. Pages without a section come first."""
 
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s:]+)\)")
 
 
 def on_nav(nav: Any, **_: Any) -> Any:
-    """Order the sections as a reader needs them."""
+    """Sort the sections by SECTIONS."""
 
     def rank(item: Any) -> int:
         title = (item.title or "").lower()
@@ -22,7 +22,7 @@ def on_nav(nav: Any, **_: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
-    """Lead links to files outside of docs/ to the repository; without a repository's URL keep their text alone."""
+    """Rewrite links to files outside of docs/ to links to the repository. Without repo_url, keep only their text."""
     folder = posixpath.dirname(page.file.src_uri)
 
     def link(found: re.Match[str]) -> str:

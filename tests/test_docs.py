@@ -30,8 +30,9 @@ REFERENCE = DOCS / "reference"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 
 DROPPED_WORDS = (
-    "anew", "any more", "as it should be", "at the most", "beside", "by itself", "comes from it", "goes on", "is said",
-    "nobody", "of its own", "somebody", "told", "what becomes of", "whose all that is",
+    "anew", "any more", "are said", "as it should be", "at the most", "beside", "by itself", "comes from it",
+    "for programs", "goes on", "is said", "nobody", "of its own", "said", "somebody", "spoken", "the one that", "told",
+    "what becomes of", "wherever", "whose all that is",
 )  # fmt: skip
 """Words for which the field has others."""
 
@@ -161,14 +162,51 @@ def test_commands_that_do_not_exist_are_found() -> None:
     }  # fmt: skip
 
 
+# Modules
+
+
+def _absent_modules(text: str) -> list[str]:
+    """Return the files and dotted names of `orchestration` that a page names and that do not exist."""
+    files = re.findall(r"(?:(?<=/app/)|(?<![\w/.-]))orchestration/\w+(?:[/.]\w+)*", text)
+    absent = [file for file in files if not (ROOT / file).exists()]
+    for name in re.findall(r"(?<![\w/.-])orchestration(?:\.\w+)+", text):
+        try:
+            pkgutil.resolve_name(name)
+        except (ImportError, AttributeError):
+            absent.append(name)
+    return absent
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_modules_named_in_docs_exist(page: Path) -> None:
+    assert _absent_modules(page.read_text()) == []
+
+
+def test_modules_that_do_not_exist_are_found() -> None:
+    right = (
+        "`orchestration.dbt`, `orchestration/settings.py`, `orchestration.runs.idempotency.idempotency_key()`. "
+        "https://example.com/orchestration.git, `/app/orchestration`, `prefect/orchestration/x.py`"
+    )
+    wrong = "`orchestration.execution`, `orchestration.dbt.Project` and `/app/orchestration/execution.py`"
+    assert _absent_modules(right) == []
+    assert _absent_modules(wrong) == [
+        "orchestration/execution.py", "orchestration.execution", "orchestration.dbt.Project",
+    ]  # fmt: skip
+
+
 # Words
+
+
+def dropped_words(text: str) -> list[str]:
+    """Return the dropped words in a text."""
+    prose = " ".join(text.split()).lower()
+    return [word for word in DROPPED_WORDS if re.search(rf"\b{word}\b", prose)]
 
 
 def _dropped(text: str) -> list[str]:
     """Return the dropped words in a page's prose: in neither code nor generated parts."""
     text = re.sub(r"^ *```.*?^ *```", "", generate.without_blocks(text), flags=re.M | re.S)
-    prose = " ".join(re.sub(r"`[^`]*`|\]\([^)]*\)", "", text).split()).lower()
-    return [word for word in DROPPED_WORDS if re.search(rf"\b{word}\b", prose)]
+    return dropped_words(re.sub(r"`[^`]*`|\]\([^)]*\)", "", text))
 
 
 def test_pages_use_the_terms_of_the_field() -> None:

@@ -12,6 +12,7 @@ import yaml
 from orchestration.settings import ROOT
 from tests.helm import test_prefect_server, test_prefect_work_pool
 from tests.helm.rendering import KUBERNETES, Object, assert_restricted, objects_of, pod_specs, render
+from tests.test_docs import dropped_words
 
 CHARTS = {"prefect-server": test_prefect_server, "prefect-work-pool": test_prefect_work_pool}
 EXAMPLES = sorted((ROOT / "helm").glob("*/examples/*.yaml"))
@@ -110,3 +111,18 @@ SHARED_TEMPLATES = ("_disruption.tpl", "_validatepods.tpl", "_validatevalues.tpl
 def test_shared_templates_are_the_same_in_all_charts(name: str) -> None:
     texts = [(ROOT / "helm" / chart / "templates" / name).read_text().replace(chart, "CHART") for chart in CHARTS]
     assert len(set(texts)) == 1
+
+
+def _prose(file: Path) -> str:
+    """Return the comments and messages in a file of a chart; all of NOTES.txt."""
+    text = file.read_text()
+    if file.name == "NOTES.txt":
+        return text
+    return " ".join(re.findall(r"(?:^|\s)#.*|{{-? ?/\*(?:.|\n)*?\*/|{{- fail .*|^ *message: .*", text, flags=re.M))
+
+
+def test_comments_and_messages_use_the_terms_of_the_field() -> None:
+    files = [path for path in sorted((ROOT / "helm").rglob("*")) if path.suffix in (".yaml", ".tpl", ".txt")]
+    found = {str(path.relative_to(ROOT)): words for path in files if (words := dropped_words(_prose(path)))}
+    assert len(files) > 60
+    assert found == {}
