@@ -1,0 +1,94 @@
+"""Logging of the components that run in a cluster: time, level, message and, where there is one, the flow run's id.
+
+    configure()
+    logging.getLogger("orchestration.example").info("Run %s is retried.", name, extra={RUN_ID: id})
+
+`LOG_FORMAT` chooses the form of a line on stderr: `text`, the default, or `json`.
+"""
+
+import json
+import logging
+import os
+import sys
+from datetime import UTC, datetime
+
+from orchestration.errors import SettingsError
+from orchestration.terminal import one_line, printable
+
+FORMAT_VARIABLE = "LOG_FORMAT"
+
+RUN_ID = "flow_run_id"
+"""The name in `extra` of the id of the flow run that a record concerns. Prefect's loggers use the same name."""
+
+
+def _time(record: logging.LogRecord) -> str:
+    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _run_id(record: logging.LogRecord) -> str:
+    return str(getattr(record, RUN_ID, None) or "")
+
+
+class TextFormatter(logging.Formatter):
+    """Writes a record as `TIME LEVEL message flow_run_id=ID`, and below that the traceback of its error."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as text. The message stays on one line, and control characters are escaped."""
+        line = f"{_time(record)} {record.levelname} {one_line(record.getMessage())}"
+        if run := _run_id(record):
+            line += f" {RUN_ID}={run}"
+        if record.exc_info:
+            line += f"\n{self.formatException(record.exc_info)}"
+        return printable(line)
+
+
+class JsonFormatter(logging.Formatter):
+    """Writes a record as one JSON object on one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record's JSON: `time`, `level`, `logger` and `message`; `flow_run_id` and `traceback` if any."""
+        fields = {
+            "time": _time(record),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if run := _run_id(record):
+            fields[RUN_ID] = run
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        # JSON escapes all other control characters, and `printable_output` must find none to escape.
+        return json.dumps(fields).replace("\x7f", "\\u007f")
+
+
+FORMATTERS = {"text": TextFormatter, "json": JsonFormatter}
+
+
+# Prefect configures logging when it is imported, and keeps the root logger's handlers unless their names begin with _.
+class StderrHandler(logging.Handler):
+    """Writes records to what `sys.stderr` is at that time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        try:
+            print(self.format(record), file=sys.stderr, flush=True)
+        except Exception:
+            self.handleError(record)
+
+
+def configure() -> None:
+    """Log this process to stderr: this package from INFO on, and all libraries from WARNING on.
+
+    Call this once, where a process starts. Prefect's loggers use the same format and keep the levels of their settings,
+    whether Prefect was imported before or is imported later.
+
+    Raises:
+        SettingsError: `LOG_FORMAT` names no format.
+    """
+    name = os.environ.get(FORMAT_VARIABLE) or "text"
+    if name not in FORMATTERS:
+        raise SettingsError(f"{FORMAT_VARIABLE}={name!r} is wrong: no such format. Set it to text or json")
+    handler = StderrHandler()
+    handler.setFormatter(FORMATTERS[name]())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.getLogger("orchestration").setLevel(logging.INFO)
