@@ -262,9 +262,11 @@ async def _memory(options: argparse.Namespace) -> int:
 
 
 async def _reconcile(options: argparse.Namespace) -> int:
+    from orchestration import logs
     from orchestration.reconciler import loop
     from orchestration.reconciler.model import Policy
 
+    logs.configure()
     await loop.reconcile(
         options.pool,
         options.namespace,

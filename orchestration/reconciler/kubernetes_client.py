@@ -1,13 +1,13 @@
-"""The Kubernetes API, as the reconciler needs it: one namespace's Jobs, pods, events and logs, and a Lease.
+"""The Kubernetes API, as the reconciler needs it: one namespace's Jobs, pods, events and logs.
 
 Plain requests: a client's models of a thousand pods take longer and more memory than all the rest of a round.
 """
 
 import asyncio
 import hashlib
+import logging
 import os
 import ssl
-import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -30,6 +30,8 @@ from orchestration.reconciler.kubernetes_objects import (
     PodObject,
 )
 from orchestration.reconciler.model import Job, Pod, is_run_id
+
+logger = logging.getLogger(__name__)
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
@@ -88,7 +90,7 @@ class Cluster:
         if self._identity is None:
             found = await self.ask("GET", "/api/v1/namespaces/kube-system", absent=(403, 404))
             if found is None:
-                print("The namespace kube-system may not be read: the cluster's CA is its identity.", flush=True)
+                logger.warning("The namespace kube-system may not be read: the cluster's CA is its identity.")
             self._identity = str(found["metadata"]["uid"]) if found else certificate_hash()
         return self._identity
 
@@ -279,70 +281,3 @@ async def connected(namespace: str, url: str = "") -> AsyncIterator[Cluster]:
         verify = ssl.create_default_context(cafile=str(ACCOUNT / "ca.crt"))
     async with httpx.AsyncClient(base_url=url, verify=verify, timeout=TIMEOUT) as client:
         yield Cluster(client, namespace)
-
-
-class Leadership:
-    """A Lease that one of several holds, renewed with each round.
-
-    Another takes it over when it has seen no renewal for its duration, by its own clock alone. The holder acts only
-    while `held`, which ends earlier.
-
-    Args:
-        cluster: where the Lease is.
-        name: of it.
-        identity: of this candidate.
-        duration: seconds.
-    """
-
-    def __init__(self, cluster: Cluster, name: str, identity: str, duration: int = 15) -> None:
-        self.cluster, self.name, self.identity, self.duration = cluster, name, identity, duration
-        self.path = f"/apis/coordination.k8s.io/v1/namespaces/{cluster.namespace}/leases"
-        self._seen: tuple[Any, float] = (None, 0.0)
-        self._until = 0.0
-
-    @property
-    def held(self) -> bool:
-        """Whether this candidate may still act: a request that it makes now is over before another may."""
-        return time.monotonic() < self._until
-
-    @property
-    def ends(self) -> float:
-        """When, on the monotonic clock, another may act: nothing is to go on until then."""
-        return self._until + 2 * TIMEOUT
-
-    async def take(self) -> bool:
-        """Renew it, or take it if nobody holds it; whether this candidate holds it now.
-
-        Raises:
-            ClusterError: the API does not answer.
-        """
-        now = time.monotonic()
-        lease = await self.cluster.ask("GET", f"{self.path}/{self.name}", absent=(404,))
-        spec = {"holderIdentity": self.identity, "leaseDurationSeconds": self.duration, "renewTime": _micro_time()}
-        if lease is None:
-            body = {"metadata": {"name": self.name}, "spec": spec}
-            made = await self.cluster.ask("POST", self.path, body=body, absent=(409,))
-        else:
-            holder, version = lease["spec"].get("holderIdentity"), lease["metadata"]["resourceVersion"]
-            if self._seen[0] != version:
-                self._seen = version, now
-            if holder not in (self.identity, "", None) and now - self._seen[1] < self.duration:
-                self._until = 0.0
-                return False
-            # With the version that was read: of two that take it at once, one is refused.
-            made = await self.cluster.ask("PUT", f"{self.path}/{self.name}", body=lease | {"spec": spec}, absent=(409,))
-        self._until = now + self.duration - 2 * TIMEOUT if made else 0.0
-        return bool(made)
-
-    async def release(self) -> None:
-        """Let another take it at once."""
-        if not self.held:
-            return
-        lease = await self.cluster.ask("GET", f"{self.path}/{self.name}", absent=(404,))
-        if lease and lease["spec"].get("holderIdentity") == self.identity:
-            body = lease | {"spec": lease["spec"] | {"holderIdentity": ""}}
-            await self.cluster.ask("PUT", f"{self.path}/{self.name}", body=body, absent=(409,))
-
-
-def _micro_time() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

@@ -6,10 +6,9 @@ What one that begins anew would read again and find unchanged is counted instead
 import asyncio
 import contextlib
 import gc
+import logging
 import signal
-import sys
 import time
-import traceback
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,17 +21,20 @@ import prometheus_client as prometheus
 from orchestration import prefect_api
 from orchestration.errors import ClusterError, PipelineError
 from orchestration.health import Pulse, served
+from orchestration.logs import RUN_ID
 from orchestration.prefect_api import JSON, RefusedError, Server
 from orchestration.reconciler import claims, pod_records
 from orchestration.reconciler import kubernetes_client as kubernetes
 from orchestration.reconciler.actions import carry_out
 from orchestration.reconciler.concurrency import gather_bounded
 from orchestration.reconciler.decide import Action, Stop, decide, is_steady
-from orchestration.reconciler.kubernetes_client import Cluster, Leadership
+from orchestration.reconciler.kubernetes_client import Cluster
+from orchestration.reconciler.leader_election import LeaderElection
 from orchestration.reconciler.model import ORDINARY, Job, Pod, Policy, Run
 from orchestration.reconciler.pod_events import PodEvents
 from orchestration.reconciler.pod_records import Note
-from orchestration.terminal import one_line
+
+logger = logging.getLogger(__name__)
 
 LIVE = ["PENDING", "RUNNING", "CANCELLING"]
 
@@ -215,7 +217,7 @@ class Reconciler:
         cluster: Cluster,
         pool: str,
         policy: Policy,
-        lead: Leadership | None,
+        lead: LeaderElection | None,
         pulse: Pulse,
         events: PodEvents | None = None,
     ) -> None:
@@ -250,21 +252,21 @@ class Reconciler:
                 heard.clear()
                 done: list[str] = []
                 try:
-                    leads = self.lead is None or await self.lead.take()
+                    leads = self.lead is None or await self.lead.acquire_or_renew()
                     self.leading.set(leads)
                     if leads:
                         done = await self.round()
                     elif self.events:
                         self.events.forget()
                     if self.pulse.trouble:
-                        print("Rounds succeed again.", flush=True)
+                        logger.info("Rounds succeed again.")
                     self.pulse.trouble = ""
                 except Exception as error:
                     self.failures.inc()
                     if str(error) != self.pulse.trouble:
-                        print(f"{str(error).rstrip('.')}. Looking again.", file=sys.stderr, flush=True)
-                        if not isinstance(error, PipelineError):  # nobody's mistake but ours, and no reason to stop
-                            traceback.print_exception(error)
+                        # An error that does not explain itself is a mistake in this program, and no reason to stop.
+                        trace = None if isinstance(error, PipelineError) else error
+                        logger.error("%s. The next round tries again.", str(error).rstrip("."), exc_info=trace)
                     self.pulse.trouble = str(error)
                 self.pulse.beat()
                 # What was done is often half of it: a crash is followed by a retry. No round follows another at once.
@@ -284,7 +286,7 @@ class Reconciler:
         began = time.monotonic()
         seen = await look(self.server, self.cluster, self.pool, self.steady)
         # To read a thousand runs may take longer than leadership holds.
-        if self.lead and not await self.lead.take():
+        if self.lead and not await self.lead.acquire_or_renew():
             return []
         now = self.server.now
         todo: list[tuple[Action, list[Pod]]] = []
@@ -311,9 +313,10 @@ class Reconciler:
         done = await gather_bounded([self._act(action, pods) for action, pods in todo])
         noted += await gather_bounded([self._note(each) for each in after])
         emitted = await gather_bounded([self._tell([pod for some in seen.pods.values() for pod in some])])
-        for each in done:
-            if isinstance(each, str) and each:
-                print(one_line(each), flush=True)
+        for (action, _), outcome in zip(todo, done, strict=True):
+            if isinstance(outcome, str) and outcome:
+                run_id = None if isinstance(action, Stop) else action.run.id
+                logger.info("%s", outcome, extra={RUN_ID: run_id})
         self.rounds.observe(time.monotonic() - began)
         acted = zip((_subject(action) for action, _ in todo), done, strict=True)
         noting = zip((f"Job {each.job}" for each in [*before, *after]), noted, strict=True)
@@ -323,7 +326,7 @@ class Reconciler:
         return [each for each in done if isinstance(each, str) and each]
 
     def _report(self, failures: Sequence[tuple[str, BaseException]]) -> None:
-        """Print the failures of single runs and Jobs, each once.
+        """Log the failures of single runs and Jobs, each once.
 
         A user can write what makes one run fail. That must not keep the reconciler from the others.
 
@@ -338,25 +341,23 @@ class Reconciler:
             self.failures.inc()
             reported[subject] = f"{subject} is left as it is: {str(error).rstrip('.') or type(error).__name__}."
             if self.reported.get(subject) != reported[subject]:
-                print(one_line(reported[subject]), file=sys.stderr, flush=True)
-                if not isinstance(error, PipelineError):
-                    traceback.print_exception(error)
+                logger.error("%s", reported[subject], exc_info=None if isinstance(error, PipelineError) else error)
         self.reported = reported
 
     async def _note(self, note: Note) -> None:
-        if self.lead is None or self.lead.held:
+        if self.lead is None or self.lead.is_leader:
             await pod_records.note(self.server, self.cluster, note)
 
     async def _tell(self, pods: Sequence[Pod]) -> None:
-        if self.events and (self.lead is None or self.lead.held):
+        if self.events and (self.lead is None or self.lead.is_leader):
             await self.events.tell(pods)
 
     async def _act(self, action: Action, pods: list[Pod]) -> str:
-        if self.lead and not self.lead.held:
+        if self.lead and not self.lead.is_leader:
             return ""
         try:
             # Of several requests the last may be made much later than the first, and by then be another's to make.
-            async with asyncio.timeout_at(self.lead.ends if self.lead else None):
+            async with asyncio.timeout_at(self.lead.deadline if self.lead else None):
                 said = await carry_out(self.server, self.cluster, action, pods)
         except TimeoutError:
             raise PipelineError(f"{type(action).__name__} took longer than leadership lasts") from None
@@ -400,7 +401,7 @@ async def reconcile(
         async with kubernetes.connected(namespace, url) as cluster, prefect_api.connected(wait) as server:
             # A round that fails is made anew, from what is then; and what this one has sent must not linger.
             server.patience, server.client.timeout = 0, httpx.Timeout(2 * kubernetes.TIMEOUT)
-            lead = Leadership(cluster, lease, identity) if lease else None
+            lead = LeaderElection(cluster, lease, identity) if lease else None
             # To look through Prefect's modules for garbage with each thousand pods takes a tenth of a second.
             gc.collect()
             gc.freeze()

@@ -47,7 +47,7 @@ def test_certificate_authority_is_rotated_and_no_run_is_orphaned(
 
 
 def test_cluster_whose_uid_may_not_be_read_is_known_by_its_certificate_authority(
-    namespace: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    namespace: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(kubernetes, "ACCOUNT", tmp_path)
     (tmp_path / "ca.crt").write_text("ca")
@@ -60,4 +60,4 @@ def test_cluster_whose_uid_may_not_be_read_is_known_by_its_certificate_authority
 
     with proxied(namespace.context) as url:
         assert asyncio.run(identity(url)) == certificate_hash()
-    assert "kube-system may not be read" in capsys.readouterr().out
+    assert "kube-system may not be read" in caplog.text

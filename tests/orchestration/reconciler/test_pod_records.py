@@ -346,7 +346,7 @@ def test_a_run_whose_pods_log_cannot_be_read_crashes_all_the_same(pool: Pool, mo
 
 
 def test_hostile_objects_keep_no_other_run_from_the_reconciler(
-    pool: Pool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    pool: Pool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A user writes the annotation, the termination message, the run's labels and a run's id that is none."""
     hostile = pool.run("RUNNING", "COMPLETED")
@@ -378,9 +378,9 @@ def test_hostile_objects_keep_no_other_run_from_the_reconciler(
         return await carry_out(server, cluster, action, pods)
 
     monkeypatch.setattr(loop, "carry_out", refuse)
-    capsys.readouterr()
+    caplog.clear()
     pool.rounds(lambda: None, lambda: None)
     assert state(dead) in ("Crashed", "AwaitingRetry")
     assert state(refused) == "Running"
-    shown = capsys.readouterr().err
+    shown = caplog.text
     assert shown.count(f"Run {refused['name']} is left as it is: the server answers 422: labels: no.") == 1
