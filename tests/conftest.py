@@ -110,7 +110,7 @@ def pytest_configure(config: pytest.Config) -> None:
     from orchestration.operations.local_cluster import choice
 
     try:
-        choice.way()
+        choice.requested_cluster()
     except ClusterError as error:
         raise pytest.UsageError(str(error)) from None
     # What is imported for the tests stays: to look at it again and again took half of the time that the imports do.
@@ -237,6 +237,22 @@ def image(cluster: str) -> str:
     from tests.e2e.release import build_image
 
     return build_image()
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """A machine with Docker that can also run a node, as the code sees it. No test machine has both.
+
+    The cache is empty, and no variable names a cluster.
+    """
+    from orchestration.operations.local_cluster import kind, node
+
+    for name in ("CLUSTER", "KUBE_CONTEXT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kind, "is_docker_running", lambda: True)
+    monkeypatch.setattr(node, "unavailable_reason", lambda: None)
+    return monkeypatch
 
 
 @pytest.fixture

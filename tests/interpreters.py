@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orchestration.operations.local_cluster import binaries
-from orchestration.operations.local_cluster.turns import turn
+from orchestration.operations.local_cluster.file_lock import hold_lock
 from orchestration.settings import ROOT
 
 
@@ -53,7 +53,7 @@ def interpreter(name: str, requirements: Sequence[str], *options: str) -> Path:
     folder = binaries.cache() / f"{name}-{content}-python-{platform.python_version()}"
     python, ready = folder / "bin" / "python", folder / "ready"
     # By name, as a suffix would replace what follows the version's last dot.
-    with turn(folder.with_name(f"{folder.name}.lock")):
+    with hold_lock(folder.with_name(f"{folder.name}.lock")):
         if not ready.exists():
             uv("venv", "--clear", "--python", sys.executable, folder)
             install: tuple[str | Path, ...] = ("pip", "install", "--compile-bytecode", "--python", python, *options)

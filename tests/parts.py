@@ -25,7 +25,7 @@ import psycopg
 from orchestration import warehouse
 from orchestration.local.embedded_postgres import stop as stop_postgres
 from orchestration.operations.local_cluster import binaries
-from orchestration.operations.local_cluster.turns import turn
+from orchestration.operations.local_cluster.file_lock import hold_lock
 from orchestration.settings import ROOT, settings
 
 Query = Callable[..., list[tuple[Any, ...]]]
@@ -117,6 +117,14 @@ def copy_of_checkout(folder: Path) -> None:
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
+
+
+def commit_copy_of_checkout(folder: Path) -> None:
+    """Copy this checkout into a new git repository, and commit everything."""
+    copy_of_checkout(folder)
+    identity = ("-c", "user.name=test", "-c", "user.email=test@localhost")
+    for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "all"]):
+        subprocess.run(["git", *command], cwd=folder, check=True)
 
 
 @contextlib.contextmanager
@@ -243,7 +251,7 @@ def migrated_database() -> Path:
     """
     versions = "-".join(f"{name}-{version(name)}" for name in ("prefect", "sqlalchemy", "alembic"))
     file = binaries.cache() / f"{versions}-sqlite-{sqlite3.sqlite_version}.db"
-    with turn(file.with_suffix(".lock")):
+    with hold_lock(file.with_suffix(".lock")):
         if not file.exists():
             with tempfile.TemporaryDirectory(prefix=".prefect-", dir=file.parent) as home:
                 command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]

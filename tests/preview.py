@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from orchestration.errors import ClusterError
-from orchestration.operations.local_cluster import binaries, kind, node
-from orchestration.operations.local_cluster.choice import chosen, way
+from orchestration.operations.local_cluster import binaries, kind, node_layout
+from orchestration.operations.local_cluster.choice import choose_context, requested_cluster
 
 PROGRAMS = {"kubernetes": (binaries.KUBERNETES, "9 min, once")} | {
     name: (version, usual) for name, (_, version, usual) in binaries.MODULES.items()
@@ -16,7 +16,7 @@ PROGRAMS = {"kubernetes": (binaries.KUBERNETES, "9 min, once")} | {
 """Version and build time of what is built from Go modules, by name."""
 
 BUILT = {
-    node.CONTEXT: ("kubernetes", "helm", "coredns", "metrics-server", "versitygw"),
+    node_layout.CONTEXT: ("kubernetes", "helm", "coredns", "metrics-server", "versitygw"),
     kind.CONTEXT: ("kind", "kubernetes", "helm", "versitygw"),
 }
 """What the tests need of them, by the cluster's context; kind has programs that the machine may have as well."""
@@ -43,9 +43,9 @@ def text() -> str:
 
 
 def _lines() -> Iterator[tuple[str, str]]:
-    named = way()
+    named = requested_cluster()
     try:
-        context = chosen()
+        context = choose_context()
     except ClusterError as error:
         if named not in ("", "none"):
             raise
@@ -64,10 +64,11 @@ def _lines() -> Iterator[tuple[str, str]]:
     else:
         reason = "CLUSTER=node" if named else "Docker does not run, and this is Linux with Go and you are root"
         yield "Cluster", f"{context}, a node from packages: {reason}"
-        yield "Changes", f"{node.STATE}, {'there already' if node.STATE.exists() else 'new'}"
-        yield "", f"bridges {node.BRIDGE} and {node.FIRST.bridge}, routes, iptables chains KUBE-*, CNI-*, NETPOL-*"
+        yield "Changes", f"{node_layout.STATE}, {'there already' if node_layout.STATE.exists() else 'new'}"
+        bridges = f"bridges {node_layout.BRIDGE} and {node_layout.FIRST.bridge}"
+        yield "", f"{bridges}, routes, iptables chains KUBE-*, CNI-*, NETPOL-*"
         yield "", "make cluster-down removes them"
-    packages = binaries.PACKAGES | TEST_PACKAGES if context == node.CONTEXT else TEST_PACKAGES
+    packages = binaries.PACKAGES | TEST_PACKAGES if context == node_layout.CONTEXT else TEST_PACKAGES
     absent = sorted(package for program, package in packages.items() if not shutil.which(program))
     yield "Debian", f"installs {' '.join(absent)}" if absent else "every package is installed"
     yield "Cache", f"{binaries.cache()}: {', '.join(_cached()) or 'empty'}"

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestration.operations.local_cluster import binaries, node
+from orchestration.operations.local_cluster import binaries, node_processes
 from tests.cluster import namespace
 
 PROCESSOR = "processor seconds"
@@ -64,7 +64,7 @@ class Meter:
     """Measures each test in the process that runs it."""
 
     def __init__(self) -> None:
-        os.environ[node.TESTS_PROCESS] = str(os.getpid())
+        os.environ[node_processes.TESTS_PROCESS] = str(os.getpid())
         self.began = time.time()
         self.strangers: set[tuple[int, float]] = set()
         self.daemons: dict[tuple[int, float], float] = {}
@@ -86,10 +86,10 @@ class Meter:
     def seconds(self) -> float:
         """Return the processor seconds of this process, of all it has started and of its pods, since it began."""
         self.sampled = time.monotonic()
-        own, nodes = psutil.Process(), node.processes()
+        own, nodes = psutil.Process(), node_processes.process_ids()
         tree = [own, *(each for each in own.children(recursive=True) if each.pid not in nodes)]
         self._find_daemons({each.pid for each in tree})
-        pods = node.processor_seconds()
+        pods = node_processes.pod_processor_seconds()
         return sum(map(_used, tree)) + sum(self.daemons.values()) + sum(pods.get(name, 0.0) for name in namespace.USED)
 
     def _find_daemons(self, tree: set[int]) -> None:
@@ -99,7 +99,7 @@ class Meter:
                 key = (each.pid, each.create_time())
                 if key in self.strangers or each.pid in tree or key[1] < self.began - 1:
                     continue
-                if key in self.daemons or each.environ().get(node.TESTS_PROCESS) == str(os.getpid()):
+                if key in self.daemons or each.environ().get(node_processes.TESTS_PROCESS) == str(os.getpid()):
                     family = [each, *each.children(recursive=True)] if each.ppid() == 1 else []
                     self.daemons[key] = max(self.daemons.get(key, 0.0), sum(map(_used, family)))
                 else:
@@ -108,7 +108,7 @@ class Meter:
 
 def _of_node() -> float:
     """Return the processor seconds of the local node's own processes since each began."""
-    return sum(_used(psutil.Process(pid)) for pid in node.processes() if psutil.pid_exists(pid))
+    return sum(_used(psutil.Process(pid)) for pid in node_processes.process_ids() if psutil.pid_exists(pid))
 
 
 def _used(process: psutil.Process) -> float:
@@ -129,7 +129,7 @@ class Report:
         self.wall: dict[str, float] = Counter()  # type: ignore[assignment] # a Counter takes any number
         self.processor: dict[str, float] = Counter()  # type: ignore[assignment]
         self.began = time.monotonic()
-        self.pods = node.processor_seconds()
+        self.pods = node_processes.pod_processor_seconds()
         self.node = _of_node()
         self.over: list[str] = []
         self.cached = _cached()
@@ -191,7 +191,7 @@ class Report:
             folders[file.rpartition("/")[0]] += seconds  # type: ignore[assignment]
         for folder, seconds in sorted(folders.items(), key=lambda each: -each[1]):
             write(f"{seconds:>12.0f}{'':>9}  {folder}/")
-        now = node.processor_seconds()
+        now = node_processes.pod_processor_seconds()
         pods = sum(seconds - self.pods.get(name, 0.0) for name, seconds in now.items())
         write(f"{pods:>12.0f}{'':>9}  all pods, those of the shared server among them")
         write(f"{_of_node() - self.node:>12.0f}{'':>9}  the node: control plane, kubelet, containerd")

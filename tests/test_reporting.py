@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.operations.local_cluster import node
+from orchestration.operations.local_cluster import node_processes
 from orchestration.settings import ROOT
 from tests.parts import wait_until
 from tests.reporting import Meter, over_budget
@@ -66,7 +66,7 @@ def test_meter_leaves_out_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     code = f"import pathlib\n{BURN.format(seconds=1)}pathlib.Path('done').touch()\ntime.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path) as program:
         if of_node:
-            monkeypatch.setattr(node, "processes", lambda: {program.pid})
+            monkeypatch.setattr(node_processes, "process_ids", lambda: {program.pid})
         before = meter.seconds()
         wait_until((tmp_path / "done").exists, "the program to have worked")
         assert (meter.seconds() - before < 0.7) is of_node

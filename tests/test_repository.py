@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from orchestration.operations.local_cluster import choice, node
+from orchestration.operations.local_cluster import choice, node_layout
 from tests.conftest import FIRST
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,7 +124,7 @@ def test_continuous_integration_calls_what_people_call() -> None:
     # As root and with the runner's programs; by name, as a runner has Docker, on which these tests have no images.
     command = re.fullmatch(r'sudo -E env "PATH=\$PATH" "LD_LIBRARY_PATH=.*" CLUSTER=(\w+) bash \.ci/run', last["run"])
     assert command
-    assert choice.WAYS[command[1]] == node.CONTEXT
+    assert choice.CONTEXTS[command[1]] == node_layout.CONTEXT
     assert last["env"] == {"PYTHON": "python${{ matrix.python }}"}, "else each job has the distribution's Python"
     assert {"3.11", "3.13"} <= set(job["strategy"]["matrix"]["python"])
 
@@ -146,6 +146,20 @@ def test_continuous_integration_takes_the_python_that_is_named(tmp_path: Path, p
 def test_dependencies_point_one_way() -> None:
     for path in (ROOT / "orchestration").rglob("*.py"):
         assert not re.search(r"^\s*(from|import) flows", path.read_text(), flags=re.M), path
+
+
+def test_image_does_not_import_the_operations_that_it_lacks() -> None:
+    assert "orchestration/operations" in (ROOT / "docker/Dockerfile.dockerignore").read_text().splitlines()
+    in_image = [
+        path
+        for folder in ("orchestration", "flows")
+        for path in (ROOT / folder).rglob("*.py")
+        if not path.is_relative_to(ROOT / "orchestration/operations")
+    ]
+    assert len(in_image) > 50
+    # Also as a text: a program that is started by `python -m`.
+    pattern = re.compile(r"orchestration[./]operations|from orchestration import .*\boperations\b")
+    assert [path for path in in_image if pattern.search(path.read_text())] == []
 
 
 @pytest.mark.parametrize("module", ["flows/landing.py", "flows/raw.py", "flows/report.py"])

@@ -1,4 +1,5 @@
-"""An environment: the namespace of a cluster that holds server, worker and runs, and what is done with it.
+"""Operate an environment: the namespace of a cluster that holds a Prefect server, its workers and its runs.
 
-`python -m orchestration.operations COMMAND` is what the Makefile's targets for Kubernetes call.
+The Makefile's targets for Kubernetes call `python -m orchestration.operations COMMAND`. The image does not contain this
+package.
 """

@@ -1,7 +1,7 @@
-"""What belongs to one deploy: which revisions its releases had before, and from which inputs each revision was made.
+"""Record which revisions each deploy replaced, and from which inputs each revision was made.
 
-It is kept in a ConfigMap of the environment, as Helm overwrites a revision's description when that fails or is taken
-back. It is written before a release is touched, so that a deploy that is interrupted can be taken back too.
+The record is a ConfigMap of the environment. Helm overwrites a revision's description when the revision fails or is
+rolled back. Each change is written before a release is touched, so that an interrupted deploy can be rolled back too.
 """
 
 import json
@@ -14,18 +14,18 @@ from orchestration.operations.environment import RELEASES, Environment, Object
 
 CONFIG_MAP = "prefect-deploys"
 
-KEPT = 20
-"""Deploys that are remembered: as many as Helm keeps revisions."""
+MAX_DEPLOYS = 20
+"""Deploys in the record: as many as Helm keeps revisions."""
 
 
 @dataclass
 class Deploy:
-    """A deploy that can be taken back.
+    """A deploy that can be rolled back. The names of its fields are the keys in the ConfigMap.
 
     Args:
-        at: when it began.
-        before: the revision of each release that it has touched, as it was before; 0 is none.
-        is_complete: whether it has ended well, and taking it back has not begun.
+        at: when it began, in UTC.
+        before: the revision of each changed release before the deploy; 0 if the release was not installed.
+        is_complete: whether it succeeded and no rollback of it has begun.
     """
 
     at: str
@@ -33,14 +33,14 @@ class Deploy:
     is_complete: bool = False
 
 
-class Deploys:
-    """The deploys of an environment, oldest first; those that were taken back are not among them.
+class DeployHistory:
+    """Keeps the deploys of an environment, oldest first. Deploys that were rolled back are removed.
 
     Args:
-        environment: where they are recorded.
+        environment: the environment whose ConfigMap holds the record.
 
     Raises:
-        ClusterError: the cluster does not answer, or what is recorded cannot be read.
+        ClusterError: the cluster does not answer, or the record cannot be read.
     """
 
     def __init__(self, environment: Environment) -> None:
@@ -49,81 +49,92 @@ class Deploys:
             "get", "configmap", CONFIG_MAP, "--ignore-not-found", "--output", "go-template={{.data.deploys}}"
         )
         try:
-            found: Object = json.loads(text) if text else {}
-            self.made = [Deploy(**each) for each in found.get("made", [])]
-            self.inputs: dict[str, dict[str, str]] = found.get("inputs", {})
+            record: Object = json.loads(text) if text else {}
+            self.deploys = [Deploy(**deploy) for deploy in record.get("made", [])]
+            self.inputs: dict[str, dict[str, str]] = record.get("inputs", {})
         except (ValueError, TypeError, AttributeError):
             raise ClusterError(
-                f"ConfigMap {CONFIG_MAP} in {environment.namespace} has no record of deploys that can be read. Delete "
-                "it; deploys before then cannot be taken back by make"
+                f"ConfigMap {CONFIG_MAP} in {environment.namespace} has no readable record of deploys. Delete it; "
+                "make cannot roll back the deploys before then"
             ) from None
 
-    def begin(self) -> None:
-        """Begin a deploy. With one that has not ended well it is one: what was before that is what runs."""
-        now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
-        unfinished = self.made.pop().before if self.made and not self.made[-1].is_complete else {}
-        self.made = [*self.made, Deploy(now, unfinished)][-KEPT:]
-
-    def touch(self, release: str, history: Sequence[Object]) -> None:
-        """Note which revision of a release is there before it is changed.
+    def is_current(self, release: str, revisions: Sequence[Object], inputs: str) -> bool:
+        """Return whether the newest revision is deployed and was made from these inputs.
 
         Args:
-            release: which.
-            history: its revisions, oldest first.
+            release: the name of the release.
+            revisions: its revisions, oldest first.
+            inputs: the hash of its inputs.
         """
-        self.made[-1].before.setdefault(release, _running(history))
+        if not revisions or revisions[-1]["status"] != "deployed":
+            return False
+        return self.inputs.get(release, {}).get(str(revisions[-1]["revision"])) == inputs
+
+    def begin_deploy(self) -> None:
+        """Begin a deploy. It continues an incomplete one: a rollback then takes back both."""
+        now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+        unfinished = self.deploys.pop().before if self.deploys and not self.deploys[-1].is_complete else {}
+        self.deploys = [*self.deploys, Deploy(now, unfinished)][-MAX_DEPLOYS:]
+
+    def record_before(self, release: str, revisions: Sequence[Object]) -> None:
+        """Record which revision of a release runs before the deploy changes it.
+
+        Args:
+            release: the name of the release.
+            revisions: its revisions, oldest first.
+        """
+        self.deploys[-1].before.setdefault(release, _running(revisions))
         self._write()
 
-    def note(self, release: str, revision: int, inputs: str) -> None:
-        """Note from which inputs a revision was made."""
-        self.inputs[release] = dict(
-            [*self.inputs.get(release, {}).items(), (str(revision), inputs)][-KEPT:],
-        )
+    def record_inputs(self, release: str, revision: int, inputs: str) -> None:
+        """Record the hash of the inputs that a revision was made from."""
+        recorded = [*self.inputs.get(release, {}).items(), (str(revision), inputs)]
+        self.inputs[release] = dict(recorded[-MAX_DEPLOYS:])
         self._write()
 
-    def end(self) -> None:
-        """Note that the deploy has ended well; one that changed nothing is none."""
-        if self.made[-1].before:
-            self.made[-1].is_complete = True
+    def complete_deploy(self) -> None:
+        """Record that the deploy succeeded. A deploy that changed nothing is not recorded."""
+        if self.deploys[-1].before:
+            self.deploys[-1].is_complete = True
             self._write()
         else:
-            self.made.pop()
+            self.deploys.pop()
 
-    def take_back(self) -> Deploy:
-        """Begin to take back the newest deploy; which.
+    def begin_rollback(self) -> Deploy:
+        """Begin the rollback of the newest deploy, and return that deploy.
 
         Raises:
-            ClusterError: there is none before it.
+            ClusterError: no release ran before that deploy.
         """
-        if not self.made or not any(self.made[-1].before.values()):
-            where = self._environment.namespace
+        if not self.deploys or not any(self.deploys[-1].before.values()):
+            namespace = self._environment.namespace
             raise ClusterError(
-                f"There is no deploy in {where} to go back to: none is recorded before the one that runs"
+                f"There is no deploy in {namespace} to go back to: none is recorded before the one that runs"
             )
-        self.made[-1].is_complete = False
+        self.deploys[-1].is_complete = False
         self._write()
-        return self.made[-1]
+        return self.deploys[-1]
 
-    def taken_back(self) -> None:
-        """Note that the newest deploy was taken back."""
-        self.made.pop()
+    def complete_rollback(self) -> None:
+        """Remove the newest deploy, which was rolled back."""
+        self.deploys.pop()
         self._write()
 
-    def forget(self) -> None:
-        """Remove the record: without the releases its revisions mean nothing."""
+    def delete(self) -> None:
+        """Delete the record. Its revisions mean nothing once the releases are uninstalled."""
         self._environment.kubectl("delete", "configmap", CONFIG_MAP, "--ignore-not-found")
 
     def _write(self) -> None:
         inputs = {release: self.inputs.get(release, {}) for release in RELEASES}
-        text = json.dumps({"made": [asdict(each) for each in self.made], "inputs": inputs})
-        made = {
+        text = json.dumps({"made": [asdict(deploy) for deploy in self.deploys], "inputs": inputs})
+        config_map = {
             "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": CONFIG_MAP}, "data": {"deploys": text},
         }  # fmt: skip
-        self._environment.kubectl("apply", "--filename", "-", text=json.dumps(made))
+        self._environment.kubectl("apply", "--filename", "-", text=json.dumps(config_map))
 
 
-def _running(history: Sequence[Object]) -> int:
-    """The revision that runs, of one that failed the one before it; 0 if there is none."""
-    good = [each for each in history if each["status"] in ("deployed", "superseded")]
-    deployed = [each for each in good if each["status"] == "deployed"]
+def _running(revisions: Sequence[Object]) -> int:
+    """Return the number of the deployed revision, or of the newest that was deployed once; 0 if there is none."""
+    good = [revision for revision in revisions if revision["status"] in ("deployed", "superseded")]
+    deployed = [revision for revision in good if revision["status"] == "deployed"]
     return int((deployed or good)[-1]["revision"]) if good else 0

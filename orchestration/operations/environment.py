@@ -1,4 +1,4 @@
-"""Which environment where, and the two programs that reach it: kubectl and helm."""
+"""Find an environment, and run kubectl and helm in it."""
 
 import json
 import shutil
@@ -18,35 +18,42 @@ Object = dict[str, Any]
 SERVER = "prefect-server"
 POOL = "prefect-work-pool"
 RELEASES = (SERVER, POOL)
-"""The releases of an environment, in the order in which they are deployed; each has its chart's name."""
+"""The releases of an environment, in the order of a deploy. Each is named after its chart."""
 
 OVERLAYS = ROOT / "k8s" / "overlays"
 PAGE = "docs/how-to/environments.md"
 
 
-def run(command: Sequence[str], text: str | None = None, *, folder: Path = ROOT) -> str:
-    """Run a program; what it printed.
+def run_program(command: Sequence[str], text: str | None = None, *, folder: Path = ROOT) -> str:
+    """Run a program and return its standard output.
+
+    Args:
+        command: the program and its arguments.
+        text: its standard input.
+        folder: its working directory.
 
     Raises:
-        ClusterError: it is not installed, or failed, with what it said.
+        ClusterError: the program is not installed, or failed, with its error output.
     """
     if not shutil.which(command[0]):
-        raise ClusterError(f"{command[0]} is not installed here. Install it, or `make cluster` for one of our own")
+        raise ClusterError(
+            f"{command[0]} is not installed here. Install it, or build one for this project: make cluster"
+        )
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False, cwd=folder)
     if done.returncode:
-        said = (done.stderr or done.stdout).strip()
-        raise ClusterError(said.removeprefix("Error: ") or f"{command[0]} ended with {done.returncode}")
+        output = (done.stderr or done.stdout).strip()
+        raise ClusterError(output.removeprefix("Error: ") or f"{command[0]} ended with exit status {done.returncode}")
     return done.stdout
 
 
 @dataclass(frozen=True)
 class Environment:
-    """A namespace of a cluster that holds server, worker and runs.
+    """A namespace of a cluster that holds server, workers and runs.
 
     Args:
-        name: of its folder in k8s/overlays and helm/environments.
-        context: the kubeconfig's name of its cluster.
-        namespace: where its releases and runs are.
+        name: the name of its folders in k8s/overlays and helm/environments.
+        context: the kubeconfig context of its cluster.
+        namespace: the namespace of its releases and runs.
     """
 
     name: str
@@ -54,15 +61,15 @@ class Environment:
     namespace: str
 
     def kubectl(self, *arguments: str, text: str | None = None) -> str:
-        """Run kubectl in the namespace; what it printed."""
-        return run(["kubectl", "--context", self.context, "--namespace", self.namespace, *arguments], text)
+        """Run kubectl in the namespace and return its standard output."""
+        return run_program(["kubectl", "--context", self.context, "--namespace", self.namespace, *arguments], text)
 
     def helm(self, *arguments: str) -> str:
-        """Run helm in the namespace; what it printed."""
-        return run(["helm", "--kube-context", self.context, "--namespace", self.namespace, *arguments])
+        """Run helm in the namespace and return its standard output."""
+        return run_program(["helm", "--kube-context", self.context, "--namespace", self.namespace, *arguments])
 
     def objects(self, kinds: str, *arguments: str) -> list[Object]:
-        """The namespace's objects of some kinds: `objects("pods,jobs", "--selector", "a=b")`."""
+        """Return the namespace's objects of some kinds: `objects("pods,jobs", "--selector", "a=b")`."""
         found: list[Object] = json.loads(self.kubectl("get", kinds, "--output", "json", *arguments))["items"]
         return found
 
@@ -73,30 +80,30 @@ class Environment:
 
 
 def resolve(name: str, context: str, namespace: str = "") -> Environment:
-    """The environment of that name on the cluster of that context.
+    """Return the environment of a name on the cluster of a context.
 
     Args:
-        name: of a folder in k8s/overlays.
-        context: the kubeconfig's name of the cluster.
-        namespace: another one than its overlay's.
+        name: a folder in k8s/overlays.
+        context: the kubeconfig context of the cluster.
+        namespace: a namespace other than the overlay's.
 
     Raises:
-        ClusterError: there is no such environment or context, or the cluster does not answer.
+        ClusterError: the environment or the context does not exist, or the cluster does not answer.
     """
     known = sorted(path.name for path in OVERLAYS.iterdir() if not path.name.startswith("."))
     if name not in known:
-        raise ClusterError(f"ENV={name} is unknown. There are {', '.join(known)}; {PAGE} says how to add one")
-    contexts = run(["kubectl", "config", "get-contexts", "--output", "name"]).split()
-    listed = f"There are: {', '.join(contexts)}" if contexts else "The kubeconfig has none"
+        raise ClusterError(f"ENV={name} is unknown. There are {', '.join(known)}. Add one as {PAGE} describes")
+    contexts = run_program(["kubectl", "config", "get-contexts", "--output", "name"]).split()
+    choice = f"There are: {', '.join(contexts)}" if contexts else "The kubeconfig has none"
     if not context:
-        raise ClusterError(f"ENV={name} needs the name of its cluster: KUBE_CONTEXT=... {listed}")
+        raise ClusterError(f"ENV={name} needs the name of its cluster: KUBE_CONTEXT=... {choice}")
     if context not in contexts:
-        raise ClusterError(f"KUBE_CONTEXT={context} is not in the kubeconfig. {listed}")
+        raise ClusterError(f"KUBE_CONTEXT={context} is not in the kubeconfig. {choice}")
     overlay = yaml.safe_load((OVERLAYS / name / "kustomization.yaml").read_text())
     found = Environment(name, context, namespace or overlay["namespace"])
     try:
         found.kubectl("get", "--raw", "/version", "--request-timeout=10s")
     except ClusterError as error:
-        last = str(error).splitlines()[-1]
-        raise ClusterError(f"The cluster of KUBE_CONTEXT={context} cannot be used: {last}") from None
+        last_line = str(error).splitlines()[-1]
+        raise ClusterError(f"The cluster of KUBE_CONTEXT={context} cannot be used: {last_line}") from None
     return found

@@ -1,4 +1,4 @@
-"""The Prefect API of an environment, from outside of its cluster."""
+"""Reach the Prefect API and UI of an environment from outside the cluster, by a port forward."""
 
 import base64
 import contextlib
@@ -16,12 +16,15 @@ from orchestration.errors import ClusterError
 from orchestration.operations.environment import SERVER, Environment
 from orchestration.prefect_api import Access
 
-SECRET = f"{SERVER}-auth"
+AUTH_SECRET = f"{SERVER}-auth"
+
+API_TIMEOUT_SECONDS = 30.0
+"""How long a request may take, and how long the server may take to answer the first one."""
 
 
-def user(environment: Environment) -> str:
-    """USER:PASSWORD of the API."""
-    found = environment.kubectl("get", "secret", SECRET, "--output", 'go-template={{index .data "auth-string"}}')
+def read_credentials(environment: Environment) -> str:
+    """Return USER:PASSWORD of the API, from its Secret."""
+    found = environment.kubectl("get", "secret", AUTH_SECRET, "--output", 'go-template={{index .data "auth-string"}}')
     return base64.b64decode(found).decode()
 
 
@@ -30,8 +33,8 @@ class Forward:
     """A port of this machine that leads to the server.
 
     Args:
-        url: of the API and UI.
-        process: kubectl, which ends with the pod that it leads to.
+        url: the address of API and UI on this machine.
+        process: kubectl, which ends when the pod that it forwards to ends.
     """
 
     url: str
@@ -39,12 +42,12 @@ class Forward:
 
 
 @contextlib.contextmanager
-def forwarded(environment: Environment, port: int = 0) -> Iterator[Forward]:
-    """A way from this machine to the API and UI, while the block lasts.
+def forward_port(environment: Environment, port: int = 0) -> Iterator[Forward]:
+    """Forward a port of this machine to the API and UI while the block lasts.
 
     Args:
-        environment: where the server is.
-        port: of the loopback interface; 0 is any that is free.
+        environment: the environment of the server.
+        port: a port of the loopback interface; 0 takes a free one.
 
     Raises:
         ClusterError: there is no server, or the port is taken.
@@ -58,13 +61,13 @@ def forwarded(environment: Environment, port: int = 0) -> Iterator[Forward]:
         start_new_session=True,
     )
     assert process.stdout
-    # It has a line for each connection, and with nobody to read them makes no more after some thousands.
+    # kubectl prints a line for each connection. Unread lines fill the pipe, and after some thousands it stops.
     reader = threading.Thread(target=process.stdout.read, daemon=True)
     try:
         line = process.stdout.readline()
         if "127.0.0.1:" not in line:
-            said = [line, *process.stdout.read().splitlines()]
-            raise ClusterError(f"The server in {environment.namespace} cannot be reached: {said[-1].strip()}")
+            output = [line, *process.stdout.read().splitlines()]
+            raise ClusterError(f"The server in {environment.namespace} cannot be reached: {output[-1].strip()}")
         reader.start()
         yield Forward(f"http://127.0.0.1:{line.split('127.0.0.1:')[1].split()[0]}", process)
     finally:
@@ -77,24 +80,24 @@ def forwarded(environment: Environment, port: int = 0) -> Iterator[Forward]:
 
 
 @contextlib.contextmanager
-def connected(environment: Environment) -> Iterator[httpx.Client]:
-    """A client of the API, as its user, while the block lasts.
+def api_client(environment: Environment) -> Iterator[httpx.Client]:
+    """Yield an authenticated client of the environment's Prefect API.
 
     Raises:
-        ClusterError: there is no server, or it does not answer within 30 s.
+        ClusterError: there is no server, or it does not answer within `API_TIMEOUT_SECONDS`.
     """
-    auth = user(environment)
+    credentials = read_credentials(environment)
     with (
-        forwarded(environment) as way,
-        # A server closes what is idle for 5 s, which a request may meet; a client is to be first.
+        forward_port(environment) as forward,
+        # The server closes a connection after 5 s idle. The client closes it earlier, so that no request meets that.
         httpx.Client(
-            base_url=f"{way.url}/api",
-            auth=Access(f"{way.url}/api", auth),
-            timeout=30,
+            base_url=f"{forward.url}/api",
+            auth=Access(f"{forward.url}/api", credentials),
+            timeout=API_TIMEOUT_SECONDS,
             limits=httpx.Limits(keepalive_expiry=2),
         ) as client,
     ):
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + API_TIMEOUT_SECONDS
         while True:
             try:
                 client.get("/health").raise_for_status()

@@ -1,12 +1,13 @@
-"""What an image registry of this machine has."""
+"""Ask an image registry of this machine for an image."""
 
 _MANIFESTS = "application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json"
 
 
-def has(image: str) -> bool:
-    """Whether a registry that speaks HTTP has an image: HOST:PORT/NAME:TAG or HOST:PORT/NAME@DIGEST.
+def has_image(image: str) -> bool:
+    """Return whether a registry that speaks HTTP has an image; False where no registry answers.
 
-    No registry there is an answer too: it does not have it.
+    Args:
+        image: HOST:PORT/NAME:TAG or HOST:PORT/NAME@DIGEST.
     """
     import httpx
 

@@ -1,4 +1,4 @@
-"""Why a release does not become ready: which object, which event, which line of a log."""
+"""Explain why a release is not ready: the object, the event and the line of a log that show the cause."""
 
 from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
@@ -8,15 +8,22 @@ from orchestration.diagnosis_table import WAITING_REASONS
 from orchestration.errors import ClusterError
 from orchestration.operations.environment import Environment, Object
 
-HOPELESS = frozenset(reason for reason, meaning in WAITING_REASONS.items() if meaning.fails_rollout)
-"""Why a container waits for what only a person can change."""
+FAILING_REASONS = frozenset(reason for reason, meaning in WAITING_REASONS.items() if meaning.fails_rollout)
+"""Reasons of a waiting container that only a person can cure."""
 
-PATIENCE = 20.0
-"""Seconds that such a state may last: a registry may be briefly away, a Secret about to be made."""
+CRASH_LOOP = "CrashLoopBackOff"
+
+CRASH_LOOP_RESTARTS = 3
+"""Restarts from which a crash loop counts as permanent: a container may wait for another component to start."""
+
+GRACE_SECONDS = 20.0
+"""How long a hopeless state may last: a registry may be away briefly, or a Secret be created soon."""
+
+MAX_EVENTS = 20
 
 
-def of_release(release: str) -> str:
-    """The selector of a release's objects; its runs' pods are not among them, and their troubles not its own."""
+def release_selector(release: str) -> str:
+    """Return the label selector of a release's objects, without the pods of flow runs."""
     return f"app.kubernetes.io/instance={release},prefect.io/role!=flow-run"
 
 
@@ -25,27 +32,38 @@ def _statuses(pod: Object) -> list[Object]:
     return [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]
 
 
-def hopeless(pod: Object) -> str:
-    """Why a pod will not start without a person; empty if it may."""
+def hopeless_reason(pod: Object) -> str:
+    """Return why a pod cannot start until a person repairs it; empty if it may still start.
+
+    The reasons come from the project's one table of diagnoses.
+    """
     age = (datetime.now(UTC) - datetime.fromisoformat(pod["metadata"]["creationTimestamp"])).total_seconds()
     for status in _statuses(pod):
         waiting = status.get("state", {}).get("waiting", {})
-        if waiting.get("reason") in HOPELESS and age > PATIENCE:
-            return f"{status['name']}: {waiting['reason']}: {waiting.get('message', '')}"
-        if waiting.get("reason") == "CrashLoopBackOff" and status["restartCount"] >= 3:
-            return f"{status['name']}: ended {status['restartCount']} times"
+        reason = waiting.get("reason")
+        if reason == CRASH_LOOP:
+            if status["restartCount"] >= CRASH_LOOP_RESTARTS:
+                return f"{status['name']}: ended {status['restartCount']} times"
+        elif reason in FAILING_REASONS and age > GRACE_SECONDS:
+            return f"{status['name']}: {reason}: {waiting.get('message', '')}"
     return ""
 
 
-def _ready(pod: Object) -> bool:
+def _is_ready(pod: Object) -> bool:
     if pod["status"].get("phase") == "Succeeded":
         return True
-    conditions = {each["type"]: each["status"] for each in pod["status"].get("conditions", [])}
+    conditions = {condition["type"]: condition["status"] for condition in pod["status"].get("conditions", [])}
     return conditions.get("Ready") == "True"
 
 
-def troubles(environment: Environment, pod: Object, containers: Collection[str] = ()) -> Iterator[str]:
-    """What keeps a pod from running, and how its containers ended; only of those containers, if some are named."""
+def explain_pod(environment: Environment, pod: Object, containers: Collection[str] = ()) -> Iterator[str]:
+    """Yield lines that say why a pod does not run, and how its containers ended.
+
+    Args:
+        environment: the environment of the pod.
+        pod: the pod, as the Kubernetes API returns it.
+        containers: the names of the containers to explain; all if empty.
+    """
     name = pod["metadata"]["name"]
     for condition in pod["status"].get("conditions", []):
         if condition["status"] == "False" and condition.get("reason") == "Unschedulable":
@@ -55,23 +73,23 @@ def troubles(environment: Environment, pod: Object, containers: Collection[str] 
             continue
         state = status.get("state", {}) | {"last": status.get("lastState", {}).get("terminated")}
         if "running" in state and not status["ready"]:
-            # It waits for something, or is slow: the end of its log says which.
+            # The container waits for something or starts slowly. The last line of its log shows which.
             yield from (
-                f"pod/{name} {status['name']}: {line}" for line in last_lines(environment, name, status["name"], 1)
+                f"pod/{name} {status['name']}: {line}" for line in log_tail(environment, name, status["name"], 1)
             )
         if waiting := state.get("waiting"):
             yield f"pod/{name} {status['name']}: {waiting.get('reason')}: {waiting.get('message', '')}".rstrip(": ")
         ended: Any = state.get("terminated") or state.get("last")
         if ended and ended["exitCode"]:
             yield f"pod/{name} {status['name']}: {ended['reason']}, exit code {ended['exitCode']}"
-            yield from (f"  log: {line}" for line in last_lines(environment, name, status["name"]))
+            yield from (f"  log: {line}" for line in log_tail(environment, name, status["name"]))
 
 
-def last_lines(environment: Environment, pod: str, container: str, count: int = 5) -> list[str]:
-    """The end of a container's log, of its run before if it has none yet."""
-    for more in ([], ["--previous"]):
+def log_tail(environment: Environment, pod: str, container: str, count: int = 5) -> list[str]:
+    """Return the last lines of a container's log; of its previous container if the log is empty."""
+    for options in ([], ["--previous"]):
         try:
-            text = environment.kubectl("logs", pod, "--container", container, f"--tail={count}", *more)
+            text = environment.kubectl("logs", pod, "--container", container, f"--tail={count}", *options)
         except ClusterError:
             continue
         if text.strip():
@@ -79,26 +97,35 @@ def last_lines(environment: Environment, pod: str, container: str, count: int = 
     return []
 
 
-def why(environment: Environment, release: str) -> list[str]:
-    """What is wrong with a release's objects, the most telling first; empty if nothing is seen."""
-    found: list[str] = []
+def explain_release(environment: Environment, release: str) -> list[str]:
+    """Return lines that say what is wrong with a release's objects: pods first, then workloads, then events.
+
+    Empty if nothing is wrong.
+    """
+    lines: list[str] = []
     names = set()
-    for pod in environment.objects("pods", "--selector", of_release(release)):
-        if not _ready(pod) and not pod["metadata"].get("deletionTimestamp"):
+    for pod in environment.objects("pods", "--selector", release_selector(release)):
+        if not _is_ready(pod) and not pod["metadata"].get("deletionTimestamp"):
             names.add(pod["metadata"]["name"])
-            found += troubles(environment, pod)
-    for each in environment.objects("deployments,statefulsets,replicasets,jobs", "--selector", of_release(release)):
-        names.add(each["metadata"]["name"])
-        for condition in each["status"].get("conditions", []):
+            lines += explain_pod(environment, pod)
+    kinds = "deployments,statefulsets,replicasets,jobs"
+    for workload in environment.objects(kinds, "--selector", release_selector(release)):
+        names.add(workload["metadata"]["name"])
+        for condition in workload["status"].get("conditions", []):
             if (condition["type"], condition["status"]) in (("ReplicaFailure", "True"), ("Failed", "True")):
-                found.append(f"{each['kind'].lower()}/{each['metadata']['name']}: {condition.get('message')}")
+                name = f"{workload['kind'].lower()}/{workload['metadata']['name']}"
+                lines.append(f"{name}: {condition.get('message')}")
+    return lines + _warnings(environment, names)
+
+
+def _warnings(environment: Environment, names: Collection[str]) -> list[str]:
+    """Return the newest Warning events of the named objects, without failed probes and repetitions."""
     events = environment.objects("events", "--field-selector", "type=Warning")
-    events.sort(key=lambda each: each.get("lastTimestamp") or each["metadata"]["creationTimestamp"])
-    seen = set()
-    for event in events[-20:]:
-        about = event["involvedObject"]
-        line = f"event of {about['kind'].lower()}/{about['name']}: {event['reason']}: {event['message']}"
-        if about["name"] in names and line not in seen and "probe failed" not in event["message"]:
-            seen.add(line)
-            found.append(line)
-    return found
+    events.sort(key=lambda event: event.get("lastTimestamp") or event["metadata"]["creationTimestamp"])
+    lines: list[str] = []
+    for event in events[-MAX_EVENTS:]:
+        involved = event["involvedObject"]
+        line = f"event of {involved['kind'].lower()}/{involved['name']}: {event['reason']}: {event['message']}"
+        if involved["name"] in names and line not in lines and "probe failed" not in event["message"]:
+            lines.append(line)
+    return lines

@@ -1,4 +1,4 @@
-"""An environment on one screen: what runs, what is late, how each deployment's last run went."""
+"""Show an environment on one screen: components, pool, running and late runs, each deployment's last and next run."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -11,25 +11,31 @@ from rich.table import Table
 from orchestration.errors import ClusterError
 from orchestration.operations import release_diagnosis
 from orchestration.operations.environment import RELEASES, Environment, Object
-from orchestration.operations.port_forward import connected
+from orchestration.operations.port_forward import api_client
 from orchestration.terminal import one_line
 
 COLOURS = {"COMPLETED": "green", "RUNNING": "blue", "FAILED": "red", "CRASHED": "red", "CANCELLED": "yellow"}
 
 
-def look(environment: Environment) -> Object:
-    """The environment's state: `components`, `pool`, `runs` (that run or are late), `deployments`, `problems`."""
+def read_status(environment: Environment) -> Object:
+    """Return the state of an environment.
+
+    Returns:
+        `components`, `problems`, `pools`, `runs` (in progress or late) and `deployments`.
+
+    Raises:
+        ClusterError: nothing is deployed, or the Prefect API does not answer.
+    """
     components = []
     for release in RELEASES:
-        for each in environment.objects(
-            "deployments,statefulsets", "--selector", release_diagnosis.of_release(release)
-        ):
-            container = each["spec"]["template"]["spec"]["containers"][0]
+        selector = release_diagnosis.release_selector(release)
+        for workload in environment.objects("deployments,statefulsets", "--selector", selector):
+            container = workload["spec"]["template"]["spec"]["containers"][0]
             components.append(
                 {
-                    "name": each["metadata"]["labels"]["app.kubernetes.io/component"],
-                    "ready": each["status"].get("readyReplicas", 0),
-                    "wanted": each["spec"].get("replicas", 1),
+                    "name": workload["metadata"]["labels"]["app.kubernetes.io/component"],
+                    "ready": workload["status"].get("readyReplicas", 0),
+                    "wanted": workload["spec"].get("replicas", 1),
                     "image": container["image"],
                 }
             )
@@ -41,20 +47,22 @@ def look(environment: Environment) -> Object:
     problems = [
         line
         for release in RELEASES
-        for line in release_diagnosis.why(environment, release)
+        for line in release_diagnosis.explain_release(environment, release)
         if not line.startswith("event")
     ]
-    with connected(environment) as api:
-        return {"components": components, "problems": problems} | _of_api(api)
+    with api_client(environment) as api:
+        return {"components": components, "problems": problems} | _read_api(api)
 
 
-def _of_api(api: httpx.Client) -> Object:
-    def ask(path: str, **body: Any) -> Any:
+def _read_api(api: httpx.Client) -> Object:
+    """Return pools, runs and deployments."""
+
+    def query(path: str, **body: Any) -> Any:
         return api.post(path, json=body).raise_for_status().json()
 
     pools = []
-    for pool in ask("/work_pools/filter"):
-        workers = ask(f"/work_pools/{pool['name']}/workers/filter", limit=200)
+    for pool in query("/work_pools/filter"):
+        workers = query(f"/work_pools/{pool['name']}/workers/filter", limit=200)
         pools.append(
             {
                 "name": pool["name"],
@@ -63,11 +71,11 @@ def _of_api(api: httpx.Client) -> Object:
                 "workers": sum(worker["status"] == "ONLINE" for worker in workers),
             }
         )
-    names = {each["id"]: each for each in ask("/deployments/filter")}
-    flows = {each["id"]: each["name"] for each in ask("/flows/filter")}
+    deployments_by_id = {deployment["id"]: deployment for deployment in query("/deployments/filter")}
+    flows = {flow["id"]: flow["name"] for flow in query("/flows/filter")}
 
-    def shown(run: Object) -> Object:
-        deployment = names.get(run["deployment_id"], {})
+    def summary(run: Object) -> Object:
+        deployment = deployments_by_id.get(run["deployment_id"], {})
         return {
             "name": run["name"],
             "flow": flows.get(run["flow_id"], ""),
@@ -81,61 +89,68 @@ def _of_api(api: httpx.Client) -> Object:
 
     busy = {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING", "PAUSED"]}}}
     late = {"state": {"name": {"any_": ["Late"]}}}
-    runs = [shown(run) for which in (busy, late) for run in ask("/flow_runs/filter", flow_runs=which, limit=50)]
+    runs = [summary(run) for states in (busy, late) for run in query("/flow_runs/filter", flow_runs=states, limit=50)]
     deployments = []
     ended = {"state": {"type": {"any_": ["COMPLETED", "FAILED", "CRASHED", "CANCELLED"]}}}
-    for deployment in names.values():
-        of = {"id": {"any_": [deployment["id"]]}}
-        last = ask("/flow_runs/filter", deployments=of, flow_runs=ended, sort="END_TIME_DESC", limit=1)
+    for deployment in deployments_by_id.values():
+        same = {"id": {"any_": [deployment["id"]]}}
+        last = query("/flow_runs/filter", deployments=same, flow_runs=ended, sort="END_TIME_DESC", limit=1)
         coming = {"state": {"type": {"any_": ["SCHEDULED"]}}}
-        following = ask("/flow_runs/filter", deployments=of, flow_runs=coming, sort="EXPECTED_START_TIME_ASC", limit=1)
+        following = query(
+            "/flow_runs/filter", deployments=same, flow_runs=coming, sort="EXPECTED_START_TIME_ASC", limit=1
+        )
         deployments.append(
             {
                 "name": f"{flows.get(deployment['flow_id'], '')}/{deployment['name']}",
                 "paused": deployment["paused"],
-                "last": shown(last[0]) if last else None,
+                "last": summary(last[0]) if last else None,
                 "next": following[0]["expected_start_time"] if following else None,
             }
         )
-    return {"pools": pools, "runs": runs, "deployments": sorted(deployments, key=lambda each: str(each["name"]))}
+    return {
+        "pools": pools,
+        "runs": runs,
+        "deployments": sorted(deployments, key=lambda deployment: str(deployment["name"])),
+    }
 
 
-def show(environment: Environment, found: Object, console: Console) -> None:
-    """Print what `look` found."""
+def print_status(environment: Environment, found: Object, console: Console) -> None:
+    """Print what `read_status` returned as tables."""
     console.print(f"[bold]{environment.name}[/] · namespace {environment.namespace} of {environment.context}\n")
     table = _table("component", "ready", "image")
-    for each in found["components"]:
-        good = each["ready"] == each["wanted"]
+    for component in found["components"]:
+        colour = "green" if component["ready"] == component["wanted"] else "red"
         table.add_row(
-            _cell(each["name"]),
-            f"[{'green' if good else 'red'}]{each['ready']}/{each['wanted']}[/]",
-            _cell(_short(each["image"])),
+            _cell(component["name"]),
+            f"[{colour}]{component['ready']}/{component['wanted']}[/]",
+            _cell(_short_image(component["image"])),
         )
     console.print(table, "")
     table = _table("work pool", "status", "workers", "limit")
-    for each in found["pools"]:
-        colour = "green" if each["status"] == "READY" else "red"
+    for pool in found["pools"]:
+        colour = "green" if pool["status"] == "READY" else "red"
         table.add_row(
-            _cell(each["name"]), f"[{colour}]{each['status']}[/]", str(each["workers"]), str(each["limit"] or "none")
+            _cell(pool["name"]), f"[{colour}]{pool['status']}[/]", str(pool["workers"]), str(pool["limit"] or "none")
         )
     console.print(table, "")
     table = _table("running or late", "flow", "state", "since")
-    for each in found["runs"]:
-        since = _ago(each["started"] or each["expected"])
-        table.add_row(_cell(each["name"]), _cell(each["flow"]), _state(each["state"]), since)
+    for run in found["runs"]:
+        since = _ago(run["started"] or run["expected"])
+        table.add_row(_cell(run["name"]), _cell(run["flow"]), _state(run["state"]), since)
     if found["runs"]:
         console.print(table, "")
     else:
         console.print("No run is running or late.\n")
     table = _table("deployment", "last run", "state", "started", "took", "next")
-    for each in found["deployments"]:
-        last = each["last"]
+    for deployment in found["deployments"]:
+        last = deployment["last"]
         row = (
             [_cell(last["name"]), _state(last["state"]), _ago(last["started"]), f"{last['seconds']:.0f} s"]
             if last
             else ["none"] + [""] * 3
         )
-        table.add_row(_cell(each["name"]), *row, "paused" if each["paused"] else _moment(each["next"]))
+        following = "paused" if deployment["paused"] else _minute(deployment["next"])
+        table.add_row(_cell(deployment["name"]), *row, following)
     console.print(table, "")
     for line in found["problems"]:
         console.print(f"[red]{escape(line)}[/]", highlight=False)
@@ -149,7 +164,7 @@ def _table(*columns: str) -> Table:
 
 
 def _cell(text: str) -> str:
-    """Return a name for a cell: brackets in it are no markup, and it stays on its line."""
+    """Return a name as the text of a cell: brackets are not markup, and the name stays on one line."""
     return escape(one_line(text))
 
 
@@ -157,12 +172,12 @@ def _state(state: str) -> str:
     return f"[{COLOURS.get(state, 'yellow')}]{state.capitalize()}[/]"
 
 
-def _short(image: str) -> str:
+def _short_image(image: str) -> str:
     name, _, digest = image.partition("@sha256:")
     return f"{name}@{digest[:12]}" if digest else name
 
 
-def _moment(text: str | None) -> str:
+def _minute(text: str | None) -> str:
     return f"{datetime.fromisoformat(text):%Y-%m-%d %H:%M} UTC" if text else ""
 
 

@@ -74,7 +74,7 @@ def alone(folder: Path) -> Iterator[ApiServer]:
     authority = certificates.Authority(pki)
     authority.issue("server", "kube-apiserver", hosts=["127.0.0.1"])
     authority.issue("admin", "admin", "system:masters")
-    certificates.signing_key(pki / "accounts.key")
+    certificates.write_signing_key(pki / "accounts.key")
     store, peers, port = (free_port() for _ in range(3))
     etcd = [
         "etcd", "--data-dir", str(folder / "etcd"), "--listen-client-urls", f"http://127.0.0.1:{store}",

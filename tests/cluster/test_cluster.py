@@ -7,7 +7,7 @@ import pytest
 
 from orchestration.errors import ClusterError
 from orchestration.operations.local_cluster import __main__ as command
-from orchestration.operations.local_cluster import binaries, images, node
+from orchestration.operations.local_cluster import binaries, images, node_layout
 from tests.cluster.namespace import Namespace, network_policy
 from tests.parts import wait_until
 
@@ -46,7 +46,9 @@ def test_egress_is_denied_but_for_what_is_allowed(namespace: Namespace) -> None:
     namespace.apply(network_policy("deny", pod="client", egress=[]))
     wait_until(lambda: not namespace.connects("client", address, 8000), "the policy to be enforced", 20)
     assert not namespace.connects("client", "kubernetes.default", 443), "neither names nor the API"
-    assert not namespace.connects("client", node.API_IP if namespace.context == node.CONTEXT else address, 443)
+    assert not namespace.connects(
+        "client", node_layout.API_IP if namespace.context == node_layout.CONTEXT else address, 443
+    )
 
     dns = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}}}
     ports = [{"protocol": "UDP", "port": 53}, {"protocol": "UDP", "port": "dns"}]
@@ -82,8 +84,8 @@ def test_a_volume_is_for_its_group_outlives_its_pod_and_goes_with_its_claim(name
         return volume not in namespace.kubectl("get", "pv", "-o", "name")
 
     wait_until(gone, "the volume to be deleted", 30)
-    if namespace.context == node.CONTEXT:
-        assert not (node.STATE / "volumes" / volume).exists()
+    if namespace.context == node_layout.CONTEXT:
+        assert not (node_layout.STATE / "volumes" / volume).exists()
 
 
 def test_what_is_pushed_is_pulled_by_digest_and_what_is_not_there_is_said(namespace: Namespace) -> None:
@@ -92,7 +94,7 @@ def test_what_is_pushed_is_pulled_by_digest_and_what_is_not_there_is_said(namesp
     try:
         binaries.run(["buildah", "config", "--label", f"test={namespace.name}", container])
         binaries.run(["buildah", "commit", "-q", container, image])
-        digest = images.push(image)
+        digest = images.push_image(image)
         namespace.pod("pulled", container={"image": f"{images.REGISTRY}/test@{digest}"})
     finally:
         binaries.run(["buildah", "rm", container])
@@ -123,7 +125,7 @@ def test_memory_over_the_limit_is_killed(namespace: Namespace) -> None:
 
 
 def test_usage_is_measured(namespace: Namespace) -> None:
-    if namespace.context != node.CONTEXT:
+    if namespace.context != node_layout.CONTEXT:
         pytest.skip("kind comes without metrics-server")
 
     def usage() -> str:
@@ -152,7 +154,7 @@ def test_a_context_that_was_not_made_here_is_left_alone(
     assert ("kubectl config get-contexts" if action == "up" else "was not made here") in said
 
 
-def test_where_no_cluster_can_be_made_the_cure_is_said(
+def test_error_says_why_no_cluster_can_be_made(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("KUBE_CONTEXT", raising=False)

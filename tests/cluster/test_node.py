@@ -11,7 +11,14 @@ import pytest
 
 from orchestration.errors import ClusterError
 from orchestration.operations.local_cluster import __main__ as command
-from orchestration.operations.local_cluster import binaries, node
+from orchestration.operations.local_cluster import (
+    binaries,
+    node,
+    node_components,
+    node_faults,
+    node_layout,
+    node_processes,
+)
 from tests.cluster.namespace import Namespace, network_policy
 from tests.parts import wait_until
 
@@ -21,15 +28,15 @@ pytestmark = pytest.mark.alone
 
 @pytest.fixture(autouse=True)
 def _from_packages(cluster: str) -> None:
-    if cluster != node.CONTEXT:
+    if cluster != node_layout.CONTEXT:
         pytest.skip(f"{cluster} is not the node from packages")
 
 
 def test_a_second_call_finds_what_is_there(cluster: str, capsys: pytest.CaptureFixture[str]) -> None:
-    before = {name: node._pid(name) for name in node.COMPONENTS}
+    before = {name: node_processes.process_id(name) for name in node_processes.COMPONENTS}
     assert command.main(["up"]) == 0
-    assert capsys.readouterr().err == f"The node runs: kubectl --context {node.CONTEXT}\n"
-    assert {name: node._pid(name) for name in node.COMPONENTS} == before
+    assert capsys.readouterr().err == f"The node runs: kubectl --context {node_layout.CONTEXT}\n"
+    assert {name: node_processes.process_id(name) for name in node_processes.COMPONENTS} == before
 
 
 def test_a_policy_does_nothing_without_its_enforcer(namespace: Namespace) -> None:
@@ -37,17 +44,17 @@ def test_a_policy_does_nothing_without_its_enforcer(namespace: Namespace) -> Non
     namespace.pod("client")
     namespace.apply(network_policy("nobody", pod="server", ingress=[]))
     wait_until(lambda: not namespace.connects("client", "server", 80), "the policy to be enforced", 20)
-    with node.without_policies():
+    with node_faults.without_policies():
         assert namespace.connects("client", "server", 80)
     wait_until(lambda: not namespace.connects("client", "server", 80), "the policy to be enforced again", 20)
 
 
 def test_a_second_node_has_pods_of_its_own_and_leaves_nothing(namespace: Namespace) -> None:
     namespace.pod("first")
-    with node.second() as other:
+    with node_faults.second_node() as other:
         namespace.pod("second", nodeName=other.name)
-        node.stop_kubelet(other)
-        node.start_kubelet(other)
+        node_faults.stop_kubelet(other)
+        node_faults.start_kubelet(other)
 
         def runs_on() -> bool:
             with contextlib.suppress(ClusterError):  # its kubelet has yet to hear of it
@@ -58,9 +65,9 @@ def test_a_second_node_has_pods_of_its_own_and_leaves_nothing(namespace: Namespa
         wait_until(runs_on, "the pod to be reached again", 30)
         restarts = "jsonpath={.status.containerStatuses[0].restartCount}"
         assert namespace.kubectl("get", "pod", "second", "-o", restarts) == "0"
-    assert other.name not in node.kubectl("get", "nodes", "-o", "name")
+    assert other.name not in node_components.kubectl("get", "nodes", "-o", "name")
     assert not other.folder.exists()
-    assert not any(each.exists() for each in node._cgroups(other))
+    assert not any(each.exists() for each in node_components.cgroup_folders(other))
     assert not Path(f"/sys/class/net/{other.bridge}").exists()
     namespace.kubectl("exec", "first", "--", "true")
 
@@ -68,12 +75,12 @@ def test_a_second_node_has_pods_of_its_own_and_leaves_nothing(namespace: Namespa
 def test_a_node_whose_processes_were_all_killed_comes_back(namespace: Namespace) -> None:
     namespace.serve()
     namespace.pod("client")
-    killed = {name: node._pid(name) for name in node.COMPONENTS}
+    killed = {name: node_processes.process_id(name) for name in node_processes.COMPONENTS}
     for pid in killed.values():
         assert pid
         os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not any(map(node._pid, node.COMPONENTS)), "the processes to be gone")
-    assert not node.running()
+    wait_until(lambda: not any(map(node_processes.process_id, node_processes.COMPONENTS)), "the processes to be gone")
+    assert not node.is_running()
     assert command.main(["up"]) == 0
     for name in ("server", "client"):
         namespace.kubectl("wait", "--for=condition=Ready", f"pod/{name}", "--timeout=300s")
@@ -82,15 +89,15 @@ def test_a_node_whose_processes_were_all_killed_comes_back(namespace: Namespace)
 
 @pytest.mark.skipif(not os.environ.get("CI"), reason="it would take away what you have in the cluster; CI=1 runs it")
 def test_down_leaves_nothing_and_up_makes_it_anew(cluster: str) -> None:
-    pids = [node._pid(name) for name in node.COMPONENTS]
+    pids = [node_processes.process_id(name) for name in node_processes.COMPONENTS]
     assert command.main(["down"]) == 0
-    assert not node.STATE.exists()
-    assert str(node.STATE) not in Path("/proc/self/mounts").read_text()
-    assert not any(Path(f"/sys/class/net/{link}").exists() for link in (node.BRIDGE, node.FIRST.bridge))
+    assert not node_layout.STATE.exists()
+    assert str(node_layout.STATE) not in Path("/proc/self/mounts").read_text()
+    assert not any(Path(f"/sys/class/net/{link}").exists() for link in (node_layout.BRIDGE, node_layout.FIRST.bridge))
     assert not re.search("KUBE-|CNI-|NETPOL-", binaries.run(["iptables-save"]))
-    assert node.SERVICE_RANGE not in binaries.run(["ip", "route"])
+    assert node_layout.SERVICE_RANGE not in binaries.run(["ip", "route"])
     assert not [pid for pid in pids if pid and psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
-    assert node.CONTEXT not in binaries.kubectl("config", "get-contexts", "-o", "name").split()
+    assert node_layout.CONTEXT not in binaries.kubectl("config", "get-contexts", "-o", "name").split()
     assert command.main(["down"]) == 0, "a second time there is nothing to do"
     assert command.main(["up"]) == 0
-    assert node.running()
+    assert node.is_running()

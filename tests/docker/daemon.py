@@ -82,7 +82,7 @@ def docker_daemon(folder: Path) -> Iterator[Daemon | None]:
     if os.geteuid() != 0:
         if not os.environ.get("CI"):
             pytest.skip("a Docker daemon of the tests' own needs root")
-        assert kind.docker_runs(), "neither root nor Docker"
+        assert kind.is_docker_running(), "neither root nor Docker"
         yield None
         return
     binaries.install_packages(PACKAGES, "15 s")

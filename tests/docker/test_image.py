@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 from orchestration.settings import ROOT
 from tests.cluster.namespace import RESTRICTED, Namespace
-from tests.parts import copy_of_checkout
+from tests.parts import commit_copy_of_checkout
 
 INSIDE = """
 import importlib.metadata, json, os, pathlib, shutil, stat
@@ -44,6 +44,7 @@ print(json.dumps({
     "writable": [path for path in ("/", "/app", "/app/flows", "/opt/venv", "/home", "/tmp") if writable(path)],
     "compiled": len(list(pathlib.Path("/app").rglob("*.pyc"))),
     "sources": len(list(pathlib.Path("/app").rglob("*.py"))),
+    "operations": pathlib.Path("/app/orchestration/operations").exists(),
     "app": sorted(path.name for path in pathlib.Path("/app").iterdir()),
     "parsed": pathlib.Path("/app/flows/warehouse/target/partial_parse.msgpack").exists(),
     "caches": [path for path in ("/root/.cache", "/var/lib/apt/lists", "/opt/uv")
@@ -91,6 +92,7 @@ def test_what_is_in_it_and_what_is_not(pod: Callable[..., str]) -> None:
     assert inside["writable"] == ["/tmp"]  # noqa: S108 - in the pod
     assert inside["compiled"] == inside["sources"] > 10
     assert inside["app"] == ["docs", "flows", "orchestration", "prefect.yaml", "pyproject.toml", "uv.lock"]
+    assert not inside["operations"], "deploy tooling runs on the machine of the person who deploys"
     assert inside["parsed"]
     assert inside["caches"] == []
 
@@ -159,11 +161,7 @@ def test_its_configuration(image: str) -> None:
 def checkout(tmp_path: Path) -> Path:
     """A copy of this checkout that a test may change."""
     copy = tmp_path / "checkout"
-    copy_of_checkout(copy)
-    subprocess.run(["git", "init", "-q"], cwd=copy, check=True)
-    subprocess.run(["git", "add", "-A"], cwd=copy, check=True)
-    commit = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "-qm", "all"]
-    subprocess.run(commit, cwd=copy, check=True)
+    commit_copy_of_checkout(copy)
     return copy
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from orchestration.operations.environment import Environment
 from orchestration.operations.local_cluster import binaries
-from orchestration.operations.local_cluster.turns import turn
+from orchestration.operations.local_cluster.file_lock import hold_lock
 from orchestration.settings import ROOT
 from tests.cluster.namespace import USED, Namespace, remove, restricted
 from tests.e2e.checkout import CRON, Checkout
@@ -81,6 +81,6 @@ def checkout(cluster: str, image: str, tmp_path_factory: pytest.TempPathFactory)
     identity = ["-c", "user.name=tests", "-c", "user.email=tests@example.com"]
     for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "A copy"]):
         subprocess.run(["git", *command], cwd=folder, check=True)
-    with turn(binaries.cache() / "environments.lock"):
+    with hold_lock(binaries.cache() / "environments.lock"):
         yield copy
         remove(Namespace(cluster, copy.target.namespace))

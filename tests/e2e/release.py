@@ -17,8 +17,8 @@ import yaml
 from orchestration.errors import ClusterError
 from orchestration.operations.environment import Environment
 from orchestration.operations.local_cluster import binaries, images
-from orchestration.operations.local_cluster.turns import turn
-from orchestration.operations.port_forward import connected
+from orchestration.operations.local_cluster.file_lock import hold_lock
+from orchestration.operations.port_forward import api_client
 from orchestration.settings import ROOT
 from tests.cluster.namespace import Namespace, make_restricted, remove
 from tests.e2e.pace import HEARTBEAT_SECONDS, PREFETCH_SECONDS
@@ -100,7 +100,7 @@ class Release:
     @contextlib.contextmanager
     def api(self) -> Iterator[httpx.Client]:
         """Yield a client of the Prefect API in the release's namespace, authenticated with its password."""
-        with connected(Environment("test", self.namespace.context, self.namespace.name)) as client:
+        with api_client(Environment("test", self.namespace.context, self.namespace.name)) as client:
             yield client
 
 
@@ -123,7 +123,7 @@ def shared_namespace(context: str, name: str, install: Callable[[Namespace], obj
         ClusterError: `install` failed. The namespace is removed again.
     """
     namespace = Namespace(context, f"shared-{TEST_RUN}-{name}")
-    with turn(SHARED_CONTEXT_FILE):
+    with hold_lock(SHARED_CONTEXT_FILE):
         SHARED_CONTEXT_FILE.write_text(context)
         if not binaries.kubectl("--context", context, "get", "namespace", namespace.name, "--ignore-not-found"):
             make_restricted(namespace)
@@ -179,7 +179,7 @@ def merge_values(values: Object, change: Object) -> Object:
 
 def build_image() -> str:
     """Build this checkout's image, push it to the registry that the cluster pulls from, and return its name."""
-    with turn(binaries.cache() / "image.lock"):
+    with hold_lock(binaries.cache() / "image.lock"):
         pushed = subprocess.run([ROOT / "docker" / "build", "--push"], stdout=subprocess.PIPE, text=True, check=True)
     return pushed.stdout.strip()
 

@@ -13,10 +13,10 @@ import yaml
 
 from docs.screenshot import screenshot
 from orchestration.operations.environment import POOL
+from orchestration.operations.follow_run import find_run
 from orchestration.operations.local_cluster import binaries
-from orchestration.operations.port_forward import connected, user
-from orchestration.operations.release_diagnosis import troubles, why
-from orchestration.operations.start_run import named
+from orchestration.operations.port_forward import api_client, read_credentials
+from orchestration.operations.release_diagnosis import explain_pod, explain_release
 from tests.cluster.namespace import Namespace
 from tests.e2e.checkout import CRON, DAILY, MAKE, Checkout, environment_without_prefect
 from tests.e2e.runs import start_run, wait_until_ended
@@ -51,8 +51,8 @@ def test_make_up_is_the_whole_way(checkout: Checkout) -> None:
 
 def test_a_second_deploy_finds_nothing_to_do(checkout: Checkout) -> None:
     output = checkout.make("deploy")
-    assert "prefect-server is as it should be: revision 1." in output
-    assert "prefect-work-pool is as it should be: revision 1." in output
+    assert "prefect-server is up to date: revision 1." in output
+    assert "prefect-work-pool is up to date: revision 1." in output
     assert "Nothing would change." in checkout.make("plan")
 
 
@@ -105,11 +105,13 @@ def test_the_ui_shows_the_run(checkout: Checkout, tmp_path: Path) -> None:
         try:
             assert process.stdout
             assert f"http://127.0.0.1:{port}" in process.stdout.readline()
-            with connected(checkout.target) as api:
-                run = named(api, "")
+            with api_client(checkout.target) as api:
+                run = find_run(api, "")
             page = f"/v2/runs/flow-run/{run['id']}"
             url = f"http://127.0.0.1:{port}"
-            text = screenshot(url, user(checkout.target), page, "Finished in state Completed()", tmp_path / "ui.png")
+            text = screenshot(
+                url, read_credentials(checkout.target), page, "Finished in state Completed()", tmp_path / "ui.png"
+            )
             assert run["name"] in text
             assert (tmp_path / "ui.png").stat().st_size > 20_000
             checkout.target.kubectl("delete", "pods", "--selector", "app.kubernetes.io/component=api")
@@ -140,7 +142,7 @@ def test_a_cancelled_run_takes_its_sql_with_it(checkout: Checkout) -> None:
     )  # fmt: skip
     try:
         wait_until(lambda: sql(f"select count(*) {others} query like '%pg_sleep%'") == "1", "the lock")
-        with connected(target) as api:
+        with api_client(target) as api:
             run = start_run(api, str(_deployment(api)["id"]))
             wait_until(
                 lambda: sql(f"select count(*) {others} wait_event_type = 'Lock'") != "0", "dbt to wait for it", 300
@@ -176,14 +178,14 @@ def test_a_changed_flow_and_schedule_are_deployed_and_taken_back(checkout: Check
     assert DAILY in on_server
     assert changed in on_server
     output = checkout.make("deploy")
-    assert "prefect-server is as it should be" in output
+    assert "prefect-server is up to date" in output
     assert _image_of_runs(checkout) != before
-    with connected(checkout.target) as api:
+    with api_client(checkout.target) as api:
         assert changed in json.dumps(_deployment(api)["schedules"])
     checkout.make("run-on-cluster")
     checkout.make("rollback")
     assert _image_of_runs(checkout) == before
-    with connected(checkout.target) as api:
+    with api_client(checkout.target) as api:
         assert CRON in json.dumps(_deployment(api)["schedules"])
     after = _api_pods(checkout)
     assert after == server
@@ -212,10 +214,10 @@ def test_a_run_that_does_not_start_is_no_trouble_of_the_release(checkout: Checko
 
     def refused() -> bool:
         [pod] = target.objects("pods", "--field-selector", "metadata.name=stuck")
-        return any("ErrImagePull" in line or "ImagePullBackOff" in line for line in troubles(target, pod))
+        return any("ErrImagePull" in line or "ImagePullBackOff" in line for line in explain_pod(target, pod))
 
     wait_until(refused, "the image to be refused")
-    assert not [line for line in why(target, POOL) if "stuck" in line]
+    assert not [line for line in explain_release(target, POOL) if "stuck" in line]
     target.kubectl("delete", "pod", "stuck")
 
 
@@ -227,7 +229,7 @@ def _api_pods(checkout: Checkout) -> set[str]:
 
 def _image_of_runs(checkout: Checkout) -> str:
     """The image that runs get."""
-    with connected(checkout.target) as api:
+    with api_client(checkout.target) as api:
         template = api.get("/work_pools/default").raise_for_status().json()["base_job_template"]
     return str(template["variables"]["properties"]["image"]["default"])
 
@@ -245,7 +247,7 @@ def test_a_deploy_that_fails_says_why_and_how_to_go_back(checkout: Checkout) -> 
     assert "log: The reason it ends" in output
     assert "make rollback ENV=local" in output
     assert "Traceback" not in output
-    with connected(checkout.target) as api:
+    with api_client(checkout.target) as api:
         assert _deployment(api)
     checkout.make("rollback")
     (checkout.folder / path).write_text(values + "replicas: 2\n")
@@ -258,9 +260,9 @@ def test_a_deploy_that_fails_says_why_and_how_to_go_back(checkout: Checkout) -> 
 def test_a_deploy_that_is_killed_is_taken_up(checkout: Checkout) -> None:
     """Not by one that comes while it may be under way; by one that is told that it is not."""
     checkout.edit("flows/report.py", '"""', '"""Killed. ')
-    named = [f"KUBE_CONTEXT={checkout.target.context}", f"NAMESPACE={checkout.target.namespace}"]
+    target = [f"KUBE_CONTEXT={checkout.target.context}", f"NAMESPACE={checkout.target.namespace}"]
     with subprocess.Popen(
-        [*MAKE, "deploy", *named], cwd=checkout.folder, env=environment_without_prefect(), stderr=subprocess.DEVNULL,
+        [*MAKE, "deploy", *target], cwd=checkout.folder, env=environment_without_prefect(), stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL, start_new_session=True,
     ) as process:  # fmt: skip
 

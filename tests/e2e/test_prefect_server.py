@@ -11,7 +11,7 @@ import pytest
 
 from orchestration.errors import ClusterError
 from orchestration.operations.environment import Environment
-from orchestration.operations.release_diagnosis import why
+from orchestration.operations.release_diagnosis import explain_release
 from tests.cluster.namespace import Namespace, restricted
 from tests.e2e.release import Object, Release, server_values
 from tests.parts import wait_until
@@ -179,7 +179,9 @@ def test_an_external_database_with_a_wrong_password_says_so(
     assert "Check the Secret" in last
     assert "Traceback" not in log
     environment = Environment("test", namespace.context, namespace.name)
-    wait_until(lambda: any(last in line for line in why(environment, "other")), "the reason in the diagnosis")
+    wait_until(
+        lambda: any(last in line for line in explain_release(environment, "other")), "the reason in the diagnosis"
+    )
 
 
 def test_a_database_that_is_nowhere_is_named(namespace: Namespace, values: Object) -> None:
@@ -194,7 +196,7 @@ def test_a_database_that_is_nowhere_is_named(namespace: Namespace, values: Objec
     environment = Environment("test", namespace.context, namespace.name)
 
     def told() -> list[str]:
-        return [line for line in why(environment, "other") if "Waiting for the database" in line]
+        return [line for line in explain_release(environment, "other") if "Waiting for the database" in line]
 
     [line, *_] = wait_until(told, "the reason", 90)
     assert "wait-for-migrations: Waiting for the database postgresql+asyncpg://prefect:***@nowhere.invalid" in line

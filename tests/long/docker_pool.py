@@ -93,7 +93,7 @@ def machine(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[St
     with docker_daemon(tmp_path_factory.mktemp("docker")) as daemon:
         host = daemon.host if daemon else os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
         environment = os.environ | {"DOCKER_HOST": host, "PORT": str(free_port()), "IMAGE": image}
-        if registry.has(images.POSTGRES):  # this machine reaches no image registry but its own
+        if registry.has_image(images.POSTGRES):  # this machine reaches no image registry but its own
             environment["POSTGRES_IMAGE"] = _load_postgres_image(
                 host, tmp_path_factory.mktemp("postgres") / "image.tar"
             )

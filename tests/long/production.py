@@ -110,7 +110,7 @@ def test_it_is_deployed_once_the_secrets_are_there_that_only_a_person_can_make(
         assert create in refused
         target.kubectl("create", "secret", "generic", name, f"--from-literal={key}={url}")
     output = production.make("deploy", ENV="production")
-    assert "prefect-server is as it should be" in output
+    assert "prefect-server is up to date" in output
     assert "Nothing would change." in production.make("plan", ENV="production")
 
 

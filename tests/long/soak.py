@@ -25,7 +25,7 @@ import httpx
 from orchestration.errors import ClusterError, PipelineError
 from orchestration.operations.environment import Environment
 from orchestration.operations.local_cluster import __main__ as local_cluster
-from orchestration.operations.port_forward import forwarded, user
+from orchestration.operations.port_forward import forward_port, read_credentials
 from tests.cluster.namespace import proxied, restricted
 from tests.e2e.faults.victims import FLOW_FILE, evict, fault_values, force_delete, kill_pod, leader_pod, list_states
 from tests.e2e.release import (
@@ -174,7 +174,7 @@ class ReconnectingApi:
 
     def __init__(self, server: Release) -> None:
         self._of = Environment("soak", server.namespace.context, server.namespace.name)
-        self._user, _, self._password = user(self._of).partition(":")
+        self._user, _, self._password = read_credentials(self._of).partition(":")
         self._way = contextlib.ExitStack()
         self._client: httpx.Client | None = None
 
@@ -187,7 +187,7 @@ class ReconnectingApi:
         """
         try:
             if self._client is None:
-                url = self._way.enter_context(forwarded(self._of)).url
+                url = self._way.enter_context(forward_port(self._of)).url
                 login = (self._user, self._password)
                 made = httpx.Client(base_url=f"{url}/api", auth=login, timeout=10)
                 self._client = self._way.enter_context(made)

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from orchestration.operations.local_cluster import binaries
-from orchestration.operations.local_cluster.turns import turn
+from orchestration.operations.local_cluster.file_lock import hold_lock
 from orchestration.settings import ROOT
 from tests.interpreters import interpreter, uv
 
@@ -165,7 +165,7 @@ def previous_release() -> tuple[Path, Path]:
         UvError: its packages cannot be installed.
     """
     folder = binaries.cache() / f"checkout-{PREVIOUS_COMMIT[:7]}"
-    with turn(folder.with_suffix(".lock")):
+    with hold_lock(folder.with_suffix(".lock")):
         if not folder.exists():
             with tempfile.TemporaryDirectory(prefix=".checkout-", dir=folder.parent) as made:
                 archive, files = Path(made) / "archive.tar", Path(made) / "files"

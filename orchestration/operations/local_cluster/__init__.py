@@ -1,1 +1,1 @@
-"""Make and delete a Kubernetes cluster on this machine, for development and tests."""
+"""Create and delete a Kubernetes cluster on this machine, for development and tests."""

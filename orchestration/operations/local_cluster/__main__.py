@@ -1,13 +1,13 @@
-"""Make a cluster for development and tests, or take it away.
+"""Create or delete a cluster for development and tests.
 
     python -m orchestration.operations.local_cluster up       # or: make cluster
     python -m orchestration.operations.local_cluster down     # or: make cluster-down
     python -m orchestration.operations.local_cluster context  # the name of the context that `up` would use
     python -m orchestration.operations.local_cluster path     # the folders of the kubectl and helm built here
 
-The context that `KUBE_CONTEXT` names, which is used as it is and never taken away; else kind, where
-Docker runs; else a single node from packages, as root on Linux with Go. `CLUSTER=kind` and `CLUSTER=node` name the
-way to make one; with `CLUSTER=none` there is no cluster, and nothing is built or installed.
+The cluster is that of `KUBE_CONTEXT`, which is never changed or deleted; else kind if Docker runs; else a single node
+from packages (root on Linux, with Go). `CLUSTER=kind` and `CLUSTER=node` override the choice. With `CLUSTER=none` there
+is no cluster, and nothing is built or installed.
 """
 
 import contextlib
@@ -17,19 +17,19 @@ from collections.abc import Callable, Iterator, Sequence
 from unittest.mock import patch
 
 from orchestration.errors import ClusterError
-from orchestration.operations.local_cluster import binaries, kind, node
-from orchestration.operations.local_cluster.choice import chosen
-from orchestration.operations.local_cluster.turns import turn
+from orchestration.operations.local_cluster import binaries, kind, node, node_layout
+from orchestration.operations.local_cluster.choice import choose_context
+from orchestration.operations.local_cluster.file_lock import hold_lock
 
 
 def up() -> str:
-    """Make the cluster unless it is there; its context."""
-    context = chosen()
-    # Who comes meanwhile finds what the first one makes.
-    with turn(binaries.cache() / "cluster.lock"):
+    """Create the cluster unless it runs, and return its context."""
+    context = choose_context()
+    # A second process waits, and finds the cluster that the first one created.
+    with hold_lock(binaries.cache() / "cluster.lock"):
         if context == kind.CONTEXT:
             kind.up()
-        elif context == node.CONTEXT:
+        elif context == node_layout.CONTEXT:
             node.up()
         else:
             _check(context)
@@ -38,12 +38,12 @@ def up() -> str:
 
 @contextlib.contextmanager
 def shared(*, alone: bool = False) -> Iterator[str]:
-    """The cluster's context, while nobody has the cluster alone; what runs kubectl and helm finds them meanwhile.
+    """Yield the cluster's context while no other process uses the cluster alone. PATH has kubectl and helm meanwhile.
 
     Args:
-        alone: while nobody else has it at all.
+        alone: use the cluster alone: wait until no other process uses it.
     """
-    with turn(binaries.cache() / "tests.lock", shared=not alone):
+    with hold_lock(binaries.cache() / "tests.lock", shared=not alone):
         context = up()
         path = os.pathsep.join([os.environ["PATH"], *map(str, binaries.folders())])
         with patch.dict(os.environ, PATH=path):
@@ -51,20 +51,24 @@ def shared(*, alone: bool = False) -> Iterator[str]:
 
 
 def down() -> None:
-    """Take away the cluster that was made; one that was named is left alone."""
-    named = os.environ.get("KUBE_CONTEXT")
-    if named and named not in (kind.CONTEXT, node.CONTEXT):
-        raise ClusterError(f"{named} was not made here, so it is not taken away. Leave KUBE_CONTEXT empty")
-    if node.STATE.exists():
+    """Delete the cluster that was created here.
+
+    Raises:
+        ClusterError: `KUBE_CONTEXT` names another cluster.
+    """
+    context = os.environ.get("KUBE_CONTEXT")
+    if context and context not in (kind.CONTEXT, node_layout.CONTEXT):
+        raise ClusterError(f"{context} was not made here, so it is not deleted. Leave KUBE_CONTEXT empty")
+    if node_layout.STATE.exists():
         node.down()
-    elif kind.docker_runs():
+    elif kind.is_docker_running():
         kind.down()
     else:
         print("There is no cluster.", file=sys.stderr)
 
 
 def _check(context: str) -> None:
-    """That a named context can be reached."""
+    """Raise ClusterError unless the cluster of a context answers."""
     try:
         binaries.kubectl("--context", context, "version", "--request-timeout=10s")
     except ClusterError as error:
@@ -74,11 +78,11 @@ def _check(context: str) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command line; returns the exit status."""
+    """Run a command line; return the exit status."""
     commands: dict[str, Callable[[], object]] = {
         "up": up,
         "down": down,
-        "context": lambda: print(chosen()),
+        "context": lambda: print(choose_context()),
         "path": lambda: print(":".join(map(str, binaries.folders()))),
     }
     if len(arguments) != 1 or arguments[0] not in commands:
@@ -90,7 +94,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{error}.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nInterrupted. Run it again: what is done is kept.", file=sys.stderr)
+        print("\nInterrupted. Run the command again: it keeps what is done.", file=sys.stderr)
         return 130
     return 0
 

@@ -1,15 +1,15 @@
-"""What a cloud or a CNI plugin would do on the node: enforce NetworkPolicies, provide volumes.
+"""Enforce NetworkPolicies and provide volumes on the node, as a CNI plugin and a cloud's storage driver do.
 
     python -m orchestration.operations.local_cluster.agent KUBECONFIG VOLUMES PROCESSOR
 
-Level-triggered: on every change, and every few seconds, it reads all and makes the node so. Volumes are
-`local` PersistentVolumes, as those of type hostPath ignore fsGroup, and a pod that is not root could
+The reconcile loop is level-triggered. On every change, and every few seconds, it reads all objects and updates the
+node. Volumes are `local` PersistentVolumes. Those of type hostPath ignore fsGroup, so that a pod that is not root could
 not write to them.
 
-It also gives all pods the same weight on the processors, whatever they request: where several tests have the node, the
-small pods of one would stand still for most of a minute while another's, with what production requests, start.
+The agent gives all pods the same CPU weight, whatever they request. Otherwise the small pods of one test would stand
+still for most of a minute while the pods of another, with the requests of production, start.
 
-It writes the processor seconds that the pods of each namespace have used to the file PROCESSOR.
+The agent writes the processor seconds of each namespace's pods to the file PROCESSOR.
 """
 
 import contextlib
@@ -32,44 +32,48 @@ from urllib3.exceptions import HTTPError
 from orchestration.operations.local_cluster import policies
 
 PROVISIONER = "prefect-orchestration.test/local"
-RESYNC = 5.0
-"""Seconds between rounds when nothing is heard of a change."""
-GATHER = 0.3
-"""Seconds from a change to the round: changes come in bursts, and a round reads all."""
+RESYNC_SECONDS = 5.0
+"""Time between rounds without a change."""
+DEBOUNCE_SECONDS = 0.3
+"""Time from a change to the next round: changes come in bursts, and a round reads everything."""
 SIMULATED = "tests/simulated"
-"""Label of pods that are not there: they need nothing of a node, and thousands of them would keep the agent busy."""
-NOT_OVER = "status.phase!=Succeeded,status.phase!=Failed"
-"""Of pods: no policy is for those of runs that are over."""
-WEIGHT = 256
-PODS = ("cpu/kubepods/burstable/pod*/cpu.shares", "kubepods/burstable/pod*/cpu.weight")
-"""Files below /sys/fs/cgroup, of version 1 and of version 2."""
-ACCOUNTS = (
+"""Label of simulated pods. They need nothing from the node, and thousands of them would keep the agent busy."""
+NOT_ENDED = "status.phase!=Succeeded,status.phase!=Failed"
+"""Field selector of pods that have not ended. No policy applies to ended pods."""
+CPU_WEIGHT = 256
+WEIGHT_FILES = ("cpu/kubepods/burstable/pod*/cpu.shares", "kubepods/burstable/pod*/cpu.weight")
+"""Files with a pod's CPU weight below /sys/fs/cgroup, in version 1 and version 2."""
+USAGE_FILES = (
     "cpuacct/kubepods/*/pod*/cpuacct.usage",
     "cpuacct/node-2/kubepods/*/pod*/cpuacct.usage",
     "kubepods/*/pod*/cpu.stat",
     "node-2/kubepods/*/pod*/cpu.stat",
 )
-"""As `PODS`, of both nodes: what a pod has used."""
+"""Files with a pod's CPU usage below /sys/fs/cgroup, on both nodes."""
 HOOKS = (("FORWARD", policies.EGRESS), ("FORWARD", policies.INGRESS), ("INPUT", policies.EGRESS))
 
 
-def enforce(wanted: str) -> None:
-    """Make the policies' chains so in one transaction, and hook them in."""
-    subprocess.run(["iptables-restore", "-w", "--noflush"], input=wanted, text=True, check=True)
+def enforce_rules(rules: str) -> None:
+    """Replace the policies' chains in one transaction, and hook them into the packet filter."""
+    subprocess.run(["iptables-restore", "-w", "--noflush"], input=rules, text=True, check=True)
     for hook, chain in HOOKS:
         rule = [hook, "-j", chain]
         if subprocess.run(["iptables", "-w", "-t", "mangle", "-C", *rule], capture_output=True, check=False).returncode:
             subprocess.run(["iptables", "-w", "-t", "mangle", "-A", *rule], check=True)
 
 
-def release() -> None:
-    """Enforce nothing any more."""
+def remove_rules() -> None:
+    """Stop enforcing: unhook the policies' chains."""
     for hook, chain in HOOKS:
         subprocess.run(["iptables", "-w", "-t", "mangle", "-D", hook, "-j", chain], capture_output=True, check=False)
 
 
-class Processor:
-    """Keeps the processor seconds of each namespace's pods, those that are gone included."""
+class ProcessorUsage:
+    """Sums the processor seconds of each namespace's pods, deleted pods included.
+
+    Args:
+        file: receives the sums as JSON, by namespace.
+    """
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -77,11 +81,11 @@ class Processor:
         self.seconds: dict[str, float] = {}
 
     def read(self, pods: Iterable[Mapping[str, Any]]) -> None:
-        """Read what each pod has used so far from its cgroup, and write the sums by namespace."""
+        """Read the usage of each pod from its cgroup, and write the sums."""
         self.namespaces |= {pod["metadata"]["uid"]: pod["metadata"]["namespace"] for pod in pods}
-        for pattern in ACCOUNTS:
+        for pattern in USAGE_FILES:
             for path in Path("/sys/fs/cgroup").glob(pattern):
-                with contextlib.suppress(OSError):  # its pod has gone
+                with contextlib.suppress(OSError):  # the pod was deleted
                     self.seconds[path.parent.name.removeprefix("pod")] = _seconds(path.read_text())
         sums: dict[str, float] = defaultdict(float)
         for uid, seconds in self.seconds.items():
@@ -92,29 +96,29 @@ class Processor:
 
 
 def _seconds(text: str) -> float:
-    """Return the seconds of a cgroup's account: nanoseconds in version 1, `usage_usec N` first in version 2."""
+    """Return the processor seconds in a usage file: nanoseconds in version 1, `usage_usec N` first in version 2."""
     words = text.split()
     return int(words[1]) / 1e6 if words[0] == "usage_usec" else int(words[0]) / 1e9
 
 
-def weigh() -> None:
-    """Give each pod the same weight. The kubelet sets it once, when it makes the pod's cgroup."""
-    for pattern in PODS:
-        for each in Path("/sys/fs/cgroup").glob(pattern):
-            with contextlib.suppress(FileNotFoundError):  # its pod has gone
-                if each.read_text().strip() != str(WEIGHT):
-                    each.write_text(str(WEIGHT))
+def equalize_cpu_weights() -> None:
+    """Give each pod the same CPU weight. The kubelet sets the weight once, when it makes the pod's cgroup."""
+    for pattern in WEIGHT_FILES:
+        for file in Path("/sys/fs/cgroup").glob(pattern):
+            with contextlib.suppress(FileNotFoundError):  # the pod was deleted
+                if file.read_text().strip() != str(CPU_WEIGHT):
+                    file.write_text(str(CPU_WEIGHT))
 
 
 def provide_volumes(core: client.CoreV1Api, folder: Path) -> None:
-    """Make a volume for each claim that a pod on the node waits for; remove those whose claim is gone."""
+    """Create a volume for each claim that a pod waits for, and delete the volumes of deleted claims."""
     volumes = {volume.metadata.name: volume for volume in core.list_persistent_volume().items}
     for claim in core.list_persistent_volume_claim_for_all_namespaces().items:
         annotations = claim.metadata.annotations or {}
         node = annotations.get("volume.kubernetes.io/selected-node")
         name = f"pvc-{claim.metadata.uid}"
-        ours = annotations.get("volume.kubernetes.io/storage-provisioner") == PROVISIONER
-        if not (ours and node and claim.status.phase == "Pending") or name in volumes:
+        is_ours = annotations.get("volume.kubernetes.io/storage-provisioner") == PROVISIONER
+        if not (is_ours and node and claim.status.phase == "Pending") or name in volumes:
             continue
         (folder / name).mkdir(parents=True, exist_ok=True)
         core.create_persistent_volume(_volume(name, folder / name, claim))
@@ -126,7 +130,7 @@ def provide_volumes(core: client.CoreV1Api, folder: Path) -> None:
 
 
 def _volume(name: str, path: Path, claim: Any) -> dict[str, Any]:
-    # All nodes are this machine.
+    # All nodes are this machine, so any node can mount the volume.
     term = {"key": "kubernetes.io/hostname", "operator": "Exists"}
     return {
         "metadata": {"name": name, "annotations": {"pv.kubernetes.io/provisioned-by": PROVISIONER}},
@@ -146,8 +150,8 @@ def _volume(name: str, path: Path, claim: Any) -> dict[str, Any]:
     }
 
 
-def _listen(read: Any, changed: threading.Event) -> None:
-    """Set `changed` whenever the API tells of one of these objects."""
+def _watch(read: Any, changed: threading.Event) -> None:
+    """Watch objects of a kind, and set `changed` on each event."""
     while True:
         try:
             for _ in read(watch=True, timeout_seconds=300, _preload_content=False).stream(amt=None):
@@ -157,43 +161,49 @@ def _listen(read: Any, changed: threading.Event) -> None:
 
 
 def _items(read: Any) -> list[dict[str, Any]]:
-    """All objects of a kind as the API wrote them: the client's models of them cost ten times the processor's time."""
+    """Return all objects of a kind as JSON. The client's models cost ten times the processor time."""
     found: list[dict[str, Any]] = json.loads(read(_preload_content=False).data)["items"]
     return found
 
 
 def main(kubeconfig: str, volumes: Path, processor: Path) -> None:
-    """Look after the node until the process is ended."""
+    """Run the reconcile loop until the process ends.
+
+    Args:
+        kubeconfig: of the node's administrator.
+        volumes: the folder of the volumes.
+        processor: the file for the processor seconds.
+    """
     config.load_kube_config(kubeconfig)
     core, network = client.CoreV1Api(), client.NetworkingV1Api()
     reads = (
         network.list_network_policy_for_all_namespaces,
-        partial(core.list_pod_for_all_namespaces, label_selector=f"!{SIMULATED}", field_selector=NOT_OVER),
+        partial(core.list_pod_for_all_namespaces, label_selector=f"!{SIMULATED}", field_selector=NOT_ENDED),
         core.list_namespace,
         core.list_persistent_volume_claim_for_all_namespaces,
         core.list_persistent_volume,
     )
     changed = threading.Event()
     for read in reads:
-        threading.Thread(target=_listen, args=[read, changed], daemon=True).start()
-    enforced, used = "", Processor(processor)
+        threading.Thread(target=_watch, args=[read, changed], daemon=True).start()
+    enforced, usage = "", ProcessorUsage(processor)
     while True:
         changed.clear()
         try:
             found, pods, namespaces = map(_items, reads[:3])
-            wanted = policies.rules(found, pods, namespaces)
-            if wanted != enforced:
-                enforce(wanted)
-                enforced = wanted
+            rules = policies.render_rules(found, pods, namespaces)
+            if rules != enforced:
+                enforce_rules(rules)
+                enforced = rules
             provide_volumes(core, volumes)
-            weigh()
-            used.read(pods)
+            equalize_cpu_weights()
+            usage.read(pods)
         except (ApiException, HTTPError, OSError, subprocess.SubprocessError) as error:
             print(error, file=sys.stderr, flush=True)
             enforced = ""
             time.sleep(1)
-        changed.wait(RESYNC)
-        time.sleep(GATHER)
+        changed.wait(RESYNC_SECONDS)
+        time.sleep(DEBOUNCE_SECONDS)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The programs of a node: from Debian's packages and from Go modules.
+"""Install and build the programs of a cluster: Debian's packages and Go modules.
 
-What is built is kept under the user's cache folder by version, so that it is built once.
+The user's cache keeps each program by version, so that it is built once.
 """
 
 import json
@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from orchestration.errors import ClusterError
-from orchestration.operations.local_cluster.turns import turn
+from orchestration.operations.local_cluster.file_lock import hold_lock
 from orchestration.progress import step
 
 KUBERNETES = "v1.35.4"
-"""Kubelet 1.35 is the last that takes containerd 1.x, which Debian has."""
+"""The last kubelet that supports containerd 1.x, which Debian has, is 1.35."""
 
 MODULES = {
     "helm": ("helm.sh/helm/v4/cmd/helm", "v4.3.1", "3 min, once"),
@@ -27,7 +27,7 @@ MODULES = {
     "versitygw": ("github.com/versity/versitygw/cmd/versitygw", "v1.8.0", "3 min, once"),
     "metrics-server": ("sigs.k8s.io/metrics-server/cmd/metrics-server", "v0.9.0", "4 min, once"),
 }
-"""Main package, version and how long its build takes, by program."""
+"""Main package, version and build time on 2 cores, by program."""
 
 GATEWAY_API = "v1.4.0"
 
@@ -45,17 +45,17 @@ PACKAGES = {
     "socat": "socat",
     "/usr/lib/cni/bridge": "containernetworking-plugins",
 }
-"""Debian's package by the program that is needed of it."""
+"""Debian's package, by the program that is needed from it."""
 
 SOURCE = Path(__file__).with_name("kubernetes")
 
 
 class MissingProgramError(Exception):
-    """A program is not here and is not made: there is no Go, or `CLUSTER=none` is set."""
+    """A program is missing and cannot be built: there is no Go, or `CLUSTER=none` forbids it."""
 
 
 def cache() -> Path:
-    """The folder that keeps what takes long to make."""
+    """Return the folder that keeps what takes long to build."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prefect-orchestration"
 
 
@@ -63,11 +63,12 @@ def install_packages(packages: dict[str, str] = PACKAGES, usual: str = "1 min") 
     """Install the Debian packages whose programs are missing.
 
     Args:
-        packages: as `PACKAGES`.
-        usual: how long it takes.
+        packages: Debian's packages by program.
+        usual: how long the installation takes, for the output.
 
     Raises:
-        ClusterError: they are missing and cannot be installed.
+        ClusterError: a package is missing and cannot be installed.
+        MissingProgramError: a package is missing and `CLUSTER=none` forbids to install it.
     """
 
     def absent() -> list[str]:
@@ -75,7 +76,7 @@ def install_packages(packages: dict[str, str] = PACKAGES, usual: str = "1 min") 
 
     if not absent():
         return
-    with turn(cache() / "packages.lock"):
+    with hold_lock(cache() / "packages.lock"):
         if missing := absent():
             _install(missing, usual)
 
@@ -84,16 +85,16 @@ def _install(missing: list[str], usual: str) -> None:
     listed = " ".join(missing)
     _refuse(listed)
     if not shutil.which("apt-get"):
-        raise ClusterError(f"Programs are needed that are not here. Install what Debian calls {listed}")
+        raise ClusterError(f"Programs are missing, and there is no apt-get. Install what Debian calls {listed}")
     with step(f"Installing {listed}", usual):
-        # Services are not started: what needs one runs its own.
+        # RUNLEVEL=1 keeps apt from starting services. Tests start the services that they need.
         environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
         run(["apt-get", "update", "-qq"], environment)
         run(["apt-get", "install", "-qq", "-y", "--no-install-recommends", *missing], environment)
 
 
 def kube() -> Path:
-    """The binary with the control plane, the node's agents and kubectl; built if need be."""
+    """Return the binary with control plane, kubelet, kube-proxy and kubectl. Build it if it is missing."""
     version, minor = KUBERNETES, KUBERNETES.split(".")[1]
     with _built("kubernetes", version, "kube", "9 min, once") as binary:
         if binary is not None:
@@ -109,47 +110,53 @@ def kube() -> Path:
 
 
 def folders() -> list[Path]:
-    """Where kubectl and helm are that were built here; for the end of a PATH."""
+    """Return the folders of the kubectl and helm that were built here, for the end of PATH."""
     return [cache() / f"kubernetes-{KUBERNETES}", cache() / f"helm-{MODULES['helm'][1]}"]
 
 
-_BRIEF = {"GOGC": "400"}
-"""Go's garbage collector is a quarter of what a program costs that ends at once."""
+_SHORT_LIVED = {"GOGC": "400"}
+"""Go's garbage collector takes a quarter of the time of a program that ends at once."""
 
 
 def helm(*arguments: str) -> str:
-    """Run helm, the one that is here or else our own; what it printed.
+    """Run helm and return its standard output. The helm on PATH wins over the one that was built here.
 
     Raises:
-        ClusterError: it failed, with what it said.
+        ClusterError: helm failed, with its error output.
     """
     command = [shutil.which("helm") or str(program("helm")), *arguments]
-    done = subprocess.run(command, env=_BRIEF | os.environ, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=_SHORT_LIVED | os.environ, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ClusterError(done.stderr.strip())
     return done.stdout
 
 
 def kubectl_program() -> str:
-    """The path of kubectl, the one that is here or else our own."""
+    """Return the path of kubectl. The kubectl on PATH wins over the one that was built here."""
     return shutil.which("kubectl") or str(kube().with_name("kubectl"))
 
 
 def kubectl(*arguments: str, text: str | None = None) -> str:
-    """Run kubectl, the one that is here or else our own; what it printed.
+    """Run kubectl and return its standard output.
+
+    Args:
+        arguments: the command.
+        text: its standard input.
 
     Raises:
-        ClusterError: it failed, with what it said.
+        ClusterError: kubectl failed, with its error output.
     """
     command = [kubectl_program(), *arguments]
-    done = subprocess.run(command, env=_BRIEF | os.environ, input=text, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=_SHORT_LIVED | os.environ, input=text, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise ClusterError(f"kubectl {' '.join(arguments)}: {done.stderr.strip()}")
     return done.stdout
 
 
 def program(name: str) -> Path:
-    """One of `MODULES`; built if need be."""
+    """Return the path of a program of `MODULES`. Build it if it is missing."""
     package, version, usual = MODULES[name]
     with _built(name, version, name, usual) as binary:
         if binary is not None:
@@ -170,7 +177,7 @@ def http_routes() -> Path:
 
 @contextmanager
 def _built(name: str, version: str, file: str, usual: str) -> Iterator[Path | None]:
-    """Where to build a program, or None if it is there; it appears in the cache whole or not at all."""
+    """Yield the path to build a program at; None if the cache has it. The cache gets it complete or not at all."""
     folder = cache() / f"{name}-{version}"
     if (folder / file).exists():
         yield None
@@ -187,16 +194,21 @@ def _built(name: str, version: str, file: str, usual: str) -> Iterator[Path | No
 
 
 def _refuse(program: str) -> None:
-    """Raise MissingProgramError where nothing is to be made on the machine."""
+    """Raise MissingProgramError if `CLUSTER=none` forbids to install and build."""
     if os.environ.get("CLUSTER") == "none":
         raise MissingProgramError(f"CLUSTER=none: {program} is not here, and nothing is installed or built")
 
 
 def run(command: list[str], environment: dict[str, str] | None = None, folder: Path | None = None) -> str:
-    """Run a program of the set-up; what it printed.
+    """Run a program and return its standard output.
+
+    Args:
+        command: the program and its arguments.
+        environment: all of its environment variables; by default those of this process.
+        folder: its working directory.
 
     Raises:
-        ClusterError: it failed, with its last lines.
+        ClusterError: the program failed, with the last lines of its output.
     """
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:

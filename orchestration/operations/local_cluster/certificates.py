@@ -1,4 +1,4 @@
-"""The certificates of a node: one authority, and a client or server certificate for each component."""
+"""Issue the certificates of a node: one authority, and a certificate for each component."""
 
 import datetime
 import ipaddress
@@ -10,14 +10,14 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-_YEARS = datetime.timedelta(days=3650)
+_LIFETIME = datetime.timedelta(days=3650)
 
 
 class Authority:
-    """Signs certificates and keeps them, with their keys, in a folder.
+    """Signs certificates, and writes them with their keys into a folder. It does not keep its own key.
 
     Args:
-        folder: gets `ca.crt`, and `NAME.crt` and `NAME.key` for each certificate.
+        folder: receives `ca.crt`, and `NAME.crt` and `NAME.key` for each certificate.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -25,7 +25,7 @@ class Authority:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "kubernetes")])
-        # Python verifies strictly: an authority without keyUsage is refused by clients in pods.
+        # Python verifies strictly: clients in pods refuse an authority without keyUsage.
         usage = x509.KeyUsage(
             digital_signature=True, key_cert_sign=True, crl_sign=True, content_commitment=False,
             key_encipherment=False, data_encipherment=False, key_agreement=False,
@@ -49,11 +49,18 @@ class Authority:
             .public_key(key)
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - datetime.timedelta(minutes=5))
-            .not_valid_after(now + _YEARS)
+            .not_valid_after(now + _LIFETIME)
         )
 
     def issue(self, name: str, user: str, group: str | None = None, hosts: Sequence[str] = ()) -> None:
-        """A certificate for a user of the API, or for a server with `hosts` (names and addresses)."""
+        """Issue a certificate for a user of the API, or for a server.
+
+        Args:
+            name: the name of its files.
+            user: its common name.
+            group: its organization, which Kubernetes reads as the group.
+            hosts: names and addresses of the server; empty for a client.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
         attributes = [x509.NameAttribute(NameOID.COMMON_NAME, user)]
         if group:
@@ -74,8 +81,8 @@ class Authority:
         _write_key(self.folder / f"{name}.key", key)
 
 
-def signing_key(path: Path) -> None:
-    """A key that signs service accounts' tokens."""
+def write_signing_key(path: Path) -> None:
+    """Write a key that signs the tokens of service accounts."""
     _write_key(path, rsa.generate_private_key(public_exponent=65537, key_size=2048))
 
 

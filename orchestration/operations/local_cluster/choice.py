@@ -1,49 +1,49 @@
-"""Which cluster is used: the one that is named, one by kind, a node from packages, or none."""
+"""Choose the cluster: the context that is named, kind, a node from packages, or none."""
 
 import os
 
 from orchestration.errors import ClusterError
-from orchestration.operations.local_cluster import kind, node
+from orchestration.operations.local_cluster import kind, node, node_layout
 
-WAYS = {"kind": kind.CONTEXT, "node": node.CONTEXT, "none": None}
-"""The values of `CLUSTER`, with the context that each makes."""
+CONTEXTS = {"kind": kind.CONTEXT, "node": node_layout.CONTEXT, "none": None}
+"""The context that each value of `CLUSTER` creates."""
 
 
-def way() -> str:
-    """Return the way to a cluster that `CLUSTER` names; empty if it names none.
+def requested_cluster() -> str:
+    """Return the value of `CLUSTER`; empty if it is not set.
 
     Raises:
-        ClusterError: it is no way, or `KUBE_CONTEXT` names another cluster.
+        ClusterError: the value is unknown, or `KUBE_CONTEXT` names another cluster.
     """
-    named = os.environ.get("CLUSTER", "")
-    if named and named not in WAYS:
-        raise ClusterError(f"CLUSTER={named} is unknown. Use {', '.join(WAYS)}, or leave it empty")
+    requested = os.environ.get("CLUSTER", "")
+    if requested and requested not in CONTEXTS:
+        raise ClusterError(f"CLUSTER={requested} is unknown. Use {', '.join(CONTEXTS)}, or leave it empty")
     context = os.environ.get("KUBE_CONTEXT")
-    if named and context and WAYS[named] not in (None, context):
-        raise ClusterError(f"KUBE_CONTEXT={context} and CLUSTER={named} are two clusters. Leave one of them empty")
-    return named
+    if requested and context and CONTEXTS[requested] not in (None, context):
+        raise ClusterError(f"KUBE_CONTEXT={context} and CLUSTER={requested} are two clusters. Leave one of them empty")
+    return requested
 
 
-def chosen() -> str:
-    """Return the context to use: the one that is named, kind's, or the node's.
+def choose_context() -> str:
+    """Return the context to use: that of `KUBE_CONTEXT`, kind's, or the node's.
 
     Raises:
-        ClusterError: there is none and none can be made, with what is missing.
+        ClusterError: no cluster is named and none can be created, with what is missing.
     """
-    named = way()
-    if named == "none":
+    requested = requested_cluster()
+    if requested == "none":
         raise ClusterError("CLUSTER=none: no cluster is used. Leave CLUSTER empty to use or make one")
     if context := os.environ.get("KUBE_CONTEXT"):
         return context
-    if named != "node" and kind.docker_runs():
+    if requested != "node" and kind.is_docker_running():
         return kind.CONTEXT
-    if named == "kind":
+    if requested == "kind":
         raise ClusterError("CLUSTER=kind cannot be made: Docker does not run. Start Docker")
-    if reason := node.unavailable():
-        if named == "node":
+    if reason := node.unavailable_reason():
+        if requested == "node":
             raise ClusterError(f"CLUSTER=node cannot be made: {reason}")
         raise ClusterError(
             f"No cluster can be made here: Docker does not run, and for a node from packages {reason}. "
             "Start Docker, or name a cluster's context in KUBE_CONTEXT"
         )
-    return node.CONTEXT
+    return node_layout.CONTEXT

@@ -1,6 +1,6 @@
-"""The images that a node needs before any other, made where no image registry can be reached.
+"""Build the base images of a node on a machine that reaches no image registry.
 
-They are pushed to the node's own registry and pulled from there like every other image.
+The images are pushed to the node's registry. Pods pull them from there like every other image.
 """
 
 import os
@@ -14,19 +14,24 @@ from orchestration.progress import step
 from orchestration.settings import ROOT
 
 REGISTRY = "localhost:5000"
-"""Where `make push` pushes to and the node pulls from."""
+"""The registry that `make push` pushes to and the node pulls from."""
 
 PAUSE = f"{REGISTRY}/pause:1"
 BASE = f"{REGISTRY}/python:3.13-slim-trixie"
-"""Debian trixie with its Python 3.13 under the names that the official image has."""
+"""Debian trixie with its Python 3.13, under the names of the official image."""
 
 POSTGRES = f"{REGISTRY}/postgres:17"
 VALKEY = f"{REGISTRY}/valkey:8.1"
-"""Debian's, with the interface of the official images."""
+"""Debian's packages with the interface of the official images."""
 
 
-def push(image: str, name: str | None = None) -> str:
-    """Push an image of buildah's store to the node's registry, as `name`; its digest there."""
+def push_image(image: str, name: str | None = None) -> str:
+    """Push an image from buildah's store to the node's registry, and return its digest.
+
+    Args:
+        image: the image in buildah's store.
+        name: its name in the registry; by default the same.
+    """
     with tempfile.NamedTemporaryFile("r") as digest:
         target = f"docker://{name or image}"
         binaries.run(["buildah", "push", "-q", "--tls-verify=false", "--digestfile", digest.name, image, target])
@@ -37,25 +42,29 @@ def make_system_images() -> None:
     """Push the images of the node's own pods: the sandbox, DNS and metrics."""
     _push_binary(PAUSE, Path(shutil.which("catatonit") or ""), '["/catatonit", "-P"]')
     for name in ("coredns", "metrics-server"):
-        of_program(name)
+        push_program_image(name)
 
 
-def of_program(name: str) -> str:
-    """The image of a Go program and nothing else, pushed if it is not there; its name."""
+def push_program_image(name: str) -> str:
+    """Push the image of a Go program unless the registry has it, and return the image's name.
+
+    Args:
+        name: a program of `binaries.MODULES`.
+    """
     image = f"{REGISTRY}/{name}:{binaries.MODULES[name][1]}"
     _push_binary(image, binaries.program(name), f'["/{name}"]')
     return image
 
 
 def _push_binary(image: str, binary: Path, entrypoint: str) -> None:
-    if not registry.has(image):
+    if not registry.has_image(image):
         _make(image, binary, f"/{binary.name}", "--entrypoint", entrypoint)
-        push(image)
+        push_image(image)
         binaries.run(["buildah", "rmi", image])
 
 
 def _make(image: str, source: Path, target: str, *settings: str) -> None:
-    """An image of one file or folder in buildah's store."""
+    """Make an image of one file or folder in buildah's store."""
     container = binaries.run(["buildah", "from", "scratch"]).strip()
     try:
         binaries.run(["buildah", "add", "-q", container, str(source), target])
@@ -66,8 +75,8 @@ def _make(image: str, source: Path, target: str, *settings: str) -> None:
 
 
 def make_base_image() -> None:
-    """Push the base image, from Debian's packages; kept as an archive in the user's cache."""
-    if registry.has(BASE):
+    """Push the base image, made from Debian's packages. The user's cache keeps it as an archive."""
+    if registry.has_image(BASE):
         return
     archive = binaries.cache() / "python-3.13-slim-trixie" / "image.tar"
     if not archive.exists():
@@ -81,23 +90,24 @@ def make_base_image() -> None:
             _make(BASE, Path(folder) / "root", "/", "--cmd", "python3", "--env", "LANG=C.UTF-8")
             binaries.run(["buildah", "push", "-q", BASE, f"oci-archive:{fresh}:{BASE}"])
             fresh.replace(archive)
-    push(binaries.run(["buildah", "pull", "-q", f"oci-archive:{archive}"]).strip(), BASE)
+    push_image(binaries.run(["buildah", "pull", "-q", f"oci-archive:{archive}"]).strip(), BASE)
 
 
 def make_databases() -> None:
     """Push Postgres and Valkey with the interface of their official images."""
     folder = ROOT / "docker" / "databases"
     for target, image in (("postgres", POSTGRES), ("valkey", VALKEY)):
-        if not registry.has(image):
+        if not registry.has_image(image):
             with step(f"Making the image of {target} from Debian's packages", "20 s"):
                 options = ["--build-arg", f"BASE_IMAGE={BASE}", "--target", target, "--tag", image]
                 isolation = ["--isolation", "chroot", "--network", "host", "--tls-verify=false", "--layers"]
                 binaries.run(["buildah", "build", "-q", *isolation, *options, str(folder)])
-                push(image)
+                push_image(image)
 
 
 def _bootstrap(root: Path) -> None:
-    # This machine's keyring may be older than trixie; its mirror is the one that it trusts already.
+    """Install Debian with Python into a folder, without what the official slim images leave out."""
+    # This machine's keyring may be older than trixie. apt already trusts the mirror.
     keys = "/usr/share/keyrings/debian-archive-trixie-automatic.gpg"
     check = [f"--keyring={keys}"] if Path(keys).exists() else ["--no-check-gpg"]
     packages = "ca-certificates,python3.13,python3.13-venv"
@@ -109,7 +119,7 @@ def _bootstrap(root: Path) -> None:
         link = root / "usr" / "local" / "bin" / name
         link.unlink(missing_ok=True)
         link.symlink_to("/usr/bin/python3.13")
-    # What the official slim images leave out, and what apt keeps of the installation.
+    # The official slim images leave out documentation. apt's lists, caches and logs are only needed here.
     documents = [f"usr/share/{name}" for name in ("doc", "info", "locale", "man")]
     for folder in ("var/lib/apt/lists", "var/cache/apt", "var/log", *documents):
         for entry in (root / folder).iterdir() if (root / folder).exists() else ():
@@ -117,6 +127,6 @@ def _bootstrap(root: Path) -> None:
 
 
 def _mirror() -> list[str]:
-    """The Debian mirror that this machine's apt uses; debootstrap knows one of its own."""
+    """Return the Debian mirror of this machine's apt, which may differ from debootstrap's default."""
     sites = binaries.run(["apt-get", "indextargets", "--format", "$(SITE)"]).split()
     return [site for site in sites if site.rstrip("/").endswith("/debian")][:1]

@@ -1,7 +1,7 @@
-"""A kind cluster with a local registry, where Docker runs.
+"""Create and delete a kind cluster with a local registry, on a machine with Docker.
 
-As https://kind.sigs.k8s.io/docs/user/local-registry describes it, on the same `localhost:5000` that
-the node from packages has. kindnet enforces NetworkPolicies.
+The registry is set up as https://kind.sigs.k8s.io/docs/user/local-registry describes, on the same `localhost:5000` as
+that of the node from packages. kindnet enforces NetworkPolicies.
 """
 
 import json
@@ -26,28 +26,29 @@ containerdConfigPatches:
 """
 
 
-def docker_runs() -> bool:
-    """Whether a Docker daemon answers."""
+def is_docker_running() -> bool:
+    """Return whether a Docker daemon answers."""
     if not shutil.which("docker"):
         return False
     return subprocess.run(["docker", "info"], capture_output=True, check=False, timeout=30).returncode == 0
 
 
 def up() -> None:
-    """Make the cluster and its registry; what is there is left as it is."""
+    """Create the cluster and its registry. Idempotent: what runs is left as it is."""
     kind = str(binaries.program("kind"))
     if NAME not in binaries.run([kind, "get", "clusters"]).split():
         with step("Making a kind cluster", "1 min"):
-            with_config = [kind, "create", "cluster", "--name", NAME, "--config", "-", "--wait", "120s"]
-            done = subprocess.run(with_config, input=CONFIG, capture_output=True, text=True, check=False)
+            command = [kind, "create", "cluster", "--name", NAME, "--config", "-", "--wait", "120s"]
+            done = subprocess.run(command, input=CONFIG, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise ClusterError(f"kind create cluster failed: {done.stderr.strip().splitlines()[-1]}")
     with step("Starting the registry", "2 s"):
-        _registry(kind)
+        _start_registry(kind)
     print(f"The cluster is up: kubectl --context {CONTEXT}", file=sys.stderr)
 
 
-def _registry(kind: str) -> None:
+def _start_registry(kind: str) -> None:
+    """Start the registry, and let each node pull from it."""
     known = json.loads(
         binaries.run(["docker", "ps", "-a", "--format", "json", "--filter", f"name=^{REGISTRY}$"]) or "{}"
     )
@@ -56,17 +57,17 @@ def _registry(kind: str) -> None:
         binaries.run([*command, "--name", REGISTRY, "registry:2.8.3"])
     elif known["State"] != "running":
         binaries.run(["docker", "start", REGISTRY])
-    for each in binaries.run([kind, "get", "nodes", "--name", NAME]).split():
+    for node in binaries.run([kind, "get", "nodes", "--name", NAME]).split():
         folder = f"/etc/containerd/certs.d/{images.REGISTRY}"
         hosts = f'[host."http://{REGISTRY}:5000"]'
-        binaries.run(["docker", "exec", each, "sh", "-c", f"mkdir -p {folder} && echo '{hosts}' > {folder}/hosts.toml"])
+        binaries.run(["docker", "exec", node, "sh", "-c", f"mkdir -p {folder} && echo '{hosts}' > {folder}/hosts.toml"])
     networks = binaries.run(["docker", "inspect", "-f", "{{json .NetworkSettings.Networks}}", REGISTRY])
     if "kind" not in json.loads(networks):
         binaries.run(["docker", "network", "connect", "kind", REGISTRY])
 
 
 def down() -> None:
-    """Take away the cluster and its registry."""
-    with step("Taking away the kind cluster", "10 s"):
+    """Delete the cluster and its registry."""
+    with step("Deleting the kind cluster", "10 s"):
         binaries.run([str(binaries.program("kind")), "delete", "cluster", "--name", NAME])
         subprocess.run(["docker", "rm", "-f", REGISTRY], capture_output=True, check=False)

@@ -1,11 +1,12 @@
-"""NetworkPolicies as iptables rules.
+"""Translate NetworkPolicies into iptables rules.
 
-A bridge between pods enforces no NetworkPolicy, so the node's agent turns the cluster's policies into
-two chains of the mangle table, which every forwarded packet passes before kube-proxy's filter rules
-and after its address translation: `NETPOL-OUT` looks at who sends, `NETPOL-IN` at who receives. The
-semantics are those of the API reference (networking.k8s.io/v1): a pod that some policy selects for a
-direction accepts what the rules of all its policies add up to, one that none selects accepts all;
-answers to what was accepted pass; the node itself always reaches its pods.
+A bridge between pods enforces no NetworkPolicy. The node's agent therefore turns the cluster's policies into two chains
+of the mangle table. Every forwarded packet passes them after kube-proxy's address translation and before its filter
+rules: `NETPOL-OUT` matches the sender, `NETPOL-IN` the receiver.
+
+The semantics are those of the API reference (networking.k8s.io/v1). If policies select a pod for a direction, the pod
+accepts the union of their rules. A pod that no policy selects accepts everything. Replies to accepted packets pass.
+The node always reaches its pods.
 """
 
 import ipaddress
@@ -20,20 +21,26 @@ Object = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Pod:
-    """What policies see of a pod."""
+    """The attributes of a pod that policies match.
+
+    Args:
+        namespace: its namespace.
+        ip: its address.
+        labels: its labels.
+        ports: protocol and number of its named ports, by name.
+    """
 
     namespace: str
     ip: str
     labels: Mapping[str, str] = field(default_factory=dict)
     ports: Mapping[str, tuple[str, int]] = field(default_factory=dict)
-    """Protocol and number of its named ports."""
 
     @classmethod
-    def of(cls, pod: Object) -> "Pod | None":
-        """The pod, or None if no policy can apply: without an address, done, or on the node's network."""
+    def read(cls, pod: Object) -> "Pod | None":
+        """Return the pod; None if no policy applies: it has no address, has ended, or is on the node's network."""
         ip = pod.get("status", {}).get("podIP")
-        done = pod.get("status", {}).get("phase") in ("Succeeded", "Failed")
-        if not ip or done or pod["spec"].get("hostNetwork"):
+        has_ended = pod.get("status", {}).get("phase") in ("Succeeded", "Failed")
+        if not ip or has_ended or pod["spec"].get("hostNetwork"):
             return None
         containers = [*pod["spec"].get("containers", []), *pod["spec"].get("initContainers", [])]
         ports = {
@@ -46,16 +53,16 @@ class Pod:
         return cls(metadata["namespace"], ip, metadata.get("labels") or {}, ports)
 
 
-def rules(policies: Iterable[Object], pods: Iterable[Object], namespaces: Iterable[Object]) -> str:
-    """The input of `iptables-restore --noflush` that makes the policies so, in one transaction."""
-    known = sorted(filter(None, map(Pod.of, pods)), key=lambda pod: pod.ip)
-    labels = {each["metadata"]["name"]: each["metadata"].get("labels") or {} for each in namespaces}
+def render_rules(policies: Iterable[Object], pods: Iterable[Object], namespaces: Iterable[Object]) -> str:
+    """Return the input of `iptables-restore --noflush` that enforces the policies, in one transaction."""
+    known = sorted(filter(None, map(Pod.read, pods)), key=lambda pod: pod.ip)
+    labels = {namespace["metadata"]["name"]: namespace["metadata"].get("labels") or {} for namespace in namespaces}
     lines = ["*mangle", f":{INGRESS} - [0:0]", f":{EGRESS} - [0:0]"]
-    every = list(policies)
+    all_policies = list(policies)
     for chain, direction, own, other in ((INGRESS, "ingress", "-d", "-s"), (EGRESS, "egress", "-s", "-d")):
         lines.append(f"-A {chain} -m conntrack --ctstate ESTABLISHED,RELATED -j RETURN")
         for pod in known:
-            selecting = [policy for policy in every if _applies(policy, direction, pod)]
+            selecting = [policy for policy in all_policies if _applies(policy, direction, pod)]
             if not selecting:
                 continue
             allowed = dict.fromkeys(
@@ -83,14 +90,14 @@ def _applies(policy: Object, direction: str, pod: Pod) -> bool:
 def _matches(
     rule: Object, direction: str, pod: Pod, namespace: str, pods: Sequence[Pod], labels: Mapping[str, Mapping[str, str]]
 ) -> Iterator[tuple[str, str]]:
-    """Each (address, ports) of iptables that the rule allows; "" stands for all."""
+    """Yield the addresses and ports, as iptables' options, that a rule allows. An empty text matches all."""
     peers = rule.get("from" if direction == "ingress" else "to") or []
-    # A named port is the receiving pod's: this one's for ingress, each peer's for egress.
+    # A named port belongs to the receiving pod: to this pod for ingress, to each peer for egress.
     if not peers:
         receivers: Sequence[Pod] = [pod] if direction == "ingress" else pods
         yield from (("", ports) for ports in _ports(rule, receivers[0] if direction == "ingress" else None))
         if direction == "egress":
-            yield from ((each.ip, ports) for each in receivers for ports in _ports(rule, each, named_only=True))
+            yield from ((peer.ip, ports) for peer in receivers for ports in _ports(rule, peer, named_only=True))
     for peer in peers:
         if block := peer.get("ipBlock"):
             for network in _without(block["cidr"], block.get("except") or []):
@@ -106,7 +113,7 @@ def _matches(
 
 
 def _ports(rule: Object, receiver: Pod | None, *, named_only: bool = False) -> Iterator[str]:
-    """The rule's ports as iptables' options; named ones as the receiver has them."""
+    """Yield a rule's ports as iptables' options. The receiver resolves named ports."""
     if not rule.get("ports"):
         if not named_only:
             yield ""
@@ -123,7 +130,7 @@ def _ports(rule: Object, receiver: Pod | None, *, named_only: bool = False) -> I
 
 
 def _without(cidr: str, excepted: Sequence[str]) -> list[str]:
-    """The networks that make up `cidr` less what is excepted."""
+    """Return the IPv4 networks of `cidr` without the excepted ones."""
     networks: list[ipaddress.IPv4Network | ipaddress.IPv6Network] = [ipaddress.ip_network(cidr)]
     for hole in map(ipaddress.ip_network, excepted):
         remaining: list[ipaddress.IPv4Network | ipaddress.IPv6Network] = []
@@ -137,7 +144,7 @@ def _without(cidr: str, excepted: Sequence[str]) -> list[str]:
 
 
 def selects(selector: Object, labels: Mapping[str, str]) -> bool:
-    """Whether a label selector selects what has these labels; an empty one selects all."""
+    """Return whether a label selector matches labels. An empty selector matches all."""
     wanted: Mapping[str, str] = selector.get("matchLabels") or {}
     if any(labels.get(key) != value for key, value in wanted.items()):
         return False

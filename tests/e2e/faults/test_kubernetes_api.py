@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 import httpx
 import pytest
 
-from orchestration.operations.local_cluster import node
+from orchestration.operations.local_cluster import node_components, node_faults, node_layout
 from tests.e2e.faults.victims import (
     POD_START_SECONDS,
     RECOVERY_SECONDS,
@@ -57,7 +57,7 @@ def _stages(pool: Pool, run: str) -> list[tuple[str, datetime]]:
     return [(stage, datetime.fromisoformat(at)) for stage, at in times.items()]
 
 
-@pytest.mark.parametrize("away", [node.without_api, node.with_silent_api], ids=["refuses", "hangs"])
+@pytest.mark.parametrize("away", [node_faults.without_api, node_faults.with_silent_api], ids=["refuses", "hangs"])
 def test_kubernetes_api_outage_loses_no_run(
     away: Callable[[], AbstractContextManager[None]], cluster: str, server: Release, pool: Pool
 ) -> None:
@@ -67,7 +67,7 @@ def test_kubernetes_api_outage_loses_no_run(
     The controller manager, the scheduler and the kubelet, refused for a while, ask again after up to a minute (by
     client-go's reflector), and what they take to start the Job's pod is reported but not counted: no chart hastens it.
     """
-    if cluster != node.CONTEXT:
+    if cluster != node_layout.CONTEXT:
         pytest.skip(f"{cluster} is not the node from packages, whose API can be taken away")
     with server.api() as api:
         made = deploy_victim(api, pool)
@@ -88,7 +88,7 @@ def test_kubernetes_api_outage_loses_no_run(
             due = start_run(direct, made)
             time.sleep(KUBERNETES_OUTAGE_SECONDS)
             assert get_run(direct, goes_on)["state_type"] == "RUNNING"
-        wait_until(lambda: node.accepts(kubernetes, 443), "the API's service", 120)
+        wait_until(lambda: node_components.accepts_connections(kubernetes, 443), "the API's service", 120)
         accepts = datetime.now(UTC)
         wait_until(lambda: _is_reached(direct), "the Prefect API's service, whose node was taken for lost", 150)
         back = datetime.now(UTC)

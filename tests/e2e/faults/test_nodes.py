@@ -11,7 +11,8 @@ from datetime import UTC, datetime, timedelta
 import httpx
 import pytest
 
-from orchestration.operations.local_cluster import node
+from orchestration.operations.local_cluster import node_components, node_faults, node_layout
+from orchestration.operations.local_cluster.node_layout import Node
 from orchestration.protocol import FENCED_LABEL_PREFIX, FENCED_WITHIN_SECONDS
 from tests.e2e.faults.victims import (
     assert_state_within,
@@ -33,15 +34,15 @@ from tests.parts import wait_until
 
 
 @pytest.fixture(scope="module")
-def second_node(cluster: str) -> Iterator[node.Node]:
-    if cluster != node.CONTEXT:
+def second_node(cluster: str) -> Iterator[Node]:
+    if cluster != node_layout.CONTEXT:
         pytest.skip(f"{cluster} is not the node from packages, which has a second one")
-    with node.second() as joined:
+    with node_faults.second_node() as joined:
         yield joined
 
 
 @pytest.fixture(scope="module")
-def values(values: Object, second_node: node.Node) -> Object:
+def values(values: Object, second_node: Node) -> Object:
     changed = copy.deepcopy(values)
     there = {"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "In", "values": [second_node.name]}]}
     preferred = [{"weight": 100, "preference": there}]
@@ -56,31 +57,33 @@ def start_on_second_node(api: httpx.Client, pool: Pool, deployment_id: str, **pa
     """Start a run on the second node, wait until its flow logs, and return the run's id and its pod's name."""
     run, name = start_running(api, pool, deployment_id, **parameters)
     [pod] = list_pods(pool, run)
-    assert pod["spec"]["nodeName"] == node.SECOND.name
+    assert pod["spec"]["nodeName"] == node_layout.SECOND.name
     return run, name
 
 
-def test_drained_run_keeps_its_crash_budget(pool: Pool, api: httpx.Client, second_node: node.Node) -> None:
+def test_drained_run_keeps_its_crash_budget(pool: Pool, api: httpx.Client, second_node: Node) -> None:
     run, _ = start_on_second_node(api, pool, deploy_victim(api, pool, job_variables={"crash_retries": 0}), seconds=60)
     began = datetime.now(UTC)
-    node.kubectl("drain", second_node.name, "--force", "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=90s")
+    node_components.kubectl(
+        "drain", second_node.name, "--force", "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=90s"
+    )
     try:
         assert_state_within(api, run, "AwaitingRetry", began)
         wait_until_completed(api, run)
     finally:
-        node.kubectl("uncordon", second_node.name)
+        node_components.kubectl("uncordon", second_node.name)
     found = get_run(api, run)
     assert found["run_count"] == 2
     assert not found["labels"].get("reconciler.crashes")
 
 
-def test_run_survives_a_stopped_kubelet(pool: Pool, api: httpx.Client, second_node: node.Node) -> None:
+def test_run_survives_a_stopped_kubelet(pool: Pool, api: httpx.Client, second_node: Node) -> None:
     times = 15 + KUBELET_OUTAGE_SECONDS // 2
     ticking = create_deployment(api, pool, entrypoint="/probe/flow.py:ticking")
     run, pod = start_on_second_node(api, pool, ticking, times=times)
-    node.stop_kubelet(second_node)
+    node_faults.stop_kubelet(second_node)
     time.sleep(KUBELET_OUTAGE_SECONDS)
-    node.start_kubelet(second_node)
+    node_faults.start_kubelet(second_node)
     wait_until_completed(api, run)
     assert get_run(api, run)["run_count"] == 1
     assert [each["metadata"]["name"] for each in list_pods(pool, run)] == [pod]
@@ -88,9 +91,7 @@ def test_run_survives_a_stopped_kubelet(pool: Pool, api: httpx.Client, second_no
     assert sorted(map(int, lines)) == [*range(times)]
 
 
-def test_attempt_on_a_lost_node_stops_before_the_retry_begins(
-    pool: Pool, api: httpx.Client, second_node: node.Node
-) -> None:
+def test_attempt_on_a_lost_node_stops_before_the_retry_begins(pool: Pool, api: httpx.Client, second_node: Node) -> None:
     ticking = create_deployment(api, pool, entrypoint="/probe/flow.py:ticking", job_variables={"crash_retries": 0})
     slot = create_limit(api, "lost")
     run, _ = start_on_second_node(api, pool, ticking, times=150, slot=slot)
@@ -99,9 +100,9 @@ def test_attempt_on_a_lost_node_stops_before_the_retry_begins(
     old = find_processes(run, job)
     assert old
     seen: list[int] = []
-    node.stop_kubelet(second_node)
+    node_faults.stop_kubelet(second_node)
     try:
-        node.kubectl("delete", "node", second_node.name)
+        node_components.kubectl("delete", "node", second_node.name)
 
         # The control plane takes a while to give the node up.
         def find_crash() -> Object | None:
@@ -130,6 +131,6 @@ def test_attempt_on_a_lost_node_stops_before_the_retry_begins(
         assert datetime.fromisoformat(running[0]["timestamp"]) > stopped
         assert not get_run(api, run)["labels"].get("reconciler.crashes")
     finally:
-        node.start_kubelet(second_node)
+        node_faults.start_kubelet(second_node)
     assert not find_processes(run, job)
     assert get_run(api, run)["run_count"] == 2

@@ -222,7 +222,7 @@ def test_retry_repeats_no_finished_task_with_results_in_s3(pool: Pool, api: http
     # What is a folder in its own is a bucket.
     folders = {"metadata": "/metadata", "buckets": "/buckets", "results": "/buckets/results"}
     container = {
-        "image": images.of_program("versitygw"),
+        "image": images.push_program_image("versitygw"),
         "command": ["/versitygw", "--port", ":7070", "posix", "--sidecar", "/metadata", "/buckets"],
         "env": [{"name": name, "valueFrom": secret[of]} for name, of in root.items()],
         "volumeMounts": [{"name": name, "mountPath": path} for name, path in folders.items()],

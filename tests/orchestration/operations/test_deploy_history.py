@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from orchestration.errors import ClusterError
-from orchestration.operations import deploy, sync_check
+from orchestration.operations import deploy, release_inputs, rollback, rollout, sync_dry_run
 from orchestration.operations.deploy_history import CONFIG_MAP
 from orchestration.operations.environment import POOL, RELEASES, SERVER, Environment
 from tests.cluster.namespace import Namespace
@@ -64,7 +64,7 @@ class Place:
         deploy.deploy(self.environment)
 
     def rollback(self) -> None:
-        deploy.rollback(self.environment)
+        rollback.rollback(self.environment)
 
     def versions(self) -> list[str]:
         """What runs, of each release."""
@@ -90,14 +90,18 @@ def place(namespace: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def nothing(*_: object, **__: object) -> None:
         pass
 
-    monkeypatch.setattr(deploy, "CHARTS", made.folder)
-    monkeypatch.setattr(deploy, "PATIENCE", 0.0)
-    for name, value in {
-        "check": nothing, "_sync": nothing, "_surroundings": surroundings, "_values": no_values,
-        "_inputs": made.inputs, "image_of": lambda _: deploy.Image("registry/image", "sha256:0"),
-    }.items():  # fmt: skip
-        monkeypatch.setattr(deploy, name, value)
-    monkeypatch.setattr(sync_check, "check", nothing)
+    monkeypatch.setattr(release_inputs, "CHARTS", made.folder)
+    monkeypatch.setattr(rollout, "TIMEOUT_SECONDS", 0.0)
+    for module, name, replacement in (
+        (deploy, "check_preconditions", nothing),
+        (release_inputs, "surroundings", surroundings),
+        (release_inputs, "values_options", no_values),
+        (release_inputs, "input_hash", made.inputs),
+        (release_inputs, "checkout_image", lambda _: release_inputs.Image("registry/image", "sha256:0")),
+        (sync_dry_run, "render_sync", nothing),
+        (sync_dry_run, "check", nothing),
+    ):
+        monkeypatch.setattr(module, name, replacement)
     return made
 
 
@@ -109,7 +113,7 @@ def test_each_rollback_takes_back_one_deploy_until_there_is_none(
     for version in "123":
         place.deploy(version)
     place.deploy("3")
-    assert capsys.readouterr().out.count("is as it should be") == 2
+    assert capsys.readouterr().out.count("is up to date") == 2
     for version in "21":
         place.rollback()
         assert place.versions() == [version] * 2
@@ -117,7 +121,7 @@ def test_each_rollback_takes_back_one_deploy_until_there_is_none(
         place.rollback()
     assert place.versions() == ["1", "1"]
     place.deploy("1")
-    assert capsys.readouterr().out.count("is as it should be") == 2, "what runs is known after a rollback too"
+    assert capsys.readouterr().out.count("is up to date") == 2, "what runs is known after a rollback too"
 
     place.deploy("2")
     for release, how in FAILURES:
@@ -134,7 +138,7 @@ def test_each_rollback_takes_back_one_deploy_until_there_is_none(
 
     # A rollback that fails half way is not over.
     place.deploy("5")
-    wait: Callable[[Environment, str], None] = deploy.wait
+    wait: Callable[[Environment, str], None] = rollout.wait_until_ready
 
     def fail(environment: Environment, release: str) -> None:
         if release == POOL:
@@ -142,7 +146,7 @@ def test_each_rollback_takes_back_one_deploy_until_there_is_none(
         wait(environment, release)
 
     with monkeypatch.context() as failing:
-        failing.setattr(deploy, "wait", fail)
+        failing.setattr(rollout, "wait_until_ready", fail)
         with pytest.raises(ClusterError, match="it does not start"):
             place.rollback()
     place.deploy("6")

@@ -3,7 +3,7 @@
 import pytest
 
 from orchestration.operations import __main__ as command
-from orchestration.operations import deploy
+from orchestration.operations import release_plan
 from orchestration.operations.environment import Environment
 
 
@@ -15,7 +15,7 @@ def test_exit_status_of_plan_tells_whether_a_deploy_would_change_anything(
         return changes
 
     monkeypatch.setattr(command, "resolve", lambda name, context, namespace: Environment(name, context, namespace))
-    monkeypatch.setattr(deploy, "plan", plan)
+    monkeypatch.setattr(release_plan, "plan", plan)
     assert command.main(["plan", "--env", "staging", "--context", "none"]) == status
 
 

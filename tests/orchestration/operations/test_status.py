@@ -18,7 +18,7 @@ def test_status_prints_names_with_brackets_and_newlines_as_they_are() -> None:
         "problems": ["pod [/]: waits"],
     }
     stream = io.StringIO()
-    status.show(Environment("local", "context", "ns"), found, Console(file=stream, width=200))
+    status.print_status(Environment("local", "context", "ns"), found, Console(file=stream, width=200))
     shown = stream.getvalue()
     for name in ("[bold]image", "[/x]", "a[/]b\\nc", "[red]", "f/[d]", "pod [/]: waits"):
         assert name in shown, name

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from orchestration.operations.local_cluster.policies import rules, selects
+from orchestration.operations.local_cluster.policies import render_rules, selects
 
 
 def _pod(name: str, ip: str, namespace: str = "a", **spec: Any) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def _rules(**spec: Any) -> list[str]:
         "metadata": {"name": "p", "namespace": "a"},
         "spec": {"podSelector": {"matchLabels": {"app": "db"}}, **spec},
     }
-    lines = rules([policy], PODS, NAMESPACES).splitlines()
+    lines = render_rules([policy], PODS, NAMESPACES).splitlines()
     return [line for line in lines if line.startswith("-A") and "conntrack" not in line]
 
 
@@ -93,7 +93,7 @@ def test_policies_add_up_and_the_drop_comes_last() -> None:
         spec = {"podSelector": {}, "ingress": [{"ports": [{"port": port}]}]}
         return {"metadata": {"name": name, "namespace": "b"}, "spec": spec}
 
-    lines = rules([allowing("one", 1), allowing("two", 2)], PODS, NAMESPACES).splitlines()
+    lines = render_rules([allowing("one", 1), allowing("two", 2)], PODS, NAMESPACES).splitlines()
     assert [line for line in lines if "10.0.0.3" in line] == [
         "-A NETPOL-IN -d 10.0.0.3 -p tcp --dport 1 -j RETURN",
         "-A NETPOL-IN -d 10.0.0.3 -p tcp --dport 2 -j RETURN",
@@ -104,7 +104,7 @@ def test_policies_add_up_and_the_drop_comes_last() -> None:
 def test_pods_on_the_nodes_network_and_those_that_ended_are_left_out() -> None:
     deny = {"metadata": {"name": "p", "namespace": "a"}, "spec": {"podSelector": {}}}
     ended = _pod("done", "10.0.0.9") | {"status": {"podIP": "10.0.0.9", "phase": "Succeeded"}}
-    text = rules([deny], [_pod("host", "10.250.0.1", hostNetwork=True), ended], NAMESPACES)
+    text = render_rules([deny], [_pod("host", "10.250.0.1", hostNetwork=True), ended], NAMESPACES)
     assert "DROP" not in text
 
 

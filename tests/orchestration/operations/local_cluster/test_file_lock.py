@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.operations.local_cluster.turns import turn
+from orchestration.operations.local_cluster.file_lock import hold_lock
 from orchestration.settings import ROOT
 
 
@@ -16,7 +16,7 @@ def _begin(file: Path, *, shared: bool = False) -> threading.Event:
     given = threading.Event()
 
     def take() -> None:
-        with turn(file, shared=shared):
+        with hold_lock(file, shared=shared):
             given.set()
 
     threading.Thread(target=take, daemon=True).start()
@@ -30,7 +30,7 @@ def _begin(file: Path, *, shared: bool = False) -> threading.Event:
 )
 def test_who_waits_for_whom(tmp_path: Path, mine: bool, theirs: bool, waits: bool) -> None:
     file = tmp_path / "made" / "lock"
-    with turn(file, shared=mine):
+    with hold_lock(file, shared=mine):
         given = _begin(file, shared=theirs)
         assert given.wait(0.3 if waits else 10) is not waits
     assert given.wait(10)
@@ -39,8 +39,9 @@ def test_who_waits_for_whom(tmp_path: Path, mine: bool, theirs: bool, waits: boo
 def test_a_process_that_is_killed_gives_its_turn_back(tmp_path: Path) -> None:
     file = tmp_path / "lock"
     code = (
-        "import sys, time; from pathlib import Path; from orchestration.operations.local_cluster.turns import turn\n"
-        "with turn(Path(sys.argv[1])): print('mine', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path\n"
+        "from orchestration.operations.local_cluster.file_lock import hold_lock\n"
+        "with hold_lock(Path(sys.argv[1])): print('mine', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(file)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from orchestration.operations import sync_check
+from orchestration.operations import sync_dry_run
 from orchestration.operations.environment import POOL
 from orchestration.operations.local_cluster import binaries
 from orchestration.settings import ROOT
@@ -15,10 +15,12 @@ from tests.helm.rendering import Object
 from tests.helm.test_prefect_work_pool import TAG
 
 
-def _rendered(folder: Path, **values: Object) -> sync_check.Sync:
+def _rendered(folder: Path, **values: Object) -> sync_dry_run.Sync:
     file = folder / "values.yaml"
     file.write_text(yaml.safe_dump(TAG | values))
-    return sync_check.of(binaries.helm("template", "test", str(ROOT / "helm" / POOL), "-n", "prefect", "-f", str(file)))
+    return sync_dry_run.parse_sync(
+        binaries.helm("template", "test", str(ROOT / "helm" / POOL), "-n", "prefect", "-f", str(file))
+    )
 
 
 @pytest.mark.parametrize(
@@ -39,8 +41,8 @@ def test_what_the_job_is_told(
 
 def test_the_image_s_files_are_the_checkout_s_and_those_of_volumes_are_elsewhere(tmp_path: Path) -> None:
     found = _rendered(tmp_path, sync={"files": ["prefect.yaml", "/app/more.yaml", "/teams/one.yaml"]})
-    assert found.elsewhere == ["/teams/one.yaml"]
-    with found.here() as files:
+    assert found.volume_files == ["/teams/one.yaml"]
+    with found.checkout_files() as files:
         assert files[:-1] == ["prefect.yaml", "more.yaml"]
         assert Path(files[-1]).read_text() == found.pool
 
@@ -48,7 +50,7 @@ def test_the_image_s_files_are_the_checkout_s_and_those_of_volumes_are_elsewhere
 def test_each_environment_s_pool_and_the_deployments_can_ship(tmp_path: Path) -> None:
     for values in sorted((ROOT / "helm" / "environments").glob(f"*/{POOL}.yaml")):
         found = _rendered(tmp_path, **yaml.safe_load(values.read_text()))
-        with found.here() as files:
+        with found.checkout_files() as files:
             done = subprocess.run(
                 [sys.executable, "-m", "orchestration", "check", *files, "--owner", found.owner],
                 cwd=ROOT, capture_output=True, text=True, check=False,

@@ -1,0 +1,98 @@
+"""Collect what a release is made of: the image, the values, the surroundings in `k8s/`, and a hash of all inputs."""
+
+import functools
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from orchestration.operations import registry
+from orchestration.operations.environment import OVERLAYS, SERVER, Environment, Object, run_program
+from orchestration.progress import step
+from orchestration.settings import ROOT
+
+CHARTS = ROOT / "helm"
+
+# The local cluster's registry has these instead of the public images, for machines that reach no image registry.
+LOCAL_IMAGES = {"postgres": ("localhost:5000/postgres", "17"), "valkey": ("localhost:5000/valkey", "8.1")}
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image in a registry, named `repository@digest`."""
+
+    repository: str
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.repository}@{self.digest}"
+
+
+def checkout_image(environment: Environment) -> Image:
+    """Return the checkout's image by its digest in the registry. For `local`, build and push the image first.
+
+    Raises:
+        ClusterError: the build fails, or the image is not in the registry.
+    """
+    build = str(ROOT / "docker" / "build")
+    if environment.name == "local" and not os.environ.get("IMAGE"):
+        with step("Building and pushing the image", "1 s unchanged, 6 s for a changed flow, 60 s from nothing"):
+            run_program([build, "--push"])
+    name = run_program([build, "--digest"]).strip()
+    repository, _, digest = name.partition("@")
+    return Image(repository, digest)
+
+
+@contextmanager
+def values_options(environment: Environment, release: str, image: Image) -> Iterator[list[str]]:
+    """Yield Helm's options that name the values of a release. The files exist while the block lasts."""
+    overrides: Object = {"image": {"repository": image.repository, "digest": image.digest}}
+    if release == SERVER and environment.name == "local" and (local := local_images()):
+        for key, name in (("database", "postgres"), ("redis", "valkey")):
+            overrides[key] = {"bundled": {"image": {"repository": local[name][0], "tag": local[name][1]}}}
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(overrides, file)
+        file.flush()
+        yield ["--values", str(environment.values / f"{release}.yaml"), "--values", file.name]
+
+
+@functools.cache
+def local_images() -> dict[str, tuple[str, str]]:
+    """Return `LOCAL_IMAGES` if the local registry has all of them, else nothing."""
+    found = all(registry.has_image(f"{repository}:{tag}") for repository, tag in LOCAL_IMAGES.values())
+    return LOCAL_IMAGES if found else {}
+
+
+@contextmanager
+def surroundings(environment: Environment) -> Iterator[Path]:
+    """Yield a kustomization of the environment's overlay, with its namespace and, for `local`, local images."""
+    overlay = OVERLAYS / environment.name
+    with tempfile.TemporaryDirectory(prefix=".deploy-", dir=OVERLAYS) as folder:
+        kustomization: Object = {"resources": [f"../{overlay.name}"], "namespace": environment.namespace}
+        if environment.name == "local" and (local := local_images()):
+            name, tag = local["postgres"]
+            kustomization["images"] = [{"name": "postgres", "newName": name, "newTag": tag}]
+        (Path(folder) / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+        yield Path(folder)
+
+
+def input_hash(environment: Environment, release: str, image: Image) -> str:
+    """Return a hash of all inputs of a release: chart, values and image. The same hash needs no rollout.
+
+    For the server, the packages and `orchestration/` count instead of the image's digest, so that a changed flow
+    does not restart the server. `orchestration/operations` is not in the image and does not count.
+    """
+    paths = [str(CHARTS / release), str(environment.values / f"{release}.yaml")]
+    names = [environment.namespace, image.repository if release == SERVER else str(image)]
+    if release == SERVER:
+        paths += ["docker/Dockerfile", "pyproject.toml", "uv.lock", "orchestration", ":!orchestration/operations"]
+        names += [os.environ.get("IMAGE", ""), str(local_images()) if environment.name == "local" else ""]
+    listed = run_program(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *paths])
+    files = [ROOT / path for path in sorted(filter(None, listed.split("\0")))]
+    contents = [file.read_bytes() for file in files if file.is_file()]
+    return hashlib.sha256(b"\0".join([*map(str.encode, names), *contents])).hexdigest()[:12]

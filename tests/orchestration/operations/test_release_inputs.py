@@ -1,0 +1,70 @@
+"""The inputs of a release: a change of what the image does not contain rolls out nothing."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from orchestration.operations.environment import POOL, SERVER
+from tests.parts import commit_copy_of_checkout
+
+HASHES = f"""
+import sys
+from orchestration.operations.environment import Environment
+from orchestration.operations.release_inputs import Image, input_hash
+environment = Environment("local", "context", "namespace")
+for release in ("{SERVER}", "{POOL}"):
+    print(input_hash(environment, release, Image("registry/image", sys.argv[1])))
+"""
+
+
+def _tag(checkout: Path) -> str:
+    """Return the tag of the checkout's image. Without a registry, `docker/build --digest` names the image and fails."""
+    environment = os.environ | {"REGISTRY": "localhost:1"}
+    command = ["docker/build", "--digest"]
+    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
+    found = re.match(r"localhost:1/prefect-orchestration:(src-[0-9a-f]{12}) is not in the registry", done.stderr)
+    assert found, done.stderr
+    return found[1]
+
+
+def _inputs(checkout: Path) -> list[str]:
+    """Return the image's tag and the input hash of each release, as this checkout's own code computes them."""
+    tag = _tag(checkout)
+    environment = os.environ | {"PYTHONPATH": str(checkout)}
+    command = [sys.executable, "-c", HASHES, tag]
+    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=True)
+    return [tag, *done.stdout.split()]
+
+
+def test_changed_operations_change_neither_image_nor_releases(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    commit_copy_of_checkout(checkout)
+    before = _inputs(checkout)
+    assert len(set(before)) == 3
+    operations = checkout / "orchestration" / "operations"
+    for name in ("deploy.py", "local_cluster/node.py", "local_cluster/manifests/dns.yaml"):
+        (operations / name).write_text((operations / name).read_text() + "\n# changed\n")
+    (operations / "new.py").write_text("")
+    assert _inputs(checkout) == before
+
+
+def test_changed_flow_changes_image_and_work_pool_alone(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    commit_copy_of_checkout(checkout)
+    tag, server, pool = _inputs(checkout)
+    (checkout / "flows" / "report.py").write_text("# changed\n")
+    changed = _inputs(checkout)
+    assert changed[1] == server
+    assert changed[0] != tag
+    assert changed[2] != pool
+
+
+def test_changed_library_changes_image_and_both_releases(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    commit_copy_of_checkout(checkout)
+    before = _inputs(checkout)
+    settings = checkout / "orchestration" / "settings.py"
+    settings.write_text(settings.read_text() + "\n# changed\n")
+    assert not set(before) & set(_inputs(checkout))
