@@ -1,4 +1,4 @@
-# Everything a person does here is a target; `make` lists them.
+# `make` lists the targets. Each is what a person does with this project.
 MAKEFLAGS += --warn-undefined-variables --no-print-directory
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -40,14 +40,14 @@ JSON ?=
 PAIRS ?= 7
 POSTGRES ?=
 
-# A person's values are data: make expands no `$` in them, and the shell gets them in quotes.
+# Variables from the command line and the environment are data: make expands no `$` in them, and the shell gets them quoted.
 GIVEN := DAY FULL_REFRESH SELECT FIRST LAST CMD TESTS CHANGED FOR KILLS ROUNDS MINUTES RUNS SEED REGISTRY BUILDER BASE_IMAGE IMAGE \
 	ENV KUBE_CONTEXT NAMESPACE RUN DEPLOYMENT PARAMETERS CONFIRM PORT PAIRS POSTGRES PROCESSES
 $(foreach name,$(GIVEN),$(if $(filter-out file,$(origin $(name))),$(eval \
 	$(if $(filter command,$(firstword $(origin $(name)))),override) $(name) := $$(value $(name)))))
 quoted = '$(subst ','\'',$(1))'
 
-# The newest Python that dbt supports, whichever name it has here; uv, from PyPI unless it is here.
+# The newest installed Python that dbt supports. uv comes from PyPI unless it is installed.
 PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && command -v $$python && break; done)
 UV_VERSION := 0.13.9
@@ -55,52 +55,52 @@ UV = $(shell command -v uv || echo .uv/bin/uv)
 BIN := .venv/bin
 WAREHOUSE := $(BIN)/python -m orchestration.warehouse
 
-# The cluster that is named; for the local environment, the one of `make cluster`.
+# The context that KUBE_CONTEXT names; for the local environment, by default the context of `make cluster`.
 CONTEXT = $(if $(KUBE_CONTEXT),$(call quoted,$(KUBE_CONTEXT)),"$(if $(filter local,$(ENV)),$$($(BIN)/python -m orchestration.operations.local_cluster context))")
-# kubectl and helm as they are here, else those that were built for the local cluster.
+# kubectl and helm on PATH win over those that were built for the local cluster.
 ENVIRONMENT = PATH="$$PATH:$$($(BIN)/python -m orchestration.operations.local_cluster path)" $(BIN)/python -m orchestration.operations
 TARGET = --env $(call quoted,$(ENV)) --context $(CONTEXT) --namespace $(call quoted,$(NAMESPACE))
 
 export DO_NOT_TRACK := 1
 export REGISTRY BUILDER BASE_IMAGE IMAGE KUBE_CONTEXT CLUSTER
 export UV_PYTHON_DOWNLOADS := never
-# The first run need not compile what it imports.
+# uv compiles packages at installation, so that the first run starts sooner.
 export UV_COMPILE_BYTECODE ?= 1
 
-# What is given of the long tests' parameters.
+# The parameters of the long tests that are set.
 LONG = $(strip $(foreach name,KILLS ROUNDS MINUTES RUNS SEED,$(if $($(name)),$(call quoted,$(name)=$($(name))))))
 
-# A file's tests stay together, as they share what they install; the order of files is that of tests/conftest.py.
+# One process runs all tests of a file, as they share an installation. tests/conftest.py orders the files.
 BY_FILE := --dist loadfile --no-loadscope-reorder
 
-# The test files: those of TESTS, or those that the change since main, or since the commit CHANGED, can affect.
+# The test files of TESTS, or those that the changes since main or since the commit CHANGED can affect.
 SELECTED = $(if $(CHANGED),$$($(BIN)/python -m tests.selection$(if $(filter-out 1,$(CHANGED)), --base $(call quoted,$(CHANGED)))),$(TESTS))
 
-# Not empty where the tests may use a cluster, which is made first but for CLUSTER=none.
+# Not empty if the tests may use a cluster. It is made first, unless CLUSTER=none.
 USES_CLUSTER = $(if $(CHANGED),,$(filter tests tests/cluster% tests/docker% tests/e2e%,$(TESTS)))
 
 # With --quiet, --strict would accept a broken link.
 SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# $(call stage,NAME,COMMAND): run it and say what it took.
+# $(call stage,NAME,COMMAND): run the command, and print how long it took.
 stage = @printf '\n== %s\n' '$(1)'; start=$$SECONDS; status=0; { $(2); } || status=$$?; \
 	printf '== %s: %s in %s s\n' '$(1)' "$$([ $$status = 0 ] && echo ok || echo FAILED)" "$$((SECONDS - start))"; exit $$status
 
 ##@ Run
 .PHONY: run backfill
-run: .venv/ready ## run the daily job: the next day, or DAY=2013-02-08 FULL_REFRESH=1 SELECT=...
+run: .venv/ready ## run the daily job for the next day, or for DAY=2013-02-08; FULL_REFRESH=1 SELECT=...
 	@$(BIN)/python flows/example_flow.py $(if $(DAY),--day $(call quoted,$(DAY))) $(if $(FULL_REFRESH),--full-refresh) $(if $(SELECT),--select=$(call quoted,$(SELECT)))
 
-backfill: .venv/ready ## load every day, or FIRST=... to LAST=..., that is not loaded yet, and build once
+backfill: .venv/ready ## load every missing day, or those from FIRST= to LAST=, and build once
 	@$(BIN)/python flows/backfill.py $(if $(FIRST),--first $(call quoted,$(FIRST))) $(if $(LAST),--last $(call quoted,$(LAST))) $(if $(FULL_REFRESH),--full-refresh)
 
 ##@ Serve
 .PHONY: server worker
-# Time zones from the package tzdata, which lists them: of the system's folder the server opens every file, again and again.
+# Time zones come from the package tzdata, which has a list. In the system's folder the server would open every file, often.
 server: .venv/ready ## start a Prefect server with its UI on http://localhost:4200
 	@PYTHONTZPATH= $(BIN)/prefect server start
 
-worker: .venv/ready ## start a worker that executes deployments' runs as processes of this machine
+worker: .venv/ready ## start a worker that runs deployments as processes of this machine
 	@$(BIN)/prefect worker start --pool default --type process
 
 ##@ Warehouse
@@ -112,56 +112,56 @@ dbt: .venv/ready ## run a dbt command on the warehouse, CMD="build --select rout
 	@$(WAREHOUSE) exec $(BIN)/dbt $(CMD) --project-dir flows/warehouse --profiles-dir flows/warehouse
 
 dbt-docs: PORT := $(if $(filter override,$(origin PORT)),$(PORT),8080)
-dbt-docs: .venv/ready ## make the dbt project's docs and serve them on http://localhost:8080, or PORT=
+dbt-docs: .venv/ready ## generate the dbt project's docs and serve them on http://localhost:8080, or PORT=
 	@$(WAREHOUSE) exec $(BIN)/dbt docs generate --project-dir flows/warehouse --profiles-dir flows/warehouse
 	@$(WAREHOUSE) exec $(BIN)/dbt docs serve --port $(call quoted,$(PORT)) --no-browser --project-dir flows/warehouse --profiles-dir flows/warehouse
 
 stop: .venv/ready ## stop the embedded warehouse
 	@$(WAREHOUSE) stop
 
-##@ Kubernetes (ENV=local; others with KUBE_CONTEXT=...)
+##@ Kubernetes (ENV=local by default; other environments need KUBE_CONTEXT=)
 .PHONY: up down deploy plan rollback undeploy run-on-cluster status logs ui
-up: cluster ## the whole way from nothing: cluster, image, charts, the daily job as a pod, the UI's address
+up: cluster ## from nothing: make a cluster, build the image, install the charts, run the daily job as a pod
 	@$(ENVIRONMENT) deploy $(TARGET)
 	@$(ENVIRONMENT) run $(TARGET) $(call quoted,$(DEPLOYMENT))
 	@$(ENVIRONMENT) status $(TARGET)
 	@echo "Open the UI: make ui"
 
-down: cluster-down ## take the local cluster away, with all that is on it
+down: cluster-down ## delete the local cluster with everything on it
 
-deploy: .venv/ready ## bring ENV to what the checkout says: charts, pool, deployments; FORCE=1 also where nothing changed
+deploy: .venv/ready ## bring ENV to what the checkout says: charts, pool, deployments; FORCE=1 upgrades unchanged releases too
 	@$(ENVIRONMENT) deploy $(TARGET) $(if $(FORCE),--force)
 
-plan: .venv/ready ## what a deploy would change; scripts ask python -m orchestration.operations plan, see docs/how-to/deploy.md
+plan: .venv/ready ## dry run: print what a deploy would change; for scripts see docs/how-to/deploy.md
 	@$(ENVIRONMENT) plan $(TARGET)
 
-rollback: .venv/ready ## take back the newest deploy: image, charts, pool, deployments
+rollback: .venv/ready ## roll back the newest deploy: image, charts, pool, deployments
 	@$(ENVIRONMENT) rollback $(TARGET) $(if $(FORCE),--force)
 
-undeploy: .venv/ready ## take the releases away; volumes and passwords stay
+undeploy: .venv/ready ## uninstall the releases; volumes and passwords stay; CONFIRM=ENV unless local
 	@$(ENVIRONMENT) undeploy $(TARGET) --confirm $(call quoted,$(CONFIRM))
 
 run-on-cluster: .venv/ready ## run DEPLOYMENT=FLOW/NAME as a pod, PARAMETERS='{"day": "2013-02-08"}', and follow it
 	@$(ENVIRONMENT) run $(TARGET) $(call quoted,$(DEPLOYMENT)) --parameters $(call quoted,$(PARAMETERS))
 
-status: .venv/ready ## one screen: components, pool, running and late runs, each deployment's last; JSON=1
+status: .venv/ready ## show components, pool, running and late runs, each deployment's last and next run; JSON=1
 	@$(ENVIRONMENT) status $(TARGET) $(if $(JSON),--json)
 
-logs: .venv/ready ## follow a run: RUN=its name or id; the newest without
+logs: .venv/ready ## follow the newest run, or RUN=NAME or RUN=ID
 	@$(ENVIRONMENT) logs $(TARGET) $(if $(RUN),-- $(call quoted,$(RUN)))
 
-ui: .venv/ready ## open the UI on http://localhost:4200, or PORT=
+ui: .venv/ready ## forward the UI to http://localhost:4200, or PORT=
 	@$(ENVIRONMENT) ui $(TARGET) --port $(call quoted,$(PORT))
 
 ##@ Cluster and image
 .PHONY: cluster cluster-down build push sbom worker-manifests
-cluster: .venv/ready ## make a local cluster: KUBE_CONTEXT if named, else kind, else a node from packages
+cluster: .venv/ready ## use the cluster of KUBE_CONTEXT, else make one: kind, else a node from packages
 	@$(BIN)/python -m orchestration.operations.local_cluster up
 
-cluster-down: .venv/ready ## take away the cluster that was made here
+cluster-down: .venv/ready ## delete the cluster that was made here
 	@$(BIN)/python -m orchestration.operations.local_cluster down
 
-build: ## build the image, BUILDER=docker or buildah; prints its name
+build: ## build the image by BUILDER=docker or buildah, and print its name
 	@docker/build
 
 push: ## build the image and push it to REGISTRY=localhost:5000
@@ -170,22 +170,22 @@ push: ## build the image and push it to REGISTRY=localhost:5000
 sbom: ## write the image's bill of materials to sbom.cdx.json
 	@docker/sbom
 
-worker-manifests: .venv/ready ## write k8s/worker/base anew, from the work pool's chart
+worker-manifests: .venv/ready ## generate k8s/worker/base from the work pool's chart
 	@$(BIN)/python -m k8s.worker.generate
 
 ##@ Docker
 .PHONY: up-docker down-docker
-up-docker: ## run it all on this machine's Docker, without Kubernetes; PORT=4200; prints how to get in
+up-docker: ## run server, worker and runs in Docker on this machine, without Kubernetes; PORT=4200
 	@docker/stack up
 
-down-docker: ## stop what runs in Docker; databases and passwords stay
+down-docker: ## stop everything in Docker; databases and passwords stay
 	@docker/stack down
 
 ##@ Develop
 .PHONY: setup test test-long test-versions fix bench bench-deploys bench-dbt bench-deployments bench-reconciler bench-recovery picture docs docs-site clean
 setup: .venv/ready ## create the environment in .venv
 
-# What a change affects is tested without a cluster, as one takes minutes.
+# With CHANGED, tests use no cluster: making one takes minutes.
 test: CLUSTER := $(or $(if $(CHANGED),none),$(CLUSTER))
 test: .venv/ready ## check the code and run all tests, PROCESSES=5 at once; TESTS=tests/flows for some; CHANGED=1; CLUSTER=none
 	$(if $(USES_CLUSTER),@$(BIN)/python -m tests.preview)
@@ -195,51 +195,51 @@ test: .venv/ready ## check the code and run all tests, PROCESSES=5 at once; TEST
 	$(call stage,docs-site,$(SITE))
 	$(call stage,shellcheck and hadolint,$(BIN)/shellcheck docker/build docker/sbom docker/stack docker/databases/entrypoint k8s/overlays/local/warehouse/secret .ci/run && $(BIN)/hadolint docker/Dockerfile docker/databases/Dockerfile)
 	$(call stage,sqlfluff,$(BIN)/sqlfluff lint -q flows/warehouse --nocolor)
-	$(if $(and $(USES_CLUSTER),$(filter-out none,$(or $(CLUSTER),any))),$(call stage,mypy and the cluster beside it,$(BIN)/mypy & { $(BIN)/python -m orchestration.operations.local_cluster up || [ -z "$${CI:-}$(CLUSTER)" ]; } && wait $$!),$(call stage,mypy,$(BIN)/mypy))
+	$(if $(and $(USES_CLUSTER),$(filter-out none,$(or $(CLUSTER),any))),$(call stage,mypy while the cluster is made,$(BIN)/mypy & { $(BIN)/python -m orchestration.operations.local_cluster up || [ -z "$${CI:-}$(CLUSTER)" ]; } && wait $$!),$(call stage,mypy,$(BIN)/mypy))
 	$(call stage,pytest,tests="$(SELECTED)" && { [ -z "$$tests" ] || $(BIN)/pytest$(if $(CHANGED)$(filter tests,$(TESTS)), --numprocesses $(call quoted,$(PROCESSES)) $(BY_FILE)) $$tests; })
 
-test-long: .venv/ready ## run the long tests, FOR="soak kills reconciler" some, LIST=1 shows them; KILLS= ROUNDS= MINUTES= RUNS= SEED=; FORCE=1
+test-long: .venv/ready ## run the long tests, or FOR="soak kills"; LIST=1 lists them; KILLS= ROUNDS= MINUTES= RUNS= SEED=; FORCE=1 repeats passed ones
 	@$(BIN)/python -m tests.long $(if $(FOR),--for $(FOR)) $(if $(LIST),--list) $(if $(FORCE),--force) $(if $(LONG),--with $(LONG))
 
 test-versions: .venv/ready ## run the contract tests on the oldest and newest Prefect, or on PREFECT="3.9.0 3.9.1"; JSON=1
 	@$(BIN)/python -m tests.versions $(PREFECT) $(if $(JSON),--json)
 
-fix: .venv/ready ## format the code and repair what the linters can
+fix: .venv/ready ## format the code, and fix what the linters can fix
 	@$(BIN)/ruff check -q --fix . && $(BIN)/ruff format -q . && $(BIN)/sqlfluff fix -q flows/warehouse
 
-bench: .venv/ready ## measure; PAIRS=7; prints a table and appends to tests/benchmarks/results.md
+bench: .venv/ready ## measure run times PAIRS=7 times; print a table, and append it to tests/benchmarks/results.md
 	@$(BIN)/python -m tests.benchmarks.run --pairs $(call quoted,$(PAIRS))
 
-bench-deploys: .venv/ready ## measure make up and make deploy on the local cluster, which it takes away first
+bench-deploys: .venv/ready ## measure make up and make deploy; deletes the local cluster first
 	@$(BIN)/python -m tests.benchmarks.deploys --pairs $(call quoted,$(PAIRS))
 
-bench-dbt: .venv/ready ## measure dbt in a flow beside dbt's command line, at 20, 300 and 1,000 nodes
+bench-dbt: .venv/ready ## measure dbt in a flow against dbt's command line, at 20, 300 and 1,000 nodes
 	@$(BIN)/python -m tests.benchmarks.dbt --pairs $(call quoted,$(PAIRS))
 
-bench-deployments: .venv/ready ## measure orchestrate plan and sync beside prefect deploy --all; POSTGRES=URL of one with pg_trgm
+bench-deployments: .venv/ready ## measure orchestrate plan and sync against prefect deploy --all; POSTGRES=URL of a Postgres with pg_trgm
 	@$(BIN)/python -m tests.benchmarks.deployments --pairs $(call quoted,$(PAIRS)) $(if $(POSTGRES),--postgres $(call quoted,$(POSTGRES)))
 
-bench-reconciler: .venv/ready ## measure a round of the reconciler over 100 to 5,000 simulated runs; POSTGRES=URL of one with pg_trgm
+bench-reconciler: .venv/ready ## measure a reconcile round over 100 to 5,000 simulated runs; POSTGRES=URL of a Postgres with pg_trgm
 	@$(BIN)/python -m tests.benchmarks.reconciler $(if $(POSTGRES),--postgres $(call quoted,$(POSTGRES)))
 
 bench-recovery: KILLS := $(or $(KILLS),10)
-bench-recovery: .venv/ready ## measure how soon a killed run goes on, KILLS=10 times on the local cluster
+bench-recovery: .venv/ready ## measure how soon a killed run continues, KILLS=10 times on the local cluster
 	@PACE=shipped $(BIN)/python -m tests.benchmarks.recovery --kills $(call quoted,$(KILLS))
 
 picture: .venv/ready ## draw the pictures of README and docs
 	@$(BIN)/python -m docs.picture
 
-docs: .venv/ready ## write the generated parts of docs/reference
+docs: .venv/ready ## generate parts of docs/reference
 	@$(BIN)/python -m docs.generate
 
-docs-site: .venv/ready ## build the docs as a site in build/site; a broken link fails
+docs-site: .venv/ready ## build the docs as a site in build/site; fails on a broken link
 	@$(SITE)
 
-clean: ## remove the environment and what tools left behind; the warehouse stays
+clean: ## remove .venv and the tools' caches; the warehouse stays
 	rm -rf .venv .uv .mypy_cache .pytest_cache .ruff_cache build/site flows/warehouse/target flows/warehouse/logs
 
 .PHONY: help
-help: ## show this
+help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "; tty = system("test -t 1") == 0} \
 		/^##@/ {printf "\n%s\n", substr($$0, 5)} \
 		/^[a-z-]+:.*## / {printf "  %s%-17s%s %s\n", tty ? "\033[36m" : "", $$1, tty ? "\033[0m" : "", $$2}' Makefile

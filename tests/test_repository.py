@@ -148,6 +148,24 @@ def test_dependencies_point_one_way() -> None:
         assert not re.search(r"^\s*(from|import) flows", path.read_text(), flags=re.M), path
 
 
+def test_tree_of_contributing_has_every_package() -> None:
+    tree = re.findall(r"```text\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.S)[0]
+    folders: list[str] = []
+    drawn = set()
+    for indent, name in re.findall(r"^( *)([\w/]+)/ ", tree, flags=re.M):
+        folders = [*folders[: len(indent) // 2], name]
+        drawn.add("/".join(folders))
+    assert [folder for folder in drawn if not (ROOT / folder).is_dir()] == []
+    packages = {
+        path.parent.relative_to(ROOT).as_posix()
+        for path in _tracked()
+        if path.name == "__init__.py" and path.is_relative_to(ROOT / "orchestration")
+    }
+    assert packages - drawn == set()
+    top_level = {path.relative_to(ROOT).parts[0] for path in _tracked() if path.parent != ROOT}
+    assert {name for name in top_level if not name.startswith(".")} - drawn == set()
+
+
 def test_image_does_not_import_the_operations_that_it_lacks() -> None:
     assert "orchestration/operations" in (ROOT / "docker/Dockerfile.dockerignore").read_text().splitlines()
     in_image = [

@@ -1,4 +1,4 @@
-"""The worker as plain manifests, made from the work pool's chart. `make worker-manifests` writes them."""
+"""Generate the worker's plain manifests from the work pool's chart: `make worker-manifests`."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from tests.helm.rendering import Object, one, render
 
 HERE = Path(__file__).parent
 RELEASE = "prefect-work-pool"
-"""The pool's release: its runs ask for a service account that is named after it."""
+"""The release of the work pool. The service account of its runs is named after it."""
 
 FILES = {
     "base/worker.yaml": ["Deployment/worker"],
@@ -21,48 +21,48 @@ FILES = {
         "NetworkPolicy/runs",
     ],
 }
-"""What is taken of the chart, by file and as "Kind/component"."""
+"""The objects of the chart in each file, as "Kind/component"."""
 
-HELMS_OWN = ("app.kubernetes.io/managed-by", "helm.sh/chart")
-"""The labels that are true of a release alone."""
+HELM_LABELS = ("app.kubernetes.io/managed-by", "helm.sh/chart")
+"""Labels that only an object of a Helm release has."""
 
 HEADER = "# From helm/prefect-work-pool with k8s/worker/values.yaml, by `make worker-manifests`: change it there.\n"
 
 
-class _Indented(yaml.SafeDumper):
-    """Lists are indented below their key, as in all files here."""
+class _IndentedDumper(yaml.SafeDumper):
+    """Indents lists below their key, as all YAML files of this repository do."""
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:  # noqa: ARG002
         super().increase_indent(flow, False)
 
 
-def plain(rendered: Object) -> Object:
-    """An object of the chart for kubectl: without what is Helm's, and where kustomize says."""
+def make_plain(rendered: Object) -> Object:
+    """Return an object of the chart for kubectl, without Helm's labels and the namespace, which kustomize sets."""
     made = dict(rendered)
     metadata = rendered["metadata"]
-    labels = {name: value for name, value in metadata["labels"].items() if name not in HELMS_OWN}
+    labels = {name: value for name, value in metadata["labels"].items() if name not in HELM_LABELS}
     made["metadata"] = {"name": metadata["name"], "labels": labels}
     if made["kind"] == "RoleBinding":
-        made["subjects"] = [{"kind": each["kind"], "name": each["name"]} for each in made["subjects"]]
+        made["subjects"] = [{"kind": subject["kind"], "name": subject["name"]} for subject in made["subjects"]]
     if made["kind"] == "Deployment":
-        # The checksum of the pool's template, which is no part of this: each heartbeat brings it to the worker.
+        # The checksum of the pool's template, which these manifests lack: the worker reads it at each heartbeat.
         del made["spec"]["template"]["metadata"]["annotations"]
-        # So that what `kubectl scale` set stays when the manifest is applied again.
+        # Without replicas, another apply keeps the number that `kubectl scale` has set.
         del made["spec"]["replicas"]
     return made
 
 
 def manifests() -> dict[str, str]:
-    """The text of each file, by its path in this folder.
+    """Return the text of each file, by its path in this folder.
 
     Raises:
-        ClusterError: helm refuses the values, with its reason.
+        ClusterError: the chart refuses the values, with the reason.
     """
     objects = render("prefect-work-pool", HERE / "values.yaml", RELEASE)
     texts = {}
     for file, names in FILES.items():
         found = [one(objects, kind, f"{RELEASE}-{component}") for kind, component in (n.split("/") for n in names)]
-        texts[file] = HEADER + yaml.dump_all(map(plain, found), Dumper=_Indented, sort_keys=False)
+        texts[file] = HEADER + yaml.dump_all(map(make_plain, found), Dumper=_IndentedDumper, sort_keys=False)
     return texts
 
 
