@@ -1,1 +1,1 @@
-"""A real Kubernetes for development and tests: a context that is named, kind, or a node from packages."""
+"""Tests of the local cluster, and the namespace and API server that tests use."""

@@ -1,4 +1,4 @@
-"""A Kubernetes API server with nothing behind it: it says what Kubernetes accepts, within seconds, as root or not."""
+"""Start a Kubernetes API server without a cluster, to test what Kubernetes accepts. It needs seconds and no root."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from tests.parts import free_port, wait_until
 NAMESPACE = "prefect"
 
 ABSENT_OBJECTS = ("ServiceAccount", "Priority", "RuntimeClass", "StorageObjectInUseProtection")
-"""The admission plugins that ask for objects which an installation brings, such as a PriorityClass."""
+"""Admission plugins that require objects of an installation, such as a PriorityClass. They are disabled."""
 
 
 class ApiServer:
@@ -66,7 +66,7 @@ class ApiServer:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[ApiServer]:
-    """Start an API server and its etcd, which keep their state in `folder`; they end with the block."""
+    """Run an API server and its etcd while the block lasts, with their state in `folder`."""
     needed = {"etcd": binaries.PACKAGES["etcd"]}
     binaries.install_packages(needed)
     kube = str(binaries.kube())

@@ -1,4 +1,4 @@
-"""A namespace of a real cluster, and what a test does in it."""
+"""A namespace of a real cluster, and the operations of tests in it."""
 
 import contextlib
 import json
@@ -20,22 +20,27 @@ RESTRICTED = {
     "capabilities": {"drop": ["ALL"]},
     "seccompProfile": {"type": "RuntimeDefault"},
 }
-"""A container's security context at the `restricted` Pod Security Standard."""
+"""Security context of a container at the Pod Security Standard `restricted`."""
 
 
 USED: set[str] = set()
-"""Names of the namespaces that this process' tests use: what their pods cost is theirs (tests/reporting.py)."""
+"""Names of the namespaces of this process' tests, which are charged for the pods in them (tests/reporting.py)."""
 
 
 @dataclass(frozen=True)
 class Namespace:
-    """A namespace of the cluster and what a test does in it."""
+    """Creates and inspects objects of one namespace.
+
+    Args:
+        context: the kubeconfig context of the cluster.
+        name: the namespace.
+    """
 
     context: str
     name: str
 
     def kubectl(self, *arguments: str, text: str | None = None) -> str:
-        """Run kubectl in the namespace; what it printed."""
+        """Run kubectl in the namespace and return its standard output."""
         return binaries.kubectl("--context", self.context, "-n", self.name, *arguments, text=text)
 
     def apply(self, *objects: dict[str, Any]) -> None:
@@ -44,9 +49,13 @@ class Namespace:
         self.kubectl("apply", "-f", "-", text=json.dumps(listed))
 
     def pod(self, name: str, *command: str, ready: bool = True, **spec: Any) -> None:
-        """Start a pod that runs `command`, not as root; wait until it is ready.
+        """Start a pod that runs a command as a user other than root.
 
-        Among `spec`, `labels` are the pod's beside `app: NAME`, and `container` wins over its container's fields.
+        Args:
+            name: the name of the pod, and the value of its label `app`.
+            command: the command; by default `sleep 600`.
+            ready: wait until the pod is ready.
+            spec: fields of the pod. `labels` adds labels, and `container` overrides fields of its container.
         """
         container = {
             "name": "main",
@@ -78,11 +87,11 @@ class Namespace:
         self.pod("server", containers=[container | probe])
 
     def python(self, pod: str, code: str) -> str:
-        """Run Python code in a pod; what it printed."""
+        """Run Python code in a pod and return its standard output."""
         return self.kubectl("exec", pod, "--", "python3", "-c", code)
 
     def connects(self, pod: str, host: str, port: int) -> bool:
-        """Whether a connection from the pod is accepted."""
+        """Return whether a port accepts a connection from the pod."""
         code = f"import socket; socket.create_connection(({host!r}, {port}), 2)"
         try:
             self.python(pod, code)
@@ -94,10 +103,10 @@ class Namespace:
 
 
 def make(namespace: Namespace) -> None:
-    """Create a namespace, and wait until pods may be made in it."""
+    """Create a namespace, and wait until pods can be created in it."""
     binaries.kubectl("--context", namespace.context, "create", "namespace", namespace.name)
     account = ("get", "serviceaccount", "default", "--ignore-not-found", "-o", "name")
-    wait_until(lambda: namespace.kubectl(*account), "the service account without which no pod may be made")
+    wait_until(lambda: namespace.kubectl(*account), "the default service account, which pods need")
 
 
 def make_restricted(namespace: Namespace) -> None:
@@ -108,7 +117,7 @@ def make_restricted(namespace: Namespace) -> None:
 
 @contextlib.contextmanager
 def new(context: str, prefix: str, create: Callable[[Namespace], None] = make) -> Iterator[Namespace]:
-    """A new namespace; deleted afterwards, with all that is in it."""
+    """Yield a new namespace; delete it afterwards with everything in it."""
     made = Namespace(context, f"{prefix}-{uuid4().hex[:8]}")
     USED.add(made.name)
     try:
@@ -119,7 +128,7 @@ def new(context: str, prefix: str, create: Callable[[Namespace], None] = make) -
 
 
 def remove(namespace: Namespace) -> None:
-    """Delete a namespace, and what releases in it have in the whole cluster."""
+    """Delete a namespace, and the cluster-wide objects of releases in it."""
     kinds = "clusterrole,clusterrolebinding,validatingadmissionpolicy,validatingadmissionpolicybinding"
     of_cluster = (kinds, "-l", f"prefect.io/release-namespace={namespace.name}")
     binaries.kubectl("--context", namespace.context, "delete", *of_cluster)
@@ -129,14 +138,14 @@ def remove(namespace: Namespace) -> None:
 
 @contextlib.contextmanager
 def restricted(context: str, prefix: str) -> Iterator[Namespace]:
-    """A new namespace that enforces the restricted standard; deleted afterwards, with all that is in it."""
+    """Yield a new namespace that enforces the restricted standard; delete it afterwards with everything in it."""
     with new(context, prefix, make_restricted) as made:
         yield made
 
 
 @contextlib.contextmanager
 def proxied(context: str) -> Iterator[str]:
-    """The URL of the cluster's API on loopback, which asks for no credentials there, while the block lasts."""
+    """Yield the URL of a proxy on loopback, which reaches the cluster's API without credentials."""
     command = [binaries.kubectl_program(), "--context", context, "proxy", "--port=0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as proxy:
         assert proxy.stdout
@@ -147,7 +156,7 @@ def proxied(context: str) -> Iterator[str]:
 
 
 def network_policy(name: str, pod: str | None = None, **rules: list[dict[str, Any]]) -> dict[str, Any]:
-    """A NetworkPolicy for the pods labelled `app: POD`: `network_policy("name", "server", ingress=[...])`."""
+    """Return a NetworkPolicy for the pods labelled `app: POD`: `network_policy("name", "server", ingress=[...])`."""
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",

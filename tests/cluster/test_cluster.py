@@ -1,4 +1,4 @@
-"""The cluster that the tests make is a real one: what charts and flow runs rely on works."""
+"""The local cluster has what charts and flow runs rely on."""
 
 import json
 from typing import Any
@@ -12,7 +12,7 @@ from tests.cluster.namespace import Namespace, network_policy
 from tests.parts import wait_until
 
 
-def test_services_names_logs_and_exec(namespace: Namespace) -> None:
+def test_service_is_reached_by_name_and_logs_its_requests(namespace: Namespace) -> None:
     namespace.serve()
     namespace.pod("client")
     code = "from urllib.request import urlopen; print(urlopen('http://server', timeout=10).status)"
@@ -23,7 +23,7 @@ def test_services_names_logs_and_exec(namespace: Namespace) -> None:
     assert '"GET / HTTP/1.1" 200' in namespace.kubectl("logs", "server")
 
 
-def test_a_policy_denies_and_allows(namespace: Namespace) -> None:
+def test_ingress_policy_allows_only_the_named_pods(namespace: Namespace) -> None:
     namespace.serve()
     namespace.pod("friend")
     namespace.pod("stranger")
@@ -33,13 +33,13 @@ def test_a_policy_denies_and_allows(namespace: Namespace) -> None:
     namespace.apply(network_policy("friends-only", pod="server", ingress=allow))
     wait_until(lambda: not namespace.connects("stranger", "server", 80), "the policy to be enforced", 20)
     assert namespace.connects("friend", "server", 80)
-    assert namespace.connects("stranger", "kube-dns.kube-system", 53), "others are not concerned"
+    assert namespace.connects("stranger", "kube-dns.kube-system", 53), "the policy selects no other pod"
 
     namespace.kubectl("delete", "networkpolicy", "friends-only")
     wait_until(lambda: namespace.connects("stranger", "server", 80), "the policy to be gone", 20)
 
 
-def test_egress_is_denied_but_for_what_is_allowed(namespace: Namespace) -> None:
+def test_egress_policy_allows_only_the_named_peers(namespace: Namespace) -> None:
     namespace.serve()
     namespace.pod("client")
     address = namespace.kubectl("get", "pod", "server", "-o", "jsonpath={.status.podIP}")
@@ -58,7 +58,7 @@ def test_egress_is_denied_but_for_what_is_allowed(namespace: Namespace) -> None:
     assert not namespace.connects("client", "kubernetes.default", 443)
 
 
-def test_a_volume_is_for_its_group_outlives_its_pod_and_goes_with_its_claim(namespace: Namespace) -> None:
+def test_volume_honours_fsgroup_outlives_its_pod_and_is_deleted_with_its_claim(namespace: Namespace) -> None:
     claim: dict[str, Any] = {
         "apiVersion": "v1",
         "kind": "PersistentVolumeClaim",
@@ -88,7 +88,7 @@ def test_a_volume_is_for_its_group_outlives_its_pod_and_goes_with_its_claim(name
         assert not (node_layout.STATE / "volumes" / volume).exists()
 
 
-def test_what_is_pushed_is_pulled_by_digest_and_what_is_not_there_is_said(namespace: Namespace) -> None:
+def test_pushed_image_is_pulled_by_digest_and_a_missing_one_fails(namespace: Namespace) -> None:
     image = f"{images.REGISTRY}/test:{namespace.name}"
     container = binaries.run(["buildah", "from", images.BASE]).strip()
     try:
@@ -105,14 +105,14 @@ def test_what_is_pushed_is_pulled_by_digest_and_what_is_not_there_is_said(namesp
     wait_until(lambda: namespace.kubectl("get", "pod", "absent", "-o", waiting) in reasons, "the pull to fail")
 
 
-def test_the_restricted_standard_is_enforced(namespace: Namespace) -> None:
+def test_restricted_standard_is_enforced(namespace: Namespace) -> None:
     namespace.kubectl("label", "namespace", namespace.name, "pod-security.kubernetes.io/enforce=restricted")
     with pytest.raises(ClusterError, match="violates PodSecurity"):
         namespace.pod("root", container={"securityContext": {"runAsUser": 0}})
     namespace.pod("plain")
 
 
-def test_memory_over_the_limit_is_killed(namespace: Namespace) -> None:
+def test_memory_over_the_limit_is_oom_killed(namespace: Namespace) -> None:
     namespace.pod("greedy", "python3", "-c", "len(b'x' * 2**30)", ready=False, restartPolicy="Never")
 
     def ended() -> dict[str, Any]:
@@ -124,7 +124,7 @@ def test_memory_over_the_limit_is_killed(namespace: Namespace) -> None:
     assert wait_until(ended, "the container to end")["reason"] == "OOMKilled"
 
 
-def test_usage_is_measured(namespace: Namespace) -> None:
+def test_kubectl_top_shows_usage(namespace: Namespace) -> None:
     if namespace.context != node_layout.CONTEXT:
         pytest.skip("kind comes without metrics-server")
 
@@ -138,7 +138,7 @@ def test_usage_is_measured(namespace: Namespace) -> None:
 
 
 @pytest.mark.parametrize("action", ["up", "down"])
-def test_a_context_that_was_not_made_here_is_left_alone(
+def test_named_context_is_not_changed(
     action: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Any
 ) -> None:
     binaries.kubectl_program()  # where it is not here, CLUSTER=none builds none
@@ -148,10 +148,10 @@ def test_a_context_that_was_not_made_here_is_left_alone(
     monkeypatch.setenv("KUBECONFIG", str(elsewhere))
     monkeypatch.setenv("KUBE_CONTEXT", "production")
     assert command.main([action]) == 1
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert "production" in said
-    assert ("kubectl config get-contexts" if action == "up" else "was not made here") in said
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "production" in message
+    assert ("kubectl config get-contexts" if action == "up" else "was not made here") in message
 
 
 def test_error_says_why_no_cluster_can_be_made(

@@ -1,4 +1,4 @@
-"""The node from packages: it is found, mended and taken away whole, and its policies are enforced by what it says."""
+"""The node from packages: `up` is idempotent and repairs it, `down` deletes everything, its agent enforces policies."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ from tests.cluster.namespace import Namespace, network_policy
 from tests.parts import wait_until
 
 pytestmark = pytest.mark.alone
-"""For a while there is no node, or one that enforces nothing."""
+"""The node is away for a while, or enforces no policy."""
 
 
 @pytest.fixture(autouse=True)
@@ -32,24 +32,24 @@ def _from_packages(cluster: str) -> None:
         pytest.skip(f"{cluster} is not the node from packages")
 
 
-def test_a_second_call_finds_what_is_there(cluster: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_second_up_keeps_the_running_node(cluster: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = {name: node_processes.process_id(name) for name in node_processes.COMPONENTS}
     assert command.main(["up"]) == 0
     assert capsys.readouterr().err == f"The node runs: kubectl --context {node_layout.CONTEXT}\n"
     assert {name: node_processes.process_id(name) for name in node_processes.COMPONENTS} == before
 
 
-def test_a_policy_does_nothing_without_its_enforcer(namespace: Namespace) -> None:
+def test_agent_enforces_policies(namespace: Namespace) -> None:
     namespace.serve()
     namespace.pod("client")
-    namespace.apply(network_policy("nobody", pod="server", ingress=[]))
+    namespace.apply(network_policy("deny-all", pod="server", ingress=[]))
     wait_until(lambda: not namespace.connects("client", "server", 80), "the policy to be enforced", 20)
     with node_faults.without_policies():
         assert namespace.connects("client", "server", 80)
     wait_until(lambda: not namespace.connects("client", "server", 80), "the policy to be enforced again", 20)
 
 
-def test_a_second_node_has_pods_of_its_own_and_leaves_nothing(namespace: Namespace) -> None:
+def test_second_node_runs_pods_and_leaves_nothing_behind(namespace: Namespace) -> None:
     namespace.pod("first")
     with node_faults.second_node() as other:
         namespace.pod("second", nodeName=other.name)
@@ -57,7 +57,7 @@ def test_a_second_node_has_pods_of_its_own_and_leaves_nothing(namespace: Namespa
         node_faults.start_kubelet(other)
 
         def runs_on() -> bool:
-            with contextlib.suppress(ClusterError):  # its kubelet has yet to hear of it
+            with contextlib.suppress(ClusterError):  # the kubelet has not heard of the pod yet
                 namespace.kubectl("exec", "second", "--", "true")
                 return True
             return False
@@ -72,7 +72,7 @@ def test_a_second_node_has_pods_of_its_own_and_leaves_nothing(namespace: Namespa
     namespace.kubectl("exec", "first", "--", "true")
 
 
-def test_a_node_whose_processes_were_all_killed_comes_back(namespace: Namespace) -> None:
+def test_up_restarts_a_node_whose_processes_were_killed(namespace: Namespace) -> None:
     namespace.serve()
     namespace.pod("client")
     killed = {name: node_processes.process_id(name) for name in node_processes.COMPONENTS}
@@ -87,8 +87,8 @@ def test_a_node_whose_processes_were_all_killed_comes_back(namespace: Namespace)
     wait_until(lambda: namespace.connects("client", "server", 80), "the server to be reached")
 
 
-@pytest.mark.skipif(not os.environ.get("CI"), reason="it would take away what you have in the cluster; CI=1 runs it")
-def test_down_leaves_nothing_and_up_makes_it_anew(cluster: str) -> None:
+@pytest.mark.skipif(not os.environ.get("CI"), reason="deletes everything in the cluster; CI=1 runs it")
+def test_down_deletes_everything_and_up_makes_a_new_node(cluster: str) -> None:
     pids = [node_processes.process_id(name) for name in node_processes.COMPONENTS]
     assert command.main(["down"]) == 0
     assert not node_layout.STATE.exists()
@@ -98,6 +98,6 @@ def test_down_leaves_nothing_and_up_makes_it_anew(cluster: str) -> None:
     assert node_layout.SERVICE_RANGE not in binaries.run(["ip", "route"])
     assert not [pid for pid in pids if pid and psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
     assert node_layout.CONTEXT not in binaries.kubectl("config", "get-contexts", "-o", "name").split()
-    assert command.main(["down"]) == 0, "a second time there is nothing to do"
+    assert command.main(["down"]) == 0, "a second down has nothing to do"
     assert command.main(["up"]) == 0
     assert node.is_running()

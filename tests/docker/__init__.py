@@ -1,1 +1,1 @@
-"""Tests of the image and of what runs it on one machine with Docker."""
+"""Tests of the image, and of Prefect on one machine with Docker."""

@@ -1,4 +1,4 @@
-"""A Docker daemon of the tests' own, beside whatever else runs on the machine."""
+"""Run a separate Docker daemon for tests. It leaves the machine's Docker alone."""
 
 import contextlib
 import os
@@ -15,23 +15,23 @@ from orchestration.operations.local_cluster import binaries, kind
 from tests.parts import wait_until
 
 PACKAGES = {"dockerd": "docker.io", "docker-compose": "docker-compose"}
-"""Debian's package by the program that is needed of it."""
+"""Debian's package, by the program that is needed from it."""
 
 ADDRESSES = "base=10.253.0.0/16,size=24"
-"""Of the daemon's networks: none that the Kubernetes node of tests/cluster uses."""
+"""Addresses of the daemon's networks. The local Kubernetes node uses none of them."""
 
 
 def docker(host: str, *arguments: str) -> str:
-    """Run a Docker command on the daemon at `host`; what it printed."""
+    """Run a Docker command on the daemon at `host` and return its standard output."""
     return binaries.run(["docker", *arguments], os.environ | {"DOCKER_HOST": host}).strip()
 
 
 @dataclass
 class Daemon:
-    """A Docker daemon that keeps everything in a folder.
+    """Starts and stops a Docker daemon that keeps everything in a folder.
 
     Args:
-        folder: of its data, its socket and its log.
+        folder: holds its data, its socket and its log.
     """
 
     folder: Path
@@ -39,12 +39,12 @@ class Daemon:
 
     @property
     def host(self) -> str:
-        """The address, for DOCKER_HOST."""
+        """The address of the daemon, for DOCKER_HOST."""
         return f"unix://{self.folder}/docker.sock"
 
     @property
     def control_group(self) -> str:
-        """The control group of its containers."""
+        """The cgroup of the daemon's containers."""
         return f"docker-test-{os.getpid()}"
 
     def start(self) -> None:
@@ -61,7 +61,7 @@ class Daemon:
         wait_until(self._answers, f"a Docker daemon; see {folder}/log")
 
     def stop(self) -> None:
-        """Stop the daemon, and with it the containers."""
+        """Stop the daemon with its containers."""
         if self._process:
             self._process.terminate()
             self._process.wait(60)
@@ -74,10 +74,10 @@ class Daemon:
 
 @contextlib.contextmanager
 def docker_daemon(folder: Path) -> Iterator[Daemon | None]:
-    """Run a Docker daemon in `folder`; None where the machine's own, in DOCKER_HOST, has to do.
+    """Run a Docker daemon in `folder`. Yield None if tests have to use the machine's Docker.
 
-    The machine's packet filter, its forwarding and Docker's usual socket are left alone. A CI machine that
-    gives no root has a Docker of its own to use.
+    The machine's packet filter, its forwarding and Docker's usual socket stay untouched. A CI machine without root has
+    a Docker to use.
     """
     if os.geteuid() != 0:
         if not os.environ.get("CI"):
@@ -91,14 +91,14 @@ def docker_daemon(folder: Path) -> Iterator[Daemon | None]:
         daemon.start()
         yield daemon
     finally:
-        with contextlib.suppress(ClusterError):  # it did not start
+        with contextlib.suppress(ClusterError):  # the daemon did not start
             _remove(daemon.host, ("ps", "--all", "--quiet"), ("rm", "--force", "--volumes"))
             _remove(daemon.host, ("network", "ls", "--quiet", "--filter", "type=custom"), ("network", "rm"))
         daemon.stop()
         for mount in reversed(_mounts(folder)):
             binaries.run(["umount", mount])
         groups = Path("/sys/fs/cgroup")
-        for each in (groups, *groups.iterdir()):  # of one hierarchy, or of each
+        for each in (groups, *groups.iterdir()):  # cgroup version 2 has one hierarchy, version 1 several
             if (each / daemon.control_group).is_dir():
                 (each / daemon.control_group).rmdir()
         shutil.rmtree(folder)
@@ -110,6 +110,6 @@ def _remove(host: str, listing: tuple[str, ...], removal: tuple[str, ...]) -> No
 
 
 def _mounts(folder: Path) -> list[str]:
-    """Where something is mounted under `folder`, in the order it was mounted."""
+    """Return the mount points below `folder`, in the order of the mounts."""
     points = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
     return [point for point in points if point.startswith(f"{folder}/")]

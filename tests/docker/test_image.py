@@ -1,4 +1,4 @@
-"""The image: what is in it, what is not, and that it runs as a pod of the `restricted` standard."""
+"""The image: its contents, its tag, and that it runs as a pod of the `restricted` standard."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def _manifest(image: str) -> dict[str, Any]:
 
 @pytest.fixture
 def pod(namespace: Namespace, image: str) -> Callable[..., str]:
-    """Run Python code in a pod of the image; what it printed."""
+    """Run a command in a pod of the image and return its standard output."""
     namespace.kubectl("label", "namespace", namespace.name, "pod-security.kubernetes.io/enforce=restricted")
     container = {
         "image": image,
@@ -82,7 +82,7 @@ def pod(namespace: Namespace, image: str) -> Callable[..., str]:
     return lambda *command: namespace.kubectl("exec", "image", "--", *command)
 
 
-def test_what_is_in_it_and_what_is_not(pod: Callable[..., str]) -> None:
+def test_image_contains_what_runs_need_and_nothing_else(pod: Callable[..., str]) -> None:
     inside = json.loads(pod("python", "-c", INSIDE))
     # dbt-core 1.12 brought metricflow, sqlglot and rapidfuzz: 26 MB.
     assert inside["bytes"] < 620e6
@@ -121,7 +121,7 @@ def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def test_it_runs_what_a_cluster_runs(pod: Callable[..., str]) -> None:
+def test_image_runs_the_programs_of_the_cluster(pod: Callable[..., str]) -> None:
     assert "3.9" in pod("prefect", "--version")
     pod("python", "-c", "import flows.example_flow, flows.backfill, prefect_kubernetes")
     assert "postgres: 1.11" in pod("dbt", "--version")
@@ -136,12 +136,12 @@ def test_it_runs_what_a_cluster_runs(pod: Callable[..., str]) -> None:
     ]
 
 
-def test_its_tag_is_a_text_to_every_reader_of_yaml(image: str) -> None:
-    """A hash of digits alone, or of digits around an e, is a number to some."""
+def test_tag_is_a_text_in_yaml(image: str) -> None:
+    """Some YAML parsers read digits alone, and digits around an e, as a number."""
     assert re.fullmatch(r"src-[0-9a-f]{12}", image.rpartition(":")[2])
 
 
-def test_its_configuration(image: str) -> None:
+def test_image_has_user_entrypoint_and_labels_and_no_secret(image: str) -> None:
     config = _registry(
         f"{image.removeprefix('localhost:5000/').rpartition(':')[0]}/blobs/{_manifest(image)['config']['digest']}"
     )["config"]
@@ -159,7 +159,7 @@ def test_its_configuration(image: str) -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of this checkout that a test may change."""
+    """Return a copy of this checkout that a test may change."""
     copy = tmp_path / "checkout"
     commit_copy_of_checkout(copy)
     return copy
@@ -171,8 +171,8 @@ def _build(checkout: Path, *arguments: str) -> str:
     ).stdout.strip()
 
 
-def test_a_changed_flow_makes_only_the_last_layers_anew(image: str, checkout: Path) -> None:
-    assert _build(checkout, "--push") == image, "the same files are the same image"
+def test_changed_flow_rebuilds_only_the_last_layers(image: str, checkout: Path) -> None:
+    assert _build(checkout, "--push") == image, "the same files have the same tag"
     flow = checkout / "flows" / "example_flow.py"
     flow.write_text(flow.read_text() + "\n# changed\n")
     changed = _build(checkout, "--push")
@@ -181,10 +181,10 @@ def test_a_changed_flow_makes_only_the_last_layers_anew(image: str, checkout: Pa
     new = [layer for layer in after if layer not in before]
     assert sum(layer["size"] for layer in new) < 2e6
     (checkout / "docs" / "explanation" / "loading.md").write_text("")
-    assert _build(checkout) == changed, "what is not in the image does not change it"
+    assert _build(checkout) == changed, "a file that the image does not contain does not change the tag"
 
 
-def test_what_prefect_yaml_includes_is_in_the_image(
+def test_image_contains_files_that_prefect_yaml_includes(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, image: str
 ) -> None:
     monkeypatch.setenv("PYTHON", sys.executable)
@@ -193,14 +193,12 @@ def test_what_prefect_yaml_includes_is_in_the_image(
     (checkout / "teams" / "of data" / "one.yaml").write_text(deployment)
     prefect = checkout / "prefect.yaml"
     prefect.write_text(prefect.read_text() + "\ninclude: ['teams/*/*.yaml']\n")
-    first = _build(checkout)  # it is checked at the end: a file that is not in there fails the build
+    first = _build(checkout)  # the build ends with a check, which fails if a file is missing
     (checkout / "teams" / "of data" / "one.yaml").write_text(deployment.replace("more", "less"))
     assert len({image, first, _build(checkout)}) == 3
 
 
-def test_an_included_file_outside_of_the_checkout_is_refused_by_name(
-    checkout: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_included_file_outside_the_checkout_is_refused(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHON", sys.executable)
     (checkout.parent / "others.yaml").write_text("deployments: []\n")
     prefect = checkout / "prefect.yaml"
@@ -213,7 +211,7 @@ def test_an_included_file_outside_of_the_checkout_is_refused_by_name(
     assert done.stderr.startswith(outside)
 
 
-def test_a_builder_that_is_unknown_is_named(checkout: Path) -> None:
+def test_unknown_builder_is_refused(checkout: Path) -> None:
     (checkout / "flows" / "new.py").write_text("")
     environment = os.environ | {"BUILDER": "kaniko"}
     done = subprocess.run(["docker/build"], cwd=checkout, env=environment, capture_output=True, text=True, check=False)
@@ -221,8 +219,8 @@ def test_a_builder_that_is_unknown_is_named(checkout: Path) -> None:
     assert done.stderr.strip() == "BUILDER=kaniko is unknown. Use docker or buildah"
 
 
-def test_a_bill_of_materials_without_syft_and_go_says_what_to_install(tmp_path: Path) -> None:
-    """`make test-long FOR=bill-of-materials` writes one."""
+def test_bill_of_materials_without_syft_and_go_names_what_to_install(tmp_path: Path) -> None:
+    """`make test-long FOR=bill-of-materials` writes a bill of materials."""
     programs = tmp_path / "bin"
     programs.mkdir()
     for name in ("bash", "dirname", "realpath"):

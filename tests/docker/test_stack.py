@@ -1,4 +1,4 @@
-"""The password of the Docker stack is data: the containers' shells read back what `docker/password` holds."""
+"""The password of the Docker stack: any characters reach the containers unchanged."""
 
 import os
 import shutil
@@ -19,11 +19,11 @@ SERVER, CLIENT = "PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING"
 
 
 def _script(command: list[str], folder: Path) -> list[str]:
-    """A container's command with its folders in `folder`, as Compose gives it: with single dollars."""
-    places = {"/secrets/": f"{folder}/", "/run/secrets/": f"{folder}/", "/var/run/docker.sock": str(folder)}
+    """Return a container's command as Compose passes it, with single dollars and its folders in `folder`."""
+    folders = {"/secrets/": f"{folder}/", "/run/secrets/": f"{folder}/", "/var/run/docker.sock": str(folder)}
     made = [each.replace("$$", "$") for each in command]
-    for place, other in places.items():
-        made = [each.replace(place, other) for each in made]
+    for inside, outside in folders.items():
+        made = [each.replace(inside, outside) for each in made]
     return made
 
 
@@ -42,13 +42,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @example("$(touch {folder}/executed) `touch {folder}/executed`")
 @example("""'"\\""")
 @example("a:b%40#;")
-def test_password_reaches_server_and_runs_as_it_is(folder: Path, password: str) -> None:
+def test_password_reaches_server_and_runs_unchanged(folder: Path, password: str) -> None:
     password = password.replace("{folder}", str(folder))
     writes = _script(COMPOSE["secrets"]["command"], folder)
     subprocess.run(writes, input=f"{password}\n", text=True, check=True, capture_output=True)
     shell = POOL["job_configuration"]["container_create_kwargs"]["entrypoint"]
     entrypoint = shell[shell.index("sh") :]
-    assert entrypoint[2].replace("$", "$$") in COMPOSE["server"]["entrypoint"], "two ways to source it"
+    assert entrypoint[2].replace("$", "$$") in COMPOSE["server"]["entrypoint"], "server and runs differ"
     for place, name in (("server", SERVER), ("server", CLIENT), ("run", CLIENT)):
         reads = [each.replace("/run/secrets", str(folder / place)) for each in entrypoint]
         environment = {"PATH": os.environ["PATH"]}
@@ -71,7 +71,7 @@ def test_server_without_a_password_does_not_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["a\nb\n", " \n", "\n"])
-def test_password_file_that_holds_no_password_is_refused(tmp_path: Path, text: str) -> None:
+def test_password_file_without_a_password_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "docker").mkdir()
     shutil.copy(ROOT / "docker/stack", tmp_path / "docker/stack")
     (tmp_path / "docker/password").write_text(text)

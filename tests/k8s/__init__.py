@@ -1,1 +1,1 @@
-"""Tests of what kubectl applies, as it renders; what it does on a cluster is in tests/e2e."""
+"""Tests of rendered manifests in k8s/. tests/e2e applies them to a cluster."""

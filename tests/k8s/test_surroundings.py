@@ -1,4 +1,4 @@
-"""What surrounds the charts as it renders: what is there, what each environment changes, what no chart makes."""
+"""The rendered overlays: their objects, the differences of environments, and no overlap with the charts."""
 
 import functools
 import itertools
@@ -19,25 +19,25 @@ ENVIRONMENTS = {"local": "prefect", "staging": "prefect-staging", "production": 
 """The namespace of each overlay."""
 
 VALUES: dict[str, list[Object]] = {name: [chart.TAG, chart.MAXIMAL] for name, chart in CHARTS.items()}
-"""What each chart is rendered with, beside its examples: the least and the most."""
+"""The smallest and the largest values of each chart, which is also rendered with its examples."""
 
 IN_BOTH = {
     "NetworkPolicy": "a chart allows what its components need, k8s/ denies the rest and opens the way to the warehouse",
     "Service": "the warehouse's, which is no part of Prefect",
     "StatefulSet": "the warehouse",
 }
-"""The kinds that both a chart and an overlay may make, and why."""
+"""The kinds that both a chart and an overlay may have, and why."""
 
 
 @functools.cache
 def overlay(environment: str) -> list[Object]:
-    """The objects of an environment."""
+    """Return the objects of an environment."""
     return objects_of(binaries.kubectl("kustomize", str(K8S / "overlays" / environment)))
 
 
 @functools.cache
 def charts() -> list[Object]:
-    """All that any chart makes, with each of its values."""
+    """Return all objects of all charts, with each of their values."""
     found = {path.parent.name for path in (ROOT / "helm").glob("*/Chart.yaml")}
     assert found == set(VALUES), "a chart is rendered with its least and its most values: add them to VALUES"
     objects = []
@@ -51,14 +51,14 @@ def charts() -> list[Object]:
 every_environment = pytest.mark.parametrize("environment", ENVIRONMENTS)
 
 
-def test_what_is_looked_at_is_all_there_is() -> None:
-    # worker/ is the worker for those without Helm; the test beside it proves that the chart makes it.
+def test_every_overlay_is_tested() -> None:
+    # worker/ is the worker without Helm; test_worker.py compares it with the chart.
     assert {path.name for path in K8S.iterdir()} - {"worker"} == {"base", "overlays"}
     assert {path.name for path in (K8S / "overlays").iterdir()} == set(ENVIRONMENTS)
 
 
 @every_environment
-def test_what_there_is(environment: str) -> None:
+def test_overlay_has_exactly_these_objects(environment: str) -> None:
     warehouse = [
         "NetworkPolicy/runs-to-warehouse",
         "NetworkPolicy/warehouse",
@@ -79,7 +79,7 @@ def test_what_there_is(environment: str) -> None:
 
 
 @every_environment
-def test_all_is_in_the_environments_namespace_or_the_same_in_every_environment(environment: str) -> None:
+def test_objects_are_in_the_namespace_or_the_same_in_every_environment(environment: str) -> None:
     for each in overlay(environment):
         if each["kind"] == "PriorityClass":
             assert each == one(overlay("local"), each["kind"], each["metadata"]["name"])
@@ -88,7 +88,7 @@ def test_all_is_in_the_environments_namespace_or_the_same_in_every_environment(e
 
 
 @every_environment
-def test_the_restricted_standard_is_enforced_at_a_pinned_version(environment: str) -> None:
+def test_restricted_standard_is_enforced_at_a_pinned_version(environment: str) -> None:
     labels = one(overlay(environment), "Namespace", ENVIRONMENTS[environment])["metadata"]["labels"]
     for mode in ("enforce", "warn", "audit"):
         assert labels[f"pod-security.kubernetes.io/{mode}"] == "restricted"
@@ -96,7 +96,7 @@ def test_the_restricted_standard_is_enforced_at_a_pinned_version(environment: st
 
 
 @every_environment
-def test_nothing_passes_but_names(environment: str) -> None:
+def test_only_dns_traffic_passes(environment: str) -> None:
     deny = one(overlay(environment), "NetworkPolicy", "default-deny")["spec"]
     assert deny == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     for each in overlay(environment):
@@ -107,21 +107,21 @@ def test_nothing_passes_but_names(environment: str) -> None:
 
 
 @every_environment
-def test_the_quota_counts_runs_alone_and_asks_for_nothing_that_the_limit_range_does_not_give(environment: str) -> None:
+def test_quota_limits_only_runs_and_the_limit_range_sets_what_it_requires(environment: str) -> None:
     quota = one(overlay(environment), "ResourceQuota", "runs")["spec"]
     runs = {"scopeName": "PriorityClass", "operator": "In", "values": ["prefect-runs"]}
     assert quota["scopeSelector"] == {"matchExpressions": [runs]}
     (limits,) = one(overlay(environment), "LimitRange", "containers")["spec"]["limits"]
     given = {f"requests.{name}" for name in limits["defaultRequest"]} | {f"limits.{name}" for name in limits["default"]}
     assert set(quota["hard"]) - {"pods"} == given
-    assert "cpu" not in limits["default"], "who is alone on a node may use all of its CPU"
+    assert "cpu" not in limits["default"], "a pod that is alone on a node may use all of its CPU"
     objects = one(overlay(environment), "ResourceQuota", "objects")["spec"]
     assert "scopeSelector" not in objects
     assert objects["hard"]["services.loadbalancers"] == objects["hard"]["services.nodeports"] == "0"
     assert int(objects["hard"]["count/jobs.batch"]) >= 10 * int(quota["hard"]["pods"]), "ended Jobs stay a while"
 
 
-def test_environments_grow_and_the_page_says_how() -> None:
+def test_environments_grow_as_the_page_shows() -> None:
     page = (ROOT / "docs" / "how-to" / "environments.md").read_text()
     sizes = []
     for environment, namespace in ENVIRONMENTS.items():
@@ -135,7 +135,7 @@ def test_environments_grow_and_the_page_says_how() -> None:
         assert all(a < b for a, b in zip(smaller, larger, strict=True))
 
 
-def test_runs_take_nobodys_place_and_control_takes_theirs() -> None:
+def test_control_plane_preempts_runs_and_runs_preempt_no_pod() -> None:
     runs, control = (one(overlay("local"), "PriorityClass", f"prefect-{name}") for name in ("runs", "control"))
     assert runs["preemptionPolicy"] == "Never"
     assert 0 <= runs["value"] < control["value"]
@@ -143,7 +143,7 @@ def test_runs_take_nobodys_place_and_control_takes_theirs() -> None:
     assert not control.get("globalDefault")
 
 
-def test_the_warehouse_meets_the_restricted_standard_and_keeps_no_password() -> None:
+def test_warehouse_meets_the_restricted_standard_and_has_no_password() -> None:
     (spec,) = pod_specs(overlay("local")).values()
     assert spec["automountServiceAccountToken"] is False
     assert spec["enableServiceLinks"] is False
@@ -172,26 +172,26 @@ def test_only_flow_runs_reach_the_warehouse() -> None:
     assert selects({"matchLabels": one(overlay("local"), "Service", "warehouse")["spec"]["selector"]}, labels)
 
 
-def test_versions_agree() -> None:
+def test_warehouse_and_server_use_the_same_postgres() -> None:
     bundled = yaml.safe_load((ROOT / "helm/prefect-server/values.yaml").read_text())["database"]["bundled"]["image"]
     (spec,) = pod_specs(overlay("local")).values()
     assert spec["containers"][0]["image"] == f"{bundled['repository']}:{bundled['tag']}"
 
 
 @every_environment
-def test_no_object_is_both_in_a_chart_and_here(environment: str) -> None:
+def test_no_object_is_in_both_a_chart_and_an_overlay(environment: str) -> None:
     def names(objects: list[Object]) -> set[tuple[str, str, str]]:
         return {(each["apiVersion"], each["kind"], each["metadata"]["name"]) for each in objects}
 
     assert not names(charts()) & names(overlay(environment))
 
 
-def test_the_kinds_in_both_are_those_with_a_reason() -> None:
+def test_each_kind_in_both_has_a_reason() -> None:
     here = {each["kind"] for environment in ENVIRONMENTS for each in overlay(environment)}
     assert here & {each["kind"] for each in charts()} == set(IN_BOTH)
 
 
-def test_no_policy_says_again_what_another_says() -> None:
+def test_no_policy_repeats_a_rule_of_another() -> None:
     def rules(objects: list[Object]) -> set[str]:
         return {
             json.dumps([each["spec"]["podSelector"], direction, rule], sort_keys=True)
@@ -205,8 +205,8 @@ def test_no_policy_says_again_what_another_says() -> None:
     assert not rules(charts()) & rules(overlay("local"))
 
 
-def test_neither_takes_the_others_pods_for_its_own() -> None:
-    """Services and policies of a chart select no pod of an overlay, and back, but for the policies of every pod."""
+def test_charts_and_overlays_select_only_their_own_pods() -> None:
+    """Services and policies of a chart select no pod of an overlay, and vice versa, except for policies of all pods."""
 
     def selectors(objects: list[Object]) -> list[Object]:
         policies = [each["spec"]["podSelector"] for each in objects if each["kind"] == "NetworkPolicy"]

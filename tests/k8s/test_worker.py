@@ -1,4 +1,4 @@
-"""The worker's plain manifests: current, the chart's but for what is named here, and alone in both helm/ and k8s/."""
+"""The worker's plain manifests: current, and equal to the chart except for the fields listed here."""
 
 import functools
 import re
@@ -21,12 +21,12 @@ NAME = "prefect-work-pool-worker"
 
 @functools.cache
 def built(folder: str) -> list[Object]:
-    """The objects of a kustomization of k8s/."""
+    """Return the objects of a kustomization of k8s/."""
     return objects_of(binaries.kubectl("kustomize", str(K8S / folder)))
 
 
 def base() -> list[Object]:
-    """All that is generated."""
+    """Return all generated objects."""
     return built("worker/base") + built("worker/base/namespace")
 
 
@@ -35,7 +35,7 @@ def names(objects: list[Object]) -> set[tuple[str, str, str]]:
 
 
 def leaves(value: Any, path: str = "") -> dict[str, Any]:
-    """The values in an object by their path; elements of a list by their name, where they have one."""
+    """Return the values in an object by path. A path names an element of a list by its name, if it has one."""
     if isinstance(value, dict) and value:
         return {name: leaf for key in value for name, leaf in leaves(value[key], f"{path}/{key}").items()}
     if isinstance(value, list) and value:
@@ -48,12 +48,12 @@ def leaves(value: Any, path: str = "") -> dict[str, Any]:
     return {path: value}
 
 
-def test_the_manifests_are_current() -> None:
+def test_manifests_are_current() -> None:
     for file, text in generate.manifests().items():
         assert (K8S / "worker" / file).read_text() == text, f"k8s/worker/{file} is old: make worker-manifests"
 
 
-def test_each_object_is_the_charts_field_by_field_but_for_these() -> None:
+def test_objects_equal_the_chart_except_for_listed_fields() -> None:
     everywhere = {
         "/metadata/namespace",
         "/metadata/labels/helm.sh/chart",
@@ -70,7 +70,7 @@ def test_each_object_is_the_charts_field_by_field_but_for_these() -> None:
             f"{worker}/env/PREFECT_API_URL/value",
             f"{worker}/env/WORK_POOL/name",
             f"{worker}/env/WORK_POOL/value",
-            # Here is no reconciler, so the worker itself watches.
+            # Without a reconciler the worker watches its pods.
             f"{worker}/env/PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED/name",
             f"{worker}/env/PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED/value",
         },
@@ -78,7 +78,7 @@ def test_each_object_is_the_charts_field_by_field_but_for_these() -> None:
         f"NetworkPolicy/{NAME}": {api},
         "NetworkPolicy/prefect-work-pool-runs": {api},
     }
-    # The template is the pool's release's, and this worker takes it from the server.
+    # The pool's release has the template, and this worker reads it from the server.
     values = test_prefect_work_pool.TAG | {"worker": {"templateFrom": "server"}}
     defaults = render("prefect-work-pool", values, generate.RELEASE)
     for each in base():
@@ -88,7 +88,7 @@ def test_each_object_is_the_charts_field_by_field_but_for_these() -> None:
         assert differ == everywhere | differing.get(f"{kind}/{name}", set())
 
 
-def test_nothing_but_the_worker_is_both_in_a_chart_and_here() -> None:
+def test_only_the_worker_is_in_both_a_chart_and_k8s() -> None:
     here = [each for path in K8S.rglob("kustomization.yaml") for each in built(str(path.parent.relative_to(K8S)))]
     assert names(here) & names(charts()) == names(base())
     assert {path.name for path in (K8S / "worker").rglob("*.yaml")} == {
@@ -96,7 +96,7 @@ def test_nothing_but_the_worker_is_both_in_a_chart_and_here() -> None:
     }  # fmt: skip
 
 
-def test_the_example_is_the_worker_and_its_namespace_is_an_environment_with_what_it_needs() -> None:
+def test_example_has_the_worker_and_an_environment_for_it() -> None:
     assert inventory(built(EXAMPLE)) == [f"Deployment/{NAME}"]
     assert inventory(built("worker/base/namespace")) == [
         "NetworkPolicy/prefect-work-pool-runs",
@@ -116,8 +116,8 @@ def test_the_example_is_the_worker_and_its_namespace_is_an_environment_with_what
     assert subject == {"kind": "ServiceAccount", "name": NAME, "namespace": NAMESPACE}
 
 
-def test_a_pool_of_the_chart_finds_what_its_runs_ask_for() -> None:
-    """The account by its name, the policy by the pods' labels, the Secret by its name and key."""
+def test_runs_of_a_chart_pool_find_account_policy_and_secret() -> None:
+    """The service account by name, the policy by the pods' labels, the Secret by name and key."""
     pool = test_prefect_work_pool.pool_of(render("prefect-work-pool", test_prefect_work_pool.TAG, generate.RELEASE))
     template = pool["base_job_template"]
     account = template["variables"]["properties"]["service_account_name"]["default"]
@@ -127,13 +127,13 @@ def test_a_pool_of_the_chart_finds_what_its_runs_ask_for() -> None:
     assert selects(policy["podSelector"], pod["metadata"]["labels"])
 
 
-def test_every_pod_meets_the_restricted_standard() -> None:
+def test_example_meets_the_restricted_standard() -> None:
     assert_restricted(built(EXAMPLE))
 
 
 @pytest.mark.parametrize("folder", ["worker/base", EXAMPLE])
-def test_a_variable_is_known_where_it_is_used(folder: str) -> None:
-    """Kubernetes leaves $(NAME) as it is before NAME is set; a patch moves what it sets to the front."""
+def test_variables_are_defined_before_they_are_used(folder: str) -> None:
+    """Kubernetes does not expand $(NAME) before NAME is defined, and a patch moves its variables to the front."""
     [container] = pod_specs(built(folder))[f"Deployment/{NAME}"]["containers"]
     known: set[str] = set()
     for each in container["env"]:
@@ -145,7 +145,7 @@ def test_a_variable_is_known_where_it_is_used(folder: str) -> None:
     assert environment(container)["WORK_POOL"] == "default"
 
 
-def test_the_pages_name_what_there_is() -> None:
+def test_page_names_existing_folders_and_deployments() -> None:
     page = (ROOT / "docs" / "how-to" / "workers-without-helm.md").read_text()
     for folder in re.findall(r"-k (k8s/\S+)", page):
         assert (ROOT / folder / "kustomization.yaml").exists(), folder

@@ -1,1 +1,1 @@
-"""Tests of what is done with an environment, as far as it needs no cluster."""
+"""Tests of deploying and operating an environment."""

@@ -1,4 +1,4 @@
-"""Deploys and rollbacks by helm on a real Kubernetes API, of charts that are small enough to fail at each place."""
+"""Deploys and rollbacks on a real Kubernetes API, with small charts that fail at each stage of an upgrade."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ kind: Job
 metadata: {name: hook, annotations: {helm.sh/hook: WHEN}}
 spec: {backoffLimit: -1, template: {spec: {restartPolicy: Never, containers: [{name: a, image: none}]}}}
 """
-"""What the Kubernetes API refuses."""
+"""A hook that the Kubernetes API refuses."""
 
 NEVER_READY = """
 apiVersion: apps/v1
@@ -36,47 +36,53 @@ spec:
     spec: {nodeSelector: {no: node}, containers: [{name: a, image: none}]}
 """
 
-BEFORE, AFTER = (HOOK.replace("WHEN", each) for each in ("pre-upgrade", "post-upgrade"))
+BEFORE, AFTER = (HOOK.replace("WHEN", when) for when in ("pre-upgrade", "post-upgrade"))
 
 FAILURES = ((SERVER, BEFORE), (SERVER, AFTER), (POOL, BEFORE), (POOL, AFTER), (POOL, NEVER_READY))
-"""At the hook before the release's objects are changed, at the hook after, or as its pods do not become ready."""
+"""The release that fails, and where: at the hook before or after the change of its objects, or as its pods do not
+become ready."""
 
 
-class Place:
-    """An environment with charts of a version, of which one may fail."""
+class DeployedCharts:
+    """Deploys an environment with charts of a version. The chart of one release may fail.
+
+    Args:
+        environment: the environment.
+        folder: the folder of the charts.
+    """
 
     def __init__(self, environment: Environment, folder: Path) -> None:
         self.environment, self.folder = environment, folder
 
-    def write(self, version: str, failing: str, how: str) -> None:
+    def write(self, version: str, failing: str, failure: str) -> None:
         for release in RELEASES:
             templates = self.folder / release / "templates"
             templates.mkdir(parents=True, exist_ok=True)
             (self.folder / release / "Chart.yaml").write_text(CHART.format(release))
             (templates / "content.yaml").write_text(CONTENT.format(release, version))
-            (templates / "more.yaml").write_text(how.replace("NAME", release) if release == failing else "")
+            (templates / "more.yaml").write_text(failure.replace("NAME", release) if release == failing else "")
 
     def inputs(self, _: Environment, release: str, __: object) -> str:
         return "".join(each.read_text() for each in sorted((self.folder / release / "templates").iterdir()))
 
-    def deploy(self, version: str, failing: str = "", how: str = "") -> None:
-        self.write(version, failing, how)
+    def deploy(self, version: str, failing: str = "", failure: str = "") -> None:
+        self.write(version, failing, failure)
         deploy.deploy(self.environment)
 
     def rollback(self) -> None:
         rollback.rollback(self.environment)
 
     def versions(self) -> list[str]:
-        """What runs, of each release."""
+        """Return the version of each release that runs."""
         found = self.environment.objects("configmaps")
         by_name = {each["metadata"]["name"]: each.get("data", {}) for each in found}
         return [by_name[release]["version"] for release in RELEASES]
 
 
 @pytest.fixture
-def place(namespace: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+def charts(namespace: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DeployedCharts:
     monkeypatch.setenv("TZ", "America/New_York")
-    made = Place(Environment("production", namespace.context, namespace.name), tmp_path / "charts")
+    charts = DeployedCharts(Environment("production", namespace.context, namespace.name), tmp_path / "charts")
 
     @contextlib.contextmanager
     def surroundings(_: Environment) -> Iterator[Path]:
@@ -90,54 +96,54 @@ def place(namespace: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def nothing(*_: object, **__: object) -> None:
         pass
 
-    monkeypatch.setattr(release_inputs, "CHARTS", made.folder)
+    monkeypatch.setattr(release_inputs, "CHARTS", charts.folder)
     monkeypatch.setattr(rollout, "TIMEOUT_SECONDS", 0.0)
     for module, name, replacement in (
         (deploy, "check_preconditions", nothing),
         (release_inputs, "surroundings", surroundings),
         (release_inputs, "values_options", no_values),
-        (release_inputs, "input_hash", made.inputs),
+        (release_inputs, "input_hash", charts.inputs),
         (release_inputs, "checkout_image", lambda _: release_inputs.Image("registry/image", "sha256:0")),
         (sync_dry_run, "render_sync", nothing),
         (sync_dry_run, "check", nothing),
     ):
         monkeypatch.setattr(module, name, replacement)
-    return made
+    return charts
 
 
-def test_each_rollback_takes_back_one_deploy_until_there_is_none(
-    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_each_rollback_takes_back_one_deploy_until_the_first(
+    charts: DeployedCharts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ClusterError, match=r"There is no deploy in .* to take back"):
-        place.rollback()
+        charts.rollback()
     for version in "123":
-        place.deploy(version)
-    place.deploy("3")
+        charts.deploy(version)
+    charts.deploy("3")
     assert capsys.readouterr().out.count("is up to date") == 2
     for version in "21":
-        place.rollback()
-        assert place.versions() == [version] * 2
+        charts.rollback()
+        assert charts.versions() == [version] * 2
     with pytest.raises(ClusterError, match=r"There is no deploy in .* to go back to"):
-        place.rollback()
-    assert place.versions() == ["1", "1"]
-    place.deploy("1")
-    assert capsys.readouterr().out.count("is up to date") == 2, "what runs is known after a rollback too"
+        charts.rollback()
+    assert charts.versions() == ["1", "1"]
+    charts.deploy("1")
+    assert capsys.readouterr().out.count("is up to date") == 2, "the inputs are still known after a rollback"
 
-    place.deploy("2")
-    for release, how in FAILURES:
+    charts.deploy("2")
+    for release, failure in FAILURES:
         with pytest.raises(ClusterError, match=f"{release} does not become ready"):
-            place.deploy("3", release, how)
-        place.rollback()
-        assert place.versions() == ["2", "2"], (release, how)
-    # What failed and was mended is one deploy.
+            charts.deploy("3", release, failure)
+        charts.rollback()
+        assert charts.versions() == ["2", "2"], (release, failure)
+    # A failed deploy and the deploy that repairs it are one.
     with pytest.raises(ClusterError):
-        place.deploy("3", POOL, BEFORE)
-    place.deploy("4")
-    place.rollback()
-    assert place.versions() == ["2", "2"]
+        charts.deploy("3", POOL, BEFORE)
+    charts.deploy("4")
+    charts.rollback()
+    assert charts.versions() == ["2", "2"]
 
-    # A rollback that fails half way is not over.
-    place.deploy("5")
+    # A failed rollback is incomplete: the next deploy continues it.
+    charts.deploy("5")
     wait: Callable[[Environment, str], None] = rollout.wait_until_ready
 
     def fail(environment: Environment, release: str) -> None:
@@ -148,27 +154,27 @@ def test_each_rollback_takes_back_one_deploy_until_there_is_none(
     with monkeypatch.context() as failing:
         failing.setattr(rollout, "wait_until_ready", fail)
         with pytest.raises(ClusterError, match="it does not start"):
-            place.rollback()
-    place.deploy("6")
-    place.rollback()
-    assert place.versions() == ["2", "2"], "with the rollback that failed it was one deploy"
-    place.rollback()
-    assert place.versions() == ["1", "1"]
+            charts.rollback()
+    charts.deploy("6")
+    charts.rollback()
+    assert charts.versions() == ["2", "2"], "the failed rollback and the deploy after it are one"
+    charts.rollback()
+    assert charts.versions() == ["1", "1"]
     with pytest.raises(ClusterError, match=r"There is no deploy in .* to go back to"):
-        place.rollback()
+        charts.rollback()
 
-    deploy.undeploy(place.environment)
-    assert CONFIG_MAP not in [each["metadata"]["name"] for each in place.environment.objects("configmaps")]
+    deploy.undeploy(charts.environment)
+    assert CONFIG_MAP not in [each["metadata"]["name"] for each in charts.environment.objects("configmaps")]
 
 
-def test_revision_that_helm_no_longer_keeps_is_named(place: Place) -> None:
-    place.deploy("1")
-    place.deploy("2")
-    place.environment.kubectl("delete", "secret", f"sh.helm.release.v1.{SERVER}.v1")
+def test_error_names_revision_that_helm_no_longer_keeps(charts: DeployedCharts) -> None:
+    charts.deploy("1")
+    charts.deploy("2")
+    charts.environment.kubectl("delete", "secret", f"sh.helm.release.v1.{SERVER}.v1")
     with pytest.raises(ClusterError, match=f"{SERVER}: revision 1, which ran before the deploy of .*, is not kept"):
-        place.rollback()
-    text = place.environment.kubectl("get", "configmap", CONFIG_MAP, "--output", "jsonpath={.data.deploys}")
+        charts.rollback()
+    text = charts.environment.kubectl("get", "configmap", CONFIG_MAP, "--output", "jsonpath={.data.deploys}")
     assert json.loads(text)["made"][-1]["is_complete"]
-    place.environment.kubectl("patch", "configmap", CONFIG_MAP, "--patch", '{"data": {"deploys": "none"}}')
+    charts.environment.kubectl("patch", "configmap", CONFIG_MAP, "--patch", '{"data": {"deploys": "none"}}')
     with pytest.raises(ClusterError, match=f"ConfigMap {CONFIG_MAP} .* Delete it"):
-        place.rollback()
+        charts.rollback()

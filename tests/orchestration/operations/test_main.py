@@ -1,4 +1,4 @@
-"""The exit statuses that scripts rely on."""
+"""Exit statuses that scripts rely on."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from orchestration.operations.environment import Environment
 
 
 @pytest.mark.parametrize(("changes", "status"), [(True, 2), (False, 0)])
-def test_exit_status_of_plan_tells_whether_a_deploy_would_change_anything(
+def test_plan_exits_with_2_for_a_change_and_0_for_none(
     monkeypatch: pytest.MonkeyPatch, changes: bool, status: int
 ) -> None:
     def plan(_: Environment) -> bool:
@@ -19,6 +19,6 @@ def test_exit_status_of_plan_tells_whether_a_deploy_would_change_anything(
     assert command.main(["plan", "--env", "staging", "--context", "none"]) == status
 
 
-def test_exit_status_of_plan_is_1_on_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_exits_with_1_on_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["plan", "--env", "absent", "--context", "none"]) == 1
     assert "absent" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What `make status` prints of names that others chose."""
+"""The screen of `make status`, with names that contain markup."""
 
 import io
 
@@ -8,7 +8,7 @@ from orchestration.operations import status
 from orchestration.operations.environment import Environment
 
 
-def test_status_prints_names_with_brackets_and_newlines_as_they_are() -> None:
+def test_status_escapes_brackets_and_newlines_in_names() -> None:
     run = {"name": "a[/]b\nc", "flow": "[red]", "state": "RUNNING", "started": None, "expected": None, "seconds": 1.0}
     found = {
         "components": [{"name": "api", "ready": 1, "wanted": 1, "image": "[bold]image"}],

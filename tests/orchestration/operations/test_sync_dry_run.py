@@ -1,4 +1,4 @@
-"""What a plan and a check are told: what the release's own Job is, on the checkout's files."""
+"""The dry run of the sync has the arguments of the release's Job, and the files of the checkout."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ def _rendered(folder: Path, **values: Object) -> sync_dry_run.Sync:
         ({"adopt": False, "prune": False}, "default of test in prefect", (), ("prefect.yaml",)),
     ],
 )
-def test_what_the_job_is_told(
+def test_sync_has_the_arguments_of_the_job(
     tmp_path: Path, values: Object, owner: str, options: tuple[str, ...], files: tuple[str, ...]
 ) -> None:
     found = _rendered(tmp_path, sync=values)
@@ -39,7 +39,7 @@ def test_what_the_job_is_told(
     assert yaml.safe_load(found.pool)["work_pools"][0]["name"] == "default"
 
 
-def test_the_image_s_files_are_the_checkout_s_and_those_of_volumes_are_elsewhere(tmp_path: Path) -> None:
+def test_sync_separates_files_of_the_checkout_from_files_of_volumes(tmp_path: Path) -> None:
     found = _rendered(tmp_path, sync={"files": ["prefect.yaml", "/app/more.yaml", "/teams/one.yaml"]})
     assert found.volume_files == ["/teams/one.yaml"]
     with found.checkout_files() as files:
@@ -47,7 +47,7 @@ def test_the_image_s_files_are_the_checkout_s_and_those_of_volumes_are_elsewhere
         assert Path(files[-1]).read_text() == found.pool
 
 
-def test_each_environment_s_pool_and_the_deployments_can_ship(tmp_path: Path) -> None:
+def test_pool_and_deployments_of_each_environment_pass_the_check(tmp_path: Path) -> None:
     for values in sorted((ROOT / "helm" / "environments").glob(f"*/{POOL}.yaml")):
         found = _rendered(tmp_path, **yaml.safe_load(values.read_text()))
         with found.checkout_files() as files:

@@ -1,1 +1,1 @@
-"""Tests of the local cluster, as far as they need none."""
+"""Tests of the local cluster."""

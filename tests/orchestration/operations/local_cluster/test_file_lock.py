@@ -1,4 +1,4 @@
-"""Turns at what the machine has once."""
+"""Exclusive and shared locks between threads and processes."""
 
 import subprocess
 import sys
@@ -11,16 +11,16 @@ from orchestration.operations.local_cluster.file_lock import hold_lock
 from orchestration.settings import ROOT
 
 
-def _begin(file: Path, *, shared: bool = False) -> threading.Event:
-    """Ask for a turn beside the test; what is returned is set when it is given."""
-    given = threading.Event()
+def _lock_in_thread(file: Path, *, shared: bool = False) -> threading.Event:
+    """Ask for the lock in a thread; return an event that is set once the thread holds it."""
+    held = threading.Event()
 
     def take() -> None:
         with hold_lock(file, shared=shared):
-            given.set()
+            held.set()
 
     threading.Thread(target=take, daemon=True).start()
-    return given
+    return held
 
 
 @pytest.mark.parametrize(
@@ -28,15 +28,15 @@ def _begin(file: Path, *, shared: bool = False) -> threading.Event:
     [(False, False, True), (False, True, True), (True, False, True), (True, True, False)],
     ids=lambda value: str(value),
 )
-def test_who_waits_for_whom(tmp_path: Path, mine: bool, theirs: bool, waits: bool) -> None:
+def test_lock_waits_unless_both_holders_share_it(tmp_path: Path, mine: bool, theirs: bool, waits: bool) -> None:
     file = tmp_path / "made" / "lock"
     with hold_lock(file, shared=mine):
-        given = _begin(file, shared=theirs)
-        assert given.wait(0.3 if waits else 10) is not waits
-    assert given.wait(10)
+        held = _lock_in_thread(file, shared=theirs)
+        assert held.wait(0.3 if waits else 10) is not waits
+    assert held.wait(10)
 
 
-def test_a_process_that_is_killed_gives_its_turn_back(tmp_path: Path) -> None:
+def test_killed_process_releases_its_lock(tmp_path: Path) -> None:
     file = tmp_path / "lock"
     code = (
         "import sys, time; from pathlib import Path\n"
@@ -47,7 +47,7 @@ def test_a_process_that_is_killed_gives_its_turn_back(tmp_path: Path) -> None:
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout
         assert holder.stdout.readline() == "mine\n"
-        given = _begin(file)
-        assert not given.wait(0.3)
+        held = _lock_in_thread(file)
+        assert not held.wait(0.3)
         holder.kill()
-    assert given.wait(10)
+    assert held.wait(10)

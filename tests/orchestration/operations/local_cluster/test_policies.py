@@ -20,7 +20,7 @@ NAMESPACES = [{"metadata": {"name": name, "labels": {"name": name}}} for name in
 
 
 def _rules(**spec: Any) -> list[str]:
-    """The rules that one policy of namespace a makes for pod db, without those for established connections."""
+    """Return the rules of one policy in namespace a for pod db, without those for established connections."""
     policy = {
         "metadata": {"name": "p", "namespace": "a"},
         "spec": {"podSelector": {"matchLabels": {"app": "db"}}, **spec},
@@ -84,11 +84,11 @@ ALL_FROM_DB = "-A NETPOL-OUT -s 10.0.0.2 -j DROP"
     ],
     ids=lambda value: "" if isinstance(value, list) else str(value)[:60],
 )
-def test_what_a_policy_means(spec: dict[str, Any], expected: list[str]) -> None:
+def test_policy_becomes_rules(spec: dict[str, Any], expected: list[str]) -> None:
     assert sorted(_rules(**spec)) == sorted(expected)
 
 
-def test_policies_add_up_and_the_drop_comes_last() -> None:
+def test_policies_add_up_before_one_drop_rule() -> None:
     def allowing(name: str, port: int) -> dict[str, Any]:
         spec = {"podSelector": {}, "ingress": [{"ports": [{"port": port}]}]}
         return {"metadata": {"name": name, "namespace": "b"}, "spec": spec}
@@ -101,7 +101,7 @@ def test_policies_add_up_and_the_drop_comes_last() -> None:
     ]
 
 
-def test_pods_on_the_nodes_network_and_those_that_ended_are_left_out() -> None:
+def test_ended_pods_and_pods_on_the_node_network_have_no_rules() -> None:
     deny = {"metadata": {"name": "p", "namespace": "a"}, "spec": {"podSelector": {}}}
     ended = _pod("done", "10.0.0.9") | {"status": {"podIP": "10.0.0.9", "phase": "Succeeded"}}
     text = render_rules([deny], [_pod("host", "10.250.0.1", hostNetwork=True), ended], NAMESPACES)
@@ -121,5 +121,5 @@ def test_pods_on_the_nodes_network_and_those_that_ended_are_left_out() -> None:
         ({"matchExpressions": [{"key": "a", "operator": "DoesNotExist"}]}, False),
     ],
 )
-def test_label_selectors(selector: dict[str, Any], expected: bool) -> None:
+def test_label_selector_matches_labels(selector: dict[str, Any], expected: bool) -> None:
     assert selects(selector, {"a": "1"}) is expected
