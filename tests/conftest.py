@@ -1,4 +1,4 @@
-"""The parts that tests share: one Postgres and one Prefect server a session, a database a test."""
+"""Fixtures that tests share: a Postgres and a Prefect server for each session, a database for each test."""
 
 import contextlib
 import functools
@@ -17,28 +17,28 @@ import hypothesis
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
-# A shell without job control starts what it puts in the background with SIGINT ignored, and children inherit that.
+# A shell without job control ignores SIGINT in background processes, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Before Prefect is imported: its settings are read once. Tests leave the person's own home alone.
+# Set variables before Prefect is imported: it reads its settings once. Tests do not touch the person's PREFECT_HOME.
 _HOME = Path(f"/tmp/prefect-orchestration-{os.getpid()}")  # noqa: S108 - removed at the end
 os.environ["PREFECT_HOME"] = str(_HOME)
 os.environ["DO_NOT_TRACK"] = "1"
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ["PREFECT_LOGGING_LEVEL"] = "INFO"
-# Whatever the shell says: without bytecode each process of pytest compiles all tests, each child what it imports.
+# Always write bytecode. Without it each process of pytest compiles all tests, and each child all of its imports.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
-# One run of pytest with all of its processes, and those of pytest that its tests start.
+# The id of a run of pytest: of all its processes, and of the pytest processes that its tests start.
 _BEGINS_RUN = "TESTS_RUN" not in os.environ
 os.environ.setdefault("TESTS_RUN", uuid4().hex[:8])
 for _name in ("WAREHOUSE_URL", "WAREHOUSE_DIR", "WAREHOUSE_SCHEMA", "LANDING_ZONE", "DBT_THREADS", "PREFECT_API_URL"):
     os.environ.pop(_name, None)
 
-# One example in a hundred may take a second more on a busy machine: none has a deadline.
-# The short profile takes its seed from each test. Two runs draw the same examples only if they import the same modules:
-# Hypothesis also draws constants from the source of `orchestration`, `flows` and other local modules that are imported,
-# and no setting turns that off. A file alone draws other examples than the same file in the whole suite.
+# No example has a deadline: on a busy machine one in a hundred may take a second longer.
+# The short profile derives its seed from each test. Two runs draw the same examples only if they import the same
+# modules: Hypothesis also draws constants from the source of imported local modules such as `orchestration` and
+# `flows`, and no setting turns that off. A file alone draws other examples than in the whole suite.
 hypothesis.settings.register_profile("short", max_examples=100, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("long", max_examples=5_000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
@@ -53,14 +53,14 @@ if TYPE_CHECKING:
 
 
 IN_ONE_PROCESS = (
-    # Each has the cluster alone.
+    # Each of these uses the cluster alone.
     ("tests/cluster/test_node.py", "tests/e2e/faults/test_kubernetes_api.py"),
 )
-"""Files that would wait for each other in two processes."""
+"""Groups of files that would wait for each other in two processes."""
 
 FIRST = (
     *IN_ONE_PROCESS[0],
-    # Meanwhile the other processes run what needs no cluster.
+    # Meanwhile the other processes run tests without a cluster.
     "tests/test_readme.py",
     "tests/flows/test_faults.py",
     "tests/flows/test_example_flow.py",
@@ -84,14 +84,14 @@ FIRST = (
     "tests/e2e/faults/test_pods.py",
     "tests/docker/test_image.py",
 )
-"""The order in which `make test` hands out files to its processes, so that none is left alone with a long one.
+"""The files that `make test` starts first, so that no process ends alone with a long file.
 
-Tests on the cluster mostly wait; the other files, which follow, use the processors meanwhile.
+Tests on the cluster mostly wait. The files that are not listed follow, and use the processors meanwhile.
 """
 
 
 class _InGroups(LoadFileScheduling):  # type: ignore[misc] # xdist has no types
-    """Hands out whole files, and those of `IN_ONE_PROCESS` together."""
+    """Schedules whole files, and each group of `IN_ONE_PROCESS` together."""
 
     GROUPS: ClassVar = {file: group[0] for group in IN_ONE_PROCESS for file in group}
 
@@ -113,7 +113,7 @@ def pytest_configure(config: pytest.Config) -> None:
         choice.requested_cluster()
     except ClusterError as error:
         raise pytest.UsageError(str(error)) from None
-    # What is imported for the tests stays: to look at it again and again took half of the time that the imports do.
+    # Imported modules stay in memory. Repeated garbage collection of them took half of the time of the imports.
     gc.disable()
     config.addinivalue_line("markers", "alone: no other test may use the cluster at the same time")
 
@@ -129,7 +129,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_sessionfinish() -> None:
-    """Remove what the processes of this run have shared on the cluster."""
+    """Delete the namespaces that the processes of this run have shared."""
     if _BEGINS_RUN:
         from tests.e2e.release import remove_shared_namespaces
 
@@ -149,14 +149,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Leave out what needs a cluster before anything is made for it."""
+    """Skip tests that need a cluster under CLUSTER=none, before their fixtures start anything."""
     if os.environ.get("CLUSTER") == "none" and "cluster" in getattr(item, "fixturenames", ()):
         pytest.skip(reporting.LEFT_OUT)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(call: pytest.CallInfo[None]) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Skip a test whose program is not here, where none is to be made; in CI it fails."""
+    """Skip a test whose program is missing and cannot be built. In CI the test fails."""
     report = yield
     if call.excinfo and call.excinfo.errisinstance(binaries.MissingProgramError) and not os.environ.get("CI"):
         report.outcome = "skipped"
@@ -166,7 +166,7 @@ def pytest_runtest_makereport(call: pytest.CallInfo[None]) -> Generator[None, py
 
 @pytest.fixture(scope="session", autouse=True)
 def _prefect_home() -> Iterator[None]:
-    """What flows' temporary servers keep their state in."""
+    """Create PREFECT_HOME of temporary servers, with a migrated database."""
     _HOME.mkdir(exist_ok=True)
     shutil.copyfile(parts.migrated_database(), _HOME / "prefect.db")
     yield
@@ -175,15 +175,15 @@ def _prefect_home() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
-    """The URL of an embedded PostgreSQL of the session's own."""
-    # Not where pytest keeps its folders: another session that begins closes that to all but root.
+    """Run an embedded PostgreSQL for the session, and yield its URL."""
+    # Not in pytest's temporary folders: another session that starts closes them to all users but root.
     with tempfile.TemporaryDirectory() as folder, parts.embedded_postgres(Path(folder)) as url:
         yield url
 
 
 @pytest.fixture(scope="session")
 def tiny(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator["Tiny"]:
-    """A dbt project for many commands, and what runs them in forks; from here on that is what `DbtProject` starts."""
+    """A small dbt project whose commands run in forks of one process. From here on `DbtProject` starts these forks."""
     from tests.orchestration.dbt.conftest import forks
 
     with forks(postgres, tmp_path_factory.mktemp("tiny")) as made:
@@ -192,7 +192,7 @@ def tiny(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator["T
 
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The API's URL of a Prefect server of the session's own."""
+    """Run a Prefect server for the session, and yield the URL of its API."""
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     with (
@@ -204,9 +204,9 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def cluster(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The context of a real cluster, made if need be; `make cluster-down` takes it away.
+    """Yield the context of a real cluster, and create the cluster if it does not exist. It stays afterwards.
 
-    Test files share it, also those of other processes; one that is marked `alone` has it to itself.
+    Test files of all processes share the cluster. A file that is marked `alone` uses it exclusively.
     """
     from orchestration.errors import ClusterError
     from orchestration.operations.local_cluster import __main__ as command
@@ -224,7 +224,7 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def namespace(cluster: str) -> Iterator["Namespace"]:
-    """A namespace of the cluster, of the test's own."""
+    """Yield a new namespace of the cluster for one test."""
     from tests.cluster.namespace import new
 
     with new(cluster, "test") as made:
@@ -233,7 +233,7 @@ def namespace(cluster: str) -> Iterator["Namespace"]:
 
 @pytest.fixture(scope="module")
 def image(cluster: str) -> str:
-    """The image of this checkout, built and pushed to where the cluster pulls from; its name."""
+    """Build this checkout's image, push it to the cluster's registry, and return its name."""
     from tests.e2e.release import build_image
 
     return build_image()
@@ -241,9 +241,9 @@ def image(cluster: str) -> str:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """A machine with Docker that can also run a node, as the code sees it. No test machine has both.
+    """Simulate a machine with Docker that can also run a node, with an empty cache. No test machine has both.
 
-    The cache is empty, and no variable names a cluster.
+    No variable names a cluster.
     """
     from orchestration.operations.local_cluster import kind, node
 
@@ -257,27 +257,27 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPat
 
 @pytest.fixture
 def use_settings() -> Iterator[Callable[..., None]]:
-    """Set settings' variables for the rest of a test: `use_settings(DBT_THREADS="2")`."""
+    """Yield a function that sets variables of settings for the rest of a test: `use_settings(DBT_THREADS="2")`."""
     with contextlib.ExitStack() as stack:
         yield lambda **variables: stack.enter_context(settings_of(**variables))
 
 
 @pytest.fixture
 def database(postgres: str) -> Iterator[str]:
-    """A new, empty database; `WAREHOUSE_URL` names it."""
+    """Create an empty database, set `WAREHOUSE_URL` to it, and yield its URL."""
     with new_database(postgres) as url:
         yield url
 
 
 @pytest.fixture
 def query(database: str) -> Query:
-    """Run a statement in the test's database; its rows."""
+    """Return a function that runs a statement in the test's database and returns its rows."""
     return functools.partial(rows_of, database)
 
 
 @pytest.fixture
 def landing_zone(tmp_path: Path, use_settings: Callable[..., None]) -> Path:
-    """A writable landing zone with three days of January 2013 and the reference tables."""
+    """Return a writable landing zone with three days of January 2013 and the reference tables."""
     from flows import landing
 
     source = landing.folder()

@@ -1,4 +1,4 @@
-"""Interpreters of environments with other versions than this one has, made once and kept in the user's cache."""
+"""Make Python environments with other versions of packages. The user's cache keeps them."""
 
 import hashlib
 import platform
@@ -14,21 +14,18 @@ from orchestration.settings import ROOT
 
 
 class UvError(Exception):
-    """uv failed: a version is not on the index, has no wheel, or the index is away."""
+    """uv failed: the index does not answer, lacks a version, or has no wheel of it."""
 
 
 def uv(*arguments: str | Path, text: str = "") -> str:
-    """Run uv, the one of the machine or of the checkout.
+    """Run uv from PATH, else from the checkout, and return its standard output.
 
     Args:
         arguments: the command, without the program.
         text: its standard input.
 
-    Returns:
-        What it printed.
-
     Raises:
-        UvError: with what uv printed.
+        UvError: uv failed, with its error output.
     """
     program = shutil.which("uv") or str(ROOT / ".uv/bin/uv")
     command = [program, *map(str, arguments), "--quiet"]
@@ -39,12 +36,12 @@ def uv(*arguments: str | Path, text: str = "") -> str:
 
 
 def interpreter(name: str, requirements: Sequence[str], *options: str) -> Path:
-    """Return the interpreter of an environment with these packages, which is made if it is not in the cache.
+    """Return the interpreter of an environment with these packages. Make the environment unless the cache has it.
 
     Args:
-        name: begins the name of the environment's folder.
-        requirements: as pip takes them; the cached environment is found by them, so they pin what matters.
-        options: of `uv pip install`.
+        name: the first part of the name of its folder.
+        requirements: requirements of pip. Their hash identifies the environment, so pin what matters.
+        options: options of `uv pip install`.
 
     Raises:
         UvError: the packages cannot be installed.
@@ -52,7 +49,7 @@ def interpreter(name: str, requirements: Sequence[str], *options: str) -> Path:
     content = hashlib.sha256("\n".join([*requirements, *options]).encode()).hexdigest()[:8]
     folder = binaries.cache() / f"{name}-{content}-python-{platform.python_version()}"
     python, ready = folder / "bin" / "python", folder / "ready"
-    # By name, as a suffix would replace what follows the version's last dot.
+    # with_suffix would replace the part after the last dot of the version.
     with hold_lock(folder.with_name(f"{folder.name}.lock")):
         if not ready.exists():
             uv("venv", "--clear", "--python", sys.executable, folder)

@@ -1,4 +1,4 @@
-"""The real parts that tests and measurements run on: a Postgres, a Prefect server, settings."""
+"""Start the real parts that tests and benchmarks use: Postgres, Prefect server, Redis, S3, settings."""
 
 import contextlib
 import itertools
@@ -32,51 +32,56 @@ Query = Callable[..., list[tuple[Any, ...]]]
 
 
 def examples(share: float) -> int:
-    """How many examples of a property to try: a share of the Hypothesis profile's, see tests/conftest.py."""
+    """Return how many examples of a property to try: a share of the Hypothesis profile's (tests/conftest.py)."""
     return max(1, round(share * hypothesis.settings().max_examples))
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody uses now.
+    """Return a free port of the loopback interface.
 
-    None of those that the kernel gives to whoever connects: one of them may be taken before it is used.
+    The port is outside the kernel's range for outgoing connections, which could take it before the caller does.
     """
     while True:
-        port = 10_000 + secrets.randbelow(20_000)  # `random` is hypothesis', which begins again and again
+        port = 10_000 + secrets.randbelow(20_000)  # Hypothesis resets the seed of `random`
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
 
 
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = 180) -> Any:
-    """Poll `condition` until it is true; its value."""
+    """Poll `condition` until it is true, and return its value.
+
+    Raises:
+        AssertionError: the condition, which `what` describes, is still false after the timeout.
+    """
     start = time.monotonic()
     while True:
-        # On a machine that stood still meanwhile the last look comes after the end.
+        # After a pause of the whole machine, check once more before the timeout counts.
         looked = time.monotonic()
         if value := condition():
             return value
         if looked - start > seconds:
             raise AssertionError(f"not within {seconds} s: {what}")
-        # A look is work that others wait for: it takes a third of the time, and a wait may last a tenth longer.
+        # A check takes processor time from other tests: spend at most a third of the time on checks. A wait may last a
+        # tenth longer.
         time.sleep(min(max(0.1, (looked - start) / 10, 2 * (time.monotonic() - looked)), 1))
 
 
 def answers(url: str) -> bool:
-    """Whether a GET of `url` succeeds."""
+    """Return whether a GET of `url` succeeds."""
     try:
-        with urlopen(url, timeout=2) as response:  # noqa: S310 - of this machine
+        with urlopen(url, timeout=2) as response:  # noqa: S310 - a server of this machine
             return bool(response.status == 200)
     except OSError:
         return False
 
 
-class _Again(httpx.HTTPTransport):
-    """What was refused by 503 is asked again."""
+class _RetryTransport(httpx.HTTPTransport):
+    """Repeats requests that are answered by 503."""
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         def answered() -> httpx.Response | None:
-            answer = super(_Again, self).handle_request(request)
+            answer = super(_RetryTransport, self).handle_request(request)
             if answer.status_code != 503:
                 return answer
             answer.close()
@@ -87,28 +92,32 @@ class _Again(httpx.HTTPTransport):
 
 
 def client_of(url: str, auth: httpx.Auth | None = None) -> httpx.Client:
-    """A client of the Prefect API at `url` that has its answer at once or later: on a busy machine SQLite may be locked
-    for longer than the server waits, and then it changes nothing and says 503.
+    """Return a client of the Prefect API at `url` that repeats requests after 503.
+
+    On a busy machine SQLite may be locked for longer than the server waits. The server then changes nothing and answers
+    503, after 60 s.
     """
-    # A server closes what is idle for 5 s, which a request may meet; a client is to be first. It says 503 after 60 s.
-    return httpx.Client(base_url=url, auth=auth, timeout=75, transport=_Again(limits=httpx.Limits(keepalive_expiry=2)))
+    # The server closes a connection after 5 s idle. The client closes it earlier, so that no request meets that.
+    return httpx.Client(
+        base_url=url, auth=auth, timeout=75, transport=_RetryTransport(limits=httpx.Limits(keepalive_expiry=2))
+    )
 
 
 def asked(api: httpx.Client, method: str, path: str, body: Any = None, **headers: str) -> Any:
-    """The JSON of an answer."""
+    """Send a request and return the JSON of the answer."""
     answer = api.request(method, path, json=body, headers=headers).raise_for_status()
     return answer.json() if answer.content else None
 
 
 def rows_of(url: str, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
-    """Run a statement in the database at `url`; its rows."""
+    """Run a statement in the database at `url` and return its rows."""
     with psycopg.connect(url, autocommit=True) as connection:
         cursor = connection.execute(statement, parameters)
         return cursor.fetchall() if cursor.description else []
 
 
 def copy_of_checkout(folder: Path) -> None:
-    """Copy what git has of this checkout, changes and new files included, and nothing else."""
+    """Copy the tracked and new files of this checkout, with their changes, and no ignored ones."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, capture_output=True, text=True, check=True,
@@ -129,7 +138,7 @@ def commit_copy_of_checkout(folder: Path) -> None:
 
 @contextlib.contextmanager
 def settings_of(**variables: str) -> Iterator[None]:
-    """The project's settings with these variables: `settings_of(DBT_THREADS="2")`."""
+    """Set variables of the project's settings while the block lasts: `settings_of(DBT_THREADS="2")`."""
     with patch.dict(os.environ, variables):
         settings.cache_clear()
         yield
@@ -138,7 +147,7 @@ def settings_of(**variables: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def embedded_postgres(directory: Path) -> Iterator[str]:
-    """The URL of an embedded PostgreSQL that keeps its data in `directory`; ended afterwards."""
+    """Run an embedded PostgreSQL with its data in `directory`, and yield its URL."""
     with settings_of(WAREHOUSE_DIR=str(directory)):
         host = warehouse.environment()["PGHOST"]
     try:
@@ -149,10 +158,10 @@ def embedded_postgres(directory: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def debian_postgres() -> Iterator[str]:
-    """The URL of Debian's PostgreSQL, which has the extensions that a Prefect server needs; ended afterwards."""
+    """Run Debian's PostgreSQL, which has the extensions that a Prefect server needs, and yield its URL."""
     binaries.install_packages({"pg_lsclusters": "postgresql"})
     programs = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda each: int(each.parent.name))
-    user = "postgres" if os.geteuid() == 0 else None  # it refuses to run as root
+    user = "postgres" if os.geteuid() == 0 else None  # Postgres refuses to run as root
     with tempfile.TemporaryDirectory() as folder:
         if user:
             shutil.chown(folder, user)
@@ -177,10 +186,13 @@ def debian_postgres() -> Iterator[str]:
 
 @contextlib.contextmanager
 def new_database(postgres: str, name: str | None = None, template: str = "template1") -> Iterator[str]:
-    """The URL of a new database that is `WAREHOUSE_URL` meanwhile: empty, or a copy of another.
+    """Create a database, set `WAREHOUSE_URL` to it while the block lasts, and yield its URL.
 
-    Without a name it has the first that is free: those that follow each other have the same one, as dbt's parse of a
-    project holds for the name of its database, and costs two seconds of a processor.
+    Args:
+        postgres: the URL of the server's database `postgres`.
+        name: the name of the database. By default the first free name, so that consecutive databases have one name:
+            dbt's parsed project is valid for one name only, and parsing costs two processor seconds.
+        template: the database to copy; by default an empty one.
     """
     with psycopg.connect(postgres, autocommit=True) as connection:
         taken = {row[0] for row in connection.execute("select datname from pg_database")}
@@ -194,7 +206,7 @@ def new_database(postgres: str, name: str | None = None, template: str = "templa
 
 @contextlib.contextmanager
 def redis_server(folder: Path) -> Iterator[str]:
-    """The URL of a Redis with a password, that keeps nothing; ended afterwards."""
+    """Run a Redis with a password and without persistence, and yield its URL."""
     binaries.install_packages({"redis-server": "redis-server"})
     port = free_port()
     file = folder / "redis.conf"
@@ -217,7 +229,7 @@ def redis_server(folder: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def s3_server(folder: Path) -> Iterator[dict[str, str]]:
-    """An S3 with a bucket `results`: the variables of who may use it, and `endpoint`; ended afterwards."""
+    """Run an S3 server with a bucket `results`, and yield the variables of its user and its `endpoint`."""
     for each in ("metadata", "buckets/results"):
         (folder / each).mkdir(parents=True)
     port = free_port()
@@ -244,10 +256,10 @@ def _serving(command: list[str], port: int, variables: dict[str, str]) -> Iterat
 
 
 def migrated_database() -> Path:
-    """The file of an empty SQLite database with this Prefect's schema, made once a machine.
+    """Return the file of an empty SQLite database with this Prefect's schema, made once on a machine.
 
-    A server that starts on a copy of it has no migration left to run, which is half of its start. All else that a first
-    start does, it does itself.
+    A server that starts on a copy runs no migrations, which take half of its start-up time. It does everything else
+    of a first start.
     """
     versions = "-".join(f"{name}-{version(name)}" for name in ("prefect", "sqlalchemy", "alembic"))
     file = binaries.cache() / f"{versions}-sqlite-{sqlite3.sqlite_version}.db"
@@ -256,7 +268,7 @@ def migrated_database() -> Path:
             with tempfile.TemporaryDirectory(prefix=".prefect-", dir=file.parent) as home:
                 command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
                 subprocess.run(command, env=os.environ | {"PREFECT_HOME": home}, cwd=home, check=True)
-                # With what is still in the write-ahead log, and in one file.
+                # `vacuum into` writes one file, with the content of the write-ahead log.
                 with contextlib.closing(sqlite3.connect(f"{home}/prefect.db")) as made:
                     made.execute("vacuum into ?", [f"{home}/whole.db"])
                 Path(home, "whole.db").replace(file)
@@ -265,7 +277,7 @@ def migrated_database() -> Path:
 
 @contextlib.contextmanager
 def prefect_server(home: Path) -> Iterator[str]:
-    """The API's URL of a Prefect server that keeps its state in `home`; ended afterwards."""
+    """Run a Prefect server with its state in `home`, and yield the URL of its API."""
     if not (home / "prefect.db").exists():
         shutil.copyfile(migrated_database(), home / "prefect.db")
     with served(home, free_port(), sys.executable, os.environ) as url:
@@ -274,12 +286,12 @@ def prefect_server(home: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def served(home: Path, port: int, python: str | Path, environment: Mapping[str, str]) -> Iterator[str]:
-    """The API's URL of the server of an interpreter's Prefect, with its state in `home`; ended afterwards."""
+    """Run the server of an interpreter's Prefect with its state in `home`, and yield the URL of its API."""
     url = f"http://127.0.0.1:{port}/api"
     with (home / "server.log").open("a") as log:
         server = subprocess.Popen(
             [str(python), "-m", "prefect", "server", "start", "--port", str(port)],
-            env={**environment, "PREFECT_HOME": str(home), "PYTHONTZPATH": ""},  # as `make server`
+            env={**environment, "PREFECT_HOME": str(home), "PYTHONTZPATH": ""},  # as in `make server`
             cwd=home,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -289,7 +301,7 @@ def served(home: Path, port: int, python: str | Path, environment: Mapping[str, 
             yield url
         finally:
             server.terminate()
-            # It waits for its connections and for what it is doing.
+            # The server waits for open connections and for its work in progress.
             try:
                 server.wait(30)
             except subprocess.TimeoutExpired:

@@ -13,13 +13,13 @@ from orchestration.operations.local_cluster.choice import choose_context, reques
 PROGRAMS = {"kubernetes": (binaries.KUBERNETES, "9 min, once")} | {
     name: (version, usual) for name, (_, version, usual) in binaries.MODULES.items()
 }
-"""Version and build time of what is built from Go modules, by name."""
+"""Version and build time of the programs that are built from Go modules, by name."""
 
 BUILT = {
     node_layout.CONTEXT: ("kubernetes", "helm", "coredns", "metrics-server", "versitygw"),
     kind.CONTEXT: ("kind", "kubernetes", "helm", "versitygw"),
 }
-"""What the tests need of them, by the cluster's context; kind has programs that the machine may have as well."""
+"""The programs that tests need, by the cluster's context. With kind the machine may have some of them."""
 
 TEST_PACKAGES = {
     "redis-server": "redis-server",
@@ -28,14 +28,14 @@ TEST_PACKAGES = {
     "docker-compose": "docker-compose",
     "pg_lsclusters": "postgresql",
 }
-"""Debian's packages that single tests install, by program."""
+"""Debian's packages that some tests install, by program."""
 
 
 def text() -> str:
-    """Return the lines.
+    """Return the preview.
 
     Raises:
-        ClusterError: `CLUSTER` is invalid, or names what cannot be made here.
+        ClusterError: `CLUSTER` is invalid, or names a cluster that cannot be made here.
     """
     lines = list(_lines())
     width = max(len(title) for title, _ in lines)
@@ -57,14 +57,14 @@ def _lines() -> Iterator[tuple[str, str]]:
         return
     if context == os.environ.get("KUBE_CONTEXT"):
         yield "Cluster", f"{context}, which KUBE_CONTEXT names"
-        yield "Changes", "namespaces of the tests' own in that cluster, removed afterwards"
+        yield "Changes", "separate namespaces for tests in that cluster, deleted afterwards"
     elif context == kind.CONTEXT:
         yield "Cluster", f"{context}, by kind: {'CLUSTER=kind' if named else 'Docker runs'}"
         yield "Changes", "Docker: the kind cluster and a registry on localhost:5000. make cluster-down removes them"
     else:
         reason = "CLUSTER=node" if named else "Docker does not run, and this is Linux with Go and you are root"
         yield "Cluster", f"{context}, a node from packages: {reason}"
-        yield "Changes", f"{node_layout.STATE}, {'there already' if node_layout.STATE.exists() else 'new'}"
+        yield "Changes", f"{node_layout.STATE}, {'exists already' if node_layout.STATE.exists() else 'new'}"
         bridges = f"bridges {node_layout.BRIDGE} and {node_layout.FIRST.bridge}"
         yield "", f"{bridges}, routes, iptables chains KUBE-*, CNI-*, NETPOL-*"
         yield "", "make cluster-down removes them"
@@ -82,7 +82,7 @@ def _lines() -> Iterator[tuple[str, str]]:
 
 
 def _cached() -> list[str]:
-    """Return what the cache holds, largest first, with its size."""
+    """Return the folders of the cache with their sizes, largest first."""
     sizes = {each.name: _bytes(each) for each in binaries.cache().glob("*") if each.is_dir()}
     ordered = sorted(sizes.items(), key=lambda item: -item[1])
     return [f"{name} {size / 1e6:.0f} MB" for name, size in ordered if size > 1e6]

@@ -1,4 +1,4 @@
-"""A server that is away and comes back, though it serves others all the while: what is there is a relay to it."""
+"""Relay connections to a server, so that the server is away or slow for one client and not for others."""
 
 import contextlib
 import socket
@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 @contextlib.contextmanager
 def relayed(port: int, url: str) -> Iterator[None]:
-    """The server at `url` answers at a port of the loopback interface, while the block lasts."""
+    """Relay a port of the loopback interface to the server at `url` while the block lasts."""
     real = urlsplit(url)
     assert real.hostname
     assert real.port
@@ -27,13 +27,13 @@ def relayed(port: int, url: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def silent(port: int) -> Iterator[None]:
-    """Nothing answers at a port of the loopback interface, not even by a refusal, while the block lasts."""
+    """Let a port of the loopback interface answer nothing, not even a refusal, while the block lasts."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.socket())
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", port))
         listener.listen(0)
-        # Who comes after those that nobody accepts is dropped, as by a network.
+        # The backlog is full of connections that are never accepted. The kernel drops further ones, as a network would.
         for _ in range(2):
             waiting = stack.enter_context(socket.socket())
             waiting.setblocking(False)
@@ -42,14 +42,18 @@ def silent(port: int) -> Iterator[None]:
 
 
 Stall = Callable[[bytes, str], None]
-"""Is given what goes through a relay and whether that is "asked" or "answered"; what it waits for is held so long."""
+"""Called with the data and "asked" or "answered". The relay holds the data until the call returns."""
 
 
 @contextlib.contextmanager
 def stalled(url: str, stall: Stall) -> Iterator[str]:
-    """The URL of a relay to the server at `url`, on which requests and answers are held, while the block lasts.
+    """Yield the URL of a relay to the server at `url` that holds requests and answers.
 
-    A request that is let go reaches the server, also if its client has given up meanwhile.
+    A released request reaches the server even if its client has given up.
+
+    Args:
+        url: the URL of the server.
+        stall: decides how long data is held.
     """
     real = urlsplit(url)
     assert real.hostname
@@ -63,7 +67,7 @@ def stalled(url: str, stall: Stall) -> Iterator[str]:
 
 
 class _Relay(socketserver.ThreadingTCPServer):
-    """What listens on a port in the place of a server that is somewhere else."""
+    """Listens on a port, and relays each connection to a server elsewhere."""
 
     daemon_threads = True
     allow_reuse_address = True
@@ -96,6 +100,6 @@ class _Connection(socketserver.BaseRequestHandler):
                         self.unanswered.release()
                 other.sendall(data)
             if self.stall and way == "asked":
-                # Of a client that hangs up some servers drop the request.
+                # Some servers drop the request of a client that disconnects.
                 self.unanswered.acquire(timeout=10)
             other.shutdown(socket.SHUT_WR)

@@ -1,8 +1,8 @@
-"""Reports what tests cost in processor seconds, and holds each folder to its budget in tests/budget.toml.
+"""Report the processor seconds of tests, and fail a run in which a folder exceeds its budget in tests/budget.toml.
 
-A file's seconds are those of the process that runs its tests, of all that this process has started, and of the pods in
-the namespaces that its tests use. The local node's agent (orchestration/operations/local_cluster/agent.py) measures the
-pods; on any other cluster they count nothing.
+The seconds of a file are those of the process that runs its tests, of all processes that this process has started, and
+of the pods in the namespaces of its tests. The local node's agent (orchestration/operations/local_cluster/agent.py)
+measures the pods. On any other cluster they count as zero.
 """
 
 import contextlib
@@ -22,24 +22,24 @@ from orchestration.operations.local_cluster import binaries, node_processes
 from tests.cluster import namespace
 
 PROCESSOR = "processor seconds"
-"""The user property of a test's report with what it cost."""
+"""The user property of a test's report with its processor seconds."""
 
 LEFT_OUT = "CLUSTER=none: the test needs a cluster"
-"""Why a test is skipped that CLUSTER=none leaves out."""
+"""Why a test is skipped under CLUSTER=none."""
 
 BUDGET = Path(__file__).with_name("budget.toml")
 
 TOLERANCE = 1.2
-"""A folder fails above this multiple of its budget."""
+"""The multiple of its budget above which a folder fails."""
 
 LONG_SECONDS = 30.0
-"""A file that takes longer is reported when it ends."""
+"""Files that take longer are reported when they end."""
 
 MOST_EXPENSIVE = 10
-"""Files in the report."""
+"""Number of files in the report."""
 
 SAMPLE_SECONDS = 2.0
-"""Least time between two samples within a file: a sample costs about 20 ms."""
+"""Minimum time between two samples within a file. A sample costs about 20 ms."""
 
 
 def file_of(nodeid: str) -> str:
@@ -48,7 +48,7 @@ def file_of(nodeid: str) -> str:
 
 
 def loop_seconds() -> float:
-    """Return the processor seconds of a fixed piece of work, the least of five: how slow this machine is."""
+    """Return the processor seconds of a fixed piece of work, the minimum of five: a measure of this machine's speed."""
 
     def once() -> float:
         start = time.process_time()
@@ -61,7 +61,7 @@ def loop_seconds() -> float:
 
 
 class Meter:
-    """Measures each test in the process that runs it."""
+    """Measures the processor seconds of each test, in the process that runs it."""
 
     def __init__(self) -> None:
         os.environ[node_processes.TESTS_PROCESS] = str(os.getpid())
@@ -79,12 +79,12 @@ class Meter:
             last = nextitem is None or file_of(nextitem.nodeid) != file_of(item.nodeid)
             if last or time.monotonic() - self.sampled > SAMPLE_SECONDS:
                 spent = self.seconds()
-                # What a process that was killed had used is lost with it.
+                # The kernel forgets the usage of a killed process, so a difference may be negative.
                 item.user_properties.append((PROCESSOR, max(0.0, spent - self.spent)))
                 self.spent = spent
 
     def seconds(self) -> float:
-        """Return the processor seconds of this process, of all it has started and of its pods, since it began."""
+        """Return the processor seconds so far of this process, its children, its daemons and its pods."""
         self.sampled = time.monotonic()
         own, nodes = psutil.Process(), node_processes.process_ids()
         tree = [own, *(each for each in own.children(recursive=True) if each.pid not in nodes)]
@@ -93,7 +93,7 @@ class Meter:
         return sum(map(_used, tree)) + sum(self.daemons.values()) + sum(pods.get(name, 0.0) for name in namespace.USED)
 
     def _find_daemons(self, tree: set[int]) -> None:
-        """Find what was started here and has left the process tree, such as an embedded Postgres."""
+        """Find processes that were started here and left the process tree, such as an embedded Postgres."""
         for each in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 key = (each.pid, each.create_time())
@@ -107,7 +107,7 @@ class Meter:
 
 
 def _of_node() -> float:
-    """Return the processor seconds of the local node's own processes since each began."""
+    """Return the processor seconds of the local node's processes since each started."""
     return sum(_used(psutil.Process(pid)) for pid in node_processes.process_ids() if psutil.pid_exists(pid))
 
 
@@ -120,7 +120,7 @@ def _used(process: psutil.Process) -> float:
 
 
 class Report:
-    """Reports failures, long files and measurements as they come, costs at the end, and fails what is over budget."""
+    """Reports failures and long files during a run, costs at its end, and fails a run over budget."""
 
     def __init__(self, terminal: pytest.TerminalReporter, *, failures: bool) -> None:
         self.terminal = terminal
@@ -139,7 +139,7 @@ class Report:
         self.left = Counter(file_of(each.nodeid) for each in session.items)
 
     def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
-        """Each process collects all of them."""
+        """Count the tests of each file. Every process collects all tests."""
         self.left = Counter(map(file_of, ids))
 
     @pytest.hookimpl(trylast=True)
@@ -159,12 +159,12 @@ class Report:
         if not self.left[file] and self.wall[file] > LONG_SECONDS:
             lines.append(f"{file}: {self.wall[file]:.0f} s, {self.processor[file]:.0f} processor seconds")
         for each in lines:
-            self.terminal.write_line(f"\n{each}")  # after the dots
+            self.terminal.write_line(f"\n{each}")  # after pytest's dots
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         whole = session.config.args in (["tests"], [str(session.config.rootpath)]) and not session.config.option.keyword
-        # What is made once on a machine costs what many tests do.
+        # A run that builds a program for the cache is not held to the budget: a build costs as much as many tests.
         if exitstatus == 0 and whole and _cached() == self.cached:
             self.over = over_budget(self.processor, loop_seconds(), tomllib.loads(BUDGET.read_text()))
             if self.over:
@@ -199,12 +199,12 @@ class Report:
 
 
 def _cached() -> set[str]:
-    """Return the names of what the cache of programs holds."""
+    """Return the names of the folders in the cache of programs."""
     return {each.name for each in binaries.cache().glob("*") if each.is_dir()}
 
 
 def over_budget(spent: Mapping[str, float], loop: float, budget: Mapping[str, object]) -> list[str]:
-    """Return a line for each folder that is over its budget, with the file that took most of it.
+    """Return a line for each folder over its budget, with its most expensive file.
 
     Args:
         spent: processor seconds by file.
@@ -227,5 +227,5 @@ def over_budget(spent: Mapping[str, float], loop: float, budget: Mapping[str, ob
 
 
 def _folder(file: str, limits: Mapping[str, float]) -> str:
-    """Return the innermost folder of a file that has a limit."""
+    """Return the innermost folder of a file that has a budget."""
     return max((folder for folder in limits if file.startswith(folder.rstrip("/") + "/")), key=len, default="")

@@ -3,9 +3,9 @@
     python -m tests.selection             # compared with where the branch left main; on main, with the newest commit
     python -m tests.selection --base REV  # compared with where the branch left REV
 
-Uncommitted and untracked files are part of the change. A test file depends on what it imports, directly or not, also
-inside functions, on the files and modules that its strings name, on each `conftest.py` above it, and on what
-`READERS` declares.
+Uncommitted and untracked files are part of the change. A test file depends on its direct and indirect imports, also
+those inside functions, on the files and modules that its strings name, on each `conftest.py` above it, and on the files
+that `READERS` declares.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from typing import TypeGuard
 ROOT = Path(__file__).resolve().parent.parent
 
 IMAGE = "tests/docker/* tests/e2e/* tests/test_readme.py tests/test_repository.py"
-"""What runs the checkout as a whole, as an image or as a copy."""
+"""Tests that run the whole checkout, as an image or as a copy."""
 
 REFERENCE = "tests/test_docs.py tests/helm/test_reference.py"
-"""What compares reference pages with the code and the charts."""
+"""Tests that compare reference pages with the code and the charts."""
 
 CHARTS = "tests/helm/test_charts.py tests/helm/test_environments.py tests/helm/test_values.py tests/k8s/* tests/e2e/*"
-"""What renders or installs every chart."""
+"""Tests that render or install every chart."""
 
 READERS = {
     "helm/prefect-server/*": f"tests/helm/test_prefect_server.py {REFERENCE} {CHARTS}",
@@ -43,7 +43,7 @@ READERS = {
     "flows/*": IMAGE,
     "flows/warehouse/*": "tests/flows/*",
     "orchestration/*": f"{IMAGE} tests/test_docs.py",
-    # fsspec finds it by an entry point.
+    # fsspec loads this module by an entry point.
     "orchestration/runs/redis_storage.py": "tests/orchestration/runs/*",
     "prefect.yaml": f"tests/orchestration/deployments/* {IMAGE}",
     "docs/*": f"tests/test_repository.py {REFERENCE}",
@@ -59,21 +59,21 @@ READERS = {
     "docs/how-to/*": "tests/test_how_to.py",
     "helm/*/values*": "tests/test_how_to.py",
 }
-"""The test files that read what no import shows, by the files that they read."""
+"""Test files that read files without an import or a path, by the pattern of the files."""
 
 TAKES_MINUTES = ("tests/test_readme.py",)
-"""What the inner loop leaves out, besides what needs a cluster."""
+"""Tests that the inner loop skips, in addition to those that need a cluster."""
 
 
 class BaseError(Exception):
-    """The commit to compare with is not there."""
+    """The commit to compare with does not exist."""
 
 
 class Checkout:
-    """A git checkout whose test files are selected by a change.
+    """Finds the test files of a git checkout that depend on changed files.
 
     Args:
-        root: its folder.
+        root: the folder of the checkout.
     """
 
     def __init__(self, root: Path = ROOT) -> None:
@@ -87,7 +87,7 @@ class Checkout:
 
     @cached_property
     def files(self) -> set[str]:
-        """What git has of the checkout, untracked files included."""
+        """The tracked and untracked files of the checkout, without ignored ones."""
         return set(self._git("ls-files", "--cached", "--others", "--exclude-standard"))
 
     @cached_property
@@ -96,10 +96,10 @@ class Checkout:
         return sorted(name for name in self.files if fnmatch(name, "tests/*test_*.py") and (self.root / name).exists())
 
     def changed(self, base: str) -> set[str]:
-        """Return the files that differ from the newest commit that `base` and HEAD share.
+        """Return the files that differ from the merge base of `base` and HEAD.
 
         Raises:
-            BaseError: there is no such commit.
+            BaseError: there is no merge base.
         """
         try:
             [fork] = self._git("merge-base", base, "HEAD")
@@ -110,28 +110,28 @@ class Checkout:
 
     def affected(self, changed: set[str]) -> list[str]:
         """Return the test files that depend on one of the files."""
-        self.files |= changed  # what was deleted is still imported by name
+        self.files |= changed  # tests may still import a deleted file by name
         return [test for test in self.tests if self.dependencies(test) & changed]
 
     def dependencies(self, test: str) -> set[str]:
-        """Return the files that a test file depends on, itself included."""
+        """Return the files that a test file depends on, and the file itself."""
         readers = [pattern for pattern, tests in READERS.items() if any(fnmatch(test, each) for each in tests.split())]
         return self.named(test) | {name for name in self.files if any(fnmatch(name, each) for each in readers)}
 
     def named(self, test: str) -> set[str]:
-        """Return the files that a test file imports or names, directly or not, itself included."""
+        """Return the files that a test file imports or names, directly or indirectly, and the file itself."""
         found: set[str] = set()
         left = {test} | self._of_conftests(test)
         while left:
             name = left.pop()
             found.add(name)
-            # conftest files are read by fixture, and this file names in READERS what it does not read.
+            # Of conftest files only the used fixtures count. This file names files in READERS without reading them.
             if name.endswith(".py") and Path(name).name != "conftest.py" and name != "tests/selection.py":
                 left |= self._of_file(name) - found
         return found
 
     def _of_conftests(self, test: str) -> set[str]:
-        """Return the conftest files of a test and what they import; of their fixtures, those that it uses."""
+        """Return the conftest files of a test and their imports, with those of the fixtures that the test uses."""
         conftests = [f"{folder}/conftest.py" for folder in map(str, Path(test).parents)]
         found = {name for name in conftests if name in self.files}
         fixtures: list[tuple[str, ast.FunctionDef]] = []
@@ -172,14 +172,14 @@ class Checkout:
                     found |= self._module(f"{module}.{each.name}")
             elif text := _text(node):
                 for token in re.findall(r"[\w./-]*\w", text):
-                    # A test file is not run by its name: conftest.py and READERS list some.
+                    # The name of a test file is no dependency: conftest.py and READERS list test files.
                     found |= {token, str(Path(name).parent / token)} & self.files - set(self.tests)
                     if re.fullmatch(r"\w+(\.\w+)+", token):
                         found |= self._module(token)
         return found
 
     def _module(self, name: str) -> set[str]:
-        """Return the files of a module and of the packages that it is in."""
+        """Return the files of a module and of its packages."""
         parts = name.split(".")
         packages = ["/".join(parts[:end]) for end in range(1, len(parts) + 1)]
         possible = {f"{each}{end}" for each in packages for end in (".py", "/__init__.py")}
@@ -187,13 +187,13 @@ class Checkout:
 
 
 def _is_fixture(node: ast.AST) -> TypeGuard[ast.FunctionDef]:
-    """Tell whether a node is a fixture that a test has only if it asks for it."""
+    """Return whether a node is a fixture that only the tests that request it use."""
     decorators = [ast.unparse(each) for each in getattr(node, "decorator_list", [])]
     return any(each.startswith("pytest.fixture") and "autouse" not in each for each in decorators)
 
 
 def _requested(tree: ast.AST) -> set[str]:
-    """Return the fixtures that tests and fixtures ask for: by arguments, or by `usefixtures`."""
+    """Return the fixtures that tests and fixtures request, by arguments or by `usefixtures`."""
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -205,7 +205,7 @@ def _requested(tree: ast.AST) -> set[str]:
 
 
 def _text(node: ast.AST) -> str | None:
-    """Return the text of a literal, or of the literals that `/` joins to a path; None of a docstring."""
+    """Return the text of a literal or of a path joined by `/`; None for other nodes and texts of several lines."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
         left, right = _text(node.left), _text(node.right)
         return right and f"{left}/{right}" if left else right
@@ -215,7 +215,7 @@ def _text(node: ast.AST) -> str | None:
 
 
 def main(arguments: list[str] | None = None, checkout: Checkout | None = None) -> int:
-    """Print the test files, and say on stderr what is left out; return the exit status."""
+    """Print the selected test files, and on stderr the skipped ones; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.selection", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--base", default="main", help="the branch or commit to compare with (default: %(default)s)")
     checkout = checkout or Checkout()

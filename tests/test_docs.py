@@ -59,12 +59,12 @@ def test_comment_is_shown_as_a_sentence(comment: str, shown: str) -> None:
     assert generate.sentence(comment) == shown
 
 
-def test_key_without_a_text_is_refused() -> None:
+def test_values_key_without_a_comment_is_an_error() -> None:
     with pytest.raises(LookupError, match=r"worker\.somethingNew has no comment in values\.yaml.*Add a comment"):
         generate._common_text("worker.somethingNew")
 
 
-def test_without_helm_the_page_of_rbac_stays_as_it_is(
+def test_page_of_rbac_stays_unchanged_without_helm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def rbac() -> str:

@@ -1,4 +1,4 @@
-"""How-to pages show values that the charts accept, and name keys that the charts have."""
+"""How-to pages show values that the charts accept, and name keys that exist."""
 
 import json
 import re
@@ -57,7 +57,7 @@ def test_values_on_page_are_accepted_by_a_chart(page: Path) -> None:
 
 
 def _has(values: Any, key: str) -> bool:
-    """Return whether values have a dotted key, or a mapping on its way that takes any key."""
+    """Return whether values have a dotted key, or a mapping on its path that accepts any key."""
     for name in key.split("."):
         if not isinstance(values, dict) or values == {}:
             return True

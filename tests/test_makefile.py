@@ -1,4 +1,4 @@
-"""`make test`: what each of its variables makes it run, with programs in place of the real ones that note it."""
+"""The commands that make runs for each variable. Recording programs replace the real ones."""
 
 import os
 import subprocess
@@ -17,8 +17,11 @@ Make = Callable[..., tuple[int, list[str]]]
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """Run `make test`; its exit status and the commands of pytest and Python, each with its CLUSTER."""
-    # `selected` is what the selection prints, `fails` a part of the command that fails.
+    """Return a function that runs `make test`.
+
+    It returns the exit status and the commands of pytest and Python, each with its CLUSTER. `selected` is the output of
+    the selection, `fails` a part of the command that fails.
+    """
     log = tmp_path / "log"
 
     def run(*variables: str, selected: str = "", fails: str = "nothing", cluster: str = "") -> tuple[int, list[str]]:
@@ -30,7 +33,7 @@ case "{name} $*" in *"{fails}"*) exit 1 ;; *tests.selection*) echo "{selected}" 
 '''
             )
             (tmp_path / name).chmod(0o755)
-        # Nothing of the make that runs this test.
+        # No variable of the make that runs this test.
         environment = {"PATH": os.environ["PATH"], "CLUSTER": cluster}
         command = ["make", "--old-file", ".venv/ready", "test", f"BIN={tmp_path}", *variables]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -40,7 +43,7 @@ case "{name} $*" in *"{fails}"*) exit 1 ;; *tests.selection*) echo "{selected}" 
     return run
 
 
-def test_everything_runs_after_a_preview_and_with_a_cluster(make: Make) -> None:
+def test_make_test_previews_makes_a_cluster_and_runs_everything(make: Make) -> None:
     assert make() == (
         0,
         [
@@ -51,38 +54,38 @@ def test_everything_runs_after_a_preview_and_with_a_cluster(make: Make) -> None:
     )
 
 
-def test_change_runs_what_it_affects_without_a_cluster(make: Make) -> None:
+def test_changed_runs_affected_tests_without_a_cluster(make: Make) -> None:
     assert make("CHANGED=1", selected="tests/a.py tests/b.py", cluster="kind") == (
         0,
         ["python -m tests.selection CLUSTER=none", f"pytest {ALL} tests/a.py tests/b.py CLUSTER=none"],
     )
 
 
-def test_change_since_a_commit_that_affects_nothing_runs_no_pytest(make: Make) -> None:
+def test_change_that_affects_no_test_runs_no_pytest(make: Make) -> None:
     assert make("CHANGED=v1") == (0, ["python -m tests.selection --base v1 CLUSTER=none"])
 
 
-def test_selection_that_fails_stops_make(make: Make) -> None:
+def test_failed_selection_stops_make(make: Make) -> None:
     assert make("CHANGED=v1", fails="tests.selection") == (2, ["python -m tests.selection --base v1 CLUSTER=none"])
 
 
-def test_paths_that_need_no_cluster_make_none(make: Make) -> None:
+def test_paths_without_cluster_tests_make_no_cluster(make: Make) -> None:
     assert make("TESTS=tests/helm tests/k8s") == (0, ["pytest tests/helm tests/k8s CLUSTER="])
 
 
 @pytest.mark.parametrize("where", ["environment", "command line"])
-def test_without_cluster_none_is_made(make: Make, where: str) -> None:
+def test_cluster_none_makes_no_cluster(make: Make, where: str) -> None:
     ran = make(cluster="none") if where == "environment" else make("CLUSTER=none")
     assert ran == (0, ["python -m tests.preview CLUSTER=none", f"pytest {ALL} tests CLUSTER=none"])
 
 
-def test_preview_that_fails_stops_make(make: Make) -> None:
+def test_failed_preview_stops_make(make: Make) -> None:
     assert make(cluster="kid", fails="preview") == (2, ["python -m tests.preview CLUSTER=kid"])
 
 
 @pytest.mark.parametrize("status", [0, 1, 2])
-def test_make_plan_says_no_more_than_that_its_command_failed(tmp_path: Path, status: int) -> None:
-    """As docs/how-to/deploy.md has it: scripts call the command."""
+def test_make_plan_exits_with_2_for_a_change_and_for_an_error(tmp_path: Path, status: int) -> None:
+    """docs/how-to/deploy.md tells scripts to call the command instead."""
     (tmp_path / "python").write_text(f'#!/bin/sh\ncase "$*" in *operations*) exit {status} ;; esac\n')
     (tmp_path / "python").chmod(0o755)
     command = ["make", "--old-file", ".venv/ready", "plan", f"BIN={tmp_path}"]
@@ -91,7 +94,7 @@ def test_make_plan_says_no_more_than_that_its_command_failed(tmp_path: Path, sta
 
 
 @pytest.mark.parametrize(("way", "stops"), [("", False), ("node", True)])
-def test_cluster_that_cannot_be_made_stops_make_where_it_was_named(make: Make, way: str, stops: bool) -> None:
+def test_requested_cluster_that_cannot_be_made_stops_make(make: Make, way: str, stops: bool) -> None:
     status, commands = make(fails="local_cluster up", cluster=way)
     assert status == (2 if stops else 0)
     assert (f"pytest {ALL} tests CLUSTER={way}" in commands) is not stops
@@ -110,7 +113,7 @@ HOSTILE = 'a\'b "c" $(touch {folder}/executed) $HOME `touch {folder}/executed` \
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("where", ["environment", "command line"])
-def test_value_reaches_the_command_as_it_was_given(tmp_path: Path, target: str, variable: str, where: str) -> None:
+def test_value_reaches_the_command_unchanged(tmp_path: Path, target: str, variable: str, where: str) -> None:
     value = HOSTILE.format(folder=tmp_path)
     (tmp_path / "python").write_text(f"#!/bin/sh\nfor each; do printf '%s\\0' \"$each\"; done >>{tmp_path}/arguments\n")
     (tmp_path / "python").chmod(0o755)
@@ -126,7 +129,7 @@ def test_value_reaches_the_command_as_it_was_given(tmp_path: Path, target: str, 
 
 
 @pytest.mark.parametrize(("given", "compiled"), [({}, "1"), ({"UV_COMPILE_BYTECODE": "0"}, "0")])
-def test_environment_is_compiled_unless_uv_is_told_otherwise(
+def test_environment_is_compiled_unless_a_variable_forbids_it(
     tmp_path: Path, given: dict[str, str], compiled: str
 ) -> None:
     for name in ("pyproject.toml", "uv.lock"):

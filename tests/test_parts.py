@@ -1,4 +1,4 @@
-"""What tests of a Prefect server rely on."""
+"""The migrated database from which tests start Prefect servers."""
 
 import sqlite3
 from contextlib import closing

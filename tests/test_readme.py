@@ -1,4 +1,4 @@
-"""The commands of the README and of the local quickstart, as printed, in a fresh clone with a home of its own."""
+"""The commands of the README and of the local quickstart work as printed, in a fresh clone with an empty home."""
 
 import contextlib
 import os
@@ -29,7 +29,7 @@ COMMANDS = _commands(README)
 
 
 def _command(start: str) -> str:
-    """The README's command that is or starts so, with its arguments as printed."""
+    """Return the README's command that equals or starts with a text, with its arguments as printed."""
     if start in COMMANDS:
         return start
     found = [command for command in COMMANDS if command.startswith(start)]
@@ -39,8 +39,9 @@ def _command(start: str) -> str:
 
 @pytest.fixture(scope="module")
 def clone() -> Iterator[Path]:
-    """What git has of this checkout, changes included, and nothing else."""
-    # Not where pytest keeps its folders: another session that begins closes that to all but root, and initdb is not.
+    """Copy the tracked and new files of this checkout, with their changes."""
+    # Not in pytest's temporary folders: another session that starts closes them to all users but root, and initdb runs
+    # as another user.
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder) / "checkout"
         copy_of_checkout(clone)
@@ -49,12 +50,12 @@ def clone() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A person's first day: nothing set and an empty home, but for the caches of downloads."""
+    """Return the environment of a new user: no variables and an empty home, except for the caches of downloads."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "VIRTUAL_ENV"))}
     path = os.pathsep.join(part for part in kept["PATH"].split(os.pathsep) if Path(part) != Path(sys.executable).parent)
     return kept | {
-        # Of all that is installed little is imported here, and that is compiled then.
+        # Few of the installed packages are imported here. Python compiles these on import.
         "PIP_NO_COMPILE": "1",
         "UV_COMPILE_BYTECODE": "0",
         "PATH": path,
@@ -65,7 +66,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def _run(command: str, clone: Path, environment: dict[str, str], status: int = 0) -> str:
-    """Run a command as a shell without a terminal would; what it printed."""
+    """Run a command in a shell without a terminal, check its exit status, and return its output."""
     done = subprocess.run(
         ["bash", "-c", command],
         cwd=clone,
@@ -106,12 +107,12 @@ def _running(command: str, clone: Path, environment: dict[str, str], log: Path) 
 
 @pytest.fixture(scope="module")
 def stopped_afterwards(clone: Path, environment: dict[str, str]) -> Iterator[None]:
-    """No server of the clone outlives the tests."""
+    """Stop the servers of the clone after the tests."""
     yield
     _run("make stop", clone, environment)
 
 
-def test_make_run_on_a_fresh_machine_and_the_next_day(
+def test_make_run_works_on_a_fresh_machine_and_loads_the_next_day(
     clone: Path, environment: dict[str, str], prefect_server: str, stopped_afterwards: None
 ) -> None:
     if answers("http://127.0.0.1:4200/api/health"):
@@ -124,7 +125,7 @@ def test_make_run_on_a_fresh_machine_and_the_next_day(
     output = _run(_command("make run"), clone, environment)
     assert "Creating the environment" not in output
     assert "Completed to 2013-01-02: " in output
-    environment = environment | {"PREFECT_API_URL": prefect_server}  # a server for each run was seen twice
+    environment = environment | {"PREFECT_API_URL": prefect_server}  # two runs have tested the temporary server
     output = _run(_command("make run DAY"), clone, environment)
     assert "Completed to 2013-02-08: 5,798 rows loaded, 12 models built, 26/26 tests passed" in output
     days = _run("make psql <<< 'select day from raw.loads order by 1'", clone, environment)
@@ -136,14 +137,14 @@ def test_make_run_on_a_fresh_machine_and_the_next_day(
     assert "weather_delay_effect" not in output
 
 
-def test_quickstart_commands_are_those_that_are_executed_here() -> None:
-    """In `.venv/bin`, which `make` fills; the servers are started and stopped here in another way."""
+def test_quickstart_has_only_commands_that_are_tested() -> None:
+    """The quickstart calls them in `.venv/bin`. These tests start and stop servers in another way."""
     others = {"make server", "make stop"}
     for command in _commands(QUICKSTART):
         assert command.removeprefix(".venv/bin/").removesuffix(" --watch") in {*COMMANDS, *others}
 
 
-def test_a_mistake_at_the_command_line_is_one_sentence(
+def test_wrong_day_is_an_error_of_one_sentence(
     clone: Path, environment: dict[str, str], prefect_server: str, stopped_afterwards: None
 ) -> None:
     output = _run("make run DAY=tomorrow", clone, environment | {"PREFECT_API_URL": prefect_server}, status=2)
@@ -152,12 +153,12 @@ def test_a_mistake_at_the_command_line_is_one_sentence(
     assert "Traceback" not in output
 
 
-def test_without_a_python_that_dbt_supports_the_cure_is_said(clone: Path, environment: dict[str, str]) -> None:
+def test_error_without_a_supported_python_names_the_cure(clone: Path, environment: dict[str, str]) -> None:
     output = _run("make --always-make .venv/ready PYTHON=", clone, environment, status=2)
     assert "No Python 3.11, 3.12 or 3.13 was found. Install one, or name it: make PYTHON=" in output
 
 
-def test_make_lists_its_targets(clone: Path, environment: dict[str, str]) -> None:
+def test_make_lists_all_targets(clone: Path, environment: dict[str, str]) -> None:
     output = _run("make", clone, environment)
     listed = re.findall(r"^  ([a-z-]+) +\S", output, flags=re.M)
     targets = set(re.findall(r"^([a-z-]+):(?!=)", (ROOT / "Makefile").read_text(), flags=re.M))
@@ -165,13 +166,13 @@ def test_make_lists_its_targets(clone: Path, environment: dict[str, str]) -> Non
     assert "\x1b" not in output, "colours where there is no terminal"
 
 
-def test_pip_server_flow_deploy_and_worker(
+def test_readme_commands_for_server_deployment_and_worker_work(
     clone: Path, environment: dict[str, str], tmp_path: Path, stopped_afterwards: None
 ) -> None:
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
     environment = environment | {"PATH": f"{tmp_path / 'venv' / 'bin'}{os.pathsep}{environment['PATH']}"}
     port = 4200
-    if answers("http://127.0.0.1:4200/api/health"):  # a person's own server is left alone
+    if answers("http://127.0.0.1:4200/api/health"):  # leave the person's own server alone
         port = free_port()
         environment |= {
             "PREFECT_SERVER_API_PORT": str(port),

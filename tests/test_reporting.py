@@ -1,4 +1,4 @@
-"""What tests cost is measured, and a folder that is over its budget fails the run."""
+"""The cost of tests is measured, and a folder over its budget fails the run."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ BUDGET = {"loop": 0.1, "processor_seconds": {"tests": 100, "tests/e2e": 10}}
     ],
     ids=["within", "folder", "innermost folder", "slower machine", "same machine", "no limit"],
 )
-def test_folder_over_its_budget_is_named_with_its_most_expensive_file(
+def test_folder_over_budget_is_reported_with_its_most_expensive_file(
     spent: dict[str, float], loop: float, culprit: str | None
 ) -> None:
     lines = over_budget(spent, loop, BUDGET)
@@ -40,7 +40,7 @@ def test_folder_over_its_budget_is_named_with_its_most_expensive_file(
 
 
 def test_meter_counts_children_and_daemons(tmp_path: Path) -> None:
-    """A daemon has left the process tree, as an embedded Postgres has."""
+    """A daemon leaves the process tree, as an embedded Postgres does."""
     meter = Meter()
     before = meter.seconds()
     subprocess.run([sys.executable, "-c", BURN.format(seconds=1)], check=True)
@@ -60,8 +60,8 @@ def test_meter_counts_children_and_daemons(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("of_node", [True, False])
-def test_meter_leaves_out_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_node: bool) -> None:
-    """The test process that starts the node is the parent of its programs, and serves other files' tests."""
+def test_meter_ignores_processes_of_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_node: bool) -> None:
+    """The test process that starts the node is the parent of the node's processes, which serve all tests."""
     meter = Meter()
     code = f"import pathlib\n{BURN.format(seconds=1)}pathlib.Path('done').touch()\ntime.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path) as program:

@@ -1,4 +1,4 @@
-"""What the repository says of itself is true: versions agree, pages name what exists."""
+"""The repository is consistent: versions agree, links work, pages match the code."""
 
 import os
 import re
@@ -27,17 +27,17 @@ def _tracked() -> list[Path]:
     return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
 
 
-def test_the_lock_file_is_current() -> None:
+def test_lock_file_is_current() -> None:
     uv = shutil.which("uv") or str(ROOT / ".uv/bin/uv")
     subprocess.run([uv, "lock", "--check"], cwd=ROOT, check=True, capture_output=True)
 
 
-def test_prefect_is_one_version_everywhere() -> None:
+def test_prefect_yaml_has_the_locked_version() -> None:
     deploy = yaml.safe_load((ROOT / "prefect.yaml").read_text())
     assert deploy["prefect-version"] == LOCK["prefect"]["version"]
 
 
-def test_the_image_has_the_projects_entry_points() -> None:
+def test_image_has_the_entry_points_of_the_project() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     dockerfile = (ROOT / "docker/Dockerfile").read_text()
     for group, entries in project["entry-points"].items():
@@ -49,13 +49,13 @@ def test_the_image_has_the_projects_entry_points() -> None:
         assert f'-m {value.split(".")[0]} "$@"\\n\' >/usr/local/bin/{name}' in dockerfile
 
 
-def test_the_bounds_that_matter_are_kept_by_the_lock() -> None:
+def test_locked_versions_are_the_tested_minors() -> None:
     assert LOCK["prefect"]["version"].startswith("3.9.")
     assert LOCK["dbt-core"]["version"].startswith("1.12.")
 
 
 def _anchors(page: Path) -> set[str]:
-    """The anchors that GitHub gives a page's headings: a repeated heading's has a number."""
+    """Return the anchors that GitHub gives the headings of a page. A repeated heading gets a number."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
     seen: Counter[str] = Counter()
     anchors = set()
@@ -68,7 +68,7 @@ def _anchors(page: Path) -> set[str]:
 
 
 def _broken_links(page: Path) -> list[str]:
-    """Links of a page to a file that is not there, or to an anchor that is no heading of the linked page."""
+    """Return the links of a page to missing files or headings."""
     broken = []
     for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         name, _, anchor = link.partition("#")
@@ -79,7 +79,7 @@ def _broken_links(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_to_a_file_and_a_heading(page: Path) -> None:
+def test_links_lead_to_existing_files_and_headings(page: Path) -> None:
     assert _broken_links(page) == []
 
 
@@ -92,7 +92,7 @@ def test_broken_links_are_found(tmp_path: Path) -> None:
     assert _broken_links(page) == wrong
 
 
-def test_the_readme_shows_code_that_is_there() -> None:
+def test_readme_shows_code_that_exists() -> None:
     readme = (ROOT / "README.md").read_text()
     table = readme.split("## What the flow shows")[1].split("\n\n")[1]
     source = (ROOT / "flows/example_flow.py").read_text() + (ROOT / "flows/backfill.py").read_text()
@@ -104,7 +104,7 @@ def test_the_readme_shows_code_that_is_there() -> None:
             assert part in folded, f"the README shows {code!r}"
 
 
-def test_settings_are_the_same_on_every_page() -> None:
+def test_pages_and_env_example_have_every_setting() -> None:
     from orchestration import settings
 
     table = [line for line in (settings.__doc__ or "").splitlines() if line.startswith("| `")]
@@ -116,21 +116,21 @@ def test_settings_are_the_same_on_every_page() -> None:
         assert f"# {row.split('`')[1]}=" in example
 
 
-def test_continuous_integration_calls_what_people_call() -> None:
+def test_ci_calls_make_test() -> None:
     assert (ROOT / ".ci/run").read_text().splitlines()[-1] == "make test"
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
     job = workflow["jobs"]["test"]
     last = job["steps"][-1]
-    # As root and with the runner's programs; by name, as a runner has Docker, on which these tests have no images.
+    # As root and with the runner's programs. CLUSTER is set, as a runner has Docker: tests have no images for kind.
     command = re.fullmatch(r'sudo -E env "PATH=\$PATH" "LD_LIBRARY_PATH=.*" CLUSTER=(\w+) bash \.ci/run', last["run"])
     assert command
     assert choice.CONTEXTS[command[1]] == node_layout.CONTEXT
-    assert last["env"] == {"PYTHON": "python${{ matrix.python }}"}, "else each job has the distribution's Python"
+    assert last["env"] == {"PYTHON": "python${{ matrix.python }}"}, "without it each job has the distribution's Python"
     assert {"3.11", "3.13"} <= set(job["strategy"]["matrix"]["python"])
 
 
 @pytest.mark.parametrize("python", ["", "a-python-of-your-own"])
-def test_continuous_integration_takes_the_python_that_is_named(tmp_path: Path, python: str) -> None:
+def test_ci_uses_the_named_python(tmp_path: Path, python: str) -> None:
     make = tmp_path / "make"
     make.write_text('#!/bin/sh\necho "$* by ${PYTHON:-any}"\n')
     make.chmod(0o755)
@@ -139,11 +139,11 @@ def test_continuous_integration_takes_the_python_that_is_named(tmp_path: Path, p
         ["bash", ROOT / ".ci/run"],
         env=os.environ | {"PATH": path, "PYTHON": python}, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    said = done.stdout.strip()
-    assert said == f"test by {python}" if python else said in ("test by /usr/bin/python3", "test by any")
+    output = done.stdout.strip()
+    assert output == f"test by {python}" if python else output in ("test by /usr/bin/python3", "test by any")
 
 
-def test_dependencies_point_one_way() -> None:
+def test_orchestration_does_not_import_flows() -> None:
     for path in (ROOT / "orchestration").rglob("*.py"):
         assert not re.search(r"^\s*(from|import) flows", path.read_text(), flags=re.M), path
 
@@ -181,7 +181,7 @@ def test_image_does_not_import_the_operations_that_it_lacks() -> None:
 
 
 @pytest.mark.parametrize("module", ["flows/landing.py", "flows/raw.py", "flows/report.py"])
-def test_what_tasks_do_knows_no_prefect(module: str) -> None:
+def test_code_of_tasks_imports_no_prefect(module: str) -> None:
     assert not re.search(r"^\s*(from|import) prefect", (ROOT / module).read_text(), flags=re.M)
 
 
@@ -189,5 +189,5 @@ def test_ordered_test_files_exist() -> None:
     assert [file for file in FIRST if not (ROOT / file).is_file()] == []
 
 
-def test_no_module_is_a_drawer() -> None:
+def test_no_module_is_called_utils_or_helpers() -> None:
     assert not [path for path in _tracked() if path.stem in ("utils", "helpers", "common", "misc")]

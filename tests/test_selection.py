@@ -1,4 +1,4 @@
-"""The inner loop's tests are those that a change can affect: on a small repository, and all of this one's files."""
+"""The selection finds the tests that a change can affect, in a small repository and in this one."""
 
 import subprocess
 from fnmatch import fnmatch
@@ -27,12 +27,12 @@ FILES = {
     "tests/helm/test_prefect_work_pool.py": "def test_it(): pass\n",
     "uv.lock": "",
 }
-"""Few files, and each way in which a test depends on one."""
+"""A small repository with each way in which a test can depend on a file."""
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Checkout:
-    """A repository with those files on `main`, with another branch checked out."""
+    """Return a repository with `FILES` on `main`, and another branch checked out."""
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -80,7 +80,7 @@ def test_changed_file_selects_the_tests_that_depend_on_it(
 
 
 @pytest.mark.parametrize("committed", [True, False])
-def test_changes_since_main_count_and_those_of_main_do_not(checkout: Checkout, committed: bool) -> None:
+def test_changes_of_the_branch_count_and_those_of_main_do_not(checkout: Checkout, committed: bool) -> None:
     _git(checkout.root, "checkout", "-q", "main")
     (checkout.root / "orchestration/deep.py").write_text("VALUE = 2\n")
     _commit(checkout.root)
@@ -93,7 +93,7 @@ def test_changes_since_main_count_and_those_of_main_do_not(checkout: Checkout, c
     assert checkout.affected({"orchestration/fixed.py"}) == ["tests/flows/test_fixed.py"], "a deleted file counts"
 
 
-def test_untracked_test_is_selected_and_an_ignored_file_is_not(checkout: Checkout) -> None:
+def test_untracked_test_is_selected_and_ignored_file_is_not(checkout: Checkout) -> None:
     (checkout.root / ".gitignore").write_text("*.log\n")
     (checkout.root / "tests/test_new.py").write_text("")
     (checkout.root / "tests/test_new.log").write_text("")
@@ -110,7 +110,7 @@ def test_unknown_base_is_an_error_with_the_cure(checkout: Checkout, capsys: pyte
 
 
 UNNAMED: dict[str, str] = {}
-"""The modules that no test imports or names, and what runs them instead."""
+"""Modules that no test imports or names, and what runs them instead."""
 
 
 def test_every_file_is_reached_by_a_test_or_listed_with_its_reason() -> None:
@@ -129,7 +129,7 @@ def test_every_file_is_reached_by_a_test_or_listed_with_its_reason() -> None:
 
 
 @pytest.mark.parametrize("pattern", READERS)
-def test_readers_name_what_there_is(pattern: str) -> None:
+def test_readers_name_existing_files_and_tests(pattern: str) -> None:
     checkout = Checkout()
     assert any(fnmatch(name, pattern) for name in checkout.files)
     for each in READERS[pattern].split():
