@@ -1,1 +1,1 @@
-"""Tests of the local cluster."""
+"""Tests of the local cluster's tools that need no cluster."""
