@@ -3,7 +3,7 @@
 Nothing is imported before it is called: each of these imports takes a second.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -146,3 +146,27 @@ def temporary_server_variables() -> dict[str, str]:
     Until: a command starts Prefect's temporary server on a socket
     """
     return {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+
+
+def wrap_server_api(wrap: Callable[[Any], Any]) -> None:
+    """Have `prefect server start` serve its API through a wrapper: `wrap` gets the API's ASGI application.
+
+    Replaces: `prefect.server.api.server.create_app`
+    Why: the server has one credential, and no permissions by route
+    Until: the server has roles, or takes middleware from a setting
+    """
+    _check_version()
+    from prefect.server.api import server
+    from starlette.routing import Mount
+
+    create_app = server.create_app
+
+    def create_wrapped_app(*args: Any, **options: Any) -> Any:
+        app = create_app(*args, **options)
+        [api] = [route for route in app.routes if isinstance(route, Mount) and route.name == "api"]
+        if not getattr(api, "is_wrapped", False):
+            api.app = wrap(api.app)
+            api.is_wrapped = True  # type: ignore[attr-defined]
+        return app
+
+    server.create_app = create_wrapped_app

@@ -1,0 +1,60 @@
+"""Start the Prefect server with access control: `python -m orchestration.access server start --no-services`.
+
+The arguments are those of `prefect`. `API_CREDENTIALS` names the folder with the credentials of the roles.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from orchestration.access.control import AccessControl, audit_log
+from orchestration.access.credentials import Credentials
+from orchestration.errors import PipelineError, SettingsError
+from orchestration.prefect_compat.server_internals import wrap_server_api
+
+CREDENTIALS_VARIABLE = "API_CREDENTIALS"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command `prefect` with access control; return the exit status."""
+    from prefect.settings import get_current_settings
+
+    try:
+        if any(argument.startswith("--workers") for argument in arguments):
+            raise SettingsError("Access control covers one server process: use api.replicas instead of --workers")
+        folder = os.environ.get(CREDENTIALS_VARIABLE)
+        if not folder:
+            raise SettingsError(f"No credentials: set {CREDENTIALS_VARIABLE} to the folder with a file for each role")
+        server = get_current_settings().server.api.auth_string
+        if not server:
+            raise SettingsError("The server has no credential: set PREFECT_SERVER_API_AUTH_STRING to USER:PASSWORD")
+        secret = server.get_secret_value()
+        credentials = Credentials(folder, secret)
+    except PipelineError as error:
+        print(f"{error}.", file=sys.stderr)
+        return 1
+    _write_audit_log_to_stdout()
+
+    def wrap(api: Any) -> AccessControl:
+        return AccessControl(api, credentials, secret)
+
+    wrap_server_api(wrap)
+    from prefect.cli import app
+
+    sys.argv = ["prefect", *arguments]
+    app()
+    return 0
+
+
+def _write_audit_log_to_stdout() -> None:
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    audit_log.addHandler(handler)
+    audit_log.setLevel(logging.INFO)
+    audit_log.propagate = False
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

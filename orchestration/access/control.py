@@ -1,0 +1,340 @@
+"""Access control of the Prefect API, inside the server's process.
+
+A proxy in front of the server cannot do this part: Prefect's websockets send their credential in the first message, and
+whether a run may write an object depends on the object. `AccessControl` wraps the API's ASGI application, so that no
+request passes it by, and Prefect's own authentication stays on behind it.
+"""
+
+import base64
+import binascii
+import json
+import logging
+from collections.abc import Awaitable, Callable, MutableMapping
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+import httpx
+
+from orchestration.access.credentials import Credentials, Identity
+from orchestration.access.routes import PERMISSIONS, WEBSOCKET, WRITES, Route, RouteTable
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+KNOWN_RUNS = 10_000
+"""How many subflow runs with their root run are remembered."""
+
+MAX_SUBFLOW_DEPTH = 20
+MAX_CHECKED_BODY_BYTES = 32 * 1024 * 1024
+
+audit_log = logging.getLogger("orchestration.access.audit")
+logger = logging.getLogger(__name__)
+
+
+class DeniedError(Exception):
+    """The caller may not do this. The text says why."""
+
+
+class AccessControl:
+    """Denies what the caller's role does not permit, and writes the audit log.
+
+    Args:
+        application: Prefect's API, without the base path.
+        credentials: who may call.
+        server: the server's own credential `USER:PASSWORD`, which Prefect's authentication checks.
+    """
+
+    def __init__(self, application: Application, credentials: Credentials, server: str) -> None:
+        self._application = application
+        self._credentials = credentials
+        self._server = server
+        self._authorization = b"Basic " + base64.b64encode(server.encode())
+        self._table = RouteTable()
+        self._owners: dict[UUID, UUID] = {}
+        self._problem = ""
+        self._api = httpx.AsyncClient(
+            transport=httpx.ASGITransport(app=application),
+            base_url="http://api",
+            headers={"Authorization": self._authorization.decode()},
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a permitted request on, and answer any other."""
+        if scope["type"] == "http":
+            await self._handle_request(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await self._handle_websocket(scope, receive, send)
+        else:
+            await self._application(scope, receive, send)
+
+    def _identify(self, credential: str | None) -> Identity | None:
+        identity = self._credentials.identify(credential) if credential else None
+        if self._credentials.problem != self._problem:
+            self._problem = self._credentials.problem
+            if self._problem:
+                logger.error("The changed credentials are not in force: %s.", self._problem)
+        return identity
+
+    def _authorize(self, identity: Identity, method: str, path: str) -> list[tuple[Route, dict[str, str]]]:
+        """Return the routes of a permitted request.
+
+        Raises:
+            DeniedError: the role has no permission for the route.
+        """
+        found = self._table.find(method, path)
+        permitted = PERMISSIONS[identity.role]
+        if not found or not all(route.access in permitted for route, _ in found):
+            raise DeniedError(f"The role {identity.role} has no permission for {method} {path}")
+        return found
+
+    async def _handle_request(self, scope: Scope, receive: Receive, send: Send) -> None:
+        method, path = scope["method"], _path(scope)
+        if any(route.access == "open" for route, _ in self._table.find(method, path)):
+            await self._application(scope, receive, send)
+            return
+        identity = self._identify(_basic_credential(scope))
+        if identity is None:
+            self._audit(scope, method, path, None, 401)
+            # The text is Prefect's own.
+            await _answer(send, 401, {"exception_message": "Unauthorized"})
+            return
+        try:
+            routes = self._authorize(identity, method, path)
+            if identity.run_id:
+                receive = await self._check_ownership(identity.run_id, routes, receive)
+        except DeniedError as error:
+            self._audit(scope, method, path, identity, 403)
+            await _answer(send, 403, {"exception_message": str(error), "detail": str(error)})
+            return
+        if not any(route.access in WRITES for route, _ in routes):
+            await self._application(self._as_server(scope), receive, send)
+            return
+        status = 500
+
+        async def note_status(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._application(self._as_server(scope), receive, note_status)
+        finally:
+            self._audit(scope, method, path, identity, status)
+
+    def _as_server(self, scope: Scope) -> Scope:
+        headers = [(name, value) for name, value in scope["headers"] if name != b"authorization"]
+        return {**scope, "headers": [*headers, (b"authorization", self._authorization)]}
+
+    async def _handle_websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Replace the credential in the first message by the server's, or by none if the caller has no permission.
+
+        Prefect closes a websocket without a valid credential.
+        """
+        path = _path(scope)
+        is_authenticated = False
+
+        async def receive_checked() -> Message:
+            nonlocal is_authenticated
+            message = await receive()
+            if is_authenticated or message["type"] != "websocket.receive":
+                return message
+            is_authenticated = True
+            identity = self._identify(_websocket_credential(message))
+            token = ""
+            status = 401
+            if identity:
+                try:
+                    self._authorize(identity, WEBSOCKET, path)
+                    token, status = self._server, 101
+                except DeniedError:
+                    status = 403
+            if status != 101 or any(route.access in WRITES for route, _ in self._table.find(WEBSOCKET, path)):
+                self._audit(scope, WEBSOCKET, path, identity, status)
+            return {"type": "websocket.receive", "text": json.dumps({"type": "auth", "token": token})}
+
+        await self._application(scope, receive_checked, send)
+
+    # Ownership
+
+    async def _check_ownership(
+        self, run_id: UUID, routes: list[tuple[Route, dict[str, str]]], receive: Receive
+    ) -> Receive:
+        """Check that a run writes its own objects only; return how to receive the request's body.
+
+        Raises:
+            DeniedError: an object is another run's.
+        """
+        for route, parameters in routes:
+            if route.access != "report-runs":
+                continue
+            kind = route.path.split("/")[1]
+            if kind == "flow_runs":
+                await self._require_own(run_id, parameters["id"])
+            elif "id" in parameters:
+                await self._require_own(run_id, await self._read_run_of(kind, parameters["id"]))
+            else:
+                body = await _read_body(receive)
+                for written in _runs_in(body):
+                    await self._require_own(run_id, written)
+                receive = _replay(body, receive)
+        return receive
+
+    async def _require_own(self, run_id: UUID, written: str | None) -> None:
+        """Raise DeniedError unless the object belongs to the run, to one of its subflow runs, or to no run."""
+        if written is None:
+            return
+        try:
+            target = UUID(written)
+        except ValueError:
+            raise DeniedError("The flow run's id is no UUID") from None
+        if target != run_id and await self._find_root(target) != run_id:
+            raise DeniedError(f"Flow run {run_id} may not write to flow run {target}")
+
+    async def _find_root(self, run_id: UUID) -> UUID:
+        """Return the run in whose process a subflow run is executed; the run itself if it is no subflow run."""
+        current = run_id
+        for _ in range(MAX_SUBFLOW_DEPTH):
+            if current in self._owners:
+                current = self._owners[current]
+                break
+            run = await self._read(f"/flow_runs/{current}")
+            # A run of a deployment is executed in a process of its own, whoever created the run.
+            if not run or run.get("deployment_id") or not run.get("parent_task_run_id"):
+                break
+            parent = await self._read(f"/task_runs/{run['parent_task_run_id']}")
+            if not parent or not parent.get("flow_run_id"):
+                break
+            current = UUID(parent["flow_run_id"])
+        if current != run_id:
+            if len(self._owners) >= KNOWN_RUNS:
+                self._owners.pop(next(iter(self._owners)))
+            self._owners[run_id] = current
+        return current
+
+    async def _read_run_of(self, kind: str, id_: str) -> str | None:
+        """Return the flow run of a task run or an artifact; None if the object has none.
+
+        Raises:
+            DeniedError: the object does not exist.
+        """
+        found = await self._read(f"/{kind}/{id_}")
+        if found is None:
+            raise DeniedError(f"{kind} {id_} does not exist")
+        run_id: str | None = found.get("flow_run_id")
+        return run_id
+
+    async def _read(self, path: str) -> dict[str, Any] | None:
+        answer = await self._api.get(path)
+        if answer.status_code != 200:
+            return None
+        found: dict[str, Any] = answer.json()
+        return found
+
+    def _audit(self, scope: Scope, method: str, path: str, identity: Identity | None, status: int) -> None:
+        """Write one JSON line: who, what, when, from where, outcome."""
+        client = scope.get("client") or ("", 0)
+        forwarded = next((value for name, value in scope["headers"] if name == b"x-forwarded-for"), b"")
+        line = {
+            "audit": "prefect-api",
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "user": identity.user if identity else None,
+            "role": identity.role.value if identity else None,
+            "method": method,
+            "path": path,
+            "client": client[0],
+            "forwarded_for": forwarded.decode("latin-1") or None,
+            "status": status,
+        }
+        audit_log.info("%s", json.dumps(line))
+
+
+def _path(scope: Scope) -> str:
+    """Return the path below the API's base path, as Prefect's router sees it."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", "")) or "/"
+
+
+def _basic_credential(scope: Scope) -> str | None:
+    """Return USER:PASSWORD of the request; None unless exactly one valid header has them."""
+    headers = [value for name, value in scope["headers"] if name == b"authorization"]
+    if len(headers) != 1:
+        return None
+    scheme, _, encoded = headers[0].partition(b" ")
+    if scheme.lower() != b"basic":
+        return None
+    try:
+        return base64.b64decode(encoded, validate=True).decode()
+    except (binascii.Error, UnicodeDecodeError):
+        return None
+
+
+def _websocket_credential(message: Message) -> str | None:
+    try:
+        content = json.loads(message.get("text") or message.get("bytes") or "")
+    except ValueError:
+        return None
+    if not isinstance(content, dict) or content.get("type") != "auth":
+        return None
+    token = content.get("token")
+    return token if isinstance(token, str) else None
+
+
+async def _read_body(receive: Receive) -> bytes:
+    """Read a request's whole body.
+
+    Raises:
+        DeniedError: the body is too large to be checked, or the caller is gone.
+    """
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            raise DeniedError("The caller closed the connection")
+        body += message.get("body", b"")
+        if len(body) > MAX_CHECKED_BODY_BYTES:
+            raise DeniedError(f"The request has more than {MAX_CHECKED_BODY_BYTES} bytes")
+        if not message.get("more_body"):
+            return bytes(body)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    is_sent = False
+
+    async def replay() -> Message:
+        nonlocal is_sent
+        if is_sent:
+            return await receive()
+        is_sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+def _runs_in(body: bytes) -> list[str | None]:
+    """Return the `flow_run_id` of each object in a request's body.
+
+    Raises:
+        DeniedError: the body is not JSON objects, or an id is no text.
+    """
+    try:
+        # Python's parser, as in FastAPI: of a key that occurs twice both take the last value.
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        raise DeniedError("The request's body is not JSON") from None
+    objects = content if isinstance(content, list) else [content]
+    runs = [item.get("flow_run_id") if isinstance(item, dict) else 0 for item in objects]
+    if not all(run is None or isinstance(run, str) for run in runs):
+        raise DeniedError("The request's body has no valid flow_run_id")
+    return runs  # type: ignore[return-value]
+
+
+async def _answer(send: Send, status: int, content: dict[str, str]) -> None:
+    body = json.dumps(content).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,154 @@
+"""Credentials of the Prefect API, by role.
+
+A folder holds one file for each role, as a mounted Secret does. A line of `operator`, `viewer`, `worker`, `reconciler`
+or `sync` is a credential `USER:PASSWORD`. Several lines allow a rotation without downtime, and a login for each person.
+A line of `run-key` is a key from which the worker derives a credential for each flow run. The first key signs, all keys
+verify.
+"""
+
+import base64
+import hashlib
+import hmac
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import UUID
+
+from orchestration.access.routes import Role
+from orchestration.errors import SettingsError
+
+RUN_KEY_FILE = "run-key"
+RUN_USER_PREFIX = "run-"
+MINIMUM_KEY_LENGTH = 32
+"""Characters of a run key."""
+
+RELOAD_SECONDS = 1.0
+"""Least time between two looks at the folder. The kubelet updates a mounted Secret within about a minute."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who calls the API.
+
+    Args:
+        user: the name in the audit log.
+        role: what the credential permits.
+        run_id: the flow run of a run's credential.
+    """
+
+    user: str
+    role: Role
+    run_id: UUID | None = None
+
+
+def sign_run(key: str, run_id: UUID) -> str:
+    """Return the credential `USER:PASSWORD` of a flow run, valid for this run alone."""
+    signature = hmac.digest(key.encode(), f"prefect api credential of flow run {run_id}".encode(), hashlib.sha256)
+    return f"{RUN_USER_PREFIX}{run_id}:{base64.urlsafe_b64encode(signature).decode().rstrip('=')}"
+
+
+def read_run_key(folder: str | os.PathLike[str]) -> str:
+    """Return the key that signs the credentials of runs.
+
+    Raises:
+        SettingsError: the folder has no valid key.
+    """
+    keys = _read_folder(Path(folder)).keys
+    if not keys:
+        raise SettingsError(f"{Path(folder) / RUN_KEY_FILE} has no key. Mount the Secret with the API's credentials")
+    return keys[0]
+
+
+@dataclass(frozen=True)
+class _Content:
+    identities: Mapping[bytes, Identity]
+    keys: tuple[str, ...]
+
+
+def _digest(credential: str) -> bytes:
+    # Credentials are found by their hash, so that the time of a lookup tells nothing about them.
+    return hashlib.sha256(credential.encode()).digest()
+
+
+def _read_folder(folder: Path) -> _Content:
+    """Read all files of the folder.
+
+    Raises:
+        SettingsError: the folder cannot be read, or a file has an unknown name or an invalid line.
+    """
+    identities: dict[bytes, Identity] = {}
+    keys: tuple[str, ...] = ()
+    roles = {role.value: role for role in Role if role is not Role.RUN}
+    try:
+        # The kubelet keeps its own entries in the folder, whose names start with two dots.
+        for file in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
+            lines = [(number, line) for number, line in enumerate(file.read_text().splitlines(), 1) if line.strip()]
+            if file.name == RUN_KEY_FILE:
+                for number, line in lines:
+                    if len(line) < MINIMUM_KEY_LENGTH:
+                        raise SettingsError(
+                            f"{file}:{number}: the key is too short. Use {MINIMUM_KEY_LENGTH} random characters or more"
+                        )
+                keys = tuple(line for _, line in lines)
+            elif role := roles.get(file.name):
+                for number, line in lines:
+                    user, _, password = line.partition(":")
+                    if not user or not password or user.startswith(RUN_USER_PREFIX):
+                        raise SettingsError(
+                            f"{file}:{number}: not USER:PASSWORD with a user that does not start with {RUN_USER_PREFIX}"
+                        )
+                    identities.setdefault(_digest(line), Identity(user, role))
+            else:
+                allowed = ", ".join([*roles, RUN_KEY_FILE])
+                raise SettingsError(f"{file}: no role has this name. Name the file after one of: {allowed}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"The credentials in {folder} cannot be read: {error}") from None
+    return _Content(identities, keys)
+
+
+class Credentials:
+    """Identifies callers by the credentials in a folder, and notices when the folder's content changes.
+
+    Args:
+        folder: the mounted Secret.
+        server: the server's own credential, which is an operator's.
+
+    Raises:
+        SettingsError: the folder's content is invalid. Later invalid content leaves the last valid one in force.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], server: str) -> None:
+        self._folder = Path(folder)
+        self._server = {_digest(server): Identity(server.partition(":")[0], Role.OPERATOR)}
+        self._content = _read_folder(self._folder)
+        self._loaded = time.monotonic()
+        self.problem = ""
+        """Why the newest content of the folder is not in force."""
+
+    def identify(self, credential: str) -> Identity | None:
+        """Return the caller of this credential; None if the credential is invalid."""
+        self._reload()
+        digest = _digest(credential)
+        if found := self._server.get(digest) or self._content.identities.get(digest):
+            return found
+        user, _, _ = credential.partition(":")
+        try:
+            run_id = UUID(user.removeprefix(RUN_USER_PREFIX))
+        except ValueError:
+            return None
+        for key in self._content.keys:
+            if hmac.compare_digest(sign_run(key, run_id).encode(), credential.encode()):
+                return Identity(user, Role.RUN, run_id)
+        return None
+
+    def _reload(self) -> None:
+        if time.monotonic() - self._loaded < RELOAD_SECONDS:
+            return
+        self._loaded = time.monotonic()
+        try:
+            self._content = _read_folder(self._folder)
+            self.problem = ""
+        except SettingsError as error:
+            self.problem = str(error)

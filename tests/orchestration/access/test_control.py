@@ -1,0 +1,238 @@
+"""A real server permits each role what it needs, and nothing more."""
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+import websockets
+
+from orchestration.access.routes import WEBSOCKET, Role, read_routes
+from tests.orchestration.access.conftest import PASSWORDS, SERVER, GuardedServer
+from tests.parts import wait_until
+
+NOBODY_ID = "00000000-0000-4000-8000-000000000000"
+
+
+@pytest.fixture(scope="module")
+def operator(guarded: GuardedServer) -> Iterator[httpx.Client]:
+    with guarded.client(PASSWORDS["operator"]) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def flow(operator: httpx.Client) -> str:
+    return str(operator.post("/flows/", json={"name": "guarded"}).raise_for_status().json()["id"])
+
+
+def _create(client: httpx.Client, path: str, **fields: Any) -> str:
+    return str(client.post(path, json=fields).raise_for_status().json()["id"])
+
+
+@pytest.fixture
+def run(operator: httpx.Client, flow: str) -> str:
+    return _create(operator, "/flow_runs/", flow_id=flow)
+
+
+@pytest.fixture
+def other(operator: httpx.Client, flow: str) -> str:
+    """A run of a deployment."""
+    deployment = _create(operator, "/deployments/", name=str(uuid4()), flow_id=flow)
+    return _create(operator, f"/deployments/{deployment}/create_flow_run")
+
+
+RUNNING = {"state": {"type": "RUNNING"}}
+
+
+@pytest.mark.parametrize("credential", [None, "admin:wrong", "viewer:", "worker:password-of-viewer", "run-x:y"])
+def test_unknown_credential_is_refused(guarded: GuardedServer, credential: str | None) -> None:
+    with guarded.client(credential) if credential else httpx.Client(base_url=guarded.url) as client:
+        assert client.post("/flows/count", json={}).status_code == 401
+        assert client.get("/health").status_code == 200
+        assert client.get("/ready").status_code == 200
+
+
+def test_server_credential_is_an_operators(guarded: GuardedServer) -> None:
+    with guarded.client(SERVER) as client:
+        assert client.get("/admin/settings").status_code == 200
+
+
+def test_each_role_is_denied_every_route_without_permission(guarded: GuardedServer, run: str) -> None:
+    from orchestration.access.routes import PERMISSIONS
+
+    credentials = dict(PASSWORDS)
+    for role in Role:
+        client = guarded.run_client(run) if role is Role.RUN else guarded.client(credentials[role])
+        with client:
+            for route in read_routes():
+                if route.method == WEBSOCKET or route.access in PERMISSIONS[role]:
+                    continue
+                path = _fill(route.path)
+                answer = client.request(route.method, path, json={})
+                assert answer.status_code == 403, f"{role} {route.method} {path}: {answer.status_code}"
+                assert answer.json()["detail"] == f"The role {role} has no permission for {route.method} {path}"
+
+
+def _fill(path: str) -> str:
+    return "/".join(NOBODY_ID if part.startswith("{") else part for part in path.split("/"))
+
+
+def test_unknown_route_is_denied_to_everyone(operator: httpx.Client) -> None:
+    assert operator.get("/no/such/route").status_code == 403
+    assert operator.request("TRACE", "/flows/count").status_code == 403
+
+
+def test_two_credentials_in_one_request_are_refused(guarded: GuardedServer, run: str) -> None:
+    with guarded.run_client(run) as client, guarded.client(SERVER) as admin:
+        headers = [
+            ("authorization", client.headers["authorization"]),
+            ("authorization", admin.headers["authorization"]),
+        ]
+        assert httpx.get(f"{guarded.url}/admin/settings", headers=headers).status_code == 401
+
+
+def test_run_reports_itself(guarded: GuardedServer, run: str) -> None:
+    with guarded.run_client(run) as client:
+        assert client.post(f"/flow_runs/{run}/set_state", json=RUNNING).json()["status"] == "ACCEPT"
+        task = _create(client, "/task_runs/", flow_run_id=run, task_key="t", dynamic_key="0")
+        assert client.post(f"/task_runs/{task}/set_state", json=RUNNING).is_success
+        line = {"name": "n", "level": 20, "message": "m", "timestamp": "2026-01-01T00:00:00Z", "flow_run_id": run}
+        assert client.post("/logs/", json=[line]).status_code == 201
+        artifact = _create(client, "/artifacts/", flow_run_id=run, key="k", data=1)
+        assert client.patch(f"/artifacts/{artifact}", json={"data": 2}).status_code == 204
+        assert client.post("/v2/concurrency_limits/increment", json={"names": ["none"], "slots": 1}).is_success
+
+
+def test_run_reports_its_subflow_runs(guarded: GuardedServer, flow: str, run: str) -> None:
+    with guarded.run_client(run) as client:
+        child = run
+        for _ in range(3):
+            task = _create(client, "/task_runs/", flow_run_id=child, task_key="t", dynamic_key="0")
+            child = _create(client, "/flow_runs/", flow_id=flow, parent_task_run_id=task)
+            assert client.post(f"/flow_runs/{child}/set_state", json=RUNNING).json()["status"] == "ACCEPT"
+
+
+def test_run_writes_no_other_run(guarded: GuardedServer, operator: httpx.Client, run: str, other: str) -> None:
+    task = _create(operator, "/task_runs/", flow_run_id=other, task_key="t", dynamic_key="0")
+    artifact = _create(operator, "/artifacts/", flow_run_id=other, key="k", data=1)
+    line = {"name": "n", "level": 20, "message": "m", "timestamp": "2026-01-01T00:00:00Z"}
+    attacks: list[tuple[str, str, Any]] = [
+        ("POST", f"/flow_runs/{other}/set_state", RUNNING),
+        ("PATCH", f"/flow_runs/{other}", {"name": "taken"}),
+        ("PATCH", f"/flow_runs/{other}/labels", {"a": "b"}),
+        ("POST", f"/flow_runs/{other}/resume", {}),
+        ("POST", f"/flow_runs/{other}/input", {"key": "k", "value": "v"}),
+        ("POST", "/task_runs/", {"flow_run_id": other, "task_key": "t", "dynamic_key": "1"}),
+        ("POST", f"/task_runs/{task}/set_state", RUNNING),
+        ("PATCH", f"/task_runs/{task}", {"name": "taken"}),
+        ("POST", "/artifacts/", {"flow_run_id": other, "key": "k", "data": 2}),
+        ("PATCH", f"/artifacts/{artifact}", {"data": 2}),
+        ("POST", "/logs/", [line | {"flow_run_id": run}, line | {"flow_run_id": other}]),
+        ("POST", "/logs/", line | {"flow_run_id": other}),
+    ]
+    with guarded.run_client(run) as client:
+        for method, path, body in attacks:
+            answer = client.request(method, path, json=body)
+            assert (answer.status_code, answer.json()["detail"]) == (
+                403,
+                f"Flow run {run} may not write to flow run {other}",
+            ), f"{method} {path}"
+        for content in ("", "[", "[[]]", '{"flow_run_id": 1}', f'{{"flow_run_id": "{run}", "flow_run_id": "{other}"}}'):
+            assert client.post("/logs/", content=content).status_code == 403, content
+
+    assert operator.get(f"/flow_runs/{other}").json()["state_type"] == "SCHEDULED"
+    assert operator.get(f"/artifacts/{artifact}").json()["data"] == 1
+
+
+def test_run_of_a_deployment_is_not_its_creators(guarded: GuardedServer, operator: httpx.Client, run: str) -> None:
+    flow = operator.get(f"/flow_runs/{run}").json()["flow_id"]
+    deployment = _create(operator, "/deployments/", name=str(uuid4()), flow_id=flow)
+    with guarded.run_client(run) as client:
+        task = _create(client, "/task_runs/", flow_run_id=run, task_key="t", dynamic_key="0")
+        path = f"/deployments/{deployment}/create_flow_run"
+        created = _create(client, path, parent_task_run_id=task)
+        assert client.get(f"/flow_runs/{created}").is_success
+        assert client.post(f"/flow_runs/{created}/set_state", json=RUNNING).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("role", "path", "is_open"),
+    [
+        ("worker", "/events/in", True),
+        ("viewer", "/events/in", False),
+        ("viewer", "/logs/out", True),
+        ("run", "/task_runs/subscriptions/scheduled", False),
+        ("run", "/work_pools/default/workers/connect", False),
+        ("unknown", "/logs/out", False),
+    ],
+)
+def test_websocket_is_opened_by_permission(
+    guarded: GuardedServer, run: str, role: str, path: str, is_open: bool
+) -> None:
+    from orchestration.access.credentials import sign_run
+    from tests.orchestration.access.conftest import KEY
+
+    token = {"run": sign_run(KEY, __import__("uuid").UUID(run)), "unknown": "a:b"}.get(role) or PASSWORDS[role]
+
+    async def connect() -> bool:
+        url = guarded.url.replace("http://", "ws://") + path
+        async with websockets.connect(url, subprotocols=[websockets.Subprotocol("prefect")]) as socket:
+            await socket.send(json.dumps({"type": "auth", "token": token}))
+            try:
+                return bool(json.loads(await socket.recv())["type"] == "auth_success")
+            except websockets.ConnectionClosed as closed:
+                assert closed.rcvd is not None
+                assert closed.rcvd.code == 1008
+                return False
+
+    assert asyncio.run(connect()) == is_open
+
+
+def test_audit_log_has_each_write_and_denial(guarded: GuardedServer, run: str, other: str) -> None:
+    with guarded.run_client(run) as client:
+        client.post(f"/flow_runs/{run}/set_state", json=RUNNING)
+        client.post(f"/flow_runs/{other}/set_state", json=RUNNING)
+        client.post("/flow_runs/filter", json={})
+
+    def lines() -> list[tuple[str, str, int]]:
+        found = [line for line in guarded.audit() if line["user"] == f"run-{run}"]
+        assert all(line["role"] == "run" and line["client"] == "127.0.0.1" and line["time"] for line in found)
+        return [(line["method"], line["path"], line["status"]) for line in found]
+
+    expected = [("POST", f"/flow_runs/{run}/set_state", 201), ("POST", f"/flow_runs/{other}/set_state", 403)]
+    wait_until(lambda: lines() == expected, "two audit lines", 10)
+    assert "password-of" not in guarded.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("environment", "arguments", "message"),
+    [
+        ({}, [], "set API_CREDENTIALS"),
+        ({"API_CREDENTIALS": "/absent"}, [], "cannot be read"),
+        ({"API_CREDENTIALS": "/absent"}, ["--workers=2"], "use api.replicas instead of --workers"),
+        ({"PREFECT_SERVER_API_AUTH_STRING": ""}, [], "The server has no credential"),
+    ],
+)
+def test_server_does_not_start_without_credentials(
+    tmp_path: Path, environment: dict[str, str], arguments: list[str], message: str
+) -> None:
+    base = {"PATH": "/usr/bin:/bin", "PREFECT_HOME": str(tmp_path), "PREFECT_SERVER_API_AUTH_STRING": SERVER}
+    if "PREFECT_SERVER_API_AUTH_STRING" in environment:
+        base["API_CREDENTIALS"] = str(tmp_path)
+    ended = subprocess.run(
+        [sys.executable, "-m", "orchestration.access", "server", "start", *arguments],
+        env=base | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    assert ended.returncode == 1
+    assert message in ended.stderr
+    assert "Traceback" not in ended.stderr
