@@ -1,9 +1,8 @@
 """Credentials of the Prefect API, by role.
 
 A folder holds one file for each role, as a mounted Secret does. A line of `operator`, `viewer`, `worker`, `reconciler`
-or `sync` is a credential `USER:PASSWORD`. Several lines allow a rotation without downtime, and a login for each person.
-A line of `run-key` is a key from which the worker derives a credential for each flow run. The first key signs, all keys
-verify.
+or `sync` is a credential `USER:PASSWORD`; several lines give each person a login. From `run-key` the worker derives a
+credential for each flow run. Files with the suffix `.previous` hold credentials that are being rotated out.
 """
 
 import base64
@@ -20,6 +19,7 @@ from orchestration.access.routes import Role
 from orchestration.errors import SettingsError
 
 RUN_KEY_FILE = "run-key"
+PREVIOUS_SUFFIX = ".previous"
 RUN_USER_PREFIX = "run-"
 MINIMUM_KEY_LENGTH = 32
 """Characters of a run key."""
@@ -79,20 +79,22 @@ def _read_folder(folder: Path) -> _Content:
         SettingsError: the folder cannot be read, or a file has an unknown name or an invalid line.
     """
     identities: dict[bytes, Identity] = {}
-    keys: tuple[str, ...] = ()
+    keys: list[str] = []
     roles = {role.value: role for role in Role if role is not Role.RUN}
     try:
+        # `run-key` sorts before `run-key.previous`: the first key signs.
         # The kubelet keeps its own entries in the folder, whose names start with two dots.
         for file in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
             lines = [(number, line) for number, line in enumerate(file.read_text().splitlines(), 1) if line.strip()]
-            if file.name == RUN_KEY_FILE:
+            name = file.name.removesuffix(PREVIOUS_SUFFIX)
+            if name == RUN_KEY_FILE:
                 for number, line in lines:
                     if len(line) < MINIMUM_KEY_LENGTH:
                         raise SettingsError(
                             f"{file}:{number}: the key is too short. Use {MINIMUM_KEY_LENGTH} random characters or more"
                         )
-                keys = tuple(line for _, line in lines)
-            elif role := roles.get(file.name):
+                keys += [line for _, line in lines]
+            elif role := roles.get(name):
                 for number, line in lines:
                     user, _, password = line.partition(":")
                     if not user or not password or user.startswith(RUN_USER_PREFIX):
@@ -105,7 +107,7 @@ def _read_folder(folder: Path) -> _Content:
                 raise SettingsError(f"{file}: no role has this name. Name the file after one of: {allowed}")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"The credentials in {folder} cannot be read: {error}") from None
-    return _Content(identities, keys)
+    return _Content(identities, tuple(keys))
 
 
 class Credentials:

@@ -20,6 +20,7 @@ Intervals are Prefect's settings: `PREFECT_WORKER_QUERY_SECONDS`, `PREFECT_WORKE
 
 import asyncio
 import contextlib
+import os
 import sys
 import time
 from datetime import UTC, datetime, timedelta
@@ -42,6 +43,7 @@ from prefect.utilities.engine import propose_state
 from prefect_kubernetes.settings import KubernetesSettings
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration, KubernetesWorkerResult
 
+from orchestration.access.credentials import read_run_key, sign_run
 from orchestration.diagnosis_table import JOB_REFUSED
 from orchestration.errors import ClusterError
 from orchestration.prefect_compat.workers import CompatibleWorker, watched_kinds
@@ -63,6 +65,11 @@ from orchestration.worker import job_template
 from orchestration.worker.job_template import RefusedVariableError
 
 WATCHED = ("jobs", "pods")
+
+RUN_CREDENTIALS_VARIABLE = "RUN_CREDENTIALS"
+"""Names the folder with the key from which the worker derives the API credential of each flow run."""
+
+AUTH_VARIABLE = "PREFECT_API_AUTH_STRING"
 
 CONNECT = 5.0
 """Seconds in which the Prefect API must take a connection. What a network drops is sent again 1, 3, 7, 15 and 31 s
@@ -310,6 +317,11 @@ class Worker(CompatibleWorker):
                 if each["name"] == "PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR":
                     each["value"] = "relinquish"
         left_out = _leave_out_secrets(environment)
+        if folder := os.environ.get(RUN_CREDENTIALS_VARIABLE):
+            # A value, not a reference: it is worth nothing beyond this run, and needs no right to create Secrets.
+            environment[:] = [entry for entry in environment if entry["name"] != AUTH_VARIABLE]
+            environment.append({"name": AUTH_VARIABLE, "value": sign_run(read_run_key(folder), flow_run.id)})
+            left_out.discard(AUTH_VARIABLE)
         if left_out - self._warned:
             self._warned |= left_out
             self.logger.warning(
@@ -357,7 +369,7 @@ def _leave_out_secrets(environment: list[dict[str, Any]]) -> set[str]:
     if by_reference.api_key_secret_name or by_reference.create_secret_for_api_key:
         kept.add("PREFECT_API_KEY")
     if by_reference.api_auth_string_secret_name:
-        kept.add("PREFECT_API_AUTH_STRING")
+        kept.add(AUTH_VARIABLE)
     shown = settings.to_environment_variables(exclude_unset=True)
     hidden = settings.to_environment_variables(exclude_unset=True, include_secrets=False)
     secret = {name for name, value in shown.items() if hidden.get(name) != value} | {"PREFECT_CLIENT_CUSTOM_HEADERS"}

@@ -161,7 +161,7 @@ def install_pool(server: Release, namespace: Namespace, values: Object, probe: O
     """Install a work pool whose runs find the probe's flow in /probe, and wait until it is ready."""
     namespace.apply(probe)
     if namespace != server.namespace:
-        copy_credential(server, namespace)
+        copy_credentials(server, namespace)
     name = values.get("pool", {}).get("name", "default")
     pool = Pool("prefect-work-pool", "prefect-work-pool", namespace, work_pool=name)
     pool.deploy(values)
@@ -190,14 +190,14 @@ def server_values(image: str) -> Object:
         component: {"resources": {"requests": dict(SMALL_REQUESTS), "limits": {"memory": "1Gi"}}}
         for component in ("api", "services", "migrations")
     }
-    return {"image": _image(image)} | small | _databases()
+    return {"image": _image(image), "auth": {"roles": {"enabled": True}}} | small | _databases()
 
 
-def copy_credential(server: Release, namespace: Namespace) -> None:
-    """Copy the Secret with the server's USER:PASSWORD into another namespace."""
-    value = {"auth-string": server.secret("prefect-server-auth", "auth-string")}
-    metadata = {"name": "prefect-server-auth"}
-    namespace.apply({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": value})
+def copy_credentials(server: Release, namespace: Namespace) -> None:
+    """Copy the Secrets with the credentials of the API into another namespace."""
+    for name in ("prefect-server-auth", "prefect-server-api-roles"):
+        data = json.loads(server.namespace.kubectl("get", "secret", name, "-o", "json"))["data"]
+        namespace.apply({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "data": data})
 
 
 def connection_values(server: Release, work_pool: str) -> Object:
@@ -214,6 +214,7 @@ def pool_values(image: str) -> Object:
     """Return the minimal values of the work pool's chart for tests; its runs find the probe's flow in /probe."""
     return {
         "image": _image(image),
+        "api": {"auth": {"rolesSecret": "prefect-server-api-roles"}},
         "worker": {
             "heartbeatSeconds": HEARTBEAT_SECONDS,
             "prefetchSeconds": PREFETCH_SECONDS,

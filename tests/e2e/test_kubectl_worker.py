@@ -13,7 +13,7 @@ import yaml
 
 from orchestration.settings import ROOT
 from tests.cluster.namespace import Namespace
-from tests.e2e.release import Object, Pool, Release, copy_credential, merge_values
+from tests.e2e.release import Object, Pool, Release, copy_credentials, merge_values
 from tests.e2e.runs import create_deployment, get_run, start_run, wait_for_log, wait_until_ended
 from tests.parts import wait_until
 
@@ -71,7 +71,7 @@ def away(server: Release, pool: Pool, overlay: Path, probe: Object) -> Iterator[
     made = Namespace(pool.namespace.context, yaml.safe_load((overlay / "kustomization.yaml").read_text())["namespace"])
     try:
         made.kubectl("apply", "-k", str(overlay / "namespace"))
-        copy_credential(server, made)
+        copy_credentials(server, made)
         made.apply(probe)
         made.kubectl("apply", "-k", str(overlay))
         made.kubectl("rollout", "status", WORKER, "--timeout=180s")

@@ -97,8 +97,10 @@ def test_a_run_has_no_token_no_password_and_no_way_to_the_servers_database(
     manifest = json.dumps(find_job(pool, run))
     assert server.secret("prefect-server-auth", "auth-string") not in manifest
     [container] = find_job(pool, run)["spec"]["template"]["spec"]["containers"]
-    reference = {"name": "prefect-server-auth", "key": "auth-string"}
-    assert environment(container)["PREFECT_API_AUTH_STRING"] == {"secretKeyRef": reference}
+    # The run's own credential, which is worth nothing beyond the run.
+    credential = str(environment(container)["PREFECT_API_AUTH_STRING"])
+    assert credential.startswith(f"run-{run}:")
+    assert server.secret("prefect-server-api-roles", "run-key") not in manifest
 
 
 def test_a_schedule_of_each_minute_fires_by_itself_and_runs_as_a_pod(
@@ -346,11 +348,11 @@ def test_what_the_server_refuses_fails_the_release_with_the_reason(
     api.post("/work_pools/", json={"name": "taken", "type": "process"}).raise_for_status()
     wrong: dict[str, Object] = {
         "work pool taken exists and is of type process, not kubernetes": {"pool": {"name": "taken"}},
-        "does not know us (401)": {"api": {"auth": {"existingSecret": "wrong"}}},
+        "does not know us (401)": {"api": {"auth": {"rolesSecret": "wrong"}}},
         "/app/absent.yaml does not exist": {"sync": {"files": ["/app/absent.yaml"]}},
     }
-    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "wrong"}, "stringData": {"auth-string": "a:b"}}
-    pool.namespace.apply(secret)
+    data = {"worker": "a:b", "reconciler": "a:b", "sync": "a:b", "run-key": "k" * 32}
+    pool.namespace.apply({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "wrong"}, "stringData": data})
     for reason, change in wrong.items():
         with pytest.raises(ClusterError) as caught:
             pool.deploy(merge_values(merge_values(values, change), {"sync": {"backoffLimit": 0}}))
@@ -368,10 +370,17 @@ WAREHOUSE = {"name": "WAREHOUSE_URL", "valueFrom": {"secretKeyRef": {"name": "wa
     ("change", "message"),
     [
         (
-            {"api": {"auth": {"existingSecret": "absent"}}},
+            {"api": {"auth": {"existingSecret": "absent", "rolesSecret": ""}}},
             "api.auth.existingSecret names the Secret absent: namespace",
         ),
-        ({"api": {"auth": {"key": "user"}}}, "names the key user: Secret prefect-server-auth"),
+        (
+            {"api": {"auth": {"key": "user", "rolesSecret": ""}}},
+            "names the key user: Secret prefect-server-auth",
+        ),
+        (
+            {"api": {"auth": {"rolesSecret": "prefect-server-auth"}}},
+            "api.auth.rolesSecret names the key worker: Secret prefect-server-auth",
+        ),
         ({"runs": {"env": [WAREHOUSE]}}, "runs.env: WAREHOUSE_URL names the Secret warehouse: namespace"),
     ],
 )

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from orchestration.errors import ClusterError
-from tests.e2e.release import Object, Pool, merge_values
+from tests.e2e.release import Object, Pool, Release, merge_values
 from tests.e2e.runs import create_deployment, start_run, wait_until_ended
 from tests.parts import wait_until
 
@@ -111,3 +111,59 @@ def test_token_of_the_worker_makes_no_other_job(pool: Pool, api: httpx.Client) -
     assert create(job).strip() == "job.batch/stolen"
     for said, change in ATTACKS.items():
         assert said in create(_change_pod(job, change)), said
+
+
+RUN_ATTACKS = """
+import httpx, os, sys
+from orchestration.prefect_api import Access
+
+url, other, deployment, pool = os.environ["PREFECT_API_URL"], *sys.argv[1:]
+api = httpx.Client(base_url=url, auth=Access(url, os.environ["PREFECT_API_AUTH_STRING"]), timeout=30)
+attacks = {
+    "state": ("POST", f"/flow_runs/{other}/set_state", {"state": {"type": "CANCELLED"}, "force": True}),
+    "delete": ("DELETE", f"/flow_runs/{other}", None),
+    "pool": ("PATCH", f"/work_pools/{pool}", {"base_job_template": {}}),
+    "deployment": ("PATCH", f"/deployments/{deployment}", {"paused": True}),
+    "automation": ("POST", "/automations/", {}),
+    "variable": ("POST", "/variables/", {"name": "planted", "value": 1}),
+    "claim": ("POST", f"/work_pools/{pool}/get_scheduled_flow_runs", {}),
+    "settings": ("GET", "/admin/settings", None),
+}
+for name, (method, path, body) in attacks.items():
+    print(name, api.request(method, path, json=body).status_code)
+print("create", api.post(f"/deployments/{deployment}/create_flow_run", json={"state": {"type": "PAUSED"}}).status_code)
+print("own", api.patch(f"/flow_runs/{os.environ['PREFECT__FLOW_RUN_ID']}/labels", json={"a": "b"}).status_code)
+"""
+"""What a flow run tries with its credential, and the status of each answer."""
+
+
+def test_run_writes_itself_alone(pool: Pool, server: Release, api: httpx.Client) -> None:
+    deployment = create_deployment(api, pool)
+    other = start_run(api, deployment, state={"type": "PAUSED"})
+    run = start_run(api, deployment, parameters={"seconds": 300})
+    selector = f"prefect.io/flow-run-id={run}"
+    wait_until(lambda: api.get(f"/flow_runs/{run}").json()["state_type"] == "RUNNING", "the run to begin", 90)
+    [pod] = json.loads(pool.namespace.kubectl("get", "pods", "-l", selector, "-o", "json"))["items"]
+    command = ("exec", pod["metadata"]["name"], "--", "python", "-c", RUN_ATTACKS, other, deployment, pool.work_pool)
+    answers = dict(line.split() for line in pool.namespace.kubectl(*command).splitlines())
+
+    assert answers.pop("create") == "201"
+    assert answers.pop("own") == "204"
+    assert len(answers) == 8
+    assert set(answers.values()) == {"403"}, answers
+    assert api.get(f"/flow_runs/{other}").json()["state_type"] == "PAUSED"
+    log = server.namespace.kubectl("logs", "deployment/prefect-server-api", "--tail=2000")
+    lines = [json.loads(line) for line in log.splitlines() if line.startswith('{"audit"')]
+    denied = [line for line in lines if line["user"] == f"run-{run}" and line["status"] == 403]
+    assert [line["path"] for line in denied] == [
+        f"/flow_runs/{other}/set_state",
+        f"/flow_runs/{other}",
+        f"/work_pools/{pool.work_pool}",
+        f"/deployments/{deployment}",
+        "/automations/",
+        "/variables/",
+        f"/work_pools/{pool.work_pool}/get_scheduled_flow_runs",
+        "/admin/settings",
+    ]
+    api.post(f"/flow_runs/{run}/set_state", json={"state": {"type": "CANCELLING"}}).raise_for_status()
+    assert wait_until_ended(api, run)["state_type"] == "CANCELLED"

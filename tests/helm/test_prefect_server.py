@@ -1,5 +1,6 @@
 """The rendered server chart: default objects, effects of values, refused values."""
 
+import base64
 import copy
 import json
 import re
@@ -203,6 +204,33 @@ def test_disabled_auth_removes_all_passwords() -> None:
     assert len(asking(render("prefect-server", TAG))) == 3, "the API, the background services and the release's test"
 
 
+def test_roles_start_the_server_with_access_control() -> None:
+    objects = render("prefect-server", _with(auth={"roles": {"enabled": True}}))
+    secret = one(objects, "Secret", "test-prefect-server-api-roles")
+    values = {key: base64.b64decode(value).decode() for key, value in secret["data"].items()}
+    key = values.pop("run-key")
+    assert len(key) == 48
+    assert {role: value.split(":")[0] for role, value in values.items()} == {role: role for role in values}
+    assert set(values) == {"reconciler", "sync", "viewer", "worker"}
+    assert len({value.split(":")[1] for value in values.values()}) == 4
+    specs = pod_specs(objects)
+    api = specs["Deployment/test-prefect-server-api"]["containers"][0]
+    assert api["args"] == ["python", "-m", "orchestration.access", "server", "start", "--no-services"]
+    [folder] = [mount["mountPath"] for mount in api["volumeMounts"] if mount["name"] == "credentials"]
+    assert environment(api)["API_CREDENTIALS"] == folder
+    # Only the API checks credentials.
+    mounting = [name for name, spec in specs.items() if "test-prefect-server-api-roles" in json.dumps(spec)]
+    assert mounting == ["Deployment/test-prefect-server-api"]
+    given = render("prefect-server", _with(auth={"roles": {"enabled": True, "existingSecret": "given"}}))
+    assert "Secret/test-prefect-server-api-roles" not in inventory(given)
+    [volume] = [
+        each["secret"]["secretName"]
+        for each in pod_specs(given)["Deployment/test-prefect-server-api"]["volumes"]
+        if "secret" in each
+    ]
+    assert volume == "given"
+
+
 def test_disabled_network_policies_remove_no_other_object() -> None:
     objects = render("prefect-server", _with(networkPolicy={"enabled": False}))
     kept = [each for each in inventory(render("prefect-server", TAG)) if not each.startswith("NetworkPolicy/")]
@@ -243,6 +271,11 @@ def test_changed_secret_names_restart_pods() -> None:
 REFUSED = [
     ({}, "image.tag is empty"),
     (_with(image={"tag": "latest"}), "image.tag is `latest`"),
+    (_with(auth={"enabled": False, "roles": {"enabled": True}}), "auth.roles.enabled=true needs auth.enabled=true"),
+    (
+        _with(auth={"roles": {"enabled": True}}, api={"args": ["a"]}),
+        "auth.roles.enabled=true and api.args are both",
+    ),
     (_with(database={"external": {"existingSecret": "db"}}), "database.bundled.enabled=false"),
     (_with(database={"bundled": {"enabled": False}}), "No database is configured: "),
     (_with(redis={"external": {"existingSecret": "r"}}), "redis.bundled.enabled=false"),

@@ -580,6 +580,28 @@ def test_jobs_and_pods_have_no_password_in_plain_text() -> None:
     assert (variables[f"{prefix}_NAME"], variables[f"{prefix}_KEY"]) == tuple(reference.values())
 
 
+def test_roles_secret_gives_each_component_its_own_credential() -> None:
+    objects = render("prefect-work-pool", _with(api={"auth": {"rolesSecret": "roles"}}))
+    specs = pod_specs(objects)
+    found = {
+        name.removeprefix("Deployment/test-prefect-work-pool-"): environment(spec["containers"][0])
+        for name, spec in specs.items()
+        if name.startswith("Deployment/")
+    }
+    keys = {name: variables["PREFECT_API_AUTH_STRING"]["secretKeyRef"] for name, variables in found.items()}
+    assert keys == {
+        "worker": {"name": "roles", "key": "worker"},
+        "reconciler": {"name": "roles", "key": "reconciler"},
+        "drift": {"name": "roles", "key": "sync"},
+    }
+    worker = specs["Deployment/test-prefect-work-pool-worker"]
+    [volume] = [each["secret"] for each in worker["volumes"] if "secret" in each]
+    assert volume == {"secretName": "roles", "items": [{"key": "run-key", "path": "run-key"}]}
+    assert found["worker"]["RUN_CREDENTIALS"] == "/etc/prefect-api/run-key"
+    assert not [name for name in found["worker"] if name.endswith(("SECRET_NAME", "SECRET_KEY"))]
+    assert "prefect-server-auth" not in json.dumps(objects)
+
+
 def test_changed_base_job_template_restarts_workers() -> None:
     def checksum(values: Object) -> str:
         worker = one(render("prefect-work-pool", values), "Deployment", "test-prefect-work-pool-worker")

@@ -424,6 +424,15 @@ CONTRACTS: dict[str, list[Check]] = {
         ),
         (lambda: server_internals.TEMPORARY_SERVER_APP, "prefect.server.api.server:create_app"),
     ],
+    "server_internals.wrap_server_api": [
+        (signature("prefect.server.api.server:create_app"), APP),
+        # The command imports the function when it is called, and mounts the API by this name.
+        (
+            lacks("prefect.cli._server_utils:_run_in_foreground", "from prefect.server.api.server import create_app"),
+            [],
+        ),
+        (lacks("prefect.server.api.server:create_app", 'app=api_app, name="api"'), []),
+    ],
     "recurrence.RulePart": [
         (
             lambda: _read(recurrence.RulePart(_rule())),

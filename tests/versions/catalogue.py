@@ -27,7 +27,12 @@ PARTS = {
         "tests/orchestration/deployments/test_schedules.py",
         "tests/orchestration/deployments/test_sync.py",
     ),
-    "server": ("tests/orchestration/test_migrations.py", "tests/orchestration/local/test_temporary_server.py"),
+    "server": (
+        "tests/orchestration/test_migrations.py",
+        "tests/orchestration/local/test_temporary_server.py",
+        "tests/orchestration/access/test_control.py",
+        "tests/orchestration/access/test_routes.py",
+    ),
     "dbt mirror": ("tests/orchestration/dbt/test_nodes.py", "tests/orchestration/dbt/test_outbox.py"),
     "upgrade": ("tests/versions/upgrade.py",),
 }

@@ -1,9 +1,16 @@
-{{/* Pod template of API, services and migrations: (dict "root" "component" "args" "container" "wait"). `container` has more keys
-     of the main container. `wait` adds the init container that waits for the database schema. */}}
+{{/* Pod template of API, services and migrations: (dict "root" "component" "args" "container" "wait" "roles"). `container` has
+     more keys of the main container. `wait` adds the init container that waits for the database schema. `roles` mounts the
+     credentials of the roles. */}}
 {{- define "prefect-server.pod" -}}
 {{- $root := .root -}}
 {{- $values := index $root.Values .component -}}
 {{- $pod := include "prefect-server.podValues" (list $root .component) | fromYaml -}}
+{{- $mounts := list -}}
+{{- $volumes := list -}}
+{{- if .roles -}}
+{{- $mounts = list (dict "name" "credentials" "mountPath" "/etc/prefect-api/credentials" "readOnly" true) -}}
+{{- $volumes = list (dict "name" "credentials" "secret" (dict "secretName" (include "prefect-server.rolesSecret" $root))) -}}
+{{- end -}}
 {{ include "prefect-server.podMetadata" (list $root .component $pod) }}
 spec:
   serviceAccountName: {{ include "prefect-server.serviceAccountName" $root | quote }}
@@ -41,13 +48,13 @@ spec:
       {{- toYaml . | nindent 6 }}
       {{- end }}
       volumeMounts:
-        {{- include "prefect-server.mounts" (list list $pod) | nindent 8 }}
+        {{- include "prefect-server.mounts" (list $mounts $pod) | nindent 8 }}
     {{- /* A sidecar would keep the Job of the migrations from ending. */}}
     {{- with ternary list $pod.sidecars (eq .component "migrations") }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
   volumes:
-    {{- include "prefect-server.volumes" (list list $pod) | nindent 4 }}
+    {{- include "prefect-server.volumes" (list $volumes $pod) | nindent 4 }}
 {{- end -}}
 
 {{/* Volumes of a pod, and mounts of its main container: (list (the chart's own, without /tmp) pod). The chart adds /tmp. A

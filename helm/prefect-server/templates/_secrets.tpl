@@ -12,8 +12,13 @@
 {{- end -}}
 {{- end -}}
 
+{{/* Name of the Secret with the credentials of the roles. */}}
+{{- define "prefect-server.rolesSecret" -}}
+{{- .Values.auth.roles.existingSecret | default (printf "%s-api-roles" (include "prefect-server.fullname" .)) -}}
+{{- end -}}
+
 {{/* Names and keys of the Secrets, as text for a checksum: pods restart when they change. The chart cannot see the values of
      existing Secrets. */}}
 {{- define "prefect-server.secrets" -}}
-{{- list (include "prefect-server.authSecret" .) .Values.auth.key (include "prefect-server.databaseSecret" .) (include "prefect-server.redisSecret" .) .Values.database.external .Values.redis.external | toJson -}}
+{{- list (include "prefect-server.authSecret" .) .Values.auth.key .Values.auth.roles (include "prefect-server.databaseSecret" .) (include "prefect-server.redisSecret" .) .Values.database.external .Values.redis.external | toJson -}}
 {{- end -}}

@@ -4,6 +4,7 @@
 {{- include "prefect-server.validateImage" . -}}
 {{- include "prefect-server.validateDatabase" . -}}
 {{- include "prefect-server.validateProcesses" . -}}
+{{- include "prefect-server.validateRoles" . -}}
 {{- include "prefect-server.validateRoutes" . -}}
 {{- include "prefect-server.validateNames" . -}}
 {{- include "prefect-server.validateScale" . -}}
@@ -50,6 +51,17 @@
 {{- end -}}
 {{- if and (gt (int $replicas) 1) (not $values.services.separate) -}}
 {{- fail "api.replicas (or api.autoscaling.maxReplicas) over 1 needs services.separate=true: each API pod would run all services. Set services.separate=true, or one replica." -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "prefect-server.validateRoles" -}}
+{{- with .Values -}}
+{{- if and .auth.roles.enabled (not .auth.enabled) -}}
+{{- fail "auth.roles.enabled=true needs auth.enabled=true: without authentication the server does not know a caller's role. Set auth.enabled=true, or auth.roles.enabled=false." -}}
+{{- end -}}
+{{- if and .auth.roles.enabled .api.args -}}
+{{- fail "auth.roles.enabled=true and api.args are both set: api.args replaces the command that checks the roles. Use api.extraArgs, or set auth.roles.enabled=false." -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 

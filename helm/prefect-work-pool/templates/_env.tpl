@@ -35,10 +35,14 @@
 {{/* Variables that the chart sets: (list root component). */}}
 {{- define "prefect-work-pool.ownEnv" -}}
 {{- $root := index . 0 -}}
+{{- $component := index . 1 -}}
 - {name: PREFECT_HOME, value: /tmp/prefect}
 - {name: PREFECT_API_URL, value: {{ include "prefect-work-pool.line" (list $root "api.url" $root.Values.api.url) | quote }}}
 {{- with $root.Values.api.auth }}
-{{- if .existingSecret }}
+{{- if .rolesSecret }}
+- name: PREFECT_API_AUTH_STRING
+  valueFrom: {secretKeyRef: {name: {{ .rolesSecret | quote }}, key: {{ ternary $component "sync" (has $component (list "worker" "reconciler")) }}}}
+{{- else if .existingSecret }}
 - name: PREFECT_API_AUTH_STRING
   valueFrom: {secretKeyRef: {name: {{ .existingSecret | quote }}, key: {{ .key | quote }}}}
 {{- end }}
@@ -89,7 +93,10 @@
 
 {{- define "prefect-work-pool.workerEnv" -}}
 {{- with .Values.api.auth }}
-{{- if .existingSecret }}
+{{- if .rolesSecret }}
+# The worker derives the credential of each run.
+- {name: RUN_CREDENTIALS, value: /etc/prefect-api/run-key}
+{{- else if .existingSecret }}
 # A run's Job then refers to the Secret, and its manifest has no password.
 - {name: PREFECT_INTEGRATIONS_KUBERNETES_WORKER_API_AUTH_STRING_SECRET_NAME, value: {{ .existingSecret | quote }}}
 - {name: PREFECT_INTEGRATIONS_KUBERNETES_WORKER_API_AUTH_STRING_SECRET_KEY, value: {{ .key | quote }}}

@@ -179,7 +179,11 @@
 {{- $root := . -}}
 {{- $references := list -}}
 {{- with .Values.api.auth -}}
-{{- if .existingSecret -}}
+{{- if .rolesSecret -}}
+{{- range $key := list "worker" "reconciler" "sync" "run-key" -}}
+{{- $references = append $references (dict "path" "api.auth.rolesSecret" "name" $root.Values.api.auth.rolesSecret "key" $key) -}}
+{{- end -}}
+{{- else if .existingSecret -}}
 {{- $references = append $references (dict "path" "api.auth.existingSecret" "name" .existingSecret "key" .key) -}}
 {{- end -}}
 {{- end -}}

@@ -52,15 +52,17 @@ def test_rotated_credentials_are_taken_without_a_restart(folder: Path, monkeypat
     run = uuid4()
     before = sign_run(KEY, run)
 
-    (folder / "worker").write_text("worker:second\nworker:first\n")
-    (folder / "run-key").write_text("n" * 32 + "\n" + KEY + "\n")
+    (folder / "worker").write_text("worker:second\n")
+    (folder / "worker.previous").write_text("worker:first\n")
+    (folder / "run-key").write_text("n" * 32)
+    (folder / "run-key.previous").write_text(KEY)
     assert known.identify("worker:first")
     assert known.identify("worker:second")
     assert known.identify(before)
     assert known.identify(sign_run(read_run_key(folder), run))
 
-    (folder / "worker").write_text("worker:second\n")
-    (folder / "run-key").write_text("n" * 32)
+    (folder / "worker.previous").unlink()
+    (folder / "run-key.previous").unlink()
     assert not known.identify("worker:first")
     assert not known.identify(before)
 
@@ -86,7 +88,7 @@ def test_invalid_change_leaves_the_last_credentials_in_force(folder: Path, monke
         ("worker", "secret", "worker:1: not USER:PASSWORD"),
         ("worker", "a:b\n:c", "worker:2: not USER:PASSWORD"),
         ("operator", f"run-{uuid4()}:x", "does not start with run-"),
-        ("run-key", "short", "run-key:1: the key is too short"),
+        ("run-key", "k" * 31, "run-key:1: the key is too short"),
     ],
 )
 def test_invalid_file_stops_the_server(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -110,5 +112,5 @@ def test_files_are_read_once_per_second_at_most(folder: Path, monkeypatch: pytes
     assert known.identify("worker:first")
 
     later = time.monotonic() + 2
-    monkeypatch.setattr(credentials.time, "monotonic", lambda: later)
+    monkeypatch.setattr(time, "monotonic", lambda: later)
     assert not known.identify("worker:first")
