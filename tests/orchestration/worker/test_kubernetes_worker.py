@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, cast
 from unittest.mock import patch
 from uuid import UUID, uuid4
@@ -21,6 +22,7 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
     PREFECT_API_URL,
     PREFECT_CLIENT_MAX_RETRIES,
     PREFECT_LOGGING_TO_API_ENABLED,
@@ -31,6 +33,7 @@ from prefect.states import Scheduled
 from prefect.workers.base import BaseWorker
 from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerResult
 
+from orchestration.access.credentials import sign_run
 from orchestration.protocol import MAIN_CONTAINER_ANNOTATION
 from orchestration.reconciler import state_messages
 from orchestration.reconciler.model import Refusal
@@ -391,3 +394,38 @@ def test_refused_job_does_not_crash_the_run(
 
     with temporary_settings({PREFECT_API_URL: prefect_server}):
         asyncio.run(asyncio.wait_for(claim(), 120))
+
+
+def test_job_has_the_credential_of_its_run_and_not_the_workers(prefect_server: str, tmp_path: Path) -> None:
+    (tmp_path / "run-key").write_text("k" * 32)
+    manifests: dict[UUID, Any] = {}
+
+    async def make(_: Any, run: FlowRun, configuration: Any, task_status: Any) -> KubernetesWorkerResult:
+        manifests[run.id] = configuration.job_manifest
+        task_status.started("namespace:job")
+        return KubernetesWorkerResult(identifier="namespace:job", status_code=0)
+
+    async def claim_two_runs() -> None:
+        pool = f"credentials-{uuid4().hex[:6]}"
+        async with get_client() as client:
+            made = await _deployment(client, pool)
+            runs = [(await client.create_flow_run_from_deployment(made, state=Scheduled())).id for _ in range(2)]
+            async with _Unconnected(work_pool_name=pool, create_pool_if_not_found=False) as tested:
+                await tested.sync_with_backend()
+                while set(manifests) != set(runs):
+                    await tested.get_and_submit_flow_runs()
+                    await asyncio.sleep(0.05)
+
+    credentials = {"RUN_CREDENTIALS": str(tmp_path)}
+    settings = {PREFECT_API_URL: prefect_server, PREFECT_API_AUTH_STRING: "worker:secret"}
+    with (
+        temporary_settings(settings),
+        patch.dict("os.environ", credentials),
+        patch.object(KubernetesWorker, "run", make),
+    ):
+        asyncio.run(asyncio.wait_for(claim_two_runs(), 120))
+    for run, manifest in manifests.items():
+        [container] = manifest["spec"]["template"]["spec"]["containers"]
+        given = [entry for entry in container["env"] if entry["name"] == "PREFECT_API_AUTH_STRING"]
+        assert given == [{"name": "PREFECT_API_AUTH_STRING", "value": sign_run("k" * 32, run)}]
+        assert "worker:secret" not in json.dumps(manifest)
