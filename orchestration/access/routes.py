@@ -33,6 +33,7 @@ GET    /version
 GET    /hello
 GET    /csrf-token
 GET    /admin/version
+GET    /admin/storage
 GET    /collections/views/{view}
 GET    /flows/{id}
 POST   /flows/count
@@ -246,7 +247,6 @@ POST   /work_queues/{id}/get_runs
 DELETE /artifacts/{id}
 DELETE /automations/owned-by/{resource_id}
 GET    /admin/settings
-GET    /admin/storage
 PUT    /admin/storage
 DELETE /admin/storage
 WEBSOCKET /task_runs/subscriptions/scheduled

@@ -22,7 +22,7 @@ from orchestration.reconciler.actions import _set_state
 from orchestration.reconciler.model import Run
 from orchestration.runs.run_client import RunClient
 from tests import parts
-from tests.parts import asked
+from tests.parts import asked, client_of
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_every_client_works_with_csrf_protection(
     (tmp_path / "prefect.yaml").write_text(yaml.safe_dump(document))
     assert [main([each]) for each in ("sync", "plan", "diff")] == [0, 0, 0], capsys.readouterr()
 
-    with httpx.Client(base_url=named, auth=Access(named), timeout=60) as client:
+    with client_of(named, Access(named)) as client:
         asked(client, "PATCH", "/work_pools/pool", {"description": "by hand"})
 
         async def look() -> None:
