@@ -17,7 +17,7 @@ from orchestration.errors import DeploymentsError, PipelineError
 from orchestration.terminal import printable_output
 
 if TYPE_CHECKING:
-    from orchestration.deployments.desired import Desired
+    from orchestration.deployments.desired_state import DesiredState
     from orchestration.prefect_api import Server
 
 NOTHING, FAILED, DIFFERS, INTERRUPTED = 0, 1, 2, 130
@@ -121,20 +121,20 @@ def _owner(options: argparse.Namespace) -> str:
 
 
 @contextlib.asynccontextmanager
-async def _wanted(options: argparse.Namespace) -> AsyncIterator[tuple["Server", "Desired"]]:
+async def _wanted(options: argparse.Namespace) -> AsyncIterator[tuple["Server", "DesiredState"]]:
     """The server, and what the files want of it. A mistake in the files is found without it where they name none of
     its variables.
     """
-    from orchestration.deployments import desired, files, live_state, placeholders
+    from orchestration.deployments import desired_state, files, live_state, placeholders
     from orchestration.prefect_api import connected
 
     documents = files.read(_files(options))
     read = functools.partial(
-        desired.of,
+        desired_state.from_documents,
         documents,
         owner=options.owner,
         directory=options.directory,
-        default_pool=desired.default_pool(),
+        default_pool=desired_state.default_pool(),
     )
     names = placeholders.server_variables(documents)
     wanted = None if names else read()
@@ -147,7 +147,7 @@ async def _plan(options: argparse.Namespace) -> int:
 
     async with _wanted(options) as (api, wanted):
         found = await plan.make(api, wanted, prune=options.prune, adopt=options.adopt)
-    (show.plan_json if options.json else show.plan)(found)
+    (show.print_plan_json if options.json else show.print_plan)(found)
     return DIFFERS if found.changes else NOTHING
 
 
@@ -155,8 +155,8 @@ async def _sync(options: argparse.Namespace) -> int:
     from orchestration.deployments import show, sync
 
     async with _wanted(options) as (api, wanted):
-        carried_out = await sync.sync(api, wanted, prune=options.prune, adopt=options.adopt, report=show.report)
-    show.done(carried_out)
+        carried_out = await sync.sync(api, wanted, prune=options.prune, adopt=options.adopt, report=show.print_start)
+    show.print_result(carried_out)
     return NOTHING
 
 
@@ -168,9 +168,9 @@ async def _diff(options: argparse.Namespace) -> int:
     async with connected() as api:
         found = await drift.find(api, owner)
     if options.json:
-        show.drift_json(owner, found)
+        show.print_drift_json(owner, found)
     else:
-        show.drift(owner, found)
+        show.print_drift(owner, found)
     return DIFFERS if found else NOTHING
 
 
@@ -180,38 +180,38 @@ async def _export(options: argparse.Namespace) -> int:
 
     owner = _owner(options) if options.mine else options.owner or _name() or "exported"
     async with connected() as api:
-        found, others = await export.of(api, owner, mine=options.mine)
+        found, others = await export.read(api, owner, mine=options.mine)
     text = export.text(export.document(found, owner, options.directory or Path.cwd()))
     if options.output:
         options.output.write_text(text)
     else:
         print(text, end="")
-    for name, reason in sorted(export.unsaid(found).items()):
-        print(f"Left out: {resources.spoken(name)} {reason}", file=sys.stderr)
+    for name, reason in sorted(export.find_inexpressible(found).items()):
+        print(f"Left out: {resources.display_name(name)} {reason}", file=sys.stderr)
     for other, number in sorted(others.items()):
         print(f"Left out: {number} of {other}. Export them by --owner '{other}'", file=sys.stderr)
     return NOTHING
 
 
 async def _adopt(options: argparse.Namespace) -> int:
-    from orchestration.deployments import resources, sync
+    from orchestration.deployments import adoption, resources
     from orchestration.prefect_api import connected
 
     try:
-        names = [resources.parsed(each) for each in options.names]
+        names = [resources.parse_name(each) for each in options.names]
     except ValueError as error:
         raise DeploymentsError(str(error)) from None
     owner = _owner(options)
     async with connected() as api:
-        await sync.adopt(api, owner, names, options.giver)
-    print(f"{owner} has taken over {', '.join(map(resources.spoken, names))}.")
+        await adoption.adopt(api, owner, names, options.giver)
+    print(f"{owner} has taken over {', '.join(map(resources.display_name, names))}.")
     return NOTHING
 
 
 async def _check(options: argparse.Namespace) -> int:
-    from orchestration.deployments import check, desired
+    from orchestration.deployments import check, desired_state
 
-    pool = desired.default_pool() or "default"
+    pool = desired_state.default_pool() or "default"
     check.show(check.check(_files(options), owner=options.owner, pool=pool, quota=options.quota))
     return NOTHING
 

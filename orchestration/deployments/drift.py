@@ -1,25 +1,41 @@
-"""What was changed on the server since the owner's last sync."""
+"""Find drift: changes on the server since the owner's last sync."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from orchestration.deployments import live_state as api
-from orchestration.deployments import record as records_of
+from orchestration.deployments import live_state
+from orchestration.deployments import record as records
 from orchestration.deployments.resources import Difference, Object, differences
 from orchestration.errors import DeploymentsError
 from orchestration.prefect_api import Server
 
 
-@dataclass
-class Drift:
-    """One thing that is not as the last sync left it.
+class NeverSyncedError(DeploymentsError):
+    """The owner has no record on the server.
 
     Args:
-        kind: of it.
-        key: of it.
-        fields: field, value at the last sync and value now; none if it is gone.
-        when: it was last changed, ISO 8601, as the server says.
-        by: who changed it, if the server says.
+        owner: the owner.
+        url: the server's API.
+        known: the owners that have a record.
+    """
+
+    def __init__(self, owner: str, url: str, known: Iterable[str]) -> None:
+        owners = ", ".join(sorted(known)) or "none"
+        super().__init__(f"{owner} has never synced to {url}. Pass --owner, or sync first. Owners there: {owners}")
+        self.owner = owner
+
+
+@dataclass
+class Drift:
+    """An object that differs from what the last sync left.
+
+    Args:
+        kind: the object's kind.
+        key: the object's key.
+        fields: field, value at the last sync and value now; none if the object was deleted.
+        when: time of the object's last change, ISO 8601, as the server has it.
+        by: who changed the object, if the server has it.
     """
 
     kind: str
@@ -29,7 +45,7 @@ class Drift:
     by: str = ""
 
     def json(self) -> dict[str, Any]:
-        """For programs."""
+        """Return the drift as JSON."""
         return {
             "action": "changed" if self.fields else "deleted",
             "kind": self.kind,
@@ -41,35 +57,32 @@ class Drift:
 
 
 async def find(server: Server, owner: str) -> list[Drift]:
-    """What is not as the owner's last sync left it. What operators may decide is no drift.
+    """Return the objects that differ from what the owner's last sync left. An operator's pause is no drift.
 
     Raises:
-        DeploymentsError: the owner has never synced.
+        NeverSyncedError: the owner has no record on the server.
     """
-    record = await records_of.of(server, owner)
+    record = await records.read(server, owner)
     while True:
-        found = await api.everything(server)
-        before, record = record, await records_of.of(server, owner)
-        # What a sync did in between was seen in part.
-        if before and record and before.serial == record.serial:
+        live = await live_state.read_all(server)
+        previous, record = record, await records.read(server, owner)
+        # If a sync ran meanwhile, the live state is a mixture of before and after.
+        if previous and record and previous.serial == record.serial:
             break
-        # Unless its first sync came just now.
-        if record is None and owner not in (known := await records_of.all_of(server)):
-            raise DeploymentsError(
-                f"{owner} has never synced to {server.url}. It knows {', '.join(sorted(known)) or 'nobody'}. "
-                "Say --owner, or sync first"
-            )
+        # The owner's first sync may have come after this read no record. Then the next look finds it.
+        if record is None and owner not in (known := await records.read_all(server)):
+            raise NeverSyncedError(owner, server.url, known)
     drifted = []
     for (kind, key), fields in sorted(record.applied.items()):
-        # What a sync has begun is between two states; the next sync brings it to one.
+        # A sync has begun with this object and not finished it. The next sync does.
         if fields is None or (kind, key) in record.begun or key in record.ending:
             continue
-        there = found.get((kind, key))
-        if there is None:
+        item = live.get((kind, key))
+        if item is None:
             drifted.append(Drift(kind, key, []))
-        elif different := differences(Object(kind, key, fields), there.fields):
-            by = there.raw.get("updated_by") or {}
-            # From what was to what is.
-            turned = [(name, new, old) for name, old, new in different]
-            drifted.append(Drift(kind, key, turned, str(there.raw.get("updated") or ""), by.get("display_value") or ""))
+        elif different := differences(Object(kind, key, fields), item.fields):
+            by = item.raw.get("updated_by") or {}
+            # `differences` returns what a sync would change: from the live value to the synced one.
+            changed = [(name, synced, now) for name, now, synced in different]
+            drifted.append(Drift(kind, key, changed, str(item.raw.get("updated") or ""), by.get("display_value") or ""))
     return drifted

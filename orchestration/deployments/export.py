@@ -1,4 +1,4 @@
-"""A server's present state as a file: synced back it changes nothing."""
+"""Export the live state as a file of desired state. A sync of that file changes nothing."""
 
 import asyncio
 from collections import Counter
@@ -8,26 +8,25 @@ from typing import Any
 
 import yaml
 
-from orchestration.deployments import live_state as api
-from orchestration.deployments import placeholders
-from orchestration.deployments import record as records_of
+from orchestration.deployments import live_state, placeholders
+from orchestration.deployments import record as records
 from orchestration.deployments.resources import (
     AUTOMATION,
     DEPLOYMENT,
+    DEPLOYMENT_PLACEHOLDER,
     FILE_SYSTEM,
     LIMIT,
-    NOBODY,
     POOL,
     QUEUE,
     TAG_LIMIT,
     VARIABLE,
     Name,
     Object,
-    fires_on_everything,
+    matches_every_event,
 )
 from orchestration.prefect_api import JSON, Server
 
-FILLED_IN = (
+RESOLVED_FIELDS = (
     "description",
     "version",
     "tags",
@@ -39,93 +38,99 @@ FILLED_IN = (
     "work_queue_name",
     "schedules",
 )
-"""Fields of a deployment in which a file's placeholders are filled in."""
+"""Fields of a deployment in which a sync resolves placeholders."""
 
 
-async def of(server: Server, owner: str, *, mine: bool) -> tuple[dict[Name, Object], Counter[str]]:
-    """What of a server is an owner's to sync, and how much of others is left out, by owner.
+async def read(server: Server, owner: str, *, mine: bool) -> tuple[dict[Name, Object], Counter[str]]:
+    """Return the objects that an owner could sync, and the number of the other owners' objects by owner.
 
     Args:
-        server: whose things these are.
-        owner: who would sync them.
-        mine: without what nobody owns, but for what comes with a pool of the owner's.
+        server: the server.
+        owner: the owner.
+        mine: without objects that have no owner. A queue belongs to the owner of its pool.
     """
-    found, records = await asyncio.gather(api.everything(server), records_of.all_of(server))
-    owners = records_of.owners(records.values())
+    live, by_owner = await asyncio.gather(live_state.read_all(server), records.read_all(server))
+    recorded_owners = records.owners(by_owner.values())
 
-    def owned_by(each: Object) -> str:
-        pool = (POOL, each.key.partition("/")[0])
-        return owners.get(each.name) or (owners.get(pool, "") if each.kind == QUEUE else "")
+    def owner_of(item: Object) -> str:
+        pool = (POOL, item.key.partition("/")[0])
+        return recorded_owners.get(item.name) or (recorded_owners.get(pool, "") if item.kind == QUEUE else "")
 
-    of_whom = {each.name: owned_by(each) for each in found.values()}
-    ours = (owner,) if mine else (owner, "")
-    kept = {name: each for name, each in found.items() if of_whom[name] in ours}
-    return kept, Counter(whose for whose in of_whom.values() if whose not in (owner, ""))
+    owners = {item.name: owner_of(item) for item in live.values()}
+    exported = (owner,) if mine else (owner, "")
+    kept = {name: item for name, item in live.items() if owners[name] in exported}
+    return kept, Counter(other for other in owners.values() if other not in (owner, ""))
 
 
-def unsaid(found: Mapping[Name, Object]) -> dict[Name, str]:
-    """What no file can say, and why."""
+def find_inexpressible(live: Mapping[Name, Object]) -> dict[Name, str]:
+    """Return the objects that a file cannot express, with the reason."""
     reasons: dict[Name, str] = {}
-    for each in found.values():
-        if each.kind != DEPLOYMENT:
+    for item in live.values():
+        if item.kind != DEPLOYMENT:
             continue
-        fields = each.fields
+        fields = item.fields
         if not fields["entrypoint"]:
-            reasons[each.name] = "has no entrypoint"
+            reasons[item.name] = "has no entrypoint"
         elif not fields["work_pool_name"]:
-            reasons[each.name] = "has no work pool: the process that serves its flow (flow.serve) keeps it"
-        elif name := next((name for name in FILLED_IN if placeholders.has_placeholder(fields[name])), ""):
-            reasons[each.name] = f"has a placeholder in its {name}, which reading a file would fill in"
+            reasons[item.name] = "has no work pool: the process that serves its flow (flow.serve) keeps it"
+        elif name := next((name for name in RESOLVED_FIELDS if placeholders.has_placeholder(fields[name])), ""):
+            reasons[item.name] = f"has a placeholder in its {name}, which a sync would resolve"
         elif placeholders.is_resolved_at_run_start(fields["parameters"]):
-            reasons[each.name] = "has a parameter with a __prefect_kind, which is for a run"
-        elif any(fires_on_everything(trigger["trigger"]) for trigger in fields["triggers"].values()):
-            reasons[each.name] = "has a trigger of every event, also those of its own runs, which no file may have"
+            reasons[item.name] = (
+                "has a parameter with a __prefect_kind, which the server resolves at the start of a run"
+            )
+        elif any(matches_every_event(trigger["trigger"]) for trigger in fields["triggers"].values()):
+            reasons[item.name] = "has a trigger on every event, also on those of its own runs, which a sync refuses"
     return reasons
 
 
-def document(found: Mapping[Name, Object], owner: str, directory: Path) -> JSON:
-    """The file that says what `found` is.
+def document(live: Mapping[Name, Object], owner: str, directory: Path) -> JSON:
+    """Return the file of desired state that declares objects of a server.
 
     Args:
-        found: of a server.
-        owner: for its `name`.
-        directory: of runs that need not be said.
+        live: the objects.
+        owner: the `name` of the file.
+        directory: the working directory of runs that the file leaves out.
     """
-    of: dict[str, list[Object]] = {}
-    for each in found.values():
-        of.setdefault(each.kind, []).append(each)
+    by_kind: dict[str, list[Object]] = {}
+    for item in live.values():
+        by_kind.setdefault(item.kind, []).append(item)
     file: JSON = {"name": owner}
-    left = unsaid(found)
-    file["deployments"] = [_deployment(each, directory) for each in of.get(DEPLOYMENT, []) if each.name not in left]
-    queues = of.get(QUEUE, [])
+    left_out = find_inexpressible(live)
+    file["deployments"] = [
+        _deployment(item, directory) for item in by_kind.get(DEPLOYMENT, []) if item.name not in left_out
+    ]
+    queues = by_kind.get(QUEUE, [])
     file["work_pools"] = [
-        {"name": each.key}
-        | _said(each.fields)
+        {"name": pool.key}
+        | _drop_empty(pool.fields)
         | {
             "queues": [
-                {"name": queue.key.partition("/")[2]} | _said(queue.fields)
+                {"name": queue.key.partition("/")[2]} | _drop_empty(queue.fields)
                 for queue in queues
-                if queue.key.partition("/")[0] == each.key
+                if queue.key.partition("/")[0] == pool.key
             ]
         }
-        for each in of.get(POOL, [])
-        if not each.key.startswith("prefect") and each.fields["type"] != "prefect-agent"
+        for pool in by_kind.get(POOL, [])
+        if not pool.key.startswith("prefect") and pool.fields["type"] != "prefect-agent"
     ]
     file["variables"] = [
-        {"name": each.key, "value": each.fields["value"]} | _said({"tags": each.fields["tags"]})
-        for each in of.get(VARIABLE, [])
+        {"name": item.key, "value": item.fields["value"]} | _drop_empty({"tags": item.fields["tags"]})
+        for item in by_kind.get(VARIABLE, [])
     ]
-    file["remote_file_systems"] = [{"name": each.key} | _said(each.fields) for each in of.get(FILE_SYSTEM, [])]
-    file["concurrency_limits"] = [{"name": each.key} | each.fields for each in of.get(LIMIT, [])]
+    file["remote_file_systems"] = [
+        {"name": item.key} | _drop_empty(item.fields) for item in by_kind.get(FILE_SYSTEM, [])
+    ]
+    file["concurrency_limits"] = [{"name": item.key} | item.fields for item in by_kind.get(LIMIT, [])]
     file["tag_concurrency_limits"] = [
-        {"tag": each.key, "limit": each.fields["concurrency_limit"]} for each in of.get(TAG_LIMIT, [])
+        {"tag": item.key, "limit": item.fields["concurrency_limit"]} for item in by_kind.get(TAG_LIMIT, [])
     ]
-    file["automations"] = [{"name": each.key} | _said(each.fields) for each in of.get(AUTOMATION, [])]
+    file["automations"] = [{"name": item.key} | _drop_empty(item.fields) for item in by_kind.get(AUTOMATION, [])]
     return {key: value for key, value in file.items() if value}
 
 
 def text(file: JSON) -> str:
-    """The file as YAML."""
+    """Return a file as YAML."""
 
     class Dumper(yaml.SafeDumper):
         def ignore_aliases(self, _: Any) -> bool:
@@ -134,49 +139,53 @@ def text(file: JSON) -> str:
     return str(yaml.dump(file, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120))
 
 
-def _said(fields: Mapping[str, Any]) -> JSON:
-    """Without what a file need not say."""
+def _drop_empty(fields: Mapping[str, Any]) -> JSON:
+    """Return the fields without those whose absence means the same."""
     return {key: value for key, value in fields.items() if value not in (None, "", [], {})}
 
 
-def _deployment(each: Object, directory: Path) -> JSON:
-    fields = each.fields
-    made: JSON = {"name": each.key.rpartition("/")[2], "entrypoint": fields["entrypoint"]}
-    made |= _said({key: fields[key] for key in ("description", "version", "path", "tags", "parameters")})
+def _deployment(live: Object, directory: Path) -> JSON:
+    fields = live.fields
+    entry: JSON = {"name": live.key.rpartition("/")[2], "entrypoint": fields["entrypoint"]}
+    entry |= _drop_empty({key: fields[key] for key in ("description", "version", "path", "tags", "parameters")})
     if not fields["enforce_parameter_schema"]:
-        made["enforce_parameter_schema"] = False
+        entry["enforce_parameter_schema"] = False
     pool = {"name": fields["work_pool_name"], "job_variables": fields["job_variables"]}
     if fields["work_queue_name"] != "default":
         pool["work_queue_name"] = fields["work_queue_name"]
-    made["work_pool"] = _said(pool)
-    made |= _said(
-        {"concurrency_limit": _said({"limit": fields["concurrency_limit"]} | (fields["concurrency_options"] or {}))}
+    entry["work_pool"] = _drop_empty(pool)
+    entry |= _drop_empty(
+        {
+            "concurrency_limit": _drop_empty(
+                {"limit": fields["concurrency_limit"]} | (fields["concurrency_options"] or {})
+            )
+        }
     )
     if fields["paused"]:
-        made["paused"] = True
-    made |= _said({"schedules": [_schedule(schedule) for schedule in fields["schedules"].values()]})
-    made |= _said({"triggers": [_trigger(name, trigger) for name, trigger in fields["triggers"].items()]})
+        entry["paused"] = True
+    entry |= _drop_empty({"schedules": [_schedule(schedule) for schedule in fields["schedules"].values()]})
+    entry |= _drop_empty({"triggers": [_trigger(name, trigger) for name, trigger in fields["triggers"].items()]})
     if fields["pull_steps"] != [{"prefect.deployments.steps.set_working_directory": {"directory": str(directory)}}]:
-        made["pull"] = fields["pull_steps"]
-    return made
+        entry["pull"] = fields["pull_steps"]
+    return entry
 
 
 def _schedule(schedule: Mapping[str, Any]) -> JSON:
-    made = dict(schedule["schedule"])
-    if made.get("day_or") is True:
-        del made["day_or"]
+    entry = dict(schedule["schedule"])
+    if entry.get("day_or") is True:
+        del entry["day_or"]
     if not schedule["active"]:
-        made["active"] = False
-    return made | _said({"parameters": schedule["parameters"], "slug": schedule["slug"]})
+        entry["active"] = False
+    return entry | _drop_empty({"parameters": schedule["parameters"], "slug": schedule["slug"]})
 
 
 def _trigger(name: str, automation: Mapping[str, Any]) -> JSON:
-    """A trigger of which this automation is made: the other way round than `objects.trigger`."""
-    action = next(each for each in automation["actions"] if each.get("deployment_id") == NOBODY)
-    made: JSON = {"name": name} | automation["trigger"] | _said({"description": automation["description"]})
+    """Return the trigger of which Prefect makes this automation, the inverse of `resources.read_trigger`."""
+    action = next(action for action in automation["actions"] if action.get("deployment_id") == DEPLOYMENT_PLACEHOLDER)
+    entry: JSON = {"name": name} | automation["trigger"] | _drop_empty({"description": automation["description"]})
     if not automation["enabled"]:
-        made["enabled"] = False
-    made |= {key: action[key] for key in ("parameters", "job_variables") if action.get(key) is not None}
+        entry["enabled"] = False
+    entry |= {key: action[key] for key in ("parameters", "job_variables") if action.get(key) is not None}
     if action.get("schedule_after"):
-        made["schedule_after"] = action["schedule_after"]
-    return made
+        entry["schedule_after"] = action["schedule_after"]
+    return entry

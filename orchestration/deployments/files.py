@@ -283,6 +283,13 @@ def _can_be_stored(value: str) -> bool:
     return not any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value)
 
 
+def plain(value: Any) -> Any:
+    """Return a copy of a value without its lines, as plain dicts and lists."""
+    if isinstance(value, dict):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, list) else value
+
+
 if __name__ == "__main__":
     try:
         print("\n".join(included_files(sys.argv[1], Path())))

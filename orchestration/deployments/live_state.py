@@ -1,4 +1,4 @@
-"""What a Prefect server has that desired state is about, all of it at once."""
+"""The live state: all objects of a Prefect server that a sync can manage, and the runs that use them."""
 
 import asyncio
 from collections.abc import Collection, Mapping, Sequence
@@ -8,24 +8,24 @@ from orchestration.deployments import schedules
 from orchestration.deployments.resources import (
     AUTOMATION,
     DEPLOYMENT,
+    DEPLOYMENT_PLACEHOLDER,
     FILE_SYSTEM,
     LIMIT,
-    NOBODY,
     POOL,
     QUEUE,
     TAG_LIMIT,
     VARIABLE,
     Name,
     Object,
-    automation,
-    runs_one_deployment,
-    with_deployment,
+    read_automation,
+    replace_deployment,
+    triggered_deployment,
 )
 from orchestration.prefect_api import JSON, Server
 
 
-async def everything(server: Server) -> dict[Name, Object]:
-    """All that desired state may be about, by kind and key."""
+async def read_all(server: Server) -> dict[Name, Object]:
+    """Return all objects of the server that a sync can manage, by kind and key."""
     variables, systems, limits, pools, queues, automations, deployments, flows = await asyncio.gather(
         server.all("/variables/filter"),
         server.all("/block_documents/filter", block_types={"slug": {"any_": [FILE_SYSTEM]}}),
@@ -36,66 +36,71 @@ async def everything(server: Server) -> dict[Name, Object]:
         server.all("/deployments/filter", sort="NAME_ASC"),
         server.all("/flows/filter", sort="NAME_ASC"),
     )
-    names = {each["id"]: each["name"] for each in flows}
+    flow_names = {flow["id"]: flow["name"] for flow in flows}
     found: list[Object] = []
-    found += [_made(VARIABLE, each["name"], each, "value", "tags") for each in variables]
-    for each in systems:
-        fields = {key: each["data"].get(key, missing) for key, missing in (("basepath", ""), ("settings", {}))}
-        found.append(Object(FILE_SYSTEM, each["name"], fields, id=each["id"], raw=each))
-    for each in limits:
-        # The server keeps those of tags and deployments among them.
-        if each["name"].startswith("tag:"):
-            fields = {"concurrency_limit": each["limit"]}
-            found.append(Object(TAG_LIMIT, each["name"].removeprefix("tag:"), fields, id=each["id"], raw=each))
-        elif not each["name"].startswith("deployment:"):
-            found.append(_made(LIMIT, each["name"], each, "limit", "slot_decay_per_second", "active"))
-    template = ("type", "description", "concurrency_limit", "base_job_template")
-    found += [_made(POOL, each["name"], each, *template) for each in pools]
-    for each in queues:
-        if each.get("work_pool_name"):
-            key = f"{each['work_pool_name']}/{each['name']}"
-            found.append(_made(QUEUE, key, each, "priority", "concurrency_limit", "description"))
+    found += [_object(VARIABLE, item["name"], item, "value", "tags") for item in variables]
+    for item in systems:
+        fields = {key: item["data"].get(key, default) for key, default in (("basepath", ""), ("settings", {}))}
+        found.append(Object(FILE_SYSTEM, item["name"], fields, id=item["id"], raw=item))
+    for item in limits:
+        # The server lists the limits of tags and deployments among the others.
+        if item["name"].startswith("tag:"):
+            fields = {"concurrency_limit": item["limit"]}
+            found.append(Object(TAG_LIMIT, item["name"].removeprefix("tag:"), fields, id=item["id"], raw=item))
+        elif not item["name"].startswith("deployment:"):
+            found.append(_object(LIMIT, item["name"], item, "limit", "slot_decay_per_second", "active"))
+    pool_fields = ("type", "description", "concurrency_limit", "base_job_template")
+    found += [_object(POOL, item["name"], item, *pool_fields) for item in pools]
+    for item in queues:
+        if item.get("work_pool_name"):
+            key = f"{item['work_pool_name']}/{item['name']}"
+            found.append(_object(QUEUE, key, item, "priority", "concurrency_limit", "description"))
     by_id = {}
-    for each in deployments:
-        made = deployment(each, names.get(each["flow_id"], ""))
+    for item in deployments:
+        made = deployment(item, flow_names.get(item["flow_id"], ""))
         by_id[made.id] = made
         found.append(made)
-    for each in automations:
-        target = by_id.get(runs_one_deployment(each))
-        fields = automation(each)
+    for item in automations:
+        target = by_id.get(triggered_deployment(item))
+        fields = read_automation(item)
         if target:
-            target.fields["triggers"][each["name"]] = with_deployment(fields, target.id, NOBODY)
-            target.raw["trigger_ids"].setdefault(each["name"], []).append(each["id"])
+            target.fields["triggers"][item["name"]] = replace_deployment(fields, target.id, DEPLOYMENT_PLACEHOLDER)
+            target.raw["trigger_ids"].setdefault(item["name"], []).append(item["id"])
         else:
-            found.append(Object(AUTOMATION, each["name"], fields, id=each["id"], raw=each | {"copy_ids": []}))
-    things: dict[Name, Object] = {}
-    for thing in found:
-        if thing.kind == AUTOMATION and (first := things.get(thing.name)):  # their names are not unique
-            first.raw["copy_ids"].append(thing.id)
+            found.append(Object(AUTOMATION, item["name"], fields, id=item["id"], raw=item | {"copy_ids": []}))
+    objects: dict[Name, Object] = {}
+    for made in found:
+        if made.kind == AUTOMATION and (first := objects.get(made.name)):  # names of automations are not unique
+            first.raw["copy_ids"].append(made.id)
         else:
-            things[thing.name] = thing
-    return things
+            objects[made.name] = made
+    return objects
 
 
 async def variables(server: Server, names: Collection[str]) -> JSON:
-    """Values of those of these variables that there are."""
+    """Return the values of variables by name, without those that the server does not have."""
     found = await server.all("/variables/filter", variables={"name": {"any_": sorted(names)}})
-    return {each["name"]: each["value"] for each in found}
+    return {item["name"]: item["value"] for item in found}
 
 
 def deployment(raw: JSON, flow: str) -> Object:
-    """A deployment as the server gives it."""
+    """Return a deployment of the server.
+
+    Args:
+        raw: the API's answer.
+        flow: the name of the deployment's flow.
+    """
     limit = raw.get("global_concurrency_limit") or {}
     own_limit = str(limit.get("name", "")).startswith("deployment:")
     listed = [
         {
-            "schedule": schedules.normalize(each["schedule"]),
-            "active": each["active"],
-            "parameters": each["parameters"] or {},
-            "slug": each["slug"],
-            "id": each["id"],
+            "schedule": schedules.normalize(item["schedule"]),
+            "active": item["active"],
+            "parameters": item["parameters"] or {},
+            "slug": item["slug"],
+            "id": item["id"],
         }
-        for each in sorted(raw["schedules"], key=lambda each: (each["created"], each["id"]))
+        for item in sorted(raw["schedules"], key=lambda item: (item["created"], item["id"]))
     ]
     same = ("description", "version", "entrypoint", "path", "work_pool_name", "work_queue_name")
     fields: JSON = {key: raw.get(key) for key in same}
@@ -115,49 +120,51 @@ def deployment(raw: JSON, flow: str) -> Object:
     return Object(DEPLOYMENT, f"{flow}/{raw['name']}", fields, id=raw["id"], raw=raw | {"trigger_ids": {}})
 
 
-def _made(kind: str, key: str, raw: JSON, *fields: str) -> Object:
-    # To the server no description is sometimes an empty one.
-    values = {each: raw.get(each) or None if each == "description" else raw.get(each) for each in fields}
+def _object(kind: str, key: str, raw: JSON, *fields: str) -> Object:
+    # The server returns an empty description or None for the same.
+    values = {name: raw.get(name) or None if name == "description" else raw.get(name) for name in fields}
     return Object(kind, key, values, id=raw["id"], raw=raw)
 
 
-BEGUN: Mapping[str, Any] = {
+UNFINISHED: Mapping[str, Any] = {
     "operator": "or_",
     "type": {"any_": ["PENDING", "RUNNING", "PAUSED", "CANCELLING"]},
     "name": {"any_": ["AwaitingRetry", "AwaitingConcurrencySlot"]},
 }
-"""States of a run that has begun and not ended."""
+"""States of a run that has begun and has not ended."""
 
 
-async def unfinished(server: Server, deployments: Sequence[Object]) -> dict[str, int]:
-    """How many runs of each deployment have begun and not ended, by its id; only where there are any."""
+async def count_unfinished_runs(server: Server, deployments: Sequence[Object]) -> dict[str, int]:
+    """Return the number of unfinished runs by the id of their deployment, without deployments that have none."""
 
-    async def count(each: Object) -> int:
-        body = {"deployments": {"id": {"any_": [each.id]}}, "flow_runs": {"state": BEGUN}}
+    async def count(item: Object) -> int:
+        body = {"deployments": {"id": {"any_": [item.id]}}, "flow_runs": {"state": UNFINISHED}}
         return int(await server.ask("POST", "/flow_runs/count", body, idempotent=True))
 
     counts = await asyncio.gather(*map(count, deployments))
-    return {each.id: number for each, number in zip(deployments, counts, strict=True) if number}
+    return {item.id: number for item, number in zip(deployments, counts, strict=True) if number}
 
 
-async def places_of_runs(server: Server, places: Sequence[Object], *, without: Collection[str] = ()) -> set[str]:
-    """The ids of those work pools and queues in which runs are that have not ended: without it no worker finds them.
+async def find_pools_and_queues_in_use(
+    server: Server, candidates: Sequence[Object], *, without: Collection[str] = ()
+) -> set[str]:
+    """Return the ids of work pools and queues with runs that have not ended. No worker finds a run without its queue.
 
     Args:
-        server: where.
-        places: pools and queues.
+        server: the server.
+        candidates: work pools and queues.
         without: ids of deployments whose runs do not count.
     """
     states = {"state": {"type": {"any_": ["SCHEDULED", "PENDING", "RUNNING", "PAUSED", "CANCELLING"]}}}
 
-    async def has_runs(each: Object) -> bool:
-        which = {"work_pools": {"name": {"any_": [each.key]}}} if each.kind == POOL else {
-            "work_pool_queues": {"id": {"any_": [each.id]}}
+    async def has_runs(item: Object) -> bool:
+        which = {"work_pools": {"name": {"any_": [item.key]}}} if item.kind == POOL else {
+            "work_pool_queues": {"id": {"any_": [item.id]}}
         }  # fmt: skip
         async for page in server.pages("/flow_runs/filter", flow_runs=states, sort="ID_DESC", **which):
             if any(run["deployment_id"] not in without for run in page):
                 return True
         return False
 
-    found = await asyncio.gather(*map(has_runs, places))
-    return {each.id for each, runs in zip(places, found, strict=True) if runs}
+    found = await asyncio.gather(*map(has_runs, candidates))
+    return {item.id for item, runs in zip(candidates, found, strict=True) if runs}

@@ -1,4 +1,4 @@
-"""What a sync would do: the files beside the server and beside what the owner has there."""
+"""Plan a sync: compare the files with the server and with the owner's record."""
 
 import asyncio
 import difflib
@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestration.deployments import live_state as api
-from orchestration.deployments import record as records_of
-from orchestration.deployments.desired import Desired
+from orchestration.deployments import limit_removal, live_state
+from orchestration.deployments import record as records
+from orchestration.deployments.desired_state import DesiredState
 from orchestration.deployments.record import Record
 from orchestration.deployments.resources import (
     AUTOMATION,
@@ -20,314 +20,293 @@ from orchestration.deployments.resources import (
     Name,
     Object,
     differences,
-    spoken,
+    display_name,
 )
 from orchestration.errors import DeploymentsError
 from orchestration.prefect_api import JSON, Server
 
 CREATE, CHANGE, ADOPT, FINISH = "create", "change", "adopt", "finish"
 END, DELETE, FORGET, KEEP = "end", "delete", "forget", "keep"
-"""Finish: what a sync that was cut off had begun. End: pause a deployment that goes when its runs have ended.
-Forget: what is gone already. Keep: what was to be deleted, and a run has come into it meanwhile."""
+"""Actions. FINISH completes what a killed sync began. END pauses a deployment that a later sync deletes, after the end
+of its runs. FORGET removes an object from the record that the server no longer has. KEEP replaces a DELETE when a run
+has begun since the plan was made.
+"""
 
 
 @dataclass
 class Change:
-    """One thing that a sync would do.
+    """One change that a sync would make.
 
     Args:
-        action: CREATE to FORGET.
-        wanted: as the files want it; None if it goes.
-        found: as the server has it; None if it is not there.
-        fields: field, old value and new value.
-        since: when an earlier sync began with it and did not end.
-        gone: the name of what is neither wanted nor there.
+        action: one of CREATE to KEEP.
+        desired: the object in the files; None if the files do not have it.
+        live: the object on the server; None if the server does not have it.
+        fields: the fields that differ, with old and new value.
+        since: when an earlier sync began this change and did not finish it, ISO 8601 in UTC; else empty.
+        recorded: the name of an object that only the record has.
     """
 
     action: str
-    wanted: Object | None
-    found: Object | None
+    desired: Object | None
+    live: Object | None
     fields: list[Difference] = field(default_factory=list)
     since: str = ""
-    gone: Name = ("", "")
+    recorded: Name = ("", "")
 
     @property
     def name(self) -> Name:
-        """Of what it is about."""
-        thing = self.wanted or self.found
-        return thing.name if thing else self.gone
+        """Return the name of the object that changes."""
+        changed = self.desired or self.live
+        return changed.name if changed else self.recorded
 
     @property
-    def differs(self) -> set[str]:
-        """The names of the fields that do, without what is inside of them."""
+    def changed_fields(self) -> set[str]:
+        """Return the names of the top-level fields that differ."""
         return {name.partition(".")[0] for name, _, _ in self.fields}
 
     def json(self) -> dict[str, Any]:
-        """For programs."""
+        """Return the change as JSON."""
         kind, key = self.name
         return {
             "action": self.action,
             "kind": kind,
             "key": key,
-            "where": self.wanted.where if self.wanted else None,
+            "where": self.desired.where if self.desired else None,
             "fields": [{"field": name, "old": old, "new": new} for name, old, new in self.fields],
         }
 
 
 @dataclass
 class Plan:
-    """What a sync would do.
+    """The changes that a sync would make.
 
     Args:
-        owner: whose things these are.
-        changes: in the order in which they are to be made.
+        owner: the owner of the objects.
+        changes: in the order in which a sync makes them.
         notes: what stays as it is, and why, a line each.
-        deferred: what a sync left for the next one, for a run had begun meanwhile, a line each.
-        record: what the owner has now.
-        found: all that the server has.
+        record: the owner's record.
+        live: all objects of the server.
+        deferred: what a sync left to the next sync because a run had begun since the plan was made, a line each.
     """
 
     owner: str
     changes: list[Change]
     notes: list[str]
     record: Record
-    found: dict[Name, Object]
+    live: dict[Name, Object]
     deferred: list[str] = field(default_factory=list)
 
 
-async def make(server: Server, desired: Desired, *, prune: bool = False, adopt: bool = False) -> Plan:
+async def make(server: Server, desired: DesiredState, *, prune: bool = False, adopt: bool = False) -> Plan:
     """Compare the files with the server.
 
     Args:
-        server: where.
-        desired: what the files want.
-        prune: delete what the owner has on the server and the files no longer have.
-        adopt: take over what nobody owns.
+        server: the server.
+        desired: the objects of the files.
+        prune: delete objects of the owner that the files no longer have.
+        adopt: take over objects without an owner.
 
     Raises:
-        DeploymentsError: something of it cannot be: it is another's, or refers to what is not there.
+        DeploymentsError: an object belongs to another owner, refers to an object that does not exist, or cannot become
+            what the files say.
     """
-    found, records = await asyncio.gather(api.everything(server), records_of.all_of(server))
-    record = records.get(desired.owner) or Record(desired.owner)
-    _refuse_impossible(desired, found)
-    plan = Plan(desired.owner, [], list(desired.notes), record, found)
-    others = records_of.owners(each for each in records.values() if each.owner != desired.owner)
-    for wanted in desired.objects.values():
-        _compare(plan, wanted, found.get(wanted.name), others, adopt)
-    await _removals(server, plan, desired, prune)
+    live, by_owner = await asyncio.gather(live_state.read_all(server), records.read_all(server))
+    record = by_owner.get(desired.owner) or Record(desired.owner)
+    _refuse_impossible(desired, live)
+    plan = Plan(desired.owner, [], list(desired.notes), record, live)
+    other_owners = records.owners(record for record in by_owner.values() if record.owner != desired.owner)
+    for item in desired.objects.values():
+        _compare(plan, item, live.get(item.name), other_owners, adopt)
+    await _plan_removals(server, plan, desired, prune)
     rank = {kind: number for number, kind in enumerate(KINDS)}
 
     def order(change: Change) -> tuple[bool, int, int]:
-        goes = change.action in (END, DELETE, FORGET)
+        is_removal = change.action in (END, DELETE, FORGET)
         kind = rank[change.name[0]]
-        priority = (change.wanted.fields.get("priority") or 0) if change.wanted else 0
-        return goes, -kind if goes else kind, priority
+        priority = (change.desired.fields.get("priority") or 0) if change.desired else 0
+        return is_removal, -kind if is_removal else kind, priority
 
     plan.changes.sort(key=order)
     _refuse_job_variables(plan, desired)
     return plan
 
 
-def _refuse_job_variables(plan: Plan, desired: Desired) -> None:
-    """Refuse what the server would refuse of a deployment that changes, before anything does."""
+def _refuse_job_variables(plan: Plan, desired: DesiredState) -> None:
+    """Refuse job variables that the server would refuse, before the sync changes anything."""
     from prefect.utilities.schema_tools import CircularSchemaRefError, ValidationError, validate
 
-    pools = {each.key: each for each in plan.found.values() if each.kind == POOL}
-    pools |= {each.key: each for each in desired.of(POOL) if each.fields["base_job_template"] is not None}
-    for each in plan.changes:
-        wanted = each.wanted
-        if not wanted or wanted.kind != DEPLOYMENT:
+    pools = {item.key: item for item in plan.live.values() if item.kind == POOL}
+    pools |= {item.key: item for item in desired.of_kind(POOL) if item.fields["base_job_template"] is not None}
+    for change in plan.changes:
+        deployment = change.desired
+        if not deployment or deployment.kind != DEPLOYMENT:
             continue
-        pool = pools.get(wanted.fields["work_pool_name"])
-        variables = pool and (pool.fields["base_job_template"] or {}).get("variables")
-        if not variables:
+        pool = pools.get(deployment.fields["work_pool_name"])
+        schema = pool and (pool.fields["base_job_template"] or {}).get("variables")
+        if not schema:
             continue
-        for key, given in _job_variables(each, wanted):
-            if not given:
+        for key, job_variables in _job_variables(change, deployment):
+            if not job_variables:
                 continue
             try:
-                # As the server does, but for the defaults of the pool, which are not the deployment's.
-                validate(given, variables, raise_on_error=True, ignore_required=True, allow_none_with_default=True)
+                # As the server does, but without the defaults of the pool, which are not the deployment's.
+                validate(job_variables, schema, raise_on_error=True, ignore_required=True, allow_none_with_default=True)
             except ValidationError as error:
-                said = str(error).removeprefix("Validation failed for field ").replace(" Failure reason: ", " ")
+                reason = str(error).removeprefix("Validation failed for field ").replace(" Failure reason: ", " ")
                 raise DeploymentsError(
-                    f"{wanted.where}: {spoken(wanted.name)}: the work pool {wanted.fields['work_pool_name']} takes no "
-                    f"such job variable {said}. Correct it under {key}, or the pool's base job template"
+                    f"{deployment.where}: {display_name(deployment.name)}: the work pool "
+                    f"{deployment.fields['work_pool_name']} takes no such job variable {reason}. Correct it under "
+                    f"{key}, or the pool's base job template"
                 ) from None
             except CircularSchemaRefError:
-                continue  # the server says so
+                continue  # the server reports it
 
 
-def _job_variables(change: Change, wanted: Object) -> Iterator[tuple[str, JSON]]:
+def _job_variables(change: Change, deployment: Object) -> Iterator[tuple[str, JSON]]:
     """Yield the job variables that a sync sends for a deployment and its triggers, each with its key in the file."""
-    if change.found is None or change.differs & {"work_pool_name", "work_queue_name", "job_variables"}:
-        yield "work_pool.job_variables", wanted.fields["job_variables"]
-    if change.found is None or "triggers" in change.differs:
-        for name, trigger in wanted.fields["triggers"].items():
+    if change.live is None or change.changed_fields & {"work_pool_name", "work_queue_name", "job_variables"}:
+        yield "work_pool.job_variables", deployment.fields["job_variables"]
+    if change.live is None or "triggers" in change.changed_fields:
+        for name, trigger in deployment.fields["triggers"].items():
             for action in trigger["actions"]:
                 yield f"job_variables of the trigger {name}", action.get("job_variables") or {}
 
 
-def _refuse_impossible(desired: Desired, found: dict[Name, Object]) -> None:
-    pools = {key: each for (kind, key), each in found.items() if kind == POOL}
-    pools |= {each.key: each for each in desired.of(POOL)}
-    queues = {key for kind, key in [*found, *desired.objects] if kind == QUEUE}
-    for each in desired.of(POOL):
-        there = found.get(each.name)
-        if there and there.fields["type"] != each.fields["type"]:
+def _refuse_impossible(desired: DesiredState, live: dict[Name, Object]) -> None:
+    """Refuse another type of an existing work pool, and pools and queues that do not exist."""
+    pools = {key: item for (kind, key), item in live.items() if kind == POOL}
+    pools |= {item.key: item for item in desired.of_kind(POOL)}
+    queues = {key for kind, key in [*live, *desired.objects] if kind == QUEUE}
+    for pool in desired.of_kind(POOL):
+        existing = live.get(pool.name)
+        if existing and existing.fields["type"] != pool.fields["type"]:
             raise DeploymentsError(
-                f"{each.where}: work pool {each.key} exists and is of type {there.fields['type']}, not "
-                f"{each.fields['type']}. Choose another name, or delete it with its schedules: "
-                f"prefect work-pool delete {each.key}"
+                f"{pool.where}: work pool {pool.key} exists and is of type {existing.fields['type']}, not "
+                f"{pool.fields['type']}. Choose another name, or delete it with its schedules: "
+                f"prefect work-pool delete {pool.key}"
             )
-    for each in desired.of(DEPLOYMENT):
-        pool, queue = each.fields["work_pool_name"], each.fields["work_queue_name"]
-        if pool not in pools:
+    for deployment in desired.of_kind(DEPLOYMENT):
+        pool_name, queue_name = deployment.fields["work_pool_name"], deployment.fields["work_queue_name"]
+        if pool_name not in pools:
             raise DeploymentsError(
-                f"{each.where}: {spoken(each.name)} wants the work pool {pool}, which does not exist. "
-                f"{_near(pool, pools)}Make it: prefect work-pool create {pool}, or add it under work_pools"
+                f"{deployment.where}: {display_name(deployment.name)} uses the work pool {pool_name}, which does not "
+                f"exist. {_suggestion(pool_name, pools)}Create it: prefect work-pool create {pool_name}, or add it "
+                "under work_pools"
             )
-        if queue != "default" and f"{pool}/{queue}" not in queues:
-            known = [key.partition("/")[2] for key in queues if key.startswith(f"{pool}/")]
+        if queue_name != "default" and f"{pool_name}/{queue_name}" not in queues:
+            known = [key.partition("/")[2] for key in queues if key.startswith(f"{pool_name}/")]
             raise DeploymentsError(
-                f"{each.where}: {spoken(each.name)} wants the queue {queue} of the work pool {pool}, which does not "
-                f"exist. {_near(queue, known)}Add it to the pool's queues"
+                f"{deployment.where}: {display_name(deployment.name)} uses the queue {queue_name} of the work pool "
+                f"{pool_name}, which does not exist. {_suggestion(queue_name, known)}Add it to the pool's queues"
             )
 
 
-def _near(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), 1)
-    return f"Did you mean {near[0]}? " if near else ""
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    """Return the question whether the nearest known name is meant, if there is one."""
+    nearest = difflib.get_close_matches(name, list(known), 1)
+    return f"Did you mean {nearest[0]}? " if nearest else ""
 
 
-def _compare(plan: Plan, wanted: Object, found: Object | None, others: dict[Name, str], adopt: bool) -> None:
-    name, record = wanted.name, plan.record
+def _compare(plan: Plan, desired: Object, live: Object | None, other_owners: dict[Name, str], adopt: bool) -> None:
+    """Add the change that brings an object to its desired state."""
+    name, record = desired.name, plan.record
     since = record.begun.get(name, "")
-    if found is None:
-        plan.changes.append(Change(CREATE, wanted, None, since=since))
+    if live is None:
+        plan.changes.append(Change(CREATE, desired, None, since=since))
         return
-    if other := others.get(name):
+    if other := other_owners.get(name):
         raise DeploymentsError(
-            f"{wanted.where}: {spoken(name)} belongs to {other}. Rename yours, or take it over on purpose: "
+            f"{desired.where}: {display_name(name)} belongs to {other}. Rename yours, or take it over on purpose: "
             f"orchestrate adopt '{name[0]}:{name[1]}' --owner '{plan.owner}' --from '{other}'"
         )
-    wanted = _without_deferred(plan, wanted, found)
-    recorded = name in record.applied
-    ours = recorded or _comes_with_our_pool(plan, wanted)
-    if not ours and not adopt:
+    if limit_removal.must_wait(desired, live, live.raw):
+        plan.notes.append(limit_removal.note(desired, live.raw))
+        desired = limit_removal.keep_limit(desired, live)
+    is_recorded = name in record.applied
+    is_owned = is_recorded or _is_default_queue_of_owned_pool(plan, desired)
+    if not is_owned and not adopt:
         raise DeploymentsError(
-            f"{wanted.where}: {spoken(name)} exists and is not of {plan.owner}. Rename yours, or take over what nobody "
-            f"owns: --adopt, or orchestrate adopt '{name[0]}:{name[1]}' --owner '{plan.owner}'"
+            f"{desired.where}: {display_name(name)} exists and does not belong to {plan.owner}. Rename yours, or take "
+            f"over what has no owner: --adopt, or orchestrate adopt '{name[0]}:{name[1]}' --owner '{plan.owner}'"
         )
-    if wanted.kind == DEPLOYMENT and wanted.key in record.ending and wanted.fields["paused"] is None:
-        wanted = Object(wanted.kind, wanted.key, wanted.fields | {"paused": False}, wanted.where)
-    fields = differences(wanted, found.fields)
-    copies = len(found.raw.get("copy_ids", ())) + sum(len(ids) - 1 for ids in found.raw.get("trigger_ids", {}).values())
-    if ours and copies:
+    if desired.kind == DEPLOYMENT and desired.key in record.ending and desired.fields["paused"] is None:
+        # An earlier sync paused it to delete it. Now the files have it again.
+        desired = Object(desired.kind, desired.key, desired.fields | {"paused": False}, desired.where)
+    fields = differences(desired, live.fields)
+    copies = len(live.raw.get("copy_ids", ())) + sum(len(ids) - 1 for ids in live.raw.get("trigger_ids", {}).values())
+    if is_owned and copies:
         fields.append(("copies", copies + 1, 1))
-    if fields or not ours:
-        plan.changes.append(Change(CHANGE if ours else ADOPT, wanted, found, fields, since))
-    elif since or (recorded and record.applied[name] is None):
-        plan.changes.append(Change(FINISH, wanted, found, since=since))
-    plan.notes += _kept_for_operators(wanted, found)
+    if fields or not is_owned:
+        plan.changes.append(Change(CHANGE if is_owned else ADOPT, desired, live, fields, since))
+    elif since or (is_recorded and record.applied[name] is None):
+        plan.changes.append(Change(FINISH, desired, live, since=since))
+    plan.notes += _operator_notes(desired, live)
 
 
-def _without_deferred(plan: Plan, wanted: Object, found: Object) -> Object:
-    """The same without what the server cannot take now: with its deployment's limit gone, it fails when a run that
-    holds a slot ends.
-    """
-    if wanted.kind != DEPLOYMENT or not removes_limit(wanted, found) or not held_slots(found.raw):
-        return wanted
-    plan.notes.append(limit_stays(wanted, held_slots(found.raw)))
-    return with_limit_of(wanted, found)
+def _is_default_queue_of_owned_pool(plan: Plan, desired: Object) -> bool:
+    """Return whether an object is the queue `default`, which the server creates with each pool, of an owned pool."""
+    pool, _, queue = desired.key.partition("/")
+    return desired.kind == QUEUE and queue == "default" and (POOL, pool) in plan.record.applied
 
 
-def removes_limit(wanted: Object, found: Object) -> bool:
-    """Whether a deployment's own concurrency limit would go."""
-    return wanted.fields["concurrency_limit"] is None and found.fields["concurrency_limit"] is not None
-
-
-def held_slots(deployment: JSON) -> int:
-    """How many runs hold a slot of a deployment's concurrency limit."""
-    return int((deployment.get("global_concurrency_limit") or {}).get("active_slots") or 0)
-
-
-def limit_stays(wanted: Object, held: int) -> str:
-    """Say that a limit is not removed yet."""
-    runs = f"{held} run{'s hold' if held > 1 else ' holds'}"
-    return (
-        f"{spoken(wanted.name)}: its concurrency_limit stays while {runs} a slot; the next sync after that removes it"
-    )
-
-
-def with_limit_of(wanted: Object, found: Object) -> Object:
-    """A deployment with the limit that it has."""
-    kept = {key: found.fields[key] for key in ("concurrency_limit", "concurrency_options")}
-    return Object(wanted.kind, wanted.key, wanted.fields | kept, wanted.where)
-
-
-def _comes_with_our_pool(plan: Plan, wanted: Object) -> bool:
-    """The server makes a queue `default` with each pool."""
-    pool, _, queue = wanted.key.partition("/")
-    return wanted.kind == QUEUE and queue == "default" and (POOL, pool) in plan.record.applied
-
-
-def _kept_for_operators(wanted: Object, found: Object) -> list[str]:
+def _operator_notes(desired: Object, live: Object) -> list[str]:
+    """Return a note for each pause that an operator set and a sync keeps."""
     notes = []
-    if wanted.kind == DEPLOYMENT:
-        if wanted.fields["paused"] is None and found.fields["paused"]:
-            notes.append(f"{spoken(wanted.name)} is paused on the server and stays so; `paused: false` would resume it")
-        for title, each in wanted.fields["schedules"].items():
-            there = found.fields["schedules"].get(title)
-            if each["active"] is None and there and not there["active"]:
+    name = display_name(desired.name)
+    if desired.kind == DEPLOYMENT:
+        if desired.fields["paused"] is None and live.fields["paused"]:
+            notes.append(f"{name} is paused on the server and stays so; `paused: false` would resume it")
+        for title, schedule in desired.fields["schedules"].items():
+            existing = live.fields["schedules"].get(title)
+            if schedule["active"] is None and existing and not existing["active"]:
                 notes.append(
-                    f"{spoken(wanted.name)}: schedule {title} is paused on the server and stays so; "
-                    "`active: true` would resume it"
+                    f"{name}: schedule {title} is paused on the server and stays so; `active: true` would resume it"
                 )
-    if wanted.kind == AUTOMATION and wanted.fields["enabled"] is None and not found.fields["enabled"]:
-        notes.append(f"{spoken(wanted.name)} is disabled on the server and stays so; `enabled: true` would enable it")
+    if desired.kind == AUTOMATION and desired.fields["enabled"] is None and not live.fields["enabled"]:
+        notes.append(f"{name} is disabled on the server and stays so; `enabled: true` would enable it")
     return notes
 
 
-async def _removals(server: Server, plan: Plan, desired: Desired, prune: bool) -> None:
-    """What the owner has on the server and the files no longer have."""
-    gone = [name for name in {*plan.record.applied, *plan.record.begun} if name not in desired.objects]
-    there = {name: plan.found[name] for name in gone if name in plan.found}
-    if gone and not prune:
-        what = ", ".join(spoken(name) for name in sorted(there)[:3]) + (", ..." if len(there) > 3 else "")
-        if there:
-            plan.notes.append(f"{len(there)} no longer in the files stay on the server: {what}; --prune deletes them")
+async def _plan_removals(server: Server, plan: Plan, desired: DesiredState, prune: bool) -> None:
+    """Add the removal of the owner's objects that the files no longer have."""
+    removed = [name for name in {*plan.record.applied, *plan.record.begun} if name not in desired.objects]
+    existing = {name: plan.live[name] for name in removed if name in plan.live}
+    if removed and not prune:
+        names = ", ".join(display_name(name) for name in sorted(existing)[:3]) + (", ..." if len(existing) > 3 else "")
+        if existing:
+            plan.notes.append(
+                f"{len(existing)} no longer in the files stay on the server: {names}. --prune deletes them"
+            )
         return
-    plan.changes += [Change(FORGET, None, None, gone=name) for name in gone if name not in there]
-    leaving = [each for each in there.values() if each.kind == DEPLOYMENT]
-    busy = await api.unfinished(server, leaving)
-    staying = {
-        each.fields["work_pool_name"]
-        for each in plan.found.values()
-        if each.kind == DEPLOYMENT and (each.name not in there or each.id in busy)
-    }
-    queues = {
-        f"{each.fields['work_pool_name']}/{each.fields['work_queue_name']}"
-        for each in plan.found.values()
-        if each.kind == DEPLOYMENT and (each.name not in there or each.id in busy)
-    }
-    deleted = [each.id for each in leaving if each.id not in busy]
-    waiting = await api.places_of_runs(
-        server, [each for each in there.values() if each.kind in (POOL, QUEUE)], without=deleted
+    plan.changes += [Change(FORGET, None, None, recorded=name) for name in removed if name not in existing]
+    removed_deployments = [item for item in existing.values() if item.kind == DEPLOYMENT]
+    busy = await live_state.count_unfinished_runs(server, removed_deployments)
+    staying = [
+        item
+        for item in plan.live.values()
+        if item.kind == DEPLOYMENT and (item.name not in existing or item.id in busy)
+    ]
+    used_pools = {item.fields["work_pool_name"] for item in staying}
+    used_queues = {f"{item.fields['work_pool_name']}/{item.fields['work_queue_name']}" for item in staying}
+    with_runs = await live_state.find_pools_and_queues_in_use(
+        server,
+        [item for item in existing.values() if item.kind in (POOL, QUEUE)],
+        without=[item.id for item in removed_deployments if item.id not in busy],
     )
-    for each in there.values():
-        if each.id in busy:
-            runs = f"{busy[each.id]} unfinished run{'s' if busy[each.id] > 1 else ''}"
-            plan.notes.append(f"{spoken(each.name)} has {runs}: paused, it goes with the first sync after their end")
-            if each.key not in plan.record.ending or not each.fields["paused"]:
-                plan.changes.append(Change(END, None, each, [("paused", each.fields["paused"], True)]))
-        elif each.kind == POOL and each.key in staying:
-            plan.notes.append(f"{spoken(each.name)} stays while deployments use it")
-        elif each.id in waiting:
-            plan.notes.append(f"{spoken(each.name)} stays while runs are in it")
-        elif each.kind == QUEUE and each.key.endswith("/default"):
-            plan.changes.append(Change(FORGET, None, each))  # it goes with its pool
-        elif each.kind == QUEUE and each.key in queues:
-            plan.notes.append(f"{spoken(each.name)} stays while deployments use it")
+    for item in existing.values():
+        name = display_name(item.name)
+        if item.id in busy:
+            runs = f"{busy[item.id]} unfinished run{'s' if busy[item.id] > 1 else ''}"
+            plan.notes.append(f"{name} has {runs}: it is paused, and the first sync after their end deletes it")
+            if item.key not in plan.record.ending or not item.fields["paused"]:
+                plan.changes.append(Change(END, None, item, [("paused", item.fields["paused"], True)]))
+        elif item.kind == POOL and item.key in used_pools:
+            plan.notes.append(f"{name} stays while deployments use it")
+        elif item.id in with_runs:
+            plan.notes.append(f"{name} stays while runs are in it")
+        elif item.kind == QUEUE and item.key.endswith("/default"):
+            plan.changes.append(Change(FORGET, None, item))  # the server deletes it with its pool
+        elif item.kind == QUEUE and item.key in used_queues:
+            plan.notes.append(f"{name} stays while deployments use it")
         else:
-            plan.changes.append(Change(DELETE, None, each))
+            plan.changes.append(Change(DELETE, None, item))

@@ -1,5 +1,6 @@
-"""What an owner has brought to a server: a block document of the owner's on that server, so that every machine that
-syncs knows it, and another owner's things are told from what nobody owns.
+"""The record of what an owner has synced: a block document on the server.
+
+Every machine that syncs reads the record, and so tells another owner's objects from objects without an owner.
 """
 
 import asyncio
@@ -19,16 +20,17 @@ TYPE = "orchestrate-record"
 
 @dataclass
 class Record:
-    """What an owner has on a server.
+    """The objects that an owner has on a server.
 
     Args:
-        owner: who.
-        applied: the fields of each thing as the owner's last sync left them. None: a sync began to make it.
-        begun: since when (ISO 8601, UTC) a sync works on a thing that it has not reported as done.
-        late: when runs of a deployment fell due that the server deletes with a schedule which a sync removes.
-        ending: deployments that a sync paused, to be deleted when their runs have ended.
-        serial: another after each write.
-        id: the document's; empty if there is none yet.
+        owner: the owner.
+        applied: the fields of each object as the owner's last sync left them. None: a sync began to create the object.
+        begun: when a sync began with an object that it has not finished, ISO 8601 in UTC.
+        ending: keys of deployments that a sync paused, to be deleted when their runs have ended.
+        late: due times of late runs, by deployment. The server deletes them with a removed schedule, and a sync
+            schedules them again.
+        serial: a new text after each write.
+        id: the document's id; empty if there is no document yet.
     """
 
     owner: str
@@ -40,7 +42,7 @@ class Record:
     id: str = ""
 
     def data(self) -> JSON:
-        """As the document has it."""
+        """Return the content of the block document."""
         return {
             "owner": self.owner,
             "serial": self.serial,
@@ -52,19 +54,19 @@ class Record:
 
 
 def slug(owner: str) -> str:
-    """A name for an owner of letters that block documents may have."""
+    """Return a name for an owner that a block document may have: lower-case letters, digits and dashes."""
     readable = re.sub("[^a-z0-9]+", "-", owner.lower()).strip("-")[:40]
     return f"{readable}-{hashlib.sha256(owner.encode()).hexdigest()[:8]}"
 
 
-async def all_of(server: Server) -> dict[str, Record]:
-    """The records of all owners, by owner."""
+async def read_all(server: Server) -> dict[str, Record]:
+    """Return the records of all owners, by owner."""
     body = {"block_types": {"slug": {"any_": [TYPE]}}, "include_secrets": True}
     found = await server.all("/block_documents/filter", **body)
-    return {each["data"]["owner"]: _read(each) for each in found if each.get("data")}
+    return {item["data"]["owner"]: _parse(item) for item in found if item.get("data")}
 
 
-def _read(document: JSON) -> Record:
+def _parse(document: JSON) -> Record:
     data = document["data"]
     return Record(
         data["owner"],
@@ -77,14 +79,21 @@ def _read(document: JSON) -> Record:
     )
 
 
-async def write(server: Server, owner: str, change: Callable[[Record], None]) -> Record:
-    """Change the owner's record as it is now on the server, which another sync may have changed meanwhile.
+async def update(server: Server, owner: str, change: Callable[[Record], None]) -> Record:
+    """Change the owner's record on the server, and return the record.
+
+    Another sync may write the record at the same time. Then this reads the record and applies the change once more.
+
+    Args:
+        server: the server.
+        owner: the owner.
+        change: changes the record in place.
 
     Raises:
-        DeploymentsError: others write it all the time.
+        DeploymentsError: other syncs overwrote the record ten times.
     """
     for attempt in range(10):
-        record = await of(server, owner) or Record(owner)
+        record = await read(server, owner) or Record(owner)
         change(record)
         record.serial = uuid4().hex
         if record.id:
@@ -92,23 +101,23 @@ async def write(server: Server, owner: str, change: Callable[[Record], None]) ->
             await server.ask("PATCH", f"/block_documents/{record.id}", body)
         else:
             await _create(server, record)
-        # Whose write came last has it; the other sees that and writes again.
-        now = await of(server, owner)
+        # The last write wins. The other sync finds another serial and writes again.
+        now = await read(server, owner)
         if now and now.serial == record.serial:
             return now
         await asyncio.sleep(0.05 * (attempt + 1))
-    raise DeploymentsError(f"Other syncs of {owner} write at the same time, again and again. Run it again")
+    raise DeploymentsError(f"The record of {owner} was not written: other syncs write it all the time. Run this again")
 
 
-async def of(server: Server, owner: str) -> Record | None:
-    """The owner's record, if there is one."""
+async def read(server: Server, owner: str) -> Record | None:
+    """Return the owner's record; None if the owner has never synced."""
     path = f"/block_types/slug/{TYPE}/block_documents/name/{slug(owner)}?include_secrets=true"
     found = await server.ask("GET", path, absent=True)
-    return _read(found) if found else None
+    return _parse(found) if found else None
 
 
 async def _create(server: Server, record: Record) -> None:
-    kind = await _made(
+    kind = await _get_or_create(
         server, "/block_types/", {"name": "orchestrate record", "slug": TYPE}, f"/block_types/slug/{TYPE}"
     )
     fields: JSON = {"title": "OrchestrateRecord", "type": "object", "properties": {}, "block_type_slug": TYPE}
@@ -124,23 +133,23 @@ async def _create(server: Server, record: Record) -> None:
     try:
         await server.ask("POST", "/block_documents/", document)
     except RefusedError as error:
-        if error.status != 409:  # another sync has just made it
+        if error.status != 409:  # another sync has just created it
             raise
 
 
-async def _made(server: Server, path: str, body: JSON, read: str) -> JSON:
-    """What is there, else made; two may make it at once."""
-    found = await server.ask("GET", read, absent=True)
+async def _get_or_create(server: Server, path: str, body: JSON, item_path: str) -> JSON:
+    """Return the object at `item_path`, created at `path` if it is absent. Two syncs may create it at once."""
+    found = await server.ask("GET", item_path, absent=True)
     if not found:
         try:
             found = await server.ask("POST", path, body)
         except RefusedError as error:
             if error.status != 409:
                 raise
-            found = await server.ask("GET", read)
+            found = await server.ask("GET", item_path)
     return dict(found)
 
 
 def owners(records: Iterable[Record]) -> dict[Name, str]:
-    """Who owns what."""
-    return {name: each.owner for each in records for name in each.applied}
+    """Return the owner of each object."""
+    return {name: record.owner for record in records for name in record.applied}

@@ -1,4 +1,4 @@
-"""What a file says and a server has, in one form, so that the two can be compared."""
+"""One form for the objects of files and of servers, so that the two can be compared."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,30 +16,30 @@ DEPLOYMENT = "deployment"
 AUTOMATION = "automation"
 
 KINDS = (VARIABLE, FILE_SYSTEM, LIMIT, TAG_LIMIT, POOL, QUEUE, DEPLOYMENT, AUTOMATION)
-"""In the order in which they are made; they are deleted in the opposite one."""
+"""The kinds in the order in which a sync creates objects. A sync deletes objects in the opposite order."""
 
-LEFT_TO_OTHERS = ("paused", "active", "enabled", "priority", "base_job_template")
-"""Fields that an operator, or for the template the pool's worker, decides where a file does not."""
+KEPT_IF_UNSET = ("paused", "active", "enabled", "priority", "base_job_template")
+"""Fields whose value on the server stays where a file sets none: an operator set it, or the worker (the template)."""
 
 Name = tuple[str, str]
-"""A kind and a key: a name, for a queue POOL/QUEUE, for a deployment FLOW/DEPLOYMENT."""
+"""A kind and a key. The key of a queue is POOL/QUEUE, that of a deployment FLOW/DEPLOYMENT, any other the name."""
 
-NOBODY = "00000000-0000-0000-0000-000000000000"
-"""Stands for a deployment's id in its triggers."""
+DEPLOYMENT_PLACEHOLDER = "00000000-0000-0000-0000-000000000000"
+"""Stands for the deployment's id in its triggers, so that triggers of files and servers compare equal."""
 
 
 @dataclass
 class Object:
-    """One thing on a server.
+    """An object that a file declares or a server has.
 
     Args:
         kind: one of `KINDS`.
-        key: its name among its kind.
-        fields: what it is. A field that is None where an operator may decide (`paused`, `active`, `enabled`) is left
-            to the operator. `schedules` of a deployment are by slug or content, its `triggers` by name.
-        where: FILE:LINE of what is wanted.
-        id: the server's.
-        raw: all that the server says of it.
+        key: unique among its kind.
+        fields: the fields that a sync compares. None in a field of `KEPT_IF_UNSET` keeps the value on the server.
+            `schedules` of a deployment are by slug or title, its `triggers` by name.
+        where: FILE:LINE of an object of a file.
+        id: the id of an object of a server.
+        raw: all fields of an object of a server.
     """
 
     kind: str
@@ -51,83 +51,95 @@ class Object:
 
     @property
     def name(self) -> Name:
-        """Kind and key."""
+        """Return kind and key."""
         return self.kind, self.key
 
+    @property
+    def recorded_fields(self) -> dict[str, Any]:
+        """Return the fields for the owner's record, without the schema of parameters: it comes only from the code."""
+        return {key: value for key, value in self.fields.items() if key != "parameter_openapi_schema"}
 
-def spoken(name: Name) -> str:
-    """A name in a sentence: deployment etl/nightly."""
+
+def display_name(name: Name) -> str:
+    """Return a name for messages, such as `deployment etl/nightly`."""
     return f"{name[0]} {name[1]}"
 
 
-def parsed(text: str) -> Name:
-    """The name that KIND:KEY says.
+def parse_name(text: str) -> Name:
+    """Return the name that a text KIND:KEY stands for.
 
     Raises:
-        ValueError: it says none.
+        ValueError: the text has another form, or there is no such kind.
     """
     kind, _, key = text.partition(":")
     if kind not in KINDS or not key:
-        raise ValueError(f"{text} is no KIND:KEY. Write deployment:FLOW/NAME; the kinds are {', '.join(KINDS)}")
+        raise ValueError(f"{text} is not KIND:KEY. Write one such as deployment:FLOW/NAME. Kinds: {', '.join(KINDS)}")
     return kind, key
 
 
-def automation(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """An automation of a file or of a server, without ids of its own.
+def read_automation(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of an automation of a file or a server, without ids.
 
     Raises:
-        pydantic.ValidationError: it is none.
+        pydantic.ValidationError: Prefect does not accept it as an automation.
     """
     from prefect.events.schemas.automations import AutomationCore
 
     fields = AutomationCore.model_validate(dict(raw)).model_dump(mode="json", exclude={"name", "owner_resource"})
-    fields["trigger"] = _settled(fields["trigger"])
+    fields["trigger"] = _normalize_trigger(fields["trigger"])
     return fields
 
 
-def trigger(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The automation that a deployment's trigger is, for the deployment `NOBODY`.
+def read_trigger(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of the automation that Prefect makes of a deployment's trigger.
+
+    The automation runs the deployment `DEPLOYMENT_PLACEHOLDER`.
 
     Raises:
-        pydantic.ValidationError: it is none.
+        pydantic.ValidationError: Prefect does not accept it as a trigger.
     """
     from uuid import UUID
 
     from prefect.events import DeploymentTriggerTypes
     from pydantic import TypeAdapter
 
-    read = TypeAdapter(DeploymentTriggerTypes).validate_python(dict(raw))
-    read.set_deployment_id(UUID(NOBODY))
-    return automation(read.as_automation().model_dump(mode="json"))
+    parsed = TypeAdapter(DeploymentTriggerTypes).validate_python(dict(raw))
+    parsed.set_deployment_id(UUID(DEPLOYMENT_PLACEHOLDER))
+    return read_automation(parsed.as_automation().model_dump(mode="json"))
 
 
-def fires_on_everything(trigger: Mapping[str, Any]) -> bool:
-    """Whether a trigger, as :func:`automation` gives it, or one inside of it, is of any event at all."""
+def matches_every_event(trigger: Mapping[str, Any]) -> bool:
+    """Return whether a trigger of :func:`read_automation`, or a trigger inside it, matches every event."""
     if trigger["type"] != "event":
-        return any(fires_on_everything(each) for each in trigger.get("triggers", ()))
+        return any(matches_every_event(inner) for inner in trigger.get("triggers", ()))
     return trigger["posture"] == "Reactive" and not any(trigger[key] for key in ("expect", "match", "match_related"))
 
 
-def _settled(trigger: Any) -> Any:
-    """A trigger without ids, and with the sets of Prefect's model in one order."""
+def _normalize_trigger(trigger: Any) -> Any:
+    """Return a trigger without ids, with the sets of Prefect's model sorted."""
     if isinstance(trigger, list):
-        return [_settled(each) for each in trigger]
+        return [_normalize_trigger(inner) for inner in trigger]
     if not isinstance(trigger, dict):
         return trigger
     sets = ("expect", "after", "for_each")
-    return {key: sorted(each) if key in sets else _settled(each) for key, each in trigger.items() if key != "id"}
+    return {
+        key: sorted(value) if key in sets else _normalize_trigger(value)
+        for key, value in trigger.items()
+        if key != "id"
+    }
 
 
-def with_deployment(fields: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
-    """A trigger's automation for another deployment."""
+def replace_deployment(fields: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
+    """Return a trigger's automation with another deployment's id in its actions."""
     actions = [
-        each | {"deployment_id": new} if each.get("deployment_id") == old else each for each in fields["actions"]
+        action | {"deployment_id": new} if action.get("deployment_id") == old else action
+        for action in fields["actions"]
     ]
     return {**fields, "actions": actions}
 
 
-def runs_one_deployment(raw: Mapping[str, Any]) -> str:
-    """The id of the deployment whose trigger an automation is: all that it does is to run it. Else nothing."""
+def triggered_deployment(raw: Mapping[str, Any]) -> str:
+    """Return the id of the deployment whose trigger an automation is: it only runs that deployment. Else return ""."""
     actions = raw.get("actions") or []
     others = [*(raw.get("actions_on_trigger") or []), *(raw.get("actions_on_resolve") or [])]
     if len(actions) == 1 and not others and actions[0].get("type") == "run-deployment":
@@ -136,81 +148,83 @@ def runs_one_deployment(raw: Mapping[str, Any]) -> str:
 
 
 Difference = tuple[str, Any, Any]
-"""A field, its old value and its new one; None is no value."""
+"""A field, its old value and its new value. None is no value."""
 
 
-def differences(wanted: Object, found: Mapping[str, Any]) -> list[Difference]:
-    """The fields of `wanted` that `found` has otherwise."""
+def differences(desired: Object, live: Mapping[str, Any]) -> list[Difference]:
+    """Return the fields in which an object on the server differs from the desired one."""
     listed: list[Difference] = []
-    for name, value in wanted.fields.items():
-        have = found.get(name)
+    for name, value in desired.fields.items():
+        live_value = live.get(name)
         if name == "schedules":
-            listed += _schedule_differences(value, have or {})
+            listed += _schedule_differences(value, live_value or {})
         elif name == "triggers":
-            for each in sorted({*value, *(have or {})}):
-                old, new = (have or {}).get(each), value.get(each)
+            for trigger in sorted({*value, *(live_value or {})}):
+                old, new = (live_value or {}).get(trigger), value.get(trigger)
                 if new is not None and old is not None:
-                    listed += [(f"triggers.{each}.{key}", a, b) for key, a, b in _mapping_differences(new, old)]
+                    listed += [(f"triggers.{trigger}.{key}", a, b) for key, a, b in _mapping_differences(new, old)]
                 else:
-                    listed.append((f"triggers.{each}", old, new))
-        elif value is None and name in LEFT_TO_OTHERS:
+                    listed.append((f"triggers.{trigger}", old, new))
+        elif value is None and name in KEPT_IF_UNSET:
             continue
-        elif isinstance(value, dict) and isinstance(have, dict):
-            listed += [(f"{name}.{key}", a, b) for key, a, b in _mapping_differences(value, have)]
-        elif value != have:
-            listed.append((name, have, value))
+        elif isinstance(value, dict) and isinstance(live_value, dict):
+            listed += [(f"{name}.{key}", a, b) for key, a, b in _mapping_differences(value, live_value)]
+        elif value != live_value:
+            listed.append((name, live_value, value))
     return listed
 
 
-def _mapping_differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[Difference]:
-    """Field by field, down to what is no mapping."""
+def _mapping_differences(desired: Mapping[str, Any], live: Mapping[str, Any]) -> list[Difference]:
+    """Return the differences of two mappings, field by field and down through nested mappings."""
     listed: list[Difference] = []
-    for key in sorted({*wanted, *found}, key=str):
-        old, new = found.get(key), wanted.get(key)
+    for key in sorted({*desired, *live}, key=str):
+        old, new = live.get(key), desired.get(key)
         if key == "enabled" and new is None:
             continue
         if isinstance(old, dict) and isinstance(new, dict):
             listed += [(f"{key}.{below}", a, b) for below, a, b in _mapping_differences(new, old)]
-        elif old != new or (key in found) != (key in wanted):
+        elif old != new or (key in live) != (key in desired):
             listed.append((key, old, new))
     return listed
 
 
-def paired(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Schedules that are one and the same: (name, found, wanted), either may be None.
+def pair_schedules(desired: Mapping[str, Any], live: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Match the schedules of a file with those of the server: (name, live, desired), where live or desired may be None.
 
-    By name first, then by the slug that the file replaces, then by equal times: a schedule that gets, changes or loses
-    its slug keeps its late runs and stays paused if it was. What has no slug and no counterpart is a changed one, in
-    order.
+    Schedules match by name, else by the slug that the file replaces, else by equal times. So a schedule that gets,
+    changes or loses its slug keeps its late runs and its pause. The schedules without a slug that are left match in
+    order: their times changed.
     """
-    pairs: list[tuple[str, Any, Any]] = [(name, found[name], each) for name, each in wanted.items() if name in found]
-    left = {name: each for name, each in found.items() if name not in wanted}
-    new = {name: each for name, each in wanted.items() if name not in found}
+    pairs: list[tuple[str, Any, Any]] = [
+        (name, live[name], schedule) for name, schedule in desired.items() if name in live
+    ]
+    left = {name: schedule for name, schedule in live.items() if name not in desired}
+    new = {name: schedule for name, schedule in desired.items() if name not in live}
 
     def counterparts(name: str) -> Iterator[str]:
-        each = new[name]
-        if each.get("replaces") in left and left[each["replaces"]]["slug"]:
-            yield each["replaces"]
-        same = [key for key, old in left.items() if schedules.is_same(each["schedule"], old["schedule"])]
-        yield from sorted(same, key=lambda key: bool(left[key]["slug"]) != bool(each["slug"]))
+        schedule = new[name]
+        if schedule.get("replaces") in left and left[schedule["replaces"]]["slug"]:
+            yield schedule["replaces"]
+        same = [key for key, old in left.items() if schedules.is_same(schedule["schedule"], old["schedule"])]
+        yield from sorted(same, key=lambda key: bool(left[key]["slug"]) != bool(schedule["slug"]))
 
-    def changed(name: str) -> Iterator[str]:
+    def with_changed_times(name: str) -> Iterator[str]:
         yield from () if new[name]["slug"] else (key for key, old in left.items() if not old["slug"])
 
-    for candidates in (counterparts, changed):
+    for candidates in (counterparts, with_changed_times):
         for name in [*new]:
             key = next(candidates(name), None)
             if key is not None:
                 pairs += [(name, left.pop(key), new.pop(name))]
-    pairs += [(name, None, each) for name, each in new.items()]
-    return pairs + [(name, each, None) for name, each in left.items()]
+    pairs += [(name, None, schedule) for name, schedule in new.items()]
+    return pairs + [(name, schedule, None) for name, schedule in left.items()]
 
 
-def _schedule_differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[Difference]:
+def _schedule_differences(desired: Mapping[str, Any], live: Mapping[str, Any]) -> list[Difference]:
     listed: list[Difference] = []
-    for name, old, new in paired(wanted, found):
+    for name, old, new in pair_schedules(desired, live):
         if old is None or new is None:
-            listed.append((f"schedules.{name}", _said(old), _said(new)))
+            listed.append((f"schedules.{name}", _schedule_title(old), _schedule_title(new)))
             continue
         if not schedules.is_same(new["schedule"], old["schedule"]):
             titles = schedules.title(old["schedule"]), schedules.title(new["schedule"])
@@ -225,7 +239,15 @@ def _schedule_differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -
     return listed
 
 
-def _said(schedule: Mapping[str, Any] | None) -> str | None:
+def _schedule_title(schedule: Mapping[str, Any] | None) -> str | None:
     if schedule is None:
         return None
     return schedules.title(schedule["schedule"]) + ("" if schedule["active"] in (None, True) else ", paused")
+
+
+def is_schedule_deleted(live: Mapping[str, Any], desired: Mapping[str, Any] | None) -> bool:
+    """Return whether a sync deletes a schedule.
+
+    The server cannot remove a slug. A schedule that loses its slug is deleted and created again.
+    """
+    return desired is None or bool(live["slug"] and not desired["slug"])

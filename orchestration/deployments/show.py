@@ -1,4 +1,4 @@
-"""Plans and drift as people read them: coloured on a terminal, plain elsewhere."""
+"""Print plans and drift for people, in colour on a terminal, or as JSON."""
 
 import json
 import sys
@@ -18,124 +18,110 @@ MARKS = {
     FINISH: (">", "finish", "33"),
     END: ("-", "pause, delete after its runs", "31"),
     DELETE: ("-", "delete", "31"),
-    FORGET: ("-", "forget, it is gone", "31"),
+    FORGET: ("-", "forget, it no longer exists", "31"),
 }
 
-FEW = 50
-"""Changes that a sync lists; of more it says how many."""
+MAX_LISTED_CHANGES = 50
+"""A sync lists up to this many changes. Of more it prints only the number."""
 
-WIDTH = 60
-"""Letters of a value that are shown."""
+MAX_VALUE_CHARACTERS = 60
+"""A longer value is cut."""
 
 
 def _coloured(text: str, colour: str) -> str:
     return f"\033[{colour}m{text}\033[0m" if sys.stdout.isatty() else text
 
 
-def plan(found: Plan) -> None:
-    """Print what a sync would do."""
-    _changes(found)
-    notes(found)
-    counts = Counter(MARKS[each.action][1] for each in found.changes)
-    said = ", ".join(f"{number} to {word}" for word, number in counts.items())
-    print(f"{found.owner}: {said}." if said else f"{found.owner}: nothing to do, {_has(found)} as the files say.")
+def print_plan(plan: Plan) -> None:
+    """Print the changes that a sync would make."""
+    _print_changes(plan)
+    _print_notes(plan)
+    counts = Counter(MARKS[change.action][1] for change in plan.changes)
+    summary = ", ".join(f"{number} to {word}" for word, number in counts.items())
+    print(f"{plan.owner}: {summary or _no_changes(plan)}.")
 
 
-def _changes(found: Plan) -> None:
-    for each in found.changes:
-        mark, word, colour = MARKS[each.action]
-        kind, key = each.name
-        print(_coloured(f"{mark} {kind:<21} {key}", colour) + f"  ({word})")
-        _fields(_of_new(each.wanted) if each.action == CREATE and each.wanted else each.fields)
+def print_plan_json(plan: Plan) -> None:
+    """Print a plan as JSON."""
+    document = {"owner": plan.owner, "changes": [change.json() for change in plan.changes], "notes": plan.notes}
+    print(json.dumps(document, indent=2, default=str))
 
 
-def done(carried_out: Plan) -> None:
+def print_start(plan: Plan) -> None:
+    """Print the notes of a sync that starts, and its changes if they are few."""
+    if len(plan.changes) <= MAX_LISTED_CHANGES:
+        _print_changes(plan)
+    _print_notes(plan)
+
+
+def print_result(plan: Plan) -> None:
     """Print what a sync did."""
-    if not carried_out.changes:
-        print(f"{carried_out.owner}: nothing to do, {_has(carried_out)} as the files say.")
+    if not plan.changes:
+        print(f"{plan.owner}: {_no_changes(plan)}.")
         return
-    for line in carried_out.deferred:
+    for line in plan.deferred:
         print(_coloured(f"! {line}", "33"))
     past = {CREATE: "created", CHANGE: "changed", ADOPT: "adopted", FINISH: "finished", DELETE: "deleted",
             END: "paused until their runs end", FORGET: "forgotten", KEEP: "kept"}  # fmt: skip
-    counts = Counter(past[each.action] for each in carried_out.changes)
-    print(f"{carried_out.owner}: {', '.join(f'{number} {word}' for word, number in counts.items())}.")
+    counts = Counter(past[change.action] for change in plan.changes)
+    print(f"{plan.owner}: {', '.join(f'{number} {word}' for word, number in counts.items())}.")
 
 
-def _has(found: Plan) -> str:
-    number = len(found.record.applied)
-    return f"{number} thing{'' if number == 1 else 's'} {'is' if number == 1 else 'are'}"
+def _no_changes(plan: Plan) -> str:
+    number = len(plan.record.applied)
+    return f"nothing to do, {number} object{' matches' if number == 1 else 's match'} the files"
 
 
-def notes(found: Plan) -> None:
-    """Print what to know."""
-    for note in found.notes:
+def _print_changes(plan: Plan) -> None:
+    for change in plan.changes:
+        mark, word, colour = MARKS[change.action]
+        kind, key = change.name
+        print(_coloured(f"{mark} {kind:<21} {key}", colour) + f"  ({word})")
+        _print_fields(_main_fields(change.desired) if change.action == CREATE and change.desired else change.fields)
+
+
+def _print_notes(plan: Plan) -> None:
+    for note in plan.notes:
         print(_coloured(f"! {note}", "33"))
-    cut_off = sorted({each.since for each in found.changes if each.since})
+    cut_off = sorted({change.since for change in plan.changes if change.since})
     if cut_off:
-        print(
-            _coloured(f"! A sync that began at {cut_off[0][:19]} UTC was cut off; what it had begun is finished", "33")
-        )
+        line = f"! A sync that began at {cut_off[0][:19]} UTC was cut off. A sync finishes what it had begun"
+        print(_coloured(line, "33"))
 
 
-def plan_json(found: Plan) -> None:
-    """Print it for programs."""
-    print(
-        json.dumps(
-            {
-                "owner": found.owner,
-                "changes": [each.json() for each in found.changes],
-                "notes": found.notes,
-            },
-            indent=2,
-            default=str,
-        )
-    )
+def print_drift_json(owner: str, drifted: Sequence[Drift]) -> None:
+    """Print drift as JSON."""
+    print(json.dumps({"owner": owner, "drift": [item.json() for item in drifted]}, indent=2, default=str))
 
 
-def report(about: Plan) -> None:
-    """Print what a sync is about to do, if that is little, and what to know."""
-    if len(about.changes) <= FEW:
-        _changes(about)
-    notes(about)
-
-
-def drift_json(owner: str, found: Sequence[Drift]) -> None:
-    """Print it for programs."""
-    print(json.dumps({"owner": owner, "drift": [each.json() for each in found]}, indent=2, default=str))
-
-
-def drift(owner: str, found: Sequence[Drift]) -> None:
-    """Print what changed since the last sync."""
-    for each in found:
-        when = f", {each.when[:19].replace('T', ' ')} UTC" if each.when else ""
-        by = f" by {each.by}" if each.by else ""
-        print(
-            _coloured(f"{'~' if each.fields else '-'} {each.kind:<21} {each.key}", "33" if each.fields else "31"),
-            end="",
-        )
-        print(f"  ({'changed' if each.fields else 'deleted'}{by}{when})")
-        _fields(each.fields)
-    if found:
-        print(f"{owner}: {len(found)} changed since its last sync. `orchestrate sync` brings back what the files say.")
+def print_drift(owner: str, drifted: Sequence[Drift]) -> None:
+    """Print what changed on the server since the last sync."""
+    for item in drifted:
+        when = f", {item.when[:19].replace('T', ' ')} UTC" if item.when else ""
+        by = f" by {item.by}" if item.by else ""
+        mark, colour, word = ("~", "33", "changed") if item.fields else ("-", "31", "deleted")
+        print(_coloured(f"{mark} {item.kind:<21} {item.key}", colour) + f"  ({word}{by}{when})")
+        _print_fields(item.fields)
+    if drifted:
+        print(f"{owner}: {len(drifted)} changed since the last sync. `orchestrate sync` restores what the files say.")
     else:
-        print(f"{owner}: all is as its last sync left it.")
+        print(f"{owner}: no drift since the last sync.")
 
 
-def _of_new(wanted: Object) -> list[Difference]:
-    """What is worth seeing of something new."""
-    seen = ("entrypoint", "work_pool_name", "type", "limit", "concurrency_limit", "value")
+def _main_fields(desired: Object) -> list[Difference]:
+    """Return the fields of a new object that are worth printing."""
+    shown = ("entrypoint", "work_pool_name", "type", "limit", "concurrency_limit", "value")
     listed: list[Difference] = [
-        (name, None, wanted.fields[name]) for name in seen if wanted.fields.get(name) is not None
+        (name, None, desired.fields[name]) for name in shown if desired.fields.get(name) is not None
     ]
     listed += [
-        (f"schedules.{name}", None, title(each["schedule"]))
-        for name, each in (wanted.fields.get("schedules") or {}).items()
+        (f"schedules.{name}", None, title(schedule["schedule"]))
+        for name, schedule in (desired.fields.get("schedules") or {}).items()
     ]
-    return listed + [(f"triggers.{name}", None, "...") for name in wanted.fields.get("triggers") or {}]
+    return listed + [(f"triggers.{name}", None, "...") for name in desired.fields.get("triggers") or {}]
 
 
-def _fields(fields: Sequence[Difference]) -> None:
+def _print_fields(fields: Sequence[Difference]) -> None:
     width = min(max((len(name) for name, _, _ in fields), default=0), 40)
     for name, old, new in fields:
         if old is None and new is not None:
@@ -150,4 +136,4 @@ def _value(value: Any) -> str:
     if isinstance(value, Mapping | list | bool):
         value = json.dumps(value, default=str)
     text = str(value).replace("\n", " ")
-    return text if len(text) <= WIDTH else text[: WIDTH - 3] + "..."
+    return text if len(text) <= MAX_VALUE_CHARACTERS else text[: MAX_VALUE_CHARACTERS - 3] + "..."

@@ -1,4 +1,4 @@
-"""Looks for drift from time to time, and says so where people look: an artifact and events on the server, metrics."""
+"""Look for drift regularly, and report it as an artifact, events, metrics and log lines."""
 
 import asyncio
 import contextlib
@@ -13,43 +13,44 @@ from uuid import uuid4
 
 import prometheus_client as prometheus
 
-from orchestration.deployments import drift, record
+from orchestration.deployments import drift
+from orchestration.deployments import record as records
 from orchestration.deployments.drift import Drift
-from orchestration.deployments.resources import KINDS, spoken
+from orchestration.deployments.resources import KINDS, display_name
 from orchestration.errors import DeploymentsError, PipelineError
 from orchestration.health import Pulse, served
 from orchestration.prefect_api import Server, connected
 
 DRIFTED, RESTORED = "desired-state.drifted", "desired-state.restored"
-"""Events of the resource `desired-state.SLUG`."""
+"""Events of the resource `desired-state.SLUG`. Restored: the drift has ended."""
 
-GRACE = 60
-"""Seconds without a look, beside those of three looks, after which the watcher counts as ill."""
+GRACE_SECONDS = 60
+"""The watcher counts as ill after three intervals and this time without a successful look."""
 
-FEW = 5
-"""Things that a line names."""
+MAX_NAMED_OBJECTS = 5
+"""A log line names up to this many objects."""
 
-WIDTH = 1000
-"""Letters of a value that the artifact shows."""
+MAX_VALUE_CHARACTERS = 1000
+"""A longer value is cut in the artifact."""
 
 
 async def watch(owner: str, *, every: float, port: int, wait: float) -> None:
     """Look for drift until SIGTERM or SIGINT.
 
     Args:
-        owner: whose things these are.
+        owner: the owner of the objects.
         every: seconds from one look to the next.
-        port: where `/metrics` and `/health` are served.
-        wait: seconds to wait for the API at first. Later a look that fails is counted, and the next one comes.
+        port: the port of `/metrics` and `/health`.
+        wait: seconds to wait for the API at the start. Later a failed look is counted, and the next look follows.
 
     Raises:
-        PipelineError: the API does not answer at first, or the port cannot be had.
+        PipelineError: the API does not answer at the start, or the port is in use.
     """
     if not every >= 1:
-        raise DeploymentsError(f"--every {every:g} is no number of seconds between looks: give 1 or more")
+        raise DeploymentsError(f"--every {every:g} is too short: looks are at least 1 second apart. Pass 1 or more")
     state = _State(owner, every)
     with served(state.pulse, port):
-        looking = asyncio.create_task(_look_on(state, every, wait))
+        looking = asyncio.create_task(_look_forever(state, every, wait))
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, looking.cancel)
         with contextlib.suppress(asyncio.CancelledError):
@@ -57,21 +58,21 @@ async def watch(owner: str, *, every: float, port: int, wait: float) -> None:
 
 
 class _State:
-    """What the watcher knows, as `/metrics` and `/health` say it."""
+    """Holds the results of looks for `/metrics` and `/health`, and logs failures."""
 
     def __init__(self, owner: str, every: float) -> None:
         self.owner = owner
-        self.pulse = Pulse(3 * every + GRACE)
+        self.pulse = Pulse(3 * every + GRACE_SECONDS)
         registry = self.pulse.registry
         self.drifted = prometheus.Gauge(
             "desired_state_drifted_objects",
-            "Things that are not as the owner's last sync left them.",
+            "Objects that differ from what the owner's last sync left.",
             ["owner", "kind"],
             registry=registry,
         )
         self.last_look = prometheus.Gauge(
             "desired_state_last_look_timestamp_seconds",
-            "When drift was last looked for with success.",
+            "Time of the last successful look for drift.",
             ["owner"],
             registry=registry,
         )
@@ -79,101 +80,110 @@ class _State:
             "desired_state_look_failures_total", "Looks for drift that failed.", ["owner"], registry=registry
         ).labels(owner)
 
-    def looked(self, found: Sequence[Drift]) -> None:
-        """Note what a look found."""
-        counts = Counter(each.kind for each in found)
+    def record_look(self, drifted: Sequence[Drift]) -> None:
+        """Record the result of a look."""
+        counts = Counter(item.kind for item in drifted)
         for kind in KINDS:
             self.drifted.labels(self.owner, kind).set(counts[kind])
         self.last_look.labels(self.owner).set_to_current_time()
         self.pulse.beat()
 
-    def failed(self, reason: str) -> None:
-        """Count a failure; said once, until looks succeed or fail otherwise."""
+    def record_failure(self, reason: str) -> None:
+        """Count a failed look. The log has a failure once, until looks succeed or fail for another reason."""
         self.failures.inc()
         # What is wrong is the first sentence. The cure after it may change (which owners the server knows).
         if reason.partition(". ")[0] != self.pulse.trouble.partition(". ")[0]:
             print(f"{reason.rstrip('.')}. Looking again.", file=sys.stderr, flush=True)
         self.pulse.trouble = reason
 
-    def succeeded(self) -> None:
-        """Note that what failed, if anything, does so no longer."""
+    def record_success(self) -> None:
+        """Log the end of a failure."""
         if self.pulse.trouble:
             print(f"{self.owner}: looks succeed again.", flush=True)
         self.pulse.trouble = ""
 
 
-async def _look_on(state: _State, every: float, wait: float) -> None:
-    said = ""
-    async with connected(wait) as api:
+async def _look_forever(state: _State, every: float, wait: float) -> None:
+    reported = ""
+    async with connected(wait) as server:
         while True:
             try:
-                found = await drift.find(api, state.owner)
-                state.looked(found)
-                text = markdown(state.owner, found)
-                if text != said:
-                    await _say(api, state.owner, found, text)
-                    said = text
+                drifted = await drift.find(server, state.owner)
+                state.record_look(drifted)
+                text = markdown(state.owner, drifted)
+                if text != reported:
+                    await report(server, state.owner, drifted, text)
+                    reported = text
             except PipelineError as error:
-                state.failed(str(error))
+                state.record_failure(str(error))
             else:
-                state.succeeded()
+                state.record_success()
             await asyncio.sleep(every)
 
 
-async def _say(api: Server, owner: str, found: Sequence[Drift], text: str) -> None:
-    """Say what is new: an event if the artifact there says otherwise, a new artifact, a line."""
-    key = f"drift-{record.slug(owner)}"
-    there = await api.ask("GET", f"/artifacts/{key}/latest", absent=True)
-    # An earlier watcher may have said it already. The artifact comes last: cut off in between, the event comes again.
-    if text != (there["data"] if there else markdown(owner, [])):
-        await api.ask("POST", "/events", [_event(owner, found)])
-    artifact = {"key": key, "type": "markdown", "description": f"What is not as {owner} synced it.", "data": text}
-    await api.ask("POST", "/artifacts/", artifact)
-    print(summary(owner, found), flush=True)
+async def report(server: Server, owner: str, drifted: Sequence[Drift], text: str) -> None:
+    """Report changed drift as an event, an artifact and a log line.
+
+    There is no event if an earlier watcher has reported the same.
+
+    Args:
+        server: the server.
+        owner: the owner of the objects.
+        drifted: the drift; none if it has ended.
+        text: the artifact's Markdown.
+    """
+    key = f"drift-{records.slug(owner)}"
+    latest = await server.ask("GET", f"/artifacts/{key}/latest", absent=True)
+    # The artifact comes after the event: a watcher that is killed in between sends the event once more.
+    if text != (latest["data"] if latest else markdown(owner, [])):
+        await server.ask("POST", "/events", [_event(owner, drifted)])
+    artifact = {"key": key, "type": "markdown", "description": f"Drift since the last sync of {owner}.", "data": text}
+    await server.ask("POST", "/artifacts/", artifact)
+    print(summary(owner, drifted), flush=True)
 
 
-def _event(owner: str, found: Sequence[Drift]) -> dict[str, Any]:
+def _event(owner: str, drifted: Sequence[Drift]) -> dict[str, Any]:
     return {
         "id": str(uuid4()),
         "occurred": datetime.now(UTC).isoformat(),
-        "event": DRIFTED if found else RESTORED,
+        "event": DRIFTED if drifted else RESTORED,
         "resource": {
-            "prefect.resource.id": f"desired-state.{record.slug(owner)}",
+            "prefect.resource.id": f"desired-state.{records.slug(owner)}",
             "prefect.resource.name": owner,
         },
         "payload": {
-            "summary": summary(owner, found),
-            # The values are in the artifact: an event must stay small.
+            "summary": summary(owner, drifted),
+            # The artifact has the values. An event must stay small.
             "objects": [
-                {"kind": each.kind, "key": each.key, "fields": [name for name, _, _ in each.fields]} for each in found
+                {"kind": item.kind, "key": item.key, "fields": [name for name, _, _ in item.fields]} for item in drifted
             ],
         },
     }
 
 
-def summary(owner: str, found: Sequence[Drift]) -> str:
-    """What drifted, in one line."""
-    if not found:
-        return f"{owner}: all is as its last sync left it."
+def summary(owner: str, drifted: Sequence[Drift]) -> str:
+    """Return the drift in one line."""
+    if not drifted:
+        return f"{owner}: no drift since the last sync."
     named = [
-        f"{spoken((each.kind, each.key))} ({', '.join(name for name, _, _ in each.fields) or 'deleted'})"
-        for each in found[:FEW]
+        f"{display_name((item.kind, item.key))} ({', '.join(name for name, _, _ in item.fields) or 'deleted'})"
+        for item in drifted[:MAX_NAMED_OBJECTS]
     ]
-    more = ", ..." if len(found) > FEW else ""
-    return f"{owner}: {len(found)} changed since its last sync: {', '.join(named)}{more}"
+    more = ", ..." if len(drifted) > MAX_NAMED_OBJECTS else ""
+    return f"{owner}: {len(drifted)} changed since the last sync: {', '.join(named)}{more}"
 
 
-def markdown(owner: str, found: Sequence[Drift]) -> str:
-    """What drifted, field by field. It has no times: the same drift is the same text."""
-    if not found:
-        return f"All is as the last sync of {owner} left it."
-    lines = [f"{len(found)} changed since the last sync of {owner}. `orchestrate sync` brings back what the files say."]
-    for each in found:
-        by = f", by {each.by}" if each.by else ""
-        lines += ["", f"### {'Changed' if each.fields else 'Deleted'}: {spoken((each.kind, each.key))}{by}"]
-        if each.fields:
+def markdown(owner: str, drifted: Sequence[Drift]) -> str:
+    """Return the drift, field by field. The text has no times, so that the same drift is the same text."""
+    if not drifted:
+        return f"No drift since the last sync of {owner}."
+    lines = [f"{len(drifted)} changed since the last sync of {owner}. `orchestrate sync` restores what the files say."]
+    for item in drifted:
+        by = f", by {item.by}" if item.by else ""
+        lines += ["", f"### {'Changed' if item.fields else 'Deleted'}: {display_name((item.kind, item.key))}{by}"]
+        if item.fields:
             lines += ["", "| field | last sync | now |", "|---|---|---|"]
-            lines += [f"| {_code(name)} | {_value(old)} | {_value(new)} |" for name, old, new in each.fields]
+            lines += [f"| {_code(name)} | {_value(old)} | {_value(new)} |" for name, old, new in item.fields]
     return "\n".join(lines)
 
 
@@ -181,9 +191,9 @@ def _value(value: Any) -> str:
     if value is None:
         return "(none)"
     text = json.dumps(value, ensure_ascii=False, default=str)
-    return _code(text if len(text) <= WIDTH else text[: WIDTH - 3] + "...")
+    return _code(text if len(text) <= MAX_VALUE_CHARACTERS else text[: MAX_VALUE_CHARACTERS - 3] + "...")
 
 
 def _code(text: str) -> str:
-    """Code in a table: the names of schedules have stars."""
+    """Return code for a table. Names of schedules have stars, which Markdown would read as emphasis."""
     return "`` " + text.replace("|", "\\|") + " ``"

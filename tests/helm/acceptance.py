@@ -12,7 +12,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.utilities.templating import apply_values
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
-from orchestration.deployments import desired
+from orchestration.deployments import desired_state
 from orchestration.deployments.resources import POOL, QUEUE
 from orchestration.operations.local_cluster import binaries
 from tests.cluster import apiserver
@@ -114,8 +114,8 @@ def pool_refusals(api: apiserver.ApiServer, server: httpx.Client, rendered: str,
     """
     file = folder / "pool.yaml"
     file.write_text(synced_file(rendered))
-    wanted = desired.read([file], owner="the tests")
-    [pool] = wanted.of(POOL)
+    wanted = desired_state.read([file], owner="the tests")
+    [pool] = wanted.of_kind(POOL)
     answers = [server.post("/work_pools/", json={"name": pool.key, **_sent(pool.fields)})]
     path = "/work_pools/"
     if answers[0].is_success:
@@ -123,7 +123,7 @@ def pool_refusals(api: apiserver.ApiServer, server: httpx.Client, rendered: str,
             server.post(
                 f"/work_pools/{pool.key}/queues", json={"name": each.key.partition("/")[2], **_sent(each.fields)}
             )
-            for each in wanted.of(QUEUE)
+            for each in wanted.of_kind(QUEUE)
             if not each.key.endswith("/default")
         ]
         server.delete(f"/work_pools/{pool.key}").raise_for_status()

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from prefect.settings import PREFECT_API_URL, Settings, temporary_settings
 from sqlalchemy.engine import make_url
 
-from orchestration.deployments import desired
+from orchestration.deployments import desired_state
 from orchestration.deployments.resources import POOL
 from orchestration.deployments.sync import sync
 from orchestration.errors import ClusterError
@@ -360,7 +360,7 @@ def test_work_pool_example_syncs_to_a_new_server(server: httpx.Client, tmp_path:
     file = tmp_path / "pool.yaml"
     file.write_text(acceptance.synced_file(rendered("prefect-work-pool", given_values)))
     # One owner for all tests: SQLite may run a repeated create after the previous test has deleted the object.
-    wanted = desired.read([ROOT / "prefect.yaml", file], owner="the tests of examples", directory=ROOT)
+    wanted = desired_state.read([ROOT / "prefect.yaml", file], owner="the tests of examples", directory=ROOT)
 
     async def synced() -> None:
         async with connected() as api:
@@ -369,7 +369,7 @@ def test_work_pool_example_syncs_to_a_new_server(server: httpx.Client, tmp_path:
     asyncio.run(synced())
     for each in server.post("/deployments/filter", json={}).json():
         server.delete(f"/deployments/{each['id']}").raise_for_status()
-    [pool] = wanted.of(POOL)
+    [pool] = wanted.of_kind(POOL)
     server.delete(f"/work_pools/{pool.key}").raise_for_status()
 
 

@@ -61,7 +61,7 @@ def test_every_client_works_with_csrf_protection(
 
         async def look() -> None:
             async with prefect.connected() as server:
-                await watch._say(server, "team", (), "All is as it was.")
+                await watch.report(server, "team", (), "All is as it was.")
 
         asyncio.run(look())
         assert asked(client, "GET", f"/artifacts/drift-{slug('team')}/latest")["data"] == "All is as it was."

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from orchestration.__main__ import main
-from orchestration.deployments import check, desired
+from orchestration.deployments import check, desired_state
 from orchestration.deployments.resources import DEPLOYMENT, KINDS
 from orchestration.errors import DeploymentsError
 from orchestration.settings import ROOT
@@ -35,8 +35,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_what_is_right_is_read(folder: Path) -> None:
     (folder / "prefect.yaml").write_text(with_deployment("parameters: {day: 1}\nschedules: [{cron: '0 6 * * *'}]"))
-    read = desired.read(["prefect.yaml"])
-    (found,) = read.of(DEPLOYMENT)
+    read = desired_state.read(["prefect.yaml"])
+    (found,) = read.of_kind(DEPLOYMENT)
     assert read.owner == "shop"
     assert found.key == "etl/a"
     assert found.where == "prefect.yaml:3"
@@ -52,7 +52,7 @@ def _bomb(line: str) -> str:
 def test_aliases_that_repeat_without_measure_are_refused_at_once(folder: Path, line: str) -> None:
     (folder / "prefect.yaml").write_text(HEAD + _bomb(line))
     with pytest.raises(DeploymentsError, match=r"prefect\.yaml: its aliases expand to 3\.\de\+09 values"):
-        desired.read(["prefect.yaml"])
+        desired_state.read(["prefect.yaml"])
 
 
 @pytest.mark.parametrize(
@@ -75,13 +75,13 @@ def test_aliases_that_repeat_without_measure_are_refused_at_once(folder: Path, l
         pytest.param(
             with_deployment() + deployment(),
             ":6: ",
-            "deployment etl/a is here again, first in prefect.yaml:3",
+            "deployment etl/a is declared twice, first in prefect.yaml:3",
             id="twice",
         ),
         pytest.param(
             HEAD + "variables:\n- {name: a, value: 1}\n- {name: a, value: 2}\n",
             ":4: ",
-            "variable a is here again",
+            "variable a is declared twice",
             id="a variable twice",
         ),
         pytest.param(with_deployment("schedules: [{cron: '0 0 30 2 *'}]"), ":6: ", "never fires", id="never fires"),
@@ -154,7 +154,7 @@ def test_aliases_that_repeat_without_measure_are_refused_at_once(folder: Path, l
 def test_bad_input(folder: Path, text: str, where: str, said: str) -> None:
     (folder / "prefect.yaml").write_text(text)
     with pytest.raises(DeploymentsError) as caught:
-        desired.read(["prefect.yaml"])
+        desired_state.read(["prefect.yaml"])
     message = str(caught.value)
     assert message.startswith(f"prefect.yaml{where}"), message
     assert said in message
@@ -177,10 +177,14 @@ def test_a_file_is_split_by_team(folder: Path) -> None:
     (folder / "teams" / "one.yaml").write_text("deployments:\n" + deployment("parameters: {day: 1}", "one"))
     (folder / "teams" / "two.yaml").write_text("deployments:\n" + deployment("tags: [x]\nnme: y", "two"))
     (folder / "prefect.yaml").write_text(HEAD + "include: teams/*.yaml\ndeployments:\n" + deployment())
-    with pytest.raises(DeploymentsError, match=r"^teams/two\.yaml:6: nme is no key here\. Did you mean name\?"):
-        desired.read(["prefect.yaml"])
+    with pytest.raises(DeploymentsError, match=r"^teams/two\.yaml:6: unknown key nme\. Did you mean name\?"):
+        desired_state.read(["prefect.yaml"])
     (folder / "teams" / "two.yaml").write_text("deployments:\n" + deployment("tags: [x]", "two"))
-    assert [each.key for each in desired.read(["prefect.yaml"]).of(DEPLOYMENT)] == ["etl/a", "etl/one", "etl/two"]
+    assert [each.key for each in desired_state.read(["prefect.yaml"]).of_kind(DEPLOYMENT)] == [
+        "etl/a",
+        "etl/one",
+        "etl/two",
+    ]
 
 
 def test_anchors_and_the_environment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +193,7 @@ def test_anchors_and_the_environment(folder: Path, monkeypatch: pytest.MonkeyPat
         HEAD + "definitions:\n  daily: &daily {cron: '0 6 * * *', timezone: Europe/Berlin}\ndeployments:\n"
         + deployment("schedules:\n- <<: *daily\n  slug: one\nparameters: {day: 1, name: '{{ $REGION }}'}")
     )  # fmt: skip
-    (found,) = desired.read(["prefect.yaml"]).of(DEPLOYMENT)
+    (found,) = desired_state.read(["prefect.yaml"]).of_kind(DEPLOYMENT)
     assert found.fields["schedules"]["one"]["schedule"]["timezone"] == "Europe/Berlin"
     assert found.fields["parameters"] == {"day": 1, "name": "eu"}
 
@@ -206,7 +210,7 @@ def test_the_example_of_the_docs_is_right(folder: Path) -> None:
     )
     (folder / "prefect.yaml").write_text(example)
     assert main(["check"]) == 0
-    assert {kind for kind, _ in desired.read(["prefect.yaml"]).objects} == set(KINDS)
+    assert {kind for kind, _ in desired_state.read(["prefect.yaml"]).objects} == set(KINDS)
 
 
 def test_check_shows_the_next_five_times(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,7 +221,7 @@ def test_check_shows_the_next_five_times(folder: Path, capsys: pytest.CaptureFix
     said = capsys.readouterr().out
     assert said.count(" 06:00") == 5
     assert "NOT_SET" in said, "what an image build cannot know is noted, no error"
-    assert "that it exists is seen by plan and sync" in said
+    assert "plan and sync check that it exists" in said
 
 
 def test_check_takes_any_value_for_a_variable_of_the_server(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

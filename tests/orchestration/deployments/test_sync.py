@@ -261,7 +261,7 @@ def test_what_is_not_ours_is_taken_over_on_purpose_alone(project: Project) -> No
     project.write({"name": "a"}, {"name": "hand"})
     status, said = project.run("sync")
     assert status == 1
-    assert "exists and is not of" in said
+    assert "exists and does not belong to" in said
     assert project.there("hand")["description"] == "By hand"
     assert "1 adopted" in project.sync("--adopt")
     assert project.there("hand")["description"] == "Loads a day."
@@ -396,16 +396,16 @@ def test_a_sync_in_the_midst_of_a_look_is_no_drift(project: Project, monkeypatch
     project.write({"name": "a"})
     project.sync()
     project.write({"name": "a", "description": "Another"})
-    late = synced_before(live_state.everything, project)
-    monkeypatch.setattr(live_state, "everything", late)
+    late = synced_before(live_state.read_all, project)
+    monkeypatch.setattr(live_state, "read_all", late)
     assert project.run("diff")[0] == 0
     assert late.await_count > 1
 
 
 def test_a_first_sync_in_the_midst_of_a_look_is_one(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     project.write({"name": "a"})
-    late = synced_before(record.all_of, project)
-    monkeypatch.setattr(record, "all_of", late)
+    late = synced_before(record.read_all, project)
+    monkeypatch.setattr(record, "read_all", late)
     assert project.run("diff")[0] == 0
     assert late.await_count > 1
 
@@ -455,7 +455,7 @@ def test_pools_queues_and_types(project: Project) -> None:
     assert status == 1
     assert f"Did you mean {project.pool}?" in said
     project.write({"name": "a", "work_pool": {"name": project.pool, "work_queue_name": "urgnt"}})
-    assert "wants the queue urgnt" in project.run("plan")[1]
+    assert "uses the queue urgnt" in project.run("plan")[1]
     project.write({"name": "a"})
     project.sync()
     project.write({"name": "a"}, work_pools=[{"name": project.pool, "type": "docker"}])

@@ -88,7 +88,7 @@ def test_drift_is_said_once_and_so_is_its_end(project: Project, prefect_server: 
         drifted = "desired_state_drifted_objects", project.owner
         wait_until(lambda: watcher.metric(*drifted, "deployment") == 0, "a first look")
         wait_until(lambda: len(artifacts(project)) == 1, "the first artifact")
-        assert artifacts(project)[0].startswith("All is as the last sync")
+        assert artifacts(project)[0].startswith("No drift since the last sync")
 
         changed(project, "PATCH", f"/deployments/{deployment['id']}", description="By|hand")
         wait_until(lambda: watcher.metric(*drifted, "deployment") == 1, "the metric")
@@ -117,15 +117,15 @@ def test_drift_is_said_once_and_so_is_its_end(project: Project, prefect_server: 
         assert watcher.metric("desired_state_look_failures_total", project.owner) == 0
         assert "s since the last turn" in watcher.get("/health")
         wait_until(lambda: len(watcher.log.read_text().splitlines()) >= 4, "its last line")
-    assert artifacts(project)[3].startswith("All is as the last sync")
+    assert artifacts(project)[3].startswith("No drift since the last sync")
     assert [each["event"].partition(".")[2] for each in events(project)] == ["drifted", "drifted", "restored"]
     told = watcher.log.read_text().splitlines()
     assert [re.sub(r":.*?changed", ": changed", line) for line in told] == [
-        f"{project.owner}: all is as its last sync left it.",
-        f"{project.owner}: changed since its last sync: deployment etl/{project.own('a')} (description)",
-        f"{project.owner}: changed since its last sync: deployment etl/{project.own('a')} (description), "
+        f"{project.owner}: no drift since the last sync.",
+        f"{project.owner}: changed since the last sync: deployment etl/{project.own('a')} (description)",
+        f"{project.owner}: changed since the last sync: deployment etl/{project.own('a')} (description), "
         f"variable {variable} (deleted)",
-        f"{project.owner}: all is as its last sync left it.",
+        f"{project.owner}: no drift since the last sync.",
     ]
 
 
@@ -182,14 +182,14 @@ def test_without_a_look_for_long_it_is_ill() -> None:
     assert state.pulse.health()[0] == 200
     state.pulse.last -= 2
     assert state.pulse.health()[0] == 503
-    state.looked([])
+    state.record_look([])
     assert state.pulse.health()[0] == 200
 
 
 def test_mistakes_are_one_sentence(project: Project) -> None:
     status, said = project.run("watch", "--owner", "x", "--every", "0")
     assert (status, said.count("\n")) == (1, 1)
-    assert "--every 0 is no number of seconds" in said
+    assert "--every 0 is too short" in said
     status, said = project.run("watch", "--owner", "x", "--port", str(project.api.base_url.port))
     assert (status, said.count("\n")) == (1, 1)
     assert "Address already in use. Say another: --port" in said

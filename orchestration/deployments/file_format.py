@@ -1,0 +1,311 @@
+"""The format of a file of desired state: prefect.yaml in Prefect's own format, with keys that Prefect lacks.
+
+name: shop                          # the owner, unless --owner names another
+include: [teams/*.yaml]             # files in the same format
+deployments: [...]                  # as `prefect deploy` reads them
+work_pools:
+  - name: default
+    type: kubernetes
+    description: ""
+    concurrency_limit: null
+    base_job_template: {job_configuration: {...}, variables: {...}}
+    queues: [{name: urgent, priority: 1, concurrency_limit: 5, description: ""}]
+variables: [{name: region, value: eu, tags: []}]
+remote_file_systems: [{name: results, basepath: s3://bucket/folder, settings: {}}]
+concurrency_limits: [{name: database, limit: 5, slot_decay_per_second: 0, active: true}]
+tag_concurrency_limits: [{tag: warehouse, limit: 3}]
+automations: [{name: ..., trigger: {...}, actions: [...]}]
+"""
+
+import difflib
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    ValidationError,
+    field_validator,
+)
+
+from orchestration.deployments import files
+from orchestration.deployments.files import YamlMapping
+from orchestration.errors import DeploymentsError
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+
+def _number_to_text(value: Any) -> Any:
+    """Return a tag as text. YAML reads `tags: [2024]` as a number."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _text_to_boolean(value: Any) -> Any:
+    """Return `active` as a boolean. A variable of the environment is always text."""
+    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def _steps_to_list(value: Any) -> Any:
+    """Return pull steps as a list. `prefect init` writes `{}` for none, and Prefect takes one step without a list."""
+    return None if value == {} else [value] if isinstance(value, dict) else value
+
+
+_PullSteps = Annotated[list[dict[str, Any]] | None, BeforeValidator(_steps_to_list)]
+
+
+class ScheduleEntry(_Model):
+    """A schedule of a deployment. :mod:`schedules` checks its times."""
+
+    cron: Any = None
+    interval: Any = None
+    rrule: Any = None
+    timezone: str | None = None
+    anchor_date: Any = None
+    day_or: Any = None
+    active: Annotated[StrictBool | None, BeforeValidator(_text_to_boolean)] = None
+    parameters: dict[str, Any] = {}
+    slug: str | None = Field(default=None, min_length=1)
+    replaces: str | None = None
+
+
+class WorkPoolReference(_Model):
+    """The work pool and queue of a deployment, with the deployment's job variables."""
+
+    name: str | None = None
+    work_queue_name: str | None = None
+    job_variables: dict[str, Any] | None = None
+
+
+class DeploymentLimitEntry(_Model):
+    """The `concurrency_limit` of a deployment."""
+
+    limit: StrictInt | None = Field(default=None, ge=1)
+    collision_strategy: Literal["ENQUEUE", "CANCEL_NEW"] | None = None
+    grace_period_seconds: StrictInt | None = Field(default=None, ge=60, le=86400)
+
+
+_VersionType = Literal[
+    "prefect:simple", "vcs:github", "vcs:gitlab", "vcs:bitbucket", "vcs:azuredevops", "vcs:git"
+]  # fmt: skip
+
+
+class DeploymentEntry(_Model):
+    """A deployment, in Prefect's own format."""
+
+    name: str = Field(min_length=1)
+    version: str | None = None
+    version_type: _VersionType | None = None
+    description: str | None = None
+    tags: list[Annotated[str, BeforeValidator(_number_to_text)]] | None = None
+    entrypoint: str
+    path: str | None = None
+    flow_name: str | None = None
+    parameters: dict[str, Any] | None = None
+    enforce_parameter_schema: StrictBool | None = None
+    work_pool: WorkPoolReference | None = None
+    schedule: ScheduleEntry | None = None
+    schedules: list[ScheduleEntry] | None = None
+    paused: StrictBool | None = None
+    concurrency_limit: DeploymentLimitEntry | None = None
+    triggers: list[dict[str, Any]] | None = None
+    build: Any = None
+    push: Any = None
+    pull: _PullSteps = None
+
+    @field_validator("name")
+    @classmethod
+    def _is_accepted_by_the_server(cls, value: str) -> str:
+        if "/" in value:
+            raise ValueError("has a slash, which separates flow and deployment in FLOW/NAME: choose another")
+        if not value.strip("' \""):
+            raise ValueError("is blank: choose another")
+        if found := sorted({*value} & {*"/%&<>"}):
+            raise ValueError(f"has {' '.join(found)}, which the server refuses in a name: choose another")
+        if value.endswith(".py"):
+            raise ValueError("ends with .py, which `prefect deploy` removes: choose another")
+        return value
+
+    @field_validator("schedule", mode="before")
+    @classmethod
+    def _empty_schedule_to_none(cls, value: Any) -> Any:
+        return None if value == {} else value  # as `prefect init` writes it
+
+    @field_validator("concurrency_limit", mode="before")
+    @classmethod
+    def _number_to_limit(cls, value: Any) -> Any:
+        return {"limit": value} if isinstance(value, int) else value
+
+
+class QueueEntry(_Model):
+    """A queue of a work pool."""
+
+    name: str = Field(min_length=1)
+    priority: StrictInt | None = Field(default=None, ge=1)
+    concurrency_limit: StrictInt | None = Field(default=None, ge=0)
+    description: str | None = None
+
+
+class PoolEntry(_Model):
+    """A work pool with its queues."""
+
+    name: str = Field(min_length=1)
+    type: str
+    description: str | None = None
+    concurrency_limit: StrictInt | None = Field(default=None, ge=0)
+    base_job_template: dict[str, Any] | None = None
+    queues: list[QueueEntry] | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _is_not_reserved(cls, value: str) -> str:
+        if value.lower().startswith("prefect"):
+            raise ValueError("begins with prefect, which the server reserves: choose another")
+        return value
+
+
+class VariableEntry(_Model):
+    """A variable of the server."""
+
+    name: str = Field(pattern="^[a-z0-9_-]+$", max_length=255)
+    value: Any
+    tags: list[str] = []
+
+
+class FileSystemEntry(_Model):
+    """A RemoteFileSystem block."""
+
+    name: str = Field(pattern="^[a-z0-9-]+$")
+    basepath: str = Field(pattern="^[a-z0-9+]+://.")
+    settings: dict[str, Any] = {}
+
+
+class LimitEntry(_Model):
+    """A global concurrency limit."""
+
+    name: str = Field(min_length=1)
+    limit: StrictInt = Field(ge=0)
+    slot_decay_per_second: StrictFloat | StrictInt = 0
+    active: StrictBool | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _is_not_reserved(cls, value: str) -> str:
+        if value.startswith(("tag:", "deployment:")):
+            raise ValueError("is reserved: use tag_concurrency_limits or the concurrency_limit of a deployment")
+        return value
+
+
+class TagLimitEntry(_Model):
+    """A limit of the task runs that have a tag."""
+
+    tag: str = Field(min_length=1)
+    limit: StrictInt = Field(ge=0)
+
+
+class AutomationEntry(_Model):
+    """An automation. Prefect itself reads the trigger and the actions."""
+
+    name: str = Field(min_length=1)
+    description: str = ""
+    enabled: StrictBool | None = None
+    tags: list[str] = []
+    trigger: dict[str, Any]
+    actions: list[dict[str, Any]]
+    actions_on_trigger: list[dict[str, Any]] = []
+    actions_on_resolve: list[dict[str, Any]] = []
+
+
+class DesiredStateFile(_Model):
+    """A whole file."""
+
+    prefect_version: Any = Field(default=None, alias="prefect-version")
+    name: str | None = None
+    include: Any = None
+    build: Any = None
+    push: Any = None
+    pull: _PullSteps = None
+    definitions: Any = None
+    deployments: list[DeploymentEntry] | None = None
+    work_pools: list[PoolEntry] | None = None
+    variables: list[VariableEntry] | None = None
+    remote_file_systems: list[FileSystemEntry] | None = None
+    concurrency_limits: list[LimitEntry] | None = None
+    tag_concurrency_limits: list[TagLimitEntry] | None = None
+    automations: list[AutomationEntry] | None = None
+
+
+def validate(document: YamlMapping) -> DesiredStateFile:
+    """Return a document as a file of desired state.
+
+    Raises:
+        DeploymentsError: the first mistake, with FILE:LINE and the cure.
+    """
+    try:
+        return DesiredStateFile.model_validate(document)
+    except ValidationError as error:
+        raise DeploymentsError(_first_mistake(document, error)) from None
+
+
+def unknown_key(where: str, key: str, known: Sequence[str]) -> str:
+    """Return the message for an unknown key, with the nearest known key.
+
+    Args:
+        where: FILE:LINE.
+        key: the unknown key.
+        known: the keys that the format has there.
+    """
+    nearest = difflib.get_close_matches(key, known, 1)
+    cure = f"Did you mean {nearest[0]}?" if nearest else f"Known keys: {', '.join(known)}"
+    return f"{where}: unknown key {key}. {cure}"
+
+
+def _first_mistake(document: YamlMapping, error: ValidationError) -> str:
+    """Return the message for the first mistake that pydantic found."""
+    found = error.errors(include_url=False)
+    # A misspelt key is also a missing key. The unknown key explains both.
+    first = next((mistake for mistake in found if mistake["type"] == "extra_forbidden"), found[0])
+    path = tuple(step for step in first["loc"] if isinstance(step, str | int))
+    where = files.locate(document, path)
+    key = next((str(step) for step in reversed(path) if isinstance(step, str)), "")
+    if first["type"] == "extra_forbidden":
+        return unknown_key(where, key, _known_keys(path))
+    if first["type"] == "missing":
+        return f"{where}: {key} is missing"
+    reason = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    rule = f"should be {reason}" if first["msg"].startswith("Input should be") else reason
+    if first["type"] in ("model_type", "dict_type"):
+        known = _known_keys((*path, ""))
+        number = "a number or " if key == "concurrency_limit" else ""
+        rule = f"should be {number}a mapping" + (f" of {', '.join(known)}" if known else "")
+    value = first.get("input")
+    shown = f", not {value!r}" if isinstance(value, str | int | float | bool) or value is None else ""
+    return f"{where}: {'.'.join(map(str, path[-2:])) if isinstance(path[-1], int) else key} {rule}{shown}"
+
+
+def _known_keys(path: Sequence[str | int]) -> list[str]:
+    """Return the keys that the format has next to the last step of a path; none where any key is allowed."""
+    model: type[BaseModel] = DesiredStateFile
+    for step in path[:-1]:
+        if isinstance(step, int):
+            continue
+        info = next((info for name, info in model.model_fields.items() if step in (name, info.alias)), None)
+        if info is None:
+            return []
+        inner = [kind for kind in _types(info.annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not inner:
+            return []
+        model = inner[0]
+    return [info.alias or name for name, info in model.model_fields.items()]
+
+
+def _types(annotation: Any) -> list[Any]:
+    """Return the types inside an annotation, such as `int` and `None` of `int | None`."""
+    inner = get_args(annotation)
+    return [found for argument in inner for found in _types(argument)] if inner else [annotation]
