@@ -217,8 +217,10 @@ async def _check(options: argparse.Namespace) -> int:
 
 
 async def _watch(options: argparse.Namespace) -> int:
+    from orchestration import logs
     from orchestration.deployments import watch
 
+    logs.configure()
     await watch.watch(_owner(options), every=options.every, port=options.port, wait=options.wait)
     return NOTHING
 

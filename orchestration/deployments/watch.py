@@ -3,8 +3,8 @@
 import asyncio
 import contextlib
 import json
+import logging
 import signal
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -15,11 +15,13 @@ import prometheus_client as prometheus
 
 from orchestration.deployments import drift
 from orchestration.deployments import record as records
-from orchestration.deployments.drift import Drift
+from orchestration.deployments.drift import Drift, NeverSyncedError
 from orchestration.deployments.resources import KINDS, display_name
 from orchestration.errors import DeploymentsError, PipelineError
 from orchestration.health import Pulse, served
 from orchestration.prefect_api import Server, connected
+
+logger = logging.getLogger(__name__)
 
 DRIFTED, RESTORED = "desired-state.drifted", "desired-state.restored"
 """Events of the resource `desired-state.SLUG`. Restored: the drift has ended."""
@@ -63,6 +65,7 @@ class _State:
     def __init__(self, owner: str, every: float) -> None:
         self.owner = owner
         self.pulse = Pulse(3 * every + GRACE_SECONDS)
+        self.logged_failure = ""
         registry = self.pulse.registry
         self.drifted = prometheus.Gauge(
             "desired_state_drifted_objects",
@@ -88,19 +91,28 @@ class _State:
         self.last_look.labels(self.owner).set_to_current_time()
         self.pulse.beat()
 
-    def record_failure(self, reason: str) -> None:
+    def record_failure(self, error: PipelineError) -> None:
         """Count a failed look. The log has a failure once, until looks succeed or fail for another reason."""
         self.failures.inc()
-        # What is wrong is the first sentence. The cure after it may change (which owners the server knows).
-        if reason.partition(". ")[0] != self.pulse.trouble.partition(". ")[0]:
-            print(f"{reason.rstrip('.')}. Looking again.", file=sys.stderr, flush=True)
-        self.pulse.trouble = reason
+        identity = _identity(error)
+        if identity != self.logged_failure:
+            logger.warning("%s. Looking again.", str(error).rstrip("."))
+        self.logged_failure = identity
+        self.pulse.trouble = str(error)
 
     def record_success(self) -> None:
         """Log the end of a failure."""
-        if self.pulse.trouble:
-            print(f"{self.owner}: looks succeed again.", flush=True)
+        if self.logged_failure:
+            logger.info("%s: looks succeed again.", self.owner)
+        self.logged_failure = ""
         self.pulse.trouble = ""
+
+
+def _identity(error: PipelineError) -> str:
+    """Return a text that is equal for failures with the same cause."""
+    if isinstance(error, NeverSyncedError):  # its message names the owners of the server, which may change
+        return f"{error.owner} has never synced"
+    return str(error)
 
 
 async def _look_forever(state: _State, every: float, wait: float) -> None:
@@ -115,7 +127,7 @@ async def _look_forever(state: _State, every: float, wait: float) -> None:
                     await report(server, state.owner, drifted, text)
                     reported = text
             except PipelineError as error:
-                state.record_failure(str(error))
+                state.record_failure(error)
             else:
                 state.record_success()
             await asyncio.sleep(every)
@@ -139,7 +151,7 @@ async def report(server: Server, owner: str, drifted: Sequence[Drift], text: str
         await server.ask("POST", "/events", [_event(owner, drifted)])
     artifact = {"key": key, "type": "markdown", "description": f"Drift since the last sync of {owner}.", "data": text}
     await server.ask("POST", "/artifacts/", artifact)
-    print(summary(owner, drifted), flush=True)
+    logger.log(logging.WARNING if drifted else logging.INFO, "%s", summary(owner, drifted))
 
 
 def _event(owner: str, drifted: Sequence[Drift]) -> dict[str, Any]:

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from orchestration.deployments import watch
 from orchestration.deployments.record import slug
+from orchestration.errors import ApiError
 from orchestration.settings import ROOT
 from tests.orchestration.deployments.conftest import Project
 from tests.parts import free_port, prefect_server, wait_until
@@ -119,13 +121,13 @@ def test_drift_is_said_once_and_so_is_its_end(project: Project, prefect_server: 
         wait_until(lambda: len(watcher.log.read_text().splitlines()) >= 4, "its last line")
     assert artifacts(project)[3].startswith("No drift since the last sync")
     assert [each["event"].partition(".")[2] for each in events(project)] == ["drifted", "drifted", "restored"]
-    told = watcher.log.read_text().splitlines()
-    assert [re.sub(r":.*?changed", ": changed", line) for line in told] == [
-        f"{project.owner}: no drift since the last sync.",
-        f"{project.owner}: changed since the last sync: deployment etl/{project.own('a')} (description)",
-        f"{project.owner}: changed since the last sync: deployment etl/{project.own('a')} (description), "
+    lines = [re.sub(r"^\d\S+Z ", "", line) for line in watcher.log.read_text().splitlines()]
+    assert lines == [
+        f"INFO {project.owner}: no drift since the last sync.",
+        f"WARNING {project.owner}: 1 changed since the last sync: deployment etl/{project.own('a')} (description)",
+        f"WARNING {project.owner}: 2 changed since the last sync: deployment etl/{project.own('a')} (description), "
         f"variable {variable} (deleted)",
-        f"{project.owner}: no drift since the last sync.",
+        f"INFO {project.owner}: no drift since the last sync.",
     ]
 
 
@@ -184,6 +186,17 @@ def test_without_a_look_for_long_it_is_ill() -> None:
     assert state.pulse.health()[0] == 503
     state.record_look([])
     assert state.pulse.health()[0] == 200
+
+
+def test_failure_is_logged_once_for_each_cause(caplog: pytest.LogCaptureFixture) -> None:
+    state = watch._State("owner", every=300)
+    for table in ("flow", "flow", "flow_run"):
+        state.record_failure(ApiError(f"The Prefect API fails (500) on POST /flows/filter: No space. Table {table}"))
+    assert [record.message.partition("Table ")[2] for record in caplog.records] == [
+        "flow. Looking again.",
+        "flow_run. Looking again.",
+    ]
+    assert state.pulse.trouble.endswith("Table flow_run")
 
 
 def test_mistakes_are_one_sentence(project: Project) -> None:
