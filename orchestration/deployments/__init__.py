@@ -1,1 +1,1 @@
-"""Deployments as desired state: prefect.yaml and what lies beside it are brought to the server, and back."""
+"""Deployments as desired state: check and sync prefect.yaml, find drift, export the live state."""

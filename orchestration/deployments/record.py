@@ -1,6 +1,6 @@
 """The record of what an owner has synced: a block document on the server.
 
-Every machine that syncs reads the record, and so tells another owner's objects from objects without an owner.
+Every machine that syncs reads the record. So it can tell apart the objects of the owner, of other owners and of none.
 """
 
 import asyncio

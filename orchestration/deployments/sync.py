@@ -1,4 +1,4 @@
-"""Bring a server to the desired state. A sync changes only what differs, and loses no run wherever it is cut off.
+"""Bring a server to the desired state. A sync changes only what differs, and loses no run even if it is killed.
 
 A sync writes into the owner's record what it is about to change, and later what it has changed. So the next sync knows
 which objects a killed sync had begun, and that they belong to the owner. It also schedules the runs of deployments that

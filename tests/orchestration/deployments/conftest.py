@@ -1,4 +1,4 @@
-"""A project with files of desired state, and the server that they are synced to."""
+"""A project with files of desired state, and a server to sync them to."""
 
 import os
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ def report(title: str) -> None:
 
 @dataclass
 class Project:
-    """A folder with flow.py and files, whose owner, flow and pool nobody else on the server has."""
+    """A folder with flow.py and files. Its owner and names are unique on the server that all tests share."""
 
     folder: Path
     api: httpx.Client
@@ -41,49 +41,50 @@ class Project:
         return f"pool-{self.owner}"
 
     def write(self, *deployments: dict[str, Any], file: str = "prefect.yaml", **more: Any) -> None:
-        """Write a file with these deployments of `etl`, in the project's pool, and other keys."""
-        made = [
-            {"entrypoint": "flow.py:etl", "work_pool": {"name": self.pool}, **each, "name": self.own(each["name"])}
-            for each in deployments
+        """Write a file with deployments of `etl` in the project's pool, and with other keys."""
+        entries = [
+            {"entrypoint": "flow.py:etl", "work_pool": {"name": self.pool}, **entry, "name": self.unique(entry["name"])}
+            for entry in deployments
         ]
-        document = {"name": self.owner, "work_pools": [{"name": self.pool, "type": "process"}], "deployments": made}
+        document = {"name": self.owner, "work_pools": [{"name": self.pool, "type": "process"}], "deployments": entries}
         (self.folder / file).write_text(yaml.safe_dump(document | more, sort_keys=False))
 
-    def own(self, name: str) -> str:
-        """A name that nobody else has."""
+    def unique(self, name: str) -> str:
+        """Return a name that no other test uses."""
         return f"{name}-{self.owner}"
 
     def run(self, *arguments: str) -> tuple[int, str]:
-        """`orchestrate`; its exit status and all that it printed."""
+        """Run `orchestrate`, and return its exit status and output."""
         self.capture.readouterr()
         status = main(arguments)
         printed = self.capture.readouterr()
         return status, printed.out + printed.err
 
     def sync(self, *arguments: str) -> str:
-        status, said = self.run("sync", *arguments)
-        assert status == 0, said
+        """Sync, check that a plan is empty then, and return the output of the sync."""
+        status, output = self.run("sync", *arguments)
+        assert status == 0, output
         status, planned = self.run("plan", *arguments)
-        assert status == 0, f"synced, but: {planned}"
-        return said
+        assert status == 0, f"a change is left after the sync: {planned}"
+        return output
 
     def deployment(self, name: str, flow: str = "etl") -> dict[str, Any] | None:
-        answer = self.api.get(f"/deployments/name/{flow}/{self.own(name)}")
+        answer = self.api.get(f"/deployments/name/{flow}/{self.unique(name)}")
         return None if answer.status_code == 404 else dict(answer.raise_for_status().json())
 
-    def there(self, name: str) -> dict[str, Any]:
+    def existing(self, name: str) -> dict[str, Any]:
         found = self.deployment(name)
         assert found, f"{name} is not on the server"
         return found
 
     def runs(self, name: str) -> list[dict[str, Any]]:
-        """The scheduled runs, the next first."""
-        which = {"deployments": {"id": {"any_": [self.there(name)["id"]]}}, "sort": "EXPECTED_START_TIME_ASC"}
+        """Return the runs of a deployment by due time."""
+        which = {"deployments": {"id": {"any_": [self.existing(name)["id"]]}}, "sort": "EXPECTED_START_TIME_ASC"}
         return list(self.api.post("/flow_runs/filter", json=which).raise_for_status().json())
 
     def start(self, name: str, state: str = "RUNNING") -> str:
-        """A run in that state; its id."""
-        path = f"/deployments/{self.there(name)['id']}/create_flow_run"
+        """Create a run in a state, and return its id."""
+        path = f"/deployments/{self.existing(name)['id']}/create_flow_run"
         run = str(self.api.post(path, json={}).raise_for_status().json()["id"])
         self.state(run, state)
         return run

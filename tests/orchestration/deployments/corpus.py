@@ -99,7 +99,7 @@ VARIABLES = {
 
 
 def one(more: str = "", entrypoint: str = "flow.py:etl", name: str = "d", pool: str = "{name: POOL}") -> str:
-    """A file with one deployment that has these lines as well."""
+    """Return a file with one deployment that also has these lines."""
     lines = "".join(f"    {line}\n" for line in more.splitlines())
     return f"deployments:\n  - name: {name}\n    entrypoint: {entrypoint}\n    work_pool: {pool}\n{lines}"
 
@@ -507,7 +507,7 @@ REFUSED: dict[str, str] = {
     "very deep": ": lists or mappings are nested too deep",
     "include of nothing": ":2: include has an empty pattern",
 }
-"""Where, and in which words, `orchestrate` refuses a file before it looks at the server."""
+"""Cases that a sync refuses before it asks the server, each with the line and the start of the message."""
 
 REFUSED_BY_PLAN: dict[str, str] = {
     "version from a number": ":6: version should be a valid string, not 7",
@@ -515,7 +515,7 @@ REFUSED_BY_PLAN: dict[str, str] = {
     "trigger with wrong job variables": ":3: deployment etl/d: the work pool POOL takes no such job variable 'cpu'",
     "wrong job variables": ":3: deployment etl/d: the work pool POOL takes no such job variable 'cpu'",
 }
-"""The same of what shows with the server alone, before it is changed."""
+"""Cases that a sync refuses after it has read the server and before it changes anything, each with the message."""
 
 BEYOND = {
     "limit without a strategy",
@@ -529,4 +529,4 @@ BEYOND = {
     "anchor that holds itself",
     "date as a description",
 }
-"""Where `prefect deploy` fails, or writes a block's secrets into the deployment, and what is meant is plain."""
+"""Cases that a sync accepts, while `prefect deploy` fails or writes a block's secrets into the deployment."""

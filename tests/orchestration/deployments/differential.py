@@ -1,4 +1,4 @@
-"""`prefect deploy --all` and `orchestrate sync`, and what each leaves on a server, field by field."""
+"""Compare what `prefect deploy --all` and `orchestrate sync` leave on a server, field by field."""
 
 import asyncio
 import contextlib
@@ -19,19 +19,19 @@ import pytest
 from orchestration.__main__ import main
 from orchestration.settings import ROOT
 
-SERVERS = {
+SERVER_FIELDS = {
     "id", "created", "updated", "created_by", "updated_by", "flow_id", "work_queue_id", "last_polled", "status",
     "labels", "deployment_id", "max_scheduled_runs",
 }  # fmt: skip
-"""Fields that the server decides."""
+"""Fields that the server sets."""
 
 VERSION = {"version", "version_id", "version_branch", "version_info"}
-"""Fields that Prefect takes from the flow's file or from git where no file gives a version."""
+"""Fields that Prefect sets from the flow's file or from git if the file of desired state has no version."""
 
 
 @dataclass
 class Sides:
-    """A folder with flow files and a prefect.yaml, whose owner and pool nobody else on the server has."""
+    """A folder with flow files and a prefect.yaml. Its owner and pool are unique on the server that all tests share."""
 
     folder: Path
     api: httpx.Client
@@ -45,7 +45,7 @@ class Sides:
         return f"pool-{self.owner}"
 
     def make_pool(self) -> None:
-        """Make the pool."""
+        """Create the pool."""
         variables = {"type": "object", "properties": {"image": {"type": "string"}, "cpu": {"type": "integer"}}}
         template = {"job_configuration": {"image": "{{ image }}"}, "variables": variables}
         body = {"name": self.pool, "type": "process", "base_job_template": template}
@@ -53,23 +53,23 @@ class Sides:
         self.api.post(f"/work_pools/{self.pool}/queues", json={"name": "urgent"}).raise_for_status()
 
     def deploy(self) -> tuple[str, dict[str, Any]]:
-        """What `prefect deploy --all` leaves, and why it failed, if it did."""
+        """Run `prefect deploy --all`, and return the error, if any, and the state that it leaves."""
         environment = {name: os.environ[name] for name in self.variables}
         assert self.deployer.stdin
         assert self.deployer.stdout
         self.deployer.stdin.write(json.dumps([str(self.folder), environment]) + "\n")
         self.deployer.stdin.flush()
-        failed, said = json.loads(self.deployer.stdout.readline())
-        skipped = "Skipping deployment configuration" in said or "Skipping." in said
-        return " ".join(said.split())[-400:] if failed or skipped else "", self.state()
+        failed, output = json.loads(self.deployer.stdout.readline())
+        skipped = "Skipping deployment configuration" in output or "Skipping." in output
+        return " ".join(output.split())[-400:] if failed or skipped else "", self.state()
 
     def sync(self, *arguments: str) -> tuple[str, dict[str, Any]]:
-        """What `orchestrate sync` leaves, and why it failed, if it did."""
-        status, said = self.run("sync", *arguments)
-        return said if status else "", self.state()
+        """Run `orchestrate sync`, and return the error, if any, and the state that it leaves."""
+        status, output = self.run("sync", *arguments)
+        return output if status else "", self.state()
 
     def run(self, *arguments: str) -> tuple[int, str]:
-        """`orchestrate`; its exit status and all that it printed."""
+        """Run `orchestrate`, and return its exit status and output."""
         self.capture.readouterr()
         with contextlib.chdir(self.folder):
             status = main(arguments)
@@ -77,7 +77,7 @@ class Sides:
         return status, printed.out + printed.err
 
     def deployments(self) -> list[dict[str, Any]]:
-        """The pool's."""
+        """Return the pool's deployments."""
         body = {"work_pools": {"name": {"any_": [self.pool]}}, "sort": "NAME_ASC"}
         return self.listed("deployments", body)
 
@@ -85,14 +85,14 @@ class Sides:
         return list(self.api.post(f"/{kind}/filter", json=body).raise_for_status().json())
 
     def automations(self) -> dict[str, list[dict[str, Any]]]:
-        """The newest automations by the deployment that they run."""
+        """Return the newest automations by the id of the deployment that they run."""
         found: dict[str, list[dict[str, Any]]] = {}
         for each in self.listed("automations", {"sort": "CREATED_DESC"}):
             found.setdefault(str(each["actions"][0].get("deployment_id")), []).append(each)
         return found
 
     def state(self) -> dict[str, Any]:
-        """The pool's deployments with their automations, without what is the server's to decide."""
+        """Return the pool's deployments with their automations, without the fields that the server sets."""
         found = {}
         deployments, automations = self.deployments(), self.automations()
         ids = sorted({each["flow_id"] for each in deployments})
@@ -101,7 +101,7 @@ class Sides:
             related = automations.get(each["id"], [])
             made = _plain(each, each["id"])
             made["tags"] = sorted(set(made["tags"]))
-            # Without a docstring Prefect sends this text, and it sends an anchor with the offset that the file has.
+            # Without a docstring Prefect sends the text None. It sends an anchor with the offset of the file.
             made["description"] = None if made["description"] == "None" else made["description"]
             for schedule in made["schedules"]:
                 if anchor := schedule["schedule"].get("anchor_date"):
@@ -121,18 +121,18 @@ class Sides:
 
 
 def _moment(anchor: str) -> str:
-    """The moment of an anchor; without one a schedule begins when the server gets it."""
+    """Return the time of an anchor, or "now": without an anchor a schedule begins when the server receives it."""
     found = datetime.fromisoformat(anchor)
     return "now" if abs(datetime.now(UTC) - found) < timedelta(minutes=10) else found.astimezone(UTC).isoformat()
 
 
 SETS = ("expect", "after", "for_each")
-"""Fields of a trigger that are sets, which the server lists in any order."""
+"""Fields of a trigger that are sets: the server lists them in any order."""
 
 
 def _plain(value: Any, deployment: str) -> Any:
     if isinstance(value, dict):
-        made = {key: _plain(each, deployment) for key, each in value.items() if key not in SERVERS}
+        made = {key: _plain(each, deployment) for key, each in value.items() if key not in SERVER_FIELDS}
         return {key: sorted(each) if key in SETS and isinstance(each, list) else each for key, each in made.items()}
     if isinstance(value, list):
         return [_plain(each, deployment) for each in value]
@@ -140,7 +140,7 @@ def _plain(value: Any, deployment: str) -> Any:
 
 
 def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
-    """Where two states differ."""
+    """Yield the differences between two states."""
     if isinstance(one, dict) and isinstance(other, dict):
         for key in sorted({*one, *other}, key=str):
             yield from differences(one.get(key), other.get(key), f"{path}.{key}".lstrip("."))
@@ -153,7 +153,7 @@ def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
 
 @contextlib.contextmanager
 def deploying(url: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that deploys what it is told, for Prefect is slow to import and leaves connections open."""
+    """Yield a process that runs `prefect deploy` for all cases: Prefect imports slowly and leaves connections open."""
     command = [sys.executable, "-m", "tests.orchestration.deployments.differential"]
     variables = {"PREFECT_API_URL": url, "PYTHONPATH": str(ROOT), "PREFECT_CLI_PROMPT": "false"}
     with subprocess.Popen(
@@ -167,7 +167,7 @@ def deploying(url: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def _serve() -> None:
-    """Deploy the folder of each line; answer with whether that failed, and what was printed."""
+    """Deploy the folder that each line names, and answer with whether that failed and with the output."""
     from prefect.cli import _app
     from prefect.cli.deploy._commands import deploy
 
@@ -176,14 +176,14 @@ def _serve() -> None:
         folder, variables = json.loads(line)
         os.chdir(folder)
         os.environ.update(variables)
-        failed, said = False, io.StringIO()
-        _app.console.file = said
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        failed, output = False, io.StringIO()
+        _app.console.file = output
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             try:
                 asyncio.run(deploy(deploy_all=True))
             except SystemExit as ended:
                 failed = bool(ended.code)
-        print(json.dumps([failed, said.getvalue()]), file=answers, flush=True)
+        print(json.dumps([failed, output.getvalue()]), file=answers, flush=True)
 
 
 if __name__ == "__main__":

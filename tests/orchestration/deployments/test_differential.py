@@ -1,4 +1,4 @@
-"""`orchestrate sync` against `prefect deploy`: a file leaves the same deployments, or is refused with its line."""
+"""`orchestrate sync` leaves the same deployments as `prefect deploy`, or refuses the file with its line."""
 
 import json
 import os
@@ -21,15 +21,14 @@ from tests.orchestration.deployments.corpus import CORPUS
 from tests.orchestration.deployments.differential import Sides, deploying, differences
 from tests.parts import client_of, examples
 
-AT_ONCE = 20
-"""Deployments of the corpus in a file."""
+DEPLOYMENTS_PER_FILE = 20
 
 FIRST = "deployments:\n  - name: d\n"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The flows that the corpus names."""
+    """Return a folder with the flows that the corpus names."""
     made = tmp_path_factory.mktemp("corpus")
     (made / "flow.py").write_text(corpus.FLOWS)
     for name in ("pack/__init__.py", "pack/jobs.py", "my flows/a b.py"):
@@ -63,12 +62,12 @@ def sides(
             api.post("/variables/", json={"name": f"{owner}_{name}", "value": value}).raise_for_status()
         yield made
         made.clear()
-        written(made, "")
-        assert made.run("sync", "--prune")[0] == 0  # no record of what it had
+        write(made, "")
+        assert made.run("sync", "--prune")[0] == 0  # leaves an empty record
 
 
-def written(sides: Sides, text: str) -> None:
-    """Write a case as the prefect.yaml of an owner of its own."""
+def write(sides: Sides, text: str) -> None:
+    """Write a case as prefect.yaml, with the owner, pool and variables of this test."""
     mark = "\ufeff" if text.startswith("\ufeff") else ""
     end = "\r\n" if "\r\n" in text else "\n"
     text = text.removeprefix("\ufeff").replace("POOL", sides.pool).replace("VAR_", f"{sides.owner}_")
@@ -77,8 +76,8 @@ def written(sides: Sides, text: str) -> None:
     (sides.folder / "prefect.yaml").write_bytes(whole.encode())
 
 
-def the_same(sides: Sides) -> None:
-    """Deploy and sync the file; what is left must be the same, planned as nothing to do, and exported as that."""
+def check_same_state(sides: Sides) -> None:
+    """Deploy and sync the file: both leave the same state, and neither a plan nor an export of it has changes."""
     failed, expected = sides.deploy()
     assert not failed, failed
     assert expected
@@ -87,53 +86,53 @@ def the_same(sides: Sides) -> None:
     assert not failed, failed
     versioned = {name for name, each in found.items() if each["version"]}
     for name, each in expected.items():
-        if name not in versioned:  # then Prefect takes a hash of the flow's file
+        if name not in versioned:  # Prefect sets a hash of the flow's file
             each["version"] = None
     assert list(differences(expected, found)) == []
-    status, said = sides.run("plan", "--prune")
-    assert status == 0, said
-    status, said = sides.run("export", "--owner", sides.owner, "--mine", "--output", "exported.yaml")
-    assert status == 0, said
-    status, said = sides.run("plan", "--prune", "exported.yaml")
-    assert status == 0, said
+    status, output = sides.run("plan", "--prune")
+    assert status == 0, output
+    status, output = sides.run("export", "--owner", sides.owner, "--mine", "--output", "exported.yaml")
+    assert status == 0, output
+    status, output = sides.run("plan", "--prune", "exported.yaml")
+    assert status == 0, output
     sides.clear()
 
 
 SEPARATE = [name for name in CORPUS if name not in {*corpus.REFUSED, *corpus.REFUSED_BY_PLAN, *corpus.BEYOND}]
-TOGETHER = [name for name in SEPARATE if CORPUS[name].startswith(FIRST)]
+COMBINABLE = [name for name in SEPARATE if CORPUS[name].startswith(FIRST)]
 
 
-def test_a_sync_of_the_corpus_leaves_what_prefect_deploys(sides: Sides) -> None:
-    for start in range(0, len(TOGETHER), AT_ONCE):
-        names = TOGETHER[start : start + AT_ONCE]
+def test_sync_of_the_corpus_leaves_the_same_state_as_prefect_deploy(sides: Sides) -> None:
+    for start in range(0, len(COMBINABLE), DEPLOYMENTS_PER_FILE):
+        names = COMBINABLE[start : start + DEPLOYMENTS_PER_FILE]
         each = [f"  - name: d{number}\n{CORPUS[name].removeprefix(FIRST)}" for number, name in enumerate(names)]
-        written(sides, "deployments:\n" + "".join(each))
-        the_same(sides)
+        write(sides, "deployments:\n" + "".join(each))
+        check_same_state(sides)
     for name in SEPARATE:
-        if name not in TOGETHER:
-            written(sides, CORPUS[name])
-            the_same(sides)
+        if name not in COMBINABLE:
+            write(sides, CORPUS[name])
+            check_same_state(sides)
 
 
-def test_what_is_refused_is_named_with_its_line_before_anything_changes(sides: Sides) -> None:
-    for name, said in corpus.REFUSED.items():
-        written(sides, CORPUS[name])
+def test_refusal_names_the_line_and_changes_nothing(sides: Sides) -> None:
+    for name, message in corpus.REFUSED.items():
+        write(sides, CORPUS[name])
         status, printed = sides.run("sync")
         assert (name, status) == (name, 1)
-        assert f"prefect.yaml{said}" in printed, name
-        assert printed.count("\n") == 1, "one message, and no plan that was begun"
-    for name, said in corpus.REFUSED_BY_PLAN.items():
-        written(sides, CORPUS[name])
+        assert f"prefect.yaml{message}" in printed, name
+        assert printed.count("\n") == 1, "one message, and no part of a plan"
+    for name, message in corpus.REFUSED_BY_PLAN.items():
+        write(sides, CORPUS[name])
         status, printed = sides.run("sync")
         assert (name, status) == (name, 1)
-        assert said.replace("POOL", sides.pool) in printed, name
+        assert message.replace("POOL", sides.pool) in printed, name
         assert "(create)" not in printed
     assert sides.state() == {}
 
 
-def test_what_prefect_fails_at_is_synced_where_it_is_plain(sides: Sides) -> None:
+def test_file_that_only_prefect_deploy_refuses_is_synced(sides: Sides) -> None:
     for name in corpus.BEYOND:
-        written(sides, CORPUS[name])
+        write(sides, CORPUS[name])
         failed, _ = sides.sync("--prune")
         assert not failed, f"{name}: {failed}"
         assert sides.run("plan")[0] == 0, name
@@ -237,7 +236,7 @@ DEPLOYMENTS = st.fixed_dictionaries(
     phases=[Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-def test_a_sync_of_any_file_leaves_what_prefect_deploys(
+def test_sync_of_a_random_file_leaves_the_same_state_as_prefect_deploy(
     sides: Sides, deployments: list[dict[str, Any]], pull: list[dict[str, Any]] | None
 ) -> None:
     named = [
@@ -246,12 +245,12 @@ def test_a_sync_of_any_file_leaves_what_prefect_deploys(
     ]
     document = {"deployments": named} | ({} if pull is None else {"pull": pull})
     text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
-    written(sides, text)
-    status, said = sides.run("check")
-    if status:  # refused with its line, whatever Prefect makes of it
-        assert said.startswith("prefect.yaml:"), said
+    write(sides, text)
+    status, output = sides.run("check")
+    if status:  # The sync refuses the file with its line, even if Prefect accepts it.
+        assert output.startswith("prefect.yaml:"), output
         return
-    the_same(sides)
+    check_same_state(sides)
 
 
 DEPLOYS = """
@@ -269,7 +268,7 @@ named.to_deployment(f"{name}-placeholder", description="{{ $A_TEXT }}", work_poo
 """
 
 
-def test_an_export_of_what_flows_deployed_themselves_plans_as_empty(sides: Sides) -> None:
+def test_export_of_deployments_made_in_python_needs_no_change(sides: Sides) -> None:
     name = sides.owner
     (sides.folder / "deploys.py").write_text(DEPLOYS)
     command = [sys.executable, "deploys.py", name, sides.pool, str(sides.folder)]
@@ -277,24 +276,24 @@ def test_an_export_of_what_flows_deployed_themselves_plans_as_empty(sides: Sides
     subprocess.run(
         command, cwd=sides.folder, env=os.environ | {"PREFECT_API_URL": url}, check=True, capture_output=True
     )
-    status, said = sides.run("export", "--owner", name)
-    assert status == 0, said
-    assert f"Left out: deployment Named flow/{name}-served has no work pool: the process that serves its flow" in said
-    assert f"Left out: deployment Named flow/{name}-placeholder has a placeholder in its description" in said
-    document = yaml.safe_load(said.partition("Left out")[0])
-    # Other tests leave things on the server that nobody owns.
+    status, output = sides.run("export", "--owner", name)
+    assert status == 0, output
+    assert f"Left out: deployment Named flow/{name}-served has no work pool: the process that serves its flow" in output
+    assert f"Left out: deployment Named flow/{name}-placeholder has a placeholder in its description" in output
+    document = yaml.safe_load(output.partition("Left out")[0])
+    # Other tests leave objects without an owner on the server.
     document["deployments"] = [each for each in document["deployments"] if name in each["name"]]
     assert len(document["deployments"]) == 2
     (sides.folder / "prefect.yaml").write_text(yaml.safe_dump({key: document[key] for key in ("name", "deployments")}))
-    status, said = sides.run("plan", "--adopt", "--json")
-    found = json.loads(said)["changes"]
+    status, output = sides.run("plan", "--adopt", "--json")
+    found = json.loads(output)["changes"]
     assert [(each["action"], each["fields"]) for each in found] == [("adopt", []), ("adopt", [])]
     for each in sides.api.post("/deployments/filter", json={"deployments": {"name": {"like_": name}}}).json():
         sides.api.delete(f"/deployments/{each['id']}").raise_for_status()
 
 
 @pytest.mark.parametrize("command", ["plan", "sync", "check"])
-def test_no_file_ends_in_a_traceback(
+def test_unreadable_file_is_refused_without_a_traceback(
     folder: Path, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folder)

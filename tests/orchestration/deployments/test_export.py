@@ -1,4 +1,4 @@
-"""What is exported, synced back, changes nothing: of any files."""
+"""A sync of an export changes nothing, for random files."""
 
 from typing import Any
 
@@ -72,36 +72,36 @@ FILES = st.fixed_dictionaries(
 
 @given(file=FILES)
 @settings(
-    max_examples=examples(0.05),  # each talks to a server ten times
+    max_examples=examples(0.05),  # each sends requests to a server ten times
     phases=[Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-def test_export_then_sync_then_plan_is_empty(project: Project, file: dict[str, Any]) -> None:
+def test_sync_of_an_export_changes_nothing(project: Project, file: dict[str, Any]) -> None:
     named: dict[str, Any] = {}
     for kind in ("variables", "remote_file_systems", "concurrency_limits", "tag_concurrency_limits"):
         key = "tag" if kind == "tag_concurrency_limits" else "name"
-        named[kind] = [each | {key: project.own(f"n{n}")} for n, each in enumerate(file.get(kind, []))]
-    queues = [each | {"name": f"q{n}"} for n, each in enumerate(file.get("queues", []))]
+        named[kind] = [entry | {key: project.unique(f"n{n}")} for n, entry in enumerate(file.get(kind, []))]
+    queues = [entry | {"name": f"q{n}"} for n, entry in enumerate(file.get("queues", []))]
     named["work_pools"] = [{"name": project.pool, "type": "process", "queues": queues}]
-    deployments = [each | {"name": f"d{n}"} for n, each in enumerate(file["deployments"])]
+    deployments = [entry | {"name": f"d{n}"} for n, entry in enumerate(file["deployments"])]
     project.write(*deployments, **named)
     project.sync("--prune")
-    status, said = project.run("export", "--owner", project.owner, "--mine", "--output", "exported.yaml")
-    assert status == 0, said
-    status, said = project.run("plan", "--prune", "exported.yaml")
-    assert status == 0, said
+    status, output = project.run("export", "--owner", project.owner, "--mine", "--output", "exported.yaml")
+    assert status == 0, output
+    status, output = project.run("plan", "--prune", "exported.yaml")
+    assert status == 0, output
     project.sync("--prune", "exported.yaml")
 
 
-def test_what_others_have_is_left_out_and_said(project: Project) -> None:
+def test_export_leaves_out_and_counts_objects_of_other_owners(project: Project) -> None:
     other = f"other-{project.owner}"
     project.write({"name": "a"})
     project.sync()
     project.write({"name": "theirs"}, file="other.yaml", name=other, work_pools=[])
     project.sync("other.yaml")
-    status, said = project.run("export")
+    status, output = project.run("export")
     assert status == 0
-    assert f"name: {project.owner}\n" in said
-    assert project.own("a") in said
-    assert project.own("theirs") not in said
-    assert f"Left out: 1 of {other}. Export them by --owner '{other}'" in said
+    assert f"name: {project.owner}\n" in output
+    assert project.unique("a") in output
+    assert project.unique("theirs") not in output
+    assert f"Left out: 1 of {other}. Export them by --owner '{other}'" in output

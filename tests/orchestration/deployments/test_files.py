@@ -1,4 +1,4 @@
-"""Bad input: one message each, with file, line and cure, before anything is sent."""
+"""Mistakes in files: one message with file, line and cure, before a request is sent."""
 
 import re
 from pathlib import Path
@@ -33,7 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_what_is_right_is_read(folder: Path) -> None:
+def test_valid_file_is_read(folder: Path) -> None:
     (folder / "prefect.yaml").write_text(with_deployment("parameters: {day: 1}\nschedules: [{cron: '0 6 * * *'}]"))
     read = desired_state.read(["prefect.yaml"])
     (found,) = read.of_kind(DEPLOYMENT)
@@ -43,25 +43,25 @@ def test_what_is_right_is_read(folder: Path) -> None:
 
 
 def _bomb(line: str) -> str:
-    """Nine lines, of which each has the one before ten times."""
+    """Return nine lines, of which each repeats the line before ten times."""
     first = "  a0: &a0 {x: 1}\n"
     return "definitions:\n" + first + "".join(line.format(n=n, of=", ".join([f"*a{n - 1}"] * 10)) for n in range(1, 10))
 
 
 @pytest.mark.parametrize("line", ["  a{n}: &a{n} [{of}]\n", "  a{n}: &a{n} {{<<: [{of}]}}\n"], ids=["list", "merge"])
-def test_aliases_that_repeat_without_measure_are_refused_at_once(folder: Path, line: str) -> None:
+def test_exploding_aliases_are_refused_at_once(folder: Path, line: str) -> None:
     (folder / "prefect.yaml").write_text(HEAD + _bomb(line))
     with pytest.raises(DeploymentsError, match=r"prefect\.yaml: its aliases expand to 3\.\de\+09 values"):
         desired_state.read(["prefect.yaml"])
 
 
 @pytest.mark.parametrize(
-    ("text", "where", "said"),
+    ("text", "where", "expected"),
     [
-        pytest.param("name: shop\ndeployments: [\n", ":3:1: ", "invalid YAML", id="no YAML"),
+        pytest.param("name: shop\ndeployments: [\n", ":3:1: ", "invalid YAML", id="not YAML"),
         pytest.param("name: shop\n  x: y\n", ":2:4: ", "invalid YAML", id="indentation"),
         pytest.param("- a\n", ":1: ", "expected a mapping", id="a list"),
-        pytest.param("deployments: []\n", ":1: ", "Add `name:", id="nobody's"),
+        pytest.param("deployments: []\n", ":1: ", "Add `name:", id="no owner"),
         pytest.param(HEAD + "deplyments: []\n", ":2: ", "Did you mean deployments?", id="unknown key"),
         pytest.param(with_deployment("schedles: []"), ":6: ", "Did you mean schedules?", id="unknown key below"),
         pytest.param(with_deployment("schedules: [{corn: x}]"), ":6: ", "Did you mean cron?", id="unknown key deeper"),
@@ -112,7 +112,7 @@ def test_aliases_that_repeat_without_measure_are_refused_at_once(folder: Path, l
         ),
         pytest.param(with_deployment("tags: yes"), ":6: ", "tags should be a valid list", id="a type"),
         pytest.param(
-            with_deployment("paused: 'no'"), ":6: ", "paused should be a valid boolean, not 'no'", id="a truth"
+            with_deployment("paused: 'no'"), ":6: ", "paused should be a valid boolean, not 'no'", id="a boolean"
         ),
         pytest.param(with_deployment("concurrency_limit: 0"), ":6: ", "limit", id="a limit"),
         pytest.param(with_deployment("build: [{a: b}]"), ":6: ", "build steps are not run here", id="build steps"),
@@ -151,28 +151,28 @@ def test_aliases_that_repeat_without_measure_are_refused_at_once(folder: Path, l
         ),
     ],
 )
-def test_bad_input(folder: Path, text: str, where: str, said: str) -> None:
+def test_mistake_is_refused_with_its_line(folder: Path, text: str, where: str, expected: str) -> None:
     (folder / "prefect.yaml").write_text(text)
     with pytest.raises(DeploymentsError) as caught:
         desired_state.read(["prefect.yaml"])
     message = str(caught.value)
     assert message.startswith(f"prefect.yaml{where}"), message
-    assert said in message
+    assert expected in message
 
 
-def test_a_message_and_no_traceback(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_absent_file_is_refused_without_a_traceback(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "absent.yaml"]) == 1
     assert capsys.readouterr().err == "absent.yaml does not exist. Change to its folder, or name another file.\n"
 
 
-def test_what_is_not_understood_is_no_plan_with_changes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_option_does_not_exit_with_the_status_of_changes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["plan", "--pruen"])
-    assert ended.value.code == 1, "2 says that there is something to do"
+    assert ended.value.code == 1, "2 means that there are changes"
     assert "unrecognized arguments: --pruen" in capsys.readouterr().err
 
 
-def test_a_file_is_split_by_team(folder: Path) -> None:
+def test_included_files_are_read_with_their_own_lines(folder: Path) -> None:
     (folder / "teams").mkdir()
     (folder / "teams" / "one.yaml").write_text("deployments:\n" + deployment("parameters: {day: 1}", "one"))
     (folder / "teams" / "two.yaml").write_text("deployments:\n" + deployment("tags: [x]\nnme: y", "two"))
@@ -187,7 +187,7 @@ def test_a_file_is_split_by_team(folder: Path) -> None:
     ]
 
 
-def test_anchors_and_the_environment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_anchors_and_environment_variables_are_resolved(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REGION", "eu")
     (folder / "prefect.yaml").write_text(
         HEAD + "definitions:\n  daily: &daily {cron: '0 6 * * *', timezone: Europe/Berlin}\ndeployments:\n"
@@ -198,7 +198,7 @@ def test_anchors_and_the_environment(folder: Path, monkeypatch: pytest.MonkeyPat
     assert found.fields["parameters"] == {"day": 1, "name": "eu"}
 
 
-def test_the_example_of_the_docs_is_right(folder: Path) -> None:
+def test_example_of_the_docs_is_valid_and_has_every_kind(folder: Path) -> None:
     (example,) = re.findall(
         r"```yaml\n(.*?)```", (ROOT / "docs" / "how-to" / "manage-deployments.md").read_text(), re.DOTALL
     )
@@ -218,13 +218,13 @@ def test_check_shows_the_next_five_times(folder: Path, capsys: pytest.CaptureFix
         with_deployment("parameters: {day: 1, name: '{{ $NOT_SET }}'}\nschedules: [{cron: '0 6 * * *'}]")
     )
     assert main(["check"]) == 0
-    said = capsys.readouterr().out
-    assert said.count(" 06:00") == 5
-    assert "NOT_SET" in said, "what an image build cannot know is noted, no error"
-    assert "plan and sync check that it exists" in said
+    output = capsys.readouterr().out
+    assert output.count(" 06:00") == 5
+    assert "NOT_SET" in output, "a value that an image build does not know is noted and is no error"
+    assert "plan and sync check that it exists" in output
 
 
-def test_check_takes_any_value_for_a_variable_of_the_server(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_accepts_any_value_of_a_server_variable(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     variable = "'{{ prefect.variables.x }}'"
     (folder / "prefect.yaml").write_text(
         with_deployment(
@@ -236,7 +236,7 @@ def test_check_takes_any_value_for_a_variable_of_the_server(folder: Path, capsys
     assert capsys.readouterr().out.count("{{ prefect.variables.x }} is known only to the server") == 5
 
 
-def test_check_fits_the_namespace(folder: Path) -> None:
+def test_check_refuses_a_run_above_the_quota(folder: Path) -> None:
     pool = (
         "work_pools:\n- name: p\n  type: kubernetes\n  base_job_template:\n    job_configuration:\n"
         "      job_manifest: {spec: {template: {spec: {containers: [{name: c, resources: "

@@ -1,4 +1,4 @@
-"""A sync that is killed at a random moment and run again leaves what an undisturbed one leaves, and no run is lost."""
+"""A sync that is killed at a random time and repeated leaves the state of an undisturbed sync, and loses no run."""
 
 import random
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import pytest
 from tests.long.sync_kills import Project, connect, run_rounds
 
 KILLS = 2
-"""`make test-long FOR=sync-kills` makes more."""
+"""`make test-long FOR=sync-kills` kills more often."""
 
 
 @pytest.fixture
@@ -17,13 +17,13 @@ def project(tmp_path: Path, prefect_server: str) -> Iterator[Project]:
     with connect(prefect_server) as api:
         made = Project(tmp_path, api)
         yield made
-        # Its schedules of every few seconds would keep the session's server busy.
+        # Schedules of every few seconds would keep the server busy that all tests share.
         (tmp_path / "nothing.yaml").write_text("name: kills\n")
         made.run("sync", "nothing")
 
 
-def test_no_kill_changes_what_the_next_sync_leaves(project: Project) -> None:
-    seed = random.randrange(10**6)  # noqa: S311 - moments, no secret
+def test_sync_after_a_kill_leaves_the_same_state(project: Project) -> None:
+    seed = random.randrange(10**6)  # noqa: S311 - no secret
     _, outcomes = run_rounds(project, KILLS, random.Random(seed))  # noqa: S311
-    assert [each.wrong for each in outcomes if each.wrong] == [], f"seed {seed}"
-    assert sum(not each.ended for each in outcomes) == KILLS
+    assert [outcome.wrong for outcome in outcomes if outcome.wrong] == [], f"seed {seed}"
+    assert sum(not outcome.ended for outcome in outcomes) == KILLS

@@ -1,4 +1,4 @@
-"""A sync while runs are under way: whatever it changes, no run ends otherwise than it would have, and none is lost."""
+"""A sync during runs: whatever it changes, every run ends as it would have without the sync, and no run is lost."""
 
 import contextlib
 from typing import Any
@@ -45,11 +45,11 @@ CHANGES: dict[str, dict[str, Any]] = {
     "trigger-changed": {"triggers": [TRIGGER | {"expect": ["y.z"]}]},
     "trigger-removed": {"triggers": []},
 }
-"""A deployment each: what a sync changes of it."""
+"""What a sync changes, by deployment."""
 
 
-def things(project: Project, *, after: bool) -> dict[str, Any]:
-    """All else that a sync can change, before and after."""
+def other_objects(project: Project, *, after: bool) -> dict[str, Any]:
+    """Return all other objects that a sync can change, before or after the change."""
     queues = [
         {"name": "q", "priority": 2, "concurrency_limit": 5 if not after else None},
         {"name": "other", "priority": 3 if not after else 1, "description": "" if not after else "Other"},
@@ -58,7 +58,7 @@ def things(project: Project, *, after: bool) -> dict[str, Any]:
         queues.append({"name": "gone", "priority": 4})
     template = {"job_configuration": {"command": "true" if after else "false"}, "variables": {"properties": {}}}
     pool = {"name": project.pool, "type": "process", "base_job_template": template, "queues": queues}
-    named = project.own("n")
+    named = project.unique("n")
     return {
         "work_pools": [pool | ({"concurrency_limit": 50, "description": "After"} if after else {})],
         "variables": [{"name": named, "value": int(after)}],
@@ -77,150 +77,150 @@ def things(project: Project, *, after: bool) -> dict[str, Any]:
 
 
 def deployment(name: str, project: Project, change: dict[str, Any]) -> dict[str, Any]:
-    """A deployment in the queue `q`."""
+    """Return a deployment in the queue `q`, with a change."""
     made = BASE | change
     pool = {"name": project.pool, "work_queue_name": made.pop("work_queue_name", "q")}
     return made | {"name": name, "work_pool": pool | {"job_variables": made.pop("job_variables", {})}}
 
 
 def start(project: Project, name: str) -> str:
-    """A scheduled run; its id."""
-    path = f"/deployments/{project.there(name)['id']}/create_flow_run"
+    """Create a scheduled run, and return its id."""
+    path = f"/deployments/{project.existing(name)['id']}/create_flow_run"
     return str(project.api.post(path, json={}).raise_for_status().json()["id"])
 
 
-def proposed(project: Project, run: str, state: str) -> str:
-    """The state that a run is in after this one was proposed; as the engine does, without force."""
+def propose(project: Project, run: str, state: str) -> str:
+    """Propose a state without force, as the engine does, and return the name of the run's state afterwards."""
     answer = project.api.post(f"/flow_runs/{run}/set_state", json={"state": {"type": state}})
     assert answer.status_code < 300, f"{state}: {answer.status_code} {answer.text}"
     found = answer.json()
     return str((found["state"] or {}).get("name") or found["status"])
 
 
-def moved(project: Project, run: str, *states: str) -> list[str]:
-    return [proposed(project, run, state) for state in states]
+def propose_all(project: Project, run: str, *states: str) -> list[str]:
+    return [propose(project, run, state) for state in states]
 
 
 def begin(project: Project, name: str) -> dict[str, str]:
-    """A run in each state, two of which hold the deployment's two slots; their ids."""
+    """Create a run in each state, and return their ids. Two runs hold the deployment's two slots."""
     runs = {state: start(project, name) for state in ("paused", "pending", "running", "waiting")}
-    assert moved(project, runs["paused"], "PENDING", "RUNNING", "PAUSED")[-1] == "Paused"
-    assert moved(project, runs["pending"], "PENDING") == ["Pending"]
-    assert moved(project, runs["running"], "PENDING", "RUNNING")[-1] == "Running"
-    assert moved(project, runs["waiting"], "PENDING") == ["AwaitingConcurrencySlot"]
+    assert propose_all(project, runs["paused"], "PENDING", "RUNNING", "PAUSED")[-1] == "Paused"
+    assert propose_all(project, runs["pending"], "PENDING") == ["Pending"]
+    assert propose_all(project, runs["running"], "PENDING", "RUNNING")[-1] == "Running"
+    assert propose_all(project, runs["waiting"], "PENDING") == ["AwaitingConcurrencySlot"]
     return runs
 
 
 def end(project: Project, runs: dict[str, str]) -> dict[str, str]:
-    """The runs' ends, each in the way that a worker and the engine bring it about."""
+    """End the runs as a worker and the engine do, and return their last states."""
     ends = {
-        "running": moved(project, runs["running"], "COMPLETED")[-1],
-        "pending": moved(project, runs["pending"], "RUNNING", "COMPLETED")[-1],
-        "waiting": moved(project, runs["waiting"], "PENDING", "COMPLETED")[-1],
+        "running": propose_all(project, runs["running"], "COMPLETED")[-1],
+        "pending": propose_all(project, runs["pending"], "RUNNING", "COMPLETED")[-1],
+        "waiting": propose_all(project, runs["waiting"], "PENDING", "COMPLETED")[-1],
     }
     project.api.post(f"/flow_runs/{runs['paused']}/resume").raise_for_status()
-    ends["paused"] = moved(project, runs["paused"], "PENDING", "COMPLETED")[-1]
+    ends["paused"] = propose_all(project, runs["paused"], "PENDING", "COMPLETED")[-1]
     return ends
 
 
-def test_no_change_under_a_run_changes_its_end(project: Project) -> None:
-    project.write(*(deployment(name, project, {}) for name in CHANGES), **things(project, after=False))
+def test_runs_in_progress_complete_whatever_a_sync_changes(project: Project) -> None:
+    project.write(*(deployment(name, project, {}) for name in CHANGES), **other_objects(project, after=False))
     project.sync()
     runs = {name: begin(project, name) for name in CHANGES}
     project.write(
-        *(deployment(name, project, change) for name, change in CHANGES.items()), **things(project, after=True)
+        *(deployment(name, project, change) for name, change in CHANGES.items()), **other_objects(project, after=True)
     )
-    said = project.sync("--prune")
-    assert "its concurrency_limit stays while 2 runs hold a slot" in said
+    output = project.sync("--prune")
+    assert "its concurrency_limit stays while 2 runs hold a slot" in output
     expected = dict.fromkeys(("running", "pending", "waiting", "paused"), "Completed")
-    # CANCEL_NEW cancels what finds no slot, also of what waited; the two slots are free by then.
+    # CANCEL_NEW cancels a run that finds no slot, also one that waited. By then the two slots are free.
     assert {name: end(project, each) for name, each in runs.items()} == dict.fromkeys(CHANGES, expected)
-    said = project.sync("--prune")
-    assert "2 changed" in said
-    assert project.there("limit-removed")["global_concurrency_limit"] is None
-    assert project.there("strategy-and-limit-removed")["description"] == "After"
+    output = project.sync("--prune")
+    assert "2 changed" in output
+    assert project.existing("limit-removed")["global_concurrency_limit"] is None
+    assert project.existing("strategy-and-limit-removed")["description"] == "After"
 
 
-def test_a_limit_whose_slot_is_taken_while_a_sync_begins_is_removed_later(project: Project) -> None:
-    project.write(deployment("a", project, {}), **things(project, after=False))
+def test_limit_is_kept_when_a_run_takes_a_slot_during_the_sync(project: Project) -> None:
+    project.write(deployment("a", project, {}), **other_objects(project, after=False))
     project.sync()
-    project.write(deployment("a", project, {"concurrency_limit": None}), **things(project, after=False))
+    project.write(deployment("a", project, {"concurrency_limit": None}), **other_objects(project, after=False))
     runs = {"one": start(project, "a")}
-    with after_planning(lambda: moved(project, runs["one"], "PENDING", "RUNNING")):
-        status, said = project.run("sync")
-    assert status == 0, said
-    assert "its concurrency_limit stays while 1 run holds a slot" in said
+    with during_sync(lambda: propose_all(project, runs["one"], "PENDING", "RUNNING")):
+        status, output = project.run("sync")
+    assert status == 0, output
+    assert "its concurrency_limit stays while 1 run holds a slot" in output
     assert project.run("plan")[0] == 0
-    assert moved(project, runs["one"], "COMPLETED") == ["Completed"]
+    assert propose_all(project, runs["one"], "COMPLETED") == ["Completed"]
     assert "1 changed" in project.sync()
-    assert project.there("a")["global_concurrency_limit"] is None
+    assert project.existing("a")["global_concurrency_limit"] is None
 
 
-def test_a_run_that_begins_while_a_sync_prunes_keeps_its_deployment(project: Project) -> None:
-    pools = things(project, after=False)
+def test_deployment_is_kept_when_a_run_begins_during_the_prune(project: Project) -> None:
+    pools = other_objects(project, after=False)
     project.write(deployment("a", project, {}), deployment("b", project, {}), **pools)
     project.sync()
-    run, other = start(project, "a"), project.there("b")["id"]
+    run, other = start(project, "a"), project.existing("b")["id"]
     (project.folder / "nothing.yaml").write_text(f"name: {project.owner}\n")
-    with after_planning(lambda: moved(project, run, "PENDING")):
-        status, said = project.run("sync", "--prune", "nothing.yaml")
-    assert status == 0, said
-    assert "stays, paused: 1 run has begun meanwhile" in said
+    with during_sync(lambda: propose_all(project, run, "PENDING")):
+        status, output = project.run("sync", "--prune", "nothing.yaml")
+    assert status == 0, output
+    assert "stays, paused: 1 run has begun meanwhile" in output
     assert project.api.get(f"/deployments/{other}").status_code == 404
-    assert project.there("a")["paused"]
+    assert project.existing("a")["paused"]
     assert project.api.get(f"/work_pools/{project.pool}").status_code == 200
-    assert moved(project, run, "RUNNING", "COMPLETED")[-1] == "Completed"
+    assert propose_all(project, run, "RUNNING", "COMPLETED")[-1] == "Completed"
     project.sync("--prune", "nothing.yaml")
     assert project.deployment("a") is None
     assert project.api.get(f"/work_pools/{project.pool}").status_code == 404
 
 
-@pytest.mark.parametrize("when", ["before", "meanwhile"])
-def test_a_queue_with_a_run_is_pruned_later(project: Project, when: str) -> None:
-    project.write(deployment("a", project, {}), **things(project, after=False))
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_queue_with_a_run_is_pruned_later(project: Project, when: str) -> None:
+    project.write(deployment("a", project, {}), **other_objects(project, after=False))
     project.sync()
     runs: list[str] = []
 
     def run_in_the_queue() -> None:
-        path, pool = f"/deployments/{project.there('a')['id']}", {"work_pool_name": project.pool}
+        path, pool = f"/deployments/{project.existing('a')['id']}", {"work_pool_name": project.pool}
         project.api.patch(path, json=pool | {"work_queue_name": "gone"}).raise_for_status()
         runs.append(start(project, "a"))
         project.api.patch(path, json=pool | {"work_queue_name": "q"}).raise_for_status()
 
     if when == "before":
         run_in_the_queue()
-    project.write(deployment("a", project, {}), **things(project, after=True))
-    with after_planning(run_in_the_queue) if when == "meanwhile" else contextlib.nullcontext():
-        status, said = project.run("sync", "--prune")
-    assert status == 0, said
-    assert f"work-queue {project.pool}/gone stays" in said
+    project.write(deployment("a", project, {}), **other_objects(project, after=True))
+    with during_sync(run_in_the_queue) if when == "during" else contextlib.nullcontext():
+        status, output = project.run("sync", "--prune")
+    assert status == 0, output
+    assert f"work-queue {project.pool}/gone stays" in output
     assert project.api.get(f"/flow_runs/{runs[0]}").json()["work_queue_name"] == "gone"
-    assert moved(project, runs[0], "PENDING", "COMPLETED")[-1] == "Completed"
+    assert propose_all(project, runs[0], "PENDING", "COMPLETED")[-1] == "Completed"
     assert "1 deleted" in project.sync("--prune")
 
 
-def test_a_pruned_deployment_that_comes_back_is_not_left_paused(project: Project) -> None:
-    project.write(deployment("a", project, {}), **things(project, after=False))
+def test_deployment_kept_by_a_prune_is_resumed_when_the_file_has_it_again(project: Project) -> None:
+    project.write(deployment("a", project, {}), **other_objects(project, after=False))
     project.sync()
     run = start(project, "a")
     (project.folder / "nothing.yaml").write_text(f"name: {project.owner}\n")
-    with after_planning(lambda: moved(project, run, "PENDING")):
+    with during_sync(lambda: propose_all(project, run, "PENDING")):
         project.run("sync", "--prune", "nothing.yaml")
-    assert project.there("a")["paused"]
+    assert project.existing("a")["paused"]
     project.sync("--prune")
-    assert not project.there("a")["paused"]
+    assert not project.existing("a")["paused"]
 
 
-def after_planning(happens: Any) -> Any:
-    """Let something happen between a sync's look and its first change."""
-    made = planning.make
-    came: list[bool] = []
+def during_sync(action: Any) -> Any:
+    """Run an action once in a sync, between its plan and its first change."""
+    original = planning.make
+    done: list[bool] = []
 
     async def make(*arguments: Any, **options: Any) -> Any:
-        plan = await made(*arguments, **options)
-        if not came:
-            came.append(True)
-            happens()
+        plan = await original(*arguments, **options)
+        if not done:
+            done.append(True)
+            action()
         return plan
 
     return patch.object(planning, "make", make)
