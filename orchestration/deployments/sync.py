@@ -210,7 +210,7 @@ class _Execution:
                 runs = f"{busy[live.id]} run{'s have' if busy[live.id] > 1 else ' has'}"
                 return f"stays, paused: {runs} begun meanwhile. The first sync after their end deletes it"
         if live.kind in (POOL, QUEUE):
-            ending = [each.live.fields for each in self.plan.changes if each.action == END and each.live]
+            ending = [other.live.fields for other in self.plan.changes if other.action == END and other.live]
             used = {fields["work_pool_name"] for fields in ending}
             used |= {f"{fields['work_pool_name']}/{fields['work_queue_name']}" for fields in ending}
             if live.key in used or await live_state.find_pools_and_queues_in_use(self.server, [live]):
