@@ -87,19 +87,19 @@ class Sides:
     def automations(self) -> dict[str, list[dict[str, Any]]]:
         """Return the newest automations by the id of the deployment that they run."""
         found: dict[str, list[dict[str, Any]]] = {}
-        for each in self.listed("automations", {"sort": "CREATED_DESC"}):
-            found.setdefault(str(each["actions"][0].get("deployment_id")), []).append(each)
+        for automation in self.listed("automations", {"sort": "CREATED_DESC"}):
+            found.setdefault(str(automation["actions"][0].get("deployment_id")), []).append(automation)
         return found
 
     def state(self) -> dict[str, Any]:
         """Return the pool's deployments with their automations, without the fields that the server sets."""
         found = {}
         deployments, automations = self.deployments(), self.automations()
-        ids = sorted({each["flow_id"] for each in deployments})
-        flows = {each["id"]: each["name"] for each in self.listed("flows", {"flows": {"id": {"any_": ids}}})}
-        for each in deployments:
-            related = automations.get(each["id"], [])
-            made = _plain(each, each["id"])
+        ids = sorted({deployment["flow_id"] for deployment in deployments})
+        flows = {flow["id"]: flow["name"] for flow in self.listed("flows", {"flows": {"id": {"any_": ids}}})}
+        for deployment in deployments:
+            related = automations.get(deployment["id"], [])
+            made = _plain(deployment, deployment["id"])
             made["tags"] = sorted(set(made["tags"]))
             # Without a docstring Prefect sends the text None. It sends an anchor with the offset of the file.
             made["description"] = None if made["description"] == "None" else made["description"]
@@ -107,17 +107,18 @@ class Sides:
                 if anchor := schedule["schedule"].get("anchor_date"):
                     schedule["schedule"]["anchor_date"] = _moment(anchor)
             made["schedules"] = sorted(made["schedules"], key=str)
-            made["automations"] = sorted((_plain(one, each["id"]) for one in related), key=lambda one: one["name"])
-            found[f"{flows[each['flow_id']]}/{each['name']}"] = made
+            plain = [_plain(automation, deployment["id"]) for automation in related]
+            made["automations"] = sorted(plain, key=lambda automation: automation["name"])
+            found[f"{flows[deployment['flow_id']]}/{deployment['name']}"] = made
         return found
 
     def clear(self) -> None:
         """Delete the pool's deployments and their automations."""
         automations = self.automations()
-        for each in self.deployments():
-            for one in automations.get(each["id"], []):
+        for deployment in self.deployments():
+            for one in automations.get(deployment["id"], []):
                 self.api.delete(f"/automations/{one['id']}").raise_for_status()
-            self.api.delete(f"/deployments/{each['id']}").raise_for_status()
+            self.api.delete(f"/deployments/{deployment['id']}").raise_for_status()
 
 
 def _moment(anchor: str) -> str:
@@ -132,10 +133,10 @@ SETS = ("expect", "after", "for_each")
 
 def _plain(value: Any, deployment: str) -> Any:
     if isinstance(value, dict):
-        made = {key: _plain(each, deployment) for key, each in value.items() if key not in SERVER_FIELDS}
-        return {key: sorted(each) if key in SETS and isinstance(each, list) else each for key, each in made.items()}
+        made = {key: _plain(inner, deployment) for key, inner in value.items() if key not in SERVER_FIELDS}
+        return {key: sorted(inner) if key in SETS and isinstance(inner, list) else inner for key, inner in made.items()}
     if isinstance(value, list):
-        return [_plain(each, deployment) for each in value]
+        return [_plain(inner, deployment) for inner in value]
     return value.replace(deployment, "ID") if isinstance(value, str) else value
 
 

@@ -84,10 +84,10 @@ def check_same_state(sides: Sides) -> None:
     sides.clear()
     failed, found = sides.sync("--prune")
     assert not failed, failed
-    versioned = {name for name, each in found.items() if each["version"]}
-    for name, each in expected.items():
+    versioned = {name for name, deployment in found.items() if deployment["version"]}
+    for name, deployment in expected.items():
         if name not in versioned:  # Prefect sets a hash of the flow's file
-            each["version"] = None
+            deployment["version"] = None
     assert list(differences(expected, found)) == []
     status, output = sides.run("plan", "--prune")
     assert status == 0, output
@@ -105,8 +105,8 @@ COMBINABLE = [name for name in SEPARATE if CORPUS[name].startswith(FIRST)]
 def test_sync_of_the_corpus_leaves_the_same_state_as_prefect_deploy(sides: Sides) -> None:
     for start in range(0, len(COMBINABLE), DEPLOYMENTS_PER_FILE):
         names = COMBINABLE[start : start + DEPLOYMENTS_PER_FILE]
-        each = [f"  - name: d{number}\n{CORPUS[name].removeprefix(FIRST)}" for number, name in enumerate(names)]
-        write(sides, "deployments:\n" + "".join(each))
+        entries = [f"  - name: d{number}\n{CORPUS[name].removeprefix(FIRST)}" for number, name in enumerate(names)]
+        write(sides, "deployments:\n" + "".join(entries))
         check_same_state(sides)
     for name in SEPARATE:
         if name not in COMBINABLE:
@@ -240,8 +240,8 @@ def test_sync_of_a_random_file_leaves_the_same_state_as_prefect_deploy(
     sides: Sides, deployments: list[dict[str, Any]], pull: list[dict[str, Any]] | None
 ) -> None:
     named = [
-        {"name": f"g{number}", "entrypoint": "flow.py:etl", "work_pool": {"name": "POOL"}} | each
-        for number, each in enumerate(deployments)
+        {"name": f"g{number}", "entrypoint": "flow.py:etl", "work_pool": {"name": "POOL"}} | entry
+        for number, entry in enumerate(deployments)
     ]
     document = {"deployments": named} | ({} if pull is None else {"pull": pull})
     text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
@@ -282,14 +282,14 @@ def test_export_of_deployments_made_in_python_needs_no_change(sides: Sides) -> N
     assert f"Left out: deployment Named flow/{name}-placeholder has a placeholder in its description" in output
     document = yaml.safe_load(output.partition("Left out")[0])
     # Other tests leave objects without an owner on the server.
-    document["deployments"] = [each for each in document["deployments"] if name in each["name"]]
+    document["deployments"] = [entry for entry in document["deployments"] if name in entry["name"]]
     assert len(document["deployments"]) == 2
     (sides.folder / "prefect.yaml").write_text(yaml.safe_dump({key: document[key] for key in ("name", "deployments")}))
     status, output = sides.run("plan", "--adopt", "--json")
     found = json.loads(output)["changes"]
-    assert [(each["action"], each["fields"]) for each in found] == [("adopt", []), ("adopt", [])]
-    for each in sides.api.post("/deployments/filter", json={"deployments": {"name": {"like_": name}}}).json():
-        sides.api.delete(f"/deployments/{each['id']}").raise_for_status()
+    assert [(change["action"], change["fields"]) for change in found] == [("adopt", []), ("adopt", [])]
+    for deployment in sides.api.post("/deployments/filter", json={"deployments": {"name": {"like_": name}}}).json():
+        sides.api.delete(f"/deployments/{deployment['id']}").raise_for_status()
 
 
 @pytest.mark.parametrize("command", ["plan", "sync", "check"])

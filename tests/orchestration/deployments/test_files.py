@@ -180,7 +180,7 @@ def test_included_files_are_read_with_their_own_lines(folder: Path) -> None:
     with pytest.raises(DeploymentsError, match=r"^teams/two\.yaml:6: unknown key nme\. Did you mean name\?"):
         desired_state.read(["prefect.yaml"])
     (folder / "teams" / "two.yaml").write_text("deployments:\n" + deployment("tags: [x]", "two"))
-    assert [each.key for each in desired_state.read(["prefect.yaml"]).of_kind(DEPLOYMENT)] == [
+    assert [deployment.key for deployment in desired_state.read(["prefect.yaml"]).of_kind(DEPLOYMENT)] == [
         "etl/a",
         "etl/one",
         "etl/two",

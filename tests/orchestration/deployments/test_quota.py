@@ -271,8 +271,8 @@ def test_template_is_filled_in_as_the_worker_does(variables: dict[str, Any]) -> 
 
 def test_run_without_requests_fits_the_namespace_of_this_project() -> None:
     """The LimitRange of k8s/base gives the run its requests and limits."""
-    objects = [each for name in ("quota", "limitrange") for each in quota_file.read(ROOT / f"k8s/base/{name}.yaml")]
-    assert [each["kind"] for each in objects] == ["ResourceQuota", "ResourceQuota", "LimitRange"]
+    objects = [item for name in ("quota", "limitrange") for item in quota_file.read(ROOT / f"k8s/base/{name}.yaml")]
+    assert [item["kind"] for item in objects] == ["ResourceQuota", "ResourceQuota", "LimitRange"]
     assert quota.find_problems(template(), {}, objects) == []
     assert quota.find_problems(template(), {"memory_limit": "3Gi"}, objects)
     assert quota.find_problems(template(), {"cpu_request": "5"}, objects)

@@ -134,7 +134,7 @@ def test_runs_in_progress_complete_whatever_a_sync_changes(project: Project) -> 
     assert "its concurrency_limit stays while 2 runs hold a slot" in output
     expected = dict.fromkeys(("running", "pending", "waiting", "paused"), "Completed")
     # CANCEL_NEW cancels a run that finds no slot, also one that waited. By then the two slots are free.
-    assert {name: end(project, each) for name, each in runs.items()} == dict.fromkeys(CHANGES, expected)
+    assert {name: end(project, started) for name, started in runs.items()} == dict.fromkeys(CHANGES, expected)
     output = project.sync("--prune")
     assert "2 changed" in output
     assert project.existing("limit-removed")["global_concurrency_limit"] is None

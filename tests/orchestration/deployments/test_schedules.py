@@ -233,13 +233,13 @@ def test_server_schedules_runs_at_the_next_times(prefect_server: str) -> None:
         which = {"deployments": {"id": {"any_": list(made)}}}
 
         def times() -> dict[str, list[datetime]]:
-            found: dict[str, list[datetime]] = {each: [] for each in made}
+            found: dict[str, list[datetime]] = {id_: [] for id_ in made}
             for run in asked(api, "POST", "/flow_runs/filter", which):
                 assert run["state"]["type"] == "SCHEDULED"
                 found[run["deployment_id"]].append(datetime.fromisoformat(run["expected_start_time"]))
-            return {each: sorted(found[each]) for each in made}
+            return {id_: sorted(found[id_]) for id_ in made}
 
-        wait_until(lambda: all(len(each) > 2 for each in times().values()), "three runs of each schedule")
+        wait_until(lambda: all(len(due) > 2 for due in times().values()), "three runs of each schedule")
         for deployment, found in times().items():
             expected = schedules.next_times(made[deployment], len(found), found[0])
             assert found == [moment.astimezone(UTC) for moment in expected]

@@ -87,9 +87,10 @@ def test_first_sync_creates_every_kind_and_second_changes_nothing(project: Proje
         {"prefect.deployments.steps.set_working_directory": {"directory": str(project.folder)}}
     ]
     related = project.api.get(f"/automations/related-to/prefect.deployment.{made['id']}").json()
-    assert [each["actions"][0]["parameters"] for each in related] == [{"day": 4}]
+    assert [automation["actions"][0]["parameters"] for automation in related] == [{"day": 4}]
     queues = project.api.post(f"/work_pools/{project.pool}/queues/filter", json={}).json()
-    assert [each["name"] for each in sorted(queues, key=lambda each: each["priority"])] == ["urgent", "default", "slow"]
+    queues.sort(key=lambda queue: queue["priority"])
+    assert [queue["name"] for queue in queues] == ["urgent", "default", "slow"]
     project.sync("--prune")
     assert project.existing("a") == made
 
@@ -138,27 +139,27 @@ def test_scheduled_runs_exist_when_the_sync_ends(project: Project) -> None:
     project.sync()
     path = f"/deployments/{project.existing('a')['id']}/schedule"
     project.api.post(path, json={}).raise_for_status()
-    before = [each["expected_start_time"] for each in project.runs("a")]
+    before = [run["expected_start_time"] for run in project.runs("a")]
     assert before
     project.write({"name": "a", "schedules": [HOURLY], "parameters": {"day": 9}})
     project.sync()
     after = project.runs("a")
-    assert [each["expected_start_time"] for each in after][: len(before)] == before
-    assert {each["parameters"]["day"] for each in after} == {9}
+    assert [run["expected_start_time"] for run in after][: len(before)] == before
+    assert {run["parameters"]["day"] for run in after} == {9}
 
 
 def test_changed_schedule_keeps_its_id(project: Project) -> None:
     project.write({"name": "a", "schedules": [DAILY, HOURLY]})
     project.sync()
-    before = {each["slug"]: each["id"] for each in project.existing("a")["schedules"]}
+    before = {schedule["slug"]: schedule["id"] for schedule in project.existing("a")["schedules"]}
     project.write({"name": "a", "schedules": [DAILY | {"cron": "0 7 * * *"}, HOURLY | {"parameters": {"day": 5}}]})
     project.sync()
     after = project.existing("a")["schedules"]
-    assert {each["slug"]: each["id"] for each in after} == before
-    assert {each["slug"]: each["parameters"] for each in after} == {None: {}, "hourly": {"day": 5}}
+    assert {schedule["slug"]: schedule["id"] for schedule in after} == before
+    assert {schedule["slug"]: schedule["parameters"] for schedule in after} == {None: {}, "hourly": {"day": 5}}
     project.write({"name": "a", "schedules": [HOURLY]})
     project.sync()
-    assert [each["slug"] for each in project.existing("a")["schedules"]] == ["hourly"]
+    assert [schedule["slug"] for schedule in project.existing("a")["schedules"]] == ["hourly"]
 
 
 def test_schedule_with_a_new_slug_keeps_late_runs_and_pause(project: Project) -> None:
@@ -173,26 +174,26 @@ def test_schedule_with_a_new_slug_keeps_late_runs_and_pause(project: Project) ->
     def write(number: int) -> None:
         schedules = {
             name: [
-                each | {key: value.format(slug) for key, value in both[number].items()}
-                for slug, each in (("often", often), ("daily", DAILY))
+                schedule | {key: value.format(slug) for key, value in both[number].items()}
+                for slug, schedule in (("often", often), ("daily", DAILY))
             ]
             for name, both in changes.items()
         }
-        project.write(*({"name": name, "schedules": each} for name, each in schedules.items()))
+        project.write(*({"name": name, "schedules": schedule} for name, schedule in schedules.items()))
 
     def seen(name: str) -> Any:
         made = project.existing(name)
         due = [run["expected_start_time"] for run in project.runs(name)]
         now = datetime.now(UTC).isoformat()
-        states = sorted(("cron" in each["schedule"], each["active"]) for each in made["schedules"])
-        return states, [each for each in due if each < now], len(due) - len(set(due))
+        states = sorted(("cron" in schedule["schedule"], schedule["active"]) for schedule in made["schedules"])
+        return states, [time for time in due if time < now], len(due) - len(set(due))
 
     write(0)
     project.sync()
     before = {}
     for name in changes:
         made = project.existing(name)
-        daily = next(each["id"] for each in made["schedules"] if "cron" in each["schedule"])
+        daily = next(schedule["id"] for schedule in made["schedules"] if "cron" in schedule["schedule"])
         path = f"/deployments/{made['id']}"
         project.api.patch(f"{path}/schedules/{daily}", json={"active": False}).raise_for_status()
         start = (datetime.now(UTC) - timedelta(minutes=25)).isoformat()
@@ -203,25 +204,26 @@ def test_schedule_with_a_new_slug_keeps_late_runs_and_pause(project: Project) ->
     write(1)
     project.sync()
     assert {name: seen(name) for name in changes} == before
-    assert {each["slug"] for each in project.existing("gets")["schedules"]} == {"often-new", "daily-new"}
-    assert {each["slug"] for each in project.existing("loses")["schedules"]} == {None}
+    assert {schedule["slug"] for schedule in project.existing("gets")["schedules"]} == {"often-new", "daily-new"}
+    assert {schedule["slug"] for schedule in project.existing("loses")["schedules"]} == {None}
 
 
 def test_pause_survives_a_sync_unless_the_file_resumes(project: Project) -> None:
     project.write({"name": "a", "schedules": [DAILY, HOURLY]})
     project.sync()
     made = project.existing("a")
-    daily = next(each["id"] for each in made["schedules"] if each["slug"] is None)
+    daily = next(schedule["id"] for schedule in made["schedules"] if schedule["slug"] is None)
     project.api.patch(f"/deployments/{made['id']}/schedules/{daily}", json={"active": False}).raise_for_status()
     project.write({"name": "a", "schedules": [DAILY | {"cron": "0 7 * * *"}, HOURLY], "tags": ["new"]})
     project.sync()
     status, planned = project.run("plan")
     assert status == 0
     assert "cron 0 7 * * * Europe/Berlin is paused on the server and stays so" in planned
-    assert [each["active"] for each in project.existing("a")["schedules"] if each["slug"] is None] == [False]
+    [changed] = [schedule for schedule in project.existing("a")["schedules"] if schedule["slug"] is None]
+    assert changed["active"] is False
     project.write({"name": "a", "schedules": [DAILY | {"cron": "0 7 * * *", "active": True}, HOURLY]})
     project.sync()
-    assert all(each["active"] for each in project.existing("a")["schedules"])
+    assert all(schedule["active"] for schedule in project.existing("a")["schedules"])
     project.api.post(f"/deployments/{made['id']}/pause_deployment").raise_for_status()
     assert "is paused on the server and stays so" in project.run("plan")[1]
     project.write({"name": "a", "schedules": [HOURLY], "paused": False})
@@ -251,7 +253,7 @@ def test_prune_deletes_only_objects_of_the_owner(project: Project) -> None:
     assert project.api.get(f"/variables/name/{project.unique('region')}").status_code == 404
     assert project.api.get(f"/work_pools/{project.pool}/queues/slow").status_code == 404
     automations = project.api.post("/automations/filter", json={"limit": 200}).json()
-    assert project.unique("note") not in [each["name"] for each in automations]
+    assert project.unique("note") not in [automation["name"] for automation in automations]
 
 
 def test_object_of_another_owner_needs_adopt(project: Project) -> None:
@@ -290,7 +292,7 @@ def test_pruned_deployment_is_deleted_after_its_runs_end(project: Project) -> No
     output = project.sync("--prune")
     assert "1 unfinished run" in output
     assert project.existing("b")["paused"]
-    assert [each["id"] for each in project.runs("b")] == [run], "the pause deletes scheduled runs"
+    assert [scheduled["id"] for scheduled in project.runs("b")] == [run], "the pause deletes scheduled runs"
     project.state(run, "COMPLETED")
     assert "1 deleted" in project.sync("--prune")
     assert project.deployment("b") is None
@@ -352,10 +354,10 @@ def test_two_concurrent_syncs_succeed(project: Project, same: bool) -> None:
     project.sync()
     names = "bcdefgh"
     project.write(
-        *({"name": each, "schedules": schedules, "triggers": triggers} for each in "a" + names), file="one.yaml"
+        *({"name": name, "schedules": schedules, "triggers": triggers} for name in "a" + names), file="one.yaml"
     )
     project.write(
-        *({"name": each, "schedules": schedules if same else [DAILY], "triggers": triggers} for each in "a" + names),
+        *({"name": name, "schedules": schedules if same else [DAILY], "triggers": triggers} for name in "a" + names),
         file="two.yaml",
     )
     command = [sys.executable, "-m", "orchestration", "sync", "--prune"]
@@ -371,9 +373,9 @@ def test_two_concurrent_syncs_succeed(project: Project, same: bool) -> None:
         assert project.run("plan", "--prune", "one.yaml")[0] == 0, outputs
     else:
         project.sync("--prune", "one.yaml")
-    for each in "a" + names:
-        assert len(project.existing(each)["schedules"]) == 3
-        related = project.api.get(f"/automations/related-to/prefect.deployment.{project.existing(each)['id']}").json()
+    for name in "a" + names:
+        assert len(project.existing(name)["schedules"]) == 3
+        related = project.api.get(f"/automations/related-to/prefect.deployment.{project.existing(name)['id']}").json()
         assert len(related) == 1
 
 
@@ -428,7 +430,7 @@ def test_drift_names_field_values_and_time(project: Project) -> None:
     assert f"{when:%Y-%m-%d}" in output
     assert "(deleted" in output
     found = json.loads(project.run("diff", "--json")[1])["drift"]
-    assert [each["action"] for each in found] == ["changed", "deleted"]
+    assert [item["action"] for item in found] == ["changed", "deleted"]
     # An operator's pause is no drift.
     project.sync()
     project.api.post(f"/deployments/{project.existing('a')['id']}/pause_deployment").raise_for_status()

@@ -73,7 +73,7 @@ def artifacts(project: Project) -> list[str]:
     """Return the owner's artifacts, oldest first."""
     body = {"artifacts": {"key": {"any_": [f"drift-{slug(project.owner)}"]}}, "sort": "CREATED_DESC"}
     found = project.api.post("/artifacts/filter", json=body).raise_for_status().json()
-    return [each["data"] for each in reversed(found)]
+    return [artifact["data"] for artifact in reversed(found)]
 
 
 def events(project: Project) -> list[dict[str, Any]]:
@@ -120,7 +120,7 @@ def test_drift_and_its_end_are_reported_once(project: Project, prefect_server: s
         assert "s since the last turn" in watcher.get("/health")
         wait_until(lambda: len(watcher.log.read_text().splitlines()) >= 4, "the last log line")
     assert artifacts(project)[3].startswith("No drift since the last sync")
-    assert [each["event"].partition(".")[2] for each in events(project)] == ["drifted", "drifted", "restored"]
+    assert [event["event"].partition(".")[2] for event in events(project)] == ["drifted", "drifted", "restored"]
     lines = [re.sub(r"^\d\S+Z ", "", line) for line in watcher.log.read_text().splitlines()]
     assert lines == [
         f"INFO {project.owner}: no drift since the last sync.",
@@ -143,7 +143,7 @@ def test_drift_that_ended_without_a_watcher_is_reported_by_the_next(project: Pro
     with watching(project.owner, prefect_server, project.folder):
         wait_until(lambda: len(artifacts(project)) == 3, "an artifact")
         wait_until(lambda: len(events(project)) == 2, "events")
-    assert [each["event"].partition(".")[2] for each in events(project)] == ["drifted", "restored"]
+    assert [event["event"].partition(".")[2] for event in events(project)] == ["drifted", "restored"]
 
 
 def test_watcher_waits_for_the_first_sync(project: Project, prefect_server: str) -> None:
