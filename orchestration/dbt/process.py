@@ -11,7 +11,8 @@ from typing import Any
 
 from orchestration.prefect_compat.task_runners import cancel_events
 
-CHILD = Path(__file__).with_name("child.py")
+CHILD = Path(__file__).with_name("child")
+"""The folder that Python runs as the child process."""
 
 EXIT_TIMEOUT_SECONDS = 4.0
 """How long the process may take to end after an interrupt; it cancels its SQL within 2.5 s."""

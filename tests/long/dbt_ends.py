@@ -104,7 +104,7 @@ def _end(way: str, process: "subprocess.Popen[bytes]", server: Server, run: str)
     for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
         # dbt itself has to notice that it is alone.
         with contextlib.suppress(psutil.NoSuchProcess):  # it has ended, maybe of another's death
-            if not any(argument.endswith("child.py") for argument in each.cmdline()):
+            if not any(argument.endswith("dbt/child") for argument in each.cmdline()):
                 each.send_signal(signal.SIGKILL)
 
 

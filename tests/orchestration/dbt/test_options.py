@@ -15,7 +15,8 @@ import pytest
 import yaml
 from hypothesis import strategies
 
-from orchestration.dbt import DbtProject, child
+from orchestration.dbt import DbtProject
+from orchestration.dbt.child import parse_check, sample
 from orchestration.dbt.options import command_line_arguments
 from orchestration.errors import DbtError
 from tests.parts import examples
@@ -95,9 +96,9 @@ def test_file_that_reads_the_connection_is_found(name: str, tmp_path: Path) -> N
     for file, text in (("dbt_project.yml", "name: who"), ("models/other.sql", "{{ target.schema }}"), (name, "1")):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text(text)
-    assert not child._reads_connection(project)
+    assert not parse_check.reads_connection(project)
     (tmp_path / name).write_text("{{ target.host }}")
-    assert child._reads_connection(project)
+    assert parse_check.reads_connection(project)
 
 
 _VALUES = strategies.none() | strategies.integers() | strategies.floats() | strategies.text() | strategies.binary()
@@ -110,10 +111,10 @@ _VALUES = strategies.none() | strategies.integers() | strategies.floats() | stra
     number=strategies.integers(min_value=1, max_value=100),
 )
 def test_sample_of_failing_rows_is_bounded_in_bytes(columns: list[str], value: Any, number: int) -> None:
-    names, rows = child._bounded(columns, [[value] * len(columns)] * number)
+    names, rows = sample.bounded_rows(columns, [[value] * len(columns)] * number)
     size = len(json.dumps(names, ensure_ascii=False).encode("utf-8", "replace"))
     size += sum(len(str(cell).encode("utf-8", "replace")) for row in rows for cell in row)
-    assert size < 1.5 * child.SAMPLE_BYTES
+    assert size < 1.5 * sample.SAMPLE_BYTES
     assert all(len(row) == len(names) for row in rows)
     if len(columns) == 1:
         assert rows, "one column always fits"
