@@ -71,13 +71,13 @@ class CommandRun:
                 node.attempts += 1
                 self._running[node.id] = node
                 if self._mirror:
-                    self._mirror.running(node)
+                    self._mirror.report_running(node)
             case "retry":
                 node = self.nodes[event["id"]]
                 text = f"{event['message'].strip()}\nAnother attempt in {event['delay']:g} s."
                 self.log("warn", f"{node.title}: {text}", node.id)
                 if self._mirror:
-                    self._mirror.retrying(node, text, datetime.fromisoformat(event["at"]))
+                    self._mirror.report_retry(node, text, datetime.fromisoformat(event["at"]))
             case "rows":
                 node = self.nodes[event["id"]]
                 node.sql, node.columns, node.sample = event["sql"], event["columns"], event["rows"]
@@ -101,7 +101,7 @@ class CommandRun:
             node.seconds = finished.total_run_time.total_seconds()
         self._ended.append(node)
         if self._mirror:
-            self._mirror.ended(node, self.nodes)
+            self._mirror.report_end(node, self.nodes)
 
     def _end(self, node: Node, event: dict[str, Any]) -> None:
         if self.stopping and event["status"] in (*FAILED, SKIPPED):
@@ -116,7 +116,7 @@ class CommandRun:
         node.thread, node.rows, node.failures = event["thread"], event["rows"], event["failures"]
         node.started = node.started or node.ended
         if self._mirror:
-            self._mirror.ended(node, self.nodes)
+            self._mirror.report_end(node, self.nodes)
         if node.sql:
             self.log("error" if node.failed else "warn", summary.rows_as_text(node), node.id, terminal=False)
 
@@ -140,9 +140,9 @@ class CommandRun:
     def process_ended(self) -> None:
         """Report the nodes that were running when the child process ended as cancelled or crashed."""
         if self._running and self._mirror:
-            cancelled = self._mirror.cancelled()
+            cancelled = self._mirror.is_flow_run_cancelled()
             for node in self._running.values():
-                self._mirror.stopped(node, cancelled)
+                self._mirror.report_interrupted(node, cancelled)
 
     def raise_if_incomplete(self, process: DbtProcess, project: Path) -> None:
         """Raise if dbt did not complete the command; failed nodes are no reason.
@@ -197,9 +197,11 @@ class CommandRun:
         self.log("info", summary.text(result, before))
         if self._mirror and result.nodes:
             headline = summary.counts(result)
-            self._mirror.artifact(f"dbt {self.command}", "markdown", summary.markdown(result, before), headline)
+            self._mirror.create_artifact(f"dbt {self.command}", "markdown", summary.markdown(result, before), headline)
             if picture := summary.gantt(result):
-                self._mirror.artifact(f"dbt {self.command} threads", "image", summary.as_data_url(picture), headline)
+                self._mirror.create_artifact(
+                    f"dbt {self.command} threads", "image", summary.as_data_url(picture), headline
+                )
 
     def close(self) -> None:
         """Send the rest to the API within a time limit, and warn of what could not be sent."""

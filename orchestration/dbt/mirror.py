@@ -1,8 +1,11 @@
 """Show dbt's nodes as task runs of the flow run that dbt runs in.
 
-The server derives a task run and its states from events; Prefect's own tasks send the same events
+The server derives a task run and its states from events. Prefect's own tasks send the same events
 (`orchestration.prefect_compat.events`). The id of a task run is computed from flow run, command and node, so that the
 next attempt of the flow run continues the same task runs.
+
+Prefect's synchronous client reads from the API: a flow that calls dbt is synchronous, and
+`orchestration.prefect_api` is asynchronous.
 """
 
 import contextlib
@@ -64,8 +67,8 @@ class Call:
     """Unique among the commands of the flow run."""
 
     @property
-    def memory(self) -> tuple[UUID, str]:
-        """The key of the command over all attempts: a subflow is a new flow run in each, under the same task run."""
+    def key_over_attempts(self) -> tuple[UUID, str]:
+        """The command's key in all attempts. A subflow has a new flow run in each, under the same task run."""
         return (self.flow_run.parent_task_run_id or self.flow_run.id, self.key)
 
     @classmethod
@@ -73,7 +76,7 @@ class Call:
         """Return the call that the running flow makes now; None outside of a flow.
 
         Args:
-            signature: what tells this command from others of the flow: project, command, options.
+            signature: distinguishes this command from others of the flow: project, command, options.
         """
         from prefect.context import FlowRunContext
 
@@ -86,18 +89,18 @@ class Call:
         context.task_run_dynamic_keys[key] = number
         return cls(context.flow_run, context.flow, f"{key} {number}")
 
-    def task_run(self, node: str) -> UUID:
+    def task_run_id(self, node: str) -> UUID:
         """Return the id of a node's task run."""
         return uuid5(NAMESPACE_URL, f"prefect.flow-run.{self.flow_run.id}/{self.key}/{node}")
 
-    def earlier(self) -> dict[str, Any]:
+    def finished_task_runs(self) -> dict[str, Any]:
         """Return the task runs of the nodes that earlier attempts have finished, by the node's id."""
         from prefect.client.orchestration import get_client
 
         with get_client(sync_client=True) as client:
             runs = [self.flow_run.id] if self.flow_run.run_count > 1 else []
             runs += self._siblings(client)
-            return {task.task_key: task for task in self._done(client, runs)} if runs else {}
+            return {task.task_key: task for task in self._completed_task_runs(client, runs)} if runs else {}
 
     def _siblings(self, client: "SyncPrefectClient") -> list[UUID]:
         """Return the runs of this subflow in earlier attempts of its parent flow run."""
@@ -111,8 +114,8 @@ class Call:
         )
         return [run.id for run in runs if run.id != self.flow_run.id]
 
-    def _done(self, client: "SyncPrefectClient", runs: list[UUID]) -> Iterable[Any]:
-        """Yield the completed task runs of this command in the flow runs."""
+    def _completed_task_runs(self, client: "SyncPrefectClient", runs: list[UUID]) -> Iterable[Any]:
+        """Yield the completed task runs of this command in the given flow runs."""
         from prefect.client.schemas.filters import (
             FlowRunFilter,
             FlowRunFilterId,
@@ -144,54 +147,56 @@ class Mirror:
         self._maximum_related = get_current_settings().server.events.maximum_related_resources
         self._referenced: set[str] = set()
 
-    def running(self, node: Node) -> None:
+    def report_running(self, node: Node) -> None:
         """Report that a node has started."""
         assert node.started
         name = "Retrying" if node.attempts > 1 else "Running"
-        self._state(node, "RUNNING", name, "", node.started)
+        self._send_state(node, "RUNNING", name, "", node.started)
 
-    def retrying(self, node: Node, message: str, at: datetime) -> None:
+    def report_retry(self, node: Node, message: str, at: datetime) -> None:
         """Report that a node has failed and will run again."""
-        self._state(node, "SCHEDULED", "AwaitingRetry", message, at)
+        self._send_state(node, "SCHEDULED", "AwaitingRetry", message, at)
 
-    def ended(self, node: Node, by_id: Mapping[str, Node]) -> None:
+    def report_end(self, node: Node, by_id: Mapping[str, Node]) -> None:
         """Report the status of a node."""
         kind, name = STATES.get(node.status, UNKNOWN_STATE)
         # A reused node ended long ago, but the server keeps the state with the newest time.
         at = node.ended if node.ended and node.status != REUSED else datetime.now(UTC)
-        self._state(node, kind, name, message_of(node, by_id), at)
+        self._send_state(node, kind, name, state_message(node, by_id), at)
         if node.asset and node.status in ("success", "error"):
-            self._materialized(node)
+            self._send_materialization(node)
 
-    def stopped(self, node: Node, cancelled: bool) -> None:
+    def report_interrupted(self, node: Node, cancelled: bool) -> None:
         """Report that a node was running when the command was interrupted."""
         kind, name = ("CANCELLED", "Cancelled") if cancelled else ("CRASHED", "Crashed")
-        self._state(node, kind, name, "dbt was interrupted; its SQL was cancelled.", node.ended or datetime.now(UTC))
+        self._send_state(
+            node, kind, name, "dbt was interrupted; its SQL was cancelled.", node.ended or datetime.now(UTC)
+        )
 
     def log(self, level: str, text: str, node: str = "") -> None:
         """Send a log line, of the node's task run or of the flow run."""
-        self._outbox.line(
+        self._outbox.add_log_line(
             {
                 "name": "dbt",
                 "level": LOG_LEVELS.get(level, logging.INFO),
                 "message": text[:100_000],
                 "timestamp": datetime.now(UTC).isoformat(),
                 "flow_run_id": str(self._call.flow_run.id),
-                "task_run_id": str(self._call.task_run(node)) if node else None,
+                "task_run_id": str(self._call.task_run_id(node)) if node else None,
             }
         )
 
-    def artifact(self, name: str, kind: str, data: str, description: str) -> None:
+    def create_artifact(self, name: str, kind: str, data: str, description: str) -> None:
         """Create an artifact of the flow run."""
         key = "-".join(name.lower().split())
         content = {"key": key, "type": kind, "data": data, "description": description}
-        self._outbox.request("/artifacts/", {**content, "flow_run_id": str(self._call.flow_run.id)})
+        self._outbox.add_request("/artifacts/", {**content, "flow_run_id": str(self._call.flow_run.id)})
 
     def close(self) -> Unsent:
         """Send the rest; return what could not be sent."""
         return self._outbox.close()
 
-    def cancelled(self) -> bool:
+    def is_flow_run_cancelled(self) -> bool:
         """Return whether the flow run is being cancelled; otherwise its process is being terminated."""
         from prefect.client.orchestration import get_client
 
@@ -200,8 +205,8 @@ class Mirror:
             return state is not None and (state.is_cancelled() or state.is_cancelling())
         return False
 
-    def _state(self, node: Node, kind: str, name: str, message: str, at: datetime) -> None:
-        task_run = self._call.task_run(node.id)
+    def _send_state(self, node: Node, kind: str, name: str, message: str, at: datetime) -> None:
+        task_run = self._call.task_run_id(node.id)
         message = message if len(message) <= MESSAGE_CHARACTERS else f"{message[:MESSAGE_CHARACTERS]} …"
         ended = node.ended if kind not in ("RUNNING", "SCHEDULED") else None
         task: Json = {
@@ -212,7 +217,7 @@ class Mirror:
             "empirical_policy": {},
             "task_inputs": {
                 "parents": [
-                    {"input_type": "task_run", "id": str(self._call.task_run(parent))} for parent in node.parents
+                    {"input_type": "task_run", "id": str(self._call.task_run_id(parent))} for parent in node.parents
                 ]
             },
             "run_count": node.attempts,
@@ -225,37 +230,39 @@ class Mirror:
             task["total_run_time"] = node.seconds
         state = {"type": kind, "name": name, "message": message}
         # By task run, so that the outbox replaces a state that is still unsent.
-        self._outbox.event(str(task_run), events.task_run_state_event(task_run, state, at, task, self._flow_resources))
+        self._outbox.add_event(
+            str(task_run), events.task_run_state_event(task_run, state, at, task, self._flow_resources)
+        )
 
-    def _materialized(self, node: Node) -> None:
+    def _send_materialization(self, node: Node) -> None:
         """Report the asset that a node has built or failed to build, as Prefect's `@materialize` does."""
         for key in node.reads:
             if key not in self._referenced:
                 self._referenced.add(key)
-                self._asset(events.asset_referenced_event(key, self._flow_resources))
+                self._send_asset_event(events.asset_referenced_event(key, self._flow_resources))
         asset = {"address": node.asset, "name": node.name}
         if node.description:
             asset["description"] = node.description
-        room = max(0, self._maximum_related - len(self._flow_resources) - events.MATERIALIZATION_RESOURCES)
+        capacity = max(0, self._maximum_related - len(self._flow_resources) - events.MATERIALIZATION_RESOURCES)
         metadata: Json = {"rows": node.rows, "seconds": node.seconds, "materialized": node.materialized}
-        if len(node.reads) > room:
+        if len(node.reads) > capacity:
             metadata["upstream"] = node.reads[:5_000]
-        task_run = self._call.task_run(node.id)
-        upstream = list(node.reads[:room])
+        task_run = self._call.task_run_id(node.id)
+        upstream = list(node.reads[:capacity])
         succeeded = node.status == "success"
-        self._asset(
+        self._send_asset_event(
             events.asset_materialization_event(succeeded, asset, task_run, upstream, self._flow_resources, metadata)
         )
 
-    def _asset(self, event: Json) -> None:
-        self._outbox.event(f"{event['event']} {event['resource']['prefect.resource.id']}", event)
+    def _send_asset_event(self, event: Json) -> None:
+        self._outbox.add_event(f"{event['event']} {event['resource']['prefect.resource.id']}", event)
 
 
-def message_of(node: Node, by_id: Mapping[str, Node]) -> str:
+def state_message(node: Node, by_id: Mapping[str, Node]) -> str:
     """Return the message of a node's state.
 
     Args:
-        node: the node.
+        node: the node, with its outcome.
         by_id: all nodes of the command by their ids.
     """
     rows = "" if node.rows is None else f", {node.rows:,} rows"

@@ -1,11 +1,14 @@
-"""Events and logs on their way to the Prefect API: in batches, from a thread of their own.
+"""Send events, log lines and artifacts to the Prefect API in batches, from a separate thread.
 
-Whoever puts something in never waits. A state that was not sent yet gives way to the next one of the
-same task run, so that a burst costs the server one event for each node and second. An API that is
-away or slow is asked again, with longer and longer pauses; what it never took is counted.
+The caller never waits for the API. A newer state replaces an unsent state of the same task run, so a burst costs the
+server one event per node and second. While the API is unreachable or slow, the outbox retries with exponential backoff.
+It counts the items that the API never took.
 
 The API refuses a request as a whole. The outbox halves a refused batch until the refused item is alone, cuts that
 item down, and drops it only when the API refuses the smallest form too.
+
+Prefect's synchronous client sends the requests. `orchestration.prefect_api` is asynchronous and hides the status by
+which the outbox decides to retry, halve or drop.
 """
 
 import contextlib
@@ -26,55 +29,55 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-INTERVAL = 1.0
-"""Seconds between two sends."""
+SEND_INTERVAL_SECONDS = 1.0
+"""Wait between two sends."""
 
-BATCH = 200
-"""Events, or lines of log, in a request: a server on SQLite takes 200 in half the time per line of 2,000."""
+BATCH_ITEMS = 200
+"""Most events, or log lines, in a request: a server on SQLite takes 200 in half the time per line of 2,000."""
 
 BATCH_BYTES = 500_000
-"""Bytes of JSON in a request, unless a single item has more: many proxies refuse more than 1 MiB by 413."""
+"""Most bytes of JSON in a request, unless a single item has more: many proxies refuse more than 1 MiB with 413."""
 
-LINES = 20_000
-"""Lines of log that may wait; a longer burst loses what is beyond them, and says how many those were."""
+MAXIMUM_LOG_LINES = 20_000
+"""Log lines that may wait. The outbox drops further lines and counts them."""
 
-PATIENCE = 60.0
-"""Seconds that the end of a command waits for an API that takes what is sent."""
+CLOSE_TIMEOUT_SECONDS = 60.0
+"""How long `close` waits for an API that takes requests."""
 
-IMPATIENCE = 10.0
-"""Seconds that it waits for one that takes nothing."""
+STALL_TIMEOUT_SECONDS = 10.0
+"""How long `close` waits for an API that takes no request."""
 
-FATAL = (401, 404, 405, 407)
-"""Statuses of an API that refuses whatever it is sent: a smaller request would be refused too."""
+FATAL_STATUSES = (401, 404, 405, 407)
+"""HTTP statuses of an API that refuses every request: it would refuse a smaller request too."""
 
-LATER = (408, 425, 429)
-"""Statuses below 500 of an API that takes the same request later."""
+RETRY_STATUSES = (408, 425, 429)
+"""HTTP statuses below 500 of an API that takes the same request later."""
 
-NAMED = 3
-"""Refused items that the warning names; the others are counted."""
+NAMED_ITEMS = 3
+"""How many refused items the warning names; it counts the others."""
 
-_UNSTORABLE = re.compile(r"\\u(0000|[dD][89a-fA-F][0-9a-fA-F]{2})")
-_REPLACED = re.compile("[\0\ud800-\udfff]")
-"""Characters that Postgres and UTF-8 do not have: the API would answer 500 for as long as it is sent them."""
+_UNSTORABLE_ESCAPE = re.compile(r"\\u(0000|[dD][89a-fA-F][0-9a-fA-F]{2})")
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
+"""Characters that Postgres and UTF-8 do not have: the API would answer 500 to each retry."""
 
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Unsent:
-    """What the API never got."""
+    """Counts the items that the API did not take."""
 
     events: int
     lines: int
     reason: str
-    """In one line, with the names of what was refused."""
+    """Why, in one line, with the names of refused items."""
 
     def __bool__(self) -> bool:
         return bool(self.events or self.lines)
 
 
 class Outbox:
-    """What is to be sent, and the thread that sends it."""
+    """Holds the unsent items, and runs the thread that sends them."""
 
     def __init__(self) -> None:
         self._events: dict[str, Json] = {}
@@ -83,46 +86,48 @@ class Outbox:
         self._lost_events = self._lost_lines = 0
         self._reason = ""
         self._names: list[str] = []
-        self._size = BATCH
+        self._batch_items = BATCH_ITEMS
         self._failures = 0
+        """Failed requests in a row."""
         self._progress = 0.0
-        self._busy = threading.Lock()
+        """The monotonic time at which the API last took or refused a request."""
+        self._lock = threading.Lock()
         self._closing = threading.Event()
-        # Prefect's settings come with the context of the flow.
+        # The flow's context holds Prefect's settings.
         context = contextvars.copy_context()
         self._thread = threading.Thread(target=context.run, args=[self._work], name="dbt-outbox", daemon=True)
         self._thread.start()
 
-    def event(self, key: str, event: Json) -> None:
-        """Send an event; one of the same key that has not been sent is forgotten."""
-        with self._busy:
+    def add_event(self, key: str, event: Json) -> None:
+        """Send an event, instead of an unsent event with the same key."""
+        with self._lock:
             self._events.pop(key, None)
             self._events[key] = event
 
-    def line(self, line: Json) -> None:
-        """Send a line of log."""
-        with self._busy:
-            if len(self._lines) < LINES:
+    def add_log_line(self, line: Json) -> None:
+        """Send a log line."""
+        with self._lock:
+            if len(self._lines) < MAXIMUM_LOG_LINES:
                 self._lines.append(line)
             else:
                 self._lost_lines += 1
-                self._reason = self._reason or f"more than {LINES:,} waited at once"
+                self._reason = self._reason or f"more than {MAXIMUM_LOG_LINES:,} waited at once"
 
-    def request(self, path: str, content: Json) -> None:
-        """Send a request of its own."""
-        with self._busy:
+    def add_request(self, path: str, content: Json) -> None:
+        """Send one item in a separate request."""
+        with self._lock:
             self._requests.append((path, content))
 
     def close(self) -> Unsent:
-        """Send what is left, within bounds; what could not be sent."""
+        """Send the rest, within `CLOSE_TIMEOUT_SECONDS` and `STALL_TIMEOUT_SECONDS`; return what was not sent."""
         self._closing.set()
         start = time.monotonic()
         while self._thread.is_alive():
             self._thread.join(0.2)
             now = time.monotonic()
-            if now - start > PATIENCE or now - max(start, self._progress) > IMPATIENCE:
+            if now - start > CLOSE_TIMEOUT_SECONDS or now - max(start, self._progress) > STALL_TIMEOUT_SECONDS:
                 break
-        with self._busy:
+        with self._lock:
             waiting = len(self._events) + len(self._requests)
             reason = self._reason or "it has not answered"
             return Unsent(waiting + self._lost_events, len(self._lines) + self._lost_lines, reason)
@@ -132,58 +137,60 @@ class Outbox:
 
         with get_client(sync_client=True, httpx_settings={"timeout": 10.0}) as client:
             while True:
-                # Longer and longer after failures, but not once somebody waits for the end.
-                self._closing.wait(min(INTERVAL * 2**self._failures, 30.0))
+                # Exponential backoff after failures, which `close` cuts short.
+                self._closing.wait(min(SEND_INTERVAL_SECONDS * 2**self._failures, 30.0))
                 while self._send_some(client):
                     pass
                 if self._closing.is_set():
                     if not self._failures:
                         return
-                    time.sleep(INTERVAL)
+                    time.sleep(SEND_INTERVAL_SECONDS)
 
     def _send_some(self, client: "SyncPrefectClient") -> bool:
-        """Send a batch of each kind; whether there is more, and the API took or refused these."""
-        # What is being sent stays until the API has it: else an API that hangs would have it uncounted.
-        with self._busy:
-            keys = list(islice(self._events, self._size))
+        """Send a batch of each kind; return whether to send the next batches at once."""
+        # Items stay until the API has them: otherwise `close` would not count the items of a request that hangs.
+        with self._lock:
+            keys = list(islice(self._events, self._batch_items))
             events = [self._events[key] for key in keys]
         if events:
             done = self._post(client, "/events", events)
-            with self._busy:
+            with self._lock:
                 for key, event in list(zip(keys, events, strict=True))[:done]:
-                    if self._events[key] is event:  # what came meanwhile is newer, and stays
+                    if self._events[key] is event:  # keep an event that has replaced it meanwhile
                         del self._events[key]
             if not done:
-                return self._halved()
+                return self._is_reachable()
         if self._requests:
             path, content = self._requests[0]
             if not self._post(client, path, [content]):
-                return self._halved()
-            with self._busy:
+                return self._is_reachable()
+            with self._lock:
                 self._requests.popleft()
-        with self._busy:
-            lines = list(islice(self._lines, self._size))
+        with self._lock:
+            lines = list(islice(self._lines, self._batch_items))
         if lines:
             done = self._post(client, "/logs/", lines)
-            with self._busy:
+            with self._lock:
                 for _ in range(done):
                     self._lines.popleft()
             if not done:
-                return self._halved()
+                return self._is_reachable()
         return bool(self._events or self._requests or self._lines)
 
-    def _halved(self) -> bool:
-        """Whether the first half of what was refused is to be sent at once; not if the API did not answer."""
+    def _is_reachable(self) -> bool:
+        """Return whether the API answered the last request. Then a smaller part of a refused batch follows at once."""
         return not self._failures
 
     def _post(self, client: "SyncPrefectClient", path: str, items: Sequence[Json]) -> int:
-        """Send the first of the items, as many as fit into a request; how many of them are done with.
+        """Send as many of the items as fit into a request.
 
-        None is if the API is to be asked again, with fewer if it refused these.
+        Returns:
+            How many items are done: taken by the API, or given up. 0 if a retry is due, with fewer items after a
+            refusal.
         """
         from httpx import HTTPStatusError
 
-        bodies = [_encoded(item) for item in items]
+        bodies = [_encode(item) for item in items]
         total, count = 0, 0
         while count < len(bodies) and (not count or total + len(bodies[count]) <= BATCH_BYTES):
             total += len(bodies[count])
@@ -193,13 +200,13 @@ class Outbox:
             self._request(client, path, body if path == "/artifacts/" else f"[{body}]")
         except HTTPStatusError as error:
             status = error.response.status_code
-            if status >= 500 or status in LATER:
+            if status >= 500 or status in RETRY_STATUSES:
                 return self._failed(error)
             self._failures, self._progress = 0, time.monotonic()
-            if status in FATAL:
+            if status in FATAL_STATUSES:
                 return self._refused(path, items[:count], _reason(error))
             if count > 1:
-                self._size = count // 2
+                self._batch_items = count // 2
                 return 0
             if _shrink(items[0]):
                 return 0
@@ -207,13 +214,14 @@ class Outbox:
         except Exception as error:
             return self._failed(error)
         self._failures, self._progress = 0, time.monotonic()
-        self._size = min(2 * self._size, BATCH)
+        self._batch_items = min(2 * self._batch_items, BATCH_ITEMS)
         return count
 
     def _request(self, client: "SyncPrefectClient", path: str, body: str) -> None:
         client.request("POST", path, content=body, headers={"Content-Type": "application/json"})  # type: ignore[arg-type]
 
     def _failed(self, error: Exception) -> int:
+        """Note a failure after which the same request is retried; return 0 items done."""
         self._failures = min(self._failures + 1, 10)
         if not self._names:
             answered = getattr(error, "response", None) is not None
@@ -221,38 +229,41 @@ class Outbox:
         return 0
 
     def _refused(self, path: str, items: Sequence[Json], reason: str) -> int:
-        """Give up items that the API does not take."""
+        """Give up items that the API refuses; return their number."""
         if path == "/logs/":
             self._lost_lines += len(items)
         else:
             self._lost_events += len(items)
         self._names += [_name(path, item) for item in items]
-        more = f" and {len(self._names) - NAMED} more" if len(self._names) > NAMED else ""
-        self._reason = f"it refused {', '.join(self._names[:NAMED])}{more}: {reason}"
+        more = f" and {len(self._names) - NAMED_ITEMS} more" if len(self._names) > NAMED_ITEMS else ""
+        self._reason = f"it refused {', '.join(self._names[:NAMED_ITEMS])}{more}: {reason}"
         return len(items)
 
 
-def _encoded(item: Json) -> str:
-    """The item as JSON in ASCII, without the characters that no database stores."""
+def _encode(item: Json) -> str:
+    """Return the item as JSON in ASCII, without the characters that no database stores."""
     text = json.dumps(item, default=str)
-    if _UNSTORABLE.search(text):
-        text = json.dumps(_each_text(item, lambda value: _REPLACED.sub("\ufffd", value)), default=str)
+    if _UNSTORABLE_ESCAPE.search(text):
+        text = json.dumps(_map_texts(item, lambda value: _UNSTORABLE.sub("\ufffd", value)), default=str)
     return text
 
 
-def _each_text(value: Any, change: Callable[[str], str]) -> Any:
-    """A copy with each text changed."""
+def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """Return a copy with each string changed, the keys of dictionaries too."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
-        return {change(key) if isinstance(key, str) else key: _each_text(each, change) for key, each in value.items()}
-    return [_each_text(each, change) for each in value] if isinstance(value, list) else value
+        return {change(key) if isinstance(key, str) else key: _map_texts(part, change) for key, part in value.items()}
+    return [_map_texts(part, change) for part in value] if isinstance(value, list) else value
 
 
 def _shrink(item: Json) -> bool:
-    """Halve the longest part that an item can do without, its related assets or a text; False if it has none.
+    """Halve the longest part that an item can do without: its related assets, or a text.
 
-    The first of the related resources say what the event is of, and stay.
+    The first related resources stay: they identify the flow run of the event.
+
+    Returns:
+        False if the item has no such part.
     """
     if len(item.get("related", ())) > 8:
         item["related"] = item["related"][: len(item["related"]) // 2]
@@ -260,11 +271,12 @@ def _shrink(item: Json) -> bool:
     longest = max((len(value) for value in _texts(item)), default=0)
     if longest <= 1_000 or item.get("type") == "image":
         return False
-    item.update(_each_text(item, lambda value: value if len(value) <= longest // 2 else value[: longest // 2] + " …"))
+    item.update(_map_texts(item, lambda value: value if len(value) <= longest // 2 else value[: longest // 2] + " …"))
     return True
 
 
 def _texts(value: Any) -> list[str]:
+    """Return all strings in the values of a JSON value."""
     if isinstance(value, str):
         return [value]
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -272,7 +284,7 @@ def _texts(value: Any) -> list[str]:
 
 
 def _name(path: str, item: Json) -> str:
-    """What an item is, for people."""
+    """Return what an item is, for the warning."""
     if path == "/logs/":
         return f"the line of log {str(item.get('message', ''))[:60]!r}"
     if path == "/artifacts/":
@@ -283,7 +295,7 @@ def _name(path: str, item: Json) -> str:
 
 
 def _reason(error: Any) -> str:
-    """The status and the server's message in one line: its answer repeats the whole request."""
+    """Return the status and the server's message in one line, as the answer repeats the whole request."""
     detail = ""
     with contextlib.suppress(Exception):
         content = error.response.json()

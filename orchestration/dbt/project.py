@@ -198,7 +198,7 @@ class DbtProject:
                 if call:
                     # An attempt that ends before dbt lists its nodes forgets nothing of earlier attempts.
                     done = {node.id: node for node in run.nodes.values() if node.done}
-                    self._finished[call.memory] = {**finished, **done}
+                    self._finished[call.key_over_attempts] = {**finished, **done}
                 run.close()
         if options.get("check", True) and (error := result.error()):
             raise error
@@ -208,9 +208,9 @@ class DbtProject:
         """Return what earlier attempts of the flow run have finished, by node: from this process, else the server."""
         if call is None:
             return {}
-        if call.memory in self._finished:
-            return self._finished[call.memory]
-        return call.earlier()
+        if call.key_over_attempts in self._finished:
+            return self._finished[call.key_over_attempts]
+        return call.finished_task_runs()
 
     def _command_environment(self) -> dict[str, str]:
         """Return the environment variables of a command, with absolute folders of profiles.

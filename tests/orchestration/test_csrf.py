@@ -88,7 +88,7 @@ def test_every_client_works_with_csrf_protection(
         # dbt
         sender = outbox.Outbox()
         event = {"id": str(uuid4()), "occurred": datetime.now(UTC).isoformat(), "event": "a", "payload": {}}
-        sender.event("one", event | {"resource": {"prefect.resource.id": "dbt"}})
+        sender.add_event("one", event | {"resource": {"prefect.resource.id": "dbt"}})
         assert not sender.close()
 
 

@@ -1,4 +1,4 @@
-"""What becomes of events and logs when the Prefect API is away, hangs or refuses them."""
+"""Events and logs of dbt while the Prefect API is unreachable, hangs or refuses them."""
 
 import contextlib
 import http.server
@@ -20,46 +20,46 @@ from tests.parts import free_port, wait_until
 from tests.relay import relayed, silent
 
 
-def test_what_waits_for_an_api_that_hangs_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also what is being sent; and what comes after more lines than may wait is lost at once."""
-    monkeypatch.setattr(outbox, "IMPATIENCE", 2 * outbox.INTERVAL)
+def test_unsent_items_are_counted_when_the_api_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The items of the hanging request count too. Lines above the maximum are dropped at once."""
+    monkeypatch.setattr(outbox, "STALL_TIMEOUT_SECONDS", 2 * outbox.SEND_INTERVAL_SECONDS)
     port = free_port()
     with silent(port), temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{port}/api"}):
         sender = outbox.Outbox()
-        sender.event("one", {})
-        sender.event("one", {})
-        sender.event("two", {})
-        sender.request("/artifacts/", {})
+        sender.add_event("one", {})
+        sender.add_event("one", {})
+        sender.add_event("two", {})
+        sender.add_request("/artifacts/", {})
         assert sender.close() == outbox.Unsent(3, 0, "it has not answered")
-        for number in range(outbox.LINES + 7):
-            sender.line({"message": str(number)})
-        assert sender.close() == outbox.Unsent(3, outbox.LINES + 7, "more than 20,000 waited at once")
+        for number in range(outbox.MAXIMUM_LOG_LINES + 7):
+            sender.add_log_line({"message": str(number)})
+        assert sender.close() == outbox.Unsent(3, outbox.MAXIMUM_LOG_LINES + 7, "more than 20,000 waited at once")
 
 
-def test_the_reason_is_why_the_api_was_not_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outbox, "IMPATIENCE", outbox.INTERVAL)
+def test_unreachable_api_is_named_as_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox, "STALL_TIMEOUT_SECONDS", outbox.SEND_INTERVAL_SECONDS)
     with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{free_port()}/api"}):
         sender = outbox.Outbox()
-        sender.event("one", {})
+        sender.add_event("one", {})
         wait_until(lambda: sender.close().reason.startswith("ConnectError: "), "the refusal", 240)
         assert sender.close().events == 1
 
 
-def test_what_the_api_refuses_is_counted_and_not_sent_again(prefect_server: str) -> None:
-    """And what comes after that is sent."""
+def test_refused_items_are_counted_and_not_retried(prefect_server: str) -> None:
+    """The request after the refused event is sent."""
     sender = outbox.Outbox()
-    sender.event("one", {"no": "event"})
-    sender.request("/artifacts/", {"type": "markdown", "data": "of no run"})
-    sender.line({"no": "line"})
+    sender.add_event("one", {"no": "event"})
+    sender.add_request("/artifacts/", {"type": "markdown", "data": "of no run"})
+    sender.add_log_line({"no": "line"})
     unsent = sender.close()
     assert (unsent.events, unsent.lines) == (1, 1)
     assert "422" in unsent.reason
 
 
-def test_dbt_goes_on_while_the_api_is_away(
+def test_dbt_continues_while_the_api_is_unreachable(
     small_project: DbtProject, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, prefect_server: str
 ) -> None:
-    monkeypatch.setattr(outbox, "IMPATIENCE", 1.0)
+    monkeypatch.setattr(outbox, "STALL_TIMEOUT_SECONDS", 1.0)
     port = free_port()
     statuses: list[str] = []
     with contextlib.ExitStack() as api, temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{port}/api"}):
@@ -76,7 +76,7 @@ def test_dbt_goes_on_while_the_api_is_away(
     assert statuses == ["success"] * 3
     counted = re.search(r"The Prefect API did not take (\d+) events and (\d+) lines.* \((.*)\)\.", caplog.text)
     assert counted
-    # A state and what was built, of each node, and both artifacts.
+    # For each node a state and an asset, and two artifacts.
     assert int(counted[1]) >= 3 + 3 + 2
     assert int(counted[2]) > 3
     assert counted[3]
@@ -84,8 +84,8 @@ def test_dbt_goes_on_while_the_api_is_away(
 
 
 def _event(run: str, name: str, related: int = 1, **payload: Any) -> dict[str, Any]:
-    """An event of a flow run that is related to so many resources."""
-    about = {"prefect.resource.id": f"prefect.flow-run.{run}", "prefect.resource.role": "flow-run"}
+    """Return an event of a flow run with that number of related resources."""
+    flow_run = {"prefect.resource.id": f"prefect.flow-run.{run}", "prefect.resource.role": "flow-run"}
     others = [
         {"prefect.resource.id": f"postgres://shop/raw/tenant_{number}", "prefect.resource.role": "asset"}
         for number in range(1, related)
@@ -95,14 +95,14 @@ def _event(run: str, name: str, related: int = 1, **payload: Any) -> dict[str, A
         "occurred": datetime.now(UTC).isoformat(),
         "event": f"outbox.{name}",
         "resource": {"prefect.resource.id": f"outbox.{name}", "prefect.resource.name": name},
-        "related": [about, *others],
+        "related": [flow_run, *others],
         "payload": payload,
     }
 
 
 @contextlib.contextmanager
-def _limited(url: str, most: int) -> Iterator[str]:
-    """A proxy that answers 413 to more bytes than it passes on, as an ingress controller does; its URL."""
+def _size_limiting_proxy(url: str, maximum_bytes: int) -> Iterator[str]:
+    """Yield the URL of a proxy that answers 413 to larger requests, as an ingress controller does."""
 
     class Proxy(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -112,7 +112,7 @@ def _limited(url: str, most: int) -> Iterator[str]:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             kind = {"Content-Type": self.headers["Content-Type"]}
             path = self.path.removeprefix("/api")
-            self._answer(client.post(path, content=body, headers=kind) if len(body) <= most else None)
+            self._answer(client.post(path, content=body, headers=kind) if len(body) <= maximum_bytes else None)
 
         def _answer(self, answer: httpx.Response | None) -> None:
             content = answer.content if answer else b""
@@ -134,20 +134,20 @@ def _limited(url: str, most: int) -> Iterator[str]:
         proxy.shutdown()
 
 
-def test_refused_event_costs_only_itself(server: Server, prefect_server: str) -> None:
-    """The warning names it in one line; what has too many related resources, or characters, is cut down and sent."""
+def test_refused_items_do_not_stop_the_others(server: Server, prefect_server: str) -> None:
+    """The reason names the refused items in one line. Too many related resources, and NUL characters, are cut."""
     run = str(uuid4())
     sender = outbox.Outbox()
     sent = {f"outbox.number-{number}" for number in range(250)} | {"outbox.wide", "outbox.strange"}
     for name in sorted(sent):
         odd = {"text": "NUL \0 and half \ud83d"} if name == "outbox.strange" else {}
-        sender.event(name, _event(run, name.removeprefix("outbox."), 150 if name == "outbox.wide" else 1, **odd))
+        sender.add_event(name, _event(run, name.removeprefix("outbox."), 150 if name == "outbox.wide" else 1, **odd))
         if name == "outbox.number-7":
-            sender.event("refused", _event(run, "refused") | {"occurred": "yesterday"})
-            sender.line({"message": "refused\nin two lines", "level": "high"})
+            sender.add_event("refused", _event(run, "refused") | {"occurred": "yesterday"})
+            sender.add_log_line({"message": "refused\nin two lines", "level": "high"})
     line = {"name": "dbt", "level": 20, "timestamp": datetime.now(UTC).isoformat(), "flow_run_id": run}
     for number in range(250):
-        sender.line(line | {"message": f"line {number}\0"})
+        sender.add_log_line(line | {"message": f"line {number}\0"})
     unsent = sender.close()
     assert (unsent.events, unsent.lines) == (1, 1)
     assert unsent.reason.startswith("it refused the event outbox.refused of refused, the line of log 'refused\\nin two")
@@ -162,15 +162,15 @@ def test_refused_event_costs_only_itself(server: Server, prefect_server: str) ->
     assert len(server.logs(run)) == 250
 
 
-def test_batch_that_a_proxy_refuses_is_sent_in_parts(server: Server, prefect_server: str) -> None:
-    """And a line that is too long by itself is cut."""
+def test_batch_above_the_limit_of_a_proxy_is_sent_in_parts(server: Server, prefect_server: str) -> None:
+    """A single line above the limit is cut."""
     run = str(uuid4())
     line = {"name": "dbt", "level": 20, "timestamp": datetime.now(UTC).isoformat(), "flow_run_id": run}
-    with _limited(prefect_server, 20_000) as url, temporary_settings({PREFECT_API_URL: url}):
+    with _size_limiting_proxy(prefect_server, 20_000) as url, temporary_settings({PREFECT_API_URL: url}):
         sender = outbox.Outbox()
         for number in range(40):
-            sender.line(line | {"message": f"{number} {'x' * (90_000 if number == 20 else 900)}"})
-            sender.event(str(number), _event(run, f"number-{number}", text="x" * (90_000 if number == 20 else 900)))
+            sender.add_log_line(line | {"message": f"{number} {'x' * (90_000 if number == 20 else 900)}"})
+            sender.add_event(str(number), _event(run, f"number-{number}", text="x" * (90_000 if number == 20 else 900)))
         assert not sender.close()
     lengths = {line["message"].split()[0]: len(line["message"]) for line in server.logs(run)}
     assert len(lengths) == 40
