@@ -43,7 +43,7 @@ def main() -> None:
             raw.load_reference(table)
         dbt_project.build(flags=NO_UNIT_TESTS)
         loaded = raw.load_days(days[-1:])
-        steps = [Step("extract", raw.span(days[-1:]), loaded.extract_seconds, loaded.rows)]
+        steps = [Step("extract", raw.days_as_text(days[-1:]), loaded.extract_seconds, loaded.rows)]
         steps += [Step("load", f"raw.{t} {days[-1]}", loaded.load_seconds, n) for t, n in loaded.tables.items()]
         steps += [Step("load", f"raw.{t}", 0, landing.extract_all(t).rows, cached=True) for t in landing.REFERENCE]
         built = dbt_project.build(flags=NO_UNIT_TESTS)

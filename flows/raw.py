@@ -1,10 +1,9 @@
-"""Loading: rows into schema `raw`, all of a day or nothing of it.
+"""Load rows into schema `raw`, a day as a whole or not at all.
 
-`raw.loads` has one row for each day that is loaded. Its row, the day's flights and the day's
-weather change in one transaction, so that a day is there as a whole or not at all, wherever a
-load is killed; loading a day again replaces it. A load takes its days' rows of `raw.loads` first,
-in order of day: two loads of the same day come one after the other. Each load has a new `load_id`;
-the incremental models rebuild the days whose `load_id` is not the one they were built from.
+`raw.loads` has one row per loaded day. This row, the day's flights and the day's weather change in one transaction, so
+that a killed load leaves nothing of the day. Loads are idempotent: another load of a day replaces it. A load first
+locks the rows of its days in `raw.loads`, in order of day, so loads of the same day are serialised. Each load has a new
+`load_id`. The incremental models rebuild the days whose `load_id` differs from the one they were built from.
 """
 
 import time
@@ -70,31 +69,31 @@ _DATE_COLUMN = {"flights": "flight_date", "weather": "weather_date"}
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a load put into `raw`."""
+    """Counts the rows and seconds of a load."""
 
     tables: dict[str, int]
-    """Rows by table."""
+    """Loaded rows by table."""
     extract_seconds: float
-    """Spent on the landing zone's files."""
+    """Seconds spent on the landing zone's files."""
     load_seconds: float
-    """Spent on the warehouse."""
+    """Seconds spent on the warehouse."""
 
     @property
     def rows(self) -> int:
-        """Rows of all its tables."""
+        """Loaded rows of all tables."""
         return sum(self.tables.values())
 
 
 def prepare() -> None:
     """Create schema `raw` and its tables where they are missing."""
     with warehouse.explain_errors("Creating schema raw"), warehouse.connect() as connection:
-        # "if not exists" alone can fail when two processes are first at once.
+        # Without the lock, "if not exists" can fail when two processes create at the same time.
         connection.execute("select pg_advisory_xact_lock(hashtextextended('raw schema', 0))")
         connection.execute(_DDL)
 
 
 def identity() -> str:
-    """Which raw schema this is: another warehouse, or one made anew, has another identity."""
+    """Return the identity of schema `raw`. Another warehouse and a schema created again have another identity."""
     with warehouse.explain_errors("Reading the warehouse's identity"), warehouse.connect() as connection:
         row = connection.execute(
             "select system_identifier, 'raw.airlines'::regclass::oid, 'raw.airports'::regclass::oid,"
@@ -104,20 +103,20 @@ def identity() -> str:
 
 
 def loaded_days() -> dict[date, int]:
-    """The days in `raw.loads`, oldest first, with the flights of each."""
+    """Return the loaded days, oldest first, with their number of flights."""
     with warehouse.explain_errors("Reading raw.loads"), warehouse.connect() as connection:
         return dict(connection.execute("select day, flights from raw.loads order by day").fetchall())
 
 
 def next_day() -> date | None:
-    """The newest loaded day + 1, or the first; None when the landing zone has nothing newer."""
+    """Return the day after the newest loaded day, or the first; None if the landing zone has nothing newer."""
     known = landing.days()
     newest = max(loaded_days(), default=None)
     return next((day for day in known if newest is None or day > newest), None)
 
 
 def loaded_by(flow_run: str) -> tuple[date, dict[str, int]] | None:
-    """The day that an earlier attempt of a flow run has loaded, and its rows by table."""
+    """Return the day that an earlier attempt of the flow run has loaded, and its rows by table."""
     with warehouse.explain_errors("Reading raw.loads"), warehouse.connect() as connection:
         row = connection.execute(
             "select day, flights, weather from raw.loads join raw.days_of_flow_runs using (day) where flow_run = %s",
@@ -127,7 +126,7 @@ def loaded_by(flow_run: str) -> tuple[date, dict[str, int]] | None:
 
 
 def newest_load() -> int | None:
-    """What changes with every load of a day; None before the first."""
+    """Return the `load_id` of the newest load; None before the first."""
     with warehouse.explain_errors("Reading raw.load_ids"), warehouse.connect() as connection:
         row = connection.execute(
             "select last_value from pg_sequences where schemaname = 'raw' and sequencename = 'load_ids'"
@@ -140,17 +139,17 @@ def load_days(days: Sequence[date], flow_run: str | None = None) -> Loaded:
 
     Args:
         days: the days.
-        flow_run: the id of the flow run whose one day this is; another attempt of it finds it by `loaded_by`.
+        flow_run: the id of the flow run that loads one day. Its later attempts find the day by `loaded_by`.
 
     Raises:
-        WarehouseError: nothing of these days has changed.
+        WarehouseError: the load failed and was rolled back.
     """
     start = time.perf_counter()
     wanted = sorted(set(days))
     extracts = [landing.extract(table, wanted) for table in landing.DAILY]
     extracted = time.perf_counter()
-    doing = f"Loading {span(wanted)}"
-    with warehouse.explain_errors(doing), warehouse.connect() as connection:
+    operation = f"Loading {days_as_text(wanted)}"
+    with warehouse.explain_errors(operation), warehouse.connect() as connection:
         connection.execute(
             "with load as (select nextval('raw.load_ids') as id) "
             "insert into raw.loads as loads (day, load_id, flights, weather) "
@@ -186,13 +185,13 @@ def load_reference(table: str) -> Loaded:
     """Replace all of a reference table, in one transaction.
 
     Raises:
-        WarehouseError: the table is as it was.
+        WarehouseError: the load failed and was rolled back.
     """
     start = time.perf_counter()
     extract = landing.extract_all(table)
     extracted = time.perf_counter()
     with warehouse.explain_errors(f"Loading raw.{table}"), warehouse.connect() as connection:
-        # Not truncate: it would lock out who reads the table meanwhile.
+        # Not truncate, which would block readers of the table.
         connection.execute(sql.SQL("delete from {}").format(sql.Identifier("raw", table)))
         _copy(connection, extract)
     return Loaded({table: extract.rows}, extracted - start, time.perf_counter() - extracted)
@@ -212,7 +211,7 @@ def _copy(connection: psycopg.Connection[Any], extract: landing.Extract) -> None
             )
 
 
-def span(days: Iterable[date]) -> str:
-    """The days as a person says them: one, or from the first to the last."""
+def days_as_text(days: Iterable[date]) -> str:
+    """Return one day, or the first and the last with their number, for people."""
     known = sorted(days)
     return str(known[0]) if len(known) == 1 else f"{known[0]} to {known[-1]} ({len(known)} days)"

@@ -1,4 +1,4 @@
-"""The report of a run: what was loaded and built, how long it took, what failed and why."""
+"""Report on a run: what it loaded and built, how long that took, what failed and why."""
 
 import base64
 import importlib
@@ -20,44 +20,44 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-_BAR = 12
-"""Columns of the longest step's bar."""
+_BAR_COLUMNS = 12
+"""Width of the longest step's bar, in characters."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """Something a run did."""
+    """One step of a run, with its outcome."""
 
     kind: str
     """extract, load, build or test."""
     name: str
     seconds: float
     rows: int | None = None
-    """Rows that it wrote."""
+    """Rows that the step wrote."""
     cached: bool = False
-    """Done by an earlier run and not needed again."""
+    """An earlier run has done the step, and it is not needed again."""
     skipped: bool = False
-    """Not done, because something before it failed."""
+    """The step did not run, because an earlier step failed."""
     failure: str | None = None
-    """Why it failed."""
+    """Why the step failed."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """All that the report shows."""
+    """Holds the content of the report."""
 
     steps: list[Step]
     failure: str | None
     marts: dict[str, int] = field(default_factory=dict)
     """Rows by mart."""
     days: list[tuple[date, float]] = field(default_factory=list)
-    """The newest days, oldest first, with the share of flights that arrived on time, 0 to 1."""
+    """The newest 30 days, oldest first, with the share of flights that arrived on time, 0 to 1."""
     carriers: list[tuple[str, float]] = field(default_factory=list)
-    """The carriers of the newest day with that share, best first."""
+    """The carriers of the newest day with their share of flights on time, best first."""
 
     @property
     def headline(self) -> str:
-        """The report in a sentence."""
+        """The report in one line."""
         loaded = sum(step.rows or 0 for step in self.steps if step.kind == "load" and not step.cached)
         tests = [step for step in self.steps if step.kind == "test" and not step.skipped]
         passed = sum(1 for step in tests if not step.failure)
@@ -70,9 +70,9 @@ class Summary:
 
 
 def summarise(steps: list[Step], failure: str | None = None) -> Summary:
-    """Add to a run's steps what the report shows of the warehouse.
+    """Return the content of the report: a run's steps, and rows and shares from the warehouse.
 
-    After a failure that may be the warehouse's own; then the report does without it.
+    After a failure the warehouse may be unreachable. Then the report has the steps alone.
     """
     try:
         return _summarise(steps, failure)
@@ -121,7 +121,7 @@ def _outcome(step: Step) -> str:
 
 
 def _shown(summary: Summary) -> list[Step]:
-    """Loads and builds; of the tests only what did not pass."""
+    """Return the steps without the tests that passed."""
     return [step for step in summary.steps if step.kind != "test" or step.failure]
 
 
@@ -130,7 +130,7 @@ def _count(rows: int | None) -> str:
 
 
 def markdown(summary: Summary) -> str:
-    """The report as the Markdown of Prefect's artifact."""
+    """Return the report as Markdown, for Prefect's artifact."""
     lines = [f"**{summary.headline}**", ""]
     if summary.failure:
         lines += [f"> {summary.failure}", ""]
@@ -153,7 +153,7 @@ def _cell(text: str) -> str:
 
 
 def terminal(summary: Summary) -> "RenderableType":
-    """The report as rich's tables."""
+    """Return the report as tables of rich."""
     from rich import box
     from rich.console import Group
     from rich.table import Table
@@ -164,7 +164,7 @@ def terminal(summary: Summary) -> "RenderableType":
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
 
     def column(header: str, **options: Any) -> None:
-        """A column that a narrow terminal leaves whole; `what` gives way."""
+        """Add a column that keeps its width on a narrow terminal; `what` is cut instead."""
         table.add_column(header, no_wrap=True, min_width=len(header), **options)
 
     if not summary.steps:
@@ -178,7 +178,7 @@ def terminal(summary: Summary) -> "RenderableType":
     column("written", justify="right")
     column("rows", justify="right")
     column("seconds", justify="right")
-    column(" " * _BAR)
+    column(" " * _BAR_COLUMNS)
     longest = max(step.seconds for step in summary.steps) or 1
     kind = ""
     for step in _shown(summary):
@@ -186,7 +186,7 @@ def terminal(summary: Summary) -> "RenderableType":
             table.add_section()
             kind = step.kind
         outcome = _outcome(step)
-        bar = "━" * round(_BAR * step.seconds / longest)
+        bar = "━" * round(_BAR_COLUMNS * step.seconds / longest)
         table.add_row(
             kind if first_of_kind else "",
             step.name,
@@ -202,18 +202,18 @@ def show(summary: Summary) -> None:
     """Print the report."""
     from rich.console import Console
 
-    # A log has no width of its own; rich would take 80 columns.
+    # Without a terminal rich would take 80 columns.
     Console(width=None if sys.stdout.isatty() else 100).print(terminal(summary))
 
 
 def preload() -> None:
-    """Import what :func:`plot` needs (1 s) beside other work."""
+    """Import the modules of :func:`plot` (1 s) in a thread, in parallel with other work."""
     threading.Thread(target=importlib.import_module, args=["matplotlib.figure"], daemon=True).start()
 
 
 def plot(summary: Summary) -> bytes:
-    """The report as a PNG: carriers of the newest day, the last 30 days, the time of the steps."""
-    # Not pyplot: no global state, and half the import time.
+    """Return the report as a PNG: carriers of the newest day, the newest 30 days, the seconds of the steps."""
+    # pyplot would have global state and take twice the import time.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.dates import DateFormatter, DayLocator
     from matplotlib.figure import Figure
@@ -246,13 +246,13 @@ def plot(summary: Summary) -> bytes:
             color=["#e76f51" if step.failure else colours[step.kind] for step in steps],
         )
         axes[2].set(title="The longest steps", xlabel="seconds")
-    for each in axes:
-        each.spines[["top", "right"]].set_visible(False)
+    for subplot in axes:
+        subplot.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call]
     return buffer.getvalue()
 
 
 def as_data_url(png: bytes) -> str:
-    """`png` as a URL that holds it, so that the UI needs no file store to show it."""
+    """Return a `data:` URL of the picture, which the UI shows without a file store."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"

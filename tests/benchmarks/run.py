@@ -124,7 +124,7 @@ def measure_load(postgres: str, pairs: int) -> list[Figure]:
 
     def load() -> None:
         days = landing.days()
-        chunks = [days[start : start + backfill.CHUNK] for start in range(0, len(days), backfill.CHUNK)]
+        chunks = [days[start : start + backfill.CHUNK_DAYS] for start in range(0, len(days), backfill.CHUNK_DAYS)]
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(raw.load_reference, landing.REFERENCE))
             list(pool.map(raw.load_days, chunks))

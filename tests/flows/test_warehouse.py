@@ -112,7 +112,7 @@ def test_every_mart_states_its_grain_and_keeps_a_contract(manifest: dict[str, An
     assert len(marts) == 5
     for mart in marts:
         assert mart["contract"]["enforced"], mart["name"]
-        assert "One row a" in mart["description"], mart["name"]
+        assert "One row per" in mart["description"], mart["name"]
         assert [constraint["type"] for constraint in mart["constraints"]] == ["primary_key"], mart["name"]
 
 

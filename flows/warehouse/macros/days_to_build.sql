@@ -1,7 +1,7 @@
 {#
-  The days that an incremental model must build: on a first build all that are loaded, later those
-  whose load is not the one that {{ this }} was built from. A day that was loaded late, loaded
-  again, or left out because a run died is found by itself, whatever its date.
+  Select the days that an incremental model must build: on the first build all loaded days, later
+  those whose load_id differs from the one that {{ this }} was built from. This includes days that
+  were loaded late, loaded again, or not built because a run was killed, whatever their date.
 
   The model needs the columns flight_date and load_id.
 #}

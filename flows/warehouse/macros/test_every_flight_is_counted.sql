@@ -1,4 +1,4 @@
-{# A generic data test: the column flight_count adds up to the flights of all loaded days. #}
+{# Test that the column flight_count adds up to the flights of all loaded days. #}
 {% test every_flight_is_counted(model) %}
     select
         counted.flight_count as counted,

@@ -1,4 +1,4 @@
-{# A generic data test: each loaded day has as many rows here as its load counted. #}
+{# Test that the model has as many rows of each loaded day as the load counted. #}
 {% test every_loaded_day_is_whole(model) %}
     select
         loads.load_day,

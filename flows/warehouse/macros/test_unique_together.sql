@@ -1,4 +1,4 @@
-{# A generic data test: no two rows agree in all of the columns. #}
+{# Test that no two rows have the same values in all of the columns. #}
 {% test unique_together(model, columns) %}
     select {{ columns | join(', ') }}
     from {{ model }}

@@ -1,4 +1,4 @@
-{# A generic data test: the column, where it is not null, lies between two bounds, both included. #}
+{# Test that values that are not null lie between two bounds, both included. #}
 {% test within(model, column_name, lowest, highest) %}
     select {{ column_name }}
     from {{ model }}

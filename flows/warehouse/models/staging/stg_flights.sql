@@ -9,7 +9,7 @@ select
     tailnum as tail_number,
     origin as origin_airport_code,
     dest as destination_airport_code,
-    -- The hour is UTC in the source; its local reading is right on both days the clocks change.
+    -- The source has the hour in UTC, so the local time is right on both days on which the clocks change.
     time_hour as scheduled_hour,
     time_hour at time zone 'America/New_York' + make_interval(mins => minute) as scheduled_departure_at,
     dep_delay as departure_delay_minutes,
