@@ -1,1 +1,1 @@
-"""What only a laptop needs: an embedded Postgres and a temporary Prefect server."""
+"""Parts for a run without a cluster: an embedded Postgres and a temporary Prefect server."""

@@ -1,6 +1,7 @@
-"""Which Prefect server a flow that is started by hand talks to.
+"""Give a flow on the command line a Prefect server: the checkout's, or a temporary one.
 
-`python -m orchestration.local.temporary_server FD` is the temporary server itself, on a bound socket that it inherits.
+`python -m orchestration.local.temporary_server FD` is the process of the temporary server. FD is the bound socket that
+the process inherits.
 """
 
 import contextlib
@@ -31,17 +32,16 @@ from orchestration.prefect_compat.server_internals import TEMPORARY_SERVER_APP, 
 
 @contextlib.contextmanager
 def reachable_server() -> Iterator[None]:
-    """Use the checkout's server if one is up, else a temporary one for the block.
+    """Use the checkout's server if it answers, else a temporary server for the block.
 
-    The checkout's server is `[tool.prefect] api.url` in pyproject.toml, where `prefect server start`
-    listens. An address that the environment gives in `PREFECT_API_URL` is meant: if it does not
-    answer, that is an error and no reason to run elsewhere.
+    The checkout's server is `[tool.prefect] api.url` in pyproject.toml, where `prefect server start` listens. The
+    variable `PREFECT_API_URL` rules out a temporary server: if its server does not answer, the flow fails.
 
     Raises:
         PipelineError: the temporary server does not start.
     """
     url = PREFECT_API_URL.value()
-    # One that is busy is not absent: where nobody listens that is said at once.
+    # A busy server may take seconds to answer. Without a server the connection is refused at once.
     if url and _answers(url, timeout=10):
         if urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1"):
             _ensure_work_pool(PREFECT_DEFAULT_WORK_POOL_NAME.value())
@@ -51,22 +51,21 @@ def reachable_server() -> Iterator[None]:
     else:
         missing = f" at {url}" if url else ""
         print(f"No Prefect server is up{missing}: this run has a temporary one.", file=sys.stderr)
-        # It serves no UI, so there is no page to point to.
-        with temporary_server() as own, temporary_settings({PREFECT_API_URL: own, PREFECT_UI_URL: ""}):
+        # The temporary server has no UI, so logs must not link to pages of one.
+        with temporary_server() as api_url, temporary_settings({PREFECT_API_URL: api_url, PREFECT_UI_URL: ""}):
             yield
 
 
 @contextlib.contextmanager
 def temporary_server() -> Iterator[str]:
-    """The API's URL of a Prefect server on the database in `PREFECT_HOME`; it ends with the block.
+    """Start a Prefect server on the database in `PREFECT_HOME`, yield its API's URL, and stop it after the block.
 
-    It is the server that Prefect itself starts where it has no address, `create_app` without UI and
-    background services, but beside the flow's imports and not after them, without the server's
-    modules in the flow's memory (60 MB), on a port that nobody can take in between, and ended with
-    the flow even if that is killed.
+    Like the server that Prefect starts without `PREFECT_API_URL`, this is `create_app` without UI and background
+    services. The differences: it starts in parallel with the flow's imports, the flow's memory does not hold the
+    server's modules (60 MB), no other process can take the port, and the server ends with a killed flow.
 
     Raises:
-        PipelineError: it did not start, with its last words.
+        PipelineError: the server did not start; has the last line of its stderr.
     """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -82,8 +81,8 @@ def temporary_server() -> Iterator[str]:
         )
     assert server.stdin
     assert server.stderr
-    last_words: list[str] = []
-    reader = threading.Thread(target=lambda stream: last_words.extend(stream), args=[server.stderr], daemon=True)
+    stderr_lines: list[str] = []
+    reader = threading.Thread(target=lambda stream: stderr_lines.extend(stream), args=[server.stderr], daemon=True)
     reader.start()
     try:
         deadline = time.monotonic() + PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value()
@@ -91,10 +90,10 @@ def temporary_server() -> Iterator[str]:
             if server.poll() is not None or time.monotonic() > deadline:
                 server.kill()
                 reader.join()
-                said = " ".join(line.strip() for line in last_words[-1:]) or "it said nothing"
+                reason = " ".join(line.strip() for line in stderr_lines[-1:]) or "it printed no reason"
                 raise PipelineError(
-                    f"The temporary Prefect server did not start: {said}. See that {PREFECT_HOME.value()} can be "
-                    "written to and has room, or start a server with: prefect server start"
+                    f"The temporary Prefect server did not start: {reason}. Check that {PREFECT_HOME.value()} is "
+                    "writable and has free space, or start a server with: prefect server start"
                 )
             time.sleep(0.05)
         yield url
@@ -112,14 +111,14 @@ def temporary_server() -> Iterator[str]:
 
 def _answers(url: str, timeout: float) -> bool:
     try:
-        with urlopen(f"{url}/health", timeout=timeout) as response:  # noqa: S310 - the operator's own address
+        with urlopen(f"{url}/health", timeout=timeout) as response:  # noqa: S310 - the operator's address
             return bool(response.status == 200)
     except OSError:
         return False
 
 
 def _ensure_work_pool(name: str | None) -> None:
-    """Create the default work pool on a new server of this machine, as `prefect deploy` needs one."""
+    """Create the default work pool on a server of this machine that lacks it, because `prefect deploy` needs a pool."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
@@ -139,7 +138,7 @@ def _ensure_work_pool(name: str | None) -> None:
 
 
 def _serve(descriptor: int) -> None:
-    """Be the temporary server until stdin closes."""
+    """Run the temporary server until stdin closes."""
     import uvicorn
 
     def end_with_parent() -> None:

