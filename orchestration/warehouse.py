@@ -23,7 +23,7 @@ from orchestration.local import embedded_postgres
 from orchestration.settings import settings
 
 CLIENT_OPTIONS = "-c client_connection_check_interval=2000"
-"""Make Postgres check every 2 s that the client is connected, so that no SQL is orphaned. An option since Postgres 14."""
+"""Make Postgres check every 2 s that the client is connected, so that no SQL is orphaned (since Postgres 14)."""
 
 
 def environment() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Flows in this process, on a real server, Postgres and dbt."""
+"""Fixtures: flows in this process, on a real server, Postgres and dbt."""
 
 import contextlib
 import shutil
@@ -21,10 +21,10 @@ from tests.orchestration.dbt.forked import PARSE
 
 
 class Api:
-    """What the Prefect server says of runs."""
+    """Reads runs from the Prefect server."""
 
     def newest(self, flow: str) -> FlowRun:
-        """The run of the flow that started last."""
+        """Return the newest run of the flow."""
         with get_client(sync_client=True) as client:
             runs = client.read_flow_runs(
                 flow_filter=FlowFilter(name=FlowFilterName(any_=[flow])),
@@ -34,7 +34,7 @@ class Api:
         return runs[0]
 
     def task_states(self, run: FlowRun) -> dict[str, str]:
-        """The state's name of each task run, by the task run's name."""
+        """Return the state names of task runs, by the task runs' names."""
         from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
         with get_client(sync_client=True) as client:
@@ -44,7 +44,7 @@ class Api:
         return {task.name: task.state_name or "" for task in tasks if not task.task_key.startswith("None")}
 
     def artifacts(self, run: FlowRun) -> dict[str, Artifact]:
-        """The artifacts of a run by key."""
+        """Return the artifacts of a run by key."""
         from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 
         with get_client(sync_client=True) as client:
@@ -56,7 +56,7 @@ class Api:
 
 @pytest.fixture(scope="session")
 def forked_dbt(tiny: Tiny) -> Iterator[Tiny]:
-    """Run the dbt of this process's flows in forks; flows in processes of their own have a real interpreter."""
+    """Run the dbt of this process's flows in forks. Flows in separate processes use a real interpreter."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(example_flow.dbt_project, "_python", tiny.python)
         yield tiny
@@ -64,16 +64,16 @@ def forked_dbt(tiny: Tiny) -> Iterator[Tiny]:
 
 @pytest.fixture
 def api(prefect_server: str, forked_dbt: Tiny) -> Api:
-    """The session's Prefect server."""
+    """Return the session's Prefect server."""
     return Api()
 
 
 @pytest.fixture
 def project_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of the dbt project that the flows use for the rest of the test."""
+    """Yield a copy of the dbt project, which the flows use for the rest of the test."""
     original, copy = ROOT / "flows" / "warehouse", tmp_path / "project"
     shutil.copytree(original, copy, ignore=shutil.ignore_patterns("target", "logs"))
-    with contextlib.suppress(FileNotFoundError):  # which a flow of another test has left: it saves parsing again
+    with contextlib.suppress(FileNotFoundError):  # the parse of another test saves another one
         (copy / "target").mkdir()
         shutil.copyfile(original / "target" / PARSE, copy / "target" / PARSE)
     project = DbtProject(copy, environment=warehouse.environment)
@@ -87,7 +87,7 @@ Run = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def run(api: Api, database: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> Run:
-    """Run the pipeline's command line in this process; exit status and all that was logged and printed."""
+    """Return a function that runs a command line in this process: its exit status, and its logs and output."""
 
     def call(*arguments: Any, main: Callable[[list[str]], int] = example_flow.main) -> tuple[int, str]:
         capfd.readouterr()

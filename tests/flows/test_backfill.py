@@ -1,4 +1,4 @@
-"""The backfill: many days at once, and on from where it stopped."""
+"""The backfill: a range of days, and continuation after a kill."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from tests.orchestration.dbt.task_runs import busy
 from tests.parts import Query, wait_until
 
 
-def test_a_range_is_filled_and_built_once(run: Run, api: Api, query: Query) -> None:
+def test_range_is_loaded_and_built_once(run: Run, api: Api, query: Query) -> None:
     status, output = run("--first", "2013-01-01", "--last", "2013-03-05", main=backfill.main)
     assert status == 0, output
     days = assert_whole(query)
@@ -24,7 +24,7 @@ def test_a_range_is_filled_and_built_once(run: Run, api: Api, query: Query) -> N
     assert "3 of 3 chunks are loaded." in output
     assert query("select count(distinct flight_date) from analytics.carrier_daily_punctuality") == [(64,)]
 
-    # Again: what is loaded is left alone.
+    # The second backfill skips loaded days.
     before = query("select day, load_id from raw.loads order by day")
     status, output = run("--first", "2013-01-01", "--last", "2013-03-06", main=backfill.main)
     assert status == 0, output
@@ -32,14 +32,14 @@ def test_a_range_is_filled_and_built_once(run: Run, api: Api, query: Query) -> N
     assert query("select day, load_id from raw.loads where day <= '2013-03-05' order by day") == before
 
 
-def test_every_day_is_the_default_and_a_full_refresh_loads_again(run: Run, query: Query, landing_zone: Path) -> None:
+def test_default_range_is_every_day_and_full_refresh_loads_again(run: Run, query: Query, landing_zone: Path) -> None:
     assert run(main=backfill.main)[0] == 0
     assert assert_whole(query) == {FIRST, SECOND, THIRD}
     assert run("--full-refresh", main=backfill.main)[0] == 0
     assert query("select distinct load_id from raw.loads") == [(2,)]
 
 
-def test_a_range_that_ends_before_it_begins(run: Run, api: Api) -> None:
+def test_range_that_ends_before_it_begins_is_an_error(run: Run, api: Api) -> None:
     status, output = run("--first", "2013-02-01", "--last", "2013-01-01", main=backfill.main)
     assert status == 1
     assert "Failed: The first day, 2013-02-01, is after the last, 2013-01-01. Exchange them." in output
@@ -48,13 +48,13 @@ def test_a_range_that_ends_before_it_begins(run: Run, api: Api) -> None:
 
 
 @pytest.mark.parametrize("option", ["--first", "--last"])
-def test_a_range_outside_the_data(run: Run, query: Query, option: str) -> None:
+def test_range_outside_the_data_is_an_error(run: Run, query: Query, option: str) -> None:
     status, output = run(option, "2014-01-01", main=backfill.main)
     assert status == 1
     assert "There are no flights of 2014-01-01" in output
 
 
-def test_a_backfill_that_was_killed_goes_on_where_it_was(run: Run, query: Query, prefect_server: str) -> None:
+def test_killed_backfill_continues_where_it_stopped(run: Run, query: Query, prefect_server: str) -> None:
     raw.prepare()
     process = subprocess.Popen(
         [sys.executable, "flows/backfill.py"],
@@ -66,8 +66,8 @@ def test_a_backfill_that_was_killed_goes_on_where_it_was(run: Run, query: Query,
     wait_until(lambda: query("select count(*) > 31 from raw.loads") == [(True,)], "the first chunks", 180)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    # What was being committed is, a moment after.
-    wait_until(lambda: not busy(query), "the database to have done what it was told")
+    # Postgres may still finish a commit of the killed process.
+    wait_until(lambda: not busy(query), "the end of the open transactions")
     before: dict[date, int] = dict(query("select day, load_id from raw.loads"))
     assert assert_whole(query) == set(before)
 

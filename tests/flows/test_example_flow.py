@@ -1,4 +1,4 @@
-"""The pipeline: what a run does, what it leaves, and what it says when it cannot."""
+"""The daily job: its steps, its results and its error messages."""
 
 import base64
 import logging
@@ -35,13 +35,13 @@ def _rows_by_mart(query: Query) -> dict[str, int]:
 
 
 def _task_states(api: Api, expected: dict[str, str]) -> None:
-    """Those of the newest `ingest`; the server records what becomes of tasks a while after it is told."""
+    """Wait until the task runs of the newest `ingest` have these states: the server records them with a delay."""
     ingest = api.newest("ingest")
-    wait_until(lambda: api.task_states(ingest) == expected, f"{expected} to be what the server has")
+    wait_until(lambda: api.task_states(ingest) == expected, f"{expected} on the server")
 
 
 def _assert_reported(output: str, api: Api, query: Query) -> None:
-    """The UI and the terminal show what the first run on an empty warehouse loaded and built."""
+    """Check that UI and terminal show what the first run on an empty warehouse loaded and built."""
     artifacts = api.artifacts(api.newest("report"))
     markdown = str(artifacts["daily-report"].data)
     for mart, rows in _rows_by_mart(query).items():
@@ -58,7 +58,7 @@ def _assert_reported(output: str, api: Api, query: Query) -> None:
     assert height > 300
 
 
-def test_days_follow_each_other_without_set_up_and_are_reported(run: Run, api: Api, query: Query) -> None:
+def test_runs_load_consecutive_days_and_report_them(run: Run, api: Api, query: Query) -> None:
     status, output = run()
     assert status == 0, output
     assert "Completed to 2013-01-01: 5,705 rows loaded, 12 models built, 26/26 tests passed" in output
@@ -88,7 +88,7 @@ def test_days_follow_each_other_without_set_up_and_are_reported(run: Run, api: A
         assert api.newest(flow).state_name == "Completed"
 
 
-def test_each_part_also_runs_alone(api: Api, query: Query, capfd: pytest.CaptureFixture[str]) -> None:
+def test_each_subflow_runs_alone(api: Api, query: Query, capfd: pytest.CaptureFixture[str]) -> None:
     assert [step.rows for step in example_flow.ingest(date(2013, 1, 3)) if step.kind == "load"][:2] == [914, 72]
     built = example_flow.transform(select="+carrier_daily_punctuality")
     assert "carrier_daily_punctuality" in {step.name for step in built}
@@ -98,7 +98,7 @@ def test_each_part_also_runs_alone(api: Api, query: Query, capfd: pytest.Capture
     assert "The warehouse to 2013-01-03: 1 marts" in capfd.readouterr().out
 
 
-def test_where_nothing_is_new_the_run_says_so_and_completes(run: Run, landing_zone: Path, api: Api) -> None:
+def test_run_without_a_new_day_completes(run: Run, landing_zone: Path, api: Api) -> None:
     raw.prepare()
     raw.load_days([FIRST, SECOND, THIRD])
     status, output = run()
@@ -107,7 +107,7 @@ def test_where_nothing_is_new_the_run_says_so_and_completes(run: Run, landing_zo
     assert api.newest("dbt-pipeline").state_name == "Completed"
 
 
-def test_parameters_read_well_in_the_ui() -> None:
+def test_parameters_have_types_and_descriptions_in_the_ui() -> None:
     from prefect.utilities.callables import parameter_schema
 
     schema = parameter_schema(example_flow.dbt_pipeline).properties
@@ -118,10 +118,10 @@ def test_parameters_read_well_in_the_ui() -> None:
 
 
 LOADS = "select last_value, is_called from raw.load_ids"
-"""How many loads have begun: what a sequence has given is not rolled back."""
+"""Counts started loads: a rollback does not reset a sequence."""
 
 
-def test_a_lost_connection_is_tried_again(
+def test_load_is_retried_after_a_lost_connection(
     api: Api, query: Query, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(example_flow.load_days, "retry_delay_seconds", [0, 0, 0])
@@ -152,7 +152,7 @@ def test_a_lost_connection_is_tried_again(
     assert assert_whole(query) == {FIRST}
 
 
-def test_what_an_operator_must_cure_is_not_tried_again(api: Api, query: Query, landing_zone: Path) -> None:
+def test_wrong_source_file_is_not_retried(api: Api, query: Query, landing_zone: Path) -> None:
     with (landing_zone / "flights.csv").open("a") as file:
         file.write("2013,1,1,early\n")
     with pytest.raises(WarehouseError, match="Correct the source file"):
@@ -160,18 +160,18 @@ def test_what_an_operator_must_cure_is_not_tried_again(api: Api, query: Query, l
     assert query(LOADS) == [(1, True)]
 
 
-def test_another_warehouse_gets_its_own_reference_tables(api: Api, postgres: str, query: Query) -> None:
+def test_another_warehouse_loads_the_reference_tables(api: Api, postgres: str, query: Query) -> None:
     example_flow.ingest(FIRST)
     with new_database(postgres) as other:
         example_flow.ingest(FIRST)
         assert rows_of(other, "select count(*) from raw.planes") == [(3322,)]
 
 
-# --- bad input: one sentence, exit status 1, state Failed, no half-loaded day ----------------------
+# --- errors: one sentence, exit status 1, state Failed, no half-loaded day -------------------------
 
 
 def assert_failed(outcome: tuple[int, str], api: Api, *sentences: str, flow: str = "dbt-pipeline") -> None:
-    """The run failed with these sentences: on the terminal, as its state, and without a traceback."""
+    """Check that the run failed with these sentences, on the terminal and in its state, without a traceback."""
     status, output = outcome
     assert status == 1, output
     last = output.strip().splitlines()[-1]
@@ -184,21 +184,23 @@ def assert_failed(outcome: tuple[int, str], api: Api, *sentences: str, flow: str
     assert 'File "' not in output
 
 
-def test_a_day_outside_the_data(run: Run, api: Api, query: Query) -> None:
+def test_day_outside_the_data_is_an_error(run: Run, api: Api, query: Query) -> None:
     outcome = run("--day", "2012-12-31")
     assert_failed(outcome, api, "There are no flights of 2012-12-31", "2013-01-01 to 2013-12-31. Choose a day")
     assert query("select schema_name from information_schema.schemata where schema_name = 'raw'") == []
 
 
-def test_a_day_in_the_future(run: Run, api: Api) -> None:
+def test_day_in_the_future_is_an_error(run: Run, api: Api) -> None:
     assert_failed(run("--day", "2999-01-01"), api, "There are no flights of 2999-01-01 (it is in the future)")
 
 
-def test_a_day_that_is_no_date(run: Run, api: Api) -> None:
+def test_day_that_is_no_date_is_an_error(run: Run, api: Api) -> None:
     assert_failed(run("--day", "8 Feb"), api, "'8 Feb' is no day. Write it as YYYY-MM-DD, for example 2013-02-08")
 
 
-def test_a_warehouse_that_is_not_there(run: Run, api: Api, use_settings: Callable[..., None]) -> None:
+def test_unreachable_warehouse_is_an_error_without_the_password(
+    run: Run, api: Api, use_settings: Callable[..., None]
+) -> None:
     port = free_port()
     use_settings(WAREHOUSE_URL=f"postgresql://me:s3cret@127.0.0.1:{port}/db")
     outcome = run()
@@ -206,7 +208,7 @@ def test_a_warehouse_that_is_not_there(run: Run, api: Api, use_settings: Callabl
     assert "s3cret" not in outcome[1]
 
 
-def test_a_warehouse_url_that_is_none(run: Run, api: Api, use_settings: Callable[..., None]) -> None:
+def test_wrong_warehouse_url_is_an_error(run: Run, api: Api, use_settings: Callable[..., None]) -> None:
     use_settings(WAREHOUSE_URL="mysql://db/x")
     assert_failed(run(), api, "WAREHOUSE_URL='mysql://db/x' is wrong: not a Postgres URL")
 
@@ -218,13 +220,17 @@ def test_a_warehouse_url_that_is_none(run: Run, api: Api, use_settings: Callable
         ("colour:blue", "'colour' is not a valid method name"),
     ],
 )
-def test_a_selection_that_matches_nothing(run: Run, api: Api, query: Query, selection: str, sentence: str) -> None:
+def test_selection_that_matches_nothing_is_an_error(
+    run: Run, api: Api, query: Query, selection: str, sentence: str
+) -> None:
     outcome = run("--day", "2013-01-01", "--select", selection)
     assert_failed(outcome, api, sentence, "othing was built")
     assert assert_whole(query) == {FIRST}
 
 
-def test_a_model_whose_sql_is_wrong(run: Run, api: Api, query: Query, project_copy: Path) -> None:
+def test_wrong_sql_of_a_model_is_an_error_and_the_next_run_completes(
+    run: Run, api: Api, query: Query, project_copy: Path
+) -> None:
     assert run("--day", "2013-01-01")[0] == 0
     before = query("select * from analytics.route_performance order by 1, 2")
     model = project_copy / "models" / "marts" / "carrier_daily_punctuality.sql"
@@ -245,17 +251,17 @@ def test_a_model_whose_sql_is_wrong(run: Run, api: Api, query: Query, project_co
     assert "column flights.is_canceled does not exist" in markdown
     assert "failed" in outcome[1]
 
-    # The cure and another run put it right, the day before included.
+    # After the correction another run builds all days, with the day before.
     model.write_text(model.read_text().replace("flights.is_canceled", "flights.is_cancelled"))
     assert run("--day", "2013-01-03")[0] == 0
     assert query("select count(distinct flight_date) from analytics.carrier_daily_punctuality") == [(3,)]
 
 
 @pytest.mark.parametrize("meanwhile", [False, True])
-def test_another_attempt_of_a_run_goes_on_with_its_day(
+def test_retried_run_continues_with_its_day(
     meanwhile: bool, api: Api, run: Run, query: Query, project_copy: Path
 ) -> None:
-    """It does what is left; all of it where another run has loaded a day meanwhile."""
+    """It runs the remaining nodes, or all nodes if another run has loaded a day meanwhile."""
     model = project_copy / "models" / "marts" / "carrier_daily_punctuality.sql"
     right = model.read_text()
     model.write_text(right.replace("flights.is_cancelled", "flights.is_canceled"))
@@ -273,11 +279,11 @@ def test_another_attempt_of_a_run_goes_on_with_its_day(
     days = {FIRST, SECOND} if meanwhile else {FIRST}
     assert assert_whole(query) == days
     assert query("select count(distinct flight_date) from analytics.carrier_daily_punctuality") == [(len(days),)]
-    # dbt makes a table anew when it builds it.
+    # A build replaces the table, so its oid changes.
     assert (query("select oid from pg_class where relname = 'route_performance'") == built) is not meanwhile
 
 
-def test_a_model_that_does_not_compile(run: Run, api: Api, query: Query, project_copy: Path) -> None:
+def test_model_that_does_not_compile_is_an_error(run: Run, api: Api, query: Query, project_copy: Path) -> None:
     model = project_copy / "models" / "marts" / "route_performance.sql"
     model.write_text("select * from {{ ref('int_flihgts') }}")
     outcome = run("--day", "2013-01-01")
@@ -285,7 +291,7 @@ def test_a_model_that_does_not_compile(run: Run, api: Api, query: Query, project
     assert assert_whole(query) == {FIRST}
 
 
-def test_a_data_test_that_fails(run: Run, api: Api, query: Query, landing_zone: Path) -> None:
+def test_failed_data_test_is_an_error(run: Run, api: Api, query: Query, landing_zone: Path) -> None:
     with (landing_zone / "flights.csv").open("a") as file:
         file.write("2013,1,1,517,515,2,830,819,11,ZZ,1,N14228,EWR,IAH,227,1400,5,15,2013-01-01T10:00:00Z\n")
     outcome = run("--day", "2013-01-01")
@@ -300,14 +306,14 @@ def test_a_data_test_that_fails(run: Run, api: Api, query: Query, landing_zone: 
     assert query("select to_regclass('analytics.carrier_daily_punctuality')") == [(None,)]
 
 
-def test_a_wrong_line_in_the_source(run: Run, api: Api, query: Query, landing_zone: Path) -> None:
+def test_wrong_line_in_the_source_is_an_error(run: Run, api: Api, query: Query, landing_zone: Path) -> None:
     with (landing_zone / "flights.csv").open("a") as file:
         file.write("2013,1,2,early\n")
     assert_failed(run("--day", "2013-01-02"), api, "Loading 2013-01-02 failed", "Correct the source file")
     assert assert_whole(query) == set()
 
 
-def test_an_error_that_is_nobodys_mistake_keeps_its_traceback(
+def test_unexpected_error_keeps_its_traceback(
     api: Api, query: Query, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def crash() -> list[date]:
@@ -319,7 +325,7 @@ def test_an_error_that_is_nobodys_mistake_keeps_its_traceback(
     assert any(record.exc_info for record in caplog.records)
 
 
-def test_steps_survive_the_journey_into_a_subflow() -> None:
-    """Prefect validates a flow's parameters; a step must come out as it went in."""
+def test_steps_reach_a_subflow_unchanged() -> None:
+    """Prefect validates a flow's parameters, which must not change a step."""
     steps = [Step("load", "raw.x", 0.5, 3, cached=True), Step("build", "y", 1, failure="why")]
     assert example_flow.report.validate_parameters({"steps": steps})["steps"] == steps

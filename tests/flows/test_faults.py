@@ -1,4 +1,4 @@
-"""Faults of the machine: a full disk, a checkout that cannot be written to, a kill at any moment."""
+"""Faults of the machine: a full disk, a read-only checkout, Ctrl+C, a kill at a random moment."""
 
 import contextlib
 import os
@@ -35,14 +35,14 @@ def _mounted(folder: Path, *options: str) -> Iterator[None]:
 
 @pytest.fixture
 def disk() -> Iterator[Path]:
-    """Where to mount a disk that Postgres' own user reaches."""
-    # Not where pytest keeps its folders: another session that begins closes that to all but root.
+    """Yield a folder that Postgres' user can read, to mount a disk on."""
+    # In no folder of pytest: a session that begins makes pytest's folders unreadable to all users but root.
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
 
 
 def _flow(script: str, variables: dict[str, str], folder: Path = ROOT) -> "subprocess.CompletedProcess[str]":
-    """A flow's command line in a process of its own."""
+    """Run a flow's command line in a separate process."""
     return subprocess.run(
         [sys.executable, script],
         cwd=folder,
@@ -65,15 +65,15 @@ def _assert_one_sentence(result: "subprocess.CompletedProcess[str]", *parts: str
 
 
 @as_root
-def test_a_full_disk_leaves_whole_days_and_more_room_cures_it(disk: Path, prefect_server: str) -> None:
-    # Room for an empty server and some days, not for a year.
+def test_full_disk_leaves_whole_days_and_a_larger_disk_completes(disk: Path, prefect_server: str) -> None:
+    # The disk has room for an empty server and some days, not for a year.
     with _mounted(disk, "-t", "tmpfs", "-o", "size=120m", "tmpfs"):
         variables = {"WAREHOUSE_DIR": str(disk), "PREFECT_API_URL": prefect_server}
         with settings_of(**variables):
             warehouse.environment()
             try:
                 result = _flow("flows/backfill.py", variables)
-                # Either a statement failed, or Postgres itself went down for want of room.
+                # Either a statement failed, or Postgres itself stopped on the full disk.
                 _assert_one_sentence(result, str(disk), "ree space")
                 assert re.search("No space left on device|[0-9] MB free on its disk", result.stderr)
 
@@ -91,7 +91,7 @@ def test_a_full_disk_leaves_whole_days_and_more_room_cures_it(disk: Path, prefec
 
 
 @as_root
-def test_a_disk_too_small_for_the_warehouse(disk: Path, prefect_server: str) -> None:
+def test_disk_too_small_for_the_warehouse_is_an_error(disk: Path, prefect_server: str) -> None:
     with _mounted(disk, "-t", "tmpfs", "-o", "size=10m", "tmpfs"):
         result = _flow("flows/example_flow.py", {"WAREHOUSE_DIR": str(disk), "PREFECT_API_URL": prefect_server})
         _assert_one_sentence(result, f"The embedded warehouse in {disk} did not start", "MB free", "free space")
@@ -100,7 +100,7 @@ def test_a_disk_too_small_for_the_warehouse(disk: Path, prefect_server: str) -> 
 
 @pytest.fixture
 def read_only_checkout(tmp_path: Path) -> Iterator[Path]:
-    """The files that git has, on a disk that cannot be written to."""
+    """Yield a copy of the files in git, on a read-only disk."""
     checkout = tmp_path / "checkout"
     copy_of_checkout(checkout)
     with _mounted(checkout, "--bind", str(checkout)):
@@ -109,9 +109,7 @@ def read_only_checkout(tmp_path: Path) -> Iterator[Path]:
 
 
 @as_root
-def test_a_read_only_checkout_has_no_place_for_the_embedded_warehouse(
-    read_only_checkout: Path, prefect_server: str
-) -> None:
+def test_embedded_warehouse_in_a_read_only_checkout_is_an_error(read_only_checkout: Path, prefect_server: str) -> None:
     result = _flow("flows/example_flow.py", {"PREFECT_API_URL": prefect_server}, read_only_checkout)
     _assert_one_sentence(
         result,
@@ -121,7 +119,7 @@ def test_a_read_only_checkout_has_no_place_for_the_embedded_warehouse(
 
 
 @as_root
-def test_a_read_only_checkout_with_a_warehouse_elsewhere_is_enough(
+def test_read_only_checkout_runs_with_another_warehouse(
     read_only_checkout: Path, prefect_server: str, database: str, query: Query
 ) -> None:
     result = _flow(
@@ -131,11 +129,13 @@ def test_a_read_only_checkout_with_a_warehouse_elsewhere_is_enough(
     assert query("select count(*) from analytics.carrier_daily_punctuality") == [(14,)]
 
 
-def test_ctrl_c_ends_the_run_with_its_sql(database: str, query: Query, prefect_server: str) -> None:
-    """Also a statement that waits for a lock, which is still held when the run has ended."""
+def test_ctrl_c_ends_the_run_and_its_sql(database: str, query: Query, prefect_server: str) -> None:
+    """Also if a statement waits for a lock that is held longer than the run lives."""
     query("create schema analytics_staging")
     query("create view analytics_staging.stg_loads as select 1 as load_id")
-    of_dbt = "select count(*) from pg_stat_activity where application_name = 'dbt' and datname = current_database()"
+    dbt_sessions = (
+        "select count(*) from pg_stat_activity where application_name = 'dbt' and datname = current_database()"
+    )
     with psycopg.connect(database) as holder:
         holder.execute("lock table analytics_staging.stg_loads in access exclusive mode")
         process = subprocess.Popen(
@@ -150,12 +150,12 @@ def test_ctrl_c_ends_the_run_with_its_sql(database: str, query: Query, prefect_s
 
         def dbt_waits() -> bool:
             assert process.poll() is None, process.communicate()[0]
-            return query(f"{of_dbt} and wait_event_type = 'Lock'") != [(0,)]
+            return query(f"{dbt_sessions} and wait_event_type = 'Lock'") != [(0,)]
 
         try:
             wait_until(dbt_waits, "dbt to wait for the lock", 300)
             os.killpg(process.pid, signal.SIGINT)
-            # What has ended is still told to a server that may be busy.
+            # Prefect still sends final states to a server that may be busy.
             output, _ = process.communicate(timeout=300)
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -163,13 +163,11 @@ def test_ctrl_c_ends_the_run_with_its_sql(database: str, query: Query, prefect_s
             process.communicate()
         assert process.returncode == 130, output
         assert output.strip().splitlines()[-1].startswith("Interrupted")
-        wait_until(lambda: query(of_dbt) == [(0,)], "its SQL to end")
+        wait_until(lambda: query(dbt_sessions) == [(0,)], "its SQL to end")
 
 
-def test_killed_at_a_random_moment_a_run_leaves_what_the_next_one_completes(
-    postgres: str, prefect_server: str, undisturbed: Baseline
-) -> None:
-    """Once, while it works on the warehouse; `make test-long FOR=kills` does it fifty times."""
+def test_run_after_a_random_kill_completes(postgres: str, prefect_server: str, undisturbed: Baseline) -> None:
+    """One kill while the run works on the warehouse. `make test-long FOR=kills` kills fifty times."""
     seed = random.randrange(10**6)  # noqa: S311 - a moment, no secret
     outcome = run_killed_at_random(postgres, prefect_server, undisturbed, random.Random(seed))  # noqa: S311
     assert outcome.half_loaded == [], f"seed {seed}"
@@ -178,5 +176,5 @@ def test_killed_at_a_random_moment_a_run_leaves_what_the_next_one_completes(
 
 @pytest.fixture(scope="module")
 def undisturbed(postgres: str, prefect_server: str) -> Baseline:
-    """What two days look like when nothing is killed."""
+    """Return the warehouse after two days without a kill."""
     return Baseline.measure(postgres, prefect_server, [date(2013, 1, 1), date(2013, 1, 2)])

@@ -1,4 +1,4 @@
-"""The landing zone's files and the rows of a day in them."""
+"""The landing zone: its files, and the rows of a day in them."""
 
 import csv
 import io
@@ -19,7 +19,7 @@ DOCUMENTED_ROWS = {"flights": 336_776, "weather": 26_115, "planes": 3_322, "airl
 DOCUMENTED_WITHOUT_DEPARTURE = 8_255
 
 
-def test_the_files_hold_what_their_documentation_says() -> None:
+def test_files_have_the_documented_rows() -> None:
     days = landing.days()
     assert (days[0], days[-1], len(days)) == (date(2013, 1, 1), date(2013, 12, 31), 365)
     rows = {table: landing.extract(table, days).rows for table in landing.DAILY}
@@ -33,7 +33,7 @@ def test_flights_without_departure_are_as_documented() -> None:
     assert sum(row["dep_time"] == "NA" for row in rows) == DOCUMENTED_WITHOUT_DEPARTURE
 
 
-def test_a_day_is_cut_out_as_a_csv_reader_would() -> None:
+def test_extract_of_a_day_has_exactly_its_lines() -> None:
     wanted = date(2013, 2, 8)
     extract = landing.extract("flights", [wanted])
     everything = landing.extract("flights", landing.days())
@@ -60,39 +60,39 @@ def test_any_order_of_lines_gives_the_same_rows(
                 assert sorted(extract.csv.decode().splitlines()) == expected
 
 
-def test_a_plain_file_serves_as_well_as_an_archive(landing_zone: Path) -> None:
+def test_plain_file_is_read_like_an_archive(landing_zone: Path) -> None:
     assert not (landing_zone / "flights.csv.zip").exists()
     assert landing.extract("flights", [date(2013, 1, 2)]).rows == 943
 
 
 @pytest.mark.parametrize("day", [date(2012, 12, 31), date(2014, 1, 1)])
-def test_a_day_outside_the_data_is_refused_with_the_days_there_are(day: date) -> None:
+def test_day_outside_the_data_is_refused_with_the_available_days(day: date) -> None:
     with pytest.raises(DayError, match=rf"no flights of {day}.*2013-01-01 to 2013-12-31"):
         landing.check_day(day)
 
 
-def test_a_day_in_the_future_is_called_so() -> None:
+def test_error_names_a_day_in_the_future() -> None:
     with pytest.raises(DayError, match="it is in the future"):
         landing.check_day(date(2999, 1, 1))
 
 
 @pytest.mark.parametrize("text", ["", "yesterday", "2013-02-30", "08.02.2013", "2013-2-8", "2013-01-01T00:00"])
-def test_what_is_no_date_is_refused_with_how_one_is_written(text: str) -> None:
+def test_text_that_is_no_date_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(DayError, match="Write it as YYYY-MM-DD, for example 2013-02-08"):
         landing.parse_day(text)
 
 
-def test_a_date_is_read() -> None:
+def test_date_is_parsed() -> None:
     assert landing.parse_day(" 2013-02-08 ") == date(2013, 2, 8)
 
 
-def test_a_missing_file_is_named(landing_zone: Path) -> None:
+def test_error_names_a_missing_file(landing_zone: Path) -> None:
     (landing_zone / "planes.csv").unlink()
     with pytest.raises(PipelineError, match=r"has no planes: there is neither .*planes\.csv nor planes\.csv\.zip"):
         landing.extract_all("planes")
 
 
-def test_a_broken_archive_is_named(landing_zone: Path) -> None:
+def test_error_names_a_broken_archive(landing_zone: Path) -> None:
     (landing_zone / "planes.csv").rename(landing_zone / "planes.csv.zip")
     with pytest.raises(PipelineError, match=r"planes\.csv\.zip cannot be read"):
         landing.extract_all("planes")
@@ -105,20 +105,20 @@ def test_a_broken_archive_is_named(landing_zone: Path) -> None:
         ("no day", "lines without year, month and day"),
     ],
 )
-def test_a_line_without_a_day_is_refused(landing_zone: Path, line: str, message: str) -> None:
+def test_line_without_a_day_is_refused(landing_zone: Path, line: str, message: str) -> None:
     with (landing_zone / "flights.csv").open("a") as file:
         file.write(f"{line}\n")
     with pytest.raises(PipelineError, match=message):
         landing.days()
 
 
-def test_a_changed_file_is_read_again(landing_zone: Path) -> None:
+def test_changed_file_is_read_again(landing_zone: Path) -> None:
     assert len(landing.days()) == 3
     (landing_zone / "flights.csv").write_text("year,month,day,rest\n2013,5,6,x\n")
     assert landing.days() == [date(2013, 5, 6)]
 
 
-def test_the_fingerprint_follows_the_content(landing_zone: Path) -> None:
+def test_fingerprint_changes_with_the_content(landing_zone: Path) -> None:
     before = landing.fingerprint(["planes", "airlines"])
     assert landing.fingerprint(["planes", "airlines"]) == before
     with (landing_zone / "planes.csv").open("a") as file:
@@ -126,7 +126,7 @@ def test_the_fingerprint_follows_the_content(landing_zone: Path) -> None:
     assert landing.fingerprint(["planes", "airlines"]) != before
 
 
-def test_a_landing_zone_that_is_not_there_is_refused(use_settings: Callable[..., None]) -> None:
+def test_missing_landing_zone_is_refused(use_settings: Callable[..., None]) -> None:
     from orchestration.errors import SettingsError
 
     use_settings(LANDING_ZONE="/nowhere")

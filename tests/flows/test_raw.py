@@ -1,4 +1,4 @@
-"""Loading into schema raw: idempotent, atomic, whatever kills it."""
+"""Loads into schema raw are idempotent and atomic, also when they are killed."""
 
 import os
 import random
@@ -20,7 +20,7 @@ from tests.parts import Query, wait_until
 FIRST, SECOND, THIRD = (date(2013, 1, day) for day in (1, 2, 3))
 FLIGHTS = {FIRST: 842, SECOND: 943, THIRD: 914}
 
-# One row a day: what the ledger says against what there is. Equal on every row, or a day is not whole.
+# One row per day: the counts in raw.loads and the counted rows. A day is whole if both are equal.
 CONTENT = """
     select
         coalesce(day), loads.flights, coalesce(flights.count, 0), loads.weather, coalesce(weather.count, 0)
@@ -32,7 +32,7 @@ CONTENT = """
 
 
 def assert_whole(query: Query) -> set[date]:
-    """Every day that is there at all is there once and whole; the days."""
+    """Check that each loaded day is whole and without duplicates; return the days."""
     rows = query(CONTENT)
     for day, ledger_flights, flights, ledger_weather, weather in rows:
         assert (ledger_flights, ledger_weather) == (flights, weather), f"{day} is not whole"
@@ -41,7 +41,7 @@ def assert_whole(query: Query) -> set[date]:
     return {row[0] for row in rows}
 
 
-def test_a_day_is_loaded(query: Query) -> None:
+def test_load_stores_the_rows_of_a_day(query: Query) -> None:
     raw.prepare()
     loaded = raw.load_days([FIRST])
     assert loaded.tables == {"flights": 842, "weather": 67}
@@ -50,7 +50,7 @@ def test_a_day_is_loaded(query: Query) -> None:
     assert assert_whole(query) == {FIRST}
 
 
-def test_values_arrive_as_they_are_in_the_file(query: Query) -> None:
+def test_loaded_values_equal_those_of_the_file(query: Query) -> None:
     raw.prepare()
     raw.load_days([FIRST])
     first = query(
@@ -85,7 +85,7 @@ def test_values_arrive_as_they_are_in_the_file(query: Query) -> None:
 
 
 @pytest.mark.parametrize("times", [2, 3])
-def test_loading_again_leaves_the_day_once_with_a_new_load(query: Query, times: int) -> None:
+def test_repeated_load_leaves_each_day_once_with_a_new_load_id(query: Query, times: int) -> None:
     raw.prepare()
     for _ in range(times):
         raw.load_days([FIRST, SECOND])
@@ -93,7 +93,7 @@ def test_loading_again_leaves_the_day_once_with_a_new_load(query: Query, times: 
     assert query("select load_id from raw.loads") == [(times,)] * 2
 
 
-def test_loading_one_day_leaves_the_others(query: Query) -> None:
+def test_load_of_one_day_keeps_the_others(query: Query) -> None:
     raw.prepare()
     raw.load_days([FIRST, SECOND])
     before = query("select ctid from raw.flights where flight_date = %s", FIRST)
@@ -101,13 +101,13 @@ def test_loading_one_day_leaves_the_others(query: Query) -> None:
     assert query("select ctid from raw.flights where flight_date = %s", FIRST) == before
 
 
-def test_a_day_given_twice_is_loaded_once(query: Query) -> None:
+def test_day_given_twice_is_loaded_once(query: Query) -> None:
     raw.prepare()
     assert raw.load_days([FIRST, FIRST]).tables["flights"] == 842
     assert_whole(query)
 
 
-def test_the_whole_year_is_what_the_documentation_says(query: Query) -> None:
+def test_whole_year_has_the_documented_rows(query: Query) -> None:
     raw.prepare()
     raw.load_days(landing.days())
     for table in landing.REFERENCE:
@@ -120,14 +120,14 @@ def test_the_whole_year_is_what_the_documentation_says(query: Query) -> None:
     ) == [(26115, 3322, 16, 1458)]
 
 
-def test_a_reference_table_is_replaced_whole(query: Query) -> None:
+def test_reference_table_is_replaced_as_a_whole(query: Query) -> None:
     raw.prepare()
     for _ in range(2):
         assert raw.load_reference("planes").tables == {"planes": 3322}
     assert query("select count(*) from raw.planes") == [(3322,)]
 
 
-def test_the_next_day_follows_the_newest(query: Query, landing_zone: Path) -> None:
+def test_next_day_follows_the_newest(query: Query, landing_zone: Path) -> None:
     raw.prepare()
     assert raw.next_day() == FIRST
     raw.load_days([SECOND])
@@ -146,7 +146,7 @@ def test_the_next_day_follows_the_newest(query: Query, landing_zone: Path) -> No
         ),
     ],
 )
-def test_a_wrong_line_leaves_the_day_as_it_was(query: Query, landing_zone: Path, line: str, message: str) -> None:
+def test_wrong_line_leaves_the_day_unchanged(query: Query, landing_zone: Path, line: str, message: str) -> None:
     raw.prepare()
     raw.load_days([FIRST, SECOND])
     before = query("select day, load_id, loaded_at from raw.loads")
@@ -158,7 +158,7 @@ def test_a_wrong_line_leaves_the_day_as_it_was(query: Query, landing_zone: Path,
     assert_whole(query)
 
 
-def test_a_value_that_is_no_number_names_line_and_column(query: Query, landing_zone: Path) -> None:
+def test_error_of_a_wrong_value_names_line_and_column(query: Query, landing_zone: Path) -> None:
     raw.prepare()
     with (landing_zone / "planes.csv").open("a") as file:
         file.write("N1,old,x,y,z,1,2,3,q\n")
@@ -166,7 +166,7 @@ def test_a_value_that_is_no_number_names_line_and_column(query: Query, landing_z
         raw.load_reference("planes")
 
 
-def test_a_line_break_inside_a_value_is_noticed(query: Query, landing_zone: Path) -> None:
+def test_line_break_inside_a_value_is_an_error(query: Query, landing_zone: Path) -> None:
     raw.prepare()
     with (landing_zone / "airlines.csv").open("a") as file:
         file.write('ZZ,"two\nlines"\n')
@@ -175,7 +175,7 @@ def test_a_line_break_inside_a_value_is_noticed(query: Query, landing_zone: Path
     assert query("select count(*) from raw.airlines") == [(0,)]
 
 
-def test_loads_of_one_day_at_once_come_one_after_the_other(query: Query) -> None:
+def test_concurrent_loads_of_a_day_are_serialised(query: Query) -> None:
     raw.prepare()
     threads = [threading.Thread(target=raw.load_days, args=[[FIRST, SECOND]]) for _ in range(6)]
     for thread in threads:
@@ -183,12 +183,12 @@ def test_loads_of_one_day_at_once_come_one_after_the_other(query: Query) -> None
     for thread in threads:
         thread.join()
     assert assert_whole(query) == {FIRST, SECOND}
-    # Both days are of the same load, whichever of the six was the last to get its turn.
+    # Both days are of the same load, the last of the six.
     assert len(query("select distinct load_id from raw.loads")) == 1
     assert query("select last_value from raw.load_ids") == [(6,)]
 
 
-def test_many_may_prepare_at_once(query: Query) -> None:
+def test_concurrent_preparation_succeeds(query: Query) -> None:
     failures: list[BaseException] = []
 
     def prepare() -> None:
@@ -205,7 +205,7 @@ def test_many_may_prepare_at_once(query: Query) -> None:
     assert failures == []
 
 
-def test_another_warehouse_has_another_identity(query: Query) -> None:
+def test_new_raw_schema_has_another_identity(query: Query) -> None:
     raw.prepare()
     before = raw.identity()
     assert raw.identity() == before
@@ -214,7 +214,7 @@ def test_another_warehouse_has_another_identity(query: Query) -> None:
     assert raw.identity() != before
 
 
-# Kills itself at the Nth thing that it says to Postgres: before it, or (COPY) half way through.
+# Kills its own process before the Nth message to Postgres, or in the middle of a COPY.
 KILLED_AT = """
 import os, signal, sys
 from datetime import date
@@ -260,7 +260,7 @@ def _load_killed_at(step: int) -> int:
     return subprocess.run([sys.executable, "-c", KILLED_AT, str(step)], check=False, timeout=300).returncode
 
 
-def test_killed_at_every_step_a_load_leaves_whole_days(query: Query, landing_zone: Path) -> None:
+def test_load_killed_at_any_step_leaves_whole_days(query: Query, landing_zone: Path) -> None:
     raw.prepare()
     raw.load_days([FIRST])
     steps = 0
@@ -272,7 +272,7 @@ def test_killed_at_every_step_a_load_leaves_whole_days(query: Query, landing_zon
     assert assert_whole(query) == {FIRST, SECOND}
 
 
-def test_a_reader_never_sees_a_day_in_part(query: Query, database: str) -> None:
+def test_reader_never_sees_a_part_of_a_day(query: Query, database: str) -> None:
     raw.prepare()
     raw.load_days([FIRST])
     stop = threading.Event()
@@ -296,7 +296,7 @@ def test_a_reader_never_sees_a_day_in_part(query: Query, database: str) -> None:
     assert seen == {(842, 67)}
 
 
-def test_a_connection_cut_in_mid_load_is_worth_another_attempt(query: Query, postgres: str) -> None:
+def test_cut_connection_is_a_transient_error(query: Query, postgres: str) -> None:
     raw.prepare()
     with psycopg.connect(os.environ["WAREHOUSE_URL"]) as blocker:
         blocker.execute("lock table raw.flights in share mode")
@@ -323,19 +323,25 @@ LOADING = """
     select query from pg_stat_activity
     where datname = current_database() and pid <> pg_backend_pid() and xact_start is not null
 """
-"""What the other connections have said last in a transaction that is open."""
+"""Selects the last statements of other connections that have an open transaction."""
 
 
 def _killed_in_its_transaction(query: Query, seconds: float) -> bool:
-    """Kill a load of 90 days so long after its transaction began; whether it was open and not committing."""
+    """Kill a load of 90 days some seconds after its transaction began.
+
+    Returns:
+        Whether the transaction was open and not committing at the kill.
+    """
     code = "from flows import landing, raw; raw.load_days(landing.days()[:90])"
     with subprocess.Popen([sys.executable, "-c", code]) as process:
         wait_until(lambda: query(LOADING) or process.poll() is not None, "the transaction to begin")
         time.sleep(seconds)
-        process.send_signal(signal.SIGSTOP)  # it says no more to Postgres, so that what is open stays open
-        said = query(LOADING)
+        process.send_signal(signal.SIGSTOP)  # a stopped process sends nothing, so an open transaction stays open
+        statements = query(LOADING)
         process.kill()
-    return process.returncode == -signal.SIGKILL and bool(said) and not said[0][0].lower().startswith("commit")
+    return (
+        process.returncode == -signal.SIGKILL and bool(statements) and not statements[0][0].lower().startswith("commit")
+    )
 
 
 def test_load_killed_at_a_random_moment_of_its_transaction_changes_nothing(query: Query) -> None:
@@ -347,7 +353,7 @@ def test_load_killed_at_a_random_moment_of_its_transaction_changes_nothing(query
     while kills < 3:
         before = query("select day, load_id, loaded_at from raw.loads order by day")
         if not _killed_in_its_transaction(query, chance.uniform(0, seconds)):
-            seconds /= 2  # it came too late and does not count
+            seconds /= 2  # the kill came too late and does not count
             continue
         kills += 1
         assert query("select day, load_id, loaded_at from raw.loads order by day") == before

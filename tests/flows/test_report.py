@@ -1,4 +1,4 @@
-"""The report: what it shows of steps, failures and an empty warehouse."""
+"""The report: steps, failures and an empty warehouse."""
 
 import struct
 from datetime import date
@@ -32,13 +32,13 @@ def _terminal(summary: Summary, width: int = 100) -> str:
     return capture.get()
 
 
-def test_the_headline_counts_what_was_done() -> None:
+def test_headline_counts_rows_models_and_tests() -> None:
     assert SUMMARY.headline == "Failed to 2013-01-02: 943 rows loaded, 1 models built, 1/2 tests passed"
     assert Summary([], None, {"a": 1, "b": 2}).headline == "The warehouse: 2 marts"
     assert Summary(STEPS[:2], None).headline == "Completed: 943 rows loaded, 0 models built, 0/0 tests passed"
 
 
-def test_the_terminal_shows_each_step_with_its_outcome() -> None:
+def test_terminal_shows_each_step_with_its_outcome() -> None:
     lines = _terminal(SUMMARY).splitlines()
 
     def line(name: str) -> str:
@@ -54,7 +54,7 @@ def test_the_terminal_shows_each_step_with_its_outcome() -> None:
     assert all(len(line) <= 100 for line in lines)
 
 
-def test_eighty_columns_are_enough_for_figures_and_outcomes() -> None:
+def test_terminal_of_eighty_columns_keeps_figures_and_outcomes() -> None:
     text = _terminal(SUMMARY, width=80)
     heading = next(line for line in text.splitlines() if "seconds" in line)
     assert heading.split() == ["step", "what", "written", "rows", "seconds"]
@@ -62,7 +62,7 @@ def test_eighty_columns_are_enough_for_figures_and_outcomes() -> None:
     assert all(len(line) <= 80 for line in text.splitlines())
 
 
-def test_the_markdown_keeps_its_table_whatever_a_reason_says() -> None:
+def test_reason_does_not_break_the_markdown_table() -> None:
     lines = report.markdown(SUMMARY).splitlines()
     rows = [line for line in lines if line.startswith("| ")]
     assert len({line.replace("\\|", "").count("|") for line in rows}) == 1
@@ -75,7 +75,7 @@ def test_the_markdown_keeps_its_table_whatever_a_reason_says() -> None:
     [SUMMARY, Summary([], None, {}, DAYS[:1], [("United", 1.0)]), Summary(STEPS, None, {}, DAYS * 20, [])],
     ids=["failed", "one day", "many days"],
 )
-def test_the_plot_is_a_picture(summary: Summary) -> None:
+def test_plot_is_a_png(summary: Summary) -> None:
     png = report.plot(summary)
     assert png.startswith(b"\x89PNG\r\n")
     width, height = struct.unpack(">II", png[16:24])
@@ -83,11 +83,11 @@ def test_the_plot_is_a_picture(summary: Summary) -> None:
     assert height >= 400
 
 
-def test_an_empty_warehouse_has_no_marts(database: str) -> None:
+def test_summary_of_an_empty_warehouse_has_no_marts(database: str) -> None:
     assert report.summarise([]) == Summary([], None, {})
 
 
-def test_after_a_failure_the_report_does_without_a_warehouse() -> None:
+def test_report_after_a_failure_works_without_a_warehouse() -> None:
     with settings_of(WAREHOUSE_URL=f"postgresql://127.0.0.1:{free_port()}/db"):
         assert report.summarise(STEPS, "why") == Summary(STEPS, "why")
         with pytest.raises(WarehouseError, match="cannot be reached"):

@@ -1,4 +1,4 @@
-"""The dbt project `flows/warehouse`: its own tests, its documentation, and incremental builds."""
+"""The dbt project `flows/warehouse`: its tests, its documentation, and incremental builds."""
 
 import json
 import os
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("forked_dbt")
 
 
 def _dbt(forked_dbt: Tiny, *arguments: str, target: Path) -> "subprocess.CompletedProcess[str]":
-    """dbt's own command line on the warehouse of the test."""
+    """Run dbt's command line on the warehouse of the test."""
     return subprocess.run(
         [str(forked_dbt.python), "dbt", "--no-use-colors", *arguments,
          "--project-dir", str(PROJECT), "--profiles-dir", str(PROJECT),
@@ -49,7 +49,7 @@ def _dbt(forked_dbt: Tiny, *arguments: str, target: Path) -> "subprocess.Complet
 
 @pytest.fixture(scope="module")
 def built(postgres: str, forked_dbt: Tiny) -> Iterator[str]:
-    """A warehouse with three days, built."""
+    """Yield the URL of a warehouse with three loaded and built days."""
     with new_database(postgres) as url:
         raw.prepare()
         raw.load_days(landing.days()[:3])
@@ -61,19 +61,19 @@ def built(postgres: str, forked_dbt: Tiny) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where dbt's command line writes, with the parse of its last command."""
+    """Return the target folder of dbt's command line, with the parse of the last command."""
     return tmp_path_factory.mktemp("target")
 
 
 @pytest.fixture(scope="module")
 def manifest(built: str, forked_dbt: Tiny, target: Path) -> dict[str, Any]:
-    """dbt's own description of the project."""
+    """Return dbt's manifest of the project."""
     assert _dbt(forked_dbt, "parse", target=target).returncode == 0
     content: dict[str, Any] = json.loads((target / "manifest.json").read_text())
     return content
 
 
-def test_the_unit_tests_pass(built: str, forked_dbt: Tiny, target: Path) -> None:
+def test_unit_tests_pass(built: str, forked_dbt: Tiny, target: Path) -> None:
     result = _dbt(forked_dbt, "test", "--select", "test_type:unit", target=target)
     assert result.returncode == 0, result.stdout
     assert "PASS=6" in result.stdout
@@ -92,7 +92,7 @@ def test_sources_are_fresh_after_a_load_and_stale_two_days_later(built: str, for
         rows_of(built, "update raw.loads set loaded_at = loaded_at + interval '51 hours'")
 
 
-def test_everything_is_described(manifest: dict[str, Any]) -> None:
+def test_each_model_column_and_exposure_has_a_description(manifest: dict[str, Any]) -> None:
     nodes = [node for node in manifest["nodes"].values() if node["resource_type"] == "model"]
     nodes += manifest["sources"].values()
     for node in nodes:
@@ -103,7 +103,7 @@ def test_everything_is_described(manifest: dict[str, Any]) -> None:
     assert len(manifest["exposures"]) == 2
 
 
-def test_every_mart_states_its_grain_and_keeps_a_contract(manifest: dict[str, Any]) -> None:
+def test_each_mart_has_a_grain_a_contract_and_a_primary_key(manifest: dict[str, Any]) -> None:
     marts = [
         node
         for node in manifest["nodes"].values()
@@ -116,13 +116,13 @@ def test_every_mart_states_its_grain_and_keeps_a_contract(manifest: dict[str, An
         assert [constraint["type"] for constraint in mart["constraints"]] == ["primary_key"], mart["name"]
 
 
-def test_the_contract_is_kept_by_the_database(built: str) -> None:
-    """The primary key is Postgres' own, so that a doubled row is refused whoever writes it."""
+def test_postgres_enforces_the_primary_key_of_a_mart(built: str) -> None:
+    """The primary key is a constraint in Postgres, so that Postgres refuses a duplicate row of any client."""
     with pytest.raises(psycopg.errors.UniqueViolation):
         rows_of(built, "insert into analytics.route_performance select * from analytics.route_performance limit 1")
 
 
-def test_known_figures(built: str) -> None:
+def test_mart_has_the_figures_of_the_source(built: str) -> None:
     assert rows_of(
         built,
         "select flight_count, cancelled_count, diverted_count, departed_on_time_share::text,"
@@ -132,7 +132,7 @@ def test_known_figures(built: str) -> None:
 
 
 def _carrier_from_the_file(carrier: str, day: date) -> list[tuple[Any, ...]]:
-    """The same figures, computed from the source's lines in plain Python."""
+    """Compute the figures from the source's lines in Python."""
     extract = landing.extract("flights", [day])
     names = extract.columns
     flights = [dict(zip(names, line.split(","), strict=True)) for line in extract.csv.decode().splitlines()]
@@ -153,7 +153,7 @@ def _carrier_from_the_file(carrier: str, day: date) -> list[tuple[Any, ...]]:
     ]
 
 
-def test_scheduled_times_are_local_on_both_days_the_clocks_change(postgres: str) -> None:
+def test_scheduled_times_are_local_on_days_when_the_clocks_change(postgres: str) -> None:
     with new_database(postgres) as url:
         raw.prepare()
         raw.load_days([date(2013, 3, 10), date(2013, 11, 3)])
@@ -175,7 +175,7 @@ def test_scheduled_times_are_local_on_both_days_the_clocks_change(postgres: str)
 
 
 def _content(url: str) -> dict[str, list[tuple[Any, ...]]]:
-    """Every row of every model, but for which load it is from."""
+    """Return all rows of all models, without the column `load_id`."""
     content = {}
     for model in MODELS:
         schema, table = model.split(".")
@@ -191,7 +191,7 @@ def _content(url: str) -> dict[str, list[tuple[Any, ...]]]:
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_days_in_any_order_and_loaded_again_give_what_a_full_refresh_gives(postgres: str, seed: int) -> None:
+def test_incremental_builds_equal_a_full_refresh(postgres: str, seed: int) -> None:
     chance = random.Random(seed)  # noqa: S311 - an order, no secret
     days = chance.sample(landing.days(), 5)
     with new_database(postgres) as url:
@@ -204,7 +204,7 @@ def test_days_in_any_order_and_loaded_again_give_what_a_full_refresh_gives(postg
             batch = [left.pop() for _ in range(min(len(left), chance.randint(1, 2)))]
             again = chance.sample(days, 1)
             raw.load_days(batch + again)
-            if chance.random() < 0.7:  # a run that loaded and died before it built
+            if chance.random() < 0.7:  # otherwise the run was killed between load and build
                 assert project.build(flags=NO_UNIT_TESTS).error() is None
         assert project.build(flags=NO_UNIT_TESTS).error() is None
         incremental = _content(url)
@@ -213,7 +213,7 @@ def test_days_in_any_order_and_loaded_again_give_what_a_full_refresh_gives(postg
         assert len({row[0] for row in incremental["analytics.carrier_daily_punctuality"]}) == 5
 
 
-def test_debians_postgres_builds_what_the_embedded_one_builds(built: str) -> None:
+def test_debians_postgres_builds_the_same_marts_as_the_embedded_postgres(built: str) -> None:
     with debian_postgres() as server, new_database(server) as url:
         [(version,)] = rows_of(url, "show server_version_num")
         assert int(version) >= 150_000, "docs/explanation/warehouse.md names 15 as the oldest version"
@@ -225,7 +225,7 @@ def test_debians_postgres_builds_what_the_embedded_one_builds(built: str) -> Non
         assert _content(url) == _content(built)
 
 
-def test_a_corrected_source_reaches_the_marts(postgres: str, landing_zone: Path) -> None:
+def test_corrected_source_reaches_the_marts(postgres: str, landing_zone: Path) -> None:
     with new_database(postgres) as url:
         raw.prepare()
         raw.load_days(landing.days())
@@ -246,7 +246,7 @@ def test_a_corrected_source_reaches_the_marts(postgres: str, landing_zone: Path)
 
 def test_make_dbt_docs_serves_the_documentation(database: str, tmp_path: Path) -> None:
     port = free_port()
-    # Flows of other tests tidy up where dbt writes by default.
+    # Flows of other tests delete files in dbt's default folders.
     variables = {"WAREHOUSE_URL": database, "DBT_TARGET_PATH": str(tmp_path), "DBT_LOG_PATH": str(tmp_path)}
     command = ["make", "--silent", "--old-file", ".venv/ready", "dbt-docs", f"PORT={port}"]
     served = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The projects that tests begin with, parsed once a session, and one of them built; what the server has of its runs."""
+"""Fixtures: projects that are parsed once a session, one that is built once, and the server's view of flow runs."""
 
 import contextlib
 import functools
@@ -21,28 +21,28 @@ from tests.orchestration.dbt.task_runs import Server, results_of
 from tests.parts import client_of, new_database, rows_of, wait_until
 
 DATABASE = "shop"
-"""Every test's database, one after the other: a parse holds for the name of its database."""
+"""Name of each test's database: a parse holds only for a database of the same name."""
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
-"""Whether there is time for more random graphs and more ends of runs than CI has."""
+"""Whether tests use more random graphs and end more runs than in CI."""
 
 
 @pytest.fixture
 def server(prefect_server: str) -> Iterator[Server]:
-    """What the session's Prefect server has."""
+    """Yield the session's Prefect server."""
     with client_of(prefect_server) as client:
         yield Server(client)
 
 
 @pytest.fixture
 def database(postgres: str, tiny: "Tiny") -> Iterator[str]:
-    """A new, empty database; `WAREHOUSE_URL` names it. dbt runs in forks."""
+    """Yield the URL of a new, empty database, which is in `WAREHOUSE_URL`. dbt runs in forks."""
     with new_database(postgres, DATABASE) as url:
         yield url
 
 
 def _parsed(folder: Path, tiny: "Tiny") -> Path:
-    """Parse a project as `docker/Dockerfile` does: for a host and a user that no run has."""
+    """Parse a project as `docker/Dockerfile` does, for a host and a user that no run has."""
     subprocess.run(
         [tiny.python, "-P", CHILD, "parse", "--project-dir", folder, "--profiles-dir", folder],
         env=os.environ | {"PGHOST": "build", "PGUSER": "build", "PGDATABASE": DATABASE},
@@ -55,36 +55,36 @@ def _parsed(folder: Path, tiny: "Tiny") -> Path:
 
 @pytest.fixture(scope="session")
 def parsed_shop(tiny: "Tiny", tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project with every kind of node, parsed; to be copied."""
+    """Return the folder of a parsed project with every kind of node, for tests to copy."""
     return _parsed(every_kind(tmp_path_factory.mktemp("parsed") / "shop"), tiny)
 
 
 @pytest.fixture(scope="session")
 def parsed_small(tiny: "Tiny", tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project of three models, parsed; to be copied."""
+    """Return the folder of a parsed project of three models, for tests to copy."""
     return _parsed(small(tmp_path_factory.mktemp("parsed") / "small"), tiny)
 
 
 @pytest.fixture
 def shop(tmp_path: Path, database: str, parsed_shop: Path) -> Path:
-    """A project with every kind of node, parsed and not built."""
+    """Return the folder of a project with every kind of node, parsed and not built."""
     return shutil.copytree(parsed_shop, tmp_path / "shop")
 
 
 @pytest.fixture
 def folder(tmp_path: Path, database: str, parsed_small: Path) -> Path:
-    """A project of three models, parsed and not built."""
+    """Return the folder of a project of three models, parsed and not built."""
     return shutil.copytree(parsed_small, tmp_path / "small")
 
 
 def use(folder: Path, **options: Any) -> DbtProject:
-    """The project in a folder as flows use it; its artifacts are kept beside it."""
+    """Return the project in a folder as flows use it, with its artifacts in `<folder>.kept`."""
     return DbtProject(folder, environment=warehouse.environment, artifacts=f"{folder}.kept", **options)
 
 
 @pytest.fixture
 def project(shop: Path) -> Iterator[DbtProject]:
-    """The project with every kind of node."""
+    """Yield the project with every kind of node."""
     project = use(shop)
     yield project
     project.close()
@@ -92,33 +92,33 @@ def project(shop: Path) -> Iterator[DbtProject]:
 
 @pytest.fixture
 def small_project(folder: Path) -> Iterator[DbtProject]:
-    """The project of three models."""
+    """Yield the project of three models."""
     project = use(folder)
     yield project
     project.close()
 
 
 class Built(NamedTuple):
-    """A build of the project with every kind of node, in a flow, that nothing disturbed."""
+    """Holds what an undisturbed build of the project with every kind of node left."""
 
     folder: Path
-    """The project with its `target/`, for tests to copy; what is kept of the run is in `shop.kept` beside it."""
+    """The project with its `target/`, for tests to copy. The artifacts are in the neighbouring folder `shop.kept`."""
     database: str
-    """Of what the build left, as a template."""
+    """Name of a template database with the tables that the build left."""
     result: DbtResult
     results: dict[str, str]
-    """dbt's statuses, as dbt wrote them."""
+    """dbt's statuses by node, from run_results.json."""
     run: str
     """The flow run's id."""
     tables: dict[str, Any]
-    """The rows that it left."""
+    """The rows that the build left, by table."""
 
 
 @pytest.fixture(scope="session")
 def built(
     postgres: str, prefect_server: str, tiny: "Tiny", parsed_shop: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Built]:
-    """That build."""
+    """Build the project with every kind of node once a session."""
     folder = shutil.copytree(parsed_shop, tmp_path_factory.mktemp("built") / "shop")
     found: list[DbtResult] = []
 
@@ -131,7 +131,7 @@ def built(
         run = Server.run(daily(return_state=True))
         left = tables(functools.partial(rows_of, url))
         sessions = f"select 1 from pg_stat_activity where datname = '{DATABASE}'"
-        # Postgres waits 5 s for them, a busy machine may need longer to end them.
+        # Postgres waits 5 s for other sessions to end; a busy machine may need longer.
         wait_until(lambda: not rows_of(postgres, sessions), "the end of the build's sessions", 240)
         rows_of(postgres, f"create database {template} template {DATABASE}")
     yield Built(folder, template, found[0], results_of(folder), run, left)
@@ -139,29 +139,29 @@ def built(
 
 
 class Tiny(NamedTuple):
-    """A project for tests that run many commands, and what runs them at a fraction of what a process costs."""
+    """A small project for tests that run many commands, and the forks that run dbt faster than new processes."""
 
     folder: Path
-    """The project after a whole build, with its `target/`, for tests to copy: its parse holds for `DbtProject`."""
+    """The project after a build, with its `target/`, for tests to copy. Its parse holds for `DbtProject`."""
     dbts_parse: Path
     """The parse of the project that holds for the `dbt` command."""
     python: Path
-    """An interpreter for `DbtProject` that is a fork of a process that has dbt imported."""
+    """An interpreter for `DbtProject`: a fork of a process that has imported dbt."""
     socket: Path
-    """What forks: see `forked`."""
+    """The socket of the process that forks: see `forked`."""
 
     @property
     def dbt(self) -> list[str]:
-        """The `dbt` command, in a fork."""
+        """The `dbt` command that runs in a fork."""
         return [str(self.python), "dbt"]
 
 
 @contextlib.contextmanager
 def forks(postgres: str, work: Path) -> Iterator[Tiny]:
-    """Run dbt in forks: meanwhile each `DbtProject` without an interpreter of its own has `Tiny.python`.
+    """Run dbt in forks: in this context `Tiny.python` is the default interpreter of `DbtProject`.
 
-    A child of a real interpreter imports dbt for 1.2 processor seconds and warms up for another one. The tests of the
-    child process (`test_project`), of runs that end (`test_ends`) and of flows' own processes have real ones.
+    A real interpreter takes 1.2 processor seconds to import dbt and another one to warm up. The tests of the child
+    process (`test_project`), of ended runs (`test_ends`) and of flows in separate processes use a real interpreter.
     """
     made = Tiny(projects.tiny(work / "tiny"), work / forked.PARSE, work / "python", work / "socket")
     made.python.write_text(f'#!/bin/sh\nexec "{versions.tested()}" -I -S "{forked.__file__}" "{made.socket}" "$@"\n')

@@ -1,11 +1,11 @@
-"""dbt imported once, for tests that run many commands: each command is a fork of one process.
+"""Import dbt once for tests that run many commands: each command is a fork of one process.
 
     forked.py serve SOCKET CHILD DBTS  builds the project here, then forks for each request
-    forked.py SOCKET ARGUMENTS         asks for a fork in this process's place, and ends with its status
+    forked.py SOCKET ARGUMENTS         runs the arguments in a fork, and exits with the fork's status
 
-ARGUMENTS are those of an interpreter (`-P FILE`), of which the fork runs the file, or `dbt` and its arguments, which it
-runs as the console script of that name does. A parse holds for the `dbt` command or for CHILD, the file that
-`DbtProject` runs: CHILD's stays in the project's `target/`, the one of `dbt` becomes the file DBTS.
+ARGUMENTS are those of an interpreter, `-P PATH`, or `dbt` and dbt's arguments. The fork runs the path, or does what the
+console script `dbt` does. CHILD is the folder that `DbtProject` runs. A parse holds either for the `dbt` command or for
+CHILD: the parse of CHILD stays in the project's `target/`, the parse of `dbt` becomes the file DBTS.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ import sys
 from pathlib import Path
 
 PARSE = "partial_parse.msgpack"
-"""In a target folder, dbt's parse of the project."""
+"""File name of dbt's parse in a target folder."""
 
 
 def ask(path: str, arguments: list[str], environment: dict[str, str] | None = None, folder: str = "") -> int:
-    """Run the arguments in a fork; its exit status."""
+    """Run the arguments in a fork; return the exit status."""
     request = [arguments, folder or str(Path.cwd()), dict(os.environ) | (environment or {})]
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(path)
@@ -36,9 +36,9 @@ def serve(path: str, child: str, dbts: str) -> None:
     """Fork for each request."""
     from dbt.cli.main import dbtRunner
 
-    # What parses models starts a thread, without which its forks would wait: so forks parse.
+    # Parsing models starts a thread, which a fork would lack and wait for. So this process parses only in forks.
     _fork(["dbt", "--quiet", "build"])
-    # A first command costs a second of a processor more than the next: what it imports and makes is in all forks.
+    # The first command takes one processor second more than the next. Here it runs once for all forks.
     assert dbtRunner().invoke(["--quiet", "compile"]).success
     Path("target", PARSE).replace(dbts)
     _fork(["-P", child, "--quiet", "parse"])
@@ -54,20 +54,22 @@ def serve(path: str, child: str, dbts: str) -> None:
                 server.close()
                 _run(client)
             client.close()
-            with contextlib.suppress(ChildProcessError):  # what has ended counts as this process's time
+            with contextlib.suppress(
+                ChildProcessError
+            ):  # reaps ended forks, so that their time counts as this process's
                 while os.waitpid(-1, os.WNOHANG)[0]:
                     pass
 
 
 def _fork(arguments: list[str]) -> None:
-    """Run the arguments here in a fork."""
+    """Run the arguments in a fork of this process."""
     if not os.fork():
         _become(arguments, str(Path.cwd()), dict(os.environ), [])
     assert os.wait()[1] == 0, arguments
 
 
 def _run(client: socket.socket) -> None:
-    """Fork once more for what is asked for, and answer with its exit status."""
+    """Read a request, run it in another fork, and answer with the exit status."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _, files, _, _ = socket.recv_fds(client, 1, 3)
     with client.makefile() as stream:
@@ -76,7 +78,7 @@ def _run(client: socket.socket) -> None:
         client.close()
         _become(arguments, folder, environment, files)
     for file in (0, 1, 2, *files):
-        os.close(file)  # whoever reads them waits for the fork alone
+        os.close(file)  # readers of these files wait only for the fork
     _, status = os.waitpid(process, 0)
     with contextlib.suppress(OSError):
         client.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
@@ -84,7 +86,7 @@ def _run(client: socket.socket) -> None:
 
 
 def _become(arguments: list[str], folder: str, environment: dict[str, str], files: list[int]) -> None:
-    """Be a process of its own that runs the arguments."""
+    """Turn this process into one that runs the arguments."""
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
@@ -96,7 +98,7 @@ def _become(arguments: list[str], folder: str, environment: dict[str, str], file
         if arguments[0] == "dbt":
             from dbt.cli import main
 
-            if hasattr(main, "load_dotenv"):  # as this module does when it is imported, since dbt 1.12
+            if hasattr(main, "load_dotenv"):  # dbt 1.12 does this when the module is imported
                 main.load_dotenv(main.find_dotenv(usecwd=True), override=False)
             sys.argv = arguments
             main.cli()

@@ -23,14 +23,14 @@ from tests.parts import Query
 
 PROFILE = (ROOT / "flows" / "warehouse" / "profiles.yml").read_text()
 
-# Versions of dbt differ in whether a generic test's arguments have a key of their own; here they have.
+# In these projects a generic test has the key `arguments`, which not every version of dbt requires.
 _FLAGS = "flags: {send_anonymous_usage_stats: false, require_generic_test_arguments_property: true}\n"
 
 
 # --- a project with every kind of node ---------------------------------------------------------
 
 FUNCTIONS = int(versions.minor() >= (1, 11))
-"""How many functions `every_kind` has: dbt 1.11 brought them."""
+"""How many functions `every_kind` has: functions exist since dbt 1.11."""
 
 OUTCOMES: Mapping[tuple[str, str], int] = {
     ("exposure", "no-op"): 1,
@@ -44,10 +44,10 @@ OUTCOMES: Mapping[tuple[str, str], int] = {
     ("test", "warn"): 2,
     ("unit_test", "pass"): 2,
 }
-"""How many nodes of which kind end how in a clean `dbt build` of `every_kind`."""
+"""Nodes by kind and status in a clean `dbt build` of `every_kind`."""
 
 NODES = sum(OUTCOMES.values())
-"""The nodes in the results of a clean `dbt build` of `every_kind`, hooks included."""
+"""Number of nodes in the results of a clean `dbt build` of `every_kind`, with hooks."""
 
 _EVERY_KIND = {
     "dbt_project.yml": f"""
@@ -408,7 +408,7 @@ class Fault(NamedTuple):
     node: str
     """The unique id of the node that fails."""
     status: str
-    """dbt's word for the failure."""
+    """dbt's status of the failed node."""
 
     def inject(self, folder: Path) -> None:
         """Edit the project in a folder."""
@@ -416,7 +416,7 @@ class Fault(NamedTuple):
 
 
 FAULTS: dict[str, Fault] = {
-    # The database refuses a table; what reads the table is skipped.
+    # The database refuses a table; dbt skips the models that read the table.
     "model": Fault(
         "models/countries.sql", "select country,", "select country, continent,", "model.shop.countries", "error"
     ),
@@ -434,7 +434,7 @@ FAULTS: dict[str, Fault] = {
         "models/tier_names_v2.sql", "select distinct", "select",
         "test.shop.unique_tier_names_v2_tier.b94bf5a789", "fail",
     ),
-    # A test that finds more rows than are shown.
+    # A test that finds more rows than the log shows.
     "singular test": Fault(
         "tests/totals_add_up.sql",
         "select 1 as different\nwhere", "select generate_series(1, 12) as different\nwhere 1 +",
@@ -448,29 +448,29 @@ FAULTS: dict[str, Fault] = {
     "snapshot": Fault(
         "snapshots/customer_history.sql", "select id,", "select id, colour,", "snapshot.shop.customer_history", "error"
     ),
-    # A hook is no selected node, and fails when all nodes are done.
+    # A hook is not selected, and fails after all nodes are done.
     "hook": Fault(
         "dbt_project.yml", "select 1 as ended", "select ended", "operation.shop.shop-on-run-end-1", "error"
     ),
 }  # fmt: skip
-"""Faults by the kind of what fails. They do not hide each other: one build meets all of them."""
+"""Faults by the kind of the failing node. They do not hide each other: one build has all of them."""
 
 if FUNCTIONS:
     FAULTS["function"] = Fault("functions/doubled.sql", "amount * 2", "colour * 2", "function.shop.doubled", "error")
 
 
 def replace(folder: Path, file: str, old: str, new: str) -> None:
-    """Replace what stands once in a project's file."""
+    """Replace the first occurrence of a text in a project's file."""
     content = (folder / file).read_text()
     assert old in content, f"{file} has no {old!r}"
     (folder / file).write_text(content.replace(old, new, 1))
 
 
-# --- a project with hardly anything --------------------------------------------------------------
+# --- a project of three models -------------------------------------------------------------------
 
 
 def small(folder: Path) -> Path:
-    """Write a project of three models: a table, a view of the table, and one that neither reads; its folder."""
+    """Write a project of three models: a table, a view of the table, and an independent view; return its folder."""
     return _write(
         folder,
         {
@@ -526,7 +526,7 @@ snapshots:
 
 
 def tiny(folder: Path) -> Path:
-    """Write a project with a few nodes, hooks, a source and a second target; its folder.
+    """Write a project with a few nodes, hooks, a source and a second target; return its folder.
 
     The target `other` builds into the schema `other`, the profile in the folder `elsewhere` into `elsewhere`.
     """
@@ -558,7 +558,7 @@ def _project_file(name: str) -> str:
 
 
 def _model(materialized: str, number: int, parents: list[str]) -> str:
-    """A model of three rows; subqueries, as joins of views of joins take the database long to plan."""
+    """Return a model of three rows. It has subqueries, because Postgres plans joins of views of joins slowly."""
     terms = [str(number), *(f"(select max(value) from {{{{ ref('{parent}') }}}})" for parent in parents)]
     value = " + ".join(terms)
     options = ", unique_key='id'" if materialized == "incremental" else ""
@@ -570,21 +570,21 @@ def _model(materialized: str, number: int, parents: list[str]) -> str:
 
 
 def random_dag(folder: Path, rng: random.Random, nodes: int) -> Path:
-    """Write a project whose graph is random, with tests and failures at random; its folder.
+    """Write a project with a random graph, random tests and random failures; return its folder.
 
-    A node is a model: view, table, ephemeral or incremental, with up to three parents. Of a hundred
-    models sixty have generic tests, of which five fail and ten warn; three select a missing column and three
-    divide by zero, which a view does when it is read. What is behind a failure is skipped, so it is wide.
-    The same `rng` gives the same files.
+    A node is a view, table, ephemeral or incremental model, with up to three parents. Of a hundred models sixty have
+    generic tests, of which five fail and ten warn. Three models select a missing column, and three divide by zero; a
+    view divides when it is read. The graph is wide, because dbt skips the nodes behind a failure. The same `rng` gives
+    the same files.
 
     Args:
-        folder: where to.
-        rng: decides everything.
-        nodes: how many models; their tests come on top.
+        folder: the folder to write to.
+        rng: the source of all random decisions.
+        nodes: the number of models, without their tests.
     """
     files = {"dbt_project.yml": _project_file("random")}
     names: list[str] = []
-    # Into how many scans a model unfolds: views of views of views grow without bound.
+    # The scans that a model unfolds into: views of views of views grow without bound.
     scans: dict[str, int] = {}
     properties: list[dict[str, object]] = []
     for number in range(nodes):
@@ -610,14 +610,14 @@ def random_dag(folder: Path, rng: random.Random, nodes: int) -> Path:
 
 
 def fast(folder: Path, nodes: int) -> Path:
-    """Write the project that measurements use: it is wide, tiny in data, and all of it succeeds; its folder.
+    """Write the project of the benchmarks, a wide graph with little data and no failure; return its folder.
 
-    A third of the nodes are models, views and tables by turns, in layers; a model reads up to four of
-    the layer above. Each has a not_null and a unique test.
+    A third of the nodes are models, in layers of views and tables in turn. A model reads up to four models of the layer
+    above. Each model has a not_null and a unique test.
 
     Args:
-        folder: where to.
-        nodes: how many nodes a `dbt build` runs, tests included; 3 or more.
+        folder: the folder to write to.
+        nodes: the number of nodes that a `dbt build` runs, with tests; 3 or more.
     """
     models = nodes // 3
     width = max(4, round(models**0.5))
@@ -629,7 +629,7 @@ def fast(folder: Path, nodes: int) -> Path:
         above = [_name(other) for other in range((layer - 1) * width, layer * width)] if layer else []
         parents = rng.sample(above, min(len(above), 1 + position % 4))
         files[f"models/{_name(number)}.sql"] = _model("table" if layer % 2 else "view", number, parents)
-        # What is left of a division by three is tested too.
+        # The remainder of the division by three becomes further tests.
         more = [{"name": "value", "data_tests": ["not_null"]}] if number < nodes % 3 else []
         properties.append(
             {"name": _name(number), "columns": [{"name": "id", "data_tests": ["not_null", "unique"]}, *more]}
@@ -642,9 +642,9 @@ _HELD = "{# held #}"
 
 
 def hold(folder: Path, model: str, seconds: float) -> None:
-    """Make a model, any but an ephemeral one, take that long; 0 takes it back.
+    """Make a model that is not ephemeral take that long; 0 removes the delay.
 
-    It is a hook in the model's transaction: a view's SQL does not run when it is made.
+    The delay is a hook in the model's transaction, because creating a view does not run the view's SQL.
     """
     (file,) = (folder / "models").rglob(f"{model}.sql")
     lines = [line for line in file.read_text().splitlines(keepends=True) if _HELD not in line]
@@ -668,14 +668,14 @@ def command_line(
     Args:
         folder: the project.
         arguments: the command and its options: `"build", "--select", "one"`.
-        environment: added to this process's.
-        target: where dbt's artifacts go and stay, and what is parsed already comes from. Else dbt parses
-            all, and nothing is kept.
+        environment: variables in addition to those of this process.
+        target: the folder for dbt's artifacts, with an earlier parse. Without it dbt parses the whole project, and
+            the artifacts are deleted.
         dbt: the command.
 
     Returns:
-        The exit status, and the status of each unique id: of run_results.json, of sources.json for
-        `source freshness`, empty if dbt wrote neither.
+        The exit status, and the statuses by unique id: from run_results.json, or from sources.json for `source
+        freshness`; empty if dbt wrote neither.
     """
     with tempfile.TemporaryDirectory(prefix="target-") as temporary:
         artifacts: str | Path = target or temporary
@@ -706,9 +706,9 @@ def command_line(
 
 
 def tables(query: Query) -> dict[str, list[tuple[object, ...]]]:
-    """The rows, sorted, of every table, view and materialized view in the database's own schemas.
+    """Return the sorted rows of each table, view and materialized view outside of Postgres' own schemas.
 
-    Without the columns that have the time of a run in them: a snapshot's and the source's `loaded_at`.
+    Columns with the time of a run are left out: those of snapshots, and the source's `loaded_at`.
     """
     relations = query(
         "select format('%%I.%%I', nspname, relname), "
@@ -723,7 +723,7 @@ def tables(query: Query) -> dict[str, list[tuple[object, ...]]]:
     def rows(name: str, columns: str) -> list[tuple[object, ...]]:
         try:
             return sorted(query(f"select {columns} from {name}"), key=repr)
-        except psycopg.Error as error:  # a view whose query fails is a view all the same
+        except psycopg.Error as error:  # the query of a view may fail
             return [(type(error).__name__,)]
 
     return {name: rows(name, columns) for name, columns in relations}

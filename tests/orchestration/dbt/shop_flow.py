@@ -1,7 +1,7 @@
-"""The flow that tests run in processes of its own: dbt's build of the project in `SHOP`.
+"""A flow that tests run in a separate process: it builds the dbt project in `SHOP`.
 
-Its arguments: a flow's name, and a flow run's id for another attempt of that; it prints the id and runs the flow. Or
-`deploy`, which prints the id of a deployment of `daily`.
+`shop_flow FLOW [RUN]` prints the id of a new flow run and runs the flow. With RUN it runs another attempt of that flow
+run. `shop_flow deploy` creates a deployment of `daily` and prints its id.
 """
 
 import os
@@ -28,7 +28,7 @@ project = DbtProject(
 
 @flow
 def daily() -> None:
-    """Build in the flow's own thread."""
+    """Build in the flow's thread."""
     project.build()
 
 
@@ -39,21 +39,21 @@ def build() -> None:
 
 
 @flow
-def beside() -> None:
-    """Build beside the flow's own thread."""
+def in_task() -> None:
+    """Build in the thread of a submitted task."""
     build.submit().result()
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "deploy":
-        # As prefect.yaml deploys flows: they are in the folder already.
+        # Like prefect.yaml: the flow's code is in the folder already.
         here = [{"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}]
         entrypoint = f"{Path(__file__).relative_to(ROOT)}:daily"
         with get_client(sync_client=True) as client:
             flow_id = client.create_flow(daily)
             print(client.create_deployment(flow_id, "shop", entrypoint=entrypoint, pull_steps=here))
         sys.exit()
-    called = {"daily": daily, "beside": beside}[sys.argv[1]]
+    called = {"daily": daily, "in_task": in_task}[sys.argv[1]]
     with get_client(sync_client=True) as client:
         run = client.read_flow_run(UUID(sys.argv[2])) if len(sys.argv) > 2 else client.create_flow_run(called)
     print(run.id, flush=True)

@@ -1,4 +1,4 @@
-"""What the Prefect server has of flow runs, and what dbt itself wrote of them."""
+"""Read flow runs from the Prefect server and results from dbt's files, and run flows in separate processes."""
 
 import json
 import os
@@ -21,41 +21,43 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
 
 
 class Server:
-    """The server's API, by flow run."""
+    """Reads and changes flow runs by the server's API."""
 
     def __init__(self, client: httpx.Client) -> None:
         self._client = client
 
     @staticmethod
     def run(state: Any) -> str:
-        """The id of the flow run with this state."""
+        """Return the id of the flow run with this state."""
         return str(state.state_details.flow_run_id)
 
     def state(self, run: str) -> Object:
-        """The flow run's state."""
+        """Return the flow run's state."""
         found: Object = self._client.get(f"/flow_runs/{run}").raise_for_status().json()["state"]
         return found
 
     def set_state(self, run: str, kind: str, name: str) -> None:
-        """What the UI does when a flow run is cancelled or retried."""
+        """Set the flow run's state, as the UI does to cancel or retry a flow run."""
         content = {"state": {"type": kind, "name": name}, "force": kind == "SCHEDULED"}
         self._client.post(f"/flow_runs/{run}/set_state", json=content).raise_for_status()
 
     def start(self, deployment: str) -> str:
-        """A new flow run of a deployment; its id."""
+        """Create a flow run of a deployment; return its id."""
         answer = self._client.post(f"/deployments/{deployment}/create_flow_run", json={}).raise_for_status()
         return str(answer.json()["id"])
 
     def get(self, path: str, run: str, **filters: Any) -> list[Object]:
-        """All task runs, logs or artifacts of the flow run."""
+        """Return all task runs, logs or artifacts of the flow run."""
         found: list[Object] = []
-        of = {"flow_runs": {"id": {"any_": [run]}}} if path == "task_runs" else {path: {"flow_run_id": {"any_": [run]}}}
-        while page := self._client.post(f"/{path}/filter", json=of | filters | {"offset": len(found)}).json():
+        by_run = (
+            {"flow_runs": {"id": {"any_": [run]}}} if path == "task_runs" else {path: {"flow_run_id": {"any_": [run]}}}
+        )
+        while page := self._client.post(f"/{path}/filter", json=by_run | filters | {"offset": len(found)}).json():
             found += page
         return found
 
     def nodes(self, run: str, count: int) -> dict[str, Object]:
-        """The task runs by the id of their node, once all of them are recorded with an end."""
+        """Return the task runs by node, once `count` of them have ended on the server."""
 
         def recorded() -> dict[str, Object]:
             found = {task["task_key"]: task for task in self.get("task_runs", run) if "dbt" in task["tags"]}
@@ -66,15 +68,15 @@ class Server:
         return found
 
     def logs(self, run: str) -> list[Object]:
-        """The lines of log in their order."""
+        """Return the log lines, oldest first."""
         return self.get("logs", run, sort="TIMESTAMP_ASC")
 
     def artifacts(self, run: str) -> dict[str, Object]:
-        """The artifacts by key."""
+        """Return the artifacts by key."""
         return {artifact["key"]: artifact for artifact in self.get("artifacts", run)}
 
     def events(self, run: str, prefix: str) -> list[Object]:
-        """The events of the flow run whose names begin so."""
+        """Return the events of the flow run whose names begin with the prefix."""
         related = {"resources_in_roles": [[f"prefect.flow-run.{run}", "flow-run"]]}
         content = {"filter": {"event": {"prefix": [prefix]}, "related": related}, "limit": 50}
         page = self._client.post("/events/filter", json=content).raise_for_status().json()
@@ -86,13 +88,13 @@ class Server:
 
 
 def results_of(folder: Path, name: str = "run_results.json") -> dict[str, str]:
-    """What dbt wrote of the last command, by node."""
+    """Return dbt's statuses of the last command, by node."""
     results = json.loads((folder / "target" / name).read_text())["results"]
     return {result["unique_id"]: result["status"] for result in results}
 
 
 def busy(query: Query) -> int:
-    """Sessions of the database, but this one, that execute a statement or are in a transaction."""
+    """Return how many other sessions of the database execute a statement or are in a transaction."""
     return int(
         query(
             "select count(*) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
@@ -106,7 +108,7 @@ def _environment(shop: Path, api: str) -> dict[str, str]:
 
 
 def start(shop: Path, api: str, *arguments: str) -> "tuple[subprocess.Popen[str], str]":
-    """Run a flow of `shop_flow` in a process of its own; that and the flow run's id."""
+    """Run a flow of `shop_flow` in a separate process; return the process and the flow run's id."""
     command = [sys.executable, "-m", "tests.orchestration.dbt.shop_flow", *arguments]
     process = subprocess.Popen(
         command, env=_environment(shop, api), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -115,8 +117,8 @@ def start(shop: Path, api: str, *arguments: str) -> "tuple[subprocess.Popen[str]
     return process, process.stdout.readline().strip()
 
 
-def build_beside(project: DbtProject) -> tuple[threading.Thread, list[DbtError]]:
-    """Build in a thread; that, and what it raises."""
+def build_in_thread(project: DbtProject) -> tuple[threading.Thread, list[DbtError]]:
+    """Build in a thread; return the thread, and the list that gets its error."""
     caught: list[DbtError] = []
 
     def build() -> None:
@@ -131,9 +133,7 @@ def build_beside(project: DbtProject) -> tuple[threading.Thread, list[DbtError]]
 
 
 def execute(shop: Path, api: str, run: str) -> "subprocess.Popen[bytes]":
-    """Execute a deployment's flow run as the pod of a Kubernetes work pool does, but that it looks more often whether
-    the run is to be cancelled.
-    """
+    """Execute a deployment's flow run like a pod of the work pool, but look for a cancellation every second."""
     code = (
         "import sys; from orchestration.runs import run_client, supervisor; "
         "run_client.CHECK_INTERVAL_SECONDS = 1; sys.exit(supervisor.main(sys.argv[1:]))"
@@ -145,5 +145,5 @@ def execute(shop: Path, api: str, run: str) -> "subprocess.Popen[bytes]":
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # of which it kills the group where it was given up
+        start_new_session=True,  # after a given-up run the supervisor kills its process group
     )

@@ -1,4 +1,4 @@
-"""Attempts of a flow run that end early, and what the next one makes of what was built before."""
+"""Attempts of a flow run that end early, and what the next attempt runs again."""
 
 import shutil
 from collections.abc import Callable
@@ -20,13 +20,13 @@ from tests.parts import settings_of, wait_until
 
 @pytest.fixture
 def folder(tiny: Tiny, database: str, tmp_path: Path) -> Path:
-    """The tiny project, built nowhere."""
+    """Return the folder of the tiny project, which is not built."""
     return Path(shutil.copytree(tiny.folder, tmp_path / "tiny"))
 
 
 @pytest.fixture
 def use(tiny: Tiny, folder: Path) -> Callable[..., DbtProject]:
-    """Makes the project as flows use it."""
+    """Return a function that makes the project as flows use it."""
 
     def make(**options: Any) -> DbtProject:
         return DbtProject(
@@ -42,7 +42,7 @@ def use(tiny: Tiny, folder: Path) -> Callable[..., DbtProject]:
 
 
 def _statuses(build: Callable[[], DbtResult]) -> dict[str, str]:
-    """The nodes of a build, or of its failure."""
+    """Return the statuses of a build's nodes, also after a failure."""
     try:
         result = build()
     except DbtError as error:
@@ -53,10 +53,10 @@ def _statuses(build: Callable[[], DbtResult]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("memory", ["process", "server"])
-def test_attempt_that_ends_before_dbt_lists_its_nodes_forgets_nothing(
+def test_attempt_that_ends_before_dbt_lists_its_nodes_keeps_finished_nodes(
     memory: str, use: Callable[..., DbtProject], folder: Path, server: Server
 ) -> None:
-    """In the process, and in another one, which has to ask the server: of a subflow, which is a new run each time."""
+    """In the same process, and in a new one, which reads from the server. A subflow has a new flow run each time."""
     model, project = folder / "models" / "four.sql", use()
     texts = ["select nothing as id", "select {{ 4", "select 4 as id"]
     results: list[dict[str, str]] = []
@@ -80,7 +80,7 @@ def test_attempt_that_ends_before_dbt_lists_its_nodes_forgets_nothing(
             tasks = server.get("task_runs", runs[0])
             return done <= {task["task_key"] for task in tasks if task["state_type"] == "COMPLETED"}
 
-        wait_until(recorded, "what the first attempt has done", 240)
+        wait_until(recorded, "the nodes that the first attempt has done", 240)
         assert len(results) == 3
 
     assert daily(return_state=True).is_completed()
@@ -91,7 +91,7 @@ def test_attempt_that_ends_before_dbt_lists_its_nodes_forgets_nothing(
     assert third == dict.fromkeys(first, "reused") | {"model.tiny.four": "success"}
 
 
-def test_hook_that_failed_runs_again_though_all_nodes_are_done(use: Callable[..., DbtProject], folder: Path) -> None:
+def test_failed_hook_runs_again_when_all_nodes_are_done(use: Callable[..., DbtProject], folder: Path) -> None:
     replace(folder, "dbt_project.yml", "as ended", "as ended from nowhere")
     project, failures = use(), []
 
@@ -113,7 +113,7 @@ def test_hook_that_failed_runs_again_though_all_nodes_are_done(use: Callable[...
 def test_rows_of_a_failing_test_are_shown_or_stay_in_the_database(
     use: Callable[..., DbtProject], folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By an option of the project or by a setting; the SQL is shown all the same."""
+    """An option of the project or a setting keeps the rows. The SQL is always shown."""
     replace(folder, "seeds/rates.csv", "2\n", "1\n")
 
     def sample(**options: Any) -> int:
@@ -130,7 +130,7 @@ def test_rows_of_a_failing_test_are_shown_or_stay_in_the_database(
 def test_model_with_more_sources_than_an_event_takes_is_recorded(
     use: Callable[..., DbtProject], folder: Path, server: Server
 ) -> None:
-    """And its own event names as many of them as the server takes."""
+    """The event of the model names as many sources as the server takes."""
     tables = "\n".join(f"      - {{name: tenant_{number}, identifier: pg_class}}" for number in range(120))
     (folder / "models" / "many.yml").write_text(
         f"version: 2\nsources:\n  - name: many\n    schema: pg_catalog\n    tables:\n{tables}\n"

@@ -1,4 +1,4 @@
-"""The commands beside build, what is kept of them, and what later ones make of that."""
+"""Commands other than build, their stored artifacts, and the later commands that use these artifacts."""
 
 import json
 import shutil
@@ -22,21 +22,21 @@ CHANGED = ("models/paid_orders.sql", "cents,", "cents, 1 as changed,")
 
 @pytest.fixture
 def database(postgres: str, built: Built) -> Iterator[str]:
-    """The test's database, as a build without a failure left it."""
+    """Yield the test's database, with the tables of a build without a failure."""
     with new_database(postgres, DATABASE, built.database) as url:
         yield url
 
 
 @pytest.fixture
 def shop(tmp_path: Path, database: str, built: Built) -> Path:
-    """The project with every kind of node after that build, with what is kept of it."""
+    """Return the project with every kind of node after the build, with the build's artifacts."""
     shutil.copytree(f"{built.folder}.kept", tmp_path / "shop.kept")
     return shutil.copytree(built.folder, tmp_path / "shop")
 
 
 @pytest.fixture
 def good(shop: Path) -> Path:
-    """What is kept of that build."""
+    """Return the folder with the build's artifacts."""
     [folder] = Path(f"{shop}.kept", "shop").glob("*-build")
     return folder
 
@@ -46,14 +46,14 @@ def _relations(query: Query, schema: str) -> set[str]:
                                       " where nspname = %s and relkind in ('r', 'v', 'm')", schema)}  # fmt: skip
 
 
-def test_what_was_modified_is_built_beside_the_last_good_run(
+def test_modified_models_are_built_with_deferral_to_the_last_good_run(
     project: DbtProject, shop: Path, good: Path, built: Built, query: Query
 ) -> None:
-    """In another schema, with everything else read from where the good run built it."""
+    """Modified models are built in another schema. Other relations are read from the schema of the good run."""
     replace(shop, *CHANGED)
     replace(shop, "seeds/orders.csv", "5,4,8,", "5,4,eight,")
     with pytest.raises(DbtError):
-        project.build(flags=["--fail-fast"])  # a run that failed is nothing to compare with
+        project.build(flags=["--fail-fast"])  # a failed run is not compared with
     replace(shop, "seeds/orders.csv", "5,4,eight,", "5,4,8,")
     with settings_of(WAREHOUSE_SCHEMA="development"):
         result = project.build(select="state:modified+", defer_to="dev")
@@ -70,10 +70,10 @@ def test_what_was_modified_is_built_beside_the_last_good_run(
         project.build(select="state:modified+", defer_to="prod")
 
 
-def test_the_last_good_run_is_kept_whatever_follows(
+def test_last_good_run_is_never_pruned(
     project: DbtProject, shop: Path, good: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And nothing modified since is no error."""
+    """A build without a modified node is no error."""
     monkeypatch.setattr(artifacts, "KEPT_COMMANDS", 1)
     kept = artifacts.Artifacts(f"{shop}.kept", "shop")
     passing = [
@@ -83,7 +83,9 @@ def test_the_last_good_run_is_kept_whatever_follows(
     assert not [node for node in project.build(select="state:modified", defer_to="dev").nodes if node.kind == "model"]
 
 
-def test_retry_does_what_the_last_command_left(shop: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_retry_command_runs_the_failed_and_skipped_nodes(
+    shop: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     project = DbtProject(shop, environment=warehouse.environment, artifacts=str(tmp_path / "other"))
     with pytest.raises(DbtError, match=r"There is no run of .* to retry"):
         project.retry()
@@ -103,8 +105,8 @@ def test_retry_does_what_the_last_command_left(shop: Path, tmp_path: Path, caplo
     assert "left nothing to retry" in caplog.text
 
 
-def test_each_command_is_dbts(project: DbtProject, shop: Path, server: Server) -> None:
-    """In one flow: each has its own task runs."""
+def test_each_command_runs_the_dbt_command(project: DbtProject, shop: Path, server: Server) -> None:
+    """In one flow each command has separate task runs."""
     selected = {
         "seed": "customers",
         "run": "customer_totals",
@@ -138,7 +140,7 @@ def test_each_command_is_dbts(project: DbtProject, shop: Path, server: Server) -
     assert "model.shop.paid_orders" in catalog["nodes"]
 
 
-def test_a_source_that_is_stale_or_unreadable_fails(project: DbtProject, shop: Path) -> None:
+def test_stale_or_unreadable_source_fails(project: DbtProject, shop: Path) -> None:
     (shop / "models" / "more_sources.yml").write_text("""
 version: 2
 sources:
@@ -161,7 +163,7 @@ sources:
     assert {node.name for node in result.failed} == {"stale", "unreadable"}
 
 
-def test_several_projects_in_a_flow(project: DbtProject, tmp_path: Path, server: Server) -> None:
+def test_flow_runs_several_projects(project: DbtProject, tmp_path: Path, server: Server) -> None:
     other = use(fast(tmp_path / "fast", 20))
     hold(other.path, "amber_0", 0.5)
     results: list[DbtResult] = []
@@ -181,13 +183,13 @@ def test_several_projects_in_a_flow(project: DbtProject, tmp_path: Path, server:
     assert {node.split(".")[1] for node in nodes} == {"shop", "fast"}
 
 
-def test_a_parse_holds_for_any_host_unless_the_project_reads_it(
+def test_parse_holds_for_any_host_unless_the_project_reads_the_host(
     folder: Path, query: Query, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A parse depends on the target's database and schema; dbt itself parses anew for another user too."""
+    """A parse depends on the target's database and schema. dbt itself parses again for another user too."""
     caplog.set_level("INFO")
-    query("drop role if exists somebody")
-    query("create role somebody superuser login")
+    query("drop role if exists other_user")
+    query("create role other_user superuser login")
 
     def parses(user: str = "postgres", schema: str = "analytics") -> bool:
         caplog.clear()
@@ -196,10 +198,10 @@ def test_a_parse_holds_for_any_host_unless_the_project_reads_it(
         project.compile(select="three")
         return "Unable to do partial parsing" in caplog.text
 
-    assert not parses()  # made by another user of another host
+    assert not parses()  # the parse was made for another user and host
     assert parses(schema="elsewhere")
     (folder / "macros").mkdir()
     (folder / "macros" / "who.sql").write_text("{% macro who() %}{{ target.user }}{% endmacro %}")
     assert parses()
     assert not parses()
-    assert parses("somebody")
+    assert parses("other_user")

@@ -1,7 +1,6 @@
-"""Each command of `DbtProject` against the `dbt` command: outcome, schemas, nodes and their states are equal.
+"""Each command of `DbtProject` has the same outcome, schemas, nodes and statuses as the `dbt` command.
 
-Both run in forks of one process that has dbt imported, `forked`: the command as its console script does, and what
-`DbtProject` starts.
+Both run in forks of one process that has imported dbt (`forked`).
 """
 
 import dataclasses
@@ -77,37 +76,37 @@ CATALOG = """
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A command in both ways."""
+    """A command for `dbt` and for `DbtProject`, with its expected outcome."""
 
     line: str
     """dbt's arguments."""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Those of the method of the same name; by default all that follows the command, as `flags`."""
+    """Options of the method of the same name; by default `flags` with all arguments after the command."""
     edits: tuple[Edit, ...] = ()
     made: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Options of `DbtProject`."""
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     exit: int = 0
-    """What dbt's status has to be: that the case is what it says."""
+    """dbt's exit status, which proves that the case is what its name promises."""
     kept: bool = False
-    """Whether it is what later runs compare with."""
+    """Whether `defer_to` compares later runs with this one."""
     after: str = ""
-    """dbt's arguments of a command before it, by both."""
+    """dbt's arguments of an earlier command, which both ways run."""
     before: tuple[Edit, ...] = ()
-    """Edits for that one too."""
+    """Edits before the earlier command."""
     since: tuple[int, int] = (1, 0)
-    """The first minor version of dbt that has it."""
+    """The first minor version of dbt with this behaviour."""
 
     @property
     def profile(self) -> str:
-        """What a parse of the project as it is does not hold for, if the case has another profile or target."""
+        """The profile or target for which the project's parse does not hold; empty if the parse holds."""
         return next(
             (name for name in ("ELSEWHERE", "other") if name in f"{self.line} {self.made} {self.environment}"), ""
         )
 
 
 CASES = {
-    # What is whole, and every way not to be.
+    # Builds of the whole project, and each way to leave out nodes.
     "whole": Case("build", kept=True),
     "select": Case("build --select +one", {"select": "+one"}),
     "-s": Case("build -s +two"),
@@ -129,7 +128,7 @@ CASES = {
     "state by selector": Case("build --selector changed --state STATE", edits=(NAMED, CHANGED)),
     "state of nothing": Case("build --select state:modified --state STATE"),
     "defer": Case("run --select two --defer --state STATE --favor-state", after="build"),
-    # No node.
+    # Selections of no node.
     "nothing": Case("build --select four", {"select": "four"}),
     "an empty selection": Case("build --select ", {"select": ""}),
     "nothing, which is an error": Case("build --select four --warn-error", exit=2),
@@ -143,7 +142,7 @@ CASES = {
         "build -s resource_type:function",
         edits=WRONG_OVERLOAD, exit=1, since=(1, 12),
     ),
-    # Of other nodes dbt may have begun one before it stops, also with one thread.
+    # dbt may start another independent node before it stops, also with one thread.
     "fail-fast": Case("build --fail-fast --threads 1 --select one+", edits=(BROKEN,), exit=1),
     "hook before": Case("build", edits=(_hook("as started", "as started from nowhere"),), exit=1),
     "hook after": Case("build", edits=(_hook("as ended", "as ended from nowhere"),), exit=1),
@@ -167,11 +166,11 @@ CASES = {
     "docs": Case("docs generate"),
     "docs error": Case("docs generate", edits=(NOT_COMPILED,), exit=2),
     "catalog": Case("docs generate", edits=(_write("macros/catalog.sql", CATALOG),), exit=1),
-    # Another attempt, by hand.
+    # Retries.
     "retry": Case("retry", after="build --exclude history three", before=(BROKEN,), exit=1),
     "retry of nothing": Case("retry", after="build"),
     "retry before anything": Case("retry", edits=(lambda folder: shutil.rmtree(folder / "target"),), exit=2),
-    # Where it builds.
+    # Targets and profiles.
     "target": Case(
         "run -s three --target other --full-refresh --threads 2",
         {"select": "three", "full_refresh": True, "threads": 2}, made={"target": "other"},
@@ -194,12 +193,12 @@ CASES = {
 }  # fmt: skip
 
 METHODS = {"source freshness": "source_freshness", "docs generate": "docs"}
-"""Methods of `DbtProject` by dbt's command, where that is not the name."""
+"""Methods of `DbtProject` by dbt's command, where the names differ."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a command did."""
+    """The outcome of a command in one way."""
 
     failed: int
     """dbt's exit status, or whether `DbtProject` raised."""
@@ -208,17 +207,17 @@ class Outcome:
 
 
 Parses = dict[tuple[str, str], bytes]
-"""dbt's parses that a case has made, by its profile and its folder's name: a parse takes longer than most commands."""
+"""Parses of earlier cases, by profile and folder name: a parse takes longer than most commands."""
 
 
 class Ways:
-    """The two ways to run a command, each in a copy of the project.
+    """Runs a command in two ways, each in a copy of the project.
 
     Args:
-        tiny: the project with the target folder of a whole build, and what forks.
+        tiny: the project with the target folder of a whole build, and the forks.
         work: an empty folder.
-        url: the database's.
-        parses: those of the cases before.
+        url: the URL of the database.
+        parses: parses of earlier cases.
     """
 
     def __init__(self, tiny: Tiny, work: Path, url: str, parses: Parses) -> None:
@@ -229,22 +228,22 @@ class Ways:
         shutil.copyfile(tiny.dbts_parse, self.folders[0] / "target" / forked.PARSE)
 
     def reuse_parses(self, profile: str) -> None:
-        """Give each folder the parse of a case before with that profile."""
+        """Give each folder the parse of an earlier case with the profile."""
         for folder in self.folders:
             if parse := self._parses.get((profile, folder.name)):
                 (folder / "target" / forked.PARSE).write_bytes(parse)
 
     def keep_parses(self, profile: str) -> None:
-        """Keep each folder's parse for cases with that profile."""
+        """Keep each folder's parse for later cases with the profile."""
         for folder in self.folders:
             self._parses[profile, folder.name] = (folder / "target" / forked.PARSE).read_bytes()
 
     def placed(self, text: Any) -> Any:
-        """An argument with the folders that it names."""
+        """Return an argument with the path of the folder that it names."""
         return self._places.get(text, text) if isinstance(text, str) else text
 
     def relations(self) -> list[tuple[str, str]]:
-        """All relations of the database's own schemas, which are dropped."""
+        """Return all relations of the schemas that dbt created, and drop these schemas."""
         own = "nspname !~ '^pg_' and nspname not in ('information_schema', 'public')"
         found = rows_of(
             self._url,
@@ -256,7 +255,7 @@ class Ways:
         return [(schema, name) for schema, name in found]
 
     def by_dbt(self, case: Case) -> tuple[int, dict[str, str]]:
-        """dbt's exit status, and the nodes as it wrote them."""
+        """Run the `dbt` command; return its exit status, and the statuses that it wrote."""
         target = self.folders[0] / "target"
         files = [target / "run_results.json", target / "sources.json"]
         before = [file.stat().st_mtime_ns if file.exists() else 0 for file in files]
@@ -269,7 +268,7 @@ class Ways:
         return status, {}
 
     def by_project(self, case: Case) -> tuple[int, dict[str, str]]:
-        """Whether `DbtProject` raised, and the nodes as it returned them."""
+        """Run `DbtProject`; return 1 if it raised, and the statuses that it returned."""
         words = case.line.split(" ")
         command = " ".join(words[:2]) if words[0] in ("source", "docs") else words[0]
         options = case.options or {"flags": [self.placed(part) for part in words[len(command.split()) :]]}
@@ -287,12 +286,12 @@ class Ways:
         except DbtError as error:
             result, failed = error.result, 1
         nodes = {node.id: node.status for node in result.nodes} if result else {}
-        if command == "source freshness":  # dbt writes sources alone to its file, and hooks are no sources
+        if command == "source freshness":  # dbt's file has only sources, no hooks
             nodes = {node: status for node, status in nodes.items() if not node.startswith("operation.")}
         return failed, nodes
 
     def kept(self) -> bool:
-        """Whether there is a run to compare with."""
+        """Return whether artifacts hold a run to compare with."""
         return bool(list(self._kept.glob("tiny/latest-*.json")))
 
     def forget(self) -> None:
@@ -303,14 +302,14 @@ class Ways:
 
 @pytest.fixture(scope="module")
 def ways(tiny: Tiny, postgres: str) -> Iterator[Callable[[Path], Ways]]:
-    """Makes them."""
+    """Yield a function that makes `Ways` in a folder."""
     parses: Parses = {}
     with new_database(postgres, DATABASE) as url:
         yield lambda folder: Ways(tiny, folder, url, parses)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_command_ends_as_dbts_own_does(
+def test_command_ends_like_dbts_command(
     case: Case, ways: Callable[[Path], Ways], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if versions.minor() < case.since:
@@ -335,7 +334,7 @@ def test_command_ends_as_dbts_own_does(
         both.keep_parses(case.profile)
     expected, found = outcomes
     assert expected.failed == case.exit
-    # Of a command that dbt itself gives up it writes no results.
+    # dbt writes no results of a command that it gives up.
     nodes = {} if case.exit == 2 else found.nodes
     assert Outcome(bool(found.failed), nodes, found.relations) == dataclasses.replace(expected, failed=bool(case.exit))
     assert both.kept() == case.kept

@@ -1,6 +1,6 @@
-"""A run that is killed, terminated or cancelled: its SQL ends with it, and another attempt goes on from there.
+"""A killed, terminated or cancelled run: its SQL ends with it, and the next attempt continues.
 
-What ends it does so while a model's statement executes. `make dbt-ends` ends runs at moments of the clock.
+Runs end while a model's statement executes. `make test-long FOR=dbt-ends` ends runs at random moments.
 """
 
 import contextlib
@@ -22,33 +22,33 @@ from tests.parts import Query, wait_until
 MODELS = (
     "clean_visits", "customer_totals", "order_log", "paid_orders", "revenue_by_day", "tier_names_v2", "yearly_orders",
 )  # fmt: skip
-"""One of each materialization, and some that others wait for."""
+"""One model of each materialization, and some that other models depend on."""
 
 ROUNDS = 10 if LONG else 1
 
 
 class Held(NamedTuple):
-    """The project with a model, another one each time, that takes longer than a test waits for its end."""
+    """The project with a random model that takes longer than the test waits for its end."""
 
     folder: Path
     model: str
 
-    def let_go(self) -> None:
-        """Have the model take as long as it does."""
+    def release(self) -> None:
+        """Remove the model's delay."""
         hold(self.folder, self.model, 0)
 
 
 @pytest.fixture
 def held(shop: Path) -> Held:
-    """That project."""
+    """Return the project with a held model."""
     model = random.SystemRandom().choice(MODELS)
     hold(shop, model, 1200)
     return Held(shop, model)
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left(prefect_server: str, built: Built) -> Iterator[None]:
-    """A test that failed leaves no process to disturb the next one, whose database has the same name."""
+def _kill_children(prefect_server: str, built: Built) -> Iterator[None]:
+    """Kill the processes of a failed test: they would disturb the next test, whose database has the same name."""
     before = psutil.Process().children(recursive=True)
     yield
     for process in psutil.Process().children(recursive=True):
@@ -66,52 +66,50 @@ def _sleeps(query: Query) -> bool:
 
 
 def _reached(held: Held, server: Server, run: str, query: Query) -> list[str]:
-    """The nodes that are done, hooks apart, when the model's statement executes."""
+    """Return the finished nodes, without hooks, once the model's statement executes."""
     wait_until(lambda: _sleeps(query), f"the statement of {held.model}", 240)
 
     def done() -> list[str]:
         completed = [task for task in server.get("task_runs", run) if task["state_type"] == "COMPLETED"]
         return [task["task_key"] for task in completed if "operation" not in task["tags"] and "dbt" in task["tags"]]
 
-    found: list[str] = wait_until(done, "what is done", 240)
+    found: list[str] = wait_until(done, "the finished nodes", 240)
     assert _sleeps(query), held
     return found
 
 
-def _ends(held: Held, query: Query) -> None:
+def _wait_for_end_of_sql(held: Held, query: Query) -> None:
     wait_until(lambda: busy(query) == 0, f"the end of the SQL of {held.model}", 240)
 
 
-def _state_is(state: str, held: Held, server: Server, run: str) -> None:
+def _wait_for_state(state: str, held: Held, server: Server, run: str) -> None:
     def found() -> bool:
-        # A server reads what tasks tell it with a delay: at first it may not know the task.
+        # The server records task runs with a delay.
         tasks = {task["name"].replace(".v", "_v"): task["state_name"] for task in server.get("task_runs", run)}
         return tasks.get(held.model) == state
 
     wait_until(found, f"{held.model} to be {state}", 240)
 
 
-def _goes_on(held: Held, built: Built, query: Query, done: list[str]) -> None:
-    """What the attempt after that built: nothing twice, and the same in the end as an undisturbed run."""
+def _assert_continued(held: Held, built: Built, query: Query, done: list[str]) -> None:
+    """Check that the attempt built nothing twice, and that the tables equal those of an undisturbed run."""
     assert not set(done) & results_of(held.folder).keys(), held
     assert tables(query) == built.tables, held
 
 
-@pytest.mark.parametrize("flow", ["daily", "beside"])
-def test_a_run_that_is_terminated_ends_its_sql(
-    flow: str, held: Held, prefect_server: str, server: Server, query: Query
-) -> None:
+@pytest.mark.parametrize("flow", ["daily", "in_task"])
+def test_terminated_run_ends_its_sql(flow: str, held: Held, prefect_server: str, server: Server, query: Query) -> None:
     process, run = start(held.folder, prefect_server, flow)
     _reached(held, server, run, query)
     process.terminate()
-    _ends(held, query)
+    _wait_for_end_of_sql(held, query)
     process.communicate(timeout=240)
-    _state_is("Crashed", held, server, run)
+    _wait_for_state("Crashed", held, server, run)
     assert server.state(run)["type"] == "CRASHED"
 
 
 @pytest.mark.parametrize("number", range(ROUNDS))
-def test_a_run_that_is_killed_goes_on_from_there(
+def test_killed_run_continues_after_its_finished_nodes(
     number: int, built: Built, held: Held, prefect_server: str, server: Server, query: Query
 ) -> None:
     process, run = start(held.folder, prefect_server, "daily")
@@ -120,31 +118,31 @@ def test_a_run_that_is_killed_goes_on_from_there(
     process.kill()
     process.communicate(timeout=240)
     assert process.returncode == -signal.SIGKILL
-    _ends(held, query)
+    _wait_for_end_of_sql(held, query)
     wait_until(lambda: not dbt.is_running(), "the end of dbt", 240)
 
-    held.let_go()
+    held.release()
     again, _ = start(held.folder, prefect_server, "daily", run)
     again.communicate(timeout=480)
     assert again.returncode == 0, held
-    _goes_on(held, built, query, done)
+    _assert_continued(held, built, query, done)
 
 
 @pytest.mark.parametrize("number", range(ROUNDS))
-def test_a_run_that_is_cancelled_ends_its_sql_and_may_be_retried(
+def test_cancelled_run_ends_its_sql_and_can_be_retried(
     number: int, built: Built, held: Held, prefect_server: str, server: Server, query: Query
 ) -> None:
     run = server.start(dbt_ends.deploy(held.folder, prefect_server))
     process = execute(held.folder, prefect_server, run)
     done = _reached(held, server, run, query)
     server.set_state(run, "CANCELLING", "Cancelling")
-    _ends(held, query)
+    _wait_for_end_of_sql(held, query)
     wait_until(lambda: server.state(run)["type"] == "CANCELLED", "the flow run's state", 240)
     process.wait(240)
-    _state_is("Cancelled", held, server, run)
+    _wait_for_state("Cancelled", held, server, run)
 
-    held.let_go()
+    held.release()
     server.set_state(run, "SCHEDULED", "AwaitingRetry")
     assert execute(held.folder, prefect_server, run).wait(480) == 0, held
     assert server.state(run)["type"] == "COMPLETED"
-    _goes_on(held, built, query, done)
+    _assert_continued(held, built, query, done)

@@ -1,4 +1,4 @@
-"""What goes wrong outside of the SQL, and dbt's strict ways: one clear message, and states as dbt's own."""
+"""Faults outside of the SQL, and dbt's strict options: one clear message, and the same states as with dbt."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from orchestration.dbt import DbtProject, DbtResult
 from orchestration.errors import DbtError
 from tests.orchestration.dbt.conftest import use
 from tests.orchestration.dbt.projects import hold, replace, small
-from tests.orchestration.dbt.task_runs import Server, build_beside, results_of
+from tests.orchestration.dbt.task_runs import Server, build_in_thread, results_of
 from tests.parts import Query, embedded_postgres, rows_of, settings_of, wait_until
 
 SLEEPING = "query ~ 'pg_sleep' and state = 'active' and pid <> pg_backend_pid()"
@@ -26,19 +26,19 @@ def _statuses(result: DbtResult) -> dict[str, str]:
     return {node.id: node.status for node in result.nodes}
 
 
-def test_warn_error_makes_failures_of_warnings_as_dbt_does(project: DbtProject, shop: Path) -> None:
+def test_warn_error_turns_warnings_into_failures(project: DbtProject, shop: Path) -> None:
     options = '{"include": ["LogTestResult"]}'
     flags = ["--warn-error-options", options, "--indirect-selection", "cautious"]
     result = project.build(select="customers clean_customers", flags=flags, check=False)
     assert _statuses(result) == results_of(shop)
     assert [node.name for node in result.failed] == ["only_germans"]
-    (shop / "models" / "orphans.yml").write_text("version: 2\nmodels: [{name: nobody, description: not there}]\n")
+    (shop / "models" / "orphans.yml").write_text("version: 2\nmodels: [{name: missing, description: not there}]\n")
     with pytest.raises(DbtError, match=r"dbt build could not start .*Nothing was built"):
         project.build(flags=["--warn-error"])
 
 
-def test_fail_fast_stops_as_dbt_does(project: DbtProject, shop: Path, server: Server) -> None:
-    """What never ran is there, and says so."""
+def test_fail_fast_stops_like_dbt(project: DbtProject, shop: Path, server: Server) -> None:
+    """Nodes that never ran are task runs in the state Skipped."""
     replace(shop, "seeds/orders.csv", "5,4,8,", "5,4,eight,")
     results: list[DbtResult] = []
 
@@ -49,7 +49,7 @@ def test_fail_fast_stops_as_dbt_does(project: DbtProject, shop: Path, server: Se
     run = server.run(daily(return_state=True))
     recorded = results_of(shop)
     for node, status in _statuses(results[0]).items():
-        # What passes in the moment when dbt stops is skipped in its results: it did run.
+        # A node that passes while dbt stops is skipped in dbt's results, although it ran.
         assert recorded[node] in (status, "skipped")
     assert recorded["seed.shop.orders"] == "error"
     assert "skipped" in recorded.values()
@@ -59,12 +59,12 @@ def test_fail_fast_stops_as_dbt_does(project: DbtProject, shop: Path, server: Se
     assert skipped == {node for node, status in _statuses(results[0]).items() if status == "skipped"}
 
 
-def test_a_profile_that_is_not_there(folder: Path) -> None:
+def test_missing_profile_is_an_error(folder: Path) -> None:
     with pytest.raises(DbtError, match=r"could not start .*Could not find profile named 'nowhere'.*Nothing was built"):
         use(folder, profile="nowhere").build()
 
 
-def test_an_option_that_is_not_there(small_project: DbtProject) -> None:
+def test_unknown_option_is_an_error(small_project: DbtProject) -> None:
     with pytest.raises(TypeError, match=r"Unknown option selct. Options are: select, exclude"):
         small_project.build(selct="days")  # type: ignore[call-arg]
     with pytest.raises(DbtError, match=r"dbt seed could not start .*No such option '--nowhere'"):
@@ -73,7 +73,7 @@ def test_an_option_that_is_not_there(small_project: DbtProject) -> None:
 
 @pytest.fixture
 def guest(postgres: str, query: Query) -> Iterator[dict[str, str]]:
-    """The environment of a user whom the server asks for a password, and who gives a wrong one."""
+    """Yield the environment of a database user with a wrong password."""
     [(file,)] = query("show hba_file")
     rules = Path(file).read_text()
     query("create role guest login password 'right'")
@@ -85,26 +85,26 @@ def guest(postgres: str, query: Query) -> Iterator[dict[str, str]]:
     query("drop role guest")
 
 
-def test_a_wrong_password(folder: Path, guest: dict[str, str]) -> None:
+def test_wrong_password_is_an_error_without_the_password(folder: Path, guest: dict[str, str]) -> None:
     with pytest.raises(DbtError, match='password authentication failed for user "guest"') as raised:
         DbtProject(folder, environment=lambda: guest).build()
     assert "letmein" not in str(raised.value)
 
 
-def test_a_connection_that_breaks_is_tried_again(folder: Path, query: Query, server: Server) -> None:
-    """The node alone, and what is behind it after it; never the whole run."""
+def test_node_is_retried_after_a_broken_connection(folder: Path, query: Query, server: Server) -> None:
+    """Only the node is retried. The node behind it follows once, and the flow run is not repeated."""
     project = use(folder, retries=1, retry_delay_seconds=0.5)
     hold(folder, "one", 1200)
     # Only the first attempt waits.
     replace(folder, "models/one.sql", "pg_sleep(1200)", "pg_sleep(1200) where nextval('public.attempts') = 1")
     query("create sequence public.attempts")
 
-    def break_it() -> None:
+    def break_connection() -> None:
         wait_until(
             lambda: query(f"select pg_terminate_backend(pid) from pg_stat_activity where {SLEEPING}"), "the model", 240
         )
 
-    breaker = threading.Thread(target=break_it)
+    breaker = threading.Thread(target=break_connection)
     breaker.start()
 
     @flow
@@ -117,18 +117,18 @@ def test_a_connection_that_breaks_is_tried_again(folder: Path, query: Query, ser
     run = server.run(state)
 
     task = server.nodes(run, 3)["model.small.one"]
-    attempts = {node: each["run_count"] for node, each in server.nodes(run, 3).items()}
+    attempts = {node: task_run["run_count"] for node, task_run in server.nodes(run, 3).items()}
     assert attempts == {"model.small.one": 2, "model.small.two": 1, "model.small.three": 1}
     lines = [line["message"] for line in server.logs(run) if line["task_run_id"] == task["id"]]
     assert any("Another attempt in 0.5 s." in line for line in lines)
 
 
-def test_a_database_that_is_gone_in_mid_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_database_that_stops_fails_the_running_node(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    # Not where pytest keeps its folders: another session that begins closes that to all but root.
+    # In no folder of pytest: a session that begins makes pytest's folders unreadable to all users but root.
     with (
-        tempfile.TemporaryDirectory() as own,
-        embedded_postgres(Path(own)) as url,
+        tempfile.TemporaryDirectory() as data_folder,
+        embedded_postgres(Path(data_folder)) as url,
         settings_of(WAREHOUSE_URL=url),
     ):
         folder = small(tmp_path / "small")
@@ -137,9 +137,9 @@ def test_a_database_that_is_gone_in_mid_run(tmp_path: Path, caplog: pytest.LogCa
         environment = warehouse.environment()
         project = DbtProject(folder, environment=lambda: environment, retries=1, retry_delay_seconds=0.2)
 
-        thread, caught = build_beside(project)
+        thread, caught = build_in_thread(project)
         wait_until(lambda: rows_of(url, f"select 1 from pg_stat_activity where {SLEEPING}"), "the model", 240)
-        wait_until(lambda: "OK created sql view model analytics.three" in caplog.text, "the model beside it", 240)
+        wait_until(lambda: "OK created sql view model analytics.three" in caplog.text, "the independent model", 240)
         os.kill(int((data / "postmaster.pid").read_text().splitlines()[0]), signal.SIGQUIT)
         thread.join(240)
         assert not thread.is_alive()
@@ -152,7 +152,7 @@ def test_a_database_that_is_gone_in_mid_run(tmp_path: Path, caplog: pytest.LogCa
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a disk that is full")
-def test_a_disk_that_is_full(folder: Path, query: Query) -> None:
+def test_full_disk_is_an_error_and_leaves_no_transaction(folder: Path, query: Query) -> None:
     target = folder / "target"
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "none", target], check=True)
     try:
@@ -165,9 +165,7 @@ def test_a_disk_that_is_full(folder: Path, query: Query) -> None:
     assert not use(folder).build().failed
 
 
-def test_artifacts_that_cannot_be_stored_are_said_and_disturb_nothing(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_artifacts_that_cannot_be_stored_are_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with settings_of(DBT_ARTIFACTS_URL="file:///dev/full/kept"):
         result = DbtProject(folder, environment=warehouse.environment).build(select="three")
     assert not result.failed

@@ -1,4 +1,4 @@
-"""Each node of a dbt command is a task run: on a real server, compared with what dbt itself wrote."""
+"""Each node of a dbt command is a task run: on a real server, compared with dbt's results."""
 
 import functools
 import shutil
@@ -19,7 +19,7 @@ from tests.orchestration.dbt.task_runs import Object, Server, results_of
 from tests.parts import Query, new_database, rows_of, wait_until
 
 
-def _assert_as_dbt_says(tasks: dict[str, Object], results: dict[str, str]) -> None:
+def _assert_states_match(tasks: dict[str, Object], results: dict[str, str]) -> None:
     states = {node: (task["state_type"], task["state_name"]) for node, task in tasks.items()}
     assert states == {node: STATES[status] for node, status in results.items()}
 
@@ -27,11 +27,11 @@ def _assert_as_dbt_says(tasks: dict[str, Object], results: dict[str, str]) -> No
 def test_every_kind_of_node_is_a_task_run(built: Built, server: Server) -> None:
     run = built.run
     tasks = server.nodes(run, NODES)
-    _assert_as_dbt_says(tasks, built.results)
+    _assert_states_match(tasks, built.results)
 
     names = {task["name"] for task in tasks.values()}
     assert {"clean_orders", "unit test · customer_totals.unpaid_is_zero", "unique · order_log.id"} <= names
-    # The project's own name of a test, and a model's version.
+    # Names that the project gives to tests.
     assert {
         "only_germans · clean_customers.country",
         "not_null · raw.visits.id",
@@ -45,7 +45,7 @@ def test_every_kind_of_node_is_a_task_run(built: Built, server: Server) -> None:
     assert sum(map(len, parents.values())) > NODES / 2
     for node, above in parents.items():
         assert all(by_id[parent]["end_time"] <= tasks[node]["start_time"] for parent in above)
-    # Through an ephemeral model, which is no task run.
+    # The parent is above an ephemeral model, which has no task run.
     assert tasks["model.shop.clean_customers"]["id"] in parents["model.shop.german_names"]
 
     seed = tasks["seed.shop.orders"]
@@ -60,7 +60,7 @@ def test_every_kind_of_node_is_a_task_run(built: Built, server: Server) -> None:
 
 
 class Broken(NamedTuple):
-    """A build that met all of `FAULTS`, in a flow, the next one after a build without a failure."""
+    """Holds what a build with all of `FAULTS` left. The build before it had no failure."""
 
     folder: Path
     run: str
@@ -69,14 +69,14 @@ class Broken(NamedTuple):
     """The flow run's state."""
     result: DbtResult
     results: dict[str, str]
-    """dbt's statuses, as dbt wrote them."""
+    """dbt's statuses by node, from run_results.json."""
     tables: dict[str, Any]
-    """The rows that it left."""
+    """The rows that the build left, by table."""
 
 
 @pytest.fixture(scope="module")
 def broken(built: Built, postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Broken:
-    """That build."""
+    """Build the project with all of `FAULTS` in a flow."""
     folder = shutil.copytree(built.folder, tmp_path_factory.mktemp("broken") / "shop")
     shutil.copytree(f"{built.folder}.kept", f"{folder}.kept")
     for fault in FAULTS.values():
@@ -105,10 +105,10 @@ def test_nodes_fail_as_on_dbts_command_line(broken: Broken, database: str, query
     assert broken.tables == tables(query)
 
 
-def test_a_failure_and_what_it_keeps_from_running(broken: Broken, server: Server) -> None:
+def test_skipped_nodes_name_the_failure(broken: Broken, server: Server) -> None:
     assert broken.state.is_failed()
     tasks = server.nodes(broken.run, len(broken.results))
-    _assert_as_dbt_says(tasks, broken.results)
+    _assert_states_match(tasks, broken.results)
     because = {task["name"]: task["state"]["message"] for task in tasks.values() if task["state_name"] == "Skipped"}
     assert because == {
         "large_countries": "Skipped, because countries failed.",
@@ -118,7 +118,7 @@ def test_a_failure_and_what_it_keeps_from_running(broken: Broken, server: Server
     }
 
 
-def test_a_failing_test_shows_its_sql_and_rows(broken: Broken, server: Server) -> None:
+def test_failing_test_shows_its_sql_and_rows(broken: Broken, server: Server) -> None:
     tasks = server.nodes(broken.run, len(broken.results))
 
     def shown(fault: str) -> str:
@@ -133,7 +133,7 @@ def test_a_failing_test_shows_its_sql_and_rows(broken: Broken, server: Server) -
     assert "```sql" in server.artifacts(broken.run)["dbt-build"]["data"]
 
 
-def test_the_summary_says_what_changed(broken: Broken, built: Built, server: Server) -> None:
+def test_summary_has_the_changes_since_the_last_run(broken: Broken, built: Built, server: Server) -> None:
     def summary(run: str) -> str:
         [found] = [line["message"] for line in server.logs(run) if "critical path" in line["message"]]
         return str(found)
@@ -144,7 +144,7 @@ def test_the_summary_says_what_changed(broken: Broken, built: Built, server: Ser
     assert fails.endswith(f" and {len(FAULTS) - 5} more")
 
 
-def test_another_attempt_does_only_what_is_left(project: DbtProject, shop: Path, server: Server) -> None:
+def test_retry_runs_only_the_remaining_nodes(project: DbtProject, shop: Path, server: Server) -> None:
     whole = (shop / "models").rglob("clean_customers.sql")
     (model,) = whole
     right = model.read_text()
@@ -172,11 +172,11 @@ def test_another_attempt_does_only_what_is_left(project: DbtProject, shop: Path,
         tasks = server.get("task_runs", server.run(state))
         return {task["task_key"] for task in tasks if task["state_name"] == "Cached"}
 
-    # Each has an end since the first attempt, so that these do not tell whether the second one's are recorded.
+    # All task runs have an end since the first attempt, so an end does not show that the second attempt is recorded.
     wait_until(lambda: cached() == expected, "the nodes that were reused", 240)
 
 
-def test_another_attempt_with_other_inputs_does_all_of_it(small_project: DbtProject, folder: Path) -> None:
+def test_retry_with_other_inputs_runs_all_nodes(small_project: DbtProject, folder: Path) -> None:
     results: list[DbtResult] = []
 
     @flow(retries=1)
@@ -188,7 +188,7 @@ def test_another_attempt_with_other_inputs_does_all_of_it(small_project: DbtProj
     assert [len(result.reused) for result in results] == [0, 0]
 
 
-def test_what_is_built_is_an_asset_with_its_lineage(broken: Broken, server: Server) -> None:
+def test_built_relation_is_an_asset_with_its_lineage(broken: Broken, server: Server) -> None:
     address = f"postgres://{DATABASE}/analytics/{{}}".format
     at_work = {
         node
@@ -196,24 +196,28 @@ def test_what_is_built_is_an_asset_with_its_lineage(broken: Broken, server: Serv
         if node.startswith(("model.", "seed.", "snapshot.")) and status in ("success", "error")
     }
 
-    def told() -> list[Object]:
-        """The server's events, all of them: it writes down what it is sent some time later."""
+    def all_events() -> list[Object]:
+        """Return the events once all are recorded, as the server records them with a delay."""
         events = server.events(broken.run, "prefect.asset.")
         ends = [event for event in events if "referenced" not in event["event"]]
         return events if len(ends) == len(at_work) else []
 
-    events = wait_until(told, f"events of {len(at_work)} assets", 240)
+    events = wait_until(all_events, f"events of {len(at_work)} assets", 240)
     built = {event["resource"]["prefect.resource.id"]: event for event in events if "succeeded" in event["event"]}
     failed = {event["resource"]["prefect.resource.id"] for event in events if "failed" in event["event"]}
     seen = {event["resource"]["prefect.resource.id"] for event in events if "referenced" in event["event"]}
     assert failed == {address("countries"), address("german_names"), address("customer_history")}
     totals = built[address("customer_totals")]
-    above = {each["prefect.resource.id"] for each in totals["related"] if each["prefect.resource.role"] == "asset"}
+    above = {
+        related["prefect.resource.id"] for related in totals["related"] if related["prefect.resource.role"] == "asset"
+    }
     assert above == {address("clean_customers"), address("paid_orders")}
     assert address("visits") in seen  # a source
 
 
-def test_packages_and_a_profile_of_the_users_own(folder: Path, tmp_path: Path, query: Query, tiny: Tiny) -> None:
+def test_project_with_packages_and_another_profile_is_built(
+    folder: Path, tmp_path: Path, query: Query, tiny: Tiny
+) -> None:
     package = tmp_path / "package"
     (package / "models").mkdir(parents=True)
     (package / "dbt_project.yml").write_text("name: extra\nversion: '1.0'\n")

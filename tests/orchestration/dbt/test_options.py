@@ -1,4 +1,4 @@
-"""What the options of a command are to dbt, and what of a failing test's rows is shown."""
+"""Options on dbt's command line, files that read the connection, and the sample of a failing test's rows."""
 
 import datetime
 import decimal
@@ -35,8 +35,8 @@ _JSON = strategies.recursive(
 @hypothesis.settings(max_examples=examples(2))
 @hypothesis.given(variables=strategies.dictionaries(strategies.text(), _JSON, min_size=1))
 @hypothesis.example(variables={"large": 1e16, "small": 1e-7, "day": "2024-01-01", "no": "no", "octal": "010"})
-def test_vars_reach_dbt_as_they_are(variables: Mapping[str, Any]) -> None:
-    """dbt reads them as YAML, in which JSON's `1e+16` is a text."""
+def test_vars_reach_dbt_unchanged(variables: Mapping[str, Any]) -> None:
+    """dbt reads vars as YAML, in which JSON's `1e+16` is a string."""
     option, text = command_line_arguments({"vars": variables})
     assert option == "--vars"
     found = yaml.safe_load(text)
@@ -44,8 +44,8 @@ def test_vars_reach_dbt_as_they_are(variables: Mapping[str, Any]) -> None:
     assert json.dumps(found, sort_keys=True) == json.dumps(variables, sort_keys=True)
 
 
-def test_flags_that_are_a_text_are_refused_with_the_list_that_is_meant(tmp_path: Path) -> None:
-    """Each of its letters would be an option of dbt's."""
+def test_flags_as_a_string_are_refused_with_the_correct_list(tmp_path: Path) -> None:
+    """As a sequence, each letter of the string would be an option."""
     with pytest.raises(
         DbtError, match=r"flags is a string, '--fail-fast -s a'. Give a list, like \['--fail-fast', '-s'"
     ):
@@ -76,7 +76,7 @@ NO_JSON: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", NO_JSON)
-def test_vars_that_are_no_json_are_refused_by_name(name: str, tmp_path: Path) -> None:
+def test_vars_that_json_lacks_are_refused_by_name(name: str, tmp_path: Path) -> None:
     variables, what = NO_JSON[name]
     with pytest.raises(DbtError) as raised:
         DbtProject(tmp_path).build(vars=variables)
@@ -91,7 +91,7 @@ def test_vars_that_are_no_json_are_refused_by_name(name: str, tmp_path: Path) ->
      "functions/who.js"],
 )  # fmt: skip
 def test_file_that_reads_the_connection_is_found(name: str, tmp_path: Path) -> None:
-    """In each kind of file whose Jinja dbt renders; a parse that was made for another host does not hold then."""
+    """In each kind of file whose Jinja dbt renders. A parse for another host does not hold for such a project."""
     project = types.SimpleNamespace(project_root=str(tmp_path), all_source_paths=["models", "functions"])
     for file, text in (("dbt_project.yml", "name: who"), ("models/other.sql", "{{ target.schema }}"), (name, "1")):
         (tmp_path / file).parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""dbt as a child process: what comes back, and what becomes of it when something dies."""
+"""dbt as a child process: the results of nodes, and the death of flow or child."""
 
 import contextlib
 import signal
@@ -18,22 +18,22 @@ from orchestration.errors import DbtError
 from tests.orchestration.dbt import versions
 from tests.orchestration.dbt.conftest import use
 from tests.orchestration.dbt.projects import hold, replace, small
-from tests.orchestration.dbt.task_runs import build_beside
+from tests.orchestration.dbt.task_runs import build_in_thread
 from tests.parts import Query, wait_until
 
 
 @pytest.fixture
 def project(folder: Path) -> Iterator[DbtProject]:
-    """A project of three models, parsed and not built, with a child of a real interpreter."""
+    """Yield a project of three models, parsed and not built, whose child is a real interpreter."""
     project = use(folder, python=versions.tested())
     yield project
     project.close()
 
 
-def test_every_node_comes_back_with_its_outcome(
+def test_build_returns_each_node_with_its_outcome(
     tmp_path: Path, database: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of a project that is not parsed yet, whose macros print; the next run parses only what changed."""
+    """The project is not parsed yet, and its macros print. The next run parses only changed files."""
     caplog.set_level("INFO")
     folder = small(tmp_path / "small")
     replace(folder, "models/one.sql", "select", '{{ print(\'{"event": "result"}\') }}select')
@@ -58,7 +58,7 @@ def test_every_node_comes_back_with_its_outcome(
     assert "Unable to do partial parsing" not in caplog.text
 
 
-def test_a_failed_node_and_what_was_skipped_behind_it(small_project: DbtProject, folder: Path) -> None:
+def test_error_names_the_failed_node_and_counts_skipped_nodes(small_project: DbtProject, folder: Path) -> None:
     (folder / "models" / "one.sql").write_text("select 1 as id from nowhere")
     with pytest.raises(DbtError) as raised:
         small_project.build()
@@ -73,8 +73,8 @@ def test_a_failed_node_and_what_was_skipped_behind_it(small_project: DbtProject,
 
 
 @pytest.mark.skipif(versions.minor() < (1, 12), reason="dbt 1.12 brought on_error")
-def test_skipped_node_names_the_failure_that_stopped_it(small_project: DbtProject, folder: Path) -> None:
-    """And none that dbt was told to pass over."""
+def test_skipped_node_names_the_failure_that_dbt_did_not_pass_over(small_project: DbtProject, folder: Path) -> None:
+    """A failure with `on_error: continue` is not named."""
     (folder / "models" / "one.sql").write_text("{{ config(on_error='continue') }} select 1 as id from nowhere")
     (folder / "models" / "three.sql").write_text("select 3 as id from nowhere")
     (folder / "models" / "four.sql").write_text("select * from {{ ref('one') }}, {{ ref('three') }}")
@@ -83,7 +83,7 @@ def test_skipped_node_names_the_failure_that_stopped_it(small_project: DbtProjec
     assert [(node.name, node.because) for node in result.skipped] == [("four", "model.small.three")]
 
 
-def test_many_failures_are_counted_and_the_first_five_told() -> None:
+def test_error_names_the_first_five_failures_and_counts_the_rest() -> None:
     failed = [
         Node(f"model.small.bad_{number}", f"bad_{number}", f"bad_{number}", "model", f"models/bad_{number}.sql",
              status="error", message=f"Database Error in model bad_{number}\n  relation does not exist")
@@ -95,13 +95,13 @@ def test_many_failures_are_counted_and_the_first_five_told() -> None:
     assert "; and 2 more. Built, each whole and up to date: nothing." in error
 
 
-def test_a_project_that_is_not_there_is_an_error(tmp_path: Path, database: str) -> None:
+def test_missing_project_is_an_error(tmp_path: Path, database: str) -> None:
     (small(tmp_path) / "dbt_project.yml").unlink()
     with pytest.raises(DbtError, match=r"could not start on .*dbt_project\.yml"):
         DbtProject(tmp_path, environment=warehouse.environment).build()
 
 
-def test_jinja_that_is_broken_is_an_error_with_file_line_and_text(small_project: DbtProject, folder: Path) -> None:
+def test_error_of_broken_jinja_has_file_line_and_text(small_project: DbtProject, folder: Path) -> None:
     (folder / "models" / "three.sql").write_text("select\n  {{ 3 as id")
     with pytest.raises(DbtError, match=r"could not start .*models/three\.sql.*Nothing was built") as raised:
         small_project.build()
@@ -109,8 +109,8 @@ def test_jinja_that_is_broken_is_an_error_with_file_line_and_text(small_project:
     assert "{{ 3 as id" in str(raised.value)
 
 
-def test_a_warm_process_is_used_once(project: DbtProject) -> None:
-    """And ends with the project where no command used it."""
+def test_warm_process_is_used_once(project: DbtProject) -> None:
+    """A process that no command used ends with the project."""
     project.warm()
     used = project._warm_process
     assert used is not None
@@ -127,7 +127,7 @@ def test_a_warm_process_is_used_once(project: DbtProject) -> None:
     assert not unused.is_running()
 
 
-def test_a_warm_process_that_died_is_replaced(project: DbtProject) -> None:
+def test_dead_warm_process_is_replaced(project: DbtProject) -> None:
     project.warm()
     assert project._warm_process is not None
     project._warm_process._process.kill()
@@ -135,8 +135,8 @@ def test_a_warm_process_that_died_is_replaced(project: DbtProject) -> None:
     assert project.build(select="three").error() is None
 
 
-def test_two_at_once_in_one_folder_do_not_mix(small_project: DbtProject, folder: Path, query: Query) -> None:
-    query("create schema analytics")  # which Postgres refuses to one of two that make it at once
+def test_concurrent_builds_in_one_folder_do_not_mix(small_project: DbtProject, folder: Path, query: Query) -> None:
+    query("create schema analytics")  # Postgres refuses one of two concurrent creations
     (folder / "target" / ".run-killed").mkdir(parents=True)
     names: dict[str, list[str]] = {}
 
@@ -161,12 +161,12 @@ def _sleeping(query: Query) -> int:
 
 @pytest.fixture
 def slow(folder: Path) -> Path:
-    """The project with a model that takes longer than the test waits for its end."""
+    """Return the project with a model that takes longer than the test waits for its end."""
     hold(folder, "one", 1200)
     return folder
 
 
-def _build_elsewhere(folder: Path) -> "subprocess.Popen[bytes]":
+def _build_in_process(folder: Path) -> "subprocess.Popen[bytes]":
     code = (
         "import sys; from pathlib import Path\n"
         "from orchestration import warehouse; from orchestration.dbt import *\n"
@@ -176,9 +176,9 @@ def _build_elsewhere(folder: Path) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
 
-def test_when_the_flow_is_interrupted_its_dbt_and_its_sql_end(slow: Path, query: Query) -> None:
-    """Of a flow that is killed, see `test_ends`."""
-    flow = _build_elsewhere(slow)
+def test_interrupted_flow_ends_its_dbt_and_its_sql(slow: Path, query: Query) -> None:
+    """`test_ends` has the killed flow."""
+    flow = _build_in_process(slow)
     wait_until(lambda: _sleeping(query) == 1, "the model", 240)
     [dbt] = psutil.Process(flow.pid).children()
     flow.send_signal(signal.SIGINT)
@@ -187,13 +187,13 @@ def test_when_the_flow_is_interrupted_its_dbt_and_its_sql_end(slow: Path, query:
     wait_until(lambda: not dbt.is_running(), "the end of dbt", 240)
 
 
-def test_when_dbt_dies_the_flow_is_told(slow: Path, query: Query) -> None:
+def test_death_of_dbt_is_an_error_in_the_flow(slow: Path, query: Query) -> None:
     project = use(slow, python=versions.tested())
-    thread, caught = build_beside(project)
+    thread, caught = build_in_thread(project)
     wait_until(lambda: _sleeping(query) == 1, "the model", 240)
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.ZombieProcess):
-            # The process that forks dbt for other tests has the file among its arguments too.
+            # The process that forks dbt for other tests has the folder among its arguments too.
             if child.cmdline()[-1:] == [str(CHILD)]:
                 child.kill()
     thread.join()

@@ -1,4 +1,4 @@
-"""The projects that tests use are what they say."""
+"""The dbt projects of the tests have the promised nodes and outcomes."""
 
 import json
 import random
@@ -12,7 +12,7 @@ from tests.orchestration.dbt.conftest import Built
 from tests.orchestration.dbt.projects import FAULTS, FUNCTIONS, NODES, OUTCOMES, every_kind, fast, hold, random_dag
 
 
-def test_a_clean_build_ends_as_it_says(built: Built) -> None:
+def test_clean_build_has_the_expected_outcomes(built: Built) -> None:
     assert Counter((node.split(".")[0], status) for node, status in built.results.items()) == OUTCOMES
     assert len(built.results) == NODES
     warned = sorted(unique_id.split(".")[2] for unique_id, status in built.results.items() if status == "warn")
@@ -41,12 +41,12 @@ def test_every_resource_type_is_in_the_project(built: Built) -> None:
     assert {model["version"] for model in models} == {None, 1, 2}
     assert [model["name"] for model in models if model["config"]["contract"]["enforced"]] == ["customer_totals"]
     assert list(manifest["disabled"]) == ["model.shop.retired"]
-    # Only the nodes that run have a result: an ephemeral model has none, nor have an analysis and a source.
+    # Only nodes that run have a result: not an ephemeral model, an analysis or a source.
     executed = {resource["unique_id"] for resource in own} & set(built.results)
     assert executed == set(built.results)
 
 
-def test_what_a_build_left_can_be_compared(built: Built) -> None:
+def test_tables_of_a_build_can_be_compared(built: Built) -> None:
     assert built.tables["analytics.large_countries"] == [("DE", 2)]
     assert built.tables["analytics.customer_history"][0] == (1, "Ada", "gold")
     assert built.tables["analytics.visits"][0] == (1, 2)
@@ -54,7 +54,7 @@ def test_what_a_build_left_can_be_compared(built: Built) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_an_edit_of_one_file(fault: str, tmp_path: Path) -> None:
+def test_fault_edits_one_file(fault: str, tmp_path: Path) -> None:
     before = _files(every_kind(tmp_path))
     FAULTS[fault].inject(tmp_path)
     assert [name for name, content in _files(tmp_path).items() if content != before[name]] == [FAULTS[fault].file]
@@ -68,7 +68,7 @@ def _rng(seed: int) -> random.Random:
     return random.Random(seed)  # noqa: S311 - the same each time
 
 
-def test_a_random_graph_is_its_rngs(tmp_path: Path) -> None:
+def test_same_seed_gives_the_same_random_graph(tmp_path: Path) -> None:
     one, same, other = (
         _files(random_dag(tmp_path / name, _rng(seed), 30)) for name, seed in (("one", 1), ("same", 1), ("other", 2))
     )
@@ -77,7 +77,7 @@ def test_a_random_graph_is_its_rngs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("nodes", [20, 300, 1000])
-def test_the_fast_project_has_its_size(tmp_path: Path, nodes: int) -> None:
+def test_fast_project_has_the_requested_nodes(tmp_path: Path, nodes: int) -> None:
     files = _files(fast(tmp_path / "fast", nodes))
     models = json.loads(files["models/models.yml"])["models"]
     tests = [test for model in models for column in model["columns"] for test in column["data_tests"]]
@@ -87,7 +87,7 @@ def test_the_fast_project_has_its_size(tmp_path: Path, nodes: int) -> None:
     assert max(parents) == 4 if nodes > 20 else max(parents) > 0
 
 
-def test_a_model_is_held_and_let_go(tmp_path: Path) -> None:
+def test_model_is_held_and_released(tmp_path: Path) -> None:
     project = fast(tmp_path / "fast", 20)
     before = _files(project)
     hold(project, "amber_0", 0.5)

@@ -1,4 +1,4 @@
-"""Random graphs with random failures: every node ends as dbt's command line says."""
+"""Random graphs with random failures: each node ends as on dbt's command line."""
 
 import os
 import random
@@ -16,11 +16,11 @@ from tests.orchestration.dbt.task_runs import Server
 from tests.parts import Query
 
 GRAPHS = 50 if LONG else 1
-"""Random ones, after one that is the same each time."""
+"""Random graphs, in addition to one that is the same each time."""
 
 
 def _assert_as_on_the_command_line(folder: Path, query: Query, server: Server, tiny: Tiny) -> set[str]:
-    """Build the project in both ways; dbt's statuses."""
+    """Build the project in both ways and compare; return dbt's statuses."""
     _, expected = command_line(folder, "build", environment=warehouse.environment(), dbt=tiny.dbt)
     expected_tables = tables(query)
     query("drop schema if exists analytics cascade")
@@ -40,15 +40,17 @@ def _assert_as_on_the_command_line(folder: Path, query: Query, server: Server, t
     return set(expected.values())
 
 
-def test_a_graph_with_all_outcomes(tmp_path: Path, database: str, query: Query, server: Server, tiny: Tiny) -> None:
+def test_fixed_graph_has_all_outcomes(tmp_path: Path, database: str, query: Query, server: Server, tiny: Tiny) -> None:
     folder = random_dag(tmp_path / "random", random.Random(3), nodes=40)  # noqa: S311 - the same each time
     outcomes = _assert_as_on_the_command_line(folder, query, server, tiny)
     assert outcomes == {"success", "error", "skipped", "pass", "fail", "warn"}
 
 
 @pytest.mark.parametrize("graph", range(GRAPHS))
-def test_random_graphs(graph: int, tmp_path: Path, database: str, query: Query, server: Server, tiny: Tiny) -> None:
-    """The same graph again: `RANDOM_SEED=`, which the folder's name has."""
+def test_random_graph_ends_as_on_the_command_line(
+    graph: int, tmp_path: Path, database: str, query: Query, server: Server, tiny: Tiny
+) -> None:
+    """`RANDOM_SEED` repeats a graph; the folder's name has the seed."""
     seed = int(os.environ.get("RANDOM_SEED", random.SystemRandom().randrange(10**6)))
     chance = random.Random(seed)  # noqa: S311 - a graph, no secret
     folder = random_dag(tmp_path / f"seed_{seed}", chance, nodes=chance.randrange(5, 40))

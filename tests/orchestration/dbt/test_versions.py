@@ -1,4 +1,4 @@
-"""A part of the contract with each version of dbt that is tested; the others than the locked have their environments.
+"""A part of the contract with each tested version of dbt. All but the locked version have separate environments.
 
 `TEST_DBT=1.10 pytest tests/orchestration/dbt` runs all tests of this folder with another version.
 """
@@ -25,7 +25,7 @@ from tests.parts import wait_until
 OTHERS = [version for version in versions.VERSIONS if version != ".".join(map(str, versions.minor()))]
 
 
-def test_newest_tested_dbt_is_the_locked_one_and_the_docs_list_each() -> None:
+def test_docs_list_each_tested_dbt_and_the_newest_is_locked() -> None:
     locked = {each["name"]: each["version"] for each in tomllib.loads((ROOT / "uv.lock").read_text())["package"]}
     newest = max(versions.VERSIONS, key=lambda version: int(version.split(".")[1]))
     assert versions.VERSIONS[newest] == tuple(f"{name}=={locked[name]}" for name in ("dbt-core", "dbt-postgres"))
@@ -44,7 +44,7 @@ def test_every_status_of_dbt_has_a_state(version: str) -> None:
 
 
 def test_unknown_status_is_neither_failed_nor_done(folder: Path, tmp_path: Path, tiny: Tiny, server: Server) -> None:
-    """Of a later dbt, which a filter of the child's output stands for: the next attempt runs the node again."""
+    """The next attempt runs the node again. A filter of the child's output simulates a later dbt."""
     python = tmp_path / "later-dbt"
     as_later = r's/("id": "model.small.three", "status": )"success"/\1"postponed"/'
     python.write_text(f"#!/bin/sh\n'{tiny.python}' \"$@\" | sed --unbuffered --regexp-extended '{as_later}'\n")
@@ -71,8 +71,8 @@ def test_unknown_status_is_neither_failed_nor_done(folder: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize("version", OTHERS)
-def test_states_are_those_of_another_dbt(version: str, shop: Path, server: Server) -> None:
-    """Of every kind of node that the version has."""
+def test_another_dbt_has_the_same_states(version: str, shop: Path, server: Server) -> None:
+    """For every kind of node that the version has."""
     if version == "1.10" and FUNCTIONS:
         without_functions(shop)
     replace(shop, "models/models.yml", "values: [gold, silver]", "values: [gold]")
@@ -94,7 +94,7 @@ def test_states_are_those_of_another_dbt(version: str, shop: Path, server: Serve
     assert f"dbt-core=={written['metadata']['dbt_version']}" in versions.VERSIONS[version]
     first, second = attempts
     assert first[failure] == "fail"
-    # The corrected test has another id, as that has its values in it.
+    # The corrected test has another id, because the id contains the values.
     left = {node for node, status in first.items() if status in ("fail", "skipped")} - {failure}
     assert left < {node for node in second if not node.startswith("operation.")}
     assert state.is_completed(), state.message
@@ -102,7 +102,7 @@ def test_states_are_those_of_another_dbt(version: str, shop: Path, server: Serve
     expected |= {node: STATES[status] for node, status in second.items()}
 
     def as_expected() -> bool:
-        # All had ended in the first attempt: the server writes down what came later a moment later.
+        # All task runs ended in the first attempt. The server records their new states with a delay.
         tasks = server.nodes(server.run(state), len(expected))
         return {node: (task["state_type"], task["state_name"]) for node, task in tasks.items()} == expected
 

@@ -1,6 +1,7 @@
 """The versions of dbt that are tested.
 
-The tests of this folder run the locked one. `TEST_DBT=1.10` names another, whose environment is made once.
+The tests of this folder use the locked version. `TEST_DBT=1.10` selects another version, whose environment is made
+once.
 """
 
 import functools
@@ -24,7 +25,7 @@ _LOCKED = importlib.metadata.version("dbt-core")
 
 @functools.cache
 def python_of(version: str) -> Path:
-    """Return the interpreter of an environment with a dbt, which is made if it is neither this one nor in the cache.
+    """Return the interpreter of an environment with a dbt: this environment, a cached one or a new one.
 
     Args:
         version: a minor version of `VERSIONS`, or a release of dbt-core.
@@ -36,7 +37,7 @@ def python_of(version: str) -> Path:
 
 
 def tested() -> Path:
-    """Return the interpreter with the dbt that this run of the tests is about."""
+    """Return the interpreter with the dbt that the tests use."""
     return python_of(os.environ.get("TEST_DBT") or _LOCKED)
 
 
