@@ -339,9 +339,8 @@ def _killed_in_its_transaction(query: Query, seconds: float) -> bool:
         process.send_signal(signal.SIGSTOP)  # a stopped process sends nothing, so an open transaction stays open
         statements = query(LOADING)
         process.kill()
-    return (
-        process.returncode == -signal.SIGKILL and bool(statements) and not statements[0][0].lower().startswith("commit")
-    )
+    was_open = bool(statements) and not statements[0][0].lower().startswith("commit")
+    return process.returncode == -signal.SIGKILL and was_open
 
 
 def test_load_killed_at_a_random_moment_of_its_transaction_changes_nothing(query: Query) -> None:

@@ -54,9 +54,8 @@ def serve(path: str, child: str, dbts: str) -> None:
                 server.close()
                 _run(client)
             client.close()
-            with contextlib.suppress(
-                ChildProcessError
-            ):  # reaps ended forks, so that their time counts as this process's
+            # Reap ended forks, so that their time counts as this process's.
+            with contextlib.suppress(ChildProcessError):
                 while os.waitpid(-1, os.WNOHANG)[0]:
                     pass
 
