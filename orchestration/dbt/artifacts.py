@@ -20,7 +20,7 @@ from orchestration.errors import DbtError
 FILES = ("manifest.json", "run_results.json", "sources.json", "catalog.json", "index.html", "dbt.log")
 
 KEPT_COMMANDS = 30
-"""How many commands of a project are kept, besides each target's last good build. A new command deletes older ones."""
+"""How many commands of a project are kept, in addition to each target's last good build. A new command prunes."""
 
 _STATE_FILES = ("manifest.json", "run_results.json", "sources.json")
 
@@ -150,7 +150,7 @@ class Artifacts:
 
 
 class StoredCommand:
-    """A command whose artifacts are stored.
+    """Holds the nodes and options of a command whose artifacts are stored.
 
     Args:
         command: dbt's command.

@@ -18,11 +18,11 @@ EXIT_TIMEOUT_SECONDS = 4.0
 """How long the process may take to end after an interrupt; it cancels its SQL within 2.5 s."""
 
 TASK_POLL_SECONDS = 0.5
-"""How often a build in a task's thread looks whether its flow ends."""
+"""How often a build in a task's thread checks whether its flow ends."""
 
 
 class DbtProcess:
-    """A process that has imported dbt and runs one command.
+    """Starts the child process, sends its one command, reads its events and ends it.
 
     Args:
         python: the interpreter of the environment that dbt is installed in.

@@ -49,7 +49,7 @@ TRANSIENT_ERRORS = (
 
 
 class DbtProject:
-    """A dbt project that flows run.
+    """Runs the commands of a dbt project in flows.
 
     Args:
         path: the folder with dbt_project.yml.

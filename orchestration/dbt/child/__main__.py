@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 PACKAGE = "orchestration_dbt_child"
-"""No name with `dbt_`: dbt imports every module of such a name as a plugin."""
+"""Name of the package with `command.py`. Not `dbt_...`: dbt imports top-level modules of such names as plugins."""
 
 
 def load_package(folder: Path) -> None:
