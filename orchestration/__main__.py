@@ -226,23 +226,24 @@ async def _watch(options: argparse.Namespace) -> int:
 
 
 async def _runs(options: argparse.Namespace) -> int:
-    from orchestration.inspection import timeline
+    from orchestration.inspection import output, unfinished_runs
     from orchestration.prefect_api import connected
 
     async with connected() as api:
-        found = await timeline.under_way(api, stuck=options.stuck)
-    timeline.show_runs(found, as_json=options.json)
+        found = await unfinished_runs.read_unfinished_runs(api, stuck=options.stuck)
+    output.print_runs(found, as_json=options.json)
     return DIFFERS if found and options.stuck else NOTHING
 
 
 async def _why(options: argparse.Namespace) -> int:
-    from orchestration.inspection import timeline
+    from orchestration.inspection import output, run_diagnosis, timeline
     from orchestration.prefect_api import connected
 
     async with connected() as api:
-        run = await timeline.named(api, options.run)
-        moments, found = await timeline.timeline(api, run), await timeline.diagnosis(api, run)
-    timeline.show(moments, found, as_json=options.json)
+        run = await timeline.find_run(api, options.run)
+        entries = await timeline.read_timeline(api, run)
+        diagnosis = await run_diagnosis.diagnose_run(api, run)
+    output.print_timeline(entries, diagnosis, as_json=options.json)
     return NOTHING
 
 

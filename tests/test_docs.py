@@ -292,14 +292,14 @@ def test_page_of_events_has_every_event() -> None:
     page = _page("events")
     of_states = {*_states_of_actions(), protocol.CLAIM_LOST}
     events = {f"{STATE_EVENT_PREFIX}{each.lower()}" for each in of_states}
-    events |= {f"{POD_EVENT_PREFIX}{each}" for each in timeline.PHASES}
+    events |= {f"{POD_EVENT_PREFIX}{each}" for each in timeline.POD_PHASES}
     events |= {
         GIVEN_UP_EVENT,
         protocol.POD_ENDED_EVENT,
         watch.DRIFTED,
         watch.RESTORED,
-        timeline.SUBMITTED,
-        timeline.EXECUTED,
+        timeline.RUN_SUBMITTED_EVENT,
+        timeline.RUN_EXECUTED_EVENT,
     }
     assert [each for each in sorted(events) if f"`{each}`" not in page] == []
 

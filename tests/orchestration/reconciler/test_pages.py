@@ -15,7 +15,7 @@ from orchestration.reconciler import kubernetes_client as kubernetes
 from orchestration.reconciler.loop import MANY, _runs, _still
 from orchestration.reconciler.model import Run
 from tests.cluster.namespace import RESTRICTED, Namespace, proxied
-from tests.orchestration.inspection.test_timeline import Pool
+from tests.orchestration.inspection.work_pool import WorkPool
 from tests.parts import client_of
 
 
@@ -23,7 +23,7 @@ from tests.parts import client_of
 def test_all_runs_of_a_pool_are_read(prefect_server: str, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(prefect_api, "PAGE", 2)
     with client_of(prefect_server) as client:
-        pool = Pool(client)
+        pool = WorkPool(client)
         made = {pool.run({"type": "RUNNING"})["id"] for _ in range(number)}
 
     async def read() -> list[str]:
@@ -38,7 +38,7 @@ def test_all_runs_of_a_pool_are_read(prefect_server: str, monkeypatch: pytest.Mo
 
 def test_steady_runs_are_counted_and_only_those_read_that_changed(prefect_server: str) -> None:
     with client_of(prefect_server) as client:
-        pool = Pool(client)
+        pool = WorkPool(client)
         made = [pool.run({"type": "RUNNING"})["id"] for _ in range(4)]
         beside = pool.run({"type": "RUNNING"})["id"]
 
