@@ -273,7 +273,7 @@ async def _reconcile(options: argparse.Namespace) -> int:
     await loop.reconcile(
         options.pool,
         options.namespace,
-        Policy(pending=options.pending, capacity=options.capacity),
+        Policy(pending_seconds=options.pending, capacity_seconds=options.capacity),
         every=options.every,
         port=options.port,
         wait=options.wait,

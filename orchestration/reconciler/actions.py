@@ -1,4 +1,4 @@
-"""Carries out decisions. Each action is idempotent, and is done only if the run is still in the state that was read."""
+"""Carries out actions. Each action is idempotent, and is skipped if the run has left the state that was read."""
 
 import random
 from datetime import datetime, timedelta
@@ -52,7 +52,7 @@ async def carry_out(server: Server, cluster: Cluster, action: Action, pods: list
         PipelineError: server or cluster do not answer, or refuse. The next round decides again.
     """
     if isinstance(action, Stop):
-        await cluster.stop(action.job, action.grace)
+        await cluster.delete_job(action.job, action.grace)
         return f"Job {action.job} deleted: {action.sentence}"
     run = action.run
     found = await server.ask("GET", f"/flow_runs/{run.id}", absent=True)
@@ -61,28 +61,28 @@ async def carry_out(server: Server, cluster: Cluster, action: Action, pods: list
     if isinstance(action, Adopt):
         body = {"infrastructure_pid": f"{cluster.namespace}:{action.job}"}
         await server.ask("PATCH", f"/flow_runs/{run.id}", body)
-        return f"run {run.name}: its Job is {action.job}, which no worker had recorded"
+        return f"run {run.name}: its Job is {action.job}, which its worker did not record"
     if isinstance(action, Explain):
-        return await _set_state(server, run, "PENDING", action.word, action.sentence)
+        return await _set_state(server, run, "PENDING", action.state, action.sentence)
     if isinstance(action, GiveAway):
-        if not Run.read(found).is_of(await cluster.identities(), cluster.namespace):
+        if not Run.read(found).belongs_to(await cluster.identities(), cluster.namespace):
             return ""  # a worker of another cluster has marked the run since
         return await _set_state(server, run, "PENDING", CLAIM_LOST, action.sentence)
     if isinstance(action, Unclaim):
         # Read again: the Jobs of this round may have been read before the claim was given away.
-        if await cluster.has_job(run.id):
+        if await cluster.has_unfinished_job(run.id):
             return ""
         return await _set_state(server, run, "SCHEDULED", "Scheduled", action.sentence, due=server.now)
     if isinstance(action, Cancel):
         return await _set_state(server, run, "CANCELLING", "Cancelling", action.sentence)
     if isinstance(action, Cancelled):
-        await orphans.give_back(server, pods)
+        await orphans.release_leased_slots(server, pods)
         if action.labels:
             await server.ask("PATCH", f"/flow_runs/{run.id}/labels", action.labels)
         return await _set_state(server, run, "CANCELLED", "Cancelled", action.sentence)
     if isinstance(action, Crash):
         log_tail = await _log_tail(cluster, pods, run)
-        await orphans.give_back(server, pods)
+        await orphans.release_leased_slots(server, pods)
         # The cause comes first: whoever finds the run Crashed knows the cause, even if this process dies in between.
         await server.ask("PATCH", f"/flow_runs/{run.id}/labels", action.labels)
         return await _set_state(server, run, "CRASHED", "Crashed", with_log_tail(action.cause.sentence, log_tail))
@@ -93,8 +93,8 @@ async def carry_out(server: Server, cluster: Cluster, action: Action, pods: list
 
 async def _time_out(server: Server, action: TimeOut, pods: list[Pod], log_tail: str) -> str:
     run = action.run
-    await orphans.give_back(server, pods)
-    await orphans.end(server, run.id, f"Its run {run.name} has timed out")
+    await orphans.release_leased_slots(server, pods)
+    await orphans.crash_unfinished(server, run.id, f"Its run {run.name} has timed out")
     if action.labels:
         await server.ask("PATCH", f"/flow_runs/{run.id}/labels", action.labels)
     # Forced: the flow's own retries would turn a proposed failure into another run attempt.
@@ -107,7 +107,7 @@ async def _log_tail(cluster: Cluster, pods: list[Pod], run: Run) -> str:
     if not ended:
         return ""
     try:
-        return await cluster.last_lines(max(ended, key=lambda pod: pod.created))
+        return await cluster.read_log_tail(max(ended, key=lambda pod: pod.created_at))
     except ClusterError:
         return ""  # the kubelet has the log, and may be gone or refuse requests: that must not keep the run Running
 
@@ -116,14 +116,14 @@ async def _retry(server: Server, action: Retry, found: JSON) -> str:
     run = action.run
     decision = decide_retry(run, action.cause, await read_budget(server, found))
     if not decision.is_retried:
-        await orphans.end(server, run.id, f"Its run {run.name} has crashed")
+        await orphans.crash_unfinished(server, run.id, f"Its run {run.name} has crashed")
         await server.ask("PATCH", f"/flow_runs/{run.id}/labels", decision.labels)
         await _emit(server, run, GIVEN_UP_EVENT, decision.sentence)
         return f"run {run.name}: {decision.sentence}"
     # First counted, then retried: a reconciler that dies in between does not count the retry twice.
     await server.ask("PATCH", f"/flow_runs/{run.id}/labels", decision.labels)
     if not run.labels.get(LOST_LABEL):  # a lost run attempt may still be executing, and holds its slots until fenced
-        await orphans.release(server, run.id)
+        await orphans.release_tag_slots(server, run.id)
     # Jitter, so that many retries are not due at the same time.
     delay = decision.delay_seconds * random.uniform(1, 1.25)  # noqa: S311 - not a secret
     message = f"{decision.sentence}. {action.cause.sentence}"

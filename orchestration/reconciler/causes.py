@@ -54,10 +54,10 @@ def cause_of_end(pods: Sequence[Pod], jobs: Sequence[Job] = ()) -> Cause:
         jobs: Jobs of the run.
     """
     if not pods:
-        if any(each.disrupted for each in jobs):
+        if any(each.is_disrupted for each in jobs):
             return Cause("disruption", f"{NODE_LOST}, as when its node is lost")
         return Cause("crash", f"{POD_DELETED}, and the run reported nothing before")
-    pod = max(pods, key=lambda each: each.created)
+    pod = max(pods, key=lambda each: each.created_at)
     end = pod.end
     assert end
     name = f"{pod.name} on {pod.node}" if pod.node else pod.name
@@ -82,8 +82,8 @@ def exceeded_deadline(job: Job | None, pods: Sequence[Pod]) -> str:
         job: the run's current Job.
         pods: the pods of that Job.
     """
-    if job and job.expired is not None:
-        return f"Job {job.name}{DEADLINE_EXCEEDED}its activeDeadlineSeconds of {job.expired}"
+    if job and job.exceeded_deadline is not None:
+        return f"Job {job.name}{DEADLINE_EXCEEDED}its activeDeadlineSeconds of {job.exceeded_deadline}"
     for pod in pods:
         if pod.end and pod.end.reason == "DeadlineExceeded":
             return f"Pod {pod.name}{DEADLINE_EXCEEDED}its activeDeadlineSeconds: {pod.end.message}".rstrip(": ")
@@ -101,8 +101,8 @@ def waiting_state(job: Job, pods: Sequence[Pod]) -> tuple[str, str] | None:
         if pod.waiting and pod.waiting[0] in WAITING_REASONS:
             reason, message = pod.waiting
             return WAITING_REASONS[reason].state, f"Pod {pod.name}{DOES_NOT_START}{reason}: {message}".rstrip(": ")
-    if job.refused and not pods:
-        return POD_REFUSED, f"Job {job.name}{POD_NOT_CREATED}{job.refused}"
+    if job.refusal and not pods:
+        return POD_REFUSED, f"Job {job.name}{POD_NOT_CREATED}{job.refusal}"
     return None
 
 

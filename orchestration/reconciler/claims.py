@@ -1,4 +1,4 @@
-"""Which Jobs are of a claim that was given away: their creation was delayed until another worker had the run."""
+"""Finds the Jobs of given-away claims: Jobs that were created after another worker had claimed the run."""
 
 import asyncio
 from collections.abc import Iterable, Mapping
@@ -8,28 +8,31 @@ from orchestration.protocol import claim_of, is_given_away
 from orchestration.reconciler.model import Job, Run
 
 
-async def given_away(server: Server, runs: Mapping[str, Run | None], jobs: Iterable[Job]) -> set[str]:
-    """Return the names of the Jobs whose pods execute nothing, as their claim is over.
+async def find_given_away_jobs(server: Server, runs: Mapping[str, Run | None], jobs: Iterable[Job]) -> set[str]:
+    """Return the names of the Jobs whose claim is over, so that their pods do not execute the run.
 
-    The history of a run is read only where a live Job is not the one that its worker has recorded.
+    The history of a run is read only if a live Job is not the Job that the run's worker has recorded.
 
     Args:
-        server: of the runs.
-        runs: by id.
-        jobs: of them.
+        server: the Prefect API.
+        runs: the runs by id.
+        jobs: the Jobs of these runs.
 
     Raises:
         ApiError: the server does not answer.
     """
-    doubtful: dict[str, list[str]] = {}
+    unrecorded: dict[str, list[str]] = {}
     for job in jobs:
         run = runs.get(job.run)
-        if run and run.type in ("PENDING", "RUNNING") and not job.over and job.name != run.job and claim_of(job.name):
-            doubtful.setdefault(run.id, []).append(job.name)
-    histories = await asyncio.gather(*(server.ask("GET", f"/flow_run_states/?flow_run_id={run}") for run in doubtful))
+        if not run or run.type not in ("PENDING", "RUNNING"):
+            continue
+        if not job.is_finished and job.name != run.job and claim_of(job.name):
+            unrecorded.setdefault(run.id, []).append(job.name)
+    requests = (server.ask("GET", f"/flow_run_states/?flow_run_id={run_id}") for run_id in unrecorded)
+    histories = await asyncio.gather(*requests)
     return {
         name
-        for names, states in zip(doubtful.values(), histories, strict=True)
+        for names, states in zip(unrecorded.values(), histories, strict=True)
         for name in names
         if is_given_away(name, states)
     }

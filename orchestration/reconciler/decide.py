@@ -1,4 +1,4 @@
-"""The decision: from a run, its Jobs and pods, the time and the policy to what is to be done. Nothing else is known."""
+"""Decides what to do about a run, from the run, its Jobs and pods, the time and the policy alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,12 +24,13 @@ from orchestration.reconciler.state_messages import NO_JOB_FOR_CLAIM, split_log_
 
 @dataclass(frozen=True)
 class Crash:
-    """The run is dead: say so and why.
+    """Set a run to Crashed whose pod is dead.
 
     Args:
-        run: which.
-        cause: why.
-        lost: its Jobs whose pods nobody saw end: on a node that is cut off they may execute on, and have to be fenced.
+        run: the run.
+        cause: why the run crashed.
+        lost: its Jobs whose pods no component saw end. They may still be executing on a node that is cut off, and are
+            fenced.
     """
 
     run: Run
@@ -38,19 +39,19 @@ class Crash:
 
     @property
     def labels(self) -> dict[str, Any]:
-        """What the run is given before its state is written: whoever finds it crashed knows the cause."""
-        # What begins anew after it was given up waits as long again.
-        refused = {REFUSAL_LABEL: ""} if self.run.labels.get(REFUSAL_LABEL) else {}
-        return {CAUSE_LABEL: self.cause.kind, LOST_LABEL: bool(self.lost)} | refused | _fences(self.lost)
+        """Return the labels to write before the state, so that every reader of the Crashed state finds the cause."""
+        # A retry by hand of a run that was given up has the whole waiting time again.
+        refusal = {REFUSAL_LABEL: ""} if self.run.labels.get(REFUSAL_LABEL) else {}
+        return {CAUSE_LABEL: self.cause.kind, LOST_LABEL: bool(self.lost)} | refusal | _fences(self.lost)
 
 
 def _fences(jobs: Sequence[str]) -> dict[str, Any]:
-    return {FENCED_LABEL_PREFIX + each: True for each in jobs}
+    return {FENCED_LABEL_PREFIX + job: True for job in jobs}
 
 
 @dataclass(frozen=True)
 class _Ending:
-    """End a run in a final state; `lost` is as of a crash."""
+    """Set a run to a final state. `lost` has the Jobs to fence, as in `Crash`."""
 
     run: Run
     sentence: str
@@ -58,26 +59,26 @@ class _Ending:
 
     @property
     def labels(self) -> dict[str, Any]:
-        """What the run is given before its state is written."""
+        """Return the labels to write before the state."""
         return _fences(self.lost)
 
 
 class TimeOut(_Ending):
-    """The run took longer than its deadline allows: no retry would take less."""
+    """Set a run to TimedOut that exceeded its deadline. A retry would exceed the deadline too."""
 
 
 @dataclass(frozen=True)
 class Explain:
-    """The run's pod does not start: say why while there is time to cure it."""
+    """Set the Pending state that names why a run's pod does not start, while there is time for the cure."""
 
     run: Run
-    word: str
+    state: str
     sentence: str
 
 
 @dataclass(frozen=True)
 class GiveAway:
-    """Its worker went away before it made a Job: from now on no Job of the claim executes the run."""
+    """Set a run to ClaimLost whose worker died before it created a Job. No Job of that claim may execute the run."""
 
     run: Run
     sentence: str
@@ -85,7 +86,7 @@ class GiveAway:
 
 @dataclass(frozen=True)
 class Unclaim:
-    """Its claim was given away, and there is no Job of it: another worker is to take the run."""
+    """Schedule a run whose claim was given away and that has no Job, so that another worker can claim it."""
 
     run: Run
     sentence: str
@@ -93,7 +94,7 @@ class Unclaim:
 
 @dataclass(frozen=True)
 class Adopt:
-    """Its worker went away after it made the Job and before it said so: say so."""
+    """Record on a run the Job that its worker created and did not record."""
 
     run: Run
     job: str
@@ -101,19 +102,19 @@ class Adopt:
 
 @dataclass(frozen=True)
 class Cancel:
-    """Nobody wants it any more."""
+    """Set a run to Cancelling whose deployment was deleted."""
 
     run: Run
     sentence: str
 
 
 class Cancelled(_Ending):
-    """It was to be cancelled, and nothing of it is left in the cluster."""
+    """Set a Cancelling run to Cancelled once nothing of it is left in the cluster."""
 
 
 @dataclass(frozen=True)
 class Retry:
-    """It crashed: try again, unless its budget is used up."""
+    """Retry a crashed run if its retry budget allows that."""
 
     run: Run
     cause: Cause
@@ -121,12 +122,12 @@ class Retry:
 
 @dataclass(frozen=True)
 class Stop:
-    """A Job that nobody wants any more: delete it and its pods.
+    """Delete a Job and its pods.
 
     Args:
-        job: its name.
-        grace: seconds between SIGTERM and SIGKILL; None is what its pods say.
-        sentence: why.
+        job: the name of the Job.
+        grace: seconds between SIGTERM and SIGKILL; None for the grace period of the pods.
+        sentence: why the Job is deleted.
     """
 
     job: str
@@ -134,212 +135,222 @@ class Stop:
     sentence: str
 
 
-SLACK = 2.0
-"""Seconds by which a Job may seem older than the claim that it was made for: its time has no fractions."""
+CLAIM_TOLERANCE_SECONDS = 2.0
+"""By how much a Job may seem older than its claim. The Job's creation time has no fractions of a second."""
 
 Action = Crash | TimeOut | Explain | GiveAway | Unclaim | Adopt | Cancel | Cancelled | Retry | Stop
 
 
 def decide(run: Run | None, jobs: Sequence[Job], pods: Sequence[Pod], now: datetime, policy: Policy) -> list[Action]:
-    """What is to be done about one run.
+    """Return the actions for one run.
 
     Args:
-        run: None if the API does not have it any more.
-        jobs: all of it in the namespace, read at the same time.
-        pods: all of it in the namespace, read after both.
-        now: the time on the clock that the API's times are on.
-        policy: how patient to be.
+        run: the run; None if the API does not have it.
+        jobs: all Jobs of the run in the namespace, read at the same time as the run.
+        pods: all pods of the run in the namespace, read after run and Jobs.
+        now: the time, on the clock of the APIs' times.
+        policy: how long to wait before each action.
     """
-    jobs = [_with_its_main_container(each, pods, now, policy) for each in jobs]
+    jobs = [_finish_with_main_container(job, pods, now, policy) for job in jobs]
     if run is None or run.type in FINAL_STATES:
-        return _after_the_end(run, jobs, pods, now, policy)
+        return _decide_finished(run, jobs, pods, now, policy)
     if run.type not in ("PENDING", "RUNNING", "CANCELLING"):
-        return _held_open(run, jobs, pods, now, policy)
-    if run.abandoned and run.type != "CANCELLING":
+        return _stop_held_open_jobs(run, jobs, pods, now, policy)
+    if run.is_deployment_deleted and run.type != "CANCELLING":
         return [Cancel(run, "Its deployment was deleted")]
     age = (now - run.since).total_seconds()
     if run.state == CLAIM_LOST:
-        return _unclaimed(run, jobs, pods)
-    stopped, jobs, pods = _without_given_away(run, jobs, pods)
-    current = _current(run, jobs)
+        return _decide_claim_lost(run, jobs, pods)
+    stopped, jobs, pods = _stop_given_away_jobs(run, jobs, pods)
+    current = _current_job(run, jobs)
     name = current.name if current else run.job
     actions: list[Action] = stopped + [
-        Stop(each.name, None, f"run {run.name} goes on in Job {name}")
-        for each in jobs
-        if current and each.created < current.created and _wanted(each, pods)
+        Stop(job.name, None, f"run {run.name} continues in Job {name}")
+        for job in jobs
+        if current and job.created_at < current.created_at and _is_undeleted(job, pods)
     ]
-    mine = [each for each in pods if each.job == name or not name]
     if run.type == "CANCELLING":
-        return actions + _cancelling(run, current, jobs, pods, age, policy)
-    if current and current.name != run.job and age > policy.settle:
+        return actions + _decide_cancelling(run, current, jobs, pods, age, policy)
+    if current and current.name != run.job and age > policy.settle_seconds:
         actions.append(Adopt(run, current.name))
-    live = [each for each in mine if each.live]
+    live = [pod for pod in pods if pod.is_live and (pod.job == name or not name)]
     if run.type == "PENDING":
-        return actions + _pending(run, current, jobs, pods, live, now, policy)
-    # As long as its Job is not over, Kubernetes may make another pod, or has yet to count the one that is gone.
-    if live or (current and not current.over and not current.refused and not current.deleted):
+        return actions + _decide_pending(run, current, jobs, pods, live, now, policy)
+    # Until its Job is finished, Kubernetes may create another pod, or has yet to count the pod that is gone.
+    if live or (current and not current.is_finished and not current.refusal and not current.is_deleted):
         return actions
-    return actions + _dead(run, current, jobs, pods, now, policy)
+    return actions + _decide_dead(run, current, jobs, pods, now, policy)
 
 
-def _unclaimed(run: Run, jobs: Sequence[Job], pods: Sequence[Pod]) -> list[Action]:
-    """Of a run whose claim was given away: whatever Kubernetes creates from here on executes nothing."""
-    if any(not each.over for each in jobs) or any(each.live for each in pods):
-        why = f"the claim of run {run.name} was given away"
-        return [Stop(each.name, None, why) for each in jobs if _wanted(each, pods)]
+def _decide_claim_lost(run: Run, jobs: Sequence[Job], pods: Sequence[Pod]) -> list[Action]:
+    """Return the actions for a run whose claim was given away. No Job that Kubernetes creates now executes the run."""
+    if any(not job.is_finished for job in jobs) or any(pod.is_live for pod in pods):
+        sentence = f"the claim of run {run.name} was given away"
+        return [Stop(job.name, None, sentence) for job in jobs if _is_undeleted(job, pods)]
     return [Unclaim(run, run.message)]
 
 
-def _without_given_away(
+def _stop_given_away_jobs(
     run: Run, jobs: Sequence[Job], pods: Sequence[Pod]
 ) -> tuple[list[Action], Sequence[Job], Sequence[Pod]]:
-    """Stop the Jobs of earlier claims; return the other Jobs and their pods."""
-    late = {each.name for each in jobs if each.given_away}
-    if not late:
+    """Return the actions that stop the Jobs of earlier claims, and the other Jobs with their pods."""
+    given_away = {job.name for job in jobs if job.is_given_away}
+    if not given_away:
         return [], jobs, pods
-    why = f"run {run.name} was claimed again before this Job was created"
-    stopped: list[Action] = [Stop(each.name, None, why) for each in jobs if each.given_away and _wanted(each, pods)]
-    return stopped, [each for each in jobs if not each.given_away], [each for each in pods if each.job not in late]
+    sentence = f"run {run.name} was claimed again before this Job was created"
+    stopped: list[Action] = [
+        Stop(job.name, None, sentence) for job in jobs if job.is_given_away and _is_undeleted(job, pods)
+    ]
+    other_jobs = [job for job in jobs if not job.is_given_away]
+    return stopped, other_jobs, [pod for pod in pods if pod.job not in given_away]
 
 
 def is_steady(run: Run, jobs: Sequence[Job], pods: Sequence[Pod]) -> bool:
-    """Whether a run executes in the one pod of its one Job: as long as it does, nothing is decided about it.
+    """Return whether a run is executing in the one pod of its one Job, so that there is nothing to decide.
 
-    As long as it says Running it need not be read again: what executed it anew would have another Job. If its state is
-    another one by then, as after a retry in its process, what is decided of the old one is not done, and it is read.
+    While such a run stays Running, it need not be read again: a new run attempt would have another Job. A retry within
+    the process changes the state's id. A decision about the old state is then not carried out, and the run is read.
     """
     return (
-        (run.type, run.abandoned) == ("RUNNING", False)
-        and [each.name for each in jobs] == [run.job]
-        and [(each.job, each.live, each.started, each.deleted) for each in pods] == [(run.job, True, True, None)]
+        (run.type, run.is_deployment_deleted) == ("RUNNING", False)
+        and [job.name for job in jobs] == [run.job]
+        and [(pod.job, pod.is_live, pod.has_started, pod.deleted_at) for pod in pods] == [(run.job, True, True, None)]
     )
 
 
-def _current(run: Run, jobs: Sequence[Job]) -> Job | None:
-    """The Job of the run's newest claim, as far as one is known: the recorded one, or one that was made after it."""
-    recorded = next((each for each in jobs if each.name == run.job), None)
-    later = [each for each in jobs if not each.over and (recorded is None or each.created > recorded.created)]
-    return max(later, key=lambda each: each.created) if later else recorded
+def _current_job(run: Run, jobs: Sequence[Job]) -> Job | None:
+    """Return the Job of the run's newest known claim: the recorded Job, or a live Job that was created after it."""
+    recorded = next((job for job in jobs if job.name == run.job), None)
+    later = [job for job in jobs if not job.is_finished and (recorded is None or job.created_at > recorded.created_at)]
+    return max(later, key=lambda job: job.created_at) if later else recorded
 
 
-def _executes(job: Job, pods: Sequence[Pod]) -> bool:
-    """Whether a Job that is not being deleted may execute its run, also in a pod that Kubernetes has yet to make."""
-    its = [each for each in pods if each.job == job.name]
-    return not job.deleted and (not job.over or any(each.live and not each.deleted for each in its))
+def _may_execute(job: Job, pods: Sequence[Pod]) -> bool:
+    """Return whether an undeleted Job may execute its run, in a live pod or in a pod that is yet to be created."""
+    has_live_pod = any(pod.is_live and not pod.deleted_at for pod in pods if pod.job == job.name)
+    return not job.is_deleted and (not job.is_finished or has_live_pod)
 
 
-def _wanted(job: Job, pods: Sequence[Pod]) -> bool:
-    """Whether something of a Job is alive, a sidecar too, and nobody has asked for its deletion."""
-    lingers = any(each.lingers and not each.deleted for each in pods if each.job == job.name)
-    return _executes(job, pods) or (lingers and not job.deleted)
+def _is_undeleted(job: Job, pods: Sequence[Pod]) -> bool:
+    """Return whether a container of a Job is alive, a sidecar included, and no deletion was requested."""
+    has_sidecar = any(pod.has_live_sidecar and not pod.deleted_at for pod in pods if pod.job == job.name)
+    return _may_execute(job, pods) or (has_sidecar and not job.is_deleted)
 
 
-def _with_its_main_container(job: Job, pods: Sequence[Pod], now: datetime, policy: Policy) -> Job:
-    """Return the Job, over if the main container of its pod has ended and a sidecar holds the pod open.
+def _finish_with_main_container(job: Job, pods: Sequence[Pod], now: datetime, policy: Policy) -> Job:
+    """Return the Job, finished if its pod's main container has ended and a sidecar holds the pod open.
 
-    Kubernetes would wait for the sidecar, and make no further pod meanwhile.
+    Kubernetes waits for the sidecar, and creates no replacement pod meanwhile.
     """
-    its = [each for each in pods if each.job == job.name]
-    if job.over or any(each.live for each in its):
+    own = [pod for pod in pods if pod.job == job.name]
+    if job.is_finished or any(pod.is_live for pod in own):
         return job
-    return replace(job, over=any(each.lingers and (job.once or _is_held_open(each, now, policy)) for each in its))
+    is_finished = any(pod.has_live_sidecar and (job.makes_one_pod or _is_held_open(pod, now, policy)) for pod in own)
+    return replace(job, is_finished=is_finished)
 
 
 def _is_held_open(pod: Pod, now: datetime, policy: Policy) -> bool:
-    return pod.lingers and pod.end is not None and (now - pod.end.at).total_seconds() > policy.sidecars
+    """Return whether a sidecar has held a pod open for longer than the policy allows."""
+    if not pod.has_live_sidecar or pod.end is None:
+        return False
+    return (now - pod.end.time).total_seconds() > policy.sidecar_seconds
 
 
-def _held_open(run: Run, jobs: Sequence[Job], pods: Sequence[Pod], now: datetime, policy: Policy) -> list[Action]:
-    """Delete Jobs of which only sidecars run on."""
-    held = {each.job for each in pods if _is_held_open(each, now, policy) and not each.deleted}
+def _stop_held_open_jobs(
+    run: Run, jobs: Sequence[Job], pods: Sequence[Pod], now: datetime, policy: Policy
+) -> list[Action]:
+    """Return the actions that delete the Jobs of which only sidecars are running."""
+    held_open = {pod.job for pod in pods if _is_held_open(pod, now, policy) and not pod.deleted_at}
     sentence = f"the main container of run {run.name} has ended"
-    return [Stop(each.name, None, sentence) for each in jobs if each.name in held and not _executes(each, pods)]
+    return [Stop(job.name, None, sentence) for job in jobs if job.name in held_open and not _may_execute(job, pods)]
 
 
-def _dead(
+def _decide_dead(
     run: Run, current: Job | None, jobs: Sequence[Job], pods: Sequence[Pod], now: datetime, policy: Policy
 ) -> list[Action]:
-    """Of a run whose execution, in a pod of its current Job, is over, though it says nothing of it."""
+    """Return the actions for a run without a final state whose current Job has no live pod."""
     name = current.name if current else run.job
-    seen = [each for each in pods if each.end and (each.job == name or not name)]
-    # What a process has to say it has said when it ends, as it waits for answers; but when did one that is gone end?
-    known = any(each.end and each.end.seen and each.end.at >= run.since for each in seen)
-    if not known and (now - run.since).total_seconds() < policy.settle:
+    ended = [pod for pod in pods if pod.end and (pod.job == name or not name)]
+    # A process reports before it ends, as it waits for answers. When a process ended that is gone is unknown.
+    is_end_known = any(pod.end and pod.end.is_confirmed and pod.end.time >= run.since for pod in ended)
+    if not is_end_known and (now - run.since).total_seconds() < policy.settle_seconds:
         return []
-    its = [each for each in jobs if each.name == name or not name]
-    lost = _lost(run, current, jobs, pods)
-    if sentence := causes.exceeded_deadline(current, seen):
+    lost = _lost_jobs(run, current, jobs, pods)
+    if sentence := causes.exceeded_deadline(current, ended):
         return [TimeOut(run, sentence, lost)]
-    return [Crash(run, causes.cause_of_end(seen, its), lost)]
+    current_jobs = [job for job in jobs if job.name == name or not name]
+    return [Crash(run, causes.cause_of_end(ended, current_jobs), lost)]
 
 
-def _lost(run: Run, current: Job | None, jobs: Sequence[Job], pods: Sequence[Pod]) -> tuple[str, ...]:
-    """The Jobs whose pods may have executed the run and were not seen to end."""
-    # One that is over and that its worker has not recorded may be what executed, and what is older was over before.
-    names = {each.name for each in jobs if current is None or each.created >= current.created}
+def _lost_jobs(run: Run, current: Job | None, jobs: Sequence[Job], pods: Sequence[Pod]) -> tuple[str, ...]:
+    """Return the Jobs whose pods may have executed the run and were not seen to end."""
+    # A finished Job that its worker did not record may have executed the run. Older Jobs ended before.
+    names = {job.name for job in jobs if current is None or job.created_at >= current.created_at}
     recorded = current.name if current else run.job
-    ended = {each.job for each in pods if each.end and each.end.seen}
+    ended = {pod.job for pod in pods if pod.end and pod.end.is_confirmed}
     return tuple(sorted({*names, *filter(None, [recorded])} - ended))
 
 
-def _after_the_end(
+def _decide_finished(
     run: Run | None, jobs: Sequence[Job], pods: Sequence[Pod], now: datetime, policy: Policy
 ) -> list[Action]:
-    """Nothing of a run that is over or gone lives on, and one that crashed is tried again."""
-    wanted = [each for each in jobs if _wanted(each, pods)]
+    """Return the actions for a finished or deleted run: delete its Jobs, and retry a crashed run."""
+    undeleted = [job for job in jobs if _is_undeleted(job, pods)]
     if run is None:
-        return [Stop(each.name, None, "its run was deleted") for each in wanted]
+        return [Stop(job.name, None, "its run was deleted") for job in undeleted]
     age = (now - run.since).total_seconds()
+    held_open = _stop_held_open_jobs(run, jobs, pods, now, policy)
     if run.type == "CRASHED":
-        held = _held_open(run, jobs, pods, now, policy)
-        executing = [each for each in jobs if _executes(each, pods)]
-        if executing and age > policy.crashed:
-            return [*held, *(Stop(each.name, 0, f"run {run.name} has crashed") for each in executing)]
+        executing = [job for job in jobs if _may_execute(job, pods)]
+        if executing and age > policy.crashed_pod_seconds:
+            return [*held_open, *(Stop(job.name, 0, f"run {run.name} has crashed") for job in executing)]
         if (
             executing
-            or any(each.live for each in pods)
+            or any(pod.is_live for pod in pods)
             or run.labels.get(SETTLED_LABEL) == run.state_id
             or not run.deployment
         ):
-            return held
-        its = [each for each in pods if each.job == run.job]
-        if sentence := causes.exceeded_deadline(next((each for each in jobs if each.name == run.job), None), its):
-            return [*held, TimeOut(run, sentence)]
-        return [*held, Retry(run, _of_crash(run, pods))]
-    if age < policy.linger:
-        return _held_open(run, jobs, pods, now, policy)
-    return [Stop(each.name, None, f"run {run.name} is {run.state}") for each in wanted]
+            return held_open
+        own_pods = [pod for pod in pods if pod.job == run.job]
+        own_job = next((job for job in jobs if job.name == run.job), None)
+        if sentence := causes.exceeded_deadline(own_job, own_pods):
+            return [*held_open, TimeOut(run, sentence)]
+        return [*held_open, Retry(run, _cause_of_crash(run, pods))]
+    if age < policy.finished_pod_seconds:
+        return held_open
+    return [Stop(job.name, None, f"run {run.name} is {run.state}") for job in undeleted]
 
 
-def _of_crash(run: Run, pods: Sequence[Pod]) -> Cause:
-    """Why a run crashed that somebody else found dead, or this reconciler before."""
-    ended = [each for each in pods if each.job == run.job and each.end]
-    seen = causes.cause_of_end(ended) if ended else Cause("crash", run.message)
-    # Counted already and cut off before it was tried, or noted by whoever wrote the crash.
+def _cause_of_crash(run: Run, pods: Sequence[Pod]) -> Cause:
+    """Return why a run crashed that another component, or this reconciler in an earlier round, set to Crashed."""
+    ended = [pod for pod in pods if pod.job == run.job and pod.end]
+    observed = causes.cause_of_end(ended) if ended else Cause("crash", run.message)
+    # The retry was counted and then interrupted, or the component that wrote the state recorded the cause.
     counted = str(run.labels.get(RETRIED_LABEL, "")).split()
     label = counted[1] if counted and counted[0] == run.state_id else run.labels.get(CAUSE_LABEL)
-    noted = next((kind for kind in causes.KINDS if kind == label), None)
-    if noted or seen.kind == "crash":
-        # What was said of it when it happened says more than an exit code.
+    recorded = next((kind for kind in causes.KINDS if kind == label), None)
+    if recorded or observed.kind == "crash":
+        # The message of the crash is more specific than an exit code.
         sentence, _ = split_log_tail(run.message)
-        return Cause(noted or "crash", sentence or seen.sentence, seen.memory)
-    return seen
+        return Cause(recorded or "crash", sentence or observed.sentence, observed.memory)
+    return observed
 
 
-def _cancelling(
+def _decide_cancelling(
     run: Run, current: Job | None, jobs: Sequence[Job], pods: Sequence[Pod], age: float, policy: Policy
 ) -> list[Action]:
-    left = [each for each in jobs if _wanted(each, pods)]
-    if not left and not any(each.live for each in pods):
-        if age < policy.settle:
+    """Return the actions for a Cancelling run: delete its Jobs, then set it to Cancelled."""
+    undeleted = [job for job in jobs if _is_undeleted(job, pods)]
+    if not undeleted and not any(pod.is_live for pod in pods):
+        if age < policy.settle_seconds:
             return []
-        return [Cancelled(run, "Nothing of it is left in the cluster", _lost(run, current, jobs, pods))]
-    if age < policy.cancel and not run.abandoned:
+        return [Cancelled(run, "Nothing of it is left in the cluster", _lost_jobs(run, current, jobs, pods))]
+    if age < policy.cancel_seconds and not run.is_deployment_deleted:
         return []
-    return [Stop(each.name, None, f"run {run.name} is to be cancelled since {age:.0f} s") for each in left]
+    return [Stop(job.name, None, f"run {run.name} has been Cancelling for {age:.0f} s") for job in undeleted]
 
 
-def _pending(
+def _decide_pending(
     run: Run,
     current: Job | None,
     jobs: Sequence[Job],
@@ -348,42 +359,63 @@ def _pending(
     now: datetime,
     policy: Policy,
 ) -> list[Action]:
-    """Of a run that was claimed and has not begun, with the live pods of its current Job."""
-    if any(each.started for each in live):
+    """Return the actions for a claimed run that has not started.
+
+    Args:
+        run: the run.
+        current: the Job of its newest known claim.
+        jobs: all Jobs of the run, except those of given-away claims.
+        pods: all pods of these Jobs.
+        live: the live pods of the current Job.
+        now: the time, on the clock of the APIs' times.
+        policy: how long to wait before each action.
+    """
+    if any(pod.has_started for pod in live):
         return []
-    of_this_claim = current and (
-        run.state in STARTING_STATES or current.created.timestamp() >= run.since.timestamp() - SLACK
-    )
-    if live or (current and not current.over and not current.deleted):
+    claimed = run.since.timestamp() - CLAIM_TOLERANCE_SECONDS
+    is_of_this_claim = current and (run.state in STARTING_STATES or current.created_at.timestamp() >= claimed)
+    if live or (current and not current.is_finished and not current.is_deleted):
         assert current
-        found = causes.waiting_state(current, live)
-        return _explained(run, found, (now - current.created).total_seconds(), policy) if found else []
-    # A Job that is over or gone may be of an earlier claim, and this one's not yet made.
-    if current and of_this_claim:
-        return _dead(run, current, jobs, pods, now, policy)
+        waiting = causes.waiting_state(current, live)
+        return _decide_waiting(run, waiting, (now - current.created_at).total_seconds(), policy) if waiting else []
+    # A finished or deleted Job may belong to an earlier claim while the Job of this claim does not exist yet.
+    if current and is_of_this_claim:
+        return _decide_dead(run, current, jobs, pods, now, policy)
     age = (now - run.since).total_seconds()
     if run.state == JOB_REFUSED:
-        return _refused(run, now, policy)
-    if age <= policy.claim:
+        return _decide_job_refused(run, now, policy)
+    if age <= policy.claim_seconds:
         return []
     return [GiveAway(run, f"{NO_JOB_FOR_CLAIM} within {age:.0f} s of claiming it")]
 
 
-def _refused(run: Run, now: datetime, policy: Policy) -> list[Action]:
-    """Of a run whose Job Kubernetes did not take: a worker asks again, each time after as long as a claim may take."""
+def _decide_job_refused(run: Run, now: datetime, policy: Policy) -> list[Action]:
+    """Return the actions for a run whose Job Kubernetes refused.
+
+    The claim is given away after as long as a claim may take. Then a worker claims the run and tries again.
+    """
     refusal = Refusal.read(run.labels)
     waited = (now - (refusal.since if refusal else run.since)).total_seconds()
-    if waited > (policy.capacity if refusal and refusal.waits_for_capacity else policy.pending):
-        return [_given_up(run, run.message, waited)]
-    return [GiveAway(run, run.message)] if (now - run.since).total_seconds() > policy.claim else []
+    waits_for_capacity = refusal and refusal.waits_for_capacity
+    if waited > (policy.capacity_seconds if waits_for_capacity else policy.pending_seconds):
+        return [_give_up(run, run.message, waited)]
+    return [GiveAway(run, run.message)] if (now - run.since).total_seconds() > policy.claim_seconds else []
 
 
-def _explained(run: Run, found: tuple[str, str], waited: float, policy: Policy) -> list[Action]:
-    word, sentence = found
-    if waited > (policy.capacity if causes.waits_for_capacity(word, sentence) else policy.pending):
-        return [_given_up(run, sentence, waited)]
-    return [] if run.state == word else [Explain(run, word, sentence)]
+def _decide_waiting(run: Run, waiting: tuple[str, str], waited: float, policy: Policy) -> list[Action]:
+    """Return the actions for a run whose pod does not start.
+
+    Args:
+        run: the run.
+        waiting: the name and the message of the state that explains the wait.
+        waited: for how many seconds the Job has existed.
+        policy: how long to wait before the run is given up.
+    """
+    state, sentence = waiting
+    if waited > (policy.capacity_seconds if causes.waits_for_capacity(state, sentence) else policy.pending_seconds):
+        return [_give_up(run, sentence, waited)]
+    return [] if run.state == state else [Explain(run, state, sentence)]
 
 
-def _given_up(run: Run, sentence: str, waited: float) -> Crash:
+def _give_up(run: Run, sentence: str, waited: float) -> Crash:
     return Crash(run, Cause("start", f"{sentence.rstrip('.')}. Given up after {waited:.0f} s"))

@@ -1,6 +1,7 @@
-"""The Kubernetes API, as the reconciler needs it: one namespace's Jobs, pods, events and logs.
+"""A client of the Kubernetes API for the Jobs, pods, events and logs of one namespace.
 
-Plain requests: a client's models of a thousand pods take longer and more memory than all the rest of a round.
+It sends plain requests. A client library's models of a thousand pods take more time and memory than all the rest of a
+round.
 """
 
 import asyncio
@@ -34,28 +35,30 @@ from orchestration.reconciler.model import Job, Pod, is_run_id
 logger = logging.getLogger(__name__)
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+"""The folder with the token and the certificate authority of the pod's service account."""
 
-TIMEOUT = 5.0
-"""Seconds for a request."""
+TIMEOUT_SECONDS = 5.0
+"""The timeout of a request."""
 
-LISTEN = 120
-"""Seconds after which what is listened to is asked for anew: whatever it was, a connection may be dead."""
+WATCH_SECONDS = 120
+"""How long one watch lasts. Its connection may be dead, so the watch is then started again."""
 
 PAGE = 500
+"""How many objects of a list one request returns at most."""
 
-STUCK = ("FailedCreatePodSandBox", "FailedAttachVolume", "FailedMount")
-"""Reasons of events of pods that wait for their containers to be created, the more telling one last."""
+STUCK_EVENT_REASONS = ("FailedCreatePodSandBox", "FailedAttachVolume", "FailedMount")
+"""The reasons of events of pods whose containers cannot be created, the most specific last."""
 
-REPEATED = timedelta(minutes=4)
-"""How old such an event is at most, where the cause lasts: the kubelet says it every two minutes."""
+STUCK_EVENT_AGE = timedelta(minutes=4)
+"""The maximum age of such an event. While the cause lasts, the kubelet repeats the event every two minutes."""
 
 Object = dict[str, Any]
 
 
 def certificate_hash() -> str:
-    """Return the hash of this pod's certificate authority, by which older versions told clusters apart; empty outside.
+    """Return the hash of the certificate authority, the identity of a cluster in older versions; empty outside a pod.
 
-    It changes when the authority does, so it is the identity only where the UID may not be read.
+    The hash changes with the authority. So it is the identity only if the namespace kube-system is not readable.
     """
     try:
         return hashlib.sha256((ACCOUNT / "ca.crt").read_bytes()).hexdigest()[:16]
@@ -65,24 +68,29 @@ def certificate_hash() -> str:
 
 def _authorization() -> dict[str, str]:
     token = ACCOUNT / "token"
-    # It changes every hour.
+    # The kubelet renews the token every hour.
     return {"Authorization": f"Bearer {token.read_text()}"} if token.exists() else {}
 
 
 class Cluster:
-    """A namespace; made by `connected`."""
+    """A namespace of a Kubernetes cluster. `connected` creates it.
+
+    Args:
+        client: the HTTP client of the Kubernetes API.
+        namespace: the name of the namespace.
+    """
 
     def __init__(self, client: httpx.AsyncClient, namespace: str) -> None:
         self.client = client
         self.namespace = namespace
         self._identity: str | None = None
         self.ahead = timedelta()
-        """By how much the clock of the Kubernetes API is ahead of this one."""
+        """By how much the clock of the Kubernetes API is ahead of the local clock."""
 
     async def identity(self) -> str:
-        """Return what tells this cluster from others: the UID of its namespace kube-system, which never changes.
+        """Return the identity of the cluster: the UID of its namespace kube-system, which never changes.
 
-        Without the right to read that namespace it is the hash of the certificate authority.
+        Without permission to read that namespace, return the hash of the certificate authority.
 
         Raises:
             ClusterError: the API does not answer.
@@ -90,12 +98,12 @@ class Cluster:
         if self._identity is None:
             found = await self.ask("GET", "/api/v1/namespaces/kube-system", absent=(403, 404))
             if found is None:
-                logger.warning("The namespace kube-system may not be read: the cluster's CA is its identity.")
+                logger.warning("Reading the namespace kube-system is not allowed. The cluster's CA is its identity.")
             self._identity = str(found["metadata"]["uid"]) if found else certificate_hash()
         return self._identity
 
     async def identities(self) -> frozenset[str]:
-        """Return all by which a worker of this cluster may have marked its runs, be it of an older version.
+        """Return all identities with which workers of this cluster, older versions included, may have labelled runs.
 
         Raises:
             ClusterError: the API does not answer.
@@ -105,10 +113,17 @@ class Cluster:
     async def ask(
         self, method: str, path: str, body: Any = None, *, query: Object | None = None, absent: Sequence[int] = ()
     ) -> Any:
-        """One request; the answer's JSON, None for the statuses of `absent`.
+        """Send a request, and return the JSON or text of the answer; None for a status in `absent`.
+
+        Args:
+            method: the HTTP method.
+            path: the path and, without `query`, the query.
+            body: the body, for JSON.
+            query: the query parameters.
+            absent: the statuses that mean that the object does not exist.
 
         Raises:
-            ClusterError: it does not answer, or refuses. Never read as absence.
+            ClusterError: the API does not answer, or refuses the request.
         """
         response = await self._answer(method, path, body, query, absent)
         if response is None:
@@ -130,125 +145,140 @@ class Cluster:
         if response.status_code in absent:
             return None
         if response.status_code >= 300:
-            said = response.text[:300]
+            message = response.text[:300]
             with suppress(ValueError):
-                said = response.json().get("message", said)
-            raise ClusterError(f"The Kubernetes API answers {response.status_code} to {method} {path}: {said}")
+                message = response.json().get("message", message)
+            raise ClusterError(f"The Kubernetes API answers {response.status_code} to {method} {path}: {message}")
         return response
 
-    async def _all(self, kind: type[Page[Listed]], path: str, **query: Any) -> AsyncIterator[Listed]:
-        """All objects of a list, a page of them at a time."""
-        more = ""
+    async def _list(self, kind: type[Page[Listed]], path: str, **query: Any) -> AsyncIterator[Listed]:
+        """Yield all objects of a list. Each request reads one page.
+
+        Raises:
+            ClusterError: the API does not answer, refuses the request, or answers with other JSON.
+        """
+        continue_token = ""
         while True:
-            response = await self._answer("GET", path, None, query | {"limit": PAGE, "continue": more}, ())
+            response = await self._answer("GET", path, None, query | {"limit": PAGE, "continue": continue_token}, ())
             assert response
             try:
                 page = kind.model_validate_json(response.content)
             except ValidationError as error:
                 first = error.errors(include_url=False)[0]
                 where = ".".join(map(str, first["loc"]))
-                raise ClusterError(f"The Kubernetes API's answer to {path} is none: {where} {first['msg']}") from None
+                raise ClusterError(
+                    f"The Kubernetes API's answer to {path} is not valid: {where} {first['msg']}"
+                ) from None
             for each in page.items:
                 yield each
-            more = page.metadata.more
-            if not more:
+            continue_token = page.metadata.continue_token
+            if not continue_token:
                 return
 
-    async def jobs(self, pool: str, clock: timedelta) -> list[Job]:
-        """The Jobs of a work pool's runs, by its id: other pools and other servers may have theirs beside them.
+    async def list_jobs(self, pool: str, clock_ahead: timedelta) -> list[Job]:
+        """Return the Jobs of a work pool's runs. Jobs of other pools and servers may be in the same namespace.
 
         Args:
-            pool: its id.
-            clock: by how much the clock on which their times are to be is ahead of this one.
+            pool: the id of the work pool.
+            clock_ahead: by how much the clock of the returned times is ahead of the local clock.
         """
         path = f"/apis/batch/v1/namespaces/{self.namespace}/jobs"
-        found = self._all(Page[JobObject], path, labelSelector=f"{RUN_LABEL},{POOL_LABEL}={pool}")
-        jobs = [Job.read(each, clock - self.ahead) async for each in found]
+        found = self._list(Page[JobObject], path, labelSelector=f"{RUN_LABEL},{POOL_LABEL}={pool}")
+        jobs = [Job.read(each, clock_ahead - self.ahead) async for each in found]
         return [each for each in jobs if is_run_id(each.run)]
 
-    async def has_job(self, run: str) -> bool:
-        """Return whether a run has a Job now that is not over."""
+    async def has_unfinished_job(self, run: str) -> bool:
+        """Return whether a run has a Job now that is not finished."""
         path = f"/apis/batch/v1/namespaces/{self.namespace}/jobs"
-        found = self._all(Page[JobObject], path, labelSelector=f"{RUN_LABEL}={run}")
-        return not all([Job.read(each).over async for each in found])
+        found = self._list(Page[JobObject], path, labelSelector=f"{RUN_LABEL}={run}")
+        return not all([Job.read(each).is_finished async for each in found])
 
-    async def pods(self, pool: str, clock: timedelta) -> list[Pod]:
-        """The pods of a work pool's runs; as `jobs`."""
-        path = f"/api/v1/namespaces/{self.namespace}/pods"
-        selector = f"{RUN_LABEL},{POOL_LABEL}={pool}"
-        lean = [each async for each in self._all(Page[LeanPodObject], path, labelSelector=selector)]
-        if all(each.is_named for each in lean):
-            pods = [Pod.read(each, clock - self.ahead) for each in lean]
-        else:
-            whole = self._all(Page[PodObject], path, labelSelector=selector)
-            pods = [Pod.read(each, clock - self.ahead) async for each in whole]
-        return [each for each in pods if is_run_id(each.run)]
+    async def list_pods(self, pool: str, clock_ahead: timedelta) -> list[Pod]:
+        """Return the pods of a work pool's runs.
 
-    async def listen(self, heard: asyncio.Event) -> None:
-        """Set `heard` as soon as a run's main container has ended or its pod is gone, and when it begins to listen.
-
-        It hastens who looks every few seconds anyway, so what cannot be heard is no error.
+        Args:
+            pool: the id of the work pool.
+            clock_ahead: by how much the clock of the returned times is ahead of the local clock.
         """
         path = f"/api/v1/namespaces/{self.namespace}/pods"
-        # Of what leaves its selection a watch says that it was deleted, and how it was before: not how it ended.
+        selector = f"{RUN_LABEL},{POOL_LABEL}={pool}"
+        lean = [each async for each in self._list(Page[LeanPodObject], path, labelSelector=selector)]
+        if all(each.has_usual_main_container for each in lean):
+            pods = [Pod.read(each, clock_ahead - self.ahead) for each in lean]
+        else:
+            whole = self._list(Page[PodObject], path, labelSelector=selector)
+            pods = [Pod.read(each, clock_ahead - self.ahead) async for each in whole]
+        return [each for each in pods if is_run_id(each.run)]
+
+    async def watch_pods(self, pod_ended: asyncio.Event) -> None:
+        """Set an event when a run's main container has ended or its pod is gone, and whenever the watch starts.
+
+        The rounds poll anyway, and the watch only starts a round early. So a watch that fails is no error.
+
+        Args:
+            pod_ended: the event to set.
+        """
+        path = f"/api/v1/namespaces/{self.namespace}/pods"
+        # A watch reports a pod that no longer matches its selectors as deleted, in its earlier state.
         query: dict[str, str | int] = {
             "watch": 1,
-            "timeoutSeconds": LISTEN,
+            "timeoutSeconds": WATCH_SECONDS,
             "labelSelector": RUN_LABEL,
             "fieldSelector": "status.phase=Running",
         }
-        patience = httpx.Timeout(TIMEOUT, read=LISTEN + TIMEOUT)
+        timeout = httpx.Timeout(TIMEOUT_SECONDS, read=WATCH_SECONDS + TIMEOUT_SECONDS)
         while True:
             with suppress(httpx.TransportError, ValueError):
                 async with self.client.stream(
-                    "GET", path, params=query, headers=_authorization(), timeout=patience
+                    "GET", path, params=query, headers=_authorization(), timeout=timeout
                 ) as response:
                     if response.is_success:
-                        heard.set()  # what was before nobody has heard
+                        pod_ended.set()  # pods may have ended before the watch
                     async for line in response.aiter_lines():
                         change = Change.model_validate_json(line)
-                        if change.type == "DELETED" or (change.type == "MODIFIED" and Pod.read(change.object).lingers):
-                            heard.set()
+                        is_modified = change.type == "MODIFIED"
+                        if change.type == "DELETED" or (is_modified and Pod.read(change.object).has_live_sidecar):
+                            pod_ended.set()
             await asyncio.sleep(1)
 
-    async def refused(self, job: str) -> str:
-        """Why a Job cannot make its pod, of its newest event; empty if nothing is said."""
+    async def read_refusal(self, job: str) -> str:
+        """Return why the API refuses the pod of a Job, from the Job's newest event; empty without such an event."""
         selector = f"involvedObject.kind=Job,involvedObject.name={job},reason=FailedCreate"
-        events = self._all(Page[EventObject], f"/api/v1/namespaces/{self.namespace}/events", fieldSelector=selector)
+        events = self._list(Page[EventObject], f"/api/v1/namespaces/{self.namespace}/events", fieldSelector=selector)
         found = [each async for each in events]
         found.sort(key=lambda each: each.last_timestamp or each.metadata.creation_timestamp)
         return found[-1].message if found else ""
 
-    async def stuck(self) -> dict[str, tuple[str, str]]:
-        """Why pods that have a node do not start, by name: words and messages of events that are repeated now."""
+    async def read_stuck_pods(self) -> dict[str, tuple[str, str]]:
+        """Return why scheduled pods do not start: reason and message of a recent event, by the pod's name."""
         found: dict[str, tuple[str, str]] = {}
-        for reason in STUCK:
+        for reason in STUCK_EVENT_REASONS:
             selector = f"involvedObject.kind=Pod,reason={reason}"
             path = f"/api/v1/namespaces/{self.namespace}/events"
-            async for each in self._all(Page[EventObject], path, fieldSelector=selector):
+            async for each in self._list(Page[EventObject], path, fieldSelector=selector):
                 last = each.last_timestamp or each.metadata.creation_timestamp
-                if datetime.now(UTC) + self.ahead - last < REPEATED:
+                if datetime.now(UTC) + self.ahead - last < STUCK_EVENT_AGE:
                     found[each.involved_object.name] = (each.reason, each.message)
         return found
 
-    async def last_lines(self, pod: Pod, lines: int = 5) -> str:
-        """The end of the log of a pod's main container; empty if there is none any more."""
+    async def read_log_tail(self, pod: Pod, lines: int = 5) -> str:
+        """Return the last lines of the log of a pod's main container; empty if the log is gone."""
         path = f"/api/v1/namespaces/{self.namespace}/pods/{pod.name}/log"
         query = {"tailLines": lines, "container": pod.container}
         found = await self.ask("GET", path, query=query, absent=(400, 404))
         return str(found or "").strip()
 
     async def annotate(self, job: str, annotations: dict[str, str]) -> None:
-        """Give a Job these annotations; one that is gone needs none."""
+        """Annotate a Job, if it still exists."""
         path = f"/apis/batch/v1/namespaces/{self.namespace}/jobs/{job}"
         await self.ask("PATCH", path, {"metadata": {"annotations": annotations}}, absent=(404,))
 
-    async def stop(self, job: str, grace: int | None) -> None:
+    async def delete_job(self, job: str, grace: int | None) -> None:
         """Delete a Job and its pods.
 
         Args:
-            job: its name.
-            grace: seconds between SIGTERM and SIGKILL; None is what the pods say.
+            job: the name of the Job.
+            grace: seconds between SIGTERM and SIGKILL; None for the grace period of the pods.
         """
         path = f"/apis/batch/v1/namespaces/{self.namespace}/jobs/{job}"
         await self.ask("DELETE", path, {"propagationPolicy": "Background"}, absent=(404,))
@@ -259,25 +289,25 @@ class Cluster:
 
 @asynccontextmanager
 async def connected(namespace: str, url: str = "") -> AsyncIterator[Cluster]:
-    """The cluster that this pod is in.
+    """Yield a client of this pod's cluster, or of the cluster behind a URL.
 
     Args:
-        namespace: whose Jobs and pods.
-        url: of another API, one that asks for no credentials: that of `kubectl proxy`.
+        namespace: the namespace with the Jobs and pods.
+        url: the URL of an API that needs no credentials, such as `kubectl proxy`; empty for this pod's cluster.
 
     Raises:
-        ClusterError: this is no pod with a token.
+        ClusterError: without a URL, this process is not in a pod with a token.
     """
     verify: Any = True
     if not url:
         host = os.environ.get("KUBERNETES_SERVICE_HOST")
         if not host or not (ACCOUNT / "token").exists():
             raise ClusterError(
-                "This is no pod with a token of Kubernetes. Run it in one, or name a `kubectl proxy`: "
-                "--kubernetes http://127.0.0.1:8001"
+                "This process is not in a pod with a service account token. Run it in such a pod, or name a "
+                "`kubectl proxy`: --kubernetes http://127.0.0.1:8001"
             )
         host = f"[{host}]" if ":" in host else host
         url = f"https://{host}:{os.environ.get('KUBERNETES_SERVICE_PORT', '443')}"
         verify = ssl.create_default_context(cafile=str(ACCOUNT / "ca.crt"))
-    async with httpx.AsyncClient(base_url=url, verify=verify, timeout=TIMEOUT) as client:
+    async with httpx.AsyncClient(base_url=url, verify=verify, timeout=TIMEOUT_SECONDS) as client:
         yield Cluster(client, namespace)

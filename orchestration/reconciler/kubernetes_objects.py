@@ -1,7 +1,8 @@
-"""What is read of Kubernetes' objects. All else that they have is passed over as it comes: of a pod's 7 kB half say who
-wrote which field, and to make Python objects of them all takes longer than the rest of a round.
+"""The fields of Kubernetes objects that the reconciler reads. Parsing skips all other fields.
 
-The names and their meaning: https://kubernetes.io/docs/reference/kubernetes-api/
+Half of a pod's 7 kB say who wrote which field. Python objects of all fields take longer than the rest of a round.
+
+Names and meanings: https://kubernetes.io/docs/reference/kubernetes-api/
 """
 
 from datetime import datetime
@@ -15,13 +16,15 @@ from orchestration.protocol import MAIN_CONTAINER, MAIN_CONTAINER_ANNOTATION
 
 
 class Part(BaseModel):
-    """Of an object, with the names of its JSON in Python's manner; a time that is null was never."""
+    """A part of a Kubernetes object. Its fields have Python names; a time is None if the event has not happened."""
 
-    model_config = ConfigDict(alias_generator=to_camel, frozen=True)  # else defaults are copied for each
+    model_config = ConfigDict(
+        alias_generator=to_camel, frozen=True
+    )  # frozen: defaults are not copied for each instance
 
 
 class Meta(Part):
-    """Of any object."""
+    """The metadata of an object."""
 
     name: str
     uid: str = ""
@@ -32,7 +35,7 @@ class Meta(Part):
 
 
 class Condition(Part):
-    """Of a pod or a Job."""
+    """A condition of a pod or a Job."""
 
     type: str
     status: str
@@ -65,7 +68,7 @@ class Terminated(Part):
 
 
 class ContainerState(Part):
-    """One of three."""
+    """The state of a container: one of the three fields is set."""
 
     waiting: Waiting | None = None
     running: Running | None = None
@@ -73,7 +76,7 @@ class ContainerState(Part):
 
 
 class ContainerStatus(Part):
-    """Of a pod's container."""
+    """The status of a container."""
 
     name: str = ""
     state: ContainerState = ContainerState()
@@ -81,7 +84,7 @@ class ContainerStatus(Part):
 
 
 class PodStatus(Part):
-    """Where a pod is."""
+    """The status of a pod."""
 
     phase: str = ""
     reason: str = ""
@@ -92,19 +95,19 @@ class PodStatus(Part):
 
 
 class Resources(Part):
-    """What a container may use."""
+    """The resources of a container."""
 
     limits: dict[str, str | float] = Field(default_factory=dict)
 
 
 class Variable(Part):
-    """Of a container's environment."""
+    """An environment variable of a container."""
 
     name: str = ""
 
 
 class Container(Part):
-    """Of a pod's specification."""
+    """A container in the specification of a pod."""
 
     name: str = ""
     env: tuple[Variable, ...] = ()
@@ -113,7 +116,7 @@ class Container(Part):
 
 
 class PodSpec(Part):
-    """What was asked for."""
+    """The specification of a pod."""
 
     containers: tuple[Container, ...]
     node_name: str = ""
@@ -129,29 +132,21 @@ class PodObject(Part):
 
     @property
     def main_container(self) -> Container:
-        """The container that executes the run, whatever an injector has added, reordered or renamed.
+        """Return the container that executes the run. An injector may add, reorder and rename containers.
 
-        It is the container called `prefect-job`; else the one with the run's id in its environment; else the one that
-        the worker names in an annotation; else the first.
+        The main container is, in this order: the container `prefect-job`; the container with the run's id in its
+        environment; the container that the worker names in an annotation; the first container.
         """
-        named = self.metadata.annotations.get(MAIN_CONTAINER_ANNOTATION)
+        annotated = self.metadata.annotations.get(MAIN_CONTAINER_ANNOTATION)
         containers = self.spec.containers
-        return next(
-            (
-                each
-                for found in (
-                    [each for each in containers if each.name == MAIN_CONTAINER],
-                    [each for each in containers if any(some.name == FLOW_RUN_ID_VARIABLE for some in each.env)],
-                    [each for each in containers if each.name == named],
-                )
-                for each in found
-            ),
-            containers[0],
-        )
+        by_name = [container for container in containers if container.name == MAIN_CONTAINER]
+        by_run = [each for each in containers if any(variable.name == FLOW_RUN_ID_VARIABLE for variable in each.env)]
+        by_annotation = [container for container in containers if container.name == annotated]
+        return [*by_name, *by_run, *by_annotation, *containers][0]
 
 
 class LeanContainer(Container):
-    """A container without its environment: to read that of all takes as long as all else of their pods."""
+    """A container without its environment. Parsing all environments takes as long as all the rest of the pods."""
 
     env: tuple[Variable, ...] = Field((), alias="not-read")
 
@@ -163,30 +158,30 @@ class LeanPodSpec(PodSpec):
 
 
 class LeanPodObject(PodObject):
-    """A pod without environments: enough where its main container has the usual name."""
+    """A pod without environments. These fields suffice if the main container has the usual name."""
 
     spec: LeanPodSpec
 
     @property
-    def is_named(self) -> bool:
+    def has_usual_main_container(self) -> bool:
         """Whether the main container has the usual name."""
         return any(each.name == MAIN_CONTAINER for each in self.spec.containers)
 
 
 class Rule(Part):
-    """Of a Job's podFailurePolicy."""
+    """A rule of a Job's podFailurePolicy."""
 
     action: str
 
 
 class PodFailurePolicy(Part):
-    """What a Job makes of how its pods end."""
+    """The podFailurePolicy of a Job."""
 
     rules: tuple[Rule, ...] = ()
 
 
 class JobSpec(Part):
-    """What was asked for."""
+    """The specification of a Job."""
 
     backoff_limit: int | None = None
     active_deadline_seconds: int | None = None
@@ -194,7 +189,7 @@ class JobSpec(Part):
 
 
 class JobStatus(Part):
-    """Where a Job is."""
+    """The status of a Job."""
 
     conditions: tuple[Condition, ...] = ()
 
@@ -208,13 +203,13 @@ class JobObject(Part):
 
 
 class Reference(Part):
-    """What an event is about."""
+    """The object of an event."""
 
     name: str = ""
 
 
 class EventObject(Part):
-    """What was said of an object, once or several times."""
+    """An event about an object."""
 
     metadata: Meta
     involved_object: Reference = Reference()
@@ -227,20 +222,20 @@ Listed = TypeVar("Listed", PodObject, LeanPodObject, JobObject, EventObject)
 
 
 class PageMeta(Part):
-    """Of a part of a list."""
+    """The metadata of a page of a list."""
 
-    more: str = Field("", alias="continue")
+    continue_token: str = Field("", alias="continue")
 
 
 class Page(Part, Generic[Listed]):
-    """A part of a list."""
+    """A page of a list."""
 
     metadata: PageMeta
     items: tuple[Listed, ...]
 
 
 class Change(Part):
-    """A line of a watch: what happened to a pod, and what the pod is now."""
+    """A line of a watch: the kind of change, and the pod after it."""
 
     type: str
     object: PodObject

@@ -8,7 +8,7 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
-from orchestration.reconciler.kubernetes_client import TIMEOUT, Cluster
+from orchestration.reconciler.kubernetes_client import TIMEOUT_SECONDS, Cluster
 
 
 class LeaderElection:
@@ -38,7 +38,7 @@ class LeaderElection:
     @property
     def deadline(self) -> float:
         """The time on the monotonic clock when another candidate may act. Every action must have ended before."""
-        return self._until + 2 * TIMEOUT
+        return self._until + 2 * TIMEOUT_SECONDS
 
     async def acquire_or_renew(self) -> bool:
         """Renew the Lease, or take it over if it has no holder; return whether this candidate leads.
@@ -62,7 +62,7 @@ class LeaderElection:
             # The body has the version that was read: of two candidates at the same time, the API refuses one.
             body = lease | {"spec": spec}
             written = await self.cluster.ask("PUT", f"{self.path}/{self.name}", body=body, absent=(409,))
-        self._until = now + self.duration - 2 * TIMEOUT if written else 0.0
+        self._until = now + self.duration - 2 * TIMEOUT_SECONDS if written else 0.0
         return bool(written)
 
     async def release(self) -> None:

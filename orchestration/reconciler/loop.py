@@ -1,6 +1,7 @@
-"""The reconciler's rounds: read everything, decide, act; nothing that a round needs is left from the one before.
+"""Runs the rounds of the reconciler: read everything, decide, act.
 
-What one that begins anew would read again and find unchanged is counted instead, see `decide.is_steady`.
+The reconciler is stateless: a new process decides the same. The runs that it keeps between rounds only save requests,
+see `decide.is_steady`.
 """
 
 import asyncio
@@ -9,49 +10,35 @@ import gc
 import logging
 import signal
 import time
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import timedelta
-from urllib.parse import quote
+from collections.abc import Sequence
 
 import httpx
 import prometheus_client as prometheus
 
 from orchestration import prefect_api
-from orchestration.errors import ClusterError, PipelineError
+from orchestration.errors import PipelineError
 from orchestration.health import Pulse, served
 from orchestration.logs import RUN_ID
-from orchestration.prefect_api import JSON, RefusedError, Server
-from orchestration.reconciler import claims, pod_records
+from orchestration.prefect_api import RefusedError, Server
 from orchestration.reconciler import kubernetes_client as kubernetes
+from orchestration.reconciler import pod_records
 from orchestration.reconciler.actions import carry_out
 from orchestration.reconciler.concurrency import gather_bounded
 from orchestration.reconciler.decide import Action, Stop, decide, is_steady
 from orchestration.reconciler.kubernetes_client import Cluster
 from orchestration.reconciler.leader_election import LeaderElection
-from orchestration.reconciler.model import ORDINARY, Job, Pod, Policy, Run
+from orchestration.reconciler.model import Pod, Policy, Run
 from orchestration.reconciler.pod_events import PodEvents
-from orchestration.reconciler.pod_records import Note
+from orchestration.reconciler.pod_records import PodRecord
+from orchestration.reconciler.snapshot import LIVE_STATES, read_snapshot
 
 logger = logging.getLogger(__name__)
 
-LIVE = ["PENDING", "RUNNING", "CANCELLING"]
+HEALTH_GRACE_SECONDS = 60
+"""Seconds without a round, on top of three intervals, after which the reconciler is unhealthy."""
 
-RECENT = timedelta(hours=1)
-"""How long after its crash a run is looked at: as long as a reconciler may be away and still try it again."""
-
-GRACE = 60
-"""Seconds without a turn of the loop after which it counts as ill."""
-
-MANY = 10_000
-"""How many steady runs a request names: a database takes 32,767 at most."""
-
-CREATED_AFTER = timedelta(seconds=20)
-"""How long a pod may have a node and no container before events are asked why."""
-
-REFUSED_AFTER = timedelta(seconds=3)
-"""How long a Job may be without a pod before its events are asked why."""
+MAX_STEADY_RUNS = 10_000
+"""How many steady runs one request names at most. A database takes 32,767."""
 
 
 def _subject(action: Action) -> str:
@@ -59,156 +46,17 @@ def _subject(action: Action) -> str:
     return f"Job {action.job}" if isinstance(action, Stop) else f"Run {action.run.name}"
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What a round has read.
-
-    Args:
-        runs: by id; None are those that the API does not have.
-        jobs: by run.
-        pods: by run.
-    """
-
-    runs: Mapping[str, Run | None]
-    jobs: Mapping[str, Sequence[Job]]
-    pods: Mapping[str, Sequence[Pod]]
-
-
-async def look(server: Server, cluster: Cluster, pool: str, steady: Mapping[str, Run]) -> Seen:
-    """Read the pool's runs and Jobs, and then, as a pod is older than what its run says, the pods.
-
-    One API's answer is read while the other's is on its way.
-
-    Args:
-        server: of the runs.
-        cluster: of their Jobs and pods.
-        pool: the name of the pool.
-        steady: runs that were steady in an earlier round, by id: they are counted, and not read while they are Running.
-
-    Raises:
-        PipelineError: one of both does not answer: there is no round then.
-    """
-    clusters = await cluster.identities()
-    pool_id = (await server.ask("GET", f"/work_pools/{quote(pool, safe='')}"))["id"]
-    still, live, crashed, jobs = await asyncio.gather(
-        _still(server, pool, steady),
-        _runs(server, pool, {"state": {"type": {"any_": LIVE}}, "id": {"not_any_": [*steady]}}),
-        _runs(
-            server,
-            pool,
-            {
-                "state": {"type": {"any_": ["CRASHED"]}},
-                "end_time": {"after_": (server.now - RECENT).isoformat()},
-            },
-        ),
-        cluster.jobs(pool_id, server.ahead),
-    )
-    known = [*still, *live, *crashed]
-    ours = [each for each in known if each.is_of(clusters, cluster.namespace)]
-    gone, pods = await asyncio.gather(
-        _gone(server, sorted({each.deployment for each in ours} - {""})), cluster.pods(pool_id, server.ahead)
-    )
-    runs: dict[str, Run | None] = {each.id: replace(each, abandoned=each.deployment in gone) for each in ours}
-    with_pods = {each.job for each in pods}
-    waiting = [
-        each
-        for each in jobs
-        if each.name not in with_pods and not each.over and server.now - each.created > REFUSED_AFTER
-    ]
-    said = await gather_bounded([cluster.refused(each.name) for each in waiting])
-    why = {each.name: text for each, text in zip(waiting, said, strict=True) if isinstance(text, str)}
-    pods = await _with_events(cluster, pods, server)
-    # Kubernetes says so some time after the pod has ended: long after it, where its API was away.
-    ended = {each.job for each in pods if each.end}
-    jobs = [
-        replace(each, refused=why.get(each.name, ""), over=each.over or (each.once and each.name in ended))
-        for each in jobs
-    ]
-    # What lives without a run that is alive: of one that is over, or that somebody has deleted.
-    unknown = {each.run for each in pods if each.live or each.lingers} | {each.run for each in jobs if not each.over}
-    # And of what has ended, what is not noted yet.
-    unknown |= {each.run for some in pod_records.of_jobs(jobs, pods).values() for each in some}
-    unknown -= {each.id for each in known}
-    runs |= await _named(server, sorted(unknown))
-    late = await claims.given_away(server, runs, jobs)
-    jobs = [replace(each, given_away=True) if each.name in late else each for each in jobs]
-    of_jobs: dict[str, list[Job]] = defaultdict(list)
-    of_pods: dict[str, list[Pod]] = defaultdict(list)
-    for job in jobs:
-        of_jobs[job.run].append(job)
-    for pod in pods:
-        of_pods[pod.run].append(pod)
-    return Seen(runs, of_jobs, of_pods)
-
-
-async def _with_events(cluster: Cluster, pods: list[Pod], server: Server) -> list[Pod]:
-    """The pods, those whose containers cannot be created with the reason, which only events have."""
-    if not any(_is_creating(each, server) for each in pods):
-        return pods
-    try:
-        why = await cluster.stuck()
-    except ClusterError:
-        return pods
-    return [replace(each, waiting=why.get(each.name)) if _is_creating(each, server) else each for each in pods]
-
-
-def _is_creating(pod: Pod, server: Server) -> bool:
-    """Whether a pod has a node and no container for so long that something may keep it from one."""
-    waits = pod.waiting is None or pod.waiting[0] in ORDINARY
-    since = pod.scheduled
-    return pod.live and not pod.started and waits and since is not None and server.now - since > CREATED_AFTER
-
-
-async def _runs(server: Server, pool: str, which: JSON) -> list[Run]:
-    pages = server.pages("/flow_runs/filter", flow_runs=which, work_pools={"name": {"any_": [pool]}})
-    return [Run.read(each) async for page in pages for each in page if each["state"]]
-
-
-async def _still(server: Server, pool: str, steady: Mapping[str, Run]) -> list[Run]:
-    """Of runs that were steady, those that are Running as they were read, and the others as they are now.
-
-    If one was deleted none is known: whatever lives of them is asked for by its id.
-    """
-    if not steady:
-        return []
-    running: JSON = {"id": {"any_": [*steady]}, "state": {"type": {"any_": ["RUNNING"]}}}
-    number = await server.ask("POST", "/flow_runs/count", {"flow_runs": running}, idempotent=True)
-    if number == len(steady):
-        return [*steady.values()]
-    others = await _runs(server, pool, running | {"state": {"type": {"not_any_": ["RUNNING"]}}})
-    if number + len(others) < len(steady):
-        return others
-    return [*others, *(steady[each] for each in steady.keys() - {each.id for each in others})]
-
-
-async def _gone(server: Server, deployments: Sequence[str]) -> set[str]:
-    """Which of them the server does not have any more: a run keeps the id of its own."""
-    these = {"deployments": {"id": {"any_": deployments}}}
-    if await server.ask("POST", "/deployments/count", these, idempotent=True) == len(deployments):
-        return set()  # without reading what is in them
-    return {*deployments} - {each["id"] for each in await server.all("/deployments/filter", **these)}
-
-
-async def _named(server: Server, ids: Sequence[str]) -> dict[str, Run | None]:
-    found: dict[str, Run | None] = dict.fromkeys(ids)
-    for start in range(0, len(ids), prefect_api.PAGE):
-        which = {"id": {"any_": ids[start : start + prefect_api.PAGE]}}
-        for each in await server.all("/flow_runs/filter", flow_runs=which):
-            found[each["id"]] = Run.read(each) if each["state"] else None
-    return found
-
-
 class Reconciler:
-    """The loop.
+    """Brings the runs of a work pool and their pods into agreement, in rounds.
 
     Args:
-        server: of the runs.
-        cluster: of their pods.
-        pool: whose runs.
-        policy: how patient to be.
-        lead: who acts, of several; None acts always.
-        pulse: its sign of life and its metrics.
-        events: tells what happens to pods; None tells nothing.
+        server: the Prefect API.
+        cluster: the cluster with the Jobs and pods.
+        pool: the name of the work pool.
+        policy: how long to wait before each action.
+        election: the leader election; None for a reconciler that always acts.
+        pulse: the liveness and the metrics of the process.
+        events: emits the events of pods; None for none.
     """
 
     def __init__(
@@ -217,45 +65,53 @@ class Reconciler:
         cluster: Cluster,
         pool: str,
         policy: Policy,
-        lead: LeaderElection | None,
+        election: LeaderElection | None,
         pulse: Pulse,
         events: PodEvents | None = None,
     ) -> None:
         self.server, self.cluster, self.pool, self.policy = server, cluster, pool, policy
-        self.lead, self.pulse, self.events = lead, pulse, events
+        self.election, self.pulse, self.events = election, pulse, events
         self.steady: dict[str, Run] = {}
-        """Runs about which nothing was to be decided and that need not be read again; without it all are."""
+        """The steady runs of the newest round, by id. They need not be read again while they are Running."""
         self.reported: dict[str, str] = {}
-        """The failures of single runs and Jobs in the newest round, by run or Job."""
+        """The failures of single runs and Jobs in the newest round, by run or Job. Each is logged once."""
         registry = pulse.registry
         self.actions = prometheus.Counter(
-            "reconciler_actions_total", "What was done about runs.", ["action"], registry=registry
+            "reconciler_actions_total", "Actions that were carried out.", ["action"], registry=registry
         )
         self.rounds = prometheus.Histogram(
-            "reconciler_round_seconds", "How long a round took.", registry=registry,
+            "reconciler_round_seconds", "Duration of a round.", registry=registry,
             buckets=(0.1, 0.2, 0.5, 1, 2, 5, 10),
         )  # fmt: skip
         self.failures = prometheus.Counter("reconciler_failures_total", "Rounds that failed.", registry=registry)
-        self.live = prometheus.Gauge("reconciler_live_runs", "Runs that are claimed or under way.", registry=registry)
-        self.leading = prometheus.Gauge("reconciler_leader", "Whether this one acts.", registry=registry)
+        self.live = prometheus.Gauge(
+            "reconciler_live_runs", "Runs that are Pending, Running or Cancelling.", registry=registry
+        )
+        self.leading = prometheus.Gauge("reconciler_leader", "1 if this process is the leader.", registry=registry)
         self.last = prometheus.Gauge(
-            "reconciler_last_round_timestamp_seconds", "When a round last succeeded.", registry=registry
+            "reconciler_last_round_timestamp_seconds", "Time of the last successful round.", registry=registry
         )
 
     async def run(self, every: float) -> None:
-        """Rounds, until cancelled, the next one early if a pod dies; what fails is said once and tried again."""
-        heard = asyncio.Event()
-        listening = asyncio.create_task(self.cluster.listen(heard))
+        """Run rounds until cancelled. A pod that ends starts the next round early.
+
+        A failure is logged once, and the next round tries again.
+
+        Args:
+            every: seconds from the start of one round to the next.
+        """
+        pod_ended = asyncio.Event()
+        watching = asyncio.create_task(self.cluster.watch_pods(pod_ended))
         try:
             while True:
                 began = time.monotonic()
-                heard.clear()
-                done: list[str] = []
+                pod_ended.clear()
+                results: list[str] = []
                 try:
-                    leads = self.lead is None or await self.lead.acquire_or_renew()
-                    self.leading.set(leads)
-                    if leads:
-                        done = await self.round()
+                    is_leader = self.election is None or await self.election.acquire_or_renew()
+                    self.leading.set(is_leader)
+                    if is_leader:
+                        results = await self.round()
                     elif self.events:
                         self.events.forget()
                     if self.pulse.trouble:
@@ -264,74 +120,81 @@ class Reconciler:
                 except Exception as error:
                     self.failures.inc()
                     if str(error) != self.pulse.trouble:
-                        # An error that does not explain itself is a mistake in this program, and no reason to stop.
+                        # Any other error is a bug. It must not stop the reconciler.
                         trace = None if isinstance(error, PipelineError) else error
                         logger.error("%s. The next round tries again.", str(error).rstrip("."), exc_info=trace)
                     self.pulse.trouble = str(error)
                 self.pulse.beat()
-                # What was done is often half of it: a crash is followed by a retry. No round follows another at once.
+                # An action often needs another round: a retry follows a crash. The pause keeps rounds apart.
                 await asyncio.sleep(every / 10)
-                rest = 0 if done else every - (time.monotonic() - began)
+                rest = 0 if results else every - (time.monotonic() - began)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(heard.wait(), rest)
+                    await asyncio.wait_for(pod_ended.wait(), rest)
         finally:
-            listening.cancel()
-            await asyncio.wait([listening])
-            if self.lead:
+            watching.cancel()
+            await asyncio.wait([watching])
+            if self.election:
                 with contextlib.suppress(PipelineError):
-                    await self.lead.release()
+                    await self.election.release()
 
     async def round(self) -> list[str]:
-        """One round; what was done, a line each."""
+        """Run one round, and return a line for each action that was carried out.
+
+        Raises:
+            PipelineError: an API does not answer.
+        """
         began = time.monotonic()
-        seen = await look(self.server, self.cluster, self.pool, self.steady)
-        # To read a thousand runs may take longer than leadership holds.
-        if self.lead and not await self.lead.acquire_or_renew():
+        snapshot = await read_snapshot(self.server, self.cluster, self.pool, self.steady)
+        # Reading a thousand runs may take longer than the leadership lasts.
+        if self.election and not await self.election.acquire_or_renew():
             return []
         now = self.server.now
-        todo: list[tuple[Action, list[Pod]]] = []
-        before: list[Note] = []
-        after: list[Note] = []
+        actions: list[tuple[Action, list[Pod]]] = []
+        records_before: list[PodRecord] = []
+        records_after: list[PodRecord] = []
         steady: dict[str, Run] = {}
         failures: list[tuple[str, BaseException]] = []
-        for id_, run in seen.runs.items():
-            jobs, pods = seen.jobs.get(id_, ()), list(seen.pods.get(id_, ()))
+        for run_id, run in snapshot.runs.items():
+            jobs, pods = snapshot.jobs.get(run_id, ()), list(snapshot.pods.get(run_id, ()))
             try:
                 decided = decide(run, jobs, pods, now, self.policy)
-                notes = pod_records.unnoted(run, jobs, pods)
+                records = pod_records.build_pod_records(run, jobs, pods)
             except Exception as error:
-                failures.append((f"Run {id_}", error))
+                failures.append((f"Run {run_id}", error))
                 continue
-            todo += [(each, pods) for each in decided]
-            # What is tried again may be claimed at once, and its worker writes labels; all else can wait.
-            (before if decided else after).extend(notes)
-            if run and len(steady) < MANY and is_steady(run, jobs, pods):
-                steady[id_] = run
+            actions += [(action, pods) for action in decided]
+            # A worker may claim a retried run immediately and then writes its labels. All other records can wait.
+            (records_before if decided else records_after).extend(records)
+            if run and len(steady) < MAX_STEADY_RUNS and is_steady(run, jobs, pods):
+                steady[run_id] = run
         self.steady = steady
-        self.live.set(sum(run is not None and run.type in LIVE for run in seen.runs.values()))
-        noted = await gather_bounded([self._note(each) for each in before])
-        done = await gather_bounded([self._act(action, pods) for action, pods in todo])
-        noted += await gather_bounded([self._note(each) for each in after])
-        emitted = await gather_bounded([self._tell([pod for some in seen.pods.values() for pod in some])])
-        for (action, _), outcome in zip(todo, done, strict=True):
+        self.live.set(sum(run is not None and run.type in LIVE_STATES for run in snapshot.runs.values()))
+        recorded = await gather_bounded([self._write_record(record) for record in records_before])
+        outcomes = await gather_bounded([self._act(action, pods) for action, pods in actions])
+        recorded += await gather_bounded([self._write_record(record) for record in records_after])
+        all_pods = [pod for pods in snapshot.pods.values() for pod in pods]
+        [emitted] = await gather_bounded([self._emit_pod_events(all_pods)])
+        for (action, _), outcome in zip(actions, outcomes, strict=True):
             if isinstance(outcome, str) and outcome:
-                run_id = None if isinstance(action, Stop) else action.run.id
-                logger.info("%s", outcome, extra={RUN_ID: run_id})
+                run_id_of_line = None if isinstance(action, Stop) else action.run.id
+                logger.info("%s", outcome, extra={RUN_ID: run_id_of_line})
         self.rounds.observe(time.monotonic() - began)
-        acted = zip((_subject(action) for action, _ in todo), done, strict=True)
-        noting = zip((f"Job {each.job}" for each in [*before, *after]), noted, strict=True)
-        results = [*acted, *noting, ("Pod events", emitted[0])]
-        self._report([*failures, *(each for each in results if isinstance(each[1], BaseException))])
+        results = [
+            *zip((_subject(action) for action, _ in actions), outcomes, strict=True),
+            *zip((f"Job {record.job}" for record in [*records_before, *records_after]), recorded, strict=True),
+            ("Pod events", emitted),
+        ]
+        self._report([*failures, *(result for result in results if isinstance(result[1], BaseException))])
         self.last.set_to_current_time()
-        return [each for each in done if isinstance(each, str) and each]
+        return [outcome for outcome in outcomes if isinstance(outcome, str) and outcome]
 
     def _report(self, failures: Sequence[tuple[str, BaseException]]) -> None:
         """Log the failures of single runs and Jobs, each once.
 
-        A user can write what makes one run fail. That must not keep the reconciler from the others.
+        A user can write labels or names that make one run fail. The other runs must not be affected.
 
         Raises:
-            BaseException: a failure that concerns all: an API that does not answer.
+            BaseException: a failure that concerns all runs: an API does not answer.
         """
         reported: dict[str, str] = {}
         for subject, error in failures:
@@ -339,31 +202,35 @@ class Reconciler:
             if concerns_all or not isinstance(error, Exception):
                 raise error
             self.failures.inc()
-            reported[subject] = f"{subject} is left as it is: {str(error).rstrip('.') or type(error).__name__}."
+            reported[subject] = f"{subject} is skipped in this round: {str(error).rstrip('.') or type(error).__name__}."
             if self.reported.get(subject) != reported[subject]:
                 logger.error("%s", reported[subject], exc_info=None if isinstance(error, PipelineError) else error)
         self.reported = reported
 
-    async def _note(self, note: Note) -> None:
-        if self.lead is None or self.lead.is_leader:
-            await pod_records.note(self.server, self.cluster, note)
+    async def _write_record(self, record: PodRecord) -> None:
+        if self._is_leader:
+            await pod_records.write_pod_record(self.server, self.cluster, record)
 
-    async def _tell(self, pods: Sequence[Pod]) -> None:
-        if self.events and (self.lead is None or self.lead.is_leader):
-            await self.events.tell(pods)
+    async def _emit_pod_events(self, pods: Sequence[Pod]) -> None:
+        if self.events and self._is_leader:
+            await self.events.emit(pods)
 
     async def _act(self, action: Action, pods: list[Pod]) -> str:
-        if self.lead and not self.lead.is_leader:
+        if not self._is_leader:
             return ""
         try:
-            # Of several requests the last may be made much later than the first, and by then be another's to make.
-            async with asyncio.timeout_at(self.lead.deadline if self.lead else None):
-                said = await carry_out(self.server, self.cluster, action, pods)
+            # An action has several requests. The last may be due when another reconciler is the leader.
+            async with asyncio.timeout_at(self.election.deadline if self.election else None):
+                outcome = await carry_out(self.server, self.cluster, action, pods)
         except TimeoutError:
             raise PipelineError(f"{type(action).__name__} took longer than leadership lasts") from None
-        if said:
+        if outcome:
             self.actions.labels(type(action).__name__.lower()).inc()
-        return said
+        return outcome
+
+    @property
+    def _is_leader(self) -> bool:
+        return self.election is None or self.election.is_leader
 
 
 async def reconcile(
@@ -382,31 +249,31 @@ async def reconcile(
     """Reconcile until SIGTERM or SIGINT.
 
     Args:
-        pool: whose runs.
-        namespace: where their Jobs are.
-        policy: how patient to be.
-        every: seconds from one round to the next.
-        port: of `/metrics` and `/health`.
-        wait: seconds to wait for the Prefect API at first.
-        lease: the Lease of those of whom one acts; without it this one always does.
-        identity: this one's name among them.
-        url: of the Kubernetes API, if this is no pod.
-        pod_events: tell the server what happens to pods.
+        pool: the name of the work pool.
+        namespace: the namespace with the Jobs of its runs.
+        policy: how long to wait before each action.
+        every: seconds from the start of one round to the next.
+        port: the port of `/metrics` and `/health`.
+        wait: seconds to wait for the Prefect API at the start.
+        lease: the name of the Lease for leader election; empty for a reconciler that always acts.
+        identity: the name of this candidate in the leader election.
+        url: the URL of the Kubernetes API outside of a pod; empty inside.
+        pod_events: whether to emit the events of pods.
 
     Raises:
-        PipelineError: it cannot begin.
+        PipelineError: the reconciler cannot start.
     """
-    pulse = Pulse(3 * every + GRACE)
+    pulse = Pulse(3 * every + HEALTH_GRACE_SECONDS)
     with served(pulse, port):
         async with kubernetes.connected(namespace, url) as cluster, prefect_api.connected(wait) as server:
-            # A round that fails is made anew, from what is then; and what this one has sent must not linger.
-            server.patience, server.client.timeout = 0, httpx.Timeout(2 * kubernetes.TIMEOUT)
-            lead = LeaderElection(cluster, lease, identity) if lease else None
-            # To look through Prefect's modules for garbage with each thousand pods takes a tenth of a second.
+            # No retries and short timeouts: the next round decides again, and a late request must not take effect then.
+            server.patience, server.client.timeout = 0, httpx.Timeout(2 * kubernetes.TIMEOUT_SECONDS)
+            election = LeaderElection(cluster, lease, identity) if lease else None
+            # Without this, garbage collection scans Prefect's modules for each thousand pods, a tenth of a second each.
             gc.collect()
             gc.freeze()
             events = PodEvents(server, namespace) if pod_events else None
-            reconciler = Reconciler(server, cluster, pool, policy, lead, pulse, events)
+            reconciler = Reconciler(server, cluster, pool, policy, election, pulse, events)
             working = asyncio.create_task(reconciler.run(every))
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, working.cancel)

@@ -1,4 +1,4 @@
-"""What is read of a run, its Jobs and its pods, and what the policy is: all that a decision is made of."""
+"""The input of a decision: a run, its Jobs and pods as the APIs return them, and the policy."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -25,18 +25,18 @@ from orchestration.reconciler.kubernetes_objects import (
     PodStatus,
 )
 
-ORDINARY = frozenset({"", "ContainerCreating", "PodInitializing"})
-"""Why a container waits that is about to start, or for another one."""
+USUAL_WAITING_REASONS = frozenset({"", "ContainerCreating", "PodInitializing"})
+"""The reasons of a container that is about to start or waits for another container of its pod."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Since when Kubernetes does not take a run's Job.
+    """Since when the Kubernetes API refuses a run's Job.
 
     Args:
-        since: when it refused the Job first.
-        waits_for_capacity: whether the Job will be taken without a cure, by its newest answer.
-        attempts: how many run attempts there were before; a refusal before another attempt is another one.
+        since: when the API refused the Job first.
+        waits_for_capacity: whether, by the newest answer, the API will accept the Job without a cure.
+        attempts: how many run attempts there were before. A refusal before another run attempt is a new refusal.
     """
 
     since: datetime
@@ -45,12 +45,12 @@ class Refusal:
 
     @property
     def label(self) -> str:
-        """As the run has it."""
+        """Return the refusal as the value of the run's label."""
         return f"{self.since.isoformat()} {'capacity' if self.waits_for_capacity else 'cure'} {self.attempts}"
 
     @classmethod
     def read(cls, labels: Mapping[str, Any]) -> "Refusal | None":
-        """Return that of a run's labels; None if there is none."""
+        """Return the refusal in a run's labels; None if there is none."""
         parts = str(labels.get(REFUSAL_LABEL) or "").split()
         with suppress(ValueError):
             since, kind, attempts = parts
@@ -61,21 +61,21 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Run:
-    """A flow run, as the API gives it.
+    """A flow run, as the Prefect API returns it.
 
     Args:
-        id: its id.
-        type: its state's type, like RUNNING.
-        state: its state's name, like AwaitingRetry.
-        state_id: another with each transition.
-        since: when it got there.
-        message: of the state.
-        name: people's.
-        deployment: its id; empty if it has none.
-        namespace: where its Job was made; empty if none was yet.
-        job: the name of its newest Job; empty if none was made yet.
-        labels: of the run; retries are counted there.
-        abandoned: whether its deployment was deleted.
+        id: the run's id.
+        type: the type of its state, such as RUNNING.
+        state: the name of its state, such as AwaitingRetry.
+        state_id: the id of its state. Each transition has a new id.
+        since: when the run entered its state.
+        message: the message of its state.
+        name: the run's name.
+        deployment: the id of its deployment; empty if it has none.
+        namespace: the namespace of its recorded Job; empty if no Job is recorded.
+        job: the name of its recorded Job; empty if no Job is recorded.
+        labels: the run's labels. They count its retries.
+        is_deployment_deleted: whether its deployment was deleted.
     """
 
     id: str
@@ -89,24 +89,26 @@ class Run:
     namespace: str = ""
     job: str = ""
     labels: Mapping[str, Any] = field(default_factory=dict)
-    abandoned: bool = False
+    is_deployment_deleted: bool = False
 
-    def is_of(self, clusters: Collection[str], namespace: str) -> bool:
-        """Whether its pod is there; what is claimed and not yet marked by its worker may be anywhere.
+    def belongs_to(self, clusters: Collection[str], namespace: str) -> bool:
+        """Return whether the run's pod is, or may be, in a namespace of a cluster.
+
+        A claimed run that its worker has not labelled yet may belong to any cluster.
 
         Args:
             clusters: the identities of one cluster.
-            namespace: of its Jobs.
+            namespace: the namespace with the cluster's Jobs.
         """
-        marked = self.labels.get(CLUSTER_LABEL)
-        if marked is None and not self.job:
+        cluster = self.labels.get(CLUSTER_LABEL)
+        if cluster is None and not self.job:
             return self.type == "PENDING"
-        where = self.namespace or self.labels.get(NAMESPACE_LABEL) or namespace
-        return marked in clusters and where == namespace
+        own_namespace = self.namespace or self.labels.get(NAMESPACE_LABEL) or namespace
+        return cluster in clusters and own_namespace == namespace
 
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> "Run":
-        """Of the API's JSON."""
+        """Return the run that the Prefect API returned as JSON."""
         state = raw["state"]
         namespace, _, job = str(raw.get("infrastructure_pid") or "").rpartition(":")
         return cls(
@@ -129,25 +131,26 @@ class End:
     """How a pod ended.
 
     Args:
-        at: when.
-        code: of its main container; None if that never ran.
-        reason: Kubernetes' word: Error, OOMKilled, Evicted, Completed.
-        message: what Kubernetes adds.
-        disruption: the reason of its condition DisruptionTarget: the cluster's doing, not the run's.
-        oom: whether something in it was killed for its memory.
-        peak: bytes that it used at the most; 0 if nobody knows.
-        seen: whether its node has said so; else that was given up, and what is on it may execute on.
-        leases: of the concurrency slots that its execution held.
+        time: when it ended.
+        code: the exit code of its main container; None if that container never ran.
+        reason: Kubernetes' reason: Error, OOMKilled, Evicted, Completed.
+        message: Kubernetes' message.
+        disruption: the reason of its condition DisruptionTarget; empty if the cluster did not end the pod.
+        oom: whether a process in it was killed for its memory.
+        peak: the most memory that it used, in bytes; 0 if unknown.
+        is_confirmed: whether the kubelet reported the termination. Otherwise the process may still be running on a node
+            that is cut off.
+        leases: the ids of the leases of the concurrency slots that its run attempt held.
     """
 
-    at: datetime
+    time: datetime
     code: int | None
     reason: str
     message: str = ""
     disruption: str = ""
     oom: bool = False
     peak: int = 0
-    seen: bool = True
+    is_confirmed: bool = True
     leases: tuple[str, ...] = ()
 
 
@@ -156,101 +159,107 @@ class Pod:
     """A pod of a run.
 
     Args:
-        name: its name.
+        name: the pod's name.
         run: the run's id.
         job: the name of its Job.
-        created: when.
-        started: whether its main container has run.
-        deleted: when somebody asked for its deletion; None if nobody did.
-        end: how it ended; None if it has not.
-        waiting: why it does not start: Kubernetes' word and what it adds.
-        memory: the limit of its main container, as it is written.
-        node: where it was put.
-        scheduled: when; None if it was not.
-        began: when its main container began; None if it did not.
+        created_at: when it was created.
+        has_started: whether its main container has started.
+        deleted_at: when its deletion was requested; None if it was not.
+        end: how it ended; None if it has not ended.
+        waiting: Kubernetes' reason and message if the pod does not start.
+        memory: the memory limit of its main container, as a Kubernetes quantity.
+        node: the node on which it was scheduled.
+        scheduled_at: when it was scheduled; None if it was not.
+        started_at: when its main container started; None if it did not.
         container: the name of its main container.
-        lingers: whether other containers run on in it though the main one has ended: a sidecar that nothing ends.
-        uid: Kubernetes' id of it.
-        phase: Kubernetes' word for where it is: Pending, Running, Succeeded, Failed.
-        restarts: of its containers.
-        labels: of the pod.
+        has_live_sidecar: whether other containers are still running after the main container has ended.
+        uid: the pod's UID.
+        phase: the pod's phase: Pending, Running, Succeeded, Failed.
+        restarts: how often its containers were restarted.
+        labels: the pod's labels.
     """
 
     name: str
     run: str
     job: str
-    created: datetime
-    started: bool = False
-    deleted: datetime | None = None
+    created_at: datetime
+    has_started: bool = False
+    deleted_at: datetime | None = None
     end: End | None = None
     waiting: tuple[str, str] | None = None
     memory: str = ""
     node: str = ""
-    scheduled: datetime | None = None
-    began: datetime | None = None
+    scheduled_at: datetime | None = None
+    started_at: datetime | None = None
     container: str = ""
-    lingers: bool = False
+    has_live_sidecar: bool = False
     uid: str = ""
     phase: str = ""
     restarts: int = 0
     labels: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
-    def live(self) -> bool:
-        """Whether something of it may execute, now or later."""
+    def is_live(self) -> bool:
+        """Whether the main container is running or may still start."""
         return self.end is None
 
     @classmethod
-    def read(cls, raw: PodObject, later: timedelta = timedelta()) -> "Pod":
-        """Of what the API has, with times that much later: on another clock."""
+    def read(cls, raw: PodObject, clock_offset: timedelta = timedelta()) -> "Pod":
+        """Return the pod that the Kubernetes API returned.
+
+        Args:
+            raw: the pod, as the API returned it.
+            clock_offset: what is added to its times, to have them on another clock.
+        """
         meta, status, main = raw.metadata, raw.status, raw.main_container
-        conditions = {each.type: each for each in status.conditions}
-        # The kubelet lists them by name, not by the order of the specification.
-        state = next((each.state for each in status.container_statuses if each.name == main.name), ContainerState())
+        conditions = {condition.type: condition for condition in status.conditions}
+        # The kubelet lists container statuses by name, not in the order of the specification.
+        states = [each.state for each in status.container_statuses if each.name == main.name]
+        state = states[0] if states else ContainerState()
         target = conditions.get("DisruptionTarget")
-        created = meta.creation_timestamp + later
+        created_at = meta.creation_timestamp + clock_offset
         end = None
-        began = state.running.started_at if state.running else None
+        started_at = state.running.started_at if state.running else None
         terminated = state.terminated
-        is_over = status.phase in ("Succeeded", "Failed")
-        if is_over or (terminated and not _is_restarted(raw, main, terminated.exit_code)):
-            began = terminated.started_at if terminated else None
-            at = (terminated and terminated.finished_at) or (target and target.last_transition_time)
+        is_finished = status.phase in ("Succeeded", "Failed")
+        if is_finished or (terminated and not _is_restarted(raw, main, terminated.exit_code)):
+            started_at = terminated.started_at if terminated else None
+            ended_at = (terminated and terminated.finished_at) or (target and target.last_transition_time)
             reason = status.reason or (terminated and terminated.reason) or status.phase
-            said = terminated.message if terminated else ""
-            left = _report(said)
+            message = terminated.message if terminated else ""
+            report = _supervisor_report(message)
             end = End(
-                at + later if at else created,
+                ended_at + clock_offset if ended_at else created_at,
                 terminated.exit_code if terminated else None,
                 reason,
-                status.message or ("" if left else said) or ("" if terminated else _failed_init_container(status)),
+                status.message or ("" if report else message) or ("" if terminated else _failed_init_container(status)),
                 target.reason if target and target.status == "True" else "",
-                reason == "OOMKilled" or bool(left.get("oom_kills")),
-                whole_number(left.get("peak")),
+                reason == "OOMKilled" or bool(report.get("oom_kills")),
+                whole_number(report.get("peak")),
                 terminated is not None or not (state.running or (target and target.reason == "DeletionByPodGC")),
-                _ids(left.get("leases")),
+                _valid_ids(report.get("leases")),
             )
-        started = bool(state.running or terminated)
+        has_started = bool(state.running or terminated)
         statuses = [*status.init_container_statuses, *status.container_statuses]
         others = [each for each in statuses if each.name != main.name]
         scheduled = conditions.get("PodScheduled")
-        put = scheduled.last_transition_time if scheduled and scheduled.status == "True" else None
+        scheduled_at = scheduled.last_transition_time if scheduled and scheduled.status == "True" else None
         return cls(
             meta.name,
             meta.labels[RUN_LABEL],
             meta.labels.get("job-name", ""),
-            created,
-            started,
-            meta.deletion_timestamp + later if meta.deletion_timestamp else None,
+            created_at,
+            has_started,
+            meta.deletion_timestamp + clock_offset if meta.deletion_timestamp else None,
             end,
-            None if started else _waiting(status, state, scheduled),
+            None if has_started else _waiting(status, state, scheduled),
             str(main.resources.limits.get("memory", "")),
             raw.spec.node_name,
-            put + later if put else None,
-            began + later if began else None,
+            scheduled_at + clock_offset if scheduled_at else None,
+            started_at + clock_offset if started_at else None,
             main.name,
-            # Of a pod without sidecars the kubelet says so, too, before it says that the pod is over.
-            end is not None and not is_over and any(not each.state.terminated for each in others),
+            # The phase of a pod without sidecars is Running for a moment after its main container has ended.
+            end is not None and not is_finished and any(not each.state.terminated for each in others),
             meta.uid,
             status.phase,
             sum(each.restart_count for each in status.container_statuses),
@@ -259,13 +268,13 @@ class Pod:
 
 
 def _is_restarted(pod: PodObject, main: Container, exit_code: int) -> bool:
-    """Whether the kubelet starts the main container again in the same pod: of a Job, only if that says OnFailure."""
+    """Return whether the kubelet restarts the main container in the same pod: in a Job's pod, only with OnFailure."""
     policy = main.restart_policy or pod.spec.restart_policy
     return policy == "Always" or (policy == "OnFailure" and exit_code != 0)
 
 
 def _failed_init_container(status: PodStatus) -> str:
-    """Name the init container that kept the main container from starting; empty if none did."""
+    """Name the init container that failed, so that the main container did not start; empty if none failed."""
     for each in status.init_container_statuses:
         if each.state.terminated and each.state.terminated.exit_code:
             return f"init container {each.name} ended with exit code {each.state.terminated.exit_code}"
@@ -273,23 +282,24 @@ def _failed_init_container(status: PodStatus) -> str:
 
 
 def _waiting(status: PodStatus, main: ContainerState, scheduled: Condition | None) -> tuple[str, str] | None:
-    """Why a pod's main container has not started: it waits for the node, and for each init container.
+    """Return Kubernetes' reason and message of what a pod's main container waits for; None if there is none.
 
-    What the kubelet says of a container that only waits for another says nothing, where the other one says more.
+    The main container waits for a node and for each init container. A usual reason, such as PodInitializing, counts
+    only if no container has another reason.
     """
     found = None
     if scheduled and scheduled.status == "False":
         found = (scheduled.reason or "Unschedulable", scheduled.message)
     for state in [*(each.state for each in status.init_container_statuses), main]:
-        if state.waiting and (found is None or state.waiting.reason not in ORDINARY):
+        if state.waiting and (found is None or state.waiting.reason not in USUAL_WAITING_REASONS):
             found = (state.waiting.reason, state.waiting.message)
-            if state.waiting.reason not in ORDINARY:
+            if state.waiting.reason not in USUAL_WAITING_REASONS:
                 break
     return found
 
 
-def _report(message: str) -> dict[str, Any]:
-    """What `orchestration.runs.supervisor` has left; nothing if it was not there."""
+def _supervisor_report(message: str) -> dict[str, Any]:
+    """Return the supervisor's report in a termination message; empty if there is none."""
     try:
         found = json.loads(message)
     except (ValueError, RecursionError):
@@ -298,18 +308,18 @@ def _report(message: str) -> dict[str, Any]:
 
 
 def is_run_id(label: str) -> bool:
-    """Whether a label has the form of a flow run's id, for which alone the API can be asked."""
+    """Return whether a label has the form of a flow run's id. The Prefect API refuses requests with any other text."""
     with suppress(ValueError):
         return str(UUID(label)) == label
     return False
 
 
-def _ids(given: object) -> tuple[str, ...]:
-    """Those of a list that are ids: what a container leaves may be anything."""
+def _valid_ids(value: object) -> tuple[str, ...]:
+    """Return the valid ids in a list. A container can write anything into its report."""
     found = []
-    for each in given if isinstance(given, list) else ():
+    for text in value if isinstance(value, list) else ():
         with suppress(ValueError):
-            found.append(str(UUID(str(each))))
+            found.append(str(UUID(str(text))))
     return tuple(found)
 
 
@@ -318,74 +328,80 @@ class Job:
     """A Job of a run.
 
     Args:
-        name: its name.
+        name: the Job's name.
         run: the run's id.
-        created: when.
-        over: whether it will make no pod any more.
-        once: whether it makes one pod and no other, so that it is over with that one.
-        deleted: whether somebody asked for its deletion.
-        refused: why it has no pod, of its events: a quota, an account that is not there.
-        disrupted: whether the cluster ended its pod; it says so when that is gone, by its podFailurePolicy.
-        noted: how many of its pods had ended and were noted on the run.
-        expired: the seconds of its activeDeadlineSeconds, if it ran for longer; Kubernetes ends its pods then.
-        given_away: whether its claim of the run is over, so that its pods execute nothing.
+        created_at: when it was created.
+        is_finished: whether it creates no further pod.
+        is_deleted: whether its deletion was requested.
+        makes_one_pod: whether it creates one pod and no replacement, so that it is finished when that pod ends.
+        refusal: why the Kubernetes API refuses its pod, such as a quota; empty if it does not.
+        is_disrupted: whether the cluster ended its pod. The podFailurePolicy records that when the pod is gone.
+        recorded_pods: how many of its ended pods are recorded on the run.
+        exceeded_deadline: its activeDeadlineSeconds if it ran longer; otherwise None. Kubernetes then ends its pods.
+        is_given_away: whether its claim of the run is over, so that its pods do not execute the run.
     """
 
     name: str
     run: str
-    created: datetime
-    over: bool = False
-    deleted: bool = False
-    once: bool = False
-    refused: str = ""
-    disrupted: bool = False
-    noted: int = 0
-    expired: int | None = None
-    given_away: bool = False
+    created_at: datetime
+    is_finished: bool = False
+    is_deleted: bool = False
+    makes_one_pod: bool = False
+    refusal: str = ""
+    is_disrupted: bool = False
+    recorded_pods: int = 0
+    exceeded_deadline: int | None = None
+    is_given_away: bool = False
 
     @classmethod
-    def read(cls, raw: JobObject, later: timedelta = timedelta()) -> "Job":
-        """Of what the API has, with times that much later: on another clock."""
+    def read(cls, raw: JobObject, clock_offset: timedelta = timedelta()) -> "Job":
+        """Return the Job that the Kubernetes API returned.
+
+        Args:
+            raw: the Job, as the API returned it.
+            clock_offset: what is added to its times, to have them on another clock.
+        """
         meta = raw.metadata
-        conditions = {each.type: each for each in raw.status.conditions if each.status == "True"}
+        conditions = {condition.type: condition for condition in raw.status.conditions if condition.status == "True"}
         failed = conditions.get("Failed")
-        # The second one comes first, and the first once no pod is left.
-        reasons = {conditions[each].reason for each in ("Failed", "FailureTarget") if each in conditions}
+        # Kubernetes sets FailureTarget first, and Failed once no pod is left.
+        reasons = {conditions[name].reason for name in ("Failed", "FailureTarget") if name in conditions}
+        rules = raw.spec.pod_failure_policy.rules
         return cls(
             meta.name,
             meta.labels[RUN_LABEL],
-            meta.creation_timestamp + later,
+            meta.creation_timestamp + clock_offset,
             not conditions.keys().isdisjoint({"Complete", "Failed"}),
             meta.deletion_timestamp is not None,
-            raw.spec.backoff_limit == 0 and all(each.action == "FailJob" for each in raw.spec.pod_failure_policy.rules),
-            disrupted=failed is not None and "DisruptionTarget" in failed.message,
-            noted=whole_number(meta.annotations.get(NOTED_ANNOTATION)),
-            expired=raw.spec.active_deadline_seconds or 0 if "DeadlineExceeded" in reasons else None,
+            raw.spec.backoff_limit == 0 and all(rule.action == "FailJob" for rule in rules),
+            is_disrupted=failed is not None and "DisruptionTarget" in failed.message,
+            recorded_pods=whole_number(meta.annotations.get(NOTED_ANNOTATION)),
+            exceeded_deadline=raw.spec.active_deadline_seconds or 0 if "DeadlineExceeded" in reasons else None,
         )
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How patient the reconciler is; seconds.
+    """How long the reconciler waits before it acts.
 
     Args:
-        settle: how long what a run reported may be on its way, where nobody saw its pod end.
-        claim: how long a worker may take from its claim to the Job.
-        pending: how long a pod may not start for a reason that a person has to cure.
-        capacity: how long a run may wait for room: a quota that is used up, nodes that are full.
-        cancel: how long a run's own process may take to notice that it is cancelled, before its Job is deleted, of
-            which it hears by SIGTERM.
-        crashed: how long a pod may live on after its run has crashed: it may yet tell why.
-        linger: how long a pod may live on after its run has ended otherwise.
-        sidecars: how long other containers of a pod may run on after its main container has ended: native sidecars end
-            by themselves, and the pod's log stays.
+        settle_seconds: how long a run's last report may take to arrive if no component saw its pod end.
+        claim_seconds: how long a worker may take from its claim to the Job.
+        pending_seconds: how long a pod may wait for a person's cure before the run is given up.
+        capacity_seconds: how long a run may wait for capacity: a used-up quota, full nodes.
+        cancel_seconds: how long a run's process may take to notice the Cancelling state. Then the Job is deleted, and
+            the process gets SIGTERM.
+        crashed_pod_seconds: how long a pod may live after its run has crashed. It may still report the cause.
+        finished_pod_seconds: how long a pod may live after its run has ended otherwise.
+        sidecar_seconds: how long other containers of a pod may run after its main container has ended. Native sidecars
+            end without help, and the pod's log stays.
     """
 
-    settle: float = 3
-    claim: float = 60
-    pending: float = 600
-    capacity: float = 86_400
-    cancel: float = 3
-    crashed: float = 15
-    linger: float = 60
-    sidecars: float = 5
+    settle_seconds: float = 3
+    claim_seconds: float = 60
+    pending_seconds: float = 600
+    capacity_seconds: float = 86_400
+    cancel_seconds: float = 3
+    crashed_pod_seconds: float = 15
+    finished_pod_seconds: float = 60
+    sidecar_seconds: float = 5

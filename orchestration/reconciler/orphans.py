@@ -1,4 +1,4 @@
-"""What a dead execution leaves on the server: task runs and subflows that say Running, and the slots that they hold."""
+"""Cleans up after a dead run attempt: unfinished task runs and subflows, and the concurrency slots that they hold."""
 
 from orchestration.prefect_api import JSON, Server
 from orchestration.reconciler.model import Pod
@@ -6,80 +6,84 @@ from orchestration.reconciler.model import Pod
 UNFINISHED = {"state": {"type": {"any_": ["PENDING", "RUNNING", "SCHEDULED", "PAUSED", "CANCELLING"]}}}
 
 
-async def release(server: Server, run: str) -> None:
-    """Give back the slots of concurrency limits by tag that its task runs hold: the server's own lease of one ends only
-    after a minute.
+async def release_tag_slots(server: Server, run: str) -> None:
+    """Release the slots of tag concurrency limits that a run's task runs hold.
 
-    What is set to a final state is not tried again with its run, so all else is left as it is.
+    The server's own leases of these slots expire only after a minute. The states of the task runs stay: a task run in a
+    final state would not be executed by the run's retry.
 
     Args:
-        server: of the run.
-        run: its id.
+        server: the Prefect API.
+        run: the run's id.
 
     Raises:
         ApiError: the server does not answer.
     """
-    tasks, _ = await _unfinished(server, run)
-    await _release(server, tasks)
+    tasks, _ = await _read_unfinished(server, run)
+    await _release_slots_of_tasks(server, tasks)
 
 
-async def give_back(server: Server, pods: list[Pod]) -> None:
-    """Give back the slots that executions held whose pods are known to have ended, as far as these have left it: also
-    those of `concurrency("name")`, whose leases the server ends only after minutes.
+async def release_leased_slots(server: Server, pods: list[Pod]) -> None:
+    """Release the concurrency slots of run attempts whose pods are confirmed to have ended.
+
+    The pod's termination message names the leases. Slots of `concurrency("name")` are among them: the server ends their
+    leases only after minutes.
 
     Args:
-        server: of the run.
-        pods: of the run.
+        server: the Prefect API.
+        pods: the pods of the run.
 
     Raises:
         ApiError: the server does not answer.
     """
-    for lease in {each for pod in pods if pod.end and pod.end.seen for each in pod.end.leases}:
-        # One that is over already is none to the server; one that has no leases does not know the path.
+    for lease in {lease for pod in pods if pod.end and pod.end.is_confirmed for lease in pod.end.leases}:
+        # 404 for a lease that is over, and on a server without leases.
         path = "/v2/concurrency_limits/decrement-with-lease"
         await server.ask("POST", path, {"lease_id": lease}, absent=True, idempotent=True)
 
 
-async def end(server: Server, run: str, sentence: str) -> None:
-    """Set all that is not over to Crashed, for a run that is not tried again.
+async def crash_unfinished(server: Server, run: str, sentence: str) -> None:
+    """Set the unfinished task runs and subflows of a run to Crashed, if the run is not retried.
 
     Args:
-        server: of the run.
-        run: its id.
-        sentence: why.
+        server: the Prefect API.
+        run: the run's id.
+        sentence: the message of the Crashed states.
 
     Raises:
         ApiError: the server does not answer.
     """
-    tasks, flows = await _unfinished(server, run)
-    await _release(server, tasks)
+    tasks, subflows = await _read_unfinished(server, run)
+    await _release_slots_of_tasks(server, tasks)
     body = {"state": {"type": "CRASHED", "name": "Crashed", "message": sentence}, "force": True}
-    for each in tasks:
-        await server.ask("POST", f"/task_runs/{each['id']}/set_state", body)
-    for each in flows:
-        await server.ask("POST", f"/flow_runs/{each['id']}/set_state", body)
+    for task in tasks:
+        await server.ask("POST", f"/task_runs/{task['id']}/set_state", body)
+    for subflow in subflows:
+        await server.ask("POST", f"/flow_runs/{subflow['id']}/set_state", body)
 
 
-async def _release(server: Server, tasks: list[JSON]) -> None:
-    for each in tasks:
-        if each["tags"]:
-            await server.ask(
-                "POST", "/concurrency_limits/decrement", {"names": each["tags"], "task_run_id": each["id"]}
-            )
+async def _release_slots_of_tasks(server: Server, tasks: list[JSON]) -> None:
+    for task in tasks:
+        if task["tags"]:
+            body = {"names": task["tags"], "task_run_id": task["id"]}
+            await server.ask("POST", "/concurrency_limits/decrement", body)
 
 
-async def _unfinished(server: Server, run: str) -> tuple[list[JSON], list[JSON]]:
-    """Its task runs and subflows, and theirs. A subflow with a deployment has a pod of its own and goes on."""
-    flows: list[JSON] = []
+async def _read_unfinished(server: Server, run: str) -> tuple[list[JSON], list[JSON]]:
+    """Return the unfinished task runs and subflows of a run, those of its subflows included.
+
+    A subflow with a deployment has its own pod and stays as it is.
+    """
+    subflows: list[JSON] = []
     parents = [run]
-    elsewhere: set[str] = set()
+    tasks_of_deployments: set[str] = set()
     while parents:
-        which = {"parent_flow_run_id": {"any_": parents}} | UNFINISHED
-        found = await server.all("/flow_runs/filter", flow_runs=which)
-        elsewhere |= {each["parent_task_run_id"] for each in found if each["deployment_id"]}
-        found = [each for each in found if not each["deployment_id"]]
-        flows += found
-        parents = [each["id"] for each in found]
-    of = {"id": {"any_": [run, *(each["id"] for each in flows)]}}
-    tasks = await server.all("/task_runs/filter", flow_runs=of, task_runs=UNFINISHED)
-    return [each for each in tasks if each["id"] not in elsewhere], flows
+        run_filter = {"parent_flow_run_id": {"any_": parents}} | UNFINISHED
+        found = await server.all("/flow_runs/filter", flow_runs=run_filter)
+        tasks_of_deployments |= {subflow["parent_task_run_id"] for subflow in found if subflow["deployment_id"]}
+        found = [subflow for subflow in found if not subflow["deployment_id"]]
+        subflows += found
+        parents = [subflow["id"] for subflow in found]
+    run_filter = {"id": {"any_": [run, *(subflow["id"] for subflow in subflows)]}}
+    tasks = await server.all("/task_runs/filter", flow_runs=run_filter, task_runs=UNFINISHED)
+    return [task for task in tasks if task["id"] not in tasks_of_deployments], subflows

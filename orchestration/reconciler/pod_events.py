@@ -1,16 +1,16 @@
-"""The events of pods that Prefect's own observer emits: same names, resources and ids, from what a round reads.
+"""Emits the events of pods that Prefect's own observer emits, with the same names, resources and ids.
 
-An event's id is made of what it says, so that the server keeps one of several. A reconciler that begins asks the server
-which events are there already: automations forget after half an hour which they have seen.
+An event's id depends on its content, so the server keeps one event of several reconcilers. A new reconciler asks the
+server which events exist: automations remember only for half an hour which events they have seen.
 
-Names, resources and ids are those of Prefect's observer, which calls every failed container evicted; here a pod
-is evicted that the cluster ended, and any other one failed.
+One name differs. Prefect's observer calls every failed container evicted. Here, a pod that the cluster ended is
+evicted, and any other failed pod is failed.
 """
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 from orchestration.prefect_api import JSON, RefusedError, Server
 from orchestration.prefect_compat.events import POD_EVENT_PREFIX as PREFIX
@@ -24,122 +24,130 @@ from orchestration.prefect_compat.events import (
 from orchestration.reconciler.causes import cause_of_end
 from orchestration.reconciler.model import Pod
 
-BATCH = 100
-"""Events in a request."""
+EVENTS_PER_REQUEST = 100
 
-PODS = 12
-"""Pods of which a request asks for events: each has four at most, and an answer has 50."""
+PODS_PER_QUERY = 12
+"""How many pods one query for events names. A pod has four events at most, and an answer has 50."""
 
-TIGHT = timedelta(minutes=5)
-"""How far apart two events of a pod may be of which the later one says that it follows the other."""
+FOLLOWS_WITHIN = timedelta(minutes=5)
+"""How far apart two events of a pod may be for the later event to name the earlier event as its predecessor."""
+
+Item = TypeVar("Item")
 
 
 class PodEvents:
-    """Tells the server once what happens to pods.
+    """Emits each event of a pod once.
 
     Args:
-        server: gets the events.
-        namespace: of the pods.
+        server: the Prefect API, which receives the events.
+        namespace: the namespace of the pods.
     """
 
     def __init__(self, server: Server, namespace: str) -> None:
         self._server, self._namespace = server, namespace
-        self._told: dict[str, set[str]] = {}
-        """Ids of events, by the pod's."""
-        self._seen: dict[str, tuple[Any, ...]] = {}
-        """What was read of each pod, as far as it makes events."""
+        self._emitted: dict[str, set[str]] = {}
+        """The ids of emitted events, by the pod's UID."""
+        self._observed: dict[str, tuple[Any, ...]] = {}
+        """The fields of each pod that its events depend on, as last read, by the pod's UID."""
         self._is_new = True
 
     def forget(self) -> None:
-        """Note that another reconciler tells from now on."""
-        self._told, self._seen, self._is_new = {}, {}, True
+        """Forget the emitted events: another reconciler is the leader now."""
+        self._emitted, self._observed, self._is_new = {}, {}, True
 
-    async def tell(self, pods: Sequence[Pod]) -> None:
-        """Send the events that were not sent.
+    async def emit(self, pods: Sequence[Pod]) -> None:
+        """Emit the events of pods that were not emitted before.
 
         Args:
-            pods: all that there are, with what was read of them.
+            pods: all pods that exist.
 
         Raises:
-            ApiError: the server does not answer, or refuses events; what it refuses is not sent again.
+            ApiError: the server does not answer, or refuses events. Refused events are not sent again.
         """
         if self._is_new and pods:
-            await self._ask(pods)
+            await self._read_emitted(pods)
             self._is_new = False
-        seen = {each.uid: (each.phase, each.started, each.waiting, each.live, each.restarts) for each in pods}
-        changed = [each for each in pods if self._seen.get(each.uid) != seen[each.uid]]
-        self._told = {uid: self._told.get(uid, set()) for uid in seen}
-        found = [(each.uid, event) for each in changed for event in events_of(each, self._namespace)]
-        for batch in _parts([each for each in found if each[1]["id"] not in self._told[each[0]]], BATCH):
-            refused = None
+        observed = {pod.uid: (pod.phase, pod.has_started, pod.waiting, pod.is_live, pod.restarts) for pod in pods}
+        changed = [pod for pod in pods if self._observed.get(pod.uid) != observed[pod.uid]]
+        self._emitted = {uid: self._emitted.get(uid, set()) for uid in observed}
+        events = [(pod.uid, event) for pod in changed for event in build_pod_events(pod, self._namespace)]
+        new = [(uid, event) for uid, event in events if event["id"] not in self._emitted[uid]]
+        for batch in _batches(new, EVENTS_PER_REQUEST):
+            refusal = None
             try:
                 await self._server.ask("POST", "/events", [event for _, event in batch], idempotent=True)
             except RefusedError as error:
-                refused = error
+                refusal = error
             for uid, event in batch:
-                self._told[uid].add(event["id"])
-            if refused:
-                raise refused
-        self._seen = seen
+                self._emitted[uid].add(event["id"])
+            if refusal:
+                raise refusal
+        self._observed = observed
 
-    async def _ask(self, pods: Sequence[Pod]) -> None:
-        """Note which of the pods' events the server has."""
-        for some in _parts(pods, PODS):
-            which: JSON = {
+    async def _read_emitted(self, pods: Sequence[Pod]) -> None:
+        """Read which of the pods' events the server has."""
+        for batch in _batches(pods, PODS_PER_QUERY):
+            event_filter: JSON = {
                 "event": {"prefix": [PREFIX]},
-                "resource": {"id": [f"{PREFIX}{each.uid}" for each in some]},
-                "occurred": {"since": min(each.created for each in some).isoformat()},
+                "resource": {"id": [f"{PREFIX}{pod.uid}" for pod in batch]},
+                "occurred": {"since": min(pod.created_at for pod in batch).isoformat()},
             }
-            answer = await self._server.ask("POST", "/events/filter", {"filter": which}, idempotent=True)
-            for each in answer["events"]:
-                uid = each["resource"]["prefect.resource.id"].removeprefix(PREFIX)
-                self._told.setdefault(uid, set()).add(each["id"])
+            answer = await self._server.ask("POST", "/events/filter", {"filter": event_filter}, idempotent=True)
+            for event in answer["events"]:
+                uid = event["resource"]["prefect.resource.id"].removeprefix(PREFIX)
+                self._emitted.setdefault(uid, set()).add(event["id"])
 
 
-def _parts(found: Sequence[Any], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(found), size):
-        yield list(found[start : start + size])
+def _batches(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
+    for start in range(0, len(items), size):
+        yield list(items[start : start + size])
 
 
-def events_of(pod: Pod, namespace: str) -> list[JSON]:
-    """Return what has happened to a pod, oldest first."""
+def build_pod_events(pod: Pod, namespace: str) -> list[JSON]:
+    """Return all events of a pod until now, oldest first.
+
+    Args:
+        pod: the pod.
+        namespace: the namespace of the pod.
+    """
     diagnosis = _diagnosis(pod)
-    happened: list[tuple[str, datetime, JSON, PodDiagnosis | None]] = [("Pending", pod.created, {}, None)]
-    if pod.live and not pod.started and diagnosis:
-        happened.append(("Pending", pod.created, {}, diagnosis))
-    if pod.began:
-        happened.append(("Running", pod.began, {}, None))
+    changes: list[tuple[str, datetime, JSON, PodDiagnosis | None]] = [("Pending", pod.created_at, {}, None)]
+    if pod.is_live and not pod.has_started and diagnosis:
+        changes.append(("Pending", pod.created_at, {}, diagnosis))
+    if pod.started_at:
+        changes.append(("Running", pod.started_at, {}, None))
     if pod.end:
-        why = {} if pod.phase == "Succeeded" else {"kubernetes.reason": pod.end.reason}
-        happened.append((pod.phase, pod.end.at, why, diagnosis))
-    made: list[JSON] = []
-    for of, at, more, category in happened:
-        name = "evicted" if of == "Failed" and cause_of_end([pod]).kind == "disruption" else of.lower()
-        made.append(
+        reason = {} if pod.phase == "Succeeded" else {"kubernetes.reason": pod.end.reason}
+        changes.append((pod.phase, pod.end.time, reason, diagnosis))
+    events: list[JSON] = []
+    for phase, occurred, reason, category in changes:
+        is_evicted = phase == "Failed" and cause_of_end([pod]).kind == "disruption"
+        events.append(
             {
-                "id": pod_event_id(pod.uid, of, pod.restarts, category),
-                "event": PREFIX + name,
-                "occurred": at.isoformat(),
-                "resource": pod_resource(pod.uid, pod.name, namespace, category) | more,
+                "id": pod_event_id(pod.uid, phase, pod.restarts, category),
+                "event": PREFIX + ("evicted" if is_evicted else phase.lower()),
+                "occurred": occurred.isoformat(),
+                "resource": pod_resource(pod.uid, pod.name, namespace, category) | reason,
                 "related": resources_of_labels(pod.labels),
                 "payload": {},
             }
         )
-    for first, second in pairwise(made):
-        if datetime.fromisoformat(second["occurred"]) - datetime.fromisoformat(first["occurred"]) < TIGHT:
+    for first, second in pairwise(events):
+        gap = datetime.fromisoformat(second["occurred"]) - datetime.fromisoformat(first["occurred"])
+        if gap < FOLLOWS_WITHIN:
             second["follows"] = first["id"]
-    return made
+    return events
 
 
 def _diagnosis(pod: Pod) -> PodDiagnosis | None:
-    """Prefect's category of what is wrong with a pod, if anything."""
+    """Return Prefect's category for the failure of a pod; None if nothing has failed."""
     if pod.end:
         if pod.end.oom:
             return PodDiagnosis.OOM_KILLED
         return PodDiagnosis.EVICTED if pod.end.reason == "Evicted" else None
     if not pod.waiting:
         return None
-    word, said = pod.waiting
-    if word in ("ErrImagePull", "ImagePullBackOff"):
+    reason, message = pod.waiting
+    if reason in ("ErrImagePull", "ImagePullBackOff"):
         return PodDiagnosis.IMAGE_PULL_ERROR
-    return unschedulable_diagnosis(said) if word == "Unschedulable" else None
+    return unschedulable_diagnosis(message) if reason == "Unschedulable" else None

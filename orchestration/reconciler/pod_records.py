@@ -1,8 +1,8 @@
-"""What is kept of a run's pods that have ended: how much memory they used, where and when they ran.
+"""Records on a run how its pods ended: how much memory they used, and where and when they ran.
 
-A pod and its Job are gone some minutes after their end, most of them of runs that completed and that no round reads. So
-a Job is marked, by an annotation, once its ended pods are noted. A round sees that in what it reads anyway, whoever
-makes it, and asks nothing about what was noted before.
+Kubernetes removes a pod and its Job some minutes after they end. Most of their runs completed, and no round reads
+completed runs. So an annotation of the Job counts its ended pods that are recorded. A round reads the annotation with
+the Job, whichever reconciler wrote it, and sends no request about recorded pods.
 """
 
 from collections.abc import Sequence
@@ -25,13 +25,13 @@ from orchestration.reconciler.run_events import build_run_event
 
 
 @dataclass(frozen=True)
-class Note:
-    """Pods of a run that ended and are to be noted.
+class PodRecord:
+    """The ended pods of one Job, to be recorded on their run.
 
     Args:
-        run: which; None if the API does not have it any more.
-        job: the name of their Job.
-        pods: all of it that have ended.
+        run: the run; None if the API does not have it.
+        job: the name of the Job.
+        pods: all pods of the Job that have ended.
     """
 
     run: Run | None
@@ -40,70 +40,75 @@ class Note:
 
     @property
     def labels(self) -> dict[str, int]:
-        """What the run does not say yet. Who was killed for its memory used at least its limit."""
-        found = {PEAK_LABEL: 0, EXCEEDED_LABEL: 0}
+        """Return the labels of the run that change. A pod that was OOMKilled used at least its memory limit."""
+        values = {PEAK_LABEL: 0, EXCEEDED_LABEL: 0}
         for pod in self.pods:
             assert pod.end
             limit = int(quantity_or_zero(pod.memory)) if pod.end.oom else 0
-            found[PEAK_LABEL] = max(found[PEAK_LABEL], pod.end.peak, limit)
-            found[EXCEEDED_LABEL] = max(found[EXCEEDED_LABEL], limit)
-        before = self.run.labels if self.run else {}
-        return {name: value for name, value in found.items() if value > whole_number(before.get(name))}
+            values[PEAK_LABEL] = max(values[PEAK_LABEL], pod.end.peak, limit)
+            values[EXCEEDED_LABEL] = max(values[EXCEEDED_LABEL], limit)
+        current = self.run.labels if self.run else {}
+        return {name: value for name, value in values.items() if value > whole_number(current.get(name))}
 
 
-def of_jobs(jobs: Sequence[Job], pods: Sequence[Pod]) -> dict[str, tuple[Pod, ...]]:
-    """The ended pods of each Job of which not all are noted."""
+def unrecorded_pods(jobs: Sequence[Job], pods: Sequence[Pod]) -> dict[str, tuple[Pod, ...]]:
+    """Return the ended pods of each Job that has ended pods without a record, by the Job's name."""
     ended: dict[str, list[Pod]] = {}
-    for each in pods:
-        if each.end:
-            ended.setdefault(each.job, []).append(each)
-    return {each.name: tuple(ended[each.name]) for each in jobs if len(ended.get(each.name, ())) > each.noted}
+    for pod in pods:
+        if pod.end:
+            ended.setdefault(pod.job, []).append(pod)
+    return {job.name: tuple(ended[job.name]) for job in jobs if len(ended.get(job.name, ())) > job.recorded_pods}
 
 
-def unnoted(run: Run | None, jobs: Sequence[Job], pods: Sequence[Pod]) -> list[Note]:
-    """What is to be noted of a run now: nothing while a worker may write its labels, as one of the two would lose."""
+def build_pod_records(run: Run | None, jobs: Sequence[Job], pods: Sequence[Pod]) -> list[PodRecord]:
+    """Return the records to write now.
 
-    def is_quiet(job: str) -> bool:
-        return (
-            run is None or run.type in FINAL_STATES | {"PAUSED"} or (run.type == "RUNNING" and run.job not in ("", job))
-        )
+    While a worker may write the run's labels, there are none: one of the two writers would overwrite the other.
 
-    return [Note(run, job, ended) for job, ended in of_jobs(jobs, pods).items() if is_quiet(job)]
+    Args:
+        run: the run; None if the API does not have it.
+        jobs: the Jobs of the run.
+        pods: the pods of the run.
+    """
+
+    def is_safe(job: str) -> bool:
+        if run is None or run.type in FINAL_STATES | {"PAUSED"}:
+            return True
+        return run.type == "RUNNING" and run.job not in ("", job)
+
+    return [PodRecord(run, job, ended) for job, ended in unrecorded_pods(jobs, pods).items() if is_safe(job)]
 
 
-async def note(server: Server, cluster: Cluster, noted: Note) -> None:
-    """Do it. Cut off before the Job is marked, it is done again, and is as done once.
+async def write_pod_record(server: Server, cluster: Cluster, record: PodRecord) -> None:
+    """Write a record: the run's labels, one event for each pod, and at last the Job's annotation.
+
+    It is idempotent: a record that was interrupted before the annotation is written again, with the same result.
 
     Raises:
         PipelineError: server or cluster do not answer, or refuse.
     """
-    if noted.run:
-        if noted.labels:
-            await server.ask("PATCH", f"/flow_runs/{noted.run.id}/labels", noted.labels, absent=True)
-        events = [_event(noted.run, each) for each in noted.pods]
+    if record.run:
+        if record.labels:
+            await server.ask("PATCH", f"/flow_runs/{record.run.id}/labels", record.labels, absent=True)
+        events = [build_pod_ended_event(record.run, pod) for pod in record.pods]
         await server.ask("POST", "/events", events, idempotent=True)
-    await cluster.annotate(noted.job, {NOTED_ANNOTATION: str(len(noted.pods))})
+    await cluster.annotate(record.job, {NOTED_ANNOTATION: str(len(record.pods))})
 
 
-def told(pod: Pod) -> JSON:
-    """Of an ended pod, what is told."""
+def build_pod_ended_event(run: Run, pod: Pod) -> JSON:
+    """Return the event of a pod that has ended. Its id depends on the pod alone, so the server keeps one event."""
     assert pod.end
-    return {
+    payload = {
         "pod": pod.name,
         "node": pod.node,
         "job": pod.job,
-        "created": pod.created.isoformat(),
-        "scheduled": pod.scheduled.isoformat() if pod.scheduled else None,
-        "started": pod.began.isoformat() if pod.began else None,
-        "ended": pod.end.at.isoformat(),
+        "created": pod.created_at.isoformat(),
+        "scheduled": pod.scheduled_at.isoformat() if pod.scheduled_at else None,
+        "started": pod.started_at.isoformat() if pod.started_at else None,
+        "ended": pod.end.time.isoformat(),
         "code": pod.end.code,
         "reason": pod.end.reason,
         "peak": pod.end.peak,
     }
-
-
-def _event(run: Run, pod: Pod) -> JSON:
-    assert pod.end
-    # The id is that of the pod: the server keeps one event of several reconcilers.
     id_ = str(uuid5(NAMESPACE_URL, f"{run.id}/{pod.name}/{POD_ENDED_EVENT}"))
-    return build_run_event(run, POD_ENDED_EVENT, pod.end.at, told(pod), id_)
+    return build_run_event(run, POD_ENDED_EVENT, pod.end.time, payload, id_)

@@ -233,9 +233,9 @@ class Worker(CompatibleWorker):
         if not KubernetesSettings().observer.enabled:
             return Pending(name=JOB_REFUSED, message=sentence)
         now, policy = datetime.now(UTC), Policy()
-        if not refusal.waits_for_capacity or (now - refusal.since).total_seconds() > policy.capacity:
+        if not refusal.waits_for_capacity or (now - refusal.since).total_seconds() > policy.capacity_seconds:
             return None
-        due = now + timedelta(seconds=policy.claim)
+        due = now + timedelta(seconds=policy.claim_seconds)
         return Scheduled(scheduled_time=due, name=JOB_REFUSED, message=sentence)
 
     async def claim(self, flow_run: FlowRun) -> bool:

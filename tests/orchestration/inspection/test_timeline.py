@@ -16,8 +16,8 @@ from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerResult
 
 from orchestration.__main__ import main
 from orchestration.diagnoses import title
-from orchestration.reconciler import pod_records
 from orchestration.reconciler.model import End, Pod, Run
+from orchestration.reconciler.pod_records import build_pod_ended_event
 from tests.orchestration.inspection.work_pool import Json, WorkPool, why
 from tests.parts import wait_until
 
@@ -147,11 +147,12 @@ def test_record_of_reconciler_replaces_events_of_pod(pool: WorkPool, capsys: pyt
     now = datetime.now(UTC)
     end = End(now, 0, "Completed", peak=100 * 2**20)
     times: Json = {
-        moment: now - timedelta(seconds=seconds) for moment, seconds in (("created", 9), ("scheduled", 8), ("began", 3))
+        moment: now - timedelta(seconds=seconds)
+        for moment, seconds in (("created_at", 9), ("scheduled_at", 8), ("started_at", 3))
     }
-    pod = Pod("heron-1-pod", run["id"], "heron-1", started=True, end=end, node="node-1", **times)
+    pod = Pod("heron-1-pod", run["id"], "heron-1", has_started=True, end=end, node="node-1", **times)
     ObservedPod(pool, run, pod.name, now).observe({"phase": "Pending"}, status("Running", running={}))
-    event = pod_records._event(Run.read(pool.ask("GET", f"/flow_runs/{run['id']}")), pod)
+    event = build_pod_ended_event(Run.read(pool.ask("GET", f"/flow_runs/{run['id']}")), pod)
     pool.ask("POST", "/events", [event])
     pool.ask("POST", "/events", [event])
 

@@ -22,7 +22,7 @@ from orchestration.reconciler.state_messages import diagnosis_of
 from orchestration.settings import ROOT
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
-POD = Pod("heron-1-pod", "r", "heron-1", NOW, started=True, memory="700Mi", node="node-1")
+POD = Pod("heron-1-pod", "r", "heron-1", NOW, has_started=True, memory="700Mi", node="node-1")
 DIAGNOSES = set(get_args(Diagnosis))
 
 
@@ -77,9 +77,9 @@ def test_the_sentence_of_an_end_is_diagnosed_as_that(end: End, diagnosis: Diagno
 
 
 def test_a_pod_that_is_gone_is_diagnosed_by_what_its_job_says() -> None:
-    job = Job("heron-1", "r", NOW, over=True)
+    job = Job("heron-1", "r", NOW, is_finished=True)
     assert diagnosis_of(causes.cause_of_end([], [job]).sentence) == "pod-gone"
-    assert diagnosis_of(causes.cause_of_end([], [replace(job, disrupted=True)]).sentence) == "disruption"
+    assert diagnosis_of(causes.cause_of_end([], [replace(job, is_disrupted=True)]).sentence) == "disruption"
 
 
 @pytest.mark.parametrize("word", sorted(WAITING_REASONS))
@@ -92,7 +92,7 @@ def test_a_pod_that_waits_is_diagnosed_by_its_word_also_when_given_up(word: str)
 
 
 def test_a_refusal_is_diagnosed() -> None:
-    found = causes.waiting_state(Job("heron-1", "r", NOW, refused="exceeded quota"), [])
+    found = causes.waiting_state(Job("heron-1", "r", NOW, refusal="exceeded quota"), [])
     assert found
     assert found[0] == POD_REFUSED
     assert diagnosis_of(found[1]) == STATE_DIAGNOSES[POD_REFUSED] == "refused"

@@ -303,7 +303,7 @@ async def _until_ended(
         httpx.AsyncClient(base_url=of_reconciler, timeout=REQUEST) as for_kubernetes,
     ):
         place = kubernetes.Cluster(for_kubernetes, namespace)
-        policy = Policy(settle=0.5, claim=GIVEN_AWAY_AFTER)
+        policy = Policy(settle_seconds=0.5, claim_seconds=GIVEN_AWAY_AFTER)
         with patch.object(kubernetes, "LISTEN", 5):
             reconciler = Reconciler(Server(for_prefect, server), place, pool, policy, None, Pulse(60))
             tested = Stalled(namespace=namespace, work_pool_name=pool, create_pool_if_not_found=False)

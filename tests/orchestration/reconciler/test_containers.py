@@ -98,11 +98,11 @@ INJECTED = st.dictionaries(NAMES, st.sampled_from(SIDECAR_STATES), max_size=3)
 @settings(max_examples=examples(2))
 def test_a_pod_with_sidecars_is_read_as_the_pod_without(state: Json, injected: dict[str, Json], order: int) -> None:
     alone, together = pod(state), pod(state, injected, order=order)
-    facts = ("started", "end", "waiting", "memory", "container", "began")
-    assert [getattr(together, each) for each in facts] == [getattr(alone, each) for each in facts]
+    fields = ("has_started", "end", "waiting", "memory", "container", "started_at")
+    assert [getattr(together, field) for field in fields] == [getattr(alone, field) for field in fields]
     runs_on = any("terminated" not in each for each in injected.values())
-    assert together.lingers == ("terminated" in state and runs_on)
-    assert not alone.lingers
+    assert together.has_live_sidecar == ("terminated" in state and runs_on)
+    assert not alone.has_live_sidecar
 
 
 @pytest.mark.parametrize("name", ["aaa-proxy", "zzz-proxy"])
@@ -113,8 +113,8 @@ def test_dead_main_container_crashes_the_run_and_its_job_goes(
     name: str, order: int, kind: str, state: Json, cause: str
 ) -> None:
     ended = pod(state, **{kind: {name: RUNNING}}, order=order, phase="Running")  # type: ignore[arg-type]
-    assert ended.lingers
-    job = Job("heron", "r", NOW - timedelta(seconds=3600), once=True, over=True)
+    assert ended.has_live_sidecar
+    job = Job("heron", "r", NOW - timedelta(seconds=3600), makes_one_pod=True, is_finished=True)
     [crash] = decided("RUNNING", job, ended)
     assert isinstance(crash, Crash)
     assert crash.cause.kind == cause
@@ -129,7 +129,7 @@ def test_dead_main_container_crashes_the_run_and_its_job_goes(
 
 @pytest.mark.parametrize("type_", ["COMPLETED", "FAILED", "CANCELLED", "SCHEDULED", "PAUSED", "CRASHED"])
 def test_job_is_deleted_when_its_main_container_has_ended(type_: str) -> None:
-    job = Job("heron", "r", NOW - timedelta(seconds=3600), once=True, over=True)
+    job = Job("heron", "r", NOW - timedelta(seconds=3600), makes_one_pod=True, is_finished=True)
     for name in ("aaa", "zzz"):
         held = pod(COMPLETED, {name: RUNNING})
         [stop] = [each for each in decided(type_, job, held) if isinstance(each, Stop)]
@@ -147,16 +147,16 @@ def test_job_that_kubernetes_retries_ends_with_a_pod_that_a_sidecar_holds_open()
     [crash] = decided("RUNNING", job, pod(KILLED, {"zzz": RUNNING}))
     assert isinstance(crash, Crash)
     fresh = pod(terminated(137, "Error", seconds=1), {"zzz": RUNNING})
-    [crash] = decided("RUNNING", Job("heron", "r", NOW - timedelta(seconds=3600), once=True), fresh)
+    [crash] = decided("RUNNING", Job("heron", "r", NOW - timedelta(seconds=3600), makes_one_pod=True), fresh)
     assert isinstance(crash, Crash), "Kubernetes makes no other pod"
     assert decided("RUNNING", job, fresh) == [], "the sidecar may be about to end, and Kubernetes to make another pod"
 
 
 def test_cancelled_run_ends_though_its_sidecar_lives() -> None:
-    job = Job("heron", "r", NOW - timedelta(seconds=3600), once=True, over=True)
+    job = Job("heron", "r", NOW - timedelta(seconds=3600), makes_one_pod=True, is_finished=True)
     [stop] = decided("CANCELLING", job, pod(KILLED, {"aaa": RUNNING}))
     assert isinstance(stop, Stop)
-    deleted = Job("heron", "r", NOW - timedelta(seconds=3600), once=True, over=True, deleted=True)
+    deleted = Job("heron", "r", NOW - timedelta(seconds=3600), makes_one_pod=True, is_finished=True, is_deleted=True)
     [cancelled] = decided("CANCELLING", deleted, pod(KILLED, {"aaa": RUNNING}))
     assert isinstance(cancelled, Cancelled)
 
@@ -165,15 +165,15 @@ def test_cancelled_run_ends_though_its_sidecar_lives() -> None:
 def test_bad_image_of_the_main_container_is_explained(name: str) -> None:
     job = Job("heron", "r", NOW - timedelta(seconds=60))
     stuck = pod(ABSENT, {name: RUNNING})
-    assert not stuck.started
+    assert not stuck.has_started
     [explain] = decided("PENDING", job, stuck)
     assert isinstance(explain, Explain)
-    assert explain.word == "ImagePullBackOff"
+    assert explain.state == "ImagePullBackOff"
 
 
 def test_bad_image_of_a_sidecar_does_not_keep_the_run_from_running() -> None:
     running = pod(RUNNING, {"aaa": ABSENT})
-    assert running.started
+    assert running.has_started
     job = Job("heron", "r", NOW - timedelta(seconds=60))
     assert decided("PENDING", job, running) == []
     assert is_steady(run("RUNNING"), [job], [running])
@@ -195,7 +195,7 @@ def test_native_sidecar_that_does_not_start_is_explained(state: Json, word: str)
         stuck = pod(CREATING, native=native)
         [explain] = decided("PENDING", Job("heron", "r", NOW - timedelta(seconds=60)), stuck)
         assert isinstance(explain, Explain)
-        assert explain.word == word
+        assert explain.state == word
 
 
 def test_init_container_that_fails_is_named() -> None:
@@ -235,12 +235,14 @@ def test_container_that_is_restarted_in_its_pod_has_not_ended() -> None:
         "spec": {"containers": [MAIN], "restartPolicy": "OnFailure"},
         "status": {"phase": "Running", "containerStatuses": [{"name": "prefect-job", "state": KILLED}]},
     }
-    assert Pod.read(PodObject.model_validate(raw)).live
+    assert Pod.read(PodObject.model_validate(raw)).is_live
     raw["status"]["containerStatuses"][0]["state"] = COMPLETED
-    assert not Pod.read(PodObject.model_validate(raw)).live
+    assert not Pod.read(PodObject.model_validate(raw)).is_live
     raw["status"]["containerStatuses"][0]["state"] = KILLED
     del raw["spec"]["restartPolicy"]
-    assert not Pod.read(PodObject.model_validate(raw)).live, "a Job's pod has no other policy than OnFailure and Never"
+    assert not Pod.read(PodObject.model_validate(raw)).is_live, (
+        "a Job's pod has no other policy than OnFailure and Never"
+    )
 
 
 def run(type_: str) -> Run:

@@ -85,10 +85,10 @@ def kind_of(action: Action) -> str:
 
 
 def test_a_run_in_its_pod_is_left_alone() -> None:
-    assert decided(run("RUNNING"), [job()], [pod(started=True)]) == []
+    assert decided(run("RUNNING"), [job()], [pod(has_started=True)]) == []
     assert decided(run("PENDING", 5), [job(seconds=4)], [pod(seconds=3)]) == []
     assert decided(run("SCHEDULED"), [], []) == []
-    assert decided(run("PAUSED"), [job(over=True)], [pod(end=end(code=0))]) == []
+    assert decided(run("PAUSED"), [job(is_finished=True)], [pod(end=end(code=0))]) == []
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_run_in_its_pod_is_left_alone() -> None:
     ],
 )
 def test_a_dead_run_crashes_with_its_cause(ended: End, kind: str, said: str) -> None:
-    (action,) = decided(run("RUNNING"), [job(over=True)], [pod(started=True, memory="700Mi", end=ended)])
+    (action,) = decided(run("RUNNING"), [job(is_finished=True)], [pod(has_started=True, memory="700Mi", end=ended)])
     assert kind_of(action) == kind
     assert isinstance(action, Crash)
     assert said in action.cause.sentence
@@ -113,39 +113,48 @@ def test_whose_a_run_is() -> None:
     """Its worker has said where it is; a hand that executes one makes no Job and is left alone."""
     ours = {CLUSTER_LABEL: "one"}
     one, two = {"one", "as one was marked before"}, {"two"}
-    assert run("RUNNING", labels=ours).is_of(one, "ns")
-    assert run("RUNNING", labels={CLUSTER_LABEL: "as one was marked before"}).is_of(one, "ns"), "by an older version"
-    assert not run("RUNNING", labels=ours).is_of(one, "other")
+    assert run("RUNNING", labels=ours).belongs_to(one, "ns")
+    assert run("RUNNING", labels={CLUSTER_LABEL: "as one was marked before"}).belongs_to(one, "ns"), (
+        "by an older version"
+    )
+    assert not run("RUNNING", labels=ours).belongs_to(one, "other")
     elsewhere = ours | {NAMESPACE_LABEL: "other"}
-    assert not run("PENDING", labels=elsewhere, job="", namespace="").is_of(one, "ns"), "its Job is to be there"
-    assert not run("RUNNING", labels=ours).is_of(two, "ns"), "another cluster's namespace has the same name"
-    assert not run("RUNNING", labels={}).is_of(one, "ns"), "by a worker that marks none"
-    assert not run("RUNNING", labels={}, job="", namespace="").is_of(one, "ns"), "executed by hand"
-    assert run("PENDING", labels={}, job="", namespace="").is_of(one, "ns"), "a claim that nobody has gone on with"
-    assert run("RUNNING", labels=ours, job="", namespace="").is_of(one, "ns"), "its worker died before it said more"
+    assert not run("PENDING", labels=elsewhere, job="", namespace="").belongs_to(one, "ns"), "its Job is to be there"
+    assert not run("RUNNING", labels=ours).belongs_to(two, "ns"), "another cluster's namespace has the same name"
+    assert not run("RUNNING", labels={}).belongs_to(one, "ns"), "by a worker that marks none"
+    assert not run("RUNNING", labels={}, job="", namespace="").belongs_to(one, "ns"), "executed by hand"
+    assert run("PENDING", labels={}, job="", namespace="").belongs_to(one, "ns"), "a claim that nobody has gone on with"
+    assert run("RUNNING", labels=ours, job="", namespace="").belongs_to(one, "ns"), (
+        "its worker died before it said more"
+    )
 
 
 def test_which_runs_are_steady() -> None:
-    running, executes = run("RUNNING"), pod(started=True)
+    running, executes = run("RUNNING"), pod(has_started=True)
     assert is_steady(running, [job()], [executes])
-    for pods in ([], [pod()], [executes, pod()], [replace(executes, end=end())], [replace(executes, deleted=NOW)]):
+    for pods in ([], [pod()], [executes, pod()], [replace(executes, end=end())], [replace(executes, deleted_at=NOW)]):
         assert not is_steady(running, [job()], pods)
     assert not is_steady(running, [], [executes])
     assert not is_steady(running, [job(), job("job-2")], [executes])
-    for other in (run("PENDING"), run("CANCELLING"), run("RUNNING", job="job-2"), run("RUNNING", abandoned=True)):
+    for other in (
+        run("PENDING"),
+        run("CANCELLING"),
+        run("RUNNING", job="job-2"),
+        run("RUNNING", is_deployment_deleted=True),
+    ):
         assert not is_steady(other, [job()], [executes])
 
 
 def test_a_run_whose_end_nobody_saw_may_still_report_it() -> None:
-    assert decided(run("RUNNING", 1), [job(over=True)], []) == []
-    assert decided(run("RUNNING", 1), [job(over=True)], [pod(end=end(seconds=2))]) == [], "by another clock"
-    [crash] = decided(run("RUNNING", 1), [job(over=True)], [pod(end=end(seconds=0.1))])
+    assert decided(run("RUNNING", 1), [job(is_finished=True)], []) == []
+    assert decided(run("RUNNING", 1), [job(is_finished=True)], [pod(end=end(seconds=2))]) == [], "by another clock"
+    [crash] = decided(run("RUNNING", 1), [job(is_finished=True)], [pod(end=end(seconds=0.1))])
     assert isinstance(crash, Crash)
 
 
 def test_a_run_whose_pod_was_deleted_crashes_once_its_job_is_over() -> None:
     assert decided(run("RUNNING"), [job()], []) == [], "Kubernetes has not counted it yet"
-    assert [kind_of(each) for each in decided(run("RUNNING"), [job(over=True)], [])] == ["crash"]
+    assert [kind_of(each) for each in decided(run("RUNNING"), [job(is_finished=True)], [])] == ["crash"]
     assert [kind_of(each) for each in decided(run("RUNNING"), [], [])] == ["crash"], "the Job is gone too"
 
 
@@ -153,15 +162,15 @@ def test_a_claim_without_a_job_goes_back_and_a_job_without_a_claimant_is_recorde
     lost = run("PENDING", 61, job="")
     assert [type(each) for each in decided(lost, [], [])] == [GiveAway]
     given_away = replace(lost, state=CLAIM_LOST, since=NOW)
-    assert [type(each) for each in decided(given_away, [job("job-0", over=True)], [])] == [Unclaim]
+    assert [type(each) for each in decided(given_away, [job("job-0", is_finished=True)], [])] == [Unclaim]
     assert [type(each) for each in decided(given_away, [job()], [pod()])] == [Stop], "it was created meanwhile"
-    assert decided(given_away, [], [pod(deleted=NOW)]) == [], "its pod has yet to end"
+    assert decided(given_away, [], [pod(deleted_at=NOW)]) == [], "its pod has yet to end"
     assert decided(run("PENDING", 59, job=""), [], []) == []
     assert decided(lost, [job(seconds=60)], []) == [Adopt(lost, "job-1")]
     # Claimed again after a crash: the Job that is recorded is the old one.
     again = run("PENDING", 10)
-    assert decided(again, [job(over=True)], [pod(end=end(seconds=30))]) == []
-    assert decided(again, [job(over=True), job("job-2", seconds=5)], [pod("job-2", seconds=4)]) == [
+    assert decided(again, [job(is_finished=True)], [pod(end=end(seconds=30))]) == []
+    assert decided(again, [job(is_finished=True), job("job-2", seconds=5)], [pod("job-2", seconds=4)]) == [
         Adopt(again, "job-2")
     ]
 
@@ -170,35 +179,35 @@ def test_what_keeps_a_pod_from_starting_is_said_at_once_and_ends_the_run_after_a
     stuck = pod(seconds=5, waiting=("ErrImagePull", "not found"))
     (action,) = decided(run("PENDING", 6), [job(seconds=6)], [stuck])
     assert isinstance(action, Explain)
-    assert action.word == "ImagePullBackOff"
+    assert action.state == "ImagePullBackOff"
     assert "not found" in action.sentence
     told = run("PENDING", 3, state="ImagePullBackOff", message=action.sentence)
     assert decided(told, [job(seconds=6)], [replace(stuck, waiting=("ImagePullBackOff", "back-off"))]) == []
-    (action,) = decided(replace(told, since=ago(1)), [job(seconds=601)], [replace(stuck, created=ago(601))])
+    (action,) = decided(replace(told, since=ago(1)), [job(seconds=601)], [replace(stuck, created_at=ago(601))])
     assert kind_of(action) == "start"
-    (action,) = decided(run("PENDING", 6), [job(seconds=5, refused="exceeded quota")], [])
+    (action,) = decided(run("PENDING", 6), [job(seconds=5, refusal="exceeded quota")], [])
     assert isinstance(action, Explain)
     assert "exceeded quota" in action.sentence
 
 
 def test_cancelling_ends_the_pod_and_then_the_run() -> None:
-    assert decided(run("CANCELLING", 2), [job()], [pod(started=True)]) == []
-    (action,) = decided(run("CANCELLING", 4), [job()], [pod(started=True)])
+    assert decided(run("CANCELLING", 2), [job()], [pod(has_started=True)]) == []
+    (action,) = decided(run("CANCELLING", 4), [job()], [pod(has_started=True)])
     assert isinstance(action, Stop)
     assert action.grace is None
-    assert decided(run("CANCELLING", 4), [job(deleted=True)], [pod(started=True, deleted=ago(1))]) == []
+    assert decided(run("CANCELLING", 4), [job(is_deleted=True)], [pod(has_started=True, deleted_at=ago(1))]) == []
     cancelling = run("CANCELLING", 4)
     for ended, lost in (([], ("job-1",)), ([pod(end=end())], ())):
-        assert decided(cancelling, [job(deleted=True)], ended) == [
+        assert decided(cancelling, [job(is_deleted=True)], ended) == [
             Cancelled(cancelling, "Nothing of it is left in the cluster", lost)
         ], "what nobody saw end may execute on"
 
 
 def test_a_run_whose_deployment_was_deleted_is_ended_at_once() -> None:
     for type_ in ("PENDING", "RUNNING"):
-        alone = run(type_, 1, abandoned=True)
-        assert decided(alone, [job()], [pod(started=True)]) == [Cancel(alone, "Its deployment was deleted")]
-    (action,) = decided(run("CANCELLING", 1, abandoned=True), [job()], [pod(started=True)])
+        alone = run(type_, 1, is_deployment_deleted=True)
+        assert decided(alone, [job()], [pod(has_started=True)]) == [Cancel(alone, "Its deployment was deleted")]
+    (action,) = decided(run("CANCELLING", 1, is_deployment_deleted=True), [job()], [pod(has_started=True)])
     assert isinstance(action, Stop)
     assert action.grace is None
     told = decide_retry(run("CRASHED"), Cause("crash", ""), None)
@@ -206,21 +215,21 @@ def test_a_run_whose_deployment_was_deleted_is_ended_at_once() -> None:
 
 
 def test_nothing_outlives_its_run() -> None:
-    assert [type(each) for each in decided(None, [job()], [pod(started=True)])] == [Stop]
-    assert decided(run("COMPLETED", 30), [job()], [pod(started=True)]) == []
-    assert [type(each) for each in decided(run("COMPLETED", 61), [job()], [pod(started=True)])] == [Stop]
-    assert decided(run("CRASHED", 10), [job()], [pod(started=True)]) == [], "it may yet tell why"
-    (action,) = decided(run("CRASHED", 16), [job()], [pod(started=True)])
+    assert [type(each) for each in decided(None, [job()], [pod(has_started=True)])] == [Stop]
+    assert decided(run("COMPLETED", 30), [job()], [pod(has_started=True)]) == []
+    assert [type(each) for each in decided(run("COMPLETED", 61), [job()], [pod(has_started=True)])] == [Stop]
+    assert decided(run("CRASHED", 10), [job()], [pod(has_started=True)]) == [], "it may yet tell why"
+    (action,) = decided(run("CRASHED", 16), [job()], [pod(has_started=True)])
     assert isinstance(action, Stop)
     assert action.grace == 0
     older = [job("job-0", seconds=200), job()]
-    stopped = decided(run("RUNNING"), older, [pod("job-0", started=True), pod(started=True)])
+    stopped = decided(run("RUNNING"), older, [pod("job-0", has_started=True), pod(has_started=True)])
     assert [each.job for each in stopped if isinstance(each, Stop)] == ["job-0"]
 
 
 def test_a_crash_is_tried_again_within_its_budget() -> None:
     crashed = run("CRASHED", 5)
-    (action,) = decided(crashed, [job(over=True)], [pod(end=end())])
+    (action,) = decided(crashed, [job(is_finished=True)], [pod(end=end())])
     assert isinstance(action, Retry)
     first = decide_retry(crashed, action.cause, RetryBudget())
     assert (first.is_retried, first.delay_seconds) == (True, 0)
@@ -236,13 +245,13 @@ def test_a_crash_is_tried_again_within_its_budget() -> None:
 
 
 def test_an_execution_that_was_lost_from_sight_is_fenced_before_another_begins() -> None:
-    jobs = [job("job-1", 200, over=True), job("job-2", over=True)]
+    jobs = [job("job-1", 200, is_finished=True), job("job-2", is_finished=True)]
     for recorded, ended, lost in (
         ("job-2", [], ("job-2",)),
         ("job-2", [pod("job-2", end=end())], ()),
         ("job-1", [pod("job-1", 200, end=end())], ("job-2",)),  # its worker died before it recorded the newer one
         ("", [pod("job-1", 200, end=end())], ("job-2",)),
-        ("job-2", [pod("job-2", end=replace(end(), seen=False))], ("job-2",)),  # its node was given up
+        ("job-2", [pod("job-2", end=replace(end(), is_confirmed=False))], ("job-2",)),  # its node was given up
     ):
         [crash] = decided(run("RUNNING", 20, job=recorded), jobs, ended)
         assert isinstance(crash, Crash)
@@ -259,7 +268,7 @@ def test_a_disruption_has_a_budget_of_its_own_and_a_hopeless_start_none() -> Non
     noted = run("CRASHED", 5, labels={CAUSE_LABEL: "disruption", CRASHES_LABEL: 2}, message="Drained")
     (action,) = decided(noted, [], [])
     assert kind_of(action) == "disruption"
-    gone = decided(run("RUNNING"), [job(over=True, disrupted=True)], [])
+    gone = decided(run("RUNNING"), [job(is_finished=True, is_disrupted=True)], [])
     assert [kind_of(each) for each in gone] == ["disruption"], "its Job knows more than its pod, which is gone"
     assert isinstance(action, Retry)
     assert decide_retry(noted, action.cause, RetryBudget()).labels == {
@@ -293,13 +302,13 @@ FULL = "0/1 nodes are available: 1 Insufficient cpu"
 @pytest.mark.parametrize(
     ("waiting", "refused", "patience"),
     [
-        (("Unschedulable", FULL), "", Policy().capacity),
-        (("SchedulingGated", "gates"), "", Policy().capacity),
-        (("Unschedulable", "1 node(s) didn't match Pod's node affinity/selector"), "", Policy().pending),
-        (("ImagePullBackOff", "back-off"), "", Policy().pending),
-        (("FailedMount", 'secret "absent" not found'), "", Policy().pending),
-        (None, "exceeded quota: runs, requested: pods=1, used: pods=20, limited: pods=20", Policy().capacity),
-        (None, "maximum memory usage per Container is 4Gi", Policy().pending),
+        (("Unschedulable", FULL), "", Policy().capacity_seconds),
+        (("SchedulingGated", "gates"), "", Policy().capacity_seconds),
+        (("Unschedulable", "1 node(s) didn't match Pod's node affinity/selector"), "", Policy().pending_seconds),
+        (("ImagePullBackOff", "back-off"), "", Policy().pending_seconds),
+        (("FailedMount", 'secret "absent" not found'), "", Policy().pending_seconds),
+        (None, "exceeded quota: runs, requested: pods=1, used: pods=20, limited: pods=20", Policy().capacity_seconds),
+        (None, "maximum memory usage per Container is 4Gi", Policy().pending_seconds),
     ],
 )
 def test_what_waits_for_room_waits_longer_than_what_needs_a_cure(
@@ -309,11 +318,13 @@ def test_what_waits_for_room_waits_longer_than_what_needs_a_cure(
     waits = run("PENDING", 5, state=state)
     for age in (patience - 1, patience + 1):
         made = [pod(seconds=age, waiting=waiting)] if waiting else []
-        found = decided(waits, [job(seconds=age, refused=refused)], made)
+        found = decided(waits, [job(seconds=age, refusal=refused)], made)
         assert [kind_of(each) for each in found] == ([] if age < patience else ["start"])
 
 
-@pytest.mark.parametrize(("capacity", "patience"), [(True, Policy().capacity), (False, Policy().pending)])
+@pytest.mark.parametrize(
+    ("capacity", "patience"), [(True, Policy().capacity_seconds), (False, Policy().pending_seconds)]
+)
 def test_refused_job_is_asked_for_again_until_the_run_is_given_up(capacity: bool, patience: float) -> None:
     """It costs no retry: nothing has started. Whatever older Job of the run is there is none of this claim."""
     message = f"{state_messages.JOB_NOT_CREATED}exceeded quota"
@@ -327,7 +338,9 @@ def test_refused_job_is_asked_for_again_until_the_run_is_given_up(capacity: bool
     assert decided(refused(59, 59), [], []) == []
     assert decided(refused(patience - 1, 61), [], []) == [GiveAway(refused(patience - 1, 61), message)]
     again = replace(refused(61, 61), job="job-0")
-    assert decided(again, [job("job-0", 500, over=True)], [pod("job-0", 500, end=end())]) == [GiveAway(again, message)]
+    assert decided(again, [job("job-0", 500, is_finished=True)], [pod("job-0", 500, end=end())]) == [
+        GiveAway(again, message)
+    ]
     [crash] = decided(refused(patience + 1, 5), [], [])
     assert isinstance(crash, Crash)
     assert crash.cause.kind == "start"
@@ -396,7 +409,7 @@ class World:
         """Each claim in its turn, at the latest after as long as the policy allows."""
         if self.claims:
             claimed, name = self.claims.pop(0)
-            if (self.now - claimed).total_seconds() < Policy().claim:
+            if (self.now - claimed).total_seconds() < Policy().claim_seconds:
                 self.made = name
                 self._create(name)
 
@@ -416,7 +429,7 @@ class World:
 
     def pod_asks_whether_it_may_begin(self) -> None:
         for each in self.pods:
-            if each.live and not each.started and each.name not in self.checked:
+            if each.is_live and not each.has_started and each.name not in self.checked:
                 self.checked[each.name] = not is_given_away(each.job, self.states)
                 return
 
@@ -424,15 +437,15 @@ class World:
         """As it does of a Job with a backoffLimit, until that is over. Whose node is cut off has none here: the new pod
         would be of the same Job.
         """
-        living = {each.job for each in self.pods if each.live or each.lingers}
+        living = {each.job for each in self.pods if each.is_live or each.has_live_sidecar}
         for each in self.jobs:
-            if not each.over and each.name not in {*living, *self.lost}:
+            if not each.is_finished and each.name not in {*living, *self.lost}:
                 self.pods.append(Pod(f"{each.name}-{uuid4().hex}", "r", each.name, self.now.replace(microsecond=0)))
                 return
 
     def pod_reports_a_crash(self) -> None:
         """What executes the flow's process says that it died, and lives on for a moment."""
-        if self.run and self.run.type == "RUNNING" and any(each.live and each.started for each in self.pods):
+        if self.run and self.run.type == "RUNNING" and any(each.is_live and each.has_started for each in self.pods):
             self.set("CRASHED")
 
     def worker_records_it(self) -> None:
@@ -445,10 +458,12 @@ class World:
     def pod_starts(self) -> None:
         """Prefect's engine begins a run that is Pending, and one that is Running as well."""
         for number, each in enumerate(self.pods):
-            if each.live and not each.started:
+            if each.is_live and not each.has_started:
                 may_begin = self.checked.get(each.name, not is_given_away(each.job, self.states))
                 if may_begin and self.run and self.run.type in ("PENDING", "RUNNING"):
-                    assert not any(other.live and other.started for other in self.pods), "a second living execution"
+                    assert not any(other.is_live and other.has_started for other in self.pods), (
+                        "a second living execution"
+                    )
                     for fenced in self.lost.values():
                         assert fenced, "a second execution beside one that nobody has fenced"
                         assert self.now - fenced > timedelta(seconds=CHECK_INTERVAL_SECONDS + CHECK_TIMEOUT_SECONDS), (
@@ -456,37 +471,37 @@ class World:
                         )
                     self.set("RUNNING")
                     self.started.add(each.job)
-                    self.pods[number] = replace(each, started=True)
+                    self.pods[number] = replace(each, has_started=True)
                 else:
                     self._end(number, 0)
                 return
 
     def _end(self, number: int, code: int, **more: object) -> None:
         end = End(self.now, code, "Error", **more)  # type: ignore[arg-type]
-        self.pods[number] = replace(self.pods[number], end=end, lingers=self.sidecars)
+        self.pods[number] = replace(self.pods[number], end=end, has_live_sidecar=self.sidecars)
 
     def engine_retries(self) -> None:
         """The flow, within its execution."""
-        if self.run and self.run.type == "RUNNING" and any(each.live and each.started for each in self.pods):
+        if self.run and self.run.type == "RUNNING" and any(each.is_live and each.has_started for each in self.pods):
             self.set("RUNNING")
 
     def pod_completes(self) -> None:
         for number, each in enumerate(self.pods):
-            if each.live and each.started:
+            if each.is_live and each.has_started:
                 if self.run and self.run.type == "RUNNING":
                     self.set("COMPLETED")
                 self._end(number, 0)
 
     def pod_is_killed(self, **more: object) -> None:
         for number, each in enumerate(self.pods):
-            if each.live:
+            if each.is_live:
                 self._end(number, 137, **more)
                 return
 
     def pod_is_asked_to_end(self) -> None:
         """By SIGTERM, whoever sent it: the supervisor in the pod says what becomes of the run."""
         for number, each in enumerate(self.pods):
-            if each.live and each.started:
+            if each.is_live and each.has_started:
                 if self.run and self.run.type == "RUNNING":
                     used = int(self.run.labels.get(DISRUPTIONS_LABEL) or 0)
                     state = after_sigterm(used + 1, RetryBudget().disruption_retries, self.now)
@@ -499,14 +514,17 @@ class World:
                     self.due = self.now
                 self._end(number, 0)
                 # Of a Job for which Kubernetes makes another pod the supervisor says nothing.
-                self.jobs = [replace(job, over=job.over or job.name == each.job) for job in self.jobs]
+                self.jobs = [replace(job, is_finished=job.is_finished or job.name == each.job) for job in self.jobs]
                 return
 
     def deadline_passes(self) -> None:
         """Its Job's pods get SIGTERM, and the supervisor says nothing."""
         for number, each in enumerate(self.pods):
-            if each.live:
-                self.jobs = [replace(job, over=True, expired=20) if job.name == each.job else job for job in self.jobs]
+            if each.is_live:
+                self.jobs = [
+                    replace(job, is_finished=True, exceeded_deadline=20) if job.name == each.job else job
+                    for job in self.jobs
+                ]
                 self._end(number, 143)
                 return
 
@@ -522,7 +540,7 @@ class World:
     def node_is_cut_off(self) -> None:
         """Its pod is gone for Kubernetes, and executes on. Not one of several of its Job, which are not told apart."""
         for each in self.pods:
-            if each.live and each.started and not any(other.end for other in self.pods if other.job == each.job):
+            if each.is_live and each.has_started and not any(other.end for other in self.pods if other.job == each.job):
                 self.pods.remove(each)
                 if self.run and self.run.type not in FINAL_STATES:  # else it has said that it ends
                     self.lost[each.job] = None
@@ -534,13 +552,13 @@ class World:
         self.node_is_cut_off()
         for each in before:
             if each not in self.pods:
-                ended = End(self.now, None, "Failed", disruption="DeletionByPodGC", seen=False)
+                ended = End(self.now, None, "Failed", disruption="DeletionByPodGC", is_confirmed=False)
                 self.pods.append(replace(each, end=ended))
 
     def finished_jobs_are_removed(self) -> None:
         """As they are after `ttlSecondsAfterFinished`."""
-        over = {each.name for each in self.jobs if each.over}
-        over -= {each.job for each in self.pods if each.live or each.lingers}
+        over = {each.name for each in self.jobs if each.is_finished}
+        over -= {each.job for each in self.pods if each.is_live or each.has_live_sidecar}
         self.jobs = [each for each in self.jobs if each.name not in over]
         self.pods = [each for each in self.pods if each.job not in over]
 
@@ -549,11 +567,11 @@ class World:
             self.stop(self.jobs[0].name)
 
     def sidecar_ends(self) -> None:
-        self.pods = [replace(each, lingers=False) for each in self.pods]
+        self.pods = [replace(each, has_live_sidecar=False) for each in self.pods]
 
     def controller_counts(self) -> None:
-        living = {each.job for each in self.pods if each.live or each.lingers}
-        self.jobs = [replace(each, over=each.over or each.name not in living) for each in self.jobs]
+        living = {each.job for each in self.pods if each.is_live or each.has_live_sidecar}
+        self.jobs = [replace(each, is_finished=each.is_finished or each.name not in living) for each in self.jobs]
 
     def cancelled_in_the_ui(self) -> None:
         if self.run and self.run.type in ("PENDING", "RUNNING"):
@@ -568,13 +586,16 @@ class World:
     def reconciler_reads_the_run(self) -> None:
         """Or counts it, where it was steady: then it is known as it was, whatever has happened since."""
         known = self.steady if self.run and self.run.type == "RUNNING" else None
-        self.read = self.run and replace(known or self.run, abandoned=self.abandoned)
+        self.read = self.run and replace(known or self.run, is_deployment_deleted=self.abandoned)
 
     def reconciler_acts(self) -> None:
         if self.read is None:
             return
         jobs = [
-            replace(each, given_away=not each.over and each.name != self.read.job and self._is_given_away(each.name))
+            replace(
+                each,
+                is_given_away=not each.is_finished and each.name != self.read.job and self._is_given_away(each.name),
+            )
             for each in self.jobs
         ]
         decided = decide(self.read, jobs, self.pods, self.now, Policy())
@@ -601,7 +622,7 @@ class World:
         elif isinstance(action, GiveAway):
             self.set("PENDING", CLAIM_LOST)
         elif isinstance(action, Unclaim):
-            if all(each.over for each in self.jobs):
+            if all(each.is_finished for each in self.jobs):
                 self.set("SCHEDULED")
         elif isinstance(action, Cancel):
             self.set("CANCELLING")
@@ -620,11 +641,11 @@ class World:
             told = decide_retry(self.run, action.cause, None if self.abandoned else RetryBudget())
             self.run = replace(self.run, labels={**self.run.labels, **(told.labels or {})})
             if told.is_retried:
-                assert not any(each.live for each in self.pods), "tried again beside a living pod"
+                assert not any(each.is_live for each in self.pods), "tried again beside a living pod"
                 self.set("SCHEDULED", "AwaitingRetry")
                 self.due = self.now + timedelta(seconds=told.delay_seconds)
         elif isinstance(action, Explain):
-            self.set("PENDING", action.word)
+            self.set("PENDING", action.state)
 
 
 NO_EVENTS = {"set", "stop", "carry_out"}
@@ -683,7 +704,7 @@ def test_any_history_ends_with_nothing_lost_stuck_or_twice(history: list[list[st
             world.a_minute_passes()
     assert world.run
     assert world.run.type in FINAL_STATES, world
-    assert not [each for each in world.pods if each.live or each.lingers], world
+    assert not [each for each in world.pods if each.is_live or each.has_live_sidecar], world
     assert all(world.lost.values()), f"an execution goes on that nobody has fenced: {world}"
     if world.run.type == "CRASHED":
         assert protocol.SETTLED_LABEL in world.run.labels
@@ -726,7 +747,7 @@ def test_any_history_of_ends_has_no_more_run_attempts_than_its_budgets(ends: lis
 
 
 def test_deadline_ends_the_run_without_a_retry() -> None:
-    expired = job(over=True, expired=20)
+    expired = job(is_finished=True, exceeded_deadline=20)
     for pods in ([], [pod(end=end(code=143))], [pod(end=end(code=137))]):
         [action] = decided(run("RUNNING"), [expired], pods)
         assert isinstance(action, TimeOut)
@@ -737,9 +758,9 @@ def test_deadline_ends_the_run_without_a_retry() -> None:
     waited = run("PENDING", 5, state="Unschedulable")
     assert [type(each) for each in decided(waited, [expired], [])] == [TimeOut], "it never had a node"
     in_its_pod = pod(end=end(code=137, reason="DeadlineExceeded", message="Pod was active longer"))
-    assert [type(each) for each in decided(run("RUNNING"), [job(over=True)], [in_its_pod])] == [TimeOut]
+    assert [type(each) for each in decided(run("RUNNING"), [job(is_finished=True)], [in_its_pod])] == [TimeOut]
     again = run("RUNNING", job="job-2")
-    assert decided(again, [replace(expired, created=ago(500)), job("job-2")], [pod("job-2", started=True)]) == []
+    assert decided(again, [replace(expired, created_at=ago(500)), job("job-2")], [pod("job-2", has_started=True)]) == []
 
 
 @pytest.mark.parametrize("type_", ["Failed", "FailureTarget"])
@@ -750,6 +771,6 @@ def test_deadline_is_read_of_the_job(type_: str) -> None:
         "spec": {"activeDeadlineSeconds": 20},
         "status": {"conditions": [condition]},
     }
-    assert Job.read(JobObject.model_validate(raw)).expired == 20
+    assert Job.read(JobObject.model_validate(raw)).exceeded_deadline == 20
     raw["status"] = {"conditions": [condition | {"reason": "BackoffLimitExceeded"}]}
-    assert Job.read(JobObject.model_validate(raw)).expired is None
+    assert Job.read(JobObject.model_validate(raw)).exceeded_deadline is None

@@ -29,8 +29,8 @@ from orchestration.reconciler.budget import RetryBudget, decide_retry
 from orchestration.reconciler.decide import Retry, decide
 from orchestration.reconciler.kubernetes_objects import JobObject, PodObject
 from orchestration.reconciler.model import Job, Pod, Policy, Refusal, Run, is_run_id
-from orchestration.reconciler.pod_events import events_of
-from orchestration.reconciler.pod_records import of_jobs, unnoted
+from orchestration.reconciler.pod_events import build_pod_events
+from orchestration.reconciler.pod_records import build_pod_records, unrecorded_pods
 from tests.orchestration.reconciler.test_decide import NOW, ago
 from tests.parts import examples
 
@@ -111,10 +111,10 @@ def test_hostile_labels_annotations_and_messages_are_read_and_decided_on(
             found = decide_retry(run, each.cause, RetryBudget.from_job_variables(variables))
             assert NOW + timedelta(seconds=found.delay_seconds * 1.25) > NOW - timedelta(seconds=1)
             json.dumps(found.labels, allow_nan=False)
-    for note in unnoted(run, [job], [pod]):
-        assert all(0 < size < 2**63 for size in note.labels.values())
-    of_jobs([job], [pod])
-    json.dumps(events_of(pod, "ns"), allow_nan=False)
+    for record in build_pod_records(run, [job], [pod]):
+        assert all(0 < size < 2**63 for size in record.labels.values())
+    unrecorded_pods([job], [pod])
+    json.dumps(build_pod_events(pod, "ns"), allow_nan=False)
     assert needed(labels, RetryBudget.from_job_variables(variables).memory_growth) >= 0
     refusal = Refusal.read(labels)
     assert refusal is None or NOW - refusal.since

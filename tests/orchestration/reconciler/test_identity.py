@@ -40,10 +40,10 @@ def test_certificate_authority_is_rotated_and_no_run_is_orphaned(
     (tmp_path / "ca.crt").write_text("old")
     marked_before, elsewhere = run(certificate_hash()), run("another-uid")
     for each in (outside, before, after):
-        assert run(uid).is_of(each, "ns")
-        assert not elsewhere.is_of(each, "ns")
-    assert marked_before.is_of(before, "ns")
-    assert not marked_before.is_of(after, "ns")
+        assert run(uid).belongs_to(each, "ns")
+        assert not elsewhere.belongs_to(each, "ns")
+    assert marked_before.belongs_to(before, "ns")
+    assert not marked_before.belongs_to(after, "ns")
 
 
 def test_cluster_whose_uid_may_not_be_read_is_known_by_its_certificate_authority(
@@ -60,4 +60,4 @@ def test_cluster_whose_uid_may_not_be_read_is_known_by_its_certificate_authority
 
     with proxied(namespace.context) as url:
         assert asyncio.run(identity(url)) == certificate_hash()
-    assert "kube-system may not be read" in caplog.text
+    assert "kube-system is not allowed" in caplog.text

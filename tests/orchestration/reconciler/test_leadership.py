@@ -45,7 +45,7 @@ def test_action_ends_with_leadership(monkeypatch: pytest.MonkeyPatch) -> None:
             with pytest.raises(PipelineError, match="Stop took longer than leadership lasts"):
                 await tested._act(action, [])
             # The request that was next in the loop's queue when the time was over is made too.
-            assert 1005 + 2 * kubernetes_client.TIMEOUT <= now <= lead.deadline + 1
+            assert 1005 + 2 * kubernetes_client.TIMEOUT_SECONDS <= now <= lead.deadline + 1
             requests = asked
             # From here on it does not begin one.
             assert await tested._act(action, []) == ""

@@ -39,7 +39,7 @@ def test_pods_of_runs_are_heard_when_they_end_or_are_deleted_and_others_are_not(
     async def listen(url: str) -> None:
         heard = asyncio.Event()
         async with httpx.AsyncClient(base_url=url, timeout=30) as client:
-            listening = asyncio.create_task(Cluster(client, namespace.name).listen(heard))
+            listening = asyncio.create_task(Cluster(client, namespace.name).watch_pods(heard))
             await asyncio.wait_for(heard.wait(), 10)
             heard.clear()
             await asyncio.to_thread(end, "other", 1)
@@ -71,7 +71,7 @@ def test_kubernetes_api_that_refuses_to_be_listened_to_says_nothing_of_pods() ->
             return httpx.Response(429, json={"kind": "Status", "code": 429})
 
         async with httpx.AsyncClient(base_url="http://kubernetes", transport=httpx.MockTransport(refuse)) as client:
-            listening = asyncio.create_task(Cluster(client, "prefect").listen(heard))
+            listening = asyncio.create_task(Cluster(client, "prefect").watch_pods(heard))
             await asked.wait()
             await asyncio.sleep(0.1)
             listening.cancel()

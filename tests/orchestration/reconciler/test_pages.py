@@ -12,8 +12,9 @@ from orchestration.prefect_api import Server
 from orchestration.prefect_protocol import FLOW_RUN_ID_VARIABLE
 from orchestration.protocol import POOL_LABEL, RUN_LABEL
 from orchestration.reconciler import kubernetes_client as kubernetes
-from orchestration.reconciler.loop import MANY, _runs, _still
+from orchestration.reconciler.loop import MAX_STEADY_RUNS
 from orchestration.reconciler.model import Run
+from orchestration.reconciler.snapshot import _read_runs, _read_steady_runs
 from tests.cluster.namespace import RESTRICTED, Namespace, proxied
 from tests.orchestration.inspection.work_pool import WorkPool
 from tests.parts import client_of
@@ -29,7 +30,7 @@ def test_all_runs_of_a_pool_are_read(prefect_server: str, monkeypatch: pytest.Mo
     async def read() -> list[str]:
         async with httpx.AsyncClient(base_url=prefect_server, timeout=30) as client:
             running = {"state": {"type": {"any_": ["RUNNING"]}}}
-            return [each.id for each in await _runs(Server(client, prefect_server), pool.name, running)]
+            return [each.id for each in await _read_runs(Server(client, prefect_server), pool.name, running)]
 
     found = asyncio.run(read())
     assert len(found) == number
@@ -53,8 +54,8 @@ def test_steady_runs_are_counted_and_only_those_read_that_changed(prefect_server
                 async with httpx.AsyncClient(base_url=prefect_server, timeout=30, event_hooks=hooks) as client:
                     server = Server(client, prefect_server)
                     if steady is None:
-                        return await _runs(server, pool.name, {"id": {"any_": made}})
-                    return await _still(server, pool.name, steady)
+                        return await _read_runs(server, pool.name, {"id": {"any_": made}})
+                    return await _read_steady_runs(server, pool.name, steady)
 
             return {each.id: each for each in asyncio.run(ask())}, requests
 
@@ -78,7 +79,7 @@ def test_steady_runs_are_counted_and_only_those_read_that_changed(prefect_server
 
         client.delete(f"/flow_runs/{made[2]}").raise_for_status()
         assert set(read(steady)[0]) == set(made[:2]), "one was deleted, and nobody knows which"
-        many = {str(uuid4()): steady[made[3]] for _ in range(MANY)}
+        many = {str(uuid4()): steady[made[3]] for _ in range(MAX_STEADY_RUNS)}
         assert read(many) == ({}, requests), "more than a database takes"
 
 
@@ -111,7 +112,7 @@ def test_all_jobs_and_pods_of_a_pool_are_read(namespace: Namespace, monkeypatch:
     async def read(url: str) -> tuple[list[str], list[str]]:
         async with httpx.AsyncClient(base_url=url, timeout=30) as client:
             there = kubernetes.Cluster(client, namespace.name)
-            jobs, pods = await there.jobs(pool, timedelta()), await there.pods(pool, timedelta())
+            jobs, pods = await there.list_jobs(pool, timedelta()), await there.list_pods(pool, timedelta())
             assert {each.container for each in pods} == {name}
         return [each.run for each in jobs], [each.run for each in pods]
 

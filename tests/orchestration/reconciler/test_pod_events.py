@@ -20,7 +20,7 @@ from orchestration.prefect_api import Server
 from orchestration.prefect_compat.events import POD_EVENT_PREFIX as PREFIX
 from orchestration.reconciler.kubernetes_objects import PodObject
 from orchestration.reconciler.model import Pod
-from orchestration.reconciler.pod_events import PodEvents, events_of
+from orchestration.reconciler.pod_events import PodEvents, build_pod_events
 from tests.parts import asked, client_of, wait_until
 
 NOW = datetime.now(UTC).replace(microsecond=0)
@@ -85,7 +85,7 @@ CASES = {
 
 @pytest.mark.parametrize("raw", CASES.values(), ids=CASES)
 def test_events_are_those_of_prefects_observer(raw: dict[str, Any]) -> None:
-    ours, theirs = events_of(read(raw), "ns")[-1], of_observer(raw)
+    ours, theirs = build_pod_events(read(raw), "ns")[-1], of_observer(raw)
     ours["resource"].pop("kubernetes.reason", None)
     about = {each["prefect.resource.role"]: each for each in ours["related"]}
     about["flow-run"]["prefect.resource.id"] = "prefect.flow-run.none"
@@ -96,11 +96,11 @@ def test_events_are_those_of_prefects_observer(raw: dict[str, Any]) -> None:
 
 
 def test_pod_that_is_seen_at_its_end_had_all_events_before() -> None:
-    found = events_of(read(CASES["failed"]), "ns")
+    found = build_pod_events(read(CASES["failed"]), "ns")
     assert [each["event"].removeprefix(PREFIX) for each in found] == ["pending", "running", "failed"]
     assert [each.get("follows") for each in found] == [None, found[0]["id"], found[1]["id"]]
     never_ran = pod("Failed", reason="Evicted", message="The node was low on memory")
-    found = events_of(read(never_ran), "ns")
+    found = build_pod_events(read(never_ran), "ns")
     assert [each["event"].removeprefix(PREFIX) for each in found] == ["pending", "evicted"]
     assert found[-1]["resource"]["kubernetes.reason"] == found[-1]["resource"]["kubernetes.diagnosis"] == "Evicted"
 
@@ -109,7 +109,7 @@ def test_pod_that_the_cluster_ended_is_evicted() -> None:
     target = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI", "message": ""}
     drained = copy.deepcopy(CASES["failed"])
     drained["status"]["conditions"] = [target]
-    assert events_of(read(drained), "ns")[-1]["event"] == f"{PREFIX}evicted"
+    assert build_pod_events(read(drained), "ns")[-1]["event"] == f"{PREFIX}evicted"
 
 
 def test_each_event_is_told_once_and_fires_automations_once(prefect_server: str) -> None:
@@ -144,7 +144,7 @@ def test_each_event_is_told_once_and_fires_automations_once(prefect_server: str)
             async with httpx.AsyncClient(base_url=prefect_server, timeout=60, event_hooks=hooks) as client:
                 made = PodEvents(Server(client, prefect_server), "ns")
                 for _ in range(rounds):
-                    await made.tell([read(each) for each in told])
+                    await made.emit([read(each) for each in told])
             return sent
 
         for each in stages:
@@ -157,7 +157,7 @@ def test_each_event_is_told_once_and_fires_automations_once(prefect_server: str)
         wait_until(lambda: len(events(f"{PREFIX}{others[-1]['metadata']['uid']}")) == 3, "those of the others")
         assert asyncio.run(tell(stages[-1], *others)) == []
         # As if the answer had been lost, or two told at once.
-        with patch.object(PodEvents, "_ask"):
+        with patch.object(PodEvents, "_read_emitted"):
             assert len(asyncio.run(tell(stages[-1], rounds=1))) == 3
         asyncio.run(tell(marker := pod("Pending")))
         wait_until(lambda: events(f"{PREFIX}{marker['metadata']['uid']}"), "what was sent later")

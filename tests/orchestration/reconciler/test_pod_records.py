@@ -33,7 +33,7 @@ from orchestration.reconciler.actions import carry_out
 from orchestration.reconciler.decide import Crash
 from orchestration.reconciler.loop import Reconciler
 from orchestration.reconciler.model import End, Job, Pod, Policy, Run
-from orchestration.reconciler.pod_records import Note, of_jobs, unnoted
+from orchestration.reconciler.pod_records import PodRecord, build_pod_records, unrecorded_pods
 from tests.cluster.namespace import RESTRICTED, Namespace
 from tests.parts import asked, client_of, free_port, wait_until
 
@@ -46,12 +46,12 @@ KILLED = replace(ENDED, name="k", job="heron-1", end=End(NOW, 137, "OOMKilled", 
 
 
 def test_a_job_is_noted_once_and_again_when_another_of_its_pods_has_ended() -> None:
-    assert of_jobs(JOBS, [ENDED, replace(ENDED, name="live", end=None)]) == {"heron-2": (ENDED,)}
-    marked = [replace(each, noted=1) for each in JOBS]
-    assert of_jobs(marked, [ENDED, KILLED]) == {}
+    assert unrecorded_pods(JOBS, [ENDED, replace(ENDED, name="live", end=None)]) == {"heron-2": (ENDED,)}
+    marked = [replace(each, recorded_pods=1) for each in JOBS]
+    assert unrecorded_pods(marked, [ENDED, KILLED]) == {}
     again = replace(ENDED, name="again")
-    assert of_jobs(marked, [ENDED, again]) == {"heron-2": (ENDED, again)}
-    assert of_jobs([], [ENDED]) == {}, "its Job is gone, and nothing could say that it is noted"
+    assert unrecorded_pods(marked, [ENDED, again]) == {"heron-2": (ENDED, again)}
+    assert unrecorded_pods([], [ENDED]) == {}, "its Job is gone, and nothing could say that it is noted"
 
 
 @pytest.mark.parametrize(
@@ -66,21 +66,21 @@ def test_a_job_is_noted_once_and_again_when_another_of_its_pods_has_ended() -> N
     ],
 )
 def test_nothing_is_noted_while_a_worker_may_write_labels(type_: str, job: str, noted: list[str]) -> None:
-    found = unnoted(replace(RUN, type=type_, job=job), JOBS, [ENDED, KILLED])
+    found = build_pod_records(replace(RUN, type=type_, job=job), JOBS, [ENDED, KILLED])
     assert sorted(each.job for each in found) == noted
 
 
 def test_a_run_that_is_gone_is_marked_so_that_nobody_asks_for_it_again() -> None:
-    assert [each.run for each in unnoted(None, JOBS, [ENDED])] == [None]
+    assert [each.run for each in build_pod_records(None, JOBS, [ENDED])] == [None]
 
 
 def test_the_labels_are_of_the_most_that_any_pod_used() -> None:
-    assert Note(RUN, "heron-2", (ENDED,)).labels == {PEAK_LABEL: 100 * MIB}
-    assert Note(RUN, "heron-1", (KILLED,)).labels == {PEAK_LABEL: 300 * MIB, EXCEEDED_LABEL: 300 * MIB}
+    assert PodRecord(RUN, "heron-2", (ENDED,)).labels == {PEAK_LABEL: 100 * MIB}
+    assert PodRecord(RUN, "heron-1", (KILLED,)).labels == {PEAK_LABEL: 300 * MIB, EXCEEDED_LABEL: 300 * MIB}
     more = replace(RUN, labels={PEAK_LABEL: 400 * MIB})
-    assert Note(more, "heron-1", (ENDED, KILLED)).labels == {EXCEEDED_LABEL: 300 * MIB}
+    assert PodRecord(more, "heron-1", (ENDED, KILLED)).labels == {EXCEEDED_LABEL: 300 * MIB}
     nobody_knows = replace(ENDED, end=End(NOW, 137, "Error"))
-    assert Note(RUN, "heron-2", (nobody_knows,)).labels == {}
+    assert PodRecord(RUN, "heron-2", (nobody_knows,)).labels == {}
 
 
 class Pool:
@@ -336,7 +336,7 @@ def test_a_run_whose_pods_log_cannot_be_read_crashes_all_the_same(pool: Pool, mo
     async def refused(*_: object) -> str:
         raise ClusterError("The Kubernetes API answers 403 to GET /api/v1/namespaces/ns/pods/pod/log")
 
-    monkeypatch.setattr(kubernetes.Cluster, "last_lines", refused)
+    monkeypatch.setattr(kubernetes.Cluster, "read_log_tail", refused)
     run = pool.run("RUNNING")
     pool.ends(pool.job(run), 137, "Error")
     pool.round()
@@ -383,4 +383,4 @@ def test_hostile_objects_keep_no_other_run_from_the_reconciler(
     assert state(dead) in ("Crashed", "AwaitingRetry")
     assert state(refused) == "Running"
     shown = caplog.text
-    assert shown.count(f"Run {refused['name']} is left as it is: the server answers 422: labels: no.") == 1
+    assert shown.count(f"Run {refused['name']} is skipped in this round: the server answers 422: labels: no.") == 1

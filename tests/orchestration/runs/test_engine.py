@@ -21,7 +21,7 @@ import pytest
 
 from orchestration.prefect_api import Server
 from orchestration.reconciler.model import End, Pod
-from orchestration.reconciler.orphans import give_back
+from orchestration.reconciler.orphans import release_leased_slots
 from orchestration.settings import ROOT
 from tests.parts import asked, client_of, free_port, wait_until
 from tests.relay import relayed
@@ -196,7 +196,7 @@ class Run:
     async def given_back(self, *pods: Pod) -> None:
         """What these held."""
         async with httpx.AsyncClient(base_url=self.url, timeout=30) as client:
-            await give_back(Server(client, self.url), list(pods))
+            await release_leased_slots(Server(client, self.url), list(pods))
 
     def ended(self) -> tuple[int, str]:
         """Its exit status and its run's state."""
@@ -421,7 +421,7 @@ def test_what_it_held_is_given_back_by_who_outlives_it(run: Callable[..., Run], 
         assert made.taken() == 3
         assert len(made.message()["leases"]) == 2
         ended = End(datetime.now(UTC), 137, "Error", leases=tuple(made.message()["leases"]))
-        asyncio.run(made.given_back(replace(POD, end=replace(ended, seen=False))))
+        asyncio.run(made.given_back(replace(POD, end=replace(ended, is_confirmed=False))))
         assert made.taken() == 3, "on a node that is cut off it may go on"
         asyncio.run(made.given_back(replace(POD, end=ended), replace(POD, end=ended)))
         assert made.taken() == 0
