@@ -259,8 +259,8 @@ async def _memory(options: argparse.Namespace) -> int:
     from orchestration.prefect_api import connected
 
     async with connected() as api:
-        found = await memory.report(api, options.deployment)
-    memory.show(found, as_json=options.json)
+        usages = await memory.read_usage(api, options.deployment)
+    memory.print_usage(usages, as_json=options.json)
     return NOTHING
 
 

@@ -1,4 +1,4 @@
-"""How much memory the runs of a deployment use, and what it should ask for; all of it from the API."""
+"""Reports how much memory the runs of a deployment use, and recommends its memory request and limit."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,25 +15,27 @@ from orchestration.reconciler.budget import RetryBudget
 from orchestration.work_pools import read_pool_defaults
 
 MIB = 2**20
-STEP, LEAST = 32 * MIB, 64 * MIB
-REQUEST, LIMIT = 1.15, 1.30
-"""What is recommended is so much more than the median and than the most that was needed, and a multiple of `STEP`."""
+STEP_BYTES, MIN_BYTES = 32 * MIB, 64 * MIB
+"""A recommendation is a multiple of the first number, and at least the second."""
+
+REQUEST_FACTOR, LIMIT_FACTOR = 1.15, 1.30
+"""The recommended request is the first factor times the median need; the limit is the second times the highest need."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """The memory of a deployment's newest runs.
+    """The memory that a deployment's newest 200 runs used.
 
     Args:
         deployment: FLOW/NAME.
-        runs: how many are known, of the newest 200.
-        killed: how many of them exceeded their limit.
-        median: bytes that one needed; 0 if none is known, as all further ones.
-        most: the most that one needed.
-        request: what each gets now, as it is written; empty if nothing is.
-        limit: the same.
-        recommended_request: what it should get; empty if nothing is known.
-        recommended_limit: the same.
+        runs: the number of runs whose memory is recorded.
+        killed: the number of runs that exceeded their limit.
+        median: the median need of a run, in bytes; 0 without a recorded run.
+        most: the highest need of a run, in bytes; 0 without a recorded run.
+        request: the present memory request, as a Kubernetes quantity; empty if there is none.
+        limit: the present memory limit, as a Kubernetes quantity; empty if there is none.
+        recommended_request: the recommended memory request; empty without a recorded run.
+        recommended_limit: the recommended memory limit; empty without a recorded run.
     """
 
     deployment: str
@@ -47,72 +49,85 @@ class Usage:
     recommended_limit: str
 
 
-def needed(labels: Mapping[str, Any], growth: float) -> int:
-    """Bytes that a run needed; 0 if nobody knows.
+def memory_need(labels: Mapping[str, Any], growth: float) -> int:
+    """Return how many bytes a run needed; 0 if that is not recorded.
 
     Args:
-        labels: of the run.
-        growth: what a limit is multiplied by after it was exceeded. One that was exceeded and never outgrown was too
-            low by nobody knows how much.
+        labels: the run's labels.
+        growth: the factor by which a limit grows after it was exceeded. It estimates the need until a retry has used
+            more than that limit.
     """
-    peak, exceeded = (whole_number(labels.get(each)) for each in (PEAK_LABEL, EXCEEDED_LABEL))
+    peak, exceeded = (whole_number(labels.get(label)) for label in (PEAK_LABEL, EXCEEDED_LABEL))
     return peak if peak > exceeded else ceil(exceeded * growth)
 
 
-def recommended(needs: Sequence[int]) -> tuple[int, int]:
-    """Request and limit in bytes, of what runs needed: one at least."""
-    return _rounded(median(needs) * REQUEST), _rounded(max(needs) * LIMIT)
-
-
-def _rounded(size: float) -> int:
-    return max(ceil(size / STEP) * STEP, LEAST)
-
-
-async def report(server: Server, name: str = "") -> list[Usage]:
-    """Of all deployments with a run whose memory is known, or of those of one name.
+def recommend(needs: Sequence[int]) -> tuple[int, int]:
+    """Return the recommended request and limit in bytes.
 
     Args:
-        server: of the runs.
-        name: NAME or FLOW/NAME; empty is all.
+        needs: the bytes that the runs needed; at least one number.
+    """
+    return _round_up(median(needs) * REQUEST_FACTOR), _round_up(max(needs) * LIMIT_FACTOR)
+
+
+def _round_up(size: float) -> int:
+    return max(ceil(size / STEP_BYTES) * STEP_BYTES, MIN_BYTES)
+
+
+async def read_usage(server: Server, name: str = "") -> list[Usage]:
+    """Return the memory usage of the deployments with a name, or of all deployments with a recorded run.
+
+    Args:
+        server: the Prefect API.
+        name: NAME or FLOW/NAME; empty for all deployments.
 
     Raises:
-        ApiError: none has that name.
+        ApiError: no deployment has the name.
     """
-    flow, _, own = name.rpartition("/")
-    which: JSON = {"deployments": {"name": {"any_": [own]}}} if own else {}
-    which |= {"flows": {"name": {"any_": [flow]}}} if flow else {}
-    deployments = await server.all("/deployments/filter", **which)
+    flow, _, deployment_name = name.rpartition("/")
+    query: JSON = {"deployments": {"name": {"any_": [deployment_name]}}} if deployment_name else {}
+    query |= {"flows": {"name": {"any_": [flow]}}} if flow else {}
+    deployments = await server.all("/deployments/filter", **query)
     if name and not deployments:
         raise ApiError(f"There is no deployment {name} on {server.url}. `prefect deployment ls` lists them")
     flows = {each["id"]: each["name"] for each in await server.all("/flows/filter")}
     pools: dict[str, JSON] = {}
-    found = []
-    for each in deployments:
-        pool = each["work_pool_name"]
+    usages = []
+    for deployment in deployments:
+        pool = deployment["work_pool_name"]
         if pool and pool not in pools:
             pools[pool] = await read_pool_defaults(server, pool)
-        variables = pools.get(pool, {}) | (each["job_variables"] or {})
-        usage = await _usage(server, each["id"], f"{flows.get(each['flow_id'], '?')}/{each['name']}", variables)
+        variables = pools.get(pool, {}) | (deployment["job_variables"] or {})
+        full_name = f"{flows.get(deployment['flow_id'], '?')}/{deployment['name']}"
+        usage = await _read_usage_of(server, deployment["id"], full_name, variables)
         if name or usage.runs:
-            found.append(usage)
-    return sorted(found, key=lambda each: each.deployment)
+            usages.append(usage)
+    return sorted(usages, key=lambda usage: usage.deployment)
 
 
-async def _usage(server: Server, deployment: str, name: str, variables: Mapping[str, Any]) -> Usage:
+async def _read_usage_of(server: Server, deployment: str, name: str, variables: Mapping[str, Any]) -> Usage:
+    """Return the memory usage of one deployment.
+
+    Args:
+        server: the Prefect API.
+        deployment: the deployment's id.
+        name: FLOW/NAME.
+        variables: its job variables, with the work pool's defaults.
+    """
     ended = {
         "deployments": {"id": {"any_": [deployment]}},
         "flow_runs": {"end_time": {"is_null_": False}},
         "sort": "END_TIME_DESC",
         "limit": PAGE,
     }
-    runs = [each["labels"] or {} for each in await server.ask("POST", "/flow_runs/filter", ended, idempotent=True)]
+    runs = [run["labels"] or {} for run in await server.ask("POST", "/flow_runs/filter", ended, idempotent=True)]
     growth = RetryBudget.from_job_variables(variables).memory_growth
-    needs = [size for each in runs if (size := needed(each, growth))]
-    request, limit = recommended(needs) if needs else (0, 0)
+    needs = [need for run in runs if (need := memory_need(run, growth))]
+    request, limit = recommend(needs) if needs else (0, 0)
     return Usage(
         name,
         len(needs),
-        sum(bool(each.get(EXCEEDED_LABEL)) for each in runs),
+        sum(bool(run.get(EXCEEDED_LABEL)) for run in runs),
         int(median(needs)) if needs else 0,
         max(needs, default=0),
         *(str(variables.get(each) or "") for each in ("memory_request", "memory_limit")),
@@ -120,23 +135,30 @@ async def _usage(server: Server, deployment: str, name: str, variables: Mapping[
     )
 
 
-def show(found: Sequence[Usage], *, as_json: bool) -> None:
-    """Print them, one a line."""
+def print_usage(usages: Sequence[Usage], *, as_json: bool) -> None:
+    """Print one line for each deployment, or JSON."""
     if as_json:
-        print(json.dumps([asdict(each) for each in found], indent=2))
+        print(json.dumps([asdict(usage) for usage in usages], indent=2))
         return
-    if not found:
-        print("Of no run it is known how much memory it used: the reconciler notes it as runs end.")
+    if not usages:
+        print("No run has a record of its memory. The reconciler records the memory of a run when its pod ends.")
         return
     table = [("DEPLOYMENT", "RUNS", "KILLED", "MEDIAN", "MAX", "REQUEST", "LIMIT", "RECOMMENDED", "")]
-    for each in found:
-        now = [
-            f"{quantity_or_zero(size) / MIB:.0f}Mi" if quantity_or_zero(size) else "-"
-            for size in (each.request, each.limit)
-        ]
-        seen = [f"{ceil(size / MIB)}Mi" if size else "-" for size in (each.median, each.most)]
-        new = (each.recommended_request or "-", each.recommended_limit or "-")
-        table.append((each.deployment, str(each.runs), str(each.killed), *seen, *now, *new))  # type: ignore[arg-type]
+    for usage in usages:
+        present = [quantity_or_zero(quantity) for quantity in (usage.request, usage.limit)]
+        table.append(
+            (
+                usage.deployment,
+                str(usage.runs),
+                str(usage.killed),
+                f"{ceil(usage.median / MIB)}Mi" if usage.median else "-",
+                f"{ceil(usage.most / MIB)}Mi" if usage.most else "-",
+                f"{present[0] / MIB:.0f}Mi" if present[0] else "-",
+                f"{present[1] / MIB:.0f}Mi" if present[1] else "-",
+                usage.recommended_request or "-",
+                usage.recommended_limit or "-",
+            )
+        )
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for first, *rest in table:
         cells = [f"{cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True)]

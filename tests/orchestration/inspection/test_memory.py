@@ -1,4 +1,4 @@
-"""What a deployment should ask for, of what its runs used."""
+"""Tests of `orchestrate memory`: the recommended memory request and limit of a deployment."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestration.__main__ import main
-from orchestration.inspection.memory import LEAST, MIB, STEP, needed, recommended
+from orchestration.inspection.memory import MIB, MIN_BYTES, STEP_BYTES, memory_need, recommend
 from orchestration.protocol import EXCEEDED_LABEL, PEAK_LABEL
 from tests.parts import asked, client_of
 
@@ -20,32 +20,32 @@ SIZES = st.integers(1, 2**40)
 
 
 @given(st.lists(SIZES, min_size=1, max_size=20))
-def test_a_recommendation_is_enough_for_what_was_seen_and_not_much_more(needs: list[int]) -> None:
-    request, limit = recommended(needs)
-    assert LEAST <= request <= limit
-    assert request % STEP == limit % STEP == 0
-    assert 1.30 * max(needs) <= limit < max(1.30 * max(needs) + STEP, LEAST + 1)
+def test_recommendation_covers_all_needs_with_bounded_excess(needs: list[int]) -> None:
+    request, limit = recommend(needs)
+    assert MIN_BYTES <= request <= limit
+    assert request % STEP_BYTES == limit % STEP_BYTES == 0
+    assert 1.30 * max(needs) <= limit < max(1.30 * max(needs) + STEP_BYTES, MIN_BYTES + 1)
     assert sum(each * 1.15 <= request for each in needs) * 2 >= len(needs), "half of the runs fit into the request"
 
 
 @given(SIZES, SIZES, st.floats(1.01, 4))
-def test_what_exceeded_its_limit_needs_more_than_that(peak: int, limit: int, growth: float) -> None:
-    found = needed({PEAK_LABEL: peak, EXCEEDED_LABEL: limit}, growth)
+def test_run_that_exceeded_its_limit_needs_more(peak: int, limit: int, growth: float) -> None:
+    found = memory_need({PEAK_LABEL: peak, EXCEEDED_LABEL: limit}, growth)
     assert found > limit
     assert found >= peak
-    if peak > limit:  # the retry had more, and its peak says how much is enough
+    if peak > limit:  # the retry had a higher limit, and its peak was enough
         assert found == peak
 
 
-def test_single_recommendations() -> None:
-    assert recommended([MIB]) == (LEAST, LEAST)
-    assert recommended([100 * MIB, 200 * MIB, 600 * MIB]) == (256 * MIB, 800 * MIB)
-    assert needed({}, 1.5) == 0
-    assert needed({EXCEEDED_LABEL: 300 * MIB, PEAK_LABEL: 300 * MIB}, 1.5) == 450 * MIB
+def test_recommendations_of_single_cases() -> None:
+    assert recommend([MIB]) == (MIN_BYTES, MIN_BYTES)
+    assert recommend([100 * MIB, 200 * MIB, 600 * MIB]) == (256 * MIB, 800 * MIB)
+    assert memory_need({}, 1.5) == 0
+    assert memory_need({EXCEEDED_LABEL: 300 * MIB, PEAK_LABEL: 300 * MIB}, 1.5) == 450 * MIB
 
 
 class Deployment:
-    """One with a pool and a flow of its own."""
+    """Creates a deployment with its own work pool and flow."""
 
     def __init__(self, api: httpx.Client, **variables: str) -> None:
         self.api = api
@@ -74,21 +74,21 @@ def api(prefect_server: str) -> Iterator[httpx.Client]:
         yield client
 
 
-def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def report(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     capsys.readouterr()
     assert main(["memory", *arguments]) == 0
     return capsys.readouterr().out
 
 
-def test_the_report_of_a_deployment(api: httpx.Client, capsys: pytest.CaptureFixture[str]) -> None:
-    """What it says itself wins over the pool's default; who was killed counts as having needed more than the limit."""
+def test_report_of_one_deployment(api: httpx.Client, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its own job variables override the pool's defaults. A killed run counts as needing more than its limit."""
     made = Deployment(api, memory_limit="800Mi", memory_growth="2")
     made.run("COMPLETED", peak=100 * MIB)
     made.run("COMPLETED", peak=200 * MIB)
     made.run("CRASHED", peak=800 * MIB, exceeded=800 * MIB)
-    made.run("COMPLETED")  # one of which nobody knows
-    made.run("RUNNING", peak=2000 * MIB)  # not over
-    [found] = json.loads(shown(capsys, made.name, "--json"))
+    made.run("COMPLETED")  # no recorded memory
+    made.run("RUNNING", peak=2000 * MIB)  # not finished
+    [found] = json.loads(report(capsys, made.name, "--json"))
     assert found == {
         "deployment": made.name,
         "runs": 3,
@@ -100,21 +100,21 @@ def test_the_report_of_a_deployment(api: httpx.Client, capsys: pytest.CaptureFix
         "recommended_request": "256Mi",
         "recommended_limit": "2080Mi",
     }
-    header, line = shown(capsys, made.name).splitlines()
+    header, line = report(capsys, made.name).splitlines()
     assert line.split() == [made.name, "3", "1", "200Mi", "1600Mi", "512Mi", "800Mi", "256Mi", "2080Mi"]
     assert header.split()[:-1] == ["DEPLOYMENT", "RUNS", "KILLED", "MEDIAN", "MAX", "REQUEST", "LIMIT"]
     assert header.index("LIMIT") + len("LIMIT") == line.index("800Mi") + len("800Mi"), "the columns are aligned"
 
 
-def test_all_deployments_of_which_something_is_known(api: httpx.Client, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_lists_deployments_with_recorded_memory(api: httpx.Client, capsys: pytest.CaptureFixture[str]) -> None:
     known, unknown = Deployment(api), Deployment(api)
     known.run("COMPLETED", peak=1)
     unknown.run("COMPLETED")
-    listed = [each["deployment"] for each in json.loads(shown(capsys, "--json"))]
+    listed = [each["deployment"] for each in json.loads(report(capsys, "--json"))]
     assert known.name in listed
     assert unknown.name not in listed
-    [found] = json.loads(shown(capsys, unknown.name, "--json"))
+    [found] = json.loads(report(capsys, unknown.name, "--json"))
     assert (found["runs"], found["recommended_limit"]) == (0, "")
-    assert shown(capsys, unknown.name).splitlines()[1].split() == [unknown.name, *"00--", "512Mi", "1024Mi", "-", "-"]
-    assert main(["memory", "nobody"]) == 1
-    assert "There is no deployment nobody" in capsys.readouterr().err
+    assert report(capsys, unknown.name).splitlines()[1].split() == [unknown.name, *"00--", "512Mi", "1024Mi", "-", "-"]
+    assert main(["memory", "absent"]) == 1
+    assert "There is no deployment absent" in capsys.readouterr().err

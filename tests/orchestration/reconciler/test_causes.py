@@ -1,4 +1,4 @@
-"""Each diagnosis has its page and its words, on every way that a pod may end or wait."""
+"""Tests of causes: each way that a pod can end or wait has a diagnosis, and each diagnosis has a page."""
 
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -30,23 +30,23 @@ def page(diagnosis: str) -> Path:
     return ROOT / diagnoses.path(diagnosis)
 
 
-def test_each_diagnosis_has_its_page_and_each_page_its_diagnosis() -> None:
+def test_each_diagnosis_has_a_page_and_each_page_a_diagnosis() -> None:
     folder = page("crash").parent
     assert {each.stem for each in folder.iterdir()} == DIAGNOSES | {diagnoses.INDEX}
     for each in DIAGNOSES:
         assert f"(../diagnoses/{each}.md)" in (ROOT / "docs/explanation/how-runs-survive.md").read_text(), (
-            f"the table leaves out {each}"
+            f"the table has no {each}"
         )
 
 
-def test_each_state_of_a_pod_that_waits_has_a_page_that_names_it() -> None:
+def test_each_waiting_state_is_named_on_page_of_its_diagnosis() -> None:
     assert STATE_DIAGNOSES.keys() == STARTING_STATES - {"InfrastructurePending"} | {JOB_REFUSED}
     for state, diagnosis in STATE_DIAGNOSES.items():
         assert state in page(diagnosis).read_text()
 
 
 @pytest.mark.parametrize("diagnosis", sorted(DIAGNOSES))
-def test_a_page_says_what_to_see_to_confirm_to_cure_and_what_happens_by_itself(diagnosis: str) -> None:
+def test_page_of_diagnosis_has_all_parts(diagnosis: str) -> None:
     text = page(diagnosis).read_text()
     parts = ["What you see.", "What it means.", "How to confirm.", "The cure.", "What the reconciler does."]
     assert [each for each in parts if f"**{each}**" in text] == parts
@@ -55,7 +55,7 @@ def test_a_page_says_what_to_see_to_confirm_to_cure_and_what_happens_by_itself(d
 @pytest.mark.parametrize(
     "reason", sorted({*diagnosis_table.DISRUPTIONS, "Evicted", "Preempting", "NodeLost", "Shutdown"})
 )
-def test_each_end_by_the_cluster_is_a_disruption(reason: str) -> None:
+def test_pod_that_the_cluster_ended_is_disrupted(reason: str) -> None:
     by_condition = reason in diagnosis_table.DISRUPTIONS
     end = End(NOW, 143, "Error", disruption=reason) if by_condition else End(NOW, None, reason)
     assert diagnosis_of(causes.cause_of_end([replace(POD, end=end)]).sentence) == "disruption"
@@ -70,35 +70,35 @@ def test_each_end_by_the_cluster_is_a_disruption(reason: str) -> None:
         (End(NOW, 1, "Error", oom=True, peak=700 * 2**20), "oom"),
     ],
 )
-def test_the_sentence_of_an_end_is_diagnosed_as_that(end: End, diagnosis: Diagnosis) -> None:
+def test_sentence_of_end_has_diagnosis(end: End, diagnosis: Diagnosis) -> None:
     sentence = causes.cause_of_end([replace(POD, end=end)]).sentence
     assert diagnosis_of(sentence) == diagnosis
     assert diagnosis_of(f"Retry 1 of 2 after a crash. {sentence}") == diagnosis
 
 
-def test_a_pod_that_is_gone_is_diagnosed_by_what_its_job_says() -> None:
+def test_deleted_pod_is_diagnosed_by_condition_of_job() -> None:
     job = Job("heron-1", "r", NOW, is_finished=True)
     assert diagnosis_of(causes.cause_of_end([], [job]).sentence) == "pod-gone"
     assert diagnosis_of(causes.cause_of_end([], [replace(job, is_disrupted=True)]).sentence) == "disruption"
 
 
-@pytest.mark.parametrize("word", sorted(WAITING_REASONS))
-def test_a_pod_that_waits_is_diagnosed_by_its_word_also_when_given_up(word: str) -> None:
+@pytest.mark.parametrize("reason", sorted(WAITING_REASONS))
+def test_waiting_pod_is_diagnosed_by_its_reason_also_after_giving_up(reason: str) -> None:
     found = causes.waiting_state(
-        Job("heron-1", "r", NOW), [replace(POD, waiting=(word, "OOMKilled: said by somebody"))]
+        Job("heron-1", "r", NOW), [replace(POD, waiting=(reason, "OOMKilled: in the message"))]
     )
     assert found
     assert diagnosis_of(f"{found[1]}. Given up after 601 s") == STATE_DIAGNOSES[found[0]]
 
 
-def test_a_refusal_is_diagnosed() -> None:
+def test_refused_pod_is_diagnosed() -> None:
     found = causes.waiting_state(Job("heron-1", "r", NOW, refusal="exceeded quota"), [])
     assert found
     assert found[0] == POD_REFUSED
     assert diagnosis_of(found[1]) == STATE_DIAGNOSES[POD_REFUSED] == "refused"
 
 
-def test_what_others_say_of_a_crash_is_a_crash() -> None:
+def test_other_messages_are_diagnosed_as_crash() -> None:
     assert diagnosis_of("") == diagnosis_of("Execution was cancelled by the runtime environment.") == "crash"
 
 
@@ -107,7 +107,7 @@ NODES = "0/3 nodes are available: {}. preemption: 0/3 nodes are available: 3 Pre
 
 
 @pytest.mark.parametrize(
-    ("word", "said", "waits"),
+    ("state", "message", "waits"),
     [
         (POD_REFUSED, QUOTA.format("limits.memory=1Gi", "limits.memory=16Gi", "limits.memory=16Gi"), True),
         (
@@ -150,12 +150,15 @@ NODES = "0/3 nodes are available: {}. preemption: 0/3 nodes are available: 3 Pre
         ("FailedMount", 'MountVolume.SetUp failed for volume "v": secret "absent" not found', False),
     ],
 )
-def test_what_waits_for_room_is_told_from_what_needs_a_cure(word: str, said: str, waits: bool) -> None:
-    assert causes.waits_for_capacity(word, said) == waits
+def test_waiting_for_capacity_differs_from_waiting_for_cure(state: str, message: str, waits: bool) -> None:
+    assert causes.waits_for_capacity(state, message) == waits
 
 
 @pytest.mark.parametrize(
-    ("status", "passes"), [(500, True), (503, True), (429, True), (0, True), (422, False), (403, False)]
+    ("status", "is_transient"), [(500, True), (503, True), (429, True), (0, True), (422, False), (403, False)]
 )
-def test_an_answer_that_may_be_another_later(status: int, passes: bool) -> None:
-    assert causes.is_transient(status, 'jobs.batch is forbidden: User "worker" cannot create resource "jobs"') == passes
+def test_server_error_is_transient_and_refusal_is_not(status: int, is_transient: bool) -> None:
+    assert (
+        causes.is_transient(status, 'jobs.batch is forbidden: User "worker" cannot create resource "jobs"')
+        == is_transient
+    )

@@ -1,4 +1,4 @@
-"""A claim has one Job at most and a run one execution at a time, however slow the Kubernetes API is: on real APIs.
+"""Tests that a claim has one Job at most and a run one run attempt at a time, with a slow Kubernetes API, on real APIs.
 
 The test stands in for the kubelet: it executes the supervisor of each Job that it finds.
 """
@@ -38,7 +38,7 @@ from tests.parts import asked, client_of
 from tests.relay import stalled
 
 CLAIM, GIVEN_AWAY_AFTER, REQUEST = 8.0, 11.0, 1.0
-"""Seconds: the worker's `CLAIM`, the reconciler's `Policy.claim`, and its patience with a request to Kubernetes."""
+"""Seconds: the worker's `CLAIM`, the reconciler's `Policy.claim_seconds`, and its timeout of a Kubernetes request."""
 
 EXECUTES = """
 import os, sys, time, urllib.request
@@ -68,7 +68,7 @@ TEMPLATE = {
             "apiVersion": "batch/v1",
             "kind": "Job",
             "metadata": {"generateName": "a-run-with-a-name-that-is-longer-than-a-job-s-name-may-be-of-one-"},
-            # No node has anything to do with it.
+            # Suspended: no node executes it.
             "spec": {
                 "suspend": True,
                 "backoffLimit": 0,
@@ -94,7 +94,7 @@ def test_claim_is_over_once_given_away_or_taken_by_another_worker() -> None:
     claimed = [state("0", "SCHEDULED"), state("a1", "PENDING"), state("1", "PENDING", "Submitting")]
     job, later = "heron-0000000000a1", "heron-0000000000b2"
     again = [*claimed, state("2", "SCHEDULED"), state("b2", "PENDING")]
-    for states, over in (
+    for states, is_over in (
         ([], False),
         (claimed, False),
         ([*claimed, state("2", "PENDING", "Unschedulable"), state("3", "RUNNING")], False),
@@ -104,9 +104,9 @@ def test_claim_is_over_once_given_away_or_taken_by_another_worker() -> None:
         (again, True),
         ([*again, state("6", "RUNNING")], True),
     ):
-        assert is_given_away(job, states) == over, states
+        assert is_given_away(job, states) == is_over, states
     assert not is_given_away(later, again)
-    assert not is_given_away("heron-x7k2p", again), "a Job of a worker that names none"
+    assert not is_given_away("heron-x7k2p", again), "a Job of a worker that writes no claim into the name"
     assert [claim_of(each) for each in (job, "heron-x7k2p", "0000000000a1", "")] == ["0000000000a1", "", "", ""]
 
 
@@ -140,7 +140,7 @@ class Kubelet:
         self.processes.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, start_new_session=True))
 
     def is_idle(self) -> bool:
-        """Whether all that was executed has ended."""
+        """Return whether all processes have ended."""
         return all(each.poll() is not None for each in self.processes)
 
     def close(self) -> None:
@@ -149,7 +149,7 @@ class Kubelet:
                 os.killpg(each.pid, signal.SIGKILL)
             each.wait()
 
-    def noted(self, run: str) -> list[str]:
+    def notes(self, run: str) -> list[str]:
         with contextlib.suppress(FileNotFoundError):
             return [line.split()[1] for line in (self.folder / run).read_text().splitlines()]
         return []
@@ -158,38 +158,38 @@ class Kubelet:
         return str(asked(self.api, "GET", f"/flow_runs/{run}")["state"]["type"])
 
     def history(self, run: str) -> str:
-        """What happened to a run, for the message of a failure."""
+        """Return what happened to a run, for the message of a failure."""
         states = asked(self.api, "GET", f"/flow_run_states/?flow_run_id={run}")
-        said = [f"{each['timestamp'][14:22]} {each['name']} {each['id'][-12:]}" for each in states]
-        return ", ".join([*said, f"Jobs {sorted(self.jobs[run])}", *self.noted(run)])
+        lines = [f"{each['timestamp'][14:22]} {each['name']} {each['id'][-12:]}" for each in states]
+        return ", ".join([*lines, f"Jobs {sorted(self.jobs[run])}", *self.notes(run)])
 
 
 ID = rb"([0-9a-f]{8}-[0-9a-f-]{27})"
-ASKED, ANSWERED = rb'"PREFECT__FLOW_RUN_ID", "value": "' + ID, rb'prefect.io/flow-run-id":"' + ID
-"""How a run is named in a request for its Job, and in the answer."""
+REQUESTED, ANSWERED = rb'"PREFECT__FLOW_RUN_ID", "value": "' + ID, rb'prefect.io/flow-run-id":"' + ID
+"""How the request that creates a Job, and its answer, name the run."""
 
 
 class Stalls:
-    """What becomes of the requests for Jobs of some runs, and of each third request of the reconciler."""
+    """Delays the requests that create the Jobs of some runs, and some requests of the reconciler."""
 
     def __init__(self, kubelet: Kubelet) -> None:
         self.kubelet = kubelet
-        self.of: dict[str, str] = {}
+        self.cases: dict[str, str] = {}
         self.asked: dict[str, int] = defaultdict(int)
         self.answered: set[str] = set()
         self.held = self.reconciler = 0
 
     def worker(self, data: bytes, way: str) -> None:
-        """Hold the first request for a Job, or its answer, as the run's case says."""
-        found = re.search(ASKED if way == "asked" else ANSWERED, data)
+        """Hold the first request that creates a Job, or its answer, as the run's case demands."""
+        found = re.search(REQUESTED if way == "asked" else ANSWERED, data)
         if not found:
             return
         run = found[1].decode()
-        case = self.of[run]
+        case = self.cases[run]
         if way == "asked":
             self.asked[run] += 1
             if self.asked[run] == 1 and case == "until another executes":
-                self.wait(lambda: "begins" in self.kubelet.noted(run))
+                self.wait(lambda: "begins" in self.kubelet.notes(run))
             if case == "until another has claimed":
                 number = self.asked[run]
                 self.wait(lambda: self.asked[run] == 2 if number == 1 else len(self.kubelet.jobs[run]) > 0)
@@ -199,12 +199,12 @@ class Stalls:
         elif run not in self.answered:
             self.answered.add(run)
             if case == "its answer":
-                self.wait(lambda: "begins" in self.kubelet.noted(run))
+                self.wait(lambda: "begins" in self.kubelet.notes(run))
             if case == "its answer is lost":
                 raise ConnectionResetError
 
     def given_away(self, run: str) -> int:
-        """How often a claim of the run was."""
+        """Return how often a claim of the run was given away."""
         states = asked(self.kubelet.api, "GET", f"/flow_run_states/?flow_run_id={run}")
         return sum(each["name"] == protocol.CLAIM_LOST for each in states)
 
@@ -216,7 +216,7 @@ class Stalls:
         self.held -= 1
 
     def hold_some(self, _: bytes, way: str) -> None:
-        """Hold each third request, and each fifth answer, for longer than the reconciler waits."""
+        """Hold each third request, and each fifth answer, for longer than the reconciler's timeout."""
         self.reconciler += 1
         if self.reconciler < 60 and self.reconciler % (3 if way == "asked" else 5) == 0:
             time.sleep(1.3 * REQUEST)
@@ -229,7 +229,7 @@ CASES = (
 
 
 @contextlib.asynccontextmanager
-async def at_work(tasks: list[Any]) -> AsyncIterator[list[asyncio.Task[Any]]]:
+async def running(tasks: list[Any]) -> AsyncIterator[list[asyncio.Task[Any]]]:
     started = [asyncio.create_task(each) for each in tasks]
     try:
         yield started
@@ -240,8 +240,8 @@ async def at_work(tasks: list[Any]) -> AsyncIterator[list[asyncio.Task[Any]]]:
 
 
 @pytest.fixture
-def brief(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Workers that watch no cluster, and seconds where a minute is shipped."""
+def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let workers watch no cluster, and claim with timeouts of seconds in place of a minute."""
     monkeypatch.setattr(kubernetes_worker, "CLAIM", CLAIM)
     monkeypatch.setenv("PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED", "false")
     for name in ("DELAY_SECONDS", "JITTER_MAX_SECONDS"):
@@ -250,7 +250,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-@pytest.mark.usefixtures("brief", "closed_worker_channels")
+@pytest.mark.usefixtures("short_timeouts", "closed_worker_channels")
 def test_run_executes_once_however_late_kubernetes_creates_a_job(
     prefect_server: str, namespace: Namespace, tmp_path: Path
 ) -> None:
@@ -263,13 +263,15 @@ def test_run_executes_once_however_late_kubernetes_creates_a_job(
         stalls = Stalls(kubelet)
         body = {"state": {"type": "SCHEDULED"}}
         runs = {case: asked(api, "POST", f"/deployments/{made}/create_flow_run", body)["id"] for case in CASES}
-        stalls.of = {run: case for case, run in runs.items()}
-        with stalled(url, stalls.worker) as of_worker, stalled(url, stalls.hold_some) as of_reconciler:
+        stalls.cases = {run: case for case, run in runs.items()}
+        with stalled(url, stalls.worker) as worker_url, stalled(url, stalls.hold_some) as reconciler_url:
             asyncio.run(
-                _until_ended(prefect_server, name, namespace.name, url, of_worker, of_reconciler, kubelet, stalls, runs)
+                _until_ended(
+                    prefect_server, name, namespace.name, url, worker_url, reconciler_url, kubelet, stalls, runs
+                )
             )
             jobs = dict(kubelet.jobs)
-        ends = {case: (kubelet.state(run), kubelet.noted(run)) for case, run in runs.items()}
+        ends = {case: (kubelet.state(run), kubelet.notes(run)) for case, run in runs.items()}
         assert ends == dict.fromkeys(CASES, ("COMPLETED", ["begins", "ends"]))
         for case, run in runs.items():
             states = asked(api, "GET", f"/flow_run_states/?flow_run_id={run}")
@@ -284,40 +286,40 @@ async def _until_ended(
     pool: str,
     namespace: str,
     url: str,
-    of_worker: str,
-    of_reconciler: str,
+    worker_url: str,
+    reconciler_url: str,
     kubelet: Kubelet,
     stalls: Stalls,
     runs: dict[str, str],
 ) -> None:
-    """Let worker and reconciler work until all runs have ended, and what late Jobs execute too."""
+    """Run worker and reconciler until all runs and all processes of late Jobs have ended."""
 
     class Stalled(kubernetes_worker.Worker, abc.ABC):
         @contextlib.asynccontextmanager
         async def _get_configured_kubernetes_client(self, _: Any) -> AsyncIterator[ApiClient]:
-            async with ApiClient(Configuration(host=of_worker)) as client:
+            async with ApiClient(Configuration(host=worker_url)) as client:
                 yield client
 
     async with (
         httpx.AsyncClient(base_url=server, timeout=30) as for_prefect,
-        httpx.AsyncClient(base_url=of_reconciler, timeout=REQUEST) as for_kubernetes,
+        httpx.AsyncClient(base_url=reconciler_url, timeout=REQUEST) as for_kubernetes,
     ):
-        place = kubernetes.Cluster(for_kubernetes, namespace)
+        cluster = kubernetes.Cluster(for_kubernetes, namespace)
         policy = Policy(settle_seconds=0.5, claim_seconds=GIVEN_AWAY_AFTER)
-        with patch.object(kubernetes, "LISTEN", 5):
-            reconciler = Reconciler(Server(for_prefect, server), place, pool, policy, None, Pulse(60))
+        with patch.object(kubernetes, "WATCH_SECONDS", 5):
+            reconciler = Reconciler(Server(for_prefect, server), cluster, pool, policy, None, Pulse(60))
             tested = Stalled(namespace=namespace, work_pool_name=pool, create_pool_if_not_found=False)
-            tested._cluster = await place.identity()
-            works = [tested.start(), reconciler.run(0.5), kubelet.work(url, namespace)]
-            async with at_work(works) as started:
+            tested._cluster = await cluster.identity()
+            parts = [tested.start(), reconciler.run(0.5), kubelet.work(url, namespace)]
+            async with running(parts) as started:
 
-                async def is_over() -> bool:
+                async def have_ended() -> bool:
                     assert not any(each.done() for each in started), [each for each in started if each.done()]
                     found = [await asyncio.to_thread(kubelet.state, run) for run in runs.values()]
                     return set(found) == {"COMPLETED"} and not stalls.held and kubelet.is_idle()
 
                 end = time.monotonic() + 240
-                while not await is_over():
+                while not await have_ended():
                     if time.monotonic() > end:
                         pytest.fail("\n".join(f"{case}: {kubelet.history(run)}" for case, run in runs.items()))
                     await asyncio.sleep(1)

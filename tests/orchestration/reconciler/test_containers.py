@@ -1,4 +1,4 @@
-"""Pods of runs into which an injector has put more containers: the main container alone decides."""
+"""Tests that the main container alone decides about a pod into which an injector has put more containers."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -58,16 +58,16 @@ def pod(
     state: Json, regular: dict[str, Json] | None = None, native: dict[str, Json] | None = None,
     order: int = 0, main: Json = MAIN, annotations: dict[str, str] | None = None, **status: Any,
 ) -> Pod:  # fmt: skip
-    """Read a pod with these containers next to the main one; the kubelet lists statuses by name.
+    """Read a pod with further containers next to the main container. The kubelet lists statuses by name.
 
     Args:
-        state: of the main container.
+        state: the state of the main container.
         regular: states of further containers, by name.
         native: states of native sidecars, by name.
         order: how many of the further containers come before the main one in the pod's specification.
         main: the main container.
-        annotations: of the pod.
-        status: more of the pod's status.
+        annotations: the annotations of the pod.
+        status: further fields of the pod's status.
     """
     regular, native = regular or {}, native or {}
     others = [{"name": name, "resources": {"limits": {"memory": "16Mi"}}} for name in regular]
@@ -96,12 +96,12 @@ INJECTED = st.dictionaries(NAMES, st.sampled_from(SIDECAR_STATES), max_size=3)
 
 @given(st.sampled_from(MAIN_STATES), INJECTED, st.integers(0, 3))
 @settings(max_examples=examples(2))
-def test_a_pod_with_sidecars_is_read_as_the_pod_without(state: Json, injected: dict[str, Json], order: int) -> None:
+def test_pod_with_sidecars_is_read_like_pod_without(state: Json, injected: dict[str, Json], order: int) -> None:
     alone, together = pod(state), pod(state, injected, order=order)
     fields = ("has_started", "end", "waiting", "memory", "container", "started_at")
     assert [getattr(together, field) for field in fields] == [getattr(alone, field) for field in fields]
-    runs_on = any("terminated" not in each for each in injected.values())
-    assert together.has_live_sidecar == ("terminated" in state and runs_on)
+    is_sidecar_live = any("terminated" not in each for each in injected.values())
+    assert together.has_live_sidecar == ("terminated" in state and is_sidecar_live)
     assert not alone.has_live_sidecar
 
 
@@ -109,7 +109,7 @@ def test_a_pod_with_sidecars_is_read_as_the_pod_without(state: Json, injected: d
 @pytest.mark.parametrize("order", [0, 1])
 @pytest.mark.parametrize("kind", ["regular", "native"])
 @pytest.mark.parametrize(("state", "cause"), [(OOM, "oom"), (KILLED, "crash"), (terminated(0, "Completed"), "crash")])
-def test_dead_main_container_crashes_the_run_and_its_job_goes(
+def test_dead_main_container_crashes_run_and_its_job_is_deleted(
     name: str, order: int, kind: str, state: Json, cause: str
 ) -> None:
     ended = pod(state, **{kind: {name: RUNNING}}, order=order, phase="Running")  # type: ignore[arg-type]
@@ -118,13 +118,13 @@ def test_dead_main_container_crashes_the_run_and_its_job_goes(
     [crash] = decided("RUNNING", job, ended)
     assert isinstance(crash, Crash)
     assert crash.cause.kind == cause
-    assert crash.lost == (), "its end was seen"
+    assert crash.lost == (), "its end is confirmed"
     if cause == "oom":
         assert crash.cause.memory == "1Gi"
         assert "it used at most 1024 MiB" in crash.cause.sentence
         assert ended.end
         assert ended.end.leases == (LEASE,)
-    assert {type(each) for each in decided("CRASHED", job, ended)} == {Retry, Stop}, "nothing executes it any more"
+    assert {type(each) for each in decided("CRASHED", job, ended)} == {Retry, Stop}, "no container executes it"
 
 
 @pytest.mark.parametrize("type_", ["COMPLETED", "FAILED", "CANCELLED", "SCHEDULED", "PAUSED", "CRASHED"])
@@ -136,7 +136,7 @@ def test_job_is_deleted_when_its_main_container_has_ended(type_: str) -> None:
         assert (stop.job, stop.grace) == ("heron", None)
     fresh = pod(terminated(0, "Completed", seconds=1), native={"aaa": RUNNING}, phase="Running")
     assert not [each for each in decided(type_, job, fresh) if isinstance(each, Stop)], (
-        "a native sidecar ends by itself"
+        "a native sidecar ends without help"
     )
     gone = pod(COMPLETED)
     assert not [each for each in decided(type_, job, gone) if isinstance(each, Stop)], "its log is kept for a while"
@@ -225,7 +225,7 @@ def test_renamed_main_container_is_found(main: Json, annotations: dict[str, str]
         assert found.end.oom
 
 
-def test_first_container_is_the_main_one_where_nothing_says_more() -> None:
+def test_first_container_is_main_container_without_other_evidence() -> None:
     assert pod(RUNNING, {"aaa": RUNNING}, main=MAIN | {"name": "flow"}).container == "flow"
 
 

@@ -1,4 +1,4 @@
-"""The decision, on single cases and on random histories of a run, its worker, its Jobs and its pods."""
+"""Tests of the decision, on single cases and on random histories of a run, its worker, Jobs and pods."""
 
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -84,7 +84,7 @@ def kind_of(action: Action) -> str:
     return action.cause.kind
 
 
-def test_a_run_in_its_pod_is_left_alone() -> None:
+def test_no_action_for_run_in_live_pod() -> None:
     assert decided(run("RUNNING"), [job()], [pod(has_started=True)]) == []
     assert decided(run("PENDING", 5), [job(seconds=4)], [pod(seconds=3)]) == []
     assert decided(run("SCHEDULED"), [], []) == []
@@ -92,7 +92,7 @@ def test_a_run_in_its_pod_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ended", "kind", "said"),
+    ("ended", "kind", "text"),
     [
         (end(code=137), "crash", "exit code 137 (SIGKILL)"),
         (end(code=0, reason="Completed"), "crash", "exit code 0"),
@@ -102,15 +102,15 @@ def test_a_run_in_its_pod_is_left_alone() -> None:
         (end(code=None, reason="Evicted", message="The node was low on memory"), "disruption", "low on memory"),
     ],
 )
-def test_a_dead_run_crashes_with_its_cause(ended: End, kind: str, said: str) -> None:
+def test_dead_run_crashes_with_cause(ended: End, kind: str, text: str) -> None:
     (action,) = decided(run("RUNNING"), [job(is_finished=True)], [pod(has_started=True, memory="700Mi", end=ended)])
     assert kind_of(action) == kind
     assert isinstance(action, Crash)
-    assert said in action.cause.sentence
+    assert text in action.cause.sentence
 
 
-def test_whose_a_run_is() -> None:
-    """Its worker has said where it is; a hand that executes one makes no Job and is left alone."""
+def test_run_belongs_to_labelled_cluster_and_namespace() -> None:
+    """The worker labels a run. A run that is executed by hand has no Job, and the reconciler ignores it."""
     ours = {CLUSTER_LABEL: "one"}
     one, two = {"one", "as one was marked before"}, {"two"}
     assert run("RUNNING", labels=ours).belongs_to(one, "ns")
@@ -119,17 +119,19 @@ def test_whose_a_run_is() -> None:
     )
     assert not run("RUNNING", labels=ours).belongs_to(one, "other")
     elsewhere = ours | {NAMESPACE_LABEL: "other"}
-    assert not run("PENDING", labels=elsewhere, job="", namespace="").belongs_to(one, "ns"), "its Job is to be there"
+    assert not run("PENDING", labels=elsewhere, job="", namespace="").belongs_to(one, "ns"), (
+        "its Job will be created in the other namespace"
+    )
     assert not run("RUNNING", labels=ours).belongs_to(two, "ns"), "another cluster's namespace has the same name"
-    assert not run("RUNNING", labels={}).belongs_to(one, "ns"), "by a worker that marks none"
+    assert not run("RUNNING", labels={}).belongs_to(one, "ns"), "claimed by a worker that writes no label"
     assert not run("RUNNING", labels={}, job="", namespace="").belongs_to(one, "ns"), "executed by hand"
-    assert run("PENDING", labels={}, job="", namespace="").belongs_to(one, "ns"), "a claim that nobody has gone on with"
+    assert run("PENDING", labels={}, job="", namespace="").belongs_to(one, "ns"), "a claim without a label or a Job"
     assert run("RUNNING", labels=ours, job="", namespace="").belongs_to(one, "ns"), (
-        "its worker died before it said more"
+        "its worker died before it recorded a Job"
     )
 
 
-def test_which_runs_are_steady() -> None:
+def test_only_run_in_one_live_pod_is_steady() -> None:
     running, executes = run("RUNNING"), pod(has_started=True)
     assert is_steady(running, [job()], [executes])
     for pods in ([], [pod()], [executes, pod()], [replace(executes, end=end())], [replace(executes, deleted_at=NOW)]):
@@ -145,29 +147,31 @@ def test_which_runs_are_steady() -> None:
         assert not is_steady(other, [job()], [executes])
 
 
-def test_a_run_whose_end_nobody_saw_may_still_report_it() -> None:
+def test_run_with_unconfirmed_end_has_time_to_report() -> None:
     assert decided(run("RUNNING", 1), [job(is_finished=True)], []) == []
-    assert decided(run("RUNNING", 1), [job(is_finished=True)], [pod(end=end(seconds=2))]) == [], "by another clock"
+    assert decided(run("RUNNING", 1), [job(is_finished=True)], [pod(end=end(seconds=2))]) == [], (
+        "the pod's clock differs"
+    )
     [crash] = decided(run("RUNNING", 1), [job(is_finished=True)], [pod(end=end(seconds=0.1))])
     assert isinstance(crash, Crash)
 
 
-def test_a_run_whose_pod_was_deleted_crashes_once_its_job_is_over() -> None:
-    assert decided(run("RUNNING"), [job()], []) == [], "Kubernetes has not counted it yet"
+def test_run_of_deleted_pod_crashes_once_job_is_finished() -> None:
+    assert decided(run("RUNNING"), [job()], []) == [], "Kubernetes has not counted the pod yet"
     assert [kind_of(each) for each in decided(run("RUNNING"), [job(is_finished=True)], [])] == ["crash"]
     assert [kind_of(each) for each in decided(run("RUNNING"), [], [])] == ["crash"], "the Job is gone too"
 
 
-def test_a_claim_without_a_job_goes_back_and_a_job_without_a_claimant_is_recorded() -> None:
+def test_claim_without_job_is_given_away_and_unrecorded_job_is_adopted() -> None:
     lost = run("PENDING", 61, job="")
     assert [type(each) for each in decided(lost, [], [])] == [GiveAway]
     given_away = replace(lost, state=CLAIM_LOST, since=NOW)
     assert [type(each) for each in decided(given_away, [job("job-0", is_finished=True)], [])] == [Unclaim]
-    assert [type(each) for each in decided(given_away, [job()], [pod()])] == [Stop], "it was created meanwhile"
+    assert [type(each) for each in decided(given_away, [job()], [pod()])] == [Stop], "the Job was created meanwhile"
     assert decided(given_away, [], [pod(deleted_at=NOW)]) == [], "its pod has yet to end"
     assert decided(run("PENDING", 59, job=""), [], []) == []
     assert decided(lost, [job(seconds=60)], []) == [Adopt(lost, "job-1")]
-    # Claimed again after a crash: the Job that is recorded is the old one.
+    # Claimed again after a crash: the recorded Job belongs to the earlier claim.
     again = run("PENDING", 10)
     assert decided(again, [job(is_finished=True)], [pod(end=end(seconds=30))]) == []
     assert decided(again, [job(is_finished=True), job("job-2", seconds=5)], [pod("job-2", seconds=4)]) == [
@@ -175,22 +179,22 @@ def test_a_claim_without_a_job_goes_back_and_a_job_without_a_claimant_is_recorde
     ]
 
 
-def test_what_keeps_a_pod_from_starting_is_said_at_once_and_ends_the_run_after_a_time() -> None:
+def test_pod_that_does_not_start_is_explained_and_given_up_after_timeout() -> None:
     stuck = pod(seconds=5, waiting=("ErrImagePull", "not found"))
     (action,) = decided(run("PENDING", 6), [job(seconds=6)], [stuck])
     assert isinstance(action, Explain)
     assert action.state == "ImagePullBackOff"
     assert "not found" in action.sentence
-    told = run("PENDING", 3, state="ImagePullBackOff", message=action.sentence)
-    assert decided(told, [job(seconds=6)], [replace(stuck, waiting=("ImagePullBackOff", "back-off"))]) == []
-    (action,) = decided(replace(told, since=ago(1)), [job(seconds=601)], [replace(stuck, created_at=ago(601))])
+    explained = run("PENDING", 3, state="ImagePullBackOff", message=action.sentence)
+    assert decided(explained, [job(seconds=6)], [replace(stuck, waiting=("ImagePullBackOff", "back-off"))]) == []
+    (action,) = decided(replace(explained, since=ago(1)), [job(seconds=601)], [replace(stuck, created_at=ago(601))])
     assert kind_of(action) == "start"
     (action,) = decided(run("PENDING", 6), [job(seconds=5, refusal="exceeded quota")], [])
     assert isinstance(action, Explain)
     assert "exceeded quota" in action.sentence
 
 
-def test_cancelling_ends_the_pod_and_then_the_run() -> None:
+def test_cancelling_run_is_cancelled_after_its_pod_ended() -> None:
     assert decided(run("CANCELLING", 2), [job()], [pod(has_started=True)]) == []
     (action,) = decided(run("CANCELLING", 4), [job()], [pod(has_started=True)])
     assert isinstance(action, Stop)
@@ -200,25 +204,25 @@ def test_cancelling_ends_the_pod_and_then_the_run() -> None:
     for ended, lost in (([], ("job-1",)), ([pod(end=end())], ())):
         assert decided(cancelling, [job(is_deleted=True)], ended) == [
             Cancelled(cancelling, "Nothing of it is left in the cluster", lost)
-        ], "what nobody saw end may execute on"
+        ], "a pod whose end is unconfirmed may still be executing"
 
 
-def test_a_run_whose_deployment_was_deleted_is_ended_at_once() -> None:
+def test_run_of_deleted_deployment_is_cancelled_immediately() -> None:
     for type_ in ("PENDING", "RUNNING"):
-        alone = run(type_, 1, is_deployment_deleted=True)
-        assert decided(alone, [job()], [pod(has_started=True)]) == [Cancel(alone, "Its deployment was deleted")]
+        orphaned = run(type_, 1, is_deployment_deleted=True)
+        assert decided(orphaned, [job()], [pod(has_started=True)]) == [Cancel(orphaned, "Its deployment was deleted")]
     (action,) = decided(run("CANCELLING", 1, is_deployment_deleted=True), [job()], [pod(has_started=True)])
     assert isinstance(action, Stop)
     assert action.grace is None
-    told = decide_retry(run("CRASHED"), Cause("crash", ""), None)
-    assert (told.is_retried, told.labels) == (False, {SETTLED_LABEL: "s"}), "nobody could claim it"
+    decision = decide_retry(run("CRASHED"), Cause("crash", ""), None)
+    assert (decision.is_retried, decision.labels) == (False, {SETTLED_LABEL: "s"}), "no worker could claim it"
 
 
-def test_nothing_outlives_its_run() -> None:
+def test_jobs_of_finished_and_deleted_runs_are_deleted() -> None:
     assert [type(each) for each in decided(None, [job()], [pod(has_started=True)])] == [Stop]
     assert decided(run("COMPLETED", 30), [job()], [pod(has_started=True)]) == []
     assert [type(each) for each in decided(run("COMPLETED", 61), [job()], [pod(has_started=True)])] == [Stop]
-    assert decided(run("CRASHED", 10), [job()], [pod(has_started=True)]) == [], "it may yet tell why"
+    assert decided(run("CRASHED", 10), [job()], [pod(has_started=True)]) == [], "its process may still report the cause"
     (action,) = decided(run("CRASHED", 16), [job()], [pod(has_started=True)])
     assert isinstance(action, Stop)
     assert action.grace == 0
@@ -227,14 +231,14 @@ def test_nothing_outlives_its_run() -> None:
     assert [each.job for each in stopped if isinstance(each, Stop)] == ["job-0"]
 
 
-def test_a_crash_is_tried_again_within_its_budget() -> None:
+def test_crash_is_retried_within_budget() -> None:
     crashed = run("CRASHED", 5)
     (action,) = decided(crashed, [job(is_finished=True)], [pod(end=end())])
     assert isinstance(action, Retry)
     first = decide_retry(crashed, action.cause, RetryBudget())
     assert (first.is_retried, first.delay_seconds) == (True, 0)
     assert first.labels == {CRASHES_LABEL: 1, RETRIED_LABEL: "s crash", CAUSE_LABEL: ""}
-    # Cut off after it was counted: the same again.
+    # Interrupted after the retry was counted: the decision is the same.
     assert decide_retry(replace(crashed, labels=first.labels or {}), action.cause, RetryBudget()) == first
     second = decide_retry(replace(crashed, labels={CRASHES_LABEL: 1}), action.cause, RetryBudget())
     assert (second.is_retried, second.delay_seconds) == (True, 10)
@@ -244,12 +248,12 @@ def test_a_crash_is_tried_again_within_its_budget() -> None:
     assert decided(replace(crashed, deployment=""), [], []) == []
 
 
-def test_an_execution_that_was_lost_from_sight_is_fenced_before_another_begins() -> None:
+def test_lost_run_attempt_is_fenced_before_retry() -> None:
     jobs = [job("job-1", 200, is_finished=True), job("job-2", is_finished=True)]
     for recorded, ended, lost in (
         ("job-2", [], ("job-2",)),
         ("job-2", [pod("job-2", end=end())], ()),
-        ("job-1", [pod("job-1", 200, end=end())], ("job-2",)),  # its worker died before it recorded the newer one
+        ("job-1", [pod("job-1", 200, end=end())], ("job-2",)),  # its worker died before it recorded the newer Job
         ("", [pod("job-1", 200, end=end())], ("job-2",)),
         ("job-2", [pod("job-2", end=replace(end(), is_confirmed=False))], ("job-2",)),  # its node was given up
     ):
@@ -264,32 +268,32 @@ def test_an_execution_that_was_lost_from_sight_is_fenced_before_another_begins()
     assert decide_retry(run("CRASHED", labels={LOST_LABEL: False}), cause, RetryBudget()).delay_seconds == 0
 
 
-def test_a_disruption_has_a_budget_of_its_own_and_a_hopeless_start_none() -> None:
-    noted = run("CRASHED", 5, labels={CAUSE_LABEL: "disruption", CRASHES_LABEL: 2}, message="Drained")
-    (action,) = decided(noted, [], [])
+def test_disruption_has_separate_budget_and_failed_start_has_none() -> None:
+    recorded = run("CRASHED", 5, labels={CAUSE_LABEL: "disruption", CRASHES_LABEL: 2}, message="Drained")
+    (action,) = decided(recorded, [], [])
     assert kind_of(action) == "disruption"
     gone = decided(run("RUNNING"), [job(is_finished=True, is_disrupted=True)], [])
-    assert [kind_of(each) for each in gone] == ["disruption"], "its Job knows more than its pod, which is gone"
+    assert [kind_of(each) for each in gone] == ["disruption"], "the condition of the Job outlives the pod"
     assert isinstance(action, Retry)
-    assert decide_retry(noted, action.cause, RetryBudget()).labels == {
+    assert decide_retry(recorded, action.cause, RetryBudget()).labels == {
         DISRUPTIONS_LABEL: 1,
         RETRIED_LABEL: "s disruption",
         CAUSE_LABEL: "",
     }
-    assert not decide_retry(noted, Cause("start", ""), RetryBudget()).is_retried
+    assert not decide_retry(recorded, Cause("start", ""), RetryBudget()).is_retried
 
 
 @pytest.mark.parametrize(
     ("limit", "most", "grown"),
     [("700Mi", "", "1050Mi"), ("1Gi", "1.2Gi", "1228Mi"), ("2Gi", "1Gi", ""), ("", "", ""), ("1e9", "", "1430Mi")],
 )
-def test_memory_grows_after_it_was_exceeded(limit: str, most: str, grown: str) -> None:
+def test_memory_limit_grows_after_oom(limit: str, most: str, grown: str) -> None:
     found = decide_retry(run("CRASHED"), Cause("oom", "", limit), RetryBudget(memory_max=most))
     assert found.memory_limit == grown
     assert found.is_retried
 
 
-def test_a_budget_that_is_none_is_the_default() -> None:
+def test_invalid_job_variables_leave_default_budget() -> None:
     found = RetryBudget.from_job_variables(
         {"crash_retries": "5", "memory_growth": "much", "memory_max": None, "env": {}}
     )
@@ -311,7 +315,7 @@ FULL = "0/1 nodes are available: 1 Insufficient cpu"
         (None, "maximum memory usage per Container is 4Gi", Policy().pending_seconds),
     ],
 )
-def test_what_waits_for_room_waits_longer_than_what_needs_a_cure(
+def test_run_waits_longer_for_capacity_than_for_cure(
     waiting: tuple[str, str] | None, refused: str, patience: float
 ) -> None:
     state = waiting[0] if waiting else "PodRefused"
@@ -325,8 +329,8 @@ def test_what_waits_for_room_waits_longer_than_what_needs_a_cure(
 @pytest.mark.parametrize(
     ("capacity", "patience"), [(True, Policy().capacity_seconds), (False, Policy().pending_seconds)]
 )
-def test_refused_job_is_asked_for_again_until_the_run_is_given_up(capacity: bool, patience: float) -> None:
-    """It costs no retry: nothing has started. Whatever older Job of the run is there is none of this claim."""
+def test_refused_job_is_requested_again_until_run_is_given_up(capacity: bool, patience: float) -> None:
+    """A refusal costs no retry, as nothing has started. An older Job of the run does not belong to this claim."""
     message = f"{state_messages.JOB_NOT_CREATED}exceeded quota"
 
     def refused(since: float, age: float, attempts: int = 0) -> Run:
@@ -345,15 +349,17 @@ def test_refused_job_is_asked_for_again_until_the_run_is_given_up(capacity: bool
     assert isinstance(crash, Crash)
     assert crash.cause.kind == "start"
     assert crash.cause.sentence.startswith(f"{message}. Given up after")
-    assert crash.labels[REFUSAL_LABEL] == "", "a retry by hand waits as long again"
+    assert crash.labels[REFUSAL_LABEL] == "", "a retry by hand has the whole waiting time again"
     assert not decide_retry(
         replace(refused(1, 1), type="CRASHED"), crash.cause, RetryBudget(crash_retries=0)
     ).is_retried
     created = job(seconds=3)
-    assert [type(each) for each in decided(refused(61, 5), [created], [])] == [Adopt], "its answer was lost, not it"
+    assert [type(each) for each in decided(refused(61, 5), [created], [])] == [Adopt], (
+        "the API's answer was lost, and the Job exists"
+    )
 
 
-def test_refusal_is_read_as_it_was_written() -> None:
+def test_refusal_label_is_read_as_written() -> None:
     made = Refusal(ago(5), True, 3)
     assert Refusal.read({REFUSAL_LABEL: made.label}) == made
     for none in ({}, {REFUSAL_LABEL: ""}, {REFUSAL_LABEL: "yesterday"}, {REFUSAL_LABEL: "2026-01-01 capacity many"}):
@@ -362,7 +368,7 @@ def test_refusal_is_read_as_it_was_written() -> None:
 
 @dataclass
 class World:
-    """A run, its worker, Jobs and pods, as the real ones behave."""
+    """Simulates a run, its worker, Jobs and pods. Each public method is an event that may happen to them."""
 
     now: datetime = NOW
     run: Run | None = field(default_factory=lambda: run("SCHEDULED", job=""))
@@ -373,18 +379,18 @@ class World:
     """Jobs that the Kubernetes API was asked to create and may yet create."""
     states: list[dict[str, str]] = field(default_factory=list)
     checked: dict[str, bool] = field(default_factory=dict)
-    """What pods have heard when they asked whether they may execute the run."""
+    """Whether a pod may execute the run, as answered when the pod asked, by the pod's name."""
     made: str = ""
     read: Run | None = None
     steady: Run | None = None
     due: datetime = NOW
-    abandoned: bool = False
+    is_deployment_deleted: bool = False
     sidecars: bool = False
-    """Whether a sidecar runs on in each pod until somebody deletes it."""
+    """Whether a sidecar of each pod runs until the pod is deleted."""
     started: set[str] = field(default_factory=set)
-    """Jobs of which a pod has begun the run: its run attempts."""
+    """The Jobs of which a pod has started the run: one run attempt each."""
     lost: dict[str, datetime | None] = field(default_factory=dict)
-    """Jobs whose pods execute on unseen, and when they were fenced."""
+    """The Jobs whose lost pods are still executing, with the time of their fencing."""
 
     def set(self, type_: str, name: str = "") -> None:
         assert self.run
@@ -395,8 +401,8 @@ class World:
         self.states.append({"id": self.run.state_id, "name": self.run.state, "type": type_})
 
     def deployment_is_deleted(self) -> None:
-        """The server deletes what is scheduled with it; what was scheduled before stays what it was."""
-        self.abandoned = True
+        """Delete the deployment. The server cancels its Scheduled runs, and its other runs stay."""
+        self.is_deployment_deleted = True
         if self.run and self.run.type == "SCHEDULED":
             self.set("CANCELLED")
 
@@ -406,7 +412,7 @@ class World:
             self.claims.append((self.now, f"job-{self.states[-1]['id'][-12:]}"))
 
     def worker_makes_the_job(self) -> None:
-        """Each claim in its turn, at the latest after as long as the policy allows."""
+        """Create the Job of the oldest claim, unless the claim has timed out."""
         if self.claims:
             claimed, name = self.claims.pop(0)
             if (self.now - claimed).total_seconds() < Policy().claim_seconds:
@@ -418,7 +424,7 @@ class World:
             self.stalled.append(self.claims.pop(0)[1])
 
     def stalled_request_arrives(self) -> None:
-        """However late: its worker has let the claim go, and does not record the Job."""
+        """Create the Job of a stalled request. Its worker no longer waits for the Job and does not record it."""
         if self.stalled and self.run:
             self._create(self.stalled.pop(0))
 
@@ -434,8 +440,9 @@ class World:
                 return
 
     def kubernetes_makes_another_pod(self) -> None:
-        """As it does of a Job with a backoffLimit, until that is over. Whose node is cut off has none here: the new pod
-        would be of the same Job.
+        """Replace a pod, as Kubernetes does for a Job with a backoffLimit.
+
+        A Job with a lost pod gets no replacement here: the new pod would belong to the same Job.
         """
         living = {each.job for each in self.pods if each.is_live or each.has_live_sidecar}
         for each in self.jobs:
@@ -444,7 +451,7 @@ class World:
                 return
 
     def pod_reports_a_crash(self) -> None:
-        """What executes the flow's process says that it died, and lives on for a moment."""
+        """Let the supervisor report that the flow's process died. The pod lives for another moment."""
         if self.run and self.run.type == "RUNNING" and any(each.is_live and each.has_started for each in self.pods):
             self.set("CRASHED")
 
@@ -462,12 +469,12 @@ class World:
                 may_begin = self.checked.get(each.name, not is_given_away(each.job, self.states))
                 if may_begin and self.run and self.run.type in ("PENDING", "RUNNING"):
                     assert not any(other.is_live and other.has_started for other in self.pods), (
-                        "a second living execution"
+                        "a second live run attempt"
                     )
                     for fenced in self.lost.values():
-                        assert fenced, "a second execution beside one that nobody has fenced"
+                        assert fenced, "a second run attempt while an unfenced one may be executing"
                         assert self.now - fenced > timedelta(seconds=CHECK_INTERVAL_SECONDS + CHECK_TIMEOUT_SECONDS), (
-                            "it may not have stopped yet"
+                            "the lost run attempt may not have stopped yet"
                         )
                     self.set("RUNNING")
                     self.started.add(each.job)
@@ -481,7 +488,7 @@ class World:
         self.pods[number] = replace(self.pods[number], end=end, has_live_sidecar=self.sidecars)
 
     def engine_retries(self) -> None:
-        """The flow, within its execution."""
+        """Retry the flow within its run attempt."""
         if self.run and self.run.type == "RUNNING" and any(each.is_live and each.has_started for each in self.pods):
             self.set("RUNNING")
 
@@ -499,7 +506,7 @@ class World:
                 return
 
     def pod_is_asked_to_end(self) -> None:
-        """By SIGTERM, whoever sent it: the supervisor in the pod says what becomes of the run."""
+        """Send SIGTERM to a pod. Its supervisor sets the state of the run."""
         for number, each in enumerate(self.pods):
             if each.is_live and each.has_started:
                 if self.run and self.run.type == "RUNNING":
@@ -513,12 +520,12 @@ class World:
                     self.set(state["type"], state["name"])
                     self.due = self.now
                 self._end(number, 0)
-                # Of a Job for which Kubernetes makes another pod the supervisor says nothing.
+                # The supervisor sets no state if Kubernetes will replace the pod.
                 self.jobs = [replace(job, is_finished=job.is_finished or job.name == each.job) for job in self.jobs]
                 return
 
     def deadline_passes(self) -> None:
-        """Its Job's pods get SIGTERM, and the supervisor says nothing."""
+        """Send SIGTERM to the pods of a Job past its deadline. The supervisor sets no state."""
         for number, each in enumerate(self.pods):
             if each.is_live:
                 self.jobs = [
@@ -538,16 +545,16 @@ class World:
         self.pods = self.pods[1:]
 
     def node_is_cut_off(self) -> None:
-        """Its pod is gone for Kubernetes, and executes on. Not one of several of its Job, which are not told apart."""
+        """Remove a pod from Kubernetes that is still executing. A Job with another ended pod is left alone."""
         for each in self.pods:
             if each.is_live and each.has_started and not any(other.end for other in self.pods if other.job == each.job):
                 self.pods.remove(each)
-                if self.run and self.run.type not in FINAL_STATES:  # else it has said that it ends
+                if self.run and self.run.type not in FINAL_STATES:  # otherwise its process has reported the end
                     self.lost[each.job] = None
                 return
 
     def node_is_given_up(self) -> None:
-        """The same, and Kubernetes has yet to remove the pod, of which it says that it has ended."""
+        """Cut off a node, with its pod still in Kubernetes as Failed."""
         before = [*self.pods]
         self.node_is_cut_off()
         for each in before:
@@ -556,7 +563,7 @@ class World:
                 self.pods.append(replace(each, end=ended))
 
     def finished_jobs_are_removed(self) -> None:
-        """As they are after `ttlSecondsAfterFinished`."""
+        """Remove finished Jobs, as Kubernetes does after `ttlSecondsAfterFinished`."""
         over = {each.name for each in self.jobs if each.is_finished}
         over -= {each.job for each in self.pods if each.is_live or each.has_live_sidecar}
         self.jobs = [each for each in self.jobs if each.name not in over]
@@ -584,9 +591,9 @@ class World:
         self.now += timedelta(seconds=61)
 
     def reconciler_reads_the_run(self) -> None:
-        """Or counts it, where it was steady: then it is known as it was, whatever has happened since."""
+        """Read the run. A steady run that is still Running is only counted and stays as it was read before."""
         known = self.steady if self.run and self.run.type == "RUNNING" else None
-        self.read = self.run and replace(known or self.run, is_deployment_deleted=self.abandoned)
+        self.read = self.run and replace(known or self.run, is_deployment_deleted=self.is_deployment_deleted)
 
     def reconciler_acts(self) -> None:
         if self.read is None:
@@ -600,7 +607,7 @@ class World:
         ]
         decided = decide(self.read, jobs, self.pods, self.now, Policy())
         self.steady = self.read if is_steady(self.read, jobs, self.pods) else None
-        assert not (self.steady and decided), "decided about a steady run"
+        assert not (self.steady and decided), "an action for a steady run"
         for action in decided:
             self.carry_out(action)
         self.read = None
@@ -638,12 +645,12 @@ class World:
                     self.lost[each] = self.now
             self.set("CRASHED" if isinstance(action, Crash) else "CANCELLED")
         elif isinstance(action, Retry):
-            told = decide_retry(self.run, action.cause, None if self.abandoned else RetryBudget())
-            self.run = replace(self.run, labels={**self.run.labels, **(told.labels or {})})
-            if told.is_retried:
-                assert not any(each.is_live for each in self.pods), "tried again beside a living pod"
+            decision = decide_retry(self.run, action.cause, None if self.is_deployment_deleted else RetryBudget())
+            self.run = replace(self.run, labels={**self.run.labels, **(decision.labels or {})})
+            if decision.is_retried:
+                assert not any(each.is_live for each in self.pods), "a retry while a pod is live"
                 self.set("SCHEDULED", "AwaitingRetry")
-                self.due = self.now + timedelta(seconds=told.delay_seconds)
+                self.due = self.now + timedelta(seconds=decision.delay_seconds)
         elif isinstance(action, Explain):
             self.set("PENDING", action.state)
 
@@ -672,7 +679,7 @@ USUAL = [
     ["node_is_given_up", "controller_counts", *SECONDS, *ROUND, *ROUND],
     ["cancelled_in_the_ui", "node_is_cut_off", "controller_counts", *SECONDS, *ROUND],
 ]
-"""What often comes one after the other: of single events most histories would come to nothing."""
+"""Usual sequences of events. Most histories of random single events would do nothing."""
 
 
 GIVEN_AWAY_CLAIM = ["worker_claims", "request_for_a_job_stalls", "a_minute_passes", *ROUND]
@@ -688,11 +695,11 @@ ASKS = ["stalled_request_arrives", "pod_asks_whether_it_may_begin"]
 )
 @example([GIVEN_AWAY_CLAIM[:3], [ROUND[0]], ASKS, [ROUND[1]], ROUND, EXECUTES, ["pod_starts"]], False)
 @settings(max_examples=examples(8))
-def test_any_history_ends_with_nothing_lost_stuck_or_twice(history: list[list[str]], sidecars: bool) -> None:
+def test_no_history_loses_blocks_or_duplicates_run(history: list[list[str]], sidecars: bool) -> None:
     world = World(sidecars=sidecars)
     for event in (each for some in history for each in some):
         getattr(world, event)()
-    # From here on nothing goes wrong any more.
+    # From here on nothing fails.
     for _ in range(120):
         for event in (
             "controller_counts", "reconciler_reads_the_run", "reconciler_acts", "worker_claims",
@@ -705,7 +712,7 @@ def test_any_history_ends_with_nothing_lost_stuck_or_twice(history: list[list[st
     assert world.run
     assert world.run.type in FINAL_STATES, world
     assert not [each for each in world.pods if each.is_live or each.has_live_sidecar], world
-    assert all(world.lost.values()), f"an execution goes on that nobody has fenced: {world}"
+    assert all(world.lost.values()), f"an unfenced run attempt may still be executing: {world}"
     if world.run.type == "CRASHED":
         assert protocol.SETTLED_LABEL in world.run.labels
 
@@ -723,16 +730,16 @@ ENDS = [
     ["pod_is_asked_to_end", "sidecar_ends"],
     ["engine_retries", "pod_is_asked_to_end"],
 ]
-"""How a run attempt may end without the run being over."""
+"""The ways in which a run attempt can end without finishing the run."""
 
 
 @given(st.lists(st.sampled_from(ENDS), min_size=20, max_size=20), st.booleans())
 @settings(max_examples=examples(2))
-def test_any_history_of_ends_has_no_more_run_attempts_than_its_budgets(ends: list[list[str]], sidecars: bool) -> None:
+def test_number_of_run_attempts_is_within_budgets(ends: list[list[str]], sidecars: bool) -> None:
     world = World(sidecars=sidecars)
-    beginning = ["worker_claims", "worker_makes_the_job", "worker_records_it", "pod_starts", *ROUND]
+    start_events = ["worker_claims", "worker_makes_the_job", "worker_records_it", "pod_starts", *ROUND]
     for events in ends:
-        for event in [*beginning, *events]:
+        for event in [*start_events, *events]:
             getattr(world, event)()
         waits = ["controller_counts", *SECONDS, *SECONDS, *ROUND] * 3 + ["a_minute_passes"] * 22
         for event in [*waits, "finished_jobs_are_removed"]:
@@ -741,12 +748,12 @@ def test_any_history_of_ends_has_no_more_run_attempts_than_its_budgets(ends: lis
         getattr(world, event)()
     assert world.run
     retries = RetryBudget()
-    assert world.run.type == "CRASHED", "20 ends are more than any budget"
+    assert world.run.type == "CRASHED", "20 ends exceed every budget"
     assert len(world.started) <= 1 + retries.crash_retries + retries.disruption_retries
     assert protocol.SETTLED_LABEL in world.run.labels
 
 
-def test_deadline_ends_the_run_without_a_retry() -> None:
+def test_exceeded_deadline_times_run_out_without_retry() -> None:
     expired = job(is_finished=True, exceeded_deadline=20)
     for pods in ([], [pod(end=end(code=143))], [pod(end=end(code=137))]):
         [action] = decided(run("RUNNING"), [expired], pods)
@@ -754,9 +761,9 @@ def test_deadline_ends_the_run_without_a_retry() -> None:
         assert action.sentence == "Job job-1 ran for longer than its activeDeadlineSeconds of 20"
         assert action.lost == (() if pods else ("job-1",))
         [action] = decided(run("CRASHED", 5), [expired], pods)
-        assert isinstance(action, TimeOut), "its process said something of itself first"
+        assert isinstance(action, TimeOut), "its process reported a crash first"
     waited = run("PENDING", 5, state="Unschedulable")
-    assert [type(each) for each in decided(waited, [expired], [])] == [TimeOut], "it never had a node"
+    assert [type(each) for each in decided(waited, [expired], [])] == [TimeOut], "the pod never had a node"
     in_its_pod = pod(end=end(code=137, reason="DeadlineExceeded", message="Pod was active longer"))
     assert [type(each) for each in decided(run("RUNNING"), [job(is_finished=True)], [in_its_pod])] == [TimeOut]
     again = run("RUNNING", job="job-2")
@@ -764,7 +771,7 @@ def test_deadline_ends_the_run_without_a_retry() -> None:
 
 
 @pytest.mark.parametrize("type_", ["Failed", "FailureTarget"])
-def test_deadline_is_read_of_the_job(type_: str) -> None:
+def test_exceeded_deadline_is_read_from_job_condition(type_: str) -> None:
     condition = {"type": type_, "status": "True", "reason": "DeadlineExceeded"}
     raw = {
         "metadata": {"name": "j", "creationTimestamp": NOW, "labels": {RUN_LABEL: "r"}},

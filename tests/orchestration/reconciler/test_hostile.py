@@ -1,4 +1,4 @@
-"""Labels, annotations, messages and names that a flow run or a user may write stop no round of the reconciler."""
+"""Tests that no label, annotation, message or name that a flow run or a user writes stops the reconciler."""
 
 import json
 from datetime import timedelta
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from orchestration.inspection.memory import needed
+from orchestration.inspection.memory import memory_need
 from orchestration.protocol import (
     CAUSE_LABEL,
     CLUSTER_LABEL,
@@ -101,7 +101,7 @@ def _pod(message: str, memory: str, reason: str) -> Pod:
     LABELS, VARIABLES, TEXTS, TEXTS, TEXTS, st.sampled_from(["OOMKilled", "Error", "Evicted"]),
 )  # fmt: skip
 @example("CRASHED", {CRASHES_LABEL: 10**9}, {"crash_retries": 10**10}, "x", "0", "1Mi", "Error")
-def test_hostile_labels_annotations_and_messages_are_read_and_decided_on(
+def test_hostile_labels_annotations_and_messages_raise_nothing(
     state: str, labels: dict[str, Any], variables: dict[str, Any], text: str, annotation: str, memory: str, reason: str
 ) -> None:
     run, job, pod = _run(state, labels, text), _job(annotation), _pod(text, memory, reason)
@@ -115,7 +115,7 @@ def test_hostile_labels_annotations_and_messages_are_read_and_decided_on(
         assert all(0 < size < 2**63 for size in record.labels.values())
     unrecorded_pods([job], [pod])
     json.dumps(build_pod_events(pod, "ns"), allow_nan=False)
-    assert needed(labels, RetryBudget.from_job_variables(variables).memory_growth) >= 0
+    assert memory_need(labels, RetryBudget.from_job_variables(variables).memory_growth) >= 0
     refusal = Refusal.read(labels)
     assert refusal is None or NOW - refusal.since
 
@@ -123,5 +123,5 @@ def test_hostile_labels_annotations_and_messages_are_read_and_decided_on(
 @pytest.mark.parametrize(
     ("label", "is_id"), [(RUN, True), ("x", False), ("", False), (RUN.upper(), False), (RUN.replace("-", ""), False)]
 )
-def test_run_label_of_another_form_is_no_run_id(label: str, is_id: bool) -> None:
+def test_run_label_of_other_form_is_not_a_run_id(label: str, is_id: bool) -> None:
     assert is_run_id(label) == is_id

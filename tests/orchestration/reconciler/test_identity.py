@@ -1,4 +1,4 @@
-"""By what a reconciler knows the runs of its cluster, on a real cluster."""
+"""Tests of the cluster's identity, by which a reconciler knows its runs, on a real cluster."""
 
 import asyncio
 from pathlib import Path
@@ -18,10 +18,10 @@ def run(mark: str) -> Run:
     return Run("r", "RUNNING", "Running", "s", NOW, namespace="ns", job="job-1", labels={CLUSTER_LABEL: mark})
 
 
-def test_certificate_authority_is_rotated_and_no_run_is_orphaned(
+def test_rotated_certificate_authority_orphans_no_run(
     namespace: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also by `kubectl proxy`, where no certificate is; what an older version marked is known while the CA stays."""
+    """Runs that an older version labelled are known until the CA is rotated. `kubectl proxy` has no certificate."""
     uid = namespace.kubectl("get", "namespace", "kube-system", "-o", "jsonpath={.metadata.uid}")
     monkeypatch.setattr(kubernetes, "ACCOUNT", tmp_path)
 
@@ -38,22 +38,22 @@ def test_certificate_authority_is_rotated_and_no_run_is_orphaned(
     with proxied(namespace.context) as url:
         outside, before, after = asyncio.run(identities(url))
     (tmp_path / "ca.crt").write_text("old")
-    marked_before, elsewhere = run(certificate_hash()), run("another-uid")
+    labelled_before, elsewhere = run(certificate_hash()), run("another-uid")
     for each in (outside, before, after):
         assert run(uid).belongs_to(each, "ns")
         assert not elsewhere.belongs_to(each, "ns")
-    assert marked_before.belongs_to(before, "ns")
-    assert not marked_before.belongs_to(after, "ns")
+    assert labelled_before.belongs_to(before, "ns")
+    assert not labelled_before.belongs_to(after, "ns")
 
 
-def test_cluster_whose_uid_may_not_be_read_is_known_by_its_certificate_authority(
+def test_cluster_with_unreadable_uid_has_certificate_hash_as_identity(
     namespace: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(kubernetes, "ACCOUNT", tmp_path)
     (tmp_path / "ca.crt").write_text("ca")
 
     async def identity(url: str) -> str:
-        # An account without a right of any kind.
+        # An account without any permission.
         headers = {"Impersonate-User": f"system:serviceaccount:{namespace.name}:default"}
         async with httpx.AsyncClient(base_url=url, timeout=30, headers=headers) as client:
             return await Cluster(client, namespace.name).identity()

@@ -1,4 +1,4 @@
-"""Leader election: only the holder of the Lease acts, and only for as long as no other reconciler may."""
+"""Tests of the leader election: only the leader acts, and its last request ends before another leader may act."""
 
 import asyncio
 import time
@@ -17,7 +17,7 @@ from tests.cluster.namespace import Namespace, proxied
 
 
 def test_action_ends_with_leadership(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that only its requests move, a second each."""
+    """Each request advances the clock by one second."""
     now = 1000.0
     asked = 0
 
@@ -34,48 +34,50 @@ def test_action_ends_with_leadership(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(loop, "carry_out", carry_out)
     monkeypatch.setattr(leader_election, "time", SimpleNamespace(monotonic=lambda: now))
-    action: Action = Stop("job", None, "nobody wants it")
+    action: Action = Stop("job", None, "its run was deleted")
 
     async def act() -> None:
         async with httpx.AsyncClient() as client:
-            place = kubernetes_client.Cluster(client, "namespace")
-            lead = leader_election.LeaderElection(place, "lease", "this one")
-            tested = loop.Reconciler(Server(client, "http://nowhere/api"), place, "pool", Policy(), lead, Pulse(60))
+            cluster = kubernetes_client.Cluster(client, "namespace")
+            lead = leader_election.LeaderElection(cluster, "lease", "this one")
+            reconciler = loop.Reconciler(
+                Server(client, "http://nowhere/api"), cluster, "pool", Policy(), lead, Pulse(60)
+            )
             lead._until = now + 5
             with pytest.raises(PipelineError, match="Stop took longer than leadership lasts"):
-                await tested._act(action, [])
-            # The request that was next in the loop's queue when the time was over is made too.
+                await reconciler._act(action, [])
+            # The request that was already in the loop's queue at the deadline is sent too.
             assert 1005 + 2 * kubernetes_client.TIMEOUT_SECONDS <= now <= lead.deadline + 1
             requests = asked
-            # From here on it does not begin one.
-            assert await tested._act(action, []) == ""
+            # After that no request begins.
+            assert await reconciler._act(action, []) == ""
             assert requests == asked > 0
 
     with asyncio.Runner(loop_factory=Loop) as runner:
         runner.run(act())
 
 
-def test_one_of_many_candidates_leads_and_the_next_one_after_release_or_expiry(namespace: Namespace) -> None:
+def test_one_candidate_leads_and_another_after_release_or_expiry(namespace: Namespace) -> None:
     async def compete(url: str) -> None:
         async with httpx.AsyncClient(base_url=url, timeout=30) as client:
-            place = kubernetes_client.Cluster(client, namespace.name)
-            candidates = [leader_election.LeaderElection(place, "lease", str(number)) for number in range(8)]
+            cluster = kubernetes_client.Cluster(client, namespace.name)
+            candidates = [leader_election.LeaderElection(cluster, "lease", str(number)) for number in range(8)]
 
             async def leaders() -> list[leader_election.LeaderElection]:
-                """All try at once; those who lead then."""
+                """Let all candidates try at once, and return the leaders."""
                 took = await asyncio.gather(*(each.acquire_or_renew() for each in candidates))
                 return [each for each, leads in zip(candidates, took, strict=True) if leads]
 
-            # Two read the Lease before either has written it, and the API server refuses one of them.
+            # Several candidates read the Lease before one has written it. The API server accepts one write.
             [first] = await leaders()
             assert [each for each in candidates if each.is_leader] == [first]
             assert await leaders() == [first]
             await first.release()
             [second] = await leaders()
-            candidates.remove(second)  # it dies
+            candidates.remove(second)  # the leader dies
             for each in candidates:
                 each.duration = 2
-            # The others have just seen its renewal.
+            # The other candidates have just seen the renewal of the Lease.
             assert await leaders() == []
             began = time.monotonic()
             while not (found := await leaders()):

@@ -1,4 +1,4 @@
-"""The reconciler's `/metrics`, as its documentation lists them."""
+"""Tests that the reconciler's `/metrics` and the reference page agree."""
 
 import asyncio
 import re
@@ -15,7 +15,7 @@ from orchestration.settings import ROOT
 from tests.parts import free_port
 
 
-def test_metrics_endpoint_exposes_what_the_documentation_lists() -> None:
+def test_metrics_endpoint_exposes_documented_metrics() -> None:
     pulse, port = Pulse(60), free_port()
 
     async def exposed() -> str:

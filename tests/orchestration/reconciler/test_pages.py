@@ -1,4 +1,4 @@
-"""What a round reads comes whole, however many pages it takes."""
+"""Tests that a round reads all pages of runs, Jobs and pods, and steady runs only if they change."""
 
 import asyncio
 from datetime import timedelta
@@ -21,7 +21,7 @@ from tests.parts import client_of
 
 
 @pytest.mark.parametrize("number", [0, 3, 4])
-def test_all_runs_of_a_pool_are_read(prefect_server: str, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_all_pages_of_runs_are_read(prefect_server: str, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(prefect_api, "PAGE", 2)
     with client_of(prefect_server) as client:
         pool = WorkPool(client)
@@ -37,11 +37,11 @@ def test_all_runs_of_a_pool_are_read(prefect_server: str, monkeypatch: pytest.Mo
     assert set(found) == made
 
 
-def test_steady_runs_are_counted_and_only_those_read_that_changed(prefect_server: str) -> None:
+def test_steady_runs_are_counted_and_read_only_after_change(prefect_server: str) -> None:
     with client_of(prefect_server) as client:
         pool = WorkPool(client)
         made = [pool.run({"type": "RUNNING"})["id"] for _ in range(4)]
-        beside = pool.run({"type": "RUNNING"})["id"]
+        other = pool.run({"type": "RUNNING"})["id"]
 
         def read(steady: dict[str, Run] | None) -> tuple[dict[str, Run], list[str]]:
             requests: list[str] = []
@@ -69,7 +69,7 @@ def test_steady_runs_are_counted_and_only_those_read_that_changed(prefect_server
 
         state(made[0], "CANCELLING")
         state(made[1], "COMPLETED")
-        state(beside, "COMPLETED")
+        state(other, "COMPLETED")
         found, requests = read(steady)
         assert {each.id: each.type for each in found.values()} == dict(
             zip(made, ["CANCELLING", "COMPLETED", "RUNNING", "RUNNING"], strict=True)
@@ -78,20 +78,20 @@ def test_steady_runs_are_counted_and_only_those_read_that_changed(prefect_server
         assert requests == ["/flow_runs/count", "/flow_runs/filter"]
 
         client.delete(f"/flow_runs/{made[2]}").raise_for_status()
-        assert set(read(steady)[0]) == set(made[:2]), "one was deleted, and nobody knows which"
+        assert set(read(steady)[0]) == set(made[:2]), "which run was deleted is unknown"
         many = {str(uuid4()): steady[made[3]] for _ in range(MAX_STEADY_RUNS)}
-        assert read(many) == ({}, requests), "more than a database takes"
+        assert read(many) == ({}, requests), "more ids than a database takes"
 
 
 @pytest.mark.parametrize("name", ["prefect-job", "renamed"])
-def test_all_jobs_and_pods_of_a_pool_are_read(namespace: Namespace, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """With the main container, also where an injector has renamed it."""
+def test_all_pages_of_jobs_and_pods_are_read(namespace: Namespace, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The main container is found, also if an injector has renamed it."""
     monkeypatch.setattr(kubernetes, "PAGE", 2)
     pool, number = str(uuid4()), 5
     labels = [{POOL_LABEL: pool, RUN_LABEL: str(uuid4())} for _ in range(number)]
     proxy = {"name": "aaa", "image": "none", "securityContext": RESTRICTED}
     container = proxy | {"name": name, "env": [{"name": FLOW_RUN_ID_VARIABLE, "value": "r"}]}
-    # On no node: nothing has to execute them.
+    # No node has this label, so no container is executed.
     spec = {"containers": [proxy, container], "restartPolicy": "Never", "nodeSelector": {"no": "node"}}
     namespace.apply(
         *(
@@ -111,8 +111,8 @@ def test_all_jobs_and_pods_of_a_pool_are_read(namespace: Namespace, monkeypatch:
 
     async def read(url: str) -> tuple[list[str], list[str]]:
         async with httpx.AsyncClient(base_url=url, timeout=30) as client:
-            there = kubernetes.Cluster(client, namespace.name)
-            jobs, pods = await there.list_jobs(pool, timedelta()), await there.list_pods(pool, timedelta())
+            cluster = kubernetes.Cluster(client, namespace.name)
+            jobs, pods = await cluster.list_jobs(pool, timedelta()), await cluster.list_pods(pool, timedelta())
             assert {each.container for each in pods} == {name}
         return [each.run for each in jobs], [each.run for each in pods]
 

@@ -1,4 +1,4 @@
-"""The events of pods: as Prefect's observer emits them, once each, and heard by automations, on a real server."""
+"""Tests that pod events equal those of Prefect's observer, and that each fires automations once, on a real server."""
 
 import asyncio
 import copy
@@ -31,7 +31,7 @@ UNSCHEDULABLE = {"type": "PodScheduled", "status": "False", "reason": "Unschedul
 
 
 def pod(phase: str, state: dict[str, Any] | None = None, **status: Any) -> dict[str, Any]:
-    """A pod of a run, as the Kubernetes API has it."""
+    """Return a pod of a run, as the Kubernetes API returns it."""
     labels = {
         "prefect.io/flow-run-id": str(uuid4()), "prefect.io/flow-run-name": "heron", "prefect.io/flow-id": "f",
         "prefect.io/flow-name": "etl", "prefect.io/deployment-id": "d", "prefect.io/deployment-name": "nightly",
@@ -51,8 +51,8 @@ def read(raw: dict[str, Any]) -> Pod:
     return Pod.read(PodObject.model_validate(raw))
 
 
-def of_observer(raw: dict[str, Any]) -> dict[str, Any]:
-    """What Prefect's observer emits of a pod that it finds like this."""
+def event_of_observer(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return the event that Prefect's observer emits for a pod in this state."""
     emitted = []
 
     class Client:
@@ -84,8 +84,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("raw", CASES.values(), ids=CASES)
-def test_events_are_those_of_prefects_observer(raw: dict[str, Any]) -> None:
-    ours, theirs = build_pod_events(read(raw), "ns")[-1], of_observer(raw)
+def test_events_equal_those_of_prefects_observer(raw: dict[str, Any]) -> None:
+    ours, theirs = build_pod_events(read(raw), "ns")[-1], event_of_observer(raw)
     ours["resource"].pop("kubernetes.reason", None)
     about = {each["prefect.resource.role"]: each for each in ours["related"]}
     about["flow-run"]["prefect.resource.id"] = "prefect.flow-run.none"
@@ -95,7 +95,7 @@ def test_events_are_those_of_prefects_observer(raw: dict[str, Any]) -> None:
     assert datetime.fromisoformat(ours["occurred"]) == datetime.fromisoformat(theirs["occurred"])
 
 
-def test_pod_that_is_seen_at_its_end_had_all_events_before() -> None:
+def test_pod_that_is_first_read_at_its_end_has_all_events() -> None:
     found = build_pod_events(read(CASES["failed"]), "ns")
     assert [each["event"].removeprefix(PREFIX) for each in found] == ["pending", "running", "failed"]
     assert [each.get("follows") for each in found] == [None, found[0]["id"], found[1]["id"]]
@@ -112,8 +112,8 @@ def test_pod_that_the_cluster_ended_is_evicted() -> None:
     assert build_pod_events(read(drained), "ns")[-1]["event"] == f"{PREFIX}evicted"
 
 
-def test_each_event_is_told_once_and_fires_automations_once(prefect_server: str) -> None:
-    """Also where a reconciler begins that does not know what another has told, or had no answer."""
+def test_each_event_is_emitted_once_and_fires_automation_once(prefect_server: str) -> None:
+    """That includes a new reconciler after another has emitted events, and a request whose answer was lost."""
     stages = [pod("Pending"), *(copy.deepcopy(CASES[each]) for each in ("running", "failed"))]
     for each in stages[1:]:
         each["metadata"] = stages[0]["metadata"]
@@ -132,8 +132,8 @@ def test_each_event_is_told_once_and_fires_automations_once(prefect_server: str)
             which = {"resource": {"id": [resource]}, "order": "ASC"}
             return [each["event"] for each in asked(api, "POST", "/events/filter", {"filter": which})["events"]]
 
-        async def tell(*told: dict[str, Any], rounds: int = 2) -> list[str]:
-            """What a reconciler that begins sends in some rounds."""
+        async def emit(*pods: dict[str, Any], rounds: int = 2) -> list[str]:
+            """Return the ids of the events that a new reconciler sends in some rounds."""
             sent: list[str] = []
 
             async def note(request: httpx.Request) -> None:
@@ -142,31 +142,31 @@ def test_each_event_is_told_once_and_fires_automations_once(prefect_server: str)
 
             hooks = {"request": [note]}
             async with httpx.AsyncClient(base_url=prefect_server, timeout=60, event_hooks=hooks) as client:
-                made = PodEvents(Server(client, prefect_server), "ns")
+                events_of_pods = PodEvents(Server(client, prefect_server), "ns")
                 for _ in range(rounds):
-                    await made.emit([read(each) for each in told])
+                    await events_of_pods.emit([read(raw) for raw in pods])
             return sent
 
         for each in stages:
-            assert len(asyncio.run(tell(each))) >= 1
+            assert len(asyncio.run(emit(each))) >= 1
         wait_until(lambda: f"{PREFIX}failed" in events(f"{PREFIX}{uid}"), "the events")
         wait_until(
             lambda: "prefect.automation.triggered" in events(f"prefect.automation.{automation}"), "the automation"
         )
-        assert len(asyncio.run(tell(stages[-1], *others))) == 3 * len(others), "those of the first are there"
-        wait_until(lambda: len(events(f"{PREFIX}{others[-1]['metadata']['uid']}")) == 3, "those of the others")
-        assert asyncio.run(tell(stages[-1], *others)) == []
-        # As if the answer had been lost, or two told at once.
+        assert len(asyncio.run(emit(stages[-1], *others))) == 3 * len(others), "the events of the first pod exist"
+        wait_until(lambda: len(events(f"{PREFIX}{others[-1]['metadata']['uid']}")) == 3, "the events of the other pods")
+        assert asyncio.run(emit(stages[-1], *others)) == []
+        # As if the answer was lost, or two reconcilers emit at once.
         with patch.object(PodEvents, "_read_emitted"):
-            assert len(asyncio.run(tell(stages[-1], rounds=1))) == 3
-        asyncio.run(tell(marker := pod("Pending")))
-        wait_until(lambda: events(f"{PREFIX}{marker['metadata']['uid']}"), "what was sent later")
+            assert len(asyncio.run(emit(stages[-1], rounds=1))) == 3
+        asyncio.run(emit(marker := pod("Pending")))
+        wait_until(lambda: events(f"{PREFIX}{marker['metadata']['uid']}"), "the event that was sent later")
         assert events(f"{PREFIX}{uid}") == [f"{PREFIX}{each}" for each in ("pending", "running", "failed")]
         assert Counter(events(f"prefect.automation.{automation}"))["prefect.automation.triggered"] == 1
         asked(api, "DELETE", f"/automations/{automation}")
 
 
 def test_reconciler_does_not_import_prefect() -> None:
-    """Prefect takes as much memory as all else of the reconciler."""
+    """Prefect takes as much memory as all the rest of the reconciler."""
     code = "import sys, orchestration.reconciler.loop; print('prefect' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"

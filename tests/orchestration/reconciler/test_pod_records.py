@@ -1,4 +1,4 @@
-"""What is kept of pods that have ended, of which of them, and at what cost: on a real cluster and a real server."""
+"""Tests of the records of ended pods, and of whole rounds, on a real cluster and a real server."""
 
 import asyncio
 import json
@@ -45,54 +45,55 @@ ENDED = Pod("p", "r", "heron-2", NOW, memory="300Mi", end=End(NOW, 0, "Completed
 KILLED = replace(ENDED, name="k", job="heron-1", end=End(NOW, 137, "OOMKilled", oom=True))
 
 
-def test_a_job_is_noted_once_and_again_when_another_of_its_pods_has_ended() -> None:
+def test_job_is_recorded_once_for_each_number_of_ended_pods() -> None:
     assert unrecorded_pods(JOBS, [ENDED, replace(ENDED, name="live", end=None)]) == {"heron-2": (ENDED,)}
-    marked = [replace(each, recorded_pods=1) for each in JOBS]
-    assert unrecorded_pods(marked, [ENDED, KILLED]) == {}
+    recorded = [replace(each, recorded_pods=1) for each in JOBS]
+    assert unrecorded_pods(recorded, [ENDED, KILLED]) == {}
     again = replace(ENDED, name="again")
-    assert unrecorded_pods(marked, [ENDED, again]) == {"heron-2": (ENDED, again)}
-    assert unrecorded_pods([], [ENDED]) == {}, "its Job is gone, and nothing could say that it is noted"
+    assert unrecorded_pods(recorded, [ENDED, again]) == {"heron-2": (ENDED, again)}
+    assert unrecorded_pods([], [ENDED]) == {}, "its Job is gone, so no annotation could mark the record"
 
 
 @pytest.mark.parametrize(
-    ("type_", "job", "noted"),
+    ("type_", "job", "recorded"),
     [
         ("COMPLETED", "heron-2", ["heron-1", "heron-2"]),
         ("CRASHED", "heron-2", ["heron-1", "heron-2"]),
-        ("RUNNING", "heron-2", ["heron-1"]),  # that of the other may be about to be tried again
+        ("RUNNING", "heron-2", ["heron-1"]),  # the record of heron-2 would compete with a worker's labels
         ("RUNNING", "", []),
         ("SCHEDULED", "heron-1", []),
         ("PENDING", "heron-1", []),
     ],
 )
-def test_nothing_is_noted_while_a_worker_may_write_labels(type_: str, job: str, noted: list[str]) -> None:
+def test_no_record_while_worker_may_write_labels(type_: str, job: str, recorded: list[str]) -> None:
     found = build_pod_records(replace(RUN, type=type_, job=job), JOBS, [ENDED, KILLED])
-    assert sorted(each.job for each in found) == noted
+    assert sorted(each.job for each in found) == recorded
 
 
-def test_a_run_that_is_gone_is_marked_so_that_nobody_asks_for_it_again() -> None:
+def test_job_of_deleted_run_is_recorded_without_run() -> None:
     assert [each.run for each in build_pod_records(None, JOBS, [ENDED])] == [None]
 
 
-def test_the_labels_are_of_the_most_that_any_pod_used() -> None:
+def test_labels_have_highest_memory_of_all_pods() -> None:
     assert PodRecord(RUN, "heron-2", (ENDED,)).labels == {PEAK_LABEL: 100 * MIB}
     assert PodRecord(RUN, "heron-1", (KILLED,)).labels == {PEAK_LABEL: 300 * MIB, EXCEEDED_LABEL: 300 * MIB}
     more = replace(RUN, labels={PEAK_LABEL: 400 * MIB})
     assert PodRecord(more, "heron-1", (ENDED, KILLED)).labels == {EXCEEDED_LABEL: 300 * MIB}
-    nobody_knows = replace(ENDED, end=End(NOW, 137, "Error"))
-    assert PodRecord(RUN, "heron-2", (nobody_knows,)).labels == {}
+    unknown_peak = replace(ENDED, end=End(NOW, 137, "Error"))
+    assert PodRecord(RUN, "heron-2", (unknown_peak,)).labels == {}
 
 
 class Pool:
-    """A work pool whose runs' Jobs are in a namespace. No node takes their pods: they end by what is written to the
-    API, as a kubelet writes it.
+    """Creates a work pool, and runs with Jobs in a namespace.
+
+    No node executes their pods. The methods write the status of a pod to the Kubernetes API, as a kubelet does.
     """
 
     def __init__(self, api: httpx.Client, namespace: Namespace, proxy: str) -> None:
         self.api, self.namespace, self.proxy = api, namespace, proxy
         self.name = f"ends-{uuid4().hex[:6]}"
         self.cluster = namespace.kubectl("get", "namespace", "kube-system", "-o", "jsonpath={.metadata.uid}")
-        """As the worker of this cluster marks its runs."""
+        """The identity of the cluster, which its worker writes into the labels of runs."""
         self.id = self.ask("POST", "/work_pools/", name=self.name, type="kubernetes")["id"]
         flow = self.ask("POST", "/flows/", name=self.name)["id"]
         made = self.ask("POST", "/deployments/", name="d", flow_id=flow, work_pool_name=self.name)
@@ -112,7 +113,7 @@ class Pool:
         return dict(self.ask("GET", f"/flow_runs/{run['id']}")["labels"])
 
     def job(self, run: dict[str, Any], number: int = 1) -> str:
-        """A Job as a worker makes one; its name, once its pod is there."""
+        """Create a Job as a worker does, and return its name once its pod exists."""
         name = f"{run['id']}-{number}"
         labels = {RUN_LABEL: run["id"], POOL_LABEL: self.id}
         container = {
@@ -135,37 +136,37 @@ class Pool:
     def _pods(self, job: str) -> list[str]:
         return self.namespace.kubectl("get", "pods", "-l", f"job-name={job}", "-o", "name").split()
 
-    def ends(self, job: str, code: int, reason: str, **report: int | str) -> str:
-        """Its pod ends, as a kubelet says it, and it with that; the pod's name."""
-        # It has no fractions: of what ends in the second in which its run began, nobody knows which was first.
+    def end_pod(self, job: str, code: int, reason: str, **report: int | str) -> str:
+        """End the pod of a Job as a kubelet does, and wait for the end of the Job. Return the pod's name."""
+        # The time has no fractions. A pod that ends in the second in which its run began would have an unknown order.
         now = f"{datetime.now(UTC) + timedelta(seconds=1):%Y-%m-%dT%H:%M:%SZ}"
         message = json.dumps(report) if report else ""
         end = {"exitCode": code, "reason": reason, "startedAt": now, "finishedAt": now, "message": message}
-        return self._is(job, "Failed" if code else "Succeeded", {"terminated": end})
+        return self._set_final_status(job, "Failed" if code else "Succeeded", {"terminated": end})
 
-    def given_up(self, job: str) -> None:
-        """Its pod is of a node that is gone, as the control plane says it."""
+    def lose_node(self, job: str) -> None:
+        """Fail the pod of a Job as the control plane does when its node is gone."""
         now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
         target = {
             "type": "DisruptionTarget", "status": "True", "reason": "DeletionByPodGC", "message": "PodGC: node is gone",
             "lastTransitionTime": now,
         }  # fmt: skip
-        self._is(job, "Failed", {"running": {"startedAt": now}}, conditions=[target])
+        self._set_final_status(job, "Failed", {"running": {"startedAt": now}}, conditions=[target])
 
-    def runs(self, job: str) -> None:
-        """Its pod runs, as a kubelet says it."""
-        self._has(job, "Running", {"running": {"startedAt": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}})
+    def start_pod(self, job: str) -> None:
+        """Start the pod of a Job as a kubelet does."""
+        self._set_status(job, "Running", {"running": {"startedAt": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}})
 
-    def _is(self, job: str, phase: str, state: dict[str, Any], **status: Any) -> str:
-        pod = self._has(job, phase, state, **status)
+    def _set_final_status(self, job: str, phase: str, state: dict[str, Any], **status: Any) -> str:
+        pod = self._set_status(job, phase, state, **status)
         over = 'jsonpath={.status.conditions[?(@.status=="True")].type}'
         wait_until(
             lambda: {"Failed", "Complete"} & {*self.namespace.kubectl("get", "job", job, "-o", over).split()},
-            f"{job} to be over",
+            f"{job} to be finished",
         )
         return pod
 
-    def _has(self, job: str, phase: str, state: dict[str, Any], **status: Any) -> str:
+    def _set_status(self, job: str, phase: str, state: dict[str, Any], **status: Any) -> str:
         [pod] = self._pods(job)
         container = {"name": "prefect-job", "image": "i", "imageID": "i", "ready": False, "restartCount": 0}
         status |= {"phase": phase, "containerStatuses": [container | {"state": state}]}
@@ -173,31 +174,35 @@ class Pool:
         self.namespace.kubectl("patch", pod, "--subresource=status", "--type=merge", "-p", patch)
         return pod.removeprefix("pod/")
 
-    def noted(self, job: str) -> str:
+    def recorded(self, job: str) -> str:
         found = json.loads(self.namespace.kubectl("get", "job", job, "-o", "json"))
         return str(found["metadata"].get("annotations", {}).get(NOTED_ANNOTATION, ""))
 
     def round(self) -> list[str]:
-        """One of a reconciler that has just started; what it asked of the Prefect API."""
+        """Run one round of a new reconciler, and return its requests to the Prefect API."""
         return self.rounds(lambda: None)[0]
 
     def rounds(self, *after: Callable[[], object]) -> list[list[str]]:
-        """Rounds of one reconciler, after each of which something happens; what each asked of the Prefect API."""
+        """Run rounds of one reconciler, and return the requests of each round to the Prefect API.
+
+        Args:
+            after: what to do after each round.
+        """
         asked_for: list[list[str]] = []
 
         async def note(request: httpx.Request) -> None:
             asked_for[-1].append(f"{request.method} {request.url.path.removeprefix('/api')}")
 
-        async def all_of_them() -> None:
+        async def run_rounds() -> None:
             async with prefect.connected() as server, kubernetes.connected(self.namespace.name, self.proxy) as cluster:
                 server.client.event_hooks["request"].append(note)
-                one = Reconciler(server, cluster, self.name, Policy(), None, Pulse(60))
-                for happens in after:
+                reconciler = Reconciler(server, cluster, self.name, Policy(), None, Pulse(60))
+                for action in after:
                     asked_for.append([])
-                    await one.round()
-                    await asyncio.to_thread(happens)
+                    await reconciler.round()
+                    await asyncio.to_thread(action)
 
-        asyncio.run(all_of_them())
+        asyncio.run(run_rounds())
         return asked_for
 
 
@@ -224,23 +229,21 @@ def pool(prefect_server: str, namespace: Namespace) -> Iterator[Pool]:
         proxy.wait()
 
 
-def test_what_ended_is_noted_once_and_costs_nothing_from_then_on(
-    pool: Pool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Also of runs that completed; a reconciler that starts anew knows what the one before has noted."""
-    nothing = pool.round()
+def test_ended_pods_are_recorded_once_and_cost_no_later_request(pool: Pool, capsys: pytest.CaptureFixture[str]) -> None:
+    """That includes completed runs. A new reconciler knows what an earlier one has recorded."""
+    idle = pool.round()
     runs = [pool.run("RUNNING", "COMPLETED") for _ in range(3)]
     jobs = [pool.job(each) for each in runs]
-    pods = [pool.ends(each, 0, "Completed", peak=number * MIB) for number, each in enumerate(jobs, 100)]
+    pods = [pool.end_pod(each, 0, "Completed", peak=number * MIB) for number, each in enumerate(jobs, 100)]
     gone = pool.run("RUNNING", "COMPLETED")
     jobs.append(pool.job(gone))
-    pool.ends(jobs[-1], 0, "Completed", peak=MIB)
+    pool.end_pod(jobs[-1], 0, "Completed", peak=MIB)
     pool.ask("DELETE", f"/flow_runs/{gone['id']}")
 
     pool.round()
     assert [pool.labels(each)[PEAK_LABEL] for each in runs] == [100 * MIB, 101 * MIB, 102 * MIB]
-    assert [pool.noted(each) for each in jobs] == ["1"] * 4
-    assert pool.round() == nothing, "requests of a round grow with what has ended"
+    assert [pool.recorded(each) for each in jobs] == ["1"] * 4
+    assert pool.round() == idle, "the requests of a round grow with the number of ended runs"
 
     capsys.readouterr()
 
@@ -257,26 +260,24 @@ def test_what_ended_is_noted_once_and_costs_nothing_from_then_on(
     ]
 
 
-def test_who_was_killed_for_its_memory_needed_more_whatever_came_after(
-    pool: Pool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_oom_raises_memory_need_also_after_successful_retry(pool: Pool, capsys: pytest.CaptureFixture[str]) -> None:
     run = pool.run("RUNNING", "CRASHED")
     first = pool.job(run)
     pool.ask("PATCH", f"/flow_runs/{run['id']}", infrastructure_pid=f"{pool.namespace.name}:{first}")
-    pool.ends(first, 137, "OOMKilled")
+    pool.end_pod(first, 137, "OOMKilled")
     asked_for = pool.round()
     found = pool.ask("GET", f"/flow_runs/{run['id']}")
     assert (found["state_name"], found["job_variables"]) == ("AwaitingRetry", {"memory_limit": "450Mi"})
-    assert pool.noted(first) == "1"
-    tried_again = asked_for.index(f"POST /flow_runs/{run['id']}/set_state")
-    assert asked_for.index("POST /events") < tried_again, "noted after a worker may have claimed it"
+    assert pool.recorded(first) == "1"
+    retried_at = asked_for.index(f"POST /flow_runs/{run['id']}/set_state")
+    assert asked_for.index("POST /events") < retried_at, "recorded after a worker may have claimed the run"
     assert pool.labels(run)[PEAK_LABEL] == pool.labels(run)[EXCEEDED_LABEL] == 300 * MIB
     pool.ask("POST", f"/flow_runs/{run['id']}/set_state", state={"type": "RUNNING"}, force=True)
     second = pool.job(run, 2)
-    pool.ends(second, 0, "Completed", peak=100 * MIB)
+    pool.end_pod(second, 0, "Completed", peak=100 * MIB)
     pool.ask("POST", f"/flow_runs/{run['id']}/set_state", state={"type": "COMPLETED"}, force=True)
     pool.round()
-    assert pool.noted(second) == "1"
+    assert pool.recorded(second) == "1"
     assert pool.labels(run)[PEAK_LABEL] == 300 * MIB
     capsys.readouterr()
     main(["memory", f"{pool.name}/d", "--json"])
@@ -285,92 +286,92 @@ def test_who_was_killed_for_its_memory_needed_more_whatever_came_after(
 
 
 @pytest.mark.parametrize(("states", "end"), [(["RUNNING"], "CRASHED"), (["RUNNING", "CANCELLING"], "CANCELLED")])
-def test_what_nobody_saw_end_is_fenced(pool: Pool, states: list[str], end: str) -> None:
-    """Kubernetes says of a lost node's pod that it has failed, some time before it removes it."""
+def test_run_of_lost_node_is_fenced(pool: Pool, states: list[str], end: str) -> None:
+    """The pod of a lost node is Failed for some time before Kubernetes removes it."""
     run = pool.run(*states)
     job = pool.job(run)
-    pool.given_up(job)
+    pool.lose_node(job)
 
     def ended() -> bool:
         pool.round()
         return str(pool.ask("GET", f"/flow_runs/{run['id']}")["state"]["type"]) == end
 
-    wait_until(ended, f"it to be {end}")
+    wait_until(ended, f"the run to be {end}")
     assert pool.labels(run)[FENCED_LABEL_PREFIX + job] is True
 
 
-def test_what_was_steady_is_not_read_again_until_it_changes(pool: Pool) -> None:
+def test_steady_run_is_not_read_until_it_changes(pool: Pool) -> None:
     runs = [pool.run("RUNNING") for _ in range(3)]
     jobs = [pool.job(each) for each in runs]
     for run, job in zip(runs, jobs, strict=True):
-        pool.runs(job)
+        pool.start_pod(job)
         pool.ask("PATCH", f"/flow_runs/{run['id']}", infrastructure_pid=f"{pool.namespace.name}:{job}")
     dies, retried, deleted = runs
 
     def state(run: dict[str, Any]) -> dict[str, Any]:
         return dict(pool.ask("GET", f"/flow_runs/{run['id']}")["state"])
 
-    def happens() -> None:
-        pool.ends(jobs[0], 137, "Error")
-        # As the engine does within one execution; then that dies as well.
+    def pods_die() -> None:
+        pool.end_pod(jobs[0], 137, "Error")
+        # The engine retries within its run attempt. Then that run attempt dies too.
         pool.ask("POST", f"/flow_runs/{retried['id']}/set_state", state={"type": "RUNNING"}, force=True)
-        pool.ends(jobs[1], 137, "Error")
+        pool.end_pod(jobs[1], 137, "Error")
 
     def crashed() -> None:
         assert state(dies)["type"] == "CRASHED"
-        assert state(retried)["type"] == "RUNNING", "decided of a state that it has no longer"
+        assert state(retried)["type"] == "RUNNING", "an action for a state that the run has left"
 
     def both() -> None:
         assert state(retried)["type"] == "CRASHED"
         pool.ask("DELETE", f"/flow_runs/{deleted['id']}")
 
-    first, second, *_ = pool.rounds(lambda: None, happens, crashed, both, lambda: None)
+    first, second, *_ = pool.rounds(lambda: None, pods_die, crashed, both, lambda: None)
     assert sorted(second) == sorted([*first, "POST /flow_runs/count"])
     with pytest.raises(ClusterError, match="not found"):
         pool.namespace.kubectl("get", "job", jobs[2])
 
 
-def test_a_run_whose_pods_log_cannot_be_read_crashes_all_the_same(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After an outage of the Kubernetes API a kubelet may refuse even that API for half a minute."""
+def test_run_with_unreadable_log_crashes(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an outage of the Kubernetes API, a kubelet may refuse that API's requests for half a minute."""
 
     async def refused(*_: object) -> str:
         raise ClusterError("The Kubernetes API answers 403 to GET /api/v1/namespaces/ns/pods/pod/log")
 
     monkeypatch.setattr(kubernetes.Cluster, "read_log_tail", refused)
     run = pool.run("RUNNING")
-    pool.ends(pool.job(run), 137, "Error")
+    pool.end_pod(pool.job(run), 137, "Error")
     pool.round()
     state = pool.ask("GET", f"/flow_runs/{run['id']}")["state"]
     assert state["type"] == "CRASHED"
     assert "exit code 137" in state["message"]
 
 
-def test_hostile_objects_keep_no_other_run_from_the_reconciler(
+def test_hostile_objects_do_not_affect_other_runs(
     pool: Pool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A user writes the annotation, the termination message, the run's labels and a run's id that is none."""
+    """A user writes the annotation, the termination message, the run's labels and an invalid run id."""
     hostile = pool.run("RUNNING", "COMPLETED")
     job = pool.job(hostile)
     pool.namespace.kubectl("annotate", "job", job, f"{NOTED_ANNOTATION}=x")
     pool.ask("PATCH", f"/flow_runs/{hostile['id']}/labels", **{PEAK_LABEL: "x"})
-    pool.ends(job, 0, "Completed", peak="x")
+    pool.end_pod(job, 0, "Completed", peak="x")
     pool.job({"id": "not-a-run"})
     crashing = pool.run("RUNNING", "CRASHED")
     pool.ask("PATCH", f"/flow_runs/{crashing['id']}/labels", **{"reconciler.crashes": "x"})
     dead = pool.run("RUNNING")
-    pool.ends(pool.job(dead), 137, "Error")
+    pool.end_pod(pool.job(dead), 137, "Error")
 
     def state(run: dict[str, Any]) -> str:
         return str(pool.ask("GET", f"/flow_runs/{run['id']}")["state_name"])
 
     pool.round()
     assert [state(each) for each in (dead, crashing)] == ["Crashed", "AwaitingRetry"]
-    assert pool.noted(job) == "1"
+    assert pool.recorded(job) == "1"
 
-    # What no reading foresees: the API refuses what is written of one run.
+    # The API refuses a request about one run.
     refused, dead = pool.run("RUNNING"), pool.run("RUNNING")
     for each in (refused, dead):
-        pool.ends(pool.job(each), 137, "Error")
+        pool.end_pod(pool.job(each), 137, "Error")
 
     async def refuse(server: Any, cluster: Any, action: Any, pods: list[Pod]) -> str:
         if isinstance(action, Crash) and action.run.id == refused["id"]:
