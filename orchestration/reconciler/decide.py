@@ -184,9 +184,10 @@ def decide(run: Run | None, jobs: Sequence[Job], pods: Sequence[Pod], now: datet
 
 def _decide_claim_lost(run: Run, jobs: Sequence[Job], pods: Sequence[Pod]) -> list[Action]:
     """Return the actions for a run whose claim was given away. No Job that Kubernetes creates now executes the run."""
-    if any(not job.is_finished for job in jobs) or any(pod.is_live for pod in pods):
-        sentence = f"the claim of run {run.name} was given away"
-        return [Stop(job.name, None, sentence) for job in jobs if _is_undeleted(job, pods)]
+    undeleted = [job for job in jobs if _is_undeleted(job, pods)]
+    # A Job that a sidecar holds open counts as finished here. Kubernetes calls it unfinished, so it is deleted first.
+    if undeleted or any(not job.is_finished for job in jobs) or any(pod.is_live for pod in pods):
+        return [Stop(job.name, None, f"the claim of run {run.name} was given away") for job in undeleted]
     return [Unclaim(run, run.message)]
 
 

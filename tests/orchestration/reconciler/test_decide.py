@@ -694,6 +694,7 @@ ASKS = ["stalled_request_arrives", "pod_asks_whether_it_may_begin"]
     [GIVEN_AWAY_CLAIM, ROUND, ["worker_claims", *ASKS], ["worker_makes_the_job", "pod_starts"], ["pod_starts"]], False
 )
 @example([GIVEN_AWAY_CLAIM[:3], [ROUND[0]], ASKS, [ROUND[1]], ROUND, EXECUTES, ["pod_starts"]], False)
+@example([["worker_claims", "worker_makes_the_job"], ["pod_is_evicted"], ["a_minute_passes"]], True)
 @settings(max_examples=examples(8))
 def test_no_history_loses_blocks_or_duplicates_run(history: list[list[str]], sidecars: bool) -> None:
     world = World(sidecars=sidecars)
