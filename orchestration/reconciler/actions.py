@@ -83,7 +83,7 @@ async def carry_out(server: Server, cluster: Cluster, action: Action, pods: list
     if isinstance(action, Crash):
         log_tail = await _log_tail(cluster, pods, run)
         await orphans.release_leased_slots(server, pods)
-        # The cause comes first: whoever finds the run Crashed knows the cause, even if this process dies in between.
+        # The cause comes first: every reader of the Crashed state finds it, even if this process dies in between.
         await server.ask("PATCH", f"/flow_runs/{run.id}/labels", action.labels)
         return await _set_state(server, run, "CRASHED", "Crashed", with_log_tail(action.cause.sentence, log_tail))
     if isinstance(action, TimeOut):

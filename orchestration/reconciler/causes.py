@@ -54,10 +54,10 @@ def cause_of_end(pods: Sequence[Pod], jobs: Sequence[Job] = ()) -> Cause:
         jobs: Jobs of the run.
     """
     if not pods:
-        if any(each.is_disrupted for each in jobs):
+        if any(job.is_disrupted for job in jobs):
             return Cause("disruption", f"{NODE_LOST}, as when its node is lost")
         return Cause("crash", f"{POD_DELETED}, and the run reported nothing before")
-    pod = max(pods, key=lambda each: each.created_at)
+    pod = max(pods, key=lambda pod: pod.created_at)
     end = pod.end
     assert end
     name = f"{pod.name} on {pod.node}" if pod.node else pod.name
@@ -106,13 +106,13 @@ def waiting_state(job: Job, pods: Sequence[Pod]) -> tuple[str, str] | None:
     return None
 
 
-ROOM_EXPECTED = (
+CAPACITY_MESSAGES = (
     "Insufficient ", "Too many pods", "no nodes available", "node(s) were unschedulable", "node(s) were not ready",
     "node.kubernetes.io/", "exceed max volume count",
 )  # fmt: skip
-"""What the scheduler writes about nodes that are full, cordoned or not ready: pods end, or an autoscaler adds nodes."""
+"""Parts of the scheduler's messages about full, cordoned or unready nodes. Ending pods or an autoscaler cure these."""
 
-TRANSIENT = (
+TRANSIENT_MESSAGES = (
     "admission webhook",
     "denied request",
     "failed calling webhook",
@@ -120,13 +120,13 @@ TRANSIENT = (
     "etcdserver",
     "timed out",
 )
-"""What the API server writes where the API server or a webhook may answer otherwise later."""
+"""Parts of the API server's messages about refusals that the API server or a webhook may not repeat later."""
 
 
 def waits_for_capacity(state: str, message: str) -> bool:
     """Return whether a run starts without a cure, once there is room.
 
-    Only Kubernetes' own sentences tell that, so that this function parses them.
+    Kubernetes has this information only in its messages, so this function parses them.
 
     Args:
         state: the name of the run's state, one of `diagnosis_table.STATE_DIAGNOSES`.
@@ -135,9 +135,9 @@ def waits_for_capacity(state: str, message: str) -> bool:
     if state == "SchedulingGated":
         return True
     if state == "Unschedulable":
-        return any(part in message for part in ROOM_EXPECTED)
+        return any(part in message for part in CAPACITY_MESSAGES)
     if state in (POD_REFUSED, JOB_REFUSED):
-        return _is_over_quota(message) or any(part in message for part in TRANSIENT)
+        return _is_over_quota(message) or any(part in message for part in TRANSIENT_MESSAGES)
     return False
 
 

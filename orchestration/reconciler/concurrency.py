@@ -12,10 +12,10 @@ async def gather_bounded(coroutines: Sequence[Coroutine[Any, Any, Any]], limit: 
         coroutines: what to run.
         limit: how many run at the same time.
     """
-    turns = asyncio.Semaphore(limit)
+    semaphore = asyncio.Semaphore(limit)
 
     async def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
-        async with turns:
+        async with semaphore:
             return await coroutine
 
     return await asyncio.gather(*map(run, coroutines), return_exceptions=True)

@@ -169,8 +169,8 @@ class Cluster:
                 raise ClusterError(
                     f"The Kubernetes API's answer to {path} is not valid: {where} {first['msg']}"
                 ) from None
-            for each in page.items:
-                yield each
+            for item in page.items:
+                yield item
             continue_token = page.metadata.continue_token
             if not continue_token:
                 return
@@ -184,14 +184,14 @@ class Cluster:
         """
         path = f"/apis/batch/v1/namespaces/{self.namespace}/jobs"
         found = self._list(Page[JobObject], path, labelSelector=f"{RUN_LABEL},{POOL_LABEL}={pool}")
-        jobs = [Job.read(each, clock_ahead - self.ahead) async for each in found]
-        return [each for each in jobs if is_run_id(each.run)]
+        jobs = [Job.read(raw, clock_ahead - self.ahead) async for raw in found]
+        return [job for job in jobs if is_run_id(job.run)]
 
     async def has_unfinished_job(self, run: str) -> bool:
         """Return whether a run has a Job now that is not finished."""
         path = f"/apis/batch/v1/namespaces/{self.namespace}/jobs"
         found = self._list(Page[JobObject], path, labelSelector=f"{RUN_LABEL}={run}")
-        return not all([Job.read(each).is_finished async for each in found])
+        return not all([Job.read(raw).is_finished async for raw in found])
 
     async def list_pods(self, pool: str, clock_ahead: timedelta) -> list[Pod]:
         """Return the pods of a work pool's runs.
@@ -202,13 +202,13 @@ class Cluster:
         """
         path = f"/api/v1/namespaces/{self.namespace}/pods"
         selector = f"{RUN_LABEL},{POOL_LABEL}={pool}"
-        lean = [each async for each in self._list(Page[LeanPodObject], path, labelSelector=selector)]
-        if all(each.has_usual_main_container for each in lean):
-            pods = [Pod.read(each, clock_ahead - self.ahead) for each in lean]
+        lean = [raw async for raw in self._list(Page[LeanPodObject], path, labelSelector=selector)]
+        if all(raw.has_usual_main_container for raw in lean):
+            pods = [Pod.read(raw, clock_ahead - self.ahead) for raw in lean]
         else:
             whole = self._list(Page[PodObject], path, labelSelector=selector)
-            pods = [Pod.read(each, clock_ahead - self.ahead) async for each in whole]
-        return [each for each in pods if is_run_id(each.run)]
+            pods = [Pod.read(raw, clock_ahead - self.ahead) async for raw in whole]
+        return [pod for pod in pods if is_run_id(pod.run)]
 
     async def watch_pods(self, pod_ended: asyncio.Event) -> None:
         """Set an event when a run's main container has ended or its pod is gone, and whenever the watch starts.
@@ -245,8 +245,8 @@ class Cluster:
         """Return why the API refuses the pod of a Job, from the Job's newest event; empty without such an event."""
         selector = f"involvedObject.kind=Job,involvedObject.name={job},reason=FailedCreate"
         events = self._list(Page[EventObject], f"/api/v1/namespaces/{self.namespace}/events", fieldSelector=selector)
-        found = [each async for each in events]
-        found.sort(key=lambda each: each.last_timestamp or each.metadata.creation_timestamp)
+        found = [event async for event in events]
+        found.sort(key=lambda event: event.last_timestamp or event.metadata.creation_timestamp)
         return found[-1].message if found else ""
 
     async def read_stuck_pods(self) -> dict[str, tuple[str, str]]:
@@ -255,10 +255,10 @@ class Cluster:
         for reason in STUCK_EVENT_REASONS:
             selector = f"involvedObject.kind=Pod,reason={reason}"
             path = f"/api/v1/namespaces/{self.namespace}/events"
-            async for each in self._list(Page[EventObject], path, fieldSelector=selector):
-                last = each.last_timestamp or each.metadata.creation_timestamp
+            async for event in self._list(Page[EventObject], path, fieldSelector=selector):
+                last = event.last_timestamp or event.metadata.creation_timestamp
                 if datetime.now(UTC) + self.ahead - last < STUCK_EVENT_AGE:
-                    found[each.involved_object.name] = (each.reason, each.message)
+                    found[event.involved_object.name] = (event.reason, event.message)
         return found
 
     async def read_log_tail(self, pod: Pod, lines: int = 5) -> str:

@@ -27,8 +27,10 @@ class LeaderElection:
     def __init__(self, cluster: Cluster, name: str, identity: str, duration: int = 15) -> None:
         self.cluster, self.name, self.identity, self.duration = cluster, name, identity, duration
         self.path = f"/apis/coordination.k8s.io/v1/namespaces/{cluster.namespace}/leases"
-        self._seen: tuple[Any, float] = (None, 0.0)
+        self._observed: tuple[Any, float] = (None, 0.0)
+        """The newest version of the Lease that was read, and when it was read first, on the monotonic clock."""
         self._until = 0.0
+        """Until when this candidate may begin a request, on the monotonic clock."""
 
     @property
     def is_leader(self) -> bool:
@@ -54,9 +56,9 @@ class LeaderElection:
             written = await self.cluster.ask("POST", self.path, body=body, absent=(409,))
         else:
             holder, version = lease["spec"].get("holderIdentity"), lease["metadata"]["resourceVersion"]
-            if self._seen[0] != version:
-                self._seen = version, now
-            if holder not in (self.identity, "", None) and now - self._seen[1] < self.duration:
+            if self._observed[0] != version:
+                self._observed = version, now
+            if holder not in (self.identity, "", None) and now - self._observed[1] < self.duration:
                 self._until = 0.0
                 return False
             # The body has the version that was read: of two candidates at the same time, the API refuses one.
