@@ -69,39 +69,34 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--every", type=float, default=300, metavar="SECONDS")
     made.add_argument("--port", type=int, default=8080, help="of /health and /metrics")
     made.add_argument("--wait", type=float, default=300, metavar="SECONDS", help="for the API to answer at first")
-    made = commands.add_parser("runs", help="list runs that are due and not finished, each with its diagnosis")
-    made.add_argument("--stuck", action="store_true", help="only runs that make no progress; exit status 2 if any")
-    made.add_argument("--json", action="store_true", help="print JSON")
-    made = commands.add_parser("why", help="print the timeline of a run, its diagnosis and the page with the cure")
-    made.add_argument("run", metavar="RUN", help="the run's name or id")
-    made.add_argument("--json", action="store_true", help="print JSON")
+    made = commands.add_parser("runs", help="runs that are due and not over, each with why it is where it is")
+    made.add_argument("--stuck", action="store_true", help="only those that do not get on; exit status 2 if any")
+    made.add_argument("--json", action="store_true", help="for programs")
+    made = commands.add_parser("why", help="what became of a run, from creation to end, and the diagnosis")
+    made.add_argument("run", metavar="RUN", help="its name or id")
+    made.add_argument("--json", action="store_true", help="for programs")
     text = "print the page of a diagnosis: what it means and how to cure it"
     made = commands.add_parser("explain", help=text, description=text)
-    text = "a diagnosis, or a state or reason such as OOMKilled; default: print the index"
-    made.add_argument("name", nargs="?", default="", metavar="NAME", help=text)
-    text = "report how much memory the runs of each deployment used, and recommend request and limit"
+    named = "a diagnosis, or a state or reason such as OOMKilled; default: print the index"
+    made.add_argument("name", nargs="?", default="", metavar="NAME", help=named)
+    text = "how much memory the runs of each deployment used, and what it should ask for"
     made = commands.add_parser("memory", help=text, description=text)
     made.add_argument("deployment", nargs="?", default="", metavar="DEPLOYMENT", help="NAME or FLOW/NAME; default: all")
-    made.add_argument("--json", action="store_true", help="print JSON")
-    text = "bring runs and their pods into agreement, from a pod in their namespace"
+    made.add_argument("--json", action="store_true", help="for programs")
+    text = "bring runs and their pods into agreement, from inside of their namespace"
     made = commands.add_parser("reconcile", help=text, description=text)
     made.add_argument("--pool", required=True, help="the work pool")
-    made.add_argument("--namespace", required=True, help="the namespace with the Jobs of its runs")
-    made.add_argument("--every", type=float, default=2, metavar="SECONDS", help="time from one round to the next")
-    made.add_argument("--port", type=int, default=8080, help="the port of /health and /metrics")
-    text = "how long to wait for the Prefect API at the start"
-    made.add_argument("--wait", type=float, default=300, metavar="SECONDS", help=text)
-    text = "the Lease for leader election; default: no election, always act"
-    made.add_argument("--lease", default="", metavar="NAME", help=text)
-    text = "the name of this replica in the leader election; default: the host's name"
-    made.add_argument("--identity", default=platform.node(), help=text)
-    text = "how long a pod may wait for a person's cure before its run is given up"
-    made.add_argument("--pending", type=float, default=600, metavar="SECONDS", help=text)
-    text = "how long a run may wait for capacity: a used-up quota, full nodes"
+    made.add_argument("--namespace", required=True, help="where its Jobs are")
+    made.add_argument("--every", type=float, default=2, metavar="SECONDS")
+    made.add_argument("--port", type=int, default=8080, help="of /health and /metrics")
+    made.add_argument("--wait", type=float, default=300, metavar="SECONDS", help="for the API to answer at first")
+    made.add_argument("--lease", default="", metavar="NAME", help="of several, the one that holds this Lease acts")
+    made.add_argument("--identity", default=platform.node(), help="this one's name among them; default: the host's")
+    made.add_argument("--pending", type=float, default=600, metavar="SECONDS", help="for a pod that cannot start")
+    text = "for a run that waits for room: a quota, full nodes"
     made.add_argument("--capacity", type=float, default=86_400, metavar="SECONDS", help=text)
-    text = "the URL of the Kubernetes API outside of a pod, such as `kubectl proxy`"
-    made.add_argument("--kubernetes", default="", metavar="URL", help=text)
-    made.add_argument("--no-pod-events", action="store_true", help="emit no events of pods")
+    made.add_argument("--kubernetes", default="", metavar="URL", help="of `kubectl proxy`, outside of a pod")
+    made.add_argument("--no-pod-events", action="store_true", help="tell the server nothing of what happens to pods")
     return top
 
 

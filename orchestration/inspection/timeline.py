@@ -29,7 +29,7 @@ POD_PHASES = ("pending", "running", "succeeded", "failed", "evicted")
 EVENTS_PER_PAGE = 50
 """The most events that the API returns at once."""
 
-CLOCK_TOLERANCE = timedelta(seconds=60)
+EVENT_TIME_TOLERANCE = timedelta(seconds=60)
 """By how much the clocks of worker, observer and reconciler may differ from the server's."""
 
 WORKER_LOGGER = "prefect.flow_runs.worker"
@@ -152,9 +152,9 @@ async def _read_events(server: Server, run: Mapping[str, Any]) -> list[JSON]:
     names = [RUN_SUBMITTED_EVENT, RUN_EXECUTED_EVENT, GIVEN_UP_EVENT, POD_ENDED_EVENT]
     names += [POD_EVENT_PREFIX + phase for phase in POD_PHASES]
     found: dict[str, JSON] = {}
-    since = datetime.fromisoformat(run["created"]) - CLOCK_TOLERANCE
+    since = datetime.fromisoformat(run["created"]) - EVENT_TIME_TOLERANCE
     while True:
-        until = datetime.now(UTC) + CLOCK_TOLERANCE
+        until = datetime.now(UTC) + EVENT_TIME_TOLERANCE
         event_filter = {
             "any_resource": {"id": [f"prefect.flow-run.{run['id']}"]},
             "event": {"name": names},
