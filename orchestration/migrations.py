@@ -1,15 +1,16 @@
-"""The schema of the Prefect server's database: brought up to date by one process, waited for by the others.
+"""Upgrade the schema of the Prefect server's database, or wait until another process has upgraded it.
 
     python -m orchestration.migrations upgrade   # a Job, once for each release
     python -m orchestration.migrations wait      # each of the release's pods, before its server
 
-The database is the one that Prefect's own settings name (`PREFECT_SERVER_DATABASE_*`). A schema that is
-newer than this image, as after a rollback, is left as it is.
+Prefect's settings name the database (`PREFECT_SERVER_DATABASE_*`). A schema that is newer than this image, as after a
+rollback, does not change.
 """
 
 import asyncio
 import contextlib
 import functools
+import logging
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -19,21 +20,24 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from orchestration import logs
 from orchestration.errors import PipelineError
 from orchestration.prefect_compat.server_internals import database_interface, migrations_config
 
-PATIENCE = 900.0
-"""Seconds to wait for the database to answer and for the schema to be made."""
+logger = logging.getLogger("orchestration.migrations")  # __name__ is __main__ here
+
+TIMEOUT_SECONDS = 900.0
+"""How long to wait for the database to answer and for the upgrade of the schema."""
 
 LOCK = "select pg_try_advisory_lock(hashtextextended('prefect-orchestration: migrations', 0))"
 
-# What another attempt will not cure: a refused user or password, a database that is not there.
-_FINAL = ("28000", "28P01", "3D000")
+_PERMANENT_ERRORS = ("28000", "28P01", "3D000")
+"""SQL states that no other attempt cures: a refused user, a refused password, a database that does not exist."""
 
 
 @functools.cache
 def _revisions() -> tuple[str, frozenset[str]]:
-    """The newest revision of this image's migrations, and all that it knows."""
+    """Return the newest revision of this image's migrations, and all revisions that this image knows."""
     from alembic.script import ScriptDirectory
 
     script = ScriptDirectory.from_config(migrations_config())
@@ -42,8 +46,8 @@ def _revisions() -> tuple[str, frozenset[str]]:
     return head, frozenset(revision.revision for revision in script.walk_revisions())
 
 
-async def _current(connection: AsyncConnection) -> str | None:
-    """The database's revision; None if it is empty."""
+async def _read_revision(connection: AsyncConnection) -> str | None:
+    """Return the database's revision; None if the database is empty."""
     if not (await connection.execute(text("select to_regclass('alembic_version')"))).scalar():
         return None
     revision: str | None = (await connection.execute(text("select version_num from alembic_version"))).scalar()
@@ -52,14 +56,17 @@ async def _current(connection: AsyncConnection) -> str | None:
 
 @contextlib.asynccontextmanager
 async def _connection(deadline: float) -> AsyncIterator[AsyncConnection]:
-    """A connection, once the database answers.
+    """Open a connection once the database answers.
+
+    Args:
+        deadline: when to give up, on the clock of `time.monotonic`.
 
     Raises:
-        PipelineError: it refuses the user, is not there, or does not answer until the deadline.
+        PipelineError: the database refuses the user, does not exist, or does not answer until the deadline.
     """
     engine = await database_interface().engine()
-    where = engine.url.render_as_string(hide_password=True)
-    told = False
+    url = engine.url.render_as_string(hide_password=True)
+    is_logged = False
     while True:
         try:
             connection = await engine.connect()
@@ -67,14 +74,14 @@ async def _connection(deadline: float) -> AsyncIterator[AsyncConnection]:
         except (OSError, DBAPIError, PostgresError, InterfaceError) as error:  # SQLAlchemy wraps some of asyncpg's
             cause = getattr(error, "orig", None) or error
             reason = (str(cause) or type(cause).__name__).splitlines()[0].split(">: ")[-1]
-            if getattr(cause, "sqlstate", None) in _FINAL or time.monotonic() > deadline:
+            if getattr(cause, "sqlstate", None) in _PERMANENT_ERRORS or time.monotonic() > deadline:
                 raise PipelineError(
-                    f"The server's database {where} cannot be used: {reason}. Check the Secret with its URL or "
+                    f"The server's database {url} cannot be used: {reason}. Check the Secret with its URL or "
                     "password, and that it can be reached from here"
                 ) from None
-            if not told:
-                print(f"Waiting for the database {where}: {reason}", flush=True)
-                told = True
+            if not is_logged:
+                logger.info("Waiting for the database %s: %s", url, reason)
+                is_logged = True
             await asyncio.sleep(1)
     try:
         yield connection
@@ -82,35 +89,40 @@ async def _connection(deadline: float) -> AsyncIterator[AsyncConnection]:
         await connection.close()
 
 
-async def _status(connection: AsyncConnection) -> tuple[str | None, bool]:
-    """The database's revision, and whether that will do for this image."""
+async def _check_revision(connection: AsyncConnection) -> tuple[str | None, bool]:
+    """Return the database's revision, and whether this image's server can use that revision."""
     head, known = _revisions()
-    current = await _current(connection)
+    current = await _read_revision(connection)
     await connection.rollback()
     return current, current == head or (current is not None and current not in known)
 
 
 async def _wait(deadline: float) -> None:
-    told = False
+    """Wait until another process has upgraded the schema.
+
+    Raises:
+        PipelineError: the schema is not upgraded until the deadline.
+    """
+    is_logged = False
     while True:
         async with _connection(deadline) as connection:
-            current, good = await _status(connection)
-        if good:
-            print(f"The schema is at {current}.")
+            current, is_usable = await _check_revision(connection)
+        if is_usable:
+            logger.info("The schema is at %s.", current)
             return
         if time.monotonic() > deadline:
             raise PipelineError(
-                f"After {PATIENCE:.0f} s the schema is still at {current or 'nothing'}. "
+                f"After {TIMEOUT_SECONDS:.0f} s the schema is still at {current or 'nothing'}. "
                 "Look at the log of the migrations' Job"
             )
-        if not told:
-            print(f"The schema is at {current or 'nothing'}: waiting for the migrations.", flush=True)
-            told = True
+        if not is_logged:
+            logger.info("The schema is at %s: waiting for the migrations.", current or "nothing")
+            is_logged = True
         await asyncio.sleep(1)
 
 
 async def _lock(connection: AsyncConnection, deadline: float) -> None:
-    """Wait for the lock outside a transaction: a migration that creates an index concurrently waits for transactions.
+    """Take the lock outside a transaction: a migration that creates an index concurrently waits for transactions.
 
     Raises:
         PipelineError: another process holds the lock until the deadline.
@@ -119,7 +131,7 @@ async def _lock(connection: AsyncConnection, deadline: float) -> None:
         await connection.rollback()
         if time.monotonic() > deadline:
             raise PipelineError(
-                f"The schema cannot be upgraded: another process has done so for {PATIENCE:.0f} s. "
+                f"The schema cannot be upgraded: another process has held the lock for {TIMEOUT_SECONDS:.0f} s. "
                 "Look at the logs of the migrations' Jobs"
             )
         await asyncio.sleep(1)
@@ -127,27 +139,35 @@ async def _lock(connection: AsyncConnection, deadline: float) -> None:
 
 
 async def _upgrade(deadline: float) -> None:
+    """Upgrade the schema, unless another process has upgraded it."""
     async with _connection(deadline) as connection:
-        # Two releases on one database at once: the second finds the work done. The lock is the session's.
+        # The session holds the lock. Of two releases that upgrade one database, the second finds the work done.
         await _lock(connection, deadline)
-        before, good = await _status(connection)
-        if not good:
+        before, is_usable = await _check_revision(connection)
+        if not is_usable:
             await database_interface().run_migrations_upgrade()
-        after, _ = await _status(connection)
-    changed = f"went from {before or 'nothing'} to" if before != after else "is at"
-    print(f"The schema {changed} {after}.")
+        after, _ = await _check_revision(connection)
+    if before == after:
+        logger.info("The schema is at %s.", after)
+    else:
+        logger.info("The schema went from %s to %s.", before or "nothing", after)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     commands = {"upgrade": _upgrade, "wait": _wait}
     if len(arguments) != 1 or arguments[0] not in commands:
         print("usage: python -m orchestration.migrations upgrade | wait", file=sys.stderr)
         return 2
     try:
-        asyncio.run(commands[arguments[0]](time.monotonic() + PATIENCE))
+        logs.configure()
     except PipelineError as error:
         print(f"{error}.", file=sys.stderr)
+        return 1
+    try:
+        asyncio.run(commands[arguments[0]](time.monotonic() + TIMEOUT_SECONDS))
+    except PipelineError as error:
+        logger.error("%s.", error)
         return 1
     return 0
 

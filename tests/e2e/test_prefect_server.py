@@ -3,6 +3,7 @@
 import base64
 import copy
 import json
+import re
 from collections.abc import Iterator
 from uuid import uuid4
 
@@ -199,7 +200,8 @@ def test_a_database_that_is_nowhere_is_named(namespace: Namespace, values: Objec
         return [line for line in explain_release(environment, "other") if "Waiting for the database" in line]
 
     [line, *_] = wait_until(told, "the reason", 90)
-    assert "wait-for-migrations: Waiting for the database postgresql+asyncpg://prefect:***@nowhere.invalid" in line
+    message = r"Waiting for the database postgresql\+asyncpg://prefect:\*\*\*@nowhere\.invalid"
+    assert re.search(rf"wait-for-migrations: \S+Z INFO {message}", line), line
 
 
 def test_uninstalled_only_the_volume_and_its_password_stay(server: Release) -> None:
