@@ -138,7 +138,7 @@ async def _wanted(options: argparse.Namespace) -> AsyncIterator[tuple["Server", 
     )
     names = placeholders.server_variables(documents)
     wanted = None if names else read()
-    async with connected(options.wait) as api:
+    async with connected(options.wait, functools.partial(print, file=sys.stderr, flush=True)) as api:
         yield api, wanted or read(variables=await live_state.variables(api, names))
 
 

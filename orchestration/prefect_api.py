@@ -1,10 +1,10 @@
-"""A Prefect server's API: requests that are made again while it cannot answer, clear errors, all pages of a filter."""
+"""An HTTP client of the Prefect API: retries, authentication, CSRF tokens, pagination and errors that name the cure."""
 
 import asyncio
+import logging
 import random
-import sys
 import time
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -15,54 +15,61 @@ import httpx
 
 from orchestration.errors import ApiError
 
-PAGE = 200
-"""What the API gives at most at once."""
+logger = logging.getLogger(__name__)
 
-AT_ONCE = 1
-"""Requests at the same time. With two, most fail on SQLite: what has read cannot write once the other has written. More
-are no faster on Postgres.
+PAGE_SIZE = 200
+"""How many items the API returns for one request at most."""
+
+CONCURRENT_REQUESTS = 1
+"""How many requests are sent at the same time.
+
+Of two, most fail on SQLite: a transaction that has read cannot write once another transaction has written. More
+concurrent requests are no faster on Postgres.
 """
 
-ANSWER = 75.0
-"""Seconds in which an answer must come: on SQLite a server waits for its database for 60 s before it says that others
-hold it."""
+RESPONSE_TIMEOUT_SECONDS = 75.0
+"""How long to wait for a response. A server on SQLite waits for a locked database for 60 s before it reports that."""
 
-PATIENCE = 180.0
-"""Seconds for which a request is made again that the server could not answer: a lost connection, or a 5xx."""
+RETRY_SECONDS = 180.0
+"""For how long a request is retried that the server could not answer: after a lost connection, or a 5xx."""
 
 JSON = dict[str, Any]
 
+CLOCK_TOLERANCE = timedelta(seconds=3)
+"""The difference between two clocks that counts as none.
 
-CLOCK = timedelta(seconds=3)
-"""By how much two clocks may differ unnoticed: the date of an answer has no fractions, and a server makes it once a
-second."""
+The Date header has no fractions of a second, and a server renews it once a second.
+"""
 
 
-def ahead(response: httpx.Response) -> timedelta:
-    """By how much the clock of who answered is ahead of this one; nothing where that is within `CLOCK`, or not said.
+def clock_offset(response: httpx.Response) -> timedelta:
+    """Return how far the server's clock is ahead of this machine's clock, by the Date header of a response.
 
-    The answer was made at some time after it was asked for: a slow one is no slow clock.
+    The server sets the header at some time between request and response. So a slow response is no slow clock.
+
+    Returns:
+        Negative if the server's clock is behind. Zero within `CLOCK_TOLERANCE`, and for a response without a date.
     """
     try:
-        said = parsedate_to_datetime(response.headers["Date"])
+        date = parsedate_to_datetime(response.headers["Date"])
     except (KeyError, ValueError):
         return timedelta()
     received = datetime.now(UTC)
-    asked = received - response.elapsed
-    if asked - CLOCK <= said <= received + CLOCK:
+    sent = received - response.elapsed
+    if sent - CLOCK_TOLERANCE <= date <= received + CLOCK_TOLERANCE:
         return timedelta()
-    return said - (received if said > received else asked)
+    return date - (received if date > received else sent)
 
 
 class Access(httpx.Auth):
-    """Gives requests the user and, where the API protects itself against forged requests (CSRF), a token.
+    """Adds the user to requests, and a CSRF token if the API asks for one.
 
-    The token is asked for when a request is refused for want of one, so that other servers are not asked. The server
-    changes nothing when it refuses.
+    The client fetches a token only after the API has refused a request for the lack of a token. The API changes nothing
+    when it refuses a request.
 
     Args:
-        url: of the API.
-        user: USER:PASSWORD; empty is nobody.
+        url: the URL of the API.
+        user: USER:PASSWORD; empty for an API without authentication.
     """
 
     requires_response_body = True
@@ -75,16 +82,16 @@ class Access(httpx.Auth):
         self._token = ""
 
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        """Send the request, and once more with a new token if the server asks for one."""
+        """Send the request, and again with a new token if the API asks for one."""
         self._sign(request)
         response = yield request
         if response.status_code != 403 or "CSRF token" not in response.text:
             return
-        # With what proxies want of the client.
-        same = {name: value for name, value in request.headers.items() if not name.startswith("content-")}
-        answer = yield httpx.Request("GET", self._url, headers=same)
-        if answer.is_success:
-            self._token = answer.json()["token"]
+        # A proxy may ask for the client's other headers.
+        headers = {name: value for name, value in request.headers.items() if not name.startswith("content-")}
+        token_response = yield httpx.Request("GET", self._url, headers=headers)
+        if token_response.is_success:
+            self._token = token_response.json()["token"]
             self._sign(request)
             yield request
 
@@ -97,7 +104,12 @@ class Access(httpx.Auth):
 
 
 class RefusedError(ApiError):
-    """The server does not take what it is sent; `status` is HTTP's."""
+    """The server refuses a request with a 4xx.
+
+    Args:
+        message: what the server answers.
+        status: the HTTP status.
+    """
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -105,66 +117,73 @@ class RefusedError(ApiError):
 
 
 class Server:
-    """The API at `url`; made by `connected`."""
+    """Sends requests to the Prefect API at a URL, and retries those that the API does not answer.
+
+    Use `connected` to get one for the API of Prefect's settings.
+
+    Args:
+        client: the HTTP client, with the API's URL as its base.
+        url: the URL of the API, for error messages.
+    """
 
     def __init__(self, client: httpx.AsyncClient, url: str) -> None:
         self.client = client
         self.url = url
-        self.turns = asyncio.Semaphore(AT_ONCE)
-        self.patience = PATIENCE
-        self.doubtful = 0
-        """Requests that were made again and are not idempotent: the first may have been done as well."""
+        self.retry_seconds = RETRY_SECONDS
+        self.ambiguous_retries = 0
+        """How many retried requests were not idempotent: the API may have executed the first request, too."""
         self.ahead = timedelta()
-        """By how much the server's clock is ahead of this one."""
+        """How far the server's clock is ahead of this machine's clock."""
+        self._slots = asyncio.Semaphore(CONCURRENT_REQUESTS)
 
     @property
     def now(self) -> datetime:
-        """The time on the server's clock, as of its last answer."""
+        """Return the time on the server's clock, by its last response."""
         return datetime.now(UTC) + self.ahead
 
     async def ask(
         self, method: str, path: str, body: Any = None, *, absent: bool = False, idempotent: bool = False
     ) -> Any:
-        """One request; the answer's JSON.
+        """Send a request, and return the JSON of the response.
 
         Args:
-            method: of HTTP.
-            path: below the API's URL.
-            body: sent as JSON.
-            absent: a 404 is an answer, None. Any other failure is never read as absence.
-            idempotent: of a POST: made twice it is as made once.
+            method: the HTTP method.
+            path: the path below the API's URL.
+            body: what to send as JSON.
+            absent: whether a 404 means that the object does not exist: return None. No other failure means that.
+            idempotent: whether a POST may be sent twice without a further effect.
 
         Raises:
-            RefusedError: a 4xx, with what the server says.
-            ApiError: it does not answer, does not know us, or fails.
+            RefusedError: the server refuses the request with a 4xx.
+            ApiError: the server does not answer, authentication failed, or the server fails.
         """
-        deadline = time.monotonic() + self.patience
+        deadline = time.monotonic() + self.retry_seconds
         pause = 0.01
         while True:
             try:
-                async with self.turns:
+                async with self._slots:
                     response = await self.client.request(method, path, json=body)
             except httpx.TransportError as error:
                 if time.monotonic() > deadline or isinstance(error, httpx.ConnectError):
                     raise ApiError(self.unreachable(error)) from None
             else:
-                self.ahead = ahead(response)
+                self.ahead = clock_offset(response)
                 if response.status_code < 500 or time.monotonic() > deadline:
-                    return self.answer(response, f"{method} {path}", absent)
-            self.doubtful += method == "POST" and not idempotent
+                    return self._read(response, f"{method} {path}", absent)
+            self.ambiguous_retries += method == "POST" and not idempotent
             pause = min(pause * 2, 3)
-            await asyncio.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - so that two do not stay in step
+            await asyncio.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - so that two clients do not stay in step
 
     def unreachable(self, error: Exception) -> str:
-        """What to say of a server that does not answer."""
-        said = str(error) or type(error).__name__
+        """Return the error message for a server that does not answer."""
+        cause = str(error) or type(error).__name__
         return (
-            f"The Prefect API at {self.url} does not answer: {said}. Start it (`prefect server start`) or name another "
-            "in PREFECT_API_URL"
+            f"The Prefect API at {self.url} does not answer: {cause}. "
+            "Start it (`prefect server start`) or name another in PREFECT_API_URL"
         )
 
-    def answer(self, response: httpx.Response, request: str, absent: bool) -> Any:
-        """The JSON of a response, or the error that it is; see `ask`."""
+    def _read(self, response: httpx.Response, request: str, absent: bool) -> Any:
+        """Return the JSON of a response, or raise its error. See `ask`."""
         status = response.status_code
         if status < 300:
             try:
@@ -180,44 +199,46 @@ class Server:
             raise ApiError(f"{self.url} is no Prefect API: it has no {request}. PREFECT_API_URL ends with /api")
         if status == 401 or (status == 403 and "detail" not in response.text):
             raise ApiError(
-                f"The Prefect API at {self.url} does not know us ({status}). "
+                f"Authentication failed ({status}) at the Prefect API at {self.url}. "
                 "Set PREFECT_API_AUTH_STRING to USER:PASSWORD"
             )
         try:
-            said = response.json()
-            said = said.get("exception_detail") or said.get("detail") or said if isinstance(said, dict) else said
+            detail = response.json()
+            if isinstance(detail, dict):
+                detail = detail.get("exception_detail") or detail.get("detail") or detail
         except ValueError:
-            said = response.text[:300]
-        if isinstance(said, list):
-            said = "; ".join(f"{'.'.join(map(str, each.get('loc', [])))}: {each.get('msg')}" for each in said)
+            detail = response.text[:300]
+        if isinstance(detail, list):
+            detail = "; ".join(f"{'.'.join(map(str, each.get('loc', [])))}: {each.get('msg')}" for each in detail)
         if status >= 500:
-            raise ApiError(f"The Prefect API at {self.url} fails ({status}) on {request}: {said}")
-        raise RefusedError(f"the server answers {status}: {said}", status)
+            raise ApiError(f"The Prefect API at {self.url} fails ({status}) on {request}: {detail}")
+        raise RefusedError(f"the server answers {status}: {detail}", status)
 
     async def all(self, path: str, **body: Any) -> list[JSON]:
-        """All that a filter endpoint has."""
-        return [each async for page in self.pages(path, **body) for each in page]
+        """Return all items of a filter endpoint."""
+        return [item async for page in self.pages(path, **body) for item in page]
 
     async def pages(self, path: str, **body: Any) -> AsyncIterator[list[JSON]]:
-        """The same page by page, for what keeps little of much."""
+        """Yield all items of a filter endpoint page by page, for a caller that keeps few of many."""
         offset = 0
         while True:
-            page = await self.ask("POST", path, {**body, "limit": PAGE, "offset": offset}, idempotent=True)
+            page = await self.ask("POST", path, {**body, "limit": PAGE_SIZE, "offset": offset}, idempotent=True)
             yield page
             offset += len(page)
-            if len(page) < PAGE:
+            if len(page) < PAGE_SIZE:
                 return
 
 
 @asynccontextmanager
-async def connected(wait: float = 0) -> AsyncIterator[Server]:
-    """The server of Prefect's settings, once it answers.
+async def connected(wait: float = 0, report: Callable[[str], None] = logger.info) -> AsyncIterator[Server]:
+    """Connect to the server of Prefect's settings once the server answers.
 
     Args:
-        wait: seconds to wait for it.
+        wait: how many seconds to wait for the server; 0 to connect at the first request.
+        report: called once with the reason if the server has to be waited for.
 
     Raises:
-        ApiError: it does not answer, or there is none in the settings.
+        ApiError: the server does not answer, or the settings name none.
     """
     from prefect.settings import get_current_settings
 
@@ -236,16 +257,16 @@ async def connected(wait: float = 0) -> AsyncIterator[Server]:
 
         verify = ssl.create_default_context(cafile=settings.api.ssl_cert_file)
     async with httpx.AsyncClient(
-        base_url=url, auth=Access(url, auth), headers=headers, verify=verify, timeout=ANSWER
+        base_url=url, auth=Access(url, auth), headers=headers, verify=verify, timeout=RESPONSE_TIMEOUT_SECONDS
     ) as client:
         server = Server(client, url)
-        await _answers(server, wait)
+        await _wait_for(server, wait, report)
         yield server
 
 
-async def _answers(server: Server, wait: float) -> None:
+async def _wait_for(server: Server, wait: float, report: Callable[[str], None]) -> None:
     deadline = time.monotonic() + wait
-    told = False
+    is_reported = False
     while wait:
         try:
             response = await server.client.get("/health")
@@ -258,7 +279,7 @@ async def _answers(server: Server, wait: float) -> None:
                 raise ApiError(server.unreachable(error)) from None
         if time.monotonic() > deadline:
             raise ApiError(f"The Prefect API at {server.url} fails: {reason}. Its log says why")
-        if not told:
-            print(f"Waiting for the Prefect API at {server.url}: {reason}", file=sys.stderr, flush=True)
-            told = True
+        if not is_reported:
+            report(f"Waiting for the Prefect API at {server.url}: {reason}")
+            is_reported = True
         await asyncio.sleep(1)

@@ -116,7 +116,7 @@ class _Execution:
         """
         server, plan = self.server, self.plan
         late = await rescheduling.find_late_runs(server, plan.changes, self.started)
-        doubtful, conflict = server.doubtful, False
+        doubtful, conflict = server.ambiguous_retries, False
         began = await records.update(server, plan.owner, lambda record: self._record_start(record, late))
         done: list[Change] = []
         failures: list[str] = []
@@ -142,7 +142,7 @@ class _Execution:
             # Also after an interrupt or a lost connection: the next sync need not repeat what is recorded as done.
             with contextlib.suppress(PipelineError) if sys.exc_info()[0] else contextlib.nullcontext():
                 previous_serial = await _record_done(server, plan.owner, done)
-        is_uncertain = conflict or previous_serial != began.serial or server.doubtful > doubtful
+        is_uncertain = conflict or previous_serial != began.serial or server.ambiguous_retries > doubtful
         more = f"\n{len(failures) - 1} more were refused" if len(failures) > 1 else ""
         return is_uncertain, f"{failures[0]}{more}" if failures else ""
 

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from orchestration.errors import ApiError
-from orchestration.prefect_api import JSON, PAGE, Server
+from orchestration.prefect_api import JSON, PAGE_SIZE, Server
 from orchestration.protocol import EXCEEDED_LABEL, PEAK_LABEL, whole_number
 from orchestration.quantity import quantity_or_zero
 from orchestration.reconciler.budget import RetryBudget
@@ -118,7 +118,7 @@ async def _read_usage_of(server: Server, deployment: str, name: str, variables: 
         "deployments": {"id": {"any_": [deployment]}},
         "flow_runs": {"end_time": {"is_null_": False}},
         "sort": "END_TIME_DESC",
-        "limit": PAGE,
+        "limit": PAGE_SIZE,
     }
     runs = [run["labels"] or {} for run in await server.ask("POST", "/flow_runs/filter", ended, idempotent=True)]
     growth = RetryBudget.from_job_variables(variables).memory_growth

@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 from orchestration.errors import ApiError
-from orchestration.prefect_api import CLOCK, JSON, Server
+from orchestration.prefect_api import CLOCK_TOLERANCE, JSON, Server
 from orchestration.prefect_compat.events import POD_EVENT_PREFIX
 from orchestration.protocol import POD_ENDED_EVENT
 from orchestration.reconciler.run_events import GIVEN_UP_EVENT
@@ -235,7 +235,7 @@ def _state_entries(states: Sequence[Mapping[str, Any]], others: Sequence[Timelin
         until = datetime.fromisoformat(claim_ended) if claim_ended else datetime.max.replace(tzinfo=UTC)
         if number == 0 or states[number - 1]["type"] != "PENDING":
             claimed = time
-        sources = {entry.source for entry in others if claimed - CLOCK <= entry.time < until}
+        sources = {entry.source for entry in others if claimed - CLOCK_TOLERANCE <= entry.time < until}
         if state["name"] in ("Pending", "Submitting") and "worker" in sources and not state["message"]:
             continue
         if state["name"] == "InfrastructurePending" and "pod" in sources:

@@ -19,7 +19,7 @@ import httpx
 from pydantic import ValidationError
 
 from orchestration.errors import ClusterError
-from orchestration.prefect_api import ahead
+from orchestration.prefect_api import clock_offset
 from orchestration.protocol import POOL_LABEL, RUN_LABEL
 from orchestration.reconciler.kubernetes_objects import (
     Change,
@@ -141,7 +141,7 @@ class Cluster:
             response = await self.client.request(method, path, json=body, params=query, headers=headers)
         except httpx.TransportError as error:
             raise ClusterError(f"The Kubernetes API does not answer: {error or type(error).__name__}") from None
-        self.ahead = ahead(response)
+        self.ahead = clock_offset(response)
         if response.status_code in absent:
             return None
         if response.status_code >= 300:

@@ -267,7 +267,7 @@ async def reconcile(
     with served(pulse, port):
         async with kubernetes.connected(namespace, url) as cluster, prefect_api.connected(wait) as server:
             # No retries and short timeouts: the next round decides again, and a late request must not take effect then.
-            server.patience, server.client.timeout = 0, httpx.Timeout(2 * kubernetes.TIMEOUT_SECONDS)
+            server.retry_seconds, server.client.timeout = 0, httpx.Timeout(2 * kubernetes.TIMEOUT_SECONDS)
             election = LeaderElection(cluster, lease, identity) if lease else None
             # Without this, garbage collection scans Prefect's modules for each thousand pods, a tenth of a second each.
             gc.collect()

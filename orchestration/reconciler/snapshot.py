@@ -167,8 +167,8 @@ async def _find_deleted_deployments(server: Server, ids: Sequence[str]) -> set[s
 async def _read_runs_by_id(server: Server, ids: Sequence[str]) -> dict[str, Run | None]:
     """Return the runs by id; None for a run that the API does not have."""
     found: dict[str, Run | None] = dict.fromkeys(ids)
-    for start in range(0, len(ids), prefect_api.PAGE):
-        run_filter = {"id": {"any_": ids[start : start + prefect_api.PAGE]}}
+    for start in range(0, len(ids), prefect_api.PAGE_SIZE):
+        run_filter = {"id": {"any_": ids[start : start + prefect_api.PAGE_SIZE]}}
         for raw in await server.all("/flow_runs/filter", flow_runs=run_filter):
             found[raw["id"]] = Run.read(raw) if raw["state"] else None
     return found

@@ -348,7 +348,7 @@ def test_what_the_server_refuses_fails_the_release_with_the_reason(
     api.post("/work_pools/", json={"name": "taken", "type": "process"}).raise_for_status()
     wrong: dict[str, Object] = {
         "work pool taken exists and is of type process, not kubernetes": {"pool": {"name": "taken"}},
-        "does not know us (401)": {"api": {"auth": {"rolesSecret": "wrong"}}},
+        "Authentication failed (401)": {"api": {"auth": {"rolesSecret": "wrong"}}},
         "/app/absent.yaml does not exist": {"sync": {"files": ["/app/absent.yaml"]}},
     }
     data = {"worker": "a:b", "reconciler": "a:b", "sync": "a:b", "run-key": "k" * 32}

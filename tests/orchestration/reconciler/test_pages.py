@@ -22,7 +22,7 @@ from tests.parts import client_of
 
 @pytest.mark.parametrize("number", [0, 3, 4])
 def test_all_pages_of_runs_are_read(prefect_server: str, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    monkeypatch.setattr(prefect_api, "PAGE", 2)
+    monkeypatch.setattr(prefect_api, "PAGE_SIZE", 2)
     with client_of(prefect_server) as client:
         pool = WorkPool(client)
         made = {pool.run({"type": "RUNNING"})["id"] for _ in range(number)}
