@@ -76,16 +76,22 @@ class StderrHandler(logging.Handler):
             self.handleError(record)
 
 
-def configure() -> None:
+def configure(*, is_strict: bool = True) -> None:
     """Log this process to stderr: this package from INFO on, and all libraries from WARNING on.
 
     Call this once, where a process starts. Prefect's loggers use the same format and keep the levels of their settings,
     whether Prefect was imported before or is imported later.
 
+    Args:
+        is_strict: whether an unknown format is an error. Otherwise the format is `text`: in the container of a flow run
+            the variable may belong to the flow.
+
     Raises:
-        SettingsError: `LOG_FORMAT` names no format.
+        SettingsError: `LOG_FORMAT` names no format, and `is_strict`.
     """
     name = os.environ.get(FORMAT_VARIABLE) or "text"
+    if name not in FORMATTERS and not is_strict:
+        name = "text"
     if name not in FORMATTERS:
         raise SettingsError(f"{FORMAT_VARIABLE}={name!r} is wrong: no such format. Set it to text or json")
     handler = StderrHandler()

@@ -7,11 +7,14 @@ supervisor, or the reconciler, releases the slots of a run attempt that was kill
 
 import contextlib
 import json
+import logging
 import threading
 
 import httpx
 
 from orchestration.runs import termination_message
+
+logger = logging.getLogger(__name__)
 
 MAX_LEASES = 64
 """How many leases are recorded, the newest: Kubernetes keeps the first 4096 bytes of a message."""
@@ -36,4 +39,10 @@ class LeaseLedger:
                 self._held = [lease for lease in self._held if lease != released]
             elif (answer := response.json())["limits"]:  # empty if no concurrency limit has that name
                 self._held.append(answer["lease_id"])
+            self._write()
+
+    def _write(self) -> None:
+        try:
             termination_message.write({"leases": self._held[-MAX_LEASES:]})
+        except OSError as error:
+            logger.warning("The termination message %s cannot be written: %s.", termination_message.MESSAGE_PATH, error)

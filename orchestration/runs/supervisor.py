@@ -21,6 +21,8 @@ and receives SIGTERM itself.
   killed, too, the reconciler releases them by the termination message.
 
 This file and what it imports use the standard library alone: the supervisor must add no time to a run's start.
+
+Log lines of the supervisor have the format of `orchestration.logs`. They go to the same log as those of the flow.
 """
 
 import contextlib
@@ -79,7 +81,7 @@ class Supervisor:
             threading.Thread(target=target, daemon=True).start()
         code = self._engine.process.wait()
         if leases := termination_message.read_leases():
-            termination_message.write({"leases": self._client.release_leases(leases)})
+            _write_message({"leases": self._client.release_leases(leases)})
         if self._is_fenced:
             _end_fenced(self._client.job)
         # A run that is cancelled while its flow ends is not Cancelled yet: the server refused the flow's own state.
@@ -92,7 +94,7 @@ class Supervisor:
         try:
             may_begin = self._client.may_begin()
         except TimeoutError as error:
-            _log_no_begin(error)
+            _log_not_begun(error)
             self._engine.send_signal(signal.SIGKILL)
             return
         if not may_begin:
@@ -198,10 +200,30 @@ def after_sigterm(number: int, budget: int, now: datetime) -> dict[str, Any]:
     return {"type": "SCHEDULED", "name": "AwaitingRetry", "message": message, "state_details": details}
 
 
+def _log_error(message: str) -> None:
+    """Log an error with the id of the run."""
+    # Imported late: of all run attempts few log anything, and the import takes 11 ms.
+    import logging
+
+    from orchestration import logs
+
+    logs.configure(is_strict=False)
+    run = os.environ.get(prefect_protocol.FLOW_RUN_ID_VARIABLE, "")
+    logging.getLogger("orchestration.runs.supervisor").error("%s", message, extra={logs.RUN_ID: run})
+
+
+def _write_message(message: dict[str, Any]) -> None:
+    """Replace the termination message. A run attempt does not fail for the lack of one."""
+    try:
+        termination_message.write(message)
+    except OSError as error:
+        _log_error(f"The termination message {termination_message.MESSAGE_PATH} cannot be written: {error}.")
+
+
 def _end_fenced(job: str) -> None:
     """Kill the process group of this process, as its Job was fenced or its claim given away."""
-    print(f"Job {job} was given up, and its run may execute in another Job. This run attempt ends.", flush=True)
-    termination_message.write({"fenced": 1})
+    _log_error(f"Job {job} was given up, and its run may execute in another Job. This run attempt ends.")
+    _write_message({"fenced": 1})
     os.killpg(0, signal.SIGKILL)
 
 
@@ -212,8 +234,8 @@ def _end_when_fenced(client: RunClient) -> None:
             _end_fenced(client.job)
 
 
-def _log_no_begin(error: TimeoutError) -> None:
-    print(f"{error}. The flow has not begun, and this run attempt ends.", flush=True)
+def _log_not_begun(error: TimeoutError) -> None:
+    _log_error(f"{error}. The flow has not begun, and this run attempt ends.")
 
 
 def main(command: list[str]) -> int:
@@ -235,14 +257,14 @@ def main(command: list[str]) -> int:
             try:
                 may_begin = client.may_begin()
             except TimeoutError as error:
-                _log_no_begin(error)
+                _log_not_begun(error)
                 return 1
             if not may_begin:
                 _end_fenced(client.job)
             threading.Thread(target=_end_when_fenced, args=[client], daemon=True).start()
         code = subprocess.call(command)
     leases = termination_message.read_leases()
-    termination_message.write(termination_message.memory_report() | ({"leases": leases} if leases else {}))
+    _write_message(termination_message.memory_report() | ({"leases": leases} if leases else {}))
     return code if code >= 0 else 128 - code
 
 

@@ -1,4 +1,4 @@
-"""The termination message of a run's container: memory use, out-of-memory kills, held leases, fencing.
+"""The termination message of a run's container: memory use, out-of-memory kills, held leases and fencing.
 
 Kubernetes keeps the message with the status of the pod, however the container ends, and longer than the log. The
 reconciler reads it. The supervisor imports this module, which therefore imports the standard library alone.
@@ -9,7 +9,6 @@ nothing. So the message counts the kills of the whole cgroup.
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,12 @@ KILL_FILES = ("memory.events", "memory/memory.oom_control")
 
 
 def write(message: dict[str, Any]) -> None:
-    """Replace the termination message."""
-    try:
-        MESSAGE_PATH.write_text(json.dumps(message))
-    except OSError as error:
-        print(f"The termination message {MESSAGE_PATH} cannot be written: {error}", file=sys.stderr)
+    """Replace the termination message.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    MESSAGE_PATH.write_text(json.dumps(message))
 
 
 def read_leases() -> list[str]:

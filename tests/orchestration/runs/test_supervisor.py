@@ -1,9 +1,10 @@
-"""What a run's container says at its end of the memory it used, under both versions of cgroups."""
+"""The supervisor of a flow run: memory report, exit status, fencing, disruption budget and its HTTP client."""
 
 import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from orchestration.runs.termination_message import memory_report
 from orchestration.settings import ROOT
 from tests.parts import asked, client_of
 
-EXECUTION = [sys.executable, "-I", "-S", str(ROOT / "orchestration/runs/supervisor.py")]
+SUPERVISOR = [sys.executable, "-I", "-S", str(ROOT / "orchestration/runs/supervisor.py")]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,9 @@ EXECUTION = [sys.executable, "-I", "-S", str(ROOT / "orchestration/runs/supervis
     ],
     ids=["version 2", "version 1", "no limit", "none"],
 )
-def test_the_memory_of_a_cgroup(tmp_path: Path, files: dict[str, str], found: dict[str, int]) -> None:
+def test_memory_report_reads_both_versions_of_cgroups(
+    tmp_path: Path, files: dict[str, str], found: dict[str, int]
+) -> None:
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -59,21 +62,30 @@ def test_the_memory_of_a_cgroup(tmp_path: Path, files: dict[str, str], found: di
 @pytest.mark.parametrize(
     ("command", "status"), [("exit(3)", 3), ("import os; os.kill(os.getpid(), 9)", 137), ("pass", 0)]
 )
-def test_the_status_is_the_command_s(tmp_path: Path, command: str, status: int) -> None:
+def test_exit_status_is_that_of_the_command(tmp_path: Path, command: str, status: int) -> None:
     message = tmp_path / "message"
     done = subprocess.run(
-        [*EXECUTION, sys.executable, "-c", command], env={"TERMINATION_MESSAGE_PATH": str(message)}, check=False
+        [*SUPERVISOR, sys.executable, "-c", command], env={"TERMINATION_MESSAGE_PATH": str(message)}, check=False
     )
     assert done.returncode == status
     assert isinstance(json.loads(message.read_text()), dict)
 
 
-def test_an_execution_that_was_given_up_ends_itself(prefect_server: str, tmp_path: Path) -> None:
-    """Also its command's children; another Job of the same run goes on."""
+def test_unwritable_termination_message_is_logged_and_fails_nothing(tmp_path: Path) -> None:
+    """`LOG_FORMAT` may belong to the flow: an unknown format is no error here."""
+    path = tmp_path / "absent" / "message"
+    env = {"TERMINATION_MESSAGE_PATH": str(path), "PREFECT__FLOW_RUN_ID": "5f0c", "LOG_FORMAT": "of the flow"}
+    done = subprocess.run([*SUPERVISOR, "true"], env=env, capture_output=True, text=True, check=True)
+    message = f"ERROR The termination message {path} cannot be written: [Errno 2] No such file or directory: '{path}'."
+    assert re.fullmatch(rf"\S+Z {re.escape(message)} flow_run_id=5f0c\n", done.stderr), done.stderr
+
+
+def test_fenced_job_is_killed_with_its_child_processes(prefect_server: str, tmp_path: Path) -> None:
+    """Another Job of the same run continues."""
     with client_of(prefect_server) as api:
         flow = api.post("/flows/", json={"name": "fenced"}).raise_for_status().json()["id"]
         run = api.post("/flow_runs/", json={"flow_id": flow}).raise_for_status().json()["id"]
-    # What it waits for in between is only in the way here.
+    # The usual interval of checks would only prolong the test.
     code = (
         "import sys; from orchestration.runs import run_client, supervisor; "
         "run_client.CHECK_INTERVAL_SECONDS = 0.1; sys.exit(supervisor.main(sys.argv[1:]))"
@@ -92,6 +104,7 @@ def test_an_execution_that_was_given_up_ends_itself(prefect_server: str, tmp_pat
                 "TERMINATION_MESSAGE_PATH": str(message),
             },
             stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
         )
@@ -103,7 +116,8 @@ def test_an_execution_that_was_given_up_ends_itself(prefect_server: str, tmp_pat
         with client_of(prefect_server) as api:
             api.patch(f"/flow_runs/{run}/labels", json={f"{FENCED_LABEL_PREFIX}old": True}).raise_for_status()
         assert processes["old"].wait(30) == -signal.SIGKILL
-        assert processes["old"].stdout.read().startswith("Job old was given up")
+        line = rf"\S+Z ERROR Job old was given up, and .* flow_run_id={run}\n"
+        assert re.fullmatch(line, processes["old"].stdout.read())
         assert json.loads(messages["old"].read_text()) == {"fenced": 1}
         psutil.wait_procs([child], 5)
         assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
@@ -117,11 +131,11 @@ def test_an_execution_that_was_given_up_ends_itself(prefect_server: str, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("of_run", "of_deployment", "of_pool", "retries"),
+    ("run_budget", "deployment_budget", "pool_budget", "retries"),
     [(3, 2, 1, 3), (None, 2, 1, 2), (None, None, 1, 1), (0, 2, 1, 0), (None, None, None, 10), ("many", 2, 1, 10)],
 )
 def test_disruption_budget_is_that_of_the_run_else_the_deployment_else_the_pool(
-    prefect_server: str, of_run: object, of_deployment: object, of_pool: object, retries: int
+    prefect_server: str, run_budget: object, deployment_budget: object, pool_budget: object, retries: int
 ) -> None:
     def variables(budget: object) -> dict[str, object]:
         return {} if budget is None else {"disruption_retries": budget}
@@ -130,35 +144,36 @@ def test_disruption_budget_is_that_of_the_run_else_the_deployment_else_the_pool(
     with client_of(prefect_server) as api:
         properties = {
             "disruption_retries": {"title": "Disruption Retries"}
-            | ({"default": of_pool} if of_pool is not None else {})
+            | ({"default": pool_budget} if pool_budget is not None else {})
         }
         template = {"job_configuration": {"name": ""}, "variables": {"properties": properties}}
         asked(api, "POST", "/work_pools/", {"name": name, "type": "kubernetes", "base_job_template": template})
         body = {"name": name, "flow_id": asked(api, "POST", "/flows/", {"name": "budget"})["id"]}
-        body |= {"work_pool_name": name, "job_variables": variables(of_deployment)}
+        body |= {"work_pool_name": name, "job_variables": variables(deployment_budget)}
         deployment = asked(api, "POST", "/deployments/", body)["id"]
         path = f"/deployments/{deployment}/create_flow_run"
-        run = asked(api, "POST", path, {"job_variables": variables(of_run)})
+        run = asked(api, "POST", path, {"job_variables": variables(run_budget)})
         client = RunClient(prefect_server, run["id"], "job")
         assert client.disruption_retries(client.read_run()) == retries
-        found = {"job_variables": variables(of_run), "deployment_id": deployment, "work_pool_name": name}
-        assert asyncio.run(_by_the_reconciler(prefect_server, found)) == retries
+        fields = {"job_variables": variables(run_budget), "deployment_id": deployment, "work_pool_name": name}
+        assert asyncio.run(_reconciler_budget(prefect_server, fields)) == retries
 
 
-async def _by_the_reconciler(url: str, found: dict[str, object]) -> int:
+async def _reconciler_budget(url: str, fields: dict[str, object]) -> int:
+    """Return the disruption budget that the reconciler reads for a run with these fields."""
     async with httpx.AsyncClient(base_url=url, timeout=30) as client:
-        retries = await actions.read_budget(Server(client, url), found)
+        retries = await actions.read_budget(Server(client, url), fields)
     assert retries
     return retries.disruption_retries
 
 
-def test_it_asks_as_prefect_s_client_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through a proxy that wants a header and gives none, not even the date."""
+def test_client_sends_the_user_and_the_custom_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proxy requires a header, and sends none in its response, not even the date."""
 
     class Proxy(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            known = self.headers["X-Team"] == "data" and self.headers["Authorization"] == "Basic dTpw"
-            self.send_response_only(200 if known else 403)
+            is_known = self.headers["X-Team"] == "data" and self.headers["Authorization"] == "Basic dTpw"
+            self.send_response_only(200 if is_known else 403)
             self.end_headers()
             self.wfile.write(json.dumps({"labels": {f"{FENCED_LABEL_PREFIX}job": True}}).encode())
 
@@ -178,19 +193,19 @@ def test_it_asks_as_prefect_s_client_would(monkeypatch: pytest.MonkeyPatch) -> N
         server.shutdown()
 
 
-def test_it_waits_for_a_command_that_ends_by_itself_after_sigterm(tmp_path: Path) -> None:
-    """Both get the signal; only the command decides what it means."""
+def test_sigterm_does_not_end_the_supervisor_before_its_command(tmp_path: Path) -> None:
+    """tini sends both the signal, and the command decides how to end."""
     command = (
         "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); print('up', flush=True); "
         "time.sleep(60)"
     )
     env = {"TERMINATION_MESSAGE_PATH": str(tmp_path / "message")}
-    process = subprocess.Popen([*EXECUTION, sys.executable, "-c", command], env=env, stdout=subprocess.PIPE)
+    process = subprocess.Popen([*SUPERVISOR, sys.executable, "-c", command], env=env, stdout=subprocess.PIPE)
     assert process.stdout
     assert process.stdout.readline() == b"up\n"
     process.send_signal(signal.SIGTERM)
     time.sleep(0.5)
-    assert process.poll() is None, "its command has not been told yet"
+    assert process.poll() is None, "the supervisor waits for its command"
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     subprocess.run(["kill", "-TERM", *children], check=True)
     assert process.wait(10) == 7
