@@ -1,1 +1,1 @@
-"""The Kubernetes worker, and the base job template that it trusts."""
+"""The Kubernetes worker and its trusted base job template."""

@@ -7,6 +7,7 @@ python -m orchestration.worker --pool default [--namespace NS] [--queue NAME]...
 import argparse
 import asyncio
 import contextlib
+import logging
 import signal
 import sys
 from collections.abc import Sequence
@@ -15,21 +16,24 @@ from pathlib import Path
 from httpx import HTTPError, HTTPStatusError
 from prefect.settings import get_current_settings
 
+from orchestration import logs
 from orchestration.errors import SettingsError
 from orchestration.worker import job_template
 from orchestration.worker.kubernetes_worker import Worker
 
+logger = logging.getLogger("orchestration.worker")  # __name__ is __main__ here
+
 
 async def serve(worker: Worker) -> None:
     """Run the worker until SIGTERM or SIGINT; then drain it."""
-    asked = asyncio.Event()
+    asked_to_end = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, asked.set)
+        loop.add_signal_handler(number, asked_to_end.set)
     working = asyncio.create_task(worker.start(with_healthcheck=True))
-    waiting = asyncio.create_task(asked.wait())
+    waiting = asyncio.create_task(asked_to_end.wait())
     await asyncio.wait({working, waiting}, return_when=asyncio.FIRST_COMPLETED)
-    if asked.is_set():
+    if asked_to_end.is_set():
         draining = asyncio.create_task(worker.drain())
         await asyncio.wait({working, draining}, return_when=asyncio.FIRST_COMPLETED)
         draining.cancel()
@@ -40,22 +44,27 @@ async def serve(worker: Worker) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m orchestration.worker", description="Run a pool's flow runs as Jobs."
     )
     parser.add_argument("--pool", required=True, help="the work pool")
-    parser.add_argument("--namespace", help="where its Jobs go; else where the pool says")
-    parser.add_argument("--queue", action="append", help="only this queue of it; may be repeated")
-    parser.add_argument("--limit", type=int, help="how many runs it submits at once")
-    parser.add_argument("--name", help="the worker's name; else one of its own")
-    parser.add_argument("--template", type=Path, help="the base job template, as JSON; else that of the pool")
+    parser.add_argument("--namespace", help="the namespace of the Jobs; default: that of the pool's template")
+    parser.add_argument("--queue", action="append", help="take runs of this queue alone; may be repeated")
+    parser.add_argument("--limit", type=int, help="how many runs to submit at once")
+    parser.add_argument("--name", help="the worker's name; default: a random name")
+    parser.add_argument("--template", type=Path, help="a JSON file with the base job template; default: the pool's")
     options = parser.parse_args(arguments)
     settings = get_current_settings().worker
     try:
-        template = job_template.read(options.template) if options.template else None
+        logs.configure()
     except SettingsError as error:
         print(f"{error}.", file=sys.stderr)
+        return 1
+    try:
+        template = job_template.read(options.template) if options.template else None
+    except SettingsError as error:
+        logger.error("%s.", error)
         return 1
     worker = Worker(
         namespace=options.namespace,
@@ -72,10 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         asyncio.run(serve(worker))
     except HTTPStatusError as error:
         cure = ". Check the Secret with USER:PASSWORD" if error.response.status_code in (401, 403) else ""
-        print(f"The Prefect API at {error.request.url} answers {error.response.status_code}{cure}.", file=sys.stderr)
+        logger.error("The Prefect API at %s answers %s%s.", error.request.url, error.response.status_code, cure)
         return 1
     except HTTPError as error:
-        print(f"The Prefect API cannot be used: {error or type(error).__name__}.", file=sys.stderr)
+        logger.error("The Prefect API cannot be used: %s.", error or type(error).__name__)
         return 1
     return 0
 

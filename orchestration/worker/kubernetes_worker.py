@@ -1,20 +1,20 @@
-"""The Kubernetes worker, with what Prefect's own lacks.
+"""The Kubernetes worker: Prefect's worker with a complete health check, draining, and fenced claims.
 
-With `--namespace` its Jobs go there, whatever the pool says: beside the worker, where its Role covers them, so that
-workers of several namespaces and clusters can share a pool.
+- Namespace: with `--namespace` the worker creates its Jobs there, whatever the pool's template says. The worker's Role
+  covers that namespace, so workers of several namespaces and clusters can share a pool.
+- Health: `GET :8080/health` covers polling and the thread that watches pods and Jobs. Without that thread nobody sees
+  that a pod dies.
+- Draining: on SIGTERM the worker first makes the Jobs of its claims. No run stays Pending because its worker ended
+  between the claim and the Job.
+- While the Prefect API is down, the worker polls at the same interval and is healthy. Prefect's worker exits. An exit
+  cures nothing, and Kubernetes waits for minutes before it restarts a container that exits often.
+- If the API is down in the middle of a claim, the worker drops the claim. Prefect's worker would exit. Or it would
+  report a crash much later of a run that another worker has by then, or make a second Job for that run.
+- Fencing: a claim has at most one Job. The Job's name ends with the claim's id, so Kubernetes refuses a second Job. If
+  Kubernetes answers the request for a Job too late or never, it may still create the Job after another worker has taken
+  the run. That Job executes nothing (`orchestration.runs.supervisor`), and the reconciler deletes it.
 
-Its health (`GET :8080/health`) covers the thread that watches pods and Jobs as well as polling: without that
-thread a pod that dies is never seen. And a worker that is asked to end first finishes what it has claimed: no run
-stays Pending because its worker went away between the claim and the Job. While the Prefect API is away it goes on
-asking at the same pace, and is healthy: to end, as Prefect's does, brings nothing back, and a container that ended
-often waits for minutes until it is started. A claim that the API's absence cuts off is let go: Prefect's worker would
-end, or say much later, of a run that another has by then, that it crashed, or make a second Job for it.
-
-A claim has one Job at most: its name ends with the claim's id, so that Kubernetes refuses a second one. A request for
-the Job that Kubernetes answers too late, or never, may still create it when another worker has the run. Nothing is
-executed in that Job (`orchestration.runs.supervisor`), and the reconciler deletes it.
-
-Intervals are Prefect's settings: `PREFECT_WORKER_QUERY_SECONDS`, `PREFECT_WORKER_PREFETCH_SECONDS`,
+Prefect's settings have the intervals: `PREFECT_WORKER_QUERY_SECONDS`, `PREFECT_WORKER_PREFETCH_SECONDS`,
 `PREFECT_WORKER_HEARTBEAT_SECONDS`.
 """
 
@@ -46,6 +46,7 @@ from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration, Kubernet
 from orchestration.access.credentials import read_run_key, sign_run
 from orchestration.diagnosis_table import JOB_REFUSED
 from orchestration.errors import ClusterError
+from orchestration.logs import RUN_ID
 from orchestration.prefect_compat.workers import CompatibleWorker, watched_kinds
 from orchestration.protocol import (
     CAUSE_LABEL,
@@ -64,37 +65,39 @@ from orchestration.reconciler.state_messages import JOB_NOT_CREATED
 from orchestration.worker import job_template
 from orchestration.worker.job_template import RefusedVariableError
 
-WATCHED = ("jobs", "pods")
+WATCHED_KINDS = ("jobs", "pods")
 
 RUN_CREDENTIALS_VARIABLE = "RUN_CREDENTIALS"
 """Names the folder with the key from which the worker derives the API credential of each flow run."""
 
 AUTH_VARIABLE = "PREFECT_API_AUTH_STRING"
 
-CONNECT = 5.0
-"""Seconds in which the Prefect API must take a connection. What a network drops is sent again 1, 3, 7, 15 and 31 s
-later: with Prefect's limit of a minute a worker may find an API that is back half a minute late."""
+CONNECT_TIMEOUT_SECONDS = 5.0
+"""How long the worker waits for a connection to the Prefect API.
 
-CLAIM = 45.0
-"""Seconds in which a claimed run gets its Job, or none by this claim: after 60 the reconciler lets another claim it."""
+A dropped packet is sent again 1, 3, 7, 15 and 31 s later. With Prefect's timeout of a minute the worker may find an API
+that is back half a minute late.
+"""
 
+CLAIM_TIMEOUT_SECONDS = 45.0
+"""How old a claim may be when its Job is created. After 60 s the reconciler gives the run to another worker."""
 
-AGAIN = 1.0
-"""Seconds from a request for a Job that found no Kubernetes API to the next."""
+CREATE_RETRY_SECONDS = 1.0
+"""The pause before a Job is requested again because the Kubernetes API did not answer."""
 
-LONGEST = 63
-"""Letters of a Job's name; its pods have it as a label."""
+JOB_NAME_MAX_LENGTH = 63
+"""The length of a label's value: pods have the name of their Job as a label."""
 
 
 class Worker(CompatibleWorker):
-    """Prefect's Kubernetes worker, healthy only while it also watches, and drained before it ends.
+    """Claims due runs of a work pool and creates a Kubernetes Job for each claim.
 
-    It claims no run while its earlier claims are not yet Pending, which is from where on limits count them.
+    The worker claims no run while an earlier claim is not Pending: concurrency limits count runs from Pending on.
 
     Args:
-        namespace: where its Jobs go; None leaves that to the pool's base job template.
-        template: the base job template of its release; None takes that of the server's pool.
-        options: those of Prefect's worker.
+        namespace: the namespace of the Jobs; None to use that of the pool's base job template.
+        template: the base job template of the worker's release; None to use that of the pool on the server.
+        options: the options of Prefect's worker.
     """
 
     def __init__(self, namespace: str | None = None, template: dict[str, Any] | None = None, **options: Any) -> None:
@@ -103,131 +106,149 @@ class Worker(CompatibleWorker):
             self.job_configuration = job_template.configuration_of(template)
         self._namespace = namespace
         self._cluster = ""
-        self._draining = False
-        self._polling = asyncio.Lock()
-        self._proposed: set[UUID] = set()
-        self._claimed: dict[UUID, float] = {}
+        self._is_draining = False
+        self._poll_lock = asyncio.Lock()
+        self._answered_claims: set[UUID] = set()
+        """Runs whose claim the server has granted or refused."""
+        self._claim_times: dict[UUID, float] = {}
+        """When each claim began, by run, on the clock of `time.monotonic`."""
         self._claims: dict[UUID, UUID] = {}
-        self._away = False
-        self._warned: set[str] = set()
-        self._own = get_settings_context()
-        self._impatient = SettingsContext(
-            profile=self._own.profile, settings=self._own.settings.copy_with_update({PREFECT_CLIENT_MAX_RETRIES: 0})
+        """The id of each granted claim, by run."""
+        self._is_api_down = False
+        self._hidden_secrets: set[str] = set()
+        """Names of secret variables that a warning has named."""
+        self._settings = get_settings_context()
+        self._settings_without_retries = SettingsContext(
+            profile=self._settings.profile,
+            settings=self._settings.settings.copy_with_update({PREFECT_CLIENT_MAX_RETRIES: 0}),
         )
 
     def is_worker_still_polling(self, query_interval_seconds: float) -> bool:
-        """Whether the worker polls, and watches pods and Jobs if it is to; what its health check asks.
+        """Return whether the worker is healthy: it polls, and watches pods and Jobs if its settings say so.
 
-        Not before the server has answered for the first time: until then an older worker is not to go.
+        A worker is not healthy before the server's first answer: until then a rollout must keep the old worker.
         """
         if not self.is_setup or not self.has_work_pool:
             return False
-        # Prefect's thirty polls are a minute at a poll every two seconds: on a busy server some claims take that long.
-        polls = super().is_worker_still_polling(max(query_interval_seconds, 10))
-        missing = set(WATCHED) - watched_kinds(WATCHED) if KubernetesSettings().observer.enabled else set()
+        # Prefect allows 30 intervals without a poll: a minute at 2 s. On a busy server some claims take that long.
+        is_polling = super().is_worker_still_polling(max(query_interval_seconds, 10))
+        missing = set(WATCHED_KINDS) - watched_kinds(WATCHED_KINDS) if KubernetesSettings().observer.enabled else set()
         if missing:
             self.logger.error("No longer watching %s: the worker has to start again.", " and ".join(sorted(missing)))
             return False
-        return polls
+        return is_polling
 
     async def get_and_submit_flow_runs(self) -> list[FlowRun]:
-        """One poll; none any more once the worker drains, and none while a claim of an earlier poll is under way.
+        """Poll once, unless the worker drains or a claim of an earlier poll is in progress.
 
-        The server counts runs against the limits of pool and queue from Pending on: asked again before the last
-        claims are Pending, it would hand out more than the limits allow.
+        The server counts runs against the limits of pool and queue from Pending on. A poll before the last claims are
+        Pending would get more runs than the limits allow.
         """
-        async with self._polling:
-            self._proposed &= self.submitting
-            if self._draining or self.submitting - self._proposed:
+        async with self._poll_lock:
+            self._answered_claims &= self.submitting
+            if self._is_draining or self.submitting - self._answered_claims:
                 return []
             try:
-                if self._away and not self.has_synchronized:
+                if self._is_api_down and not self.has_synchronized:
                     await super().synchronize()
-                found = await super().get_and_submit_flow_runs()
+                runs = await super().get_and_submit_flow_runs()
             except HTTPError as error:
-                self._note_absence(error)
+                self._handle_outage(error)
                 self.record_poll()
                 return []
-            if self._away:
+            if self._is_api_down:
                 self.logger.info("The Prefect API answers again.")
-                self._away = False
-            return found
+                self._is_api_down = False
+            return runs
 
     async def read_due_runs(self) -> list[WorkerFlowRunResponse]:
         """Read which runs are due, without retries."""
-        # The next poll is the retry: the client's own would let half a minute pass before it finds the API back.
-        with self._impatient.model_copy():
+        # The next poll is the retry. The client's retries would find the API half a minute after it is back.
+        with self._settings_without_retries.model_copy():
             return await super().read_due_runs()
 
     async def synchronize(self) -> None:
-        """Send a heartbeat and read the pool; an API that does not answer is asked again by the next poll."""
-        self.limit_connect_time(CONNECT)
+        """Send a heartbeat and read the pool. If the API does not answer, the next poll tries again."""
+        self.limit_connect_time(CONNECT_TIMEOUT_SECONDS)
         try:
             await super().synchronize()
         except HTTPError as error:
-            self._note_absence(error)
+            self._handle_outage(error)
 
-    def _note_absence(self, error: HTTPError) -> None:
-        """Say once that nobody answers, or what: the next poll asks again. What is refused for good is an error."""
-        if not _is_absence(error):
+    def _handle_outage(self, error: HTTPError) -> None:
+        """Log an outage of the API once: the next poll tries again.
+
+        Raises:
+            HTTPError: the API refuses the request, and would refuse it again.
+        """
+        if not _is_outage(error):
             raise error
-        if not self._away:
+        if not self._is_api_down:
             self.logger.warning("The Prefect API cannot be used: %s. Asking again.", error or type(error).__name__)
-        self._away = True
+        self._is_api_down = True
 
     async def claim_and_submit(self, flow_run: FlowRun) -> None:
-        """Claim a due run and make its Job, or let the claim go if the Prefect API does not answer."""
-        # Here too the next poll is the retry, until the run is Pending: none is made before that.
+        """Claim a due run and make its Job, or drop the claim if the Prefect API does not answer."""
+        # The next poll is the retry. Without retries here, no claim becomes Pending after a long wait.
         try:
-            with self._impatient.model_copy():
+            with self._settings_without_retries.model_copy():
                 await super().claim_and_submit(flow_run)
         except HTTPError as error:
             self.release(flow_run)
-            self._note_absence(error)
+            self._handle_outage(error)
         finally:
-            self._claimed.pop(flow_run.id, None)
+            self._claim_times.pop(flow_run.id, None)
             self._claims.pop(flow_run.id, None)
 
     async def report_refusal(self, flow_run: FlowRun, message: str, client: PrefectClient | None = None) -> None:
-        """Say so, but not of a claim that was let go: by then the run may be another's."""
+        """Set the state of a run that gets no Job, unless the claim is dropped: another worker may have the run."""
         error = sys.exception()
-        if _is_absence(error) or isinstance(error, TimeoutError | ConnectionError | aiohttp.ClientError):
-            self.logger.warning("The claim of run %s is let go: %s.", flow_run.name, error or type(error).__name__)
+        if _is_outage(error) or isinstance(error, TimeoutError | ConnectionError | aiohttp.ClientError):
+            self._log_dropped_claim(flow_run, error or type(error).__name__)
         elif error is None:
             await super().report_refusal(flow_run, message, client)
         elif isinstance(error, RefusedVariableError):
             with contextlib.suppress(Abort, ObjectNotFound, HTTPError):
-                # The reconciler tries no run again that a person has to cure.
+                # With this cause the reconciler does not retry the run: only a person can correct the variable.
                 await self.client.update_flow_run_labels(flow_run.id, {CAUSE_LABEL: "start"})
                 await super().report_refusal(flow_run, f"{JOB_NOT_CREATED}{error}.", client)
         else:
             try:
-                state = await self._refused(flow_run, error)
+                state = await self._record_refusal(flow_run, error)
                 if state:
                     await propose_state(self.client, state, flow_run_id=flow_run.id)
                 else:
                     await super().report_refusal(flow_run, message, client)
-            except (Abort, ObjectNotFound, HTTPError) as hindrance:
-                self.logger.warning("The claim of run %s is let go: %s.", flow_run.name, hindrance)
+            except (Abort, ObjectNotFound, HTTPError) as cause:
+                self._log_dropped_claim(flow_run, cause)
 
-    async def _refused(self, flow_run: FlowRun, error: BaseException) -> State[Any] | None:
-        """Note since when the run has no Job; its state, which says why, or None if no worker is to claim it again.
+    def _log_dropped_claim(self, flow_run: FlowRun, cause: object) -> None:
+        self.logger.warning(
+            "The claim of run %s is dropped: %s.", flow_run.name, cause, extra={RUN_ID: str(flow_run.id)}
+        )
 
-        The reconciler lets a worker claim it again, or gives it up after a time. Without one it is Scheduled here.
+    async def _record_refusal(self, flow_run: FlowRun, error: BaseException) -> State[Any] | None:
+        """Label the run with the time since which Kubernetes refuses its Job.
+
+        With a reconciler the run is Pending: the reconciler lets a worker claim the run again, or gives the run up.
+        Without a reconciler the run is Scheduled.
+
+        Returns:
+            The run's state, whose message has the reason; None if no worker is to claim the run again.
         """
         answer = error
         while answer.__context__ and not hasattr(answer, "status"):
             answer = answer.__context__
         status = int(getattr(answer, "status", None) or 0)
-        is_kubernetes = hasattr(answer, "status") or isinstance(answer, OSError)
-        word = "" if error.__cause__ is answer else f"{getattr(answer, 'reason', None) or type(error).__name__}: "
-        sentence = f"{JOB_NOT_CREATED}{word}{error}"
-        found = await self.client.read_flow_run(flow_run.id)
-        before = Refusal.read(found.labels)
+        is_from_kubernetes = hasattr(answer, "status") or isinstance(answer, OSError)
+        reason = "" if error.__cause__ is answer else f"{getattr(answer, 'reason', None) or type(error).__name__}: "
+        sentence = f"{JOB_NOT_CREATED}{reason}{error}"
+        run = await self.client.read_flow_run(flow_run.id)
+        earlier = Refusal.read(run.labels)
         refusal = Refusal(
-            before.since if before and before.attempts == found.run_count else datetime.now(UTC),
-            is_kubernetes and causes.is_transient(status, sentence),
-            found.run_count,
+            earlier.since if earlier and earlier.attempts == run.run_count else datetime.now(UTC),
+            is_from_kubernetes and causes.is_transient(status, sentence),
+            run.run_count,
         )
         await self.client.update_flow_run_labels(flow_run.id, {REFUSAL_LABEL: refusal.label})
         if not KubernetesSettings().observer.enabled:
@@ -239,54 +260,54 @@ class Worker(CompatibleWorker):
         return Scheduled(scheduled_time=due, name=JOB_REFUSED, message=sentence)
 
     async def claim(self, flow_run: FlowRun) -> bool:
-        """Set a run Pending, and note the claim's id and age; return whether the claim was granted."""
-        self._claimed[flow_run.id] = time.monotonic()
+        """Set a run Pending, and keep the claim's id and time; return whether the claim was granted."""
+        self._claim_times[flow_run.id] = time.monotonic()
         try:
-            pending = await super().claim(flow_run)
-            if pending:
-                # Its id is the claim. Another name is of another worker's claim, which came after this one.
+            is_granted = await super().claim(flow_run)
+            if is_granted:
+                # The state's id is the claim. A state with another name belongs to another worker's later claim.
                 state = (await self.client.read_flow_run(flow_run.id)).state
-                pending = state is not None and state.name == "Pending"
-                if state and pending:
+                is_granted = state is not None and state.name == "Pending"
+                if state and is_granted:
                     self._claims[flow_run.id] = state.id
-            return pending
+            return is_granted
         except ObjectNotFound:
-            return False  # it was deleted meanwhile
+            return False  # the run was deleted meanwhile
         finally:
-            self._proposed.add(flow_run.id)
-            # For what follows in this task, until the block in `claim_and_submit` ends: to record a Job is worth some
-            # patience, and whatever is set while a Job is made its run gets too.
-            self._own.model_copy().__enter__()
+            self._answered_claims.add(flow_run.id)
+            # From here until the block in `claim_and_submit` ends, requests are retried: the Job must be recorded. And
+            # the run's container gets the settings that hold while its Job is made.
+            self._settings.model_copy().__enter__()
 
     async def label_claimed_run(self, flow_run_id: UUID) -> None:
-        """Mark a claimed run, for the reconciler of this cluster alone."""
+        """Label a claimed run with this cluster and namespace, so that this cluster's reconciler alone acts on it."""
         await super().label_claimed_run(flow_run_id)
         if not self._cluster:
-            # Where it does not answer, the reconciler knows the cluster by the other mark as well.
+            # If Kubernetes does not answer, the hash of the certificate identifies the cluster to the reconciler, too.
             with contextlib.suppress(ClusterError):
                 async with connected("") as cluster:
                     self._cluster = await cluster.identity()
-        if marked := self._cluster or certificate_hash():
-            await self.client.update_flow_run_labels(flow_run_id, {CLUSTER_LABEL: marked})
+        if identity := self._cluster or certificate_hash():
+            await self.client.update_flow_run_labels(flow_run_id, {CLUSTER_LABEL: identity})
         if self._namespace:
             await self.client.update_flow_run_labels(flow_run_id, {NAMESPACE_LABEL: self._namespace})
 
     async def report_submitting(self, flow_run: FlowRun) -> None:
-        """Set a claimed run Submitting, in the time that is left of the claim."""
-        # Not of a claim that is too old: to the reconciler, which gives it away, it would be new again.
-        async with asyncio.timeout(self._left(flow_run)):
+        """Set a claimed run Submitting before the claim's timeout."""
+        # The new state would make a claim look new that the reconciler is about to give away.
+        async with asyncio.timeout(self._remaining_seconds(flow_run)):
             await super().report_submitting(flow_run)
 
-    def _left(self, flow_run: FlowRun) -> float:
-        """Seconds until the run's claim is too old for a Job.
+    def _remaining_seconds(self, flow_run: FlowRun) -> float:
+        """Return how many seconds are left in which the run's claim may get a Job.
 
         Raises:
-            TimeoutError: it is.
+            TimeoutError: none.
         """
         now = time.monotonic()
-        if (age := now - self._claimed.get(flow_run.id, now)) > CLAIM:
+        if (age := now - self._claim_times.get(flow_run.id, now)) > CLAIM_TIMEOUT_SECONDS:
             raise TimeoutError(f"it is {age:.0f} s old, and the run may be another worker's by now")
-        return CLAIM - age
+        return CLAIM_TIMEOUT_SECONDS - age
 
     async def run(
         self,
@@ -297,44 +318,44 @@ class Worker(CompatibleWorker):
         """Make the run's Job.
 
         Raises:
-            TimeoutError: the claim is too old for that.
+            TimeoutError: the claim is too old for a Job.
         """
-        left = self._left(flow_run)
+        remaining = self._remaining_seconds(flow_run)
         manifest = configuration.job_manifest
         if self._namespace:
             configuration.namespace = manifest["metadata"]["namespace"] = self._namespace
         template = manifest["spec"]["template"]
-        # Prefect executes the run in the first. An injector may put others before it.
+        # Prefect executes the run in the first container. An injector may put other containers before it.
         main = {MAIN_CONTAINER_ANNOTATION: template["spec"]["containers"][0].get("name", MAIN_CONTAINER)}
         template["metadata"]["annotations"] = main | (template["metadata"].get("annotations") or {})
         environment = template["spec"]["containers"][0]["env"]
         if deadline := manifest["spec"].get("activeDeadlineSeconds") or template["spec"].get("activeDeadlineSeconds"):
             environment.append({"name": DEADLINE_VARIABLE, "value": str(deadline)})
         command = template["spec"]["containers"][0].get("command") or []
-        if not any("supervisor.py" in each for each in command) and not KubernetesSettings().observer.enabled:
-            # Prefect's own command would have the run tried again for ever. The reconciler has budgets.
-            for each in environment:
-                if each["name"] == "PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR":
-                    each["value"] = "relinquish"
-        left_out = _leave_out_secrets(environment)
+        if not any("supervisor.py" in word for word in command) and not KubernetesSettings().observer.enabled:
+            # On SIGTERM Prefect's own command would reschedule the run without end. The reconciler has retry budgets.
+            for variable in environment:
+                if variable["name"] == "PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR":
+                    variable["value"] = "relinquish"
+        removed = _remove_secrets(environment)
         if folder := os.environ.get(RUN_CREDENTIALS_VARIABLE):
             # A value, not a reference: it is worth nothing beyond this run, and needs no right to create Secrets.
             environment[:] = [entry for entry in environment if entry["name"] != AUTH_VARIABLE]
             environment.append({"name": AUTH_VARIABLE, "value": sign_run(read_run_key(folder), flow_run.id)})
-            left_out.discard(AUTH_VARIABLE)
-        if left_out - self._warned:
-            self._warned |= left_out
+            removed.discard(AUTH_VARIABLE)
+        if removed - self._hidden_secrets:
+            self._hidden_secrets |= removed
             self.logger.warning(
                 "Runs do not get %s, which a Job's manifest would show. Give it by reference: runs.env of the chart.",
-                " and ".join(sorted(left_out)),
+                " and ".join(sorted(removed)),
             )
         if claim := self._claims.get(flow_run.id):
-            _name(manifest["metadata"], claim)
-        async with asyncio.timeout(left):
+            _name_after_claim(manifest["metadata"], claim)
+        async with asyncio.timeout(remaining):
             return await super().run(flow_run, configuration, task_status)
 
     async def create_job(self, configuration: KubernetesWorkerJobConfiguration, client: ApiClient) -> V1Job:
-        """Create the claim's Job, or find the one that an unanswered request has created."""
+        """Create the claim's Job, or return the Job that an unanswered request has created."""
         name = configuration.job_manifest["metadata"].get("name", "")
         if not claim_of(name):
             return await super().create_job(configuration, client)
@@ -343,26 +364,27 @@ class Worker(CompatibleWorker):
                 return await super().create_job(configuration, client)
             except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
                 self.logger.warning("The Kubernetes API does not answer: %s. Asking again.", error)
-                await asyncio.sleep(AGAIN)
+                await asyncio.sleep(CREATE_RETRY_SECONDS)
             except InfrastructureError as error:
                 if getattr(error.__cause__, "status", 0) != HTTPStatus.CONFLICT:
                     raise
                 return await BatchV1Api(client).read_namespaced_job(name, configuration.namespace)
 
     async def drain(self) -> None:
-        """Claim nothing more, and wait until each claimed run has its Job."""
-        self._draining = True
-        async with self._polling:
+        """Stop claiming runs, and wait until each claimed run has its Job."""
+        self._is_draining = True
+        async with self._poll_lock:
             claimed = len(self.submitting)
         self.logger.info("Asked to end; claimed runs that are submitted first: %d.", claimed)
         while self.submitting:
             await asyncio.sleep(0.05)
 
 
-def _leave_out_secrets(environment: list[dict[str, Any]]) -> set[str]:
-    """Remove the worker's own secret settings from the environment of a run's Job; return their names.
+def _remove_secrets(environment: list[dict[str, Any]]) -> set[str]:
+    """Remove the worker's secret settings from the environment of a run's Job; return their names.
 
-    Prefect's worker copies its settings into each Job, and refers to key and password only where a Secret is named.
+    Prefect's worker copies its settings into each Job. It refers to a Secret only for the API's key and password, and
+    only if its settings name a Secret.
     """
     settings, by_reference = get_current_settings(), KubernetesSettings().worker
     kept = set()
@@ -373,19 +395,19 @@ def _leave_out_secrets(environment: list[dict[str, Any]]) -> set[str]:
     shown = settings.to_environment_variables(exclude_unset=True)
     hidden = settings.to_environment_variables(exclude_unset=True, include_secrets=False)
     secret = {name for name, value in shown.items() if hidden.get(name) != value} | {"PREFECT_CLIENT_CUSTOM_HEADERS"}
-    found = {each["name"] for each in environment if each["name"] in secret - kept and "value" in each}
-    environment[:] = [each for each in environment if each["name"] not in found or "value" not in each]
-    return found
+    removed = {item["name"] for item in environment if item["name"] in secret - kept and "value" in item}
+    environment[:] = [item for item in environment if item["name"] not in removed or "value" not in item]
+    return removed
 
 
-def _name(metadata: dict[str, Any], claim: UUID) -> None:
-    """Name a Job after its claim; one that the pool names keeps its name."""
+def _name_after_claim(metadata: dict[str, Any], claim: UUID) -> None:
+    """Name a Job after its claim, unless the pool's template has a fixed name."""
     if prefix := metadata.get("generateName"):
-        end = f"-{str(claim)[-12:]}"
-        metadata["name"] = prefix[: LONGEST - len(end)].rstrip("-.") + end
+        suffix = f"-{str(claim)[-12:]}"
+        metadata["name"] = prefix[: JOB_NAME_MAX_LENGTH - len(suffix)].rstrip("-.") + suffix
 
 
-def _is_absence(error: BaseException | None) -> bool:
-    """Whether the API did not answer, or not as itself: what it refuses it would refuse again."""
-    refused = isinstance(error, HTTPStatusError) and error.response.status_code < 500
-    return isinstance(error, HTTPError) and not refused
+def _is_outage(error: BaseException | None) -> bool:
+    """Return whether the API did not answer, or failed with a 5xx. A retry may succeed then."""
+    is_refused = isinstance(error, HTTPStatusError) and error.response.status_code < 500
+    return isinstance(error, HTTPError) and not is_refused

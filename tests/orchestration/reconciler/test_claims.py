@@ -38,7 +38,8 @@ from tests.parts import asked, client_of
 from tests.relay import stalled
 
 CLAIM, GIVEN_AWAY_AFTER, REQUEST = 8.0, 11.0, 1.0
-"""Seconds: the worker's `CLAIM`, the reconciler's `Policy.claim_seconds`, and its timeout of a Kubernetes request."""
+"""Seconds: the worker's `CLAIM_TIMEOUT_SECONDS`, the reconciler's `Policy.claim_seconds`, and its timeout of a request to
+Kubernetes."""
 
 EXECUTES = """
 import os, sys, time, urllib.request
@@ -242,7 +243,7 @@ async def running(tasks: list[Any]) -> AsyncIterator[list[asyncio.Task[Any]]]:
 @pytest.fixture
 def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let workers watch no cluster, and claim with timeouts of seconds in place of a minute."""
-    monkeypatch.setattr(kubernetes_worker, "CLAIM", CLAIM)
+    monkeypatch.setattr(kubernetes_worker, "CLAIM_TIMEOUT_SECONDS", CLAIM)
     monkeypatch.setenv("PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED", "false")
     for name in ("DELAY_SECONDS", "JITTER_MAX_SECONDS"):
         monkeypatch.setenv(f"PREFECT_INTEGRATIONS_KUBERNETES_WORKER_CREATE_JOB_RETRY_{name}", "0")

@@ -186,7 +186,7 @@ def test_a_worker_outlasts_an_api_that_is_away(
 
     Where a network drops what it sends a poll of its own takes a minute, in which it asks at ever longer intervals.
     """
-    monkeypatch.setattr(kubernetes_worker, "CONNECT", 0.2)
+    monkeypatch.setattr(kubernetes_worker, "CONNECT_TIMEOUT_SECONDS", 0.2)
     assert asyncio.run(_claimed_around_absences(prefect_server, free_port(), absent)) >= 15
 
 
@@ -267,11 +267,11 @@ def _raise(error: Exception) -> Callable[..., None]:
 
 
 def _grow_old(claiming: kubernetes_worker.Worker, run: UUID) -> None:
-    claiming._claimed[run] -= kubernetes_worker.CLAIM
+    claiming._claim_times[run] -= kubernetes_worker.CLAIM_TIMEOUT_SECONDS
 
 
 def _grow_nearly_too_old(claiming: kubernetes_worker.Worker, run: UUID) -> None:
-    claiming._claimed[run] -= kubernetes_worker.CLAIM - 0.5
+    claiming._claim_times[run] -= kubernetes_worker.CLAIM_TIMEOUT_SECONDS - 0.5
 
 
 @pytest.mark.parametrize(
