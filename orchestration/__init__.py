@@ -1,1 +1,1 @@
-"""What flows and the cluster's own jobs import: settings, the warehouse, dbt, the worker, environments."""
+"""The library that flows import, and the components that run flows on Kubernetes."""

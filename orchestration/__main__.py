@@ -1,4 +1,4 @@
-"""`orchestrate`: deployments as desired state, and runs that are never lost, from the command line."""
+"""The command `orchestrate`: deployments as desired state, diagnosis of runs, and the reconciler."""
 
 import argparse
 import asyncio
@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-# Beyond these, a command imports what it needs: --help is there at once.
+# All other modules are imported by the command that needs them, so that --help is fast.
 from orchestration.errors import DeploymentsError, PipelineError
 from orchestration.terminal import printable_output
 
@@ -20,19 +20,20 @@ if TYPE_CHECKING:
     from orchestration.deployments.desired_state import DesiredState
     from orchestration.prefect_api import Server
 
-NOTHING, FAILED, DIFFERS, INTERRUPTED = 0, 1, 2, 130
+SUCCEEDED, FAILED, DIFFERS, INTERRUPTED = 0, 1, 2, 130
 """Exit statuses."""
 
 
 class _Parser(argparse.ArgumentParser):
+    """Exits with 1 on wrong arguments, as the exit status 2 of a plan means changes."""
+
     def error(self, message: str) -> NoReturn:
-        """argparse ends with 2, which a plan says of changes."""
         self.print_usage(sys.stderr)
         self.exit(FAILED, f"{self.prog}: {message}\n")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     top = _Parser(prog="orchestrate", description="Deployments as desired state, and runs that are never lost.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -40,63 +41,72 @@ def parser() -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=text, description=text)
         if files:
             made.add_argument("files", nargs="*", metavar="FILE", help="default: prefect.yaml")
-        made.add_argument("--owner", default="", help="whose things these are; default: the `name` of prefect.yaml")
+        made.add_argument("--owner", default="", help="the owner of the resources; default: the `name` of prefect.yaml")
         return made
 
+    as_json = "print JSON"
+    directory = "the working directory of runs; default: this directory"
+    wait_at_start = "how long to wait for the API at the start"
     for name, text in (
-        ("plan", "what a sync would do; exit status 0 nothing, 2 something, 1 an error"),
-        ("sync", "bring the server to what the files say"),
+        ("plan", "print what sync would change, as a dry run; exit status 0 no changes, 2 changes, 1 an error"),
+        ("sync", "change the server to the desired state in the files"),
     ):
         made = command(name, text)
-        made.add_argument("--prune", action="store_true", help="delete what the owner has and the files no longer have")
-        made.add_argument("--adopt", action="store_true", help="take over what exists and nobody owns")
-        made.add_argument("--directory", type=Path, help="the working directory of runs; default: this one")
-        made.add_argument("--wait", type=float, default=0, metavar="SECONDS", help="for the API to answer")
+        made.add_argument(
+            "--prune", action="store_true", help="delete the owner's resources that the files no longer have"
+        )
+        made.add_argument("--adopt", action="store_true", help="take over existing resources that have no owner")
+        made.add_argument("--directory", type=Path, help=directory)
+        made.add_argument("--wait", type=float, default=0, metavar="SECONDS", help="how long to wait for the API")
         if name == "plan":
-            made.add_argument("--json", action="store_true", help="for programs")
-    made = command("diff", "what was changed on the server since the last sync; exit status 2 if anything", files=False)
-    made.add_argument("--json", action="store_true", help="for programs")
-    made = command("export", "write what the server has as a file that changes nothing when synced", files=False)
-    made.add_argument("--mine", action="store_true", help="only what the owner has, without what nobody owns")
-    made.add_argument("--output", type=Path, metavar="FILE", help="default: printed")
-    made.add_argument("--directory", type=Path, help="the working directory of runs; default: this one")
-    made = command("adopt", "take something over as it is on the server", files=False)
-    made.add_argument("names", nargs="+", metavar="KIND:KEY", help="like deployment:etl/nightly")
-    made.add_argument("--from", dest="giver", default="", metavar="OWNER", help="whose it is; default: nobody's")
-    made = command("check", "that flows import, parameters and schedules fit; needs no server")
+            made.add_argument("--json", action="store_true", help=as_json)
+    text = "print the drift: changes on the server since the last sync; exit status 2 if there are any"
+    made = command("diff", text, files=False)
+    made.add_argument("--json", action="store_true", help=as_json)
+    made = command("export", "write the server's resources as a file whose sync changes nothing", files=False)
+    made.add_argument("--mine", action="store_true", help="only resources of the owner, and none without an owner")
+    made.add_argument("--output", type=Path, metavar="FILE", help="default: print the file")
+    made.add_argument("--directory", type=Path, help=directory)
+    made = command("adopt", "take over resources without changing them", files=False)
+    made.add_argument("names", nargs="+", metavar="KIND:KEY", help="for example deployment:etl/nightly")
+    made.add_argument("--from", dest="giver", default="", metavar="OWNER", help="the present owner; default: none")
+    made = command("check", "check that flows can be imported and fit their parameters and schedules; needs no server")
     made.add_argument("--quota", type=Path, metavar="FILE", help="ResourceQuota and LimitRange objects to fit in")
-    made = command("watch", "look for drift from time to time: an artifact, events, metrics", files=False)
-    made.add_argument("--every", type=float, default=300, metavar="SECONDS")
-    made.add_argument("--port", type=int, default=8080, help="of /health and /metrics")
-    made.add_argument("--wait", type=float, default=300, metavar="SECONDS", help="for the API to answer at first")
-    made = commands.add_parser("runs", help="runs that are due and not over, each with why it is where it is")
-    made.add_argument("--stuck", action="store_true", help="only those that do not get on; exit status 2 if any")
-    made.add_argument("--json", action="store_true", help="for programs")
-    made = commands.add_parser("why", help="what became of a run, from creation to end, and the diagnosis")
-    made.add_argument("run", metavar="RUN", help="its name or id")
-    made.add_argument("--json", action="store_true", help="for programs")
+    made = command("watch", "look for drift at intervals; report it by an artifact, events and metrics", files=False)
+    made.add_argument("--every", type=float, default=300, metavar="SECONDS", help="the interval")
+    made.add_argument("--port", type=int, default=8080, help="the port of /health and /metrics")
+    made.add_argument("--wait", type=float, default=300, metavar="SECONDS", help=wait_at_start)
+    text = "list runs that are due and have not ended, with the reason"
+    made = commands.add_parser("runs", help=text, description=text)
+    made.add_argument("--stuck", action="store_true", help="only runs that make no progress; exit status 2 if any")
+    made.add_argument("--json", action="store_true", help=as_json)
+    text = "explain a run: its timeline from creation to end, and the diagnosis"
+    made = commands.add_parser("why", help=text, description=text)
+    made.add_argument("run", metavar="RUN", help="the run's name or id")
+    made.add_argument("--json", action="store_true", help=as_json)
     text = "print the page of a diagnosis: what it means and how to cure it"
     made = commands.add_parser("explain", help=text, description=text)
-    named = "a diagnosis, or a state or reason such as OOMKilled; default: print the index"
-    made.add_argument("name", nargs="?", default="", metavar="NAME", help=named)
-    text = "how much memory the runs of each deployment used, and what it should ask for"
+    text = "a diagnosis, or a state or reason such as OOMKilled; default: print the index"
+    made.add_argument("name", nargs="?", default="", metavar="NAME", help=text)
+    text = "print how much memory the runs of each deployment used, and suggest requests and limits"
     made = commands.add_parser("memory", help=text, description=text)
     made.add_argument("deployment", nargs="?", default="", metavar="DEPLOYMENT", help="NAME or FLOW/NAME; default: all")
-    made.add_argument("--json", action="store_true", help="for programs")
-    text = "bring runs and their pods into agreement, from inside of their namespace"
+    made.add_argument("--json", action="store_true", help=as_json)
+    text = "run the reconcile loop, which brings runs and their pods into agreement, in the namespace of the pods"
     made = commands.add_parser("reconcile", help=text, description=text)
     made.add_argument("--pool", required=True, help="the work pool")
-    made.add_argument("--namespace", required=True, help="where its Jobs are")
-    made.add_argument("--every", type=float, default=2, metavar="SECONDS")
-    made.add_argument("--port", type=int, default=8080, help="of /health and /metrics")
-    made.add_argument("--wait", type=float, default=300, metavar="SECONDS", help="for the API to answer at first")
-    made.add_argument("--lease", default="", metavar="NAME", help="of several, the one that holds this Lease acts")
-    made.add_argument("--identity", default=platform.node(), help="this one's name among them; default: the host's")
-    made.add_argument("--pending", type=float, default=600, metavar="SECONDS", help="for a pod that cannot start")
-    text = "for a run that waits for room: a quota, full nodes"
+    made.add_argument("--namespace", required=True, help="the namespace of the Jobs")
+    made.add_argument("--every", type=float, default=2, metavar="SECONDS", help="the interval of the loop")
+    made.add_argument("--port", type=int, default=8080, help="the port of /health and /metrics")
+    made.add_argument("--wait", type=float, default=300, metavar="SECONDS", help=wait_at_start)
+    made.add_argument("--lease", default="", metavar="NAME", help="the Lease for the leader election; default: none")
+    made.add_argument("--identity", default=platform.node(), help="the name in the leader election; default: the host")
+    text = "how long a pod may fail to start before its run is given up"
+    made.add_argument("--pending", type=float, default=600, metavar="SECONDS", help=text)
+    text = "how long a run may wait for capacity (a quota, full nodes) before it is given up"
     made.add_argument("--capacity", type=float, default=86_400, metavar="SECONDS", help=text)
-    made.add_argument("--kubernetes", default="", metavar="URL", help="of `kubectl proxy`, outside of a pod")
-    made.add_argument("--no-pod-events", action="store_true", help="tell the server nothing of what happens to pods")
+    made.add_argument("--kubernetes", default="", metavar="URL", help="the URL of `kubectl proxy`, outside a pod")
+    made.add_argument("--no-pod-events", action="store_true", help="send the server no events of pods")
     return top
 
 
@@ -105,7 +115,7 @@ def _files(options: argparse.Namespace) -> list[str]:
 
 
 def _name() -> str:
-    """The name in prefect.yaml; empty if there is none."""
+    """Return the name in prefect.yaml; empty if there is none."""
     from orchestration.deployments import files
 
     name = files.read(["prefect.yaml"])[0].get("name") if Path("prefect.yaml").exists() else None
@@ -113,17 +123,22 @@ def _name() -> str:
 
 
 def _owner(options: argparse.Namespace) -> str:
-    """Who is meant, where no file is read but for its name."""
+    """Return the owner for a command that reads only the name in prefect.yaml.
+
+    Raises:
+        DeploymentsError: no owner is given.
+    """
     name = options.owner or _name()
     if not name:
-        raise DeploymentsError("Whose things are meant is not said: no prefect.yaml with a `name` is here. Say --owner")
+        raise DeploymentsError("No owner: add `name:` to prefect.yaml or pass --owner")
     return str(name)
 
 
 @contextlib.asynccontextmanager
-async def _wanted(options: argparse.Namespace) -> AsyncIterator[tuple["Server", "DesiredState"]]:
-    """The server, and what the files want of it. A mistake in the files is found without it where they name none of
-    its variables.
+async def _connected_with_desired(options: argparse.Namespace) -> AsyncIterator[tuple["Server", "DesiredState"]]:
+    """Connect to the server, and read the desired state from the files.
+
+    Mistakes in files that use no variables of the server are reported without a server.
     """
     from orchestration.deployments import desired_state, files, live_state, placeholders
     from orchestration.prefect_api import connected
@@ -137,7 +152,7 @@ async def _wanted(options: argparse.Namespace) -> AsyncIterator[tuple["Server", 
         default_pool=desired_state.default_pool(),
     )
     names = placeholders.server_variables(documents)
-    wanted = None if names else read()
+    wanted = None if names else read()  # before the connection
     async with connected(options.wait, functools.partial(print, file=sys.stderr, flush=True)) as api:
         yield api, wanted or read(variables=await live_state.variables(api, names))
 
@@ -145,19 +160,19 @@ async def _wanted(options: argparse.Namespace) -> AsyncIterator[tuple["Server", 
 async def _plan(options: argparse.Namespace) -> int:
     from orchestration.deployments import plan, show
 
-    async with _wanted(options) as (api, wanted):
+    async with _connected_with_desired(options) as (api, wanted):
         found = await plan.make(api, wanted, prune=options.prune, adopt=options.adopt)
     (show.print_plan_json if options.json else show.print_plan)(found)
-    return DIFFERS if found.changes else NOTHING
+    return DIFFERS if found.changes else SUCCEEDED
 
 
 async def _sync(options: argparse.Namespace) -> int:
     from orchestration.deployments import show, sync
 
-    async with _wanted(options) as (api, wanted):
+    async with _connected_with_desired(options) as (api, wanted):
         carried_out = await sync.sync(api, wanted, prune=options.prune, adopt=options.adopt, report=show.print_start)
     show.print_result(carried_out)
-    return NOTHING
+    return SUCCEEDED
 
 
 async def _diff(options: argparse.Namespace) -> int:
@@ -171,7 +186,7 @@ async def _diff(options: argparse.Namespace) -> int:
         show.print_drift_json(owner, found)
     else:
         show.print_drift(owner, found)
-    return DIFFERS if found else NOTHING
+    return DIFFERS if found else SUCCEEDED
 
 
 async def _export(options: argparse.Namespace) -> int:
@@ -190,7 +205,7 @@ async def _export(options: argparse.Namespace) -> int:
         print(f"Left out: {resources.display_name(name)} {reason}", file=sys.stderr)
     for other, number in sorted(others.items()):
         print(f"Left out: {number} of {other}. Export them by --owner '{other}'", file=sys.stderr)
-    return NOTHING
+    return SUCCEEDED
 
 
 async def _adopt(options: argparse.Namespace) -> int:
@@ -198,14 +213,14 @@ async def _adopt(options: argparse.Namespace) -> int:
     from orchestration.prefect_api import connected
 
     try:
-        names = [resources.parse_name(each) for each in options.names]
+        names = [resources.parse_name(name) for name in options.names]
     except ValueError as error:
         raise DeploymentsError(str(error)) from None
     owner = _owner(options)
     async with connected() as api:
         await adoption.adopt(api, owner, names, options.giver)
     print(f"{owner} has taken over {', '.join(map(resources.display_name, names))}.")
-    return NOTHING
+    return SUCCEEDED
 
 
 async def _check(options: argparse.Namespace) -> int:
@@ -213,7 +228,7 @@ async def _check(options: argparse.Namespace) -> int:
 
     pool = desired_state.default_pool() or "default"
     check.show(check.check(_files(options), owner=options.owner, pool=pool, quota=options.quota))
-    return NOTHING
+    return SUCCEEDED
 
 
 async def _watch(options: argparse.Namespace) -> int:
@@ -222,7 +237,7 @@ async def _watch(options: argparse.Namespace) -> int:
 
     logs.configure()
     await watch.watch(_owner(options), every=options.every, port=options.port, wait=options.wait)
-    return NOTHING
+    return SUCCEEDED
 
 
 async def _runs(options: argparse.Namespace) -> int:
@@ -232,7 +247,7 @@ async def _runs(options: argparse.Namespace) -> int:
     async with connected() as api:
         found = await unfinished_runs.read_unfinished_runs(api, stuck=options.stuck)
     output.print_runs(found, as_json=options.json)
-    return DIFFERS if found and options.stuck else NOTHING
+    return DIFFERS if found and options.stuck else SUCCEEDED
 
 
 async def _why(options: argparse.Namespace) -> int:
@@ -244,14 +259,14 @@ async def _why(options: argparse.Namespace) -> int:
         entries = await timeline.read_timeline(api, run)
         diagnosis = await run_diagnosis.diagnose_run(api, run)
     output.print_timeline(entries, diagnosis, as_json=options.json)
-    return NOTHING
+    return SUCCEEDED
 
 
 async def _explain(options: argparse.Namespace) -> int:
     from orchestration import diagnoses
 
     print(diagnoses.page(diagnoses.find(options.name) if options.name else diagnoses.INDEX), end="")
-    return NOTHING
+    return SUCCEEDED
 
 
 async def _memory(options: argparse.Namespace) -> int:
@@ -261,7 +276,7 @@ async def _memory(options: argparse.Namespace) -> int:
     async with connected() as api:
         usages = await memory.read_usage(api, options.deployment)
     memory.print_usage(usages, as_json=options.json)
-    return NOTHING
+    return SUCCEEDED
 
 
 async def _reconcile(options: argparse.Namespace) -> int:
@@ -282,7 +297,7 @@ async def _reconcile(options: argparse.Namespace) -> int:
         url=options.kubernetes,
         pod_events=not options.no_pod_events,
     )
-    return NOTHING
+    return SUCCEEDED
 
 
 COMMANDS = {
@@ -301,16 +316,16 @@ COMMANDS = {
 }
 
 
-STANDING = {"watch", "reconcile"}
-"""Those that end when they are told to."""
+LONG_RUNNING = {"watch", "reconcile"}
+"""Commands that run until a signal ends them."""
 
 
 @printable_output()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     options = parser().parse_args(arguments)
-    if arguments is None and options.command not in STANDING:
-        # Of a short life: looking for garbage costs a quarter of what Prefect's import takes, and again at the end.
+    if arguments is None and options.command not in LONG_RUNNING:
+        # In a short process garbage collection costs a quarter of the time of Prefect's import, and again at the exit.
         gc.disable()
         atexit.register(gc.freeze)
     try:

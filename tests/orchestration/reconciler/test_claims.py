@@ -38,8 +38,8 @@ from tests.parts import asked, client_of
 from tests.relay import stalled
 
 CLAIM, GIVEN_AWAY_AFTER, REQUEST = 8.0, 11.0, 1.0
-"""Seconds: the worker's `CLAIM_TIMEOUT_SECONDS`, the reconciler's `Policy.claim_seconds`, and its timeout of a request to
-Kubernetes."""
+"""Seconds: the worker's `CLAIM_TIMEOUT_SECONDS`, the reconciler's `Policy.claim_seconds`, and its timeout of a
+request to Kubernetes."""
 
 EXECUTES = """
 import os, sys, time, urllib.request
