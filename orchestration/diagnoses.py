@@ -1,4 +1,4 @@
-"""The pages of docs/diagnoses, which the image has, too."""
+"""The pages of docs/diagnoses. The image has them, too."""
 
 import posixpath
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 from orchestration.errors import DiagnosisError
 
 FOLDER = "docs/diagnoses"
-"""Where repository and image have the pages."""
+"""The folder of the pages in the repository and in the image."""
 
 _PAGES = Path(__file__).resolve().parents[1] / FOLDER
 
@@ -16,7 +16,7 @@ INDEX = "index"
 
 def names() -> list[str]:
     """Return the names of all diagnoses, sorted."""
-    return sorted(each.stem for each in _PAGES.glob("*.md") if each.stem != INDEX)
+    return sorted(file.stem for file in _PAGES.glob("*.md") if file.stem != INDEX)
 
 
 def path(name: str) -> str:
@@ -45,7 +45,7 @@ def find(word: str) -> str:
     """Return the name of the diagnosis that a word means.
 
     Args:
-        word: a diagnosis's name, or what Kubernetes or Prefect call it, such as `OOMKilled`; in any case of letters.
+        word: the name of a diagnosis, or a term of Kubernetes or Prefect such as `OOMKilled`; letters of either case.
 
     Raises:
         DiagnosisError: no page has the word, or several pages have it.
@@ -55,14 +55,15 @@ def find(word: str) -> str:
         return word
     found: list[str] = []
     if word[:1].isalnum():
-        begins = re.compile(rf"(?<!\w){re.escape(word)}", re.IGNORECASE)
-        seen = {name: _source(name).partition("**What it means.**")[0] for name in names()}
-        found = [name for name in seen if begins.search(title(name))] or [n for n in seen if begins.search(seen[n])]
+        word_start = re.compile(rf"(?<!\w){re.escape(word)}", re.IGNORECASE)
+        heads = {name: _source(name).partition("**What it means.**")[0] for name in names()}
+        found = [name for name in heads if word_start.search(title(name))]
+        found = found or [name for name, head in heads.items() if word_start.search(head)]
     if len(found) == 1:
         return found[0]
-    said = f"{len(found)} pages are about {word!r}:" if found else f"No page is about {word!r}. There are:"
+    heading = f"{len(found)} pages are about {word!r}:" if found else f"No page is about {word!r}. There are:"
     lines = [f"  {name:<14} {title(name)}" for name in found or names()]
-    raise DiagnosisError("\n".join([said, *lines, "Name one of them: orchestrate explain NAME"]))
+    raise DiagnosisError("\n".join([heading, *lines, "Name one of them: orchestrate explain NAME"]))
 
 
 def _source(name: str) -> str:

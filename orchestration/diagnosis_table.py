@@ -16,7 +16,7 @@ Diagnosis = Literal[
 
 @dataclass(frozen=True)
 class WaitingReason:
-    """What the reason of a container that waits means.
+    """Explains the reason for which a container waits.
 
     Args:
         state: the name of the run's Pending state. Two reasons that alternate have one state.

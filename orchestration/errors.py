@@ -1,14 +1,14 @@
-"""Errors whose message is all a person needs: what is wrong, where, and the cure."""
+"""Errors whose message explains them: what failed, the cause and the cure."""
 
 import logging
 from typing import Any
 
 
 class PipelineError(Exception):
-    """A failure that is explained in one sentence and needs no traceback.
+    """A failure that one sentence explains, without a traceback.
 
-    Raise it for what an operator can cure (a wrong setting, a day without data, a model that
-    does not compile). `__repr__` is the message because Prefect's engine logs `repr(exception)`.
+    Raise it for what an operator can cure: a wrong setting, a day without data, a model that does not compile.
+    `__repr__` is the message because Prefect's engine logs `repr(exception)`.
     """
 
     def __repr__(self) -> str:
@@ -16,7 +16,7 @@ class PipelineError(Exception):
 
 
 class DayError(PipelineError, ValueError):
-    """A value that is no day, or a day the landing zone does not have."""
+    """A value that is not a day, or a day that is missing in the landing zone."""
 
 
 class SettingsError(PipelineError):
@@ -24,27 +24,27 @@ class SettingsError(PipelineError):
 
 
 class DeploymentsError(PipelineError):
-    """A file, a flow or a server from which or on which deployments cannot be made: what, where, and the cure."""
+    """Deployments that cannot be made, because of a file, a flow or the server."""
 
 
 class ApiError(PipelineError):
-    """A Prefect API that does not answer, does not know us, or does not take what it is sent."""
+    """The Prefect API does not answer, or refuses the authentication or the request."""
 
 
 class ClusterError(PipelineError):
-    """A cluster that cannot be made, reached or deployed to: what, where, and the cure."""
+    """A cluster that cannot be created, reached or deployed to."""
 
 
 class DiagnosisError(PipelineError):
-    """A word that is the name of no diagnosis's page, or of several."""
+    """A word that means no diagnosis, or several."""
 
 
 class WarehouseError(PipelineError):
     """The warehouse cannot be started, reached or written to.
 
     Args:
-        message: what is wrong, where, and the cure.
-        transient: whether another attempt may cure it: a lost connection, a deadlock, a restart.
+        message: what failed, the cause and the cure.
+        transient: whether a retry may succeed: after a lost connection, a deadlock, a restart.
     """
 
     def __init__(self, message: str, *, transient: bool = False) -> None:
@@ -53,11 +53,11 @@ class WarehouseError(PipelineError):
 
 
 class DbtError(PipelineError):
-    """A dbt command that could not run, matched nothing, or had nodes that failed.
+    """A dbt command that could not run, selected nothing, or had nodes that failed.
 
     Args:
         message: the failures in one sentence.
-        result: every node's outcome (`orchestration.dbt.DbtResult`), if dbt came that far.
+        result: the outcome of each node (`orchestration.dbt.DbtResult`), if dbt has begun to execute nodes.
     """
 
     def __init__(self, message: str, result: Any = None) -> None:
@@ -66,14 +66,14 @@ class DbtError(PipelineError):
 
 
 def explains_itself(error: BaseException) -> bool:
-    """Whether `error` says all a person needs: this project's errors and refused parameters."""
+    """Return whether the message of an error suffices: for this project's errors and refused parameters."""
     from prefect.exceptions import ParameterTypeError
 
     return isinstance(error, PipelineError | ParameterTypeError)
 
 
 class _WithoutTraceback(logging.Filter):
-    """Takes the traceback off a log record whose exception explains itself."""
+    """Removes the traceback from a log record whose exception explains itself."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.exc_info and record.exc_info[1] and explains_itself(record.exc_info[1]):
@@ -82,7 +82,7 @@ class _WithoutTraceback(logging.Filter):
 
 
 def hide_explained_tracebacks() -> None:
-    """Make Prefect log an explained error in one line; every other error keeps its traceback."""
+    """Let Prefect log an error that explains itself in one line. All other errors keep their traceback."""
     for name in ("prefect.flow_runs", "prefect.task_runs", "prefect.engine"):
         logger = logging.getLogger(name)
         if not any(isinstance(f, _WithoutTraceback) for f in logger.filters):

@@ -1,4 +1,4 @@
-"""`/metrics` and `/health` of a component that works in a loop."""
+"""The endpoints `/metrics` and `/health` of a component that runs a loop."""
 
 import contextlib
 import threading
@@ -15,36 +15,37 @@ from orchestration.errors import SettingsError
 
 @dataclass
 class Pulse:
-    """The sign of life of a loop.
+    """Records the rounds of a loop, and whether the loop is healthy.
 
     Args:
-        patience: seconds without a turn of it after which it counts as ill.
-        trouble: what keeps it from its work, if anything.
-        registry: of its metrics.
+        timeout_seconds: how long the loop is healthy after a round or the start.
+        trouble: what keeps the loop from its work; empty if nothing does.
+        registry: the metrics of the component.
+        last: when the last round was, on the clock of `time.monotonic`.
     """
 
-    patience: float
+    timeout_seconds: float
     trouble: str = ""
     registry: prometheus.CollectorRegistry = field(default_factory=prometheus.CollectorRegistry)
     last: float = field(default_factory=time.monotonic)
 
     def beat(self) -> None:
-        """Note a turn."""
+        """Record a round."""
         self.last = time.monotonic()
 
     def health(self) -> tuple[int, str]:
-        """HTTP's status, and why."""
+        """Return the HTTP status of `/health`, and the text that explains it."""
         seconds = time.monotonic() - self.last
-        ill = seconds > self.patience
-        return 503 if ill else 200, f"{seconds:.0f} s since the last turn or the start. {self.trouble}".rstrip() + "\n"
+        status = 503 if seconds > self.timeout_seconds else 200
+        return status, f"{seconds:.0f} s since the last round or the start. {self.trouble}".rstrip() + "\n"
 
 
 @contextlib.contextmanager
 def served(pulse: Pulse, port: int) -> Iterator[None]:
-    """Serve `/metrics` and `/health` from a thread of their own, so that they answer while the loop is at work.
+    """Serve `/metrics` and `/health` in a thread during the block, so that they answer while the loop works.
 
     Raises:
-        SettingsError: the port cannot be had.
+        SettingsError: the port is in use or not allowed.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -67,15 +68,15 @@ def served(pulse: Pulse, port: int) -> Iterator[None]:
             self.wfile.write(body)
 
         def log_message(self, *_: Any) -> None:
-            """Probes are no news."""
+            """Log nothing: probes would fill the log."""
 
     try:
-        listening = ThreadingHTTPServer(("", port), Handler)
+        server = ThreadingHTTPServer(("", port), Handler)
     except (OSError, OverflowError) as error:
-        raise SettingsError(f"Port {port} cannot be listened on: {error}. Say another: --port") from None
-    threading.Thread(target=listening.serve_forever, daemon=True).start()
+        raise SettingsError(f"Cannot listen on port {port}: {error}. Pass another one: --port") from None
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield
     finally:
-        listening.shutdown()
-        listening.server_close()
+        server.shutdown()
+        server.server_close()

@@ -64,9 +64,9 @@ class JsonFormatter(logging.Formatter):
 FORMATTERS = {"text": TextFormatter, "json": JsonFormatter}
 
 
-# Prefect configures logging when it is imported, and keeps the root logger's handlers unless their names begin with _.
+# Prefect configures logging when it is imported. It keeps a handler of the root logger whose class has a public name.
 class StderrHandler(logging.Handler):
-    """Writes records to what `sys.stderr` is at that time."""
+    """Writes each record to the present `sys.stderr`."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""

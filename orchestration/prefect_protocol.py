@@ -1,4 +1,4 @@
-"""What Prefect's processes tell each other about a flow run: environment variables, and the control session.
+"""The protocol between Prefect's processes of a flow run: environment variables, and the control session.
 
 The supervisor imports this module, which therefore imports nothing.
 

@@ -1,4 +1,4 @@
-"""What a long step says: what it does, how long such a step takes, and how long it took."""
+"""Progress of long steps on the terminal: the step, its usual duration, and its duration."""
 
 import contextlib
 import sys
@@ -7,9 +7,14 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def step(what: str, usual: str) -> Iterator[None]:
-    """Print `what` before the block and its seconds after it; `usual` is what it takes on 2 cores."""
-    print(f"{what} ({usual}) ...", end="", file=sys.stderr, flush=True)
+def step(title: str, usual: str) -> Iterator[None]:
+    """Print a title before the block, and the duration in seconds after the block.
+
+    Args:
+        title: what the block does.
+        usual: the usual duration on 2 cores, such as `5 s`.
+    """
+    print(f"{title} ({usual}) ...", end="", file=sys.stderr, flush=True)
     start = time.monotonic()
     try:
         yield

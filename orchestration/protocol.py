@@ -1,4 +1,4 @@
-"""What the worker, the supervisor of a flow run and the reconciler share: labels, annotations, events, variables.
+"""The protocol between worker, supervisor and reconciler: labels, annotations, events and environment variables.
 
 The supervisor runs without site-packages, so this module imports the standard library alone.
 """
@@ -34,7 +34,7 @@ REFUSAL_LABEL = "reconciler.refused"
 """Since when Kubernetes refuses the run's Job: a `Refusal`. The worker writes it."""
 
 CAUSE_LABEL, LOST_LABEL = "reconciler.cause", "reconciler.lost"
-"""The cause of a crash, and whether its run attempt was lost from sight. Both are written before the Crashed state."""
+"""The cause of a crash, and whether the end of its run attempt was not seen. Both are set before the Crashed state."""
 
 CRASHES_LABEL, DISRUPTIONS_LABEL = "reconciler.crashes", "reconciler.disruptions"
 """How many crashes and how many disruptions were retried."""
@@ -43,10 +43,10 @@ RETRIED_LABEL, SETTLED_LABEL = "reconciler.retried", "reconciler.settled"
 """The id of the state whose retry is counted, with its cause, and the id of the state for which there is no retry."""
 
 PEAK_LABEL, EXCEEDED_LABEL = "reconciler.peak", "reconciler.exceeded"
-"""The memory that one of the run's pods used, and the highest limit for which a pod was killed, both in bytes."""
+"""The peak memory use of the run's pods, and the highest limit for which a pod was killed, both in bytes."""
 
 FENCED_LABEL_PREFIX = "reconciler.fenced."
-"""Before a Job's name, the label that fences the Job: nothing of the run may be executed in its pods."""
+"""This prefix and a Job's name are the label that fences the Job: its pods must not execute the run."""
 
 POD_ENDED_EVENT = "reconciler.pod.ended"
 """The event on a run's page for each pod that has ended."""
@@ -61,10 +61,13 @@ DEADLINE_VARIABLE = "ACTIVE_DEADLINE_SECONDS"
 """The environment variable with a Job's `activeDeadlineSeconds`. The worker sets it if the Job has one."""
 
 CHECK_INTERVAL_SECONDS, RECHECK_INTERVAL_SECONDS, CHECK_TIMEOUT_SECONDS = 15.0, 3.0, 5.0
-"""How often a supervisor asks whether its Job is fenced, asks again after no answer, and how long it waits for one."""
+"""How often a supervisor reads whether its Job is fenced, how soon it asks again without an answer, and its timeout."""
 
 FENCED_WITHIN_SECONDS = CHECK_INTERVAL_SECONDS + RECHECK_INTERVAL_SECONDS + 3 * CHECK_TIMEOUT_SECONDS
-"""How long after a Job was fenced its supervisor has stopped: it was answered just before, and then once was not."""
+"""How long after its Job was fenced a supervisor has stopped at the latest.
+
+In the slowest case it got an answer just before the fencing, and then one request without an answer.
+"""
 
 
 def claim_of(job: str) -> str:
@@ -81,10 +84,10 @@ def is_given_away(job: str, states: Sequence[Mapping[str, Any]]) -> bool:
         states: all states of the run, oldest first.
     """
     claim = claim_of(job)
-    made = [number for number, each in enumerate(states) if claim and str(each["id"]).endswith(claim)]
-    later = states[made[0] + 1 :] if made else ()
-    # A claim sets the state named Pending, and what is Scheduled is any worker's to claim.
-    return any(each["name"] in ("Pending", CLAIM_LOST) for each in later) or (
+    positions = [number for number, state in enumerate(states) if claim and str(state["id"]).endswith(claim)]
+    later = states[positions[0] + 1 :] if positions else ()
+    # A claim sets the state named Pending, and any worker may claim a Scheduled run.
+    return any(state["name"] in ("Pending", CLAIM_LOST) for state in later) or (
         bool(later) and later[-1]["type"] == "SCHEDULED"
     )
 

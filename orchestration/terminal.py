@@ -1,4 +1,4 @@
-"""Output that is safe on a terminal, whatever names, messages and logs hold."""
+"""Safe output on a terminal: text of other programs cannot control the terminal."""
 
 import contextlib
 import re
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 COLOUR = r"\x1b\[(?:[0-4]|3[1-7]|9[1-7])?(?:;(?:[0-4]|3[1-7]|9[1-7]))*m"
-"""The sequences that colour text. Those that hide it or move the cursor are not among them."""
+"""The escape sequences that colour text. Sequences that hide text or move the cursor do not match."""
 
 CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
 """Characters that control a terminal, except tab and newline. No YAML or JSON has them."""
@@ -19,7 +19,7 @@ def printable(text: str, *, is_coloured: bool = False) -> str:
     r"""Return text with its control characters as escapes, such as `\x1b`.
 
     Args:
-        text: of anybody.
+        text: text from any source.
         is_coloured: whether sequences that colour text stay.
     """
 
@@ -37,7 +37,7 @@ def one_line(text: str) -> str:
 
 
 class _Printable:
-    """A text stream that writes printable text only."""
+    """Writes text to a stream in its printable form."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

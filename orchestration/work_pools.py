@@ -1,4 +1,4 @@
-"""What a work pool on the server gives to its runs."""
+"""Job variables that runs get from their work pool."""
 
 from urllib.parse import quote
 

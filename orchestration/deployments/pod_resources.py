@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from orchestration.deployments.quota_file import dig
 from orchestration.quantity import format_quantity, parse_quantity
-from orchestration.worker.job_template import nested
+from orchestration.worker.job_template import nest_dotted
 
 
 @dataclass
@@ -67,7 +67,7 @@ def pod_of(template: Mapping[str, Any], job_variables: Mapping[str, Any]) -> tup
 
     schema = dig(template, "variables", "properties") or {}
     values = {name: variable["default"] for name, variable in schema.items() if variable.get("default") is not None}
-    values |= nested(job_variables)
+    values |= nest_dotted(job_variables)
 
     spec = dig(template, "job_configuration", "job_manifest", "spec", "template", "spec")
     if not isinstance(spec, Mapping):

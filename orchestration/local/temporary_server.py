@@ -110,6 +110,7 @@ def temporary_server() -> Iterator[str]:
 
 
 def _answers(url: str, timeout: float) -> bool:
+    # Without prefect_api: its client retries and is asynchronous, and this is one probe of a process on this machine.
     try:
         with urlopen(f"{url}/health", timeout=timeout) as response:  # noqa: S310 - the operator's address
             return bool(response.status == 200)
@@ -125,6 +126,7 @@ def _ensure_work_pool(name: str | None) -> None:
 
     if not name:
         return
+    # Prefect's own client, as prefect_api has no synchronous one, and its schemas write what `prefect deploy` reads.
     with get_client(sync_client=True) as client:
         try:
             client.read_work_pool(name)

@@ -89,6 +89,7 @@ def api_client(environment: Environment) -> Iterator[httpx.Client]:
     credentials = read_credentials(environment)
     with (
         forward_port(environment) as forward,
+        # A synchronous client, which prefect_api does not have: these commands run no event loop.
         # The server closes a connection after 5 s idle. The client closes it earlier, so that no request meets that.
         httpx.Client(
             base_url=f"{forward.url}/api",

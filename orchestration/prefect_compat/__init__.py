@@ -1,4 +1,4 @@
-"""Own every use of what Prefect, prefect-kubernetes, kopf and dateutil do not document.
+"""All uses of private interfaces of Prefect, prefect-kubernetes, kopf and dateutil.
 
 Other modules call functions and override methods with plain names. Each entry says what it `Replaces`, `Why`, and
 `Until` when it is needed. docs/prefect.md lists the entries, and `tests/orchestration/test_prefect_compat.py` compares

@@ -1,4 +1,4 @@
-"""Events with the names and fields of those that Prefect emits, for the server to make the same of them.
+"""Events with the names and fields of Prefect's events, so that the server treats them alike.
 
 This module imports no Prefect, which would double the reconciler's memory.
 """
@@ -17,11 +17,11 @@ Json = dict[str, Any]
 POD_EVENT_PREFIX = "prefect.kubernetes.pod."
 
 _ROLES = ("flow-run", "deployment", "flow", "work-pool")
-"""Roles of related resources. The labels `prefect.io/ROLE-id` and `prefect.io/ROLE-name` say which they are."""
+"""Roles of related resources. The labels `prefect.io/ROLE-id` and `prefect.io/ROLE-name` name the resources."""
 
 
 def pod_event_id(uid: str, phase: str, restarts: int, diagnosis: str | None) -> str:
-    """Return the id of a pod's event, which follows from what the event says: the server keeps one of several.
+    """Return the id of a pod's event, which depends on the event's content: the server keeps one of equal events.
 
     Replaces: the ids of `prefect_kubernetes.observer._replicate_pod_event`
     Why: the reconciler emits each pod's events once, without an observer in each worker
@@ -47,7 +47,7 @@ def pod_resource(uid: str, name: str, namespace: str, diagnosis: str | None) -> 
 
 
 def resources_of_labels(labels: Mapping[str, str]) -> list[Json]:
-    """Return what the labels of a run's pod relate an event to.
+    """Return the related resources of an event, by the labels of a run's pod.
 
     Replaces: `prefect_kubernetes.observer._related_resources_from_labels`
     Why: the reconciler emits each pod's events once, without an observer in each worker
@@ -80,7 +80,7 @@ def _prefect_version() -> str:
 
 
 class PodDiagnosis(StrEnum):
-    """What is wrong with a pod, by which automations choose events.
+    """Names what is wrong with a pod. Automations filter events by it.
 
     Replaces: `prefect_kubernetes.diagnostics.DiagnosisCategory`
     Why: the reconciler emits each pod's events once, without an observer in each worker
@@ -97,7 +97,7 @@ class PodDiagnosis(StrEnum):
 
 
 def unschedulable_diagnosis(message: str) -> PodDiagnosis:
-    """Return the category of what the Kubernetes scheduler says of a pod that has no node.
+    """Return the category of the Kubernetes scheduler's message about a pod that has no node.
 
     Replaces: `prefect_kubernetes.diagnostics._categorize_unschedulable`
     Why: the reconciler emits each pod's events once, without an observer in each worker
@@ -113,7 +113,7 @@ def unschedulable_diagnosis(message: str) -> PodDiagnosis:
 
 
 def flow_run_resources(flow_run: Any, flow: Any) -> list[Json]:
-    """Return what an event in a flow run is related to.
+    """Return the related resources of an event in a flow run.
 
     Replaces: `prefect.events.related.related_resources_from_run_context`
     Why: Prefect's function asks the API for each event
@@ -146,18 +146,18 @@ def flow_run_resources(flow_run: Any, flow: Any) -> list[Json]:
 
 
 def task_run_state_event(task_run: UUID, state: Json, at: datetime, about: Json, related: list[Json]) -> Json:
-    """Return the event of which the server makes a task run and its state.
+    """Return the event from which the server makes a task run and its state.
 
     Replaces: `prefect.utilities.engine.emit_task_run_state_change_event`
     Why: dbt's nodes become task runs in bulk, and only the newest unsent state of a node is sent
     Until: the Prefect API takes task runs and their states in bulk
 
     Args:
-        task_run: its id.
+        task_run: the task run's id.
         state: type, name and message.
         at: when the task run entered the state.
-        about: the task run, without its id and its flow run's.
-        related: the flow run and what the flow run is related to.
+        about: the task run's fields, without its id and its flow run's id.
+        related: the flow run and its related resources.
     """
     return {
         "id": str(uuid4()),
@@ -195,7 +195,7 @@ def _asset_event(event: str, resource: Json, related: list[Json], payload: Json)
 
 
 def asset_referenced_event(address: str, related: list[Json]) -> Json:
-    """Return the event of an asset that something was made of.
+    """Return the event of an asset from which another asset was made.
 
     Replaces: "prefect.asset.referenced" of `prefect.context.AssetContext.emit_events`
     Why: `@materialize` reports only what tasks of Prefect make, and dbt's nodes are not tasks
@@ -217,9 +217,9 @@ def asset_materialization_event(
         succeeded: whether the asset was made.
         asset: address and name, and description if there is one.
         task_run: the id of the node's task run.
-        upstream: addresses of assets that the asset was made of: all of them, or as many as an event has room for.
-        related: the flow run and what the flow run is related to.
-        metadata: what Prefect's UI shows of the materialization.
+        upstream: addresses of assets from which the asset was made: all of them, or as many as fit into an event.
+        related: the flow run and its related resources.
+        metadata: fields that Prefect's UI shows with the materialization.
     """
     names = {"address": "prefect.resource.id", "name": "prefect.resource.name"}
     resource = {names.get(key, f"prefect.asset.{key}"): value for key, value in asset.items()}

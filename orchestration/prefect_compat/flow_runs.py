@@ -1,6 +1,6 @@
-"""The engine's private interfaces of Prefect: its clients, its runner's workspaces, and its engine.
+"""Private interfaces of Prefect for the engine: clients, the runner's workspaces, and Prefect's engine.
 
-The engine imports this module before the supervisor lets the run begin, and needs all that this module imports.
+The engine imports this module before the supervisor lets the run begin, and needs all imports of this module.
 """
 
 import runpy
@@ -25,7 +25,7 @@ _CLIENTS = (base.PrefectHttpxAsyncClient, base.PrefectHttpxSyncClient)
 
 
 def retry_first_requests() -> None:
-    """Let Prefect's clients repeat also the first request that is not answered.
+    """Let Prefect's clients retry a request without an answer from their first request on.
 
     Replaces: `_has_connected` of both clients in `prefect.client.base`
     Why: a run creates clients while it runs, and a short outage of the API would fail the run
@@ -37,7 +37,7 @@ def retry_first_requests() -> None:
 
 
 def bound_retry_pauses(longest: Callable[[], float]) -> None:
-    """Bound the pauses between a client's retries to `longest` seconds, but for Prefect's jitter.
+    """Bound the pauses between a client's retries to `longest` seconds, to which Prefect adds jitter.
 
     Replaces: `prefect.client.base.clamped_poisson_interval`
     Why: the pauses double up to minutes in which the API may be back
@@ -51,7 +51,7 @@ def bound_retry_pauses(longest: Callable[[], float]) -> None:
 
 
 def observe_responses(observe: Callable[[httpx.Request, httpx.Response], None]) -> None:
-    """Call `observe` with each response that a client of this process has.
+    """Call `observe` with each request of this process's clients and its response.
 
     Replaces: `send` of both clients in `prefect.client.base`
     Why: the Prefect API does not list the holders of a concurrency slot, so each run attempt records its leases
@@ -62,7 +62,7 @@ def observe_responses(observe: Callable[[httpx.Request, httpx.Response], None]) 
 
 
 def _observed(send: Callable[..., Any], observe: Callable[[httpx.Request, httpx.Response], None]) -> Callable[..., Any]:
-    """A client's way to send requests, synchronous or not, with each response observed."""
+    """Return a method that sends a request, synchronously or not, and has the response observed."""
 
     def sent(client: object, request: httpx.Request, *args: Any, **kwargs: Any) -> Any:
         answer = send(client, request, *args, **kwargs)
@@ -81,7 +81,7 @@ def _observed(send: Callable[..., Any], observe: Callable[[httpx.Request, httpx.
 
 
 class Workspace(NamedTuple):
-    """Where a run's code is, and the environment in which to execute the run."""
+    """Holds the folder of a run's code, and the environment in which to execute the run."""
 
     directory: Path
     environment: dict[str, str]
@@ -106,6 +106,6 @@ def run_engine() -> None:
     Why: Prefect executes a run in three processes, each with Prefect's imports
     Until: `prefect flow-run execute` uses one process
     """
-    # Prefect imports the module too; to execute it again is what Prefect's own command does.
+    # Prefect has imported the module. Prefect's own command executes it again, too.
     warnings.filterwarnings("ignore", "'prefect.engine' found in sys.modules", RuntimeWarning)
     runpy.run_module("prefect.engine", run_name="__main__", alter_sys=True)

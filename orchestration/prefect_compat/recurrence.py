@@ -5,7 +5,7 @@ from typing import Any
 
 
 class RulePart:
-    """A rule of dateutil's, with the parts of its RRULE as public names.
+    """Gives the parts of a dateutil rule public names.
 
     Replaces: the attributes `_freq`, `_count`, `_interval`, `_until`, `_dtstart` and `_original_rule` of `rrule`
     Why: walking through a rule's dates in search of one in the future may take minutes
@@ -17,7 +17,7 @@ class RulePart:
 
     @property
     def frequency(self) -> int:
-        """Return dateutil's number of FREQ: 3 is DAILY, and what is more frequent is greater."""
+        """Return dateutil's number of FREQ: 3 is DAILY, and a greater number is more frequent."""
         return int(self.rule._freq)
 
     @property
@@ -45,7 +45,7 @@ class RulePart:
 
     @property
     def restricts_time_alone(self) -> bool:
-        """Return whether the rule restricts no more than the time of day."""
+        """Return whether the rule restricts only the time of day."""
         restricted = {key for key, value in self.rule._original_rule.items() if value}
         return restricted <= {"byhour", "byminute", "bysecond"}
 
@@ -55,7 +55,7 @@ class RulePart:
 
 
 def parts(rule: Any) -> list[RulePart]:
-    """Return the rules of a set of dateutil's, or the one rule itself.
+    """Return the rules of a dateutil rule set, or the one rule.
 
     Replaces: `rruleset._rrule`
     Why: a schedule may have several rules

@@ -1,6 +1,6 @@
-"""What the Prefect server does with schedules, automations and its database, called without a server.
+"""Functions of the Prefect server for schedules, automations and its database, called without a server.
 
-Nothing is imported before it is called: each of these imports takes a second.
+Each function imports what it needs when it is called: each of these imports takes a second.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ def _check_version() -> None:
 
 
 def server_schedule(form: Mapping[str, Any]) -> Any:
-    """Return the server's own object of a schedule in the form of the API.
+    """Return the server's object for a schedule in the form of the API.
 
     Replaces: the classes of `prefect.server.schemas.schedules`
     Why: a schedule is checked before it is sent
@@ -45,7 +45,7 @@ def schedule_dates(form: Mapping[str, Any], n: int, start: datetime) -> list[dat
 
 
 def anchored_rrule(rrule: str, timezone: str) -> str:
-    """Return the rule with the DTSTART that the server gives to one without.
+    """Return the rule with a DTSTART. The server adds one to a rule without.
 
     Replaces: `prefect._internal.schemas.validators.normalize_rrule_string`
     Why: without a DTSTART a rule of minutes is walked from 2020 on
@@ -58,7 +58,7 @@ def anchored_rrule(rrule: str, timezone: str) -> str:
 
 
 def validated_rrule(rrule: str) -> str:
-    """Return the rule if the server takes it.
+    """Return the rule if the server accepts it.
 
     Replaces: `prefect._internal.schemas.validators.validate_rrule_string`
     Why: a schedule is checked before it is sent
@@ -108,7 +108,7 @@ def validate_automation(fields: dict[str, Any]) -> None:
 
 
 def database_interface() -> "PrefectDBInterface":
-    """Return the server's interface of the database that the settings name.
+    """Return the server's interface to the database that the settings name.
 
     Replaces: `prefect.server.database.provide_database_interface`
     Why: one process migrates the database under a lock, and the others wait for the schema
@@ -139,7 +139,7 @@ TEMPORARY_SERVER_APP = "prefect.server.api.server:create_app"
 
 
 def temporary_server_variables() -> dict[str, str]:
-    """Return the environment of a server that lives as long as a flow.
+    """Return the environment variables of a server that runs only while a flow runs.
 
     Replaces: `PREFECT__SERVER_EPHEMERAL`, `PREFECT__SERVER_FINAL`, `prefect.server.api.server.create_app`
     Why: Prefect's own temporary server starts after the flow's imports, in the flow's memory

@@ -1,4 +1,4 @@
-"""The worker's private interfaces of Prefect, prefect-kubernetes and kopf."""
+"""Private interfaces of Prefect, prefect-kubernetes and kopf for the worker."""
 
 import abc
 import asyncio
@@ -28,7 +28,7 @@ _kopf_loop: asyncio.AbstractEventLoop | None = None
 
 @kopf.on.startup()
 async def _note_kopf_loop(**_: Any) -> None:
-    """Remember the event loop in which kopf runs its watchers: it is that of a thread which Prefect starts."""
+    """Keep the event loop in which kopf runs its watchers. It belongs to a thread that Prefect starts."""
     global _kopf_loop
     _kopf_loop = asyncio.get_running_loop()
 
@@ -48,7 +48,7 @@ def watched_kinds(kinds: Iterable[str]) -> set[str]:
 
 # abc.ABC keeps this class out of Prefect's registry of workers, and __init_subclass__ its subclasses.
 class CompatibleWorker(KubernetesWorker, abc.ABC):
-    """Prefect's Kubernetes worker, with public names for the steps from a poll to a Job.
+    """Gives the steps of Prefect's Kubernetes worker from a poll to a Job public names.
 
     Replaces: the registration of workers by `BaseWorker.__init_subclass__`
     Why: a subclass would take the type "kubernetes" in Prefect's registry of workers
@@ -90,7 +90,7 @@ class CompatibleWorker(KubernetesWorker, abc.ABC):
 
     @property
     def submitting(self) -> set[UUID]:
-        """Return the ids of runs from their poll until they have a Job or none.
+        """Return the ids of runs between the poll and the end of their submission, with a Job or without.
 
         Replaces: `BaseWorker._submitting_flow_run_ids`
         Why: a worker that drains waits until these runs have their Jobs
@@ -99,7 +99,7 @@ class CompatibleWorker(KubernetesWorker, abc.ABC):
         return self._submitting_flow_run_ids
 
     def record_poll(self) -> None:
-        """Note for the health check that the worker has polled.
+        """Record for the health check that the worker has polled.
 
         Replaces: `BaseWorker._last_polled_time`
         Why: a poll that the API did not answer does not make the worker unhealthy
@@ -114,8 +114,8 @@ class CompatibleWorker(KubernetesWorker, abc.ABC):
         Why: the worker's client is not given its options, and waits for a minute
         Until: a setting has the timeout of connections
         """
-        asking = self.client._client
-        asking.timeout = Timeout(**asking.timeout.as_dict() | {"connect": seconds})
+        client = self.client._client
+        client.timeout = Timeout(**client.timeout.as_dict() | {"connect": seconds})
 
     def release(self, flow_run: FlowRun) -> None:
         """Forget a run that the worker was about to submit.
@@ -202,7 +202,7 @@ class CompatibleWorker(KubernetesWorker, abc.ABC):
         await self.report_submitting(flow_run)
 
     async def report_refusal(self, flow_run: FlowRun, message: str, client: PrefectClient | None = None) -> None:
-        """Set a run Crashed that has no Job because of an error.
+        """Set a run Crashed that gets no Job because of an error.
 
         Replaces: `BaseWorker._propose_crashed_state`
         Why: a refused Job is tried again, and a lost claim may be another worker's

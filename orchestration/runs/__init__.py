@@ -1,1 +1,1 @@
-"""What executes a flow run in its pod: supervisor, engine, idempotency keys, storage of results."""
+"""The execution of a flow run in its pod: supervisor, engine, idempotency keys and storage of results."""

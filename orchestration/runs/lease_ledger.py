@@ -17,7 +17,7 @@ from orchestration.runs import termination_message
 logger = logging.getLogger(__name__)
 
 MAX_LEASES = 64
-"""How many leases are recorded, the newest: Kubernetes keeps the first 4096 bytes of a message."""
+"""How many of the newest leases are recorded: Kubernetes keeps the first 4096 bytes of a message."""
 
 
 class LeaseLedger:
@@ -28,7 +28,7 @@ class LeaseLedger:
         self._lock = threading.Lock()
 
     def observe(self, request: httpx.Request, response: httpx.Response) -> None:
-        """Record what is held now, if the request took or released a lease and the API granted the request."""
+        """Record the held leases if the API granted a request that took or released a lease."""
         path = request.url.path
         if not response.is_success or not path.endswith(("/increment-with-lease", "/decrement-with-lease")):
             return

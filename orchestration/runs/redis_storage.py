@@ -1,9 +1,9 @@
-"""Redis as a file system of fsspec's: Prefect's remote file system `redis://FOLDER` keeps results in it.
+"""A Redis file system for fsspec, in which Prefect's remote file system `redis://FOLDER` keeps results.
 
-Where the Redis is and its password come from the environment of the run, `RESULTS_REDIS_URL`: the block on the Prefect
-server has neither. Prefect's own block for Redis would have both.
+The environment of the run has the address and password of the Redis, in `RESULTS_REDIS_URL`. The block on the Prefect
+server has neither. Prefect's own Redis block would have both.
 
-fsspec finds this class by the entry point in pyproject.toml; the image has it from its Dockerfile.
+fsspec finds this class by the entry point in pyproject.toml. The Dockerfile adds the entry point to the image.
 """
 
 from io import BytesIO
@@ -14,17 +14,19 @@ from fsspec import AbstractFileSystem
 from orchestration.errors import SettingsError
 from orchestration.settings import settings
 
-TIMEOUT = 10
-"""Seconds for a connection and for an answer, as long as the URL says no `socket_timeout`: without one, packets that
-are dropped would hold a run for ever."""
+TIMEOUT_SECONDS = 10
+"""How long to wait for a connection and for an answer, unless the URL has a `socket_timeout`.
+
+Without a timeout, a network that drops packets would hold a run for ever.
+"""
 
 
 class RedisFileSystem(AbstractFileSystem):  # type: ignore[misc]
-    """Files are keys, FOLDER/NAME; there are no folders.
+    """Stores a file as the key FOLDER/NAME. There are no folders.
 
     Args:
-        ttl: seconds after which a file is gone; none: it stays.
-        options: of every file system of fsspec's.
+        ttl: after how many seconds a file is removed; None to keep it.
+        options: the options of each fsspec file system.
 
     Raises:
         SettingsError: `RESULTS_REDIS_URL` is not set.
@@ -42,26 +44,29 @@ class RedisFileSystem(AbstractFileSystem):  # type: ignore[misc]
                 "RESULTS_REDIS_URL is not set. Set it to something like redis://user:password@host:6379/0"
             )
         self._redis = redis_from_url(
-            url.get_secret_value(), socket_timeout=TIMEOUT, socket_connect_timeout=TIMEOUT, health_check_interval=30
+            url.get_secret_value(),
+            socket_timeout=TIMEOUT_SECONDS,
+            socket_connect_timeout=TIMEOUT_SECONDS,
+            health_check_interval=30,
         )
         self._ttl = ttl
 
     def _open(self, path: str, mode: str = "rb", **_: Any) -> BytesIO:
-        """A file's content, or what becomes it when it is closed.
+        """Open a file to read, or a buffer that is written to Redis when it is closed.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: the file does not exist.
         """
         key = self._strip_protocol(path)
         if mode == "wb":
-            return _Written(lambda content: self._redis.set(key, content, ex=self._ttl))
+            return _WriteBuffer(lambda content: self._redis.set(key, content, ex=self._ttl))
         content = self._redis.get(key)
         if content is None:
             raise FileNotFoundError(path)
         return BytesIO(content)
 
 
-class _Written(BytesIO):
+class _WriteBuffer(BytesIO):
     def __init__(self, store: Any) -> None:
         super().__init__()
         self._store = store

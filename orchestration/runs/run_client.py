@@ -20,7 +20,7 @@ from orchestration.protocol import (
 )
 
 BEGIN_TIMEOUT_SECONDS = 240.0
-"""How long a run attempt that has not begun asks an API that does not answer whether it may begin."""
+"""How long a run attempt waits for the API's answer that it may begin."""
 
 
 def is_client_error(error: Exception) -> bool:
@@ -99,7 +99,7 @@ class RunClient:
         for number, lease in enumerate(leases):
             try:
                 self._send("/v2/concurrency_limits/decrement-with-lease", {"lease_id": lease})
-            except Exception:  # whatever the reason, the reconciler can still release them
+            except Exception:  # in each case the reconciler can still release them
                 return leases[number:]
         return []
 
@@ -148,7 +148,7 @@ class RunClient:
             try:
                 run, pause = self.read_run(), CHECK_INTERVAL_SECONDS
             except Exception as error:
-                # A refused request will be refused again. Any other failure may be over soon.
+                # The API would refuse a refused request again. Any other failure may be over soon.
                 pause = CHECK_INTERVAL_SECONDS if is_client_error(error) else RECHECK_INTERVAL_SECONDS
                 continue
             yield run

@@ -9,7 +9,7 @@ and receives SIGTERM itself.
 - Termination: on SIGTERM, or if the run is Cancelling, the supervisor sends the engine the reason, then SIGTERM, and at
   the end of the grace period SIGKILL. It sets the run Cancelled or AwaitingRetry only after the engine has ended.
   Prefect's command sets the state first: the next run attempt could begin while this one still cleans up.
-- Fencing: a node that is cut off goes on executing after its pod was given up and its run retried. So the supervisor
+- Fencing: a node that is cut off continues to execute after its pod was given up and its run retried. So the supervisor
   asks the Prefect API every `CHECK_INTERVAL_SECONDS` whether its Job is fenced, and kills itself if it is. A retry
   starts `FENCED_WITHIN_SECONDS` after the fencing, when the supervisor has stopped. A supervisor that gets no answer
   asks again every `RECHECK_INTERVAL_SECONDS`: what cannot ask cannot report a state either.
@@ -58,14 +58,18 @@ REPORT_SECONDS = 5.0
 
 
 class Supervisor:
-    """Executes a run by an engine, ends the engine when asked to, and then sets the run's state."""
+    """Executes a run by an engine, ends the engine on SIGTERM or cancellation, and then sets the run's state.
+
+    Args:
+        client: the client of the Prefect API for this run and Job.
+    """
 
     def __init__(self, client: RunClient) -> None:
         self._client = client
         self._asked_to_end = threading.Event()
         self._is_cancelling = False
         self._is_fenced = False
-        # Prefect's worker sets it: `reschedule`, or `relinquish` for a Job that Kubernetes retries.
+        # Prefect's worker sets the variable: `reschedule`, or `relinquish` for a Job that Kubernetes retries.
         self._after_sigterm = os.environ.get("PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR", "reschedule")
         self._has_deadline = bool(os.environ.get(DEADLINE_VARIABLE))
         self._disruption: tuple[int, int] | None = None

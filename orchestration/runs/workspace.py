@@ -17,7 +17,7 @@ from orchestration.prefect_compat.flow_runs import Workspace
 
 
 class Snapshot(NamedTuple):
-    """What this process had imported, and the .pth files that existed, before the pull steps ran."""
+    """Holds this process's modules and the .pth files from before the pull steps."""
 
     modules: frozenset[str]
     path_files: frozenset[tuple[str, str]]

@@ -1,7 +1,7 @@
-"""The base job template that a worker trusts, and what job variables may not say.
+"""The base job template that a worker trusts, and the check of job variables against it.
 
 Every flow run has a credential of the Prefect API, and with that can change the work pool's template on the server. So
-a worker takes the template from a file of its own release, and checks a run's job variables against the template's
+a worker takes the template from a file of its release, and checks a run's job variables against the template's
 schema before it makes the Job.
 """
 
@@ -20,80 +20,82 @@ if TYPE_CHECKING:
 
 
 class RefusedVariableError(PipelineError):
-    """A job variable that the template's schema does not allow: which, why, and the cure."""
+    """A job variable that the template's schema does not allow."""
 
 
 def read(path: Path) -> dict[str, Any]:
     """Return the base job template of a file.
 
     Raises:
-        SettingsError: the file is absent, or is none.
+        SettingsError: the file is absent, or is not a base job template.
     """
     try:
-        found = json.loads(path.read_text())
-        jsonschema.Draft202012Validator.check_schema(found["variables"])
-        if not isinstance(found["job_configuration"], dict):
-            raise TypeError("job_configuration is no object")
+        template = json.loads(path.read_text())
+        jsonschema.Draft202012Validator.check_schema(template["variables"])
+        if not isinstance(template["job_configuration"], dict):
+            raise TypeError("job_configuration is not an object")
     except (OSError, ValueError, TypeError, LookupError, jsonschema.SchemaError) as error:
-        said = error.message if isinstance(error, jsonschema.SchemaError) else error
+        cause = error.message if isinstance(error, jsonschema.SchemaError) else error
         raise SettingsError(
-            f"{path} is no base job template: {said}. Name the file of the release in --template"
+            f"{path} is not a base job template: {cause}. Name the file of the release in --template"
         ) from None
-    return dict(found)
+    return dict(template)
 
 
-def nested(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Return job variables by name, `env.NAME` as an entry of `env`; what is written whole wins.
+def nest_dotted(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Return job variables with `env.NAME` as an entry of `env`.
 
-    Source: `BaseJobConfiguration.from_template_and_values` of Prefect.
+    If a variable is written both ways, the values of the whole variable win. Source:
+    `BaseJobConfiguration.from_template_and_values` of Prefect.
     """
     from prefect.utilities.collections import deep_merge, set_in_dict
 
-    made: dict[str, Any] = {}
+    nested: dict[str, Any] = {}
     for name, value in variables.items():
         if "." in name:
-            set_in_dict(made, name, value)
+            set_in_dict(nested, name, value)
     for name, value in variables.items():
         if "." not in name:
-            both = isinstance(made.get(name), dict) and isinstance(value, dict)
-            made[name] = deep_merge(made[name], value) if both else value
-    return made
+            can_merge = isinstance(nested.get(name), dict) and isinstance(value, dict)
+            nested[name] = deep_merge(nested[name], value) if can_merge else value
+    return nested
 
 
 def check(variables: dict[str, Any], schema: dict[str, Any]) -> None:
-    """Refuse job variables that the schema does not allow.
+    """Check that the schema allows all job variables.
 
     Args:
-        variables: of a deployment and a run, by name; `env.NAME` is an entry of `env`, as for Prefect.
+        variables: the job variables of a deployment and a run by name; `env.NAME` is an entry of `env`, as in Prefect.
         schema: the template's `variables`.
 
     Raises:
-        RefusedVariableError: one is not allowed. The message does not show values of `env`.
+        RefusedVariableError: a variable is not allowed. The message does not show values of `env`.
     """
-    # What is required the template has defaults for.
+    # `required` is left out: the template has defaults for required variables.
     known = {"type": "object", "properties": schema.get("properties", {}), "$defs": schema.get("$defs", {})}
-    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(known).iter_errors(nested(variables)))
+    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(known).iter_errors(nest_dotted(variables)))
     if error:
         raise RefusedVariableError(_sentence(error))
 
 
 def _sentence(error: jsonschema.ValidationError) -> str:
-    name, *inside = error.absolute_path or ["?"]
-    what = f"job variable {'.'.join(map(str, [name, *inside]))}"
+    name, *inner = error.absolute_path or ["?"]
+    variable = f"job variable {'.'.join(map(str, [name, *inner]))}"
     if "propertyNames" in error.absolute_schema_path:
-        return f"{what}: the key {error.instance!r} is kept for Kubernetes, Prefect and the reconciler. Leave it out"
+        owners = "Kubernetes, Prefect and the reconciler"
+        return f"{variable}: the key {error.instance!r} is reserved for {owners}. Leave it out"
     cure = "Correct it in the deployment or the run, or allow it in the chart's runs.allowed"
     if name == "env":
-        return f"{what} is no text. {cure}"
+        return f"{variable} is not a string. {cure}"
     if error.validator == "enum":
-        return f"{what}: {error.instance!r} is none of {', '.join(map(str, error.validator_value))}. {cure}"
+        return f"{variable}: {error.instance!r} is none of {', '.join(map(str, error.validator_value))}. {cure}"
     if error.validator == "pattern":
-        return f"{what}: {error.instance!r} is not allowed by {error.validator_value}. {cure}"
-    return f"{what}: {error.message}. {cure}"
+        return f"{variable}: {error.instance!r} is not allowed by {error.validator_value}. {cure}"
+    return f"{variable}: {error.message}. {cure}"
 
 
 def configuration_of(template: dict[str, Any]) -> "type[KubernetesWorkerJobConfiguration]":
-    """Return the job configuration that a worker makes of this template, whatever the server's pool has.
+    """Return the class of job configurations that use this template instead of that of the server's pool.
 
     Args:
         template: the base job template, with `job_configuration` and `variables`.
@@ -101,12 +103,12 @@ def configuration_of(template: dict[str, Any]) -> "type[KubernetesWorkerJobConfi
     from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
     class Trusted(KubernetesWorkerJobConfiguration):
-        """A job configuration of the release's template."""
+        """Makes a job configuration from the release's template."""
 
         @classmethod
         async def from_template_and_values(
             cls,
-            base_job_template: dict[str, Any],  # noqa: ARG003 - the server's
+            base_job_template: dict[str, Any],  # noqa: ARG003 - the server's template
             values: dict[str, Any],
             client: "PrefectClient | None" = None,
         ) -> KubernetesWorkerJobConfiguration:

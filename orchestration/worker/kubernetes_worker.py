@@ -2,7 +2,7 @@
 
 - Namespace: with `--namespace` the worker creates its Jobs there, whatever the pool's template says. The worker's Role
   covers that namespace, so workers of several namespaces and clusters can share a pool.
-- Health: `GET :8080/health` covers polling and the thread that watches pods and Jobs. Without that thread nobody sees
+- Health: `GET :8080/health` covers polling and the thread that watches pods and Jobs. Without that thread no component sees
   that a pod dies.
 - Draining: on SIGTERM the worker first makes the Jobs of its claims. No run stays Pending because its worker ended
   between the claim and the Job.

@@ -1,4 +1,4 @@
-"""All that talks to a Prefect server, on one that protects itself against forged requests (CSRF)."""
+"""All clients of the Prefect API, with a server that has CSRF protection."""
 
 import asyncio
 import re
@@ -26,15 +26,15 @@ from tests.parts import asked, client_of
 
 
 @pytest.fixture
-def named(protected: str) -> Iterator[str]:
-    """The same, named by the settings."""
+def api_in_settings(protected: str) -> Iterator[str]:
+    """Yield the URL of the server with CSRF protection, which Prefect's settings name."""
     with temporary_settings({PREFECT_API_URL: protected}):
         yield protected
 
 
 @pytest.fixture(scope="module")
 def protected(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The API's URL of a server with CSRF protection."""
+    """Yield the API's URL of a server with CSRF protection."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED", "true")
         with parts.prefect_server(tmp_path_factory.mktemp("protected")) as url:
@@ -43,9 +43,9 @@ def protected(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def test_every_client_works_with_csrf_protection(
-    named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    api_in_settings: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refused = httpx.post(f"{named}/work_pools/filter", json={}, timeout=30)
+    refused = httpx.post(f"{api_in_settings}/work_pools/filter", json={}, timeout=30)
     assert (refused.status_code, refused.json()) == (403, {"detail": "Missing CSRF token."})
 
     # sync, drift
@@ -56,7 +56,7 @@ def test_every_client_works_with_csrf_protection(
     (tmp_path / "prefect.yaml").write_text(yaml.safe_dump(document))
     assert [main([each]) for each in ("sync", "plan", "diff")] == [0, 0, 0], capsys.readouterr()
 
-    with client_of(named, Access(named)) as client:
+    with client_of(api_in_settings, Access(api_in_settings)) as client:
         asked(client, "PATCH", "/work_pools/pool", {"description": "by hand"})
 
         async def look() -> None:
@@ -70,7 +70,7 @@ def test_every_client_works_with_csrf_protection(
         run = asked(client, "POST", "/flow_runs/", {"flow_id": flow, "state": {"type": "RUNNING"}})
 
         # supervisor
-        run_client = RunClient(named, run["id"], "job")
+        run_client = RunClient(api_in_settings, run["id"], "job")
         run_client.set_state({"type": "SCHEDULED", "name": "AwaitingRetry"})
         assert asked(client, "GET", f"/flow_runs/{run['id']}")["state"]["name"] == "AwaitingRetry"
         assert run_client.release_leases([str(uuid4())]) == []
@@ -92,7 +92,7 @@ def test_every_client_works_with_csrf_protection(
         assert not sender.close()
 
 
-def test_token_that_the_server_has_forgotten_is_asked_for_again(protected: str) -> None:
+def test_expired_csrf_token_is_renewed(protected: str) -> None:
     access = Access(protected)
 
     async def ask() -> list[object]:
@@ -100,7 +100,7 @@ def test_token_that_the_server_has_forgotten_is_asked_for_again(protected: str) 
             server = Server(client, protected)
             first = await server.ask("POST", "/work_pools/filter", {})
             assert access._token
-            access._token = "forgotten"  # noqa: S105 - as a server does after an hour
+            access._token = "forgotten"  # noqa: S105 - a server forgets tokens after an hour
             return [first, await server.ask("POST", "/work_pools/filter", {})]
 
     first, second = asyncio.run(ask())
@@ -110,7 +110,7 @@ def test_token_that_the_server_has_forgotten_is_asked_for_again(protected: str) 
     assert run_client.release_leases([str(uuid4())]) == []
 
 
-def test_server_without_csrf_protection_is_not_asked_for_a_token(prefect_server: str) -> None:
+def test_server_without_csrf_protection_gets_no_token_request(prefect_server: str) -> None:
     paths = []
     with httpx.Client(
         base_url=prefect_server,

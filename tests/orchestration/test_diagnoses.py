@@ -34,7 +34,7 @@ WORDS = {
     "given-up": "given-up",
     **STATE_DIAGNOSES,
 }
-"""What people search for, and the diagnosis whose page they want."""
+"""Search terms, and the diagnosis that each means."""
 
 
 def test_each_diagnosis_has_a_page_and_a_row_in_the_index() -> None:
@@ -73,7 +73,7 @@ def test_explain_lists_the_pages_if_the_word_means_none_or_several(
 
 
 def test_explain_needs_no_server(tmp_path: Path) -> None:
-    """From the folders that the image has, by the Dockerfile."""
+    """It needs only the folders that the Dockerfile copies."""
     for folder in ("orchestration", diagnoses.FOLDER):
         assert f"\nCOPY {folder} {folder}\n" in (ROOT / "docker/Dockerfile").read_text()
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))

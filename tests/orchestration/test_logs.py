@@ -1,4 +1,4 @@
-"""The log of long-running components, each test in a process of its own: logging is configured for a whole process."""
+"""The log format of long-running components. Each test starts a process, as logging is configured per process."""
 
 import json
 import os

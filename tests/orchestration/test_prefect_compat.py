@@ -1,7 +1,7 @@
-"""What `orchestration.prefect_compat` uses of Prefect, prefect-kubernetes, kopf and dateutil, as installed.
+"""Contracts of `orchestration.prefect_compat` with the installed Prefect, prefect-kubernetes, kopf and dateutil.
 
-Each entry of the seam has a test with the entry's name, which fails when a new version moves what the entry uses.
-No test here needs a server, a cluster or the network.
+The package is the seam to their private interfaces. Each entry of the seam has a test with the entry's name, which
+fails if a new version changes what the entry uses. No test here needs a server, a cluster or the network.
 """
 
 import ast
@@ -33,7 +33,7 @@ PAGE = ROOT / "docs/prefect.md"
 
 
 class Entry(NamedTuple):
-    """What the seam says of one use of a private interface."""
+    """Holds the documentation of one use of a private interface."""
 
     name: str
     replaces: str
@@ -45,7 +45,7 @@ SECTIONS = ("Replaces", "Why", "Until")
 
 
 def _documented(file: Path) -> Iterator[tuple[str, str]]:
-    """Names and docstrings of what a module of the seam offers, the module among them if it has no functions."""
+    """Yield names and docstrings of public objects of the seam. A module without functions counts as one object."""
     tree = ast.parse(file.read_text())
     if file == PROTOCOL:
         yield file.stem, ast.get_docstring(tree) or ""
@@ -67,22 +67,22 @@ def _documented(file: Path) -> Iterator[tuple[str, str]]:
 PLAIN = {"flow_runs.Workspace", *(f"recurrence.RulePart.{name}" for name in (
     "frequency", "count", "interval", "start", "until", "restricts_time_alone", "end_at",
 ))}  # fmt: skip
-"""What the seam offers besides entries: the result of one, and the parts of one."""
+"""Public names of the seam that are not entries: the result of an entry, and the parts of an entry."""
 
 
 def _entry(name: str, text: str) -> Entry:
     found = dict(re.findall(rf"^({'|'.join(SECTIONS)}): (.+)$", text, re.MULTILINE))
-    assert set(found) == set(SECTIONS), f"{name} says {sorted(found)} of {SECTIONS}"
+    assert set(found) == set(SECTIONS), f"{name} has {sorted(found)} of {SECTIONS}"
     return Entry(name, *(found[each] for each in SECTIONS))
 
 
 def entries() -> list[Entry]:
-    """All entries of the seam, in the order of the modules."""
+    """Return all entries of the seam, in the order of the modules."""
     return [_entry(*each) for file in (*SEAM, PROTOCOL) for each in _documented(file)]
 
 
 def _object(path: str) -> Any:
-    """The object at "module:name.name"."""
+    """Return the object at "module:name.name"."""
     module, _, names = path.partition(":")
     return functools.reduce(getattr, names.split("."), importlib.import_module(module)) if names else (
         importlib.import_module(module)
@@ -90,7 +90,7 @@ def _object(path: str) -> Any:
 
 
 def signature(path: str) -> Callable[[], str]:
-    """A check's left side: names and defaults of a function's parameters."""
+    """Return the left side of a check: names and defaults of a function's parameters."""
 
     def found() -> str:
         made = inspect.signature(_object(path))
@@ -101,7 +101,7 @@ def signature(path: str) -> Callable[[], str]:
 
 
 def lacks(path: str, *texts: str) -> Callable[[], list[str]]:
-    """A check's left side: which of these texts the source of a function, a class or a module does not have."""
+    """Return the left side of a check: those of the texts that are not in the source of an object or module."""
     return lambda: [each for each in texts if each not in inspect.getsource(_object(path))]
 
 
@@ -132,7 +132,7 @@ def _read(part: recurrence.RulePart) -> tuple[Any, ...]:
 
 
 def _emitted(function: Callable[..., Any], where: str, *arguments: Any) -> list[dict[str, Any]]:
-    """The events that a function of Prefect emits by `emit_event` of the module `where`."""
+    """Return the events that a function of Prefect emits by the function at the path `where`."""
     found: list[dict[str, Any]] = []
     with patch(where, lambda **event: found.append(event)):
         function(*arguments)
@@ -140,7 +140,7 @@ def _emitted(function: Callable[..., Any], where: str, *arguments: Any) -> list[
 
 
 def _task_run_event() -> tuple[dict[str, Any], dict[str, Any]]:
-    """The event of a task run's state, as Prefect emits one and as the seam makes one."""
+    """Return the event of a task run's state, as the seam makes it and as Prefect emits it."""
     from prefect.client.schemas.objects import TaskRun
     from prefect.states import Running
 
@@ -156,7 +156,7 @@ def _task_run_event() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _unlike_task_run_event() -> list[str]:
-    """Where the two differ that the server reads."""
+    """Return the fields for the server in which the two events differ."""
     ours, theirs = _task_run_event()
     of = theirs["payload"]["task_run"]
     about = {key: value for key, value in ours["payload"].pop("task_run").items() if of.get(key) != value}
@@ -172,7 +172,7 @@ def _unlike_task_run_event() -> list[str]:
 
 
 def _asset_events() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The events of a materialization, as Prefect emits them and as the seam makes them."""
+    """Return the events of a materialization, as the seam makes them and as Prefect emits them."""
     from prefect.assets import Asset, AssetProperties
     from prefect.context import AssetContext
     from prefect.states import Completed
@@ -220,13 +220,13 @@ CRON = {"cron": "0 6 * * *", "timezone": "UTC", "day_or": True}
 
 
 def _labelled() -> list[str]:
-    """The related resources of which the seam and the observer make other things."""
+    """Return the related resources that the seam makes of labels and the observer does not."""
     theirs = [each.model_dump() for each in _object(f"{OBSERVER}:_related_resources_from_labels")(LABELS)]
     return [each["prefect.resource.id"] for each in events.resources_of_labels(LABELS) if each not in theirs]
 
 
 def _unlike_related() -> list[str]:
-    """The related resources of which the seam and Prefect make other things."""
+    """Return the related resources of a flow run that the seam makes and Prefect does not."""
     run = SimpleNamespace(id="r", name="heron", flow_id="f", deployment_id=None)
     made = _object("prefect.events.related:object_as_related_resource")
     theirs = [
@@ -487,12 +487,12 @@ def test_entry_matches_the_installed_packages(entry: str) -> None:
         assert found() == expected, f"{entry}: check {number} of its private interfaces has another result"
 
 
-def test_every_entry_has_its_reasons_and_a_contract() -> None:
+def test_every_entry_has_reasons_and_a_contract() -> None:
     assert sorted(each.name for each in entries()) == sorted(CONTRACTS)
     assert all(CONTRACTS.values())
 
 
-def test_page_has_the_entries_of_the_seam() -> None:
+def test_documentation_page_has_all_entries() -> None:
     rows = [f"| `{name}` | {replaces} | {why} | {until} |" for name, replaces, why, until in entries()]
     table = "\n".join(["| entry | replaces | why | needed until |", "|---|---|---|---|", *rows])
     assert table in PAGE.read_text(), f"{PAGE} has to have this table:\n{table}"
@@ -531,12 +531,12 @@ TEXTS = (
     "prefect.asset.",
     "watcher for ",
 )
-"""How variables, modules, events and tasks are called that Prefect and kopf do not document."""
+"""The beginnings of undocumented names in Prefect and kopf: variables, modules, events and tasks."""
 
 
 @functools.cache
 def _names_of_workers() -> frozenset[str]:
-    """Private names of Prefect's Kubernetes worker, of which a subclass must neither read, set nor override any."""
+    """Return the private names of Prefect's Kubernetes worker. A subclass must not read, set or override them."""
     return frozenset(each for each in (*dir(_worker()), *vars(_worker())) if _is_private(each))
 
 
@@ -552,7 +552,7 @@ def _is_private_module(path: str) -> bool:
 
 
 def _imports(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """Path and local name of what a statement imports."""
+    """Yield path and local name of each import of a statement."""
     match node:
         case ast.Import(names=names):
             yield from ((each.name, each.asname or each.name.partition(".")[0]) for each in names)
@@ -561,7 +561,7 @@ def _imports(node: ast.AST) -> Iterator[tuple[str, str]]:
 
 
 def private_names(source: str) -> Iterator[str]:
-    """What a module's source uses of Prefect, prefect-kubernetes, kopf and dateutil that only the seam may use."""
+    """Yield the private names of Prefect, prefect-kubernetes, kopf and dateutil in the source of a module."""
     nodes = list(ast.walk(ast.parse(source)))
     imported = dict(each[::-1] for node in nodes for each in _imports(node))
     foreign = {name for name, path in imported.items() if path.partition(".")[0] in PACKAGES}
@@ -597,11 +597,11 @@ def private_names(source: str) -> Iterator[str]:
             case ast.Assign(targets=[ast.Attribute(value=ast.Name(id=name)) as target]) if name in foreign:
                 yield f"{ast.unparse(target)} ="
             case ast.ClassDef(bases=bases) if any(ast.unparse(each).endswith("Worker") for each in bases):
-                yield from sorted(set(_of_class(node)) & _names_of_workers())
+                yield from sorted(set(_class_names(node)) & _names_of_workers())
 
 
-def _of_class(node: ast.ClassDef) -> Iterator[str]:
-    """The names that a class reads and sets on `self`, and those of its methods."""
+def _class_names(node: ast.ClassDef) -> Iterator[str]:
+    """Yield the attributes that a class reads and sets on `self`, and the names of its methods."""
     for each in ast.walk(node):
         match each:
             case ast.Attribute(value=ast.Name(id="self"), attr=name):
@@ -645,7 +645,7 @@ USES = {
     "import os\nclass A:\n    def f(self): self._x = os._exit(0)": 0,
     "from prefect import flow, __version__\nfrom prefect.settings import get_current_settings": 0,
 }
-"""Uses of the kinds that there are, and how many names of each are private."""
+"""Source texts with each kind of use, and the number of private names in each."""
 
 
 @pytest.mark.parametrize(("source", "found"), USES.items())

@@ -1,4 +1,4 @@
-"""Settings: defaults, where they come from, and what a wrong one says."""
+"""Settings: defaults, sources and error messages."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ from orchestration.settings import ROOT, Settings, settings
 Use = Callable[..., None]
 
 
-def test_nothing_need_be_set(use_settings: Use) -> None:
+def test_every_setting_has_a_default(use_settings: Use) -> None:
     use_settings()
     assert settings().warehouse_url is None
     assert settings().warehouse_dir == ROOT / ".warehouse"
@@ -20,20 +20,22 @@ def test_nothing_need_be_set(use_settings: Use) -> None:
     assert settings().dbt_threads == 4
 
 
-def test_the_environment_wins_over_the_file(tmp_path: Path, use_settings: Use, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_takes_precedence_over_the_file(
+    tmp_path: Path, use_settings: Use, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / ".env").write_text("DBT_THREADS=2\nWAREHOUSE_SCHEMA=from_file\nPREFECT_API_URL=http://x\n")
     monkeypatch.setitem(Settings.model_config, "env_file", tmp_path / ".env")
     use_settings(DBT_THREADS="3")
     assert (settings().dbt_threads, settings().warehouse_schema) == (3, "from_file")
 
 
-def test_an_empty_variable_is_as_none(use_settings: Use) -> None:
+def test_empty_variable_counts_as_unset(use_settings: Use) -> None:
     use_settings(WAREHOUSE_URL="", DBT_THREADS="")
     assert (settings().warehouse_url, settings().dbt_threads) == (None, 4)
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "reason", "right"),
+    ("name", "value", "reason", "example"),
     [
         ("DBT_THREADS", "many", "valid integer", "like 4"),
         ("DBT_THREADS", "0", "greater than or equal to 1", "like 4"),
@@ -49,8 +51,8 @@ def test_an_empty_variable_is_as_none(use_settings: Use) -> None:
         ("LANDING_ZONE", "/nowhere", "there is no folder /nowhere", "like data/landing"),
     ],
 )
-def test_a_wrong_value_names_variable_value_and_what_would_be_right(
-    use_settings: Use, name: str, value: str, reason: str, right: str
+def test_error_names_the_variable_the_value_and_an_example(
+    use_settings: Use, name: str, value: str, reason: str, example: str
 ) -> None:
     use_settings(**{name: value})
     with pytest.raises(SettingsError) as caught:
@@ -58,16 +60,16 @@ def test_a_wrong_value_names_variable_value_and_what_would_be_right(
     message = str(caught.value)
     assert message.startswith(f"{name}={value!r} is wrong: ")
     assert reason in message
-    assert right in message
+    assert example in message
 
 
-def test_every_wrong_value_is_named_at_once(use_settings: Use) -> None:
+def test_error_names_all_wrong_values(use_settings: Use) -> None:
     use_settings(DBT_THREADS="many", LANDING_ZONE="/nowhere")
     with pytest.raises(SettingsError, match=r"(?s)LANDING_ZONE.*DBT_THREADS"):
         settings()
 
 
-def test_a_password_is_never_shown(use_settings: Use) -> None:
+def test_password_is_never_shown(use_settings: Use) -> None:
     use_settings(WAREHOUSE_URL="mysql://me:s3cret@db/x")
     with pytest.raises(SettingsError) as caught:
         settings()

@@ -1,4 +1,4 @@
-"""What others write cannot control the terminal on which a command prints it."""
+"""Text of other programs cannot control the terminal on which a command prints the text."""
 
 import io
 import re
@@ -14,7 +14,7 @@ COLOURED = "\x1b[32mgreen\x1b[0m, \x1b[1;31mred\x1b[m"
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
+    """Reports that it is a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -35,7 +35,7 @@ def test_control_characters_are_printed_as_escapes(text: str, shown: str) -> Non
     assert printable(text) == printable(text, is_coloured=True) == shown
 
 
-def test_colours_stay_on_a_terminal_alone() -> None:
+def test_colours_are_kept_only_on_a_terminal() -> None:
     assert printable(COLOURED, is_coloured=True) == COLOURED
     assert "\x1b" not in printable(COLOURED)
 

@@ -117,7 +117,7 @@ def test_drift_and_its_end_are_reported_once(project: Project, prefect_server: s
         wait_until(lambda: len(artifacts(project)) == 4, "an artifact")
         wait_until(lambda: len(events(project)) == 3, "an event")
         assert watcher.metric("desired_state_look_failures_total", project.owner) == 0
-        assert "s since the last turn" in watcher.get("/health")
+        assert "s since the last round" in watcher.get("/health")
         wait_until(lambda: len(watcher.log.read_text().splitlines()) >= 4, "the last log line")
     assert artifacts(project)[3].startswith("No drift since the last sync")
     assert [event["event"].partition(".")[2] for event in events(project)] == ["drifted", "drifted", "restored"]
@@ -206,4 +206,4 @@ def test_wrong_option_is_refused_in_one_line(project: Project) -> None:
     assert "--every 0 is too short" in output
     status, output = project.run("watch", "--owner", "x", "--port", str(project.api.base_url.port))
     assert (status, output.count("\n")) == (1, 1)
-    assert "Address already in use. Say another: --port" in output
+    assert "Address already in use. Pass another one: --port" in output

@@ -1,4 +1,4 @@
-"""A run whose process is killed, and that is executed again: what had finished is not done again."""
+"""Durable results: a run that is killed and retried repeats no finished task."""
 
 import os
 import re
@@ -29,11 +29,11 @@ from tests.parts import client_of
 FLOWS = ROOT / "tests" / "e2e" / "faults"
 
 Storage = Callable[[str], dict[str, str]]
-"""Brings what a release's storage needs to the server at an URL; the variables of a run's container."""
+"""Creates a release's storage on the server at a URL; returns the environment variables of a run's container."""
 
 
 def _release(folder: Path, url: str, **results: Any) -> dict[str, Any]:
-    """Sync what the chart with these results syncs; the variables of a run's container, as the template has them."""
+    """Sync the chart's work pool with these results; return the variables of a run's container in the template."""
     values: Object = {"image": {"tag": "1"}, "pool": {"name": f"pool-{uuid4().hex[:8]}"}, "runs": {"results": results}}
     release = f"release-{uuid4().hex[:8]}"
     objects = render("prefect-work-pool", values, release)
@@ -86,12 +86,12 @@ def _redis(folder: Path) -> Iterator[Storage]:
 
 @pytest.fixture(params=[_volume, _s3, _redis], ids=["volume", "s3", "redis"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
-    """Each storage of results that the chart knows; at the end the results have to be there."""
+    """Yield each storage of results that the chart has; check at the end that the results are in it."""
     yield from request.param(tmp_path)
 
 
 def _execute(run: str, url: str, variables: dict[str, str]) -> int:
-    """Execute a run as a pod does: what it keeps on its own disk goes with it; the exit status."""
+    """Execute a run as a pod does, with a disk that is deleted at the end; return the exit status."""
     with tempfile.TemporaryDirectory() as disk:
         pod = {"PREFECT_API_URL": url, "PREFECT_HOME": disk, "PYTHONPATH": str(ROOT), "PREFECT__FLOW_RUN_ID": run}
         pod["TERMINATION_MESSAGE_PATH"] = f"{disk}/message"
@@ -100,14 +100,14 @@ def _execute(run: str, url: str, variables: dict[str, str]) -> int:
 
 
 def _lines(api: httpx.Client, run: str) -> list[str]:
-    """What the run and the flows that it called have logged."""
+    """Return the log messages of the run and its subflows."""
     body: dict[str, Any] = {"flow_runs": {"parent_flow_run_id": {"any_": [run]}}}
     runs = [run, *(each["id"] for each in api.post("/flow_runs/filter", json=body).raise_for_status().json())]
     body = {"logs": {"flow_run_id": {"any_": runs}}, "sort": "TIMESTAMP_ASC", "limit": 200}
     return [each["message"] for each in api.post("/logs/filter", json=body).raise_for_status().json()]
 
 
-def test_a_run_that_was_killed_goes_on_where_it_was(prefect_server: str, storage: Storage) -> None:
+def test_retry_of_a_killed_run_continues_after_the_finished_tasks(prefect_server: str, storage: Storage) -> None:
     variables = storage(prefect_server)
     with client_of(prefect_server) as api:
         flow_id = api.post("/flows/", json={"name": "stepwise"}).raise_for_status().json()["id"]
@@ -129,7 +129,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(prefect_server: str, storage
     assert [each for each in lines if each.startswith("the end")] == [
         "the end: ['1 by 1', '2 by 1', '3 by 1', '4 by 2', '5 by 2']"
     ]
-    assert len({key for number, _, key in steps if number == "4"}) == 1, "what was half done has the same key again"
+    assert len({key for number, _, key in steps if number == "4"}) == 1, "the retried step has the same key"
     assert len({key for _, _, key in steps}) == 5
 
 
@@ -139,7 +139,7 @@ def _key(value: object) -> str:
 
 
 @pytest.mark.usefixtures("prefect_server")
-def test_a_key_is_of_a_run_and_of_inputs() -> None:
+def test_idempotency_key_depends_on_run_and_inputs() -> None:
     @flow
     def keys() -> list[str]:
         return [_key(value) for value in (1, 2, 2)]
@@ -150,8 +150,8 @@ def test_a_key_is_of_a_run_and_of_inputs() -> None:
 
 
 @pytest.mark.usefixtures("prefect_server")
-def test_what_has_no_key_is_said() -> None:
-    with pytest.raises(PipelineError, match="Call it inside of a task"):
+def test_missing_idempotency_key_is_an_error_with_the_cause() -> None:
+    with pytest.raises(PipelineError, match="Call it inside a task"):
         idempotency_key()
 
     @flow

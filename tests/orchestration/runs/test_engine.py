@@ -1,4 +1,4 @@
-"""A flow run as a container executes it, by its command, against a real server: its ends, and what is said of them."""
+"""Execution of a flow run by the container's command, with a real server: exit statuses and states."""
 
 import asyncio
 import contextlib
@@ -32,7 +32,7 @@ from pathlib import Path
 from prefect import flow, task
 from prefect.concurrency.asyncio import concurrency as concurrency_async
 from prefect.concurrency.sync import concurrency
-import beside
+import sibling
 
 NOTES = Path(os.environ["NOTES"])
 
@@ -43,7 +43,7 @@ def note(what):
 @task
 def step(cleanup):
     try:
-        note("at work")
+        note("working")
         time.sleep(600)
     finally:
         time.sleep(cleanup)
@@ -51,13 +51,13 @@ def step(cleanup):
 
 async def hold():
     async with concurrency_async("held"):
-        note("at work")
+        note("working")
         await asyncio.sleep(600)
 
 @flow(on_cancellation=[lambda *_: note("hook")], on_crashed=[lambda *_: note("crashed")])
 def ends(how="completes", cleanup=1.0):
-    child = [sys.executable, "-c", "import beside; print(beside.NAME)"]
-    note(f"{beside.NAME} {subprocess.check_output(child, text=True).strip()} {Path('flow.py').exists()}")
+    child = [sys.executable, "-c", "import sibling; print(sibling.NAME)"]
+    note(f"{sibling.NAME} {subprocess.check_output(child, text=True).strip()} {Path('flow.py').exists()}")
     if how == "fails":
         raise ValueError(how)
     if how == "killed":
@@ -65,17 +65,17 @@ def ends(how="completes", cleanup=1.0):
     if how == "signals its parent":
         os.kill(os.getppid(), signal.SIGTERM)
         time.sleep(600)
-    if how == "deaf":
+    if how == "ignores SIGTERM":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        note("at work")
+        note("working")
         time.sleep(600)
     if how == "works":
         step(cleanup)
     if how == "keeps Python's lock":
         try:
-            note("at work")
+            note("working")
             ctypes.PyDLL(None).sleep(9)
-            note("let it go")
+            note("released")
             time.sleep(600)
         finally:
             note("cleaned up")
@@ -84,8 +84,8 @@ def ends(how="completes", cleanup=1.0):
             with concurrency("held", occupy=3):
                 note("inside")
             asyncio.run(hold())
-    if how == "ends when told":
-        note("at work")
+    if how == "ends when asked":
+        note("working")
         while not NOTES.with_name("end").exists():
             time.sleep(0.05)
 """
@@ -99,13 +99,13 @@ EXECUTION = ("grace", "after", "every", "begin", "deadline", "python", "prefects
 
 
 class Run:
-    """A run of that flow, and the process that executes it as its container would."""
+    """Creates a deployment and a run of the flow, and executes the run as its container does."""
 
     def __init__(self, api: httpx.Client, url: str, folder: Path, **fields: Any) -> None:
         self.api, self.url, self.folder = api, url, folder
         (folder / "code").mkdir()
         (folder / "code/flow.py").write_text(FLOW)
-        (folder / "code/beside.py").write_text("NAME = 'beside'")
+        (folder / "code/sibling.py").write_text("NAME = 'sibling'")
         flow = self.ask("POST", "/flows/", name="ends")["id"]
         step = {"prefect.deployments.steps.set_working_directory": {"directory": str(folder / "code")}}
         body = {"name": folder.name, "flow_id": flow, "entrypoint": "flow.py:ends", "pull_steps": [step]}
@@ -115,16 +115,16 @@ class Run:
         return asked(self.api, method, path, body or None)
 
     def claim(self, **parameters: Any) -> str:
-        """Create it, claimed by a worker; the name of the claim's Job."""
+        """Create the run as claimed by a worker; return the name of the claim's Job."""
         path = f"/deployments/{self.deployment}/create_flow_run"
         made = self.ask("POST", path, parameters=parameters, state={"type": "PENDING"})
         self.id = made["id"]
         return f"job-{made['state']['id'][-12:]}"
 
     def start(self, job: str = "", **options: Any) -> None:
-        """Execute the run in the pod of its claim's Job; without a Job create the run first.
+        """Execute the run in the pod of its claim's Job; without a Job, create the run first.
 
-        `options` are those of `execute`, all others the flow's parameters.
+        Options of `execute` go to `execute`. All other options are parameters of the flow.
         """
         execution = {name: options.pop(name) for name in EXECUTION if name in options}
         if not job:
@@ -142,8 +142,18 @@ class Run:
         python: str = sys.executable,
         prefects: bool = False,
     ) -> None:
-        """Execute the run as its container does, or by Prefect's own command."""
-        # What it waits for in between is mostly in the way here.
+        """Execute the run as its container does, or by Prefect's own command.
+
+        Args:
+            job: the name of the Job.
+            grace: the grace period in seconds.
+            after: Prefect's behaviour after SIGTERM.
+            every: the supervisor's check interval in seconds. The usual interval would only prolong the tests.
+            begin: how many seconds the supervisor waits for the API.
+            deadline: the Job's deadline in seconds; empty for none.
+            python: the interpreter.
+            prefects: whether to use Prefect's own command.
+        """
         code = (
             "import sys; from orchestration.runs import run_client, supervisor; "
             f"run_client.CHECK_INTERVAL_SECONDS, run_client.BEGIN_TIMEOUT_SECONDS = {every}, {begin}; "
@@ -173,39 +183,39 @@ class Run:
             return (self.folder / "notes").read_text().splitlines()
         return []
 
-    def noted(self, what: str) -> None:
-        wait_until(lambda: what in self.notes(), what)
+    def wait_for_note(self, note: str) -> None:
+        wait_until(lambda: note in self.notes(), note)
 
     def engine(self) -> int:
-        """Its process."""
+        """Return the id of the engine's process."""
         found = wait_until(lambda: psutil.Process(self.process.pid).children(), "the engine")
         return int(found[0].pid)
 
     def fence(self) -> None:
-        """Give up its Job."""
+        """Fence the run's Job."""
         self.ask("PATCH", f"/flow_runs/{self.id}/labels", **{"reconciler.fenced.job": True})
 
     def message(self) -> dict[str, Any]:
-        """What it left for Kubernetes."""
+        """Return the termination message."""
         return dict(json.loads((self.folder / "message").read_text()))
 
-    def taken(self) -> int:
-        """How many slots of the limit are."""
+    def active_slots(self) -> int:
+        """Return how many slots of the concurrency limit are taken."""
         return int(self.ask("GET", "/v2/concurrency_limits/held")["active_slots"])
 
-    async def given_back(self, *pods: Pod) -> None:
-        """What these held."""
+    async def release_slots(self, *pods: Pod) -> None:
+        """Release the slots of pods that have ended, as the reconciler does."""
         async with httpx.AsyncClient(base_url=self.url, timeout=30) as client:
             await release_leased_slots(Server(client, self.url), list(pods))
 
     def ended(self) -> tuple[int, str]:
-        """Its exit status and its run's state."""
+        """Wait until the process ends; return its exit status and the name of the run's state."""
         return self.process.wait(300), self.state()["name"]
 
 
 @pytest.fixture
 def run(prefect_server: str, tmp_path: Path) -> Iterator[Callable[..., Run]]:
-    """Makes one that has not started."""
+    """Yield a function that creates a run, which is not started."""
     with client_of(prefect_server) as api, contextlib.ExitStack() as stack:
 
         def end(made: Run) -> None:
@@ -230,12 +240,12 @@ def run(prefect_server: str, tmp_path: Path) -> Iterator[Callable[..., Run]]:
     ("how", "code", "state"),
     [("completes", 0, "Completed"), ("fails", 0, "Failed"), ("killed", 137, "Running")],
 )
-def test_a_run_ends_as_its_flow_does(run: Callable[..., Run], how: str, code: int, state: str) -> None:
-    """In its working directory, from which its children import too. Who is killed leaves it to the reconciler."""
+def test_exit_status_and_state_are_those_of_the_flow(run: Callable[..., Run], how: str, code: int, state: str) -> None:
+    """Child processes import from the working directory, too. A killed engine leaves the state to the reconciler."""
     made = run()
     made.start(how=how)
     assert made.ended() == (code, state)
-    assert made.notes() == ["beside beside True"]
+    assert made.notes() == ["sibling sibling True"]
     assert made.message().keys() <= {"peak", "limit", "oom_kills"}
     assert "Warning" not in (made.folder / "log").read_text()
 
@@ -244,20 +254,20 @@ def test_code_in_a_folder_is_copied(run: Callable[..., Run], tmp_path: Path) -> 
     made = run(pull_steps=None, path=str(tmp_path / "code"))
     made.start()
     assert made.ended() == (0, "Completed")
-    assert made.notes() == ["beside beside True"]
+    assert made.notes() == ["sibling sibling True"]
 
 
-def test_a_flow_that_cannot_be_loaded_says_so_at_the_end_of_its_log(run: Callable[..., Run]) -> None:
+def test_log_ends_with_the_reason_if_the_flow_cannot_be_loaded(run: Callable[..., Run]) -> None:
     made = run(entrypoint="absent.py:ends")
     made.start()
     assert made.ended() == (1, "Pending")
     assert "absent.py" in (made.folder / "log").read_text().splitlines()[-1]
 
 
-def test_asked_to_end_a_run_is_tried_again_only_when_its_tasks_have_cleaned_up(run: Callable[..., Run]) -> None:
+def test_run_is_rescheduled_after_sigterm_once_its_tasks_have_cleaned_up(run: Callable[..., Run]) -> None:
     made = run()
     made.start(how="works", cleanup=2)
-    made.noted("at work")
+    made.wait_for_note("working")
     made.process.terminate()
     while True:
         state = made.state()["name"]
@@ -266,7 +276,7 @@ def test_asked_to_end_a_run_is_tried_again_only_when_its_tasks_have_cleaned_up(r
         assert state == "Running"
         time.sleep(0.1)
     assert made.ended() == (0, "AwaitingRetry")
-    assert made.notes()[1:] == ["at work", "cleaned up"]
+    assert made.notes()[1:] == ["working", "cleaned up"]
     assert made.state()["message"] == "Retry 1 of 10 after a disruption. Its pod was asked to end."
     assert made.state()["state_details"]["scheduled_time"]
     assert made.labels()["reconciler.disruptions"] == 1
@@ -287,71 +297,71 @@ def test_sigterm_of_a_job_with_a_deadline_is_left_to_the_reconciler(run: Callabl
     """The reconciler knows whether the deadline has passed, after which nothing is retried."""
     made = run()
     made.start(how="works", deadline="20")
-    made.noted("at work")
+    made.wait_for_note("working")
     made.process.terminate()
     code, state = made.ended()
     assert code
     assert state == "Running"
-    assert made.notes()[1:] == ["at work", "cleaned up"]
+    assert made.notes()[1:] == ["working", "cleaned up"]
 
 
-def test_of_one_that_kubernetes_tries_again_nothing_is_said(run: Callable[..., Run]) -> None:
+def test_state_is_left_alone_if_kubernetes_retries_the_pod(run: Callable[..., Run]) -> None:
     made = run()
     made.start(how="works", after="relinquish")
-    made.noted("at work")
+    made.wait_for_note("working")
     made.process.terminate()
     assert made.ended() == (1, "Running")
-    assert made.notes()[1:] == ["at work", "cleaned up"]
+    assert made.notes()[1:] == ["working", "cleaned up"]
 
 
-@pytest.mark.parametrize("heard", ["by asking", "by SIGTERM"])
-def test_a_run_that_is_cancelled_runs_its_hooks(run: Callable[..., Run], heard: str) -> None:
+@pytest.mark.parametrize("notified", ["by polling", "by SIGTERM"])
+def test_cancelled_run_executes_its_hooks(run: Callable[..., Run], notified: str) -> None:
     made = run()
     made.start(how="works")
-    made.noted("at work")
-    if heard == "by SIGTERM":
+    made.wait_for_note("working")
+    if notified == "by SIGTERM":
         made.process.send_signal(signal.SIGSTOP)
     made.ask("POST", f"/flow_runs/{made.id}/set_state", state={"type": "CANCELLING"})
-    if heard == "by SIGTERM":
+    if notified == "by SIGTERM":
         made.process.terminate()
         made.process.send_signal(signal.SIGCONT)
     assert made.ended() == (0, "Cancelled")
-    assert made.notes()[1:] == ["at work", "cleaned up", "hook"]
+    assert made.notes()[1:] == ["working", "cleaned up", "hook"]
 
 
-def test_a_run_that_ends_before_it_hears_that_it_is_cancelled_is_cancelled(run: Callable[..., Run]) -> None:
+def test_run_that_ends_before_it_sees_the_cancellation_is_cancelled(run: Callable[..., Run]) -> None:
     made = run()
-    made.start(how="ends when told", every=600)
-    made.noted("at work")
+    made.start(how="ends when asked", every=600)
+    made.wait_for_note("working")
     made.ask("POST", f"/flow_runs/{made.id}/set_state", state={"type": "CANCELLING"})
     (made.folder / "end").touch()
     assert made.ended() == (0, "Cancelled")
 
 
-@pytest.mark.parametrize(("state", "becomes"), [("RUNNING", "AwaitingRetry"), ("CANCELLING", "Cancelled")])
-def test_one_that_does_not_hear_it_is_killed_in_time_to_say_so(
-    run: Callable[..., Run], state: str, becomes: str
+@pytest.mark.parametrize(("state", "final_state"), [("RUNNING", "AwaitingRetry"), ("CANCELLING", "Cancelled")])
+def test_flow_that_ignores_sigterm_is_killed_in_time_to_set_the_state(
+    run: Callable[..., Run], state: str, final_state: str
 ) -> None:
     made = run()
-    made.start(how="deaf", grace=10)
-    made.noted("at work")
+    made.start(how="ignores SIGTERM", grace=10)
+    made.wait_for_note("working")
     engine, began = made.engine(), time.monotonic()
     if state == "CANCELLING":
         made.ask("POST", f"/flow_runs/{made.id}/set_state", state={"type": state})
     made.process.terminate()
-    made.process.wait(300)  # its flow would take 600
+    made.process.wait(300)  # the flow would take 600 s
     assert time.monotonic() - began >= 5
-    assert made.state()["name"] == becomes
+    assert made.state()["name"] == final_state
     assert not psutil.pid_exists(engine)
 
 
 def test_flow_that_keeps_pythons_lock_has_the_whole_grace_period(run: Callable[..., Run]) -> None:
     made = run()
     made.start(how="keeps Python's lock")
-    made.noted("at work")
+    made.wait_for_note("working")
     made.process.terminate()
     assert made.ended() == (0, "AwaitingRetry")
-    assert made.notes()[1:] == ["at work", "let it go", "cleaned up"]
+    assert made.notes()[1:] == ["working", "released", "cleaned up"]
 
 
 @pytest.mark.parametrize("given_away", [False, True])
@@ -363,12 +373,12 @@ def test_claim_executes_its_run_unless_it_was_given_away(run: Callable[..., Run]
             made.ask("POST", f"/flow_runs/{made.id}/set_state", state={"type": each})
     made.start(job=job)
     assert made.ended() == ((-signal.SIGKILL, "Pending") if given_away else (0, "Completed"))
-    assert made.notes() == ([] if given_away else ["beside beside True"])
+    assert made.notes() == ([] if given_away else ["sibling sibling True"])
     assert ("fenced" in made.message()) == given_away
 
 
-def test_late_job_says_nothing_of_a_run_that_another_worker_has(run: Callable[..., Run]) -> None:
-    """Also where it is deleted before it knows that it is late."""
+def test_late_job_sets_no_state_of_a_run_that_another_worker_has(run: Callable[..., Run]) -> None:
+    """The Job is deleted before its supervisor knows that another worker has the run."""
     made = run()
     port = free_port()
     real, made.url = made.url, f"http://127.0.0.1:{port}/api"
@@ -398,48 +408,48 @@ def test_run_does_not_begin_before_the_api_has_answered(run: Callable[..., Run])
         assert made.ended() == (0, "Completed")
 
 
-@pytest.mark.parametrize("dies", ["engine", "all of it", "fenced"])
-def test_what_it_held_is_given_back_by_who_outlives_it(run: Callable[..., Run], dies: str) -> None:
-    """By its parent, also where it was given up; where that dies with it, a message is left for the reconciler."""
+@pytest.mark.parametrize("dies", ["engine", "supervisor", "fenced"])
+def test_concurrency_slots_are_released_by_supervisor_or_reconciler(run: Callable[..., Run], dies: str) -> None:
+    """The supervisor releases them, also when fenced. If it is killed, the reconciler reads the termination message."""
     made = run()
     made.ask("POST", "/v2/concurrency_limits/", name="held", limit=10)
     try:
         made.start(how="holds")
-        made.noted("at work")
-        assert made.taken() == 3
+        made.wait_for_note("working")
+        assert made.active_slots() == 3
         engine = made.engine()
-        if dies == "all of it":
+        if dies == "supervisor":
             made.process.kill()
         if dies == "fenced":
             made.fence()
         else:
             os.killpg(engine, signal.SIGKILL)
         made.process.wait(300)
-        if dies != "all of it":
-            assert made.taken() == 0
+        if dies != "supervisor":
+            assert made.active_slots() == 0
             return
-        assert made.taken() == 3
+        assert made.active_slots() == 3
         assert len(made.message()["leases"]) == 2
         ended = End(datetime.now(UTC), 137, "Error", leases=tuple(made.message()["leases"]))
-        asyncio.run(made.given_back(replace(POD, end=replace(ended, is_confirmed=False))))
-        assert made.taken() == 3, "on a node that is cut off it may go on"
-        asyncio.run(made.given_back(replace(POD, end=ended), replace(POD, end=ended)))
-        assert made.taken() == 0
+        asyncio.run(made.release_slots(replace(POD, end=replace(ended, is_confirmed=False))))
+        assert made.active_slots() == 3, "on a node that is cut off the engine may still run"
+        asyncio.run(made.release_slots(replace(POD, end=ended), replace(POD, end=ended)))
+        assert made.active_slots() == 0
     finally:
         made.ask("DELETE", "/v2/concurrency_limits/held")
 
 
-def test_of_a_run_that_goes_on_in_another_job_nothing_is_said(run: Callable[..., Run]) -> None:
+def test_run_that_has_another_job_keeps_its_state(run: Callable[..., Run]) -> None:
     made = run()
     made.start(how="works")
-    made.noted("at work")
+    made.wait_for_note("working")
     made.ask("PATCH", f"/flow_runs/{made.id}", infrastructure_pid="namespace:another")
     made.process.terminate()
     assert made.ended() == (0, "Running")
-    assert made.notes()[1:] == ["at work", "cleaned up"]
+    assert made.notes()[1:] == ["working", "cleaned up"]
 
 
-def test_one_that_has_not_begun_is_killed_at_once(run: Callable[..., Run]) -> None:
+def test_engine_that_has_not_begun_is_killed_at_once(run: Callable[..., Run]) -> None:
     made = run()
     made.start(how="works")
     made.engine()
@@ -448,10 +458,10 @@ def test_one_that_has_not_begun_is_killed_at_once(run: Callable[..., Run]) -> No
     assert made.notes() == []
 
 
-def test_what_was_given_up_ends_with_its_engine(run: Callable[..., Run]) -> None:
+def test_fenced_job_ends_with_its_engine(run: Callable[..., Run]) -> None:
     made = run()
     made.start(how="works")
-    made.noted("at work")
+    made.wait_for_note("working")
     engine = made.engine()
     made.fence()
     assert made.ended() == (-signal.SIGKILL, "Running")
@@ -460,32 +470,32 @@ def test_what_was_given_up_ends_with_its_engine(run: Callable[..., Run]) -> None
     assert "cleaned up" not in made.notes()
 
 
-def test_one_that_was_given_up_does_not_say_what_becomes_of_its_run(run: Callable[..., Run]) -> None:
+def test_fenced_job_sets_no_state_after_sigterm(run: Callable[..., Run]) -> None:
     made = run()
     made.start(how="works", every=600)
-    made.noted("at work")
+    made.wait_for_note("working")
     made.fence()
     made.process.terminate()
     assert made.ended() == (-signal.SIGKILL, "Running")
     assert made.message() == {"fenced": 1}
 
 
-def test_what_becomes_of_it_is_said_though_the_api_was_away(run: Callable[..., Run]) -> None:
+def test_state_is_set_once_the_api_is_back(run: Callable[..., Run]) -> None:
     made = run()
     port = free_port()
     real, made.url = made.url, f"http://127.0.0.1:{port}/api"
     with relayed(port, real):
         made.start(how="works")
-        made.noted("at work")
+        made.wait_for_note("working")
     made.process.terminate()
-    made.noted("cleaned up")
+    made.wait_for_note("cleaned up")
     with relayed(port, real):
         assert made.ended() == (0, "AwaitingRetry")
 
 
 SETUP = """\
 import asyncio, sys
-if "patient" in sys.argv:
+if "with retries" in sys.argv:
     from orchestration.runs import engine
     engine.LONGEST_RETRY_PAUSE_SECONDS = 0.5
 from prefect.client.orchestration import get_client
@@ -501,26 +511,26 @@ CLIENTS = {
 
 
 @pytest.mark.parametrize("client", CLIENTS.values(), ids=CLIENTS)
-def test_a_first_request_is_sent_again_and_again_while_the_api_is_away(prefect_server: str, client: str) -> None:
+def test_first_request_is_retried_while_the_api_is_down(prefect_server: str, client: str) -> None:
     port = free_port()
     env = os.environ | {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api", "PREFECT_LOGGING_LEVEL": "DEBUG"}
     command = [sys.executable, "-c", f"{SETUP}{client}\nprint('answered')"]
-    impatient = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert "ConnectError" in impatient.stderr
+    without_retries = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert "ConnectError" in without_retries.stderr
     many = env | {"PREFECT_CLIENT_MAX_RETRIES": "30"}
     with subprocess.Popen(
-        [*command, "patient"], env=many, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, "with retries"], env=many, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         assert process.stdout
-        said = ""
+        output = ""
         pauses: list[float] = []
         for line in process.stdout:
-            said += line
+            output += line
             pauses += map(float, re.findall(r"Another attempt will be made in ([\d.]+)s", line))
             if len(pauses) == 4:
                 break
         else:
-            raise AssertionError(said)
+            raise AssertionError(output)
         assert max(pauses) < 0.5 * 1.5
         with relayed(port, prefect_server):
             assert process.stdout.read().splitlines()[-1] == "answered"
@@ -567,7 +577,7 @@ def a():
 
 @pytest.fixture
 def environment(tmp_path: Path) -> Path:
-    """The interpreter of an environment with what this one has, in which pull steps may install."""
+    """Return the interpreter of an environment with this environment's packages, in which pull steps may install."""
     folder = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     [packages] = folder.glob("lib/python*/site-packages")
@@ -579,7 +589,7 @@ def environment(tmp_path: Path) -> Path:
 def test_users_code_is_imported_as_under_prefects_command(
     run: Callable[..., Run], tmp_path: Path, environment: Path, entrypoint: str
 ) -> None:
-    """From a repository with folders named as this project's, without `__init__.py`, and with a package to install."""
+    """The repository has folders with this project's names, without `__init__.py`, and a package to install."""
     repository = tmp_path / "repository"
     for name, content in USER.items():
         (repository / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A worker makes Jobs of its release's template, and refuses job variables that the template does not allow."""
+"""The worker's trusted base job template, and the check of job variables against it."""
 
 import asyncio
 import json
@@ -43,12 +43,12 @@ VALUES: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def template() -> dict[str, Any]:
-    """The template that the chart's worker has."""
+    """Return the template that the chart gives to the worker."""
     made = one(render("prefect-work-pool", VALUES), "ConfigMap", "test-prefect-work-pool-worker")
     return dict(json.loads(made["data"]["base-job-template.json"]))
 
 
-def test_worker_has_the_template_that_sync_brings_to_the_server(template: dict[str, Any]) -> None:
+def test_worker_and_server_get_the_same_template(template: dict[str, Any]) -> None:
     synced = yaml.safe_load(
         one(render("prefect-work-pool", VALUES), "ConfigMap", "test-prefect-work-pool-sync")["data"]["pool.yaml"]
     )
@@ -62,7 +62,7 @@ def test_worker_has_the_template_that_sync_brings_to_the_server(template: dict[s
         {"image": "registry.example.com/flows:2", "cpu_limit": "1", "env": {"A": "b"}, "env.C": "d"},
         {"image": "registry.example.com/data/etl@sha256:0123", "service_account_name": "reader"},
         {"labels": {"team": "a"}, "annotations": {"sidecar.istio.io/inject": "false"}},
-        {"of nobody": 1},
+        {"unknown": 1},
     ],
 )
 def test_variables_that_the_template_allows_pass(template: dict[str, Any], variables: dict[str, Any]) -> None:
@@ -70,7 +70,7 @@ def test_variables_that_the_template_allows_pass(template: dict[str, Any], varia
 
 
 @pytest.mark.parametrize(
-    ("variables", "said"),
+    ("variables", "message"),
     [
         (
             {"service_account_name": "prefect-work-pool-worker"},
@@ -81,21 +81,24 @@ def test_variables_that_the_template_allows_pass(template: dict[str, Any], varia
         ({"image": "registry.example.com/flows.evil.com/x"}, "image: "),
         ({"image": "{{ prefect.variables.image }}"}, "image: "),
         ({"image": None}, "image: None is not of type 'string'"),
-        ({"labels": {"app.kubernetes.io/name": "prefect-server"}}, "labels: the key 'app.kubernetes.io/name' is kept"),
-        ({"labels": {"prefect.io/flow-run-id": "x"}}, "labels: the key 'prefect.io/flow-run-id' is kept"),
-        ({"annotations": {"reconciler.noted": "x"}}, "annotations: the key 'reconciler.noted' is kept"),
+        (
+            {"labels": {"app.kubernetes.io/name": "prefect-server"}},
+            "labels: the key 'app.kubernetes.io/name' is reserved",
+        ),
+        ({"labels": {"prefect.io/flow-run-id": "x"}}, "labels: the key 'prefect.io/flow-run-id' is reserved"),
+        ({"annotations": {"reconciler.noted": "x"}}, "annotations: the key 'reconciler.noted' is reserved"),
         ({"labels": "{{ prefect.blocks.json.labels }}"}, "labels: "),
-        ({"labels.app": "x", "labels": {"prefect.io/role": "y"}}, "labels: the key 'prefect.io/role' is kept"),
-        ({"env": {"PASSWORD": ["s3cret"]}}, "job variable env.PASSWORD is no text"),
+        ({"labels.app": "x", "labels": {"prefect.io/role": "y"}}, "labels: the key 'prefect.io/role' is reserved"),
+        ({"env": {"PASSWORD": ["s3cret"]}}, "job variable env.PASSWORD is not a string"),
         ({"finished_job_ttl": "never"}, "finished_job_ttl: "),
     ],
 )
 def test_variable_that_the_template_does_not_allow_is_refused_by_name(
-    template: dict[str, Any], variables: dict[str, Any], said: str
+    template: dict[str, Any], variables: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RefusedVariableError) as refused:
         job_template.check(variables, template["variables"])
-    assert said in str(refused.value)
+    assert message in str(refused.value)
     assert "s3cret" not in str(refused.value)
 
 
@@ -103,32 +106,32 @@ KEYS = st.sampled_from(["app.kubernetes.io/", "prefect.io/", "reconciler.", "kub
 
 
 @given(st.dictionaries(st.tuples(KEYS, st.text("abc", min_size=1, max_size=3)).map("".join), st.text(max_size=3)))
-def test_no_label_of_the_platform_passes(template: dict[str, Any], labels: dict[str, str]) -> None:
-    kept = [each for each in labels if each.startswith(("app.kube", "prefect.io/", "reconciler.", "kubectl."))]
+def test_reserved_labels_are_refused_and_no_others(template: dict[str, Any], labels: dict[str, str]) -> None:
+    reserved = [each for each in labels if each.startswith(("app.kube", "prefect.io/", "reconciler.", "kubectl."))]
     try:
         job_template.check({"labels": labels}, template["variables"])
     except RefusedVariableError:
-        assert kept
+        assert reserved
     else:
-        assert not kept
+        assert not reserved
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"variables": {"type": 1}, "job_configuration": {}}'])
-def test_file_that_is_no_template_is_refused(tmp_path: Path, text: str) -> None:
+def test_file_without_a_template_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "template.json"
     file.write_text(text)
-    with pytest.raises(SettingsError, match="is no base job template"):
+    with pytest.raises(SettingsError, match="is not a base job template"):
         job_template.read(file)
 
 
 @flow
 def nothing() -> None:
-    """What the runs would do; none of them gets to it."""
+    """Do nothing: no run of this flow is executed."""
 
 
 @pytest.fixture
-def alone() -> Iterator[None]:
-    """Workers that watch no cluster, and whose logs stay here."""
+def without_cluster() -> Iterator[None]:
+    """Let workers watch no cluster, and keep their logs off the Prefect API."""
     with (
         patch.dict("os.environ", PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED="false"),
         temporary_settings({PREFECT_LOGGING_TO_API_ENABLED: False}),
@@ -136,8 +139,8 @@ def alone() -> Iterator[None]:
         yield
 
 
-async def _submitted(template: dict[str, Any], variables: dict[str, Any]) -> tuple[list[Any], Any]:
-    """The manifests of the Jobs that a worker makes of a run, and the run; the server's template is an attacker's."""
+async def _submit(template: dict[str, Any], variables: dict[str, Any]) -> tuple[list[Any], Any]:
+    """Submit a run while the server's template is an attacker's; return the manifests of the Jobs, and the run."""
     made: list[Any] = []
 
     async def make(_: Any, run: Any, configuration: Any, task_status: Any) -> KubernetesWorkerResult:
@@ -168,17 +171,17 @@ async def _submitted(template: dict[str, Any], variables: dict[str, Any]) -> tup
         return made, await client.read_flow_run(run.id)
 
 
-@pytest.mark.usefixtures("prefect_server", "alone")
-def test_job_is_made_of_the_release_s_template(template: dict[str, Any]) -> None:
-    [manifest], run = asyncio.run(_submitted(template, {"labels": {"team": "a"}}))
+@pytest.mark.usefixtures("prefect_server", "without_cluster")
+def test_job_uses_the_template_of_the_release(template: dict[str, Any]) -> None:
+    [manifest], run = asyncio.run(_submit(template, {"labels": {"team": "a"}}))
     assert manifest["spec"]["template"]["spec"]["serviceAccountName"] == "test-prefect-work-pool-runs"
     assert manifest["metadata"]["labels"]["team"] == "a"
     assert run.state_name == "Submitting"
 
 
-@pytest.mark.usefixtures("prefect_server", "alone")
+@pytest.mark.usefixtures("prefect_server", "without_cluster")
 def test_run_with_a_refused_variable_crashes_without_a_job_or_a_retry(template: dict[str, Any]) -> None:
-    made, run = asyncio.run(_submitted(template, {"service_account_name": "worker"}))
+    made, run = asyncio.run(_submit(template, {"service_account_name": "worker"}))
     assert made == []
     assert run.state_name == "Crashed"
     assert "job variable service_account_name: 'worker' is none of" in run.state.message
@@ -186,15 +189,15 @@ def test_run_with_a_refused_variable_crashes_without_a_job_or_a_retry(template: 
     assert run.labels[CAUSE_LABEL] == "start"
 
 
-@pytest.mark.usefixtures("prefect_server", "alone")
+@pytest.mark.usefixtures("prefect_server", "without_cluster")
 def test_job_shows_no_secret_of_the_worker(template: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name of a Secret makes Prefect's worker refer to it; all else is left out, as the headers of a proxy are."""
+    """Prefect's worker refers to a Secret that has a name. All other secrets are removed, also headers for a proxy."""
     prefix = "PREFECT_INTEGRATIONS_KUBERNETES_WORKER_API_AUTH_STRING_SECRET"
     for suffix, value in (("NAME", "prefect-server-auth"), ("KEY", "auth-string")):
         monkeypatch.setenv(f"{prefix}_{suffix}", value)
     secrets = {PREFECT_API_KEY: "s3cret-key", PREFECT_CLIENT_CUSTOM_HEADERS: {"X-Access": "s3cret-header"}}
     with temporary_settings(secrets | {PREFECT_API_AUTH_STRING: "admin:s3cret", PREFECT_LOGGING_LEVEL: "WARNING"}):
-        [manifest], _ = asyncio.run(_submitted(template, {}))
+        [manifest], _ = asyncio.run(_submit(template, {}))
     names = {each["name"] for each in manifest["spec"]["template"]["spec"]["containers"][0]["env"]}
     assert names.isdisjoint({"PREFECT_API_KEY", "PREFECT_CLIENT_CUSTOM_HEADERS"})
     assert {"PREFECT_API_AUTH_STRING", "PREFECT_LOGGING_LEVEL"} <= names

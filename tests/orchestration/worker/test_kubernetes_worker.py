@@ -1,4 +1,4 @@
-"""The worker's claims, on a real Prefect server; its Jobs are tested on the real cluster (`tests/e2e`)."""
+"""The worker's claims, with a real Prefect server. Tests of its Jobs need a cluster and are in `tests/e2e`."""
 
 import asyncio
 import contextlib
@@ -44,15 +44,15 @@ from tests.relay import relayed, silent
 
 @flow
 def nothing() -> None:
-    """What the runs would do; none of them gets to it."""
+    """Do nothing: no run of this flow is executed."""
 
 
 pytestmark = pytest.mark.usefixtures("closed_worker_channels")
 
 
 @pytest.fixture(autouse=True)
-def alone() -> Iterator[None]:
-    """Workers that watch no cluster, and whose logs stay here."""
+def without_cluster() -> Iterator[None]:
+    """Let workers watch no cluster, and keep their logs off the Prefect API."""
     with (
         patch.dict("os.environ", PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED="false"),
         temporary_settings({PREFECT_LOGGING_TO_API_ENABLED: False}),
@@ -61,7 +61,7 @@ def alone() -> Iterator[None]:
 
 
 class _WithoutJobs(kubernetes_worker.Worker):
-    """Claims as the worker does, and makes no Job, which would need a cluster."""
+    """Claims runs as the worker does, and makes no Jobs."""
 
     async def run(self, *_: Any, **__: Any) -> KubernetesWorkerResult:
         return KubernetesWorkerResult(identifier="none", status_code=0)
@@ -73,20 +73,20 @@ async def _states(client: PrefectClient, runs: list[UUID]) -> Counter[str]:
 
 
 async def _deployment(client: PrefectClient, pool: str, limit: int | None = None) -> UUID:
-    """Of the flow, in a new pool of that name with that limit."""
+    """Create a deployment of the flow in a new pool with this name and concurrency limit."""
     await client.create_work_pool(WorkPoolCreate(name=pool, type="kubernetes", concurrency_limit=limit))
     return await client.create_deployment(
         flow_id=await client.create_flow(nothing), name="nothing", work_pool_name=pool
     )
 
 
-async def _claims_of_hasty_polls(pool: str, limit: int) -> tuple[Counter[str], Counter[str]]:
-    """The runs' states after polls in a row while the server has not heard of a claim; and at rest."""
-    heard = asyncio.Event()
+async def _claim_in_two_quick_polls(pool: str, limit: int) -> tuple[Counter[str], Counter[str]]:
+    """Poll twice while the claims have not reached the server; return the runs' states then, and at the end."""
+    may_claim = asyncio.Event()
     propose = BaseWorker._propose_pending_state
 
-    async def late(self: Any, flow_run: Any) -> bool:
-        await heard.wait()
+    async def propose_late(self: Any, flow_run: Any) -> bool:
+        await may_claim.wait()
         return bool(await propose(self, flow_run))
 
     async with get_client() as client:
@@ -97,16 +97,16 @@ async def _claims_of_hasty_polls(pool: str, limit: int) -> tuple[Counter[str], C
             return (await client.create_flow_run_from_deployment(made, state=Scheduled(scheduled_time=when))).id
 
         runs = [await start(ago=0) for _ in range(limit)]
-        with patch.object(BaseWorker, "_propose_pending_state", late):
+        with patch.object(BaseWorker, "_propose_pending_state", propose_late):
             async with _WithoutJobs(work_pool_name=pool, create_pool_if_not_found=False) as polled:
                 await polled.sync_with_backend()
                 await polled.get_and_submit_flow_runs()
-                # Before those in the server's order, as any run is while another one's claim is in the database.
+                # These runs come first in the server's order, as any run may while another claim is in progress.
                 runs += [await start(ago=5) for _ in range(limit)]
                 await polled.get_and_submit_flow_runs()
                 during = await _states(client, runs)
-                heard.set()
-                # A server on SQLite refuses what meets another transaction; the worker claims it by its next poll.
+                may_claim.set()
+                # A server on SQLite refuses a claim during another transaction. The next poll claims that run.
                 for _ in range(20):
                     while polled.submitting:
                         await asyncio.sleep(0.05)
@@ -118,20 +118,26 @@ async def _claims_of_hasty_polls(pool: str, limit: int) -> tuple[Counter[str], C
 
 
 @pytest.mark.usefixtures("prefect_server")
-def test_no_more_runs_are_claimed_than_the_pools_limit_however_slow_the_server() -> None:
-    """The server counts from Pending on; a poll before that would get the same room a second time."""
+def test_slow_server_gets_no_more_claims_than_the_limit_of_the_pool() -> None:
+    """The server counts runs from Pending on. A poll before that would get the same slots again."""
     pool = f"limited-{uuid4().hex[:6]}"
-    during, at_rest = asyncio.run(_claims_of_hasty_polls(pool, limit=2))
+    during, at_rest = asyncio.run(_claim_in_two_quick_polls(pool, limit=2))
     assert during == {"SCHEDULED": 4}
     assert at_rest == {"PENDING": 2, "SCHEDULED": 2}
 
 
-async def _claimed_around_absences(
+async def _count_polls_with_outages(
     url: str, port: int, absent: Callable[[int], contextlib.AbstractContextManager[None]]
 ) -> int:
-    """How often a worker polled a port where, in turns, nobody answers, in that way, and the server at `url`."""
+    """Let a worker claim a run after each of two outages; return how often the worker polled.
+
+    Args:
+        url: the URL of the server, which a relay brings to the port between the outages.
+        port: the port at which the worker polls.
+        absent: simulates an outage at the port.
+    """
     pool, seconds = f"away-{uuid4().hex[:6]}", 0.1
-    away = {PREFECT_API_URL: f"http://127.0.0.1:{port}/api", PREFECT_WORKER_QUERY_SECONDS: seconds}
+    settings = {PREFECT_API_URL: f"http://127.0.0.1:{port}/api", PREFECT_WORKER_QUERY_SECONDS: seconds}
     polls = 0
 
     class Counting(_WithoutJobs):
@@ -148,20 +154,22 @@ async def _claimed_around_absences(
 
     async with get_client() as client:
         made = await _deployment(client, pool)
-        with temporary_settings(away):
+        with temporary_settings(settings):
             tested = Counting(work_pool_name=pool, create_pool_if_not_found=False)
             working = asyncio.create_task(tested.start())
             try:
-                # Before its first answer it asks for more, and that takes longer.
-                for number, absence in ((2, contextlib.nullcontext), (13, absent)):
+                # Before its first answer the worker sends more requests, and each poll takes longer.
+                for number, outage in ((2, contextlib.nullcontext), (13, absent)):
                     end = polls + number
 
-                    async def missed(end: int = end) -> bool:
+                    async def has_polled(end: int = end) -> bool:
                         return polls >= end
 
-                    with absence(port):
-                        await until(missed)
-                    assert tested.is_worker_still_polling(seconds) == (number == 13), "not before the first answer"
+                    with outage(port):
+                        await until(has_polled)
+                    assert tested.is_worker_still_polling(seconds) == (number == 13), (
+                        "a worker is not healthy before the first answer"
+                    )
                     with relayed(port, url):
                         run = (await client.create_flow_run_from_deployment(made, state=Scheduled())).id
 
@@ -177,27 +185,27 @@ async def _claimed_around_absences(
 
 
 @pytest.mark.parametrize("absent", [contextlib.nullcontext, silent])
-def test_a_worker_outlasts_an_api_that_is_away(
+def test_worker_survives_an_outage_of_the_api(
     prefect_server: str,
     absent: Callable[[int], contextlib.AbstractContextManager[None]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Prefect's own ends after a dozen polls in vain, and its container is started again ever later.
+    """Prefect's worker exits after a dozen failed polls, and Kubernetes restarts its container later each time.
 
-    Where a network drops what it sends a poll of its own takes a minute, in which it asks at ever longer intervals.
+    In a network that drops packets a poll of Prefect's worker takes a minute, with ever longer pauses between retries.
     """
     monkeypatch.setattr(kubernetes_worker, "CONNECT_TIMEOUT_SECONDS", 0.2)
-    assert asyncio.run(_claimed_around_absences(prefect_server, free_port(), absent)) >= 15
+    assert asyncio.run(_count_polls_with_outages(prefect_server, free_port(), absent)) >= 15
 
 
-IMPATIENT = {
+ONE_RETRY = {
     "PREFECT_INTEGRATIONS_KUBERNETES_WORKER_CREATE_JOB_RETRY_MAX_RETRIES": "1",
     "PREFECT_INTEGRATIONS_KUBERNETES_WORKER_CREATE_JOB_RETRY_JITTER_MAX_SECONDS": "0",
 }
 
 
-class _Unconnected(kubernetes_worker.Worker):
-    """A worker with a client of no cluster."""
+class _WithoutCluster(kubernetes_worker.Worker):
+    """Has a Kubernetes client that is connected to no cluster."""
 
     @contextlib.asynccontextmanager
     async def _get_configured_kubernetes_client(self, *_: Any) -> AsyncIterator[ApiClient]:
@@ -215,7 +223,14 @@ async def _claim(
     claiming: Callable[[], None] = _nothing,
     submitting: Callable[[kubernetes_worker.Worker, UUID], None] = _nothing,
 ) -> tuple[str, int]:
-    """A run's state by name, and how many Jobs of it were made, after two polls of a worker to which that happens."""
+    """Poll twice for a run; return the name of the run's state, and how many Jobs were made.
+
+    Args:
+        url: the URL of the API for the worker.
+        polling: called before each poll.
+        claiming: called before the claim.
+        submitting: called between the claim and the Job.
+    """
     pool, jobs = f"cut-{uuid4().hex[:6]}", 0
 
     class Cut(kubernetes_worker.Worker):
@@ -226,7 +241,7 @@ async def _claim(
         async def claim(self, flow_run: FlowRun) -> bool:
             assert PREFECT_CLIENT_MAX_RETRIES.value() == 0
             pending = await super().claim(flow_run)
-            assert PREFECT_CLIENT_MAX_RETRIES.value() == 5, "to record the Job is worth a while"
+            assert PREFECT_CLIENT_MAX_RETRIES.value() == 5, "the recording of the Job is retried"
             return pending
 
         async def label_claimed_run(self, flow_run_id: UUID) -> None:
@@ -234,7 +249,7 @@ async def _claim(
 
     async def make(_: Any, run: FlowRun, configuration: Any, task_status: Any) -> KubernetesWorkerResult:
         nonlocal jobs
-        assert "PREFECT_CLIENT_MAX_RETRIES" not in configuration.env, "runs have more patience than their worker"
+        assert "PREFECT_CLIENT_MAX_RETRIES" not in configuration.env, "the number of retries is the worker's alone"
         metadata = configuration.job_manifest["spec"]["template"]["metadata"]
         assert metadata["annotations"] == {MAIN_CONTAINER_ANNOTATION: "prefect-job"}
         given = configuration.job_manifest["spec"]["template"]["spec"]["containers"][0]["env"]
@@ -279,45 +294,45 @@ def _grow_nearly_too_old(claiming: kubernetes_worker.Worker, run: UUID) -> None:
     [
         (_nothing, "Submitting", 1),
         (_grow_old, "Pending", 0),
-        (_raise(ConnectError("nobody there")), "Pending", 0),
-        (_raise(ValueError("no such thing")), "JobRefused", 0),
+        (_raise(ConnectError("connection refused")), "Pending", 0),
+        (_raise(ValueError("unknown")), "JobRefused", 0),
     ],
-    ids=["nothing", "it is too old", "the API goes", "an error"],
+    ids=["nothing", "claim too old", "API down", "error"],
 )
-def test_a_claim_that_was_cut_off_makes_no_job_and_says_nothing_of_what_may_be_another_s(
+def test_interrupted_claim_makes_no_job_and_keeps_the_state_of_the_run(
     prefect_server: str, happens: Callable[[kubernetes_worker.Worker, UUID], None], state: str, jobs: int
 ) -> None:
-    """Not even that it is submitted, from when on it would be a new claim to the reconciler."""
+    """The state Submitting would make the claim look new to the reconciler."""
     assert asyncio.run(_claim(prefect_server, submitting=happens)) == (state, jobs)
 
 
-def test_a_claim_is_let_go_though_the_api_does_not_answer(prefect_server: str) -> None:
-    async def unanswered(*_: Any) -> None:
+def test_claim_is_dropped_while_the_api_does_not_answer(prefect_server: str) -> None:
+    async def wait_for_ever(*_: Any) -> None:
         await asyncio.Event().wait()
 
     claiming = _claim(prefect_server, submitting=_grow_nearly_too_old)
-    with patch.object(BaseWorker, "_propose_submitting_state", unanswered):
+    with patch.object(BaseWorker, "_propose_submitting_state", wait_for_ever):
         assert asyncio.run(asyncio.wait_for(claiming, 120)) == ("Pending", 0)
 
 
-def test_an_api_that_goes_before_a_run_is_claimed_costs_a_poll(prefect_server: str) -> None:
-    """Prefect's own worker ends of it, with its other claims, after a minute in which it does not poll."""
+def test_outage_before_a_claim_costs_one_poll(prefect_server: str) -> None:
+    """Prefect's worker exits with its other claims, after a minute without a poll."""
     port = free_port()
-    with contextlib.ExitStack() as there:
+    with contextlib.ExitStack() as relay:
         claims = 0
 
-        def come() -> None:
-            there.close()
-            there.enter_context(relayed(port, prefect_server))
+        def start() -> None:
+            relay.close()
+            relay.enter_context(relayed(port, prefect_server))
 
-        def go() -> None:
+        def stop() -> None:
             nonlocal claims
             claims += 1
             if claims == 1:
-                there.close()
+                relay.close()
 
-        come()
-        found = asyncio.run(_claim(f"http://127.0.0.1:{port}/api", come, go))
+        start()
+        found = asyncio.run(_claim(f"http://127.0.0.1:{port}/api", start, stop))
     assert found == ("Submitting", 1)
     assert claims == 2
 
@@ -339,7 +354,7 @@ INVALID = json.dumps({"message": 'Job.batch "x" is invalid: spec.template.spec.c
 
 
 @pytest.mark.parametrize(
-    ("error", "kind", "said"),
+    ("error", "kind", "reason"),
     [
         pytest.param(
             _api_error(403, "Forbidden", OVER_QUOTA), "capacity", "exceeded quota: objects", id="without a reconciler"
@@ -356,9 +371,9 @@ INVALID = json.dumps({"message": 'Job.batch "x" is invalid: spec.template.spec.c
     ],
 )
 def test_refused_job_does_not_crash_the_run(
-    request: pytest.FixtureRequest, prefect_server: str, error: Exception, kind: str, said: str
+    request: pytest.FixtureRequest, prefect_server: str, error: Exception, kind: str, reason: str
 ) -> None:
-    """It says why, since when and how long that may take, the second time as of the first."""
+    """The run's state has the reason. The label keeps the time of the first refusal and whether a person has to act."""
     alone = "without a reconciler" in request.node.name
 
     async def refuse(*_: Any, **__: Any) -> None:
@@ -370,8 +385,8 @@ def test_refused_job_does_not_crash_the_run(
             made = await _deployment(client, pool)
             run = (await client.create_flow_run_from_deployment(made, state=Scheduled())).id
             labels = []
-            with patch.object(BatchV1Api, "create_namespaced_job", refuse), patch.dict("os.environ", IMPATIENT):
-                async with _Unconnected(work_pool_name=pool, create_pool_if_not_found=False) as tested:
+            with patch.object(BatchV1Api, "create_namespaced_job", refuse), patch.dict("os.environ", ONE_RETRY):
+                async with _WithoutCluster(work_pool_name=pool, create_pool_if_not_found=False) as tested:
                     await tested.sync_with_backend()
                     os.environ["PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED"] = str(alone).lower()
                     for _ in range(2):
@@ -383,7 +398,7 @@ def test_refused_job_does_not_crash_the_run(
                         assert found.state.type.value == ("SCHEDULED" if alone else "PENDING")
                         assert found.state.message
                         assert found.state.message.startswith(state_messages.JOB_NOT_CREATED)
-                        assert said in found.state.message
+                        assert reason in found.state.message
                         labels.append(Refusal.read(found.labels))
                         await client.set_flow_run_state(run, Scheduled(), force=True)
                     os.environ["PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED"] = "false"
