@@ -2,8 +2,8 @@
 
 - Namespace: with `--namespace` the worker creates its Jobs there, whatever the pool's template says. The worker's Role
   covers that namespace, so workers of several namespaces and clusters can share a pool.
-- Health: `GET :8080/health` covers polling and the thread that watches pods and Jobs. Without that thread no component sees
-  that a pod dies.
+- Health: `GET :8080/health` covers polling and the thread that watches pods and Jobs. Without that thread the
+  death of a pod would go unnoticed.
 - Draining: on SIGTERM the worker first makes the Jobs of its claims. No run stays Pending because its worker ended
   between the claim and the Job.
 - While the Prefect API is down, the worker polls at the same interval and is healthy. Prefect's worker exits. An exit
