@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerResult
 
 from orchestration.errors import SettingsError
 from orchestration.protocol import CAUSE_LABEL
+from orchestration.settings import ROOT
 from orchestration.worker import job_template, kubernetes_worker
 from orchestration.worker.job_template import RefusedVariableError
 from tests.helm.rendering import one, render
@@ -122,6 +126,19 @@ def test_file_without_a_template_is_refused(tmp_path: Path, text: str) -> None:
     file.write_text(text)
     with pytest.raises(SettingsError, match="is not a base job template"):
         job_template.read(file)
+
+
+def test_worker_logs_a_wrong_template_and_exits(tmp_path: Path) -> None:
+    file = tmp_path / "absent.json"
+    command = [sys.executable, "-m", "orchestration.worker", "--pool", "default", "--template", str(file)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"LOG_FORMAT": "json"}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    [line] = map(json.loads, done.stderr.splitlines())
+    assert (line["level"], line["logger"]) == ("ERROR", "orchestration.worker")
+    assert line["message"].startswith(f"{file} is not a base job template: [Errno 2] No such file or directory")
+    assert line["message"].endswith(". Name the file of the release in --template.")
 
 
 @flow
