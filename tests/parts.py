@@ -5,6 +5,7 @@ import itertools
 import os
 import secrets
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -20,6 +21,7 @@ from urllib.request import urlopen
 
 import httpx
 import hypothesis
+import psutil
 import psycopg
 
 from orchestration import warehouse
@@ -114,6 +116,38 @@ def rows_of(url: str, statement: str, *parameters: Any) -> list[tuple[Any, ...]]
     with psycopg.connect(url, autocommit=True) as connection:
         cursor = connection.execute(statement, parameters)
         return cursor.fetchall() if cursor.description else []
+
+
+def find_run_processes(run: str, job: str = "") -> list[int]:
+    """Return the ids of this machine's processes that execute a flow run: supervisor, engine and their children.
+
+    Args:
+        run: the run's id.
+        job: the name of the Job; empty for any.
+    """
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            environment = process.environ()
+            if environment.get("PREFECT__FLOW_RUN_ID") == run and job in ("", environment.get("KUBERNETES_JOB")):
+                found.append(process.pid)
+    return found
+
+
+def kill_run_processes(run: str) -> None:
+    """Kill all processes of this machine that execute a flow run.
+
+    A supervisor that is killed leaves its engine alive, which has a session and a process group of its own.
+    """
+
+    def are_gone() -> bool:
+        processes = find_run_processes(run)
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        return not processes
+
+    wait_until(are_gone, f"the processes of flow run {run} to be gone", 30)
 
 
 def copy_of_checkout(folder: Path) -> None:

@@ -48,6 +48,16 @@ class Namespace:
         listed = {"apiVersion": "v1", "kind": "List", "items": list(objects)}
         self.kubectl("apply", "-f", "-", text=json.dumps(listed))
 
+    @contextlib.contextmanager
+    def without(self, kind: str, name: str) -> Iterator[None]:
+        """Delete an object while the block lasts, and create it again afterwards."""
+        found = json.loads(self.kubectl("get", kind, name, "-o", "json"))
+        self.kubectl("delete", kind, name)
+        try:
+            yield
+        finally:
+            self.apply({key: value for key, value in found.items() if key != "status"})
+
     def pod(self, name: str, *command: str, ready: bool = True, **spec: Any) -> None:
         """Start a pod that runs a command as a user other than root.
 

@@ -1,8 +1,10 @@
 """A copy of this checkout, from which tests deploy an environment by make."""
 
+import contextlib
 import json
 import os
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -71,6 +73,16 @@ class Checkout:
         text = (self.folder / path).read_text()
         assert old in text
         (self.folder / path).write_text(text.replace(old, new, 1))
+
+    @contextlib.contextmanager
+    def restored(self, path: str) -> Iterator[Path]:
+        """Yield one of the copy's files, which the block may change, and restore its content afterwards."""
+        file = self.folder / path
+        content = file.read_bytes()
+        try:
+            yield file
+        finally:
+            file.write_bytes(content)
 
 
 def environment_without_prefect() -> dict[str, str]:

@@ -82,5 +82,7 @@ def checkout(cluster: str, image: str, tmp_path_factory: pytest.TempPathFactory)
     for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "A copy"]):
         subprocess.run(["git", *command], cwd=folder, check=True)
     with hold_lock(binaries.cache() / "environments.lock"):
-        yield copy
-        remove(Namespace(cluster, copy.target.namespace))
+        try:
+            yield copy
+        finally:
+            remove(Namespace(cluster, copy.target.namespace))

@@ -193,15 +193,14 @@ def test_a_changed_flow_and_schedule_are_deployed_and_taken_back(checkout: Check
 
 def test_what_the_namespace_s_quota_would_never_take_is_refused(checkout: Checkout) -> None:
     """By the name of the deployment, before the release is touched; its runs would pend for ever."""
-    prefect = (checkout.folder / "prefect.yaml").read_text()
     history = checkout.target.helm("history", POOL, "--output", "json")
-    checkout.edit("prefect.yaml", "{name: default}", "{name: default, job_variables: {memory_limit: 1000Gi}}")
-    refused = checkout.make("deploy", status=2)
+    with checkout.restored("prefect.yaml"):
+        checkout.edit("prefect.yaml", "{name: default}", "{name: default, job_variables: {memory_limit: 1000Gi}}")
+        refused = checkout.make("deploy", status=2)
     assert "prefect-work-pool is refused, and nothing was changed: prefect.yaml:" in refused
     assert "1000Gi" in refused
     assert "Traceback" not in refused
     assert checkout.target.helm("history", POOL, "--output", "json") == history
-    (checkout.folder / "prefect.yaml").write_text(prefect)
 
 
 def test_a_run_that_does_not_start_is_no_trouble_of_the_release(checkout: Checkout) -> None:
@@ -216,9 +215,11 @@ def test_a_run_that_does_not_start_is_no_trouble_of_the_release(checkout: Checko
         [pod] = target.objects("pods", "--field-selector", "metadata.name=stuck")
         return any("ErrImagePull" in line or "ImagePullBackOff" in line for line in explain_pod(target, pod))
 
-    wait_until(refused, "the image to be refused")
-    assert not [line for line in explain_release(target, POOL) if "stuck" in line]
-    target.kubectl("delete", "pod", "stuck")
+    try:
+        wait_until(refused, "the image to be refused")
+        assert not [line for line in explain_release(target, POOL) if "stuck" in line]
+    finally:
+        target.kubectl("delete", "pod", "stuck")
 
 
 def _api_pods(checkout: Checkout) -> set[str]:
@@ -237,24 +238,26 @@ def _image_of_runs(checkout: Checkout) -> str:
 def test_a_deploy_that_fails_says_why_and_how_to_go_back(checkout: Checkout) -> None:
     """Which object, which line of its log; what ran before goes on."""
     path = "helm/environments/local/prefect-server.yaml"
-    values = (checkout.folder / path).read_text()
-    broken = yaml.safe_load(values)
-    broken["api"]["args"] = ["sh", "-c", "echo The reason it ends; exit 3"]
-    (checkout.folder / path).write_text(yaml.safe_dump(broken))
-    output = checkout.make("deploy", status=2)
-    assert "prefect-server does not become ready: pod/prefect-server-api-" in output
-    assert "exit code 3" in output
-    assert "log: The reason it ends" in output
-    assert "make rollback ENV=local" in output
-    assert "Traceback" not in output
-    with api_client(checkout.target) as api:
-        assert _deployment(api)
-    checkout.make("rollback")
-    (checkout.folder / path).write_text(values + "replicas: 2\n")
-    refused = checkout.make("deploy", status=2)
+    with checkout.restored(path) as file:
+        broken = yaml.safe_load(file.read_text())
+        broken["api"]["args"] = ["sh", "-c", "echo The reason it ends; exit 3"]
+        file.write_text(yaml.safe_dump(broken))
+        output = checkout.make("deploy", status=2)
+    try:
+        assert "prefect-server does not become ready: pod/prefect-server-api-" in output
+        assert "exit code 3" in output
+        assert "log: The reason it ends" in output
+        assert "make rollback ENV=local" in output
+        assert "Traceback" not in output
+        with api_client(checkout.target) as api:
+            assert _deployment(api)
+    finally:
+        checkout.make("rollback")
+    with checkout.restored(path) as file:
+        file.write_text(file.read_text() + "replicas: 2\n")
+        refused = checkout.make("deploy", status=2)
     assert "prefect-server is refused, and nothing was changed" in refused
     assert "additional properties 'replicas' not allowed" in refused
-    (checkout.folder / path).write_text(values)
 
 
 def test_a_deploy_that_is_killed_is_taken_up(checkout: Checkout) -> None:
@@ -270,8 +273,10 @@ def test_a_deploy_that_is_killed_is_taken_up(checkout: Checkout) -> None:
             history = json.loads(checkout.target.helm("history", POOL, "--output", "json"))
             return str(history[-1]["status"]).startswith("pending")
 
-        wait_until(pending, "the pool's release to be under way", 240)  # the image is built first
-        os.killpg(process.pid, signal.SIGKILL)
+        try:
+            wait_until(pending, "the pool's release to be pending", 240)  # the image is built first
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
     refused = checkout.make("deploy", status=2)
     assert re.search(r"prefect-work-pool: a deploy began \d+ s ago and has not ended", refused)
     assert "set it aside with FORCE=1" in refused
@@ -287,8 +292,9 @@ def test_what_must_not_begin_does_not(checkout: Checkout, tmp_path: Path) -> Non
     assert f"KUBE_CONTEXT=absent is not in the kubeconfig. There are: {context}" in absent
     nameless = checkout.make("deploy", ENV="production", KUBE_CONTEXT="", status=2)
     assert "ENV=production needs the name of its cluster: KUBE_CONTEXT=..." in nameless
-    (checkout.folder / "README.md").write_text("changed")
-    dirty = checkout.make("deploy", ENV="production", status=2)
+    with checkout.restored("README.md") as file:
+        file.write_text("changed")
+        dirty = checkout.make("deploy", ENV="production", status=2)
     assert "uncommitted changes" in dirty
     subprocess.run(["git", "checkout", "-q", "."], cwd=checkout.folder, check=True)
     missing = checkout.make("deploy", ENV="production", IMAGE="localhost:5000/prefect-orchestration:absent", status=2)

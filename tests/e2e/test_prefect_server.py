@@ -128,7 +128,6 @@ def test_a_failed_upgrade_leaves_the_server_running(server: Release, values: Obj
     running = {pod["metadata"]["name"] for pod in server.pods("api")}
     wrong = copy.deepcopy(values)
     wrong["image"]["tag"] = "absent"
-    server.deploy(wrong, wait=False)
 
     def refused() -> bool:
         states = [
@@ -138,11 +137,14 @@ def test_a_failed_upgrade_leaves_the_server_running(server: Release, values: Obj
         ]
         return bool({"ErrImagePull", "ImagePullBackOff"} & set(states))
 
-    wait_until(refused, "the image to be refused")
-    with server.api() as api:
-        assert api.post("/work_pools/filter", json={}).status_code == 200
-    assert running <= {pod["metadata"]["name"] for pod in server.pods("api")}
-    server.helm("rollback", SERVER_RELEASE, "--wait", "--timeout", "10m")
+    server.deploy(wrong, wait=False)
+    try:
+        wait_until(refused, "the image to be refused")
+        with server.api() as api:
+            assert api.post("/work_pools/filter", json={}).status_code == 200
+        assert running <= {pod["metadata"]["name"] for pod in server.pods("api")}
+    finally:
+        server.helm("rollback", SERVER_RELEASE, "--wait", "--timeout", "10m")
 
 
 def test_a_missing_secret_is_found_before_anything_is_changed(server: Release, values: Object) -> None:
@@ -160,29 +162,27 @@ def test_an_external_database_with_a_wrong_password_says_so(
     encoded = base64.b64encode(url.encode()).decode()
     secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "db"}, "data": {"connection-url": encoded}}
     namespace.apply(secret)
-    server.namespace.kubectl("delete", "networkpolicy", f"{SERVER_RELEASE}-database")
     release = Release("prefect-server", "other", namespace)
-    release.deploy(
-        copy.deepcopy(values) | {"database": {"bundled": {"enabled": False}, "external": {"existingSecret": "db"}}},
-        wait=False,
-    )
+    external = {"database": {"bundled": {"enabled": False}, "external": {"existingSecret": "db"}}}
 
-    def told() -> str:
+    def read_log() -> str:
         try:
             return namespace.kubectl("logs", "job/other-prefect-server-migrations-1")
         except ClusterError:
             return ""
 
-    log = wait_until(lambda: "cannot be used" in (text := told()) and text, "the reason", 90)
-    last = log.strip().splitlines()[-1]
-    assert 'password authentication failed for user "prefect"' in last
-    assert "wrong@" not in log
-    assert "Check the Secret" in last
-    assert "Traceback" not in log
-    environment = Environment("test", namespace.context, namespace.name)
-    wait_until(
-        lambda: any(last in line for line in explain_release(environment, "other")), "the reason in the diagnosis"
-    )
+    with server.namespace.without("networkpolicy", f"{SERVER_RELEASE}-database"):
+        release.deploy(copy.deepcopy(values) | external, wait=False)
+        log = wait_until(lambda: "cannot be used" in (text := read_log()) and text, "the reason", 90)
+        last = log.strip().splitlines()[-1]
+        assert 'password authentication failed for user "prefect"' in last
+        assert "wrong@" not in log
+        assert "Check the Secret" in last
+        assert "Traceback" not in log
+        environment = Environment("test", namespace.context, namespace.name)
+        wait_until(
+            lambda: any(last in line for line in explain_release(environment, "other")), "the reason in the diagnosis"
+        )
 
 
 def test_a_database_that_is_nowhere_is_named(namespace: Namespace, values: Object) -> None:

@@ -236,8 +236,10 @@ def of_files(pool: Pool, values: Object) -> Iterator[tuple[Release, Callable[[st
         wanted["runs"]["resources"]["limits"]["memory"] = memory
         release.deploy(wanted)
 
-    yield release, deploy
-    release.helm("uninstall", release.name, "--wait")
+    try:
+        yield release, deploy
+    finally:
+        release.helm("uninstall", release.name, "--wait", "--ignore-not-found")
 
 
 def test_an_upgrade_brings_the_server_to_what_the_files_say_and_a_rollback_takes_it_back(
@@ -325,19 +327,17 @@ def test_a_worker_that_no_longer_watches_is_started_again(pool: Pool, values: Ob
     """
     namespace = pool.namespace
     pool.deploy(merge_values(values, {"reconciler": {"enabled": False}}))
-    binding = namespace.kubectl("get", "rolebinding", f"{POOL_RELEASE}-worker", "-o", "json")
-    [old] = pool.pods("worker")
-    namespace.kubectl("delete", "rolebinding", f"{POOL_RELEASE}-worker")
     try:
-        namespace.kubectl("delete", "pod", old["metadata"]["name"])
-        wait_until(lambda: any(pool.restarts().values()), "the worker to be started again", 240)
-        [worker] = pool.pods("worker")
-        before = namespace.kubectl("logs", worker["metadata"]["name"], "--previous")
-        assert "No longer watching" in before
+        [old] = pool.pods("worker")
+        with namespace.without("rolebinding", f"{POOL_RELEASE}-worker"):
+            namespace.kubectl("delete", "pod", old["metadata"]["name"])
+            wait_until(lambda: any(pool.restarts().values()), "the worker's container to be restarted", 240)
+            [worker] = pool.pods("worker")
+            before = namespace.kubectl("logs", worker["metadata"]["name"], "--previous")
+            assert "No longer watching" in before
+        namespace.kubectl("rollout", "status", f"deployment/{POOL_RELEASE}-worker", "--timeout=180s")
     finally:
-        namespace.apply({key: each for key, each in json.loads(binding).items() if key != "status"})
-    namespace.kubectl("rollout", "status", f"deployment/{POOL_RELEASE}-worker", "--timeout=180s")
-    pool.deploy(values)
+        pool.deploy(values)
 
 
 def test_what_the_server_refuses_fails_the_release_with_the_reason(

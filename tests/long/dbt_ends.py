@@ -26,7 +26,15 @@ from orchestration.settings import ROOT
 from tests.long.longtest import Findings, Parameters
 from tests.orchestration.dbt.projects import every_kind, hold, tables
 from tests.orchestration.dbt.task_runs import ENDED, Server, busy, execute
-from tests.parts import client_of, embedded_postgres, new_database, prefect_server, rows_of, wait_until
+from tests.parts import (
+    client_of,
+    embedded_postgres,
+    kill_run_processes,
+    new_database,
+    prefect_server,
+    rows_of,
+    wait_until,
+)
 
 WAYS = ("killed", "cancelled")
 
@@ -120,23 +128,26 @@ def end_at_random(
         run = server.start(deployment)
         process = execute(shop, api, run)
         try:
-            process.wait(moment)
-        except subprocess.TimeoutExpired:
-            _end(way, process, server, run)
-        if way == "cancelled":
-            # It looks once a second, and then tells the flow's process.
-            wait_until(lambda: server.state(run)["type"] in ENDED, "the end of the run", 60)
-        told = time.monotonic()
-        wait_until(lambda: busy(query) == 0, "the end of its SQL", 30)
-        sql_ended = time.monotonic() - told
-        process.wait(60)
-        state = server.state(run)["type"]
-        done = sum(task["state_type"] == "COMPLETED" for task in server.get("task_runs", run))
-        if state != "COMPLETED":
-            server.set_state(run, "SCHEDULED", "AwaitingRetry")
-            execute(shop, api, run).wait(180)
-        same = server.state(run)["type"] == "COMPLETED" and tables(query) == undisturbed.tables
-        return Outcome(way, moment, done, sql_ended, state, same)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(moment)
+            if process.returncode is None:
+                _end(way, process, server, run)
+            if way == "cancelled":
+                # The supervisor polls the run once a second, and then signals the engine.
+                wait_until(lambda: server.state(run)["type"] in ENDED, "the end of the run", 60)
+            ended_at = time.monotonic()
+            wait_until(lambda: busy(query) == 0, "the end of the run's SQL", 30)
+            sql_seconds = time.monotonic() - ended_at
+            process.wait(60)
+            state = server.state(run)["type"]
+            done = sum(task["state_type"] == "COMPLETED" for task in server.get("task_runs", run))
+            if state != "COMPLETED":
+                server.set_state(run, "SCHEDULED", "AwaitingRetry")
+                execute(shop, api, run).wait(180)
+        finally:
+            kill_run_processes(run)
+        is_same = server.state(run)["type"] == "COMPLETED" and tables(query) == undisturbed.tables
+        return Outcome(way, moment, done, sql_seconds, state, is_same)
 
 
 def run(parameters: Parameters) -> Findings:

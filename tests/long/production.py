@@ -90,10 +90,12 @@ def databases(cluster: str) -> Iterator[Databases]:
 @pytest.fixture(scope="module")
 def production(checkout: Checkout) -> Iterator[Checkout]:
     """The environment, of which nothing is there but the image."""
-    checkout.make("push")
     target = replace(checkout.target, name="production", namespace=f"{checkout.target.namespace}-production")
-    yield replace(checkout, target=target)
-    remove(Namespace(target.context, target.namespace))
+    checkout.make("push")
+    try:
+        yield replace(checkout, target=target)
+    finally:
+        remove(Namespace(target.context, target.namespace))
 
 
 def test_it_is_deployed_once_the_secrets_are_there_that_only_a_person_can_make(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from orchestration.settings import ROOT
-from tests.parts import asked, client_of, free_port, served, wait_until
+from tests.parts import asked, client_of, free_port, kill_run_processes, served, wait_until
 from tests.versions.catalogue import PREVIOUS, locked_version, previous_release
 
 FLOW = """
@@ -103,7 +103,8 @@ def test_run_completes_while_the_server_changes_its_version(way: str, tmp_path: 
             process = subprocess.Popen(
                 command, env=variables, cwd=tmp_path, start_new_session=True, stdout=log, stderr=subprocess.STDOUT
             )
-            stack.callback(process.kill)
+            stack.callback(process.wait)
+            stack.callback(kill_run_processes, run)
             seen("step-1")
         if way == "upgrade":
             migrate_database(after[0], home)

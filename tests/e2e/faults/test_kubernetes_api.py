@@ -20,7 +20,6 @@ from tests.e2e.faults.victims import (
     assert_state_within,
     assert_within,
     deploy_victim,
-    find_processes,
     list_pods,
     record_duration,
     start_running,
@@ -31,7 +30,7 @@ from tests.e2e.faults.victims import (
 from tests.e2e.pace import KUBERNETES_OUTAGE_SECONDS
 from tests.e2e.release import Pool, Release
 from tests.e2e.runs import create_deployment, get_run, start_run, wait_until_ended
-from tests.parts import client_of, wait_until
+from tests.parts import client_of, find_run_processes, wait_until
 
 pytestmark = pytest.mark.alone
 
@@ -82,7 +81,7 @@ def test_kubernetes_api_outage_loses_no_run(
     with client_of(f"http://{address}:4200/api", auth) as direct:
         with away():
             assert get_run(direct, dies)["state_type"] == "RUNNING"
-            for pid in find_processes(dies):
+            for pid in find_run_processes(dies):
                 with contextlib.suppress(ProcessLookupError):  # the first to die takes the other with it
                     os.kill(pid, signal.SIGKILL)
             due = start_run(direct, made)

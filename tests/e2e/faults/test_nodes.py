@@ -3,6 +3,7 @@
 The runs are on a second node, so that the faults hit nothing else.
 """
 
+import contextlib
 import copy
 import time
 from collections.abc import Iterator
@@ -19,7 +20,6 @@ from tests.e2e.faults.victims import (
     count_taken_slots,
     create_limit,
     deploy_victim,
-    find_processes,
     find_state,
     list_pods,
     list_states,
@@ -30,7 +30,7 @@ from tests.e2e.faults.victims import (
 from tests.e2e.pace import KUBELET_OUTAGE_SECONDS
 from tests.e2e.release import Object, Pool
 from tests.e2e.runs import create_deployment, get_run, wait_for_log
-from tests.parts import wait_until
+from tests.parts import find_run_processes, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,16 @@ def values(values: Object, second_node: Node) -> Object:
         "affinity": {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": preferred}},
     }
     return changed
+
+
+@contextlib.contextmanager
+def stopped_kubelet(node: Node) -> Iterator[None]:
+    """Stop the kubelet of a node while the block lasts; afterwards wait until the node is Ready."""
+    node_faults.stop_kubelet(node)
+    try:
+        yield
+    finally:
+        node_faults.start_kubelet(node)
 
 
 def start_on_second_node(api: httpx.Client, pool: Pool, deployment_id: str, **parameters: object) -> tuple[str, str]:
@@ -81,9 +91,8 @@ def test_run_survives_a_stopped_kubelet(pool: Pool, api: httpx.Client, second_no
     times = 15 + KUBELET_OUTAGE_SECONDS // 2
     ticking = create_deployment(api, pool, entrypoint="/probe/flow.py:ticking")
     run, pod = start_on_second_node(api, pool, ticking, times=times)
-    node_faults.stop_kubelet(second_node)
-    time.sleep(KUBELET_OUTAGE_SECONDS)
-    node_faults.start_kubelet(second_node)
+    with stopped_kubelet(second_node):
+        time.sleep(KUBELET_OUTAGE_SECONDS)
     wait_until_completed(api, run)
     assert get_run(api, run)["run_count"] == 1
     assert [each["metadata"]["name"] for each in list_pods(pool, run)] == [pod]
@@ -97,18 +106,17 @@ def test_attempt_on_a_lost_node_stops_before_the_retry_begins(pool: Pool, api: h
     run, _ = start_on_second_node(api, pool, ticking, times=150, slot=slot)
     wait_until(lambda: count_taken_slots(api, slot) == 1, "the slot to be taken")
     job = get_run(api, run)["infrastructure_pid"].rpartition(":")[2]
-    old = find_processes(run, job)
+    old = find_run_processes(run, job)
     assert old
     seen: list[int] = []
-    node_faults.stop_kubelet(second_node)
-    try:
+    with stopped_kubelet(second_node):
         node_components.kubectl("delete", "node", second_node.name)
 
         # The control plane takes a while to give the node up.
         def find_crash() -> Object | None:
             if found := find_state(api, run, "Crashed"):
                 return found
-            seen[:] = find_processes(run, job)
+            seen[:] = find_run_processes(run, job)
             return None
 
         crashed = wait_until(find_crash, f"Crashed of {run}", 120)
@@ -116,7 +124,7 @@ def test_attempt_on_a_lost_node_stops_before_the_retry_begins(pool: Pool, api: h
         assert "its node is " in crashed["message"]  # lost, or gone
         assert get_run(api, run)["labels"][FENCED_LABEL_PREFIX + job]
         assert seen, "the old attempt ended before it was fenced"
-        wait_until(lambda: not find_processes(run, job), "the old attempt to stop", FENCED_WITHIN_SECONDS + 5)
+        wait_until(lambda: not find_run_processes(run, job), "the old attempt to stop", FENCED_WITHIN_SECONDS + 5)
         stopped = datetime.now(UTC)
         assert time.monotonic() - fenced < FENCED_WITHIN_SECONDS + 5
         assert count_taken_slots(api, slot) == 0
@@ -130,7 +138,5 @@ def test_attempt_on_a_lost_node_stops_before_the_retry_begins(pool: Pool, api: h
         )
         assert datetime.fromisoformat(running[0]["timestamp"]) > stopped
         assert not get_run(api, run)["labels"].get("reconciler.crashes")
-    finally:
-        node_faults.start_kubelet(second_node)
-    assert not find_processes(run, job)
+    assert not find_run_processes(run, job)
     assert get_run(api, run)["run_count"] == 2

@@ -146,7 +146,8 @@ def start_and_kill(pool: Pool, api: httpx.Client, number: int) -> list[str]:
 def test_reconciler_killed_at_any_request_retries_each_run_once(pool: Pool, api: httpx.Client, kubernetes: str) -> None:
     async def reconcile_until_done() -> int:
         deaths = 0
-        while True:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline:
             async with reconciler_in_process(pool, api, kubernetes, deaths + 1) as mortal:
                 try:
                     while await mortal.round():
@@ -158,6 +159,9 @@ def test_reconciler_killed_at_any_request_retries_each_run_once(pool: Pool, api:
             if all(run["state_type"] != "RUNNING" and run["labels"].get("reconciler.crashes") for run in found):
                 return deaths
             await asyncio.sleep(0.5)
+        raise AssertionError(
+            f"the runs are not retried after {deaths} deaths: {[list_states(api, run) for run in runs]}"
+        )
 
     with scaled_to_zero(pool, "reconciler"):
         runs = start_and_kill(pool, api, 3)

@@ -59,11 +59,14 @@ def test_two_workers_execute_each_run_once(pool: Pool, api: httpx.Client) -> Non
             "deployments": {"id": {"any_": [made]}},
             "flow_runs": {"state": {"type": {"any_": ["SCHEDULED", "PENDING", "RUNNING"]}}},
         }
-        while len(runs) < number:
-            # Not all at once: the node is small, and others are on it.
+
+        def start_as_room_permits() -> bool:
+            # Not all at once: the node is small, and other tests use it.
             free = at_once - int(api.post("/flow_runs/count", json=body).raise_for_status().json())
-            runs += [start_run(api, made) for _ in range(min(free, number - len(runs)))]
-            time.sleep(0.5)
+            runs.extend(start_run(api, made) for _ in range(min(free, number - len(runs))))
+            return len(runs) == number
+
+        wait_until(start_as_room_permits, "all runs to be started", 600)
         for run in runs:
             assert (wait_until_ended(api, run)["state_type"], get_run(api, run)["run_count"]) == ("COMPLETED", 1)
             assert sum(each["type"] == "PENDING" for each in list_states(api, run)) <= 2  # Pending, Submitting

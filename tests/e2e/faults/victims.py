@@ -9,7 +9,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
-import psutil
 
 from orchestration.errors import ClusterError
 from orchestration.operations.local_cluster import images
@@ -248,22 +247,6 @@ def kill_pod(pool: Pool, pod: str) -> datetime:
 
     wait_until(is_killed, f"kubectl exec in {pod}")
     return wait_for_death(pool, pod)
-
-
-def find_processes(run: str, job: str = "") -> list[int]:
-    """Return the ids of this machine's processes that execute a run, where this machine is the cluster's node.
-
-    Args:
-        run: the run's id.
-        job: the name of the Job; empty for any.
-    """
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            environment = process.environ()
-            if environment.get("PREFECT__FLOW_RUN_ID") == run and job in ("", environment.get("KUBERNETES_JOB")):
-                found.append(process.pid)
-    return found
 
 
 def is_settled(api: httpx.Client, run: str) -> bool:

@@ -23,7 +23,7 @@ from orchestration.prefect_api import Server
 from orchestration.reconciler.model import End, Pod
 from orchestration.reconciler.orphans import release_leased_slots
 from orchestration.settings import ROOT
-from tests.parts import asked, client_of, free_port, wait_until
+from tests.parts import asked, client_of, free_port, kill_run_processes, wait_until
 from tests.relay import relayed
 
 FLOW = """
@@ -220,12 +220,7 @@ def run(prefect_server: str, tmp_path: Path) -> Iterator[Callable[..., Run]]:
 
         def end(made: Run) -> None:
             if hasattr(made, "process"):
-                processes = [made.process.pid]
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    processes += [each.pid for each in psutil.Process(made.process.pid).children()]
-                for each in processes:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(each, signal.SIGKILL)
+                kill_run_processes(made.id)
                 made.process.wait()
 
         def make(**fields: Any) -> Run:

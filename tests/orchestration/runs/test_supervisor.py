@@ -200,13 +200,18 @@ def test_sigterm_does_not_end_the_supervisor_before_its_command(tmp_path: Path) 
         "time.sleep(60)"
     )
     env = {"TERMINATION_MESSAGE_PATH": str(tmp_path / "message")}
-    process = subprocess.Popen([*SUPERVISOR, sys.executable, "-c", command], env=env, stdout=subprocess.PIPE)
-    assert process.stdout
-    assert process.stdout.readline() == b"up\n"
-    process.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
-    assert process.poll() is None, "the supervisor waits for its command"
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    subprocess.run(["kill", "-TERM", *children], check=True)
-    assert process.wait(10) == 7
-    process.stdout.close()
+    with subprocess.Popen(
+        [*SUPERVISOR, sys.executable, "-c", command], env=env, stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        try:
+            assert process.stdout
+            assert process.stdout.readline() == b"up\n"
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+            assert process.poll() is None, "the supervisor waits for its command"
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            subprocess.run(["kill", "-TERM", *children], check=True)
+            assert process.wait(10) == 7
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)

@@ -425,7 +425,7 @@ def test_job_has_the_credential_of_its_run_and_not_the_workers(prefect_server: s
         async with get_client() as client:
             made = await _deployment(client, pool)
             runs = [(await client.create_flow_run_from_deployment(made, state=Scheduled())).id for _ in range(2)]
-            async with _Unconnected(work_pool_name=pool, create_pool_if_not_found=False) as tested:
+            async with _WithoutCluster(work_pool_name=pool, create_pool_if_not_found=False) as tested:
                 await tested.sync_with_backend()
                 while set(manifests) != set(runs):
                     await tested.get_and_submit_flow_runs()
