@@ -1,9 +1,9 @@
-"""Measure a dbt project in a flow beside dbt's own command line, in alternating pairs.
+"""Compare a dbt project in a flow with dbt's command line, in alternating pairs.
 
     python -m tests.benchmarks.dbt --pairs 7         # or: make bench-dbt
 
-Whole processes are timed from exec to exit, both with a warm parse, Postgres and the Prefect server up. The table is
-printed and appended to results.md.
+Whole processes are timed from exec to exit. dbt has parsed the project before; Postgres and the Prefect server are up.
+The table is printed and appended to results.md.
 """
 
 import argparse
@@ -17,14 +17,17 @@ from datetime import datetime
 from pathlib import Path
 
 from orchestration import warehouse
-from tests.benchmarks.run import BIN, Figure, results_table, time_command
+from tests.benchmarks.processes import BIN, measure_seconds, time_command
+from tests.benchmarks.table import Figure, results_table
 from tests.orchestration.dbt.projects import fast
 from tests.parts import embedded_postgres, new_database, prefect_server
 
 SIZES = {20: ("", "at most 2.5"), 300: ("at most 1.15", ""), 1000: ("at most 1.10", "")}
-"""Nodes of the projects; what the flow may take: how many times the command line's time, how many seconds more."""
+"""The projects by their number of nodes, and the flow's goals: its time as a multiple of the command line's, and the
+seconds that it may take longer. An empty text is no goal."""
 
 LOG_LINES = 100_000
+"""The lines that a model of the project with much log writes."""
 
 FLOW = """
 import resource
@@ -47,7 +50,7 @@ print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def _project_with_many_log_lines(folder: Path) -> Path:
-    """The smallest project, of which a model logs very many lines."""
+    """Write the smallest project with a model that logs `LOG_LINES` lines, and return its folder."""
     project = fast(folder, 20)
     model = project / "models" / "amber_0.sql"
     line = "{% do log('line ' ~ i, info=true) %}"
@@ -57,25 +60,29 @@ def _project_with_many_log_lines(folder: Path) -> Path:
 
 
 def _seconds_of_nodes(target: Path) -> float:
-    """Seconds from the first node's start to the last one's end, as dbt wrote them."""
+    """Return the seconds from the first node's start to the last node's end, as dbt wrote them."""
     results = json.loads((target / "run_results.json").read_text())["results"]
-    times = [datetime.fromisoformat(timing[key]) for result in results for timing in result["timing"]
-             for key in ("started_at", "completed_at")]  # fmt: skip
+    times = [
+        datetime.fromisoformat(timing[key])
+        for result in results
+        for timing in result["timing"]
+        for key in ("started_at", "completed_at")
+    ]
     return (max(times) - min(times)).total_seconds()
 
 
 def compare_with_command_line(
     postgres: str, server: str, project: Path, name: str, goals: tuple[str, str], pairs: int
 ) -> list[Figure]:
-    """The project's build in a flow, and by `dbt build`.
+    """Build a project in a flow and by `dbt build`, in alternating pairs.
 
     Args:
-        postgres: the server's URL.
-        server: the Prefect API's URL.
-        project: the dbt project.
-        name: what it is, for the table.
-        goals: the notes of the comparison, as in `SIZES`.
-        pairs: how many of them.
+        postgres: URL of the Postgres server.
+        server: URL of the Prefect API.
+        project: the folder of the dbt project.
+        name: the project's name in the table.
+        goals: the flow's goals, as in `SIZES`.
+        pairs: number of pairs.
     """
     ours: list[float] = []
     dbts: list[float] = []
@@ -90,37 +97,37 @@ def compare_with_command_line(
             *("--project-dir", str(project), "--profiles-dir", str(project)),
         ]
         environment = {"WAREHOUSE_URL": url, "PREFECT_API_URL": server}
-        time_command(flow, environment)  # the first ones parse
+        time_command(flow, environment)  # the first builds parse the project
         time_command(dbt, warehouse.environment())
         for _ in range(pairs):
             seconds, output = time_command(flow, environment)
             ours.append(seconds)
             our_spans.append(_seconds_of_nodes(project / "target"))
-            dbts.append(time_command(dbt, warehouse.environment())[0])
+            dbts.append(measure_seconds(dbt, warehouse.environment()))
             dbts_spans.append(_seconds_of_nodes(Path(folder) / "target"))
             peaks.append(float(re.findall(r"^peak (.+)$", output, re.MULTILINE)[0]))
-            unsent += sum(int(each) for each in re.findall(r"did not take \d+ events and (\d+) lines", output))
+            unsent += sum(int(number) for number in re.findall(r"did not take \d+ events and (\d+) lines", output))
     both = list(zip(ours, dbts, strict=True))
     figures = [
         Figure(f"{name} in a flow", "s", ours),
         Figure(f"{name} by `dbt build`", "s", dbts),
         Figure("the flow against that, pair by pair", "times", [a / b for a, b in both], goals[0]),
         Figure("the flow less that, pair by pair", "s", [a - b for a, b in both], goals[1]),
-        Figure("first node's start to last one's end, in the flow", "s", our_spans),
+        Figure("first node's start to last node's end, in the flow", "s", our_spans),
         Figure("the same by `dbt build`", "s", dbts_spans),
         Figure("peak memory of the flow's process, without dbt's", "MB", peaks, "at most 250"),
     ]
     if unsent:
-        figures.append(Figure("lines of log that were counted and not sent, each run", "lines", [unsent / pairs]))
+        figures.append(Figure("log lines that were counted and not sent, per run", "lines", [unsent / pairs]))
     return figures
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print the table and append it to the results."""
+    """Measure dbt in a flow, and return the exit status."""
     parser = argparse.ArgumentParser(description="Measure dbt in a flow.")
     parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--sizes", type=int, nargs="*", default=list(SIZES), help="nodes of the projects")
-    parser.add_argument("--line-pairs", type=int, default=3, help="pairs of the project that logs much; 0 for none")
+    parser.add_argument("--sizes", type=int, nargs="*", default=list(SIZES), help="numbers of nodes of the projects")
+    parser.add_argument("--line-pairs", type=int, default=3, help="pairs of the project with much log; 0 for none")
     options = parser.parse_args(arguments)
     with (
         results_table("embedded PostgreSQL 18, Prefect's server on SQLite") as report,
@@ -138,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.line_pairs:
             name = f"20 nodes, {LOG_LINES:,} lines of log,"
             projects.append(
-                (_project_with_many_log_lines(Path(folder) / "talkative"), name, ("", ""), options.line_pairs)
+                (_project_with_many_log_lines(Path(folder) / "much-log"), name, ("", ""), options.line_pairs)
             )
         for project, name, goals, pairs in projects:
             report(compare_with_command_line(postgres, server, project, name, goals, pairs))

@@ -1,10 +1,10 @@
-"""Measure `orchestrate plan` and `orchestrate sync` beside `prefect deploy --all` of the same file.
+"""Compare `orchestrate plan` and `orchestrate sync` with `prefect deploy --all` of the same file.
 
     python -m tests.benchmarks.deployments --pairs 7     # or: make bench-deployments
 
 The file has 500 deployments with 800 schedules of 40 flows in 20 scripts. Each pair has new servers, so that the first
-time is one. Whole processes are timed from exec to exit; in between the server is let finish what it does by itself,
-like scheduling the runs of what is new. The table is printed and appended to results.md.
+deploy meets an empty server. Whole processes are timed from exec to exit. Between them the benchmark waits until the
+server has scheduled the runs of new deployments. The table is printed and appended to results.md.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from typing import Any
 import httpx
 import yaml
 
-from tests.benchmarks.run import BIN, Figure, results_table, time_command
+from tests.benchmarks.processes import BIN, measure_seconds, time_command
+from tests.benchmarks.table import Figure, results_table
 from tests.parts import new_database, prefect_server, rows_of, settings_of, wait_until
 
 ORCHESTRATE = str(BIN / "orchestrate")
@@ -34,7 +35,7 @@ SCRIPTS = 20
 POOL = "bench"
 
 QUIET_SECONDS = 12
-"""Seconds without a new run after which a server has scheduled what is new: it looks for that every 5 s."""
+"""Seconds without a new run after which the server has scheduled all deployments. Its scheduler looks every 5 s."""
 
 SCRIPT = '''
 from datetime import date
@@ -45,7 +46,7 @@ from pydantic import BaseModel, Field
 
 
 class Source(BaseModel):
-    """Where the rows come from."""
+    """The source of the rows."""
 
     host: str
     port: int = Field(5432, gt=0)
@@ -78,13 +79,13 @@ SCHEDULES: Sequence[dict[str, Any]] = (
 
 
 def _schedules(number: int) -> list[dict[str, Any]]:
-    """Of a deployment: one, of three in five a second."""
+    """Return the schedules of a deployment: one, and in three of five deployments a second one."""
     first = {**SCHEDULES[number % 3]}
     return [first] if number % 5 > 2 else [first, {**SCHEDULES[3 + number % 2]}]
 
 
 def write_project(folder: Path, deployments: int) -> int:
-    """Write the scripts and a prefect.yaml that both programs read; how many schedules it has."""
+    """Write the scripts and a prefect.yaml that both programs read, and return its number of schedules."""
     for number in range(SCRIPTS):
         script = folder / "flows" / f"script_{number:02}.py"
         script.parent.mkdir(exist_ok=True)
@@ -108,11 +109,11 @@ def write_project(folder: Path, deployments: int) -> int:
         )
     document = {"name": "bench", "deployments": listed}
     (folder / "prefect.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
-    return sum(len(each["schedules"]) for each in listed)
+    return sum(len(deployment["schedules"]) for deployment in listed)
 
 
 def change_one_deployment(folder: Path) -> str:
-    """Change the parameters of one deployment in the file; its name."""
+    """Change the parameters of one deployment in the file, and return the deployment's name."""
     file = folder / "prefect.yaml"
     document = yaml.safe_load(file.read_text())
     changed = document["deployments"][0]
@@ -124,10 +125,10 @@ def change_one_deployment(folder: Path) -> str:
 
 @contextlib.contextmanager
 def new_server(postgres: str) -> Iterator[str]:
-    """The API's URL of a new server with the work pool.
+    """Run a new Prefect server with the work pool, and yield the URL of its API.
 
     Args:
-        postgres: the URL of a Postgres, to have its database there; on SQLite, if empty.
+        postgres: URL of a Postgres server for the database; empty for SQLite.
     """
     with tempfile.TemporaryDirectory() as home, contextlib.ExitStack() as stack:
         if postgres:
@@ -141,30 +142,30 @@ def new_server(postgres: str) -> Iterator[str]:
 
 
 def _wait_until_scheduled(api: str) -> None:
-    """Wait until the server has made the runs of all that is new."""
+    """Wait until the server has scheduled the runs of all deployments."""
     runs, since = -1, time.monotonic()
 
-    def rests() -> bool:
+    def is_quiet() -> bool:
         nonlocal runs, since
         if (now := _count(api, "flow_runs")) != runs:
             runs, since = now, time.monotonic()
         return time.monotonic() - since > QUIET_SECONDS
 
-    wait_until(rests, "no new runs", 600)
+    wait_until(is_quiet, "no new runs", 600)
 
 
-def _count(api: str, what: str) -> int:
-    return int(httpx.post(f"{api}/{what}/count", json={}, timeout=60).raise_for_status().json())
+def _count(api: str, kind: str) -> int:
+    return int(httpx.post(f"{api}/{kind}/count", json={}, timeout=60).raise_for_status().json())
 
 
 @dataclass
 class Comparison:
-    """Seconds of both programs on one kind of server.
+    """Measures the seconds of both programs on one kind of server.
 
     Args:
-        folder: the project's.
-        deployments: how many it has.
-        limit: seconds after which a `prefect deploy --all` is ended.
+        folder: the folder of the project.
+        deployments: number of deployments in the project.
+        limit: seconds after which `prefect deploy --all` is killed.
     """
 
     folder: Path
@@ -177,28 +178,30 @@ class Comparison:
     deploy_again: list[float] = field(default_factory=list)
     deploy_one: list[float] = field(default_factory=list)
     cut_off: int | None = None
-    """How many deployments a `prefect deploy --all` had made when it was ended."""
+    """The number of deployments that `prefect deploy --all` had created when it was killed; None if it ended."""
 
-    def by_orchestrate(self, api: str) -> None:
-        """On a new server: first, then with nothing changed, then with one, which `prefect deploy` brings once more."""
+    def measure_orchestrate(self, api: str) -> None:
+        """Measure `orchestrate` on a new server: the first sync, a plan without changes, a sync of one change.
+
+        A further change of that deployment is then deployed by `prefect deploy`.
+        """
         environment = {"PREFECT_API_URL": api}
-        self.sync.append(time_command([ORCHESTRATE, "sync"], environment, self.folder)[0])
-        self._expect(api)
+        self.sync.append(measure_seconds([ORCHESTRATE, "sync"], environment, self.folder))
+        self._check_count(api)
         _wait_until_scheduled(api)
-        self.plan.append(
-            time_command([ORCHESTRATE, "plan"], environment, self.folder)[0]
-        )  # fails if there is a difference
+        # The plan fails if there is a difference.
+        self.plan.append(measure_seconds([ORCHESTRATE, "plan"], environment, self.folder))
         change_one_deployment(self.folder)
-        seconds, said = time_command([ORCHESTRATE, "sync"], environment, self.folder)
-        if "1 changed" not in said:
-            raise RuntimeError(f"one deployment is another, and orchestrate sync says:\n{said}")
+        seconds, output = time_command([ORCHESTRATE, "sync"], environment, self.folder)
+        if "1 changed" not in output:
+            raise RuntimeError(f"one deployment is changed, and orchestrate sync prints:\n{output}")
         self.change.append(seconds)
         _wait_until_scheduled(api)
         name = change_one_deployment(self.folder)
-        self.deploy_one.append(time_command([*DEPLOY, "--name", name], environment, self.folder)[0])
+        self.deploy_one.append(measure_seconds([*DEPLOY, "--name", name], environment, self.folder))
 
-    def by_prefect(self, api: str) -> None:
-        """On a new server: first, then with nothing changed."""
+    def measure_prefect(self, api: str) -> None:
+        """Measure `prefect deploy --all` on a new server: the first deploy, and one without changes."""
         for seconds in (self.deploy, self.deploy_again):
             start = time.perf_counter()
             ended = self._deploy_all(api)
@@ -206,11 +209,11 @@ class Comparison:
             if not ended:
                 self.cut_off = _count(api, "deployments")
                 return
-            self._expect(api)
+            self._check_count(api)
             _wait_until_scheduled(api)
 
     def _deploy_all(self, api: str) -> bool:
-        """Whether it came to an end by itself."""
+        """Run `prefect deploy --all`, and return whether it ended within the limit."""
         try:
             subprocess.run(
                 [*DEPLOY, "--all"], cwd=self.folder, env=os.environ | {"PREFECT_API_URL": api},
@@ -222,14 +225,19 @@ class Comparison:
             raise RuntimeError(f"prefect deploy failed:\n{error.stdout.decode()}{error.stderr.decode()}") from None
         return True
 
-    def _expect(self, api: str) -> None:
-        if (there := _count(api, "deployments")) != self.deployments:
-            raise RuntimeError(f"{there} deployments are on the server and not {self.deployments}")
+    def _check_count(self, api: str) -> None:
+        """Raise unless the server has all deployments of the project."""
+        if (found := _count(api, "deployments")) != self.deployments:
+            raise RuntimeError(f"{found} deployments are on the server and not {self.deployments}")
 
     def figures(self, schedules: int, database: str) -> list[Figure]:
-        """The rows of the table."""
+        """Return the rows of the table that were measured."""
         things = f"{self.deployments} deployments with {schedules} schedules, {database}"
-        note = f"one ended after {self.limit:.0f} s with {self.cut_off} there" if self.cut_off is not None else ""
+        note = (
+            f"one killed after {self.limit:.0f} s with {self.cut_off} deployments created"
+            if self.cut_off is not None
+            else ""
+        )
         figures = [
             Figure(f"first `orchestrate sync` of {things}", "s", self.sync, "at most 30"),
             Figure("`orchestrate plan`, nothing changed", "s", self.plan, "at most 3"),
@@ -238,45 +246,45 @@ class Comparison:
             Figure(f"first `prefect deploy --all` of {things}", "s", self.deploy, note),
             Figure("`prefect deploy --all`, nothing changed", "s", self.deploy_again),
         ]
-        return [each for each in figures if each.values]
+        return [figure for figure in figures if figure.values]
 
 
 def compare_with_prefect_deploy(
     postgres: str, deployments: int, pairs: int, deploys: int, limit: float, database: str
 ) -> list[Figure]:
-    """`orchestrate` in all pairs; `prefect deploy --all`, which takes minutes, in the first ones.
+    """Measure `orchestrate` in all pairs, and `prefect deploy --all`, which takes minutes, in the first pairs.
 
     Args:
-        postgres: the URL of a Postgres for the servers' databases; SQLite, if empty.
-        deployments: how many.
-        pairs: how many of them.
-        deploys: in how many of them `prefect deploy --all` is measured.
-        limit: seconds after which one is ended.
-        database: what the servers' is, for the table.
+        postgres: URL of a Postgres server for the databases; empty for SQLite.
+        deployments: number of deployments.
+        pairs: number of pairs.
+        deploys: number of pairs in which `prefect deploy --all` is measured.
+        limit: seconds after which `prefect deploy --all` is killed.
+        database: the kind of database, for the table.
     """
     with tempfile.TemporaryDirectory() as folder:
         schedules = write_project(Path(folder), deployments)
         both = Comparison(Path(folder), deployments, limit)
         for number in range(pairs):
             with new_server(postgres) as api:
-                both.by_orchestrate(api)
+                both.measure_orchestrate(api)
             if number < deploys:
                 with new_server(postgres) as api:
-                    both.by_prefect(api)
+                    both.measure_prefect(api)
     return both.figures(schedules, database)
 
 
 def postgres_version(postgres: str) -> str:
-    """What a Postgres is, for the table."""
+    """Return the version of a Postgres server, for the table."""
     return f"PostgreSQL {rows_of(postgres, 'show server_version')[0][0].split()[0]}"
 
 
 def measure_help(pairs: int) -> list[Figure]:
-    """`orchestrate --help` beside Prefect's."""
+    """Time `orchestrate --help` and `prefect --help`."""
     ours, prefects = [], []
     for _ in range(pairs):
-        ours.append(time_command([ORCHESTRATE, "--help"], {})[0])
-        prefects.append(time_command([str(BIN / "prefect"), "--help"], {})[0])
+        ours.append(measure_seconds([ORCHESTRATE, "--help"], {}))
+        prefects.append(measure_seconds([str(BIN / "prefect"), "--help"], {}))
     return [
         Figure("`orchestrate --help`", "s", ours, "at most 0.5"),
         Figure("`prefect --help`", "s", prefects),
@@ -284,13 +292,17 @@ def measure_help(pairs: int) -> list[Figure]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print the table and append it to the results."""
-    parser = argparse.ArgumentParser(description="Measure deployments as desired state beside prefect deploy.")
+    """Compare both programs, and return the exit status."""
+    parser = argparse.ArgumentParser(description="Compare deployments as desired state with prefect deploy.")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--deployments", type=int, default=500)
-    parser.add_argument("--deploys", type=int, default=1, help="pairs with prefect deploy --all; it takes minutes")
-    parser.add_argument("--limit", type=float, default=1800, help="seconds after which one is ended")
-    parser.add_argument("--postgres", metavar="URL", help="of one with pg_trgm, for servers on it after SQLite's")
+    parser.add_argument(
+        "--deploys", type=int, default=1, help="number of pairs with prefect deploy --all, which takes minutes"
+    )
+    parser.add_argument("--limit", type=float, default=1800, help="seconds after which prefect deploy --all is killed")
+    parser.add_argument(
+        "--postgres", metavar="URL", help="of a Postgres with pg_trgm: measure also with Prefect's servers on it"
+    )
     options = parser.parse_args(arguments)
     databases = {"SQLite": ""} | ({postgres_version(options.postgres): options.postgres} if options.postgres else {})
     parts = f"Prefect's server on {' and on '.join(databases)}, load {os.getloadavg()[0]:.1f} before"

@@ -1,10 +1,10 @@
-"""Measure a round of the reconciler over many live runs, and what it asks for with many that are over.
+"""Measure a round of the reconciler over many live runs, and its requests next to many finished runs.
 
     python -m tests.benchmarks.reconciler --rounds 10     # or: make bench-reconciler; POSTGRES=URL of one with pg_trgm
 
-The runs are on a real Prefect server and say Running; their Jobs and pods are on the local cluster, where kwok keeps
-the pods Running on a node that is not there. All agree, so a round is reading alone. Rounds are those of `orchestrate
-reconcile` as a process of its own, as its metrics say. The table is printed and appended to results.md.
+The runs are Running on a real Prefect server. Their Jobs and pods are on the local cluster, where kwok keeps the pods
+Running on a simulated node. Runs and pods agree, so a round only reads. `orchestrate reconcile` runs in a separate
+process, and its metrics give the times of its rounds. The table is printed and appended to results.md.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from orchestration.reconciler.loop import Reconciler
 from orchestration.reconciler.model import Policy
 from orchestration.settings import ROOT
 from tests.benchmarks.deployments import POOL, new_server, postgres_version
-from tests.benchmarks.run import Figure, results_table
+from tests.benchmarks.table import Figure, results_table
 from tests.cluster.namespace import proxied, restricted
 from tests.e2e.faults.victims import fault_values
 from tests.e2e.release import Object, pool_values
@@ -50,20 +50,23 @@ from tests.parts import free_port, wait_until
 LIVE_RUNS = (100, 300, 1000, 3000, 5000)
 
 FINISHED_RUNS = (0, 1000, 10000)
-"""How many runs are over, beside the first number of live ones; the last number stays for the others."""
+"""Numbers of finished runs next to the first number of live runs. The last number stays for the other numbers."""
+
+RETRY_SECONDS = 600
+"""Seconds for which requests are repeated that the Prefect server answers by 503."""
 
 CONCURRENT_REQUESTS = 16
-"""Requests that make runs, Jobs and pods at the same time."""
+"""Concurrent requests that create runs, Jobs and pods."""
 
 STAGES = Path(__file__).with_name("stages.yaml")
 
 POD_ADDRESSES = "10.246.0.0/16"
-"""The addresses of simulated pods: no others have them."""
+"""Addresses of the simulated pods. Nothing else uses them."""
 
 
 @contextlib.contextmanager
 def simulated_node(context: str) -> Iterator[str]:
-    """The name of a node that is not there and on which pods are Running at once, while the block lasts."""
+    """Simulate a node on which pods are Running at once while the block lasts, and yield its name."""
     name = f"simulated-{uuid4().hex[:8]}"
     amounts = {"cpu": "1000", "memory": "1000Gi", "pods": "10000"}
     node = {
@@ -98,14 +101,16 @@ def simulated_node(context: str) -> Iterator[str]:
 
 
 async def job_manifest(pool_id: str) -> Object:
-    """The Job of a run as the chart's pool has it, by Prefect's own templating, with labels like a worker adds."""
+    """Return the Job of a run from the chart's pool by Prefect's templating, with labels as a worker adds."""
     from prefect.client.orchestration import PrefectClient
     from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
     rendered = render("prefect-work-pool", fault_values(pool_values("localhost:5000/prefect-orchestration:bench")))
-    [sync] = [each for each in rendered if each["kind"] == "ConfigMap" and each["metadata"]["name"].endswith("-sync")]
+    [sync] = [
+        found for found in rendered if found["kind"] == "ConfigMap" and found["metadata"]["name"].endswith("-sync")
+    ]
     [pool] = yaml.safe_load(sync["data"]["pool.yaml"])["work_pools"]
-    nowhere = PrefectClient("http://127.0.0.1:9/api")  # nothing in the template is the server's to fill in
+    nowhere = PrefectClient("http://127.0.0.1:9/api")  # the template needs nothing from the server
     made = await KubernetesWorkerJobConfiguration.from_template_and_values(
         pool["base_job_template"], {}, client=nowhere
     )
@@ -119,14 +124,14 @@ async def job_manifest(pool_id: str) -> Object:
 
 
 class LoadGenerator:
-    """What makes the runs and their pods.
+    """Creates runs, and the Jobs and pods of live runs.
 
     Args:
-        runner: of all that is asynchronous.
-        api: the URL of the Prefect API.
-        kubernetes: the URL of the cluster's API.
-        namespace: of Jobs and pods.
-        node: where the pods are.
+        runner: runs the requests.
+        api: URL of the Prefect API.
+        kubernetes: URL of the Kubernetes API.
+        namespace: the namespace of the Jobs and pods.
+        node: the node of the pods.
     """
 
     def __init__(self, runner: asyncio.Runner, api: str, kubernetes: str, namespace: str, node: str) -> None:
@@ -146,38 +151,46 @@ class LoadGenerator:
         self.runner.run(self.prefect.aclose())
         self.runner.run(self.kubernetes.aclose())
 
-    def make(self, one: Callable[[], Coroutine[Any, Any, None]], number: int) -> None:
-        """So many of them, and wait until all pods are Running."""
+    def create(self, create_one: Callable[[], Coroutine[Any, Any, None]], number: int) -> None:
+        """Create `number` runs, and wait until all pods are Running.
 
-        async def all_of_them() -> None:
-            await asyncio.gather(*(one() for _ in range(number)))
+        Args:
+            create_one: `create_finished_run` or `create_live_run`.
+            number: number of runs.
+        """
+
+        async def create_all() -> None:
+            await asyncio.gather(*(create_one() for _ in range(number)))
 
         began = time.monotonic()
-        self.runner.run(all_of_them())
-        wait_until(lambda: not self.runner.run(self.waiting()), "all pods to be Running", 600)
-        print(f"{number:,} runs made in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+        self.runner.run(create_all())
+        wait_until(lambda: not self.runner.run(self.has_pending_pods()), "all pods to be Running", 600)
+        print(f"{number:,} runs created in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
 
     async def ask(self, client: httpx.AsyncClient, method: str, path: str, body: Any = None) -> Any:
-        """One request; the answer's JSON.
+        """Send a request, and return the JSON of the answer.
 
         Raises:
-            RuntimeError: it failed.
+            RuntimeError: the request failed, or was answered by 503 for `RETRY_SECONDS`.
         """
+        deadline = time.monotonic() + RETRY_SECONDS
         async with self.turns:
-            # A server on SQLite refuses what meets another transaction, and has changed nothing then.
+            # A server on SQLite answers 503 to a request that meets another transaction, and changes nothing.
             while (answer := await client.request(method, path, json=body)).status_code == 503:
+                if time.monotonic() > deadline:
+                    break
                 await asyncio.sleep(0.1)
         if answer.is_error:
             raise RuntimeError(f"{method} {path} ended with {answer.status_code}: {answer.text[:500]}")
         return answer.json() if answer.content else None
 
-    async def over(self) -> None:
-        """A run that is over."""
+    async def create_finished_run(self) -> None:
+        """Create a run that is Completed."""
         body = {"state": {"type": "COMPLETED"}}
         await self.ask(self.prefect, "POST", f"/deployments/{self.deployment}/create_flow_run", body)
 
-    async def live(self) -> None:
-        """A run that is Running, and its Job and pod."""
+    async def create_live_run(self) -> None:
+        """Create a run that is Running, and its Job and pod."""
         name = f"bench-{uuid4().hex[:12]}"
         body = {"name": name, "state": {"type": "RUNNING"}, "labels": {CLUSTER_LABEL: self.cluster}}
         run = await self.ask(self.prefect, "POST", f"/deployments/{self.deployment}/create_flow_run", body)
@@ -187,7 +200,7 @@ class LoadGenerator:
         pod: Object = copy.deepcopy(self.job["spec"]["template"]) | {"apiVersion": "v1", "kind": "Pod"}
         labels = {RUN_LABEL: run["id"]}
         job["metadata"] = {"name": name, "labels": job["metadata"]["labels"] | labels}
-        # Nobody makes its pod: no controller of this name is there.
+        # No controller has this name, so none creates a pod for the Job.
         job["spec"]["managedBy"] = "tests/bench"
         labels |= {"job-name": name, SIMULATED: ""}
         pod["metadata"] = {"name": f"{name}-0", "labels": pod["metadata"]["labels"] | labels}
@@ -197,21 +210,31 @@ class LoadGenerator:
         await self.ask(self.kubernetes, "POST", f"/apis/batch/v1/namespaces/{self.namespace}/jobs", job)
         await self.ask(self.kubernetes, "POST", f"/api/v1/namespaces/{self.namespace}/pods", pod)
 
-    async def waiting(self) -> int:
-        """How many of the pods are not Running."""
+    async def has_pending_pods(self) -> bool:
+        """Return whether a pod is not Running."""
         path = f"/api/v1/namespaces/{self.namespace}/pods?fieldSelector=status.phase%21%3DRunning&limit=1"
-        return len((await self.ask(self.kubernetes, "GET", path))["items"])
+        return bool((await self.ask(self.kubernetes, "GET", path))["items"])
 
 
 def measure_rounds(
     api: str, kubernetes: str, namespace: str, live: int, number: int
 ) -> tuple[list[float], list[float], float]:
-    """Seconds of rounds of `orchestrate reconcile`, seconds of processor time, and the process's peak memory in MB.
+    """Measure rounds of `orchestrate reconcile`.
 
-    The first round is not among them: connections are made in it.
+    The first round, which opens the connections, does not count.
+
+    Args:
+        api: URL of the Prefect API.
+        kubernetes: URL of the Kubernetes API.
+        namespace: the namespace of the Jobs.
+        live: number of live runs that a round must see.
+        number: number of rounds.
+
+    Returns:
+        Seconds and processor seconds by round, and the peak memory of the process in MB.
 
     Raises:
-        RuntimeError: it did something, or failed, or did not see all live runs: then not all agree.
+        RuntimeError: the reconciler failed, made a change, or did not see all live runs.
     """
     port = free_port()
     command = [
@@ -219,9 +242,9 @@ def measure_rounds(
         *("--kubernetes", kubernetes),
         *("--lease", "bench", "--identity", "bench", "--every", "1", "--port", str(port)),
     ]
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | {"PREFECT_API_URL": api}, stdout=said, stderr=subprocess.STDOUT
+            command, cwd=ROOT, env=os.environ | {"PREFECT_API_URL": api}, stdout=log, stderr=subprocess.STDOUT
         )
         try:
             seconds: list[float] = []
@@ -230,15 +253,17 @@ def measure_rounds(
             deadline = time.monotonic() + 60 + 20 * number
             while len(seconds) < number:
                 if process.poll() is not None or time.monotonic() > deadline:
-                    said.seek(0)
-                    raise RuntimeError(f"orchestrate reconcile makes no rounds:\n{said.read()}")
+                    log.seek(0)
+                    raise RuntimeError(f"orchestrate reconcile makes no rounds:\n{log.read()}")
                 time.sleep(0.05)
                 try:
                     text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=10).text
                 except httpx.TransportError:
                     continue
                 found = {
-                    each.name: each.value for family in text_string_to_metric_families(text) for each in family.samples
+                    sample.name: sample.value
+                    for family in text_string_to_metric_families(text)
+                    for sample in family.samples
                 }
                 count, total = (found.get(f"reconciler_round_seconds_{name}", 0.0) for name in ("count", "sum"))
                 times = psutil.Process(process.pid).cpu_times()
@@ -251,10 +276,10 @@ def measure_rounds(
                     before = now
             status = Path(f"/proc/{process.pid}/status").read_text()
             peak = next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-            said.seek(0)
-            output, seen = said.read(), found["reconciler_live_runs"]
+            log.seek(0)
+            output, seen = log.read(), found["reconciler_live_runs"]
             if output or seen != live:
-                raise RuntimeError(f"not all agree; {seen:.0f} of {live} live runs were seen:\n{output}")
+                raise RuntimeError(f"runs and pods disagree; {seen:.0f} of {live} live runs were seen:\n{output}")
             return seconds, processor, peak
         finally:
             process.terminate()
@@ -263,18 +288,23 @@ def measure_rounds(
 
 @dataclass
 class RoundParts:
-    """What rounds consist of, in seconds; both APIs are asked at the same time."""
+    """The requests of rounds, and the seconds from requests to the heads of their answers.
+
+    A round asks both APIs at the same time.
+
+    Args:
+        requests: number of requests in the last round.
+        prefect: seconds in which the Prefect API answered, by round.
+        kubernetes: seconds in which the Kubernetes API answered, by round.
+    """
 
     requests: int = 0
-    """How many the last one made."""
     prefect: list[float] = field(default_factory=list)
-    """From the requests to Prefect's API to the heads of its answers."""
     kubernetes: list[float] = field(default_factory=list)
-    """The same of Kubernetes'."""
 
 
 async def measure_parts(api: str, kubernetes: str, namespace: str, rounds: int) -> RoundParts:
-    """What rounds consist of, in this process; the first one makes connections and is not among them."""
+    """Measure the parts of rounds in this process. The first round, which opens the connections, does not count."""
     found = RoundParts()
     waited: dict[str, float] = {}
     sent: dict[int, float] = {}
@@ -305,13 +335,13 @@ async def measure_parts(api: str, kubernetes: str, namespace: str, rounds: int) 
 
 
 def measure(postgres: str, rounds: int, live: Sequence[int], over: Sequence[int]) -> Iterator[Figure]:
-    """The rows of the table, one after the other as they are measured.
+    """Yield the rows of the table as they are measured.
 
     Args:
-        postgres: the URL of a Postgres for the server's database; SQLite, if empty.
-        rounds: how many of each.
-        live: how many live runs, growing.
-        over: how many that are over, growing, beside the first number of live ones.
+        postgres: URL of a Postgres server for the database; empty for SQLite.
+        rounds: number of rounds for each row.
+        live: numbers of live runs, growing.
+        over: numbers of finished runs, growing, next to the first number of live runs.
     """
     with contextlib.ExitStack() as stack:
         context = stack.enter_context(local_cluster.shared())
@@ -321,41 +351,41 @@ def measure(postgres: str, rounds: int, live: Sequence[int], over: Sequence[int]
         api = stack.enter_context(new_server(postgres))
         with asyncio.Runner() as runner:
             load = LoadGenerator(runner, api, kubernetes, namespace, node)
-            there = 0
-            load.make(load.live, live[0])
+            existing = 0
+            load.create(load.create_live_run, live[0])
             for number in over:
-                if number > there:
-                    load.make(load.over, number - there)
-                there = number
-                said = f"a round over {live[0]:,} live runs, {number:,} that are over"
+                if number > existing:
+                    load.create(load.create_finished_run, number - existing)
+                existing = number
+                name = f"a round over {live[0]:,} live runs, {number:,} finished"
                 parts = runner.run(measure_parts(api, kubernetes, namespace, 1))
-                yield Figure(f"requests of {said}", "", [parts.requests])
-                yield Figure(said, "s", measure_rounds(api, kubernetes, namespace, live[0], rounds)[0])
-            there = live[0]
+                yield Figure(f"requests of {name}", "", [parts.requests])
+                yield Figure(name, "s", measure_rounds(api, kubernetes, namespace, live[0], rounds)[0])
+            existing = live[0]
             for number in live:
-                if number > there:
-                    load.make(load.live, number - there)
-                there = number
+                if number > existing:
+                    load.create(load.create_live_run, number - existing)
+                existing = number
                 seconds, processor, memory = measure_rounds(api, kubernetes, namespace, number, rounds)
                 goal = {1000: "at most 1"}.get(number, "")
-                yield Figure(f"a round over {number:,} live runs, {over[-1]:,} that are over", "s", seconds, goal)
+                yield Figure(f"a round over {number:,} live runs, {over[-1]:,} finished", "s", seconds, goal)
                 yield Figure("processor time of such a round", "s", processor)
                 goal = {1000: "at most 150"}.get(number, "")
-                yield Figure("peak memory of its process", "MB", [memory], goal)
+                yield Figure("peak memory of the reconciler's process", "MB", [memory], goal)
                 parts = runner.run(measure_parts(api, kubernetes, namespace, rounds))
                 yield Figure("requests of such a round", "", [parts.requests])
-                yield Figure("of its time: until Prefect's API answers", "s", parts.prefect)
-                yield Figure("of its time: until Kubernetes' API answers", "s", parts.kubernetes)
+                yield Figure("of its time: until the Prefect API answers", "s", parts.prefect)
+                yield Figure("of its time: until the Kubernetes API answers", "s", parts.kubernetes)
             load.close()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print the table and append it to the results."""
+    """Measure rounds, and return the exit status: 1 without a cluster."""
     parser = argparse.ArgumentParser(description="Measure rounds of the reconciler over many runs.")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--live", type=int, nargs="+", default=LIVE_RUNS, help="how many live runs, growing")
-    parser.add_argument("--over", type=int, nargs="+", default=FINISHED_RUNS, help="how many that are over, growing")
-    parser.add_argument("--postgres", metavar="URL", default="", help="of one with pg_trgm; else SQLite")
+    parser.add_argument("--live", type=int, nargs="+", default=LIVE_RUNS, help="numbers of live runs, growing")
+    parser.add_argument("--over", type=int, nargs="+", default=FINISHED_RUNS, help="numbers of finished runs, growing")
+    parser.add_argument("--postgres", metavar="URL", default="", help="of a Postgres with pg_trgm; by default SQLite")
     options = parser.parse_args(arguments)
     database = postgres_version(options.postgres) if options.postgres else "SQLite"
     parts = f"Prefect's server on {database}, load {os.getloadavg()[0]:.1f} before"

@@ -167,7 +167,10 @@ LONG_TESTS = (
     LongTest(
         "benchmarks",
         "Each benchmark runs to its end in its smallest size and appends its figures.",
-        (*(f"tests/benchmarks/{name}.py" for name in benchmarks.SMALLEST), "tests/long/benchmarks.py"),
+        (
+            *(f"tests/benchmarks/{name}.py" for name in (*benchmarks.SMALLEST, "processes", "table")),
+            "tests/long/benchmarks.py",
+        ),
         suite("tests/long/benchmarks.py"),
         cluster=True,
     ),

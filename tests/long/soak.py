@@ -1,11 +1,11 @@
-"""Many runs under random faults: none lost, none stuck, none twice at a time, nothing left.
+"""Inject random faults into many runs: no run is lost, stuck or executed twice at a time, and nothing is left.
 
     make test-long FOR=soak MINUTES=30 RUNS=200
 
-Both charts are installed in a namespace of their own on the local cluster. Runs start evenly over the time, and every
-20 s something dies: a run's pod or Job, a worker, the reconciler's leader, the API, the database. Each run keeps a
-journal on the volume of results, four lines a second, which no kill undoes: it shows which execution was alive when,
-and which step was taken how often.
+Both charts are installed in a new namespace of the local cluster. Runs start evenly over the time. Every 20 s a fault
+hits a run's pod or Job, a worker, the reconciler's leader, the API or the database. Each run writes a journal to the
+results volume, four lines a second, which survives every kill. The journal shows when each run attempt was alive, and
+how often each step was taken.
 """
 
 import contextlib
@@ -42,23 +42,23 @@ from tests.e2e.runs import create_deployment, start_run
 from tests.long.longtest import Findings, Parameters
 
 MAX_LIVE_RUNS = 6
-"""Runs that are under way at the most."""
+"""Upper bound for runs that are not completed at the same time."""
 
 FAULT_INTERVAL_SECONDS = 20.0
 """Seconds from one fault to the next."""
 
 STUCK_AFTER_SECONDS = 90.0
-"""Seconds of the Prefect API's presence for which a run that is due may be without a live pod. The longest that is
-right: 60 for a claim whose worker died, and then the next one's time to take it."""
+"""Seconds for which a due run may have no live pod while the Prefect API answers. The claim of a dead worker is released
+after 60 s, and the next claim takes a while."""
 
 DRAIN_SECONDS = 300.0
-"""Seconds that the last runs get once no more are started."""
+"""Seconds for the last runs to complete after the last start."""
 
 JOB_TTL_SECONDS = 60
-"""Seconds that a finished Job and its pod stay."""
+"""Seconds after which a finished Job and its pod are deleted."""
 
 RETRY_BUDGET: Object = {"crash_retries": 20, "disruption_retries": 20}
-"""Job variables of all runs: of so few faults none may use it up, so that a run which is given up is a lost one."""
+"""Job variables of all runs. No run meets enough faults to use up the budget, so a run that is given up is lost."""
 
 FAULTS = {
     "pod killed": 4,
@@ -71,40 +71,41 @@ FAULTS = {
     "API killed": 2,
     "database killed": 1,
 }
-"""How many there are of each in as many faults as all of them, in random order."""
+"""The number of faults of each kind in one sequence. The order of each sequence is random."""
 
 LOST_STATE_TYPES = ("FAILED", "CANCELLED")
-"""Types of states beside Completed from which nobody brings a run back: it is lost."""
+"""Types of final states, apart from Completed, after which nothing retries a run: the run is lost."""
 
 MEMORY_LIMIT, MEMORY_USE_MIB = "300Mi", 320
-"""The memory limit of a run that is to exceed it, and the MiB that it uses; after that its limit is doubled."""
+"""The memory limit of a run that exceeds it, and the MiB that the run uses. Its retry has twice the limit."""
 
 
 @dataclass
 class Fault:
-    """Something that was done.
+    """A fault that was injected.
 
     Args:
-        kind: of `FAULTS`.
-        run: the run that was hit; empty if something else was.
-        pod: the one of the execution that was hit; empty if that was not known yet.
-        at: when, in seconds since 1970.
+        kind: a key of `FAULTS`.
+        run: id of the run that was hit; empty if no run was.
+        pod: pod of the run attempt that was hit; empty if the pod was not known yet.
+        time: in seconds since 1970.
     """
 
     kind: str
     run: str = ""
     pod: str = ""
-    at: float = field(default_factory=time.time)
+    time: float = field(default_factory=time.time)
 
 
 @dataclass
 class Attempt:
-    """A pod of a run, as it was seen; times are seconds since 1970.
+    """A run attempt, by the container of its pod; times are seconds since 1970.
 
     Args:
-        begin: when its container began.
-        end: when it ended, or else was last seen without having been told to end: one that hands its run over by its
-            own hand takes a few seconds to go. What it does in them is in the journal.
+        begin: start of the container.
+        end: end of the container. For a container that has not ended, when it was last seen before its pod was
+            terminating: a terminating attempt that has handed over its run takes a few seconds to end. The journal
+            shows what it does in these seconds.
     """
 
     begin: float
@@ -113,47 +114,54 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a run's journal."""
+    """A line of a run's journal.
 
-    at: float
+    Args:
+        time: in seconds since 1970.
+        pod: pod of the run attempt.
+        what: `began`, `alive`, `ended`, or `step` and its number.
+    """
+
+    time: float
     pod: str
     what: str
 
     @classmethod
     def read(cls, text: str) -> "Line":
-        at, _, pod, what = text.split(" ", 3)
-        return cls(float(at), pod, what)
+        """Parse a line."""
+        seconds, _, pod, what = text.split(" ", 3)
+        return cls(float(seconds), pod, what)
 
 
 def has_overlapping_attempts(journal: Sequence[Line]) -> bool:
-    """Whether an execution wrote something after a later one had begun: lines are in the order of their writing."""
-    order = list(dict.fromkeys(each.pod for each in journal))
-    ranks = [order.index(each.pod) for each in journal]
+    """Return whether a run attempt wrote a line after a later one had begun. Lines are in the order of writing."""
+    order = list(dict.fromkeys(line.pod for line in journal))
+    ranks = [order.index(line.pod) for line in journal]
     return ranks != sorted(ranks)
 
 
 def count_repeated_steps(journal: Sequence[Line]) -> int:
-    """How many steps were taken again that had finished: the same execution had gone on to another one."""
+    """Return how many finished steps were repeated. A step is finished once its run attempt has begun the next one."""
     finished: set[str] = set()
-    again = 0
-    under_way: dict[str, str] = {}
-    for each in journal:
-        if each.what == "alive":
+    repeated = 0
+    current: dict[str, str] = {}
+    for line in journal:
+        if line.what == "alive":
             continue
-        if each.what in finished:
-            again += 1
-        if each.pod in under_way:
-            finished.add(under_way[each.pod])
-        if each.what.startswith("step"):
-            under_way[each.pod] = each.what
-    return again
+        if line.what in finished:
+            repeated += 1
+        if line.pod in current:
+            finished.add(current[line.pod])
+        if line.what.startswith("step"):
+            current[line.pod] = line.what
+    return repeated
 
 
 def read_journals(pool: Pool) -> dict[str, list[Line]]:
-    """Read each run's journal from the volume of results, in the pod that cleans it.
+    """Return the journals by run, read from the results volume in the pod that cleans it.
 
     Raises:
-        ClusterError: they cannot be read.
+        ClusterError: the journals cannot be read.
     """
     [pod] = pool.pods("results")
     script = "[ ! -d /results/journal ] || { cd /results/journal && grep -H '' *; }"
@@ -166,54 +174,54 @@ def read_journals(pool: Pool) -> dict[str, list[Line]]:
 
 
 class ServerUnavailableError(Exception):
-    """The Prefect API does not answer now."""
+    """The Prefect API does not answer at the moment."""
 
 
 class ReconnectingApi:
-    """The API of the release's server, through which a way is found anew when its pod is gone."""
+    """Connects to the Prefect API of a release, and connects again after its pod is gone."""
 
     def __init__(self, server: Release) -> None:
-        self._of = Environment("soak", server.namespace.context, server.namespace.name)
-        self._user, _, self._password = read_credentials(self._of).partition(":")
-        self._way = contextlib.ExitStack()
+        self._environment = Environment("soak", server.namespace.context, server.namespace.name)
+        self._user, _, self._password = read_credentials(self._environment).partition(":")
+        self._connection = contextlib.ExitStack()
         self._client: httpx.Client | None = None
 
     @contextlib.contextmanager
     def client(self) -> Iterator[httpx.Client]:
-        """A client, for some requests.
+        """Yield a client for the requests of the block.
 
         Raises:
-            ServerAwayError: one of them failed.
+            ServerUnavailableError: a request failed.
         """
         try:
             if self._client is None:
-                url = self._way.enter_context(forward_port(self._of)).url
+                url = self._connection.enter_context(forward_port(self._environment)).url
                 login = (self._user, self._password)
-                made = httpx.Client(base_url=f"{url}/api", auth=login, timeout=10)
-                self._client = self._way.enter_context(made)
+                client = httpx.Client(base_url=f"{url}/api", auth=login, timeout=10)
+                self._client = self._connection.enter_context(client)
             yield self._client
         except (httpx.HTTPError, PipelineError) as error:
             self.close()
             raise ServerUnavailableError(str(error)) from None
 
     def close(self) -> None:
-        """Leave."""
+        """Close the connection."""
         self._client = None
-        self._way.close()
+        self._connection.close()
 
 
 @dataclass
 class Outcome:
-    """What was found.
+    """What the soak observed.
 
     Args:
-        runs: ids by name.
-        faults: what was done.
-        journals: by run's id.
-        attempts: pods by name, by run's id.
-        states: of those runs that are not Completed.
-        waited: by run's id, the longest time in seconds that it was due and had no live pod.
-        left: pods, Jobs and slots that are still there, in words.
+        runs: ids of the runs by name.
+        faults: the injected faults.
+        journals: journals by the run's id.
+        attempts: by the run's id, its attempts by the name of the pod.
+        states: by the run's id, the state names of runs that are not Completed.
+        waited: by the run's id, the longest time in seconds for which it was due and had no live pod.
+        left: descriptions of the pods, Jobs and slots that were left at the end.
     """
 
     runs: dict[str, str] = field(default_factory=dict)
@@ -225,22 +233,22 @@ class Outcome:
     left: list[str] = field(default_factory=list)
 
     def names(self, ids: Sequence[str]) -> list[str]:
-        """Of runs."""
+        """Return the names of runs, sorted."""
         return sorted(name for name, id_ in self.runs.items() if id_ in ids)
 
     @property
     def stuck(self) -> list[str]:
-        """Runs that were due and had no live pod for too long."""
-        return [each for each, seconds in self.waited.items() if seconds > STUCK_AFTER_SECONDS]
+        """Runs that were due and had no live pod for more than `STUCK_AFTER_SECONDS`."""
+        return [run for run, seconds in self.waited.items() if seconds > STUCK_AFTER_SECONDS]
 
     @property
     def doubled(self) -> list[str]:
-        """Runs whose flow was executed twice at a time, by their journals."""
+        """Runs that two attempts executed at the same time, by their journals."""
         return [run for run, journal in self.journals.items() if has_overlapping_attempts(journal)]
 
     @property
     def unwritten(self) -> list[str]:
-        """Completed runs whose journals do not say that they ended: nothing is known of their attempts."""
+        """Completed runs without an end in their journal: nothing is known of their attempts."""
         return [
             id_
             for id_ in self.runs.values()
@@ -248,89 +256,90 @@ class Outcome:
         ]
 
     @property
-    def beside(self) -> list[float]:
-        """Of each pair of a run's containers the seconds for which one was there before the last one had ended."""
+    def overlaps(self) -> list[float]:
+        """Seconds for which a container of a run had started before the previous container ended."""
         found = []
-        for pods in self.attempts.values():
-            ordered = sorted(pods.values(), key=lambda each: each.begin)
-            # Kubernetes' times have no fractions.
+        for attempts in self.attempts.values():
+            ordered = sorted(attempts.values(), key=lambda attempt: attempt.begin)
+            # Times of Kubernetes are whole seconds.
             found += [
                 earlier.end - later.begin for earlier, later in pairwise(ordered) if later.begin < earlier.end - 1
             ]
         return found
 
     @property
-    def taken_again(self) -> dict[str, int]:
-        """How many finished steps were taken again, by run."""
-        return {run: again for run, journal in self.journals.items() if (again := count_repeated_steps(journal))}
+    def repeated_steps(self) -> dict[str, int]:
+        """Number of finished steps that were repeated, by run."""
+        return {run: count for run, journal in self.journals.items() if (count := count_repeated_steps(journal))}
 
     @property
     def wrong(self) -> list[str]:
-        """All that must not be, with the names of the runs."""
-        said = {
+        """The violations of what the soak asserts, with the names of the runs."""
+        violations = {
             "lost": [f"{name} ({self.states[id_]})" for name, id_ in self.runs.items() if id_ in self.states],
             f"without a live pod for over {STUCK_AFTER_SECONDS:.0f} s": self.names(self.stuck),
             "completed without a journal of it": self.names(self.unwritten),
-            "twice at a time": self.names(self.doubled),
-            "containers beside the run's next one": [f"{seconds:.0f} s" for seconds in self.beside],
-            "finished steps taken again": self.names(list(self.taken_again)),
+            "executed twice at a time": self.names(self.doubled),
+            "overlapping containers of a run": [f"{seconds:.0f} s" for seconds in self.overlaps],
+            "finished steps repeated": self.names(list(self.repeated_steps)),
             "left": self.left,
         }
-        return [f"{what}: {', '.join(which)}" for what, which in said.items() if which]
+        return [f"{what}: {', '.join(which)}" for what, which in violations.items() if which]
 
     def recoveries(self) -> dict[str, list[float]]:
-        """Seconds from the last sign of life of an execution that was hit to the next one's first line, by fault.
+        """Return the recovery times by kind of fault, in seconds.
 
-        One that was hit before its first line gave none: that is from the fault.
+        They count from the last line of the run attempt that was hit to the first line of the next attempt. For an
+        attempt that was hit before its first line they count from the fault.
         """
         found: dict[str, list[float]] = defaultdict(list)
         for fault in self.faults:
             journal = self.journals.get(fault.run, [])
-            order = list(dict.fromkeys(each.pod for each in journal))
+            order = list(dict.fromkeys(line.pod for line in journal))
             pod = fault.pod or (order[0] if order else "")
-            last = max((each.at for each in journal if each.pod == pod), default=fault.at)
-            if later := [each.at for each in journal if each.at > last]:  # else it ended before it was hit
+            last = max((line.time for line in journal if line.pod == pod), default=fault.time)
+            if later := [line.time for line in journal if line.time > last]:  # else the run ended before the fault
                 found[fault.kind].append(min(later) - last)
         return found
 
     @property
     def figures(self) -> dict[str, str | float]:
-        """The results, by name."""
-        kinds = Counter(each.kind for each in self.faults)
-        steps = sum(each.what.startswith("step") for journal in self.journals.values() for each in journal)
+        """The results by name."""
+        kinds = Counter(fault.kind for fault in self.faults)
+        steps = sum(line.what.startswith("step") for journal in self.journals.values() for line in journal)
         found: dict[str, str | float] = {
             "runs": len(self.runs),
             "faults": f"{len(self.faults)}: {', '.join(f'{kind} {kinds[kind]}' for kind in FAULTS if kinds[kind])}",
             "each run's budget": " and ".join(f"{name} {value}" for name, value in RETRY_BUDGET.items()),
-            "executions": sum(map(len, self.attempts.values())),
+            "run attempts": sum(map(len, self.attempts.values())),
             "steps begun": steps,
             "runs lost": len(self.states),
             f"due runs without a live pod for over {STUCK_AFTER_SECONDS:.0f} s while the API was there": len(
                 self.stuck
             ),
-            "the longest of that (s)": round(max(self.waited.values(), default=0)),
+            "the longest time without a live pod (s)": round(max(self.waited.values(), default=0)),
             "runs whose flow was executed twice at a time": len(self.doubled),
-            "containers that began before the run's last one had ended": len(self.beside),
-            "finished steps taken again": sum(self.taken_again.values()),
+            "containers that started before the run's previous one had ended": len(self.overlaps),
+            "finished steps repeated": sum(self.repeated_steps.values()),
             "pods, Jobs and slots left at the end": len(self.left),
         }
         recoveries = self.recoveries()
-        every = {"all of them": [seconds for each in recoveries.values() for seconds in each]}
-        for kind, seconds in [*((kind, recoveries.get(kind, [])) for kind in FAULTS), *every.items()]:
+        together = {"all faults": [seconds for values in recoveries.values() for seconds in values]}
+        for kind, seconds in [*((kind, recoveries.get(kind, [])) for kind in FAULTS), *together.items()]:
             if seconds:
-                name = f"{kind}, from the last sign of life to the next execution's first line: n, median, max (s)"
+                name = f"{kind}, from the last line to the next run attempt's first line: n, median, max (s)"
                 found[name] = f"{len(seconds)}, {statistics.median(seconds):.1f}, {max(seconds):.1f}"
         return found
 
 
 class Soak:
-    """The runs, the faults, and what is seen of both.
+    """Starts runs, injects faults, and observes both.
 
     Args:
         server: the release with the API and its database.
         pool: the release with workers and reconcilers.
-        kubernetes: the URL of the cluster's API.
-        chance: of the faults and of what the runs take.
+        kubernetes: URL of the Kubernetes API.
+        chance: draws the faults and the sizes of the runs.
     """
 
     def __init__(self, server: Release, pool: Pool, kubernetes: str, chance: random.Random) -> None:
@@ -341,55 +350,55 @@ class Soak:
         self._deployment = ""
         self._runs: dict[str, Object] = {}
         self._live: dict[str, list[str]] = {}
-        self._without: dict[str, float] = {}
-        self._away_since = 0.0
-        self._hungry: list[Fault] = []
-        self._over: set[str] = set()
-        self._bag: list[str] = []
-        self._takes: list[Object] = []
+        self._without_pod_since: dict[str, float] = {}
+        self._server_down_since = 0.0
+        self._memory_faults: list[Fault] = []
+        self._lost: set[str] = set()
+        self._sequence: list[str] = []
+        self._sizes: list[Object] = []
 
     def run(self, minutes: float, runs: int) -> Outcome:
-        """Start the runs and make the faults; what was found once all is over.
+        """Start the runs, inject the faults, and return the outcome when all runs have ended.
 
-        Ctrl-C ends it early: then what was found is what there was until now.
+        After Ctrl-C the outcome is what was observed until then.
         """
         self._deploy()
         for _ in range(runs):
             pieces = self.chance.randint(2, 8)
             seconds = round(self.chance.triangular(3, 60, 10) / pieces, 2)
-            self._takes.append({"pieces": pieces, "seconds": seconds})
+            self._sizes.append({"pieces": pieces, "seconds": seconds})
         began = time.monotonic()
         length = 60 * minutes
-        fault_at, said_at, told = began + FAULT_INTERVAL_SECONDS / 2, began, 0
-        # The end of the time is for the last ones to end in.
+        fault_time, report_time, reported = began + FAULT_INTERVAL_SECONDS / 2, began, 0
+        # No run starts in the last 20 s.
         pause = max(length - 20, 1) / runs
         deadline = began + length + DRAIN_SECONDS
         try:
             while (now := time.monotonic()) < deadline:
                 try:
                     if len(self.seen.runs) < runs and now >= began + pause * len(self.seen.runs):
-                        self._start_one()
-                    self._look()
+                        self._start_run()
+                    self._observe()
                     if len(self.seen.runs) == runs and self._given_up().issuperset(self.seen.states):
                         break
                 except ServerUnavailableError:
-                    self._away_since = self._away_since or time.time()
-                if now >= fault_at and now < began + length:
-                    fault_at = (
-                        max(fault_at + FAULT_INTERVAL_SECONDS, now + FAULT_INTERVAL_SECONDS / 2)
-                        if self._fault()
+                    self._server_down_since = self._server_down_since or time.time()
+                if now >= fault_time and now < began + length:
+                    fault_time = (
+                        max(fault_time + FAULT_INTERVAL_SECONDS, now + FAULT_INTERVAL_SECONDS / 2)
+                        if self._inject_fault()
                         else now + 1
                     )
-                if now >= said_at:
-                    said_at = now + 10
-                    self._say(now - began)
-                    for each in self.seen.faults[told:]:
-                        print(f"          {each.kind} {self._named(each.run)}".rstrip(), flush=True)
-                    told = len(self.seen.faults)
+                if now >= report_time:
+                    report_time = now + 10
+                    self._print_progress(now - began)
+                    for fault in self.seen.faults[reported:]:
+                        print(f"          {fault.kind} {self._name(fault.run)}".rstrip(), flush=True)
+                    reported = len(self.seen.faults)
                 time.sleep(0.5)
-            self._wait_for_the_end_of_what_is_left()
+            self._wait_until_nothing_is_left()
         except KeyboardInterrupt:
-            print("Interrupted: this is what was found until now.", file=sys.stderr)
+            print("Interrupted: the figures are those until now.", file=sys.stderr)
             self.seen.left.append("interrupted")
         finally:
             self.seen.journals = read_journals(self.pool)
@@ -405,24 +414,24 @@ class Soak:
             )  # fmt: skip
             client.post("/concurrency_limits/", json={"tag": "piece", "concurrency_limit": 100}).raise_for_status()
 
-    def _start_one(self) -> None:
-        if len(self.seen.states.keys() - self._over) >= MAX_LIVE_RUNS:
+    def _start_run(self) -> None:
+        if len(self.seen.states.keys() - self._lost) >= MAX_LIVE_RUNS:
             return
         name = f"soak-{len(self.seen.runs) + 1:03}"
-        # With a key: it is asked for again if the answer was lost.
-        more: Object = {"name": name, "idempotency_key": name, "parameters": self._takes[len(self.seen.runs)]}
-        if self._hungry:
-            more["parameters"] = more["parameters"] | {"memory": MEMORY_USE_MIB}
-            more["job_variables"] = {"memory_limit": MEMORY_LIMIT, "memory_growth": 2}
+        # If the answer is lost, the request is repeated. The key makes it idempotent.
+        fields: Object = {"name": name, "idempotency_key": name, "parameters": self._sizes[len(self.seen.runs)]}
+        if self._memory_faults:
+            fields["parameters"] = fields["parameters"] | {"memory": MEMORY_USE_MIB}
+            fields["job_variables"] = {"memory_limit": MEMORY_LIMIT, "memory_growth": 2}
         with self.api.client() as client:
-            run = start_run(client, self._deployment, **more)
+            run = start_run(client, self._deployment, **fields)
         self.seen.runs[name] = run
         self.seen.states[run] = "Scheduled"
-        if self._hungry:
-            self._hungry.pop().run = run
+        if self._memory_faults:
+            self._memory_faults.pop().run = run
 
-    def _look(self) -> None:
-        """Read the runs that are not Completed, and then the pods of all."""
+    def _observe(self) -> None:
+        """Read the runs that are not Completed, and then the pods of all runs."""
         body = {
             "deployments": {"id": {"any_": [self._deployment]}},
             "flow_runs": {"state": {"type": {"not_any_": ["COMPLETED"]}}},
@@ -430,38 +439,39 @@ class Soak:
         }
         with self.api.client() as client:
             found: list[Object] = client.post("/flow_runs/filter", json=body).raise_for_status().json()
-        if self._away_since:
-            away, self._away_since = time.time() - self._away_since, 0.0
-            self._without = {run: since + away for run, since in self._without.items()}
-        self._runs = {each["id"]: each for each in found}
-        self.seen.states = {each["id"]: each["state_name"] for each in found}
-        self._see_pods()
+        if self._server_down_since:
+            outage, self._server_down_since = time.time() - self._server_down_since, 0.0
+            self._without_pod_since = {run: since + outage for run, since in self._without_pod_since.items()}
+        self._runs = {run["id"]: run for run in found}
+        self.seen.states = {run["id"]: run["state_name"] for run in found}
+        self._observe_pods()
         now = time.time()
         for id_, run in self._runs.items():
             due = _timestamp(run["next_scheduled_start_time"] or run["expected_start_time"])
             waits = run["state_type"] == "SCHEDULED" and due > now
             if waits or self._live.get(id_) or run["state_type"] in LOST_STATE_TYPES:
-                if run["state_type"] in LOST_STATE_TYPES and id_ not in self._over:
+                if run["state_type"] in LOST_STATE_TYPES and id_ not in self._lost:
                     print(f"          {run['name']} is {run['state_name']}: {run['state']['message']}", flush=True)
-                    self._over.add(id_)
-                self._without.pop(id_, None)
+                    self._lost.add(id_)
+                self._without_pod_since.pop(id_, None)
                 continue
-            waited = now - self._without.setdefault(id_, now)
+            waited = now - self._without_pod_since.setdefault(id_, now)
             if waited > STUCK_AFTER_SECONDS >= self.seen.waited[id_]:
                 print(f"          {run['name']}: no live pod for {waited:.0f} s", flush=True)
                 with self.api.client() as client:
-                    for each in list_states(client, id_):
-                        print(f"          {each['timestamp']} {each['name']}: {each['message']}", flush=True)
+                    for state in list_states(client, id_):
+                        print(f"          {state['timestamp']} {state['name']}: {state['message']}", flush=True)
             self.seen.waited[id_] = max(self.seen.waited[id_], waited)
-        for id_ in self._without.keys() - self._runs.keys():
-            del self._without[id_]
+        for id_ in self._without_pod_since.keys() - self._runs.keys():
+            del self._without_pod_since[id_]
 
     def _given_up(self) -> set[str]:
-        """Runs whose end is not waited for: they have failed, or are stuck."""
+        """Return the runs whose end the soak does not wait for: they are lost or stuck."""
         now = time.time()
-        return self._over | {run for run, since in self._without.items() if now - since > STUCK_AFTER_SECONDS}
+        return self._lost | {run for run, since in self._without_pod_since.items() if now - since > STUCK_AFTER_SECONDS}
 
-    def _see_pods(self) -> None:
+    def _observe_pods(self) -> None:
+        """Read the pods of all runs: which are live, and when their containers started and ended."""
         path = f"/api/v1/namespaces/{self.pool.namespace.name}/pods"
         query = {"labelSelector": "prefect.io/flow-run-id"}
         self._live = defaultdict(list)
@@ -472,28 +482,28 @@ class Soak:
             [container] = pod["status"].get("containerStatuses") or [{}]
             state = container.get("state", {})
             if moment := (state.get("running") or state.get("terminated") or {}).get("startedAt"):
-                execution = self.seen.attempts[run].setdefault(name, Attempt(_timestamp(moment), _timestamp(moment)))
+                attempt = self.seen.attempts[run].setdefault(name, Attempt(_timestamp(moment), _timestamp(moment)))
                 if end := (state.get("terminated") or {}).get("finishedAt"):
-                    execution.end = min(_timestamp(end), _timestamp(pod["metadata"].get("deletionTimestamp", end)))
+                    attempt.end = min(_timestamp(end), _timestamp(pod["metadata"].get("deletionTimestamp", end)))
                 elif "deletionTimestamp" not in pod["metadata"]:
-                    execution.end = time.time()
+                    attempt.end = time.time()
 
-    def _fault(self) -> bool:
-        """Make the next one; whether there was something for it to hit."""
-        if not self._bag:
-            self._bag = list(Counter(FAULTS).elements())
-            self.chance.shuffle(self._bag)
-        kind = self._bag[-1]
+    def _inject_fault(self) -> bool:
+        """Inject the next fault, and return whether there was something to hit."""
+        if not self._sequence:
+            self._sequence = list(Counter(FAULTS).elements())
+            self.chance.shuffle(self._sequence)
+        kind = self._sequence[-1]
         namespace = self.pool.namespace
         fault = Fault(kind)
         if kind in ("pod killed", "pod force-deleted", "pod evicted", "Job deleted"):
-            # Of those that execute: who has two pods at a time is another matter.
+            # Only runs whose container has started.
             begun = {run: pods[0] for run, pods in self._live.items() if pods and pods[0] in self.seen.attempts[run]}
             if not begun:
                 return False
             fault.run = self.chance.choice(sorted(begun))
             fault.pod = begun[fault.run]
-        with contextlib.suppress(ClusterError):  # what was to be hit has just ended
+        with contextlib.suppress(ClusterError):  # the target has just ended
             if kind == "pod killed":
                 kill_pod(self.pool, fault.pod)
             elif kind == "pod force-deleted":
@@ -503,7 +513,7 @@ class Soak:
             elif kind == "Job deleted":
                 namespace.kubectl("delete", "job", fault.pod.rpartition("-")[0], "--wait=false")
             elif kind == "out of memory":
-                self._hungry.append(fault)  # the next run that is started
+                self._memory_faults.append(fault)  # hits the next run that starts
             elif kind == "worker killed":
                 force_delete(namespace, self.chance.choice(sorted(map(_pod_name, self.pool.pods("worker")))))
             elif kind == "leader killed":
@@ -512,25 +522,28 @@ class Soak:
                 force_delete(namespace, *map(_pod_name, self.server.pods("api")))
             elif kind == "database killed":
                 force_delete(namespace, "prefect-server-database-0")
-        self._bag.pop()
+        self._sequence.pop()
         self.seen.faults.append(fault)
         return True
 
-    def _wait_for_the_end_of_what_is_left(self) -> None:
-        """No pod or Job of a run, and no slot of a limit, may be there once its time is over."""
+    def _wait_until_nothing_is_left(self) -> None:
+        """Wait until no pod and no Job of a run and no concurrency slot is left, or their time is over."""
         deadline = time.monotonic() + JOB_TTL_SECONDS + 60
         while True:
-            with contextlib.suppress(ServerUnavailableError):
-                self.seen.left = self._left()
-                if not self.seen.left or time.monotonic() > deadline:
-                    return
+            try:
+                self.seen.left = self._list_leftovers()
+            except ServerUnavailableError as error:
+                self.seen.left = [f"unknown slots: the Prefect API does not answer: {error}"]
+            if not self.seen.left or time.monotonic() > deadline:
+                return
             time.sleep(1)
 
-    def _left(self) -> list[str]:
+    def _list_leftovers(self) -> list[str]:
+        """Return descriptions of the pods and Jobs of runs and of the taken slots."""
         found = []
-        of_runs = {"labelSelector": "prefect.io/flow-run-id"}
+        selector = {"labelSelector": "prefect.io/flow-run-id"}
         for path in ("/api/v1/namespaces/{}/pods", "/apis/batch/v1/namespaces/{}/jobs"):
-            answer = self.kubernetes.get(path.format(self.pool.namespace.name), params=of_runs).raise_for_status()
+            answer = self.kubernetes.get(path.format(self.pool.namespace.name), params=selector).raise_for_status()
             found += [f"{path.rpartition('/')[2]} {each['metadata']['name']}" for each in answer.json()["items"]]
         with self.api.client() as client:
             for limit in client.post("/concurrency_limits/filter", json={}).raise_for_status().json():
@@ -541,14 +554,15 @@ class Soak:
                     found.append(f"{limit['active_slots']} slots of {limit['name']}")
         return found
 
-    def _named(self, run: str) -> str:
+    def _name(self, run: str) -> str:
+        """Return the name of a run; empty if there is no such run."""
         return next((name for name, id_ in self.seen.runs.items() if id_ == run), "")
 
-    def _say(self, seconds: float) -> None:
+    def _print_progress(self, seconds: float) -> None:
         seen = self.seen
         print(
-            f"{seconds:7.0f} s  {len(seen.runs)} started, {len(seen.states)} under way, {len(seen.faults)} faults, "
-            f"{sum(map(len, seen.attempts.values()))} executions, longest without a live pod "
+            f"{seconds:7.0f} s  {len(seen.runs)} started, {len(seen.states)} not completed, {len(seen.faults)} faults, "
+            f"{sum(map(len, seen.attempts.values()))} run attempts, longest time without a live pod "
             f"{max(seen.waited.values(), default=0):.0f} s",
             flush=True,
         )
@@ -563,16 +577,16 @@ def _pod_name(pod: Mapping[str, Any]) -> str:
 
 
 def soak_values(values: Object) -> Object:
-    """Values of a pool for this, from the least ones: two workers, and nothing that stays long when it is over."""
-    made = fault_values(values)
-    made["worker"]["replicas"] = made["reconciler"]["replicas"] = 2
-    made["runs"]["ttlSecondsAfterFinished"] = JOB_TTL_SECONDS
-    return made
+    """Return the values of the soak's pool: two workers, two reconcilers, and finished Jobs that are deleted soon."""
+    changed = fault_values(values)
+    changed["worker"]["replicas"] = changed["reconciler"]["replicas"] = 2
+    changed["runs"]["ttlSecondsAfterFinished"] = JOB_TTL_SECONDS
+    return changed
 
 
 @contextlib.contextmanager
 def installed_charts() -> Iterator[tuple[Release, Pool]]:
-    """The releases of the server and the pool, in a namespace of their own on the local cluster; gone afterwards."""
+    """Install server and pool in a new namespace of the local cluster while the block lasts, and yield both."""
     with local_cluster.shared() as context, restricted(context, "soak") as namespace:
         image = build_image()
         server = Release("prefect-server", "prefect-server", namespace)
@@ -581,7 +595,7 @@ def installed_charts() -> Iterator[tuple[Release, Pool]]:
 
 
 def run(parameters: Parameters) -> Findings:
-    """Soak for `MINUTES` with `RUNS` runs and faults that `SEED` draws."""
+    """Soak for `MINUTES` with `RUNS` runs and the faults that `SEED` draws."""
     with installed_charts() as (server, pool), proxied(pool.namespace.context) as url:
         print(f"Namespace {pool.namespace.name} of {pool.namespace.context}", flush=True)
         chance = random.Random(parameters["SEED"])  # noqa: S311 - faults, no secret

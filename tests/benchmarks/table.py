@@ -1,0 +1,82 @@
+"""Print the figures of a benchmark as a table, and append the table to results.md."""
+
+import contextlib
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+
+from orchestration.settings import ROOT
+
+RESULTS = Path(__file__).with_name("results.md")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A row of the table.
+
+    Args:
+        name: what was measured.
+        unit: the unit of the values.
+        values: one value of each repetition.
+        note: the goal, or what the value depends on.
+    """
+
+    name: str
+    unit: str
+    values: list[float]
+    note: str = ""
+
+    def row(self) -> str:
+        """Return the row as Markdown: n, median, min, max."""
+        values = self.values
+        digits = 0 if min(values) >= 1000 else 2
+        shown = (statistics.median(values), min(values), max(values))
+        figures = " | ".join(f"{value:,.{digits}f}" for value in shown)
+        return f"| {self.name} | {self.unit} | {len(values)} | {figures} | {self.note} |"
+
+
+@contextlib.contextmanager
+def results_table(parts: str) -> Iterator[Callable[[Iterable[Figure]], None]]:
+    """Yield a function that prints each figure as soon as it is measured.
+
+    When the block ends, also by an error or Ctrl-C, the figures so far are appended to results.md.
+
+    Args:
+        parts: the programs that were measured with, and their versions.
+    """
+    rows = [_heading(parts)]
+    print(rows[0], flush=True)
+
+    def report(figures: Iterable[Figure]) -> None:
+        for figure in figures:
+            rows.append(figure.row())
+            print(rows[-1], flush=True)
+
+    try:
+        yield report
+    finally:
+        if len(rows) > 1:
+            with RESULTS.open("a") as results:
+                results.write("\n".join(rows) + "\n")
+
+
+def _heading(parts: str) -> str:
+    """Return the head of a table: date, commit, machine and parts."""
+    return (
+        f"\n## {datetime.now(UTC):%Y-%m-%d}, {_describe_commit()}\n\n{platform.machine()}, {os.cpu_count()} cores, "
+        f"{psutil.virtual_memory().total / 2**30:.0f} GB, Python {platform.python_version()}, {parts}.\n\n"
+        "| what | unit | n | median | min | max | |\n|---|---|---:|---:|---:|---:|---|"
+    )
+
+
+def _describe_commit() -> str:
+    """Return the commit that is measured."""
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
