@@ -48,8 +48,8 @@ FAULT_INTERVAL_SECONDS = 20.0
 """Seconds from one fault to the next."""
 
 STUCK_AFTER_SECONDS = 90.0
-"""Seconds for which a due run may have no live pod while the Prefect API answers. The claim of a dead worker is released
-after 60 s, and the next claim takes a while."""
+"""Seconds for which a due run may have no live pod while the Prefect API answers: 60 s until the claim of a dead worker
+is released, and the time of the next claim."""
 
 DRAIN_SECONDS = 300.0
 """Seconds for the last runs to complete after the last start."""
