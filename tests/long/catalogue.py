@@ -1,4 +1,4 @@
-"""The long tests there are."""
+"""The catalogue of the long tests."""
 
 from tests.long import benchmarks, dbt_ends, kills, soak, sync_kills
 from tests.long.longtest import LongTest
@@ -43,7 +43,7 @@ RUNS = (
     *PREFECT,
     "uv.lock#prefect-kubernetes",
 )
-"""What executes flow runs on Kubernetes and recovers them."""
+"""The code that executes flow runs on Kubernetes and recovers them."""
 
 PROPERTIES = (
     "tests/flows/test_landing.py",
@@ -52,7 +52,7 @@ PROPERTIES = (
     "tests/orchestration/reconciler/test_decide.py",
     "tests/orchestration/inspection/test_memory.py",
 )
-"""The files of tests that Hypothesis draws the examples of."""
+"""The test files with property tests by Hypothesis."""
 
 UPGRADES = ("tests/e2e/test_prefect_server.py", "tests/e2e/test_prefect_work_pool.py")
 
@@ -61,7 +61,7 @@ SEED = 2013
 LONG_TESTS = (
     LongTest(
         "soak",
-        "Random faults among many runs on the cluster lose, double and block no run, and leave nothing.",
+        "Random faults lose, block and duplicate none of many runs on the cluster, and leave nothing behind.",
         (*RUNS, "tests/e2e/faults/flow.py", "tests/e2e/faults/victims.py", "tests/long/soak.py"),
         soak.run,
         {"MINUTES": 30, "RUNS": 200, "SEED": SEED},
@@ -69,14 +69,14 @@ LONG_TESTS = (
     ),
     LongTest(
         "kills",
-        "A daily run that is killed at a random moment leaves no day in part, and the next run completes it.",
+        "A daily run that is killed at a random moment leaves no half-loaded day, and the next run completes it.",
         ("flows", "orchestration/settings.py", *DBT, "tests/long/kills.py"),
         kills.run,
         {"KILLS": 50, "SEED": SEED},
     ),
     LongTest(
         "sync-kills",
-        "A sync that is killed at a random moment is finished by the next one; no scheduled run is missing or doubled.",
+        "The next sync completes a sync that was killed at a random moment; no scheduled run is missing or duplicated.",
         (
             "orchestration/deployments",
             "orchestration/__main__.py",
@@ -132,9 +132,9 @@ LONG_TESTS = (
     ),
     LongTest(
         "docker-pool",
-        "Without Kubernetes, one machine with Docker runs the daily deployment as a container, through faults.",
+        "Without Kubernetes, one machine with Docker runs the daily deployment as a container and survives faults.",
         (
-            *(f"docker/{each}" for each in ("Dockerfile", "build", "compose.yaml", "pool.yaml", "stack")),
+            *(f"docker/{name}" for name in ("Dockerfile", "build", "compose.yaml", "pool.yaml", "stack")),
             "tests/docker/daemon.py",
             "tests/long/docker_pool.py",
             *PREFECT,
@@ -152,7 +152,7 @@ LONG_TESTS = (
     ),
     LongTest(
         "random-graphs",
-        "Every node of many random dbt graphs with random failures ends as dbt's command line says.",
+        "Every node of many random dbt graphs with random failures has the outcome of dbt's command line.",
         (*DBT, *DBT_TESTS, "tests/orchestration/dbt/test_random.py"),
         suite("tests/orchestration/dbt/test_random.py", HYPOTHESIS_PROFILE="long"),
         {"SEED": SEED},

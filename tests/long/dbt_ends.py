@@ -1,11 +1,10 @@
-"""End dbt's runs at random moments, run them again, and compare with a run that nobody disturbed.
+"""Kill or cancel runs of dbt at random moments, retry them, and compare with an undisturbed run.
 
     make test-long FOR=dbt-ends ROUNDS=20
 
-Each round has a database of its own and a project with every kind of node. Its flow run is killed (SIGKILL of all
-its processes but dbt's) or cancelled as in the UI, at a moment drawn evenly over the time of an undisturbed run, and is
-then retried. No statement and no transaction may be left five seconds later, and the retried run must leave what the
-undisturbed one left.
+Each round has a new database and a project with every kind of node. Its flow run is killed (SIGKILL of all processes
+except dbt's) or cancelled as in the UI, and then retried. The moment is drawn evenly over the time of an undisturbed
+run. Five seconds later no statement and no transaction may be left. The retry must leave what the undisturbed run left.
 """
 
 import contextlib
@@ -38,13 +37,16 @@ from tests.parts import (
 
 WAYS = ("killed", "cancelled")
 
+RUN_TIMEOUT_SECONDS = 180.0
+"""Upper bound for a run that is not ended."""
+
 SQL_END_SECONDS = 5.0
-"""Seconds after which none of a run's SQL may be left: half a second until dbt hears it, 2.5 to end it, 2 until
-Postgres finds the client gone."""
+"""Seconds after which no SQL of a run may be left: 0.5 until dbt is notified, 2.5 to end the SQL, 2 until Postgres
+detects that the client is gone."""
 
 
 def deploy(shop: Path, api: str) -> str:
-    """Deploy the flow of `tests.orchestration.dbt.shop_flow`; the deployment's id."""
+    """Deploy the flow of `tests.orchestration.dbt.shop_flow`, and return the id of the deployment."""
     command = [sys.executable, "-m", "tests.orchestration.dbt.shop_flow", "deploy"]
     environment = os.environ | {"PREFECT_API_URL": api, "SHOP": str(shop)}
     return subprocess.check_output(command, env=environment, cwd=ROOT, text=True).strip()
@@ -52,7 +54,7 @@ def deploy(shop: Path, api: str) -> str:
 
 def _project(folder: Path) -> Path:
     shop = every_kind(folder)
-    # Long enough for a moment to fall between its nodes.
+    # Long enough that a moment can fall between its nodes.
     for model in ("paid_orders", "countries", "order_book"):
         hold(shop, model, 0.5)
     return shop
@@ -60,66 +62,78 @@ def _project(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A run that nobody disturbed."""
+    """An undisturbed run.
+
+    Args:
+        seconds: duration of its process.
+        tables: the content of the database after the run.
+    """
 
     seconds: float
-    """From the start of its process to its end."""
     tables: dict[str, Any] = field(repr=False)
 
     @classmethod
     def measure(cls, postgres: str, api: str, folder: Path) -> "Baseline":
-        """Run it once, in a database of its own; a run before that compiles Python's files."""
+        """Execute a run in a new database. The deployment before has compiled the Python files."""
         shop = _project(folder / "undisturbed")
         deployment = deploy(shop, api)
         with client_of(api) as client, new_database(postgres) as url:
             began = time.monotonic()
-            execute(shop, api, Server(client).start(deployment)).wait()
+            run = Server(client).start(deployment)
+            try:
+                execute(shop, api, run).wait(RUN_TIMEOUT_SECONDS)
+            finally:
+                kill_run_processes(run)
             return cls(time.monotonic() - began, tables(functools.partial(rows_of, url)))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one ended run."""
+    """What an ended run and its retry left.
+
+    Args:
+        way: `killed` or `cancelled`.
+        moment: seconds from the start of the run to its kill or cancellation.
+        done: number of nodes that were recorded as done before the retry.
+        sql_seconds: seconds after which no SQL of the run was left.
+        state: type of the run's state before the retry.
+        is_same: whether the retry left what an undisturbed run leaves.
+    """
 
     way: str
     moment: float
-    """Seconds from its start."""
     done: int
-    """Nodes that were recorded as done before the retry."""
-    sql_ended: float
-    """Seconds after which none of its SQL was left."""
+    sql_seconds: float
     state: str
-    """Its state after that."""
-    same: bool
-    """Whether the retried run left what an undisturbed one leaves."""
+    is_same: bool
 
     @property
-    def right(self) -> bool:
-        """Whether all is as it must be."""
-        # Nobody tells the server of a kill: what it heard of last stays.
+    def is_good(self) -> bool:
+        """Whether the retry completed the run, and its SQL ended in time."""
+        # Nothing reports a kill to the server: the last reported state stays.
         states = {"cancelled": ("CANCELLED",), "killed": ("SCHEDULED", "PENDING", "RUNNING")}[self.way]
-        return self.same and self.sql_ended <= SQL_END_SECONDS and self.state in (*states, "COMPLETED")
+        return self.is_same and self.sql_seconds <= SQL_END_SECONDS and self.state in (*states, "COMPLETED")
 
 
 def _end(way: str, process: "subprocess.Popen[bytes]", server: Server, run: str) -> None:
-    """Kill the process that the flow runs in, or cancel the run; returns when the process has been told."""
+    """Kill the processes of the run except dbt, or set the run Cancelling."""
     import psutil
 
     if way == "cancelled":
         if server.state(run)["type"] not in ENDED:
             server.set_state(run, "CANCELLING", "Cancelling")
         return
-    for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
-        # dbt itself has to notice that it is alone.
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended, maybe of another's death
-            if not any(argument.endswith("dbt/child") for argument in each.cmdline()):
-                each.send_signal(signal.SIGKILL)
+    for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        # dbt has to detect that its parent is gone.
+        with contextlib.suppress(psutil.NoSuchProcess):  # the process has ended, perhaps after another one
+            if not any(argument.endswith("dbt/child") for argument in member.cmdline()):
+                member.send_signal(signal.SIGKILL)
 
 
 def end_at_random(
     way: str, postgres: str, api: str, server: Server, undisturbed: Baseline, folder: Path, chance: random.Random
 ) -> Outcome:
-    """One round: a run that is ended at a random moment, and its retry."""
+    """End a run at a random moment, and retry it."""
     moment = chance.uniform(0, undisturbed.seconds)
     shop = _project(folder / f"{way} {moment}")
     deployment = deploy(shop, api)
@@ -143,7 +157,7 @@ def end_at_random(
             done = sum(task["state_type"] == "COMPLETED" for task in server.get("task_runs", run))
             if state != "COMPLETED":
                 server.set_state(run, "SCHEDULED", "AwaitingRetry")
-                execute(shop, api, run).wait(180)
+                execute(shop, api, run).wait(RUN_TIMEOUT_SECONDS)
         finally:
             kill_run_processes(run)
         is_same = server.state(run)["type"] == "COMPLETED" and tables(query) == undisturbed.tables
@@ -151,7 +165,7 @@ def end_at_random(
 
 
 def run(parameters: Parameters) -> Findings:
-    """End `ROUNDS` runs each way at moments that `SEED` draws."""
+    """Kill `ROUNDS` runs and cancel as many, at the moments that `SEED` draws."""
     rounds = int(parameters["ROUNDS"])
     chance = random.Random(parameters["SEED"])  # noqa: S311 - moments, no secret
     outcomes: list[Outcome] = []
@@ -168,22 +182,24 @@ def run(parameters: Parameters) -> Findings:
             for way in WAYS:
                 outcome = end_at_random(way, postgres, api, Server(client), undisturbed, folder, chance)
                 outcomes.append(outcome)
-                verdict = "ok" if outcome.right else f"WRONG {outcome}"
+                verdict = "ok" if outcome.is_good else f"WRONG {outcome}"
                 print(
                     f"{number} of {rounds}: {way} after {outcome.moment:.1f} s, {outcome.done} nodes done, "
-                    f"SQL gone after {outcome.sql_ended:.1f} s, {verdict}",
+                    f"SQL gone after {outcome.sql_seconds:.1f} s, {verdict}",
                     flush=True,
                 )
     figures: dict[str, str | float] = {"seconds of an undisturbed run": round(undisturbed.seconds, 1)}
     for way in WAYS:
-        of = [outcome for outcome in outcomes if outcome.way == way]
-        moments, done = [outcome.moment for outcome in of], [outcome.done for outcome in of]
+        ended = [outcome for outcome in outcomes if outcome.way == way]
+        moments, done = [outcome.moment for outcome in ended], [outcome.done for outcome in ended]
         figures |= {
-            f"{way}: runs": len(of),
+            f"{way}: runs": len(ended),
             f"{way}: moment: min, median, max (s)": f"{min(moments):.1f}, {statistics.median(moments):.1f}, "
             f"{max(moments):.1f}",
             f"{way}: nodes done: min, median, max": f"{min(done)}, {statistics.median(done):.0f}, {max(done)}",
-            f"{way}: SQL gone after, at most (s)": round(max(outcome.sql_ended for outcome in of), 1),
-            f"{way}: after the retry other than undisturbed": sum(not outcome.same for outcome in of),
+            f"{way}: SQL gone after, at most (s)": round(max(outcome.sql_seconds for outcome in ended), 1),
+            f"{way}: retries that left other tables than an undisturbed run": sum(
+                not outcome.is_same for outcome in ended
+            ),
         }
-    return Findings(figures, [str(outcome) for outcome in outcomes if not outcome.right])
+    return Findings(figures, [str(outcome) for outcome in outcomes if not outcome.is_good])

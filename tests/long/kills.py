@@ -1,13 +1,14 @@
-"""Kill the pipeline at random moments, run it again, and compare with a run that nobody disturbed.
+"""Kill the pipeline at random moments, run it again, and compare with an undisturbed run.
 
     make test-long FOR=kills KILLS=50
 
-Each round has a warehouse of its own with one day loaded. The run for the next day is killed with
-SIGKILL, its dbt with it, at a moment drawn evenly over the time an undisturbed run takes from its first connection to
-the warehouse; then it is run again. After the kill no day may be there in part; after the second run every model must
-have the rows of the undisturbed run. A run that ends before its kill does not count.
+Each round has a new warehouse with one day loaded. SIGKILL ends the run for the next day, together with its dbt, and
+the run is repeated. The moment of the kill is drawn evenly over the time of an undisturbed run from its first connection
+to the warehouse. After the kill no day may be half-loaded. After the second run every model must have the rows of the
+undisturbed run. A run that ends before its kill does not count.
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -26,6 +27,9 @@ from orchestration.settings import ROOT
 from tests.long.longtest import Findings, Parameters
 from tests.parts import embedded_postgres, new_database, prefect_server, rows_of, wait_until
 
+RUN_TIMEOUT_SECONDS = 600.0
+"""Upper bound for a run that is not killed."""
+
 HALF_LOADED = """
     select coalesce(loads.day, counted.day)::text
     from raw.loads
@@ -41,7 +45,7 @@ HALF_LOADED = """
 
 
 def read_models(url: str) -> dict[str, list[tuple[Any, ...]]]:
-    """Every row of every model of the warehouse at `url`, but for which load it is from."""
+    """Return all rows of all models of the warehouse at `url`, without the columns that name the load."""
     tables = rows_of(
         url,
         "select table_schema, table_name, string_agg(quote_ident(column_name), ', ' order by ordinal_position)"
@@ -65,18 +69,28 @@ def _start(day: date, url: str, api: str) -> "subprocess.Popen[bytes]":
     )
 
 
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    """Kill the processes of a run that has not ended."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 def _wait_for_work(process: "subprocess.Popen[bytes]", url: str) -> None:
-    """Wait for the run's first connection to the warehouse: before it there is nothing to interrupt."""
+    """Wait for the run's first connection to the warehouse. Before it, a kill interrupts nothing."""
     connected = "select 1 from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
     wait_until(lambda: rows_of(url, connected) or process.poll() is not None, "the run's first connection", 300)
 
 
 def _time_run(day: date, url: str, api: str) -> float:
-    """Seconds of an undisturbed run from its first connection to the warehouse."""
+    """Return the seconds of an undisturbed run from its first connection to the warehouse."""
     process = _start(day, url, api)
-    _wait_for_work(process, url)
-    start = time.monotonic()
-    status = process.wait()
+    try:
+        _wait_for_work(process, url)
+        start = time.monotonic()
+        status = process.wait(RUN_TIMEOUT_SECONDS)
+    finally:
+        _kill(process)
     if status:
         raise RuntimeError(f"an undisturbed run of {day} ended with {status}")
     return time.monotonic() - start
@@ -84,16 +98,21 @@ def _time_run(day: date, url: str, api: str) -> float:
 
 @dataclass(frozen=True)
 class Baseline:
-    """Two days that nobody disturbed."""
+    """The undisturbed runs of two days.
+
+    Args:
+        days: both days.
+        seconds: duration of the second day's run from its first connection to the warehouse.
+        content: the rows of all models after both runs.
+    """
 
     days: list[date]
     seconds: float
-    """What the second day's run took from its first connection to the warehouse."""
     content: dict[str, list[tuple[Any, ...]]] = field(repr=False)
 
     @classmethod
     def measure(cls, postgres: str, api: str, days: list[date]) -> "Baseline":
-        """Run both days in a warehouse of their own."""
+        """Run both days in a new warehouse."""
         with new_database(postgres) as url:
             _time_run(days[0], url, api)
             return cls(days, _time_run(days[1], url, api), read_models(url))
@@ -101,20 +120,23 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A killed run, and the run after it."""
+    """What a killed run and the run after it left.
+
+    Args:
+        killed_after: seconds from the first connection to the warehouse to the kill.
+        loaded: whether the day was loaded before the kill.
+        half_loaded: half-loaded days after the kill; there must be none.
+        same_as_undisturbed: whether the second run left the rows of an undisturbed run.
+    """
 
     killed_after: float
-    """Seconds from its first connection to the warehouse."""
     loaded: bool
-    """Whether the day was loaded before the kill."""
     half_loaded: list[str]
-    """Days that were there in part after the kill; must be none."""
     same_as_undisturbed: bool
-    """Whether the next run left what an undisturbed one leaves."""
 
 
 def run_killed_at_random(postgres: str, api: str, undisturbed: Baseline, chance: random.Random) -> Outcome:
-    """One round: a day, a killed run of the next, and that run again; another round if the run ends before its kill."""
+    """Run a day, kill the run of the next day, and repeat that run. If the run ends before its kill, start over."""
     first, second = undisturbed.days
     seconds = undisturbed.seconds
     while True:
@@ -122,12 +144,15 @@ def run_killed_at_random(postgres: str, api: str, undisturbed: Baseline, chance:
             _time_run(first, url, api)
             moment = chance.uniform(0, seconds)
             process = _start(second, url, api)
-            _wait_for_work(process, url)
             try:
-                process.wait(moment)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-            if process.wait() != -signal.SIGKILL:
+                _wait_for_work(process, url)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(moment)
+            finally:
+                _kill(process)
+            if process.returncode not in (0, -signal.SIGKILL):
+                raise RuntimeError(f"a run of {second} ended with {process.returncode} before its kill")
+            if process.returncode == 0:
                 seconds = moment
                 continue
             half_loaded = [day for (day,) in rows_of(url, HALF_LOADED)]
@@ -137,7 +162,7 @@ def run_killed_at_random(postgres: str, api: str, undisturbed: Baseline, chance:
 
 
 def run(parameters: Parameters) -> Findings:
-    """Kill `KILLS` runs at moments that `SEED` draws."""
+    """Kill `KILLS` runs at the moments that `SEED` draws."""
     kills = int(parameters["KILLS"])
     chance = random.Random(parameters["SEED"])  # noqa: S311 - moments, no secret
     outcomes: list[Outcome] = []
@@ -161,7 +186,11 @@ def run(parameters: Parameters) -> Findings:
         "moment of the kill: min, median, max (s)": f"{min(moments):.1f}, {statistics.median(moments):.1f}, "
         f"{max(moments):.1f}",
         "killed before, after the day was loaded": f"{loaded[False]}, {loaded[True]}",
-        "days there in part after the kill": sum(len(outcome.half_loaded) for outcome in outcomes),
-        "next run left other rows than an undisturbed one": sum(not each.same_as_undisturbed for each in outcomes),
+        "half-loaded days after the kill": sum(len(outcome.half_loaded) for outcome in outcomes),
+        "second runs that left other rows than an undisturbed run": sum(
+            not outcome.same_as_undisturbed for outcome in outcomes
+        ),
     }
-    return Findings(figures, [str(each) for each in outcomes if each.half_loaded or not each.same_as_undisturbed])
+    return Findings(
+        figures, [str(outcome) for outcome in outcomes if outcome.half_loaded or not outcome.same_as_undisturbed]
+    )

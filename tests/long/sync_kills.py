@@ -1,15 +1,16 @@
-"""Kill `orchestrate sync` at random moments, run it again, and compare with a sync that nobody disturbed.
+"""Kill `orchestrate sync` at random moments, run it again, and compare with an undisturbed sync.
 
     make test-long FOR=sync-kills KILLS=30
 
-There are two sets of files that differ in everything a sync can do. Each round begins with one of them on the server,
-kills the sync of the other with SIGKILL, runs that again, and compares what the server has with what an undisturbed
-sync left: all but ids and times must be the same, nothing may be there twice, and of the runs to come, as of those that
-fell due meanwhile, none may be missing, doubled or of another state of the files.
+Two sets of files differ in everything that a sync can change. Each round begins with one set on the server, kills the
+sync of the other set by SIGKILL, and repeats that sync. Then the server must have what an undisturbed sync leaves:
+everything except ids and times is equal, and nothing is duplicated. No run that is scheduled or fell due meanwhile may
+be missing, duplicated, or of a previous state of the files.
 
-The last has an exception, which is counted and no failure. With every change of a deployment the server deletes the
-runs to come; its own scheduler, if it read the deployment before that and inserts after it, puts runs of the old state
-back, whoever makes the change (https://github.com/PrefectHQ/prefect/issues/17703).
+Runs of a previous state have one exception, which is counted and does not fail the test. With every change of a
+deployment the server deletes the scheduled runs. A scheduler of the server that read the deployment before the change
+and inserts after it puts runs of the old state back, whatever the client
+(https://github.com/PrefectHQ/prefect/issues/17703).
 """
 
 import json
@@ -37,7 +38,7 @@ from tests.long.longtest import Findings, Parameters
 from tests.parts import prefect_server
 
 KILLS_PER_SERVER = 8
-"""Kills on one server: its database grows by a run every three seconds, and each round takes longer."""
+"""Kills on one server. Its database grows by a run every three seconds, so each round takes longer."""
 
 FLOW = """
 from prefect import flow
@@ -47,8 +48,8 @@ def kills(day: int = 1) -> None:
     pass
 """
 
-# The schedules of every few seconds show a run that was not there when it fell due: the server's own scheduler, which
-# comes by every five, makes none of the past. Nobody executes them: they become late, and must stay.
+# The schedules of every few seconds reveal a run that did not exist when it fell due: the server's scheduler looks
+# every five seconds and creates no runs in the past. No worker executes the runs: they become late, and must stay.
 FILES = {
     "a": """
 name: kills
@@ -144,39 +145,46 @@ deployments:
 VOLATILE_KEYS = {
     "id", "created", "updated", "created_by", "updated_by", "last_polled", "status", "serial", "begun", "anchor_date",
 }  # fmt: skip
-"""Keys whose values differ between two servers with the same state; of `begun` see :meth:`State.read`."""
+"""Keys whose values differ between two servers with the same state. `State.read` reads `begun`."""
 
 WRITING_SHARE = 0.4
-"""The last part of a sync's time, in which it talks to the server; before, it imports."""
+"""The share of a sync's time, at its end, in which it writes to the server. Before, it imports modules."""
 
 KILLS_WHILE_WRITING_SHARE = 0.8
-"""Of the kills fall in that part, the others anywhere."""
+"""The share of kills that fall in that part. The other kills fall at any moment."""
 
 CHECKED_TIMES = 20
-"""How many of a schedule's times to come are looked at, as far as they are within `AHEAD`."""
+"""How many of a schedule's next times are checked, as far as they are within `SCHEDULED_AHEAD`."""
 
 SCHEDULED_AHEAD = timedelta(minutes=50)
-"""The server's own scheduler sees to it that an hour is scheduled, and three runs."""
+"""The time for which runs must exist. The server's scheduler creates the runs of the next hour, and at least three."""
+
+COMMAND_TIMEOUT_SECONDS = 600.0
+"""Upper bound for a command that is not killed."""
 
 SETTLING_SECONDS = 15.0
-"""Seconds in which what is wrong may become right: between two rounds of the server's own scheduler."""
+"""Seconds in which a wrong run may be corrected: the server's scheduler runs every five."""
 
 
 @dataclass(frozen=True)
 class State:
-    """What the server has of these files, without what differs between two servers."""
+    """What the server has of these files, without what differs between two servers.
 
-    things: dict[str, Any]
+    Args:
+        objects: the objects by kind.
+        begun: changes that a sync had begun and not recorded as done.
+        serial: serial of the owner's record, which each write changes.
+    """
+
+    objects: dict[str, Any]
     begun: list[Any] = field(compare=False)
-    """What a sync had begun and not reported as done."""
     serial: str = field(compare=False)
-    """Of the owner's record: another after each write."""
 
     @classmethod
     def read(cls, api: httpx.Client) -> "State":
-        """All of it, by the API alone."""
+        """Read the state by the API alone."""
         found = {
-            kind: [each for each in _read_all(api, path) if str(each["name"]).startswith(("kills", "tag:kills"))]
+            kind: [item for item in _read_all(api, path) if str(item["name"]).startswith(("kills", "tag:kills"))]
             for kind, path in (
                 ("variables", "/variables/filter"),
                 ("limits", "/v2/concurrency_limits/filter"),
@@ -184,16 +192,17 @@ class State:
                 ("automations", "/automations/filter"),
             )
         }
-        found["queues"] = [each for each in _read_all(api, "/work_queues/filter") if each["work_pool_name"] == "kills"]
+        queues = _read_all(api, "/work_queues/filter")
+        found["queues"] = [queue for queue in queues if queue["work_pool_name"] == "kills"]
         found["deployments"] = _read_deployments(api)
-        owned = [each["data"] for each in _read_all(api, "/block_documents/filter", include_secrets=True)]
-        found["records"] = records = [each for each in owned if each.get("owner") == "kills"]
-        names = {each["id"]: each["name"] for each in [*found["pools"], *found["queues"], *found["deployments"]]}
+        blocks = [block["data"] for block in _read_all(api, "/block_documents/filter", include_secrets=True)]
+        found["records"] = records = [data for data in blocks if data.get("owner") == "kills"]
+        names = {item["id"]: item["name"] for item in [*found["pools"], *found["queues"], *found["deployments"]]}
         text = json.dumps(found)
         for id_, name in names.items():
             text = text.replace(id_, name)
-        begun = [each for record in records for each in record["begun"]]
-        return cls(_without_volatile(json.loads(text)), begun, "".join(each["serial"] for each in records))
+        begun = [change for record in records for change in record["begun"]]
+        return cls(_without_volatile(json.loads(text)), begun, "".join(record["serial"] for record in records))
 
 
 def _read_all(api: httpx.Client, path: str, **body: Any) -> list[dict[str, Any]]:
@@ -210,119 +219,129 @@ def _read_deployments(api: httpx.Client) -> list[dict[str, Any]]:
 
 
 def _without_volatile(value: Any) -> Any:
-    """`value` without ids and times; lists in an order of their own, as the server gives them in none."""
+    """Return `value` without ids and times, and with sorted lists: the server returns them in any order."""
     if isinstance(value, dict):
-        kept = {key: each for key, each in value.items() if key not in VOLATILE_KEYS}
-        return {key: _without_volatile(each) for key, each in kept.items() if key != "flow_id"}
+        kept = {key: field for key, field in value.items() if key not in VOLATILE_KEYS}
+        return {key: _without_volatile(field) for key, field in kept.items() if key != "flow_id"}
     if isinstance(value, list):
-        return sorted((_without_volatile(each) for each in value), key=lambda each: json.dumps(each, sort_keys=True))
+        return sorted((_without_volatile(item) for item in value), key=lambda item: json.dumps(item, sort_keys=True))
     return value
 
 
 def find_differences(found: Any, wanted: Any, path: str = "") -> list[str]:
-    """Where two states differ."""
+    """Return where two states differ, one text for each place."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         keys = sorted({*found, *wanted})
-        return [each for key in keys for each in find_differences(found.get(key), wanted.get(key), f"{path}.{key}")]
+        return [text for key in keys for text in find_differences(found.get(key), wanted.get(key), f"{path}.{key}")]
     if isinstance(found, list) and isinstance(wanted, list):
-        more = [each for each in found if found.count(each) > wanted.count(each)]
-        less = [each for each in wanted if wanted.count(each) > found.count(each)]
+        more = [item for item in found if found.count(item) > wanted.count(item)]
+        less = [item for item in wanted if wanted.count(item) > found.count(item)]
         if len(found) != len(wanted):
             return [f"{path.lstrip('.')}: {more} in place of {less}"]
-        return [each for a, b in zip(more, less, strict=True) for each in find_differences(a, b, f"{path}[]")]
+        return [text for a, b in zip(more, less, strict=True) for text in find_differences(a, b, f"{path}[]")]
     return [] if found == wanted else [f"{path.lstrip('.')}: {found} in place of {wanted}"]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """An active schedule of a deployment, as the server has it."""
+    """An active schedule of a deployment on the server.
+
+    Args:
+        name: the name of the deployment, and the rule of the schedule. A schedule that is deleted and created again
+            keeps its name and gets another id.
+        schedule: the rule, as the API has it.
+        parameters: the parameters of the schedule's runs.
+    """
 
     name: str
-    """Of the deployment, and what the schedule says: the id is another when it was deleted and made again."""
     schedule: dict[str, Any]
     parameters: dict[str, Any]
-    """What its runs get."""
 
     def times(self, after: datetime, number: int) -> list[datetime]:
-        """The next times from then on."""
-        return [each.astimezone(UTC) for each in schedules.next_times(self.schedule, number, after)]
+        """Return the next times of the schedule."""
+        return [moment.astimezone(UTC) for moment in schedules.next_times(self.schedule, number, after)]
 
 
 def connect(url: str) -> httpx.Client:
-    """The API at `url`."""
-    # The server closes what was idle for five seconds, and httpx by itself would use it until then.
+    """Return a client of the API at `url`."""
+    # The server closes a connection after five idle seconds. httpx would use the connection until then.
     return httpx.Client(base_url=url, timeout=60, limits=httpx.Limits(keepalive_expiry=1))
 
 
 def active_schedules(api: httpx.Client) -> dict[str, Schedule]:
-    """Whatever makes runs, by the schedule's id."""
+    """Return the active schedules by id."""
     return {
-        each["id"]: Schedule(
-            f"{deployment['name']}, {title(schedules.normalize(each['schedule']))}",
-            each["schedule"],
-            deployment["parameters"] | each["parameters"],
+        schedule["id"]: Schedule(
+            f"{deployment['name']}, {title(schedules.normalize(schedule['schedule']))}",
+            schedule["schedule"],
+            deployment["parameters"] | schedule["parameters"],
         )
         for deployment in _read_deployments(api)
-        for each in deployment["schedules"]
-        if each["active"] and not deployment["paused"]
+        for schedule in deployment["schedules"]
+        if schedule["active"] and not deployment["paused"]
     }
 
 
 @dataclass(frozen=True)
 class WrongRun:
-    """A run that is not as it should be."""
+    """A run that is missing, duplicated or outdated.
 
-    how: str
-    """missing; doubled; stale: of a state of the files that no longer is."""
+    Args:
+        defect: `missing`, `duplicated`, or `stale` for a run of a previous state of the files.
+        schedule: the name of its schedule.
+        time: the time for which it is scheduled.
+    """
+
+    defect: str
     schedule: str
     time: datetime
 
     def __str__(self) -> str:
-        return f"{self.how}: {self.schedule} at {self.time:%H:%M:%S}"
+        return f"{self.defect}: {self.schedule} at {self.time:%H:%M:%S}"
 
 
 def find_wrong_runs(
     api: httpx.Client, before: Mapping[str, Schedule], since: datetime, done: datetime
 ) -> list[WrongRun]:
-    """Runs that are missing, doubled, or none of the schedules that are there now.
+    """Return the runs that are missing, duplicated, or of no current schedule.
 
     Args:
-        api: of the server.
-        before: what `schedules_of` was then.
-        since: from when on none may be missing of a time that a schedule had before and has now. Runs that fell due
-            between then and `done` may have the parameters of before or of now.
-        done: from when on all must be as the schedules are now.
+        api: client of the server.
+        before: the active schedules before the sync.
+        since: the time of `before`. From then on, no run may be missing at a time that a schedule had before the sync
+            and still has. A run that fell due between `since` and `done` may have the parameters of either state.
+        done: the end of the sync. From then on, all runs must be those of the current schedules.
     """
     which = {"flows": {"name": {"any_": ["kills"]}}, "flow_runs": {"expected_start_time": {"after_": f"{since}"}}}
     now = active_schedules(api)
     found: dict[str, dict[datetime, dict[str, Any]]] = defaultdict(dict)
     times: Counter[tuple[str, datetime]] = Counter()
-    for run in {each["id"]: each for each in _read_all(api, "/flow_runs/filter", sort="ID_DESC", **which)}.values():
+    for run in {run["id"]: run for run in _read_all(api, "/flow_runs/filter", sort="ID_DESC", **which)}.values():
         id_, time_ = run["created_by"]["id"], datetime.fromisoformat(run["expected_start_time"])
         found[id_][time_] = run["parameters"]
         schedule = now.get(id_) or before.get(id_)
         times[schedule.name if schedule else id_, time_] += 1
-    wrong = [WrongRun("doubled", name, time_) for (name, time_), number in times.items() if number > 1]
+    wrong = [WrongRun("duplicated", name, time_) for (name, time_), number in times.items() if number > 1]
     for id_ in {*found, *now}:
         schedule, old, runs = now.get(id_), before.get(id_), found[id_]
         name = schedule.name if schedule else old.name if old else id_
         right: list[datetime] = []
         if schedule:
-            passed = 1 + int((done - since).total_seconds())  # no schedule here has more than one a second
+            passed = 1 + int((done - since).total_seconds())  # no schedule here has more than one run a second
             due = {*schedule.times(since, passed)} & {*old.times(since, passed)} if old else set()
             coming = schedule.times(done, CHECKED_TIMES)
-            # The server makes three at least, of which one may be due by now.
-            must = {each for each in due if each <= done} | {
+            # The server creates at least three runs, of which one may be due by now.
+            required = {moment for moment in due if moment <= done} | {
                 *coming[:2],
-                *(e for e in coming if e <= done + SCHEDULED_AHEAD),
+                *(moment for moment in coming if moment <= done + SCHEDULED_AHEAD),
             }
-            wrong += [WrongRun("missing", name, each) for each in must if each not in runs]
+            wrong += [WrongRun("missing", name, moment) for moment in required if moment not in runs]
             right = schedule.times(done, len(runs) + 1)
         for time_, parameters in runs.items():
-            known = [each.parameters for each in (schedule, old if time_ <= done else None) if each]
+            known = [source.parameters for source in (schedule, old if time_ <= done else None) if source]
             if (time_ > done and time_ not in right) or (known and parameters not in known):
                 wrong.append(WrongRun("stale", name, time_))
-    return sorted(wrong, key=lambda each: (each.how, each.schedule, each.time))
+    return sorted(wrong, key=lambda run: (run.defect, run.schedule, run.time))
 
 
 def find_lasting_wrong_runs(
@@ -348,7 +367,12 @@ class Project:
             (self.folder / f"{name}.yaml").write_text(text)
 
     def start(self, command: str, name: str) -> "subprocess.Popen[str]":
-        """`orchestrate plan` or `sync` of a set of files."""
+        """Start `orchestrate plan` or `orchestrate sync` of a set of files.
+
+        Args:
+            command: `plan` or `sync`.
+            name: the set of files, `a` or `b`.
+        """
         return subprocess.Popen(
             [sys.executable, "-m", "orchestration", command, "--prune", f"{name}.yaml"],
             cwd=self.folder,
@@ -360,30 +384,39 @@ class Project:
         )
 
     def run(self, command: str, name: str) -> list[str]:
-        """Run it to its end; what is wrong with that: it fails, or the plan has something to do."""
+        """Run the command to its end, and return its failure if it fails. A plan with changes fails."""
         process = self.start(command, name)
-        said = process.communicate()[0]
-        return [f"{command} of {name} ends with {process.returncode}: {said[-1000:]}"] if process.returncode else []
+        try:
+            output = process.communicate(timeout=COMMAND_TIMEOUT_SECONDS)[0]
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        return [f"{command} of {name} ends with {process.returncode}: {output[-1000:]}"] if process.returncode else []
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """Syncs that nobody disturbed."""
+    """The undisturbed syncs.
+
+    Args:
+        seconds: duration of the process of the second sync.
+        states: the state after each sync, by the set of files.
+    """
 
     seconds: float
-    """From the start of the process to its end."""
     states: dict[str, State] = field(repr=False)
 
     @classmethod
     def measure(cls, project: Project) -> "Baseline":
-        """Sync `a`, which makes everything, and then `b`."""
+        """Sync `a`, which creates everything, and then `b`."""
         states = {}
         for name in FILES:
             before, since, began = active_schedules(project.api), datetime.now(UTC), time.monotonic()
             problems = project.run("sync", name)
             seconds = time.monotonic() - began
             runs = find_lasting_wrong_runs(project.api, before, since, datetime.now(UTC))
-            if problems := [*problems, *(str(run) for run in runs if run.how != "stale")]:
+            if problems := [*problems, *(str(run) for run in runs if run.defect != "stale")]:
                 raise RuntimeError(f"an undisturbed sync of {name}: {'; '.join(problems)}")
             states[name] = State.read(project.api)
         return cls(seconds, states)
@@ -391,51 +424,59 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one killed sync."""
+    """What one killed sync and the sync after it left.
+
+    Args:
+        moment: seconds from the start of the sync to its kill, or to its end if it ended earlier.
+        ended: whether the sync ended before its kill.
+        written: whether the sync had begun to change the server.
+        open: number of changes that the sync had begun and not recorded as done.
+        problems: failed commands, and differences to what an undisturbed sync leaves.
+        runs: the wrong runs.
+    """
 
     moment: float
-    """Seconds from its start to its kill, or to its end if that came first."""
     ended: bool
-    """Whether it ended before it was to be killed."""
     written: bool
-    """Whether it had begun to change the server."""
     open: int
-    """Things that it had begun and not reported as done."""
     problems: list[str]
-    """What failed, and where the server differs from what an undisturbed sync leaves."""
     runs: list[WrongRun]
 
     @property
     def reached(self) -> str:
-        """Whether it was killed before, while or after it changed the server."""
+        """`before`, `while` or `after`: whether the kill came before, while or after the sync changed the server."""
         return "while" if self.open else "after" if self.written else "before"
 
     @property
     def wrong(self) -> list[str]:
-        """All that is wrong, but for what the server's own scheduler does to every change."""
-        return [*self.problems, *(str(run) for run in self.runs if run.how != "stale")]
+        """All problems and wrong runs, except the runs that the server's scheduler put back."""
+        return [*self.problems, *(str(run) for run in self.runs if run.defect != "stale")]
 
     def __str__(self) -> str:
-        stale = sum(run.how == "stale" for run in self.runs)
+        stale = sum(run.defect == "stale" for run in self.runs)
         verdict = "ok" + (f", {stale} runs put back by Prefect's scheduler" if stale else "")
         if self.wrong:
-            verdict = "\n  ".join(["WRONG", *(each[:300] for each in self.wrong[:10])])
+            verdict = "\n  ".join(["WRONG", *(text[:300] for text in self.wrong[:10])])
             verdict += f"\n  and {len(self.wrong) - 10} more" if len(self.wrong) > 10 else ""
-        how = "ended by itself" if self.ended else f"killed {self.reached} it changed the server ({self.open} begun)"
-        return f"{how}, {self.moment:.2f} s from its start, {verdict}"
+        how = (
+            "ended before its kill"
+            if self.ended
+            else f"killed {self.reached} it changed the server ({self.open} begun)"
+        )
+        return f"{how}, {self.moment:.2f} s after its start, {verdict}"
 
 
 def kill_at_random(
     project: Project, name: str, undisturbed: Baseline, seconds: float, chance: random.Random
 ) -> Outcome:
-    """One round: the other set of files is on the server; a killed sync of this one, and that sync again.
+    """Kill a sync and run it again; the server has the other set of files.
 
     Args:
-        project: with the server.
-        name: of the set of files.
-        undisturbed: syncs to compare with.
-        seconds: that a sync takes.
-        chance: draws the moment.
+        project: the files and the server.
+        name: the set of files to sync.
+        undisturbed: the syncs to compare with.
+        seconds: duration of a sync.
+        chance: draws the moment of the kill.
     """
     api = project.api
     before, serial, since = active_schedules(api), State.read(api).serial, datetime.now(UTC)
@@ -443,9 +484,10 @@ def kill_at_random(
     moment, began = seconds * chance.uniform(1 - part, 1), time.monotonic()
     process, ended = project.start("sync", name), True
     try:
-        said = process.communicate(timeout=moment)[0]
+        output = process.communicate(timeout=moment)[0]
         moment = time.monotonic() - began
-        problems = [f"before its kill sync of {name} ends with {process.returncode}: {said}"] * bool(process.returncode)
+        failure = f"before its kill sync of {name} ends with {process.returncode}: {output}"
+        problems = [failure] if process.returncode else []
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
@@ -455,19 +497,19 @@ def kill_at_random(
     done = datetime.now(UTC)
     problems += project.run("plan", name)
     runs = find_lasting_wrong_runs(api, before, since, done)
-    problems += find_differences(State.read(api).things, undisturbed.states[name].things)
+    problems += find_differences(State.read(api).objects, undisturbed.states[name].objects)
     return Outcome(moment, ended, killed.serial != serial, len(killed.begun), problems, runs)
 
 
 def run_rounds(project: Project, kills: int, chance: random.Random) -> tuple[Baseline, list[Outcome]]:
-    """Kill that many syncs, in turn of `a` and of `b`; print what became of each.
+    """Kill `kills` syncs, of `a` and `b` in turn, and print the outcome of each.
 
-    One that ends before its kill is not among them: it shows that a sync takes less time, from which others are drawn.
+    A sync that ends before its kill does not count. Its duration is then the upper bound for the next moments.
     """
     undisturbed = Baseline.measure(project)
     seconds = undisturbed.seconds
     outcomes: list[Outcome] = []
-    while (killed := sum(not each.ended for each in outcomes)) < kills:
+    while (killed := sum(not outcome.ended for outcome in outcomes)) < kills:
         outcome = kill_at_random(project, "ab"[len(outcomes) % 2], undisturbed, seconds, chance)
         outcomes.append(outcome)
         seconds = min(seconds, outcome.moment) if outcome.ended else seconds
@@ -476,10 +518,10 @@ def run_rounds(project: Project, kills: int, chance: random.Random) -> tuple[Bas
 
 
 def run(parameters: Parameters) -> Findings:
-    """Kill `KILLS` syncs at moments that `SEED` draws."""
+    """Kill `KILLS` syncs at the moments that `SEED` draws."""
     chance = random.Random(parameters["SEED"])  # noqa: S311 - moments, no secret
     outcomes: list[Outcome] = []
-    while (killed := sum(not each.ended for each in outcomes)) < parameters["KILLS"]:
+    while (killed := sum(not outcome.ended for outcome in outcomes)) < parameters["KILLS"]:
         with (
             tempfile.TemporaryDirectory() as folder,
             tempfile.TemporaryDirectory() as home,
@@ -491,7 +533,7 @@ def run(parameters: Parameters) -> Findings:
             outcomes += more
     moments = [outcome.moment for outcome in outcomes if not outcome.ended]
     reached = Counter(outcome.reached for outcome in outcomes if not outcome.ended)
-    wrong = Counter(run.how for outcome in outcomes for run in outcome.runs)
+    wrong = Counter(run.defect for outcome in outcomes for run in outcome.runs)
     figures: dict[str, str | float] = {
         "killed syncs": len(moments),
         "seconds of an undisturbed sync": round(undisturbed.seconds, 1),
@@ -499,9 +541,9 @@ def run(parameters: Parameters) -> Findings:
         f"{max(moments):.1f}",
         "killed before, while, after it changed the server": f"{reached['before']}, {reached['while']}, "
         f"{reached['after']}",
-        "that ended before their kill, beside these": len(outcomes) - len(moments),
-        "after the next sync other than undisturbed": sum(bool(each.problems) for each in outcomes),
-        "runs missing, doubled": f"{wrong['missing']}, {wrong['doubled']}",
-        "runs of another state of the files, put back by Prefect's own scheduler": wrong["stale"],
+        "syncs that ended before their kill, not counted": len(outcomes) - len(moments),
+        "differences to an undisturbed sync after the next sync": sum(bool(outcome.problems) for outcome in outcomes),
+        "runs missing, duplicated": f"{wrong['missing']}, {wrong['duplicated']}",
+        "runs of the previous state, put back by Prefect's scheduler": wrong["stale"],
     }
-    return Findings(figures, [each for outcome in outcomes for each in outcome.wrong])
+    return Findings(figures, [text for outcome in outcomes for text in outcome.wrong])
