@@ -1,4 +1,4 @@
-"""Each benchmark in its smallest size: it runs to its end and appends a table of figures.
+"""Test each benchmark in its smallest size: it runs to its end and appends a table of figures.
 
 `make test` does not collect this file; `make test-long FOR=benchmarks` runs it.
 """
@@ -20,7 +20,7 @@ SMALLEST = {
     "reconciler": ("--rounds", "1", "--live", "3", "--over", "3"),
     "recovery": ("--kills", "1"),
 }
-"""By benchmark: the arguments of its smallest size. Only `deploys` is not here: it takes the cluster away first."""
+"""Arguments of the smallest size by benchmark. `deploys` is left out, because it deletes the cluster first."""
 
 ROW = r"^\| [^|]+ \| \S* \| [1-9]\d* \| [-\d.,]+ \| [-\d.,]+ \| [-\d.,]+ \|"
 

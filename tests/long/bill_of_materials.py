@@ -1,4 +1,7 @@
-"""The image's bill of materials. `make test` does not collect this file: syft is built for minutes, the first time."""
+"""Test the image's bill of materials.
+
+`make test` does not collect this file: the first build of syft takes minutes.
+"""
 
 import json
 import re
@@ -13,10 +16,10 @@ LIST_PACKAGES = (
 )
 
 
-def test_every_package_of_the_image_is_named(namespace: Namespace, image: str, tmp_path: Path) -> None:
+def test_bill_of_materials_names_every_package_of_the_image(namespace: Namespace, image: str, tmp_path: Path) -> None:
     subprocess.run([ROOT / "docker" / "sbom", tmp_path / "sbom.json"], check=True, stdout=subprocess.DEVNULL)
     components = json.loads((tmp_path / "sbom.json").read_text())["components"]
-    listed = {(each["purl"].split("/")[0], _normalize(each["name"])) for each in components if "purl" in each}
+    listed = {(item["purl"].split("/")[0], _normalize(item["name"])) for item in components if "purl" in item}
     namespace.pod("image", "sleep", "600", container={"image": image})
     packages = json.loads(namespace.kubectl("exec", "image", "--", "python", "-c", LIST_PACKAGES))
     assert {_normalize(name) for name in packages} <= {name for kind, name in listed if kind == "pkg:pypi"}

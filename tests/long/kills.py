@@ -3,9 +3,9 @@
     make test-long FOR=kills KILLS=50
 
 Each round has a new warehouse with one day loaded. SIGKILL ends the run for the next day, together with its dbt, and
-the run is repeated. The moment of the kill is drawn evenly over the time of an undisturbed run from its first connection
-to the warehouse. After the kill no day may be half-loaded. After the second run every model must have the rows of the
-undisturbed run. A run that ends before its kill does not count.
+the run is repeated. The moment of the kill is drawn evenly over the time of an undisturbed run, from its first
+connection to the warehouse. After the kill no day may be half-loaded. After the second run every model must have the
+rows of the undisturbed run. A run that ends before its kill does not count.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""A long test: what it runs, the paths that decide its outcome, and the hashes of their content."""
+"""Define a long test: what it runs, the paths that decide its outcome, and the hashes of their content."""
 
 import functools
 import hashlib
@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 Parameters = Mapping[str, float]
-"""Sizes and the seed, as they are named on make's command line: `{"MINUTES": 30, "SEED": 2013}`."""
+"""Sizes and the seed by their make variables: `{"MINUTES": 30, "SEED": 2013}`."""
 
 LEFT_BY_TOOLS = ("__pycache__", "target", "logs")
-"""Folders that are not hashed: compiled Python, and what dbt writes in its project."""
+"""Folders that are not hashed: compiled Python, and the output of dbt in its project."""
 
 
 class NotRunError(Exception):
@@ -23,8 +23,8 @@ class Findings:
     """What a long test found.
 
     Args:
-        figures: name to value.
-        wrong: what must not be, in sentences; empty if the test passed.
+        figures: measured values by name.
+        wrong: descriptions of the failures; empty if the test passed.
     """
 
     figures: dict[str, str | float]
@@ -36,12 +36,13 @@ class LongTest:
     """A test that is too long for `make test`.
 
     Args:
-        name: what people type.
-        what: it shows, in one sentence.
-        paths: files and folders under the root that decide its outcome; `uv.lock#NAME` is a package's locked version.
-        run: runs the test with all of `parameters`.
+        name: the name for `FOR=` on make's command line.
+        what: what the test shows, in one sentence.
+        paths: files and folders under the root that decide its outcome; `uv.lock#NAME` is the locked version of a
+            package.
+        run: runs the test with all `parameters`.
         parameters: the full size.
-        cluster: whether it needs a Kubernetes cluster.
+        cluster: whether the test needs a Kubernetes cluster.
     """
 
     name: str
@@ -52,11 +53,11 @@ class LongTest:
     cluster: bool = False
 
     def declares(self, word: str) -> bool:
-        """Tell whether `word` is a declared path, or a folder or file of one."""
+        """Return whether `word` is a declared path, or the name of a folder or file in one."""
         return any(word in (path, Path(path).stem, *Path(path).parts) for path in self.paths)
 
     def reduced(self, parameters: Parameters) -> list[str]:
-        """Return the sizes that are below the full ones, as `MINUTES=2 is below 30`."""
+        """Return the parameters below the full size, in texts like `MINUTES=2 is below 30`."""
         return [
             f"{name}={parameters.get(name, 0):g} is below {full:g}"
             for name, full in self.parameters.items()
@@ -69,16 +70,16 @@ class LongTest:
 
 
 def files(path: Path) -> Iterator[Path]:
-    """Yield the files that are hashed: `path` itself or what is under it, without hidden files and what tools leave.
+    """Yield the files to hash: `path`, or the files under it without hidden files and without output of tools.
 
-    They are chosen by name, as a tarball has no git.
+    The names decide, and not git, which a tarball does not have.
     """
     if path.is_file():
         yield path
     elif path.is_dir():
-        for each in sorted(path.iterdir()):
-            if not each.name.startswith(".") and each.name not in LEFT_BY_TOOLS and each.suffix != ".pyc":
-                yield from files(each)
+        for child in sorted(path.iterdir()):
+            if not child.name.startswith(".") and child.name not in LEFT_BY_TOOLS and child.suffix != ".pyc":
+                yield from files(child)
 
 
 def _hash(root: Path, path: str) -> str:
@@ -86,13 +87,13 @@ def _hash(root: Path, path: str) -> str:
     if package:
         return _locked((root / file).read_text()).get(package, "")
     content = hashlib.sha256()
-    for each in files(root / path):
-        # The lengths keep a name apart from its content, and that from the next name.
-        for part in (each.relative_to(root).as_posix().encode(), each.read_bytes()):
+    for hashed in files(root / path):
+        # The lengths separate a name from its content, and the content from the next name.
+        for part in (hashed.relative_to(root).as_posix().encode(), hashed.read_bytes()):
             content.update(b"%d:" % len(part) + part)
     return content.hexdigest()[:16]
 
 
 @functools.lru_cache(maxsize=1)
 def _locked(lock: str) -> dict[str, str]:
-    return {each["name"]: each["version"] for each in tomllib.loads(lock)["package"]}
+    return {package["name"]: package["version"] for package in tomllib.loads(lock)["package"]}

@@ -1,4 +1,4 @@
-"""ENV=production on a real cluster: two replicas of each component on external databases, installed and undeployed.
+"""Test ENV=production on a real cluster: two replicas of each component on external databases.
 
 `make test` does not collect this file; `make test-long FOR=production` runs it.
 """
@@ -22,12 +22,12 @@ PASSWORD = uuid4().hex
 
 @dataclass(frozen=True)
 class Databases:
-    """A Postgres and a Valkey in a namespace of their own, as far from the environment as a managed one is."""
+    """A Postgres and a Valkey outside the environment's namespace, like managed databases."""
 
     namespace: Namespace
 
     def urls(self) -> dict[str, str]:
-        """What each of the environment's Secrets holds: `NAME KEY` and the URL."""
+        """Return the content of the environment's Secrets: URLs by `NAME KEY`."""
         hosts = {
             pod: self.namespace.kubectl("get", "pod", pod, "-o", "jsonpath={.status.podIP}")
             for pod in ("postgres", "valkey")
@@ -39,13 +39,13 @@ class Databases:
         }
 
     def sql(self, database: str, statement: str) -> str:
-        """The rows of a statement."""
+        """Run a statement, and return its rows."""
         return self.namespace.kubectl(
             "exec", "postgres", "--", "psql", "-U", "owner", "-d", database, "-Atc", statement
         ).strip()
 
     def valkey(self, *command: str) -> str:
-        """What Valkey answers."""
+        """Run a command of Valkey, and return its answer."""
         return self.namespace.kubectl(
             "exec", "valkey", "--", "env", f"REDISCLI_AUTH={PASSWORD}", "valkey-cli", *command
         ).strip()
@@ -89,7 +89,7 @@ def databases(cluster: str) -> Iterator[Databases]:
 
 @pytest.fixture(scope="module")
 def production(checkout: Checkout) -> Iterator[Checkout]:
-    """The environment, of which nothing is there but the image."""
+    """Yield the environment before its first deploy. Its image is pushed."""
     target = replace(checkout.target, name="production", namespace=f"{checkout.target.namespace}-production")
     checkout.make("push")
     try:
@@ -98,16 +98,14 @@ def production(checkout: Checkout) -> Iterator[Checkout]:
         remove(Namespace(target.context, target.namespace))
 
 
-def test_it_is_deployed_once_the_secrets_are_there_that_only_a_person_can_make(
-    production: Checkout, databases: Databases
-) -> None:
-    """Each is asked for with the command that makes it, before anything that needs it is changed."""
+def test_deploy_asks_for_each_missing_secret_and_then_installs(production: Checkout, databases: Databases) -> None:
+    """The message has the command that creates the Secret, and the deploy changes nothing before."""
     target = production.target
-    asked = ("database.external.existingSecret", "redis.external.existingSecret", "runs.env: WAREHOUSE_URL")
-    for where, (secret, url) in zip(asked, databases.urls().items(), strict=True):
+    settings = ("database.external.existingSecret", "redis.external.existingSecret", "runs.env: WAREHOUSE_URL")
+    for setting, (secret, url) in zip(settings, databases.urls().items(), strict=True):
         name, key = secret.split()
         refused = production.make("deploy", ENV="production", status=2)
-        assert f"{where} names the Secret {name}: namespace" in refused
+        assert f"{setting} names the Secret {name}: namespace" in refused
         create = f"kubectl --namespace {target.namespace} create secret generic {name} --from-literal={key}="
         assert create in refused
         target.kubectl("create", "secret", "generic", name, f"--from-literal={key}={url}")
@@ -116,10 +114,10 @@ def test_it_is_deployed_once_the_secrets_are_there_that_only_a_person_can_make(
     assert "Nothing would change." in production.make("plan", ENV="production")
 
 
-def test_there_are_two_of_each_by_the_image_s_digest_and_no_database_of_its_own(production: Checkout) -> None:
+def test_components_have_two_replicas_by_digest_and_no_bundled_database(production: Checkout) -> None:
     target = production.target
     found = production.wait_until_ready("production")
-    assert {each["name"]: (each["ready"], each["wanted"]) for each in found["components"]} == {
+    assert {component["name"]: (component["ready"], component["wanted"]) for component in found["components"]} == {
         "api": (2, 2),
         "services": (2, 2),
         "worker": (2, 2),
@@ -130,17 +128,17 @@ def test_there_are_two_of_each_by_the_image_s_digest_and_no_database_of_its_own(
     assert found["pools"] == [{"name": "default", "status": "READY", "limit": 100, "workers": 2}]
     assert found["problems"] == []
     digest = r"localhost:5000/prefect-orchestration@sha256:[0-9a-f]{64}"
-    assert all(re.fullmatch(digest, each["image"]) for each in found["components"])
-    kept = {each["metadata"]["name"] for each in target.objects("statefulsets,persistentvolumeclaims")}
-    assert kept == {"prefect-work-pool-results", "results-prefect-work-pool-results-0"}
+    assert all(re.fullmatch(digest, component["image"]) for component in found["components"])
+    stateful = {found["metadata"]["name"] for found in target.objects("statefulsets,persistentvolumeclaims")}
+    assert stateful == {"prefect-work-pool-results", "results-prefect-work-pool-results-0"}
 
-    def may_go() -> list[int]:
-        return [each["status"].get("disruptionsAllowed", 0) for each in target.objects("poddisruptionbudgets")]
+    def disruptions_allowed() -> list[int]:
+        return [budget["status"].get("disruptionsAllowed", 0) for budget in target.objects("poddisruptionbudgets")]
 
-    wait_until(lambda: may_go() == [1, 1, 1, 1], "one of each to be allowed to go")
+    wait_until(lambda: disruptions_allowed() == [1, 1, 1, 1], "each budget to allow a disruption")
 
 
-def test_the_daily_job_runs_as_a_pod_and_all_is_kept_in_the_databases(
+def test_daily_job_runs_as_a_pod_and_writes_to_the_external_databases(
     production: Checkout, databases: Databases
 ) -> None:
     assert "is Completed" in production.make("run-on-cluster", ENV="production", DEPLOYMENT=DAILY)
@@ -154,9 +152,9 @@ def test_the_daily_job_runs_as_a_pod_and_all_is_kept_in_the_databases(
     assert PASSWORD not in json.dumps(production.target.objects("jobs,pods,deployments,configmaps"))
 
 
-def test_undeployed_the_secrets_and_the_databases_stay(production: Checkout, databases: Databases) -> None:
+def test_undeploy_keeps_secrets_and_databases(production: Checkout, databases: Databases) -> None:
     output = production.make("undeploy", ENV="production", CONFIRM="production")
     assert "Uninstalling prefect-server" in output
-    left = {each["metadata"]["name"] for each in production.target.objects("secrets,deployments")}
+    left = {found["metadata"]["name"] for found in production.target.objects("secrets,deployments")}
     assert left == {"prefect-database", "prefect-redis", "warehouse"}
     assert databases.sql("prefect", "select count(*) from deployment") == "2"

@@ -1,4 +1,4 @@
-"""The committed results of the long tests: results.json, and results.md for readers."""
+"""Read and write the committed results of the long tests: results.json, and results.md for readers."""
 
 import json
 import os
@@ -20,47 +20,47 @@ JSON, PAGE = FOLDER / "results.json", FOLDER / "results.md"
 
 
 class Entry(TypedDict):
-    """What one long test found when it last ran at full size; null is what was not recorded."""
+    """The result of a long test's last run at full size. Null is what was not recorded.
+
+    `clean` is whether the tree had no changes to the commit. `verdict` is `passed` or `failed`, and `reason` is why the
+    test failed. `paths` has the hashes of the declared paths on which the test ran.
+    """
 
     commit: str | None
     clean: bool | None
-    """Whether the tree had no changes to that commit."""
     date: str
     machine: dict[str, str | float]
     seconds: int | None
     parameters: dict[str, float]
     figures: dict[str, str | float]
     verdict: str
-    """passed or failed."""
     reason: str
-    """Why it failed."""
     paths: dict[str, str] | None
-    """The hash of each path that it ran on."""
 
 
 def load(root: Path) -> dict[str, Entry]:
-    """Read the entries, by name of the long test."""
+    """Return the entries by the name of the long test."""
     file = root / JSON
     entries: dict[str, Entry] = json.loads(file.read_text()) if file.exists() else {}
     return entries
 
 
 def record(root: Path, tests: Sequence[LongTest], name: str, entry: Entry) -> None:
-    """Write one entry, in the order of `tests`, and the page."""
+    """Write an entry, and the page. Both have the order of `tests`."""
     entries = load(root) | {name: entry}
     entries = {test.name: entries[test.name] for test in tests if test.name in entries}
     for file, text in (
         (root / JSON, json.dumps(entries, indent=2, ensure_ascii=False) + "\n"),
         (root / PAGE, render_page(tests, entries)),
     ):
-        # A kill leaves the file of before or the new one.
+        # A kill leaves the previous file or the new one.
         new = file.with_name(f".{file.name}")
         new.write_text(text)
         new.replace(file)
 
 
 def find_changes(test: LongTest, entry: Entry, root: Path) -> list[str]:
-    """Return the declared paths and sizes that are not what the test last ran on; none if that was not recorded."""
+    """Return the declared paths and sizes that differ from those of the last run; none if they were not recorded."""
     recorded = entry["paths"]
     if recorded is None:
         return []
@@ -69,11 +69,11 @@ def find_changes(test: LongTest, entry: Entry, root: Path) -> list[str]:
 
 
 def find_problems(tests: Sequence[LongTest], root: Path) -> list[str]:
-    """Return what keeps a change from landing: long tests that ran on other content, or failed, each with the cure."""
+    """Return the long tests that last ran on other content or failed, in sentences with the cure."""
     found = []
     for test in tests:
         entry = load(root).get(test.name)
-        # An entry without hashes is of an older version, and says so.
+        # An entry without hashes is that of an older version, and is marked as such.
         if entry is None or entry["paths"] is None:
             continue
         command = f"Run `make test-long FOR={test.name}` and commit {JSON}"
@@ -86,7 +86,7 @@ def find_problems(tests: Sequence[LongTest], root: Path) -> list[str]:
 
 
 def read_revision(root: Path) -> tuple[str | None, bool | None]:
-    """Return the commit, and whether the tree has no changes to it but for the results; null without git."""
+    """Return the commit, and whether the tree has no changes to it apart from the results; None without git."""
 
     def git(*arguments: str) -> str | None:
         done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
@@ -97,10 +97,10 @@ def read_revision(root: Path) -> tuple[str | None, bool | None]:
 
 
 def describe_machine(*, cluster: bool) -> dict[str, str | float]:
-    """Describe this machine and, with `cluster`, the Kubernetes cluster, which is made if need be.
+    """Describe this machine and, with `cluster`, the Kubernetes cluster, which is created if it does not exist.
 
     Raises:
-        NotRunError: no cluster can be had.
+        NotRunError: there is no cluster, and none can be created.
     """
     found: dict[str, str | float] = {
         "architecture": platform.machine(),

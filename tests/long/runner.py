@@ -1,4 +1,4 @@
-"""Run long tests one after the other and record what each found as soon as it ends."""
+"""Run long tests one after the other, and record the findings of each when it ends."""
 
 import argparse
 import sys
@@ -17,28 +17,34 @@ from tests.long.longtest import Findings, LongTest, NotRunError
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table at the end."""
+    """A line of the table at the end.
+
+    Args:
+        name: the name of the long test.
+        verdict: `passed`, `failed`, `passed before`, `not run` or `never run`.
+        seconds: its duration; None if it is not known.
+        note: where the result is recorded, or why it is not.
+    """
 
     name: str
     verdict: str
-    """passed, failed, passed before, not run."""
     seconds: int | None
     note: str
 
 
 def main(arguments: Sequence[str] | None = None, tests: Sequence[LongTest] = LONG_TESTS, root: Path = ROOT) -> int:
-    """Run the long tests that are asked for; the exit status.
+    """Run the selected long tests, and return the exit status.
 
     Returns:
-        0 if all passed, 1 if one did not, 2 if an argument is unknown, 130 after Ctrl-C.
+        0 if all passed, 1 if a test failed or could not run, 2 if an argument is unknown, 130 after Ctrl-C.
     """
     parser = argparse.ArgumentParser(prog="python -m tests.long", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--for", dest="words", nargs="+", default=[], metavar="NAME", help="long tests, or what they test"
+        "--for", dest="words", nargs="+", default=[], metavar="NAME", help="long tests, or paths that they declare"
     )
     parser.add_argument("--with", dest="given", nargs="+", default=[], metavar="NAME=VALUE", help="sizes, and SEED")
-    parser.add_argument("--force", action="store_true", help="run also what passed on this content")
-    parser.add_argument("--list", action="store_true", help="print the long tests and on which content they ran")
+    parser.add_argument("--force", action="store_true", help="run also tests that passed on this content")
+    parser.add_argument("--list", action="store_true", help="print the long tests, and on which content they ran")
     options = parser.parse_args(arguments)
     try:
         chosen = _select(tests, options.words)
@@ -65,7 +71,7 @@ def main(arguments: Sequence[str] | None = None, tests: Sequence[LongTest] = LON
 
 
 def _select(tests: Sequence[LongTest], words: Sequence[str]) -> list[LongTest]:
-    """Return the long tests of these names, and where a word is no name, those that declare such a path; else all."""
+    """Return the long tests with these names or declared paths; without words all long tests."""
     names = [test.name for test in tests]
     chosen = set() if words else set(names)
     for word in words:
@@ -79,11 +85,11 @@ def _select(tests: Sequence[LongTest], words: Sequence[str]) -> list[LongTest]:
 def _parameters(tests: Sequence[LongTest], given: Sequence[str]) -> dict[str, float]:
     known = {name for test in tests for name in test.parameters}
     found: dict[str, float] = {}
-    for each in given:
-        name, _, value = each.partition("=")
+    for argument in given:
+        name, _, value = argument.partition("=")
         if name not in known:
-            of = ", ".join(test.name for test in tests)
-            raise ValueError(f"{name} is no parameter of {of}. Use {', '.join(sorted(known)) or 'none'}.")
+            names = ", ".join(test.name for test in tests)
+            raise ValueError(f"{name} is no parameter of {names}. Use {', '.join(sorted(known)) or 'none'}.")
         try:
             number = float(value)
         except ValueError:
@@ -93,10 +99,10 @@ def _parameters(tests: Sequence[LongTest], given: Sequence[str]) -> dict[str, fl
 
 
 def _run(test: LongTest, given: dict[str, float], tests: Sequence[LongTest], root: Path, *, force: bool) -> Row:
-    """Run one long test unless it passed on this content, and record it if it ran at full size."""
+    """Run a long test unless it passed on this content, and record the result if the test ran at full size."""
     entry = results.load(root).get(test.name)
     state = _state(test, root)
-    # Who names a size or a seed wants that run.
+    # A size or a seed on the command line asks for a new run.
     if entry and state.verdict == "passed" and not state.note and not given and not force:
         return Row(test.name, "passed before", entry["seconds"], "on this content; FORCE=1 runs it again")
     parameters = {**test.parameters, **given}
@@ -115,8 +121,8 @@ def _run(test: LongTest, given: dict[str, float], tests: Sequence[LongTest], roo
     seconds = round(time.monotonic() - start)
     for name, value in findings.figures.items():
         print(f"{name}: {value}")
-    for each in findings.wrong:
-        print(f"WRONG {each}")
+    for failure in findings.wrong:
+        print(f"WRONG {failure}")
     verdict = "failed" if findings.wrong else "passed"
     if reduced := test.reduced(parameters):
         return Row(test.name, verdict, seconds, f"not recorded: {', '.join(reduced)}")
@@ -139,7 +145,7 @@ def _run(test: LongTest, given: dict[str, float], tests: Sequence[LongTest], roo
 
 
 def _state(test: LongTest, root: Path) -> Row:
-    """Return what is known of a long test without running it."""
+    """Return the recorded result of a long test."""
     entry = results.load(root).get(test.name)
     if entry is None:
         return Row(test.name, "never run", None, test.what)

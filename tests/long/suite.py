@@ -1,4 +1,4 @@
-"""Long tests that are files of pytest's."""
+"""Run files of pytest as a long test."""
 
 import os
 import subprocess
@@ -13,7 +13,12 @@ from tests.long.longtest import Findings, NotRunError, Parameters
 
 
 def suite(*arguments: str, **variables: str) -> Callable[[Parameters], Findings]:
-    """Return what runs pytest with these arguments and environment variables, and reads what it found."""
+    """Return a function that runs pytest and reads its report.
+
+    Args:
+        arguments: arguments of pytest.
+        variables: environment variables in addition to those of this process.
+    """
 
     def run(parameters: Parameters) -> Findings:
         seed = [f"--hypothesis-seed={parameters['SEED']:.0f}"] if "SEED" in parameters else []
@@ -24,7 +29,7 @@ def suite(*arguments: str, **variables: str) -> Callable[[Parameters], Findings]
                 try:
                     status = process.wait()
                 except KeyboardInterrupt:
-                    process.wait()  # the terminal has told it too, and it takes away what it made
+                    process.wait()  # the terminal has interrupted pytest, too, which cleans up
                     raise
             return read(report, status)
 
@@ -32,24 +37,24 @@ def suite(*arguments: str, **variables: str) -> Callable[[Parameters], Findings]
 
 
 def read(report: Path, status: int) -> Findings:
-    """Read pytest's report.
+    """Return the findings from pytest's report.
 
     Args:
-        report: JUnit's XML.
+        report: the report, in JUnit's XML.
         status: pytest's exit status.
 
     Raises:
-        NotRunError: a test was skipped, so the suite did not show what it is there for.
+        NotRunError: a test was skipped, so the suite does not show what it has to show.
     """
     if not report.exists():
         return Findings({}, [f"pytest ended with {status} and without a report"])
     cases = list(ElementTree.parse(report).iter("testcase"))  # noqa: S314 - pytest wrote it
-    skipped = [f"{case.get('name')}: {each.get('message')}" for case in cases for each in case.iter("skipped")]
-    # Beside the failures of tests come the errors of what they need.
+    skipped = [f"{case.get('name')}: {reason.get('message')}" for case in cases for reason in case.iter("skipped")]
+    # Errors are those of fixtures.
     wrong = [
-        f"{case.get('classname')}.{case.get('name')}: {each.get('message')}"
+        f"{case.get('classname')}.{case.get('name')}: {reason.get('message')}"
         for case in cases
-        for each in (*case.iter("failure"), *case.iter("error"))
+        for reason in (*case.iter("failure"), *case.iter("error"))
     ]
     if status and not wrong:
         wrong.append(f"pytest ended with {status}")
@@ -57,8 +62,8 @@ def read(report: Path, status: int) -> Findings:
         raise NotRunError(f"{len(skipped)} of {len(cases)} tests were skipped: {'; '.join(skipped)}")
     figures: dict[str, str | float] = {"tests": len(cases)}
     for case in cases:
-        # What the fault suite says of how soon something happened.
-        took = [str(each.get("value")) for each in case.iter("property") if each.get("name") == "took"]
+        # The durations that the fault suite measured.
+        took = [str(found.get("value")) for found in case.iter("property") if found.get("name") == "took"]
         if took:
             figures[str(case.get("name"))] = "; ".join(took)
     return Findings(figures, wrong)

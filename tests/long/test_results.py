@@ -1,4 +1,4 @@
-"""The committed results are those of this content, and readable."""
+"""The committed results belong to this content and are complete."""
 
 import subprocess
 
@@ -18,15 +18,14 @@ def test_results_page_is_current() -> None:
     assert (ROOT / results.PAGE).read_text() == results.render_page(LONG_TESTS, results.load(ROOT))
 
 
-def test_every_result_is_of_a_long_test_at_full_size() -> None:
+def test_recorded_results_are_of_full_size() -> None:
     tests = {test.name: test for test in LONG_TESTS}
     for name, entry in results.load(ROOT).items():
         assert not tests[name].reduced(entry["parameters"])
 
 
-def test_declared_paths_are_hashed_as_git_has_them() -> None:
-    """No tracked file is missed, and nothing that git ignores counts."""
-    hashed = {each.relative_to(ROOT).as_posix() for path in PATHS for each in files(ROOT / path)}
+def test_hashed_files_are_the_tracked_files_of_declared_paths() -> None:
+    hashed = {file.relative_to(ROOT).as_posix() for path in PATHS for file in files(ROOT / path)}
 
     def listed(*arguments: str) -> set[str]:
         command = ["git", "ls-files", "-z", *arguments, "--", *PATHS]
@@ -37,13 +36,13 @@ def test_declared_paths_are_hashed_as_git_has_them() -> None:
     assert hashed & listed("--others", "--ignored", "--exclude-standard") == set()
 
 
-def test_declared_paths_are_there() -> None:
+def test_declared_paths_exist() -> None:
     for test in LONG_TESTS:
         assert [path for path in test.paths if not (ROOT / path.partition("#")[0]).exists()] == []
         assert all(test.hashes(ROOT).values()), "a package is not in uv.lock"
 
 
-def test_long_tests_are_found_by_what_they_test() -> None:
+def test_long_tests_are_found_by_declared_paths() -> None:
     names = [test.name for test in LONG_TESTS]
     assert len(set(names)) == len(names)
     found = [test.name for test in LONG_TESTS if test.declares("reconciler")]

@@ -1,4 +1,4 @@
-"""What runs the long tests: it records only what ran in full, resumes, and tells content that differs."""
+"""The runner of the long tests records only runs at full size, resumes, and detects changed content."""
 
 import json
 import shutil
@@ -26,12 +26,17 @@ version = "{ruff}"
 
 @dataclass
 class Project:
-    """A root with two declared folders, and three long tests that note when they run."""
+    """A root with two declared folders, and three long tests that record their runs.
+
+    Args:
+        root: the root folder.
+        ran: names and parameters of the tests that ran.
+        during: by test, a function to call while the test runs.
+    """
 
     root: Path
     ran: list[tuple[str, Parameters]] = field(default_factory=list)
     during: dict[str, Callable[[], Findings | None]] = field(default_factory=dict)
-    """What happens while a test runs, by its name."""
 
     def __post_init__(self) -> None:
         for file in ("engine/loop.py", "engine/deep/facts.py", "chart/values.yaml", "tests/long/.keep"):
@@ -51,18 +56,18 @@ class Project:
     def _run(self, name: str) -> Callable[[Parameters], Findings]:
         def run(parameters: Parameters) -> Findings:
             self.ran.append((name, parameters))
-            made = self.during.get(name, lambda: None)()
-            return made or Findings({"runs": 3, "slowest": "a | b"}, [])
+            findings = self.during.get(name, lambda: None)()
+            return findings or Findings({"runs": 3, "slowest": "a | b"}, [])
 
         return run
 
     def make(self, *arguments: str) -> int:
-        """`make test-long`; the exit status."""
+        """Run what `make test-long` runs, and return the exit status."""
         return main(arguments, self.tests, self.root)
 
     @property
     def problems(self) -> list[str]:
-        """What `make test` would fail for."""
+        """The problems for which `make test` would fail."""
         return results.find_problems(self.tests, self.root)
 
     @property
@@ -79,7 +84,7 @@ def _interrupt() -> Findings:
     raise KeyboardInterrupt
 
 
-def test_results_tell_what_ran_where(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_record_what_ran_where(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     assert project.make() == 0
     assert project.recorded == ["kills", "soak", "charts"]
     entry = json.loads((project.root / results.JSON).read_text())["kills"]
@@ -97,7 +102,7 @@ def test_results_tell_what_ran_where(project: Project, capsys: pytest.CaptureFix
     assert [line.split()[:2] for line in table[1:]] == [[name, "passed"] for name in project.recorded]
 
 
-def test_results_name_the_commit_and_changes_to_it(project: Project) -> None:
+def test_results_record_the_commit_and_changes_to_it(project: Project) -> None:
     def git(*arguments: str) -> str:
         name = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
         return subprocess.check_output(["git", *name, *arguments], cwd=project.root, text=True).strip()
@@ -106,7 +111,7 @@ def test_results_name_the_commit_and_changes_to_it(project: Project) -> None:
     git("add", "-A")
     git("commit", "-qm", "all")
     project.make("--for", "kills", "soak")
-    assert {each["clean"] for each in results.load(project.root).values()} == {True}, "results are no changes"
+    assert {entry["clean"] for entry in results.load(project.root).values()} == {True}, "results are no changes"
     assert results.load(project.root)["soak"]["commit"] == git("rev-parse", "HEAD")
     (project.root / "chart" / "values.yaml").write_text("changed")
     project.make("--for", "charts")
@@ -125,7 +130,7 @@ def test_results_name_the_commit_and_changes_to_it(project: Project) -> None:
     ],
     ids=["a byte", "renamed", "moved", "added", "removed", "all removed"],
 )
-def test_changed_content_of_a_declared_path_is_told_with_the_cure(
+def test_changed_content_of_a_declared_path_is_reported_with_the_cure(
     project: Project, change: Callable[[Path], object]
 ) -> None:
     project.make()
@@ -141,16 +146,16 @@ def test_changed_content_of_a_declared_path_is_told_with_the_cure(
     assert [name for name, _ in project.ran] == ["kills", "soak", "charts", "kills", "soak"]
 
 
-def test_changed_version_of_a_declared_package_is_told(project: Project) -> None:
+def test_changed_version_of_a_declared_package_is_reported(project: Project) -> None:
     project.make()
     lock = project.root / "uv.lock"
     lock.write_text(LOCK.format(ruff="2"))
     assert project.problems == []
     lock.write_text(lock.read_text().replace("3.8.8", "3.8.9"))
-    assert [each.split(".")[0] for each in project.problems] == ["kills last ran on other content than this: uv"]
+    assert [problem.split(".")[0] for problem in project.problems] == ["kills last ran on other content than this: uv"]
 
 
-def test_what_tools_leave_does_not_count(project: Project) -> None:
+def test_output_of_tools_does_not_count(project: Project) -> None:
     project.make()
     for file in ("engine/__pycache__/loop.cpython-313.pyc", "engine/old.pyc", "engine/.DS_Store", "engine/target/x"):
         (project.root / file).parent.mkdir(exist_ok=True)
@@ -158,16 +163,16 @@ def test_what_tools_leave_does_not_count(project: Project) -> None:
     assert project.problems == []
 
 
-def test_a_path_that_is_declared_since_and_a_size_that_has_grown_are_told(project: Project) -> None:
+def test_new_declared_path_and_larger_size_are_reported(project: Project) -> None:
     project.make()
     kills, soak, charts = project.tests
     more = LongTest("kills", "", (*kills.paths, "chart"), kills.run, kills.parameters)
     longer = LongTest("soak", "", soak.paths, soak.run, {"MINUTES": 60})
     found = results.find_problems([more, longer, charts], project.root)
-    assert [each.split(". ")[0].partition(": ")[2] for each in found] == ["chart", "MINUTES=30 is below 60"]
+    assert [problem.split(". ")[0].partition(": ")[2] for problem in found] == ["chart", "MINUTES=30 is below 60"]
 
 
-def test_never_run_and_older_versions_are_listed_and_no_failure(
+def test_missing_and_older_results_are_listed_and_do_not_fail(
     project: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
     project.make("--for", "kills", "soak")
@@ -176,7 +181,7 @@ def test_never_run_and_older_versions_are_listed_and_no_failure(
     entries["soak"] |= {"paths": None, "commit": "e54c69cabc"}
     file.write_text(json.dumps(entries))
     (project.root / "engine/new.py").write_text("")
-    assert [each.split()[0] for each in project.problems] == ["kills"]
+    assert [problem.split()[0] for problem in project.problems] == ["kills"]
     capsys.readouterr()
     assert project.make("--list") == 0
     _, *lines = capsys.readouterr().out.splitlines()
@@ -188,9 +193,7 @@ def test_never_run_and_older_versions_are_listed_and_no_failure(
     assert "e54c69c (an older version)" in results.render_page(project.tests, results.load(project.root))
 
 
-def test_an_interrupted_run_keeps_what_has_ended_and_is_resumed(
-    project: Project, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_interrupted_run_keeps_results_and_is_resumed(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     project.during["soak"] = _interrupt
     assert project.make() == 130
     assert capsys.readouterr().err == "Interrupted: soak is not recorded. Run the same command to resume.\n"
@@ -203,21 +206,19 @@ def test_an_interrupted_run_keeps_what_has_ended_and_is_resumed(
     assert project.ran[-1][0] == "kills"
 
 
-def test_a_reduced_run_is_not_recorded(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reduced_run_is_not_recorded(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     assert project.make("--for", "kills", "--with", "KILLS=1", "SEED=7") == 0
     assert project.ran == [("kills", {"KILLS": 1, "SEED": 7})]
     assert "not recorded: KILLS=1 is below 5" in capsys.readouterr().out
     assert project.recorded == []
     assert project.make("--for", "kills", "--with", "KILLS=6") == 0
     assert results.load(project.root)["kills"]["parameters"] == {"KILLS": 6, "SEED": 1}
-    assert project.make("--for", "kills", "--with", "KILLS=1") == 0, "who names a size wants the run"
+    assert project.make("--for", "kills", "--with", "KILLS=1") == 0, "a size on the command line asks for a new run"
     assert len(project.ran) == 3
     assert results.load(project.root)["kills"]["parameters"] == {"KILLS": 6, "SEED": 1}
 
 
-def test_content_that_changes_during_a_run_is_not_recorded(
-    project: Project, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_whose_content_changes_is_not_recorded(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     def change() -> None:
         (project.root / "engine/new.py").write_text("")
 
@@ -227,7 +228,7 @@ def test_content_that_changes_during_a_run_is_not_recorded(
     assert project.recorded == []
 
 
-def test_a_failure_is_recorded_and_keeps_a_change_from_landing(project: Project) -> None:
+def test_failure_is_recorded_and_reported(project: Project) -> None:
     project.during["kills"] = lambda: Findings({"runs": 3}, ["one run is lost", "one is stuck"])
 
     def crash() -> Findings:
@@ -235,7 +236,7 @@ def test_a_failure_is_recorded_and_keeps_a_change_from_landing(project: Project)
 
     project.during["soak"] = crash
     assert project.make() == 1
-    assert project.recorded == ["kills", "soak", "charts"], "the others run"
+    assert project.recorded == ["kills", "soak", "charts"], "the other tests run"
     assert project.problems == [
         f"{name} failed: {reason}. Repair that. Run `make test-long FOR={name}` and commit tests/long/results.json."
         for name, reason in (
@@ -244,12 +245,12 @@ def test_a_failure_is_recorded_and_keeps_a_change_from_landing(project: Project)
         )
     ]
     project.during.clear()
-    assert project.make() == 0, "what failed runs again"
+    assert project.make() == 0, "failed tests run again"
     assert project.problems == []
     assert [name for name, _ in project.ran] == ["kills", "soak", "charts", "kills", "soak"]
 
 
-def test_what_cannot_run_here_is_not_recorded(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+def test_long_test_that_cannot_run_is_not_recorded(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     def refuse() -> Findings:
         raise NotRunError("There is no cluster")
 
@@ -259,7 +260,7 @@ def test_what_cannot_run_here_is_not_recorded(project: Project, capsys: pytest.C
     assert "not run" in capsys.readouterr().out
 
 
-def test_a_path_selects_the_long_tests_that_declare_it(project: Project) -> None:
+def test_path_selects_the_long_tests_that_declare_it(project: Project) -> None:
     for word, names in {
         "engine": ["kills", "soak"],
         "values": ["soak"],
@@ -272,7 +273,7 @@ def test_a_path_selects_the_long_tests_that_declare_it(project: Project) -> None
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (
             ["--for", "soka", "kills"],
@@ -282,15 +283,15 @@ def test_a_path_selects_the_long_tests_that_declare_it(project: Project) -> None
         (["--with", "KILLS=many"], "KILLS=many is not a number."),
     ],
 )
-def test_an_unknown_argument_is_refused(
-    project: Project, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+def test_unknown_argument_is_refused(
+    project: Project, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert project.make(*arguments) == 2
-    assert capsys.readouterr().err == f"{said}\n"
+    assert capsys.readouterr().err == f"{message}\n"
     assert project.ran == []
 
 
-def test_a_suite_of_pytest_tells_what_failed_and_how_soon_things_were(tmp_path: Path) -> None:
+def test_suite_of_pytest_reports_failures_and_durations(tmp_path: Path) -> None:
     file = tmp_path / "suite.py"
     file.write_text(
         "import os\n"

@@ -32,12 +32,12 @@ EITHER_VERSION = "either"
 """Stands for the versions of runs that begin before and after an upgrade."""
 
 PROCESSES = 3
-"""Of pytest: its tests wait for their servers about a third of the time."""
+"""The number of pytest processes. Their tests wait for servers about a third of the time."""
 
 
 @dataclass
 class Outcome:
-    """What the tests of a part did; `seconds` of the process that ran them."""
+    """Counts the tests of a part by their outcome; `seconds` is their total time."""
 
     passed: int = 0
     failed: int = 0
@@ -52,13 +52,22 @@ class Outcome:
         return f"{self.passed} passed" if self.passed else "failed"
 
     def is_good(self) -> bool:
-        """Tell whether something ran and nothing failed."""
+        """Return whether a test passed and none failed."""
         return self.passed > 0 and not self.failed
 
 
 @dataclass
 class Row:
-    """A line of the table: two versions and what each part did; no parts where they could not be tried."""
+    """A line of the table: the result of one pair of versions.
+
+    Args:
+        server: the Prefect version of the server.
+        runs: the Prefect version of worker and runs.
+        why: why the versions were tried.
+        counts: whether a failure fails `make test-versions`.
+        parts: outcomes by part; empty if the versions could not be tried.
+        problem: why the versions could not be tried.
+    """
 
     server: str
     runs: str
@@ -68,11 +77,11 @@ class Row:
     problem: str = ""
 
     def is_good(self) -> bool:
-        """Tell whether every part passed."""
-        return not self.problem and all(each.is_good() for each in self.parts.values())
+        """Return whether every part passed."""
+        return not self.problem and all(outcome.is_good() for outcome in self.parts.values())
 
     def cells(self) -> list[str]:
-        """Return the line's texts."""
+        """Return the cells of the line."""
         outcomes = [str(self.parts[part]) if part in self.parts else "" for part in PARTS]
         return [self.server, self.runs, self.why, *(outcomes if self.parts else ["not run", *outcomes[1:]])]
 
@@ -81,13 +90,13 @@ HEAD = ["server", "worker and runs", "what", *PARTS]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the contract tests; the exit status.
+    """Run the contract tests, and return the exit status.
 
     Returns:
-        0 if all passed but for versions that are not supported, 1 if one failed that counts, 2 if nothing could be run.
+        0 if all supported versions passed, 1 if a supported version failed, 2 if nothing could be run.
     """
     parser = argparse.ArgumentParser(prog="python -m tests.versions", description=__doc__)
-    parser.add_argument("versions", nargs="*", metavar="VERSION", help="of Prefect; without: those that are supported")
+    parser.add_argument("versions", nargs="*", metavar="VERSION", help="of Prefect; by default the supported ones")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     began = time.monotonic()
@@ -133,7 +142,7 @@ def render_markdown(rows: Sequence[Row]) -> list[str]:
 
 
 def describe_failure(row: Row) -> str:
-    """Return a sentence on a line that is not good."""
+    """Return a sentence on a line that failed."""
     failed = [part for part, outcome in row.parts.items() if not outcome.is_good()]
     what = row.problem or f"failed: {', '.join(failed)}"
     name = f"Prefect {row.server}" if row.server == row.runs else f"Server {row.server} with runs of {row.runs}"
@@ -148,7 +157,7 @@ def write_page(rows: Sequence[Row], page: Path) -> None:
 
 
 def _try_versions(server: str, runs: str, why: str, counts: bool) -> Row:
-    """Run the tests of a server's version with that of worker and runs."""
+    """Run the tests of one pair of versions."""
     row = Row(server, runs, why, counts, {})
     try:
         _log(f"server {server}, worker and runs {runs} ({why}): preparing the environment")
@@ -170,7 +179,7 @@ def _prepare_trial(server: str, runs: str, why: str, counts: bool) -> Trial:
 
 
 def _interpreter(version: str) -> Path:
-    """Return the interpreter with this version: this one, if it has what is locked."""
+    """Return the interpreter with this version of Prefect; for the locked version it is the current one."""
     return Path(sys.executable) if version == locked_version() else prepare_environment(version)
 
 
@@ -186,22 +195,22 @@ def _run_tests(trial: Trial) -> dict[str, Outcome]:
         command = [str(trial.python), "-m", "pytest", "--quiet", "-p", "no:cacheprovider", f"--junitxml={report}"]
         command += ["--numprocesses", str(PROCESSES), "--dist", "loadfile", "--no-loadscope-reorder", *trial.files()]
         if trial.root != ROOT:
-            # Its tests do not close the workers' websockets that Prefect leaves open (docs/upstream.md).
+            # The previous release's tests do not close the websockets that Prefect leaves open (docs/upstream.md).
             command += ["-W", "ignore::ResourceWarning", "-W", "ignore::pytest.PytestUnraisableExceptionWarning"]
         subprocess.run(command, cwd=trial.root, env=variables, stdout=sys.stderr, check=False)
         return read_report(report, trial.parts)
 
 
 def read_report(report: Path, parts: Sequence[str]) -> dict[str, Outcome]:
-    """Return what each part did by pytest's report; a part without a test in it has failed."""
+    """Return the outcome of each part from pytest's report. A part without a test has failed."""
     outcomes = {part: Outcome() for part in parts if any((ROOT / file).is_file() for file in PARTS[part])}
     cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []  # noqa: S314 - pytest wrote it
     for part, outcome in outcomes.items():
         modules = {file.removesuffix(".py").replace("/", ".") for file in PARTS[part]}
         for case in cases:
-            # A file that cannot be imported is a case with the file as its name.
+            # A file that cannot be imported is reported as a case with the name of the file.
             if (case.get("classname") or case.get("name")) in modules:
-                kinds = {each.tag for each in case}
+                kinds = {child.tag for child in case}
                 failed = bool(kinds & {"failure", "error"})
                 outcome.failed += failed
                 outcome.skipped += "skipped" in kinds

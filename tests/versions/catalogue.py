@@ -1,4 +1,4 @@
-"""What `make test-versions` runs: the parts of the contract, and the versions of Prefect they run on."""
+"""Choose what `make test-versions` runs: the parts of the contract, and the versions of Prefect."""
 
 import re
 import subprocess
@@ -45,11 +45,11 @@ CROSS_VERSION_PARTS = ("engine", "execution", "worker", "sync")
 """The parts that run where server and runs have different versions."""
 
 PREVIOUS, PREVIOUS_COMMIT = "3.8.8", "0f9e41d17c4b936f92ef472ef25f883c9945fcd8"
-"""The Prefect that releases had before, and the last commit that locked it: where an upgrade begins."""
+"""The Prefect version of the previous releases, and the last commit that locked it. Upgrades are tested from there."""
 
 
 class UnavailableError(Exception):
-    """A version cannot be tried on this machine; its text is the cause and the cure."""
+    """A version cannot be tried on this machine. The text has the cause and the cure."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ class Trial:
 
     Args:
         server: the server's version.
-        runs: that of everything else.
-        why: for which reason they are tried, in the words of the table.
+        runs: the version of worker, runs and sync.
+        why: why these versions are tried, as text for the table.
         counts: whether a failure fails `make test-versions`.
-        python: the interpreter of everything else.
+        python: the interpreter of worker, runs and sync.
         root: the checkout whose code and tests run.
-        server_python: the server's interpreter, where that is another one.
-        parts: names of `PARTS`.
+        server_python: the interpreter of the server; None for `python`.
+        parts: the parts to run, by their names in `PARTS`.
     """
 
     server: str
@@ -77,32 +77,32 @@ class Trial:
     parts: Sequence[str] = SAME_VERSION_PARTS
 
     def files(self) -> list[str]:
-        """Return the test files that the checkout has of the parts."""
+        """Return the test files of the parts that exist in the checkout."""
         return [file for part in self.parts for file in PARTS[part] if (self.root / file).is_file()]
 
 
 def supported_range() -> Requirement:
-    """Return pyproject.toml's bound of Prefect."""
+    """Return the version bounds of Prefect in pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return next(each for each in map(Requirement, project["dependencies"]) if each.name == "prefect")
+    return next(found for found in map(Requirement, project["dependencies"]) if found.name == "prefect")
 
 
 def locked_version() -> str:
     """Return the version of Prefect in uv.lock."""
     packages = tomllib.loads((ROOT / "uv.lock").read_text())["package"]
-    return str(next(each["version"] for each in packages if each["name"] == "prefect"))
+    return str(next(package["version"] for package in packages if package["name"] == "prefect"))
 
 
 def oldest_version() -> str:
-    """Return the oldest supported version: pyproject's lower bound."""
-    return next(each.version for each in supported_range().specifier if each.operator in (">=", "=="))
+    """Return the oldest supported version: the lower bound in pyproject.toml."""
+    return next(bound.version for bound in supported_range().specifier if bound.operator in (">=", "=="))
 
 
 def newest_version(requirement: str) -> str:
     """Return the newest version on the index that fits the requirement.
 
     Raises:
-        UvError: none fits, or the index is away.
+        UvError: no version fits, or the index does not answer.
     """
     options = ("--no-deps", "--no-annotate", "--no-header", "--upgrade", "-")
     return str(Requirement(uv("pip", "compile", *options, text=requirement).strip()).specifier).removeprefix("==")
@@ -112,16 +112,16 @@ def choose_versions(named: Sequence[str]) -> dict[str, tuple[str, bool]]:
     """Return the versions to try, in order: why each is tried, and whether its failure counts.
 
     Args:
-        named: versions that a person names; without any: oldest and newest supported, and newest on the index.
+        named: versions from the command line; empty for the oldest and newest supported, and the newest on the index.
 
     Raises:
-        UvError: the index is away.
-        ValueError: a name is no version.
+        UvError: the index does not answer.
+        ValueError: a name is not a version.
     """
     if named:
-        for each in named:
-            if not re.fullmatch(r"\d+\.\d+\.\d+\w*", each):
-                raise ValueError(f"PREFECT={each} is no version. Name versions as PREFECT='3.9.0 3.9.1'.")
+        for version in named:
+            if not re.fullmatch(r"\d+\.\d+\.\d+\w*", version):
+                raise ValueError(f"PREFECT={version} is not a version. Name versions as PREFECT='3.9.0 3.9.1'.")
         return dict.fromkeys(named, ("named", True))
     supported = supported_range()
     reasons = {
@@ -130,19 +130,22 @@ def choose_versions(named: Sequence[str]) -> dict[str, tuple[str, bool]]:
         "newest on the index": newest_version("prefect"),
     }
     return {
-        version: (", ".join(why for why, each in reasons.items() if each == version), version in supported.specifier)
+        version: (
+            ", ".join(why for why, chosen in reasons.items() if chosen == version),
+            version in supported.specifier,
+        )
         for version in sorted(reasons.values(), key=Version)
     }
 
 
 def prepare_environment(version: str) -> Path:
-    """Return the interpreter of the locked environment with another version of Prefect, made if need be.
+    """Return the interpreter of the locked environment with another version of Prefect; create it if need be.
 
-    Beyond the bounds of pyproject.toml, those of Prefect's integrations and of whenever do not hold either. Everything
-    else stays at its locked version as far as that Prefect allows.
+    For a version outside the bounds of pyproject.toml, the bounds of Prefect's integrations and of whenever do not
+    apply either. All other packages keep their locked versions as far as that Prefect allows.
 
     Raises:
-        UvError: nothing fits that version, or the index is away.
+        UvError: no packages fit that version, or the index does not answer.
     """
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     project = settings["project"]
@@ -156,18 +159,18 @@ def prepare_environment(version: str) -> Path:
         pins, overrides = Path(folder) / "pins.txt", Path(folder) / "overrides.txt"
         pins.write_text("\n".join(_locked_packages(ROOT)))
         overrides.write_text("\n".join(settings["tool"]["uv"]["override-dependencies"]))
-        # What is in the output file already is preferred.
+        # uv prefers versions that the output file already has.
         options = ("--no-annotate", "--no-header", "--upgrade-package", "prefect", "--override", overrides)
         uv("pip", "compile", *options, "--output-file", pins, "-", text="\n".join(wanted))
         return interpreter(f"prefect-{version}", pins.read_text().splitlines(), "--no-deps")
 
 
 def previous_release() -> tuple[Path, Path]:
-    """Return the interpreter and the checkout of the release before, with the packages that its lock file names.
+    """Return the interpreter and the checkout of the previous release, with the packages of its lock file.
 
     Raises:
-        UnavailableError: this clone does not have its commit.
-        UvError: its packages cannot be installed.
+        UnavailableError: this clone does not have the release's commit.
+        UvError: the packages cannot be installed.
     """
     folder = binaries.cache() / f"checkout-{PREVIOUS_COMMIT[:7]}"
     with hold_lock(folder.with_suffix(".lock")):
@@ -188,6 +191,6 @@ def previous_release() -> tuple[Path, Path]:
 
 
 def _locked_packages(project: Path) -> list[str]:
-    """Return the packages that the project's lock file pins, as pip takes them."""
+    """Return the pinned packages of a project's lock file, as requirements for pip."""
     options = ("--frozen", "--no-emit-project", "--all-extras", "--no-hashes", "--no-annotate", "--no-header")
     return uv("export", *options, "--project", project).splitlines()

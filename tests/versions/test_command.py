@@ -1,4 +1,4 @@
-"""`make test-versions`: what it tries, prints and ends with, with outcomes in place of the contract tests."""
+"""The versions, output and exit status of `make test-versions`, with made-up outcomes of the contract tests."""
 
 import json
 import os
@@ -26,7 +26,10 @@ Tries = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def tries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tries:
-    """Run the command; its status, output and errors. `bad` names versions of runs that fail, `away` is raised."""
+    """Return a function that runs the command and returns its exit status, output and errors.
+
+    Runs of the versions in `bad` fail. `away` is raised in place of a trial.
+    """
     page = tmp_path / "page.md"
     page.write_text(f"# Before\n\n{command.BEGIN}\nold\n{command.END}\n\nAfter\n")
     monkeypatch.setattr(command, "PAGE", str(page))
@@ -50,7 +53,7 @@ def tries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     return run
 
 
-def test_all_supported_versions_and_both_ways_of_an_upgrade_are_tried(tries: Tries, tmp_path: Path) -> None:
+def test_supported_versions_upgrade_and_rollback_are_tried(tries: Tries, tmp_path: Path) -> None:
     status, output, _ = tries()
     assert status == 0
     lines = [re.split(r" {2,}", line) for line in output.splitlines()]
@@ -75,7 +78,7 @@ def test_all_supported_versions_and_both_ways_of_an_upgrade_are_tried(tries: Tri
     assert page.count("| 3 passed") == len(PARTS) * len(tried)
 
 
-def test_supported_version_that_fails_is_named_and_fails_the_command(tries: Tries) -> None:
+def test_failing_supported_version_is_named_and_fails_the_command(tries: Tries) -> None:
     status, output, errors = tries(bad=[catalogue.locked_version()])
     assert status == 1
     assert "2 of 3 failed" in output
@@ -84,13 +87,13 @@ def test_supported_version_that_fails_is_named_and_fails_the_command(tries: Trie
     )
 
 
-def test_version_beyond_the_bounds_that_fails_is_named_only(tries: Tries) -> None:
+def test_failing_unsupported_version_is_named_and_does_not_fail_the_command(tries: Tries) -> None:
     status, output, errors = tries(bad=["4.0.0"])
     assert (status, "2 of 3 failed" in output) == (0, True)
     assert "Prefect 4.0.0 (newest on the index, not supported): failed: signatures" in errors
 
 
-def test_github_shows_a_warning_for_what_is_not_supported_and_the_table(
+def test_github_shows_the_table_and_a_warning_for_unsupported_versions(
     tries: Tries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     summary = tmp_path / "summary.md"
@@ -102,7 +105,7 @@ def test_github_shows_a_warning_for_what_is_not_supported_and_the_table(
     assert summary.read_text().startswith("| server |")
 
 
-def test_named_versions_alone_are_tried_and_count_and_the_page_stays(tries: Tries, tmp_path: Path) -> None:
+def test_named_versions_are_tried_and_the_page_is_unchanged(tries: Tries, tmp_path: Path) -> None:
     before = (tmp_path / "page.md").read_text()
     status, output, _ = tries("3.9.0", "3.8.8", bad=["3.8.8"])
     assert status == 1
@@ -124,21 +127,21 @@ def test_version_that_cannot_be_had_is_not_run_and_fails(tries: Tries, why: Exce
     assert f"Prefect 3.9.0 (named): {why}" in errors
 
 
-def test_clone_without_the_release_before_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clone_without_the_previous_release_names_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(catalogue, "PREVIOUS_COMMIT", "0" * 40)
     with pytest.raises(UnavailableError, match=r"^Commit 0000000 with Prefect .*git fetch --unshallow\.$"):
         catalogue.previous_release()
-    assert [each.name for each in (tmp_path / "prefect-orchestration").iterdir()] == ["checkout-0000000.lock"]
+    assert [path.name for path in (tmp_path / "prefect-orchestration").iterdir()] == ["checkout-0000000.lock"]
 
 
-def test_name_that_is_no_version_is_refused(tries: Tries) -> None:
+def test_invalid_version_is_refused(tries: Tries) -> None:
     status, output, errors = tries("3.9")
     assert (status, output) == (2, "")
-    assert errors == "PREFECT=3.9 is no version. Name versions as PREFECT='3.9.0 3.9.1'.\n"
+    assert errors == "PREFECT=3.9 is not a version. Name versions as PREFECT='3.9.0 3.9.1'.\n"
 
 
-def test_index_that_is_away_is_one_message(tries: Tries, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable_index_is_one_message(tries: Tries, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(wanted: str) -> str:
         raise UvError("uv pip failed: no connection")
 
@@ -146,7 +149,7 @@ def test_index_that_is_away_is_one_message(tries: Tries, monkeypatch: pytest.Mon
     assert tries() == (2, "", "uv pip failed: no connection\n")
 
 
-def test_outcome_of_a_part_is_that_of_its_files(tmp_path: Path) -> None:
+def test_part_has_the_outcome_of_its_files(tmp_path: Path) -> None:
     report = tmp_path / "report.xml"
     report.write_text(
         """<testsuites><testsuite>
@@ -164,16 +167,16 @@ def test_outcome_of_a_part_is_that_of_its_files(tmp_path: Path) -> None:
         "worker": Outcome(0, 1, 0, 0.0),
         "execution": Outcome(),
     }
-    assert not any(each.is_good() for each in found.values())
+    assert not any(outcome.is_good() for outcome in found.values())
     assert [str(found[part]) for part in ("engine", "execution")] == ["1 of 2 failed", "failed"]
 
 
-def test_pytest_that_leaves_no_report_fails_every_part(tmp_path: Path) -> None:
+def test_missing_report_fails_every_part(tmp_path: Path) -> None:
     row = Row("1", "1", "", True, command.read_report(tmp_path / "absent.xml", ("engine", "worker")))
     assert not row.is_good()
 
 
-def test_parts_are_files_that_need_no_cluster() -> None:
+def test_parts_are_existing_files_that_need_no_cluster() -> None:
     for part, files in PARTS.items():
         for file in files:
             path = ROOT / file
@@ -182,7 +185,7 @@ def test_parts_are_files_that_need_no_cluster() -> None:
 
 
 def test_signatures_hold_on_the_oldest_and_newest_prefect_of_the_lock() -> None:
-    """On the version that runs this, the signature tests themselves run: an environment is made only for others."""
+    """For the installed version the signature tests run as part of the suite. Other versions get an environment."""
     from prefect import __version__
 
     for version in {catalogue.oldest_version(), catalogue.locked_version()} - {__version__}:
@@ -191,7 +194,7 @@ def test_signatures_hold_on_the_oldest_and_newest_prefect_of_the_lock() -> None:
         subprocess.run([python, "-m", "pytest", "-q", *PARTS["signatures"]], cwd=ROOT, env=environment, check=True)
 
 
-def test_recorded_table_is_of_the_supported_versions() -> None:
+def test_recorded_table_has_the_supported_versions() -> None:
     page = (ROOT / "docs/prefect.md").read_text()
     table = page.split(command.BEGIN)[1].split(command.END)[0]
     tried = {line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| 3")}

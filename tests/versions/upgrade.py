@@ -1,6 +1,6 @@
-"""Server and runs of two versions: a server that changes in the middle of a run, and Prefect's own worker of the other.
+"""Test two versions together: a server that changes its version during a run, and Prefect's own worker of another.
 
-`make test` does not collect this file; `make test-versions` runs it. Server and run are processes of this machine.
+`make test` does not collect this file; `make test-versions` runs it. Server and runs are local processes.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ from prefect.concurrency.sync import concurrency
 
 NOTES = Path(os.environ["NOTES"])
 
-def go(what):
-    (NOTES / what).touch()
-    while not (NOTES / f"{what}-seen").exists():
+def wait_to_continue(name):
+    (NOTES / name).touch()
+    while not (NOTES / f"{name}-continue").exists():
         time.sleep(0.1)
 
 @task(tags=["held"])
 def step(number):
-    go(f"step-{number}")
+    wait_to_continue(f"step-{number}")
     get_run_logger().info("step %s", number)
     return number
 
@@ -44,11 +44,11 @@ def steps():
 
 @contextlib.contextmanager
 def serve_version(python: Path, version: str, home: Path, port: int) -> Iterator[None]:
-    """Serve the API with the database in `home`; the schema is that of the newest server that has served it."""
+    """Run a server on the database in `home`, whose schema is that of the newest server so far."""
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    # As in the chart, where a Job migrates and an older server leaves a newer schema as it is.
+    # As in the chart: a Job migrates, and an older server keeps a newer schema.
     variables["PREFECT_API_DATABASE_MIGRATE_ON_START"] = "false"
-    # Leases outlast a server, as those in the chart's Redis do.
+    # Leases survive a server, as in the chart's Redis.
     variables["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"] = "prefect.server.concurrency.lease_storage.filesystem"
     with served(home, port, python, variables) as url:
         with client_of(url) as api:
@@ -76,8 +76,8 @@ def test_run_completes_while_the_server_changes_its_version(way: str, tmp_path: 
     (tmp_path / "flow.py").write_text(FLOW)
     migrate_database(before[0], home)
 
-    def seen(what: str) -> None:
-        wait_until(lambda: (notes / what).exists(), what)
+    def wait_for_step(name: str) -> None:
+        wait_until(lambda: (notes / name).exists(), f"the run to reach {name}")
 
     with contextlib.ExitStack() as stack:
         with serve_version(*before[:2], home, port), client_of(f"http://127.0.0.1:{port}/api") as api:
@@ -95,9 +95,9 @@ def test_run_completes_while_the_server_changes_its_version(way: str, tmp_path: 
                 "PREFECT_CLIENT_MAX_RETRIES": "19",  # as the work pool's chart sets it
                 "KUBERNETES_JOB": f"job-{claim[-12:]}", "TERMINATION_MESSAGE_PATH": str(tmp_path / "message"),
             }  # fmt: skip
-            # The previous version has the supervisor in another place.
+            # The supervisor of the previous release is in another place.
             places = (root / "orchestration/runs/supervisor.py", root / "orchestration/execution.py")
-            supervisor = next(each for each in places if each.exists())
+            supervisor = next(place for place in places if place.exists())
             command = [str(interpreter), str(supervisor), "prefect", "flow-run", "execute"]
             log = stack.enter_context((tmp_path / "log").open("w"))
             process = subprocess.Popen(
@@ -105,24 +105,24 @@ def test_run_completes_while_the_server_changes_its_version(way: str, tmp_path: 
             )
             stack.callback(process.wait)
             stack.callback(kill_run_processes, run)
-            seen("step-1")
+            wait_for_step("step-1")
         if way == "upgrade":
             migrate_database(after[0], home)
-        (notes / "step-1-seen").touch()  # it goes on while no server is there
+        (notes / "step-1-continue").touch()  # the run continues while no server answers
         with serve_version(*after[:2], home, port), client_of(f"http://127.0.0.1:{port}/api") as api:
-            seen("step-2")
-            (notes / "step-2-seen").touch()
+            wait_for_step("step-2")
+            (notes / "step-2-continue").touch()
             assert process.wait(300) == 0, (tmp_path / "log").read_text()
             ended = asked(api, "GET", f"/flow_runs/{run}")["state"]
             assert (ended["type"], ended["name"]) == ("COMPLETED", "Completed"), ended
             tasks = {"flow_runs": {"id": {"any_": [run]}}}
 
-            def completed() -> bool:
-                # Task runs are written from their events.
+            def are_completed() -> bool:
+                # The server writes task runs from their events.
                 found = asked(api, "POST", "/task_runs/filter", tasks)
-                return [each["state_type"] for each in found] == ["COMPLETED"] * 2
+                return [task["state_type"] for task in found] == ["COMPLETED"] * 2
 
-            wait_until(completed, "both task runs to be Completed", 60)
+            wait_until(are_completed, "both task runs to be Completed", 60)
             assert asked(api, "GET", "/v2/concurrency_limits/held")["active_slots"] == 0
             limit = asked(api, "GET", f"/deployments/{deployment}")["global_concurrency_limit"]
             assert limit["active_slots"] == 0

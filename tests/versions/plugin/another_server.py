@@ -1,6 +1,6 @@
-"""Plugin of pytest: the tests' Prefect server has the version `SERVER_VERSION`, of the interpreter `SERVER_PYTHON`.
+"""Plugin of pytest: run the tests' Prefect server by the interpreter `SERVER_PYTHON`, with version `SERVER_VERSION`.
 
-It is no part of the package `tests`, so that an older checkout's tests can load it, too.
+The plugin is outside the package `tests`, so that the tests of an older checkout can load it, too.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import pytest
 
 @contextlib.contextmanager
 def another_server(home: Path) -> Iterator[str]:
-    """The API's URL of a server of the other version that keeps its state in `home`; ended afterwards."""
+    """Run a server of the other version with its state in `home`, and yield the URL of its API."""
     from tests import parts
 
     port = parts.free_port()
