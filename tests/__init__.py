@@ -1,1 +1,1 @@
-"""Tests on real parts: an embedded Postgres, a Prefect server, dbt. They mirror the tree beside them."""
+"""Tests on real parts: an embedded Postgres, a Prefect server, dbt. They mirror the tree of the code."""

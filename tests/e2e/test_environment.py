@@ -1,4 +1,4 @@
-"""The Makefile's targets on a real cluster: from nothing to a daily job that ran, changed, taken back, taken away."""
+"""The Makefile's targets on a real cluster: up, deploy, run, rollback and undeploy, in order."""
 
 import json
 import os
@@ -23,13 +23,13 @@ from tests.e2e.runs import start_run, wait_until_ended
 from tests.parts import answers, free_port, wait_until
 
 
-def _deployment(api: httpx.Client) -> dict[str, object]:
+def _read_daily_deployment(api: httpx.Client) -> dict[str, object]:
     found: dict[str, object] = api.get(f"/deployments/name/{DAILY}").raise_for_status().json()
     return found
 
 
-def test_make_up_is_the_whole_way(checkout: Checkout) -> None:
-    """The daily job is registered with its schedule and has run as a pod against the warehouse in the cluster."""
+def test_make_up_deploys_everything_and_runs_the_daily_job(checkout: Checkout) -> None:
+    """The job runs as a pod on the warehouse in the cluster, and its deployment has its schedule."""
     output = checkout.make("up")
     assert "is Completed" in output
     assert re.search(rf"{DAILY} +\S+ +Completed", output), output
@@ -49,34 +49,34 @@ def test_make_up_is_the_whole_way(checkout: Checkout) -> None:
     assert all(pod["spec"]["priorityClassName"] == "prefect-runs" for pod in pods)
 
 
-def test_a_second_deploy_finds_nothing_to_do(checkout: Checkout) -> None:
+def test_second_deploy_changes_nothing(checkout: Checkout) -> None:
     output = checkout.make("deploy")
     assert "prefect-server is up to date: revision 1." in output
     assert "prefect-work-pool is up to date: revision 1." in output
     assert "Nothing would change." in checkout.make("plan")
 
 
-def test_status_and_logs(checkout: Checkout) -> None:
+def test_status_and_logs_show_components_and_runs(checkout: Checkout) -> None:
     found = checkout.wait_until_ready()
     components = {"api", "services", "database", "redis", "worker", "results", "drift", "reconciler"}
-    assert {each["name"] for each in found["components"]} == components
-    assert all(each["ready"] == each["wanted"] == 1 for each in found["components"])
+    assert {component["name"] for component in found["components"]} == components
+    assert all(component["ready"] == component["wanted"] == 1 for component in found["components"])
     assert found["pools"] == [{"name": "default", "status": "READY", "limit": 10, "workers": 1}]
-    [daily] = [each for each in found["deployments"] if each["name"] == DAILY]
+    [daily] = [deployment for deployment in found["deployments"] if deployment["name"] == DAILY]
     assert daily["last"]["state"] == "COMPLETED"
     assert daily["next"]
     shown = checkout.make("status")
     assert re.search(r"^worker +[01]/1 ", shown, flags=re.M)
-    assert "\x1b" not in shown, "colours where there is no terminal"
+    assert "\x1b" not in shown, "colours without a terminal"
     log = checkout.make("logs", RUN=daily["last"]["name"])
     assert "Beginning subflow run" in log
     assert f"{daily['last']['name']} is Completed" in log
     assert "There is no run absent" in checkout.make("logs", RUN="absent", status=2)
 
 
-def test_a_run_with_parameters(checkout: Checkout) -> None:
+def test_run_takes_valid_parameters_alone(checkout: Checkout) -> None:
     output = checkout.make("run-on-cluster", PARAMETERS='{"day": "2013-02-08"}')
-    # The day's; the reference tables are those that an earlier run has loaded.
+    # These are the rows of the day. An earlier run has loaded the reference tables.
     assert "Completed to 2013-02-08: 1,002 rows loaded, 12 models built, 26/26 tests passed" in output
     refused = checkout.make("run-on-cluster", PARAMETERS='{"dya": "2013-02-08"}', status=2)
     assert f"{DAILY} has no parameter dya. It has: day" in refused
@@ -88,8 +88,8 @@ def test_a_run_with_parameters(checkout: Checkout) -> None:
     assert f"There is no deployment no/such. There are: backfill/backfill, {DAILY}" in unknown
 
 
-def test_the_ui_shows_the_run(checkout: Checkout, tmp_path: Path) -> None:
-    """In a real browser, through the port that `make ui` opens, behind the password."""
+def test_ui_shows_the_run_in_a_browser(checkout: Checkout, tmp_path: Path) -> None:
+    """The browser connects through the port that `make ui` opens. The port survives the end of the server's pod."""
     binaries.install_packages({"chromium": "chromium"}, "30 s")
     port = free_port()
     command = [*MAKE, "ui", f"PORT={port}"]
@@ -116,15 +116,15 @@ def test_the_ui_shows_the_run(checkout: Checkout, tmp_path: Path) -> None:
             assert (tmp_path / "ui.png").stat().st_size > 20_000
             checkout.target.kubectl("delete", "pods", "--selector", "app.kubernetes.io/component=api")
             checkout.target.kubectl("rollout", "status", "deployment/prefect-server-api", "--timeout=300s")
-            wait_until(lambda: answers(f"{url}/api/health"), "the port to lead to the next pod")
-            said = [process.stdout.readline() for _ in range(4)][2:]
-            assert said == ["The server's pod is gone. Opening the port to the next one\n", "It is open again.\n"]
+            wait_until(lambda: answers(f"{url}/api/health"), "the port to reach the next pod")
+            lines = [process.stdout.readline() for _ in range(4)][2:]
+            assert lines == ["The server's pod is gone. Opening the port to the next one\n", "It is open again.\n"]
         finally:
             os.killpg(process.pid, signal.SIGTERM)
 
 
-def test_a_cancelled_run_takes_its_sql_with_it(checkout: Checkout) -> None:
-    """Also where that waits for a lock that somebody else has."""
+def test_cancelled_run_ends_its_sql(checkout: Checkout) -> None:
+    """The SQL waits for a lock that another session holds."""
     target = checkout.target
 
     psql = ("exec", "warehouse-0", "--", "psql", "-U", "warehouse", "-d", "warehouse", "-Atc")
@@ -133,8 +133,9 @@ def test_a_cancelled_run_takes_its_sql_with_it(checkout: Checkout) -> None:
         return target.kubectl(*psql, statement).strip()
 
     others = "from pg_stat_activity where pid <> pg_backend_pid() and"
+    waiting = f"select count(*) {others} wait_event_type = 'Lock'"
     table = "analytics.carrier_daily_punctuality"
-    # Not in the background of its pod: Postgres, as the pod's first process, takes an orphan's end for a crash.
+    # Not in the background of the pod: Postgres, as the pod's first process, takes the end of an orphan for a crash.
     lock = ["kubectl", "--context", target.context, "--namespace", target.namespace, *psql]
     holder = subprocess.Popen(
         [*lock, f"begin; lock table {table}; select pg_sleep(600)"],
@@ -143,29 +144,28 @@ def test_a_cancelled_run_takes_its_sql_with_it(checkout: Checkout) -> None:
     try:
         wait_until(lambda: sql(f"select count(*) {others} query like '%pg_sleep%'") == "1", "the lock")
         with api_client(target) as api:
-            run = start_run(api, str(_deployment(api)["id"]))
-            wait_until(
-                lambda: sql(f"select count(*) {others} wait_event_type = 'Lock'") != "0", "dbt to wait for it", 300
-            )
+            run = start_run(api, str(_read_daily_deployment(api)["id"]))
+            wait_until(lambda: sql(waiting) != "0", "dbt to wait for the lock", 300)
             began = time.monotonic()
             api.post(f"/flow_runs/{run}/set_state", json={"state": {"type": "CANCELLING"}}).raise_for_status()
             assert wait_until_ended(api, run)["state_type"] == "CANCELLED"
-            wait_until(lambda: sql(f"select count(*) {others} wait_event_type = 'Lock'") == "0", "its SQL to go", 60)
-            assert time.monotonic() - began < 60 + 15, "longer than its grace period and 15 s"
-        its = f"prefect.io/flow-run-id={run}"
+            wait_until(lambda: sql(waiting) == "0", "the run's SQL to end", 60)
+            assert time.monotonic() - began < 60 + 15, "longer than the grace period and 15 s"
+        selector = f"prefect.io/flow-run-id={run}"
         wait_until(
             lambda: all(
-                each["status"]["phase"] in ("Succeeded", "Failed") for each in target.objects("pods", "--selector", its)
+                pod["status"]["phase"] in ("Succeeded", "Failed")
+                for pod in target.objects("pods", "--selector", selector)
             ),
-            "its pod to end",
+            "the run's pod to end",
         )
     finally:
         sql(f"select pg_terminate_backend(pid) {others} query like '%pg_sleep%'")
         holder.wait(60)
 
 
-def test_a_changed_flow_and_schedule_are_deployed_and_taken_back(checkout: Checkout) -> None:
-    """The server stays; a run afterwards has the new image, and after the rollback the old one."""
+def test_changed_flow_and_schedule_are_deployed_and_rolled_back(checkout: Checkout) -> None:
+    """Runs get the new image, and after the rollback the old one. The server's pods are not replaced."""
     server = _api_pods(checkout)
     before = _image_of_runs(checkout)
     checkout.edit("flows/report.py", '"""', '"""Changed. ')
@@ -181,18 +181,18 @@ def test_a_changed_flow_and_schedule_are_deployed_and_taken_back(checkout: Check
     assert "prefect-server is up to date" in output
     assert _image_of_runs(checkout) != before
     with api_client(checkout.target) as api:
-        assert changed in json.dumps(_deployment(api)["schedules"])
+        assert changed in json.dumps(_read_daily_deployment(api)["schedules"])
     checkout.make("run-on-cluster")
     checkout.make("rollback")
     assert _image_of_runs(checkout) == before
     with api_client(checkout.target) as api:
-        assert CRON in json.dumps(_deployment(api)["schedules"])
+        assert CRON in json.dumps(_read_daily_deployment(api)["schedules"])
     after = _api_pods(checkout)
     assert after == server
 
 
-def test_what_the_namespace_s_quota_would_never_take_is_refused(checkout: Checkout) -> None:
-    """By the name of the deployment, before the release is touched; its runs would pend for ever."""
+def test_deployment_that_exceeds_the_namespace_quota_is_refused(checkout: Checkout) -> None:
+    """Its runs would be pending for ever. The deploy names the deployment and does not change the release."""
     history = checkout.target.helm("history", POOL, "--output", "json")
     with checkout.restored("prefect.yaml"):
         checkout.edit("prefect.yaml", "{name: default}", "{name: default, job_variables: {memory_limit: 1000Gi}}")
@@ -203,8 +203,8 @@ def test_what_the_namespace_s_quota_would_never_take_is_refused(checkout: Checko
     assert checkout.target.helm("history", POOL, "--output", "json") == history
 
 
-def test_a_run_that_does_not_start_is_no_trouble_of_the_release(checkout: Checkout) -> None:
-    """Or every deploy would fail while it waits."""
+def test_run_that_does_not_start_is_not_a_problem_of_the_release(checkout: Checkout) -> None:
+    """Otherwise every deploy would fail while the run waits."""
     target = checkout.target
     labels = {"app.kubernetes.io/instance": POOL, "prefect.io/role": "flow-run"}
     Namespace(target.context, target.namespace).pod(
@@ -223,20 +223,20 @@ def test_a_run_that_does_not_start_is_no_trouble_of_the_release(checkout: Checko
 
 
 def _api_pods(checkout: Checkout) -> set[str]:
-    """The names of the API's pods."""
+    """Return the names of the API's pods."""
     pods = checkout.target.objects("pods", "--selector", "app.kubernetes.io/component=api")
     return {pod["metadata"]["name"] for pod in pods}
 
 
 def _image_of_runs(checkout: Checkout) -> str:
-    """The image that runs get."""
+    """Return the image of runs in the pool's template."""
     with api_client(checkout.target) as api:
         template = api.get("/work_pools/default").raise_for_status().json()["base_job_template"]
     return str(template["variables"]["properties"]["image"]["default"])
 
 
-def test_a_deploy_that_fails_says_why_and_how_to_go_back(checkout: Checkout) -> None:
-    """Which object, which line of its log; what ran before goes on."""
+def test_failed_deploy_names_cause_and_rollback(checkout: Checkout) -> None:
+    """The message has the object and the line of its log. The previous server keeps running."""
     path = "helm/environments/local/prefect-server.yaml"
     with checkout.restored(path) as file:
         broken = yaml.safe_load(file.read_text())
@@ -250,7 +250,7 @@ def test_a_deploy_that_fails_says_why_and_how_to_go_back(checkout: Checkout) -> 
         assert "make rollback ENV=local" in output
         assert "Traceback" not in output
         with api_client(checkout.target) as api:
-            assert _deployment(api)
+            assert _read_daily_deployment(api)
     finally:
         checkout.make("rollback")
     with checkout.restored(path) as file:
@@ -260,8 +260,8 @@ def test_a_deploy_that_fails_says_why_and_how_to_go_back(checkout: Checkout) -> 
     assert "additional properties 'replicas' not allowed" in refused
 
 
-def test_a_deploy_that_is_killed_is_taken_up(checkout: Checkout) -> None:
-    """Not by one that comes while it may be under way; by one that is told that it is not."""
+def test_killed_deploy_is_resumed_with_force(checkout: Checkout) -> None:
+    """Without FORCE=1 the next deploy is refused, as the first may still be in progress."""
     checkout.edit("flows/report.py", '"""', '"""Killed. ')
     target = [f"KUBE_CONTEXT={checkout.target.context}", f"NAMESPACE={checkout.target.namespace}"]
     with subprocess.Popen(
@@ -284,8 +284,8 @@ def test_a_deploy_that_is_killed_is_taken_up(checkout: Checkout) -> None:
     assert "Nothing would change." in checkout.make("plan")
 
 
-def test_what_must_not_begin_does_not(checkout: Checkout, tmp_path: Path) -> None:
-    """Each with its cure, before anything is touched."""
+def test_deploy_with_wrong_settings_is_refused_with_the_cure(checkout: Checkout, tmp_path: Path) -> None:
+    """Nothing is changed before."""
     context = checkout.target.context
     assert "ENV=moon is unknown. There are local, production, staging" in checkout.make("deploy", ENV="moon", status=2)
     absent = checkout.make("deploy", KUBE_CONTEXT="absent", status=2)
@@ -309,7 +309,7 @@ def test_what_must_not_begin_does_not(checkout: Checkout, tmp_path: Path) -> Non
 
 
 def _kubeconfig_without_rights(checkout: Checkout, folder: Path) -> Path:
-    """A kubeconfig with a user who has no rights, as context `stranger`."""
+    """Write a kubeconfig whose context `stranger` has a user without rights, and return its path."""
     target = checkout.target
     config = json.loads(target.kubectl("config", "view", "--raw", "--minify", "-o", "json"))
     token = target.kubectl("create", "token", "default").strip()
@@ -323,11 +323,11 @@ def _kubeconfig_without_rights(checkout: Checkout, folder: Path) -> Path:
     return path
 
 
-def test_undeployed_the_volumes_and_passwords_stay(checkout: Checkout) -> None:
+def test_undeploy_keeps_volumes_and_passwords(checkout: Checkout) -> None:
     output = checkout.make("undeploy")
     assert f"Namespace {checkout.target.namespace} stays" in output
     kinds = "deployments,statefulsets,secrets,persistentvolumeclaims,serviceaccounts,roles"
-    left = {f"{each['kind']}/{each['metadata']['name']}" for each in checkout.target.objects(kinds)}
+    left = {f"{found['kind']}/{found['metadata']['name']}" for found in checkout.target.objects(kinds)}
     assert left == {
         "PersistentVolumeClaim/data-prefect-server-database-0",
         "PersistentVolumeClaim/data-warehouse-0",

@@ -1,4 +1,4 @@
-"""A worker that kubectl alone manages, in a namespace of its own: it joins a pool, and loses no run when it goes."""
+"""A worker that is managed by kubectl, in another namespace than the pool: it joins the pool and loses no run."""
 
 import json
 import os
@@ -24,13 +24,13 @@ WORKERS = "app.kubernetes.io/component=worker"
 
 @pytest.fixture(scope="module")
 def values(values: Object) -> Object:
-    """Those of a pool whose release has no worker: every run is taken by one of kubectl's."""
+    """Return values for a pool without a worker, so that the workers of kubectl take every run."""
     return merge_values(values, {"worker": {"replicas": 0}, "drift": {"enabled": False}, "sync": {"files": []}})
 
 
 @pytest.fixture(scope="module")
 def overlay(server: Release, pool: Pool, image: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The example in a namespace of the module's own, with this checkout's image and the pool's server."""
+    """Write an overlay of the example: a new namespace, this checkout's image, and the pool's server."""
     folder = tmp_path_factory.mktemp("overlay").resolve()
     (folder / "namespace").mkdir()
     name, home = f"runs-{uuid4().hex[:8]}", server.namespace.name
@@ -47,7 +47,7 @@ def overlay(server: Release, pool: Pool, image: str, tmp_path_factory: pytest.Te
         "spec": {"template": {"spec": {"containers": [{"name": "worker", "env": environment}]}}},
     }
     path = "/spec/egress/1/to/0/namespaceSelector/matchLabels/kubernetes.io~1metadata.name"
-    ways = {
+    egress = {
         "target": {"kind": "NetworkPolicy", "name": "prefect-work-pool-.*"},
         "patch": json.dumps([{"op": "replace", "path": path, "value": home}]),
     }
@@ -56,10 +56,10 @@ def overlay(server: Release, pool: Pool, image: str, tmp_path_factory: pytest.Te
             "images": [{"name": "localhost:5000/prefect-orchestration", "newName": repository, "newTag": tag}],
             "patches": [{"patch": json.dumps(worker)}],
         },
-        folder / "namespace": {"patches": [ways]},
+        folder / "namespace": {"patches": [egress]},
     }
     for where, change in changes.items():
-        # kustomize takes no absolute path.
+        # kustomize accepts no absolute path.
         base = os.path.relpath(EXAMPLE / where.relative_to(folder), where)
         (where / "kustomization.yaml").write_text(yaml.safe_dump({"namespace": name, "resources": [base]} | change))
     return folder
@@ -67,33 +67,35 @@ def overlay(server: Release, pool: Pool, image: str, tmp_path_factory: pytest.Te
 
 @pytest.fixture(scope="module")
 def away(server: Release, pool: Pool, overlay: Path, probe: Object) -> Iterator[Namespace]:
-    """The worker's namespace, in which one has joined the pool."""
-    made = Namespace(pool.namespace.context, yaml.safe_load((overlay / "kustomization.yaml").read_text())["namespace"])
+    """Yield the worker's namespace, with a worker that is ready."""
+    namespace = Namespace(
+        pool.namespace.context, yaml.safe_load((overlay / "kustomization.yaml").read_text())["namespace"]
+    )
     try:
-        made.kubectl("apply", "-k", str(overlay / "namespace"))
-        copy_credentials(server, made)
-        made.apply(probe)
-        made.kubectl("apply", "-k", str(overlay))
-        made.kubectl("rollout", "status", WORKER, "--timeout=180s")
-        yield made
+        namespace.kubectl("apply", "-k", str(overlay / "namespace"))
+        copy_credentials(server, namespace)
+        namespace.apply(probe)
+        namespace.kubectl("apply", "-k", str(overlay))
+        namespace.kubectl("rollout", "status", WORKER, "--timeout=180s")
+        yield namespace
     finally:
-        made.kubectl("delete", "namespace", made.name, "--wait=false", "--ignore-not-found")
+        namespace.kubectl("delete", "namespace", namespace.name, "--wait=false", "--ignore-not-found")
 
 
 def list_worker_pods(away: Namespace) -> list[str]:
-    """The names of the workers' pods, but for those that are ending."""
+    """Return the names of the workers' pods that are not terminating."""
     listed = json.loads(away.kubectl("get", "pods", "-l", WORKERS, "-o", "json"))["items"]
     return [pod["metadata"]["name"] for pod in listed if not pod["metadata"].get("deletionTimestamp")]
 
 
-def start_burst(api: httpx.Client, made: str, count: int) -> list[str]:
-    """So many runs at once, the first of which is claimed by now."""
-    runs = [start_run(api, made, parameters={"text": str(number)}) for number in range(count)]
+def start_burst(api: httpx.Client, deployment: str, count: int) -> list[str]:
+    """Start `count` runs at once, wait until a worker has claimed one, and return the runs."""
+    runs = [start_run(api, deployment, parameters={"text": str(number)}) for number in range(count)]
 
-    def claimed() -> bool:
+    def is_one_claimed() -> bool:
         return any(get_run(api, run)["state_type"] != "SCHEDULED" for run in runs)
 
-    wait_until(claimed, "a worker to claim runs", 120)
+    wait_until(is_one_claimed, "a worker to claim runs", 120)
     return runs
 
 
@@ -102,30 +104,31 @@ def assert_all_completed_once(api: httpx.Client, runs: list[str]) -> None:
     assert {(outcome["state_type"], outcome["run_count"]) for outcome in outcomes} == {("COMPLETED", 1)}
 
 
-def test_it_joins_the_pool_and_a_run_is_a_pod_beside_it(
+def test_worker_joins_the_pool_and_starts_pods_in_its_namespace(
     server: Release, pool: Pool, away: Namespace, api: httpx.Client
 ) -> None:
-    """With the pool's template as it is at the time, which no part of the manifests has."""
+    """The worker uses the current template of the pool, which is not in the manifests."""
     assert not pool.pods("worker")
     on_server = f"/work_pools/{pool.work_pool}"
-    [online] = wait_until(lambda: api.post(f"{on_server}/workers/filter", json={}).json(), "the worker's sign")
+    [online] = wait_until(lambda: api.post(f"{on_server}/workers/filter", json={}).json(), "the worker's heartbeat")
     assert online["status"] == "ONLINE"
     template = api.get(on_server).json()["base_job_template"]
     template["variables"]["properties"]["memory_limit"]["default"] = "640Mi"
     api.patch(on_server, json={"base_job_template": template}).raise_for_status()
     addresses = [
-        f"prefect-server-{what}.{server.namespace.name}:{port}" for what, port in (("api", 4200), ("database", 5432))
+        f"prefect-server-{component}.{server.namespace.name}:{port}"
+        for component, port in (("api", 4200), ("database", 5432))
     ]
-    made = create_deployment(api, pool, parameters={"addresses": addresses})
+    deployment = create_deployment(api, pool, parameters={"addresses": addresses})
 
-    def with_the_new_template() -> tuple[str, Object] | None:
-        run = start_run(api, made)
+    def run_by_the_new_template() -> tuple[str, Object] | None:
+        run = start_run(api, deployment)
         assert wait_until_ended(api, run)["state_type"] == "COMPLETED"
         found = json.loads(away.kubectl("get", "pods", "-l", f"prefect.io/flow-run-id={run}", "-o", "json"))["items"]
         [pod] = found
         return (run, pod) if pod["spec"]["containers"][0]["resources"]["limits"] == {"memory": "640Mi"} else None
 
-    run, pod = wait_until(with_the_new_template, "a run by the new template", 300)
+    run, pod = wait_until(run_by_the_new_template, "a run by the new template", 300)
     assert pod["spec"]["serviceAccountName"] == "prefect-work-pool-runs"
     assert [line for line in wait_for_log(api, run, f"reaches {addresses[-1]}") if line.startswith("reaches")] == [
         f"reaches {addresses[0]}: True",
@@ -134,7 +137,7 @@ def test_it_joins_the_pool_and_a_run_is_a_pod_beside_it(
     assert not json.loads(pool.namespace.kubectl("get", "jobs", "-l", "prefect.io/flow-run-id", "-o", "json"))["items"]
 
 
-def test_scaled_it_stays_so_when_it_is_applied_again(away: Namespace, overlay: Path, api: httpx.Client) -> None:
+def test_apply_keeps_the_number_of_replicas(away: Namespace, overlay: Path, api: httpx.Client) -> None:
     away.kubectl("scale", WORKER, "--replicas=2")
     away.kubectl("apply", "-k", str(overlay))
     away.kubectl("rollout", "status", WORKER, "--timeout=180s")
@@ -142,7 +145,7 @@ def test_scaled_it_stays_so_when_it_is_applied_again(away: Namespace, overlay: P
     assert "Worker" in away.kubectl("logs", WORKER)
 
 
-def test_a_rolling_restart_under_a_burst_loses_no_run(pool: Pool, away: Namespace, api: httpx.Client) -> None:
+def test_rolling_restart_under_a_burst_loses_no_run(pool: Pool, away: Namespace, api: httpx.Client) -> None:
     before = list_worker_pods(away)
     runs = start_burst(api, create_deployment(api, pool), 6)
     away.kubectl("rollout", "restart", WORKER)
@@ -151,29 +154,29 @@ def test_a_rolling_restart_under_a_burst_loses_no_run(pool: Pool, away: Namespac
     assert not set(before) & set(list_worker_pods(away))
 
 
-def test_a_worker_that_is_deleted_finishes_its_claims(pool: Pool, away: Namespace, api: httpx.Client) -> None:
+def test_deleted_worker_submits_its_claimed_runs(pool: Pool, away: Namespace, api: httpx.Client) -> None:
     away.kubectl("scale", WORKER, "--replicas=1")
-    wait_until(lambda: len(list_worker_pods(away)) == 1, "one worker to go")
+    wait_until(lambda: len(list_worker_pods(away)) == 1, "one worker to be gone")
     [worker] = list_worker_pods(away)
     runs = start_burst(api, create_deployment(api, pool), 8)
-    with ThreadPoolExecutor() as beside:
-        log = beside.submit(away.kubectl, "logs", "--follow", worker)
+    with ThreadPoolExecutor() as executor:
+        log = executor.submit(away.kubectl, "logs", "--follow", worker)
         away.kubectl("delete", "pod", worker)
     assert "Asked to end; claimed runs that are submitted first:" in log.result()
     assert_all_completed_once(api, runs)
 
 
-def test_deleted_nothing_of_it_stays_and_all_runs_go_on(
+def test_deleted_overlay_leaves_nothing_and_claimed_runs_complete(
     pool: Pool, away: Namespace, overlay: Path, api: httpx.Client
 ) -> None:
-    """The one in progress and those that were claimed; the others wait for a worker."""
+    """The run in progress completes, too. Unclaimed runs wait for the next worker."""
     away.kubectl("rollout", "status", WORKER, "--timeout=180s")
-    made = create_deployment(api, pool)
-    in_progress = start_run(api, made, parameters={"seconds": 20})
+    deployment = create_deployment(api, pool)
+    in_progress = start_run(api, deployment, parameters={"seconds": 20})
     wait_until(lambda: get_run(api, in_progress)["state_type"] == "RUNNING", "the run to run", 120)
-    runs = start_burst(api, made, 6)
+    runs = start_burst(api, deployment, 6)
     away.kubectl("delete", "-k", str(overlay))
-    wait_until(lambda: not away.kubectl("get", "all", "-l", WORKERS, "-o", "name"), "all of it to go", 90)
+    wait_until(lambda: not away.kubectl("get", "all", "-l", WORKERS, "-o", "name"), "all of it to be gone", 90)
     claimed = [run for run in runs if get_run(api, run)["state_type"] != "SCHEDULED"]
     assert claimed
     assert_all_completed_once(api, [in_progress, *claimed])

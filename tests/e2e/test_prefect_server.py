@@ -1,4 +1,4 @@
-"""The server's chart on a real cluster: install, refuse, upgrade, roll back, uninstall."""
+"""The server's chart on a real cluster: install, refuse, upgrade, roll back, uninstall, in order."""
 
 import base64
 import copy
@@ -27,7 +27,7 @@ def values(image: str) -> Object:
 
 @pytest.fixture(scope="module")
 def server(cluster: str, values: Object) -> Iterator[Release]:
-    """A server that is installed from nothing, in a namespace that enforces the restricted standard."""
+    """Install a server in a new namespace that enforces the restricted standard."""
     with restricted(cluster, "server") as namespace:
         release = Release("prefect-server", SERVER_RELEASE, namespace)
         release.deploy(values)
@@ -36,28 +36,27 @@ def server(cluster: str, values: Object) -> Iterator[Release]:
 
 @pytest.fixture
 def api(server: Release) -> Iterator[httpx.Client]:
-    """The server's API, with the password that was generated."""
+    """Yield a client of the Prefect API, with the generated password."""
     with server.api() as client:
         yield client
 
 
-def test_it_starts_from_nothing_without_a_restart(server: Release) -> None:
+def test_server_starts_from_nothing_without_a_restart(server: Release) -> None:
     restarts = server.restarts()
     assert len(restarts) == 5, "API, services, migrations, database, Valkey"
     assert not any(restarts.values()), restarts
     assert "Phase:          Succeeded" in server.helm("test", SERVER_RELEASE)
 
 
-def test_schema_is_made_by_one_migration(server: Release) -> None:
-    """By the install's Job, and by no pod of the API or the services."""
-    of_release = ("--selector", f"app.kubernetes.io/instance={SERVER_RELEASE}", "--all-containers", "--prefix")
-    logs = server.namespace.kubectl("logs", *of_release, "--tail=-1", "--max-log-requests=20")
-    [made] = [line for line in logs.splitlines() if "The schema went from" in line]
-    assert made.startswith(f"[pod/{SERVER_RELEASE}-migrations-1-")
-    assert "The schema went from nothing to" in made
+def test_install_job_alone_migrates_the_schema(server: Release) -> None:
+    selection = ("--selector", f"app.kubernetes.io/instance={SERVER_RELEASE}", "--all-containers", "--prefix")
+    logs = server.namespace.kubectl("logs", *selection, "--tail=-1", "--max-log-requests=20")
+    [migration] = [line for line in logs.splitlines() if "The schema went from" in line]
+    assert migration.startswith(f"[pod/{SERVER_RELEASE}-migrations-1-")
+    assert "The schema went from nothing to" in migration
 
 
-def test_ui_and_api_are_behind_the_password(server: Release, api: httpx.Client) -> None:
+def test_api_requires_the_password(server: Release, api: httpx.Client) -> None:
     assert api.post("/work_pools/filter", json={}).status_code == 200
     assert api.get(str(api.base_url).replace("/api/", "/")).text.lstrip().lower().startswith("<!doctype html>")
     for auth in (None, ("admin", "wrong")):
@@ -66,20 +65,20 @@ def test_ui_and_api_are_behind_the_password(server: Release, api: httpx.Client) 
 
 
 def test_events_reach_the_services_through_valkey(api: httpx.Client) -> None:
-    """What the API's process is told is stored by the services' process."""
+    """The API's process receives the event, and the services' process stores it."""
     flow = api.post("/flows/", json={"name": f"flow-{uuid4().hex[:6]}"}).json()
     run = api.post("/flow_runs/", json={"flow_id": flow["id"], "state": {"type": "SCHEDULED"}}).json()
     resource = {"id": [f"prefect.flow-run.{run['id']}"]}
 
-    def stored() -> bool:
+    def is_stored() -> bool:
         found = api.post("/events/filter", json={"filter": {"any_resource": resource}})
         return bool(found.json().get("events"))
 
-    wait_until(stored, "the event to be stored", 60)
+    wait_until(is_stored, "the event to be stored", 60)
 
 
-def test_services_do_their_work_without_an_error(server: Release, api: httpx.Client) -> None:
-    """A schedule gets its runs; what a service cannot do is in its log and nowhere else."""
+def test_services_schedule_runs_without_an_error(server: Release, api: httpx.Client) -> None:
+    """A service reports its errors in its log only."""
     flow = api.post("/flows/", json={"name": "scheduled"}).json()
     schedules = [{"schedule": {"cron": "0 6 * * *"}, "active": True}]
     deployment = api.post("/deployments/", json={"name": "daily", "flow_id": flow["id"], "schedules": schedules}).json()
@@ -89,18 +88,18 @@ def test_services_do_their_work_without_an_error(server: Release, api: httpx.Cli
     assert not [line for line in log.splitlines() if "ERROR" in line or "Traceback" in line]
 
 
-def test_a_stranger_reaches_the_api_and_neither_database_nor_valkey(server: Release, namespace: Namespace) -> None:
+def test_other_pods_reach_the_api_and_neither_database_nor_valkey(server: Release, namespace: Namespace) -> None:
     namespace.pod("stranger")
     server.namespace.pod("neighbour")
     home = server.namespace.name
-    for pods, pod in ((namespace, "stranger"), (server.namespace, "neighbour")):
-        assert pods.connects(pod, f"{SERVER_RELEASE}-api.{home}.svc.cluster.local", 4200)
-        assert not pods.connects(pod, f"{SERVER_RELEASE}-database.{home}.svc.cluster.local", 5432)
-        assert not pods.connects(pod, f"{SERVER_RELEASE}-redis.{home}.svc.cluster.local", 6379)
+    for source, pod in ((namespace, "stranger"), (server.namespace, "neighbour")):
+        assert source.connects(pod, f"{SERVER_RELEASE}-api.{home}.svc.cluster.local", 4200)
+        assert not source.connects(pod, f"{SERVER_RELEASE}-database.{home}.svc.cluster.local", 5432)
+        assert not source.connects(pod, f"{SERVER_RELEASE}-redis.{home}.svc.cluster.local", 6379)
     server.namespace.kubectl("delete", "pod", "neighbour")
 
 
-def test_an_upgrade_keeps_passwords_and_data_and_a_rollback_takes_it_back(server: Release, values: Object) -> None:
+def test_upgrade_and_rollback_keep_passwords_and_data(server: Release, values: Object) -> None:
     secrets = (("auth", "auth-string"), ("database", "password"), ("redis", "password"))
     before = [server.secret(f"{SERVER_RELEASE}-{name}", key) for name, key in secrets]
     database = server.pods("database")[0]["metadata"]["uid"]
@@ -112,7 +111,7 @@ def test_an_upgrade_keeps_passwords_and_data_and_a_rollback_takes_it_back(server
     revision = server.revision()
     server.deploy(changed)
     assert [server.secret(f"{SERVER_RELEASE}-{name}", key) for name, key in secrets] == before
-    assert server.pods("database")[0]["metadata"]["uid"] == database, "the database went on"
+    assert server.pods("database")[0]["metadata"]["uid"] == database, "the database was not restarted"
     assert len(server.pods("api")) == 2
     environment = server.pods("api")[0]["spec"]["containers"][0]["env"]
     assert {"name": "PREFECT_SERVER_API_DEFAULT_LIMIT", "value": "123"} in environment
@@ -124,7 +123,7 @@ def test_an_upgrade_keeps_passwords_and_data_and_a_rollback_takes_it_back(server
         assert api.get(f"/work_pools/{pool}").status_code == 200
 
 
-def test_a_failed_upgrade_leaves_the_server_running(server: Release, values: Object) -> None:
+def test_failed_upgrade_leaves_the_server_running(server: Release, values: Object) -> None:
     running = {pod["metadata"]["name"] for pod in server.pods("api")}
     wrong = copy.deepcopy(values)
     wrong["image"]["tag"] = "absent"
@@ -147,7 +146,7 @@ def test_a_failed_upgrade_leaves_the_server_running(server: Release, values: Obj
         server.helm("rollback", SERVER_RELEASE, "--wait", "--timeout", "10m")
 
 
-def test_a_missing_secret_is_found_before_anything_is_changed(server: Release, values: Object) -> None:
+def test_missing_secret_is_refused_before_anything_is_changed(server: Release, values: Object) -> None:
     revisions = server.helm("history", SERVER_RELEASE, "-o", "json")
     with pytest.raises(ClusterError) as caught:
         server.deploy(copy.deepcopy(values) | {"auth": {"existingSecret": "absent"}})
@@ -155,7 +154,7 @@ def test_a_missing_secret_is_found_before_anything_is_changed(server: Release, v
     assert server.helm("history", SERVER_RELEASE, "-o", "json") == revisions
 
 
-def test_an_external_database_with_a_wrong_password_says_so(
+def test_wrong_password_of_an_external_database_is_reported(
     namespace: Namespace, server: Release, values: Object
 ) -> None:
     url = f"postgresql+asyncpg://prefect:wrong@{SERVER_RELEASE}-database.{server.namespace.name}:5432/prefect"
@@ -185,8 +184,8 @@ def test_an_external_database_with_a_wrong_password_says_so(
         )
 
 
-def test_a_database_that_is_nowhere_is_named(namespace: Namespace, values: Object) -> None:
-    """By the pods that wait for it, which a deploy that gives up reports."""
+def test_unreachable_database_is_named(namespace: Namespace, values: Object) -> None:
+    """The pods that wait for the database name it, and the diagnosis of a failed deploy repeats their message."""
     url = "postgresql+asyncpg://prefect:secret@nowhere.invalid:5432/prefect"
     namespace.apply(
         {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "db"}, "stringData": {"connection-url": url}}
@@ -204,11 +203,11 @@ def test_a_database_that_is_nowhere_is_named(namespace: Namespace, values: Objec
     assert re.search(rf"wait-for-migrations: \S+Z INFO {message}", line), line
 
 
-def test_uninstalled_only_the_volume_and_its_password_stay(server: Release) -> None:
+def test_uninstall_keeps_only_the_volume_and_its_password(server: Release) -> None:
     server.helm("uninstall", SERVER_RELEASE, "--wait")
     kinds = "deploy,sts,jobs,services,secrets,configmaps,networkpolicies,serviceaccounts,pvc"
     listed = json.loads(server.namespace.kubectl("get", kinds, "-o", "json"))["items"]
-    left = sorted(f"{each['kind']}/{each['metadata']['name']}" for each in listed)
+    left = sorted(f"{found['kind']}/{found['metadata']['name']}" for found in listed)
     assert left == [
         "ConfigMap/kube-root-ca.crt",
         f"PersistentVolumeClaim/data-{SERVER_RELEASE}-database-0",

@@ -1,4 +1,4 @@
-"""What a flow run can do with its credential of the Prefect API, tried on a real cluster."""
+"""Attacks with the credential of a flow run and with the worker's token, on a real cluster."""
 
 import copy
 import json
@@ -15,20 +15,21 @@ from tests.parts import wait_until
 
 @pytest.fixture(scope="module")
 def values(values: Object) -> Object:
-    """Those of a pool without deployments of its own."""
+    """Return values for a pool without sync and drift detection."""
     return merge_values(values, {"drift": {"enabled": False}, "sync": {"files": []}})
 
 
-def _account_of_worker(pool: Pool) -> str:
+def _read_worker_account(pool: Pool) -> str:
+    """Return the name of the worker's service account."""
     return str(pool.pods("worker")[0]["spec"]["serviceAccountName"])
 
 
-def test_run_cannot_give_the_next_run_another_identity(pool: Pool, api: httpx.Client) -> None:
-    """By the pool's template, which the credential of every run can change, or by job variables."""
+def test_changed_template_and_job_variables_give_no_run_another_identity(pool: Pool, api: httpx.Client) -> None:
+    """The credential of every run can change the pool's template."""
     on_server = f"/work_pools/{pool.work_pool}"
     template = api.get(on_server).raise_for_status().json()["base_job_template"]
     spec = template["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
-    spec["serviceAccountName"] = _account_of_worker(pool)
+    spec["serviceAccountName"] = _read_worker_account(pool)
     spec["automountServiceAccountToken"] = True
     spec["containers"][0]["envFrom"] = [{"secretRef": {"name": "prefect-database"}}]
     del template["variables"]["properties"]["service_account_name"]
@@ -43,28 +44,28 @@ def test_run_cannot_give_the_next_run_another_identity(pool: Pool, api: httpx.Cl
 
     run = start_run(api, create_deployment(api, pool))
 
-    def pod() -> Object | None:
+    def find_pod() -> Object | None:
         selector = f"prefect.io/flow-run-id={run}"
         found = json.loads(pool.namespace.kubectl("get", "pods", "-l", selector, "-o", "json"))["items"]
         return found[0] if found else None
 
-    made: Object = wait_until(pod, "the run's pod", 60)["spec"]
-    assert made["serviceAccountName"].endswith("-runs")
-    assert made["automountServiceAccountToken"] is False
-    assert "envFrom" not in made["containers"][0]
+    created: Object = wait_until(find_pod, "the run's pod", 60)["spec"]
+    assert created["serviceAccountName"].endswith("-runs")
+    assert created["automountServiceAccountToken"] is False
+    assert "envFrom" not in created["containers"][0]
     assert wait_until_ended(api, run)["state_type"] == "COMPLETED"
 
-    # The reconciler has looked several times since.
+    # Several rounds of the reconciler have passed since.
     history = api.get("/flow_run_states/", params={"flow_run_id": refused}).raise_for_status().json()
-    history.sort(key=lambda each: each["timestamp"])
-    assert [each["name"] for each in history] == ["Scheduled", "Pending", "Crashed"]
+    history.sort(key=lambda state: state["timestamp"])
+    assert [state["name"] for state in history] == ["Scheduled", "Pending", "Crashed"]
     assert not pool.namespace.kubectl("get", "jobs", "-l", f"prefect.io/flow-run-id={refused}", "-o", "name")
 
 
 def _change_pod(job: Object, change: Callable[[Object], object]) -> Object:
-    made = copy.deepcopy(job)
-    change(made["spec"]["template"])
-    return made
+    changed = copy.deepcopy(job)
+    change(changed["spec"]["template"])
+    return changed
 
 
 ATTACKS: dict[str, Callable[[Object], object]] = {
@@ -87,19 +88,19 @@ ATTACKS: dict[str, Callable[[Object], object]] = {
     "prefect.io/role": lambda pod: pod["metadata"]["labels"].pop("prefect.io/role"),
     "app.kubernetes.io/instance": lambda pod: pod["metadata"]["labels"].update({"app.kubernetes.io/instance": "other"}),
 }
-"""What is changed in the Job of a run, by a part of what the API server says to it."""
+"""Changes to the Job of a run, by a part of the message with which the API server refuses the Job."""
 
 
-def test_token_of_the_worker_makes_no_other_job(pool: Pool, api: httpx.Client) -> None:
+def test_worker_token_creates_no_changed_job(pool: Pool, api: httpx.Client) -> None:
     run = start_run(api, create_deployment(api, pool))
     assert wait_until_ended(api, run)["state_type"] == "COMPLETED"
     selector = f"prefect.io/flow-run-id={run}"
     [job] = json.loads(pool.namespace.kubectl("get", "jobs", "-l", selector, "-o", "json"))["items"]
     job["metadata"] = {"name": "stolen", "labels": job["metadata"]["labels"]}
     del job["status"], job["spec"]["selector"]
-    for each in ("batch.kubernetes.io/controller-uid", "controller-uid", "job-name", "batch.kubernetes.io/job-name"):
-        job["spec"]["template"]["metadata"]["labels"].pop(each, None)
-    worker = f"--as=system:serviceaccount:{pool.namespace.name}:{_account_of_worker(pool)}"
+    for label in ("batch.kubernetes.io/controller-uid", "controller-uid", "job-name", "batch.kubernetes.io/job-name"):
+        job["spec"]["template"]["metadata"]["labels"].pop(label, None)
+    worker = f"--as=system:serviceaccount:{pool.namespace.name}:{_read_worker_account(pool)}"
 
     def create(changed: Object) -> str:
         try:
@@ -109,8 +110,8 @@ def test_token_of_the_worker_makes_no_other_job(pool: Pool, api: httpx.Client) -
             return str(refused)
 
     assert create(job).strip() == "job.batch/stolen"
-    for said, change in ATTACKS.items():
-        assert said in create(_change_pod(job, change)), said
+    for message, change in ATTACKS.items():
+        assert message in create(_change_pod(job, change)), message
 
 
 RUN_ATTACKS = """

@@ -1,4 +1,4 @@
-"""The local environment on a real cluster: what it refuses, what it gives, and who reaches the warehouse."""
+"""The local environment on a real cluster: its policies, its defaults, its quotas, and access to the warehouse."""
 
 import json
 import os
@@ -19,17 +19,17 @@ from tests.parts import wait_until
 LOCAL = ROOT / "k8s" / "overlays" / "local"
 FLOW_RUN = {"prefect.io/role": "flow-run"}
 UNSCHEDULABLE = {"nodeSelector": {"prefect.io/no-such": "node"}}
-"""Where a pod is admitted and counted and costs nothing."""
+"""Fields of a pod that is admitted and counted, and never starts."""
 
 
 @pytest.fixture(scope="module")
 def overlay(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The local overlay in a namespace of the module's own, with the cluster's Postgres."""
+    """Write an overlay of the local environment with a new namespace and the cluster's Postgres."""
     folder = tmp_path_factory.mktemp("overlay").resolve()
     name, _, tag = images.POSTGRES.rpartition(":")
     kustomization = {
         "namespace": f"surroundings-{uuid4().hex[:8]}",
-        # kustomize takes no absolute path.
+        # kustomize accepts no absolute path.
         "resources": [os.path.relpath(LOCAL, folder)],
         "images": [{"name": "postgres", "newName": name, "newTag": tag}],
     }
@@ -37,8 +37,8 @@ def overlay(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _make_secret(namespace: Namespace) -> str:
-    """Call the script, as a person does; the Secret's identity and version."""
+def _create_secret(namespace: Namespace) -> str:
+    """Call the script as a person does, and return the Secret's uid and version."""
     command = [str(LOCAL / "warehouse" / "secret"), "--context", namespace.context, "--namespace", namespace.name]
     path = f"{os.environ['PATH']}:{binaries.cache() / f'kubernetes-{binaries.KUBERNETES}'}"
     subprocess.run(command, env=os.environ | {"PATH": path}, check=True)
@@ -47,23 +47,25 @@ def _make_secret(namespace: Namespace) -> str:
 
 @pytest.fixture(scope="module")
 def local(cluster: str, overlay: Path) -> Iterator[Namespace]:
-    """The environment, with its warehouse ready. Its priority classes stay: they are the cluster's."""
-    made = Namespace(cluster, yaml.safe_load((overlay / "kustomization.yaml").read_text())["namespace"])
+    """Yield the environment with a ready warehouse. Its cluster-wide priority classes are not deleted."""
+    environment = Namespace(cluster, yaml.safe_load((overlay / "kustomization.yaml").read_text())["namespace"])
     try:
         binaries.kubectl("--context", cluster, "apply", "-k", str(overlay))
-        _make_secret(made)
-        made.kubectl("rollout", "status", "statefulset/warehouse", "--timeout=300s")
-        yield made
+        _create_secret(environment)
+        environment.kubectl("rollout", "status", "statefulset/warehouse", "--timeout=300s")
+        yield environment
     finally:
-        binaries.kubectl("--context", cluster, "delete", "namespace", made.name, "--wait=false", "--ignore-not-found")
+        binaries.kubectl(
+            "--context", cluster, "delete", "namespace", environment.name, "--wait=false", "--ignore-not-found"
+        )
 
 
-def test_a_flow_run_builds_in_the_warehouse_and_nobody_else_reaches_it(local: Namespace, namespace: Namespace) -> None:
+def test_flow_runs_alone_reach_the_warehouse(local: Namespace, namespace: Namespace) -> None:
     url = {"name": "WAREHOUSE_URL", "valueFrom": {"secretKeyRef": {"name": "warehouse", "key": "url"}}}
     local.pod("run", labels=FLOW_RUN, container={"image": images.POSTGRES, "env": [url]})
     local.pod("neighbour", "python3", "-m", "http.server", "8000")
     namespace.pod("elsewhere", labels=FLOW_RUN)
-    # Policies know a new pod's address only after a while.
+    # Network policies apply to a new pod's address only after a while.
     reached = 'until pg_isready -q -t 2 -d "$WAREHOUSE_URL"; do sleep 0.2; done'
     local.kubectl("exec", "run", "--", "timeout", "30", "sh", "-c", reached)
     sql = "create table landed (day date); insert into landed values ('2013-01-01'); select count(*) from landed"
@@ -74,29 +76,29 @@ def test_a_flow_run_builds_in_the_warehouse_and_nobody_else_reaches_it(local: Na
         return local.kubectl("get", "pod", pod, "-o", "jsonpath={.status.podIP}")
 
     warehouse = address("warehouse-0")
-    wait_until(lambda: local.connects("neighbour", "kube-dns.kube-system", 53), "names in the namespace", 30)
+    wait_until(lambda: local.connects("neighbour", "kube-dns.kube-system", 53), "DNS in the namespace", 30)
     assert not local.connects("neighbour", warehouse, 5432), "not a flow run"
-    assert not local.connects("neighbour", "kubernetes.default", 443), "nothing but names"
+    assert not local.connects("neighbour", "kubernetes.default", 443), "DNS alone is allowed"
     assert namespace.connects("elsewhere", "kube-dns.kube-system", 53)
     assert not namespace.connects("elsewhere", warehouse, 5432), "a flow run of another namespace"
     wait_until(lambda: local.connects("neighbour", "127.0.0.1", 8000), "the neighbour's server")
-    assert not namespace.connects("elsewhere", address("neighbour"), 8000), "nobody is let in unasked"
+    assert not namespace.connects("elsewhere", address("neighbour"), 8000), "a pod accepts no connection by default"
 
 
-def test_what_could_reach_beyond_its_container_is_refused(local: Namespace) -> None:
+def test_privileged_pod_is_refused(local: Namespace) -> None:
     with pytest.raises(ClusterError, match=r'violates PodSecurity "restricted:v1\.33": privileged'):
         local.pod("root", container={"securityContext": {"privileged": True}})
 
 
-def test_memory_and_cpu_are_given_to_who_names_none_and_too_much_is_refused(local: Namespace) -> None:
+def test_containers_get_default_resources_and_too_much_memory_is_refused(local: Namespace) -> None:
     local.pod("plain", container={"resources": {}}, ready=False, **UNSCHEDULABLE)
-    given = json.loads(local.kubectl("get", "pod", "plain", "-o", "jsonpath={.spec.containers[0].resources}"))
-    assert given == {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"memory": "512Mi"}}
+    resources = json.loads(local.kubectl("get", "pod", "plain", "-o", "jsonpath={.spec.containers[0].resources}"))
+    assert resources == {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"memory": "512Mi"}}
     with pytest.raises(ClusterError, match="maximum memory usage per Container is 2Gi"):
         local.pod("greedy", container={"resources": {"limits": {"memory": "3Gi"}}}, ready=False, **UNSCHEDULABLE)
 
 
-def test_a_burst_of_runs_waits_and_the_server_rolls(local: Namespace) -> None:
+def test_quota_limits_runs_and_not_the_server(local: Namespace) -> None:
     most = int(local.kubectl("get", "quota", "runs", "-o", "jsonpath={.spec.hard.pods}"))
     local.kubectl("wait", "--for=jsonpath={.status.hard.pods}=" + str(most), "quota/runs", "--timeout=30s")
     for number in range(most):
@@ -109,7 +111,7 @@ def test_a_burst_of_runs_waits_and_the_server_rolls(local: Namespace) -> None:
     local.pod("one-too-many", labels=FLOW_RUN, priorityClassName="prefect-runs", ready=False, **UNSCHEDULABLE)
 
 
-def test_no_service_opens_a_port_to_the_world(local: Namespace) -> None:
+def test_services_open_no_port_outside_the_cluster(local: Namespace) -> None:
     for kind in ("NodePort", "LoadBalancer"):
         with pytest.raises(ClusterError, match="exceeded quota: objects"):
             local.apply({
@@ -120,13 +122,13 @@ def test_no_service_opens_a_port_to_the_world(local: Namespace) -> None:
             })  # fmt: skip
 
 
-def test_applied_again_nothing_changes_and_the_password_stays(local: Namespace, overlay: Path) -> None:
+def test_second_apply_changes_nothing_and_keeps_the_password(local: Namespace, overlay: Path) -> None:
     secret, warehouse = (
-        _make_secret(local),
+        _create_secret(local),
         local.kubectl("get", "pod", "warehouse-0", "-o", "jsonpath={.metadata.uid}"),
     )
     changes = binaries.kubectl("--context", local.context, "diff", "-k", str(overlay))
     assert not changes, changes
     binaries.kubectl("--context", local.context, "apply", "-k", str(overlay))
-    assert _make_secret(local) == secret
+    assert _create_secret(local) == secret
     assert local.kubectl("get", "pod", "warehouse-0", "-o", "jsonpath={.metadata.uid}") == warehouse

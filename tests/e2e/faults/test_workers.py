@@ -1,4 +1,4 @@
-"""Runs while workers are away or several, and results that are kept elsewhere."""
+"""Runs with several workers or none, and results in other storage."""
 
 import contextlib
 import copy
@@ -44,7 +44,7 @@ for type_ in ("RUNNING", "COMPLETED"):
     body = json.dumps({"state": {"type": type_}}).encode()
     urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=60)
 """
-"""What executes a run without an import of Prefect, which for twenty would take minutes of a small machine."""
+"""Code that executes a run without importing Prefect. Twenty imports would take minutes on a small machine."""
 
 
 def test_two_workers_execute_each_run_once(pool: Pool, api: httpx.Client) -> None:
@@ -53,57 +53,65 @@ def test_two_workers_execute_each_run_once(pool: Pool, api: httpx.Client) -> Non
     pool.namespace.kubectl("scale", worker, "--replicas=2")
     try:
         pool.namespace.kubectl("rollout", "status", worker, "--timeout=300s")
-        made = deploy_victim(api, pool, job_variables={"command": f"python -I -S -c {shlex.quote(LIGHT_RUN_CODE)}"})
+        deployment = deploy_victim(
+            api, pool, job_variables={"command": f"python -I -S -c {shlex.quote(LIGHT_RUN_CODE)}"}
+        )
         runs: list[str] = []
         body = {
-            "deployments": {"id": {"any_": [made]}},
+            "deployments": {"id": {"any_": [deployment]}},
             "flow_runs": {"state": {"type": {"any_": ["SCHEDULED", "PENDING", "RUNNING"]}}},
         }
 
         def start_as_room_permits() -> bool:
             # Not all at once: the node is small, and other tests use it.
             free = at_once - int(api.post("/flow_runs/count", json=body).raise_for_status().json())
-            runs.extend(start_run(api, made) for _ in range(min(free, number - len(runs))))
+            runs.extend(start_run(api, deployment) for _ in range(min(free, number - len(runs))))
             return len(runs) == number
 
         wait_until(start_as_room_permits, "all runs to be started", 600)
         for run in runs:
             assert (wait_until_ended(api, run)["state_type"], get_run(api, run)["run_count"]) == ("COMPLETED", 1)
-            assert sum(each["type"] == "PENDING" for each in list_states(api, run)) <= 2  # Pending, Submitting
+            assert sum(state["type"] == "PENDING" for state in list_states(api, run)) <= 2  # Pending, Submitting
         jobs = json.loads(pool.namespace.kubectl("get", "jobs", "-o", "json"))["items"]
-        of_run = [each["metadata"]["labels"].get("prefect.io/flow-run-id") for each in jobs]
-        assert sorted(each for each in of_run if each in runs) == sorted(runs)
-        by = {get_run(api, run)["labels"]["prefect.worker.name"] for run in runs}
-        assert len(by) == 2, "one worker had them all"
+        executed = [job["metadata"]["labels"].get("prefect.io/flow-run-id") for job in jobs]
+        assert sorted(run for run in executed if run in runs) == sorted(runs)
+        workers = {get_run(api, run)["labels"]["prefect.worker.name"] for run in runs}
+        assert len(workers) == 2, "one worker claimed all runs"
     finally:
         pool.namespace.kubectl("scale", worker, "--replicas=1")
 
 
 @contextlib.contextmanager
 def exhausted_quota(pool: Pool, kind: str, name: str) -> Iterator[None]:
-    """The namespace with a quota of that name that is used up, while the block lasts."""
+    """Limit the namespace to the current number of objects of a kind while the block lasts.
+
+    Args:
+        pool: the release of the work pool.
+        kind: the kind of the objects, as kubectl takes it.
+        name: the resource of the quota that limits this kind.
+    """
     listed = json.loads(pool.namespace.kubectl("get", kind, "-o", "json"))["items"]
-    used = sum(each["status"].get("phase") not in ("Succeeded", "Failed") for each in listed)
+    used = sum(found["status"].get("phase") not in ("Succeeded", "Failed") for found in listed)
     spec = {"hard": {name: str(used)}}
     pool.namespace.apply({"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "full"}, "spec": spec})
     try:
-        counted = ("get", "resourcequota", "full", "-o", "jsonpath={.status.used}")
-        wait_until(lambda: pool.namespace.kubectl(*counted), "the quota to count", 60)
+        read_usage = ("get", "resourcequota", "full", "-o", "jsonpath={.status.used}")
+        wait_until(lambda: pool.namespace.kubectl(*read_usage), "the quota to count", 60)
         yield
     finally:
         pool.namespace.kubectl("delete", "resourcequota", "full")
 
 
 def test_runs_over_quota_wait_for_room(pool: Pool, api: httpx.Client) -> None:
-    """Though there is no retry: one whose Job is refused, and then one whose pod is."""
-    made = deploy_victim(api, pool, job_variables={"crash_retries": 0})
+    """The quota refuses the Job of the first run and the pod of the second. Neither run has a retry."""
+    deployment = deploy_victim(api, pool, job_variables={"crash_retries": 0})
     container = {"name": "main", "image": "none"}
     idle = {"parallelism": 0, "template": {"spec": {"containers": [container], "restartPolicy": "Never"}}}
-    # A quota of none would be one in which no Job ever has room.
+    # With a quota of zero no Job would ever have room.
     pool.namespace.apply({"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "idle"}, "spec": idle})
     for kind, name, state in (("jobs", "count/jobs.batch", "JobRefused"), ("pods", "pods", "PodRefused")):
         with exhausted_quota(pool, kind, name):
-            run = start_run(api, made)
+            run = start_run(api, deployment)
             assert "exceeded quota: full" in wait_for_state(api, run, state, 60)["message"]
             time.sleep(PENDING_TIMEOUT_SECONDS + 5)
             assert get_run(api, run)["state_type"] == "PENDING"
@@ -113,29 +121,29 @@ def test_runs_over_quota_wait_for_room(pool: Pool, api: httpx.Client) -> None:
         wait_until(lambda run=run: all(map(is_ending, list_pods(pool, run))), "its pod to end")  # type: ignore[misc]
 
 
-def test_runs_end_and_crash_while_no_worker_is_there(pool: Pool, api: httpx.Client) -> None:
-    made = deploy_victim(api, pool)
-    ends, _ = start_running(api, pool, made, seconds=60)
-    dies, pod = start_running(api, pool, made, seconds=300)
+def test_runs_complete_and_crash_while_no_worker_exists(pool: Pool, api: httpx.Client) -> None:
+    deployment = deploy_victim(api, pool)
+    completing, _ = start_running(api, pool, deployment, seconds=60)
+    killed, pod = start_running(api, pool, deployment, seconds=300)
     began = time.monotonic()
     with scaled_to_zero(pool, "worker"):
         gone = datetime.now(UTC)
         died = kill_pod(pool, pod)
-        assert_state_within(api, dies, "Crashed", died)
-        assert_state_within(api, dies, "AwaitingRetry", died, 2 * DETECTION_SECONDS)
-        due = start_run(api, made)
-        assert wait_until_ended(api, ends)["state_type"] == "COMPLETED"
-        assert datetime.fromisoformat(get_run(api, ends)["end_time"]) > gone
+        assert_state_within(api, killed, "Crashed", died)
+        assert_state_within(api, killed, "AwaitingRetry", died, 2 * DETECTION_SECONDS)
+        due = start_run(api, deployment)
+        assert wait_until_ended(api, completing)["state_type"] == "COMPLETED"
+        assert datetime.fromisoformat(get_run(api, completing)["end_time"]) > gone
         time.sleep(max(0, WORKER_OUTAGE_SECONDS - (time.monotonic() - began)))
     back = datetime.now(UTC)
-    for run in (dies, due):
+    for run in (killed, due):
         wait_until_completed(api, run)
         begun = max(
-            datetime.fromisoformat(each["timestamp"]) for each in list_states(api, run) if each["type"] == "RUNNING"
+            datetime.fromisoformat(state["timestamp"]) for state in list_states(api, run) if state["type"] == "RUNNING"
         )
-        assert_within("it begins", back, begun, 60)
-    assert_completed_by_one_retry(api, dies)
-    assert get_run(api, due)["run_count"] == get_run(api, ends)["run_count"] == 1
+        assert_within("the run begins", back, begun, 60)
+    assert_completed_by_one_retry(api, killed)
+    assert get_run(api, due)["run_count"] == get_run(api, completing)["run_count"] == 1
 
 
 def test_cancelled_run_ends_without_a_worker(pool: Pool, api: httpx.Client) -> None:
@@ -147,35 +155,44 @@ def test_cancelled_run_ends_without_a_worker(pool: Pool, api: httpx.Client) -> N
         wait_until(lambda: all(map(is_ending, list_pods(pool, run))), "its pod to end", 30)
 
 
-def test_claim_of_a_dead_worker_is_taken_again(pool: Pool, api: httpx.Client) -> None:
-    """As if the worker had died right after its claim: nobody makes a Job."""
+def test_claim_of_a_dead_worker_is_released(pool: Pool, api: httpx.Client) -> None:
+    """The worker died right after its claim: no Job exists."""
     with scaled_to_zero(pool, "worker"):
         run = start_run(api, deploy_victim(api, pool))
         pending = {"state": {"type": "PENDING"}}
         api.post(f"/flow_runs/{run}/set_state", json=pending).raise_for_status()
 
-        def taken_back() -> bool:
+        def is_released() -> bool:
             newest = get_run(api, run)["state"]
             return newest["type"] == "SCHEDULED" and "No worker made a Job" in (newest["message"] or "")
 
-        wait_until(taken_back, "the claim to be taken back", 60 + DETECTION_SECONDS)
+        wait_until(is_released, "the claim to be released", 60 + DETECTION_SECONDS)
     wait_until_completed(api, run)
     assert get_run(api, run)["run_count"] == 1
 
 
 def deploy_with_results(
-    pool: Pool, values: Object, where: Namespace, labels: dict[str, str], port: int, **results: object
+    pool: Pool, values: Object, namespace: Namespace, labels: dict[str, str], port: int, **results: object
 ) -> None:
-    """Deploy the pool so that results are kept in the pods of these labels, which its runs may reach at that port."""
+    """Deploy the pool with a results storage that runs in pods of the cluster.
+
+    Args:
+        pool: the release of the work pool.
+        values: the values of the pool.
+        namespace: the namespace of the storage.
+        labels: labels of the storage's pods.
+        port: port of the storage.
+        results: the values of `runs.results`.
+    """
     runs = {
         "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": pool.namespace.name}},
         "podSelector": {"matchLabels": {"prefect.io/role": "flow-run"}},
     }
     service = {
-        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": where.name}},
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": namespace.name}},
         "podSelector": {"matchLabels": labels},
     }
-    where.apply(
+    namespace.apply(
         {
             "apiVersion": "networking.k8s.io/v1",
             "kind": "NetworkPolicy",
@@ -187,17 +204,17 @@ def deploy_with_results(
             },
         },
     )
-    made = copy.deepcopy(values)
-    made["runs"]["results"] = results
-    made["networkPolicy"]["extraEgress"] = [{"to": [service], "ports": [{"port": port}]}]
-    pool.deploy(made)
+    changed = copy.deepcopy(values)
+    changed["runs"]["results"] = results
+    changed["networkPolicy"]["extraEgress"] = [{"to": [service], "ports": [{"port": port}]}]
+    pool.deploy(changed)
     pool.wait_for_one_worker()
 
 
 def test_retry_repeats_no_finished_task_with_results_in_redis(
     server: Release, pool: Pool, api: httpx.Client, values: Object
 ) -> None:
-    """The server's own, with another database of it. The results of all tests after this one are elsewhere."""
+    """The storage is another database of the server's Redis. The following tests keep their results elsewhere, too."""
     password = server.secret("prefect-server-redis", "password")
     url = f"redis://:{password}@prefect-server-redis.{server.namespace.name}:6379/1"
     pool.namespace.apply(
@@ -222,20 +239,20 @@ def test_retry_repeats_no_finished_task_with_results_in_s3(pool: Pool, api: http
     )
     secret = {name: {"secretKeyRef": {"name": "s3", "key": name}} for name in key}
     root = {"ROOT_ACCESS_KEY": "AWS_ACCESS_KEY_ID", "ROOT_SECRET_KEY": "AWS_SECRET_ACCESS_KEY"}
-    # What is a folder in its own is a bucket.
+    # A folder in /buckets is a bucket.
     folders = {"metadata": "/metadata", "buckets": "/buckets", "results": "/buckets/results"}
     container = {
         "image": images.push_program_image("versitygw"),
         "command": ["/versitygw", "--port", ":7070", "posix", "--sidecar", "/metadata", "/buckets"],
-        "env": [{"name": name, "valueFrom": secret[of]} for name, of in root.items()],
+        "env": [{"name": name, "valueFrom": secret[source]} for name, source in root.items()],
         "volumeMounts": [{"name": name, "mountPath": path} for name, path in folders.items()],
         "readinessProbe": {"tcpSocket": {"port": 7070}, "periodSeconds": 1},
     }
     pool.namespace.pod("s3", container=container, volumes=[{"name": name, "emptyDir": {}} for name in folders])
-    made = copy.deepcopy(values)
-    made["runs"]["env"] += [{"name": name, "valueFrom": each} for name, each in secret.items()]
+    changed = copy.deepcopy(values)
+    changed["runs"]["env"] += [{"name": name, "valueFrom": source} for name, source in secret.items()]
     s3 = {"bucket": "results", "endpoint": "http://s3:7070", "region": "us-east-1"}
-    deploy_with_results(pool, made, pool.namespace, {"app": "s3"}, 7070, storage="s3", s3=s3)
+    deploy_with_results(pool, changed, pool.namespace, {"app": "s3"}, 7070, storage="s3", s3=s3)
     assert_no_task_is_repeated(api, pool)
-    kept = re.findall(r"200 .* PUT \| /results/(\S+)/", pool.namespace.kubectl("logs", "s3"))
-    assert set(kept) == {f"{pool.namespace.name}/{pool.name}"}
+    written = re.findall(r"200 .* PUT \| /results/(\S+)/", pool.namespace.kubectl("logs", "s3"))
+    assert set(written) == {f"{pool.namespace.name}/{pool.name}"}
