@@ -30,47 +30,47 @@ from tests.parts import copy_of_checkout
 
 @pytest.fixture(scope="module")
 def probe() -> Object:
-    """The ConfigMap with the probe's flow, for each namespace with runs; runs find the flow in /probe."""
+    """Return the ConfigMap with the probe's flow, for each namespace with runs. Runs find the flow in /probe."""
     return probe_config_map(Path(__file__).with_name("probe_flow.py"))
 
 
 @pytest.fixture(scope="module")
 def server(cluster: str, image: str) -> Release:
-    """The server that test files share. A file whose tests disturb the server installs its own."""
+    """Return the server that test files share. A file whose tests disturb the server installs another one."""
     return shared_server(cluster, image)
 
 
 @pytest.fixture(scope="module")
 def pool_namespace(cluster: str) -> Iterator[Namespace]:
-    """A namespace that enforces the restricted Pod Security Standard."""
+    """Yield a namespace that enforces the restricted Pod Security Standard."""
     with restricted(cluster, "pool") as namespace:
         yield namespace
 
 
 @pytest.fixture(scope="module")
 def values(image: str, server: Release, pool_namespace: Namespace) -> Object:
-    """The values of a work pool whose name on the server is its namespace's name."""
+    """Return the values of a work pool. Its name on the server is the name of its namespace."""
     return merge_values(pool_values(image), connection_values(server, pool_namespace.name))
 
 
 @pytest.fixture(scope="module")
 def pool(server: Release, pool_namespace: Namespace, values: Object, probe: Object) -> Pool:
-    """A work pool, freshly installed."""
+    """Install a work pool."""
     return install_pool(server, pool_namespace, values, probe)
 
 
 @pytest.fixture(scope="module")
 def api(server: Release) -> Iterator[httpx.Client]:
-    """A client of the server's API."""
+    """Yield a client of the Prefect API."""
     with server.api() as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def checkout(cluster: str, image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkout]:
-    """A checkout whose local environment has a namespace that does not exist yet.
+    """Yield a checkout whose local environment has a namespace that does not exist yet.
 
-    One test file at a time has an environment: its resource requests fill most of a small node.
+    One test file at a time has an environment, because its resource requests fill most of a small node.
     """
     folder = tmp_path_factory.mktemp("checkout")
     copy_of_checkout(folder)

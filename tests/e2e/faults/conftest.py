@@ -36,7 +36,7 @@ def probe() -> Object:
 
 @pytest.fixture(scope="module")
 def own_server(pool_namespace: Namespace, image: str) -> Release:
-    """A server in the pool's namespace, for tests that disturb it."""
+    """Install a server in the pool's namespace, for tests that disturb it."""
     release = Release("prefect-server", "prefect-server", pool_namespace)
     release.deploy(server_values(image))
     return release
@@ -49,7 +49,7 @@ def values(values: Object) -> Object:
 
 @pytest.fixture(scope="module")
 def shared_pool(cluster: str, image: str, server: Release, probe: Object) -> Pool:
-    """The pool that test files share if they do not disturb its worker and reconciler."""
+    """Return the pool that test files share if they do not disturb its worker and reconciler."""
     name = "faults"
     values = victim_values(merge_values(pool_values(image), connection_values(server, name)))
     values["reconciler"]["capacityTimeoutSeconds"] = CAPACITY_TIMEOUT_SECONDS
