@@ -37,8 +37,8 @@ from tests.parts import (
 
 WAYS = ("killed", "cancelled")
 
-RUN_TIMEOUT_SECONDS = 180.0
-"""Upper bound for a run that is not ended."""
+RUN_TIMEOUT_SECONDS, RETRY_TIMEOUT_SECONDS = 600.0, 180.0
+"""Upper bounds for the undisturbed run and for a retry."""
 
 SQL_END_SECONDS = 5.0
 """Seconds after which no SQL of a run may be left: 0.5 until dbt is notified, 2.5 to end the SQL, 2 until Postgres
@@ -157,7 +157,7 @@ def end_at_random(
             done = sum(task["state_type"] == "COMPLETED" for task in server.get("task_runs", run))
             if state != "COMPLETED":
                 server.set_state(run, "SCHEDULED", "AwaitingRetry")
-                execute(shop, api, run).wait(RUN_TIMEOUT_SECONDS)
+                execute(shop, api, run).wait(RETRY_TIMEOUT_SECONDS)
         finally:
             kill_run_processes(run)
         is_same = server.state(run)["type"] == "COMPLETED" and tables(query) == undisturbed.tables
