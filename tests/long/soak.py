@@ -242,7 +242,7 @@ class Outcome:
         return [run for run, seconds in self.waited.items() if seconds > STUCK_AFTER_SECONDS]
 
     @property
-    def doubled(self) -> list[str]:
+    def executed_twice(self) -> list[str]:
         """Runs that two attempts executed at the same time, by their journals."""
         return [run for run, journal in self.journals.items() if has_overlapping_attempts(journal)]
 
@@ -279,7 +279,7 @@ class Outcome:
             "lost": [f"{name} ({self.states[id_]})" for name, id_ in self.runs.items() if id_ in self.states],
             f"without a live pod for over {STUCK_AFTER_SECONDS:.0f} s": self.names(self.stuck),
             "completed without a journal of it": self.names(self.unwritten),
-            "executed twice at a time": self.names(self.doubled),
+            "executed twice at a time": self.names(self.executed_twice),
             "overlapping containers of a run": [f"{seconds:.0f} s" for seconds in self.overlaps],
             "finished steps repeated": self.names(list(self.repeated_steps)),
             "left": self.left,
@@ -318,7 +318,7 @@ class Outcome:
                 self.stuck
             ),
             "the longest time without a live pod (s)": round(max(self.waited.values(), default=0)),
-            "runs whose flow was executed twice at a time": len(self.doubled),
+            "runs whose flow was executed twice at a time": len(self.executed_twice),
             "containers that started before the run's previous one had ended": len(self.overlaps),
             "finished steps repeated": sum(self.repeated_steps.values()),
             "pods, Jobs and slots left at the end": len(self.left),

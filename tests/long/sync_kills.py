@@ -458,11 +458,9 @@ class Outcome:
         if self.wrong:
             verdict = "\n  ".join(["WRONG", *(text[:300] for text in self.wrong[:10])])
             verdict += f"\n  and {len(self.wrong) - 10} more" if len(self.wrong) > 10 else ""
-        how = (
-            "ended before its kill"
-            if self.ended
-            else f"killed {self.reached} it changed the server ({self.open} begun)"
-        )
+        how = f"killed {self.reached} it changed the server ({self.open} begun)"
+        if self.ended:
+            how = "ended before its kill"
         return f"{how}, {self.moment:.2f} s after its start, {verdict}"
 
 
