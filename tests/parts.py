@@ -118,6 +118,16 @@ def rows_of(url: str, statement: str, *parameters: Any) -> list[tuple[Any, ...]]
         return cursor.fetchall() if cursor.description else []
 
 
+def end_process(process: subprocess.Popen[Any], seconds: float = 30) -> None:
+    """Send SIGTERM to a process and wait for its end; kill it if it has not ended after `seconds`."""
+    process.terminate()
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 def find_run_processes(run: str, job: str = "") -> list[int]:
     """Return the ids of this machine's processes that execute a flow run: supervisor, engine and their children.
 
@@ -286,7 +296,7 @@ def _serving(command: list[str], port: int, variables: dict[str, str]) -> Iterat
             wait_until(listens, f"{command[0]} on port {port}")
             yield
         finally:
-            server.terminate()
+            end_process(server)
 
 
 def migrated_database() -> Path:
@@ -334,10 +344,4 @@ def served(home: Path, port: int, python: str | Path, environment: Mapping[str, 
             wait_until(lambda: answers(f"{url}/health"), f"a Prefect server; see {home}/server.log", 180)
             yield url
         finally:
-            server.terminate()
-            # The server waits for open connections and for its work in progress.
-            try:
-                server.wait(30)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
+            end_process(server)  # which waits for open connections and for its work in progress

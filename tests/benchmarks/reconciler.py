@@ -45,7 +45,7 @@ from tests.cluster.namespace import proxied, restricted
 from tests.e2e.faults.victims import fault_values
 from tests.e2e.release import Object, pool_values
 from tests.helm.rendering import render
-from tests.parts import free_port, wait_until
+from tests.parts import end_process, free_port, wait_until
 
 LIVE_RUNS = (100, 300, 1000, 3000, 5000)
 
@@ -95,8 +95,7 @@ def simulated_node(context: str) -> Iterator[str]:
             binaries.kubectl("--context", context, "wait", f"node/{name}", "--for=condition=Ready", "--timeout=30s")
             yield name
         finally:
-            kwok.terminate()
-            kwok.wait(60)  # with thousands of pods it takes a while
+            end_process(kwok, 60)  # with thousands of pods the end takes a while
             binaries.kubectl("--context", context, "delete", "node", name, "--wait=false")
 
 
@@ -282,8 +281,7 @@ def measure_rounds(
                 raise RuntimeError(f"runs and pods disagree; {seen:.0f} of {live} live runs were seen:\n{output}")
             return seconds, processor, peak
         finally:
-            process.terminate()
-            process.wait(30)
+            end_process(process)
 
 
 @dataclass

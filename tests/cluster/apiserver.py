@@ -13,7 +13,7 @@ import httpx
 import yaml
 
 from orchestration.operations.local_cluster import binaries, certificates
-from tests.parts import free_port, wait_until
+from tests.parts import end_process, free_port, wait_until
 
 NAMESPACE = "prefect"
 
@@ -110,7 +110,7 @@ def _running(command: list[str], log: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            process.terminate()
+            end_process(process)
 
 
 def _ready(client: httpx.Client) -> bool:

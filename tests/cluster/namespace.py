@@ -11,7 +11,7 @@ from uuid import uuid4
 
 from orchestration.errors import ClusterError
 from orchestration.operations.local_cluster import binaries, images
-from tests.parts import wait_until
+from tests.parts import end_process, wait_until
 
 RESTRICTED = {
     "runAsNonRoot": True,
@@ -162,7 +162,7 @@ def proxied(context: str) -> Iterator[str]:
         try:
             yield f"http://{proxy.stdout.readline().split()[-1]}"
         finally:
-            proxy.terminate()
+            end_process(proxy)
 
 
 def network_policy(name: str, pod: str | None = None, **rules: list[dict[str, Any]]) -> dict[str, Any]:

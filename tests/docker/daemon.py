@@ -12,7 +12,7 @@ import pytest
 
 from orchestration.errors import ClusterError
 from orchestration.operations.local_cluster import binaries, kind
-from tests.parts import wait_until
+from tests.parts import end_process, wait_until
 
 PACKAGES = {"dockerd": "docker.io", "docker-compose": "docker-compose"}
 """Debian's package, by the program that is needed from it."""
@@ -63,8 +63,7 @@ class Daemon:
     def stop(self) -> None:
         """Stop the daemon with its containers."""
         if self._process:
-            self._process.terminate()
-            self._process.wait(60)
+            end_process(self._process, 60)
 
     def _answers(self) -> bool:
         with contextlib.suppress(ClusterError):
