@@ -396,11 +396,14 @@ def test_missing_secret_is_refused_before_anything_is_changed(
 
 def test_uninstall_keeps_only_the_pool_on_the_server(pool: Pool, values: Object, api: httpx.Client) -> None:
     pool.deploy(values)
-    pool.helm("uninstall", POOL_RELEASE, "--wait")
     kinds = "deploy,jobs,roles,rolebindings,services,secrets,configmaps,networkpolicies,serviceaccounts,pods"
-    listed = json.loads(
-        pool.namespace.kubectl("get", kinds, "-l", f"app.kubernetes.io/instance={POOL_RELEASE}", "-o", "json")
-    )
-    left = [f"{found['kind']}/{found['metadata']['name']}" for found in listed["items"]]
-    assert [name for name in left if not name.startswith("Pod/")] == []
+
+    def list_objects() -> list[str]:
+        selector = f"app.kubernetes.io/instance={POOL_RELEASE}"
+        listed = json.loads(pool.namespace.kubectl("get", kinds, "-l", selector, "-o", "json"))
+        return [f"{found['kind']}/{found['metadata']['name']}" for found in listed["items"] if found["kind"] != "Pod"]
+
+    assert f"Deployment/{POOL_RELEASE}-worker" in list_objects()
+    pool.helm("uninstall", POOL_RELEASE, "--wait")
+    assert list_objects() == []
     assert api.get(f"/work_pools/{pool.work_pool}").status_code == 200

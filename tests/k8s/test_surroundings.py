@@ -220,5 +220,7 @@ def test_charts_and_overlays_select_only_their_own_pods() -> None:
     of_charts, here = selectors(charts()), [each for each in selectors(overlay("local")) if each]
     assert of_charts
     assert here
+    assert labels(charts())
+    assert labels(overlay("local"))
     assert not [each for each in of_charts for pod in labels(overlay("local")) if selects(each, pod)]
     assert not [each for each in here for pod in labels(charts()) if selects(each, pod)]

@@ -281,7 +281,8 @@ def test_reconciler_at_zero_replicas_handles_faults_once_it_is_back(pool: Pool, 
         # If the kubelet left its process the time, the supervisor itself reported the end, and the run was retried.
         assert not find_state(api, gone, "Crashed")
         assert "ImagePullBackOff" not in [each["name"] for each in list_states(api, stuck)]
-        assert not any(map(is_ending, list_pods(pool, unwanted)))
+        [unwanted_pod] = list_pods(pool, unwanted)
+        assert not is_ending(unwanted_pod)
     # The reconciler that is back finds what happened during its outage.
     for each in (crashes, dead, gone):
         assert_completed_by_one_retry(api, each)
