@@ -1,7 +1,7 @@
-"""Run the Kubernetes worker of a work pool.
+"""Run the worker of a work pool on Kubernetes or Docker.
 
-python -m orchestration.worker --pool default [--namespace NS] [--queue NAME]... [--limit N] [--name NAME]
-[--template FILE]
+python -m orchestration.worker --pool default [--type docker] [--namespace NS] [--queue NAME]... [--limit N]
+[--name NAME] [--template FILE]
 """
 
 import argparse
@@ -10,22 +10,26 @@ import contextlib
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from httpx import HTTPError, HTTPStatusError
 from prefect.settings import get_current_settings
+from prefect.workers.base import BaseWorker
 
 from orchestration import logs
 from orchestration.errors import SettingsError
 from orchestration.worker import job_template
-from orchestration.worker.kubernetes_worker import Worker
+
+DOCKER_FILE = "docker/pool.yaml"
+"""Where a person changes the template of the Docker pool."""
 
 logger = logging.getLogger("orchestration.worker")  # __name__ is __main__ here
 
 
-async def serve(worker: Worker) -> None:
-    """Run the worker until SIGTERM or SIGINT; then drain it."""
+async def serve(worker: BaseWorker[Any, Any, Any], drain: Callable[[], Awaitable[None]] | None = None) -> None:
+    """Run the worker until SIGTERM or SIGINT; then drain it, if it can."""
     asked_to_end = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -34,27 +38,51 @@ async def serve(worker: Worker) -> None:
     waiting = asyncio.create_task(asked_to_end.wait())
     await asyncio.wait({working, waiting}, return_when=asyncio.FIRST_COMPLETED)
     if asked_to_end.is_set():
-        draining = asyncio.create_task(worker.drain())
-        await asyncio.wait({working, draining}, return_when=asyncio.FIRST_COMPLETED)
-        draining.cancel()
+        if drain:
+            draining = asyncio.ensure_future(drain())
+            await asyncio.wait({working, draining}, return_when=asyncio.FIRST_COMPLETED)
+            draining.cancel()
         working.cancel()
     waiting.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await working
 
 
+def docker_worker(template: dict[str, Any] | None, **options: Any) -> BaseWorker[Any, Any, Any]:
+    """Return Prefect's Docker worker.
+
+    Args:
+        template: the base job template that it uses; None takes that of the server's pool.
+        options: those of Prefect's worker.
+    """
+    from prefect_docker.worker import DockerWorker, DockerWorkerJobConfiguration
+
+    worker = DockerWorker(**options)
+    if template:
+        worker.job_configuration = job_template.configuration_of(template, DockerWorkerJobConfiguration, DOCKER_FILE)
+    return worker
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m orchestration.worker", description="Run a pool's flow runs as Jobs."
+        prog="python -m orchestration.worker", description="Run a pool's flow runs as Jobs or containers."
     )
     parser.add_argument("--pool", required=True, help="the work pool")
+    parser.add_argument(
+        "--type",
+        choices=["kubernetes", "docker"],
+        default="kubernetes",
+        help="run flow runs as Jobs or as containers",
+    )
     parser.add_argument("--namespace", help="the namespace of the Jobs; default: that of the pool's template")
     parser.add_argument("--queue", action="append", help="take runs of this queue alone; may be repeated")
     parser.add_argument("--limit", type=int, help="how many runs to submit at once")
     parser.add_argument("--name", help="the worker's name; default: a random name")
-    parser.add_argument("--template", type=Path, help="a JSON file with the base job template; default: the pool's")
+    parser.add_argument("--template", type=Path, help="a file with the base job template; default: the pool's")
     options = parser.parse_args(arguments)
+    if options.type == "docker" and options.namespace:
+        parser.error("--namespace is for Kubernetes")
     settings = get_current_settings().worker
     try:
         logs.configure()
@@ -62,23 +90,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{error}.", file=sys.stderr)
         return 1
     try:
-        template = job_template.read(options.template) if options.template else None
+        template = job_template.read(options.template, options.pool) if options.template else None
     except SettingsError as error:
         logger.error("%s.", error)
         return 1
-    worker = Worker(
-        namespace=options.namespace,
-        template=template,
-        name=options.name,
-        work_pool_name=options.pool,
-        work_queues=options.queue,
-        limit=options.limit,
-        prefetch_seconds=settings.prefetch_seconds,
-        heartbeat_interval_seconds=int(settings.heartbeat_seconds),
-        create_pool_if_not_found=False,
-    )
+    common = {
+        "template": template,
+        "name": options.name,
+        "work_pool_name": options.pool,
+        "work_queues": options.queue,
+        "limit": options.limit,
+        "prefetch_seconds": settings.prefetch_seconds,
+        "heartbeat_interval_seconds": int(settings.heartbeat_seconds),
+        "create_pool_if_not_found": False,
+    }
     try:
-        asyncio.run(serve(worker))
+        if options.type == "docker":
+            asyncio.run(serve(docker_worker(**common)))
+        else:
+            # Here, as it imports all of Kubernetes.
+            from orchestration.worker.kubernetes_worker import Worker
+
+            worker = Worker(namespace=options.namespace, **common)
+            asyncio.run(serve(worker, worker.drain))
     except HTTPStatusError as error:
         cure = ". Check the Secret with USER:PASSWORD" if error.response.status_code in (401, 403) else ""
         logger.error("The Prefect API at %s answers %s%s.", error.request.url, error.response.status_code, cure)

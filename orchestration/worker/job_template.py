@@ -8,33 +8,47 @@ schema before it makes the Job.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jsonschema
+import yaml
 
 from orchestration.errors import PipelineError, SettingsError
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
-    from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
+    from prefect.workers.base import BaseJobConfiguration
+
+Configuration = TypeVar("Configuration", bound="BaseJobConfiguration")
+
+CHART = "the chart's runs.allowed"
+"""Where the chart's template says what job variables may be."""
 
 
 class RefusedVariableError(PipelineError):
     """A job variable that the template's schema does not allow."""
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path, pool: str = "") -> dict[str, Any]:
     """Return the base job template of a file.
+
+    Args:
+        path: a template as JSON, or a YAML file of desired state with `work_pools`.
+        pool: the work pool's name in a file of desired state.
 
     Raises:
         SettingsError: the file is absent, or is not a base job template.
     """
     try:
-        template = json.loads(path.read_text())
+        if path.suffix in (".yaml", ".yml"):
+            pools = {entry["name"]: entry for entry in yaml.safe_load(path.read_text())["work_pools"]}
+            template = pools[pool]["base_job_template"]
+        else:
+            template = json.loads(path.read_text())
         jsonschema.Draft202012Validator.check_schema(template["variables"])
         if not isinstance(template["job_configuration"], dict):
             raise TypeError("job_configuration is not an object")
-    except (OSError, ValueError, TypeError, LookupError, jsonschema.SchemaError) as error:
+    except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError, jsonschema.SchemaError) as error:
         cause = error.message if isinstance(error, jsonschema.SchemaError) else error
         raise SettingsError(
             f"{path} is not a base job template: {cause}. Name the file of the release in --template"
@@ -61,12 +75,13 @@ def nest_dotted(variables: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def check(variables: dict[str, Any], schema: dict[str, Any]) -> None:
+def check(variables: dict[str, Any], schema: dict[str, Any], place: str = CHART) -> None:
     """Check that the schema allows all job variables.
 
     Args:
         variables: the job variables of a deployment and a run by name; `env.NAME` is an entry of `env`, as in Prefect.
         schema: the template's `variables`.
+        place: where a person allows more, for the message.
 
     Raises:
         RefusedVariableError: a variable is not allowed. The message does not show values of `env`.
@@ -75,16 +90,16 @@ def check(variables: dict[str, Any], schema: dict[str, Any]) -> None:
     known = {"type": "object", "properties": schema.get("properties", {}), "$defs": schema.get("$defs", {})}
     error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(known).iter_errors(nest_dotted(variables)))
     if error:
-        raise RefusedVariableError(_sentence(error))
+        raise RefusedVariableError(_sentence(error, place))
 
 
-def _sentence(error: jsonschema.ValidationError) -> str:
+def _sentence(error: jsonschema.ValidationError, place: str) -> str:
     name, *inner = error.absolute_path or ["?"]
     variable = f"job variable {'.'.join(map(str, [name, *inner]))}"
     if "propertyNames" in error.absolute_schema_path:
         owners = "Kubernetes, Prefect and the reconciler"
         return f"{variable}: the key {error.instance!r} is reserved for {owners}. Leave it out"
-    cure = "Correct it in the deployment or the run, or allow it in the chart's runs.allowed"
+    cure = f"Correct it in the deployment or the run, or allow it in {place}"
     if name == "env":
         return f"{variable} is not a string. {cure}"
     if error.validator == "enum":
@@ -94,15 +109,16 @@ def _sentence(error: jsonschema.ValidationError) -> str:
     return f"{variable}: {error.message}. {cure}"
 
 
-def configuration_of(template: dict[str, Any]) -> "type[KubernetesWorkerJobConfiguration]":
+def configuration_of(template: dict[str, Any], base: type[Configuration], place: str = CHART) -> type[Configuration]:
     """Return the class of job configurations that use this template instead of that of the server's pool.
 
     Args:
         template: the base job template, with `job_configuration` and `variables`.
+        base: the job configuration of Prefect's worker.
+        place: where a person allows more job variables, for the message of a refused one.
     """
-    from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
-    class Trusted(KubernetesWorkerJobConfiguration):
+    class Trusted(base):  # type: ignore[valid-type,misc]
         """Makes a job configuration from the release's template."""
 
         @classmethod
@@ -111,11 +127,8 @@ def configuration_of(template: dict[str, Any]) -> "type[KubernetesWorkerJobConfi
             base_job_template: dict[str, Any],  # noqa: ARG003 - the server's template
             values: dict[str, Any],
             client: "PrefectClient | None" = None,
-        ) -> KubernetesWorkerJobConfiguration:
-            check(values, template["variables"])
-            made: KubernetesWorkerJobConfiguration = await super().from_template_and_values(
-                base_job_template=template, values=values, client=client
-            )
-            return made
+        ) -> Any:
+            check(values, template["variables"], place)
+            return await super().from_template_and_values(base_job_template=template, values=values, client=client)
 
     return Trusted

@@ -103,7 +103,7 @@ class Worker(CompatibleWorker):
     def __init__(self, namespace: str | None = None, template: dict[str, Any] | None = None, **options: Any) -> None:
         super().__init__(**options)
         if template:
-            self.job_configuration = job_template.configuration_of(template)
+            self.job_configuration = job_template.configuration_of(template, KubernetesWorkerJobConfiguration)
         self._namespace = namespace
         self._cluster = ""
         self._is_draining = False

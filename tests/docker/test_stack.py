@@ -1,4 +1,4 @@
-"""The password of the Docker stack: any characters reach the containers unchanged."""
+"""The Docker stack: any password reaches the containers unchanged, and only the proxy has the Docker socket."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ SERVER, CLIENT = "PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING"
 
 def _script(command: list[str], folder: Path) -> list[str]:
     """Return a container's command as Compose passes it, with single dollars and its folders in `folder`."""
-    folders = {"/secrets/": f"{folder}/", "/run/secrets/": f"{folder}/", "/var/run/docker.sock": str(folder)}
+    folders = {"/secrets/": f"{folder}/", "/run/secrets/": f"{folder}/"}
     made = [each.replace("$$", "$") for each in command]
     for inside, outside in folders.items():
         made = [each.replace(inside, outside) for each in made]
@@ -85,3 +85,28 @@ def test_password_file_without_a_password_is_refused(tmp_path: Path, text: str) 
     )  # fmt: skip
     assert done.returncode == 1
     assert "docker/password is no password: it must be one line with text" in done.stderr
+
+
+def test_only_the_proxy_has_the_docker_socket_and_no_network() -> None:
+    proxy = COMPOSE["docker-proxy"]
+    assert [name for name, service in COMPOSE.items() if "docker.sock:" in str(service["volumes"])] == ["docker-proxy"]
+    assert [name for name, service in COMPOSE.items() if "docker-proxy:/" in str(service["volumes"])] == [
+        "worker",
+        "docker-proxy",
+    ]
+    assert proxy["network_mode"] == "none"
+    assert proxy["read_only"]
+    assert proxy["cap_drop"] == ["ALL"]
+    assert proxy["security_opt"] == ["no-new-privileges:true"]
+    assert not {"user", "privileged", "ports", "networks"} & set(proxy), "the image's user, in the socket's group"
+    assert "secrets" not in str(proxy["volumes"])
+    assert COMPOSE["worker"]["environment"]["DOCKER_HOST"] == "unix:///run/docker-proxy/docker.sock"
+    assert "group_add" not in COMPOSE["worker"]
+    assert "docker-proxy" not in str(POOL)
+
+
+def test_names_of_services_are_reserved() -> None:
+    command = COMPOSE["docker-proxy"]["command"][-1]
+    reserved = command.split('--reserved-names "')[1].split('"')[0].split()
+    on_the_network = {name for name, service in COMPOSE.items() if service.get("network_mode") != "none"}
+    assert set(reserved) == on_the_network
