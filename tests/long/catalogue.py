@@ -135,6 +135,10 @@ LONG_TESTS = (
         "Without Kubernetes, one machine with Docker runs the daily deployment as a container and survives faults.",
         (
             *(f"docker/{name}" for name in ("Dockerfile", "build", "compose.yaml", "pool.yaml", "stack")),
+            "orchestration/worker/__main__.py",
+            "orchestration/worker/docker_policy.py",
+            "orchestration/worker/docker_proxy.py",
+            "orchestration/worker/job_template.py",
             "tests/docker/daemon.py",
             "tests/long/docker_pool.py",
             *PREFECT,

@@ -1,4 +1,4 @@
-"""Test the Docker stack on one machine: up, the daily deployment as a container, faults, up again, down.
+"""Test the Docker stack on one machine: up, a daily run as a container, attacks on the socket, faults, up again, down.
 
 `make test` does not collect this file; `make test-long FOR=docker-pool` runs it.
 """
@@ -28,6 +28,17 @@ from tests.docker.daemon import Daemon, docker, docker_daemon
 from tests.parts import client_of, copy_of_checkout, free_port, wait_until
 
 DAILY = "dbt-pipeline/dbt-pipeline-daily"
+
+ASK = """
+import http.client, socket, sys
+method, target, body = sys.argv[1:]
+connection = http.client.HTTPConnection("docker")
+connection.sock = socket.socket(socket.AF_UNIX)
+connection.sock.connect("/run/docker-proxy/docker.sock")
+connection.request(method, target, body or None, {"Content-Type": "application/json"})
+answer = connection.getresponse()
+print(answer.status, answer.read().decode())
+"""
 
 
 @dataclass(frozen=True)
@@ -77,10 +88,21 @@ class Stack:
         container = wait_until(lambda: self.containers(f"label=io.prefect.flow-run-id={run}"), "the run's container")
         return run, container[0]
 
+    def service(self, name: str) -> str:
+        """The id of a service's container."""
+        [found] = self.docker("ps", "--quiet", "--filter", f"label=com.docker.compose.service={name}").split()
+        return found
+
+    def ask_proxy(self, method: str, target: str, body: dict[str, Any] | None = None) -> tuple[int, str]:
+        """Send a request to the Docker proxy from the worker's container; the answer's status and body."""
+        text = json.dumps(body) if body else ""
+        answer = self.docker("exec", self.service("worker"), "python", "-c", ASK, method, target, text)
+        status, _, found = answer.partition(" ")
+        return int(status), found
+
     def sql(self, statement: str, database: str = "warehouse", user: str = "postgres") -> str:
         """Run a statement in one of the databases, and return its rows."""
-        [postgres] = self.docker("ps", "--quiet", "--filter", "label=com.docker.compose.service=postgres").split()
-        return self.docker("exec", postgres, "psql", "-U", user, "-d", database, "-Atc", statement)
+        return self.docker("exec", self.service("postgres"), "psql", "-U", user, "-d", database, "-Atc", statement)
 
     @property
     def password(self) -> Path:
@@ -222,7 +244,7 @@ def test_daily_deployment_runs_as_a_confined_container(stack: Stack, api: httpx.
 
 
 def test_containers_and_api_show_no_password(stack: Stack, api: httpx.Client) -> None:
-    [server] = stack.docker("ps", "--quiet", "--filter", "label=com.docker.compose.service=server").split()
+    server = stack.service("server")
     files = ["postgres", "prefect", "warehouse"]
     passwords = stack.docker("exec", server, "sh", "-c", f"cd /run/secrets && cat {' '.join(files)}").split()
     passwords.append(stack.password.read_text().strip())
@@ -234,6 +256,78 @@ def test_containers_and_api_show_no_password(stack: Stack, api: httpx.Client) ->
     shown = json.dumps([stack.containers(), container, pool, api.post("/deployments/filter", json={}).json()])
     assert not [password for password in passwords if password in shown]
     assert _wait_until_ended(api, run)[0] == "COMPLETED"
+
+
+def test_template_that_a_run_changes_on_the_server_has_no_effect(stack: Stack, api: httpx.Client) -> None:
+    """The attack: with the API's password a run makes every later run root on the machine."""
+    pool = api.get("/work_pools/default").json()
+    stolen = json.loads(json.dumps(pool["base_job_template"]))
+    stolen["job_configuration"] |= {"privileged": True, "volumes": ["/:/host"], "network_mode": "host", "networks": []}
+    api.patch("/work_pools/default", json={"base_job_template": stolen}).raise_for_status()
+    assert api.get("/work_pools/default").json()["base_job_template"]["job_configuration"]["privileged"]
+    run, container = stack.start_run()
+    assert not container["HostConfig"]["Privileged"]
+    assert container["HostConfig"]["NetworkMode"] == "prefect"
+    assert [mount["Destination"] for mount in container["Mounts"]] == ["/run/secrets"]
+    assert _wait_until_ended(api, run)[0] == "COMPLETED"
+    api.patch("/work_pools/default", json={"base_job_template": pool["base_job_template"]}).raise_for_status()
+
+
+def test_worker_cannot_become_root_on_the_machine(stack: Stack) -> None:
+    """The attack: whoever executes code in the worker's container uses what it has of Docker."""
+    proxy, worker = json.loads(stack.docker("inspect", stack.service("docker-proxy"), stack.service("worker")))
+    assert proxy["HostConfig"]["NetworkMode"] == "none"
+    assert proxy["Config"]["User"] == worker["Config"]["User"] == "65532:65532"
+    assert not [mount for mount in worker["Mounts"] if "docker.sock" in mount["Source"]]
+    confined = {"NetworkMode": "prefect", "CapDrop": ["ALL"], "SecurityOpt": ["no-new-privileges:true"]}
+    body = {
+        "Image": stack.environment["IMAGE"],
+        "Labels": {"io.prefect.flow-run-id": "attack"},
+        "HostConfig": confined | {"ReadonlyRootfs": True},
+    }
+    attacks: list[dict[str, Any]] = [
+        {"Binds": ["/:/host"]},
+        {"binds": ["/:/host"]},
+        {"Mounts": [{"Type": "bind", "Source": "/", "Target": "/host"}]},
+        {"Privileged": True},
+        {"PidMode": "host"},
+        {"NetworkMode": "host"},
+        {"CapAdd": ["SYS_ADMIN"]},
+        {"VolumesFrom": [proxy["Id"]]},
+    ]
+    for attack in attacks:
+        host: dict[str, Any] = confined | {"ReadonlyRootfs": True} | attack
+        status, answer = stack.ask_proxy("POST", "/v1.41/containers/create?name=attack", body | {"HostConfig": host})
+        assert (status, "the Docker proxy refused this" in answer) == (403, True), attack
+    for method, target in (
+        ("POST", f"/v1.41/containers/{proxy['Id']}/exec"),
+        ("GET", f"/v1.41/containers/{proxy['Id']}/json"),
+        ("POST", f"/v1.41/containers/{proxy['Id']}/stop"),
+        ("GET", "/v1.41/containers/json"),
+        ("GET", "/v1.41/volumes"),
+    ):
+        assert stack.ask_proxy(method, target)[0] == 403, target
+    assert not stack.docker("ps", "--all", "--quiet", "--filter", "name=attack")
+    status, answer = stack.ask_proxy("POST", "/v1.41/containers/create?name=allowed", body)
+    assert status == 201, answer
+    stack.docker("rm", "allowed")
+
+
+def test_run_with_an_image_that_is_not_allowed_is_crashed_with_the_cure(stack: Stack, api: httpx.Client) -> None:
+    daily = api.get(f"/deployments/name/{DAILY}").json()
+    made = api.post(f"/deployments/{daily['id']}/create_flow_run", json={"job_variables": {"image": "postgres:17.6"}})
+    kind, message = _wait_until_ended(api, made.raise_for_status().json()["id"])
+    assert kind == "CRASHED"
+    assert "the image 'postgres:17.6' is not allowed. Allow it in RUN_IMAGES of make up-docker" in message
+
+
+def test_a_cancelled_run_is_stopped_through_the_proxy(stack: Stack, api: httpx.Client) -> None:
+    run, container = stack.start_run()
+    wait_until(lambda: api.get(f"/flow_runs/{run}").json()["state"]["type"] == "RUNNING", "the run to run", 180)
+    cancelling = {"state": {"type": "CANCELLING", "name": "Cancelling"}}
+    api.post(f"/flow_runs/{run}/set_state", json=cancelling).raise_for_status()
+    assert _wait_until_ended(api, run)[0] == "CANCELLED"
+    wait_until(lambda: not stack.containers(f"id={container['Id']}"), "the container to be stopped", 60)
 
 
 def test_killed_run_is_crashed(stack: Stack, api: httpx.Client) -> None:
@@ -306,5 +400,5 @@ def test_down_keeps_the_volumes(stack: Stack) -> None:
     for label in ("com.docker.compose.project=prefect", f"io.prefect.flow-run-id={run}"):
         assert not stack.docker("ps", "--all", "--quiet", "--filter", f"label={label}")
     volumes = set(stack.docker("volume", "ls", "--quiet", "--filter", "name=prefect-").split())
-    assert volumes == {"prefect-database", "prefect-server-secrets", "prefect-run-secrets"}
+    assert volumes == {"prefect-database", "prefect-server-secrets", "prefect-run-secrets", "prefect-docker-proxy"}
     assert set(output.split("docker volume rm ")[1].split()) == volumes
