@@ -39,10 +39,11 @@ PORT ?= 4200
 JSON ?=
 PAIRS ?= 7
 POSTGRES ?=
+RUN_IMAGES ?=
 
 # Variables from the command line and the environment are data: make expands no `$` in them, and the shell gets them quoted.
 GIVEN := DAY FULL_REFRESH SELECT FIRST LAST CMD TESTS CHANGED FOR KILLS ROUNDS MINUTES RUNS SEED REGISTRY BUILDER BASE_IMAGE IMAGE \
-	ENV KUBE_CONTEXT NAMESPACE RUN DEPLOYMENT PARAMETERS CONFIRM PORT PAIRS POSTGRES PROCESSES
+	ENV KUBE_CONTEXT NAMESPACE RUN DEPLOYMENT PARAMETERS CONFIRM PORT PAIRS POSTGRES PROCESSES RUN_IMAGES
 $(foreach name,$(GIVEN),$(if $(filter-out file,$(origin $(name))),$(eval \
 	$(if $(filter command,$(firstword $(origin $(name)))),override) $(name) := $$(value $(name)))))
 quoted = '$(subst ','\'',$(1))'
@@ -175,7 +176,7 @@ worker-manifests: .venv/ready ## generate k8s/worker/base from the work pool's c
 
 ##@ Docker
 .PHONY: up-docker down-docker
-up-docker: ## run server, worker and runs in Docker on this machine, without Kubernetes; PORT=4200
+up-docker: ## run server, worker and runs in Docker on this machine, without Kubernetes; PORT=4200, RUN_IMAGES=
 	@docker/stack up
 
 down-docker: ## stop everything in Docker; databases and passwords stay
