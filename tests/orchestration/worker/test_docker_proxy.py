@@ -294,6 +294,7 @@ def test_allowed_container_is_created_with_the_proxy_s_label(parts: Parts) -> No
         ("HostConfig.Memory", True),
         ("HostConfig", []),
         ("Image", "evil.example.com/x:1"),
+        ("Image", f"{IMAGE}-other"),
         ("Image", "registry.example.com/database/x:1"),
         ("Image", "sha256:" + "0" * 64),
         ("Image", "registry.example.com/data/../x:1"),
@@ -632,7 +633,7 @@ def test_image_of_docker_hub_is_pulled_only_by_its_full_name() -> None:
 def test_log_passes_as_it_comes(parts: Parts) -> None:
     parts.daemon.goes_on.clear()
     # To mypy, `docker` is the folder of this repository.
-    client = importlib.import_module("docker").DockerClient(base_url=f"unix://{parts.socket}")
+    client = importlib.import_module("docker").DockerClient(base_url=f"unix://{parts.socket}", timeout=10)
     stream = client.containers.get(OWN).logs(stream=True)
     assert next(stream) == b"first\n"
     parts.loop.call_soon_threadsafe(parts.daemon.goes_on.set)
