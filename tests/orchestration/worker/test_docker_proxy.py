@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import copy
 import http.client
-import importlib
 import json
 import re
 import socket
@@ -552,7 +551,7 @@ CREATE = f"{V}/containers/create"
         f"{V}/containers/create#x",
         f"{V}/Containers/create",
         f"http://docker{CREATE}",
-        f"{CREATE}?name=a&name=b",
+        f"{CREATE}?name=ab&name=cd",
         f"{CREATE}?platform=linux",
         f"{CREATE}?Name=ab",
         f"{CREATE}?name=a%2fb",
@@ -632,13 +631,17 @@ def test_image_of_docker_hub_is_pulled_only_by_its_full_name() -> None:
 
 def test_log_passes_as_it_comes(parts: Parts) -> None:
     parts.daemon.goes_on.clear()
-    # To mypy, `docker` is the folder of this repository.
-    client = importlib.import_module("docker").DockerClient(base_url=f"unix://{parts.socket}", timeout=10)
-    stream = client.containers.get(OWN).logs(stream=True)
-    assert next(stream) == b"first\n"
-    parts.loop.call_soon_threadsafe(parts.daemon.goes_on.set)
-    assert list(stream) == [b"second\n"]
-    client.close()
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(10)
+        connection.connect(str(parts.socket))
+        connection.sendall(f"GET {V}/containers/{OWN}/logs?follow=1 HTTP/1.1\r\nHost: docker\r\n\r\n".encode())
+        received = b""
+        while b"first\n" not in received:
+            received += connection.recv(1000)
+        assert b"second" not in received
+        parts.loop.call_soon_threadsafe(parts.daemon.goes_on.set)
+        while b"\x02\0\0\0\0\0\0\x07second\n" not in received:
+            received += connection.recv(1000)
 
 
 def test_stream_ends_at_the_daemon_when_the_worker_goes(parts: Parts) -> None:
