@@ -187,10 +187,10 @@ def test_modules_that_do_not_exist_are_found() -> None:
         "`orchestration.dbt`, `orchestration/settings.py`, `orchestration.runs.idempotency.idempotency_key()`. "
         "https://example.com/orchestration.git, `/app/orchestration`, `prefect/orchestration/x.py`"
     )
-    wrong = "`orchestration.execution`, `orchestration.dbt.Project` and `/app/orchestration/execution.py`"
+    wrong = "`orchestration.execute`, `orchestration.dbt.Project` and `/app/orchestration/execute.py`"
     assert _absent_modules(right) == []
     assert _absent_modules(wrong) == [
-        "orchestration/execution.py", "orchestration.execution", "orchestration.dbt.Project",
+        "orchestration/execute.py", "orchestration.execute", "orchestration.dbt.Project",
     ]  # fmt: skip
 
 

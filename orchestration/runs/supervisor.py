@@ -1,6 +1,6 @@
 """Supervise the flow run in its container.
 
-    python -I -S /app/orchestration/runs/supervisor.py prefect flow-run execute
+    python -I -S /app/orchestration/execution.py prefect flow-run execute
 
 The worker asks for the command `prefect flow-run execute`. The supervisor executes the run by
 `orchestration.runs.engine`, in one process where Prefect's command takes three. Any other command is executed as given,
@@ -29,15 +29,10 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
-
-if not __package__:  # a Job's command runs this file by its path with -I, and Python adds no folder to sys.path
-    sys.path.append(str(Path(__file__).parents[2]))
 
 from orchestration import prefect_protocol
 from orchestration.protocol import (
@@ -270,7 +265,3 @@ def main(command: list[str]) -> int:
     leases = termination_message.read_leases()
     _write_message(termination_message.memory_report() | ({"leases": leases} if leases else {}))
     return code if code >= 0 else 128 - code
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

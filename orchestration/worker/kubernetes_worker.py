@@ -332,7 +332,7 @@ class Worker(CompatibleWorker):
         if deadline := manifest["spec"].get("activeDeadlineSeconds") or template["spec"].get("activeDeadlineSeconds"):
             environment.append({"name": DEADLINE_VARIABLE, "value": str(deadline)})
         command = template["spec"]["containers"][0].get("command") or []
-        if not any("supervisor.py" in word for word in command) and not KubernetesSettings().observer.enabled:
+        if not any("execution.py" in word for word in command) and not KubernetesSettings().observer.enabled:
             # On SIGTERM Prefect's own command would reschedule the run without end. The reconciler has retry budgets.
             for variable in environment:
                 if variable["name"] == "PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR":

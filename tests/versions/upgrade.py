@@ -95,10 +95,7 @@ def test_run_completes_while_the_server_changes_its_version(way: str, tmp_path: 
                 "PREFECT_CLIENT_MAX_RETRIES": "19",  # as the work pool's chart sets it
                 "KUBERNETES_JOB": f"job-{claim[-12:]}", "TERMINATION_MESSAGE_PATH": str(tmp_path / "message"),
             }  # fmt: skip
-            # The supervisor of the previous release is in another place.
-            places = (root / "orchestration/runs/supervisor.py", root / "orchestration/execution.py")
-            supervisor = next(place for place in places if place.exists())
-            command = [str(interpreter), str(supervisor), "prefect", "flow-run", "execute"]
+            command = [str(interpreter), str(root / "orchestration/execution.py"), "prefect", "flow-run", "execute"]
             log = stack.enter_context((tmp_path / "log").open("w"))
             process = subprocess.Popen(
                 command, env=variables, cwd=tmp_path, start_new_session=True, stdout=log, stderr=subprocess.STDOUT

@@ -27,7 +27,7 @@ from orchestration.runs.termination_message import memory_report
 from orchestration.settings import ROOT
 from tests.parts import asked, client_of
 
-SUPERVISOR = [sys.executable, "-I", "-S", str(ROOT / "orchestration/runs/supervisor.py")]
+SUPERVISOR = [sys.executable, "-I", "-S", str(ROOT / "orchestration/execution.py")]
 
 
 @pytest.mark.parametrize(
