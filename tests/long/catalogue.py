@@ -29,6 +29,7 @@ CHARTS = (
 RUNS = (
     "orchestration/reconciler",
     "orchestration/prefect_api.py",
+    "orchestration/execution.py",
     "orchestration/runs",
     "orchestration/prefect_compat",
     "orchestration/prefect_protocol.py",
@@ -114,6 +115,22 @@ LONG_TESTS = (
         "Both charts are upgraded and rolled back under load at the shipped time constants.",
         (*RUNS, "orchestration/migrations.py", "tests/e2e/conftest.py", *UPGRADES),
         suite(*UPGRADES),
+        cluster=True,
+    ),
+    LongTest(
+        "cluster-upgrade",
+        "`make deploy` upgrades the release before under flow runs, `make rollback` takes it back, and no run is lost.",
+        (
+            *RUNS,
+            "orchestration/deployments",
+            "orchestration/migrations.py",
+            "orchestration/operations",
+            "helm/environments",
+            "tests/e2e/checkout.py",
+            "tests/versions/catalogue.py",
+            "tests/long/cluster_upgrade.py",
+        ),
+        suite("tests/long/cluster_upgrade.py"),
         cluster=True,
     ),
     LongTest(

@@ -46,4 +46,4 @@ def test_long_tests_are_found_by_declared_paths() -> None:
     names = [test.name for test in LONG_TESTS]
     assert len(set(names)) == len(names)
     found = [test.name for test in LONG_TESTS if test.declares("reconciler")]
-    assert found == ["soak", "faults", "upgrades", "properties", "benchmarks"]
+    assert found == ["soak", "faults", "upgrades", "cluster-upgrade", "properties", "benchmarks"]
