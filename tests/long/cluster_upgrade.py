@@ -14,12 +14,11 @@ import shutil
 import subprocess
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import httpx
@@ -398,6 +397,13 @@ def after(releases: Releases, before: Before) -> After:
     return After(image, began, ended, outages[0], datetime.now(UTC), figures)
 
 
+@pytest.fixture
+def record_figures(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Return a function that adds figures to the test's report, from which the long test's results have them."""
+    # pytest's record_property warns in a run with --junitxml, and warnings are errors.
+    return lambda figures: request.node.user_properties.append(("took", figures))
+
+
 def _state_names(api: httpx.Client, run: str) -> list[str]:
     """Return the names of all states that a flow run had, oldest first."""
     states = asked(api, "GET", f"/flow_run_states/?flow_run_id={run}")
@@ -410,7 +416,9 @@ def _lateness(run: Object, actions: Sequence[Object]) -> float:
     return (datetime.fromisoformat(actions[0]["time"]) - due).total_seconds()
 
 
-def test_release_before_has_flow_runs_in_progress(releases: Releases, before: Before, record_property: Any) -> None:
+def test_release_before_has_flow_runs_in_progress(
+    releases: Releases, before: Before, record_figures: Callable[[str], None]
+) -> None:
     assert before.version == PREVIOUS
     assert len(before.runs) == 10
     assert before.pods.keys() == {*before.runs.values(), before.to_evict}
@@ -418,11 +426,11 @@ def test_release_before_has_flow_runs_in_progress(releases: Releases, before: Be
         assert pod["spec"]["containers"][0]["image"] == before.image
         assert pod["status"]["phase"] == "Running"
     assert {action["prefect"] for actions in releases.actions().values() for action in actions} == {PREVIOUS}
-    record_property("took", before.figures)
+    record_figures(before.figures)
 
 
 def test_deploy_upgrades_server_schema_worker_and_reconciler(
-    releases: Releases, before: Before, after: After, record_property: Any
+    releases: Releases, before: Before, after: After, record_figures: Callable[[str], None]
 ) -> None:
     assert after.image != before.image
     for component in ("api", "services", "worker", "reconciler", "drift"):
@@ -437,11 +445,11 @@ def test_deploy_upgrades_server_schema_worker_and_reconciler(
     assert schema == releases.target.kubectl("exec", "deployment/prefect-server-api", "--", *head).strip()
     log = releases.target.kubectl("logs", "job/prefect-server-migrations-2")
     assert f"The schema went from {before.schema} to {schema}." in log
-    record_property("took", after.figures)
+    record_figures(after.figures)
 
 
 def test_runs_in_progress_complete_once_in_their_pods(
-    releases: Releases, before: Before, after: After, record_property: Any
+    releases: Releases, before: Before, after: After, record_figures: Callable[[str], None]
 ) -> None:
     recorded = releases.actions()
     with api_client(releases.target) as api:
@@ -468,7 +476,7 @@ def test_runs_in_progress_complete_once_in_their_pods(
             assert pod["status"]["containerStatuses"][0]["restartCount"] == 0
             assert len(releases.target.objects("jobs", "--selector", f"prefect.io/flow-run-id={run}")) == 1
     seconds = (after.completed - after.ended).total_seconds()
-    record_property("took", f"{len(before.runs)} of {len(before.runs)}, the last {seconds:.0f} s after the deploy")
+    record_figures(f"{len(before.runs)} of {len(before.runs)}, the last {seconds:.0f} s after the deploy")
 
 
 def test_some_runs_end_and_fail_during_the_upgrade(releases: Releases, before: Before, after: After) -> None:
@@ -489,7 +497,7 @@ def test_some_runs_end_and_fail_during_the_upgrade(releases: Releases, before: B
 
 
 def test_runs_that_are_due_during_the_upgrade_are_executed_once(
-    releases: Releases, before: Before, after: After, record_property: Any
+    releases: Releases, before: Before, after: After, record_figures: Callable[[str], None]
 ) -> None:
     body = {"flow_runs": {"name": {"like_": "due-after-"}}}
     with api_client(releases.target) as api:
@@ -510,13 +518,11 @@ def test_runs_that_are_due_during_the_upgrade_are_executed_once(
         ]  # fmt: skip
     late = max(_lateness(run, recorded[run_id]) for run_id, run in ends.items())
     old = sum(recorded[run][0]["prefect"] == PREVIOUS for run in ends)
-    record_property(
-        "took", f"{len(ends)} runs, {old} with the older image, begun up to {late:.0f} s after their scheduled time"
-    )
+    record_figures(f"{len(ends)} runs, {old} with the older image, begun up to {late:.0f} s after their scheduled time")
 
 
 def test_schedule_has_one_run_each_minute(
-    releases: Releases, before: Before, after: After, record_property: Any
+    releases: Releases, before: Before, after: After, record_figures: Callable[[str], None]
 ) -> None:
     with api_client(releases.target) as api:
         due = releases.scheduled_runs(api, after.completed + timedelta(minutes=1))
@@ -529,7 +535,7 @@ def test_schedule_has_one_run_each_minute(
     assert {tuple(action["action"] for action in recorded[run]) for run in ends} == {("begin", "end")}
     assert {action["prefect"] for run in ends for action in recorded[run]} == {PREVIOUS, locked_version()}
     late = max(_lateness(run, recorded[run_id]) for run_id, run in ends.items())
-    record_property("took", f"{len(ends)} runs, begun up to {late:.0f} s after their scheduled time")
+    record_figures(f"{len(ends)} runs, begun up to {late:.0f} s after their scheduled time")
 
 
 def test_run_with_the_older_image_completes_after_the_upgrade(releases: Releases, before: Before, after: After) -> None:
@@ -544,14 +550,14 @@ def test_run_with_the_older_image_completes_after_the_upgrade(releases: Releases
 
 
 def test_run_that_is_evicted_after_the_upgrade_completes_with_the_newer_image(
-    releases: Releases, before: Before, after: After, record_property: Any
+    releases: Releases, before: Before, after: After, record_figures: Callable[[str], None]
 ) -> None:
     with api_client(releases.target) as api:
         assert get_run(api, before.to_evict)["state_type"] == "RUNNING"
         start = time.monotonic()
         releases.target.kubectl("delete", "pod", before.pods[before.to_evict]["metadata"]["name"], "--wait=false")
         wait_until(lambda: len(releases.actions("begin")[before.to_evict]) == 2, "its second run attempt", 180)
-        record_property("took", f"second run attempt {time.monotonic() - start:.0f} s after the eviction")
+        record_figures(f"second run attempt {time.monotonic() - start:.0f} s after the eviction")
         releases.begin(EVICTED)
         assert wait_until_ended(api, before.to_evict)["state_name"] == "Completed"
         assert "Crashed" not in _state_names(api, before.to_evict)
@@ -564,7 +570,7 @@ def test_run_that_is_evicted_after_the_upgrade_completes_with_the_newer_image(
 
 
 def test_rollback_keeps_the_schema_and_a_run_in_progress(
-    releases: Releases, before: Before, after: After, record_property: Any
+    releases: Releases, before: Before, after: After, record_figures: Callable[[str], None]
 ) -> None:
     schema = releases.schema()
     with api_client(releases.target) as api:
@@ -587,4 +593,4 @@ def test_rollback_keeps_the_schema_and_a_run_in_progress(
     recorded = releases.actions("begin", "end")
     assert [action["prefect"] for action in recorded[run]] == [locked_version()] * 2
     assert [action["prefect"] for action in recorded[later]] == [PREVIOUS] * 2
-    record_property("took", f"{seconds:.0f} s ({_step_seconds(output)}), {outages[0]}")
+    record_figures(f"{seconds:.0f} s ({_step_seconds(output)}), {outages[0]}")
