@@ -19,6 +19,7 @@ SMALLEST = {
     "deployments": ("--pairs", "1", "--deployments", "5"),
     "reconciler": ("--rounds", "1", "--live", "3", "--over", "3"),
     "recovery": ("--kills", "1"),
+    "access": ("--pairs", "5"),
 }
 """Arguments of the smallest size by benchmark. `deploys` is left out, because it deletes the cluster first."""
 

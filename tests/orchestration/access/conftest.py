@@ -1,78 +1,13 @@
-"""A real Prefect server with access control."""
+"""A real Prefect server with access control for all tests of the folder."""
 
-import base64
-import json
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-from uuid import UUID
 
-import httpx
 import pytest
 
-from orchestration.access.credentials import sign_run
-from tests import parts
-
-SERVER = "admin:of-the-server"
-KEY = "k" * 40
-PASSWORDS = {role: f"{role}:password-of-{role}" for role in ("operator", "viewer", "worker", "reconciler", "sync")}
-
-
-@dataclass
-class GuardedServer:
-    """A server with access control: the URL of its API, and the file with its output."""
-
-    url: str
-    log: Path
-
-    def client(self, credential: str) -> httpx.Client:
-        """Return a client with a credential `USER:PASSWORD`."""
-        header = "Basic " + base64.b64encode(credential.encode()).decode()
-        return httpx.Client(base_url=self.url, headers={"Authorization": header}, timeout=30)
-
-    def run_client(self, run_id: str) -> httpx.Client:
-        """Return a client with the credential of a flow run."""
-        return self.client(sign_run(KEY, UUID(run_id)))
-
-    def audit(self) -> list[dict[str, Any]]:
-        """Return the lines of the audit log."""
-        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith('{"audit"')]
+from tests.orchestration.access.guarded_server import GuardedServer, guarded_server
 
 
 @pytest.fixture(scope="session")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuardedServer]:
-    home = tmp_path_factory.mktemp("guarded")
-    folder = home / "credentials"
-    folder.mkdir()
-    for role, credential in PASSWORDS.items():
-        (folder / role).write_text(credential)
-    (folder / "run-key").write_text(KEY)
-    shutil.copyfile(parts.migrated_database(), home / "prefect.db")
-    port = parts.free_port()
-    url = f"http://127.0.0.1:{port}/api"
-    environment = os.environ | {
-        "PREFECT_HOME": str(home),
-        "PREFECT_SERVER_API_AUTH_STRING": SERVER,
-        "PREFECT_API_AUTH_STRING": SERVER,
-        "API_CREDENTIALS": str(folder),
-        "PREFECT_API_URL": url,
-        "PYTHONTZPATH": "",
-    }
-    command = [sys.executable, "-m", "orchestration.access", "server", "start", "--port", str(port)]
-    with (home / "server.log").open("w") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            parts.wait_until(lambda: parts.answers(f"{url}/health"), f"a Prefect server; see {home}/server.log", 180)
-            yield GuardedServer(url, home / "server.log")
-        finally:
-            server.terminate()
-            try:
-                server.wait(30)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
+    with guarded_server(tmp_path_factory.mktemp("guarded")) as server:
+        yield server

@@ -15,15 +15,15 @@ import websockets
 
 from orchestration.access.credentials import sign_run
 from orchestration.access.routes import PERMISSIONS, WEBSOCKET, Role, read_routes
-from tests.orchestration.access.conftest import KEY, PASSWORDS, SERVER, GuardedServer
+from tests.orchestration.access.guarded_server import CREDENTIALS, RUN_KEY, SERVER_CREDENTIAL, GuardedServer
 from tests.parts import wait_until
 
-NOBODY_ID = "00000000-0000-4000-8000-000000000000"
+UNKNOWN_ID = "00000000-0000-4000-8000-000000000000"
 
 
 @pytest.fixture(scope="module")
 def operator(guarded: GuardedServer) -> Iterator[httpx.Client]:
-    with guarded.client(PASSWORDS["operator"]) as client:
+    with guarded.client(CREDENTIALS["operator"]) as client:
         yield client
 
 
@@ -60,14 +60,13 @@ def test_unknown_credential_is_refused(guarded: GuardedServer, credential: str |
 
 
 def test_server_credential_is_an_operators(guarded: GuardedServer) -> None:
-    with guarded.client(SERVER) as client:
+    with guarded.client(SERVER_CREDENTIAL) as client:
         assert client.get("/admin/settings").status_code == 200
 
 
 def test_each_role_is_denied_every_route_without_permission(guarded: GuardedServer, run: str) -> None:
-    credentials = dict(PASSWORDS)
     for role in Role:
-        client = guarded.run_client(run) if role is Role.RUN else guarded.client(credentials[role])
+        client = guarded.run_client(run) if role is Role.RUN else guarded.client(CREDENTIALS[role])
         with client:
             for route in read_routes():
                 if route.method == WEBSOCKET or route.access in PERMISSIONS[role] | {"open"}:
@@ -79,7 +78,7 @@ def test_each_role_is_denied_every_route_without_permission(guarded: GuardedServ
 
 
 def _fill(path: str) -> str:
-    return "/".join(NOBODY_ID if part.startswith("{") else part for part in path.split("/"))
+    return "/".join(UNKNOWN_ID if part.startswith("{") else part for part in path.split("/"))
 
 
 def test_unknown_route_is_denied_to_everyone(operator: httpx.Client) -> None:
@@ -88,7 +87,7 @@ def test_unknown_route_is_denied_to_everyone(operator: httpx.Client) -> None:
 
 
 def test_two_credentials_in_one_request_are_refused(guarded: GuardedServer, run: str) -> None:
-    with guarded.run_client(run) as client, guarded.client(SERVER) as admin:
+    with guarded.run_client(run) as client, guarded.client(SERVER_CREDENTIAL) as admin:
         headers = [
             ("authorization", client.headers["authorization"]),
             ("authorization", admin.headers["authorization"]),
@@ -174,7 +173,7 @@ def test_run_of_a_deployment_is_not_its_creators(guarded: GuardedServer, operato
 def test_websocket_is_opened_by_permission(
     guarded: GuardedServer, run: str, role: str, path: str, is_open: bool
 ) -> None:
-    tokens = PASSWORDS | {"run": sign_run(KEY, UUID(run)), "unknown": "a:b"}
+    tokens = CREDENTIALS | {"run": sign_run(RUN_KEY, UUID(run)), "unknown": "a:b"}
 
     async def connect() -> str | int:
         """Return the type of the server's answer, or the code with which the server closes."""
@@ -217,7 +216,7 @@ def test_audit_log_has_each_write_and_denial(guarded: GuardedServer, run: str, o
 def test_server_does_not_start_without_credentials(
     tmp_path: Path, environment: dict[str, str], arguments: list[str], message: str
 ) -> None:
-    base = {"PATH": "/usr/bin:/bin", "PREFECT_HOME": str(tmp_path), "PREFECT_SERVER_API_AUTH_STRING": SERVER}
+    base = {"PATH": "/usr/bin:/bin", "PREFECT_HOME": str(tmp_path), "PREFECT_SERVER_API_AUTH_STRING": SERVER_CREDENTIAL}
     if "PREFECT_SERVER_API_AUTH_STRING" in environment:
         base["API_CREDENTIALS"] = str(tmp_path)
     ended = subprocess.run(

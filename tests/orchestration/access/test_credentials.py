@@ -87,7 +87,7 @@ def test_invalid_change_leaves_the_last_credentials_in_force(folder: Path, monke
         ("admin", "a:b", "Name the file after one of"),
         ("worker", "secret", "worker:1: not USER:PASSWORD"),
         ("worker", "a:b\n:c", "worker:2: not USER:PASSWORD"),
-        ("operator", f"run-{uuid4()}:x", "does not start with run-"),
+        ("operator", "run-1:x", "does not start with run-"),
         ("run-key", "k" * 31, "run-key:1: the key is too short"),
     ],
 )
