@@ -706,7 +706,7 @@ def test_template_that_leaves_the_reach_to_job_variables_is_refused(change: dict
 def test_file_without_the_pool_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "pool.yaml"
     file.write_text(text)
-    with pytest.raises(SettingsError, match="is no base job template"):
+    with pytest.raises(SettingsError, match="is not a base job template"):
         job_template.read(file, "default")
 
 
