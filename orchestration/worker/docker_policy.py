@@ -174,8 +174,8 @@ class Policy:
         """
         given = _parse(body)
         host = given.pop("HostConfig", None)
-        made = _checked(given, self._config_checks(), "")
-        made["HostConfig"] = _checked({} if host is None else host, self._host_checks(), "HostConfig.")
+        host = _checked({} if host is None else host, self._host_checks(), "HostConfig.")
+        made = _checked(given, self._config_checks(), "") | {"HostConfig": host}
         for name in ("CapDrop", "SecurityOpt", "ReadonlyRootfs", "NetworkMode"):
             if name not in made["HostConfig"]:
                 raise RefusedRequestError(f"HostConfig.{name} is missing. docker/pool.yaml has to set it")
