@@ -55,9 +55,9 @@ def docker_worker(template: dict[str, Any] | None, **options: Any) -> BaseWorker
         template: the base job template that it uses; None takes that of the server's pool.
         options: those of Prefect's worker.
     """
-    from prefect_docker.worker import DockerWorker, DockerWorkerJobConfiguration
+    from prefect_docker.worker import DockerWorker, DockerWorkerJobConfiguration  # type: ignore[import-untyped]
 
-    worker = DockerWorker(**options)
+    worker: BaseWorker[Any, Any, Any] = DockerWorker(**options)
     if template:
         worker.job_configuration = job_template.configuration_of(template, DockerWorkerJobConfiguration, DOCKER_FILE)
     return worker
