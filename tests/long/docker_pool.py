@@ -177,7 +177,7 @@ def test_files_of_the_stack_pass_orchestrate_check() -> None:
 def test_up_without_docker_names_the_cure(machine: Stack) -> None:
     lines = machine.make("up-docker", status=2, DOCKER_HOST="unix:///nowhere.sock").splitlines()
     assert "Docker does not answer" in lines[0]
-    assert "Start it, or name another in DOCKER_HOST" in lines[0]
+    assert "Start it, or name another daemon in DOCKER_HOST" in lines[0]
     assert len(lines) == 2, "the message, and make's own line"
     assert not machine.password.exists()
 
