@@ -60,6 +60,9 @@ DISRUPTION_RETRIES = 10
 DEADLINE_VARIABLE = "ACTIVE_DEADLINE_SECONDS"
 """The environment variable with a Job's `activeDeadlineSeconds`. The worker sets it if the Job has one."""
 
+SIGNING_KEY_VARIABLE = "RESULTS_SIGNING_KEY"
+"""The environment variable with the key by which a run signs its stored results. The worker derives the key."""
+
 CHECK_INTERVAL_SECONDS, RECHECK_INTERVAL_SECONDS, CHECK_TIMEOUT_SECONDS = 15.0, 3.0, 5.0
 """How often a supervisor reads whether its Job is fenced, how soon it asks again without an answer, and its timeout."""
 

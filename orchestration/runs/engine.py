@@ -24,7 +24,7 @@ import tempfile
 
 from orchestration.prefect_compat import flow_runs
 from orchestration.prefect_protocol import FLOW_RUN_ID_VARIABLE
-from orchestration.runs import workspace
+from orchestration.runs import signed_results, workspace
 from orchestration.runs.engine_process import GATE_VARIABLE
 from orchestration.runs.lease_ledger import LeaseLedger
 
@@ -46,6 +46,7 @@ def main() -> None:
     """Execute the run that the environment names."""
     _wait_to_begin()
     flow_runs.observe_responses(LeaseLedger().observe)
+    signed_results.require_signatures()
     # Nothing deletes the folder before the container is gone: at its exit this process still sends logs from there.
     folder = tempfile.mkdtemp(prefix="prefect-flow-run-")
     before = workspace.snapshot()

@@ -1,7 +1,7 @@
 """Run the worker of a work pool on Kubernetes or Docker.
 
 python -m orchestration.worker --pool default [--type docker] [--namespace NS] [--queue NAME]... [--limit N]
-[--name NAME] [--template FILE]
+[--name NAME] [--template FILE] [--signing-key FILE]
 """
 
 import argparse
@@ -20,6 +20,7 @@ from prefect.workers.base import BaseWorker
 
 from orchestration import logs
 from orchestration.errors import SettingsError
+from orchestration.runs.result_signing import read_master_key
 from orchestration.worker import job_template
 
 DOCKER_FILE = "docker/pool.yaml"
@@ -80,9 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="how many runs to submit at once")
     parser.add_argument("--name", help="the worker's name; default: a random name")
     parser.add_argument("--template", type=Path, help="a file with the base job template; default: the pool's")
+    parser.add_argument("--signing-key", type=Path, help="the master key of stored results; default: runs sign nothing")
     options = parser.parse_args(arguments)
     if options.type == "docker" and options.namespace:
         parser.error("--namespace is for Kubernetes")
+    if options.type == "docker" and options.signing_key:
+        parser.error("--signing-key is for Kubernetes")
     settings = get_current_settings().worker
     try:
         logs.configure()
@@ -91,9 +95,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     try:
         template = job_template.read(options.template, options.pool) if options.template else None
+        signing_key = read_master_key(options.signing_key) if options.signing_key else None
     except SettingsError as error:
         logger.error("%s.", error)
         return 1
+    if options.signing_key and not signing_key:
+        logger.warning("%s is absent: runs store results without signatures.", options.signing_key)
     common = {
         "template": template,
         "name": options.name,
@@ -111,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # Here, as it imports all of Kubernetes.
             from orchestration.worker.kubernetes_worker import Worker
 
-            worker = Worker(namespace=options.namespace, **common)
+            worker = Worker(namespace=options.namespace, signing_key=signing_key, **common)
             asyncio.run(serve(worker, worker.drain))
     except HTTPStatusError as error:
         cure = ". Check the Secret with USER:PASSWORD" if error.response.status_code in (401, 403) else ""

@@ -17,12 +17,21 @@ from orchestration.errors import PipelineError, SettingsError
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
+    from prefect.client.schemas.objects import FlowRun
     from prefect.workers.base import BaseJobConfiguration
 
 Configuration = TypeVar("Configuration", bound="BaseJobConfiguration")
 
 CHART = "the chart's runs.allowed"
 """Where the chart's template says what job variables may be."""
+
+SAME_CODE_VARIABLES = frozenset(
+    f"{kind}_{part}" for kind in ("cpu", "memory") for part in ("request", "limit")
+) | {
+    "active_deadline_seconds", "annotations", "backoff_limit", "crash_backoff", "crash_retries", "disruption_retries",
+    "finished_job_ttl", "image_pull_policy", "labels", "memory_growth", "memory_max", "name",
+}  # fmt: skip
+"""Job variables that do not change which code a run executes."""
 
 
 class RefusedVariableError(PipelineError):
@@ -91,6 +100,19 @@ def check(variables: dict[str, Any], schema: dict[str, Any], place: str = CHART)
     error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(known).iter_errors(nest_dotted(variables)))
     if error:
         raise RefusedVariableError(_sentence(error, place))
+
+
+def signing_scope(flow_run: "FlowRun") -> str:
+    """Return which runs share the key of a run's stored results: those of its deployment, or of its flow without one.
+
+    Whoever may create a run of a deployment could give the run another command. So a run whose own job variables
+    choose what is executed has a key that only its retries share.
+    """
+    if set(nest_dotted(flow_run.job_variables or {})) - SAME_CODE_VARIABLES:
+        return f"flow-run/{flow_run.id}"
+    if flow_run.deployment_id:
+        return f"deployment/{flow_run.deployment_id}"
+    return f"flow/{flow_run.flow_id}"
 
 
 def _sentence(error: jsonschema.ValidationError, place: str) -> str:

@@ -56,12 +56,14 @@ from orchestration.protocol import (
     MAIN_CONTAINER_ANNOTATION,
     NAMESPACE_LABEL,
     REFUSAL_LABEL,
+    SIGNING_KEY_VARIABLE,
     claim_of,
 )
 from orchestration.reconciler import causes
 from orchestration.reconciler.kubernetes_client import certificate_hash, connected
 from orchestration.reconciler.model import Policy, Refusal
 from orchestration.reconciler.state_messages import JOB_NOT_CREATED
+from orchestration.runs.result_signing import derive_key
 from orchestration.worker import job_template
 from orchestration.worker.job_template import RefusedVariableError
 
@@ -97,14 +99,22 @@ class Worker(CompatibleWorker):
     Args:
         namespace: the namespace of the Jobs; None to use that of the pool's base job template.
         template: the base job template of the worker's release; None to use that of the pool on the server.
+        signing_key: the master key of stored results; None if runs do not sign results.
         options: the options of Prefect's worker.
     """
 
-    def __init__(self, namespace: str | None = None, template: dict[str, Any] | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        namespace: str | None = None,
+        template: dict[str, Any] | None = None,
+        signing_key: bytes | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
         if template:
             self.job_configuration = job_template.configuration_of(template, KubernetesWorkerJobConfiguration)
         self._namespace = namespace
+        self._signing_key = signing_key
         self._cluster = ""
         self._is_draining = False
         self._poll_lock = asyncio.Lock()
@@ -114,6 +124,8 @@ class Worker(CompatibleWorker):
         """When each claim began, by run, on the clock of `time.monotonic`."""
         self._claims: dict[UUID, UUID] = {}
         """The id of each granted claim, by run."""
+        self._signing_scopes: dict[UUID, str] = {}
+        """Which runs share a run's key of stored results, by run."""
         self._is_api_down = False
         self._hidden_secrets: set[str] = set()
         """Names of secret variables that a warning has named."""
@@ -189,6 +201,8 @@ class Worker(CompatibleWorker):
 
     async def claim_and_submit(self, flow_run: FlowRun) -> None:
         """Claim a due run and make its Job, or drop the claim if the Prefect API does not answer."""
+        # Read the scope before Prefect builds the job configuration, which takes `env` out of the run's own variables.
+        self._signing_scopes[flow_run.id] = job_template.signing_scope(flow_run)
         # The next poll is the retry. Without retries here, no claim becomes Pending after a long wait.
         try:
             with self._settings_without_retries.model_copy():
@@ -199,6 +213,7 @@ class Worker(CompatibleWorker):
         finally:
             self._claim_times.pop(flow_run.id, None)
             self._claims.pop(flow_run.id, None)
+            self._signing_scopes.pop(flow_run.id, None)
 
     async def report_refusal(self, flow_run: FlowRun, message: str, client: PrefectClient | None = None) -> None:
         """Set the state of a run that gets no Job, unless the claim is dropped: another worker may have the run."""
@@ -349,6 +364,11 @@ class Worker(CompatibleWorker):
                 "Runs do not get %s, which a Job's manifest would show. Give it by reference: runs.env of the chart.",
                 " and ".join(sorted(removed)),
             )
+        # A job variable must not choose the key by which a run trusts stored results.
+        environment[:] = [each for each in environment if each["name"] != SIGNING_KEY_VARIABLE]
+        if self._signing_key:
+            key = derive_key(self._signing_key, self._signing_scopes.get(flow_run.id, f"flow-run/{flow_run.id}"))
+            environment.append({"name": SIGNING_KEY_VARIABLE, "value": key})
         if claim := self._claims.get(flow_run.id):
             _name_after_claim(manifest["metadata"], claim)
         async with asyncio.timeout(remaining):

@@ -1,12 +1,15 @@
-"""A flow for tests on the cluster: it logs what its pod is given, and waits as long as its parameters say."""
+"""Flows for tests on the cluster: one logs what its pod is given and waits, others store results and plant them."""
 
 import os
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 from prefect import flow, get_run_logger, task
+from prefect._internal.result_records import ResultRecord, ResultRecordMetadata
 from prefect.artifacts import create_markdown_artifact
+from prefect.serializers import PickleSerializer
 from prefect.variables import Variable
 
 
@@ -41,3 +44,34 @@ def probe(text: str = "", seconds: float = 0, addresses: list[str] | None = None
     for address in addresses or []:
         logger.info("reaches %s: %s", address, is_reachable(address))
     create_markdown_artifact(f"# {text}", key="probe")
+
+
+RESULTS = Path("/results")
+
+
+class Attack:
+    """Its pickle makes a file whenever it is loaded."""
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (RESULTS / "attacked",)
+
+
+@flow
+def plant() -> None:
+    """Plant a result of the task `total`."""
+    metadata = ResultRecordMetadata(storage_key="total", serializer=PickleSerializer(picklelib="pickle"))
+    (RESULTS / "total").write_bytes(ResultRecord(metadata=metadata, result=Attack()).serialize())
+
+
+@task(persist_result=True, result_serializer="json", result_storage_key="total")
+def total() -> int:
+    """Return a number that is stored."""
+    get_run_logger().info("the task is executed")
+    return 42
+
+
+@flow
+def store() -> None:
+    """Log the task's result, and whether the attack was executed."""
+    number = total()
+    get_run_logger().info("the end: %s attacked=%s", number, (RESULTS / "attacked").exists())

@@ -9,14 +9,15 @@ import pytest
 
 from orchestration.errors import ClusterError
 from tests.e2e.release import Object, Pool, Release, merge_values
-from tests.e2e.runs import create_deployment, start_run, wait_until_ended
+from tests.e2e.runs import create_deployment, start_run, wait_for_log, wait_until_ended
 from tests.parts import wait_until
 
 
 @pytest.fixture(scope="module")
 def values(values: Object) -> Object:
-    """Return values for a pool without sync and drift detection."""
-    return merge_values(values, {"drift": {"enabled": False}, "sync": {"files": []}})
+    """Return values for a pool that stores results, without sync and drift detection."""
+    results = {"storage": "volume", "volume": {"size": "100Mi"}}
+    return merge_values(values, {"drift": {"enabled": False}, "sync": {"files": []}, "runs": {"results": results}})
 
 
 def _read_worker_account(pool: Pool) -> str:
@@ -68,6 +69,14 @@ def _change_pod(job: Object, change: Callable[[Object], object]) -> Object:
     return changed
 
 
+def _volume(pod: Object, name: str) -> Object:
+    found: Object = next(each for each in pod["spec"]["volumes"] if each["name"] == name)
+    return found
+
+
+MASTER_KEY = "prefect-work-pool-results-signing"
+"""The Secret with the key from which the worker derives those of deployments."""
+
 ATTACKS: dict[str, Callable[[Object], object]] = {
     "service account": lambda pod: pod["spec"].update(serviceAccountName="prefect-work-pool-worker"),
     "token": lambda pod: pod["spec"].update(automountServiceAccountToken=True),
@@ -77,6 +86,12 @@ ATTACKS: dict[str, Callable[[Object], object]] = {
     ),
     "Secret or ConfigMap that": lambda pod: pod["spec"]["containers"][0]["env"].append(
         {"name": "A", "valueFrom": {"secretKeyRef": {"name": "prefect-database", "key": "password"}}}
+    ),
+    "environment refers to a Secret": lambda pod: pod["spec"]["containers"][0]["env"].append(
+        {"name": "A", "valueFrom": {"secretKeyRef": {"name": MASTER_KEY, "key": "signing-key"}}}
+    ),
+    "a volume that the": lambda pod: _volume(pod, "results").update(
+        {"persistentVolumeClaim": None, "secret": {"secretName": MASTER_KEY}}
     ),
     "a volume": lambda pod: pod["spec"]["volumes"].append({"name": "root", "hostPath": {"path": "/"}}),
     "a volume that the chart's values do not name": lambda pod: pod["spec"]["volumes"].append(
@@ -168,3 +183,21 @@ def test_run_writes_itself_alone(pool: Pool, server: Release, api: httpx.Client)
     ]
     api.post(f"/flow_runs/{run}/set_state", json={"state": {"type": "CANCELLING"}}).raise_for_status()
     assert wait_until_ended(api, run)["state_type"] == "CANCELLED"
+
+
+def test_run_cannot_plant_a_result_of_another_deployment(pool: Pool, api: httpx.Client) -> None:
+    """The planted pickle is not executed, and what another deployment has stored is not loaded."""
+    planted = start_run(api, create_deployment(api, pool, entrypoint="/probe/flow.py:plant"))
+    assert wait_until_ended(api, planted)["state_type"] == "COMPLETED"
+    ours, theirs = (create_deployment(api, pool, entrypoint="/probe/flow.py:store") for _ in range(2))
+    for deployment, executions in ((ours, 1), (ours, 0), (theirs, 1), (ours, 1)):
+        run = start_run(api, deployment)
+        assert wait_until_ended(api, run)["state_type"] == "COMPLETED"
+        lines = wait_for_log(api, run, "the end: ")
+        assert "the end: 42 attacked=False" in lines
+        assert lines.count("the task is executed") == executions
+        warned = [each for each in lines if each.startswith("Not loaded: the stored result ")]
+        assert len(warned) == executions
+    for kind in ("jobs", "pods"):
+        found = pool.namespace.kubectl("get", kind, "-l", "prefect.io/flow-run-id", "-o", "json")
+        assert MASTER_KEY not in found

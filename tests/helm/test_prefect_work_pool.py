@@ -1,5 +1,6 @@
 """The rendered work pool chart: default objects, effects of values, refused values."""
 
+import base64
 import copy
 import json
 import re
@@ -193,7 +194,8 @@ def test_all_features_render_together() -> None:
         "python", "-m", "orchestration.worker", "--pool", "etl",
         "--name", "$(POD_NAME)", "--namespace", "$(NAMESPACE)",
         "--queue", "urgent", "--queue", "later", "--limit", "20",
-        "--template", "/etc/prefect-pool/base-job-template.json", "--name", "first",
+        "--template", "/etc/prefect-pool/base-job-template.json",
+        "--signing-key", "/etc/prefect-results/signing-key", "--name", "first",
     ]  # fmt: skip
     variables = environment(worker["containers"][0])
     assert variables["PREFECT_API_URL"] == "https://test.example.com/api"
@@ -425,6 +427,60 @@ def test_results_in_a_storage_block_outlive_the_pod(results: Object, basepath: s
     assert _synced(not_persisted)["remote_file_systems"][0]["name"] == "prefect-other-one-prefect-work-pool-results"
     [container] = _job(pool_of(not_persisted))["spec"]["template"]["spec"]["containers"]
     assert environment(container)["PREFECT_TASKS_DEFAULT_PERSIST_RESULT"] == "false"
+
+
+SIGNING = "test-prefect-work-pool-results-signing"
+
+
+def _mounted(objects: list[Object], secret: str) -> list[str]:
+    """The pods that mount a Secret."""
+    return [
+        name
+        for name, spec in pod_specs(objects).items()
+        for each in spec.get("volumes", [])
+        if each.get("secret", {}).get("secretName") == secret
+    ]
+
+
+@pytest.mark.parametrize("storage", ["volume", "s3", "redis"])
+def test_only_the_worker_has_the_master_key_of_results(storage: str) -> None:
+    results = {"storage": storage, "s3": S3, "redis": {"existingSecret": "cache"}}
+    objects = render("prefect-work-pool", _with(runs={"results": results}))
+    [key] = one(objects, "Secret", SIGNING)["data"].values()
+    assert len(base64.b64decode(key)) == 64
+    assert _mounted(objects, SIGNING) == ["Deployment/test-prefect-work-pool-worker"]
+    [container] = pod_specs(objects)["Deployment/test-prefect-work-pool-worker"]["containers"]
+    file = container["args"][container["args"].index("--signing-key") + 1]
+    [folder] = [each["mountPath"] for each in container["volumeMounts"] if each["name"] == "signing-key"]
+    assert file == f"{folder}/signing-key"
+    [volume] = [
+        each["secret"]["items"]
+        for each in pod_specs(objects)["Deployment/test-prefect-work-pool-worker"]["volumes"]
+        if each["name"] == "signing-key"
+    ]
+    assert volume == [{"key": "signing-key", "path": "signing-key"}]
+    texts = [yaml.safe_dump(each) for each in objects if each["kind"] not in ("Secret", "Deployment")]
+    assert not [each for each in texts if SIGNING in each], "neither Roles, nor the admission policy, nor the template"
+
+
+@pytest.mark.parametrize(
+    ("results", "secret"),
+    [
+        ({}, None),
+        ({"storage": "volume", "signing": {"enabled": False}}, None),
+        ({"storage": "none", "signing": {"enabled": False, "existingSecret": "mine"}}, None),
+        ({"storage": "volume", "signing": {"existingSecret": "mine", "key": "master"}}, "mine"),
+        ({"storage": "none", "signing": {"existingSecret": "mine", "key": "master"}}, "mine"),
+    ],
+)
+def test_results_are_signed_with_the_key_that_the_values_name(results: Object, secret: str | None) -> None:
+    objects = render("prefect-work-pool", _with(runs={"results": results}))
+    assert not [each for each in inventory(objects) if each.startswith("Secret/")]
+    spec = pod_specs(objects)["Deployment/test-prefect-work-pool-worker"]
+    assert ("--signing-key" in spec["containers"][0]["args"]) is bool(secret)
+    volumes = [each["secret"] for each in spec["volumes"] if each["name"] == "signing-key"]
+    items = [{"key": "master", "path": "signing-key"}]
+    assert volumes == ([{"secretName": secret, "items": items}] if secret else [])
 
 
 def test_result_storages_in_the_docs_are_valid_values() -> None:

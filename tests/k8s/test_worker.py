@@ -67,6 +67,8 @@ def test_objects_equal_the_chart_except_for_listed_fields() -> None:
             "/spec/template/metadata/annotations/checksum/pool",
             f"{worker}/image",
             f"{worker}/args/4",
+            # Where the Secret is not copied, runs do not sign their results.
+            "/spec/template/spec/volumes/signing-key/secret/optional",
             f"{worker}/env/PREFECT_API_URL/value",
             f"{worker}/env/WORK_POOL/name",
             f"{worker}/env/WORK_POOL/value",
@@ -79,7 +81,8 @@ def test_objects_equal_the_chart_except_for_listed_fields() -> None:
         "NetworkPolicy/prefect-work-pool-runs": {api},
     }
     # The pool's release has the template, and this worker reads it from the server.
-    values = test_prefect_work_pool.TAG | {"worker": {"templateFrom": "server"}}
+    signed = {"results": {"storage": "volume"}}
+    values = test_prefect_work_pool.TAG | {"worker": {"templateFrom": "server"}, "runs": signed}
     defaults = render("prefect-work-pool", values, generate.RELEASE)
     for each in base():
         kind, name = each["kind"], each["metadata"]["name"]

@@ -64,10 +64,12 @@ def _documented(file: Path) -> Iterator[tuple[str, str]]:
     yield from below(tree, file.stem)
 
 
-PLAIN = {"flow_runs.Workspace", *(f"recurrence.RulePart.{name}" for name in (
-    "frequency", "count", "interval", "start", "until", "restricts_time_alone", "end_at",
-))}  # fmt: skip
-"""Public names of the seam that are not entries: the result of an entry, and the parts of an entry."""
+PLAIN = {"flow_runs.Workspace", *(f"results.Signer{name}" for name in ("", ".sign", ".verify")), *(
+    f"recurrence.RulePart.{name}" for name in (
+        "frequency", "count", "interval", "start", "until", "restricts_time_alone", "end_at",
+    )
+)}  # fmt: skip
+"""Public names of the seam that are not entries: results, parts and arguments of entries."""
 
 
 def _entry(name: str, text: str) -> Entry:
@@ -243,6 +245,13 @@ def _refused_trigger() -> str:
     return "refused"
 
 
+def _unlike_storage_calls() -> list[str]:
+    """The uses of a storage's bytes in Prefect's result store that are no call of the two functions."""
+    source = inspect.getsource(_object("prefect.results"))
+    called = re.findall(r'call_explicitly_a?sync_block_method\(\s*[\w.]+,\s*"(?:read|write)_path"', source)
+    return re.findall(r"(?:read|write)_path", source)[len(called) :]
+
+
 Check = tuple[Callable[[], Any], Any]
 
 CONTRACTS: dict[str, list[Check]] = {
@@ -350,6 +359,37 @@ CONTRACTS: dict[str, list[Check]] = {
     "flow_runs.run_engine": [
         (lacks("prefect.engine", 'if __name__ == "__main__":', wire.FLOW_RUN_ID_VARIABLE), []),
         (lacks("prefect.engine", "configure_from_env()"), []),
+    ],
+    "results.sign_records": [
+        (signature("prefect.results:call_explicitly_sync_block_method"), "(block, method, args, kwargs)"),
+        (signature("prefect.results:call_explicitly_async_block_method"), "(block, method, args, kwargs)"),
+        # No other way leads to the bytes of a record.
+        (_unlike_storage_calls, []),
+    ],
+    "results.keep_links_out": [
+        (signature("prefect.filesystems:LocalFileSystem._resolve_path"), "(self, path)"),
+        *(
+            (lacks(f"prefect.filesystems:LocalFileSystem.{name}", "self._resolve_path(path)"), [])
+            for name in ("aread_path", "awrite_path")
+        ),
+        (lacks("prefect.results:ResultStore.create_result_record", "str(_resolve_path(key))"), []),
+    ],
+    "results.check_separate_results": [
+        (signature("prefect.results:ResultStore.exists"), "(self, key)"),
+        (signature("prefect.results:ResultStore.aexists"), "(self, key)"),
+        (lacks("prefect.transactions:Transaction.begin", "self.store.exists(key=self.key)"), []),
+        (lacks("prefect.transactions:AsyncTransaction.begin", "self.store.aexists(key=self.key)"), []),
+    ],
+    "results.rerun_untrusted_subflows": [
+        (signature(f"prefect.flow_engine:{name}.load_subflow_run"), "(self, parent_task_run, client, context)")
+        for name in ("FlowRunEngine", "AsyncFlowRunEngine")
+    ],
+    "results.prepare_child_processes": [
+        (lacks("prefect.task_runners:ProcessPoolTaskRunner", "initializer=_initialize_process_pool_worker"), []),
+        (
+            signature("prefect.task_runners:_initialize_process_pool_worker"),
+            "(message_queue=None, initializer=None, initargs=())",
+        ),
     ],
     "task_runners.cancel_events": [
         (lambda: _object("prefect.task_runners:ThreadPoolTaskRunner")()._cancel_events, {}),

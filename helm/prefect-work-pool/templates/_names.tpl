@@ -101,6 +101,16 @@ annotations:
 {{- .Values.runs.results.volume.existingClaim | default (printf "results-%s-0" (include "prefect-work-pool.statefulSet" (list . "results"))) -}}
 {{- end -}}
 
+{{/* Secret with the master key of signed results. Empty: results are not signed. Without a storage there are none to sign, unless
+     the values name a Secret: the pool may be that of another release. */}}
+{{- define "prefect-work-pool.signingSecret" -}}
+{{- with .Values.runs.results -}}
+{{- if and .signing.enabled (or .signing.existingSecret (ne .storage "none")) -}}
+{{- .signing.existingSecret | default (printf "%s-results-signing" (include "prefect-work-pool.fullname" $)) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{/* Pod values of a component, with templates rendered: (list root component). The component's `pod` wins over the top-level
      `pod`. Runs take no top-level sidecars. */}}
 {{- define "prefect-work-pool.podValues" -}}

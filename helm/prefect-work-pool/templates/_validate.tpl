@@ -130,6 +130,10 @@
 {{- $volumes = list "results" -}}
 {{- $mounts = list "/results" -}}
 {{- end -}}
+{{- if and (eq $component "worker") (include "prefect-work-pool.signingSecret" $) -}}
+{{- $volumes = append $volumes "signing-key" -}}
+{{- $mounts = append $mounts "/etc/prefect-results" -}}
+{{- end -}}
 {{- if eq $component "sync" -}}{{- $pod = omit $pod "sidecars" -}}{{- end -}}
 {{- include "prefect-work-pool.validatePod" (dict "component" $component "pod" $pod "volumes" $volumes "mounts" $mounts "containers" (list ($own.main | default $component)) "resources" (index $.Values $component).resources "grace" (index $.Values $component).terminationGracePeriodSeconds) -}}
 {{- end -}}
@@ -190,6 +194,9 @@
 {{- with .Values.runs.results -}}
 {{- if eq .storage "redis" -}}
 {{- $references = append $references (dict "path" "runs.results.redis.existingSecret" "name" .redis.existingSecret "key" .redis.key) -}}
+{{- end -}}
+{{- if and .signing.enabled .signing.existingSecret -}}
+{{- $references = append $references (dict "path" "runs.results.signing.existingSecret" "name" .signing.existingSecret "key" .signing.key) -}}
 {{- end -}}
 {{- end -}}
 {{- range $path, $env := dict "env" .Values.env "worker.env" .Values.worker.env "runs.env" .Values.runs.env "sync.env" .Values.sync.env "drift.env" (ternary .Values.drift.env list .Values.drift.enabled) "reconciler.env" (ternary .Values.reconciler.env list .Values.reconciler.enabled) -}}

@@ -18,15 +18,21 @@ import redis
 import s3fs
 import yaml
 from prefect import flow, task
+from prefect._internal.result_records import ResultRecord, ResultRecordMetadata
+from prefect.serializers import PickleSerializer
 
 from orchestration.errors import PipelineError
+from orchestration.protocol import SIGNING_KEY_VARIABLE
 from orchestration.runs.idempotency import idempotency_key
+from orchestration.runs.result_signing import derive_key
 from orchestration.settings import ROOT
 from tests import parts
 from tests.helm.rendering import Object, environment, render
 from tests.parts import client_of
 
 FLOWS = ROOT / "tests" / "e2e" / "faults"
+
+KEY = derive_key(b"m" * 32, "deployment/ours")
 
 Storage = Callable[[str], dict[str, str]]
 """Creates a release's storage on the server at a URL; returns the environment variables of a run's container."""
@@ -46,7 +52,9 @@ def _release(folder: Path, url: str, **results: Any) -> dict[str, Any]:
         "containers"
     ]
     variables = environment(container)
-    return {name: value for name, value in variables.items() if name != "KUBERNETES_JOB"}
+    own = {name: value for name, value in variables.items() if name != "KUBERNETES_JOB"}
+    # The worker adds the key to the run's Job.
+    return own | {SIGNING_KEY_VARIABLE: KEY}
 
 
 def _volume(folder: Path) -> Iterator[Storage]:
@@ -90,13 +98,13 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]
     yield from request.param(tmp_path)
 
 
-def _execute(run: str, url: str, variables: dict[str, str]) -> int:
+def _execute(run: str, url: str, variables: dict[str, str], folder: Path = FLOWS) -> int:
     """Execute a run as a pod does, with a disk that is deleted at the end; return the exit status."""
     with tempfile.TemporaryDirectory() as disk:
         pod = {"PREFECT_API_URL": url, "PREFECT_HOME": disk, "PYTHONPATH": str(ROOT), "PREFECT__FLOW_RUN_ID": run}
         pod["TERMINATION_MESSAGE_PATH"] = f"{disk}/message"
         command = [sys.executable, "-m", "orchestration.runs.engine"]
-        return subprocess.run(command, env=os.environ | variables | pod, cwd=FLOWS, capture_output=True).returncode
+        return subprocess.run(command, env=os.environ | variables | pod, cwd=folder, capture_output=True).returncode
 
 
 def _lines(api: httpx.Client, run: str) -> list[str]:
@@ -107,22 +115,32 @@ def _lines(api: httpx.Client, run: str) -> list[str]:
     return [each["message"] for each in api.post("/logs/filter", json=body).raise_for_status().json()]
 
 
+def _create_run(api: httpx.Client, entrypoint: str, folder: Path = FLOWS) -> str:
+    """Create a run of a deployment of a flow in a file of this folder."""
+    flow_id = api.post("/flows/", json={"name": entrypoint}).raise_for_status().json()["id"]
+    step = {"prefect.deployments.steps.set_working_directory": {"directory": str(folder)}}
+    body = {"name": "durable", "flow_id": flow_id, "entrypoint": entrypoint, "pull_steps": [step]}
+    made = api.post("/deployments/", json=body).raise_for_status().json()["id"]
+    return str(api.post(f"/deployments/{made}/create_flow_run", json={}).raise_for_status().json()["id"])
+
+
+def _steps(lines: list[str]) -> list[tuple[str, str, str]]:
+    """The number, run attempt and idempotency key of each step that was executed."""
+    taken = [re.findall(r"step (\d) in attempt (\d) with key (\S+)", line) for line in lines]
+    return [each for found in taken for each in found]
+
+
 def test_retry_of_a_killed_run_continues_after_the_finished_tasks(prefect_server: str, storage: Storage) -> None:
     variables = storage(prefect_server)
     with client_of(prefect_server) as api:
-        flow_id = api.post("/flows/", json={"name": "stepwise"}).raise_for_status().json()["id"]
-        step = {"prefect.deployments.steps.set_working_directory": {"directory": str(FLOWS)}}
-        body = {"name": "durable", "flow_id": flow_id, "entrypoint": "flow.py:stepwise", "pull_steps": [step]}
-        made = api.post("/deployments/", json=body).raise_for_status().json()["id"]
-        run = api.post(f"/deployments/{made}/create_flow_run", json={}).raise_for_status().json()["id"]
+        run = _create_run(api, "flow.py:stepwise")
         assert _execute(run, prefect_server, variables) == -signal.SIGKILL
         for state in ({"type": "CRASHED"}, {"type": "SCHEDULED", "name": "AwaitingRetry"}):
             api.post(f"/flow_runs/{run}/set_state", json={"state": state}).raise_for_status()
         assert _execute(run, prefect_server, variables) == 0
         assert api.get(f"/flow_runs/{run}").json()["state_type"] == "COMPLETED"
         lines = _lines(api, run)
-    taken = [re.findall(r"step (\d) in attempt (\d) with key (\S+)", line) for line in lines]
-    steps = [each for found in taken for each in found]
+    steps = _steps(lines)
     assert Counter((number, execution) for number, execution, _ in steps) == Counter(
         [("1", "1"), ("2", "1"), ("3", "1"), ("4", "1"), ("4", "2"), ("5", "2")]
     )
@@ -131,6 +149,63 @@ def test_retry_of_a_killed_run_continues_after_the_finished_tasks(prefect_server
     ]
     assert len({key for number, _, key in steps if number == "4"}) == 1, "the retried step has the same key"
     assert len({key for _, _, key in steps}) == 5
+
+
+class _Attack:
+    """Its pickle makes a file whenever it is loaded."""
+
+    def __init__(self, marker: Path) -> None:
+        self._marker = marker
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self._marker,)
+
+
+def _plant(file: Path, marker: Path) -> None:
+    metadata = ResultRecordMetadata(storage_key=str(file), serializer=PickleSerializer(picklelib="pickle"))
+    file.write_bytes(ResultRecord(metadata=metadata, result=_Attack(marker)).serialize())
+
+
+@pytest.mark.parametrize("attack", ["planted", "foreign"])
+def test_results_of_another_deployment_are_executed_again(prefect_server: str, attack: str, tmp_path: Path) -> None:
+    """Also the subflow that had completed, whose result no cache key leads to."""
+    variables = next(_volume(tmp_path))(prefect_server)
+    with client_of(prefect_server) as api:
+        run = _create_run(api, "flow.py:stepwise")
+        assert _execute(run, prefect_server, variables) == -signal.SIGKILL
+        for state in ({"type": "CRASHED"}, {"type": "SCHEDULED", "name": "AwaitingRetry"}):
+            api.post(f"/flow_runs/{run}/set_state", json={"state": state}).raise_for_status()
+        marker = tmp_path / "attacked"
+        stored = list((tmp_path / "results").iterdir())
+        assert len(stored) >= 4, "three steps and a subflow"
+        if attack == "planted":
+            for file in stored:
+                _plant(file, marker)
+        else:
+            variables[SIGNING_KEY_VARIABLE] = derive_key(b"m" * 32, "deployment/theirs")
+        assert _execute(run, prefect_server, variables) == 0
+        assert api.get(f"/flow_runs/{run}").json()["state_type"] == "COMPLETED"
+        lines = _lines(api, run)
+    assert not marker.exists()
+    assert [number for number, attempt, _ in _steps(lines) if attempt == "2"] == ["1", "2", "3", "4", "5"]
+    assert "the end: ['1 by 2', '2 by 2', '3 by 2', '4 by 2', '5 by 2']" in lines
+    reason = "is not signed" if attack == "planted" else "has a signature that is not of this deployment"
+    assert len([each for each in lines if each.startswith("Not loaded: ") and reason in each]) >= 3
+
+
+def test_process_of_a_task_loads_no_planted_result(prefect_server: str, tmp_path: Path) -> None:
+    variables = next(_volume(tmp_path))(prefect_server)
+    (tmp_path / "results").mkdir()
+    marker = tmp_path / "attacked"
+    _plant(tmp_path / "results" / "total", marker)
+    with client_of(prefect_server) as api:
+        for executions in (1, 0):
+            run = _create_run(api, "pooled_flow.py:pooled", Path(__file__).parent)
+            assert _execute(run, prefect_server, variables) == 0
+            lines = _lines(api, run)
+            assert lines.count("the task is executed") == executions
+            assert "the end: 42" in lines
+    assert not marker.exists()
 
 
 @task

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import FlowRun
 from prefect.settings import (
     PREFECT_API_AUTH_STRING,
     PREFECT_API_KEY,
@@ -30,7 +31,8 @@ from prefect.states import Scheduled
 from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerResult
 
 from orchestration.errors import SettingsError
-from orchestration.protocol import CAUSE_LABEL
+from orchestration.protocol import CAUSE_LABEL, SIGNING_KEY_VARIABLE
+from orchestration.runs.result_signing import derive_key
 from orchestration.settings import ROOT
 from orchestration.worker import job_template, kubernetes_worker
 from orchestration.worker.job_template import RefusedVariableError
@@ -94,6 +96,8 @@ def test_variables_that_the_template_allows_pass(template: dict[str, Any], varia
         ({"labels": "{{ prefect.blocks.json.labels }}"}, "labels: "),
         ({"labels.app": "x", "labels": {"prefect.io/role": "y"}}, "labels: the key 'prefect.io/role' is reserved"),
         ({"env": {"PASSWORD": ["s3cret"]}}, "job variable env.PASSWORD is not a string"),
+        ({"env": {SIGNING_KEY_VARIABLE: "s3cret"}}, "env: the key 'RESULTS_SIGNING_KEY' is reserved"),
+        ({"env.RESULTS_SIGNING_KEY": "s3cret"}, "env: the key 'RESULTS_SIGNING_KEY' is reserved"),
         ({"finished_job_ttl": "never"}, "finished_job_ttl: "),
     ],
 )
@@ -156,7 +160,13 @@ def without_cluster() -> Iterator[None]:
         yield
 
 
-async def _submit(template: dict[str, Any], variables: dict[str, Any]) -> tuple[list[Any], Any]:
+async def _submit(
+    template: dict[str, Any],
+    variables: dict[str, Any],
+    signing_key: bytes | None = None,
+    trusted: bool = True,
+    deployed: dict[str, Any] | None = None,
+) -> tuple[list[Any], Any]:
     """Submit a run while the server's template is an attacker's; return the manifests of the Jobs, and the run."""
     made: list[Any] = []
 
@@ -172,11 +182,12 @@ async def _submit(template: dict[str, Any], variables: dict[str, Any]) -> tuple[
     async with get_client() as client:
         await client.create_work_pool(WorkPoolCreate(name=pool, type="kubernetes", base_job_template=stolen))
         deployment = await client.create_deployment(
-            flow_id=await client.create_flow(nothing), name="nothing", work_pool_name=pool
+            flow_id=await client.create_flow(nothing), name="nothing", work_pool_name=pool, job_variables=deployed
         )
         with patch.object(KubernetesWorker, "run", make):
             options: dict[str, Any] = {"work_pool_name": pool, "create_pool_if_not_found": False}
-            async with kubernetes_worker.Worker(template=template, **options) as tested:
+            own = template if trusted else None
+            async with kubernetes_worker.Worker(template=own, signing_key=signing_key, **options) as tested:
                 await tested.sync_with_backend()
                 run = await client.create_flow_run_from_deployment(
                     deployment, state=Scheduled(), job_variables=variables
@@ -219,3 +230,69 @@ def test_job_shows_no_secret_of_the_worker(template: dict[str, Any], monkeypatch
     assert names.isdisjoint({"PREFECT_API_KEY", "PREFECT_CLIENT_CUSTOM_HEADERS"})
     assert {"PREFECT_API_AUTH_STRING", "PREFECT_LOGGING_LEVEL"} <= names
     assert "s3cret-" not in json.dumps(manifest)
+
+
+MASTER = b"m" * 32
+
+
+def _signing_keys(manifest: Any) -> list[Any]:
+    environment = manifest["spec"]["template"]["spec"]["containers"][0]["env"]
+    return [each for each in environment if each["name"] == SIGNING_KEY_VARIABLE]
+
+
+@pytest.mark.usefixtures("prefect_server", "alone")
+def test_job_has_the_signing_key_of_its_deployment(template: dict[str, Any]) -> None:
+    variables = {"memory_limit": "2Gi", "labels": {"a": "b"}}
+    [manifest], run = asyncio.run(_submit(template, variables, MASTER, deployed={"env": {"A": "b"}}))
+    key = derive_key(MASTER, f"deployment/{run.deployment_id}")
+    assert _signing_keys(manifest) == [{"name": SIGNING_KEY_VARIABLE, "value": key}]
+    assert MASTER.decode() not in json.dumps(manifest)
+
+
+@pytest.mark.usefixtures("prefect_server", "alone")
+def test_job_variable_does_not_choose_the_signing_key(template: dict[str, Any]) -> None:
+    """Also with the server's template, which has no schema that refuses the variable."""
+    chosen = {"env": {SIGNING_KEY_VARIABLE: "00" * 32}}
+    [manifest], run = asyncio.run(_submit(template, chosen, MASTER, trusted=False))
+    key = derive_key(MASTER, f"flow-run/{run.id}")
+    assert _signing_keys(manifest) == [{"name": SIGNING_KEY_VARIABLE, "value": key}]
+    [manifest], _ = asyncio.run(_submit(template, chosen, None, trusted=False))
+    assert _signing_keys(manifest) == []
+
+
+@pytest.mark.usefixtures("prefect_server", "alone")
+@pytest.mark.parametrize("deployed", [None, {"env": {"A": "b"}}])
+def test_run_with_an_environment_of_its_own_has_no_key_of_its_deployment(
+    template: dict[str, Any], deployed: dict[str, Any] | None
+) -> None:
+    variables = {"env": {"PYTHONPATH": "/results"}}
+    [manifest], run = asyncio.run(_submit(template, variables, MASTER, deployed=deployed))
+    key = derive_key(MASTER, f"flow-run/{run.id}")
+    assert _signing_keys(manifest) == [{"name": SIGNING_KEY_VARIABLE, "value": key}]
+
+
+@pytest.mark.parametrize(
+    ("variables", "scope"),
+    [
+        ({}, "deployment"),
+        (None, "deployment"),
+        ({"memory_limit": "2Gi", "crash_retries": 1, "labels.a": "b"}, "deployment"),
+        ({"command": "python -c 1"}, "flow-run"),
+        ({"env": {"PYTHONPATH": "/results"}}, "flow-run"),
+        ({"env.A": "b"}, "flow-run"),
+        ({"image": "mine:1"}, "flow-run"),
+        ({"gpu": 1}, "flow-run"),
+    ],
+)
+def test_run_that_chooses_what_it_executes_has_a_key_for_itself(variables: Any, scope: str) -> None:
+    run = FlowRun(flow_id=uuid4(), deployment_id=uuid4(), job_variables=variables)
+    ids = {"deployment": run.deployment_id, "flow-run": run.id}
+    assert job_template.signing_scope(run) == f"{scope}/{ids[scope]}"
+    if scope == "deployment":
+        run.deployment_id = None
+        assert job_template.signing_scope(run) == f"flow/{run.flow_id}"
+
+
+def test_variables_that_keep_the_deployment_s_key_are_those_of_the_template(template: dict[str, Any]) -> None:
+    others = {"command", "env", "image", "service_account_name"}
+    assert set(template["variables"]["properties"]) - others == job_template.SAME_CODE_VARIABLES

@@ -1,0 +1,243 @@
+"""The private interfaces of Prefect's stored results: all reads and writes of records pass one check."""
+
+import os
+import threading
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, Protocol
+
+import prefect
+from prefect import flow_engine, results, task_runners
+from prefect._internal.result_records import ResultRecordMetadata
+from prefect.exceptions import MissingContextError
+from prefect.filesystems import LocalFileSystem, NullFileSystem
+from prefect.logging import get_logger, get_run_logger
+from prefect.results import ResultStore
+from prefect.utilities.annotations import NotSet
+
+from orchestration.prefect_compat import warn_if_untested
+
+warn_if_untested("prefect", prefect.__version__)
+
+_RESULTS: Any = results
+
+_INITIALIZE = task_runners._initialize_process_pool_worker
+
+
+class Signer(Protocol):
+    """Signs the content of records for their location, and verifies it."""
+
+    def sign(self, location: str, content: bytes) -> bytes:
+        """Return what is stored."""
+
+    def verify(self, location: str, stored: bytes) -> bytes:
+        """Return the content, or raise an error."""
+
+
+def sign_records(signer: Signer, untrusted: type[Exception]) -> None:
+    """Let this process store only signed records, and load no others.
+
+    What is not trusted is a cache miss, with one warning for each location.
+
+    Replaces: `call_explicitly_sync_block_method`, `call_explicitly_async_block_method` of `prefect.results`
+    Why: every read and write of a record passes these two, whichever storage a flow, a task or a cache policy names
+    Until: a result store has hooks for the bytes of its records
+
+    Args:
+        signer: has the key of this process.
+        untrusted: the error that the signer raises for a record that it does not trust.
+    """
+    calls = _CheckedCalls(signer, untrusted)
+    _RESULTS.call_explicitly_sync_block_method = calls.call
+    _RESULTS.call_explicitly_async_block_method = calls.acall
+    keep_links_out()
+    check_separate_results(calls)
+    rerun_untrusted_subflows(untrusted)
+
+
+class _CheckedCalls:
+    """Calls the methods of storage blocks; what is written gets a signature, and what is read must have one."""
+
+    def __init__(self, signer: Signer, untrusted: type[Exception]) -> None:
+        self._signer = signer
+        self._untrusted = untrusted
+        self._call = _RESULTS.call_explicitly_sync_block_method
+        self._acall = _RESULTS.call_explicitly_async_block_method
+        self._warned: set[str] = set()
+        self._lock = threading.Lock()
+
+    def call(self, block: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        found = self._call(block, method, args, self._signed(block, method, args, kwargs))
+        return self._verified(block, method, args, found)
+
+    async def acall(self, block: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        found = await self._acall(block, method, args, self._signed(block, method, args, kwargs))
+        return self._verified(block, method, args, found)
+
+    def _signed(self, block: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        if method != "write_path" or isinstance(block, NullFileSystem):
+            return kwargs
+        return kwargs | {"content": self._signer.sign(_location(block, args[0]), kwargs["content"])}
+
+    def _verified(self, block: Any, method: str, args: tuple[Any, ...], found: Any) -> Any:
+        if method != "read_path" or found is None:
+            return found
+        location = _location(block, args[0])
+        try:
+            return self._signer.verify(location, found)
+        except self._untrusted as error:
+            self._warn(location, error)
+            raise
+
+    def _warn(self, location: str, error: Exception) -> None:
+        with self._lock:
+            if location in self._warned:
+                return
+            self._warned.add(location)
+        try:
+            logger: Any = get_run_logger()
+        except MissingContextError:
+            logger = get_logger("results")
+        logger.warning("Not loaded: %s. What it is the result of is executed again.", error)
+
+
+def _location(block: Any, path: str) -> str:
+    """Return a record's place: the block's type and the path in it, which is the same for a key and its whole path."""
+    resolve = getattr(block, "_resolve_path", None)
+    resolved = resolve(path) if resolve else None
+    return f"{type(block).get_block_type_slug()}:{path if resolved is None else resolved}"
+
+
+def keep_links_out() -> None:
+    """Name a file in a local storage by its path, not by where a link in the storage leads.
+
+    A planted link would give a record the name of another one.
+
+    Replaces: `LocalFileSystem._resolve_path`
+    Why: Prefect takes the file that a link leads to as a record's storage key
+    Until: Prefect's local storage does not follow links
+    """
+    resolve = LocalFileSystem._resolve_path
+
+    @wraps(resolve)
+    def resolved(self: LocalFileSystem, path: str) -> Path:
+        resolve(self, path)  # raises an error for a path outside the storage
+        base = Path(self.basepath or ".").expanduser().resolve()
+        named = Path(os.path.normpath(base / Path(path or "").expanduser()))
+        if named != base and base not in named.parents:
+            # The path has the storage's folder by another name.
+            return resolve(self, path)
+        return named
+
+    LocalFileSystem._resolve_path = resolved  # type: ignore[method-assign]
+
+
+def check_separate_results(calls: _CheckedCalls) -> None:
+    """Let a result exist only if both its metadata and its content are trusted.
+
+    Replaces: `ResultStore.exists`, `ResultStore.aexists`
+    Why: with a cache policy's own storage Prefect looks at the metadata alone, and fails when it reads the content
+    Until: a result store takes what it cannot read for absent
+    """
+    exists, aexists = ResultStore.exists, ResultStore.aexists
+
+    def is_separate(store: ResultStore) -> bool:
+        return store.metadata_storage is not None and not isinstance(store.metadata_storage, NullFileSystem)
+
+    @wraps(exists)
+    def checked(self: ResultStore, key: str) -> bool:
+        if not exists(self, key):
+            return False
+        if not is_separate(self):
+            return True
+        storage = self.result_storage or _RESULTS.get_default_result_storage(_sync=True)
+        try:
+            metadata = ResultRecordMetadata.load_bytes(calls.call(self.metadata_storage, "read_path", (key,), {}))
+            return calls.call(storage, "read_path", (metadata.storage_key,), {}) is not None
+        except Exception:
+            return False
+
+    @wraps(aexists)
+    async def achecked(self: ResultStore, key: str) -> bool:
+        if not await aexists(self, key):
+            return False
+        if not is_separate(self):
+            return True
+        storage = self.result_storage or await _RESULTS.aget_default_result_storage()
+        try:
+            metadata = ResultRecordMetadata.load_bytes(
+                await calls.acall(self.metadata_storage, "read_path", (key,), {})
+            )
+            return await calls.acall(storage, "read_path", (metadata.storage_key,), {}) is not None
+        except Exception:
+            return False
+
+    ResultStore.exists = checked  # type: ignore[method-assign]
+    ResultStore.aexists = achecked  # type: ignore[method-assign]
+
+
+def rerun_untrusted_subflows(untrusted: type[Exception]) -> None:
+    """Execute a subflow again whose stored result is not trusted, when its parent is retried.
+
+    Replaces: `load_subflow_run` of `FlowRunEngine` and `AsyncFlowRunEngine` in `prefect.flow_engine`
+    Why: Prefect takes a completed subflow's stored result, and fails the parent when it cannot read the result
+    Until: Prefect executes a subflow again whose result it cannot read
+    """
+    load, aload = flow_engine.FlowRunEngine.load_subflow_run, flow_engine.AsyncFlowRunEngine.load_subflow_run
+
+    def is_reused(engine: Any, found: Any) -> bool:
+        return found is not None and engine._return_value is not NotSet and found.state.is_completed()
+
+    @wraps(load)
+    def loaded(self: Any, parent_task_run: Any, client: Any, context: Any) -> Any:
+        found: Any = load(self, parent_task_run=parent_task_run, client=client, context=context)
+        if is_reused(self, found):
+            try:
+                found.state.result(raise_on_failure=False, retry_result_failure=False, _sync=True)
+            except untrusted:
+                self._return_value = NotSet
+                return None
+            except Exception:
+                return found
+        return found
+
+    @wraps(aload)
+    async def aloaded(self: Any, parent_task_run: Any, client: Any, context: Any) -> Any:
+        found: Any = await aload(self, parent_task_run=parent_task_run, client=client, context=context)
+        if is_reused(self, found):
+            try:
+                await found.state.aresult(raise_on_failure=False, retry_result_failure=False)
+            except untrusted:
+                self._return_value = NotSet
+                return None
+            except Exception:
+                return found
+        return found
+
+    flow_engine.FlowRunEngine.load_subflow_run = loaded  # type: ignore[method-assign]
+    flow_engine.AsyncFlowRunEngine.load_subflow_run = aloaded  # type: ignore[method-assign]
+
+
+def prepare_child_processes(prepare: Callable[[], None]) -> None:
+    """Call a function in each process in which Prefect's process pool executes tasks, before their first task.
+
+    Replaces: `prefect.task_runners._initialize_process_pool_worker`
+    Why: such a process is started afresh, and has none of what this module changes
+    Until: a result store has hooks for the bytes of its records
+
+    Args:
+        prepare: a function of a module.
+    """
+    task_runners._initialize_process_pool_worker = _PreparedChild(prepare)  # type: ignore[assignment]
+
+
+class _PreparedChild:
+    """Initializes a process of the pool; it reaches that process as a pickle."""
+
+    def __init__(self, prepare: Callable[[], None]) -> None:
+        self._prepare = prepare
+
+    def __call__(self, *args: Any) -> None:
+        self._prepare()
+        _INITIALIZE(*args)
