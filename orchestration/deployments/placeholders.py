@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from orchestration.deployments.files import YamlMapping, YamlSequence
@@ -20,6 +21,12 @@ VARIABLE = "prefect.variables."
 BLOCK = "prefect.blocks."
 CONTEXT = "ctx."
 """The prefix of what a worker fills in when it starts a run."""
+
+READABLE_VARIABLE = "SYNC_ENVIRONMENT"
+"""Names the variables that files may read, separated by commas. `NAME*` stands for all names that begin with NAME.
+
+Without this variable, files may read the whole environment, as with `prefect deploy`.
+"""
 
 
 def server_variables(documents: Sequence[YamlMapping]) -> set[str]:
@@ -116,6 +123,21 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(inner)
 
 
+def _read_environment(name: str, where: str) -> str:
+    """Return a variable of the environment.
+
+    Raises:
+        DeploymentsError: files may not read the variable.
+    """
+    readable = os.environ.get(READABLE_VARIABLE)
+    if readable is None or any(fnmatchcase(name, pattern.strip()) for pattern in readable.split(",")):
+        return os.environ[name]
+    raise DeploymentsError(
+        f"{where}: {name} may not be read from the environment: files may read {readable}. Name the variable "
+        "SYNC_..., or set it in the chart's sync.env"
+    )
+
+
 @dataclass
 class _EnvironmentResolver:
     """Resolves variables of the environment.
@@ -150,7 +172,7 @@ class _EnvironmentResolver:
             return match[0]
         name = match[1].lstrip("$")
         if name in os.environ:
-            return os.environ[name]
+            return _read_environment(name, where)
         if self.missing is None:
             raise DeploymentsError(
                 f"{where}: {match[0]} is not set in the environment. Set it with export {name}=..., or write the value"
@@ -241,7 +263,7 @@ class _DeploymentResolver(_EnvironmentResolver):
 
     def environment_value(self, match: re.Match[str], where: str) -> str:
         name = match[1]
-        return os.environ[name] if name in os.environ else super().environment_value(match, where)
+        return _read_environment(name, where) if name in os.environ else super().environment_value(match, where)
 
     def refuse_unresolved(self, match: re.Match[str], where: str, in_event: bool, dropped: bool) -> None:
         """Refuse a placeholder that is left, unless Prefect resolves it later."""

@@ -658,6 +658,14 @@ def test_roles_secret_gives_each_component_its_own_credential() -> None:
     assert "prefect-server-auth" not in json.dumps(objects)
 
 
+def test_files_of_the_sync_read_no_credential() -> None:
+    credential = {"name": "PREFECT_API_AUTH_STRING", "valueFrom": {"secretKeyRef": {"name": "a", "key": "b"}}}
+    sync = {"env": [{"name": "TEAM", "value": "data"}, credential], "settings": {"PREFECT_LOGGING_LEVEL": "DEBUG"}}
+    objects = render("prefect-work-pool", _with(sync=sync, env=[{"name": "SHARED", "value": "x"}]))
+    variables = environment(pod_specs(objects)["Job/test-prefect-work-pool-sync"]["containers"][0])
+    assert variables["SYNC_ENVIRONMENT"] == "SYNC_*,TEAM,PREFECT_LOGGING_LEVEL"
+
+
 def test_changed_base_job_template_restarts_workers() -> None:
     def checksum(values: Object) -> str:
         worker = one(render("prefect-work-pool", values), "Deployment", "test-prefect-work-pool-worker")

@@ -51,6 +51,13 @@
 - {name: POD_NAME, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
 - {name: NAMESPACE, valueFrom: {fieldRef: {fieldPath: metadata.namespace}}}
 {{- end }}
+{{- if eq $component "sync" }}
+# The files of the sync may read these variables, and no others: the Job has the credential of the API.
+{{- $names := list "SYNC_*" -}}
+{{- range $root.Values.sync.env }}{{- $names = append $names .name }}{{- end }}
+{{- $names = concat $names (keys $root.Values.sync.settings | sortAlpha) }}
+- {name: SYNC_ENVIRONMENT, value: {{ without $names "PREFECT_API_AUTH_STRING" "PREFECT_API_KEY" | uniq | join "," | quote }}}
+{{- end }}
 {{- if eq (index . 1) "worker" }}
 {{- include "prefect-work-pool.workerEnv" $root }}
 {{- end }}

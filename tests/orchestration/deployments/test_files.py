@@ -187,6 +187,30 @@ def test_included_files_are_read_with_their_own_lines(folder: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["PREFECT_API_AUTH_STRING", "HOME", "sync_region", "NOT_SYNC_REGION"])
+@pytest.mark.parametrize(
+    "place", ["description: '{{ $%s }}'", "description: '{{ %s }}'", "pull: [{a.step: {x: '{{ $%s }}'}}]"]
+)
+def test_variable_that_files_may_not_read_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, place: str
+) -> None:
+    monkeypatch.setenv("SYNC_ENVIRONMENT", "SYNC_*, TEAM")
+    monkeypatch.setenv(name, "s3cret")
+    (folder / "prefect.yaml").write_text(with_deployment(place % name))
+    with pytest.raises(DeploymentsError, match=r"files may read SYNC_\*, TEAM\. Name the variable") as refused:
+        desired_state.read(["prefect.yaml"])
+    assert "s3cret" not in str(refused.value)
+
+
+def test_variable_that_files_may_read_is_resolved(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SYNC_ENVIRONMENT", "SYNC_*, TEAM")
+    monkeypatch.setenv("SYNC_REGION", "eu")
+    monkeypatch.setenv("TEAM", "data")
+    (folder / "prefect.yaml").write_text(with_deployment("description: '{{ $SYNC_REGION }} {{ TEAM }}'"))
+    [found] = desired_state.read(["prefect.yaml"]).of_kind(DEPLOYMENT)
+    assert found.fields["description"] == "eu data"
+
+
 def test_anchors_and_environment_variables_are_resolved(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REGION", "eu")
     (folder / "prefect.yaml").write_text(
