@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class DeniedError(Exception):
-    """The caller may not do this. The text says why."""
+    """The role or the run has no permission for the request. The text has the reason."""
 
 
 class AccessControl:

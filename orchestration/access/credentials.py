@@ -21,11 +21,11 @@ from orchestration.errors import SettingsError
 RUN_KEY_FILE = "run-key"
 PREVIOUS_SUFFIX = ".previous"
 RUN_USER_PREFIX = "run-"
-MINIMUM_KEY_LENGTH = 32
-"""Characters of a run key."""
+MIN_KEY_CHARACTERS = 32
+"""The minimum length of a run key."""
 
 RELOAD_SECONDS = 1.0
-"""Least time between two looks at the folder. The kubelet updates a mounted Secret within about a minute."""
+"""Minimum seconds between two reads of the folder. The kubelet updates a mounted Secret within about a minute."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ def _read_folder(folder: Path) -> _Content:
             name = file.name.removesuffix(PREVIOUS_SUFFIX)
             if name == RUN_KEY_FILE:
                 for number, line in lines:
-                    if len(line) < MINIMUM_KEY_LENGTH:
+                    if len(line) < MIN_KEY_CHARACTERS:
                         raise SettingsError(
-                            f"{file}:{number}: the key is too short. Use {MINIMUM_KEY_LENGTH} random characters or more"
+                            f"{file}:{number}: the key is too short. Use {MIN_KEY_CHARACTERS} random characters or more"
                         )
                 keys += [line for _, line in lines]
             elif role := roles.get(name):

@@ -57,7 +57,7 @@ def sign_records(signer: Signer, untrusted: type[Exception]) -> None:
 
 
 class _CheckedCalls:
-    """Calls the methods of storage blocks; what is written gets a signature, and what is read must have one."""
+    """Signs what storage blocks write, and verifies what they read."""
 
     def __init__(self, signer: Signer, untrusted: type[Exception]) -> None:
         self._signer = signer
@@ -99,7 +99,7 @@ class _CheckedCalls:
             logger: Any = get_run_logger()
         except MissingContextError:
             logger = get_logger("results")
-        logger.warning("Not loaded: %s. What it is the result of is executed again.", error)
+        logger.warning("Not loaded: %s. Its task or flow is executed again.", error)
 
 
 def _location(block: Any, path: str) -> str:

@@ -1,4 +1,4 @@
-"""Signatures of stored results: a run loads only what a run of its own deployment has stored.
+"""Signatures of stored results: a run loads only results of runs of its deployment.
 
 All runs of a work pool write to one storage, and Prefect takes the serializer from the stored record: a pickle executes
 code when it is loaded. So each record begins with an HMAC-SHA256 over its location and its content. It is checked
@@ -15,7 +15,7 @@ from pathlib import Path
 from orchestration.errors import PipelineError, SettingsError
 
 MASTER_KEY_BYTES = 32
-"""The shortest master key: as many bytes as the digest has."""
+"""The minimum length of the master key, which is the length of the digest."""
 
 _PREFIX = b"hmac-sha256:1:"
 _DIGEST_CHARACTERS = 64
@@ -73,7 +73,7 @@ class ResultSigner:
         except ValueError:
             self._key = b""
         if len(self._key) != hashlib.sha256().digest_size:
-            raise SettingsError("RESULTS_SIGNING_KEY is no key: it needs 64 hexadecimal digits. The worker sets it")
+            raise SettingsError("RESULTS_SIGNING_KEY is invalid: it needs 64 hexadecimal digits. The worker sets it")
 
     def sign(self, location: str, content: bytes) -> bytes:
         """Return a record with its signature in front.

@@ -162,7 +162,7 @@ async def serve(proxy: Proxy, socket: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m orchestration.worker.docker_proxy", description="Serve a part of Docker's API to a worker."
     )
@@ -175,10 +175,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         logs.configure()
+    except SettingsError as error:
+        print(f"{error}.", file=sys.stderr)
+        return 1
+    try:
         template = job_template.read(options.template, options.pool)
         policy = Policy.from_template(template, options.images.split(), options.reserved_names.split())
     except SettingsError as error:
-        print(f"{error}.", file=sys.stderr)
+        logger.error("%s.", error)
         return 1
     asyncio.run(serve(Proxy(policy, options.daemon), options.listen))
     return 0

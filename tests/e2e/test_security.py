@@ -41,7 +41,7 @@ def test_changed_template_and_job_variables_give_no_run_another_identity(pool: P
     refused = start_run(api, create_deployment(api, pool, job_variables={"labels": labels}))
     found = wait_until_ended(api, refused)
     assert found["state_type"] == "CRASHED"
-    assert "labels: the key 'app.kubernetes.io/name' is kept" in found["state"]["message"]
+    assert "labels: the key 'app.kubernetes.io/name' is reserved" in found["state"]["message"]
 
     run = start_run(api, create_deployment(api, pool))
 
