@@ -16,8 +16,9 @@ from uuid import UUID
 
 import httpx
 
-from orchestration.access.credentials import Credentials, Identity
-from orchestration.access.routes import PERMISSIONS, WEBSOCKET, WRITES, Route, RouteTable
+from orchestration.access.credentials import RUN_USER_PREFIX, Credentials, Identity
+from orchestration.access.ownership import DeniedError, Ownership, UnavailableError
+from orchestration.access.routes import PERMISSIONS, WEBSOCKET, WRITES, Role, Route, RouteTable
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -25,18 +26,18 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-KNOWN_RUNS = 10_000
-"""How many subflow runs with their root run are remembered."""
+EVENTS_PATH = "/events/in"
 
-MAX_SUBFLOW_DEPTH = 20
+OWNED = frozenset({"create-runs", "report-runs", "emit-events"})
+"""Classes in which a flow run may write only its own objects."""
+
+AUTOMATION_HEADERS = frozenset({b"prefect-automation-id", b"prefect-automation-name"})
+"""Headers by which the server names the automation that calls it."""
+
 MAX_CHECKED_BODY_BYTES = 32 * 1024 * 1024
 
 audit_log = logging.getLogger("orchestration.access.audit")
 logger = logging.getLogger(__name__)
-
-
-class DeniedError(Exception):
-    """The role or the run has no permission for the request. The text has the reason."""
 
 
 class AccessControl:
@@ -54,13 +55,13 @@ class AccessControl:
         self._server = server
         self._authorization = b"Basic " + base64.b64encode(server.encode())
         self._table = RouteTable()
-        self._owners: dict[UUID, UUID] = {}
         self._problem = ""
-        self._api = httpx.AsyncClient(
-            transport=httpx.ASGITransport(app=application),
+        api = httpx.AsyncClient(
+            transport=httpx.ASGITransport(app=application, raise_app_exceptions=False),
             base_url="http://api",
             headers={"Authorization": self._authorization.decode()},
         )
+        self._ownership = Ownership(api)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a permitted request on, and answer any other."""
@@ -104,14 +105,21 @@ class AccessControl:
             return
         try:
             routes = self._authorize(identity, method, path)
-            if identity.run_id:
-                receive = await self._check_ownership(identity.run_id, routes, receive)
+            if identity.run_id and any(route.access in OWNED for route, _ in routes):
+                body = await _read_body(receive)
+                for route, parameters in routes:
+                    await self._ownership.check_request(identity.run_id, route, parameters, body)
+                receive = _replay(body, receive)
+        except UnavailableError as error:
+            self._audit(scope, method, path, identity, 503)
+            await _answer(send, 503, {"exception_message": str(error)})
+            return
         except DeniedError as error:
             self._audit(scope, method, path, identity, 403)
             await _answer(send, 403, {"exception_message": str(error), "detail": str(error)})
             return
         if not any(route.access in WRITES for route, _ in routes):
-            await self._application(self._as_server(scope), receive, send)
+            await self._application(self._as_server(scope, identity), receive, send)
             return
         status = 500
 
@@ -122,12 +130,16 @@ class AccessControl:
             await send(message)
 
         try:
-            await self._application(self._as_server(scope), receive, note_status)
+            await self._application(self._as_server(scope, identity), receive, note_status)
         finally:
             self._audit(scope, method, path, identity, status)
 
-    def _as_server(self, scope: Scope) -> Scope:
-        headers = [(name, value) for name, value in scope["headers"] if name != b"authorization"]
+    def _as_server(self, scope: Scope, identity: Identity) -> Scope:
+        """Return the request with the server's credential, and without what only the server may say of itself."""
+        dropped = {b"authorization"}
+        if identity.role is not Role.OPERATOR:
+            dropped |= AUTOMATION_HEADERS
+        headers = [(name, value) for name, value in scope["headers"] if name not in dropped]
         return {**scope, "headers": [*headers, (b"authorization", self._authorization)]}
 
     async def _handle_websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -137,14 +149,22 @@ class AccessControl:
         """
         path = _path(scope)
         is_authenticated = False
+        run_id: UUID | None = None
 
         async def receive_checked() -> Message:
-            nonlocal is_authenticated
+            nonlocal is_authenticated, run_id
             message = await receive()
-            if is_authenticated or message["type"] != "websocket.receive":
+            if message["type"] != "websocket.receive":
+                return message
+            if is_authenticated:
+                while run_id and message["type"] == "websocket.receive":
+                    if await self._may_emit(scope, path, run_id, message):
+                        break
+                    message = await receive()
                 return message
             is_authenticated = True
             identity = self._identify(_websocket_credential(message))
+            run_id = identity.run_id if identity else None
             token = ""
             status = 401
             if identity:
@@ -159,81 +179,20 @@ class AccessControl:
 
         await self._application(scope, receive_checked, send)
 
-    # Ownership
-
-    async def _check_ownership(
-        self, run_id: UUID, routes: list[tuple[Route, dict[str, str]]], receive: Receive
-    ) -> Receive:
-        """Check that a run writes its own objects only; return how to receive the request's body.
-
-        Raises:
-            DeniedError: an object is another run's.
-        """
-        for route, parameters in routes:
-            if route.access != "report-runs":
-                continue
-            kind = route.path.split("/")[1]
-            if kind == "flow_runs":
-                await self._require_own(run_id, parameters["id"])
-            elif "id" in parameters:
-                await self._require_own(run_id, await self._read_run_of(kind, parameters["id"]))
-            else:
-                body = await _read_body(receive)
-                for written in _runs_in(body):
-                    await self._require_own(run_id, written)
-                receive = _replay(body, receive)
-        return receive
-
-    async def _require_own(self, run_id: UUID, written: str | None) -> None:
-        """Raise DeniedError unless the object belongs to the run, to one of its subflow runs, or to no run."""
-        if written is None:
-            return
+    async def _may_emit(self, scope: Scope, path: str, run_id: UUID, message: Message) -> bool:
+        """Return whether a flow run may send this message. A message that it may not send is dropped."""
+        if path != EVENTS_PATH:
+            return True
         try:
-            target = UUID(written)
-        except ValueError:
-            raise DeniedError("The flow run's id is no UUID") from None
-        if target != run_id and await self._find_root(target) != run_id:
-            raise DeniedError(f"Flow run {run_id} may not write to flow run {target}")
-
-    async def _find_root(self, run_id: UUID) -> UUID:
-        """Return the run in whose process a subflow run is executed; the run itself if it is no subflow run."""
-        current = run_id
-        for _ in range(MAX_SUBFLOW_DEPTH):
-            if current in self._owners:
-                current = self._owners[current]
-                break
-            run = await self._read(f"/flow_runs/{current}")
-            # A run of a deployment is executed in a process of its own, whoever created the run.
-            if not run or run.get("deployment_id") or not run.get("parent_task_run_id"):
-                break
-            parent = await self._read(f"/task_runs/{run['parent_task_run_id']}")
-            if not parent or not parent.get("flow_run_id"):
-                break
-            current = UUID(parent["flow_run_id"])
-        if current != run_id:
-            if len(self._owners) >= KNOWN_RUNS:
-                self._owners.pop(next(iter(self._owners)))
-            self._owners[run_id] = current
-        return current
-
-    async def _read_run_of(self, kind: str, id_: str) -> str | None:
-        """Return the flow run of a task run or an artifact; None if the object has none.
-
-        Raises:
-            DeniedError: the object does not exist.
-        """
-        found = await self._read(f"/{kind}/{id_}")
-        if found is None:
-            raise DeniedError(f"{kind} {id_} does not exist")
-        run_id: str | None = found.get("flow_run_id")
-        return run_id
-
-    async def _read(self, path: str) -> dict[str, Any] | None:
-        answer = await self._api.get(path)
-        if answer.status_code != 200:
-            return None
-        found: dict[str, Any] = answer.json()
-        return found
+            event = json.loads(message.get("text") or "")
+            if not isinstance(event, dict):
+                raise DeniedError("The message is not an event")
+            await self._ownership.check_event(run_id, event)
+        except (DeniedError, UnavailableError, ValueError, RecursionError) as error:
+            logger.warning("An event of flow run %s is dropped: %s.", run_id, error)
+            self._audit(scope, WEBSOCKET, path, Identity(f"{RUN_USER_PREFIX}{run_id}", Role.RUN, run_id), 403)
+            return False
+        return True
 
     def _audit(self, scope: Scope, method: str, path: str, identity: Identity | None, status: int) -> None:
         """Write one JSON line: who, what, when, from where, outcome."""
@@ -313,24 +272,6 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
-
-
-def _runs_in(body: bytes) -> list[str | None]:
-    """Return the `flow_run_id` of each object in a request's body.
-
-    Raises:
-        DeniedError: the body is not JSON objects, or an id is no text.
-    """
-    try:
-        # Python's parser, as in FastAPI: of a key that occurs twice both take the last value.
-        content = json.loads(body)
-    except (ValueError, RecursionError):
-        raise DeniedError("The request's body is not JSON") from None
-    objects = content if isinstance(content, list) else [content]
-    runs = [item.get("flow_run_id") if isinstance(item, dict) else 0 for item in objects]
-    if not all(run is None or isinstance(run, str) for run in runs):
-        raise DeniedError("The request's body has no valid flow_run_id")
-    return runs  # type: ignore[return-value]
 
 
 async def _answer(send: Send, status: int, content: dict[str, str]) -> None:

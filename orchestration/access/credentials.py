@@ -69,7 +69,7 @@ class _Content:
 
 def _digest(credential: str) -> bytes:
     # Credentials are found by their hash, so that the time of a lookup tells nothing about them.
-    return hashlib.sha256(credential.encode()).digest()
+    return hashlib.sha256(credential.encode(errors="surrogatepass")).digest()
 
 
 def _read_folder(folder: Path) -> _Content:
@@ -141,7 +141,7 @@ class Credentials:
         except ValueError:
             return None
         for key in self._content.keys:
-            if hmac.compare_digest(sign_run(key, run_id).encode(), credential.encode()):
+            if hmac.compare_digest(sign_run(key, run_id).encode(), credential.encode(errors="surrogatepass")):
                 return Identity(user, Role.RUN, run_id)
         return None
 

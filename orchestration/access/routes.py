@@ -30,6 +30,7 @@ class Role(StrEnum):
 
 READ = """
 GET    /version
+GET    /metrics
 GET    /hello
 GET    /csrf-token
 GET    /admin/version

@@ -247,7 +247,7 @@ class Policy:
             raise RefusedRequestError(f"{where}: only the volumes of docker/pool.yaml are allowed")
 
     def _check_tmpfs(self, where: str, value: Any) -> None:
-        if not isinstance(value, dict) or any(self.tmpfs.get(path) != options for path, options in value.items()):
+        if not isinstance(value, dict) or not value.items() <= self.tmpfs.items():
             raise RefusedRequestError(f"{where}: only what docker/pool.yaml has is allowed")
 
     def _check_networks(self, where: str, value: Any) -> None:

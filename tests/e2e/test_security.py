@@ -97,6 +97,12 @@ ATTACKS: dict[str, Callable[[Object], object]] = {
     "a volume that the chart's values do not name": lambda pod: pod["spec"]["volumes"].append(
         {"name": "s", "secret": {"secretName": "s"}}
     ),
+    "The run has a volume": lambda pod: _volume(pod, "tmp").update(
+        emptyDir=None, projected={"sources": [{"secret": {"name": "prefect-server-api-roles"}}]}
+    ),
+    "that the chart's values do not name: add it to runs.pod.volumes": lambda pod: _volume(pod, "tmp").update(
+        emptyDir=None, csi={"driver": "secrets-store.csi.k8s.io"}
+    ),
     "app.kubernetes.io/component": lambda pod: pod["metadata"]["labels"].update(
         {"app.kubernetes.io/name": "prefect-server", "app.kubernetes.io/component": "api"}
     ),

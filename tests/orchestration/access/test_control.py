@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -15,6 +16,7 @@ import websockets
 
 from orchestration.access.credentials import sign_run
 from orchestration.access.routes import PERMISSIONS, WEBSOCKET, Role, read_routes
+from orchestration.prefect_compat.events import task_run_state_event
 from tests.orchestration.access.guarded_server import CREDENTIALS, RUN_KEY, SERVER_CREDENTIAL, GuardedServer
 from tests.parts import wait_until
 
@@ -141,11 +143,119 @@ def test_run_writes_no_other_run(guarded: GuardedServer, operator: httpx.Client,
                 403,
                 f"Flow run {run} may not write to flow run {other}",
             ), f"{method} {path}"
-        for content in ("", "[", "[[]]", '{"flow_run_id": 1}', f'{{"flow_run_id": "{run}", "flow_run_id": "{other}"}}'):
+        for content in ("[", "[[]]", '{"flow_run_id": 1}', f'{{"flow_run_id": "{run}", "flow_run_id": "{other}"}}'):
             assert client.post("/logs/", content=content).status_code == 403, content
 
     assert operator.get(f"/flow_runs/{other}").json()["state_type"] == "SCHEDULED"
     assert operator.get(f"/artifacts/{artifact}").json()["data"] == 1
+
+
+def test_run_plants_no_run_below_another(guarded: GuardedServer, operator: httpx.Client, run: str, other: str) -> None:
+    """The server would take a completed run below a task run of another run for that run's subflow."""
+    found = operator.get(f"/flow_runs/{other}").json()
+    task = _create(operator, "/task_runs/", flow_run_id=other, task_key="t", dynamic_key="0")
+    planted = {"parent_task_run_id": task, "state": {"type": "COMPLETED", "data": 42}}
+    create = f"/deployments/{found['deployment_id']}/create_flow_run"
+    scheduled = {"idempotency_key": f"scheduled {found['deployment_id']} 2030-01-01", "state": {"type": "COMPLETED"}}
+    with guarded.run_client(run) as client:
+        for path, body in (
+            ("/flow_runs/", planted | {"flow_id": found["flow_id"]}),
+            (create, planted),
+            (f"{create}/bulk", [planted]),
+            (create, scheduled),
+        ):
+            assert client.post(path, json=body).status_code == 403, path
+        assert client.post(create, json={"idempotency_key": "mine"}).is_success
+
+
+def test_run_names_no_job_that_its_cancellation_deletes(guarded: GuardedServer, run: str) -> None:
+    with guarded.run_client(run) as client:
+        answer = client.patch(f"/flow_runs/{run}", json={"infrastructure_pid": "namespace:job-of-another-run"})
+        assert answer.status_code == 403
+        assert client.patch(f"/flow_runs/{run}", json={"name": "renamed"}).status_code == 204
+
+
+def test_run_forges_no_report(guarded: GuardedServer, operator: httpx.Client, run: str, other: str) -> None:
+    task = _create(operator, "/task_runs/", flow_run_id=other, task_key="t", dynamic_key="0")
+    shared = _create(operator, "/artifacts/", key="shared", data=1)
+    line = {"name": "n", "level": 20, "message": "m", "timestamp": "2026-01-01T00:00:00Z", "flow_run_id": run}
+    with guarded.run_client(run) as client:
+        for method, path, body in (
+            ("POST", "/logs/", [line | {"task_run_id": task}]),
+            ("POST", "/artifacts/", {"key": "k", "data": 1, "task_run_id": task}),
+            ("POST", "/artifacts/", {"key": "drift-team", "data": "No drift"}),
+            ("PATCH", f"/artifacts/{shared}", {"data": 2}),
+        ):
+            assert client.request(method, path, json=body).status_code == 403, f"{method} {path}"
+        assert client.post("/artifacts/", json={"key": "shared", "data": 3}).is_success
+
+
+def _task_run_event(task_run: str, flow_run: str, state: str = "COMPLETED", **task_run_fields: Any) -> dict[str, Any]:
+    """Return the event from which the server makes a task run and its state."""
+    about = {"name": "t", "task_key": "t", "dynamic_key": "0", "run_count": 1} | task_run_fields
+    related = [{"prefect.resource.id": f"prefect.flow-run.{flow_run}", "prefect.resource.role": "flow-run"}]
+    body = {"type": state, "name": state.title(), "message": ""}
+    event = task_run_state_event(UUID(task_run), body, datetime.now(UTC), about, related)
+    return dict(event)
+
+
+def _flow_run_event(flow_run: str, name: str) -> dict[str, Any]:
+    resource = {"prefect.resource.id": f"prefect.flow-run.{flow_run}"}
+    return {"event": name, "resource": resource, "occurred": datetime.now(UTC).isoformat(), "id": str(uuid4())}
+
+
+def test_events_of_a_run_are_about_the_run(
+    guarded: GuardedServer, operator: httpx.Client, run: str, other: str
+) -> None:
+    foreign = _create(operator, "/task_runs/", flow_run_id=other, task_key="t", dynamic_key="0")
+    own = str(uuid4())
+    denied = [
+        _task_run_event(foreign, other),
+        _task_run_event(foreign, run),
+        _task_run_event(own, other),
+        _task_run_event(own, run, id=foreign),
+        _task_run_event(own, run, flow_run_id=other),
+        _flow_run_event(other, "prefect.flow-run.Cancelling"),
+        _flow_run_event(other, "prefect.flow-run"),
+        _flow_run_event(run, "prefect.deployment.disabled"),
+        {"event": 1},
+        {},
+    ]
+    allowed = [
+        _task_run_event(own, run),
+        _flow_run_event(run, "prefect.flow-run.heartbeat"),
+        _flow_run_event(run, "prefect.asset.referenced"),
+        _flow_run_event(other, "shop.order-received"),
+    ]
+    with guarded.run_client(run) as client:
+        for event in denied:
+            assert client.post("/events", json=[*allowed, event]).status_code == 403, event
+
+    async def emit() -> None:
+        url = guarded.url.replace("http://", "ws://") + "/events/in"
+        async with websockets.connect(url, subprotocols=[websockets.Subprotocol("prefect")]) as socket:
+            await socket.send(json.dumps({"type": "auth", "token": sign_run(RUN_KEY, UUID(run))}))
+            assert json.loads(await socket.recv())["type"] == "auth_success"
+            texts: list[str | bytes] = [b"{}", "not JSON", "[]", *map(json.dumps, denied), *map(json.dumps, allowed)]
+            for text in texts:
+                await socket.send(text)
+            await socket.close()
+
+    asyncio.run(emit())
+    # The server records events in their order.
+    wait_until(lambda: operator.get(f"/task_runs/{own}").is_success, "the run's task run", 30)
+    assert operator.get(f"/task_runs/{own}").json()["flow_run_id"] == run
+    found = operator.get(f"/task_runs/{foreign}").json()
+    assert found["flow_run_id"] == other
+    assert found["state_type"] != "COMPLETED"
+
+
+def test_run_does_not_pass_for_an_automation(guarded: GuardedServer, operator: httpx.Client, run: str) -> None:
+    flow = operator.get(f"/flow_runs/{run}").json()["flow_id"]
+    headers = {"Prefect-Automation-Id": str(uuid4()), "Prefect-Automation-Name": "bm90IG1pbmU="}
+    with guarded.run_client(run) as client:
+        created = client.post("/flow_runs/", json={"flow_id": flow}, headers=headers).raise_for_status().json()
+    assert "AUTOMATION" not in json.dumps(created["created_by"])
 
 
 def test_run_of_a_deployment_is_not_its_creators(guarded: GuardedServer, operator: httpx.Client, run: str) -> None:

@@ -10,7 +10,8 @@ from orchestration.access.routes import CLASSES, PERMISSIONS, WEBSOCKET, Role, R
 
 def _prefect_routes() -> set[tuple[str, str]]:
     """Return method and path of each route that the server has, websockets and undocumented ones included."""
-    found = {
+    found = {("GET", "/metrics")}  # only with PREFECT_SERVER_METRICS_ENABLED
+    found |= {
         (method.upper(), path) for path, methods in create_api_app().openapi()["paths"].items() for method in methods
     }
     for router in API_ROUTERS:
