@@ -109,7 +109,9 @@ def test_unknown_base_is_an_error_with_the_cure(checkout: Checkout, capsys: pyte
     assert captured.err == "git has no commit 'absent' to compare with. Name one: make test CHANGED=REV\n"
 
 
-UNNAMED: dict[str, str] = {}
+UNNAMED = {
+    "orchestration/runs/redis_storage.py": "flow runs of test_durable.py: fsspec loads the module by an entry point"
+}
 """Modules that no test imports or names, and what runs them instead."""
 
 

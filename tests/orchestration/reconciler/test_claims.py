@@ -31,7 +31,7 @@ from orchestration.protocol import RUN_LABEL, claim_of, is_given_away
 from orchestration.reconciler import kubernetes_client as kubernetes
 from orchestration.reconciler.loop import Reconciler
 from orchestration.reconciler.model import Policy
-from orchestration.runs import supervisor
+from orchestration.settings import ROOT
 from orchestration.worker import kubernetes_worker
 from tests.cluster.namespace import Namespace, proxied
 from tests.parts import asked, client_of
@@ -132,12 +132,12 @@ class Kubelet:
 
     def execute(self, run: str, job: str) -> None:
         env = {
-            "PATH": os.environ["PATH"], "CODE": str(Path(supervisor.__file__).parents[2]), "KUBERNETES_JOB": job,
+            "PATH": os.environ["PATH"], "CODE": str(ROOT), "KUBERNETES_JOB": job,
             "PREFECT_API_URL": self.url, "PREFECT__FLOW_RUN_ID": run, "NOTES": str(self.folder / run),
             "TERMINATION_MESSAGE_PATH": str(self.folder / job),
         }  # fmt: skip
         python = [sys.executable, "-I", "-S"]
-        command = [*python, supervisor.__file__, *python, "-c", EXECUTES]
+        command = [*python, str(ROOT / "orchestration/execution.py"), *python, "-c", EXECUTES]
         self.processes.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, start_new_session=True))
 
     def is_idle(self) -> bool:

@@ -240,7 +240,7 @@ def _signing_keys(manifest: Any) -> list[Any]:
     return [each for each in environment if each["name"] == SIGNING_KEY_VARIABLE]
 
 
-@pytest.mark.usefixtures("prefect_server", "alone")
+@pytest.mark.usefixtures("prefect_server", "without_cluster")
 def test_job_has_the_signing_key_of_its_deployment(template: dict[str, Any]) -> None:
     variables = {"memory_limit": "2Gi", "labels": {"a": "b"}}
     [manifest], run = asyncio.run(_submit(template, variables, MASTER, deployed={"env": {"A": "b"}}))
@@ -249,7 +249,7 @@ def test_job_has_the_signing_key_of_its_deployment(template: dict[str, Any]) -> 
     assert MASTER.decode() not in json.dumps(manifest)
 
 
-@pytest.mark.usefixtures("prefect_server", "alone")
+@pytest.mark.usefixtures("prefect_server", "without_cluster")
 def test_job_variable_does_not_choose_the_signing_key(template: dict[str, Any]) -> None:
     """Also with the server's template, which has no schema that refuses the variable."""
     chosen = {"env": {SIGNING_KEY_VARIABLE: "00" * 32}}
@@ -260,7 +260,7 @@ def test_job_variable_does_not_choose_the_signing_key(template: dict[str, Any]) 
     assert _signing_keys(manifest) == []
 
 
-@pytest.mark.usefixtures("prefect_server", "alone")
+@pytest.mark.usefixtures("prefect_server", "without_cluster")
 @pytest.mark.parametrize("deployed", [None, {"env": {"A": "b"}}])
 def test_run_with_an_environment_of_its_own_has_no_key_of_its_deployment(
     template: dict[str, Any], deployed: dict[str, Any] | None
