@@ -364,7 +364,7 @@ def test_planted_result_of_a_flow_is_not_loaded(tmp_path: Path) -> None:
         with pytest.raises(UntrustedResultError, match="is not signed"):
             asyncio.run(state.aresult(retry_result_failure=False))
     assert not marker.exists()
-    # Prefect leaves the connection open by which it looked for the storage. Without this the warning fails a later test.
+    # Prefect leaves a connection open. Collected later, its warning would fail another test.
     del state
     gc.collect()
 
