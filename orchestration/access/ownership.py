@@ -1,4 +1,4 @@
-"""What a flow run may write: itself, and the subflow runs in its process."""
+"""Ownership of objects: a flow run writes only itself and the subflow runs in its process."""
 
 import json
 from collections.abc import Iterator
@@ -155,7 +155,7 @@ class Ownership:
             run = await self._read(f"/flow_runs/{current}")
             if run is None:
                 return None
-            # A run of a deployment is executed in a process of its own, whoever created the run.
+            # A run of a deployment is executed in a separate process, whoever created the run.
             if run.get("deployment_id") or not run.get("parent_task_run_id"):
                 return current
             parent = await self._read(f"/task_runs/{run['parent_task_run_id']}")

@@ -12,7 +12,7 @@ WEBSOCKET = "WEBSOCKET"
 
 
 class Role(StrEnum):
-    """What a credential is for."""
+    """A set of permissions, which a credential has."""
 
     OPERATOR = "operator"
     """Everything: people who operate the platform, and the server itself."""

@@ -156,7 +156,7 @@ for name, (method, path, body) in attacks.items():
 print("create", api.post(f"/deployments/{deployment}/create_flow_run", json={"state": {"type": "PAUSED"}}).status_code)
 print("own", api.patch(f"/flow_runs/{os.environ['PREFECT__FLOW_RUN_ID']}/labels", json={"a": "b"}).status_code)
 """
-"""What a flow run tries with its credential, and the status of each answer."""
+"""Try requests with the credential of a flow run, and print the status of each answer."""
 
 
 def test_run_writes_itself_alone(pool: Pool, server: Release, api: httpx.Client) -> None:

@@ -79,9 +79,4 @@ def guarded_server(home: Path, command: str = "orchestration.access") -> Iterato
             parts.wait_until(lambda: parts.answers(f"{url}/health"), f"a Prefect server; see {home}/server.log", 180)
             yield GuardedServer(url, home / "server.log")
         finally:
-            server.terminate()
-            try:
-                server.wait(30)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
+            parts.end_process(server)
