@@ -8,6 +8,7 @@ from uuid import UUID
 import httpx
 
 from orchestration.access.routes import Route
+from orchestration.prefect_compat.events import OBJECT_EVENT_PREFIXES, TASK_RUN_RESOURCE_PREFIX
 
 MAX_REMEMBERED_OBJECTS = 10_000
 """How many subflow runs, and how many task runs, are remembered with their root run."""
@@ -19,9 +20,6 @@ SCHEDULED_KEY_PREFIX = "scheduled "
 
 REPORT_KEY_PREFIX = "drift-"
 """Begins the keys of the drift reports' artifacts."""
-
-RUN_EVENT_PREFIXES = ("prefect.asset.", "prefect.concurrency-limit.")
-"""Events of Prefect that a flow run emits about objects which are not runs."""
 
 
 class DeniedError(Exception):
@@ -86,7 +84,7 @@ class Ownership:
         name = event.get("event")
         if not isinstance(name, str):
             raise DeniedError("The event has no name")
-        if not name.startswith("prefect.") or name.startswith(RUN_EVENT_PREFIXES):
+        if not name.startswith("prefect.") or name.startswith(OBJECT_EVENT_PREFIXES):
             return
         resource = event.get("resource")
         identifier = str(resource.get("prefect.resource.id")) if isinstance(resource, dict) else ""
@@ -100,7 +98,7 @@ class Ownership:
                 raise DeniedError("The event of a task run may not name the task run or its flow run in its payload")
             for flow_run in _related_flow_runs(event):
                 await self._require_own(run_id, flow_run)
-            await self._require_own_task_run(run_id, identifier.removeprefix("prefect.task-run."))
+            await self._require_own_task_run(run_id, identifier.removeprefix(TASK_RUN_RESOURCE_PREFIX))
         else:
             raise DeniedError(f"A flow run may not emit {name}")
 

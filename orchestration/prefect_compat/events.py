@@ -14,6 +14,12 @@ from uuid import NAMESPACE_URL, UUID, uuid4, uuid5
 
 Json = dict[str, Any]
 
+TASK_RUN_RESOURCE_PREFIX = "prefect.task-run."
+"""Begins the resource id of a task run."""
+
+OBJECT_EVENT_PREFIXES = ("prefect.asset.", "prefect.concurrency-limit.")
+"""Begin the names of events that a flow run emits about assets and concurrency limits."""
+
 POD_EVENT_PREFIX = "prefect.kubernetes.pod."
 
 _ROLES = ("flow-run", "deployment", "flow", "work-pool")
