@@ -190,14 +190,15 @@ def server_values(image: str) -> Object:
         component: {"resources": {"requests": dict(SMALL_REQUESTS), "limits": {"memory": "1Gi"}}}
         for component in ("api", "services", "migrations")
     }
-    return {"image": _image(image), "auth": {"roles": {"enabled": True}}} | small | _databases()
+    return {"image": _image(image)} | small | _databases()
 
 
 def copy_credentials(server: Release, namespace: Namespace) -> None:
-    """Copy the Secrets with the credentials of the API into another namespace."""
-    for name in ("prefect-server-auth", "prefect-server-api-roles"):
-        data = json.loads(server.namespace.kubectl("get", "secret", name, "-o", "json"))["data"]
-        namespace.apply({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "data": data})
+    """Copy the credentials that a pool needs into another namespace, without those of people."""
+    name = "prefect-server-api-roles"
+    data = json.loads(server.namespace.kubectl("get", "secret", name, "-o", "json"))["data"]
+    del data["viewer"]
+    namespace.apply({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "data": data})
 
 
 def connection_values(server: Release, work_pool: str) -> Object:
@@ -214,7 +215,6 @@ def pool_values(image: str) -> Object:
     """Return the minimal values of the work pool's chart for tests; its runs find the probe's flow in /probe."""
     return {
         "image": _image(image),
-        "api": {"auth": {"rolesSecret": "prefect-server-api-roles"}},
         "worker": {
             "heartbeatSeconds": HEARTBEAT_SECONDS,
             "prefetchSeconds": PREFETCH_SECONDS,

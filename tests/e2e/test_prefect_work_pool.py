@@ -370,16 +370,20 @@ WAREHOUSE = {"name": "WAREHOUSE_URL", "valueFrom": {"secretKeyRef": {"name": "wa
     ("change", "message"),
     [
         (
+            {"api": {"auth": {"rolesSecret": "absent"}}},
+            "api.auth.rolesSecret names the Secret absent: namespace",
+        ),
+        (
             {"api": {"auth": {"existingSecret": "absent", "rolesSecret": ""}}},
             "api.auth.existingSecret names the Secret absent: namespace",
         ),
         (
-            {"api": {"auth": {"key": "user", "rolesSecret": ""}}},
-            "names the key user: Secret prefect-server-auth",
+            {"api": {"auth": {"existingSecret": "prefect-server-api-roles", "key": "user", "rolesSecret": ""}}},
+            "names the key user: Secret prefect-server-api-roles",
         ),
         (
-            {"api": {"auth": {"rolesSecret": "prefect-server-auth"}}},
-            "api.auth.rolesSecret names the key worker: Secret prefect-server-auth",
+            {"api": {"auth": {"rolesSecret": "prefect-work-pool-results-signing"}}},
+            "api.auth.rolesSecret names the key worker: Secret prefect-work-pool-results-signing",
         ),
         ({"runs": {"env": [WAREHOUSE]}}, "runs.env: WAREHOUSE_URL names the Secret warehouse: namespace"),
     ],

@@ -101,6 +101,7 @@ def test_default_values_render_the_expected_objects() -> None:
         "NetworkPolicy/test-prefect-server-services",
         "NetworkPolicy/test-prefect-server-test",
         "Pod/test-prefect-server-test",
+        "Secret/test-prefect-server-api-roles",
         "Secret/test-prefect-server-auth",
         "Secret/test-prefect-server-database",
         "Secret/test-prefect-server-redis",
@@ -192,7 +193,9 @@ def test_api_runs_services_that_are_not_separate() -> None:
 def test_disabled_auth_removes_all_passwords() -> None:
     objects = render("prefect-server", _with(auth={"enabled": False}))
     removed = set(inventory(render("prefect-server", TAG))) - set(inventory(objects))
-    assert removed == {"Secret/test-prefect-server-auth"}
+    assert removed == {"Secret/test-prefect-server-auth", "Secret/test-prefect-server-api-roles"}
+    api = pod_specs(objects)["Deployment/test-prefect-server-api"]["containers"][0]
+    assert api["args"][:3] == ["prefect", "server", "start"]
 
     def asking(objects: list[Object]) -> list[str]:
         pods = pod_specs(objects).items()
@@ -205,7 +208,7 @@ def test_disabled_auth_removes_all_passwords() -> None:
 
 
 def test_roles_start_the_server_with_access_control() -> None:
-    objects = render("prefect-server", _with(auth={"roles": {"enabled": True}}))
+    objects = render("prefect-server", TAG)
     secret = one(objects, "Secret", "test-prefect-server-api-roles")
     values = {key: base64.b64decode(value).decode() for key, value in secret["data"].items()}
     key = values.pop("run-key")
@@ -221,7 +224,7 @@ def test_roles_start_the_server_with_access_control() -> None:
     # Only the API checks credentials.
     mounting = [name for name, spec in specs.items() if "test-prefect-server-api-roles" in json.dumps(spec)]
     assert mounting == ["Deployment/test-prefect-server-api"]
-    given = render("prefect-server", _with(auth={"roles": {"enabled": True, "existingSecret": "given"}}))
+    given = render("prefect-server", _with(auth={"roles": {"existingSecret": "given"}}))
     assert "Secret/test-prefect-server-api-roles" not in inventory(given)
     [volume] = [
         each["secret"]["secretName"]
@@ -241,7 +244,7 @@ def test_pods_have_no_secret_in_plain_text() -> None:
     objects = render("prefect-server", TAG)
     secrets = [value for each in objects if each["kind"] == "Secret" for value in each["data"].values()]
     text = json.dumps(pod_specs(objects))
-    assert len(secrets) == 3
+    assert len(secrets) == 3 + len(("reconciler", "sync", "viewer", "worker", "run-key"))
     assert not [secret for secret in secrets if secret in text]
     assert not re.search(r"password\W+value\W", text, flags=re.IGNORECASE)
 
@@ -271,11 +274,7 @@ def test_changed_secret_names_restart_pods() -> None:
 REFUSED = [
     ({}, "image.tag is empty"),
     (_with(image={"tag": "latest"}), "image.tag is `latest`"),
-    (_with(auth={"enabled": False, "roles": {"enabled": True}}), "auth.roles.enabled=true needs auth.enabled=true"),
-    (
-        _with(auth={"roles": {"enabled": True}}, api={"args": ["a"]}),
-        "auth.roles.enabled=true and api.args are both",
-    ),
+    (_with(api={"args": ["a"]}), "auth.roles.enabled=true and api.args are both"),
     (_with(database={"external": {"existingSecret": "db"}}), "database.bundled.enabled=false"),
     (_with(database={"bundled": {"enabled": False}}), "No database is configured: "),
     (_with(redis={"external": {"existingSecret": "r"}}), "redis.bundled.enabled=false"),

@@ -630,10 +630,25 @@ def test_jobs_and_pods_have_no_password_in_plain_text() -> None:
     objects = render("prefect-work-pool", TAG)
     assert not [name for name in inventory(objects) if name.startswith("Secret/")]
     variables = environment(pod_specs(objects)["Deployment/test-prefect-work-pool-worker"]["containers"][0])
+    reference = {"name": "prefect-server-api-roles", "key": "worker"}
+    assert variables["PREFECT_API_AUTH_STRING"] == {"secretKeyRef": reference}
+
+
+def test_without_roles_all_components_share_one_credential() -> None:
+    objects = render("prefect-work-pool", _with(api={"auth": {"rolesSecret": ""}}))
+    variables = environment(pod_specs(objects)["Deployment/test-prefect-work-pool-worker"]["containers"][0])
     reference = {"name": "prefect-server-auth", "key": "auth-string"}
     assert variables["PREFECT_API_AUTH_STRING"] == {"secretKeyRef": reference}
     prefix = "PREFECT_INTEGRATIONS_KUBERNETES_WORKER_API_AUTH_STRING_SECRET"
     assert (variables[f"{prefix}_NAME"], variables[f"{prefix}_KEY"]) == tuple(reference.values())
+    assert "prefect-server-api-roles" not in json.dumps(objects)
+
+
+def test_server_without_authentication_needs_no_secret() -> None:
+    objects = render("prefect-work-pool", _with(api={"auth": {"existingSecret": ""}}))
+    for spec in pod_specs(objects).values():
+        assert "PREFECT_API_AUTH_STRING" not in environment(spec["containers"][0])
+    assert "prefect-server-api-roles" not in json.dumps(objects)
 
 
 def test_roles_secret_gives_each_component_its_own_credential() -> None:

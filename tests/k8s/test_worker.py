@@ -152,7 +152,8 @@ def test_page_names_existing_folders_and_deployments() -> None:
     page = (ROOT / "docs" / "how-to" / "workers-without-helm.md").read_text()
     for folder in re.findall(r"-k (k8s/\S+)", page):
         assert (ROOT / folder / "kustomization.yaml").exists(), folder
-    secret = (K8S / EXAMPLE / "kustomization.yaml").read_text().split("its Secret")[1].split("apiVersion")[0]
-    for line in re.findall(r"^#   (.*)", secret, flags=re.M):
-        assert line in page
+    [container] = pod_specs(built(EXAMPLE))[f"Deployment/{NAME}"]["containers"]
+    credential = environment(container)["PREFECT_API_AUTH_STRING"]["secretKeyRef"]
+    assert f"get secret {credential['name']} " in page
+    assert f'"{credential["key"]}": ' in page
     assert set(re.findall(r"deployment/([a-z-]+)", page)) == {NAME}

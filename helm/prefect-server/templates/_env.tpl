@@ -83,7 +83,7 @@
 - {name: PREFECT_SERVER_API_BASE_PATH, value: {{ $root.Values.api.basePath }}}
 - {name: PREFECT_API_URL, value: "http://{{ include "prefect-server.fullname" $root }}-api:{{ int64 $root.Values.service.port }}{{ $root.Values.api.basePath }}"}
 {{- if eq (index . 1) "api" }}
-{{- if $root.Values.auth.roles.enabled }}
+{{- if include "prefect-server.roles" $root }}
 - {name: API_CREDENTIALS, value: /etc/prefect-api/credentials}
 {{- end }}
 - {name: PREFECT_SERVER_API_HOST, value: 0.0.0.0}

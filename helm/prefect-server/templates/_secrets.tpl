@@ -12,6 +12,11 @@
 {{- end -}}
 {{- end -}}
 
+{{/* Whether the API checks roles: "true", or empty. */}}
+{{- define "prefect-server.roles" -}}
+{{- if and .Values.auth.enabled .Values.auth.roles.enabled -}}true{{- end -}}
+{{- end -}}
+
 {{/* Name of the Secret with the credentials of the roles. */}}
 {{- define "prefect-server.rolesSecret" -}}
 {{- .Values.auth.roles.existingSecret | default (printf "%s-api-roles" (include "prefect-server.fullname" .)) -}}

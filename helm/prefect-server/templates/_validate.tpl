@@ -55,13 +55,8 @@
 {{- end -}}
 
 {{- define "prefect-server.validateRoles" -}}
-{{- with .Values -}}
-{{- if and .auth.roles.enabled (not .auth.enabled) -}}
-{{- fail "auth.roles.enabled=true needs auth.enabled=true: without authentication the server does not know a caller's role. Set auth.enabled=true, or auth.roles.enabled=false." -}}
-{{- end -}}
-{{- if and .auth.roles.enabled .api.args -}}
+{{- if and (include "prefect-server.roles" .) .Values.api.args -}}
 {{- fail "auth.roles.enabled=true and api.args are both set: api.args replaces the command that checks the roles. Use api.extraArgs, or set auth.roles.enabled=false." -}}
-{{- end -}}
 {{- end -}}
 {{- end -}}
 

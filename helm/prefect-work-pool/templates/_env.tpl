@@ -39,7 +39,7 @@
 - {name: PREFECT_HOME, value: /tmp/prefect}
 - {name: PREFECT_API_URL, value: {{ include "prefect-work-pool.line" (list $root "api.url" $root.Values.api.url) | quote }}}
 {{- with $root.Values.api.auth }}
-{{- if .rolesSecret }}
+{{- if include "prefect-work-pool.rolesSecret" $root }}
 - name: PREFECT_API_AUTH_STRING
   valueFrom: {secretKeyRef: {name: {{ .rolesSecret | quote }}, key: {{ ternary $component "sync" (has $component (list "worker" "reconciler")) }}}}
 {{- else if .existingSecret }}
@@ -100,7 +100,7 @@
 
 {{- define "prefect-work-pool.workerEnv" -}}
 {{- with .Values.api.auth }}
-{{- if .rolesSecret }}
+{{- if include "prefect-work-pool.rolesSecret" $ }}
 # The worker derives the credential of each run.
 - {name: RUN_CREDENTIALS, value: /etc/prefect-api/run-key}
 {{- else if .existingSecret }}

@@ -135,3 +135,10 @@ annotations:
 {{- with .resources -}}{{- $_ := set $container "resources" (include "prefect-work-pool.resources" . | fromYaml) -}}{{- end -}}
 {{- end -}}
 {{- end -}}
+
+{{/* Name of the Secret with the credentials by role. Empty: all components have the one credential, or none. */}}
+{{- define "prefect-work-pool.rolesSecret" -}}
+{{- with .Values.api.auth -}}
+{{- if .existingSecret -}}{{- .rolesSecret -}}{{- end -}}
+{{- end -}}
+{{- end -}}

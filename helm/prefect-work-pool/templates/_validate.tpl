@@ -183,9 +183,9 @@
 {{- $root := . -}}
 {{- $references := list -}}
 {{- with .Values.api.auth -}}
-{{- if .rolesSecret -}}
+{{- if include "prefect-work-pool.rolesSecret" $root -}}
 {{- range $key := list "worker" "reconciler" "sync" "run-key" -}}
-{{- $references = append $references (dict "path" "api.auth.rolesSecret" "name" $root.Values.api.auth.rolesSecret "key" $key) -}}
+{{- $references = append $references (dict "path" "api.auth.rolesSecret" "name" $root.Values.api.auth.rolesSecret "key" $key "cure" "Copy the Secret from the namespace of the server (docs/how-to/api-roles.md). For a server without auth.roles.enabled set api.auth.rolesSecret to an empty string.") -}}
 {{- end -}}
 {{- else if .existingSecret -}}
 {{- $references = append $references (dict "path" "api.auth.existingSecret" "name" .existingSecret "key" .key) -}}
@@ -214,7 +214,7 @@
 {{- range $references -}}
 {{- $secret := lookup "v1" "Secret" $root.Release.Namespace .name -}}
 {{- if not $secret -}}
-{{- fail (printf "%s names the Secret %s: namespace %s has no such Secret. Create it: kubectl --namespace %s create secret generic %s --from-literal=%s=..." .path .name $root.Release.Namespace $root.Release.Namespace .name .key) -}}
+{{- fail (printf "%s names the Secret %s: namespace %s has no such Secret. %s" .path .name $root.Release.Namespace (.cure | default (printf "Create it: kubectl --namespace %s create secret generic %s --from-literal=%s=..." $root.Release.Namespace .name .key))) -}}
 {{- end -}}
 {{- if not (hasKey ($secret.data | default dict) .key) -}}
 {{- fail (printf "%s names the key %s: Secret %s in namespace %s does not have it. Add the key, or choose one of: %s." .path .key .name $root.Release.Namespace (keys ($secret.data | default dict) | sortAlpha | join ", ")) -}}

@@ -83,9 +83,9 @@ def add_sidecar_variables(pool: Pool, server: Release) -> None:
 def victim_values(values: Object) -> Object:
     """Return the values of a pool whose runs can name a Secret, also one that does not exist, and sidecars."""
     changed = fault_values(values)
-    changed["runs"]["variables"] = {"secret": {"type": "string", "default": "prefect-server-auth"}}
+    changed["runs"]["variables"] = {"secret": {"type": "string", "default": "prefect-server-api-roles"}}
     changed["runs"]["variables"] |= {variable: {"type": "object"} for variable in SIDECAR_VARIABLES}
-    secret = {"name": '{{ "{{ secret }}" }}', "key": "auth-string"}
+    secret = {"name": '{{ "{{ secret }}" }}', "key": "sync"}
     changed["runs"]["env"] = [{"name": "SECRET", "valueFrom": {"secretKeyRef": secret}}]
     changed["reconciler"]["pendingTimeoutSeconds"] = PENDING_TIMEOUT_SECONDS
     return changed
