@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -18,6 +18,8 @@ from tests.versions.catalogue import (
     CROSS_VERSION_PARTS,
     PARTS,
     PREVIOUS,
+    PREVIOUS_PARTS,
+    UPGRADE_PARTS,
     Trial,
     UnavailableError,
     choose_versions,
@@ -171,10 +173,10 @@ def _prepare_trial(server: str, runs: str, why: str, counts: bool) -> Trial:
     if server == runs:
         return Trial(server, runs, why, counts, _interpreter(server))
     if runs == EITHER_VERSION:
-        return Trial(server, runs, why, counts, _interpreter(locked_version()), parts=("upgrade",))
+        return Trial(server, runs, why, counts, _interpreter(locked_version()), parts=UPGRADE_PARTS)
     python, checkout = previous_release()
     if runs == PREVIOUS:
-        return Trial(server, runs, why, counts, python, checkout, _interpreter(server), CROSS_VERSION_PARTS)
+        return Trial(server, runs, why, counts, python, checkout, _interpreter(server), PREVIOUS_PARTS)
     return Trial(server, runs, why, counts, _interpreter(runs), ROOT, python, CROSS_VERSION_PARTS)
 
 
@@ -193,7 +195,8 @@ def _run_tests(trial: Trial) -> dict[str, Outcome]:
             variables |= {"SERVER_PYTHON": str(trial.server_python), "SERVER_VERSION": trial.server}
             variables["PYTHONPATH"] += f":{Path(__file__).parent / 'plugin'}"
         command = [str(trial.python), "-m", "pytest", "--quiet", "-p", "no:cacheprovider", f"--junitxml={report}"]
-        command += ["--numprocesses", str(PROCESSES), "--dist", "loadfile", "--no-loadscope-reorder", *trial.files()]
+        command += ["--numprocesses", str(PROCESSES), "--dist", "loadfile", "--no-loadscope-reorder"]
+        command += [file for files in trial.parts.values() for file in files]
         if trial.root != ROOT:
             # The previous release's tests do not close the websockets that Prefect leaves open (docs/upstream.md).
             command += ["-W", "ignore::ResourceWarning", "-W", "ignore::pytest.PytestUnraisableExceptionWarning"]
@@ -201,12 +204,12 @@ def _run_tests(trial: Trial) -> dict[str, Outcome]:
         return read_report(report, trial.parts)
 
 
-def read_report(report: Path, parts: Sequence[str]) -> dict[str, Outcome]:
-    """Return the outcome of each part from pytest's report. A part without a test has failed."""
-    outcomes = {part: Outcome() for part in parts if any((ROOT / file).is_file() for file in PARTS[part])}
+def read_report(report: Path, parts: Mapping[str, Sequence[str]]) -> dict[str, Outcome]:
+    """Return the outcome of each part, given with its files, from pytest's report. A part without a test has failed."""
+    outcomes = {part: Outcome() for part in parts}
     cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []  # noqa: S314 - pytest wrote it
     for part, outcome in outcomes.items():
-        modules = {file.removesuffix(".py").replace("/", ".") for file in PARTS[part]}
+        modules = {file.removesuffix(".py").replace("/", ".") for file in parts[part]}
         for case in cases:
             # A file that cannot be imported is reported as a case with the name of the file.
             if (case.get("classname") or case.get("name")) in modules:

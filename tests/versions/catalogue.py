@@ -4,8 +4,8 @@ import re
 import subprocess
 import tempfile
 import tomllib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -38,11 +38,22 @@ PARTS = {
 }
 """The test files of each part of the contract with Prefect; none needs a cluster."""
 
-SAME_VERSION_PARTS = tuple(part for part in PARTS if part != "upgrade")
+UPGRADE_PARTS = {"upgrade": PARTS["upgrade"]}
+"""The part that runs where the server changes its version under runs."""
+
+SAME_VERSION_PARTS = {part: files for part, files in PARTS.items() if part not in UPGRADE_PARTS}
 """The parts that run where server and runs have the same version."""
 
-CROSS_VERSION_PARTS = ("engine", "execution", "worker", "sync")
+CROSS_VERSION_PARTS = {part: PARTS[part] for part in ("engine", "execution", "worker", "sync")}
 """The parts that run where server and runs have different versions."""
+
+PREVIOUS_PARTS = {
+    "engine": ("tests/orchestration/test_engine.py",),
+    "execution": ("tests/orchestration/test_execution.py",),
+    "worker": ("tests/orchestration/test_worker.py",),
+    "sync": PARTS["sync"],
+}
+"""The same parts in the checkout of the previous release."""
 
 PREVIOUS, PREVIOUS_COMMIT = "3.8.8", "0f9e41d17c4b936f92ef472ef25f883c9945fcd8"
 """The Prefect version of the previous releases, and the last commit that locked it. Upgrades are tested from there."""
@@ -64,7 +75,7 @@ class Trial:
         python: the interpreter of worker, runs and sync.
         root: the checkout whose code and tests run.
         server_python: the interpreter of the server; None for `python`.
-        parts: the parts to run, by their names in `PARTS`.
+        parts: the parts to run, with their test files in `root`.
     """
 
     server: str
@@ -74,11 +85,7 @@ class Trial:
     python: Path
     root: Path = ROOT
     server_python: Path | None = None
-    parts: Sequence[str] = SAME_VERSION_PARTS
-
-    def files(self) -> list[str]:
-        """Return the test files of the parts that exist in the checkout."""
-        return [file for part in self.parts for file in PARTS[part] if (self.root / file).is_file()]
+    parts: Mapping[str, Sequence[str]] = field(default_factory=lambda: SAME_VERSION_PARTS)
 
 
 def supported_range() -> Requirement:
