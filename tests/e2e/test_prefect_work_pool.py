@@ -382,8 +382,8 @@ WAREHOUSE = {"name": "WAREHOUSE_URL", "valueFrom": {"secretKeyRef": {"name": "wa
             "names the key user: Secret prefect-server-api-roles",
         ),
         (
-            {"api": {"auth": {"rolesSecret": "prefect-work-pool-results-signing"}}},
-            "api.auth.rolesSecret names the key worker: Secret prefect-work-pool-results-signing",
+            {"api": {"auth": {"rolesSecret": "incomplete"}}},
+            "api.auth.rolesSecret names the key worker: Secret incomplete",
         ),
         ({"runs": {"env": [WAREHOUSE]}}, "runs.env: WAREHOUSE_URL names the Secret warehouse: namespace"),
     ],
@@ -391,6 +391,8 @@ WAREHOUSE = {"name": "WAREHOUSE_URL", "valueFrom": {"secretKeyRef": {"name": "wa
 def test_missing_secret_is_refused_before_anything_is_changed(
     pool: Pool, values: Object, change: Object, message: str
 ) -> None:
+    incomplete = {"kind": "Secret", "metadata": {"name": "incomplete"}, "stringData": {"sync": "a:b"}}
+    pool.namespace.apply({"apiVersion": "v1", **incomplete})
     revisions = pool.helm("history", POOL_RELEASE, "-o", "json")
     with pytest.raises(ClusterError) as caught:
         pool.deploy(merge_values(values, change))
