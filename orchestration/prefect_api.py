@@ -4,7 +4,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterator, Callable, Generator, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -142,7 +142,14 @@ class Server:
         return datetime.now(UTC) + self.ahead
 
     async def ask(
-        self, method: str, path: str, body: Any = None, *, absent: bool = False, idempotent: bool = False
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        absent: bool = False,
+        idempotent: bool = False,
     ) -> Any:
         """Send a request, and return the JSON of the response.
 
@@ -150,6 +157,7 @@ class Server:
             method: the HTTP method.
             path: the path below the API's URL.
             body: what to send as JSON.
+            headers: headers of this request.
             absent: whether a 404 means that the object does not exist: return None. No other failure means that.
             idempotent: whether a POST may be sent twice without a further effect.
 
@@ -162,7 +170,7 @@ class Server:
         while True:
             try:
                 async with self._slots:
-                    response = await self.client.request(method, path, json=body)
+                    response = await self.client.request(method, path, json=body, headers=headers)
             except httpx.TransportError as error:
                 if time.monotonic() > deadline or isinstance(error, httpx.ConnectError):
                     raise ApiError(self.unreachable(error)) from None

@@ -54,6 +54,10 @@ POD_ENDED_EVENT = "reconciler.pod.ended"
 CLAIM_LOST = "ClaimLost"
 """The name of the Pending state of a run whose claim the reconciler gives away. No Job of the claim executes it."""
 
+EXPECTED_STATE_HEADER = "X-Expected-State"
+"""The header of a proposed state with the id of the state that it replaces. A server with access control aborts the
+transition if the run has another state by then. Other servers ignore the header."""
+
 DISRUPTION_RETRIES = 10
 """How many disruptions are retried if neither the run nor its deployment nor its work pool has a number."""
 

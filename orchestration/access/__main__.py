@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from orchestration.access.control import AccessControl, audit_log
+from orchestration.access.control import AccessControl, audit_log, expected_state
 from orchestration.access.credentials import Credentials
 from orchestration.errors import PipelineError, SettingsError
-from orchestration.prefect_compat.server_internals import wrap_server_api
+from orchestration.prefect_compat.server_internals import check_expected_states, wrap_server_api
 
 CREDENTIALS_VARIABLE = "API_CREDENTIALS"
 
@@ -41,6 +41,7 @@ def main(arguments: Sequence[str]) -> int:
         return AccessControl(api, credentials, secret)
 
     wrap_server_api(wrap)
+    check_expected_states(expected_state)
     from prefect.cli import app
 
     sys.argv = ["prefect", *arguments]

@@ -10,6 +10,7 @@ import binascii
 import json
 import logging
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -19,6 +20,7 @@ import httpx
 from orchestration.access.credentials import RUN_USER_PREFIX, Credentials, Identity
 from orchestration.access.ownership import DeniedError, Ownership, UnavailableError
 from orchestration.access.routes import PERMISSIONS, WEBSOCKET, WRITES, Role, Route, RouteTable
+from orchestration.protocol import EXPECTED_STATE_HEADER
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -35,6 +37,9 @@ AUTOMATION_HEADERS = frozenset({b"prefect-automation-id", b"prefect-automation-n
 """Headers by which the server names the automation that calls it."""
 
 MAX_CHECKED_BODY_BYTES = 32 * 1024 * 1024
+
+expected_state: ContextVar[str] = ContextVar("expected_state", default="")
+"""The id of the state that the current request expects, from its header; empty if it expects none."""
 
 audit_log = logging.getLogger("orchestration.access.audit")
 logger = logging.getLogger(__name__)
@@ -118,6 +123,7 @@ class AccessControl:
             self._audit(scope, method, path, identity, 403)
             await _answer(send, 403, {"exception_message": str(error), "detail": str(error)})
             return
+        expected_state.set(_header(scope, EXPECTED_STATE_HEADER))
         if not any(route.access in WRITES for route, _ in routes):
             await self._application(self._as_server(scope, identity), receive, send)
             return
@@ -197,7 +203,6 @@ class AccessControl:
     def _audit(self, scope: Scope, method: str, path: str, identity: Identity | None, status: int) -> None:
         """Write one JSON line: who, what, when, from where, outcome."""
         client = scope.get("client") or ("", 0)
-        forwarded = next((value for name, value in scope["headers"] if name == b"x-forwarded-for"), b"")
         line = {
             "audit": "prefect-api",
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -206,7 +211,7 @@ class AccessControl:
             "method": method,
             "path": path,
             "client": client[0],
-            "forwarded_for": forwarded.decode("latin-1") or None,
+            "forwarded_for": _header(scope, "X-Forwarded-For") or None,
             "status": status,
         }
         audit_log.info("%s", json.dumps(line))
@@ -216,6 +221,12 @@ def _path(scope: Scope) -> str:
     """Return the path below the API's base path, as Prefect's router sees it."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", "")) or "/"
+
+
+def _header(scope: Scope, name: str) -> str:
+    """Return the first value of a header; empty without one."""
+    key = name.lower().encode()
+    return next((value for found, value in scope["headers"] if found == key), b"").decode("latin-1")
 
 
 def _basic_credential(scope: Scope) -> str | None:

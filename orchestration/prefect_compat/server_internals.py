@@ -4,6 +4,7 @@ Each function imports what it needs when it is called: each of these imports tak
 """
 
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -170,3 +171,44 @@ def wrap_server_api(wrap: Callable[[Any], Any]) -> None:
         return app
 
     server.create_app = create_wrapped_app
+
+
+def check_expected_states(expected: ContextVar[str]) -> None:
+    """Have the server abort a proposed state of a flow run whose current state is not the expected one.
+
+    The server compares and writes in one transaction, in which it holds the lock of the run's row. The comparison also
+    covers a forced state.
+
+    Replaces: `priority` of `CoreFlowPolicy` and `MinimalFlowPolicy` in `prefect.server.orchestration.core_policy`
+    Why: a state that arrives late would replace a newer state, which its sender has not seen
+    Until: the Prefect API takes the id of the expected state with a proposed state
+
+    Args:
+        expected: the id of the state that the current request expects; empty if the request expects none.
+    """
+    _check_version()
+    import prefect.server.models  # noqa: F401 - the policies can only be imported after the models
+    from prefect.server.orchestration.core_policy import CoreFlowPolicy, MinimalFlowPolicy
+    from prefect.server.orchestration.rules import (
+        ALL_ORCHESTRATION_STATES,
+        FlowRunOrchestrationRule,
+        OrchestrationContext,
+    )
+
+    class ExpectState(FlowRunOrchestrationRule):
+        FROM_STATES = TO_STATES = ALL_ORCHESTRATION_STATES
+
+        async def before_transition(
+            self,
+            initial_state: Any,  # noqa: ARG002 - the signature is Prefect's
+            proposed_state: Any,  # noqa: ARG002
+            context: OrchestrationContext[Any, Any],
+        ) -> None:
+            if (state := expected.get()) and str(context.run.state_id) != state:
+                await self.abort_transition(f"The run's state is {context.run.state_id}, not the expected {state}")
+
+    def prepend(priority: Callable[[], list[Any]]) -> Callable[[], list[Any]]:
+        return lambda: [ExpectState, *priority()]
+
+    for policy in (CoreFlowPolicy, MinimalFlowPolicy):
+        policy.priority = staticmethod(prepend(policy.priority))  # type: ignore[method-assign]

@@ -1,13 +1,14 @@
 """Carries out actions. Each action is idempotent, and is skipped if the run has left the state that was read."""
 
 import random
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
 from orchestration.errors import ClusterError
 from orchestration.prefect_api import JSON, RefusedError, Server
-from orchestration.protocol import CLAIM_LOST, LOST_LABEL
+from orchestration.protocol import CLAIM_LOST, EXPECTED_STATE_HEADER, LOST_LABEL
 from orchestration.reconciler import orphans
 from orchestration.reconciler.budget import RetryBudget, decide_retry
 from orchestration.reconciler.decide import (
@@ -131,8 +132,10 @@ async def _retry(server: Server, action: Retry, found: JSON) -> str:
         # Only a Scheduled run may get other job variables, and no worker may claim the run before that.
         due = server.now + BEYOND_PREFETCH
         reason = f"Gets {decision.memory_limit} of memory first"
-        if not await _set_state(server, run, "SCHEDULED", "Scheduled", reason, due=due):
+        state_id = await _propose_state(server, run, "SCHEDULED", "Scheduled", reason, due=due)
+        if not state_id:
             return ""
+        run = replace(run, state_id=state_id)
         variables = (found.get("job_variables") or {}) | {"memory_limit": decision.memory_limit}
         await server.ask("PATCH", f"/flow_runs/{run.id}", {"job_variables": variables})
     due = server.now + timedelta(seconds=delay)
@@ -164,13 +167,32 @@ async def _set_state(
     server: Server, run: Run, type_: str, name: str, message: str, *, due: datetime | None = None, force: bool = False
 ) -> str:
     """Propose or force a state, and return what the run is now, for the log; empty if the server did not accept."""
+    if not await _propose_state(server, run, type_, name, message, due=due, force=force):
+        return ""
+    headline = message.partition("\n")[0]
+    return f"run {run.name} is {name}: {headline}"
+
+
+async def _propose_state(
+    server: Server, run: Run, type_: str, name: str, message: str, *, due: datetime | None = None, force: bool = False
+) -> str:
+    """Propose or force a state in place of the one that was read, and emit the event; return the id of the new state.
+
+    Returns:
+        Empty if the server did not accept, as the run has another state by now.
+    """
     # Every replica that decides this about this state sends the same id, and the server takes one of them.
     details: dict[str, Any] = {"transition_id": str(uuid5(NAMESPACE_URL, f"{run.state_id}/{type_}/{name}"))}
     if due:
         details["scheduled_time"] = due.isoformat()
     state = {"type": type_, "name": name, "message": message[:MAX_MESSAGE_CHARACTERS], "state_details": details}
     try:
-        answer = await server.ask("POST", f"/flow_runs/{run.id}/set_state", {"state": state, "force": force})
+        answer = await server.ask(
+            "POST",
+            f"/flow_runs/{run.id}/set_state",
+            {"state": state, "force": force},
+            headers={EXPECTED_STATE_HEADER: run.state_id},
+        )
     except RefusedError as error:
         if error.status == 404:
             return ""
@@ -178,8 +200,7 @@ async def _set_state(
     if answer["status"] != "ACCEPT":
         return ""
     await _emit(server, run, f"{STATE_EVENT_PREFIX}{name.lower()}", message)
-    headline = message.partition("\n")[0]
-    return f"run {run.name} is {name}: {headline}"
+    return str(answer["state"]["id"])
 
 
 async def _emit(server: Server, run: Run, name: str, evidence: str) -> None:

@@ -7,13 +7,14 @@ and does not use `orchestration.prefect_api`, which needs httpx.
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from orchestration.protocol import (
     CHECK_INTERVAL_SECONDS,
     CHECK_TIMEOUT_SECONDS,
     DISRUPTION_RETRIES,
+    EXPECTED_STATE_HEADER,
     FENCED_LABEL_PREFIX,
     RECHECK_INTERVAL_SECONDS,
     is_given_away,
@@ -55,13 +56,18 @@ class RunClient:
         """
         return dict(json.loads(self._send(self._run_path)))
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Propose a state of the flow run.
+    def set_state(self, state: dict[str, Any], expected: str) -> None:
+        """Propose a state of the flow run in place of the expected one.
+
+        Args:
+            state: the state.
+            expected: the id of the state that the run had when this was decided.
 
         Raises:
             Exception: the API does not answer, refuses the request, or answers no JSON.
         """
-        json.loads(self._send(f"{self._run_path}/set_state", {"state": state}))
+        headers = {EXPECTED_STATE_HEADER: expected}
+        json.loads(self._send(f"{self._run_path}/set_state", {"state": state}, headers=headers))
 
     def set_labels(self, labels: dict[str, Any]) -> None:
         """Set labels of the flow run; its other labels stay.
@@ -153,28 +159,40 @@ class RunClient:
                 continue
             yield run
 
-    def _send(self, path: str, body: dict[str, Any] | None = None, method: str | None = None) -> bytes:
+    def _send(
+        self,
+        path: str,
+        body: dict[str, Any] | None = None,
+        method: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> bytes:
         """Send a request, and again with a CSRF token if the API asks for one; return the answer's body."""
         # Imported late, here and below: the command starts before these modules are loaded.
         from urllib.error import HTTPError
 
         try:
-            return self._send_once(path, body, method)
+            return self._send_once(path, body, method, headers)
         except HTTPError as error:
             if not (body and error.code == 403 and b"CSRF token" in error.read()):
                 raise
         client = os.urandom(16).hex()
         token = json.loads(self._send_once(f"/csrf-token?client={client}"))["token"]
         self.csrf_headers = {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": client}
-        return self._send_once(path, body, method)
+        return self._send_once(path, body, method, headers)
 
-    def _send_once(self, path: str, body: dict[str, Any] | None = None, method: str | None = None) -> bytes:
+    def _send_once(
+        self,
+        path: str,
+        body: dict[str, Any] | None = None,
+        method: str | None = None,
+        extra_headers: Mapping[str, str] | None = None,
+    ) -> bytes:
         import base64
         import ssl
         from urllib.request import Request, urlopen
 
         headers = json.loads(os.environ.get("PREFECT_CLIENT_CUSTOM_HEADERS") or "{}") | self.csrf_headers
-        headers["Content-Type"] = "application/json"
+        headers |= {"Content-Type": "application/json", **(extra_headers or {})}
         if password := os.environ.get("PREFECT_API_AUTH_STRING"):
             headers["Authorization"] = f"Basic {base64.b64encode(password.encode()).decode()}"
         if key := os.environ.get("PREFECT_API_KEY"):

@@ -154,7 +154,7 @@ class Supervisor:
                 if state in ("PENDING", "RUNNING", "CANCELLING") and self._client.is_given_away():
                     _end_fenced(self._client.job)
                 if state == "CANCELLING":
-                    self._client.set_state({"type": "CANCELLED"})
+                    self._client.set_state({"type": "CANCELLED"}, str(run["state_id"]))
                 elif state in ("PENDING", "RUNNING") and self._after_sigterm == "relinquish":
                     return code or 1  # so that Kubernetes retries the pod
                 elif state in ("PENDING", "RUNNING") and self._after_sigterm == "reschedule":
@@ -164,7 +164,7 @@ class Supervisor:
                     # This node's clock may be wrong. It counts only where the server's time is not known.
                     date = self._client.server_date
                     now = parsedate_to_datetime(date) if date else datetime.now(UTC)
-                    self._client.set_state(after_sigterm(number, budget, now))
+                    self._client.set_state(after_sigterm(number, budget, now), str(run["state_id"]))
                     return 0
                 return code
             except Exception as error:

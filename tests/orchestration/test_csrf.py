@@ -71,7 +71,7 @@ def test_every_client_works_with_csrf_protection(
 
         # supervisor
         run_client = RunClient(api_in_settings, run["id"], "job")
-        run_client.set_state({"type": "SCHEDULED", "name": "AwaitingRetry"})
+        run_client.set_state({"type": "SCHEDULED", "name": "AwaitingRetry"}, run["state_id"])
         assert asked(client, "GET", f"/flow_runs/{run['id']}")["state"]["name"] == "AwaitingRetry"
         assert run_client.release_leases([str(uuid4())]) == []
 

@@ -473,6 +473,22 @@ CONTRACTS: dict[str, list[Check]] = {
         ),
         (lacks("prefect.server.api.server:create_app", 'app=api_app, name="api"'), []),
     ],
+    "server_internals.check_expected_states": [
+        (signature("prefect.server.models.flow_runs:MinimalFlowPolicy.priority"), "()"),
+        (signature("prefect.server.orchestration.core_policy:CoreFlowPolicy.priority"), "()"),
+        # The server locks the run's row before it compiles the rules, also those of a forced state.
+        (
+            lacks(
+                "prefect.server.models.flow_runs:set_flow_run_state",
+                "for_update=True", "flow_policy = MinimalFlowPolicy", "flow_policy.compile_transition_rules",
+            ),
+            [],
+        ),
+        (
+            signature("prefect.server.orchestration.rules:BaseOrchestrationRule.abort_transition"),
+            "(self, reason)",
+        ),
+    ],
     "recurrence.RulePart": [
         (
             lambda: _read(recurrence.RulePart(_rule())),

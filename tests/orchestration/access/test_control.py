@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,12 @@ import websockets
 
 from orchestration.access.credentials import sign_run
 from orchestration.access.routes import PERMISSIONS, WEBSOCKET, Role, read_routes
+from orchestration.prefect_api import Server
 from orchestration.prefect_compat.events import task_run_state_event
+from orchestration.protocol import EXPECTED_STATE_HEADER
+from orchestration.reconciler.actions import carry_out
+from orchestration.reconciler.decide import Unclaim
+from orchestration.reconciler.model import Run
 from tests.orchestration.access.guarded_server import CREDENTIALS, RUN_KEY, SERVER_CREDENTIAL, GuardedServer
 from tests.parts import wait_until
 
@@ -64,6 +70,64 @@ def test_unknown_credential_is_refused(guarded: GuardedServer, credential: str |
 def test_server_credential_is_an_operators(guarded: GuardedServer) -> None:
     with guarded.client(SERVER_CREDENTIAL) as client:
         assert client.get("/admin/settings").status_code == 200
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_state_that_expects_an_older_state_is_aborted(operator: httpx.Client, run: str, force: bool) -> None:
+    older = operator.get(f"/flow_runs/{run}").json()["state_id"]
+    current = _propose(operator, run, "RUNNING", older, force)
+    assert current["status"] == "ACCEPT"
+    late = _propose(operator, run, "SCHEDULED", older, force)
+    assert late["status"] == "ABORT"
+    assert f"not the expected {older}" in late["details"]["reason"]
+    found = operator.get(f"/flow_runs/{run}").json()
+    assert (found["state_type"], found["state_id"]) == ("RUNNING", current["state"]["id"])
+    assert _propose(operator, run, "SCHEDULED", found["state_id"], force)["status"] == "ACCEPT"
+    # A request that expects nothing is as before.
+    assert _propose(operator, run, "RUNNING", "", force)["status"] == "ACCEPT"
+
+
+def test_of_concurrent_states_that_expect_the_same_state_one_is_accepted(operator: httpx.Client, run: str) -> None:
+    state = operator.get(f"/flow_runs/{run}").json()["state_id"]
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(lambda _: _propose(operator, run, "RUNNING", state, True), range(8)))
+    assert sorted(answer["status"] for answer in answers) == ["ABORT"] * 7 + ["ACCEPT"]
+
+
+def test_late_decision_of_a_reconciler_leaves_a_newer_state(
+    guarded: GuardedServer, operator: httpx.Client, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reconciler has read the run, and its request is delayed until another run attempt is Running."""
+    _propose(operator, run, "PENDING", "", True)
+
+    async def decide() -> str:
+        async with httpx.AsyncClient(base_url=guarded.url, headers=operator.headers) as client:
+            server = Server(client, guarded.url)
+            read = Run.read(await server.ask("GET", f"/flow_runs/{run}"))
+
+            async def delayed(method: str, path: str, *args: Any, **options: Any) -> Any:
+                if path.endswith("/set_state"):
+                    _propose(operator, run, "RUNNING", "", True)
+                return await Server.ask(server, method, path, *args, **options)
+
+            monkeypatch.setattr(server, "ask", delayed)
+            return await carry_out(server, _NoJobs(), Unclaim(read, "No pod"), [])  # type: ignore[arg-type]
+
+    assert asyncio.run(decide()) == ""
+    assert operator.get(f"/flow_runs/{run}").json()["state_type"] == "RUNNING"
+
+
+class _NoJobs:
+    """A cluster without Jobs."""
+
+    async def has_unfinished_job(self, _: str) -> bool:
+        return False
+
+
+def _propose(client: httpx.Client, run: str, type_: str, expected: str, force: bool) -> dict[str, Any]:
+    body = {"state": {"type": type_}, "force": force}
+    answer = client.post(f"/flow_runs/{run}/set_state", json=body, headers={EXPECTED_STATE_HEADER: expected})
+    return dict(answer.raise_for_status().json())
 
 
 def test_each_role_is_denied_every_route_without_permission(guarded: GuardedServer, run: str) -> None:
