@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 # All other modules are imported by the command that needs them, so that --help is fast.
-from orchestration.errors import DeploymentsError, PipelineError
+from orchestration.errors import DeploymentsError, PipelineError, sentence
 from orchestration.terminal import printable_output
 
 if TYPE_CHECKING:
@@ -232,10 +232,8 @@ async def _check(options: argparse.Namespace) -> int:
 
 
 async def _watch(options: argparse.Namespace) -> int:
-    from orchestration import logs
     from orchestration.deployments import watch
 
-    logs.configure()
     await watch.watch(_owner(options), every=options.every, port=options.port, wait=options.wait)
     return SUCCEEDED
 
@@ -280,11 +278,9 @@ async def _memory(options: argparse.Namespace) -> int:
 
 
 async def _reconcile(options: argparse.Namespace) -> int:
-    from orchestration import logs
     from orchestration.reconciler import loop
     from orchestration.reconciler.model import Policy
 
-    logs.configure()
     await loop.reconcile(
         options.pool,
         options.namespace,
@@ -317,7 +313,7 @@ COMMANDS = {
 
 
 LONG_RUNNING = {"watch", "reconcile"}
-"""Commands that run until a signal ends them."""
+"""Components, which log, and run until a signal ends them."""
 
 
 @printable_output()
@@ -329,9 +325,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         gc.disable()
         atexit.register(gc.freeze)
     try:
+        if options.command in LONG_RUNNING:
+            from orchestration import logs
+
+            name = f"orchestration.{options.command}"
+            return logs.run_component(name, lambda: asyncio.run(COMMANDS[options.command](options)))
         return asyncio.run(COMMANDS[options.command](options))
     except PipelineError as error:
-        print(f"{error}{'' if str(error).endswith('.') else '.'}", file=sys.stderr)
+        print(sentence(error), file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("\nInterrupted. Run it again: what is done is kept.", file=sys.stderr)

@@ -65,6 +65,11 @@ class DbtError(PipelineError):
         self.result = result
 
 
+def sentence(error: PipelineError) -> str:
+    """Return an error's message with a full stop at its end."""
+    return f"{str(error).removesuffix('.')}."
+
+
 def explains_itself(error: BaseException) -> bool:
     """Return whether the message of an error suffices: for this project's errors and refused parameters."""
     from prefect.exceptions import ParameterTypeError

@@ -10,9 +10,10 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 
-from orchestration.errors import SettingsError
+from orchestration.errors import PipelineError, SettingsError, sentence
 from orchestration.terminal import one_line, printable
 
 FORMAT_VARIABLE = "LOG_FORMAT"
@@ -98,3 +99,25 @@ def configure(*, is_strict: bool = True) -> None:
     handler.setFormatter(FORMATTERS[name]())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("orchestration").setLevel(logging.INFO)
+
+
+def run_component(name: str, component: Callable[[], object]) -> int:
+    """Configure logging and run a component to its end; return the exit status.
+
+    An error that explains itself ends the component with status 1 and one line in the log.
+
+    Args:
+        name: the component's logger.
+        component: the component, without arguments.
+    """
+    try:
+        configure()
+    except SettingsError as error:
+        print(sentence(error), file=sys.stderr)
+        return 1
+    try:
+        component()
+    except PipelineError as error:
+        logging.getLogger(name).error("%s", sentence(error))
+        return 1
+    return 0

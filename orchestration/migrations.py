@@ -159,17 +159,8 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) != 1 or arguments[0] not in commands:
         print("usage: python -m orchestration.migrations upgrade | wait", file=sys.stderr)
         return 2
-    try:
-        logs.configure()
-    except PipelineError as error:
-        print(f"{error}.", file=sys.stderr)
-        return 1
-    try:
-        asyncio.run(commands[arguments[0]](time.monotonic() + TIMEOUT_SECONDS))
-    except PipelineError as error:
-        logger.error("%s.", error)
-        return 1
-    return 0
+    command = commands[arguments[0]]
+    return logs.run_component(logger.name, lambda: asyncio.run(command(time.monotonic() + TIMEOUT_SECONDS)))
 
 
 if __name__ == "__main__":

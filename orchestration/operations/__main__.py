@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from orchestration.errors import ClusterError
+from orchestration.errors import ClusterError, sentence
 from orchestration.operations.environment import Environment, resolve
 from orchestration.terminal import printable_output
 
@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         environment = resolve(options.env, options.context, options.namespace)
         return COMMANDS[options.command][0](environment, options)
     except ClusterError as error:
-        print(f"{error}{'' if str(error).endswith('.') else '.'}", file=sys.stderr)
+        print(sentence(error), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nInterrupted. Run the command again: it keeps what is done.", file=sys.stderr)

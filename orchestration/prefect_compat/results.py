@@ -1,8 +1,9 @@
-"""The private interfaces of Prefect's stored results: all reads and writes of records pass one check."""
+"""The private interfaces of Prefect's stored results: each read and write of a record passes one check."""
 
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,27 +27,27 @@ _INITIALIZE = task_runners._initialize_process_pool_worker
 
 
 class Signer(Protocol):
-    """Signs the content of records for their location, and verifies it."""
+    """Signs records for their location, and verifies signed records."""
 
     def sign(self, location: str, content: bytes) -> bytes:
-        """Return what is stored."""
+        """Return the signed record to store."""
 
     def verify(self, location: str, stored: bytes) -> bytes:
-        """Return the content, or raise an error."""
+        """Return the content of a signed record, or raise an error."""
 
 
 def sign_records(signer: Signer, untrusted: type[Exception]) -> None:
-    """Let this process store only signed records, and load no others.
+    """Let this process store and load only signed records.
 
-    What is not trusted is a cache miss, with one warning for each location.
+    A record without a valid signature is a cache miss, with one warning for each location.
 
     Replaces: `call_explicitly_sync_block_method`, `call_explicitly_async_block_method` of `prefect.results`
-    Why: every read and write of a record passes these two, whichever storage a flow, a task or a cache policy names
+    Why: every read and write of a record calls one of these two, for each storage of a flow, task or cache policy
     Until: a result store has hooks for the bytes of its records
 
     Args:
-        signer: has the key of this process.
-        untrusted: the error that the signer raises for a record that it does not trust.
+        signer: the signer with the key of this process.
+        untrusted: the error that the signer raises for an invalid signature.
     """
     calls = _CheckedCalls(signer, untrusted)
     _RESULTS.call_explicitly_sync_block_method = calls.call
@@ -103,16 +104,19 @@ class _CheckedCalls:
 
 
 def _location(block: Any, path: str) -> str:
-    """Return a record's place: the block's type and the path in it, which is the same for a key and its whole path."""
+    """Return a record's location: the type of the storage block, and the path in the storage.
+
+    A storage key and the absolute path of its file have the same location.
+    """
     resolve = getattr(block, "_resolve_path", None)
     resolved = resolve(path) if resolve else None
     return f"{type(block).get_block_type_slug()}:{path if resolved is None else resolved}"
 
 
 def keep_links_out() -> None:
-    """Name a file in a local storage by its path, not by where a link in the storage leads.
+    """Name a file in a local storage by its path, and do not follow symbolic links.
 
-    A planted link would give a record the name of another one.
+    With a planted link, a record would have the name of another record.
 
     Replaces: `LocalFileSystem._resolve_path`
     Why: Prefect takes the file that a link leads to as a record's storage key
@@ -126,7 +130,7 @@ def keep_links_out() -> None:
         base = Path(self.basepath or ".").expanduser().resolve()
         named = Path(os.path.normpath(base / Path(path or "").expanduser()))
         if named != base and base not in named.parents:
-            # The path has the storage's folder by another name.
+            # The path names the storage's folder through a link.
             return resolve(self, path)
         return named
 
@@ -134,106 +138,104 @@ def keep_links_out() -> None:
 
 
 def check_separate_results(calls: _CheckedCalls) -> None:
-    """Let a result exist only if both its metadata and its content are trusted.
+    """Let a result exist only if both its metadata and its content have a valid signature.
 
     Replaces: `ResultStore.exists`, `ResultStore.aexists`
-    Why: with a cache policy's own storage Prefect looks at the metadata alone, and fails when it reads the content
-    Until: a result store takes what it cannot read for absent
+    Why: with a cache policy's own storage Prefect checks the metadata alone, and fails when it reads the content
+    Until: a result store handles an unreadable record as absent
     """
     exists, aexists = ResultStore.exists, ResultStore.aexists
 
     def is_separate(store: ResultStore) -> bool:
         return store.metadata_storage is not None and not isinstance(store.metadata_storage, NullFileSystem)
 
+    def content_key(metadata: bytes) -> str | None:
+        return ResultRecordMetadata.load_bytes(metadata).storage_key
+
     @wraps(exists)
-    def checked(self: ResultStore, key: str) -> bool:
-        if not exists(self, key):
-            return False
-        if not is_separate(self):
-            return True
+    def checked_exists(self: ResultStore, key: str) -> bool:
+        found = exists(self, key)
+        if not found or not is_separate(self):
+            return found
         storage = self.result_storage or _RESULTS.get_default_result_storage(_sync=True)
-        try:
-            metadata = ResultRecordMetadata.load_bytes(calls.call(self.metadata_storage, "read_path", (key,), {}))
-            return calls.call(storage, "read_path", (metadata.storage_key,), {}) is not None
-        except Exception:
-            return False
+        with suppress(Exception):
+            metadata = calls.call(self.metadata_storage, "read_path", (key,), {})
+            return calls.call(storage, "read_path", (content_key(metadata),), {}) is not None
+        return False
 
     @wraps(aexists)
-    async def achecked(self: ResultStore, key: str) -> bool:
-        if not await aexists(self, key):
-            return False
-        if not is_separate(self):
-            return True
+    async def checked_aexists(self: ResultStore, key: str) -> bool:
+        found = await aexists(self, key)
+        if not found or not is_separate(self):
+            return found
         storage = self.result_storage or await _RESULTS.aget_default_result_storage()
-        try:
-            metadata = ResultRecordMetadata.load_bytes(
-                await calls.acall(self.metadata_storage, "read_path", (key,), {})
-            )
-            return await calls.acall(storage, "read_path", (metadata.storage_key,), {}) is not None
-        except Exception:
-            return False
+        with suppress(Exception):
+            metadata = await calls.acall(self.metadata_storage, "read_path", (key,), {})
+            return await calls.acall(storage, "read_path", (content_key(metadata),), {}) is not None
+        return False
 
-    ResultStore.exists = checked  # type: ignore[method-assign]
-    ResultStore.aexists = achecked  # type: ignore[method-assign]
+    ResultStore.exists = checked_exists  # type: ignore[method-assign]
+    ResultStore.aexists = checked_aexists  # type: ignore[method-assign]
 
 
 def rerun_untrusted_subflows(untrusted: type[Exception]) -> None:
-    """Execute a subflow again whose stored result is not trusted, when its parent is retried.
+    """Execute a completed subflow again if its result is not trusted, when its parent is retried.
 
     Replaces: `load_subflow_run` of `FlowRunEngine` and `AsyncFlowRunEngine` in `prefect.flow_engine`
-    Why: Prefect takes a completed subflow's stored result, and fails the parent when it cannot read the result
-    Until: Prefect executes a subflow again whose result it cannot read
+    Why: Prefect reuses a completed subflow's stored result, and fails the parent when it cannot read the result
+    Until: Prefect executes a subflow again when it cannot read the stored result
     """
     load, aload = flow_engine.FlowRunEngine.load_subflow_run, flow_engine.AsyncFlowRunEngine.load_subflow_run
 
     def is_reused(engine: Any, found: Any) -> bool:
         return found is not None and engine._return_value is not NotSet and found.state.is_completed()
 
+    def drop_untrusted(engine: Any, found: Any, error: Exception) -> Any:
+        """Return the subflow run, or None if its result is not trusted. Prefect handles all other errors."""
+        if not isinstance(error, untrusted):
+            return found
+        engine._return_value = NotSet
+        return None
+
     @wraps(load)
-    def loaded(self: Any, parent_task_run: Any, client: Any, context: Any) -> Any:
+    def load_trusted(self: Any, parent_task_run: Any, client: Any, context: Any) -> Any:
         found: Any = load(self, parent_task_run=parent_task_run, client=client, context=context)
         if is_reused(self, found):
             try:
                 found.state.result(raise_on_failure=False, retry_result_failure=False, _sync=True)
-            except untrusted:
-                self._return_value = NotSet
-                return None
-            except Exception:
-                return found
+            except Exception as error:
+                return drop_untrusted(self, found, error)
         return found
 
     @wraps(aload)
-    async def aloaded(self: Any, parent_task_run: Any, client: Any, context: Any) -> Any:
+    async def aload_trusted(self: Any, parent_task_run: Any, client: Any, context: Any) -> Any:
         found: Any = await aload(self, parent_task_run=parent_task_run, client=client, context=context)
         if is_reused(self, found):
             try:
                 await found.state.aresult(raise_on_failure=False, retry_result_failure=False)
-            except untrusted:
-                self._return_value = NotSet
-                return None
-            except Exception:
-                return found
+            except Exception as error:
+                return drop_untrusted(self, found, error)
         return found
 
-    flow_engine.FlowRunEngine.load_subflow_run = loaded  # type: ignore[method-assign]
-    flow_engine.AsyncFlowRunEngine.load_subflow_run = aloaded  # type: ignore[method-assign]
+    flow_engine.FlowRunEngine.load_subflow_run = load_trusted  # type: ignore[method-assign]
+    flow_engine.AsyncFlowRunEngine.load_subflow_run = aload_trusted  # type: ignore[method-assign]
 
 
 def prepare_child_processes(prepare: Callable[[], None]) -> None:
-    """Call a function in each process in which Prefect's process pool executes tasks, before their first task.
+    """Call a function in each process of Prefect's process pool, before the first task.
 
     Replaces: `prefect.task_runners._initialize_process_pool_worker`
-    Why: such a process is started afresh, and has none of what this module changes
+    Why: such a process starts without the changes that this module makes to Prefect
     Until: a result store has hooks for the bytes of its records
 
     Args:
-        prepare: a function of a module.
+        prepare: a function at the top level of a module, as it is pickled.
     """
     task_runners._initialize_process_pool_worker = _PreparedChild(prepare)  # type: ignore[assignment]
 
 
 class _PreparedChild:
-    """Initializes a process of the pool; it reaches that process as a pickle."""
+    """Initializes a process of the process pool, which receives this object as a pickle."""
 
     def __init__(self, prepare: Callable[[], None]) -> None:
         self._prepare = prepare

@@ -19,7 +19,7 @@ from prefect.settings import get_current_settings
 from prefect.workers.base import BaseWorker
 
 from orchestration import logs
-from orchestration.errors import SettingsError
+from orchestration.errors import ApiError
 from orchestration.runs.result_signing import read_master_key
 from orchestration.worker import job_template
 
@@ -87,18 +87,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--namespace is for Kubernetes")
     if options.type == "docker" and options.signing_key:
         parser.error("--signing-key is for Kubernetes")
+    return logs.run_component(logger.name, lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the worker of a command line.
+
+    Raises:
+        SettingsError: the template or the signing key is wrong.
+        ApiError: the Prefect API cannot be used.
+    """
     settings = get_current_settings().worker
-    try:
-        logs.configure()
-    except SettingsError as error:
-        print(f"{error}.", file=sys.stderr)
-        return 1
-    try:
-        template = job_template.read(options.template, options.pool) if options.template else None
-        signing_key = read_master_key(options.signing_key) if options.signing_key else None
-    except SettingsError as error:
-        logger.error("%s.", error)
-        return 1
+    template = job_template.read(options.template, options.pool) if options.template else None
+    signing_key = read_master_key(options.signing_key) if options.signing_key else None
     if options.signing_key and not signing_key:
         logger.warning("%s is absent: runs store results without signatures.", options.signing_key)
     common = {
@@ -121,13 +122,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             worker = Worker(namespace=options.namespace, signing_key=signing_key, **common)
             asyncio.run(serve(worker, worker.drain))
     except HTTPStatusError as error:
-        cure = ". Check the Secret with USER:PASSWORD" if error.response.status_code in (401, 403) else ""
-        logger.error("The Prefect API at %s answers %s%s.", error.request.url, error.response.status_code, cure)
-        return 1
+        status = error.response.status_code
+        cure = ". Check the Secret with USER:PASSWORD" if status in (401, 403) else ""
+        raise ApiError(f"The Prefect API at {error.request.url} answers {status}{cure}") from None
     except HTTPError as error:
-        logger.error("The Prefect API cannot be used: %s.", error or type(error).__name__)
-        return 1
-    return 0
+        raise ApiError(f"The Prefect API cannot be used: {str(error) or type(error).__name__}") from None
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from aiohttp import web
 from yarl import URL
 
 from orchestration import logs
-from orchestration.errors import SettingsError
 from orchestration.worker import job_template
 from orchestration.worker.docker_policy import LONGEST_BODY_BYTES, PROXY_LABEL, Call, Policy, RefusedRequestError
 
@@ -173,19 +172,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--listen", type=Path, default=Path("/run/docker-proxy/docker.sock"), help="the proxy's socket")
     parser.add_argument("--daemon", type=Path, default=Path("/var/run/docker.sock"), help="the daemon's socket")
     options = parser.parse_args(arguments)
-    try:
-        logs.configure()
-    except SettingsError as error:
-        print(f"{error}.", file=sys.stderr)
-        return 1
-    try:
+
+    def run() -> None:
         template = job_template.read(options.template, options.pool)
         policy = Policy.from_template(template, options.images.split(), options.reserved_names.split())
-    except SettingsError as error:
-        logger.error("%s.", error)
-        return 1
-    asyncio.run(serve(Proxy(policy, options.daemon), options.listen))
-    return 0
+        asyncio.run(serve(Proxy(policy, options.daemon), options.listen))
+
+    return logs.run_component(logger.name, run)
 
 
 if __name__ == "__main__":

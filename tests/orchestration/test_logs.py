@@ -97,3 +97,25 @@ except errors.SettingsError as error:
     assert str(error) == "LOG_FORMAT='xml' is wrong: no such format. Set it to text or json"
 """
     assert _log(script, "xml") == ""
+
+
+COMPONENT = """
+from orchestration import errors, logs
+
+def component():
+    raise errors.SettingsError("The template is wrong: {}. Correct it")
+
+assert logs.run_component("orchestration.example", component) == 1
+"""
+
+
+def test_error_that_explains_itself_ends_a_component_with_one_log_line() -> None:
+    (line,) = _log(COMPONENT, "json").splitlines()
+    found = json.loads(line)
+    assert (found["level"], found["logger"]) == ("ERROR", "orchestration.example")
+    assert found["message"] == "The template is wrong: {}. Correct it."
+    assert "traceback" not in found
+
+
+def test_component_with_an_unknown_log_format_ends_with_a_plain_error() -> None:
+    assert _log(COMPONENT, "xml") == "LOG_FORMAT='xml' is wrong: no such format. Set it to text or json.\n"

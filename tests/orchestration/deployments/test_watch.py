@@ -203,7 +203,7 @@ def test_failure_is_logged_once_for_each_cause(caplog: pytest.LogCaptureFixture)
 def test_wrong_option_is_refused_in_one_line(project: Project) -> None:
     status, output = project.run("watch", "--owner", "x", "--every", "0")
     assert (status, output.count("\n")) == (1, 1)
-    assert "--every 0 is too short" in output
+    assert " ERROR --every 0 is too short" in output
     status, output = project.run("watch", "--owner", "x", "--port", str(project.api.base_url.port))
     assert (status, output.count("\n")) == (1, 1)
     assert "Address already in use. Pass another one: --port" in output
