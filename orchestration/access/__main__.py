@@ -1,6 +1,6 @@
 """Start the Prefect server with access control: `python -m orchestration.access server start --no-services`.
 
-The arguments are those of `prefect`. `API_CREDENTIALS` names the folder with the credentials of the roles.
+The command takes the arguments of `prefect`. `API_CREDENTIALS` names the folder with the credentials of the roles.
 """
 
 import logging

@@ -1,8 +1,8 @@
-"""Access control of the Prefect API, inside the server's process.
+"""Access control of the Prefect API, as ASGI middleware in the server's process.
 
-A proxy in front of the server cannot do this part: Prefect's websockets send their credential in the first message, and
-whether a run may write an object depends on the object. `AccessControl` wraps the API's ASGI application, so that no
-request passes it by, and Prefect's own authentication stays on behind it.
+`AccessControl` wraps the API's ASGI application, so every request passes the check. Prefect's own authentication stays
+on. A reverse proxy cannot replace this check: Prefect's websockets send their credential in the first message, and
+whether a run may write an object depends on the object.
 """
 
 import base64
@@ -50,7 +50,7 @@ class AccessControl:
 
     Args:
         application: Prefect's API, without the base path.
-        credentials: who may call.
+        credentials: the credentials of all callers.
         server: the server's own credential `USER:PASSWORD`, which Prefect's authentication checks.
     """
 
@@ -69,7 +69,7 @@ class AccessControl:
         self._ownership = Ownership(api)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a permitted request on, and answer any other."""
+        """Forward a permitted request to the API, and deny all others."""
         if scope["type"] == "http":
             await self._handle_request(scope, receive, send)
         elif scope["type"] == "websocket":
@@ -82,7 +82,7 @@ class AccessControl:
         if self._credentials.problem != self._problem:
             self._problem = self._credentials.problem
             if self._problem:
-                logger.error("The changed credentials are not in force: %s.", self._problem)
+                logger.error("The changed credentials are not used: %s.", self._problem)
         return identity
 
     def _authorize(self, identity: Identity, method: str, path: str) -> list[tuple[Route, dict[str, str]]]:
@@ -105,7 +105,7 @@ class AccessControl:
         identity = self._identify(_basic_credential(scope))
         if identity is None:
             self._audit(scope, method, path, None, 401)
-            # The text is Prefect's own.
+            # Prefect answers with the same text.
             await _answer(send, 401, {"exception_message": "Unauthorized"})
             return
         try:
@@ -141,7 +141,7 @@ class AccessControl:
             self._audit(scope, method, path, identity, status)
 
     def _as_server(self, scope: Scope, identity: Identity) -> Scope:
-        """Return the request with the server's credential, and without what only the server may say of itself."""
+        """Return the request with the server's credential, and without headers that only the server may send."""
         dropped = {b"authorization"}
         if identity.role is not Role.OPERATOR:
             dropped |= AUTOMATION_HEADERS
@@ -149,9 +149,9 @@ class AccessControl:
         return {**scope, "headers": [*headers, (b"authorization", self._authorization)]}
 
     async def _handle_websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Replace the credential in the first message by the server's, or by none if the caller has no permission.
+        """Replace the credential in the first message by the server's credential, if the caller has permission.
 
-        Prefect closes a websocket without a valid credential.
+        Without permission the message has no credential, and Prefect closes the websocket.
         """
         path = _path(scope)
         is_authenticated = False
@@ -201,7 +201,7 @@ class AccessControl:
         return True
 
     def _audit(self, scope: Scope, method: str, path: str, identity: Identity | None, status: int) -> None:
-        """Write one JSON line: who, what, when, from where, outcome."""
+        """Write one JSON line: user, call, time, address and status."""
         client = scope.get("client") or ("", 0)
         line = {
             "audit": "prefect-api",
@@ -258,7 +258,7 @@ async def _read_body(receive: Receive) -> bytes:
     """Read a request's whole body.
 
     Raises:
-        DeniedError: the body is too large to be checked, or the caller is gone.
+        DeniedError: the body is too large for a check, or the caller has closed the connection.
     """
     body = bytearray()
     while True:

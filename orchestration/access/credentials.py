@@ -30,7 +30,7 @@ RELOAD_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Identity:
-    """Who calls the API.
+    """A caller of the API.
 
     Args:
         user: the name in the audit log.
@@ -68,7 +68,7 @@ class _Content:
 
 
 def _digest(credential: str) -> bytes:
-    # Credentials are found by their hash, so that the time of a lookup tells nothing about them.
+    # A lookup by hash takes a time that does not depend on the credential.
     return hashlib.sha256(credential.encode(errors="surrogatepass")).digest()
 
 
@@ -111,14 +111,14 @@ def _read_folder(folder: Path) -> _Content:
 
 
 class Credentials:
-    """Identifies callers by the credentials in a folder, and notices when the folder's content changes.
+    """Identifies callers by the credentials in a folder, and reloads the folder when its content changes.
 
     Args:
         folder: the mounted Secret.
-        server: the server's own credential, which is an operator's.
+        server: the server's own credential, which has the role operator.
 
     Raises:
-        SettingsError: the folder's content is invalid. Later invalid content leaves the last valid one in force.
+        SettingsError: the folder's content is invalid. Invalid content later keeps the last valid content in use.
     """
 
     def __init__(self, folder: str | os.PathLike[str], server: str) -> None:
@@ -127,7 +127,7 @@ class Credentials:
         self._content = _read_folder(self._folder)
         self._loaded = time.monotonic()
         self.problem = ""
-        """Why the newest content of the folder is not in force."""
+        """The reason why the newest content of the folder is not used; empty if it is used."""
 
     def identify(self, credential: str) -> Identity | None:
         """Return the caller of this credential; None if the credential is invalid."""

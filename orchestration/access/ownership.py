@@ -11,7 +11,7 @@ from orchestration.access.routes import Route
 from orchestration.prefect_compat.events import OBJECT_EVENT_PREFIXES, TASK_RUN_RESOURCE_PREFIX
 
 MAX_REMEMBERED_OBJECTS = 10_000
-"""How many subflow runs, and how many task runs, are remembered with their root run."""
+"""The size of the cache of subflow runs' root runs, and of that of task runs."""
 
 MAX_SUBFLOW_DEPTH = 50
 
@@ -23,15 +23,15 @@ REPORT_KEY_PREFIX = "drift-"
 
 
 class DeniedError(Exception):
-    """The role or the run has no permission for the request. The text has the reason."""
+    """The role or the run has no permission for the request. The message names the reason."""
 
 
 class UnavailableError(Exception):
-    """The server cannot tell whose an object is. The caller may try again."""
+    """The owner of an object cannot be read from the server. A retry may succeed."""
 
 
 class Ownership:
-    """Checks that a flow run writes only its own objects, by asking the API itself.
+    """Checks that a flow run writes only its own objects, with reads of the API.
 
     Args:
         api: a client of the API with the server's credential.
@@ -46,8 +46,8 @@ class Ownership:
         """Check a request of a flow run.
 
         Raises:
-            DeniedError: the request writes an object that is not the run's.
-            UnavailableError: the server cannot tell whose the object is.
+            DeniedError: the request writes an object of another run.
+            UnavailableError: the owner of the object cannot be read.
         """
         kind = route.path.split("/")[1]
         if route.access == "emit-events":
@@ -75,11 +75,11 @@ class Ownership:
                     raise DeniedError(f"Artifacts with a key that begins with {REPORT_KEY_PREFIX} are drift reports")
 
     async def check_event(self, run_id: UUID, event: dict[str, Any]) -> None:
-        """Check an event that a flow run emits: the server makes task runs and cancellations from events.
+        """Check an event that a flow run emits. The server creates task runs and cancels runs by events.
 
         Raises:
-            DeniedError: the event is about an object that is not the run's.
-            UnavailableError: the server cannot tell whose the object is.
+            DeniedError: the event is about an object of another run.
+            UnavailableError: the owner of the object cannot be read.
         """
         name = event.get("event")
         if not isinstance(name, str):
@@ -93,7 +93,7 @@ class Ownership:
         elif name.startswith("prefect.task-run"):
             payload = event.get("payload")
             task_run = payload.get("task_run") if isinstance(payload, dict) else None
-            # The server lets these fields win over those of the resources.
+            # For the server these fields override those of the resources.
             if isinstance(task_run, dict) and not {"id", "flow_run_id"}.isdisjoint(task_run):
                 raise DeniedError("The event of a task run may not name the task run or its flow run in its payload")
             for flow_run in _related_flow_runs(event):
@@ -107,11 +107,11 @@ class Ownership:
         if parent is not None:
             await self._require_own_task_run(run_id, parent, must_exist=True)
         if str(created.get("idempotency_key") or "").startswith(SCHEDULED_KEY_PREFIX):
-            # The scheduler would take the run for the one that it schedules.
+            # The scheduler would skip its own run with this key.
             raise DeniedError(f"An idempotency key may not begin with {SCHEDULED_KEY_PREFIX!r}")
 
     async def _require_own(self, run_id: UUID, written: Any) -> None:
-        """Raise DeniedError unless this is the run, one of its subflow runs, or None."""
+        """Raise DeniedError unless this is the id of the run or of its subflow run, or None."""
         if written is None:
             return
         target = _parse_id(written)
@@ -119,9 +119,9 @@ class Ownership:
             raise DeniedError(f"Flow run {run_id} may not write to flow run {target}")
 
     async def _require_own_task_run(self, run_id: UUID, written: Any, *, must_exist: bool = False) -> None:
-        """Raise DeniedError if the task run is another run's.
+        """Raise DeniedError if the task run belongs to another run.
 
-        The server learns of most task runs by their events, so a task run may not exist yet.
+        The server creates most task runs from events, so a task run may not exist yet.
         """
         if written is None:
             return
@@ -139,9 +139,9 @@ class Ownership:
         _remember(self._task_run_roots, target, run_id)
 
     async def _find_root(self, run_id: UUID, target: UUID) -> UUID | None:
-        """Return the run in whose process a subflow run is executed, or `run_id` if it is one of the ancestors.
+        """Return the run whose process executes a subflow run, or `run_id` if it is one of the ancestors.
 
-        None if the ancestors cannot be followed to their end.
+        None if an ancestor is missing, or there are more than `MAX_SUBFLOW_DEPTH`.
         """
         if target in self._roots:
             return self._roots[target]
@@ -153,7 +153,7 @@ class Ownership:
             run = await self._read(f"/flow_runs/{current}")
             if run is None:
                 return None
-            # A run of a deployment is executed in a separate process, whoever created the run.
+            # A run of a deployment always executes in a separate process.
             if run.get("deployment_id") or not run.get("parent_task_run_id"):
                 return current
             parent = await self._read(f"/task_runs/{run['parent_task_run_id']}")
@@ -166,13 +166,13 @@ class Ownership:
         """Return an object of the API; None if it does not exist.
 
         Raises:
-            UnavailableError: the server gives another answer.
+            UnavailableError: the server answers with any other status.
         """
         answer = await self._api.get(path)
         if answer.status_code == httpx.codes.NOT_FOUND:
             return None
         if answer.status_code != httpx.codes.OK:
-            raise UnavailableError(f"The server answers {answer.status_code} to GET {path}")
+            raise UnavailableError(f"The server answers {answer.status_code} to GET {path}. Try again")
         found: dict[str, Any] = answer.json()
         return found
 
@@ -194,21 +194,21 @@ def _objects(body: bytes) -> list[dict[str, Any]]:
     """Return the JSON objects of a request's body, which is an object or a list of objects.
 
     Raises:
-        DeniedError: the body is not JSON objects.
+        DeniedError: the body is anything else.
     """
     try:
-        # Python's parser, as in FastAPI: of a key that occurs twice both take the last value.
+        # FastAPI uses the same parser: both take the last value of a key that occurs twice.
         content = json.loads(body or b"{}")
     except (ValueError, RecursionError):
         raise DeniedError("The request's body is not JSON") from None
     objects = content if isinstance(content, list) else [content]
     if not all(isinstance(item, dict) for item in objects):
-        raise DeniedError("The request's body is not JSON objects")
+        raise DeniedError("The request's body is neither a JSON object nor a list of JSON objects")
     return objects
 
 
 def _related_flow_runs(event: dict[str, Any]) -> Iterator[str]:
-    """Yield the ids of the flow runs that an event names in the role of its flow run."""
+    """Yield the ids of the flow runs that an event relates to."""
     related = event.get("related")
     for resource in related if isinstance(related, list) else ():
         if isinstance(resource, dict) and resource.get("prefect.resource.role") == "flow-run":

@@ -1,6 +1,6 @@
-"""Every route of the Prefect API in exactly one class, and the classes that each role may call.
+"""The permissions of each role: every route of the Prefect API is in one class, and a role may call some classes.
 
-The server denies a route that is in no class. The test compares the table with the OpenAPI of each supported Prefect.
+The server denies a route without a class. A test compares the table with the OpenAPI of each supported Prefect.
 """
 
 import re
@@ -12,7 +12,7 @@ WEBSOCKET = "WEBSOCKET"
 
 
 class Role(StrEnum):
-    """A set of permissions, which a credential has."""
+    """The role of a credential: its set of permissions."""
 
     OPERATOR = "operator"
     """Everything: people who operate the platform, and the server itself."""
@@ -21,9 +21,9 @@ class Role(StrEnum):
     WORKER = "worker"
     """Claim runs of its pools and report their states."""
     RECONCILER = "reconciler"
-    """Report states of any run, and give back its concurrency slots."""
+    """Report states of any run, and release its concurrency slots."""
     SYNC = "sync"
-    """Write what prefect.yaml declares."""
+    """Write the desired state: all that prefect.yaml declares."""
     RUN = "run"
     """Report the flow run itself, and create other runs."""
 
@@ -176,7 +176,7 @@ POST   /v2/concurrency_limits/decrement
 POST   /v2/concurrency_limits/decrement-with-lease
 POST   /v2/concurrency_limits/leases/{lease_id}/renew
 """
-"""Take concurrency slots and give them back."""
+"""Acquire and release concurrency slots."""
 
 CLAIM_RUNS = """
 POST   /work_pools/{name}/get_scheduled_flow_runs

@@ -1,11 +1,11 @@
-"""Signatures of stored results: a run loads only results of runs of its deployment.
+"""Signed results: a run loads only results that a run of the same deployment has stored.
 
-All runs of a work pool write to one storage, and Prefect takes the serializer from the stored record: a pickle executes
-code when it is loaded. So each record begins with an HMAC-SHA256 over its location and its content. It is checked
-before anything of the content is parsed.
+All runs of a work pool write to one storage, and the stored record names its serializer. A planted pickle would execute
+code when it is loaded. So each record begins with an HMAC-SHA256 over its location and content. The signature is
+verified before any of the content is parsed.
 
-The worker has the master key. It derives a key for the deployment of each run (HKDF, RFC 5869) and gives the run only
-that. With it a run cannot sign a record that a run of another deployment loads.
+The worker has the master key. For each run, the worker derives the key of the run's deployment (HKDF, RFC 5869), and
+the run receives only this key. With it, a run cannot sign a record for another deployment.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from pathlib import Path
 from orchestration.errors import PipelineError, SettingsError
 
 MASTER_KEY_BYTES = 32
-"""The minimum length of the master key, which is the length of the digest."""
+"""The minimum length of the master key: the length of an HMAC-SHA256 digest."""
 
 _PREFIX = b"hmac-sha256:1:"
 _DIGEST_CHARACTERS = 64
@@ -23,7 +23,7 @@ _SALT = b"prefect-orchestration stored results"
 
 
 class UntrustedResultError(PipelineError, ValueError):
-    """A stored record that no run of this deployment has signed for its location."""
+    """A stored record without a valid signature for its location by a run of this deployment."""
 
 
 def read_master_key(file: Path) -> bytes | None:
@@ -37,10 +37,12 @@ def read_master_key(file: Path) -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise SettingsError(f"{file} cannot be read: {error.strerror}. Name the file of the release's Secret") from None
+        raise SettingsError(
+            f"{file} cannot be read: {error.strerror}. Pass the file with the key of the release's Secret"
+        ) from None
     if len(key) < MASTER_KEY_BYTES:
         raise SettingsError(
-            f"{file} has a key of {len(key)} bytes: signatures need {MASTER_KEY_BYTES}. "
+            f"{file} has a key of {len(key)} bytes: it needs {MASTER_KEY_BYTES} or more. "
             "Put the output of `openssl rand -hex 32` into the Secret"
         )
     return key
@@ -51,7 +53,7 @@ def derive_key(master: bytes, scope: str) -> str:
 
     Args:
         master: the master key of the release.
-        scope: what the runs have in common, such as `deployment/ID`.
+        scope: the name of the scope, such as `deployment/ID`.
     """
     pseudorandom = hmac.digest(_SALT, master, hashlib.sha256)
     return hmac.digest(pseudorandom, scope.encode() + b"\x01", hashlib.sha256).hex()
@@ -64,7 +66,7 @@ class ResultSigner:
         key: the signing key, as `derive_key` returns it.
 
     Raises:
-        SettingsError: the key is not one.
+        SettingsError: the key is invalid.
     """
 
     def __init__(self, key: str) -> None:
@@ -76,20 +78,20 @@ class ResultSigner:
             raise SettingsError("RESULTS_SIGNING_KEY is invalid: it needs 64 hexadecimal digits. The worker sets it")
 
     def sign(self, location: str, content: bytes) -> bytes:
-        """Return a record with its signature in front.
+        """Return the signed record: the signature, then the content.
 
         Args:
             location: where the record is stored.
-            content: the record.
+            content: the record without a signature.
         """
         return _PREFIX + self._digest(location, content) + b"\n" + content
 
     def verify(self, location: str, stored: bytes) -> bytes:
-        """Return a record without its signature.
+        """Return the content of a signed record.
 
         Args:
             location: where the record is stored.
-            stored: what is stored there.
+            stored: the signed record.
 
         Raises:
             UntrustedResultError: the signature is absent or wrong.
@@ -104,12 +106,12 @@ class ResultSigner:
         )
         if not hmac.compare_digest(signature + end, self._digest(location, content) + b"\n"):
             raise UntrustedResultError(
-                f"the stored result {location} has a signature that is not of this deployment, location and content"
+                f"the stored result {location} has a signature of another deployment, location or content"
             )
         return content
 
     def _digest(self, location: str, content: bytes) -> bytes:
         name = location.encode(errors="surrogatepass")
-        # The length keeps the end of a location from passing for the begin of a content.
+        # With the length, no byte of the location can count as a byte of the content.
         signed = b"%s%d:%s" % (_PREFIX, len(name), name)
         return hmac.digest(self._key, signed + content, hashlib.sha256).hex().encode()

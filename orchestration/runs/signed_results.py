@@ -1,4 +1,4 @@
-"""Let the process of a flow run store signed results, and load no others, if the worker gave the run a key."""
+"""Signed results in the process of a flow run, if the worker gave the run a key."""
 
 import functools
 import os
@@ -8,13 +8,13 @@ from orchestration.protocol import SIGNING_KEY_VARIABLE
 
 @functools.cache
 def require_signatures() -> None:
-    """Sign what this process and its process pools store, if the environment has a key.
+    """Let this process and its process pools store and load only signed results, if the environment has a key.
 
     Raises:
-        SettingsError: the key is not one.
+        SettingsError: the key is invalid.
     """
     if key := os.environ.get(SIGNING_KEY_VARIABLE):
-        # A run without a key does not pay for these imports.
+        # Imported late: a run without a key does not need these modules.
         from orchestration.prefect_compat import results
         from orchestration.runs.result_signing import ResultSigner, UntrustedResultError
 

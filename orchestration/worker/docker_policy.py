@@ -1,7 +1,7 @@
-"""What a worker may ask of the Docker daemon: which calls, which containers, which images.
+"""The policy for a worker's requests to the Docker daemon: allowed calls, containers and images.
 
-The rules are allow-lists. A request is not passed on as it came: the proxy sends a request of its own, made of the
-parts that were checked. So it does not matter how the daemon reads a doubled or oddly written key or path.
+The rules are allow-lists. The proxy never forwards a request: it builds a new request from the parts that passed the
+checks. So it does not matter how the daemon parses a repeated or oddly spelled key or path.
 """
 
 import json
@@ -14,10 +14,10 @@ from urllib.parse import parse_qsl, quote, urlencode
 from orchestration.errors import PipelineError, SettingsError
 
 PROXY_LABEL = "prefect-orchestration.docker-proxy"
-"""The label of containers that were created through the proxy."""
+"""The label of each container that was created through the proxy."""
 
 RUN_LABEL = "io.prefect.flow-run-id"
-"""The label by which prefect-docker marks the container of a flow run."""
+"""The label that prefect-docker gives to the container of a flow run. Its value is the run's id."""
 
 LONGEST_BODY_BYTES = 2**20
 
@@ -28,7 +28,7 @@ _REFERENCE = re.compile(
 )
 _LONGEST_REFERENCE = 512
 
-# The API since Docker 20.10. Versions before 1.24 take a container's host configuration at its start.
+# The API since Docker 20.10. Versions before 1.24 accept a host configuration when a container starts.
 _PATH = re.compile(r"(?P<version>/v1\.(?:4[1-9]|[5-9][0-9]|[1-9][0-9]{2}))?(?P<call>/[a-zA-Z0-9_.:@/-]+)")
 
 _SWITCH, _NUMBER = "[01]", "[0-9]{1,9}"
@@ -37,13 +37,13 @@ _TIME = r"[0-9]{1,12}(?:\.[0-9]{1,9})?"
 
 @dataclass(frozen=True)
 class _Route:
-    """A call that the worker of prefect-docker makes."""
+    """A call of the Docker API that prefect-docker's worker makes."""
 
     method: str
     path: str
-    """A pattern. Its group `container` is a container's id, and its group `image` the reference of an image."""
+    """A pattern. Its group `container` matches a container's id, and its group `image` an image reference."""
     query: Mapping[str, str] = field(default_factory=dict)
-    """Patterns of the values, by parameter."""
+    """The pattern of each parameter's value."""
 
 
 _CONTAINER = "/containers/(?P<container>[0-9a-f]{64})"
@@ -67,7 +67,7 @@ ROUTES = (
 
 
 class RefusedRequestError(PipelineError):
-    """A request to the daemon that the policy does not allow: what, and why."""
+    """A request that the policy does not allow. The message names the reason."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ class Call:
     """A request that the proxy sends to the daemon.
 
     Args:
-        method: of HTTP.
+        method: the HTTP method.
         target: path and query.
-        container: the id of the container that it concerns; None if it concerns none.
-        body: JSON; None if it has none.
+        container: the id of the container that the call is about, if any.
+        body: the JSON body, if any.
     """
 
     method: str
@@ -89,14 +89,14 @@ class Call:
 
 @dataclass(frozen=True)
 class Policy:
-    """Decides about requests of a worker to the Docker daemon.
+    """Decides which requests of a worker the Docker daemon receives.
 
     Args:
-        images: references of images of flow runs; `*` stands for any characters.
-        network: the one network that containers may join.
-        binds: the volumes that they may mount, as `NAME:PATH:OPTIONS`.
-        tmpfs: the options of the memory file systems that they may have, by path.
-        reserved_names: names that no container may have: DNS would lead the services' traffic to it.
+        images: the image references that flow runs may have; `*` stands for any characters.
+        network: the only network that containers may join.
+        binds: the volumes that containers may mount, as `NAME:PATH:OPTIONS`.
+        tmpfs: the tmpfs mounts that containers may have: their options by path.
+        reserved_names: names of services. DNS would send a service's traffic to a container of that name.
     """
 
     images: tuple[str, ...]
@@ -109,10 +109,10 @@ class Policy:
     def from_template(
         cls, template: Mapping[str, Any], images: Sequence[str], reserved_names: Sequence[str] = ()
     ) -> "Policy":
-        """Return the policy that allows the network, volumes and memory file systems of a base job template.
+        """Return the policy that allows the network, volumes and tmpfs mounts of a base job template.
 
         Raises:
-            SettingsError: the template leaves one of them to job variables, or names no network or several.
+            SettingsError: the template has placeholders for them, or does not name exactly one network.
         """
         configuration = template["job_configuration"]
         networks = configuration.get("networks") or []
@@ -135,59 +135,60 @@ class Policy:
         """Return the request to send to the daemon for a request of the worker.
 
         Args:
-            method: of HTTP.
-            target: as it was sent, path and query with their escapes.
-            body: as it was sent.
+            method: the HTTP method.
+            target: path and query with their escapes, as the worker sent them.
+            body: the body, as the worker sent it.
 
         Raises:
-            RefusedRequestError: the policy does not allow it.
+            RefusedRequestError: the policy does not allow the request.
         """
         path, _, query = target.partition("?")
-        # docker-py escapes the @ of an image's digest. No other escape occurs in a path of the worker.
+        # docker-py escapes the @ of an image's digest. The worker's paths have no other escape.
         matched = _PATH.fullmatch(path.replace("%40", "@"))
-        version, asked = (matched["version"] or "", matched["call"]) if matched else ("", "")
+        version, call = (matched["version"] or "", matched["call"]) if matched else ("", "")
         for route in ROUTES:
-            parts = re.fullmatch(route.path, asked)
+            parts = re.fullmatch(route.path, call)
             if parts and route.method == method:
                 break
         else:
-            raise RefusedRequestError(f"{method} {path[:200]} is no call of the worker")
+            raise RefusedRequestError(f"the call {method} {path[:200]} is not allowed")
         if not version and route.path != _VERSION:
-            raise RefusedRequestError(f"{path[:200]} must name a version of the API from 1.41 on")
+            raise RefusedRequestError(f"{path[:200]} must begin with an API version from 1.41 on")
         parameters = _parameters(query, route)
-        made = None
+        checked_body = None
         if image := parts.groupdict().get("image"):
             self._check_image(image)
         elif route.path == _PULL:
             self._check_pull(parameters)
         elif route.path == _CREATE:
             self._check_name(parameters.get("name", ""))
-            made = json.dumps(self.container(body)).encode()
+            checked_body = json.dumps(self.container(body)).encode()
         encoded = f"?{urlencode(parameters)}" if parameters else ""
-        return Call(method, f"{version}{quote(asked, safe='/:')}{encoded}", parts.groupdict().get("container"), made)
+        target = f"{version}{quote(call, safe='/:')}{encoded}"
+        return Call(method, target, parts.groupdict().get("container"), checked_body)
 
     def container(self, body: bytes) -> dict[str, Any]:
-        """Return the container to create, made of the allowed keys of a request's body.
+        """Return the container to create, with the allowed keys of a request's body.
 
         Raises:
-            RefusedRequestError: a key or a value is not allowed, or the body is no JSON object.
+            RefusedRequestError: a key or a value is not allowed, or the body is not a JSON object.
         """
         given = _parse(body)
         host = given.pop("HostConfig", None)
         host = _checked({} if host is None else host, self._host_checks(), "HostConfig.")
-        made = _checked(given, self._config_checks(), "") | {"HostConfig": host}
+        container = _checked(given, self._config_checks(), "") | {"HostConfig": host}
         for name in ("CapDrop", "SecurityOpt", "ReadonlyRootfs", "NetworkMode"):
-            if name not in made["HostConfig"]:
-                raise RefusedRequestError(f"HostConfig.{name} is missing. docker/pool.yaml has to set it")
-        if "Image" not in made:
+            if name not in container["HostConfig"]:
+                raise RefusedRequestError(f"HostConfig.{name} is missing. Set it in docker/pool.yaml")
+        if "Image" not in container:
             raise RefusedRequestError("Image is missing")
-        if RUN_LABEL not in made.get("Labels", {}):
+        if RUN_LABEL not in container.get("Labels", {}):
             raise RefusedRequestError(f"the label {RUN_LABEL} is missing: the container is not that of a flow run")
-        # The host configuration names the network, and lists the volumes with what they are mounted from.
+        # HostConfig has the network, and the volumes with their sources.
         for name in ("NetworkingConfig", "Volumes"):
-            made.pop(name, None)
-        made["Labels"][PROXY_LABEL] = "true"
-        return made
+            container.pop(name, None)
+        container["Labels"][PROXY_LABEL] = "true"
+        return container
 
     def _config_checks(self) -> "dict[str, _Check]":
         return {
@@ -195,7 +196,7 @@ class Policy:
             "Labels": _check_labels,
             "Volumes": self._check_mount_points,
             "NetworkingConfig": self._check_networks,
-            **dict.fromkeys(("Cmd", "Entrypoint", "Env"), _check_texts),
+            **dict.fromkeys(("Cmd", "Entrypoint", "Env"), _check_strings),
             **dict.fromkeys(("AttachStdout", "AttachStderr"), _one(True, False)),
             **dict.fromkeys(("AttachStdin", "Tty", "OpenStdin", "StdinOnce", "NetworkDisabled"), _one(False)),
         }
@@ -210,18 +211,18 @@ class Policy:
             "ReadonlyRootfs": _one(True),
             "Privileged": _one(False),
             "AutoRemove": _one(True, False),
-            "LogConfig": _check_logs,
+            "LogConfig": _check_log_driver,
             **dict.fromkeys(_LIMITS, _check_number),
         }
 
     def _check_name(self, name: str) -> None:
         if name.lower().rstrip(".") in self.reserved_names:
-            raise RefusedRequestError(f"the name {name!r} is that of a service. Rename the flow run")
+            raise RefusedRequestError(f"the name {name!r} is reserved for a service. Rename the flow run")
 
     def _check_image(self, image: Any) -> None:
         if not isinstance(image, str) or len(image) > _LONGEST_REFERENCE or not _REFERENCE.fullmatch(image):
-            raise RefusedRequestError(f"the image {str(image)[:80]!r} is no reference of an image")
-        patterns = (re.escape(each).replace(r"\*", ".*") for each in self.images)
+            raise RefusedRequestError(f"{str(image)[:80]!r} is not an image reference")
+        patterns = (re.escape(allowed).replace(r"\*", ".*") for allowed in self.images)
         if not any(re.fullmatch(pattern, image) for pattern in patterns):
             raise RefusedRequestError(f"the image {image!r} is not allowed. Allow it in RUN_IMAGES of make up-docker")
 
@@ -230,28 +231,28 @@ class Policy:
         if not tag:
             raise RefusedRequestError("a pull without a tag is not allowed")
         self._check_image(f"{name}{'@' if tag.startswith('sha256:') else ':'}{tag}")
-        # Without a registry, the name is one of Docker Hub, where a stranger may have it, and replaces the image here.
+        # Without a registry, Docker pulls from Docker Hub: a stranger's image of this name would replace the local one.
         registry, slash, _ = name.partition("/")
         if not slash or not ("." in registry or ":" in registry or registry == "localhost"):
-            raise RefusedRequestError(f"the image {name!r} names no registry, so it is not pulled")
+            raise RefusedRequestError(f"the image {name!r} names no registry. Begin it with one, such as docker.io/")
 
     def _check_binds(self, where: str, value: Any) -> None:
-        _check_texts(where, value)
-        for each in value:
-            if each not in self.binds:
-                raise RefusedRequestError(f"{where}: {each[:80]!r} is no volume of docker/pool.yaml")
+        _check_strings(where, value)
+        for bind in value:
+            if bind not in self.binds:
+                raise RefusedRequestError(f"{where}: {bind[:80]!r} is not a volume of docker/pool.yaml")
 
     def _check_mount_points(self, where: str, value: Any) -> None:
-        points = {[*each.split(":"), each][1] for each in self.binds}
+        points = {[*bind.split(":"), bind][1] for bind in self.binds}
         if not isinstance(value, dict) or not set(value) <= points or any(value.values()):
             raise RefusedRequestError(f"{where}: only the volumes of docker/pool.yaml are allowed")
 
     def _check_tmpfs(self, where: str, value: Any) -> None:
         if not isinstance(value, dict) or not value.items() <= self.tmpfs.items():
-            raise RefusedRequestError(f"{where}: only what docker/pool.yaml has is allowed")
+            raise RefusedRequestError(f"{where}: only the tmpfs mounts of docker/pool.yaml are allowed")
 
     def _check_networks(self, where: str, value: Any) -> None:
-        """Check the networks as docker-py writes them, and as the API documents them."""
+        """Check the networks, in docker-py's form and in the form that the API documents."""
         named = value.get("EndpointsConfig", value) if isinstance(value, dict) else None
         if not isinstance(named, dict) or not set(named) <= {self.network} or any(named.values()):
             raise RefusedRequestError(f"{where}: only the network {self.network!r} is allowed, without options")
@@ -266,57 +267,57 @@ _LIMITS = (
 
 
 def _checked(given: Any, checks: Mapping[str, _Check], prefix: str) -> dict[str, Any]:
-    """Return the keys of an object that have a value, each one allowed and checked."""
+    """Return an object without its null values. Every other key must have a check, and its value must pass."""
     if not isinstance(given, dict):
-        raise RefusedRequestError(f"{prefix.rstrip('.') or 'the body'} is no object")
-    made = {name: value for name, value in given.items() if value is not None}
-    for name, value in made.items():
+        raise RefusedRequestError(f"{prefix.rstrip('.') or 'the body'} must be an object")
+    present = {name: value for name, value in given.items() if value is not None}
+    for name, value in present.items():
         if name not in checks:
             raise RefusedRequestError(f"{prefix}{name[:80]} is not allowed")
         checks[name](f"{prefix}{name}", value)
-    return made
+    return present
 
 
 def _one(*allowed: Any) -> _Check:
     def check(where: str, value: Any) -> None:
         # Python's True equals 1.
-        if not any(type(value) is type(each) and value == each for each in allowed):
-            names = " or ".join(json.dumps(each) for each in allowed)
+        if not any(type(value) is type(option) and value == option for option in allowed):
+            names = " or ".join(map(json.dumps, allowed))
             raise RefusedRequestError(f"{where}: {json.dumps(value)[:80]} is not allowed, only {names}")
 
     return check
 
 
-def _check_texts(where: str, value: Any) -> None:
-    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
-        raise RefusedRequestError(f"{where} is no list of texts")
+def _check_strings(where: str, value: Any) -> None:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise RefusedRequestError(f"{where} must be a list of strings")
 
 
 def _check_number(where: str, value: Any) -> None:
     if type(value) is not int or not 0 <= value < 2**63:
-        raise RefusedRequestError(f"{where} is no number from 0 on")
+        raise RefusedRequestError(f"{where} must be an integer from 0 on")
 
 
 def _check_labels(where: str, value: Any) -> None:
-    """Check labels. Compose and other programs of the machine obey labels, whose names have dots by convention."""
-    if not isinstance(value, dict) or not all(isinstance(each, str) for each in value.values()):
-        raise RefusedRequestError(f"{where} is no object of texts")
+    """Check labels. Compose and other programs act on labels, whose names have dots by convention."""
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise RefusedRequestError(f"{where} must be an object of strings")
     for name in value:
         if "." in name and not name.startswith("io.prefect."):
             raise RefusedRequestError(f"{where}: {name[:80]!r} is not allowed. Use a name without dots and slashes")
 
 
-def _check_logs(where: str, value: Any) -> None:
-    """Check the log driver: others than these two have the daemon connect to addresses of the machine's network."""
+def _check_log_driver(where: str, value: Any) -> None:
+    """Check the log driver. With other drivers the daemon connects to any address of the machine's network."""
     options = value.get("Config") or {} if isinstance(value, dict) else None
     if (
         not isinstance(options, dict)
         or not set(value) <= {"Type", "Config"}
         or value.get("Type") not in ("json-file", "local")
         or not set(options) <= {"max-size", "max-file", "compress"}
-        or not all(isinstance(each, str) for each in options.values())
+        or not all(isinstance(option, str) for option in options.values())
     ):
-        raise RefusedRequestError(f"{where}: only json-file and local with limits are allowed")
+        raise RefusedRequestError(f"{where}: only the drivers json-file and local, with limits, are allowed")
 
 
 def _parameters(query: str, route: _Route) -> dict[str, str]:
@@ -324,30 +325,30 @@ def _parameters(query: str, route: _Route) -> dict[str, str]:
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query), max_num_fields=20)
     except ValueError:
         raise RefusedRequestError("the query is malformed") from None
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    parameters = dict(pairs)
+    if len(parameters) < len(pairs):
         raise RefusedRequestError("a parameter of the query occurs twice")
-    for name, value in made.items():
+    for name, value in parameters.items():
         if name not in route.query:
             raise RefusedRequestError(f"the parameter {name[:80]!r} is not allowed")
         if not re.fullmatch(route.query[name], value):
             raise RefusedRequestError(f"the parameter {name} cannot be {value[:80]!r}")
-    return made
+    return parameters
 
 
 def _parse(body: bytes) -> dict[str, Any]:
     """Return the object of a request's body.
 
     Raises:
-        RefusedRequestError: it is no strict JSON object, or has a key twice.
+        RefusedRequestError: the body is not a strict JSON object, or has a key twice.
     """
     try:
-        made = json.loads(body.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        parsed = json.loads(body.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise RefusedRequestError(f"the body is no JSON: {str(error)[:200]}") from None
-    if not isinstance(made, dict):
-        raise RefusedRequestError("the body is no object")
-    return made
+        raise RefusedRequestError(f"the body is not JSON: {str(error)[:200]}") from None
+    if not isinstance(parsed, dict):
+        raise RefusedRequestError("the body must be an object")
+    return parsed
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -358,4 +359,4 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not a JSON value")

@@ -1,14 +1,14 @@
-"""The proxy of the Docker socket, through which the Docker worker starts flow runs and nothing else.
+"""The Docker proxy: a worker starts flow runs through this proxy, and cannot use the Docker socket for anything else.
 
 python -m orchestration.worker.docker_proxy --template FILE --images "IMAGE ..." [--pool default]
 [--reserved-names "NAME ..."] [--listen SOCKET] [--daemon SOCKET]
 
-Existing proxies allow too much: tecnativa's filters by method and path, wollomatic's also by sources of bind mounts,
-and CodesWhat's sockguard 1.7, in Go, passes keys of a container that it does not know.
+`orchestration.worker.docker_policy` has the rules. The proxy answers a refused request with 403 and a message, as
+Docker's API does, and logs the refusal. The worker never upgrades a connection (attach, exec), so the proxy refuses
+upgrades.
 
-`orchestration.worker.docker_policy` has the rules. The answer to a refused request is 403 with a message, as from
-Docker's API, and the proxy logs it. No call of the worker upgrades its connection (attach, exec), so the proxy refuses
-that.
+Existing proxies allow too much. Tecnativa's filters by method and path, and wollomatic's also by the sources of bind
+mounts. CodesWhat's sockguard 1.7 forwards keys of a container that it does not know.
 """
 
 import argparse
@@ -36,10 +36,10 @@ STOP_SECONDS = 2.0
 
 
 class Proxy:
-    """Serves the allowed part of a Docker daemon's API at a Unix socket.
+    """Serves the allowed part of the Docker API on a Unix socket.
 
     Args:
-        policy: what is allowed.
+        policy: decides which requests the daemon receives.
         daemon: the daemon's socket.
     """
 
@@ -48,15 +48,15 @@ class Proxy:
         self._daemon = daemon
 
     async def serve(self, socket: Path, stop: asyncio.Event) -> None:
-        """Serve at `socket`, for this user alone, until `stop` is set."""
-        # A stream ends with its client: with `handler_cancellation` the daemon's end is closed, too.
+        """Serve on `socket`, for this user alone, until `stop` is set."""
+        # When a client closes a stream, `handler_cancellation` closes the connection to the daemon, too.
         server = web.Server(self._answer, handler_cancellation=True, access_log=None)
         runner = web.ServerRunner(server, shutdown_timeout=STOP_SECONDS)
         await runner.setup()
         try:
             await web.UnixSite(runner, socket).start()
             socket.chmod(0o600)
-            logger.info("Serving the Docker daemon at %s to the worker at %s.", self._daemon, socket)
+            logger.info("Listening on %s for the worker. The Docker daemon is at %s.", socket, self._daemon)
             await stop.wait()
         finally:
             await runner.cleanup()
@@ -74,7 +74,7 @@ class Proxy:
             return _error(HTTPStatus.FORBIDDEN, f"the Docker proxy refused this: {refused}")
 
     def _session(self) -> aiohttp.ClientSession:
-        """Return a session with connections of its own: the daemon closes those from before its restart."""
+        """Return a new session. A connection from before a restart of the daemon would be dead."""
         return aiohttp.ClientSession(
             connector=aiohttp.UnixConnector(str(self._daemon), force_close=True),
             timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_SECONDS),
@@ -87,10 +87,10 @@ async def _find_owned(session: aiohttp.ClientSession, call: Call) -> web.Respons
     """Check that the container of a call was created through the proxy.
 
     Returns:
-        The daemon's answer if there is no such container.
+        The daemon's answer if the container does not exist; else None.
 
     Raises:
-        RefusedRequestError: the container is another's.
+        RefusedRequestError: the container was not created through the proxy.
     """
     if not call.container:
         return None
@@ -117,7 +117,7 @@ async def _read(request: web.BaseRequest) -> bytes:
 
 
 async def _forward(session: aiohttp.ClientSession, call: Call, request: web.BaseRequest) -> web.StreamResponse:
-    """Send a call to the daemon, and pass its answer on as it comes."""
+    """Send a call to the daemon, and stream the answer to the worker."""
     headers = {"Content-Type": "application/json"} if call.body else {}
     try:
         answer = await session.request(
@@ -132,7 +132,7 @@ async def _forward(session: aiohttp.ClientSession, call: Call, request: web.Base
         if answer.content_length is not None:
             response.content_length = answer.content_length
         await response.prepare(request)
-        # If the daemon breaks off, so does the answer: the connection closes without the end of the last chunk.
+        # If the daemon closes early, this connection closes without the last chunk, so the worker sees the failure.
         async for chunk in answer.content.iter_any():
             await response.write(chunk)
         await response.write_eof()
@@ -163,12 +163,17 @@ async def serve(proxy: Proxy, socket: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m orchestration.worker.docker_proxy", description="Serve a part of Docker's API to a worker."
+        prog="python -m orchestration.worker.docker_proxy",
+        description="Serve the part of the Docker API that a worker needs.",
     )
     parser.add_argument("--template", type=Path, required=True, help="the file with the pool's base job template")
     parser.add_argument("--pool", default="default", help="the pool in that file")
-    parser.add_argument("--images", required=True, help="images of flow runs, with * for any characters")
-    parser.add_argument("--reserved-names", default="", help="names that no flow run's container may have")
+    parser.add_argument(
+        "--images", required=True, help="allowed images of flow runs, separated by spaces; * for any characters"
+    )
+    parser.add_argument(
+        "--reserved-names", default="", help="names of services, which no flow run's container may have"
+    )
     parser.add_argument("--listen", type=Path, default=Path("/run/docker-proxy/docker.sock"), help="the proxy's socket")
     parser.add_argument("--daemon", type=Path, default=Path("/var/run/docker.sock"), help="the daemon's socket")
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""A real server permits each role what it needs, and nothing more."""
+"""A real server with access control: each role can make only the calls that it needs."""
 
 import asyncio
 import json
@@ -67,7 +67,7 @@ def test_unknown_credential_is_refused(guarded: GuardedServer, credential: str |
         assert client.get("/ready").status_code == 200
 
 
-def test_server_credential_is_an_operators(guarded: GuardedServer) -> None:
+def test_server_credential_has_the_role_operator(guarded: GuardedServer) -> None:
     with guarded.client(SERVER_CREDENTIAL) as client:
         assert client.get("/admin/settings").status_code == 200
 
@@ -214,8 +214,10 @@ def test_run_writes_no_other_run(guarded: GuardedServer, operator: httpx.Client,
     assert operator.get(f"/artifacts/{artifact}").json()["data"] == 1
 
 
-def test_run_plants_no_run_below_another(guarded: GuardedServer, operator: httpx.Client, run: str, other: str) -> None:
-    """The server would take a completed run below a task run of another run for that run's subflow."""
+def test_run_creates_no_subflow_run_of_another_run(
+    guarded: GuardedServer, operator: httpx.Client, run: str, other: str
+) -> None:
+    """The other run would use the completed run as the result of a subflow."""
     found = operator.get(f"/flow_runs/{other}").json()
     task = _create(operator, "/task_runs/", flow_run_id=other, task_key="t", dynamic_key="0")
     planted = {"parent_task_run_id": task, "state": {"type": "COMPLETED", "data": 42}}
@@ -232,14 +234,16 @@ def test_run_plants_no_run_below_another(guarded: GuardedServer, operator: httpx
         assert client.post(create, json={"idempotency_key": "mine"}).is_success
 
 
-def test_run_names_no_job_that_its_cancellation_deletes(guarded: GuardedServer, run: str) -> None:
+def test_run_cannot_name_its_infrastructure(guarded: GuardedServer, run: str) -> None:
     with guarded.run_client(run) as client:
         answer = client.patch(f"/flow_runs/{run}", json={"infrastructure_pid": "namespace:job-of-another-run"})
         assert answer.status_code == 403
         assert client.patch(f"/flow_runs/{run}", json={"name": "renamed"}).status_code == 204
 
 
-def test_run_forges_no_report(guarded: GuardedServer, operator: httpx.Client, run: str, other: str) -> None:
+def test_run_writes_no_log_or_artifact_of_another_run(
+    guarded: GuardedServer, operator: httpx.Client, run: str, other: str
+) -> None:
     task = _create(operator, "/task_runs/", flow_run_id=other, task_key="t", dynamic_key="0")
     shared = _create(operator, "/artifacts/", key="shared", data=1)
     line = {"name": "n", "level": 20, "message": "m", "timestamp": "2026-01-01T00:00:00Z", "flow_run_id": run}
@@ -268,7 +272,7 @@ def _flow_run_event(flow_run: str, name: str) -> dict[str, Any]:
     return {"event": name, "resource": resource, "occurred": datetime.now(UTC).isoformat(), "id": str(uuid4())}
 
 
-def test_events_of_a_run_are_about_the_run(
+def test_run_emits_no_prefect_event_about_another_run(
     guarded: GuardedServer, operator: httpx.Client, run: str, other: str
 ) -> None:
     foreign = _create(operator, "/task_runs/", flow_run_id=other, task_key="t", dynamic_key="0")
@@ -314,7 +318,7 @@ def test_events_of_a_run_are_about_the_run(
     assert found["state_type"] != "COMPLETED"
 
 
-def test_run_does_not_pass_for_an_automation(guarded: GuardedServer, operator: httpx.Client, run: str) -> None:
+def test_run_cannot_pose_as_an_automation(guarded: GuardedServer, operator: httpx.Client, run: str) -> None:
     flow = operator.get(f"/flow_runs/{run}").json()["flow_id"]
     headers = {"Prefect-Automation-Id": str(uuid4()), "Prefect-Automation-Name": "bm90IG1pbmU="}
     with guarded.run_client(run) as client:
@@ -322,7 +326,9 @@ def test_run_does_not_pass_for_an_automation(guarded: GuardedServer, operator: h
     assert "AUTOMATION" not in json.dumps(created["created_by"])
 
 
-def test_run_of_a_deployment_is_not_its_creators(guarded: GuardedServer, operator: httpx.Client, run: str) -> None:
+def test_run_cannot_write_a_deployment_run_that_it_created(
+    guarded: GuardedServer, operator: httpx.Client, run: str
+) -> None:
     flow = operator.get(f"/flow_runs/{run}").json()["flow_id"]
     deployment = _create(operator, "/deployments/", name=str(uuid4()), flow_id=flow)
     with guarded.run_client(run) as client:
@@ -344,7 +350,7 @@ def test_run_of_a_deployment_is_not_its_creators(guarded: GuardedServer, operato
         ("unknown", "/logs/out", False),
     ],
 )
-def test_websocket_is_opened_by_permission(
+def test_websocket_needs_the_permission_of_its_route(
     guarded: GuardedServer, run: str, role: str, path: str, is_open: bool
 ) -> None:
     tokens = CREDENTIALS | {"run": sign_run(RUN_KEY, UUID(run)), "unknown": "a:b"}

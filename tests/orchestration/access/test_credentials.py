@@ -35,7 +35,7 @@ def test_credential_has_the_role_of_its_file(folder: Path) -> None:
         assert known.identify(wrong) is None
 
 
-def test_run_has_a_credential_of_its_own(folder: Path) -> None:
+def test_credential_of_a_run_is_valid_for_this_run_alone(folder: Path) -> None:
     known = Credentials(folder, SERVER)
     run, other = uuid4(), uuid4()
     signed = sign_run(read_run_key(folder), run)
@@ -46,7 +46,7 @@ def test_run_has_a_credential_of_its_own(folder: Path) -> None:
     assert known.identify(f"run-{run}:") is None
 
 
-def test_rotated_credentials_are_taken_without_a_restart(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rotated_credentials_are_read_without_a_restart(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(credentials, "RELOAD_SECONDS", 0)
     known = Credentials(folder, SERVER)
     run = uuid4()
@@ -67,7 +67,7 @@ def test_rotated_credentials_are_taken_without_a_restart(folder: Path, monkeypat
     assert not known.identify(before)
 
 
-def test_invalid_change_leaves_the_last_credentials_in_force(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_change_keeps_the_last_valid_credentials(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(credentials, "RELOAD_SECONDS", 0)
     known = Credentials(folder, SERVER)
 
@@ -106,7 +106,7 @@ def test_missing_folder_or_key_is_an_error(tmp_path: Path) -> None:
         read_run_key(tmp_path)
 
 
-def test_files_are_read_once_per_second_at_most(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_read_at_most_once_per_second(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = Credentials(folder, SERVER)
     (folder / "worker").write_text("worker:second\n")
     assert known.identify("worker:first")

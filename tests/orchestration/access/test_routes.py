@@ -9,7 +9,7 @@ from orchestration.access.routes import CLASSES, PERMISSIONS, WEBSOCKET, Role, R
 
 
 def _prefect_routes() -> set[tuple[str, str]]:
-    """Return method and path of each route that the server has, websockets and undocumented ones included."""
+    """Return method and path of each route of the server, with websockets and undocumented routes."""
     found = {("GET", "/metrics")}  # only with PREFECT_SERVER_METRICS_ENABLED
     found |= {
         (method.upper(), path) for path, methods in create_api_app().openapi()["paths"].items() for method in methods
@@ -61,7 +61,7 @@ def test_request_finds_the_classes_of_its_routes(request_line: str, access: set[
     assert {route.access for route, _ in RouteTable().find(method, path)} == access
 
 
-def test_no_request_that_writes_pools_or_deployments_is_permitted_to_a_run() -> None:
+def test_run_may_not_write_pools_or_deployments() -> None:
     permitted = {(route.method, route.path) for route in read_routes() if route.access in PERMISSIONS[Role.RUN]}
     writes = {(method, path) for method, path in permitted if method in ("PUT", "PATCH", "DELETE")}
 

@@ -189,7 +189,7 @@ def test_results_of_another_deployment_are_executed_again(prefect_server: str, a
     assert not marker.exists()
     assert [number for number, attempt, _ in _steps(lines) if attempt == "2"] == ["1", "2", "3", "4", "5"]
     assert "the end: ['1 by 2', '2 by 2', '3 by 2', '4 by 2', '5 by 2']" in lines
-    reason = "is not signed" if attack == "planted" else "has a signature that is not of this deployment"
+    reason = "is not signed" if attack == "planted" else "has a signature of another deployment"
     assert len([each for each in lines if each.startswith("Not loaded: ") and reason in each]) >= 3
 
 

@@ -1,4 +1,4 @@
-"""A run loads no stored result that a run of another deployment could have written."""
+"""A run loads only stored results that a run of the same deployment has signed."""
 
 import asyncio
 import gc
@@ -60,7 +60,7 @@ def test_record_with_a_flipped_bit_is_refused(location: str, content: bytes, dat
 
 
 @given(st.text(), st.binary(), st.binary(min_size=1))
-def test_record_with_other_bytes_at_either_end_is_refused(location: str, content: bytes, more: bytes) -> None:
+def test_record_with_added_or_removed_bytes_is_refused(location: str, content: bytes, more: bytes) -> None:
     stored = _signer().sign(location, content)
     for changed in (stored + more, more + stored, stored[: -len(more)]):
         with pytest.raises(UntrustedResultError):
@@ -74,7 +74,7 @@ def test_record_of_another_location_is_refused(one: str, another: str, content: 
         with pytest.raises(UntrustedResultError):
             _signer().verify(location, stored)
     if another:
-        # The begin of a content does not pass for the end of a location.
+        # Bytes cannot move from the content to the location.
         moved = _signer().sign(one, another.encode() + content).replace(b"\n" + another.encode(), b"\n", 1)
         with pytest.raises(UntrustedResultError):
             _signer().verify(one + another, moved)
@@ -93,7 +93,7 @@ def test_unsigned_record_is_refused(stored: Any) -> None:
         _signer().verify("here", stored)
 
 
-def test_derived_key_tells_nothing_of_the_master_key() -> None:
+def test_derived_keys_differ_and_hide_the_master_key() -> None:
     keys = {derive_key(master, scope) for master in (MASTER, MASTER[::-1]) for scope in (OURS, THEIRS, "")}
     assert len(keys) == 6
     assert all(len(bytes.fromhex(key)) == 32 for key in keys)
@@ -120,8 +120,8 @@ def test_master_key_is_read_from_the_secrets_file(tmp_path: Path) -> None:
 
 @contextmanager
 def _signed(scope: str | None) -> Iterator[None]:
-    """Let this process be that of a run of a deployment; None is a run without a key."""
-    changed = [
+    """Act as the process of a run of a deployment. None: a run without a key."""
+    replaced = [
         (results, "call_explicitly_sync_block_method"),
         (results, "call_explicitly_async_block_method"),
         (LocalFileSystem, "_resolve_path"),
@@ -132,7 +132,7 @@ def _signed(scope: str | None) -> Iterator[None]:
         (task_runners, "_initialize_process_pool_worker"),
     ]
     with ExitStack() as stack:
-        for where, name in changed:
+        for where, name in replaced:
             stack.enter_context(patch.object(where, name, vars(where)[name]))
         variables = {SIGNING_KEY_VARIABLE: derive_key(MASTER, scope)} if scope else {}
         stack.enter_context(patch.dict(os.environ, variables))
@@ -143,7 +143,7 @@ def _signed(scope: str | None) -> Iterator[None]:
 
 
 Storage = tuple[WritableFileSystem, Callable[[str], bytes], Callable[[str, bytes], object]]
-"""A storage, and how an attacker reads and writes in it without Prefect."""
+"""A storage, and functions that read and write its files without Prefect, as an attacker does."""
 
 
 def _volume(folder: Path) -> Storage:
@@ -158,7 +158,7 @@ def _volume(folder: Path) -> Storage:
 
 @pytest.fixture(params=["volume", "redis"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path, use_settings: Callable[..., None]) -> Iterator[Storage]:
-    """A storage of the kinds that the chart has."""
+    """Yield a storage of each kind that the chart offers."""
     if request.param == "volume":
         yield _volume(tmp_path)
         return
@@ -174,7 +174,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path, use_settings: Callab
 
 
 class _Attack:
-    """Its pickle makes a file whenever it is loaded."""
+    """Creates a file when its pickle is loaded."""
 
     def __init__(self, marker: Path) -> None:
         self._marker = marker
@@ -189,14 +189,14 @@ def _planted(key: str, value: object) -> bytes:
 
 
 def _saved(storage: WritableFileSystem) -> WritableFileSystem:
-    """The storage as a block on the server, as flows need one."""
+    """Save the storage as a block on the server, which flows need."""
     if storage._block_document_id is None:
         storage.save(f"results-{uuid4().hex[:8]}")
     return storage
 
 
 def _flow(storage: WritableFileSystem, executed: list[str], serializer: str = "json", **options: Any) -> Any:
-    """A flow with a task that stores its result under its own name, and notes its execution."""
+    """Return a flow with one task, `total`, which stores its result and records each execution."""
     options = {"result_storage_key": "total"} | options
 
     @task(persist_result=True, result_serializer=serializer, **options)
@@ -224,10 +224,10 @@ def test_planted_pickle_is_not_executed(
         assert report() == 42
         assert executed == ["total"]
         assert not marker.exists()
-        assert len([each for each in caplog.messages if "Not loaded: the stored result" in each]) == 1
+        assert len([line for line in caplog.messages if "Not loaded: the stored result" in line]) == 1
         assert read("total").startswith(b"hmac-sha256:1:")
         assert report() == 42
-    assert executed == ["total"], "the run's own record is loaded"
+    assert executed == ["total"], "the run loads the record that it has signed"
 
 
 @pytest.mark.usefixtures("prefect_server")
@@ -237,7 +237,7 @@ def test_planted_pickle_is_executed_in_a_run_without_a_key(tmp_path: Path) -> No
     write("total", _planted("total", _Attack(marker)))
     with _signed(None):
         _flow(files, [])()
-    assert marker.exists(), "the attack of the other tests is one"
+    assert marker.exists(), "the attack of the other tests has an effect"
 
 
 @pytest.mark.usefixtures("prefect_server")
@@ -270,7 +270,7 @@ def test_record_behind_a_link_is_a_miss(tmp_path: Path) -> None:
         (folder / "total").symlink_to("other")
         _flow(files, executed)()
         assert len(executed) == 2, "a link does not rename a record"
-        # What the task wrote through the link is not a record of the file that the link leads to.
+        # The record that the task wrote through the link has the link's name, not the name of the linked file.
         _flow(files, executed, result_storage_key="other")()
     assert len(executed) == 3
 
@@ -357,19 +357,19 @@ def test_planted_result_of_a_flow_is_not_loaded(tmp_path: Path) -> None:
     with _signed(OURS):
         state: Any = answer(return_state=True)
         [stored] = (tmp_path / "results").iterdir()
-        state.data = state.data.metadata  # as a state has it that comes from the server
+        state.data = state.data.metadata  # as in a state from the server
         assert asyncio.run(state.aresult(retry_result_failure=False)) == 42
         marker = tmp_path / "attacked"
         write(stored.name, PickleSerializer(picklelib="pickle").dumps(_Attack(marker)))
         with pytest.raises(UntrustedResultError, match="is not signed"):
             asyncio.run(state.aresult(retry_result_failure=False))
     assert not marker.exists()
-    # Prefect leaves a connection open. Collected later, its warning would fail another test.
+    # Prefect leaves a connection open. A later garbage collection would warn, and fail another test.
     del state
     gc.collect()
 
 
-def test_records_are_as_before_without_a_key(tmp_path: Path) -> None:
+def test_run_without_a_key_stores_unsigned_records(tmp_path: Path) -> None:
     files, read, _ = _volume(tmp_path)
     with _signed(None):
         store = ResultStore(result_storage=files, serializer=JSONSerializer())
@@ -385,7 +385,7 @@ def test_local_storage_names_a_file_by_its_path(tmp_path: Path) -> None:
     (tmp_path / "results" / "two").symlink_to("one")
     (tmp_path / "results" / "out").symlink_to("/etc/hostname")
     with _signed(OURS):
-        assert [compat._location(files, each).rpartition("/")[2] for each in ("one", "two", "x/../two")] == [
+        assert [compat._location(files, path).rpartition("/")[2] for path in ("one", "two", "x/../two")] == [
             "one",
             "two",
             "two",

@@ -1,6 +1,6 @@
-"""The proxy of the Docker socket passes on what the Docker worker needs, and nothing else reaches the daemon.
+"""The Docker proxy forwards only the requests that the Docker worker needs.
 
-The daemon is a server at a Unix socket that notes every request.
+The daemon is a fake server on a Unix socket that records every request.
 """
 
 import asyncio
@@ -64,27 +64,28 @@ BODY: dict[str, Any] = {
 
 @dataclass
 class Daemon:
-    """Answers as a Docker daemon does, and notes what it was asked."""
+    """Answers like a Docker daemon, and records every request."""
 
-    asked: list[tuple[str, str]] = field(default_factory=list)
+    requests: list[tuple[str, str]] = field(default_factory=list)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     labels: dict[str, dict[str, str]] = field(default_factory=dict)
-    goes_on: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when the log of a container may go on."""
-    breaks_off: bool = False
+    may_continue_log: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when a container's log may continue after its first line."""
+    closes_early: bool = False
+    """Whether the daemon closes the connection after a log's first line."""
     closed_streams: int = 0
 
     def reset(self) -> None:
-        """Forget all requests. One container is the worker's, one is not."""
-        self.asked, self.bodies, self.headers = [], [], []
+        """Forget all requests. The container OWN was created through the proxy, FOREIGN was not."""
+        self.requests, self.bodies, self.headers = [], [], []
         self.labels = {OWN: {PROXY_LABEL: "true"}, FOREIGN: {"io.prefect.flow-run-id": "1"}}
-        self.breaks_off, self.closed_streams = False, 0
-        self.goes_on.set()
+        self.closes_early, self.closed_streams = False, 0
+        self.may_continue_log.set()
 
     async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
         target = request.raw_path
-        self.asked.append((request.method, target))
+        self.requests.append((request.method, target))
         self.headers.append(dict(request.headers))
         path = re.sub(r"^/v[0-9.]+", "", target.partition("?")[0])
         container = path.split("/")[2] if path.startswith("/containers/") else ""
@@ -117,8 +118,8 @@ class Daemon:
         await response.prepare(request)
         try:
             await response.write(b"\x01\0\0\0\0\0\0\x06first\n")
-            await self.goes_on.wait()
-            if self.breaks_off:
+            await self.may_continue_log.wait()
+            if self.closes_early:
                 assert request.transport
                 request.transport.close()
                 return response
@@ -163,11 +164,11 @@ class Parts:
         return self.ask("POST", f"{V}/containers/create?name={name}", text)
 
     def refuses(self, reason: str, answer: tuple[int, str]) -> None:
-        """Check that an answer is the proxy's refusal, and that the daemon was not asked."""
+        """Check that the proxy refused a request, and that the daemon received nothing."""
         assert answer[0] == HTTPStatus.FORBIDDEN, answer
         assert answer[1].startswith("the Docker proxy refused this: ")
         assert reason in answer[1]
-        assert self.daemon.asked == []
+        assert self.daemon.requests == []
 
 
 @pytest.fixture(scope="module")
@@ -209,15 +210,15 @@ def parts(running: Parts) -> Parts:
 def _changed(path: str, value: Any) -> dict[str, Any]:
     """Return the allowed body with one value changed, or one key added."""
     body = copy.deepcopy(BODY)
-    place = body
-    *folders, name = path.split(".")
-    for folder in folders:
-        place = place[folder]
-    place[name] = value
+    *parents, name = path.split(".")
+    changed = body
+    for parent in parents:
+        changed = changed[parent]
+    changed[name] = value
     return body
 
 
-def test_socket_of_the_proxy_is_for_its_user_alone(parts: Parts) -> None:
+def test_only_its_user_can_use_the_proxy_s_socket(parts: Parts) -> None:
     assert parts.socket.stat().st_mode & 0o777 == 0o600
 
 
@@ -225,7 +226,7 @@ def test_allowed_container_is_created_with_the_proxy_s_label(parts: Parts) -> No
     assert parts.create(BODY)[0] == 201
     labels = BODY["Labels"] | {PROXY_LABEL: "true"}
     assert parts.daemon.bodies == [BODY | {"Labels": labels}]
-    assert parts.daemon.asked == [("POST", f"{V}/containers/create?name=run-1")]
+    assert parts.daemon.requests == [("POST", f"{V}/containers/create?name=run-1")]
 
 
 @pytest.mark.parametrize(
@@ -324,7 +325,7 @@ def test_allowed_container_is_created_with_the_proxy_s_label(parts: Parts) -> No
         ("Unknown", 1),
     ],
 )
-def test_container_with_anything_else_is_not_created(parts: Parts, path: str, value: Any) -> None:
+def test_container_with_a_forbidden_key_or_value_is_refused(parts: Parts, path: str, value: Any) -> None:
     parts.refuses("", parts.create(_changed(path, value)))
 
 
@@ -340,7 +341,7 @@ def test_refusal_names_the_key_and_the_cure(parts: Parts) -> None:
 
 
 @pytest.mark.parametrize("key", ["CapDrop", "SecurityOpt", "ReadonlyRootfs", "NetworkMode"])
-def test_container_without_a_confinement_is_not_created(parts: Parts, key: str) -> None:
+def test_container_without_a_required_restriction_is_refused(parts: Parts, key: str) -> None:
     body = copy.deepcopy(BODY)
     del body["HostConfig"][key]
     parts.refuses(f"HostConfig.{key} is missing", parts.create(body))
@@ -355,16 +356,16 @@ DANGEROUS = [
 
 @settings(max_examples=examples(1), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_key_that_go_would_fold_to_another_is_refused(parts: Parts, data: st.DataObject) -> None:
-    """Go's JSON ignores case, and takes the long s and the sign of Kelvin for s and k."""
+def test_key_that_go_reads_as_another_key_is_refused(parts: Parts, data: st.DataObject) -> None:
+    """Go's JSON parser ignores case, and reads the long s and the Kelvin sign as s and k."""
     key = data.draw(st.sampled_from(DANGEROUS))
     folds = {"s": "sS\u017f", "k": "kK\u212a"}
-    written = "".join(data.draw(st.sampled_from(folds.get(c.lower(), c.lower() + c.upper()))) for c in key)
-    if written == key:
+    spelling = "".join(data.draw(st.sampled_from(folds.get(c.lower(), c.lower() + c.upper()))) for c in key)
+    if spelling == key:
         return
     in_host = data.draw(st.booleans())
     parts.refuses(
-        "is not allowed", parts.create(_changed(f"HostConfig.{written}" if in_host else written, {"x": True}))
+        "is not allowed", parts.create(_changed(f"HostConfig.{spelling}" if in_host else spelling, {"x": True}))
     )
 
 
@@ -390,9 +391,7 @@ SAFE |= {"AttachStdin", "AttachStdout", "AttachStderr", "Tty", "OpenStdin", "Std
         max_size=4,
     ),
 )
-def test_generated_body_reaches_the_daemon_only_if_it_is_confined(
-    parts: Parts, top: dict[str, Any], host: dict[str, Any]
-) -> None:
+def test_generated_container_is_restricted_or_refused(parts: Parts, top: dict[str, Any], host: dict[str, Any]) -> None:
     parts.daemon.reset()
     body = copy.deepcopy(BODY) | {key: value for key, value in top.items() if key != "HostConfig"}
     body["HostConfig"] = BODY["HostConfig"] | host
@@ -426,19 +425,19 @@ TEXT = json.dumps(BODY)
             "a key occurs twice",
         ),
         ((TEXT[:-1] + ', "HostConfig": {"Binds": ["/:/host"]}}').encode(), "a key occurs twice"),
-        (TEXT.encode("utf-16"), "no JSON"),
-        (TEXT.encode("utf-8-sig"), "no JSON"),
-        (TEXT.encode() + b'{"HostConfig": {"Privileged": true}}', "no JSON"),
-        (TEXT.encode() + b"\xff", "no JSON"),
-        (TEXT.replace("1073741824", "NaN").encode(), "no JSON"),
-        (b"[" * 100_000, "no JSON"),
-        (b"", "no JSON"),
-        (b"[]", "the body is no object"),
-        (b"null", "the body is no object"),
+        (TEXT.encode("utf-16"), "not JSON"),
+        (TEXT.encode("utf-8-sig"), "not JSON"),
+        (TEXT.encode() + b'{"HostConfig": {"Privileged": true}}', "not JSON"),
+        (TEXT.encode() + b"\xff", "not JSON"),
+        (TEXT.replace("1073741824", "NaN").encode(), "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b"", "not JSON"),
+        (b"[]", "the body must be an object"),
+        (b"null", "the body must be an object"),
         (TEXT.replace("A=b", "A" * 2**20).encode(), "the body is longer than 1048576 bytes"),
     ],
 )
-def test_odd_body_is_refused(parts: Parts, body: bytes, reason: str) -> None:
+def test_malformed_body_is_refused(parts: Parts, body: bytes, reason: str) -> None:
     parts.refuses(reason, parts.create(body))
 
 
@@ -453,15 +452,15 @@ def test_chunked_body_is_checked_as_a_whole(parts: Parts) -> None:
     assert chunked(BODY)[0] == 201
 
 
-def test_request_in_a_request_is_not_forwarded(parts: Parts) -> None:
-    """The proxy never passes bytes on: a second request in a body, or after it, is one for the proxy."""
+def test_smuggled_request_is_not_forwarded(parts: Parts) -> None:
+    """The proxy never forwards bytes: it parses a second request in or after a body as a request to the proxy."""
     inner = f"POST {V}/containers/{FOREIGN}/stop HTTP/1.1\r\nHost: docker\r\n\r\n".encode()
     outer = f"POST {V}/containers/{OWN}/start HTTP/1.1\r\nHost: docker\r\n"
     parts.send(f"{outer}Content-Length: {len(inner)}\r\n\r\n".encode() + inner)
-    assert ("POST", f"{V}/containers/{FOREIGN}/stop") not in parts.daemon.asked
+    assert ("POST", f"{V}/containers/{FOREIGN}/stop") not in parts.daemon.requests
     status, _ = parts.send(f"{outer}Content-Length: 0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".encode() + inner)
     assert status == HTTPStatus.BAD_REQUEST
-    assert ("POST", f"{V}/containers/{FOREIGN}/stop") not in parts.daemon.asked
+    assert ("POST", f"{V}/containers/{FOREIGN}/stop") not in parts.daemon.requests
 
 
 @pytest.mark.parametrize(
@@ -520,7 +519,7 @@ def test_upgrade_and_encoded_body_are_refused(parts: Parts, header: str) -> None
 def test_call_that_the_worker_does_not_make_is_refused(parts: Parts, method: str, target: str) -> None:
     status, _ = parts.ask(method, target)
     assert status == HTTPStatus.FORBIDDEN
-    assert parts.daemon.asked == []
+    assert parts.daemon.requests == []
 
 
 CREATE = f"{V}/containers/create"
@@ -563,10 +562,10 @@ CREATE = f"{V}/containers/create"
         f"{V}/images/{IMAGE}/../../containers/create",
     ],
 )
-def test_odd_path_or_query_is_refused(parts: Parts, target: str) -> None:
+def test_malformed_path_or_query_is_refused(parts: Parts, target: str) -> None:
     status, _ = parts.ask("POST", target, TEXT.encode())
     assert status in (HTTPStatus.FORBIDDEN, HTTPStatus.BAD_REQUEST)
-    assert parts.daemon.asked == []
+    assert parts.daemon.requests == []
 
 
 @settings(max_examples=examples(1), suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -576,29 +575,29 @@ def test_odd_path_or_query_is_refused(parts: Parts, target: str) -> None:
         max_size=8,
     ).map("".join)
 )  # fmt: skip
-def test_generated_path_reaches_the_daemon_only_as_a_known_call(parts: Parts, target: str) -> None:
+def test_generated_path_is_an_allowed_call_or_refused(parts: Parts, target: str) -> None:
     parts.daemon.reset()
     parts.ask("GET", f"/{target}")
-    # What a route allows, the daemon gets letter by letter as a plain path.
-    assert {asked for _, asked in parts.daemon.asked} <= {f"{V}/containers/{OWN}/json"}
+    # The daemon receives only the plain path of an allowed call.
+    assert {asked for _, asked in parts.daemon.requests} <= {f"{V}/containers/{OWN}/json"}
 
 
 @pytest.mark.parametrize(
     ("method", "call"),
     [("GET", "json"), ("POST", "start"), ("POST", "wait"), ("POST", "stop?t=30"), ("GET", "logs?follow=1")],
 )
-def test_container_of_another_is_neither_shown_nor_stopped(parts: Parts, method: str, call: str) -> None:
+def test_container_that_the_worker_did_not_create_is_refused(parts: Parts, method: str, call: str) -> None:
     status, message = parts.ask(method, f"{V}/containers/{FOREIGN}/{call}")
     assert (status, "was not created by the worker" in message) == (HTTPStatus.FORBIDDEN, True)
-    assert parts.daemon.asked == [("GET", f"{V}/containers/{FOREIGN}/json")], "the label is looked at, no more"
+    assert parts.daemon.requests == [("GET", f"{V}/containers/{FOREIGN}/json")], "the proxy reads only the label"
     parts.daemon.reset()
     status, message = parts.ask(method, f"{V}/containers/{ABSENT}/{call}")
     assert (status, message) == (404, f"No such container: {ABSENT}")
     parts.daemon.reset()
     assert parts.ask(method, f"{V}/containers/postgres/{call}")[0] == HTTPStatus.FORBIDDEN, "a name"
-    assert parts.daemon.asked == []
+    assert parts.daemon.requests == []
     assert parts.ask(method, f"{V}/containers/{OWN}/{call}")[0] in (200, 204)
-    assert parts.daemon.asked[-1] == (method, f"{V}/containers/{OWN}/{call}")
+    assert parts.daemon.requests[-1] == (method, f"{V}/containers/{OWN}/{call}")
 
 
 @pytest.mark.parametrize(
@@ -616,10 +615,10 @@ def test_container_of_another_is_neither_shown_nor_stopped(parts: Parts, method:
         ("/images/create?fromImage=hub&tag=1", False),
     ],
 )
-def test_only_allowed_images_are_shown_and_pulled(parts: Parts, target: str, allowed: bool) -> None:
+def test_only_allowed_images_are_inspected_and_pulled(parts: Parts, target: str, allowed: bool) -> None:
     status, message = parts.ask("POST" if "create" in target else "GET", f"{V}{target}")
     assert (status == 200, status == 403) == (allowed, not allowed), message
-    assert len(parts.daemon.asked) == allowed
+    assert len(parts.daemon.requests) == allowed
 
 
 def test_image_of_docker_hub_is_pulled_only_by_its_full_name() -> None:
@@ -629,8 +628,8 @@ def test_image_of_docker_hub_is_pulled_only_by_its_full_name() -> None:
         policy.call("POST", f"{V}/images/create?fromImage=team/x&tag=1")
 
 
-def test_log_passes_as_it_comes(parts: Parts) -> None:
-    parts.daemon.goes_on.clear()
+def test_log_is_streamed(parts: Parts) -> None:
+    parts.daemon.may_continue_log.clear()
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(10)
         connection.connect(str(parts.socket))
@@ -639,13 +638,13 @@ def test_log_passes_as_it_comes(parts: Parts) -> None:
         while b"first\n" not in received:
             received += connection.recv(1000)
         assert b"second" not in received
-        parts.loop.call_soon_threadsafe(parts.daemon.goes_on.set)
+        parts.loop.call_soon_threadsafe(parts.daemon.may_continue_log.set)
         while b"\x02\0\0\0\0\0\0\x07second\n" not in received:
             received += connection.recv(1000)
 
 
-def test_stream_ends_at_the_daemon_when_the_worker_goes(parts: Parts) -> None:
-    parts.daemon.goes_on.clear()
+def test_daemon_s_stream_ends_when_the_worker_disconnects(parts: Parts) -> None:
+    parts.daemon.may_continue_log.clear()
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(str(parts.socket))
         connection.sendall(f"GET {V}/containers/{OWN}/logs?follow=1 HTTP/1.1\r\nHost: docker\r\n\r\n".encode())
@@ -653,20 +652,20 @@ def test_stream_ends_at_the_daemon_when_the_worker_goes(parts: Parts) -> None:
     wait_until(lambda: parts.daemon.closed_streams == 1, "the end of the stream", 10)
 
 
-def test_stream_that_the_daemon_breaks_off_is_no_whole_answer(parts: Parts) -> None:
-    parts.daemon.breaks_off = True
+def test_stream_that_the_daemon_closes_early_is_an_error(parts: Parts) -> None:
+    parts.daemon.closes_early = True
     with pytest.raises((http.client.IncompleteRead, ConnectionError)):
         parts.ask("GET", f"{V}/containers/{OWN}/logs")
 
 
-def test_headers_of_the_worker_do_not_reach_the_daemon(parts: Parts) -> None:
+def test_headers_of_the_worker_are_not_forwarded(parts: Parts) -> None:
     parts.ask("GET", f"{V}/containers/{OWN}/json", b"", "X-Registry-Auth: secret", "Authorization: x", "Cookie: a=b")
     assert {name.lower() for each in parts.daemon.headers for name in each} <= {
         "host", "accept", "accept-encoding", "user-agent", "connection",
     }  # fmt: skip
 
 
-def test_absent_daemon_is_named(tmp_path: Path) -> None:
+def test_absent_daemon_is_a_clear_error(tmp_path: Path) -> None:
     async def ask() -> tuple[int, str]:
         stop = asyncio.Event()
         serving = asyncio.create_task(Proxy(POLICY, tmp_path / "none.sock").serve(tmp_path / "proxy.sock", stop))
@@ -696,7 +695,7 @@ def test_absent_daemon_is_named(tmp_path: Path) -> None:
         ({"container_create_kwargs": {"tmpfs": "{{ tmpfs }}"}}, "tmpfs must be a mapping without placeholders"),
     ],
 )
-def test_template_that_leaves_the_reach_to_job_variables_is_refused(change: dict[str, Any], message: str) -> None:
+def test_template_with_placeholders_for_networks_or_volumes_is_refused(change: dict[str, Any], message: str) -> None:
     template = TEMPLATE | {"job_configuration": TEMPLATE["job_configuration"] | change}
     with pytest.raises(SettingsError, match=message):
         Policy.from_template(template, [IMAGE])
@@ -712,11 +711,11 @@ def test_file_without_the_pool_is_refused(tmp_path: Path, text: str) -> None:
 
 @flow
 def nothing() -> None:
-    """What the runs would do; none is executed."""
+    """Do nothing. No run of this flow is executed."""
 
 
 async def _submitted(variables: dict[str, Any]) -> Any:
-    """Have the Docker worker submit a run; return the run. The server's template is an attacker's."""
+    """Let the Docker worker submit a run, and return the run. An attacker has changed the template on the server."""
     template = json.loads(json.dumps(TEMPLATE).replace("@IMAGE@", IMAGE))
     stolen = copy.deepcopy(template)
     stolen["job_configuration"] |= {"privileged": True, "volumes": ["/:/host"], "image": "evil.example.com/x"}
@@ -749,7 +748,7 @@ async def _submitted(variables: dict[str, Any]) -> Any:
 
 @pytest.fixture
 def through_proxy(parts: Parts, closed_worker_channels: None) -> Iterator[Parts]:
-    """A worker's daemon is the proxy."""
+    """Let the worker use the proxy as its Docker daemon."""
     with (
         patch.dict("os.environ", DOCKER_HOST=f"unix://{parts.socket}"),
         temporary_settings({PREFECT_LOGGING_TO_API_ENABLED: False}),
@@ -758,8 +757,8 @@ def through_proxy(parts: Parts, closed_worker_channels: None) -> Iterator[Parts]
 
 
 @pytest.mark.usefixtures("prefect_server")
-def test_worker_runs_the_container_of_the_file_s_template(through_proxy: Parts) -> None:
-    """It makes exactly these calls, and says how the container ended."""
+def test_worker_runs_the_container_of_the_trusted_template(through_proxy: Parts) -> None:
+    """The worker makes exactly these calls, and reports the exit code."""
     run = asyncio.run(_submitted({"labels": {"team": "a"}}))
     assert "exited with non-zero status code 3" in run.state.message
     daemon = through_proxy.daemon
@@ -769,7 +768,7 @@ def test_worker_runs_the_container_of_the_file_s_template(through_proxy: Parts) 
     assert body["Labels"]["team"] == "a"
     assert body["Labels"]["io.prefect.flow-run-id"] == str(run.id)
     [container] = set(daemon.labels) - {OWN, FOREIGN}
-    calls = {(method, target.replace(container, "ID")) for method, target in daemon.asked}
+    calls = {(method, target.replace(container, "ID")) for method, target in daemon.requests}
     assert calls == {
         ("GET", "/version"),
         ("GET", f"{V}/images/{IMAGE}/json"),
@@ -786,7 +785,7 @@ def test_worker_runs_the_container_of_the_file_s_template(through_proxy: Parts) 
     ("variables", "reason"),
     [
         ({"image": "evil.example.com/x:1"}, "the image 'evil.example.com/x:1' is not allowed. Allow it in RUN_IMAGES"),
-        ({"image": IMAGE, "name": "postgres"}, "the name 'postgres' is that of a service"),
+        ({"image": IMAGE, "name": "postgres"}, "the name 'postgres' is reserved for a service"),
         ({"labels": {"com.docker.compose.project": "prefect"}}, "job variable labels: "),
         ({"mem_limit": 1}, "or allow it in docker/pool.yaml"),
     ],
