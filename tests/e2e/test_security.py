@@ -25,8 +25,8 @@ def _read_worker_account(pool: Pool) -> str:
     return str(pool.pods("worker")[0]["spec"]["serviceAccountName"])
 
 
-def test_changed_template_and_job_variables_give_no_run_another_identity(pool: Pool, api: httpx.Client) -> None:
-    """The credential of every run can change the pool's template."""
+def test_changed_template_and_job_variables_do_not_change_a_run_s_identity(pool: Pool, api: httpx.Client) -> None:
+    """Attack: change the pool's template on the server, which every run's credential can do."""
     on_server = f"/work_pools/{pool.work_pool}"
     template = api.get(on_server).raise_for_status().json()["base_job_template"]
     spec = template["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
@@ -56,7 +56,7 @@ def test_changed_template_and_job_variables_give_no_run_another_identity(pool: P
     assert "envFrom" not in created["containers"][0]
     assert wait_until_ended(api, run)["state_type"] == "COMPLETED"
 
-    # Several rounds of the reconciler have passed since.
+    # By now the reconciler has had several rounds.
     history = api.get("/flow_run_states/", params={"flow_run_id": refused}).raise_for_status().json()
     history.sort(key=lambda state: state["timestamp"])
     assert [state["name"] for state in history] == ["Scheduled", "Pending", "Crashed"]
@@ -70,12 +70,12 @@ def _change_pod(job: Object, change: Callable[[Object], object]) -> Object:
 
 
 def _volume(pod: Object, name: str) -> Object:
-    found: Object = next(each for each in pod["spec"]["volumes"] if each["name"] == name)
+    found: Object = next(volume for volume in pod["spec"]["volumes"] if volume["name"] == name)
     return found
 
 
 MASTER_KEY = "prefect-work-pool-results-signing"
-"""The Secret with the key from which the worker derives those of deployments."""
+"""The Secret with the master key, from which the worker derives the key of each deployment."""
 
 ATTACKS: dict[str, Callable[[Object], object]] = {
     "service account": lambda pod: pod["spec"].update(serviceAccountName="prefect-work-pool-worker"),
@@ -109,10 +109,10 @@ ATTACKS: dict[str, Callable[[Object], object]] = {
     "prefect.io/role": lambda pod: pod["metadata"]["labels"].pop("prefect.io/role"),
     "app.kubernetes.io/instance": lambda pod: pod["metadata"]["labels"].update({"app.kubernetes.io/instance": "other"}),
 }
-"""Changes to the Job of a run, by a part of the message with which the API server refuses the Job."""
+"""Changes to the Job of a run, by a part of the API server's message when it denies the Job."""
 
 
-def test_worker_token_creates_no_changed_job(pool: Pool, api: httpx.Client) -> None:
+def test_worker_token_cannot_create_a_changed_job(pool: Pool, api: httpx.Client) -> None:
     run = start_run(api, create_deployment(api, pool))
     assert wait_until_ended(api, run)["state_type"] == "COMPLETED"
     selector = f"prefect.io/flow-run-id={run}"
@@ -177,7 +177,7 @@ def test_run_writes_itself_alone(pool: Pool, server: Release, api: httpx.Client)
     log = server.namespace.kubectl("logs", "deployment/prefect-server-api", "--tail=2000")
     lines = [json.loads(line) for line in log.splitlines() if line.startswith('{"audit"')]
     denied = [line for line in lines if line["user"] == f"run-{run}" and line["status"] == 403]
-    assert [line["path"] for line in denied] == [  # and no call of Prefect's own client
+    assert [line["path"] for line in denied] == [  # no call of Prefect's own client is among them
         f"/flow_runs/{other}/set_state",
         f"/flow_runs/{other}",
         f"/work_pools/{pool.work_pool}",
@@ -192,7 +192,7 @@ def test_run_writes_itself_alone(pool: Pool, server: Release, api: httpx.Client)
 
 
 def test_run_cannot_plant_a_result_of_another_deployment(pool: Pool, api: httpx.Client) -> None:
-    """The planted pickle is not executed, and what another deployment has stored is not loaded."""
+    """Attack: plant a pickle in the storage of results, and store a result as another deployment."""
     planted = start_run(api, create_deployment(api, pool, entrypoint="/probe/flow.py:plant"))
     assert wait_until_ended(api, planted)["state_type"] == "COMPLETED"
     ours, theirs = (create_deployment(api, pool, entrypoint="/probe/flow.py:store") for _ in range(2))
@@ -202,7 +202,7 @@ def test_run_cannot_plant_a_result_of_another_deployment(pool: Pool, api: httpx.
         lines = wait_for_log(api, run, "the end: ")
         assert "the end: 42 attacked=False" in lines
         assert lines.count("the task is executed") == executions
-        warned = [each for each in lines if each.startswith("Not loaded: the stored result ")]
+        warned = [line for line in lines if line.startswith("Not loaded: the stored result ")]
         assert len(warned) == executions
     for kind in ("jobs", "pods"):
         found = pool.namespace.kubectl("get", kind, "-l", "prefect.io/flow-run-id", "-o", "json")

@@ -351,7 +351,9 @@ def test_retry_budget_values_become_job_variables() -> None:
     names = [each.name for each in fields(RetryBudget)]
     assert [properties[name]["default"] for name in names] == list(retries.values())
     [container] = _job(_pool(TAG))["spec"]["template"]["spec"]["containers"]
-    assert container["command"][-1] == "/app/orchestration/execution.py", "images of the release before have this file"
+    assert container["command"][-1] == "/app/orchestration/execution.py", (
+        "images of the previous release have this file"
+    )
 
 
 def test_results_on_a_volume_outlive_the_pod() -> None:

@@ -123,7 +123,7 @@ LONG_TESTS = (
     ),
     LongTest(
         "cluster-upgrade",
-        "`make deploy` upgrades the release before under flow runs, `make rollback` takes it back, and no run is lost.",
+        "`make deploy` upgrades the previous release during flow runs, `make rollback` reverts it, and no run is lost.",
         (
             *RUNS,
             "orchestration/deployments",

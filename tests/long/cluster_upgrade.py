@@ -1,10 +1,10 @@
-"""Upgrade the release before to this checkout by `make deploy` on a real cluster, under flow runs; then roll back.
+"""Upgrade the previous release to this checkout by `make deploy` on a real cluster, during flow runs; then roll back.
 
 `make test` does not collect this file; `make test-long FOR=cluster-upgrade` runs it.
 
-The release before is deployed from its own commit by its own `make deploy`, with its own charts, image and locked
-packages. Flow runs record in the warehouse what they do, with their pod and the version of their Prefect. So the tests
-know what was executed without the Prefect server that the upgrade replaces.
+The previous release is deployed from its own commit by its own `make deploy`, with its own charts, image and locked
+packages. Flow runs record their actions in the warehouse, with their pod and their version of Prefect. So the tests do
+not depend on the Prefect server that the upgrade replaces.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from tests.parts import asked, copy_of_checkout, wait_until
 from tests.versions.catalogue import PREVIOUS, locked_version, previous_release
 
 FLOW = '''
-"""Record in the warehouse what a flow run does, and read there which phases of the test have begun."""
+"""Record the actions of a flow run in the warehouse, and read there which phases of the test have begun."""
 
 import os
 import time
@@ -81,7 +81,7 @@ def fails_twice():
 
 @flow(retries=1, retry_delay_seconds=10)
 def spans(phase: str = "", seconds: float = 0, fails: str = ""):
-    """Take a step every two seconds, until a phase has lasted for some seconds; then fail if asked to."""
+    """Take a step every two seconds until some seconds after a phase began. Then fail as `fails` demands."""
     record("begin")
     number = 0
     while not number or (phase and not is_past(phase, seconds)):
@@ -126,7 +126,7 @@ while True:
 """
 
 UPGRADE, UPGRADED, EVICTED, ROLLBACK = "upgrade", "upgraded", "evicted", "rollback"
-"""The phases that flow runs wait for."""
+"""The phases of the test. Flow runs wait for them."""
 
 IN_PROGRESS: dict[str, Object] = {
     **{f"held-{number}": {"phase": UPGRADED} for number in range(1, 5)},
@@ -143,16 +143,16 @@ TO_EVICT = {"phase": EVICTED}
 
 
 WINDOW_SECONDS = range(5, 95, 10)
-"""When flow runs are due, from the beginning of the deploy on."""
+"""The due times of flow runs, in seconds after the deploy begins."""
 
 
 @dataclass(frozen=True)
 class Releases:
-    """Reads what an environment holds while two checkouts are deployed to it.
+    """Reads the state of an environment to which two checkouts are deployed.
 
     Args:
         target: the environment.
-        old: the checkout of the release before.
+        old: the checkout of the previous release.
         new: the copy of this checkout.
     """
 
@@ -219,7 +219,7 @@ class Releases:
 
 @dataclass(frozen=True)
 class Before:
-    """The release before, with flow runs in progress.
+    """The previous release, with flow runs in progress.
 
     Args:
         runs: the id of each flow run of `IN_PROGRESS`, by its name there.
@@ -263,10 +263,10 @@ class After:
 
 @dataclass(frozen=True)
 class Outage:
-    """For how long the Prefect API did not answer a request of up to 2 s, sent 5 times a second.
+    """How long the Prefect API did not answer. A request with a timeout of 2 s is sent 5 times a second.
 
     Args:
-        seconds: the sum, each from the first request that failed to the next answer.
+        seconds: the sum of all outages, each from the first failed request to the next answer.
         failed: the number of requests that failed.
         requests: the number of requests.
     """
@@ -316,7 +316,7 @@ def releases(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="module")
 def before(releases: Releases) -> Before:
-    """The release before, deployed, with its flow runs in progress."""
+    """The previous release, deployed, with its flow runs in progress."""
     start = time.monotonic()
     output = releases.old.make("deploy")
     deployed = time.monotonic()
@@ -420,7 +420,7 @@ def _state_names(api: httpx.Client, run: str) -> list[str]:
 
 
 def _lateness(run: Object, actions: Sequence[Object]) -> float:
-    """Return how long after its scheduled time a flow run began, in seconds."""
+    """Return the seconds from a flow run's scheduled time to its begin."""
     due = datetime.fromisoformat(run["expected_start_time"])
     return (datetime.fromisoformat(actions[0]["time"]) - due).total_seconds()
 
@@ -490,7 +490,7 @@ def test_runs_in_progress_complete_once_in_their_pods(
 
 
 def test_some_runs_end_and_fail_during_the_upgrade(releases: Releases, before: Before, after: After) -> None:
-    """Otherwise the other tests would pass although no run met the upgrade."""
+    """The other tests would pass, too, if no run ended during the upgrade."""
     recorded = releases.actions("end", "try", "begin")
     during = {
         name: [
@@ -549,7 +549,7 @@ def test_schedule_has_one_run_each_minute(
 
 
 def test_run_with_the_older_image_completes_after_the_upgrade(releases: Releases, before: Before, after: After) -> None:
-    """As a run of a deployment whose own image was built from the release before."""
+    """A deployment's own image may be built from the previous release."""
     with api_client(releases.target) as api:
         held = releases.deployment_id(api, "held")
         run = start_run(api, held, job_variables={"image": before.image})

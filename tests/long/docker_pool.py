@@ -1,4 +1,4 @@
-"""Test the Docker stack on one machine: up, a daily run as a container, attacks on the socket, faults, up again, down.
+"""Test the Docker stack on one machine: start, daily run, attacks on the Docker socket, faults, second start, stop.
 
 `make test` does not collect this file; `make test-long FOR=docker-pool` runs it.
 """
@@ -89,16 +89,16 @@ class Stack:
         return run, container[0]
 
     def service(self, name: str) -> str:
-        """The id of a service's container."""
+        """Return the id of a service's container."""
         [found] = self.docker("ps", "--quiet", "--filter", f"label=com.docker.compose.service={name}").split()
         return found
 
     def ask_proxy(self, method: str, target: str, body: dict[str, Any] | None = None) -> tuple[int, str]:
-        """Send a request to the Docker proxy from the worker's container; the answer's status and body."""
+        """Send a request to the Docker proxy from the worker's container; return the answer's status and body."""
         text = json.dumps(body) if body else ""
-        answer = self.docker("exec", self.service("worker"), "python", "-c", ASK, method, target, text)
-        status, _, found = answer.partition(" ")
-        return int(status), found
+        output = self.docker("exec", self.service("worker"), "python", "-c", ASK, method, target, text)
+        status, _, answer = output.partition(" ")
+        return int(status), answer
 
     def sql(self, statement: str, database: str = "warehouse", user: str = "postgres") -> str:
         """Run a statement in one of the databases, and return its rows."""
@@ -132,7 +132,7 @@ def machine(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[St
 
 
 def _load_postgres_image(host: str, archive: Path) -> str:
-    """Build the image of Postgres, mostly from the builder's cache, and load it into the daemon."""
+    """Build the image of Postgres, typically from the builder's cache, and load the image into the daemon."""
     name, folder = "postgres:test", ROOT / "docker/databases"
     isolation = ["--isolation", "chroot", "--network", "host", "--tls-verify=false", "--layers"]
     options = ["--build-arg", f"BASE_IMAGE={images.BASE}", "--target", "postgres", "--quiet", str(folder)]
@@ -174,7 +174,7 @@ def test_files_of_the_stack_pass_orchestrate_check() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_up_without_docker_names_the_cure(machine: Stack) -> None:
+def test_start_without_docker_is_an_error_with_the_cure(machine: Stack) -> None:
     lines = machine.make("up-docker", status=2, DOCKER_HOST="unix:///nowhere.sock").splitlines()
     assert "Docker does not answer" in lines[0]
     assert "Start it, or name another daemon in DOCKER_HOST" in lines[0]
@@ -182,14 +182,14 @@ def test_up_without_docker_names_the_cure(machine: Stack) -> None:
     assert not machine.password.exists()
 
 
-def test_taken_port_is_named_with_its_cure(machine: Stack) -> None:
+def test_taken_port_is_an_error_with_the_cure(machine: Stack) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         output = machine.make("up-docker", status=2, PORT=str(port))
     assert f"Port {port} of this machine is taken. Choose another: make up-docker PORT=4201" in output
 
 
-def test_up_prints_url_user_and_first_command(stack: Stack) -> None:
+def test_start_prints_url_user_and_first_command(stack: Stack) -> None:
     assert f"{stack.url}, user admin, password in docker/password" in stack.output
     assert f"docker/stack prefect deployment run {DAILY} --watch" in stack.output
     assert stat.S_IMODE(stack.password.stat().st_mode) == 0o600
@@ -208,7 +208,7 @@ def test_ui_and_api_are_behind_the_password_on_loopback(stack: Stack, api: httpx
     assert [port["HostIp"] for ports in published for port in ports] == ["127.0.0.1"]
 
 
-def test_daily_deployment_runs_as_a_confined_container(stack: Stack, api: httpx.Client) -> None:
+def test_daily_deployment_runs_as_a_restricted_container(stack: Stack, api: httpx.Client) -> None:
     deployed = {deployment["name"] for deployment in api.post("/deployments/filter", json={}).json()}
     written = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
     assert deployed == {deployment["name"] for deployment in written}
@@ -259,7 +259,7 @@ def test_containers_and_api_show_no_password(stack: Stack, api: httpx.Client) ->
 
 
 def test_template_that_a_run_changes_on_the_server_has_no_effect(stack: Stack, api: httpx.Client) -> None:
-    """The attack: with the API's password a run makes every later run root on the machine."""
+    """Attack: a run changes the template with the API password, to make every later run root on the machine."""
     pool = api.get("/work_pools/default").json()
     stolen = json.loads(json.dumps(pool["base_job_template"]))
     stolen["job_configuration"] |= {"privileged": True, "volumes": ["/:/host"], "network_mode": "host", "networks": []}
@@ -274,7 +274,7 @@ def test_template_that_a_run_changes_on_the_server_has_no_effect(stack: Stack, a
 
 
 def test_worker_cannot_become_root_on_the_machine(stack: Stack) -> None:
-    """The attack: whoever executes code in the worker's container uses what it has of Docker."""
+    """Attack: code in the worker's container sends requests to the Docker proxy."""
     proxy, worker = json.loads(stack.docker("inspect", stack.service("docker-proxy"), stack.service("worker")))
     assert proxy["HostConfig"]["NetworkMode"] == "none"
     assert proxy["Config"]["User"] == worker["Config"]["User"] == "65532:65532"
@@ -313,7 +313,7 @@ def test_worker_cannot_become_root_on_the_machine(stack: Stack) -> None:
     stack.docker("rm", "allowed")
 
 
-def test_run_with_an_image_that_is_not_allowed_is_crashed_with_the_cure(stack: Stack, api: httpx.Client) -> None:
+def test_run_with_a_forbidden_image_is_crashed_with_the_cure(stack: Stack, api: httpx.Client) -> None:
     daily = api.get(f"/deployments/name/{DAILY}").json()
     made = api.post(f"/deployments/{daily['id']}/create_flow_run", json={"job_variables": {"image": "postgres:17.6"}})
     kind, message = _wait_until_ended(api, made.raise_for_status().json()["id"])
@@ -321,7 +321,7 @@ def test_run_with_an_image_that_is_not_allowed_is_crashed_with_the_cure(stack: S
     assert "the image 'postgres:17.6' is not allowed. Allow it in RUN_IMAGES of make up-docker" in message
 
 
-def test_a_cancelled_run_is_stopped_through_the_proxy(stack: Stack, api: httpx.Client) -> None:
+def test_cancelled_run_is_stopped_through_the_proxy(stack: Stack, api: httpx.Client) -> None:
     run, container = stack.start_run()
     wait_until(lambda: api.get(f"/flow_runs/{run}").json()["state"]["type"] == "RUNNING", "the run to run", 180)
     cancelling = {"state": {"type": "CANCELLING", "name": "Cancelling"}}
@@ -331,7 +331,7 @@ def test_a_cancelled_run_is_stopped_through_the_proxy(stack: Stack, api: httpx.C
 
 
 def test_killed_run_is_crashed(stack: Stack, api: httpx.Client) -> None:
-    """The state has the exit code, unless Docker removed the container before Prefect's worker read the code."""
+    """The state has the exit code. Prefect's worker misses the code if Docker removes the container first."""
 
     def kill_a_run() -> str:
         run, container = stack.start_run()
@@ -378,7 +378,7 @@ def test_warehouse_user_cannot_connect_to_the_prefect_database(stack: Stack) -> 
         stack.sql("select 1", database="prefect", user="warehouse")
 
 
-def test_second_up_keeps_everything_and_corrects_drift(stack: Stack, api: httpx.Client) -> None:
+def test_second_start_keeps_everything_and_corrects_drift(stack: Stack, api: httpx.Client) -> None:
     def read_everything() -> list[Any]:
         listed = [api.post(f"/{kind}/filter", json={}).json() for kind in ("work_pools", "deployments", "automations")]
         ids = [sorted(item["id"] for item in items) for items in listed]
@@ -394,7 +394,7 @@ def test_second_up_keeps_everything_and_corrects_drift(stack: Stack, api: httpx.
     assert api.get(daily).json()["description"] == written["description"]
 
 
-def test_down_keeps_the_volumes(stack: Stack) -> None:
+def test_stop_keeps_the_volumes(stack: Stack) -> None:
     run, _ = stack.start_run()
     output = stack.make("down-docker")
     for label in ("com.docker.compose.project=prefect", f"io.prefect.flow-run-id={run}"):
