@@ -5,6 +5,8 @@
 
 Prefect's settings name the database (`PREFECT_SERVER_DATABASE_*`). A schema that is newer than this image, as after a
 rollback, does not change.
+
+With tenacity the wait loops would be no shorter: each logs its first wait, and ends early on a permanent error.
 """
 
 import asyncio

@@ -1,4 +1,7 @@
-"""An HTTP client of the Prefect API: retries, authentication, CSRF tokens, pagination and errors that name the cure."""
+"""An HTTP client of the Prefect API: retries, authentication, CSRF tokens, pagination and errors that name the cure.
+
+The retry loop of `Server.ask` is no shorter with tenacity 9.2, which would add 12 ms to each start of the command line.
+"""
 
 import asyncio
 import logging
