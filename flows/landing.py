@@ -83,7 +83,9 @@ def _read(table: str) -> bytes:
         else:
             content = path.read_bytes()
     except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise PipelineError(f"The landing zone's {path} cannot be read: {error}.") from None
+        raise PipelineError(
+            f"The landing zone's {path} cannot be read: {error}. Check LANDING_ZONE and the file's permissions."
+        ) from None
     if b"\r" in content:
         content = content.replace(b"\r\n", b"\n")
     return content if content.endswith(b"\n") else content + b"\n"
@@ -105,7 +107,7 @@ def _source(table: str, _path_as_read: Path, _modified: int) -> _Source:
         try:
             day = date(*map(int, run[1].split(b",")))
         except ValueError:
-            raise PipelineError(f"{_path(table)} has a row of {run[1].decode()}, which is no date.") from None
+            raise PipelineError(f"{_path(table)} has a row of {run[1].decode()}, which is not a date.") from None
         days.setdefault(day, []).append(run.span())
         covered += run.end() - run.start()
     if covered != len(content):
@@ -143,12 +145,12 @@ def parse_day(text: str) -> date:
     """Return the date that `text` writes as YYYY-MM-DD.
 
     Raises:
-        DayError: `text` is no date; shows an example.
+        DayError: `text` is not a date. The message has an example.
     """
     try:
         return date.fromisoformat(text.strip())
     except ValueError:
-        raise DayError(f"{text!r} is no day. Write it as YYYY-MM-DD, for example 2013-02-08.") from None
+        raise DayError(f"{text!r} is not a date. Write it as YYYY-MM-DD, for example 2013-02-08.") from None
 
 
 def extract(table: str, wanted: Iterable[date]) -> Extract:

@@ -201,13 +201,16 @@ class Server:
                 return response.json() if response.content else None
             except ValueError:
                 raise ApiError(
-                    f"{self.url} is no Prefect API: it answers {response.headers.get('content-type')}. "
-                    "PREFECT_API_URL ends with /api"
+                    f"{self.url} is not a Prefect API: it answers {response.headers.get('content-type')}. "
+                    "Set PREFECT_API_URL to a URL that ends with /api"
                 ) from None
         if status == 404 and absent:
             return None
         if status == 405 or (status == 404 and response.text == '{"detail":"Not Found"}'):
-            raise ApiError(f"{self.url} is no Prefect API: it has no {request}. PREFECT_API_URL ends with /api")
+            raise ApiError(
+                f"{self.url} is not a Prefect API: it has no {request}. "
+                "Set PREFECT_API_URL to a URL that ends with /api"
+            )
         if status == 401 or (status == 403 and "detail" not in response.text):
             raise ApiError(
                 f"Authentication failed ({status}) at the Prefect API at {self.url}. "
@@ -289,7 +292,7 @@ async def _wait_for(server: Server, wait: float, report: Callable[[str], None]) 
             if time.monotonic() > deadline:
                 raise ApiError(server.unreachable(error)) from None
         if time.monotonic() > deadline:
-            raise ApiError(f"The Prefect API at {server.url} fails: {reason}. Its log says why")
+            raise ApiError(f"The Prefect API at {server.url} fails: {reason}. Look at the server's log")
         if not is_reported:
             report(f"Waiting for the Prefect API at {server.url}: {reason}")
             is_reported = True

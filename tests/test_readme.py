@@ -149,7 +149,7 @@ def test_wrong_day_is_an_error_of_one_sentence(
 ) -> None:
     output = _run("make run DAY=tomorrow", clone, environment | {"PREFECT_API_URL": prefect_server}, status=2)
     assert "Failed: " in output
-    assert "'tomorrow' is no day. Write it as YYYY-MM-DD, for example 2013-02-08" in output
+    assert "'tomorrow' is not a date. Write it as YYYY-MM-DD, for example 2013-02-08" in output
     assert "Traceback" not in output
 
 

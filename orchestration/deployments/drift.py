@@ -28,7 +28,7 @@ class NeverSyncedError(DeploymentsError):
 
 @dataclass
 class Drift:
-    """An object that differs from what the last sync left.
+    """An object that differs from the last sync.
 
     Args:
         kind: the object's kind.
@@ -57,7 +57,7 @@ class Drift:
 
 
 async def find(server: Server, owner: str) -> list[Drift]:
-    """Return the objects that differ from what the owner's last sync left. An operator's pause is no drift.
+    """Return the objects that differ from the owner's last sync. An operator's pause is not drift.
 
     Raises:
         NeverSyncedError: the owner has no record on the server.

@@ -24,7 +24,7 @@ class Record:
 
     Args:
         owner: the owner.
-        applied: the fields of each object as the owner's last sync left them. None: a sync began to create the object.
+        applied: the fields of each object after the owner's last sync. None: a sync began to create the object.
         begun: when a sync began with an object that it has not finished, ISO 8601 in UTC.
         ending: keys of deployments that a sync paused, to be deleted when their runs have ended.
         late: due times of late runs, by deployment. The server deletes them with a removed schedule, and a sync
@@ -106,7 +106,7 @@ async def update(server: Server, owner: str, change: Callable[[Record], None]) -
         if now and now.serial == record.serial:
             return now
         await asyncio.sleep(0.05 * (attempt + 1))
-    raise DeploymentsError(f"The record of {owner} was not written: other syncs write it all the time. Run this again")
+    raise DeploymentsError(f"The record of {owner} was not written: other syncs overwrote it ten times. Sync again")
 
 
 async def read(server: Server, owner: str) -> Record | None:

@@ -84,8 +84,8 @@ async def sync(
         return first
     raise DeploymentsError(
         refusal
-        or f"The sync of {desired.owner} did not finish: something else keeps changing the same objects. Find out "
-        "what, and run this again"
+        or f"The sync of {desired.owner} did not finish: another program keeps changing the same objects. Stop "
+        "that program, and sync again"
     )
 
 

@@ -1,4 +1,4 @@
-"""Look for drift regularly, and report it as an artifact, events, metrics and log lines."""
+"""Check for drift at intervals, and report it as an artifact, events, metrics and log lines."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ DRIFTED, RESTORED = "desired-state.drifted", "desired-state.restored"
 """Events of the resource `desired-state.SLUG`. Restored: the drift has ended."""
 
 GRACE_SECONDS = 60
-"""The watcher counts as ill after three intervals and this time without a successful look."""
+"""The watcher counts as ill after three intervals and this time without a successful check."""
 
 MAX_NAMED_OBJECTS = 5
 """A log line names up to this many objects."""
@@ -37,30 +37,30 @@ MAX_VALUE_CHARACTERS = 1000
 
 
 async def watch(owner: str, *, every: float, port: int, wait: float) -> None:
-    """Look for drift until SIGTERM or SIGINT.
+    """Check for drift until SIGTERM or SIGINT.
 
     Args:
         owner: the owner of the objects.
-        every: seconds from one look to the next.
+        every: seconds from one check to the next.
         port: the port of `/metrics` and `/health`.
-        wait: seconds to wait for the API at the start. Later a failed look is counted, and the next look follows.
+        wait: seconds to wait for the API at the start. Later a failed check is counted, and the next check follows.
 
     Raises:
         PipelineError: the API does not answer at the start, or the port is in use.
     """
     if not every >= 1:
-        raise DeploymentsError(f"--every {every:g} is too short: looks are at least 1 second apart. Pass 1 or more")
+        raise DeploymentsError(f"--every {every:g} is too short: checks are at least 1 second apart. Pass 1 or more")
     state = _State(owner, every)
     with served(state.pulse, port):
-        looking = asyncio.create_task(_look_forever(state, every, wait))
+        checking = asyncio.create_task(_check_forever(state, every, wait))
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, looking.cancel)
+            asyncio.get_running_loop().add_signal_handler(number, checking.cancel)
         with contextlib.suppress(asyncio.CancelledError):
-            await looking
+            await checking
 
 
 class _State:
-    """Holds the results of looks for `/metrics` and `/health`, and logs failures."""
+    """Holds the results of drift checks for `/metrics` and `/health`, and logs failures."""
 
     def __init__(self, owner: str, every: float) -> None:
         self.owner = owner
@@ -69,41 +69,41 @@ class _State:
         registry = self.pulse.registry
         self.drifted = prometheus.Gauge(
             "desired_state_drifted_objects",
-            "Objects that differ from what the owner's last sync left.",
+            "Objects that differ from the owner's last sync.",
             ["owner", "kind"],
             registry=registry,
         )
-        self.last_look = prometheus.Gauge(
+        self.last_check = prometheus.Gauge(
             "desired_state_last_look_timestamp_seconds",
-            "Time of the last successful look for drift.",
+            "Time of the last successful drift check.",
             ["owner"],
             registry=registry,
         )
         self.failures = prometheus.Counter(
-            "desired_state_look_failures_total", "Looks for drift that failed.", ["owner"], registry=registry
+            "desired_state_look_failures_total", "Drift checks that failed.", ["owner"], registry=registry
         ).labels(owner)
 
-    def record_look(self, drifted: Sequence[Drift]) -> None:
-        """Record the result of a look."""
+    def record_check(self, drifted: Sequence[Drift]) -> None:
+        """Record the result of a check."""
         counts = Counter(item.kind for item in drifted)
         for kind in KINDS:
             self.drifted.labels(self.owner, kind).set(counts[kind])
-        self.last_look.labels(self.owner).set_to_current_time()
+        self.last_check.labels(self.owner).set_to_current_time()
         self.pulse.beat()
 
     def record_failure(self, error: PipelineError) -> None:
-        """Count a failed look. The log has a failure once, until looks succeed or fail for another reason."""
+        """Count a failed check. The log has a failure once, until checks succeed or fail for another reason."""
         self.failures.inc()
         identity = _identity(error)
         if identity != self.logged_failure:
-            logger.warning("%s. Looking again.", str(error).rstrip("."))
+            logger.warning("%s. The next drift check tries again.", str(error).rstrip("."))
         self.logged_failure = identity
         self.pulse.trouble = str(error)
 
     def record_success(self) -> None:
         """Log the end of a failure."""
         if self.logged_failure:
-            logger.info("%s: looks succeed again.", self.owner)
+            logger.info("%s: drift checks succeed again.", self.owner)
         self.logged_failure = ""
         self.pulse.trouble = ""
 
@@ -115,13 +115,13 @@ def _identity(error: PipelineError) -> str:
     return str(error)
 
 
-async def _look_forever(state: _State, every: float, wait: float) -> None:
+async def _check_forever(state: _State, every: float, wait: float) -> None:
     reported = ""
     async with connected(wait) as server:
         while True:
             try:
                 drifted = await drift.find(server, state.owner)
-                state.record_look(drifted)
+                state.record_check(drifted)
                 text = markdown(state.owner, drifted)
                 if text != reported:
                     await report(server, state.owner, drifted, text)

@@ -81,7 +81,7 @@ def _run(environment: Environment, options: argparse.Namespace) -> int:
         parameters = json.loads(options.parameters or "{}")
     except ValueError as error:
         raise ClusterError(
-            f'PARAMETERS={options.parameters!r} is no JSON: {error}. Write {{"day": "2013-02-08"}}'
+            f'PARAMETERS={options.parameters!r} is not JSON: {error}. Write {{"day": "2013-02-08"}}'
         ) from None
     with api_client(environment) as api:
         run = start_run.start(api, options.deployment, parameters)

@@ -26,8 +26,8 @@ def check_preconditions(environment: Environment) -> None:
         changed = run_program(["git", "status", "--porcelain"]).splitlines()
         if changed:
             raise ClusterError(
-                f"The checkout has {len(changed)} uncommitted changes ({changed[0].split()[-1]}), and ENV="
-                f"{environment.name} takes only what others can see. Commit or stash them"
+                f"ENV={environment.name} deploys only committed files: the checkout has {len(changed)} uncommitted "
+                f"changes ({changed[0].split()[-1]}). Commit or stash them"
             )
     for verb, kind in NEEDED_RIGHTS:
         if not _is_allowed(environment, verb, kind):

@@ -109,7 +109,7 @@ class DeployHistory:
         if not self.deploys or not any(self.deploys[-1].before.values()):
             namespace = self._environment.namespace
             raise ClusterError(
-                f"There is no deploy in {namespace} to go back to: none is recorded before the one that runs"
+                f"There is nothing to roll back to: no deploy in {namespace} is recorded before the present one"
             )
         self.deploys[-1].is_complete = False
         self._write()

@@ -42,8 +42,8 @@ def set_aside_interrupted(environment: Environment, release: str, history: list[
     age = (datetime.now(UTC) - datetime.fromisoformat(history[-1]["updated"])).total_seconds()
     if age < rollout.TIMEOUT_SECONDS and not force:
         raise ClusterError(
-            f"{release}: a deploy began {age:.0f} s ago and has not ended (revision {revision}). Wait for it; "
-            "if it was interrupted, set it aside with FORCE=1"
+            f"{release}: a deploy began {age:.0f} s ago and has not ended (revision {revision}). Wait "
+            "until it ends; if it was interrupted, use FORCE=1"
         )
     print(f"{release}: revision {revision} was interrupted; it is set aside.", flush=True)
     environment.kubectl("delete", "secret", f"sh.helm.release.v1.{release}.v{revision}")

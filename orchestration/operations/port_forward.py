@@ -67,7 +67,10 @@ def forward_port(environment: Environment, port: int = 0) -> Iterator[Forward]:
         line = process.stdout.readline()
         if "127.0.0.1:" not in line:
             output = [line, *process.stdout.read().splitlines()]
-            raise ClusterError(f"The server in {environment.namespace} cannot be reached: {output[-1].strip()}")
+            raise ClusterError(
+                f"The server in {environment.namespace} cannot be reached: {output[-1].strip()}. "
+                f"Look at its pods: make status ENV={environment.name}"
+            )
         reader.start()
         yield Forward(f"http://127.0.0.1:{line.split('127.0.0.1:')[1].split()[0]}", process)
     finally:
@@ -105,6 +108,9 @@ def api_client(environment: Environment) -> Iterator[httpx.Client]:
                 break
             except httpx.HTTPError as error:
                 if time.monotonic() > deadline:
-                    raise ClusterError(f"The Prefect API in {environment.namespace} does not answer: {error}") from None
+                    raise ClusterError(
+                        f"The Prefect API in {environment.namespace} does not answer: {error}. "
+                        f"Look at its pods: make status ENV={environment.name}"
+                    ) from None
                 time.sleep(0.2)
         yield client

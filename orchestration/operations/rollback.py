@@ -19,7 +19,7 @@ def rollback(environment: Environment, *, force: bool = False) -> None:
     """
     history = DeployHistory(environment)
     if not history.deploys:
-        raise ClusterError(f"There is no deploy in {environment.namespace} to take back")
+        raise ClusterError(f"There is nothing to roll back: no deploy is recorded in {environment.namespace}")
     revisions = {release: helm_release.revisions(environment, release) for release in RELEASES}
     newest = history.deploys[-1]
     for release, number in newest.before.items():

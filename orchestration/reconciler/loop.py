@@ -223,7 +223,7 @@ class Reconciler:
             async with asyncio.timeout_at(self.election.deadline if self.election else None):
                 outcome = await carry_out(self.server, self.cluster, action, pods)
         except TimeoutError:
-            raise PipelineError(f"{type(action).__name__} took longer than leadership lasts") from None
+            raise PipelineError(f"{type(action).__name__} took longer than the Lease is valid") from None
         if outcome:
             self.actions.labels(type(action).__name__.lower()).inc()
         return outcome

@@ -128,7 +128,7 @@ class Policy:
         if len(networks) != 1:
             raise SettingsError(f"job_configuration: networks must have one name, and has {len(networks)}")
         if not images:
-            raise SettingsError("no image is allowed: name at least one")
+            raise SettingsError("No image is allowed: --images is empty. Name at least one image")
         return cls(tuple(images), networks[0], frozenset(binds), tmpfs, frozenset(map(str.lower, reserved_names)))
 
     def call(self, method: str, target: str, body: bytes = b"") -> Call:

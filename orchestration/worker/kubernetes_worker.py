@@ -321,7 +321,7 @@ class Worker(CompatibleWorker):
         """
         now = time.monotonic()
         if (age := now - self._claim_times.get(flow_run.id, now)) > CLAIM_TIMEOUT_SECONDS:
-            raise TimeoutError(f"it is {age:.0f} s old, and the run may be another worker's by now")
+            raise TimeoutError(f"it is {age:.0f} s old, and another worker may have claimed the run")
         return CLAIM_TIMEOUT_SECONDS - age
 
     async def run(
@@ -395,7 +395,7 @@ class Worker(CompatibleWorker):
         self._is_draining = True
         async with self._poll_lock:
             claimed = len(self.submitting)
-        self.logger.info("Asked to end; claimed runs that are submitted first: %d.", claimed)
+        self.logger.info("Shutting down. Claimed runs to submit first: %d.", claimed)
         while self.submitting:
             await asyncio.sleep(0.05)
 

@@ -83,7 +83,7 @@ def test_run_takes_valid_parameters_alone(checkout: Checkout) -> None:
     wrong = checkout.make("run-on-cluster", PARAMETERS='{"full_refresh": "perhaps"}', status=2)
     assert f"{DAILY} refuses the parameters" in wrong
     assert "Traceback" not in refused + wrong
-    assert "is no JSON" in checkout.make("run-on-cluster", PARAMETERS="day", status=2)
+    assert "is not JSON" in checkout.make("run-on-cluster", PARAMETERS="day", status=2)
     unknown = checkout.make("run-on-cluster", DEPLOYMENT="no/such", status=2)
     assert f"There is no deployment no/such. There are: backfill/backfill, {DAILY}" in unknown
 
@@ -279,7 +279,7 @@ def test_killed_deploy_is_resumed_with_force(checkout: Checkout) -> None:
             os.killpg(process.pid, signal.SIGKILL)
     refused = checkout.make("deploy", status=2)
     assert re.search(r"prefect-work-pool: a deploy began \d+ s ago and has not ended", refused)
-    assert "set it aside with FORCE=1" in refused
+    assert "if it was interrupted, use FORCE=1" in refused
     assert "was interrupted; it is set aside" in checkout.make("deploy", FORCE="1")
     assert "Nothing would change." in checkout.make("plan")
 

@@ -162,7 +162,7 @@ def test_deleted_worker_submits_its_claimed_runs(pool: Pool, away: Namespace, ap
     with ThreadPoolExecutor() as executor:
         log = executor.submit(away.kubectl, "logs", "--follow", worker)
         away.kubectl("delete", "pod", worker)
-    assert "Asked to end; claimed runs that are submitted first:" in log.result()
+    assert "Shutting down. Claimed runs to submit first:" in log.result()
     assert_all_completed_once(api, runs)
 
 

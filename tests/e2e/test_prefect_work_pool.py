@@ -302,7 +302,7 @@ def _count_drifted_objects(pool: Pool) -> float:
 
 
 def test_manual_change_on_the_server_is_reported_as_drift(pool: Pool, api: httpx.Client) -> None:
-    """An artifact and a metric report the drift until the object is as the last sync left it."""
+    """An artifact and a metric report the drift until the object equals the last sync again."""
     wait_until(lambda: _count_drifted_objects(pool) == 0, "nothing to have drifted")
     daily = api.get("/deployments/name/dbt-pipeline/dbt-pipeline-daily").raise_for_status().json()
 

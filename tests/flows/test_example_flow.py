@@ -195,7 +195,7 @@ def test_day_in_the_future_is_an_error(run: Run, api: Api) -> None:
 
 
 def test_day_that_is_no_date_is_an_error(run: Run, api: Api) -> None:
-    assert_failed(run("--day", "8 Feb"), api, "'8 Feb' is no day. Write it as YYYY-MM-DD, for example 2013-02-08")
+    assert_failed(run("--day", "8 Feb"), api, "'8 Feb' is not a date. Write it as YYYY-MM-DD, for example 2013-02-08")
 
 
 def test_unreachable_warehouse_is_an_error_without_the_password(

@@ -101,7 +101,7 @@ def test_error_names_a_broken_archive(landing_zone: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("2013,2,30,x", "a row of 2013,2,30, which is no date"),
+        ("2013,2,30,x", "a row of 2013,2,30, which is not a date"),
         ("no day", "lines without year, month and day"),
     ],
 )

@@ -85,7 +85,7 @@ def _install(missing: list[str], usual: str) -> None:
     listed = " ".join(missing)
     _refuse(listed)
     if not shutil.which("apt-get"):
-        raise ClusterError(f"Programs are missing, and there is no apt-get. Install what Debian calls {listed}")
+        raise ClusterError(f"Programs are missing, and there is no apt-get. Install the Debian packages {listed}")
     with step(f"Installing {listed}", usual):
         # RUNLEVEL=1 keeps apt from starting services. Tests start the services that they need.
         environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
@@ -184,7 +184,7 @@ def _built(name: str, version: str, file: str, usual: str) -> Iterator[Path | No
         return
     _refuse(name)
     if not shutil.which("go"):
-        raise MissingProgramError(f"{name} is not here, and there is no Go to build it with")
+        raise MissingProgramError(f"{name} is not installed, and Go, which builds it, is missing. Install one of them")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as fresh:
         with step(f"Building {name} {version} from its Go modules", usual):

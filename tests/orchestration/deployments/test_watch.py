@@ -159,7 +159,7 @@ def test_watcher_waits_for_the_first_sync(project: Project, prefect_server: str)
         project.write({"name": "a"})
         project.sync()
         wait_until(lambda: artifacts(project), "a look")
-        again = f"{project.owner}: looks succeed again."
+        again = f"{project.owner}: drift checks succeed again."
         wait_until(lambda: again in watcher.log.read_text(), "the end of the failure in the log")
     assert watcher.log.read_text().count("has never synced to") == 1
 
@@ -185,7 +185,7 @@ def test_health_fails_without_a_look_for_three_intervals() -> None:
     assert state.pulse.health()[0] == 200
     state.pulse.last -= 2
     assert state.pulse.health()[0] == 503
-    state.record_look([])
+    state.record_check([])
     assert state.pulse.health()[0] == 200
 
 
@@ -194,8 +194,8 @@ def test_failure_is_logged_once_for_each_cause(caplog: pytest.LogCaptureFixture)
     for table in ("flow", "flow", "flow_run"):
         state.record_failure(ApiError(f"The Prefect API fails (500) on POST /flows/filter: No space. Table {table}"))
     assert [record.message.partition("Table ")[2] for record in caplog.records] == [
-        "flow. Looking again.",
-        "flow_run. Looking again.",
+        "flow. The next drift check tries again.",
+        "flow_run. The next drift check tries again.",
     ]
     assert state.pulse.trouble.endswith("Table flow_run")
 

@@ -44,7 +44,7 @@ def test_action_ends_with_leadership(monkeypatch: pytest.MonkeyPatch) -> None:
                 Server(client, "http://nowhere/api"), cluster, "pool", Policy(), lead, Pulse(60)
             )
             lead._until = now + 5
-            with pytest.raises(PipelineError, match="Stop took longer than leadership lasts"):
+            with pytest.raises(PipelineError, match="Stop took longer than the Lease is valid"):
                 await reconciler._act(action, [])
             # The request that was already in the loop's queue at the deadline is sent too.
             assert 1005 + 2 * kubernetes_client.TIMEOUT_SECONDS <= now <= lead.deadline + 1
