@@ -142,7 +142,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """Return a Markdown table."""
     lines = [list(head), *map(list, rows)]
     lines.insert(1, ["---"] * len(lines[0]))
-    return "".join(f"| {' | '.join(each.replace('|', chr(92) + '|') for each in line)} |\n" for line in lines)
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
 
 def code(value: object) -> str:
@@ -169,8 +169,8 @@ def _comments(lines: list[str], number: int) -> str:
     while first and re.match(r"\s*#", lines[first - 1]):
         first -= 1
     # Indented text in a comment is an example.
-    examples = (re.sub(r"^\s*# {2,}(.*)", r"`\1`.", each) for each in lines[first:number])
-    return " ".join(re.sub(r"^\s*# ?(-- )?", "", each) for each in examples)
+    examples = (re.sub(r"^\s*# {2,}(.*)", r"`\1`.", line) for line in lines[first:number])
+    return " ".join(re.sub(r"^\s*# ?(-- )?", "", example) for example in examples)
 
 
 def _flow(value: Any) -> str:
@@ -179,7 +179,7 @@ def _flow(value: Any) -> str:
         is_plain = re.fullmatch(r"[\w/][\w./:-]*", value) and yaml.safe_load(value) == value
         return value if is_plain else json.dumps(value, ensure_ascii=False)
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {_flow(each)}" for key, each in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {_flow(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_flow, value)) + "]"
     return json.dumps(value)
@@ -204,7 +204,7 @@ class Schema:
         """Return the type of a key's values in words."""
         name, found = self.definition(rule), self.resolved(rule)
         if "enum" in found:
-            return " or ".join(code(_flow(each)) for each in found["enum"])
+            return " or ".join(code(_flow(choice)) for choice in found["enum"])
         if "type" not in found and (either := found.get("oneOf", found.get("anyOf"))):
             return " or ".join(dict.fromkeys(map(self.type_of, either)))
         if "type" not in found and "allOf" in found:
@@ -288,17 +288,19 @@ def commands() -> str:
     """Return a section for each subcommand of `orchestrate`, with its arguments."""
     from orchestration.__main__ import parser
 
-    [chosen] = [each for each in parser()._actions if isinstance(each, argparse._SubParsersAction)]
-    helps = {each.dest: each.help or "" for each in chosen._choices_actions}
+    [chosen] = [action for action in parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    helps = {action.dest: action.help or "" for action in chosen._choices_actions}
     text = f"{NOTE.format('orchestration/__main__.py')}\n"
     for name, command in chosen.choices.items():
-        shown = [each for each in command._actions if not isinstance(each, argparse._HelpAction)]
+        shown = [action for action in command._actions if not isinstance(action, argparse._HelpAction)]
         # An argument and its value stay on one line.
-        words = ["orchestrate", name, *(_usage(each).replace(" ", "\0") for each in shown)]
+        words = ["orchestrate", name, *(_usage(action).replace(" ", "\0") for action in shown)]
         usage = textwrap.fill(" ".join(words), 100, subsequent_indent="    ", break_on_hyphens=False)
         usage = usage.replace("\0", " ")
         text += f"\n### orchestrate {name}\n\n{sentence(helps[name])}\n\n```text\n{usage}\n```\n"
-        rows = [[code(_form(each)), _default(each), sentence(each.help or _common_option(each))] for each in shown]
+        rows = [
+            [code(_form(action)), _default(action), sentence(action.help or _common_option(action))] for action in shown
+        ]
         text += f"\n{table(('Argument', 'Default', 'Meaning'), rows)}" if rows else ""
     return text
 
@@ -373,7 +375,7 @@ def metrics() -> str:
         for node in ast.walk(ast.parse(source)):
             kind = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
             if kind in KINDS and isinstance(node, ast.Call) and len(node.args) >= 2:
-                name, text, *labels = (ast.literal_eval(each) for each in node.args)
+                name, text, *labels = (ast.literal_eval(argument) for argument in node.args)
                 component = "drift" if name.startswith("desired_state") else path.parent.name
                 labelled = ", ".join(map(code, labels[0])) if labels else ""
                 rows.append([code(name), KINDS[kind], component, labelled, sentence(text)])
@@ -396,11 +398,11 @@ def rbac() -> str:
     tag = {"image": {"tag": "1"}}
     charts = ("prefect-server", "prefect-work-pool")
     production = ROOT / "helm" / "environments" / "production"
-    default = [each for chart in charts for each in render(chart, tag, chart)]
+    default = [rendered for chart in charts for rendered in render(chart, tag, chart)]
     with_values = [
-        each
+        rendered
         for chart in charts
-        for each in render(chart, yaml.safe_load((production / f"{chart}.yaml").read_text()) | tag, chart)
+        for rendered in render(chart, yaml.safe_load((production / f"{chart}.yaml").read_text()) | tag, chart)
     ]
     text = NOTE.format("the rendered charts") + "\n"
     if _rules(default) == _rules(with_values):
@@ -411,9 +413,9 @@ def rbac() -> str:
 
 
 def _rules(objects: list[Object]) -> str:
-    roles = {(each["kind"], each["metadata"]["name"]): each for each in objects if each["kind"].endswith("Role")}
+    roles = {(role["kind"], role["metadata"]["name"]): role for role in objects if role["kind"].endswith("Role")}
     sections: dict[str, list[list[str]]] = {}
-    for binding in (each for each in objects if each["kind"].endswith("RoleBinding")):
+    for binding in (item for item in objects if item["kind"].endswith("RoleBinding")):
         role = roles[binding["roleRef"]["kind"], binding["roleRef"]["name"]]
         scope = "the whole cluster" if binding["kind"] == "ClusterRoleBinding" else "its namespace"
         for subject in binding["subjects"]:
@@ -446,7 +448,7 @@ def _reason(component: str, resource: str, verb: str) -> str:
 def _tokens(objects: list[Object]) -> str:
     from tests.helm.rendering import pod_specs
 
-    accounts = {each["metadata"]["name"]: each for each in objects if each["kind"] == "ServiceAccount"}
+    accounts = {item["metadata"]["name"]: item for item in objects if item["kind"] == "ServiceAccount"}
     rows = []
     for name, spec in sorted(pod_specs(objects).items()):
         account = spec.get("serviceAccountName", "default")

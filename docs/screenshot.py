@@ -58,7 +58,7 @@ def browser() -> Iterator[Send]:
             else:
                 raise AssertionError("chromium does not start")
             with urlopen(f"http://{found[1]}/json", timeout=10) as answer:
-                [page] = [each for each in json.load(answer) if each["type"] == "page"]
+                [page] = [target for target in json.load(answer) if target["type"] == "page"]
             with connect(page["webSocketDebuggerUrl"], max_size=None) as socket:
                 yield _sender(socket)
         finally:

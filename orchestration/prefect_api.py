@@ -223,7 +223,7 @@ class Server:
         except ValueError:
             detail = response.text[:300]
         if isinstance(detail, list):
-            detail = "; ".join(f"{'.'.join(map(str, each.get('loc', [])))}: {each.get('msg')}" for each in detail)
+            detail = "; ".join(f"{'.'.join(map(str, error.get('loc', [])))}: {error.get('msg')}" for error in detail)
         if status >= 500:
             raise ApiError(f"The Prefect API at {self.url} fails ({status}) on {request}: {detail}")
         raise RefusedError(f"the server answers {status}: {detail}", status)

@@ -57,7 +57,9 @@ def _has_valid_spec(item: Mapping[str, Any]) -> bool:
     if not isinstance(spec, Mapping):
         return False
     hard, limits = spec.get("hard") or {}, spec.get("limits") or []
-    return isinstance(hard, Mapping) and isinstance(limits, list) and all(isinstance(each, Mapping) for each in limits)
+    return (
+        isinstance(hard, Mapping) and isinstance(limits, list) and all(isinstance(limit, Mapping) for limit in limits)
+    )
 
 
 def _objects(documents: Iterable[Any], path: Path) -> Iterator[Mapping[str, Any]]:

@@ -90,7 +90,7 @@ async def read_usage(server: Server, name: str = "") -> list[Usage]:
     deployments = await server.all("/deployments/filter", **query)
     if name and not deployments:
         raise ApiError(f"There is no deployment {name} on {server.url}. `prefect deployment ls` lists them")
-    flows = {each["id"]: each["name"] for each in await server.all("/flows/filter")}
+    flows = {flow["id"]: flow["name"] for flow in await server.all("/flows/filter")}
     pools: dict[str, JSON] = {}
     usages = []
     for deployment in deployments:
@@ -130,8 +130,8 @@ async def _read_usage_of(server: Server, deployment: str, name: str, variables: 
         sum(bool(run.get(EXCEEDED_LABEL)) for run in runs),
         int(median(needs)) if needs else 0,
         max(needs, default=0),
-        *(str(variables.get(each) or "") for each in ("memory_request", "memory_limit")),
-        *(f"{each // MIB}Mi" if each else "" for each in (request, limit)),
+        *(str(variables.get(name) or "") for name in ("memory_request", "memory_limit")),
+        *(f"{size // MIB}Mi" if size else "" for size in (request, limit)),
     )
 
 

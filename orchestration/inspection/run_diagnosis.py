@@ -125,7 +125,7 @@ async def _find_obstacle(server: Server, run: Mapping[str, Any]) -> str:
         return f"queue {queue['name']} of work pool {name} is paused. Resume it in the UI"
     if pool["status"] == "NOT_READY":
         return f"work pool {name} has no worker. See its pods: kubectl get pods -l app.kubernetes.io/component=worker"
-    limited = [each["name"] for each in (pool, queue) if each["concurrency_limit"] is not None]
+    limited = [item["name"] for item in (pool, queue) if item["concurrency_limit"] is not None]
     if limited:
         return f"the concurrency limit of {' or '.join(limited)} may be reached. Raise it, or wait"
     return "a worker claims it at its next poll, unless the worker serves other queues only"

@@ -178,7 +178,9 @@ def _event_entry(event: Mapping[str, Any]) -> TimelineEntry | None:
         return TimelineEntry(time, "worker", f"{subject} claimed it")
     if name == RUN_EXECUTED_EVENT:
         # The server may add the run a second time, without the worker's labels.
-        related: JSON = next((each for each in event["related"] if "prefect.infrastructure.identifier" in each), {})
+        related: JSON = next(
+            (resource for resource in event["related"] if "prefect.infrastructure.identifier" in resource), {}
+        )
         identifier = related.get("prefect.infrastructure.identifier", "")
         if resource.get("prefect.worker-type") != "kubernetes":
             code = related.get("prefect.infrastructure.status-code", "")

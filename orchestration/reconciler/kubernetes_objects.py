@@ -140,7 +140,11 @@ class PodObject(Part):
         annotated = self.metadata.annotations.get(MAIN_CONTAINER_ANNOTATION)
         containers = self.spec.containers
         by_name = [container for container in containers if container.name == MAIN_CONTAINER]
-        by_run = [each for each in containers if any(variable.name == FLOW_RUN_ID_VARIABLE for variable in each.env)]
+        by_run = [
+            container
+            for container in containers
+            if any(variable.name == FLOW_RUN_ID_VARIABLE for variable in container.env)
+        ]
         by_annotation = [container for container in containers if container.name == annotated]
         return [*by_name, *by_run, *by_annotation, *containers][0]
 
@@ -165,7 +169,7 @@ class LeanPodObject(PodObject):
     @property
     def has_usual_main_container(self) -> bool:
         """Whether the main container has the usual name."""
-        return any(each.name == MAIN_CONTAINER for each in self.spec.containers)
+        return any(container.name == MAIN_CONTAINER for container in self.spec.containers)
 
 
 class Rule(Part):

@@ -214,7 +214,7 @@ class Pod:
         meta, status, main = raw.metadata, raw.status, raw.main_container
         conditions = {condition.type: condition for condition in status.conditions}
         # The kubelet lists container statuses by name, not in the order of the specification.
-        states = [each.state for each in status.container_statuses if each.name == main.name]
+        states = [container.state for container in status.container_statuses if container.name == main.name]
         state = states[0] if states else ContainerState()
         target = conditions.get("DisruptionTarget")
         created_at = meta.creation_timestamp + clock_offset
@@ -241,7 +241,7 @@ class Pod:
             )
         has_started = bool(state.running or terminated)
         statuses = [*status.init_container_statuses, *status.container_statuses]
-        others = [each for each in statuses if each.name != main.name]
+        others = [other for other in statuses if other.name != main.name]
         scheduled = conditions.get("PodScheduled")
         scheduled_at = scheduled.last_transition_time if scheduled and scheduled.status == "True" else None
         return cls(
@@ -259,10 +259,10 @@ class Pod:
             started_at + clock_offset if started_at else None,
             main.name,
             # The phase of a pod without sidecars is Running for a moment after its main container has ended.
-            end is not None and not is_finished and any(not each.state.terminated for each in others),
+            end is not None and not is_finished and any(not other.state.terminated for other in others),
             meta.uid,
             status.phase,
-            sum(each.restart_count for each in status.container_statuses),
+            sum(container.restart_count for container in status.container_statuses),
             meta.labels,
         )
 
@@ -275,9 +275,10 @@ def _is_restarted(pod: PodObject, main: Container, exit_code: int) -> bool:
 
 def _failed_init_container(status: PodStatus) -> str:
     """Name the init container that failed, so that the main container did not start; empty if none failed."""
-    for each in status.init_container_statuses:
-        if each.state.terminated and each.state.terminated.exit_code:
-            return f"init container {each.name} ended with exit code {each.state.terminated.exit_code}"
+    for container in status.init_container_statuses:
+        terminated = container.state.terminated
+        if terminated and terminated.exit_code:
+            return f"init container {container.name} ended with exit code {terminated.exit_code}"
     return ""
 
 
@@ -290,7 +291,7 @@ def _waiting(status: PodStatus, main: ContainerState, scheduled: Condition | Non
     found = None
     if scheduled and scheduled.status == "False":
         found = (scheduled.reason or "Unschedulable", scheduled.message)
-    for state in [*(each.state for each in status.init_container_statuses), main]:
+    for state in [*(container.state for container in status.init_container_statuses), main]:
         if state.waiting and (found is None or state.waiting.reason not in USUAL_WAITING_REASONS):
             found = (state.waiting.reason, state.waiting.message)
             if state.waiting.reason not in USUAL_WAITING_REASONS:

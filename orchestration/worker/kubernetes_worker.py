@@ -365,7 +365,7 @@ class Worker(CompatibleWorker):
                 " and ".join(sorted(removed)),
             )
         # A job variable must not choose the key by which a run trusts stored results.
-        environment[:] = [each for each in environment if each["name"] != SIGNING_KEY_VARIABLE]
+        environment[:] = [entry for entry in environment if entry["name"] != SIGNING_KEY_VARIABLE]
         if self._signing_key:
             key = derive_key(self._signing_key, self._signing_scopes.get(flow_run.id, f"flow-run/{flow_run.id}"))
             environment.append({"name": SIGNING_KEY_VARIABLE, "value": key})

@@ -103,13 +103,15 @@ def _matches(
             for network in _without(block["cidr"], block.get("except") or []):
                 yield from ((network, ports) for ports in _ports(rule, pod if direction == "ingress" else None))
             continue
-        for each in pods:
-            if selects(peer.get("podSelector") or {}, each.labels) and (
-                selects(peer["namespaceSelector"], labels.get(each.namespace, {}))
+        for candidate in pods:
+            if selects(peer.get("podSelector") or {}, candidate.labels) and (
+                selects(peer["namespaceSelector"], labels.get(candidate.namespace, {}))
                 if peer.get("namespaceSelector") is not None
-                else each.namespace == namespace
+                else candidate.namespace == namespace
             ):
-                yield from ((each.ip, ports) for ports in _ports(rule, pod if direction == "ingress" else each))
+                yield from (
+                    (candidate.ip, ports) for ports in _ports(rule, pod if direction == "ingress" else candidate)
+                )
 
 
 def _ports(rule: Object, receiver: Pod | None, *, named_only: bool = False) -> Iterator[str]:
