@@ -130,7 +130,7 @@ up: cluster ## from nothing: make a cluster, build the image, install the charts
 
 down: cluster-down ## delete the local cluster with everything on it
 
-deploy: .venv/ready ## bring ENV to what the checkout says: charts, pool, deployments; FORCE=1 upgrades unchanged releases too
+deploy: .venv/ready ## deploy the checkout to ENV: charts, pool, deployments; FORCE=1 upgrades unchanged releases too
 	@$(ENVIRONMENT) deploy $(TARGET) $(if $(FORCE),--force)
 
 plan: .venv/ready ## dry run: print what a deploy would change; for scripts see docs/how-to/deploy.md

@@ -94,7 +94,7 @@ def test_broken_links_are_found(tmp_path: Path) -> None:
 
 def test_readme_shows_code_that_exists() -> None:
     readme = (ROOT / "README.md").read_text()
-    table = readme.split("## What the flow shows")[1].split("\n\n")[1]
+    table = readme.split("## Patterns in the example flow")[1].split("\n\n")[1]
     source = (ROOT / "flows/example_flow.py").read_text() + (ROOT / "flows/backfill.py").read_text()
     folded = " ".join(source.split()).replace("( ", "(").replace(", )", ")")
     shown = [code.replace("\\|", "|") for row in table.splitlines()[2:] for code in re.findall(r"`([^`]+)`", row)]

@@ -119,7 +119,7 @@ def _ui(environment: Environment, options: argparse.Namespace) -> int:
 
 
 COMMANDS: dict[str, tuple[Callable[[Environment, argparse.Namespace], int], str]] = {
-    "deploy": (_deploy, "bring the environment to what the checkout says"),
+    "deploy": (_deploy, "deploy the checkout to the environment"),
     "plan": (_plan, "dry run: print what a deploy would change; exit status 2 for a change"),
     "rollback": (_rollback, "roll back the newest deploy"),
     "undeploy": (_undeploy, "uninstall the releases; volumes stay"),

@@ -47,7 +47,7 @@ def _is_allowed(environment: Environment, verb: str, kind: str) -> bool:
 
 
 def deploy(environment: Environment, *, force: bool = False) -> None:
-    """Bring the environment to what the checkout says. Idempotent: a release with the same inputs is skipped.
+    """Deploy the checkout to the environment. Idempotent: a release with the same inputs is skipped.
 
     Args:
         environment: the environment to deploy.

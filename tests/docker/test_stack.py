@@ -84,7 +84,7 @@ def test_password_file_without_a_password_is_refused(tmp_path: Path, text: str) 
         env=os.environ | {"PATH": f"{docker.parent}:{os.environ['PATH']}"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "docker/password is no password: it must be one line with text" in done.stderr
+    assert "docker/password is not a password: it must be one line with text" in done.stderr
 
 
 def test_only_the_proxy_has_the_docker_socket_and_no_network() -> None:
