@@ -1,7 +1,7 @@
 """Leader election by a Kubernetes Lease.
 
-kubernetes_asyncio 36.1 has a leader election, too. It measures time by the wall clock, does not bound how long a former
-leader's request may be in flight, and imports the whole Kubernetes client, which takes 0.4 to 1.2 s.
+kubernetes_asyncio 36.1 has a leader election, too. It measures time by the wall clock, and does not bound how long a
+former leader's request may be in flight. It imports the whole Kubernetes client, which takes 0.4 to 1.2 s.
 """
 
 import time
