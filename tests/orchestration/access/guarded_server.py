@@ -32,8 +32,9 @@ class GuardedServer:
 
     def client(self, credential: str) -> httpx.Client:
         """Return a client with a credential `USER:PASSWORD`."""
-        header = "Basic " + base64.b64encode(credential.encode()).decode()
-        return httpx.Client(base_url=self.url, headers={"Authorization": header}, timeout=30)
+        client = parts.client_of(self.url)
+        client.headers["Authorization"] = "Basic " + base64.b64encode(credential.encode()).decode()
+        return client
 
     def run_client(self, run_id: str) -> httpx.Client:
         """Return a client with the credential of a flow run."""
