@@ -1,9 +1,10 @@
 """The endpoints `/metrics` and `/health` of a component that runs a loop."""
 
 import contextlib
+import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 import prometheus_client as prometheus
 
 from orchestration.errors import SettingsError
+
+Answer = tuple[int, str | Mapping[str, Any]]
+"""An HTTP status, and the text or JSON that explains it."""
 
 
 @dataclass
@@ -33,8 +37,8 @@ class Pulse:
         """Record a round."""
         self.last = time.monotonic()
 
-    def health(self) -> tuple[int, str]:
-        """Return the HTTP status of `/health`, and the text that explains it."""
+    def health(self) -> Answer:
+        """Return the answer to a request of `/health`."""
         seconds = time.monotonic() - self.last
         status = 503 if seconds > self.timeout_seconds else 200
         return status, f"{seconds:.0f} s since the last round or the start. {self.trouble}".rstrip() + "\n"
@@ -42,7 +46,26 @@ class Pulse:
 
 @contextlib.contextmanager
 def served(pulse: Pulse, port: int) -> Iterator[None]:
-    """Serve `/metrics` and `/health` in a thread during the block, so that they answer while the loop works.
+    """Serve `/metrics` and `/health` of a loop during the block.
+
+    Raises:
+        SettingsError: the port is in use or not allowed.
+    """
+    with served_paths({"/health": pulse.health}, pulse.registry, port, "Pass another one: --port"):
+        yield
+
+
+@contextlib.contextmanager
+def served_paths(
+    paths: Mapping[str, Callable[[], Answer]], registry: prometheus.CollectorRegistry, port: int, cure: str
+) -> Iterator[None]:
+    """Serve `/metrics` and other paths in a thread during the block, so that they answer while the component works.
+
+    Args:
+        paths: the function that answers each path.
+        registry: the metrics of the component.
+        port: the port on all addresses.
+        cure: what to do where the port cannot be used.
 
     Raises:
         SettingsError: the port is in use or not allowed.
@@ -53,10 +76,13 @@ def served(pulse: Pulse, port: int) -> Iterator[None]:
 
         def do_GET(self) -> None:
             if self.path == "/metrics":
-                self.answer(200, prometheus.CONTENT_TYPE_LATEST, prometheus.generate_latest(pulse.registry))
-            elif self.path == "/health":
-                status, text = pulse.health()
-                self.answer(status, "text/plain; charset=utf-8", text.encode())
+                self.answer(200, prometheus.CONTENT_TYPE_LATEST, prometheus.generate_latest(registry))
+            elif self.path in paths:
+                status, content = paths[self.path]()
+                if isinstance(content, str):
+                    self.answer(status, "text/plain; charset=utf-8", content.encode())
+                else:
+                    self.answer(status, "application/json", json.dumps(content, indent=2).encode() + b"\n")
             else:
                 self.send_error(404)
 
@@ -73,7 +99,7 @@ def served(pulse: Pulse, port: int) -> Iterator[None]:
     try:
         server = ThreadingHTTPServer(("", port), Handler)
     except (OSError, OverflowError) as error:
-        raise SettingsError(f"Cannot listen on port {port}: {error}. Pass another one: --port") from None
+        raise SettingsError(f"Cannot listen on port {port}: {error}. {cure}") from None
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield

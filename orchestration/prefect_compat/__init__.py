@@ -10,6 +10,8 @@ The package has several modules, as a flow run must not pay for the imports of a
     flow_runs         the engine: imports Prefect's clients and runner
     results           the engine of a run with a signing key: imports Prefect's engines and task runners
     server_internals  schedules, automations and the server's database: imports Prefect when called
+    background_services
+                      the server's background services: imports Prefect when called
     events, recurrence, task_runners
                       events, dateutil's rules, the end of a flow with threads: import no Prefect
 

@@ -67,6 +67,7 @@ MAXIMAL: Object = {
     "httpRoute": {"enabled": True, "parentRefs": [{"name": "gateway"}], "hostnames": ["prefect.example.com"]},
     "networkPolicy": {
         "apiFrom": [{"namespaceSelector": {"matchLabels": {"flows": "yes"}}}],
+        "metricsFrom": [{"namespaceSelector": {"matchLabels": {"metrics": "yes"}}}],
         "extraEgress": [{"to": [{"ipBlock": {"cidr": "192.0.2.0/24"}}]}],
         "egressCIDRs": ["10.0.0.0/8"],
     },
@@ -188,6 +189,64 @@ def test_api_runs_services_that_are_not_separate() -> None:
     container = pod_specs(objects)["Deployment/test-prefect-server-api"]["containers"][0]
     assert "--no-services" not in container["args"]
     assert "PREFECT_REDIS_MESSAGING_URL" in environment(container), "the bundled Redis is used all the same"
+
+
+PROBES = ("startupProbe", "livenessProbe", "readinessProbe")
+
+
+def _paths(container: Object) -> dict[str, tuple[str, str]]:
+    """Return port and path of each probe of a container."""
+    gets = {name: container[name]["httpGet"] for name in PROBES if name in container}
+    return {name: (get["port"], get["path"]) for name, get in gets.items()}
+
+
+def test_services_pod_is_ready_while_all_services_make_progress() -> None:
+    container = pod_specs(render("prefect-server", TAG))["Deployment/test-prefect-server-services"]["containers"][0]
+    assert container["args"] == ["python", "-m", "orchestration.services", "server", "services", "start"]
+    assert _paths(container) == dict(
+        zip(PROBES, [("health", each) for each in ("/live", "/live", "/ready")], strict=True)
+    )
+    assert container["ports"] == [
+        {"name": "health", "containerPort": int(environment(container)["SERVICES_HEALTH_PORT"])}
+    ]
+    assert environment(container)["SERVICES_STALL_SECONDS"] == "60"
+    given = render("prefect-server", _with(services={"args": ["sh", "-c", "mine"]}))
+    assert _paths(pod_specs(given)["Deployment/test-prefect-server-services"]["containers"][0]) == {}
+
+
+@pytest.mark.parametrize("roles", [False, True])
+def test_api_that_runs_the_services_restarts_when_they_need_it(roles: bool) -> None:
+    alone = render("prefect-server", _with(services={"separate": False}, auth={"roles": {"enabled": roles}}))
+    container = pod_specs(alone)["Deployment/test-prefect-server-api"]["containers"][0]
+    module = "orchestration.access" if roles else "orchestration.services"
+    assert container["args"] == ["python", "-m", module, "server", "start"]
+    assert _paths(container) == {
+        "startupProbe": ("http", "/api/health"),
+        "livenessProbe": ("health", "/live"),
+        "readinessProbe": ("http", "/api/ready"),
+    }
+    assert [port["name"] for port in container["ports"]] == ["http", "health"]
+    assert environment(container)["SERVICES_HEALTH_PORT"] == "4201"
+    given = render("prefect-server", _with(services={"separate": False}, api={"args": ["sh", "-c", "mine"]}))
+    assert _paths(pod_specs(given)["Deployment/test-prefect-server-api"]["containers"][0])["livenessProbe"] == (
+        "http", "/api/health",
+    )  # fmt: skip
+
+
+def test_api_without_services_has_no_port_for_their_health() -> None:
+    container = pod_specs(render("prefect-server", TAG))["Deployment/test-prefect-server-api"]["containers"][0]
+    assert [port["name"] for port in container["ports"]] == ["http"]
+    assert "SERVICES_HEALTH_PORT" not in environment(container)
+
+
+def test_metrics_of_the_services_are_closed_by_default() -> None:
+    closed = one(render("prefect-server", TAG), "NetworkPolicy", "test-prefect-server-services")
+    assert "ingress" not in closed["spec"], "a rule without `from` would let everybody in"
+    rule = {"ports": [{"port": "health"}], "from": MAXIMAL["networkPolicy"]["metricsFrom"]}
+    assert one(render("prefect-server", MAXIMAL), "NetworkPolicy", "prefect-services")["spec"]["ingress"] == [rule]
+    alone = _with(services={"separate": False}, networkPolicy={"metricsFrom": rule["from"]})
+    api = one(render("prefect-server", alone), "NetworkPolicy", "test-prefect-server-api")
+    assert api["spec"]["ingress"] == [rule, {"ports": [{"port": "http"}]}]
 
 
 def test_disabled_auth_removes_all_passwords() -> None:

@@ -65,6 +65,10 @@ def _documented(file: Path) -> Iterator[tuple[str, str]]:
 
 
 PLAIN = {"flow_runs.Workspace", *(f"results.Signer{name}" for name in ("", ".sign", ".verify")), *(
+    f"background_services.ServiceObserver{name}" for name in (
+        "", ".expect", ".round", ".handle", ".succeed", ".fail", ".end",
+    )
+), *(
     f"recurrence.RulePart.{name}" for name in (
         "frequency", "count", "interval", "start", "until", "restricts_time_alone", "end_at",
     )
@@ -488,6 +492,43 @@ CONTRACTS: dict[str, list[Check]] = {
             signature("prefect.server.orchestration.rules:BaseOrchestrationRule.abort_transition"),
             "(self, reason)",
         ),
+    ],
+    "background_services.observe_services": [
+        (
+            lacks(
+                "prefect.server.services.perpetual_services:register_and_schedule_perpetual_services",
+                "docket.register(config.function)", "docket.add(config.function, key=config.function.__name__)",
+            ),
+            [],
+        ),
+        (lacks("prefect.server.services.base:Service.running", "service.start()"), []),
+        (lacks("prefect.server.api.background_workers:background_worker", "worker.run_forever()"), []),
+        (lacks("docket.worker:Worker._worker_loop", "await redelivery_sweep.due(redis)"), []),
+        *(
+            (lacks(f"prefect_redis.messaging:Consumer.{name}", "await self._trim_stream_if_necessary("), [])
+            for name in ("run", "_run_without_consumer_group")
+        ),
+        (lacks("prefect_redis.messaging:Consumer._handle_message", "await handler("), []),
+        (lacks("prefect.server.utilities.messaging:create_consumer", "module.Consumer("), []),
+        (lacks("prefect.server.events.services.event_persister:create_handler", "await write_events("), []),
+        (
+            lacks("prefect.server.services.task_run_recorder:consumer", "await record_bulk_task_run_events("),
+            [],
+        ),
+        (lacks("prefect.server.events.triggers:evaluate_proactive_triggers", "await proactive_evaluation("), []),
+    ],
+    "background_services.count_backlogs": [
+        (
+            lacks(
+                "prefect_redis.messaging:Consumer.__init__",
+                "self.stream =", "self.group =", "self.use_consumer_group =",
+            ),
+            [],
+        ),
+        (lacks("prefect_redis.messaging:Consumer.run", "xreadgroup(", "groupname=self.group"), []),
+    ],
+    "background_services.database_answers": [
+        (signature("prefect.server.database:PrefectDBInterface.engine"), "(self)"),
     ],
     "recurrence.RulePart": [
         (

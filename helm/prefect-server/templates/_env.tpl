@@ -80,6 +80,10 @@
 - {name: PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE, value: prefect_redis.lease_storage}
 - {name: PREFECT_SERVER_WORKER_CHANNEL_CLEANUP_QUEUE_STORAGE, value: prefect_redis.cleanup_queue}
 {{- end }}
+{{- if eq (index . 1) (ternary "services" "api" $root.Values.services.separate) }}
+- {name: SERVICES_HEALTH_PORT, value: "4201"}
+- {name: SERVICES_STALL_SECONDS, value: {{ int64 $root.Values.services.stallSeconds | quote }}}
+{{- end }}
 - {name: PREFECT_SERVER_API_BASE_PATH, value: {{ $root.Values.api.basePath }}}
 - {name: PREFECT_API_URL, value: "http://{{ include "prefect-server.fullname" $root }}-api:{{ int64 $root.Values.service.port }}{{ $root.Values.api.basePath }}"}
 {{- if eq (index . 1) "api" }}

@@ -143,8 +143,9 @@
 {{- $filled := include "prefect-server.filled" (list $ (printf "%senv" $prefix) (dict "env" $values.env "envFrom" $values.envFrom)) | fromYaml -}}
 {{- include "prefect-server.validateReferences" (list $prefix $filled.env $filled.envFrom) -}}
 {{- end -}}
-{{- $filled := include "prefect-server.filled" (list . "values" (dict "policy" (pick .Values.networkPolicy "apiFrom" "extraEgress") "ingress" (pick .Values.ingress "hosts" "tls") "route" (pick .Values.httpRoute "parentRefs" "hostnames"))) | fromYaml -}}
+{{- $filled := include "prefect-server.filled" (list . "values" (dict "policy" (pick .Values.networkPolicy "apiFrom" "metricsFrom" "extraEgress") "ingress" (pick .Values.ingress "hosts" "tls") "route" (pick .Values.httpRoute "parentRefs" "hostnames"))) | fromYaml -}}
 {{- include "prefect-server.validatePeers" (list "networkPolicy.apiFrom" $filled.policy.apiFrom) -}}
+{{- include "prefect-server.validatePeers" (list "networkPolicy.metricsFrom" $filled.policy.metricsFrom) -}}
 {{- include "prefect-server.validateEgress" (list "networkPolicy.extraEgress" $filled.policy.extraEgress) -}}
 {{- range $filled.ingress.hosts -}}{{- include "prefect-server.validateName" (list "ingress.hosts" .host) -}}{{- end -}}
 {{- range $filled.ingress.tls -}}

@@ -1,0 +1,1 @@
+"""The Prefect server's background services, with a health that shows whether each of them makes progress."""

@@ -1,0 +1,144 @@
+"""The background services on a real Postgres and Redis: which probe turns red at which fault, and green again.
+
+The services may stall for 4 s here. `make bench-health` measures the same faults at the chart's 60 s.
+"""
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestration.services.service_health import RESTART_STALLS
+from tests import service_faults
+from tests.parts import debian_postgres, wait_until
+from tests.service_faults import Services
+
+STALL_SECONDS = 4
+LOOPS = {
+    f"PREFECT_SERVER_SERVICES_{name}_LOOP_SECONDS": "2"
+    for name in ("FOREMAN", "LATE_RUNS", "PAUSE_EXPIRATIONS", "REPOSSESSOR", "SCHEDULER", "CANCELLATION_CLEANUP")
+}
+RED_SECONDS, GREEN_SECONDS = 60, 120
+"""Limits for a busy machine."""
+
+
+@pytest.fixture(scope="module")
+def services() -> Iterator[Services]:
+    with contextlib.ExitStack() as stack:
+        postgres = stack.enter_context(debian_postgres())
+        template = stack.enter_context(service_faults.migrated_template(postgres))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        with (folder / "log").open("w") as log:
+            yield stack.enter_context(
+                service_faults.running_services(postgres, template, folder, STALL_SECONDS, log, **LOOPS)
+            )
+
+
+def assert_recovery(services: Services) -> None:
+    """Assert that the services are ready again, and have lost no event."""
+    services.wait_for("/ready", True, GREEN_SECONDS)
+    services.publish()
+    wait_until(lambda: services.count_lost_events() == 0, "all events to be in the database", GREEN_SECONDS)
+    assert services.probe("/live")[0] == 200
+
+
+def test_every_enabled_service_reports_progress(services: Services) -> None:
+    body = services.wait_for("/ready", True, GREEN_SECONDS)
+    assert body["reasons"] == []
+    wait_until(lambda: services.dependencies() == {"answers"}, "database and Redis to answer", GREEN_SECONDS)
+    assert set(body["services"]) == {
+        "docket", "TaskRunRecorder", "EventPersister", "ReactiveTriggers", "Actions", "Distributor",
+        "schedule_deployments", "schedule_recent_deployments", "monitor_late_runs", "monitor_worker_health",
+        "monitor_expired_pauses", "monitor_expired_leases", "reconcile_cleanup_delivery",
+        "evaluate_proactive_triggers_periodic", "schedule_event_vacuum_tasks", "monitor_cancelled_flow_runs",
+        "monitor_subflow_runs", "ensure_cancelling_timeout_checks",
+    }  # fmt: skip
+    assert all(each["healthy"] for each in body["services"].values())
+    assert_recovery(services)
+
+
+@pytest.mark.parametrize(
+    ("fault", "dependency", "service"),
+    [
+        (service_faults.redis_refuses, "redis", "EventPersister"),
+        (service_faults.redis_is_silent, "redis", "EventPersister"),
+        (service_faults.database_refuses, "database", "monitor_late_runs"),
+        (service_faults.database_is_silent, "database", "monitor_late_runs"),
+        (service_faults.database_has_no_connections, "database", "monitor_late_runs"),
+        (service_faults.database_is_read_only, None, "monitor_worker_health"),
+    ],
+)
+def test_outage_turns_readiness_red_and_never_restarts(
+    services: Services,
+    fault: Callable[[Services], contextlib.AbstractContextManager[None]],
+    dependency: str | None,
+    service: str,
+) -> None:
+    with fault(services):
+
+        def is_red() -> bool:
+            status, body = services.probe("/ready")
+            known = dependency is None or body[dependency] != "answers"
+            return status == 503 and known and not body["services"][service]["healthy"]
+
+        wait_until(is_red, f"{service} to be late", RED_SECONDS)
+        # Longer than a loop may hang while database and Redis answer.
+        time.sleep(RESTART_STALLS * STALL_SECONDS)
+        assert services.probe("/live")[0] == 200
+    assert_recovery(services)
+
+
+def test_emptied_redis_loses_no_later_event(services: Services) -> None:
+    service_faults.empty_redis(services)
+    assert_recovery(services)
+    # docket schedules a lost pass again within 60 s.
+    passes = [name for name, each in services.probe("/ready")[1]["services"].items() if each.get("every_seconds") == 2]
+    assert passes
+
+    def all_passed() -> bool:
+        found = services.probe("/ready")[1]["services"]
+        return all(found[name]["last_progress_seconds_ago"] < STALL_SECONDS for name in passes)
+
+    wait_until(all_passed, "all passes to continue", GREEN_SECONDS)
+    assert_recovery(services)
+
+
+def test_services_follow_a_failover_of_redis(services: Services) -> None:
+    with service_faults.redis_fails_over(services):
+        assert_recovery(services)
+
+
+def test_stopped_process_answers_no_probe(services: Services) -> None:
+    with service_faults.stopped_process(services):
+        assert services.probe("/live")[0] == 0
+        assert services.probe("/ready")[0] == 0
+    assert_recovery(services)
+
+
+def test_blocked_event_loop_turns_both_probes_red(services: Services) -> None:
+    services.tell("block", str(3 * STALL_SECONDS))
+    assert "event loop" in services.wait_for("/live", False, RED_SECONDS)["reasons"][0]
+    assert services.probe("/ready")[0] == 503
+    assert_recovery(services)
+
+
+# The last test: the services do not recover from these faults.
+def test_dead_or_hung_service_needs_a_restart_unless_redis_is_away(services: Services) -> None:
+    services.tell("hang", "ReactiveTriggers")
+    assert services.wait_for("/ready", False, RED_SECONDS)["reasons"][0].startswith("ReactiveTriggers: no round")
+    assert "ReactiveTriggers: hangs" in services.wait_for("/live", False, RED_SECONDS)["reasons"][0]
+    services.tell("end", "EventPersister")
+
+    def reasons() -> set[str]:
+        return {reason.split()[0] for reason in services.probe("/live")[1]["reasons"]}
+
+    wait_until(lambda: reasons() == {"EventPersister:", "ReactiveTriggers:"}, "both services to be named", RED_SECONDS)
+    assert "EventPersister: ended" in services.probe("/ready")[1]["reasons"]
+    services.relay.close()
+    services.wait_for("/live", True, RED_SECONDS)
+    services.connect_redis()
+    assert services.wait_for("/live", False, RED_SECONDS)["reasons"] == ["EventPersister: ended"]
+    assert services.process.poll() is None

@@ -1,0 +1,353 @@
+"""Run the server's background services on a real Postgres and Redis, and break one part at a time.
+
+`python -m tests.service_faults` starts the services as their image does, and takes faults as lines of its input.
+"""
+
+import asyncio
+import contextlib
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import urlopen
+from uuid import uuid4
+
+import psutil
+import psycopg
+import redis
+
+from orchestration.settings import ROOT
+from tests.parts import end_process, free_port, new_database, redis_server, rows_of, wait_until
+from tests.relay import relayed
+
+ROLE = "prefect"
+"""The database's role that the services use. The faults limit this role."""
+
+PROBE_TIMEOUT_SECONDS = 5
+"""The `timeoutSeconds` of the chart's probes."""
+
+
+@dataclass
+class Services:
+    """Breaks and probes a process of background services.
+
+    Args:
+        process: the process.
+        port: the port of its health.
+        redis_port: the port of its Redis, which is a relay.
+        redis_url: the URL of the Redis without the relay.
+        postgres: the URL of Postgres' own database.
+        database: the URL of the services' database.
+        folder: a folder for a second Redis.
+    """
+
+    process: "subprocess.Popen[str]"
+    port: int
+    redis_port: int
+    redis_url: str
+    postgres: str
+    database: str
+    folder: Path
+    relay: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    events: list[str] = field(default_factory=list)
+
+    def probe(self, path: str) -> tuple[int, dict[str, Any]]:
+        """Return the answer to a probe; status 0 if there is none in time."""
+        try:
+            with urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=PROBE_TIMEOUT_SECONDS) as answer:
+                return answer.status, json.load(answer)
+        except HTTPError as error:
+            with error:
+                return error.code, json.load(error)
+        except OSError:
+            return 0, {}
+
+    def dependencies(self) -> set[str]:
+        """Return how database and Redis answer the process."""
+        body = self.probe("/ready")[1]
+        return {body["database"], body["redis"]}
+
+    def wait_for(self, path: str, healthy: bool, seconds: float) -> dict[str, Any]:
+        """Wait until a probe succeeds or fails; return the body of the answer."""
+
+        def answered() -> tuple[dict[str, Any]] | None:
+            status, body = self.probe(path)
+            return (body,) if (status == 200) == healthy else None
+
+        try:
+            found: tuple[dict[str, Any]] = wait_until(
+                answered, f"{path} to be {'green' if healthy else 'red'}", seconds
+            )
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {self.probe('/ready')}") from None
+        return found[0]
+
+    def connect_redis(self, url: str | None = None) -> None:
+        """Let the services reach Redis, at another URL if one is passed."""
+        self.redis_url = url or self.redis_url
+        self.relay.enter_context(relayed(self.redis_port, self.redis_url))
+
+    def tell(self, *fault: str) -> None:
+        """Inject a fault inside the process."""
+        assert self.process.stdin
+        print(*fault, file=self.process.stdin, flush=True)
+
+    def publish(self) -> None:
+        """Publish an event to Redis, as the API does."""
+        event, now = str(uuid4()), datetime.now(UTC).isoformat()
+        data = {
+            "id": event, "occurred": now, "received": now, "event": "test.happened", "payload": {}, "related": [],
+            "resource": {"prefect.resource.id": "test"},
+        }  # fmt: skip
+        with redis.Redis.from_url(self.redis_url, socket_timeout=5) as client:
+            client.xadd("events", {"data": json.dumps(data), "attributes": "{}"})
+        self.events.append(event)
+
+    def count_lost_events(self) -> int:
+        """Return how many published events are not in the database."""
+        [(kept,)] = rows_of(self.database, "select count(*) from events where id = any(%s::uuid[])", self.events)
+        return len(self.events) - int(kept)
+
+    def redis_process(self) -> psutil.Process:
+        """Return the process of Redis."""
+        port = str(urlsplit(self.redis_url).port)
+        return next(
+            each
+            for each in psutil.process_iter(["name", "cmdline"])
+            if each.info["name"] == "redis-server" and port in " ".join(each.info["cmdline"])
+        )
+
+
+@contextlib.contextmanager
+def migrated_template(postgres: str) -> Iterator[str]:
+    """Create a database with the server's schema, and yield its name."""
+    rows_of(postgres, f"create role {ROLE} login")
+    with new_database(postgres, "template_of_services") as url:
+        rows_of(postgres, f"alter database template_of_services owner to {ROLE}")
+        command = [sys.executable, "-m", "orchestration.migrations", "upgrade"]
+        variables = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": _for_prefect(url)}
+        subprocess.run(command, cwd=ROOT, env=os.environ | variables, check=True, stdout=subprocess.DEVNULL)
+        yield "template_of_services"
+
+
+def _for_prefect(url: str) -> str:
+    return url.replace("postgresql://postgres@", f"postgresql+asyncpg://{ROLE}@")
+
+
+@contextlib.contextmanager
+def running_services(
+    postgres: str, template: str, folder: Path, stall_seconds: float, log: IO[str], **variables: str
+) -> Iterator[Services]:
+    """Run the background services, and yield them when they are ready.
+
+    Args:
+        postgres: the URL of Postgres' own database.
+        template: the database with the schema to copy.
+        folder: an empty folder.
+        stall_seconds: how long a service may make no progress.
+        log: the file for the log of the services.
+        variables: more environment variables.
+    """
+    with contextlib.ExitStack() as stack:
+        name = f"services_{uuid4().hex[:8]}"
+        database = stack.enter_context(new_database(postgres, name, template))
+        redis_url = stack.enter_context(redis_server(folder))
+        port, redis_port = free_port(), free_port()
+        url = f"redis://:secret@127.0.0.1:{redis_port}/0"
+        environment = os.environ | {
+            "PREFECT_HOME": str(folder / "home"),
+            "PREFECT_SERVER_DATABASE_CONNECTION_URL": _for_prefect(database),
+            "PREFECT_SERVER_DATABASE_MIGRATE_ON_START": "false",
+            "PREFECT_REDIS_MESSAGING_URL": url,
+            "PREFECT_REDIS_WORKER_CLEANUP_QUEUE_URL": url,
+            "PREFECT_SERVER_DOCKET_URL": url,
+            "PREFECT_SERVER_EVENTS_MESSAGING_BROKER": "prefect_redis.messaging",
+            "PREFECT_SERVER_EVENTS_MESSAGING_CACHE": "prefect_redis.messaging",
+            "PREFECT_SERVER_EVENTS_CAUSAL_ORDERING": "prefect_redis.ordering",
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect_redis.lease_storage",
+            "PREFECT_SERVER_WORKER_CHANNEL_CLEANUP_QUEUE_STORAGE": "prefect_redis.cleanup_queue",
+            "PREFECT_UI_ENABLED": "false",
+            "SERVICES_HEALTH_PORT": str(port),
+            "SERVICES_STALL_SECONDS": str(stall_seconds),
+            **variables,
+        }
+        command = [sys.executable, "-m", "tests.service_faults", "server", "services", "start"]
+        relay = stack.enter_context(contextlib.ExitStack())
+        relay.enter_context(relayed(redis_port, redis_url))
+        process = stack.enter_context(
+            subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True
+            )
+        )
+        stack.callback(end_process, process)
+        services = Services(process, port, redis_port, redis_url, postgres, database, folder, relay)
+        services.wait_for("/ready", True, 240)
+        yield services
+
+
+# Faults: each breaks a part while the block lasts.
+
+
+@contextlib.contextmanager
+def stopped_process(services: Services) -> Iterator[None]:
+    """Stop the process by SIGSTOP."""
+    services.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        services.process.send_signal(signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def redis_refuses(services: Services) -> Iterator[None]:
+    """Close the connections to Redis, and refuse new ones."""
+    services.relay.close()
+    yield
+    services.connect_redis()
+
+
+@contextlib.contextmanager
+def redis_is_silent(services: Services) -> Iterator[None]:
+    """Let Redis answer nothing, while its connections stay open."""
+    process = services.redis_process()
+    process.suspend()
+    try:
+        yield
+    finally:
+        process.resume()
+
+
+@contextlib.contextmanager
+def database_refuses(services: Services) -> Iterator[None]:
+    """Close the connections to Postgres, and refuse new ones."""
+    with psycopg.connect(services.postgres, autocommit=True) as admin:
+        [(folder,)] = admin.execute("show unix_socket_directories").fetchall()
+        socket = next(Path(folder).glob(".s.PGSQL.*[0-9]"))
+        hidden = socket.with_name("hidden")
+        socket.rename(hidden)
+        try:
+            _end_connections(admin)
+            yield
+        finally:
+            hidden.rename(socket)
+
+
+@contextlib.contextmanager
+def database_is_silent(services: Services) -> Iterator[None]:
+    """Let Postgres answer nothing, while its connections stay open."""
+    [(postmaster,)] = rows_of(services.postgres, "select split_part(pg_read_file('postmaster.pid'), E'\\n', 1)::int")
+    process = psutil.Process(postmaster)
+    stopped = [process, *process.children(recursive=True)]
+    for each in stopped:
+        each.suspend()
+    try:
+        yield
+    finally:
+        for each in stopped:
+            each.resume()
+
+
+@contextlib.contextmanager
+def database_is_read_only(services: Services) -> Iterator[None]:
+    """Let Postgres refuse writes, as a standby does."""
+    with psycopg.connect(services.postgres, autocommit=True) as admin:
+        admin.execute(f"alter role {ROLE} set default_transaction_read_only = on")
+        _end_connections(admin)
+        yield
+        admin.execute(f"alter role {ROLE} reset default_transaction_read_only")
+        _end_connections(admin)
+
+
+@contextlib.contextmanager
+def database_has_no_connections(services: Services) -> Iterator[None]:
+    """Let Postgres refuse connections, because all that the role may have are in use."""
+    with psycopg.connect(services.postgres, autocommit=True) as admin:
+        admin.execute(f"alter role {ROLE} connection limit 0")
+        _end_connections(admin)
+        yield
+        admin.execute(f"alter role {ROLE} connection limit -1")
+
+
+def _end_connections(admin: "psycopg.Connection[Any]") -> None:
+    admin.execute("select pg_terminate_backend(pid) from pg_stat_activity where usename = %s", [ROLE])
+
+
+def empty_redis(services: Services) -> None:
+    """Delete all data of Redis."""
+    with redis.Redis.from_url(services.redis_url) as client:
+        client.flushall()
+
+
+@contextlib.contextmanager
+def redis_fails_over(services: Services) -> Iterator[None]:
+    """Promote a replica of Redis, and lead the connections to the replica."""
+    folder = services.folder / "replica"
+    folder.mkdir()
+    with redis_server(folder) as replica, redis.Redis.from_url(replica) as client:
+        client.config_set("masterauth", "secret")
+        client.replicaof("127.0.0.1", str(urlsplit(services.redis_url).port))
+        wait_until(lambda: client.info("replication")["master_link_status"] == "up", "the replica to follow", 30)
+        services.relay.close()
+        services.redis_process().kill()
+        client.replicaof("NO", "ONE")
+        services.connect_redis(replica)
+        yield
+        shutil.rmtree(folder)
+
+
+# The process.
+
+
+def _take_faults(loops: list[asyncio.AbstractEventLoop]) -> None:
+    from orchestration.prefect_compat import background_services
+
+    def end(loop: asyncio.AbstractEventLoop, service: str) -> None:
+        for task in asyncio.all_tasks(loop):
+            if getattr(task.get_coro(), "__qualname__", "").startswith(f"{service}."):
+                task.cancel()
+
+    def hang(service: str) -> None:
+        async def wait_for_ever(*_: Any) -> None:
+            await asyncio.Event().wait()
+
+        background_services._consumers[service]._trim_stream_if_necessary = wait_for_ever
+
+    for line in sys.stdin:
+        fault, argument = line.split()
+        loop = next(each for each in loops if each.is_running() and len(asyncio.all_tasks(each)) > 5)
+        acts: dict[str, Callable[[str], None]] = {
+            "block": lambda text: time.sleep(float(text)), "end": functools.partial(end, loop), "hang": hang,
+        }  # fmt: skip
+        loop.call_soon_threadsafe(acts[fault], argument)
+
+
+def main() -> int:
+    """Start the services, and take faults from standard input."""
+    from orchestration.services.__main__ import main as start
+
+    loops: list[asyncio.AbstractEventLoop] = []
+    new_event_loop = asyncio.events.new_event_loop
+
+    def kept_event_loop() -> asyncio.AbstractEventLoop:
+        loops.append(new_event_loop())
+        return loops[-1]
+
+    asyncio.events.new_event_loop = kept_event_loop
+    threading.Thread(target=_take_faults, args=[loops], daemon=True).start()
+    return start(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
