@@ -183,7 +183,7 @@ down-docker: ## stop everything in Docker; databases and passwords stay
 	@docker/stack down
 
 ##@ Develop
-.PHONY: setup test test-long test-versions fix bench bench-deploys bench-dbt bench-deployments bench-reconciler bench-recovery bench-access picture docs docs-site clean
+.PHONY: setup test test-long test-versions fix bench bench-deploys bench-dbt bench-deployments bench-reconciler bench-recovery bench-access bench-health picture docs docs-site clean
 setup: .venv/ready ## create the environment in .venv
 
 # With CHANGED, tests use no cluster: making one takes minutes.
@@ -226,6 +226,10 @@ bench-reconciler: .venv/ready ## measure a reconcile round over 100 to 5,000 sim
 bench-access: PAIRS := 500
 bench-access: .venv/ready ## measure what access control adds to a request of the Prefect API, PAIRS=500 times
 	@$(BIN)/python -m tests.benchmarks.access --pairs $(call quoted,$(PAIRS))
+
+bench-health: PAIRS := 3
+bench-health: .venv/ready ## measure how soon the health of the background services turns red and green at each fault, PAIRS=3 times
+	@$(BIN)/python -m tests.benchmarks.health --pairs $(call quoted,$(PAIRS))
 
 bench-recovery: KILLS := $(or $(KILLS),10)
 bench-recovery: .venv/ready ## measure how soon a killed run continues, KILLS=10 times on the local cluster

@@ -8,7 +8,6 @@ import contextlib
 import functools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +26,9 @@ from uuid import uuid4
 import psutil
 import psycopg
 import redis
+from redis.exceptions import RedisError as RedisError
 
+from orchestration.prefect_compat.events import task_run_state_event
 from orchestration.settings import ROOT
 from tests.parts import end_process, free_port, new_database, redis_server, rows_of, wait_until
 from tests.relay import relayed
@@ -37,6 +38,18 @@ ROLE = "prefect"
 
 PROBE_TIMEOUT_SECONDS = 5
 """The `timeoutSeconds` of the chart's probes."""
+
+
+def probe(port: int, path: str) -> tuple[int, Any]:
+    """Return status and body of the answer to a probe; status 0 if there is none in time."""
+    try:
+        with urlopen(f"http://127.0.0.1:{port}{path}", timeout=PROBE_TIMEOUT_SECONDS) as answer:
+            return answer.status, json.load(answer)
+    except HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+    except OSError:
+        return 0, {}
 
 
 @dataclass
@@ -50,7 +63,11 @@ class Services:
         redis_url: the URL of the Redis without the relay.
         postgres: the URL of Postgres' own database.
         database: the URL of the services' database.
-        folder: a folder for a second Redis.
+        folder: a folder for what a fault needs.
+        environment: the variables of the process.
+        stack: closes what a fault has started, when the process has ended.
+        relay: the relay to Redis while it is open.
+        published: the id of each published event, and of its task run.
     """
 
     process: "subprocess.Popen[str]"
@@ -60,19 +77,14 @@ class Services:
     postgres: str
     database: str
     folder: Path
+    environment: dict[str, str]
+    stack: contextlib.ExitStack
     relay: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    events: list[str] = field(default_factory=list)
+    published: dict[str, str] = field(default_factory=dict)
 
     def probe(self, path: str) -> tuple[int, dict[str, Any]]:
-        """Return the answer to a probe; status 0 if there is none in time."""
-        try:
-            with urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=PROBE_TIMEOUT_SECONDS) as answer:
-                return answer.status, json.load(answer)
-        except HTTPError as error:
-            with error:
-                return error.code, json.load(error)
-        except OSError:
-            return 0, {}
+        """Return status and body of the answer to a probe of the services; status 0 if there is none in time."""
+        return probe(self.port, path)
 
     def dependencies(self) -> set[str]:
         """Return how database and Redis answer the process."""
@@ -105,20 +117,22 @@ class Services:
         print(*fault, file=self.process.stdin, flush=True)
 
     def publish(self) -> None:
-        """Publish an event to Redis, as the API does."""
-        event, now = str(uuid4()), datetime.now(UTC).isoformat()
-        data = {
-            "id": event, "occurred": now, "received": now, "event": "test.happened", "payload": {}, "related": [],
-            "resource": {"prefect.resource.id": "test"},
-        }  # fmt: skip
+        """Publish the event of a task run to Redis, as the API does."""
+        task_run, now = uuid4(), datetime.now(UTC)
+        about = {"name": "a", "task_key": "a", "dynamic_key": str(task_run), "run_count": 1}
+        state = {"type": "RUNNING", "name": "Running", "message": ""}
+        event = task_run_state_event(task_run, state, now, about, []) | {"received": now.isoformat()}
         with redis.Redis.from_url(self.redis_url, socket_timeout=5) as client:
-            client.xadd("events", {"data": json.dumps(data), "attributes": "{}"})
-        self.events.append(event)
+            client.xadd("events", {"data": json.dumps(event), "attributes": "{}"})
+        self.published[event["id"]] = str(task_run)
 
     def count_lost_events(self) -> int:
-        """Return how many published events are not in the database."""
-        [(kept,)] = rows_of(self.database, "select count(*) from events where id = any(%s::uuid[])", self.events)
-        return len(self.events) - int(kept)
+        """Return how many published events, or states of the task runs in them, are not in the database."""
+        events = "select count(*) from events where id = any(%s::uuid[])"
+        states = "select count(*) from task_run_state where task_run_id = any(%s::uuid[])"
+        [(kept,)] = rows_of(self.database, events, list(self.published))
+        [(recorded,)] = rows_of(self.database, states, list(self.published.values()))
+        return 2 * len(self.published) - int(kept) - int(recorded)
 
     def redis_process(self) -> psutil.Process:
         """Return the process of Redis."""
@@ -178,12 +192,14 @@ def running_services(
             "PREFECT_SERVER_EVENTS_CAUSAL_ORDERING": "prefect_redis.ordering",
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect_redis.lease_storage",
             "PREFECT_SERVER_WORKER_CHANNEL_CLEANUP_QUEUE_STORAGE": "prefect_redis.cleanup_queue",
+            "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_MAX_FLUSH_RETRIES": "10000",
             "PREFECT_UI_ENABLED": "false",
             "SERVICES_HEALTH_PORT": str(port),
             "SERVICES_STALL_SECONDS": str(stall_seconds),
             **variables,
         }
         command = [sys.executable, "-m", "tests.service_faults", "server", "services", "start"]
+        resources = stack.enter_context(contextlib.ExitStack())
         relay = stack.enter_context(contextlib.ExitStack())
         relay.enter_context(relayed(redis_port, redis_url))
         process = stack.enter_context(
@@ -192,9 +208,24 @@ def running_services(
             )
         )
         stack.callback(end_process, process)
-        services = Services(process, port, redis_port, redis_url, postgres, database, folder, relay)
+        services = Services(
+            process, port, redis_port, redis_url, postgres, database, folder, environment, resources, relay
+        )
         services.wait_for("/ready", True, 240)
         yield services
+
+
+@contextlib.contextmanager
+def running_api(services: Services) -> Iterator[int]:
+    """Run the API of the same server, and yield its port."""
+    port = free_port()
+    command = [sys.executable, "-m", "prefect", "server", "start", "--no-services", "--port", str(port)]
+    with subprocess.Popen(command, cwd=ROOT, env=services.environment, stdout=subprocess.DEVNULL) as process:
+        try:
+            wait_until(lambda: probe(port, "/api/ready")[0] == 200, "the API to be ready", 240)
+            yield port
+        finally:
+            end_process(process)
 
 
 # Faults: each breaks a part while the block lasts.
@@ -290,21 +321,19 @@ def empty_redis(services: Services) -> None:
         client.flushall()
 
 
-@contextlib.contextmanager
-def redis_fails_over(services: Services) -> Iterator[None]:
+def fail_redis_over(services: Services) -> None:
     """Promote a replica of Redis, and lead the connections to the replica."""
-    folder = services.folder / "replica"
+    folder = services.folder / uuid4().hex
     folder.mkdir()
-    with redis_server(folder) as replica, redis.Redis.from_url(replica) as client:
+    replica = services.stack.enter_context(redis_server(folder))
+    with redis.Redis.from_url(replica) as client:
         client.config_set("masterauth", "secret")
         client.replicaof("127.0.0.1", str(urlsplit(services.redis_url).port))
         wait_until(lambda: client.info("replication")["master_link_status"] == "up", "the replica to follow", 30)
         services.relay.close()
         services.redis_process().kill()
         client.replicaof("NO", "ONE")
-        services.connect_redis(replica)
-        yield
-        shutil.rmtree(folder)
+    services.connect_redis(replica)
 
 
 # The process.

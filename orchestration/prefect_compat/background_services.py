@@ -9,6 +9,7 @@ import functools
 import importlib
 from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import ContextVar
+from datetime import timedelta
 from typing import Any, Protocol
 
 from orchestration.prefect_compat import warn_if_untested
@@ -222,6 +223,48 @@ def _observe_task_queue(observer: ServiceObserver, monitor: Callable[[Any], Coro
     worker.run_forever, sweep.due = observed_run, observed_due
 
 
+def redeliver_lost_passes(after: timedelta) -> None:
+    """Have the task queue call a perpetual service again whose pass has got lost.
+
+    A pass gets lost when its process or its connection to Redis ends before the pass is acknowledged.
+
+    Replaces: the default of `redelivery_timeout` of docket's `Worker`
+    Why: by default such a service does not run for 5 minutes, after each short outage of Redis
+    Until: the server has a setting for it
+
+    Args:
+        after: how long the pass was not renewed. A process renews its passes four times as often.
+    """
+    import docket
+
+    worker: Any = docket.Worker
+    create = worker.__init__
+
+    @functools.wraps(create)
+    def create_soon(self: docket.Worker, *args: Any, **options: Any) -> None:
+        create(self, *args, **{"redelivery_timeout": after, **options})
+
+    worker.__init__ = create_soon
+
+
+def retry_task_run_writes(retries: int) -> None:
+    """Have the task-run recorder keep states of task runs that it cannot write.
+
+    Replaces: the default of `max_persist_retries` of `TaskRunRecorder.start`
+    Why: by default the recorder drops them after 5 tries, which is 25 s of an outage of the database
+    Until: the server has a setting for it, as for the event persister
+    """
+    from prefect.server.services.task_run_recorder import TaskRunRecorder
+
+    start = TaskRunRecorder.start
+
+    @functools.wraps(start)
+    async def start_patient(self: TaskRunRecorder) -> None:
+        await start(self, max_persist_retries=retries)
+
+    TaskRunRecorder.start = start_patient  # type: ignore[assignment, method-assign]
+
+
 async def count_backlogs() -> dict[str, int]:
     """Return how many messages in Redis wait for each observed service: unread, and read but not acknowledged.
 
@@ -246,8 +289,8 @@ async def database_answers() -> None:
     """Send a statement to the database that the settings name, and wait for the answer.
 
     Replaces: `PrefectDBInterface.engine`
-    Why: `is_db_connectable` takes an idle connection of the pool for an answer
-    Until: the interface to the database has such a check
+    Why: `is_db_connectable` drops the error, which says what is wrong
+    Until: the readiness of the server names the error
     """
     import sqlalchemy
 

@@ -4,14 +4,22 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 
 from orchestration.errors import SettingsError
 from orchestration.health import served_paths
-from orchestration.prefect_compat.background_services import observe_services
+from orchestration.prefect_compat.background_services import (
+    observe_services,
+    redeliver_lost_passes,
+    retry_task_run_writes,
+)
 from orchestration.services.monitor import monitor
 from orchestration.services.service_health import ServiceHealth
 
 PORT_VARIABLE, STALL_VARIABLE = "SERVICES_HEALTH_PORT", "SERVICES_STALL_SECONDS"
+
+WRITE_RETRIES = 10_000
+"""How often the recorder tries to write a state of a task run, every 5 s or at each event that follows."""
 
 
 @contextlib.contextmanager
@@ -30,6 +38,8 @@ def services_health_served() -> Iterator[None]:
     health = ServiceHealth(stall_seconds)
     paths = {"/ready": health.ready, "/live": health.live}
     with served_paths(paths, health.registry, port, f"Set {PORT_VARIABLE} to a free port"):
+        retry_task_run_writes(WRITE_RETRIES)
+        redeliver_lost_passes(timedelta(seconds=stall_seconds / 2))
         observe_services(health, functools.partial(monitor, health))
         yield
 

@@ -7,7 +7,7 @@ answer. A restart does not bring a database or Redis back, so that an outage nev
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import prometheus_client as prometheus
@@ -29,9 +29,9 @@ class _Service:
 
     every: float | None
     has_rounds: bool
+    last_success: float
+    last_round: float
     passes: int = 0
-    last_success: float = field(default_factory=time.monotonic)
-    last_round: float = field(default_factory=time.monotonic)
     failing_since: float | None = None
     last_failure: float = 0.0
     error: str = ""
@@ -87,7 +87,7 @@ class ServiceHealth:
             every: seconds from one pass to the next; None for a loop that waits for messages.
             has_rounds: whether the loop makes rounds without messages, too.
         """
-        found = self.services[service] = _Service(every, has_rounds)
+        found = self.services[service] = _Service(every, has_rounds, time.monotonic(), time.monotonic())
         self._healthy.labels(service).set_function(lambda: not self._trouble(service))
         self._progress.labels(service).set_function(lambda: time.monotonic() - found.last_progress)
         if every is None:

@@ -517,6 +517,16 @@ CONTRACTS: dict[str, list[Check]] = {
         ),
         (lacks("prefect.server.events.triggers:evaluate_proactive_triggers", "await proactive_evaluation("), []),
     ],
+    "background_services.redeliver_lost_passes": [
+        (lambda: "redelivery_timeout" in inspect.signature(_object("docket:Worker")).parameters, True),
+        (lacks("prefect.server.api.background_workers:background_worker", "Worker(docket) as worker"), []),
+    ],
+    "background_services.retry_task_run_writes": [
+        (
+            signature("prefect.server.services.task_run_recorder:TaskRunRecorder.start"),
+            "(self, max_persist_retries=5)",
+        ),
+    ],
     "background_services.count_backlogs": [
         (
             lacks(

@@ -83,6 +83,11 @@
 {{- if eq (index . 1) (ternary "services" "api" $root.Values.services.separate) }}
 - {name: SERVICES_HEALTH_PORT, value: "4201"}
 - {name: SERVICES_STALL_SECONDS, value: {{ int64 $root.Values.services.stallSeconds | quote }}}
+# By default the services drop events after five failed writes, and triggers after four: after 25 s without the database.
+- {name: PREFECT_SERVER_SERVICES_EVENT_PERSISTER_MAX_FLUSH_RETRIES, value: "10000"}
+{{- if include "prefect-server.redis" $root }}
+- {name: PREFECT_REDIS_MESSAGING_CONSUMER_MAX_RETRIES, value: "60"}
+{{- end }}
 {{- end }}
 - {name: PREFECT_SERVER_API_BASE_PATH, value: {{ $root.Values.api.basePath }}}
 - {name: PREFECT_API_URL, value: "http://{{ include "prefect-server.fullname" $root }}-api:{{ int64 $root.Values.service.port }}{{ $root.Values.api.basePath }}"}
