@@ -57,7 +57,6 @@ class Services:
     """Breaks and probes a process of background services.
 
     Args:
-        process: the process.
         port: the port of its health.
         redis_port: the port of its Redis, which is a relay.
         redis_url: the URL of the Redis without the relay.
@@ -65,12 +64,12 @@ class Services:
         database: the URL of the services' database.
         folder: a folder for what a fault needs.
         environment: the variables of the process.
+        log: the file for its log.
         stack: closes what a fault has started, when the process has ended.
         relay: the relay to Redis while it is open.
         published: the id of each published event, and of its task run.
     """
 
-    process: "subprocess.Popen[str]"
     port: int
     redis_port: int
     redis_url: str
@@ -78,13 +77,34 @@ class Services:
     database: str
     folder: Path
     environment: dict[str, str]
+    log: IO[str]
     stack: contextlib.ExitStack
     relay: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     published: dict[str, str] = field(default_factory=dict)
+    process: "subprocess.Popen[str]" = field(init=False)
 
     def probe(self, path: str) -> tuple[int, dict[str, Any]]:
         """Return status and body of the answer to a probe of the services; status 0 if there is none in time."""
         return probe(self.port, path)
+
+    def launch(self) -> None:
+        """Start the process."""
+        command = [sys.executable, "-m", "tests.service_faults", "server", "services", "start"]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=self.environment, stdin=subprocess.PIPE, stdout=self.log, stderr=self.log, text=True
+        )
+
+    def have_started(self) -> bool:
+        """Return whether the services are ready; start the process again if one of them has ended.
+
+        On a busy machine the first connection to Postgres may take longer than a service waits.
+        """
+        if self.probe("/ready")[0] == 200:
+            return True
+        if any("ended" in reason for reason in self.probe("/live")[1].get("reasons", [])):
+            end_process(self.process)
+            self.launch()
+        return False
 
     def dependencies(self) -> set[str]:
         """Return how database and Redis answer the process."""
@@ -198,20 +218,13 @@ def running_services(
             "SERVICES_STALL_SECONDS": str(stall_seconds),
             **variables,
         }
-        command = [sys.executable, "-m", "tests.service_faults", "server", "services", "start"]
         resources = stack.enter_context(contextlib.ExitStack())
         relay = stack.enter_context(contextlib.ExitStack())
         relay.enter_context(relayed(redis_port, redis_url))
-        process = stack.enter_context(
-            subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True
-            )
-        )
-        stack.callback(end_process, process)
-        services = Services(
-            process, port, redis_port, redis_url, postgres, database, folder, environment, resources, relay
-        )
-        services.wait_for("/ready", True, 240)
+        services = Services(port, redis_port, redis_url, postgres, database, folder, environment, log, resources, relay)
+        services.launch()
+        stack.callback(lambda: end_process(services.process))
+        wait_until(services.have_started, "the services to be ready", 600)
         yield services
 
 

@@ -53,30 +53,28 @@ def inside(*fault: str) -> Fault:
     return inject
 
 
-OUTAGES: tuple[tuple[tuple[str, Fault], ...], ...] = (
-    (
-        ("Postgres refuses connections", service_faults.database_refuses),
-        ("Postgres does not answer", service_faults.database_is_silent),
-    ),
-    (
-        ("Postgres is read-only", service_faults.database_is_read_only),
-        ("Postgres has no free connections", service_faults.database_has_no_connections),
-    ),
-    (
-        ("Valkey refuses connections", service_faults.redis_refuses),
-        ("Valkey does not answer", service_faults.redis_is_silent),
-    ),
-    (
-        ("Valkey is emptied", at_once(service_faults.empty_redis)),
-        ("Valkey fails over", at_once(service_faults.fail_redis_over)),
-    ),
-)
-"""Faults of a dependency, which the services survive. Each group has its own Postgres, Redis and services."""
+Faults = tuple[tuple[str, Fault], ...]
 
-AT_ONCE = {name for name, _ in OUTAGES[-1]}
+OF_POSTGRES: Faults = (
+    ("Postgres refuses connections", service_faults.database_refuses),
+    ("Postgres does not answer", service_faults.database_is_silent),
+    ("Postgres is read-only", service_faults.database_is_read_only),
+    ("Postgres has no free connections", service_faults.database_has_no_connections),
+)
+"""Faults of Postgres, which the services survive."""
+
+OF_REDIS: Faults = (
+    ("Valkey refuses connections", service_faults.redis_refuses),
+    ("Valkey does not answer", service_faults.redis_is_silent),
+    ("Valkey is emptied", at_once(service_faults.empty_redis)),
+    ("Valkey fails over", at_once(service_faults.fail_redis_over)),
+)
+"""Faults of Redis, which the services survive."""
+
+AT_ONCE = {name for name, _ in OF_REDIS[2:]}
 """Faults that end when they begin."""
 
-BROKEN: tuple[tuple[str, Fault], ...] = (
+BROKEN: Faults = (
     ("the process is stopped", service_faults.stopped_process),
     ("the event loop is blocked", inside("block", "3600")),
     ("a service's task has ended", inside("end", "EventPersister")),
@@ -205,14 +203,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=3, help="how often to inject each fault")
     repetitions = parser.parse_args(argv).pairs
     measured = Measured()
-    tasks = [functools.partial(measure_outages, faults, repetitions, measured) for faults in OUTAGES]
-    tasks.append(functools.partial(measure_broken, repetitions, measured))
+    tasks = [
+        functools.partial(measure_outages, OF_POSTGRES, repetitions, measured),
+        functools.partial(measure_outages, OF_REDIS, repetitions, measured),
+        functools.partial(measure_broken, repetitions, measured),
+    ]
     with results_table("background services at 60 s, PostgreSQL and Redis of this machine") as report:
         with ThreadPoolExecutor(len(tasks)) as pool:
             running = [pool.submit(task) for task in tasks]
         report(measured.figures())
-        for each in running:
-            each.result()
+    for each in running:
+        each.result()
 
 
 if __name__ == "__main__":
