@@ -1,6 +1,7 @@
 """Print the figures of a benchmark as a table, and append the table to results.md."""
 
 import contextlib
+import math
 import os
 import platform
 import statistics
@@ -34,12 +35,17 @@ class Figure:
     note: str = ""
 
     def row(self) -> str:
-        """Return the row as Markdown: n, median, min, max."""
+        """Return the row as Markdown: n, median, p90, min, max."""
         values = self.values
         digits = 0 if min(values) >= 1000 else 2
-        shown = (statistics.median(values), min(values), max(values))
+        shown = (statistics.median(values), percentile(values, 90), min(values), max(values))
         figures = " | ".join(f"{value:,.{digits}f}" for value in shown)
         return f"| {self.name} | {self.unit} | {len(values)} | {figures} | {self.note} |"
+
+
+def percentile(values: list[float], percent: int) -> float:
+    """Return the smallest value that at least `percent` of the values do not exceed."""
+    return sorted(values)[math.ceil(len(values) * percent / 100) - 1]
 
 
 @contextlib.contextmanager
@@ -72,7 +78,7 @@ def _heading(parts: str) -> str:
     return (
         f"\n## {datetime.now(UTC):%Y-%m-%d}, {_describe_commit()}\n\n{platform.machine()}, {os.cpu_count()} cores, "
         f"{psutil.virtual_memory().total / 2**30:.0f} GB, Python {platform.python_version()}, {parts}.\n\n"
-        "| what | unit | n | median | min | max | |\n|---|---|---:|---:|---:|---:|---|"
+        "| what | unit | n | median | p90 | min | max | |\n|---|---|---:|---:|---:|---:|---:|---|"
     )
 
 

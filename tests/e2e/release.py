@@ -7,7 +7,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,12 @@ priority, would preempt it."""
 
 @dataclass(frozen=True)
 class Release:
-    """A release of a chart: its name and namespace, and what tests do with it."""
+    """A release of a chart: its name and namespace, the checkout with the chart, and what tests do with it."""
 
     chart: str
     name: str
     namespace: Namespace
+    checkout: Path = field(default=ROOT, kw_only=True)
 
     def helm(self, *arguments: str) -> str:
         """Run helm in the release's namespace and return its output."""
@@ -55,7 +56,9 @@ class Release:
             yaml.safe_dump(values, file)
             file.flush()
             options = ["--wait", "--wait-for-jobs", "--timeout", "10m"] if wait else []
-            self.helm("upgrade", "--install", self.name, str(ROOT / "helm" / self.chart), "-f", file.name, *options)
+            self.helm(
+                "upgrade", "--install", self.name, str(self.checkout / "helm" / self.chart), "-f", file.name, *options
+            )
 
     def revision(self) -> str:
         """Return the release's newest revision."""
@@ -157,13 +160,13 @@ def shared_server(context: str, image: str) -> Release:
     )
 
 
-def install_pool(server: Release, namespace: Namespace, values: Object, probe: Object) -> Pool:
+def install_pool(server: Release, namespace: Namespace, values: Object, probe: Object, checkout: Path = ROOT) -> Pool:
     """Install a work pool whose runs find the probe's flow in /probe, and wait until it is ready."""
     namespace.apply(probe)
     if namespace != server.namespace:
         copy_credentials(server, namespace)
     name = values.get("pool", {}).get("name", "default")
-    pool = Pool("prefect-work-pool", "prefect-work-pool", namespace, work_pool=name)
+    pool = Pool("prefect-work-pool", "prefect-work-pool", namespace, work_pool=name, checkout=checkout)
     pool.deploy(values)
     return pool
 
@@ -177,10 +180,12 @@ def merge_values(values: Object, change: Object) -> Object:
     return result
 
 
-def build_image() -> str:
-    """Build this checkout's image, push it to the registry that the cluster pulls from, and return its name."""
+def build_image(checkout: Path = ROOT) -> str:
+    """Build a checkout's image, push it to the registry that the cluster pulls from, and return its name."""
     with hold_lock(binaries.cache() / "image.lock"):
-        pushed = subprocess.run([ROOT / "docker" / "build", "--push"], stdout=subprocess.PIPE, text=True, check=True)
+        pushed = subprocess.run(
+            [checkout / "docker" / "build", "--push"], stdout=subprocess.PIPE, text=True, check=True
+        )
     return pushed.stdout.strip()
 
 
