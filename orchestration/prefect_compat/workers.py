@@ -3,7 +3,7 @@
 import abc
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import AsyncGenerator, Iterable
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -19,6 +19,7 @@ from prefect.client.schemas.responses import WorkerFlowRunResponse
 from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerJobConfiguration
 
 from orchestration.prefect_compat import warn_if_untested
+from orchestration.protocol import FINAL_STATES
 
 warn_if_untested("prefect", prefect.__version__)
 warn_if_untested("prefect-kubernetes", prefect_kubernetes.__version__)
@@ -152,6 +153,36 @@ class CompatibleWorker(KubernetesWorker, abc.ABC):
 
     async def _sync_and_initialize(self) -> None:
         await self.synchronize()
+
+    async def watch_runs(self) -> AsyncGenerator[UUID | None, None]:
+        """Yield the id of each run of the pool that becomes Scheduled, and None when a run has ended.
+
+        The first item is None, as soon as the server reports events: what happened before was not reported.
+
+        Replaces: `prefect.flow-run.*` events and their resources, `BaseWorker._work_pool_name`
+        Why: the worker claims a run when the run becomes due, not at the next poll
+        Until: the worker's channel announces due runs
+        """
+        # Imported late: the module's filters are built when it is imported.
+        from prefect.events.clients import get_events_subscriber
+        from prefect.events.filters import EventAnyResourceFilter, EventFilter, EventNameFilter, EventResourceFilter
+        from prefect.events.schemas.events import ResourceSpecification
+
+        of_pool = {"prefect.resource.role": "work-pool", "prefect.resource.name": self._work_pool_name}
+        states = ["SCHEDULED", *sorted(FINAL_STATES)]
+        subscriber = get_events_subscriber(
+            EventFilter(
+                event=EventNameFilter(prefix=["prefect.flow-run."]),
+                resource=EventResourceFilter(labels=ResourceSpecification({"prefect.state-type": states})),
+                any_resource=EventAnyResourceFilter(labels=ResourceSpecification(of_pool)),
+            ),
+            reconnection_attempts=0,
+        )
+        async with subscriber:
+            yield None
+            async for event in subscriber:
+                is_scheduled = event.resource["prefect.state-type"] == "SCHEDULED"
+                yield UUID(event.resource.id.removeprefix("prefect.flow-run.")) if is_scheduled else None
 
     async def claim_and_submit(self, flow_run: FlowRun) -> None:
         """Claim a due run and make its Job.

@@ -1,5 +1,8 @@
 """The Kubernetes worker: Prefect's worker with a complete health check, draining, and fenced claims.
 
+- Due runs: the worker listens to the events of its pool, and polls when a run has become due or a slot free. It knows
+  which runs become due before its next regular poll, and polls at that moment. After a missed event a run waits for the
+  next regular poll.
 - Namespace: with `--namespace` the worker creates its Jobs there, whatever the pool's template says. The worker's Role
   covers that namespace, so workers of several namespaces and clusters can share a pool.
 - Health: `GET :8080/health` covers polling and the thread that watches pods and Jobs. Without that thread the
@@ -33,8 +36,17 @@ import anyio
 from httpx import HTTPError, HTTPStatusError
 from kubernetes_asyncio.client import ApiClient, BatchV1Api, V1Job
 from prefect.client.orchestration import PrefectClient
-from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterNextScheduledStartTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    WorkPoolFilter,
+    WorkPoolFilterName,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import WorkerFlowRunResponse
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.context import SettingsContext, get_settings_context
 from prefect.exceptions import Abort, InfrastructureError, ObjectNotFound
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, get_current_settings
@@ -66,6 +78,7 @@ from orchestration.reconciler.state_messages import JOB_NOT_CREATED
 from orchestration.runs.result_signing import derive_key
 from orchestration.worker import job_template
 from orchestration.worker.job_template import RefusedVariableError
+from orchestration.worker.poll_schedule import RETRY_SECONDS, PollSchedule
 
 WATCHED_KINDS = ("jobs", "pods")
 
@@ -83,6 +96,18 @@ that is back half a minute late.
 
 CLAIM_TIMEOUT_SECONDS = 45.0
 """How old a claim may be when its Job is created. After 60 s the reconciler gives the run to another worker."""
+
+LISTEN_RETRY_SECONDS = 1.0
+"""The pause before the worker asks again for events."""
+
+CLAIM_CHECK_SECONDS = 0.02
+"""How often a poll that waits for claims in progress looks at them."""
+
+NEXT_PAGE_SECONDS = 1.0
+"""How soon the worker polls again after a poll that returned runs: it may not have returned all."""
+
+REGULAR_POLLS_AHEAD = 2.0
+"""How far ahead the worker looks for due times, in intervals of its regular polls, which Prefect varies by a third."""
 
 CREATE_RETRY_SECONDS = 1.0
 """The pause before a Job is requested again because the Kubernetes API did not answer."""
@@ -118,6 +143,8 @@ class Worker(CompatibleWorker):
         self._cluster = ""
         self._is_draining = False
         self._poll_lock = asyncio.Lock()
+        self._polls = PollSchedule()
+        self._is_listening = False
         self._answered_claims: set[UUID] = set()
         """Runs whose claim the server has granted or refused."""
         self._claim_times: dict[UUID, float] = {}
@@ -150,7 +177,47 @@ class Worker(CompatibleWorker):
             return False
         return is_polling
 
+    async def start(self, *args: Any, **options: Any) -> None:
+        """Poll regularly, and whenever a run may have become due, until the worker is cancelled."""
+        others = [asyncio.create_task(each) for each in (self._listen(), self._poll_on_schedule())]
+        try:
+            await super().start(*args, **options)
+        finally:
+            for each in others:
+                each.cancel()
+            await asyncio.wait(others)
+
+    async def _listen(self) -> None:
+        """Schedule a poll at each event of the pool that makes a run claimable. Connect again after each failure."""
+        while True:
+            try:
+                async with contextlib.aclosing(self.watch_runs()) as runs:
+                    async for run in runs:
+                        self._is_listening = True
+                        if run:
+                            self._polls.expect(run)
+                        self._polls.add(datetime.now(UTC) + timedelta(seconds=0 if run else RETRY_SECONDS))
+            except Exception as error:
+                # Whatever the failure is, regular polls find all runs.
+                if self._is_listening:
+                    self.logger.warning("No events from the Prefect API: %s. Polling regularly.", error)
+                self._is_listening = False
+            await asyncio.sleep(LISTEN_RETRY_SECONDS)
+
+    async def _poll_on_schedule(self) -> None:
+        """Poll at each moment of the schedule."""
+        while True:
+            await self._polls.wait()
+            while self.submitting - self._answered_claims:
+                await asyncio.sleep(CLAIM_CHECK_SECONDS)
+            with contextlib.suppress(HTTPError):  # the next regular poll raises it, if it lasts
+                await self._poll()
+
     async def get_and_submit_flow_runs(self) -> list[FlowRun]:
+        """Poll once, and schedule polls for the runs that become due before the next regular poll."""
+        return await self._poll(is_regular=True)
+
+    async def _poll(self, *, is_regular: bool = False) -> list[FlowRun]:
         """Poll once, unless the worker drains or a claim of an earlier poll is in progress.
 
         The server counts runs against the limits of pool and queue from Pending on. A poll before the last claims are
@@ -158,12 +225,18 @@ class Worker(CompatibleWorker):
         """
         async with self._poll_lock:
             self._answered_claims &= self.submitting
-            if self._is_draining or self.submitting - self._answered_claims:
+            if self._is_draining or not self.is_setup or self.submitting - self._answered_claims:
                 return []
             try:
                 if self._is_api_down and not self.has_synchronized:
                     await super().synchronize()
                 runs = await super().get_and_submit_flow_runs()
+                self._polls.forget(self.submitting)
+                if runs:
+                    # A poll returns as many runs as the limits of the server and of the worker allow.
+                    self._polls.add(datetime.now(UTC) + timedelta(seconds=NEXT_PAGE_SECONDS))
+                if is_regular or self._polls.is_expecting:
+                    await self._schedule_polls()
             except HTTPError as error:
                 self._handle_outage(error)
                 self.record_poll()
@@ -172,6 +245,29 @@ class Worker(CompatibleWorker):
                 self.logger.info("The Prefect API answers again.")
                 self._is_api_down = False
             return runs
+
+    async def _schedule_polls(self) -> None:
+        """Schedule a poll for each run that becomes due before the next regular poll, and for expected runs."""
+        if not self.has_work_pool:
+            return
+        # Prefect's worker cuts the fraction off, too.
+        prefetch = timedelta(seconds=int(self.get_status()["settings"]["prefetch_seconds"]))
+        begin = datetime.now(UTC) + prefetch
+        end = begin + timedelta(seconds=REGULAR_POLLS_AHEAD * get_current_settings().worker.query_seconds)
+        runs = await self.client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(
+                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
+                next_scheduled_start_time=FlowRunFilterNextScheduledStartTime(after_=begin, before_=end),
+            ),
+            work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[self.work_pool.name])),
+            sort=FlowRunSort.NEXT_SCHEDULED_START_TIME_ASC,
+        )
+        for run in runs:
+            if run.next_scheduled_start_time:
+                self._polls.add(run.next_scheduled_start_time - prefetch)
+        self._polls.forget({run.id for run in runs})
+        if self._polls.count_retry():
+            self._polls.add(datetime.now(UTC) + timedelta(seconds=RETRY_SECONDS))
 
     async def read_due_runs(self) -> list[WorkerFlowRunResponse]:
         """Read which runs are due, without retries."""

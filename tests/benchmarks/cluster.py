@@ -54,7 +54,7 @@ from tests.e2e.release import (
     probe_config_map,
     server_values,
 )
-from tests.e2e.runs import create_deployment, start_run, wait_for_log, wait_until_ended
+from tests.e2e.runs import create_deployment, read_log, start_run, wait_for_log, wait_until_ended
 from tests.parts import wait_until
 
 FLOW_FILE = Path(first_line_flow.__file__)
@@ -95,30 +95,36 @@ def watched_jobs(url: str) -> Iterator[dict[str, float]]:
         url: a proxy to the API of Kubernetes, whose own timestamps are whole seconds.
     """
     created: dict[str, float] = {}
-    is_open = threading.Event()
+    is_over = threading.Event()
 
     def watch(client: httpx.Client) -> None:
         query = {"watch": "1", "labelSelector": RUN_LABEL}
-        with (
-            contextlib.suppress(httpx.HTTPError),  # the proxy ends after the block
-            client.stream("GET", "/apis/batch/v1/jobs", params=query) as answer,
-        ):
-            is_open.set()
-            for line in answer.iter_lines():
-                now, job = time.time(), json.loads(line)["object"]
-                created.setdefault(job["metadata"]["labels"][RUN_LABEL], now)
+        while not is_over.is_set():
+            # Kubernetes ends a watch now and then, and the proxy ends after the block.
+            with (
+                contextlib.suppress(httpx.HTTPError),
+                client.stream("GET", "/apis/batch/v1/jobs", params=query) as answer,
+            ):
+                for line in answer.iter_lines():
+                    now, event = time.time(), json.loads(line)
+                    if event["type"] == "ADDED":
+                        created.setdefault(event["object"]["metadata"]["labels"][RUN_LABEL], now)
+            is_over.wait(0.2)
 
     with httpx.Client(base_url=url, timeout=None) as client:  # noqa: S113 - a watch lasts
-        watcher = threading.Thread(target=watch, args=[client], daemon=True)
-        watcher.start()
-        is_open.wait(10)
-        yield created
+        threading.Thread(target=watch, args=[client], daemon=True).start()
+        try:
+            yield created
+        finally:
+            is_over.set()
 
 
 def measure_run(api: httpx.Client, deployment: str, jobs: dict[str, float]) -> dict[str, float]:
     """Start a run, wait until it has ended, and return the seconds of its phases."""
     run = start_run(api, deployment)
     ended = wait_until_ended(api, run)
+    if ended["state_type"] != "COMPLETED":
+        raise ClusterError(f"Run {run} is {ended['state_name']}: {ended['state']['message']} {read_log(api, run)}")
     [line] = [line for line in wait_for_log(api, run, "first line at") if line.startswith("first line at")]
     first, container = (float(number) for number in re.findall(r"[\d.]+", line))
     times: dict[str, float] = {}

@@ -20,7 +20,7 @@ from prefect import flow
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.settings import (
     PREFECT_API_AUTH_STRING,
     PREFECT_API_URL,
@@ -29,7 +29,7 @@ from prefect.settings import (
     PREFECT_WORKER_QUERY_SECONDS,
     temporary_settings,
 )
-from prefect.states import Scheduled
+from prefect.states import Completed, Scheduled
 from prefect.workers.base import BaseWorker
 from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerResult
 
@@ -196,6 +196,99 @@ def test_worker_survives_an_outage_of_the_api(
     """
     monkeypatch.setattr(kubernetes_worker, "CONNECT_TIMEOUT_SECONDS", 0.2)
     assert asyncio.run(_count_polls_with_outages(prefect_server, free_port(), absent)) >= 15
+
+
+def _claims_of_a_worker_that_hardly_polls(
+    url: str,
+    steps: Callable[[PrefectClient, UUID, Callable[[UUID], Awaitable[State]]], Awaitable[None]],
+    **options: Any,
+) -> None:
+    """Run a worker whose regular polls are minutes apart, and take the steps of a test.
+
+    Args:
+        url: the URL of the API for the worker.
+        steps: called with a client, the id of a deployment in the worker's pool, and a function that waits until a run
+            is claimed and returns the state.
+        options: options of the worker; `pool_limit` is the concurrency limit of the pool.
+    """
+    pool, pool_limit = f"due-{uuid4().hex[:6]}", options.pop("pool_limit", None)
+
+    async def run() -> None:
+        async with get_client() as client:
+            made = await _deployment(client, pool, pool_limit)
+
+            async def claimed(run: UUID) -> State:
+                while True:
+                    states = await client.read_flow_run_states(run)
+                    if found := [state for state in states if state.name == "Pending"]:
+                        return found[0]
+                    await asyncio.sleep(0.05)
+
+            with temporary_settings({PREFECT_API_URL: url, PREFECT_WORKER_QUERY_SECONDS: 300}):
+                tested = _WithoutJobs(work_pool_name=pool, create_pool_if_not_found=False, **options)
+                working = asyncio.create_task(tested.start())
+                try:
+                    async with asyncio.timeout(60):
+                        while not tested._is_listening:
+                            await asyncio.sleep(0.05)
+                        await steps(client, made, claimed)
+                finally:
+                    working.cancel()
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await working
+
+    asyncio.run(run())
+
+
+async def _start(client: PrefectClient, deployment: UUID, seconds: float = 0) -> UUID:
+    """Schedule a run that becomes due after some seconds."""
+    due = Scheduled(scheduled_time=datetime.now(UTC) + timedelta(seconds=seconds))
+    return (await client.create_flow_run_from_deployment(deployment, state=due)).id
+
+
+def test_worker_claims_a_run_when_it_becomes_due(prefect_server: str) -> None:
+    async def steps(client: PrefectClient, made: UUID, claimed: Callable[[UUID], Awaitable[State]]) -> None:
+        for seconds in (0, 2.5):
+            run = await _start(client, made, seconds)
+            state = await claimed(run)
+            assert state.timestamp >= (await client.read_flow_run(run)).expected_start_time - timedelta(seconds=1)
+
+    _claims_of_a_worker_that_hardly_polls(prefect_server, steps, prefetch_seconds=1)
+
+
+def test_worker_claims_a_run_when_a_slot_becomes_free(prefect_server: str) -> None:
+    async def steps(client: PrefectClient, made: UUID, claimed: Callable[[UUID], Awaitable[State]]) -> None:
+        first, second = await _start(client, made), await _start(client, made)
+        await claimed(first)
+        await asyncio.sleep(2)
+        assert await _states(client, [first, second]) == {"PENDING": 1, "SCHEDULED": 1}
+        await client.set_flow_run_state(first, Completed(), force=True)
+        await claimed(second)
+
+    _claims_of_a_worker_that_hardly_polls(prefect_server, steps, pool_limit=1)
+
+
+def test_worker_claims_all_due_runs_with_a_limit_of_its_own(prefect_server: str) -> None:
+    async def steps(client: PrefectClient, made: UUID, claimed: Callable[[UUID], Awaitable[State]]) -> None:
+        for run in [await _start(client, made) for _ in range(3)]:
+            await claimed(run)
+
+    _claims_of_a_worker_that_hardly_polls(prefect_server, steps, limit=1)
+
+
+def test_worker_claims_a_run_that_became_due_while_it_was_disconnected(prefect_server: str) -> None:
+    port = free_port()
+    with contextlib.ExitStack() as relay:
+        relay.enter_context(relayed(port, prefect_server))
+
+        async def steps(client: PrefectClient, made: UUID, claimed: Callable[[UUID], Awaitable[State]]) -> None:
+            await claimed(await _start(client, made))
+            relay.close()
+            run = await _start(client, made)
+            relay.enter_context(relayed(port, prefect_server))
+            await claimed(run)
+
+        _claims_of_a_worker_that_hardly_polls(f"http://127.0.0.1:{port}/api", steps)
 
 
 ONE_RETRY = {
