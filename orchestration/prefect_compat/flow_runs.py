@@ -4,14 +4,19 @@ The engine imports this module before the supervisor lets the run begin, and nee
 """
 
 import runpy
+import time
 import warnings
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import anyio
 import httpx
 import prefect
 from prefect.client import base
+from prefect.client.schemas.objects import State
+from prefect.flow_engine import AsyncFlowRunEngine, FlowRunEngine
 from prefect.runner._workspace_resolver import prepare_workspace_for_flow_run
 from prefect.runner._workspace_starter import workspace_environment
 from prefect.utilities.math import clamped_poisson_interval
@@ -78,6 +83,34 @@ def _observed(send: Callable[..., Any], observe: Callable[[httpx.Request, httpx.
         return answered()
 
     return sent
+
+
+def hold_until_due(now: Callable[[], datetime]) -> None:
+    """Let a flow run become Running at its scheduled time, and not before.
+
+    Replaces: `begin_run` of both engines in `prefect.flow_engine`
+    Why: the server rounds the time until then to whole seconds, so that runs begin up to half a second early or late
+    Until: the server tells the time with its fraction
+
+    Args:
+        now: returns the server's time.
+    """
+    begin, begin_async = FlowRunEngine.begin_run, AsyncFlowRunEngine.begin_run
+
+    def seconds_left(engine: FlowRunEngine[Any, Any] | AsyncFlowRunEngine[Any, Any]) -> float:
+        due = engine.state.state_details.scheduled_time
+        return max((due - now()).total_seconds(), 0.0) if due else 0.0
+
+    def begin_on_time(engine: FlowRunEngine[Any, Any]) -> State[Any]:
+        time.sleep(seconds_left(engine))
+        return begin(engine)
+
+    async def begin_async_on_time(engine: AsyncFlowRunEngine[Any, Any]) -> State[Any]:
+        await anyio.sleep(seconds_left(engine))
+        return await begin_async(engine)
+
+    FlowRunEngine.begin_run = begin_on_time  # type: ignore[assignment,method-assign]
+    AsyncFlowRunEngine.begin_run = begin_async_on_time  # type: ignore[assignment,method-assign]
 
 
 class Workspace(NamedTuple):

@@ -6,6 +6,8 @@ Prefect's command fetches the flow's code in a second process and executes the f
 Prefect: on a small machine that is half of the time to a run's first line. The engine calls the same parts of Prefect
 3.9 in one process. Its parent is the supervisor, `orchestration.runs.supervisor`.
 
+A run that was submitted early waits here for its scheduled time, with all modules and the flow loaded.
+
 Prefect's clients behave differently here in two ways:
 
 - They retry from their first request on. Otherwise they retry a request without an answer only after they have had an
@@ -27,6 +29,7 @@ from orchestration.prefect_protocol import FLOW_RUN_ID_VARIABLE
 from orchestration.runs import signed_results, workspace
 from orchestration.runs.engine_process import GATE_VARIABLE
 from orchestration.runs.lease_ledger import LeaseLedger
+from orchestration.runs.server_clock import ServerClock
 
 LONGEST_RETRY_PAUSE_SECONDS = 15.0
 
@@ -42,11 +45,19 @@ def _wait_to_begin() -> None:
                 sys.exit(1)  # the supervisor has died
 
 
+def adapt_prefect() -> None:
+    """Let Prefect's engine record leases, begin runs on time, and sign results."""
+    flow_runs.observe_responses(LeaseLedger().observe)
+    clock = ServerClock()
+    flow_runs.observe_responses(clock.observe)
+    flow_runs.hold_until_due(clock.now)
+    signed_results.require_signatures()
+
+
 def main() -> None:
     """Execute the run that the environment names."""
     _wait_to_begin()
-    flow_runs.observe_responses(LeaseLedger().observe)
-    signed_results.require_signatures()
+    adapt_prefect()
     # Nothing deletes the folder before the container is gone: at its exit this process still sends logs from there.
     folder = tempfile.mkdtemp(prefix="prefect-flow-run-")
     before = workspace.snapshot()

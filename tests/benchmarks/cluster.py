@@ -48,6 +48,7 @@ from tests.e2e.release import (
     Release,
     build_image,
     connection_values,
+    copy_credentials,
     install_pool,
     merge_values,
     pool_values,
@@ -174,11 +175,11 @@ def _container_start_source() -> str:
     return f"import os\nfrom pathlib import Path\n{function}"
 
 
-def deploy_prefects_worker(server: Release, image: str) -> str:
-    """Start `prefect worker start` in the server's namespace; return the name of its work pool."""
+def install_prefects_worker(server: Release, namespace: Namespace, image: str) -> Pool:
+    """Start `prefect worker start` in a namespace without services, whose variables Prefect would take for settings."""
     from prefect_kubernetes.worker import KubernetesWorker
 
-    namespace, pool = server.namespace, "upstream"
+    pool = "upstream"
     template = KubernetesWorker.get_default_base_job_template()
     pod = template["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
     # The one change of the default template: the flow's file.
@@ -200,7 +201,7 @@ def deploy_prefects_worker(server: Release, image: str) -> str:
         "args": ["prefect", "worker", "start", "--type", "kubernetes", "--pool", pool],
         "env": [
             {"name": "PREFECT_HOME", "value": "/tmp/prefect"},  # noqa: S108 - in the pod
-            {"name": "PREFECT_API_URL", "value": "http://prefect-server-api:4200/api"},
+            {"name": "PREFECT_API_URL", "value": connection_values(server, pool)["api"]["url"]},
             {"name": "PREFECT_API_AUTH_STRING", "valueFrom": password},
             {"name": "PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_NAMESPACES", "value": namespace.name},
             {"name": "PREFECT_KUBERNETES_CLUSTER_UID", "value": "local"},
@@ -219,14 +220,16 @@ def deploy_prefects_worker(server: Release, image: str) -> str:
     role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", **named}
     rbac = {"apiVersion": "rbac.authorization.k8s.io/v1", "metadata": named}
     subjects = [{"kind": "ServiceAccount", **named}]
+    copy_credentials(server, namespace)
     namespace.apply(
+        probe_config_map(FLOW_FILE),
         {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": named},
         rbac | {"kind": "Role", "rules": rules},
         rbac | {"kind": "RoleBinding", "roleRef": role, "subjects": subjects},
         {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": named, "spec": spec},
     )
     namespace.kubectl("rollout", "status", "deployment/upstream-worker", "--timeout=180s")
-    return pool
+    return Pool("none", "none", namespace, work_pool=pool)
 
 
 def values_of_pool(image: str) -> Object:
@@ -249,6 +252,7 @@ def installed(before: Path | None) -> Iterator[tuple[Release, dict[str, Pool], s
             other = stack.enter_context(new(context, "bench-before"))
             values = merge_values(values_of_pool(build_image(before)), connection_values(server, "before"))
             pools[BEFORE] = install_pool(server, other, values, probe, before)
+        pools[PREFECTS] = install_prefects_worker(server, stack.enter_context(new(context, "bench-prefect")), image)
         yield server, pools, image
 
 
@@ -259,10 +263,11 @@ def measure(pairs: int, before: Path | None) -> dict[str, list[dict[str, float]]
         kubernetes = stack.enter_context(httpx.Client(base_url=url, timeout=30))
         jobs = stack.enter_context(watched_jobs(url))
         entrypoint = "/probe/flow.py:first_line"
-        theirs = Pool("prefect-work-pool", "none", server.namespace, work_pool=deploy_prefects_worker(server, image))
-        variables = {"image": image, "namespace": server.namespace.name, "finished_job_ttl": 60}
-        deployments = {way: create_deployment(api, pool, entrypoint=entrypoint) for way, pool in pools.items()}
-        deployments[PREFECTS] = create_deployment(api, theirs, entrypoint=entrypoint, job_variables=variables)
+        theirs = {"image": image, "namespace": pools[PREFECTS].namespace.name, "finished_job_ttl": 60}
+        deployments = {
+            way: create_deployment(api, pool, entrypoint=entrypoint, job_variables=theirs if way == PREFECTS else {})
+            for way, pool in pools.items()
+        }
         starts: dict[str, Start] = {
             way: lambda deployment=deployment: measure_run(api, deployment, jobs)  # type: ignore[misc]
             for way, deployment in deployments.items()

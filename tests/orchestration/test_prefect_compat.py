@@ -307,6 +307,22 @@ CONTRACTS: dict[str, list[Check]] = {
         (signature(f"{BASE}._get_scheduled_flow_runs"), "(self)"),
         (lacks(f"{BASE}.get_and_submit_flow_runs", "self._get_scheduled_flow_runs("), []),
     ],
+    "workers.CompatibleWorker.watch_runs": [
+        (lambda: _worker()._work_pool_name, "none"),
+        (
+            lacks(
+                "prefect.server.models.events:flow_run_state_change_event",
+                'event=f"prefect.flow-run.{validated_state.name}"', '"prefect.state-type": validated_state.type.value',
+                'f"prefect.flow-run.{flow_run.id}"',
+            ),
+            [],
+        ),
+        (lacks("prefect.server.models.events:_as_resource_data", '"role": "work-pool"', '"name": work_pool.name'), []),
+        (
+            signature("prefect.events.clients:get_events_subscriber"),
+            "(filter=None, reconnection_attempts=10, reconnect_on_clean_close=False)",
+        ),
+    ],
     "workers.CompatibleWorker.synchronize": [
         (signature(f"{BASE}._sync_and_initialize"), "(self)"),
         (lacks(f"{BASE}.start", "workload=self._sync_and_initialize"), []),
@@ -346,6 +362,13 @@ CONTRACTS: dict[str, list[Check]] = {
     ],
     "flow_runs.observe_responses": [
         (signature(f"{HTTP}{each}Client.send"), "(self, request, *args, **kwargs)") for each in ("Async", "Sync")
+    ],
+    "flow_runs.hold_until_due": [
+        *(
+            (signature(f"prefect.flow_engine:{name}.begin_run"), "(self)")
+            for name in ("FlowRunEngine", "AsyncFlowRunEngine")
+        ),
+        (lacks("prefect.server.orchestration.core_policy:WaitForScheduledTime", "round(delay.microseconds / 1e6)"), []),
     ],
     "flow_runs.prepare_workspace": [
         (

@@ -359,6 +359,59 @@ def test_flow_that_keeps_pythons_lock_has_the_whole_grace_period(run: Callable[.
     assert made.notes()[1:] == ["working", "released", "cleaned up"]
 
 
+DUE_FLOW = """
+import asyncio
+from datetime import UTC, datetime, timedelta
+
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.flow_engine import run_flow
+from prefect.states import Pending, Scheduled
+
+from orchestration.runs import engine
+
+engine.adapt_prefect()
+
+
+@flow
+def first_line():
+    return datetime.now(UTC)
+
+
+@flow
+async def first_line_async():
+    return datetime.now(UTC)
+
+
+async def claim(flow, due):
+    async with get_client() as client:
+        run = await client.create_flow_run(flow, state=Scheduled(scheduled_time=due))
+        await client.set_flow_run_state(run.id, Pending())
+        return await client.read_flow_run(run.id)
+
+
+for number in range(8):
+    flow_of_run = first_line_async if number % 2 else first_line
+    due = datetime.now(UTC) + timedelta(seconds=1 + number / 8)
+    run = asyncio.run(claim(flow_of_run, due))
+    first = run_flow(flow_of_run, flow_run=run)
+    if number % 2:
+        first = asyncio.run(first)
+    print((first - due).total_seconds())
+"""
+
+
+def test_first_line_never_comes_before_the_due_time(prefect_server: str, tmp_path: Path) -> None:
+    """The server rounds the time until then to whole seconds: without a hold, half of the runs begin too early."""
+    (tmp_path / "due.py").write_text(DUE_FLOW)
+    env = os.environ | {"PREFECT_API_URL": prefect_server, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, tmp_path / "due.py"], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    late = [float(line) for line in done.stdout.split()]
+    assert len(late) == 8
+    assert min(late) >= 0, late
+
+
 @pytest.mark.parametrize("given_away", [False, True])
 def test_claim_executes_its_run_unless_it_was_given_away(run: Callable[..., Run], given_away: bool) -> None:
     made = run()

@@ -242,7 +242,7 @@ def _claims_of_a_worker_that_hardly_polls(
 
 async def _start(client: PrefectClient, deployment: UUID, seconds: float = 0) -> UUID:
     """Schedule a run that becomes due after some seconds."""
-    due = Scheduled(scheduled_time=datetime.now(UTC) + timedelta(seconds=seconds))
+    due: State[Any] = Scheduled(scheduled_time=datetime.now(UTC) + timedelta(seconds=seconds))
     return (await client.create_flow_run_from_deployment(deployment, state=due)).id
 
 
@@ -251,7 +251,9 @@ def test_worker_claims_a_run_when_it_becomes_due(prefect_server: str) -> None:
         for seconds in (0, 2.5):
             run = await _start(client, made, seconds)
             state = await claimed(run)
-            assert state.timestamp >= (await client.read_flow_run(run)).expected_start_time - timedelta(seconds=1)
+            due: datetime | None = (await client.read_flow_run(run)).expected_start_time
+            assert due
+            assert state.timestamp >= due - timedelta(seconds=1)
 
     _claims_of_a_worker_that_hardly_polls(prefect_server, steps, prefetch_seconds=1)
 
