@@ -343,6 +343,7 @@ def test_run_cannot_write_a_deployment_run_that_it_created(
     ("role", "path", "is_open"),
     [
         ("worker", "/events/in", True),
+        ("worker", "/events/out", True),
         ("viewer", "/events/in", False),
         ("viewer", "/logs/out", True),
         ("run", "/task_runs/subscriptions/scheduled", False),
