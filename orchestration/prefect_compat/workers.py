@@ -4,7 +4,7 @@ import abc
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Iterable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -139,6 +139,26 @@ class CompatibleWorker(KubernetesWorker, abc.ABC):
         """
         return await super()._get_scheduled_flow_runs()
 
+    async def read_later_due_runs(self, after: datetime) -> list[WorkerFlowRunResponse]:
+        """Read which runs of the pool are due that became due after a moment.
+
+        Replaces: `BaseWorker._get_scheduled_flow_runs`, `BaseWorker._prefetch_seconds`, `BaseWorker._work_queues`
+        Why: the first runs in line may all wait for one deployment's slot, and the others would wait behind them
+        Until: the server leaves out runs whose deployment has no free slot
+        """
+        body = {
+            "work_queue_names": list(self._work_queues),
+            "scheduled_before": str(datetime.now(UTC) + timedelta(seconds=int(self._prefetch_seconds))),
+            "scheduled_after": str(after),
+        }
+        answer = await self.client.request(
+            "POST",
+            "/work_pools/{name}/get_scheduled_flow_runs",
+            path_params={"name": self._work_pool_name},
+            json=body,
+        )
+        return WorkerFlowRunResponse.model_validate_list(answer.json())
+
     async def _get_scheduled_flow_runs(self) -> list[WorkerFlowRunResponse]:
         return await self.read_due_runs()
 
@@ -170,9 +190,11 @@ class CompatibleWorker(KubernetesWorker, abc.ABC):
 
         of_pool = {"prefect.resource.role": "work-pool", "prefect.resource.name": self._work_pool_name}
         states = ["SCHEDULED", *sorted(FINAL_STATES)]
+        # The server sets these states of runs that are not claimable now, or have been for a while.
+        waiting = ["prefect.flow-run.AwaitingConcurrencySlot", "prefect.flow-run.Late"]
         subscriber = get_events_subscriber(
             EventFilter(
-                event=EventNameFilter(prefix=["prefect.flow-run."]),
+                event=EventNameFilter(prefix=["prefect.flow-run."], exclude_name=waiting),
                 resource=EventResourceFilter(labels=ResourceSpecification({"prefect.state-type": states})),
                 any_resource=EventAnyResourceFilter(labels=ResourceSpecification(of_pool)),
             ),

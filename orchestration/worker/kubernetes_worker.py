@@ -23,9 +23,11 @@ Prefect's settings have the intervals: `PREFECT_WORKER_QUERY_SECONDS`, `PREFECT_
 
 import asyncio
 import contextlib
+import math
 import os
 import sys
 import time
+from collections import Counter
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from typing import Any
@@ -106,6 +108,18 @@ CLAIM_CHECK_SECONDS = 0.02
 NEXT_PAGE_SECONDS = 1.0
 """How soon the worker polls again after a poll that returned runs: it may not have returned all."""
 
+CLAIMS_PER_DEPLOYMENT = 10
+"""How many runs of a deployment the worker claims at once. A claim that the server refuses takes as long as others."""
+
+WAITING_STATE = "AwaitingConcurrencySlot"
+"""The name of the state of a run whose deployment has reached its limit. The server sets the run's next due time."""
+
+WAITING_POLL_SECONDS = 2.0
+"""The least time between two polls for runs in that state."""
+
+MAX_PAGES = 10
+"""How many pages of due runs the worker reads at once."""
+
 REGULAR_POLLS_AHEAD = 2.0
 """How far ahead the worker looks for due times, in intervals of its regular polls, which Prefect varies by a third."""
 
@@ -145,6 +159,8 @@ class Worker(CompatibleWorker):
         self._poll_lock = asyncio.Lock()
         self._polls = PollSchedule()
         self._is_listening = False
+        self._has_left_out = False
+        """Whether the newest poll has left out runs of a deployment with many due runs."""
         self._answered_claims: set[UUID] = set()
         """Runs whose claim the server has granted or refused."""
         self._claim_times: dict[UUID, float] = {}
@@ -230,11 +246,13 @@ class Worker(CompatibleWorker):
             try:
                 if self._is_api_down and not self.has_synchronized:
                     await super().synchronize()
+                self._has_left_out = False
                 runs = await super().get_and_submit_flow_runs()
                 self._polls.forget(self.submitting)
                 if runs:
                     # A poll returns as many runs as the limits of the server and of the worker allow.
-                    self._polls.add(datetime.now(UTC) + timedelta(seconds=NEXT_PAGE_SECONDS))
+                    pause = 0 if self._has_left_out else NEXT_PAGE_SECONDS
+                    self._polls.add(datetime.now(UTC) + timedelta(seconds=pause))
                 if is_regular or self._polls.is_expecting:
                     await self._schedule_polls()
             except HTTPError as error:
@@ -263,17 +281,45 @@ class Worker(CompatibleWorker):
             sort=FlowRunSort.NEXT_SCHEDULED_START_TIME_ASC,
         )
         for run in runs:
-            if run.next_scheduled_start_time:
-                self._polls.add(run.next_scheduled_start_time - prefetch)
+            if not run.next_scheduled_start_time:
+                continue
+            due = run.next_scheduled_start_time.timestamp()
+            if run.state_name == WAITING_STATE:
+                # Of these there may be hundreds, most of which the server refuses again.
+                due = math.ceil(due / WAITING_POLL_SECONDS) * WAITING_POLL_SECONDS
+            self._polls.add(datetime.fromtimestamp(due, UTC) - prefetch)
         self._polls.forget({run.id for run in runs})
         if self._polls.count_retry():
             self._polls.add(datetime.now(UTC) + timedelta(seconds=RETRY_SECONDS))
 
     async def read_due_runs(self) -> list[WorkerFlowRunResponse]:
-        """Read which runs are due, without retries."""
+        """Read which runs are due, without retries: at most `CLAIMS_PER_DEPLOYMENT` of each deployment.
+
+        The server returns the runs that are due first, also those of a deployment whose limit is reached. It refuses
+        their claims one by one, and returns each of them again half a minute later. So the runs in line are read
+        further, until each deployment has had its share.
+        """
+        found: list[WorkerFlowRunResponse] = []
+        shares: Counter[UUID | None] = Counter()
         # The next poll is the retry. The client's retries would find the API half a minute after it is back.
         with self._settings_without_retries.model_copy():
-            return await super().read_due_runs()
+            page = await super().read_due_runs()
+            limit = len(page)  # the server's page, or the free slots of pool and queue
+            for _ in range(MAX_PAGES):
+                left_out = set()
+                for each in page:
+                    shares[each.flow_run.deployment_id] += 1
+                    if shares[each.flow_run.deployment_id] > CLAIMS_PER_DEPLOYMENT:
+                        left_out.add(each.flow_run.id)
+                    elif len(found) < limit:
+                        found.append(each)
+                self._polls.forget(left_out)
+                last = page[-1].flow_run.next_scheduled_start_time if page else None
+                if not left_out or last is None or len(found) >= limit:
+                    break
+                self._has_left_out = True
+                page = await self.read_later_due_runs(last + timedelta(microseconds=1))
+        return found
 
     async def synchronize(self) -> None:
         """Send a heartbeat and read the pool. If the API does not answer, the next poll tries again."""

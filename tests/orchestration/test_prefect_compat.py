@@ -323,6 +323,14 @@ CONTRACTS: dict[str, list[Check]] = {
             "(filter=None, reconnection_attempts=10, reconnect_on_clean_close=False)",
         ),
     ],
+    "workers.CompatibleWorker.read_later_due_runs": [
+        (lambda: (_worker()._work_queues, _worker()._prefetch_seconds > 0), (set(), True)),
+        (lacks(f"{BASE}._get_scheduled_flow_runs", "seconds=int(self._prefetch_seconds)"), []),
+        (
+            lacks("prefect.server.api.workers:get_scheduled_flow_runs", "scheduled_after: DateTime = Body("),
+            [],
+        ),
+    ],
     "workers.CompatibleWorker.synchronize": [
         (signature(f"{BASE}._sync_and_initialize"), "(self)"),
         (lacks(f"{BASE}.start", "workload=self._sync_and_initialize"), []),

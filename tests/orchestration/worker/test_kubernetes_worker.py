@@ -18,7 +18,7 @@ from kubernetes_asyncio.client import ApiClient, BatchV1Api
 from kubernetes_asyncio.client.exceptions import ApiException
 from prefect import flow
 from prefect.client.orchestration import PrefectClient, get_client
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.settings import (
@@ -276,6 +276,39 @@ def test_worker_claims_all_due_runs_with_a_limit_of_its_own(prefect_server: str)
             await claimed(run)
 
     _claims_of_a_worker_that_hardly_polls(prefect_server, steps, limit=1)
+
+
+def test_runs_that_wait_for_a_slot_do_not_delay_another_deployment(
+    prefect_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server returns the runs that became due first, as many as the pool has slots, and refuses them one by one."""
+    monkeypatch.setattr(kubernetes_worker, "CLAIMS_PER_DEPLOYMENT", 2)
+    claims: list[UUID | None] = []
+    propose = BaseWorker._propose_pending_state
+
+    async def propose_noted(self: Any, flow_run: FlowRun) -> bool:
+        claims.append(flow_run.deployment_id)
+        return bool(await propose(self, flow_run))
+
+    async def steps(client: PrefectClient, made: UUID, claimed: Callable[[UUID], Awaitable[State]]) -> None:
+        pool = str((await client.read_deployment(made)).work_pool_name)
+        flow_id = await client.create_flow(nothing)
+        limited = await client.create_deployment(flow_id, "limited", work_pool_name=pool, concurrency_limit=1)
+        await claimed(await _start(client, limited))
+        ends = await _start(client, made)
+        await claimed(ends)
+        await client.update_work_pool(pool, WorkPoolUpdate(is_paused=True))
+        for _ in range(8):
+            await _start(client, limited)
+        other = await _start(client, made)
+        await client.update_work_pool(pool, WorkPoolUpdate(is_paused=False))
+        claims.clear()
+        await client.set_flow_run_state(ends, Completed(), force=True)  # after which the worker polls
+        await claimed(other)
+        assert claims.index(made) <= 2, "at most two claims of the other deployment come first"
+
+    with patch.object(BaseWorker, "_propose_pending_state", propose_noted):
+        _claims_of_a_worker_that_hardly_polls(prefect_server, steps, pool_limit=5, prefetch_seconds=1)
 
 
 def test_worker_claims_a_run_that_became_due_while_it_was_disconnected(prefect_server: str) -> None:
