@@ -256,8 +256,14 @@ def installed(before: Path | None) -> Iterator[tuple[Release, dict[str, Pool], s
         yield server, pools, image
 
 
-def measure(pairs: int, before: Path | None) -> dict[str, list[dict[str, float]]]:
-    """Return the phases of each start, by way."""
+def measure(pairs: int, minutes: float, before: Path | None) -> dict[str, list[dict[str, float]]]:
+    """Return the phases of each start, by way.
+
+    Args:
+        pairs: how many starts of each way.
+        minutes: begin no further round of starts after this time.
+        before: another checkout, or None.
+    """
     with installed(before) as (server, pools, image), server.api() as api, contextlib.ExitStack() as stack:
         url = stack.enter_context(proxied(server.namespace.context))
         kubernetes = stack.enter_context(httpx.Client(base_url=url, timeout=30))
@@ -277,7 +283,10 @@ def measure(pairs: int, before: Path | None) -> dict[str, list[dict[str, float]]
         for start in starts.values():
             start()  # the first of each loads what later ones find in caches
         found: dict[str, list[dict[str, float]]] = {way: [] for way in starts}
+        end = time.monotonic() + 60 * minutes
         for number in range(pairs):
+            if number and time.monotonic() > end:
+                break
             for way in [*starts] if number % 2 else [*reversed(starts)]:
                 time.sleep(random.uniform(0, LONGEST_PAUSE_SECONDS))  # noqa: S311 - no secret
                 found[way].append(starts[way]())
@@ -319,12 +328,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, append and draw; return the exit status: 1 without a cluster."""
     parser = argparse.ArgumentParser(description="Measure the time from a run's creation to its first line.")
     parser.add_argument("--pairs", type=int, default=15, help="starts of each way")
+    parser.add_argument("--minutes", type=float, default=60, help="begin no further round of starts after this time")
     parser.add_argument("--before", type=Path, help="another checkout, whose pool is measured as well")
     options = parser.parse_args(arguments)
     parts = f"Kubernetes, both charts on one node, load {os.getloadavg()[0]:.1f} before"
     try:
         with results_table(parts) as report:
-            found = measure(options.pairs, options.before and options.before.resolve())
+            found = measure(options.pairs, options.minutes, options.before and options.before.resolve())
             report(figures(found))
     except ClusterError as error:
         print(f"{error}.", file=sys.stderr)

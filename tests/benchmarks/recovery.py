@@ -5,7 +5,7 @@
 The retry is timed from SIGKILL of the run's processes to the first line of the next run attempt. Starts are compared in
 alternating pairs.
 
-The local cluster executes one run at a time. The reconciler looks every second, and the worker polls every two. The
+The local cluster executes one run at a time. The reconciler looks every second, and the worker listens to events. The
 moments of death and of the first line come from the run's journal, which is written four times a second; all others
 come from the run's states. The table is printed and appended to results.md.
 """
