@@ -39,11 +39,12 @@ PORT ?= 4200
 JSON ?=
 PAIRS ?= 7
 POSTGRES ?=
+BEFORE ?=
 RUN_IMAGES ?=
 
 # Variables from the command line and the environment are data: make expands no `$` in them, and the shell gets them quoted.
 GIVEN := DAY FULL_REFRESH SELECT FIRST LAST CMD TESTS CHANGED FOR KILLS ROUNDS MINUTES RUNS SEED REGISTRY BUILDER BASE_IMAGE IMAGE \
-	ENV KUBE_CONTEXT NAMESPACE RUN DEPLOYMENT PARAMETERS CONFIRM PORT PAIRS POSTGRES PROCESSES RUN_IMAGES
+	ENV KUBE_CONTEXT NAMESPACE RUN DEPLOYMENT PARAMETERS CONFIRM PORT PAIRS POSTGRES BEFORE PROCESSES RUN_IMAGES
 $(foreach name,$(GIVEN),$(if $(filter-out file,$(origin $(name))),$(eval \
 	$(if $(filter command,$(firstword $(origin $(name)))),override) $(name) := $$(value $(name)))))
 quoted = '$(subst ','\'',$(1))'
