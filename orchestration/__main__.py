@@ -9,11 +9,12 @@ import gc
 import platform
 import sys
 from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 # All other modules are imported by the command that needs them, so that --help is fast.
-from orchestration.errors import DeploymentsError, PipelineError, sentence
+from orchestration.errors import DeploymentsError, PipelineError, SettingsError, sentence
 from orchestration.terminal import printable_output
 
 if TYPE_CHECKING:
@@ -91,6 +92,19 @@ def parser() -> argparse.ArgumentParser:
     text = "print how much memory the runs of each deployment used, and suggest requests and limits"
     made = commands.add_parser("memory", help=text, description=text)
     made.add_argument("deployment", nargs="?", default="", metavar="DEPLOYMENT", help="NAME or FLOW/NAME; default: all")
+    made.add_argument("--json", action="store_true", help=as_json)
+    text = "settle runs in a restored database before a server uses it; exit status 2 if a person has to look"
+    made = commands.add_parser("settle", help=text, description=text)
+    made.add_argument(
+        "--backup", required=True, metavar="TIME", help="when the database was backed up: 2026-11-29T12:00:00Z"
+    )
+    made.add_argument("--stopped", default="", metavar="TIME", help="since when no worker claims runs; default: now")
+    made.add_argument(
+        "--executions", type=Path, metavar="FILE", help="the Jobs and pods of runs, as make restore writes them"
+    )
+    text = "the database on the same server that the restored one replaces; its records are evidence"
+    made.add_argument("--replaced", default="", metavar="NAME", help=text)
+    made.add_argument("--start-unknown", action="store_true", help="start due runs that may have been executed before")
     made.add_argument("--json", action="store_true", help=as_json)
     text = "run the reconcile loop, which brings runs and their pods into agreement, in the namespace of the pods"
     made = commands.add_parser("reconcile", help=text, description=text)
@@ -277,6 +291,30 @@ async def _memory(options: argparse.Namespace) -> int:
     return SUCCEEDED
 
 
+def _time(text: str) -> datetime:
+    """Return the time that an option gives, in UTC if it names no time zone.
+
+    Raises:
+        SettingsError: it is no time.
+    """
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        raise SettingsError(f"{text!r} is no time. Write it as 2026-11-29T12:00:00Z") from None
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
+
+
+async def _settle(options: argparse.Namespace) -> int:
+    from orchestration.recovery import server_database
+    from orchestration.recovery.settle import Moment, print_settlements, settle
+
+    moment = Moment(_time(options.backup), _time(options.stopped) if options.stopped else datetime.now(UTC))
+    replaced = server_database.libpq_url(options.replaced) if options.replaced else ""
+    found = await settle(options.executions, moment, replaced=replaced, start_unknown=options.start_unknown)
+    print_settlements(found, as_json=options.json)
+    return DIFFERS if any(settlement.needs_person for settlement in found) else SUCCEEDED
+
+
 async def _reconcile(options: argparse.Namespace) -> int:
     from orchestration.reconciler import loop
     from orchestration.reconciler.model import Policy
@@ -308,6 +346,7 @@ COMMANDS = {
     "why": _why,
     "explain": _explain,
     "memory": _memory,
+    "settle": _settle,
     "reconcile": _reconcile,
 }
 

@@ -35,14 +35,14 @@ def server_schedule(form: Mapping[str, Any]) -> Any:
     return next(made(**form) for kind, made in kinds.items() if kind in form)
 
 
-def schedule_dates(form: Mapping[str, Any], n: int, start: datetime) -> list[datetime]:
-    """Return the next `n` dates of a schedule in the form of the API, as the scheduler finds them.
+def schedule_dates(form: Mapping[str, Any], n: int, start: datetime, end: datetime | None = None) -> list[datetime]:
+    """Return the next `n` dates of a schedule in the form of the API, up to `end`, as the scheduler finds them.
 
     Replaces: `_get_dates_generator` of the classes in `prefect.server.schemas.schedules`
     Why: `orchestrate` shows when a deployment runs next, and whether runs are due during a sync
     Until: `get_dates` can be called without an event loop
     """
-    return sorted(server_schedule(form)._get_dates_generator(n=n, start=start))
+    return sorted(server_schedule(form)._get_dates_generator(n=n, start=start, end=end))
 
 
 def anchored_rrule(rrule: str, timezone: str) -> str:
@@ -119,6 +119,16 @@ def database_interface() -> "PrefectDBInterface":
     from prefect.server.database import provide_database_interface
 
     return provide_database_interface()
+
+
+def database_url() -> str:
+    """Return the URL of the database that the settings name, as SQLAlchemy takes it.
+
+    Replaces: `PrefectDBInterface.database_config`
+    Why: the settings name the database by a URL or by its parts
+    Until: a public function returns the URL
+    """
+    return str(database_interface().database_config.connection_url)
 
 
 def migrations_config() -> "Config":

@@ -256,6 +256,12 @@ def _unlike_storage_calls() -> list[str]:
     return re.findall(r"(?:read|write)_path", source)[len(called) :]
 
 
+def _absent_columns(model: str, *names: str) -> list[str]:
+    """Return those of some columns that a table of the server's database does not have."""
+    table = getattr(server_internals.database_interface(), model).__table__
+    return [name for name in names if name not in table.columns]
+
+
 Check = tuple[Callable[[], Any], Any]
 
 CONTRACTS: dict[str, list[Check]] = {
@@ -488,6 +494,70 @@ CONTRACTS: dict[str, list[Check]] = {
             True,
         ),
     ],
+    "server_internals.database_url": [
+        (lambda: hasattr(server_internals.database_interface().database_config, "connection_url"), True),
+    ],
+    "server_records.transaction": [
+        (
+            signature("prefect.server.database:PrefectDBInterface.session_context"),
+            "(self, begin_transaction=False, with_for_update=False)",
+        ),
+    ],
+    "server_records.read_runs": [
+        (lambda: _absent_columns("FlowRun", "id", "state_type", "end_time", "expected_start_time"), []),
+        (
+            lambda: {"next_scheduled_start_time", "parent_task_run_id", "deployment_id", "infrastructure_pid"}
+            - set(_object("prefect.server.schemas.core:FlowRun").model_fields),
+            set(),
+        ),
+    ],
+    "server_records.read_parents": [(lambda: _absent_columns("TaskRun", "id", "flow_run_id"), [])],
+    "server_records.read_pools": [(lambda: _absent_columns("WorkPool", "id", "default_queue_id"), [])],
+    "server_records.read_schedules": [
+        (lambda: _absent_columns("DeploymentSchedule", "id", "deployment_id", "active", "schedule"), []),
+        (lambda: _absent_columns("Deployment", "id", "flow_id", "name", "paused"), []),
+    ],
+    "server_records.read_keys": [(lambda: _absent_columns("FlowRun", "idempotency_key"), [])],
+    "server_records.schedule_key": [
+        (
+            lacks(
+                "prefect.server.models.deployments:_generate_scheduled_flow_runs",
+                'f"scheduled {deployment.id} {deployment_schedule.id} {date}"', "._get_dates_generator(",
+            ),
+            [],
+        ),
+    ],
+    "server_records.set_run_state": [
+        (
+            signature("prefect.server.models.flow_runs:set_flow_run_state"),
+            "(session, flow_run_id, state, force=False, flow_policy=None, orchestration_parameters=None, "
+            "client_version=None)",
+        ),
+        (lambda: _absent_columns("FlowRun", "labels", "infrastructure_pid"), []),
+    ],
+    "server_records.label_run": [(lambda: _absent_columns("FlowRun", "labels"), [])],
+    "server_records.create_run": [
+        (
+            signature("prefect.server.models.flow_runs:create_flow_run"),
+            "(db, session, flow_run, orchestration_parameters=None)",
+        ),
+        (signature("prefect.server.models.flows:create_flow"), "(db, session, flow)"),
+    ],
+    "server_records.reset_slots": [
+        (lambda: _absent_columns("ConcurrencyLimitV2", "id", "active_slots", "limit"), []),
+        (lambda: _absent_columns("ConcurrencyLimit", "active_slots"), []),
+        (lambda: _absent_columns("Deployment", "concurrency_limit_id"), []),
+    ],
+    "server_records.read_previous_runs": [
+        (
+            lambda: _absent_columns(
+                "FlowRun", "parameters", "tags", "auto_scheduled", "job_variables", "state_id", "state_name", "created"
+            ),
+            [],
+        ),
+        (lambda: _absent_columns("FlowRunState", "id", "message", "timestamp", "state_details"), []),
+    ],
+    "server_records.read_previous_keys": [(lambda: _absent_columns("FlowRun", "idempotency_key"), [])],
     "server_internals.temporary_server_variables": [
         (signature("prefect.server.api.server:create_app"), APP),
         (

@@ -1,0 +1,295 @@
+"""The Prefect server's records of runs, read and changed in its database while no server runs.
+
+After a restore the runs are settled before any process of the server starts, so there is no API to ask.
+Each function imports what it needs when it is called: each of these imports takes a second.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import AsyncIterator, Collection, Mapping
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from orchestration.prefect_compat import warn_if_untested
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+Record = dict[str, Any]
+
+FINAL_TYPES = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+
+
+@contextlib.asynccontextmanager
+async def transaction() -> AsyncIterator["AsyncSession"]:
+    """Yield a session in one transaction: all changes of the block are committed, or none.
+
+    Replaces: `PrefectDBInterface.session_context`
+    Why: a restored database changes before any server uses it, completely or not at all
+    Until: the server can be started on loopback without background services and workers
+    """
+    import prefect
+    from prefect.server.database import provide_database_interface
+
+    warn_if_untested("prefect", prefect.__version__)
+    async with provide_database_interface().session_context(begin_transaction=True) as session:
+        yield session
+
+
+async def read_runs(session: "AsyncSession", ids: Collection[str], crashed_since: datetime) -> list[Record]:
+    """Return flow runs in the form of the API: those not final or crashed since a time, and those with these ids.
+
+    Replaces: `PrefectDBInterface.FlowRun`, `prefect.server.schemas.core.FlowRun`
+    Why: a restored database changes before any server uses it
+    Until: the server can be started on loopback without background services and workers
+    """
+    import sqlalchemy as sa
+    from prefect.server.database import provide_database_interface
+    from prefect.server.schemas.core import FlowRun
+
+    table = provide_database_interface().FlowRun
+    is_crash = sa.and_(table.state_type == "CRASHED", table.end_time >= crashed_since)
+    wanted = sa.or_(table.state_type.not_in(FINAL_TYPES), is_crash, table.id.in_([UUID(each) for each in ids]))
+    found = await session.execute(sa.select(table).where(wanted).order_by(table.expected_start_time, table.id))
+    return [FlowRun.model_validate(row, from_attributes=True).model_dump(mode="json") for row in found.scalars()]
+
+
+async def read_parents(session: "AsyncSession", task_runs: Collection[str]) -> dict[str, str]:
+    """Return the flow run of each task run. A subflow's run names the task run of its parent.
+
+    Replaces: `PrefectDBInterface.TaskRun`
+    Why: a restored database changes before any server uses it
+    Until: the server can be started on loopback without background services and workers
+    """
+    import sqlalchemy as sa
+    from prefect.server.database import provide_database_interface
+
+    table = provide_database_interface().TaskRun
+    query = sa.select(table.id, table.flow_run_id).where(table.id.in_([UUID(each) for each in task_runs]))
+    return {str(task): str(run) for task, run in await session.execute(query)}
+
+
+async def read_pools(session: "AsyncSession") -> dict[str, str]:
+    """Return the id of each work pool's default queue, by the pool's id.
+
+    Replaces: `PrefectDBInterface.WorkPool`
+    Why: a restored database changes before any server uses it
+    Until: the server can be started on loopback without background services and workers
+    """
+    import sqlalchemy as sa
+    from prefect.server.database import provide_database_interface
+
+    table = provide_database_interface().WorkPool
+    return {
+        str(pool): str(queue or "")
+        for pool, queue in await session.execute(sa.select(table.id, table.default_queue_id))
+    }
+
+
+async def read_schedules(session: "AsyncSession") -> list[Record]:
+    """Return the active schedules: `id`, `schedule` in the form of the API, `deployment` and its `deployment_id`.
+
+    Replaces: `PrefectDBInterface.DeploymentSchedule`
+    Why: a restored database changes before any server uses it
+    Until: the server can be started on loopback without background services and workers
+    """
+    import sqlalchemy as sa
+    from prefect.server.database import provide_database_interface
+
+    db = provide_database_interface()
+    query = (
+        sa.select(db.DeploymentSchedule, db.Deployment.name, db.Flow.name)
+        .join(db.Deployment, db.Deployment.id == db.DeploymentSchedule.deployment_id)
+        .join(db.Flow, db.Flow.id == db.Deployment.flow_id)
+        .where(db.DeploymentSchedule.active.is_(True), db.Deployment.paused.is_not(True))
+        .order_by(db.Flow.name, db.Deployment.name)
+    )
+    return [
+        {
+            "id": str(row.id),
+            "schedule": row.schedule.model_dump(mode="json"),
+            "deployment": f"{flow}/{deployment}",
+            "deployment_id": str(row.deployment_id),
+        }
+        for row, deployment, flow in await session.execute(query)
+    ]
+
+
+async def read_keys(session: "AsyncSession", keys: Collection[str]) -> set[str]:
+    """Return those of some idempotency keys that a flow run has. The scheduler gives one to each run.
+
+    Replaces: `idempotency_key` of `prefect.server.models.deployments._generate_scheduled_flow_runs`
+    Why: the key tells whether a scheduled time has a run
+    Until: the Prefect API tells which schedule and time a run is for
+    """
+    import sqlalchemy as sa
+    from prefect.server.database import provide_database_interface
+
+    table = provide_database_interface().FlowRun
+    query = sa.select(table.idempotency_key).where(table.idempotency_key.in_(keys))
+    return {key for key in (await session.execute(query)).scalars() if key}
+
+
+def schedule_key(deployment_id: str, schedule_id: str, date: datetime) -> str:
+    """Return the idempotency key of the run of a schedule at a time.
+
+    Replaces: `idempotency_key` of `prefect.server.models.deployments._generate_scheduled_flow_runs`
+    Why: the key tells whether a scheduled time has a run
+    Until: the Prefect API tells which schedule and time a run is for
+    """
+    return f"scheduled {deployment_id} {schedule_id} {date}"
+
+
+async def set_run_state(
+    session: "AsyncSession", run: str, state: Mapping[str, Any], labels: Mapping[str, Any], job: str = ""
+) -> None:
+    """Force a state of a flow run, merge labels into its labels, and record its Job, unless `job` is empty.
+
+    Replaces: `prefect.server.models.flow_runs.set_flow_run_state`
+    Why: a restored database changes before any server uses it
+    Until: the server can be started on loopback without background services and workers
+    """
+    from prefect.server import models
+    from prefect.server.database import provide_database_interface
+    from prefect.server.schemas.states import State
+
+    proposed = State.model_validate(state)
+    await models.flow_runs.set_flow_run_state(session=session, flow_run_id=UUID(run), state=proposed, force=True)
+    row = await session.get(provide_database_interface().FlowRun, UUID(run))
+    assert row is not None
+    row.labels = {**(row.labels or {}), **labels}
+    if job:
+        row.infrastructure_pid = job
+    await session.flush()
+
+
+async def label_run(session: "AsyncSession", run: str, labels: Mapping[str, Any]) -> None:
+    """Merge labels into a flow run's labels.
+
+    Replaces: `PrefectDBInterface.FlowRun`
+    Why: a restored database changes before any server uses it
+    Until: the server can be started on loopback without background services and workers
+    """
+    from prefect.server.database import provide_database_interface
+
+    row = await session.get(provide_database_interface().FlowRun, UUID(run))
+    assert row is not None
+    row.labels = {**(row.labels or {}), **labels}
+
+
+async def create_run(session: "AsyncSession", flow_name: str, fields: Record) -> None:
+    """Create a flow run with its id, and its flow if the database has neither the flow's id nor its name.
+
+    A deployment that the database does not have is left out.
+
+    Replaces: `prefect.server.models.flow_runs.create_flow_run`
+    Why: the Prefect API chooses the id of a new run, and a live pod reports to the id that it has
+    Until: the Prefect API takes the id of a new run
+    """
+    import sqlalchemy as sa
+    from prefect.server import models
+    from prefect.server.database import provide_database_interface
+    from prefect.server.schemas.core import Flow, FlowRun
+
+    db = provide_database_interface()
+    # `db_injector` loses the types of these functions.
+    create_flow: Any = models.flows.create_flow
+    create_flow_run: Any = models.flow_runs.create_flow_run
+    by_name = sa.select(db.Flow.id).where(sa.or_(db.Flow.id == UUID(fields["flow_id"]), db.Flow.name == flow_name))
+    flow = (await session.execute(by_name)).scalars().first()
+    if flow is None:
+        made = await create_flow(session, flow=Flow(id=UUID(fields["flow_id"]), name=flow_name))
+        flow = made.id
+    deployment = fields.get("deployment_id")
+    if deployment and await session.get(db.Deployment, UUID(deployment)) is None:
+        fields = fields | {"deployment_id": None}
+    await create_flow_run(session, flow_run=FlowRun.model_validate(fields | {"flow_id": flow}))
+
+
+async def reset_slots(session: "AsyncSession", live: Collection[str | None]) -> int:
+    """Set the taken slots of all concurrency limits to those of live runs; return how many limits were changed.
+
+    A limit of a deployment counts its live runs. Who held the slots of other limits at the backup has ended, or
+    releases them without effect.
+
+    Args:
+        session: the session.
+        live: the deployment of each live run.
+
+    Replaces: `active_slots` of `PrefectDBInterface.ConcurrencyLimitV2` and `PrefectDBInterface.ConcurrencyLimit`
+    Why: the holders of the slots at the backup are gone, and their leases are not in the database
+    Until: the server releases slots whose lease it does not know
+    """
+    import sqlalchemy as sa
+    from prefect.server.database import provide_database_interface
+
+    db = provide_database_interface()
+    counts = Counter(each for each in live if each)
+    deployments = (await session.execute(sa.select(db.Deployment.id, db.Deployment.concurrency_limit_id))).all()
+    taken = {limit: counts[str(deployment)] for deployment, limit in deployments if limit}
+    changed = 0
+    for row in (await session.execute(sa.select(db.ConcurrencyLimitV2))).scalars():
+        slots = min(taken.get(row.id, 0), row.limit)
+        changed += row.active_slots != slots
+        row.active_slots = slots
+    for tag in (await session.execute(sa.select(db.ConcurrencyLimit))).scalars():
+        changed += bool(tag.active_slots)
+        tag.active_slots = []
+    return changed
+
+
+def read_previous_runs(url: str, ids: Collection[str]) -> dict[str, Record]:
+    """Return the runs of another database, by their ids: those with some ids, and all that are not final.
+
+    Each has its columns, and `state` with `type`, `name`, `message`, `timestamp` and `state_details`.
+
+    Args:
+        url: the database that a restore has replaced, as a URL of libpq.
+        ids: ids of flow runs.
+
+    Replaces: the tables flow_run, flow_run_state and flow of the server's database
+    Why: the replaced database knows how the runs ended, and may have an older schema than this image
+    Until: the server keeps a record of runs outside its database
+    """
+    import psycopg
+    from psycopg.rows import dict_row
+
+    statement = """
+        select run.id::text, run.name, run.flow_id::text, flow.name as flow_name, run.deployment_id::text,
+               run.parameters, run.idempotency_key, run.tags, run.auto_scheduled, run.job_variables,
+               run.work_queue_id::text, run.expected_start_time, run.state_type::text, run.state_name,
+               run.created, run.parent_task_run_id::text,
+               state.message, state.timestamp, state.state_details
+        from flow_run as run
+        join flow on flow.id = run.flow_id
+        left join flow_run_state as state on state.id = run.state_id
+        where run.id = any(%s::uuid[]) or run.state_type not in ('COMPLETED', 'FAILED', 'CRASHED', 'CANCELLED')
+    """
+    with psycopg.connect(url, row_factory=dict_row) as connection:
+        connection.read_only = True
+        rows = connection.execute(statement, [list(ids)]).fetchall()
+    for row in rows:
+        row["state"] = {
+            "type": row.pop("state_type"),
+            "name": row.pop("state_name"),
+            "message": row.pop("message"),
+            "timestamp": row.pop("timestamp"),
+            "state_details": row.pop("state_details") or {},
+        }
+    return {row["id"]: row for row in rows if row["state"]["type"]}
+
+
+def read_previous_keys(url: str, keys: Collection[str]) -> set[str]:
+    """Return those of some idempotency keys that a flow run of another database has.
+
+    Replaces: the table flow_run of the server's database
+    Why: the replaced database knows which scheduled times have a run, and may have an older schema than this image
+    Until: the server keeps a record of runs outside its database
+    """
+    import psycopg
+
+    with psycopg.connect(url) as connection:
+        connection.read_only = True
+        found = connection.execute("select idempotency_key from flow_run where idempotency_key = any(%s)", [list(keys)])
+        return {row[0] for row in found}

@@ -1,0 +1,1 @@
+"""Backups of the Prefect server's database, and the settlement of runs after a restore."""

@@ -1,0 +1,380 @@
+"""Settle the runs of a restored database against what was executed since the backup.
+
+The database is as it was at the backup. Runs that it calls Scheduled or Running may have been executed since, and a run
+that it does not have may be executing. Settling happens before any process of the server uses the database, in one
+transaction, so no run starts on what the backup says.
+
+Evidence of a run, the strongest first:
+
+1. a final state in the replaced database, if there is one
+2. a live pod of the run's newest Job
+3. another state in the replaced database
+4. how the pod of the newest Job ended
+
+Kubernetes deletes the Jobs of finished runs after `runs.ttlSecondsAfterFinished`, and without the replaced database
+nothing else tells that a run was executed. A run without evidence that was due before the workers stopped is therefore
+held: it becomes Paused, and a person resumes or cancels it.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+from orchestration.prefect_compat import server_records
+from orchestration.prefect_compat.server_internals import schedule_dates
+from orchestration.prefect_compat.server_records import Record
+from orchestration.protocol import CLUSTER_LABEL, FINAL_STATES, NAMESPACE_LABEL, SETTLED_LABEL, claim_of
+from orchestration.reconciler.snapshot import CRASH_READ_FOR
+from orchestration.recovery.executions import Execution, Outcome
+from orchestration.recovery.executions import read as read_executions
+from orchestration.terminal import one_line
+
+HELD = "Held"
+"""The name of the Paused state of a run of which nothing tells whether it was executed since the backup."""
+
+KEPT_COLUMNS = (
+    "name", "parameters", "idempotency_key", "tags", "auto_scheduled", "expected_start_time", "job_variables",
+)  # fmt: skip
+"""The columns of a run of the replaced database that a run has when it is created again."""
+
+MAX_DATES = 100_000
+"""How many dates of one schedule are looked at."""
+
+
+@dataclass(frozen=True)
+class Settlement:
+    """What is done about a run, and why.
+
+    Args:
+        run: the run's id; empty for scheduled times that have no run.
+        name: the run's name, or the deployment's.
+        before: the name of its state in the backup; empty if the backup does not have the run.
+        after: the name of its state afterwards; empty if it has none.
+        reason: the evidence.
+        needs_person: whether a person has to decide or to look.
+        state: the state to set; None to set none.
+        labels: the labels to set.
+        job: its Job as NAMESPACE:NAME; empty to keep the recorded one.
+        creates: the fields of the run if it has to be created.
+        is_live: whether it is being executed.
+    """
+
+    run: str
+    name: str
+    before: str
+    after: str
+    reason: str
+    needs_person: bool = False
+    state: Record | None = None
+    labels: Mapping[str, Any] = field(default_factory=dict)
+    job: str = ""
+    creates: Record | None = None
+    is_live: bool = False
+
+    def as_json(self) -> Record:
+        """Return the settlement as it is printed."""
+        columns = ("run", "name", "before", "after", "reason", "needs_person")
+        return {column: getattr(self, column) for column in columns}
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When the database was backed up, and since when no worker claims runs.
+
+    Args:
+        backup: the time of the backup.
+        stopped: since when no worker claims runs.
+    """
+
+    backup: datetime
+    stopped: datetime
+
+
+def decide(
+    run: Record, execution: Execution | None, previous: Record | None, moment: Moment, *, start_unknown: bool = False
+) -> Settlement | None:
+    """Return the settlement of a run of the restored database; None if the run stays as it is.
+
+    Args:
+        run: the run in the restored database.
+        execution: its newest execution in the cluster.
+        previous: the run in the replaced database.
+        moment: the times of the backup and of the stop.
+        start_unknown: let runs without evidence start as they are.
+    """
+    state = run["state"]
+    previous_type = previous["state"]["type"] if previous else ""
+    if execution and execution.is_live and previous_type not in FINAL_STATES:
+        is_later = execution.created_at > datetime.fromisoformat(state["timestamp"])
+        # The pod of a run that had ended at the backup may still live, for example as long as a sidecar does.
+        return _live(run, execution) if is_later or state["type"] not in FINAL_STATES else None
+    if previous and previous_type not in ("PENDING", "RUNNING", "CANCELLING"):
+        return _as_before(run, previous)
+    if state["type"] in FINAL_STATES - {"CRASHED"}:
+        return None
+    if execution and execution.outcome in (Outcome.COMPLETED, Outcome.FAILED):
+        return _ended(run, execution)
+    seen = f"Job {execution.job} shows no end" if execution else "no Job or pod of it is left"
+    if previous:
+        seen = f"it was {previous['state']['name']} before the restore, and {seen}"
+    if state["type"] == "CRASHED":
+        reason = f"{seen}: it may have been retried since. It is not retried again"
+        return _unchanged(run, reason, {SETTLED_LABEL: state["id"]})
+    if state["type"] == "CANCELLING":
+        reason = f"{seen}, and it was being cancelled"
+        return _set(run, {"type": "CANCELLED", "name": "Cancelled", "message": _message(reason)}, reason)
+    if state["type"] == "PAUSED":
+        return None
+    if state["type"] == "SCHEDULED" and not execution and not previous:
+        due = datetime.fromisoformat(run["next_scheduled_start_time"] or run["expected_start_time"])
+        if due > moment.stopped:
+            return None
+    if start_unknown and state["type"] == "SCHEDULED":
+        return _unchanged(run, f"{seen}: it starts, as asked")
+    reason = f"{seen}: whether it was executed since the backup is unknown"
+    if run["deployment_id"] is None:
+        return _set(run, {"type": "CRASHED", "name": "Crashed", "message": _message(reason)}, reason, needs_person=True)
+    message = _message(f"{reason}. Resume it to execute it, or cancel it")
+    # With `pause_reschedule` a resumed run becomes Scheduled, and a worker claims it.
+    held = {"type": "PAUSED", "name": HELD, "message": message, "state_details": {"pause_reschedule": True}}
+    return _set(run, held, reason, needs_person=True)
+
+
+def decide_unknown(execution: Execution, previous: Record | None, queue: str) -> Settlement | None:
+    """Return the settlement of a run that the restored database does not have; None if nothing is left of the run.
+
+    Args:
+        execution: its newest execution in the cluster.
+        previous: the run in the replaced database.
+        queue: the id of the default queue of its work pool.
+    """
+    if not execution.is_live or (previous and previous["state"]["type"] in FINAL_STATES):
+        return None
+    if not execution.flow or (execution.outcome is Outcome.WAITING and not previous):
+        reason = f"its flow has not begun, and its parameters are not in the backup. Job {execution.job} is deleted"
+        return Settlement(execution.run, execution.name, "", "", f"{reason}. Start it again", needs_person=True)
+    columns = (
+        "name",
+        "parameters",
+        "idempotency_key",
+        "tags",
+        "auto_scheduled",
+        "expected_start_time",
+        "job_variables",
+    )
+    kept = {column: previous[column] for column in columns} if previous else {"name": execution.name}
+    kept.setdefault("expected_start_time", execution.created_at)
+    fields = kept | {
+        "id": execution.run,
+        "flow_id": execution.flow,
+        "deployment_id": execution.deployment or None,
+        "work_queue_id": queue or None,
+    }
+    found = _live({"id": execution.run, "name": execution.name, "state": {"type": "", "name": ""}}, execution)
+    assert found
+    return Settlement(
+        found.run, found.name, "", found.after, f"{found.reason}. It began after the backup", False, found.state,
+        found.labels, found.job, fields, True,
+    )  # fmt: skip
+
+
+def _live(run: Record, execution: Execution) -> Settlement | None:
+    """Return the settlement of a run whose pod is alive."""
+    job = f"{execution.namespace}:{execution.job}"
+    is_running = execution.outcome is Outcome.RUNNING
+    type_, name = ("RUNNING", "Running") if is_running else ("PENDING", "Pending")
+    reason = f"Job {execution.job} {'executes it' if is_running else 'starts it'}"
+    labels = {NAMESPACE_LABEL: execution.namespace}
+    if execution.cluster:
+        labels[CLUSTER_LABEL] = execution.cluster
+    state: Record = {"type": type_, "name": name, "message": _message(reason)}
+    if claim := claim_of(execution.job):
+        # The id of a claim's state ends with the claim: a later claim fences this Job.
+        state["id"] = str(UUID(f"{uuid4().hex[:20]}{claim}"))
+    is_recorded = run.get("infrastructure_pid") == job and run["state"]["type"] == type_
+    if is_recorded:
+        return Settlement(run["id"], run["name"], run["state"]["name"], run["state"]["name"], reason, is_live=True)
+    return Settlement(run["id"], run["name"], run["state"]["name"], name, reason, False, state, labels, job, None, True)
+
+
+def _as_before(run: Record, previous: Record) -> Settlement | None:
+    """Return the settlement of a run that has the state of the replaced database."""
+    old, new = run["state"], previous["state"]
+    if (old["type"], old["name"], old["message"]) == (new["type"], new["name"], new["message"]):
+        return None
+    if old["type"] in FINAL_STATES and new["type"] in FINAL_STATES:
+        return None
+    reason = "so it was before the restore"
+    details = new["state_details"]
+    kept = {key: details[key] for key in ("scheduled_time", "pause_reschedule", "pause_timeout") if details.get(key)}
+    state = {"type": new["type"], "name": new["name"], "message": new["message"], "state_details": kept}
+    labels = {}
+    if new["type"] == "CRASHED":
+        state["id"] = str(uuid4())
+        labels = {SETTLED_LABEL: state["id"]}
+        reason = f"{reason}. It is not retried again"
+    return _set(run, state, reason, labels=labels)
+
+
+def _ended(run: Record, execution: Execution) -> Settlement:
+    """Return the settlement of a run whose pod has ended."""
+    reason = f"the pod of Job {execution.job} ended with exit code {execution.exit_code}"
+    is_completed = execution.outcome is Outcome.COMPLETED
+    type_, name = ("COMPLETED", "Completed") if is_completed else ("FAILED", "Failed")
+    state = {"type": type_, "name": name, "message": _message(reason)}
+    labels = {NAMESPACE_LABEL: execution.namespace}
+    return _set(
+        run, state, reason, needs_person=not is_completed, labels=labels, job=f"{execution.namespace}:{execution.job}"
+    )
+
+
+def _set(
+    run: Record,
+    state: Record,
+    reason: str,
+    *,
+    needs_person: bool = False,
+    labels: Mapping[str, Any] | None = None,
+    job: str = "",
+) -> Settlement:
+    before = run["state"]["name"]
+    return Settlement(run["id"], run["name"], before, state["name"], reason, needs_person, state, labels or {}, job)
+
+
+def _unchanged(run: Record, reason: str, labels: Mapping[str, Any] | None = None) -> Settlement:
+    name = run["state"]["name"]
+    return Settlement(run["id"], run["name"], name, name, reason, needs_person=True, labels=labels or {})
+
+
+def _message(reason: str) -> str:
+    return f"Settled after a restore: {reason}."
+
+
+async def settle(
+    file: Path | None, moment: Moment, *, replaced: str = "", start_unknown: bool = False
+) -> list[Settlement]:
+    """Settle the runs of the database that Prefect's settings name, in one transaction; return what was done.
+
+    Args:
+        file: the Jobs and pods of runs, from `executions.pack`; None if no cluster has any.
+        moment: the times of the backup and of the stop.
+        replaced: the database that the restore replaces, as a URL of libpq; empty if there is none.
+        start_unknown: let runs without evidence start as they are.
+
+    Raises:
+        SettingsError: the file is absent or damaged.
+    """
+    async with server_records.transaction() as session:
+        pools = await server_records.read_pools(session)
+        executions = read_executions(file, pools.keys()) if file else {}
+        crashed_since = moment.backup - CRASH_READ_FOR
+        runs = await server_records.read_runs(session, executions.keys(), crashed_since)
+        ids = {run["id"] for run in runs}
+        previous = server_records.read_previous_runs(replaced, ids | executions.keys()) if replaced else {}
+        found = [
+            decide(run, executions.get(run["id"]), previous.get(run["id"]), moment, start_unknown=start_unknown)
+            for run in runs
+            if run["deployment_id"] or not run["parent_task_run_id"]
+        ]
+        found += [
+            decide_unknown(execution, previous.get(execution.run), pools.get(execution.pool, ""))
+            for execution in executions.values()
+            if execution.run not in ids
+        ]
+        done = [settlement for settlement in found if settlement]
+        live = {settlement.run for settlement in done if settlement.is_live}
+        done += await _settle_subflows(session, runs, live, previous)
+        for settlement in done:
+            await _carry_out(session, settlement, executions)
+        deployments = {run["id"]: run["deployment_id"] for run in runs}
+        deployments |= {run: executions[run].deployment or None for run in live if run not in ids}
+        await server_records.reset_slots(session, [deployments[run] for run in live])
+        return done + await _find_times_without_run(session, moment, replaced)
+
+
+async def _settle_subflows(
+    session: Any, runs: Sequence[Record], live: set[str], previous: Mapping[str, Record]
+) -> list[Settlement]:
+    """Return the settlements of subflows, which are executed in the pod of their parent, whose parent is not live."""
+    subflows = [
+        run
+        for run in runs
+        if run["parent_task_run_id"] and not run["deployment_id"] and run["state"]["type"] not in FINAL_STATES
+    ]
+    parents = await server_records.read_parents(session, {run["parent_task_run_id"] for run in subflows})
+    alive = set(live)
+    # A subflow of a live run is live, and so are the subflows of that subflow.
+    while more := {run["id"] for run in subflows if parents.get(run["parent_task_run_id"]) in alive} - alive:
+        alive |= more
+    reason = "its parent has ended"
+    crashed = {"type": "CRASHED", "name": "Crashed", "message": _message(reason)}
+    return [
+        (_as_before(run, previous[run["id"]]) if run["id"] in previous else None) or _set(run, dict(crashed), reason)
+        for run in subflows
+        if run["id"] not in alive
+    ]
+
+
+async def _carry_out(session: Any, settlement: Settlement, executions: Mapping[str, Execution]) -> None:
+    if settlement.creates:
+        await server_records.create_run(session, executions[settlement.run].flow_name, settlement.creates)
+    if settlement.state:
+        await server_records.set_run_state(session, settlement.run, settlement.state, settlement.labels, settlement.job)
+    elif settlement.labels:
+        await server_records.label_run(session, settlement.run, settlement.labels)
+
+
+async def _find_times_without_run(session: Any, moment: Moment, replaced: str) -> list[Settlement]:
+    """Return the deployments with scheduled times since the backup for which neither database has a run.
+
+    The scheduler makes runs an hour or three runs ahead, and none for a time in the past.
+    """
+    found: Counter[str] = Counter()
+    times: dict[str, list[datetime]] = {}
+    for each in await server_records.read_schedules(session):
+        start = moment.backup + timedelta(microseconds=1)
+        form = {key: value for key, value in each["schedule"].items() if value is not None}
+        dates = schedule_dates(form, MAX_DATES, start, moment.stopped)
+        keys = {server_records.schedule_key(each["deployment_id"], each["id"], date): date for date in dates}
+        known = await server_records.read_keys(session, keys.keys()) if keys else set()
+        if keys and replaced:
+            known |= server_records.read_previous_keys(replaced, keys.keys())
+        missing = [date for key, date in keys.items() if key not in known]
+        if missing:
+            found[each["deployment"]] += len(missing)
+            times.setdefault(each["deployment"], []).extend(missing)
+    return [
+        Settlement(
+            "",
+            name,
+            "",
+            "",
+            f"{count} scheduled times from {_minute(min(times[name]))} to {_minute(max(times[name]))} have no run in "
+            "the backup. None is started for them",
+            needs_person=True,
+        )
+        for name, count in found.items()
+    ]
+
+
+def _minute(date: datetime) -> str:
+    return f"{date.astimezone(UTC):%Y-%m-%d %H:%M}"
+
+
+def print_settlements(found: Sequence[Settlement], *, as_json: bool) -> None:
+    """Print one line for each run, those that a person has to look at last; or JSON."""
+    if as_json:
+        print(json.dumps([settlement.as_json() for settlement in found], indent=2))
+        return
+    for needs_person, heading in ((False, "Settled:"), (True, "For a person:")):
+        part = [settlement for settlement in found if settlement.needs_person is needs_person]
+        rows = [(each.name, f"{each.before or 'absent'} -> {each.after or 'none'}", each.reason) for each in part]
+        print(heading if rows else f"{heading} none.")
+        widths = [max((len(one_line(row[column])) for row in rows), default=0) for column in (0, 1)]
+        for name, change, reason in rows:
+            print(f"  {one_line(name):<{widths[0]}}  {change:<{widths[1]}}  {one_line(reason)}")
