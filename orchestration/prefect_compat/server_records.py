@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 
+
+class UnreadableError(Exception):
+    """The replaced database cannot be read."""
+
+
 FINAL_TYPES = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
@@ -251,6 +256,9 @@ def read_previous_runs(url: str, ids: Collection[str]) -> dict[str, Record]:
     Replaces: the tables flow_run, flow_run_state and flow of the server's database
     Why: the replaced database knows how the runs ended, and may have an older schema than this image
     Until: the server keeps a record of runs outside its database
+
+    Raises:
+        UnreadableError: the database is absent or damaged, or is no database of a server.
     """
     import psycopg
     from psycopg.rows import dict_row
@@ -266,9 +274,12 @@ def read_previous_runs(url: str, ids: Collection[str]) -> dict[str, Record]:
         left join flow_run_state as state on state.id = run.state_id
         where run.id = any(%s::uuid[]) or run.state_type not in ('COMPLETED', 'FAILED', 'CRASHED', 'CANCELLED')
     """
-    with psycopg.connect(url, row_factory=dict_row) as connection:
-        connection.read_only = True
-        rows = connection.execute(statement, [list(ids)]).fetchall()
+    try:
+        with psycopg.connect(url, row_factory=dict_row) as connection:
+            connection.read_only = True
+            rows = connection.execute(statement, [list(ids)]).fetchall()
+    except psycopg.Error as error:
+        raise UnreadableError(str(error).splitlines()[0]) from None
     for row in rows:
         row["state"] = {
             "type": row.pop("state_type"),

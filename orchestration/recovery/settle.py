@@ -17,6 +17,7 @@ held: it becomes Paused, and a person resumes or cancels it.
 """
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -275,7 +276,13 @@ async def settle(
         crashed_since = moment.backup - CRASH_READ_FOR
         runs = await server_records.read_runs(session, executions.keys(), crashed_since)
         ids = {run["id"] for run in runs}
-        previous = server_records.read_previous_runs(replaced, ids | executions.keys()) if replaced else {}
+        previous = {}
+        if replaced:
+            try:
+                previous = server_records.read_previous_runs(replaced, ids | executions.keys())
+            except server_records.UnreadableError as error:
+                print(f"The replaced database cannot be read, and is no evidence: {error}.", file=sys.stderr)
+                replaced = ""
         found = [
             decide(run, executions.get(run["id"]), previous.get(run["id"]), moment, start_unknown=start_unknown)
             for run in runs

@@ -64,7 +64,7 @@ def _documented(file: Path) -> Iterator[tuple[str, str]]:
     yield from below(tree, file.stem)
 
 
-PLAIN = {"flow_runs.Workspace", *(f"results.Signer{name}" for name in ("", ".sign", ".verify")), *(
+PLAIN = {"flow_runs.Workspace", "server_records.UnreadableError", *(f"results.Signer{name}" for name in ("", ".sign", ".verify")), *(
     f"background_services.ServiceObserver{name}" for name in (
         "", ".expect", ".round", ".handle", ".succeed", ".fail", ".end",
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psycopg
 import pytest
 
 from orchestration.protocol import CLUSTER_LABEL, MAIN_CONTAINER, POOL_LABEL, RUN_LABEL
@@ -342,3 +343,39 @@ def test_damaged_file_changes_nothing(server: str, story: Story, restored: str, 
 
 def test_file_has_no_environment_of_pods(story: Story) -> None:
     assert "s3cret" not in gzip.decompress(story.file.read_bytes()).decode()
+
+
+def test_restored_database_replaces_that_of_the_server(server: str, story: Story, tmp_path: Path) -> None:
+    """The backup's pod does this once the script has restored the dump, while no process of the server runs."""
+    (tmp_path / "time").write_text(f"{story.backup.isoformat()}\n")
+    serving, waiting = (server.replace("/postgres?", f"/{name}?") for name in ("serving", "serving_restored"))
+
+    def finish() -> "subprocess.CompletedProcess[str]":
+        options = ["--to", f"file://{tmp_path}", "--folder", str(tmp_path), "--executions", str(story.file)]
+        options += ["--stopped", story.stopped.isoformat()]
+        command = [sys.executable, "-m", "orchestration.recovery", "finish", *options]
+        return subprocess.run(
+            command, env=_environment(server, "serving"), cwd=ROOT, capture_output=True, text=True, check=False
+        )
+
+    rows_of(server, "create database serving")
+    rows_of(serving, "create table kept (id int)")
+    failed = finish()
+    assert failed.returncode == 1, "there is no restored database yet"
+    assert "The server's database is unchanged" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert rows_of(serving, "select to_regclass('kept') is not null") == [(True,)]
+    rows_of(server, "create database serving_restored")
+    subprocess.run(["pg_restore", "--exit-on-error", f"--dbname={waiting}", str(story.dump)], check=True)
+    with psycopg.connect(serving):  # a session that does not end by itself
+        done = finish()
+    assert done.returncode == 2, done.stderr
+    # The replaced database is none of a server, so the Jobs and pods are the only evidence.
+    assert "The replaced database cannot be read, and is no evidence" in done.stderr
+    assert story.in_state(serving, "Held") == story.ids("claimed", "gone", "never")
+    databases = {name for (name,) in rows_of(server, "select datname from pg_database where datname like 'serving%%'")}
+    [replaced] = databases - {"serving"}
+    assert replaced.startswith("serving_replaced_2")
+    assert rows_of(server.replace("/postgres?", f"/{replaced}?"), "select to_regclass('kept') is not null") == [(True,)]
+    for name in databases:
+        rows_of(server, f"drop database {name}")

@@ -1,0 +1,109 @@
+"""Put a restored database in the place of the server's database, once its runs are settled.
+
+The backup is restored next to the server's database, as NAME_restored. It is migrated and settled there, and then the
+two databases are renamed in one transaction. So no server ever sees runs that are not settled, and until the renaming
+nothing of the server has changed.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psycopg
+from psycopg import sql
+from sqlalchemy.engine import make_url
+
+from orchestration.errors import PipelineError
+from orchestration.prefect_compat.server_internals import database_url
+from orchestration.recovery.server_database import libpq_url
+
+SUFFIX = "_restored"
+"""What the script `backup` appends to the name of the database that it restores into."""
+
+MAINTENANCE_DATABASE = "postgres"
+"""The database that a session uses while it renames others."""
+
+RENAME_SECONDS = 30.0
+"""For how long the renaming is tried again because another session has connected."""
+
+
+class RestoreError(PipelineError):
+    """A restore that changed nothing."""
+
+
+def finish(backup: str, stopped: str, executions: Path | None, *, start_unknown: bool, as_json: bool) -> int:
+    """Migrate and settle the restored database, and put it in the place of the server's; return `settle`'s status.
+
+    Args:
+        backup: the time of the backup.
+        stopped: since when no worker claims runs.
+        executions: the Jobs and pods of runs; None if there are none.
+        start_unknown: start due runs that may have been executed before.
+        as_json: print the settlements as JSON.
+
+    Raises:
+        RestoreError: a step failed. The server's database is as it was.
+    """
+    url = make_url(database_url())
+    assert url.database
+    restored = url.set(database=url.database + SUFFIX)
+    # The parts of an address (PREFECT_SERVER_DATABASE_HOST and others) would win over the URL.
+    others = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_SERVER_DATABASE_")}
+    environment = others | {
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": restored.render_as_string(hide_password=False),
+    }
+    _run(environment, "orchestration.migrations", "upgrade")
+    options = ["--backup", backup, "--replaced", url.database]
+    options += ["--stopped", stopped] if stopped else []
+    options += ["--executions", str(executions)] if executions else []
+    options += ["--start-unknown"] if start_unknown else []
+    options += ["--json"] if as_json else []
+    status = _run(environment, "orchestration", "settle", *options)
+    replaced = f"{url.database}_replaced_{datetime.now(UTC):%Y%m%dt%H%M%S}"
+    swap(url.database, replaced)
+    print(
+        f"The server's database was renamed to {replaced}. Drop it when it is not needed any longer.", file=sys.stderr
+    )
+    return status
+
+
+def _run(environment: Mapping[str, str], module: str, *arguments: str) -> int:
+    done = subprocess.run([sys.executable, "-m", module, *arguments], env=dict(environment), check=False)
+    if done.returncode not in (0, 2):
+        raise RestoreError(
+            f"`{module} {arguments[0]}` failed: its message is above. The server's database is unchanged"
+        )
+    return done.returncode
+
+
+def swap(name: str, replaced: str) -> None:
+    """Rename the server's database, and give its name to the restored one, in one transaction.
+
+    Raises:
+        RestoreError: the databases cannot be renamed. Neither is.
+    """
+    end_sessions = "select pg_terminate_backend(pid) from pg_stat_activity where datname = any(%s)"
+    rename = sql.SQL("alter database {} rename to {}")
+    deadline = time.monotonic() + RENAME_SECONDS
+    while True:
+        try:
+            with psycopg.connect(libpq_url(MAINTENANCE_DATABASE)) as connection:
+                connection.execute(end_sessions, [[name, name + SUFFIX]])
+                connection.execute(rename.format(sql.Identifier(name), sql.Identifier(replaced)))
+                connection.execute(rename.format(sql.Identifier(name + SUFFIX), sql.Identifier(name)))
+            return
+        except psycopg.errors.ObjectInUse as error:
+            if time.monotonic() > deadline:
+                raise RestoreError(
+                    f"The database {name} is in use: {error}. Stop whatever connects to it, and restore again"
+                ) from None
+            time.sleep(1)
+        except psycopg.Error as error:
+            cause = str(error).splitlines()[0]
+            raise RestoreError(
+                f"The database {name} cannot be renamed: {cause}. Its user has to own it and have the right CREATEDB"
+            ) from None
