@@ -41,10 +41,13 @@ PAIRS ?= 7
 POSTGRES ?=
 BEFORE ?=
 RUN_IMAGES ?=
+FROM ?=
+IDENTITY ?=
+START_UNKNOWN ?=
 
 # Variables from the command line and the environment are data: make expands no `$` in them, and the shell gets them quoted.
 GIVEN := DAY FULL_REFRESH SELECT FIRST LAST CMD TESTS CHANGED FOR KILLS ROUNDS MINUTES RUNS SEED REGISTRY BUILDER BASE_IMAGE IMAGE \
-	ENV KUBE_CONTEXT NAMESPACE RUN DEPLOYMENT PARAMETERS CONFIRM PORT PAIRS POSTGRES BEFORE PROCESSES RUN_IMAGES
+	ENV KUBE_CONTEXT NAMESPACE RUN DEPLOYMENT PARAMETERS CONFIRM PORT PAIRS POSTGRES BEFORE PROCESSES RUN_IMAGES FROM IDENTITY
 $(foreach name,$(GIVEN),$(if $(filter-out file,$(origin $(name))),$(eval \
 	$(if $(filter command,$(firstword $(origin $(name)))),override) $(name) := $$(value $(name)))))
 quoted = '$(subst ','\'',$(1))'
@@ -122,7 +125,7 @@ stop: .venv/ready ## stop the embedded warehouse
 	@$(WAREHOUSE) stop
 
 ##@ Kubernetes (ENV=local by default; other environments need KUBE_CONTEXT=)
-.PHONY: up down deploy plan rollback undeploy run-on-cluster status logs ui
+.PHONY: up down deploy plan rollback undeploy backup backups restore run-on-cluster status logs ui
 up: cluster ## from nothing: make a cluster, build the image, install the charts, run the daily job as a pod
 	@$(ENVIRONMENT) deploy $(TARGET)
 	@$(ENVIRONMENT) run $(TARGET) $(call quoted,$(DEPLOYMENT))
@@ -142,6 +145,15 @@ rollback: .venv/ready ## roll back the newest deploy: image, charts, pool, deplo
 
 undeploy: .venv/ready ## uninstall the releases; volumes and passwords stay; CONFIRM=ENV unless local
 	@$(ENVIRONMENT) undeploy $(TARGET) --confirm $(call quoted,$(CONFIRM))
+
+backup: .venv/ready ## back up the server's database now; needs backup.enabled in the server's values
+	@$(ENVIRONMENT) backup $(TARGET)
+
+backups: .venv/ready ## list the backups of the server's database; JSON=1
+	@$(ENVIRONMENT) backups $(TARGET) $(if $(JSON),--json)
+
+restore: .venv/ready ## restore the backup FROM=NAME or FROM=newest, and settle the runs; IDENTITY=FILE START_UNKNOWN=1 CONFIRM=ENV
+	@$(ENVIRONMENT) restore $(TARGET) --confirm $(call quoted,$(CONFIRM)) $(if $(IDENTITY),--identity $(call quoted,$(IDENTITY))) $(if $(START_UNKNOWN),--start-unknown) -- $(call quoted,$(FROM))
 
 run-on-cluster: .venv/ready ## run DEPLOYMENT=FLOW/NAME as a pod, PARAMETERS='{"day": "2013-02-08"}', and follow it
 	@$(ENVIRONMENT) run $(TARGET) $(call quoted,$(DEPLOYMENT)) --parameters $(call quoted,$(PARAMETERS))
@@ -195,7 +207,7 @@ test: .venv/ready ## check the code and run all tests, PROCESSES=5 at once; TEST
 	$(call stage,yamllint,$(BIN)/yamllint -s .)
 	$(call stage,codespell,$(BIN)/codespell)
 	$(call stage,docs-site,$(SITE))
-	$(call stage,shellcheck and hadolint,$(BIN)/shellcheck docker/build docker/sbom docker/stack docker/databases/entrypoint k8s/overlays/local/warehouse/secret .ci/run && $(BIN)/hadolint docker/Dockerfile docker/databases/Dockerfile)
+	$(call stage,shellcheck and hadolint,$(BIN)/shellcheck docker/build docker/sbom docker/stack docker/databases/entrypoint helm/prefect-server/files/backup k8s/overlays/local/warehouse/secret .ci/run && $(BIN)/hadolint docker/Dockerfile docker/databases/Dockerfile)
 	$(call stage,sqlfluff,$(BIN)/sqlfluff lint -q flows/warehouse --nocolor)
 	$(if $(and $(USES_CLUSTER),$(filter-out none,$(or $(CLUSTER),any))),$(call stage,mypy while the cluster is made,$(BIN)/mypy & { $(BIN)/python -m orchestration.operations.local_cluster up || [ -z "$${CI:-}$(CLUSTER)" ]; } && wait $$!),$(call stage,mypy,$(BIN)/mypy))
 	$(call stage,pytest,tests="$(SELECTED)" && { [ -z "$$tests" ] || $(BIN)/pytest$(if $(CHANGED)$(filter tests,$(TESTS)), --numprocesses $(call quoted,$(PROCESSES)) $(BY_FILE)) $$tests; })

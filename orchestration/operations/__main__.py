@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from orchestration.errors import ClusterError, sentence
 from orchestration.operations.environment import Environment, resolve
@@ -118,6 +119,33 @@ def _ui(environment: Environment, options: argparse.Namespace) -> int:
     return 0
 
 
+def _backup(environment: Environment, _: argparse.Namespace) -> int:
+    from orchestration.operations import backups
+
+    backups.back_up(environment)
+    return 0
+
+
+def _backups(environment: Environment, options: argparse.Namespace) -> int:
+    from orchestration.operations import backups
+
+    backups.list_backups(environment, as_json=options.json)
+    return 0
+
+
+def _restore(environment: Environment, options: argparse.Namespace) -> int:
+    from orchestration.operations import restore
+
+    name = environment.name
+    if not options.backup:
+        raise ClusterError("No backup is named: make restore FROM=NAME, or FROM=newest. List them: make backups")
+    if name != "local" and options.confirm != name:
+        raise ClusterError(f"Confirm that the database of {name} is to be replaced: make restore ... CONFIRM={name}")
+    identity = Path(options.identity) if options.identity else None
+    restore.restore(environment, options.backup, identity=identity, start_unknown=options.start_unknown)
+    return 0
+
+
 COMMANDS: dict[str, tuple[Callable[[Environment, argparse.Namespace], int], str]] = {
     "deploy": (_deploy, "deploy the checkout to the environment"),
     "plan": (_plan, "dry run: print what a deploy would change; exit status 2 for a change"),
@@ -126,6 +154,9 @@ COMMANDS: dict[str, tuple[Callable[[Environment, argparse.Namespace], int], str]
     "status": (_status, "print components, pool, runs and deployments on one screen"),
     "logs": (_logs, "follow a run"),
     "run": (_run, "start a run of a deployment and follow it"),
+    "backup": (_backup, "back up the server's database now"),
+    "backups": (_backups, "list the backups of the server's database"),
+    "restore": (_restore, "restore a backup of the server's database, and settle the runs"),
     "ui": (_ui, "forward a port of this machine to the UI"),
 }
 
@@ -146,7 +177,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         elif name == "undeploy":
             command.add_argument("--confirm", default="", help="the environment's name again")
-        elif name == "status":
+        elif name == "restore":
+            command.add_argument("backup", help="its name, or newest")
+            command.add_argument("--identity", default="", metavar="FILE", help="age's secret key")
+            command.add_argument("--start-unknown", action="store_true", help="start runs that may have been executed")
+            command.add_argument("--confirm", default="", help="the environment's name again")
+        elif name in ("status", "backups"):
             command.add_argument("--json", action="store_true", help="print JSON")
         elif name == "logs":
             command.add_argument("run", nargs="?", default="", help="its name or id; default: the newest")

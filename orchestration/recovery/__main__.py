@@ -14,7 +14,7 @@ from pathlib import Path
 from botocore.exceptions import BotoCoreError
 
 from orchestration.errors import PipelineError
-from orchestration.recovery.store import NEWEST, Backup, BackupError, Store
+from orchestration.recovery.store import NEWEST, Backup, BackupError, Store, time_of
 from orchestration.terminal import printable_output
 
 
@@ -53,10 +53,10 @@ def _fetch(store: Store, options: argparse.Namespace) -> int:
 def _finish(_: Store, options: argparse.Namespace) -> int:
     from orchestration.recovery import restored_database
 
-    time = (options.folder / "time").read_text().strip()
-    return restored_database.finish(
-        time, options.stopped, options.executions, start_unknown=options.start_unknown, as_json=options.json
+    restored_database.finish(
+        time_of(options.name), options.stopped, options.executions, start_unknown=options.start_unknown
     )
+    return 0
 
 
 COMMANDS: dict[str, tuple[Callable[[Store, argparse.Namespace], int], str]] = {
@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--recipient", action="append", default=[], metavar="KEY", help="encrypt for this key of age")
     made.add_argument("--keep-last", type=int, default=7, help="how many of the newest backups stay")
     made.add_argument("--keep-days", type=int, default=30, help="for how many days backups stay")
-    made.add_argument("--name", default=NEWEST, help="the backup to fetch")
+    made.add_argument("--name", default=NEWEST, help="the backup to fetch, or that was restored")
     made.add_argument("--identity", type=Path, metavar="FILE", help="age's secret keys, for an encrypted backup")
     made.add_argument("--stopped", default="", metavar="TIME", help="since when no worker claims runs")
     made.add_argument("--executions", type=Path, metavar="FILE", help="the Jobs and pods of runs")

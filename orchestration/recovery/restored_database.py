@@ -35,15 +35,14 @@ class RestoreError(PipelineError):
     """A restore that changed nothing."""
 
 
-def finish(backup: str, stopped: str, executions: Path | None, *, start_unknown: bool, as_json: bool) -> int:
-    """Migrate and settle the restored database, and put it in the place of the server's; return `settle`'s status.
+def finish(backup: datetime, stopped: str, executions: Path | None, *, start_unknown: bool) -> None:
+    """Migrate and settle the restored database, and put it in the place of the server's.
 
     Args:
         backup: the time of the backup.
         stopped: since when no worker claims runs.
         executions: the Jobs and pods of runs; None if there are none.
         start_unknown: start due runs that may have been executed before.
-        as_json: print the settlements as JSON.
 
     Raises:
         RestoreError: a step failed. The server's database is as it was.
@@ -57,27 +56,20 @@ def finish(backup: str, stopped: str, executions: Path | None, *, start_unknown:
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": restored.render_as_string(hide_password=False),
     }
     _run(environment, "orchestration.migrations", "upgrade")
-    options = ["--backup", backup, "--replaced", url.database]
+    options = ["--backup", backup.isoformat(), "--replaced", url.database]
     options += ["--stopped", stopped] if stopped else []
     options += ["--executions", str(executions)] if executions else []
     options += ["--start-unknown"] if start_unknown else []
-    options += ["--json"] if as_json else []
-    status = _run(environment, "orchestration", "settle", *options)
+    _run(environment, "orchestration", "settle", *options)
     replaced = f"{url.database}_replaced_{datetime.now(UTC):%Y%m%dt%H%M%S}"
     swap(url.database, replaced)
-    print(
-        f"The server's database was renamed to {replaced}. Drop it when it is not needed any longer.", file=sys.stderr
-    )
-    return status
+    print(f"The replaced database is kept as {replaced}.", file=sys.stderr)
 
 
-def _run(environment: Mapping[str, str], module: str, *arguments: str) -> int:
+def _run(environment: Mapping[str, str], module: str, *arguments: str) -> None:
     done = subprocess.run([sys.executable, "-m", module, *arguments], env=dict(environment), check=False)
-    if done.returncode not in (0, 2):
-        raise RestoreError(
-            f"`{module} {arguments[0]}` failed: its message is above. The server's database is unchanged"
-        )
-    return done.returncode
+    if done.returncode not in (0, 2):  # 2: a person has to look at some runs
+        raise RestoreError(f"`{module} {arguments[0]}` failed, see above. The server's database is unchanged")
 
 
 def swap(name: str, replaced: str) -> None:

@@ -19,6 +19,8 @@ from orchestration.errors import PipelineError, SettingsError
 NEWEST = "newest"
 """Names the newest backup of a store."""
 
+_NAME_FORMAT = "%Y%m%dT%H%M%SZ"
+
 INCOMPLETE_AFTER = timedelta(days=1)
 """How old the dump of an incomplete backup is when it is deleted."""
 
@@ -109,7 +111,7 @@ class Store:
         lines = dict(line.rsplit("|", 1) for line in counts.splitlines())
         revision = lines.pop("revision")
         time = (folder / "time").read_text().strip()
-        name = datetime.fromisoformat(time).astimezone(UTC).strftime("%Y%m%dT%H%M%SZ")
+        name = datetime.fromisoformat(time).astimezone(UTC).strftime(_NAME_FORMAT)
         backup = Backup(
             name, time, revision, len(lines), sum(map(int, lines.values())), dump.stat().st_size, _hash(dump),
             bool(recipients), counts,
@@ -172,7 +174,7 @@ class Store:
             days: for how many days a backup stays.
             now: the time.
         """
-        oldest = (now - timedelta(days=days)).strftime("%Y%m%dT%H%M%SZ")
+        oldest = (now - timedelta(days=days)).strftime(_NAME_FORMAT)
         complete = self.backups()
         deleted = [backup for backup in complete[max(last, 1) :] if backup.name < oldest]
         for backup in deleted:
@@ -180,7 +182,7 @@ class Store:
             self._files.rm_file(f"{self._root}/{backup.name}.json")
             self._files.rm_file(f"{self._root}/{backup.file}")
         kept = {backup.name for backup in complete}
-        abandoned = (now - INCOMPLETE_AFTER).strftime("%Y%m%dT%H%M%SZ")
+        abandoned = (now - INCOMPLETE_AFTER).strftime(_NAME_FORMAT)
         for path in self._paths():
             name = path.rpartition("/")[2].partition(".")[0]
             if name not in kept and name < abandoned:
@@ -194,6 +196,18 @@ class Store:
             return []
         paths = self._files.ls(self._root, detail=False)
         return [path for path in paths if re.search(r"/\d{8}T\d{6}Z\.(json|json\.new|dump|dump\.age)$", path)]
+
+
+def time_of(name: str) -> datetime:
+    """Return the time of a backup, from its name.
+
+    Raises:
+        BackupError: the name is none of a backup.
+    """
+    try:
+        return datetime.strptime(name, _NAME_FORMAT).replace(tzinfo=UTC)
+    except ValueError:
+        raise BackupError(f"{name!r} is no name of a backup. Choose one that `make backups` lists") from None
 
 
 def encrypt(file: Path, recipients: Sequence[str]) -> Path:

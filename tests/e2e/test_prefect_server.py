@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from orchestration.errors import ClusterError
+from orchestration.operations import backups, restore
 from orchestration.operations.environment import Environment
 from orchestration.operations.release_diagnosis import explain_release
 from tests.cluster.namespace import Namespace, restricted
@@ -22,7 +23,7 @@ SERVER_RELEASE = "prefect-server"
 
 @pytest.fixture(scope="module")
 def values(image: str) -> Object:
-    return server_values(image)
+    return server_values(image) | {"backup": {"enabled": True, "keep": {"last": 1, "days": 0}}}
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +147,39 @@ def test_failed_upgrade_leaves_the_server_running(server: Release, values: Objec
         server.helm("rollback", SERVER_RELEASE, "--wait", "--timeout", "10m")
 
 
+def test_restored_backup_replaces_the_database_and_holds_unknown_runs(
+    server: Release, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment = Environment("test", server.namespace.context, server.namespace.name)
+    with server.api() as api:
+        flow = api.post("/flows/", json={"name": f"flow-{uuid4().hex[:6]}"}).json()["id"]
+        deployment = api.post("/deployments/", json={"name": "restored", "flow_id": flow}).json()["id"]
+        run = api.post(f"/deployments/{deployment}/create_flow_run", json={"state": {"type": "SCHEDULED"}}).json()
+        backups.back_up(environment)
+        backups.back_up(environment)
+        made = capsys.readouterr().out
+        assert made.count("The backup of prefect is verified: ") == 2
+        assert "was deleted: it was older than 0 days" in made
+        assert api.delete(f"/deployments/{deployment}").status_code == 204
+        assert api.delete(f"/flow_runs/{run['id']}").status_code == 204
+    backups.list_backups(environment, as_json=False)
+    [line, last] = capsys.readouterr().out.splitlines()
+    assert re.match(r"\d{8}T\d{6}Z +\d+\.\d MiB +\d+ rows  schema \w+  plain", line)
+    assert re.match(r"Last verified: \d{4}-", last)
+    with pytest.raises(ClusterError, match="There is no backup absent in file:///backups"):
+        restore.restore(environment, "absent", identity=None, start_unknown=False)
+    restore.restore(environment, "newest", identity=None, start_unknown=False)
+    # A person deleted the run since the backup, so the replaced database does not tell what it did.
+    printed = capsys.readouterr().out
+    assert re.search(rf"For a person:(.*\n)+ +{run['name']} +Scheduled -> Held", printed), printed
+    with server.api() as api:
+        assert api.get(f"/deployments/{deployment}").status_code == 200
+        assert api.get(f"/flow_runs/{run['id']}").json()["state_name"] == "Held"
+    assert {each["metadata"]["name"]: each["spec"]["replicas"] for each in environment.objects("deployments")} == {
+        f"{SERVER_RELEASE}-{name}": 1 for name in ("api", "services", "redis")
+    }
+
+
 def test_missing_secret_is_refused_before_anything_is_changed(server: Release, values: Object) -> None:
     revisions = server.helm("history", SERVER_RELEASE, "-o", "json")
     with pytest.raises(ClusterError) as caught:
@@ -215,6 +249,7 @@ def test_uninstall_keeps_only_the_volume_and_its_password(server: Release) -> No
     assert left == [
         "ConfigMap/kube-root-ca.crt",
         f"PersistentVolumeClaim/data-{SERVER_RELEASE}-database-0",
+        f"PersistentVolumeClaim/{SERVER_RELEASE}-backups",
         f"Secret/{SERVER_RELEASE}-database",
         "ServiceAccount/default",
     ]

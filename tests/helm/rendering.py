@@ -137,7 +137,7 @@ def objects_of(text: str) -> list[Object]:
     """
     objects = [each for each in yaml.load_all(text, yaml.CSafeLoader) if each]
     for each in objects:
-        known = each["apiVersion"].split("/")[0] not in ("gateway.networking.k8s.io",)
+        known = each["apiVersion"].split("/")[0] not in ("gateway.networking.k8s.io", "monitoring.coreos.com")
         if known and (text := repr(each)) not in _VALID:
             for version in KUBERNETES:
                 # Kubernetes before 1.30 lacks this kind, and the chart does not render it there.
@@ -193,7 +193,8 @@ def pod_specs(objects: list[Object]) -> dict[str, Object]:
     """Return the pod specs of the objects by "Kind/name"."""
     specs = {}
     for each in objects:
-        spec = each["spec"] if each["kind"] == "Pod" else each.get("spec", {}).get("template", {}).get("spec")
+        template = each.get("spec", {}).get("jobTemplate", each)  # a CronJob's template of Jobs
+        spec = each["spec"] if each["kind"] == "Pod" else template.get("spec", {}).get("template", {}).get("spec")
         if spec and "containers" in spec:
             specs[f"{each['kind']}/{each['metadata']['name']}"] = spec
     return specs

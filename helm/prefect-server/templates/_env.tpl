@@ -44,12 +44,12 @@
 - name: PREFECT_SERVER_DATABASE_PASSWORD
   valueFrom: {secretKeyRef: {name: {{ include "prefect-server.databaseSecret" $root | quote }}, key: password}}
 {{- end }}
-{{- if ne (index . 1) "migrations" }}
+{{- if not (has (index . 1) (list "migrations" "backup")) }}
 {{- include "prefect-server.serverEnv" . }}
 {{- end }}
 {{- end -}}
 
-{{/* Variables of API and services, which migrations do not need: (list root component). */}}
+{{/* Variables of API and services, which migrations and backups do not need: (list root component). */}}
 {{- define "prefect-server.serverEnv" -}}
 {{- $root := index . 0 -}}
 {{- if $root.Values.auth.enabled }}

@@ -12,6 +12,7 @@
 {{- include "prefect-server.validateFilled" . -}}
 {{- include "prefect-server.validateService" . -}}
 {{- include "prefect-server.validateSecrets" . -}}
+{{- include "prefect-server.validateBackup" . -}}
 {{- end -}}
 
 {{- define "prefect-server.validateImage" -}}
@@ -139,7 +140,7 @@
 
 {{/* Values after their templates are rendered. */}}
 {{- define "prefect-server.validateFilled" -}}
-{{- range $prefix, $values := dict "" .Values "api." .Values.api "services." .Values.services "migrations." .Values.migrations -}}
+{{- range $prefix, $values := dict "" .Values "api." .Values.api "services." .Values.services "migrations." .Values.migrations "backup." .Values.backup -}}
 {{- $filled := include "prefect-server.filled" (list $ (printf "%senv" $prefix) (dict "env" $values.env "envFrom" $values.envFrom)) | fromYaml -}}
 {{- include "prefect-server.validateReferences" (list $prefix $filled.env $filled.envFrom) -}}
 {{- end -}}
@@ -177,15 +178,16 @@
 {{- end -}}
 
 {{- define "prefect-server.validatePods" -}}
-{{- range $component := list "migrations" "tests" -}}
+{{- range $component := list "migrations" "tests" "backup" -}}
 {{- if (index $.Values $component).pod.sidecars -}}
 {{- fail (printf "%s.pod.sidecars is set: a sidecar would keep the pod from ending. Put the containers into %s.pod.initContainers with restartPolicy: Always." $component $component) -}}
 {{- end -}}
 {{- end -}}
-{{- range $component := list "api" "services" "migrations" "tests" -}}
+{{- range $component := list "api" "services" "migrations" "tests" "backup" -}}
 {{- $pod := include "prefect-server.podValues" (list $ $component) | fromYaml -}}
-{{- if has $component (list "migrations" "tests") -}}{{- $pod = omit $pod "sidecars" -}}{{- end -}}
-{{- include "prefect-server.validatePod" (dict "component" $component "pod" $pod "volumes" list "mounts" list "containers" (list $component "test" "wait-for-migrations") "resources" ((index $.Values $component).resources | default dict) "grace" (index $.Values $component).terminationGracePeriodSeconds) -}}
+{{- if has $component (list "migrations" "tests" "backup") -}}{{- $pod = omit $pod "sidecars" -}}{{- end -}}
+{{- $volumes := ternary (list "work" "scripts" "backups") list (eq $component "backup") -}}
+{{- include "prefect-server.validatePod" (dict "component" $component "pod" $pod "volumes" $volumes "mounts" list "containers" (list $component "test" "wait-for-migrations" "dump" "store") "resources" ((index $.Values $component).resources | default dict) "grace" (index $.Values $component).terminationGracePeriodSeconds) -}}
 {{- end -}}
 {{- range $component, $own := dict "database" (dict "volumes" (list "data" "run") "mounts" (list "/var/lib/postgresql/data" "/var/run/postgresql") "main" "postgres" "grace" 120) "redis" (dict "main" "valkey") -}}
 {{- $pod := include "prefect-server.bundledPod" (list $ $component) | fromYaml -}}
@@ -201,7 +203,8 @@
   (dict "path" "database.external.existingSecret" "name" .Values.database.external.existingSecret "key" .Values.database.external.key)
   (dict "path" "database.bundled.existingSecret" "name" .Values.database.bundled.existingSecret "key" "password")
   (dict "path" "redis.external.existingSecret" "name" .Values.redis.external.existingSecret "key" .Values.redis.external.key)
-  (dict "path" "redis.bundled.existingSecret" "name" .Values.redis.bundled.existingSecret "key" "password") -}}
+  (dict "path" "redis.bundled.existingSecret" "name" .Values.redis.bundled.existingSecret "key" "password")
+  (dict "path" "backup.s3.existingSecret" "name" (ternary .Values.backup.s3.existingSecret "" .Values.backup.enabled) "key" "AWS_ACCESS_KEY_ID") -}}
 {{- if lookup "v1" "Namespace" "" .Release.Namespace -}}
 {{- range $references -}}
 {{- if .name -}}

@@ -1,0 +1,140 @@
+"""Back up the server's database, and list its backups: `make backup` and `make backups`."""
+
+import copy
+import json
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from orchestration.errors import ClusterError
+from orchestration.operations.environment import SERVER, Environment, Object
+from orchestration.operations.release_diagnosis import hopeless_reason
+
+CRON_JOB = f"{SERVER}-backup"
+
+POLL_SECONDS = 1.0
+
+KEPT_SECONDS = 3600
+"""How long a Job that these commands make stays after its end, with its log."""
+
+
+def read_template(environment: Environment) -> Object:
+    """Return the CronJob of the chart, whose Jobs are the template of all other Jobs here.
+
+    Raises:
+        ClusterError: the release has no backups.
+    """
+    try:
+        found: Object = json.loads(environment.kubectl("get", "cronjob", CRON_JOB, "--output", "json"))
+    except ClusterError as error:
+        if "NotFound" not in str(error):
+            raise
+        raise ClusterError(
+            f"{environment.name} has no backups: there is no CronJob {CRON_JOB}. Set backup.enabled=true in "
+            f"helm/environments/{environment.name}/prefect-server.yaml, and deploy"
+        ) from None
+    return found
+
+
+def back_up(environment: Environment) -> None:
+    """Make a backup now, and print what the CronJob's containers print.
+
+    Raises:
+        ClusterError: there are no backups, or the backup failed.
+    """
+    read_template(environment)
+    name = job_name("manual")
+    environment.kubectl("create", "job", name, f"--from=cronjob/{CRON_JOB}")
+    print(wait_for(environment, name), end="")
+
+
+def list_backups(environment: Environment, *, as_json: bool) -> None:
+    """Print the backups of the store, the newest first, and when the last one was verified.
+
+    Raises:
+        ClusterError: there are no backups, or the store cannot be read.
+    """
+    template = read_template(environment)
+
+    def change(pod: Object) -> None:
+        pod["initContainers"] = []
+        [container] = pod["containers"]
+        container["args"] = as_command(container["args"], "list", *(["--json"] if as_json else []))
+
+    print(run_job(environment, template, "list", change), end="")
+    if not as_json:
+        last = template["status"].get("lastSuccessfulTime")
+        print(f"Last verified: {last or 'never'}. Schedule: {template['spec']['schedule']}.")
+
+
+def as_command(arguments: list[str], command: str, *options: str) -> list[str]:
+    """Return the arguments of the container that stores backups, for another command of `orchestration.recovery`."""
+    return [command if each == "store" else each for each in arguments] + list(options)
+
+
+def job_name(purpose: str) -> str:
+    """Return a new name of a Job for a purpose."""
+    return f"{CRON_JOB}-{purpose}-{datetime.now(UTC):%m%d%H%M%S}"
+
+
+def run_job(environment: Environment, template: Object, purpose: str, change: Callable[[Object], None]) -> str:
+    """Run a Job that is made from the CronJob's template, and return its log.
+
+    Args:
+        environment: the environment.
+        template: what `read_template` returned.
+        purpose: a part of the Job's name.
+        change: changes the specification of the pod.
+
+    Raises:
+        ClusterError: the Job failed. The message has its log.
+    """
+    made = copy.deepcopy(template["spec"]["jobTemplate"])
+    spec = made["spec"] | {"backoffLimit": 0, "ttlSecondsAfterFinished": KEPT_SECONDS}
+    change(spec["template"]["spec"])
+    name = job_name(purpose)
+    metadata = {"name": name, "labels": made["metadata"]["labels"]}
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
+    environment.kubectl("create", "--filename", "-", text=json.dumps(job))
+    return wait_for(environment, name)
+
+
+def wait_for(environment: Environment, job: str) -> str:
+    """Wait until a Job has ended, and return its log.
+
+    Raises:
+        ClusterError: the Job failed, or its pod cannot start. The message has its log.
+    """
+    while True:
+        found = json.loads(environment.kubectl("get", "job", job, "--output", "json"))
+        ended = {each["type"] for each in found["status"].get("conditions", []) if each["status"] == "True"}
+        if "Complete" in ended:
+            return read_log(environment, job)
+        pods = environment.objects("pods", "--selector", f"job-name={job}")
+        reason = next(filter(None, map(hopeless_reason, pods)), "")
+        if "Failed" in ended or reason:
+            log = read_log(environment, job).strip()
+            lines = [f"Job {job} in namespace {environment.namespace} failed{f': {reason}' if reason else ''}"]
+            raise ClusterError("\n  ".join(lines + log.splitlines()[-20:]))
+        time.sleep(POLL_SECONDS)
+
+
+def read_log(environment: Environment, job: str) -> str:
+    """Return what the containers of a Job's newest pod have printed, in their order."""
+    pods = environment.objects("pods", "--selector", f"job-name={job}")
+    if not pods:
+        return ""
+    pod = max(pods, key=lambda each: str(each["metadata"]["creationTimestamp"]))
+    status = pod["status"]
+    started = {
+        each["name"]
+        for each in [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]
+        if "waiting" not in each["state"]
+    }
+    containers = [each["name"] for each in [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]]
+    logs = [
+        environment.kubectl("logs", pod["metadata"]["name"], "--container", name)
+        for name in containers
+        if name in started
+    ]
+    return "".join(logs)
