@@ -1,0 +1,181 @@
+"""What is decided about one run after a restore, from the run and the evidence alone."""
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestration.errors import SettingsError
+from orchestration.protocol import MAIN_CONTAINER, POOL_LABEL, RUN_LABEL, SETTLED_LABEL
+from orchestration.recovery import executions
+from orchestration.recovery.executions import Execution, Outcome
+from orchestration.recovery.settle import HELD, Moment, Settlement, decide, decide_unknown
+
+RUN, POOL, FLOW = (f"{number * 8}-0000-4000-8000-000000000000" for number in "123")
+BACKUP = datetime(2026, 11, 29, 12, tzinfo=UTC)
+MOMENT = Moment(BACKUP, BACKUP + timedelta(hours=1))
+JOB = "brave-fox-0123456789ab"
+
+Object = dict[str, Any]
+
+
+def _run(type_: str, *, name: str = "", due: datetime = BACKUP, deployment: str | None = "d", job: str = "") -> Object:
+    state = {
+        "id": "s", "type": type_, "name": name or type_.capitalize(), "message": "", "timestamp": BACKUP.isoformat(),
+        "state_details": {},
+    }  # fmt: skip
+    return {
+        "id": RUN, "name": "brave-fox", "state": state, "next_scheduled_start_time": due.isoformat(),
+        "expected_start_time": due.isoformat(), "deployment_id": deployment, "infrastructure_pid": job,
+    }  # fmt: skip
+
+
+def _execution(outcome: Outcome, minutes: float = 5) -> Execution:
+    at = BACKUP + timedelta(minutes=minutes)
+    return Execution(RUN, "brave-fox", JOB, "prefect", "c", POOL, FLOW, "etl", "d", outcome, at, exit_code=3)
+
+
+def _after(found: Settlement | None) -> str:
+    return f"{found.after}{' person' if found.needs_person else ''}" if found else "unchanged"
+
+
+LIVE, ENDED, FAILED, GONE = Outcome.RUNNING, Outcome.COMPLETED, Outcome.FAILED, Outcome.UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("run", "outcome", "previous", "after"),
+    [
+        # In the backup, in the cluster, in the replaced database.
+        ("SCHEDULED", None, None, "Held person"),
+        ("SCHEDULED", GONE, None, "Held person"),
+        ("SCHEDULED", LIVE, None, "Running"),
+        ("SCHEDULED", Outcome.WAITING, None, "Pending"),
+        ("SCHEDULED", ENDED, None, "Completed"),
+        ("SCHEDULED", FAILED, None, "Failed person"),
+        ("SCHEDULED", None, "SCHEDULED", "unchanged"),
+        ("SCHEDULED", None, "COMPLETED", "Completed"),
+        ("SCHEDULED", None, "RUNNING", "Held person"),
+        ("SCHEDULED", ENDED, "RUNNING", "Completed"),
+        ("SCHEDULED", LIVE, "RUNNING", "Running"),
+        ("SCHEDULED", LIVE, "COMPLETED", "Completed"),  # its pod is about to end
+        ("SCHEDULED", GONE, "CRASHED", "Crashed"),
+        ("RUNNING", None, None, "Held person"),
+        ("RUNNING", FAILED, "SCHEDULED", "Scheduled"),  # it awaits its retry
+        ("PENDING", None, None, "Held person"),
+        ("CANCELLING", None, None, "Cancelled"),
+        ("PAUSED", None, None, "unchanged"),
+        ("PAUSED", None, "COMPLETED", "Completed"),
+        ("COMPLETED", None, None, "unchanged"),
+        ("COMPLETED", ENDED, "FAILED", "unchanged"),
+        ("FAILED", LIVE, None, "Running"),  # a person has retried it
+        ("CRASHED", LIVE, None, "Running"),
+        ("CRASHED", None, None, "Crashed person"),
+        ("CRASHED", ENDED, None, "Completed"),
+    ],
+)
+def test_strongest_evidence_decides(run: str, outcome: Outcome | None, previous: str | None, after: str) -> None:
+    execution = _execution(outcome) if outcome else None
+    found = decide(_run(run), execution, _run(previous) if previous else None, MOMENT)
+    assert _after(found) == after
+
+
+def test_run_that_is_due_after_the_stop_starts() -> None:
+    due = MOMENT.stopped + timedelta(seconds=1)
+    assert decide(_run("SCHEDULED", due=due), None, None, MOMENT) is None
+    assert _after(decide(_run("SCHEDULED", due=due), _execution(ENDED), None, MOMENT)) == "Completed"
+
+
+def test_pod_that_outlives_its_ended_run_changes_nothing() -> None:
+    assert decide(_run("COMPLETED"), _execution(LIVE, minutes=-5), None, MOMENT) is None
+
+
+def test_running_run_with_its_recorded_job_keeps_its_state() -> None:
+    found = decide(_run("RUNNING", job=f"prefect:{JOB}"), _execution(LIVE), None, MOMENT)
+    assert found
+    assert (found.state, found.is_live) == (None, True)
+
+
+def test_state_of_a_live_run_ends_with_the_claim_of_its_job() -> None:
+    found = decide(_run("SCHEDULED"), _execution(LIVE), None, MOMENT)
+    assert found
+    assert found.state
+    assert found.state["id"].endswith("0123456789ab"), "so that a later claim fences the Job"
+
+
+def test_crashed_run_is_not_retried_again() -> None:
+    found = decide(_run("CRASHED"), None, None, MOMENT)
+    assert found
+    assert (found.labels, found.state) == ({SETTLED_LABEL: "s"}, None)
+
+
+def test_held_run_can_be_resumed_unless_it_has_no_deployment() -> None:
+    found = decide(_run("RUNNING"), None, None, MOMENT)
+    assert found
+    assert found.state
+    assert (found.after, found.state["state_details"]) == (HELD, {"pause_reschedule": True})
+    assert _after(decide(_run("RUNNING", deployment=None), None, None, MOMENT)) == "Crashed person"
+
+
+def test_run_that_the_backup_lacks_is_created_while_it_is_executed() -> None:
+    found = decide_unknown(_execution(LIVE), None, "queue")
+    assert found
+    assert found.creates
+    assert (found.after, found.creates["id"], found.creates["work_queue_id"]) == ("Running", RUN, "queue")
+    assert decide_unknown(_execution(ENDED), None, "queue") is None
+    unknown = decide_unknown(_execution(Outcome.WAITING), None, "queue")
+    assert unknown
+    assert (unknown.creates, unknown.needs_person) == (None, True)
+
+
+def _objects(state: Object, **changes: Object) -> list[Object]:
+    labels = {RUN_LABEL: RUN, POOL_LABEL: POOL, "job-name": JOB, "prefect.io/flow-run-name": "brave-fox"}
+    meta = {"namespace": "prefect", "labels": labels, "creationTimestamp": BACKUP.isoformat()}
+    job = {"kind": "Job", "metadata": meta | {"name": JOB}, "spec": {"backoffLimit": 0}, "status": {}}
+    status = {"phase": "Running", "containerStatuses": [{"name": MAIN_CONTAINER, "state": state}]}
+    pod = {
+        "kind": "Pod",
+        "metadata": meta | {"name": "pod"} | changes.get("metadata", {}),
+        "spec": {"containers": [{"name": MAIN_CONTAINER}]},
+        "status": status | changes.get("status", {}),
+    }
+    return [job | {"status": changes.get("job", {})}, *([] if "no_pod" in changes else [pod])]
+
+
+def _terminated(code: int) -> Object:
+    return {"terminated": {"exitCode": code, "startedAt": BACKUP.isoformat(), "finishedAt": BACKUP.isoformat()}}
+
+
+@pytest.mark.parametrize(
+    ("objects", "outcome"),
+    [
+        (_objects({"running": {"startedAt": BACKUP.isoformat()}}), LIVE),
+        (_objects({"waiting": {"reason": "ContainerCreating"}}), Outcome.WAITING),
+        (_objects(_terminated(0)), ENDED),
+        (_objects(_terminated(1)), FAILED),
+        # On SIGTERM the supervisor schedules the run again, and ends with exit code 0.
+        (_objects(_terminated(0), metadata={"deletionTimestamp": BACKUP.isoformat()}), GONE),
+        (
+            _objects(
+                _terminated(0),
+                status={
+                    "conditions": [{"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI"}]
+                },
+            ),
+            GONE,
+        ),
+        (_objects({}, no_pod={}), Outcome.WAITING),
+        (_objects({}, no_pod={}, job={"conditions": [{"type": "Complete", "status": "True"}]}), GONE),
+    ],
+)
+def test_outcome_is_read_from_job_and_pod(tmp_path: Path, objects: list[Object], outcome: Outcome) -> None:
+    file = tmp_path / "executions"
+    file.write_bytes(executions.pack("cluster", objects))
+    [found] = executions.read(file, [POOL]).values()
+    assert (found.run, found.outcome, found.job, found.cluster) == (RUN, outcome, JOB, "cluster")
+    assert executions.read(file, ["another server's pool"]) == {}
+
+
+def test_absent_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="`make restore` writes such a file"):
+        executions.read(tmp_path / "absent", [POOL])
