@@ -329,12 +329,22 @@ def prefect_server(home: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def served(home: Path, port: int, python: str | Path, environment: Mapping[str, str]) -> Iterator[str]:
-    """Run the server of an interpreter's Prefect with its state in `home`, and yield the URL of its API."""
+def served(
+    home: Path, port: int, python: str | Path, environment: Mapping[str, str], module: str = "prefect"
+) -> Iterator[str]:
+    """Run the server of an interpreter's Prefect with its state in `home`, and yield the URL of its API.
+
+    Args:
+        home: a folder.
+        port: a free port.
+        python: the interpreter.
+        environment: of the server, but for PREFECT_HOME.
+        module: the module with the command `server start`.
+    """
     url = f"http://127.0.0.1:{port}/api"
     with (home / "server.log").open("a") as log:
         server = subprocess.Popen(
-            [str(python), "-m", "prefect", "server", "start", "--port", str(port)],
+            [str(python), "-m", module, "server", "start", "--port", str(port)],
             env={**environment, "PREFECT_HOME": str(home), "PYTHONTZPATH": ""},  # as in `make server`
             cwd=home,
             stdout=log,

@@ -13,7 +13,7 @@ from orchestration.access.control import AccessControl, audit_log, expected_stat
 from orchestration.access.credentials import Credentials
 from orchestration.errors import PipelineError, SettingsError
 from orchestration.prefect_compat.server_internals import check_expected_states, wrap_server_api
-from orchestration.services.__main__ import main as start_with_health
+from orchestration.server_process import start_server
 
 CREDENTIALS_VARIABLE = "API_CREDENTIALS"
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
 
     wrap_server_api(wrap)
     check_expected_states(expected_state)
-    return start_with_health(arguments)
+    return start_server(arguments)
 
 
 def _write_audit_log_to_stdout() -> None:

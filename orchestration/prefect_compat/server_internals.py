@@ -3,6 +3,7 @@
 Each function imports what it needs when it is called: each of these imports takes a second.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from datetime import datetime
@@ -13,6 +14,9 @@ from orchestration.prefect_compat import warn_if_untested
 if TYPE_CHECKING:
     from alembic.config import Config
     from prefect.server.database import PrefectDBInterface
+
+_BLOCK_KEY = "ENCRYPTION_KEY"
+"""The entry of the server's configuration table that has the key of the blocks."""
 
 
 def _check_version() -> None:
@@ -222,3 +226,59 @@ def check_expected_states(expected: ContextVar[str]) -> None:
 
     for policy in (CoreFlowPolicy, MinimalFlowPolicy):
         policy.priority = staticmethod(prepend(policy.priority))  # type: ignore[method-assign]
+
+
+def read_blocks_with_stored_key() -> None:
+    """Have this process also decrypt blocks with the key in the database, where the key of the environment does not.
+
+    Replaces: `decrypt_fernet` in `prefect.server.database.orm_models`
+    Why: without `PREFECT_SERVER_ENCRYPTION_KEY` the server keeps its key in the database, and later reads one key only
+    Until: the server reads blocks with several keys
+    """
+    _check_version()
+    from cryptography.fernet import Fernet, InvalidToken
+    from prefect.server.database import orm_models
+    from prefect.server.models.configuration import read_configuration
+    from prefect.server.utilities.encryption import decrypt_fernet
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+    async def decrypt(session: AsyncSession, data: str) -> dict[str, Any]:
+        try:
+            content: dict[str, Any] = await decrypt_fernet(session, data)
+        except InvalidToken:
+            stored = await read_configuration(session, _BLOCK_KEY)  # type: ignore[attr-defined]
+            if stored is None:
+                raise
+            content = json.loads(Fernet(stored.value["fernet_key"]).decrypt(data.encode()))
+        return content
+
+    orm_models.decrypt_fernet = decrypt  # type: ignore[attr-defined]
+
+
+async def encrypt_blocks_again(key: str) -> int | None:
+    """Encrypt all blocks with `key` instead of the key in the database, and delete that one, in a single transaction.
+
+    Replaces: `db.BlockDocument.data`, `db.Configuration` of `prefect.server.database.orm_models`
+    Why: whoever has the database, or a dump, can read all blocks while the key is in the database
+    Until: `prefect server` has a command that changes the key
+
+    Returns:
+        How many blocks there are; None if the database has no key.
+
+    Raises:
+        InvalidToken: neither key decrypts a block. Nothing has changed.
+    """
+    from cryptography.fernet import Fernet, MultiFernet
+    from sqlalchemy import select
+
+    db = database_interface()
+    async with db.session_context(begin_transaction=True) as session:
+        stored = await session.scalar(select(db.Configuration).where(db.Configuration.key == _BLOCK_KEY))
+        if stored is None:
+            return None
+        keys = MultiFernet([Fernet(key), Fernet(stored.value["fernet_key"])])
+        blocks = (await session.scalars(select(db.BlockDocument).with_for_update())).all()
+        for block in blocks:
+            block.data = keys.rotate(block.data.encode()).decode()
+        await session.delete(stored)
+        return len(blocks)

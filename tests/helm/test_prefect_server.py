@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import pytest
+from cryptography.fernet import Fernet
 from jsonschema import ValidationError
 
 from orchestration.errors import ClusterError
@@ -105,6 +106,7 @@ def test_default_values_render_the_expected_objects() -> None:
         "Secret/test-prefect-server-api-roles",
         "Secret/test-prefect-server-auth",
         "Secret/test-prefect-server-database",
+        "Secret/test-prefect-server-encryption-key",
         "Secret/test-prefect-server-redis",
         "Service/test-prefect-server-api",
         "Service/test-prefect-server-database",
@@ -202,7 +204,7 @@ def _paths(container: Object) -> dict[str, tuple[str, str]]:
 
 def test_services_pod_is_ready_while_all_services_make_progress() -> None:
     container = pod_specs(render("prefect-server", TAG))["Deployment/test-prefect-server-services"]["containers"][0]
-    assert container["args"] == ["python", "-m", "orchestration.services", "server", "services", "start"]
+    assert container["args"] == ["python", "-m", "orchestration.server_process", "server", "services", "start"]
     assert _paths(container) == dict(
         zip(PROBES, [("health", each) for each in ("/live", "/live", "/ready")], strict=True)
     )
@@ -218,7 +220,7 @@ def test_services_pod_is_ready_while_all_services_make_progress() -> None:
 def test_api_that_runs_the_services_restarts_when_they_need_it(roles: bool) -> None:
     alone = render("prefect-server", _with(services={"separate": False}, auth={"roles": {"enabled": roles}}))
     container = pod_specs(alone)["Deployment/test-prefect-server-api"]["containers"][0]
-    module = "orchestration.access" if roles else "orchestration.services"
+    module = "orchestration.access" if roles else "orchestration.server_process"
     assert container["args"] == ["python", "-m", module, "server", "start"]
     assert _paths(container) == {
         "startupProbe": ("http", "/api/health"),
@@ -227,7 +229,10 @@ def test_api_that_runs_the_services_restarts_when_they_need_it(roles: bool) -> N
     }
     assert [port["name"] for port in container["ports"]] == ["http", "health"]
     assert environment(container)["SERVICES_HEALTH_PORT"] == "4201"
-    given = render("prefect-server", _with(services={"separate": False}, api={"args": ["sh", "-c", "mine"]}))
+    given = render(
+        "prefect-server",
+        _with(services={"separate": False}, api={"args": ["sh", "-c", "mine"]}, auth={"roles": {"enabled": False}}),
+    )
     assert _paths(pod_specs(given)["Deployment/test-prefect-server-api"]["containers"][0])["livenessProbe"] == (
         "http", "/api/health",
     )  # fmt: skip
@@ -252,9 +257,9 @@ def test_metrics_of_the_services_are_closed_by_default() -> None:
 def test_disabled_auth_removes_all_passwords() -> None:
     objects = render("prefect-server", _with(auth={"enabled": False}))
     removed = set(inventory(render("prefect-server", TAG))) - set(inventory(objects))
-    assert removed == {"Secret/test-prefect-server-auth", "Secret/test-prefect-server-api-roles"}
+    assert removed == {f"Secret/test-prefect-server-{name}" for name in ("auth", "api-roles", "encryption-key")}
     api = pod_specs(objects)["Deployment/test-prefect-server-api"]["containers"][0]
-    assert api["args"][:3] == ["prefect", "server", "start"]
+    assert api["args"][:4] == ["python", "-m", "orchestration.server_process", "server"]
 
     def asking(objects: list[Object]) -> list[str]:
         pods = pod_specs(objects).items()
@@ -293,6 +298,31 @@ def test_roles_start_the_server_with_access_control() -> None:
     assert volume == "given"
 
 
+def test_blocks_have_a_generated_or_existing_key_if_the_chart_has_a_lasting_one() -> None:
+    variable = "PREFECT_SERVER_ENCRYPTION_KEY"
+    objects = render("prefect-server", TAG)
+    secret = one(objects, "Secret", "test-prefect-server-encryption-key")
+    assert secret["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+    Fernet(base64.b64decode(secret["data"]["encryption-key"]))
+    given = _with(encryptionKey={"existingSecret": "given", "key": "k"}, auth={"existingSecret": "own"})
+    # A rendering without a cluster, as by Argo CD, has an existing Secret for the password, and would change the key.
+    for values, expected in (
+        (TAG, {"name": "test-prefect-server-encryption-key", "key": "encryption-key"}),
+        (given, {"name": "given", "key": "k"}),
+        (_with(auth={"existingSecret": "own"}), None),
+    ):
+        objects = render("prefect-server", values)
+        assert ("Secret/test-prefect-server-encryption-key" in inventory(objects)) == (values is TAG)
+        specs = pod_specs(objects)
+        for component in ("api", "services"):
+            container = specs[f"Deployment/test-prefect-server-{component}"]["containers"][0]
+            assert environment(container).get(variable) == ({"secretKeyRef": expected} if expected else None)
+            # This module also reads blocks of the key in the database of an older release.
+            # Both start by `server_process`.
+            module = "orchestration.access" if component == "api" else "orchestration.server_process"
+            assert container["args"][:3] == ["python", "-m", module]
+
+
 def test_disabled_network_policies_remove_no_other_object() -> None:
     objects = render("prefect-server", _with(networkPolicy={"enabled": False}))
     kept = [each for each in inventory(render("prefect-server", TAG)) if not each.startswith("NetworkPolicy/")]
@@ -303,7 +333,7 @@ def test_pods_have_no_secret_in_plain_text() -> None:
     objects = render("prefect-server", TAG)
     secrets = [value for each in objects if each["kind"] == "Secret" for value in each["data"].values()]
     text = json.dumps(pod_specs(objects))
-    assert len(secrets) == 3 + len(("reconciler", "sync", "viewer", "worker", "run-key"))
+    assert len(secrets) == 4 + len(("reconciler", "sync", "viewer", "worker", "run-key"))
     assert not [secret for secret in secrets if secret in text]
     assert not re.search(r"password\W+value\W", text, flags=re.IGNORECASE)
 

@@ -641,6 +641,25 @@ CONTRACTS: dict[str, list[Check]] = {
     "background_services.database_answers": [
         (signature("prefect.server.database:PrefectDBInterface.engine"), "(self)"),
     ],
+    "server_internals.read_blocks_with_stored_key": [
+        (signature("prefect.server.database.orm_models:decrypt_fernet"), "(session, data)"),
+        (
+            lacks("prefect.server.database.orm_models:BlockDocument.decrypt_data", "decrypt_fernet(session, "),
+            [],
+        ),
+        (
+            lacks(
+                "prefect.server.utilities.encryption:_get_fernet_encryption",
+                '"PREFECT_SERVER_ENCRYPTION_KEY"', 'read_configuration(session, "ENCRYPTION_KEY")',
+                'configured_key.value["fernet_key"]',
+            ),
+            [],
+        ),
+    ],
+    "server_internals.encrypt_blocks_again": [
+        (lacks("prefect.server.database.orm_models:BlockDocument.encrypt_data", "self.data = await encrypt"), []),
+        (lambda: hasattr(server_internals.database_interface().Configuration, "value"), True),
+    ],
     "recurrence.RulePart": [
         (
             lambda: _read(recurrence.RulePart(_rule())),

@@ -59,6 +59,10 @@
 - name: PREFECT_API_AUTH_STRING
   valueFrom: {secretKeyRef: {name: {{ include "prefect-server.authSecret" $root | quote }}, key: {{ $root.Values.auth.key | quote }}}}
 {{- end }}
+{{- with include "prefect-server.encryptionKeySecret" $root }}
+- name: PREFECT_SERVER_ENCRYPTION_KEY
+  valueFrom: {secretKeyRef: {name: {{ . | quote }}, key: {{ $root.Values.encryptionKey.key | quote }}}}
+{{- end }}
 {{- if include "prefect-server.redis" $root }}
 {{- if $root.Values.redis.external.existingSecret }}
 - name: REDIS_URL

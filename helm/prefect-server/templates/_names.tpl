@@ -71,6 +71,14 @@ annotations:
 {{- default (printf "%s-auth" (include "prefect-server.fullname" .)) .Values.auth.existingSecret -}}
 {{- end -}}
 
+{{/* Empty if Prefect keeps the key in its database. A chart that is rendered without a cluster, as by Argo CD, would have
+     another key each time, and there the API's password is an existing Secret. */}}
+{{- define "prefect-server.encryptionKeySecret" -}}
+{{- if or .Values.encryptionKey.existingSecret (and .Values.auth.enabled (not .Values.auth.existingSecret)) -}}
+{{- default (printf "%s-encryption-key" (include "prefect-server.fullname" .)) .Values.encryptionKey.existingSecret -}}
+{{- end -}}
+{{- end -}}
+
 {{- define "prefect-server.databaseSecret" -}}
 {{- default (printf "%s-database" (include "prefect-server.fullname" .)) .Values.database.bundled.existingSecret -}}
 {{- end -}}

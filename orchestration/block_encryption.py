@@ -1,0 +1,74 @@
+"""The key that encrypts secret blocks in the server's database: `PREFECT_SERVER_ENCRYPTION_KEY`.
+
+    python -m orchestration.block_encryption encrypt-again  # once, after all servers have the key
+
+A server without this variable makes a key and keeps it in the database. `orchestration.server_process` starts servers that
+read blocks of both keys, and write blocks of the key in the variable.
+"""
+
+import asyncio
+import os
+import sys
+from collections.abc import Sequence
+
+from orchestration.errors import PipelineError, SettingsError
+from orchestration.prefect_compat.server_internals import encrypt_blocks_again, read_blocks_with_stored_key
+
+VARIABLE = "PREFECT_SERVER_ENCRYPTION_KEY"
+
+
+def prepare_server() -> None:
+    """Have the Prefect server of this process read blocks of both keys.
+
+    Raises:
+        SettingsError: the variable has no key. The server would answer each request for a block with 500.
+    """
+    if os.environ.get(VARIABLE):
+        _checked_key()
+        read_blocks_with_stored_key()
+
+
+def _checked_key() -> str:
+    from cryptography.fernet import Fernet
+
+    key = os.environ.get(VARIABLE, "")
+    try:
+        Fernet(key)
+    except ValueError:
+        raise SettingsError(
+            f"{VARIABLE} has no key of 32 bytes in base64. Check the Secret: openssl rand -base64 32 prints a new key"
+        ) from None
+    return key
+
+
+def _encrypt_again() -> None:
+    from cryptography.fernet import InvalidToken
+
+    try:
+        blocks = asyncio.run(encrypt_blocks_again(_checked_key()))
+    except InvalidToken:
+        raise PipelineError(
+            f"No block has changed: a block has neither the key of {VARIABLE} nor the key in the database. "
+            "Put the key that encrypted the block back into the Secret"
+        ) from None
+    if blocks is None:
+        print("The database has no key: all blocks have the key of the environment.")
+    else:
+        print(f"{blocks} blocks have the key of the environment, and the key in the database is deleted.")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line; return the exit status."""
+    if list(arguments) != ["encrypt-again"]:
+        print("Usage: python -m orchestration.block_encryption encrypt-again", file=sys.stderr)
+        return 2
+    try:
+        _encrypt_again()
+    except PipelineError as error:
+        print(f"{error}.", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

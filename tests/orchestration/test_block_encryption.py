@@ -1,0 +1,66 @@
+"""The key of secret blocks, on real servers."""
+
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+from cryptography.fernet import Fernet
+from prefect.blocks.system import Secret
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from tests import parts
+
+MODULE = "orchestration.server_process"
+
+
+def _encrypt_again(home: Path, environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "orchestration.block_encryption", "encrypt-again"],
+        env=environment | {"PREFECT_HOME": str(home)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def _stored_keys(home: Path) -> list[str]:
+    with closing(sqlite3.connect(home / "prefect.db")) as database:
+        return [row[0] for row in database.execute("select value from configuration where key = 'ENCRYPTION_KEY'")]
+
+
+def test_blocks_of_the_key_in_the_database_stay_readable_with_a_key_from_the_environment(tmp_path: Path) -> None:
+    home = tmp_path
+    shutil.copyfile(parts.migrated_database(), home / "prefect.db")
+    with (
+        parts.served(home, parts.free_port(), sys.executable, os.environ) as url,
+        temporary_settings({PREFECT_API_URL: url}),
+    ):
+        Secret(value="before").save("before")
+    assert len(_stored_keys(home)) == 1
+    environment = os.environ | {"PREFECT_SERVER_ENCRYPTION_KEY": Fernet.generate_key().decode()}
+    with (
+        parts.served(home, parts.free_port(), sys.executable, environment, MODULE) as url,
+        temporary_settings({PREFECT_API_URL: url}),
+    ):
+
+        def read() -> list[str]:
+            return [Secret.load(name).get() for name in ("before", "after")]  # type: ignore[union-attr]
+
+        Secret(value="after").save("after")
+        assert read() == ["before", "after"]
+        other = _encrypt_again(home, environment | {"PREFECT_SERVER_ENCRYPTION_KEY": Fernet.generate_key().decode()})
+        assert other.returncode == 1
+        assert other.stderr.startswith("No block has changed: ")
+        assert len(_stored_keys(home)) == 1
+        done = _encrypt_again(home, environment)
+        assert done.stdout == "2 blocks have the key of the environment, and the key in the database is deleted.\n"
+        assert _stored_keys(home) == []
+        assert read() == ["before", "after"]
+
+
+def test_server_with_a_wrong_key_does_not_start(tmp_path: Path) -> None:
+    for key in ("short", "", "ä" * 32):
+        done = _encrypt_again(tmp_path, os.environ | {"PREFECT_SERVER_ENCRYPTION_KEY": key})
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("PREFECT_SERVER_ENCRYPTION_KEY has no key of 32 bytes in base64.")
