@@ -2,8 +2,8 @@
 
     python -m orchestration.block_encryption encrypt-again  # once, after all servers have the key
 
-A server without this variable makes a key and keeps it in the database. `orchestration.server_process` starts servers that
-read blocks of both keys, and write blocks of the key in the variable.
+A server without this variable makes a key and keeps it in the database. `orchestration.server_process` starts servers
+that read blocks of both keys, and write blocks of the key in the variable.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """Start a process of the Prefect server: `python -m orchestration.server_process server services start`.
 
-The arguments are those of `prefect`. The process reads secret blocks of the key in `PREFECT_SERVER_ENCRYPTION_KEY` and of
-the key in the database. With `SERVICES_HEALTH_PORT` it serves the health of its background services.
+The arguments are those of `prefect`. The process reads secret blocks of the key in `PREFECT_SERVER_ENCRYPTION_KEY` and
+of the key in the database. With `SERVICES_HEALTH_PORT` it serves the health of its background services.
 """
 
 import sys

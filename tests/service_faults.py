@@ -377,7 +377,7 @@ def _take_faults(loops: list[asyncio.AbstractEventLoop]) -> None:
 
 def main() -> int:
     """Start the services, and take faults from standard input."""
-    from orchestration.services.__main__ import main as start
+    from orchestration.server_process import start_server
 
     loops: list[asyncio.AbstractEventLoop] = []
     new_event_loop = asyncio.events.new_event_loop
@@ -388,7 +388,7 @@ def main() -> int:
 
     asyncio.events.new_event_loop = kept_event_loop
     threading.Thread(target=_take_faults, args=[loops], daemon=True).start()
-    return start(sys.argv[1:])
+    return start_server(sys.argv[1:])
 
 
 if __name__ == "__main__":

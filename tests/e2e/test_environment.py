@@ -333,8 +333,10 @@ def test_undeploy_keeps_volumes_and_passwords(checkout: Checkout) -> None:
         "PersistentVolumeClaim/data-warehouse-0",
         "PersistentVolumeClaim/results-prefect-work-pool-results-0",
         "Secret/prefect-server-database",
+        "Secret/prefect-server-encryption-key",
         "Secret/warehouse",
         "ServiceAccount/default",
+        "ServiceAccount/warehouse",
         "StatefulSet/warehouse",
     }
     wait_until(lambda: "Nothing is deployed" in checkout.make("status", status=2), "the releases to go", 60)

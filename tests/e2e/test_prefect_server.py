@@ -101,7 +101,7 @@ def test_other_pods_reach_the_api_and_neither_database_nor_valkey(server: Releas
 
 
 def test_upgrade_and_rollback_keep_passwords_and_data(server: Release, values: Object) -> None:
-    secrets = (("auth", "auth-string"), ("database", "password"), ("redis", "password"))
+    secrets = (("auth", "auth-string"), ("database", "password"), ("encryption-key",) * 2, ("redis", "password"))
     before = [server.secret(f"{SERVER_RELEASE}-{name}", key) for name, key in secrets]
     database = server.pods("database")[0]["metadata"]["uid"]
     with server.api() as api:
@@ -241,7 +241,7 @@ def test_unreachable_database_is_named(namespace: Namespace, values: Object) -> 
     assert re.search(rf"wait-for-migrations: \S+Z INFO {message}", line), line
 
 
-def test_uninstall_keeps_only_the_volume_and_its_password(server: Release) -> None:
+def test_uninstall_keeps_only_the_volume_and_its_secrets(server: Release) -> None:
     server.helm("uninstall", SERVER_RELEASE, "--wait")
     kinds = "deploy,sts,jobs,services,secrets,configmaps,networkpolicies,serviceaccounts,pvc"
     listed = json.loads(server.namespace.kubectl("get", kinds, "-o", "json"))["items"]
@@ -251,5 +251,6 @@ def test_uninstall_keeps_only_the_volume_and_its_password(server: Release) -> No
         f"PersistentVolumeClaim/data-{SERVER_RELEASE}-database-0",
         f"PersistentVolumeClaim/{SERVER_RELEASE}-backups",
         f"Secret/{SERVER_RELEASE}-database",
+        f"Secret/{SERVER_RELEASE}-encryption-key",
         "ServiceAccount/default",
     ]

@@ -40,6 +40,22 @@ def test_pods_meet_the_restricted_standard(chart: Path, values: str) -> None:
     assert_restricted(render(chart.name, getattr(CHARTS[chart.name], values)))
 
 
+@pytest.mark.parametrize("values", ["TAG", "MAXIMAL"])
+def test_every_pod_has_an_account_of_its_component(chart: Path, values: str) -> None:
+    objects = render(chart.name, getattr(CHARTS[chart.name], values))
+    accounts = {each["metadata"]["name"]: each for each in objects if each["kind"] == "ServiceAccount"}
+    assert "default" not in accounts
+    assert not any(account["automountServiceAccountToken"] for account in accounts.values())
+    users: dict[str, set[str]] = {name: set() for name in accounts}
+    for name, spec in pod_specs(objects).items():
+        users[spec["serviceAccountName"]].add(re.sub(r".*-|-?\d+$", "", name.removesuffix("-1")))
+    shared = [components for components in users.values() if len(components) > 1]
+    assert shared == ([{"api", "services", "migrations"}] if chart.name == "prefect-server" else [])
+    assert [name for name, components in users.items() if not components] == (
+        [name for name in accounts if name.endswith(("-runs", "runner"))]
+    )
+
+
 def test_every_rule_has_a_negative_test(chart: Path) -> None:
     texts = [file.read_text() for file in (chart / "templates").glob("_validate*.tpl")]
     rules = re.findall(r"{{- fail (?:\(printf )?\"(.*)", "".join(texts))

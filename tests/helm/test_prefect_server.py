@@ -112,6 +112,9 @@ def test_default_values_render_the_expected_objects() -> None:
         "Service/test-prefect-server-database",
         "Service/test-prefect-server-redis",
         "ServiceAccount/test-prefect-server",
+        "ServiceAccount/test-prefect-server-database",
+        "ServiceAccount/test-prefect-server-redis",
+        "ServiceAccount/test-prefect-server-test",
         "StatefulSet/test-prefect-server-database",
     ]
 
@@ -436,6 +439,7 @@ REFUSED = [
         _with(httpRoute={"timeouts": {"request": "1m", "backendRequest": "61s"}}),
         "httpRoute.timeouts.backendRequest (",
     ),
+    (_with(serviceAccount={"create": False}), "serviceAccount.create=false needs serviceAccount.name: "),
     (_with(fullnameOverride="1st"), " begins with a digit: Kubernetes refuses a Service of such a name"),
 ]
 

@@ -23,6 +23,7 @@ VALUES: dict[str, list[Object]] = {name: [chart.TAG, chart.MAXIMAL] for name, ch
 
 IN_BOTH = {
     "NetworkPolicy": "a chart allows what its components need, k8s/ denies the rest and opens the way to the warehouse",
+    "ServiceAccount": "the warehouse's",
     "Service": "the warehouse's, which is no part of Prefect",
     "StatefulSet": "the warehouse",
 }
@@ -63,6 +64,7 @@ def test_overlay_has_exactly_these_objects(environment: str) -> None:
         "NetworkPolicy/runs-to-warehouse",
         "NetworkPolicy/warehouse",
         "Service/warehouse",
+        "ServiceAccount/warehouse",
         "StatefulSet/warehouse",
     ]
     assert inventory(overlay(environment)) == sorted([
@@ -145,7 +147,8 @@ def test_control_plane_preempts_runs_and_runs_preempt_no_pod() -> None:
 
 def test_warehouse_meets_the_restricted_standard_and_has_no_password() -> None:
     (spec,) = pod_specs(overlay("local")).values()
-    assert spec["automountServiceAccountToken"] is False
+    account = one(overlay("local"), "ServiceAccount", spec["serviceAccountName"])
+    assert account["automountServiceAccountToken"] is spec["automountServiceAccountToken"] is False
     assert spec["enableServiceLinks"] is False
     assert spec["priorityClassName"] == "prefect-control"
     security = spec["securityContext"]

@@ -62,7 +62,7 @@ annotations:
 {{- if .Values.serviceAccount.create -}}
 {{- default (include "prefect-server.fullname" .) .Values.serviceAccount.name -}}
 {{- else -}}
-{{- default "default" .Values.serviceAccount.name -}}
+{{- .Values.serviceAccount.name -}}
 {{- end -}}
 {{- end -}}
 
@@ -74,8 +74,11 @@ annotations:
 {{/* Empty if Prefect keeps the key in its database. A chart that is rendered without a cluster, as by Argo CD, would have
      another key each time, and there the API's password is an existing Secret. */}}
 {{- define "prefect-server.encryptionKeySecret" -}}
-{{- if or .Values.encryptionKey.existingSecret (and .Values.auth.enabled (not .Values.auth.existingSecret)) -}}
-{{- default (printf "%s-encryption-key" (include "prefect-server.fullname" .)) .Values.encryptionKey.existingSecret -}}
+{{- $generated := printf "%s-encryption-key" (include "prefect-server.fullname" .) -}}
+{{- if .Values.encryptionKey.existingSecret -}}
+{{- .Values.encryptionKey.existingSecret -}}
+{{- else if or (and .Values.auth.enabled (not .Values.auth.existingSecret)) (lookup "v1" "Secret" .Release.Namespace $generated) -}}
+{{- $generated -}}
 {{- end -}}
 {{- end -}}
 

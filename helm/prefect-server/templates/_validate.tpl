@@ -7,6 +7,7 @@
 {{- include "prefect-server.validateRoles" . -}}
 {{- include "prefect-server.validateRoutes" . -}}
 {{- include "prefect-server.validateNames" . -}}
+{{- include "prefect-server.validateAccount" . -}}
 {{- include "prefect-server.validateScale" . -}}
 {{- include "prefect-server.validatePods" . -}}
 {{- include "prefect-server.validateFilled" . -}}
@@ -84,6 +85,14 @@
 {{- define "prefect-server.validateNames" -}}
 {{- if regexMatch "^[0-9]" (include "prefect-server.fullname" .) -}}
 {{- fail (printf "fullnameOverride (or the release's name) makes the name %q, which begins with a digit: Kubernetes refuses a Service of such a name. Set fullnameOverride to a name that begins with a letter." (include "prefect-server.fullname" .)) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "prefect-server.validateAccount" -}}
+{{- with .Values.serviceAccount -}}
+{{- if not (or .create .name) -}}
+{{- fail "serviceAccount.create=false needs serviceAccount.name: the account `default` may have permissions of other pods. Name an existing account." -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 
@@ -200,6 +209,7 @@
 {{- $root := . -}}
 {{- $references := list
   (dict "path" "auth.existingSecret" "name" .Values.auth.existingSecret "key" .Values.auth.key)
+  (dict "path" "encryptionKey.existingSecret" "name" .Values.encryptionKey.existingSecret "key" .Values.encryptionKey.key)
   (dict "path" "database.external.existingSecret" "name" .Values.database.external.existingSecret "key" .Values.database.external.key)
   (dict "path" "database.bundled.existingSecret" "name" .Values.database.bundled.existingSecret "key" "password")
   (dict "path" "redis.external.existingSecret" "name" .Values.redis.external.existingSecret "key" .Values.redis.external.key)

@@ -82,7 +82,7 @@ annotations:
 {{- if $account.create -}}
 {{- default (printf "%s-%s" (include "prefect-work-pool.fullname" (index . 0)) (index . 1)) $account.name -}}
 {{- else -}}
-{{- default "default" $account.name -}}
+{{- $account.name -}}
 {{- end -}}
 {{- end -}}
 

@@ -51,6 +51,9 @@
 {{- if and $values.reconciler.enabled (not $values.reconciler.serviceAccount.create) (not $values.reconciler.serviceAccount.name) -}}
 {{- fail "reconciler.serviceAccount.create=false needs reconciler.serviceAccount.name: the default account would get permission to delete Jobs. Name an existing account." -}}
 {{- end -}}
+{{- if not (or $values.runs.serviceAccount.create $values.runs.serviceAccount.name) -}}
+{{- fail "runs.serviceAccount.create=false needs runs.serviceAccount.name: the account `default` may have permissions of other pods. Name an existing account." -}}
+{{- end -}}
 {{- end -}}
 
 {{- define "prefect-work-pool.validateDeadline" -}}
