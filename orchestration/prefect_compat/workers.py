@@ -2,8 +2,9 @@
 
 import abc
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -279,3 +280,24 @@ class CompatibleWorker(KubernetesWorker, abc.ABC):
 
     async def _create_job(self, configuration: KubernetesWorkerJobConfiguration, client: ApiClient) -> V1Job:
         return await self.create_job(configuration, client)
+
+    @contextlib.asynccontextmanager
+    async def kubernetes_client(self, configuration: KubernetesWorkerJobConfiguration) -> AsyncIterator[ApiClient]:
+        """Open a client of the cluster in which a run's Job is.
+
+        Replaces: `KubernetesWorker._get_configured_kubernetes_client`
+        Why: the worker reads a Job before it deletes the Job of a cancelled run
+        Until: Prefect's worker checks whose Job it deletes
+        """
+        async with self._get_configured_kubernetes_client(configuration) as client:
+            yield client
+
+
+def run_of_configuration(configuration: KubernetesWorkerJobConfiguration) -> str:
+    """Return the id of the run for which a job configuration was made.
+
+    Replaces: `BaseJobConfiguration._related_objects`
+    Why: a run's job variables can change the configuration's labels and environment
+    Until: Prefect's worker checks whose Job it deletes
+    """
+    return str(configuration._related_objects["flow-run"].id)

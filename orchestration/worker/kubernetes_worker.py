@@ -37,6 +37,7 @@ import aiohttp
 import anyio
 from httpx import HTTPError, HTTPStatusError
 from kubernetes_asyncio.client import ApiClient, BatchV1Api, V1Job
+from kubernetes_asyncio.client.exceptions import ApiException
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import (
     FlowRunFilter,
@@ -50,7 +51,7 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import WorkerFlowRunResponse
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.context import SettingsContext, get_settings_context
-from prefect.exceptions import Abort, InfrastructureError, ObjectNotFound
+from prefect.exceptions import Abort, InfrastructureError, InfrastructureNotFound, ObjectNotFound
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, get_current_settings
 from prefect.states import Pending, Scheduled
 from prefect.utilities.engine import propose_state
@@ -61,7 +62,7 @@ from orchestration.access.credentials import read_run_key, sign_run
 from orchestration.diagnosis_table import JOB_REFUSED
 from orchestration.errors import ClusterError
 from orchestration.logs import RUN_ID
-from orchestration.prefect_compat.workers import CompatibleWorker, watched_kinds
+from orchestration.prefect_compat.workers import CompatibleWorker, run_of_configuration, watched_kinds
 from orchestration.protocol import (
     CAUSE_LABEL,
     CLUSTER_LABEL,
@@ -70,6 +71,7 @@ from orchestration.protocol import (
     MAIN_CONTAINER_ANNOTATION,
     NAMESPACE_LABEL,
     REFUSAL_LABEL,
+    RUN_LABEL,
     SIGNING_KEY_VARIABLE,
     claim_of,
 )
@@ -531,6 +533,29 @@ class Worker(CompatibleWorker):
                 if getattr(error.__cause__, "status", 0) != HTTPStatus.CONFLICT:
                     raise
                 return await BatchV1Api(client).read_namespaced_job(name, configuration.namespace)
+
+    async def kill_infrastructure(
+        self, infrastructure_pid: str, configuration: KubernetesWorkerJobConfiguration, grace_seconds: int = 30
+    ) -> None:
+        """Delete the Job of a cancelled run that has not started.
+
+        Raises:
+            InfrastructureNotFound: the Job is absent, or that of another run. A run can name any Job as its own.
+        """
+        namespace, _, name = infrastructure_pid.partition(":")
+        run = run_of_configuration(configuration)
+        async with self.kubernetes_client(configuration) as client:
+            try:
+                job = await BatchV1Api(client).read_namespaced_job(name, namespace)
+            except ApiException as error:
+                if error.status != HTTPStatus.NOT_FOUND:
+                    raise
+                raise InfrastructureNotFound(f"Job {name} is not in namespace {namespace}") from error
+        if (job.metadata.labels or {}).get(RUN_LABEL) != run:
+            message = f"Job {name} is not deleted: it is not the Job of the cancelled run"
+            self.logger.warning("%s.", message, extra={RUN_ID: run})
+            raise InfrastructureNotFound(message)
+        await super().kill_infrastructure(infrastructure_pid, configuration, grace_seconds)
 
     async def drain(self) -> None:
         """Stop claiming runs, and wait until each claimed run has its Job."""

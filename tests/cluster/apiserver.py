@@ -54,6 +54,26 @@ class ApiServer:
         """Create an object."""
         self.client.post(self._path(manifest["apiVersion"], manifest["kind"]), json=manifest).raise_for_status()
 
+    def kubeconfig(self, folder: Path) -> Path:
+        """Write a kubeconfig of the administrator, and return its path.
+
+        Args:
+            folder: the state of the server.
+        """
+        pki = folder / "pki"
+        user = {"client-certificate": f"{pki}/admin.crt", "client-key": f"{pki}/admin.key"}
+        cluster = {"server": str(self.client.base_url), "certificate-authority": f"{pki}/ca.crt"}
+        file = folder / "kubeconfig"
+        file.write_text(
+            yaml.safe_dump({
+                "users": [{"name": "admin", "user": user}],
+                "clusters": [{"name": "alone", "cluster": cluster}],
+                "contexts": [{"name": "alone", "context": {"cluster": "alone", "user": "admin"}}],
+                "current-context": "alone",
+            })
+        )  # fmt: skip
+        return file
+
     def _path(self, version: str, kind: str) -> str:
         if (version, kind) not in self._paths:
             group = f"/apis/{version}" if "/" in version else f"/api/{version}"

@@ -232,10 +232,8 @@ def test_api_that_runs_the_services_restarts_when_they_need_it(roles: bool) -> N
     }
     assert [port["name"] for port in container["ports"]] == ["http", "health"]
     assert environment(container)["SERVICES_HEALTH_PORT"] == "4201"
-    given = render(
-        "prefect-server",
-        _with(services={"separate": False}, api={"args": ["sh", "-c", "mine"]}, auth={"roles": {"enabled": False}}),
-    )
+    mine = {"api": {"args": ["sh", "-c", "mine"]}, "auth": {"roles": {"enabled": False}}}
+    given = render("prefect-server", _with(services={"separate": False}, **mine))
     assert _paths(pod_specs(given)["Deployment/test-prefect-server-api"]["containers"][0])["livenessProbe"] == (
         "http", "/api/health",
     )  # fmt: skip

@@ -64,7 +64,9 @@ def _documented(file: Path) -> Iterator[tuple[str, str]]:
     yield from below(tree, file.stem)
 
 
-PLAIN = {"flow_runs.Workspace", "server_records.UnreadableError", *(f"results.Signer{name}" for name in ("", ".sign", ".verify")), *(
+PLAIN = {"flow_runs.Workspace", "server_records.UnreadableError", *(
+    f"results.Signer{name}" for name in ("", ".sign", ".verify")
+), *(
     f"background_services.ServiceObserver{name}" for name in (
         "", ".expect", ".round", ".handle", ".succeed", ".fail", ".end",
     )
@@ -365,6 +367,19 @@ CONTRACTS: dict[str, list[Check]] = {
     "workers.CompatibleWorker.create_job": [
         (signature(f"{WORKER}._create_job"), "(self, configuration, client)"),
         (lacks(f"{WORKER}.run", "await self._create_job(configuration, client)"), []),
+    ],
+    "workers.CompatibleWorker.kubernetes_client": [
+        (signature(f"{WORKER}._get_configured_kubernetes_client"), "(self, configuration)"),
+        (signature(f"{WORKER}.kill_infrastructure"), "(self, infrastructure_pid, configuration, grace_seconds=30)"),
+    ],
+    "workers.run_of_configuration": [
+        (
+            lacks(
+                "prefect.workers.base:BaseJobConfiguration.prepare_for_flow_run",
+                "self._related_objects = {", '"flow-run": flow_run',
+            ),
+            [],
+        ),
     ],
     "flow_runs.retry_first_requests": [
         (lacks(f"{HTTP}{each}Client", "self._has_connected: bool = False", "if self._has_connected:"), [])

@@ -29,15 +29,16 @@ from prefect.settings import (
     PREFECT_WORKER_QUERY_SECONDS,
     temporary_settings,
 )
-from prefect.states import Completed, Scheduled
+from prefect.states import Cancelling, Completed, Scheduled
 from prefect.workers.base import BaseWorker
 from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerResult
 
 from orchestration.access.credentials import sign_run
-from orchestration.protocol import MAIN_CONTAINER_ANNOTATION
+from orchestration.protocol import MAIN_CONTAINER_ANNOTATION, RUN_LABEL
 from orchestration.reconciler import state_messages
 from orchestration.reconciler.model import Refusal
 from orchestration.worker import kubernetes_worker
+from tests.cluster import apiserver
 from tests.parts import free_port
 from tests.relay import relayed, silent
 
@@ -572,3 +573,52 @@ def test_job_has_the_credential_of_its_run_and_not_the_workers(prefect_server: s
         given = [entry for entry in container["env"] if entry["name"] == "PREFECT_API_AUTH_STRING"]
         assert given == [{"name": "PREFECT_API_AUTH_STRING", "value": sign_run("k" * 32, run)}]
         assert "worker:secret" not in json.dumps(manifest)
+
+
+def _job(name: str, run: UUID) -> dict[str, Any]:
+    container = {"name": "prefect-job", "image": "image"}
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": name, "labels": {RUN_LABEL: str(run)}},
+        "spec": {"template": {"spec": {"restartPolicy": "Never", "containers": [container]}}},
+    }
+
+
+def test_cancelled_run_ends_its_own_job_alone(prefect_server: str, tmp_path: Path) -> None:
+    """A run names the Job of another run as its infrastructure, with a label of that run among its variables."""
+
+    async def cancel(api: apiserver.ApiServer) -> None:
+        pool = f"cancelled-{uuid4().hex[:6]}"
+        async with get_client() as client:
+            made = await _deployment(client, pool)
+            victim = (await client.create_flow_run_from_deployment(made, state=Scheduled())).id
+            labels = {"labels": {RUN_LABEL: str(victim)}}
+            api.create(_job("victim", victim))
+            async with kubernetes_worker.Worker(work_pool_name=pool, create_pool_if_not_found=False) as tested:
+                await tested.sync_with_backend()
+                for job in ("victim", "absent", "own"):
+                    created = await client.create_flow_run_from_deployment(
+                        made, state=Scheduled(), job_variables=labels
+                    )
+                    hostile = created.id
+                    if job == "own":
+                        api.create(_job("own", hostile))
+                    await client.update_flow_run(hostile, infrastructure_pid=f"{apiserver.NAMESPACE}:{job}")
+                    await client.set_flow_run_state(hostile, Cancelling(), force=True)
+                    await tested._cancel_run(hostile)
+                    state = (await client.read_flow_run(hostile)).state
+                    assert state
+                    assert state.message == "Flow run cancelled by worker while pending.", job
+            listed = {job["metadata"]["name"]: job["metadata"] for job in api.client.get(path).json()["items"]}
+            assert "deletionTimestamp" not in listed["victim"]
+            assert "own" not in listed or "deletionTimestamp" in listed["own"]
+
+    path = f"/apis/batch/v1/namespaces/{apiserver.NAMESPACE}/jobs"
+    location = "kubernetes_asyncio.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION"
+    with (
+        apiserver.alone(tmp_path) as api,
+        patch(location, str(api.kubeconfig(tmp_path))),
+        temporary_settings({PREFECT_API_URL: prefect_server}),
+    ):
+        asyncio.run(asyncio.wait_for(cancel(api), 120))
