@@ -119,6 +119,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--pending", type=float, default=600, metavar="SECONDS", help=text)
     text = "how long a run may wait for capacity (a quota, full nodes) before it is given up"
     made.add_argument("--capacity", type=float, default=86_400, metavar="SECONDS", help=text)
+    text = "how many lines of its pod's log the state of a crashed run shows; 0 for none"
+    made.add_argument("--log-lines", type=int, default=5, metavar="N", help=text)
     made.add_argument("--kubernetes", default="", metavar="URL", help="the URL of `kubectl proxy`, outside a pod")
     made.add_argument("--no-pod-events", action="store_true", help="send the server no events of pods")
     return top
@@ -322,7 +324,7 @@ async def _reconcile(options: argparse.Namespace) -> int:
     await loop.reconcile(
         options.pool,
         options.namespace,
-        Policy(pending_seconds=options.pending, capacity_seconds=options.capacity),
+        Policy(pending_seconds=options.pending, capacity_seconds=options.capacity, log_lines=options.log_lines),
         every=options.every,
         port=options.port,
         wait=options.wait,

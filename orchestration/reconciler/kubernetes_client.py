@@ -261,7 +261,7 @@ class Cluster:
                     found[event.involved_object.name] = (event.reason, event.message)
         return found
 
-    async def read_log_tail(self, pod: Pod, lines: int = 5) -> str:
+    async def read_log_tail(self, pod: Pod, lines: int) -> str:
         """Return the last lines of the log of a pod's main container; empty if the log is gone."""
         path = f"/api/v1/namespaces/{self.namespace}/pods/{pod.name}/log"
         query = {"tailLines": lines, "container": pod.container}

@@ -221,7 +221,7 @@ class Reconciler:
         try:
             # An action has several requests. The last may be due when another reconciler is the leader.
             async with asyncio.timeout_at(self.election.deadline if self.election else None):
-                outcome = await carry_out(self.server, self.cluster, action, pods)
+                outcome = await carry_out(self.server, self.cluster, action, pods, self.policy.log_lines)
         except TimeoutError:
             raise PipelineError(f"{type(action).__name__} took longer than the Lease is valid") from None
         if outcome:

@@ -383,7 +383,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Policy:
-    """How long the reconciler waits before it acts.
+    """How long the reconciler waits before it acts, and what it reports.
 
     Args:
         settle_seconds: how long a run's last report may take to arrive if no component saw its pod end.
@@ -396,6 +396,7 @@ class Policy:
         finished_pod_seconds: how long a pod may live after its run has ended otherwise.
         sidecar_seconds: how long other containers of a pod may run after its main container has ended. Native sidecars
             end without help, and the pod's log stays.
+        log_lines: how many lines of its pod's log the state of a crashed run shows.
     """
 
     settle_seconds: float = 3
@@ -406,3 +407,4 @@ class Policy:
     crashed_pod_seconds: float = 15
     finished_pod_seconds: float = 60
     sidecar_seconds: float = 5
+    log_lines: int = 5

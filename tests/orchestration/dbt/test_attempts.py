@@ -113,7 +113,7 @@ def test_failed_hook_runs_again_when_all_nodes_are_done(use: Callable[..., DbtPr
 def test_rows_of_a_failing_test_are_shown_or_stay_in_the_database(
     use: Callable[..., DbtProject], folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An option of the project or a setting keeps the rows. The SQL is always shown."""
+    """Rows stay unless an option of the project or a setting shows them. The SQL is always shown."""
     replace(folder, "seeds/rates.csv", "2\n", "1\n")
 
     def sample(**options: Any) -> int:
@@ -121,10 +121,10 @@ def test_rows_of_a_failing_test_are_shown_or_stay_in_the_database(
         assert "group by" in failed.sql
         return len(failed.sample)
 
-    assert sample() == 1
-    assert sample(sample_rows=0) == 0
-    with settings_of(DBT_SAMPLE_ROWS="0"):
-        assert sample() == 0
+    assert sample() == 0
+    assert sample(sample_rows=10) == 1
+    with settings_of(DBT_SAMPLE_ROWS="10"):
+        assert sample() == 1
 
 
 def test_model_with_more_sources_than_an_event_takes_is_recorded(

@@ -85,7 +85,7 @@ def broken(built: Built, postgres: str, tmp_path_factory: pytest.TempPathFactory
 
     @flow
     def daily() -> None:
-        use(folder).build()
+        use(folder, sample_rows=10).build()
 
     with new_database(postgres, DATABASE) as url:
         state = daily(return_state=True)

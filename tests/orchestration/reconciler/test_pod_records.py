@@ -178,15 +178,16 @@ class Pool:
         found = json.loads(self.namespace.kubectl("get", "job", job, "-o", "json"))
         return str(found["metadata"].get("annotations", {}).get(NOTED_ANNOTATION, ""))
 
-    def round(self) -> list[str]:
+    def round(self, policy: Policy | None = None) -> list[str]:
         """Run one round of a new reconciler, and return its requests to the Prefect API."""
-        return self.rounds(lambda: None)[0]
+        return self.rounds(lambda: None, policy=policy)[0]
 
-    def rounds(self, *after: Callable[[], object]) -> list[list[str]]:
+    def rounds(self, *after: Callable[[], object], policy: Policy | None = None) -> list[list[str]]:
         """Run rounds of one reconciler, and return the requests of each round to the Prefect API.
 
         Args:
             after: what to do after each round.
+            policy: of the reconciler; by default `Policy()`.
         """
         asked_for: list[list[str]] = []
 
@@ -196,7 +197,7 @@ class Pool:
         async def run_rounds() -> None:
             async with prefect.connected() as server, kubernetes.connected(self.namespace.name, self.proxy) as cluster:
                 server.client.event_hooks["request"].append(note)
-                reconciler = Reconciler(server, cluster, self.name, Policy(), None, Pulse(60))
+                reconciler = Reconciler(server, cluster, self.name, policy or Policy(), None, Pulse(60))
                 for action in after:
                     asked_for.append([])
                     await reconciler.round()
@@ -346,6 +347,23 @@ def test_run_with_unreadable_log_crashes(pool: Pool, monkeypatch: pytest.MonkeyP
     assert "exit code 137" in state["message"]
 
 
+@pytest.mark.parametrize("lines", [5, 0])
+def test_state_of_crashed_run_shows_log_lines_if_the_policy_allows(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch, lines: int
+) -> None:
+    async def read(_: object, __: Pod, number: int) -> str:
+        return "\n".join(["customer 4711"] * number)
+
+    monkeypatch.setattr(kubernetes.Cluster, "read_log_tail", read)  # no kubelet has a log of these pods
+    run = pool.run("RUNNING")
+    pool.end_pod(pool.job(run), 137, "Error")
+    pool.round(Policy(log_lines=lines))
+    message = pool.ask("GET", f"/flow_runs/{run['id']}")["state"]["message"]
+    assert "exit code 137" in message
+    assert message.count("customer 4711") == lines
+    assert message.count("log") == bool(lines)
+
+
 def test_hostile_objects_do_not_affect_other_runs(
     pool: Pool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -373,10 +391,10 @@ def test_hostile_objects_do_not_affect_other_runs(
     for each in (refused, dead):
         pool.end_pod(pool.job(each), 137, "Error")
 
-    async def refuse(server: Any, cluster: Any, action: Any, pods: list[Pod]) -> str:
+    async def refuse(server: Any, cluster: Any, action: Any, pods: list[Pod], lines: int) -> str:
         if isinstance(action, Crash) and action.run.id == refused["id"]:
             raise prefect.RefusedError("the server answers 422: labels: no", 422)
-        return await carry_out(server, cluster, action, pods)
+        return await carry_out(server, cluster, action, pods, lines)
 
     monkeypatch.setattr(loop, "carry_out", refuse)
     caplog.clear()
