@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orchestration.deployments import file_format, files, object_builder, placeholders
+from orchestration.deployments import file_format, files, masking, object_builder, placeholders
 from orchestration.deployments.files import YamlMapping
 from orchestration.deployments.resources import Name, Object
 from orchestration.errors import DeploymentsError
@@ -79,7 +79,7 @@ def from_documents(
         DeploymentsError: the first mistake, with FILE:LINE and the cure.
     """
     missing: list[str] | None = [] if offline else None
-    placeholders.resolve(documents, variables or {}, missing)
+    environment = placeholders.resolve(documents, variables or {}, missing)
     if offline:
         placeholders.drop_unresolved_keys(documents)
     entries = [file_format.validate(document) for document in documents]
@@ -91,6 +91,8 @@ def from_documents(
     state = DesiredState(name, notes=list(missing or ()))
     for document, entry in zip(documents, entries, strict=True):
         object_builder.build(document, entry, state.objects, directory=directory, default_pool=default_pool)
+    for item in state.objects.values():
+        item.masked = masking.fields_with(item.fields, environment)
     return state
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from orchestration.deployments import live_state
+from orchestration.deployments import live_state, masking
 from orchestration.deployments import record as records
 from orchestration.deployments.resources import Difference, Object, differences
 from orchestration.errors import DeploymentsError
@@ -84,5 +84,6 @@ async def find(server: Server, owner: str) -> list[Drift]:
             by = item.raw.get("updated_by") or {}
             # `differences` returns what a sync would change: from the live value to the synced one.
             changed = [(name, synced, now) for name, now, synced in different]
+            changed = masking.mask(changed, record.masked.get((kind, key), ()))
             drifted.append(Drift(kind, key, changed, str(item.raw.get("updated") or ""), by.get("display_value") or ""))
     return drifted

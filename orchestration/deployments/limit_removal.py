@@ -40,7 +40,7 @@ def note(desired: Object, raw: JSON) -> str:
 def keep_limit(desired: Object, live: Object) -> Object:
     """Return the desired deployment with the limit that it has on the server."""
     kept = {key: live.fields[key] for key in ("concurrency_limit", "concurrency_options")}
-    return Object(desired.kind, desired.key, desired.fields | kept, desired.where)
+    return Object(desired.kind, desired.key, desired.fields | kept, desired.where, masked=desired.masked)
 
 
 def _held_slots(raw: JSON) -> int:

@@ -70,8 +70,8 @@ def has_placeholder(value: Any) -> bool:
     return any(not match[1].startswith(CONTEXT) for text in _texts(value) for match in PLACEHOLDER.finditer(text))
 
 
-def resolve(documents: Sequence[YamlMapping], variables: Mapping[str, Any], missing: list[str] | None) -> None:
-    """Resolve the placeholders of all documents in place.
+def resolve(documents: Sequence[YamlMapping], variables: Mapping[str, Any], missing: list[str] | None) -> set[str]:
+    """Resolve the placeholders of all documents in place, and return the values that come from the environment.
 
     Args:
         documents: the files, changed in place.
@@ -81,15 +81,17 @@ def resolve(documents: Sequence[YamlMapping], variables: Mapping[str, Any], miss
     Raises:
         DeploymentsError: a placeholder cannot be resolved. The message has its line.
     """
+    environment: set[str] = set()
     for document in documents:
         for key, value in document.items():
             if key != "deployments" and isinstance(value, str | YamlMapping | YamlSequence):
-                document[key] = _EnvironmentResolver(missing).resolve(value, document.location(key))
+                document[key] = _EnvironmentResolver(missing, environment).resolve(value, document.location(key))
     # After the environment, which variables of the files may refer to.
     known = dict(variables) | _declared_variables(documents)
     for document in documents:
         for deployment in _deployments(document):
-            _DeploymentResolver(missing, known).resolve_deployment(deployment)
+            _DeploymentResolver(missing, environment, known).resolve_deployment(deployment)
+    return environment
 
 
 def _deployments(document: YamlMapping) -> Iterator[YamlMapping]:
@@ -144,9 +146,11 @@ class _EnvironmentResolver:
 
     Args:
         missing: takes a line for each variable that is not set, instead of an error.
+        values: takes the value of each variable that is read.
     """
 
     missing: list[str] | None
+    values: set[str]
 
     def resolve(self, value: Any, where: str) -> Any:
         """Return a value of a file, resolved; a mapping or a list is changed in place.
@@ -172,13 +176,18 @@ class _EnvironmentResolver:
             return match[0]
         name = match[1].lstrip("$")
         if name in os.environ:
-            return _read_environment(name, where)
+            return self.read_environment(name, where)
         if self.missing is None:
             raise DeploymentsError(
                 f"{where}: {match[0]} is not set in the environment. Set it with export {name}=..., or write the value"
             )
         self.missing.append(f"{where}: {match[0]} is not set here")
         return match[0]
+
+    def read_environment(self, name: str, where: str) -> str:
+        value = _read_environment(name, where)
+        self.values.add(value)
+        return value
 
 
 @dataclass
@@ -187,6 +196,7 @@ class _DeploymentResolver(_EnvironmentResolver):
 
     Args:
         missing: takes a line for each value that is unknown here, instead of an error.
+        values: takes the value of each variable of the environment that is read.
         variables: values of the variables of files and server, by name.
     """
 
@@ -197,7 +207,7 @@ class _DeploymentResolver(_EnvironmentResolver):
         for key, value in deployment.items():
             where = deployment.location(key)
             if key == "pull":  # a worker resolves the other placeholders
-                deployment[key] = _EnvironmentResolver(self.missing).resolve(value, where)
+                deployment[key] = _EnvironmentResolver(self.missing, self.values).resolve(value, where)
             elif key == "triggers" and isinstance(value, YamlSequence):
                 for index, trigger in enumerate(value):
                     if isinstance(trigger, YamlMapping):
@@ -263,7 +273,7 @@ class _DeploymentResolver(_EnvironmentResolver):
 
     def environment_value(self, match: re.Match[str], where: str) -> str:
         name = match[1]
-        return _read_environment(name, where) if name in os.environ else super().environment_value(match, where)
+        return self.read_environment(name, where) if name in os.environ else super().environment_value(match, where)
 
     def refuse_unresolved(self, match: re.Match[str], where: str, in_event: bool, dropped: bool) -> None:
         """Refuse a placeholder that is left, unless Prefect resolves it later."""

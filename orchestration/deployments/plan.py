@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestration.deployments import limit_removal, live_state
+from orchestration.deployments import limit_removal, live_state, masking
 from orchestration.deployments import record as records
 from orchestration.deployments.desired_state import DesiredState
 from orchestration.deployments.record import Record
@@ -231,12 +231,16 @@ def _compare(plan: Plan, desired: Object, live: Object | None, other_owners: dic
         )
     if desired.kind == DEPLOYMENT and desired.key in record.ending and desired.fields["paused"] is None:
         # An earlier sync paused it to delete it. Now the files have it again.
-        desired = Object(desired.kind, desired.key, desired.fields | {"paused": False}, desired.where)
+        desired = Object(
+            desired.kind, desired.key, desired.fields | {"paused": False}, desired.where, masked=desired.masked
+        )
     fields = differences(desired, live.fields)
     copies = len(live.raw.get("copy_ids", ())) + sum(len(ids) - 1 for ids in live.raw.get("trigger_ids", {}).values())
     if is_owned and copies:
         fields.append(("copies", copies + 1, 1))
     if fields or not is_owned:
+        # A value that the environment does not give any more was an earlier sync's.
+        fields = masking.mask(fields, desired.masked | {*record.masked.get(name, ())})
         plan.changes.append(Change(CHANGE if is_owned else ADOPT, desired, live, fields, since))
     elif since or (is_recorded and record.applied[name] is None):
         plan.changes.append(Change(FINISH, desired, live, since=since))

@@ -29,6 +29,7 @@ class Record:
         ending: keys of deployments that a sync paused, to be deleted when their runs have ended.
         late: due times of late runs, by deployment. The server deletes them with a removed schedule, and a sync
             schedules them again.
+        masked: names of the fields of each object that have values of the environment of the last sync.
         serial: a new text after each write.
         id: the document's id; empty if there is no document yet.
     """
@@ -38,6 +39,7 @@ class Record:
     begun: dict[Name, str] = field(default_factory=dict)
     ending: set[str] = field(default_factory=set)
     late: dict[Name, list[str]] = field(default_factory=dict)
+    masked: dict[Name, list[str]] = field(default_factory=dict)
     serial: str = ""
     id: str = ""
 
@@ -50,6 +52,7 @@ class Record:
             "begun": [[*name, since] for name, since in sorted(self.begun.items())],
             "ending": sorted(self.ending),
             "late": [[*name, times] for name, times in sorted(self.late.items())],
+            "masked": [[*name, fields] for name, fields in sorted(self.masked.items())],
         }
 
 
@@ -74,6 +77,7 @@ def _parse(document: JSON) -> Record:
         {(kind, key): since for kind, key, since in data["begun"]},
         set(data["ending"]),
         {(kind, key): times for kind, key, times in data.get("late", ())},
+        {(kind, key): fields for kind, key, fields in data.get("masked", ())},
         data["serial"],
         document["id"],
     )

@@ -40,6 +40,7 @@ class Object:
         where: FILE:LINE of an object of a file.
         id: the id of an object of a server.
         raw: all fields of an object of a server.
+        masked: the fields with values of the environment of a sync, which are not shown (:mod:`masking`).
     """
 
     kind: str
@@ -48,6 +49,7 @@ class Object:
     where: str = ""
     id: str = ""
     raw: dict[str, Any] = field(default_factory=dict, repr=False)
+    masked: frozenset[str] = frozenset()
 
     @property
     def name(self) -> Name:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestration.deployments.drift import Drift
+from orchestration.deployments.masking import mask
 from orchestration.deployments.plan import ADOPT, CHANGE, CREATE, DELETE, END, FINISH, FORGET, KEEP, Plan
 from orchestration.deployments.resources import Difference, Object
 from orchestration.deployments.schedules import title
@@ -118,7 +119,8 @@ def _main_fields(desired: Object) -> list[Difference]:
         (f"schedules.{name}", None, title(schedule["schedule"]))
         for name, schedule in (desired.fields.get("schedules") or {}).items()
     ]
-    return listed + [(f"triggers.{name}", None, "...") for name in desired.fields.get("triggers") or {}]
+    listed += [(f"triggers.{name}", None, "...") for name in desired.fields.get("triggers") or {}]
+    return mask(listed, desired.masked)
 
 
 def _print_fields(fields: Sequence[Difference]) -> None:

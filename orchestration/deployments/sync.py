@@ -251,8 +251,10 @@ async def _record_done(server: Server, owner: str, done: Sequence[Change]) -> st
                 continue
             if change.desired is None:
                 record.applied.pop(change.name, None)
+                record.masked.pop(change.name, None)
             else:
                 record.applied[change.name] = change.desired.recorded_fields
+                record.masked[change.name] = sorted(change.desired.masked)
 
     await records.update(server, owner, finish)
     return previous_serial

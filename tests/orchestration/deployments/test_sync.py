@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
@@ -485,3 +486,28 @@ def test_prefect_deploy_reads_the_same_file(project: Project) -> None:
     (change,) = json.loads(planned)["changes"]
     assert (change["action"], change["key"]) == ("change", f"etl/{project.unique('b')}")
     assert change["fields"] == [{"field": "version", "old": hashed, "new": None}]
+
+
+def test_values_of_the_environment_are_masked(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plan, sync and diff name the fields, and neither the values in the files nor those on the server."""
+    variable = {"name": project.unique("token"), "value": {"bearer": "{{ $SYNC_TOKEN }}"}}
+
+    def write(name: str) -> None:
+        project.write({"name": "a", "parameters": {"name": name, "day": 2}}, variables=[variable])
+
+    monkeypatch.setenv("SYNC_TOKEN", "first secret")
+    write("Bearer {{ $SYNC_TOKEN }}")
+    created = [project.run("plan")[1], project.run("plan", "--json")[1], project.sync()]
+    monkeypatch.setenv("SYNC_TOKEN", "second secret")
+    changed = [project.run("plan")[1], project.run("plan", "--json")[1], project.sync()]
+    parameters = {"name": "third secret", "day": 3}
+    project.api.patch(f"/deployments/{project.existing('a')['id']}", json={"parameters": parameters}).raise_for_status()
+    drifted = [project.run("diff", "--owner", project.owner, *json)[1] for json in ((), ("--json",))]
+    write("plain")
+    replaced = [project.run("plan")[1]]
+    for output in (*created, *changed, *drifted, *replaced):
+        assert "secret" not in output
+    for output in (changed[0], drifted[0], replaced[0]):
+        assert re.search(r"parameters\.name +\*\*\* -> \*\*\*", output), output
+    assert re.search(r"parameters\.day +2 -> 3", drifted[0]), "other fields are shown"
+    assert "value.bearer" in changed[0]
