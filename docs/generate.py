@@ -111,13 +111,12 @@ REASONS = {
     "worker": {
         "jobs create": "Create the Job of a claimed run.",
         "jobs get": "Find the Job that an unanswered request has created.",
-        "jobs list": "Find the Jobs of runs, where the reconciler is off.",
-        "jobs watch": "Learn that a Job has ended, where the reconciler is off.",
+        "jobs list": "Find the Jobs of runs.",
+        "jobs watch": "Learn that a Job has ended.",
         "jobs delete": "Delete the Job of a cancelled run.",
-        "pods get": "Read the pod of a run, where the reconciler is off.",
-        "pods list": "Find the pods of runs, where the reconciler is off.",
-        "pods watch": "Learn that a pod has started or ended, where the reconciler is off.",
-        "pods/log get": "Read the log of a pod that crashed before it could report, where the reconciler is off.",
+        "pods list": "Find the pods of runs.",
+        "pods watch": "Learn that a pod has started or ended.",
+        "pods/log get": "Read the log of a pod that crashed before it could report.",
         "namespaces get": "Read the UID of kube-system, which identifies the cluster.",
     },
     "reconciler": {
@@ -398,26 +397,36 @@ def rbac() -> str:
     tag = {"image": {"tag": "1"}}
     charts = ("prefect-server", "prefect-work-pool")
     production = ROOT / "helm" / "environments" / "production"
-    default = [rendered for chart in charts for rendered in render(chart, tag, chart)]
-    with_values = [
-        rendered
-        for chart in charts
-        for rendered in render(chart, yaml.safe_load((production / f"{chart}.yaml").read_text()) | tag, chart)
-    ]
+    # The scope of each Role is plain only where runs are in another namespace.
+    elsewhere = {"namespace": "runs"}
+    default = render("prefect-server", tag, "prefect-server")
+    default += render("prefect-work-pool", tag | {"runs": elsewhere}, "prefect-work-pool")
+    with_values = []
+    for chart in charts:
+        values = yaml.safe_load((production / f"{chart}.yaml").read_text()) | tag
+        if chart == "prefect-work-pool":
+            values["runs"] |= elsewhere
+        with_values += render(chart, values, chart)
+    alone = tag | {"runs": elsewhere, "reconciler": {"enabled": False}}
+    observes = _rules(render("prefect-work-pool", alone, "prefect-work-pool"))
+    observes = observes.replace("### worker", "### worker without a reconciler")
     text = NOTE.format("the rendered charts") + "\n"
     if _rules(default) == _rules(with_values):
         text += "The Roles are the same with the default values and with those of `helm/environments/production`.\n"
-        return text + "\n" + _rules(default) + "\n" + _tokens(with_values)
-    text += f"\n## With the default values\n\n{_rules(default)}\n## In production\n\n{_rules(with_values)}"
+        return text + "\n" + _rules(default) + "\n" + observes + "\n" + _tokens(with_values)
+    text += f"\n## With the default values\n\n{_rules(default)}\n{observes}\n## In production\n\n{_rules(with_values)}"
     return text + "\n" + _tokens(with_values)
 
 
 def _rules(objects: list[Object]) -> str:
+    """Return a table of the permissions of each component. Runs are in the namespace `runs`."""
     roles = {(role["kind"], role["metadata"]["name"]): role for role in objects if role["kind"].endswith("Role")}
     sections: dict[str, list[list[str]]] = {}
     for binding in (item for item in objects if item["kind"].endswith("RoleBinding")):
         role = roles[binding["roleRef"]["kind"], binding["roleRef"]["name"]]
-        scope = "the whole cluster" if binding["kind"] == "ClusterRoleBinding" else "its namespace"
+        scope = {None: "the whole cluster", "runs": "namespace of the runs"}.get(
+            binding["metadata"].get("namespace"), "namespace of the release"
+        )
         for subject in binding["subjects"]:
             component = subject["name"].removeprefix("prefect-work-pool-")
             for rule in role["rules"]:

@@ -109,11 +109,14 @@ def parser() -> argparse.ArgumentParser:
     text = "run the reconcile loop, which brings runs and their pods into agreement, in the namespace of the pods"
     made = commands.add_parser("reconcile", help=text, description=text)
     made.add_argument("--pool", required=True, help="the work pool")
-    made.add_argument("--namespace", required=True, help="the namespace of the Jobs")
+    text = "a namespace of the Jobs; repeat the option for several"
+    made.add_argument("--namespace", required=True, action="append", help=text)
     made.add_argument("--every", type=float, default=2, metavar="SECONDS", help="the interval of the loop")
     made.add_argument("--port", type=int, default=8080, help="the port of /health and /metrics")
     made.add_argument("--wait", type=float, default=300, metavar="SECONDS", help=wait_at_start)
     made.add_argument("--lease", default="", metavar="NAME", help="the Lease for the leader election; default: none")
+    text = "the namespace of the Lease; default: the first --namespace"
+    made.add_argument("--lease-namespace", default="", metavar="NAME", help=text)
     made.add_argument("--identity", default=platform.node(), help="the name in the leader election; default: the host")
     text = "how long a pod may fail to start before its run is given up"
     made.add_argument("--pending", type=float, default=600, metavar="SECONDS", help=text)
@@ -329,6 +332,7 @@ async def _reconcile(options: argparse.Namespace) -> int:
         port=options.port,
         wait=options.wait,
         lease=options.lease,
+        lease_namespace=options.lease_namespace,
         identity=options.identity,
         url=options.kubernetes,
         pod_events=not options.no_pod_events,

@@ -87,6 +87,10 @@ class Cluster:
         self.ahead = timedelta()
         """By how much the clock of the Kubernetes API is ahead of the local clock."""
 
+    def in_namespace(self, namespace: str) -> "Cluster":
+        """Return another namespace of the same cluster."""
+        return Cluster(self.client, namespace)
+
     async def identity(self) -> str:
         """Return the identity of the cluster: the UID of its namespace kube-system, which never changes.
 

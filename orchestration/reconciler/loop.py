@@ -46,35 +46,54 @@ def _subject(action: Action) -> str:
     return f"Job {action.job}" if isinstance(action, Stop) else f"Run {action.run.name}"
 
 
+class ReconciledNamespace:
+    """Holds what the reconciler keeps of a namespace between rounds.
+
+    Args:
+        cluster: the namespace with Jobs and pods of runs.
+        events: emits the events of its pods; None for none.
+    """
+
+    def __init__(self, cluster: Cluster, events: PodEvents | None) -> None:
+        self.cluster, self.events = cluster, events
+        self.steady: dict[str, Run] = {}
+        """The steady runs of the newest round, by id. They need not be read again while they are Running."""
+        self.reported: dict[str, str] = {}
+        """The failures of single runs and Jobs in the newest round, by run or Job. Each is logged once."""
+        self.live_runs = 0
+        """How many runs are Pending, Running or Cancelling."""
+
+
 class Reconciler:
     """Brings the runs of a work pool and their pods into agreement, in rounds.
 
     Args:
         server: the Prefect API.
-        cluster: the cluster with the Jobs and pods.
+        clusters: the namespaces with Jobs and pods of runs. Each round handles one after the other.
         pool: the name of the work pool.
         policy: how long to wait before each action.
         election: the leader election; None for a reconciler that always acts.
         pulse: the liveness and the metrics of the process.
-        events: emits the events of pods; None for none.
+        pod_events: whether to emit the events of pods.
     """
 
     def __init__(
         self,
         server: Server,
-        cluster: Cluster,
+        clusters: Sequence[Cluster],
         pool: str,
         policy: Policy,
         election: LeaderElection | None,
         pulse: Pulse,
-        events: PodEvents | None = None,
+        *,
+        pod_events: bool = False,
     ) -> None:
-        self.server, self.cluster, self.pool, self.policy = server, cluster, pool, policy
-        self.election, self.pulse, self.events = election, pulse, events
-        self.steady: dict[str, Run] = {}
-        """The steady runs of the newest round, by id. They need not be read again while they are Running."""
-        self.reported: dict[str, str] = {}
-        """The failures of single runs and Jobs in the newest round, by run or Job. Each is logged once."""
+        self.server, self.pool, self.policy = server, pool, policy
+        self.election, self.pulse = election, pulse
+        self.namespaces = [
+            ReconciledNamespace(cluster, PodEvents(server, cluster.namespace) if pod_events else None)
+            for cluster in clusters
+        ]
         registry = pulse.registry
         self.actions = prometheus.Counter(
             "reconciler_actions_total", "Actions that were carried out.", ["action"], registry=registry
@@ -101,7 +120,7 @@ class Reconciler:
             every: seconds from the start of one round to the next.
         """
         pod_ended = asyncio.Event()
-        watching = asyncio.create_task(self.cluster.watch_pods(pod_ended))
+        watching = [asyncio.create_task(each.cluster.watch_pods(pod_ended)) for each in self.namespaces]
         try:
             while True:
                 began = time.monotonic()
@@ -112,8 +131,10 @@ class Reconciler:
                     self.leading.set(is_leader)
                     if is_leader:
                         results = await self.round()
-                    elif self.events:
-                        self.events.forget()
+                    else:
+                        for each in self.namespaces:
+                            if each.events:
+                                each.events.forget()
                     if self.pulse.trouble:
                         logger.info("Rounds succeed again.")
                     self.pulse.trouble = ""
@@ -131,8 +152,9 @@ class Reconciler:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(pod_ended.wait(), rest)
         finally:
-            watching.cancel()
-            await asyncio.wait([watching])
+            for watch in watching:
+                watch.cancel()
+            await asyncio.wait(watching)
             if self.election:
                 with contextlib.suppress(PipelineError):
                     await self.election.release()
@@ -144,7 +166,20 @@ class Reconciler:
             PipelineError: an API does not answer.
         """
         began = time.monotonic()
-        snapshot = await read_snapshot(self.server, self.cluster, self.pool, self.steady)
+        outcomes = [outcome for each in self.namespaces for outcome in await self._reconcile(each)]
+        self.live.set(sum(each.live_runs for each in self.namespaces))
+        self.rounds.observe(time.monotonic() - began)
+        self.last.set_to_current_time()
+        return outcomes
+
+    async def _reconcile(self, namespace: ReconciledNamespace) -> list[str]:
+        """Run one round in a namespace, and return a line for each action that was carried out.
+
+        Raises:
+            PipelineError: an API does not answer.
+        """
+        cluster = namespace.cluster
+        snapshot = await read_snapshot(self.server, cluster, self.pool, namespace.steady)
         # Reading a thousand runs may take longer than the leadership lasts.
         if self.election and not await self.election.acquire_or_renew():
             return []
@@ -167,28 +202,26 @@ class Reconciler:
             (records_before if decided else records_after).extend(records)
             if run and len(steady) < MAX_STEADY_RUNS and is_steady(run, jobs, pods):
                 steady[run_id] = run
-        self.steady = steady
-        self.live.set(sum(run is not None and run.type in LIVE_STATES for run in snapshot.runs.values()))
-        recorded = await gather_bounded([self._write_record(record) for record in records_before])
-        outcomes = await gather_bounded([self._act(action, pods) for action, pods in actions])
-        recorded += await gather_bounded([self._write_record(record) for record in records_after])
+        namespace.steady = steady
+        namespace.live_runs = sum(run is not None and run.type in LIVE_STATES for run in snapshot.runs.values())
+        recorded = await gather_bounded([self._write_record(cluster, record) for record in records_before])
+        outcomes = await gather_bounded([self._act(cluster, action, pods) for action, pods in actions])
+        recorded += await gather_bounded([self._write_record(cluster, record) for record in records_after])
         all_pods = [pod for pods in snapshot.pods.values() for pod in pods]
-        [emitted] = await gather_bounded([self._emit_pod_events(all_pods)])
+        [emitted] = await gather_bounded([self._emit_pod_events(namespace, all_pods)])
         for (action, _), outcome in zip(actions, outcomes, strict=True):
             if isinstance(outcome, str) and outcome:
                 run_id_of_line = None if isinstance(action, Stop) else action.run.id
                 logger.info("%s", outcome, extra={RUN_ID: run_id_of_line})
-        self.rounds.observe(time.monotonic() - began)
         results = [
             *zip((_subject(action) for action, _ in actions), outcomes, strict=True),
             *zip((f"Job {record.job}" for record in [*records_before, *records_after]), recorded, strict=True),
             ("Pod events", emitted),
         ]
-        self._report([*failures, *(result for result in results if isinstance(result[1], BaseException))])
-        self.last.set_to_current_time()
+        self._report(namespace, [*failures, *(result for result in results if isinstance(result[1], BaseException))])
         return [outcome for outcome in outcomes if isinstance(outcome, str) and outcome]
 
-    def _report(self, failures: Sequence[tuple[str, BaseException]]) -> None:
+    def _report(self, namespace: ReconciledNamespace, failures: Sequence[tuple[str, BaseException]]) -> None:
         """Log the failures of single runs and Jobs, each once.
 
         A user can write labels or names that make one run fail. The other runs must not be affected.
@@ -203,25 +236,25 @@ class Reconciler:
                 raise error
             self.failures.inc()
             reported[subject] = f"{subject} is skipped in this round: {str(error).rstrip('.') or type(error).__name__}."
-            if self.reported.get(subject) != reported[subject]:
+            if namespace.reported.get(subject) != reported[subject]:
                 logger.error("%s", reported[subject], exc_info=None if isinstance(error, PipelineError) else error)
-        self.reported = reported
+        namespace.reported = reported
 
-    async def _write_record(self, record: PodRecord) -> None:
+    async def _write_record(self, cluster: Cluster, record: PodRecord) -> None:
         if self._is_leader:
-            await pod_records.write_pod_record(self.server, self.cluster, record)
+            await pod_records.write_pod_record(self.server, cluster, record)
 
-    async def _emit_pod_events(self, pods: Sequence[Pod]) -> None:
-        if self.events and self._is_leader:
-            await self.events.emit(pods)
+    async def _emit_pod_events(self, namespace: ReconciledNamespace, pods: Sequence[Pod]) -> None:
+        if namespace.events and self._is_leader:
+            await namespace.events.emit(pods)
 
-    async def _act(self, action: Action, pods: list[Pod]) -> str:
+    async def _act(self, cluster: Cluster, action: Action, pods: list[Pod]) -> str:
         if not self._is_leader:
             return ""
         try:
             # An action has several requests. The last may be due when another reconciler is the leader.
             async with asyncio.timeout_at(self.election.deadline if self.election else None):
-                outcome = await carry_out(self.server, self.cluster, action, pods, self.policy.log_lines)
+                outcome = await carry_out(self.server, cluster, action, pods, self.policy.log_lines)
         except TimeoutError:
             raise PipelineError(f"{type(action).__name__} took longer than the Lease is valid") from None
         if outcome:
@@ -235,13 +268,14 @@ class Reconciler:
 
 async def reconcile(
     pool: str,
-    namespace: str,
+    namespaces: Sequence[str],
     policy: Policy,
     *,
     every: float,
     port: int,
     wait: float,
     lease: str = "",
+    lease_namespace: str = "",
     identity: str = "",
     url: str = "",
     pod_events: bool = True,
@@ -250,12 +284,13 @@ async def reconcile(
 
     Args:
         pool: the name of the work pool.
-        namespace: the namespace with the Jobs of its runs.
+        namespaces: the namespaces with the Jobs of its runs.
         policy: how long to wait before each action.
         every: seconds from the start of one round to the next.
         port: the port of `/metrics` and `/health`.
         wait: seconds to wait for the Prefect API at the start.
         lease: the name of the Lease for leader election; empty for a reconciler that always acts.
+        lease_namespace: the namespace of the Lease; empty for the first of the namespaces.
         identity: the name of this candidate in the leader election.
         url: the URL of the Kubernetes API outside of a pod; empty inside.
         pod_events: whether to emit the events of pods.
@@ -265,15 +300,16 @@ async def reconcile(
     """
     pulse = Pulse(3 * every + HEALTH_GRACE_SECONDS)
     with served(pulse, port):
-        async with kubernetes.connected(namespace, url) as cluster, prefect_api.connected(wait) as server:
+        async with kubernetes.connected(namespaces[0], url) as cluster, prefect_api.connected(wait) as server:
             # No retries and short timeouts: the next round decides again, and a late request must not take effect then.
             server.retry_seconds, server.client.timeout = 0, httpx.Timeout(2 * kubernetes.TIMEOUT_SECONDS)
-            election = LeaderElection(cluster, lease, identity) if lease else None
+            clusters = [cluster, *(cluster.in_namespace(name) for name in namespaces[1:])]
+            of_lease = cluster.in_namespace(lease_namespace or cluster.namespace)
+            election = LeaderElection(of_lease, lease, identity) if lease else None
             # Without this, garbage collection scans Prefect's modules for each thousand pods, a tenth of a second each.
             gc.collect()
             gc.freeze()
-            events = PodEvents(server, namespace) if pod_events else None
-            reconciler = Reconciler(server, cluster, pool, policy, election, pulse, events)
+            reconciler = Reconciler(server, clusters, pool, policy, election, pulse, pod_events=pod_events)
             working = asyncio.create_task(reconciler.run(every))
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, working.cancel)

@@ -321,7 +321,7 @@ async def measure_parts(api: str, kubernetes: str, namespace: str, rounds: int) 
         httpx.AsyncClient(base_url=kubernetes, timeout=30, event_hooks=hooks) as client,
     ):
         cluster = Cluster(client, namespace)
-        reconciler = Reconciler(Server(prefect, api), cluster, POOL, Policy(), None, Pulse(60))
+        reconciler = Reconciler(Server(prefect, api), [cluster], POOL, Policy(), None, Pulse(60))
         for number in range(rounds + 1):
             found.requests = 0
             waited.clear()

@@ -109,9 +109,15 @@ class Release:
 
 @dataclass(frozen=True)
 class Pool(Release):
-    """A release of the work pool's chart, and the name of its work pool on the server."""
+    """A release of the work pool's chart, the name of its work pool on the server, and the value `runs.namespace`."""
 
     work_pool: str = "default"
+    namespace_of_runs: str = ""
+
+    @property
+    def runs_namespace(self) -> Namespace:
+        """The namespace of the runs."""
+        return Namespace(self.namespace.context, self.namespace_of_runs or self.namespace.name)
 
 
 def shared_namespace(context: str, name: str, install: Callable[[Namespace], object]) -> Namespace:
@@ -129,14 +135,19 @@ def shared_namespace(context: str, name: str, install: Callable[[Namespace], obj
     with hold_lock(SHARED_CONTEXT_FILE):
         SHARED_CONTEXT_FILE.write_text(context)
         if not binaries.kubectl("--context", context, "get", "namespace", namespace.name, "--ignore-not-found"):
-            make_restricted(namespace)
-            namespace.kubectl("label", "namespace", namespace.name, f"tests/run={TEST_RUN}")
+            make_shared(namespace)
             try:
                 install(namespace)
             except ClusterError:
                 remove(namespace)
                 raise
     return namespace
+
+
+def make_shared(namespace: Namespace) -> None:
+    """Create a namespace that is removed at the end of this run of pytest."""
+    make_restricted(namespace)
+    namespace.kubectl("label", "namespace", namespace.name, f"tests/run={TEST_RUN}")
 
 
 def remove_shared_namespaces() -> None:
@@ -162,11 +173,12 @@ def shared_server(context: str, image: str) -> Release:
 
 def install_pool(server: Release, namespace: Namespace, values: Object, probe: Object, checkout: Path = ROOT) -> Pool:
     """Install a work pool whose runs find the probe's flow in /probe, and wait until it is ready."""
-    namespace.apply(probe)
     if namespace != server.namespace:
         copy_credentials(server, namespace)
     name = values.get("pool", {}).get("name", "default")
-    pool = Pool("prefect-work-pool", "prefect-work-pool", namespace, work_pool=name, checkout=checkout)
+    elsewhere = values["runs"].get("namespace", "")
+    pool = Pool("prefect-work-pool", "prefect-work-pool", namespace, name, elsewhere, checkout=checkout)
+    pool.runs_namespace.apply(probe)
     pool.deploy(values)
     return pool
 

@@ -2,22 +2,31 @@
 
 import copy
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
 
 from orchestration.errors import ClusterError
+from tests.cluster.namespace import Namespace, restricted
 from tests.e2e.release import Object, Pool, Release, merge_values
 from tests.e2e.runs import create_deployment, start_run, wait_for_log, wait_until_ended
 from tests.parts import wait_until
 
 
 @pytest.fixture(scope="module")
-def values(values: Object) -> Object:
-    """Return values for a pool that stores results, without sync and drift detection."""
-    results = {"storage": "volume", "volume": {"size": "100Mi"}}
-    return merge_values(values, {"drift": {"enabled": False}, "sync": {"files": []}, "runs": {"results": results}})
+def runs_namespace(cluster: str) -> Iterator[Namespace]:
+    """Yield a namespace for the runs alone."""
+    with restricted(cluster, "runs") as namespace:
+        yield namespace
+
+
+@pytest.fixture(scope="module")
+def values(values: Object, runs_namespace: Namespace) -> Object:
+    """Return values for a pool that stores results in the namespace of runs, without sync and drift detection."""
+    runs = {"namespace": runs_namespace.name, "results": {"storage": "volume", "volume": {"size": "100Mi"}}}
+    return merge_values(values, {"drift": {"enabled": False}, "sync": {"files": []}, "runs": runs})
 
 
 def _read_worker_account(pool: Pool) -> str:
@@ -47,7 +56,7 @@ def test_changed_template_and_job_variables_do_not_change_a_run_s_identity(pool:
 
     def find_pod() -> Object | None:
         selector = f"prefect.io/flow-run-id={run}"
-        found = json.loads(pool.namespace.kubectl("get", "pods", "-l", selector, "-o", "json"))["items"]
+        found = json.loads(pool.runs_namespace.kubectl("get", "pods", "-l", selector, "-o", "json"))["items"]
         return found[0] if found else None
 
     created: Object = wait_until(find_pod, "the run's pod", 60)["spec"]
@@ -60,7 +69,45 @@ def test_changed_template_and_job_variables_do_not_change_a_run_s_identity(pool:
     history = api.get("/flow_run_states/", params={"flow_run_id": refused}).raise_for_status().json()
     history.sort(key=lambda state: state["timestamp"])
     assert [state["name"] for state in history] == ["Scheduled", "Pending", "Crashed"]
-    assert not pool.namespace.kubectl("get", "jobs", "-l", f"prefect.io/flow-run-id={refused}", "-o", "name")
+    assert not pool.runs_namespace.kubectl("get", "jobs", "-l", f"prefect.io/flow-run-id={refused}", "-o", "name")
+
+
+ACCOUNT_PERMISSIONS: dict[str, set[tuple[str, str]]] = {
+    "worker": {("jobs.batch", verb) for verb in ("create", "get", "delete")},
+    "reconciler": {
+        *(("jobs.batch", verb) for verb in ("list", "patch", "delete")),
+        *(("pods", verb) for verb in ("list", "watch", "deletecollection")),
+        ("pods/log", "get"),
+        ("events", "list"),
+    },
+}
+"""What each service account may do in the namespace of runs, as pairs of a resource and a verb."""
+
+OF_ALL_ACCOUNTS = "authentication.k8s.io", "authorization.k8s.io"
+"""API groups with what every account may do: ask who it is, and what it may do."""
+
+
+def _list_permissions(namespace: Namespace, account: str) -> set[tuple[str, str]]:
+    """Return what a service account may do in a namespace, as pairs of a resource and a verb."""
+    listed = namespace.kubectl("auth", "can-i", "--list", f"--as={account}", "--no-headers")
+    found = set()
+    for line in listed.splitlines():
+        resource, verbs = line.split(" ", 1)[0], re.findall(r"\[([^\]]*)\]", line)[-1].split()
+        if resource and not resource.endswith(OF_ALL_ACCOUNTS):
+            found |= {(resource, verb) for verb in verbs}
+    return found
+
+
+@pytest.mark.parametrize("component", ACCOUNT_PERMISSIONS)
+def test_account_may_do_what_it_needs_and_only_in_the_namespace_of_runs(pool: Pool, component: str) -> None:
+    """No account may read a Secret. In the release's namespace the reconciler may write its Lease."""
+    [pod] = pool.pods(component)
+    account = f"system:serviceaccount:{pool.namespace.name}:{pod['spec']['serviceAccountName']}"
+    everywhere = {("namespaces", "get")}  # kube-system only
+    assert _list_permissions(pool.runs_namespace, account) == ACCOUNT_PERMISSIONS[component] | everywhere
+    lease = {("leases.coordination.k8s.io", verb) for verb in ("create", "get", "update")}
+    expected = everywhere | (lease if component == "reconciler" else set())
+    assert _list_permissions(pool.namespace, account) == expected
 
 
 def _change_pod(job: Object, change: Callable[[Object], object]) -> Object:
@@ -116,7 +163,7 @@ def test_worker_token_cannot_create_a_changed_job(pool: Pool, api: httpx.Client)
     run = start_run(api, create_deployment(api, pool))
     assert wait_until_ended(api, run)["state_type"] == "COMPLETED"
     selector = f"prefect.io/flow-run-id={run}"
-    [job] = json.loads(pool.namespace.kubectl("get", "jobs", "-l", selector, "-o", "json"))["items"]
+    [job] = json.loads(pool.runs_namespace.kubectl("get", "jobs", "-l", selector, "-o", "json"))["items"]
     job["metadata"] = {"name": "stolen", "labels": job["metadata"]["labels"]}
     del job["status"], job["spec"]["selector"]
     for label in ("batch.kubernetes.io/controller-uid", "controller-uid", "job-name", "batch.kubernetes.io/job-name"):
@@ -126,7 +173,7 @@ def test_worker_token_cannot_create_a_changed_job(pool: Pool, api: httpx.Client)
     def create(changed: Object) -> str:
         try:
             options = ("--dry-run=server", "-o", "name", "-f", "-")
-            return pool.namespace.kubectl("create", worker, *options, text=json.dumps(changed))
+            return pool.runs_namespace.kubectl("create", worker, *options, text=json.dumps(changed))
         except ClusterError as refused:
             return str(refused)
 
@@ -165,9 +212,9 @@ def test_run_writes_itself_alone(pool: Pool, server: Release, api: httpx.Client)
     run = start_run(api, deployment, parameters={"seconds": 300})
     selector = f"prefect.io/flow-run-id={run}"
     wait_until(lambda: api.get(f"/flow_runs/{run}").json()["state_type"] == "RUNNING", "the run to begin", 90)
-    [pod] = json.loads(pool.namespace.kubectl("get", "pods", "-l", selector, "-o", "json"))["items"]
+    [pod] = json.loads(pool.runs_namespace.kubectl("get", "pods", "-l", selector, "-o", "json"))["items"]
     command = ("exec", pod["metadata"]["name"], "--", "python", "-c", RUN_ATTACKS, other, deployment, pool.work_pool)
-    answers = dict(line.split() for line in pool.namespace.kubectl(*command).splitlines())
+    answers = dict(line.split() for line in pool.runs_namespace.kubectl(*command).splitlines())
 
     assert answers.pop("create") == "201"
     assert answers.pop("own") == "204"
@@ -205,5 +252,5 @@ def test_run_cannot_plant_a_result_of_another_deployment(pool: Pool, api: httpx.
         warned = [line for line in lines if line.startswith("Not loaded: the stored result ")]
         assert len(warned) == executions
     for kind in ("jobs", "pods"):
-        found = pool.namespace.kubectl("get", kind, "-l", "prefect.io/flow-run-id", "-o", "json")
+        found = pool.runs_namespace.kubectl("get", kind, "-l", "prefect.io/flow-run-id", "-o", "json")
         assert MASTER_KEY not in found

@@ -1,20 +1,30 @@
 """The rendered work pool chart: default objects, effects of values, refused values."""
 
+import asyncio
 import base64
 import copy
+import inspect
 import json
 import re
 from dataclasses import fields
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import httpx
+import prefect_kubernetes.observer
+import prefect_kubernetes.worker
 import pytest
 import yaml
 from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerJobConfiguration
 
 from orchestration.deployments.resources import FILE_SYSTEM, KINDS, POOL
 from orchestration.errors import ClusterError
+from orchestration.reconciler import kubernetes_client
 from orchestration.reconciler.budget import RetryBudget
+from orchestration.reconciler.leader_election import LeaderElection
+from orchestration.reconciler.model import Pod
 from orchestration.settings import ROOT
+from orchestration.worker import kubernetes_worker
 from tests.helm.rendering import (
     EVERY_POD,
     POD_RULES,
@@ -168,8 +178,10 @@ def test_default_values_render_the_expected_objects() -> None:
         "Pod/test-prefect-work-pool-test",
         "PodDisruptionBudget/test-prefect-work-pool-reconciler",
         "Role/test-prefect-work-pool-reconciler",
+        "Role/test-prefect-work-pool-reconciler-lease",
         "Role/test-prefect-work-pool-worker",
         "RoleBinding/test-prefect-work-pool-reconciler",
+        "RoleBinding/test-prefect-work-pool-reconciler-lease",
         "RoleBinding/test-prefect-work-pool-worker",
         "ServiceAccount/test-prefect-work-pool-drift",
         "ServiceAccount/test-prefect-work-pool-reconciler",
@@ -207,7 +219,7 @@ def test_all_features_render_together() -> None:
     assert variables["PREFECT_API_ENABLE_HTTP2"] == "false"
 
 
-def test_worker_role_has_only_the_needed_verbs_in_its_namespace() -> None:
+def test_worker_role_has_only_the_needed_verbs() -> None:
     objects = render("prefect-work-pool", TAG)
     [cluster_role] = [each for each in objects if each["kind"] == "ClusterRole"]
     assert cluster_role["rules"] == [
@@ -219,12 +231,164 @@ def test_worker_role_has_only_the_needed_verbs_in_its_namespace() -> None:
     without = inventory(render("prefect-work-pool", _with(clusterRole={"create": False})))
     assert not [name for name in without if name.startswith("Cluster")]
     assert one(objects, "Role", "test-prefect-work-pool-worker")["rules"] == [
-        {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["create", "get", "list", "watch", "delete"]},
-        {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]},
-        {"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]},
+        {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["create", "get", "delete"]},
     ]
+    observer = {"PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED": True}
+    for values in (_with(reconciler={"enabled": False}), _with(worker={"settings": observer})):
+        assert one(render("prefect-work-pool", values), "Role", "test-prefect-work-pool-worker")["rules"] == [
+            {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["create", "get", "list", "watch", "delete"]},
+            {"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "watch"]},
+            {"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]},
+        ]
     [subject] = one(objects, "RoleBinding", "test-prefect-work-pool-worker")["subjects"]
     assert subject["name"] == "test-prefect-work-pool-worker"
+
+
+def _permissions(role: Object) -> set[tuple[str, str]]:
+    """Return what a Role permits as pairs of a resource and a verb."""
+    return {(resource, verb) for rule in role["rules"] for resource in rule["resources"] for verb in rule["verbs"]}
+
+
+def _calls(source: str) -> set[tuple[str, str]]:
+    """Return the calls of Kubernetes' client in a source text as pairs of a resource and a verb."""
+    found = set(re.findall(r"\.(create|read|list|delete|patch|replace)_namespaced_(\w+)\(", source))
+    verbs = {"read": "get", "replace": "update"}
+    return {(f"{resource}s".replace("pod_logs", "pods/log"), verbs.get(verb, verb)) for verb, resource in found}
+
+
+def test_worker_role_is_what_the_worker_calls() -> None:
+    """With a newer prefect-kubernetes that calls more, this test fails before the worker does."""
+    upstream = _calls(inspect.getsource(prefect_kubernetes.worker))
+    # Only with the setting `create_secret_for_api_key`, which the chart does not set.
+    upstream = {(resource, verb) for resource, verb in upstream if resource != "secrets"}
+    calls = upstream | _calls(inspect.getsource(kubernetes_worker))
+    name = "test-prefect-work-pool-worker"
+    assert _permissions(one(render("prefect-work-pool", TAG), "Role", name)) == calls
+    watches = {(kind, verb) for kind in kubernetes_worker.WATCHED_KINDS for verb in ("list", "watch")}
+    observer = _calls(inspect.getsource(prefect_kubernetes.observer)) | watches
+    observes = render("prefect-work-pool", _with(reconciler={"enabled": False}))
+    assert _permissions(one(observes, "Role", name)) == calls | observer
+
+
+async def _reconciler_calls() -> set[tuple[str, str]]:
+    """Call all methods of the reconciler's client, and return the calls as pairs of a resource and a verb."""
+    calls = set()
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        resource, *rest = request.url.path.partition("/namespaces/ns/")[2].split("/")
+        verb = {"POST": "create", "PUT": "update", "PATCH": "patch"}.get(request.method, "")
+        if request.method == "GET":
+            verb = "watch" if "watch" in request.url.params else "get" if rest else "list"
+        if request.method == "DELETE":
+            verb = "delete" if rest else "deletecollection"
+        calls.add(("/".join([resource, *rest[1:]]), verb))
+        if resource == "leases" and lease is None:
+            return httpx.Response(201 if request.method == "POST" else 404, json={})
+        return httpx.Response(200, json=lease if resource == "leases" else {"metadata": {}, "items": []})
+
+    lease: Object | None = None
+    pod = Pod("pod", "run", "job", datetime.now(UTC))
+    async with httpx.AsyncClient(base_url="http://nowhere", transport=httpx.MockTransport(answer)) as client:
+        cluster = kubernetes_client.Cluster(client, "ns")
+        await cluster.list_jobs("pool", timedelta())
+        await cluster.has_unfinished_job("run")
+        await cluster.list_pods("pool", timedelta())
+        await cluster.read_refusal("job")
+        await cluster.read_stuck_pods()
+        await cluster.read_log_tail(pod, 20)
+        await cluster.annotate("job", {})
+        await cluster.delete_job("job", 0)
+        watch = asyncio.create_task(cluster.watch_pods(watched := asyncio.Event()))
+        await watched.wait()
+        watch.cancel()
+        election = LeaderElection(cluster, "lease", "this one")
+        await election.acquire_or_renew()
+        lease = {"metadata": {"resourceVersion": "1"}, "spec": {"holderIdentity": "this one"}}
+        await election.acquire_or_renew()
+        await election.release()
+    return calls
+
+
+def test_reconciler_roles_are_what_the_reconciler_calls() -> None:
+    public = {name for name in vars(kubernetes_client.Cluster) if not name.startswith("_")}
+    others = {"ask", "identity", "identities", "in_namespace"}
+    called = set(re.findall(r"cluster\.(\w+)\(", inspect.getsource(_reconciler_calls)))
+    assert public - others == called, "call each method in _reconciler_calls"
+    objects = render("prefect-work-pool", TAG)
+    roles = [one(objects, "Role", f"test-prefect-work-pool-reconciler{each}") for each in ("", "-lease")]
+    assert set().union(*map(_permissions, roles)) == asyncio.run(_reconciler_calls())
+
+
+def _in_namespaces(objects: list[Object], *kinds: str) -> list[str]:
+    """Return objects of these kinds as sorted "NAMESPACE Kind/name" texts, without the release's name."""
+    found = [(each["kind"], each["metadata"]) for each in objects if each["kind"] in kinds]
+    prefix = "test-prefect-work-pool-"
+    return sorted(f"{meta['namespace']} {kind}/{meta['name'].removeprefix(prefix)}" for kind, meta in found)
+
+
+def test_objects_of_runs_are_in_their_namespace() -> None:
+    runs = {"namespace": "{{ .Release.Namespace }}-runs", "results": {"storage": "volume"}}
+    objects = render("prefect-work-pool", _with(runs=runs))
+    workloads = ("ServiceAccount", "Secret", "StatefulSet", "Deployment", "Job", "NetworkPolicy")
+    assert [each for each in _in_namespaces(objects, *workloads) if each.startswith("prefect-runs ")] == [
+        "prefect-runs NetworkPolicy/results",
+        "prefect-runs NetworkPolicy/runs",
+        "prefect-runs ServiceAccount/runs",
+        "prefect-runs StatefulSet/results",
+    ], "no Secret: the master key of signed results stays with the worker"
+    assert _in_namespaces(objects, "Role", "RoleBinding") == [
+        "prefect Role/reconciler-lease",
+        "prefect RoleBinding/reconciler-lease",
+        "prefect-runs Role/reconciler",
+        "prefect-runs Role/worker",
+        "prefect-runs RoleBinding/reconciler",
+        "prefect-runs RoleBinding/worker",
+    ]
+    for each in objects:
+        if each["kind"] == "RoleBinding":
+            assert [subject["namespace"] for subject in each["subjects"]] == ["prefect"]
+    template = pool_of(objects)["base_job_template"]
+    assert template["job_configuration"]["namespace"] == "prefect-runs"
+    assert _job(pool_of(objects))["metadata"]["namespace"] == "prefect-runs"
+    worker = _args(objects, "Deployment/test-prefect-work-pool-worker")
+    assert worker[worker.index("--namespace") + 1] == "prefect-runs"
+    reconciler = _args(objects, "Deployment/test-prefect-work-pool-reconciler")
+    assert [reconciler[at + 1] for at, word in enumerate(reconciler) if word == "--namespace"] == ["prefect-runs"]
+    assert reconciler[reconciler.index("--lease-namespace") + 1] == "$(NAMESPACE)"
+
+
+def test_runs_elsewhere_reach_the_api_in_the_namespace_of_the_release() -> None:
+    objects = render("prefect-work-pool", _with(runs={"namespace": "flows"}))
+    worker = pod_specs(objects)["Deployment/test-prefect-work-pool-worker"]["containers"][0]
+    # Runs inherit the URL from the worker.
+    assert environment(worker)["PREFECT_API_URL"] == "http://prefect-server-api.prefect:4200/api"
+    [peer] = one(objects, "NetworkPolicy", "test-prefect-work-pool-runs")["spec"]["egress"][1]["to"]
+    assert peer["namespaceSelector"] == {"matchLabels": {"kubernetes.io/metadata.name": "prefect"}}
+    [peer] = one(objects, "NetworkPolicy", "test-prefect-work-pool-worker")["spec"]["egress"][1]["to"]
+    assert "namespaceSelector" not in peer
+    for url in ("https://prefect.example.com/api", "http://api.other:4200/api", "http://localhost:4200/api"):
+        objects = render("prefect-work-pool", _with(runs={"namespace": "flows"}, api={"url": url}))
+        worker = pod_specs(objects)["Deployment/test-prefect-work-pool-worker"]["containers"][0]
+        assert environment(worker)["PREFECT_API_URL"] == url
+
+
+def test_runs_in_a_former_namespace_keep_network_identity_and_reconciler() -> None:
+    """But the worker creates no Job there."""
+    runs = {"namespace": "flows", "formerNamespaces": ["{{ .Release.Namespace }}", "flows"]}
+    objects = render("prefect-work-pool", _with(runs=runs))
+    kinds = ("Role", "RoleBinding", "ServiceAccount", "NetworkPolicy")
+    found = [each for each in _in_namespaces(objects, *kinds) if each.endswith(("/runs", "/reconciler", "/worker"))]
+    assert found == sorted(
+        [
+            *(f"{namespace} {kind}/reconciler" for namespace in ("prefect", "flows") for kind in kinds[:2]),
+            *(f"{namespace} {kind}/runs" for namespace in ("prefect", "flows") for kind in kinds[2:]),
+            *(f"flows {kind}/worker" for kind in kinds[:2]),
+            *(f"prefect {kind}/{each}" for each in ("worker", "reconciler") for kind in kinds[2:]),
+        ]
+    )
+    reconciler = _args(objects, "Deployment/test-prefect-work-pool-reconciler")
+    watched = [reconciler[at + 1] for at, word in enumerate(reconciler) if word == "--namespace"]
+    assert watched == ["flows", "prefect"]
 
 
 VERBS = {
@@ -242,7 +406,9 @@ VERBS = {
 
 @pytest.mark.parametrize("component", ["worker", "reconciler"])
 def test_comments_name_all_verbs_of_a_role(component: str) -> None:
-    rules = one(render("prefect-work-pool", TAG), "Role", f"test-prefect-work-pool-{component}")["rules"]
+    objects = render("prefect-work-pool", TAG)
+    rules = [rule for each in objects if each["kind"] == "Role" and component in each["metadata"]["name"]
+             for rule in each["rules"]]  # fmt: skip
     chart = ROOT / "helm" / "prefect-work-pool"
     of_values = re.search(
         rf"^{component}:.*?^  rbac:\n(.*?)create: true", (chart / "values.yaml").read_text(), re.DOTALL | re.MULTILINE
@@ -326,6 +492,8 @@ def test_reconciler_role_creates_only_its_lease() -> None:
         {"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "watch", "deletecollection"]},
         {"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]},
         {"apiGroups": [""], "resources": ["events"], "verbs": ["list"]},
+    ]
+    assert one(objects, "Role", f"{name}-lease")["rules"] == [
         {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["create"]},
         {
             "apiGroups": ["coordination.k8s.io"],
@@ -343,7 +511,7 @@ def test_reconciler_role_creates_only_its_lease() -> None:
     silent = render("prefect-work-pool", _with(reconciler={"podEvents": False}))
     assert "--no-pod-events" in _args(silent, f"Deployment/{name}")
     without = render("prefect-work-pool", _with(reconciler={"enabled": False}))
-    assert not [each for each in inventory(without) if each.endswith("-reconciler")]
+    assert not [each for each in inventory(without) if "-reconciler" in each]
     variables = environment(pod_specs(without)["Deployment/test-prefect-work-pool-worker"]["containers"][0])
     assert "PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED" not in variables
 
@@ -727,6 +895,8 @@ REFUSED = [
     (_with(runs={"image": {"tag": "latest"}}), "is `latest`"),
     (_with(pool={"name": "Prefect-pool"}), "starts with `prefect`: the server reserves such names"),
     (_with(worker={"queues": ["absent"]}), ": pool.queues has only "),
+    (_with(runs={"namespace": "Flows"}), "at '/runs/namespace'"),
+    (_with(runs={"formerNamespaces": ["{{ .Release.Name }}_"]}), ": a namespace has up to 63 lower-case letters"),
     *[
         (_with(runs={"pod": {"sidecars": [{"name": "a", "image": "a"}]}}, reconciler=reconciler), message)
         for reconciler, message in (

@@ -72,9 +72,6 @@ def test_objects_equal_the_chart_except_for_listed_fields() -> None:
             f"{worker}/env/PREFECT_API_URL/value",
             f"{worker}/env/WORK_POOL/name",
             f"{worker}/env/WORK_POOL/value",
-            # Without a reconciler the worker watches its pods.
-            f"{worker}/env/PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED/name",
-            f"{worker}/env/PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED/value",
         },
         f"RoleBinding/{NAME}": {f"/subjects/{NAME}/namespace"},
         f"NetworkPolicy/{NAME}": {api},
@@ -83,6 +80,8 @@ def test_objects_equal_the_chart_except_for_listed_fields() -> None:
     # The pool's release has the template, and this worker reads it from the server.
     signed = {"results": {"storage": "volume"}}
     values = test_prefect_work_pool.TAG | {"worker": {"templateFrom": "server"}, "runs": signed}
+    # Without a reconciler the worker watches its pods.
+    values |= {"reconciler": {"enabled": False}}
     defaults = render("prefect-work-pool", values, generate.RELEASE)
     for each in base():
         kind, name = each["kind"], each["metadata"]["name"]

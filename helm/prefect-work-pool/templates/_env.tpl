@@ -37,7 +37,7 @@
 {{- $root := index . 0 -}}
 {{- $component := index . 1 -}}
 - {name: PREFECT_HOME, value: /tmp/prefect}
-- {name: PREFECT_API_URL, value: {{ include "prefect-work-pool.line" (list $root "api.url" $root.Values.api.url) | quote }}}
+- {name: PREFECT_API_URL, value: {{ include "prefect-work-pool.apiUrl" $root | quote }}}
 {{- with $root.Values.api.auth }}
 {{- if include "prefect-work-pool.rolesSecret" $root }}
 - name: PREFECT_API_AUTH_STRING
@@ -114,7 +114,7 @@
 - {name: PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED, value: "false"}
 {{- end }}
 # The default is to watch pods and Jobs in the whole cluster, which the Role does not allow.
-- {name: PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_NAMESPACES, value: $(NAMESPACE)}
+- {name: PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_NAMESPACES, value: {{ include "prefect-work-pool.runsNamespaceArgument" . }}}
 {{- with .Values.worker }}
 - {name: PREFECT_WORKER_QUERY_SECONDS, value: {{ int64 .querySeconds | quote }}}
 - {name: PREFECT_WORKER_PREFETCH_SECONDS, value: {{ int64 .prefetchSeconds | quote }}}
@@ -123,6 +123,17 @@
 - {name: PREFECT_WORKER_ENABLE_CANCELLATION, value: "true"}
 - {name: PREFECT_API_ENABLE_HTTP2, value: {{ .http2 | quote }}}
 {{- end }}
+{{- end -}}
+
+{{/* Not empty if the worker observes its Jobs and pods. It does unless a setting turns it off. */}}
+{{- define "prefect-work-pool.observes" -}}
+{{- $observes := "true" -}}
+{{- range include "prefect-work-pool.env" (list . "worker") | fromYamlArray -}}
+{{- if and (eq .name "PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED") (has (lower (.value | default "")) (list "false" "0")) -}}
+{{- $observes = "" -}}
+{{- end -}}
+{{- end -}}
+{{- $observes -}}
 {{- end -}}
 
 {{/* `env` and `envFrom` of a component's container: (list root component). */}}

@@ -38,13 +38,43 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace 
 app.kubernetes.io/part-of: prefect
 {{- end -}}
 
-{{/* `metadata` of an object: (dict "root" "component" "name" "labels" "annotations" "path"). `path` is the key of the labels
-     and annotations in the values, for error messages. */}}
+{{/* Namespace of the runs. */}}
+{{- define "prefect-work-pool.runsNamespace" -}}
+{{- include "prefect-work-pool.line" (list . "runs.namespace" .Values.runs.namespace) | default .Release.Namespace -}}
+{{- end -}}
+
+{{/* Namespaces that may have pods of runs, as a YAML list: that of the runs, and earlier ones. */}}
+{{- define "prefect-work-pool.runsNamespaces" -}}
+{{- $names := list (include "prefect-work-pool.runsNamespace" .) -}}
+{{- range $index, $name := .Values.runs.formerNamespaces -}}
+{{- $names = append $names (include "prefect-work-pool.line" (list $ (printf "runs.formerNamespaces[%d]" $index) $name)) -}}
+{{- end -}}
+{{- uniq $names | toYaml -}}
+{{- end -}}
+
+{{/* Namespace of the runs as an argument of a component. The manifests for kubectl name no namespace. */}}
+{{- define "prefect-work-pool.runsNamespaceArgument" -}}
+{{- ternary (include "prefect-work-pool.runsNamespace" .) "$(NAMESPACE)" (ne .Values.runs.namespace "") -}}
+{{- end -}}
+
+{{/* URL of the Prefect API. A Service without its namespace is in the release's namespace. Runs in another namespace need the
+     longer name. */}}
+{{- define "prefect-work-pool.apiUrl" -}}
+{{- $url := include "prefect-work-pool.line" (list . "api.url" .Values.api.url) -}}
+{{- $isElsewhere := ne (include "prefect-work-pool.runsNamespace" .) .Release.Namespace -}}
+{{- if and $isElsewhere (not (hasPrefix "localhost" (urlParse $url).host)) -}}
+{{- $url = regexReplaceAll "^(https?://[A-Za-z0-9-]+)([:/]|$)" $url (printf "${1}.%s${2}" .Release.Namespace) -}}
+{{- end -}}
+{{- $url -}}
+{{- end -}}
+
+{{/* `metadata` of an object: (dict "root" "component" "name" "namespace" "labels" "annotations" "path"). `path` is the key of the
+     labels and annotations in the values, for error messages. */}}
 {{- define "prefect-work-pool.metadata" -}}
 {{- $own := include "prefect-work-pool.filled" (list .root (printf "%s.annotations" (.path | default .component)) (.annotations | default dict)) | fromYaml -}}
 {{- $annotations := mergeOverwrite (include "prefect-work-pool.filled" (list .root "commonAnnotations" .root.Values.commonAnnotations) | fromYaml) $own -}}
 name: {{ .name | default (printf "%s-%s" (include "prefect-work-pool.fullname" .root) .component) }}
-namespace: {{ .root.Release.Namespace }}
+namespace: {{ .namespace | default .root.Release.Namespace }}
 labels:
   {{- include "prefect-work-pool.mergedLabels" (list .root (include "prefect-work-pool.labels" (list .root .component) | fromYaml) (printf "%s.labels" (.path | default .component)) .labels) | nindent 2 }}
 {{- with $annotations }}

@@ -32,18 +32,25 @@
 {{- end -}}
 
 {{- define "prefect-work-pool.apiEgress" -}}
-{{- with .Values.networkPolicy.api -}}
+{{- include "prefect-work-pool.apiEgressFrom" (list . .Release.Namespace) -}}
+{{- end -}}
+
+{{/* Egress to the API from pods of a namespace: (list root namespace). */}}
+{{- define "prefect-work-pool.apiEgressFrom" -}}
+{{- $root := index . 0 -}}
+{{- $own := ternary dict (dict "kubernetes.io/metadata.name" $root.Release.Namespace) (eq (index . 1) $root.Release.Namespace) -}}
+{{- with $root.Values.networkPolicy.api -}}
 - to:
     - podSelector:
         matchLabels: {{- toYaml .podLabels | nindent 10 }}
-      {{- with .namespaceLabels }}
+      {{- with .namespaceLabels | default $own }}
       namespaceSelector:
         matchLabels: {{- toYaml . | nindent 10 }}
       {{- end }}
   ports: [{port: {{ int64 .port }}}]
 {{- range .cidrs }}
-- to: [{ {{- include "prefect-work-pool.addressPeer" (list $ .) -}} }]
-  ports: [{port: {{ include "prefect-work-pool.apiPort" $ }}}]
+- to: [{ {{- include "prefect-work-pool.addressPeer" (list $root .) -}} }]
+  ports: [{port: {{ include "prefect-work-pool.apiPort" $root }}}]
 {{- end }}
 {{- end }}
 {{- end -}}

@@ -59,13 +59,13 @@ command: "{{ "{{ command }}" }}"
 env: "{{ "{{ env }}" }}"
 labels: "{{ "{{ labels }}" }}"
 annotations: "{{ "{{ annotations }}" }}"
-namespace: {{ .Release.Namespace }}
+namespace: {{ include "prefect-work-pool.runsNamespace" . }}
 job_manifest:
   apiVersion: batch/v1
   kind: Job
   metadata:
     generateName: "{{ "{{ name }}" }}-"
-    namespace: {{ .Release.Namespace }}
+    namespace: {{ include "prefect-work-pool.runsNamespace" . }}
     labels: "{{ "{{ labels }}" }}"
     annotations: "{{ "{{ annotations }}" }}"
   spec:
@@ -163,7 +163,7 @@ volumes:
 
 {{/* `variables`: what a deployment or a run may set, with the release's defaults. They are upstream's variables, except those
      that do nothing in prefect-kubernetes 0.8 (job_watch_timeout_seconds, pod_watch_timeout_seconds, stream_output), and
-     except namespace and cluster_config: the Role covers only this namespace. */}}
+     except namespace and cluster_config: the Role covers only the namespace of runs. */}}
 {{- define "prefect-work-pool.jobVariables" -}}
 {{- $runs := .Values.runs -}}
 {{- $requests := include "prefect-work-pool.quantities" $runs.resources.requests | fromYaml -}}

@@ -3,6 +3,7 @@
 {{- define "prefect-work-pool.validate" -}}
 {{- include "prefect-work-pool.validateImages" . -}}
 {{- include "prefect-work-pool.validateQueues" . -}}
+{{- include "prefect-work-pool.validateNamespaces" . -}}
 {{- include "prefect-work-pool.validateAccounts" . -}}
 {{- include "prefect-work-pool.validateDeadline" . -}}
 {{- include "prefect-work-pool.validateSidecars" . -}}
@@ -38,6 +39,18 @@
 {{- range $values.worker.queues -}}
 {{- if not (has . $queues) -}}
 {{- fail (printf "worker.queues names %q: pool.queues has only %s. Add the queue to pool.queues, or remove it from worker.queues." . (join ", " $queues)) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Namespaces of runs. Helm can check that they exist only with access to the cluster. */}}
+{{- define "prefect-work-pool.validateNamespaces" -}}
+{{- range $name := include "prefect-work-pool.runsNamespaces" . | fromYamlArray -}}
+{{- if not (regexMatch "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$" $name) -}}
+{{- fail (printf "runs.namespace or runs.formerNamespaces names %q: a namespace has up to 63 lower-case letters, digits and -. Choose another name, or correct its template." $name) -}}
+{{- end -}}
+{{- if and (lookup "v1" "Namespace" "" $.Release.Namespace) (not (lookup "v1" "Namespace" "" $name)) -}}
+{{- fail (printf "runs.namespace or runs.formerNamespaces names %s: the cluster has no such namespace. Create it: kubectl create namespace %s" $name $name) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
@@ -181,25 +194,30 @@
 {{- end -}}
 {{- end -}}
 
-{{/* Existing Secrets and their keys. Pods cannot start without them. Helm can check only with access to the cluster. */}}
+{{/* Existing Secrets and their keys. Pods cannot start without them. Helm can check only with access to the cluster. A Secret
+     of runs is in their namespace. */}}
 {{- define "prefect-work-pool.validateSecret" -}}
 {{- $root := . -}}
+{{- $own := .Release.Namespace -}}
+{{- $ofRuns := include "prefect-work-pool.runsNamespace" . -}}
 {{- $references := list -}}
 {{- with .Values.api.auth -}}
 {{- if include "prefect-work-pool.rolesSecret" $root -}}
 {{- range $key := list "worker" "reconciler" "sync" "run-key" -}}
-{{- $references = append $references (dict "path" "api.auth.rolesSecret" "name" $root.Values.api.auth.rolesSecret "key" $key "cure" "Copy the Secret from the namespace of the server (docs/how-to/api-roles.md). For a server without auth.roles.enabled set api.auth.rolesSecret to an empty string.") -}}
+{{- $references = append $references (dict "path" "api.auth.rolesSecret" "namespace" $own "name" $root.Values.api.auth.rolesSecret "key" $key "cure" "Copy the Secret from the namespace of the server (docs/how-to/api-roles.md). For a server without auth.roles.enabled set api.auth.rolesSecret to an empty string.") -}}
 {{- end -}}
 {{- else if .existingSecret -}}
-{{- $references = append $references (dict "path" "api.auth.existingSecret" "name" .existingSecret "key" .key) -}}
+{{- range $namespace := uniq (list $own $ofRuns) -}}
+{{- $references = append $references (dict "path" "api.auth.existingSecret" "namespace" $namespace "name" $root.Values.api.auth.existingSecret "key" $root.Values.api.auth.key) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 {{- with .Values.runs.results -}}
 {{- if eq .storage "redis" -}}
-{{- $references = append $references (dict "path" "runs.results.redis.existingSecret" "name" .redis.existingSecret "key" .redis.key) -}}
+{{- $references = append $references (dict "path" "runs.results.redis.existingSecret" "namespace" $ofRuns "name" .redis.existingSecret "key" .redis.key) -}}
 {{- end -}}
 {{- if and .signing.enabled .signing.existingSecret -}}
-{{- $references = append $references (dict "path" "runs.results.signing.existingSecret" "name" .signing.existingSecret "key" .signing.key) -}}
+{{- $references = append $references (dict "path" "runs.results.signing.existingSecret" "namespace" $own "name" .signing.existingSecret "key" .signing.key) -}}
 {{- end -}}
 {{- end -}}
 {{- range $path, $env := dict "env" .Values.env "worker.env" .Values.worker.env "runs.env" .Values.runs.env "sync.env" .Values.sync.env "drift.env" (ternary .Values.drift.env list .Values.drift.enabled) "reconciler.env" (ternary .Values.reconciler.env list .Values.reconciler.enabled) -}}
@@ -208,19 +226,19 @@
 {{- if and $reference (not $reference.optional) -}}
 {{- $name := tpl $reference.name $root -}}
 {{- if not (contains "{{" $name) }}{{/* otherwise a job variable names the Secret of each run */}}
-{{- $references = append $references (dict "path" (printf "%s: %s" $path $variable.name) "name" $name "key" $reference.key) -}}
+{{- $references = append $references (dict "path" (printf "%s: %s" $path $variable.name) "namespace" (ternary $ofRuns $own (eq $path "runs.env")) "name" $name "key" $reference.key) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
 {{- if lookup "v1" "Namespace" "" .Release.Namespace -}}
 {{- range $references -}}
-{{- $secret := lookup "v1" "Secret" $root.Release.Namespace .name -}}
+{{- $secret := lookup "v1" "Secret" .namespace .name -}}
 {{- if not $secret -}}
-{{- fail (printf "%s names the Secret %s: namespace %s has no such Secret. %s" .path .name $root.Release.Namespace (.cure | default (printf "Create it: kubectl --namespace %s create secret generic %s --from-literal=%s=..." $root.Release.Namespace .name .key))) -}}
+{{- fail (printf "%s names the Secret %s: namespace %s has no such Secret. %s" .path .name .namespace (.cure | default (printf "Create it: kubectl --namespace %s create secret generic %s --from-literal=%s=..." .namespace .name .key))) -}}
 {{- end -}}
 {{- if not (hasKey ($secret.data | default dict) .key) -}}
-{{- fail (printf "%s names the key %s: Secret %s in namespace %s does not have it. Add the key, or choose one of: %s." .path .key .name $root.Release.Namespace (keys ($secret.data | default dict) | sortAlpha | join ", ")) -}}
+{{- fail (printf "%s names the key %s: Secret %s in namespace %s does not have it. Add the key, or choose one of: %s." .path .key .name .namespace (keys ($secret.data | default dict) | sortAlpha | join ", ")) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

@@ -8,11 +8,14 @@ from tests.cluster.namespace import Namespace
 from tests.e2e.faults.victims import DURATIONS, FLOW_FILE, SIDECAR_VARIABLES, fault_values
 from tests.e2e.pace import CAPACITY_TIMEOUT_SECONDS, PENDING_TIMEOUT_SECONDS
 from tests.e2e.release import (
+    TEST_RUN,
     Object,
     Pool,
     Release,
     connection_values,
+    copy_credentials,
     install_pool,
+    make_shared,
     merge_values,
     pool_values,
     probe_config_map,
@@ -49,18 +52,25 @@ def values(values: Object) -> Object:
 
 @pytest.fixture(scope="module")
 def shared_pool(cluster: str, image: str, server: Release, probe: Object) -> Pool:
-    """Return the pool that test files share if they do not disturb its worker and reconciler."""
+    """Return the pool that test files share if they do not disturb its worker and reconciler.
+
+    Its runs are in a namespace of their own.
+    """
     name = "faults"
+    runs = Namespace(cluster, f"shared-{TEST_RUN}-{name}-runs")
     values = victim_values(merge_values(pool_values(image), connection_values(server, name)))
+    values["runs"]["namespace"] = runs.name
     values["reconciler"]["capacityTimeoutSeconds"] = CAPACITY_TIMEOUT_SECONDS
     # `add_sidecar_variables` changes the template on the server.
     values = merge_values(values, {"worker": {"templateFrom": "server"}})
 
     def install(namespace: Namespace) -> None:
+        make_shared(runs)
+        copy_credentials(server, runs)
         add_sidecar_variables(install_pool(server, namespace, values, probe), server)
 
     namespace = shared_namespace(cluster, name, install)
-    return Pool("prefect-work-pool", "prefect-work-pool", namespace, work_pool=name)
+    return Pool("prefect-work-pool", "prefect-work-pool", namespace, name, runs.name)
 
 
 def add_sidecar_variables(pool: Pool, server: Release) -> None:

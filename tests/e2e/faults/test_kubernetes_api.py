@@ -98,7 +98,7 @@ def test_kubernetes_api_outage_loses_no_run(
         )
         assert "exit code 137" in crashed["message"]
         jobs = ("get", "jobs", "-l", f"prefect.io/flow-run-id={due}", "-o", "jsonpath={.items[*].metadata}")
-        job = wait_until(lambda: pool.namespace.kubectl(*jobs), "the Job of the due run")
+        job = wait_until(lambda: pool.runs_namespace.kubectl(*jobs), "the Job of the due run")
         has_job = datetime.fromisoformat(json.loads(job)["creationTimestamp"])
         assert_within("the due run has its Job", back, has_job, RECOVERY_SECONDS - POD_START_SECONDS)
         wait_until_completed(direct, due)
@@ -110,7 +110,7 @@ def test_kubernetes_api_outage_loses_no_run(
         record_duration("the due run begins", back, begun)
         assert_within("without the share of Kubernetes it begins", back + kubernetes_share, begun, RECOVERY_SECONDS)
         assert_completed_by_one_retry(direct, killed)
-        pool.namespace.kubectl("exec", surviving_pod, "--", "touch", "/tmp/enough")  # noqa: S108 - in the pod
+        pool.runs_namespace.kubectl("exec", surviving_pod, "--", "touch", "/tmp/enough")  # noqa: S108 - in the pod
         assert (wait_until_ended(direct, surviving)["state_type"], get_run(direct, surviving)["run_count"]) == (
             "COMPLETED",
             1,

@@ -60,7 +60,7 @@ def test_old_results_are_removed(pool: Pool, api: httpx.Client) -> None:
     [pod] = pool.pods("results")
 
     def run_shell(script: str) -> str:
-        return pool.namespace.kubectl("exec", pod["metadata"]["name"], "--", "sh", "-c", script)
+        return pool.runs_namespace.kubectl("exec", pod["metadata"]["name"], "--", "sh", "-c", script)
 
     def list_results() -> list[str]:
         with contextlib.suppress(ClusterError):  # the pod is being replaced
@@ -68,7 +68,7 @@ def test_old_results_are_removed(pool: Pool, api: httpx.Client) -> None:
         return []
 
     run_shell("touch -d '8 days ago' /results/old; touch -d '6 days ago' /results/new")
-    pool.namespace.kubectl("delete", "pod", pod["metadata"]["name"])
+    pool.runs_namespace.kubectl("delete", "pod", pod["metadata"]["name"])
     wait_until(
         lambda: "new" in (found := list_results()) and "old" not in found, "only the old result to be removed", 120
     )
@@ -87,7 +87,7 @@ def test_force_deleted_pod_is_retried(pool: Pool, api: httpx.Client) -> None:
     run, pod = start_running(api, pool, deploy_victim(api, pool), seconds=60, slot=slot)
     wait_until(lambda: count_taken_slots(api, slot) == 1, "the slot to be taken")
     began = datetime.now(UTC)
-    force_delete(pool.namespace, pod)
+    force_delete(pool.runs_namespace, pod)
     assert_state_within(api, run, "AwaitingRetry", began)
     assert_completed_by_one_retry(api, run)
 
@@ -115,7 +115,7 @@ def test_oom_killed_run_gets_more_memory(pool: Pool, api: httpx.Client) -> None:
 def test_evicted_run_keeps_its_crash_budget(pool: Pool, api: httpx.Client) -> None:
     run, pod = start_running(api, pool, deploy_victim(api, pool, job_variables={"crash_retries": 0}), seconds=60)
     began = datetime.now(UTC)
-    evict(pool.namespace, pod)
+    evict(pool.runs_namespace, pod)
     assert_state_within(api, run, "AwaitingRetry", began)
     wait_until_completed(api, run)
     assert get_run(api, run)["run_count"] == 2
@@ -195,7 +195,7 @@ def test_main_container_decides_despite_sidecars(pool: Pool, api: httpx.Client) 
     assert "ended with exit code 137 (SIGKILL)" in crashed["message"]
     assert "attempt 1 in" in crashed["message"], "the end of the main container's log"
     began = datetime.now(UTC)
-    evict(pool.namespace, evicted_pod["metadata"]["name"])
+    evict(pool.runs_namespace, evicted_pod["metadata"]["name"])
     api.post(f"/flow_runs/{runs['cancelled']}/set_state", json={"state": {"type": "CANCELLING"}}).raise_for_status()
     assert_state_within(api, runs["evicted"], "AwaitingRetry", began)
     assert_state_within(api, runs["cancelled"], "Cancelled", began)

@@ -116,7 +116,7 @@ async def reconciler_in_process(
         httpx.AsyncClient(base_url=kubernetes, timeout=30, event_hooks=hooks) as client,
     ):
         cluster = Cluster(client, pool.namespace.name)
-        yield Reconciler(Server(prefect, str(api.base_url)), cluster, pool.work_pool, Policy(), None, Pulse(60))
+        yield Reconciler(Server(prefect, str(api.base_url)), [cluster], pool.work_pool, Policy(), None, Pulse(60))
 
 
 @pytest.fixture

@@ -148,7 +148,7 @@ def test_server_outage_and_killed_database_lose_no_run(server: Release, pool: Po
     wait_until(has_database, "the API to reach its database", 90)
     with server.api() as api:
         [pod] = list_pods(pool, run)
-        pool.namespace.kubectl("exec", pod["metadata"]["name"], "--", "touch", "/tmp/enough")  # noqa: S108 - in the pod
+        pool.runs_namespace.kubectl("exec", pod["metadata"]["name"], "--", "touch", "/tmp/enough")  # noqa: S108 - in the pod
         found = wait_until_ended(api, run)
         assert (found["state_type"], found["run_count"]) == ("COMPLETED", 1)
         ticks = [int(line.split()[1]) for line in wait_for_log(api, run, "the end", 90) if line.startswith("tick")]

@@ -91,7 +91,7 @@ def test_given_up_run_releases_its_deployment_slot(pool: Pool, api: httpx.Client
 def test_run_with_a_refused_pod_shows_the_cause(
     pool: Pool, api: httpx.Client, kind: str, spec: Object, cause: str
 ) -> None:
-    pool.namespace.apply({"apiVersion": "v1", "kind": kind, "metadata": {"name": "small"}, "spec": spec})
+    pool.runs_namespace.apply({"apiVersion": "v1", "kind": kind, "metadata": {"name": "small"}, "spec": spec})
     try:
         run = start_run(api, deploy_victim(api, pool, job_variables={"memory_limit": "99Gi"}))
         submitted = wait_for_state(api, run, "Submitting", 60)
@@ -100,7 +100,7 @@ def test_run_with_a_refused_pod_shows_the_cause(
         assert seconds_between(submitted, stuck) < DETECTION_SECONDS
         assert "Given up after" in wait_for_state(api, run, "Crashed", GIVE_UP_SECONDS)["message"]
     finally:
-        pool.namespace.kubectl("delete", kind, "small")
+        pool.runs_namespace.kubectl("delete", kind, "small")
 
 
 def test_pod_of_a_deleted_run_is_deleted(pool: Pool, api: httpx.Client) -> None:

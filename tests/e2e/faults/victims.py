@@ -117,7 +117,7 @@ def count_taken_slots(api: httpx.Client, limit: str) -> int:
 
 def list_pods(pool: Pool, run: str) -> list[Object]:
     """Return the run's pods."""
-    listed = pool.namespace.kubectl("get", "pods", "-l", f"prefect.io/flow-run-id={run}", "-o", "json")
+    listed = pool.runs_namespace.kubectl("get", "pods", "-l", f"prefect.io/flow-run-id={run}", "-o", "json")
     found: list[Object] = json.loads(listed)["items"]
     return found
 
@@ -212,7 +212,7 @@ def wait_for_death(pool: Pool, pod: str) -> datetime:
 
     def death() -> datetime | None:
         command = ("get", "pod", pod, "--ignore-not-found", "--show-managed-fields", "-o", "json")
-        found = pool.namespace.kubectl(*command)
+        found = pool.runs_namespace.kubectl(*command)
         if not found:  # the pod was deleted before this look
             return datetime.now(UTC)
         read: Object = json.loads(found)
@@ -239,7 +239,7 @@ def kill_pod(pool: Pool, pod: str) -> datetime:
 
     def is_killed() -> bool:
         try:
-            pool.namespace.kubectl("exec", pod, "--", "python", "-c", "import os; os.kill(-1, 9)")
+            pool.runs_namespace.kubectl("exec", pod, "--", "python", "-c", "import os; os.kill(-1, 9)")
         except ClusterError as error:
             # The signal also ends the process that sends it. Any other failure means that nothing was killed.
             return bool(re.search("exit code 137|not found|completed pod|stopped", str(error)))

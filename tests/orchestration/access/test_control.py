@@ -111,7 +111,7 @@ def test_late_decision_of_a_reconciler_leaves_a_newer_state(
                 return await Server.ask(server, method, path, *args, **options)
 
             monkeypatch.setattr(server, "ask", delayed)
-            return await carry_out(server, _NoJobs(), Unclaim(read, "No pod"), [])  # type: ignore[arg-type]
+            return await carry_out(server, _NoJobs(), Unclaim(read, "No pod"), [], 0)  # type: ignore[arg-type]
 
     assert asyncio.run(decide()) == ""
     assert operator.get(f"/flow_runs/{run}").json()["state_type"] == "RUNNING"

@@ -308,7 +308,7 @@ async def _until_ended(
         cluster = kubernetes.Cluster(for_kubernetes, namespace)
         policy = Policy(settle_seconds=0.5, claim_seconds=GIVEN_AWAY_AFTER)
         with patch.object(kubernetes, "WATCH_SECONDS", 5):
-            reconciler = Reconciler(Server(for_prefect, server), cluster, pool, policy, None, Pulse(60))
+            reconciler = Reconciler(Server(for_prefect, server), [cluster], pool, policy, None, Pulse(60))
             tested = Stalled(namespace=namespace, work_pool_name=pool, create_pool_if_not_found=False)
             tested._cluster = await cluster.identity()
             parts = [tested.start(), reconciler.run(0.5), kubelet.work(url, namespace)]

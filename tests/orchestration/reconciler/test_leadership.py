@@ -41,16 +41,16 @@ def test_action_ends_with_leadership(monkeypatch: pytest.MonkeyPatch) -> None:
             cluster = kubernetes_client.Cluster(client, "namespace")
             lead = leader_election.LeaderElection(cluster, "lease", "this one")
             reconciler = loop.Reconciler(
-                Server(client, "http://nowhere/api"), cluster, "pool", Policy(), lead, Pulse(60)
+                Server(client, "http://nowhere/api"), [cluster], "pool", Policy(), lead, Pulse(60)
             )
             lead._until = now + 5
             with pytest.raises(PipelineError, match="Stop took longer than the Lease is valid"):
-                await reconciler._act(action, [])
+                await reconciler._act(cluster, action, [])
             # The request that was already in the loop's queue at the deadline is sent too.
             assert 1005 + 2 * kubernetes_client.TIMEOUT_SECONDS <= now <= lead.deadline + 1
             requests = asked
             # After that no request begins.
-            assert await reconciler._act(action, []) == ""
+            assert await reconciler._act(cluster, action, []) == ""
             assert requests == asked > 0
 
     with asyncio.Runner(loop_factory=Loop) as runner:

@@ -20,7 +20,7 @@ def test_metrics_endpoint_exposes_documented_metrics() -> None:
 
     async def exposed() -> str:
         async with httpx.AsyncClient() as client:
-            Reconciler(Server(client, "http://nowhere/api"), Cluster(client, "ns"), "pool", Policy(), None, pulse)
+            Reconciler(Server(client, "http://nowhere/api"), [Cluster(client, "ns")], "pool", Policy(), None, pulse)
         with urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
             return str(answer.read().decode())
 

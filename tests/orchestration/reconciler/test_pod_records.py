@@ -197,7 +197,7 @@ class Pool:
         async def run_rounds() -> None:
             async with prefect.connected() as server, kubernetes.connected(self.namespace.name, self.proxy) as cluster:
                 server.client.event_hooks["request"].append(note)
-                reconciler = Reconciler(server, cluster, self.name, policy or Policy(), None, Pulse(60))
+                reconciler = Reconciler(server, [cluster], self.name, policy or Policy(), None, Pulse(60))
                 for action in after:
                     asked_for.append([])
                     await reconciler.round()
