@@ -1,7 +1,9 @@
 """Deploy the releases of an environment, and uninstall them."""
 
+import itertools
+
 from orchestration.errors import ClusterError
-from orchestration.operations import helm_release, release_inputs, rollout, sync_dry_run
+from orchestration.operations import helm_release, namespace_of_runs, release_inputs, rollout, sync_dry_run
 from orchestration.operations.deploy_history import DeployHistory
 from orchestration.operations.environment import OVERLAYS, POOL, RELEASES, Environment, run_program
 from orchestration.operations.release_inputs import Image
@@ -13,7 +15,7 @@ NEEDED_RIGHTS = (
     ("create", "configmaps"),
     ("create", "roles.rbac.authorization.k8s.io"),
 )
-"""Verbs and kinds that a deploy needs in the namespace. One of each sort stands for the others."""
+"""Verbs and kinds that a deploy needs in its namespaces. One of each sort stands for the others."""
 
 
 def check_preconditions(environment: Environment) -> None:
@@ -29,17 +31,17 @@ def check_preconditions(environment: Environment) -> None:
                 f"ENV={environment.name} deploys only committed files: the checkout has {len(changed)} uncommitted "
                 f"changes ({changed[0].split()[-1]}). Commit or stash them"
             )
-    for verb, kind in NEEDED_RIGHTS:
-        if not _is_allowed(environment, verb, kind):
+    for namespace, (verb, kind) in itertools.product(environment.namespaces, NEEDED_RIGHTS):
+        if not _is_allowed(environment, namespace, verb, kind):
             raise ClusterError(
-                f"The user of {environment.context} may not {verb} {kind} in namespace {environment.namespace}. "
+                f"The user of {environment.context} may not {verb} {kind} in namespace {namespace}. "
                 "Ask for a Role with this right, or name another KUBE_CONTEXT"
             )
 
 
-def _is_allowed(environment: Environment, verb: str, kind: str) -> bool:
+def _is_allowed(environment: Environment, namespace: str, verb: str, kind: str) -> bool:
     try:
-        return environment.kubectl("auth", "can-i", verb, kind).strip() == "yes"
+        return environment.kubectl("auth", "can-i", verb, kind, "--namespace", namespace).strip() == "yes"
     except ClusterError as error:  # kubectl exits with 1 to say no
         if str(error).strip() == "no":
             return False
@@ -60,15 +62,19 @@ def deploy(environment: Environment, *, force: bool = False) -> None:
     image = release_inputs.checkout_image(environment)
     with (
         step(f"Applying k8s/overlays/{environment.name}", "1 s"),
-        release_inputs.surroundings(environment) as folder,
+        release_inputs.surroundings(environment) as folders,
     ):
-        environment.kubectl("apply", "--kustomize", str(folder))
+        for folder in folders:
+            run_program(["kubectl", "--context", environment.context, "apply", "--kustomize", str(folder)])
         secret = OVERLAYS / environment.name / "warehouse" / "secret"
         if secret.exists():
-            run_program([str(secret), "--context", environment.context, "--namespace", environment.namespace])
+            names = ("--context", environment.context, "--namespace", environment.namespace)
+            run_program(["env", f"RUNS_NAMESPACE={environment.runs_namespace}", str(secret), *names])
     history = DeployHistory(environment)
     history.begin_deploy()
     for release in RELEASES:
+        if release == POOL:
+            namespace_of_runs.copy_api_credential(environment)
         _deploy_release(environment, release, image, history, force)
     history.complete_deploy()
 
@@ -108,6 +114,6 @@ def undeploy(environment: Environment) -> None:
             print(f"{release} is not installed.")
     DeployHistory(environment).delete()
     print(
-        f"Namespace {environment.namespace} stays, with the databases' volumes and passwords. To remove all of it:\n"
-        f"  kubectl --context {environment.context} delete namespace {environment.namespace}"
+        f"Namespace {' and '.join(environment.namespaces)} stays, with volumes and passwords. To remove all of it:\n"
+        f"  kubectl --context {environment.context} delete namespace {' '.join(environment.namespaces)}"
     )

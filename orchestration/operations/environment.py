@@ -48,12 +48,12 @@ def run_program(command: Sequence[str], text: str | None = None, *, folder: Path
 
 @dataclass(frozen=True)
 class Environment:
-    """A namespace of a cluster that holds server, workers and runs.
+    """A namespace of a cluster that holds server and workers, and the namespace of their runs.
 
     Args:
         name: the name of its folders in k8s/overlays and helm/environments.
         context: the kubeconfig context of its cluster.
-        namespace: the namespace of its releases and runs.
+        namespace: the namespace of its releases.
     """
 
     name: str
@@ -69,14 +69,45 @@ class Environment:
         return run_program(["helm", "--kube-context", self.context, "--namespace", self.namespace, *arguments])
 
     def objects(self, kinds: str, *arguments: str) -> list[Object]:
-        """Return the namespace's objects of some kinds: `objects("pods,jobs", "--selector", "a=b")`."""
-        found: list[Object] = json.loads(self.kubectl("get", kinds, "--output", "json", *arguments))["items"]
+        """Return the objects of some kinds in its namespaces: `objects("pods,jobs", "--selector", "a=b")`."""
+        found: list[Object] = []
+        for namespace in self.namespaces:
+            # kubectl takes the last --namespace.
+            text = self.kubectl("get", kinds, "--output", "json", *arguments, "--namespace", namespace)
+            found += json.loads(text)["items"]
         return found
 
     @property
     def values(self) -> Path:
         """The folder with the values of its releases."""
         return ROOT / "helm" / "environments" / self.name
+
+    @property
+    def pool_values(self) -> Object:
+        """The values of the work pool's release."""
+        file = self.values / f"{POOL}.yaml"
+        return (yaml.safe_load(file.read_text()) or {}) if file.exists() else {}
+
+    @property
+    def runs_namespace(self) -> str:
+        """The namespace of the runs: `runs.namespace` in the values, by default that of the releases.
+
+        Raises:
+            ClusterError: the value has another template than the release's namespace.
+        """
+        given = str((self.pool_values.get("runs") or {}).get("namespace", ""))
+        filled = given.replace("{{ .Release.Namespace }}", self.namespace)
+        if "{{" in filled:
+            raise ClusterError(
+                f"{self.values / POOL}.yaml: runs.namespace is {given!r}. make reads only the template "
+                "{{ .Release.Namespace }}. Write the name without other templates"
+            )
+        return filled or self.namespace
+
+    @property
+    def namespaces(self) -> list[str]:
+        """The namespace of the releases and that of the runs, which may be one."""
+        return [*dict.fromkeys((self.namespace, self.runs_namespace))]
 
 
 def resolve(name: str, context: str, namespace: str = "") -> Environment:

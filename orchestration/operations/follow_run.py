@@ -90,8 +90,7 @@ def follow(environment: Environment, api: httpx.Client, run: Object) -> bool:
         time.sleep(POLL_SECONDS)
     if now["state_type"] == "CRASHED":
         for pod in _pods(environment, run["id"]):
-            name = pod["metadata"]["name"]
-            for text in release_diagnosis.log_tail(environment, name, _main_container(pod), CRASH_LOG_LINES):
+            for text in release_diagnosis.log_tail(environment, pod, _main_container(pod), CRASH_LOG_LINES):
                 print(f"-- pod: {text}", file=sys.stderr)
     return bool(now["state_type"] == "COMPLETED")
 

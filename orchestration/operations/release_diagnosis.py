@@ -75,21 +75,24 @@ def explain_pod(environment: Environment, pod: Object, containers: Collection[st
         if "running" in state and not status["ready"]:
             # The container waits for something or starts slowly. The last line of its log shows which.
             yield from (
-                f"pod/{name} {status['name']}: {line}" for line in log_tail(environment, name, status["name"], 1)
+                f"pod/{name} {status['name']}: {line}" for line in log_tail(environment, pod, status["name"], 1)
             )
         if waiting := state.get("waiting"):
             yield f"pod/{name} {status['name']}: {waiting.get('reason')}: {waiting.get('message', '')}".rstrip(": ")
         ended: Any = state.get("terminated") or state.get("last")
         if ended and ended["exitCode"]:
             yield f"pod/{name} {status['name']}: {ended['reason']}, exit code {ended['exitCode']}"
-            yield from (f"  log: {line}" for line in log_tail(environment, name, status["name"]))
+            yield from (f"  log: {line}" for line in log_tail(environment, pod, status["name"]))
 
 
-def log_tail(environment: Environment, pod: str, container: str, count: int = 5) -> list[str]:
+def log_tail(environment: Environment, pod: Object, container: str, count: int = 5) -> list[str]:
     """Return the last lines of a container's log; of its previous container if the log is empty."""
     for options in ([], ["--previous"]):
         try:
-            text = environment.kubectl("logs", pod, "--container", container, f"--tail={count}", *options)
+            text = environment.kubectl(
+                "logs", pod["metadata"]["name"], "--namespace", pod["metadata"]["namespace"],
+                "--container", container, f"--tail={count}", *options,
+            )  # fmt: skip
         except ClusterError:
             continue
         if text.strip():

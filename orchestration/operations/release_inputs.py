@@ -11,8 +11,8 @@ from pathlib import Path
 
 import yaml
 
-from orchestration.operations import registry
-from orchestration.operations.environment import OVERLAYS, SERVER, Environment, Object, run_program
+from orchestration.operations import namespace_of_runs, registry
+from orchestration.operations.environment import OVERLAYS, POOL, SERVER, Environment, Object, run_program
 from orchestration.progress import step
 from orchestration.settings import ROOT
 
@@ -52,6 +52,8 @@ def checkout_image(environment: Environment) -> Image:
 def values_options(environment: Environment, release: str, image: Image) -> Iterator[list[str]]:
     """Yield Helm's options that name the values of a release. The files exist while the block lasts."""
     overrides: Object = {"image": {"repository": image.repository, "digest": image.digest}}
+    if release == POOL and (former := namespace_of_runs.former_namespaces(environment)):
+        overrides["runs"] = {"formerNamespaces": former}
     if release == SERVER and environment.name == "local" and (local := local_images()):
         for key, name in (("database", "postgres"), ("redis", "valkey")):
             overrides[key] = {"bundled": {"image": {"repository": local[name][0], "tag": local[name][1]}}}
@@ -69,16 +71,20 @@ def local_images() -> dict[str, tuple[str, str]]:
 
 
 @contextmanager
-def surroundings(environment: Environment) -> Iterator[Path]:
-    """Yield a kustomization of the environment's overlay, with its namespace and, for `local`, local images."""
-    overlay = OVERLAYS / environment.name
+def surroundings(environment: Environment) -> Iterator[list[Path]]:
+    """Yield a kustomization for each namespace of the environment, with local images for `local`."""
     with tempfile.TemporaryDirectory(prefix=".deploy-", dir=OVERLAYS) as folder:
-        kustomization: Object = {"resources": [f"../{overlay.name}"], "namespace": environment.namespace}
-        if environment.name == "local" and (local := local_images()):
-            name, tag = local["postgres"]
-            kustomization["images"] = [{"name": "postgres", "newName": name, "newTag": tag}]
-        (Path(folder) / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-        yield Path(folder)
+        folders = []
+        for namespace, part in zip(environment.namespaces, ("overlays", "runs"), strict=False):
+            resource = f"../../../{part}/{environment.name}"
+            kustomization: Object = {"resources": [resource], "namespace": namespace}
+            if environment.name == "local" and (local := local_images()):
+                name, tag = local["postgres"]
+                kustomization["images"] = [{"name": "postgres", "newName": name, "newTag": tag}]
+            folders.append(Path(folder) / namespace)
+            folders[-1].mkdir()
+            (folders[-1] / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+        yield folders
 
 
 def input_hash(environment: Environment, release: str, image: Image) -> str:
@@ -89,6 +95,8 @@ def input_hash(environment: Environment, release: str, image: Image) -> str:
     """
     paths = [str(CHARTS / release), str(environment.values / f"{release}.yaml")]
     names = [environment.namespace, image.repository if release == SERVER else str(image)]
+    if release == POOL:
+        names += namespace_of_runs.former_namespaces(environment)
     if release == SERVER:
         paths += ["docker/Dockerfile", "pyproject.toml", "uv.lock", "orchestration", ":!orchestration/operations"]
         names += [os.environ.get("IMAGE", ""), str(local_images()) if environment.name == "local" else ""]

@@ -47,16 +47,19 @@ def plan(environment: Environment) -> bool:
 
 def _plan_surroundings(environment: Environment) -> bool:
     """Print the difference of the overlay in `k8s/`; return whether there is one."""
-    with release_inputs.surroundings(environment) as folder:
-        done = subprocess.run(
-            ["kubectl", "--context", environment.context, "diff", "--kustomize", str(folder)],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-    if done.returncode > 1:
-        raise ClusterError(done.stderr.strip())
-    if done.returncode:
-        print(done.stdout)
-    return bool(done.returncode)
+    is_changed = False
+    with release_inputs.surroundings(environment) as folders:
+        for folder in folders:
+            done = subprocess.run(
+                ["kubectl", "--context", environment.context, "diff", "--kustomize", str(folder)],
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            if done.returncode > 1:
+                raise ClusterError(done.stderr.strip())
+            if done.returncode:
+                print(done.stdout)
+                is_changed = True
+    return is_changed
 
 
 def _plan_release(environment: Environment, release: str, image: Image, *, is_installed: bool) -> bool:
@@ -69,7 +72,7 @@ def _plan_release(environment: Environment, release: str, image: Image, *, is_in
         )  # fmt: skip
     rendered = json.loads(dry_run)
     manifests = [rendered["manifest"], *(hook["manifest"] for hook in rendered.get("hooks") or [])]
-    after = _objects_by_name("\n---\n".join(manifests))
+    after = _objects_by_name(environment, "\n---\n".join(manifests))
     changed = False
     for name in sorted({*before, *after}):
         old, new = before.get(name, ""), after.get(name, "")
@@ -86,7 +89,7 @@ def _plan_release(environment: Environment, release: str, image: Image, *, is_in
 
 def _installed_objects(environment: Environment, release: str) -> dict[str, str]:
     manifest, hooks = (environment.helm("get", part, release) for part in ("manifest", "hooks"))
-    return _objects_by_name(f"{manifest}\n---\n{hooks}")
+    return _objects_by_name(environment, f"{manifest}\n---\n{hooks}")
 
 
 class _LineDumper(yaml.SafeDumper):
@@ -102,8 +105,8 @@ def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
 _LineDumper.add_representer(str, _represent_text)
 
 
-def _objects_by_name(manifest: str) -> dict[str, str]:
-    """Return the objects of a manifest as sorted YAML, by "Kind/name".
+def _objects_by_name(environment: Environment, manifest: str) -> dict[str, str]:
+    """Return the objects of a manifest as sorted YAML, by "Kind/name" and a namespace other than the release's.
 
     Leaves out tests, the data of Secrets, and the revision's number in the names of Jobs.
     """
@@ -115,5 +118,7 @@ def _objects_by_name(manifest: str) -> dict[str, str]:
             rendered["data"] = dict.fromkeys(rendered.get("data", {}), "***")
         if rendered["kind"] == "Job":
             rendered["metadata"]["name"] = re.sub(r"-\d+$", "", rendered["metadata"]["name"])
-        found[f"{rendered['kind']}/{rendered['metadata']['name']}"] = yaml.dump(rendered, Dumper=_LineDumper)
+        namespace = rendered["metadata"].get("namespace", environment.namespace)
+        where = "" if namespace == environment.namespace else f" in namespace {namespace}"
+        found[f"{rendered['kind']}/{rendered['metadata']['name']}{where}"] = yaml.dump(rendered, Dumper=_LineDumper)
     return found

@@ -1,9 +1,9 @@
 """Roll back the newest deploy of an environment: both releases, with the pool and the deployments."""
 
 from orchestration.errors import ClusterError
-from orchestration.operations import helm_release, rollout
+from orchestration.operations import helm_release, namespace_of_runs, rollout
 from orchestration.operations.deploy_history import DeployHistory
-from orchestration.operations.environment import RELEASES, Environment
+from orchestration.operations.environment import POOL, RELEASES, Environment
 from orchestration.progress import step
 
 
@@ -15,7 +15,8 @@ def rollback(environment: Environment, *, force: bool = False) -> None:
         force: set aside a deploy that may still be in progress.
 
     Raises:
-        ClusterError: there is no earlier deploy, Helm no longer keeps its revision, or it does not become ready.
+        ClusterError: there is no earlier deploy, runs in progress would be left behind, Helm no longer keeps its
+            revision, or it does not become ready.
     """
     history = DeployHistory(environment)
     if not history.deploys:
@@ -28,6 +29,8 @@ def rollback(environment: Environment, *, force: bool = False) -> None:
                 f"{release}: revision {number}, which ran before the deploy of {newest.at}, is not kept. "
                 f"Check out what was deployed before, and: make deploy ENV={environment.name}"
             )
+    if newest.before.get(POOL):
+        namespace_of_runs.check_rollback(environment, newest.before[POOL])
     target = history.begin_rollback()
     for release in RELEASES:
         if release not in target.before:

@@ -116,7 +116,9 @@ def _read_api(api: httpx.Client) -> Object:
 
 def print_status(environment: Environment, found: Object, console: Console) -> None:
     """Print what `read_status` returned as tables."""
-    console.print(f"[bold]{environment.name}[/] · namespace {environment.namespace} of {environment.context}\n")
+    console.print(
+        f"[bold]{environment.name}[/] · namespace {' and '.join(environment.namespaces)} of {environment.context}\n"
+    )
     table = _table("component", "ready", "image")
     for component in found["components"]:
         colour = "green" if component["ready"] == component["wanted"] else "red"

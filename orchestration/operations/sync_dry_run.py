@@ -106,12 +106,13 @@ def parse_sync(manifest: str) -> Sync:
 
 
 def check(environment: Environment, sync: Sync) -> None:
-    """Check pool and deployments as far as possible without the server, and against the namespace's quotas.
+    """Check pool and deployments as far as possible without the server, and against the quotas of runs.
 
     Raises:
         ClusterError: with the file and line that is wrong, and the cure.
     """
-    quotas = environment.objects("resourcequotas,limitranges")
+    kinds = ("get", "resourcequotas,limitranges", "--output", "json", "--namespace", environment.runs_namespace)
+    quotas = json.loads(environment.kubectl(*kinds))["items"]
     with (
         step("Checking the deployments", "5 s"),
         sync.checkout_files() as files,

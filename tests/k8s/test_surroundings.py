@@ -37,6 +37,12 @@ def overlay(environment: str) -> list[Object]:
 
 
 @functools.cache
+def overlay_of_runs(environment: str) -> list[Object]:
+    """Return the objects around the runs of an environment, where they have a namespace of their own."""
+    return objects_of(binaries.kubectl("kustomize", str(K8S / "runs" / environment)))
+
+
+@functools.cache
 def charts() -> list[Object]:
     """Return all objects of all charts, with each of their values."""
     found = {path.parent.name for path in (ROOT / "helm").glob("*/Chart.yaml")}
@@ -54,8 +60,9 @@ every_environment = pytest.mark.parametrize("environment", ENVIRONMENTS)
 
 def test_every_overlay_is_tested() -> None:
     # worker/ is the worker without Helm; test_worker.py compares it with the chart.
-    assert {path.name for path in K8S.iterdir()} - {"worker"} == {"base", "overlays"}
-    assert {path.name for path in (K8S / "overlays").iterdir()} == set(ENVIRONMENTS)
+    assert {path.name for path in K8S.iterdir()} - {"worker"} == {"base", "overlays", "runs"}
+    for folder in ("overlays", "runs"):
+        assert {path.name for path in (K8S / folder).iterdir()} == set(ENVIRONMENTS)
 
 
 @every_environment
@@ -78,6 +85,23 @@ def test_overlay_has_exactly_these_objects(environment: str) -> None:
         "ResourceQuota/runs",
         *(warehouse if environment == "local" else []),
     ])  # fmt: skip
+
+
+@every_environment
+def test_runs_elsewhere_have_the_surroundings_of_their_environment(environment: str) -> None:
+    """The same limits and policies, and the local environment's way to the warehouse instead of the warehouse."""
+    ours, theirs = (
+        {(each["kind"], each["metadata"]["name"]): each for each in objects if each["kind"] != "Namespace"}
+        for objects in (overlay_of_runs(environment), overlay(environment))
+    )
+    namespace = f"{ENVIRONMENTS[environment]}-runs"
+    others = {key for key in theirs if "warehouse" in key[1]} - {("NetworkPolicy", "runs-to-warehouse")}
+    assert set(ours) == set(theirs) - others
+    for key in set(ours) - {("NetworkPolicy", "runs-to-warehouse")}:
+        assert ours[key].get("spec") == theirs[key].get("spec")
+        assert ours[key]["metadata"].get("namespace") in (None, namespace)
+    labels = one(overlay_of_runs(environment), "Namespace", namespace)["metadata"]["labels"]
+    assert labels == one(overlay(environment), "Namespace", ENVIRONMENTS[environment])["metadata"]["labels"]
 
 
 @every_environment
@@ -169,7 +193,15 @@ def test_warehouse_meets_the_restricted_standard_and_has_no_password() -> None:
 def test_only_flow_runs_reach_the_warehouse() -> None:
     spec = one(overlay("local"), "NetworkPolicy", "warehouse")["spec"]
     runs = {"podSelector": {"matchLabels": {"prefect.io/role": "flow-run"}}}
-    assert spec["ingress"] == [{"from": [runs], "ports": [{"port": 5432}]}]
+    elsewhere = {"namespaceSelector": {"matchLabels": {"app.kubernetes.io/part-of": "prefect"}}}
+    assert spec["ingress"] == [{"from": [runs, elsewhere | runs], "ports": [{"port": 5432}]}]
+    way = one(overlay_of_runs("local"), "NetworkPolicy", "runs-to-warehouse")["spec"]
+    warehouse = {"podSelector": {"matchLabels": {"app.kubernetes.io/name": "warehouse"}}}
+    assert selects(way["podSelector"], {"prefect.io/role": "flow-run"})
+    assert way["egress"] == [{"to": [elsewhere | warehouse], "ports": [{"port": 5432}]}]
+    for objects in (overlay("local"), overlay_of_runs("local")):
+        [labels] = [each["metadata"]["labels"] for each in objects if each["kind"] == "Namespace"]
+        assert selects(elsewhere["namespaceSelector"], labels)
     labels = one(overlay("local"), "StatefulSet", "warehouse")["spec"]["template"]["metadata"]["labels"]
     assert selects(spec["podSelector"], labels)
     assert selects({"matchLabels": one(overlay("local"), "Service", "warehouse")["spec"]["selector"]}, labels)

@@ -85,9 +85,9 @@ def charts(namespace: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     charts = DeployedCharts(Environment("production", namespace.context, namespace.name), tmp_path / "charts")
 
     @contextlib.contextmanager
-    def surroundings(_: Environment) -> Iterator[Path]:
+    def surroundings(_: Environment) -> Iterator[list[Path]]:
         (tmp_path / "kustomization.yaml").write_text("configMapGenerator: [{name: around, literals: [a=b]}]\n")
-        yield tmp_path
+        yield [tmp_path]
 
     @contextlib.contextmanager
     def no_values(*_: object) -> Iterator[list[str]]:

@@ -1,0 +1,96 @@
+"""Move the runs of an environment to another namespace, without losing those in progress.
+
+The pool's chart takes the namespace from its value `runs.namespace`. Runs in progress stay where they are. So the
+release keeps their former namespaces, in which the reconciler handles them, until no run is in progress there.
+"""
+
+import json
+
+import yaml
+
+from orchestration.errors import ClusterError
+from orchestration.operations.environment import POOL, Environment, Object
+from orchestration.operations.port_forward import AUTH_SECRET
+
+OWN_NAMESPACE = "$(NAMESPACE)"
+"""An argument of a component that stands for its namespace."""
+
+
+def former_namespaces(environment: Environment) -> list[str]:
+    """Return namespaces that may have runs in progress, and that the next deploy will start no runs in.
+
+    They are that of the installed worker, and those in which the installed reconciler handles unfinished Jobs.
+    """
+    found: list[str] = []
+    for component in ("worker", "reconciler"):
+        selector = f"app.kubernetes.io/instance={POOL},app.kubernetes.io/component={component}"
+        listed = environment.kubectl("get", "deployments", "--output", "json", "--selector", selector)
+        for deployment in json.loads(listed)["items"]:
+            for namespace in _namespaces(environment, deployment):
+                is_former = namespace not in (environment.runs_namespace, *found)
+                if is_former and (component == "worker" or _has_unfinished_job(environment, namespace)):
+                    found.append(namespace)
+    return found
+
+
+def _namespaces(environment: Environment, deployment: Object) -> list[str]:
+    """Return the namespaces that the arguments of a worker or reconciler name."""
+    args = deployment["spec"]["template"]["spec"]["containers"][0].get("args", [])
+    named = [args[at + 1] for at, word in enumerate(args[:-1]) if word == "--namespace"]
+    return [environment.namespace if name == OWN_NAMESPACE else name for name in named]
+
+
+def _has_unfinished_job(environment: Environment, namespace: str) -> bool:
+    listed = environment.kubectl(
+        "get", "jobs", "--output", "json", "--selector", "prefect.io/flow-run-id", "--namespace", namespace
+    )
+    jobs: list[Object] = json.loads(listed)["items"]
+    return any(not _is_finished(job) for job in jobs)
+
+
+def _is_finished(job: Object) -> bool:
+    conditions = job["status"].get("conditions", [])
+    return any(each["type"] in ("Complete", "Failed") and each["status"] == "True" for each in conditions)
+
+
+def copy_api_credential(environment: Environment) -> None:
+    """Copy the credential of the Prefect API to the namespace of the runs, whose Jobs refer to it.
+
+    With API roles the Job of each run has the run's own credential instead.
+    """
+    has_roles = environment.pool_values.get("api", {}).get("auth", {}).get("rolesSecret")
+    if has_roles or environment.runs_namespace == environment.namespace:
+        return
+    found: Object = json.loads(environment.kubectl("get", "secret", AUTH_SECRET, "--output", "json"))
+    data = {"auth-string": found["data"]["auth-string"]}
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": AUTH_SECRET}, "data": data}
+    apply = ("apply", "--filename", "-", "--namespace", environment.runs_namespace)
+    environment.kubectl(*apply, text=json.dumps(secret))
+
+
+def check_rollback(environment: Environment, revision: int) -> None:
+    """Check that a rollback of the pool's release leaves no run behind.
+
+    Args:
+        environment: the environment of the release.
+        revision: the revision to which the release would go back.
+
+    Raises:
+        ClusterError: the revision has another namespace for runs, and runs are in progress in the present one.
+    """
+    now, then = (
+        {
+            name
+            for each in yaml.safe_load_all(environment.helm("get", "manifest", POOL, *options))
+            if each and each["kind"] == "Deployment"
+            for name in _namespaces(environment, each)
+        }
+        for options in ([], ["--revision", str(revision)])
+    )
+    for namespace in sorted(now - then):
+        if _has_unfinished_job(environment, namespace):
+            raise ClusterError(
+                f"Runs are in progress in namespace {namespace}, where revision {revision} of {POOL} handles none. "
+                "Wait until they have ended, or change runs.namespace back in the values and deploy: make deploy "
+                f"ENV={environment.name}"
+            )
