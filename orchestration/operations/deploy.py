@@ -80,7 +80,8 @@ def deploy(environment: Environment, *, force: bool = False) -> None:
 
 
 def _deploy_release(environment: Environment, release: str, image: Image, history: DeployHistory, force: bool) -> None:
-    inputs = release_inputs.input_hash(environment, release, image)
+    former = namespace_of_runs.former_namespaces(environment) if release == POOL else []
+    inputs = release_inputs.input_hash(environment, release, image, *former)
     revisions = helm_release.revisions(environment, release)
     if not force and history.is_current(release, revisions, inputs):
         print(f"{release} is up to date: revision {revisions[-1]['revision']}.")
@@ -105,15 +106,16 @@ def _deploy_release(environment: Environment, release: str, image: Image, histor
 
 
 def undeploy(environment: Environment) -> None:
-    """Uninstall the releases. The namespace, the volumes and their passwords stay."""
+    """Uninstall the releases. The namespaces, the volumes and their passwords stay."""
     for release in reversed(RELEASES):
         if helm_release.revisions(environment, release):
             with step(f"Uninstalling {release}", "5 s"):
                 environment.helm("uninstall", release, "--wait", "--timeout", "5m")
         else:
             print(f"{release} is not installed.")
+    namespace_of_runs.delete_api_credential(environment)
     DeployHistory(environment).delete()
     print(
-        f"Namespace {' and '.join(environment.namespaces)} stays, with volumes and passwords. To remove all of it:\n"
+        f"{' and '.join(environment.namespaces)}: volumes and passwords stay. To remove all of it:\n"
         f"  kubectl --context {environment.context} delete namespace {' '.join(environment.namespaces)}"
     )

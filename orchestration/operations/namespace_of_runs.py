@@ -68,6 +68,13 @@ def copy_api_credential(environment: Environment) -> None:
     environment.kubectl(*apply, text=json.dumps(secret))
 
 
+def delete_api_credential(environment: Environment) -> None:
+    """Delete the copy of the credential from the namespace of the runs."""
+    if environment.runs_namespace != environment.namespace:
+        where = ("--namespace", environment.runs_namespace)
+        environment.kubectl("delete", "secret", AUTH_SECRET, "--ignore-not-found", *where)
+
+
 def check_rollback(environment: Environment, revision: int) -> None:
     """Check that a rollback of the pool's release leaves no run behind.
 

@@ -87,16 +87,14 @@ def surroundings(environment: Environment) -> Iterator[list[Path]]:
         yield folders
 
 
-def input_hash(environment: Environment, release: str, image: Image) -> str:
+def input_hash(environment: Environment, release: str, image: Image, *former_namespaces: str) -> str:
     """Return a hash of all inputs of a release: chart, values and image. The same hash needs no rollout.
 
     For the server, the packages and `orchestration/` count instead of the image's digest, so that a changed flow
     does not restart the server. `orchestration/operations` is not in the image and does not count.
     """
     paths = [str(CHARTS / release), str(environment.values / f"{release}.yaml")]
-    names = [environment.namespace, image.repository if release == SERVER else str(image)]
-    if release == POOL:
-        names += namespace_of_runs.former_namespaces(environment)
+    names = [environment.namespace, image.repository if release == SERVER else str(image), *former_namespaces]
     if release == SERVER:
         paths += ["docker/Dockerfile", "pyproject.toml", "uv.lock", "orchestration", ":!orchestration/operations"]
         names += [os.environ.get("IMAGE", ""), str(local_images()) if environment.name == "local" else ""]

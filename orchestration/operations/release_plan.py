@@ -8,7 +8,7 @@ import subprocess
 import yaml
 
 from orchestration.errors import ClusterError
-from orchestration.operations import helm_release, release_inputs, sync_dry_run
+from orchestration.operations import helm_release, namespace_of_runs, release_inputs, sync_dry_run
 from orchestration.operations.deploy_history import DeployHistory
 from orchestration.operations.environment import POOL, RELEASES, SERVER, Environment
 from orchestration.operations.release_inputs import Image
@@ -29,7 +29,8 @@ def plan(environment: Environment) -> bool:
     current = set()
     for release in RELEASES:
         revisions = helm_release.revisions(environment, release)
-        if history.is_current(release, revisions, release_inputs.input_hash(environment, release, image)):
+        former = namespace_of_runs.former_namespaces(environment) if release == POOL else []
+        if history.is_current(release, revisions, release_inputs.input_hash(environment, release, image, *former)):
             current.add(release)
         else:
             changed = _plan_release(environment, release, image, is_installed=bool(revisions)) or changed

@@ -74,6 +74,12 @@ class Checkout:
         assert old in text
         (self.folder / path).write_text(text.replace(old, new, 1))
 
+    def commit(self) -> None:
+        """Commit all changes of the copy."""
+        identity = ["-c", "user.name=tests", "-c", "user.email=tests@example.com"]
+        for command in (["add", "-A"], [*identity, "commit", "-qm", "A change"]):
+            subprocess.run(["git", *command], cwd=self.folder, check=True)
+
     @contextlib.contextmanager
     def restored(self, path: str) -> Iterator[Path]:
         """Yield one of the copy's files, which the block may change, and restore its content afterwards."""

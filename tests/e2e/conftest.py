@@ -76,13 +76,15 @@ def checkout(cluster: str, image: str, tmp_path_factory: pytest.TempPathFactory)
     copy_of_checkout(folder)
     (folder / ".venv").symlink_to(ROOT / ".venv")
     copy = Checkout(folder, Environment("local", cluster, f"environment-{uuid4().hex[:8]}"))
-    USED.add(copy.target.namespace)
+    # A test gives the runs a namespace of their own.
+    namespaces = [copy.target.namespace, f"{copy.target.namespace}-runs"]
+    USED.update(namespaces)
     copy.edit("prefect.yaml", "0 6 * * *", CRON)
-    identity = ["-c", "user.name=tests", "-c", "user.email=tests@example.com"]
-    for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "A copy"]):
-        subprocess.run(["git", *command], cwd=folder, check=True)
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    copy.commit()
     with hold_lock(binaries.cache() / "environments.lock"):
         try:
             yield copy
         finally:
-            remove(Namespace(cluster, copy.target.namespace))
+            for name in namespaces:
+                remove(Namespace(cluster, name))

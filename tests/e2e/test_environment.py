@@ -1,11 +1,13 @@
 """The Makefile's targets on a real cluster: up, deploy, run, rollback and undeploy, in order."""
 
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -19,7 +21,7 @@ from orchestration.operations.port_forward import api_client, read_credentials
 from orchestration.operations.release_diagnosis import explain_pod, explain_release
 from tests.cluster.namespace import Namespace
 from tests.e2e.checkout import CRON, DAILY, MAKE, Checkout, environment_without_prefect
-from tests.e2e.runs import start_run, wait_until_ended
+from tests.e2e.runs import get_run, start_run, wait_until_ended
 from tests.parts import answers, free_port, wait_until
 
 
@@ -123,33 +125,51 @@ def test_ui_shows_the_run_in_a_browser(checkout: Checkout, tmp_path: Path) -> No
             os.killpg(process.pid, signal.SIGTERM)
 
 
-def test_cancelled_run_ends_its_sql(checkout: Checkout) -> None:
-    """The SQL waits for a lock that another session holds."""
+PSQL = ("exec", "warehouse-0", "--", "psql", "-U", "warehouse", "-d", "warehouse", "-Atc")
+
+OTHERS = "from pg_stat_activity where pid <> pg_backend_pid() and"
+"""Selects the other sessions of the warehouse."""
+
+
+def _count_waiting(checkout: Checkout) -> int:
+    """Return how many sessions of the warehouse wait for a lock."""
+    return int(checkout.target.kubectl(*PSQL, f"select count(*) {OTHERS} wait_event_type = 'Lock'"))
+
+
+@contextlib.contextmanager
+def _locked_table(checkout: Checkout) -> Iterator[None]:
+    """Hold a lock on a table of the daily job while the block lasts."""
     target = checkout.target
 
-    psql = ("exec", "warehouse-0", "--", "psql", "-U", "warehouse", "-d", "warehouse", "-Atc")
-
     def sql(statement: str) -> str:
-        return target.kubectl(*psql, statement).strip()
+        return target.kubectl(*PSQL, statement).strip()
 
-    others = "from pg_stat_activity where pid <> pg_backend_pid() and"
-    waiting = f"select count(*) {others} wait_event_type = 'Lock'"
     table = "analytics.carrier_daily_punctuality"
     # Not in the background of the pod: Postgres, as the pod's first process, takes the end of an orphan for a crash.
-    lock = ["kubectl", "--context", target.context, "--namespace", target.namespace, *psql]
+    lock = ["kubectl", "--context", target.context, "--namespace", target.namespace, *PSQL]
     holder = subprocess.Popen(
         [*lock, f"begin; lock table {table}; select pg_sleep(600)"],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        wait_until(lambda: sql(f"select count(*) {others} query like '%pg_sleep%'") == "1", "the lock")
+        wait_until(lambda: sql(f"select count(*) {OTHERS} query like '%pg_sleep%'") == "1", "the lock")
+        yield
+    finally:
+        sql(f"select pg_terminate_backend(pid) {OTHERS} query like '%pg_sleep%'")
+        holder.wait(60)
+
+
+def test_cancelled_run_ends_its_sql(checkout: Checkout) -> None:
+    """The SQL waits for a lock that another session holds."""
+    target = checkout.target
+    with _locked_table(checkout):
         with api_client(target) as api:
             run = start_run(api, str(_read_daily_deployment(api)["id"]))
-            wait_until(lambda: sql(waiting) != "0", "dbt to wait for the lock", 300)
+            wait_until(lambda: _count_waiting(checkout), "dbt to wait for the lock", 300)
             began = time.monotonic()
             api.post(f"/flow_runs/{run}/set_state", json={"state": {"type": "CANCELLING"}}).raise_for_status()
             assert wait_until_ended(api, run)["state_type"] == "CANCELLED"
-            wait_until(lambda: sql(waiting) == "0", "the run's SQL to end", 60)
+            wait_until(lambda: not _count_waiting(checkout), "the run's SQL to end", 60)
             assert time.monotonic() - began < 60 + 15, "longer than the grace period and 15 s"
         selector = f"prefect.io/flow-run-id={run}"
         wait_until(
@@ -159,9 +179,40 @@ def test_cancelled_run_ends_its_sql(checkout: Checkout) -> None:
             ),
             "the run's pod to end",
         )
-    finally:
-        sql(f"select pg_terminate_backend(pid) {others} query like '%pg_sleep%'")
-        holder.wait(60)
+
+
+def test_deploy_moves_runs_to_a_namespace_of_their_own(checkout: Checkout) -> None:
+    """A run in progress stays where it is. When its pod is killed there after the move, the run is retried."""
+    target = checkout.target
+    before, after = (Namespace(target.context, f"{target.namespace}{suffix}") for suffix in ("", "-runs"))
+    values = "helm/environments/local/prefect-work-pool.yaml"
+    with api_client(target) as api:
+        with _locked_table(checkout):
+            run = start_run(api, str(_read_daily_deployment(api)["id"]))
+            wait_until(lambda: _count_waiting(checkout), "dbt to wait for the lock", 300)
+            checkout.edit(values, "runs:\n", 'runs:\n  namespace: "{{ .Release.Namespace }}-runs"\n')
+            checkout.commit()
+            created = f"Role/prefect-work-pool-reconciler in namespace {after.name} is created"
+            assert created in checkout.make("plan", status=2)
+            checkout.make("deploy")
+            assert get_run(api, run)["state_type"] == "RUNNING"
+            pods = ("get", "pods", "--selector", f"prefect.io/flow-run-id={run}", "--output", "name")
+            assert not after.kubectl(*pods)
+            before.kubectl("delete", before.kubectl(*pods).strip(), "--force", "--grace-period=0")
+            wait_until(lambda: get_run(api, run)["run_count"] == 2, "the second run attempt", 180)
+            assert after.kubectl(*pods)
+            refused = checkout.make("rollback", status=2)
+            assert f"Runs are in progress in namespace {after.name}, where revision" in refused
+        assert wait_until_ended(api, run, 300)["state_type"] == "COMPLETED"
+    assert "is Completed" in checkout.make("logs", RUN=run)
+    role = ("get", "role", "prefect-work-pool-reconciler", "--ignore-not-found", "--output", "name")
+    assert before.kubectl(*role)
+    checkout.make("deploy")
+    assert not before.kubectl(*role), "no run is in progress there"
+    assert "prefect-work-pool is up to date" in checkout.make("deploy")
+    assert checkout.wait_until_ready()["problems"] == []
+    secrets = after.kubectl("get", "secrets", "--output", "jsonpath={.items[*].metadata.name}").split()
+    assert set(secrets) == {"prefect-server-auth", "warehouse"}
 
 
 def test_changed_flow_and_schedule_are_deployed_and_rolled_back(checkout: Checkout) -> None:
@@ -325,7 +376,7 @@ def _kubeconfig_without_rights(checkout: Checkout, folder: Path) -> Path:
 
 def test_undeploy_keeps_volumes_and_passwords(checkout: Checkout) -> None:
     output = checkout.make("undeploy")
-    assert f"Namespace {checkout.target.namespace} stays" in output
+    assert f"{checkout.target.namespace} and {checkout.target.namespace}-runs: volumes and passwords stay" in output
     kinds = "deployments,statefulsets,secrets,persistentvolumeclaims,serviceaccounts,roles"
     left = {f"{found['kind']}/{found['metadata']['name']}" for found in checkout.target.objects(kinds)}
     assert left == {
