@@ -57,10 +57,10 @@ def test_retry_repeats_no_finished_task(pool: Pool, api: httpx.Client) -> None:
 
 
 def test_old_results_are_removed(pool: Pool, api: httpx.Client) -> None:
-    [pod] = pool.pods("results")
+    pod = f"{pool.name}-results-0"
 
     def run_shell(script: str) -> str:
-        return pool.runs_namespace.kubectl("exec", pod["metadata"]["name"], "--", "sh", "-c", script)
+        return pool.runs_namespace.kubectl("exec", pod, "--", "sh", "-c", script)
 
     def list_results() -> list[str]:
         with contextlib.suppress(ClusterError):  # the pod is being replaced
@@ -68,7 +68,7 @@ def test_old_results_are_removed(pool: Pool, api: httpx.Client) -> None:
         return []
 
     run_shell("touch -d '8 days ago' /results/old; touch -d '6 days ago' /results/new")
-    pool.runs_namespace.kubectl("delete", "pod", pod["metadata"]["name"])
+    pool.runs_namespace.kubectl("delete", "pod", pod)
     wait_until(
         lambda: "new" in (found := list_results()) and "old" not in found, "only the old result to be removed", 120
     )
