@@ -103,7 +103,8 @@ class Run:
         cluster = self.labels.get(CLUSTER_LABEL)
         if cluster is None and not self.job:
             return self.type == "PENDING"
-        own_namespace = self.namespace or self.labels.get(NAMESPACE_LABEL) or namespace
+        # The label is that of the newest claim. The recorded Job of a run that is retried may be an earlier claim's.
+        own_namespace = self.labels.get(NAMESPACE_LABEL) or self.namespace or namespace
         return cluster in clusters and own_namespace == namespace
 
     @classmethod

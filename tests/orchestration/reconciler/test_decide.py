@@ -123,6 +123,9 @@ def test_run_belongs_to_labelled_cluster_and_namespace() -> None:
         "its Job will be created in the other namespace"
     )
     assert not run("RUNNING", labels=ours).belongs_to(two, "ns"), "another cluster's namespace has the same name"
+    moved = run("PENDING", labels=ours | {NAMESPACE_LABEL: "new"}, job="job-of-an-earlier-claim", namespace="ns")
+    assert moved.belongs_to(one, "new")
+    assert not moved.belongs_to(one, "ns"), "claimed for another namespace, with the Job of an earlier claim"
     assert not run("RUNNING", labels={}).belongs_to(one, "ns"), "claimed by a worker that writes no label"
     assert not run("RUNNING", labels={}, job="", namespace="").belongs_to(one, "ns"), "executed by hand"
     assert run("PENDING", labels={}, job="", namespace="").belongs_to(one, "ns"), "a claim without a label or a Job"
