@@ -110,6 +110,17 @@ def test_account_may_do_what_it_needs_and_only_in_the_namespace_of_runs(pool: Po
     assert _list_permissions(pool.namespace, account) == expected
 
 
+def test_move_that_leaves_runs_in_progress_alone_is_refused(pool: Pool, values: Object) -> None:
+    revisions = pool.helm("history", pool.name, "-o", "json")
+    with pytest.raises(ClusterError) as caught:
+        pool.deploy(merge_values(values, {"runs": {"namespace": ""}}))
+    assert f"Add {pool.runs_namespace.name} to runs.formerNamespaces" in str(caught.value)
+    with pytest.raises(ClusterError) as caught:
+        pool.deploy(merge_values(values, {"runs": {"formerNamespaces": ["absent"]}}))
+    assert "names absent: the cluster has no such namespace" in str(caught.value)
+    assert pool.helm("history", pool.name, "-o", "json") == revisions
+
+
 def _change_pod(job: Object, change: Callable[[Object], object]) -> Object:
     changed = copy.deepcopy(job)
     change(changed["spec"]["template"])

@@ -4,6 +4,7 @@
 {{- include "prefect-work-pool.validateImages" . -}}
 {{- include "prefect-work-pool.validateQueues" . -}}
 {{- include "prefect-work-pool.validateNamespaces" . -}}
+{{- include "prefect-work-pool.validateMove" . -}}
 {{- include "prefect-work-pool.validateAccounts" . -}}
 {{- include "prefect-work-pool.validateDeadline" . -}}
 {{- include "prefect-work-pool.validateSidecars" . -}}
@@ -51,6 +52,21 @@
 {{- end -}}
 {{- if and (lookup "v1" "Namespace" "" $.Release.Namespace) (not (lookup "v1" "Namespace" "" $name)) -}}
 {{- fail (printf "runs.namespace or runs.formerNamespaces names %s: the cluster has no such namespace. Create it: kubectl create namespace %s" $name $name) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Runs in progress keep network policy and reconciler when their namespace changes. Helm can check only with access to the
+     cluster. */}}
+{{- define "prefect-work-pool.validateMove" -}}
+{{- $worker := lookup "apps/v1" "Deployment" .Release.Namespace (printf "%s-worker" (include "prefect-work-pool.fullname" .)) -}}
+{{- $args := (dig "spec" "template" "spec" "containers" list $worker | first | default dict).args | default list -}}
+{{- range $index, $argument := $args -}}
+{{- if and (eq $argument "--namespace") (lt (add1 $index | int) (len $args)) -}}
+{{- $name := index $args (add1 $index) | replace "$(NAMESPACE)" $.Release.Namespace -}}
+{{- if not (has $name (include "prefect-work-pool.runsNamespaces" $ | fromYamlArray)) -}}
+{{- fail (printf "runs.namespace is %s, and the installed worker starts runs in %s: runs in progress there would be left alone. Add %s to runs.formerNamespaces, and remove it when no run is in progress there." (include "prefect-work-pool.runsNamespace" $) $name $name) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
