@@ -17,6 +17,9 @@ from tests.parts import end_process, free_port, wait_until
 
 NAMESPACE = "prefect"
 
+NAMESPACES = (NAMESPACE, f"{NAMESPACE}-runs")
+"""The namespaces of the server."""
+
 ABSENT_OBJECTS = ("ServiceAccount", "Priority", "RuntimeClass", "StorageObjectInUseProtection")
 """Admission plugins that require objects of an installation, such as a PriorityClass. They are disabled."""
 
@@ -33,15 +36,15 @@ class ApiServer:
         self._paths: dict[tuple[str, str], str] = {}
 
     def refusal(self, manifest: str | dict[str, Any]) -> str | None:
-        """Return why the server refuses to create an object in `NAMESPACE`; None if it accepts the object.
+        """Return why the server refuses to create an object; None if it accepts the object.
 
         Args:
-            manifest: the object, or its YAML as Helm sends it.
+            manifest: the object, or its YAML as Helm sends it. It is created in `NAMESPACE` if it names no namespace.
         """
         found = yaml.load(manifest, yaml.CSafeLoader) if isinstance(manifest, str) else manifest
         text = manifest if isinstance(manifest, str) else json.dumps(manifest)
         answer = self.client.post(
-            self._path(found["apiVersion"], found["kind"]),
+            self._path(found),
             params={"dryRun": "All", "fieldValidation": "Strict"},
             content=text.encode(),
             headers={"Content-Type": "application/yaml" if isinstance(manifest, str) else "application/json"},
@@ -52,7 +55,7 @@ class ApiServer:
 
     def create(self, manifest: dict[str, Any]) -> None:
         """Create an object."""
-        self.client.post(self._path(manifest["apiVersion"], manifest["kind"]), json=manifest).raise_for_status()
+        self.client.post(self._path(manifest), json=manifest).raise_for_status()
 
     def kubeconfig(self, folder: Path) -> Path:
         """Write a kubeconfig of the administrator, and return its path.
@@ -74,14 +77,15 @@ class ApiServer:
         )  # fmt: skip
         return file
 
-    def _path(self, version: str, kind: str) -> str:
+    def _path(self, manifest: dict[str, Any]) -> str:
+        version, kind = manifest["apiVersion"], manifest["kind"]
         if (version, kind) not in self._paths:
             group = f"/apis/{version}" if "/" in version else f"/api/{version}"
             for each in self.client.get(group).raise_for_status().json()["resources"]:
                 if "/" not in each["name"]:
-                    place = f"/namespaces/{NAMESPACE}" if each["namespaced"] else ""
+                    place = "/namespaces/{}" if each["namespaced"] else ""
                     self._paths[version, each["kind"]] = f"{group}{place}/{each['name']}"
-        return self._paths[version, kind]
+        return self._paths[version, kind].format(manifest["metadata"].get("namespace", NAMESPACE))
 
 
 @contextlib.contextmanager
@@ -120,7 +124,8 @@ def alone(folder: Path) -> Iterator[ApiServer]:
     ):
         wait_until(lambda: _ready(client), f"a Kubernetes API server; see {folder}/kube-apiserver.log")
         found = ApiServer(client)
-        found.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}})
+        for name in NAMESPACES:
+            found.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
         yield found
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from orchestration.settings import ROOT
+from tests.cluster.apiserver import NAMESPACES
 from tests.helm.rendering import Object
 
 Path = tuple[str, ...]
@@ -176,6 +177,9 @@ KINDS: dict[str, SearchStrategy[Any]] = {
             {"ports": [{"port": 6379, "protocol": "TCP"}, {"port": "https"}]},
             {"ports": [{"port": 20, "endPort": 10}]},
         ]
+    ),
+    "namespace": st.sampled_from(
+        ["", *NAMESPACES, "{{ .Release.Namespace }}-runs", "{{ .Release.Namespace }}_", "{{ x }}"]
     ),
     "policyRule": st.just({"apiGroups": [""], "resources": ["secrets"], "verbs": ["get"]}),
 }
