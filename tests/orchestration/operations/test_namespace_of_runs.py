@@ -1,0 +1,135 @@
+"""The move of an environment's runs to another namespace, on a Kubernetes API server without nodes."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from orchestration.errors import ClusterError
+from orchestration.operations import environment as environments
+from orchestration.operations import namespace_of_runs
+from orchestration.operations.environment import POOL, Environment
+from orchestration.operations.local_cluster import binaries
+from orchestration.operations.port_forward import AUTH_SECRET
+from orchestration.settings import ROOT
+from tests.cluster import apiserver
+from tests.helm.rendering import Object
+
+CONTEXT = "alone"
+BEFORE, AFTER = apiserver.NAMESPACES
+
+
+class Installation:
+    """An environment on an API server, whose pool is installed without hooks, as no controller runs them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.environment = Environment("local", CONTEXT, BEFORE)
+        self.file = folder / "helm" / "environments" / "local" / f"{POOL}.yaml"
+        self.file.parent.mkdir(parents=True)
+
+    def set_namespace(self, name: str) -> None:
+        """Write the values of the environment."""
+        self.file.write_text(yaml.safe_dump({"image": {"tag": "1"}, "runs": {"namespace": name}}))
+
+    def upgrade(self, *former: str) -> None:
+        """Install or upgrade the pool's release."""
+        given = json.dumps(former)
+        options = ["--values", str(self.file), "--set-json", f"runs.formerNamespaces={given}", "--no-hooks"]
+        self.environment.helm("upgrade", "--install", POOL, str(ROOT / "helm" / POOL), *options)
+
+    def create(self, namespace: str, manifest: Object) -> None:
+        text = json.dumps(manifest)
+        self.environment.kubectl("apply", "--filename", "-", "--namespace", namespace, text=text)
+
+    def start_run(self, namespace: str) -> None:
+        """Create the Job of a run."""
+        pod = {"restartPolicy": "Never", "containers": [{"name": "prefect-job", "image": "none"}]}
+        metadata = {"name": "a-run", "labels": {"prefect.io/flow-run-id": "id"}}
+        job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": {"template": {"spec": pod}}}
+        self.create(namespace, job)
+
+    def end_run(self, namespace: str) -> None:
+        self.environment.kubectl("delete", "job", "a-run", "--namespace", namespace)
+
+    def has_role(self, namespace: str, component: str) -> bool:
+        name = ("role", f"{POOL}-{component}", "--ignore-not-found", "--output", "name", "--namespace", namespace)
+        return bool(self.environment.kubectl("get", *name))
+
+
+@pytest.fixture
+def absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Installation:
+    """Return an environment whose values are in a new folder, and which is not installed."""
+    monkeypatch.setattr(environments, "ROOT", tmp_path)
+    return Installation(tmp_path)
+
+
+@pytest.fixture
+def installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, absent: Installation) -> Iterator[Installation]:
+    """Yield an environment on an API server."""
+    pki = tmp_path / "server" / "pki"
+    (tmp_path / "server").mkdir()
+    with apiserver.alone(tmp_path / "server") as api:
+        cluster = {"server": str(api.client.base_url).rstrip("/"), "certificate-authority": str(pki / "ca.crt")}
+        user = {"client-certificate": str(pki / "admin.crt"), "client-key": str(pki / "admin.key")}
+        config = {
+            "clusters": [{"name": CONTEXT, "cluster": cluster}],
+            "users": [{"name": CONTEXT, "user": user}],
+            "contexts": [{"name": CONTEXT, "context": {"cluster": CONTEXT, "user": CONTEXT}}],
+        }
+        (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
+        monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+        binaries.program("helm")  # builds it if it is missing
+        folders = [os.environ["PATH"], *map(str, binaries.folders())]
+        monkeypatch.setenv("PATH", ":".join(folders))
+        secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": AUTH_SECRET}}
+        absent.create(BEFORE, secret | {"stringData": {"auth-string": "admin:password", "more": "of the server"}})
+        yield absent
+
+
+def test_move_keeps_the_former_namespace_until_no_run_is_in_progress(installation: Installation) -> None:
+    environment = installation.environment
+    installation.set_namespace("")
+    assert namespace_of_runs.former_namespaces(environment) == [], "nothing is installed"
+    installation.upgrade()
+    namespace_of_runs.copy_api_credential(environment)
+    assert namespace_of_runs.former_namespaces(environment) == []
+
+    installation.set_namespace("{{ .Release.Namespace }}-runs")
+    assert environment.namespaces == [BEFORE, AFTER]
+    assert namespace_of_runs.former_namespaces(environment) == [BEFORE], "the worker may claim a run there until then"
+    with pytest.raises(ClusterError, match=f"names the Secret {AUTH_SECRET}: namespace {AFTER} has no such Secret"):
+        installation.upgrade(BEFORE)
+    namespace_of_runs.copy_api_credential(environment)
+    copied = json.loads(environment.kubectl("get", "secret", AUTH_SECRET, "--output", "json", "--namespace", AFTER))
+    assert set(copied["data"]) == {"auth-string"}
+    with pytest.raises(ClusterError, match=f"Add {BEFORE} to runs.formerNamespaces"):
+        installation.upgrade()
+    installation.upgrade(BEFORE)
+    assert installation.has_role(BEFORE, "reconciler")
+    assert not installation.has_role(BEFORE, "worker")
+    assert installation.has_role(AFTER, "worker")
+
+    installation.start_run(BEFORE)
+    assert namespace_of_runs.former_namespaces(environment) == [BEFORE]
+    installation.end_run(BEFORE)
+    assert namespace_of_runs.former_namespaces(environment) == []
+    installation.upgrade()
+    assert not installation.has_role(BEFORE, "reconciler")
+    assert installation.has_role(BEFORE, "reconciler-lease")
+
+    namespace_of_runs.check_rollback(environment, 1)
+    installation.start_run(AFTER)
+    with pytest.raises(ClusterError, match=f"Runs are in progress in namespace {AFTER}, where revision 1 of"):
+        namespace_of_runs.check_rollback(environment, 1)
+    namespace_of_runs.check_rollback(environment, 2)
+    installation.set_namespace("")
+    assert namespace_of_runs.former_namespaces(environment) == [AFTER], "back again"
+
+
+def test_other_template_in_the_name_is_refused(absent: Installation) -> None:
+    absent.set_namespace("{{ .Release.Name }}")
+    with pytest.raises(ClusterError, match="make reads only the template"):
+        _ = absent.environment.runs_namespace
