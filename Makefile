@@ -63,7 +63,8 @@ WAREHOUSE := $(BIN)/python -m orchestration.warehouse
 # The context that KUBE_CONTEXT names; for the local environment, by default the context of `make cluster`.
 CONTEXT = $(if $(KUBE_CONTEXT),$(call quoted,$(KUBE_CONTEXT)),"$(if $(filter local,$(ENV)),$$($(BIN)/python -m orchestration.operations.local_cluster context))")
 # kubectl and helm on PATH win over those that were built for the local cluster.
-ENVIRONMENT = PATH="$$PATH:$$($(BIN)/python -m orchestration.operations.local_cluster path)" $(BIN)/python -m orchestration.operations
+WITH_TOOLS = PATH="$$PATH:$$($(BIN)/python -m orchestration.operations.local_cluster path)"
+ENVIRONMENT = $(WITH_TOOLS) $(BIN)/python -m orchestration.operations
 TARGET = --env $(call quoted,$(ENV)) --context $(CONTEXT) --namespace $(call quoted,$(NAMESPACE))
 
 export DO_NOT_TRACK := 1
@@ -125,7 +126,7 @@ stop: .venv/ready ## stop the embedded warehouse
 	@$(WAREHOUSE) stop
 
 ##@ Kubernetes (ENV=local by default; other environments need KUBE_CONTEXT=)
-.PHONY: up down deploy plan rollback undeploy backup backups restore run-on-cluster status logs ui
+.PHONY: up down deploy plan rollback undeploy backup backups restore run-on-cluster status doctor logs ui
 up: cluster ## from nothing: make a cluster, build the image, install the charts, run the daily job as a pod
 	@$(ENVIRONMENT) deploy $(TARGET)
 	@$(ENVIRONMENT) run $(TARGET) $(call quoted,$(DEPLOYMENT))
@@ -160,6 +161,9 @@ run-on-cluster: .venv/ready ## run DEPLOYMENT=FLOW/NAME as a pod, PARAMETERS='{"
 
 status: .venv/ready ## show components, pool, running and late runs, each deployment's last and next run; JSON=1
 	@$(ENVIRONMENT) status $(TARGET) $(if $(JSON),--json)
+
+doctor: .venv/ready ## check the environment before or after its install, each problem with its cure; JSON=1
+	@$(WITH_TOOLS) $(BIN)/python -m orchestration doctor $(TARGET) $(if $(JSON),--json)
 
 logs: .venv/ready ## follow the newest run, or RUN=NAME or RUN=ID
 	@$(ENVIRONMENT) logs $(TARGET) $(if $(RUN),-- $(call quoted,$(RUN)))

@@ -468,6 +468,21 @@ def _tokens(objects: list[Object]) -> str:
     return "## API tokens\n\n" + table(("Pods of", "ServiceAccount", "Token mounted"), rows)
 
 
+# doctor
+
+
+def checks() -> str:
+    """Return a table of the checks of `orchestrate doctor` for each group."""
+    from orchestration.operations.doctor import examination, findings
+
+    assert examination  # its import registers the checks
+    lines = [NOTE.format("orchestration/operations/doctor"), ""]
+    for group in dict.fromkeys(each.group for each in findings.CHECKS):
+        rows = [[each.name, each.purpose] for each in findings.CHECKS if each.group == group]
+        lines += [f"## {group.capitalize()}", "", table(("Check", "Ok means"), rows)]
+    return "\n".join(lines)
+
+
 BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "server-values": ("server-values.md", lambda: values("prefect-server")),
     "work-pool-values": ("work-pool-values.md", lambda: values("prefect-work-pool")),
@@ -476,6 +491,7 @@ BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "settings": ("settings.md", settings_table),
     "metrics": ("metrics.md", metrics),
     "rbac": ("rbac.md", rbac),
+    "checks": ("checks.md", checks),
 }
 """Page and function of each generated block."""
 

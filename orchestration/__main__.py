@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from orchestration.deployments.desired_state import DesiredState
     from orchestration.prefect_api import Server
 
-SUCCEEDED, FAILED, DIFFERS, INTERRUPTED = 0, 1, 2, 130
+SUCCEEDED, FAILED, DIFFERS, CHECK_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 """Exit statuses."""
 
 
@@ -105,6 +105,12 @@ def parser() -> argparse.ArgumentParser:
     text = "the database on the same server that the restored one replaces; its records are evidence"
     made.add_argument("--replaced", default="", metavar="NAME", help=text)
     made.add_argument("--start-unknown", action="store_true", help="start due runs that may have been executed before")
+    made.add_argument("--json", action="store_true", help=as_json)
+    text = "check an installation, before or after it: exit status 0 ok, 2 warnings, 3 failed checks, 1 an error"
+    made = commands.add_parser("doctor", help=text, description=text)
+    made.add_argument("--env", default="local", help="local, staging, production or your own environment")
+    made.add_argument("--context", default="", help="the kubeconfig context; default: the local cluster's")
+    made.add_argument("--namespace", default="", help="a namespace other than the environment's")
     made.add_argument("--json", action="store_true", help=as_json)
     text = "run the reconcile loop, which brings runs and their pods into agreement, in the namespace of the pods"
     made = commands.add_parser("reconcile", help=text, description=text)
@@ -320,6 +326,19 @@ async def _settle(options: argparse.Namespace) -> int:
     return DIFFERS if any(settlement.needs_person for settlement in found) else SUCCEEDED
 
 
+async def _doctor(options: argparse.Namespace) -> int:
+    try:
+        from orchestration.operations.doctor import examination
+    except ModuleNotFoundError as error:
+        raise PipelineError(
+            f"doctor is not possible here: there is no {error.name}. Run it in a checkout, as make doctor does"
+        ) from None
+    results = await examination.examine(options.env, options.context, options.namespace)
+    examination.print_results(results, as_json=options.json)
+    statuses = {"ok": SUCCEEDED, "not checked": SUCCEEDED, "warning": DIFFERS, "failed": CHECK_FAILED}
+    return max(statuses[finding.status] for _, finding in results)
+
+
 async def _reconcile(options: argparse.Namespace) -> int:
     from orchestration.reconciler import loop
     from orchestration.reconciler.model import Policy
@@ -353,6 +372,7 @@ COMMANDS = {
     "explain": _explain,
     "memory": _memory,
     "settle": _settle,
+    "doctor": _doctor,
     "reconcile": _reconcile,
 }
 

@@ -1,6 +1,7 @@
 """Safe output on a terminal: text of other programs cannot control the terminal."""
 
 import contextlib
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -34,6 +35,12 @@ def printable(text: str, *, is_coloured: bool = False) -> str:
 def one_line(text: str) -> str:
     r"""Return text with `\n` in place of its newlines: a name or message for one line of a table or log."""
     return text.replace("\n", "\\n")
+
+
+def json_text(value: Any, *, indent: int | None = 2) -> str:
+    """Return a value as JSON in ASCII that `printable_output` leaves unchanged. Objects of other types become text."""
+    # JSON escapes all control characters but this one, and `\\x7f` is no escape of JSON.
+    return json.dumps(value, indent=indent, default=str).replace("\x7f", "\\u007f")
 
 
 class _Printable:

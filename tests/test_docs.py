@@ -322,6 +322,6 @@ def test_page_of_metrics_has_every_action() -> None:
 def test_page_of_exit_codes_has_every_code() -> None:
     page = _page("exit-codes")
     of_orchestrate = page.partition("## orchestrate")[2].partition("##")[0]
-    codes = {program.SUCCEEDED, program.FAILED, program.DIFFERS, program.INTERRUPTED}
+    codes = {program.SUCCEEDED, program.FAILED, program.DIFFERS, program.CHECK_FAILED, program.INTERRUPTED}
     assert set(map(int, re.findall(r"^\| (\d+) \|", of_orchestrate, flags=re.M))) == codes
     assert [code for code, name in SIGNALS.items() if f"| {code} | {name}" not in page] == []

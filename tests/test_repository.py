@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from orchestration.__main__ import main
 from orchestration.operations.local_cluster import choice, node_layout
 from tests.conftest import FIRST
 
@@ -177,7 +179,21 @@ def test_image_does_not_import_the_operations_that_it_lacks() -> None:
     assert len(in_image) > 50
     # Also as a text: a program that is started by `python -m`.
     pattern = re.compile(r"orchestration[./]operations|from orchestration import .*\boperations\b")
-    assert [path for path in in_image if pattern.search(path.read_text())] == []
+    found = {path: pattern.findall(path.read_text()) for path in in_image}
+    # `orchestrate doctor` looks from outside, and says so where the package is missing.
+    assert {path: len(lines) for path, lines in found.items() if lines} == {ROOT / "orchestration/__main__.py": 1}
+
+
+def test_doctor_in_the_image_names_the_place_for_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [each for each in sys.modules if each.startswith("orchestration.operations")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "orchestration.operations", None)
+    assert main(["doctor"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("doctor is not possible here: there is no orchestration.operations")
+    assert error.endswith("Run it in a checkout, as make doctor does.\n")
 
 
 @pytest.mark.parametrize("module", ["flows/landing.py", "flows/raw.py", "flows/report.py"])

@@ -57,6 +57,37 @@ def find_problems(
     return list(dict.fromkeys(found))
 
 
+def count_runs(template: Mapping[str, Any], quotas: Sequence[Mapping[str, Any]]) -> tuple[int, str] | None:
+    """Return how many runs without job variables of their own the quotas hold at the same time.
+
+    Args:
+        template: the base_job_template of a Kubernetes work pool.
+        quotas: the namespace's ResourceQuota and LimitRange objects.
+
+    Returns:
+        The number of runs, and how messages name the quota that allows no more; None if no quota counts runs.
+
+    Raises:
+        DeploymentsError: a ResourceQuota or LimitRange has a value that is not a quantity.
+    """
+    pod, containers = pod_of(template, {})
+    items = [item for quota in quotas if quota["kind"] == "LimitRange" for item in _limits(quota)]
+    for container in containers:
+        container.add_defaults([item for item in items if item.get("type") == "Container"])
+    found = []
+    for quota in quotas:
+        if quota["kind"] != "ResourceQuota" or not _is_counted(quota, pod, containers):
+            continue
+        for key, hard in _hard(quota).items():
+            if key in ("pods", "count/pods"):
+                amount = "1"
+            else:
+                amount = total(containers, key if key.startswith(("requests.", "limits.")) else f"requests.{key}")
+            if amount and is_quantity(amount) and parse_quantity(amount):
+                found.append((int(_parse(hard, quota) // parse_quantity(amount)), title(quota)))
+    return min(found, default=None)
+
+
 def _requests_above_limits(container: Container) -> Iterator[str]:
     """Yield the requests above their limit: the API server refuses the pod, whatever the quota."""
     for key, value in container.amounts.items():

@@ -24,22 +24,30 @@ OVERLAYS = ROOT / "k8s" / "overlays"
 PAGE = "docs/how-to/environments.md"
 
 
-def run_program(command: Sequence[str], text: str | None = None, *, folder: Path = ROOT) -> str:
+def run_program(
+    command: Sequence[str], text: str | None = None, *, folder: Path = ROOT, limit_seconds: float | None = None
+) -> str:
     """Run a program and return its standard output.
 
     Args:
         command: the program and its arguments.
         text: its standard input.
         folder: its working directory.
+        limit_seconds: kill the program when it has not ended after these seconds.
 
     Raises:
-        ClusterError: the program is not installed, or failed, with its error output.
+        ClusterError: the program is not installed, failed, with its error output, or did not end in time.
     """
     if not shutil.which(command[0]):
         raise ClusterError(
             f"{command[0]} is not installed here. Install it, or build one for this project: make cluster"
         )
-    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False, cwd=folder)
+    try:
+        done = subprocess.run(
+            command, input=text, capture_output=True, text=True, check=False, cwd=folder, timeout=limit_seconds
+        )
+    except subprocess.TimeoutExpired:
+        raise ClusterError(f"{command[0]} {command[-1]} has not ended after {limit_seconds:.0f} s") from None
     if done.returncode:
         output = (done.stderr or done.stdout).strip()
         raise ClusterError(output.removeprefix("Error: ") or f"{command[0]} ended with exit status {done.returncode}")
@@ -54,19 +62,23 @@ class Environment:
         name: the name of its folders in k8s/overlays and helm/environments.
         context: the kubeconfig context of its cluster.
         namespace: the namespace of its releases.
+        limit_seconds: kill a program that has not ended after these seconds.
     """
 
     name: str
     context: str
     namespace: str
+    limit_seconds: float | None = None
 
     def kubectl(self, *arguments: str, text: str | None = None) -> str:
         """Run kubectl in the namespace and return its standard output."""
-        return run_program(["kubectl", "--context", self.context, "--namespace", self.namespace, *arguments], text)
+        command = ["kubectl", "--context", self.context, "--namespace", self.namespace, *arguments]
+        return run_program(command, text, limit_seconds=self.limit_seconds)
 
     def helm(self, *arguments: str) -> str:
         """Run helm in the namespace and return its standard output."""
-        return run_program(["helm", "--kube-context", self.context, "--namespace", self.namespace, *arguments])
+        command = ["helm", "--kube-context", self.context, "--namespace", self.namespace, *arguments]
+        return run_program(command, limit_seconds=self.limit_seconds)
 
     def objects(self, kinds: str, *arguments: str) -> list[Object]:
         """Return the objects of some kinds in its namespaces: `objects("pods,jobs", "--selector", "a=b")`."""

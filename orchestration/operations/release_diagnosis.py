@@ -27,7 +27,8 @@ def release_selector(release: str) -> str:
     return f"app.kubernetes.io/instance={release},prefect.io/role!=flow-run"
 
 
-def _statuses(pod: Object) -> list[Object]:
+def container_statuses(pod: Object) -> list[Object]:
+    """Return the statuses of a pod's init containers and containers."""
     status = pod["status"]
     return [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]
 
@@ -38,7 +39,7 @@ def hopeless_reason(pod: Object) -> str:
     The reasons come from the project's one table of diagnoses.
     """
     age = (datetime.now(UTC) - datetime.fromisoformat(pod["metadata"]["creationTimestamp"])).total_seconds()
-    for status in _statuses(pod):
+    for status in container_statuses(pod):
         waiting = status.get("state", {}).get("waiting", {})
         reason = waiting.get("reason")
         if reason == CRASH_LOOP:
@@ -68,7 +69,7 @@ def explain_pod(environment: Environment, pod: Object, containers: Collection[st
     for condition in pod["status"].get("conditions", []):
         if condition["status"] == "False" and condition.get("reason") == "Unschedulable":
             yield f"pod/{name}: no node takes it: {condition['message']}"
-    for status in _statuses(pod):
+    for status in container_statuses(pod):
         if containers and status["name"] not in containers:
             continue
         state = status.get("state", {}) | {"last": status.get("lastState", {}).get("terminated")}

@@ -89,8 +89,13 @@ class ApiServer:
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[ApiServer]:
-    """Run an API server and its etcd while the block lasts, with their state in `folder`."""
+def alone(folder: Path, authorization: str = "AlwaysAllow") -> Iterator[ApiServer]:
+    """Run an API server and its etcd while the block lasts, with their state in `folder`.
+
+    Args:
+        folder: an empty folder. It gets a `kubeconfig` with the context `alone`.
+        authorization: the authorization mode: AlwaysAllow or RBAC.
+    """
     needed = {"etcd": binaries.PACKAGES["etcd"]}
     binaries.install_packages(needed)
     kube = str(binaries.kube())
@@ -112,9 +117,10 @@ def alone(folder: Path) -> Iterator[ApiServer]:
         f"--client-ca-file={pki}/ca.crt", "--service-cluster-ip-range=10.96.0.0/16,fd00::/112",
         "--service-account-issuer=https://kubernetes.default.svc",
         f"--service-account-key-file={pki}/accounts.key", f"--service-account-signing-key-file={pki}/accounts.key",
-        "--authorization-mode=AlwaysAllow", "--allow-privileged", "--endpoint-reconciler-type=none",
+        f"--authorization-mode={authorization}", "--allow-privileged", "--endpoint-reconciler-type=none",
         f"--disable-admission-plugins={','.join(ABSENT_OBJECTS)}",
     ]  # fmt: skip
+    (folder / "kubeconfig").write_text(yaml.safe_dump(_kubeconfig(pki, port)))
     context = ssl.create_default_context(cafile=str(pki / "ca.crt"))
     context.load_cert_chain(pki / "admin.crt", pki / "admin.key")
     with (
@@ -127,6 +133,18 @@ def alone(folder: Path) -> Iterator[ApiServer]:
         for name in NAMESPACES:
             found.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
         yield found
+
+
+def _kubeconfig(pki: Path, port: int) -> dict[str, Any]:
+    cluster = {"server": f"https://127.0.0.1:{port}", "certificate-authority": f"{pki}/ca.crt"}
+    user = {"client-certificate": f"{pki}/admin.crt", "client-key": f"{pki}/admin.key"}
+    return {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{"name": "alone", "cluster": cluster}],
+        "users": [{"name": "admin", "user": user}],
+        "contexts": [{"name": "alone", "context": {"cluster": "alone", "user": "admin"}}],
+    }
 
 
 @contextlib.contextmanager

@@ -1,0 +1,598 @@
+"""Checks of the cluster: versions, rights, storage, DNS, capacity, policies."""
+
+import asyncio
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from decimal import Decimal
+from typing import Any
+
+import yaml
+
+from orchestration.deployments import quota
+from orchestration.deployments.pod_resources import pod_of, total
+from orchestration.errors import ClusterError
+from orchestration.operations.doctor.findings import Finding, check, failed, ok, warning
+from orchestration.operations.doctor.installation import Installation, containers_of, parse_documents, version_of
+from orchestration.operations.environment import POOL, RELEASES, SERVER, Object
+from orchestration.operations.release_inputs import CHARTS
+from orchestration.quantity import format_quantity, parse_quantity
+
+GROUP = "cluster"
+
+MAX_KUBELET_LAG = 3
+"""How many minor versions a kubelet may be older than the API server. Source: Kubernetes, "Version Skew Policy"."""
+
+SINGLE_NODE_PROVISIONERS = frozenset(
+    {
+        "ebs.csi.aws.com", "kubernetes.io/aws-ebs", "pd.csi.storage.gke.io", "kubernetes.io/gce-pd",
+        "disk.csi.azure.com", "kubernetes.io/azure-disk", "cinder.csi.openstack.org", "csi.hetzner.cloud",
+        "dobs.csi.digitalocean.com", "linodebs.csi.linode.com", "csi.vsphere.vmware.com", "rancher.io/local-path",
+        "kubernetes.io/no-provisioner",
+    }
+)  # fmt: skip
+"""Provisioners of volumes that only the pods of one node can mount."""
+
+INSTALL_VERBS = ("get", "create", "patch", "delete")
+
+EXCESSIVE = (("", "secrets", "get"), ("", "pods", "create"), ("rbac.authorization.k8s.io", "rolebindings", "create"))
+"""Rights, each as group, resource and verb, that worker and reconciler must not have."""
+
+FULL = Decimal("0.9")
+"""The share of a quota from which on a warning is due."""
+
+
+def _kube_version() -> tuple[int, int]:
+    """Return the oldest Kubernetes version that the charts accept."""
+    return version_of(yaml.safe_load((CHARTS / SERVER / "Chart.yaml").read_text())["kubeVersion"])
+
+
+@check(GROUP, "kubernetes version")
+async def check_kubernetes_version(installation: Installation) -> Finding:
+    """Kubernetes is new enough for the charts, and kubectl within one minor version of Kubernetes."""
+    versions = await installation.read_versions()
+    server, client = (version_of(versions[name]["gitVersion"]) for name in ("serverVersion", "clientVersion"))
+    shown = versions["serverVersion"]["gitVersion"]
+    oldest = _kube_version()
+    if server < oldest:
+        return failed(f"Kubernetes {shown}; the charts need {oldest[0]}.{oldest[1]}", "Upgrade the cluster")
+    if abs(server[1] - client[1]) > 1:
+        return warning(
+            f"kubectl is {versions['clientVersion']['gitVersion']}, Kubernetes is {shown}",
+            f"Install kubectl {server[0]}.{server[1]}",
+        )
+    return ok(f"Kubernetes {shown}, kubectl {versions['clientVersion']['gitVersion']}")
+
+
+@check(GROUP, "helm version")
+async def check_helm_version(installation: Installation) -> Finding:
+    """Helm is of the major version that the charts are tested with."""
+    text = await asyncio.to_thread(installation.cluster.helm, "version", "--template", "{{.Version}}")
+    if version_of(text)[0] < 4:
+        return warning(f"Helm {text}; the charts are tested with Helm 4", "Install Helm 4")
+    return ok(f"Helm {text}")
+
+
+@check(GROUP, "nodes")
+async def check_nodes(installation: Installation) -> Finding:
+    """Nodes are ready, and their kubelets are not newer than the API server nor too old."""
+    server = version_of((await installation.read_versions())["serverVersion"]["gitVersion"])
+    nodes = await installation.read_objects("nodes")
+    skewed = [
+        f"{node['metadata']['name']} {node['status']['nodeInfo']['kubeletVersion']}"
+        for node in nodes
+        if not 0 <= server[1] - version_of(node["status"]["nodeInfo"]["kubeletVersion"])[1] <= MAX_KUBELET_LAG
+    ]
+    if skewed:
+        return failed(
+            f"kubelets that Kubernetes {server[0]}.{server[1]} does not support: {shorten(skewed)}",
+            "Upgrade these nodes",
+        )
+    unready = [node["metadata"]["name"] for node in nodes if not _is_ready(node)]
+    if len(unready) == len(nodes):
+        return failed(f"no node of {len(nodes)} is ready", "Look at: kubectl describe nodes")
+    if unready:
+        return warning(f"nodes are not ready: {shorten(unready)}", f"Look at: kubectl describe node {unready[0]}")
+    return ok(f"{count(nodes, 'node')}, ready")
+
+
+def _is_ready(item: Object) -> bool:
+    conditions = item.get("status", {}).get("conditions") or []
+    return any(condition["type"] == "Ready" and condition["status"] == "True" for condition in conditions)
+
+
+@check(GROUP, "rights of the installer")
+async def check_installer_rights(installation: Installation) -> Finding:
+    """You may create, change and delete each kind of object that the charts and `k8s/` have."""
+    wanted = []
+    objects = [*await installation.read_surroundings()]
+    for release in RELEASES:
+        objects += await installation.read_release(release)
+    for group, resource in sorted({(_group(found), _resource(found["kind"])) for found in objects}):
+        is_cluster_wide = resource in _CLUSTER_WIDE
+        for verb in INSTALL_VERBS:
+            attributes = {"group": group, "resource": resource, "verb": verb}
+            wanted.append(attributes if is_cluster_wide else attributes | {"namespace": installation.cluster.namespace})
+    denied = await _review(installation, "SelfSubjectAccessReview", wanted, {})
+    if denied:
+        return failed(
+            f"you may not {shorten(denied)}",
+            "Ask for a Role with these rights; for installs without cluster-wide rights see docs/reference/rbac.md",
+        )
+    return ok(f"{len(wanted)} rights")
+
+
+_CLUSTER_WIDE = frozenset(
+    {
+        "namespaces", "priorityclasses", "clusterroles", "clusterrolebindings", "validatingadmissionpolicies",
+        "validatingadmissionpolicybindings",
+    }
+)  # fmt: skip
+
+
+def _group(found: Object) -> str:
+    return str(found["apiVersion"]).rpartition("/")[0]
+
+
+def _resource(kind: str) -> str:
+    """Return the name of a kind in the API's paths."""
+    name = kind.lower()
+    if name.endswith("y"):
+        return f"{name[:-1]}ies"
+    return f"{name}es" if name.endswith("s") else f"{name}s"
+
+
+async def _review(
+    installation: Installation, kind: str, wanted: list[dict[str, str]], subject: Mapping[str, Any]
+) -> list[str]:
+    """Return what is denied, of the verbs on resources that are `wanted`, as `VERB RESOURCE`.
+
+    Args:
+        installation: the installation.
+        kind: SelfSubjectAccessReview or SubjectAccessReview.
+        wanted: the resource attributes of each review.
+        subject: user and groups.
+    """
+    if not wanted:
+        return []
+    reviews = [
+        {"apiVersion": "authorization.k8s.io/v1", "kind": kind, "spec": {"resourceAttributes": each, **subject}}
+        for each in wanted
+    ]
+    text = json.dumps({"apiVersion": "v1", "kind": "List", "items": reviews})
+    answers = parse_documents(await installation.kubectl("create", "--filename", "-", "--output", "json", text=text))
+    denied = [each["spec"]["resourceAttributes"] for each in answers if not each["status"]["allowed"]]
+    return [f"{each['verb']} {'/'.join(filter(None, (each['resource'], each.get('subresource'))))}" for each in denied]
+
+
+@check(GROUP, "rights of the worker")
+async def check_worker_rights(installation: Installation) -> Finding:
+    """The worker's service account has the rights of its Role, and no excessive ones."""
+    return await _check_account(installation, "worker")
+
+
+@check(GROUP, "rights of the reconciler")
+async def check_reconciler_rights(installation: Installation) -> Finding:
+    """The reconciler's service account has the rights of its Role, and no excessive ones."""
+    return await _check_account(installation, "reconciler")
+
+
+async def _check_account(installation: Installation, component: str) -> Finding:
+    await installation.ensure_installed(POOL)
+    namespace = installation.cluster.namespace
+    account = (await installation.read_component(POOL, component)).get("serviceAccountName", "default")
+    wanted = []
+    for rule in await installation.read_rules(component):
+        for resource in rule["resources"]:
+            name, _, subresource = resource.partition("/")
+            attributes = {"group": rule["apiGroups"][0], "resource": name, "subresource": subresource}
+            names = [{"name": each} for each in rule.get("resourceNames", [])] or [{}]
+            wanted += [
+                attributes | each | {"verb": verb, "namespace": namespace} for verb in rule["verbs"] for each in names
+            ]
+    subject = {
+        "user": f"system:serviceaccount:{namespace}:{account}",
+        "groups": ["system:serviceaccounts", f"system:serviceaccounts:{namespace}", "system:authenticated"],
+    }
+    denied = await _review(installation, "SubjectAccessReview", wanted, subject)
+    if denied:
+        return failed(
+            f"account {account} may not {shorten(denied)}",
+            f"Set {component}.rbac.create, or bind a Role with the rules of docs/reference/rbac.md",
+        )
+    excessive = [
+        {"group": group, "resource": resource, "verb": verb, "namespace": namespace}
+        for group, resource, verb in EXCESSIVE
+    ]
+    withheld = await _review(installation, "SubjectAccessReview", excessive, subject)
+    if granted := [f"{each['verb']} {each['resource']}" for each in excessive
+                   if f"{each['verb']} {each['resource']}" not in withheld]:  # fmt: skip
+        return warning(
+            f"account {account} may {shorten(granted)}, which the {component} does not need",
+            f"Remove the binding: kubectl get rolebindings,clusterrolebindings -A -o wide | grep {account}",
+        )
+    return ok(f"account {account} has the rights of its Role, and no more")
+
+
+@check(GROUP, "storage class")
+async def check_storage_class(installation: Installation) -> Finding:
+    """The StorageClasses of the volumes exist: the named ones, and a default class for the others."""
+    classes = await installation.read_objects("storageclasses")
+    names = {found["metadata"]["name"] for found in classes}
+    defaults = [found["metadata"]["name"] for found in classes if _is_default(found)]
+    claims = list(await _read_claims(installation))
+    wanted = {claim["spec"].get("storageClassName", "") for claim in claims}
+    if missing := sorted(filter(None, wanted - names)):
+        return failed(
+            f"there is no StorageClass {shorten(missing)}",
+            f"Name one of these in the values: {shorten(sorted(names)) or 'none'}",
+        )
+    if "" in wanted and not defaults:
+        return failed(
+            "no StorageClass is the default one, and volumes name none",
+            "Name a class in the values: database.bundled.storage.className, runs.results.volume.storageClass",
+        )
+    if "" in wanted and len(defaults) > 1:
+        return warning(
+            f"several StorageClasses are the default one: {shorten(defaults)}",
+            "Keep the annotation storageclass.kubernetes.io/is-default-class on one of them",
+        )
+    return ok(f"{count(claims, 'volume')}: {shorten(sorted({name or defaults[0] for name in wanted})) or 'no class'}")
+
+
+def _is_default(storage_class: Object) -> bool:
+    annotations = storage_class["metadata"].get("annotations") or {}
+    return annotations.get("storageclass.kubernetes.io/is-default-class") == "true"
+
+
+async def _read_claims(installation: Installation) -> Iterable[Object]:
+    """Return the volume claims that the releases create."""
+    return [
+        claim
+        for release in RELEASES
+        for found in await installation.read_release(release)
+        if found["kind"] == "StatefulSet"
+        for claim in found["spec"].get("volumeClaimTemplates") or []
+    ]
+
+
+@check(GROUP, "results volume")
+async def check_results_volume(installation: Installation) -> Finding:
+    """Pods of all nodes can mount the volume of `runs.results`."""
+    claims = [each for each in await _read_claims(installation) if each["metadata"]["name"] == "results"]
+    if not claims:
+        return ok("results are on no volume that the chart creates")
+    [claim] = claims
+    modes = claim["spec"]["accessModes"]
+    if "ReadWriteMany" not in modes:
+        nodes = [node for node in await installation.read_objects("nodes") if not node["spec"].get("unschedulable")]
+        if len(nodes) > 1:
+            return warning(
+                f"{shorten(modes)}: runs on {len(nodes) - 1} of {len(nodes)} nodes cannot mount the volume",
+                "Set runs.results.volume.accessModes to [ReadWriteMany] with a StorageClass for it, or storage: s3",
+            )
+        return ok(f"{shorten(modes)}, on one node")
+    name = claim["spec"].get("storageClassName")
+    for found in await installation.read_objects("storageclasses"):
+        is_used = found["metadata"]["name"] == name if name else _is_default(found)
+        if is_used and found["provisioner"] in SINGLE_NODE_PROVISIONERS:
+            return failed(
+                f"ReadWriteMany, which StorageClass {found['metadata']['name']} ({found['provisioner']}) does not have",
+                "Name a class of a shared file system in runs.results.volume.storageClass, or set storage: s3",
+            )
+    return ok("ReadWriteMany")
+
+
+@check(GROUP, "volume claims")
+async def check_volume_claims(installation: Installation) -> Finding:
+    """All volume claims of the namespace are bound."""
+    await installation.ensure_installed()
+    claims = await installation.read_objects("persistentvolumeclaims")
+    unbound = [f"{each['metadata']['name']} ({each['status'].get('phase')})" for each in claims
+               if each["status"].get("phase") != "Bound"]  # fmt: skip
+    if unbound:
+        name = unbound[0].partition(" ")[0]
+        return failed(
+            f"not bound: {shorten(unbound)}", f"See its events: kubectl describe persistentvolumeclaim {name}"
+        )
+    return ok(f"{count(claims, 'claim')}, bound")
+
+
+@check(GROUP, "dns")
+async def check_dns(installation: Installation) -> Finding:
+    """The DNS pods have the labels that the NetworkPolicies open."""
+    policy = (await installation.read_values(SERVER))["networkPolicy"]
+    if not policy["enabled"]:
+        return ok("no NetworkPolicy restricts DNS")
+    of_namespace, of_pod = (_selector(policy["dns"][key]) for key in ("namespaceLabels", "podLabels"))
+    namespaces = await installation.read_objects("namespaces", "--selector", of_namespace)
+    pods = await installation.read_objects("pods", "--all-namespaces", "--selector", of_pod)
+    names = {each["metadata"]["name"] for each in namespaces}
+    found = [pod for pod in pods if pod["metadata"]["namespace"] in names]
+    if not found:
+        return failed(
+            f"no pod has the labels {of_pod} in {of_namespace}: the NetworkPolicies deny DNS",
+            "Set networkPolicy.dns of both charts to the labels of the cluster's DNS pods",
+        )
+    ready = [pod for pod in found if _is_ready(pod)]
+    if not ready:
+        return failed(f"no DNS pod of {len(found)} is ready", "Look at the pods: kubectl -n kube-system get pods")
+    return ok(f"{len(ready)} of {count(found, 'DNS pod')} ready")
+
+
+def _selector(labels: Mapping[str, str]) -> str:
+    return ",".join(f"{key}={value}" for key, value in labels.items())
+
+
+@check(GROUP, "quota")
+async def check_quota(installation: Installation) -> Finding:
+    """The pod of a run fits the namespace's ResourceQuotas and LimitRanges."""
+    quotas = await _read_quotas(installation)
+    if not quotas:
+        return ok("the namespace has no quota")
+    template = await installation.read_job_template()
+    if problems := quota.find_problems(template, {}, quotas):
+        return failed(problems[0].partition(". ")[0], problems[0].partition(". ")[2])
+    used_up = []
+    for each in quotas:
+        status = each.get("status") or {}
+        for key, used in (status.get("used") or {}).items():
+            hard = (status.get("hard") or {}).get(key, "0")
+            if parse_quantity(hard) and parse_quantity(used) >= parse_quantity(hard) * FULL:
+                used_up.append(f"{key} of {each['metadata']['name']} ({used} of {hard})")
+    if used_up:
+        return warning(f"almost used up: {shorten(used_up)}; further runs wait", "Raise the quota, or end runs")
+    return ok(f"a run fits {count(quotas, 'quota or limit range', 'quotas and limit ranges')}")
+
+
+@check(GROUP, "quota for concurrent runs")
+async def check_quota_of_all_runs(installation: Installation) -> Finding:
+    """The quota has room for as many runs as the work pool lets run at the same time."""
+    limit = (await installation.read_values(POOL))["pool"]["concurrencyLimit"]
+    quotas = await _read_quotas(installation)
+    room = quota.count_runs(await installation.read_job_template(), quotas)
+    if room is None:
+        return ok("no quota limits the number of runs")
+    runs, name = room
+    if limit is None or limit > runs:
+        allowed = "the work pool has no concurrency limit" if limit is None else f"the work pool allows {limit}"
+        return warning(
+            f"{name} has room for {runs} runs at once, {allowed}: the others are claimed and wait",
+            f"Set pool.concurrencyLimit to {runs}, or raise the quota",
+        )
+    return ok(f"{name} has room for {runs} runs at once, the work pool allows {limit}")
+
+
+async def _read_quotas(installation: Installation) -> list[Object]:
+    """Return the namespace's quotas; before the first deploy those that it would create."""
+    if await _read_namespace(installation):
+        return await installation.read_objects("resourcequotas,limitranges")
+    return [each for each in await installation.read_surroundings() if each["kind"] in ("ResourceQuota", "LimitRange")]
+
+
+async def _read_namespace(installation: Installation) -> list[Object]:
+    """Return the environment's namespace; nothing if it does not exist."""
+    name = installation.cluster.namespace
+    return await installation.read_objects("namespaces", "--field-selector", f"metadata.name={name}")
+
+
+@check(GROUP, "node capacity")
+async def check_node_capacity(installation: Installation) -> Finding:
+    """A node can hold the pod of a run, and that of each component."""
+    nodes = [node for node in await installation.read_objects("nodes") if not node["spec"].get("unschedulable")]
+    _, containers = pod_of(await installation.read_job_template(), {})
+    wanted = {"a run": {key: total(containers, f"requests.{key}") for key in ("cpu", "memory")}}
+    for release in RELEASES:
+        for found in await installation.read_release(release):
+            if found["kind"] in ("Deployment", "StatefulSet"):
+                wanted[found["metadata"]["name"]] = _requests(found["spec"]["template"]["spec"])
+    for name, requests in wanted.items():
+        amounts = {key: parse_quantity(value) for key, value in requests.items() if value}
+        if not any(_holds(node, amounts) for node in nodes):
+            shown = ", ".join(f"{key} {value}" for key, value in requests.items() if value)
+            return failed(
+                f"no node of {len(nodes)} can hold {name}, which requests {shown}",
+                "Lower its resources.requests in the values, or add a larger node",
+            )
+    return ok(f"{count(nodes, 'node')}: a run and {len(wanted) - 1} components fit")
+
+
+def _holds(node: Object, amounts: Mapping[str, Decimal]) -> bool:
+    allocatable = node["status"].get("allocatable") or {}
+    return all(amount <= parse_quantity(allocatable.get(key, "0")) for key, amount in amounts.items())
+
+
+def _requests(spec: Object) -> dict[str, str]:
+    """Return the requests of a pod's main containers in sum."""
+    amounts = {}
+    for key in ("cpu", "memory"):
+        stated = [(each.get("resources") or {}).get("requests", {}).get(key) for each in spec["containers"]]
+        if any(stated):
+            amount = sum((parse_quantity(str(each)) for each in stated if each), Decimal(0))
+            amounts[key] = format_quantity(amount, f"requests.{key}")
+    return amounts
+
+
+@check(GROUP, "secrets")
+async def check_secrets(installation: Installation) -> Finding:
+    """The Secrets and ConfigMaps that the values name exist and have the keys."""
+    specs = await installation.read_pod_specs()
+    wanted = set().union(*(_references(spec) for spec in specs))
+    known: dict[tuple[str, str], set[str]] = {}
+    objects = [found for release in RELEASES for found in await installation.read_release(release)]
+    for found in objects:
+        if found["kind"] in ("Secret", "ConfigMap"):
+            known[found["kind"], found["metadata"]["name"]] = set(found.get("data") or {})
+    keys = '{{range .items}}{{.kind}} {{.metadata.name}}{{range $key, $value := .data}} {{$key}}{{end}}{{"\\n"}}{{end}}'
+    listed = await installation.kubectl("get", "secrets,configmaps", "--output", f"go-template={keys}")
+    for line in listed.splitlines():
+        kind, name, *rest = line.split()
+        known[kind, name] = {*known.get((kind, name), ()), *rest}
+    if not await installation.is_installed() and installation.is_local:
+        # `make deploy` creates it.
+        known.setdefault(("Secret", "warehouse"), {"url", "password"})
+    missing = []
+    for kind, name, key in sorted(wanted):
+        if (kind, name) not in known:
+            missing.append(f"{kind} {name}")
+        elif key and key not in known[kind, name]:
+            missing.append(f"key {key} of {kind} {name}")
+    missing = list(dict.fromkeys(missing))
+    if missing:
+        return failed(
+            f"missing: {shorten(missing)}; pods that need it do not start",
+            f"Create it: kubectl -n {installation.cluster.namespace} create secret generic NAME --from-literal KEY=...",
+        )
+    names = {each[:2] for each in wanted}
+    return ok(f"{count(names, 'Secret or ConfigMap', 'Secrets and ConfigMaps')} with their keys")
+
+
+def _references(spec: Object) -> set[tuple[str, str, str]]:
+    """Return the Secrets and ConfigMaps that a pod cannot start without: kind, name and key; all keys if empty."""
+    return {
+        found
+        for found in _all_references(spec)
+        if "{{" not in f"{found[1]}{found[2]}"  # a job variable names it
+    }
+
+
+def _all_references(spec: Object) -> Iterator[tuple[str, str, str]]:
+    for container in containers_of(spec):
+        for variable in container.get("env") or []:
+            source = variable.get("valueFrom") or {} if isinstance(variable, dict) else {}
+            for kind, field in (("Secret", "secretKeyRef"), ("ConfigMap", "configMapKeyRef")):
+                if field in source and not source[field].get("optional"):
+                    yield kind, source[field]["name"], source[field]["key"]
+        for whole in container.get("envFrom") or []:
+            for kind, field in (("Secret", "secretRef"), ("ConfigMap", "configMapRef")):
+                if field in whole and not whole[field].get("optional"):
+                    yield kind, whole[field]["name"], ""
+    for volume in spec.get("volumes") or []:
+        for kind, field, name in (("Secret", "secret", "secretName"), ("ConfigMap", "configMap", "name")):
+            source = volume.get(field) if isinstance(volume, dict) else None
+            if source and not source.get("optional"):
+                yield kind, source[name], ""
+                for item in source.get("items") or []:
+                    yield kind, source[name], item["key"]
+    for pull_secret in spec.get("imagePullSecrets") or []:
+        yield "Secret", pull_secret["name"], ".dockerconfigjson"
+
+
+@check(GROUP, "classes")
+async def check_classes(installation: Installation) -> Finding:
+    """The PriorityClasses, RuntimeClasses and IngressClasses that the values name exist."""
+    wanted = {"PriorityClass": set[str](), "RuntimeClass": set[str](), "IngressClass": set[str]()}
+    for spec in await installation.read_pod_specs():
+        for kind, field in (("PriorityClass", "priorityClassName"), ("RuntimeClass", "runtimeClassName")):
+            if (name := spec.get(field)) and "{{" not in name:
+                wanted[kind].add(name)
+    for found in await installation.read_release(SERVER):
+        if found["kind"] == "Ingress" and (name := found["spec"].get("ingressClassName")):
+            wanted["IngressClass"].add(name)
+    created = set()
+    if not await installation.is_installed():
+        created = {found["metadata"]["name"] for found in await installation.read_surroundings()}
+    missing = []
+    for kind, names in wanted.items():
+        if names - created:
+            existing = await installation.read_names(_resource(kind))
+            missing += [f"{kind} {name}" for name in sorted(names - created - set(existing))]
+    if missing:
+        return failed(
+            f"missing: {shorten(missing)}; Kubernetes refuses pods that name it",
+            "Create it, or name another in the values",
+        )
+    return ok(shorten([name for names in wanted.values() for name in sorted(names)]) or "the values name none")
+
+
+@check(GROUP, "pod security")
+async def check_pod_security(installation: Installation) -> Finding:
+    """The namespace enforces the Pod Security Standard `restricted`."""
+    label = "pod-security.kubernetes.io/enforce"
+    namespaces = await _read_namespace(installation)
+    if not namespaces:
+        namespaces = [each for each in await installation.read_surroundings() if each["kind"] == "Namespace"]
+    levels = [(each["metadata"].get("labels") or {}).get(label, "") for each in namespaces]
+    if levels and levels[0] == "restricted":
+        return ok("the namespace enforces restricted")
+    return warning(
+        f"the namespace enforces {levels[0] if levels and levels[0] else 'no Pod Security Standard'}",
+        f"kubectl label namespace {installation.cluster.namespace} {label}=restricted",
+    )
+
+
+@check(GROUP, "admission policy")
+async def check_admission_policy(installation: Installation) -> Finding:
+    """A ValidatingAdmissionPolicy checks the worker's Jobs."""
+    if not (await installation.read_values(POOL))["admissionPolicy"]["enabled"]:
+        return warning("admissionPolicy.enabled is false: only the worker checks its Jobs", "Set it to true")
+    version = version_of((await installation.read_versions())["serverVersion"]["gitVersion"])
+    if version < (1, 30):
+        return warning("Kubernetes before 1.30 has no ValidatingAdmissionPolicy", "Upgrade the cluster")
+    await installation.ensure_installed(POOL)
+    kinds = ("ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding")
+    missing = []
+    for kind in kinds:
+        wanted = {each["metadata"]["name"] for each in await installation.read_release(POOL) if each["kind"] == kind}
+        if not wanted or wanted - {*await installation.read_names(_resource(kind))}:
+            missing.append(kind)
+    if missing:
+        return failed(
+            f"the {shorten(missing)} of the release is gone", f"make deploy ENV={installation.cluster.name} FORCE=1"
+        )
+    return ok("the API server checks the worker's Jobs")
+
+
+PROBE = """
+import socket, sys
+try:
+    socket.create_connection(("kubernetes.default.svc", 443), 3).close()
+except OSError as error:
+    sys.exit(f"denied: {error}")
+"""
+"""Fails where the pod cannot reach the Kubernetes API."""
+
+
+@check(GROUP, "network policies")
+async def check_network_policies(installation: Installation) -> Finding:
+    """NetworkPolicies exist, and the network plugin enforces them."""
+    off = [release for release in RELEASES if not (await installation.read_values(release))["networkPolicy"]["enabled"]]
+    if off:
+        return warning(f"networkPolicy.enabled of {shorten(off)} is false", "Set it to true")
+    await installation.ensure_installed(POOL)
+    wanted = {
+        found["metadata"]["name"]
+        for release in RELEASES
+        for found in await installation.read_release(release)
+        if found["kind"] == "NetworkPolicy" and not _is_hook(found)
+    }
+    present = {found["metadata"]["name"] for found in await installation.read_objects("networkpolicies")}
+    if gone := sorted(wanted - present):
+        return failed(f"NetworkPolicy {shorten(gone)} is gone", f"make deploy ENV={installation.cluster.name} FORCE=1")
+    # The pod of drift may reach DNS and the Prefect API alone.
+    await installation.read_component(POOL, "drift")
+    try:
+        await installation.kubectl("exec", f"deployment/{POOL}-drift", "--", "python", "-c", PROBE)
+    except ClusterError as error:
+        if "denied: " in str(error):
+            return ok(f"{count(present, 'policy', 'policies')}, enforced")
+        raise
+    return failed(
+        "the network plugin does not enforce them: drift reaches the Kubernetes API",
+        "Use a network plugin that enforces NetworkPolicies, such as Calico or Cilium",
+    )
+
+
+def _is_hook(found: Object) -> bool:
+    return "helm.sh/hook" in (found["metadata"].get("annotations") or {})
+
+
+def count(items: Any, one: str, many: str = "") -> str:
+    """Return a number with its noun."""
+    return f"{len(items)} {one if len(items) == 1 else many or f'{one}s'}"
+
+
+def shorten(names: Iterable[str], most: int = 3) -> str:
+    """Return the first names, and how many more there are."""
+    listed = list(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
