@@ -161,8 +161,8 @@ class Worker(CompatibleWorker):
         self._poll_lock = asyncio.Lock()
         self._polls = PollSchedule()
         self._is_listening = False
-        self._has_left_out = False
-        """Whether the newest poll has left out runs of a deployment with many due runs."""
+        self._polled: set[UUID] = set()
+        """The runs that the newest poll returned."""
         self._answered_claims: set[UUID] = set()
         """Runs whose claim the server has granted or refused."""
         self._claim_times: dict[UUID, float] = {}
@@ -207,19 +207,20 @@ class Worker(CompatibleWorker):
 
     async def _listen(self) -> None:
         """Schedule a poll at each event of the pool that makes a run claimable. Connect again after each failure."""
+        has_warned = False
         while True:
             try:
                 async with contextlib.aclosing(self.watch_runs()) as runs:
                     async for run in runs:
-                        self._is_listening = True
+                        self._is_listening, has_warned = True, False
                         if run:
                             self._polls.expect(run)
                         self._polls.add(datetime.now(UTC) + timedelta(seconds=0 if run else RETRY_SECONDS))
             except Exception as error:
-                # Whatever the failure is, regular polls find all runs.
-                if self._is_listening:
-                    self.logger.warning("No events from the Prefect API: %s. Polling regularly.", error)
-                self._is_listening = False
+                if not has_warned:
+                    self.logger.warning("The Prefect API sends no events: %s. Regular polls go on.", error)
+                has_warned = True
+            self._is_listening = False
             await asyncio.sleep(LISTEN_RETRY_SECONDS)
 
     async def _poll_on_schedule(self) -> None:
@@ -228,8 +229,11 @@ class Worker(CompatibleWorker):
             await self._polls.wait()
             while self.submitting - self._answered_claims:
                 await asyncio.sleep(CLAIM_CHECK_SECONDS)
-            with contextlib.suppress(HTTPError):  # the next regular poll raises it, if it lasts
+            try:
                 await self._poll()
+            except Exception as error:  # the next regular poll raises it, if it lasts
+                self.logger.warning("A poll has failed: %s.", error)
+                await asyncio.sleep(LISTEN_RETRY_SECONDS)
 
     async def get_and_submit_flow_runs(self) -> list[FlowRun]:
         """Poll once, and schedule polls for the runs that become due before the next regular poll."""
@@ -248,13 +252,13 @@ class Worker(CompatibleWorker):
             try:
                 if self._is_api_down and not self.has_synchronized:
                     await super().synchronize()
-                self._has_left_out = False
                 runs = await super().get_and_submit_flow_runs()
                 self._polls.forget(self.submitting)
-                if runs:
-                    # A poll returns as many runs as the limits of the server and of the worker allow.
-                    pause = 0 if self._has_left_out else NEXT_PAGE_SECONDS
-                    self._polls.add(datetime.now(UTC) + timedelta(seconds=pause))
+                ids = {run.id for run in runs}
+                if ids - self._polled:
+                    # There may be more: a poll returns as many runs as the limits of server and worker allow.
+                    self._polls.add(datetime.now(UTC) + timedelta(seconds=NEXT_PAGE_SECONDS))
+                self._polled = ids
                 if is_regular or self._polls.is_expecting:
                     await self._schedule_polls()
             except HTTPError as error:
@@ -319,7 +323,6 @@ class Worker(CompatibleWorker):
                 last = page[-1].flow_run.next_scheduled_start_time if page else None
                 if not left_out or last is None or len(found) >= limit:
                     break
-                self._has_left_out = True
                 page = await self.read_later_due_runs(last + timedelta(microseconds=1))
         return found
 
