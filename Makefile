@@ -211,7 +211,7 @@ test: .venv/ready ## check the code and run all tests, PROCESSES=5 at once; TEST
 	$(call stage,yamllint,$(BIN)/yamllint -s .)
 	$(call stage,codespell,$(BIN)/codespell)
 	$(call stage,docs-site,$(SITE))
-	$(call stage,shellcheck and hadolint,$(BIN)/shellcheck docker/build docker/sbom docker/stack docker/databases/entrypoint helm/prefect-server/files/backup k8s/overlays/local/warehouse/secret .ci/run && $(BIN)/hadolint docker/Dockerfile docker/databases/Dockerfile)
+	$(call stage,shellcheck and hadolint,$(BIN)/shellcheck docker/build docker/sbom docker/stack docker/databases/entrypoint helm/prefect-server/files/backup k8s/overlays/local/warehouse/secret k8s/overlays/local/warehouse/application-user .ci/run && $(BIN)/hadolint docker/Dockerfile docker/databases/Dockerfile)
 	$(call stage,sqlfluff,$(BIN)/sqlfluff lint -q flows/warehouse --nocolor)
 	$(if $(and $(USES_CLUSTER),$(filter-out none,$(or $(CLUSTER),any))),$(call stage,mypy while the cluster is made,$(BIN)/mypy & { $(BIN)/python -m orchestration.operations.local_cluster up || [ -z "$${CI:-}$(CLUSTER)" ]; } && wait $$!),$(call stage,mypy,$(BIN)/mypy))
 	$(call stage,pytest,tests="$(SELECTED)" && { [ -z "$$tests" ] || $(BIN)/pytest$(if $(CHANGED)$(filter tests,$(TESTS)), --numprocesses $(call quoted,$(PROCESSES)) $(BY_FILE)) $$tests; })

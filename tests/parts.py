@@ -201,7 +201,7 @@ def embedded_postgres(directory: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def debian_postgres() -> Iterator[str]:
+def debian_postgres(superuser: str = "postgres") -> Iterator[str]:
     """Run Debian's PostgreSQL, which has the extensions that a Prefect server needs, and yield its URL."""
     binaries.install_packages({"pg_lsclusters": "postgresql"})
     programs = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda each: int(each.parent.name))
@@ -220,10 +220,10 @@ def debian_postgres() -> Iterator[str]:
                 stdout=subprocess.DEVNULL,
             )
 
-        run("initdb", "--auth=trust", "--username=postgres", "--no-sync")
+        run("initdb", "--auth=trust", f"--username={superuser}", "--no-sync")
         run("pg_ctl", "-w", "-t", "300", "-l", f"{folder}/log", "-o", f"-h '' -k {folder} -F", "start")
         try:
-            yield f"postgresql://postgres@/postgres?host={folder}"
+            yield f"postgresql://{superuser}@/postgres?host={folder}"
         finally:
             run("pg_ctl", "-m", "immediate", "stop")
 

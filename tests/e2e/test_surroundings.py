@@ -71,6 +71,9 @@ def test_flow_runs_alone_reach_the_warehouse(local: Namespace, namespace: Namesp
     sql = "create table landed (day date); insert into landed values ('2013-01-01'); select count(*) from landed"
     built = local.kubectl("exec", "run", "--", "sh", "-c", f'psql "$WAREHOUSE_URL" -Atqc "{sql}"')
     assert built.strip() == "1"
+    program = "copy (select 1) to program 'true'"
+    with pytest.raises(ClusterError, match="permission denied to COPY to or from an external program"):
+        local.kubectl("exec", "run", "--", "sh", "-c", f'psql "$WAREHOUSE_URL" -Atqc "{program}"')
 
     def address(pod: str) -> str:
         return local.kubectl("get", "pod", pod, "-o", "jsonpath={.status.podIP}")

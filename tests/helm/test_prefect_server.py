@@ -92,6 +92,7 @@ def _with(**values: Any) -> Object:
 
 def test_default_values_render_the_expected_objects() -> None:
     assert inventory(render("prefect-server", TAG)) == [
+        "ConfigMap/test-prefect-server-database",
         "Deployment/test-prefect-server-api",
         "Deployment/test-prefect-server-redis",
         "Deployment/test-prefect-server-services",

@@ -22,6 +22,7 @@ VALUES: dict[str, list[Object]] = {name: [chart.TAG, chart.MAXIMAL] for name, ch
 """The smallest and the largest values of each chart, which is also rendered with its examples."""
 
 IN_BOTH = {
+    "ConfigMap": "the script that creates the user of a database",
     "NetworkPolicy": "a chart allows what its components need, k8s/ denies the rest and opens the way to the warehouse",
     "ServiceAccount": "the warehouse's",
     "Service": "the warehouse's, which is no part of Prefect",
@@ -68,6 +69,7 @@ def test_every_overlay_is_tested() -> None:
 @every_environment
 def test_overlay_has_exactly_these_objects(environment: str) -> None:
     warehouse = [
+        "ConfigMap/warehouse",
         "NetworkPolicy/runs-to-warehouse",
         "NetworkPolicy/warehouse",
         "Service/warehouse",
