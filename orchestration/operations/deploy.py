@@ -60,16 +60,8 @@ def deploy(environment: Environment, *, force: bool = False) -> None:
     """
     check_preconditions(environment)
     image = release_inputs.checkout_image(environment)
-    with (
-        step(f"Applying k8s/overlays/{environment.name}", "1 s"),
-        release_inputs.surroundings(environment) as folders,
-    ):
-        for folder in folders:
-            run_program(["kubectl", "--context", environment.context, "apply", "--kustomize", str(folder)])
-        secret = OVERLAYS / environment.name / "warehouse" / "secret"
-        if secret.exists():
-            names = ("--context", environment.context, "--namespace", environment.namespace)
-            run_program(["env", f"RUNS_NAMESPACE={environment.runs_namespace}", str(secret), *names])
+    with step(f"Applying k8s/overlays/{environment.name}", "1 s"):
+        apply_surroundings(environment)
     history = DeployHistory(environment)
     history.begin_deploy()
     for release in RELEASES:
@@ -77,6 +69,17 @@ def deploy(environment: Environment, *, force: bool = False) -> None:
             namespace_of_runs.copy_api_credential(environment)
         _deploy_release(environment, release, image, history, force)
     history.complete_deploy()
+
+
+def apply_surroundings(environment: Environment) -> None:
+    """Apply what surrounds the releases in their namespace and in that of the runs."""
+    with release_inputs.surroundings(environment) as folders:
+        for namespace, folder in zip(environment.namespaces, folders, strict=True):
+            environment.kubectl("apply", "--kustomize", str(folder), "--namespace", namespace)
+    secret = OVERLAYS / environment.name / "warehouse" / "secret"
+    if secret.exists():
+        names = ("--context", environment.context, "--namespace", environment.namespace)
+        run_program(["env", f"RUNS_NAMESPACE={environment.runs_namespace}", str(secret), *names])
 
 
 def _deploy_release(environment: Environment, release: str, image: Image, history: DeployHistory, force: bool) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import pytest
 import yaml
 
 from orchestration.errors import ClusterError
+from orchestration.operations import deploy, namespace_of_runs
 from orchestration.operations import environment as environments
-from orchestration.operations import namespace_of_runs
 from orchestration.operations.environment import POOL, Environment
 from orchestration.operations.local_cluster import binaries
 from orchestration.operations.port_forward import AUTH_SECRET
@@ -19,6 +20,7 @@ from tests.cluster import apiserver
 from tests.helm.rendering import Object
 
 CONTEXT = "alone"
+NAMED_RUNS = ("--field-selector", "metadata.name=runs")
 BEFORE, AFTER = apiserver.NAMESPACES
 
 
@@ -99,6 +101,12 @@ def test_move_keeps_the_former_namespace_until_no_run_is_in_progress(installatio
 
     installation.set_namespace("{{ .Release.Namespace }}-runs")
     assert environment.namespaces == [BEFORE, AFTER]
+    deploy.apply_surroundings(environment)
+    assert [each["metadata"]["namespace"] for each in environment.objects("quota", *NAMED_RUNS)] == [BEFORE, AFTER]
+    deploy.apply_surroundings(environment)  # keeps the Secrets
+    secrets = environment.objects("secrets", "--field-selector", "metadata.name=warehouse")
+    own, copied = ({key: b64decode(text).decode() for key, text in each["data"].items()} for each in secrets)
+    assert copied == {"url": f"postgresql://warehouse:{own['password']}@warehouse.{BEFORE}:5432/warehouse"}
     assert namespace_of_runs.former_namespaces(environment) == [BEFORE], "the worker may claim a run there until then"
     with pytest.raises(ClusterError, match=f"names the Secret {AUTH_SECRET}: namespace {AFTER} has no such Secret"):
         installation.upgrade(BEFORE)
