@@ -56,9 +56,9 @@ def _is_finished(job: Object) -> bool:
 def copy_api_credential(environment: Environment) -> None:
     """Copy the credential of the Prefect API to the namespace of the runs, whose Jobs refer to it.
 
-    With API roles the Job of each run has the run's own credential instead.
+    With API roles, the default, the Job of each run has the run's own credential instead.
     """
-    has_roles = environment.pool_values.get("api", {}).get("auth", {}).get("rolesSecret")
+    has_roles = environment.pool_values.get("api", {}).get("auth", {}).get("rolesSecret") != ""
     if has_roles or environment.runs_namespace == environment.namespace:
         return
     found: Object = json.loads(environment.kubectl("get", "secret", AUTH_SECRET, "--output", "json"))

@@ -212,7 +212,7 @@ def test_deploy_moves_runs_to_a_namespace_of_their_own(checkout: Checkout) -> No
     assert "prefect-work-pool is up to date" in checkout.make("deploy")
     assert checkout.wait_until_ready()["problems"] == []
     secrets = after.kubectl("get", "secrets", "--output", "jsonpath={.items[*].metadata.name}").split()
-    assert set(secrets) == {"prefect-server-auth", "warehouse"}
+    assert set(secrets) == {"warehouse"}, "the Jobs of runs have a credential each"
 
 
 def test_changed_flow_and_schedule_are_deployed_and_rolled_back(checkout: Checkout) -> None:

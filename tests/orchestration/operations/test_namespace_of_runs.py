@@ -33,8 +33,9 @@ class Installation:
         self.file.parent.mkdir(parents=True)
 
     def set_namespace(self, name: str) -> None:
-        """Write the values of the environment."""
-        self.file.write_text(yaml.safe_dump({"image": {"tag": "1"}, "runs": {"namespace": name}}))
+        """Write the values of the environment, without API roles."""
+        values = {"image": {"tag": "1"}, "api": {"auth": {"rolesSecret": ""}}, "runs": {"namespace": name}}
+        self.file.write_text(yaml.safe_dump(values))
 
     def upgrade(self, *former: str) -> None:
         """Install or upgrade the pool's release."""
