@@ -1,6 +1,7 @@
 """Outages of the Prefect server and its database, and random faults of every component."""
 
 import contextlib
+import json
 import random
 import time
 from collections import defaultdict
@@ -158,3 +159,36 @@ def test_server_outage_and_killed_database_lose_no_run(server: Release, pool: Po
         for moment in missed:
             [once] = scheduled_runs(api)[moment]
             assert (wait_until_ended(api, once["id"])["state_type"], once["run_count"]) == ("COMPLETED", 1)
+
+
+STOP_SERVICES = """
+import os, pathlib, signal
+for folder in pathlib.Path("/proc").glob("[0-9]*"):
+    if b"orchestration.services" in (folder / "cmdline").read_bytes() and int(folder.name) not in (1, os.getpid()):
+        os.kill(int(folder.name), signal.SIGSTOP)
+"""
+
+
+def test_stopped_services_are_not_ready_and_restart(server: Release) -> None:
+    namespace = server.namespace
+
+    def find_services() -> Object:
+        [pod] = json.loads(
+            namespace.kubectl("get", "pods", "-l", "app.kubernetes.io/component=services", "-o", "json")
+        )["items"]
+        found: Object = pod["status"]["containerStatuses"][0] | {"pod": pod["metadata"]["name"]}
+        return found
+
+    wait_until(lambda: find_services()["ready"], "the services to be ready", RECOVERY_SECONDS)
+    before = find_services()
+    namespace.kubectl("exec", before["pod"], "--", "python", "-c", STOP_SERVICES)
+    stopped = datetime.now(UTC)
+    wait_until(lambda: not find_services()["ready"], "the stopped services not to be ready", 60)
+    record_duration("stopped services are not ready", stopped, datetime.now(UTC))
+    wait_until(
+        lambda: (now := find_services())["restartCount"] == before["restartCount"] + 1 and now["ready"],
+        "the kubelet to restart the services",
+        300,
+    )
+    record_duration("stopped services are ready again", stopped, datetime.now(UTC))
+    assert find_services()["pod"] == before["pod"]
