@@ -1,5 +1,6 @@
 """What is decided about one run after a restore, from the run and the evidence alone."""
 
+import gzip
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,10 @@ def test_outcome_is_read_from_job_and_pod(tmp_path: Path, objects: list[Object],
     assert executions.read(file, ["another server's pool"]) == {}
 
 
-def test_absent_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="`make restore` writes such a file"):
-        executions.read(tmp_path / "absent", [POOL])
+@pytest.mark.parametrize("content", [None, b"", b"no gzip", gzip.compress(b"{}"), gzip.compress(b"[]")])
+def test_absent_and_damaged_files_are_named(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "executions"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(SettingsError, match=r"is no list of Jobs and pods: .*`make restore` writes such a file"):
+        executions.read(file, [POOL])
