@@ -57,7 +57,7 @@ def list_backups(environment: Environment, *, as_json: bool) -> None:
     template = read_template(environment)
 
     def change(pod: Object) -> None:
-        pod["initContainers"] = []
+        pod["initContainers"] = [each for each in pod["initContainers"] if each["name"] != "dump"]
         [container] = pod["containers"]
         container["args"] = as_command(container["args"], "list", *(["--json"] if as_json else []))
 

@@ -26,7 +26,7 @@ def wait_until_ready(environment: Environment, release: str) -> None:
         waiting = [name for name in map(_unready, _workloads(environment, release)) if name]
         if not waiting:
             return
-        for pod in environment.objects("pods", "--selector", release_diagnosis.release_selector(release)):
+        for pod in environment.objects("pods", "--selector", _selector(release)):
             reason = release_diagnosis.hopeless_reason(pod)
             if reason and not pod["metadata"].get("deletionTimestamp"):
                 raise ClusterError(f"pod/{pod['metadata']['name']} will not start")
@@ -37,9 +37,13 @@ def wait_until_ready(environment: Environment, release: str) -> None:
         time.sleep(POLL_SECONDS)
 
 
+def _selector(release: str) -> str:
+    """Return the selector of the objects that a rollout waits for. A failed backup does not fail a rollout."""
+    return f"{release_diagnosis.release_selector(release)},app.kubernetes.io/component!=backup"
+
+
 def _workloads(environment: Environment, release: str) -> list[Object]:
-    selector = release_diagnosis.release_selector(release)
-    found = environment.objects("deployments,statefulsets,jobs", "--selector", selector)
+    found = environment.objects("deployments,statefulsets,jobs", "--selector", _selector(release))
     return [workload for workload in found if "helm.sh/hook" not in workload["metadata"].get("annotations", {})]
 
 

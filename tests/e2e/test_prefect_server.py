@@ -44,7 +44,7 @@ def api(server: Release) -> Iterator[httpx.Client]:
 
 def test_server_starts_from_nothing_without_a_restart(server: Release) -> None:
     restarts = server.restarts()
-    assert len(restarts) == 5, "API, services, migrations, database, Valkey"
+    assert len(restarts) == 6, "API, services, migrations, database, Valkey, the first pod of the backups' volume"
     assert not any(restarts.values()), restarts
     assert "Phase:          Succeeded" in server.helm("test", SERVER_RELEASE)
 

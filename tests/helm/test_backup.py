@@ -35,6 +35,7 @@ def test_backup_adds_these_objects() -> None:
     assert [each for each in inventory(_render()) if each not in without] == [
         f"ConfigMap/{NAME}",
         f"CronJob/{NAME}",
+        f"Job/{NAME}-volume-1",
         f"NetworkPolicy/{NAME}",
         f"PersistentVolumeClaim/{NAME}s",
         f"ServiceAccount/{NAME}",
@@ -72,6 +73,18 @@ def test_dump_is_made_by_the_image_of_the_database() -> None:
     assert environment(dump)["CONNECTION_URL"] == {"secretKeyRef": {"name": "db", "key": "connection-url"}}
 
 
+def test_claim_is_bound_by_a_job_of_the_release() -> None:
+    """`helm --wait` waits for claims, which most storage classes bind when a pod uses them."""
+    objects = _render()
+    spec = one(objects, "Job", f"{NAME}-volume-1")["spec"]["template"]["spec"]
+    claim = {"claimName": f"{NAME}s"}
+    assert {"name": "backups", "persistentVolumeClaim": claim} in spec["volumes"]
+    assert spec["automountServiceAccountToken"] is False
+    kept = _render(volume={"existingClaim": "mine"})
+    assert not [each for each in kept if each["kind"] == "PersistentVolumeClaim"]
+    assert {"name": "backups", "persistentVolumeClaim": {"claimName": "mine"}} in _pod(kept)["volumes"]
+
+
 def test_script_is_that_of_the_chart() -> None:
     script = one(_render(), "ConfigMap", NAME)["data"]["backup"]
     assert script == (ROOT / "helm/prefect-server/files/backup").read_text()
@@ -85,7 +98,9 @@ def test_s3_needs_no_volume_and_its_addresses_are_reachable() -> None:
         "--keep-last=7", "--keep-days=30", f"--recipient={RECIPIENT}",
     ]  # fmt: skip
     assert {"secretRef": {"name": "keys"}} in store["envFrom"]
-    assert not [each for each in objects if each["kind"] == "PersistentVolumeClaim"]
+    assert not [
+        each for each in objects if each["kind"] == "PersistentVolumeClaim" or "-volume-" in str(each["metadata"])
+    ]
     assert len(one(objects, "NetworkPolicy", NAME)["spec"]["egress"]) == 3
 
 
