@@ -6,7 +6,6 @@
 `LOG_FORMAT` chooses the form of a line on stderr: `text`, the default, or `json`.
 """
 
-import json
 import logging
 import os
 import sys
@@ -14,7 +13,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from orchestration.errors import PipelineError, SettingsError, sentence
-from orchestration.terminal import one_line, printable
+from orchestration.terminal import json_text, one_line, printable
 
 FORMAT_VARIABLE = "LOG_FORMAT"
 
@@ -58,8 +57,7 @@ class JsonFormatter(logging.Formatter):
             fields[RUN_ID] = run
         if record.exc_info:
             fields["traceback"] = self.formatException(record.exc_info)
-        # JSON escapes all other control characters, and `printable_output` must find none to escape.
-        return json.dumps(fields).replace("\x7f", "\\u007f")
+        return json_text(fields, indent=None)
 
 
 FORMATTERS = {"text": TextFormatter, "json": JsonFormatter}

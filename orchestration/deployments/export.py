@@ -25,6 +25,7 @@ from orchestration.deployments.resources import (
     matches_every_event,
 )
 from orchestration.prefect_api import JSON, Server
+from orchestration.terminal import printable
 
 RESOLVED_FIELDS = (
     "description",
@@ -136,7 +137,11 @@ def text(file: JSON) -> str:
         def ignore_aliases(self, _: Any) -> bool:
             return True
 
-    return str(yaml.dump(file, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120))
+    text = str(yaml.dump(file, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120))
+    if printable(text) == text:
+        return text
+    # What the terminal would show as an escape has to be an escape of YAML.
+    return str(yaml.dump(file, Dumper=Dumper, sort_keys=False, width=120))
 
 
 def _drop_empty(fields: Mapping[str, Any]) -> JSON:

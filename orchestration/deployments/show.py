@@ -11,6 +11,7 @@ from orchestration.deployments.masking import mask
 from orchestration.deployments.plan import ADOPT, CHANGE, CREATE, DELETE, END, FINISH, FORGET, KEEP, Plan
 from orchestration.deployments.resources import Difference, Object
 from orchestration.deployments.schedules import title
+from orchestration.terminal import json_text, one_line
 
 MARKS = {
     CREATE: ("+", "create", "32"),
@@ -45,7 +46,7 @@ def print_plan(plan: Plan) -> None:
 def print_plan_json(plan: Plan) -> None:
     """Print a plan as JSON."""
     document = {"owner": plan.owner, "changes": [change.json() for change in plan.changes], "notes": plan.notes}
-    print(json.dumps(document, indent=2, default=str))
+    print(json_text(document))
 
 
 def print_start(plan: Plan) -> None:
@@ -77,7 +78,7 @@ def _print_changes(plan: Plan) -> None:
     for change in plan.changes:
         mark, word, colour = MARKS[change.action]
         kind, key = change.name
-        print(_coloured(f"{mark} {kind:<21} {key}", colour) + f"  ({word})")
+        print(_coloured(f"{mark} {kind:<21} {one_line(key)}", colour) + f"  ({word})")
         _print_fields(_main_fields(change.desired) if change.action == CREATE and change.desired else change.fields)
 
 
@@ -92,16 +93,16 @@ def _print_notes(plan: Plan) -> None:
 
 def print_drift_json(owner: str, drifted: Sequence[Drift]) -> None:
     """Print drift as JSON."""
-    print(json.dumps({"owner": owner, "drift": [item.json() for item in drifted]}, indent=2, default=str))
+    print(json_text({"owner": owner, "drift": [item.json() for item in drifted]}))
 
 
 def print_drift(owner: str, drifted: Sequence[Drift]) -> None:
     """Print what changed on the server since the last sync."""
     for item in drifted:
         when = f", {item.when[:19].replace('T', ' ')} UTC" if item.when else ""
-        by = f" by {item.by}" if item.by else ""
+        by = f" by {one_line(item.by)}" if item.by else ""
         mark, colour, word = ("~", "33", "changed") if item.fields else ("-", "31", "deleted")
-        print(_coloured(f"{mark} {item.kind:<21} {item.key}", colour) + f"  ({word}{by}{when})")
+        print(_coloured(f"{mark} {item.kind:<21} {one_line(item.key)}", colour) + f"  ({word}{by}{when})")
         _print_fields(item.fields)
     if drifted:
         print(f"{owner}: {len(drifted)} changed since the last sync. `orchestrate sync` restores what the files say.")
@@ -125,7 +126,7 @@ def _main_fields(desired: Object) -> list[Difference]:
 
 def _print_fields(fields: Sequence[Difference]) -> None:
     width = min(max((len(name) for name, _, _ in fields), default=0), 40)
-    for name, old, new in fields:
+    for name, old, new in ((one_line(name), old, new) for name, old, new in fields):
         if old is None and new is not None:
             print(f"    {name:<{width}}  {_value(new)}")
         else:

@@ -1,6 +1,5 @@
 """Reports how much memory the runs of a deployment use, and recommends its memory request and limit."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
@@ -12,6 +11,7 @@ from orchestration.prefect_api import JSON, PAGE_SIZE, Server
 from orchestration.protocol import EXCEEDED_LABEL, PEAK_LABEL, whole_number
 from orchestration.quantity import quantity_or_zero
 from orchestration.reconciler.budget import RetryBudget
+from orchestration.terminal import json_text, one_line
 from orchestration.work_pools import read_pool_defaults
 
 MIB = 2**20
@@ -138,7 +138,7 @@ async def _read_usage_of(server: Server, deployment: str, name: str, variables: 
 def print_usage(usages: Sequence[Usage], *, as_json: bool) -> None:
     """Print one line for each deployment, or JSON."""
     if as_json:
-        print(json.dumps([asdict(usage) for usage in usages], indent=2))
+        print(json_text([asdict(usage) for usage in usages]))
         return
     if not usages:
         print("No run has a record of its memory. The reconciler records the memory of a run when its pod ends.")
@@ -148,7 +148,7 @@ def print_usage(usages: Sequence[Usage], *, as_json: bool) -> None:
         present = [quantity_or_zero(quantity) for quantity in (usage.request, usage.limit)]
         table.append(
             (
-                usage.deployment,
+                one_line(usage.deployment),
                 str(usage.runs),
                 str(usage.killed),
                 f"{ceil(usage.median / MIB)}Mi" if usage.median else "-",

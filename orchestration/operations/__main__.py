@@ -13,7 +13,7 @@ from pathlib import Path
 
 from orchestration.errors import ClusterError, sentence
 from orchestration.operations.environment import Environment, resolve
-from orchestration.terminal import printable_output
+from orchestration.terminal import json_text, printable_output
 
 WIDTH_WITHOUT_TERMINAL = 160
 """Columns of `status` where the output is not a terminal."""
@@ -59,7 +59,7 @@ def _status(environment: Environment, options: argparse.Namespace) -> int:
 
     found = status.read_status(environment)
     if options.json:
-        print(json.dumps(found, indent=2))
+        print(json_text(found))
     else:
         console = Console(width=None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL)
         status.print_status(environment, found, console)

@@ -11,6 +11,7 @@ from orchestration.operations import release_diagnosis
 from orchestration.operations.environment import Environment, Object
 from orchestration.protocol import FINAL_STATES
 from orchestration.reconciler.kubernetes_objects import PodObject
+from orchestration.terminal import cut, one_line
 
 LAST_LINE = "Finished in state"
 """How the last line of a flow's log begins, if the flow reaches its end."""
@@ -70,10 +71,11 @@ def follow(environment: Environment, api: httpx.Client, run: Object) -> bool:
         if now["state"]["name"] != state:
             state = now["state"]["name"]
             message = f": {now['state']['message']}" if now["state"]["message"] else ""
-            print(f"-- {run['name']} is {state}{message}", file=sys.stderr, flush=True)
+            shown = one_line(cut(f"{run['name']} is {state}{message}"))
+            print(f"-- {shown}", file=sys.stderr, flush=True)
         for line in _new_logs(api, run["id"], printed):
             level = LEVELS.get(line["level"], "")
-            print(f"{datetime.fromisoformat(line['timestamp']):%H:%M:%S} {level}{line['message']}", flush=True)
+            print(f"{datetime.fromisoformat(line['timestamp']):%H:%M:%S} {level}{cut(line['message'])}", flush=True)
             is_last = line["flow_run_id"] == run["id"] and line["message"].startswith(LAST_LINE)
             is_log_complete = is_log_complete or is_last
         if now["state_type"] in FINAL_STATES:
@@ -86,7 +88,7 @@ def follow(environment: Environment, api: httpx.Client, run: Object) -> bool:
             for reason in _start_problems(environment, run["id"]):
                 if reason not in printed:
                     printed.add(reason)
-                    print(f"-- {reason}", file=sys.stderr, flush=True)
+                    print(f"-- {one_line(cut(reason))}", file=sys.stderr, flush=True)
         time.sleep(POLL_SECONDS)
     if now["state_type"] == "CRASHED":
         for pod in _pods(environment, run["id"]):

@@ -7,6 +7,7 @@ import httpx
 
 from orchestration.errors import ClusterError
 from orchestration.operations.environment import Object
+from orchestration.terminal import one_line
 
 
 def start(api: httpx.Client, deployment: str, parameters: dict[str, Any]) -> Object:
@@ -25,7 +26,7 @@ def start(api: httpx.Client, deployment: str, parameters: dict[str, Any]) -> Obj
         listed = api.post("/deployments/filter", json={}).raise_for_status().json()
         flows = {flow["id"]: flow["name"] for flow in api.post("/flows/filter", json={}).raise_for_status().json()}
         names = ", ".join(sorted(f"{flows[known['flow_id']]}/{known['name']}" for known in listed))
-        raise ClusterError(f"There is no deployment {deployment}. There are: {names or 'none'}")
+        raise ClusterError(f"There is no deployment {deployment}. There are: {one_line(names) or 'none'}")
     known = found.raise_for_status().json()["parameter_openapi_schema"].get("properties", {})
     # The server accepts unknown parameters, and the run would fail in its pod.
     if unknown := sorted(set(parameters) - set(known)):

@@ -19,7 +19,7 @@ from orchestration.operations.follow_run import find_run
 from orchestration.operations.local_cluster import binaries
 from orchestration.operations.port_forward import api_client, read_credentials
 from orchestration.operations.release_diagnosis import explain_pod, explain_release
-from tests.cluster.namespace import Namespace
+from tests.cluster.namespace import Namespace, network_policy
 from tests.e2e.checkout import CRON, DAILY, MAKE, Checkout, environment_without_prefect
 from tests.e2e.runs import get_run, start_run, wait_until_ended
 from tests.parts import answers, free_port, wait_until
@@ -28,6 +28,31 @@ from tests.parts import answers, free_port, wait_until
 def _read_daily_deployment(api: httpx.Client) -> dict[str, object]:
     found: dict[str, object] = api.get(f"/deployments/name/{DAILY}").raise_for_status().json()
     return found
+
+
+MACHINES_OWN = {"kubernetes version"}
+"""Checks of doctor that depend on the machine: its kubectl may be of another version than the cluster."""
+
+
+def _examine(checkout: Checkout) -> dict[str, dict[str, str]]:
+    """Return what `make doctor` finds, by the name of the check."""
+    command = [*MAKE, "doctor", "JSON=1"]
+    command += [f"KUBE_CONTEXT={checkout.target.context}", f"NAMESPACE={checkout.target.namespace}"]
+    done = subprocess.run(
+        command, cwd=checkout.folder, env=environment_without_prefect(), capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in done.stderr
+    return {found["check"]: found for found in json.loads(done.stdout)}
+
+
+def test_doctor_finds_no_problem_before_the_install(checkout: Checkout) -> None:
+    found = _examine(checkout)
+    assert {name: each for name, each in found.items() if each["status"] not in ("ok", "not checked")} == {
+        name: found[name] for name in MACHINES_OWN if found[name]["status"] == "warning"
+    }
+    assert {"secrets", "quota", "storage class", "dns", "chart values", "rights of the installer"} <= {
+        name for name, each in found.items() if each["status"] == "ok"
+    }
 
 
 def test_make_up_deploys_everything_and_runs_the_daily_job(checkout: Checkout) -> None:
@@ -74,6 +99,42 @@ def test_status_and_logs_show_components_and_runs(checkout: Checkout) -> None:
     assert "Beginning subflow run" in log
     assert f"{daily['last']['name']} is Completed" in log
     assert "There is no run absent" in checkout.make("logs", RUN="absent", status=2)
+
+
+def test_doctor_checks_the_whole_installation(checkout: Checkout) -> None:
+    """All checks pass. Faults are then found all at once."""
+    found = _examine(checkout)
+    unchecked = {"retention", "backup", "replicas"}
+    problems = {name: each for name, each in found.items() if each["status"] != "ok"}
+    assert {name: each for name, each in problems.items() if name not in MACHINES_OWN | unchecked} == {}
+    assert {name for name, each in problems.items() if each["status"] == "not checked"} == unchecked
+
+    target = checkout.target
+    namespace = Namespace(target.context, target.namespace)
+    selector = {"matchLabels": {"app.kubernetes.io/component": "drift"}}
+    opening = network_policy("open", egress=[{}])
+    opening["spec"]["podSelector"] = selector
+    label = "pod-security.kubernetes.io/enforce={}"
+    namespace.apply(opening)
+    namespace.kubectl("label", "--overwrite", "namespace", target.namespace, label.format("baseline"))
+    with api_client(target) as api:
+        api.patch("/work_pools/default", json={"is_paused": True}).raise_for_status()
+    try:
+        with namespace.without("secret", "warehouse"), namespace.without("rolebinding", f"{POOL}-worker"):
+            ill = _examine(checkout)
+            shown = checkout.make("doctor", status=2)
+    finally:
+        namespace.kubectl("delete", "networkpolicy", "open")
+        namespace.kubectl("label", "--overwrite", "namespace", target.namespace, label.format("restricted"))
+        with api_client(target) as api:
+            api.patch("/work_pools/default", json={"is_paused": False}).raise_for_status()
+    failed = {name for name, each in ill.items() if each["status"] == "failed"}
+    assert failed == {"network policies", "secrets", "rights of the worker", "work pools"}
+    assert ill["pod security"]["status"] == "warning"
+    assert "drift reaches the Kubernetes API" in ill["network policies"]["text"]
+    assert "Secret warehouse" in shown
+    assert "default is paused" in shown
+    assert "-> prefect work-pool resume 'default'" in shown
 
 
 def test_run_takes_valid_parameters_alone(checkout: Checkout) -> None:
