@@ -96,6 +96,8 @@ def charts(namespace: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def nothing(*_: object, **__: object) -> None:
         pass
 
+    # Runs are in the namespace of the releases.
+    monkeypatch.setattr(Environment, "runs_namespace", charts.environment.namespace)
     monkeypatch.setattr(release_inputs, "CHARTS", charts.folder)
     monkeypatch.setattr(rollout, "TIMEOUT_SECONDS", 0.0)
     for module, name, replacement in (
