@@ -1,0 +1,51 @@
+"""The background services in the API's process, with SQLite and without Redis, as with `services.separate: false`."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from orchestration.settings import ROOT
+from tests.parts import end_process, free_port, migrated_database, wait_until
+from tests.service_faults import probe
+
+
+def test_services_in_the_process_of_the_api_report_their_health(tmp_path: Path) -> None:
+    shutil.copyfile(migrated_database(), tmp_path / "prefect.db")
+    port, health = free_port(), free_port()
+    variables = {"PREFECT_HOME": str(tmp_path), "SERVICES_HEALTH_PORT": str(health), "PREFECT_UI_ENABLED": "false"}
+    command = [sys.executable, "-m", "orchestration.services", "server", "start", "--port", str(port)]
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | variables, stdout=subprocess.DEVNULL) as process:
+        try:
+            wait_until(lambda: probe(health, "/ready")[0] == 200, "the services to be ready", 240)
+            assert probe(port, "/api/health")[0] == 200
+            status, body = probe(health, "/live")
+            assert status == 200
+            assert {"schedule_deployments", "EventPersister", "docket"} <= set(body["services"])
+
+            def answering() -> bool:
+                body = probe(health, "/live")[1]
+                return bool(body["database"] == body["redis"] == "answers")
+
+            wait_until(answering, "the database, and the memory in place of Redis, to answer", 60)
+        finally:
+            end_process(process)
+
+
+def test_wrong_variable_ends_the_start_with_its_name() -> None:
+    for variables, message in (
+        ({"SERVICES_HEALTH_PORT": "none"}, "SERVICES_HEALTH_PORT=none is no number above 0. "),
+        (
+            {"SERVICES_HEALTH_PORT": "4201", "SERVICES_STALL_SECONDS": "0"},
+            "SERVICES_STALL_SECONDS=0 is no number above 0. ",
+        ),
+        ({"SERVICES_HEALTH_PORT": "99999"}, "Cannot listen on port 99999: "),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "orchestration.services", "version"],
+            cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
