@@ -102,9 +102,21 @@ class Services:
         if self.probe("/ready")[0] == 200:
             return True
         if any("ended" in reason for reason in self.probe("/live")[1].get("reasons", [])):
-            end_process(self.process)
+            self.end()
             self.launch()
         return False
+
+    def end(self) -> None:
+        """End the process."""
+        with self.process:
+            end_process(self.process)
+
+    def have_passed(self) -> bool:
+        """Return whether each service has made progress a short time ago, so that no earlier fault shows."""
+        body = self.probe("/ready")[1]
+        return body.get("healthy", False) and all(
+            each["last_progress_seconds_ago"] < each.get("every_seconds", 0) + 10 for each in body["services"].values()
+        )
 
     def dependencies(self) -> set[str]:
         """Return how database and Redis answer the process."""
@@ -223,7 +235,7 @@ def running_services(
         relay.enter_context(relayed(redis_port, redis_url))
         services = Services(port, redis_port, redis_url, postgres, database, folder, environment, log, resources, relay)
         services.launch()
-        stack.callback(lambda: end_process(services.process))
+        stack.callback(services.end)
         wait_until(services.have_started, "the services to be ready", 600)
         yield services
 

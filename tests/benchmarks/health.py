@@ -127,7 +127,7 @@ def measure_outage(name: str, fault: Fault, services: Services, measured: Measur
     ended = threading.Event()
     publishing = threading.Thread(target=publish_each, args=(services, ended))
     publishing.start()
-    time.sleep(10)
+    wait_until(services.have_passed, "all services to make progress", LIMIT_SECONDS)
     try:
         with fault(services):
             began = time.monotonic()
@@ -164,8 +164,9 @@ def measure_broken(repetitions: int, measured: Measured) -> None:
     with _services() as start:
         for _ in range(repetitions):
             for name, fault in BROKEN:
-                with start() as services, fault(services):
-                    with ThreadPoolExecutor(1) as other:
+                with start() as services:
+                    wait_until(services.have_passed, "all services to make progress", LIMIT_SECONDS)
+                    with fault(services), ThreadPoolExecutor(1) as other:
                         live = other.submit(wait_for_status, services, "/live", False, LIMIT_SECONDS)
                         red = wait_for_status(services, "/ready", False, LIMIT_SECONDS)
                         assert red is not None
