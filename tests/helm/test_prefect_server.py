@@ -130,6 +130,9 @@ def test_all_features_render_together() -> None:
             assert each["metadata"]["labels"]["team"] == "data"
             assert each["metadata"]["annotations"]["owner"] == "test"
     assert "replicas" not in one(objects, "Deployment", "prefect-api")["spec"]
+    for component in ("api", "services"):
+        budget = one(objects, "PodDisruptionBudget", f"prefect-{component}")["spec"]
+        assert budget["unhealthyPodEvictionPolicy"] == "AlwaysAllow", "an outage of Postgres must not block a drain"
     assert one(objects, "ConfigMap", "more")["data"] == {"of": "test"}
     api = pod_specs(objects)["Deployment/prefect-api"]
     assert [container["name"] for container in api["containers"]] == ["api", "proxy"]
