@@ -46,6 +46,12 @@ class Cause:
     memory: str = ""
 
 
+OWN_STORAGE_MESSAGES = (
+    "Usage of EmptyDir volume", "local ephemeral storage limit", "ephemeral local storage usage exceeds",
+)  # fmt: skip
+"""Parts of the kubelet's messages about pods that it evicts for their own use of storage, and not for want of room."""
+
+
 def cause_of_end(pods: Sequence[Pod], jobs: Sequence[Job] = ()) -> Cause:
     """Return why the newest of a run's pods ended. Without a pod, return what the run's Jobs record.
 
@@ -65,13 +71,14 @@ def cause_of_end(pods: Sequence[Pod], jobs: Sequence[Job] = ()) -> Cause:
         limit = f" of {pod.memory}" if pod.memory else ""
         peak = f"; it used at most {end.peak / 2**20:.0f} MiB" if end.peak else ""
         return Cause("oom", f"{OOM_KILLED}pod {name} exceeded its memory limit{limit}{peak}", pod.memory)
-    if end.disruption or end.reason in DISRUPTION_REASONS:
+    is_own_eviction = end.reason == "Evicted" and any(part in end.message for part in OWN_STORAGE_MESSAGES)
+    if (end.disruption or end.reason in DISRUPTION_REASONS) and not is_own_eviction:
         disruption = DISRUPTIONS.get(end.disruption, f"{end.reason}: {end.message}".rstrip(": "))
         return Cause("disruption", f"Pod {name}{DISRUPTED}{disruption}")
     if end.code is None:
         return Cause("crash", f"Pod {name} ended before its container ran: {end.reason} {end.message}".rstrip())
     signal = f" ({SIGNALS[end.code]})" if end.code in SIGNALS else ""
-    message = f": {end.message}" if end.message else ""
+    message = f": {end.message.rstrip('. ')}" if end.message else ""
     return Cause("crash", f"Pod {name} ended with exit code {end.code}{signal}{message}")
 
 

@@ -1,5 +1,6 @@
 """The Docker stack: any password reaches the containers unchanged, and only the proxy has the Docker socket."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -7,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from docker.types import HostConfig
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from orchestration.worker.docker_policy import Policy
 from tests.parts import examples
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,6 +106,26 @@ def test_only_the_proxy_has_the_docker_socket_and_no_network() -> None:
     assert COMPOSE["worker"]["environment"]["DOCKER_HOST"] == "unix:///run/docker-proxy/docker.sock"
     assert "group_add" not in COMPOSE["worker"]
     assert "docker-proxy" not in str(POOL)
+
+
+def test_processes_logs_and_memory_of_each_container_are_limited() -> None:
+    """A container's own file systems are memory, which the limit of the run's memory covers."""
+    for name, service in COMPOSE.items():
+        assert service["pids_limit"] == 1024, name
+        assert service["logging"]["options"] == {"max-size": "10m", "max-file": "3"}, name
+    # As docker-py writes it, and as the proxy allows it.
+    given = POOL["job_configuration"]["container_create_kwargs"]
+    names = ("pids_limit", "log_config", "tmpfs", "cap_drop", "security_opt", "read_only")
+    host = HostConfig(version="1.45", **{name: given[name] for name in names})
+    assert host["PidsLimit"] == 1024
+    assert host["LogConfig"] == {"Type": "json-file", "Config": {"max-size": "10m", "max-file": "3"}}
+    body = {
+        "Image": "image",
+        "Labels": {"io.prefect.flow-run-id": "1"},
+        "HostConfig": {**host, "NetworkMode": "prefect"},
+    }
+    allowed = Policy.from_template(POOL, ["image"]).container(json.dumps(body).encode())
+    assert allowed["HostConfig"]["PidsLimit"] == 1024
 
 
 def test_names_of_services_are_reserved() -> None:

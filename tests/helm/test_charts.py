@@ -56,6 +56,21 @@ def test_every_pod_has_an_account_of_its_component(chart: Path, values: str) -> 
     )
 
 
+@pytest.mark.parametrize("values", ["TAG", "MAXIMAL"])
+def test_disk_of_every_pod_is_limited(chart: Path, values: str) -> None:
+    objects = render(chart.name, getattr(CHARTS[chart.name], values))
+    specs = [*pod_specs(objects).values()]
+    if chart.name == "prefect-work-pool":
+        template = test_prefect_work_pool.pool_of(objects)["base_job_template"]
+        specs.append(template["job_configuration"]["job_manifest"]["spec"]["template"]["spec"])
+    for spec in specs:
+        for container in [*spec["containers"], *spec.get("initContainers", [])]:
+            if container["image"] != "proxy:1":
+                assert container["resources"]["limits"]["ephemeral-storage"]
+                assert container["resources"]["requests"]["ephemeral-storage"]
+        assert all(volume["emptyDir"]["sizeLimit"] for volume in spec.get("volumes", []) if "emptyDir" in volume)
+
+
 def test_every_rule_has_a_negative_test(chart: Path) -> None:
     texts = [file.read_text() for file in (chart / "templates").glob("_validate*.tpl")]
     rules = re.findall(r"{{- fail (?:\(printf )?\"(.*)", "".join(texts))

@@ -77,7 +77,10 @@ MAXIMAL: Object = {
         "image": {"repository": "flows", "tag": "2", "pullPolicy": "Never"},
         "labels": {"cost": "flows"},
         "annotations": {"g": "h"},
-        "resources": {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"cpu": "2", "memory": "4Gi"}},
+        "resources": {
+            "requests": {"cpu": "1", "memory": "2Gi", "ephemeral-storage": "1Gi"},
+            "limits": {"cpu": "2", "memory": "4Gi", "ephemeral-storage": "20Gi"},
+        },
         "settings": {"PREFECT_LOGGING_LEVEL": "WARNING"},
         "env": [{"name": "WAREHOUSE_URL", "valueFrom": {"secretKeyRef": {"name": "warehouse", "key": "url"}}}],
         "envFrom": [{"configMapRef": {"name": "flows"}}],
@@ -725,7 +728,10 @@ def test_values_of_runs_reach_the_base_job_template() -> None:
 def test_job_variables_override_the_releases_defaults() -> None:
     job = _job(_pool(TAG), memory_limit="3Gi", cpu_request="2", image="mine:1", finished_job_ttl=5)
     [container] = job["spec"]["template"]["spec"]["containers"]
-    assert container["resources"] == {"requests": {"cpu": "2", "memory": "384Mi"}, "limits": {"memory": "3Gi"}}
+    assert container["resources"] == {
+        "requests": {"cpu": "2", "memory": "384Mi", "ephemeral-storage": "64Mi"},
+        "limits": {"memory": "3Gi", "ephemeral-storage": "12Gi"},
+    }
     assert container["image"] == "mine:1"
     assert job["spec"]["ttlSecondsAfterFinished"] == 5
 

@@ -60,7 +60,7 @@ spec:
 {{/* Volumes of a pod, and mounts of its main container: (list (the chart's own, without /tmp) pod). The chart adds /tmp. A
      volume or mount of the user with the same name or path replaces it. */}}
 {{- define "prefect-server.volumes" -}}
-{{- $own := prepend (index . 0) (dict "name" "tmp" "emptyDir" dict) -}}
+{{- $own := prepend (index . 0) (dict "name" "tmp" "emptyDir" (dict "sizeLimit" (index . 1).tmpSizeLimit)) -}}
 {{- include "prefect-server.byKey" (list "name" $own (index . 1).volumes) -}}
 {{- end -}}
 

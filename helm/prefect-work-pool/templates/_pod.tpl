@@ -61,7 +61,7 @@ securityContext: {{- toYaml (index . 2).containerSecurityContext | nindent 2 }}
 {{/* Volumes of a pod, and mounts of its main container: (list (the chart's own, without /tmp) pod). The chart adds /tmp. A
      volume or mount of the user with the same name or path replaces it. */}}
 {{- define "prefect-work-pool.volumes" -}}
-{{- $own := prepend (index . 0 | default list) (dict "name" "tmp" "emptyDir" dict) -}}
+{{- $own := prepend (index . 0 | default list) (dict "name" "tmp" "emptyDir" (dict "sizeLimit" (index . 1).tmpSizeLimit)) -}}
 {{- include "prefect-work-pool.byKey" (list "name" $own (index . 1).volumes) -}}
 {{- end -}}
 

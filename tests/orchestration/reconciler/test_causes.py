@@ -66,6 +66,15 @@ def test_pod_that_the_cluster_ended_is_disrupted(reason: str) -> None:
     [
         (End(NOW, 137, "Error"), "crash"),
         (End(NOW, None, "StartError", "exec: no such file"), "crash"),
+        # The kubelet evicts a pod that writes more than its limits. The next pod would do the same.
+        *[
+            (End(NOW, 137, "Evicted", message, disruption="TerminationByKubelet"), "crash")
+            for message in (
+                'Usage of EmptyDir volume "tmp" exceeds the limit "10Gi". ',
+                'Container prefect-job exceeded its local ephemeral storage limit "12Gi". ',
+                "Pod ephemeral local storage usage exceeds the total limit of containers 12Gi. ",
+            )
+        ],
         (End(NOW, 137, "OOMKilled", oom=True), "oom"),
         (End(NOW, 1, "Error", oom=True, peak=700 * 2**20), "oom"),
     ],
