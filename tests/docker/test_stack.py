@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from docker.types import HostConfig
+from docker.types import HostConfig  # type: ignore[import-not-found]
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
