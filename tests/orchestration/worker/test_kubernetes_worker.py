@@ -148,7 +148,7 @@ async def _count_polls_with_outages(
             return await super().get_and_submit_flow_runs()
 
     async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(240):
             while not await condition():
                 assert not working.done(), working.exception()
                 await asyncio.sleep(seconds)
@@ -229,7 +229,7 @@ def _claims_of_a_worker_that_hardly_polls(
                 tested = _WithoutJobs(work_pool_name=pool, create_pool_if_not_found=False, **options)
                 working = asyncio.create_task(tested.start())
                 try:
-                    async with asyncio.timeout(60):
+                    async with asyncio.timeout(240):
                         while not tested._is_listening:
                             await asyncio.sleep(0.05)
                         await steps(client, made, claimed)
