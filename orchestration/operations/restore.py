@@ -49,13 +49,13 @@ def restore(environment: Environment, name: str, *, identity: Path | None, start
     template = backups.read_template(environment)
     with step(f"Restoring backup {name} next to the server's database", "20 s"):
         chosen = _load(environment, template, name, identity)
-    stopped = _stop(environment)
     try:
+        stopped = _stop(environment)
         with step("Settling the runs", "20 s"):
             log = _settle(environment, template, chosen, stopped, start_unknown=start_unknown)
+        print(log, end="", flush=True)
     finally:
         _start(environment)
-    print(log, end="")
 
 
 def _load(environment: Environment, template: Object, name: str, identity: Path | None) -> str:
@@ -117,10 +117,9 @@ def _stop(environment: Environment) -> datetime:
         deadline = time.monotonic() + STOP_TIMEOUT_SECONDS
         while _has_pods(environment):
             if time.monotonic() > deadline:
-                _start(environment)
                 raise ClusterError(
                     f"Some pods of server and workers have not ended within {STOP_TIMEOUT_SECONDS:.0f} s. "
-                    "Everything was started again. Look at them: make status"
+                    "Everything is started again. Look at them: make status"
                 )
             time.sleep(backups.POLL_SECONDS)
     return datetime.now(UTC)

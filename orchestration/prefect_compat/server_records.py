@@ -57,7 +57,8 @@ async def read_runs(session: "AsyncSession", ids: Collection[str], crashed_since
     is_crash = sa.and_(table.state_type == "CRASHED", table.end_time >= crashed_since)
     wanted = sa.or_(table.state_type.not_in(FINAL_TYPES), is_crash, table.id.in_([UUID(each) for each in ids]))
     found = await session.execute(sa.select(table).where(wanted).order_by(table.expected_start_time, table.id))
-    return [FlowRun.model_validate(row, from_attributes=True).model_dump(mode="json") for row in found.scalars()]
+    rows = [row for row in found.scalars() if row.state]  # a run that was created without a state is never executed
+    return [FlowRun.model_validate(row, from_attributes=True).model_dump(mode="json") for row in rows]
 
 
 async def read_parents(session: "AsyncSession", task_runs: Collection[str]) -> dict[str, str]:
