@@ -23,13 +23,35 @@ REVISION = "5d4f8c7b9d"
 """A hash such as the StatefulSet controller appends to names."""
 
 
+PROMETHEUS_RULES: Object = {
+    "apiVersion": "apiextensions.k8s.io/v1",
+    "kind": "CustomResourceDefinition",
+    "metadata": {"name": "prometheusrules.monitoring.coreos.com"},
+    "spec": {
+        "group": "monitoring.coreos.com",
+        "scope": "Namespaced",
+        "names": {"kind": "PrometheusRule", "plural": "prometheusrules", "singular": "prometheusrule"},
+        "versions": [
+            {
+                "name": "v1",
+                "served": True,
+                "storage": True,
+                "schema": {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}},
+            }
+        ],
+    },
+}
+"""The definition of a PrometheusRule without its schema, which is part of no package."""
+
+
 @contextlib.contextmanager
 def kubernetes(folder: Path) -> Iterator[apiserver.ApiServer]:
-    """Start an API server that knows the Gateway API's HTTPRoute."""
+    """Start an API server that knows the Gateway API's HTTPRoute, and takes every PrometheusRule."""
     with apiserver.alone(folder) as api:
         api.create(yaml.load(binaries.http_routes().read_text(), yaml.CSafeLoader))
-        group = "/apis/gateway.networking.k8s.io/v1"
-        wait_until(lambda: api.client.get(group).is_success, "the API of HTTPRoute")
+        api.create(PROMETHEUS_RULES)
+        groups = [f"/apis/{group}/v1" for group in ("gateway.networking.k8s.io", "monitoring.coreos.com")]
+        wait_until(lambda: all(api.client.get(group).is_success for group in groups), "HTTPRoute and PrometheusRule")
         yield api
 
 

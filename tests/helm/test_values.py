@@ -48,7 +48,15 @@ WAYS: dict[str, list[Object]] = {
             "redis": {"bundled": {"enabled": False}, "external": {"existingSecret": "redis"}},
         },
         {"service": {"type": "NodePort"}, "api": {"replicas": 2}, "networkPolicy": {"apiFrom": [{"podSelector": {}}]}},
-        {"service": {"type": "LoadBalancer"}},
+        {"service": {"type": "LoadBalancer"}, "backup": {"enabled": True, "alert": {"enabled": True}}},
+        {
+            "backup": {
+                "enabled": True,
+                "storage": "s3",
+                "s3": {"bucket": "backups"},
+                "image": {"repository": "postgres", "tag": "18.1"},
+            }
+        },
     ],
     "prefect-work-pool": [
         {},
@@ -170,6 +178,7 @@ NOWHERE = {
     "global": "for parent charts",
     "sync.pod.sidecars": "refused",
     "migrations.pod.sidecars": "refused",
+    "backup.pod.sidecars": "refused",
     "tests.pod.sidecars": "refused",
 }
 """Keys whose value appears in no object, and the reason."""

@@ -198,6 +198,7 @@ FREE: dict[str, SearchStrategy[Any]] = {
     "variables": st.just({"gpu": {"type": "integer", "default": 0}}),
     "baseJobTemplate": st.just({"job_configuration": {"job_manifest": {"spec": {"suspend": True}}}}),
     "global": st.just({"a": 1}),
+    "schedule": st.sampled_from(["@daily", "17 * * * *", "*/15 2-4 1,15 * mon-fri"]),
 }
 """Strategies for keys whose content the chart passes on."""
 
