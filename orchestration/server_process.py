@@ -1,20 +1,36 @@
 """Start a process of the Prefect server: `python -m orchestration.server_process server services start`.
 
 The arguments are those of `prefect`. The process reads secret blocks of the key in `PREFECT_SERVER_ENCRYPTION_KEY` and
-of the key in the database. With `SERVICES_HEALTH_PORT` it serves the health of its background services.
+of the key in the database. With `SERVICES_HEALTH_PORT` it serves the health of its background services. An API refuses
+requests that it could never read again.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from orchestration import block_encryption
+from orchestration.access.control import Application
+from orchestration.access.limits import RequestLimits
 from orchestration.errors import PipelineError
+from orchestration.prefect_compat.server_internals import wrap_server_api
 from orchestration.services.health_endpoint import services_health_served
 
 
-def start_server(arguments: Sequence[str]) -> int:
-    """Run the command `prefect`; return the exit status."""
+def start_server(arguments: Sequence[str], protect: Callable[[Application], Application] | None = None) -> int:
+    """Run the command `prefect`; return the exit status.
+
+    Args:
+        arguments: those of the command.
+        protect: wraps the API's ASGI application, which then sees only requests that this wrapper passes on.
+    """
+
+    def wrap(api: Application) -> Application:
+        limited = RequestLimits(api)
+        return protect(limited) if protect else limited
+
     try:
+        if list(arguments[:2]) == ["server", "start"]:
+            wrap_server_api(wrap)
         block_encryption.prepare_server()
         with services_health_served():
             from prefect.cli import app

@@ -12,7 +12,7 @@ from typing import Any
 from orchestration.access.control import AccessControl, audit_log, expected_state
 from orchestration.access.credentials import Credentials
 from orchestration.errors import PipelineError, SettingsError
-from orchestration.prefect_compat.server_internals import check_expected_states, wrap_server_api
+from orchestration.prefect_compat.server_internals import check_expected_states
 from orchestration.server_process import start_server
 
 CREDENTIALS_VARIABLE = "API_CREDENTIALS"
@@ -41,9 +41,8 @@ def main(arguments: Sequence[str]) -> int:
     def wrap(api: Any) -> AccessControl:
         return AccessControl(api, credentials, secret)
 
-    wrap_server_api(wrap)
     check_expected_states(expected_state)
-    return start_server(arguments)
+    return start_server(arguments, wrap)
 
 
 def _write_audit_log_to_stdout() -> None:

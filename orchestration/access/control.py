@@ -246,7 +246,7 @@ def _basic_credential(scope: Scope) -> str | None:
 def _websocket_credential(message: Message) -> str | None:
     try:
         content = json.loads(message.get("text") or message.get("bytes") or "")
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(content, dict) or content.get("type") != "auth":
         return None

@@ -23,6 +23,9 @@ UNKNOWN_VALUE = {"__prefect_kind": "workspace_variable"}
 Steps = tuple[str | int, ...]
 """A path of keys and indexes in a file."""
 
+MAX_TAGS = 90
+"""Tags of a run are related resources of its events, and the server takes 100 of an event."""
+
 
 @dataclass
 class DeploymentBuilder:
@@ -70,10 +73,16 @@ class DeploymentBuilder:
             raise DeploymentsError(
                 f"{self._locate(*path)}: deployment {entry.name} names no work pool. Add `work_pool: {{name: ...}}`"
             )
+        tags = sorted({tag for tag in entry.tags or [] if tag.strip()})
+        if len(tags) > MAX_TAGS:
+            raise DeploymentsError(
+                f"{self._locate(*path, 'tags')}: deployment {entry.name} has {len(tags)} tags, and the server refuses "
+                f"runs with more than {MAX_TAGS}. Remove some"
+            )
         fields = {
             "description": entry.description or flow.description,
             "version": entry.version or flow.version,
-            "tags": sorted({tag for tag in entry.tags or [] if tag.strip()}),
+            "tags": tags,
             "entrypoint": entry.entrypoint,
             "path": entry.path,
             "pull_steps": plain(self._pull_steps(entry, pool, *path)),

@@ -1,6 +1,7 @@
 """Text of other programs cannot control the terminal on which a command prints the text."""
 
 import io
+import json
 import re
 from contextlib import redirect_stdout
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestration.terminal import one_line, printable, printable_output
+from orchestration.terminal import MAX_LINE_CHARACTERS, cut, json_text, one_line, printable, printable_output
 
 COLOURED = "\x1b[32mgreen\x1b[0m, \x1b[1;31mred\x1b[m"
 
@@ -28,6 +29,8 @@ class Terminal(io.StringIO):
         ("a\rb\x08", "a\\x0db\\x08"),
         ("\x9b31m", "\\x9b31m"),
         ("\x1b[8mhidden", "\\x1b[8mhidden"),
+        ("a\u202eb\u2028c\u2066", "a\\u202eb\\u2028c\\u2066"),
+        ("\ud800", "\\ud800"),
         ("tab\t, line\n, a[/]b, é, 飞", "tab\t, line\n, a[/]b, é, 飞"),
     ],
 )
@@ -47,6 +50,18 @@ def test_output_holds_no_control_character_but_those_that_colour(text: str) -> N
             print("-", text, end="-")
         left = re.sub(r"\x1b\[[0-79;]*m", "", stream.getvalue()) if stream.isatty() else stream.getvalue()
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", left)
+
+
+@given(st.text(st.sampled_from('\x7f\x1b\u202e\ud800"\\') | st.characters()))
+def test_json_is_printed_unchanged(text: str) -> None:
+    written = json_text({text: [text]})
+    assert printable(written) == written
+    assert json.loads(written) == {text: [text]}
+
+
+def test_long_messages_are_cut() -> None:
+    assert cut("a" * MAX_LINE_CHARACTERS) == "a" * MAX_LINE_CHARACTERS
+    assert cut("a" * (MAX_LINE_CHARACTERS + 1_000)) == f"{'a' * MAX_LINE_CHARACTERS}... (1,000 more characters)"
 
 
 def test_names_with_newlines_stay_on_their_line() -> None:

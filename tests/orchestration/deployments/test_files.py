@@ -112,6 +112,9 @@ def test_exploding_aliases_are_refused_at_once(folder: Path, line: str) -> None:
         ),
         pytest.param(with_deployment("tags: yes"), ":6: ", "tags should be a valid list", id="a type"),
         pytest.param(
+            with_deployment(f"tags: {[f't{number}' for number in range(91)]}"), ":6: ", "has 91 tags", id="many tags"
+        ),
+        pytest.param(
             with_deployment("paused: 'no'"), ":6: ", "paused should be a valid boolean, not 'no'", id="a boolean"
         ),
         pytest.param(with_deployment("concurrency_limit: 0"), ":6: ", "limit", id="a limit"),

@@ -147,18 +147,6 @@ def test_wrong_environment_is_an_error(
     assert error in capsys.readouterr().err
 
 
-def test_server_alone_is_checked_without_a_cluster(
-    prefect_server: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PREFECT_API_URL", prefect_server)
-    main(["doctor", "--context", "absent", "--json"])
-    found = {each["check"]: each for each in json.loads(capsys.readouterr().out)}
-    assert found["dns"]["status"] == found["database"]["status"] == "not checked"
-    assert "KUBE_CONTEXT=absent is not in the kubeconfig" in found["dns"]["text"]
-    assert found["api latency"]["status"] == found["websocket"]["status"] == "ok"
-    assert not [each for each in found.values() if "a mistake in the check" in each["text"]]
-
-
 def test_objects_that_kubectl_creates_are_parsed_one_after_the_other() -> None:
     assert parse_documents('{"a": 1}\n{"b": {"c": 2}}\n') == [{"a": 1}, {"b": {"c": 2}}]
     assert parse_documents("") == []

@@ -1,6 +1,7 @@
 """Each check of the Prefect server is ok on a sound server, and finds its fault. The server is a real one."""
 
 import asyncio
+import json
 import socket
 import socketserver
 import threading
@@ -14,6 +15,7 @@ import httpx
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from orchestration.__main__ import main
 from orchestration.operations.doctor import server_checks
 from orchestration.operations.doctor.findings import CHECKS, Finding, run_checks
 from orchestration.operations.doctor.installation import Installation
@@ -203,6 +205,18 @@ def test_server_without_a_password_is_found(pool: WorkPool) -> None:
 
 async def _refuse(*_: Any, **__: Any) -> httpx.Response:
     return httpx.Response(401)
+
+
+def test_server_alone_is_checked_without_a_cluster(
+    url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", url)
+    main(["doctor", "--context", "absent", "--json"])
+    found = {each["check"]: each for each in json.loads(capsys.readouterr().out)}
+    assert found["dns"]["status"] == found["database"]["status"] == "not checked"
+    assert "KUBE_CONTEXT=absent is not in the kubeconfig" in found["dns"]["text"]
+    assert found["api latency"]["status"] == found["websocket"]["status"] == "ok"
+    assert not [each for each in found.values() if "a mistake in the check" in each["text"]]
 
 
 class _Proxy(socketserver.BaseRequestHandler):
