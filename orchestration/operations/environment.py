@@ -90,6 +90,13 @@ class Environment:
         return found
 
     @property
+    def absent_namespace(self) -> str:
+        """The namespace of the runs if it does not exist yet while that of the releases does; else empty."""
+        names = self.kubectl("get", "namespace", *self.namespaces, "--ignore-not-found", "--output", "name").split()
+        is_absent = names == [f"namespace/{self.namespace}"] and len(self.namespaces) > 1
+        return self.runs_namespace if is_absent else ""
+
+    @property
     def values(self) -> Path:
         """The folder with the values of its releases."""
         return ROOT / "helm" / "environments" / self.name

@@ -32,6 +32,10 @@ def plan(environment: Environment) -> bool:
         former = namespace_of_runs.former_namespaces(environment) if release == POOL else []
         if history.is_current(release, revisions, release_inputs.input_hash(environment, release, image, *former)):
             current.add(release)
+        elif release == POOL and environment.absent_namespace:
+            # Kubernetes checks an object only in a namespace that exists.
+            print(f"{release} is changed, with objects in namespace {environment.absent_namespace}.")
+            changed = True
         else:
             changed = _plan_release(environment, release, image, is_installed=bool(revisions)) or changed
     if helm_release.revisions(environment, SERVER):
@@ -50,7 +54,11 @@ def _plan_surroundings(environment: Environment) -> bool:
     """Print the difference of the overlay in `k8s/`; return whether there is one."""
     is_changed = False
     with release_inputs.surroundings(environment) as folders:
-        for folder in folders:
+        for namespace, folder in zip(environment.namespaces, folders, strict=True):
+            if namespace == environment.absent_namespace:
+                print(f"Namespace/{namespace} is created, with the objects of k8s/runs/{environment.name}.")
+                is_changed = True
+                continue
             done = subprocess.run(
                 ["kubectl", "--context", environment.context, "diff", "--kustomize", str(folder)],
                 capture_output=True, text=True, check=False,

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from orchestration.errors import ClusterError
-from orchestration.operations import deploy, namespace_of_runs
+from orchestration.operations import deploy, namespace_of_runs, release_inputs, release_plan
 from orchestration.operations import environment as environments
 from orchestration.operations.environment import POOL, Environment
 from orchestration.operations.local_cluster import binaries
@@ -136,6 +136,20 @@ def test_move_keeps_the_former_namespace_until_no_run_is_in_progress(installatio
     namespace_of_runs.check_rollback(environment, 2)
     installation.set_namespace("")
     assert namespace_of_runs.former_namespaces(environment) == [AFTER], "back again"
+
+
+def test_plan_names_a_namespace_that_does_not_exist_yet(
+    installation: Installation, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment = installation.environment
+    installation.set_namespace("later")
+    assert environment.absent_namespace == "later"
+    with release_inputs.surroundings(environment) as folders:
+        environment.kubectl("apply", "--kustomize", str(folders[0]))
+    assert release_plan._plan_surroundings(environment)
+    assert capsys.readouterr().out == "Namespace/later is created, with the objects of k8s/runs/local.\n"
+    installation.set_namespace(AFTER)
+    assert environment.absent_namespace == ""
 
 
 def test_other_template_in_the_name_is_refused(absent: Installation) -> None:
