@@ -376,6 +376,10 @@ def _outage(answers: Sequence[tuple[float, bool]]) -> Outage:
 def after(releases: Releases, before: Before) -> After:
     """The environment after `make deploy` of this checkout. All flow runs of `IN_PROGRESS` have ended."""
     start = time.monotonic()
+    # As docs/how-to/api-roles.md says: without this, runs in progress at the rollback have credentials that the
+    # previous server does not know.
+    values = "helm/environments/local/prefect-work-pool.yaml"
+    releases.new.edit(values, "\npool:", '\napi: {auth: {rolesSecret: ""}}\npool:')
     releases.new.make("push")  # so that the deploy builds no image
     pushed = time.monotonic()
     assert "prefect-server: Deployment/prefect-server-api is changed" in releases.new.make("plan", status=2)
