@@ -200,7 +200,7 @@ down-docker: ## stop everything in Docker; databases and passwords stay
 	@docker/stack down
 
 ##@ Develop
-.PHONY: setup test test-long test-versions fix bench bench-deploys bench-dbt bench-deployments bench-reconciler bench-recovery bench-access bench-health bench-cluster picture docs docs-site clean
+.PHONY: setup test test-long test-versions audit fix bench bench-deploys bench-dbt bench-deployments bench-reconciler bench-recovery bench-access bench-health bench-cluster picture docs docs-site clean
 setup: .venv/ready ## create the environment in .venv
 
 # With CHANGED, tests use no cluster: making one takes minutes.
@@ -221,6 +221,9 @@ test-long: .venv/ready ## run the long tests, or FOR="soak kills"; LIST=1 lists 
 
 test-versions: .venv/ready ## run the contract tests on the oldest and newest Prefect, or on PREFECT="3.9.0 3.9.1"; JSON=1
 	@$(BIN)/python -m tests.versions $(PREFECT) $(if $(JSON),--json)
+
+audit: .venv/ready ## report known vulnerabilities of the packages in uv.lock
+	@$(UV) export -q --locked --all-extras --no-emit-project | $(UV) tool run -q pip-audit==2.10.1 --require-hashes --disable-pip -r /dev/stdin
 
 fix: .venv/ready ## format the code, and fix what the linters can fix
 	@$(BIN)/ruff check -q --fix . && $(BIN)/ruff format -q . && $(BIN)/sqlfluff fix -q flows/warehouse

@@ -131,6 +131,15 @@ def test_ci_calls_make_test() -> None:
     assert {"3.11", "3.13"} <= set(job["strategy"]["matrix"]["python"])
 
 
+def test_workflows_use_actions_by_commit_and_audit_the_lock_file() -> None:
+    texts = {path.name: path.read_text() for path in (ROOT / ".github/workflows").iterdir()}
+    used = [line for text in texts.values() for line in re.findall(r"uses: (.*)", text)]
+    assert used
+    assert not [line for line in used if not re.fullmatch(r"[\w/-]+@[0-9a-f]{40}  # v[\d.]+", line)]
+    steps = yaml.safe_load(texts["versions.yml"])["jobs"]["audit"]["steps"]
+    assert steps[-1]["run"] == "make audit"
+
+
 @pytest.mark.parametrize("python", ["", "a-python-of-your-own"])
 def test_ci_uses_the_named_python(tmp_path: Path, python: str) -> None:
     make = tmp_path / "make"
