@@ -53,13 +53,20 @@ def _is_finished(job: Object) -> bool:
     return any(each["type"] in ("Complete", "Failed") and each["status"] == "True" for each in conditions)
 
 
-def copy_api_credential(environment: Environment) -> None:
-    """Copy the credential of the Prefect API to the namespace of the runs, whose Jobs refer to it.
+def _has_copied_credential(environment: Environment) -> bool:
+    """Return whether runs in another namespace refer to the Secret that the server's chart generates.
 
-    With API roles, the default, the Job of each run has the run's own credential instead.
+    With API roles, the default, the Job of each run has the run's own credential instead. A Secret of another name is a
+    person's.
     """
-    has_roles = environment.pool_values.get("api", {}).get("auth", {}).get("rolesSecret") != ""
-    if has_roles or environment.runs_namespace == environment.namespace:
+    auth = environment.pool_values.get("api", {}).get("auth", {})
+    is_generated = auth.get("existingSecret", AUTH_SECRET) == AUTH_SECRET and auth.get("rolesSecret") == ""
+    return is_generated and environment.runs_namespace != environment.namespace
+
+
+def copy_api_credential(environment: Environment) -> None:
+    """Copy the generated credential of the Prefect API to the namespace of the runs, whose Jobs refer to it."""
+    if not _has_copied_credential(environment):
         return
     found: Object = json.loads(environment.kubectl("get", "secret", AUTH_SECRET, "--output", "json"))
     data = {"auth-string": found["data"]["auth-string"]}
@@ -70,7 +77,7 @@ def copy_api_credential(environment: Environment) -> None:
 
 def delete_api_credential(environment: Environment) -> None:
     """Delete the copy of the credential from the namespace of the runs."""
-    if environment.runs_namespace != environment.namespace:
+    if _has_copied_credential(environment):
         where = ("--namespace", environment.runs_namespace)
         environment.kubectl("delete", "secret", AUTH_SECRET, "--ignore-not-found", *where)
 

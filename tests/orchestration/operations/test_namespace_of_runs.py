@@ -32,9 +32,9 @@ class Installation:
         self.file = folder / "helm" / "environments" / "local" / f"{POOL}.yaml"
         self.file.parent.mkdir(parents=True)
 
-    def set_namespace(self, name: str) -> None:
-        """Write the values of the environment, without API roles."""
-        values = {"image": {"tag": "1"}, "api": {"auth": {"rolesSecret": ""}}, "runs": {"namespace": name}}
+    def set_namespace(self, name: str, **auth: str) -> None:
+        """Write the values of the environment, by default without API roles."""
+        values = {"image": {"tag": "1"}, "runs": {"namespace": name}, "api": {"auth": {"rolesSecret": ""} | auth}}
         self.file.write_text(yaml.safe_dump(values))
 
     def upgrade(self, *former: str) -> None:
@@ -111,6 +111,11 @@ def test_move_keeps_the_former_namespace_until_no_run_is_in_progress(installatio
     assert namespace_of_runs.former_namespaces(environment) == [BEFORE], "the worker may claim a run there until then"
     with pytest.raises(ClusterError, match=f"names the Secret {AUTH_SECRET}: namespace {AFTER} has no such Secret"):
         installation.upgrade(BEFORE)
+    for auth in ({"rolesSecret": "prefect-server-api-roles"}, {"existingSecret": "own"}):
+        installation.set_namespace("{{ .Release.Namespace }}-runs", **auth)
+        namespace_of_runs.copy_api_credential(environment)
+        assert not environment.kubectl("get", "secret", AUTH_SECRET, "--ignore-not-found", "--namespace", AFTER)
+    installation.set_namespace("{{ .Release.Namespace }}-runs")
     namespace_of_runs.copy_api_credential(environment)
     copied = json.loads(environment.kubectl("get", "secret", AUTH_SECRET, "--output", "json", "--namespace", AFTER))
     assert set(copied["data"]) == {"auth-string"}
