@@ -160,14 +160,14 @@ async def set_run_state(
     from prefect.server.database import provide_database_interface
     from prefect.server.schemas.states import State
 
-    proposed = State.model_validate(state)
-    await models.flow_runs.set_flow_run_state(session=session, flow_run_id=UUID(run), state=proposed, force=True)
     row = await session.get(provide_database_interface().FlowRun, UUID(run))
     assert row is not None
     row.labels = {**(row.labels or {}), **labels}
-    if job:
+    if job:  # before the state: the server sets a Cancelling run without a Job to Cancelled
         row.infrastructure_pid = job
     await session.flush()
+    proposed = State.model_validate(state)
+    await models.flow_runs.set_flow_run_state(session=session, flow_run_id=UUID(run), state=proposed, force=True)
 
 
 async def label_run(session: "AsyncSession", run: str, labels: Mapping[str, Any]) -> None:

@@ -113,7 +113,8 @@ def decide(
     if execution and execution.is_live and previous_type not in FINAL_STATES:
         is_later = execution.created_at > datetime.fromisoformat(state["timestamp"])
         # The pod of a run that had ended at the backup may still live, for example as long as a sidecar does.
-        return _live(run, execution) if is_later or state["type"] not in FINAL_STATES else None
+        is_cancelled = (previous_type or state["type"]) == "CANCELLING"
+        return _live(run, execution, is_cancelled) if is_later or state["type"] not in FINAL_STATES else None
     if previous and previous_type not in ("PENDING", "RUNNING", "CANCELLING"):
         return _as_before(run, previous)
     if state["type"] in FINAL_STATES - {"CRASHED"}:
@@ -176,19 +177,21 @@ def decide_unknown(execution: Execution, previous: Record | None, queue: str) ->
         "deployment_id": execution.deployment or None,
         "work_queue_id": queue or None,
     }
-    found = _live({"id": execution.run, "name": execution.name, "state": {"type": "", "name": ""}}, execution)
-    assert found
+    absent = {"id": execution.run, "name": execution.name, "state": {"type": "", "name": ""}}
+    found = _live(absent, execution, previous is not None and previous["state"]["type"] == "CANCELLING")
     return Settlement(
         found.run, found.name, "", found.after, f"{found.reason}. It began after the backup", False, found.state,
         found.labels, found.job, fields, True,
     )  # fmt: skip
 
 
-def _live(run: Record, execution: Execution) -> Settlement | None:
+def _live(run: Record, execution: Execution, is_cancelled: bool) -> Settlement:
     """Return the settlement of a run whose pod is alive."""
     job = f"{execution.namespace}:{execution.job}"
     is_running = execution.outcome is Outcome.RUNNING
     type_, name = ("RUNNING", "Running") if is_running else ("PENDING", "Pending")
+    if is_cancelled:
+        type_, name = "CANCELLING", "Cancelling"
     reason = f"Job {execution.job} {'executes it' if is_running else 'starts it'}"
     labels = {NAMESPACE_LABEL: execution.namespace}
     if execution.cluster:

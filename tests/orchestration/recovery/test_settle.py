@@ -185,15 +185,16 @@ def story(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sto
 def _tell(api: httpx.Client, url: str, folder: Path) -> Story:
     pool = asked(api, "POST", "/work_pools/", {"name": POOL, "type": "kubernetes"})
     flow = asked(api, "POST", "/flows/", {"name": "etl"})["id"]
-    anchor = datetime.now(UTC).replace(second=0, microsecond=0) - timedelta(minutes=19)
-    schedule = {"interval": 60, "anchor_date": anchor.isoformat(), "timezone": "UTC"}
-    body = {"name": "minutely", "flow_id": flow, "work_pool_name": POOL, "concurrency_limit": 50}
+    # The 20th run was due 15 s ago, and the next one is due in nearly five minutes, when all of this has long happened.
+    anchor = datetime.now(UTC).replace(microsecond=0) - timedelta(minutes=95, seconds=15)
+    schedule = {"interval": 300, "anchor_date": anchor.isoformat(), "timezone": "UTC"}
+    body = {"name": "frequent", "flow_id": flow, "work_pool_name": POOL, "concurrency_limit": 50}
     deployment = asked(api, "POST", "/deployments/", body)["id"]
     asked(api, "POST", f"/deployments/{deployment}/schedules", [{"schedule": schedule, "active": True}])
     span = {"start_time": anchor.isoformat(), "min_runs": 30, "max_runs": 30}
     asked(api, "POST", f"/deployments/{deployment}/schedule", span)
     worker = Worker(api)
-    queued = worker.poll(timedelta(minutes=11))[:30]
+    queued = worker.poll(timedelta(minutes=55))[:30]
     assert len(queued) == 30
     labels = {POOL_LABEL: pool["id"], "prefect.io/flow-id": flow, "prefect.io/flow-name": "etl"}
     cluster = Cluster(worker, labels | {"prefect.io/deployment-id": deployment})
@@ -278,11 +279,11 @@ def test_after_a_restore_nothing_is_executed_twice(server: str, story: Story, re
     with served(tmp_path, free_port(), sys.executable, environment) as url, client_of(url) as api:
         worker = Worker(api, Counter(story.ledger))
         # The services run by now: the scheduler makes runs an hour ahead.
-        count = "select count(*) from flow_run where state_type = 'SCHEDULED'"
-        wait_until(lambda: rows_of(restored, count) >= [(60,)], "the scheduler to make runs")
-        assert story.ids("soon") <= {run["id"] for run in worker.poll(timedelta(minutes=15))}
+        last = "select max(next_scheduled_start_time) > now() + interval '59 minutes' from flow_run"
+        wait_until(lambda: rows_of(restored, last) == [(True,)], "the scheduler to make runs")
+        assert story.ids("soon") <= {run["id"] for run in worker.poll(timedelta(minutes=55))}
         assert asked(api, "POST", f"/flow_runs/{story.runs['never'][0]['id']}/resume")["status"] == "ACCEPT"
-        for run in worker.poll(timedelta(minutes=15)):
+        for run in worker.poll(timedelta(minutes=55)):
             worker.claim(run)  # its pod waits for the due time
             worker.ledger[run["id"]] += 1
     again = {run: times for run, times in worker.ledger.items() if times > 1}
@@ -307,14 +308,14 @@ def test_replaced_database_tells_how_runs_ended(server: str, story: Story, resto
 def test_unknown_runs_start_if_asked_and_times_without_a_run_are_listed(
     server: str, story: Story, restored: str
 ) -> None:
-    """The scheduler makes runs an hour ahead, and none for the past. Here the workers stopped five hours later."""
-    late = (datetime.now(UTC) + timedelta(hours=5)).isoformat()
+    """The scheduler makes runs an hour ahead, and none for the past. Here the workers stopped a day later."""
+    late = (datetime.now(UTC) + timedelta(hours=24)).isoformat()
     _, found = _settle(server, "restored", *story.options, "--stopped", late, "--start-unknown")
     assert story.in_state(restored, "Scheduled", "Late") == story.ids("gone", "never", "soon")
     assert story.in_state(restored, "Held") == story.ids("claimed"), "it was Pending at the backup"
     assert story.ids("gone", "never") <= {each["run"] for each in found if each["needs_person"]}
     [times] = [each for each in found if not each["run"]]
-    assert times["name"] == "etl/minutely"
+    assert times["name"] == "etl/frequent"
     assert "scheduled times from" in times["reason"]
     assert int(times["reason"].split()[0]) > 200
 
