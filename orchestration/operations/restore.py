@@ -183,5 +183,18 @@ def _pack_executions(environment: Environment) -> bytes:
             raise
         print(f"Jobs and pods of namespaces other than {environment.namespace} cannot be read, and are no evidence.")
         listed = environment.kubectl(*selection)
-    cluster = json.loads(environment.kubectl("get", "namespace", "kube-system", "--output", "json"))
-    return executions.pack(cluster["metadata"]["uid"], json.loads(listed)["items"])
+    return executions.pack(_read_cluster_identity(environment), json.loads(listed)["items"])
+
+
+def _read_cluster_identity(environment: Environment) -> str:
+    """Return the identity of the cluster, by which the reconciler knows its runs; empty if it cannot be read."""
+    try:
+        found = json.loads(environment.kubectl("get", "namespace", "kube-system", "--output", "json"))
+    except ClusterError as error:
+        if "Forbidden" not in str(error):
+            raise
+        print(
+            "The namespace kube-system cannot be read. The reconciler does not watch live runs younger than the backup."
+        )
+        return ""
+    return str(found["metadata"]["uid"])
