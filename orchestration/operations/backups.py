@@ -93,7 +93,9 @@ def run_job(environment: Environment, template: Object, purpose: str, change: Ca
     spec = made["spec"] | {"backoffLimit": 0, "ttlSecondsAfterFinished": KEPT_SECONDS}
     change(spec["template"]["spec"])
     name = job_name(purpose)
-    metadata = {"name": name, "labels": made["metadata"]["labels"]}
+    owner = {"apiVersion": "batch/v1", "kind": "CronJob", "name": CRON_JOB, "uid": template["metadata"]["uid"]}
+    # The Job is deleted with the release. It is no controller's, so it counts as no backup of the CronJob.
+    metadata = {"name": name, "labels": made["metadata"]["labels"], "ownerReferences": [owner]}
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
     environment.kubectl("create", "--filename", "-", text=json.dumps(job))
     return wait_for(environment, name)

@@ -243,6 +243,8 @@ def test_unreachable_database_is_named(namespace: Namespace, values: Object) -> 
 
 def test_uninstall_keeps_only_the_volume_and_its_secrets(server: Release) -> None:
     server.helm("uninstall", SERVER_RELEASE, "--wait")
+    # Jobs of `make backups` and `make restore` belong to the CronJob, so Kubernetes deletes them a little later.
+    wait_until(lambda: not json.loads(server.namespace.kubectl("get", "jobs", "-o", "json"))["items"], "no Job")
     kinds = "deploy,sts,jobs,services,secrets,configmaps,networkpolicies,serviceaccounts,pvc"
     listed = json.loads(server.namespace.kubectl("get", kinds, "-o", "json"))["items"]
     left = sorted(f"{found['kind']}/{found['metadata']['name']}" for found in listed)
