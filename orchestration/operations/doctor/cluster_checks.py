@@ -543,9 +543,10 @@ async def check_admission_policy(installation: Installation) -> Finding:
 
 
 PROBE = """
-import socket, sys
+import os, socket, sys
+address = os.environ["KUBERNETES_SERVICE_HOST"], int(os.environ["KUBERNETES_SERVICE_PORT"])
 try:
-    socket.create_connection(("kubernetes.default.svc", 443), 3).close()
+    socket.create_connection(address, 3).close()
 except OSError as error:
     sys.exit(f"denied: {error}")
 """
