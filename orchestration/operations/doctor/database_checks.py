@@ -36,7 +36,7 @@ async def _read_postgres(installation: Installation) -> Object:
     return found
 
 
-@check(GROUP, "database", 3 * LIMIT_SECONDS)
+@check(GROUP, "database", 2 * LIMIT_SECONDS)
 async def check_database(installation: Installation) -> Finding:
     """The server's database answers, is a supported Postgres, and takes writes."""
     found: Object = (await installation.read_report())["database"]
@@ -52,7 +52,7 @@ async def check_database(installation: Installation) -> Finding:
     return ok(shown)
 
 
-@check(GROUP, "database latency", 3 * LIMIT_SECONDS)
+@check(GROUP, "database latency", 2 * LIMIT_SECONDS)
 async def check_database_latency(installation: Installation) -> Finding:
     """A statement takes a few milliseconds."""
     latency = (await _read_postgres(installation))["latency_ms"]
@@ -63,7 +63,7 @@ async def check_database_latency(installation: Installation) -> Finding:
     return warning(shown, cure) if latency > SLOW_MS else ok(shown)
 
 
-@check(GROUP, "database connections", 3 * LIMIT_SECONDS)
+@check(GROUP, "database connections", 2 * LIMIT_SECONDS)
 async def check_database_connections(installation: Installation) -> Finding:
     """The pools of all server processes fit max_connections."""
     found = await _read_postgres(installation)
@@ -85,7 +85,7 @@ async def check_database_connections(installation: Installation) -> Finding:
     return ok(shown)
 
 
-@check(GROUP, "database size", 3 * LIMIT_SECONDS)
+@check(GROUP, "database size", 2 * LIMIT_SECONDS)
 async def check_database_size(installation: Installation) -> Finding:
     """The bundled database fits its volume."""
     size = (await _read_postgres(installation))["size"]
@@ -100,7 +100,7 @@ async def check_database_size(installation: Installation) -> Finding:
     return warning(shown, cure) if share >= FULL else ok(shown)
 
 
-@check(GROUP, "database extension", 3 * LIMIT_SECONDS)
+@check(GROUP, "database extension", 2 * LIMIT_SECONDS)
 async def check_database_extension(installation: Installation) -> Finding:
     """The extension pg_trgm is installed, which the indexes of Prefect's schema need."""
     if (await _read_postgres(installation))["extension"]:
@@ -108,7 +108,7 @@ async def check_database_extension(installation: Installation) -> Finding:
     return failed("pg_trgm is not installed", "As a superuser of the database: create extension pg_trgm")
 
 
-@check(GROUP, "redis memory", 3 * LIMIT_SECONDS)
+@check(GROUP, "redis memory", 2 * LIMIT_SECONDS)
 async def check_redis_memory(installation: Installation) -> Finding:
     """Redis has free memory, and evicts no key without an expiry."""
     found = await _read(installation, "redis")
@@ -128,7 +128,7 @@ async def check_redis_memory(installation: Installation) -> Finding:
     return warning(shown, "Raise maxmemory: redis.bundled.maxMemory") if share >= FULL else ok(shown)
 
 
-@check(GROUP, "redis shared", 3 * LIMIT_SECONDS)
+@check(GROUP, "redis shared", 2 * LIMIT_SECONDS)
 async def check_redis_shared(installation: Installation) -> Finding:
     """No other release uses the Redis database: two releases would take each other's events and tasks."""
     found = await _read(installation, "redis")

@@ -11,8 +11,8 @@ from orchestration.operations.doctor.installation import Installation
 
 Status = Literal["ok", "warning", "failed", "not checked"]
 
-LIMIT_SECONDS = 30.0
-"""How long a check may take."""
+LIMIT_SECONDS = 60.0
+"""How long a check may take. Calls of kubectl and helm wait for each other on a small machine."""
 
 
 @dataclass(frozen=True)
