@@ -446,7 +446,7 @@ def test_unreachable_api_is_an_error_and_not_an_empty_server(project: Project, m
     command = [sys.executable, "-m", "orchestration", "plan"]
     for url, reason in (
         (f"http://127.0.0.1:{free_port()}/api", "does not answer"),
-        (environment["PREFECT_API_URL"].removesuffix("/api"), "no Prefect API"),
+        (environment["PREFECT_API_URL"].removesuffix("/api"), "not a Prefect API"),
     ):
         done = subprocess.run(
             command, env=environment | {"PREFECT_API_URL": url}, capture_output=True, text=True, check=False
