@@ -78,7 +78,10 @@ def swap(name: str, replaced: str) -> None:
     Raises:
         RestoreError: the databases cannot be renamed. Neither is.
     """
-    end_sessions = "select pg_terminate_backend(pid) from pg_stat_activity where datname = any(%s)"
+    # Only a superuser may end others' sessions. The renaming itself ends autovacuum's, and fails while there are more.
+    end_sessions = (
+        "select pg_terminate_backend(pid) from pg_stat_activity where datname = any(%s) and usename = current_user"
+    )
     rename = sql.SQL("alter database {} rename to {}")
     deadline = time.monotonic() + RENAME_SECONDS
     while True:

@@ -1,0 +1,71 @@
+"""The restored database takes the place of the server's: a real Postgres, and a user without a superuser's rights."""
+
+import contextlib
+from collections.abc import Iterator
+
+import psycopg
+import pytest
+
+from orchestration.recovery import restored_database, server_database
+from tests.parts import debian_postgres, rows_of
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[str]:
+    with debian_postgres() as url:
+        rows_of(url, "create role prefect login createdb")
+        yield url
+
+
+@pytest.fixture
+def server(postgres: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Create the server's database and the restored one, both owned by the user of the server."""
+    for name in ("prefect", "prefect_restored"):
+        rows_of(postgres, f"create database {name} owner prefect")
+    # Prefect reads its settings once in a process.
+    own = _url(postgres, "prefect", "prefect").replace("postgresql://", "postgresql+asyncpg://")
+    monkeypatch.setattr(server_database, "database_url", lambda: own)
+    yield postgres
+    for name in _databases(postgres):
+        rows_of(postgres, f"drop database {name} with (force)")
+
+
+def _url(server: str, user: str, database: str) -> str:
+    return server.replace("postgres@", f"{user}@").replace("/postgres?", f"/{database}?")
+
+
+def _databases(server: str) -> set[str]:
+    return {name for (name,) in rows_of(server, "select datname from pg_database where datname like 'prefect%%'")}
+
+
+def test_sessions_of_the_user_end_and_those_of_others_are_waited_for(
+    server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a superuser may end the sessions of a superuser, and the workers of autovacuum, which have no user."""
+    with (
+        contextlib.closing(psycopg.connect(_url(server, "prefect", "prefect"))) as own,
+        contextlib.closing(psycopg.connect(_url(server, "postgres", "prefect"))) as other,
+    ):
+        monkeypatch.setattr("orchestration.recovery.restored_database.time.sleep", lambda _: other.close())
+        restored_database.swap("prefect", "prefect_replaced")
+        assert other.closed, "the swap has waited"
+        assert _databases(server) == {"prefect", "prefect_replaced"}
+        with pytest.raises(psycopg.OperationalError):
+            own.execute("select 1")
+
+
+def test_session_that_stays_is_named_as_the_cause(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(restored_database, "RENAME_SECONDS", 0)
+    with (
+        psycopg.connect(_url(server, "postgres", "prefect")),
+        pytest.raises(restored_database.RestoreError, match=r"The database prefect is in use: .*\n.*1 other session"),
+    ):
+        restored_database.swap("prefect", "prefect_replaced")
+    assert _databases(server) == {"prefect", "prefect_restored"}
+
+
+def test_database_of_another_owner_is_not_renamed(server: str) -> None:
+    rows_of(server, "alter database prefect owner to postgres")
+    with pytest.raises(restored_database.RestoreError, match="Its user has to own it"):
+        restored_database.swap("prefect", "prefect_replaced")
+    assert _databases(server) == {"prefect", "prefect_restored"}
