@@ -4,7 +4,7 @@ The order keeps the server running for as long as it can, and leaves everything 
 
 1. The backup is fetched, and restored next to the server's database. The server runs on.
 2. Server, workers and reconcilers stop. Pods of runs go on.
-3. kubectl reads the Jobs and pods of runs.
+3. kubectl reads the Jobs and pods of runs. It has read them once before step 1, so that no missing permission stops 3.
 4. The restored database is migrated, its runs are settled, and it takes the place of the server's database.
 5. Everything starts again with as many replicas as before.
 """
@@ -22,6 +22,7 @@ from orchestration.operations.environment import RELEASES, Environment, Object
 from orchestration.operations.release_diagnosis import release_selector
 from orchestration.progress import step
 from orchestration.protocol import RUN_LABEL
+from orchestration.reconciler.kubernetes_client import hash_certificate
 from orchestration.recovery import executions
 
 STOPPED = ("api", "services", "worker", "reconciler", "drift")
@@ -32,6 +33,9 @@ REPLICAS_ANNOTATION = "prefect.io/replicas-before-restore"
 
 STOP_TIMEOUT_SECONDS = 300.0
 """How long the pods may take to end."""
+
+MAX_CONFIG_MAP_BYTES = 2**20
+"""How many bytes of data Kubernetes accepts in a ConfigMap."""
 
 
 def restore(environment: Environment, name: str, *, identity: Path | None, start_unknown: bool) -> None:
@@ -47,13 +51,13 @@ def restore(environment: Environment, name: str, *, identity: Path | None, start
         ClusterError: a step failed. The server runs on its database as before.
     """
     template = backups.read_template(environment)
+    _pack_executions(environment)  # what would fail fails while the server runs
     with step(f"Restoring backup {name} next to the server's database", "20 s"):
         chosen = _load(environment, template, name, identity)
     try:
         stopped = _stop(environment)
         with step("Settling the runs", "20 s"):
-            log = _settle(environment, template, chosen, stopped, start_unknown=start_unknown)
-        print(log, end="", flush=True)
+            _settle(environment, template, chosen, stopped, start_unknown=start_unknown)
     finally:
         _start(environment)
 
@@ -150,8 +154,8 @@ def _start(environment: Environment) -> None:
             rollout.wait_until_ready(environment, release)
 
 
-def _settle(environment: Environment, template: Object, chosen: str, stopped: datetime, *, start_unknown: bool) -> str:
-    """Settle the runs of the restored database, and put it in the place of the server's; return the log."""
+def _settle(environment: Environment, template: Object, chosen: str, stopped: datetime, *, start_unknown: bool) -> None:
+    """Settle the runs of the restored database, put it in the place of the server's, and print the log."""
     name = backups.job_name("executions")
     data = {"executions.json.gz": base64.b64encode(_pack_executions(environment)).decode()}
     manifest = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "binaryData": data}
@@ -168,33 +172,47 @@ def _settle(environment: Environment, template: Object, chosen: str, stopped: da
         pod["volumes"].append({"name": "executions", "configMap": {"name": name}})
 
     try:
-        return backups.run_job(environment, template, "settle", change)
+        print(backups.run_job(environment, template, "settle", change), end="", flush=True)
     finally:
         environment.kubectl("delete", "configmap", name)
 
 
 def _pack_executions(environment: Environment) -> bytes:
-    """Return the Jobs and pods of runs in all namespaces, or in the environment's if others cannot be read."""
-    selection = ("get", "jobs,pods", "--selector", RUN_LABEL, "--output", "json")
-    try:
-        listed = environment.kubectl(*selection, "--all-namespaces")
-    except ClusterError as error:
-        if "Forbidden" not in str(error):
-            raise
-        print(f"Jobs and pods of namespaces other than {environment.namespace} cannot be read, and are no evidence.")
-        listed = environment.kubectl(*selection)
-    return executions.pack(_read_cluster_identity(environment), json.loads(listed)["items"])
+    """Return the Jobs and pods of runs in all namespaces, or in the environment's if others cannot be read.
 
-
-def _read_cluster_identity(environment: Environment) -> str:
-    """Return the identity of the cluster, by which the reconciler knows its runs; empty if it cannot be read."""
-    try:
-        found = json.loads(environment.kubectl("get", "namespace", "kube-system", "--output", "json"))
-    except ClusterError as error:
-        if "Forbidden" not in str(error):
-            raise
-        print(
-            "The namespace kube-system cannot be read. The reconciler does not watch live runs younger than the backup."
+    Raises:
+        ClusterError: they cannot be read, or are too many for one ConfigMap.
+    """
+    selection = ("jobs,pods", "--selector", RUN_LABEL)
+    listed = _read_unless_forbidden(environment, *selection, "--all-namespaces")
+    if listed is None:
+        names = " and ".join(environment.namespaces)
+        print(f"Jobs and pods of namespaces other than {names} cannot be read, and are no evidence.")
+        objects = environment.objects(*selection)
+    else:
+        objects = listed["items"]
+    packed = executions.pack(_identities(environment), objects)
+    if len(packed) > MAX_CONFIG_MAP_BYTES:
+        raise ClusterError(
+            f"{len(objects)} Jobs and pods of runs do not fit into a ConfigMap: {len(packed)} bytes, packed. "
+            "Wait until Kubernetes has deleted more Jobs of finished runs (runs.ttlSecondsAfterFinished)"
         )
-        return ""
-    return str(found["metadata"]["uid"])
+    return packed
+
+
+def _identities(environment: Environment) -> list[str]:
+    """Return the identities with which workers of the cluster may have labelled runs, as far as they can be read."""
+    system = _read_unless_forbidden(environment, "namespace", "kube-system")
+    authority = _read_unless_forbidden(environment, "configmap", "kube-root-ca.crt")
+    found = [system["metadata"]["uid"]] if system else []
+    return found + ([hash_certificate(authority["data"]["ca.crt"].encode())] if authority else [])
+
+
+def _read_unless_forbidden(environment: Environment, *selection: str) -> Object | None:
+    try:
+        found: Object = json.loads(environment.kubectl("get", *selection, "--output", "json"))
+    except ClusterError as error:
+        if "Forbidden" not in str(error):
+            raise
+        return None
+    return found

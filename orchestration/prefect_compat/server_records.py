@@ -45,7 +45,9 @@ async def transaction() -> AsyncIterator["AsyncSession"]:
 async def read_runs(session: "AsyncSession", ids: Collection[str], crashed_since: datetime) -> list[Record]:
     """Return flow runs in the form of the API: those not final or crashed since a time, and those with these ids.
 
-    Replaces: `PrefectDBInterface.FlowRun`, `prefect.server.schemas.core.FlowRun`
+    Each has the type of its work pool as `pool_type`; empty without a pool.
+
+    Replaces: `PrefectDBInterface.FlowRun`, `PrefectDBInterface.WorkQueue`, `prefect.server.schemas.core.FlowRun`
     Why: a restored database changes before any server uses it
     Until: the server can be started on loopback without background services and workers
     """
@@ -53,12 +55,19 @@ async def read_runs(session: "AsyncSession", ids: Collection[str], crashed_since
     from prefect.server.database import provide_database_interface
     from prefect.server.schemas.core import FlowRun
 
-    table = provide_database_interface().FlowRun
+    db = provide_database_interface()
+    table = db.FlowRun
     is_crash = sa.and_(table.state_type == "CRASHED", table.end_time >= crashed_since)
     wanted = sa.or_(table.state_type.not_in(FINAL_TYPES), is_crash, table.id.in_([UUID(each) for each in ids]))
     found = await session.execute(sa.select(table).where(wanted).order_by(table.expected_start_time, table.id))
     rows = [row for row in found.scalars() if row.state]  # a run that was created without a state is never executed
-    return [FlowRun.model_validate(row, from_attributes=True).model_dump(mode="json") for row in rows]
+    queues = sa.select(db.WorkQueue.id, db.WorkPool.type).join(db.WorkPool, db.WorkPool.id == db.WorkQueue.work_pool_id)
+    types = {str(queue): type_ for queue, type_ in await session.execute(queues)}
+    return [
+        FlowRun.model_validate(row, from_attributes=True).model_dump(mode="json")
+        | {"pool_type": types.get(str(row.work_queue_id), "")}
+        for row in rows
+    ]
 
 
 async def read_parents(session: "AsyncSession", task_runs: Collection[str]) -> dict[str, str]:
@@ -268,7 +277,7 @@ def read_previous_runs(url: str, ids: Collection[str]) -> dict[str, Record]:
         select run.id::text, run.name, run.flow_id::text, flow.name as flow_name, run.deployment_id::text,
                run.parameters, run.idempotency_key, run.tags, run.auto_scheduled, run.job_variables,
                run.work_queue_id::text, run.expected_start_time, run.state_type::text, run.state_name,
-               run.created, run.parent_task_run_id::text,
+               run.created, run.parent_task_run_id::text, run.labels, run.infrastructure_pid,
                state.message, state.timestamp, state.state_details
         from flow_run as run
         join flow on flow.id = run.flow_id

@@ -61,9 +61,14 @@ def certificate_hash() -> str:
     The hash changes with the authority. So it is the identity only if the namespace kube-system is not readable.
     """
     try:
-        return hashlib.sha256((ACCOUNT / "ca.crt").read_bytes()).hexdigest()[:16]
+        return hash_certificate((ACCOUNT / "ca.crt").read_bytes())
     except OSError:
         return ""
+
+
+def hash_certificate(authority: bytes) -> str:
+    """Return the hash of a certificate authority, as labels of runs have it."""
+    return hashlib.sha256(authority).hexdigest()[:16]
 
 
 def _authorization() -> dict[str, str]:

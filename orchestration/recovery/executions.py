@@ -7,8 +7,8 @@ and pods, and the file is the input of `orchestrate settle`.
 import gzip
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
@@ -17,13 +17,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from orchestration.errors import SettingsError
-from orchestration.protocol import POOL_LABEL, RUN_LABEL
+from orchestration.protocol import MAIN_CONTAINER_ANNOTATION, POOL_LABEL, RUN_LABEL
 from orchestration.reconciler.kubernetes_objects import JobObject, LeanPodObject, PodObject
 from orchestration.reconciler.model import Job, Pod, is_run_id
 
 Object = dict[str, Any]
 
-_UNREAD_ANNOTATION = "kubectl.kubernetes.io/last-applied-configuration"
+_UNREAD_FIELDS = ("uid", "message")
+"""Fields that the reconciler reads and a settlement does not."""
 
 
 class Outcome(StrEnum):
@@ -49,7 +50,7 @@ class Execution:
         name: the run's name.
         job: the name of the Job.
         namespace: the namespace of the Job.
-        cluster: the identity of the cluster; empty if it could not be read.
+        cluster: the first identity of the cluster; empty if none could be read.
         pool: the id of the work pool.
         flow: the id of the run's flow; empty if the Job does not name it.
         flow_name: the name of the flow.
@@ -82,11 +83,25 @@ class Execution:
         return self.outcome in (Outcome.WAITING, Outcome.RUNNING)
 
 
-def pack(cluster: str, objects: Iterable[Object]) -> bytes:
+@dataclass(frozen=True)
+class Evidence:
+    """What a cluster shows of the executions of flow runs.
+
+    Args:
+        clusters: the identities with which workers of the cluster label runs; empty if they are not known.
+        executions: the newest execution of each run, by the run's id.
+    """
+
+    clusters: Collection[str] = ()
+    executions: Mapping[str, Execution] = field(default_factory=dict)
+
+
+def pack(clusters: Collection[str], objects: Iterable[Object]) -> bytes:
     """Return the Jobs and pods of runs as a compressed file, with the fields that `read` needs.
 
     Args:
-        cluster: the identity of the cluster: the UID of its namespace kube-system.
+        clusters: the identities of the cluster, as far as they can be read: the UID of its namespace kube-system, and
+            the hash of its certificate authority.
         objects: Jobs and pods, as the Kubernetes API returns them.
     """
     packed = []
@@ -95,13 +110,27 @@ def pack(cluster: str, objects: Iterable[Object]) -> bytes:
         if raw["kind"] == "Pod" and not LeanPodObject.model_validate(raw).has_usual_main_container:
             kind = PodObject
         lean = kind.model_validate(raw).model_dump(mode="json", by_alias=True, exclude_defaults=True)
-        lean["metadata"].get("annotations", {}).pop(_UNREAD_ANNOTATION, None)
+        _drop_unread(lean)
         packed.append({"kind": raw["kind"], "namespace": raw["metadata"]["namespace"], "object": lean})
-    return gzip.compress(json.dumps({"cluster": cluster, "objects": packed}, separators=(",", ":")).encode(), mtime=0)
+    return gzip.compress(
+        json.dumps({"clusters": [*clusters], "objects": packed}, separators=(",", ":")).encode(), mtime=0
+    )
 
 
-def read(file: Path, pools: Iterable[str]) -> dict[str, Execution]:
-    """Return the newest execution of each run of some work pools, by the run's id.
+def _drop_unread(part: Any) -> None:
+    """Drop what a settlement does not read, in place: all runs have to fit into one ConfigMap."""
+    if isinstance(part, dict):
+        for key in _UNREAD_FIELDS:
+            part.pop(key, None)
+        if "annotations" in part:
+            kept = part["annotations"].get(MAIN_CONTAINER_ANNOTATION)
+            part["annotations"] = {MAIN_CONTAINER_ANNOTATION: kept} if kept else {}
+    for each in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+        _drop_unread(each)
+
+
+def read(file: Path, pools: Iterable[str]) -> Evidence:
+    """Return what a cluster shows of the runs of some work pools.
 
     Args:
         file: a file with the content that `pack` returns.
@@ -112,7 +141,7 @@ def read(file: Path, pools: Iterable[str]) -> dict[str, Execution]:
     """
     try:
         document = json.loads(gzip.decompress(file.read_bytes()))
-        return _newest_executions(document, frozenset(pools))
+        return Evidence(document["clusters"], _newest_executions(document, frozenset(pools)))
     except (OSError, EOFError, ValueError, TypeError, LookupError, ValidationError) as error:
         cause = str(error).splitlines()[0]
         raise SettingsError(f"{file} is no list of Jobs and pods: {cause}. `make restore` writes such a file") from None
@@ -134,7 +163,7 @@ def _newest_executions(document: Mapping[str, Any], pools: frozenset[str]) -> di
             pods[namespace, pod.job].append(pod)
     found: dict[str, Execution] = {}
     for (namespace, name), (job, labels) in jobs.items():
-        execution = _execution(job, pods[namespace, name], labels, namespace, document["cluster"])
+        execution = _execution(job, pods[namespace, name], labels, namespace, next(iter(document["clusters"]), ""))
         other = found.get(job.run)
         if other is None or (execution.is_live, execution.created_at) > (other.is_live, other.created_at):
             found[job.run] = execution

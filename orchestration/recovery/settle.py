@@ -14,12 +14,15 @@ Evidence of a run, the strongest first:
 Kubernetes deletes the Jobs of finished runs after `runs.ttlSecondsAfterFinished`, and without the replaced database
 nothing else tells that a run was executed. A run without evidence that was due before the workers stopped is therefore
 held: it becomes Paused, and a person resumes or cancels it.
+
+A run that another cluster executes, or a pool of another type than Kubernetes, has no Job here. It keeps the state of
+the newest database that has it, and a person looks.
 """
 
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -31,7 +34,7 @@ from orchestration.prefect_compat.server_internals import schedule_dates
 from orchestration.prefect_compat.server_records import Record
 from orchestration.protocol import CLUSTER_LABEL, FINAL_STATES, NAMESPACE_LABEL, SETTLED_LABEL, claim_of
 from orchestration.reconciler.snapshot import CRASH_READ_FOR
-from orchestration.recovery.executions import Execution, Outcome
+from orchestration.recovery.executions import Evidence, Execution, Outcome
 from orchestration.recovery.executions import read as read_executions
 from orchestration.terminal import one_line
 
@@ -41,7 +44,7 @@ HELD = "Held"
 KEPT_COLUMNS = (
     "name", "parameters", "idempotency_key", "tags", "auto_scheduled", "expected_start_time", "job_variables",
 )  # fmt: skip
-"""The columns of a run of the replaced database that a run has when it is created again."""
+"""The columns of the replaced database with which a run is created again."""
 
 MAX_DATES = 100_000
 """How many dates of one schedule are looked at."""
@@ -97,7 +100,13 @@ class Moment:
 
 
 def decide(
-    run: Record, execution: Execution | None, previous: Record | None, moment: Moment, *, start_unknown: bool = False
+    run: Record,
+    execution: Execution | None,
+    previous: Record | None,
+    moment: Moment,
+    *,
+    clusters: Collection[str] = (),
+    start_unknown: bool = False,
 ) -> Settlement | None:
     """Return the settlement of a run of the restored database; None if the run stays as it is.
 
@@ -106,6 +115,7 @@ def decide(
         execution: its newest execution in the cluster.
         previous: the run in the replaced database.
         moment: the times of the backup and of the stop.
+        clusters: the identities of the cluster that showed the executions; empty if they are not known.
         start_unknown: let runs without evidence start as they are.
     """
     state = run["state"]
@@ -119,6 +129,8 @@ def decide(
         return _as_before(run, previous)
     if state["type"] in FINAL_STATES - {"CRASHED"}:
         return None
+    if not execution and (place := _place_elsewhere(previous or run, run["pool_type"], clusters)):
+        return _elsewhere(run, previous or run, place)
     if execution and execution.outcome in (Outcome.COMPLETED, Outcome.FAILED):
         return _ended(run, execution)
     seen = f"Job {execution.job} shows no end" if execution else "no Job or pod of it is left"
@@ -147,6 +159,30 @@ def decide(
     return _set(run, held, reason, needs_person=True)
 
 
+def _place_elsewhere(newest: Record, pool_type: str, clusters: Collection[str]) -> str:
+    """Return where a run in progress is executed if that is not in this cluster; else empty."""
+    if newest["state"]["type"] not in ("PENDING", "RUNNING", "CANCELLING") or newest["deployment_id"] is None:
+        return ""
+    if pool_type != "kubernetes":
+        return f"a work pool of type {pool_type}" if pool_type else "a process without a work pool"
+    cluster = (newest["labels"] or {}).get(CLUSTER_LABEL, "")
+    return f"cluster {cluster}" if cluster and clusters and cluster not in clusters else ""
+
+
+def _elsewhere(run: Record, newest: Record, place: str) -> Settlement:
+    """Return the settlement of a run whose execution this cluster does not show: its state in the newest database."""
+    reason = f"it is executed by {place}, whose executions are not known here. Look whether it is in progress"
+    state: Record | None = None
+    if run["state"]["type"] != newest["state"]["type"]:
+        state = {**{key: newest["state"][key] for key in ("type", "name")}, "message": _message(reason)}
+        if claim := claim_of((newest["infrastructure_pid"] or "").rpartition(":")[2]):
+            state["id"] = str(UUID(f"{uuid4().hex[:20]}{claim}"))
+    return Settlement(
+        run["id"], run["name"], run["state"]["name"], newest["state"]["name"], reason, True, state,
+        newest["labels"] or {}, newest["infrastructure_pid"] or "", None, True,
+    )  # fmt: skip
+
+
 def decide_unknown(execution: Execution, previous: Record | None, queue: str) -> Settlement | None:
     """Return the settlement of a run that the restored database does not have; None if nothing is left of the run.
 
@@ -160,16 +196,7 @@ def decide_unknown(execution: Execution, previous: Record | None, queue: str) ->
     if not execution.flow or (execution.outcome is Outcome.WAITING and not previous):
         reason = f"its flow has not begun, and its parameters are not in the backup. Job {execution.job} is deleted"
         return Settlement(execution.run, execution.name, "", "", f"{reason}. Start it again", needs_person=True)
-    columns = (
-        "name",
-        "parameters",
-        "idempotency_key",
-        "tags",
-        "auto_scheduled",
-        "expected_start_time",
-        "job_variables",
-    )
-    kept = {column: previous[column] for column in columns} if previous else {"name": execution.name}
+    kept = {column: previous[column] for column in KEPT_COLUMNS} if previous else {"name": execution.name}
     kept.setdefault("expected_start_time", execution.created_at)
     fields = kept | {
         "id": execution.run,
@@ -275,7 +302,8 @@ async def settle(
     """
     async with server_records.transaction() as session:
         pools = await server_records.read_pools(session)
-        executions = read_executions(file, pools.keys()) if file else {}
+        evidence = read_executions(file, pools.keys()) if file else Evidence()
+        executions = evidence.executions
         crashed_since = moment.backup - CRASH_READ_FOR
         runs = await server_records.read_runs(session, executions.keys(), crashed_since)
         ids = {run["id"] for run in runs}
@@ -287,7 +315,14 @@ async def settle(
                 print(f"The replaced database cannot be read, and is no evidence: {error}.", file=sys.stderr)
                 replaced = ""
         found = [
-            decide(run, executions.get(run["id"]), previous.get(run["id"]), moment, start_unknown=start_unknown)
+            decide(
+                run,
+                executions.get(run["id"]),
+                previous.get(run["id"]),
+                moment,
+                clusters=evidence.clusters,
+                start_unknown=start_unknown,
+            )
             for run in runs
             if run["deployment_id"] or not run["parent_task_run_id"]
         ]

@@ -520,8 +520,11 @@ CONTRACTS: dict[str, list[Check]] = {
     ],
     "server_records.read_runs": [
         (lambda: _absent_columns("FlowRun", "id", "state_type", "end_time", "expected_start_time"), []),
+        (lambda: _absent_columns("FlowRun", "work_queue_id"), []),
+        (lambda: _absent_columns("WorkQueue", "id", "work_pool_id"), []),
+        (lambda: _absent_columns("WorkPool", "id", "type"), []),
         (
-            lambda: {"next_scheduled_start_time", "parent_task_run_id", "deployment_id", "infrastructure_pid"}
+            lambda: {"next_scheduled_start_time", "parent_task_run_id", "deployment_id", "infrastructure_pid", "labels"}
             - set(_object("prefect.server.schemas.core:FlowRun").model_fields),
             set(),
         ),
@@ -566,7 +569,8 @@ CONTRACTS: dict[str, list[Check]] = {
     "server_records.read_previous_runs": [
         (
             lambda: _absent_columns(
-                "FlowRun", "parameters", "tags", "auto_scheduled", "job_variables", "state_id", "state_name", "created"
+                "FlowRun", "parameters", "tags", "auto_scheduled", "job_variables", "state_id", "state_name", "created",
+                "labels", "infrastructure_pid",
             ),
             [],
         ),

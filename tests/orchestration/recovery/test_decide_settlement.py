@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from orchestration.errors import SettingsError
-from orchestration.protocol import MAIN_CONTAINER, POOL_LABEL, RUN_LABEL, SETTLED_LABEL
+from orchestration.protocol import CLUSTER_LABEL, MAIN_CONTAINER, POOL_LABEL, RUN_LABEL, SETTLED_LABEL
 from orchestration.recovery import executions
 from orchestration.recovery.executions import Execution, Outcome
 from orchestration.recovery.settle import HELD, Moment, Settlement, decide, decide_unknown
@@ -29,6 +29,7 @@ def _run(type_: str, *, name: str = "", due: datetime = BACKUP, deployment: str 
     return {
         "id": RUN, "name": "brave-fox", "state": state, "next_scheduled_start_time": due.isoformat(),
         "expected_start_time": due.isoformat(), "deployment_id": deployment, "infrastructure_pid": job,
+        "pool_type": "kubernetes", "labels": {},
     }  # fmt: skip
 
 
@@ -113,6 +114,36 @@ def test_crashed_run_is_not_retried_again() -> None:
     assert (found.labels, found.state) == ({SETTLED_LABEL: "s"}, None)
 
 
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({"labels": {CLUSTER_LABEL: "another"}}, "cluster another"),
+        ({"pool_type": "docker"}, "a work pool of type docker"),
+        ({"pool_type": ""}, "a process without a work pool"),
+    ],
+)
+def test_run_that_is_executed_elsewhere_keeps_its_newest_state(changes: Object, place: str) -> None:
+    own = ["own", "hash"]
+    found = decide(_run("RUNNING") | changes, None, None, MOMENT, clusters=own)
+    assert found
+    assert (found.state, found.is_live, found.needs_person) == (None, True, True)
+    assert place in found.reason
+    newest = _run("RUNNING", job=f"prefect:{JOB}") | changes
+    found = decide(_run("SCHEDULED") | changes, None, newest, MOMENT, clusters=own)
+    assert found
+    assert found.state
+    assert (_after(found), found.job, found.labels) == ("Running person", f"prefect:{JOB}", newest["labels"])
+    assert found.state["id"].endswith("0123456789ab"), "so that a later claim fences the Job"
+    unknown = decide(_run("SCHEDULED") | changes, None, None, MOMENT, clusters=own)
+    assert _after(unknown) == "Held person", "it may have been executed since"
+
+
+@pytest.mark.parametrize("clusters", [["own", "hash"], []])
+def test_run_of_this_cluster_or_an_unknown_one_is_held(clusters: list[str]) -> None:
+    run = _run("RUNNING") | {"labels": {CLUSTER_LABEL: "hash"}}
+    assert _after(decide(run, None, None, MOMENT, clusters=clusters)) == "Held person"
+
+
 def test_held_run_can_be_resumed_unless_it_has_no_deployment() -> None:
     found = decide(_run("RUNNING"), None, None, MOMENT)
     assert found
@@ -174,10 +205,12 @@ def _terminated(code: int) -> Object:
 )
 def test_outcome_is_read_from_job_and_pod(tmp_path: Path, objects: list[Object], outcome: Outcome) -> None:
     file = tmp_path / "executions"
-    file.write_bytes(executions.pack("cluster", objects))
-    [found] = executions.read(file, [POOL]).values()
+    file.write_bytes(executions.pack(["cluster", "hash"], objects))
+    evidence = executions.read(file, [POOL])
+    [found] = evidence.executions.values()
+    assert evidence.clusters == ["cluster", "hash"]
     assert (found.run, found.outcome, found.job, found.cluster) == (RUN, outcome, JOB, "cluster")
-    assert executions.read(file, ["another server's pool"]) == {}
+    assert executions.read(file, ["another server's pool"]).executions == {}
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no gzip", gzip.compress(b"{}"), gzip.compress(b"[]")])

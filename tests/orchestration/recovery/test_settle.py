@@ -238,7 +238,7 @@ def _tell(api: httpx.Client, url: str, folder: Path) -> Story:
     for name in ("waiting", "new_waiting"):
         cluster.show(runs[name][0], {"waiting": {"reason": "ContainerCreating"}}, "Pending")
     file = folder / "executions.json.gz"
-    file.write_bytes(executions.pack(CLUSTER, cluster.objects))
+    file.write_bytes(executions.pack([CLUSTER], cluster.objects))
     return Story(backup, datetime.now(UTC), dump, file, runs, worker.ledger)
 
 
