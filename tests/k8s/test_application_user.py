@@ -62,7 +62,8 @@ def test_superuser_of_an_older_volume_loses_its_rights_and_keeps_its_objects() -
     with debian_postgres("prefect") as postgres:
         own = _url(postgres, "prefect", "prefect")
         rows_of(postgres, "alter role prefect password 'initial'")
-        rows_of(postgres, "create database prefect")
+        for name in ("prefect", "prefect_backup_check", "prefect_restored", "prefectural"):
+            rows_of(postgres, f"create database {name}")
         for statement in (
             "create extension pg_trgm",
             "create schema marts",
@@ -92,6 +93,10 @@ def test_superuser_of_an_older_volume_loses_its_rights_and_keeps_its_objects() -
         ):
             rows_of(own, statement)
         assert rows_of(own, "select id, other, mood from kept") == [(1, 1, "sad")]
+        rows_of(own, "drop database prefect_backup_check")
+        rows_of(own, "drop database prefect_restored")
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            rows_of(own, "drop database prefectural")
 
 
 def test_warehouse_has_the_script_of_the_chart() -> None:
