@@ -4,13 +4,14 @@ import os
 import subprocess
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from orchestration.settings import ROOT
-from tests.parts import debian_postgres, new_database, rows_of
+from tests.parts import debian_postgres, new_database, rows_of, wait_until
 
 SCRIPT = ROOT / "helm/prefect-server/files/backup"
 
@@ -87,6 +88,28 @@ def test_counts_are_those_of_the_dump_while_rows_are_written(original: str, tmp_
         is_over.set()
         writer.join()
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_backups_at_one_time_take_turns_with_the_scratch_database(server: str, original: str, tmp_path: Path) -> None:
+    """The first backup's restore pauses until the second waits for it, or has ended."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "pg_restore").write_text(
+        f"#!/bin/sh\ntouch {tmp_path}/begun\nwhile [ ! -e {tmp_path}/go ]; do sleep 0.1; done\n"
+        'exec /usr/bin/pg_restore "$@"\n'
+    )
+    (programs / "pg_restore").chmod(0o755)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(_run, original, "dump", tmp_path / "first", path=f"{programs}:")
+        wait_until((tmp_path / "begun").exists, "the first backup to restore its dump")
+        second = pool.submit(_run, original, "dump", tmp_path / "second")
+        waiting = "select pid from pg_locks where locktype = 'advisory' and not granted"
+        try:
+            wait_until(lambda: rows_of(server, waiting) or second.done(), "the second backup to wait")
+        finally:
+            (tmp_path / "go").touch()
+        for done in (first.result(), second.result()):
+            assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(
