@@ -200,6 +200,30 @@ def pod_specs(objects: list[Object]) -> dict[str, Object]:
     return specs
 
 
+def references(spec: Any) -> set[str]:
+    """Return the ServiceAccounts, Secrets, ConfigMaps and claims that a pod spec names, as "Kind/name" texts."""
+    if isinstance(spec, list):
+        return set().union(*map(references, spec))
+    if not isinstance(spec, dict):
+        return set()
+    found = set().union(*map(references, spec.values()))
+    for field, kind, key in (
+        ("secretKeyRef", "Secret", "name"),
+        ("secretRef", "Secret", "name"),
+        ("secret", "Secret", "secretName"),  # a volume
+        ("secret", "Secret", "name"),  # a source of a projected volume
+        ("configMapKeyRef", "ConfigMap", "name"),
+        ("configMapRef", "ConfigMap", "name"),
+        ("configMap", "ConfigMap", "name"),
+        ("persistentVolumeClaim", "PersistentVolumeClaim", "claimName"),
+    ):
+        if isinstance(source := spec.get(field), dict) and key in source:
+            found.add(f"{kind}/{source[key]}")
+    if "serviceAccountName" in spec:
+        found.add(f"ServiceAccount/{spec['serviceAccountName']}")
+    return found
+
+
 def assert_restricted(objects: list[Object]) -> None:
     """Assert that all pods meet the `restricted` Pod Security Standard.
 

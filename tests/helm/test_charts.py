@@ -11,7 +11,7 @@ import yaml
 
 from orchestration.settings import ROOT
 from tests.helm import test_prefect_server, test_prefect_work_pool
-from tests.helm.rendering import KUBERNETES, Object, assert_restricted, objects_of, pod_specs, render
+from tests.helm.rendering import KUBERNETES, Object, assert_restricted, objects_of, pod_specs, references, render
 from tests.test_docs import dropped_words
 
 CHARTS = {"prefect-server": test_prefect_server, "prefect-work-pool": test_prefect_work_pool}
@@ -54,6 +54,31 @@ def test_every_pod_has_an_account_of_its_component(chart: Path, values: str) -> 
     assert [name for name, components in users.items() if not components] == (
         [name for name in accounts if name.endswith(("-runs", "runner"))]
     )
+
+
+@pytest.mark.parametrize("values", ["TAG", "MAXIMAL"])
+def test_what_a_pod_names_is_in_its_namespace(chart: Path, values: str) -> None:
+    """Of what the chart itself renders. All other Secrets and ConfigMaps exist already."""
+    given = getattr(CHARTS[chart.name], values)
+    if chart.name == "prefect-work-pool":
+        runs = given.get("runs", {}) | {"namespace": "flows", "results": {"storage": "volume"}}
+        given = given | {"runs": runs}
+    objects = render(chart.name, given)
+    places: dict[str, set[str]] = {}
+    for each in objects:
+        place = each["metadata"].get("namespace", "prefect")
+        places.setdefault(f"{each['kind']}/{each['metadata']['name']}", set()).add(place)
+    pods = {(*places[name], name): spec for name, spec in pod_specs(objects).items()}
+    if chart.name == "prefect-work-pool":
+        template = test_prefect_work_pool.pool_of(objects)["base_job_template"]
+        account = template["variables"]["properties"]["service_account_name"]["default"]
+        job = template["job_configuration"]
+        spec = job["job_manifest"]["spec"]["template"]["spec"]
+        pods[job["namespace"], "a run"] = spec | {"serviceAccountName": account}
+    for (home, name), spec in pods.items():
+        for reference in references(spec):
+            is_made_here = reference in places or reference.startswith("ServiceAccount/")
+            assert not is_made_here or home in places.get(reference, ()), f"{name} in {home} names {reference}"
 
 
 @pytest.mark.parametrize("values", ["TAG", "MAXIMAL"])

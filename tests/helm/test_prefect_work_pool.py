@@ -336,6 +336,7 @@ def test_objects_of_runs_are_in_their_namespace() -> None:
     assert [each for each in _in_namespaces(objects, *workloads) if each.startswith("prefect-runs ")] == [
         "prefect-runs NetworkPolicy/results",
         "prefect-runs NetworkPolicy/runs",
+        "prefect-runs ServiceAccount/results",
         "prefect-runs ServiceAccount/runs",
         "prefect-runs StatefulSet/results",
     ], "no Secret: the master key of signed results stays with the worker"

@@ -11,11 +11,11 @@ automountServiceAccountToken: false
 {{- end -}}
 
 {{/* ServiceAccount of a component that has none in the values, and does not call the Kubernetes API: (list root component
-     annotations). Its name is the component's. */}}
+     annotations), and a namespace other than the release's. Its name is the component's. */}}
 {{- define "prefect-work-pool.componentAccount" -}}
 apiVersion: v1
 kind: ServiceAccount
 metadata:
-  {{- include "prefect-work-pool.metadata" (dict "root" (index . 0) "component" (index . 1) "annotations" (index . 2)) | nindent 2 }}
+  {{- include "prefect-work-pool.metadata" (dict "root" (index . 0) "component" (index . 1) "annotations" (index . 2) "namespace" (slice . 3 | first)) | nindent 2 }}
 automountServiceAccountToken: false
 {{- end -}}
