@@ -81,13 +81,16 @@ class Environment:
         return run_program(command, limit_seconds=self.limit_seconds)
 
     def objects(self, kinds: str, *arguments: str) -> list[Object]:
-        """Return the objects of some kinds in its namespaces: `objects("pods,jobs", "--selector", "a=b")`."""
-        found: list[Object] = []
+        """Return the objects of some kinds in its namespaces: `objects("pods,jobs", "--selector", "a=b")`.
+
+        Objects of all namespaces (`--all-namespaces`), and of kinds without a namespace, are returned once.
+        """
+        found: Object = {}
         for namespace in self.namespaces:
             # kubectl takes the last --namespace.
             text = self.kubectl("get", kinds, "--output", "json", *arguments, "--namespace", namespace)
-            found += json.loads(text)["items"]
-        return found
+            found |= {each["metadata"]["uid"]: each for each in json.loads(text)["items"]}
+        return [*found.values()]
 
     @property
     def absent_namespace(self) -> str:

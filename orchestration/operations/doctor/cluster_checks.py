@@ -14,6 +14,7 @@ from orchestration.errors import ClusterError
 from orchestration.operations.doctor.findings import Finding, check, failed, ok, warning
 from orchestration.operations.doctor.installation import Installation, containers_of, parse_documents, version_of
 from orchestration.operations.environment import POOL, RELEASES, SERVER, Object
+from orchestration.operations.port_forward import AUTH_SECRET
 from orchestration.operations.release_inputs import CHARTS
 from orchestration.quantity import format_quantity, parse_quantity
 
@@ -107,11 +108,10 @@ async def check_installer_rights(installation: Installation) -> Finding:
     objects = [*await installation.read_surroundings()]
     for release in RELEASES:
         objects += await installation.read_release(release)
-    for group, resource in sorted({(_group(found), _resource(found["kind"])) for found in objects}):
-        is_cluster_wide = resource in _CLUSTER_WIDE
-        for verb in INSTALL_VERBS:
-            attributes = {"group": group, "resource": resource, "verb": verb}
-            wanted.append(attributes if is_cluster_wide else attributes | {"namespace": installation.cluster.namespace})
+    kinds = {(_group(found), _resource(found["kind"]), installation.namespace_of(found)) for found in objects}
+    for group, resource, namespace in sorted(kinds):
+        place = {} if resource in _CLUSTER_WIDE else {"namespace": namespace}
+        wanted += [{"group": group, "resource": resource, "verb": verb} | place for verb in INSTALL_VERBS]
     denied = await _review(installation, "SelfSubjectAccessReview", wanted, {})
     if denied:
         return failed(
@@ -161,7 +161,8 @@ async def _review(
     text = json.dumps({"apiVersion": "v1", "kind": "List", "items": reviews})
     answers = parse_documents(await installation.kubectl("create", "--filename", "-", "--output", "json", text=text))
     denied = [each["spec"]["resourceAttributes"] for each in answers if not each["status"]["allowed"]]
-    return [f"{each['verb']} {'/'.join(filter(None, (each['resource'], each.get('subresource'))))}" for each in denied]
+    texts = (f"{each['verb']} {'/'.join(filter(None, (each['resource'], each.get('subresource'))))}" for each in denied)
+    return [*dict.fromkeys(texts)]
 
 
 @check(GROUP, "rights of the worker")
@@ -181,14 +182,16 @@ async def _check_account(installation: Installation, component: str) -> Finding:
     namespace = installation.cluster.namespace
     account = (await installation.read_component(POOL, component)).get("serviceAccountName", "default")
     wanted = []
-    for rule in await installation.read_rules(component):
-        for resource in rule["resources"]:
-            name, _, subresource = resource.partition("/")
-            attributes = {"group": rule["apiGroups"][0], "resource": name, "subresource": subresource}
-            names = [{"name": each} for each in rule.get("resourceNames", [])] or [{}]
-            wanted += [
-                attributes | each | {"verb": verb, "namespace": namespace} for verb in rule["verbs"] for each in names
-            ]
+    for role in await installation.read_roles(component):
+        for rule in role["rules"]:
+            for resource in rule["resources"]:
+                name, _, subresource = resource.partition("/")
+                attributes = {
+                    "group": rule["apiGroups"][0], "resource": name, "subresource": subresource,
+                    "namespace": installation.namespace_of(role),
+                }  # fmt: skip
+                names = [{"name": each} for each in rule.get("resourceNames", [])] or [{}]
+                wanted += [attributes | each | {"verb": verb} for verb in rule["verbs"] for each in names]
     subject = {
         "user": f"system:serviceaccount:{namespace}:{account}",
         "groups": ["system:serviceaccounts", f"system:serviceaccounts:{namespace}", "system:authenticated"],
@@ -199,17 +202,18 @@ async def _check_account(installation: Installation, component: str) -> Finding:
             f"account {account} may not {shorten(denied)}",
             f"Set {component}.rbac.create, or bind a Role with the rules of docs/reference/rbac.md",
         )
-    excessive = [
-        {"group": group, "resource": resource, "verb": verb, "namespace": namespace}
-        for group, resource, verb in EXCESSIVE
-    ]
-    withheld = await _review(installation, "SubjectAccessReview", excessive, subject)
-    if granted := [f"{each['verb']} {each['resource']}" for each in excessive
-                   if f"{each['verb']} {each['resource']}" not in withheld]:  # fmt: skip
-        return warning(
-            f"account {account} may {shorten(granted)}, which the {component} does not need",
-            f"Remove the binding: kubectl get rolebindings,clusterrolebindings -A -o wide | grep {account}",
-        )
+    for place in installation.cluster.namespaces:
+        excessive = [
+            {"group": group, "resource": resource, "verb": verb, "namespace": place}
+            for group, resource, verb in EXCESSIVE
+        ]
+        withheld = await _review(installation, "SubjectAccessReview", excessive, subject)
+        if granted := [f"{each['verb']} {each['resource']}" for each in excessive
+                       if f"{each['verb']} {each['resource']}" not in withheld]:  # fmt: skip
+            return warning(
+                f"account {account} may {shorten(granted)} in namespace {place}, which the {component} does not need",
+                f"Remove the binding: kubectl get rolebindings,clusterrolebindings -A -o wide | grep {account}",
+            )
     return ok(f"account {account} has the rights of its Role, and no more")
 
 
@@ -246,13 +250,14 @@ def _is_default(storage_class: Object) -> bool:
 
 async def _read_claims(installation: Installation) -> Iterable[Object]:
     """Return the volume claims that the releases create."""
-    return [
-        claim
-        for release in RELEASES
-        for found in await installation.read_release(release)
-        if found["kind"] == "StatefulSet"
-        for claim in found["spec"].get("volumeClaimTemplates") or []
-    ]
+    claims: list[Object] = []
+    for release in RELEASES:
+        for found in await installation.read_release(release):
+            if found["kind"] == "StatefulSet":
+                claims += found["spec"].get("volumeClaimTemplates") or []
+            elif found["kind"] == "PersistentVolumeClaim":
+                claims.append(found)
+    return claims
 
 
 @check(GROUP, "results volume")
@@ -325,7 +330,7 @@ def _selector(labels: Mapping[str, str]) -> str:
 
 @check(GROUP, "quota")
 async def check_quota(installation: Installation) -> Finding:
-    """The pod of a run fits the namespace's ResourceQuotas and LimitRanges."""
+    """The pod of a run fits the ResourceQuotas and LimitRanges of its namespace."""
     quotas = await _read_quotas(installation)
     if not quotas:
         return ok("the namespace has no quota")
@@ -363,15 +368,18 @@ async def check_quota_of_all_runs(installation: Installation) -> Finding:
 
 
 async def _read_quotas(installation: Installation) -> list[Object]:
-    """Return the namespace's quotas; before the first deploy those that it would create."""
-    if await _read_namespace(installation):
-        return await installation.read_objects("resourcequotas,limitranges")
-    return [each for each in await installation.read_surroundings() if each["kind"] in ("ResourceQuota", "LimitRange")]
+    """Return the quotas of the namespace of runs; before the first deploy those that it would create."""
+    namespace = installation.cluster.runs_namespace
+    if await _read_namespace(installation, namespace):
+        found = await installation.read_objects("resourcequotas,limitranges")
+    else:
+        surroundings = await installation.read_surroundings()
+        found = [each for each in surroundings if each["kind"] in ("ResourceQuota", "LimitRange")]
+    return [each for each in found if installation.namespace_of(each) == namespace]
 
 
-async def _read_namespace(installation: Installation) -> list[Object]:
-    """Return the environment's namespace; nothing if it does not exist."""
-    name = installation.cluster.namespace
+async def _read_namespace(installation: Installation, name: str) -> list[Object]:
+    """Return a namespace; nothing if it does not exist."""
     return await installation.read_objects("namespaces", "--field-selector", f"metadata.name={name}")
 
 
@@ -415,34 +423,43 @@ def _requests(spec: Object) -> dict[str, str]:
 @check(GROUP, "secrets")
 async def check_secrets(installation: Installation) -> Finding:
     """The Secrets and ConfigMaps that the values name exist and have the keys."""
-    specs = await installation.read_pod_specs()
-    wanted = set().union(*(_references(spec) for spec in specs))
-    known: dict[tuple[str, str], set[str]] = {}
-    objects = [found for release in RELEASES for found in await installation.read_release(release)]
-    for found in objects:
-        if found["kind"] in ("Secret", "ConfigMap"):
-            known[found["kind"], found["metadata"]["name"]] = set(found.get("data") or {})
+    wanted = {
+        (namespace, *reference)
+        for namespace, spec in await installation.read_pod_specs()
+        for reference in _references(spec)
+    }
+    known: dict[tuple[str, str, str], set[str]] = {}
+    for release in RELEASES:
+        for found in await installation.read_release(release):
+            if found["kind"] in ("Secret", "ConfigMap"):
+                identity = (installation.namespace_of(found), found["kind"], found["metadata"]["name"])
+                known[identity] = set(found.get("data") or {})
     keys = '{{range .items}}{{.kind}} {{.metadata.name}}{{range $key, $value := .data}} {{$key}}{{end}}{{"\\n"}}{{end}}'
-    listed = await installation.kubectl("get", "secrets,configmaps", "--output", f"go-template={keys}")
-    for line in listed.splitlines():
-        kind, name, *rest = line.split()
-        known[kind, name] = {*known.get((kind, name), ()), *rest}
-    if not await installation.is_installed() and installation.is_local:
-        # `make deploy` creates it.
-        known.setdefault(("Secret", "warehouse"), {"url", "password"})
-    missing = []
-    for kind, name, key in sorted(wanted):
-        if (kind, name) not in known:
-            missing.append(f"{kind} {name}")
-        elif key and key not in known[kind, name]:
-            missing.append(f"key {key} of {kind} {name}")
-    missing = list(dict.fromkeys(missing))
+    is_installed = await installation.is_installed()
+    for namespace in installation.cluster.namespaces:
+        command = ("get", "secrets,configmaps", "--output", f"go-template={keys}", "--namespace", namespace)
+        for line in (await installation.kubectl(*command)).splitlines():
+            kind, name, *rest = line.split()
+            known[namespace, kind, name] = {*known.get((namespace, kind, name), ()), *rest}
+        if not is_installed and installation.is_local:
+            # `make deploy` creates it.
+            known.setdefault((namespace, "Secret", "warehouse"), {"url", "password"})
+    if not is_installed and (installation.cluster.namespace, "Secret", AUTH_SECRET) in known:
+        # `make deploy` copies it.
+        known.setdefault((installation.cluster.runs_namespace, "Secret", AUTH_SECRET), {"auth-string"})
+    missing = {}
+    for namespace, kind, name, key in sorted(wanted):
+        if (namespace, kind, name) not in known:
+            missing[f"{kind} {name}"] = namespace
+        elif key and key not in known[namespace, kind, name]:
+            missing[f"key {key} of {kind} {name}"] = namespace
     if missing:
+        namespace = next(iter(missing.values()))
         return failed(
             f"missing: {shorten(missing)}; pods that need it do not start",
-            f"Create it: kubectl -n {installation.cluster.namespace} create secret generic NAME --from-literal KEY=...",
+            f"Create it: kubectl -n {namespace} create secret generic NAME --from-literal KEY=...",
         )
-    names = {each[:2] for each in wanted}
+    names = {each[:3] for each in wanted}
     return ok(f"{count(names, 'Secret or ConfigMap', 'Secrets and ConfigMaps')} with their keys")
 
 
@@ -481,7 +498,7 @@ def _all_references(spec: Object) -> Iterator[tuple[str, str, str]]:
 async def check_classes(installation: Installation) -> Finding:
     """The PriorityClasses, RuntimeClasses and IngressClasses that the values name exist."""
     wanted = {"PriorityClass": set[str](), "RuntimeClass": set[str](), "IngressClass": set[str]()}
-    for spec in await installation.read_pod_specs():
+    for _, spec in await installation.read_pod_specs():
         for kind, field in (("PriorityClass", "priorityClassName"), ("RuntimeClass", "runtimeClassName")):
             if (name := spec.get(field)) and "{{" not in name:
                 wanted[kind].add(name)
@@ -506,18 +523,20 @@ async def check_classes(installation: Installation) -> Finding:
 
 @check(GROUP, "pod security")
 async def check_pod_security(installation: Installation) -> Finding:
-    """The namespace enforces the Pod Security Standard `restricted`."""
+    """The namespaces of releases and runs enforce the Pod Security Standard `restricted`."""
     label = "pod-security.kubernetes.io/enforce"
-    namespaces = await _read_namespace(installation)
-    if not namespaces:
-        namespaces = [each for each in await installation.read_surroundings() if each["kind"] == "Namespace"]
-    levels = [(each["metadata"].get("labels") or {}).get(label, "") for each in namespaces]
-    if levels and levels[0] == "restricted":
-        return ok("the namespace enforces restricted")
-    return warning(
-        f"the namespace enforces {levels[0] if levels and levels[0] else 'no Pod Security Standard'}",
-        f"kubectl label namespace {installation.cluster.namespace} {label}=restricted",
-    )
+    for name in installation.cluster.namespaces:
+        namespaces = await _read_namespace(installation, name)
+        if not namespaces:
+            namespaces = [each for each in await installation.read_surroundings()
+                          if (each["kind"], each["metadata"]["name"]) == ("Namespace", name)]  # fmt: skip
+        levels = [(each["metadata"].get("labels") or {}).get(label) for each in namespaces]
+        if levels != ["restricted"]:
+            return warning(
+                f"namespace {name} enforces {next(filter(None, levels), 'no Pod Security Standard')}",
+                f"kubectl label namespace {name} {label}=restricted",
+            )
+    return ok("the namespace enforces restricted")
 
 
 @check(GROUP, "admission policy")

@@ -158,24 +158,23 @@ class Installation:
 
         return await self._once(("values", release), read)
 
-    async def read_rules(self, component: str) -> list[Object]:
-        """Return the rules of a component's Role in the work pool's chart, whether or not the release creates it."""
+    async def read_roles(self, component: str) -> list[Object]:
+        """Return a component's Roles in the work pool's chart, whether or not the release creates them."""
 
         async def read() -> list[Object]:
-            command = ("template", POOL, str(CHARTS / POOL), "--set", f"image.digest={UNKNOWN_IMAGE.digest}")
+            values = (f"image.digest={UNKNOWN_IMAGE.digest}", f"runs.namespace={self.cluster.runs_namespace}")
+            command = ("template", POOL, str(CHARTS / POOL), "--set-string", ",".join(values))
             return parse_objects(await asyncio.to_thread(self.cluster.helm, *command))
 
         objects = await self._once("chart", read)
-        [role] = [
+        return [
             found
             for found in objects
             if (found["kind"], found["metadata"]["labels"].get(COMPONENT)) == ("Role", component)
         ]
-        rules: list[Object] = role["rules"]
-        return rules
 
     async def read_surroundings(self) -> list[Object]:
-        """Return the objects of `k8s/overlays` that `make deploy` applies before the releases."""
+        """Return the objects of `k8s/` that `make deploy` applies before the releases."""
 
         async def read() -> list[Object]:
             return parse_objects(await asyncio.to_thread(self._render_surroundings))
@@ -183,8 +182,8 @@ class Installation:
         return await self._once("surroundings", read)
 
     def _render_surroundings(self) -> str:
-        with release_inputs.surroundings(self.cluster) as folder:
-            return self.cluster.kubectl("kustomize", str(folder))
+        with release_inputs.surroundings(self.cluster) as folders:
+            return "\n---\n".join(self.cluster.kubectl("kustomize", str(folder)) for folder in folders)
 
     async def read_component(self, release: str, component: str) -> Object:
         """Return the pod specification of a component.
@@ -209,16 +208,21 @@ class Installation:
                 return template
         raise UncheckedError(f"{POOL} has no ConfigMap with its work pool")
 
-    async def read_pod_specs(self) -> list[Object]:
-        """Return the pod specifications of all components and of a run."""
-        specs = [
-            found["spec"]["template"]["spec"]
-            for release in RELEASES
-            for found in await self.read_release(release)
-            if found["kind"] in ("Deployment", "StatefulSet", "Job")
-        ]
+    async def read_pod_specs(self) -> list[tuple[str, Object]]:
+        """Return the pod specifications of all components and of a run, each with its namespace."""
+        specs = []
+        for release in RELEASES:
+            for found in await self.read_release(release):
+                job = found["spec"]["jobTemplate"] if found["kind"] == "CronJob" else found
+                if found["kind"] in ("Deployment", "StatefulSet", "Job", "CronJob"):
+                    specs.append((self.namespace_of(found), job["spec"]["template"]["spec"]))
         template = await self.read_job_template()
-        return [*specs, template["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]]
+        run = template["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
+        return [*specs, (self.cluster.runs_namespace, run)]
+
+    def namespace_of(self, found: Object) -> str:
+        """Return the namespace of an object in a release or in its surroundings."""
+        return str(found["metadata"].get("namespace") or self.cluster.namespace)
 
     async def read_report(self) -> Object:
         """Return what a pod of the API reports about its database and Redis."""

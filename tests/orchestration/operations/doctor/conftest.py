@@ -24,4 +24,4 @@ def patient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Patient]:
         patch.dict(os.environ, PATH=path, KUBECONFIG=str(Path(folder) / "kubeconfig")),
     ):
         furnish(api)
-        yield Patient(api, install(folder))
+        yield Patient(api, install(api, folder))

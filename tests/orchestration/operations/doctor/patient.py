@@ -31,6 +31,8 @@ REPORT: Object = {
 }  # fmt: skip
 """What the pod of a healthy server reports. tests/orchestration/inspection/test_backing_services.py reads real ones."""
 
+CLAIMS = f"/api/v1/namespaces/{NAMESPACE}/persistentvolumeclaims"
+
 READY: Object = {"conditions": [{"type": "Ready", "status": "True"}]}
 
 
@@ -102,10 +104,10 @@ def _known(value: Any) -> asyncio.Future[Any]:
     return future
 
 
-def install(folder: Path) -> Environment:
+def install(api: ApiServer, folder: Path) -> Environment:
     """Install both charts with the values of the local environment, in the cluster of `folder/kubeconfig`.
 
-    No controller runs, so hooks do not.
+    No controller runs, so hooks do not, and nothing else binds the volume of backups.
     """
     values = folder / "image.yaml"
     values.write_text(yaml.safe_dump({"image": {"tag": "1"}}))
@@ -113,6 +115,7 @@ def install(folder: Path) -> Environment:
     for release in RELEASES:
         options = ["--values", str(environment.values / f"{release}.yaml"), "--values", str(values), "--no-hooks"]
         binaries.helm("--kube-context", "alone", "-n", NAMESPACE, "install", release, str(CHARTS / release), *options)
+    patch(api, f"{CLAIMS}/{SERVER}-backups/status", {"status": {"phase": "Bound"}})
     return environment
 
 
@@ -134,7 +137,7 @@ def furnish(api: ApiServer) -> None:
     labels = {"app.kubernetes.io/instance": SERVER, "prefect.io/role": "server"}
     create(api, f"/api/v1/namespaces/{NAMESPACE}/pods", pod("prefect-server-api-1", labels) | {"status": READY})
     for name in ("data-prefect-server-database-0", "results-prefect-work-pool-results-0"):
-        create(api, f"/api/v1/namespaces/{NAMESPACE}/persistentvolumeclaims", claim(name))
+        create(api, CLAIMS, claim(name))
     secret = {"kind": "Secret", "metadata": {"name": "warehouse"}, "stringData": {"url": "u", "password": "p"}}
     create(api, f"/api/v1/namespaces/{NAMESPACE}/secrets", {"apiVersion": "v1"} | secret)
 

@@ -6,20 +6,25 @@ the server reports is changed in numbers; tests/orchestration/inspection/test_ba
 
 import asyncio
 import copy
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch as patched
 
 import pytest
+import yaml
 
 from orchestration.errors import ClusterError
+from orchestration.operations import environment as environments
 from orchestration.operations import port_forward, release_inputs
 from orchestration.operations.doctor import cluster_checks
 from orchestration.operations.doctor.findings import CHECKS, Finding
 from orchestration.operations.environment import POOL, SERVER, Environment, Object
-from tests.cluster.apiserver import NAMESPACE
+from orchestration.operations.release_inputs import CHARTS
+from tests.cluster.apiserver import NAMESPACE, NAMESPACES
 from tests.orchestration.operations.doctor.patient import (
     REPORT,
     Patient,
@@ -49,6 +54,7 @@ NEEDS_PODS = {"network policies"}
 OF_SHARED_ENVIRONMENTS = {"retention", "backup", "replicas"}
 """Checks that are left out where the environment is `local`."""
 
+RUNS = NAMESPACES[1]
 API = f"/api/v1/namespaces/{NAMESPACE}"
 RBAC = f"/apis/rbac.authorization.k8s.io/v1/namespaces/{NAMESPACE}"
 
@@ -167,6 +173,11 @@ def _spec(objects: list[Object], kind: str, name: str) -> Object:
     return spec
 
 
+def _backup(objects: list[Object]) -> Object:
+    spec: Object = _find(objects, "CronJob", f"{SERVER}-backup")["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    return spec
+
+
 def _password(text: str) -> Fault:
     @contextmanager
     def fault(_: Patient) -> Iterator[dict[str, Any]]:
@@ -235,18 +246,8 @@ def _pool_limit(objects: list[Object]) -> None:
     template["data"]["pool.yaml"] = template["data"]["pool.yaml"].replace('"default": "1Gi"', '"default": "100Gi"')
 
 
-def _cronjob(**fields: Any) -> Object:
-    job = {"spec": {"template": {"spec": {"restartPolicy": "Never", "containers": [{"name": "a", "image": "b:1"}]}}}}
-    spec = {"schedule": "0 3 * * *", "jobTemplate": job}
-    return {
-        "apiVersion": "batch/v1", "kind": "CronJob",
-        "metadata": {"name": "prefect-server-backup", "labels": {"app.kubernetes.io/component": "backup"}},
-        "spec": spec,
-    } | fields  # fmt: skip
-
-
 OLD = (datetime.now(UTC) - timedelta(days=5)).strftime("%Y-%m-%dT%H:%M:%SZ")
-CRONJOBS = f"/apis/batch/v1/namespaces/{NAMESPACE}/cronjobs"
+BACKUP = f"/apis/batch/v1/namespaces/{NAMESPACE}/cronjobs/{SERVER}-backup"
 POLICY = f"/apis/admissionregistration.k8s.io/v1/validatingadmissionpolicies/{NAMESPACE}-{POOL}-worker"
 LABEL = "pod-security.kubernetes.io/enforce"
 DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
@@ -284,6 +285,10 @@ FAULTS: dict[str, tuple[str, Fault, str, str]] = {
         "rights of the reconciler", _without(f"{RBAC}/rolebindings/{POOL}-reconciler", "nothing"), "failed",
         f"account {POOL}-reconciler may not list jobs",
     ),
+    "no lease of the reconciler": (
+        "rights of the reconciler", _without(f"{RBAC}/rolebindings/{POOL}-reconciler-lease", "nothing"), "failed",
+        f"account {POOL}-reconciler may not create leases",
+    ),
     "worker reads secrets": (
         "rights of the worker", _excessive_right(f"{POOL}-worker"), "warning", "may get secrets, create pods",
     ),
@@ -303,6 +308,12 @@ FAULTS: dict[str, tuple[str, Fault, str, str]] = {
     "absent class": (
         "storage class", _objects(POOL, lambda found: _claims(found, storageClassName="fast")), "failed",
         "no StorageClass fast",
+    ),
+    "absent class of backups": (
+        "storage class",
+        _objects(SERVER, lambda found: _find(found, "PersistentVolumeClaim", f"{SERVER}-backups")["spec"].update(
+            storageClassName="fast")),
+        "failed", "no StorageClass fast",
     ),
     "volume of one node": (
         "results volume", _cluster("/api/v1/nodes", node("node-2"), "nodes"), "warning", "1 of 2 nodes cannot mount",
@@ -348,6 +359,16 @@ FAULTS: dict[str, tuple[str, Fault, str, str]] = {
         "failed", "can hold prefect-server-api, which requests cpu 64",
     ),
     "absent secret": ("secrets", _without(f"{API}/secrets/warehouse", "nothing"), "failed", "Secret warehouse"),
+    "absent secret of backups": (
+        "secrets",
+        _objects(SERVER, lambda found: _backup(found)["containers"][0].update(
+            envFrom=[{"secretRef": {"name": "bucket"}}])),
+        "failed", "Secret bucket",
+    ),
+    "absent priority class of backups": (
+        "classes", _objects(SERVER, lambda found: _backup(found).update(priorityClassName="low")), "failed",
+        "PriorityClass low",
+    ),
     "absent key": (
         "secrets",
         _patched(f"{API}/secrets/warehouse", {"data": {"url": None}}, {"stringData": {"url": "u"}}, "nothing"),
@@ -408,16 +429,14 @@ FAULTS: dict[str, tuple[str, Fault, str, str]] = {
     "nginx of one minute": ("ingress timeouts", _objects(SERVER, _ingress), "warning", "proxy-read-timeout 60"),
     "route of one minute": ("ingress timeouts", _objects(SERVER, _http_route), "warning", "ends requests after 60s"),
     "no retention": ("retention", _shared(_known()), "warning", "runs are kept for ever"),
-    "no backup": ("backup", _shared(_known()), "warning", "no CronJob backs the bundled database up"),
+    "no backup": ("backup", _shared(_without(BACKUP, "cronjobs")), "warning", "no CronJob backs the bundled database"),
     "old backup": (
         "backup",
-        _shared(_cluster(CRONJOBS, _cronjob(status={"lastSuccessfulTime": OLD, "lastScheduleTime": OLD}), "cronjobs")),
+        _shared(_patched(f"{BACKUP}/status", {"status": {"lastSuccessfulTime": OLD, "lastScheduleTime": OLD}},
+                         {"status": None}, "cronjobs")),
         "failed", "the last backup is 120 h old",
     ),
-    "backup that never ran": (
-        "backup", _shared(_cluster(CRONJOBS, _cronjob(), "cronjobs")),
-        "warning", "no backup yet",
-    ),
+    "backup that never ran": ("backup", _shared(_known()), "warning", "no backup yet"),
     "one pod of the api": ("replicas", _shared(_known()), "warning", "one pod of api, services, worker, reconciler"),
     "database away": (
         "database", _known(report=REPORT | {"database": {"error": "connection refused"}}),
@@ -463,6 +482,53 @@ def test_fault_is_found(patient: Patient, sound: dict[str, Finding], fault: str)
     assert (finding.status, text in finding.text) == (status, True), finding
     assert finding.cure
     assert "\n" not in finding.text + finding.cure
+
+
+@pytest.fixture
+def elsewhere(patient: Patient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Patient]:
+    """Yield the installation with its runs in a namespace of their own."""
+    environment = patient.environment
+    folder = tmp_path / "helm" / "environments" / "local"
+    shutil.copytree(environment.values, folder)
+    values = yaml.safe_load((folder / f"{POOL}.yaml").read_text())
+    values["runs"]["namespace"] = RUNS
+    (folder / f"{POOL}.yaml").write_text(yaml.safe_dump(values))
+    monkeypatch.setattr(environments, "ROOT", tmp_path)
+    patch(patient.api, f"/api/v1/namespaces/{RUNS}", {"metadata": {"labels": {LABEL: "restricted"}}})
+    secret = patient.api.client.get(f"{API}/secrets/warehouse").raise_for_status().json()
+    secret["metadata"] = {"name": "warehouse"}
+    create(patient.api, f"/api/v1/namespaces/{RUNS}/secrets", secret)
+    files = ["--values", str(folder / f"{POOL}.yaml"), "--set-string", "image.tag=1", "--no-hooks"]
+    environment.helm("upgrade", POOL, str(CHARTS / POOL), *files, "--set", f"runs.formerNamespaces={{{NAMESPACE}}}")
+    yield Patient(patient.api, environment)
+    environment.helm("rollback", POOL, "1", "--no-hooks")
+
+
+def test_runs_elsewhere_are_checked_in_their_namespace(elsewhere: Patient, sound: dict[str, Finding]) -> None:
+    names = [each.name for each in CHECKS if each.name not in NEEDS_SERVER | NEEDS_PODS]
+    findings = asyncio.run(elsewhere.examine(names))
+    assert {name: finding for name, finding in findings.items() if finding.status not in ("ok", "not checked")} == {}
+    assert findings["nodes"] == sound["nodes"]
+    assert findings["dns"] == sound["dns"]
+    assert {findings[name].status for name in names if name not in OF_SHARED_ENVIRONMENTS} == {"ok"}
+
+    patch(elsewhere.api, f"/api/v1/namespaces/{RUNS}", {"metadata": {"labels": {LABEL: "baseline"}}})
+    delete(elsewhere.api, f"/api/v1/namespaces/{RUNS}/secrets/warehouse")
+    delete(elsewhere.api, f"/apis/rbac.authorization.k8s.io/v1/namespaces/{RUNS}/rolebindings/{POOL}-worker")
+    delete(elsewhere.api, f"/apis/rbac.authorization.k8s.io/v1/namespaces/{RUNS}/rolebindings/{POOL}-reconciler")
+    create(elsewhere.api, f"/api/v1/namespaces/{RUNS}/resourcequotas", _quota({"limits.memory": "512Mi"}))
+    create(elsewhere.api, f"{API}/resourcequotas", _quota({"limits.cpu": "1m"}))
+    findings = asyncio.run(elsewhere.examine(names))
+    delete(elsewhere.api, f"/api/v1/namespaces/{RUNS}/resourcequotas/small")
+    delete(elsewhere.api, f"{API}/resourcequotas/small")
+    wrong = {name: finding.text for name, finding in findings.items() if finding.status not in ("ok", "not checked")}
+    assert f"namespace {RUNS} enforces baseline" in wrong.pop("pod security")
+    assert "missing: Secret warehouse;" in wrong.pop("secrets")
+    assert "may not create jobs" in wrong.pop("rights of the worker")
+    assert "may not list jobs" in wrong.pop("rights of the reconciler")
+    assert "limits.memory" in wrong.pop("quota")
+    assert "has room for 0 runs at once" in wrong.pop("quota for concurrent runs")
+    assert wrong == {}
 
 
 async def _found(patient: Patient, name: str, known: dict[str, Any]) -> Finding:
