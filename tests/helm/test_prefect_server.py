@@ -309,12 +309,13 @@ def test_blocks_have_a_generated_or_existing_key_if_the_chart_has_a_lasting_one(
     secret = one(objects, "Secret", "test-prefect-server-encryption-key")
     assert secret["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
     Fernet(base64.b64decode(secret["data"]["encryption-key"]))
-    given = _with(encryptionKey={"existingSecret": "given", "key": "k"}, auth={"existingSecret": "own"})
+    auth = {"existingSecret": "own", "roles": {"existingSecret": "roles"}}
+    given = _with(encryptionKey={"existingSecret": "given", "key": "k"}, auth=auth)
     # A rendering without a cluster, as by Argo CD, has an existing Secret for the password, and would change the key.
     for values, expected in (
         (TAG, {"name": "test-prefect-server-encryption-key", "key": "encryption-key"}),
         (given, {"name": "given", "key": "k"}),
-        (_with(auth={"existingSecret": "own"}), None),
+        (_with(auth=auth), None),
     ):
         objects = render("prefect-server", values)
         assert ("Secret/test-prefect-server-encryption-key" in inventory(objects)) == (values is TAG)
@@ -362,12 +363,14 @@ def test_changed_secret_names_restart_pods() -> None:
         return str(template["metadata"]["annotations"]["checksum/secrets"])
 
     assert checksum(TAG) == checksum(TAG)
-    assert checksum(TAG) != checksum(_with(auth={"existingSecret": "other"}))
+    auth = {"existingSecret": "other", "roles": {"existingSecret": "roles"}}
+    assert checksum(TAG) != checksum(_with(auth=auth))
 
 
 REFUSED = [
     ({}, "image.tag is empty"),
     (_with(image={"tag": "latest"}), "image.tag is `latest`"),
+    (_with(auth={"existingSecret": "own"}), "auth.roles.existingSecret is empty, and Helm finds no namespace in a "),
     (_with(api={"args": ["a"]}), "auth.roles.enabled=true and api.args are both"),
     (_with(database={"external": {"existingSecret": "db"}}), "database.bundled.enabled=false"),
     (_with(database={"bundled": {"enabled": False}}), "No database is configured: "),
@@ -412,6 +415,18 @@ REFUSED = [
     (
         _with(database={"bundled": {"pod": {"volumeMounts": [{"name": "tmp", "mountPath": "/var/run/postgresql"}]}}}),
         ": the chart mounts its own volume there",
+    ),
+    (
+        _with(database={"bundled": {"pod": {"volumes": [{"name": "init", "emptyDir": {}}]}}}),
+        'has a volume "init": the chart uses this name for its own volume',
+    ),
+    (
+        _with(
+            database={
+                "bundled": {"pod": {"volumeMounts": [{"name": "tmp", "mountPath": "/docker-entrypoint-initdb.d"}]}}
+            }
+        ),
+        "has the mountPath /docker-entrypoint-initdb.d: the chart mounts its own volume there",
     ),
     (
         _with(api={"autoscaling": {"enabled": True, "minReplicas": 9}}),

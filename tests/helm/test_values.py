@@ -43,7 +43,7 @@ WAYS: dict[str, list[Object]] = {
             "httpRoute": {"enabled": True, "parentRefs": [{"name": "gateway"}]},
         },
         {
-            "auth": {"existingSecret": "auth"},
+            "auth": {"existingSecret": "auth", "roles": {"existingSecret": "roles"}},
             "database": {"bundled": {"enabled": False}, "external": {"existingSecret": "database"}},
             "redis": {"bundled": {"enabled": False}, "external": {"existingSecret": "redis"}},
         },

@@ -56,7 +56,13 @@
 {{- end -}}
 {{- end -}}
 
+{{/* `lookup` finds no namespace where Helm has no cluster, as in `helm template` and Argo CD. */}}
 {{- define "prefect-server.validateRoles" -}}
+{{- with .Values.auth -}}
+{{- if and (include "prefect-server.roles" $) .existingSecret (not .roles.existingSecret) (not (lookup "v1" "Namespace" "" $.Release.Namespace)) -}}
+{{- fail "auth.existingSecret is set, auth.roles.existingSecret is empty, and Helm finds no namespace in a cluster: the credentials of the roles would change at each rendering. Set auth.roles.existingSecret, or auth.roles.enabled=false. If Helm installs into a cluster, create the namespace first." -}}
+{{- end -}}
+{{- end -}}
 {{- if and (include "prefect-server.roles" .) .Values.api.args -}}
 {{- fail "auth.roles.enabled=true and api.args are both set: api.args replaces the command that checks the roles. Use api.extraArgs, or set auth.roles.enabled=false." -}}
 {{- end -}}
@@ -198,7 +204,7 @@
 {{- $volumes := ternary (list "work" "scripts" "backups") list (eq $component "backup") -}}
 {{- include "prefect-server.validatePod" (dict "component" $component "pod" $pod "volumes" $volumes "mounts" list "containers" (list $component "test" "wait-for-migrations" "dump" "store") "resources" ((index $.Values $component).resources | default dict) "grace" (index $.Values $component).terminationGracePeriodSeconds) -}}
 {{- end -}}
-{{- range $component, $own := dict "database" (dict "volumes" (list "data" "run") "mounts" (list "/var/lib/postgresql/data" "/var/run/postgresql") "main" "postgres" "grace" 120) "redis" (dict "main" "valkey") -}}
+{{- range $component, $own := dict "database" (dict "volumes" (list "data" "run" "init") "mounts" (list "/var/lib/postgresql/data" "/var/run/postgresql" "/docker-entrypoint-initdb.d") "main" "postgres" "grace" 120) "redis" (dict "main" "valkey") -}}
 {{- $pod := include "prefect-server.bundledPod" (list $ $component) | fromYaml -}}
 {{- include "prefect-server.validatePod" (dict "component" (printf "%s.bundled" $component) "pod" $pod "volumes" ($own.volumes | default list) "mounts" ($own.mounts | default list) "containers" (list $own.main) "resources" (index $.Values $component).bundled.resources "grace" $own.grace) -}}
 {{- end -}}
