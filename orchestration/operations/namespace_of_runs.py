@@ -15,6 +15,9 @@ from orchestration.operations.port_forward import AUTH_SECRET
 OWN_NAMESPACE = "$(NAMESPACE)"
 """An argument of a component that stands for its namespace."""
 
+COPY_LABEL = "prefect.io/copy-from"
+"""The label of a copied Secret, with the namespace of the original. A Secret without it is a person's."""
+
 
 def former_namespaces(environment: Environment) -> list[str]:
     """Return namespaces that may have runs in progress, and that the next deploy will start no runs in.
@@ -56,8 +59,8 @@ def _is_finished(job: Object) -> bool:
 def _has_copied_credential(environment: Environment) -> bool:
     """Return whether runs in another namespace refer to the Secret that the server's chart generates.
 
-    With API roles, the default, the Job of each run has the run's own credential instead. A Secret of another name is a
-    person's.
+    With API roles, the default, the Job of each run has the run's own credential instead. A Secret of another name
+    is a person's, as is one of this name without the label of a copy.
     """
     auth = environment.pool_values.get("api", {}).get("auth", {})
     is_generated = auth.get("existingSecret", AUTH_SECRET) == AUTH_SECRET and auth.get("rolesSecret") == ""
@@ -68,18 +71,22 @@ def copy_api_credential(environment: Environment) -> None:
     """Copy the generated credential of the Prefect API to the namespace of the runs, whose Jobs refer to it."""
     if not _has_copied_credential(environment):
         return
+    where = ("--namespace", environment.runs_namespace)
+    existing = environment.kubectl("get", "secret", AUTH_SECRET, "--ignore-not-found", "--output", "json", *where)
+    if existing and COPY_LABEL not in json.loads(existing)["metadata"].get("labels", {}):
+        return
     found: Object = json.loads(environment.kubectl("get", "secret", AUTH_SECRET, "--output", "json"))
     data = {"auth-string": found["data"]["auth-string"]}
-    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": AUTH_SECRET}, "data": data}
-    apply = ("apply", "--filename", "-", "--namespace", environment.runs_namespace)
-    environment.kubectl(*apply, text=json.dumps(secret))
+    metadata = {"name": AUTH_SECRET, "labels": {COPY_LABEL: environment.namespace}}
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": data}
+    environment.kubectl("apply", "--filename", "-", *where, text=json.dumps(secret))
 
 
 def delete_api_credential(environment: Environment) -> None:
     """Delete the copy of the credential from the namespace of the runs."""
-    if _has_copied_credential(environment):
-        where = ("--namespace", environment.runs_namespace)
-        environment.kubectl("delete", "secret", AUTH_SECRET, "--ignore-not-found", *where)
+    if environment.runs_namespace != environment.namespace:
+        copy = ("--selector", f"{COPY_LABEL}={environment.namespace}")
+        environment.kubectl("delete", "secrets", *copy, "--namespace", environment.runs_namespace)
 
 
 def check_rollback(environment: Environment, revision: int) -> None:

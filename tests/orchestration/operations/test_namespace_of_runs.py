@@ -143,6 +143,28 @@ def test_move_keeps_the_former_namespace_until_no_run_is_in_progress(installatio
     assert namespace_of_runs.former_namespaces(environment) == [AFTER], "back again"
 
 
+def test_only_the_copy_of_the_credential_is_changed_and_deleted(installation: Installation) -> None:
+    environment = installation.environment
+    installation.set_namespace(AFTER)
+
+    def credentials() -> list[str]:
+        copies = environment.objects("secrets", "--field-selector", f"metadata.name={AUTH_SECRET}")
+        return [b64decode(each["data"]["auth-string"]).decode() for each in copies]
+
+    namespace_of_runs.copy_api_credential(environment)
+    assert credentials() == ["admin:password"] * 2
+    changed = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": AUTH_SECRET}}
+    installation.create(BEFORE, changed | {"stringData": {"auth-string": "admin:new"}})
+    namespace_of_runs.copy_api_credential(environment)
+    assert credentials() == ["admin:new"] * 2
+    namespace_of_runs.delete_api_credential(environment)
+    assert credentials() == ["admin:new"]
+    installation.create(AFTER, changed | {"stringData": {"auth-string": "runs:own"}})
+    namespace_of_runs.copy_api_credential(environment)
+    namespace_of_runs.delete_api_credential(environment)
+    assert credentials() == ["admin:new", "runs:own"], "a person made it"
+
+
 def test_plan_names_a_namespace_that_does_not_exist_yet(
     installation: Installation, capsys: pytest.CaptureFixture[str]
 ) -> None:
