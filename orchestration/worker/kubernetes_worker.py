@@ -160,7 +160,6 @@ class Worker(CompatibleWorker):
         self._is_draining = False
         self._poll_lock = asyncio.Lock()
         self._polls = PollSchedule()
-        self._is_listening = False
         self._polled: set[UUID] = set()
         """The runs that the newest poll returned."""
         self._answered_claims: set[UUID] = set()
@@ -212,7 +211,7 @@ class Worker(CompatibleWorker):
             try:
                 async with contextlib.aclosing(self.watch_runs()) as runs:
                     async for run in runs:
-                        self._is_listening, has_warned = True, False
+                        has_warned = False
                         if run:
                             self._polls.expect(run)
                         self._polls.add(datetime.now(UTC) + timedelta(seconds=0 if run else RETRY_SECONDS))
@@ -220,7 +219,6 @@ class Worker(CompatibleWorker):
                 if not has_warned:
                     self.logger.warning("The Prefect API sends no events: %s. Regular polls go on.", error)
                 has_warned = True
-            self._is_listening = False
             await asyncio.sleep(LISTEN_RETRY_SECONDS)
 
     async def _poll_on_schedule(self) -> None:

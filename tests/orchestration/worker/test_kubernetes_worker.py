@@ -5,7 +5,7 @@ import contextlib
 import json
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -63,6 +63,16 @@ def without_cluster() -> Iterator[None]:
 
 class _WithoutJobs(kubernetes_worker.Worker):
     """Claims runs as the worker does, and makes no Jobs."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.is_listening = asyncio.Event()
+
+    async def watch_runs(self) -> AsyncGenerator[UUID | None, None]:
+        async with contextlib.aclosing(super().watch_runs()) as runs:
+            async for run in runs:
+                self.is_listening.set()
+                yield run
 
     async def run(self, *_: Any, **__: Any) -> KubernetesWorkerResult:
         return KubernetesWorkerResult(identifier="none", status_code=0)
@@ -210,9 +220,10 @@ def _claims_of_a_worker_that_hardly_polls(
         url: the URL of the API for the worker.
         steps: called with a client, the id of a deployment in the worker's pool, and a function that waits until a run
             is claimed and returns the state.
-        options: options of the worker; `pool_limit` is the concurrency limit of the pool.
+        options: options of the worker; `pool_limit` is the concurrency limit of the pool, `kind` the worker's class.
     """
     pool, pool_limit = f"due-{uuid4().hex[:6]}", options.pop("pool_limit", None)
+    kind: type[_WithoutJobs] = options.pop("kind", _WithoutJobs)
 
     async def run() -> None:
         async with get_client() as client:
@@ -226,12 +237,11 @@ def _claims_of_a_worker_that_hardly_polls(
                     await asyncio.sleep(0.05)
 
             with temporary_settings({PREFECT_API_URL: url, PREFECT_WORKER_QUERY_SECONDS: 300}):
-                tested = _WithoutJobs(work_pool_name=pool, create_pool_if_not_found=False, **options)
+                tested = kind(work_pool_name=pool, create_pool_if_not_found=False, **options)
                 working = asyncio.create_task(tested.start())
                 try:
                     async with asyncio.timeout(240):
-                        while not tested._is_listening:
-                            await asyncio.sleep(0.05)
+                        await tested.is_listening.wait()
                         await steps(client, made, claimed)
                 finally:
                     working.cancel()
@@ -257,6 +267,27 @@ def test_worker_claims_a_run_when_it_becomes_due(prefect_server: str) -> None:
             assert state.timestamp >= due - timedelta(seconds=1)
 
     _claims_of_a_worker_that_hardly_polls(prefect_server, steps, prefetch_seconds=1)
+
+
+def test_worker_claims_due_runs_after_a_poll_that_failed(prefect_server: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever the failure is: nothing else polls before the next regular poll."""
+    failures: list[str] = []
+
+    class Failing(_WithoutJobs):
+        async def _poll(self, *, is_regular: bool = False) -> list[FlowRun]:
+            if not is_regular and not failures:
+                failures.append("the answer has no such field")
+                raise KeyError(failures[0])
+            return await super()._poll(is_regular=is_regular)
+
+    async def steps(client: PrefectClient, made: UUID, claimed: Callable[[UUID], Awaitable[State]]) -> None:
+        await _start(client, made)
+        while not failures:
+            await asyncio.sleep(0.05)
+        await claimed(await _start(client, made))
+
+    _claims_of_a_worker_that_hardly_polls(prefect_server, steps, kind=Failing)
+    assert "A poll has failed: 'the answer has no such field'." in caplog.messages
 
 
 def test_worker_claims_a_run_when_a_slot_becomes_free(prefect_server: str) -> None:
