@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from orchestration.prefect_compat import warn_if_untested
+from orchestration.protocol import FINAL_STATES
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -21,9 +22,6 @@ Record = dict[str, Any]
 
 class UnreadableError(Exception):
     """The replaced database cannot be read."""
-
-
-FINAL_TYPES = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
 @contextlib.asynccontextmanager
@@ -58,7 +56,7 @@ async def read_runs(session: "AsyncSession", ids: Collection[str], crashed_since
     db = provide_database_interface()
     table = db.FlowRun
     is_crash = sa.and_(table.state_type == "CRASHED", table.end_time >= crashed_since)
-    wanted = sa.or_(table.state_type.not_in(FINAL_TYPES), is_crash, table.id.in_([UUID(each) for each in ids]))
+    wanted = sa.or_(table.state_type.not_in(FINAL_STATES), is_crash, table.id.in_([UUID(each) for each in ids]))
     found = await session.execute(sa.select(table).where(wanted).order_by(table.expected_start_time, table.id))
     rows = [row for row in found.scalars() if row.state]  # a run that was created without a state is never executed
     queues = sa.select(db.WorkQueue.id, db.WorkPool.type).join(db.WorkPool, db.WorkPool.id == db.WorkQueue.work_pool_id)
@@ -282,12 +280,12 @@ def read_previous_runs(url: str, ids: Collection[str]) -> dict[str, Record]:
         from flow_run as run
         join flow on flow.id = run.flow_id
         left join flow_run_state as state on state.id = run.state_id
-        where run.id = any(%s::uuid[]) or run.state_type not in ('COMPLETED', 'FAILED', 'CRASHED', 'CANCELLED')
+        where run.id = any(%s::uuid[]) or run.state_type::text != all(%s)
     """
     try:
         with psycopg.connect(url, row_factory=dict_row) as connection:
             connection.read_only = True
-            rows = connection.execute(statement, [list(ids)]).fetchall()
+            rows = connection.execute(statement, [list(ids), [*FINAL_STATES]]).fetchall()
     except psycopg.Error as error:
         raise UnreadableError(str(error).splitlines()[0]) from None
     for row in rows:
