@@ -30,8 +30,8 @@ def _read_daily_deployment(api: httpx.Client) -> dict[str, object]:
     return found
 
 
-MACHINES_OWN = {"kubernetes version"}
-"""Checks of doctor that depend on the machine: its kubectl may be of another version than the cluster."""
+MACHINES_OWN = {"kubernetes version", "api latency"}
+"""Checks of doctor that depend on the machine: the version of its kubectl, and how busy it is."""
 
 
 def _examine(checkout: Checkout) -> dict[str, dict[str, str]]:

@@ -11,6 +11,8 @@ spec:
   selector:
     matchLabels:
       {{- include "prefect-work-pool.selector" (list $root (index . 1)) | nindent 6 }}
+  # Pods that are not ready, as the database is away, must not block the drain of a node.
+  unhealthyPodEvictionPolicy: AlwaysAllow
   {{- /* minAvailable may be 0. */}}
   {{- if ne (toString $budget.minAvailable) "" }}
   minAvailable: {{ include "prefect-work-pool.text" $budget.minAvailable }}
