@@ -15,7 +15,7 @@ def test_services_in_the_process_of_the_api_report_their_health(tmp_path: Path) 
     shutil.copyfile(migrated_database(), tmp_path / "prefect.db")
     port, health = free_port(), free_port()
     variables = {"PREFECT_HOME": str(tmp_path), "SERVICES_HEALTH_PORT": str(health), "PREFECT_UI_ENABLED": "false"}
-    command = [sys.executable, "-m", "orchestration.services", "server", "start", "--port", str(port)]
+    command = [sys.executable, "-m", "orchestration.server_process", "server", "start", "--port", str(port)]
     with subprocess.Popen(command, cwd=ROOT, env=os.environ | variables, stdout=subprocess.DEVNULL) as process:
         try:
             wait_until(lambda: probe(health, "/ready")[0] == 200, "the services to be ready", 240)
@@ -43,7 +43,7 @@ def test_wrong_variable_ends_the_start_with_its_name() -> None:
         ({"SERVICES_HEALTH_PORT": "99999"}, "Cannot listen on port 99999: "),
     ):
         done = subprocess.run(
-            [sys.executable, "-m", "orchestration.services", "version"],
+            [sys.executable, "-m", "orchestration.server_process", "version"],
             cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 1
