@@ -126,7 +126,7 @@ def test_worker_joins_the_pool_and_starts_pods_in_its_namespace(
         assert wait_until_ended(api, run)["state_type"] == "COMPLETED"
         found = json.loads(away.kubectl("get", "pods", "-l", f"prefect.io/flow-run-id={run}", "-o", "json"))["items"]
         [pod] = found
-        return (run, pod) if pod["spec"]["containers"][0]["resources"]["limits"] == {"memory": "640Mi"} else None
+        return (run, pod) if pod["spec"]["containers"][0]["resources"]["limits"]["memory"] == "640Mi" else None
 
     run, pod = wait_until(run_by_the_new_template, "a run by the new template", 300)
     assert pod["spec"]["serviceAccountName"] == "prefect-work-pool-runs"

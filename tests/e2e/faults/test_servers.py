@@ -164,8 +164,9 @@ def test_server_outage_and_killed_database_lose_no_run(server: Release, pool: Po
 STOP_SERVICES = """
 import os, pathlib, signal
 for folder in pathlib.Path("/proc").glob("[0-9]*"):
-    if b"orchestration.server_process" in (folder / "cmdline").read_bytes() and int(folder.name) not in (1, os.getpid()):
-        os.kill(int(folder.name), signal.SIGSTOP)
+    command, process = (folder / "cmdline").read_bytes(), int(folder.name)
+    if b"orchestration.server_process" in command and process not in (1, os.getpid()):
+        os.kill(process, signal.SIGSTOP)
 """
 
 
