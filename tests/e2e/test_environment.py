@@ -352,6 +352,7 @@ def test_failed_deploy_names_cause_and_rollback(checkout: Checkout) -> None:
     with checkout.restored(path) as file:
         broken = yaml.safe_load(file.read_text())
         broken["api"]["args"] = ["sh", "-c", "echo The reason it ends; exit 3"]
+        broken["auth"] = {"roles": {"enabled": False}}
         file.write_text(yaml.safe_dump(broken))
         output = checkout.make("deploy", status=2)
     try:

@@ -50,7 +50,7 @@ api = RunClient(*(os.environ[name] for name in ("PREFECT_API_URL", "PREFECT__FLO
 def say(state):
     while True:  # as Prefect's client does: a server on SQLite refuses what meets another transaction
         try:
-            return api.set_state({"type": state})
+            return api.set_state({"type": state}, "")
         except Exception:
             time.sleep(0.5)
 notes.write(f"{time.time()} begins\\n")
