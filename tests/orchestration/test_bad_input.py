@@ -150,7 +150,9 @@ def test_commands_print_any_text_harmlessly(api: httpx.Client, name: str, messag
                 shown = _printed(command, arguments, io.StringIO)
                 _assert_harmless(shown, is_terminal=False)
                 assert name in _texts(json.loads(shown)), arguments
-            exported = yaml.safe_load(_printed(orchestrate, ["export", "--owner", "none"], io.StringIO))
+            with redirect_stdout(io.StringIO()) as output:
+                orchestrate(["export", "--owner", "none"])
+            exported = yaml.safe_load(output.getvalue())
             assert name in {each["name"] for each in exported["deployments"]}
             _end(api, run, message)
             for stream in (io.StringIO, Terminal):

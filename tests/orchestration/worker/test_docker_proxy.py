@@ -764,7 +764,8 @@ def test_worker_runs_the_container_of_the_trusted_template(through_proxy: Parts)
     daemon = through_proxy.daemon
     [body] = daemon.bodies
     assert body["Image"] == IMAGE
-    assert body["HostConfig"] == BODY["HostConfig"]
+    limits = {"PidsLimit": 1024, "LogConfig": {"Type": "json-file", "Config": {"max-file": "3", "max-size": "10m"}}}
+    assert body["HostConfig"] == BODY["HostConfig"] | limits
     assert body["Labels"]["team"] == "a"
     assert body["Labels"]["io.prefect.flow-run-id"] == str(run.id)
     [container] = set(daemon.labels) - {OWN, FOREIGN}
