@@ -499,9 +499,11 @@ def elsewhere(patient: Patient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     secret["metadata"] = {"name": "warehouse"}
     create(patient.api, f"/api/v1/namespaces/{RUNS}/secrets", secret)
     files = ["--values", str(folder / f"{POOL}.yaml"), "--set-string", "image.tag=1", "--no-hooks"]
-    environment.helm("upgrade", POOL, str(CHARTS / POOL), *files, "--set", f"runs.formerNamespaces={{{NAMESPACE}}}")
+    # The other tests have changed objects of the release, and put them back.
+    files += ["--force-conflicts", "--set", f"runs.formerNamespaces={{{NAMESPACE}}}"]
+    environment.helm("upgrade", POOL, str(CHARTS / POOL), *files)
     yield Patient(patient.api, environment)
-    environment.helm("rollback", POOL, "1", "--no-hooks")
+    environment.helm("rollback", POOL, "1", "--no-hooks", "--force-conflicts")
 
 
 def test_runs_elsewhere_are_checked_in_their_namespace(elsewhere: Patient, sound: dict[str, Finding]) -> None:
