@@ -68,7 +68,7 @@ def test_memory_variables_and_image_of_deployment_and_run_reach_the_pod(
         assert wait_until_ended(api, run)["state_type"] == "COMPLETED"
         [container] = find_job(pool, run)["spec"]["template"]["spec"]["containers"]
         assert container["resources"]["limits"] == {"memory": memory, "ephemeral-storage": "12Gi"}
-        assert container["resources"]["requests"] == SMALL_REQUESTS
+        assert container["resources"]["requests"] == SMALL_REQUESTS | {"ephemeral-storage": "64Mi"}
         assert container["image"] == name
         assert wait_for_log(api, run, f"text= GREETING={greeting}")
 
