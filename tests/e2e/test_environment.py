@@ -443,11 +443,16 @@ def test_undeploy_keeps_volumes_and_passwords(checkout: Checkout) -> None:
     assert left == {
         "PersistentVolumeClaim/data-prefect-server-database-0",
         "PersistentVolumeClaim/data-warehouse-0",
+        "PersistentVolumeClaim/prefect-server-backups",
         "PersistentVolumeClaim/results-prefect-work-pool-results-0",
         "Secret/prefect-server-database",
         "Secret/prefect-server-encryption-key",
         "Secret/warehouse",
         "ServiceAccount/default",
+        "ServiceAccount/prefect-server-database",
+        "ServiceAccount/prefect-server-redis",
+        "ServiceAccount/prefect-work-pool-drift",
+        "ServiceAccount/prefect-work-pool-results",
         "ServiceAccount/warehouse",
         "StatefulSet/warehouse",
     }

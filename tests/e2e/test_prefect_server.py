@@ -255,4 +255,6 @@ def test_uninstall_keeps_only_the_volume_and_its_secrets(server: Release) -> Non
         f"Secret/{SERVER_RELEASE}-database",
         f"Secret/{SERVER_RELEASE}-encryption-key",
         "ServiceAccount/default",
+        f"ServiceAccount/{SERVER_RELEASE}-database",
+        f"ServiceAccount/{SERVER_RELEASE}-redis",
     ]

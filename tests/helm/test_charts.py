@@ -11,7 +11,7 @@ import yaml
 
 from orchestration.settings import ROOT
 from tests.helm import test_prefect_server, test_prefect_work_pool
-from tests.helm.rendering import KUBERNETES, Object, assert_restricted, objects_of, pod_specs, references, render
+from tests.helm.rendering import KUBERNETES, Object, assert_restricted, objects_of, one, pod_specs, references, render
 from tests.test_docs import dropped_words
 
 CHARTS = {"prefect-server": test_prefect_server, "prefect-work-pool": test_prefect_work_pool}
@@ -182,3 +182,16 @@ def test_comments_and_messages_use_the_terms_of_the_field() -> None:
     found = {str(path.relative_to(ROOT)): words for path in files if (words := dropped_words(_prose(path)))}
     assert len(files) > 60
     assert found == {}
+
+
+def test_accounts_of_pods_that_once_had_none_survive_a_rollback() -> None:
+    """A rollback cannot take `serviceAccountName` out of a pod template, so the pods would not be created."""
+    volume = {"image": {"tag": "1"}, "runs": {"results": {"storage": "volume"}}}
+    for chart, values, components in (
+        ("prefect-server", {"image": {"tag": "1"}}, ("database", "redis")),
+        ("prefect-work-pool", volume, ("drift", "results")),
+    ):
+        objects = render(chart, values)
+        for component in components:
+            account = one(objects, "ServiceAccount", f"test-{chart}-{component}")
+            assert account["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
