@@ -179,7 +179,7 @@ def check_separate_results(calls: _CheckedCalls) -> None:
 
 
 def rerun_untrusted_subflows(untrusted: type[Exception]) -> None:
-    """Execute a completed subflow again if its result is not trusted, when its parent is retried.
+    """Execute a completed subflow again if its result is not trusted or no longer stored, when its parent is retried.
 
     Replaces: `load_subflow_run` of `FlowRunEngine` and `AsyncFlowRunEngine` in `prefect.flow_engine`
     Why: Prefect reuses a completed subflow's stored result, and fails the parent when it cannot read the result
@@ -191,8 +191,9 @@ def rerun_untrusted_subflows(untrusted: type[Exception]) -> None:
         return found is not None and engine._return_value is not NotSet and found.state.is_completed()
 
     def drop_untrusted(engine: Any, found: Any, error: Exception) -> Any:
-        """Return the subflow run, or None if its result is not trusted. Prefect handles all other errors."""
-        if not isinstance(error, untrusted):
+        """Return the subflow run, or None if its result cannot be used. Prefect handles all other errors."""
+        # The storages report a record that is not there by one of these two.
+        if not isinstance(error, (untrusted, ValueError, FileNotFoundError)):
             return found
         engine._return_value = NotSet
         return None

@@ -166,8 +166,8 @@ def _plant(file: Path, marker: Path) -> None:
     file.write_bytes(ResultRecord(metadata=metadata, result=_Attack(marker)).serialize())
 
 
-@pytest.mark.parametrize("attack", ["planted", "foreign"])
-def test_results_of_another_deployment_are_executed_again(prefect_server: str, attack: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("attack", ["planted", "foreign", "deleted"])
+def test_deleted_and_foreign_results_are_executed_again(prefect_server: str, attack: str, tmp_path: Path) -> None:
     """Also the subflow that had completed, whose result no cache key leads to."""
     variables = next(_volume(tmp_path))(prefect_server)
     with client_of(prefect_server) as api:
@@ -181,6 +181,9 @@ def test_results_of_another_deployment_are_executed_again(prefect_server: str, a
         if attack == "planted":
             for file in stored:
                 _plant(file, marker)
+        elif attack == "deleted":
+            for file in stored:
+                file.unlink()
         else:
             variables[SIGNING_KEY_VARIABLE] = derive_key(b"m" * 32, "deployment/theirs")
         assert _execute(run, prefect_server, variables) == 0
@@ -189,6 +192,8 @@ def test_results_of_another_deployment_are_executed_again(prefect_server: str, a
     assert not marker.exists()
     assert [number for number, attempt, _ in _steps(lines) if attempt == "2"] == ["1", "2", "3", "4", "5"]
     assert "the end: ['1 by 2', '2 by 2', '3 by 2', '4 by 2', '5 by 2']" in lines
+    if attack == "deleted":
+        return
     reason = "is not signed" if attack == "planted" else "has a signature of another deployment"
     assert len([each for each in lines if each.startswith("Not loaded: ") and reason in each]) >= 3
 
