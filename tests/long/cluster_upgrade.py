@@ -48,9 +48,13 @@ from prefect.runtime import flow_run
 
 
 def sql(statement, *values):
-    with psycopg.connect(os.environ["WAREHOUSE_URL"], autocommit=True) as connection:
-        cursor = connection.execute(statement, values)
-        return cursor.fetchall() if cursor.description else []
+    while True:  # the upgrade may replace the pod of the local warehouse
+        try:
+            with psycopg.connect(os.environ["WAREHOUSE_URL"], autocommit=True) as connection:
+                cursor = connection.execute(statement, values)
+                return cursor.fetchall() if cursor.description else []
+        except psycopg.OperationalError:
+            time.sleep(0.5)
 
 
 def record(action):
