@@ -229,9 +229,12 @@ def check_expected_states(expected: ContextVar[str]) -> None:
 
 
 def read_blocks_with_stored_key() -> None:
-    """Have this process also decrypt blocks with the key in the database, where the key of the environment does not.
+    """Have this process use the key in the database, as long as there is one, next to the key of the environment.
 
-    Replaces: `decrypt_fernet` in `prefect.server.database.orm_models`
+    It reads blocks of both keys. It writes blocks of the key in the database, so that an older server can read the
+    blocks after a rollback.
+
+    Replaces: `decrypt_fernet` and `encrypt_fernet` in `prefect.server.database.orm_models`
     Why: without `PREFECT_SERVER_ENCRYPTION_KEY` the server keeps its key in the database, and later reads one key only
     Until: the server reads blocks with several keys
     """
@@ -239,7 +242,8 @@ def read_blocks_with_stored_key() -> None:
     from cryptography.fernet import Fernet, InvalidToken
     from prefect.server.database import orm_models
     from prefect.server.models.configuration import read_configuration
-    from prefect.server.utilities.encryption import decrypt_fernet
+    from prefect.server.utilities.encryption import decrypt_fernet, encrypt_fernet
+    from sqlalchemy import select
     from sqlalchemy.ext.asyncio import AsyncSession
 
     async def decrypt(session: AsyncSession, data: str) -> dict[str, Any]:
@@ -252,7 +256,16 @@ def read_blocks_with_stored_key() -> None:
             content = json.loads(Fernet(stored.value["fernet_key"]).decrypt(data.encode()))
         return content
 
+    async def encrypt(session: AsyncSession, data: Mapping[str, Any]) -> str:
+        db = database_interface()
+        # Not by `read_configuration`, which caches: the key may be deleted by another process.
+        stored = await session.scalar(select(db.Configuration).where(db.Configuration.key == _BLOCK_KEY))
+        if stored is None:
+            return await encrypt_fernet(session, data)
+        return Fernet(stored.value["fernet_key"]).encrypt(json.dumps(data).encode()).decode()
+
     orm_models.decrypt_fernet = decrypt  # type: ignore[attr-defined]
+    orm_models.encrypt_fernet = encrypt  # type: ignore[attr-defined]
 
 
 async def encrypt_blocks_again(key: str) -> int | None:

@@ -662,6 +662,7 @@ CONTRACTS: dict[str, list[Check]] = {
     ],
     "server_internals.read_blocks_with_stored_key": [
         (signature("prefect.server.database.orm_models:decrypt_fernet"), "(session, data)"),
+        (signature("prefect.server.database.orm_models:encrypt_fernet"), "(session, data)"),
         (
             lacks("prefect.server.database.orm_models:BlockDocument.decrypt_data", "decrypt_fernet(session, "),
             [],
