@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from orchestration.errors import PipelineError, SettingsError
+from orchestration.errors import PipelineError, SettingsError, sentence
 from orchestration.prefect_compat.server_internals import encrypt_blocks_again, read_blocks_with_stored_key
 
 VARIABLE = "PREFECT_SERVER_ENCRYPTION_KEY"
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         _encrypt_again()
     except PipelineError as error:
-        print(f"{error}.", file=sys.stderr)
+        print(sentence(error), file=sys.stderr)
         return 1
     return 0
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from orchestration import block_encryption
 from orchestration.access.control import Application
 from orchestration.access.limits import RequestLimits
-from orchestration.errors import PipelineError
+from orchestration.errors import PipelineError, sentence
 from orchestration.prefect_compat.server_internals import wrap_server_api
 from orchestration.services.health_endpoint import services_health_served
 
@@ -38,7 +38,7 @@ def start_server(arguments: Sequence[str], protect: Callable[[Application], Appl
             sys.argv = ["prefect", *arguments]
             app()
     except PipelineError as error:
-        print(f"{error}.", file=sys.stderr)
+        print(sentence(error), file=sys.stderr)
         return 1
     return 0
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from orchestration.access.control import AccessControl, audit_log, expected_state
 from orchestration.access.credentials import Credentials
-from orchestration.errors import PipelineError, SettingsError
+from orchestration.errors import PipelineError, SettingsError, sentence
 from orchestration.prefect_compat.server_internals import check_expected_states
 from orchestration.server_process import start_server
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
         secret = server.get_secret_value()
         credentials = Credentials(folder, secret)
     except PipelineError as error:
-        print(f"{error}.", file=sys.stderr)
+        print(sentence(error), file=sys.stderr)
         return 1
     _write_audit_log_to_stdout()
 

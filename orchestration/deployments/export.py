@@ -140,7 +140,7 @@ def text(file: JSON) -> str:
     text = str(yaml.dump(file, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120))
     if printable(text) == text:
         return text
-    # What the terminal would show as an escape has to be an escape of YAML.
+    # YAML needs its own escapes for the characters that the terminal output escapes.
     return str(yaml.dump(file, Dumper=Dumper, sort_keys=False, width=120))
 
 

@@ -239,7 +239,7 @@ def _compare(plan: Plan, desired: Object, live: Object | None, other_owners: dic
     if is_owned and copies:
         fields.append(("copies", copies + 1, 1))
     if fields or not is_owned:
-        # A value that the environment does not give any more was an earlier sync's.
+        # An earlier sync has set a value that the environment no longer has.
         fields = masking.mask(fields, desired.masked | {*record.masked.get(name, ())})
         plan.changes.append(Change(CHANGE if is_owned else ADOPT, desired, live, fields, since))
     elif since or (is_recorded and record.applied[name] is None):

@@ -190,7 +190,7 @@ def rerun_untrusted_subflows(untrusted: type[Exception]) -> None:
     def is_reused(engine: Any, found: Any) -> bool:
         return found is not None and engine._return_value is not NotSet and found.state.is_completed()
 
-    def drop_untrusted(engine: Any, found: Any, error: Exception) -> Any:
+    def drop_unusable(engine: Any, found: Any, error: Exception) -> Any:
         """Return the subflow run, or None if its result cannot be used. Prefect handles all other errors."""
         # The storages report a record that is not there by one of these two.
         if not isinstance(error, (untrusted, ValueError, FileNotFoundError)):
@@ -205,7 +205,7 @@ def rerun_untrusted_subflows(untrusted: type[Exception]) -> None:
             try:
                 found.state.result(raise_on_failure=False, retry_result_failure=False, _sync=True)
             except Exception as error:
-                return drop_untrusted(self, found, error)
+                return drop_unusable(self, found, error)
         return found
 
     @wraps(aload)
@@ -215,7 +215,7 @@ def rerun_untrusted_subflows(untrusted: type[Exception]) -> None:
             try:
                 await found.state.aresult(raise_on_failure=False, retry_result_failure=False)
             except Exception as error:
-                return drop_untrusted(self, found, error)
+                return drop_unusable(self, found, error)
         return found
 
     flow_engine.FlowRunEngine.load_subflow_run = load_trusted  # type: ignore[method-assign]

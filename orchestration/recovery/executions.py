@@ -1,4 +1,4 @@
-"""What a cluster shows of the executions of flow runs: their Jobs and pods, collected in a file.
+"""Collect evidence of executed flow runs from a cluster, their Jobs and pods, in a file.
 
 The process that settles runs after a restore has no access to the Kubernetes API. A person's kubectl collects the Jobs
 and pods, and the file is the input of `orchestrate settle`.
@@ -85,7 +85,7 @@ class Execution:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a cluster shows of the executions of flow runs.
+    """Holds a cluster's evidence of executed flow runs.
 
     Args:
         clusters: the identities with which workers of the cluster label runs; empty if they are not known.

@@ -22,7 +22,7 @@ from orchestration.prefect_compat.server_internals import database_url
 from orchestration.recovery.server_database import libpq_url
 
 SUFFIX = "_restored"
-"""What the script `backup` appends to the name of the database that it restores into."""
+"""The suffix of the database into which the script `backup` restores."""
 
 MAINTENANCE_DATABASE = "postgres"
 """The database that a session uses while it renames others."""

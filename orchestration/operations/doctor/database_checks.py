@@ -138,6 +138,6 @@ async def check_redis_shared(installation: Installation) -> Finding:
     if others := sorted(set(found["hosts"]) - pods):
         return failed(
             f"other processes use this database: {shorten(others)}",
-            f"Give each release a database of its own, as redis://HOST:6379/1: {PAGE}",
+            f"Give each release a separate database, as redis://HOST:6379/1: {PAGE}",
         )
     return ok(f"used by {shorten(found['hosts']) or 'no service yet'} alone")

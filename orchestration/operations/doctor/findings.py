@@ -17,7 +17,7 @@ LIMIT_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found.
+    """Holds the result of a check.
 
     Args:
         status: the result.
@@ -63,7 +63,7 @@ class Check:
 
     @property
     def purpose(self) -> str:
-        """What the check is for: the first line of its function's docstring."""
+        """Return the purpose of the check: the first line of its function's docstring."""
         return (inspect.getdoc(self.find) or "").partition("\n")[0]
 
 
