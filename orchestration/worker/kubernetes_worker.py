@@ -82,7 +82,7 @@ from orchestration.reconciler.state_messages import JOB_NOT_CREATED
 from orchestration.runs.result_signing import derive_key
 from orchestration.worker import job_template
 from orchestration.worker.job_template import RefusedVariableError
-from orchestration.worker.poll_schedule import RETRY_SECONDS, PollSchedule
+from orchestration.worker.poll_schedule import PollSchedule
 
 WATCHED_KINDS = ("jobs", "pods")
 
@@ -103,6 +103,9 @@ CLAIM_TIMEOUT_SECONDS = 45.0
 
 LISTEN_RETRY_SECONDS = 1.0
 """The pause before the worker asks again for events."""
+
+SLOT_POLL_SECONDS = (0.1, 1.0)
+"""How long after the end of a run the worker polls. The server sends the event before it commits the free slot."""
 
 CLAIM_CHECK_SECONDS = 0.02
 """How often a poll that waits for claims in progress looks at them."""
@@ -214,7 +217,8 @@ class Worker(CompatibleWorker):
                         has_warned = False
                         if run:
                             self._polls.expect(run)
-                        self._polls.add(datetime.now(UTC) + timedelta(seconds=0 if run else RETRY_SECONDS))
+                        for pause in (0.0,) if run else SLOT_POLL_SECONDS:
+                            self._polls.add(datetime.now(UTC) + timedelta(seconds=pause))
             except Exception as error:
                 if not has_warned:
                     self.logger.warning("The Prefect API sends no events: %s. Regular polls go on.", error)
@@ -293,8 +297,8 @@ class Worker(CompatibleWorker):
                 due = math.ceil(due / WAITING_POLL_SECONDS) * WAITING_POLL_SECONDS
             self._polls.add(datetime.fromtimestamp(due, UTC) - prefetch)
         self._polls.forget({run.id for run in runs})
-        if self._polls.count_retry():
-            self._polls.add(datetime.now(UTC) + timedelta(seconds=RETRY_SECONDS))
+        if (pause := self._polls.next_retry()) is not None:
+            self._polls.add(datetime.now(UTC) + timedelta(seconds=pause))
 
     async def read_due_runs(self) -> list[WorkerFlowRunResponse]:
         """Read which runs are due, without retries: at most `CLAIMS_PER_DEPLOYMENT` of each deployment.
@@ -348,12 +352,13 @@ class Worker(CompatibleWorker):
         """Claim a due run and make its Job, or drop the claim if the Prefect API does not answer."""
         # Read the scope before Prefect builds the job configuration, which takes `env` out of the run's own variables.
         self._signing_scopes[flow_run.id] = job_template.signing_scope(flow_run)
-        # The next poll is the retry. Without retries here, no claim becomes Pending after a long wait.
+        # A poll is the retry. Without retries here, no claim becomes Pending after a long wait.
         try:
             with self._settings_without_retries.model_copy():
                 await super().claim_and_submit(flow_run)
         except HTTPError as error:
             self.release(flow_run)
+            self._polls.add(datetime.now(UTC) + timedelta(seconds=NEXT_PAGE_SECONDS))
             self._handle_outage(error)
         finally:
             self._claim_times.pop(flow_run.id, None)

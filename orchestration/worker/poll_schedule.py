@@ -5,11 +5,11 @@ import contextlib
 from datetime import UTC, datetime
 from uuid import UUID
 
-RETRIES = 2
-"""How often the worker polls again for a run that an event has announced and a poll did not return."""
+RETRY_SECONDS = (0.1, 0.2, 1.0)
+"""The pauses before the polls for a run that an event has announced and a poll did not return.
 
-RETRY_SECONDS = 0.1
-"""The pause before such a poll. The server sends an event just before it commits the state that the event reports."""
+The server sends an event just before it commits the state that the event reports. A busy server is slow to commit.
+"""
 
 
 class PollSchedule:
@@ -18,7 +18,8 @@ class PollSchedule:
     def __init__(self) -> None:
         self._moments: set[datetime] = set()
         self._has_changed = asyncio.Event()
-        self._expected: dict[UUID, int] = {}
+        self._retries: dict[UUID, int] = {}
+        """How many retries were made for each expected run."""
 
     def add(self, moment: datetime) -> None:
         """Schedule a poll."""
@@ -27,22 +28,22 @@ class PollSchedule:
 
     def expect(self, run: UUID) -> None:
         """Expect the next poll to return a run."""
-        self._expected[run] = RETRIES
+        self._retries[run] = 0
 
     def forget(self, runs: set[UUID]) -> None:
         """Expect these runs no longer."""
-        for run in runs & self._expected.keys():
-            del self._expected[run]
+        for run in runs & self._retries.keys():
+            del self._retries[run]
 
     @property
     def is_expecting(self) -> bool:
         """Return whether a run is expected."""
-        return bool(self._expected)
+        return bool(self._retries)
 
-    def count_retry(self) -> bool:
-        """Give up runs that no retry has found; return whether others are left."""
-        self._expected = {run: left - 1 for run, left in self._expected.items() if left > 0}
-        return self.is_expecting
+    def next_retry(self) -> float | None:
+        """Give up runs that no retry has found; return the seconds until the next retry, None if no run is expected."""
+        self._retries = {run: made + 1 for run, made in self._retries.items() if made < len(RETRY_SECONDS)}
+        return RETRY_SECONDS[min(self._retries.values()) - 1] if self._retries else None
 
     async def wait(self) -> None:
         """Wait until a poll is due, and remove all moments that have passed."""

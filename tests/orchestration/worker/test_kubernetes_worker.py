@@ -13,7 +13,7 @@ from unittest.mock import patch
 from uuid import UUID, uuid4
 
 import pytest
-from httpx import ConnectError
+from httpx import ConnectError, HTTPStatusError, Request, Response
 from kubernetes_asyncio.client import ApiClient, BatchV1Api
 from kubernetes_asyncio.client.exceptions import ApiException
 from prefect import flow
@@ -300,6 +300,49 @@ def test_worker_claims_a_run_when_a_slot_becomes_free(prefect_server: str) -> No
         await claimed(second)
 
     _claims_of_a_worker_that_hardly_polls(prefect_server, steps, pool_limit=1)
+
+
+def test_slot_that_becomes_free_after_the_poll_for_it_is_used(prefect_server: str) -> None:
+    """The server sends the event of a run's end before the commit that frees the slot."""
+    has_ended = False
+    polls = 0
+
+    class Early(_WithoutJobs):
+        async def _poll(self, *, is_regular: bool = False) -> list[FlowRun]:
+            nonlocal polls
+            polls += has_ended
+            return [] if polls == 1 else await super()._poll(is_regular=is_regular)
+
+    async def steps(client: PrefectClient, made: UUID, claimed: Callable[[UUID], Awaitable[State]]) -> None:
+        nonlocal has_ended
+        first = await _start(client, made)
+        await claimed(first)
+        second = await _start(client, made)
+        await asyncio.sleep(2)
+        has_ended = True
+        await client.set_flow_run_state(first, Completed(), force=True)
+        await claimed(second)
+
+    _claims_of_a_worker_that_hardly_polls(prefect_server, steps, pool_limit=1, kind=Early)
+    assert polls >= 2
+
+
+def test_worker_claims_a_run_again_whose_claim_the_server_could_not_answer(prefect_server: str) -> None:
+    failures: list[UUID] = []
+
+    class Failing(_WithoutJobs):
+        async def claim(self, flow_run: FlowRun) -> bool:
+            if len(failures) < 3:
+                failures.append(flow_run.id)
+                request = Request("POST", prefect_server)
+                raise HTTPStatusError("503", request=request, response=Response(503, request=request))
+            return await super().claim(flow_run)
+
+    async def steps(client: PrefectClient, made: UUID, claimed: Callable[[UUID], Awaitable[State]]) -> None:
+        await claimed(await _start(client, made))
+
+    _claims_of_a_worker_that_hardly_polls(prefect_server, steps, kind=Failing)
+    assert len(failures) == 3
 
 
 def test_worker_claims_all_due_runs_with_a_limit_of_its_own(prefect_server: str) -> None:
