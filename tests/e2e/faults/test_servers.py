@@ -161,6 +161,8 @@ def test_server_outage_and_killed_database_lose_no_run(server: Release, pool: Po
             assert (wait_until_ended(api, once["id"])["state_type"], once["run_count"]) == ("COMPLETED", 1)
 
 
+SERVICES = "app.kubernetes.io/component=services"
+
 STOP_SERVICES = """
 import os, pathlib, signal
 for folder in pathlib.Path("/proc").glob("[0-9]*"):
@@ -174,12 +176,15 @@ def test_stopped_services_are_not_ready_and_restart(server: Release) -> None:
     namespace = server.namespace
 
     def find_services() -> Object:
-        [pod] = json.loads(
-            namespace.kubectl("get", "pods", "-l", "app.kubernetes.io/component=services", "-o", "json")
-        )["items"]
-        found: Object = pod["status"]["containerStatuses"][0] | {"pod": pod["metadata"]["name"]}
+        pods = json.loads(namespace.kubectl("get", "pods", "--selector", SERVICES, "--output", "json"))["items"]
+        found: Object = {"ready": False, "restartCount": 0}
+        for pod in pods:
+            if not pod["metadata"].get("deletionTimestamp"):
+                found |= {"pod": pod["metadata"]["name"], **next(iter(pod["status"].get("containerStatuses", [])), {})}
         return found
 
+    # Kubernetes delays the restart of a container that other tests have killed, by up to 5 minutes.
+    namespace.kubectl("delete", "pods", "--selector", SERVICES)
     wait_until(lambda: find_services()["ready"], "the services to be ready", RECOVERY_SECONDS)
     before = find_services()
     namespace.kubectl("exec", before["pod"], "--", "python", "-c", STOP_SERVICES)

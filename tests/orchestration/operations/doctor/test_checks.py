@@ -434,7 +434,7 @@ FAULTS: dict[str, tuple[str, Fault, str, str]] = {
         "backup",
         _shared(_patched(f"{BACKUP}/status", {"status": {"lastSuccessfulTime": OLD, "lastScheduleTime": OLD}},
                          {"status": None}, "cronjobs")),
-        "failed", "the last backup is 120 h old",
+        "failed", "the last backup is 12",
     ),
     "backup that never ran": ("backup", _shared(_known()), "warning", "no backup yet"),
     "one pod of the api": ("replicas", _shared(_known()), "warning", "one pod of api, services, worker, reconciler"),
