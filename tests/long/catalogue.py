@@ -51,13 +51,47 @@ RUNS = (
 """The code that executes flow runs on Kubernetes and recovers them."""
 
 PROPERTIES = (
+    "tests/docker/test_stack.py",
     "tests/flows/test_landing.py",
+    "tests/orchestration/access/test_limits.py",
+    "tests/orchestration/dbt/test_options.py",
+    "tests/orchestration/deployments/test_differential.py",
     "tests/orchestration/deployments/test_export.py",
+    "tests/orchestration/deployments/test_flows.py",
     "tests/orchestration/deployments/test_schedules.py",
-    "tests/orchestration/reconciler/test_decide.py",
     "tests/orchestration/inspection/test_memory.py",
+    "tests/orchestration/reconciler/test_containers.py",
+    "tests/orchestration/reconciler/test_decide.py",
+    "tests/orchestration/reconciler/test_hostile.py",
+    "tests/orchestration/runs/test_result_signing.py",
+    "tests/orchestration/test_bad_input.py",
+    "tests/orchestration/test_quantity.py",
+    "tests/orchestration/test_terminal.py",
+    "tests/orchestration/worker/test_docker_proxy.py",
+    "tests/orchestration/worker/test_job_template.py",
 )
 """The test files with property tests by Hypothesis."""
+
+TESTED_BY_PROPERTIES = (
+    "docker/stack",
+    "flows/landing.py",
+    "orchestration/access/limits.py",
+    "orchestration/dbt/options.py",
+    "orchestration/deployments",
+    "orchestration/inspection/memory.py",
+    "orchestration/quantity.py",
+    "orchestration/reconciler",
+    "orchestration/runs/result_signing.py",
+    "orchestration/terminal.py",
+    "orchestration/worker/docker_policy.py",
+    "orchestration/worker/docker_proxy.py",
+    "orchestration/worker/job_template.py",
+)
+"""The code that these files test."""
+
+CHART_VALUES = tuple(
+    f"tests/helm/{name}.py" for name in ("test_values", "values", "verdicts", "acceptance", "rendering")
+)
 
 UPGRADES = ("tests/e2e/test_prefect_server.py", "tests/e2e/test_prefect_work_pool.py")
 
@@ -171,8 +205,15 @@ LONG_TESTS = (
     LongTest(
         "properties",
         "The property tests hold for many more examples than in `make test`.",
-        ("flows/landing.py", "orchestration/deployments", "orchestration/reconciler", *PROPERTIES),
+        (*TESTED_BY_PROPERTIES, *PROPERTIES),
         suite(*PROPERTIES, HYPOTHESIS_PROFILE="long"),
+        {"SEED": SEED},
+    ),
+    LongTest(
+        "chart-values",
+        "Thousands of drawn values are refused by name, or real servers accept what the charts render.",
+        ("helm/prefect-server", "helm/prefect-work-pool", *CHART_VALUES),
+        suite(CHART_VALUES[0], HYPOTHESIS_PROFILE="long"),
         {"SEED": SEED},
     ),
     LongTest(

@@ -1,10 +1,11 @@
 """The committed results belong to this content and are complete."""
 
+import re
 import subprocess
 
 from orchestration.settings import ROOT
 from tests.long import results
-from tests.long.catalogue import LONG_TESTS
+from tests.long.catalogue import CHART_VALUES, LONG_TESTS, PROPERTIES
 from tests.long.longtest import files
 
 PATHS = sorted({path.partition("#")[0] for test in LONG_TESTS for path in test.paths})
@@ -40,6 +41,14 @@ def test_declared_paths_exist() -> None:
     for test in LONG_TESTS:
         assert [path for path in test.paths if not (ROOT / path.partition("#")[0]).exists()] == []
         assert all(test.hashes(ROOT).values()), "a package is not in uv.lock"
+
+
+def test_each_property_test_is_in_a_long_test() -> None:
+    drawn = re.compile(r"^\s*@(hypothesis\.)?given\(", re.MULTILINE)
+    files = {
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("*.py") if drawn.search(path.read_text())
+    }
+    assert files == {*PROPERTIES, CHART_VALUES[0]}
 
 
 def test_long_tests_are_found_by_declared_paths() -> None:
