@@ -54,7 +54,7 @@ def sign_records(signer: Signer, untrusted: type[Exception]) -> None:
     _RESULTS.call_explicitly_async_block_method = calls.acall
     keep_links_out()
     check_separate_results(calls)
-    rerun_untrusted_subflows(untrusted)
+    rerun_unreadable_subflows(untrusted)
 
 
 class _CheckedCalls:
@@ -178,7 +178,7 @@ def check_separate_results(calls: _CheckedCalls) -> None:
     ResultStore.aexists = checked_aexists  # type: ignore[method-assign]
 
 
-def rerun_untrusted_subflows(untrusted: type[Exception]) -> None:
+def rerun_unreadable_subflows(untrusted: type[Exception]) -> None:
     """Execute a completed subflow again if its result is not trusted or no longer stored, when its parent is retried.
 
     Replaces: `load_subflow_run` of `FlowRunEngine` and `AsyncFlowRunEngine` in `prefect.flow_engine`

@@ -49,6 +49,9 @@ KEPT_COLUMNS = (
 MAX_DATES = 100_000
 """How many dates of one schedule are looked at."""
 
+DATES_AT_ONCE = 500
+"""How many dates are asked for at once. Prefect returns up to 1,000."""
+
 
 @dataclass(frozen=True)
 class Settlement:
@@ -384,7 +387,7 @@ async def _find_times_without_run(session: Any, moment: Moment, replaced: str) -
     for each in await server_records.read_schedules(session):
         start = moment.backup + timedelta(microseconds=1)
         form = {key: value for key, value in each["schedule"].items() if value is not None}
-        dates = schedule_dates(form, MAX_DATES, start, moment.stopped)
+        dates = read_dates(form, start, moment.stopped)
         keys = {server_records.schedule_key(each["deployment_id"], each["id"], date): date for date in dates}
         known = await server_records.read_keys(session, keys.keys()) if keys else set()
         if keys and replaced:
@@ -405,6 +408,18 @@ async def _find_times_without_run(session: Any, moment: Moment, replaced: str) -
         )
         for name, count in found.items()
     ]
+
+
+def read_dates(form: Mapping[str, Any], start: datetime, end: datetime) -> list[datetime]:
+    """Return the dates of a schedule in the form of the API, up to `MAX_DATES`."""
+    dates: list[datetime] = []
+    while len(dates) < MAX_DATES:
+        found = schedule_dates(form, DATES_AT_ONCE, start, end)
+        dates += found
+        if len(found) < DATES_AT_ONCE:
+            break
+        start = found[-1] + timedelta(microseconds=1)
+    return dates
 
 
 def _minute(date: datetime) -> str:

@@ -436,7 +436,7 @@ CONTRACTS: dict[str, list[Check]] = {
         (lacks("prefect.transactions:Transaction.begin", "self.store.exists(key=self.key)"), []),
         (lacks("prefect.transactions:AsyncTransaction.begin", "self.store.aexists(key=self.key)"), []),
     ],
-    "results.rerun_untrusted_subflows": [
+    "results.rerun_unreadable_subflows": [
         (signature(f"prefect.flow_engine:{name}.load_subflow_run"), "(self, parent_task_run, client, context)")
         for name in ("FlowRunEngine", "AsyncFlowRunEngine")
     ],

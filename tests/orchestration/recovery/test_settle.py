@@ -17,7 +17,7 @@ import psycopg
 import pytest
 
 from orchestration.protocol import CLUSTER_LABEL, MAIN_CONTAINER, POOL_LABEL, RUN_LABEL
-from orchestration.recovery import executions
+from orchestration.recovery import executions, settle
 from orchestration.settings import ROOT
 from tests.parts import asked, client_of, debian_postgres, free_port, new_database, rows_of, served, wait_until
 
@@ -318,6 +318,22 @@ def test_unknown_runs_start_if_asked_and_times_without_a_run_are_listed(
     assert times["name"] == "etl/frequent"
     assert "scheduled times from" in times["reason"]
     assert int(times["reason"].split()[0]) > 200
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"cron": "* * * * *", "timezone": "UTC"},
+        {"interval": 60, "anchor_date": "2026-02-28T00:00:00Z", "timezone": "UTC"},
+        {"rrule": "DTSTART:20260228T000000Z\nRRULE:FREQ=MINUTELY", "timezone": "UTC"},
+    ],
+)
+def test_each_date_of_a_schedule_since_the_backup_is_read(form: Object) -> None:
+    start = datetime(2026, 3, 1, tzinfo=UTC)
+    dates = settle.read_dates(form, start, start + timedelta(days=2))
+    assert len({*dates}) == len(dates)
+    assert [date - dates[0] for date in dates] == [timedelta(minutes=minute) for minute in range(len(dates))]
+    assert len(dates) in (2_880, 2_881), "the end may count"
 
 
 def test_file_has_no_environment_of_pods(story: Story) -> None:
