@@ -477,8 +477,8 @@ def checks() -> str:
 
     assert examination  # its import registers the checks
     lines = [NOTE.format("orchestration/operations/doctor"), ""]
-    for group in dict.fromkeys(each.group for each in findings.CHECKS):
-        rows = [[each.name, each.purpose] for each in findings.CHECKS if each.group == group]
+    for group in dict.fromkeys(check.group for check in findings.CHECKS):
+        rows = [[check.name, check.purpose] for check in findings.CHECKS if check.group == group]
         lines += [f"## {group.capitalize()}", "", table(("Check", "Ok means"), rows)]
     return "\n".join(lines)
 

@@ -119,8 +119,8 @@ def _explain(error: Any) -> str:
 
 
 def _without_password(url: str) -> str:
-    userinfo, at, rest = url.rpartition("@")
-    if not at:
+    userinfo, at_sign, rest = url.rpartition("@")
+    if not at_sign:
         return url
     scheme, sep, credentials = userinfo.rpartition("://")
     return f"{scheme}{sep}{credentials.split(':')[0]}:***@{rest}"

@@ -153,16 +153,16 @@ class Mirror:
         name = "Retrying" if node.attempts > 1 else "Running"
         self._send_state(node, "RUNNING", name, "", node.started)
 
-    def report_retry(self, node: Node, message: str, at: datetime) -> None:
+    def report_retry(self, node: Node, message: str, failed_at: datetime) -> None:
         """Report that a node has failed and will run again."""
-        self._send_state(node, "SCHEDULED", "AwaitingRetry", message, at)
+        self._send_state(node, "SCHEDULED", "AwaitingRetry", message, failed_at)
 
     def report_end(self, node: Node, by_id: Mapping[str, Node]) -> None:
         """Report the status of a node."""
         kind, name = STATES.get(node.status, UNKNOWN_STATE)
         # A reused node ended long ago, but the server keeps the state with the newest time.
-        at = node.ended if node.ended and node.status != REUSED else datetime.now(UTC)
-        self._send_state(node, kind, name, state_message(node, by_id), at)
+        ended_at = node.ended if node.ended and node.status != REUSED else datetime.now(UTC)
+        self._send_state(node, kind, name, state_message(node, by_id), ended_at)
         if node.asset and node.status in ("success", "error"):
             self._send_materialization(node)
 
@@ -205,7 +205,7 @@ class Mirror:
             return state is not None and (state.is_cancelled() or state.is_cancelling())
         return False
 
-    def _send_state(self, node: Node, kind: str, name: str, message: str, at: datetime) -> None:
+    def _send_state(self, node: Node, kind: str, name: str, message: str, entered_at: datetime) -> None:
         task_run = self._call.task_run_id(node.id)
         message = message if len(message) <= MESSAGE_CHARACTERS else f"{message[:MESSAGE_CHARACTERS]} …"
         ended = node.ended if kind not in ("RUNNING", "SCHEDULED") else None
@@ -231,7 +231,7 @@ class Mirror:
         state = {"type": kind, "name": name, "message": message}
         # By task run, so that the outbox replaces a state that is still unsent.
         self._outbox.add_event(
-            str(task_run), events.task_run_state_event(task_run, state, at, task, self._flow_resources)
+            str(task_run), events.task_run_state_event(task_run, state, entered_at, task, self._flow_resources)
         )
 
     def _send_materialization(self, node: Node) -> None:

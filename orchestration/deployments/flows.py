@@ -203,13 +203,13 @@ def _explain_failure(error: BaseException, name: str, directory: Path) -> str:
         for frame in traceback.extract_tb(error.__traceback__)
         if not frame.filename.startswith("<") and _is_user_file(directory / frame.filename, folder, directory)
     ]
-    at = f" at {frames[-1]}" if frames else ""
+    location = f" at {frames[-1]}" if frames else ""
     text = " ".join(str(error).split())
     what = f"{type(error).__name__}: {text}" if text else type(error).__name__
     if isinstance(error, SystemExit):
-        return f'it ends the process when imported ({what}{at}). Put that under if __name__ == "__main__"'
+        return f'it ends the process when imported ({what}{location}). Put that under if __name__ == "__main__"'
     cure = "Install what is missing" if isinstance(error, ImportError) else "Correct that line"
-    return f"importing {name} raises {what}{at}. {cure}, or move it into the flow"
+    return f"importing {name} raises {what}{location}. {cure}, or move it into the flow"
 
 
 def _relative(file: Path, directory: Path) -> str:

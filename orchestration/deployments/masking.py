@@ -38,7 +38,10 @@ def mask(differences: Sequence[Difference], masked: Iterable[str]) -> list[Diffe
 
     return [
         (name, hidden(old), hidden(new))
-        if any(f"{each}.".startswith(f"{name}.") or f"{name}.".startswith(f"{each}.") for each in names)
+        if any(
+            f"{masked_name}.".startswith(f"{name}.") or f"{name}.".startswith(f"{masked_name}.")
+            for masked_name in names
+        )
         else (name, old, new)
         for name, old, new in differences
     ]

@@ -57,7 +57,9 @@ def list_backups(environment: Environment, *, as_json: bool) -> None:
     template = read_template(environment)
 
     def change(pod: Object) -> None:
-        pod["initContainers"] = [each for each in pod["initContainers"] if each["name"] != "dump"]
+        pod["initContainers"] = [
+            init_container for init_container in pod["initContainers"] if init_container["name"] != "dump"
+        ]
         [container] = pod["containers"]
         container["args"] = as_command(container["args"], "list", *(["--json"] if as_json else []))
 
@@ -69,7 +71,7 @@ def list_backups(environment: Environment, *, as_json: bool) -> None:
 
 def as_command(arguments: list[str], command: str, *options: str) -> list[str]:
     """Return the arguments of the container that stores backups, for another command of `orchestration.recovery`."""
-    return [command if each == "store" else each for each in arguments] + list(options)
+    return [command if argument == "store" else argument for argument in arguments] + list(options)
 
 
 def job_name(purpose: str) -> str:
@@ -109,7 +111,9 @@ def wait_for(environment: Environment, job: str) -> str:
     """
     while True:
         found = json.loads(environment.kubectl("get", "job", job, "--output", "json"))
-        ended = {each["type"] for each in found["status"].get("conditions", []) if each["status"] == "True"}
+        ended = {
+            condition["type"] for condition in found["status"].get("conditions", []) if condition["status"] == "True"
+        }
         if "Complete" in ended:
             return read_log(environment, job)
         pods = environment.objects("pods", "--selector", f"job-name={job}")
@@ -126,14 +130,16 @@ def read_log(environment: Environment, job: str) -> str:
     pods = environment.objects("pods", "--selector", f"job-name={job}")
     if not pods:
         return ""
-    pod = max(pods, key=lambda each: str(each["metadata"]["creationTimestamp"]))
+    pod = max(pods, key=lambda candidate: str(candidate["metadata"]["creationTimestamp"]))
     status = pod["status"]
     started = {
-        each["name"]
-        for each in [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]
-        if "waiting" not in each["state"]
+        container_status["name"]
+        for container_status in [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]
+        if "waiting" not in container_status["state"]
     }
-    containers = [each["name"] for each in [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]]
+    containers = [
+        container["name"] for container in [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]
+    ]
     logs = [
         environment.kubectl("logs", pod["metadata"]["name"], "--container", name)
         for name in containers

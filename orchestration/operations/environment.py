@@ -89,7 +89,7 @@ class Environment:
         for namespace in self.namespaces:
             # kubectl takes the last --namespace.
             text = self.kubectl("get", kinds, "--output", "json", *arguments, "--namespace", namespace)
-            found |= {each["metadata"]["uid"]: each for each in json.loads(text)["items"]}
+            found |= {item["metadata"]["uid"]: item for item in json.loads(text)["items"]}
         return [*found.values()]
 
     @property

@@ -39,7 +39,7 @@ def former_namespaces(environment: Environment) -> list[str]:
 def _namespaces(environment: Environment, deployment: Object) -> list[str]:
     """Return the namespaces that the arguments of a worker or reconciler name."""
     args = deployment["spec"]["template"]["spec"]["containers"][0].get("args", [])
-    named = [args[at + 1] for at, word in enumerate(args[:-1]) if word == "--namespace"]
+    named = [args[index + 1] for index, word in enumerate(args[:-1]) if word == "--namespace"]
     return [environment.namespace if name == OWN_NAMESPACE else name for name in named]
 
 
@@ -53,7 +53,9 @@ def _has_unfinished_job(environment: Environment, namespace: str) -> bool:
 
 def _is_finished(job: Object) -> bool:
     conditions = job["status"].get("conditions", [])
-    return any(each["type"] in ("Complete", "Failed") and each["status"] == "True" for each in conditions)
+    return any(
+        condition["type"] in ("Complete", "Failed") and condition["status"] == "True" for condition in conditions
+    )
 
 
 def _has_copied_credential(environment: Environment) -> bool:
@@ -102,9 +104,9 @@ def check_rollback(environment: Environment, revision: int) -> None:
     now, then = (
         {
             name
-            for each in yaml.safe_load_all(environment.helm("get", "manifest", POOL, *options))
-            if each and each["kind"] == "Deployment"
-            for name in _namespaces(environment, each)
+            for manifest in yaml.safe_load_all(environment.helm("get", "manifest", POOL, *options))
+            if manifest and manifest["kind"] == "Deployment"
+            for name in _namespaces(environment, manifest)
         }
         for options in ([], ["--revision", str(revision)])
     )

@@ -66,7 +66,7 @@ def _load(environment: Environment, template: Object, name: str, identity: Path 
     """Fetch a backup, and restore it next to the server's database; return its name."""
 
     def change(pod: Object) -> None:
-        dump = next(each for each in pod["initContainers"] if each["name"] == "dump")
+        dump = next(init_container for init_container in pod["initContainers"] if init_container["name"] == "dump")
         [store] = pod["containers"]
         options = [f"--name={name}"]
         if identity:
@@ -74,7 +74,9 @@ def _load(environment: Environment, template: Object, name: str, identity: Path 
             store["volumeMounts"].append({"name": "identity", "mountPath": "/identity", "readOnly": True})
             pod["volumes"].append({"name": "identity", "secret": {"secretName": secret}})
         fetch = store | {"name": "fetch", "args": backups.as_command(store["args"], "fetch", *options)}
-        pod["initContainers"] = [each for each in pod["initContainers"] if each is not dump] + [fetch]
+        pod["initContainers"] = [
+            init_container for init_container in pod["initContainers"] if init_container is not dump
+        ] + [fetch]
         pod["containers"] = [dump | {"name": "restore", "command": [*dump["command"][:2], "restore", "/work"]}]
 
     secret = backups.job_name("identity")
@@ -143,7 +145,7 @@ def _start(environment: Environment) -> None:
     """Start what `_stop` has stopped, the API first, and wait until it is ready."""
     with step("Starting server, workers and reconcilers", "40 s"):
         found = _deployments(environment)
-        found.sort(key=lambda each: STOPPED.index(each["metadata"]["labels"]["app.kubernetes.io/component"]))
+        found.sort(key=lambda workload: STOPPED.index(workload["metadata"]["labels"]["app.kubernetes.io/component"]))
         for deployment in found:
             name = deployment["metadata"]["name"]
             replicas = deployment["metadata"].get("annotations", {}).get(REPLICAS_ANNOTATION)
@@ -162,7 +164,9 @@ def _settle(environment: Environment, template: Object, chosen: str, stopped: da
     environment.kubectl("create", "--filename", "-", text=json.dumps(manifest))
 
     def change(pod: Object) -> None:
-        pod["initContainers"] = [each for each in pod["initContainers"] if each["name"] != "dump"]
+        pod["initContainers"] = [
+            init_container for init_container in pod["initContainers"] if init_container["name"] != "dump"
+        ]
         [store] = pod["containers"]
         options = [f"--name={chosen}", f"--stopped={stopped.isoformat()}"]
         options += ["--executions=/executions/executions.json.gz"]

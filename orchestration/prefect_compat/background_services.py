@@ -272,7 +272,11 @@ async def count_backlogs() -> dict[str, int]:
     Why: a consumer without messages is healthy, and one with messages that it does not handle is not
     Until: the broker tells how many messages wait for a consumer
     """
-    waiting = [(name, each) for name, each in _consumers.items() if getattr(each, "use_consumer_group", False)]
+    waiting = [
+        (name, observed_consumer)
+        for name, observed_consumer in _consumers.items()
+        if getattr(observed_consumer, "use_consumer_group", False)
+    ]
     if not waiting:
         return {}
     from prefect_redis.client import get_async_redis_client
@@ -281,7 +285,7 @@ async def count_backlogs() -> dict[str, int]:
     found = {}
     for name, consumer in waiting:
         groups = await client.xinfo_groups(consumer.stream) if await client.exists(consumer.stream) else []
-        found[name] = sum(each["pending"] + (each["lag"] or 0) for each in groups if each["name"] == consumer.group)
+        found[name] = sum(group["pending"] + (group["lag"] or 0) for group in groups if group["name"] == consumer.group)
     return found
 
 

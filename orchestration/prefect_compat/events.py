@@ -151,7 +151,7 @@ def flow_run_resources(flow_run: Any, flow: Any) -> list[Json]:
     return related
 
 
-def task_run_state_event(task_run: UUID, state: Json, at: datetime, about: Json, related: list[Json]) -> Json:
+def task_run_state_event(task_run: UUID, state: Json, entered_at: datetime, about: Json, related: list[Json]) -> Json:
     """Return the event from which the server makes a task run and its state.
 
     Replaces: `prefect.utilities.engine.emit_task_run_state_change_event`
@@ -161,13 +161,13 @@ def task_run_state_event(task_run: UUID, state: Json, at: datetime, about: Json,
     Args:
         task_run: the task run's id.
         state: type, name and message.
-        at: when the task run entered the state.
+        entered_at: when the task run entered the state.
         about: the task run's fields, without its id and its flow run's id.
         related: the flow run and its related resources.
     """
     return {
         "id": str(uuid4()),
-        "occurred": at.isoformat(),
+        "occurred": entered_at.isoformat(),
         "event": f"prefect.task-run.{state['name']}",
         "resource": {
             "prefect.resource.id": f"prefect.task-run.{task_run}",
@@ -175,7 +175,7 @@ def task_run_state_event(task_run: UUID, state: Json, at: datetime, about: Json,
             "prefect.run-count": str(about["run_count"]),
             "prefect.state-message": state["message"],
             "prefect.state-name": state["name"],
-            "prefect.state-timestamp": at.isoformat(),
+            "prefect.state-timestamp": entered_at.isoformat(),
             "prefect.state-type": state["type"],
             "prefect.orchestration": "client",
         },

@@ -56,7 +56,7 @@ async def read_runs(session: "AsyncSession", ids: Collection[str], crashed_since
     db = provide_database_interface()
     table = db.FlowRun
     is_crash = sa.and_(table.state_type == "CRASHED", table.end_time >= crashed_since)
-    wanted = sa.or_(table.state_type.not_in(FINAL_STATES), is_crash, table.id.in_([UUID(each) for each in ids]))
+    wanted = sa.or_(table.state_type.not_in(FINAL_STATES), is_crash, table.id.in_([UUID(run_id) for run_id in ids]))
     found = await session.execute(sa.select(table).where(wanted).order_by(table.expected_start_time, table.id))
     rows = [row for row in found.scalars() if row.state]  # a run that was created without a state is never executed
     queues = sa.select(db.WorkQueue.id, db.WorkPool.type).join(db.WorkPool, db.WorkPool.id == db.WorkQueue.work_pool_id)
@@ -79,7 +79,7 @@ async def read_parents(session: "AsyncSession", task_runs: Collection[str]) -> d
     from prefect.server.database import provide_database_interface
 
     table = provide_database_interface().TaskRun
-    query = sa.select(table.id, table.flow_run_id).where(table.id.in_([UUID(each) for each in task_runs]))
+    query = sa.select(table.id, table.flow_run_id).where(table.id.in_([UUID(task_run) for task_run in task_runs]))
     return {str(task): str(run) for task, run in await session.execute(query)}
 
 
@@ -238,7 +238,7 @@ async def reset_slots(session: "AsyncSession", live: Collection[str | None]) -> 
     from prefect.server.database import provide_database_interface
 
     db = provide_database_interface()
-    counts = Counter(each for each in live if each)
+    counts = Counter(deployment_id for deployment_id in live if deployment_id)
     deployments = (await session.execute(sa.select(db.Deployment.id, db.Deployment.concurrency_limit_id))).all()
     taken = {limit: counts[str(deployment)] for deployment, limit in deployments if limit}
     changed = 0

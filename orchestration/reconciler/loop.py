@@ -120,7 +120,7 @@ class Reconciler:
             every: seconds from the start of one round to the next.
         """
         pod_ended = asyncio.Event()
-        watching = [asyncio.create_task(each.cluster.watch_pods(pod_ended)) for each in self.namespaces]
+        watching = [asyncio.create_task(namespace.cluster.watch_pods(pod_ended)) for namespace in self.namespaces]
         try:
             while True:
                 began = time.monotonic()
@@ -132,9 +132,9 @@ class Reconciler:
                     if is_leader:
                         results = await self.round()
                     else:
-                        for each in self.namespaces:
-                            if each.events:
-                                each.events.forget()
+                        for namespace in self.namespaces:
+                            if namespace.events:
+                                namespace.events.forget()
                     if self.pulse.trouble:
                         logger.info("Rounds succeed again.")
                     self.pulse.trouble = ""
@@ -166,8 +166,8 @@ class Reconciler:
             PipelineError: an API does not answer.
         """
         began = time.monotonic()
-        outcomes = [outcome for each in self.namespaces for outcome in await self._reconcile(each)]
-        self.live.set(sum(each.live_runs for each in self.namespaces))
+        outcomes = [outcome for namespace in self.namespaces for outcome in await self._reconcile(namespace)]
+        self.live.set(sum(namespace.live_runs for namespace in self.namespaces))
         self.rounds.observe(time.monotonic() - began)
         self.last.set_to_current_time()
         return outcomes

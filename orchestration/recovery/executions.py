@@ -125,8 +125,8 @@ def _drop_unread(part: Any) -> None:
         if "annotations" in part:
             kept = part["annotations"].get(MAIN_CONTAINER_ANNOTATION)
             part["annotations"] = {MAIN_CONTAINER_ANNOTATION: kept} if kept else {}
-    for each in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
-        _drop_unread(each)
+    for value in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+        _drop_unread(value)
 
 
 def read(file: Path, pools: Iterable[str]) -> Evidence:

@@ -384,18 +384,18 @@ async def _find_times_without_run(session: Any, moment: Moment, replaced: str) -
     """
     found: Counter[str] = Counter()
     times: dict[str, list[datetime]] = {}
-    for each in await server_records.read_schedules(session):
+    for schedule in await server_records.read_schedules(session):
         start = moment.backup + timedelta(microseconds=1)
-        form = {key: value for key, value in each["schedule"].items() if value is not None}
+        form = {key: value for key, value in schedule["schedule"].items() if value is not None}
         dates = read_dates(form, start, moment.stopped)
-        keys = {server_records.schedule_key(each["deployment_id"], each["id"], date): date for date in dates}
+        keys = {server_records.schedule_key(schedule["deployment_id"], schedule["id"], date): date for date in dates}
         known = await server_records.read_keys(session, keys.keys()) if keys else set()
         if keys and replaced:
             known |= server_records.read_previous_keys(replaced, keys.keys())
         missing = [date for key, date in keys.items() if key not in known]
         if missing:
-            found[each["deployment"]] += len(missing)
-            times.setdefault(each["deployment"], []).extend(missing)
+            found[schedule["deployment"]] += len(missing)
+            times.setdefault(schedule["deployment"], []).extend(missing)
     return [
         Settlement(
             "",
@@ -433,7 +433,10 @@ def print_settlements(found: Sequence[Settlement], *, as_json: bool) -> None:
         return
     for needs_person, heading in ((False, "Settled:"), (True, "For a person:")):
         part = [settlement for settlement in found if settlement.needs_person is needs_person]
-        rows = [(each.name, f"{each.before or 'absent'} -> {each.after or 'none'}", each.reason) for each in part]
+        rows = [
+            (settlement.name, f"{settlement.before or 'absent'} -> {settlement.after or 'none'}", settlement.reason)
+            for settlement in part
+        ]
         print(heading if rows else f"{heading} none.")
         widths = [max((len(one_line(row[column])) for row in rows), default=0) for column in (0, 1)]
         for name, change, reason in rows:

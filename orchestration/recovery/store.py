@@ -219,7 +219,7 @@ def encrypt(file: Path, recipients: Sequence[str]) -> Path:
     import pyrage
 
     try:
-        keys = [pyrage.x25519.Recipient.from_str(each) for each in recipients]
+        keys = [pyrage.x25519.Recipient.from_str(recipient) for recipient in recipients]
     except pyrage.RecipientError as error:
         raise SettingsError(
             f"backup.encryption.recipients has a key that is not age's: {error}. It begins with age1"

@@ -163,7 +163,7 @@ class ServiceHealth:
         if None in since:
             return []
         now, limit = time.monotonic(), RESTART_STALLS * self.stall_seconds
-        answering = min(now - each for each in since if each is not None)
+        answering = min(now - moment for moment in since if moment is not None)
         reasons = [f"{name}: {found.end}" for name, found in self.services.items() if found.end]
         for name, found in self.services.items():
             seconds = now - found.last_round

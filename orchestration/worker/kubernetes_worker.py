@@ -199,12 +199,12 @@ class Worker(CompatibleWorker):
 
     async def start(self, *args: Any, **options: Any) -> None:
         """Poll regularly, and whenever a run may have become due, until the worker is cancelled."""
-        others = [asyncio.create_task(each) for each in (self._listen(), self._poll_on_schedule())]
+        others = [asyncio.create_task(coroutine) for coroutine in (self._listen(), self._poll_on_schedule())]
         try:
             await super().start(*args, **options)
         finally:
-            for each in others:
-                each.cancel()
+            for task in others:
+                task.cancel()
             await asyncio.wait(others)
 
     async def _listen(self) -> None:
@@ -315,12 +315,12 @@ class Worker(CompatibleWorker):
             limit = len(page)  # the server's page, or the free slots of pool and queue
             for _ in range(MAX_PAGES):
                 left_out = set()
-                for each in page:
-                    shares[each.flow_run.deployment_id] += 1
-                    if shares[each.flow_run.deployment_id] > CLAIMS_PER_DEPLOYMENT:
-                        left_out.add(each.flow_run.id)
+                for response in page:
+                    shares[response.flow_run.deployment_id] += 1
+                    if shares[response.flow_run.deployment_id] > CLAIMS_PER_DEPLOYMENT:
+                        left_out.add(response.flow_run.id)
                     elif len(found) < limit:
-                        found.append(each)
+                        found.append(response)
                 self._polls.forget(left_out)
                 last = page[-1].flow_run.next_scheduled_start_time if page else None
                 if not left_out or last is None or len(found) >= limit:

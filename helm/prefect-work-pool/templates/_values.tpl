@@ -16,18 +16,18 @@
 {{- end -}}
 {{- else if kindIs "map" .value -}}
 {{- $filled := dict -}}
-{{- range $key, $each := .value -}}
+{{- range $key, $entry := .value -}}
 {{- $name := dict "root" $.root "path" $.path "value" $key -}}
 {{- include "prefect-work-pool.fill" $name -}}
-{{- $part := dict "root" $.root "path" (printf "%s.%s" $.path $key) "value" $each -}}
+{{- $part := dict "root" $.root "path" (printf "%s.%s" $.path $key) "value" $entry -}}
 {{- include "prefect-work-pool.fill" $part -}}
 {{- $_ := set $filled $name.value $part.value -}}
 {{- end -}}
 {{- $_ := set . "value" $filled -}}
 {{- else if kindIs "slice" .value -}}
 {{- $filled := list -}}
-{{- range $index, $each := .value -}}
-{{- $part := dict "root" $.root "path" (printf "%s[%d]" $.path $index) "value" $each -}}
+{{- range $index, $entry := .value -}}
+{{- $part := dict "root" $.root "path" (printf "%s[%d]" $.path $index) "value" $entry -}}
 {{- include "prefect-work-pool.fill" $part -}}
 {{- $filled = append $filled $part.value -}}
 {{- end -}}
@@ -54,9 +54,9 @@
 {{- $key := index . 0 -}}
 {{- $last := dict -}}
 {{- $names := list -}}
-{{- range $each := concat (index . 1 | default list) (index . 2 | default list) -}}
-{{- $names = append $names (get $each $key) -}}
-{{- $_ := set $last (get $each $key) $each -}}
+{{- range $object := concat (index . 1 | default list) (index . 2 | default list) -}}
+{{- $names = append $names (get $object $key) -}}
+{{- $_ := set $last (get $object $key) $object -}}
 {{- end -}}
 {{- $merged := list -}}
 {{- range uniq $names -}}{{- $merged = append $merged (get $last .) -}}{{- end -}}

@@ -155,13 +155,16 @@ async def _review(
     if not wanted:
         return []
     reviews = [
-        {"apiVersion": "authorization.k8s.io/v1", "kind": kind, "spec": {"resourceAttributes": each, **subject}}
-        for each in wanted
+        {"apiVersion": "authorization.k8s.io/v1", "kind": kind, "spec": {"resourceAttributes": attributes, **subject}}
+        for attributes in wanted
     ]
     text = json.dumps({"apiVersion": "v1", "kind": "List", "items": reviews})
     answers = parse_documents(await installation.kubectl("create", "--filename", "-", "--output", "json", text=text))
-    denied = [each["spec"]["resourceAttributes"] for each in answers if not each["status"]["allowed"]]
-    texts = (f"{each['verb']} {'/'.join(filter(None, (each['resource'], each.get('subresource'))))}" for each in denied)
+    denied = [answer["spec"]["resourceAttributes"] for answer in answers if not answer["status"]["allowed"]]
+    texts = (
+        f"{attributes['verb']} {'/'.join(filter(None, (attributes['resource'], attributes.get('subresource'))))}"
+        for attributes in denied
+    )
     return [*dict.fromkeys(texts)]
 
 
@@ -190,8 +193,10 @@ async def _check_account(installation: Installation, component: str) -> Finding:
                     "group": rule["apiGroups"][0], "resource": name, "subresource": subresource,
                     "namespace": installation.namespace_of(role),
                 }  # fmt: skip
-                names = [{"name": each} for each in rule.get("resourceNames", [])] or [{}]
-                wanted += [attributes | each | {"verb": verb} for verb in rule["verbs"] for each in names]
+                names = [{"name": object_name} for object_name in rule.get("resourceNames", [])] or [{}]
+                wanted += [
+                    attributes | named_object | {"verb": verb} for verb in rule["verbs"] for named_object in names
+                ]
     subject = {
         "user": f"system:serviceaccount:{namespace}:{account}",
         "groups": ["system:serviceaccounts", f"system:serviceaccounts:{namespace}", "system:authenticated"],
@@ -208,8 +213,8 @@ async def _check_account(installation: Installation, component: str) -> Finding:
             for group, resource, verb in EXCESSIVE
         ]
         withheld = await _review(installation, "SubjectAccessReview", excessive, subject)
-        if granted := [f"{each['verb']} {each['resource']}" for each in excessive
-                       if f"{each['verb']} {each['resource']}" not in withheld]:  # fmt: skip
+        if granted := [f"{right['verb']} {right['resource']}" for right in excessive
+                       if f"{right['verb']} {right['resource']}" not in withheld]:  # fmt: skip
             return warning(
                 f"account {account} may {shorten(granted)} in namespace {place}, which the {component} does not need",
                 f"Remove the binding: kubectl get rolebindings,clusterrolebindings -A -o wide | grep {account}",
@@ -263,7 +268,11 @@ async def _read_claims(installation: Installation) -> Iterable[Object]:
 @check(GROUP, "results volume")
 async def check_results_volume(installation: Installation) -> Finding:
     """Pods of all nodes can mount the volume of `runs.results`."""
-    claims = [each for each in await _read_claims(installation) if each["metadata"]["name"] == "results"]
+    claims = [
+        volume_claim
+        for volume_claim in await _read_claims(installation)
+        if volume_claim["metadata"]["name"] == "results"
+    ]
     if not claims:
         return ok("results are on no volume that the chart creates")
     [claim] = claims
@@ -292,8 +301,8 @@ async def check_volume_claims(installation: Installation) -> Finding:
     """All volume claims of the namespace are bound."""
     await installation.ensure_installed()
     claims = await installation.read_objects("persistentvolumeclaims")
-    unbound = [f"{each['metadata']['name']} ({each['status'].get('phase')})" for each in claims
-               if each["status"].get("phase") != "Bound"]  # fmt: skip
+    unbound = [f"{claim['metadata']['name']} ({claim['status'].get('phase')})" for claim in claims
+               if claim["status"].get("phase") != "Bound"]  # fmt: skip
     if unbound:
         name = unbound[0].partition(" ")[0]
         return failed(
@@ -311,7 +320,7 @@ async def check_dns(installation: Installation) -> Finding:
     of_namespace, of_pod = (_selector(policy["dns"][key]) for key in ("namespaceLabels", "podLabels"))
     namespaces = await installation.read_objects("namespaces", "--selector", of_namespace)
     pods = await installation.read_objects("pods", "--all-namespaces", "--selector", of_pod)
-    names = {each["metadata"]["name"] for each in namespaces}
+    names = {namespace["metadata"]["name"] for namespace in namespaces}
     found = [pod for pod in pods if pod["metadata"]["namespace"] in names]
     if not found:
         return failed(
@@ -338,12 +347,12 @@ async def check_quota(installation: Installation) -> Finding:
     if problems := quota.find_problems(template, {}, quotas):
         return failed(problems[0].partition(". ")[0], problems[0].partition(". ")[2])
     used_up = []
-    for each in quotas:
-        status = each.get("status") or {}
+    for resource_quota in quotas:
+        status = resource_quota.get("status") or {}
         for key, used in (status.get("used") or {}).items():
             hard = (status.get("hard") or {}).get(key, "0")
             if parse_quantity(hard) and parse_quantity(used) >= parse_quantity(hard) * FULL:
-                used_up.append(f"{key} of {each['metadata']['name']} ({used} of {hard})")
+                used_up.append(f"{key} of {resource_quota['metadata']['name']} ({used} of {hard})")
     if used_up:
         return warning(f"almost used up: {shorten(used_up)}; further runs wait", "Raise the quota, or end runs")
     return ok(f"a run fits {count(quotas, 'quota or limit range', 'quotas and limit ranges')}")
@@ -374,8 +383,8 @@ async def _read_quotas(installation: Installation) -> list[Object]:
         found = await installation.read_objects("resourcequotas,limitranges")
     else:
         surroundings = await installation.read_surroundings()
-        found = [each for each in surroundings if each["kind"] in ("ResourceQuota", "LimitRange")]
-    return [each for each in found if installation.namespace_of(each) == namespace]
+        found = [manifest for manifest in surroundings if manifest["kind"] in ("ResourceQuota", "LimitRange")]
+    return [resource_quota for resource_quota in found if installation.namespace_of(resource_quota) == namespace]
 
 
 async def _read_namespace(installation: Installation, name: str) -> list[Object]:
@@ -413,9 +422,9 @@ def _requests(spec: Object) -> dict[str, str]:
     """Return the requests of a pod's main containers in sum."""
     amounts = {}
     for key in ("cpu", "memory"):
-        stated = [(each.get("resources") or {}).get("requests", {}).get(key) for each in spec["containers"]]
+        stated = [(container.get("resources") or {}).get("requests", {}).get(key) for container in spec["containers"]]
         if any(stated):
-            amount = sum((parse_quantity(str(each)) for each in stated if each), Decimal(0))
+            amount = sum((parse_quantity(str(request)) for request in stated if request), Decimal(0))
             amounts[key] = format_quantity(amount, f"requests.{key}")
     return amounts
 
@@ -459,7 +468,7 @@ async def check_secrets(installation: Installation) -> Finding:
             f"missing: {shorten(missing)}; pods that need it do not start",
             f"Create it: kubectl -n {namespace} create secret generic NAME --from-literal KEY=...",
         )
-    names = {each[:3] for each in wanted}
+    names = {reference[:3] for reference in wanted}
     return ok(f"{count(names, 'Secret or ConfigMap', 'Secrets and ConfigMaps')} with their keys")
 
 
@@ -528,9 +537,9 @@ async def check_pod_security(installation: Installation) -> Finding:
     for name in installation.cluster.namespaces:
         namespaces = await _read_namespace(installation, name)
         if not namespaces:
-            namespaces = [each for each in await installation.read_surroundings()
-                          if (each["kind"], each["metadata"]["name"]) == ("Namespace", name)]  # fmt: skip
-        levels = [(each["metadata"].get("labels") or {}).get(label) for each in namespaces]
+            namespaces = [manifest for manifest in await installation.read_surroundings()
+                          if (manifest["kind"], manifest["metadata"]["name"]) == ("Namespace", name)]  # fmt: skip
+        levels = [(namespace["metadata"].get("labels") or {}).get(label) for namespace in namespaces]
         if levels != ["restricted"]:
             return warning(
                 f"namespace {name} enforces {next(filter(None, levels), 'no Pod Security Standard')}",
@@ -551,7 +560,11 @@ async def check_admission_policy(installation: Installation) -> Finding:
     kinds = ("ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding")
     missing = []
     for kind in kinds:
-        wanted = {each["metadata"]["name"] for each in await installation.read_release(POOL) if each["kind"] == kind}
+        wanted = {
+            manifest["metadata"]["name"]
+            for manifest in await installation.read_release(POOL)
+            if manifest["kind"] == kind
+        }
         if not wanted or wanted - {*await installation.read_names(_resource(kind))}:
             missing.append(kind)
     if missing:

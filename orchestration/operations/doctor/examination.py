@@ -97,20 +97,22 @@ def print_results(results: Sequence[tuple[Check, Finding]], *, as_json: bool) ->
     """Print a line for each check, below it the cure if there is one; or JSON."""
     counts = Counter(finding.status for _, finding in results)
     if as_json:
-        checks = [{"group": each.group, "check": each.name, **dataclasses.asdict(finding)} for each, finding in results]
+        checks = [
+            {"group": check.group, "check": check.name, **dataclasses.asdict(finding)} for check, finding in results
+        ]
         print(json_text(checks))
         return
     is_coloured = sys.stdout.isatty()
-    width = max(len(each.name) for each, _ in results)
+    width = max(len(check.name) for check, _ in results)
     group = ""
-    for each, finding in results:
-        if each.group != group:
-            print(f"{'' if not group else chr(10)}{each.group}")
-            group = each.group
+    for check, finding in results:
+        if check.group != group:
+            print(f"{'' if not group else chr(10)}{check.group}")
+            group = check.group
         status = f"{finding.status:<11}"
         if is_coloured:
             status = f"\033[{_COLOURS[finding.status]}m{status}\033[0m"
-        print(f"  {status}  {each.name:<{width}}  {one_line(finding.text)}")
+        print(f"  {status}  {check.name:<{width}}  {one_line(finding.text)}")
         if finding.cure:
             print(f"  {'':<11}  {'':<{width}}  -> {one_line(finding.cure)}")
     print(f"\n{', '.join(f'{counts[status]} {status}' for status in _COLOURS if counts[status])}")

@@ -85,15 +85,15 @@ def check(
 
 async def run_checks(installation: Installation, checks: Sequence[Check]) -> list[Finding]:
     """Return the finding of each check, in their order. The checks run concurrently, and none stops another."""
-    return await asyncio.gather(*(_run(installation, each) for each in checks))
+    return await asyncio.gather(*(_run(installation, selected_check) for selected_check in checks))
 
 
-async def _run(installation: Installation, each: Check) -> Finding:
+async def _run(installation: Installation, selected_check: Check) -> Finding:
     try:
-        async with asyncio.timeout(each.limit_seconds):
-            return await each.find(installation)
+        async with asyncio.timeout(selected_check.limit_seconds):
+            return await selected_check.find(installation)
     except TimeoutError:
-        return Finding("not checked", f"no answer within {each.limit_seconds:.0f} s")
+        return Finding("not checked", f"no answer within {selected_check.limit_seconds:.0f} s")
     except PipelineError as error:
         return Finding("not checked", " ".join(str(error).split()))
     except Exception as error:

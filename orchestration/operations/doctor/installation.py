@@ -276,20 +276,20 @@ def merge(values: Object, change: Object) -> Object:
 def containers_of(spec: Object) -> list[Object]:
     """Return the containers and init containers of a pod specification."""
     return [
-        each
+        container
         for key in ("initContainers", "containers")
-        for each in spec.get(key) or []
-        if isinstance(each, dict)  # an entry of a job template may be a variable
+        for container in spec.get(key) or []
+        if isinstance(container, dict)  # an entry of a job template may be a variable
     ]
 
 
 def variables_of(spec: Object) -> dict[str, Object]:
     """Return the environment variables of a pod's containers by name."""
     return {
-        each["name"]: each
+        variable["name"]: variable
         for container in containers_of(spec)
-        for each in container.get("env") or []
-        if isinstance(each, dict)
+        for variable in container.get("env") or []
+        if isinstance(variable, dict)
     }
 
 

@@ -128,9 +128,9 @@ async def check_prefect_versions(installation: Installation) -> Finding:
     found = {"this checkout": prefect.__version__}
     for release in RELEASES if installation.has_cluster else ():
         if await installation.read_revisions(release):
-            for each in await installation.read_release(release):
-                if each["kind"] == "Deployment":
-                    found[f"chart {release}"] = each["metadata"]["labels"]["app.kubernetes.io/version"]
+            for manifest in await installation.read_release(release):
+                if manifest["kind"] == "Deployment":
+                    found[f"chart {release}"] = manifest["metadata"]["labels"]["app.kubernetes.io/version"]
     minor = version_of(server)
     for name, version in found.items():
         lag = minor[1] - version_of(version)[1]
@@ -195,7 +195,7 @@ async def check_retention(installation: Installation) -> Finding:
         raise UncheckedError("a local environment keeps nothing that lasts")
     component = "services" if (await installation.read_values(SERVER))["services"]["separate"] else "api"
     variable = variables_of(await installation.read_component(SERVER, component)).get(VACUUM, {})
-    enabled = {each.strip() for each in str(variable.get("value", "")).split(",")}
+    enabled = {name.strip() for name in str(variable.get("value", "")).split(",")}
     if "flow_runs" not in enabled:
         return warning(
             "runs are kept for ever: the database grows without bound",
@@ -209,17 +209,17 @@ async def check_backup(installation: Installation) -> Finding:
     """A backup of the server's database was made within two days."""
     if installation.is_local:
         raise UncheckedError("a local environment keeps nothing that lasts")
-    jobs = [each for each in await installation.read_objects("cronjobs") if _is_backup(each)]
+    jobs = [job for job in await installation.read_objects("cronjobs") if _is_backup(job)]
     if not jobs:
         if not (await installation.read_values(SERVER))["database"]["bundled"]["enabled"]:
             raise UncheckedError("the operator of the external database backs it up; no CronJob here does")
         return warning("no CronJob backs the bundled database up", "See docs/how-to/back-up.md")
-    newest = max((each.get("status") or {}).get("lastSuccessfulTime") or "" for each in jobs)
+    newest = max((job.get("status") or {}).get("lastSuccessfulTime") or "" for job in jobs)
     if not newest:
         return warning(f"CronJob {jobs[0]['metadata']['name']} has made no backup yet",
                        f"See its Jobs: kubectl -n {installation.cluster.namespace} get jobs")  # fmt: skip
     age = datetime.now(UTC) - datetime.fromisoformat(newest)
-    if age > BACKUP_AGE or all(each["spec"].get("suspend") for each in jobs):
+    if age > BACKUP_AGE or all(job["spec"].get("suspend") for job in jobs):
         return failed(
             f"the last backup is {age.total_seconds() / 3600:.0f} h old",
             f"See its Jobs: kubectl -n {installation.cluster.namespace} get jobs",

@@ -136,13 +136,16 @@ async def check_websocket(installation: Installation) -> Finding:
 
 async def _deployments(installation: Installation) -> list[JSON]:
     """Return all deployments, each with its full `title`."""
-    flows = {each["id"]: each["name"] for each in await installation.server.all("/flows/filter")}
+    flows = {flow["id"]: flow["name"] for flow in await installation.server.all("/flows/filter")}
     found = await installation.server.all("/deployments/filter")
-    return [each | {"title": one_line(f"{flows.get(each['flow_id'], '?')}/{each['name']}")} for each in found]
+    return [
+        deployment | {"title": one_line(f"{flows.get(deployment['flow_id'], '?')}/{deployment['name']}")}
+        for deployment in found
+    ]
 
 
 def _is_scheduled(deployment: JSON) -> bool:
-    return any(each["active"] for each in deployment["schedules"])
+    return any(schedule["active"] for schedule in deployment["schedules"])
 
 
 @check(GROUP, "work pools")
@@ -151,7 +154,7 @@ async def check_work_pools(installation: Installation) -> Finding:
     deployments = await _deployments(installation)
     problems = []
     pools = await installation.server.all("/work_pools/filter")
-    used = [pool for pool in pools if any(each["work_pool_name"] == pool["name"] for each in deployments)]
+    used = [pool for pool in pools if any(deployment["work_pool_name"] == pool["name"] for deployment in deployments)]
     for pool in used:
         path = f"/work_pools/{quote(pool['name'], safe='')}"
         name = one_line(pool["name"])
@@ -182,30 +185,30 @@ async def check_schedules(installation: Installation) -> Finding:
     deployments = await _deployments(installation)
     pools = {pool["name"] for pool in await installation.server.all("/work_pools/filter")}
     dead, intended = [], []
-    for each in deployments:
-        title = each["title"]
-        if not each["schedules"]:
+    for deployment in deployments:
+        title = deployment["title"]
+        if not deployment["schedules"]:
             continue
-        if each["paused"] or not _is_scheduled(each):
-            intended.append(f"{title} is paused" if each["paused"] else f"no schedule of {title} is active")
+        if deployment["paused"] or not _is_scheduled(deployment):
+            intended.append(f"{title} is paused" if deployment["paused"] else f"no schedule of {title} is active")
             continue
-        limit = (each.get("global_concurrency_limit") or {}).get("limit")
-        if not each["work_pool_name"]:
+        limit = (deployment.get("global_concurrency_limit") or {}).get("limit")
+        if not deployment["work_pool_name"]:
             dead.append((f"{title} has no work pool", "Deploy it with a work pool"))
-        elif each["work_pool_name"] not in pools:
+        elif deployment["work_pool_name"] not in pools:
             dead.append((f"the work pool of {title} does not exist", "make deploy, or name another work pool"))
         elif limit == 0:
             dead.append((f"{title} has the concurrency limit 0", "Raise concurrency_limit of the deployment"))
         dead += [
             (f"{title}: {problem}", "Correct the schedule of the deployment")
-            for schedule in each["schedules"]
+            for schedule in deployment["schedules"]
             if schedule["active"] and (problem := _never_fires(schedule["schedule"]))
         ]
     if dead:
         return failed(shorten(text for text, _ in dead), dead[0][1])
     if intended:
         return warning(shorten(intended), "Resume it if that is not intended: prefect deployment schedule resume")
-    scheduled = [each for each in deployments if _is_scheduled(each)]
+    scheduled = [deployment for deployment in deployments if _is_scheduled(deployment)]
     return ok(f"{count(scheduled, 'deployment')} with a schedule")
 
 
