@@ -47,11 +47,11 @@ def _examine(checkout: Checkout) -> dict[str, dict[str, str]]:
 
 def test_doctor_finds_no_problem_before_the_install(checkout: Checkout) -> None:
     found = _examine(checkout)
-    assert {name: each for name, each in found.items() if each["status"] not in ("ok", "not checked")} == {
+    assert {name: finding for name, finding in found.items() if finding["status"] not in ("ok", "not checked")} == {
         name: found[name] for name in MACHINES_OWN if found[name]["status"] == "warning"
     }
     assert {"secrets", "quota", "storage class", "dns", "chart values", "rights of the installer"} <= {
-        name for name, each in found.items() if each["status"] == "ok"
+        name for name, finding in found.items() if finding["status"] == "ok"
     }
 
 
@@ -105,9 +105,9 @@ def test_doctor_checks_the_whole_installation(checkout: Checkout) -> None:
     """All checks pass. Faults are then found all at once."""
     found = _examine(checkout)
     unchecked = {"retention", "backup", "replicas"}
-    problems = {name: each for name, each in found.items() if each["status"] != "ok"}
-    assert {name: each for name, each in problems.items() if name not in MACHINES_OWN | unchecked} == {}
-    assert {name for name, each in problems.items() if each["status"] == "not checked"} == unchecked
+    problems = {name: finding for name, finding in found.items() if finding["status"] != "ok"}
+    assert {name: finding for name, finding in problems.items() if name not in MACHINES_OWN | unchecked} == {}
+    assert {name for name, finding in problems.items() if finding["status"] == "not checked"} == unchecked
 
     target = checkout.target
     namespace = Namespace(target.context, target.namespace)
@@ -128,7 +128,7 @@ def test_doctor_checks_the_whole_installation(checkout: Checkout) -> None:
         namespace.kubectl("label", "--overwrite", "namespace", target.namespace, label.format("restricted"))
         with api_client(target) as api:
             api.patch("/work_pools/default", json={"is_paused": False}).raise_for_status()
-    failed = {name for name, each in ill.items() if each["status"] == "failed"}
+    failed = {name for name, finding in ill.items() if finding["status"] == "failed"}
     assert failed == {"network policies", "secrets", "rights of the worker", "work pools"}
     assert ill["pod security"]["status"] == "warning"
     assert "drift reaches the Kubernetes API" in ill["network policies"]["text"]

@@ -175,9 +175,9 @@ def test_restored_backup_replaces_the_database_and_holds_unknown_runs(
     with server.api() as api:
         assert api.get(f"/deployments/{deployment}").status_code == 200
         assert api.get(f"/flow_runs/{run['id']}").json()["state_name"] == "Held"
-    assert {each["metadata"]["name"]: each["spec"]["replicas"] for each in environment.objects("deployments")} == {
-        f"{SERVER_RELEASE}-{name}": 1 for name in ("api", "services", "redis")
-    }
+    assert {
+        workload["metadata"]["name"]: workload["spec"]["replicas"] for workload in environment.objects("deployments")
+    } == {f"{SERVER_RELEASE}-{name}": 1 for name in ("api", "services", "redis")}
 
 
 def test_missing_secret_is_refused_before_anything_is_changed(server: Release, values: Object) -> None:
@@ -233,10 +233,10 @@ def test_unreachable_database_is_named(namespace: Namespace, values: Object) -> 
     release.deploy(copy.deepcopy(values) | {"database": database}, wait=False)
     environment = Environment("test", namespace.context, namespace.name)
 
-    def told() -> list[str]:
+    def find_waiting_lines() -> list[str]:
         return [line for line in explain_release(environment, "other") if "Waiting for the database" in line]
 
-    [line, *_] = wait_until(told, "the reason", 90)
+    [line, *_] = wait_until(find_waiting_lines, "the reason", 90)
     message = r"Waiting for the database postgresql\+asyncpg://prefect:\*\*\*@nowhere\.invalid"
     assert re.search(rf"wait-for-migrations: \S+Z INFO {message}", line), line
 

@@ -59,17 +59,17 @@ def refusals(api: apiserver.ApiServer, rendered: str) -> list[str]:
     """Return the API server's refusals of a rendered chart, its StatefulSets' pods and claims included."""
     found = []
     for manifest in re.split(r"^---\n", rendered, flags=re.MULTILINE):
-        each = yaml.load(manifest, yaml.CSafeLoader)
-        if each:
-            found += [api.refusal(manifest), *(api.refusal(pod) for pod in _pods(each))]
-    return [each for each in found if each]
+        parsed = yaml.load(manifest, yaml.CSafeLoader)
+        if parsed:
+            found += [api.refusal(manifest), *(api.refusal(pod) for pod in _pods(parsed))]
+    return [refusal for refusal in found if refusal]
 
 
-def _pods(each: Object) -> list[Object]:
+def _pods(workload: Object) -> list[Object]:
     """Return the pod and claims that the StatefulSet controller creates for a StatefulSet."""
-    if each["kind"] != "StatefulSet":
+    if workload["kind"] != "StatefulSet":
         return []
-    set_name, spec = each["metadata"]["name"], each["spec"]
+    set_name, spec = workload["metadata"]["name"], workload["spec"]
     name = f"{set_name}-0"
     labels = spec["template"]["metadata"]["labels"] | {
         "controller-revision-hash": f"{set_name}-{REVISION}",
@@ -105,9 +105,9 @@ def synced_file(rendered: str) -> str:
     Raises:
         AssertionError: the release has no such file.
     """
-    for each in yaml.load_all(rendered, yaml.CSafeLoader):
-        if each and each["kind"] == "ConfigMap" and "pool.yaml" in (each.get("data") or {}):
-            return str(each["data"]["pool.yaml"])
+    for manifest in yaml.load_all(rendered, yaml.CSafeLoader):
+        if manifest and manifest["kind"] == "ConfigMap" and "pool.yaml" in (manifest.get("data") or {}):
+            return str(manifest["data"]["pool.yaml"])
     raise AssertionError("The release has no file with its pool")
 
 
@@ -143,13 +143,13 @@ def pool_refusals(api: apiserver.ApiServer, server: httpx.Client, rendered: str,
     if answers[0].is_success:
         answers += [
             server.post(
-                f"/work_pools/{pool.key}/queues", json={"name": each.key.partition("/")[2], **_sent(each.fields)}
+                f"/work_pools/{pool.key}/queues", json={"name": queue.key.partition("/")[2], **_sent(queue.fields)}
             )
-            for each in wanted.of_kind(QUEUE)
-            if not each.key.endswith("/default")
+            for queue in wanted.of_kind(QUEUE)
+            if not queue.key.endswith("/default")
         ]
         server.delete(f"/work_pools/{pool.key}").raise_for_status()
-    refused = [f"{path}: {each.text}" for each in answers if not each.is_success]
+    refused = [f"{path}: {answer.text}" for answer in answers if not answer.is_success]
     if not refused and (refusal := api.refusal(job(pool.fields["base_job_template"]))):
         refused.append(f"The Job of a run: {refusal}")
     return refused

@@ -135,14 +135,14 @@ def objects_of(text: str) -> list[Object]:
     Raises:
         ValidationError: an object violates a Kubernetes schema.
     """
-    objects = [each for each in yaml.load_all(text, yaml.CSafeLoader) if each]
-    for each in objects:
-        known = each["apiVersion"].split("/")[0] not in ("gateway.networking.k8s.io", "monitoring.coreos.com")
-        if known and (text := repr(each)) not in _VALID:
+    objects = [manifest for manifest in yaml.load_all(text, yaml.CSafeLoader) if manifest]
+    for manifest in objects:
+        known = manifest["apiVersion"].split("/")[0] not in ("gateway.networking.k8s.io", "monitoring.coreos.com")
+        if known and (text := repr(manifest)) not in _VALID:
             for version in KUBERNETES:
                 # Kubernetes before 1.30 lacks this kind, and the chart does not render it there.
-                if version != "1.29" or not each["kind"].startswith("ValidatingAdmissionPolicy"):
-                    kubernetes_validate.validate(each, version, strict=True)
+                if version != "1.29" or not manifest["kind"].startswith("ValidatingAdmissionPolicy"):
+                    kubernetes_validate.validate(manifest, version, strict=True)
             _VALID.add(text)
     return objects
 
@@ -159,9 +159,9 @@ def check_http_route(route: Object) -> None:
     """
     definition = yaml.load(binaries.http_routes().read_text(), yaml.CSafeLoader)
     [schema] = [
-        each["schema"]["openAPIV3Schema"]
-        for each in definition["spec"]["versions"]
-        if route["apiVersion"] == f"{definition['spec']['group']}/{each['name']}"
+        version["schema"]["openAPIV3Schema"]
+        for version in definition["spec"]["versions"]
+        if route["apiVersion"] == f"{definition['spec']['group']}/{version['name']}"
     ]
     metadata = {"metadata": {"type": "object"}}
     jsonschema.validate(route, _closed(schema | {"properties": schema["properties"] | metadata}))
@@ -170,7 +170,7 @@ def check_http_route(route: Object) -> None:
 def _closed(schema: Any) -> Any:
     """Return a schema that refuses unknown fields, which an API server would drop."""
     if isinstance(schema, list):
-        return [_closed(each) for each in schema]
+        return [_closed(entry) for entry in schema]
     if not isinstance(schema, dict):
         return schema
     closed = {key: _closed(value) for key, value in schema.items()}
@@ -179,12 +179,12 @@ def _closed(schema: Any) -> Any:
 
 def inventory(objects: list[Object]) -> list[str]:
     """Return the objects as sorted "Kind/name" texts."""
-    return sorted(f"{each['kind']}/{each['metadata']['name']}" for each in objects)
+    return sorted(f"{manifest['kind']}/{manifest['metadata']['name']}" for manifest in objects)
 
 
 def one(objects: list[Object], kind: str, name: str) -> Object:
     """Return the only object of a kind and name."""
-    found = [each for each in objects if each["kind"] == kind and each["metadata"]["name"] == name]
+    found = [manifest for manifest in objects if manifest["kind"] == kind and manifest["metadata"]["name"] == name]
     assert len(found) == 1, f"{kind}/{name} is not among {inventory(objects)}"
     return found[0]
 
@@ -192,11 +192,13 @@ def one(objects: list[Object], kind: str, name: str) -> Object:
 def pod_specs(objects: list[Object]) -> dict[str, Object]:
     """Return the pod specs of the objects by "Kind/name"."""
     specs = {}
-    for each in objects:
-        template = each.get("spec", {}).get("jobTemplate", each)  # a CronJob's template of Jobs
-        spec = each["spec"] if each["kind"] == "Pod" else template.get("spec", {}).get("template", {}).get("spec")
+    for manifest in objects:
+        template = manifest.get("spec", {}).get("jobTemplate", manifest)  # a CronJob's template of Jobs
+        spec = (
+            manifest["spec"] if manifest["kind"] == "Pod" else template.get("spec", {}).get("template", {}).get("spec")
+        )
         if spec and "containers" in spec:
-            specs[f"{each['kind']}/{each['metadata']['name']}"] = spec
+            specs[f"{manifest['kind']}/{manifest['metadata']['name']}"] = spec
     return specs
 
 
@@ -247,4 +249,4 @@ def assert_restricted(objects: list[Object]) -> None:
 
 def environment(container: Object) -> dict[str, Any]:
     """Return a container's environment variables: the value, or its source (`valueFrom`), by name."""
-    return {each["name"]: each.get("value", each.get("valueFrom")) for each in container["env"]}
+    return {variable["name"]: variable.get("value", variable.get("valueFrom")) for variable in container["env"]}

@@ -32,9 +32,9 @@ def _drawn(seed: int, number: int) -> list[str]:
 def _blocks(objects: list[Object]) -> list[Object]:
     return [
         to["ipBlock"]
-        for each in objects
-        if each["kind"] == "NetworkPolicy"
-        for rule in each["spec"].get("egress", [])
+        for policy in objects
+        if policy["kind"] == "NetworkPolicy"
+        for rule in policy["spec"].get("egress", [])
         for to in rule.get("to", [])
         if "ipBlock" in to
     ]
@@ -43,13 +43,13 @@ def _blocks(objects: list[Object]) -> list[Object]:
 @pytest.mark.parametrize("chart", CHARTS)
 @pytest.mark.parametrize("seed", range(3))
 def test_exceptions_of_a_range_lie_inside_it(chart: str, seed: int) -> None:
-    ranges, excepted = _drawn(seed, 60), [each for each in _drawn(seed + 100, 20) if not each.endswith("/0")]
+    ranges, excepted = _drawn(seed, 60), [address for address in _drawn(seed + 100, 20) if not address.endswith("/0")]
     values = TAG | {"networkPolicy": {"egressCIDRs": ranges, "exceptCIDRs": excepted}}
-    blocks = {each["cidr"]: each.get("except", []) for each in _blocks(render(chart, values))}
+    blocks = {block["cidr"]: block.get("except", []) for block in _blocks(render(chart, values))}
     assert blocks.keys() >= set(ranges)
     for cidr in ranges:
         whole = ipaddress.ip_network(cidr)
-        held = [each for each in excepted if _is_part(ipaddress.ip_network(each), whole)]
+        held = [exception for exception in excepted if _is_part(ipaddress.ip_network(exception), whole)]
         assert blocks[cidr] == held, cidr
 
 
@@ -72,7 +72,7 @@ def test_no_egress_rule_reaches_a_metadata_service(chart: str, more: Object) -> 
     policy = more | ({"api": {"cidrs": ["0.0.0.0/0", "::/0"]}} if chart == "prefect-work-pool" else {})
     for block in _blocks(render(chart, TAG | {"networkPolicy": policy})):
         for address in map(ipaddress.ip_address, METADATA):
-            held = [address in ipaddress.ip_network(each) for each in (block["cidr"], *block.get("except", []))]
+            held = [address in ipaddress.ip_network(network) for network in (block["cidr"], *block.get("except", []))]
             assert not held[0] or any(held[1:]), (block, address)
 
 
@@ -90,9 +90,9 @@ def test_egress_to_an_external_api_opens_only_its_port(url: str, port: int) -> N
     values = TAG | {"networkPolicy": {"api": {"cidrs": ["192.0.2.1/32"]}}} | ({"api": {"url": url}} if url else {})
     rules = [
         rule
-        for each in render("prefect-work-pool", values)
-        if each["kind"] == "NetworkPolicy"
-        for rule in each["spec"].get("egress", [])
+        for policy in render("prefect-work-pool", values)
+        if policy["kind"] == "NetworkPolicy"
+        for rule in policy["spec"].get("egress", [])
         if {"ipBlock": {"cidr": "192.0.2.1/32"}} in rule.get("to", [])
     ]
     assert [rule["ports"] for rule in rules] == [[{"port": port}]] * len(rules)

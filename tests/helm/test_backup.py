@@ -32,7 +32,7 @@ def _pod(objects: list[Object]) -> Object:
 
 def test_backup_adds_these_objects() -> None:
     without = inventory(render("prefect-server", TAG))
-    assert [each for each in inventory(_render()) if each not in without] == [
+    assert [name for name in inventory(_render()) if name not in without] == [
         f"ConfigMap/{NAME}",
         f"CronJob/{NAME}",
         f"Job/{NAME}-volume-1",
@@ -49,13 +49,13 @@ def test_pod_has_no_token_and_reaches_the_database_alone() -> None:
     pod = _pod(objects)
     assert (pod["serviceAccountName"], pod["automountServiceAccountToken"]) == (NAME, False)
     assert one(objects, "ServiceAccount", NAME)["automountServiceAccountToken"] is False
-    assert not [each for each in objects if "Role" in each["kind"]]
+    assert not [manifest for manifest in objects if "Role" in manifest["kind"]]
     policy = one(objects, "NetworkPolicy", NAME)["spec"]
     assert "ingress" not in policy
     _, database = policy["egress"]
     assert database["to"][0]["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "database"
     [ingress] = one(objects, "NetworkPolicy", "test-prefect-server-database")["spec"]["ingress"]
-    admitted = {each["podSelector"]["matchLabels"]["app.kubernetes.io/component"] for each in ingress["from"]}
+    admitted = {peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"] for peer in ingress["from"]}
     assert "backup" in admitted
     [closed] = one(render("prefect-server", TAG), "NetworkPolicy", "test-prefect-server-database")["spec"]["ingress"]
     assert len(closed["from"]) == len(ingress["from"]) - 1
@@ -81,7 +81,7 @@ def test_claim_is_bound_by_a_job_of_the_release() -> None:
     assert {"name": "backups", "persistentVolumeClaim": claim} in spec["volumes"]
     assert spec["automountServiceAccountToken"] is False
     kept = _render(volume={"existingClaim": "mine"})
-    assert not [each for each in kept if each["kind"] == "PersistentVolumeClaim"]
+    assert not [manifest for manifest in kept if manifest["kind"] == "PersistentVolumeClaim"]
     assert {"name": "backups", "persistentVolumeClaim": {"claimName": "mine"}} in _pod(kept)["volumes"]
 
 
@@ -99,7 +99,9 @@ def test_s3_needs_no_volume_and_its_addresses_are_reachable() -> None:
     ]  # fmt: skip
     assert {"secretRef": {"name": "keys"}} in store["envFrom"]
     assert not [
-        each for each in objects if each["kind"] == "PersistentVolumeClaim" or "-volume-" in str(each["metadata"])
+        manifest
+        for manifest in objects
+        if manifest["kind"] == "PersistentVolumeClaim" or "-volume-" in str(manifest["metadata"])
     ]
     assert len(one(objects, "NetworkPolicy", NAME)["spec"]["egress"]) == 3
 

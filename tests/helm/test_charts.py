@@ -43,7 +43,7 @@ def test_pods_meet_the_restricted_standard(chart: Path, values: str) -> None:
 @pytest.mark.parametrize("values", ["TAG", "MAXIMAL"])
 def test_every_pod_has_an_account_of_its_component(chart: Path, values: str) -> None:
     objects = render(chart.name, getattr(CHARTS[chart.name], values))
-    accounts = {each["metadata"]["name"]: each for each in objects if each["kind"] == "ServiceAccount"}
+    accounts = {manifest["metadata"]["name"]: manifest for manifest in objects if manifest["kind"] == "ServiceAccount"}
     assert "default" not in accounts
     assert not any(account["automountServiceAccountToken"] for account in accounts.values())
     users: dict[str, set[str]] = {name: set() for name in accounts}
@@ -65,9 +65,9 @@ def test_what_a_pod_names_is_in_its_namespace(chart: Path, values: str) -> None:
         given = given | {"runs": runs}
     objects = render(chart.name, given)
     places: dict[str, set[str]] = {}
-    for each in objects:
-        place = each["metadata"].get("namespace", "prefect")
-        places.setdefault(f"{each['kind']}/{each['metadata']['name']}", set()).add(place)
+    for manifest in objects:
+        place = manifest["metadata"].get("namespace", "prefect")
+        places.setdefault(f"{manifest['kind']}/{manifest['metadata']['name']}", set()).add(place)
     pods = {(*places[name], name): spec for name, spec in pod_specs(objects).items()}
     if chart.name == "prefect-work-pool":
         template = test_prefect_work_pool.pool_of(objects)["base_job_template"]
@@ -113,9 +113,9 @@ def test_values_are_short_and_schema_refuses_unknown_keys(chart: Path) -> None:
         rule = schema["$defs"][rule["$ref"].split("/")[-1]] if "$ref" in rule else rule
         if isinstance(value, dict) and "properties" in rule:
             assert rule["additionalProperties"] is False, path
-            for key, each in value.items():
+            for key, entry in value.items():
                 assert key in rule["properties"], f"{path}.{key} is not in the schema"
-                check(each, rule["properties"][key], f"{path}.{key}")
+                check(entry, rule["properties"][key], f"{path}.{key}")
 
     check(yaml.safe_load(text), schema, "")
     assert not re.search(r"(?i)password: *\S", text)

@@ -32,7 +32,7 @@ def test_pods_are_restricted_and_their_priority_class_exists(environment: str, c
     objects = rendered(environment, chart)
     assert pod_specs(objects)
     assert_restricted(objects)
-    classes = {each["metadata"]["name"] for each in overlay(environment) if each["kind"] == "PriorityClass"}
+    classes = {manifest["metadata"]["name"] for manifest in overlay(environment) if manifest["kind"] == "PriorityClass"}
     assert {spec["priorityClassName"] for spec in pod_specs(objects).values()} <= classes
 
 

@@ -125,10 +125,10 @@ def test_all_features_render_together() -> None:
     assert {"HorizontalPodAutoscaler/prefect-api", "PodDisruptionBudget/prefect-api", "Ingress/prefect-api",
             "PodDisruptionBudget/prefect-services", "HTTPRoute/prefect-api", "ConfigMap/more",
             "ConfigMap/text"} <= set(inventory(objects))  # fmt: skip
-    for each in objects:
-        if each["kind"] != "ConfigMap":
-            assert each["metadata"]["labels"]["team"] == "data"
-            assert each["metadata"]["annotations"]["owner"] == "test"
+    for manifest in objects:
+        if manifest["kind"] != "ConfigMap":
+            assert manifest["metadata"]["labels"]["team"] == "data"
+            assert manifest["metadata"]["annotations"]["owner"] == "test"
     assert "replicas" not in one(objects, "Deployment", "prefect-api")["spec"]
     for component in ("api", "services"):
         budget = one(objects, "PodDisruptionBudget", f"prefect-{component}")["spec"]
@@ -163,7 +163,7 @@ def test_component_settings_override_top_level_settings() -> None:
     specs = pod_specs(render("prefect-server", MAXIMAL))
     for name, level in (("api", "DEBUG"), ("services", "INFO")):
         container = specs[f"Deployment/prefect-{name}"]["containers"][0]
-        names = [each["name"] for each in container["env"]]
+        names = [variable["name"] for variable in container["env"]]
         assert len(names) == len(set(names))
         assert environment(container)["PREFECT_SERVER_LOGGING_LEVEL"] == level
         assert environment(container)["PREFECT_SERVER_API_DEFAULT_LIMIT"] == "100"
@@ -213,7 +213,7 @@ def test_services_pod_is_ready_while_all_services_make_progress() -> None:
     container = pod_specs(render("prefect-server", TAG))["Deployment/test-prefect-server-services"]["containers"][0]
     assert container["args"] == ["python", "-m", "orchestration.server_process", "server", "services", "start"]
     assert _paths(container) == dict(
-        zip(PROBES, [("health", each) for each in ("/live", "/live", "/ready")], strict=True)
+        zip(PROBES, [("health", path) for path in ("/live", "/live", "/ready")], strict=True)
     )
     assert container["ports"] == [
         {"name": "health", "containerPort": int(environment(container)["SERVICES_HEALTH_PORT"])}
@@ -269,7 +269,9 @@ def test_disabled_auth_removes_all_passwords() -> None:
     def asking(objects: list[Object]) -> list[str]:
         pods = pod_specs(objects).items()
         return [
-            name for name, spec in pods if any("AUTH_STRING" in each for each in environment(spec["containers"][0]))
+            name
+            for name, spec in pods
+            if any("AUTH_STRING" in variable for variable in environment(spec["containers"][0]))
         ]
 
     assert not asking(objects)
@@ -296,9 +298,9 @@ def test_roles_start_the_server_with_access_control() -> None:
     given = render("prefect-server", _with(auth={"roles": {"existingSecret": "given"}}))
     assert "Secret/test-prefect-server-api-roles" not in inventory(given)
     [volume] = [
-        each["secret"]["secretName"]
-        for each in pod_specs(given)["Deployment/test-prefect-server-api"]["volumes"]
-        if "secret" in each
+        pod_volume["secret"]["secretName"]
+        for pod_volume in pod_specs(given)["Deployment/test-prefect-server-api"]["volumes"]
+        if "secret" in pod_volume
     ]
     assert volume == "given"
 
@@ -331,13 +333,13 @@ def test_blocks_have_a_generated_or_existing_key_if_the_chart_has_a_lasting_one(
 
 def test_disabled_network_policies_remove_no_other_object() -> None:
     objects = render("prefect-server", _with(networkPolicy={"enabled": False}))
-    kept = [each for each in inventory(render("prefect-server", TAG)) if not each.startswith("NetworkPolicy/")]
+    kept = [name for name in inventory(render("prefect-server", TAG)) if not name.startswith("NetworkPolicy/")]
     assert inventory(objects) == kept
 
 
 def test_pods_have_no_secret_in_plain_text() -> None:
     objects = render("prefect-server", TAG)
-    secrets = [value for each in objects if each["kind"] == "Secret" for value in each["data"].values()]
+    secrets = [value for manifest in objects if manifest["kind"] == "Secret" for value in manifest["data"].values()]
     text = json.dumps(pod_specs(objects))
     assert len(secrets) == 4 + len(("reconciler", "sync", "viewer", "worker", "run-key"))
     assert not [secret for secret in secrets if secret in text]

@@ -135,7 +135,11 @@ def _with(**values: Any) -> Object:
 
 def _synced(objects: list[Object]) -> Object:
     """Return the content of pool.yaml, which the release's sync Job applies to the server."""
-    [found] = [each for each in objects if each["kind"] == "ConfigMap" and each["metadata"]["name"].endswith("-sync")]
+    [found] = [
+        manifest
+        for manifest in objects
+        if manifest["kind"] == "ConfigMap" and manifest["metadata"]["name"].endswith("-sync")
+    ]
     return dict(yaml.safe_load(found["data"]["pool.yaml"]))
 
 
@@ -201,10 +205,10 @@ def test_all_features_render_together() -> None:
     objects = render("prefect-work-pool", MAXIMAL)
     assert {"HorizontalPodAutoscaler/pool-worker", "PodDisruptionBudget/pool-worker", "ConfigMap/more",
             "ServiceAccount/launcher", "ServiceAccount/runner"} <= set(inventory(objects))  # fmt: skip
-    for each in objects:
-        if each["metadata"]["name"] != "more":
-            assert each["metadata"]["labels"]["team"] == "data"
-            assert each["metadata"]["annotations"]["owner"] == "test"
+    for manifest in objects:
+        if manifest["metadata"]["name"] != "more":
+            assert manifest["metadata"]["labels"]["team"] == "data"
+            assert manifest["metadata"]["annotations"]["owner"] == "test"
     worker = pod_specs(objects)["Deployment/pool-worker"]
     assert [container["name"] for container in worker["containers"]] == ["worker", "proxy"]
     assert worker["serviceAccountName"] == "launcher"
@@ -224,13 +228,15 @@ def test_all_features_render_together() -> None:
 
 def test_worker_role_has_only_the_needed_verbs() -> None:
     objects = render("prefect-work-pool", TAG)
-    [cluster_role] = [each for each in objects if each["kind"] == "ClusterRole"]
+    [cluster_role] = [manifest for manifest in objects if manifest["kind"] == "ClusterRole"]
     assert cluster_role["rules"] == [
         {"apiGroups": [""], "resources": ["namespaces"], "resourceNames": ["kube-system"], "verbs": ["get"]}
     ], "the only cluster-wide permission: to identify the cluster"
-    [binding] = [each for each in objects if each["kind"] == "ClusterRoleBinding"]
-    accounts = [f"test-prefect-work-pool-{each}" for each in ("worker", "reconciler")]
-    assert [(each["name"], each["namespace"]) for each in binding["subjects"]] == [(n, "prefect") for n in accounts]
+    [binding] = [manifest for manifest in objects if manifest["kind"] == "ClusterRoleBinding"]
+    accounts = [f"test-prefect-work-pool-{component}" for component in ("worker", "reconciler")]
+    assert [(account["name"], account["namespace"]) for account in binding["subjects"]] == [
+        (n, "prefect") for n in accounts
+    ]
     without = inventory(render("prefect-work-pool", _with(clusterRole={"create": False})))
     assert not [name for name in without if name.startswith("Cluster")]
     assert one(objects, "Role", "test-prefect-work-pool-worker")["rules"] == [
@@ -318,13 +324,13 @@ def test_reconciler_roles_are_what_the_reconciler_calls() -> None:
     called = set(re.findall(r"cluster\.(\w+)\(", inspect.getsource(_reconciler_calls)))
     assert public - others == called, "call each method in _reconciler_calls"
     objects = render("prefect-work-pool", TAG)
-    roles = [one(objects, "Role", f"test-prefect-work-pool-reconciler{each}") for each in ("", "-lease")]
+    roles = [one(objects, "Role", f"test-prefect-work-pool-reconciler{suffix}") for suffix in ("", "-lease")]
     assert set().union(*map(_permissions, roles)) == asyncio.run(_reconciler_calls())
 
 
 def _in_namespaces(objects: list[Object], *kinds: str) -> list[str]:
     """Return objects of these kinds as sorted "NAMESPACE Kind/name" texts, without the release's name."""
-    found = [(each["kind"], each["metadata"]) for each in objects if each["kind"] in kinds]
+    found = [(manifest["kind"], manifest["metadata"]) for manifest in objects if manifest["kind"] in kinds]
     prefix = "test-prefect-work-pool-"
     return sorted(f"{meta['namespace']} {kind}/{meta['name'].removeprefix(prefix)}" for kind, meta in found)
 
@@ -333,7 +339,7 @@ def test_objects_of_runs_are_in_their_namespace() -> None:
     runs = {"namespace": "{{ .Release.Namespace }}-runs", "results": {"storage": "volume"}}
     objects = render("prefect-work-pool", _with(runs=runs))
     workloads = ("ServiceAccount", "Secret", "StatefulSet", "Deployment", "Job", "NetworkPolicy")
-    assert [each for each in _in_namespaces(objects, *workloads) if each.startswith("prefect-runs ")] == [
+    assert [name for name in _in_namespaces(objects, *workloads) if name.startswith("prefect-runs ")] == [
         "prefect-runs NetworkPolicy/results",
         "prefect-runs NetworkPolicy/runs",
         "prefect-runs ServiceAccount/results",
@@ -348,16 +354,16 @@ def test_objects_of_runs_are_in_their_namespace() -> None:
         "prefect-runs RoleBinding/reconciler",
         "prefect-runs RoleBinding/worker",
     ]
-    for each in objects:
-        if each["kind"] == "RoleBinding":
-            assert [subject["namespace"] for subject in each["subjects"]] == ["prefect"]
+    for manifest in objects:
+        if manifest["kind"] == "RoleBinding":
+            assert [subject["namespace"] for subject in manifest["subjects"]] == ["prefect"]
     template = pool_of(objects)["base_job_template"]
     assert template["job_configuration"]["namespace"] == "prefect-runs"
     assert _job(pool_of(objects))["metadata"]["namespace"] == "prefect-runs"
     worker = _args(objects, "Deployment/test-prefect-work-pool-worker")
     assert worker[worker.index("--namespace") + 1] == "prefect-runs"
     reconciler = _args(objects, "Deployment/test-prefect-work-pool-reconciler")
-    assert [reconciler[at + 1] for at, word in enumerate(reconciler) if word == "--namespace"] == ["prefect-runs"]
+    assert [reconciler[index + 1] for index, word in enumerate(reconciler) if word == "--namespace"] == ["prefect-runs"]
     assert reconciler[reconciler.index("--lease-namespace") + 1] == "$(NAMESPACE)"
 
 
@@ -381,17 +387,17 @@ def test_runs_in_a_former_namespace_keep_network_identity_and_reconciler() -> No
     runs = {"namespace": "flows", "formerNamespaces": ["{{ .Release.Namespace }}", "flows"]}
     objects = render("prefect-work-pool", _with(runs=runs))
     kinds = ("Role", "RoleBinding", "ServiceAccount", "NetworkPolicy")
-    found = [each for each in _in_namespaces(objects, *kinds) if each.endswith(("/runs", "/reconciler", "/worker"))]
+    found = [name for name in _in_namespaces(objects, *kinds) if name.endswith(("/runs", "/reconciler", "/worker"))]
     assert found == sorted(
         [
             *(f"{namespace} {kind}/reconciler" for namespace in ("prefect", "flows") for kind in kinds[:2]),
             *(f"{namespace} {kind}/runs" for namespace in ("prefect", "flows") for kind in kinds[2:]),
             *(f"flows {kind}/worker" for kind in kinds[:2]),
-            *(f"prefect {kind}/{each}" for each in ("worker", "reconciler") for kind in kinds[2:]),
+            *(f"prefect {kind}/{component}" for component in ("worker", "reconciler") for kind in kinds[2:]),
         ]
     )
     reconciler = _args(objects, "Deployment/test-prefect-work-pool-reconciler")
-    watched = [reconciler[at + 1] for at, word in enumerate(reconciler) if word == "--namespace"]
+    watched = [reconciler[index + 1] for index, word in enumerate(reconciler) if word == "--namespace"]
     assert watched == ["flows", "prefect"]
 
 
@@ -411,8 +417,8 @@ VERBS = {
 @pytest.mark.parametrize("component", ["worker", "reconciler"])
 def test_comments_name_all_verbs_of_a_role(component: str) -> None:
     objects = render("prefect-work-pool", TAG)
-    rules = [rule for each in objects if each["kind"] == "Role" and component in each["metadata"]["name"]
-             for rule in each["rules"]]  # fmt: skip
+    rules = [rule for manifest in objects if manifest["kind"] == "Role" and component in manifest["metadata"]["name"]
+             for rule in manifest["rules"]]  # fmt: skip
     chart = ROOT / "helm" / "prefect-work-pool"
     of_values = re.search(
         rf"^{component}:.*?^  rbac:\n(.*?)create: true", (chart / "values.yaml").read_text(), re.DOTALL | re.MULTILINE
@@ -462,9 +468,9 @@ def test_sync_is_one_command_with_files_and_pool(sync: Object, between: list[str
 def test_sync_job_has_init_containers_and_volumes_but_no_sidecars() -> None:
     spec = pod_specs(render("prefect-work-pool", MAXIMAL))["Job/pool-sync"]
     [container] = spec["containers"]
-    assert [each["name"] for each in spec["initContainers"]] == ["native"]
-    assert {each["mountPath"] for each in container["volumeMounts"]} == {"/tmp", "/more", "/etc/prefect-pool"}  # noqa: S108
-    assert {each["name"] for each in spec["volumes"]} == {"tmp", "more", "pool"}
+    assert [init_container["name"] for init_container in spec["initContainers"]] == ["native"]
+    assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/tmp", "/more", "/etc/prefect-pool"}  # noqa: S108
+    assert {volume["name"] for volume in spec["volumes"]} == {"tmp", "more", "pool"}
 
 
 def test_drift_and_sync_have_the_same_owner() -> None:
@@ -472,20 +478,20 @@ def test_drift_and_sync_have_the_same_owner() -> None:
     for values, name in ((TAG, "test-prefect-work-pool"), (MAXIMAL, "pool")):
         objects = render("prefect-work-pool", values)
         sync, drift = (
-            _args(objects, f"{each}-{part}")
-            for each, part in ((f"Job/{name}", "sync"), (f"Deployment/{name}", "drift"))
+            _args(objects, f"{workload}-{part}")
+            for workload, part in ((f"Job/{name}", "sync"), (f"Deployment/{name}", "drift"))
         )
         assert drift[:2] == ["orchestrate", "watch"]
         assert drift[drift.index("--owner") + 1] == sync[sync.index("--owner") + 1]
     assert drift[-4:] == ["--every", "60", "--port", "8080"]
     container = pod_specs(objects)["Deployment/pool-drift"]["containers"][0]
-    assert {container[f"{each}Probe"]["httpGet"]["path"] for each in ("startup", "liveness", "readiness")} == {
+    assert {container[f"{probe}Probe"]["httpGet"]["path"] for probe in ("startup", "liveness", "readiness")} == {
         "/health"
     }
     assert environment(container)["PREFECT_LOGGING_LEVEL"] == "WARNING"
     assert environment(container)["PREFECT_API_URL"] == "https://test.example.com/api"
     without = inventory(render("prefect-work-pool", _with(drift={"enabled": False})))
-    assert not [each for each in without if each.endswith("-drift")]
+    assert not [object_name for object_name in without if object_name.endswith("-drift")]
 
 
 def test_reconciler_role_creates_only_its_lease() -> None:
@@ -515,7 +521,7 @@ def test_reconciler_role_creates_only_its_lease() -> None:
     silent = render("prefect-work-pool", _with(reconciler={"podEvents": False}))
     assert "--no-pod-events" in _args(silent, f"Deployment/{name}")
     without = render("prefect-work-pool", _with(reconciler={"enabled": False}))
-    assert not [each for each in inventory(without) if "-reconciler" in each]
+    assert not [object_name for object_name in inventory(without) if "-reconciler" in object_name]
     variables = environment(pod_specs(without)["Deployment/test-prefect-work-pool-worker"]["containers"][0])
     assert "PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED" not in variables
 
@@ -523,7 +529,7 @@ def test_reconciler_role_creates_only_its_lease() -> None:
 def test_retry_budget_values_become_job_variables() -> None:
     retries = {"crashes": 1, "disruptions": 3, "backoffSeconds": 5, "memoryGrowth": 2, "memoryMax": "8Gi"}
     properties = _pool(_with(runs={"retries": retries}))["base_job_template"]["variables"]["properties"]
-    names = [each.name for each in fields(RetryBudget)]
+    names = [field.name for field in fields(RetryBudget)]
     assert [properties[name]["default"] for name in names] == list(retries.values())
     [container] = _job(_pool(TAG))["spec"]["template"]["spec"]["containers"]
     assert container["command"][-1] == "/app/orchestration/execution.py", (
@@ -596,8 +602,8 @@ def test_results_in_a_storage_block_outlive_the_pod(results: Object, basepath: s
     assert "PREFECT_TASKS_DEFAULT_PERSIST_RESULT" not in variables
     url = {"secretKeyRef": {"name": "cache", "key": "address"}} if results["storage"] == "redis" else None
     assert variables.get("RESULTS_REDIS_URL") == url
-    assert not [each for each in inventory(objects) if each.startswith("StatefulSet/")]
-    assert "results" not in {each["name"] for each in run["volumes"]}
+    assert not [object_name for object_name in inventory(objects) if object_name.startswith("StatefulSet/")]
+    assert "results" not in {volume["name"] for volume in run["volumes"]}
     not_persisted = render(
         "prefect-work-pool", _with(runs={"results": results | {"persistByDefault": False}}), "other.one"
     )
@@ -614,8 +620,8 @@ def _mounted(objects: list[Object], secret: str) -> list[str]:
     return [
         name
         for name, spec in pod_specs(objects).items()
-        for each in spec.get("volumes", [])
-        if each.get("secret", {}).get("secretName") == secret
+        for volume in spec.get("volumes", [])
+        if volume.get("secret", {}).get("secretName") == secret
     ]
 
 
@@ -628,16 +634,16 @@ def test_only_the_worker_has_the_master_key_of_results(storage: str) -> None:
     assert _mounted(objects, SIGNING) == ["Deployment/test-prefect-work-pool-worker"]
     [container] = pod_specs(objects)["Deployment/test-prefect-work-pool-worker"]["containers"]
     file = container["args"][container["args"].index("--signing-key") + 1]
-    [folder] = [each["mountPath"] for each in container["volumeMounts"] if each["name"] == "signing-key"]
+    [folder] = [mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "signing-key"]
     assert file == f"{folder}/signing-key"
     [volume] = [
-        each["secret"]["items"]
-        for each in pod_specs(objects)["Deployment/test-prefect-work-pool-worker"]["volumes"]
-        if each["name"] == "signing-key"
+        pod_volume["secret"]["items"]
+        for pod_volume in pod_specs(objects)["Deployment/test-prefect-work-pool-worker"]["volumes"]
+        if pod_volume["name"] == "signing-key"
     ]
     assert volume == [{"key": "signing-key", "path": "signing-key"}]
-    texts = [yaml.safe_dump(each) for each in objects if each["kind"] not in ("Secret", "Deployment")]
-    assert not [each for each in texts if SIGNING in each], "neither Roles, nor the admission policy, nor the template"
+    texts = [yaml.safe_dump(manifest) for manifest in objects if manifest["kind"] not in ("Secret", "Deployment")]
+    assert not [text for text in texts if SIGNING in text], "neither Roles, nor the admission policy, nor the template"
 
 
 @pytest.mark.parametrize(
@@ -652,20 +658,20 @@ def test_only_the_worker_has_the_master_key_of_results(storage: str) -> None:
 )
 def test_results_are_signed_with_the_key_that_the_values_name(results: Object, secret: str | None) -> None:
     objects = render("prefect-work-pool", _with(runs={"results": results}))
-    assert not [each for each in inventory(objects) if each.startswith("Secret/")]
+    assert not [name for name in inventory(objects) if name.startswith("Secret/")]
     spec = pod_specs(objects)["Deployment/test-prefect-work-pool-worker"]
     assert ("--signing-key" in spec["containers"][0]["args"]) is bool(secret)
-    volumes = [each["secret"] for each in spec["volumes"] if each["name"] == "signing-key"]
+    volumes = [volume["secret"] for volume in spec["volumes"] if volume["name"] == "signing-key"]
     items = [{"key": "master", "path": "signing-key"}]
     assert volumes == ([{"secretName": secret, "items": items}] if secret else [])
 
 
 def test_result_storages_in_the_docs_are_valid_values() -> None:
     examples = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/explanation/durable-results.md").read_text(), re.DOTALL)
-    shown = [yaml.safe_load(each) for each in examples]
-    assert [each["runs"]["results"]["storage"] for each in shown] == ["volume", "s3", "redis"]
-    for each in shown:
-        render("prefect-work-pool", TAG | each)
+    shown = [yaml.safe_load(example) for example in examples]
+    assert [shown_values["runs"]["results"]["storage"] for shown_values in shown] == ["volume", "s3", "redis"]
+    for shown_values in shown:
+        render("prefect-work-pool", TAG | shown_values)
 
 
 def test_only_the_pool_is_synced_without_a_storage_block() -> None:
@@ -674,7 +680,7 @@ def test_only_the_pool_is_synced_without_a_storage_block() -> None:
 
 
 def test_only_worker_and_reconciler_mount_an_api_token() -> None:
-    with_token = {f"Deployment/test-prefect-work-pool-{each}" for each in ("worker", "reconciler")}
+    with_token = {f"Deployment/test-prefect-work-pool-{component}" for component in ("worker", "reconciler")}
     for name, spec in pod_specs(render("prefect-work-pool", TAG)).items():
         assert spec["automountServiceAccountToken"] is (name in with_token), name
     for values, mounts in ((TAG, False), (MAXIMAL, True)):
@@ -706,7 +712,7 @@ def test_values_of_runs_reach_the_base_job_template() -> None:
     assert spec["priorityClassName"] == "runs"
     for key in ("tolerations", "affinity", "topologySpreadConstraints", "hostAliases", "dnsConfig"):
         assert spec[key] == MAXIMAL["pod"][key]
-    assert [each["name"] for each in spec["initContainers"]] == ["native"]
+    assert [init_container["name"] for init_container in spec["initContainers"]] == ["native"]
     assert spec["imagePullSecrets"] == [{"name": "registry"}]
     [container] = spec["containers"]
     assert container["image"] == "flows:2"
@@ -739,7 +745,7 @@ def test_job_variables_override_the_releases_defaults() -> None:
 
 def test_disabled_network_policies_remove_no_other_object() -> None:
     objects = render("prefect-work-pool", _with(networkPolicy={"enabled": False}))
-    kept = [each for each in inventory(render("prefect-work-pool", TAG)) if not each.startswith("NetworkPolicy/")]
+    kept = [name for name in inventory(render("prefect-work-pool", TAG)) if not name.startswith("NetworkPolicy/")]
     assert inventory(objects) == kept
 
 
@@ -793,7 +799,7 @@ def test_sidecars_of_runs_follow_the_main_container() -> None:
     assert proxy == PROXY | {"env": filled, "securityContext": main["securityContext"]}
     assert own == log, "its own securityContext stays"
     with_proxy = pod_specs(objects)["Deployment/test-prefect-work-pool-worker"]["containers"]
-    assert [each["name"] for each in with_proxy] == ["worker", "of-all"]
+    assert [container["name"] for container in with_proxy] == ["worker", "of-all"]
 
 
 def test_base_job_template_has_all_upstream_variables() -> None:
@@ -802,7 +808,7 @@ def test_base_job_template_has_all_upstream_variables() -> None:
     nothing = {"job_watch_timeout_seconds", "pod_watch_timeout_seconds", "stream_output"}
     elsewhere = {"namespace", "cluster_config"}
     ours = set(_pool(TAG)["base_job_template"]["variables"]["properties"])
-    assert ours - upstream == {"active_deadline_seconds", *(each.name for each in fields(RetryBudget))}
+    assert ours - upstream == {"active_deadline_seconds", *(field.name for field in fields(RetryBudget))}
     assert upstream - ours == nothing | elsewhere
 
 
@@ -846,7 +852,7 @@ def test_roles_secret_gives_each_component_its_own_credential() -> None:
         "drift": {"name": "roles", "key": "sync"},
     }
     worker = specs["Deployment/test-prefect-work-pool-worker"]
-    [volume] = [each["secret"] for each in worker["volumes"] if "secret" in each]
+    [volume] = [pod_volume["secret"] for pod_volume in worker["volumes"] if "secret" in pod_volume]
     assert volume == {"secretName": "roles", "items": [{"key": "run-key", "path": "run-key"}]}
     assert found["worker"]["RUN_CREDENTIALS"] == "/etc/prefect-api/run-key"
     assert not [name for name in found["worker"] if name.endswith(("SECRET_NAME", "SECRET_KEY"))]
@@ -872,13 +878,13 @@ def test_changed_base_job_template_restarts_workers() -> None:
 
 def test_network_policies_deny_everything_else() -> None:
     objects = render("prefect-work-pool", MAXIMAL)
-    for each in objects:
-        if each["kind"] == "NetworkPolicy":
-            assert each["spec"]["policyTypes"] == ["Ingress", "Egress"]
-            has_metrics = each["metadata"]["name"] in ("pool-drift", "pool-reconciler")
-            assert ("ingress" in each["spec"]) == has_metrics
+    for manifest in objects:
+        if manifest["kind"] == "NetworkPolicy":
+            assert manifest["spec"]["policyTypes"] == ["Ingress", "Egress"]
+            has_metrics = manifest["metadata"]["name"] in ("pool-drift", "pool-reconciler")
+            assert ("ingress" in manifest["spec"]) == has_metrics
             if has_metrics:
-                assert each["spec"]["ingress"] == [
+                assert manifest["spec"]["ingress"] == [
                     {"ports": [{"port": "metrics"}], "from": MAXIMAL["networkPolicy"]["metricsFrom"]}
                 ]
     by_default = one(render("prefect-work-pool", TAG), "NetworkPolicy", "test-prefect-work-pool-drift")
@@ -1010,7 +1016,7 @@ def test_impossible_values_are_refused_with_key_and_cure(values: Object, message
 
 def test_admission_policy_lists_the_references_of_runs() -> None:
     policy = one(render("prefect-work-pool", MAXIMAL), "ValidatingAdmissionPolicy", "prefect-pool-worker")
-    variables = {each["name"]: each["expression"] for each in policy["spec"]["variables"]}
+    variables = {variable["name"]: variable["expression"] for variable in policy["spec"]["variables"]}
     assert "all-settings" not in variables["secrets"], "only the worker has this Secret"
     assert "warehouse" in json.loads(variables["secrets"])
     assert json.loads(variables["configMaps"]) == ["ca", "flows"]
@@ -1019,7 +1025,7 @@ def test_admission_policy_lists_the_references_of_runs() -> None:
     policy = one(
         render("prefect-work-pool", chosen), "ValidatingAdmissionPolicy", "prefect-test-prefect-work-pool-worker"
     )
-    assert {each["name"]: each["expression"] for each in policy["spec"]["variables"]}["chosen"] == "true"
+    assert {variable["name"]: variable["expression"] for variable in policy["spec"]["variables"]}["chosen"] == "true"
     without = inventory(render("prefect-work-pool", _with(admissionPolicy={"enabled": False})))
     assert not [name for name in without if name.startswith("ValidatingAdmission")]
 
@@ -1034,4 +1040,4 @@ def test_runs_get_proxy_headers_by_secret_reference() -> None:
     manifest = _pool(values)["base_job_template"]["job_configuration"]["job_manifest"]
     assert headers in manifest["spec"]["template"]["spec"]["containers"][0]["env"]
     policy = one(objects, "ValidatingAdmissionPolicy", "prefect-test-prefect-work-pool-worker")
-    assert "proxy" in {each["name"]: each["expression"] for each in policy["spec"]["variables"]}["secrets"]
+    assert "proxy" in {variable["name"]: variable["expression"] for variable in policy["spec"]["variables"]}["secrets"]

@@ -31,17 +31,17 @@ def test_verb_without_a_reason_is_refused() -> None:
 def _keys(found: object) -> set[str]:
     """Return the keys of labels and annotations in objects and their pod templates."""
     if isinstance(found, list):
-        return {key for each in found for key in _keys(each)}
+        return {key for entry in found for key in _keys(entry)}
     if not isinstance(found, dict):
         return set()
     own: set[str] = set()
     if isinstance(metadata := found.get("metadata"), dict):
         own = {*(metadata.get("labels") or {}), *(metadata.get("annotations") or {})}
-    return own | {key for each in found.values() for key in _keys(each)}
+    return own | {key for entry in found.values() for key in _keys(entry)}
 
 
 def test_labels_page_has_all_labels_of_the_charts() -> None:
     tag: Object = {"image": {"tag": "1"}}
-    objects = [each for chart in ("prefect-server", "prefect-work-pool") for each in render(chart, tag, chart)]
+    objects = [manifest for chart in ("prefect-server", "prefect-work-pool") for manifest in render(chart, tag, chart)]
     named = set(re.findall(r"`([\w./-]+)`", LABELS.read_text()))
     assert sorted(_keys(objects) - named) == []

@@ -253,7 +253,7 @@ def test_schema_requires_keys_that_templates_need(chart: str) -> None:
         while "$ref" in rule or ("allOf" in rule and "properties" not in rule):
             definition = rule.get("$ref") or rule["allOf"][0]["$ref"]
             rule = root["$defs"][definition.rpartition("/")[2]] | {
-                key: each for key, each in rule.items() if key == "required"
+                key: value for key, value in rule.items() if key == "required"
             }
         if (
             path.endswith((".pod", "Probe", ".resources", ".lifecycle", ".strategy", ".timeouts"))
@@ -261,10 +261,10 @@ def test_schema_requires_keys_that_templates_need(chart: str) -> None:
             or "properties" not in rule
         ):
             return
-        needed = {key for key, each in default.items() if each is not None} - {"minAvailable", "maxUnavailable"}
+        needed = {key for key, value in default.items() if value is not None} - {"minAvailable", "maxUnavailable"}
         assert needed <= set(rule.get("required", ())), f"{path}: {sorted(needed - set(rule.get('required', ())))}"
-        for key, each in default.items():
-            check(each, rule["properties"][key], f"{path}.{key}")
+        for key, value in default.items():
+            check(value, rule["properties"][key], f"{path}.{key}")
 
     check(yaml.safe_load((ROOT / "helm" / chart / "values.yaml").read_text()), root, "")
 
@@ -343,7 +343,7 @@ def test_setting_keeps_its_written_text(chart: str, given_value: Any, text: str)
     objects = render(chart, {"image": {"tag": "1"}, "settings": {"PREFECT_A": given_value}})
     for name, spec in pod_specs(objects).items():
         [container] = [
-            each for each in spec["containers"] if each["name"] in ("api", "services", "worker", "sync")
+            candidate for candidate in spec["containers"] if candidate["name"] in ("api", "services", "worker", "sync")
         ] or [None]
         if container:
             assert environment(container)["PREFECT_A"] == text, name
@@ -376,8 +376,8 @@ def test_work_pool_example_syncs_to_a_new_server(server: httpx.Client, tmp_path:
             await sync(api, wanted, prune=True, adopt=True)
 
     asyncio.run(synced())
-    for each in server.post("/deployments/filter", json={}).json():
-        server.delete(f"/deployments/{each['id']}").raise_for_status()
+    for deployment in server.post("/deployments/filter", json={}).json():
+        server.delete(f"/deployments/{deployment['id']}").raise_for_status()
     [pool] = wanted.of_kind(POOL)
     server.delete(f"/work_pools/{pool.key}").raise_for_status()
 
@@ -444,4 +444,4 @@ def test_chart_version_with_a_plus_is_a_valid_label(chart: str, tmp_path: Path) 
     metadata = copied / "Chart.yaml"
     metadata.write_text(re.sub(r"(?m)^version: (.*)$", r"version: \1+1a2b3c4d5e6f", metadata.read_text()))
     objects = objects_of(binaries.helm("template", "test", str(copied), "--set-string", "image.tag=1"))
-    assert {"_1a2b3c4d5e6f" in each["metadata"]["labels"]["helm.sh/chart"] for each in objects} == {True}
+    assert {"_1a2b3c4d5e6f" in manifest["metadata"]["labels"]["helm.sh/chart"] for manifest in objects} == {True}

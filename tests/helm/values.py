@@ -236,20 +236,20 @@ def strategy(rule: Object, root: Object, name: str = "") -> SearchStrategy[Any]:
     if definition:
         return strategy(root["$defs"][definition], root)
     if "anyOf" in rule:
-        return st.one_of([strategy(each, root) for each in rule["anyOf"]])
+        return st.one_of([strategy(alternative, root) for alternative in rule["anyOf"]])
     if "const" in rule or "enum" in rule:
         return st.sampled_from(rule.get("enum") or [rule["const"]])
     types = rule.get("type", "object")
-    return st.one_of([TYPES[each](rule, root) for each in ([types] if isinstance(types, str) else types)])
+    return st.one_of([TYPES[type_name](rule, root) for type_name in ([types] if isinstance(types, str) else types)])
 
 
 def _integers(rule: Object, root: Object) -> SearchStrategy[int]:
     least, most = rule.get("minimum", 0), rule.get("maximum", 2**31 - 1)
-    return st.sampled_from([each for each in NUMBERS if least <= each <= most] + [least]) | st.integers(least, most)
+    return st.sampled_from([value for value in NUMBERS if least <= value <= most] + [least]) | st.integers(least, most)
 
 
 def _numbers(rule: Object, root: Object) -> SearchStrategy[float]:
-    return _integers(rule, root) | st.sampled_from([each for each in (0.25, 1.5) if rule.get("minimum", 0) <= each])
+    return _integers(rule, root) | st.sampled_from([value for value in (0.25, 1.5) if rule.get("minimum", 0) <= value])
 
 
 def _strings(rule: Object, root: Object) -> SearchStrategy[str]:
@@ -262,10 +262,10 @@ def _strings(rule: Object, root: Object) -> SearchStrategy[str]:
 def _objects(rule: Object, root: Object) -> SearchStrategy[Object]:
     if "properties" in rule:
         required = set(rule.get("required", ()))
-        drawn = {name: strategy(each, root, name) for name, each in rule["properties"].items()}
+        drawn = {name: strategy(property_rule, root, name) for name, property_rule in rule["properties"].items()}
         return st.fixed_dictionaries(
-            {name: each for name, each in drawn.items() if name in required},
-            optional={name: each for name, each in drawn.items() if name not in required},
+            {name: value for name, value in drawn.items() if name in required},
+            optional={name: value for name, value in drawn.items() if name not in required},
         )
     if "propertyNames" in rule and "additionalProperties" in rule:
         drawn_keys = st.from_regex(rule["propertyNames"]["pattern"], fullmatch=True)

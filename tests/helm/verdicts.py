@@ -203,7 +203,7 @@ OF_OBJECTS: dict[str, tuple[Maker, Sequence[Object]]] = {
         *({"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}}
         for terms in (
             [], [{"matchExpressions": [{"key": "a", "operator": "Gt", "values": ["1"]}]}],
-            *([{"matchExpressions": [{"key": "a"} | each]}] for each in (*_EXPRESSIONS, {"operator": "Gt",
+            *([{"matchExpressions": [{"key": "a"} | expression]}] for expression in (*_EXPRESSIONS, {"operator": "Gt",
             "values": ["1", "2"]})),
         )),
         *({"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [{"weight": weight,
@@ -212,9 +212,9 @@ OF_OBJECTS: dict[str, tuple[Maker, Sequence[Object]]] = {
         {"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [{"topologyKey": "a",
         "labelSelector": {}}]}},
     ]),
-    "volume": (lambda value: _pod(volumes=[value]), [{"name": "a"} | each for each in _VOLUMES]),
-    "container": (_with, [_SIDE | each for each in _CONTAINERS]),
-    "initContainer": (_before, [_SIDE | each for each in _INIT_CONTAINERS]),
+    "volume": (lambda value: _pod(volumes=[value]), [{"name": "a"} | volume for volume in _VOLUMES]),
+    "container": (_with, [_SIDE | container for container in _CONTAINERS]),
+    "initContainer": (_before, [_SIDE | container for container in _INIT_CONTAINERS]),
     "lifecycle": (lambda value: _container(lifecycle=value), [
         {"preStop": {"httpGet": {}}}, {"preStop": {"httpGet": {"port": "http", "path": "/a"}}},
         {"postStart": {"sleep": {"seconds": 1}}},
@@ -226,7 +226,7 @@ OF_OBJECTS: dict[str, tuple[Maker, Sequence[Object]]] = {
           for kind, value, period in (("Pods", 0, 1), ("Pods", 1, 1), ("Percent", 200, 1801), ("Pod", 1, 1))),
     ]),
     "selector": (lambda value: _egress({"to": [{"podSelector": value}]}), [
-        {"matchExpressions": [{"key": "a"} | each]} for each in (
+        {"matchExpressions": [{"key": "a"} | expression]} for expression in (
             *_EXPRESSIONS, {"operator": "In", "values": ["a b"]}, {"operator": "NotIn", "values": ["a"]},
             {"operator": "Exists"},
         )

@@ -95,7 +95,7 @@ def test_run_survives_a_stopped_kubelet(pool: Pool, api: httpx.Client, second_no
         time.sleep(KUBELET_OUTAGE_SECONDS)
     wait_until_completed(api, run)
     assert get_run(api, run)["run_count"] == 1
-    assert [each["metadata"]["name"] for each in list_pods(pool, run)] == [pod]
+    assert [listed_pod["metadata"]["name"] for listed_pod in list_pods(pool, run)] == [pod]
     lines = [line.split()[1] for line in wait_for_log(api, run, "the end") if line.startswith("tick")]
     assert sorted(map(int, lines)) == [*range(times)]
 
@@ -132,7 +132,7 @@ def test_attempt_on_a_lost_node_stops_before_the_retry_begins(pool: Pool, api: h
         due = datetime.fromisoformat(again["state_details"]["scheduled_time"])
         assert due - datetime.fromisoformat(crashed["timestamp"]) >= timedelta(seconds=FENCED_WITHIN_SECONDS)
         running = wait_until(
-            lambda: [each for each in list_states(api, run) if each["type"] == "RUNNING"][1:],
+            lambda: [state for state in list_states(api, run) if state["type"] == "RUNNING"][1:],
             "another run attempt",
             180,
         )

@@ -47,7 +47,7 @@ def test_killed_pod_is_retried(pool: Pool, api: httpx.Client) -> None:
     assert f"Pod {pod} on {found['spec']['nodeName']} ended with exit code 137 (SIGKILL)" in crashed["message"]
     assert "attempt 1 in" in crashed["message"], "the end of its log"
     listed = assert_completed_by_one_retry(api, run)
-    retry = next(each for each in listed if each["name"] == "AwaitingRetry")
+    retry = next(state for state in listed if state["name"] == "AwaitingRetry")
     assert retry["message"].startswith("Retry 1 of 2 after a crash")
     assert seconds_between(crashed, retry) < DETECTION_SECONDS
 
@@ -104,7 +104,7 @@ def test_oom_killed_run_gets_more_memory(pool: Pool, api: httpx.Client) -> None:
     assert_state_within(api, run, "Crashed", wait_for_first_pod_death(api, pool, run))
     wait_until_completed(api, run)
     listed = list_states(api, run)
-    retry = next(each for each in listed if each["name"] == "AwaitingRetry")
+    retry = next(state for state in listed if state["name"] == "AwaitingRetry")
     assert "with 600Mi of memory in place of 300Mi" in retry["message"]
     assert "OOMKilled" in retry["message"]
     assert "it used at most 300 MiB" in retry["message"]
@@ -131,7 +131,7 @@ def test_deadline_ends_the_run_without_a_retry(pool: Pool, api: httpx.Client) ->
     assert "ran for longer than its activeDeadlineSeconds of 30" in found["message"]
     wait_until(lambda: all(map(is_ending, list_pods(pool, run))), "its pod to end", DETECTION_SECONDS)
     assert get_run(api, run)["state_name"] == "TimedOut"
-    assert [each["name"] for each in list_states(api, run)].count("Running") == 1
+    assert [state["name"] for state in list_states(api, run)].count("Running") == 1
 
 
 def test_crash_budget_of_zero_retries_nothing(pool: Pool, api: httpx.Client) -> None:
@@ -151,10 +151,10 @@ def test_concurrency_slots_are_released_when_a_run_attempt_ends(pool: Pool, api:
     limits = ["tag:scarce", create_limit(api, "scarce")]
     holding = create_deployment(api, pool, entrypoint="/probe/flow.py:holding", job_variables={"crash_retries": 0})
     run = start_run(api, holding)
-    wait_until(lambda: [count_taken_slots(api, each) for each in limits] == [1, 1], "the slots to be taken", 120)
+    wait_until(lambda: [count_taken_slots(api, limit) for limit in limits] == [1, 1], "the slots to be taken", 120)
     wait_for_state(api, run, "Crashed", 60)
     wait_until(
-        lambda: [count_taken_slots(api, each) for each in limits] == [0, 0],
+        lambda: [count_taken_slots(api, limit) for limit in limits] == [0, 0],
         "the slots to be released",
         DETECTION_SECONDS,
     )
@@ -204,7 +204,7 @@ def test_main_container_decides_despite_sidecars(pool: Pool, api: httpx.Client) 
     assert "exceeded its memory limit of 300Mi; it used at most 300 MiB" in found["message"]
     assert "absent:1" in wait_for_state(api, runs["image"], "ImagePullBackOff", 60)["message"]
     wait_until_completed(api, runs["evicted"])
-    for each in runs.values():
-        wait_until(lambda each=each: all(map(is_ending, list_pods(pool, each))), "the Job to be deleted", 60)  # type: ignore[misc]
+    for run in runs.values():
+        wait_until(lambda run=run: all(map(is_ending, list_pods(pool, run))), "the Job to be deleted", 60)  # type: ignore[misc]
     assert get_run(api, runs["evicted"])["run_count"] == 2
     assert wait_for_state(api, runs["image"], "Crashed")["message"].count("Given up after") == 1

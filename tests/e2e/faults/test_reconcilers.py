@@ -220,14 +220,14 @@ def has_clock_ahead(pool: Pool, pod: str) -> bool:
 def test_run_with_a_clock_five_minutes_ahead_is_retried(pool: Pool, api: httpx.Client) -> None:
     run = start_run(api, deploy_victim(api, pool, job_variables={"env": CLOCK_AHEAD}), parameters={"seconds": 300})
     wait_for_state(api, run, "Running", 300)
-    [pod] = [each["metadata"]["name"] for each in list_pods(pool, run)]
+    [pod] = [listed_pod["metadata"]["name"] for listed_pod in list_pods(pool, run)]
     assert has_clock_ahead(pool, pod)
     crashed = assert_state_within(api, run, "Crashed", kill_pod(pool, pod))
     again = wait_for_state(api, run, "AwaitingRetry")
     assert seconds_between(crashed, again) < DETECTION_SECONDS
     wait_until_completed(api, run)
     assert get_run(api, run)["run_count"] == 2
-    assert sum(each["name"] == "AwaitingRetry" for each in list_states(api, run)) == 1
+    assert sum(state["name"] == "AwaitingRetry" for state in list_states(api, run)) == 1
 
 
 def test_reconciler_with_a_clock_five_minutes_ahead_retries_once(pool: Pool, api: httpx.Client) -> None:
@@ -236,16 +236,16 @@ def test_reconciler_with_a_clock_five_minutes_ahead_retries_once(pool: Pool, api
     pool.namespace.kubectl("set", "env", deployed, *settings)
     try:
         pool.namespace.kubectl("rollout", "status", deployed, "--timeout=300s")
-        for each in pool.pods("reconciler"):
-            assert has_clock_ahead(pool, each["metadata"]["name"])
+        for reconciler_pod in pool.pods("reconciler"):
+            assert has_clock_ahead(pool, reconciler_pod["metadata"]["name"])
         run, pod = start_running(api, pool, deploy_victim(api, pool), seconds=300)
         crashed = assert_state_within(api, run, "Crashed", kill_pod(pool, pod))
         listed = assert_completed_by_one_retry(api, run)
-        again = next(each for each in listed if each["name"] == "AwaitingRetry")
+        again = next(state for state in listed if state["name"] == "AwaitingRetry")
         assert seconds_between(crashed, again) < DETECTION_SECONDS
         due = datetime.fromisoformat(again["state_details"]["scheduled_time"])
         assert abs(due - datetime.fromisoformat(again["timestamp"])) < timedelta(seconds=DETECTION_SECONDS)
-        assert not [each for each in listed if "No worker made a Job" in (each["message"] or "")]
+        assert not [state for state in listed if "No worker made a Job" in (state["message"] or "")]
     finally:
         pool.namespace.kubectl("set", "env", deployed, *(f"{name}-" for name in CLOCK_AHEAD))
         pool.namespace.kubectl("rollout", "status", deployed, "--timeout=300s")
@@ -276,16 +276,16 @@ def test_reconciler_at_zero_replicas_handles_faults_once_it_is_back(pool: Pool, 
         unwanted, _ = start_running(api, pool, deployment, seconds=300)
         api.delete(f"/flow_runs/{unwanted}").raise_for_status()
         time.sleep(15)
-        for each in (crashes, dead):
-            assert get_run(api, each)["state_type"] == "RUNNING", list_states(api, each)
+        for run in (crashes, dead):
+            assert get_run(api, run)["state_type"] == "RUNNING", list_states(api, run)
         # If the kubelet left its process the time, the supervisor itself reported the end, and the run was retried.
         assert not find_state(api, gone, "Crashed")
-        assert "ImagePullBackOff" not in [each["name"] for each in list_states(api, stuck)]
+        assert "ImagePullBackOff" not in [state["name"] for state in list_states(api, stuck)]
         [unwanted_pod] = list_pods(pool, unwanted)
         assert not is_ending(unwanted_pod)
     # The reconciler that is back finds what happened during its outage.
-    for each in (crashes, dead, gone):
-        assert_completed_by_one_retry(api, each)
+    for run in (crashes, dead, gone):
+        assert_completed_by_one_retry(api, run)
     # By now the run has been pending for longer than its timeout.
     given_up = wait_for_state(api, stuck, "Crashed")["message"]
     assert "absent:1" in given_up

@@ -118,7 +118,10 @@ def test_server_outage_and_killed_database_lose_no_run(server: Release, pool: Po
 
     def all_missed_have_begun() -> bool:
         by_time = scheduled_runs(api)
-        return all(by_time[moment] and all(each["start_time"] for each in by_time[moment]) for moment in missed)
+        return all(
+            by_time[moment] and all(scheduled_run["start_time"] for scheduled_run in by_time[moment])
+            for moment in missed
+        )
 
     claim_seconds = RECOVERY_SECONDS - POD_START_SECONDS
     with server.api() as api:
