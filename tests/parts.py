@@ -204,7 +204,7 @@ def embedded_postgres(directory: Path) -> Iterator[str]:
 def debian_postgres(superuser: str = "postgres") -> Iterator[str]:
     """Run Debian's PostgreSQL, which has the extensions that a Prefect server needs, and yield its URL."""
     binaries.install_packages({"pg_lsclusters": "postgresql"})
-    programs = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda each: int(each.parent.name))
+    programs = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
     user = "postgres" if os.geteuid() == 0 else None  # Postgres refuses to run as root
     with tempfile.TemporaryDirectory() as folder:
         if user:
@@ -240,7 +240,9 @@ def new_database(postgres: str, name: str | None = None, template: str = "templa
     """
     with psycopg.connect(postgres, autocommit=True) as connection:
         taken = {row[0] for row in connection.execute("select datname from pg_database")}
-        name = name or next(each for each in map("test_{}".format, itertools.count(1)) if each not in taken)
+        name = name or next(
+            candidate for candidate in map("test_{}".format, itertools.count(1)) if candidate not in taken
+        )
         url = postgres.replace("/postgres?", f"/{name}?")
         connection.execute(f"create database {name} template {template}")
         with settings_of(WAREHOUSE_URL=url):
@@ -274,8 +276,8 @@ def redis_server(folder: Path) -> Iterator[str]:
 @contextlib.contextmanager
 def s3_server(folder: Path) -> Iterator[dict[str, str]]:
     """Run an S3 server with a bucket `results`, and yield the variables of its user and its `endpoint`."""
-    for each in ("metadata", "buckets/results"):
-        (folder / each).mkdir(parents=True)
+    for name in ("metadata", "buckets/results"):
+        (folder / name).mkdir(parents=True)
     port = free_port()
     command = [str(binaries.program("versitygw")), "--quiet", "--port", f"127.0.0.1:{port}", "posix"]
     root = {"ROOT_ACCESS_KEY": "someone", "ROOT_SECRET_KEY": "secret"}

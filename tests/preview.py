@@ -83,7 +83,7 @@ def _lines() -> Iterator[tuple[str, str]]:
 
 def _cached() -> list[str]:
     """Return the folders of the cache with their sizes, largest first."""
-    sizes = {each.name: _bytes(each) for each in binaries.cache().glob("*") if each.is_dir()}
+    sizes = {folder.name: _bytes(folder) for folder in binaries.cache().glob("*") if folder.is_dir()}
     ordered = sorted(sizes.items(), key=lambda item: -item[1])
     return [f"{name} {size / 1e6:.0f} MB" for name, size in ordered if size > 1e6]
 

@@ -20,9 +20,9 @@ def relayed(port: int, url: str) -> Iterator[None]:
             yield
         finally:
             relay.shutdown()
-            for each in relay.open:
+            for connection in relay.open:
                 with contextlib.suppress(OSError):
-                    each.shutdown(socket.SHUT_RDWR)
+                    connection.shutdown(socket.SHUT_RDWR)
 
 
 @contextlib.contextmanager

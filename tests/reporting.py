@@ -87,20 +87,20 @@ class Meter:
         """Return the processor seconds so far of this process, its children, its daemons and its pods."""
         self.sampled = time.monotonic()
         own, nodes = psutil.Process(), node_processes.process_ids()
-        tree = [own, *(each for each in own.children(recursive=True) if each.pid not in nodes)]
-        self._find_daemons({each.pid for each in tree})
+        tree = [own, *(child for child in own.children(recursive=True) if child.pid not in nodes)]
+        self._find_daemons({process.pid for process in tree})
         pods = node_processes.pod_processor_seconds()
         return sum(map(_used, tree)) + sum(self.daemons.values()) + sum(pods.get(name, 0.0) for name in namespace.USED)
 
     def _find_daemons(self, tree: set[int]) -> None:
         """Find processes that were started here and left the process tree, such as an embedded Postgres."""
-        for each in psutil.process_iter():
+        for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                key = (each.pid, each.create_time())
-                if key in self.strangers or each.pid in tree or key[1] < self.began - 1:
+                key = (process.pid, process.create_time())
+                if key in self.strangers or process.pid in tree or key[1] < self.began - 1:
                     continue
-                if key in self.daemons or each.environ().get(node_processes.TESTS_PROCESS) == str(os.getpid()):
-                    family = [each, *each.children(recursive=True)] if each.ppid() == 1 else []
+                if key in self.daemons or process.environ().get(node_processes.TESTS_PROCESS) == str(os.getpid()):
+                    family = [process, *process.children(recursive=True)] if process.ppid() == 1 else []
                     self.daemons[key] = max(self.daemons.get(key, 0.0), sum(map(_used, family)))
                 else:
                     self.strangers.add(key)
@@ -136,7 +136,7 @@ class Report:
         self.left_out: Counter[str] = Counter()
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        self.left = Counter(file_of(each.nodeid) for each in session.items)
+        self.left = Counter(file_of(item.nodeid) for item in session.items)
 
     def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
         """Count the tests of each file. Every process collects all tests."""
@@ -158,8 +158,8 @@ class Report:
             )
         if not self.left[file] and self.wall[file] > LONG_SECONDS:
             lines.append(f"{file}: {self.wall[file]:.0f} s, {self.processor[file]:.0f} processor seconds")
-        for each in lines:
-            self.terminal.write_line(f"\n{each}")  # after pytest's dots
+        for line in lines:
+            self.terminal.write_line(f"\n{line}")  # after pytest's dots
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
@@ -184,12 +184,12 @@ class Report:
     def _write_costs(self) -> None:
         write = self.terminal.write_line
         write(f"\n{'processor s':>12}{'wall s':>9}  the {MOST_EXPENSIVE} most expensive files")
-        for file, seconds in sorted(self.processor.items(), key=lambda each: -each[1])[:MOST_EXPENSIVE]:
+        for file, seconds in sorted(self.processor.items(), key=lambda entry: -entry[1])[:MOST_EXPENSIVE]:
             write(f"{seconds:>12.0f}{self.wall[file]:>9.0f}  {file}")
         folders: Counter[str] = Counter()
         for file, seconds in self.processor.items():
             folders[file.rpartition("/")[0]] += seconds  # type: ignore[assignment]
-        for folder, seconds in sorted(folders.items(), key=lambda each: -each[1]):
+        for folder, seconds in sorted(folders.items(), key=lambda entry: -entry[1]):
             write(f"{seconds:>12.0f}{'':>9}  {folder}/")
         now = node_processes.pod_processor_seconds()
         pods = sum(seconds - self.pods.get(name, 0.0) for name, seconds in now.items())
@@ -200,7 +200,7 @@ class Report:
 
 def _cached() -> set[str]:
     """Return the names of the folders in the cache of programs."""
-    return {each.name for each in binaries.cache().glob("*") if each.is_dir()}
+    return {folder.name for folder in binaries.cache().glob("*") if folder.is_dir()}
 
 
 def over_budget(spent: Mapping[str, float], loop: float, budget: Mapping[str, object]) -> list[str]:

@@ -115,8 +115,12 @@ class Checkout:
 
     def dependencies(self, test: str) -> set[str]:
         """Return the files that a test file depends on, and the file itself."""
-        readers = [pattern for pattern, tests in READERS.items() if any(fnmatch(test, each) for each in tests.split())]
-        return self.named(test) | {name for name in self.files if any(fnmatch(name, each) for each in readers)}
+        readers = [
+            pattern
+            for pattern, tests in READERS.items()
+            if any(fnmatch(test, test_pattern) for test_pattern in tests.split())
+        ]
+        return self.named(test) | {name for name in self.files if any(fnmatch(name, pattern) for pattern in readers)}
 
     def named(self, test: str) -> set[str]:
         """Return the files that a test file imports or names, directly or indirectly, and the file itself."""
@@ -142,8 +146,8 @@ class Checkout:
                 else:
                     found = found | self._references_of(name, [node])
         used = _requested(self._tree(test))
-        while reached := [each for each in fixtures if each[1].name in used]:
-            fixtures = [each for each in fixtures if each not in reached]
+        while reached := [fixture for fixture in fixtures if fixture[1].name in used]:
+            fixtures = [fixture for fixture in fixtures if fixture not in reached]
             for name, node in reached:
                 used |= _requested(node)
                 found = found | self._references_of(name, [node])
@@ -163,13 +167,13 @@ class Checkout:
         found: set[str] = set()
         for node in (inner for outer in nodes for inner in ast.walk(outer)):
             if isinstance(node, ast.Import):
-                for each in node.names:
-                    found |= self._module(each.name)
+                for alias in node.names:
+                    found |= self._module(alias.name)
             elif isinstance(node, ast.ImportFrom):
                 package = Path(name).parts[: -node.level] if node.level else ()
                 module = ".".join([*package, *filter(None, [node.module])])
-                for each in node.names:
-                    found |= self._module(f"{module}.{each.name}")
+                for alias in node.names:
+                    found |= self._module(f"{module}.{alias.name}")
             elif text := _text(node):
                 for token in re.findall(r"[\w./-]*\w", text):
                     # The name of a test file is no dependency: conftest.py and READERS list test files.
@@ -182,14 +186,14 @@ class Checkout:
         """Return the files of a module and of its packages."""
         parts = name.split(".")
         packages = ["/".join(parts[:end]) for end in range(1, len(parts) + 1)]
-        possible = {f"{each}{end}" for each in packages for end in (".py", "/__init__.py")}
+        possible = {f"{package}{end}" for package in packages for end in (".py", "/__init__.py")}
         return (possible | {f"{packages[-1]}/__main__.py"}) & self.files
 
 
 def _is_fixture(node: ast.AST) -> TypeGuard[ast.FunctionDef]:
     """Return whether a node is a fixture that only the tests that request it use."""
-    decorators = [ast.unparse(each) for each in getattr(node, "decorator_list", [])]
-    return any(each.startswith("pytest.fixture") and "autouse" not in each for each in decorators)
+    decorators = [ast.unparse(decorator) for decorator in getattr(node, "decorator_list", [])]
+    return any(decorator.startswith("pytest.fixture") and "autouse" not in decorator for decorator in decorators)
 
 
 def _requested(tree: ast.AST) -> set[str]:
@@ -198,9 +202,9 @@ def _requested(tree: ast.AST) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             if node.name.startswith("test_") or "pytest.fixture" in "".join(map(ast.unparse, node.decorator_list)):
-                found |= {each.arg for each in ast.walk(node.args) if isinstance(each, ast.arg)}
+                found |= {argument.arg for argument in ast.walk(node.args) if isinstance(argument, ast.arg)}
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".usefixtures"):
-            found |= {str(each.value) for each in node.args if isinstance(each, ast.Constant)}
+            found |= {str(argument.value) for argument in node.args if isinstance(argument, ast.Constant)}
     return found
 
 

@@ -115,7 +115,8 @@ class Services:
         """Return whether each service has made progress a short time ago, so that no earlier fault shows."""
         body = self.probe("/ready")[1]
         return body.get("healthy", False) and all(
-            each["last_progress_seconds_ago"] < each.get("every_seconds", 0) + 10 for each in body["services"].values()
+            service["last_progress_seconds_ago"] < service.get("every_seconds", 0) + 10
+            for service in body["services"].values()
         )
 
     def dependencies(self) -> set[str]:
@@ -170,9 +171,9 @@ class Services:
         """Return the process of Redis."""
         port = str(urlsplit(self.redis_url).port)
         return next(
-            each
-            for each in psutil.process_iter(["name", "cmdline"])
-            if each.info["name"] == "redis-server" and port in " ".join(each.info["cmdline"])
+            process
+            for process in psutil.process_iter(["name", "cmdline"])
+            if process.info["name"] == "redis-server" and port in " ".join(process.info["cmdline"])
         )
 
 
@@ -306,13 +307,13 @@ def database_is_silent(services: Services) -> Iterator[None]:
     [(postmaster,)] = rows_of(services.postgres, "select split_part(pg_read_file('postmaster.pid'), E'\\n', 1)::int")
     process = psutil.Process(postmaster)
     stopped = [process, *process.children(recursive=True)]
-    for each in stopped:
-        each.suspend()
+    for member in stopped:
+        member.suspend()
     try:
         yield
     finally:
-        for each in stopped:
-            each.resume()
+        for member in stopped:
+            member.resume()
 
 
 @contextlib.contextmanager
@@ -380,7 +381,9 @@ def _take_faults(loops: list[asyncio.AbstractEventLoop]) -> None:
 
     for line in sys.stdin:
         fault, argument = line.split()
-        loop = next(each for each in loops if each.is_running() and len(asyncio.all_tasks(each)) > 5)
+        loop = next(
+            event_loop for event_loop in loops if event_loop.is_running() and len(asyncio.all_tasks(event_loop)) > 5
+        )
         acts: dict[str, Callable[[str], None]] = {
             "block": lambda text: time.sleep(float(text)), "end": functools.partial(end, loop), "hang": hang,
         }  # fmt: skip

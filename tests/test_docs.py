@@ -112,7 +112,7 @@ def _unknown(text: str) -> list[str]:
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.M))
     variables = set(re.findall(r"^([A-Z_]+) *[?:]?=", makefile, flags=re.M)) | {"REPO_URL"}
-    [chosen] = [each for each in program.parser()._actions if isinstance(each, argparse._SubParsersAction)]
+    [chosen] = [action for action in program.parser()._actions if isinstance(action, argparse._SubParsersAction)]
     unknown = []
     for words in _commands(text):
         command = [word for word in words if not re.match(r"[A-Z_]+=|sudo$|\$$", word)]
@@ -131,7 +131,7 @@ def _unknown(text: str) -> list[str]:
             if name not in chosen.choices:
                 unknown.append(f"orchestrate {name}")
                 continue
-            options = {each for action in chosen.choices[name]._actions for each in action.option_strings}
+            options = {flag for action in chosen.choices[name]._actions for flag in action.option_strings}
             for word in arguments:
                 option = word.strip("[]").partition("=")[0]
                 if option.startswith("--") and option != "--" and option not in options:
@@ -254,7 +254,7 @@ def _page(name: str) -> str:
 
 def _modules() -> list[types.ModuleType]:
     """Return the modules that define what worker, supervisor and reconciler share."""
-    names = [each.name for each in pkgutil.iter_modules(reconciler.__path__, f"{reconciler.__name__}.")]
+    names = [module.name for module in pkgutil.iter_modules(reconciler.__path__, f"{reconciler.__name__}.")]
     return [supervisor, watch, *map(importlib.import_module, names)]
 
 
@@ -279,8 +279,8 @@ def test_page_of_states_has_every_state() -> None:
     assert {"Crashed", "AwaitingRetry"} <= written
     states = {*written, *STATE_DIAGNOSES, *STARTING_STATES, protocol.CLAIM_LOST}
     page = _page("states")
-    assert [each for each in sorted(states) if f"`{each}`" not in page] == []
-    assert [each for each in causes.KINDS if f"| `{each}` |" not in page] == []
+    assert [state for state in sorted(states) if f"`{state}`" not in page] == []
+    assert [kind for kind in causes.KINDS if f"| `{kind}` |" not in page] == []
     # Each state of a pod that does not start is in one row with its diagnosis.
     rows = {
         state: next(row for row in page.splitlines() if row.startswith(f"| `{state}` |")) for state in STATE_DIAGNOSES
@@ -291,8 +291,8 @@ def test_page_of_states_has_every_state() -> None:
 def test_page_of_events_has_every_event() -> None:
     page = _page("events")
     of_states = {*_states_of_actions(), protocol.CLAIM_LOST}
-    events = {f"{STATE_EVENT_PREFIX}{each.lower()}" for each in of_states}
-    events |= {f"{POD_EVENT_PREFIX}{each}" for each in timeline.POD_PHASES}
+    events = {f"{STATE_EVENT_PREFIX}{state.lower()}" for state in of_states}
+    events |= {f"{POD_EVENT_PREFIX}{phase}" for phase in timeline.POD_PHASES}
     events |= {
         GIVEN_UP_EVENT,
         protocol.POD_ENDED_EVENT,
@@ -301,7 +301,7 @@ def test_page_of_events_has_every_event() -> None:
         timeline.RUN_SUBMITTED_EVENT,
         timeline.RUN_EXECUTED_EVENT,
     }
-    assert [each for each in sorted(events) if f"`{each}`" not in page] == []
+    assert [event for event in sorted(events) if f"`{event}`" not in page] == []
 
 
 def test_page_of_labels_has_every_label() -> None:
@@ -310,12 +310,12 @@ def test_page_of_labels_has_every_label() -> None:
         "prefect.io/"
     )
     assert {protocol.FENCED_LABEL_PREFIX, protocol.CAUSE_LABEL} <= labels
-    assert [each for each in sorted(labels) if f"`{each}" not in page] == []
+    assert [label for label in sorted(labels) if f"`{label}" not in page] == []
 
 
 def test_page_of_metrics_has_every_action() -> None:
     page = _page("metrics")
-    actions = {each.__name__.lower() for each in get_args(decide.Action)}
+    actions = {action.__name__.lower() for action in get_args(decide.Action)}
     assert set(re.findall(r"^\| `([a-z]+)` \| (?!the reconciler)", page, flags=re.M)) == actions
 
 

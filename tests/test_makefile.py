@@ -125,7 +125,7 @@ def test_value_reaches_the_command_unchanged(tmp_path: Path, target: str, variab
         cwd=ROOT, env={"PATH": os.environ["PATH"]} | given, check=True, capture_output=True,
     )  # fmt: skip
     arguments = (tmp_path / "arguments").read_text().split("\0")
-    assert [each for each in arguments if each.removeprefix("--select=").removeprefix("SEED=") == value]
+    assert [argument for argument in arguments if argument.removeprefix("--select=").removeprefix("SEED=") == value]
     assert not (tmp_path / "executed").exists()
 
 

@@ -190,7 +190,7 @@ def test_readme_commands_for_server_deployment_and_worker_work(
         scheduled = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
         with client_of(f"http://127.0.0.1:{port}/api") as api:
             made = asked(api, "GET", "/deployments/name/dbt-pipeline/dbt-pipeline-daily")
-            [schedule] = [each["schedule"] for each in made["schedules"]]
+            [schedule] = [entry["schedule"] for entry in made["schedules"]]
             assert f'cron: "{schedule["cron"]}", timezone: {schedule["timezone"]}' in README
             wait_until(lambda: asked(api, "POST", "/flow_runs/filter", scheduled), "the schedule's runs", 120)
         with _running(_command("make worker"), clone, environment, tmp_path / "worker.log"):

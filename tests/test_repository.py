@@ -90,7 +90,7 @@ def test_broken_links_are_found(tmp_path: Path) -> None:
     right = ["a.md", "a.md#one-two-three-four", "#right", "a.md#same", "a.md#same-1", "https://example.com/#x"]
     wrong = ["c.md", "c.md#one", "a.md#one", "#wrong", "a.md#same-2", "a.md#no-heading"]
     page = tmp_path / "b.md"
-    page.write_text("# Right\n" + " ".join(f"[link]({each})" for each in [*right, *wrong]))
+    page.write_text("# Right\n" + " ".join(f"[link]({target})" for target in [*right, *wrong]))
     assert _broken_links(page) == wrong
 
 
@@ -196,7 +196,7 @@ def test_image_does_not_import_the_operations_that_it_lacks() -> None:
 def test_doctor_in_the_image_names_the_place_for_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in [each for each in sys.modules if each.startswith("orchestration.operations")]:
+    for name in [module for module in sys.modules if module.startswith("orchestration.operations")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "orchestration.operations", None)
     assert main(["doctor"]) == 1

@@ -117,7 +117,7 @@ UNNAMED = {
 
 def test_every_file_is_reached_by_a_test_or_listed_with_its_reason() -> None:
     checkout = Checkout()
-    tests = [each for each in checkout.tests if Path(each) != Path(__file__).relative_to(checkout.root)]
+    tests = [test for test in checkout.tests if Path(test) != Path(__file__).relative_to(checkout.root)]
     named = set[str]().union(*map(checkout.named, tests))
     modules = {
         name for name in checkout.files if name.endswith(".py") and name.startswith(("orchestration/", "flows/"))
@@ -134,5 +134,5 @@ def test_every_file_is_reached_by_a_test_or_listed_with_its_reason() -> None:
 def test_readers_name_existing_files_and_tests(pattern: str) -> None:
     checkout = Checkout()
     assert any(fnmatch(name, pattern) for name in checkout.files)
-    for each in READERS[pattern].split():
-        assert any(fnmatch(test, each) for test in checkout.tests), f"{pattern} names {each}"
+    for test_pattern in READERS[pattern].split():
+        assert any(fnmatch(test, test_pattern) for test in checkout.tests), f"{pattern} names {test_pattern}"

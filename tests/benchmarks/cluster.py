@@ -161,7 +161,9 @@ def measure_job(kubernetes: httpx.Client, namespace: Namespace, image: str, impo
 
     def find_ended() -> str:
         found = kubernetes.get(pods, params={"labelSelector": f"job-name={name}"}).raise_for_status().json()["items"]
-        return next((each["metadata"]["name"] for each in found if each["status"]["phase"] == "Succeeded"), "")
+        return next(
+            (listed_pod["metadata"]["name"] for listed_pod in found if listed_pod["status"]["phase"] == "Succeeded"), ""
+        )
 
     ended = wait_until(find_ended, f"the end of the Job {name}", 60)
     first, started = map(float, kubernetes.get(f"{pods}/{ended}/log").raise_for_status().text.split())

@@ -213,8 +213,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with ThreadPoolExecutor(len(tasks)) as pool:
             running = [pool.submit(task) for task in tasks]
         report(measured.figures())
-    for each in running:
-        each.result()
+    for future in running:
+        future.result()
 
 
 if __name__ == "__main__":

@@ -81,10 +81,10 @@ class ApiServer:
         version, kind = manifest["apiVersion"], manifest["kind"]
         if (version, kind) not in self._paths:
             group = f"/apis/{version}" if "/" in version else f"/api/{version}"
-            for each in self.client.get(group).raise_for_status().json()["resources"]:
-                if "/" not in each["name"]:
-                    place = "/namespaces/{}" if each["namespaced"] else ""
-                    self._paths[version, each["kind"]] = f"{group}{place}/{each['name']}"
+            for resource in self.client.get(group).raise_for_status().json()["resources"]:
+                if "/" not in resource["name"]:
+                    place = "/namespaces/{}" if resource["namespaced"] else ""
+                    self._paths[version, resource["kind"]] = f"{group}{place}/{resource['name']}"
         return self._paths[version, kind].format(manifest["metadata"].get("namespace", NAMESPACE))
 
 

@@ -67,7 +67,7 @@ def test_second_node_runs_pods_and_leaves_nothing_behind(namespace: Namespace) -
         assert namespace.kubectl("get", "pod", "second", "-o", restarts) == "0"
     assert other.name not in node_components.kubectl("get", "nodes", "-o", "name")
     assert not other.folder.exists()
-    assert not any(each.exists() for each in node_components.cgroup_folders(other))
+    assert not any(folder.exists() for folder in node_components.cgroup_folders(other))
     assert not Path(f"/sys/class/net/{other.bridge}").exists()
     namespace.kubectl("exec", "first", "--", "true")
 

@@ -97,9 +97,9 @@ def docker_daemon(folder: Path) -> Iterator[Daemon | None]:
         for mount in reversed(_mounts(folder)):
             binaries.run(["umount", mount])
         groups = Path("/sys/fs/cgroup")
-        for each in (groups, *groups.iterdir()):  # cgroup version 2 has one hierarchy, version 1 several
-            if (each / daemon.control_group).is_dir():
-                (each / daemon.control_group).rmdir()
+        for hierarchy in (groups, *groups.iterdir()):  # cgroup version 2 has one hierarchy, version 1 several
+            if (hierarchy / daemon.control_group).is_dir():
+                (hierarchy / daemon.control_group).rmdir()
         shutil.rmtree(folder)
 
 

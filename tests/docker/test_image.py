@@ -177,7 +177,7 @@ def test_changed_flow_rebuilds_only_the_last_layers(image: str, checkout: Path) 
     flow.write_text(flow.read_text() + "\n# changed\n")
     changed = _build(checkout, "--push")
     assert changed != image
-    before, after = (_manifest(each)["layers"] for each in (image, changed))
+    before, after = (_manifest(built_image)["layers"] for built_image in (image, changed))
     new = [layer for layer in after if layer not in before]
     assert sum(layer["size"] for layer in new) < 2e6
     (checkout / "docs" / "explanation" / "loading.md").write_text("")

@@ -24,17 +24,17 @@ SERVER, CLIENT = "PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING"
 def _script(command: list[str], folder: Path) -> list[str]:
     """Return a container's command as Compose passes it, with single dollars and its folders in `folder`."""
     folders = {"/secrets/": f"{folder}/", "/run/secrets/": f"{folder}/"}
-    made = [each.replace("$$", "$") for each in command]
+    made = [argument.replace("$$", "$") for argument in command]
     for inside, outside in folders.items():
-        made = [each.replace(inside, outside) for each in made]
+        made = [argument.replace(inside, outside) for argument in made]
     return made
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("secrets")
-    for each in ("server", "run"):
-        (made / each).mkdir()
+    for name in ("server", "run"):
+        (made / name).mkdir()
     return made
 
 
@@ -53,16 +53,16 @@ def test_password_reaches_server_and_runs_unchanged(folder: Path, password: str)
     entrypoint = shell[shell.index("sh") :]
     assert entrypoint[2].replace("$", "$$") in COMPOSE["server"]["entrypoint"], "server and runs differ"
     for place, name in (("server", SERVER), ("server", CLIENT), ("run", CLIENT)):
-        reads = [each.replace("/run/secrets", str(folder / place)) for each in entrypoint]
+        reads = [argument.replace("/run/secrets", str(folder / place)) for argument in entrypoint]
         environment = {"PATH": os.environ["PATH"]}
         done = subprocess.run([*reads, "env", "-0"], env=environment, capture_output=True, text=True, check=True)
-        found = dict(each.partition("=")[::2] for each in done.stdout.split("\0"))
+        found = dict(variable.partition("=")[::2] for variable in done.stdout.split("\0"))
         assert found[name] == f"admin:{password}", place
     assert not (folder / "executed").exists()
 
 
 def test_server_without_a_password_does_not_start(tmp_path: Path) -> None:
-    command = [each.replace("$$", "$") for each in COMPOSE["server"]["command"]]
+    command = [argument.replace("$$", "$") for argument in COMPOSE["server"]["command"]]
     (tmp_path / "prefect").write_text("#!/bin/sh\necho started\n")
     (tmp_path / "prefect").chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}

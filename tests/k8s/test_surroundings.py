@@ -51,8 +51,8 @@ def charts() -> list[Object]:
     objects = []
     for chart, values in VALUES.items():
         given: list[Object | Path] = [*values, *(ROOT / "helm" / chart / "examples").glob("*.yaml")]
-        for each in given:
-            objects += render(chart, each, chart)
+        for chart_values in given:
+            objects += render(chart, chart_values, chart)
     return objects
 
 
@@ -93,7 +93,11 @@ def test_overlay_has_exactly_these_objects(environment: str) -> None:
 def test_runs_elsewhere_have_the_surroundings_of_their_environment(environment: str) -> None:
     """The same limits and policies, and the local environment's way to the warehouse instead of the warehouse."""
     ours, theirs = (
-        {(each["kind"], each["metadata"]["name"]): each for each in objects if each["kind"] != "Namespace"}
+        {
+            (manifest["kind"], manifest["metadata"]["name"]): manifest
+            for manifest in objects
+            if manifest["kind"] != "Namespace"
+        }
         for objects in (overlay_of_runs(environment), overlay(environment))
     )
     namespace = f"{ENVIRONMENTS[environment]}-runs"
@@ -108,11 +112,11 @@ def test_runs_elsewhere_have_the_surroundings_of_their_environment(environment: 
 
 @every_environment
 def test_objects_are_in_the_namespace_or_the_same_in_every_environment(environment: str) -> None:
-    for each in overlay(environment):
-        if each["kind"] == "PriorityClass":
-            assert each == one(overlay("local"), each["kind"], each["metadata"]["name"])
-        if each["kind"] not in ("Namespace", "PriorityClass"):
-            assert each["metadata"]["namespace"] == ENVIRONMENTS[environment]
+    for manifest in overlay(environment):
+        if manifest["kind"] == "PriorityClass":
+            assert manifest == one(overlay("local"), manifest["kind"], manifest["metadata"]["name"])
+        if manifest["kind"] not in ("Namespace", "PriorityClass"):
+            assert manifest["metadata"]["namespace"] == ENVIRONMENTS[environment]
 
 
 @every_environment
@@ -127,10 +131,10 @@ def test_restricted_standard_is_enforced_at_a_pinned_version(environment: str) -
 def test_only_dns_traffic_passes(environment: str) -> None:
     deny = one(overlay(environment), "NetworkPolicy", "default-deny")["spec"]
     assert deny == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
-    for each in overlay(environment):
-        if each["kind"] == "NetworkPolicy" and each["spec"]["podSelector"] == {}:
-            assert "ingress" not in each["spec"]
-            for rule in each["spec"].get("egress", []):
+    for manifest in overlay(environment):
+        if manifest["kind"] == "NetworkPolicy" and manifest["spec"]["podSelector"] == {}:
+            assert "ingress" not in manifest["spec"]
+            for rule in manifest["spec"].get("egress", []):
                 assert {port["port"] for port in rule["ports"]} == {53, "dns", "dns-tcp"}
 
 
@@ -188,7 +192,7 @@ def test_warehouse_meets_the_restricted_standard_and_has_no_password() -> None:
         "capabilities": {"drop": ["ALL"]},
     }
     assert set(container["resources"]) == {"requests", "limits"}
-    (password,) = (each for each in container["env"] if each["name"] == "POSTGRES_PASSWORD")
+    (password,) = (variable for variable in container["env"] if variable["name"] == "POSTGRES_PASSWORD")
     assert password["valueFrom"] == {"secretKeyRef": {"name": "warehouse", "key": "password"}}
 
 
@@ -202,7 +206,7 @@ def test_only_flow_runs_reach_the_warehouse() -> None:
     assert selects(way["podSelector"], {"prefect.io/role": "flow-run"})
     assert way["egress"] == [{"to": [elsewhere | warehouse], "ports": [{"port": 5432}]}]
     for objects in (overlay("local"), overlay_of_runs("local")):
-        [labels] = [each["metadata"]["labels"] for each in objects if each["kind"] == "Namespace"]
+        [labels] = [manifest["metadata"]["labels"] for manifest in objects if manifest["kind"] == "Namespace"]
         assert selects(elsewhere["namespaceSelector"], labels)
     labels = one(overlay("local"), "StatefulSet", "warehouse")["spec"]["template"]["metadata"]["labels"]
     assert selects(spec["podSelector"], labels)
@@ -218,24 +222,24 @@ def test_warehouse_and_server_use_the_same_postgres() -> None:
 @every_environment
 def test_no_object_is_in_both_a_chart_and_an_overlay(environment: str) -> None:
     def names(objects: list[Object]) -> set[tuple[str, str, str]]:
-        return {(each["apiVersion"], each["kind"], each["metadata"]["name"]) for each in objects}
+        return {(manifest["apiVersion"], manifest["kind"], manifest["metadata"]["name"]) for manifest in objects}
 
     assert not names(charts()) & names(overlay(environment))
 
 
 def test_each_kind_in_both_has_a_reason() -> None:
-    here = {each["kind"] for environment in ENVIRONMENTS for each in overlay(environment)}
-    assert here & {each["kind"] for each in charts()} == set(IN_BOTH)
+    here = {manifest["kind"] for environment in ENVIRONMENTS for manifest in overlay(environment)}
+    assert here & {manifest["kind"] for manifest in charts()} == set(IN_BOTH)
 
 
 def test_no_policy_repeats_a_rule_of_another() -> None:
     def rules(objects: list[Object]) -> set[str]:
         return {
-            json.dumps([each["spec"]["podSelector"], direction, rule], sort_keys=True)
-            for each in objects
-            if each["kind"] == "NetworkPolicy"
+            json.dumps([manifest["spec"]["podSelector"], direction, rule], sort_keys=True)
+            for manifest in objects
+            if manifest["kind"] == "NetworkPolicy"
             for direction in ("ingress", "egress")
-            for rule in each["spec"].get(direction, [])
+            for rule in manifest["spec"].get(direction, [])
         }
 
     assert rules(charts())
@@ -246,18 +250,22 @@ def test_charts_and_overlays_select_only_their_own_pods() -> None:
     """Services and policies of a chart select no pod of an overlay, and vice versa, except for policies of all pods."""
 
     def selectors(objects: list[Object]) -> list[Object]:
-        policies = [each["spec"]["podSelector"] for each in objects if each["kind"] == "NetworkPolicy"]
-        return policies + [{"matchLabels": each["spec"]["selector"]} for each in objects if each["kind"] == "Service"]
+        policies = [manifest["spec"]["podSelector"] for manifest in objects if manifest["kind"] == "NetworkPolicy"]
+        return policies + [
+            {"matchLabels": manifest["spec"]["selector"]} for manifest in objects if manifest["kind"] == "Service"
+        ]
 
     def labels(objects: list[Object]) -> list[Object]:
         return [
-            each["spec"]["template"]["metadata"]["labels"] for each in objects if "template" in each.get("spec", {})
+            manifest["spec"]["template"]["metadata"]["labels"]
+            for manifest in objects
+            if "template" in manifest.get("spec", {})
         ]
 
-    of_charts, here = selectors(charts()), [each for each in selectors(overlay("local")) if each]
+    of_charts, here = selectors(charts()), [selector for selector in selectors(overlay("local")) if selector]
     assert of_charts
     assert here
     assert labels(charts())
     assert labels(overlay("local"))
-    assert not [each for each in of_charts for pod in labels(overlay("local")) if selects(each, pod)]
-    assert not [each for each in here for pod in labels(charts()) if selects(each, pod)]
+    assert not [selector for selector in of_charts for pod in labels(overlay("local")) if selects(selector, pod)]
+    assert not [selector for selector in here for pod in labels(charts()) if selects(selector, pod)]

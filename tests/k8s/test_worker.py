@@ -31,7 +31,7 @@ def base() -> list[Object]:
 
 
 def names(objects: list[Object]) -> set[tuple[str, str, str]]:
-    return {(each["apiVersion"], each["kind"], each["metadata"]["name"]) for each in objects}
+    return {(manifest["apiVersion"], manifest["kind"], manifest["metadata"]["name"]) for manifest in objects}
 
 
 def leaves(value: Any, path: str = "") -> dict[str, Any]:
@@ -39,11 +39,11 @@ def leaves(value: Any, path: str = "") -> dict[str, Any]:
     if isinstance(value, dict) and value:
         return {name: leaf for key in value for name, leaf in leaves(value[key], f"{path}/{key}").items()}
     if isinstance(value, list) and value:
-        keys = [each.get("name", i) if isinstance(each, dict) else i for i, each in enumerate(value)]
+        keys = [entry.get("name", i) if isinstance(entry, dict) else i for i, entry in enumerate(value)]
         return {
             name: leaf
-            for key, each in zip(keys, value, strict=True)
-            for name, leaf in leaves(each, f"{path}/{key}").items()
+            for key, entry in zip(keys, value, strict=True)
+            for name, leaf in leaves(entry, f"{path}/{key}").items()
         }
     return {path: value}
 
@@ -83,15 +83,17 @@ def test_objects_equal_the_chart_except_for_listed_fields() -> None:
     # Without a reconciler the worker watches its pods.
     values |= {"reconciler": {"enabled": False}}
     defaults = render("prefect-work-pool", values, generate.RELEASE)
-    for each in base():
-        kind, name = each["kind"], each["metadata"]["name"]
-        here, there = leaves(each), leaves(one(defaults, kind, name))
+    for manifest in base():
+        kind, name = manifest["kind"], manifest["metadata"]["name"]
+        here, there = leaves(manifest), leaves(one(defaults, kind, name))
         differ = {path for path in here | there if here.get(path) != there.get(path)}
         assert differ == everywhere | differing.get(f"{kind}/{name}", set())
 
 
 def test_only_the_worker_is_in_both_a_chart_and_k8s() -> None:
-    here = [each for path in K8S.rglob("kustomization.yaml") for each in built(str(path.parent.relative_to(K8S)))]
+    here = [
+        manifest for path in K8S.rglob("kustomization.yaml") for manifest in built(str(path.parent.relative_to(K8S)))
+    ]
     assert names(here) & names(charts()) == names(base())
     assert {path.name for path in (K8S / "worker").rglob("*.yaml")} == {
         "values.yaml", "kustomization.yaml", "worker.yaml", "access.yaml",
@@ -111,9 +113,9 @@ def test_example_has_the_worker_and_an_environment_for_it() -> None:
     surroundings = [name.replace("Namespace/prefect", f"Namespace/{NAMESPACE}") for name in inventory(built("base"))]
     around = built(f"{EXAMPLE}/namespace")
     assert inventory(around) == sorted([*surroundings, *inventory(built("worker/base/namespace"))])
-    for each in built(EXAMPLE) + around:
-        if each["kind"] not in ("Namespace", "PriorityClass"):
-            assert each["metadata"]["namespace"] == NAMESPACE
+    for manifest in built(EXAMPLE) + around:
+        if manifest["kind"] not in ("Namespace", "PriorityClass"):
+            assert manifest["metadata"]["namespace"] == NAMESPACE
     [subject] = one(around, "RoleBinding", NAME)["subjects"]
     assert subject == {"kind": "ServiceAccount", "name": NAME, "namespace": NAMESPACE}
 
@@ -138,9 +140,9 @@ def test_variables_are_defined_before_they_are_used(folder: str) -> None:
     """Kubernetes does not expand $(NAME) before NAME is defined, and a patch moves its variables to the front."""
     [container] = pod_specs(built(folder))[f"Deployment/{NAME}"]["containers"]
     known: set[str] = set()
-    for each in container["env"]:
-        assert set(re.findall(r"\$\((\w+)\)", each.get("value", ""))) <= known
-        known.add(each["name"])
+    for variable in container["env"]:
+        assert set(re.findall(r"\$\((\w+)\)", variable.get("value", ""))) <= known
+        known.add(variable["name"])
     assert (
         set(re.findall(r"\$\((\w+)\)", " ".join(container["args"]))) == {"NAMESPACE", "POD_NAME", "WORK_POOL"} <= known
     )

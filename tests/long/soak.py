@@ -544,7 +544,7 @@ class Soak:
         selector = {"labelSelector": "prefect.io/flow-run-id"}
         for path in ("/api/v1/namespaces/{}/pods", "/apis/batch/v1/namespaces/{}/jobs"):
             answer = self.kubernetes.get(path.format(self.pool.namespace.name), params=selector).raise_for_status()
-            found += [f"{path.rpartition('/')[2]} {each['metadata']['name']}" for each in answer.json()["items"]]
+            found += [f"{path.rpartition('/')[2]} {item['metadata']['name']}" for item in answer.json()["items"]]
         with self.api.client() as client:
             for limit in client.post("/concurrency_limits/filter", json={}).raise_for_status().json():
                 if limit["active_slots"]:

@@ -153,7 +153,7 @@ def test_commands_print_any_text_harmlessly(api: httpx.Client, name: str, messag
             with redirect_stdout(io.StringIO()) as output:
                 orchestrate(["export", "--owner", "none"])
             exported = yaml.safe_load(output.getvalue())
-            assert name in {each["name"] for each in exported["deployments"]}
+            assert name in {deployment["name"] for deployment in exported["deployments"]}
             _end(api, run, message)
             for stream in (io.StringIO, Terminal):
                 shown = _printed(operations.main, ["logs", run["id"]], stream)
@@ -166,7 +166,7 @@ def test_commands_print_any_text_harmlessly(api: httpx.Client, name: str, messag
 def _texts(value: Any) -> str:
     """Return all texts of a JSON document."""
     if isinstance(value, dict | list):
-        return "\0".join(_texts(each) for each in (value.values() if isinstance(value, dict) else value))
+        return "\0".join(_texts(item) for item in (value.values() if isinstance(value, dict) else value))
     return str(value)
 
 
@@ -233,7 +233,7 @@ def test_bad_request_is_refused_and_the_server_answers_on(
     answer = httpx.post(path, content=content, headers={"Content-Type": "application/json"}, timeout=75)
     assert (answer.status_code, text in answer.text) == (status_code, True), answer.text[:500]
     listed = api.post("/flow_runs/filter", json={"deployments": {"id": {"any_": [good["deployment_id"]]}}})
-    assert [each["id"] for each in listed.raise_for_status().json()] == [good["id"]]
+    assert [run["id"] for run in listed.raise_for_status().json()] == [good["id"]]
 
 
 def test_limits_of_a_run_are_accepted(api: httpx.Client, good: dict[str, Any]) -> None:

@@ -54,7 +54,7 @@ def test_every_client_works_with_csrf_protection(
     made = {"name": "nightly", "entrypoint": "flow.py:etl", "work_pool": {"name": "pool"}, "tags": ["a"]}
     document = {"name": "team", "work_pools": [{"name": "pool", "type": "process"}], "deployments": [made]}
     (tmp_path / "prefect.yaml").write_text(yaml.safe_dump(document))
-    assert [main([each]) for each in ("sync", "plan", "diff")] == [0, 0, 0], capsys.readouterr()
+    assert [main([command]) for command in ("sync", "plan", "diff")] == [0, 0, 0], capsys.readouterr()
 
     with client_of(api_in_settings, Access(api_in_settings)) as client:
         asked(client, "PATCH", "/work_pools/pool", {"description": "by hand"})

@@ -56,8 +56,8 @@ def test_explain_prints_links_as_paths_of_the_repository(capsys: pytest.CaptureF
         assert main(["explain", name] if name else ["explain"]) == 0
         text = capsys.readouterr().out
         assert "](" not in text
-        linked = {each.rpartition("/")[2] for each in re.findall(r"\]\(([^)#]+)", source)}
-        assert {each.rpartition("/")[2] for each in re.findall(r"\(docs/([^)#]+)", text)} == linked
+        linked = {link.rpartition("/")[2] for link in re.findall(r"\]\(([^)#]+)", source)}
+        assert {link.rpartition("/")[2] for link in re.findall(r"\(docs/([^)#]+)", text)} == linked
 
 
 @pytest.mark.parametrize("word", ["gremlins", "(", "Crashed", " ", "../errors", "index"])

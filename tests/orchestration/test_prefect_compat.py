@@ -51,15 +51,15 @@ def _documented(file: Path) -> Iterator[tuple[str, str]]:
         yield file.stem, ast.get_docstring(tree) or ""
 
     def below(node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[str, str]]:
-        for each in node.body:
-            if not isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or each.name.startswith("_"):
+        for part in node.body:
+            if not isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or part.name.startswith("_"):
                 continue
-            text = ast.get_docstring(each) or ""
-            name = f"{prefix}.{each.name}"
+            text = ast.get_docstring(part) or ""
+            name = f"{prefix}.{part.name}"
             if file.stem != "__init__" and name not in PLAIN:
                 yield name, text
-            if isinstance(each, ast.ClassDef):
-                yield from below(each, name)
+            if isinstance(part, ast.ClassDef):
+                yield from below(part, name)
 
     yield from below(tree, file.stem)
 
@@ -81,12 +81,12 @@ PLAIN = {"flow_runs.Workspace", "server_records.UnreadableError", *(
 def _entry(name: str, text: str) -> Entry:
     found = dict(re.findall(rf"^({'|'.join(SECTIONS)}): (.+)$", text, re.MULTILINE))
     assert set(found) == set(SECTIONS), f"{name} has {sorted(found)} of {SECTIONS}"
-    return Entry(name, *(found[each] for each in SECTIONS))
+    return Entry(name, *(found[section] for section in SECTIONS))
 
 
 def entries() -> list[Entry]:
     """Return all entries of the seam, in the order of the modules."""
-    return [_entry(*each) for file in (*SEAM, PROTOCOL) for each in _documented(file)]
+    return [_entry(*pair) for file in (*SEAM, PROTOCOL) for pair in _documented(file)]
 
 
 def _object(path: str) -> Any:
@@ -102,7 +102,7 @@ def signature(path: str) -> Callable[[], str]:
 
     def found() -> str:
         made = inspect.signature(_object(path))
-        bare = [each.replace(annotation=inspect.Parameter.empty) for each in made.parameters.values()]
+        bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in made.parameters.values()]
         return str(made.replace(parameters=bare, return_annotation=inspect.Signature.empty))
 
     return found
@@ -110,7 +110,7 @@ def signature(path: str) -> Callable[[], str]:
 
 def lacks(path: str, *texts: str) -> Callable[[], list[str]]:
     """Return the left side of a check: those of the texts that are not in the source of an object or module."""
-    return lambda: [each for each in texts if each not in inspect.getsource(_object(path))]
+    return lambda: [text for text in texts if text not in inspect.getsource(_object(path))]
 
 
 @functools.cache
@@ -166,8 +166,8 @@ def _task_run_event() -> tuple[dict[str, Any], dict[str, Any]]:
 def _unlike_task_run_event() -> list[str]:
     """Return the fields for the server in which the two events differ."""
     ours, theirs = _task_run_event()
-    of = theirs["payload"]["task_run"]
-    about = {key: value for key, value in ours["payload"].pop("task_run").items() if of.get(key) != value}
+    their_run = theirs["payload"]["task_run"]
+    about = {key: value for key, value in ours["payload"].pop("task_run").items() if their_run.get(key) != value}
     theirs["payload"].pop("task_run")
     theirs["payload"]["validated_state"]["state_details"] = {}
     different = [name for name in ("event", "payload") if ours[name] != theirs[name]]
@@ -203,17 +203,17 @@ def _asset_events() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def _unlike_asset_event(number: int) -> list[str]:
-    ours, theirs = (each[number] for each in _asset_events())
-    for each in (ours, theirs):
-        each["related"] = sorted(each.get("related", ()), key=str)
-        each["payload"] = each.get("payload", {})
+    ours, theirs = (side[number] for side in _asset_events())
+    for event in (ours, theirs):
+        event["related"] = sorted(event.get("related", ()), key=str)
+        event["payload"] = event.get("payload", {})
     return [name for name in ("event", "resource", "related", "payload") if ours[name] != theirs[name]]
 
 
 LABELS = {
     f"prefect.io/{name}": name
-    for each in ("flow-run", "flow", "deployment", "work-pool", "worker")
-    for name in (f"{each}-id", f"{each}-name")
+    for kind in ("flow-run", "flow", "deployment", "work-pool", "worker")
+    for name in (f"{kind}-id", f"{kind}-name")
 }
 OBSERVER, DIAGNOSTICS = "prefect_kubernetes.observer", "prefect_kubernetes.diagnostics"
 BASE, WORKER = "prefect.workers.base:BaseWorker", "prefect_kubernetes.worker:KubernetesWorker"
@@ -229,8 +229,10 @@ CRON = {"cron": "0 6 * * *", "timezone": "UTC", "day_or": True}
 
 def _labelled() -> list[str]:
     """Return the related resources that the seam makes of labels and the observer does not."""
-    theirs = [each.model_dump() for each in _object(f"{OBSERVER}:_related_resources_from_labels")(LABELS)]
-    return [each["prefect.resource.id"] for each in events.resources_of_labels(LABELS) if each not in theirs]
+    theirs = [resource.model_dump() for resource in _object(f"{OBSERVER}:_related_resources_from_labels")(LABELS)]
+    return [
+        resource["prefect.resource.id"] for resource in events.resources_of_labels(LABELS) if resource not in theirs
+    ]
 
 
 def _unlike_related() -> list[str]:
@@ -242,7 +244,7 @@ def _unlike_related() -> list[str]:
         for kind, id_, name in (("flow-run", "r", "heron"), ("flow", "f", "etl"))
     ]
     ours = events.flow_run_resources(run, SimpleNamespace(name="etl"))
-    return [each["prefect.resource.id"] for each in ours if each not in theirs]
+    return [resource["prefect.resource.id"] for resource in ours if resource not in theirs]
 
 
 def _refused_trigger() -> str:
@@ -382,15 +384,15 @@ CONTRACTS: dict[str, list[Check]] = {
         ),
     ],
     "flow_runs.retry_first_requests": [
-        (lacks(f"{HTTP}{each}Client", "self._has_connected: bool = False", "if self._has_connected:"), [])
-        for each in ("Async", "Sync")
+        (lacks(f"{HTTP}{kind}Client", "self._has_connected: bool = False", "if self._has_connected:"), [])
+        for kind in ("Async", "Sync")
     ],
     "flow_runs.bound_retry_pauses": [
         (signature("prefect.utilities.math:clamped_poisson_interval"), "(average_interval, clamping_factor=0.3)"),
-        *((lacks(f"{HTTP}{each}Client", "clamped_poisson_interval("), []) for each in ("Async", "Sync")),
+        *((lacks(f"{HTTP}{kind}Client", "clamped_poisson_interval("), []) for kind in ("Async", "Sync")),
     ],
     "flow_runs.observe_responses": [
-        (signature(f"{HTTP}{each}Client.send"), "(self, request, *args, **kwargs)") for each in ("Async", "Sync")
+        (signature(f"{HTTP}{kind}Client.send"), "(self, request, *args, **kwargs)") for kind in ("Async", "Sync")
     ],
     "flow_runs.hold_until_due": [
         *(
@@ -476,7 +478,7 @@ CONTRACTS: dict[str, list[Check]] = {
     ],
     "server_internals.schedule_dates": [
         (signature("prefect.server.schemas.schedules:CronSchedule._get_dates_generator"), DATES),
-        (lambda: [each.hour for each in server_internals.schedule_dates(CRON, 1, NOW)], [6]),
+        (lambda: [date.hour for date in server_internals.schedule_dates(CRON, 1, NOW)], [6]),
     ],
     "server_internals.anchored_rrule": [
         (
@@ -686,7 +688,7 @@ CONTRACTS: dict[str, list[Check]] = {
             (3, 2, 3, 1, True, datetime(2026, 2, 1, tzinfo=UTC)),
         ),
     ],
-    "recurrence.parts": [(lambda: [type(each.rule).__name__ for each in recurrence.parts(_rule_set())], ["rrule"])],
+    "recurrence.parts": [(lambda: [type(part.rule).__name__ for part in recurrence.parts(_rule_set())], ["rrule"])],
     "events.pod_event_id": [
         (
             lacks(
@@ -710,15 +712,15 @@ CONTRACTS: dict[str, list[Check]] = {
     "events.resources_of_labels": [(_labelled, [])],
     "events.PodDiagnosis": [
         (
-            lambda: {each.value for each in events.PodDiagnosis}
-            - {each.value for each in _object(f"{DIAGNOSTICS}:DiagnosisCategory")},
+            lambda: {diagnosis.value for diagnosis in events.PodDiagnosis}
+            - {category.value for category in _object(f"{DIAGNOSTICS}:DiagnosisCategory")},
             set(),
         ),
     ],
     "events.unschedulable_diagnosis": [
         (
-            lambda: [_object(f"{DIAGNOSTICS}:_categorize_unschedulable")(each) for each in UNSCHEDULABLE],
-            [events.unschedulable_diagnosis(each) for each in UNSCHEDULABLE],
+            lambda: [_object(f"{DIAGNOSTICS}:_categorize_unschedulable")(message) for message in UNSCHEDULABLE],
+            [events.unschedulable_diagnosis(message) for message in UNSCHEDULABLE],
         )
     ],
     "events.flow_run_resources": [(_unlike_related, [])],
@@ -735,7 +737,7 @@ def test_entry_matches_the_installed_packages(entry: str) -> None:
 
 
 def test_every_entry_has_reasons_and_a_contract() -> None:
-    assert sorted(each.name for each in entries()) == sorted(CONTRACTS)
+    assert sorted(entry.name for entry in entries()) == sorted(CONTRACTS)
     assert all(CONTRACTS.values())
 
 
@@ -764,7 +766,7 @@ def test_untested_version_warns_once_and_names_the_page(version: str, warned: in
                 warn_if_untested("prefect", version)
     finally:
         warn_if_untested.cache_clear()
-    assert ["docs/prefect.md" in str(each.message) for each in found] == [True] * warned
+    assert ["docs/prefect.md" in str(warning.message) for warning in found] == [True] * warned
 
 
 PACKAGES = ("prefect", "prefect_kubernetes", "kopf", "dateutil")
@@ -784,7 +786,7 @@ TEXTS = (
 @functools.cache
 def _names_of_workers() -> frozenset[str]:
     """Return the private names of Prefect's Kubernetes worker. A subclass must not read, set or override them."""
-    return frozenset(each for each in (*dir(_worker()), *vars(_worker())) if _is_private(each))
+    return frozenset(attribute for attribute in (*dir(_worker()), *vars(_worker())) if _is_private(attribute))
 
 
 def _is_private(name: str) -> bool:
@@ -802,22 +804,22 @@ def _imports(node: ast.AST) -> Iterator[tuple[str, str]]:
     """Yield path and local name of each import of a statement."""
     match node:
         case ast.Import(names=names):
-            yield from ((each.name, each.asname or each.name.partition(".")[0]) for each in names)
+            yield from ((alias.name, alias.asname or alias.name.partition(".")[0]) for alias in names)
         case ast.ImportFrom(module=str(module), names=names):
-            yield from ((f"{module}.{each.name}", each.asname or each.name) for each in names)
+            yield from ((f"{module}.{alias.name}", alias.asname or alias.name) for alias in names)
 
 
 def private_names(source: str) -> Iterator[str]:
     """Yield the private names of Prefect, prefect-kubernetes, kopf and dateutil in the source of a module."""
     nodes = list(ast.walk(ast.parse(source)))
-    imported = dict(each[::-1] for node in nodes for each in _imports(node))
+    imported = dict(pair[::-1] for node in nodes for pair in _imports(node))
     foreign = {name for name, path in imported.items() if path.partition(".")[0] in PACKAGES}
     # dbt's own private names are used in dbt's process, where nothing of Prefect is imported.
     is_dbt = not foreign and any(path.partition(".")[0] == "dbt" for path in imported.values())
     for node in nodes:
         match node:
             case ast.For(target=ast.Name(id=name), iter=iterated) if foreign & {
-                each.id for each in ast.walk(iterated) if isinstance(each, ast.Name)
+                inner.id for inner in ast.walk(iterated) if isinstance(inner, ast.Name)
             }:
                 foreign.add(name)
     for node in nodes:
@@ -843,14 +845,14 @@ def private_names(source: str) -> Iterator[str]:
         match node:
             case ast.Assign(targets=[ast.Attribute(value=ast.Name(id=name)) as target]) if name in foreign:
                 yield f"{ast.unparse(target)} ="
-            case ast.ClassDef(bases=bases) if any(ast.unparse(each).endswith("Worker") for each in bases):
+            case ast.ClassDef(bases=bases) if any(ast.unparse(base).endswith("Worker") for base in bases):
                 yield from sorted(set(_class_names(node)) & _names_of_workers())
 
 
 def _class_names(node: ast.ClassDef) -> Iterator[str]:
     """Yield the attributes that a class reads and sets on `self`, and the names of its methods."""
-    for each in ast.walk(node):
-        match each:
+    for child in ast.walk(node):
+        match child:
             case ast.Attribute(value=ast.Name(id="self"), attr=name):
                 yield name
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):

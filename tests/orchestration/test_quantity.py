@@ -32,7 +32,7 @@ def test_quantity_equals_the_number_of_the_kubernetes_client(text: str) -> None:
 
 
 def test_text_that_is_no_quantity_counts_as_zero() -> None:
-    assert [quantity_or_zero(each) for each in ("1Ki", "1k", "1500m", "2", "x", "")] == [1024, 1000, 1.5, 2, 0, 0]
+    assert [quantity_or_zero(text) for text in ("1Ki", "1k", "1500m", "2", "x", "")] == [1024, 1000, 1.5, 2, 0, 0]
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def test_previous_release_has_the_files_of_the_same_parts() -> None:
     listed = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode:
         pytest.skip("this clone does not have the previous release")
-    files = {file for each in catalogue.PREVIOUS_PARTS.values() for file in each}
+    files = {file for part in catalogue.PREVIOUS_PARTS.values() for file in part}
     assert files <= set(listed.stdout.splitlines())
 
 

@@ -26,11 +26,16 @@ OTHERS = [version for version in versions.VERSIONS if version != ".".join(map(st
 
 
 def test_docs_list_each_tested_dbt_and_the_newest_is_locked() -> None:
-    locked = {each["name"]: each["version"] for each in tomllib.loads((ROOT / "uv.lock").read_text())["package"]}
+    locked = {
+        package["name"]: package["version"] for package in tomllib.loads((ROOT / "uv.lock").read_text())["package"]
+    }
     newest = max(versions.VERSIONS, key=lambda version: int(version.split(".")[1]))
     assert versions.VERSIONS[newest] == tuple(f"{name}=={locked[name]}" for name in ("dbt-core", "dbt-postgres"))
     listed = re.findall(r"^\| (1\.\d+\.\d+) \| ([\d.]+) \|", (ROOT / "docs/dbt.md").read_text(), flags=re.M)
-    tested = {tuple(each.partition("==")[2] for each in requirements) for requirements in versions.VERSIONS.values()}
+    tested = {
+        tuple(requirement.partition("==")[2] for requirement in requirements)
+        for requirements in versions.VERSIONS.values()
+    }
     assert set(listed) == tested
 
 

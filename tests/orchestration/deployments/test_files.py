@@ -45,10 +45,13 @@ def test_valid_file_is_read(folder: Path) -> None:
 def _bomb(line: str) -> str:
     """Return nine lines, of which each repeats the line before ten times."""
     first = "  a0: &a0 {x: 1}\n"
-    return "definitions:\n" + first + "".join(line.format(n=n, of=", ".join([f"*a{n - 1}"] * 10)) for n in range(1, 10))
+    others = (line.format(n=n, aliases=", ".join([f"*a{n - 1}"] * 10)) for n in range(1, 10))
+    return "definitions:\n" + first + "".join(others)
 
 
-@pytest.mark.parametrize("line", ["  a{n}: &a{n} [{of}]\n", "  a{n}: &a{n} {{<<: [{of}]}}\n"], ids=["list", "merge"])
+@pytest.mark.parametrize(
+    "line", ["  a{n}: &a{n} [{aliases}]\n", "  a{n}: &a{n} {{<<: [{aliases}]}}\n"], ids=["list", "merge"]
+)
 def test_exploding_aliases_are_refused_at_once(folder: Path, line: str) -> None:
     (folder / "prefect.yaml").write_text(HEAD + _bomb(line))
     with pytest.raises(DeploymentsError, match=r"prefect\.yaml: its aliases expand to 3\.\de\+09 values"):

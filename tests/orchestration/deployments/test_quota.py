@@ -162,10 +162,14 @@ def test_quota_of_no_pods_is_refused() -> None:
         ({"scopes": ["PriorityClass"]}, True),
         *(
             (
-                {"scopeSelector": {"matchExpressions": [{"scopeName": "PriorityClass", "operator": op, "values": of}]}},
+                {
+                    "scopeSelector": {
+                        "matchExpressions": [{"scopeName": "PriorityClass", "operator": op, "values": classes}]
+                    }
+                },
                 counts,
             )
-            for op, of, counts in [
+            for op, classes, counts in [
                 ("In", ["prefect-runs"], True),
                 ("In", ["other"], False),
                 ("NotIn", ["other"], True),

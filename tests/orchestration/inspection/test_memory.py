@@ -25,7 +25,7 @@ def test_recommendation_covers_all_needs_with_bounded_excess(needs: list[int]) -
     assert MIN_BYTES <= request <= limit
     assert request % STEP_BYTES == limit % STEP_BYTES == 0
     assert 1.30 * max(needs) <= limit < max(1.30 * max(needs) + STEP_BYTES, MIN_BYTES + 1)
-    assert sum(each * 1.15 <= request for each in needs) * 2 >= len(needs), "half of the runs fit into the request"
+    assert sum(need * 1.15 <= request for need in needs) * 2 >= len(needs), "half of the runs fit into the request"
 
 
 @given(SIZES, SIZES, st.floats(1.01, 4))
@@ -62,8 +62,8 @@ class Deployment:
 
     def run(self, state: str, **labels: int) -> None:
         made = self.ask("POST", f"/deployments/{self.id}/create_flow_run", state={"type": "SCHEDULED"})
-        for each in ("RUNNING", state):
-            self.ask("POST", f"/flow_runs/{made['id']}/set_state", state={"type": each}, force=True)
+        for type_ in ("RUNNING", state):
+            self.ask("POST", f"/flow_runs/{made['id']}/set_state", state={"type": type_}, force=True)
         if labels:
             self.ask("PATCH", f"/flow_runs/{made['id']}/labels", **{f"reconciler.{k}": v for k, v in labels.items()})
 
@@ -110,7 +110,7 @@ def test_report_lists_deployments_with_recorded_memory(api: httpx.Client, capsys
     known, unknown = Deployment(api), Deployment(api)
     known.run("COMPLETED", peak=1)
     unknown.run("COMPLETED")
-    listed = [each["deployment"] for each in json.loads(report(capsys, "--json"))]
+    listed = [row["deployment"] for row in json.loads(report(capsys, "--json"))]
     assert known.name in listed
     assert unknown.name not in listed
     [found] = json.loads(report(capsys, unknown.name, "--json"))

@@ -101,10 +101,13 @@ def test_why_prints_pages_of_diagnoses(
     if labels.get(SETTLED_LABEL) == GIVEN_UP:
         labels = {SETTLED_LABEL: pool.ask("GET", f"/flow_runs/{run['id']}")["state_id"]}
     pool.ask("PATCH", f"/flow_runs/{run['id']}/labels", labels)
-    pages = [f"docs/diagnoses/{each}.md" for each in diagnoses]
+    pages = [f"docs/diagnoses/{diagnosis}.md" for diagnosis in diagnoses]
     assert why(run, capsys)["see"] == pages
     main(["why", run["id"]])
     shown = capsys.readouterr().out
-    lines = [f"{title(each)}. See docs/diagnoses/{each}.md, or run: orchestrate explain {each}" for each in diagnoses]
+    lines = [
+        f"{title(diagnosis)}. See docs/diagnoses/{diagnosis}.md, or run: orchestrate explain {diagnosis}"
+        for diagnosis in diagnoses
+    ]
     assert shown.splitlines()[len(shown.splitlines()) - len(lines) :] == lines
     assert shown.count("orchestrate explain") == len(lines)

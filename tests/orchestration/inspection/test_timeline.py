@@ -110,12 +110,12 @@ def test_timeline_has_no_entry_twice(pool: WorkPool, capsys: pytest.CaptureFixtu
     tail = "12:00:00.000 | INFO    | Flow run 'heron' - the last line"
     set_state("CRASHED", message=f"Pod heron-1-pod was killed. The end of its log:\n{tail}")
 
-    wait_until(lambda: len([each for each in timeline_of(run, capsys) if each.startswith("pod")]) == 4, "the events")
-    wait_until(lambda: any(each.startswith("job") for each in timeline_of(run, capsys)), "the worker's events")
+    wait_until(lambda: len([entry for entry in timeline_of(run, capsys) if entry.startswith("pod")]) == 4, "the events")
+    wait_until(lambda: any(entry.startswith("job") for entry in timeline_of(run, capsys)), "the worker's events")
 
     def resolutions() -> list[str]:
         """Return the lines that the observer logs about a pod that it diagnoses."""
-        return [each for each in timeline_of(run, capsys) if each.startswith("log: ") and "Resolution: " in each]
+        return [entry for entry in timeline_of(run, capsys) if entry.startswith("log: ") and "Resolution: " in entry]
 
     wait_until(lambda: len(resolutions()) == 2, "the observer's log")
     found = timeline_of(run, capsys)
@@ -157,7 +157,7 @@ def test_record_of_reconciler_replaces_events_of_pod(pool: WorkPool, capsys: pyt
     pool.ask("POST", "/events", [event])
 
     def pod_lines() -> list[str]:
-        return [each for each in timeline_of(run, capsys) if each.startswith("pod")]
+        return [entry for entry in timeline_of(run, capsys) if entry.startswith("pod")]
 
     expected = [
         "pod: heron-1-pod created",
@@ -205,7 +205,7 @@ def test_all_pages_of_events_are_read_and_retry_has_due_time(
         ObservedPod(pool, run, f"pod-{number}", datetime.now(UTC)).observe({"phase": "Pending"})
     wait_until(lambda: "pod: pod-59 created" in timeline_of(run, capsys), "the last event")
     found = timeline_of(run, capsys)
-    assert len([each for each in found if each.startswith("pod")]) == 60
+    assert len([entry for entry in found if entry.startswith("pod")]) == 60
     assert f"state: AwaitingRetry, due at {format_time(due)}: Retry 1 of 2" in found
 
 

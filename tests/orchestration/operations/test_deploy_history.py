@@ -63,7 +63,7 @@ class DeployedCharts:
             (templates / "more.yaml").write_text(failure.replace("NAME", release) if release == failing else "")
 
     def inputs(self, _: Environment, release: str, __: object) -> str:
-        return "".join(each.read_text() for each in sorted((self.folder / release / "templates").iterdir()))
+        return "".join(template.read_text() for template in sorted((self.folder / release / "templates").iterdir()))
 
     def deploy(self, version: str, failing: str = "", failure: str = "") -> None:
         self.write(version, failing, failure)
@@ -75,7 +75,7 @@ class DeployedCharts:
     def versions(self) -> list[str]:
         """Return the version of each release that runs."""
         found = self.environment.objects("configmaps")
-        by_name = {each["metadata"]["name"]: each.get("data", {}) for each in found}
+        by_name = {config_map["metadata"]["name"]: config_map.get("data", {}) for config_map in found}
         return [by_name[release]["version"] for release in RELEASES]
 
 
@@ -166,7 +166,7 @@ def test_each_rollback_takes_back_one_deploy_until_the_first(
         charts.rollback()
 
     deploy.undeploy(charts.environment)
-    assert CONFIG_MAP not in [each["metadata"]["name"] for each in charts.environment.objects("configmaps")]
+    assert CONFIG_MAP not in [config_map["metadata"]["name"] for config_map in charts.environment.objects("configmaps")]
 
 
 def test_error_names_revision_that_helm_no_longer_keeps(charts: DeployedCharts) -> None:

@@ -103,10 +103,12 @@ def test_move_keeps_the_former_namespace_until_no_run_is_in_progress(installatio
     installation.set_namespace("{{ .Release.Namespace }}-runs")
     assert environment.namespaces == [BEFORE, AFTER]
     deploy.apply_surroundings(environment)
-    assert [each["metadata"]["namespace"] for each in environment.objects("quota", *NAMED_RUNS)] == [BEFORE, AFTER]
+    assert [
+        resource_quota["metadata"]["namespace"] for resource_quota in environment.objects("quota", *NAMED_RUNS)
+    ] == [BEFORE, AFTER]
     deploy.apply_surroundings(environment)  # keeps the Secrets
     secrets = environment.objects("secrets", "--field-selector", "metadata.name=warehouse")
-    own, copied = ({key: b64decode(text).decode() for key, text in each["data"].items()} for each in secrets)
+    own, copied = ({key: b64decode(text).decode() for key, text in secret["data"].items()} for secret in secrets)
     assert copied == {"url": f"postgresql://warehouse:{own['password']}@warehouse.{BEFORE}:5432/warehouse"}
     assert namespace_of_runs.former_namespaces(environment) == [BEFORE], "the worker may claim a run there until then"
     with pytest.raises(ClusterError, match=f"names the Secret {AUTH_SECRET}: namespace {AFTER} has no such Secret"):
@@ -149,7 +151,7 @@ def test_only_the_copy_of_the_credential_is_changed_and_deleted(installation: In
 
     def credentials() -> list[str]:
         copies = environment.objects("secrets", "--field-selector", f"metadata.name={AUTH_SECRET}")
-        return [b64decode(each["data"]["auth-string"]).decode() for each in copies]
+        return [b64decode(secret["data"]["auth-string"]).decode() for secret in copies]
 
     namespace_of_runs.copy_api_credential(environment)
     assert credentials() == ["admin:password"] * 2

@@ -33,7 +33,7 @@ class Cluster(Environment):
 
     def kubectl(self, *arguments: str, text: str | None = None) -> str:
         assert arguments[0] == "get", text
-        if forbidden := [each for each in self.forbidden if each in arguments]:
+        if forbidden := [word for word in self.forbidden if word in arguments]:
             raise ClusterError(f"Error from server (Forbidden): {forbidden[0]} is forbidden")
         if arguments[1] == "namespace":
             return json.dumps({"metadata": {"uid": "uid"}})
@@ -45,7 +45,7 @@ class Cluster(Environment):
 
 def _cluster(forbidden: tuple[str, ...] = (), runs: int = 1) -> Cluster:
     cluster = Cluster("test", "test", "prefect")
-    objects = [each for number in range(runs) for each in _objects(number)]
+    objects = [manifest for number in range(runs) for manifest in _objects(number)]
     for name, value in (("forbidden", forbidden), ("objects_of_runs", tuple(objects))):
         object.__setattr__(cluster, name, value)
     return cluster

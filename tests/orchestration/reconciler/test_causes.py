@@ -32,10 +32,10 @@ def page(diagnosis: str) -> Path:
 
 def test_each_diagnosis_has_a_page_and_each_page_a_diagnosis() -> None:
     folder = page("crash").parent
-    assert {each.stem for each in folder.iterdir()} == DIAGNOSES | {diagnoses.INDEX}
-    for each in DIAGNOSES:
-        assert f"(../diagnoses/{each}.md)" in (ROOT / "docs/explanation/how-runs-survive.md").read_text(), (
-            f"the table has no {each}"
+    assert {file.stem for file in folder.iterdir()} == DIAGNOSES | {diagnoses.INDEX}
+    for diagnosis in DIAGNOSES:
+        assert f"(../diagnoses/{diagnosis}.md)" in (ROOT / "docs/explanation/how-runs-survive.md").read_text(), (
+            f"the table has no {diagnosis}"
         )
 
 
@@ -49,7 +49,7 @@ def test_each_waiting_state_is_named_on_page_of_its_diagnosis() -> None:
 def test_page_of_diagnosis_has_all_parts(diagnosis: str) -> None:
     text = page(diagnosis).read_text()
     parts = ["What you see.", "What it means.", "How to confirm.", "The cure.", "What the reconciler does."]
-    assert [each for each in parts if f"**{each}**" in text] == parts
+    assert [part for part in parts if f"**{part}**" in text] == parts
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_claim_is_over_once_given_away_or_taken_by_another_worker() -> None:
         assert is_given_away(job, states) == is_over, states
     assert not is_given_away(later, again)
     assert not is_given_away("heron-x7k2p", again), "a Job of a worker that writes no claim into the name"
-    assert [claim_of(each) for each in (job, "heron-x7k2p", "0000000000a1", "")] == ["0000000000a1", "", "", ""]
+    assert [claim_of(job_name) for job_name in (job, "heron-x7k2p", "0000000000a1", "")] == ["0000000000a1", "", "", ""]
 
 
 class Kubelet:
@@ -123,8 +123,8 @@ class Kubelet:
         async with httpx.AsyncClient(base_url=kubernetes_url, timeout=30) as client:
             while True:
                 listed = (await client.get(f"/apis/batch/v1/namespaces/{namespace}/jobs")).raise_for_status().json()
-                for each in listed["items"]:
-                    run, job = each["metadata"]["labels"][RUN_LABEL], each["metadata"]["name"]
+                for item in listed["items"]:
+                    run, job = item["metadata"]["labels"][RUN_LABEL], item["metadata"]["name"]
                     if job not in self.jobs[run]:
                         self.jobs[run].add(job)
                         self.execute(run, job)
@@ -142,13 +142,13 @@ class Kubelet:
 
     def is_idle(self) -> bool:
         """Return whether all processes have ended."""
-        return all(each.poll() is not None for each in self.processes)
+        return all(process.poll() is not None for process in self.processes)
 
     def close(self) -> None:
-        for each in self.processes:
+        for process in self.processes:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(each.pid, signal.SIGKILL)
-            each.wait()
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
     def notes(self, run: str) -> list[str]:
         with contextlib.suppress(FileNotFoundError):
@@ -161,7 +161,7 @@ class Kubelet:
     def history(self, run: str) -> str:
         """Return what happened to a run, for the message of a failure."""
         states = asked(self.api, "GET", f"/flow_run_states/?flow_run_id={run}")
-        lines = [f"{each['timestamp'][14:22]} {each['name']} {each['id'][-12:]}" for each in states]
+        lines = [f"{run_state['timestamp'][14:22]} {run_state['name']} {run_state['id'][-12:]}" for run_state in states]
         return ", ".join([*lines, f"Jobs {sorted(self.jobs[run])}", *self.notes(run)])
 
 
@@ -207,7 +207,7 @@ class Stalls:
     def given_away(self, run: str) -> int:
         """Return how often a claim of the run was given away."""
         states = asked(self.kubelet.api, "GET", f"/flow_run_states/?flow_run_id={run}")
-        return sum(each["name"] == protocol.CLAIM_LOST for each in states)
+        return sum(run_state["name"] == protocol.CLAIM_LOST for run_state in states)
 
     def wait(self, condition: Callable[[], bool]) -> None:
         self.held += 1
@@ -231,12 +231,12 @@ CASES = (
 
 @contextlib.asynccontextmanager
 async def running(tasks: list[Any]) -> AsyncIterator[list[asyncio.Task[Any]]]:
-    started = [asyncio.create_task(each) for each in tasks]
+    started = [asyncio.create_task(coroutine) for coroutine in tasks]
     try:
         yield started
     finally:
-        for each in started:
-            each.cancel()
+        for task in started:
+            task.cancel()
         await asyncio.wait(started)
 
 
@@ -276,7 +276,7 @@ def test_run_executes_once_however_late_kubernetes_creates_a_job(
         assert ends == dict.fromkeys(CASES, ("COMPLETED", ["begins", "ends"]))
         for case, run in runs.items():
             states = asked(api, "GET", f"/flow_run_states/?flow_run_id={run}")
-            claims = {each["id"][-12:] for each in states if each["name"] == "Pending"}
+            claims = {run_state["id"][-12:] for run_state in states if run_state["name"] == "Pending"}
             made_for = [claim_of(job) for job in jobs[run]]
             assert len(set(made_for)) == len(made_for), f"{case}: a claim has two Jobs"
             assert claims.issuperset(made_for), case
@@ -315,7 +315,7 @@ async def _until_ended(
             async with running(parts) as started:
 
                 async def have_ended() -> bool:
-                    assert not any(each.done() for each in started), [each for each in started if each.done()]
+                    assert not any(task.done() for task in started), [task for task in started if task.done()]
                     found = [await asyncio.to_thread(kubelet.state, run) for run in runs.values()]
                     return set(found) == {"COMPLETED"} and not stalls.held and kubelet.is_idle()
 

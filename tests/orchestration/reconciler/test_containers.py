@@ -47,11 +47,11 @@ SIDECAR_STATES = [
 def phase(main: Json, others: list[Json]) -> str:
     """Return the pod's phase as the kubelet computes it from its regular containers."""
     states = [main, *others]
-    if any("waiting" in each for each in states):
+    if any("waiting" in container_state for container_state in states):
         return "Pending"
-    if any("running" in each for each in states):
+    if any("running" in container_state for container_state in states):
         return "Running"
-    return "Failed" if any(each["terminated"]["exitCode"] for each in states) else "Succeeded"
+    return "Failed" if any(container_state["terminated"]["exitCode"] for container_state in states) else "Succeeded"
 
 
 def pod(
@@ -83,8 +83,8 @@ def pod(
         },
         "status": {
             "phase": phase(state, [*regular.values()]),
-            "containerStatuses": [{"name": name, "state": each} for name, each in statuses],
-            "initContainerStatuses": [{"name": name, "state": each} for name, each in native.items()],
+            "containerStatuses": [{"name": name, "state": value} for name, value in statuses],
+            "initContainerStatuses": [{"name": name, "state": value} for name, value in native.items()],
         } | status,
     }  # fmt: skip
     return Pod.read(PodObject.model_validate(raw))
@@ -100,7 +100,7 @@ def test_pod_with_sidecars_is_read_like_pod_without(state: Json, injected: dict[
     alone, together = pod(state), pod(state, injected, order=order)
     fields = ("has_started", "end", "waiting", "memory", "container", "started_at")
     assert [getattr(together, field) for field in fields] == [getattr(alone, field) for field in fields]
-    is_sidecar_live = any("terminated" not in each for each in injected.values())
+    is_sidecar_live = any("terminated" not in container_state for container_state in injected.values())
     assert together.has_live_sidecar == ("terminated" in state and is_sidecar_live)
     assert not alone.has_live_sidecar
 
@@ -124,7 +124,7 @@ def test_dead_main_container_crashes_run_and_its_job_is_deleted(
         assert "it used at most 1024 MiB" in crash.cause.sentence
         assert ended.end
         assert ended.end.leases == (LEASE,)
-    assert {type(each) for each in decided("CRASHED", job, ended)} == {Retry, Stop}, "no container executes it"
+    assert {type(action) for action in decided("CRASHED", job, ended)} == {Retry, Stop}, "no container executes it"
 
 
 @pytest.mark.parametrize("type_", ["COMPLETED", "FAILED", "CANCELLED", "SCHEDULED", "PAUSED", "CRASHED"])
@@ -132,14 +132,16 @@ def test_job_is_deleted_when_its_main_container_has_ended(type_: str) -> None:
     job = Job("heron", "r", NOW - timedelta(seconds=3600), makes_one_pod=True, is_finished=True)
     for name in ("aaa", "zzz"):
         held = pod(COMPLETED, {name: RUNNING})
-        [stop] = [each for each in decided(type_, job, held) if isinstance(each, Stop)]
+        [stop] = [action for action in decided(type_, job, held) if isinstance(action, Stop)]
         assert (stop.job, stop.grace) == ("heron", None)
     fresh = pod(terminated(0, "Completed", seconds=1), native={"aaa": RUNNING}, phase="Running")
-    assert not [each for each in decided(type_, job, fresh) if isinstance(each, Stop)], (
+    assert not [action for action in decided(type_, job, fresh) if isinstance(action, Stop)], (
         "a native sidecar ends without help"
     )
     gone = pod(COMPLETED)
-    assert not [each for each in decided(type_, job, gone) if isinstance(each, Stop)], "its log is kept for a while"
+    assert not [action for action in decided(type_, job, gone) if isinstance(action, Stop)], (
+        "its log is kept for a while"
+    )
 
 
 def test_job_that_kubernetes_retries_ends_with_a_pod_that_a_sidecar_holds_open() -> None:

@@ -161,16 +161,16 @@ def test_run_with_unconfirmed_end_has_time_to_report() -> None:
 
 def test_run_of_deleted_pod_crashes_once_job_is_finished() -> None:
     assert decided(run("RUNNING"), [job()], []) == [], "Kubernetes has not counted the pod yet"
-    assert [kind_of(each) for each in decided(run("RUNNING"), [job(is_finished=True)], [])] == ["crash"]
-    assert [kind_of(each) for each in decided(run("RUNNING"), [], [])] == ["crash"], "the Job is gone too"
+    assert [kind_of(action) for action in decided(run("RUNNING"), [job(is_finished=True)], [])] == ["crash"]
+    assert [kind_of(action) for action in decided(run("RUNNING"), [], [])] == ["crash"], "the Job is gone too"
 
 
 def test_claim_without_job_is_given_away_and_unrecorded_job_is_adopted() -> None:
     lost = run("PENDING", 61, job="")
-    assert [type(each) for each in decided(lost, [], [])] == [GiveAway]
+    assert [type(action) for action in decided(lost, [], [])] == [GiveAway]
     given_away = replace(lost, state=CLAIM_LOST, since=NOW)
-    assert [type(each) for each in decided(given_away, [job("job-0", is_finished=True)], [])] == [Unclaim]
-    assert [type(each) for each in decided(given_away, [job()], [pod()])] == [Stop], "the Job was created meanwhile"
+    assert [type(action) for action in decided(given_away, [job("job-0", is_finished=True)], [])] == [Unclaim]
+    assert [type(action) for action in decided(given_away, [job()], [pod()])] == [Stop], "the Job was created meanwhile"
     assert decided(given_away, [], [pod(deleted_at=NOW)]) == [], "its pod has yet to end"
     assert decided(run("PENDING", 59, job=""), [], []) == []
     assert decided(lost, [job(seconds=60)], []) == [Adopt(lost, "job-1")]
@@ -222,16 +222,18 @@ def test_run_of_deleted_deployment_is_cancelled_immediately() -> None:
 
 
 def test_jobs_of_finished_and_deleted_runs_are_deleted() -> None:
-    assert [type(each) for each in decided(None, [job()], [pod(has_started=True)])] == [Stop]
+    assert [type(decided_action) for decided_action in decided(None, [job()], [pod(has_started=True)])] == [Stop]
     assert decided(run("COMPLETED", 30), [job()], [pod(has_started=True)]) == []
-    assert [type(each) for each in decided(run("COMPLETED", 61), [job()], [pod(has_started=True)])] == [Stop]
+    assert [
+        type(decided_action) for decided_action in decided(run("COMPLETED", 61), [job()], [pod(has_started=True)])
+    ] == [Stop]
     assert decided(run("CRASHED", 10), [job()], [pod(has_started=True)]) == [], "its process may still report the cause"
     (action,) = decided(run("CRASHED", 16), [job()], [pod(has_started=True)])
     assert isinstance(action, Stop)
     assert action.grace == 0
     older = [job("job-0", seconds=200), job()]
     stopped = decided(run("RUNNING"), older, [pod("job-0", has_started=True), pod(has_started=True)])
-    assert [each.job for each in stopped if isinstance(each, Stop)] == ["job-0"]
+    assert [decided_action.job for decided_action in stopped if isinstance(decided_action, Stop)] == ["job-0"]
 
 
 def test_crash_is_retried_within_budget() -> None:
@@ -276,7 +278,9 @@ def test_disruption_has_separate_budget_and_failed_start_has_none() -> None:
     (action,) = decided(recorded, [], [])
     assert kind_of(action) == "disruption"
     gone = decided(run("RUNNING"), [job(is_finished=True, is_disrupted=True)], [])
-    assert [kind_of(each) for each in gone] == ["disruption"], "the condition of the Job outlives the pod"
+    assert [kind_of(decided_action) for decided_action in gone] == ["disruption"], (
+        "the condition of the Job outlives the pod"
+    )
     assert isinstance(action, Retry)
     assert decide_retry(recorded, action.cause, RetryBudget()).labels == {
         DISRUPTIONS_LABEL: 1,
@@ -326,7 +330,7 @@ def test_run_waits_longer_for_capacity_than_for_cure(
     for age in (patience - 1, patience + 1):
         made = [pod(seconds=age, waiting=waiting)] if waiting else []
         found = decided(waits, [job(seconds=age, refusal=refused)], made)
-        assert [kind_of(each) for each in found] == ([] if age < patience else ["start"])
+        assert [kind_of(action) for action in found] == ([] if age < patience else ["start"])
 
 
 @pytest.mark.parametrize(
@@ -357,7 +361,7 @@ def test_refused_job_is_requested_again_until_run_is_given_up(capacity: bool, pa
         replace(refused(1, 1), type="CRASHED"), crash.cause, RetryBudget(crash_retries=0)
     ).is_retried
     created = job(seconds=3)
-    assert [type(each) for each in decided(refused(61, 5), [created], [])] == [Adopt], (
+    assert [type(action) for action in decided(refused(61, 5), [created], [])] == [Adopt], (
         "the API's answer was lost, and the Job exists"
     )
 
@@ -437,9 +441,9 @@ class World:
         self.pods.append(Pod(name, "r", name, created))
 
     def pod_asks_whether_it_may_begin(self) -> None:
-        for each in self.pods:
-            if each.is_live and not each.has_started and each.name not in self.checked:
-                self.checked[each.name] = not is_given_away(each.job, self.states)
+        for pod_ in self.pods:
+            if pod_.is_live and not pod_.has_started and pod_.name not in self.checked:
+                self.checked[pod_.name] = not is_given_away(pod_.job, self.states)
                 return
 
     def kubernetes_makes_another_pod(self) -> None:
@@ -447,15 +451,15 @@ class World:
 
         A Job with a lost pod gets no replacement here: the new pod would belong to the same Job.
         """
-        living = {each.job for each in self.pods if each.is_live or each.has_live_sidecar}
-        for each in self.jobs:
-            if not each.is_finished and each.name not in {*living, *self.lost}:
-                self.pods.append(Pod(f"{each.name}-{uuid4().hex}", "r", each.name, self.now.replace(microsecond=0)))
+        living = {pod_.job for pod_ in self.pods if pod_.is_live or pod_.has_live_sidecar}
+        for job_ in self.jobs:
+            if not job_.is_finished and job_.name not in {*living, *self.lost}:
+                self.pods.append(Pod(f"{job_.name}-{uuid4().hex}", "r", job_.name, self.now.replace(microsecond=0)))
                 return
 
     def pod_reports_a_crash(self) -> None:
         """Let the supervisor report that the flow's process died. The pod lives for another moment."""
-        if self.run and self.run.type == "RUNNING" and any(each.is_live and each.has_started for each in self.pods):
+        if self.run and self.run.type == "RUNNING" and any(pod_.is_live and pod_.has_started for pod_ in self.pods):
             self.set("CRASHED")
 
     def worker_records_it(self) -> None:
@@ -467,9 +471,9 @@ class World:
 
     def pod_starts(self) -> None:
         """Prefect's engine begins a run that is Pending, and one that is Running as well."""
-        for number, each in enumerate(self.pods):
-            if each.is_live and not each.has_started:
-                may_begin = self.checked.get(each.name, not is_given_away(each.job, self.states))
+        for number, pod_ in enumerate(self.pods):
+            if pod_.is_live and not pod_.has_started:
+                may_begin = self.checked.get(pod_.name, not is_given_away(pod_.job, self.states))
                 if may_begin and self.run and self.run.type in ("PENDING", "RUNNING"):
                     assert not any(other.is_live and other.has_started for other in self.pods), (
                         "a second live run attempt"
@@ -480,8 +484,8 @@ class World:
                             "the lost run attempt may not have stopped yet"
                         )
                     self.set("RUNNING")
-                    self.started.add(each.job)
-                    self.pods[number] = replace(each, has_started=True)
+                    self.started.add(pod_.job)
+                    self.pods[number] = replace(pod_, has_started=True)
                 else:
                     self._end(number, 0)
                 return
@@ -492,26 +496,26 @@ class World:
 
     def engine_retries(self) -> None:
         """Retry the flow within its run attempt."""
-        if self.run and self.run.type == "RUNNING" and any(each.is_live and each.has_started for each in self.pods):
+        if self.run and self.run.type == "RUNNING" and any(pod_.is_live and pod_.has_started for pod_ in self.pods):
             self.set("RUNNING")
 
     def pod_completes(self) -> None:
-        for number, each in enumerate(self.pods):
-            if each.is_live and each.has_started:
+        for number, pod_ in enumerate(self.pods):
+            if pod_.is_live and pod_.has_started:
                 if self.run and self.run.type == "RUNNING":
                     self.set("COMPLETED")
                 self._end(number, 0)
 
     def pod_is_killed(self, **more: object) -> None:
-        for number, each in enumerate(self.pods):
-            if each.is_live:
+        for number, pod_ in enumerate(self.pods):
+            if pod_.is_live:
                 self._end(number, 137, **more)
                 return
 
     def pod_is_asked_to_end(self) -> None:
         """Send SIGTERM to a pod. Its supervisor sets the state of the run."""
-        for number, each in enumerate(self.pods):
-            if each.is_live and each.has_started:
+        for number, pod_ in enumerate(self.pods):
+            if pod_.is_live and pod_.has_started:
                 if self.run and self.run.type == "RUNNING":
                     used = int(self.run.labels.get(DISRUPTIONS_LABEL) or 0)
                     state = after_sigterm(used + 1, RetryBudget().disruption_retries, self.now)
@@ -524,15 +528,15 @@ class World:
                     self.due = self.now
                 self._end(number, 0)
                 # The supervisor sets no state if Kubernetes will replace the pod.
-                self.jobs = [replace(job, is_finished=job.is_finished or job.name == each.job) for job in self.jobs]
+                self.jobs = [replace(job, is_finished=job.is_finished or job.name == pod_.job) for job in self.jobs]
                 return
 
     def deadline_passes(self) -> None:
         """Send SIGTERM to the pods of a Job past its deadline. The supervisor sets no state."""
-        for number, each in enumerate(self.pods):
-            if each.is_live:
+        for number, pod_ in enumerate(self.pods):
+            if pod_.is_live:
                 self.jobs = [
-                    replace(job, is_finished=True, exceeded_deadline=20) if job.name == each.job else job
+                    replace(job, is_finished=True, exceeded_deadline=20) if job.name == pod_.job else job
                     for job in self.jobs
                 ]
                 self._end(number, 143)
@@ -549,39 +553,39 @@ class World:
 
     def node_is_cut_off(self) -> None:
         """Remove a pod from Kubernetes that is still executing. A Job with another ended pod is left alone."""
-        for each in self.pods:
-            if each.is_live and each.has_started and not any(other.end for other in self.pods if other.job == each.job):
-                self.pods.remove(each)
+        for pod_ in self.pods:
+            if pod_.is_live and pod_.has_started and not any(other.end for other in self.pods if other.job == pod_.job):
+                self.pods.remove(pod_)
                 if self.run and self.run.type not in FINAL_STATES:  # otherwise its process has reported the end
-                    self.lost[each.job] = None
+                    self.lost[pod_.job] = None
                 return
 
     def node_is_given_up(self) -> None:
         """Cut off a node, with its pod still in Kubernetes as Failed."""
         before = [*self.pods]
         self.node_is_cut_off()
-        for each in before:
-            if each not in self.pods:
+        for pod_ in before:
+            if pod_ not in self.pods:
                 ended = End(self.now, None, "Failed", disruption="DeletionByPodGC", is_confirmed=False)
-                self.pods.append(replace(each, end=ended))
+                self.pods.append(replace(pod_, end=ended))
 
     def finished_jobs_are_removed(self) -> None:
         """Remove finished Jobs, as Kubernetes does after `ttlSecondsAfterFinished`."""
-        over = {each.name for each in self.jobs if each.is_finished}
-        over -= {each.job for each in self.pods if each.is_live or each.has_live_sidecar}
-        self.jobs = [each for each in self.jobs if each.name not in over]
-        self.pods = [each for each in self.pods if each.job not in over]
+        over = {job_.name for job_ in self.jobs if job_.is_finished}
+        over -= {pod_.job for pod_ in self.pods if pod_.is_live or pod_.has_live_sidecar}
+        self.jobs = [job_ for job_ in self.jobs if job_.name not in over]
+        self.pods = [pod_ for pod_ in self.pods if pod_.job not in over]
 
     def job_is_deleted(self) -> None:
         if self.jobs:
             self.stop(self.jobs[0].name)
 
     def sidecar_ends(self) -> None:
-        self.pods = [replace(each, has_live_sidecar=False) for each in self.pods]
+        self.pods = [replace(pod_, has_live_sidecar=False) for pod_ in self.pods]
 
     def controller_counts(self) -> None:
-        living = {each.job for each in self.pods if each.is_live or each.has_live_sidecar}
-        self.jobs = [replace(each, is_finished=each.is_finished or each.name not in living) for each in self.jobs]
+        living = {pod_.job for pod_ in self.pods if pod_.is_live or pod_.has_live_sidecar}
+        self.jobs = [replace(job_, is_finished=job_.is_finished or job_.name not in living) for job_ in self.jobs]
 
     def cancelled_in_the_ui(self) -> None:
         if self.run and self.run.type in ("PENDING", "RUNNING"):
@@ -603,10 +607,10 @@ class World:
             return
         jobs = [
             replace(
-                each,
-                is_given_away=not each.is_finished and each.name != self.read.job and self._is_given_away(each.name),
+                job_,
+                is_given_away=not job_.is_finished and job_.name != self.read.job and self._is_given_away(job_.name),
             )
-            for each in self.jobs
+            for job_ in self.jobs
         ]
         decided = decide(self.read, jobs, self.pods, self.now, Policy())
         self.steady = self.read if is_steady(self.read, jobs, self.pods) else None
@@ -619,8 +623,8 @@ class World:
         return is_given_away(job, self.states)
 
     def stop(self, name: str) -> None:
-        self.jobs = [each for each in self.jobs if each.name != name]
-        self.pods = [each for each in self.pods if each.job != name]
+        self.jobs = [job_ for job_ in self.jobs if job_.name != name]
+        self.pods = [pod_ for pod_ in self.pods if pod_.job != name]
 
     def carry_out(self, action: Action) -> None:
         if isinstance(action, Stop):
@@ -632,26 +636,26 @@ class World:
         elif isinstance(action, GiveAway):
             self.set("PENDING", CLAIM_LOST)
         elif isinstance(action, Unclaim):
-            if all(each.is_finished for each in self.jobs):
+            if all(job_.is_finished for job_ in self.jobs):
                 self.set("SCHEDULED")
         elif isinstance(action, Cancel):
             self.set("CANCELLING")
         elif isinstance(action, TimeOut):
             self.set("FAILED", "TimedOut")
-            for each in action.lost:
-                if each in self.lost:
-                    self.lost[each] = self.now
+            for lost_job in action.lost:
+                if lost_job in self.lost:
+                    self.lost[lost_job] = self.now
         elif isinstance(action, Cancelled | Crash):
             self.run = replace(self.run, labels={**self.run.labels, **action.labels})
-            for each in self.lost:
-                if action.labels.get(FENCED_LABEL_PREFIX + each):
-                    self.lost[each] = self.now
+            for lost_job in self.lost:
+                if action.labels.get(FENCED_LABEL_PREFIX + lost_job):
+                    self.lost[lost_job] = self.now
             self.set("CRASHED" if isinstance(action, Crash) else "CANCELLED")
         elif isinstance(action, Retry):
             decision = decide_retry(self.run, action.cause, None if self.is_deployment_deleted else RetryBudget())
             self.run = replace(self.run, labels={**self.run.labels, **(decision.labels or {})})
             if decision.is_retried:
-                assert not any(each.is_live for each in self.pods), "a retry while a pod is live"
+                assert not any(pod_.is_live for pod_ in self.pods), "a retry while a pod is live"
                 self.set("SCHEDULED", "AwaitingRetry")
                 self.due = self.now + timedelta(seconds=decision.delay_seconds)
         elif isinstance(action, Explain):
@@ -690,7 +694,7 @@ EXECUTES = ["worker_claims", "worker_makes_the_job", "worker_records_it", "pod_s
 ASKS = ["stalled_request_arrives", "pod_asks_whether_it_may_begin"]
 
 
-@given(st.lists(st.sampled_from([*([each] for each in EVENTS), *USUAL * 3]), max_size=25), st.booleans())
+@given(st.lists(st.sampled_from([*([event_name] for event_name in EVENTS), *USUAL * 3]), max_size=25), st.booleans())
 @example([GIVEN_AWAY_CLAIM, ROUND, EXECUTES, ["stalled_request_arrives", "pod_starts"], ROUND], False)
 @example([GIVEN_AWAY_CLAIM, ["stalled_request_arrives"], ROUND, ROUND, EXECUTES], False)
 @example(
@@ -701,7 +705,7 @@ ASKS = ["stalled_request_arrives", "pod_asks_whether_it_may_begin"]
 @settings(max_examples=examples(8))
 def test_no_history_loses_blocks_or_duplicates_run(history: list[list[str]], sidecars: bool) -> None:
     world = World(sidecars=sidecars)
-    for event in (each for some in history for each in some):
+    for event in (step for some in history for step in some):
         getattr(world, event)()
     # From here on nothing fails.
     for _ in range(120):
@@ -715,7 +719,7 @@ def test_no_history_loses_blocks_or_duplicates_run(history: list[list[str]], sid
             world.a_minute_passes()
     assert world.run
     assert world.run.type in FINAL_STATES, world
-    assert not [each for each in world.pods if each.is_live or each.has_live_sidecar], world
+    assert not [pod_ for pod_ in world.pods if pod_.is_live or pod_.has_live_sidecar], world
     assert all(world.lost.values()), f"an unfenced run attempt may still be executing: {world}"
     if world.run.type == "CRASHED":
         assert protocol.SETTLED_LABEL in world.run.labels
@@ -767,9 +771,13 @@ def test_exceeded_deadline_times_run_out_without_retry() -> None:
         [action] = decided(run("CRASHED", 5), [expired], pods)
         assert isinstance(action, TimeOut), "its process reported a crash first"
     waited = run("PENDING", 5, state="Unschedulable")
-    assert [type(each) for each in decided(waited, [expired], [])] == [TimeOut], "the pod never had a node"
+    assert [type(decided_action) for decided_action in decided(waited, [expired], [])] == [TimeOut], (
+        "the pod never had a node"
+    )
     in_its_pod = pod(end=end(code=137, reason="DeadlineExceeded", message="Pod was active longer"))
-    assert [type(each) for each in decided(run("RUNNING"), [job(is_finished=True)], [in_its_pod])] == [TimeOut]
+    assert [
+        type(decided_action) for decided_action in decided(run("RUNNING"), [job(is_finished=True)], [in_its_pod])
+    ] == [TimeOut]
     again = run("RUNNING", job="job-2")
     assert decided(again, [replace(expired, created_at=ago(500)), job("job-2")], [pod("job-2", has_started=True)]) == []
 

@@ -106,9 +106,9 @@ def test_hostile_labels_annotations_and_messages_raise_nothing(
 ) -> None:
     run, job, pod = _run(state, labels, text), _job(annotation), _pod(text, memory, reason)
     actions = decide(run, [job], [pod], NOW, Policy())
-    for each in actions:
-        if isinstance(each, Retry):
-            found = decide_retry(run, each.cause, RetryBudget.from_job_variables(variables))
+    for action in actions:
+        if isinstance(action, Retry):
+            found = decide_retry(run, action.cause, RetryBudget.from_job_variables(variables))
             assert NOW + timedelta(seconds=found.delay_seconds * 1.25) > NOW - timedelta(seconds=1)
             json.dumps(found.labels, allow_nan=False)
     for record in build_pod_records(run, [job], [pod]):

@@ -39,9 +39,9 @@ def test_rotated_certificate_authority_orphans_no_run(
         outside, before, after = asyncio.run(identities(url))
     (tmp_path / "ca.crt").write_text("old")
     labelled_before, elsewhere = run(certificate_hash()), run("another-uid")
-    for each in (outside, before, after):
-        assert run(uid).belongs_to(each, "ns")
-        assert not elsewhere.belongs_to(each, "ns")
+    for identity in (outside, before, after):
+        assert run(uid).belongs_to(identity, "ns")
+        assert not elsewhere.belongs_to(identity, "ns")
     assert labelled_before.belongs_to(before, "ns")
     assert not labelled_before.belongs_to(after, "ns")
 

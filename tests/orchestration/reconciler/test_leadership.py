@@ -65,18 +65,18 @@ def test_one_candidate_leads_and_another_after_release_or_expiry(namespace: Name
 
             async def leaders() -> list[leader_election.LeaderElection]:
                 """Let all candidates try at once, and return the leaders."""
-                took = await asyncio.gather(*(each.acquire_or_renew() for each in candidates))
-                return [each for each, leads in zip(candidates, took, strict=True) if leads]
+                took = await asyncio.gather(*(candidate.acquire_or_renew() for candidate in candidates))
+                return [candidate for candidate, leads in zip(candidates, took, strict=True) if leads]
 
             # Several candidates read the Lease before one has written it. The API server accepts one write.
             [first] = await leaders()
-            assert [each for each in candidates if each.is_leader] == [first]
+            assert [candidate for candidate in candidates if candidate.is_leader] == [first]
             assert await leaders() == [first]
             await first.release()
             [second] = await leaders()
             candidates.remove(second)  # the leader dies
-            for each in candidates:
-                each.duration = 2
+            for candidate in candidates:
+                candidate.duration = 2
             # The other candidates have just seen the renewal of the Lease.
             assert await leaders() == []
             began = time.monotonic()

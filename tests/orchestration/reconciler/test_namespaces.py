@@ -44,7 +44,7 @@ def test_round_handles_runs_in_each_namespace_and_in_no_other(prefect_server: st
                 httpx.AsyncClient(base_url=prefect_server, timeout=30) as for_prefect,
                 httpx.AsyncClient(base_url=kubernetes.client.base_url, verify=context, timeout=30) as for_kubernetes,
             ):
-                clusters = [Cluster(for_kubernetes, each) for each in (NEW, FORMER)]
+                clusters = [Cluster(for_kubernetes, place) for place in (NEW, FORMER)]
                 identity = await clusters[0].identity()
                 for run in runs:
                     asked(api, "PATCH", f"/flow_runs/{run}/labels", {CLUSTER_LABEL: identity})
@@ -64,8 +64,8 @@ def test_round_handles_runs_in_each_namespace_and_in_no_other(prefect_server: st
             asked(api, "PATCH", f"/flow_runs/{runs[namespace]}", {"infrastructure_pid": f"{namespace}:gone"})
         asyncio.run(run_round(*runs.values()))
 
-        states = {each: asked(api, "GET", f"/flow_runs/{run}")["state_type"] for each, run in runs.items()}
+        states = {place: asked(api, "GET", f"/flow_runs/{run}")["state_type"] for place, run in runs.items()}
         assert states == {NEW: "CRASHED", FORMER: "CRASHED", "kube-public": "RUNNING"}
         jobs = kubernetes.client.get("/apis/batch/v1/jobs").raise_for_status().json()["items"]
-        left = {each["metadata"]["namespace"] for each in jobs if not each["metadata"].get("deletionTimestamp")}
+        left = {job["metadata"]["namespace"] for job in jobs if not job["metadata"].get("deletionTimestamp")}
         assert left == {"kube-public"}

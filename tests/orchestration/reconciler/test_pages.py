@@ -30,7 +30,7 @@ def test_all_pages_of_runs_are_read(prefect_server: str, monkeypatch: pytest.Mon
     async def read() -> list[str]:
         async with httpx.AsyncClient(base_url=prefect_server, timeout=30) as client:
             running = {"state": {"type": {"any_": ["RUNNING"]}}}
-            return [each.id for each in await _read_runs(Server(client, prefect_server), pool.name, running)]
+            return [run.id for run in await _read_runs(Server(client, prefect_server), pool.name, running)]
 
     found = asyncio.run(read())
     assert len(found) == number
@@ -57,7 +57,7 @@ def test_steady_runs_are_counted_and_read_only_after_change(prefect_server: str)
                         return await _read_runs(server, pool.name, {"id": {"any_": made}})
                     return await _read_steady_runs(server, pool.name, steady)
 
-            return {each.id: each for each in asyncio.run(ask())}, requests
+            return {steady_run.id: steady_run for steady_run in asyncio.run(ask())}, requests
 
         def state(run: str, type_: str) -> None:
             body = {"state": {"type": type_}, "force": True}
@@ -71,10 +71,10 @@ def test_steady_runs_are_counted_and_read_only_after_change(prefect_server: str)
         state(made[1], "COMPLETED")
         state(other, "COMPLETED")
         found, requests = read(steady)
-        assert {each.id: each.type for each in found.values()} == dict(
+        assert {steady_run.id: steady_run.type for steady_run in found.values()} == dict(
             zip(made, ["CANCELLING", "COMPLETED", "RUNNING", "RUNNING"], strict=True)
         )
-        assert [found[each] for each in made[2:]] == [steady[each] for each in made[2:]]
+        assert [found[run_id] for run_id in made[2:]] == [steady[run_id] for run_id in made[2:]]
         assert requests == ["/flow_runs/count", "/flow_runs/filter"]
 
         client.delete(f"/flow_runs/{made[2]}").raise_for_status()
@@ -98,14 +98,19 @@ def test_all_pages_of_jobs_and_pods_are_read(namespace: Namespace, monkeypatch: 
             {
                 "apiVersion": "batch/v1",
                 "kind": "Job",
-                "metadata": {"name": f"job-{index}", "labels": each},
-                "spec": {"suspend": True, "template": {"metadata": {"labels": each}, "spec": spec}},
+                "metadata": {"name": f"job-{index}", "labels": pod_labels},
+                "spec": {"suspend": True, "template": {"metadata": {"labels": pod_labels}, "spec": spec}},
             }
-            for index, each in enumerate(labels)
+            for index, pod_labels in enumerate(labels)
         ),
         *(
-            {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": f"pod-{index}", "labels": each}, "spec": spec}
-            for index, each in enumerate(labels)
+            {
+                "apiVersion": "v1",
+                "kind": "Pod",
+                "metadata": {"name": f"pod-{index}", "labels": pod_labels},
+                "spec": spec,
+            }
+            for index, pod_labels in enumerate(labels)
         ),
     )
 
@@ -113,10 +118,10 @@ def test_all_pages_of_jobs_and_pods_are_read(namespace: Namespace, monkeypatch: 
         async with httpx.AsyncClient(base_url=url, timeout=30) as client:
             cluster = kubernetes.Cluster(client, namespace.name)
             jobs, pods = await cluster.list_jobs(pool, timedelta()), await cluster.list_pods(pool, timedelta())
-            assert {each.container for each in pods} == {name}
-        return [each.run for each in jobs], [each.run for each in pods]
+            assert {pod.container for pod in pods} == {name}
+        return [job.run for job in jobs], [pod.run for pod in pods]
 
     with proxied(namespace.context) as url:
         jobs, pods = asyncio.run(read(url))
-    runs = sorted(each[RUN_LABEL] for each in labels)
+    runs = sorted(pod_labels[RUN_LABEL] for pod_labels in labels)
     assert sorted(jobs) == sorted(pods) == runs

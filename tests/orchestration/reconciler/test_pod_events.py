@@ -87,21 +87,21 @@ CASES = {
 def test_events_equal_those_of_prefects_observer(raw: dict[str, Any]) -> None:
     ours, theirs = build_pod_events(read(raw), "ns")[-1], event_of_observer(raw)
     ours["resource"].pop("kubernetes.reason", None)
-    about = {each["prefect.resource.role"]: each for each in ours["related"]}
+    about = {resource["prefect.resource.role"]: resource for resource in ours["related"]}
     about["flow-run"]["prefect.resource.id"] = "prefect.flow-run.none"
     for name in ("id", "event", "resource"):
         assert ours[name] == theirs[name], name
-    assert about == {each["prefect.resource.role"]: each for each in theirs["related"]}
+    assert about == {resource["prefect.resource.role"]: resource for resource in theirs["related"]}
     assert datetime.fromisoformat(ours["occurred"]) == datetime.fromisoformat(theirs["occurred"])
 
 
 def test_pod_that_is_first_read_at_its_end_has_all_events() -> None:
     found = build_pod_events(read(CASES["failed"]), "ns")
-    assert [each["event"].removeprefix(PREFIX) for each in found] == ["pending", "running", "failed"]
-    assert [each.get("follows") for each in found] == [None, found[0]["id"], found[1]["id"]]
+    assert [event["event"].removeprefix(PREFIX) for event in found] == ["pending", "running", "failed"]
+    assert [event.get("follows") for event in found] == [None, found[0]["id"], found[1]["id"]]
     never_ran = pod("Failed", reason="Evicted", message="The node was low on memory")
     found = build_pod_events(read(never_ran), "ns")
-    assert [each["event"].removeprefix(PREFIX) for each in found] == ["pending", "evicted"]
+    assert [event["event"].removeprefix(PREFIX) for event in found] == ["pending", "evicted"]
     assert found[-1]["resource"]["kubernetes.reason"] == found[-1]["resource"]["kubernetes.diagnosis"] == "Evicted"
 
 
@@ -114,9 +114,9 @@ def test_pod_that_the_cluster_ended_is_evicted() -> None:
 
 def test_each_event_is_emitted_once_and_fires_automation_once(prefect_server: str) -> None:
     """That includes a new reconciler after another has emitted events, and a request whose answer was lost."""
-    stages = [pod("Pending"), *(copy.deepcopy(CASES[each]) for each in ("running", "failed"))]
-    for each in stages[1:]:
-        each["metadata"] = stages[0]["metadata"]
+    stages = [pod("Pending"), *(copy.deepcopy(CASES[case]) for case in ("running", "failed"))]
+    for stage in stages[1:]:
+        stage["metadata"] = stages[0]["metadata"]
     uid, run = stages[0]["metadata"]["uid"], stages[0]["metadata"]["labels"]["prefect.io/flow-run-id"]
     others = [pod("Succeeded", {"terminated": {"exitCode": 0, "reason": "Completed"} | RAN}) for _ in range(30)]
     with client_of(prefect_server) as api:
@@ -130,7 +130,7 @@ def test_each_event_is_emitted_once_and_fires_automation_once(prefect_server: st
 
         def events(resource: str) -> list[str]:
             which = {"resource": {"id": [resource]}, "order": "ASC"}
-            return [each["event"] for each in asked(api, "POST", "/events/filter", {"filter": which})["events"]]
+            return [event["event"] for event in asked(api, "POST", "/events/filter", {"filter": which})["events"]]
 
         async def emit(*pods: dict[str, Any], rounds: int = 2) -> list[str]:
             """Return the ids of the events that a new reconciler sends in some rounds."""
@@ -138,7 +138,7 @@ def test_each_event_is_emitted_once_and_fires_automation_once(prefect_server: st
 
             async def note(request: httpx.Request) -> None:
                 if request.url.path.endswith("/events"):
-                    sent.extend(each["id"] for each in json.loads(request.content))
+                    sent.extend(event["id"] for event in json.loads(request.content))
 
             hooks = {"request": [note]}
             async with httpx.AsyncClient(base_url=prefect_server, timeout=60, event_hooks=hooks) as client:
@@ -147,8 +147,8 @@ def test_each_event_is_emitted_once_and_fires_automation_once(prefect_server: st
                     await events_of_pods.emit([read(raw) for raw in pods])
             return sent
 
-        for each in stages:
-            assert len(asyncio.run(emit(each))) >= 1
+        for stage in stages:
+            assert len(asyncio.run(emit(stage))) >= 1
         wait_until(lambda: f"{PREFIX}failed" in events(f"{PREFIX}{uid}"), "the events")
         wait_until(
             lambda: "prefect.automation.triggered" in events(f"prefect.automation.{automation}"), "the automation"
@@ -161,7 +161,7 @@ def test_each_event_is_emitted_once_and_fires_automation_once(prefect_server: st
             assert len(asyncio.run(emit(stages[-1], rounds=1))) == 3
         asyncio.run(emit(marker := pod("Pending")))
         wait_until(lambda: events(f"{PREFIX}{marker['metadata']['uid']}"), "the event that was sent later")
-        assert events(f"{PREFIX}{uid}") == [f"{PREFIX}{each}" for each in ("pending", "running", "failed")]
+        assert events(f"{PREFIX}{uid}") == [f"{PREFIX}{phase}" for phase in ("pending", "running", "failed")]
         assert Counter(events(f"prefect.automation.{automation}"))["prefect.automation.triggered"] == 1
         asked(api, "DELETE", f"/automations/{automation}")
 

@@ -47,7 +47,7 @@ KILLED = replace(ENDED, name="k", job="heron-1", end=End(NOW, 137, "OOMKilled", 
 
 def test_job_is_recorded_once_for_each_number_of_ended_pods() -> None:
     assert unrecorded_pods(JOBS, [ENDED, replace(ENDED, name="live", end=None)]) == {"heron-2": (ENDED,)}
-    recorded = [replace(each, recorded_pods=1) for each in JOBS]
+    recorded = [replace(job, recorded_pods=1) for job in JOBS]
     assert unrecorded_pods(recorded, [ENDED, KILLED]) == {}
     again = replace(ENDED, name="again")
     assert unrecorded_pods(recorded, [ENDED, again]) == {"heron-2": (ENDED, again)}
@@ -67,11 +67,11 @@ def test_job_is_recorded_once_for_each_number_of_ended_pods() -> None:
 )
 def test_no_record_while_worker_may_write_labels(type_: str, job: str, recorded: list[str]) -> None:
     found = build_pod_records(replace(RUN, type=type_, job=job), JOBS, [ENDED, KILLED])
-    assert sorted(each.job for each in found) == recorded
+    assert sorted(record.job for record in found) == recorded
 
 
 def test_job_of_deleted_run_is_recorded_without_run() -> None:
-    assert [each.run for each in build_pod_records(None, JOBS, [ENDED])] == [None]
+    assert [record.run for record in build_pod_records(None, JOBS, [ENDED])] == [None]
 
 
 def test_labels_have_highest_memory_of_all_pods() -> None:
@@ -104,8 +104,8 @@ class Pool:
 
     def run(self, *states: str) -> dict[str, Any]:
         made = self.ask("POST", f"/deployments/{self.deployment}/create_flow_run", state={"type": "SCHEDULED"})
-        for each in states:
-            self.ask("POST", f"/flow_runs/{made['id']}/set_state", state={"type": each}, force=True)
+        for type_ in states:
+            self.ask("POST", f"/flow_runs/{made['id']}/set_state", state={"type": type_}, force=True)
         self.ask("PATCH", f"/flow_runs/{made['id']}/labels", **{CLUSTER_LABEL: self.cluster})
         return dict(made)
 
@@ -234,16 +234,16 @@ def test_ended_pods_are_recorded_once_and_cost_no_later_request(pool: Pool, caps
     """That includes completed runs. A new reconciler knows what an earlier one has recorded."""
     idle = pool.round()
     runs = [pool.run("RUNNING", "COMPLETED") for _ in range(3)]
-    jobs = [pool.job(each) for each in runs]
-    pods = [pool.end_pod(each, 0, "Completed", peak=number * MIB) for number, each in enumerate(jobs, 100)]
+    jobs = [pool.job(run) for run in runs]
+    pods = [pool.end_pod(job, 0, "Completed", peak=number * MIB) for number, job in enumerate(jobs, 100)]
     gone = pool.run("RUNNING", "COMPLETED")
     jobs.append(pool.job(gone))
     pool.end_pod(jobs[-1], 0, "Completed", peak=MIB)
     pool.ask("DELETE", f"/flow_runs/{gone['id']}")
 
     pool.round()
-    assert [pool.labels(each)[PEAK_LABEL] for each in runs] == [100 * MIB, 101 * MIB, 102 * MIB]
-    assert [pool.recorded(each) for each in jobs] == ["1"] * 4
+    assert [pool.labels(run)[PEAK_LABEL] for run in runs] == [100 * MIB, 101 * MIB, 102 * MIB]
+    assert [pool.recorded(job) for job in jobs] == ["1"] * 4
     assert pool.round() == idle, "the requests of a round grow with the number of ended runs"
 
     capsys.readouterr()
@@ -251,7 +251,7 @@ def test_ended_pods_are_recorded_once_and_cost_no_later_request(pool: Pool, caps
     def lines() -> list[str]:
         assert main(["why", runs[0]["id"], "--json"]) == 0
         found = json.loads(capsys.readouterr().out)["timeline"]
-        return [each["text"] for each in found if each["who"] == "pod"]
+        return [entry["text"] for entry in found if entry["who"] == "pod"]
 
     wait_until(lines, "the event")
     assert lines() == [
@@ -303,7 +303,7 @@ def test_run_of_lost_node_is_fenced(pool: Pool, states: list[str], end: str) -> 
 
 def test_steady_run_is_not_read_until_it_changes(pool: Pool) -> None:
     runs = [pool.run("RUNNING") for _ in range(3)]
-    jobs = [pool.job(each) for each in runs]
+    jobs = [pool.job(started_run) for started_run in runs]
     for run, job in zip(runs, jobs, strict=True):
         pool.start_pod(job)
         pool.ask("PATCH", f"/flow_runs/{run['id']}", infrastructure_pid=f"{pool.namespace.name}:{job}")
@@ -383,13 +383,13 @@ def test_hostile_objects_do_not_affect_other_runs(
         return str(pool.ask("GET", f"/flow_runs/{run['id']}")["state_name"])
 
     pool.round()
-    assert [state(each) for each in (dead, crashing)] == ["Crashed", "AwaitingRetry"]
+    assert [state(ended_run) for ended_run in (dead, crashing)] == ["Crashed", "AwaitingRetry"]
     assert pool.recorded(job) == "1"
 
     # The API refuses a request about one run.
     refused, dead = pool.run("RUNNING"), pool.run("RUNNING")
-    for each in (refused, dead):
-        pool.end_pod(pool.job(each), 137, "Error")
+    for ended_run in (refused, dead):
+        pool.end_pod(pool.job(ended_run), 137, "Error")
 
     async def refuse(server: Any, cluster: Any, action: Any, pods: list[Pod], lines: int) -> str:
         if isinstance(action, Crash) and action.run.id == refused["id"]:

@@ -34,8 +34,8 @@ def _run(type_: str, *, name: str = "", due: datetime = BACKUP, deployment: str 
 
 
 def _execution(outcome: Outcome, minutes: float = 5) -> Execution:
-    at = BACKUP + timedelta(minutes=minutes)
-    return Execution(RUN, "brave-fox", JOB, "prefect", "c", POOL, FLOW, "etl", "d", outcome, at, exit_code=3)
+    created_at = BACKUP + timedelta(minutes=minutes)
+    return Execution(RUN, "brave-fox", JOB, "prefect", "c", POOL, FLOW, "etl", "d", outcome, created_at, exit_code=3)
 
 
 def _after(found: Settlement | None) -> str:

@@ -58,7 +58,7 @@ class Worker:
         before = (datetime.now(UTC) + until).isoformat()
         body = {"scheduled_before": before, "limit": 200}
         found = asked(self.api, "POST", f"/work_pools/{POOL}/get_scheduled_flow_runs", body)
-        return [each["flow_run"] for each in found]
+        return [response["flow_run"] for response in found]
 
     def set_state(self, run: Object, type_: str) -> str:
         answer = asked(self.api, "POST", f"/flow_runs/{run['id']}/set_state", {"state": {"type": type_}})
@@ -258,7 +258,9 @@ def test_after_a_restore_nothing_is_executed_twice(server: str, story: Story, re
     status, found = _settle(server, "restored", *story.options)
     assert status == 2, "a person has to look"
     held = story.ids("claimed", "gone", "never")
-    assert {each["run"] for each in found if each["needs_person"]} == held | story.ids("broken", "new_waiting")
+    assert {settlement["run"] for settlement in found if settlement["needs_person"]} == held | story.ids(
+        "broken", "new_waiting"
+    )
     assert story.in_state(restored, "Held") == held
     assert story.in_state(restored, "Completed") == story.ids("done", "ending", "completed")
     assert story.in_state(restored, "Failed") == story.ids("broken")
@@ -295,7 +297,7 @@ def test_after_a_restore_nothing_is_executed_twice(server: str, story: Story, re
 
 def test_replaced_database_tells_how_runs_ended(server: str, story: Story, restored: str) -> None:
     status, found = _settle(server, "restored", *story.options, "--replaced", "original")
-    assert (status, [each for each in found if each["needs_person"]]) == (0, [])
+    assert (status, [settlement for settlement in found if settlement["needs_person"]]) == (0, [])
     assert story.in_state(restored, "Completed") == story.ids("done", "ending", "claimed", "completed", "gone")
     assert story.in_state(restored, "Failed") == story.ids("broken")
     assert story.in_state(restored, "Scheduled", "Late") == story.ids("never", "soon"), "what was never executed starts"
@@ -313,8 +315,8 @@ def test_unknown_runs_start_if_asked_and_times_without_a_run_are_listed(
     _, found = _settle(server, "restored", *story.options, "--stopped", late, "--start-unknown")
     assert story.in_state(restored, "Scheduled", "Late") == story.ids("gone", "never", "soon")
     assert story.in_state(restored, "Held") == story.ids("claimed"), "it was Pending at the backup"
-    assert story.ids("gone", "never") <= {each["run"] for each in found if each["needs_person"]}
-    [times] = [each for each in found if not each["run"]]
+    assert story.ids("gone", "never") <= {settlement["run"] for settlement in found if settlement["needs_person"]}
+    [times] = [settlement for settlement in found if not settlement["run"]]
     assert times["name"] == "etl/frequent"
     assert "scheduled times from" in times["reason"]
     assert int(times["reason"].split()[0]) > 200

@@ -63,7 +63,7 @@ def test_stored_backup_is_listed_and_fetched(store: Store, tmp_path: Path) -> No
 def test_encrypted_backup_needs_a_key_of_a_recipient(store: Store, tmp_path: Path) -> None:
     keys = [pyrage.x25519.Identity.generate() for _ in range(3)]
     backup = store.put(_dump(tmp_path / "work", NOW, b"SECRET" * 1000), [str(key.to_public()) for key in keys[:2]])
-    files = [each.name for each in (tmp_path / "backups").glob("*")]
+    files = [path.name for path in (tmp_path / "backups").glob("*")]
     assert backup.file.endswith(".dump.age")
     for number, key in enumerate(keys):
         (tmp_path / f"key{number}").write_text(f"# created: today\n{key}\n")
@@ -94,7 +94,7 @@ def test_incomplete_backup_is_none_and_is_deleted_after_a_day(tmp_path: Path) ->
     store.prune(7, 30, NOW)
     assert (tmp_path / "backups/20261129T110000Z.dump").exists(), "another backup may be in progress"
     store.prune(7, 30, NOW + timedelta(days=2))
-    assert {each.name for each in (tmp_path / "backups").iterdir()} == {
+    assert {path.name for path in (tmp_path / "backups").iterdir()} == {
         "20261129T120000Z.dump", "20261129T120000Z.json", "notes.txt"
     }  # fmt: skip
 

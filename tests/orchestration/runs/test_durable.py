@@ -43,7 +43,7 @@ def _release(folder: Path, url: str, **results: Any) -> dict[str, Any]:
     values: Object = {"image": {"tag": "1"}, "pool": {"name": f"pool-{uuid4().hex[:8]}"}, "runs": {"results": results}}
     release = f"release-{uuid4().hex[:8]}"
     objects = render("prefect-work-pool", values, release)
-    [file] = [each["data"]["pool.yaml"] for each in objects if "pool.yaml" in each.get("data", {})]
+    [file] = [manifest["data"]["pool.yaml"] for manifest in objects if "pool.yaml" in manifest.get("data", {})]
     (folder / "pool.yaml").write_text(file)
     command = [sys.executable, "-m", "orchestration", "sync", "--owner", release, str(folder / "pool.yaml")]
     subprocess.run(command, env=os.environ | {"PREFECT_API_URL": url}, cwd=ROOT, capture_output=True, check=True)
@@ -74,7 +74,7 @@ def _s3(folder: Path) -> Iterator[Storage]:
         yield lambda url: _release(folder, url, storage="s3", s3=s3) | server
         key, secret = server.values()
         there = s3fs.S3FileSystem(key=key, secret=secret, endpoint_url=endpoint, skip_instance_cache=True)
-        assert [each.split("/")[:2] for each in there.ls("results")] == [["results", "prefect"]]
+        assert [path.split("/")[:2] for path in there.ls("results")] == [["results", "prefect"]]
 
 
 def _redis(folder: Path) -> Iterator[Storage]:
@@ -110,9 +110,9 @@ def _execute(run: str, url: str, variables: dict[str, str], folder: Path = FLOWS
 def _lines(api: httpx.Client, run: str) -> list[str]:
     """Return the log messages of the run and its subflows."""
     body: dict[str, Any] = {"flow_runs": {"parent_flow_run_id": {"any_": [run]}}}
-    runs = [run, *(each["id"] for each in api.post("/flow_runs/filter", json=body).raise_for_status().json())]
+    runs = [run, *(subflow["id"] for subflow in api.post("/flow_runs/filter", json=body).raise_for_status().json())]
     body = {"logs": {"flow_run_id": {"any_": runs}}, "sort": "TIMESTAMP_ASC", "limit": 200}
-    return [each["message"] for each in api.post("/logs/filter", json=body).raise_for_status().json()]
+    return [entry["message"] for entry in api.post("/logs/filter", json=body).raise_for_status().json()]
 
 
 def _create_run(api: httpx.Client, entrypoint: str, folder: Path = FLOWS) -> str:
@@ -127,7 +127,7 @@ def _create_run(api: httpx.Client, entrypoint: str, folder: Path = FLOWS) -> str
 def _steps(lines: list[str]) -> list[tuple[str, str, str]]:
     """The number, run attempt and idempotency key of each step that was executed."""
     taken = [re.findall(r"step (\d) in attempt (\d) with key (\S+)", line) for line in lines]
-    return [each for found in taken for each in found]
+    return [step for found in taken for step in found]
 
 
 def test_retry_of_a_killed_run_continues_after_the_finished_tasks(prefect_server: str, storage: Storage) -> None:
@@ -144,7 +144,7 @@ def test_retry_of_a_killed_run_continues_after_the_finished_tasks(prefect_server
     assert Counter((number, execution) for number, execution, _ in steps) == Counter(
         [("1", "1"), ("2", "1"), ("3", "1"), ("4", "1"), ("4", "2"), ("5", "2")]
     )
-    assert [each for each in lines if each.startswith("the end")] == [
+    assert [line for line in lines if line.startswith("the end")] == [
         "the end: ['1 by 1', '2 by 1', '3 by 1', '4 by 2', '5 by 2']"
     ]
     assert len({key for number, _, key in steps if number == "4"}) == 1, "the retried step has the same key"
@@ -195,7 +195,7 @@ def test_deleted_and_foreign_results_are_executed_again(prefect_server: str, att
     if attack == "deleted":
         return
     reason = "is not signed" if attack == "planted" else "has a signature of another deployment"
-    assert len([each for each in lines if each.startswith("Not loaded: ") and reason in each]) >= 3
+    assert len([line for line in lines if line.startswith("Not loaded: ") and reason in line]) >= 3
 
 
 def test_process_of_a_task_loads_no_planted_result(prefect_server: str, tmp_path: Path) -> None:

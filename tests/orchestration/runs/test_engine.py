@@ -417,8 +417,8 @@ def test_claim_executes_its_run_unless_it_was_given_away(run: Callable[..., Run]
     made = run()
     job = made.claim()
     if given_away:
-        for each in ("SCHEDULED", "PENDING"):
-            made.ask("POST", f"/flow_runs/{made.id}/set_state", state={"type": each})
+        for type_ in ("SCHEDULED", "PENDING"):
+            made.ask("POST", f"/flow_runs/{made.id}/set_state", state={"type": type_})
     made.start(job=job)
     assert made.ended() == ((-signal.SIGKILL, "Pending") if given_away else (0, "Completed"))
     assert made.notes() == ([] if given_away else ["sibling sibling True"])
@@ -431,8 +431,8 @@ def test_late_job_sets_no_state_of_a_run_that_another_worker_has(run: Callable[.
     port = free_port()
     real, made.url = made.url, f"http://127.0.0.1:{port}/api"
     job = made.claim()
-    for each in ("SCHEDULED", "PENDING"):
-        made.ask("POST", f"/flow_runs/{made.id}/set_state", state={"type": each})
+    for type_ in ("SCHEDULED", "PENDING"):
+        made.ask("POST", f"/flow_runs/{made.id}/set_state", state={"type": type_})
     made.start(job=job)
     made.engine()
     made.process.terminate()
@@ -629,7 +629,7 @@ def environment(tmp_path: Path) -> Path:
     folder = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     [packages] = folder.glob("lib/python*/site-packages")
-    (packages / "inherited.pth").write_text("\n".join(each for each in sys.path if "site-packages" in each) + "\n")
+    (packages / "inherited.pth").write_text("\n".join(path for path in sys.path if "site-packages" in path) + "\n")
     return folder / "bin" / "python"
 
 

@@ -58,7 +58,7 @@ def test_every_enabled_service_reports_progress(services: Services) -> None:
         "evaluate_proactive_triggers_periodic", "schedule_event_vacuum_tasks", "monitor_cancelled_flow_runs",
         "monitor_subflow_runs", "ensure_cancelling_timeout_checks",
     }  # fmt: skip
-    assert all(each["healthy"] for each in body["services"].values())
+    assert all(service["healthy"] for service in body["services"].values())
     assert_recovery(services)
 
 
@@ -100,7 +100,9 @@ def test_emptied_redis_loses_no_later_event(services: Services) -> None:
     emptied = time.monotonic()
     assert_recovery(services)
     # docket schedules a lost pass again within 60 s.
-    passes = [name for name, each in services.probe("/ready")[1]["services"].items() if each.get("every_seconds") == 2]
+    passes = [
+        name for name, service in services.probe("/ready")[1]["services"].items() if service.get("every_seconds") == 2
+    ]
     assert passes
 
     def all_passed() -> bool:

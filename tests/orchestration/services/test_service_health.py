@@ -74,7 +74,7 @@ def test_pass_may_be_late_by_the_stall(health: ServiceHealth, clock: Clock) -> N
     health.succeed("scheduler")
     assert reasons(health) == []
     wait(health, clock, 3600 + STALL, *ALL)
-    assert [each.split(":")[0] for each in reasons(health)] == ["vacuum"]
+    assert [reason.split(":")[0] for reason in reasons(health)] == ["vacuum"]
 
 
 def test_failed_pass_is_no_progress(health: ServiceHealth, clock: Clock) -> None:

@@ -155,7 +155,7 @@ class Parts:
     def ask(self, method: str, target: str, body: bytes = b"", *headers: str) -> tuple[int, str]:
         """Send one request."""
         lines = [f"{method} {target} HTTP/1.1", "Host: docker", "Content-Type: application/json", *headers]
-        if not any(each.startswith("Transfer-Encoding") for each in headers):
+        if not any(header.startswith("Transfer-Encoding") for header in headers):
             lines.append(f"Content-Length: {len(body)}")
         return self.send("\r\n".join([*lines, "", ""]).encode("latin-1", "replace") + body, method)
 
@@ -660,7 +660,7 @@ def test_stream_that_the_daemon_closes_early_is_an_error(parts: Parts) -> None:
 
 def test_headers_of_the_worker_are_not_forwarded(parts: Parts) -> None:
     parts.ask("GET", f"{V}/containers/{OWN}/json", b"", "X-Registry-Auth: secret", "Authorization: x", "Cookie: a=b")
-    assert {name.lower() for each in parts.daemon.headers for name in each} <= {
+    assert {name.lower() for headers in parts.daemon.headers for name in headers} <= {
         "host", "accept", "accept-encoding", "user-agent", "connection",
     }  # fmt: skip
 
@@ -673,7 +673,7 @@ def test_absent_daemon_is_a_clear_error(tmp_path: Path) -> None:
             await asyncio.sleep(0.01)
         asked = Parts(Daemon(), tmp_path / "proxy.sock", asyncio.get_running_loop())
         answers = [
-            await asyncio.to_thread(asked.ask, "GET", each) for each in ("/version", f"{V}/containers/{OWN}/json")
+            await asyncio.to_thread(asked.ask, "GET", path) for path in ("/version", f"{V}/containers/{OWN}/json")
         ]
         stop.set()
         await serving

@@ -115,7 +115,7 @@ KEYS = st.sampled_from(["app.kubernetes.io/", "prefect.io/", "reconciler.", "kub
 
 @given(st.dictionaries(st.tuples(KEYS, st.text("abc", min_size=1, max_size=3)).map("".join), st.text(max_size=3)))
 def test_reserved_labels_are_refused_and_no_others(template: dict[str, Any], labels: dict[str, str]) -> None:
-    reserved = [each for each in labels if each.startswith(("app.kube", "prefect.io/", "reconciler.", "kubectl."))]
+    reserved = [label for label in labels if label.startswith(("app.kube", "prefect.io/", "reconciler.", "kubectl."))]
     try:
         job_template.check({"labels": labels}, template["variables"])
     except RefusedVariableError:
@@ -226,7 +226,7 @@ def test_job_shows_no_secret_of_the_worker(template: dict[str, Any], monkeypatch
     secrets = {PREFECT_API_KEY: "s3cret-key", PREFECT_CLIENT_CUSTOM_HEADERS: {"X-Access": "s3cret-header"}}
     with temporary_settings(secrets | {PREFECT_API_AUTH_STRING: "admin:s3cret", PREFECT_LOGGING_LEVEL: "WARNING"}):
         [manifest], _ = asyncio.run(_submit(template, {}))
-    names = {each["name"] for each in manifest["spec"]["template"]["spec"]["containers"][0]["env"]}
+    names = {variable["name"] for variable in manifest["spec"]["template"]["spec"]["containers"][0]["env"]}
     assert names.isdisjoint({"PREFECT_API_KEY", "PREFECT_CLIENT_CUSTOM_HEADERS"})
     assert {"PREFECT_API_AUTH_STRING", "PREFECT_LOGGING_LEVEL"} <= names
     assert "s3cret-" not in json.dumps(manifest)
@@ -237,7 +237,7 @@ MASTER = b"m" * 32
 
 def _signing_keys(manifest: Any) -> list[Any]:
     environment = manifest["spec"]["template"]["spec"]["containers"][0]["env"]
-    return [each for each in environment if each["name"] == SIGNING_KEY_VARIABLE]
+    return [variable for variable in environment if variable["name"] == SIGNING_KEY_VARIABLE]
 
 
 @pytest.mark.usefixtures("prefect_server", "without_cluster")

@@ -456,7 +456,7 @@ async def _claim(
         metadata = configuration.job_manifest["spec"]["template"]["metadata"]
         assert metadata["annotations"] == {MAIN_CONTAINER_ANNOTATION: "prefect-job"}
         given = configuration.job_manifest["spec"]["template"]["spec"]["containers"][0]["env"]
-        environment = {each["name"]: each.get("value") for each in given}
+        environment = {variable["name"]: variable.get("value") for variable in given}
         assert "ACTIVE_DEADLINE_SECONDS" not in environment
         assert environment["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"] == "relinquish", "without the supervisor"
         jobs += 1

@@ -58,10 +58,10 @@ class Patient:
         installation = self.installation()
         installation._reads["report"] = _known(REPORT)
         # On a busy machine all calls of kubectl at the same time take long.
-        chosen = [replace(each, limit_seconds=600) for each in CHECKS if each.name in checks]
+        chosen = [replace(check, limit_seconds=600) for check in CHECKS if check.name in checks]
         findings = await run_checks(installation, chosen)
         self._reads = installation._reads
-        return {each.name: finding for each, finding in zip(chosen, findings, strict=True)}
+        return {check.name: finding for check, finding in zip(chosen, findings, strict=True)}
 
     async def find(self, name: str, changed: str = "", **known: Any) -> Finding:
         """Return the finding of one check.
@@ -76,12 +76,12 @@ class Patient:
         for key, read in self._reads.items():
             if not changed or (key[0] if isinstance(key, tuple) else key) not in changed.split():
                 installation._reads[key] = read
-        for each, value in known.items():
-            release, _, thing = each.partition("_")
+        for keyword, value in known.items():
+            release, _, thing = keyword.partition("_")
             parts = {"values": "values", "objects": "release", "revisions": "revisions"}
-            key = (parts[thing], {"server": SERVER, "pool": POOL}[release]) if thing else each
+            key = (parts[thing], {"server": SERVER, "pool": POOL}[release]) if thing else keyword
             installation._reads[key] = _known(value)
-        [check] = [each for each in CHECKS if each.name == name]
+        [check] = [known_check for known_check in CHECKS if known_check.name == name]
         [finding] = await run_checks(installation, [check])
         return finding
 
@@ -125,11 +125,11 @@ def furnish(api: ApiServer) -> None:
         ["kubectl", "kustomize", str(CHARTS.parent / "k8s" / "overlays" / "local")],
         capture_output=True, text=True, check=True, env=os.environ,
     ).stdout  # fmt: skip
-    for each in yaml.safe_load_all(surroundings):
-        if each["kind"] == "PriorityClass":
-            api.create(each)
-        elif each["kind"] == "Namespace":
-            patch(api, f"/api/v1/namespaces/{NAMESPACE}", {"metadata": {"labels": each["metadata"]["labels"]}})
+    for manifest in yaml.safe_load_all(surroundings):
+        if manifest["kind"] == "PriorityClass":
+            api.create(manifest)
+        elif manifest["kind"] == "Namespace":
+            patch(api, f"/api/v1/namespaces/{NAMESPACE}", {"metadata": {"labels": manifest["metadata"]["labels"]}})
     create(api, "/api/v1/nodes", node("node-1"))
     create(api, "/apis/storage.k8s.io/v1/storageclasses", storage_class("local"))
     labels = {"k8s-app": "kube-dns"}

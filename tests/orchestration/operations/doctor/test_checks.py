@@ -64,7 +64,7 @@ Fault = Callable[[Patient], AbstractContextManager[dict[str, Any]]]
 @pytest.fixture(scope="module")
 def sound(patient: Patient) -> dict[str, Finding]:
     """Return the findings on the unchanged installation."""
-    names = [each.name for each in CHECKS if each.name not in NEEDS_SERVER | NEEDS_PODS]
+    names = [check.name for check in CHECKS if check.name not in NEEDS_SERVER | NEEDS_PODS]
     return asyncio.run(patient.examine(names))
 
 
@@ -164,7 +164,7 @@ def _shared(fault: Fault) -> Fault:
 
 
 def _find(objects: list[Object], kind: str, name: str) -> Object:
-    [found] = [each for each in objects if (each["kind"], each["metadata"]["name"]) == (kind, name)]
+    [found] = [manifest for manifest in objects if (manifest["kind"], manifest["metadata"]["name"]) == (kind, name)]
     return found
 
 
@@ -507,7 +507,7 @@ def elsewhere(patient: Patient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_runs_elsewhere_are_checked_in_their_namespace(elsewhere: Patient, sound: dict[str, Finding]) -> None:
-    names = [each.name for each in CHECKS if each.name not in NEEDS_SERVER | NEEDS_PODS]
+    names = [check.name for check in CHECKS if check.name not in NEEDS_SERVER | NEEDS_PODS]
     findings = asyncio.run(elsewhere.examine(names))
     assert {name: finding for name, finding in findings.items() if finding.status not in ("ok", "not checked")} == {}
     assert findings["nodes"] == sound["nodes"]
@@ -546,6 +546,6 @@ def test_helm_before_4_is_a_warning(patient: Patient, sound: dict[str, Finding])
 
 def test_every_check_has_a_test_of_its_fault() -> None:
     elsewhere = NEEDS_SERVER | {"helm version"}
-    assert {each.name for each in CHECKS} == {name for name, *_ in FAULTS.values()} | elsewhere
-    assert all(each.purpose for each in CHECKS)
-    assert cluster_checks.GROUP in {each.group for each in CHECKS}
+    assert {check.name for check in CHECKS} == {name for name, *_ in FAULTS.values()} | elsewhere
+    assert all(check.purpose for check in CHECKS)
+    assert cluster_checks.GROUP in {check.group for check in CHECKS}

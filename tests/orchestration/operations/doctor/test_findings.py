@@ -32,10 +32,10 @@ def test_one_check_does_not_stop_the_others(capsys: pytest.CaptureFixture[str]) 
     async def well(_: Installation) -> Finding:
         return ok("well")
 
-    checks = [Check("group", each.__name__, each, 0.2) for each in (hang, break_down, refuse, look, well)]
+    checks = [Check("group", function.__name__, function, 0.2) for function in (hang, break_down, refuse, look, well)]
     findings = asyncio.run(run_checks(NOTHING, checks))
-    assert [each.status for each in findings] == ["not checked"] * 4 + ["ok"]
-    assert [each.text for each in findings] == [
+    assert [finding.status for finding in findings] == ["not checked"] * 4 + ["ok"]
+    assert [finding.text for finding in findings] == [
         "no answer within 0 s",
         "a mistake in the check: KeyError: 'a\\nb'",
         "Error from server (Forbidden): pods is forbidden",
@@ -61,7 +61,7 @@ def test_limit_of_one_check_keeps_what_another_waits_for() -> None:
         checks = [Check("group", name, find, seconds) for name, seconds in (("short", 0.05), ("long", 30.0))]
         return await run_checks(Installation("no cluster", "no server"), checks)
 
-    assert [each.text for each in asyncio.run(run())] == ["no answer within 0 s", "read"]
+    assert [finding.text for finding in asyncio.run(run())] == ["no answer within 0 s", "read"]
     assert reads == 1
 
 
@@ -95,11 +95,11 @@ def _result(group: str, name: str, finding: Finding) -> tuple[Check, Finding]:
 def test_exit_status_is_that_of_the_worst_finding(
     results: list[tuple[Check, Finding]], findings: list[Finding], status: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    results += [_result("cluster", f"check {number}", each) for number, each in enumerate(findings)]
+    results += [_result("cluster", f"check {number}", finding) for number, finding in enumerate(findings)]
     assert main(["doctor"]) == status
     capsys.readouterr()
     assert main(["doctor", "--json"]) == status
-    assert [each["status"] for each in json.loads(capsys.readouterr().out)] == [each.status for each in findings]
+    assert [row["status"] for row in json.loads(capsys.readouterr().out)] == [finding.status for finding in findings]
 
 
 def test_table_has_the_cure_below_its_problem(

@@ -46,9 +46,9 @@ def pool(url: str) -> Iterator[WorkPool]:
 
 async def _find(*names: str) -> dict[str, Finding]:
     async with connected() as server:
-        chosen = [each for each in CHECKS if each.name in names]
+        chosen = [check for check in CHECKS if check.name in names]
         findings = await run_checks(Installation("no cluster is named", server), chosen)
-        return {each.name: finding for each, finding in zip(chosen, findings, strict=True)}
+        return {check.name: finding for check, finding in zip(chosen, findings, strict=True)}
 
 
 def test_sound_server_passes_all_checks(pool: WorkPool) -> None:
@@ -212,11 +212,11 @@ def test_server_alone_is_checked_without_a_cluster(
 ) -> None:
     monkeypatch.setenv("PREFECT_API_URL", url)
     main(["doctor", "--context", "absent", "--json"])
-    found = {each["check"]: each for each in json.loads(capsys.readouterr().out)}
+    found = {row["check"]: row for row in json.loads(capsys.readouterr().out)}
     assert found["dns"]["status"] == found["database"]["status"] == "not checked"
     assert "KUBE_CONTEXT=absent is not in the kubeconfig" in found["dns"]["text"]
     assert found["api latency"]["status"] == found["websocket"]["status"] == "ok"
-    assert not [each for each in found.values() if "a mistake in the check" in each["text"]]
+    assert not [row for row in found.values() if "a mistake in the check" in row["text"]]
 
 
 class _Proxy(socketserver.BaseRequestHandler):
@@ -236,9 +236,9 @@ class _Proxy(socketserver.BaseRequestHandler):
             stop.cancel()
 
     def _close(self, server: Any) -> None:
-        for each in (server, self.request):
+        for connection in (server, self.request):
             with suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
+                connection.shutdown(socket.SHUT_RDWR)
 
     @staticmethod
     def _pass(source: Any, target: Any) -> None:
