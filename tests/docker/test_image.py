@@ -37,7 +37,7 @@ def writable(path):
         return False
 print(json.dumps({
     "bytes": sum(files.values()),
-    "packages": {each.name: each.version for each in importlib.metadata.distributions()},
+    "packages": {package.name: package.version for package in importlib.metadata.distributions()},
     "programs": [name for name in ("cc", "gcc", "make", "pip", "uv", "git", "curl") if shutil.which(name)],
     "user": [os.getuid(), os.getgid()],
     "first": pathlib.Path("/proc/1/comm").read_text().strip(),
@@ -126,7 +126,7 @@ def test_image_runs_the_programs_of_the_cluster(pod: Callable[..., str]) -> None
     pod("python", "-c", "import flows.example_flow, flows.backfill, prefect_kubernetes")
     assert "postgres: 1.11" in pod("dbt", "--version")
     pod("orchestrate", "check")
-    pod("python", "-c", "import fsspec; [fsspec.get_filesystem_class(each) for each in ('redis', 's3')]")
+    pod("python", "-c", "import fsspec; [fsspec.get_filesystem_class(name) for name in ('redis', 's3')]")
     pod("python", "-c", "import orchestration.runs.engine")
     assert pod(
         "python", "-c", "import zoneinfo; print(zoneinfo.TZPATH, zoneinfo.ZoneInfo('Europe/Zurich'))"
