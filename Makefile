@@ -200,7 +200,7 @@ down-docker: ## stop everything in Docker; databases and passwords stay
 	@docker/stack down
 
 ##@ Develop
-.PHONY: setup test test-long test-versions audit fix bench bench-deploys bench-dbt bench-deployments bench-reconciler bench-recovery bench-access bench-health bench-cluster picture docs docs-site clean
+.PHONY: setup test test-long test-versions audit fix bench bench-deploys bench-dbt bench-deployments bench-reconciler bench-recovery bench-access bench-health bench-starts bench-cluster picture docs docs-site clean
 setup: .venv/ready ## create the environment in .venv
 
 # With CHANGED, tests use no cluster: making one takes minutes.
@@ -254,6 +254,10 @@ bench-health: .venv/ready ## measure how soon the health of the background servi
 bench-recovery: KILLS := $(or $(KILLS),10)
 bench-recovery: .venv/ready ## measure how soon a killed run continues, KILLS=10 times on the local cluster
 	@PACE=shipped $(BIN)/python -m tests.benchmarks.recovery --kills $(call quoted,$(KILLS))
+
+bench-starts: PAIRS := 15
+bench-starts: .venv/ready ## measure a run's container to its first line without a cluster, PAIRS=15 times; BEFORE=CHECKOUT measures that one too
+	@$(BIN)/python -m tests.benchmarks.starts --pairs $(call quoted,$(PAIRS)) $(if $(BEFORE),--before $(call quoted,$(BEFORE)))
 
 bench-cluster: PAIRS := 15
 bench-cluster: .venv/ready ## measure a run's start to its first line, PAIRS=15 times on the local cluster; BEFORE=CHECKOUT measures that one too
