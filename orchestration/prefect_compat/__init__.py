@@ -8,6 +8,7 @@ The package has several modules, as a flow run must not pay for the imports of a
 
     workers           the worker: imports prefect-kubernetes and kopf
     flow_runs         the engine: imports Prefect's clients and runner
+    blocks            the engine, before it imports Prefect: imports no Prefect
     results           the engine of a run with a signing key: imports Prefect's engines and task runners
     server_internals  schedules, automations and the server's database: imports Prefect when called
     background_services

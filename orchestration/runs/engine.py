@@ -1,10 +1,9 @@
 """Execute a flow run in its container, in one process where `prefect flow-run execute` takes three.
 
-    PREFECT__FLOW_RUN_ID=... python -m orchestration.runs.engine
-
 Prefect's command fetches the flow's code in a second process and executes the flow in a third one. Each of them imports
 Prefect: on a small machine that is half of the time to a run's first line. The engine calls the same parts of Prefect
-3.9 in one process. Its parent is the supervisor, `orchestration.runs.supervisor`.
+3.9 in one process. `orchestration.runs.engine_start` starts the engine. Its parent is the supervisor,
+`orchestration.runs.supervisor`.
 
 A run that was submitted early waits here for its scheduled time, with all modules and the flow loaded.
 
@@ -24,7 +23,7 @@ import os
 import sys
 import tempfile
 
-from orchestration.prefect_compat import flow_runs
+from orchestration.prefect_compat import blocks, flow_runs
 from orchestration.prefect_protocol import FLOW_RUN_ID_VARIABLE
 from orchestration.runs import signed_results, workspace
 from orchestration.runs.engine_process import GATE_VARIABLE
@@ -46,11 +45,12 @@ def _wait_to_begin() -> None:
 
 
 def adapt_prefect() -> None:
-    """Let Prefect's engine record leases, begin runs on time, and sign results."""
+    """Let Prefect's engine record leases, begin runs on time, import few blocks, and sign results."""
     flow_runs.observe_responses(LeaseLedger().observe)
     clock = ServerClock()
     flow_runs.observe_responses(clock.observe)
     flow_runs.hold_until_due(clock.now)
+    blocks.look_up_before_import()
     signed_results.require_signatures()
 
 
@@ -63,7 +63,3 @@ def main() -> None:
     before = workspace.snapshot()
     workspace.enter(asyncio.run(flow_runs.prepare_workspace(os.environ[FLOW_RUN_ID_VARIABLE], folder)), before)
     flow_runs.run_engine()
-
-
-if __name__ == "__main__":
-    main()

@@ -19,7 +19,7 @@ GATE_VARIABLE = "EXECUTION_GATE"
 
 
 class EngineProcess:
-    """Starts `orchestration.runs.engine` in a process group, lets it begin, and ends the group.
+    """Starts `orchestration.runs.engine_start` in a process group, lets it begin, and ends the group.
 
     While the flow can be interrupted, the engine is connected to a port of this process. The supervisor sends the
     reason before SIGTERM: from the signal alone the engine would report a crash. `orchestration.prefect_protocol` has
@@ -37,7 +37,7 @@ class EngineProcess:
             GATE_VARIABLE: str(read),
         }
         # -P: the working directory is not on the path, as a user may have a package named `orchestration` there.
-        command = [sys.executable, "-P", "-m", "orchestration.runs.engine"]
+        command = [sys.executable, "-P", "-m", "orchestration.runs.engine_start"]
         self.process = subprocess.Popen(command, env=os.environ | control, start_new_session=True, pass_fds=[read])
         os.close(read)
         threading.Thread(target=self._accept, daemon=True).start()

@@ -418,6 +418,18 @@ CONTRACTS: dict[str, list[Check]] = {
         (lacks("prefect.engine", 'if __name__ == "__main__":', wire.FLOW_RUN_ID_VARIABLE), []),
         (lacks("prefect.engine", "configure_from_env()"), []),
     ],
+    "blocks.defer_notifications": [
+        (lacks("prefect.blocks", "import prefect.blocks.notifications", "import prefect.blocks.webhook"), []),
+        (
+            lambda: {_object(f"prefect.blocks.{each}").__name__ for each in ("notifications", "webhook")},
+            {"prefect.blocks.notifications", "prefect.blocks.webhook"},
+        ),
+    ],
+    "blocks.look_up_before_import": [
+        (signature("prefect.blocks.core:Block.get_block_class_from_key"), "(key)"),
+        (lacks("prefect.blocks.core:Block.get_block_class_from_key", "load_prefect_collections()"), []),
+        (signature("prefect.utilities.dispatch:lookup_type"), "(cls, dispatch_key)"),
+    ],
     "results.sign_records": [
         (signature("prefect.results:call_explicitly_sync_block_method"), "(block, method, args, kwargs)"),
         (signature("prefect.results:call_explicitly_async_block_method"), "(block, method, args, kwargs)"),

@@ -103,7 +103,7 @@ def _execute(run: str, url: str, variables: dict[str, str], folder: Path = FLOWS
     with tempfile.TemporaryDirectory() as disk:
         pod = {"PREFECT_API_URL": url, "PREFECT_HOME": disk, "PYTHONPATH": str(ROOT), "PREFECT__FLOW_RUN_ID": run}
         pod["TERMINATION_MESSAGE_PATH"] = f"{disk}/message"
-        command = [sys.executable, "-m", "orchestration.runs.engine"]
+        command = [sys.executable, "-m", "orchestration.runs.engine_start"]
         return subprocess.run(command, env=os.environ | variables | pod, cwd=folder, capture_output=True).returncode
 
 
