@@ -34,6 +34,7 @@ LONGEST_RETRY_PAUSE_SECONDS = 15.0
 
 flow_runs.retry_first_requests()
 flow_runs.bound_retry_pauses(lambda: LONGEST_RETRY_PAUSE_SECONDS)
+flow_runs.share_certificates()
 
 
 def _wait_to_begin() -> None:

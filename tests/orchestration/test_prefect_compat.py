@@ -391,6 +391,13 @@ CONTRACTS: dict[str, list[Check]] = {
         (signature("prefect.utilities.math:clamped_poisson_interval"), "(average_interval, clamping_factor=0.3)"),
         *((lacks(f"{HTTP}{kind}Client", "clamped_poisson_interval("), []) for kind in ("Async", "Sync")),
     ],
+    "flow_runs.share_certificates": [
+        *(
+            (lacks(f"prefect.client.orchestration:{name}Client.__init__", "ssl.create_default_context(cafile="), [])
+            for name in ("Prefect", "SyncPrefect")
+        ),
+        (lacks("prefect._internal.version_checking:check_server_version", "ssl.create_default_context(cafile="), []),
+    ],
     "flow_runs.observe_responses": [
         (signature(f"{HTTP}{kind}Client.send"), "(self, request, *args, **kwargs)") for kind in ("Async", "Sync")
     ],

@@ -1,15 +1,23 @@
-"""What a flow run does between the start of its container and its first line: imports and requests."""
+"""What a flow run does between the start of its container and its first line: imports, certificates and requests."""
 
 import json
 import os
 import pickle
+import ssl
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from prefect.blocks.notifications import SlackWebhook
 from prefect.filesystems import RemoteFileSystem
 
@@ -128,3 +136,93 @@ USES = (
 def test_deferred_blocks_are_imported_by_each_way_to_use_one() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", DEFERRED, *USES], env=environment, check=True)
+
+
+CLIENTS = """
+import asyncio, sys
+from orchestration.runs import engine
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_SSL_CERT_FILE, PREFECT_API_TLS_INSECURE_SKIP_VERIFY, temporary_settings
+
+def context_of(client):
+    return client._client._transport._pool._ssl_context
+
+async def ask():
+    async with get_client() as client:
+        return await client.api_version(), context_of(client)
+
+def ask_both():
+    with get_client(sync_client=True) as client:
+        found = client.api_version(), context_of(client)
+    assert asyncio.run(ask()) == found == (found[0], context_of(get_client()))
+    return found[0]
+
+unread = context_of(get_client())
+assert unread.get_ca_certs() == []
+assert unread.verify_flags and unread.check_hostname
+with temporary_settings({PREFECT_API_SSL_CERT_FILE: sys.argv[1]}):
+    assert ask_both() == "3.9.1"
+    assert len(context_of(get_client()).get_ca_certs()) == 1
+with temporary_settings({PREFECT_API_TLS_INSECURE_SKIP_VERIFY: True}):
+    assert ask_both() == "3.9.1"
+try:
+    ask_both()
+except Exception as error:
+    assert "certificate verify failed" in str(error), error
+else:
+    raise AssertionError("an unknown certificate was accepted")
+"""
+
+
+def write_certificate(folder: Path) -> tuple[Path, Path]:
+    """Write a certificate of localhost, which is its own authority; return the files of certificate and key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    names = ("digital_signature", "key_cert_sign", "content_commitment", "key_encipherment", "data_encipherment",
+             "key_agreement", "crl_sign", "encipher_only", "decipher_only")  # fmt: skip
+    usage = x509.KeyUsage(**{each: each in names[:2] for each in names})
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .add_extension(usage, critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    (folder / "certificate.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    unencrypted = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (folder / "key.pem").write_bytes(key.private_bytes(serialization.Encoding.PEM, *unencrypted))
+    return folder / "certificate.pem", folder / "key.pem"
+
+
+class Version(BaseHTTPRequestHandler):
+    """Answers each request with the version of a Prefect server."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "7")
+        self.end_headers()
+        self.wfile.write(b'"3.9.1"')
+
+    def log_message(self, *arguments: object) -> None:
+        """Log nothing."""
+
+
+def test_clients_share_certificates_and_still_verify_the_server(tmp_path: Path) -> None:
+    certificate, key = write_certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Version) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        variables = {
+            "PREFECT_API_URL": f"https://localhost:{server.server_address[1]}/api", "PREFECT_CLIENT_MAX_RETRIES": "0",
+            "PYTHONPATH": str(ROOT),
+        }  # fmt: skip
+        try:
+            subprocess.run([sys.executable, "-c", CLIENTS, certificate], env=os.environ | variables, check=True)
+        finally:
+            server.shutdown()
