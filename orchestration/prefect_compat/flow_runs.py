@@ -17,10 +17,13 @@ from typing import Any, NamedTuple
 import anyio
 import httpx
 import prefect
+from prefect import flow_engine
 from prefect._internal import version_checking
 from prefect.client import base, orchestration
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.flow_engine import AsyncFlowRunEngine, FlowRunEngine
+from prefect.runner._workspace_resolver import prepare_workspace as resolve_workspace
 from prefect.runner._workspace_resolver import prepare_workspace_for_flow_run
 from prefect.runner._workspace_starter import workspace_environment
 from prefect.utilities.math import clamped_poisson_interval
@@ -173,16 +176,48 @@ class Workspace(NamedTuple):
     environment: dict[str, str]
 
 
-async def prepare_workspace(run: str, folder: str) -> Workspace:
+class KnownRun(NamedTuple):
+    """Holds a flow run and its deployment as the Prefect API has returned them."""
+
+    flow_run: FlowRun
+    deployment: DeploymentResponse
+
+
+def parse_known_run(flow_run: dict[str, Any], deployment: dict[str, Any]) -> KnownRun:
+    """Return a flow run and its deployment from the JSON of the Prefect API."""
+    return KnownRun(FlowRun.model_validate(flow_run), DeploymentResponse.model_validate(deployment))
+
+
+async def prepare_workspace(run: str, folder: str, known: KnownRun | None) -> Workspace:
     """Fetch a run's code into a folder, by the pull steps of its deployment.
 
     Replaces: `prefect.runner._workspace_resolver`, `prefect.runner._workspace_starter`, `PREFECT__FLOW_ENTRYPOINT`
     Why: Prefect executes a run in three processes, each with Prefect's imports
     Until: `prefect flow-run execute` uses one process
+
+    Args:
+        run: the run's id.
+        folder: an empty folder.
+        known: the run and its deployment; None to ask the Prefect API.
     """
-    prepared = await prepare_workspace_for_flow_run(run, folder)
+    if known:
+        async with orchestration.get_client() as client:
+            prepared = await resolve_workspace(client, *known, folder)
+    else:
+        prepared = await prepare_workspace_for_flow_run(run, folder)
     environment = workspace_environment(prepared) | {FLOW_ENTRYPOINT_VARIABLE: prepared.runtime_entrypoint}
     return Workspace(prepared.working_directory, environment)
+
+
+def use_known_run(known: KnownRun) -> None:
+    """Let the engine execute a run as it is known, without asking the Prefect API for it.
+
+    Replaces: `prefect.flow_engine.load_flow_run`
+    Why: the supervisor has read the run while the engine imported its modules
+    Until: `prefect flow-run execute` uses one process
+    """
+    # If the run has another state by now, the server refuses the state Running.
+    flow_engine.load_flow_run = lambda flow_run_id: known.flow_run  # noqa: ARG005
 
 
 def run_engine() -> None:

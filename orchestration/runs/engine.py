@@ -19,6 +19,7 @@ Prefect's clients behave differently here in two ways:
 """
 
 import asyncio
+import json
 import os
 import sys
 import tempfile
@@ -37,12 +38,21 @@ flow_runs.bound_retry_pauses(lambda: LONGEST_RETRY_PAUSE_SECONDS)
 flow_runs.share_certificates()
 
 
-def _wait_to_begin() -> None:
-    """Wait until the supervisor knows that the run still belongs to this Job; return at once without a supervisor."""
+def _wait_to_begin() -> flow_runs.KnownRun | None:
+    """Wait until the supervisor knows that the run still belongs to this Job.
+
+    Returns:
+        The run as the supervisor has read it. None without a supervisor, or if the API did not answer the supervisor.
+    """
     if gate := os.environ.pop(GATE_VARIABLE, ""):
         with os.fdopen(int(gate), "rb") as opened:
-            if not opened.read(1):
-                sys.exit(1)  # the supervisor has died
+            line = opened.readline()
+        if not line.endswith(b"\n"):
+            sys.exit(1)  # the supervisor has died
+        read = json.loads(line)
+        if all(read.values()):
+            return flow_runs.parse_known_run(**read)
+    return None
 
 
 def adapt_prefect() -> None:
@@ -57,10 +67,13 @@ def adapt_prefect() -> None:
 
 def main() -> None:
     """Execute the run that the environment names."""
-    _wait_to_begin()
+    known = _wait_to_begin()
     adapt_prefect()
     # Nothing deletes the folder before the container is gone: at its exit this process still sends logs from there.
     folder = tempfile.mkdtemp(prefix="prefect-flow-run-")
     before = workspace.snapshot()
-    workspace.enter(asyncio.run(flow_runs.prepare_workspace(os.environ[FLOW_RUN_ID_VARIABLE], folder)), before)
+    prepared = asyncio.run(flow_runs.prepare_workspace(os.environ[FLOW_RUN_ID_VARIABLE], folder, known))
+    workspace.enter(prepared, before)
+    if known:
+        flow_runs.use_known_run(known)
     flow_runs.run_engine()

@@ -4,18 +4,20 @@ The supervisor imports this module, which therefore imports the standard library
 """
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from typing import Any
 
 from orchestration import prefect_protocol
 from orchestration.protocol import CHECK_TIMEOUT_SECONDS, RECHECK_INTERVAL_SECONDS
 
 GATE_VARIABLE = "EXECUTION_GATE"
-"""The environment variable with the file descriptor from which the engine reads a byte once it may begin."""
+"""The environment variable with the file descriptor from which the engine reads its run, once it may begin."""
 
 
 class EngineProcess:
@@ -55,10 +57,16 @@ class EngineProcess:
                     return
             connection.close()
 
-    def begin(self) -> None:
-        """Let the engine execute the run."""
-        with contextlib.suppress(BrokenPipeError):
-            os.write(self._gate, b"b")
+    def begin(self, flow_run: dict[str, Any], deployment: dict[str, Any]) -> None:
+        """Let the engine execute the run. The call may wait until the engine has loaded its modules.
+
+        Args:
+            flow_run: the run as the Prefect API returns it. If it is empty, the engine asks the API.
+            deployment: the run's deployment, likewise.
+        """
+        line = json.dumps({"flow_run": flow_run, "deployment": deployment}).encode() + b"\n"
+        with contextlib.suppress(BrokenPipeError), os.fdopen(self._gate, "wb") as gate:
+            gate.write(line)
 
     def announce_sigterm(self, reason: bytes, timeout: float) -> bool:
         """Send the engine the reason for the SIGTERM that follows.

@@ -89,9 +89,8 @@ class RunClient:
 
         name = "disruption_retries"
         given = (run.get("job_variables") or {}).get(name)
-        if given is None and (deployment := run.get("deployment_id")):
-            found = json.loads(self._send(f"/deployments/{deployment}"))
-            given = (found.get("job_variables") or {}).get(name)
+        if given is None:
+            given = (self.read_deployment(run).get("job_variables") or {}).get(name)
         if given is None and (pool := run.get("work_pool_name")):
             template = json.loads(self._send(f"/work_pools/{quote(pool, safe='')}"))["base_job_template"]
             given = template.get("variables", {}).get("properties", {}).get(name, {}).get("default")
@@ -109,11 +108,14 @@ class RunClient:
                 return leases[number:]
         return []
 
-    def may_begin(self) -> bool:
-        """Return whether this run attempt may begin: its Job is not fenced, and its claim not given away.
+    def read_run_to_begin(self) -> dict[str, Any] | None:
+        """Return the flow run if this run attempt may begin: its Job is not fenced, and its claim not given away.
 
         The call waits for the API's answer. If the API refuses the request, the flow's own requests will be refused as
         well: the run attempt begins, and reports that.
+
+        Returns:
+            The flow run; empty if the API refuses the request. None if this run attempt must not begin.
 
         Raises:
             TimeoutError: the API has not answered for `BEGIN_TIMEOUT_SECONDS`.
@@ -121,13 +123,23 @@ class RunClient:
         deadline = time.monotonic() + BEGIN_TIMEOUT_SECONDS
         while True:
             try:
-                return not self.is_fenced(self.read_run()) and not self.is_given_away()
+                run = self.read_run()
+                return None if self.is_fenced(run) or self.is_given_away() else run
             except Exception as error:
                 if is_client_error(error):
-                    return True
+                    return {}
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"The Prefect API at {self.url} does not answer: {error}") from None
                 time.sleep(RECHECK_INTERVAL_SECONDS)
+
+    def read_deployment(self, run: dict[str, Any]) -> dict[str, Any]:
+        """Return the deployment of a run; empty if it has none.
+
+        Raises:
+            Exception: the API does not answer, refuses the request, or its answer is not a deployment.
+        """
+        deployment = run.get("deployment_id")
+        return dict(json.loads(self._send(f"/deployments/{deployment}"))) if deployment else {}
 
     def is_fenced(self, run: dict[str, Any]) -> bool:
         """Return whether the run has the label that fences this run attempt's Job."""

@@ -91,16 +91,17 @@ class Supervisor:
     def _watch_run(self) -> None:
         """Let the engine begin; then kill it if its Job is fenced, and ask for its end if the run is Cancelling."""
         try:
-            may_begin = self._client.may_begin()
+            run = self._client.read_run_to_begin()
         except TimeoutError as error:
             _log_not_begun(error)
             self._engine.send_signal(signal.SIGKILL)
             return
-        if not may_begin:
+        if run is None:
             self._is_fenced = True
             self._engine.send_signal(signal.SIGKILL)
             return
-        self._engine.begin()
+        # Meanwhile this thread polls, so that a fenced Job ends in time.
+        threading.Thread(target=self._begin, args=[run], daemon=True).start()
         for run in self._client.poll_run():
             if self._client.is_fenced(run):
                 self._is_fenced = True
@@ -108,6 +109,13 @@ class Supervisor:
             if run.get("state_type") == "CANCELLING":
                 self._is_cancelling = True
                 self._asked_to_end.set()
+
+    def _begin(self, run: dict[str, Any]) -> None:
+        """Let the engine begin with the run and its deployment, which it then need not read."""
+        deployment: dict[str, Any] = {}
+        with contextlib.suppress(Exception):
+            deployment = self._client.read_deployment(run)
+        self._engine.begin(run, deployment)
 
     def _end_when_asked(self) -> None:
         """End the engine within the grace period, once this process is asked to end or the run is Cancelling."""
@@ -254,11 +262,11 @@ def main(command: list[str]) -> int:
             signal.signal(number, lambda *_: None)
         if client:
             try:
-                may_begin = client.may_begin()
+                run = client.read_run_to_begin()
             except TimeoutError as error:
                 _log_not_begun(error)
                 return 1
-            if not may_begin:
+            if run is None:
                 _end_fenced(client.job)
             threading.Thread(target=_end_when_fenced, args=[client], daemon=True).start()
         code = subprocess.call(command)

@@ -64,7 +64,7 @@ def _documented(file: Path) -> Iterator[tuple[str, str]]:
     yield from below(tree, file.stem)
 
 
-PLAIN = {"flow_runs.Workspace", "server_records.UnreadableError", *(
+PLAIN = {"flow_runs.Workspace", "flow_runs.KnownRun", "flow_runs.parse_known_run", "server_records.UnreadableError", *(
     f"results.Signer{name}" for name in ("", ".sign", ".verify")
 ), *(
     f"background_services.ServiceObserver{name}" for name in (
@@ -413,6 +413,14 @@ CONTRACTS: dict[str, list[Check]] = {
             signature("prefect.runner._workspace_resolver:prepare_workspace_for_flow_run"),
             "(flow_run_id, workspace_root)",
         ),
+        (
+            signature("prefect.runner._workspace_resolver:prepare_workspace"),
+            "(client, flow_run, deployment, workspace_root)",
+        ),
+        *(
+            (lacks(f"prefect.client.orchestration:PrefectClient.{name}", f"return {model}.model_validate("), [])
+            for name, model in {"read_flow_run": "FlowRun", "read_deployment": "DeploymentResponse"}.items()
+        ),
         (signature("prefect.runner._workspace_starter:workspace_environment"), "(workspace)"),
         (
             lambda: {"working_directory", "runtime_entrypoint"}
@@ -420,6 +428,10 @@ CONTRACTS: dict[str, list[Check]] = {
             set(),
         ),
         (lacks("prefect.flow_engine", f'os.environ.get("{wire.FLOW_ENTRYPOINT_VARIABLE}")'), []),
+    ],
+    "flow_runs.use_known_run": [
+        (signature("prefect.flow_engine:load_flow_run"), "(flow_run_id)"),
+        (lacks("prefect.engine", "load_flow_run(flow_run_id=flow_run_id)"), []),
     ],
     "flow_runs.run_engine": [
         (lacks("prefect.engine", 'if __name__ == "__main__":', wire.FLOW_RUN_ID_VARIABLE), []),

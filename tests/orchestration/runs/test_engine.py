@@ -518,6 +518,28 @@ def test_fenced_job_ends_with_its_engine(run: Callable[..., Run]) -> None:
     assert "cleaned up" not in made.notes()
 
 
+def test_engine_of_a_fenced_job_is_killed_before_it_reads_its_run(run: Callable[..., Run]) -> None:
+    """The deployment is longer than a pipe takes at once."""
+    made = run(description="long " * 40_000)
+    made.start(how="works")
+    engine = made.engine()
+    wait_until(lambda: "orchestration.runs.engine_start" in psutil.Process(engine).cmdline(), "the engine's exec")
+    os.kill(engine, signal.SIGSTOP)
+    # The supervisor first reads the run to let it begin, and then polls.
+    time.sleep(2)
+    made.fence()
+    assert made.process.wait(30) == -signal.SIGKILL
+    assert not psutil.pid_exists(engine)
+    assert made.notes() == []
+    assert made.message() == {"fenced": 1}
+
+
+def test_run_with_a_long_deployment_completes(run: Callable[..., Run]) -> None:
+    made = run(description="long " * 40_000)
+    made.start()
+    assert made.ended() == (0, "Completed")
+
+
 def test_fenced_job_sets_no_state_after_sigterm(run: Callable[..., Run]) -> None:
     made = run()
     made.start(how="works", every=600)

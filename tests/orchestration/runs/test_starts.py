@@ -3,10 +3,12 @@
 import json
 import os
 import pickle
+import re
 import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -14,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -21,8 +24,10 @@ from cryptography.x509.oid import NameOID
 from prefect.blocks.notifications import SlackWebhook
 from prefect.filesystems import RemoteFileSystem
 
+from orchestration.protocol import CHECK_TIMEOUT_SECONDS
 from orchestration.settings import ROOT
 from tests.parts import asked, client_of, kill_run_processes
+from tests.relay import stalled
 
 FLOW = """
 import gc, json, os, sys
@@ -91,6 +96,77 @@ def test_run_with_durable_results_imports_no_module_that_it_does_not_use(prefect
     assert "prefect.filesystems" in found["modules"]
     assert sorted(UNUSED.intersection(found["modules"])) == []
     assert (found["gc"], found["frozen"]) == (True, True)
+
+
+AGENTS = {"Python-urllib": "supervisor", "prefect": "engine", "python-httpx": "engine"}
+
+BACKGROUND = ("/api/logs/", "/api/events/in", "/api/flows/")
+"""Requests of threads that the first line does not wait for."""
+
+
+class Requests:
+    """Notes the requests that a relay passes until the first line, as "supervisor GET /api/path"."""
+
+    def __init__(self, holds: str = "") -> None:
+        self.noted: list[str] = []
+        self._holds = holds
+        self._at_first_line = threading.Event()
+
+    def note(self, data: bytes, way: str) -> None:
+        """Note a request. Hold the one that was named until its client gives up."""
+        found = re.match(rb"(GET|POST|PATCH|PUT) (\S+) HTTP/1.1\r\n", data)
+        if way != "asked" or not found or self._at_first_line.is_set():
+            return
+        path = re.sub(r"[0-9a-f-]{36}", "ID", found[2].decode().partition("?")[0])
+        if path == "/api/hello":
+            self._at_first_line.set()
+            return
+        agent = re.search(r"(?i)\r\nuser-agent: ([\w-]+)", data.decode())
+        request = f"{AGENTS[agent[1]] if agent else 'websocket'} {found[1].decode()} {path}"
+        self.noted.append(request)
+        if request == self._holds:
+            time.sleep(CHECK_TIMEOUT_SECONDS + 1)
+
+    def awaited(self) -> list[str]:
+        """Return the requests that the first line waited for, in the order of the alphabet."""
+        return sorted(each for each in self.noted if not each.endswith(BACKGROUND))
+
+
+OF_THE_SUPERVISOR = [
+    "supervisor GET /api/deployments/ID",
+    "supervisor GET /api/flow_run_states/",
+    "supervisor GET /api/flow_runs/ID",
+]
+
+OF_THE_ENGINE = [
+    "engine GET /api/admin/storage",
+    "engine GET /api/admin/storage",
+    "engine GET /api/admin/version",
+    "engine GET /api/admin/version",
+    "engine GET /api/csrf-token",
+    "engine GET /api/events/out",
+    # Prefect reads the run once before and once after it is Running.
+    "engine GET /api/flow_runs/ID",
+    "engine GET /api/flow_runs/ID",
+    "engine PATCH /api/flow_runs/ID",
+    "engine POST /api/flow_runs/ID/set_state",
+]
+
+
+@pytest.mark.parametrize(
+    ("held", "again"),
+    [("", []), (OF_THE_SUPERVISOR[0], ["engine GET /api/deployments/ID", *["engine GET /api/flow_runs/ID"] * 2])],
+    ids=["with the supervisor's answers", "without them"],
+)
+def test_first_line_waits_for_few_requests(prefect_server: str, tmp_path: Path, held: str, again: list[str]) -> None:
+    requests = Requests(held)
+    with claimed_run(prefect_server, tmp_path, "requests") as variables, stalled(prefect_server, requests.note) as url:
+        relay = {
+            "PREFECT_API_URL": f"{url}/api", "FIRST_LINE_URL": f"{url}/api/hello",
+            "PREFECT_LOGGING_TO_API_ENABLED": "false",
+        }  # fmt: skip
+        execute(variables | relay, tmp_path)
+    assert requests.awaited() == sorted([*OF_THE_SUPERVISOR, *OF_THE_ENGINE, *again])
 
 
 DEFERRED = """
