@@ -20,7 +20,7 @@ import prefect
 from prefect import flow_engine
 from prefect._internal import version_checking
 from prefect.client import base, orchestration
-from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.objects import FlowRun, ServerDefaultResultStorage, State
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.flow_engine import AsyncFlowRunEngine, FlowRunEngine
 from prefect.runner._workspace_resolver import prepare_workspace as resolve_workspace
@@ -109,6 +109,59 @@ def share_certificates() -> None:
     """
     for module in (orchestration, version_checking):
         module.ssl = _SharedContexts()  # type: ignore[attr-defined]
+
+
+ANSWER_SECONDS = 60.0
+"""How long a run keeps the server's answer to a question that Prefect asks again and again."""
+
+
+def keep_default_storage() -> None:
+    """Ask the server for its default storage of results once in `ANSWER_SECONDS`.
+
+    Replaces: `read_server_default_result_storage` of both clients in `prefect.client.orchestration`
+    Why: Prefect asks twice before the first line of each flow, and for tasks outside of flows
+    Until: Prefect keeps the answer
+    """
+    read = orchestration.SyncPrefectClient.read_server_default_result_storage
+    read_async = orchestration.PrefectClient.read_server_default_result_storage
+    kept: dict[str, tuple[float, ServerDefaultResultStorage]] = {}
+
+    def known(url: str) -> ServerDefaultResultStorage | None:
+        answer = kept.get(url)
+        return answer[1] if answer and time.monotonic() - answer[0] < ANSWER_SECONDS else None
+
+    def read_once(client: orchestration.SyncPrefectClient) -> ServerDefaultResultStorage:
+        url = str(client.api_url)
+        if not (answer := known(url)):
+            answer = read(client)
+            kept[url] = time.monotonic(), answer
+        return answer
+
+    async def read_once_async(client: orchestration.PrefectClient) -> ServerDefaultResultStorage:
+        url = str(client.api_url)
+        if not (answer := known(url)):
+            answer = await read_async(client)
+            kept[url] = time.monotonic(), answer
+        return answer
+
+    clients: tuple[Any, Any] = orchestration.SyncPrefectClient, orchestration.PrefectClient
+    for client, method in zip(clients, (read_once, read_once_async), strict=True):
+        client.read_server_default_result_storage = method
+
+
+def check_version_once() -> None:
+    """Ask the server for its version once, whether or not the API's URL ends with a slash.
+
+    Replaces: `prefect._internal.version_checking._api_version_check_key`
+    Why: Prefect asks for each URL once, and its clients for events and for everything else write the URL differently
+    Until: Prefect asks once
+    """
+
+    def key(api_url: str, client_version: str) -> tuple[str, str]:
+        return api_url.rstrip("/"), client_version
+
+    for module in (orchestration, version_checking):
+        module._api_version_check_key = key  # type: ignore[attr-defined]
 
 
 def observe_responses(observe: Callable[[httpx.Request, httpx.Response], None]) -> None:

@@ -56,12 +56,14 @@ def _wait_to_begin() -> flow_runs.KnownRun | None:
 
 
 def adapt_prefect() -> None:
-    """Let Prefect's engine record leases, begin runs on time, import few blocks, and sign results."""
+    """Let Prefect's engine record leases, begin runs on time, import and ask little, and sign results."""
     flow_runs.observe_responses(LeaseLedger().observe)
     clock = ServerClock()
     flow_runs.observe_responses(clock.observe)
     flow_runs.hold_until_due(clock.now)
     blocks.look_up_before_import()
+    flow_runs.keep_default_storage()
+    flow_runs.check_version_once()
     signed_results.require_signatures()
 
 

@@ -398,6 +398,24 @@ CONTRACTS: dict[str, list[Check]] = {
         ),
         (lacks("prefect._internal.version_checking:check_server_version", "ssl.create_default_context(cafile="), []),
     ],
+    "flow_runs.keep_default_storage": [
+        *(
+            (signature(f"prefect.client.orchestration:{name}Client.read_server_default_result_storage"), "(self)")
+            for name in ("Prefect", "SyncPrefect")
+        ),
+        *(
+            (lacks(f"prefect.results:_{name}", ".read_server_default_result_storage()"), [])
+            for name in (f"{each}read_server_default_result_storage_block_id" for each in ("", "a"))
+        ),
+    ],
+    "flow_runs.check_version_once": [
+        (signature("prefect._internal.version_checking:_api_version_check_key"), "(api_url, client_version)"),
+        *(
+            (lacks(f"prefect.client.orchestration:{name}_once", "_api_version_check_key("), [])
+            for name in (f"{each}Client.raise_for_api_version_mismatch" for each in ("Prefect", "SyncPrefect"))
+        ),
+        (lacks("prefect._internal.version_checking:check_server_version", "_api_version_check_key("), []),
+    ],
     "flow_runs.observe_responses": [
         (signature(f"{HTTP}{kind}Client.send"), "(self, request, *args, **kwargs)") for kind in ("Async", "Sync")
     ],

@@ -140,8 +140,6 @@ OF_THE_SUPERVISOR = [
 
 OF_THE_ENGINE = [
     "engine GET /api/admin/storage",
-    "engine GET /api/admin/storage",
-    "engine GET /api/admin/version",
     "engine GET /api/admin/version",
     "engine GET /api/csrf-token",
     "engine GET /api/events/out",
