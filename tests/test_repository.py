@@ -1,5 +1,6 @@
 """The repository is consistent: versions agree, links work, pages match the code."""
 
+import ast
 import os
 import re
 import shutil
@@ -212,6 +213,17 @@ def test_code_of_tasks_imports_no_prefect(module: str) -> None:
 
 def test_ordered_test_files_exist() -> None:
     assert [file for file in FIRST if not (ROOT / file).is_file()] == []
+
+
+def test_names_say_what_they_hold() -> None:
+    vague = {"each", "told", "spoken", "said", "its"}
+    found = []
+    for path in (path for path in _tracked() if path.suffix == ".py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = node.id if isinstance(node, ast.Name) else node.arg if isinstance(node, ast.arg) else ""
+            if name in vague:
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {name}")
+    assert found == []
 
 
 def test_no_module_is_called_utils_or_helpers() -> None:

@@ -3,8 +3,8 @@
     python -I -S /app/orchestration/execution.py prefect flow-run execute
 
 The worker asks for the command `prefect flow-run execute`. The supervisor executes the run by
-`orchestration.runs.engine`, in one process where Prefect's command takes three. Any other command is executed as given,
-and receives SIGTERM itself.
+`orchestration.runs.engine_start`, in one process where Prefect's command takes three. Any other command is executed as
+given, and receives SIGTERM itself.
 
 - Termination: on SIGTERM, or if the run is Cancelling, the supervisor sends the engine the reason, then SIGTERM, and at
   the end of the grace period SIGKILL. It sets the run Cancelled or AwaitingRetry only after the engine has ended.

@@ -175,7 +175,7 @@ def measure(pairs: int, before: Path | None) -> dict[str, list[Start]]:
         for number in range(pairs):
             for name in [*starts] if number % 2 else [*reversed(starts)]:
                 found[name].append(starts[name]())
-            latest = ", ".join(f"{name} {each[-1].first_line:.2f} s" for name, each in found.items())
+            latest = ", ".join(f"{name} {measured[-1].first_line:.2f} s" for name, measured in found.items())
             print(f"{number + 1} of {pairs}: {latest}", file=sys.stderr, flush=True)
         return found
 

@@ -405,14 +405,14 @@ CONTRACTS: dict[str, list[Check]] = {
         ),
         *(
             (lacks(f"prefect.results:_{name}", ".read_server_default_result_storage()"), [])
-            for name in (f"{each}read_server_default_result_storage_block_id" for each in ("", "a"))
+            for name in (f"{prefix}read_server_default_result_storage_block_id" for prefix in ("", "a"))
         ),
     ],
     "flow_runs.check_version_once": [
         (signature("prefect._internal.version_checking:_api_version_check_key"), "(api_url, client_version)"),
         *(
             (lacks(f"prefect.client.orchestration:{name}_once", "_api_version_check_key("), [])
-            for name in (f"{each}Client.raise_for_api_version_mismatch" for each in ("Prefect", "SyncPrefect"))
+            for name in (f"{client}Client.raise_for_api_version_mismatch" for client in ("Prefect", "SyncPrefect"))
         ),
         (lacks("prefect._internal.version_checking:check_server_version", "_api_version_check_key("), []),
     ],
@@ -458,7 +458,7 @@ CONTRACTS: dict[str, list[Check]] = {
     "blocks.defer_notifications": [
         (lacks("prefect.blocks", "import prefect.blocks.notifications", "import prefect.blocks.webhook"), []),
         (
-            lambda: {_object(f"prefect.blocks.{each}").__name__ for each in ("notifications", "webhook")},
+            lambda: {_object(f"prefect.blocks.{module}").__name__ for module in ("notifications", "webhook")},
             {"prefect.blocks.notifications", "prefect.blocks.webhook"},
         ),
     ],

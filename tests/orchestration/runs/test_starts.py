@@ -132,8 +132,8 @@ class Requests:
         """Return the requests that the first line waited for, in the order of the alphabet."""
         running = self.noted.index("engine POST /api/flow_runs/ID/set_state")
         # Once the run is Running, the thread of its heartbeats reads the deployment.
-        later = [each for each in self.noted[running:] if each != "engine GET /api/deployments/ID"]
-        return sorted(each for each in self.noted[:running] + later if not each.endswith(BACKGROUND))
+        later = [request for request in self.noted[running:] if request != "engine GET /api/deployments/ID"]
+        return sorted(request for request in self.noted[:running] + later if not request.endswith(BACKGROUND))
 
 
 OF_THE_SUPERVISOR = [
@@ -271,7 +271,7 @@ def write_certificate(folder: Path) -> tuple[Path, Path]:
     now = datetime.now(UTC)
     names = ("digital_signature", "key_cert_sign", "content_commitment", "key_encipherment", "data_encipherment",
              "key_agreement", "crl_sign", "encipher_only", "decipher_only")  # fmt: skip
-    usage = x509.KeyUsage(**{each: each in names[:2] for each in names})
+    usage = x509.KeyUsage(**{name: name in names[:2] for name in names})
     made = (
         x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
         .not_valid_before(now - timedelta(days=1))
