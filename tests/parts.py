@@ -330,6 +330,18 @@ def prefect_server(home: Path) -> Iterator[str]:
         yield url
 
 
+SERVE = """
+import gc, runpy, sys
+gc.disable()
+import prefect.cli, prefect.server.api.server
+gc.freeze()
+gc.enable()
+sys.argv.pop(0)
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+"""Runs a module's command as `python -m` does. Without garbage collection the imports take a third less time."""
+
+
 @contextlib.contextmanager
 def served(
     home: Path, port: int, python: str | Path, environment: Mapping[str, str], module: str = "prefect"
@@ -346,7 +358,7 @@ def served(
     url = f"http://127.0.0.1:{port}/api"
     with (home / "server.log").open("a") as log:
         server = subprocess.Popen(
-            [str(python), "-m", module, "server", "start", "--port", str(port)],
+            [str(python), "-c", SERVE, module, "server", "start", "--port", str(port)],
             env={**environment, "PREFECT_HOME": str(home), "PYTHONTZPATH": ""},  # as in `make server`
             cwd=home,
             stdout=log,
