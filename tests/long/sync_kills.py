@@ -50,6 +50,7 @@ def kills(day: int = 1) -> None:
 
 # The schedules of every few seconds reveal a run that did not exist when it fell due: the server's scheduler looks
 # every five seconds and creates no runs in the past. No worker executes the runs: they become late, and must stay.
+# Without DTSTART the server walks through all hours since 2020 whenever it looks: 0.14 s of its time.
 FILES = {
     "a": """
 name: kills
@@ -93,7 +94,9 @@ deployments:
   - name: old
     entrypoint: flow.py:kills
     work_pool: {name: kills, work_queue_name: old}
-    schedules: [{interval: 5, anchor_date: "2026-01-01T00:00:00Z"}, {rrule: FREQ=DAILY;BYHOUR=3}]
+    schedules:
+      - {interval: 5, anchor_date: "2026-01-01T00:00:00Z"}
+      - {rrule: "DTSTART:20261101T000000\\nRRULE:FREQ=DAILY;BYHOUR=3"}
     triggers: [{name: kills-old-files, expect: [x.y]}]
 """,
     "b": """
@@ -130,7 +133,7 @@ deployments:
       - {interval: 4, anchor_date: "2026-01-01T00:00:00Z"}
       - {cron: "0 7 * * *", timezone: Europe/Berlin}
       - {interval: 600, parameters: {day: 3}}
-      - {rrule: FREQ=HOURLY;BYMINUTE=20, slug: new}
+      - {rrule: "DTSTART:20261101T000000\\nRRULE:FREQ=HOURLY;BYMINUTE=20", slug: new}
     triggers:
       - {name: kills-files, expect: [x.y], parameters: {day: 5}}
       - {name: kills-others, expect: [x.z]}
