@@ -5,7 +5,6 @@ the process inherits.
 """
 
 import contextlib
-import gc
 import importlib
 import os
 import signal
@@ -29,6 +28,7 @@ from prefect.settings import (
 )
 
 from orchestration.errors import PipelineError
+from orchestration.garbage_collection import paused_for_imports
 from orchestration.prefect_compat.server_internals import TEMPORARY_SERVER_APP, temporary_server_variables
 
 
@@ -151,11 +151,8 @@ def _serve(descriptor: int) -> None:
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     os.environ |= temporary_server_variables()
-    # Collections during the import find nothing, and cost a fifth of its time.
-    gc.disable()
-    importlib.import_module(TEMPORARY_SERVER_APP.partition(":")[0])
-    gc.freeze()
-    gc.enable()
+    with paused_for_imports():
+        importlib.import_module(TEMPORARY_SERVER_APP.partition(":")[0])
     uvicorn.run(TEMPORARY_SERVER_APP, factory=True, fd=descriptor, log_level="error", lifespan="on")
 
 
