@@ -4,7 +4,7 @@
     python -m orchestration.migrations wait      # each of the release's pods, before its server
 
 Prefect's settings name the database (`PREFECT_SERVER_DATABASE_*`). A schema that is newer than this image, as after a
-rollback, does not change.
+rollback, does not change. After Prefect's migrations, `upgrade` adds indexes and autovacuum settings of this project.
 
 With tenacity the wait loops would be no shorter: each logs its first wait, and ends early on a permanent error.
 """
@@ -25,6 +25,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from orchestration import logs
 from orchestration.errors import PipelineError
 from orchestration.prefect_compat.server_internals import database_interface, migrations_config
+from orchestration.prefect_compat.server_tables import tune_tables
 
 logger = logging.getLogger("orchestration.migrations")  # __name__ is __main__ here
 
@@ -149,10 +150,25 @@ async def _upgrade(deadline: float) -> None:
         if not is_usable:
             await database_interface().run_migrations_upgrade()
         after, _ = await _check_revision(connection)
+        if after in _revisions()[1]:
+            await _tune(connection, deadline)
     if before == after:
         logger.info("The schema is at %s.", after)
     else:
         logger.info("The schema went from %s to %s.", before or "nothing", after)
+
+
+async def _tune(connection: AsyncConnection, deadline: float) -> None:
+    """Add indexes and settings of tables. The server runs without them, so that an error is only logged."""
+    try:
+        indexes, tables = await tune_tables(connection, max(deadline - time.monotonic(), 1))
+    except (OSError, PostgresError, InterfaceError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        logger.warning("Indexes and autovacuum settings are not complete: %s. The next upgrade tries again.", reason)
+        return
+    added = [", ".join(indexes), f"autovacuum settings of {len(tables)} tables" if tables else ""]
+    if indexes or tables:
+        logger.info("Added %s.", " and ".join(filter(None, added)))
 
 
 def main(arguments: Sequence[str]) -> int:

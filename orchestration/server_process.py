@@ -1,8 +1,8 @@
 """Start a process of the Prefect server: `python -m orchestration.server_process server services start`.
 
 The arguments are those of `prefect`. The process reads secret blocks of the key in `PREFECT_SERVER_ENCRYPTION_KEY` and
-of the key in the database. With `SERVICES_HEALTH_PORT` it serves the health of its background services. An API refuses
-requests that it could never read again.
+of the key in the database. With `SERVICES_HEALTH_PORT` it serves the health of its background services, with
+`RETENTION_*_DAYS` these delete old records. An API refuses requests that it could never read again.
 """
 
 import gc
@@ -14,6 +14,7 @@ from orchestration.access.control import Application
 from orchestration.access.limits import RequestLimits
 from orchestration.errors import PipelineError, sentence
 from orchestration.prefect_compat.server_internals import wrap_server_api
+from orchestration.services import retention
 from orchestration.services.health_endpoint import services_health_served
 
 GARBAGE_THRESHOLDS = (50_000, 20, 100)
@@ -40,6 +41,7 @@ def start_server(arguments: Sequence[str], protect: Callable[[Application], Appl
         if list(arguments[:2]) == ["server", "start"]:
             wrap_server_api(wrap)
         block_encryption.prepare_server()
+        retention.add_to_server()
         with services_health_served():
             from prefect.cli import app
 

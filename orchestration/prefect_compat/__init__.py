@@ -11,8 +11,8 @@ The package has several modules, as a flow run must not pay for the imports of a
     blocks            the engine, before it imports Prefect: imports no Prefect
     results           the engine of a run with a signing key: imports Prefect's engines and task runners
     server_internals  schedules, automations and the server's database: imports Prefect when called
-    background_services
-                      the server's background services: imports Prefect when called
+    background_services, expired_records, server_tables
+                      the server's services, old records and tables: import Prefect when called
     events, recurrence, task_runners
                       events, dateutil's rules, the end of a flow with threads: import no Prefect
 

@@ -223,6 +223,29 @@ def _observe_task_queue(observer: ServiceObserver, monitor: Callable[[Any], Coro
     worker.run_forever, sweep.due = observed_run, observed_due
 
 
+def add_service(function: Callable[[], Awaitable[None]], every: timedelta) -> None:
+    """Add a function to the perpetual services: the task queue calls it in one process at a time.
+
+    Replaces: `prefect.server.services.perpetual_services.perpetual_service`
+    Why: what this project adds to the server's services needs no process or lock besides theirs
+    Until: the server takes services of others
+
+    Args:
+        function: its name is that of the service.
+        every: the time from one call to the next.
+    """
+    from docket import Perpetual
+    from prefect.server.services.perpetual_services import perpetual_service
+
+    schedule = Perpetual(every=every, automatic=True)
+
+    async def service(perpetual: Perpetual = schedule) -> None:  # noqa: ARG001 - docket reads it
+        await function()
+
+    service.__name__ = function.__name__
+    perpetual_service(enabled_getter=lambda: True)(service)
+
+
 def redeliver_lost_passes(after: timedelta) -> None:
     """Have the task queue call a perpetual service again whose pass has got lost.
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from orchestration.prefect_compat.server_tables import INDEXES, STORAGE_PARAMETERS
 from orchestration.settings import ROOT
 from tests.parts import debian_postgres, new_database, rows_of
 
@@ -78,3 +79,42 @@ def test_newer_schema_does_not_change(empty: str, command: str) -> None:
     assert rows_of(empty, "select version_num from alembic_version") == [("of a newer image",)]
     tables = "select tablename from pg_tables where schemaname = 'public'"
     assert rows_of(empty, tables) == [("alembic_version",)]
+
+
+def test_upgrade_adds_indexes_and_autovacuum_settings_once_and_keeps_those_of_an_operator(empty: str) -> None:
+    def upgraded() -> list[str]:
+        return [_message(line) for line in _output(_start(empty, "orchestration.migrations", "upgrade")).splitlines()]
+
+    def indexes() -> dict[str, bool]:
+        statement = "select indexrelid::regclass::text, indisvalid from pg_index where indexrelid = any(%s::regclass[])"
+        return dict(rows_of(empty, statement, list(INDEXES)))
+
+    def options(table: str) -> list[str]:
+        return list(rows_of(empty, "select reloptions from pg_class where relname = %s", table)[0][0])
+
+    added = f"Added {', '.join(INDEXES)} and autovacuum settings of 8 tables."
+    assert upgraded()[0] == added
+    assert indexes() == dict.fromkeys(INDEXES, True)
+    assert options("log") == [f"{name}={value}" for name, value in STORAGE_PARAMETERS.items()]
+
+    rows_of(empty, "alter table log reset (autovacuum_analyze_scale_factor)")
+    rows_of(empty, "alter table log set (autovacuum_vacuum_scale_factor = 0.1)")
+    first, second = INDEXES
+    rows_of(empty, f"drop index {first}")
+    rows_of(empty, f"update pg_index set indisvalid = false where indexrelid = '{second}'::regclass")
+    assert upgraded()[0] == f"Added {first}, {second} and autovacuum settings of 1 tables."
+    assert indexes() == dict.fromkeys(INDEXES, True)
+    assert "autovacuum_vacuum_scale_factor=0.1" in options("log")
+    assert len(upgraded()) == 1
+
+
+def test_tables_of_another_owner_are_no_failure(server: str, empty: str) -> None:
+    _output(_start(empty, "orchestration.migrations", "upgrade"))
+    rows_of(server, "create role reader login")
+    rows_of(empty, "grant select on all tables in schema public to reader")
+    rows_of(empty, f"drop index {next(iter(INDEXES))}")
+    first, last = _output(
+        _start(empty.replace("postgres@", "reader@"), "orchestration.migrations", "upgrade")
+    ).splitlines()
+    assert " WARNING Indexes and autovacuum settings are not complete: must be owner of table flow_run. " in first
+    assert _message(last).startswith("The schema is at ")

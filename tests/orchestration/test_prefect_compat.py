@@ -24,7 +24,7 @@ import pytest
 
 from orchestration import prefect_compat
 from orchestration import prefect_protocol as wire
-from orchestration.prefect_compat import events, recurrence, server_internals, warn_if_untested
+from orchestration.prefect_compat import events, recurrence, server_internals, server_tables, warn_if_untested
 from orchestration.settings import ROOT
 
 SEAM = sorted((ROOT / "orchestration/prefect_compat").glob("*.py"))
@@ -64,7 +64,9 @@ def _documented(file: Path) -> Iterator[tuple[str, str]]:
     yield from below(tree, file.stem)
 
 
-PLAIN = {"flow_runs.Workspace", "flow_runs.KnownRun", "flow_runs.parse_known_run", "server_records.UnreadableError", *(
+PLAIN = {
+    "flow_runs.Workspace", "flow_runs.KnownRun", "flow_runs.parse_known_run", "server_records.UnreadableError",
+    "expired_records.Batch", *(
     f"results.Signer{name}" for name in ("", ".sign", ".verify")
 ), *(
     f"background_services.ServiceObserver{name}" for name in (
@@ -264,6 +266,15 @@ def _absent_columns(model: str, *names: str) -> list[str]:
     """Return those of some columns that a table of the server's database does not have."""
     table = getattr(server_internals.database_interface(), model).__table__
     return [name for name in names if name not in table.columns]
+
+
+def _cascades(*models: str) -> list[str]:
+    """Return those of some tables whose rows the database does not delete with their run."""
+    tables = [getattr(server_internals.database_interface(), model).__table__ for model in models]
+    cascading = {
+        table.name for table in tables for key in table.foreign_keys if (key.ondelete or "").lower() == "cascade"
+    }
+    return [table.name for table in tables if table.name not in cascading]
 
 
 Check = tuple[Callable[[], Any], Any]
@@ -628,6 +639,44 @@ CONTRACTS: dict[str, list[Check]] = {
         (lambda: _absent_columns("FlowRunState", "id", "message", "timestamp", "state_details"), []),
     ],
     "server_records.read_previous_keys": [(lambda: _absent_columns("FlowRun", "idempotency_key"), [])],
+    "expired_records.delete_runs": [
+        (
+            lacks(
+                "prefect.server.services.db_vacuum:vacuum_old_flow_runs",
+                "db.FlowRun.parent_task_run_id.is_(None)", "db.FlowRun.end_time <",
+            ),
+            [],
+        ),
+        (lambda: _absent_columns("FlowRun", "id", "state_type", "end_time", "parent_task_run_id", "deployment_id"), []),
+        (lambda: _cascades("FlowRunState", "FlowRunInput", "TaskRun", "TaskRunState"), []),
+        (lambda: _absent_columns("Artifact", "id", "key", "created", "flow_run_id"), []),
+        (
+            lambda: set(server_internals.database_interface().ArtifactCollection.__table__.columns.keys()),
+            {
+                "id", "created", "updated", "key", "latest_id", "task_run_id", "flow_run_id", "type", "data",
+                "description", "metadata_",
+            },
+        ),
+    ],
+    "expired_records.delete_task_runs": [
+        (lambda: _absent_columns("TaskRun", "id", "end_time", "state_type", "flow_run_id"), []),
+    ],
+    "expired_records.delete_logs": [(lambda: _absent_columns("Log", "id", "timestamp", "flow_run_id"), [])],
+    "expired_records.delete_artifacts": [
+        (lambda: _absent_columns("Artifact", "updated"), []),
+        (lambda: _absent_columns("FlowRunState", "result_artifact_id"), []),
+        (lambda: _absent_columns("TaskRunState", "result_artifact_id"), []),
+    ],
+    "server_tables.tune_tables": [
+        (lambda: _absent_columns("FlowRun", "deployment_id", "end_time", "start_time", "expected_start_time"), []),
+        (
+            lambda: {
+                server_internals.database_interface().FlowRun.metadata.tables.get(table) is None
+                for table in server_tables.GROWING_TABLES
+            },
+            {False},
+        ),
+    ],
     "server_internals.temporary_server_variables": [
         (signature("prefect.server.api.server:create_app"), APP),
         (
@@ -687,6 +736,12 @@ CONTRACTS: dict[str, list[Check]] = {
             [],
         ),
         (lacks("prefect.server.events.triggers:evaluate_proactive_triggers", "await proactive_evaluation("), []),
+    ],
+    "background_services.add_service": [
+        (
+            signature("prefect.server.services.perpetual_services:perpetual_service"),
+            "(enabled_getter, run_in_ephemeral=False, run_in_webserver=False)",
+        ),
     ],
     "background_services.redeliver_lost_passes": [
         (lambda: "redelivery_timeout" in inspect.signature(_object("docket:Worker")).parameters, True),
