@@ -200,7 +200,7 @@ down-docker: ## stop everything in Docker; databases and passwords stay
 	@docker/stack down
 
 ##@ Develop
-.PHONY: setup test test-long test-versions audit fix bench bench-deploys bench-dbt bench-deployments bench-reconciler bench-recovery bench-access bench-health bench-starts bench-cluster picture docs docs-site clean
+.PHONY: setup test test-long test-versions audit fix bench bench-deploys bench-dbt bench-deployments bench-reconciler bench-recovery bench-access bench-retention bench-health bench-starts bench-cluster picture docs docs-site clean
 setup: .venv/ready ## create the environment in .venv
 
 # With CHANGED, tests use no cluster: making one takes minutes.
@@ -246,6 +246,12 @@ bench-reconciler: .venv/ready ## measure a reconcile round over 100 to 5,000 sim
 bench-access: PAIRS := 500
 bench-access: .venv/ready ## measure what access control adds to a request of the Prefect API, PAIRS=500 times
 	@$(BIN)/python -m tests.benchmarks.access --pairs $(call quoted,$(PAIRS))
+
+bench-retention: RUNS := 1000000
+bench-retention: LOGS := 20000000
+bench-retention: EVENTS := 10000000
+bench-retention: .venv/ready ## measure retention on a database of RUNS=1000000 runs, LOGS=20000000 log lines and EVENTS=10000000 events
+	@$(BIN)/python -m tests.benchmarks.retention --runs $(call quoted,$(RUNS)) --logs $(call quoted,$(LOGS)) --events $(call quoted,$(EVENTS))
 
 bench-health: PAIRS := 3
 bench-health: .venv/ready ## measure how soon the health of the background services turns red and green at each fault, PAIRS=3 times
