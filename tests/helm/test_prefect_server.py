@@ -359,6 +359,32 @@ def test_existing_secrets_are_used_and_none_is_generated() -> None:
     }
 
 
+def _retention(values: Object, component: str) -> Object:
+    """Return the variables of retention of a component, by name without prefixes."""
+    found = environment(
+        pod_specs(render("prefect-server", values))[f"Deployment/test-prefect-server-{component}"]["containers"][0]
+    )
+    return {
+        name: value
+        for name, value in found.items()
+        if "VACUUM" in name or name.startswith(("RETENTION_", "PREFECT_SERVER_EVENTS_RETENTION"))
+    }
+
+
+def test_retention_is_set_where_the_services_run() -> None:
+    vacuum, events = "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED", "PREFECT_SERVER_EVENTS_RETENTION_PERIOD"
+    default = {vacuum: "events,orphans", events: "P7D"}
+    assert _retention(TAG, "services") == default
+    assert _retention(TAG, "api") == {}
+    assert _retention(_with(services={"separate": False}), "api") == default
+    ages = {"runs": 90, "logs": 30, "events": 0, "artifacts": None}
+    assert _retention(_with(retention={"days": ages}), "services") == {
+        vacuum: "orphans",
+        "RETENTION_RUNS_DAYS": "90",
+        "RETENTION_LOGS_DAYS": "30",
+    }
+
+
 def test_changed_secret_names_restart_pods() -> None:
     def checksum(values: Object) -> str:
         template = one(render("prefect-server", values), "Deployment", "test-prefect-server-api")["spec"]["template"]
@@ -459,6 +485,14 @@ REFUSED = [
         "httpRoute.timeouts.backendRequest (",
     ),
     (_with(serviceAccount={"create": False}), "serviceAccount.create=false needs serviceAccount.name: "),
+    (
+        _with(
+            retention={"days": {"runs": 90}},
+            services={"settings": {"PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs"}},
+        ),
+        " and retention.days.runs both delete runs: ",
+    ),
+    (_with(retention={"days": {"runs": "90d"}}), "at '/retention/days/runs': got string, want"),
     (_with(fullnameOverride="1st"), " begins with a digit: Kubernetes refuses a Service of such a name"),
 ]
 

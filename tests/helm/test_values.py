@@ -246,7 +246,7 @@ def test_schema_and_kubernetes_agree_on_an_object(kubernetes: ApiServer, definit
 
 
 def test_schema_requires_keys_that_templates_need(chart: str) -> None:
-    """Helm removes a key whose value is null, so the schema requires all keys with a default, except those of pods."""
+    """Helm removes a key whose value is null: the schema requires keys with a default, but for pods and retention."""
     root = values.schema(chart)
 
     def check(default: Any, rule: Object, path: str) -> None:
@@ -256,7 +256,7 @@ def test_schema_requires_keys_that_templates_need(chart: str) -> None:
                 key: value for key, value in rule.items() if key == "required"
             }
         if (
-            path.endswith((".pod", "Probe", ".resources", ".lifecycle", ".strategy", ".timeouts"))
+            path.endswith((".pod", "Probe", ".resources", ".lifecycle", ".strategy", ".timeouts", ".retention.days"))
             or not isinstance(default, dict)
             or "properties" not in rule
         ):

@@ -92,6 +92,7 @@
 {{- if include "prefect-server.redis" $root }}
 - {name: PREFECT_REDIS_MESSAGING_CONSUMER_MAX_RETRIES, value: "60"}
 {{- end }}
+{{- include "prefect-server.retentionEnv" $root }}
 {{- end }}
 - {name: PREFECT_SERVER_API_BASE_PATH, value: {{ $root.Values.api.basePath }}}
 - {name: PREFECT_API_URL, value: "http://{{ include "prefect-server.fullname" $root }}-api:{{ int64 $root.Values.service.port }}{{ $root.Values.api.basePath }}"}
@@ -106,6 +107,20 @@
 {{- else if eq (index . 1) "services" }}
 # Since Prefect 3.9 these processes, too, would write the UI's files, which they never serve.
 - {name: PREFECT_UI_ENABLED, value: "false"}
+{{- end }}
+{{- end -}}
+
+{{/* Ages of the server's records. Prefect's vacuum deletes events, orchestration/services/retention.py the others. */}}
+{{- define "prefect-server.retentionEnv" -}}
+{{- $days := .Values.retention.days }}
+- {name: PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED, value: "{{ if int64 $days.events }}events,{{ end }}orphans"}
+{{- with int64 $days.events }}
+- {name: PREFECT_SERVER_EVENTS_RETENTION_PERIOD, value: P{{ . }}D}
+{{- end }}
+{{- range $kind := list "runs" "logs" "artifacts" }}
+{{- with int64 (index $days $kind) }}
+- {name: RETENTION_{{ upper $kind }}_DAYS, value: {{ . | quote }}}
+{{- end }}
 {{- end }}
 {{- end -}}
 

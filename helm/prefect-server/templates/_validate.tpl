@@ -14,6 +14,7 @@
 {{- include "prefect-server.validateService" . -}}
 {{- include "prefect-server.validateSecrets" . -}}
 {{- include "prefect-server.validateBackup" . -}}
+{{- include "prefect-server.validateRetention" . -}}
 {{- end -}}
 
 {{- define "prefect-server.validateImage" -}}
@@ -232,6 +233,17 @@
 {{- fail (printf "%s names the key %s: Secret %s in namespace %s does not have it. Add the key, or choose one of: %s." .path .key .name $root.Release.Namespace (keys ($secret.data | default dict) | sortAlpha | join ", ")) -}}
 {{- end -}}
 {{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Prefect's vacuum of runs would delete the newest Completed run of a deployment, too. */}}
+{{- define "prefect-server.validateRetention" -}}
+{{- $name := "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED" -}}
+{{- range $path, $settings := dict "settings" .Values.settings "api.settings" .Values.api.settings "services.settings" .Values.services.settings -}}
+{{- $value := include "prefect-server.text" (index $settings $name) -}}
+{{- if and (int64 $.Values.retention.days.runs) (regexMatch "flow_runs|(?i)^(true|1)$" $value) -}}
+{{- fail (printf "%s.%s and retention.days.runs both delete runs: Prefect's vacuum deletes the newest Completed run of a deployment, too. Remove the setting." $path $name) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

@@ -94,7 +94,7 @@ async def check_database_size(installation: Installation) -> Finding:
         return ok(f"{size / MIB:.0f} MiB in an external database")
     share = size / float(parse_quantity(bundled["storage"]["size"]))
     shown = f"{size / MIB:.0f} MiB, {share:.0%} of its volume"
-    cure = "Delete old runs and events (retention), or enlarge the volume"
+    cure = "Lower retention.days (docs/how-to/retention.md), or enlarge the volume"
     if share >= TOO_FULL:
         return failed(shown, cure)
     return warning(shown, cure) if share >= FULL else ok(shown)

@@ -33,7 +33,8 @@ NGINX_TIMEOUTS = ("proxy-read-timeout", "proxy-send-timeout")
 MIN_TIMEOUT_SECONDS = 600
 """The annotations by which nginx keeps a websocket open, and the shortest time that does not disturb the UI."""
 
-VACUUM = "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED"
+RETENTION, VACUUM = "RETENTION_RUNS_DAYS", "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED"
+"""The variables by which this project and Prefect's vacuum delete old runs."""
 
 
 @check(GROUP, "chart values")
@@ -190,18 +191,21 @@ async def check_ingress_timeouts(installation: Installation) -> Finding:
 
 @check(GROUP, "retention")
 async def check_retention(installation: Installation) -> Finding:
-    """The server deletes old runs and events."""
+    """The server deletes old runs."""
     if installation.is_local:
         raise UncheckedError("a local environment keeps nothing that lasts")
     component = "services" if (await installation.read_values(SERVER))["services"]["separate"] else "api"
-    variable = variables_of(await installation.read_component(SERVER, component)).get(VACUUM, {})
-    enabled = {name.strip() for name in str(variable.get("value", "")).split(",")}
-    if "flow_runs" not in enabled:
+    variables = variables_of(await installation.read_component(SERVER, component))
+    if days := variables.get(RETENTION, {}).get("value"):
+        return ok(f"runs are deleted after {days} days")
+    if "flow_runs" in str(variables.get(VACUUM, {}).get("value", "")):
         return warning(
-            "runs are kept for ever: the database grows without bound",
-            f'Set settings.{VACUUM} to "events,flow_runs" in {SERVER}.yaml',
+            "Prefect's vacuum deletes old runs, also the last successful run of a deployment",
+            f"Set retention.days.runs in {SERVER}.yaml, and remove {VACUUM}",
         )
-    return ok("old runs and events are deleted")
+    return warning(
+        "runs are kept for ever: the database grows without bound", f"Set retention.days.runs in {SERVER}.yaml"
+    )
 
 
 @check(GROUP, "backup")

@@ -429,6 +429,10 @@ FAULTS: dict[str, tuple[str, Fault, str, str]] = {
     "nginx of one minute": ("ingress timeouts", _objects(SERVER, _ingress), "warning", "proxy-read-timeout 60"),
     "route of one minute": ("ingress timeouts", _objects(SERVER, _http_route), "warning", "ends requests after 60s"),
     "no retention": ("retention", _shared(_known()), "warning", "runs are kept for ever"),
+    "vacuum of prefect": (
+        "retention", _shared(_values(SERVER, settings={"PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "flow_runs"})),
+        "warning", "also the last successful run",
+    ),
     "no backup": ("backup", _shared(_without(BACKUP, "cronjobs")), "warning", "no CronJob backs the bundled database"),
     "old backup": (
         "backup",
