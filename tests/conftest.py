@@ -73,6 +73,8 @@ FIRST = (
     "tests/test_readme.py",
     "tests/flows/test_faults.py",
     "tests/orchestration/deployments/test_kills.py",
+    "tests/orchestration/services/test_retention.py",
+    "tests/orchestration/test_migrations.py",
     "tests/orchestration/runs/test_durable.py",
     "tests/orchestration/deployments/test_sync.py",
     "tests/orchestration/deployments/test_differential.py",
