@@ -241,6 +241,12 @@ def _http_route(objects: list[Object]) -> None:
     objects.append({"kind": "HTTPRoute", "metadata": {"name": "api"}, "spec": {"rules": rules}})
 
 
+def _vacuum_of_runs(objects: list[Object]) -> None:
+    [container] = _spec(objects, "Deployment", f"{SERVER}-services")["containers"]
+    [variable] = [each for each in container["env"] if each["name"] == "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED"]
+    variable["value"] = "events,flow_runs"
+
+
 def _pool_limit(objects: list[Object]) -> None:
     template = _find(objects, "ConfigMap", "prefect-work-pool-sync")
     template["data"]["pool.yaml"] = template["data"]["pool.yaml"].replace('"default": "1Gi"', '"default": "100Gi"')
@@ -430,8 +436,7 @@ FAULTS: dict[str, tuple[str, Fault, str, str]] = {
     "route of one minute": ("ingress timeouts", _objects(SERVER, _http_route), "warning", "ends requests after 60s"),
     "no retention": ("retention", _shared(_known()), "warning", "runs are kept for ever"),
     "vacuum of prefect": (
-        "retention", _shared(_values(SERVER, settings={"PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "flow_runs"})),
-        "warning", "also the last successful run",
+        "retention", _shared(_objects(SERVER, _vacuum_of_runs)), "warning", "also the last successful run",
     ),
     "no backup": ("backup", _shared(_without(BACKUP, "cronjobs")), "warning", "no CronJob backs the bundled database"),
     "old backup": (
