@@ -79,15 +79,19 @@ def swap(name: str, replaced: str) -> None:
         RestoreError: the databases cannot be renamed. Neither is.
     """
     # Only a superuser may end others' sessions. The renaming itself ends autovacuum's, and fails while there are more.
+    # The rights to end sessions are those of the login, not of the role that it takes when it connects.
     end_sessions = (
-        "select pg_terminate_backend(pid) from pg_stat_activity where datname = any(%s) and usename = current_user"
+        "select pg_terminate_backend(pid) from pg_stat_activity"
+        " where datname = any(%s) and pg_has_role(usesysid, 'usage')"
     )
     rename = sql.SQL("alter database {} rename to {}")
     deadline = time.monotonic() + RENAME_SECONDS
     while True:
         try:
             with psycopg.connect(libpq_url(MAINTENANCE_DATABASE)) as connection:
+                connection.execute("set role none")
                 connection.execute(end_sessions, [[name, name + SUFFIX]])
+                connection.execute("reset role")
                 connection.execute(rename.format(sql.Identifier(name), sql.Identifier(replaced)))
                 connection.execute(rename.format(sql.Identifier(name + SUFFIX), sql.Identifier(name)))
             return

@@ -341,7 +341,7 @@ def test_pods_have_no_secret_in_plain_text() -> None:
     objects = render("prefect-server", TAG)
     secrets = [value for manifest in objects if manifest["kind"] == "Secret" for value in manifest["data"].values()]
     text = json.dumps(pod_specs(objects))
-    assert len(secrets) == 4 + len(("reconciler", "sync", "viewer", "worker", "run-key"))
+    assert len(secrets) == 4 + len(("reconciler", "sync", "viewer", "worker", "run-key")) + len(["username"])
     assert not [secret for secret in secrets if secret in text]
     assert not re.search(r"password\W+value\W", text, flags=re.IGNORECASE)
 

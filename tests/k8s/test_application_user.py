@@ -44,7 +44,13 @@ def _check_rights(postgres: str) -> None:
         "select rolname, rolsuper, rolcreaterole, rolreplication, rolbypassrls, rolpassword is null from pg_authid"
         " where rolcanlogin order by 1",
     )
-    assert roles == [("postgres", True, True, True, True, True), ("prefect", *[False] * 5)]
+    none = [False] * 5
+    assert roles == [("postgres", True, True, True, True, True), ("prefect", *none), ("prefect_2", *none)]
+    # What the second login of a rotation creates belongs to the first.
+    rows_of(_url(postgres, "prefect_2", "prefect"), "create table of_the_second ()")
+    rows_of(_url(postgres, "prefect_2", "prefect"), "create database of_the_second")
+    rows_of(own, "drop table of_the_second")
+    rows_of(own, "drop database of_the_second")
     # A restore copies the database.
     rows_of(own, "create database copied")
 

@@ -63,7 +63,8 @@
   valueFrom: {secretKeyRef: {name: {{ .Values.database.external.existingSecret | quote }}, key: {{ .Values.database.external.key | quote }}}}
 {{- else }}
 - {name: PGHOST, value: {{ include "prefect-server.fullname" . }}-database}
-- {name: PGUSER, value: prefect}
+- name: PGUSER
+  {{- include "prefect-server.databaseUser" . | nindent 2 }}
 - {name: PGDATABASE, value: prefect}
 - name: PGPASSWORD
   valueFrom: {secretKeyRef: {name: {{ include "prefect-server.databaseSecret" . | quote }}, key: password}}

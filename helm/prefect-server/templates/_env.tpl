@@ -40,7 +40,8 @@
 - {name: PREFECT_SERVER_DATABASE_HOST, value: {{ include "prefect-server.fullname" $root }}-database}
 - {name: PREFECT_SERVER_DATABASE_PORT, value: "5432"}
 - {name: PREFECT_SERVER_DATABASE_NAME, value: prefect}
-- {name: PREFECT_SERVER_DATABASE_USER, value: prefect}
+- name: PREFECT_SERVER_DATABASE_USER
+  {{- include "prefect-server.databaseUser" $root | nindent 2 }}
 - name: PREFECT_SERVER_DATABASE_PASSWORD
   valueFrom: {secretKeyRef: {name: {{ include "prefect-server.databaseSecret" $root | quote }}, key: password}}
 {{- end }}

@@ -12,6 +12,15 @@
 {{- end -}}
 {{- end -}}
 
+{{/* `value` or `valueFrom` of the login at the bundled database. Existing Secrets need no key `username`. */}}
+{{- define "prefect-server.databaseUser" -}}
+{{- if .Values.database.bundled.existingSecret -}}
+value: prefect
+{{- else -}}
+valueFrom: {secretKeyRef: {name: {{ include "prefect-server.databaseSecret" . | quote }}, key: username}}
+{{- end -}}
+{{- end -}}
+
 {{/* Whether the API checks roles: "true", or empty. */}}
 {{- define "prefect-server.roles" -}}
 {{- if and .Values.auth.enabled .Values.auth.roles.enabled -}}true{{- end -}}

@@ -14,6 +14,9 @@ from tests.parts import debian_postgres, rows_of
 def postgres() -> Iterator[str]:
     with debian_postgres() as url:
         rows_of(url, "create role prefect login createdb")
+        # As `make rotate` creates it.
+        rows_of(url, "create role prefect_2 login in role prefect")
+        rows_of(url, "alter role prefect_2 set role to prefect")
         yield url
 
 
@@ -38,12 +41,15 @@ def _databases(server: str) -> set[str]:
     return {name for (name,) in rows_of(server, "select datname from pg_database where datname like 'prefect%%'")}
 
 
+@pytest.mark.parametrize("login", ["prefect", "prefect_2"])
 def test_sessions_of_the_user_end_and_those_of_others_are_waited_for(
-    server: str, monkeypatch: pytest.MonkeyPatch
+    server: str, monkeypatch: pytest.MonkeyPatch, login: str
 ) -> None:
     """Only a superuser may end the sessions of a superuser, and the workers of autovacuum, which have no user."""
+    url = _url(server, login, "prefect").replace("postgresql://", "postgresql+asyncpg://")
+    monkeypatch.setattr(server_database, "database_url", lambda: url)
     with (
-        contextlib.closing(psycopg.connect(_url(server, "prefect", "prefect"))) as own,
+        contextlib.closing(psycopg.connect(_url(server, login, "prefect"))) as own,
         contextlib.closing(psycopg.connect(_url(server, "postgres", "prefect"))) as other,
     ):
         monkeypatch.setattr("orchestration.recovery.restored_database.time.sleep", lambda _: other.close())
