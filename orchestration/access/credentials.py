@@ -2,7 +2,8 @@
 
 A folder holds one file for each role, as a mounted Secret does. A line of `operator`, `viewer`, `worker`, `reconciler`
 or `sync` is a credential `USER:PASSWORD`; several lines give each person a login. From `run-key` the worker derives a
-credential for each flow run. Files with the suffix `.previous` hold credentials that are being rotated out.
+credential for each flow run. While `make rotate` runs, files with the suffix `.next` hold credentials that callers will
+get, and files with the suffix `.previous` those that callers may still have. All of them are valid.
 """
 
 import base64
@@ -19,7 +20,7 @@ from orchestration.access.routes import Role
 from orchestration.errors import SettingsError
 
 RUN_KEY_FILE = "run-key"
-PREVIOUS_SUFFIX = ".previous"
+NEXT_SUFFIX, PREVIOUS_SUFFIX = ".next", ".previous"
 RUN_USER_PREFIX = "run-"
 MIN_KEY_CHARACTERS = 32
 """The minimum length of a run key."""
@@ -82,11 +83,11 @@ def _read_folder(folder: Path) -> _Content:
     keys: list[str] = []
     roles = {role.value: role for role in Role if role is not Role.RUN}
     try:
-        # `run-key` sorts before `run-key.previous`: the first key signs.
+        # `run-key` sorts before `run-key.next` and `run-key.previous`: the first key signs.
         # The kubelet keeps its own entries in the folder, whose names start with two dots.
         for file in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
             lines = [(number, line) for number, line in enumerate(file.read_text().splitlines(), 1) if line.strip()]
-            name = file.name.removesuffix(PREVIOUS_SUFFIX)
+            name = file.name.removesuffix(NEXT_SUFFIX).removesuffix(PREVIOUS_SUFFIX)
             if name == RUN_KEY_FILE:
                 for number, line in lines:
                     if len(line) < MIN_KEY_CHARACTERS:

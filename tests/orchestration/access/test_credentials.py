@@ -52,6 +52,14 @@ def test_rotated_credentials_are_read_without_a_restart(folder: Path, monkeypatc
     run = uuid4()
     before = sign_run(KEY, run)
 
+    (folder / "worker.next").write_text("worker:second\n")
+    (folder / "run-key.next").write_text("n" * 32)
+    for valid in ("worker:first", "worker:second", before, sign_run("n" * 32, run)):
+        assert known.identify(valid)
+    assert read_run_key(folder) == KEY, "the next key signs nothing"
+    (folder / "worker.next").unlink()
+    (folder / "run-key.next").unlink()
+
     (folder / "worker").write_text("worker:second\n")
     (folder / "worker.previous").write_text("worker:first\n")
     (folder / "run-key").write_text("n" * 32)
