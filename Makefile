@@ -44,10 +44,12 @@ RUN_IMAGES ?=
 FROM ?=
 IDENTITY ?=
 START_UNKNOWN ?=
+SECRET ?=
+KEEP_OLD ?=
 
 # Variables from the command line and the environment are data: make expands no `$` in them, and the shell gets them quoted.
 GIVEN := DAY FULL_REFRESH SELECT FIRST LAST CMD TESTS CHANGED FOR KILLS ROUNDS MINUTES RUNS SEED REGISTRY BUILDER BASE_IMAGE IMAGE \
-	ENV KUBE_CONTEXT NAMESPACE RUN DEPLOYMENT PARAMETERS CONFIRM PORT PAIRS POSTGRES BEFORE PROCESSES RUN_IMAGES FROM IDENTITY
+	ENV KUBE_CONTEXT NAMESPACE RUN DEPLOYMENT PARAMETERS CONFIRM PORT PAIRS POSTGRES BEFORE PROCESSES RUN_IMAGES FROM IDENTITY SECRET
 $(foreach name,$(GIVEN),$(if $(filter-out file,$(origin $(name))),$(eval \
 	$(if $(filter command,$(firstword $(origin $(name)))),override) $(name) := $$(value $(name)))))
 quoted = '$(subst ','\'',$(1))'
@@ -126,7 +128,7 @@ stop: .venv/ready ## stop the embedded warehouse
 	@$(WAREHOUSE) stop
 
 ##@ Kubernetes (ENV=local by default; other environments need KUBE_CONTEXT=)
-.PHONY: up down deploy plan rollback undeploy backup backups restore run-on-cluster status doctor logs ui
+.PHONY: up down deploy plan rollback undeploy backup backups restore rotate run-on-cluster status doctor logs ui
 up: cluster ## from nothing: make a cluster, build the image, install the charts, run the daily job as a pod
 	@$(ENVIRONMENT) deploy $(TARGET)
 	@$(ENVIRONMENT) run $(TARGET) $(call quoted,$(DEPLOYMENT))
@@ -155,6 +157,9 @@ backups: .venv/ready ## list the backups of the server's database; JSON=1
 
 restore: .venv/ready ## restore the backup FROM=NAME or FROM=newest, and settle the runs; IDENTITY=FILE START_UNKNOWN=1 CONFIRM=ENV
 	@$(ENVIRONMENT) restore $(TARGET) --confirm $(call quoted,$(CONFIRM)) $(if $(IDENTITY),--identity $(call quoted,$(IDENTITY))) $(if $(START_UNKNOWN),--start-unknown) -- $(call quoted,$(FROM))
+
+rotate: .venv/ready ## rotate a password without downtime, SECRET=database, api, roles, redis, encryption or warehouse; KEEP_OLD=1
+	@$(ENVIRONMENT) rotate $(TARGET) $(if $(KEEP_OLD),--keep-old) -- $(call quoted,$(SECRET))
 
 run-on-cluster: .venv/ready ## run DEPLOYMENT=FLOW/NAME as a pod, PARAMETERS='{"day": "2013-02-08"}', and follow it
 	@$(ENVIRONMENT) run $(TARGET) $(call quoted,$(DEPLOYMENT)) --parameters $(call quoted,$(PARAMETERS))

@@ -1,5 +1,6 @@
 """The key that encrypts secret blocks in the server's database: `PREFECT_SERVER_ENCRYPTION_KEY`.
 
+    python -m orchestration.block_encryption store-key      # before a rotation: keep the key in the database meanwhile
     python -m orchestration.block_encryption encrypt-again  # once, after all servers have the key
 
 A server without this variable makes a key and keeps it in the database. `orchestration.server_process` starts servers
@@ -12,7 +13,11 @@ import sys
 from collections.abc import Sequence
 
 from orchestration.errors import PipelineError, SettingsError, sentence
-from orchestration.prefect_compat.server_internals import encrypt_blocks_again, read_blocks_with_stored_key
+from orchestration.prefect_compat.server_internals import (
+    encrypt_blocks_again,
+    read_blocks_with_stored_key,
+    store_block_key,
+)
 
 VARIABLE = "PREFECT_SERVER_ENCRYPTION_KEY"
 
@@ -57,13 +62,25 @@ def _encrypt_again() -> None:
         print(f"{blocks} blocks have the key of the environment, and the key in the database is deleted.")
 
 
+def _store() -> None:
+    if not asyncio.run(store_block_key(_checked_key())):
+        raise PipelineError(
+            f"The database has a key other than that of {VARIABLE}, so a rotation of the key is not complete. First "
+            "run: python -m orchestration.block_encryption encrypt-again"
+        )
+    print("The key of the environment is in the database until blocks are encrypted again.")
+
+
+COMMANDS = {"store-key": _store, "encrypt-again": _encrypt_again}
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; return the exit status."""
-    if list(arguments) != ["encrypt-again"]:
-        print("Usage: python -m orchestration.block_encryption encrypt-again", file=sys.stderr)
+    if len(arguments) != 1 or arguments[0] not in COMMANDS:
+        print(f"Usage: python -m orchestration.block_encryption {'|'.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
-        _encrypt_again()
+        COMMANDS[arguments[0]]()
     except PipelineError as error:
         print(sentence(error), file=sys.stderr)
         return 1

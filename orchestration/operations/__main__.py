@@ -133,6 +133,13 @@ def _backups(environment: Environment, options: argparse.Namespace) -> int:
     return 0
 
 
+def _rotate(environment: Environment, options: argparse.Namespace) -> int:
+    from orchestration.operations.rotation import kinds
+
+    kinds.rotate(environment, options.secret, keep_old=options.keep_old)
+    return 0
+
+
 def _restore(environment: Environment, options: argparse.Namespace) -> int:
     from orchestration.operations import restore
 
@@ -157,6 +164,7 @@ COMMANDS: dict[str, tuple[Callable[[Environment, argparse.Namespace], int], str]
     "backup": (_backup, "back up the server's database now"),
     "backups": (_backups, "list the backups of the server's database"),
     "restore": (_restore, "restore a backup of the server's database, and settle the runs"),
+    "rotate": (_rotate, "rotate a password without downtime"),
     "ui": (_ui, "forward a port of this machine to the UI"),
 }
 
@@ -182,6 +190,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument("--identity", default="", metavar="FILE", help="age's secret key")
             command.add_argument("--start-unknown", action="store_true", help="start runs that may have been executed")
             command.add_argument("--confirm", default="", help="the environment's name again")
+        elif name == "rotate":
+            command.add_argument("secret", nargs="?", default="", help="what to rotate; empty: list what there is")
+            command.add_argument("--keep-old", action="store_true", help="stop before the old value ends")
         elif name in ("status", "backups"):
             command.add_argument("--json", action="store_true", help="print JSON")
         elif name == "logs":

@@ -268,6 +268,27 @@ def read_blocks_with_stored_key() -> None:
     orm_models.encrypt_fernet = encrypt  # type: ignore[attr-defined]
 
 
+async def store_block_key(key: str) -> bool:
+    """Write the key of the blocks into the database, unless the database has one.
+
+    Replaces: `db.Configuration` of `prefect.server.database.orm_models`
+    Why: a server that gets another key finds the former one there
+    Until: the server reads blocks with several keys
+
+    Returns:
+        Whether the key in the database is this one.
+    """
+    from sqlalchemy import select
+
+    db = database_interface()
+    async with db.session_context(begin_transaction=True) as session:
+        stored = await session.scalar(select(db.Configuration).where(db.Configuration.key == _BLOCK_KEY))
+        if stored is None:
+            session.add(db.Configuration(key=_BLOCK_KEY, value={"fernet_key": key}))
+            return True
+        return bool(stored.value["fernet_key"] == key)
+
+
 async def encrypt_blocks_again(key: str) -> int | None:
     """Encrypt all blocks with `key` instead of the key in the database, and delete that one, in a single transaction.
 

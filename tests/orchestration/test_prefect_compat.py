@@ -786,6 +786,9 @@ CONTRACTS: dict[str, list[Check]] = {
         (lacks("prefect.server.database.orm_models:BlockDocument.encrypt_data", "self.data = await encrypt"), []),
         (lambda: hasattr(server_internals.database_interface().Configuration, "value"), True),
     ],
+    "server_internals.store_block_key": [
+        (lambda: hasattr(server_internals.database_interface().Configuration, "key"), True),
+    ],
     "recurrence.RulePart": [
         (
             lambda: _read(recurrence.RulePart(_rule())),

@@ -1,0 +1,156 @@
+"""An installation on a Kubernetes API server without nodes. This module plays the kubelet and the Deployments."""
+
+import base64
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestration.operations.environment import Environment, Object
+from orchestration.operations.local_cluster import binaries
+from orchestration.settings import ROOT
+from tests.cluster import apiserver
+
+KUBECTL = Environment.kubectl
+
+WRITES = ("create", "patch", "annotate", "exec", "rollout")
+"""Commands of kubectl that change something. The tests interrupt a rotation before each."""
+
+
+class Interrupted(BaseException):
+    """The person has ended the command."""
+
+
+class Pod:
+    """A pod with the values of its Secrets at its start.
+
+    Args:
+        name: its name.
+        namespace: its namespace.
+        component: the component of the release; empty for a run.
+        variables: its environment variables.
+    """
+
+    def __init__(self, name: str, namespace: str, component: str, variables: dict[str, str]) -> None:
+        self.name = name
+        self.namespace = namespace
+        self.component = component
+        self.variables = variables
+
+
+class Installation:
+    """Installs the releases, starts pods, and executes commands in pods."""
+
+    def __init__(self) -> None:
+        self.environment = Environment("local", "alone", apiserver.NAMESPACE)
+        self.pods: list[Pod] = []
+        self.execute: Callable[[str, list[str], str], str] = lambda *_: ""
+        """What a command in a pod does."""
+        self.after_start: Callable[[Pod], None] = lambda _: None
+        self.after_end: Callable[[Pod], None] = lambda _: None
+        self.interrupted_write = -1
+        """Before which write the command ends; -1 for none."""
+        self._number = 0
+
+    def kubectl(self, environment: Environment, *arguments: str, text: str | None = None) -> str:
+        """Run kubectl, except for what needs a node."""
+        if arguments[0] in WRITES:
+            if self.interrupted_write == 0:
+                raise Interrupted
+            self.interrupted_write -= 1
+        if arguments[0] == "exec":
+            at = arguments.index("--")
+            pod = next(each for each in arguments[1:at] if not each.startswith("-"))
+            return self.execute(pod, list(arguments[at + 1 :]), text or "")
+        if arguments[:2] == ("rollout", "status"):
+            self.roll(arguments[2].removeprefix("deployment/"))
+            return ""
+        return KUBECTL(environment, *arguments, text=text)
+
+    def install(self, release: str, *options: str) -> None:
+        """Install or upgrade a release, without hooks, as no controller runs them."""
+        chart = str(ROOT / "helm" / release)
+        self.environment.helm(
+            "upgrade", "--install", release, chart, "--set-string=image.tag=1", "--no-hooks", *options
+        )
+
+    def secret(self, name: str, namespace: str = apiserver.NAMESPACE) -> dict[str, str]:
+        """Return the values of a Secret."""
+        found = json.loads(
+            KUBECTL(self.environment, "get", "secret", name, "--output", "json", "--namespace", namespace)
+        )
+        return {key: base64.b64decode(value).decode() for key, value in found["data"].items()}
+
+    def is_rotated(self, name: str) -> bool:
+        """Return whether a rotation of the Secret is in progress."""
+        return "prefect.io/rotation" in self.environment.kubectl("get", "secret", name, "--output", "json")
+
+    def roll(self, deployment: str) -> None:
+        """Replace the pod of a Deployment, unless it has its template: the new pod starts before the old one ends."""
+        found = json.loads(KUBECTL(self.environment, "get", "deployment", deployment, "--output", "json"))
+        template = found["spec"]["template"]
+        component = template["metadata"]["labels"]["app.kubernetes.io/component"]
+        former = [pod for pod in self.pods if pod.component == component]
+        key = json.dumps(template, sort_keys=True)
+        if former and former[-1].variables["TEMPLATE"] == key:
+            return
+        pod = self.start(template, component)
+        pod.variables["TEMPLATE"] = key
+        for each in former:
+            self.end(each)
+
+    def start(self, template: Object, component: str = "", namespace: str = apiserver.NAMESPACE) -> Pod:
+        """Start a pod with the present values of its Secrets."""
+        self._number += 1
+        name = f"{component or 'run'}-{self._number}"
+        variables = {}
+        for entry in template["spec"]["containers"][0].get("env", []):
+            reference = entry.get("valueFrom", {}).get("secretKeyRef")
+            if reference:
+                variables[entry["name"]] = self.secret(reference["name"], namespace)[reference["key"]]
+            else:
+                variables[entry["name"]] = entry.get("value", "")
+        metadata = {"name": name, **{key: template["metadata"].get(key, {}) for key in ("labels", "annotations")}}
+        where = ("--namespace", namespace)
+        manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
+        KUBECTL(self.environment, "create", "--filename", "-", *where, text=json.dumps(manifest))
+        running = json.dumps({"status": {"phase": "Running"}})
+        KUBECTL(self.environment, "patch", "pod", name, "--subresource=status", f"--patch={running}", *where)
+        pod = Pod(name, namespace, component, variables)
+        self.after_start(pod)
+        self.pods.append(pod)
+        return pod
+
+    def end(self, pod: Pod) -> None:
+        self.pods.remove(pod)
+        KUBECTL(self.environment, "delete", "pod", pod.name, "--namespace", pod.namespace)
+        self.after_end(pod)
+
+    def run_pod(self, *secrets: tuple[str, str, str], namespace: str = apiserver.NAMESPACE) -> Pod:
+        """Start the pod of a flow run with variables of Secrets: (variable, Secret, key)."""
+        env = [
+            {"name": variable, "valueFrom": {"secretKeyRef": {"name": name, "key": key}}}
+            for variable, name, key in secrets
+        ]
+        container = {"name": "prefect-job", "image": "none", "env": env}
+        template = {"metadata": {"labels": {"prefect.io/flow-run-id": "id"}}, "spec": {"containers": [container]}}
+        return self.start(template, namespace=namespace)
+
+
+def installed(folder: Path, *releases: str) -> Iterator[Installation]:
+    """Yield an installation of releases on an API server, with a pod of each Deployment."""
+    with apiserver.alone(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KUBECONFIG", str(folder / "kubeconfig"))
+        binaries.program("helm")  # builds it if it is missing
+        patch.setenv("PATH", ":".join([os.environ["PATH"], *map(str, binaries.folders())]))
+        installation = Installation()
+        kubectl: Any = lambda environment, *arguments, text=None: installation.kubectl(  # noqa: E731 - a method
+            environment, *arguments, text=text
+        )
+        patch.setattr(Environment, "kubectl", kubectl)
+        for release in releases:
+            installation.install(release)
+        yield installation

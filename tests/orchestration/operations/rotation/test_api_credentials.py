@@ -1,0 +1,243 @@
+"""Credentials of the Prefect API are rotated while pods call the API: real servers with access control."""
+
+import base64
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import UUID, uuid4
+
+import httpx
+import pytest
+
+from orchestration.access.credentials import sign_run
+from orchestration.errors import ClusterError
+from orchestration.operations.environment import POOL, SERVER
+from orchestration.operations.rotation import api_credentials, readers
+from orchestration.operations.rotation.rotation import rotate
+from orchestration.protocol import RUN_LABEL
+from orchestration.settings import ROOT
+from tests.orchestration.operations.rotation.installation import Installation, Interrupted, Pod, installed
+from tests.parts import free_port, migrated_database, served
+
+AUTH, ROLES = f"{SERVER}-auth", f"{SERVER}-api-roles"
+
+
+class Apis:
+    """Runs a Prefect server for each pod of the API, and calls all of them with the credentials of all other pods.
+
+    The kubelet mounts a changed Secret after the first time that a command in the pod has looked at it.
+    """
+
+    def __init__(self, folder: Path, installation: Installation) -> None:
+        self._folder = folder
+        self._installation = installation
+        self._stack: dict[str, contextlib.ExitStack] = {}
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._work)
+        self.urls: dict[str, str] = {}
+        self.run_credentials: list[str] = []
+        self.calls = 0
+        self.errors: list[str] = []
+        installation.execute, installation.after_start, installation.after_end = self.execute, self.start, self.end
+
+    def start(self, pod: Pod) -> None:
+        if pod.component != "api":
+            return
+        home = self._folder / pod.name
+        (home / "credentials").mkdir(parents=True)
+        self._mount(pod.name)
+        shutil.copyfile(migrated_database(), home / "prefect.db")
+        port = free_port()
+        names = ("PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING")
+        variables = {name: pod.variables[name] for name in names} | {"API_CREDENTIALS": str(home / "credentials")}
+        stack = self._stack[pod.name] = contextlib.ExitStack()
+        url = served(home, port, sys.executable, os.environ | variables | {"PYTHONTZPATH": ""}, "orchestration.access")
+        self.urls[pod.name] = stack.enter_context(url)
+
+    def end(self, pod: Pod) -> None:
+        if pod.component == "api":
+            del self.urls[pod.name]
+            self._stack.pop(pod.name).close()
+
+    def _mount(self, pod: str) -> None:
+        folder = self._folder / pod / "credentials"
+        data = self._installation.secret(ROLES)
+        for file in folder.iterdir():
+            if file.name not in data:
+                file.unlink()
+        for key, value in data.items():
+            (folder / key).write_text(value)
+
+    def execute(self, pod: str, command: list[str], text: str) -> str:
+        url = httpx.URL(self.urls[pod])
+        variables = {"PREFECT_SERVER_API_PORT": str(url.port), "PREFECT_SERVER_API_BASE_PATH": "/api"}
+        done = subprocess.run(
+            [sys.executable, *command[1:]], input=text, env=os.environ | variables, cwd=ROOT, capture_output=True,
+            text=True, check=False,
+        )  # fmt: skip
+        self._mount(pod)
+        if done.returncode:
+            raise ClusterError(done.stderr)
+        return done.stdout
+
+    def __enter__(self) -> "Apis":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def close(self) -> None:
+        for stack in self._stack.values():
+            stack.close()
+
+    def status(self, pod: str, credential: str) -> int:
+        """Return the status of an API's answer to a credential."""
+        header = {"Authorization": f"Basic {base64.b64encode(credential.encode()).decode()}"}
+        return httpx.get(f"{self.urls[pod]}/hello", headers=header, timeout=60).status_code
+
+    def _work(self) -> None:
+        while not self._is_over.is_set():
+            time.sleep(0.1)
+            present = list(self._installation.pods)
+            given = [each.variables.get("PREFECT_API_AUTH_STRING", "") for each in present]
+            credentials = dict.fromkeys([*filter(None, given), *self.run_credentials])
+            for pod in list(self.urls):
+                for credential in credentials:
+                    self._check(pod, credential)
+
+    def _check(self, pod: str, credential: str) -> None:
+        try:
+            status = self.status(pod, credential)
+        except (httpx.HTTPError, KeyError):
+            status = 0
+        gone = pod not in self.urls or (not any(
+            each.variables.get("PREFECT_API_AUTH_STRING") == credential for each in self._installation.pods
+        ) and credential not in self.run_credentials)  # fmt: skip
+        self.calls += 1
+        if status != 200 and not gone:
+            self.errors.append(f"{pod} answers {status} to {credential.partition(':')[0]}")
+
+
+@pytest.fixture(scope="module")
+def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
+    yield from installed(tmp_path_factory.mktemp("server"), SERVER, POOL)
+
+
+@pytest.fixture(scope="module")
+def apis(tmp_path_factory: pytest.TempPathFactory, installation: Installation) -> Iterator[Apis]:
+    found = Apis(tmp_path_factory.mktemp("apis"), installation)
+    try:
+        for name in ("api", "services"):
+            installation.roll(f"{SERVER}-{name}")
+        for name in ("worker", "reconciler", "drift"):
+            installation.roll(f"{POOL}-{name}")
+        with found:
+            yield found
+    finally:
+        found.close()
+
+
+def _rotate(kind: str, installation: Installation) -> None:
+    environment = installation.environment
+    found = {"api": api_credentials.administrator, "roles": api_credentials.roles}[kind]
+    rotate(found(environment), keep_old=False)
+
+
+def _rotate_with_interruptions(kind: str, installation: Installation) -> int:
+    """Rotate by commands each of which is interrupted one write later than the one before; return how many were."""
+    number = 0
+    while True:
+        installation.interrupted_write = number
+        try:
+            _rotate(kind, installation)
+            installation.interrupted_write = -1
+            return number
+        except Interrupted:
+            number += 1
+
+
+def test_administrator_gets_a_new_password_and_no_request_fails(apis: Apis, installation: Installation) -> None:
+    old = installation.secret(AUTH)["auth-string"]
+    [first] = apis.urls
+    assert _rotate_with_interruptions("api", installation) > 7
+    [second] = apis.urls
+    new = installation.secret(AUTH)
+    assert set(new) == {"auth-string"}
+    assert new["auth-string"].startswith("admin:")
+    assert second != first
+    assert (apis.status(second, old), apis.status(second, new["auth-string"])) == (401, 200)
+    assert {"operator.previous", "operator.next"}.isdisjoint(installation.secret(ROLES))
+    assert apis.errors == []
+    installation.environment.helm("rollback", SERVER, "1", "--no-hooks")
+    assert installation.secret(AUTH) == new
+
+
+def _start_run(installation: Installation, credential: str, run: UUID) -> None:
+    """Create the Job of a run, as the worker does."""
+    env = [{"name": "PREFECT_API_AUTH_STRING", "value": credential}]
+    pod = {"restartPolicy": "Never", "containers": [{"name": "prefect-job", "image": "none", "env": env}]}
+    metadata = {"name": "a-run", "labels": {RUN_LABEL: str(run)}}
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": {"template": {"spec": pod}}}
+    installation.environment.kubectl("create", "--filename", "-", text=json.dumps(job))
+
+
+def test_roles_get_new_credentials_and_runs_in_progress_keep_theirs(
+    apis: Apis, installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = installation.secret(ROLES)
+    person = base64.b64encode(f"{old['viewer']}\nann:secret".encode()).decode()
+    installation.environment.kubectl("patch", "secret", ROLES, f'--patch={{"data": {{"viewer": "{person}"}}}}')
+    run = uuid4()
+    apis.run_credentials = [sign_run(old["run-key"], run)]
+    _start_run(installation, apis.run_credentials[0], run)
+    [api] = apis.urls
+    waited = []
+
+    def sleep(seconds: float) -> None:
+        if "run-key.next" not in installation.secret(ROLES):
+            waited.append(apis.status(api, apis.run_credentials[0]))
+            apis.run_credentials = []
+            installation.environment.kubectl("delete", "job", "a-run")
+        time.sleep(seconds / 2)
+
+    monkeypatch.setattr(readers, "sleep", sleep)
+    _rotate("roles", installation)
+    new = installation.secret(ROLES)
+    assert waited == [200], "the run's credential was valid until the end of the run"
+    assert set(new) == set(old)
+    assert new["viewer"].splitlines()[1:] == ["ann:secret"]
+    for role in ("worker", "reconciler", "sync"):
+        assert (apis.status(api, old[role]), apis.status(api, new[role])) == (401, 200)
+    assert (apis.status(api, old["viewer"]), apis.status(api, "ann:secret")) == (401, 200)
+    assert apis.status(api, sign_run(old["run-key"], run)) == 401
+    assert apis.status(api, sign_run(new["run-key"], run)) == 200
+    assert apis.errors == []
+    assert {pod.component for pod in installation.pods} == {"api", "services", "worker", "reconciler", "drift"}
+    assert [api] == [*apis.urls], "the API reads the Secret without a restart"
+
+
+def test_older_image_and_server_without_roles_are_refused(apis: Apis, installation: Installation) -> None:
+    execute = installation.execute
+
+    def older(pod: str, command: list[str], text: str) -> str:
+        raise ClusterError("AttributeError: module 'orchestration.access.credentials' has no attribute 'NEXT_SUFFIX'")
+
+    installation.execute = older
+    for kind in ("api", "roles"):
+        with pytest.raises(ClusterError, match="has an image of an older release, which knows no next credentials"):
+            _rotate(kind, installation)
+    installation.execute = execute
+    assert not installation.is_rotated(AUTH)
+    installation.install(SERVER, "--set=auth.roles.enabled=false")
+    for kind in ("api", "roles"):
+        with pytest.raises(ClusterError, match="has no API roles, and accepts one password at a time"):
+            _rotate(kind, installation)
