@@ -54,10 +54,9 @@ $(foreach name,$(GIVEN),$(if $(filter-out file,$(origin $(name))),$(eval \
 	$(if $(filter command,$(firstword $(origin $(name)))),override) $(name) := $$(value $(name)))))
 quoted = '$(subst ','\'',$(1))'
 
-# The newest installed Python that dbt supports. uv comes from PyPI unless it is installed.
+# The newest installed Python that dbt supports. uv comes from PyPI unless it is installed, in the version of docker/uv.txt.
 PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && command -v $$python && break; done)
-UV_VERSION := 0.13.9
 UV = $(shell command -v uv || echo .uv/bin/uv)
 BIN := .venv/bin
 WAREHOUSE := $(BIN)/python -m orchestration.warehouse
@@ -177,7 +176,7 @@ ui: .venv/ready ## forward the UI to http://localhost:4200, or PORT=
 	@$(ENVIRONMENT) ui $(TARGET) --port $(call quoted,$(PORT))
 
 ##@ Cluster and image
-.PHONY: cluster cluster-down build push sbom worker-manifests
+.PHONY: cluster cluster-down build push update-bases sbom worker-manifests
 cluster: .venv/ready ## use the cluster of KUBE_CONTEXT, else make one: kind, else a node from packages
 	@$(BIN)/python -m orchestration.operations.local_cluster up
 
@@ -189,6 +188,9 @@ build: ## build the image by BUILDER=docker or buildah, and print its name
 
 push: ## build the image and push it to REGISTRY=localhost:5000
 	@docker/build --push
+
+update-bases: ## write the present digests of the base images into docker/bases.toml
+	@docker/build --update-bases
 
 sbom: ## write the image's bill of materials to sbom.cdx.json
 	@docker/sbom
@@ -294,7 +296,7 @@ help: ## list the targets
 
 .venv/ready: pyproject.toml uv.lock
 	@[ -n "$(PYTHON)" ] || { echo "No Python 3.11, 3.12 or 3.13 was found. Install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
-	@[ -x "$(UV)" ] || { echo "Installing uv $(UV_VERSION) in .uv"; $(PYTHON) -m venv .uv && .uv/bin/python -m pip install -q --disable-pip-version-check uv==$(UV_VERSION); }
+	@[ -x "$(UV)" ] || { echo "Installing uv in .uv"; $(PYTHON) -m venv .uv && .uv/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r docker/uv.txt; }
 	@echo "Creating the environment in .venv (about half a minute)"
 	@$(UV) sync -q --locked --all-extras --python $(PYTHON)
 	@touch $@

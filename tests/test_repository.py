@@ -52,6 +52,21 @@ def test_image_has_the_entry_points_of_the_project() -> None:
         assert f'-m {value.split(".")[0]} "$@"\\n\' >/usr/local/bin/{name}' in dockerfile
 
 
+def test_base_and_uv_of_the_image_are_recorded_once() -> None:
+    dockerfile = (ROOT / "docker/Dockerfile").read_text()
+    assert set(re.findall(r"^FROM (\S+)", dockerfile, flags=re.M)) == {"${BASE_IMAGE}", "dependencies"}
+    assert "ARG BASE_IMAGE\n" in dockerfile
+    assert tomllib.loads((ROOT / "docker/bases.toml").read_text()).keys() == {"python"}
+    assert re.search(r"^uv==[\d.]+ \\\n    --hash=sha256:", (ROOT / "docker/uv.txt").read_text(), flags=re.M)
+    installs = [
+        line
+        for line in [*dockerfile.splitlines(), *(ROOT / "Makefile").read_text().splitlines()]
+        if " install -" in line
+    ]
+    assert [line for line in installs if "pip" in line and "--require-hashes" not in line] == []
+    assert len([line for line in installs if "uv.txt" in line]) == 2
+
+
 def test_locked_versions_are_the_tested_minors() -> None:
     assert LOCK["prefect"]["version"].startswith("3.9.")
     assert LOCK["dbt-core"]["version"].startswith("1.12.")

@@ -25,12 +25,28 @@ def checkout(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return made
 
 
-def _name(checkout: Path) -> str:
+def _run(checkout: Path, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
     path = f"{checkout.parent / 'bin'}:{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "BUILDER": "docker", "PYTHON": sys.executable, "BASE_IMAGE": "base"}
-    done = subprocess.run(["docker/build"], cwd=checkout, env=environment, capture_output=True, text=True, check=True)
-    assert done.stderr == ""
+    environment = os.environ | {"PATH": path, "BUILDER": "docker", "PYTHON": sys.executable} | variables
+    command = ["docker/build", *arguments]
+    return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
+
+
+def _name(checkout: Path, base: str = "base") -> str:
+    done = _run(checkout, BASE_IMAGE=base)
+    assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.strip()
+
+
+def _program(checkout: Path, name: str, script: str) -> None:
+    """Put a program first on the PATH of `docker/build`."""
+    file = checkout.parent / "bin" / name
+    file.write_text(f"#!/bin/sh\n{script}\n")
+    file.chmod(0o755)
+
+
+def _digest(letter: str) -> str:
+    return f"sha256:{letter * 64}"
 
 
 @pytest.mark.parametrize(
@@ -39,6 +55,7 @@ def _name(checkout: Path) -> str:
         ("flows/raw.py", True),
         ("orchestration/runs/supervisor.py", True),
         ("docs/diagnoses/oom.md", True),
+        ("docker/uv.txt", True),
         ("orchestration/operations/deploy.py", False),
         ("README.md", False),
     ],
@@ -48,3 +65,46 @@ def test_tag_changes_with_a_file_of_the_image_alone(checkout: Path, file: str, i
     with (checkout / file).open("a") as opened:
         opened.write("\n# changed\n")
     assert (_name(checkout) != before) is is_in_image
+
+
+def test_tag_and_build_have_the_digest_of_the_base(checkout: Path) -> None:
+    log = checkout.parent / "builds"
+    _program(checkout, "docker", f'case "$1 $2" in "image inspect") exit 1 ;; "buildx build") echo "$@" >{log} ;; esac')
+
+    def build(local: str) -> tuple[str, str]:
+        """Return the image's name and base, on a machine whose local registry has a base of this digest."""
+        _program(checkout, "curl", f"printf 'Docker-Content-Digest: {local}\\r\\n'" if local else "exit 22")
+        name = _name(checkout, base="")
+        [base] = [word for word in log.read_text().split() if word.startswith("BASE_IMAGE=")]
+        return name, base.removeprefix("BASE_IMAGE=")
+
+    file = checkout / "docker" / "bases.toml"
+    made = [build(_digest("a")), build(_digest("b"))]
+    for digest in (_digest("c"), _digest("d")):
+        file.write_text(f'# A comment\npython = "python:3.13-slim-trixie@{digest}"\n')
+        made.append(build(""))
+    names, bases = zip(*made, strict=True)
+    assert list(bases) == [
+        *(f"localhost:5000/python@{_digest(letter)}" for letter in "ab"),
+        *(f"python:3.13-slim-trixie@{_digest(letter)}" for letter in "cd"),
+    ]
+    assert len(set(names)) == 4
+
+
+def test_bases_are_updated_where_their_registry_answers_and_stay_elsewhere(checkout: Path) -> None:
+    file = checkout / "docker" / "bases.toml"
+    before = file.read_text()
+    _program(checkout, "skopeo", "echo 'pinging container registry registry-1.docker.io: no route to host' >&2; exit 1")
+    done = _run(checkout, "--update-bases")
+    assert (done.returncode, done.stdout, file.read_text()) == (1, "", before)
+    assert done.stderr == (
+        "docker/bases.toml is unchanged: no digest of python:3.13-slim-trixie is known here: pinging container "
+        "registry registry-1.docker.io: no route to host. Run make update-bases where its registry can be reached\n"
+    )
+    for letter in "ab":
+        answer = f'[ "$6" = docker://docker.io/library/python:3.13-slim-trixie ] && echo {_digest(letter)}'
+        _program(checkout, "skopeo", answer)
+        done = _run(checkout, "--update-bases")
+        shown = f"python:3.13-slim-trixie@{_digest(letter)}"
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"{shown}\n", "")
+        assert file.read_text().splitlines()[1:] == [f'python = "{shown}"']
