@@ -5,6 +5,7 @@ import pytest
 from orchestration.operations import __main__ as command
 from orchestration.operations import release_plan
 from orchestration.operations.environment import Environment
+from orchestration.operations.rotation import kinds
 
 
 @pytest.mark.parametrize(("changes", "status"), [(True, 2), (False, 0)])
@@ -22,3 +23,16 @@ def test_plan_exits_with_2_for_a_change_and_0_for_none(
 def test_plan_exits_with_1_on_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["plan", "--env", "absent", "--context", "none"]) == 1
     assert "absent" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("secret", "cause"), [("", "No Secret is named"), ("passwords", "SECRET=passwords is unknown")]
+)
+def test_rotate_lists_the_secrets_that_it_knows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], secret: str, cause: str
+) -> None:
+    monkeypatch.setattr(command, "resolve", lambda name, context, namespace: Environment(name, context, namespace))
+    assert command.main(["rotate", "--env", "staging", "--keep-old", "--", secret]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"{cause}: make rotate ENV=staging SECRET=NAME, with one of\n")
+    assert [line.split()[0] for line in shown.splitlines()[1:]] == [f"SECRET={kind}" for kind in kinds.KINDS]
