@@ -232,12 +232,12 @@ def test_ordered_test_files_exist() -> None:
 
 def test_names_say_what_they_hold() -> None:
     vague = {"each", "told", "spoken", "said", "its"}
-    found = []
+    found: list[str] = []
     for path in (path for path in _tracked() if path.suffix == ".py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            name = node.id if isinstance(node, ast.Name) else node.arg if isinstance(node, ast.arg) else ""
-            if name in vague:
-                found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {name}")
+            if isinstance(node, ast.Name | ast.arg):
+                name = node.id if isinstance(node, ast.Name) else node.arg
+                found += [f"{path.relative_to(ROOT)}:{node.lineno}: {name}"] if name in vague else []
     assert found == []
 
 

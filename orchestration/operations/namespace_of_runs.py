@@ -48,10 +48,11 @@ def _has_unfinished_job(environment: Environment, namespace: str) -> bool:
         "get", "jobs", "--output", "json", "--selector", "prefect.io/flow-run-id", "--namespace", namespace
     )
     jobs: list[Object] = json.loads(listed)["items"]
-    return any(not _is_finished(job) for job in jobs)
+    return any(not is_finished(job) for job in jobs)
 
 
-def _is_finished(job: Object) -> bool:
+def is_finished(job: Object) -> bool:
+    """Return whether a Job has completed or failed."""
     conditions = job["status"].get("conditions", [])
     return any(
         condition["type"] in ("Complete", "Failed") and condition["status"] == "True" for condition in conditions

@@ -41,7 +41,7 @@ class Batch(NamedTuple):
     next: Place | None
 
 
-_FINAL = f"({', '.join(repr(each) for each in sorted(FINAL_STATES))})"
+_FINAL = f"({', '.join(repr(state) for state in sorted(FINAL_STATES))})"
 
 # A statement sees the rows that it deletes. `gone` has the deleted artifacts.
 _COLLECTIONS = """

@@ -50,7 +50,7 @@ async def tune_tables(connection: "AsyncConnection", timeout: float) -> tuple[li
     indexes, tables = [], []
     for table in GROWING_TABLES:
         options = await driver.fetchval("select reloptions from pg_class where oid = $1::text::regclass", table)
-        names = {each.partition("=")[0] for each in options or []}
+        names = {option.partition("=")[0] for option in options or []}
         missing = {name: value for name, value in STORAGE_PARAMETERS.items() if name not in names}
         if missing:
             parameters = ", ".join(f"{name} = {value}" for name, value in missing.items())

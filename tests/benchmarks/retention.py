@@ -57,17 +57,17 @@ class Traffic:
         self.longest = 0.0
         self.errors: list[str] = []
         self._ends = threading.Event()
-        self._threads = [threading.Thread(target=each) for each in (self._write, self._watch)]
+        self._threads = [threading.Thread(target=work) for work in (self._write, self._watch)]
 
     def __enter__(self) -> "Traffic":
-        for each in self._threads:
-            each.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ends.set()
-        for each in self._threads:
-            each.join()
+        for thread in self._threads:
+            thread.join()
 
     def _write(self) -> None:
         with client_of(self.api) as client, contextlib.suppress(httpx.TransportError):
@@ -154,16 +154,23 @@ def measure(database: str, history: History, report: Callable[[list[Figure]], No
             asyncio.run(_walk())
             seconds = time.perf_counter() - start
         for name, found in batches.items():
-            deleted = sum(each for _, each in found)
+            deleted = sum(count for _, count in found)
             title = name.replace("_", " ")
-            rate = deleted / sum(each for each, _ in found)
+            rate = deleted / sum(seconds for seconds, _ in found)
             report(
-                [Figure(f"a batch of {title}", "s", [each for each, _ in found], f"{deleted:,}, {rate:,.0f} a second")]
+                [
+                    Figure(
+                        f"a batch of {title}",
+                        "s",
+                        [seconds for seconds, _ in found],
+                        f"{deleted:,}, {rate:,.0f} a second",
+                    )
+                ]
             )
         report([Figure("the whole walk, pauses among it", "s", [seconds])])
         report([Figure("the oldest transaction of retention", "s", [traffic.longest], "at most 1")])
-        report([Figure("write a state, without retention", "ms", [1000 * each for each in quiet.writes])])
-        report([Figure("write a state, during retention", "ms", [1000 * each for each in traffic.writes])])
+        report([Figure("write a state, without retention", "ms", [1000 * write for write in quiet.writes])])
+        report([Figure("write a state, during retention", "ms", [1000 * write for write in traffic.writes])])
         start = time.perf_counter()
         asyncio.run(_delete_events())
         report([Figure("events, by Prefect's vacuum", "s", [time.perf_counter() - start])])

@@ -102,7 +102,7 @@ class _ApiRotation(Rotation):
         Raises:
             ClusterError: a pod does not within `MOUNT_SECONDS`.
         """
-        headers = json.dumps([f"Basic {b64encode(each.encode()).decode()}" for each in credentials])
+        headers = json.dumps([f"Basic {b64encode(credential.encode()).decode()}" for credential in credentials])
         deadline = time.monotonic() + MOUNT_SECONDS
         for pod in self._pods():
             # The kubelet updates the volumes of a changed pod immediately.
@@ -193,7 +193,7 @@ class Roles(_ApiRotation):
     def end_previous(self) -> None:
         """Delete the previous credentials, and wait until the API refuses them."""
         kept = set(_credentials(self.secret.values))
-        ended = [each for each in _credentials(self.secret.previous) if each not in kept]
+        ended = [credential for credential in _credentials(self.secret.previous) if credential not in kept]
         previous = dict(self.secret.previous)
         self.secret.write({key + PREVIOUS_SUFFIX: "" for key in previous})
         self.wait_for(ended, accepted=False)
@@ -211,7 +211,7 @@ def _is_signed(job: Object, key: str) -> bool:
     """Return whether the Job of a run has a credential that a key has signed."""
     run = job["metadata"]["labels"][RUN_LABEL]
     variables = [
-        each for container in job["spec"]["template"]["spec"]["containers"] for each in container.get("env", [])
+        entry for container in job["spec"]["template"]["spec"]["containers"] for entry in container.get("env", [])
     ]
     try:
         signed = sign_run(key, UUID(run))

@@ -67,9 +67,9 @@ def server_block_key(environment: Environment) -> BlockKey:
     secret = RotatedSecret(environment, "encryption", name)
     require_generated(environment, secret)
     [entry] = [
-        each
+        variable
         for container in deployment["spec"]["template"]["spec"]["containers"]
-        for each in container.get("env", [])
-        if each["name"] == VARIABLE
+        for variable in container.get("env", [])
+        if variable["name"] == VARIABLE
     ]
     return BlockKey(environment, secret, entry["valueFrom"]["secretKeyRef"]["key"])

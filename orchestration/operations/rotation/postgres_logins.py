@@ -42,7 +42,7 @@ def scram_verifier(password: str) -> str:
     salted = hashlib.pbkdf2_hmac("sha256", password.encode(), salt, ITERATIONS)
     stored = hashlib.sha256(hmac.digest(salted, b"Client Key", "sha256")).digest()
     server = hmac.digest(salted, b"Server Key", "sha256")
-    salt_text, stored_text, server_text = (base64.b64encode(each).decode() for each in (salt, stored, server))
+    salt_text, stored_text, server_text = (base64.b64encode(part).decode() for part in (salt, stored, server))
     return f"SCRAM-SHA-256${ITERATIONS}:{salt_text}${stored_text}:{server_text}"
 
 

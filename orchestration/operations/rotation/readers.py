@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from time import sleep
 
+from orchestration.operations import namespace_of_runs
 from orchestration.operations.environment import RELEASES, Environment, Object
 from orchestration.operations.release_diagnosis import release_selector
 from orchestration.operations.rotation.rotated_secret import RotatedSecret
@@ -26,8 +27,8 @@ MAX_NAMES = 3
 def reads(spec: Object, secret: str) -> bool:
     """Return whether a container of a pod has a variable of the Secret."""
     for container in [*spec.get("initContainers", []), *spec["containers"]]:
-        references = [each.get("valueFrom", {}).get("secretKeyRef", {}) for each in container.get("env", [])]
-        references += [each.get("secretRef", {}) for each in container.get("envFrom", [])]
+        references = [variable.get("valueFrom", {}).get("secretKeyRef", {}) for variable in container.get("env", [])]
+        references += [source.get("secretRef", {}) for source in container.get("envFrom", [])]
         if any(reference.get("name") == secret for reference in references):
             return True
     return False
@@ -44,13 +45,13 @@ def restart(environment: Environment, secret: RotatedSecret, also: tuple[str, ..
         also: components that read the Secret as a file, once at their start.
     """
     deployments = [
-        each
+        found
         for release in RELEASES
-        for each in environment.objects("deployments", "--selector", release_selector(release))
-        if reads(each["spec"]["template"]["spec"], secret.name) or component(each) in also
-        if not _is_database(each)
+        for found in environment.objects("deployments", "--selector", release_selector(release))
+        if reads(found["spec"]["template"]["spec"], secret.name) or component(found) in also
+        if not _is_database(found)
     ]
-    for deployment in sorted(deployments, key=lambda each: component(each) != "api"):
+    for deployment in sorted(deployments, key=lambda found: component(found) != "api"):
         name = deployment["metadata"]["name"]
         with step(f"Restarting {name}", "30 s"):
             template = {"metadata": {"annotations": {secret.pod_annotation: secret.rotation}}}
@@ -86,8 +87,7 @@ def holders(environment: Environment, secret: RotatedSecret) -> list[str]:
 def unfinished_jobs_of_runs(environment: Environment) -> Iterator[Object]:
     """Yield the Jobs of runs that have not ended."""
     for job in environment.objects("jobs", "--selector", RUN_LABEL):
-        conditions = job["status"].get("conditions", [])
-        if not any(each["type"] in ("Complete", "Failed") and each["status"] == "True" for each in conditions):
+        if not namespace_of_runs.is_finished(job):
             yield job
 
 

@@ -77,7 +77,7 @@ class RotatedSecret:
     @property
     def changed(self) -> datetime:
         """When the rotation last changed the Secret, by the clock of the API server, to the second."""
-        times = [each["time"] for each in self._meta["managedFields"] if each.get("manager") == FIELD_MANAGER]
+        times = [field["time"] for field in self._meta["managedFields"] if field.get("manager") == FIELD_MANAGER]
         return datetime.fromisoformat(max(times))
 
     @property

@@ -145,8 +145,8 @@ def _server(home: Path, database: str) -> Iterator[str]:
 def _server_process(home: Path) -> int:
     """Return the id of the process of the server."""
     [found] = [
-        each.pid for each in psutil.process_iter(["cmdline", "cwd"]) if each.info["cwd"] == str(home)
-        and "orchestration.server_process" in (each.info["cmdline"] or [])
+        process.pid for process in psutil.process_iter(["cmdline", "cwd"]) if process.info["cwd"] == str(home)
+        and "orchestration.server_process" in (process.info["cmdline"] or [])
     ]  # fmt: skip
     return found
 

@@ -243,7 +243,7 @@ def _http_route(objects: list[Object]) -> None:
 
 def _vacuum_of_runs(objects: list[Object]) -> None:
     [container] = _spec(objects, "Deployment", f"{SERVER}-services")["containers"]
-    [variable] = [each for each in container["env"] if each["name"] == "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED"]
+    [variable] = [entry for entry in container["env"] if entry["name"] == "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED"]
     variable["value"] = "events,flow_runs"
 
 

@@ -63,7 +63,7 @@ class Installation:
             self.interrupted_write -= 1
         if arguments[0] == "exec":
             at = arguments.index("--")
-            pod = next(each for each in arguments[1:at] if not each.startswith("-"))
+            pod = next(word for word in arguments[1:at] if not word.startswith("-"))
             return self.execute(pod, list(arguments[at + 1 :]), text or "")
         if arguments[:2] == ("rollout", "status"):
             self.roll(arguments[2].removeprefix("deployment/"))
@@ -99,8 +99,8 @@ class Installation:
             return
         pod = self.start(template, component)
         pod.variables["TEMPLATE"] = key
-        for each in former:
-            self.end(each)
+        for pod in former:
+            self.end(pod)
 
     def start(self, template: Object, component: str = "", namespace: str = apiserver.NAMESPACE) -> Pod:
         """Start a pod with the present values of its Secrets."""

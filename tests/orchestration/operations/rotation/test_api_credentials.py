@@ -108,7 +108,7 @@ class Apis:
         while not self._is_over.is_set():
             time.sleep(0.1)
             present = list(self._installation.pods)
-            given = [each.variables.get("PREFECT_API_AUTH_STRING", "") for each in present]
+            given = [pod.variables.get("PREFECT_API_AUTH_STRING", "") for pod in present]
             credentials = dict.fromkeys([*filter(None, given), *self.run_credentials])
             for pod in list(self.urls):
                 for credential in credentials:
@@ -120,7 +120,7 @@ class Apis:
         except (httpx.HTTPError, KeyError):
             status = 0
         gone = pod not in self.urls or (not any(
-            each.variables.get("PREFECT_API_AUTH_STRING") == credential for each in self._installation.pods
+            pod.variables.get("PREFECT_API_AUTH_STRING") == credential for pod in self._installation.pods
         ) and credential not in self.run_credentials)  # fmt: skip
         self.calls += 1
         if status != 200 and not gone:

@@ -137,8 +137,8 @@ def test_rotation_fails_no_connection_and_ends_the_old_password(postgres: str, i
         third = installation.secret(SECRET)
     assert clients.errors == []
     assert len(clients.calls) == 6, "two pods of each password"
-    assert [each["username"] for each in (first, second, third)] == ["prefect", "prefect_2", "prefect"]
-    assert [_is_accepted(postgres, each) for each in (first, second, third)] == [False, False, True]
+    assert [login["username"] for login in (first, second, third)] == ["prefect", "prefect_2", "prefect"]
+    assert [_is_accepted(postgres, login) for login in (first, second, third)] == [False, False, True]
     assert _is_accepted(postgres, third | {"username": "prefect_2"}), "a chart of an older release knows one login"
     assert not installation.is_rotated(SECRET)
     assert set(third) == {"username", "password"}
