@@ -4,7 +4,8 @@
     python -m orchestration.migrations wait      # each of the release's pods, before its server
 
 Prefect's settings name the database (`PREFECT_SERVER_DATABASE_*`). A schema that is newer than this image, as after a
-rollback, does not change. After Prefect's migrations, `upgrade` adds indexes and autovacuum settings of this project.
+rollback, does not change. `wait` may connect through PgBouncer. `upgrade` never does: its session holds a lock. After
+Prefect's migrations, `upgrade` adds indexes and autovacuum settings of this project.
 
 With tenacity the wait loops would be no shorter: each logs its first wait, and ends early on a permanent error.
 """
@@ -22,7 +23,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from orchestration import logs
+from orchestration import logs, pgbouncer
 from orchestration.errors import PipelineError
 from orchestration.prefect_compat.server_internals import database_interface, migrations_config
 from orchestration.prefect_compat.server_tables import tune_tables
@@ -106,6 +107,7 @@ async def _wait(deadline: float) -> None:
     Raises:
         PipelineError: the schema is not upgraded until the deadline.
     """
+    pgbouncer.use_pgbouncer()
     is_logged = False
     while True:
         async with _connection(deadline) as connection:

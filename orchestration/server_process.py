@@ -1,15 +1,16 @@
 """Start a process of the Prefect server: `python -m orchestration.server_process server services start`.
 
 The arguments are those of `prefect`. The process reads secret blocks of the key in `PREFECT_SERVER_ENCRYPTION_KEY` and
-of the key in the database. With `SERVICES_HEALTH_PORT` it serves the health of its background services, with
-`RETENTION_*_DAYS` these delete old records. An API refuses requests that it could never read again.
+of the key in the database. With `PGBOUNCER_ADDRESS` it connects through PgBouncer. With `SERVICES_HEALTH_PORT` it
+serves the health of its background services. With `RETENTION_*_DAYS` these delete old records. An API refuses requests
+that it could never read again.
 """
 
 import gc
 import sys
 from collections.abc import Callable, Sequence
 
-from orchestration import block_encryption
+from orchestration import block_encryption, pgbouncer
 from orchestration.access.control import Application
 from orchestration.access.limits import RequestLimits
 from orchestration.errors import PipelineError, sentence
@@ -40,6 +41,7 @@ def start_server(arguments: Sequence[str], protect: Callable[[Application], Appl
     try:
         if list(arguments[:2]) == ["server", "start"]:
             wrap_server_api(wrap)
+        pgbouncer.use_pgbouncer()
         block_encryption.prepare_server()
         retention.add_to_server()
         with services_health_served():

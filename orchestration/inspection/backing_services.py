@@ -17,6 +17,7 @@ from urllib.parse import quote
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from orchestration.pgbouncer import use_pgbouncer
 from orchestration.prefect_compat.server_internals import database_interface
 
 Report = dict[str, Any]
@@ -36,6 +37,7 @@ EXTENSION = "pg_trgm"
 
 async def read_database() -> Report:
     """Return what the checks need to know about the database that the settings name."""
+    use_pgbouncer()
     engine = await database_interface().engine()
     if engine.dialect.name != "postgresql":
         return {"dialect": engine.dialect.name}
