@@ -19,7 +19,11 @@ from orchestration.settings import ROOT
 CHARTS = ROOT / "helm"
 
 # The local cluster's registry has these instead of the public images, for machines that reach no image registry.
-LOCAL_IMAGES = {"postgres": ("localhost:5000/postgres", "17"), "valkey": ("localhost:5000/valkey", "8.1")}
+LOCAL_IMAGES = {
+    "postgres": ("localhost:5000/postgres", "17"),
+    "valkey": ("localhost:5000/valkey", "8.1"),
+    "pgbouncer": ("localhost:5000/pgbouncer", "1.24"),
+}
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ def values_options(environment: Environment, release: str, image: Image) -> Iter
     if release == SERVER and environment.name == "local" and (local := local_images()):
         for key, name in (("database", "postgres"), ("redis", "valkey")):
             overrides[key] = {"bundled": {"image": {"repository": local[name][0], "tag": local[name][1]}}}
+        overrides["pgbouncer"] = {"image": {"repository": local["pgbouncer"][0], "tag": local["pgbouncer"][1]}}
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(overrides, file)
         file.flush()

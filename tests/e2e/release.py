@@ -262,6 +262,7 @@ def probe_config_map(file: Path) -> Object:
 def _databases() -> Object:
     return {
         "database": {"bundled": {"image": _image(images.POSTGRES)}},
+        "pgbouncer": {"image": _image(images.PGBOUNCER)},
         "redis": {"bundled": {"image": _image(images.VALKEY)}},
     }
 

@@ -38,6 +38,7 @@ WAYS: dict[str, list[Object]] = {
         {},
         {
             "api": {"autoscaling": {"enabled": True}},
+            "database": {"bundled": {"configuration": {"max_connections": 200}}},
             "services": {"replicas": 2},
             "ingress": {"enabled": True, "hosts": [{"host": "prefect.example.com"}]},
             "httpRoute": {"enabled": True, "parentRefs": [{"name": "gateway"}]},
@@ -46,6 +47,10 @@ WAYS: dict[str, list[Object]] = {
             "auth": {"existingSecret": "auth", "roles": {"existingSecret": "roles"}},
             "database": {"bundled": {"enabled": False}, "external": {"existingSecret": "database"}},
             "redis": {"bundled": {"enabled": False}, "external": {"existingSecret": "redis"}},
+        },
+        {
+            "database": {"bundled": {"enabled": False}, "external": {"existingSecret": "database"}},
+            "pgbouncer": {"enabled": True, "serverTLS": {"mode": "verify-full", "caSecret": "ca"}},
         },
         {"service": {"type": "NodePort"}, "api": {"replicas": 2}, "networkPolicy": {"apiFrom": [{"podSelector": {}}]}},
         {"service": {"type": "LoadBalancer"}, "backup": {"enabled": True, "alert": {"enabled": True}}},

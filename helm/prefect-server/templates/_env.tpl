@@ -24,7 +24,25 @@
 {{- end -}}
 {{- end -}}
 
-{{/* Variables that the chart sets: (list root component). */}}
+{{/* Variables with the address of the database, as Prefect's settings. */}}
+{{- define "prefect-server.databaseEnv" -}}
+{{- $database := .Values.database -}}
+{{- if $database.external.existingSecret }}
+- name: PREFECT_SERVER_DATABASE_CONNECTION_URL
+  valueFrom: {secretKeyRef: {name: {{ $database.external.existingSecret | quote }}, key: {{ $database.external.key | quote }}}}
+{{- else }}
+- {name: PREFECT_SERVER_DATABASE_DRIVER, value: postgresql+asyncpg}
+- {name: PREFECT_SERVER_DATABASE_HOST, value: {{ include "prefect-server.fullname" . }}-database}
+- {name: PREFECT_SERVER_DATABASE_PORT, value: "5432"}
+- {name: PREFECT_SERVER_DATABASE_NAME, value: prefect}
+- name: PREFECT_SERVER_DATABASE_USER
+  {{- include "prefect-server.databaseUser" . | nindent 2 }}
+- name: PREFECT_SERVER_DATABASE_PASSWORD
+  valueFrom: {secretKeyRef: {name: {{ include "prefect-server.databaseSecret" . | quote }}, key: password}}
+{{- end }}
+{{- end -}}
+
+{{/* Variables that the chart sets: (list root component). A third item "wait" is for the container that waits for the schema. */}}
 {{- define "prefect-server.ownEnv" -}}
 {{- $root := index . 0 -}}
 {{- $database := $root.Values.database -}}
@@ -32,18 +50,11 @@
 - {name: PREFECT_SERVER_DATABASE_MIGRATE_ON_START, value: "false"}
 - {name: PREFECT_SERVER_DATABASE_SQLALCHEMY_POOL_SIZE, value: {{ int64 $database.poolSize | quote }}}
 - {name: PREFECT_SERVER_DATABASE_SQLALCHEMY_MAX_OVERFLOW, value: {{ int64 $database.maxOverflow | quote }}}
-{{- if $database.external.existingSecret }}
-- name: PREFECT_SERVER_DATABASE_CONNECTION_URL
-  valueFrom: {secretKeyRef: {name: {{ $database.external.existingSecret | quote }}, key: {{ $database.external.key | quote }}}}
-{{- else }}
-- {name: PREFECT_SERVER_DATABASE_DRIVER, value: postgresql+asyncpg}
-- {name: PREFECT_SERVER_DATABASE_HOST, value: {{ include "prefect-server.fullname" $root }}-database}
-- {name: PREFECT_SERVER_DATABASE_PORT, value: "5432"}
-- {name: PREFECT_SERVER_DATABASE_NAME, value: prefect}
-- name: PREFECT_SERVER_DATABASE_USER
-  {{- include "prefect-server.databaseUser" $root | nindent 2 }}
-- name: PREFECT_SERVER_DATABASE_PASSWORD
-  valueFrom: {secretKeyRef: {name: {{ include "prefect-server.databaseSecret" $root | quote }}, key: password}}
+{{- include "prefect-server.databaseEnv" $root }}
+{{- if and $root.Values.pgbouncer.enabled (or (has (index . 1) (list "api" "services")) (eq (last .) "wait")) }}
+- {name: PGBOUNCER_ADDRESS, value: "{{ include "prefect-server.fullname" $root }}-pgbouncer:{{ include "prefect-server.pgbouncerPort" $root }}"}
+# 10 s by default for a statement. With PgBouncer the time counts that a client waits for a connection: up to 30 s.
+- {name: PREFECT_SERVER_DATABASE_TIMEOUT, value: "40"}
 {{- end }}
 {{- if not (has (index . 1) (list "migrations" "backup")) }}
 {{- include "prefect-server.serverEnv" . }}

@@ -137,14 +137,14 @@ metadata:
   image: {{ include "prefect-server.image" $root.Values.image | quote }}
   imagePullPolicy: {{ $root.Values.image.pullPolicy }}
   args: [python, -m, orchestration.migrations, wait]
-  {{- include "prefect-server.containerEnv" (list $root "migrations") | nindent 2 }}
+  {{- include "prefect-server.containerEnv" (list $root "migrations" "wait") | nindent 2 }}
   resources: {{- include "prefect-server.resources" $root.Values.migrations.resources | nindent 4 }}
   securityContext: {{- toYaml (index . 1).containerSecurityContext | nindent 4 }}
   volumeMounts:
     {{- include "prefect-server.mounts" (list list (index . 1)) | nindent 4 }}
 {{- end -}}
 
-{{/* `env` and `envFrom` of a component's container: (list root component). */}}
+{{/* `env` and `envFrom` of a component's container: (list root component), as `prefect-server.env`. */}}
 {{- define "prefect-server.containerEnv" -}}
 {{- $root := index . 0 -}}
 env:

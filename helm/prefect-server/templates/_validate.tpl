@@ -9,6 +9,8 @@
 {{- include "prefect-server.validateNames" . -}}
 {{- include "prefect-server.validateAccount" . -}}
 {{- include "prefect-server.validateScale" . -}}
+{{- include "prefect-server.validatePgbouncer" . -}}
+{{- include "prefect-server.validateConnections" . -}}
 {{- include "prefect-server.validatePods" . -}}
 {{- include "prefect-server.validateFilled" . -}}
 {{- include "prefect-server.validateService" . -}}
@@ -113,13 +115,14 @@
 {{- fail "api.autoscaling.minReplicas is above api.autoscaling.maxReplicas: no number of pods meets both. Raise maxReplicas." -}}
 {{- end -}}
 {{- end -}}
-{{- range $component := list "api" "services" -}}
+{{- range $component := list "api" "services" "pgbouncer" -}}
 {{- $grace := int64 (index $.Values $component).terminationGracePeriodSeconds -}}
-{{- $sleep := dig "preStop" "sleep" "seconds" 0 (index $.Values $component).lifecycle | int64 -}}
+{{- $lifecycle := (index $.Values $component).lifecycle | default dict -}}
+{{- $sleep := dig "preStop" "sleep" "seconds" 0 $lifecycle | int64 -}}
 {{- if and $sleep (ge $sleep $grace) -}}
 {{- fail (printf "%s.lifecycle.preStop.sleep.seconds (%d) is not below %s.terminationGracePeriodSeconds (%d): no time is left for the shutdown after the sleep. Raise terminationGracePeriodSeconds, or set lifecycle.preStop to null." $component $sleep $component $grace) -}}
 {{- end -}}
-{{- $sleep = dig "postStart" "sleep" "seconds" 0 (index $.Values $component).lifecycle | int64 -}}
+{{- $sleep = dig "postStart" "sleep" "seconds" 0 $lifecycle | int64 -}}
 {{- if gt $sleep $grace -}}
 {{- fail (printf "%s.lifecycle.postStart.sleep.seconds (%d) is above %s.terminationGracePeriodSeconds (%d): Kubernetes refuses a longer sleep. Raise terminationGracePeriodSeconds, or shorten the sleep." $component $sleep $component $grace) -}}
 {{- end -}}
@@ -199,11 +202,12 @@
 {{- fail (printf "%s.pod.sidecars is set: a sidecar would keep the pod from ending. Put the containers into %s.pod.initContainers with restartPolicy: Always." $component $component) -}}
 {{- end -}}
 {{- end -}}
-{{- range $component := list "api" "services" "migrations" "tests" "backup" -}}
+{{- range $component := list "api" "services" "pgbouncer" "migrations" "tests" "backup" -}}
 {{- $pod := include "prefect-server.podValues" (list $ $component) | fromYaml -}}
 {{- if has $component (list "migrations" "tests" "backup") -}}{{- $pod = omit $pod "sidecars" -}}{{- end -}}
-{{- $volumes := ternary (list "work" "scripts" "backups") list (eq $component "backup") -}}
-{{- include "prefect-server.validatePod" (dict "component" $component "pod" $pod "volumes" $volumes "mounts" list "containers" (list $component "test" "wait-for-migrations" "dump" "store") "resources" ((index $.Values $component).resources | default dict) "grace" (index $.Values $component).terminationGracePeriodSeconds) -}}
+{{- $volumes := get (dict "backup" (list "work" "scripts" "backups") "pgbouncer" (list "connection" "configuration" "server-ca")) $component | default list -}}
+{{- $mounts := ternary (list "/run/pgbouncer" "/etc/pgbouncer" "/etc/pgbouncer-ca") list (eq $component "pgbouncer") -}}
+{{- include "prefect-server.validatePod" (dict "component" $component "pod" $pod "volumes" $volumes "mounts" $mounts "containers" (list $component "test" "wait-for-migrations" "dump" "store" "connection") "resources" ((index $.Values $component).resources | default dict) "grace" (index $.Values $component).terminationGracePeriodSeconds) -}}
 {{- end -}}
 {{- range $component, $own := dict "database" (dict "volumes" (list "data" "run" "init") "mounts" (list "/var/lib/postgresql/data" "/var/run/postgresql" "/docker-entrypoint-initdb.d") "main" "postgres" "grace" 120) "redis" (dict "main" "valkey") -}}
 {{- $pod := include "prefect-server.bundledPod" (list $ $component) | fromYaml -}}
@@ -219,6 +223,7 @@
   (dict "path" "encryptionKey.existingSecret" "name" .Values.encryptionKey.existingSecret "key" .Values.encryptionKey.key)
   (dict "path" "database.external.existingSecret" "name" .Values.database.external.existingSecret "key" .Values.database.external.key)
   (dict "path" "database.bundled.existingSecret" "name" .Values.database.bundled.existingSecret "key" "password")
+  (dict "path" "pgbouncer.serverTLS.caSecret" "name" (ternary .Values.pgbouncer.serverTLS.caSecret "" .Values.pgbouncer.enabled) "key" .Values.pgbouncer.serverTLS.caKey)
   (dict "path" "redis.external.existingSecret" "name" .Values.redis.external.existingSecret "key" .Values.redis.external.key)
   (dict "path" "redis.bundled.existingSecret" "name" .Values.redis.bundled.existingSecret "key" "password")
   (dict "path" "backup.s3.existingSecret" "name" (ternary .Values.backup.s3.existingSecret "" .Values.backup.enabled) "key" "AWS_ACCESS_KEY_ID") -}}

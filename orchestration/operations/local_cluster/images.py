@@ -22,7 +22,8 @@ BASE = f"{REGISTRY}/python:3.13-slim-trixie"
 
 POSTGRES = f"{REGISTRY}/postgres:17"
 VALKEY = f"{REGISTRY}/valkey:8.1"
-"""Debian's packages with the interface of the official images."""
+PGBOUNCER = f"{REGISTRY}/pgbouncer:1.24"
+"""Debian's packages with the interface of the public images."""
 
 
 def push_image(image: str, name: str | None = None) -> str:
@@ -94,9 +95,9 @@ def make_base_image() -> None:
 
 
 def make_databases() -> None:
-    """Push Postgres and Valkey with the interface of their official images."""
+    """Push Postgres, Valkey and PgBouncer with the interface of their public images."""
     folder = ROOT / "docker" / "databases"
-    for target, image in (("postgres", POSTGRES), ("valkey", VALKEY)):
+    for target, image in (("postgres", POSTGRES), ("valkey", VALKEY), ("pgbouncer", PGBOUNCER)):
         if not registry.has_image(image):
             with step(f"Making the image of {target} from Debian's packages", "20 s"):
                 options = ["--build-arg", f"BASE_IMAGE={BASE}", "--target", target, "--tag", image]
