@@ -65,19 +65,27 @@ async def check_database_latency(installation: Installation) -> Finding:
 
 @check(GROUP, "database connections", 2 * LIMIT_SECONDS)
 async def check_database_connections(installation: Installation) -> Finding:
-    """The pools of all server processes fit max_connections."""
+    """The pools of all server processes, or of PgBouncer, fit max_connections."""
     found = await _read_postgres(installation)
     values = await installation.read_values(SERVER)
-    processes = 0
-    for component in ("api", "services"):
+    pods = {"api": 0, "services": 0}
+    for component in pods:
         if component == "api" or values["services"]["separate"]:
             scaling = values[component].get("autoscaling") or {}
-            processes += scaling["maxReplicas"] if scaling.get("enabled") else values[component]["replicas"]
-    most = processes * (values["database"]["poolSize"] + values["database"]["maxOverflow"])
-    shown = (
-        f"{found['connections']} of {found['max_connections']} in use; {processes} server processes open up to {most}"
-    )
-    cure = "Raise max_connections, or lower database.poolSize and maxOverflow"
+            pods[component] = scaling["maxReplicas"] if scaling.get("enabled") else values[component]["replicas"]
+    pgbouncer = values.get("pgbouncer") or {}  # older charts have none
+    if pgbouncer.get("enabled"):
+        # The process that runs the services also listens for notifications, on one connection without PgBouncer.
+        listening = pods["services" if values["services"]["separate"] else "api"]
+        most = pgbouncer["replicas"] * (pgbouncer["defaultPoolSize"] + pgbouncer["reservePoolSize"]) + listening
+        opened = f"PgBouncer and the services open up to {most}"
+        cure = "Raise max_connections, or lower pgbouncer.defaultPoolSize and reservePoolSize"
+    else:
+        processes = sum(pods.values())
+        most = processes * (values["database"]["poolSize"] + values["database"]["maxOverflow"])
+        opened = f"{processes} server processes open up to {most}"
+        cure = "Raise max_connections, lower database.poolSize and maxOverflow, or enable PgBouncer"
+    shown = f"{found['connections']} of {found['max_connections']} in use; {opened}"
     if found["connections"] >= found["max_connections"] * TOO_FULL:
         return failed(shown, cure)
     if most > found["max_connections"] or found["connections"] >= found["max_connections"] * FULL:

@@ -458,6 +458,11 @@ FAULTS: dict[str, tuple[str, Fault, str, str]] = {
     "few connections": (
         "database connections", _report("database", max_connections=20), "warning", "open up to 30",
     ),
+    "few connections for pgbouncer": (
+        "database connections",
+        _values(SERVER, pgbouncer={"enabled": True, "replicas": 3, "defaultPoolSize": 30, "reservePoolSize": 5}),
+        "warning", "PgBouncer and the services open up to 106",
+    ),
     "no connection left": ("database connections", _report("database", connections=96), "failed", "96 of 97"),
     "full volume": ("database size", _report("database", size=int(1.98 * 2**30)), "failed", "99% of its volume"),
     "filling volume": ("database size", _report("database", size=int(1.7 * 2**30)), "warning", "85% of its volume"),
@@ -491,6 +496,14 @@ def test_fault_is_found(patient: Patient, sound: dict[str, Finding], fault: str)
     assert (finding.status, text in finding.text) == (status, True), finding
     assert finding.cure
     assert "\n" not in finding.text + finding.cure
+
+
+@pytest.mark.usefixtures("sound")
+@pytest.mark.parametrize(("enabled", "status"), [(False, "warning"), (True, "ok")])
+def test_pgbouncer_bounds_the_connections_of_many_api_pods(patient: Patient, enabled: bool, status: str) -> None:
+    with _values(SERVER, api={"replicas": 9}, pgbouncer={"enabled": enabled})(patient) as known:
+        finding = asyncio.run(_found(patient, "database connections", known))
+    assert finding.status == status, finding
 
 
 @pytest.fixture
