@@ -58,10 +58,11 @@ def values_options(environment: Environment, release: str, image: Image) -> Iter
     overrides: Object = {"image": {"repository": image.repository, "digest": image.digest}}
     if release == POOL and (former := namespace_of_runs.former_namespaces(environment)):
         overrides["runs"] = {"formerNamespaces": former}
-    if release == SERVER and environment.name == "local" and (local := local_images()):
-        for key, name in (("database", "postgres"), ("redis", "valkey")):
-            overrides[key] = {"bundled": {"image": {"repository": local[name][0], "tag": local[name][1]}}}
-        overrides["pgbouncer"] = {"image": {"repository": local["pgbouncer"][0], "tag": local["pgbouncer"][1]}}
+    if release == SERVER and environment.name == "local":
+        for name, (repository, tag) in local_images().items():
+            component: Object = {"image": {"repository": repository, "tag": tag}}
+            key = {"postgres": "database", "valkey": "redis"}.get(name, name)
+            overrides[key] = component if name == "pgbouncer" else {"bundled": component}
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(overrides, file)
         file.flush()
@@ -70,9 +71,8 @@ def values_options(environment: Environment, release: str, image: Image) -> Iter
 
 @functools.cache
 def local_images() -> dict[str, tuple[str, str]]:
-    """Return `LOCAL_IMAGES` if the local registry has all of them, else nothing."""
-    found = all(registry.has_image(f"{repository}:{tag}") for repository, tag in LOCAL_IMAGES.values())
-    return LOCAL_IMAGES if found else {}
+    """Return those of `LOCAL_IMAGES` that the local registry has. A node of an older checkout lacks some."""
+    return {name: image for name, image in LOCAL_IMAGES.items() if registry.has_image(":".join(image))}
 
 
 @contextmanager
@@ -83,8 +83,8 @@ def surroundings(environment: Environment) -> Iterator[list[Path]]:
         for namespace, part in zip(environment.namespaces, ("overlays", "runs"), strict=False):
             resource = f"../../../{part}/{environment.name}"
             kustomization: Object = {"resources": [resource], "namespace": namespace}
-            if environment.name == "local" and (local := local_images()):
-                name, tag = local["postgres"]
+            if environment.name == "local" and "postgres" in local_images():
+                name, tag = local_images()["postgres"]
                 kustomization["images"] = [{"name": "postgres", "newName": name, "newTag": tag}]
             folders.append(Path(folder) / namespace)
             folders[-1].mkdir()

@@ -6,7 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from orchestration.operations.environment import POOL, SERVER
+import pytest
+import yaml
+
+from orchestration.operations import registry
+from orchestration.operations.environment import POOL, SERVER, Environment
+from orchestration.operations.release_inputs import Image, local_images, values_options
 from tests.parts import commit_copy_of_checkout
 
 HASHES = f"""
@@ -68,3 +73,18 @@ def test_changed_library_changes_image_and_both_releases(tmp_path: Path) -> None
     settings = checkout / "orchestration" / "settings.py"
     settings.write_text(settings.read_text() + "\n# changed\n")
     assert not set(before) & set(_inputs(checkout))
+
+
+@pytest.mark.parametrize("absent", ["nothing", "pgbouncer:1.24"])
+def test_local_release_uses_the_images_that_the_registry_has(monkeypatch: pytest.MonkeyPatch, absent: str) -> None:
+    """A node that an older checkout made has no image of PgBouncer."""
+    monkeypatch.setattr(registry, "has_image", lambda name: not name.endswith(absent))
+    local_images.cache_clear()
+    environment = Environment("local", "context", "namespace")
+    with values_options(environment, SERVER, Image("registry/image", "sha256:1")) as options:
+        values = yaml.safe_load(Path(options[-1]).read_text())
+    local_images.cache_clear()
+    assert values["database"]["bundled"]["image"] == {"repository": "localhost:5000/postgres", "tag": "17"}
+    assert values["redis"]["bundled"]["image"] == {"repository": "localhost:5000/valkey", "tag": "8.1"}
+    used = {"image": {"repository": "localhost:5000/pgbouncer", "tag": "1.24"}}
+    assert values.get("pgbouncer") == (used if absent == "nothing" else None)
