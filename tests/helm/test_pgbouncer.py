@@ -225,6 +225,10 @@ REFUSED = [
         "api.settings has a search path and pgbouncer.enabled is true",
     ),
     (
+        {"settings": {"PREFECT_SERVER_DATABASE_SQLALCHEMY_CONNECT_ARGS_TLS_ENABLED": True}, "database": EXTERNAL},
+        "settings has TLS for the database and pgbouncer.serverTLS.mode is empty: ",
+    ),
+    (
         {"pgbouncer": {"podDisruptionBudget": {"maxUnavailable": ""}}},
         "pgbouncer.podDisruptionBudget has neither minAvailable nor maxUnavailable",
     ),

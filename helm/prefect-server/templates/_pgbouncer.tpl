@@ -18,7 +18,11 @@
 {{- fail "pgbouncer.image.tag is empty: the image has no version. Set pgbouncer.image.tag or pgbouncer.image.digest." -}}
 {{- end -}}
 {{- $paths := dict "settings" $.Values.settings "api.settings" $.Values.api.settings "services.settings" $.Values.services.settings -}}
+{{- $mode := .serverTLS.mode -}}
 {{- range $path, $settings := $paths -}}
+{{- if and (hasKey $settings "PREFECT_SERVER_DATABASE_SQLALCHEMY_CONNECT_ARGS_TLS_ENABLED") (not $mode) -}}
+{{- fail (printf "%s has TLS for the database and pgbouncer.serverTLS.mode is empty: PgBouncer does not read Prefect's settings of TLS. Set pgbouncer.serverTLS.mode, with caSecret for verify-ca and verify-full." $path) -}}
+{{- end -}}
 {{- if hasKey $settings "PREFECT_SERVER_DATABASE_SQLALCHEMY_CONNECT_ARGS_SEARCH_PATH" -}}
 {{- fail (printf "%s has a search path and pgbouncer.enabled is true: PgBouncer refuses a connection that sets one. Set it for the role in Postgres (alter role ... set search_path), or set pgbouncer.enabled=false." $path) -}}
 {{- end -}}
