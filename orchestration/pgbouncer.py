@@ -2,8 +2,9 @@
 
     python -m orchestration.pgbouncer FOLDER [--tls-mode MODE] [--ca-file FILE]
 
-The command writes the files that PgBouncer reads: FOLDER/connection.ini has the address of the database, and
-FOLDER/userlist.txt its user and password. Prefect's settings name the database (`PREFECT_SERVER_DATABASE_*`).
+The command writes the files that PgBouncer reads: FOLDER/database.ini has the address of the database, FOLDER/tls.ini
+the settings of TLS, and FOLDER/userlist.txt user and password. Prefect's settings name the database
+(`PREFECT_SERVER_DATABASE_*`).
 
 A process that calls `use_pgbouncer` connects SQLAlchemy to `PGBOUNCER_ADDRESS` (HOST:PORT). Its settings still name
 Postgres. Prefect's services listen there for changed automations, without SQLAlchemy: in transaction mode PgBouncer
@@ -131,14 +132,13 @@ def write_files(folder: Path, environment: Mapping[str, str], tls_mode: str = ""
         )
     # `*` has the clients' database: a name in this file has letters, digits, `_`, `.` and `-` only.
     address = f"* = host={_quoted(url.host, chr(39))} port={url.port or 5432}"
-    lines = ["[databases]", address, "[pgbouncer]", f"server_tls_sslmode = {mode}"]
-    if ca_file:
-        lines.append(f"server_tls_ca_file = {ca_file}")
+    tls = [f"server_tls_sslmode = {mode}", *([f"server_tls_ca_file = {ca_file}"] if ca_file else [])]
+    user = f"{_quoted(url.username, chr(34))} {_quoted(url.password, chr(34))}"
     previous = os.umask(0o077)
     try:
-        (folder / "connection.ini").write_text("\n".join([*lines, ""]))
-        user = f"{_quoted(url.username, chr(34))} {_quoted(url.password, chr(34))}\n"
-        (folder / "userlist.txt").write_text(user)
+        # The files are parts of sections. A section that is opened twice has the defaults for what the second lacks.
+        for name, lines in (("database.ini", [address]), ("tls.ini", tls), ("userlist.txt", [user])):
+            (folder / name).write_text("\n".join([*lines, ""]))
     finally:
         os.umask(previous)
 

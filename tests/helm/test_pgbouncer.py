@@ -56,6 +56,9 @@ def test_configuration_has_the_values_and_no_secret() -> None:
         "max_prepared_statements": "99",
         "auth_type": "scram-sha-256",
     }.items() <= _settings(objects).items()
+    text = one(objects, "ConfigMap", NAME)["data"]["pgbouncer.ini"]
+    headings = [line for line in text.splitlines() if line.startswith("[")]
+    assert headings == ["[databases]", "[pgbouncer]"], "PgBouncer drops what a section had that is opened again"
     pod = pod_specs(objects)[f"Deployment/{NAME}"]
     [writer] = pod["initContainers"]
     assert environment(writer)["PREFECT_SERVER_DATABASE_PASSWORD"] == {

@@ -28,19 +28,18 @@ BUNDLED = {
 }
 
 
-def _written(folder: Path, environment: dict[str, str], **options: str) -> tuple[str, str]:
+def _written(folder: Path, environment: dict[str, str], **options: str) -> list[str]:
+    """Return the texts of database.ini, tls.ini and userlist.txt."""
     pgbouncer.write_files(folder, environment, **options)
-    return (folder / "connection.ini").read_text(), (folder / "userlist.txt").read_text()
+    return [file.read_text() for file in sorted(folder.iterdir())]
 
 
 def test_files_have_address_and_password_of_the_bundled_database(tmp_path: Path) -> None:
-    connection, users = _written(tmp_path, BUNDLED)
-    assert (
-        connection == "[databases]\n* = host='prefect-database' port=5432\n[pgbouncer]\nserver_tls_sslmode = prefer\n"
-    )
-    assert users == '"prefect" "a""b"\n'
-    for name in ("connection.ini", "userlist.txt"):
-        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
+    assert _written(tmp_path, BUNDLED) == [
+        "* = host='prefect-database' port=5432\n", "server_tls_sslmode = prefer\n", '"prefect" "a""b"\n',
+    ]  # fmt: skip
+    for file in tmp_path.iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize(
@@ -57,8 +56,9 @@ def test_files_have_address_and_password_of_the_bundled_database(tmp_path: Path)
 )  # fmt: skip
 def test_files_have_the_parts_of_a_url(tmp_path: Path, query: str, options: dict[str, str], tls: list[str]) -> None:
     url = f"postgresql+asyncpg://us%40er:p%2F%22%25@[fd00::5]:6000/prefect{query}"
-    connection, users = _written(tmp_path, {URL: url}, **options)
-    assert connection.splitlines() == ["[databases]", "* = host='fd00::5' port=6000", "[pgbouncer]", *tls]
+    database, lines, users = _written(tmp_path, {URL: url}, **options)
+    assert database == "* = host='fd00::5' port=6000\n"
+    assert lines.splitlines() == tls
     assert users == '"us@er" "p/""%"\n'
 
 
