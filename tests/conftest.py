@@ -85,6 +85,7 @@ FIRST = (
     "tests/e2e/test_prefect_work_pool.py",
     "tests/e2e/faults/test_nodes.py",
     "tests/e2e/test_prefect_server.py",
+    "tests/e2e/test_pgbouncer.py",
     "tests/e2e/test_kubectl_worker.py",
     "tests/e2e/faults/test_starts.py",
     "tests/e2e/faults/test_pods.py",
