@@ -83,6 +83,11 @@ COMMON_TEXTS = {
     "tag": "The image's tag.",
     "digest": "The image's digest. It wins over the tag.",
     "maxOverflow": "Connections beyond `poolSize` that each process may open under load.",
+    "serverTLS": (
+        "TLS to an external database. `mode` is disable, allow, prefer, require, verify-ca or verify-full. "
+        "Empty: `ssl` of the URL, else prefer. verify-ca and verify-full need `caSecret`, a Secret with the CA's "
+        "certificate in the key `caKey`."
+    ),
     "storage.size": "The size of the volume.",
     "volume.size": "The size of the volume.",
     "service.type": "The Service's type.",

@@ -45,7 +45,7 @@ def test_pgbouncer_adds_these_objects() -> None:
 
 
 def test_configuration_has_the_values_and_no_secret() -> None:
-    pgbouncer = {"defaultPoolSize": 11, "reservePoolSize": 4, "maxClientConn": 1_000_000, "maxPreparedStatements": 99}
+    pgbouncer = {"defaultPoolSize": 11, "reservePoolSize": 4, "maxClientConn": 1_000_000}
     objects = _render(pgbouncer=pgbouncer)
     assert {
         "pool_mode": "transaction",
@@ -53,7 +53,7 @@ def test_configuration_has_the_values_and_no_secret() -> None:
         "reserve_pool_size": "4",
         "max_db_connections": "15",
         "max_client_conn": "1000000",
-        "max_prepared_statements": "99",
+        "max_prepared_statements": "200",
         "auth_type": "scram-sha-256",
     }.items() <= _settings(objects).items()
     text = one(objects, "ConfigMap", NAME)["data"]["pgbouncer.ini"]
@@ -221,7 +221,6 @@ REFUSED = [
     ({"pgbouncer": {"serverTLS": {"mode": "verify-ca"}}, "database": EXTERNAL}, "needs pgbouncer.serverTLS.caSecret"),
     ({"pgbouncer": {"image": {"tag": ""}}}, "pgbouncer.image.tag is empty"),
     ({"pgbouncer": {"replicas": 0}}, "/pgbouncer/replicas"),
-    ({"pgbouncer": {"maxPreparedStatements": 0}}, "/pgbouncer/maxPreparedStatements"),
     ({"pgbouncer": {"serverTLS": {"mode": "on"}}}, "/pgbouncer/serverTLS/mode"),
     (
         {"api": {"settings": {"PREFECT_SERVER_DATABASE_SQLALCHEMY_CONNECT_ARGS_SEARCH_PATH": "a"}}},

@@ -86,11 +86,11 @@
 {{- fail (printf "database.bundled.configuration.max_connections is %d: the release may open %d connections, of %s, and %s. Raise max_connections, lower poolSize or maxOverflow, or set pgbouncer.enabled=true." $maximum (add $clients $others) $shown $reserve) -}}
 {{- end -}}
 {{- else -}}
-{{- $pods := include "prefect-server.mostPods" (list . "pgbouncer") | int64 -}}
+{{- $pods := add (int64 $pgbouncer.replicas) 1 -}}
 {{- $listeners := ternary $services $api $values.services.separate -}}
 {{- $most := add (mul $pods (add (int64 $pgbouncer.defaultPoolSize) (int64 $pgbouncer.reservePoolSize))) $listeners $others -}}
 {{- if gt $most $maximum -}}
-{{- fail (printf "database.bundled.configuration.max_connections is %d: the release may open %d connections, of %d PgBouncer pods (pgbouncer.replicas, and a rollout's by strategy.rollingUpdate.maxSurge) x (pgbouncer.defaultPoolSize %d + pgbouncer.reservePoolSize %d), %d pods that run services (services.separate, services.replicas) and listen for notifications, and %s (backup.enabled). Raise max_connections, or lower defaultPoolSize or reservePoolSize." $maximum $most $pods (int64 $pgbouncer.defaultPoolSize) (int64 $pgbouncer.reservePoolSize) $listeners $reserve) -}}
+{{- fail (printf "database.bundled.configuration.max_connections is %d: the release may open %d connections, of %d PgBouncer pods (pgbouncer.replicas, and one of a rollout) x (pgbouncer.defaultPoolSize %d + pgbouncer.reservePoolSize %d), %d pods that run services (services.separate, services.replicas) and listen for notifications, and %s (backup.enabled). Raise max_connections, or lower defaultPoolSize or reservePoolSize." $maximum $most $pods (int64 $pgbouncer.defaultPoolSize) (int64 $pgbouncer.reservePoolSize) $listeners $reserve) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

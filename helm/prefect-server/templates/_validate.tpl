@@ -115,14 +115,13 @@
 {{- fail "api.autoscaling.minReplicas is above api.autoscaling.maxReplicas: no number of pods meets both. Raise maxReplicas." -}}
 {{- end -}}
 {{- end -}}
-{{- range $component := list "api" "services" "pgbouncer" -}}
+{{- range $component := list "api" "services" -}}
 {{- $grace := int64 (index $.Values $component).terminationGracePeriodSeconds -}}
-{{- $lifecycle := (index $.Values $component).lifecycle | default dict -}}
-{{- $sleep := dig "preStop" "sleep" "seconds" 0 $lifecycle | int64 -}}
+{{- $sleep := dig "preStop" "sleep" "seconds" 0 (index $.Values $component).lifecycle | int64 -}}
 {{- if and $sleep (ge $sleep $grace) -}}
 {{- fail (printf "%s.lifecycle.preStop.sleep.seconds (%d) is not below %s.terminationGracePeriodSeconds (%d): no time is left for the shutdown after the sleep. Raise terminationGracePeriodSeconds, or set lifecycle.preStop to null." $component $sleep $component $grace) -}}
 {{- end -}}
-{{- $sleep = dig "postStart" "sleep" "seconds" 0 $lifecycle | int64 -}}
+{{- $sleep = dig "postStart" "sleep" "seconds" 0 (index $.Values $component).lifecycle | int64 -}}
 {{- if gt $sleep $grace -}}
 {{- fail (printf "%s.lifecycle.postStart.sleep.seconds (%d) is above %s.terminationGracePeriodSeconds (%d): Kubernetes refuses a longer sleep. Raise terminationGracePeriodSeconds, or shorten the sleep." $component $sleep $component $grace) -}}
 {{- end -}}
@@ -131,6 +130,8 @@
 {{- fail (printf "%s.strategy.rollingUpdate has 0 for maxSurge and for maxUnavailable: no pod could ever be replaced. Set one of them to 1." $component) -}}
 {{- end -}}
 {{- end -}}
+{{- end -}}
+{{- range $component := list "api" "services" "pgbouncer" -}}
 {{- with (index $.Values $component).podDisruptionBudget -}}
 {{- if and .enabled (eq (toString .minAvailable) "") (eq (toString .maxUnavailable) "") -}}
 {{- fail (printf "%s.podDisruptionBudget has neither minAvailable nor maxUnavailable: a budget needs one of them. Set one, or enabled=false." $component) -}}
@@ -207,7 +208,7 @@
 {{- if has $component (list "migrations" "tests" "backup") -}}{{- $pod = omit $pod "sidecars" -}}{{- end -}}
 {{- $volumes := get (dict "backup" (list "work" "scripts" "backups") "pgbouncer" (list "connection" "configuration" "server-ca")) $component | default list -}}
 {{- $mounts := ternary (list "/run/pgbouncer" "/etc/pgbouncer" "/etc/pgbouncer-ca") list (eq $component "pgbouncer") -}}
-{{- include "prefect-server.validatePod" (dict "component" $component "pod" $pod "volumes" $volumes "mounts" $mounts "containers" (list $component "test" "wait-for-migrations" "dump" "store" "connection") "resources" ((index $.Values $component).resources | default dict) "grace" (index $.Values $component).terminationGracePeriodSeconds) -}}
+{{- include "prefect-server.validatePod" (dict "component" $component "pod" $pod "volumes" $volumes "mounts" $mounts "containers" (list $component "test" "wait-for-migrations" "dump" "store" "connection") "resources" ((index $.Values $component).resources | default dict) "grace" (ternary 60 (index $.Values $component).terminationGracePeriodSeconds (eq $component "pgbouncer"))) -}}
 {{- end -}}
 {{- range $component, $own := dict "database" (dict "volumes" (list "data" "run" "init") "mounts" (list "/var/lib/postgresql/data" "/var/run/postgresql" "/docker-entrypoint-initdb.d") "main" "postgres" "grace" 120) "redis" (dict "main" "valkey") -}}
 {{- $pod := include "prefect-server.bundledPod" (list $ $component) | fromYaml -}}
