@@ -3,8 +3,9 @@
     python -m orchestration.pgbouncer FOLDER [--tls-mode MODE] [--ca-file FILE]
 
 The command writes the files that PgBouncer reads: FOLDER/database.ini has the address of the database, FOLDER/tls.ini
-the settings of TLS, and FOLDER/userlist.txt user and password. Prefect's settings name the database
-(`PREFECT_SERVER_DATABASE_*`).
+the settings of TLS, and FOLDER/userlist.txt users and passwords. Prefect's settings name the database
+(`PREFECT_SERVER_DATABASE_*`). During a rotation `PGBOUNCER_PREVIOUS_USER` and `PGBOUNCER_PREVIOUS_PASSWORD` are the
+login of servers that have not restarted yet.
 
 A process that calls `use_pgbouncer` connects SQLAlchemy to `PGBOUNCER_ADDRESS` (HOST:PORT). Its settings still name
 Postgres. Prefect's services listen there for changed automations, without SQLAlchemy: in transaction mode PgBouncer
@@ -25,6 +26,8 @@ from sqlalchemy.exc import ArgumentError
 from orchestration.errors import PipelineError, SettingsError, sentence
 
 VARIABLE = "PGBOUNCER_ADDRESS"
+
+PREVIOUS_USER_VARIABLE, PREVIOUS_PASSWORD_VARIABLE = "PGBOUNCER_PREVIOUS_USER", "PGBOUNCER_PREVIOUS_PASSWORD"
 
 _SETTINGS = "PREFECT_SERVER_DATABASE_"
 
@@ -133,11 +136,14 @@ def write_files(folder: Path, environment: Mapping[str, str], tls_mode: str = ""
     # `*` has the clients' database: a name in this file has letters, digits, `_`, `.` and `-` only.
     address = f"* = host={_quoted(url.host, chr(39))} port={url.port or 5432}"
     tls = [f"server_tls_sslmode = {mode}", *([f"server_tls_ca_file = {ca_file}"] if ca_file else [])]
-    user = f"{_quoted(url.username, chr(34))} {_quoted(url.password, chr(34))}"
+    logins = {str(url.username): str(url.password)}
+    if previous_user := environment.get(PREVIOUS_USER_VARIABLE):
+        logins = {previous_user: environment.get(PREVIOUS_PASSWORD_VARIABLE, "")} | logins
+    users = [f"{_quoted(user, chr(34))} {_quoted(password, chr(34))}" for user, password in logins.items()]
     previous = os.umask(0o077)
     try:
         # The files are parts of sections. A section that is opened twice has the defaults for what the second lacks.
-        for name, lines in (("database.ini", [address]), ("tls.ini", tls), ("userlist.txt", [user])):
+        for name, lines in (("database.ini", [address]), ("tls.ini", tls), ("userlist.txt", users)):
             (folder / name).write_text("\n".join([*lines, ""]))
     finally:
         os.umask(previous)

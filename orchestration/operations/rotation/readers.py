@@ -20,6 +20,9 @@ ROLLOUT_LIMIT = "10m"
 
 POLL_SECONDS = 2.0
 
+RESTARTED_FIRST = {"pgbouncer": 0, "api": 1}
+"""The components that restart before the others, by their place."""
+
 MAX_NAMES = 3
 """How many pods a line of progress names."""
 
@@ -37,7 +40,7 @@ def reads(spec: Object, secret: str) -> bool:
 def restart(environment: Environment, secret: RotatedSecret, also: tuple[str, ...] = ()) -> None:
     """Restart the Deployments of the releases that read the Secret, and wait for each. Those that have are skipped.
 
-    The API comes first: the others call it.
+    PgBouncer comes first, as only its new pods accept both logins. Then the API, which the others call.
 
     Args:
         environment: the environment.
@@ -51,7 +54,7 @@ def restart(environment: Environment, secret: RotatedSecret, also: tuple[str, ..
         if reads(found["spec"]["template"]["spec"], secret.name) or component(found) in also
         if not _is_database(found)
     ]
-    for deployment in sorted(deployments, key=lambda found: component(found) != "api"):
+    for deployment in sorted(deployments, key=lambda found: RESTARTED_FIRST.get(component(found), 2)):
         name = deployment["metadata"]["name"]
         with step(f"Restarting {name}", "30 s"):
             template = {"metadata": {"annotations": {secret.pod_annotation: secret.rotation}}}

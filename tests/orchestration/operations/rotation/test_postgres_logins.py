@@ -1,6 +1,7 @@
 """The password of the bundled Postgres is rotated while pods open connections, on a real Postgres."""
 
 import itertools
+import json
 import os
 import subprocess
 import threading
@@ -260,3 +261,25 @@ def test_warehouse_of_another_namespace_of_runs_keeps_its_old_login_until_the_ru
     assert not is_accepted(before["url"])
     assert after["url"] == f"postgresql://warehouse_2:{after['password']}@warehouse:5432/warehouse"
     assert copy == {"url": after["url"].replace("@warehouse:", "@warehouse.prefect:")}
+
+
+def test_pgbouncer_accepts_both_logins_before_the_server_restarts(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installation.install("prefect-server", "--set=pgbouncer.enabled=true")
+    installation.roll("prefect-server-pgbouncer")
+    started: list[tuple[str, set[str]]] = []
+    monkeypatch.setattr(
+        installation, "after_start", lambda pod: started.append((pod.component, {*installation.secret(SECRET)}))
+    )
+    _rotate(installation)
+    assert [component for component, _ in started] == ["pgbouncer", "api", "services"]
+    assert {"username.previous", "password.previous"} <= started[0][1]
+    [deployment] = json.loads(
+        installation.environment.kubectl(
+            "get", "deployments", "--selector=app.kubernetes.io/component=pgbouncer", "--output=json"
+        )
+    )["items"]
+    [connection, *_] = deployment["spec"]["template"]["spec"]["initContainers"]
+    referenced = {entry["valueFrom"]["secretKeyRef"]["key"] for entry in connection["env"] if "valueFrom" in entry}
+    assert referenced == {"username", "password", "username.previous", "password.previous"}
