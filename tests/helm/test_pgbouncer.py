@@ -32,7 +32,7 @@ def _peers(rules: list[Object], key: str) -> set[str]:
 
 def test_pgbouncer_adds_these_objects() -> None:
     without = inventory(render("prefect-server", TAG))
-    assert [each for each in inventory(_render()) if each not in without] == [
+    assert [name for name in inventory(_render()) if name not in without] == [
         f"ConfigMap/{NAME}",
         f"Deployment/{NAME}",
         f"NetworkPolicy/{NAME}",
