@@ -939,6 +939,10 @@ REFUSED = [
     (_with(sync={"files": ["--prune"]}), "at '/sync/files/0'"),
     (_with(drift={"everySeconds": 0}), "at '/drift/everySeconds'"),
     (_with(runs={"serviceAccount": {"create": False}}), "needs runs.serviceAccount.name"),
+    (
+        _with(runs={"serviceAccount": {"labels": {"team": "{{ x }}"}}}),
+        'runs.serviceAccount.labels.team (or commonLabels) is "{{ x }}"',
+    ),
     (_with(reconciler={"serviceAccount": {"create": False}}), "needs reconciler.serviceAccount.name"),
     (_with(runs={"retries": {"memoryMax": "lots"}}), "at '/runs/retries/memoryMax'"),
     (_with(runs={"results": {"storage": "gcs"}}), "at '/runs/results/storage'"),
