@@ -12,6 +12,9 @@ import os
 import sys
 from collections.abc import Sequence
 
+from sqlalchemy.exc import DBAPIError
+
+from orchestration import pgbouncer
 from orchestration.errors import PipelineError, SettingsError, sentence
 from orchestration.prefect_compat.server_internals import (
     encrypt_blocks_again,
@@ -80,9 +83,14 @@ def main(arguments: Sequence[str]) -> int:
         print(f"Usage: python -m orchestration.block_encryption {'|'.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
+        pgbouncer.use_pgbouncer()
         COMMANDS[arguments[0]]()
     except PipelineError as error:
         print(sentence(error), file=sys.stderr)
+        return 1
+    except (DBAPIError, OSError) as error:
+        cause = str(getattr(error, "orig", None) or error).splitlines()[0]
+        print(f"The database cannot be used: {cause}. Check its address and password.", file=sys.stderr)
         return 1
     return 0
 

@@ -4,8 +4,8 @@
 
 The command writes the files that PgBouncer reads: FOLDER/database.ini has the address of the database, FOLDER/tls.ini
 the settings of TLS, and FOLDER/userlist.txt users and passwords. Prefect's settings name the database
-(`PREFECT_SERVER_DATABASE_*`). During a rotation `PGBOUNCER_PREVIOUS_USER` and `PGBOUNCER_PREVIOUS_PASSWORD` are the
-login of servers that have not restarted yet.
+(`PREFECT_SERVER_DATABASE_*`). During a rotation `PGBOUNCER_NEXT_*` is the login of servers that start later, and
+`PGBOUNCER_PREVIOUS_*` that of servers that have not restarted yet.
 
 A process that calls `use_pgbouncer` connects SQLAlchemy to `PGBOUNCER_ADDRESS` (HOST:PORT). Its settings still name
 Postgres. Prefect's services listen there for changed automations, without SQLAlchemy: in transaction mode PgBouncer
@@ -27,7 +27,8 @@ from orchestration.errors import PipelineError, SettingsError, sentence
 
 VARIABLE = "PGBOUNCER_ADDRESS"
 
-PREVIOUS_USER_VARIABLE, PREVIOUS_PASSWORD_VARIABLE = "PGBOUNCER_PREVIOUS_USER", "PGBOUNCER_PREVIOUS_PASSWORD"
+_OTHER_LOGINS = ("PGBOUNCER_NEXT_", "PGBOUNCER_PREVIOUS_")
+"""Variables with the logins of a rotation begin so, and end with USER and PASSWORD."""
 
 _SETTINGS = "PREFECT_SERVER_DATABASE_"
 
@@ -136,9 +137,10 @@ def write_files(folder: Path, environment: Mapping[str, str], tls_mode: str = ""
     # `*` has the clients' database: a name in this file has letters, digits, `_`, `.` and `-` only.
     address = f"* = host={_quoted(url.host, chr(39))} port={url.port or 5432}"
     tls = [f"server_tls_sslmode = {mode}", *([f"server_tls_ca_file = {ca_file}"] if ca_file else [])]
-    logins = {str(url.username): str(url.password)}
-    if previous_user := environment.get(PREVIOUS_USER_VARIABLE):
-        logins = {previous_user: environment.get(PREVIOUS_PASSWORD_VARIABLE, "")} | logins
+    others = {
+        environment.get(f"{prefix}USER", ""): environment.get(f"{prefix}PASSWORD", "") for prefix in _OTHER_LOGINS
+    }
+    logins = {user: password for user, password in others.items() if user} | {str(url.username): str(url.password)}
     users = [f"{_quoted(user, chr(34))} {_quoted(password, chr(34))}" for user, password in logins.items()]
     previous = os.umask(0o077)
     try:

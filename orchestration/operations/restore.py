@@ -25,7 +25,7 @@ from orchestration.protocol import RUN_LABEL
 from orchestration.reconciler.kubernetes_client import hash_certificate
 from orchestration.recovery import executions
 
-STOPPED = ("api", "services", "worker", "reconciler", "drift")
+STOPPED = ("pgbouncer", "api", "services", "worker", "reconciler", "drift")
 """The components that use the database or act on runs."""
 
 REPLICAS_ANNOTATION = "prefect.io/replicas-before-restore"
@@ -142,7 +142,7 @@ def _has_pods(environment: Environment) -> bool:
 
 
 def _start(environment: Environment) -> None:
-    """Start what `_stop` has stopped, the API first, and wait until it is ready."""
+    """Start what `_stop` has stopped in the order of `STOPPED`, and wait until it is ready."""
     with step("Starting server, workers and reconcilers", "40 s"):
         found = _deployments(environment)
         found.sort(key=lambda workload: STOPPED.index(workload["metadata"]["labels"]["app.kubernetes.io/component"]))

@@ -1,8 +1,7 @@
 """Old records of the Prefect server, deleted in its Postgres by batches.
 
-Each function deletes one batch by one statement, which commits without waiting for this process: locks do not last
-longer where the process is busy. It walks over the records by age, and returns the place where the next batch begins.
-A record that stays is read once in a walk, and not by each batch.
+Each function deletes one batch in one transaction. It walks over the records by age, and returns the place where the
+next batch begins. A record that stays is read once in a walk, and not by each batch.
 
 The module imports what it needs when it is called, as `server_internals` does.
 """
@@ -245,16 +244,13 @@ async def _read(connection: "AsyncConnection", statement: str, **parameters: Any
 
 @contextlib.asynccontextmanager
 async def _session() -> "AsyncIterator[AsyncConnection]":
-    """Yield a connection on which each statement is a transaction, and waits for no lock longer than the timeout."""
+    """Yield a connection in a transaction that waits for no lock longer than the timeout."""
     import sqlalchemy as sa
 
     engine = await database_interface().engine()
-    async with engine.connect() as connection:
-        await connection.execution_options(isolation_level="AUTOCOMMIT")
-        await connection.execute(sa.text(f"set lock_timeout = {LOCK_TIMEOUT_MS}"))
-        await connection.execute(sa.text(f"set application_name = '{APPLICATION}'"))
-        try:
-            yield connection
-        finally:
-            for name in ("lock_timeout", "application_name"):
-                await connection.execute(sa.text(f"reset {name}"))
+    # PgBouncer may use the same session for another client's next transaction, so the settings end with this one.
+    settings = {"lock_timeout": str(LOCK_TIMEOUT_MS), "application_name": APPLICATION}
+    chosen = ", ".join(f"set_config('{name}', '{value}', true)" for name, value in settings.items())
+    async with engine.begin() as connection:
+        await connection.execute(sa.text(f"select {chosen}"))
+        yield connection

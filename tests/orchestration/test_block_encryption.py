@@ -9,6 +9,7 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
+import pytest
 from cryptography.fernet import Fernet
 from prefect.blocks.system import Secret
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -66,3 +67,22 @@ def test_server_with_a_wrong_key_does_not_start(tmp_path: Path) -> None:
         done = _encrypt_again(tmp_path, os.environ | {"PREFECT_SERVER_ENCRYPTION_KEY": key})
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr.startswith("PREFECT_SERVER_ENCRYPTION_KEY has no key of 32 bytes in base64.")
+
+
+@pytest.mark.parametrize("address", ["PREFECT_SERVER_DATABASE_CONNECTION_URL", "PGBOUNCER_ADDRESS"])
+def test_database_that_is_away_is_reported_in_one_line(tmp_path: Path, address: str) -> None:
+    """With `PGBOUNCER_ADDRESS` the command connects to PgBouncer, wherever the URL leads."""
+    closed = f"127.0.0.1:{parts.free_port()}"
+    url = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": f"postgresql+asyncpg://prefect:x@{closed}/prefect"}
+    if address == "PGBOUNCER_ADDRESS":
+        url = {
+            address: closed,
+            "PREFECT_SERVER_DATABASE_CONNECTION_URL": "postgresql+asyncpg://prefect:x@absent/prefect",
+        }
+    done = _encrypt_again(
+        tmp_path, os.environ | url | {"PREFECT_SERVER_ENCRYPTION_KEY": Fernet.generate_key().decode()}
+    )
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert line.startswith("The database cannot be used: ")
+    assert str(closed.rpartition(":")[2]) in line

@@ -42,9 +42,10 @@ def test_files_have_address_and_password_of_the_bundled_database(tmp_path: Path)
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
-def test_users_have_the_previous_login_during_a_rotation(tmp_path: Path) -> None:
-    previous = {"PGBOUNCER_PREVIOUS_USER": "prefect_2", "PGBOUNCER_PREVIOUS_PASSWORD": "old"}
-    assert _written(tmp_path, BUNDLED | previous)[-1] == '"prefect_2" "old"\n"prefect" "a""b"\n'
+@pytest.mark.parametrize("place", ["NEXT", "PREVIOUS"])
+def test_users_have_both_logins_of_a_rotation(tmp_path: Path, place: str) -> None:
+    other = {f"PGBOUNCER_{place}_USER": "prefect_2", f"PGBOUNCER_{place}_PASSWORD": "other"}
+    assert _written(tmp_path, BUNDLED | other)[-1] == '"prefect_2" "other"\n"prefect" "a""b"\n'
 
 
 @pytest.mark.parametrize(

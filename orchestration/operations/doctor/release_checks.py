@@ -238,11 +238,12 @@ def _is_backup(job: Object) -> bool:
 
 @check(GROUP, "replicas")
 async def check_replicas(installation: Installation) -> Finding:
-    """No single pod of API, services or worker is a single point of failure in a shared environment."""
+    """No component of which a shared environment needs a pod all the time has a single pod."""
     if installation.is_local:
         raise UncheckedError("a local environment has one pod of each component")
     single = []
-    for release, component in ((SERVER, "api"), (SERVER, "services"), (POOL, "worker"), (POOL, "reconciler")):
+    needed = ((SERVER, "api"), (SERVER, "services"), (SERVER, "pgbouncer"), (POOL, "worker"), (POOL, "reconciler"))
+    for release, component in needed:
         for found in await installation.read_release(release):
             labels = found["metadata"].get("labels") or {}
             is_meant = found["kind"] == "Deployment" and labels.get(COMPONENT) == component

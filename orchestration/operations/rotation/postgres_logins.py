@@ -57,6 +57,8 @@ class PostgresLogins(Rotation):
         user: the first login, which owns the database of the same name.
     """
 
+    restarted_before = ("pgbouncer",)
+
     def __init__(self, environment: Environment, secret: RotatedSecret, subject: str, pod: str, user: str) -> None:
         super().__init__(environment, secret, subject)
         self._pod = pod

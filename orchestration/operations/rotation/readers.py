@@ -20,9 +20,6 @@ ROLLOUT_LIMIT = "10m"
 
 POLL_SECONDS = 2.0
 
-RESTARTED_FIRST = {"pgbouncer": 0, "api": 1}
-"""The components that restart before the others, by their place."""
-
 MAX_NAMES = 3
 """How many pods a line of progress names."""
 
@@ -37,24 +34,27 @@ def reads(spec: Object, secret: str) -> bool:
     return False
 
 
-def restart(environment: Environment, secret: RotatedSecret, also: tuple[str, ...] = ()) -> None:
+def restart(
+    environment: Environment, secret: RotatedSecret, also: tuple[str, ...] = (), only: tuple[str, ...] = ()
+) -> None:
     """Restart the Deployments of the releases that read the Secret, and wait for each. Those that have are skipped.
 
-    PgBouncer comes first, as only its new pods accept both logins. Then the API, which the others call.
+    The API comes first: the others call it.
 
     Args:
         environment: the environment.
         secret: the Secret, with its new values.
         also: components that read the Secret as a file, once at their start.
+        only: restart these components alone; empty for all.
     """
     deployments = [
         found
         for release in RELEASES
         for found in environment.objects("deployments", "--selector", release_selector(release))
         if reads(found["spec"]["template"]["spec"], secret.name) or component(found) in also
-        if not _is_database(found)
+        if not _is_database(found) and (not only or component(found) in only)
     ]
-    for deployment in sorted(deployments, key=lambda found: RESTARTED_FIRST.get(component(found), 2)):
+    for deployment in sorted(deployments, key=lambda found: component(found) != "api"):
         name = deployment["metadata"]["name"]
         with step(f"Restarting {name}", "30 s"):
             template = {"metadata": {"annotations": {secret.pod_annotation: secret.rotation}}}

@@ -73,6 +73,9 @@ class Rotation(ABC):
     restarted: tuple[str, ...] = ()
     """Components that read the Secret as a file, once at their start."""
 
+    restarted_before: tuple[str, ...] = ()
+    """Components that accept the next values only after a restart."""
+
     def __init__(self, environment: Environment, secret: RotatedSecret, subject: str) -> None:
         self.environment = environment
         self.secret = secret
@@ -116,6 +119,8 @@ def rotate(rotation: Rotation, *, keep_old: bool) -> None:
     if not secret.is_changed:
         with step(f"Having {subject} accept the new value next to the old one", "10 s"):
             rotation.accept_next()
+        if rotation.restarted_before:
+            readers.restart(environment, secret, only=rotation.restarted_before)
         with step(f"Writing the new value into Secret {secret.name}", "1 s"):
             secret.change()
     with step("Writing the new value into the revisions for a rollback", "1 s"):
