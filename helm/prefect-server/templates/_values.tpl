@@ -71,7 +71,7 @@
 {{- $own := include "prefect-server.filled" (list $root (index . 2) (index . 3 | default dict)) | fromYaml -}}
 {{- $labels := mergeOverwrite dict $common $own (index . 1) -}}
 {{- range $key, $value := $labels -}}
-{{- if not (or (regexMatch "^(([A-Za-z0-9][A-Za-z0-9_.-]{0,61})?[A-Za-z0-9])?$" $value) (and (hasPrefix "runs." (index $ 2)) (contains "{{" $value))) -}}
+{{- if not (or (regexMatch "^(([A-Za-z0-9][A-Za-z0-9_.-]{0,61})?[A-Za-z0-9])?$" $value) (and (eq (index $ 2) "runs.labels") (contains "{{" $value))) -}}
 {{- fail (printf "%s.%s (or commonLabels) is %q: a label's value has up to 63 letters, digits, - _ . and begins and ends with a letter or a digit. Choose another value, or use an annotation." (index $ 2) $key $value) -}}
 {{- end -}}
 {{- end -}}
