@@ -1,6 +1,7 @@
 """Property tests: a chart refuses values and names their key, or real servers accept the rendered objects."""
 
 import asyncio
+import base64
 import os
 import re
 import shutil
@@ -418,15 +419,19 @@ def test_password_with_every_character_opens_the_bundled_redis(tmp_path: Path) -
 
 def test_password_with_every_character_opens_the_bundled_database(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefect builds the URL from the chart's variables."""
-    specs = pod_specs(render("prefect-server", {"image": {"tag": "1"}}))
+    objects = render("prefect-server", {"image": {"tag": "1"}})
+    specs = pod_specs(objects)
     variables = environment(specs["Deployment/test-prefect-server-api"]["containers"][0])
-    for name in ("DRIVER", "HOST", "PORT", "NAME", "USER"):
+    reference = variables["PREFECT_SERVER_DATABASE_USER"]["secretKeyRef"]
+    user = one(objects, "Secret", reference["name"])["data"][reference["key"]]
+    monkeypatch.setenv("PREFECT_SERVER_DATABASE_USER", base64.b64decode(user).decode())
+    for name in ("DRIVER", "HOST", "PORT", "NAME"):
         monkeypatch.setenv(f"PREFECT_SERVER_DATABASE_{name}", variables[f"PREFECT_SERVER_DATABASE_{name}"])
     monkeypatch.setenv("PREFECT_SERVER_DATABASE_PASSWORD", PASSWORD)
     secret = Settings().server.database.connection_url
     assert secret
     url = make_url(secret.get_secret_value())
-    assert (url.password, url.host) == (PASSWORD, "test-prefect-server-database")
+    assert (url.username, url.password, url.host) == ("prefect", PASSWORD, "test-prefect-server-database")
 
 
 def _listens(port: int) -> bool:
