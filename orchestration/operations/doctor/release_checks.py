@@ -238,7 +238,7 @@ def _is_backup(job: Object) -> bool:
 
 @check(GROUP, "replicas")
 async def check_replicas(installation: Installation) -> Finding:
-    """No component of which a shared environment needs a pod all the time has a single pod."""
+    """No component that a shared environment needs all the time has a single pod."""
     if installation.is_local:
         raise UncheckedError("a local environment has one pod of each component")
     single = []
