@@ -156,5 +156,6 @@ def test_undeploy_keeps_secrets_and_databases(production: Checkout, databases: D
     output = production.make("undeploy", ENV="production", CONFIRM="production")
     assert "Uninstalling prefect-server" in output
     left = {found["metadata"]["name"] for found in production.target.objects("secrets,deployments")}
-    assert left == {"prefect-database", "prefect-redis", "warehouse"}
+    # The database stays, so the key of its blocks does, too.
+    assert left == {"prefect-database", "prefect-redis", "prefect-server-encryption-key", "warehouse"}
     assert databases.sql("prefect", "select count(*) from deployment") == "2"
