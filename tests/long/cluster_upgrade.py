@@ -48,9 +48,11 @@ from prefect.runtime import flow_run
 
 
 def sql(statement, *values):
-    while True:  # the upgrade may replace the pod of the local warehouse
+    # The upgrade may replace the pod of the local warehouse. A connection to the former pod would wait for minutes.
+    limits = {"connect_timeout": 2, "tcp_user_timeout": 5_000}
+    while True:
         try:
-            with psycopg.connect(os.environ["WAREHOUSE_URL"], autocommit=True) as connection:
+            with psycopg.connect(os.environ["WAREHOUSE_URL"], autocommit=True, **limits) as connection:
                 cursor = connection.execute(statement, values)
                 return cursor.fetchall() if cursor.description else []
         except psycopg.OperationalError:
