@@ -213,7 +213,7 @@ def test_outcome_is_read_from_job_and_pod(tmp_path: Path, objects: list[Object],
     assert executions.read(file, ["another server's pool"]).executions == {}
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no gzip", gzip.compress(b"{}", mtime=0), gzip.compress(b"[]", mtime=0)])
+@pytest.mark.parametrize("content", [None, b"", b"no gzip", *(gzip.compress(text, mtime=0) for text in (b"{}", b"[]"))])
 def test_absent_and_damaged_files_are_named(tmp_path: Path, content: bytes | None) -> None:
     file = tmp_path / "executions"
     if content is not None:
