@@ -33,7 +33,7 @@ _OTHER_LOGINS = ("PGBOUNCER_NEXT_", "PGBOUNCER_PREVIOUS_")
 _SETTINGS = "PREFECT_SERVER_DATABASE_"
 
 TLS_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
-"""What `ssl` of a URL for asyncpg may be, and PgBouncer's `server_tls_sslmode`."""
+"""The values of `ssl` in a URL for asyncpg, and of PgBouncer's `server_tls_sslmode`."""
 
 _PAGE = "docs/how-to/external-postgres-and-redis.md"
 
