@@ -308,12 +308,15 @@ def database_is_silent(services: Services) -> Iterator[None]:
     process = psutil.Process(postmaster)
     stopped = [process, *process.children(recursive=True)]
     for member in stopped:
-        member.suspend()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.suspend()
     try:
         yield
     finally:
         for member in stopped:
-            member.resume()
+            # A child that had ended is gone as soon as Postgres runs again.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.resume()
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ PINGS = 5
 """How many times the latency is measured."""
 
 TIMEOUT_SECONDS = 10.0
-"""How long database and Redis may each take."""
+"""How long database and Redis may each take to answer."""
 
 HEARTBEAT_SECONDS = 30.0
 """How old the last heartbeat of a process may be that still uses the Redis."""
@@ -41,7 +41,8 @@ async def read_database() -> Report:
     engine = await database_interface().engine()
     if engine.dialect.name != "postgresql":
         return {"dialect": engine.dialect.name}
-    async with engine.connect() as connection:
+    # The limit is for the answers: on a busy node the imports before them can take longer.
+    async with asyncio.timeout(TIMEOUT_SECONDS), engine.connect() as connection:
         pings = []
         for _ in range(PINGS):
             start = time.perf_counter()
@@ -85,7 +86,7 @@ async def read_redis() -> Report:
     password = os.environ.get("REDIS_PASSWORD", "")
     # The command of the pod encodes the password. This process has the variable as Kubernetes sets it.
     url = docket.url.replace(f":{password}@", f":{quote(password, safe='')}@") if password else docket.url
-    async with Redis.from_url(url, decode_responses=True) as redis:
+    async with asyncio.timeout(TIMEOUT_SECONDS), Redis.from_url(url, decode_responses=True) as redis:
         information = await redis.info()
         # A worker of the docket is named HOST#PID, and the host of a pod is its name. The score is its last heartbeat.
         since = float((await redis.time())[0]) - HEARTBEAT_SECONDS
@@ -103,8 +104,7 @@ async def read_report() -> Report:
     report: Report = {}
     for name, read in (("database", read_database), ("redis", read_redis)):
         try:
-            async with asyncio.timeout(TIMEOUT_SECONDS):
-                report[name] = await read()
+            report[name] = await read()
         except TimeoutError:
             report[name] = {"error": f"no answer within {TIMEOUT_SECONDS:.0f} s"}
         except Exception as error:

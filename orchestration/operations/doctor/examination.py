@@ -24,7 +24,7 @@ from orchestration.terminal import json_text, one_line
 
 URL_VARIABLE = "PREFECT_API_URL"
 
-PROGRAM_SECONDS = 20.0
+PROGRAM_SECONDS = 50.0
 """How long one call of kubectl or helm may take."""
 
 RETRY_SECONDS = 5.0

@@ -15,6 +15,11 @@ import redis
 from orchestration.settings import ROOT
 from tests.parts import new_database, redis_server, rows_of
 
+MODULE = "orchestration.inspection.backing_services"
+COMMAND = "import asyncio, json, time; from orchestration.inspection import backing_services as command\n{}\n" + (
+    "print(json.dumps(asyncio.run(command.read_report())))"
+)
+
 
 @pytest.fixture
 def database_url(postgres: str) -> Iterator[str]:
@@ -22,14 +27,17 @@ def database_url(postgres: str) -> Iterator[str]:
         yield url
 
 
-def _report(database: str, redis_url: str, **variables: str) -> dict[str, Any]:
-    """Return what the command reports in a pod of the server: a process has one database."""
+def _report(database: str, redis_url: str, change: str = "", **variables: str) -> dict[str, Any]:
+    """Return what the command reports in a pod of the server: a process has one database.
+
+    The statements of `change` run before it, and can change its module `command`.
+    """
     own = {
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": database.replace("postgresql://", "postgresql+asyncpg://"),
         "PREFECT_SERVER_DOCKET_URL": redis_url,
     }
     done = subprocess.run(
-        [sys.executable, "-m", "orchestration.inspection.backing_services"],
+        [sys.executable, *(("-c", COMMAND.format(change)) if change else ("-m", MODULE))],
         cwd=ROOT, env=os.environ | own | variables, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "secret" not in done.stdout
@@ -67,6 +75,12 @@ def test_read_only_database_is_reported(database_url: str) -> None:
     report = _report(database_url, "memory://")
     assert report["database"]["read_only"]
     assert report["redis"] == {}
+
+
+def test_long_imports_are_no_fault_of_the_database(database_url: str) -> None:
+    change = "command.TIMEOUT_SECONDS, command.use_pgbouncer = 3, lambda: time.sleep(4)"
+    report = _report(database_url, "memory://", change)
+    assert report["database"]["size"] > 2**20
 
 
 def test_services_that_do_not_answer_are_reported(postgres: str) -> None:
