@@ -207,7 +207,7 @@ down-docker: ## stop everything in Docker; databases and passwords stay
 	@docker/stack down
 
 ##@ Develop
-.PHONY: setup test test-long test-versions audit fix bench bench-deploys bench-dbt bench-deployments bench-reconciler bench-recovery bench-access bench-retention bench-health bench-starts bench-cluster picture docs docs-site clean
+.PHONY: setup test test-long test-versions audit fix bench bench-deploys bench-dbt bench-deployments bench-reconciler bench-recovery bench-access bench-retention bench-health bench-load bench-starts bench-cluster picture docs docs-site clean
 setup: .venv/ready ## create the environment in .venv
 
 # With CHANGED, tests use no cluster: making one takes minutes.
@@ -263,6 +263,11 @@ bench-retention: .venv/ready ## measure retention on a database of RUNS=1000000 
 bench-health: PAIRS := 3
 bench-health: .venv/ready ## measure how soon the health of the background services turns red and green at each fault, PAIRS=3 times
 	@$(BIN)/python -m tests.benchmarks.health --pairs $(call quoted,$(PAIRS))
+
+bench-load: RUNS := $(or $(RUNS),1000)
+bench-load: MINUTES := $(or $(MINUTES),2)
+bench-load: .venv/ready ## measure how many runs a server takes, with 1, 2 and 3 API replicas; kill these for MINUTES=2; RUNS=1000 due at once
+	@$(BIN)/python -m tests.benchmarks.load --minutes $(call quoted,$(MINUTES)) --runs $(call quoted,$(RUNS))
 
 bench-recovery: KILLS := $(or $(KILLS),10)
 bench-recovery: .venv/ready ## measure how soon a killed run continues, KILLS=10 times on the local cluster

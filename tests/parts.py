@@ -201,8 +201,13 @@ def embedded_postgres(directory: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def debian_postgres(superuser: str = "postgres") -> Iterator[str]:
-    """Run Debian's PostgreSQL, which has the extensions that a Prefect server needs, and yield its URL."""
+def debian_postgres(superuser: str = "postgres", *, fsync: bool = False) -> Iterator[str]:
+    """Run Debian's PostgreSQL, which has the extensions that a Prefect server needs, and yield its URL.
+
+    Args:
+        superuser: the name of the superuser.
+        fsync: write to disk at each commit, as a database does whose content matters.
+    """
     binaries.install_packages({"pg_lsclusters": "postgresql"})
     programs = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
     user = "postgres" if os.geteuid() == 0 else None  # Postgres refuses to run as root
@@ -221,7 +226,8 @@ def debian_postgres(superuser: str = "postgres") -> Iterator[str]:
             )
 
         run("initdb", "--auth=trust", f"--username={superuser}", "--no-sync")
-        run("pg_ctl", "-w", "-t", "300", "-l", f"{folder}/log", "-o", f"-h '' -k {folder} -F", "start")
+        options = f"-h '' -k {folder}{'' if fsync else ' -F'}"
+        run("pg_ctl", "-w", "-t", "300", "-l", f"{folder}/log", "-o", options, "start")
         try:
             yield f"postgresql://{superuser}@/postgres?host={folder}"
         finally:
