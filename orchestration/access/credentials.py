@@ -19,6 +19,12 @@ from uuid import UUID
 from orchestration.access.routes import Role
 from orchestration.errors import SettingsError
 
+AUTH_VARIABLE = "PREFECT_API_AUTH_STRING"
+"""The setting of Prefect's client with the credential."""
+
+RUN_CREDENTIALS_VARIABLE = "RUN_CREDENTIALS"
+"""Names the folder with the key from which a worker derives the API credential of each flow run."""
+
 RUN_KEY_FILE = "run-key"
 NEXT_SUFFIX, PREVIOUS_SUFFIX = ".next", ".previous"
 RUN_USER_PREFIX = "run-"
@@ -60,6 +66,16 @@ def read_run_key(folder: str | os.PathLike[str]) -> str:
     if not keys:
         raise SettingsError(f"{Path(folder) / RUN_KEY_FILE} has no key. Mount the Secret with the API's credentials")
     return keys[0]
+
+
+def run_credential(run_id: UUID) -> str:
+    """Return the credential that a worker gives to a flow run; empty if `RUN_CREDENTIALS` names no folder.
+
+    Raises:
+        SettingsError: the folder has no valid key.
+    """
+    folder = os.environ.get(RUN_CREDENTIALS_VARIABLE)
+    return sign_run(read_run_key(folder), run_id) if folder else ""
 
 
 @dataclass(frozen=True)

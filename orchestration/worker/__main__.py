@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from httpx import HTTPError, HTTPStatusError
+from prefect.client.schemas.objects import FlowRun
 from prefect.settings import get_current_settings
 from prefect.workers.base import BaseWorker
 
 from orchestration import logs
+from orchestration.access.credentials import AUTH_VARIABLE, run_credential
 from orchestration.errors import ApiError
 from orchestration.runs.result_signing import read_master_key
 from orchestration.worker import job_template
@@ -50,7 +52,7 @@ async def serve(worker: BaseWorker[Any, Any, Any], drain: Callable[[], Awaitable
 
 
 def docker_worker(template: dict[str, Any] | None, **options: Any) -> BaseWorker[Any, Any, Any]:
-    """Return Prefect's Docker worker.
+    """Return Prefect's Docker worker. It gives each run a credential for this run alone, as the Kubernetes worker does.
 
     Args:
         template: the base job template that it uses; None takes that of the server's pool.
@@ -58,9 +60,18 @@ def docker_worker(template: dict[str, Any] | None, **options: Any) -> BaseWorker
     """
     from prefect_docker.worker import DockerWorker, DockerWorkerJobConfiguration  # type: ignore[import-untyped]
 
+    class Configuration(DockerWorkerJobConfiguration):  # type: ignore[misc]
+        """Replaces the credential that job variables may name."""
+
+        def prepare_for_flow_run(self, flow_run: FlowRun, *arguments: Any, **options: Any) -> None:
+            super().prepare_for_flow_run(flow_run, *arguments, **options)
+            if credential := run_credential(flow_run.id):
+                self.env[AUTH_VARIABLE] = credential
+
     worker: BaseWorker[Any, Any, Any] = DockerWorker(**options)
-    if template:
-        worker.job_configuration = job_template.configuration_of(template, DockerWorkerJobConfiguration, DOCKER_FILE)
+    worker.job_configuration = (
+        job_template.configuration_of(template, Configuration, DOCKER_FILE) if template else Configuration
+    )
     return worker
 
 

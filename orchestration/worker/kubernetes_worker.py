@@ -24,7 +24,6 @@ Prefect's settings have the intervals: `PREFECT_WORKER_QUERY_SECONDS`, `PREFECT_
 import asyncio
 import contextlib
 import math
-import os
 import sys
 import time
 from collections import Counter
@@ -58,7 +57,7 @@ from prefect.utilities.engine import propose_state
 from prefect_kubernetes.settings import KubernetesSettings
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration, KubernetesWorkerResult
 
-from orchestration.access.credentials import read_run_key, sign_run
+from orchestration.access.credentials import AUTH_VARIABLE, run_credential
 from orchestration.diagnosis_table import JOB_REFUSED
 from orchestration.errors import ClusterError
 from orchestration.logs import RUN_ID
@@ -85,11 +84,6 @@ from orchestration.worker.job_template import RefusedVariableError
 from orchestration.worker.poll_schedule import PollSchedule
 
 WATCHED_KINDS = ("jobs", "pods")
-
-RUN_CREDENTIALS_VARIABLE = "RUN_CREDENTIALS"
-"""Names the folder with the key from which the worker derives the API credential of each flow run."""
-
-AUTH_VARIABLE = "PREFECT_API_AUTH_STRING"
 
 CONNECT_TIMEOUT_SECONDS = 5.0
 """How long the worker waits for a connection to the Prefect API.
@@ -503,10 +497,10 @@ class Worker(CompatibleWorker):
                 if variable["name"] == "PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR":
                     variable["value"] = "relinquish"
         removed = _remove_secrets(environment)
-        if folder := os.environ.get(RUN_CREDENTIALS_VARIABLE):
+        if credential := run_credential(flow_run.id):
             # A value, not a reference: it is worth nothing beyond this run, and needs no right to create Secrets.
             environment[:] = [entry for entry in environment if entry["name"] != AUTH_VARIABLE]
-            environment.append({"name": AUTH_VARIABLE, "value": sign_run(read_run_key(folder), flow_run.id)})
+            environment.append({"name": AUTH_VARIABLE, "value": credential})
             removed.discard(AUTH_VARIABLE)
         if removed - self._hidden_secrets:
             self._hidden_secrets |= removed

@@ -29,6 +29,7 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 from prefect.states import Scheduled
 
+from orchestration.access.credentials import sign_run
 from orchestration.errors import SettingsError
 from orchestration.settings import ROOT
 from orchestration.worker import job_template
@@ -757,12 +758,18 @@ def through_proxy(parts: Parts, closed_worker_channels: None) -> Iterator[Parts]
 
 
 @pytest.mark.usefixtures("prefect_server")
-def test_worker_runs_the_container_of_the_trusted_template(through_proxy: Parts) -> None:
+def test_worker_runs_the_container_of_the_trusted_template(
+    through_proxy: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The worker makes exactly these calls, and reports the exit code."""
-    run = asyncio.run(_submitted({"labels": {"team": "a"}}))
+    (tmp_path / "run-key").write_text("k" * 40)
+    monkeypatch.setenv("RUN_CREDENTIALS", str(tmp_path))
+    run = asyncio.run(_submitted({"labels": {"team": "a"}, "env.PREFECT_API_AUTH_STRING": "admin:guess"}))
     assert "exited with non-zero status code 3" in run.state.message
     daemon = through_proxy.daemon
     [body] = daemon.bodies
+    credentials = [text for text in body["Env"] if text.startswith("PREFECT_API_AUTH_STRING=")]
+    assert credentials == [f"PREFECT_API_AUTH_STRING={sign_run('k' * 40, run.id)}"]
     assert body["Image"] == IMAGE
     limits = {"PidsLimit": 1024, "LogConfig": {"Type": "json-file", "Config": {"max-file": "3", "max-size": "10m"}}}
     assert body["HostConfig"] == BODY["HostConfig"] | limits
