@@ -31,7 +31,9 @@ CHARTS = "tests/helm/test_charts.py tests/helm/test_environments.py tests/helm/t
 """Tests that render or install every chart."""
 
 READERS = {
-    "helm/prefect-server/*": f"tests/helm/test_prefect_server.py tests/helm/test_backup.py {REFERENCE} {CHARTS}",
+    "helm/prefect-server/*": (
+        f"tests/helm/test_prefect_server.py tests/helm/test_backup.py tests/docker/test_stack.py {REFERENCE} {CHARTS}"
+    ),
     "helm/prefect-work-pool/*": (
         f"tests/helm/test_prefect_work_pool.py tests/orchestration/operations/* {REFERENCE} {CHARTS}"
     ),

@@ -1,1 +1,1 @@
-"""Parts for a run without a cluster: an embedded Postgres and a temporary Prefect server."""
+"""Parts for one machine without a cluster: embedded Postgres, temporary Prefect server, secrets of the Docker stack."""
