@@ -73,12 +73,12 @@ PROPERTIES = (
 """The test files with property tests by Hypothesis."""
 
 TESTED_BY_PROPERTIES = (
-    "docker/stack",
     "flows/landing.py",
     "orchestration/access/limits.py",
     "orchestration/dbt/options.py",
     "orchestration/deployments",
     "orchestration/inspection/memory.py",
+    "orchestration/local/docker_secrets.py",
     "orchestration/quantity.py",
     "orchestration/reconciler",
     "orchestration/runs/result_signing.py",
@@ -190,6 +190,9 @@ LONG_TESTS = (
         "Without Kubernetes, one machine with Docker runs the daily deployment as a container and survives faults.",
         (
             *(f"docker/{name}" for name in ("Dockerfile", "build", "compose.yaml", "pool.yaml", "stack")),
+            "orchestration/access",
+            "orchestration/local/docker_secrets.py",
+            "orchestration/server_process.py",
             "orchestration/worker/__main__.py",
             "orchestration/worker/docker_policy.py",
             "orchestration/worker/docker_proxy.py",

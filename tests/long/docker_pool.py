@@ -1,4 +1,4 @@
-"""Test the Docker stack on one machine: start, daily run, attacks on the Docker socket, faults, second start, stop.
+"""Test the Docker stack on one machine: start, daily run, attacks of a run and of the worker, faults, stop, upgrade.
 
 `make test` does not collect this file; `make test-long FOR=docker-pool` runs it.
 """
@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import socket
 import stat
 import subprocess
@@ -26,8 +27,28 @@ from orchestration.operations.local_cluster import binaries, images
 from orchestration.settings import ROOT
 from tests.docker.daemon import Daemon, docker, docker_daemon
 from tests.parts import client_of, copy_of_checkout, free_port, wait_until
+from tests.versions.catalogue import PREVIOUS_COMMIT
 
 DAILY = "dbt-pipeline/dbt-pipeline-daily"
+
+SECRETS = ("postgres", "prefect", "warehouse", "redis", "encryption-key", "credentials/*")
+
+CALL = """
+import base64, json, os, sys, urllib.error, urllib.request
+statuses = []
+for method, path, body in json.loads(sys.argv[1]):
+    request = urllib.request.Request(os.environ["PREFECT_API_URL"] + path, json.dumps(body).encode(), method=method)
+    request.add_header("Content-Type", "application/json")
+    access = base64.b64encode(os.environ["PREFECT_API_AUTH_STRING"].encode()).decode()
+    request.add_header("Authorization", f"Basic {access}")
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            statuses.append(answer.status)
+    except urllib.error.HTTPError as error:
+        statuses.append(error.code)
+print(json.dumps(statuses))
+"""
+"""Makes calls of the API in a run's container, with the credential of that container."""
 
 ASK = """
 import http.client, socket, sys
@@ -125,17 +146,17 @@ def machine(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[St
         host = daemon.host if daemon else os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
         environment = os.environ | {"DOCKER_HOST": host, "PORT": str(free_port()), "IMAGE": image}
         if registry.has_image(images.POSTGRES):  # this machine reaches only its own registry
-            environment["POSTGRES_IMAGE"] = _load_postgres_image(
-                host, tmp_path_factory.mktemp("postgres") / "image.tar"
-            )
+            archive = tmp_path_factory.mktemp("databases") / "image.tar"
+            for target in ("postgres", "valkey"):
+                environment[f"{target.upper()}_IMAGE"] = _load_database_image(host, archive, target)
         yield Stack(checkout, environment, daemon)
 
 
-def _load_postgres_image(host: str, archive: Path) -> str:
-    """Build the image of Postgres, typically from the builder's cache, and load the image into the daemon."""
-    name, folder = "postgres:test", ROOT / "docker/databases"
+def _load_database_image(host: str, archive: Path, target: str) -> str:
+    """Build the image of a database, typically from the builder's cache, and load the image into the daemon."""
+    name, folder = f"{target}:test", ROOT / "docker/databases"
     isolation = ["--isolation", "chroot", "--network", "host", "--tls-verify=false", "--layers"]
-    options = ["--build-arg", f"BASE_IMAGE={images.BASE}", "--target", "postgres", "--quiet", str(folder)]
+    options = ["--build-arg", f"BASE_IMAGE={images.BASE}", "--target", target, "--quiet", str(folder)]
     built = binaries.run(["buildah", "build", *isolation, *options]).strip()
     binaries.run(["buildah", "push", "--quiet", built, f"docker-archive:{archive}:{name}"])
     docker(host, "load", "--quiet", "--input", str(archive))
@@ -245,10 +266,9 @@ def test_daily_deployment_runs_as_a_restricted_container(stack: Stack, api: http
 
 def test_containers_and_api_show_no_password(stack: Stack, api: httpx.Client) -> None:
     server = stack.service("server")
-    files = ["postgres", "prefect", "warehouse"]
-    passwords = stack.docker("exec", server, "sh", "-c", f"cd /run/secrets && cat {' '.join(files)}").split()
+    passwords = stack.docker("exec", server, "sh", "-c", f"cd /run/secrets && cat {' '.join(SECRETS)}").split()
     passwords.append(stack.password.read_text().strip())
-    assert len({password for password in passwords if len(password) >= 32}) == 4
+    assert len({password for password in passwords if len(password) >= 32}) == 9
     run, container = stack.start_run()
     pool = api.get("/work_pools/default").json()
     assert pool["type"] == "docker"
@@ -258,8 +278,57 @@ def test_containers_and_api_show_no_password(stack: Stack, api: httpx.Client) ->
     assert _wait_until_ended(api, run)[0] == "COMPLETED"
 
 
-def test_template_that_a_run_changes_on_the_server_has_no_effect(stack: Stack, api: httpx.Client) -> None:
-    """Attack: a run changes the template with the API password, to make every later run root on the machine."""
+def test_run_cannot_call_what_only_an_administrator_may(stack: Stack, api: httpx.Client) -> None:
+    """Attack: code in a run's container uses all credentials that it finds there."""
+    daily = api.get(f"/deployments/name/{DAILY}").json()
+    [other, *_] = api.post("/flow_runs/filter", json={"limit": 1}).json()
+    run, container = stack.start_run()
+    template = {"job_configuration": {"privileged": True}, "variables": {"type": "object", "properties": {}}}
+    attacks = [
+        ("PATCH", "/work_pools/default", {"base_job_template": template}),
+        ("DELETE", "/work_pools/default", None),
+        ("POST", "/deployments/", {"name": "attack", "flow_id": daily["flow_id"]}),
+        ("PATCH", f"/deployments/{daily['id']}", {"job_variables": {"command": "id"}}),
+        ("DELETE", f"/deployments/{daily['id']}", None),
+        ("POST", "/automations/", {}),
+        ("POST", "/variables/", {"name": "attack", "value": "1"}),
+        ("POST", "/block_documents/", {}),
+        ("GET", "/admin/settings", None),
+        ("POST", "/work_pools/default/get_scheduled_flow_runs", {}),
+        ("DELETE", f"/flow_runs/{other['id']}", None),
+        ("POST", f"/flow_runs/{other['id']}/set_state", {"state": {"type": "CRASHED"}, "force": True}),
+    ]
+    own = ("PATCH", f"/flow_runs/{run}", {"tags": ["mine"]})
+    calls = json.dumps([*attacks, own])
+    assert json.loads(stack.docker("exec", container["Id"], "python", "-c", CALL, calls)) == [403] * len(attacks) + [
+        204
+    ]
+    files = stack.docker("exec", container["Id"], "sh", "-c", "cat /run/secrets/* /proc/1/environ | tr '\\0' '\\n'")
+    credentials = [line.partition(":")[0] for line in files.splitlines() if "AUTH_STRING" in line or "_KEY" in line]
+    assert set(credentials) == {f"PREFECT_API_AUTH_STRING=run-{run}"}
+    secrets = stack.docker("exec", stack.service("server"), "sh", "-c", f"cd /run/secrets && cat {' '.join(SECRETS)}")
+    kept = {secret for secret in [*secrets.split(), stack.password.read_text().strip()] if secret in files}
+    assert len(kept) == 1, "the warehouse's password alone"
+    assert _wait_until_ended(api, run)[0] == "COMPLETED"
+    denied = [
+        json.loads(line)
+        for line in stack.docker("logs", stack.service("server")).splitlines()
+        if line[:8] == '{"audit"'
+    ]
+    assert [line["status"] for line in denied if line["user"] == f"run-{run}"].count(403) == len(attacks)
+
+
+def test_server_refuses_json_that_it_could_not_read_again(api: httpx.Client) -> None:
+    deep = "[" * 300 + "]" * 300
+    answer = api.post(
+        "/flows/", content=f'{{"name": "deep", "tags": {deep}}}', headers={"Content-Type": "application/json"}
+    )
+    assert answer.status_code == 422
+    assert "levels of lists and objects" in answer.text
+
+
+def test_template_that_changes_on_the_server_has_no_effect(stack: Stack, api: httpx.Client) -> None:
+    """Attack: a stolen administrator's password changes the template, to make every later run root on the machine."""
     pool = api.get("/work_pools/default").json()
     stolen = json.loads(json.dumps(pool["base_job_template"]))
     stolen["job_configuration"] |= {"privileged": True, "volumes": ["/:/host"], "network_mode": "host", "networks": []}
@@ -400,5 +469,47 @@ def test_stop_keeps_the_volumes(stack: Stack) -> None:
     for label in ("com.docker.compose.project=prefect", f"io.prefect.flow-run-id={run}"):
         assert not stack.docker("ps", "--all", "--quiet", "--filter", f"label={label}")
     volumes = set(stack.docker("volume", "ls", "--quiet", "--filter", "name=prefect-").split())
-    assert volumes == {"prefect-database", "prefect-server-secrets", "prefect-run-secrets", "prefect-docker-proxy"}
+    secrets = {f"prefect-{name}-secrets" for name in ("server", "worker", "sync", "run")}
+    assert volumes == {"prefect-database", "prefect-docker-proxy", *secrets}
     assert set(output.split("docker volume rm ")[1].split()) == volumes
+
+
+def test_stack_of_the_previous_release_is_upgraded(stack: Stack, api: httpx.Client, tmp_path: Path) -> None:
+    """Its files with the present image: volumes, passwords and containers of before. Runs had the API's password."""
+    volumes = stack.docker("volume", "ls", "--quiet", "--filter", "name=prefect-").split()
+    stack.docker("volume", "rm", *volumes)
+    archive = subprocess.run(
+        ["git", "archive", PREVIOUS_COMMIT, "docker"], cwd=ROOT, stdout=subprocess.PIPE, check=True
+    )
+    subprocess.run(["tar", "-x"], cwd=tmp_path, input=archive.stdout, check=True)
+    shutil.copy(stack.password, tmp_path / "docker/password")
+    binaries.run(["docker/stack", "up"], stack.environment, tmp_path)
+    before, container = stack.start_run()
+    password = stack.password.read_text().strip()
+    assert password in stack.docker("exec", container["Id"], "cat", "/run/secrets/environment")
+    assert _wait_until_ended(api, before)[0] == "COMPLETED"
+    block = _make_secret_block(api)
+
+    stack.make("up-docker")
+    assert api.get(f"/flow_runs/{before}").json()["state"]["type"] == "COMPLETED"
+    assert stack.sql("select day from raw.loads") == "2013-01-01"
+    for _ in range(2):
+        document = api.get(f"/block_documents/{block}", params={"include_secrets": True}).raise_for_status().json()
+        assert document["data"] == {"value": "of the older stack"}
+        encrypted = ["docker/stack", "python", "-m", "orchestration.block_encryption", "encrypt-again"]
+        output = binaries.run(encrypted, stack.environment, stack.checkout)
+    assert "all blocks have the key of the environment" in output
+    run, container = stack.start_run()
+    assert password not in stack.docker("exec", container["Id"], "sh", "-c", "cat /run/secrets/* /proc/1/environ")
+    assert _wait_until_ended(api, run)[0] == "COMPLETED"
+
+
+def _make_secret_block(api: httpx.Client) -> str:
+    """Create a block with a secret value, and return its id."""
+    kind = api.get("/block_types/slug/secret").raise_for_status().json()
+    schemas = {"block_schemas": {"block_type_id": {"any_": [kind["id"]]}}}
+    [schema, *_] = api.post("/block_schemas/filter", json=schemas).raise_for_status().json()
+    block = {"name": "older", "data": {"value": "of the older stack"}}
+    ids = {"block_type_id": kind["id"], "block_schema_id": schema["id"]}
+    made = api.post("/block_documents/", json=block | ids).raise_for_status().json()
+    return str(made["id"])
