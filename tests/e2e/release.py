@@ -85,7 +85,7 @@ class Release:
 
     def wait_for_one_worker(self) -> None:
         """Wait until only one worker is left: a terminating worker claims runs until it receives its signal."""
-        wait_until(lambda: len(self.pods("worker", terminating=True)) == 1, "the previous worker to be gone", 90)
+        wait_until(lambda: len(self.pods("worker", terminating=True)) == 1, "the previous worker to be gone")
 
     def restarts(self) -> dict[str, int]:
         """Return the number of container restarts by pod name."""

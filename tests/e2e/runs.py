@@ -41,7 +41,7 @@ def get_run(api: httpx.Client, run: str) -> Object:
     return found
 
 
-def wait_until_ended(api: httpx.Client, run: str, seconds: float = 120) -> Object:
+def wait_until_ended(api: httpx.Client, run: str, seconds: float = 300) -> Object:
     """Wait until the run is in a final state and return the run."""
     final = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
     found: Object = wait_until(
@@ -61,7 +61,7 @@ def read_log(api: httpx.Client, run: str) -> list[str]:
             return found
 
 
-def wait_for_log(api: httpx.Client, run: str, last: str, seconds: float = 30) -> list[str]:
+def wait_for_log(api: httpx.Client, run: str, last: str, seconds: float = 180) -> list[str]:
     """Wait for a line that begins with `last`, and return all messages: the server stores logs later than states."""
 
     def read_if_complete() -> list[str]:
