@@ -27,10 +27,13 @@ from tests.e2e.faults.victims import (
     wait_for_state,
     wait_until_completed,
 )
-from tests.e2e.pace import KUBELET_OUTAGE_SECONDS
+from tests.e2e.pace import IS_SHIPPED, KUBELET_OUTAGE_SECONDS
 from tests.e2e.release import Object, Pool
 from tests.e2e.runs import create_deployment, get_run, wait_for_log
 from tests.parts import find_run_processes, wait_until
+
+STOPPED_WITHIN_SECONDS = FENCED_WITHIN_SECONDS + (5 if IS_SHIPPED else 30)
+"""Upper bound from the fencing of a Job to the look that finds no process of it. A look reads all processes."""
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +75,10 @@ def start_on_second_node(api: httpx.Client, pool: Pool, deployment_id: str, **pa
 
 
 def test_drained_run_keeps_its_crash_budget(pool: Pool, api: httpx.Client, second_node: Node) -> None:
-    run, _ = start_on_second_node(api, pool, deploy_victim(api, pool, job_variables={"crash_retries": 0}), seconds=60)
+    run, _ = start_on_second_node(api, pool, deploy_victim(api, pool, job_variables={"crash_retries": 0}), seconds=300)
     began = datetime.now(UTC)
     node_components.kubectl(
-        "drain", second_node.name, "--force", "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=90s"
+        "drain", second_node.name, "--force", "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=180s"
     )
     try:
         assert_state_within(api, run, "AwaitingRetry", began)
@@ -119,16 +122,14 @@ def test_attempt_on_a_lost_node_stops_before_the_retry_begins(pool: Pool, api: h
             seen[:] = find_run_processes(run, job)
             return None
 
-        crashed = wait_until(find_crash, f"Crashed of {run}", 120)
-        fenced = time.monotonic()
+        crashed = wait_until(find_crash, f"Crashed of {run}", 300)
         assert "its node is " in crashed["message"]  # lost, or gone
         assert get_run(api, run)["labels"][FENCED_LABEL_PREFIX + job]
         assert seen, "the old attempt ended before it was fenced"
-        wait_until(lambda: not find_run_processes(run, job), "the old attempt to stop", FENCED_WITHIN_SECONDS + 5)
+        wait_until(lambda: not find_run_processes(run, job), "the old attempt to stop", STOPPED_WITHIN_SECONDS)
         stopped = datetime.now(UTC)
-        assert time.monotonic() - fenced < FENCED_WITHIN_SECONDS + 5
         assert count_taken_slots(api, slot) == 0
-        again = wait_for_state(api, run, "AwaitingRetry")
+        again = wait_for_state(api, run, "AwaitingRetry", 120)
         due = datetime.fromisoformat(again["state_details"]["scheduled_time"])
         assert due - datetime.fromisoformat(crashed["timestamp"]) >= timedelta(seconds=FENCED_WITHIN_SECONDS)
         running = wait_until(

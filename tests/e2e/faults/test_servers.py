@@ -20,6 +20,7 @@ from tests.e2e.faults.victims import (
     assert_state_within,
     assert_within,
     deploy_victim,
+    end_ticking,
     first_claim_time,
     is_ending,
     list_pods,
@@ -32,7 +33,7 @@ from tests.e2e.runs import create_deployment, get_run, start_run, wait_for_log, 
 from tests.long.soak import Soak, soak_values
 from tests.parts import wait_until
 
-SOAK_MINUTES, SOAK_RUNS = 2, 15
+SOAK_MINUTES, SOAK_RUNS, SOAK_FAULTS = 2, 15, 4
 """Size of the soak here; `make test-long FOR=soak` runs the full size."""
 
 
@@ -52,10 +53,12 @@ def test_random_faults_lose_no_run_and_overlap_no_attempts(
 ) -> None:
     seed = random.randrange(10**6)  # noqa: S311 - faults, no secret
     with proxied(pool.namespace.context) as kubernetes:
-        outcome = Soak(server, pool, kubernetes, random.Random(seed)).run(SOAK_MINUTES, SOAK_RUNS)  # noqa: S311
+        outcome = Soak(server, pool, kubernetes, random.Random(seed)).run(  # noqa: S311
+            SOAK_MINUTES, SOAK_RUNS, SOAK_FAULTS
+        )
     assert outcome.wrong == [], f"seed {seed}\n{capsys.readouterr().out}"
     assert len(outcome.runs) == SOAK_RUNS
-    assert len(outcome.faults) >= 4
+    assert len(outcome.faults) >= SOAK_FAULTS
     assert sum(map(len, outcome.attempts.values())) > SOAK_RUNS, "no fault hit a run"
 
 
@@ -95,7 +98,7 @@ def test_server_outage_and_killed_database_lose_no_run(server: Release, pool: Po
         minutely = deploy_victim(api, pool, schedules=[{"schedule": {"cron": "* * * * *"}}])
         ticking = create_deployment(api, pool, entrypoint="/probe/flow.py:ticking")
         run = start_run(api, ticking, parameters={"times": 600})
-        wait_for_log(api, run, "tick 5", 120)
+        wait_for_log(api, run, "tick 5", 300)
     # Not while a worker claims a scheduled run: a claim that is cut off is released and takes a minute longer.
     wait_until(lambda: 25 < datetime.now(UTC).second < 45, "a moment between two scheduled runs", 90)
     began = datetime.now(UTC)
@@ -125,7 +128,7 @@ def test_server_outage_and_killed_database_lose_no_run(server: Release, pool: Po
 
     claim_seconds = RECOVERY_SECONDS - POD_START_SECONDS
     with server.api() as api:
-        wait_until(all_missed_have_begun, "the missed runs to begin", 180)
+        wait_until(all_missed_have_begun, "the missed runs to begin", 300)
         for missed_run in (found for moment in missed for found in scheduled_runs(api)[moment]):
             assert_within("a missed run is claimed", back, first_claim_time(api, missed_run["id"]), claim_seconds)
             record_duration("the missed run begins", back, datetime.fromisoformat(missed_run["start_time"]))
@@ -149,13 +152,13 @@ def test_server_outage_and_killed_database_lose_no_run(server: Release, pool: Po
             return api.get(f"/flow_runs/{run}").is_success
         return False
 
-    wait_until(has_database, "the API to reach its database", 90)
+    wait_until(has_database, "the API to reach its database")
     with server.api() as api:
         [pod] = list_pods(pool, run)
-        pool.runs_namespace.kubectl("exec", pod["metadata"]["name"], "--", "touch", "/tmp/enough")  # noqa: S108 - in the pod
+        end_ticking(pool, pod["metadata"]["name"])
         found = wait_until_ended(api, run)
         assert (found["state_type"], found["run_count"]) == ("COMPLETED", 1)
-        ticks = [int(line.split()[1]) for line in wait_for_log(api, run, "the end", 90) if line.startswith("tick")]
+        ticks = [int(line.split()[1]) for line in wait_for_log(api, run, "the end", 180) if line.startswith("tick")]
         # A client whose request met the killed database sends its lines again, so lines may be doubled.
         assert {*ticks} == {*range(max(ticks) + 1)}
         assert 2 * max(ticks) > SERVER_OUTAGE_SECONDS
@@ -188,14 +191,14 @@ def test_stopped_services_are_not_ready_and_restart(server: Release) -> None:
 
     # Kubernetes delays the restart of a container that other tests have killed, by up to 5 minutes.
     namespace.kubectl("delete", "pods", "--selector", SERVICES)
-    wait_until(lambda: find_services()["ready"], "the services to be ready", RECOVERY_SECONDS)
+    wait_until(lambda: find_services()["ready"], "the services to be ready", 300)
     before = find_services()
     namespace.kubectl("exec", before["pod"], "--", "python", "-c", STOP_SERVICES)
     stopped = datetime.now(UTC)
-    wait_until(lambda: not find_services()["ready"], "the stopped services not to be ready", 60)
+    wait_until(lambda: not find_services()["ready"], "the stopped services not to be ready")
     record_duration("stopped services are not ready", stopped, datetime.now(UTC))
     wait_until(
-        lambda: (now := find_services())["restartCount"] == before["restartCount"] + 1 and now["ready"],
+        lambda: (now := find_services())["restartCount"] > before["restartCount"] and now["ready"],
         "the kubelet to restart the services",
         300,
     )

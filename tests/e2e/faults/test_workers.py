@@ -16,11 +16,13 @@ from tests.cluster.namespace import Namespace
 from tests.e2e.faults.victims import (
     DETECTION_SECONDS,
     POOL_RELEASE,
+    RECOVERY_SECONDS,
     assert_completed_by_one_retry,
     assert_no_task_is_repeated,
     assert_state_within,
     assert_within,
     deploy_victim,
+    end_ticking,
     is_ending,
     kill_pod,
     list_pods,
@@ -32,7 +34,7 @@ from tests.e2e.faults.victims import (
 )
 from tests.e2e.pace import GRACE_SECONDS, PENDING_TIMEOUT_SECONDS, WORKER_OUTAGE_SECONDS
 from tests.e2e.release import Object, Pool, Release
-from tests.e2e.runs import get_run, start_run, wait_until_ended
+from tests.e2e.runs import create_deployment, get_run, start_run, wait_until_ended
 from tests.parts import wait_until
 
 LIGHT_RUN_CODE = """
@@ -68,15 +70,24 @@ def test_two_workers_execute_each_run_once(pool: Pool, api: httpx.Client) -> Non
             runs.extend(start_run(api, deployment) for _ in range(min(free, number - len(runs))))
             return len(runs) == number
 
+        def find_workers() -> set[str]:
+            return {str(get_run(api, run)["labels"].get("prefect.worker.name")) for run in runs} - {"None"}
+
+        def have_both_claimed() -> bool:
+            if len(find_workers()) < 2:
+                runs.append(start_run(api, deployment))
+                wait_until_ended(api, runs[-1])
+            return len(find_workers()) == 2
+
         wait_until(start_as_room_permits, "all runs to be started", 600)
+        # A worker on its own may have been the first each time.
+        wait_until(have_both_claimed, "the other worker to claim a run", 300)
         for run in runs:
             assert (wait_until_ended(api, run)["state_type"], get_run(api, run)["run_count"]) == ("COMPLETED", 1)
             assert sum(state["type"] == "PENDING" for state in list_states(api, run)) <= 2  # Pending, Submitting
         jobs = json.loads(pool.namespace.kubectl("get", "jobs", "-o", "json"))["items"]
         executed = [job["metadata"]["labels"].get("prefect.io/flow-run-id") for job in jobs]
         assert sorted(run for run in executed if run in runs) == sorted(runs)
-        workers = {get_run(api, run)["labels"]["prefect.worker.name"] for run in runs}
-        assert len(workers) == 2, "one worker claimed all runs"
     finally:
         pool.namespace.kubectl("scale", worker, "--replicas=1")
 
@@ -90,13 +101,19 @@ def exhausted_quota(pool: Pool, kind: str, name: str) -> Iterator[None]:
         kind: the kind of the objects, as kubectl takes it.
         name: the resource of the quota that limits this kind.
     """
-    listed = json.loads(pool.namespace.kubectl("get", kind, "-o", "json"))["items"]
+
+    def list_unless_some_go() -> list[Object]:
+        """Return the objects; none while some are terminating, as these would make room."""
+        found: list[Object] = json.loads(pool.namespace.kubectl("get", kind, "-o", "json"))["items"]
+        return [] if any("deletionTimestamp" in listed_object["metadata"] for listed_object in found) else found
+
+    listed = wait_until(list_unless_some_go, f"no {kind} to be terminating")
     used = sum(found["status"].get("phase") not in ("Succeeded", "Failed") for found in listed)
     spec = {"hard": {name: str(used)}}
     pool.namespace.apply({"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "full"}, "spec": spec})
     try:
         read_usage = ("get", "resourcequota", "full", "-o", "jsonpath={.status.used}")
-        wait_until(lambda: pool.namespace.kubectl(*read_usage), "the quota to count", 60)
+        wait_until(lambda: pool.namespace.kubectl(*read_usage), "the quota to count")
         yield
     finally:
         pool.namespace.kubectl("delete", "resourcequota", "full")
@@ -112,7 +129,7 @@ def test_runs_over_quota_wait_for_room(pool: Pool, api: httpx.Client) -> None:
     for kind, name, state in (("jobs", "count/jobs.batch", "JobRefused"), ("pods", "pods", "PodRefused")):
         with exhausted_quota(pool, kind, name):
             run = start_run(api, deployment)
-            assert "exceeded quota: full" in wait_for_state(api, run, state, 60)["message"]
+            assert "exceeded quota: full" in wait_for_state(api, run, state, 180)["message"]
             time.sleep(PENDING_TIMEOUT_SECONDS + 5)
             assert get_run(api, run)["state_type"] == "PENDING"
         wait_until_completed(api, run)
@@ -123,11 +140,13 @@ def test_runs_over_quota_wait_for_room(pool: Pool, api: httpx.Client) -> None:
 
 def test_runs_complete_and_crash_while_no_worker_exists(pool: Pool, api: httpx.Client) -> None:
     deployment = deploy_victim(api, pool)
-    completing, _ = start_running(api, pool, deployment, seconds=60)
+    ticking = create_deployment(api, pool, entrypoint="/probe/flow.py:ticking")
+    completing, completing_pod = start_running(api, pool, ticking, times=600)
     killed, pod = start_running(api, pool, deployment, seconds=300)
     began = time.monotonic()
     with scaled_to_zero(pool, "worker"):
         gone = datetime.now(UTC)
+        end_ticking(pool, completing_pod)
         died = kill_pod(pool, pod)
         assert_state_within(api, killed, "Crashed", died)
         assert_state_within(api, killed, "AwaitingRetry", died, 2 * DETECTION_SECONDS)
@@ -141,7 +160,7 @@ def test_runs_complete_and_crash_while_no_worker_exists(pool: Pool, api: httpx.C
         begun = max(
             datetime.fromisoformat(state["timestamp"]) for state in list_states(api, run) if state["type"] == "RUNNING"
         )
-        assert_within("the run begins", back, begun, 60)
+        assert_within("the run begins", back, begun, 2 * RECOVERY_SECONDS)
     assert_completed_by_one_retry(api, killed)
     assert get_run(api, due)["run_count"] == get_run(api, completing)["run_count"] == 1
 
@@ -152,7 +171,7 @@ def test_cancelled_run_ends_without_a_worker(pool: Pool, api: httpx.Client) -> N
         began = datetime.now(UTC)
         api.post(f"/flow_runs/{run}/set_state", json={"state": {"type": "CANCELLING"}}).raise_for_status()
         assert_state_within(api, run, "Cancelled", began, GRACE_SECONDS + DETECTION_SECONDS)
-        wait_until(lambda: all(map(is_ending, list_pods(pool, run))), "its pod to end", 30)
+        wait_until(lambda: all(map(is_ending, list_pods(pool, run))), "its pod to end")
 
 
 def test_claim_of_a_dead_worker_is_released(pool: Pool, api: httpx.Client) -> None:
@@ -166,7 +185,7 @@ def test_claim_of_a_dead_worker_is_released(pool: Pool, api: httpx.Client) -> No
             newest = get_run(api, run)["state"]
             return newest["type"] == "SCHEDULED" and "No worker made a Job" in (newest["message"] or "")
 
-        wait_until(is_released, "the claim to be released", 60 + DETECTION_SECONDS)
+        wait_until(is_released, "the claim to be released", 60 + 3 * DETECTION_SECONDS)
     wait_until_completed(api, run)
     assert get_run(api, run)["run_count"] == 1
 
