@@ -15,28 +15,29 @@ from tests.parts import wait_until
 def test_service_is_reached_by_name_and_logs_its_requests(namespace: Namespace) -> None:
     namespace.serve()
     namespace.pod("client")
-    code = "from urllib.request import urlopen; print(urlopen('http://server', timeout=10).status)"
+    wait_until(lambda: namespace.connects("client", "server", 80), "the service to be reached")
+    code = "from urllib.request import urlopen; print(urlopen('http://server', timeout=60).status)"
     assert namespace.python("client", code).strip() == "200"
     full = f"server.{namespace.name}.svc.cluster.local"
     assert namespace.connects("client", full, 80)
     assert not namespace.connects("client", "nobody", 80)
-    assert '"GET / HTTP/1.1" 200' in namespace.kubectl("logs", "server")
+    wait_until(lambda: '"GET / HTTP/1.1" 200' in namespace.kubectl("logs", "server"), "the request in the log")
 
 
 def test_ingress_policy_allows_only_the_named_pods(namespace: Namespace) -> None:
     namespace.serve()
     namespace.pod("friend")
     namespace.pod("stranger")
-    assert namespace.connects("stranger", "server", 80)
+    wait_until(lambda: namespace.connects("stranger", "server", 80), "the service to be reached")
 
     allow = [{"from": [{"podSelector": {"matchLabels": {"app": "friend"}}}], "ports": [{"port": 8000}]}]
     namespace.apply(network_policy("friends-only", pod="server", ingress=allow))
-    wait_until(lambda: not namespace.connects("stranger", "server", 80), "the policy to be enforced", 20)
+    wait_until(lambda: not namespace.connects("stranger", "server", 80), "the policy to be enforced")
     assert namespace.connects("friend", "server", 80)
     assert namespace.connects("stranger", "kube-dns.kube-system", 53), "the policy selects no other pod"
 
     namespace.kubectl("delete", "networkpolicy", "friends-only")
-    wait_until(lambda: namespace.connects("stranger", "server", 80), "the policy to be gone", 20)
+    wait_until(lambda: namespace.connects("stranger", "server", 80), "the policy to be gone")
 
 
 def test_egress_policy_allows_only_the_named_peers(namespace: Namespace) -> None:
@@ -44,7 +45,7 @@ def test_egress_policy_allows_only_the_named_peers(namespace: Namespace) -> None
     namespace.pod("client")
     address = namespace.kubectl("get", "pod", "server", "-o", "jsonpath={.status.podIP}")
     namespace.apply(network_policy("deny", pod="client", egress=[]))
-    wait_until(lambda: not namespace.connects("client", address, 8000), "the policy to be enforced", 20)
+    wait_until(lambda: not namespace.connects("client", address, 8000), "the policy to be enforced")
     assert not namespace.connects("client", "kubernetes.default", 443), "neither names nor the API"
     assert not namespace.connects(
         "client", node_layout.API_IP if namespace.context == node_layout.CONTEXT else address, 443
@@ -54,7 +55,7 @@ def test_egress_policy_allows_only_the_named_peers(namespace: Namespace) -> None
     ports = [{"protocol": "UDP", "port": 53}, {"protocol": "UDP", "port": "dns"}]
     to_server = {"to": [{"podSelector": {"matchLabels": {"app": "server"}}}]}
     namespace.apply(network_policy("deny", pod="client", egress=[{"to": [dns], "ports": ports}, to_server]))
-    wait_until(lambda: namespace.connects("client", "server", 80), "names and the server to be reached", 20)
+    wait_until(lambda: namespace.connects("client", "server", 80), "names and the server to be reached")
     assert not namespace.connects("client", "kubernetes.default", 443)
 
 
@@ -83,7 +84,7 @@ def test_volume_honours_fsgroup_outlives_its_pod_and_is_deleted_with_its_claim(n
     def gone() -> bool:
         return volume not in namespace.kubectl("get", "pv", "-o", "name")
 
-    wait_until(gone, "the volume to be deleted", 30)
+    wait_until(gone, "the volume to be deleted")
     if namespace.context == node_layout.CONTEXT:
         assert not (node_layout.STATE / "volumes" / volume).exists()
 
@@ -134,7 +135,7 @@ def test_kubectl_top_shows_usage(namespace: Namespace) -> None:
         except ClusterError:
             return ""
 
-    assert "coredns" in wait_until(usage, "metrics", 90)
+    assert "coredns" in wait_until(usage, "metrics")
 
 
 @pytest.mark.parametrize("action", ["up", "down"])

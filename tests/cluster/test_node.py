@@ -43,10 +43,10 @@ def test_agent_enforces_policies(namespace: Namespace) -> None:
     namespace.serve()
     namespace.pod("client")
     namespace.apply(network_policy("deny-all", pod="server", ingress=[]))
-    wait_until(lambda: not namespace.connects("client", "server", 80), "the policy to be enforced", 20)
+    wait_until(lambda: not namespace.connects("client", "server", 80), "the policy to be enforced")
     with node_faults.without_policies():
         assert namespace.connects("client", "server", 80)
-    wait_until(lambda: not namespace.connects("client", "server", 80), "the policy to be enforced again", 20)
+    wait_until(lambda: not namespace.connects("client", "server", 80), "the policy to be enforced again")
 
 
 def test_second_node_runs_pods_and_leaves_nothing_behind(namespace: Namespace) -> None:
@@ -62,7 +62,7 @@ def test_second_node_runs_pods_and_leaves_nothing_behind(namespace: Namespace) -
                 return True
             return False
 
-        wait_until(runs_on, "the pod to be reached again", 30)
+        wait_until(runs_on, "the pod to be reached again")
         restarts = "jsonpath={.status.containerStatuses[0].restartCount}"
         assert namespace.kubectl("get", "pod", "second", "-o", restarts) == "0"
     assert other.name not in node_components.kubectl("get", "nodes", "-o", "name")

@@ -2,8 +2,8 @@
 
 import json
 import os
+import subprocess
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from uuid import uuid4
 
@@ -11,6 +11,7 @@ import httpx
 import pytest
 import yaml
 
+from orchestration.operations.local_cluster import binaries
 from orchestration.settings import ROOT
 from tests.cluster.namespace import Namespace
 from tests.e2e.release import Object, Pool, Release, copy_credentials, merge_values
@@ -76,16 +77,16 @@ def away(server: Release, pool: Pool, overlay: Path, probe: Object) -> Iterator[
         copy_credentials(server, namespace)
         namespace.apply(probe)
         namespace.kubectl("apply", "-k", str(overlay))
-        namespace.kubectl("rollout", "status", WORKER, "--timeout=180s")
+        namespace.kubectl("rollout", "status", WORKER, "--timeout=300s")
         yield namespace
     finally:
         namespace.kubectl("delete", "namespace", namespace.name, "--wait=false", "--ignore-not-found")
 
 
-def list_worker_pods(away: Namespace) -> list[str]:
-    """Return the names of the workers' pods that are not terminating."""
+def list_worker_pods(away: Namespace, *, terminating: bool = False) -> list[str]:
+    """Return the names of the workers' pods, with `terminating` also those of terminating ones."""
     listed = json.loads(away.kubectl("get", "pods", "-l", WORKERS, "-o", "json"))["items"]
-    return [pod["metadata"]["name"] for pod in listed if not pod["metadata"].get("deletionTimestamp")]
+    return [pod["metadata"]["name"] for pod in listed if terminating or not pod["metadata"].get("deletionTimestamp")]
 
 
 def start_burst(api: httpx.Client, deployment: str, count: int) -> list[str]:
@@ -95,12 +96,12 @@ def start_burst(api: httpx.Client, deployment: str, count: int) -> list[str]:
     def is_one_claimed() -> bool:
         return any(get_run(api, run)["state_type"] != "SCHEDULED" for run in runs)
 
-    wait_until(is_one_claimed, "a worker to claim runs", 120)
+    wait_until(is_one_claimed, "a worker to claim runs")
     return runs
 
 
 def assert_all_completed_once(api: httpx.Client, runs: list[str]) -> None:
-    outcomes = [wait_until_ended(api, run, 180) for run in runs]
+    outcomes = [wait_until_ended(api, run) for run in runs]
     assert {(outcome["state_type"], outcome["run_count"]) for outcome in outcomes} == {("COMPLETED", 1)}
 
 
@@ -140,7 +141,7 @@ def test_worker_joins_the_pool_and_starts_pods_in_its_namespace(
 def test_apply_keeps_the_number_of_replicas(away: Namespace, overlay: Path, api: httpx.Client) -> None:
     away.kubectl("scale", WORKER, "--replicas=2")
     away.kubectl("apply", "-k", str(overlay))
-    away.kubectl("rollout", "status", WORKER, "--timeout=180s")
+    away.kubectl("rollout", "status", WORKER, "--timeout=300s")
     assert len(list_worker_pods(away)) == 2
     assert "Worker" in away.kubectl("logs", WORKER)
 
@@ -149,20 +150,26 @@ def test_rolling_restart_under_a_burst_loses_no_run(pool: Pool, away: Namespace,
     before = list_worker_pods(away)
     runs = start_burst(api, create_deployment(api, pool), 6)
     away.kubectl("rollout", "restart", WORKER)
-    away.kubectl("rollout", "status", WORKER, "--timeout=180s")
+    away.kubectl("rollout", "status", WORKER, "--timeout=300s")
     assert_all_completed_once(api, runs)
     assert not set(before) & set(list_worker_pods(away))
 
 
 def test_deleted_worker_submits_its_claimed_runs(pool: Pool, away: Namespace, api: httpx.Client) -> None:
     away.kubectl("scale", WORKER, "--replicas=1")
-    wait_until(lambda: len(list_worker_pods(away)) == 1, "one worker to be gone")
+    # A terminating worker claims runs until it receives its signal.
+    wait_until(lambda: len(list_worker_pods(away, terminating=True)) == 1, "one worker to be gone")
     [worker] = list_worker_pods(away)
     runs = start_burst(api, create_deployment(api, pool), 8)
-    with ThreadPoolExecutor() as executor:
-        log = executor.submit(away.kubectl, "logs", "--follow", worker)
-        away.kubectl("delete", "pod", worker)
-    assert "Shutting down. Claimed runs to submit first:" in log.result()
+    command = (binaries.kubectl_program(), "--context", away.context, "-n", away.name, "logs", "--follow", worker)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as log:
+        assert log.stdout
+        try:
+            assert log.stdout.readline(), "the log of the worker"
+            away.kubectl("delete", "pod", worker)
+            assert "Shutting down. Claimed runs to submit first:" in log.stdout.read()
+        finally:
+            log.terminate()
     assert_all_completed_once(api, runs)
 
 
@@ -170,13 +177,13 @@ def test_deleted_overlay_leaves_nothing_and_claimed_runs_complete(
     pool: Pool, away: Namespace, overlay: Path, api: httpx.Client
 ) -> None:
     """The run in progress completes, too. Unclaimed runs wait for the next worker."""
-    away.kubectl("rollout", "status", WORKER, "--timeout=180s")
+    away.kubectl("rollout", "status", WORKER, "--timeout=300s")
     deployment = create_deployment(api, pool)
     in_progress = start_run(api, deployment, parameters={"seconds": 20})
-    wait_until(lambda: get_run(api, in_progress)["state_type"] == "RUNNING", "the run to run", 120)
+    wait_until(lambda: get_run(api, in_progress)["state_type"] == "RUNNING", "the run to run", 300)
     runs = start_burst(api, deployment, 6)
     away.kubectl("delete", "-k", str(overlay))
-    wait_until(lambda: not away.kubectl("get", "all", "-l", WORKERS, "-o", "name"), "all of it to be gone", 90)
+    wait_until(lambda: not away.kubectl("get", "all", "-l", WORKERS, "-o", "name"), "all of it to be gone")
     claimed = [run for run in runs if get_run(api, run)["state_type"] != "SCHEDULED"]
     assert claimed
     assert_all_completed_once(api, [in_progress, *claimed])

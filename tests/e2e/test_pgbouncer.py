@@ -115,7 +115,7 @@ def test_services_learn_of_an_automation_that_is_made_while_they_run(api: httpx.
         wanted = {"event": {"name": ["prefect.automation.triggered"]}, "resource": {"id": list(resource.values())}}
         return bool(api.post("/events/filter", json={"filter": wanted}).raise_for_status().json()["events"])
 
-    wait_until(has_fired, "the automation to fire", 60)
+    wait_until(has_fired, "the automation to fire")
 
 
 def test_other_pods_do_not_reach_pgbouncer(server: Release) -> None:
@@ -158,7 +158,7 @@ def test_server_survives_killed_pgbouncer_pods(server: Release, api: httpx.Clien
         states = [pod["status"]["containerStatuses"][0] for pod in server.pods("pgbouncer")]
         return all(state["ready"] and state["restartCount"] for state in states)
 
-    wait_until(are_restarted, "PgBouncer to restart", 60)
-    wait_until(lambda: api.post("/flows/count", json={}).is_success, "the API to answer", 60)
+    wait_until(are_restarted, "PgBouncer to restart")
+    wait_until(lambda: api.post("/flows/count", json={}).is_success, "the API to answer")
     assert asyncio.run(_make_runs(api, CLIENTS)) == []
     assert {pod for pod, count in server.restarts().items() if count != before[pod]} == pods

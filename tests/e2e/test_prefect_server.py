@@ -75,7 +75,7 @@ def test_events_reach_the_services_through_valkey(api: httpx.Client) -> None:
         found = api.post("/events/filter", json={"filter": {"any_resource": resource}})
         return bool(found.json().get("events"))
 
-    wait_until(is_stored, "the event to be stored", 60)
+    wait_until(is_stored, "the event to be stored")
 
 
 def test_services_schedule_runs_without_an_error(server: Release, api: httpx.Client) -> None:
@@ -84,7 +84,7 @@ def test_services_schedule_runs_without_an_error(server: Release, api: httpx.Cli
     schedules = [{"schedule": {"cron": "0 6 * * *"}, "active": True}]
     deployment = api.post("/deployments/", json={"name": "daily", "flow_id": flow["id"], "schedules": schedules}).json()
     runs = {"deployments": {"id": {"any_": [deployment["id"]]}}, "limit": 1}
-    wait_until(lambda: api.post("/flow_runs/filter", json=runs).json(), "the schedule's runs", 90)
+    wait_until(lambda: api.post("/flow_runs/filter", json=runs).json(), "the schedule's runs", 300)
     log = server.namespace.kubectl("logs", f"deployment/{SERVER_RELEASE}-services", "--tail=-1")
     assert not [line for line in log.splitlines() if "ERROR" in line or "Traceback" in line]
 
@@ -206,7 +206,7 @@ def test_wrong_password_of_an_external_database_is_reported(
 
     with server.namespace.without("networkpolicy", f"{SERVER_RELEASE}-database"):
         release.deploy(copy.deepcopy(values) | external, wait=False)
-        log = wait_until(lambda: "cannot be used" in (text := read_log()) and text, "the reason", 90)
+        log = wait_until(lambda: "cannot be used" in (text := read_log()) and text, "the reason", 300)
         last = log.strip().splitlines()[-1]
         assert 'password authentication failed for user "prefect"' in last
         assert "wrong@" not in log
@@ -236,7 +236,7 @@ def test_unreachable_database_is_named(namespace: Namespace, values: Object) -> 
     def find_waiting_lines() -> list[str]:
         return [line for line in explain_release(environment, "other") if "Waiting for the database" in line]
 
-    [line, *_] = wait_until(find_waiting_lines, "the reason", 90)
+    [line, *_] = wait_until(find_waiting_lines, "the reason", 300)
     message = r"Waiting for the database postgresql\+asyncpg://prefect:\*\*\*@nowhere\.invalid"
     assert re.search(rf"wait-for-migrations: \S+Z INFO {message}", line), line
 

@@ -59,7 +59,7 @@ def test_changed_template_and_job_variables_do_not_change_a_run_s_identity(pool:
         found = json.loads(pool.runs_namespace.kubectl("get", "pods", "-l", selector, "-o", "json"))["items"]
         return found[0] if found else None
 
-    created: Object = wait_until(find_pod, "the run's pod", 60)["spec"]
+    created: Object = wait_until(find_pod, "the run's pod")["spec"]
     assert created["serviceAccountName"].endswith("-runs")
     assert created["automountServiceAccountToken"] is False
     assert "envFrom" not in created["containers"][0]
@@ -68,7 +68,9 @@ def test_changed_template_and_job_variables_do_not_change_a_run_s_identity(pool:
     # By now the reconciler has had several rounds.
     history = api.get("/flow_run_states/", params={"flow_run_id": refused}).raise_for_status().json()
     history.sort(key=lambda state: state["timestamp"])
-    assert [state["name"] for state in history] == ["Scheduled", "Pending", "Crashed"]
+    # The server calls a run Late that waits for a busy worker.
+    names = [state["name"] for state in history if state["name"] != "Late"]
+    assert names == ["Scheduled", "Pending", "Crashed"]
     assert not pool.runs_namespace.kubectl("get", "jobs", "-l", f"prefect.io/flow-run-id={refused}", "-o", "name")
 
 
@@ -222,7 +224,7 @@ def test_run_writes_itself_alone(pool: Pool, server: Release, api: httpx.Client)
     other = start_run(api, deployment, state={"type": "PAUSED"})
     run = start_run(api, deployment, parameters={"seconds": 300})
     selector = f"prefect.io/flow-run-id={run}"
-    wait_until(lambda: api.get(f"/flow_runs/{run}").json()["state_type"] == "RUNNING", "the run to begin", 90)
+    wait_until(lambda: api.get(f"/flow_runs/{run}").json()["state_type"] == "RUNNING", "the run to begin", 300)
     [pod] = json.loads(pool.runs_namespace.kubectl("get", "pods", "-l", selector, "-o", "json"))["items"]
     command = ("exec", pod["metadata"]["name"], "--", "python", "-c", RUN_ATTACKS, other, deployment, pool.work_pool)
     answers = dict(line.split() for line in pool.runs_namespace.kubectl(*command).splitlines())
@@ -232,10 +234,15 @@ def test_run_writes_itself_alone(pool: Pool, server: Release, api: httpx.Client)
     assert len(answers) == 8
     assert set(answers.values()) == {"403"}, answers
     assert api.get(f"/flow_runs/{other}").json()["state_type"] == "PAUSED"
-    log = server.namespace.kubectl("logs", "deployment/prefect-server-api", "--tail=2000")
-    lines = [json.loads(line) for line in log.splitlines() if line.startswith('{"audit"')]
-    denied = [line for line in lines if line["user"] == f"run-{run}" and line["status"] == 403]
-    assert [line["path"] for line in denied] == [  # no call of Prefect's own client is among them
+
+    def list_denied() -> list[str]:
+        log = server.namespace.kubectl("logs", "deployment/prefect-server-api", "--since=30m")
+        lines = [json.loads(line) for line in log.splitlines() if line.startswith('{"audit"')]
+        return [line["path"] for line in lines if line["user"] == f"run-{run}" and line["status"] == 403]
+
+    # The container runtime writes the log a little later.
+    wait_until(lambda: len(list_denied()) >= len(answers), "the audit log")
+    assert list_denied() == [  # no call of Prefect's own client is among them
         f"/flow_runs/{other}/set_state",
         f"/flow_runs/{other}",
         f"/work_pools/{pool.work_pool}",

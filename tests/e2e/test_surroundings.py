@@ -67,7 +67,7 @@ def test_flow_runs_alone_reach_the_warehouse(local: Namespace, namespace: Namesp
     namespace.pod("elsewhere", labels=FLOW_RUN)
     # Network policies apply to a new pod's address only after a while.
     reached = 'until pg_isready -q -t 2 -d "$WAREHOUSE_URL"; do sleep 0.2; done'
-    local.kubectl("exec", "run", "--", "timeout", "30", "sh", "-c", reached)
+    local.kubectl("exec", "run", "--", "timeout", "180", "sh", "-c", reached)
     sql = "create table landed (day date); insert into landed values ('2013-01-01'); select count(*) from landed"
     built = local.kubectl("exec", "run", "--", "sh", "-c", f'psql "$WAREHOUSE_URL" -Atqc "{sql}"')
     assert built.strip() == "1"
@@ -79,7 +79,7 @@ def test_flow_runs_alone_reach_the_warehouse(local: Namespace, namespace: Namesp
         return local.kubectl("get", "pod", pod, "-o", "jsonpath={.status.podIP}")
 
     warehouse = address("warehouse-0")
-    wait_until(lambda: local.connects("neighbour", "kube-dns.kube-system", 53), "DNS in the namespace", 30)
+    wait_until(lambda: local.connects("neighbour", "kube-dns.kube-system", 53), "DNS in the namespace")
     assert not local.connects("neighbour", warehouse, 5432), "not a flow run"
     assert not local.connects("neighbour", "kubernetes.default", 443), "DNS alone is allowed"
     assert namespace.connects("elsewhere", "kube-dns.kube-system", 53)
@@ -103,14 +103,14 @@ def test_containers_get_default_resources_and_too_much_memory_is_refused(local: 
 
 def test_quota_limits_runs_and_not_the_server(local: Namespace) -> None:
     most = int(local.kubectl("get", "quota", "runs", "-o", "jsonpath={.spec.hard.pods}"))
-    local.kubectl("wait", "--for=jsonpath={.status.hard.pods}=" + str(most), "quota/runs", "--timeout=30s")
+    local.kubectl("wait", "--for=jsonpath={.status.hard.pods}=" + str(most), "quota/runs", "--timeout=180s")
     for number in range(most):
         local.pod(f"burst-{number}", labels=FLOW_RUN, priorityClassName="prefect-runs", ready=False, **UNSCHEDULABLE)
     with pytest.raises(ClusterError, match=f"exceeded quota: runs, requested: pods=1, used: pods={most}"):
         local.pod("one-too-many", labels=FLOW_RUN, priorityClassName="prefect-runs", ready=False, **UNSCHEDULABLE)
     local.pod("server", priorityClassName="prefect-control", ready=False, **UNSCHEDULABLE)
     local.kubectl("delete", "pod", "burst-0")
-    local.kubectl("wait", "--for=jsonpath={.status.used.pods}=" + str(most - 1), "quota/runs", "--timeout=30s")
+    local.kubectl("wait", "--for=jsonpath={.status.used.pods}=" + str(most - 1), "quota/runs", "--timeout=180s")
     local.pod("one-too-many", labels=FLOW_RUN, priorityClassName="prefect-runs", ready=False, **UNSCHEDULABLE)
 
 
