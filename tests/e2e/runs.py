@@ -35,9 +35,20 @@ def start_run(api: httpx.Client, deployment_id: str, **fields: Any) -> str:
     return str(created.raise_for_status().json()["id"])
 
 
+def read(api: httpx.Client, method: str, path: str, **options: Any) -> Any:
+    """Return the JSON of an answer of the Prefect API. Ask again after a 5xx: a busy database may be late."""
+
+    def answered() -> httpx.Response | None:
+        answer = api.request(method, path, **options)
+        return answer if answer.status_code < 500 else None
+
+    found: httpx.Response = wait_until(answered, f"an answer to {method} {path}")
+    return found.raise_for_status().json()
+
+
 def get_run(api: httpx.Client, run: str) -> Object:
     """Return the run as the Prefect API has it."""
-    found: Object = api.get(f"/flow_runs/{run}").raise_for_status().json()
+    found: Object = read(api, "GET", f"/flow_runs/{run}")
     return found
 
 
@@ -55,7 +66,7 @@ def read_log(api: httpx.Client, run: str) -> list[str]:
     found: list[str] = []
     while True:
         body = {"logs": {"flow_run_id": {"any_": [run]}}, "limit": 200, "offset": len(found)}
-        page = api.post("/logs/filter", json=body).raise_for_status().json()
+        page = read(api, "POST", "/logs/filter", json=body)
         found += [str(log["message"]) for log in page]
         if len(page) < 200:
             return found

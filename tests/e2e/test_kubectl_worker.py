@@ -129,7 +129,7 @@ def test_worker_joins_the_pool_and_starts_pods_in_its_namespace(
         [pod] = found
         return (run, pod) if pod["spec"]["containers"][0]["resources"]["limits"]["memory"] == "640Mi" else None
 
-    run, pod = wait_until(run_by_the_new_template, "a run by the new template", 300)
+    run, pod = wait_until(run_by_the_new_template, "a run by the new template", 600)
     assert pod["spec"]["serviceAccountName"] == "prefect-work-pool-runs"
     assert [line for line in wait_for_log(api, run, f"reaches {addresses[-1]}") if line.startswith("reaches")] == [
         f"reaches {addresses[0]}: True",

@@ -26,7 +26,7 @@ from tests.e2e.release import Object, Pool
 from tests.e2e.runs import get_run, start_run, wait_until_ended
 from tests.parts import wait_until
 
-GIVE_UP_SECONDS = PENDING_TIMEOUT_SECONDS + 3 * DETECTION_SECONDS
+GIVE_UP_SECONDS = PENDING_TIMEOUT_SECONDS + 45 + DETECTION_SECONDS
 """Upper bound for giving up a run whose pod does not start."""
 
 
@@ -58,7 +58,7 @@ def test_run_that_cannot_start_shows_why_and_is_given_up(
     [pod] = wait_until(find_stuck_pods, f"{state} of its pod")
     created = datetime.fromisoformat(pod["metadata"]["creationTimestamp"])
     assert cause in assert_state_within(api, run, state, visible_since(created, datetime.now(UTC)))["message"]
-    crashed = wait_for_state(api, run, "Crashed", timeout + 3 * DETECTION_SECONDS)
+    crashed = wait_for_state(api, run, "Crashed", timeout + 45 + DETECTION_SECONDS)
     assert int(crashed["message"].partition("Given up after ")[2].split()[0]) >= timeout
     assert wait_until_ended(api, run)["state_type"] == "CRASHED"
     wait_until(lambda: not list_pods(pool, run), "its pod to be gone")

@@ -185,7 +185,7 @@ def test_claim_of_a_dead_worker_is_released(pool: Pool, api: httpx.Client) -> No
             newest = get_run(api, run)["state"]
             return newest["type"] == "SCHEDULED" and "No worker made a Job" in (newest["message"] or "")
 
-        wait_until(is_released, "the claim to be released", 60 + 3 * DETECTION_SECONDS)
+        wait_until(is_released, "the claim to be released", 60 + 45 + DETECTION_SECONDS)
     wait_until_completed(api, run)
     assert get_run(api, run)["run_count"] == 1
 
