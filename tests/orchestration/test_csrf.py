@@ -45,7 +45,7 @@ def protected(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_every_client_works_with_csrf_protection(
     api_in_settings: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refused = httpx.post(f"{api_in_settings}/work_pools/filter", json={}, timeout=30)
+    refused = httpx.post(f"{api_in_settings}/work_pools/filter", json={}, timeout=75)
     assert (refused.status_code, refused.json()) == (403, {"detail": "Missing CSRF token."})
 
     # sync, drift

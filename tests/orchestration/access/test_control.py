@@ -24,7 +24,7 @@ from orchestration.reconciler.actions import carry_out
 from orchestration.reconciler.decide import Unclaim
 from orchestration.reconciler.model import Run
 from tests.orchestration.access.guarded_server import CREDENTIALS, RUN_KEY, SERVER_CREDENTIAL, GuardedServer
-from tests.parts import wait_until
+from tests.parts import client_of, wait_until
 
 UNKNOWN_ID = "00000000-0000-4000-8000-000000000000"
 
@@ -61,7 +61,7 @@ RUNNING = {"state": {"type": "RUNNING"}}
 
 @pytest.mark.parametrize("credential", [None, "admin:wrong", "viewer:", "worker:password-of-viewer", "run-x:y"])
 def test_unknown_credential_is_refused(guarded: GuardedServer, credential: str | None) -> None:
-    with guarded.client(credential) if credential else httpx.Client(base_url=guarded.url) as client:
+    with guarded.client(credential) if credential else client_of(guarded.url) as client:
         assert client.post("/flows/count", json={}).status_code == 401
         assert client.get("/health").status_code == 200
         assert client.get("/ready").status_code == 200
@@ -101,7 +101,7 @@ def test_late_decision_of_a_reconciler_leaves_a_newer_state(
     _propose(operator, run, "PENDING", "", True)
 
     async def decide() -> str:
-        async with httpx.AsyncClient(base_url=guarded.url, headers=operator.headers) as client:
+        async with httpx.AsyncClient(base_url=guarded.url, headers=operator.headers, timeout=75) as client:
             server = Server(client, guarded.url)
             read = Run.read(await server.ask("GET", f"/flow_runs/{run}"))
 
@@ -158,7 +158,7 @@ def test_two_credentials_in_one_request_are_refused(guarded: GuardedServer, run:
             ("authorization", client.headers["authorization"]),
             ("authorization", admin.headers["authorization"]),
         ]
-        assert httpx.get(f"{guarded.url}/admin/settings", headers=headers).status_code == 401
+        assert httpx.get(f"{guarded.url}/admin/settings", headers=headers, timeout=75).status_code == 401
 
 
 def test_run_reports_itself(guarded: GuardedServer, run: str) -> None:
@@ -301,7 +301,7 @@ def test_run_emits_no_prefect_event_about_another_run(
 
     async def emit() -> None:
         url = guarded.url.replace("http://", "ws://") + "/events/in"
-        async with websockets.connect(url, subprotocols=[websockets.Subprotocol("prefect")]) as socket:
+        async with websockets.connect(url, subprotocols=[websockets.Subprotocol("prefect")], open_timeout=75) as socket:
             await socket.send(json.dumps({"type": "auth", "token": sign_run(RUN_KEY, UUID(run))}))
             assert json.loads(await socket.recv())["type"] == "auth_success"
             texts: list[str | bytes] = [b"{}", "not JSON", "[]", *map(json.dumps, denied), *map(json.dumps, allowed)]
@@ -311,7 +311,7 @@ def test_run_emits_no_prefect_event_about_another_run(
 
     asyncio.run(emit())
     # The server records events in their order.
-    wait_until(lambda: operator.get(f"/task_runs/{own}").is_success, "the run's task run", 30)
+    wait_until(lambda: operator.get(f"/task_runs/{own}").is_success, "the run's task run")
     assert operator.get(f"/task_runs/{own}").json()["flow_run_id"] == run
     found = operator.get(f"/task_runs/{foreign}").json()
     assert found["flow_run_id"] == other
@@ -359,7 +359,7 @@ def test_websocket_needs_the_permission_of_its_route(
     async def connect() -> str | int:
         """Return the type of the server's answer, or the code with which the server closes."""
         url = guarded.url.replace("http://", "ws://") + path
-        async with websockets.connect(url, subprotocols=[websockets.Subprotocol("prefect")]) as socket:
+        async with websockets.connect(url, subprotocols=[websockets.Subprotocol("prefect")], open_timeout=75) as socket:
             await socket.send(json.dumps({"type": "auth", "token": tokens[role]}))
             try:
                 return str(json.loads(await socket.recv())["type"])
@@ -381,7 +381,7 @@ def test_audit_log_has_each_write_and_denial(guarded: GuardedServer, run: str, o
         return [(line["method"], line["path"], line["status"]) for line in found]
 
     expected = [("POST", f"/flow_runs/{run}/set_state", 201), ("POST", f"/flow_runs/{other}/set_state", 403)]
-    wait_until(lambda: lines() == expected, "two audit lines", 10)
+    wait_until(lambda: lines() == expected, "two audit lines")
     assert "password-of" not in guarded.log.read_text()
 
 
@@ -405,7 +405,7 @@ def test_server_does_not_start_without_credentials(
         env=base | environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
 
     assert ended.returncode == 1

@@ -16,10 +16,11 @@ HEADERS = {"Content-Type": "application/json"}
 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    with guarded_server(tmp_path_factory.mktemp("server"), "orchestration.server_process") as server:
-        user, _, password = SERVER_CREDENTIAL.partition(":")
-        with httpx.Client(base_url=server.url, auth=(user, password), timeout=60) as client:
-            yield client
+    with (
+        guarded_server(tmp_path_factory.mktemp("server"), "orchestration.server_process") as server,
+        server.client(SERVER_CREDENTIAL) as client,
+    ):
+        yield client
 
 
 def _nested(levels: int) -> bytes:
@@ -44,7 +45,7 @@ def test_deep_parameters_are_refused_and_lists_stay_readable(api: httpx.Client) 
 
 
 def test_password_is_checked_before_the_body(api: httpx.Client) -> None:
-    answer = httpx.post(f"{api.base_url}flows/", content=_nested(500), headers=HEADERS)
+    answer = httpx.post(f"{api.base_url}flows/", content=_nested(500), headers=HEADERS, timeout=75)
     assert answer.status_code == 401
 
 

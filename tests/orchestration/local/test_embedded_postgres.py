@@ -113,6 +113,7 @@ sys.addaudithook(die_at_program)
 if file:
     threading.Thread(target=die_at_file, daemon=True).start()
 warehouse.environment()
+time.sleep(60 if file else 0)  # on a busy machine the thread sees the file late
 """
 """Starts the warehouse, and kills its own process when a file appears or before a program is executed."""
 

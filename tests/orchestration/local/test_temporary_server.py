@@ -46,7 +46,7 @@ def test_temporary_server_serves_the_block_without_another_server(
 def test_temporary_server_ends_with_a_killed_flow() -> None:
     code = (
         "import time; from orchestration.local.temporary_server import temporary_server\n"
-        "with temporary_server() as url: print(url, flush=True); time.sleep(60)"
+        "with temporary_server() as url: print(url, flush=True); time.sleep(600)"
     )
     flow = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert flow.stdout

@@ -22,6 +22,7 @@ import pytest
 from orchestration.prefect_api import Server
 from orchestration.protocol import FENCED_LABEL_PREFIX
 from orchestration.reconciler import actions
+from orchestration.runs import run_client
 from orchestration.runs.run_client import RunClient
 from orchestration.runs.termination_message import memory_report
 from orchestration.settings import ROOT
@@ -90,7 +91,7 @@ def test_fenced_job_is_killed_with_its_child_processes(prefect_server: str, tmp_
         "import sys; from orchestration.runs import run_client, supervisor; "
         "run_client.CHECK_INTERVAL_SECONDS = 0.1; sys.exit(supervisor.main(sys.argv[1:]))"
     )
-    command = [sys.executable, "-c", code, "sh", "-c", "sleep 60 & echo $!; wait"]
+    command = [sys.executable, "-c", code, "sh", "-c", "sleep 600 & echo $!; wait"]
     messages = {job: tmp_path / job for job in ("old", "new")}
     processes = {
         job: subprocess.Popen(
@@ -115,11 +116,11 @@ def test_fenced_job_is_killed_with_its_child_processes(prefect_server: str, tmp_
         child = psutil.Process(int(processes["old"].stdout.readline()))
         with client_of(prefect_server) as api:
             api.patch(f"/flow_runs/{run}/labels", json={f"{FENCED_LABEL_PREFIX}old": True}).raise_for_status()
-        assert processes["old"].wait(30) == -signal.SIGKILL
+        assert processes["old"].wait(300) == -signal.SIGKILL
         line = rf"\S+Z ERROR Job old was given up, and .* flow_run_id={run}\n"
         assert re.fullmatch(line, processes["old"].stdout.read())
         assert json.loads(messages["old"].read_text()) == {"fenced": 1}
-        psutil.wait_procs([child], 5)
+        psutil.wait_procs([child], 60)
         assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
         time.sleep(1)
         assert processes["new"].poll() is None
@@ -135,8 +136,15 @@ def test_fenced_job_is_killed_with_its_child_processes(prefect_server: str, tmp_
     [(3, 2, 1, 3), (None, 2, 1, 2), (None, None, 1, 1), (0, 2, 1, 0), (None, None, None, 10), ("many", 2, 1, 10)],
 )
 def test_disruption_budget_is_that_of_the_run_else_the_deployment_else_the_pool(
-    prefect_server: str, run_budget: object, deployment_budget: object, pool_budget: object, retries: int
+    prefect_server: str,
+    run_budget: object,
+    deployment_budget: object,
+    pool_budget: object,
+    retries: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(run_client, "CHECK_TIMEOUT_SECONDS", 60)  # here nothing asks again
+
     def variables(budget: object) -> dict[str, object]:
         return {} if budget is None else {"disruption_retries": budget}
 
@@ -197,7 +205,7 @@ def test_sigterm_does_not_end_the_supervisor_before_its_command(tmp_path: Path) 
     """tini sends both the signal, and the command decides how to end."""
     command = (
         "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); print('up', flush=True); "
-        "time.sleep(60)"
+        "time.sleep(600)"
     )
     env = {"TERMINATION_MESSAGE_PATH": str(tmp_path / "message")}
     with subprocess.Popen(
@@ -211,7 +219,7 @@ def test_sigterm_does_not_end_the_supervisor_before_its_command(tmp_path: Path) 
             assert process.poll() is None, "the supervisor waits for its command"
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             subprocess.run(["kill", "-TERM", *children], check=True)
-            assert process.wait(10) == 7
+            assert process.wait(60) == 7
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
