@@ -87,6 +87,11 @@ class Services:
         """Return status and body of the answer to a probe of the services; status 0 if there is none in time."""
         return probe(self.port, path)
 
+    def report(self, path: str) -> dict[str, Any]:
+        """Return the body of the answer to a probe of the services, which a busy machine may give to a later probe."""
+        found: dict[str, Any] = wait_until(lambda: self.probe(path)[1], f"an answer to {path}")
+        return found
+
     def launch(self) -> None:
         """Start the process."""
         command = [sys.executable, "-m", "tests.service_faults", "server", "services", "start"]
@@ -113,15 +118,15 @@ class Services:
 
     def have_passed(self) -> bool:
         """Return whether each service has made progress a short time ago, so that no earlier fault shows."""
-        body = self.probe("/ready")[1]
-        return body.get("healthy", False) and all(
+        body = self.report("/ready")
+        return bool(body["healthy"]) and all(
             service["last_progress_seconds_ago"] < service.get("every_seconds", 0) + 10
             for service in body["services"].values()
         )
 
     def dependencies(self) -> set[str]:
         """Return how database and Redis answer the process."""
-        body = self.probe("/ready")[1]
+        body = self.report("/ready")
         return {body["database"], body["redis"]}
 
     def wait_for(self, path: str, healthy: bool, seconds: float) -> dict[str, Any]:
@@ -173,7 +178,7 @@ class Services:
         return next(
             process
             for process in psutil.process_iter(["name", "cmdline"])
-            if process.info["name"] == "redis-server" and port in " ".join(process.info["cmdline"])
+            if process.info["name"] == "redis-server" and port in " ".join(process.info["cmdline"] or [])
         )
 
 
@@ -306,11 +311,15 @@ def database_is_silent(services: Services) -> Iterator[None]:
     """Let Postgres answer nothing, while its connections stay open."""
     [(postmaster,)] = rows_of(services.postgres, "select split_part(pg_read_file('postmaster.pid'), E'\\n', 1)::int")
     process = psutil.Process(postmaster)
-    stopped = [process, *process.children(recursive=True)]
-    for member in stopped:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.suspend()
+    stopped = [process]
     try:
+        # First the process that would start others.
+        process.suspend()
+        wait_until(lambda: process.status() == psutil.STATUS_STOPPED, "Postgres to stop")
+        stopped += process.children(recursive=True)
+        for member in stopped[1:]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.suspend()
         yield
     finally:
         for member in stopped:
@@ -358,7 +367,7 @@ def fail_redis_over(services: Services) -> None:
     with redis.Redis.from_url(replica) as client:
         client.config_set("masterauth", "secret")
         client.replicaof("127.0.0.1", str(urlsplit(services.redis_url).port))
-        wait_until(lambda: client.info("replication")["master_link_status"] == "up", "the replica to follow", 30)
+        wait_until(lambda: client.info("replication")["master_link_status"] == "up", "the replica to follow")
         services.relay.close()
         services.redis_process().kill()
         client.replicaof("NO", "ONE")

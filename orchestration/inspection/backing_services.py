@@ -25,7 +25,7 @@ Report = dict[str, Any]
 PINGS = 5
 """How many times the latency is measured."""
 
-TIMEOUT_SECONDS = 10.0
+TIMEOUT_SECONDS = 20.0
 """How long database and Redis may each take to answer."""
 
 HEARTBEAT_SECONDS = 30.0

@@ -109,13 +109,13 @@ def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
 
 def test_engine_connects_to_pgbouncer_instead_of_the_hosts_of_its_url(address: Callable[[str], None]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.settimeout(10)
+        listener.settimeout(180)
         address(f"127.0.0.1:{listener.getsockname()[1]}")
         pgbouncer.use_pgbouncer()
 
         async def connect() -> bytes:
             url = "postgresql+asyncpg://u:p@/d?host=nowhere.invalid:1&host=other.invalid:2&ssl=require"
-            engine = create_async_engine(url, connect_args={"timeout": 1})
+            engine = create_async_engine(url, connect_args={"timeout": 5})
             with pytest.raises((OSError, TimeoutError)):
                 async with engine.connect():
                     pass

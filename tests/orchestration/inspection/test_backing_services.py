@@ -78,7 +78,7 @@ def test_read_only_database_is_reported(database_url: str) -> None:
 
 
 def test_long_imports_are_no_fault_of_the_database(database_url: str) -> None:
-    change = "command.TIMEOUT_SECONDS, command.use_pgbouncer = 3, lambda: time.sleep(4)"
+    change = "command.TIMEOUT_SECONDS, command.use_pgbouncer = 15, lambda: time.sleep(16)"
     report = _report(database_url, "memory://", change)
     assert report["database"]["size"] > 2**20
 

@@ -19,16 +19,15 @@ def test_services_in_the_process_of_the_api_report_their_health(tmp_path: Path) 
     with subprocess.Popen(command, cwd=ROOT, env=os.environ | variables, stdout=subprocess.DEVNULL) as process:
         try:
             wait_until(lambda: probe(health, "/ready")[0] == 200, "the services to be ready", 240)
-            assert probe(port, "/api/health")[0] == 200
-            status, body = probe(health, "/live")
-            assert status == 200
+            wait_until(lambda: probe(port, "/api/health")[0] == 200, "the API to be alive")
+            body = wait_until(lambda: (found := probe(health, "/live"))[0] == 200 and found[1], "them to be alive")
             assert {"schedule_deployments", "EventPersister", "docket"} <= set(body["services"])
 
             def answering() -> bool:
                 body = probe(health, "/live")[1]
-                return bool(body["database"] == body["redis"] == "answers")
+                return bool(body and body["database"] == body["redis"] == "answers")
 
-            wait_until(answering, "the database, and the memory in place of Redis, to answer", 60)
+            wait_until(answering, "the database, and the memory in place of Redis, to answer")
         finally:
             end_process(process)
 

@@ -23,7 +23,7 @@ SETTINGS = {
     f"PREFECT_SERVER_SERVICES_{name}_LOOP_SECONDS": "2"
     for name in ("FOREMAN", "LATE_RUNS", "PAUSE_EXPIRATIONS", "REPOSSESSOR", "SCHEDULER", "CANCELLATION_CLEANUP")
 }
-RED_SECONDS, GREEN_SECONDS = 60, 120
+RED_SECONDS, GREEN_SECONDS = 120, 240
 """Limits for a busy machine."""
 
 
@@ -44,7 +44,7 @@ def assert_recovery(services: Services) -> None:
     services.wait_for("/ready", True, GREEN_SECONDS)
     services.publish()
     wait_until(lambda: services.count_lost_events() == 0, "all events to be in the database", GREEN_SECONDS)
-    assert services.probe("/live")[0] == 200
+    services.wait_for("/live", True, GREEN_SECONDS)
 
 
 def test_every_enabled_service_reports_progress(services: Services) -> None:
@@ -91,7 +91,7 @@ def test_outage_turns_readiness_red_and_never_restarts(
         wait_until(is_red, f"{service} to be late", RED_SECONDS)
         # Longer than a loop may hang while database and Redis answer.
         time.sleep(RESTART_STALLS * STALL_SECONDS)
-        assert services.probe("/live")[0] == 200
+        services.wait_for("/live", True, RED_SECONDS)
     assert_recovery(services)
 
 
@@ -101,14 +101,14 @@ def test_emptied_redis_loses_no_later_event(services: Services) -> None:
     assert_recovery(services)
     # docket schedules a lost pass again within 60 s.
     passes = [
-        name for name, service in services.probe("/ready")[1]["services"].items() if service.get("every_seconds") == 2
+        name for name, service in services.report("/ready")["services"].items() if service.get("every_seconds") == 2
     ]
     assert passes
 
     def all_passed() -> bool:
         # Not a pass that was in progress when Redis was emptied.
         since = time.monotonic() - emptied - 2 * STALL_SECONDS
-        found = services.probe("/ready")[1]["services"]
+        found = services.report("/ready")["services"]
         return all(found[name]["last_progress_seconds_ago"] < since for name in passes)
 
     wait_until(all_passed, "all passes to continue", GREEN_SECONDS)
@@ -128,7 +128,7 @@ def test_stopped_process_answers_no_probe(services: Services) -> None:
 
 
 def test_blocked_event_loop_turns_both_probes_red(services: Services) -> None:
-    services.tell("block", str(3 * STALL_SECONDS))
+    services.tell("block", str(10 * STALL_SECONDS))  # time for both probes
     assert "event loop" in services.wait_for("/live", False, RED_SECONDS)["reasons"][0]
     assert services.probe("/ready")[0] == 503
     assert_recovery(services)
@@ -139,7 +139,7 @@ def test_api_without_postgres_is_not_ready_and_stays_alive(services: Services) -
         for fault in (service_faults.database_refuses, service_faults.database_is_silent):
             with fault(services):
                 wait_until(lambda: probe(port, "/api/ready")[0] != 200, "the API not to be ready", RED_SECONDS)
-                assert probe(port, "/api/health")[0] == 200
+                wait_until(lambda: probe(port, "/api/health")[0] == 200, "the API to be alive", RED_SECONDS)
             wait_until(lambda: probe(port, "/api/ready")[0] == 200, "the API to be ready again", GREEN_SECONDS)
 
 
@@ -147,7 +147,7 @@ def test_api_without_postgres_is_not_ready_and_stays_alive(services: Services) -
 def test_dead_or_hung_service_needs_a_restart_unless_redis_is_away(services: Services) -> None:
 
     def starts(path: str) -> set[str]:
-        return {" ".join(reason.split()[:2]) for reason in services.probe(path)[1]["reasons"]}
+        return {" ".join(reason.split()[:2]) for reason in services.report(path)["reasons"]}
 
     services.tell("hang", "ReactiveTriggers")
     wait_until(lambda: "ReactiveTriggers: no" in starts("/ready"), "the hung service to be named", RED_SECONDS)

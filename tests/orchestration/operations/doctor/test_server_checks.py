@@ -44,6 +44,13 @@ def pool(url: str) -> Iterator[WorkPool]:
         yield pool
 
 
+@pytest.fixture(autouse=True)
+def _any_speed() -> Iterator[None]:
+    """Call no answer slow: next to other tests each one may take a second."""
+    with patched.multiple(server_checks, SLOW_SECONDS=60.0, TOO_SLOW_SECONDS=60.0):
+        yield
+
+
 async def _find(*names: str) -> dict[str, Finding]:
     async with connected() as server:
         chosen = [check for check in CHECKS if check.name in names]
