@@ -171,6 +171,17 @@ def test_component_settings_override_top_level_settings() -> None:
         assert container["envFrom"] == [{"secretRef": {"name": "all-settings"}}]
 
 
+@pytest.mark.parametrize(
+    ("settings", "seconds"), [({}, "30"), ({"PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT": 7}, "7")]
+)
+def test_busy_database_may_take_long_for_a_connection(settings: Object, seconds: str) -> None:
+    """After Prefect's 5 s the API answers 500, which Prefect's client does not retry."""
+    specs = pod_specs(render("prefect-server", _with(settings=settings)))
+    for name in ("api", "services"):
+        container = specs[f"Deployment/test-prefect-server-{name}"]["containers"][0]
+        assert environment(container)["PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT"] == seconds
+
+
 def test_processes_share_all_state_in_redis_or_run_as_one() -> None:
     shared = {
         "PREFECT_REDIS_MESSAGING_URL", "PREFECT_REDIS_WORKER_CLEANUP_QUEUE_URL", "PREFECT_SERVER_DOCKET_URL",

@@ -50,6 +50,8 @@
 - {name: PREFECT_SERVER_DATABASE_MIGRATE_ON_START, value: "false"}
 - {name: PREFECT_SERVER_DATABASE_SQLALCHEMY_POOL_SIZE, value: {{ int64 $database.poolSize | quote }}}
 - {name: PREFECT_SERVER_DATABASE_SQLALCHEMY_MAX_OVERFLOW, value: {{ int64 $database.maxOverflow | quote }}}
+# 5 s by default. On a busy node a connection takes longer, and the API would answer 500.
+- {name: PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT, value: "30"}
 {{- include "prefect-server.databaseEnv" $root }}
 {{- if and $root.Values.pgbouncer.enabled (or (has (index . 1) (list "api" "services")) (eq (last .) "wait")) }}
 - {name: PGBOUNCER_ADDRESS, value: "{{ include "prefect-server.fullname" $root }}-pgbouncer:{{ include "prefect-server.pgbouncerPort" $root }}"}
