@@ -92,7 +92,7 @@ def screenshot(url: str, user: str, page: str, until: str, path: Path) -> str:
         path: the PNG file to write.
 
     Raises:
-        AssertionError: the page does not show the text within 120 s, or does not settle.
+        AssertionError: the page does not show the text within 5 minutes, or does not settle.
     """
     with browser() as send:
 
@@ -101,12 +101,12 @@ def screenshot(url: str, user: str, page: str, until: str, path: Path) -> str:
             return str(answer["result"].get("value", ""))
 
         def shown_at(page: str, until: str) -> None:
-            """Load a page until it shows a text. Reload it every 30 s, as a port-forward may have been closed."""
-            ends = time.monotonic() + 120
+            """Load a page until it shows a text. Reload it every minute, as a port-forward may have been closed."""
+            ends = time.monotonic() + 300
             while time.monotonic() < ends:
                 send("Page.navigate", url=url + page)
                 with contextlib.suppress(AssertionError):
-                    _wait(lambda: until in text(), until, 30)
+                    _wait(lambda: until in text(), until, 60)
                     return
             raise AssertionError(f"{until!r} is not on {page or '/'}. There is: {text()[:500]}")
 

@@ -44,8 +44,11 @@ MAXIMUM_LOG_LINES = 20_000
 CLOSE_TIMEOUT_SECONDS = 60.0
 """How long `close` waits for an API that takes requests."""
 
-STALL_TIMEOUT_SECONDS = 10.0
-"""How long `close` waits for an API that takes no request."""
+STALL_TIMEOUT_SECONDS = 30.0
+"""How long `close` waits for an API that takes no request. A busy server may need ten seconds for one."""
+
+REQUEST_TIMEOUT_SECONDS = 25.0
+"""How long the API may take for a request. It is shorter, so that `close` knows the reason of one that hangs."""
 
 FATAL_STATUSES = (401, 404, 405, 407)
 """HTTP statuses of an API that refuses every request: it would refuse a smaller request too."""
@@ -135,7 +138,7 @@ class Outbox:
     def _work(self) -> None:
         from prefect.client.orchestration import get_client
 
-        with get_client(sync_client=True, httpx_settings={"timeout": 10.0}) as client:
+        with get_client(sync_client=True, httpx_settings={"timeout": REQUEST_TIMEOUT_SECONDS}) as client:
             while True:
                 # Exponential backoff after failures, which `close` cuts short.
                 self._closing.wait(min(SEND_INTERVAL_SECONDS * 2**self._failures, 30.0))

@@ -20,7 +20,7 @@ import psycopg
 
 from orchestration.errors import PipelineError, WarehouseError
 
-START_TIMEOUT_SECONDS = 60.0
+START_TIMEOUT_SECONDS = 180.0
 """How long the server may take to start, recovery after a kill included."""
 
 

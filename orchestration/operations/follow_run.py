@@ -16,7 +16,7 @@ from orchestration.terminal import cut, one_line
 LAST_LINE = "Finished in state"
 """How the last line of a flow's log begins, if the flow reaches its end."""
 
-LOG_DELAY_SECONDS = 10.0
+LOG_DELAY_SECONDS = 30.0
 """How long the log may arrive after the final state. Runs send logs every two seconds, later on a busy machine."""
 
 LOG_DELAY_WHEN_ENDED_SECONDS = 2.0

@@ -76,9 +76,9 @@ def forward_port(environment: Environment, port: int = 0) -> Iterator[Forward]:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
-        process.wait(10)
+        process.wait(60)
         if reader.is_alive():
-            reader.join(10)
+            reader.join(60)
         process.stdout.close()
 
 

@@ -15,6 +15,6 @@ def has_image(image: str) -> bool:
     name, _, reference = path.rpartition("@" if "@" in path else ":")
     try:
         url = f"http://{host}/v2/{name}/manifests/{reference}"
-        return httpx.head(url, headers={"Accept": _MANIFESTS}, timeout=5).status_code == 200
+        return httpx.head(url, headers={"Accept": _MANIFESTS}, timeout=30).status_code == 200
     except httpx.HTTPError:
         return False

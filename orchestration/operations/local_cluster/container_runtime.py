@@ -12,8 +12,7 @@ import yaml
 from orchestration.operations.local_cluster import images, node_processes
 from orchestration.operations.local_cluster.node_layout import STATE, Node
 
-START_TIMEOUT_SECONDS = 30.0
-CLEANUP_TIMEOUT_SECONDS = 20.0
+CLEANUP_TIMEOUT_SECONDS = 60.0
 
 
 def start_registry() -> None:
@@ -30,7 +29,7 @@ def start_registry() -> None:
         )
     )
     node_processes.start("registry", "docker-registry", "serve", str(config))
-    node_processes.wait_for(_registry_answers, "the registry does not answer", "registry", START_TIMEOUT_SECONDS)
+    node_processes.wait_for(_registry_answers, "the registry does not answer", "registry")
 
 
 def start_containerd(node: Node) -> None:
@@ -73,7 +72,7 @@ state = "{node.folder}/containerd/state"
     )
     name = f"containerd{node.suffix}"
     node_processes.start(name, "containerd", "-c", str(node.folder / "containerd" / "config.toml"))
-    node_processes.wait_for(node.socket.exists, "containerd does not answer", name, START_TIMEOUT_SECONDS)
+    node_processes.wait_for(node.socket.exists, "containerd does not answer", name)
 
 
 def _registry_answers() -> bool:

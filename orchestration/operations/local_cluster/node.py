@@ -97,7 +97,7 @@ def _apply_manifests() -> None:
     for manifest in sorted(MANIFESTS.iterdir()):
         node_components.kubectl("apply", "--server-side", "-f", str(manifest))
     try:
-        node_components.kubectl("-n", "kube-system", "rollout", "status", "deployment", "--timeout=120s")
+        node_components.kubectl("-n", "kube-system", "rollout", "status", "deployment", "--timeout=300s")
     except ClusterError as error:
         pods = node_components.kubectl("-n", "kube-system", "get", "pods", "--no-headers")
         raise ClusterError(f"The node's own pods do not start: {pods.strip().replace(chr(10), '; ')}") from error

@@ -30,7 +30,9 @@ TESTS_PROCESS = "TESTS_PROCESS"
 """Environment variable with the id of the test process that started a program (tests/reporting.py). The node's
 processes do not have it: they outlive the tests."""
 
-START_TIMEOUT_SECONDS = 120.0
+START_TIMEOUT_SECONDS = 300.0
+"""How long a component may take to be ready on a busy machine."""
+
 STOP_TIMEOUT_SECONDS = 5.0
 """How long a process has between SIGTERM and SIGKILL."""
 
