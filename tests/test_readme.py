@@ -180,7 +180,7 @@ def test_readme_commands_for_server_deployment_and_worker_work(
         }
     _run(_command("pip install"), clone, environment)
     with _running(_command("prefect server start"), clone, environment, tmp_path / "server.log"):
-        wait_until(lambda: answers(f"http://127.0.0.1:{port}/api/health"), "the server", 180)
+        wait_until(lambda: answers(f"http://127.0.0.1:{port}/api/health"), "the server", 600)
         wait_until(lambda: answers(f"http://127.0.0.1:{port}"), "the UI")
         output = _run(_command("python flows"), clone, environment)
         assert re.search(r"Completed to 2013-\d\d-\d\d: ", output)
@@ -192,7 +192,7 @@ def test_readme_commands_for_server_deployment_and_worker_work(
             made = asked(api, "GET", "/deployments/name/dbt-pipeline/dbt-pipeline-daily")
             [schedule] = [entry["schedule"] for entry in made["schedules"]]
             assert f'cron: "{schedule["cron"]}", timezone: {schedule["timezone"]}' in README
-            wait_until(lambda: asked(api, "POST", "/flow_runs/filter", scheduled), "the schedule's runs", 120)
+            wait_until(lambda: asked(api, "POST", "/flow_runs/filter", scheduled), "the schedule's runs", 300)
         with _running(_command("make worker"), clone, environment, tmp_path / "worker.log"):
             ask = _command("prefect deployment run")
             output = _run(f"{ask} --watch", clone, environment)

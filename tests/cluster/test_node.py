@@ -87,6 +87,12 @@ def test_up_restarts_a_node_whose_processes_were_killed(namespace: Namespace) ->
     wait_until(lambda: namespace.connects("client", "server", 80), "the server to be reached")
 
 
+def _is_alive(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 @pytest.mark.skipif(not os.environ.get("CI"), reason="deletes everything in the cluster; CI=1 runs it")
 def test_down_deletes_everything_and_up_makes_a_new_node(cluster: str) -> None:
     pids = [node_processes.process_id(name) for name in node_processes.COMPONENTS]
@@ -96,7 +102,7 @@ def test_down_deletes_everything_and_up_makes_a_new_node(cluster: str) -> None:
     assert not any(Path(f"/sys/class/net/{link}").exists() for link in (node_layout.BRIDGE, node_layout.FIRST.bridge))
     assert not re.search("KUBE-|CNI-|NETPOL-", binaries.run(["iptables-save"]))
     assert node_layout.SERVICE_RANGE not in binaries.run(["ip", "route"])
-    assert not [pid for pid in pids if pid and psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
+    assert not [pid for pid in pids if pid and _is_alive(pid)]
     assert node_layout.CONTEXT not in binaries.kubectl("config", "get-contexts", "-o", "name").split()
     assert command.main(["down"]) == 0, "a second down has nothing to do"
     assert command.main(["up"]) == 0

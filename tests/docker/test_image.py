@@ -56,7 +56,7 @@ print(json.dumps({
 def _registry(path: str) -> Any:
     accepted = "application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json"
     request = Request(f"http://localhost:5000/v2/{path}", headers={"Accept": accepted})
-    with urlopen(request, timeout=10) as response:  # noqa: S310
+    with urlopen(request, timeout=60) as response:  # noqa: S310
         return json.load(response)
 
 

@@ -63,7 +63,7 @@ def test_killed_backfill_continues_where_it_stopped(run: Run, query: Query, pref
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    wait_until(lambda: query("select count(*) > 31 from raw.loads") == [(True,)], "the first chunks", 180)
+    wait_until(lambda: query("select count(*) > 31 from raw.loads") == [(True,)], "the first chunks", 300)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     # Postgres may still finish a commit of the killed process.

@@ -50,7 +50,7 @@ def _flow(script: str, variables: dict[str, str], folder: Path = ROOT) -> "subpr
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=900,
     )
 
 

@@ -258,4 +258,4 @@ def test_make_dbt_docs_serves_the_documentation(database: str, tmp_path: Path) -
             assert "model.flights.route_performance" in json.load(answer)["nodes"]
     finally:
         os.killpg(served.pid, signal.SIGTERM)
-        served.wait(20)
+        served.wait(180)

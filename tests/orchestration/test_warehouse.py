@@ -97,9 +97,9 @@ def test_refused_connection_is_transient(use_settings: UseSettings) -> None:
 
 def test_sql_of_a_killed_client_ends(database: str) -> None:
     process = _start_python(
-        "from orchestration import warehouse\nwith warehouse.connect() as c: c.execute('select pg_sleep(60)')"
+        "from orchestration import warehouse\nwith warehouse.connect() as c: c.execute('select pg_sleep(600)')"
     )
-    running = "select count(*) from pg_stat_activity where query = 'select pg_sleep(60)' and state = 'active'"
+    running = "select count(*) from pg_stat_activity where query = 'select pg_sleep(600)' and state = 'active'"
     wait_until(lambda: rows_of(database, running) == [(1,)], "the query")
     process.kill()
     process.communicate()
@@ -112,7 +112,7 @@ def test_sql_of_a_killed_client_ends(database: str) -> None:
 def test_exclusive_lock_has_one_holder_and_is_released_when_the_holder_is_killed(database: str) -> None:
     code = (
         "from orchestration import warehouse; import time\n"
-        "with warehouse.exclusive_lock('a test'): print('held', flush=True); time.sleep(60)"
+        "with warehouse.exclusive_lock('a test'): print('held', flush=True); time.sleep(600)"
     )
     holder = _start_python(code)
     assert holder.stdout is not None

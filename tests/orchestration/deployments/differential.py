@@ -28,6 +28,9 @@ SERVER_FIELDS = {
 VERSION = {"version", "version_id", "version_branch", "version_info"}
 """Fields that Prefect sets from the flow's file or from git if the file of desired state has no version."""
 
+BEGAN = datetime.now(UTC)
+"""Anchors since then are the times at which the server received a schedule. Both commands take minutes."""
+
 
 @dataclass
 class Sides:
@@ -124,7 +127,8 @@ class Sides:
 def _moment(anchor: str) -> str:
     """Return the time of an anchor, or "now": without an anchor a schedule begins when the server receives it."""
     found = datetime.fromisoformat(anchor)
-    return "now" if abs(datetime.now(UTC) - found) < timedelta(minutes=10) else found.astimezone(UTC).isoformat()
+    is_now = BEGAN - timedelta(minutes=1) < found < datetime.now(UTC) + timedelta(minutes=1)
+    return "now" if is_now else found.astimezone(UTC).isoformat()
 
 
 SETS = ("expect", "after", "for_each")

@@ -185,12 +185,12 @@ def test_schedule_with_a_new_slug_keeps_late_runs_and_pause(project: Project) ->
     def seen(name: str) -> Any:
         made = project.existing(name)
         due = [run["expected_start_time"] for run in project.runs(name)]
-        now = datetime.now(UTC).isoformat()
         states = sorted(("cron" in schedule["schedule"], schedule["active"]) for schedule in made["schedules"])
-        return states, [time for time in due if time < now], len(due) - len(set(due))
+        return states, [time for time in due if time < began], len(due) - len(set(due))
 
     write(0)
     project.sync()
+    began = datetime.now(UTC).isoformat()  # a run may become due between two looks
     before = {}
     for name in changes:
         made = project.existing(name)

@@ -57,7 +57,7 @@ def watching(owner: str, api: str, folder: Path, **options: str) -> Iterator[Wat
     try:
         yield watcher
         watcher.process.send_signal(signal.SIGTERM)
-        assert watcher.process.wait(20) == 0
+        assert watcher.process.wait(180) == 0
     except BaseException:
         watcher.process.kill()
         watcher.process.wait()

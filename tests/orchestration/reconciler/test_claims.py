@@ -319,7 +319,7 @@ async def _until_ended(
                     found = [await asyncio.to_thread(kubelet.state, run) for run in runs.values()]
                     return set(found) == {"COMPLETED"} and not stalls.held and kubelet.is_idle()
 
-                end = time.monotonic() + 240
+                end = time.monotonic() + 480
                 while not await have_ended():
                     if time.monotonic() > end:
                         pytest.fail("\n".join(f"{case}: {kubelet.history(run)}" for case, run in runs.items()))

@@ -34,7 +34,7 @@ def test_watch_reports_pods_of_runs_that_end_or_are_deleted(namespace: Namespace
     def end(pod: str, code: int) -> None:
         namespace.kubectl("exec", pod, "--", "sh", "-c", f"echo {code} > /tmp/new && mv /tmp/new /tmp/end")
         phase = "Failed" if code else "Succeeded"
-        namespace.kubectl("wait", f"pod/{pod}", f"--for=jsonpath={{.status.phase}}={phase}", "--timeout=30s")
+        namespace.kubectl("wait", f"pod/{pod}", f"--for=jsonpath={{.status.phase}}={phase}", "--timeout=300s")
 
     async def watch(url: str) -> None:
         pod_ended = asyncio.Event()
@@ -45,7 +45,7 @@ def test_watch_reports_pods_of_runs_that_end_or_are_deleted(namespace: Namespace
 
         async with httpx.AsyncClient(base_url=url, timeout=30, event_hooks={"request": [note]}) as client:
             watching = asyncio.create_task(Cluster(client, namespace.name).watch_pods(pod_ended))
-            await asyncio.wait_for(pod_ended.wait(), 10)
+            await asyncio.wait_for(pod_ended.wait(), 180)
             pod_ended.clear()
             await asyncio.to_thread(end, "other", 1)
             await asyncio.sleep(1)
@@ -58,10 +58,10 @@ def test_watch_reports_pods_of_runs_that_end_or_are_deleted(namespace: Namespace
                 partial(namespace.kubectl, "delete", "pod", "goes", "--force", "--grace-period=0"),
             ):
                 await asyncio.to_thread(end_pod)
-                await asyncio.wait_for(pod_ended.wait(), 10)
+                await asyncio.wait_for(pod_ended.wait(), 180)
                 pod_ended.clear()
             await asyncio.to_thread(end_main)
-            await asyncio.wait_for(pod_ended.wait(), 10)
+            await asyncio.wait_for(pod_ended.wait(), 180)
             watching.cancel()
             await asyncio.wait([watching])
 

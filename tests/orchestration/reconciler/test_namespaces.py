@@ -49,7 +49,8 @@ def test_round_handles_runs_in_each_namespace_and_in_no_other(prefect_server: st
                 for run in runs:
                     asked(api, "PATCH", f"/flow_runs/{run}/labels", {CLUSTER_LABEL: identity})
                 server = Server(for_prefect, prefect_server)
-                lead = LeaderElection(clusters[0].in_namespace("default"), "lease", "this one")
+                # On a busy machine a round may outlast the usual Lease of 15 s.
+                lead = LeaderElection(clusters[0].in_namespace("default"), "lease", "this one", duration=600)
                 assert await lead.acquire_or_renew()
                 policy = Policy(settle_seconds=0)
                 await Reconciler(server, clusters, name, policy, lead, Pulse(60)).round()

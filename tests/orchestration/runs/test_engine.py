@@ -347,7 +347,7 @@ def test_flow_that_ignores_sigterm_is_killed_in_time_to_set_the_state(
     made.process.wait(300)  # the flow would take 600 s
     assert time.monotonic() - began >= 5
     assert made.state()["name"] == final_state
-    assert not psutil.pid_exists(engine)
+    wait_until(lambda: not psutil.pid_exists(engine), "the engine to be gone")
 
 
 def test_flow_that_keeps_pythons_lock_has_the_whole_grace_period(run: Callable[..., Run]) -> None:
@@ -528,8 +528,8 @@ def test_engine_of_a_fenced_job_is_killed_before_it_reads_its_run(run: Callable[
     # The supervisor first reads the run to let it begin, and then polls.
     time.sleep(2)
     made.fence()
-    assert made.process.wait(30) == -signal.SIGKILL
-    assert not psutil.pid_exists(engine)
+    assert made.process.wait(300) == -signal.SIGKILL
+    wait_until(lambda: not psutil.pid_exists(engine), "the engine to be gone")
     assert made.notes() == []
     assert made.message() == {"fenced": 1}
 

@@ -37,7 +37,7 @@ from orchestration.access.credentials import sign_run
 from orchestration.protocol import MAIN_CONTAINER_ANNOTATION, RUN_LABEL
 from orchestration.reconciler import state_messages
 from orchestration.reconciler.model import Refusal
-from orchestration.worker import kubernetes_worker
+from orchestration.worker import kubernetes_worker, poll_schedule
 from tests.cluster import apiserver
 from tests.parts import free_port
 from tests.relay import relayed, silent
@@ -216,6 +216,9 @@ def _claims_of_a_worker_that_hardly_polls(
 ) -> None:
     """Run a worker whose regular polls are minutes apart, and take the steps of a test.
 
+    The worker polls once more after each event than usual. On a busy machine the server may commit later than the usual
+    polls, and a regular poll would find the run seconds later.
+
     Args:
         url: the URL of the API for the worker.
         steps: called with a client, the id of a deployment in the worker's pool, and a function that waits until a run
@@ -236,7 +239,11 @@ def _claims_of_a_worker_that_hardly_polls(
                         return found[0]
                     await asyncio.sleep(0.05)
 
-            with temporary_settings({PREFECT_API_URL: url, PREFECT_WORKER_QUERY_SECONDS: 300}):
+            with (
+                temporary_settings({PREFECT_API_URL: url, PREFECT_WORKER_QUERY_SECONDS: 300}),
+                patch.object(kubernetes_worker, "SLOT_POLL_SECONDS", (*kubernetes_worker.SLOT_POLL_SECONDS, 20.0)),
+                patch.object(poll_schedule, "RETRY_SECONDS", (*poll_schedule.RETRY_SECONDS, 20.0)),
+            ):
                 tested = kind(work_pool_name=pool, create_pool_if_not_found=False, **options)
                 working = asyncio.create_task(tested.start())
                 try:
