@@ -129,11 +129,11 @@ def test_deadline_ends_the_run_without_a_retry(pool: Pool, api: httpx.Client) ->
 
     The deadline counts from the start of the Job, and on a busy node a run takes more than a minute to begin.
     """
-    deployment = deploy_victim(api, pool, job_variables={"active_deadline_seconds": 150})
+    deployment = deploy_victim(api, pool, job_variables={"active_deadline_seconds": 90})
     run = start_run(api, deployment, parameters={"seconds": 600}, empirical_policy={"retries": 2, "retry_delay": 0})
     found = wait_for_state(api, run, "TimedOut", 400)
     assert found["type"] == "FAILED"
-    assert "ran for longer than its activeDeadlineSeconds of 150" in found["message"]
+    assert "ran for longer than its activeDeadlineSeconds of 90" in found["message"]
     wait_until(lambda: all(map(is_ending, list_pods(pool, run))), "its pod to end", DETECTION_SECONDS)
     assert get_run(api, run)["state_name"] == "TimedOut"
     assert [state["name"] for state in list_states(api, run)].count("Running") == 1
