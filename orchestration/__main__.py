@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import functools
 import gc
+import os
 import platform
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 SUCCEEDED, FAILED, DIFFERS, CHECK_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 """Exit statuses."""
+
+REPLACED_URL = "REPLACED_DATABASE_URL"
+"""Variable with the URL, as libpq takes it, of the database that a restored one replaces on another server."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -95,14 +99,16 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--json", action="store_true", help=as_json)
     text = "settle runs in a restored database before a server uses it; exit status 2 if a person has to look"
     made = commands.add_parser("settle", help=text, description=text)
-    made.add_argument(
-        "--backup", required=True, metavar="TIME", help="when the database was backed up: 2026-11-29T12:00:00Z"
-    )
+    text = "when the database was backed up, 2026-11-29T12:00:00Z; default: when its newest state of a run was set"
+    made.add_argument("--backup", default="", metavar="TIME", help=text)
     made.add_argument("--stopped", default="", metavar="TIME", help="since when no worker claims runs; default: now")
     made.add_argument(
         "--executions", type=Path, metavar="FILE", help="the Jobs and pods of runs, as make restore writes them"
     )
-    text = "the database on the same server that the restored one replaces; its records are evidence"
+    text = (
+        "the database on the same server that the restored one replaces; its records are evidence; "
+        f"default: that of the URL in the variable {REPLACED_URL}, if it is set"
+    )
     made.add_argument("--replaced", default="", metavar="NAME", help=text)
     made.add_argument("--start-unknown", action="store_true", help="start due runs that may have been executed before")
     made.add_argument("--json", action="store_true", help=as_json)
@@ -316,11 +322,18 @@ def _time(text: str) -> datetime:
 
 
 async def _settle(options: argparse.Namespace) -> int:
+    from orchestration.prefect_compat import server_records
     from orchestration.recovery import server_database
     from orchestration.recovery.settle import Moment, print_settlements, settle
 
-    moment = Moment(_time(options.backup), _time(options.stopped) if options.stopped else datetime.now(UTC))
-    replaced = server_database.libpq_url(options.replaced) if options.replaced else ""
+    stopped = _time(options.stopped) if options.stopped else datetime.now(UTC)
+    if options.backup:
+        backup = _time(options.backup)
+    else:
+        async with server_records.transaction() as session:
+            backup = await server_records.read_newest_state_time(session) or stopped
+    moment = Moment(backup, stopped)
+    replaced = server_database.libpq_url(options.replaced) if options.replaced else os.environ.get(REPLACED_URL, "")
     found = await settle(options.executions, moment, replaced=replaced, start_unknown=options.start_unknown)
     print_settlements(found, as_json=options.json)
     return DIFFERS if any(settlement.needs_person for settlement in found) else SUCCEEDED

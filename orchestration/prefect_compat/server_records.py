@@ -83,6 +83,21 @@ async def read_parents(session: "AsyncSession", task_runs: Collection[str]) -> d
     return {str(task): str(run) for task, run in await session.execute(query)}
 
 
+async def read_newest_state_time(session: "AsyncSession") -> datetime | None:
+    """Return when the newest state of a flow run was set; None without any.
+
+    Replaces: `PrefectDBInterface.FlowRunState`
+    Why: after a point-in-time recovery to the end of an archive, only the records tell what time that is
+    Until: the server keeps a record of runs outside its database
+    """
+    import sqlalchemy as sa
+    from prefect.server.database import provide_database_interface
+
+    table = provide_database_interface().FlowRunState
+    found = (await session.execute(sa.select(sa.func.max(table.timestamp)))).scalar()
+    return datetime.fromisoformat(str(found)) if found else None
+
+
 async def read_pools(session: "AsyncSession") -> dict[str, str]:
     """Return the id of each work pool's default queue, by the pool's id.
 

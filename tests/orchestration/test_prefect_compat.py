@@ -592,6 +592,7 @@ CONTRACTS: dict[str, list[Check]] = {
         ),
     ],
     "server_records.read_parents": [(lambda: _absent_columns("TaskRun", "id", "flow_run_id"), [])],
+    "server_records.read_newest_state_time": [(lambda: _absent_columns("FlowRunState", "timestamp"), [])],
     "server_records.read_pools": [(lambda: _absent_columns("WorkPool", "id", "default_queue_id"), [])],
     "server_records.read_schedules": [
         (lambda: _absent_columns("DeploymentSchedule", "id", "deployment_id", "active", "schedule"), []),

@@ -126,11 +126,10 @@ def _ended(code: int) -> tuple[Object, str]:
 RUNNING: Object = {"running": {"startedAt": "2026-11-29T12:00:00Z"}}
 
 
-def _settle(server: str, database: str, *arguments: str) -> tuple[int, list[Object]]:
+def _settle(server: str, database: str, *arguments: str, replaced_url: str = "") -> tuple[int, list[Object]]:
     command = [sys.executable, "-m", "orchestration", "settle", "--json", *arguments]
-    done = subprocess.run(
-        command, env=_environment(server, database), cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    environment = _environment(server, database) | {"REPLACED_DATABASE_URL": replaced_url}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode in (0, 2), done.stderr
     return done.returncode, json.loads(done.stdout)
 
@@ -296,7 +295,12 @@ def test_after_a_restore_nothing_is_executed_twice(server: str, story: Story, re
 
 
 def test_replaced_database_tells_how_runs_ended(server: str, story: Story, restored: str) -> None:
-    status, found = _settle(server, "restored", *story.options, "--replaced", "original")
+    """As after a recovery into another database server: its URL is given, and the time of the backup is not."""
+    options = [option for option in story.options if option not in ("--backup", story.backup.isoformat())]
+    assert "--backup" in story.options
+    assert len(options) == len(story.options) - 2
+    replaced_url = server.replace("/postgres?", "/original?")
+    status, found = _settle(server, "restored", *options, replaced_url=replaced_url)
     assert (status, [settlement for settlement in found if settlement["needs_person"]]) == (0, [])
     assert story.in_state(restored, "Completed") == story.ids("done", "ending", "claimed", "completed", "gone")
     assert story.in_state(restored, "Failed") == story.ids("broken")
