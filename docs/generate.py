@@ -90,6 +90,8 @@ COMMON_TEXTS = {
     ),
     "storage.size": "The size of the volume.",
     "volume.size": "The size of the volume.",
+    "archive.region": "The bucket's region, for S3. Empty: the service's default.",
+    "archive.resources": "Requests and limits of the plugin's container in each pod of the database.",
     "service.type": "The Service's type.",
     "service.port": "The Service's port.",
     "service.nodePort": "The node port, for the types NodePort and LoadBalancer.",

@@ -57,6 +57,10 @@ class ApiServer:
         """Create an object."""
         self.client.post(self._path(manifest), json=manifest).raise_for_status()
 
+    def delete(self, manifest: dict[str, Any]) -> None:
+        """Delete an object."""
+        self.client.delete(f"{self._path(manifest)}/{manifest['metadata']['name']}").raise_for_status()
+
     def kubeconfig(self, folder: Path) -> Path:
         """Write a kubeconfig of the administrator, and return its path.
 

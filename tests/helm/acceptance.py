@@ -16,7 +16,8 @@ from orchestration.deployments import desired_state
 from orchestration.deployments.resources import POOL, QUEUE
 from orchestration.operations.local_cluster import binaries
 from tests.cluster import apiserver
-from tests.helm.rendering import Object
+from tests.helm import cloudnative_pg
+from tests.helm.rendering import EXTENSIONS, Object
 from tests.parts import wait_until
 
 REVISION = "5d4f8c7b9d"
@@ -46,13 +47,30 @@ PROMETHEUS_RULES: Object = {
 
 @contextlib.contextmanager
 def kubernetes(folder: Path) -> Iterator[apiserver.ApiServer]:
-    """Start an API server that knows the Gateway API's HTTPRoute, and takes every PrometheusRule."""
+    """Start an API server that knows HTTPRoutes and CloudNativePG's kinds, and takes every PrometheusRule."""
     with apiserver.alone(folder) as api:
         api.create(yaml.load(binaries.http_routes().read_text(), yaml.CSafeLoader))
         api.create(PROMETHEUS_RULES)
-        groups = [f"/apis/{group}/v1" for group in ("gateway.networking.k8s.io", "monitoring.coreos.com")]
-        wait_until(lambda: all(api.client.get(group).is_success for group in groups), "HTTPRoute and PrometheusRule")
+        install_cloudnative_pg(api)
+        groups = [f"/apis/{group}/v1" for group in EXTENSIONS]
+        wait_until(lambda: all(api.client.get(group).is_success for group in groups), "the added kinds")
         yield api
+
+
+def install_cloudnative_pg(api: apiserver.ApiServer) -> None:
+    """Create the definitions of CloudNativePG's kinds, and wait until the API server has them all."""
+    for definition in cloudnative_pg.definitions():
+        api.create(definition)
+    wanted = {
+        (definition["spec"]["group"], definition["spec"]["names"]["plural"])
+        for definition in cloudnative_pg.definitions()
+    }
+    wait_until(lambda: all(name in _resources(api, group) for group, name in wanted), "CloudNativePG's kinds")
+
+
+def _resources(api: apiserver.ApiServer, group: str) -> set[str]:
+    answer = api.client.get(f"/apis/{group}/v1")
+    return {resource["name"] for resource in answer.json()["resources"]} if answer.is_success else set()
 
 
 def refusals(api: apiserver.ApiServer, rendered: str) -> list[str]:

@@ -23,6 +23,11 @@ kubernetes_validate.utils.all_versions = functools.cache(kubernetes_validate.uti
 
 Object = dict[str, Any]
 
+EXTENSIONS = (
+    "gateway.networking.k8s.io", "monitoring.coreos.com", "postgresql.cnpg.io", "barmancloud.cnpg.io",
+)  # fmt: skip
+"""API groups that Kubernetes itself does not have."""
+
 EVERY_POD: Object = {
     "labels": {"a": "b"},
     "annotations": {"c": "d"},
@@ -137,7 +142,7 @@ def objects_of(text: str) -> list[Object]:
     """
     objects = [manifest for manifest in yaml.load_all(text, yaml.CSafeLoader) if manifest]
     for manifest in objects:
-        known = manifest["apiVersion"].split("/")[0] not in ("gateway.networking.k8s.io", "monitoring.coreos.com")
+        known = manifest["apiVersion"].split("/")[0] not in EXTENSIONS
         if known and (text := repr(manifest)) not in _VALID:
             for version in KUBERNETES:
                 # Kubernetes before 1.30 lacks this kind, and the chart does not render it there.
@@ -164,17 +169,17 @@ def check_http_route(route: Object) -> None:
         if route["apiVersion"] == f"{definition['spec']['group']}/{version['name']}"
     ]
     metadata = {"metadata": {"type": "object"}}
-    jsonschema.validate(route, _closed(schema | {"properties": schema["properties"] | metadata}))
+    jsonschema.validate(route, closed(schema | {"properties": schema["properties"] | metadata}))
 
 
-def _closed(schema: Any) -> Any:
+def closed(schema: Any) -> Any:
     """Return a schema that refuses unknown fields, which an API server would drop."""
     if isinstance(schema, list):
-        return [_closed(entry) for entry in schema]
+        return [closed(entry) for entry in schema]
     if not isinstance(schema, dict):
         return schema
-    closed = {key: _closed(value) for key, value in schema.items()}
-    return closed | {"additionalProperties": False} if isinstance(schema.get("properties"), dict) else closed
+    made = {key: closed(value) for key, value in schema.items()}
+    return made | {"additionalProperties": False} if isinstance(schema.get("properties"), dict) else made
 
 
 def inventory(objects: list[Object]) -> list[str]:

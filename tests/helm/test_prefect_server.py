@@ -413,6 +413,15 @@ REFUSED = [
     (_with(api={"args": ["a"]}), "auth.roles.enabled=true and api.args are both"),
     (_with(database={"external": {"existingSecret": "db"}}), "database.bundled.enabled=false"),
     (_with(database={"bundled": {"enabled": False}}), "No database is configured: "),
+    (
+        _with(database={"mode": "bundled", "external": {"existingSecret": "db"}}),
+        "and database.external.existingSecret are both set: a server has one database. Set mode=external",
+    ),
+    (_with(database={"mode": "external"}), "database.mode=external needs database.external.existingSecret"),
+    (
+        _with(database={"mode": "bundled", "bundled": {"enabled": False}}),
+        "database.mode=bundled and database.bundled.enabled=false contradict each other",
+    ),
     (_with(redis={"external": {"existingSecret": "r"}}), "redis.bundled.enabled=false"),
     (_with(redis={"bundled": {"enabled": False}}), "services.separate=true needs a Redis"),
     (

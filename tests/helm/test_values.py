@@ -28,8 +28,8 @@ from orchestration.errors import ClusterError
 from orchestration.operations.local_cluster import binaries
 from orchestration.prefect_api import connected
 from orchestration.settings import ROOT
-from tests.cluster.apiserver import ApiServer
-from tests.helm import acceptance, values, verdicts
+from tests.cluster.apiserver import NAMESPACE, ApiServer
+from tests.helm import acceptance, cloudnative_pg, values, verdicts
 from tests.helm.rendering import Object, environment, objects_of, one, pod_specs, render, rendered
 from tests.helm.test_charts import CHARTS
 from tests.parts import client_of, examples, free_port, prefect_server, wait_until
@@ -56,6 +56,17 @@ WAYS: dict[str, list[Object]] = {
         {"service": {"type": "NodePort"}, "api": {"replicas": 2}, "networkPolicy": {"apiFrom": [{"podSelector": {}}]}},
         {"service": {"type": "LoadBalancer"}, "backup": {"enabled": True, "alert": {"enabled": True}}},
         {
+            "database": {
+                "mode": "cnpg",
+                "cnpg": {
+                    "name": "recovered",
+                    "archive": {"destination": "s3://archive/prefect"},
+                    "recovery": {"source": "lost"},
+                },
+            },
+            "pgbouncer": {"enabled": True},
+        },
+        {
             "backup": {
                 "enabled": True,
                 "storage": "s3",
@@ -80,8 +91,14 @@ WAYS: dict[str, list[Object]] = {
 
 
 @pytest.fixture(scope="module")
-def kubernetes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
-    with acceptance.kubernetes(tmp_path_factory.mktemp("kubernetes")) as api:
+def kubernetes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder with the API server's state and its kubeconfig."""
+    return tmp_path_factory.mktemp("kubernetes")
+
+
+@pytest.fixture(scope="module")
+def kubernetes(kubernetes_folder: Path) -> Iterator[ApiServer]:
+    with acceptance.kubernetes(kubernetes_folder) as api:
         yield api
 
 
@@ -325,6 +342,46 @@ CASES: dict[str, tuple[str, Object, str]] = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_values_that_kubernetes_takes_are_accepted(judge: Judge, case: tuple[str, Object, str]) -> None:
     assert judge.refusal(*case) is None
+
+
+def test_cloudnative_pg_is_refused_where_the_cluster_is_not_ready(
+    kubernetes: ApiServer, kubernetes_folder: Path, tmp_path: Path
+) -> None:
+    """Helm sees the cluster here: the operator is absent, then data would be left behind, and then nothing is wrong."""
+    file = tmp_path / "values.yaml"
+    database = {"mode": "cnpg", "cnpg": {"archive": {"destination": "s3://archive/prefect"}}}
+    file.write_text(yaml.safe_dump({"image": {"tag": "1"}, "database": database}))
+
+    def answer() -> str:
+        try:
+            return binaries.helm(
+                "install", "test", str(ROOT / "helm" / "prefect-server"), "-f", str(file), "-n", NAMESPACE,
+                "--kubeconfig", str(kubernetes_folder / "kubeconfig"), "--kube-context", "alone", "--dry-run=server",
+            )  # fmt: skip
+        except ClusterError as error:
+            return str(error)
+
+    for definition in cloudnative_pg.definitions():
+        kubernetes.delete(definition)
+    wait_until(lambda: not _knows_clusters(kubernetes), "the end of CloudNativePG's kinds")
+    assert "database.mode=cnpg needs the " in answer()
+    acceptance.install_cloudnative_pg(kubernetes)
+    bundled = one(render("prefect-server", {"image": {"tag": "1"}}), "StatefulSet", "test-prefect-server-database")
+    kubernetes.create(bundled)
+    refusal = answer()
+    assert "database.mode=cnpg would leave the data of the bundled database behind" in refusal
+    [command] = re.findall(r"kubectl (--namespace prefect scale .*)", refusal)
+    assert command == "--namespace prefect scale statefulset test-prefect-server-database --replicas=0"
+    kubernetes.delete(bundled)
+    kubernetes.create(bundled | {"spec": bundled["spec"] | {"replicas": 0}})
+    try:
+        assert "kind: Cluster" in answer()
+    finally:
+        kubernetes.delete(bundled)
+
+
+def _knows_clusters(kubernetes: ApiServer) -> bool:
+    return kubernetes.client.get("/apis/postgresql.cnpg.io/v1").is_success
 
 
 def test_other_resources_are_the_same_for_all_runs(judge: Judge) -> None:

@@ -193,6 +193,9 @@ FREE: dict[str, SearchStrategy[Any]] = {
     "affinity": st.sampled_from(
         [{}, {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}}, {"nodeAffinity": None}]
     ),
+    "objectStore": st.sampled_from(
+        [{}, {"wal": {"compression": "zstd"}}, {"googleCredentials": {"gkeEnvironment": True}}]
+    ),
     "behavior": st.just({"scaleDown": {"stabilizationWindowSeconds": 60}}),
     "extraObjects": st.just([{"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "m"}, "data": {"a": "b"}}]),
     "variables": st.just({"gpu": {"type": "integer", "default": 0}}),

@@ -58,11 +58,11 @@
 
 {{/* Variables with the address of the database, as libpq and the script `backup` take them. */}}
 {{- define "prefect-server.libpqEnv" -}}
-{{- if .Values.database.external.existingSecret }}
+{{- if eq (include "prefect-server.databaseMode" .) "external" }}
 - name: CONNECTION_URL
   valueFrom: {secretKeyRef: {name: {{ .Values.database.external.existingSecret | quote }}, key: {{ .Values.database.external.key | quote }}}}
 {{- else }}
-- {name: PGHOST, value: {{ include "prefect-server.fullname" . }}-database}
+- {name: PGHOST, value: {{ include "prefect-server.databaseHost" . }}}
 - name: PGUSER
   {{- include "prefect-server.databaseUser" . | nindent 2 }}
 - {name: PGDATABASE, value: prefect}

@@ -27,12 +27,12 @@
 {{/* Variables with the address of the database, as Prefect's settings. */}}
 {{- define "prefect-server.databaseEnv" -}}
 {{- $database := .Values.database -}}
-{{- if $database.external.existingSecret }}
+{{- if eq (include "prefect-server.databaseMode" .) "external" }}
 - name: PREFECT_SERVER_DATABASE_CONNECTION_URL
   valueFrom: {secretKeyRef: {name: {{ $database.external.existingSecret | quote }}, key: {{ $database.external.key | quote }}}}
 {{- else }}
 - {name: PREFECT_SERVER_DATABASE_DRIVER, value: postgresql+asyncpg}
-- {name: PREFECT_SERVER_DATABASE_HOST, value: {{ include "prefect-server.fullname" . }}-database}
+- {name: PREFECT_SERVER_DATABASE_HOST, value: {{ include "prefect-server.databaseHost" . }}}
 - {name: PREFECT_SERVER_DATABASE_PORT, value: "5432"}
 - {name: PREFECT_SERVER_DATABASE_NAME, value: prefect}
 - name: PREFECT_SERVER_DATABASE_USER

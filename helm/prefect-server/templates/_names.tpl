@@ -53,6 +53,13 @@ annotations:
 {{- end }}
 {{- end -}}
 
+{{/* Name of a Job of this release revision: (list root purpose). It is a label of the Job's pods, so it has at most 63
+     characters, with any revision number. */}}
+{{- define "prefect-server.jobOfRevision" -}}
+{{- $suffix := printf "-%s-%d" (index . 1) (index . 0).Release.Revision -}}
+{{- printf "%s%s" (regexReplaceAll "-+$" (include "prefect-server.fullname" (index . 0) | trunc (sub 63 (len $suffix) | int)) "") $suffix -}}
+{{- end -}}
+
 {{/* Full name of an image. The digest wins over the tag. */}}
 {{- define "prefect-server.image" -}}
 {{- if .digest -}}{{ .repository }}@{{ .digest }}{{- else -}}{{ .repository }}:{{ .tag }}{{- end -}}
@@ -83,11 +90,29 @@ annotations:
 {{- end -}}
 
 {{- define "prefect-server.databaseSecret" -}}
+{{- if eq (include "prefect-server.databaseMode" .) "cnpg" -}}
+{{- include "prefect-server.cnpgName" . -}}-app
+{{- else -}}
 {{- default (printf "%s-database" (include "prefect-server.fullname" .)) .Values.database.bundled.existingSecret -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Host of the database, unless it is external. With cnpg it is the operator's Service, which leads to the primary. */}}
+{{- define "prefect-server.databaseHost" -}}
+{{- if eq (include "prefect-server.databaseMode" .) "cnpg" -}}
+{{- include "prefect-server.cnpgName" . -}}-rw
+{{- else -}}
+{{- include "prefect-server.fullname" . -}}-database
+{{- end -}}
 {{- end -}}
 
 {{- define "prefect-server.redisSecret" -}}
 {{- default (printf "%s-redis" (include "prefect-server.fullname" .)) .Values.redis.bundled.existingSecret -}}
+{{- end -}}
+
+{{/* Mode of the database: bundled, external or cnpg. */}}
+{{- define "prefect-server.databaseMode" -}}
+{{- .Values.database.mode | default (ternary "bundled" "external" .Values.database.bundled.enabled) -}}
 {{- end -}}
 
 {{/* "true" if the server's processes share a Redis. */}}

@@ -23,6 +23,18 @@
   ports: [{port: {{ index . 2 }}}]
 {{- end -}}
 
+{{/* Egress to the database's pods. Empty if the database is external. */}}
+{{- define "prefect-server.databaseEgress" -}}
+{{- $mode := include "prefect-server.databaseMode" . -}}
+{{- if eq $mode "bundled" -}}
+{{- include "prefect-server.ownEgress" (list . "database" 5432) -}}
+{{- else if eq $mode "cnpg" -}}
+- to:
+    {{- include "prefect-server.cnpgPeers" . | trim | nindent 4 }}
+  ports: [{port: 5432}]
+{{- end -}}
+{{- end -}}
+
 {{/* Ingress from components of the chart: (list root port components...). */}}
 {{- define "prefect-server.ownIngress" -}}
 {{- $root := index . 0 -}}

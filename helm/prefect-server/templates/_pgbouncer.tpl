@@ -8,8 +8,8 @@
 {{- fail (printf "pgbouncer.enabled=true and %s.args are both set: %s.args replaces the command that connects through PgBouncer. Leave %s.args empty (api.extraArgs adds arguments), or set pgbouncer.enabled=false." $component $component $component) -}}
 {{- end -}}
 {{- end -}}
-{{- if and $.Values.database.bundled.enabled (or .serverTLS.mode .serverTLS.caSecret) -}}
-{{- fail "pgbouncer.serverTLS.mode or caSecret is set with database.bundled.enabled=true: the bundled database has no TLS. Leave them empty, or use database.external." -}}
+{{- if and (eq (include "prefect-server.databaseMode" $) "bundled") (or .serverTLS.mode .serverTLS.caSecret) -}}
+{{- fail "pgbouncer.serverTLS.mode or caSecret is set with a bundled database: the bundled database has no TLS. Leave them empty, or use another database.mode." -}}
 {{- end -}}
 {{- if and (hasPrefix "verify-" .serverTLS.mode) (not .serverTLS.caSecret) -}}
 {{- fail (printf "pgbouncer.serverTLS.mode=%s needs pgbouncer.serverTLS.caSecret: PgBouncer has no certificate to check the database against. Name a Secret with the CA's certificate, or set mode=require." .serverTLS.mode) -}}
@@ -64,7 +64,7 @@
 {{- ternary 0 (add $replicas (int64 $surge)) (eq $replicas 0) -}}
 {{- end -}}
 
-{{/* Connections of the bundled database and of PgBouncer. The message names all values that count. */}}
+{{/* Connections of PgBouncer, and of the database unless it is external. The message names all values that count. */}}
 {{- define "prefect-server.validateConnections" -}}
 {{- $values := .Values -}}
 {{- $pgbouncer := $values.pgbouncer -}}
@@ -75,22 +75,23 @@
 {{- if and $pgbouncer.enabled (gt $clients (int64 $pgbouncer.maxClientConn)) -}}
 {{- fail (printf "pgbouncer.maxClientConn is %d: a PgBouncer pod may get %d connections, of %s. Raise maxClientConn, or lower poolSize or maxOverflow." (int64 $pgbouncer.maxClientConn) $clients $shown) -}}
 {{- end -}}
-{{- if $values.database.bundled.enabled -}}
-{{- $configuration := $values.database.bundled.configuration -}}
+{{- $mode := include "prefect-server.databaseMode" . -}}
+{{- if ne $mode "external" -}}
+{{- $configuration := (index $values.database $mode).configuration -}}
 {{- $maximum := get $configuration "max_connections" | default 100 | int64 -}}
 {{- $superusers := ternary (get $configuration "superuser_reserved_connections") 3 (hasKey $configuration "superuser_reserved_connections") | int64 -}}
 {{- $others := add 4 (ternary 3 0 $values.backup.enabled) $superusers (get $configuration "reserved_connections" | default 0 | int64) -}}
 {{- $reserve := printf "%d for migrations, backups, administrators and superusers" $others -}}
 {{- if not $pgbouncer.enabled -}}
 {{- if gt (add $clients $others) $maximum -}}
-{{- fail (printf "database.bundled.configuration.max_connections is %d: the release may open %d connections, of %s, and %s. Raise max_connections, lower poolSize or maxOverflow, or set pgbouncer.enabled=true." $maximum (add $clients $others) $shown $reserve) -}}
+{{- fail (printf "database.%s.configuration.max_connections is %d: the release may open %d connections, of %s, and %s. Raise max_connections, lower poolSize or maxOverflow, or set pgbouncer.enabled=true." $mode $maximum (add $clients $others) $shown $reserve) -}}
 {{- end -}}
 {{- else -}}
 {{- $pods := add (int64 $pgbouncer.replicas) 1 -}}
 {{- $listeners := ternary $services $api $values.services.separate -}}
 {{- $most := add (mul $pods (add (int64 $pgbouncer.defaultPoolSize) (int64 $pgbouncer.reservePoolSize))) $listeners $others -}}
 {{- if gt $most $maximum -}}
-{{- fail (printf "database.bundled.configuration.max_connections is %d: the release may open %d connections, of %d PgBouncer pods (pgbouncer.replicas, and one of a rollout) x (pgbouncer.defaultPoolSize %d + pgbouncer.reservePoolSize %d), %d pods that run services (services.separate, services.replicas) and listen for notifications, and %s (backup.enabled). Raise max_connections, or lower defaultPoolSize or reservePoolSize." $maximum $most $pods (int64 $pgbouncer.defaultPoolSize) (int64 $pgbouncer.reservePoolSize) $listeners $reserve) -}}
+{{- fail (printf "database.%s.configuration.max_connections is %d: the release may open %d connections, of %d PgBouncer pods (pgbouncer.replicas, and one of a rollout) x (pgbouncer.defaultPoolSize %d + pgbouncer.reservePoolSize %d), %d pods that run services (services.separate, services.replicas) and listen for notifications, and %s (backup.enabled). Raise max_connections, or lower defaultPoolSize or reservePoolSize." $mode $maximum $most $pods (int64 $pgbouncer.defaultPoolSize) (int64 $pgbouncer.reservePoolSize) $listeners $reserve) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

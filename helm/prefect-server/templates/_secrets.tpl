@@ -12,9 +12,9 @@
 {{- end -}}
 {{- end -}}
 
-{{/* `value` or `valueFrom` of the login at the bundled database. Existing Secrets need no key `username`. */}}
+{{/* `value` or `valueFrom` of the login at the database, unless it is external. Existing Secrets need no key `username`. */}}
 {{- define "prefect-server.databaseUser" -}}
-{{- if .Values.database.bundled.existingSecret -}}
+{{- if and .Values.database.bundled.existingSecret (eq (include "prefect-server.databaseMode" .) "bundled") -}}
 value: prefect
 {{- else -}}
 valueFrom: {secretKeyRef: {name: {{ include "prefect-server.databaseSecret" . | quote }}, key: username}}

@@ -3,6 +3,7 @@
 {{- define "prefect-server.validate" -}}
 {{- include "prefect-server.validateImage" . -}}
 {{- include "prefect-server.validateDatabase" . -}}
+{{- include "prefect-server.validateCnpg" . -}}
 {{- include "prefect-server.validateProcesses" . -}}
 {{- include "prefect-server.validateRoles" . -}}
 {{- include "prefect-server.validateRoutes" . -}}
@@ -32,10 +33,20 @@
 {{/* The database and Redis of the server. */}}
 {{- define "prefect-server.validateDatabase" -}}
 {{- $values := .Values -}}
-{{- if and $values.database.external.existingSecret $values.database.bundled.enabled -}}
+{{- $mode := $values.database.mode -}}
+{{- if and $mode (ne $mode "external") $values.database.external.existingSecret -}}
+{{- fail (printf "database.mode=%s and database.external.existingSecret are both set: a server has one database. Set mode=external, or leave existingSecret empty." $mode) -}}
+{{- end -}}
+{{- if and (eq $mode "external") (not $values.database.external.existingSecret) -}}
+{{- fail "database.mode=external needs database.external.existingSecret: the server has no address of a database. Set it to a Secret with the database's URL." -}}
+{{- end -}}
+{{- if and (eq $mode "bundled") (not $values.database.bundled.enabled) -}}
+{{- fail "database.mode=bundled and database.bundled.enabled=false contradict each other: the server has no database. Set bundled.enabled=true, or another mode." -}}
+{{- end -}}
+{{- if and (not $mode) $values.database.external.existingSecret $values.database.bundled.enabled -}}
 {{- fail "database.external.existingSecret and database.bundled.enabled are both set: a server has one database. Set database.bundled.enabled=false to use the external one, or leave existingSecret empty." -}}
 {{- end -}}
-{{- if not (or $values.database.external.existingSecret $values.database.bundled.enabled) -}}
+{{- if not (or $mode $values.database.external.existingSecret $values.database.bundled.enabled) -}}
 {{- fail "No database is configured: database.bundled.enabled is false and database.external.existingSecret is empty. Set existingSecret to a Secret with the database's URL, or database.bundled.enabled=true." -}}
 {{- end -}}
 {{- if and $values.redis.external.existingSecret $values.redis.bundled.enabled -}}
@@ -219,11 +230,13 @@
 {{/* Existing Secrets and their keys. Pods cannot start without them. Helm can check only with access to the cluster. */}}
 {{- define "prefect-server.validateSecrets" -}}
 {{- $root := . -}}
+{{- $mode := include "prefect-server.databaseMode" . -}}
 {{- $references := list
   (dict "path" "auth.existingSecret" "name" .Values.auth.existingSecret "key" .Values.auth.key)
   (dict "path" "encryptionKey.existingSecret" "name" .Values.encryptionKey.existingSecret "key" .Values.encryptionKey.key)
   (dict "path" "database.external.existingSecret" "name" .Values.database.external.existingSecret "key" .Values.database.external.key)
-  (dict "path" "database.bundled.existingSecret" "name" .Values.database.bundled.existingSecret "key" "password")
+  (dict "path" "database.bundled.existingSecret" "name" (ternary .Values.database.bundled.existingSecret "" (eq $mode "bundled")) "key" "password")
+  (dict "path" "database.cnpg.archive.existingSecret" "name" (ternary .Values.database.cnpg.archive.existingSecret "" (eq $mode "cnpg")) "key" "AWS_ACCESS_KEY_ID")
   (dict "path" "pgbouncer.serverTLS.caSecret" "name" (ternary .Values.pgbouncer.serverTLS.caSecret "" .Values.pgbouncer.enabled) "key" .Values.pgbouncer.serverTLS.caKey)
   (dict "path" "redis.external.existingSecret" "name" .Values.redis.external.existingSecret "key" .Values.redis.external.key)
   (dict "path" "redis.bundled.existingSecret" "name" .Values.redis.bundled.existingSecret "key" "password")
