@@ -12,7 +12,13 @@ from orchestration.deployments import quota
 from orchestration.deployments.pod_resources import pod_of, total
 from orchestration.errors import ClusterError
 from orchestration.operations.doctor.findings import Finding, check, failed, ok, warning
-from orchestration.operations.doctor.installation import Installation, containers_of, parse_documents, version_of
+from orchestration.operations.doctor.installation import (
+    Installation,
+    containers_of,
+    is_cluster,
+    parse_documents,
+    version_of,
+)
 from orchestration.operations.environment import POOL, RELEASES, SERVER, Object
 from orchestration.operations.port_forward import AUTH_SECRET
 from orchestration.operations.release_inputs import CHARTS
@@ -440,6 +446,9 @@ async def check_secrets(installation: Installation) -> Finding:
     known: dict[tuple[str, str, str], set[str]] = {}
     for release in RELEASES:
         for found in await installation.read_release(release):
+            if is_cluster(found):  # CloudNativePG's operator creates the Secret with the login.
+                login = (installation.namespace_of(found), "Secret", f"{found['metadata']['name']}-app")
+                known[login] = {"username", "password", "uri"}
             if found["kind"] in ("Secret", "ConfigMap"):
                 identity = (installation.namespace_of(found), found["kind"], found["metadata"]["name"])
                 known[identity] = set(found.get("data") or {})

@@ -2,7 +2,7 @@
 
 from orchestration.operations.doctor.cluster_checks import shorten
 from orchestration.operations.doctor.findings import LIMIT_SECONDS, Finding, check, failed, ok, warning
-from orchestration.operations.doctor.installation import Installation, UncheckedError
+from orchestration.operations.doctor.installation import Installation, UncheckedError, database_mode
 from orchestration.operations.environment import SERVER, Object
 from orchestration.quantity import parse_quantity
 
@@ -95,12 +95,13 @@ async def check_database_connections(installation: Installation) -> Finding:
 
 @check(GROUP, "database size", 2 * LIMIT_SECONDS)
 async def check_database_size(installation: Installation) -> Finding:
-    """The bundled database fits its volume."""
+    """The database fits its volume, unless it is external."""
     size = (await _read_postgres(installation))["size"]
-    bundled = (await installation.read_values(SERVER))["database"]["bundled"]
-    if not bundled["enabled"]:
+    values = await installation.read_values(SERVER)
+    mode = database_mode(values)
+    if mode == "external":
         return ok(f"{size / MIB:.0f} MiB in an external database")
-    share = size / float(parse_quantity(bundled["storage"]["size"]))
+    share = size / float(parse_quantity(values["database"][mode]["storage"]["size"]))
     shown = f"{size / MIB:.0f} MiB, {share:.0%} of its volume"
     cure = "Lower retention.days (docs/how-to/retention.md), or enlarge the volume"
     if share >= TOO_FULL:

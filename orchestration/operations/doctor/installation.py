@@ -20,6 +20,9 @@ UNKNOWN_IMAGE = Image("unknown", f"sha256:{'0' * 64}")
 REPORT = ("python", "-m", "orchestration.inspection.backing_services")
 """The command by which the server's pod reports about database and Redis."""
 
+CLUSTERS = "clusters.postgresql.cnpg.io"
+"""CloudNativePG's Clusters, as kubectl takes the kind."""
+
 COMPONENT = "app.kubernetes.io/component"
 """The label with the name of an object's component."""
 
@@ -28,6 +31,17 @@ Found = TypeVar("Found")
 
 class UncheckedError(PipelineError):
     """A check that is not possible, with the reason."""
+
+
+def database_mode(values: Object) -> str:
+    """Return the mode of the server's database by values of the chart, also of an older one without `database.mode`."""
+    database = values["database"]
+    return str(database.get("mode") or ("bundled" if database["bundled"]["enabled"] else "external"))
+
+
+def is_cluster(manifest: Object) -> bool:
+    """Return whether an object is a Cluster of CloudNativePG."""
+    return manifest["kind"] == "Cluster" and str(manifest["apiVersion"]).startswith("postgresql.cnpg.io/")
 
 
 class Installation:

@@ -9,9 +9,12 @@ from orchestration.operations import port_forward, release_diagnosis, release_in
 from orchestration.operations.doctor.cluster_checks import count, shorten
 from orchestration.operations.doctor.findings import Finding, check, failed, ok, warning
 from orchestration.operations.doctor.installation import (
+    CLUSTERS,
     COMPONENT,
     Installation,
     UncheckedError,
+    database_mode,
+    is_cluster,
     variables_of,
     version_of,
 )
@@ -210,12 +213,15 @@ async def check_retention(installation: Installation) -> Finding:
 
 @check(GROUP, "backup")
 async def check_backup(installation: Installation) -> Finding:
-    """A backup of the server's database was made within two days."""
+    """A backup of the server's database was made within two days, or its WAL is archived."""
     if installation.is_local:
         raise UncheckedError("a local environment keeps nothing that lasts")
+    mode = database_mode(await installation.read_values(SERVER))
+    if mode == "cnpg":
+        return await _check_archive(installation)
     jobs = [job for job in await installation.read_objects("cronjobs") if _is_backup(job)]
     if not jobs:
-        if not (await installation.read_values(SERVER))["database"]["bundled"]["enabled"]:
+        if mode == "external":
             raise UncheckedError("the operator of the external database backs it up; no CronJob here does")
         return warning("no CronJob backs the bundled database up", "See docs/how-to/back-up.md")
     newest = max((job.get("status") or {}).get("lastSuccessfulTime") or "" for job in jobs)
@@ -229,6 +235,24 @@ async def check_backup(installation: Installation) -> Finding:
             f"See its Jobs: kubectl -n {installation.cluster.namespace} get jobs",
         )
     return ok(f"the last backup is {age.total_seconds() / 3600:.0f} h old")
+
+
+async def _check_archive(installation: Installation) -> Finding:
+    """Return whether CloudNativePG archives the WAL of the server's Cluster, and has a base backup."""
+    page = "See docs/how-to/cloudnative-pg.md"
+    wanted = [found["metadata"]["name"] for found in await installation.read_release(SERVER) if is_cluster(found)]
+    clusters = await installation.read_objects(CLUSTERS)
+    for cluster in clusters:
+        if cluster["metadata"]["name"] in wanted:
+            conditions = (cluster.get("status") or {}).get("conditions") or []
+            states = {condition["type"]: condition for condition in conditions}
+            archiving = states.get("ContinuousArchiving") or {}
+            if archiving.get("status") != "True":
+                return failed(f"the WAL is not archived: {archiving.get('message') or 'no file yet'}", page)
+            if (states.get("LastBackupSucceeded") or {}).get("status") != "True":
+                return warning("no base backup has succeeded, or the last one failed: nothing can be recovered", page)
+            return ok("the WAL is archived, and the last base backup succeeded")
+    return failed(f"Cluster {', '.join(wanted)} of CloudNativePG is gone", page)
 
 
 def _is_backup(job: Object) -> bool:

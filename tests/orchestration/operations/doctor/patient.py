@@ -13,7 +13,7 @@ import yaml
 
 from orchestration.operations.doctor import examination  # noqa: F401 - registers the checks
 from orchestration.operations.doctor.findings import CHECKS, Finding, run_checks
-from orchestration.operations.doctor.installation import Installation
+from orchestration.operations.doctor.installation import CLUSTERS, Installation
 from orchestration.operations.environment import POOL, RELEASES, SERVER, Environment, Object
 from orchestration.operations.local_cluster import binaries
 from orchestration.operations.release_inputs import CHARTS
@@ -70,7 +70,7 @@ class Patient:
             name: the name of the check.
             changed: the kinds of objects that have changed in the cluster, and are read again.
             known: what is not read from the cluster: `server_values`, `pool_values`, `server_objects`, `pool_objects`,
-                `server_revisions`, `pool_revisions`, `report`, `versions`.
+                `server_revisions`, `pool_revisions`, `report`, `versions`, `clusters` of CloudNativePG.
         """
         installation = self.installation()
         for key, read in self._reads.items():
@@ -79,8 +79,10 @@ class Patient:
         for keyword, value in known.items():
             release, _, thing = keyword.partition("_")
             parts = {"values": "values", "objects": "release", "revisions": "revisions"}
-            key = (parts[thing], {"server": SERVER, "pool": POOL}[release]) if thing else keyword
-            installation._reads[key] = _known(value)
+            known_key: Any = (CLUSTERS,) if keyword == "clusters" else keyword
+            if thing:
+                known_key = (parts[thing], {"server": SERVER, "pool": POOL}[release])
+            installation._reads[known_key] = _known(value)
         [check] = [known_check for known_check in CHECKS if known_check.name == name]
         [finding] = await run_checks(installation, [check])
         return finding

@@ -149,6 +149,25 @@ def _report(part: str, **change: Any) -> Fault:
     return _known(report=REPORT | {part: REPORT[part] | change})
 
 
+def _cnpg(conditions: dict[str, str] | None, **report: Any) -> Fault:
+    """Return a fault: a server on a Cluster of CloudNativePG with these conditions; None if the Cluster is gone."""
+
+    @contextmanager
+    def fault(patient: Patient) -> Iterator[dict[str, Any]]:
+        cluster = {"apiVersion": "postgresql.cnpg.io/v1", "kind": "Cluster", "metadata": {"name": "db"}}
+        states = [{"type": name, "status": value, "message": "no bucket"} for name, value in (conditions or {}).items()]
+        database = patient.values(SERVER)["database"]
+        database["cnpg"]["storage"]["size"] = "2Gi"
+        yield {
+            "server_values": patient.values(SERVER, database=database | {"mode": "cnpg"}),
+            "server_objects": [*patient.objects(SERVER), cluster],
+            "clusters": [] if conditions is None else [cluster | {"status": {"conditions": states}}],
+            "report": REPORT | {"database": REPORT["database"] | report},
+        }
+
+    return fault
+
+
 def _shared(fault: Fault) -> Fault:
     """Return the same fault in an environment that is not `local`."""
 
@@ -446,6 +465,14 @@ FAULTS: dict[str, tuple[str, Fault, str, str]] = {
         "failed", "the last backup is 12",
     ),
     "backup that never ran": ("backup", _shared(_known()), "warning", "no backup yet"),
+    "wal that is not archived": (
+        "backup", _shared(_cnpg({"ContinuousArchiving": "False"})), "failed", "the WAL is not archived: no bucket",
+    ),
+    "no base backup": (
+        "backup", _shared(_cnpg({"ContinuousArchiving": "True"})), "warning", "no base backup has succeeded",
+    ),
+    "absent cluster": ("backup", _shared(_cnpg(None)), "failed", "Cluster db of CloudNativePG is gone"),
+    "full volume of a cluster": ("database size", _cnpg({}, size=int(1.98 * 2**30)), "failed", "99% of its volume"),
     "one pod of the api": ("replicas", _shared(_known()), "warning", "one pod of api, services, worker, reconciler"),
     "database away": (
         "database", _known(report=REPORT | {"database": {"error": "connection refused"}}),
@@ -496,6 +523,17 @@ def test_fault_is_found(patient: Patient, sound: dict[str, Finding], fault: str)
     assert (finding.status, text in finding.text) == (status, True), finding
     assert finding.cure
     assert "\n" not in finding.text + finding.cure
+
+
+@pytest.mark.usefixtures("sound")
+@pytest.mark.parametrize(("name", "text"), [("backup", "the WAL is archived"), ("secrets", "with their keys")])
+def test_server_on_a_cluster_of_cloudnative_pg_is_sound(patient: Patient, name: str, text: str) -> None:
+    """The operator, not a release, creates the Secret with the login. Here it has not yet done so."""
+    with _shared(_cnpg({"ContinuousArchiving": "True", "LastBackupSucceeded": "True"}))(patient) as known:
+        login = {"name": "PGPASSWORD", "valueFrom": {"secretKeyRef": {"name": "db-app", "key": "password"}}}
+        _spec(known["server_objects"], "Deployment", f"{SERVER}-api")["containers"][0]["env"].append(login)
+        finding = asyncio.run(_found(patient, name, known))
+    assert (finding.status, text in finding.text) == ("ok", True), finding
 
 
 @pytest.mark.usefixtures("sound")
