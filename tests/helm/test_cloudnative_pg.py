@@ -131,7 +131,10 @@ def test_archive_meets_the_rpo_and_keeps_backups() -> None:
         ("ObjectStore", "test-prefect-server-archive"),
         ("NetworkPolicy", CLUSTER),
     ):
-        assert one(objects, kind, name)["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep", kind
+        assert one(objects, kind, name)["metadata"]["annotations"] == {
+            "helm.sh/resource-policy": "keep",
+            "argocd.argoproj.io/sync-options": "Prune=false,Delete=false",
+        }, kind
 
 
 def test_archive_of_each_cloud() -> None:

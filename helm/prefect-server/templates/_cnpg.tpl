@@ -68,6 +68,12 @@
 {{- include "prefect-server.fullname" . -}}-archive
 {{- end -}}
 
+{{/* Annotations of what stays when the release is uninstalled, or names another Cluster: by Helm, and by Argo CD. */}}
+{{- define "prefect-server.keep" -}}
+helm.sh/resource-policy: keep
+argocd.argoproj.io/sync-options: Prune=false,Delete=false
+{{- end -}}
+
 {{/* "true" while API and services must not start: the runs of a recovered database are not settled. */}}
 {{- define "prefect-server.held" -}}
 {{- $recovery := .Values.database.cnpg.recovery -}}

@@ -157,7 +157,7 @@ def _cnpg(conditions: dict[str, str] | None, **report: Any) -> Fault:
         cluster = {"apiVersion": "postgresql.cnpg.io/v1", "kind": "Cluster", "metadata": {"name": "db"}}
         states = [{"type": name, "status": value, "message": "no bucket"} for name, value in (conditions or {}).items()]
         database = patient.values(SERVER)["database"]
-        database["cnpg"]["storage"]["size"] = "2Gi"
+        database["cnpg"]["storage"]["size"] = "1Gi"
         yield {
             "server_values": patient.values(SERVER, database=database | {"mode": "cnpg"}),
             "server_objects": [*patient.objects(SERVER), cluster],
@@ -472,7 +472,7 @@ FAULTS: dict[str, tuple[str, Fault, str, str]] = {
         "backup", _shared(_cnpg({"ContinuousArchiving": "True"})), "warning", "no base backup has succeeded",
     ),
     "absent cluster": ("backup", _shared(_cnpg(None)), "failed", "Cluster db of CloudNativePG is gone"),
-    "full volume of a cluster": ("database size", _cnpg({}, size=int(1.98 * 2**30)), "failed", "99% of its volume"),
+    "full volume of a cluster": ("database size", _cnpg({}, size=int(0.99 * 2**30)), "failed", "99% of its volume"),
     "one pod of the api": ("replicas", _shared(_known()), "warning", "one pod of api, services, worker, reconciler"),
     "database away": (
         "database", _known(report=REPORT | {"database": {"error": "connection refused"}}),
