@@ -380,6 +380,42 @@ def test_cloudnative_pg_is_refused_where_the_cluster_is_not_ready(
         kubernetes.delete(bundled)
 
 
+def test_recovery_keeps_the_old_cluster_and_can_be_rolled_back(
+    kubernetes: ApiServer, kubernetes_folder: Path, tmp_path: Path
+) -> None:
+    """The server is held until its runs are settled, and a rollback leads to the old Cluster."""
+    file = tmp_path / "values.yaml"
+    place = ["-n", NAMESPACE, "--kubeconfig", str(kubernetes_folder / "kubeconfig"), "--kube-context", "alone"]
+
+    def upgrade(**cnpg: Any) -> None:
+        database = {"mode": "cnpg", "cnpg": {"archive": {"destination": "s3://archive/prefect"}} | cnpg}
+        file.write_text(yaml.safe_dump({"image": {"tag": "1"}, "api": {"replicas": 2}, "database": database}))
+        chart = str(ROOT / "helm" / "prefect-server")
+        binaries.helm("upgrade", "--install", "prefect-server", chart, "-f", str(file), "--no-hooks", *place)
+
+    def found() -> tuple[int, set[str]]:
+        """Return how many API pods are wanted, and the Clusters."""
+        deployments = kubernetes.client.get(f"/apis/apps/v1/namespaces/{NAMESPACE}/deployments/prefect-server-api")
+        clusters = kubernetes.client.get(f"/apis/postgresql.cnpg.io/v1/namespaces/{NAMESPACE}/clusters")
+        names = {cluster["metadata"]["name"] for cluster in clusters.raise_for_status().json()["items"]}
+        return deployments.raise_for_status().json()["spec"]["replicas"], names
+
+    both = {"prefect-server-db", "prefect-server-db-2"}
+    try:
+        upgrade()
+        assert found() == (2, {"prefect-server-db"})
+        upgrade(name="prefect-server-db-2", recovery={"source": "prefect-server-db"})
+        assert found() == (0, both)
+        binaries.helm("rollback", "prefect-server", "1", "--no-hooks", *place)
+        assert found() == (2, both)
+        upgrade(name="prefect-server-db-2", recovery={"source": "prefect-server-db", "settled": "prefect-server-db-2"})
+        assert found() == (2, both)
+    finally:
+        binaries.helm("uninstall", "prefect-server", "--no-hooks", *place)
+    kept = kubernetes.client.get(f"/apis/postgresql.cnpg.io/v1/namespaces/{NAMESPACE}/clusters").json()["items"]
+    assert {cluster["metadata"]["name"] for cluster in kept} == both
+
+
 def _knows_clusters(kubernetes: ApiServer) -> bool:
     return kubernetes.client.get("/apis/postgresql.cnpg.io/v1").is_success
 
