@@ -16,7 +16,8 @@ import functools
 import logging
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import TYPE_CHECKING, cast
 
 from asyncpg import InterfaceError, PostgresError
 from sqlalchemy import text
@@ -27,6 +28,9 @@ from orchestration import logs, pgbouncer
 from orchestration.errors import PipelineError
 from orchestration.prefect_compat.server_internals import database_interface, migrations_config
 from orchestration.prefect_compat.server_tables import tune_tables
+
+if TYPE_CHECKING:
+    from alembic.runtime.migration import RevisionStep
 
 logger = logging.getLogger("orchestration.migrations")  # __name__ is __main__ here
 
@@ -58,6 +62,12 @@ async def _read_revision(connection: AsyncConnection) -> str | None:
     return revision
 
 
+def _explain(error: BaseException) -> tuple[BaseException, str]:
+    """Return the driver's error below an error, and the first line of its text."""
+    cause = getattr(error, "orig", None) or error
+    return cause, (str(cause) or type(cause).__name__).splitlines()[0].split(">: ")[-1]
+
+
 @contextlib.asynccontextmanager
 async def _connection(deadline: float) -> AsyncIterator[AsyncConnection]:
     """Open a connection once the database answers.
@@ -76,8 +86,7 @@ async def _connection(deadline: float) -> AsyncIterator[AsyncConnection]:
             connection = await engine.connect()
             break
         except (OSError, DBAPIError, PostgresError, InterfaceError) as error:  # SQLAlchemy wraps some of asyncpg's
-            cause = getattr(error, "orig", None) or error
-            reason = (str(cause) or type(cause).__name__).splitlines()[0].split(">: ")[-1]
+            cause, reason = _explain(error)
             if getattr(cause, "sqlstate", None) in _PERMANENT_ERRORS or time.monotonic() > deadline:
                 raise PipelineError(
                     f"The server's database {url} cannot be used: {reason}. Check the Secret with its URL or "
@@ -143,14 +152,73 @@ async def _lock(connection: AsyncConnection, deadline: float) -> None:
     await connection.rollback()
 
 
+class _Progress(logging.Handler):
+    """Logs each migration and how long it took, from what Alembic logs when a migration begins.
+
+    Attributes:
+        current: the revision of the migration that runs; empty if none does.
+        schema: the revision of the schema.
+    """
+
+    def __init__(self, schema: str) -> None:
+        super().__init__()
+        self.current, self.schema = "", schema
+        self._began = 0.0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Log that a migration begins. So the one before has ended."""
+        if record.msg == "Running %s" and isinstance(record.args, tuple):
+            self.end()
+            step = cast("RevisionStep", record.args[0])
+            [self.current] = step.to_revisions
+            self._began = time.monotonic()
+            logger.info("Migration %s begins: %s", self.current, step.doc)
+
+    def end(self) -> None:
+        """Log how long the migration took, if one has run."""
+        if self.current:
+            logger.info("Migration %s took %.2f s.", self.current, time.monotonic() - self._began)
+            self.current, self.schema = "", self.current
+
+
+@contextlib.contextmanager
+def _logged_migrations(schema: str) -> Iterator[None]:
+    """Log the migrations that run in the block.
+
+    Raises:
+        PipelineError: a migration failed.
+    """
+    alembic, progress = logging.getLogger("alembic.runtime.migration"), _Progress(schema)
+    alembic.addHandler(progress)
+    alembic.setLevel(logging.INFO)
+    alembic.propagate = False
+    try:
+        yield
+        progress.end()
+    except (OSError, DBAPIError, PostgresError, InterfaceError) as error:
+        failed = f"Migration {progress.current}" if progress.current else "The upgrade of the schema"
+        raise PipelineError(
+            f"{failed} failed: {_explain(error)[1]}. The schema stays at {progress.schema}, and a server of the former "
+            "release keeps serving. Cure the cause, and deploy again"
+        ) from None
+    finally:
+        alembic.removeHandler(progress)
+
+
 async def _upgrade(deadline: float) -> None:
-    """Upgrade the schema, unless another process has upgraded it."""
+    """Upgrade the schema, unless another process has upgraded it.
+
+    Raises:
+        PipelineError: a migration failed. The schema has the migrations before it.
+    """
     async with _connection(deadline) as connection:
         # The session holds the lock. Of two releases that upgrade one database, the second finds the work done.
         await _lock(connection, deadline)
         before, is_usable = await _check_revision(connection)
         if not is_usable:
-            await database_interface().run_migrations_upgrade()
+            # The migrations of an empty database are more than a hundred, and take seconds.
+            with _logged_migrations(before) if before else contextlib.nullcontext():
+                await database_interface().run_migrations_upgrade()
         after, _ = await _check_revision(connection)
         if after in _revisions()[1]:
             await _tune(connection, deadline)
@@ -165,8 +233,8 @@ async def _tune(connection: AsyncConnection, deadline: float) -> None:
     try:
         indexes, tables = await tune_tables(connection, max(deadline - time.monotonic(), 1))
     except (OSError, PostgresError, InterfaceError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        logger.warning("Indexes and autovacuum settings are not complete: %s. The next upgrade tries again.", reason)
+        message = "Indexes and autovacuum settings are not complete: %s. The next upgrade tries again."
+        logger.warning(message, _explain(error)[1])
         return
     added = [", ".join(indexes), f"autovacuum settings of {len(tables)} tables" if tables else ""]
     if indexes or tables:
