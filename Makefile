@@ -207,7 +207,7 @@ down-docker: ## stop everything in Docker; databases and passwords stay
 	@docker/stack down
 
 ##@ Develop
-.PHONY: setup test test-long test-versions audit fix bench bench-deploys bench-dbt bench-deployments bench-reconciler bench-recovery bench-access bench-retention bench-health bench-load bench-starts bench-cluster picture docs docs-site clean
+.PHONY: setup test test-long test-versions audit fix bench bench-deploys bench-dbt bench-deployments bench-reconciler bench-recovery bench-access bench-retention bench-upgrade bench-health bench-load bench-starts bench-cluster picture docs docs-site clean
 setup: .venv/ready ## create the environment in .venv
 
 # With CHANGED, tests use no cluster: making one takes minutes.
@@ -259,6 +259,12 @@ bench-retention: LOGS := 20000000
 bench-retention: EVENTS := 10000000
 bench-retention: .venv/ready ## measure retention on a database of RUNS=1000000 runs, LOGS=20000000 log lines and EVENTS=10000000 events
 	@$(BIN)/python -m tests.benchmarks.retention --runs $(call quoted,$(RUNS)) --logs $(call quoted,$(LOGS)) --events $(call quoted,$(EVENTS))
+
+bench-upgrade: RUNS := 1000000
+bench-upgrade: EVENTS := 10000000
+bench-upgrade: PAIRS := 1
+bench-upgrade: .venv/ready ## measure the upgrade from the previous Prefect on a database of RUNS=1000000 runs and EVENTS=10000000 events, PAIRS=1 times
+	@$(BIN)/python -m tests.benchmarks.upgrade --runs $(call quoted,$(RUNS)) --events $(call quoted,$(EVENTS)) --pairs $(call quoted,$(PAIRS))
 
 bench-health: PAIRS := 3
 bench-health: .venv/ready ## measure how soon the health of the background services turns red and green at each fault, PAIRS=3 times

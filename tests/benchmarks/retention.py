@@ -29,7 +29,7 @@ from orchestration.prefect_compat.expired_records import APPLICATION, Batch
 from orchestration.prefect_compat.server_internals import database_interface
 from orchestration.services.retention import Ages, Retention
 from orchestration.settings import ROOT
-from tests.benchmarks.server_history import History, fill
+from tests.benchmarks.server_history import TABLES, History, fill
 from tests.benchmarks.table import Figure, results_table
 from tests.parts import asked, client_of, debian_postgres, new_database, prefect_server, rows_of, settings_of
 
@@ -38,8 +38,6 @@ AGES = Ages(runs=timedelta(days=90), logs=timedelta(days=30), artifacts=timedelt
 EVENTS_AGE = "P7D"
 
 DELETIONS = ("delete_runs", "delete_task_runs", "delete_logs", "delete_artifacts")
-
-TABLES = ("flow_run", "flow_run_state", "task_run", "task_run_state", "log", "artifact", "events", "event_resources")
 
 
 class Traffic:
