@@ -37,7 +37,15 @@ logger = logging.getLogger("orchestration.migrations")  # __name__ is __main__ h
 TIMEOUT_SECONDS = 900.0
 """How long to wait for the database to answer and for the upgrade of the schema."""
 
-LOCK = "select pg_try_advisory_lock(hashtextextended('prefect-orchestration: migrations', 0))"
+_KEY = "hashtextextended('prefect-orchestration: migrations', 0)"
+
+LOCK = f"select pg_try_advisory_lock({_KEY})"
+
+IS_LOCKED = f"""
+    select exists (select from pg_locks where locktype = 'advisory' and granted and objsubid = 1
+                   and database = (select oid from pg_database where datname = current_database())
+                   and ((classid::bigint << 32) | objid::bigint) = {_KEY})
+"""  # noqa: S608 - the key is a constant
 
 _PERMANENT_ERRORS = ("28000", "28P01", "3D000")
 """SQL states that no other attempt cures: a refused user, a refused password, a database that does not exist."""
@@ -150,6 +158,15 @@ async def _lock(connection: AsyncConnection, deadline: float) -> None:
             )
         await asyncio.sleep(1)
     await connection.rollback()
+
+
+async def are_running() -> bool:
+    """Return whether a process upgrades the schema of the database that the settings name."""
+    engine = await database_interface().engine()
+    if engine.dialect.name != "postgresql":
+        return False
+    async with engine.connect() as connection:
+        return bool((await connection.execute(text(IS_LOCKED))).scalar())
 
 
 class _Progress(logging.Handler):

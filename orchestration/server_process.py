@@ -3,17 +3,18 @@
 The arguments are those of `prefect`. The process reads secret blocks of the key in `PREFECT_SERVER_ENCRYPTION_KEY` and
 of the key in the database. With `PGBOUNCER_ADDRESS` it connects through PgBouncer. With `SERVICES_HEALTH_PORT` it
 serves the health of its background services. With `RETENTION_*_DAYS` these delete old records. An API refuses requests
-that it could never read again.
+that it could never read again, and has clients wait whose requests fail while migrations run.
 """
 
 import gc
 import sys
 from collections.abc import Callable, Sequence
 
-from orchestration import block_encryption, pgbouncer
+from orchestration import block_encryption, migrations, pgbouncer
 from orchestration.access.control import Application
 from orchestration.access.limits import RequestLimits
 from orchestration.errors import PipelineError, sentence
+from orchestration.maintenance import MaintenanceAnswers
 from orchestration.prefect_compat.server_internals import wrap_server_api
 from orchestration.services import retention
 from orchestration.services.health_endpoint import services_health_served
@@ -34,7 +35,7 @@ def start_server(arguments: Sequence[str], protect: Callable[[Application], Appl
     """
 
     def wrap(api: Application) -> Application:
-        limited = RequestLimits(api)
+        limited = RequestLimits(MaintenanceAnswers(api, migrations.are_running))
         return protect(limited) if protect else limited
 
     gc.set_threshold(*GARBAGE_THRESHOLDS)

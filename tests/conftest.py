@@ -75,6 +75,7 @@ FIRST = (
     "tests/orchestration/deployments/test_kills.py",
     "tests/orchestration/services/test_retention.py",
     "tests/orchestration/test_migrations.py",
+    "tests/orchestration/test_upgrade.py",
     "tests/orchestration/runs/test_durable.py",
     "tests/orchestration/deployments/test_sync.py",
     "tests/orchestration/deployments/test_differential.py",

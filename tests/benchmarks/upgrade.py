@@ -121,7 +121,7 @@ class Clients:
         self.started: Counter[str] = Counter()
         self.posted: Counter[str] = Counter()
         self.runs: list[str] = []
-        self._ends = threading.Event()
+        self._ends, self._beat = threading.Event(), threading.Condition()
         self._is_interrupted = False
         self._http = httpx.Client(timeout=30, limits=httpx.Limits(keepalive_expiry=2))
         self._threads: list[threading.Thread] = []
@@ -144,6 +144,7 @@ class Clients:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self._is_interrupted = error is not None
         self._ends.set()
+        self._post_now()
         for thread in self._threads:
             thread.join()
         self._http.close()
@@ -162,8 +163,9 @@ class Clients:
         wait_until(lambda: self.errors or len(self.late) == len(self.due), "all due runs to be executed", 600)
 
     def wait_for_requests(self) -> None:
-        """Wait until each client has had an answer since now."""
-        count = len(self.seconds) + 4 * IN_PROGRESS
+        """Let the clients post, and wait until they have had as many answers as there are clients."""
+        count = len(self.seconds) + IN_PROGRESS
+        self._post_now()
         wait_until(lambda: self.errors or len(self.seconds) >= count, "answers to the clients", 600)
 
     def losses(self, database: str) -> list[str]:
@@ -178,6 +180,10 @@ class Clients:
             if len(states) != len(ids) or count < self.posted[table]:
                 found.append(f"{count} of {self.posted[table]} rows of {table}, {len(states)} of {len(ids)} runs")
         return found
+
+    def _post_now(self) -> None:
+        with self._beat:
+            self._beat.notify_all()
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
@@ -207,7 +213,7 @@ class Clients:
     def _execute(self, run: str) -> None:
         """Send a heartbeat, a log line and a task run at each beat, and complete the run in the end."""
         number = 0
-        while not self._ends.wait(self.beat_seconds):
+        while not self._ends.is_set():
             number += 1
             now = datetime.now(UTC).isoformat()
             resource = {"prefect.resource.id": f"prefect.flow-run.{run}"}
@@ -220,11 +226,14 @@ class Clients:
             id_ = self._post("/task_runs/", task)["id"]
             self._set_state(id_, "COMPLETED", "task_runs")
             self.posted["task_run"] += 1
+            with self._beat:
+                if not self._ends.is_set():
+                    self._beat.wait(self.beat_seconds)
         self._set_state(run, "COMPLETED")
 
     def _work(self) -> None:
         """Execute the runs that are due, as a worker does."""
-        while not self._ends.wait(0.5):
+        while not self._ends.wait(min(self.beat_seconds / 2, 2)):
             body = {"scheduled_before": datetime.now(UTC).isoformat()}
             for found in self._post("/work_pools/upgraded/get_scheduled_flow_runs", body):
                 run = found["flow_run"]["id"]

@@ -10,10 +10,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from cryptography.fernet import Fernet
+from cryptography.fernet import Fernet, InvalidToken
 from prefect.blocks.system import Secret
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from orchestration.settings import ROOT
 from tests import parts
 
 MODULE = "orchestration.server_process"
@@ -29,6 +30,11 @@ def _encrypt_again(home: Path, environment: dict[str, str]) -> "subprocess.Compl
 def _stored_keys(home: Path) -> list[str]:
     with closing(sqlite3.connect(home / "prefect.db")) as database:
         return [row[0] for row in database.execute("select value from configuration where key = 'ENCRYPTION_KEY'")]
+
+
+def _blocks(home: Path) -> list[str]:
+    with closing(sqlite3.connect(home / "prefect.db")) as database:
+        return [row[0] for row in database.execute("select data from block_document")]
 
 
 def test_blocks_of_the_key_in_the_database_stay_readable_with_a_key_from_the_environment(tmp_path: Path) -> None:
@@ -52,13 +58,16 @@ def test_blocks_of_the_key_in_the_database_stay_readable_with_a_key_from_the_env
         Secret(value="after").save("after")
         assert read() == ["before", "after"]
         [stored] = _stored_keys(home)
-        with closing(sqlite3.connect(home / "prefect.db")) as database:
-            blocks = [row[0] for row in database.execute("select data from block_document")]
         # An older server, as after a rollback, has this key alone.
-        assert [Fernet(json.loads(stored)["fernet_key"]).decrypt(block.encode()) for block in blocks]
+        former = Fernet(json.loads(stored)["fernet_key"])
+        assert [former.decrypt(block) for block in _blocks(home)]
         done = _encrypt_again(home, environment)
         assert done.stdout == "2 blocks have the key of the environment, and the key in the database is deleted.\n"
         assert _stored_keys(home) == []
+        assert "\n| blocks with the key of the Secret alone |" in (ROOT / "docs/upgrading.md").read_text()
+        for block in _blocks(home):
+            with pytest.raises(InvalidToken):
+                former.decrypt(block)
         assert read() == ["before", "after"]
 
 

@@ -1,0 +1,76 @@
+"""Have clients wait while migrations run: answer 503 with `Prefect-Maintenance` where the Prefect API fails meanwhile.
+
+A migration may lock a table for longer than the server's statements wait. The server then answers 500, which fails a
+run. Prefect's client repeats a request that is answered by this 503 until the header is absent.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+from orchestration.access.control import Application, Message, Receive, Scope, Send
+
+logger = logging.getLogger(__name__)
+
+RETRY_SECONDS = 5
+
+CACHE_SECONDS = 1.0
+"""For how long it is known whether migrations run. Many requests may fail at once."""
+
+
+class MaintenanceAnswers:
+    """Passes answers of the API on, except failures while migrations run.
+
+    Args:
+        application: the API.
+        migrations_run: looks into the database.
+    """
+
+    def __init__(self, application: Application, migrations_run: Callable[[], Awaitable[bool]]) -> None:
+        self._application = application
+        self._migrations_run = migrations_run
+        self._known = False
+        self._known_until = 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, and replace the answer where clients have to wait."""
+        is_replaced = False
+
+        async def answer(message: Message) -> None:
+            nonlocal is_replaced
+            if message["type"] == "http.response.start" and message["status"] in (500, 503):
+                is_replaced = await self._is_maintenance()
+                if is_replaced:
+                    await _answer(send)
+            if not is_replaced:
+                await send(message)
+
+        try:
+            await self._application(scope, receive, answer)
+        except Exception:
+            # Starlette raises an error again after it has answered 500. The server has logged it.
+            if not is_replaced:
+                raise
+
+    async def _is_maintenance(self) -> bool:
+        if time.monotonic() > self._known_until:
+            try:
+                self._known = await self._migrations_run()
+            except Exception as error:
+                self._known = False
+                logger.warning("Whether migrations run is unknown: %s", error or type(error).__name__)
+            self._known_until = time.monotonic() + CACHE_SECONDS
+        return self._known
+
+
+async def _answer(send: Send) -> None:
+    body = json.dumps({"exception_message": "The database's schema is being upgraded."}).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"prefect-maintenance", b"true"),
+        (b"retry-after", str(RETRY_SECONDS).encode()),
+    ]
+    await send({"type": "http.response.start", "status": 503, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
