@@ -30,7 +30,7 @@ import psycopg
 from orchestration.settings import ROOT
 from tests.benchmarks.server_history import TABLES, History, fill
 from tests.benchmarks.table import Figure, results_table
-from tests.parts import debian_postgres, free_port, new_database, rows_of, served, wait_until
+from tests.parts import debian_postgres, end_process, free_port, new_database, rows_of, served, wait_until
 from tests.versions.catalogue import PREVIOUS, locked_version, previous_release
 
 IN_PROGRESS = 10
@@ -341,7 +341,7 @@ def migrate(database: str, watch: LockWatch | None = None) -> Migrations:
         [sys.executable, "-u", "-m", "orchestration.migrations", "upgrade"],
         cwd=ROOT, env=variables_of(database) | {"PYTHONPATH": str(ROOT)} | name,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    ) as process:  # fmt: skip
+    ) as process, _ended(process):  # fmt: skip
         for line in process.stdout or ():
             made.lines.append(re.sub(r"^\S+Z [A-Z]+ ", "", line.rstrip()))
             begins, took = (re.search(rf"Migration (\w+) {text}", line) for text in ("begins", r"took ([\d.]+) s"))
@@ -351,6 +351,16 @@ def migrate(database: str, watch: LockWatch | None = None) -> Migrations:
                 watch.phase = begins[1] if begins else ""
     made.status, made.total = process.returncode, time.monotonic() - began
     return made
+
+
+@contextlib.contextmanager
+def _ended(process: "subprocess.Popen[str]") -> Iterator[None]:
+    """End a process if the block is interrupted. Without its database it would wait for a quarter of an hour."""
+    try:
+        yield
+    except BaseException:
+        end_process(process)
+        raise
 
 
 def count_history(database: str, until: datetime) -> dict[str, int]:
@@ -483,4 +493,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("Interrupted. The figures so far are in tests/benchmarks/results.md.")
