@@ -55,8 +55,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "VIRTUAL_ENV"))}
     path = os.pathsep.join(part for part in kept["PATH"].split(os.pathsep) if Path(part) != Path(sys.executable).parent)
     return kept | {
-        # Few of the installed packages are imported here. Python compiles these on import.
-        "PIP_NO_COMPILE": "1",
+        # Few of the installed packages are imported here. Python compiles these on import. With PIP_NO_COMPILE=1 pip
+        # would compile all: it takes the 1 for the value of --compile.
+        "PIP_COMPILE": "0",
         "UV_COMPILE_BYTECODE": "0",
         "PATH": path,
         "HOME": str(tmp_path_factory.mktemp("home")),
