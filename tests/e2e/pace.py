@@ -23,6 +23,10 @@ CAPACITY_TIMEOUT_SECONDS = _pick(30, 660)
 GRACE_SECONDS = _pick(8, 60)
 """The chart's `runs.terminationGracePeriodSeconds`: between a run's SIGTERM and its SIGKILL."""
 
+ROUND_SECONDS = _pick(5, 2)
+"""The chart's `reconciler.everySeconds`, the one wait that is longer in `make test`. The end of a pod starts a round at
+once. Each other round takes the processor from other tests: five requests to the Prefect API and six to Kubernetes."""
+
 HEARTBEAT_SECONDS = _pick(6, 30)
 """The chart's `worker.heartbeatSeconds`. A worker counts as offline after three missed heartbeats."""
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.cluster.namespace import Namespace
 from tests.e2e.faults.victims import DURATIONS, FLOW_FILE, SIDECAR_VARIABLES, fault_values
-from tests.e2e.pace import CAPACITY_TIMEOUT_SECONDS, PENDING_TIMEOUT_SECONDS
+from tests.e2e.pace import CAPACITY_TIMEOUT_SECONDS, PENDING_TIMEOUT_SECONDS, ROUND_SECONDS
 from tests.e2e.release import (
     TEST_RUN,
     Object,
@@ -60,7 +60,7 @@ def shared_pool(cluster: str, image: str, server: Release, probe: Object) -> Poo
     runs = Namespace(cluster, f"shared-{TEST_RUN}-{name}-runs")
     values = victim_values(merge_values(pool_values(image), connection_values(server, name)))
     values["runs"]["namespace"] = runs.name
-    values["reconciler"]["capacityTimeoutSeconds"] = CAPACITY_TIMEOUT_SECONDS
+    values["reconciler"] |= {"capacityTimeoutSeconds": CAPACITY_TIMEOUT_SECONDS, "everySeconds": ROUND_SECONDS}
     # `add_sidecar_variables` changes the template on the server.
     values = merge_values(values, {"worker": {"templateFrom": "server"}})
 
