@@ -89,7 +89,7 @@ class Clients:
 
     def _work(self) -> None:
         while not self._is_over.is_set():
-            time.sleep(0.05)
+            time.sleep(0.2)
             for pod in list(self._installation.pods):
                 if "PREFECT_SERVER_DATABASE_PASSWORD" in pod.variables:
                     try:
