@@ -214,12 +214,16 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def cluster(request: pytest.FixtureRequest) -> Iterator[str]:
     """Yield the context of a real cluster, and create the cluster if it does not exist. It stays afterwards.
 
-    Test files of all processes share the cluster. A file that is marked `alone` uses it exclusively.
+    Test files of all processes share the cluster. A file that is marked `alone` uses it exclusively. Meanwhile the
+    session's Prefect server is stopped, unless a test of the file uses it.
     """
     from orchestration.errors import ClusterError
     from orchestration.operations.local_cluster import __main__ as command
 
+    in_file = [item for item in request.session.items if item.nodeid.startswith(f"{request.node.nodeid}::")]
     with contextlib.ExitStack() as stack:
+        if not any("prefect_server" in getattr(item, "fixturenames", ()) for item in in_file):
+            stack.enter_context(parts.stopped_servers())
         alone = request.node.get_closest_marker("alone") is not None
         try:
             context = stack.enter_context(command.shared(alone=alone))

@@ -336,6 +336,23 @@ def prefect_server(home: Path) -> Iterator[str]:
         yield url
 
 
+SERVERS: "list[subprocess.Popen[bytes]]" = []
+"""The Prefect servers that run for this process."""
+
+
+@contextlib.contextmanager
+def stopped_servers() -> Iterator[None]:
+    """Stop the servers that run now while the block lasts. An idle server takes 1.3 % of a processor."""
+    servers = list(SERVERS)
+    for server in servers:
+        server.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for server in servers:
+            server.send_signal(signal.SIGCONT)
+
+
 SERVE = """
 import gc, runpy, sys
 gc.disable()
@@ -370,8 +387,10 @@ def served(
             stdout=log,
             stderr=subprocess.STDOUT,
         )
+        SERVERS.append(server)
         try:
             wait_until(lambda: answers(f"{url}/health"), f"a Prefect server; see {home}/server.log", 180)
             yield url
         finally:
+            SERVERS.remove(server)
             end_process(server)  # which waits for open connections and for its work in progress

@@ -1,10 +1,15 @@
-"""The migrated database from which tests start Prefect servers."""
+"""The parts that tests share: the migrated database from which Prefect servers start, and servers that are stopped."""
 
 import sqlite3
+import subprocess
 from contextlib import closing
 
+import psutil
+import pytest
+
 from orchestration.migrations import _revisions
-from tests.parts import migrated_database
+from tests import parts
+from tests.parts import migrated_database, stopped_servers, wait_until
 
 
 def test_migrated_database_has_prefects_newest_schema_and_no_content() -> None:
@@ -16,3 +21,18 @@ def test_migrated_database_has_prefects_newest_schema_and_no_content() -> None:
         rows = {name: database.execute(f'select count(*) from "{name}"').fetchone()[0] for (name,) in tables}
     assert len(rows) > 30
     assert {name for name, count in rows.items() if count} == {"alembic_version"}
+
+
+def test_servers_are_stopped_while_a_block_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    with subprocess.Popen(["sleep", "600"]) as process:
+        monkeypatch.setattr(parts, "SERVERS", [process])
+
+        def is_stopped() -> bool:
+            return psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
+
+        try:
+            with stopped_servers():
+                wait_until(is_stopped, "the server to stop", 30)
+            wait_until(lambda: not is_stopped(), "the server to continue", 30)
+        finally:
+            process.kill()
