@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import httpx
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from tests.benchmarks.server_processes import ServerProcesses, server_processes
@@ -472,7 +473,15 @@ def measure_own_server(options: argparse.Namespace, report: Report) -> None:
 
 
 def measure_url(options: argparse.Namespace, report: Report) -> None:
-    """Measure the knee of a server elsewhere. All clients have the credential of `PREFECT_API_AUTH_STRING`."""
+    """Measure the knee of a server elsewhere. All clients have the credential of `PREFECT_API_AUTH_STRING`.
+
+    Raises:
+        RunError: the server does not answer, or refuses a request.
+    """
+    try:
+        httpx.get(f"{options.url.rstrip('/')}/health", timeout=10).raise_for_status()
+    except httpx.HTTPError as error:
+        raise RunError(f"{options.url}/health: {error}") from error
     credential = os.environ.get("PREFECT_API_AUTH_STRING", "")
     target = Target(Service([options.url.rstrip("/")]), Credentials(credential, credential, lambda _: credential))
     knee = find_knee(asyncio.run(measure_steps(target, "the server", options, report)))

@@ -165,6 +165,8 @@ class Api:
         start = time.monotonic()
         try:
             answer = await self._client.request(method, path, json=body)
+        except httpx.HTTPStatusError as error:
+            raise RunError(f"{method} {path}: {error.response.status_code} {error.response.text[:200]}") from error
         except httpx.HTTPError as error:
             raise RunError(f"{method} {path}: {type(error).__name__}: {error}") from error
         end = time.monotonic()
