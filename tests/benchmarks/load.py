@@ -377,7 +377,7 @@ async def measure_due_at_once(target: Target, rate: float, options: argparse.Nam
 
         await asyncio.gather(*map(create, range(options.runs)))
     late = (datetime.now(UTC) - due).total_seconds()
-    print(f"{options.runs} runs are due {-late:.0f} s after the last one was created", file=sys.stderr)
+    print(f"The last run was created {abs(late):.0f} s {'after' if late > 0 else 'before'} it was due", file=sys.stderr)
     await asyncio.sleep(max(0, -late))
     recorder.requests.clear()
     handed_out: dict[str, int] = {}
