@@ -112,19 +112,23 @@ class Environment:
 
     @property
     def runs_namespace(self) -> str:
-        """The namespace of the runs: `runs.namespace` in the values, by default that of the releases.
+        """The namespace of the runs: `runs.namespace` in the values, or that of the releases if the value is empty.
 
         Raises:
             ClusterError: the value has another template than the release's namespace.
         """
         given = str((self.pool_values.get("runs") or {}).get("namespace", ""))
-        filled = given.replace("{{ .Release.Namespace }}", self.namespace)
+        filled = self.fill_namespace(given)
         if "{{" in filled:
             raise ClusterError(
                 f"{self.values / POOL}.yaml: runs.namespace is {given!r}. make reads only the template "
                 "{{ .Release.Namespace }}. Write the name without other templates"
             )
-        return filled or self.namespace
+        return filled
+
+    def fill_namespace(self, name: str) -> str:
+        """Return the namespace that a value of `runs.namespace` names, which may have a template or be empty."""
+        return name.replace("{{ .Release.Namespace }}", self.namespace) or self.namespace
 
     @property
     def namespaces(self) -> list[str]:

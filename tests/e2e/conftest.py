@@ -70,7 +70,7 @@ def api(server: Release) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def checkout(cluster: str, image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkout]:
-    """Yield a checkout whose local environment has a namespace that does not exist yet.
+    """Yield a checkout whose local environment has namespaces that do not exist yet.
 
     One test file at a time has an environment, because its resource requests fill most of a small node.
     """
@@ -78,8 +78,7 @@ def checkout(cluster: str, image: str, tmp_path_factory: pytest.TempPathFactory)
     copy_of_checkout(folder)
     (folder / ".venv").symlink_to(ROOT / ".venv")
     copy = Checkout(folder, Environment("local", cluster, f"environment-{uuid4().hex[:8]}"))
-    # A test gives the runs a namespace of their own.
-    namespaces = [copy.target.namespace, f"{copy.target.namespace}-runs"]
+    namespaces = copy.target.namespaces
     USED.update(namespaces)
     copy.edit("prefect.yaml", "0 6 * * *", CRON)
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)

@@ -54,8 +54,14 @@ def test_doctor_finds_no_problem_before_the_install(checkout: Checkout) -> None:
     }
 
 
+def _namespaces(checkout: Checkout) -> tuple[Namespace, Namespace]:
+    """Return the namespace of the releases and that of the runs."""
+    of_releases, of_runs = (Namespace(checkout.target.context, name) for name in checkout.target.namespaces)
+    return of_releases, of_runs
+
+
 def test_make_up_deploys_everything_and_runs_the_daily_job(checkout: Checkout) -> None:
-    """The job runs as a pod on the warehouse in the cluster, and its deployment has its schedule."""
+    """The job runs as a pod in the namespace of the runs, which has no Secret but that of the warehouse."""
     output = checkout.make("up")
     assert "is Completed" in output
     assert re.search(rf"{DAILY} +\S+ +Completed", output), output
@@ -67,8 +73,11 @@ def test_make_up_deploys_everything_and_runs_the_daily_job(checkout: Checkout) -
     assert rows[0] == "842"
     assert int(rows[1]) > 5
     pods = checkout.target.objects("pods", "--selector", "prefect.io/role=flow-run")
-    assert pods
-    url = checkout.target.kubectl("get", "secret", "warehouse", "-o", "go-template={{.data.url | base64decode}}")
+    _, of_runs = _namespaces(checkout)
+    assert {pod["metadata"]["namespace"] for pod in pods} == {of_runs.name}
+    secrets = of_runs.kubectl("get", "secrets", "--output", "jsonpath={.items[*].metadata.name}").split()
+    assert secrets == ["warehouse"], "the Jobs of runs have a credential each"
+    url = of_runs.kubectl("get", "secret", "warehouse", "-o", "go-template={{.data.url | base64decode}}")
     jobs = json.dumps(checkout.target.objects("jobs"))
     assert url not in jobs
     assert url.split(":")[2].split("@")[0] not in jobs
@@ -112,7 +121,7 @@ def test_doctor_checks_the_whole_installation(checkout: Checkout) -> None:
     assert {name for name, finding in problems.items() if finding["status"] == "not checked"} == unchecked
 
     target = checkout.target
-    namespace = Namespace(target.context, target.namespace)
+    namespace, of_runs = _namespaces(checkout)
     selector = {"matchLabels": {"app.kubernetes.io/component": "drift"}}
     opening = network_policy("open", egress=[{}])
     opening["spec"]["podSelector"] = selector
@@ -122,7 +131,7 @@ def test_doctor_checks_the_whole_installation(checkout: Checkout) -> None:
     with api_client(target) as api:
         api.patch("/work_pools/default", json={"is_paused": True}).raise_for_status()
     try:
-        with namespace.without("secret", "warehouse"), namespace.without("rolebinding", f"{POOL}-worker"):
+        with of_runs.without("secret", "warehouse"), of_runs.without("rolebinding", f"{POOL}-worker"):
             ill = _examine(checkout)
             shown = checkout.make("doctor", status=2)
     finally:
@@ -242,18 +251,26 @@ def test_cancelled_run_ends_its_sql(checkout: Checkout) -> None:
         )
 
 
-def test_deploy_moves_runs_to_a_namespace_of_their_own(checkout: Checkout) -> None:
+def test_upgrade_moves_runs_into_their_namespace(checkout: Checkout) -> None:
     """A run in progress stays where it is. When its pod is killed there after the move, the run is retried."""
-    target = checkout.target
-    before, after = (Namespace(target.context, f"{target.namespace}{suffix}") for suffix in ("", "-runs"))
+    before, after = _namespaces(checkout)
     values = "helm/environments/local/prefect-work-pool.yaml"
-    with api_client(target) as api:
+    worker, reconciler = (
+        ("get", "role", f"{POOL}-{component}", "--ignore-not-found", "--output", "name")
+        for component in ("worker", "reconciler")
+    )
+    with checkout.restored(values):
+        checkout.edit(values, "{{ .Release.Namespace }}-runs", "")
+        checkout.make("deploy")
+        assert before.kubectl(*worker)
+        assert after.kubectl(*reconciler), "the former worker may have claimed a run until the deploy"
+        checkout.make("deploy")
+        assert not after.kubectl(*reconciler), "no run is in progress there"
+    with api_client(checkout.target) as api:
         with _locked_table(checkout):
             run = start_run(api, str(_read_daily_deployment(api)["id"]))
             wait_until(lambda: _count_waiting(checkout), "dbt to wait for the lock", 300)
-            checkout.edit(values, "runs:\n", 'runs:\n  namespace: "{{ .Release.Namespace }}-runs"\n')
-            checkout.commit()
-            assert f"Namespace/{after.name} is created" in checkout.make("plan", status=2)
+            assert f"Role/{POOL}-worker in namespace {after.name} is created" in checkout.make("plan", status=2)
             checkout.make("deploy")
             assert get_run(api, run)["state_type"] == "RUNNING"
             pods = ("get", "pods", "--selector", f"prefect.io/flow-run-id={run}", "--output", "name")
@@ -265,14 +282,11 @@ def test_deploy_moves_runs_to_a_namespace_of_their_own(checkout: Checkout) -> No
             assert f"Runs are in progress in namespace {after.name}, where revision" in refused
         assert wait_until_ended(api, run, 300)["state_type"] == "COMPLETED"
     assert "is Completed" in checkout.make("logs", RUN=run)
-    role = ("get", "role", "prefect-work-pool-reconciler", "--ignore-not-found", "--output", "name")
-    assert before.kubectl(*role)
+    assert before.kubectl(*reconciler)
     checkout.make("deploy")
-    assert not before.kubectl(*role), "no run is in progress there"
+    assert not before.kubectl(*reconciler), "no run is in progress there"
     assert "prefect-work-pool is up to date" in checkout.make("deploy")
     assert checkout.wait_until_ready()["problems"] == []
-    secrets = after.kubectl("get", "secrets", "--output", "jsonpath={.items[*].metadata.name}").split()
-    assert set(secrets) == {"warehouse"}, "the Jobs of runs have a credential each"
 
 
 def test_changed_flow_and_schedule_are_deployed_and_rolled_back(checkout: Checkout) -> None:
@@ -318,9 +332,8 @@ def test_run_that_does_not_start_is_not_a_problem_of_the_release(checkout: Check
     """Otherwise every deploy would fail while the run waits."""
     target = checkout.target
     labels = {"app.kubernetes.io/instance": POOL, "prefect.io/role": "flow-run"}
-    Namespace(target.context, target.namespace).pod(
-        "stuck", ready=False, labels=labels, container={"image": "localhost:5000/absent:1"}
-    )
+    _, of_runs = _namespaces(checkout)
+    of_runs.pod("stuck", ready=False, labels=labels, container={"image": "localhost:5000/absent:1"})
 
     def refused() -> bool:
         [pod] = target.objects("pods", "--field-selector", "metadata.name=stuck")
@@ -330,7 +343,7 @@ def test_run_that_does_not_start_is_not_a_problem_of_the_release(checkout: Check
         wait_until(refused, "the image to be refused")
         assert not [line for line in explain_release(target, POOL) if "stuck" in line]
     finally:
-        target.kubectl("delete", "pod", "stuck")
+        of_runs.kubectl("delete", "pod", "stuck")
 
 
 def _api_pods(checkout: Checkout) -> set[str]:

@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import yaml
 
+from orchestration.operations.local_cluster.policies import selects
 from orchestration.settings import ROOT
 from tests.helm.rendering import Object, assert_restricted, one, pod_specs, render
 from tests.helm.test_prefect_work_pool import TAG, pool_of
-from tests.k8s.test_surroundings import ENVIRONMENTS, overlay
+from tests.k8s.test_surroundings import ENVIRONMENTS, overlay, overlay_of_runs
 
 CHARTS = ("prefect-server", "prefect-work-pool")
 
@@ -24,6 +25,28 @@ def rendered(environment: str, chart: str) -> list[Object]:
 def test_every_environment_has_values_for_every_chart() -> None:
     found = {str(path.relative_to(ROOT / "helm" / "environments")) for path in (ROOT / "helm").glob("environments/*/*")}
     assert found == {f"{environment}/{chart}.yaml" for environment in ENVIRONMENTS for chart in CHARTS}
+
+
+@every_environment
+def test_runs_are_in_the_namespace_of_their_surroundings_and_reach_the_api(environment: str) -> None:
+    accounts = {
+        manifest["metadata"]["name"]: manifest["metadata"]["namespace"]
+        for manifest in rendered(environment, "prefect-work-pool")
+        if manifest["kind"] == "ServiceAccount"
+    }
+    release = accounts["prefect-work-pool-worker"]
+    runs = accounts["prefect-work-pool-runs"]
+    assert runs != release
+    [surroundings] = [
+        manifest["metadata"] for manifest in overlay_of_runs(environment) if manifest["kind"] == "Namespace"
+    ]
+    assert surroundings["name"] == f"{ENVIRONMENTS[environment]}{runs.removeprefix(release)}"
+    policy = one(rendered(environment, "prefect-server"), "NetworkPolicy", "prefect-server-api")["spec"]
+    [peers] = [rule.get("from", [{}]) for rule in policy["ingress"] if rule["ports"] == [{"port": "http"}]]
+    of_runs = {"kubernetes.io/metadata.name": runs}
+    assert any("podSelector" not in peer and selects(peer.get("namespaceSelector", {}), of_runs) for peer in peers), (
+        "the policy denies runs the API"
+    )
 
 
 @every_environment
@@ -50,7 +73,7 @@ def test_containers_fit_the_limit_range(environment: str) -> None:
 def test_runs_fit_the_quota_of_their_priority_class(environment: str) -> None:
     """The pool's concurrency limit, times the default requests, fits the quota."""
     pool = pool_of(rendered(environment, "prefect-work-pool"))
-    quota = one(overlay(environment), "ResourceQuota", "runs")["spec"]
+    quota = one(overlay_of_runs(environment), "ResourceQuota", "runs")["spec"]
     template = pool["base_job_template"]
     run = template["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
     assert [run["priorityClassName"]] == quota["scopeSelector"]["matchExpressions"][0]["values"]

@@ -1,4 +1,4 @@
-"""Upgrade the previous release to this checkout by `make deploy` on a real cluster, during flow runs; then roll back.
+"""Upgrade the previous release to this checkout by `make deploy` on a real cluster, during flow runs, and roll back.
 
 `make test` does not collect this file; `make test-long FOR=cluster-upgrade` runs it.
 
@@ -131,7 +131,7 @@ while True:
     time.sleep(max(0, began + 0.2 - time.time()))
 """
 
-UPGRADE, UPGRADED, EVICTED, ROLLBACK = "upgrade", "upgraded", "evicted", "rollback"
+UPGRADE, UPGRADED, EVICTED, ROLLBACK, MOVED = "upgrade", "upgraded", "evicted", "rollback", "moved"
 """The phases of the test. Flow runs wait for them."""
 
 IN_PROGRESS: dict[str, Object] = {
@@ -147,6 +147,18 @@ IN_PROGRESS: dict[str, Object] = {
 TO_EVICT = {"phase": EVICTED}
 """Parameters of the flow run that begins before the upgrade and loses its pod after it."""
 
+
+POOL_VALUES = "helm/environments/local/prefect-work-pool.yaml"
+
+FOR_ROLLBACK = (
+    ("\npool:", '\napi: {auth: {rolesSecret: ""}}\npool:'),
+    ('"{{ .Release.Namespace }}-runs"', '""'),
+)
+"""Changes of the pool's values for a deploy that is rolled back during flow runs.
+
+docs/how-to/api-roles.md: the previous server does not know credentials of runs. docs/upgrading.md: the previous
+reconciler handles no run in another namespace, so `make rollback` would wait for the end of these runs.
+"""
 
 WINDOW_SECONDS = range(5, 95, 10)
 """The due times of flow runs, in seconds after the deploy begins."""
@@ -290,7 +302,7 @@ def _prepare_checkout(folder: Path, target: Environment, venv: Path) -> Checkout
     (folder / ".venv").symlink_to(venv)
     made = Checkout(folder, target)
     made.edit("prefect.yaml", "0 6 * * *", CRON)
-    made.edit("helm/environments/local/prefect-work-pool.yaml", "concurrencyLimit: 10", "concurrencyLimit: 30")
+    made.edit(POOL_VALUES, "concurrencyLimit: 10", "concurrencyLimit: 30")
     (folder / "flows" / "spans.py").write_text(FLOW)
     (folder / "prefect.yaml").write_text((folder / "prefect.yaml").read_text() + DEPLOYMENTS)
     identity = ["-c", "user.name=tests", "-c", "user.email=tests@example.com"]
@@ -301,9 +313,9 @@ def _prepare_checkout(folder: Path, target: Environment, venv: Path) -> Checkout
 
 @pytest.fixture(scope="module")
 def releases(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Releases]:
-    """Both checkouts, for a namespace that does not exist yet. The fixture removes the namespace afterwards."""
+    """Both checkouts, for namespaces that do not exist yet. The fixture removes the namespaces afterwards."""
     target = Environment("local", cluster, f"upgrade-{uuid4().hex[:8]}")
-    USED.add(target.namespace)
+    USED.update(target.namespaces)
     python, files = previous_release()
     old, new_folder = tmp_path_factory.mktemp("old") / "checkout", tmp_path_factory.mktemp("new")
     shutil.copytree(files, old, ignore=shutil.ignore_patterns("__pycache__", ".hypothesis", ".venv"))
@@ -317,7 +329,8 @@ def releases(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         try:
             yield made
         finally:
-            remove(Namespace(cluster, target.namespace))
+            for name in target.namespaces:
+                remove(Namespace(cluster, name))
 
 
 @pytest.fixture(scope="module")
@@ -382,10 +395,8 @@ def _outage(answers: Sequence[tuple[float, bool]]) -> Outage:
 def after(releases: Releases, before: Before) -> After:
     """The environment after `make deploy` of this checkout. All flow runs of `IN_PROGRESS` have ended."""
     start = time.monotonic()
-    # As docs/how-to/api-roles.md says: without this, runs in progress at the rollback have credentials that the
-    # previous server does not know.
-    values = "helm/environments/local/prefect-work-pool.yaml"
-    releases.new.edit(values, "\npool:", '\napi: {auth: {rolesSecret: ""}}\npool:')
+    for shipped, changed in FOR_ROLLBACK:
+        releases.new.edit(POOL_VALUES, shipped, changed)
     releases.new.make("push")  # so that the deploy builds no image
     pushed = time.monotonic()
     assert "prefect-server: Deployment/prefect-server-api is changed" in releases.new.make("plan", status=2)
@@ -615,3 +626,43 @@ def test_rollback_keeps_the_schema_and_a_run_in_progress(
     assert [action["prefect"] for action in recorded[run]] == [locked_version()] * 2
     assert [action["prefect"] for action in recorded[later]] == [PREVIOUS] * 2
     record_figures(f"{seconds:.0f} s ({_step_seconds(output)}), {outages[0]}")
+
+
+def test_upgrade_with_the_shipped_values_moves_runs_to_their_namespace_and_loses_none(
+    releases: Releases, before: Before, after: After, record_figures: Callable[[str], None]
+) -> None:
+    """The previous release is installed, by the rollback."""
+    target = releases.target
+    with api_client(target) as api:
+        held = releases.deployment_id(api, "held")
+        stays, evicted = (start_run(api, held, parameters={"phase": MOVED}) for _ in range(2))
+        wait_until(lambda: set(releases.actions("step 1")) >= {stays, evicted}, "the runs to be in progress", 120)
+    pods = {run: releases.pods(run)[0] for run in (stays, evicted)}
+    assert {pod["metadata"]["namespace"] for pod in pods.values()} == {target.namespace}
+    for shipped, changed in FOR_ROLLBACK:
+        releases.new.edit(POOL_VALUES, changed, shipped)
+    start = time.monotonic()
+    output = releases.new.make("deploy")
+    seconds = time.monotonic() - start
+    releases.wait_until_replaced()
+    with api_client(target) as api:
+        assert {get_run(api, run)["state_type"] for run in pods} == {"RUNNING"}
+        later = start_run(api, held)
+        assert wait_until_ended(api, later)["state_name"] == "Completed"
+        target.kubectl("delete", "pod", pods[evicted]["metadata"]["name"], "--wait=false")
+        wait_until(lambda: len(releases.actions("begin")[evicted]) == 2, "the second run attempt", 180)
+        releases.begin(MOVED)
+        for run in pods:
+            assert wait_until_ended(api, run)["state_name"] == "Completed"
+            assert "Crashed" not in _state_names(api, run)
+    recorded = releases.actions("begin", "end")
+    new = locked_version()
+    assert {run: [action["prefect"] for action in recorded[run]] for run in (stays, evicted, later)} == {
+        stays: [PREVIOUS, PREVIOUS], evicted: [PREVIOUS, new, new], later: [new, new],
+    }  # fmt: skip
+    [pod] = releases.pods(stays)
+    assert pod["metadata"]["uid"] == pods[stays]["metadata"]["uid"]
+    for run in (evicted, later):
+        [pod] = [pod for pod in releases.pods(run) if pod["metadata"]["uid"] != pods[evicted]["metadata"]["uid"]]
+        assert pod["metadata"]["namespace"] == target.runs_namespace
+    record_figures(f"deploy {seconds:.0f} s ({_step_seconds(output)})")

@@ -95,20 +95,22 @@ def production(checkout: Checkout) -> Iterator[Checkout]:
     try:
         yield replace(checkout, target=target)
     finally:
-        remove(Namespace(target.context, target.namespace))
+        for name in target.namespaces:
+            remove(Namespace(target.context, name))
 
 
 def test_deploy_asks_for_each_missing_secret_and_then_installs(production: Checkout, databases: Databases) -> None:
     """The message has the command that creates the Secret, and the deploy changes nothing before."""
     target = production.target
     settings = ("database.external.existingSecret", "redis.external.existingSecret", "runs.env: WAREHOUSE_URL")
-    for setting, (secret, url) in zip(settings, databases.urls().items(), strict=True):
+    places = (target.namespace, target.namespace, target.runs_namespace)
+    for setting, place, (secret, url) in zip(settings, places, databases.urls().items(), strict=True):
         name, key = secret.split()
         refused = production.make("deploy", ENV="production", status=2)
         assert f"{setting} names the Secret {name}: namespace" in refused
-        create = f"kubectl --namespace {target.namespace} create secret generic {name} --from-literal={key}="
+        create = f"kubectl --namespace {place} create secret generic {name} --from-literal={key}="
         assert create in refused
-        target.kubectl("create", "secret", "generic", name, f"--from-literal={key}={url}")
+        Namespace(target.context, place).kubectl("create", "secret", "generic", name, f"--from-literal={key}={url}")
     output = production.make("deploy", ENV="production")
     assert "prefect-server is up to date" in output
     assert "Nothing would change." in production.make("plan", ENV="production")
@@ -147,6 +149,7 @@ def test_daily_job_runs_as_a_pod_and_writes_to_the_external_databases(
     assert databases.sql("prefect", runs) == "1"
     assert int(databases.valkey("dbsize")) > 0
     [pod] = production.target.objects("pods", "--selector", "prefect.io/role=flow-run")
+    assert pod["metadata"]["namespace"] == production.target.runs_namespace
     assert pod["spec"]["priorityClassName"] == "prefect-runs"
     assert pod["spec"]["terminationGracePeriodSeconds"] == 120
     assert PASSWORD not in json.dumps(production.target.objects("jobs,pods,deployments,configmaps"))

@@ -188,6 +188,7 @@ async def check_reconciler_rights(installation: Installation) -> Finding:
 
 async def _check_account(installation: Installation, component: str) -> Finding:
     await installation.ensure_installed(POOL)
+    await installation.ensure_runs_moved()
     namespace = installation.cluster.namespace
     account = (await installation.read_component(POOL, component)).get("serviceAccountName", "default")
     wanted = []
@@ -459,7 +460,8 @@ async def check_secrets(installation: Installation) -> Finding:
         for line in (await installation.kubectl(*command)).splitlines():
             kind, name, *rest = line.split()
             known[namespace, kind, name] = {*known.get((namespace, kind, name), ()), *rest}
-        if not is_installed and installation.is_local:
+        is_deployed = is_installed and await _read_namespace(installation, namespace)
+        if installation.is_local and not is_deployed:
             # `make deploy` creates it.
             known.setdefault((namespace, "Secret", "warehouse"), {"url", "password"})
     if not is_installed and (installation.cluster.namespace, "Secret", AUTH_SECRET) in known:

@@ -138,6 +138,15 @@ class Installation:
         if not await self.read_revisions(release):
             raise UncheckedError(f"{release} is not installed yet")
 
+    async def ensure_runs_moved(self) -> None:
+        """Raise UncheckedError between a change of `runs.namespace` in the values and its deploy."""
+        installed = (await self.read_values(POOL))["runs"].get("namespace", "")
+        if self.cluster.fill_namespace(installed) != self.cluster.runs_namespace:
+            raise UncheckedError(
+                f"the values put runs into namespace {self.cluster.runs_namespace}, and the installed {POOL} does not. "
+                f"Deploy first: make deploy ENV={self.cluster.name}"
+            )
+
     async def read_release(self, release: str) -> list[Object]:
         """Return the objects of a release, hooks without tests included.
 

@@ -139,12 +139,15 @@ class WarehouseLogin(PostgresLogins):
         return urlsplit(values["url"]).username or self._user
 
     def copy(self) -> None:
-        """Update the URL of the copy in the namespace of the runs."""
+        """Update the URL of the copy in the namespace of the runs, once a deploy has made the copy."""
         place = self.environment.runs_namespace
         if place == self.environment.namespace:
             return
         where = ("--namespace", place)
-        found = self.environment.kubectl("get", "secret", WAREHOUSE, "--output", "go-template={{.data.url}}", *where)
+        read = ("get", "secret", WAREHOUSE, "--ignore-not-found", "--output", "go-template={{.data.url}}")
+        found = self.environment.kubectl(*read, *where)
+        if not found:
+            return
         login = self.login(self.secret.values)
         url = _with_login(base64.b64decode(found).decode(), login, self.secret.values["password"])
         patch = json.dumps({"stringData": {"url": url}})

@@ -18,7 +18,7 @@ from orchestration.operations.environment import POOL, RELEASES, SERVER, Environ
 from orchestration.operations.local_cluster import binaries
 from orchestration.operations.release_inputs import CHARTS
 from orchestration.prefect_api import Server
-from tests.cluster.apiserver import NAMESPACE, ApiServer
+from tests.cluster.apiserver import NAMESPACE, NAMESPACES, ApiServer
 
 ABSENT_SERVER = "no Prefect server"
 
@@ -30,6 +30,9 @@ REPORT: Object = {
     "redis": {"used": 2**20, "limit": 128 * 2**20, "eviction": "volatile-lru", "hosts": ["prefect-server-api-1"]},
 }  # fmt: skip
 """What the pod of a healthy server reports. tests/orchestration/inspection/test_backing_services.py reads real ones."""
+
+RUNS = NAMESPACES[1]
+"""The namespace of the runs in the values of the local environment."""
 
 CLAIMS = f"/api/v1/namespaces/{NAMESPACE}/persistentvolumeclaims"
 
@@ -131,17 +134,19 @@ def furnish(api: ApiServer) -> None:
         if manifest["kind"] == "PriorityClass":
             api.create(manifest)
         elif manifest["kind"] == "Namespace":
-            patch(api, f"/api/v1/namespaces/{NAMESPACE}", {"metadata": {"labels": manifest["metadata"]["labels"]}})
+            for name in NAMESPACES:
+                patch(api, f"/api/v1/namespaces/{name}", {"metadata": {"labels": manifest["metadata"]["labels"]}})
     create(api, "/api/v1/nodes", node("node-1"))
     create(api, "/apis/storage.k8s.io/v1/storageclasses", storage_class("local"))
     labels = {"k8s-app": "kube-dns"}
     create(api, "/api/v1/namespaces/kube-system/pods", pod("coredns", labels) | {"status": READY})
     labels = {"app.kubernetes.io/instance": SERVER, "prefect.io/role": "server"}
     create(api, f"/api/v1/namespaces/{NAMESPACE}/pods", pod("prefect-server-api-1", labels) | {"status": READY})
-    for name in ("data-prefect-server-database-0", "results-prefect-work-pool-results-0"):
-        create(api, CLAIMS, claim(name))
-    secret = {"kind": "Secret", "metadata": {"name": "warehouse"}, "stringData": {"url": "u", "password": "p"}}
-    create(api, f"/api/v1/namespaces/{NAMESPACE}/secrets", {"apiVersion": "v1"} | secret)
+    create(api, CLAIMS, claim("data-prefect-server-database-0"))
+    create(api, CLAIMS.replace(NAMESPACE, RUNS), claim("results-prefect-work-pool-results-0"))
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "warehouse"}}
+    create(api, f"/api/v1/namespaces/{NAMESPACE}/secrets", secret | {"stringData": {"url": "u", "password": "p"}})
+    create(api, f"/api/v1/namespaces/{RUNS}/secrets", secret | {"stringData": {"url": "u"}})
 
 
 def create(api: ApiServer, path: str, manifest: Object) -> None:

@@ -24,9 +24,10 @@ from orchestration.operations.doctor import cluster_checks
 from orchestration.operations.doctor.findings import CHECKS, Finding
 from orchestration.operations.environment import POOL, SERVER, Environment, Object
 from orchestration.operations.release_inputs import CHARTS
-from tests.cluster.apiserver import NAMESPACE, NAMESPACES
+from tests.cluster.apiserver import NAMESPACE
 from tests.orchestration.operations.doctor.patient import (
     REPORT,
+    RUNS,
     Patient,
     claim,
     create,
@@ -54,9 +55,8 @@ NEEDS_PODS = {"network policies"}
 OF_SHARED_ENVIRONMENTS = {"retention", "backup", "replicas"}
 """Checks that are left out where the environment is `local`."""
 
-RUNS = NAMESPACES[1]
-API = f"/api/v1/namespaces/{NAMESPACE}"
-RBAC = f"/apis/rbac.authorization.k8s.io/v1/namespaces/{NAMESPACE}"
+API, API_OF_RUNS = (f"/api/v1/namespaces/{name}" for name in (NAMESPACE, RUNS))
+RBAC, RBAC_OF_RUNS = (f"/apis/rbac.authorization.k8s.io/v1/namespaces/{name}" for name in (NAMESPACE, RUNS))
 
 Fault = Callable[[Patient], AbstractContextManager[dict[str, Any]]]
 
@@ -277,6 +277,7 @@ POLICY = f"/apis/admissionregistration.k8s.io/v1/validatingadmissionpolicies/{NA
 LABEL = "pod-security.kubernetes.io/enforce"
 DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
 STORAGE = "/apis/storage.k8s.io/v1/storageclasses"
+QUOTAS = "resourcequotas,limitranges"
 QUOTA_STATUS = {"hard": {"pods": "20"}, "used": {"pods": "19"}}
 
 
@@ -303,11 +304,11 @@ FAULTS: dict[str, tuple[str, Fault, str, str]] = {
     ),
     "stranger installs": ("rights of the installer", _missing_right, "failed", "may not get configmaps, create"),
     "no role of the worker": (
-        "rights of the worker", _without(f"{RBAC}/rolebindings/{POOL}-worker", "nothing"), "failed",
+        "rights of the worker", _without(f"{RBAC_OF_RUNS}/rolebindings/{POOL}-worker", "nothing"), "failed",
         f"account {POOL}-worker may not create jobs",
     ),
     "no role of the reconciler": (
-        "rights of the reconciler", _without(f"{RBAC}/rolebindings/{POOL}-reconciler", "nothing"), "failed",
+        "rights of the reconciler", _without(f"{RBAC_OF_RUNS}/rolebindings/{POOL}-reconciler", "nothing"), "failed",
         f"account {POOL}-reconciler may not list jobs",
     ),
     "no lease of the reconciler": (
@@ -364,17 +365,17 @@ FAULTS: dict[str, tuple[str, Fault, str, str]] = {
         "failed", "no DNS pod of 1 is ready",
     ),
     "small quota": (
-        "quota", _cluster(f"{API}/resourcequotas", _quota({"limits.memory": "512Mi"}), "resourcequotas,limitranges"),
+        "quota", _cluster(f"{API_OF_RUNS}/resourcequotas", _quota({"limits.memory": "512Mi"}), QUOTAS),
         "failed", "limits.memory",
     ),
     "quota used up": (
         "quota",
-        _cluster(f"{API}/resourcequotas", _quota({"pods": "20"}, status=QUOTA_STATUS), "resourcequotas,limitranges"),
+        _cluster(f"{API_OF_RUNS}/resourcequotas", _quota({"pods": "20"}, status=QUOTA_STATUS), QUOTAS),
         "warning", "pods of small (19 of 20)",
     ),
     "quota below the limit of the pool": (
         "quota for concurrent runs",
-        _cluster(f"{API}/resourcequotas", _quota({"requests.cpu": "1"}), "resourcequotas,limitranges"),
+        _cluster(f"{API_OF_RUNS}/resourcequotas", _quota({"requests.cpu": "1"}), QUOTAS),
         "warning", "has room for 5 runs at once, the work pool allows 10",
     ),
     "small nodes": (
@@ -383,7 +384,7 @@ FAULTS: dict[str, tuple[str, Fault, str, str]] = {
             resources={"requests": {"cpu": "64"}})),
         "failed", "can hold prefect-server-api, which requests cpu 64",
     ),
-    "absent secret": ("secrets", _without(f"{API}/secrets/warehouse", "nothing"), "failed", "Secret warehouse"),
+    "absent secret": ("secrets", _without(f"{API_OF_RUNS}/secrets/warehouse", "nothing"), "failed", "Secret warehouse"),
     "absent secret of backups": (
         "secrets",
         _objects(SERVER, lambda found: _backup(found)["containers"][0].update(
@@ -396,7 +397,7 @@ FAULTS: dict[str, tuple[str, Fault, str, str]] = {
     ),
     "absent key": (
         "secrets",
-        _patched(f"{API}/secrets/warehouse", {"data": {"url": None}}, {"stringData": {"url": "u"}}, "nothing"),
+        _patched(f"{API_OF_RUNS}/secrets/warehouse", {"data": {"url": None}}, {"stringData": {"url": "u"}}, "nothing"),
         "failed", "key url of Secret warehouse",
     ),
     "absent priority class": (
@@ -545,52 +546,73 @@ def test_pgbouncer_bounds_the_connections_of_many_api_pods(patient: Patient, ena
 
 
 @pytest.fixture
-def elsewhere(patient: Patient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Patient]:
-    """Yield the installation with its runs in a namespace of their own."""
-    environment = patient.environment
+def set_namespace(patient: Patient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Return a function that writes `runs.namespace` into a copy of the environment's values, and returns the file."""
     folder = tmp_path / "helm" / "environments" / "local"
-    shutil.copytree(environment.values, folder)
-    values = yaml.safe_load((folder / f"{POOL}.yaml").read_text())
-    values["runs"]["namespace"] = RUNS
-    (folder / f"{POOL}.yaml").write_text(yaml.safe_dump(values))
+    shutil.copytree(patient.environment.values, folder)
     monkeypatch.setattr(environments, "ROOT", tmp_path)
-    patch(patient.api, f"/api/v1/namespaces/{RUNS}", {"metadata": {"labels": {LABEL: "restricted"}}})
-    secret = patient.api.client.get(f"{API}/secrets/warehouse").raise_for_status().json()
-    secret["metadata"] = {"name": "warehouse"}
-    create(patient.api, f"/api/v1/namespaces/{RUNS}/secrets", secret)
-    files = ["--values", str(folder / f"{POOL}.yaml"), "--set-string", "image.tag=1", "--no-hooks"]
+    file = folder / f"{POOL}.yaml"
+
+    def write(namespace: str) -> Path:
+        values = yaml.safe_load(file.read_text())
+        values["runs"]["namespace"] = namespace
+        file.write_text(yaml.safe_dump(values))
+        return file
+
+    return write
+
+
+@pytest.fixture
+def together(patient: Patient, set_namespace: Callable[[str], Path]) -> Iterator[Patient]:
+    """Yield the installation with its runs in the namespace of the releases."""
+    environment = patient.environment
+    files = ["--values", str(set_namespace("")), "--set-string", "image.tag=1", "--no-hooks"]
     # The other tests have changed objects of the release, and put them back.
-    files += ["--force-conflicts", "--set", f"runs.formerNamespaces={{{NAMESPACE}}}"]
+    files += ["--force-conflicts", "--set", f"runs.formerNamespaces={{{RUNS}}}"]
     environment.helm("upgrade", POOL, str(CHARTS / POOL), *files)
+    create(patient.api, f"{API}/persistentvolumeclaims", claim("results-prefect-work-pool-results-0"))
     yield Patient(patient.api, environment)
     environment.helm("rollback", POOL, "1", "--no-hooks", "--force-conflicts")
+    patch(patient.api, API, {"metadata": {"labels": {LABEL: "restricted"}}})
 
 
-def test_runs_elsewhere_are_checked_in_their_namespace(elsewhere: Patient, sound: dict[str, Finding]) -> None:
+def test_runs_in_the_namespace_of_the_releases_are_checked_there(together: Patient, sound: dict[str, Finding]) -> None:
     names = [check.name for check in CHECKS if check.name not in NEEDS_SERVER | NEEDS_PODS]
-    findings = asyncio.run(elsewhere.examine(names))
+    findings = asyncio.run(together.examine(names))
     assert {name: finding for name, finding in findings.items() if finding.status not in ("ok", "not checked")} == {}
     assert findings["nodes"] == sound["nodes"]
     assert findings["dns"] == sound["dns"]
     assert {findings[name].status for name in names if name not in OF_SHARED_ENVIRONMENTS} == {"ok"}
 
-    patch(elsewhere.api, f"/api/v1/namespaces/{RUNS}", {"metadata": {"labels": {LABEL: "baseline"}}})
-    delete(elsewhere.api, f"/api/v1/namespaces/{RUNS}/secrets/warehouse")
-    delete(elsewhere.api, f"/apis/rbac.authorization.k8s.io/v1/namespaces/{RUNS}/rolebindings/{POOL}-worker")
-    delete(elsewhere.api, f"/apis/rbac.authorization.k8s.io/v1/namespaces/{RUNS}/rolebindings/{POOL}-reconciler")
-    create(elsewhere.api, f"/api/v1/namespaces/{RUNS}/resourcequotas", _quota({"limits.memory": "512Mi"}))
-    create(elsewhere.api, f"{API}/resourcequotas", _quota({"limits.cpu": "1m"}))
-    findings = asyncio.run(elsewhere.examine(names))
-    delete(elsewhere.api, f"/api/v1/namespaces/{RUNS}/resourcequotas/small")
-    delete(elsewhere.api, f"{API}/resourcequotas/small")
+    patch(together.api, API, {"metadata": {"labels": {LABEL: "baseline"}}})
+    delete(together.api, f"{API}/secrets/warehouse")
+    delete(together.api, f"{RBAC}/rolebindings/{POOL}-worker")
+    delete(together.api, f"{RBAC}/rolebindings/{POOL}-reconciler")
+    create(together.api, f"{API}/resourcequotas", _quota({"limits.memory": "512Mi"}))
+    create(together.api, f"{API_OF_RUNS}/resourcequotas", _quota({"limits.cpu": "1m"}))
+    findings = asyncio.run(together.examine(names))
+    delete(together.api, f"{API}/resourcequotas/small")
+    delete(together.api, f"{API_OF_RUNS}/resourcequotas/small")
     wrong = {name: finding.text for name, finding in findings.items() if finding.status not in ("ok", "not checked")}
-    assert f"namespace {RUNS} enforces baseline" in wrong.pop("pod security")
+    assert f"namespace {NAMESPACE} enforces baseline" in wrong.pop("pod security")
     assert "missing: Secret warehouse;" in wrong.pop("secrets")
     assert "may not create jobs" in wrong.pop("rights of the worker")
     assert "may not list jobs" in wrong.pop("rights of the reconciler")
     assert "limits.memory" in wrong.pop("quota")
     assert "has room for 0 runs at once" in wrong.pop("quota for concurrent runs")
     assert wrong == {}
+
+
+@pytest.mark.usefixtures("sound")
+def test_move_of_the_runs_is_no_fault_before_its_deploy(patient: Patient, set_namespace: Callable[[str], Path]) -> None:
+    """The namespace of the runs does not exist, and the worker has no rights in it."""
+    set_namespace("later")
+    names = ["rights of the worker", "rights of the reconciler", "secrets", "quota", "pod security"]
+    findings = asyncio.run(Patient(patient.api, patient.environment).examine(names))
+    for name in names[:2]:
+        assert findings[name].status == "not checked"
+        assert "the values put runs into namespace later" in findings[name].text
+    assert {findings[name].status for name in names[2:]} == {"ok"}, findings
 
 
 async def _found(patient: Patient, name: str, known: dict[str, Any]) -> Finding:

@@ -226,6 +226,8 @@ def test_warehouse_of_another_namespace_of_runs_keeps_its_old_login_until_the_ru
     overlay = OVERLAYS / "local" / "warehouse"
     environment.kubectl("create", "--filename", str(overlay / "statefulset.yaml"))
     options = ("--context", environment.context, "--namespace", environment.namespace)
+    subprocess.run([overlay / "secret", *options], check=True)
+    postgres_logins.local_warehouse(environment).copy()  # nothing: the first deploy with this namespace makes the copy
     subprocess.run([overlay / "secret", *options], env=os.environ | {"RUNS_NAMESPACE": runs}, check=True)
     before = installation.secret("warehouse")
     host = postgres.partition("host=")[2]
