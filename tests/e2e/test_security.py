@@ -4,13 +4,17 @@ import copy
 import json
 import re
 from collections.abc import Callable, Iterator
+from uuid import UUID
 
 import httpx
 import pytest
 
+from orchestration.access.credentials import RUN_KEY_FILE, sign_run
 from orchestration.errors import ClusterError
+from orchestration.prefect_api import Access
+from orchestration.settings import ROOT
 from tests.cluster.namespace import Namespace, restricted
-from tests.e2e.release import Object, Pool, Release, merge_values
+from tests.e2e.release import Object, Pool, Release, copy_credentials, merge_values
 from tests.e2e.runs import create_deployment, start_run, wait_for_log, wait_until_ended
 from tests.parts import wait_until
 
@@ -110,6 +114,67 @@ def test_account_may_do_what_it_needs_and_only_in_the_namespace_of_runs(pool: Po
     lease = {("leases.coordination.k8s.io", verb) for verb in ("create", "get", "update")}
     expected = everywhere | (lease if component == "reconciler" else set())
     assert _list_permissions(pool.namespace, account) == expected
+
+
+@pytest.fixture(scope="module")
+def other_team(pool: Pool, server: Release, api: httpx.Client, values: Object) -> Iterator[Pool]:
+    """Yield the release of a second team on the same server, with its own two namespaces, and without pods."""
+    context = pool.namespace.context
+    with restricted(context, "team") as namespace, restricted(context, "team-runs") as runs:
+        copy_credentials(server, namespace)
+        team = Pool(pool.chart, pool.name, namespace, namespace.name, runs.name)
+        idle = {"worker": {"replicas": 0}, "reconciler": {"replicas": 0}, "pool": {"name": team.work_pool}}
+        idle["runs"] = {"namespace": runs.name, "results": {"storage": "none"}}
+        options = [f"--set-json={key}={json.dumps(value)}" for key, value in merge_values(values, idle).items()]
+        team.helm("install", team.name, str(ROOT / "helm" / team.chart), "--no-hooks", *options)
+        api.post("/work_pools/", json={"name": team.work_pool, "type": "kubernetes"}).raise_for_status()
+        yield team
+
+
+def _list_accounts(team: Pool) -> list[str]:
+    """Return the service accounts of a team that have a token or execute runs."""
+    places = {"worker": team.namespace, "reconciler": team.namespace, "runs": team.runs_namespace}
+    return [
+        f"system:serviceaccount:{namespace.name}:{team.name}-{component}" for component, namespace in places.items()
+    ]
+
+
+def test_accounts_of_two_teams_may_do_nothing_in_the_namespaces_of_the_other(pool: Pool, other_team: Pool) -> None:
+    everywhere = {("namespaces", "get")}  # kube-system only
+    worker, _, of_runs = _list_accounts(other_team)
+    assert _list_permissions(other_team.runs_namespace, worker) == ACCOUNT_PERMISSIONS["worker"] | everywhere
+    assert not _list_permissions(other_team.runs_namespace, of_runs)
+    for team, other in ((pool, other_team), (other_team, pool)):
+        for namespace in (other.namespace, other.runs_namespace):
+            for account in _list_accounts(team):
+                assert _list_permissions(namespace, account) <= everywhere, (namespace.name, account)
+
+
+def test_runs_of_two_teams_read_and_do_not_change_the_runs_of_the_other(
+    pool: Pool, other_team: Pool, server: Release, api: httpx.Client
+) -> None:
+    teams = (pool, other_team)
+    deployments = {team.work_pool: create_deployment(api, team) for team in teams}
+    runs = {name: start_run(api, deployment, state={"type": "PAUSED"}) for name, deployment in deployments.items()}
+    key = server.secret("prefect-server-api-roles", RUN_KEY_FILE)
+    for team, other in (teams, teams[::-1]):
+        credential = Access(str(api.base_url).rstrip("/"), sign_run(key, UUID(runs[team.work_pool])))
+        attacked = runs[other.work_pool]
+        attacks: dict[str, tuple[str, Object | None]] = {
+            f"/flow_runs/{attacked}/set_state": ("POST", {"state": {"type": "CANCELLED"}, "force": True}),
+            f"/flow_runs/{attacked}": ("DELETE", None),
+            f"/deployments/{deployments[other.work_pool]}": ("PATCH", {"paused": True}),
+            f"/work_pools/{other.work_pool}": ("PATCH", {"is_paused": True}),
+            f"/work_pools/{other.work_pool}/get_scheduled_flow_runs": ("POST", {}),
+        }
+        for path, (method, body) in attacks.items():
+            assert api.request(method, path, json=body, auth=credential).status_code == 403, path
+        own = f"/flow_runs/{runs[team.work_pool]}/labels"
+        assert api.patch(own, json={"a": "b"}, auth=credential).status_code == 204
+        # docs/explanation/security-model.md says so.
+        body = {"flow_runs": {"id": {"any_": list(runs.values())}}}
+        listed = api.post("/flow_runs/filter", json=body, auth=credential).raise_for_status().json()
+        assert {run["id"]: run["state_type"] for run in listed} == dict.fromkeys(runs.values(), "PAUSED")
 
 
 def test_move_that_leaves_runs_in_progress_alone_is_refused(pool: Pool, values: Object) -> None:
