@@ -7,13 +7,14 @@ the settings of TLS, and FOLDER/userlist.txt users and passwords. Prefect's sett
 (`PREFECT_SERVER_DATABASE_*`). During a rotation `PGBOUNCER_NEXT_*` is the login of servers that start later, and
 `PGBOUNCER_PREVIOUS_*` that of servers that have not restarted yet.
 
-A process that calls `use_pgbouncer` connects SQLAlchemy to `PGBOUNCER_ADDRESS` (HOST:PORT). Its settings still name
-Postgres. Prefect's services listen there for changed automations, without SQLAlchemy: in transaction mode PgBouncer
-passes no notification on.
+A process that calls `use_pgbouncer` connects SQLAlchemy to `PGBOUNCER_ADDRESS` (HOST:PORT), by TLS if
+`PGBOUNCER_CA_FILE` names the certificate of PgBouncer's CA. Its settings still name Postgres. Prefect's services listen
+there for changed automations, without SQLAlchemy: in transaction mode PgBouncer passes no notification on.
 """
 
 import argparse
 import os
+import ssl
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from sqlalchemy.exc import ArgumentError
 
 from orchestration.errors import PipelineError, SettingsError, sentence
 
-VARIABLE = "PGBOUNCER_ADDRESS"
+VARIABLE, CA_VARIABLE = "PGBOUNCER_ADDRESS", "PGBOUNCER_CA_FILE"
 
 _OTHER_LOGINS = ("PGBOUNCER_NEXT_", "PGBOUNCER_PREVIOUS_")
 """Variables with the logins of a rotation begin so, and end with USER and PASSWORD."""
@@ -51,8 +52,10 @@ def use_pgbouncer() -> None:
 def connect_to_pgbouncer(dialect: Any, _record: Any, _arguments: Any, parameters: dict[str, Any]) -> None:
     """Replace the address in the parameters of a new connection. SQLAlchemy then connects."""
     if dialect.name == "postgresql" and (address := _address()):
-        # TLS and the choice between several hosts are for Postgres. PgBouncer is in the same cluster.
-        parameters.update(host=address[0], port=address[1], ssl=False)
+        # The settings of TLS and the choice between several hosts are for Postgres.
+        ca_file = os.environ.get(CA_VARIABLE)
+        tls = ssl.create_default_context(cafile=ca_file) if ca_file else False
+        parameters.update(host=address[0], port=address[1], ssl=tls)
         parameters.pop("target_session_attrs", None)
 
 

@@ -6,6 +6,7 @@ The retry loop of `Server.ask` is no shorter with tenacity 9.2, which would add 
 import asyncio
 import logging
 import random
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Mapping
 from contextlib import asynccontextmanager
@@ -32,6 +33,9 @@ concurrent requests are no faster on Postgres.
 
 RESPONSE_TIMEOUT_SECONDS = 75.0
 """How long to wait for a response. A server on SQLite waits for a locked database for 60 s before it reports that."""
+
+CHECK_TIMEOUT_SECONDS = 10.0
+"""How long `check_certificate` waits for the API, which answers after it has shown its certificate."""
 
 RETRY_SECONDS = 180.0
 """For how long a request is retried that the server could not answer: after a lost connection, or a 5xx."""
@@ -104,6 +108,17 @@ class Access(httpx.Auth):
         if self._token and request.method != "GET":
             request.headers["Prefect-Csrf-Token"] = self._token
             request.headers["Prefect-Csrf-Client"] = self._client
+
+
+def certificate_refusal(error: Exception) -> str:
+    """Return why this client refuses the certificate of the API, and the cure; empty for any other error."""
+    found = re.search(r"certificate verify failed: (.*?)(?: \(_ssl\.c|$)", str(error))
+    if not found:
+        return ""
+    return (
+        f"its certificate is refused ({found[1].rstrip('.')}). Set PREFECT_API_SSL_CERT_FILE to the certificate of "
+        "its CA (api.tls.caSecret of the chart), and PREFECT_API_URL to a name in its certificate"
+    )
 
 
 class RefusedError(ApiError):
@@ -187,6 +202,8 @@ class Server:
 
     def unreachable(self, error: Exception) -> str:
         """Return the error message for a server that does not answer."""
+        if refusal := certificate_refusal(error):
+            return f"The Prefect API at {self.url} cannot be used: {refusal}"
         cause = str(error) or type(error).__name__
         return (
             f"The Prefect API at {self.url} does not answer: {cause}. "
@@ -269,13 +286,37 @@ async def connected(wait: float = 0, report: Callable[[str], None] = logger.info
     if verify and settings.api.ssl_cert_file:
         import ssl
 
-        verify = ssl.create_default_context(cafile=settings.api.ssl_cert_file)
+        try:
+            verify = ssl.create_default_context(cafile=settings.api.ssl_cert_file)
+        except OSError as error:  # ssl.SSLError is one
+            raise ApiError(
+                f"PREFECT_API_SSL_CERT_FILE={settings.api.ssl_cert_file} cannot be used: {error.strerror or error}. "
+                "Set it to a file with the certificate of the CA in PEM"
+            ) from None
     async with httpx.AsyncClient(
         base_url=url, auth=Access(url, auth), headers=headers, verify=verify, timeout=RESPONSE_TIMEOUT_SECONDS
     ) as client:
         server = Server(client, url)
         await _wait_for(server, wait, report)
         yield server
+
+
+async def check_certificate() -> None:
+    """Check that this client accepts the certificate of the API. An API that does not answer passes the check.
+
+    Raises:
+        ApiError: the client refuses the certificate, or the file of the CA cannot be read.
+    """
+    from prefect.settings import get_current_settings
+
+    if not (get_current_settings().api.url or "").startswith("https:"):
+        return
+    async with connected() as server:
+        try:
+            await server.client.get("/health", timeout=CHECK_TIMEOUT_SECONDS)
+        except httpx.TransportError as error:
+            if certificate_refusal(error):
+                raise ApiError(server.unreachable(error)) from None
 
 
 async def _wait_for(server: Server, wait: float, report: Callable[[str], None]) -> None:
@@ -289,7 +330,7 @@ async def _wait_for(server: Server, wait: float, report: Callable[[str], None]) 
             reason = str(response.status_code)
         except httpx.TransportError as error:
             reason = str(error) or type(error).__name__
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or certificate_refusal(error):
                 raise ApiError(server.unreachable(error)) from None
         if time.monotonic() > deadline:
             raise ApiError(f"The Prefect API at {server.url} fails: {reason}. Look at the server's log")

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -69,10 +70,11 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 180) ->
         time.sleep(min(max(0.1, (looked - start) / 10, 2 * (time.monotonic() - looked)), 1))
 
 
-def answers(url: str) -> bool:
-    """Return whether a GET of `url` succeeds."""
+def answers(url: str, ca: Path | None = None) -> bool:
+    """Return whether a GET of `url` succeeds. Over HTTPS, `ca` is the file with the certificate of the server's CA."""
+    context = ssl.create_default_context(cafile=ca) if ca else None
     try:
-        with urlopen(url, timeout=2) as response:  # noqa: S310 - a server of this machine
+        with urlopen(url, timeout=2, context=context) as response:  # noqa: S310 - a server of this machine
             return bool(response.status == 200)
     except OSError:
         return False
@@ -367,7 +369,12 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 @contextlib.contextmanager
 def served(
-    home: Path, port: int, python: str | Path, environment: Mapping[str, str], module: str = "prefect"
+    home: Path,
+    port: int,
+    python: str | Path,
+    environment: Mapping[str, str],
+    module: str = "prefect",
+    ca: Path | None = None,
 ) -> Iterator[str]:
     """Run the server of an interpreter's Prefect with its state in `home`, and yield the URL of its API.
 
@@ -377,8 +384,9 @@ def served(
         python: the interpreter.
         environment: of the server, but for PREFECT_HOME.
         module: the module with the command `server start`.
+        ca: the certificate of the CA of a server that serves HTTPS for the name `localhost`.
     """
-    url = f"http://127.0.0.1:{port}/api"
+    url = f"https://localhost:{port}/api" if ca else f"http://127.0.0.1:{port}/api"
     with (home / "server.log").open("a") as log:
         server = subprocess.Popen(
             [str(python), "-c", SERVE, module, "server", "start", "--port", str(port)],
@@ -389,7 +397,7 @@ def served(
         )
         SERVERS.append(server)
         try:
-            wait_until(lambda: answers(f"{url}/health"), f"a Prefect server; see {home}/server.log", 180)
+            wait_until(lambda: answers(f"{url}/health", ca), f"a Prefect server; see {home}/server.log", 180)
             yield url
         finally:
             SERVERS.remove(server)

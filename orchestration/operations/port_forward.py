@@ -4,6 +4,7 @@ import base64
 import contextlib
 import os
 import signal
+import ssl
 import subprocess
 import threading
 import time
@@ -28,6 +29,16 @@ def read_credentials(environment: Environment) -> str:
     return base64.b64decode(found).decode()
 
 
+def _read_ca(environment: Environment) -> str:
+    """Return the certificate of the CA of an API that serves HTTPS; empty for an API that serves HTTP."""
+    path = '{.spec.template.spec.volumes[?(@.name=="tls")].secret.secretName}'
+    secret = environment.kubectl("get", "deployment", f"{SERVER}-api", "--output", f"jsonpath={path}")
+    if not secret:
+        return ""
+    found = environment.kubectl("get", "secret", secret, "--output", 'go-template={{index .data "ca.crt"}}')
+    return base64.b64decode(found).decode()
+
+
 @dataclass(frozen=True)
 class Forward:
     """A port of this machine that leads to the server.
@@ -35,10 +46,12 @@ class Forward:
     Args:
         url: the address of API and UI on this machine.
         process: kubectl, which ends when the pod that it forwards to ends.
+        ca: the certificate of the API's CA; empty for an API that serves HTTP.
     """
 
     url: str
     process: subprocess.Popen[str]
+    ca: str
 
 
 @contextlib.contextmanager
@@ -72,7 +85,10 @@ def forward_port(environment: Environment, port: int = 0) -> Iterator[Forward]:
                 f"Look at its pods: make status ENV={environment.name}"
             )
         reader.start()
-        yield Forward(f"http://127.0.0.1:{line.split('127.0.0.1:')[1].split()[0]}", process)
+        ca = _read_ca(environment)
+        # The certificate has the name `localhost`.
+        base = "https://localhost" if ca else "http://127.0.0.1"
+        yield Forward(f"{base}:{line.split('127.0.0.1:')[1].split()[0]}", process, ca)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
@@ -97,6 +113,7 @@ def api_client(environment: Environment) -> Iterator[httpx.Client]:
         httpx.Client(
             base_url=f"{forward.url}/api",
             auth=Access(f"{forward.url}/api", credentials),
+            verify=ssl.create_default_context(cadata=forward.ca) if forward.ca else True,
             timeout=API_TIMEOUT_SECONDS,
             limits=httpx.Limits(keepalive_expiry=2),
         ) as client,

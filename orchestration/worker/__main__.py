@@ -22,6 +22,7 @@ from prefect.workers.base import BaseWorker
 from orchestration import logs
 from orchestration.access.credentials import AUTH_VARIABLE, run_credential
 from orchestration.errors import ApiError
+from orchestration.prefect_api import check_certificate
 from orchestration.runs.result_signing import read_master_key
 from orchestration.worker import job_template
 
@@ -113,6 +114,8 @@ def run(options: argparse.Namespace) -> None:
     signing_key = read_master_key(options.signing_key) if options.signing_key else None
     if options.signing_key and not signing_key:
         logger.warning("%s is absent: runs store results without signatures.", options.signing_key)
+    # The worker waits for an API that does not answer. It would wait for another certificate in vain.
+    asyncio.run(check_certificate())
     common = {
         "template": template,
         "name": options.name,

@@ -2,11 +2,13 @@
 
 import asyncio
 import socket
+import ssl
 import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from orchestration import pgbouncer
 from orchestration.errors import SettingsError
+from orchestration.operations.local_cluster.certificates import Authority
 from orchestration.settings import ROOT
 
 URL = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
@@ -124,6 +127,19 @@ def test_engine_connects_to_pgbouncer_instead_of_the_hosts_of_its_url(address: C
                 return connection.recv(100)
 
         assert b"database\0d\0" in asyncio.run(connect()), "a startup packet, and no request for TLS"
+
+
+def test_engine_connects_to_pgbouncer_by_tls_if_its_ca_is_named(
+    address: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    Authority(tmp_path)
+    monkeypatch.setenv(pgbouncer.CA_VARIABLE, str(tmp_path / "ca.crt"))
+    address("pgbouncer:6432")
+    parameters: dict[str, Any] = {"host": "database", "ssl": False}
+    pgbouncer.connect_to_pgbouncer(SimpleNamespace(name="postgresql"), None, None, parameters)
+    tls = parameters["ssl"]
+    assert (tls.verify_mode, tls.check_hostname) == (ssl.CERT_REQUIRED, True)
+    assert [dict(*found["subject"])["commonName"] for found in tls.get_ca_certs()] == ["kubernetes"]
 
 
 def test_other_databases_and_processes_without_the_variable_connect_directly(address: Callable[[str], None]) -> None:

@@ -698,6 +698,9 @@ CONTRACTS: dict[str, list[Check]] = {
         ),
         (lacks("prefect.server.api.server:create_app", 'app=api_app, name="api"'), []),
     ],
+    "server_internals.serve_https": [
+        (lacks("prefect.cli._server_utils:_run_in_foreground", "uvicorn.run("), []),
+    ],
     "server_internals.check_expected_states": [
         (signature("prefect.server.models.flow_runs:MinimalFlowPolicy.priority"), "()"),
         (signature("prefect.server.orchestration.core_policy:CoreFlowPolicy.priority"), "()"),

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 
@@ -65,7 +66,12 @@ async def _connect(environment: Environment | str) -> AsyncIterator[Server | str
     The API is that of `PREFECT_API_URL`, and so the way through proxies is checked, too; else the environment's by a
     port forward.
     """
-    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+    from prefect.settings import (
+        PREFECT_API_AUTH_STRING,
+        PREFECT_API_SSL_CERT_FILE,
+        PREFECT_API_URL,
+        temporary_settings,
+    )
 
     with contextlib.ExitStack() as stack:
         if URL_VARIABLE not in os.environ:
@@ -74,13 +80,19 @@ async def _connect(environment: Environment | str) -> AsyncIterator[Server | str
                 return
             try:
                 credentials = read_credentials(environment)
-                url = f"{stack.enter_context(forward_port(environment)).url}/api"
+                forward = stack.enter_context(forward_port(environment))
             except ClusterError as error:
                 reason = " ".join(str(error).split())
                 absent = f"there is no Prefect server in namespace {environment.namespace}"
                 yield absent if "(NotFound)" in reason else f"the Prefect server cannot be reached: {reason}"
                 return
-            stack.enter_context(temporary_settings({PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: credentials}))
+            settings = {PREFECT_API_URL: f"{forward.url}/api", PREFECT_API_AUTH_STRING: credentials}
+            if forward.ca:
+                file = stack.enter_context(tempfile.NamedTemporaryFile("w", suffix=".crt"))
+                file.write(forward.ca)
+                file.flush()
+                settings[PREFECT_API_SSL_CERT_FILE] = file.name
+            stack.enter_context(temporary_settings(settings))
         async with connected() as server:
             server.retry_seconds = RETRY_SECONDS
             try:

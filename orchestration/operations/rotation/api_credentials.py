@@ -43,13 +43,16 @@ SUPPORTED = "import orchestration.access.credentials as module; module.NEXT_SUFF
 """What an image of an older release cannot execute."""
 
 PROBE = """
-import json, os, sys, urllib.error, urllib.request
-base = f"http://127.0.0.1:{os.environ['PREFECT_SERVER_API_PORT']}{os.environ['PREFECT_SERVER_API_BASE_PATH']}"
+import json, os, ssl, sys, urllib.error, urllib.request
+ca = os.environ.get("API_TLS_KEY") and os.environ["PREFECT_API_SSL_CERT_FILE"]
+context = ssl.create_default_context(cafile=ca) if ca else None
+host = "https://localhost" if ca else "http://127.0.0.1"
+base = f"{host}:{os.environ['PREFECT_SERVER_API_PORT']}{os.environ['PREFECT_SERVER_API_BASE_PATH']}"
 found = []
 for header in json.load(sys.stdin):
     request = urllib.request.Request(f"{base}/hello", headers={"Authorization": header})
     try:
-        found.append(urllib.request.urlopen(request, timeout=10).status)
+        found.append(urllib.request.urlopen(request, timeout=10, context=context).status)
     except urllib.error.HTTPError as error:
         found.append(error.code)
     except OSError:

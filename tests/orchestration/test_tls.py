@@ -1,0 +1,145 @@
+"""HTTPS of the Prefect API: the server with a certificate, and the clients that verify the certificate."""
+
+import asyncio
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.events.clients import PrefectEventSubscriber
+from prefect.settings import PREFECT_API_SSL_CERT_FILE, PREFECT_API_URL, temporary_settings
+
+from orchestration.errors import ApiError, SettingsError
+from orchestration.operations.local_cluster.certificates import Authority
+from orchestration.operations.rotation.api_credentials import PROBE
+from orchestration.prefect_api import connected
+from orchestration.runs.run_client import RunClient
+from orchestration.server_process import CERTIFICATE_VARIABLE, KEY_VARIABLE, use_certificate
+from orchestration.settings import ROOT
+from tests.parts import free_port, migrated_database, served
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a CA, and a certificate for the name `localhost` with its key."""
+    folder = tmp_path_factory.mktemp("certificates")
+    Authority(folder).issue("tls", "api", hosts=["localhost"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def variables(certificates: Path) -> dict[str, str]:
+    """Return the variables that the chart sets in the API's pod."""
+    return {
+        CERTIFICATE_VARIABLE: str(certificates / "tls.crt"),
+        KEY_VARIABLE: str(certificates / "tls.key"),
+        "PREFECT_API_SSL_CERT_FILE": str(certificates / "ca.crt"),
+    }
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory, certificates: Path, variables: dict[str, str]) -> Iterator[str]:
+    """Yield the URL of a Prefect API that serves HTTPS."""
+    home = tmp_path_factory.mktemp("prefect")
+    shutil.copyfile(migrated_database(), home / "prefect.db")
+    environment = os.environ | variables
+    ca = certificates / "ca.crt"
+    with served(home, free_port(), sys.executable, environment, "orchestration.server_process", ca) as found:
+        yield found
+
+
+def _asked(url: str, ca: Path, wait: float = 0) -> object:
+    """Return what the API answers to the client of this project, which trusts this CA."""
+
+    async def ask() -> object:
+        async with connected(wait) as server:
+            return await server.ask("GET", "/hello")
+
+    with temporary_settings({PREFECT_API_URL: url, PREFECT_API_SSL_CERT_FILE: str(ca)}):
+        return asyncio.run(ask())
+
+
+def test_clients_with_the_ca_use_the_api_over_https(
+    url: str, certificates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ca = certificates / "ca.crt"
+    assert _asked(url, ca) == "👋"
+
+    async def use_prefect() -> tuple[str, str]:
+        async with get_client() as client, PrefectEventSubscriber(reconnection_attempts=0):
+            return await client.api_version(), (await client.create_flow_from_name(f"flow-{uuid4().hex}")).hex
+
+    with temporary_settings({PREFECT_API_URL: url, PREFECT_API_SSL_CERT_FILE: str(ca)}):
+        assert all(asyncio.run(use_prefect()))
+    monkeypatch.setenv("PREFECT_API_SSL_CERT_FILE", str(ca))
+    with pytest.raises(OSError, match="HTTP Error 404"):
+        RunClient(url, str(uuid4()), "job").read_run()
+
+
+def test_plain_http_gets_no_answer(url: str) -> None:
+    port = int(url.split(":")[2].split("/")[0])
+    with socket.create_connection(("localhost", port), 10) as connection:
+        connection.sendall(b"GET /api/hello HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert b"HTTP/1.1" not in connection.recv(100)
+
+
+def test_certificate_of_another_ca_is_refused_at_once(url: str, tmp_path: Path) -> None:
+    """A client that waits for the API does not wait for a better certificate."""
+    Authority(tmp_path)
+    with pytest.raises(ApiError) as refused:
+        _asked(url, tmp_path / "ca.crt", wait=300)
+    text = str(refused.value)
+    assert re.match(rf"The Prefect API at {url} cannot be used: its certificate is refused \([\w -]+\)\. Set ", text)
+    assert "Set PREFECT_API_SSL_CERT_FILE to the certificate of its CA" in text
+
+
+def test_worker_ends_with_one_message_if_the_ca_is_another(url: str, tmp_path: Path) -> None:
+    Authority(tmp_path)
+    settings = {"PREFECT_API_URL": url, "PREFECT_API_SSL_CERT_FILE": str(tmp_path / "ca.crt")}
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestration.worker", "--pool", "default"], env=os.environ | settings, cwd=ROOT,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    [message] = done.stderr.splitlines()
+    assert f" ERROR The Prefect API at {url} cannot be used: its certificate is refused (" in message
+
+
+def test_certificate_for_another_name_is_refused(url: str, certificates: Path) -> None:
+    with pytest.raises(ApiError, match=r"IP address mismatch.*and PREFECT_API_URL to a name in its certificate"):
+        _asked(url.replace("localhost", "127.0.0.1"), certificates / "ca.crt")
+
+
+@pytest.mark.parametrize(("text", "cause"), [(None, "No such file or directory"), ("no certificate", "")])
+def test_unusable_ca_file_is_named(tmp_path: Path, text: str | None, cause: str) -> None:
+    ca = tmp_path / "ca.crt"
+    if text:
+        ca.write_text(text)
+    with pytest.raises(ApiError, match=f"PREFECT_API_SSL_CERT_FILE={ca} cannot be used: .*{cause}"):
+        _asked("https://localhost:1/api", ca)
+
+
+def test_rotation_asks_the_api_in_its_pod_over_https(url: str, variables: dict[str, str]) -> None:
+    found = url.split(":")[2].partition("/")
+    inside = {"PREFECT_SERVER_API_PORT": found[0], "PREFECT_SERVER_API_BASE_PATH": "/api"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE], input='["Basic YTpi"]', env=os.environ | variables | inside, cwd=ROOT,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "[200]\n"
+
+
+def test_unusable_certificate_is_refused_before_the_server_starts(
+    certificates: Path, variables: dict[str, str], tmp_path: Path
+) -> None:
+    Authority(tmp_path).issue("other", "api")
+    for key in (str(tmp_path / "other.key"), str(tmp_path / "absent"), ""):
+        with pytest.raises(SettingsError, match=f"The API cannot serve HTTPS with {CERTIFICATE_VARIABLE}=.*: .+"):
+            use_certificate(variables | {KEY_VARIABLE: key})
