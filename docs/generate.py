@@ -88,6 +88,9 @@ COMMON_TEXTS = {
         "Empty: `ssl` of the URL, else prefer. verify-ca and verify-full need `caSecret`, a Secret with the CA's "
         "certificate in the key `caKey`."
     ),
+    "tls.enabled": "Serve TLS.",
+    "renewBefore": "How long before the certificate's end cert-manager renews it.",
+    "tls.caKey": "The key in the Secret.",
     "storage.size": "The size of the volume.",
     "volume.size": "The size of the volume.",
     "archive.region": "The bucket's region, for S3. Empty: the service's default.",

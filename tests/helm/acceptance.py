@@ -47,9 +47,12 @@ PROMETHEUS_RULES: Object = {
 
 @contextlib.contextmanager
 def kubernetes(folder: Path) -> Iterator[apiserver.ApiServer]:
-    """Start an API server that knows HTTPRoutes and CloudNativePG's kinds, and takes every PrometheusRule."""
+    """Start an API server that knows HTTPRoutes, Certificates and CloudNativePG's kinds, and takes every PrometheusRule."""
     with apiserver.alone(folder) as api:
-        api.create(yaml.load(binaries.http_routes().read_text(), yaml.CSafeLoader))
+        for file in (binaries.http_routes(), binaries.certificates()):
+            definition = yaml.load(file.read_text(), yaml.CSafeLoader)
+            definition["metadata"].pop("labels", None)  # those of cert-manager are templates of Helm
+            api.create(definition)
         api.create(PROMETHEUS_RULES)
         install_cloudnative_pg(api)
         groups = [f"/apis/{group}/v1" for group in EXTENSIONS]

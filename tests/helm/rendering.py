@@ -24,7 +24,8 @@ kubernetes_validate.utils.all_versions = functools.cache(kubernetes_validate.uti
 Object = dict[str, Any]
 
 EXTENSIONS = (
-    "gateway.networking.k8s.io", "monitoring.coreos.com", "postgresql.cnpg.io", "barmancloud.cnpg.io",
+    "gateway.networking.k8s.io", "monitoring.coreos.com", "cert-manager.io", "postgresql.cnpg.io",
+    "barmancloud.cnpg.io",
 )  # fmt: skip
 """API groups that Kubernetes itself does not have."""
 
@@ -156,20 +157,24 @@ _VALID: set[str] = set()
 """Objects that met the schemas. A cache: most objects are equal for all values."""
 
 
-def check_http_route(route: Object) -> None:
-    """Check an HTTPRoute against the Gateway API's schema, without its CEL rules.
+def check_custom(manifest: Object, file: Path) -> None:
+    """Check an object against the schema of its CustomResourceDefinition, without the CEL rules.
+
+    Args:
+        manifest: the object.
+        file: the definition.
 
     Raises:
-        ValidationError: the route has an unknown field or an invalid value.
+        ValidationError: the object has an unknown field or an invalid value.
     """
-    definition = yaml.load(binaries.http_routes().read_text(), yaml.CSafeLoader)
+    definition = yaml.load(file.read_text(), yaml.CSafeLoader)
     [schema] = [
         version["schema"]["openAPIV3Schema"]
         for version in definition["spec"]["versions"]
-        if route["apiVersion"] == f"{definition['spec']['group']}/{version['name']}"
+        if manifest["apiVersion"] == f"{definition['spec']['group']}/{version['name']}"
     ]
     metadata = {"metadata": {"type": "object"}}
-    jsonschema.validate(route, closed(schema | {"properties": schema["properties"] | metadata}))
+    jsonschema.validate(manifest, closed(schema | {"properties": schema["properties"] | metadata}))
 
 
 def closed(schema: Any) -> Any:

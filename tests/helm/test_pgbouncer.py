@@ -217,7 +217,7 @@ REFUSED = [
         {"api": {"args": ["a"]}, "auth": {"roles": {"enabled": False}}},
         "pgbouncer.enabled=true and api.args are both set: ",
     ),
-    ({"pgbouncer": {"serverTLS": {"mode": "require"}}}, "the bundled database has no TLS"),
+    ({"pgbouncer": {"serverTLS": {"mode": "require"}}}, ": they are for an external database"),
     ({"pgbouncer": {"serverTLS": {"mode": "verify-ca"}}, "database": EXTERNAL}, "needs pgbouncer.serverTLS.caSecret"),
     ({"pgbouncer": {"image": {"tag": ""}}}, "pgbouncer.image.tag is empty"),
     ({"pgbouncer": {"replicas": 0}}, "/pgbouncer/replicas"),

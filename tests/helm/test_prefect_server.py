@@ -11,13 +11,14 @@ from cryptography.fernet import Fernet
 from jsonschema import ValidationError
 
 from orchestration.errors import ClusterError
+from orchestration.operations.local_cluster import binaries
 from orchestration.settings import ROOT
 from tests.helm.rendering import (
     EVERY_POD,
     POD_RULES,
     RESOURCE_RULES,
     Object,
-    check_http_route,
+    check_custom,
     environment,
     inventory,
     one,
@@ -27,6 +28,7 @@ from tests.helm.rendering import (
 
 CHART = ROOT / "helm" / "prefect-server"
 TAG: Object = {"image": {"tag": "src-0123456789ab"}}
+TLS: Object = {"enabled": True, "existingSecret": "tls"}
 
 # All features together. Kubernetes must accept the rendered objects.
 MAXIMAL: Object = {
@@ -34,6 +36,7 @@ MAXIMAL: Object = {
     "fullnameOverride": "prefect",
     "commonLabels": {"team": "data"},
     "commonAnnotations": {"owner": "{{ .Release.Name }}"},
+    "tls": {"enabled": True, "certManager": {"issuerRef": {"name": "ca", "kind": "ClusterIssuer"}}},
     "settings": {"PREFECT_SERVER_LOGGING_LEVEL": "INFO", "PREFECT_SERVER_API_DEFAULT_LIMIT": 100},
     "env": [{"name": "FROM_SECRET", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}],
     "envFrom": [{"secretRef": {"name": "all-settings"}}],
@@ -145,12 +148,13 @@ def test_all_features_render_together() -> None:
 
 def test_http_route_meets_the_schema_of_the_gateway_api() -> None:
     route = one(render("prefect-server", MAXIMAL), "HTTPRoute", "prefect-api")
-    check_http_route(route)
+    definition = binaries.http_routes()
+    check_custom(route, definition)
     for rule in ({"timeout": {"request": "10s"}}, {"timeouts": {"request": "ten seconds"}}):
         with pytest.raises(ValidationError):
-            check_http_route(route | {"spec": route["spec"] | {"rules": [route["spec"]["rules"][0] | rule]}})
+            check_custom(route | {"spec": route["spec"] | {"rules": [route["spec"]["rules"][0] | rule]}}, definition)
     with pytest.raises(ValidationError):
-        check_http_route(route | {"spec": route["spec"] | {"hostname": ["prefect.example.com"]}})
+        check_custom(route | {"spec": route["spec"] | {"hostname": ["prefect.example.com"]}}, definition)
 
 
 @pytest.mark.parametrize("values", [TAG, MAXIMAL], ids=["default", "maximal"])
@@ -513,6 +517,30 @@ REFUSED = [
         " and retention.days.runs both delete runs: ",
     ),
     (_with(retention={"days": {"runs": "90d"}}), "at '/retention/days/runs': got string, want"),
+    (_with(tls={"enabled": True}), "tls.enabled=true needs a certificate: "),
+    (
+        _with(tls={"enabled": True, "existingSecret": "tls", "certManager": {"issuerRef": {"name": "ca"}}}),
+        "tls.existingSecret and tls.certManager.issuerRef.name are both set: ",
+    ),
+    (_with(tls={"existingSecret": "tls"}), " is set with tls.enabled=false: no component would use the certificate"),
+    (
+        _with(tls={**TLS, "certManager": {"duration": "24h", "renewBefore": "24h"}}),
+        ": the certificate would be renewed again and again",
+    ),
+    (_with(tls={**TLS, "certManager": {"duration": "90d"}}), "at '/tls/certManager/duration'"),
+    (_with(tls=TLS, auth={"enabled": False}, api={"args": ["a"]}), "tls.enabled=true and api.args are both set: "),
+    (
+        _with(tls=TLS, database={"bundled": {"configuration": {"ssl": "off"}}}),
+        " is set with tls.enabled=true: the chart sets it",
+    ),
+    (
+        _with(tls=TLS, services={"settings": {"PREFECT_API_TLS_INSECURE_SKIP_VERIFY": True}}),
+        " is set with tls.enabled=true: the services would accept any certificate",
+    ),
+    (
+        _with(tls=TLS, pod={"volumes": [{"name": "tls", "emptyDir": {}}]}),
+        ": the chart uses this name for its own volume",
+    ),
     (_with(fullnameOverride="1st"), " begins with a digit: Kubernetes refuses a Service of such a name"),
 ]
 

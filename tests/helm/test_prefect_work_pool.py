@@ -45,7 +45,11 @@ MAXIMAL: Object = {
     "fullnameOverride": "pool",
     "commonLabels": {"team": "data"},
     "commonAnnotations": {"owner": "{{ .Release.Name }}"},
-    "api": {"url": "https://{{ .Release.Name }}.example.com/api", "auth": {"existingSecret": "auth", "key": "user"}},
+    "api": {
+        "url": "https://{{ .Release.Name }}.example.com/api",
+        "auth": {"existingSecret": "auth", "key": "user"},
+        "tls": {"caSecret": "api-ca", "caKey": "tls-ca-bundle.pem"},
+    },
     "pool": {
         "name": "etl",
         "description": "All of it",
@@ -469,8 +473,9 @@ def test_sync_job_has_init_containers_and_volumes_but_no_sidecars() -> None:
     spec = pod_specs(render("prefect-work-pool", MAXIMAL))["Job/pool-sync"]
     [container] = spec["containers"]
     assert [init_container["name"] for init_container in spec["initContainers"]] == ["native"]
-    assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/tmp", "/more", "/etc/prefect-pool"}  # noqa: S108
-    assert {volume["name"] for volume in spec["volumes"]} == {"tmp", "more", "pool"}
+    paths = {"/tmp", "/more", "/etc/prefect-pool", "/etc/prefect-api/ca"}  # noqa: S108
+    assert {mount["mountPath"] for mount in container["volumeMounts"]} == paths
+    assert {volume["name"] for volume in spec["volumes"]} == {"tmp", "more", "pool", "api-ca"}
 
 
 def test_drift_and_sync_have_the_same_owner() -> None:
@@ -722,6 +727,7 @@ def test_values_of_runs_reach_the_base_job_template() -> None:
     assert environment(container) == {
         "PREFECT_CLIENT_MAX_RETRIES": "19",
         "GRACE_SECONDS": "90",
+        "PREFECT_API_SSL_CERT_FILE": "/etc/prefect-api/ca/ca.crt",
         "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500,504",
         "KUBERNETES_JOB": {"fieldRef": {"fieldPath": "metadata.labels['batch.kubernetes.io/job-name']"}},
         "PREFECT_RESULTS_LOCAL_STORAGE_PATH": "/results",
@@ -959,6 +965,17 @@ REFUSED = [
     (
         _with(runs={"settings": {"AWS_SECRET_ACCESS_KEY": "a"}}),
         " is a secret: it would be in plain text in the pool's template. Put it into a Secret",
+    ),
+    (
+        _with(api={"tls": {"caSecret": "ca"}}),
+        ": a certificate has no use without HTTPS. Begin api.url with https://",
+    ),
+    (
+        _with(
+            api={"url": "https://server/api", "tls": {"caSecret": "ca"}},
+            sync={"settings": {"PREFECT_API_TLS_INSECURE_SKIP_VERIFY": True}},
+        ),
+        " and api.tls.caSecret are both set: clients would not check the API's certificate against this CA",
     ),
     (_with(networkPolicy={"egressCIDRs": ["everywhere"]}), "at '/networkPolicy/egressCIDRs/0'"),
     *[(_with(worker={"pod": pod}), message) for pod, message in POD_RULES],

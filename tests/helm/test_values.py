@@ -26,6 +26,7 @@ from orchestration.deployments.resources import POOL
 from orchestration.deployments.sync import sync
 from orchestration.errors import ClusterError
 from orchestration.operations.local_cluster import binaries
+from orchestration.operations.local_cluster.certificates import Authority
 from orchestration.prefect_api import connected
 from orchestration.settings import ROOT
 from tests.cluster.apiserver import NAMESPACE, ApiServer
@@ -52,6 +53,11 @@ WAYS: dict[str, list[Object]] = {
         {
             "database": {"bundled": {"enabled": False}, "external": {"existingSecret": "database"}},
             "pgbouncer": {"enabled": True, "serverTLS": {"mode": "verify-full", "caSecret": "ca"}},
+        },
+        {
+            "tls": {"enabled": True, "certManager": {"issuerRef": {"name": "ca"}}},
+            "pgbouncer": {"enabled": True},
+            "backup": {"enabled": True},
         },
         {"service": {"type": "NodePort"}, "api": {"replicas": 2}, "networkPolicy": {"apiFrom": [{"podSelector": {}}]}},
         {"service": {"type": "LoadBalancer"}, "backup": {"enabled": True, "alert": {"enabled": True}}},
@@ -84,7 +90,10 @@ WAYS: dict[str, list[Object]] = {
             "runs": {"results": {"storage": "s3", "s3": {"bucket": "data"}}, "image": {"tag": "2"}},
             "pool": {"queues": [{"name": "urgent"}]},
         },
-        {"runs": {"results": {"storage": "redis", "redis": {"existingSecret": "redis"}}}},
+        {
+            "api": {"url": "https://prefect-server-api:4200/api", "tls": {"caSecret": "ca"}},
+            "runs": {"results": {"storage": "redis", "redis": {"existingSecret": "redis"}}},
+        },
     ],
 }
 """By chart: the defaults, and values that enable features that are off by default."""
@@ -484,16 +493,21 @@ def test_work_pool_example_syncs_to_a_new_server(server: httpx.Client, tmp_path:
 PASSWORD = "p@s:s/w#r%d?&=+ \\\"'$(REDIS_URL)`é" + "x" * 20
 
 
-def test_password_with_every_character_opens_the_bundled_redis(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tls", [{}, {"enabled": True, "existingSecret": "tls"}], ids=["plain", "tls"])
+def test_password_with_every_character_opens_the_bundled_redis(tmp_path: Path, tls: Object) -> None:
     """Run the commands of the chart's containers, with the variables that Kubernetes would set."""
-    specs = pod_specs(render("prefect-server", {"image": {"tag": "1"}}))
+    specs = pod_specs(render("prefect-server", {"image": {"tag": "1"}, "tls": tls}))
+    Authority(tmp_path).issue("tls", "redis", hosts=["127.0.0.1"])
     binaries.install_packages({"redis-server": "redis-server"})
     port = free_port()
     script = specs["Deployment/test-prefect-server-redis"]["containers"][0]["args"][0]
     script = script.replace("/tmp", str(tmp_path)).replace("valkey-server", "redis-server")  # noqa: S108
+    script = script.replace("/etc/prefect-tls", str(tmp_path)).replace("port 6379", f"port {port}")
     [api] = specs["Deployment/test-prefect-server-api"]["containers"]
     assert environment(api)["PREFECT_SERVER_DOCKET_URL"] == "$(REDIS_URL)"
-    url = f"redis://:{PASSWORD}@127.0.0.1:{port}/0"
+    url = environment(api)["REDIS_URL"].replace("$(REDIS_PASSWORD)", PASSWORD)
+    url = url.replace("test-prefect-server-redis:6379", f"127.0.0.1:{port}").replace("/etc/prefect-tls", str(tmp_path))
+    assert url.partition(":")[0] == ("rediss" if tls else "redis")
     named = {"PREFECT_REDIS_MESSAGING_URL": url, "PREFECT_SERVER_DOCKET_URL": url, "REDIS_URL": url}
     variables = os.environ | named | {"REDIS_PASSWORD": PASSWORD}
     code = (
@@ -502,7 +516,8 @@ def test_password_with_every_character_opens_the_bundled_redis(tmp_path: Path) -
     )
     tini, arguments = api["command"][:3], api["command"][3:]
     assert tini == ["tini", "-g", "--"]
-    with subprocess.Popen(["sh", "-c", script.rstrip() + f" --port {port}"], env=variables) as redis:
+    script = script.rstrip() + ("" if tls else f" --port {port}")
+    with subprocess.Popen(["sh", "-c", script], env=variables) as redis:
         try:
             wait_until(lambda: _listens(port), "a Redis")
             subprocess.run([*arguments, sys.executable, "-c", code], env=variables, check=True)

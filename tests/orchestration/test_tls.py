@@ -105,7 +105,7 @@ def test_worker_ends_with_one_message_if_the_ca_is_another(url: str, tmp_path: P
     settings = {"PREFECT_API_URL": url, "PREFECT_API_SSL_CERT_FILE": str(tmp_path / "ca.crt")}
     done = subprocess.run(
         [sys.executable, "-m", "orchestration.worker", "--pool", "default"], env=os.environ | settings, cwd=ROOT,
-        capture_output=True, text=True, check=False,
+        capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 1
     [message] = done.stderr.splitlines()

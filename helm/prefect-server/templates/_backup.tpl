@@ -69,6 +69,7 @@
 - name: PGPASSWORD
   valueFrom: {secretKeyRef: {name: {{ include "prefect-server.databaseSecret" . | quote }}, key: password}}
 {{- end }}
+{{- include "prefect-server.databaseTlsEnv" . }}
 # libpq looks for its files there.
 - {name: HOME, value: /work}
 {{- end -}}

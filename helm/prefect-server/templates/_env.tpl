@@ -53,8 +53,12 @@
 # 5 s by default. On a busy node a connection takes longer, and the API would answer 500.
 - {name: PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT, value: "30"}
 {{- include "prefect-server.databaseEnv" $root }}
+{{- include "prefect-server.databaseTlsEnv" $root }}
 {{- if and $root.Values.pgbouncer.enabled (or (has (index . 1) (list "api" "services")) (eq (last .) "wait")) }}
 - {name: PGBOUNCER_ADDRESS, value: "{{ include "prefect-server.fullname" $root }}-pgbouncer:{{ include "prefect-server.pgbouncerPort" $root }}"}
+{{- if $root.Values.tls.enabled }}
+- {name: PGBOUNCER_CA_FILE, value: /etc/prefect-tls/ca.crt}
+{{- end }}
 # 10 s by default for a statement. With PgBouncer the time counts that a client waits for a connection: up to 30 s.
 - {name: PREFECT_SERVER_DATABASE_TIMEOUT, value: "40"}
 {{- end }}
@@ -77,27 +81,7 @@
 - name: PREFECT_SERVER_ENCRYPTION_KEY
   valueFrom: {secretKeyRef: {name: {{ . | quote }}, key: {{ $root.Values.encryptionKey.key | quote }}}}
 {{- end }}
-{{- if include "prefect-server.redis" $root }}
-{{- if $root.Values.redis.external.existingSecret }}
-- name: REDIS_URL
-  valueFrom:
-    secretKeyRef: {name: {{ $root.Values.redis.external.existingSecret | quote }}, key: {{ $root.Values.redis.external.key | quote }}}
-{{- else }}
-- name: REDIS_PASSWORD
-  valueFrom: {secretKeyRef: {name: {{ include "prefect-server.redisSecret" $root | quote }}, key: password}}
-- name: REDIS_URL
-  value: redis://:$(REDIS_PASSWORD)@{{ include "prefect-server.fullname" $root }}-redis:6379/0
-{{- end }}
-# Set all of them or none: other processes do not see what stays in one process' memory, and runs are scheduled twice.
-- {name: PREFECT_REDIS_MESSAGING_URL, value: $(REDIS_URL)}
-- {name: PREFECT_REDIS_WORKER_CLEANUP_QUEUE_URL, value: $(REDIS_URL)}
-- {name: PREFECT_SERVER_DOCKET_URL, value: $(REDIS_URL)}
-- {name: PREFECT_SERVER_EVENTS_MESSAGING_BROKER, value: prefect_redis.messaging}
-- {name: PREFECT_SERVER_EVENTS_MESSAGING_CACHE, value: prefect_redis.messaging}
-- {name: PREFECT_SERVER_EVENTS_CAUSAL_ORDERING, value: prefect_redis.ordering}
-- {name: PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE, value: prefect_redis.lease_storage}
-- {name: PREFECT_SERVER_WORKER_CHANNEL_CLEANUP_QUEUE_STORAGE, value: prefect_redis.cleanup_queue}
-{{- end }}
+{{- include "prefect-server.redisEnv" $root }}
 {{- if eq (index . 1) (ternary "services" "api" $root.Values.services.separate) }}
 - {name: SERVICES_HEALTH_PORT, value: "4201"}
 - {name: SERVICES_STALL_SECONDS, value: {{ int64 $root.Values.services.stallSeconds | quote }}}
@@ -109,8 +93,15 @@
 {{- include "prefect-server.retentionEnv" $root }}
 {{- end }}
 - {name: PREFECT_SERVER_API_BASE_PATH, value: {{ $root.Values.api.basePath }}}
-- {name: PREFECT_API_URL, value: "http://{{ include "prefect-server.fullname" $root }}-api:{{ int64 $root.Values.service.port }}{{ $root.Values.api.basePath }}"}
+- {name: PREFECT_API_URL, value: "{{ include "prefect-server.scheme" $root }}://{{ include "prefect-server.fullname" $root }}-api:{{ int64 $root.Values.service.port }}{{ $root.Values.api.basePath }}"}
+{{- if $root.Values.tls.enabled }}
+- {name: PREFECT_API_SSL_CERT_FILE, value: /etc/prefect-tls/ca.crt}
+{{- end }}
 {{- if eq (index . 1) "api" }}
+{{- if $root.Values.tls.enabled }}
+- {name: API_TLS_CERTIFICATE, value: /etc/prefect-tls/tls.crt}
+- {name: API_TLS_KEY, value: /etc/prefect-tls/tls.key}
+{{- end }}
 {{- if include "prefect-server.roles" $root }}
 - {name: API_CREDENTIALS, value: /etc/prefect-api/credentials}
 {{- end }}
@@ -121,6 +112,31 @@
 {{- else if eq (index . 1) "services" }}
 # Since Prefect 3.9 these processes, too, would write the UI's files, which they never serve.
 - {name: PREFECT_UI_ENABLED, value: "false"}
+{{- end }}
+{{- end -}}
+
+{{/* Variables of the state that the processes of the server share. */}}
+{{- define "prefect-server.redisEnv" -}}
+{{- if include "prefect-server.redis" . }}
+{{- if .Values.redis.external.existingSecret }}
+- name: REDIS_URL
+  valueFrom:
+    secretKeyRef: {name: {{ .Values.redis.external.existingSecret | quote }}, key: {{ .Values.redis.external.key | quote }}}
+{{- else }}
+- name: REDIS_PASSWORD
+  valueFrom: {secretKeyRef: {name: {{ include "prefect-server.redisSecret" . | quote }}, key: password}}
+- name: REDIS_URL
+  value: redis{{ if .Values.tls.enabled }}s{{ end }}://:$(REDIS_PASSWORD)@{{ include "prefect-server.fullname" . }}-redis:6379/0{{ if .Values.tls.enabled }}?ssl_ca_certs=/etc/prefect-tls/ca.crt{{ end }}
+{{- end }}
+# Set all of them or none: other processes do not see what stays in one process' memory, and runs are scheduled twice.
+- {name: PREFECT_REDIS_MESSAGING_URL, value: $(REDIS_URL)}
+- {name: PREFECT_REDIS_WORKER_CLEANUP_QUEUE_URL, value: $(REDIS_URL)}
+- {name: PREFECT_SERVER_DOCKET_URL, value: $(REDIS_URL)}
+- {name: PREFECT_SERVER_EVENTS_MESSAGING_BROKER, value: prefect_redis.messaging}
+- {name: PREFECT_SERVER_EVENTS_MESSAGING_CACHE, value: prefect_redis.messaging}
+- {name: PREFECT_SERVER_EVENTS_CAUSAL_ORDERING, value: prefect_redis.ordering}
+- {name: PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE, value: prefect_redis.lease_storage}
+- {name: PREFECT_SERVER_WORKER_CHANNEL_CLEANUP_QUEUE_STORAGE, value: prefect_redis.cleanup_queue}
 {{- end }}
 {{- end -}}
 
@@ -151,7 +167,7 @@
 - |
   password=$(printf %s "$REDIS_PASSWORD" | od -An -v -tx1 | tr -d '\n' | tr ' ' %)
   for name in PREFECT_REDIS_MESSAGING_URL PREFECT_REDIS_WORKER_CLEANUP_QUEUE_URL PREFECT_SERVER_DOCKET_URL; do
-    if [ "$(printenv "$name")" = "$REDIS_URL" ]; then export "$name=redis://:$password@${REDIS_URL##*@}"; fi
+    if [ "$(printenv "$name")" = "$REDIS_URL" ]; then export "$name=${REDIS_URL%%:*}://:$password@${REDIS_URL##*@}"; fi
   done
   exec "$@"
 - --

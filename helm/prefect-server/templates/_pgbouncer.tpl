@@ -9,7 +9,7 @@
 {{- end -}}
 {{- end -}}
 {{- if and (eq (include "prefect-server.databaseMode" $) "bundled") (or .serverTLS.mode .serverTLS.caSecret) -}}
-{{- fail "pgbouncer.serverTLS.mode or caSecret is set with a bundled database: the bundled database has no TLS. Leave them empty, or use another database.mode." -}}
+{{- fail "pgbouncer.serverTLS.mode or caSecret is set with a bundled database: they are for an external database or CloudNativePG. Leave them empty: tls.enabled=true covers the bundled one." -}}
 {{- end -}}
 {{- if and (hasPrefix "verify-" .serverTLS.mode) (not .serverTLS.caSecret) -}}
 {{- fail (printf "pgbouncer.serverTLS.mode=%s needs pgbouncer.serverTLS.caSecret: PgBouncer has no certificate to check the database against. Name a Secret with the CA's certificate, or set mode=require." .serverTLS.mode) -}}
@@ -43,6 +43,10 @@
 - /run/pgbouncer
 {{- with $tls.mode }}
 - --tls-mode={{ . }}
+{{- end }}
+{{- if include "prefect-server.databaseTls" . }}
+- --tls-mode=verify-full
+- --ca-file=/etc/prefect-tls/ca.crt
 {{- end }}
 {{- if $tls.caSecret }}
 - --ca-file=/etc/pgbouncer-ca/{{ $tls.caKey }}

@@ -5,11 +5,12 @@
 {{- $root := .root -}}
 {{- $values := index $root.Values .component -}}
 {{- $pod := include "prefect-server.podValues" (list $root .component) | fromYaml -}}
-{{- $mounts := list -}}
-{{- $volumes := list -}}
+{{- $mounts := include "prefect-server.tlsMounts" $root | fromYamlArray -}}
+{{- $keys := ternary (list "ca.crt" "tls.crt" "tls.key") (list "ca.crt") (eq .component "api") -}}
+{{- $volumes := include "prefect-server.tlsVolumes" (prepend $keys $root) | fromYamlArray -}}
 {{- if .roles -}}
-{{- $mounts = list (dict "name" "credentials" "mountPath" "/etc/prefect-api/credentials" "readOnly" true) -}}
-{{- $volumes = list (dict "name" "credentials" "secret" (dict "secretName" (include "prefect-server.rolesSecret" $root))) -}}
+{{- $mounts = append $mounts (dict "name" "credentials" "mountPath" "/etc/prefect-api/credentials" "readOnly" true) -}}
+{{- $volumes = append $volumes (dict "name" "credentials" "secret" (dict "secretName" (include "prefect-server.rolesSecret" $root))) -}}
 {{- end -}}
 {{ include "prefect-server.podMetadata" (list $root .component $pod) }}
 spec:
@@ -141,7 +142,7 @@ metadata:
   resources: {{- include "prefect-server.resources" $root.Values.migrations.resources | nindent 4 }}
   securityContext: {{- toYaml (index . 1).containerSecurityContext | nindent 4 }}
   volumeMounts:
-    {{- include "prefect-server.mounts" (list list (index . 1)) | nindent 4 }}
+    {{- include "prefect-server.mounts" (list (include "prefect-server.tlsMounts" $root | fromYamlArray) (index . 1)) | nindent 4 }}
 {{- end -}}
 
 {{/* `env` and `envFrom` of a component's container: (list root component), as `prefect-server.env`. */}}

@@ -34,5 +34,5 @@ valueFrom: {secretKeyRef: {name: {{ include "prefect-server.databaseSecret" . | 
 {{/* Names and keys of the Secrets, as text for a checksum: pods restart when they change. The chart cannot see the values of
      existing Secrets. */}}
 {{- define "prefect-server.secrets" -}}
-{{- list (include "prefect-server.authSecret" .) .Values.auth.key (include "prefect-server.encryptionKeySecret" .) .Values.encryptionKey.key .Values.auth.roles (include "prefect-server.databaseSecret" .) (include "prefect-server.redisSecret" .) .Values.database.external .Values.redis.external | toJson -}}
+{{- list (include "prefect-server.authSecret" .) .Values.auth.key (include "prefect-server.encryptionKeySecret" .) .Values.encryptionKey.key .Values.auth.roles (include "prefect-server.databaseSecret" .) (include "prefect-server.redisSecret" .) .Values.database.external .Values.redis.external (include "prefect-server.tlsSecret" .) | toJson -}}
 {{- end -}}

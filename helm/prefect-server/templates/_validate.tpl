@@ -10,6 +10,7 @@
 {{- include "prefect-server.validateNames" . -}}
 {{- include "prefect-server.validateAccount" . -}}
 {{- include "prefect-server.validateScale" . -}}
+{{- include "prefect-server.validateTls" . -}}
 {{- include "prefect-server.validatePgbouncer" . -}}
 {{- include "prefect-server.validateConnections" . -}}
 {{- include "prefect-server.validatePods" . -}}
@@ -209,6 +210,7 @@
 {{- end -}}
 
 {{- define "prefect-server.validatePods" -}}
+{{- $tls := ternary (dict "volumes" (list "tls") "mounts" (list "/etc/prefect-tls")) (dict "volumes" list "mounts" list) .Values.tls.enabled -}}
 {{- range $component := list "migrations" "tests" "backup" -}}
 {{- if (index $.Values $component).pod.sidecars -}}
 {{- fail (printf "%s.pod.sidecars is set: a sidecar would keep the pod from ending. Put the containers into %s.pod.initContainers with restartPolicy: Always." $component $component) -}}
@@ -217,13 +219,13 @@
 {{- range $component := list "api" "services" "pgbouncer" "migrations" "tests" "backup" -}}
 {{- $pod := include "prefect-server.podValues" (list $ $component) | fromYaml -}}
 {{- if has $component (list "migrations" "tests" "backup") -}}{{- $pod = omit $pod "sidecars" -}}{{- end -}}
-{{- $volumes := get (dict "backup" (list "work" "scripts" "backups") "pgbouncer" (list "connection" "configuration" "server-ca")) $component | default list -}}
-{{- $mounts := ternary (list "/run/pgbouncer" "/etc/pgbouncer" "/etc/pgbouncer-ca") list (eq $component "pgbouncer") -}}
+{{- $volumes := get (dict "backup" (list "work" "scripts" "backups") "pgbouncer" (list "connection" "configuration" "server-ca")) $component | default list | concat $tls.volumes -}}
+{{- $mounts := ternary (list "/run/pgbouncer" "/etc/pgbouncer" "/etc/pgbouncer-ca") list (eq $component "pgbouncer") | concat $tls.mounts -}}
 {{- include "prefect-server.validatePod" (dict "component" $component "pod" $pod "volumes" $volumes "mounts" $mounts "containers" (list $component "test" "wait-for-migrations" "dump" "store" "connection") "resources" ((index $.Values $component).resources | default dict) "grace" (ternary 60 (index $.Values $component).terminationGracePeriodSeconds (eq $component "pgbouncer"))) -}}
 {{- end -}}
 {{- range $component, $own := dict "database" (dict "volumes" (list "data" "run" "init") "mounts" (list "/var/lib/postgresql/data" "/var/run/postgresql" "/docker-entrypoint-initdb.d") "main" "postgres" "grace" 120) "redis" (dict "main" "valkey") -}}
 {{- $pod := include "prefect-server.bundledPod" (list $ $component) | fromYaml -}}
-{{- include "prefect-server.validatePod" (dict "component" (printf "%s.bundled" $component) "pod" $pod "volumes" ($own.volumes | default list) "mounts" ($own.mounts | default list) "containers" (list $own.main) "resources" (index $.Values $component).bundled.resources "grace" $own.grace) -}}
+{{- include "prefect-server.validatePod" (dict "component" (printf "%s.bundled" $component) "pod" $pod "volumes" ($own.volumes | default list | concat $tls.volumes) "mounts" ($own.mounts | default list | concat $tls.mounts) "containers" (list $own.main) "resources" (index $.Values $component).bundled.resources "grace" $own.grace) -}}
 {{- end -}}
 {{- end -}}
 
@@ -238,6 +240,9 @@
   (dict "path" "database.bundled.existingSecret" "name" (ternary .Values.database.bundled.existingSecret "" (eq $mode "bundled")) "key" "password")
   (dict "path" "database.cnpg.archive.existingSecret" "name" (ternary .Values.database.cnpg.archive.existingSecret "" (eq $mode "cnpg")) "key" "AWS_ACCESS_KEY_ID")
   (dict "path" "pgbouncer.serverTLS.caSecret" "name" (ternary .Values.pgbouncer.serverTLS.caSecret "" .Values.pgbouncer.enabled) "key" .Values.pgbouncer.serverTLS.caKey)
+  (dict "path" "tls.existingSecret" "name" .Values.tls.existingSecret "key" "ca.crt")
+  (dict "path" "tls.existingSecret" "name" .Values.tls.existingSecret "key" "tls.crt")
+  (dict "path" "tls.existingSecret" "name" .Values.tls.existingSecret "key" "tls.key")
   (dict "path" "redis.external.existingSecret" "name" .Values.redis.external.existingSecret "key" .Values.redis.external.key)
   (dict "path" "redis.bundled.existingSecret" "name" .Values.redis.bundled.existingSecret "key" "password")
   (dict "path" "backup.s3.existingSecret" "name" (ternary .Values.backup.s3.existingSecret "" .Values.backup.enabled) "key" "AWS_ACCESS_KEY_ID") -}}

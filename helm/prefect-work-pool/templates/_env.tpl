@@ -38,6 +38,7 @@
 {{- $component := index . 1 -}}
 - {name: PREFECT_HOME, value: /tmp/prefect}
 - {name: PREFECT_API_URL, value: {{ include "prefect-work-pool.apiUrl" $root | quote }}}
+{{- include "prefect-work-pool.caEnv" $root }}
 {{- with $root.Values.api.auth }}
 {{- if include "prefect-work-pool.rolesSecret" $root }}
 - name: PREFECT_API_AUTH_STRING
@@ -68,6 +69,7 @@
 - {name: PREFECT_CLIENT_MAX_RETRIES, value: "19"}
 # Grace period of a run attempt: the supervisor kills the process group after it.
 - {name: GRACE_SECONDS, value: {{ int64 .Values.runs.terminationGracePeriodSeconds | quote }}}
+{{- include "prefect-work-pool.caEnv" . }}
 # A server without its database answers 500.
 - {name: PREFECT_CLIENT_RETRY_EXTRA_CODES, value: "500,504"}
 {{- range concat .Values.env .Values.worker.env }}

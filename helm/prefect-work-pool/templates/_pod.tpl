@@ -19,7 +19,7 @@ spec:
   {{- include "prefect-work-pool.placement" (list $root $pod) | nindent 2 }}
   {{- .containers | nindent 2 }}
   volumes:
-    {{- include "prefect-work-pool.volumes" (list .volumes $pod) | nindent 4 }}
+    {{- include "prefect-work-pool.volumes" (list (concat (.volumes | default list) (include "prefect-work-pool.caVolumes" $root | fromYamlArray)) $pod) | nindent 4 }}
 {{- end -}}
 
 {{/* Containers of worker, sync, drift and reconciler: (dict "root" "component" "pod" "mounts" "args" "more"). `more` is the
@@ -35,7 +35,7 @@ containers:
     args: {{- toYaml .args | nindent 6 }}
     {{- .more | trim | nindent 4 }}
     volumeMounts:
-      {{- include "prefect-work-pool.mounts" (list .mounts .pod) | nindent 6 }}
+      {{- include "prefect-work-pool.mounts" (list (concat (.mounts | default list) (include "prefect-work-pool.caMounts" .root | fromYamlArray)) .pod) | nindent 6 }}
   {{- with .pod.sidecars }}
   {{- toYaml . | nindent 2 }}
   {{- end }}

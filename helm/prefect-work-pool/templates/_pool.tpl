@@ -93,11 +93,11 @@ job_manifest:
 {{- define "prefect-work-pool.runSpec" -}}
 {{- $root := index . 0 -}}
 {{- $pod := index . 1 -}}
-{{- $volumes := list -}}
-{{- $mounts := list -}}
+{{- $volumes := include "prefect-work-pool.caVolumes" $root | fromYamlArray -}}
+{{- $mounts := include "prefect-work-pool.caMounts" $root | fromYamlArray -}}
 {{- if eq $root.Values.runs.results.storage "volume" -}}
-{{- $volumes = list (dict "name" "results" "persistentVolumeClaim" (dict "claimName" (include "prefect-work-pool.resultsClaim" $root))) -}}
-{{- $mounts = list (dict "name" "results" "mountPath" "/results") -}}
+{{- $volumes = append $volumes (dict "name" "results" "persistentVolumeClaim" (dict "claimName" (include "prefect-work-pool.resultsClaim" $root))) -}}
+{{- $mounts = append $mounts (dict "name" "results" "mountPath" "/results") -}}
 {{- end -}}
 parallelism: 1
 completions: 1

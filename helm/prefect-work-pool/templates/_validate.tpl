@@ -13,6 +13,7 @@
 {{- include "prefect-work-pool.validateFilled" . -}}
 {{- include "prefect-work-pool.validateVariables" . -}}
 {{- include "prefect-work-pool.validateResults" . -}}
+{{- include "prefect-work-pool.validateTls" . -}}
 {{- include "prefect-work-pool.validateSecret" . -}}
 {{- end -}}
 
@@ -154,13 +155,14 @@
 {{- end -}}
 
 {{- define "prefect-work-pool.validatePods" -}}
+{{- $ca := ternary (dict "volumes" (list "api-ca") "mounts" (list "/etc/prefect-api/ca")) (dict "volumes" list "mounts" list) (ne .Values.api.tls.caSecret "") -}}
 {{- range $component, $own := dict "worker" dict "runs" (dict "main" "prefect-job") "sync" (dict "volumes" (list "pool") "mounts" (list "/etc/prefect-pool")) "drift" dict "reconciler" dict -}}
 {{- $pod := include "prefect-work-pool.podValues" (list $ $component) | fromYaml -}}
-{{- $volumes := $own.volumes | default list -}}
-{{- $mounts := $own.mounts | default list -}}
+{{- $volumes := concat ($own.volumes | default list) $ca.volumes -}}
+{{- $mounts := concat ($own.mounts | default list) $ca.mounts -}}
 {{- if and (eq $component "runs") (eq $.Values.runs.results.storage "volume") -}}
-{{- $volumes = list "results" -}}
-{{- $mounts = list "/results" -}}
+{{- $volumes = append $volumes "results" -}}
+{{- $mounts = append $mounts "/results" -}}
 {{- end -}}
 {{- if and (eq $component "worker") (include "prefect-work-pool.signingSecret" $) -}}
 {{- $volumes = append $volumes "signing-key" -}}
@@ -170,7 +172,7 @@
 {{- include "prefect-work-pool.validatePod" (dict "component" $component "pod" $pod "volumes" $volumes "mounts" $mounts "containers" (list ($own.main | default $component)) "resources" (index $.Values $component).resources "grace" (index $.Values $component).terminationGracePeriodSeconds) -}}
 {{- end -}}
 {{- $pod := omit (include "prefect-work-pool.podValues" (list . "tests") | fromYaml) "sidecars" -}}
-{{- include "prefect-work-pool.validatePod" (dict "component" "tests" "pod" $pod "volumes" list "mounts" list "containers" (list "test") "resources" dict) -}}
+{{- include "prefect-work-pool.validatePod" (dict "component" "tests" "pod" $pod "volumes" $ca.volumes "mounts" $ca.mounts "containers" (list "test") "resources" dict) -}}
 {{- end -}}
 
 {{/* Job variables in the values of runs. Prefect would silently drop a {{ }} that names no job variable. */}}
@@ -225,6 +227,13 @@
 {{- else if .existingSecret -}}
 {{- range $namespace := uniq (list $own $ofRuns) -}}
 {{- $references = append $references (dict "path" "api.auth.existingSecret" "namespace" $namespace "name" $root.Values.api.auth.existingSecret "key" $root.Values.api.auth.key) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- with .Values.api.tls -}}
+{{- if .caSecret -}}
+{{- range $namespace := uniq (list $own $ofRuns) -}}
+{{- $references = append $references (dict "path" "api.tls.caSecret" "namespace" $namespace "name" $root.Values.api.tls.caSecret "key" $root.Values.api.tls.caKey "cure" (printf "Create it with the CA's certificate: kubectl --namespace %s create secret generic %s --from-file=%s" $namespace $root.Values.api.tls.caSecret $root.Values.api.tls.caKey)) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

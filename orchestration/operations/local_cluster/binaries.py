@@ -30,6 +30,7 @@ MODULES = {
 """Main package, version and build time on 2 cores, by program."""
 
 GATEWAY_API = "v1.4.0"
+CERT_MANAGER = "v1.18.2"
 
 PACKAGES = {
     "buildah": "buildah",
@@ -167,12 +168,24 @@ def program(name: str) -> Path:
 
 def http_routes() -> Path:
     """Return the definition of the Gateway API's HTTPRoute, from its Go module."""
-    with _built("gateway-api", GATEWAY_API, "httproutes.yaml", "5 s, once") as file:
-        if file is not None:
-            module = json.loads(run(["go", "mod", "download", "-json", f"sigs.k8s.io/gateway-api@{GATEWAY_API}"]))
-            definitions = Path(module["Dir"]) / "config" / "crd" / "standard"
-            shutil.copyfile(definitions / "gateway.networking.k8s.io_httproutes.yaml", file)
-    return cache() / f"gateway-api-{GATEWAY_API}" / "httproutes.yaml"
+    source = "config/crd/standard/gateway.networking.k8s.io_httproutes.yaml"
+    return _definition("sigs.k8s.io/gateway-api", GATEWAY_API, source, "httproutes.yaml")
+
+
+def certificates() -> Path:
+    """Return the definition of cert-manager's Certificate, from its Go module."""
+    source = "deploy/crds/crd-certificates.yaml"
+    return _definition("github.com/cert-manager/cert-manager", CERT_MANAGER, source, "certificates.yaml")
+
+
+def _definition(module: str, version: str, source: str, file: str) -> Path:
+    """Return a CustomResourceDefinition of a Go module, as `file` in the cache."""
+    name = module.rpartition("/")[2]
+    with _built(name, version, file, "5 s, once") as target:
+        if target is not None:
+            found = json.loads(run(["go", "mod", "download", "-json", f"{module}@{version}"]))
+            shutil.copyfile(Path(found["Dir"]) / source, target)
+    return cache() / f"{name}-{version}" / file
 
 
 @contextmanager
