@@ -56,10 +56,13 @@ def url(tmp_path_factory: pytest.TempPathFactory, certificates: Path, variables:
 
 
 def _asked(url: str, ca: Path, wait: float = 0) -> object:
-    """Return what the API answers to the client of this project, which trusts this CA."""
+    """Return what the API answers to the client of this project, which trusts this CA and does not have to wait."""
+
+    def fail(reason: str) -> None:
+        pytest.fail(reason)
 
     async def ask() -> object:
-        async with connected(wait) as server:
+        async with connected(wait, fail) as server:
             return await server.ask("GET", "/hello")
 
     with temporary_settings({PREFECT_API_URL: url, PREFECT_API_SSL_CERT_FILE: str(ca)}):
