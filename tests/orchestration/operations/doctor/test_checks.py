@@ -545,6 +545,20 @@ def test_pgbouncer_bounds_the_connections_of_many_api_pods(patient: Patient, ena
     assert finding.status == status, finding
 
 
+@pytest.mark.usefixtures("sound")
+@pytest.mark.parametrize(("is_issued", "status"), [(False, "failed"), (True, "ok")])
+def test_secret_of_a_certificate_may_be_made_after_the_install(patient: Patient, is_issued: bool, status: str) -> None:
+    def mount(objects: list[Object]) -> None:
+        source = {"secretName": "tls", "items": [{"key": "ca.crt", "path": "ca.crt"}]}
+        _spec(objects, "Deployment", f"{SERVER}-api")["volumes"].append({"name": "tls", "secret": source})
+        if is_issued:
+            objects.append({"kind": "Certificate", "metadata": {"name": "tls"}, "spec": {"secretName": "tls"}})
+
+    with _objects(SERVER, mount)(patient) as known:
+        finding = asyncio.run(_found(patient, "secrets", known))
+    assert finding.status == status, finding
+
+
 @pytest.fixture
 def set_namespace(patient: Patient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
     """Return a function that writes `runs.namespace` into a copy of the environment's values, and returns the file."""
