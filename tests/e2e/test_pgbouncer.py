@@ -1,18 +1,26 @@
-"""The server behind PgBouncer in transaction mode, on a real cluster: many clients, restarts, automations."""
+"""The server behind PgBouncer in transaction mode, with TLS, on a real cluster.
+
+Many clients, restarts and automations; then a work pool that reaches the API by HTTPS.
+"""
 
 import asyncio
+import base64
 import contextlib
 import json
+import ssl
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from uuid import uuid4
 
 import httpx
 import pytest
 
 from orchestration.errors import ClusterError
+from orchestration.operations.local_cluster.certificates import Authority
 from tests.cluster.namespace import restricted
-from tests.e2e.release import Object, Release, merge_values, server_values
+from tests.e2e.release import Object, Pool, Release, install_pool, merge_values, pool_values, server_values
+from tests.e2e.runs import create_deployment, start_run, wait_until_ended
 from tests.parts import wait_until
 
 RELEASE = "prefect-server"
@@ -24,13 +32,47 @@ RUNS = 60
 
 
 @pytest.fixture(scope="module")
-def server(cluster: str, image: str) -> Iterator[Release]:
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder for the certificates of the server and of its CA."""
+    return tmp_path_factory.mktemp("certificates")
+
+
+def _secret(name: str, folder: Path, *files: str) -> Object:
+    data = {file: base64.b64encode((folder / file).read_bytes()).decode() for file in files}
+    return {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "data": data}
+
+
+@pytest.fixture(scope="module")
+def server(cluster: str, image: str, certificates: Path) -> Iterator[Release]:
     small = {"requests": {"cpu": "1m", "memory": "32Mi"}, "limits": {"memory": "128Mi"}}
     pgbouncer = {"enabled": True, "defaultPoolSize": POOL, "reservePoolSize": RESERVE, "resources": small}
     with restricted(cluster, "pgbouncer") as namespace:
+        services = [f"{RELEASE}-{component}" for component in ("api", "database", "pgbouncer", "redis")]
+        names = ["localhost", *services, *(f"{name}.{namespace.name}" for name in services)]
+        Authority(certificates).issue("tls", RELEASE, hosts=names)
+        Authority(certificates / "other")
+        namespace.apply(
+            _secret("tls", certificates, "ca.crt", "tls.crt", "tls.key"),
+            _secret("ca", certificates, "ca.crt"),
+            _secret("other-ca", certificates / "other", "ca.crt"),
+        )
         release = Release("prefect-server", RELEASE, namespace)
-        release.deploy(merge_values(server_values(image), {"pgbouncer": pgbouncer}))
+        tls = {"enabled": True, "existingSecret": "tls"}
+        release.deploy(merge_values(server_values(image), {"pgbouncer": pgbouncer, "tls": tls}))
         yield release
+
+
+@pytest.fixture(scope="module")
+def values_of_pool(image: str) -> Object:
+    return merge_values(
+        pool_values(image), {"api": {"url": f"https://{RELEASE}-api:4200/api", "tls": {"caSecret": "ca"}}}
+    )
+
+
+@pytest.fixture(scope="module")
+def pool(server: Release, values_of_pool: Object, probe: Object) -> Pool:
+    """Install a work pool next to the server."""
+    return install_pool(server, server.namespace, values_of_pool, probe)
 
 
 @pytest.fixture
@@ -40,10 +82,11 @@ def api(server: Release) -> Iterator[httpx.Client]:
 
 
 def _sessions(server: Release) -> list[Object]:
-    """Return the sessions of the server's user in Postgres, with the address and the last statement of each."""
+    """Return the sessions of the server's user in Postgres: address, TLS and the last statement of each."""
     query = (
-        "select coalesce(json_agg(json_build_object('address', host(client_addr), 'query', query)), '[]') "
-        "from pg_stat_activity where usename = 'prefect' and backend_type = 'client backend'"
+        "select coalesce(json_agg(json_build_object('address', host(client_addr), 'tls', ssl, 'query', query)), '[]') "
+        "from pg_stat_activity join pg_stat_ssl using (pid) "
+        "where usename = 'prefect' and backend_type = 'client backend'"
     )
     command = ("psql", "-U", "postgres", "-d", "prefect", "-tAc", query)
     found: list[Object] = json.loads(
@@ -52,13 +95,14 @@ def _sessions(server: Release) -> list[Object]:
     return found
 
 
-async def _make_runs(api: httpx.Client, runs: int = RUNS) -> list[str]:
+async def _make_runs(api: httpx.Client, certificates: Path, runs: int = RUNS) -> list[str]:
     """Make runs that take and release a concurrency slot, with many clients. Return what failed."""
     failed = []
     async with httpx.AsyncClient(
         base_url=api.base_url,
         auth=api.auth,
         headers=api.headers,
+        verify=ssl.create_default_context(cafile=certificates / "ca.crt"),
         timeout=90,
         limits=httpx.Limits(max_connections=CLIENTS),
     ) as client:
@@ -90,14 +134,15 @@ async def _make_runs(api: httpx.Client, runs: int = RUNS) -> list[str]:
     return failed
 
 
-def test_many_clients_share_few_connections_of_postgres(server: Release, api: httpx.Client) -> None:
-    assert asyncio.run(_make_runs(api)) == []
+def test_many_clients_share_few_connections_of_postgres(server: Release, api: httpx.Client, certificates: Path) -> None:
+    assert asyncio.run(_make_runs(api, certificates)) == []
     sessions = _sessions(server)
     poolers = {pod["status"]["podIP"] for pod in server.pods("pgbouncer")}
     pooled = [session for session in sessions if session["address"] in poolers]
     assert 1 <= len(pooled) <= len(poolers) * (POOL + RESERVE)
     direct = [session["query"] for session in sessions if session["address"] not in poolers]
     assert direct == ['LISTEN "prefect_automation_changes"'], "API and services connect through PgBouncer"
+    assert all(session["tls"] for session in sessions)
     assert not any(server.restarts().values())
 
 
@@ -118,6 +163,30 @@ def test_services_learn_of_an_automation_that_is_made_while_they_run(api: httpx.
     wait_until(has_fired, "the automation to fire")
 
 
+PLAIN = """
+import socket
+with socket.create_connection(("{host}", {port}), 30) as connection:
+    connection.sendall({request!r})
+    try:
+        print(connection.recv(200))
+    except ConnectionError:
+        print("closed")
+"""
+"""Sends a request without TLS, and prints the answer."""
+
+
+def test_servers_refuse_plain_connections(server: Release) -> None:
+    def answer(pod: str, port: int, request: bytes) -> str:
+        code = PLAIN.format(host=f"{RELEASE}-{pod}", port=port, request=request)
+        return server.namespace.kubectl("exec", f"deployment/{RELEASE}-services", "--", "python", "-c", code)
+
+    http, startup = b"GET /api/health HTTP/1.1\r\nHost: a\r\n\r\n", b"\0\0\0\x10\0\x03\0\0user\0a\0\0"
+    assert "HTTP/1.1" not in answer("api", 4200, http)
+    assert "no encryption" in answer("database", 5432, startup), "the services reach Postgres for notifications"
+    assert "SSL required" in answer("pgbouncer", 6432, startup)
+    assert "PONG" not in answer("redis", 6379, b"PING\r\n")
+
+
 def test_other_pods_do_not_reach_pgbouncer(server: Release) -> None:
     server.namespace.pod("neighbour")
     home = f"{server.namespace.name}.svc.cluster.local"
@@ -126,7 +195,7 @@ def test_other_pods_do_not_reach_pgbouncer(server: Release) -> None:
     server.namespace.kubectl("delete", "pod", "neighbour")
 
 
-def test_rolling_update_of_pgbouncer_breaks_no_request(server: Release, api: httpx.Client) -> None:
+def test_rolling_update_of_pgbouncer_breaks_no_request(server: Release, api: httpx.Client, certificates: Path) -> None:
     before = {pod["metadata"]["name"] for pod in server.pods("pgbouncer")}
 
     async def make_runs_meanwhile() -> list[str]:
@@ -138,7 +207,7 @@ def test_rolling_update_of_pgbouncer_breaks_no_request(server: Release, api: htt
         )
         failed = []
         while not waiting.done() or server.pods("pgbouncer", terminating=True) != server.pods("pgbouncer"):
-            failed += await _make_runs(api, CLIENTS)
+            failed += await _make_runs(api, certificates, CLIENTS)
         await waiting
         return failed
 
@@ -146,7 +215,7 @@ def test_rolling_update_of_pgbouncer_breaks_no_request(server: Release, api: htt
     assert not before & {pod["metadata"]["name"] for pod in server.pods("pgbouncer")}
 
 
-def test_server_survives_killed_pgbouncer_pods(server: Release, api: httpx.Client) -> None:
+def test_server_survives_killed_pgbouncer_pods(server: Release, api: httpx.Client, certificates: Path) -> None:
     before = server.restarts()
     pods = {pod["metadata"]["name"] for pod in server.pods("pgbouncer")}
     for pod in pods:
@@ -160,5 +229,38 @@ def test_server_survives_killed_pgbouncer_pods(server: Release, api: httpx.Clien
 
     wait_until(are_restarted, "PgBouncer to restart")
     wait_until(lambda: api.post("/flows/count", json={}).is_success, "the API to answer")
-    assert asyncio.run(_make_runs(api, CLIENTS)) == []
+    assert asyncio.run(_make_runs(api, certificates, CLIENTS)) == []
     assert {pod for pod, count in server.restarts().items() if count != before[pod]} == pods
+
+
+def test_run_of_the_pool_uses_the_api_over_https(server: Release, api: httpx.Client, pool: Pool) -> None:
+    run = start_run(api, create_deployment(api, pool))
+    assert wait_until_ended(api, run)["state_type"] == "COMPLETED"
+    for release in (server, pool):
+        assert "Phase:          Succeeded" in release.helm("test", release.name)
+    for component in ("worker", "drift", "reconciler"):
+        log = pool.namespace.kubectl("logs", f"deployment/{pool.name}-{component}", "--tail=-1")
+        assert "certificate" not in log
+
+
+def test_secret_with_the_private_key_is_refused_for_runs(pool: Pool, values_of_pool: Object) -> None:
+    with pytest.raises(ClusterError, match="names the Secret tls, which has a private key in namespace"):
+        pool.deploy(merge_values(values_of_pool, {"api": {"tls": {"caSecret": "tls"}}}))
+
+
+def test_worker_with_another_ca_ends_with_one_message(pool: Pool) -> None:
+    name = f"deployment/{pool.name}-worker"
+    volumes = [{"name": "api-ca", "secret": {"secretName": "other-ca"}}]
+    running = {pod["metadata"]["name"] for pod in pool.pods("worker")}
+    pool.namespace.kubectl("patch", name, "--patch", json.dumps({"spec": {"template": {"spec": {"volumes": volumes}}}}))
+
+    def read_log() -> str:
+        for pod in pool.pods("worker"):
+            [state] = pod["status"].get("containerStatuses") or [{"restartCount": 0}]
+            if pod["metadata"]["name"] not in running and state["restartCount"]:
+                return pool.namespace.kubectl("logs", pod["metadata"]["name"], "--previous")
+        return ""
+
+    [message] = wait_until(read_log, "the worker to restart", 180).splitlines()
+    assert "cannot be used: its certificate is refused (" in message
+    pool.namespace.kubectl("rollout", "undo", name)

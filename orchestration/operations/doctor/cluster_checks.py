@@ -445,14 +445,14 @@ async def check_secrets(installation: Installation) -> Finding:
         for reference in _references(spec)
     }
     known: dict[tuple[str, str, str], set[str]] = {}
-    issued = set()
     for release in RELEASES:
         for found in await installation.read_release(release):
             if is_cluster(found):  # CloudNativePG's operator creates the Secret with the login.
                 login = (installation.namespace_of(found), "Secret", f"{found['metadata']['name']}-app")
                 known[login] = {"username", "password", "uri"}
-            if found["kind"] == "Certificate":
-                issued.add((installation.namespace_of(found), "Secret", found["spec"]["secretName"]))
+            if found["kind"] == "Certificate":  # cert-manager creates the Secret.
+                issued = (installation.namespace_of(found), "Secret", found["spec"]["secretName"])
+                known[issued] = {"ca.crt", "tls.crt", "tls.key"}
             if found["kind"] in ("Secret", "ConfigMap"):
                 identity = (installation.namespace_of(found), found["kind"], found["metadata"]["name"])
                 known[identity] = set(found.get("data") or {})
@@ -470,9 +470,6 @@ async def check_secrets(installation: Installation) -> Finding:
     if not is_installed and (installation.cluster.namespace, "Secret", AUTH_SECRET) in known:
         # `make deploy` copies it.
         known.setdefault((installation.cluster.runs_namespace, "Secret", AUTH_SECRET), {"auth-string"})
-    for identity in issued:
-        # cert-manager makes it after the install.
-        known.setdefault(identity, {"ca.crt", "tls.crt", "tls.key"})
     missing = {}
     for namespace, kind, name, key in sorted(wanted):
         if (namespace, kind, name) not in known:
