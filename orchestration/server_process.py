@@ -3,8 +3,8 @@
 The arguments are those of `prefect`. The process reads secret blocks of the key in `PREFECT_SERVER_ENCRYPTION_KEY` and
 of the key in the database. With `PGBOUNCER_ADDRESS` it connects through PgBouncer. With `SERVICES_HEALTH_PORT` it
 serves the health of its background services. With `RETENTION_*_DAYS` these delete old records. An API refuses requests
-that it could never read again, and has clients wait whose requests fail while migrations run. With `API_TLS_CERTIFICATE`
-and `API_TLS_KEY` an API serves HTTPS.
+that it could never read again, and has clients wait whose requests fail while migrations run. With
+`API_TLS_CERTIFICATE` and `API_TLS_KEY` an API serves HTTPS.
 """
 
 import gc

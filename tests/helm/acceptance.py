@@ -47,7 +47,7 @@ PROMETHEUS_RULES: Object = {
 
 @contextlib.contextmanager
 def kubernetes(folder: Path) -> Iterator[apiserver.ApiServer]:
-    """Start an API server that knows HTTPRoutes, Certificates and CloudNativePG's kinds, and takes every PrometheusRule."""
+    """Start an API server with HTTPRoutes, Certificates and CloudNativePG's kinds, which takes every PrometheusRule."""
     with apiserver.alone(folder) as api:
         for file in (binaries.http_routes(), binaries.certificates()):
             definition = yaml.load(file.read_text(), yaml.CSafeLoader)
