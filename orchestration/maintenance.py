@@ -4,6 +4,7 @@ A migration may lock a table for longer than the server's statements wait. The s
 run. Prefect's client repeats a request that is answered by this 503 until the header is absent.
 """
 
+import asyncio
 import json
 import logging
 import time
@@ -18,12 +19,21 @@ RETRY_SECONDS = 5
 CACHE_SECONDS = 1.0
 """For how long it is known whether migrations run. Many requests may fail at once."""
 
+LOOK_SECONDS = 5.0
+"""How long the look into the database may take."""
+
+KEPT_SECONDS = 30.0
+"""For how long the last look counts while no other succeeds.
+
+Statements that wait for a migration may hold all connections of the pool.
+"""
+
 
 class MaintenanceAnswers:
     """Passes answers of the API on, except failures while migrations run.
 
     Args:
-        application: the API.
+        application: the API, with its access control, which reads the API, too.
         migrations_run: looks into the database.
     """
 
@@ -31,7 +41,8 @@ class MaintenanceAnswers:
         self._application = application
         self._migrations_run = migrations_run
         self._known = False
-        self._known_until = 0.0
+        self._known_since = self._known_until = 0.0
+        self._lock = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, and replace the answer where clients have to wait."""
@@ -54,14 +65,17 @@ class MaintenanceAnswers:
                 raise
 
     async def _is_maintenance(self) -> bool:
-        if time.monotonic() > self._known_until:
-            try:
-                self._known = await self._migrations_run()
-            except Exception as error:
-                self._known = False
-                logger.warning("Whether migrations run is unknown: %s", error or type(error).__name__)
-            self._known_until = time.monotonic() + CACHE_SECONDS
-        return self._known
+        async with self._lock:
+            if time.monotonic() > self._known_until:
+                try:
+                    async with asyncio.timeout(LOOK_SECONDS):
+                        self._known = await self._migrations_run()
+                    self._known_since = time.monotonic()
+                except Exception as error:
+                    self._known &= time.monotonic() < self._known_since + KEPT_SECONDS
+                    logger.warning("Whether migrations run is unknown: %s.", str(error) or type(error).__name__)
+                self._known_until = time.monotonic() + CACHE_SECONDS
+            return self._known
 
 
 async def _answer(send: Send) -> None:

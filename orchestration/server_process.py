@@ -13,7 +13,7 @@ import ssl
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from orchestration import block_encryption, migrations, pgbouncer
+from orchestration import block_encryption, pgbouncer
 from orchestration.access.control import Application
 from orchestration.access.limits import RequestLimits
 from orchestration.errors import PipelineError, SettingsError, sentence
@@ -41,8 +41,10 @@ def start_server(arguments: Sequence[str], protect: Callable[[Application], Appl
     """
 
     def wrap(api: Application) -> Application:
-        limited = RequestLimits(MaintenanceAnswers(api, migrations.are_running))
-        return protect(limited) if protect else limited
+        from orchestration import migrations
+
+        limited = RequestLimits(api)
+        return MaintenanceAnswers(protect(limited) if protect else limited, migrations.are_running)
 
     gc.set_threshold(*GARBAGE_THRESHOLDS)
     try:

@@ -32,10 +32,13 @@ CHARTS = "tests/helm/test_charts.py tests/helm/test_environments.py tests/helm/t
 
 READERS = {
     "helm/prefect-server/*": (
-        f"tests/helm/test_prefect_server.py tests/helm/test_backup.py tests/docker/test_stack.py {REFERENCE} {CHARTS}"
+        "tests/helm/test_prefect_server.py tests/helm/test_backup.py tests/helm/test_pgbouncer.py "
+        "tests/helm/test_tls.py tests/helm/test_cloudnative_pg.py tests/docker/test_stack.py "
+        f"tests/test_load_benchmark.py {REFERENCE} {CHARTS}"
     ),
     "helm/prefect-work-pool/*": (
-        f"tests/helm/test_prefect_work_pool.py tests/orchestration/operations/* {REFERENCE} {CHARTS}"
+        "tests/helm/test_prefect_work_pool.py tests/helm/test_tls.py tests/orchestration/operations/* "
+        f"{REFERENCE} {CHARTS}"
     ),
     "helm/environments/*": (
         f"tests/helm/test_environments.py tests/orchestration/operations/* tests/e2e/* {REFERENCE}"

@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import contextlib
 import itertools
+import math
 import os
 import signal
 import sys
@@ -198,10 +199,9 @@ async def _measure_step(target: Target, clients: int, recorder: Recorder, second
     start = time.monotonic()
     first = len(recorder.requests)
     await asyncio.sleep(seconds)
-    while len(recorder.requests) == first:
+    while not (requests := [request for request in recorder.requests[first:] if request[0] < start + seconds]):
         await asyncio.sleep(1)
-        seconds = int(time.monotonic() - start)
-    requests = [request for request in recorder.requests[first:] if request[0] < start + seconds]
+        seconds = math.ceil(time.monotonic() - start)
     counts = Counter(int(ended - start) for ended, _ in requests)
     return Step(
         clients,

@@ -123,7 +123,7 @@ class Clients:
         self.runs: list[str] = []
         self._ends, self._beat = threading.Event(), threading.Condition()
         self._is_interrupted = False
-        self._http = httpx.Client(timeout=30, limits=httpx.Limits(keepalive_expiry=2))
+        self._http = httpx.Client(timeout=300, limits=httpx.Limits(keepalive_expiry=2))
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> "Clients":
@@ -155,7 +155,9 @@ class Clients:
         for number in range(DUE):
             due = now + timedelta(seconds=(number + 1) * seconds / DUE)
             state = {"type": "SCHEDULED", "state_details": {"scheduled_time": due.isoformat()}}
-            run = self._post(f"/deployments/{self.deployment}/create_flow_run", {"state": state})["id"]
+            run = self._post(
+                f"/deployments/{self.deployment}/create_flow_run", {"state": state, "idempotency_key": str(uuid4())}
+            )["id"]
             self.due[run] = due
 
     def wait_for_due_runs(self) -> None:
@@ -208,7 +210,15 @@ class Clients:
         return answer.json() if answer.content else None
 
     def _set_state(self, run: str, type_: str, kind: str = "flow_runs") -> bool:
-        return bool(self._post(f"/{kind}/{run}/set_state", {"state": {"type": type_}})["status"] == "ACCEPT")
+        """Propose a state; return whether the run has it.
+
+        By the id of a transition the server recognises a request that is repeated because its answer was lost.
+        """
+        transition = str(uuid4())
+        state = {"type": type_, "state_details": {"transition_id": transition}}
+        answer = self._post(f"/{kind}/{run}/set_state", {"state": state})
+        details = (answer.get("state") or {}).get("state_details") or {}
+        return bool(answer["status"] == "ACCEPT" or details.get("transition_id") == transition)
 
     def _execute(self, run: str) -> None:
         """Send a heartbeat, a log line and a task run at each beat, and complete the run in the end."""

@@ -258,9 +258,10 @@ def test_worker_with_another_ca_ends_with_one_message(pool: Pool) -> None:
         for pod in pool.pods("worker"):
             [state] = pod["status"].get("containerStatuses") or [{"restartCount": 0}]
             if pod["metadata"]["name"] not in running and state["restartCount"]:
-                return pool.namespace.kubectl("logs", pod["metadata"]["name"], "--previous")
+                with contextlib.suppress(ClusterError):
+                    return pool.namespace.kubectl("logs", pod["metadata"]["name"], "--previous")
         return ""
 
-    [message] = wait_until(read_log, "the worker to restart", 180).splitlines()
+    [message] = wait_until(read_log, "the worker to restart", 300).splitlines()
     assert "cannot be used: its certificate is refused (" in message
     pool.namespace.kubectl("rollout", "undo", name)

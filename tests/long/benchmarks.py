@@ -21,8 +21,10 @@ SMALLEST = {
     "recovery": ("--kills", "1"),
     "access": ("--pairs", "5"),
     "cluster": ("--pairs", "1"),
+    "upgrade": ("--runs", "1000", "--events", "1000"),
 }
-"""Arguments of the smallest size by benchmark. `deploys` is left out, because it deletes the cluster first."""
+"""Arguments of the smallest size by benchmark. `deploys` is left out, because it deletes the cluster
+first, and `load`, which `make test` runs."""
 
 ROW = r"^\| [^|]+ \| \S* \| [1-9]\d* \| [-\d.,]+ \| [-\d.,]+ \| [-\d.,]+ \| [-\d.,]+ \|"
 

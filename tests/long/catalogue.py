@@ -90,7 +90,8 @@ TESTED_BY_PROPERTIES = (
 """The code that these files test."""
 
 CHART_VALUES = tuple(
-    f"tests/helm/{name}.py" for name in ("test_values", "values", "verdicts", "acceptance", "rendering")
+    f"tests/helm/{name}.py"
+    for name in ("test_values", "values", "verdicts", "acceptance", "rendering", "cloudnative_pg")
 )
 
 UPGRADES = ("tests/e2e/test_prefect_server.py", "tests/e2e/test_prefect_work_pool.py")

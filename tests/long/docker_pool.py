@@ -278,7 +278,7 @@ def test_containers_and_api_show_no_password(stack: Stack, api: httpx.Client) ->
     assert _wait_until_ended(api, run)[0] == "COMPLETED"
 
 
-def test_run_cannot_call_what_only_an_administrator_may(stack: Stack, api: httpx.Client) -> None:
+def test_run_is_refused_the_calls_of_an_administrator(stack: Stack, api: httpx.Client) -> None:
     """Attack: code in a run's container uses all credentials that it finds there."""
     daily = api.get(f"/deployments/name/{DAILY}").json()
     [other, *_] = api.post("/flow_runs/filter", json={"limit": 1}).json()
@@ -315,8 +315,8 @@ def test_run_cannot_call_what_only_an_administrator_may(stack: Stack, api: httpx
         for line in stack.docker("logs", stack.service("server")).splitlines()
         if line[:8] == '{"audit"'
     ]
-    refused = [(line["method"], line["path"]) for line in denied if line["user"] == f"run-{run}" and line["status"] == 403]
-    assert refused == [(method, f"/api{path}") for method, path, _ in attacks]
+    refused = [line for line in denied if line["user"] == f"run-{run}" and line["status"] == 403]
+    assert [(line["method"], line["path"]) for line in refused] == [(method, path) for method, path, _ in attacks]
 
 
 def test_server_refuses_json_that_it_could_not_read_again(api: httpx.Client) -> None:

@@ -2,11 +2,15 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
+from uuid import uuid4
 
 import httpx
 import pytest
 
-from orchestration.access.control import Receive, Scope, Send
+from orchestration import maintenance
+from orchestration.access.control import AccessControl, Receive, Scope, Send
+from orchestration.access.credentials import Credentials, sign_run
 from orchestration.maintenance import MaintenanceAnswers
 
 
@@ -56,6 +60,68 @@ def test_other_answers_stay(status: int, migrations_run: Callable[[], Awaitable[
     answer = _answer(status, migrations_run)
     assert (answer.status_code, answer.text) == (status, "api")
     assert "Prefect-Maintenance" not in answer.headers
+
+
+async def _fail(_scope: Scope, _receive: Receive, send: Send) -> None:
+    await send({"type": "http.response.start", "status": 500, "headers": []})
+    await send({"type": "http.response.body", "body": b"api"})
+
+
+def test_requests_that_fail_together_look_once_into_the_database() -> None:
+    looks = []
+
+    async def look() -> bool:
+        looks.append("look")
+        await asyncio.sleep(0.01)
+        return True
+
+    async def ask() -> set[int]:
+        transport = httpx.ASGITransport(MaintenanceAnswers(_fail, look))
+        async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
+            return {answer.status_code for answer in await asyncio.gather(*(client.get("/") for _ in range(5)))}
+
+    assert asyncio.run(ask()) == {503}
+    assert looks == ["look"]
+
+
+@pytest.mark.parametrize(("kept_seconds", "status"), [(600.0, 503), (0.0, 500)])
+def test_busy_database_leaves_the_last_answer_for_a_while(
+    monkeypatch: pytest.MonkeyPatch, kept_seconds: float, status: int
+) -> None:
+    monkeypatch.setattr(maintenance, "CACHE_SECONDS", 0.0)
+    monkeypatch.setattr(maintenance, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(maintenance, "KEPT_SECONDS", kept_seconds)
+    looks: list[str] = []
+
+    async def look() -> bool:
+        looks.append("look")
+        if len(looks) > 1:
+            await asyncio.sleep(600)
+        return True
+
+    async def ask() -> list[int]:
+        transport = httpx.ASGITransport(MaintenanceAnswers(_fail, look))
+        async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
+            return [(await client.get("/")).status_code for _ in range(2)]
+
+    assert asyncio.run(ask()) == [503, status]
+
+
+def test_run_waits_whose_rights_cannot_be_checked_meanwhile(tmp_path: Path) -> None:
+    """Access control reads whose task run it is, and answers 503 when it cannot read."""
+    (tmp_path / "run-key").write_text("k" * 40)
+    for role in ("operator", "viewer", "worker", "reconciler", "sync"):
+        (tmp_path / role).write_text(f"{role}:password-of-{role}")
+    guarded = AccessControl(_fail, Credentials(tmp_path, "admin:of-the-server"), "admin:of-the-server")
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(MaintenanceAnswers(guarded, _yes))
+        user, _, password = sign_run("k" * 40, uuid4()).partition(":")
+        async with httpx.AsyncClient(transport=transport, base_url="http://api", auth=(user, password)) as client:
+            return await client.post(f"/task_runs/{uuid4()}/set_state", json={"state": {"type": "RUNNING"}})
+
+    answer = asyncio.run(ask())
+    assert (answer.status_code, answer.headers["Prefect-Maintenance"]) == (503, "true")
 
 
 def test_error_stays_an_error_without_migrations() -> None:

@@ -4,6 +4,7 @@ A rollback changes no schema. It starts the previous release's Job of migrations
 """
 
 import contextlib
+import os
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from tests.benchmarks.upgrade import (
     previous_server,
     variables_of,
 )
+from tests.interpreters import UvError
 from tests.parts import debian_postgres, new_database, rows_of, wait_until
 from tests.versions.catalogue import UnavailableError, previous_release
 
@@ -146,7 +148,9 @@ def _newer_revisions(previous: str) -> list[str]:
 def upgrade(postgres: str) -> Iterator[Upgrade]:
     try:
         previous_release()
-    except UnavailableError as error:
+    except (UnavailableError, UvError) as error:
+        if os.environ.get("CI"):
+            raise
         pytest.skip(str(error))
     made = Upgrade()
     with contextlib.ExitStack() as stack:
@@ -237,7 +241,7 @@ def test_no_row_post_or_run_is_lost(upgrade: Upgrade) -> None:
 
 
 @pytest.mark.parametrize("schema", [NONE, SOME, ALL, FEWER, UNKNOWN])
-def test_rollback_may_do_what_the_documentation_says(upgrade: Upgrade, schema: str) -> None:
+def test_rollback_outcome_by_schema_is_as_documented(upgrade: Upgrade, schema: str) -> None:
     assert f"\n| {schema} |" in (ROOT / "docs/upgrading.md").read_text()
     *_, before, last = _newer_revisions(upgrade.previous)
     revisions = {NONE: upgrade.previous, SOME: before, ALL: last, UNKNOWN: "another"}
