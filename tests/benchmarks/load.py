@@ -90,7 +90,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Step:
-    """What a number of clients achieved.
+    """Holds the result of a number of clients.
 
     Args:
         clients: how many clients executed runs.
@@ -309,7 +309,7 @@ async def _count_lost_task_runs(database: str, deployments: Sequence[Deployment]
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What the database has about the runs of deployments.
+    """Holds the rows of the database about the runs of deployments.
 
     Args:
         not_once: runs that are not Completed, or were Running or Completed more than once.

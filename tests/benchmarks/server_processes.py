@@ -39,7 +39,7 @@ OPERATOR, WORKER = "admin:of-the-server", "worker:of-the-worker"
 """Credentials of the server and of the worker."""
 
 START_SECONDS = 300
-"""What the chart's startup probe allows."""
+"""The limit of the chart's startup probe."""
 
 VALUES = {
     "image": {"tag": "bench"},

@@ -57,7 +57,7 @@ BLOCKS = {
     "ExclusiveLock": "blocks writes",
     "AccessExclusiveLock": "blocks reads and writes",
 }
-"""What a lock on a table blocks, weakest first. Weaker locks are those of the server's statements."""
+"""The statements that each lock on a table blocks, weakest first. Weaker locks are those of the server's statements."""
 
 
 def variables_of(database: str) -> dict[str, str]:

@@ -46,7 +46,7 @@ def _check_rights(postgres: str) -> None:
     )
     none = [False] * 5
     assert roles == [("postgres", True, True, True, True, True), ("prefect", *none), ("prefect_2", *none)]
-    # What the second login of a rotation creates belongs to the first.
+    # Tables that the second login of a rotation creates belong to the first login.
     rows_of(_url(postgres, "prefect_2", "prefect"), "create table of_the_second ()")
     rows_of(_url(postgres, "prefect_2", "prefect"), "create database of_the_second")
     rows_of(own, "drop table of_the_second")

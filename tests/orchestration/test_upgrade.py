@@ -55,7 +55,7 @@ for line in sys.stdin:
 
 @dataclass
 class Upgrade:
-    """What happened to a database from the previous release's schema to a rollback.
+    """Holds the history of a database from the previous release's schema to a rollback.
 
     Attributes:
         previous: the revision of the previous Prefect.

@@ -40,7 +40,7 @@ MOUNT_SECONDS = 300.0
 AUTH_VARIABLE = "PREFECT_API_AUTH_STRING"
 
 SUPPORTED = "import orchestration.access.credentials as module; module.NEXT_SUFFIX"
-"""What an image of an older release cannot execute."""
+"""Code that fails in an image of an older release."""
 
 PROBE = """
 import json, os, ssl, sys, urllib.error, urllib.request

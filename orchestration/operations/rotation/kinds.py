@@ -1,4 +1,4 @@
-"""What `make rotate` rotates, by the names of SECRET=."""
+"""The kinds of Secrets that `make rotate` knows, by the names of SECRET=."""
 
 from collections.abc import Callable
 

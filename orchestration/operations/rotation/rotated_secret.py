@@ -107,7 +107,7 @@ class RotatedSecret:
         """Begin a rotation: write the new values next to the old ones.
 
         Raises:
-            ClusterError: somebody rotates the Secret by hand.
+            ClusterError: a person rotates the Secret by hand.
         """
         if left := [key for key in self.data if key.endswith((NEXT_SUFFIX, PREVIOUS_SUFFIX))]:
             raise ClusterError(

@@ -48,7 +48,7 @@ class Installation:
         self.environment = Environment("local", "alone", apiserver.NAMESPACE)
         self.pods: list[Pod] = []
         self.execute: Callable[[str, list[str], str], str] = lambda *_: ""
-        """What a command in a pod does."""
+        """Executes a command in a pod and returns its output."""
         self.after_start: Callable[[Pod], None] = lambda _: None
         self.after_end: Callable[[Pod], None] = lambda _: None
         self.interrupted_write = -1
