@@ -130,6 +130,10 @@ TRANSIENT_MESSAGES = (
 """Parts of the API server's messages about refusals that the API server or a webhook may not repeat later."""
 
 
+UNREAD_OBJECT = re.compile(r"failed to sync (secret|configmap) cache: timed out")
+"""The kubelet's message about a Secret or ConfigMap that it has not read yet. On a new or busy node it tries again."""
+
+
 def waits_for_capacity(state: str, message: str) -> bool:
     """Return whether a run starts without a cure, once there is room.
 
@@ -143,6 +147,8 @@ def waits_for_capacity(state: str, message: str) -> bool:
         return True
     if state == "Unschedulable":
         return any(part in message for part in CAPACITY_MESSAGES)
+    if state in ("CreateContainerConfigError", "FailedMount"):
+        return bool(UNREAD_OBJECT.search(message))
     if state in (POD_REFUSED, JOB_REFUSED):
         return _is_over_quota(message) or any(part in message for part in TRANSIENT_MESSAGES)
     return False

@@ -156,6 +156,12 @@ NODES = "0/3 nodes are available: {}. preemption: 0/3 nodes are available: 3 Pre
         ("SchedulingGated", "Scheduling is blocked due to non-empty scheduling gates", True),
         ("ImagePullBackOff", "timed out", False),
         ("CreateContainerConfigError", 'secret "Insufficient " not found', False),
+        ("CreateContainerConfigError", "failed to sync secret cache: timed out waiting for the condition", True),
+        (
+            "FailedMount",
+            'MountVolume.SetUp failed for volume "v": failed to sync configmap cache: timed out waiting for the ...',
+            True,
+        ),
         ("FailedMount", 'MountVolume.SetUp failed for volume "v": secret "absent" not found', False),
     ],
 )
