@@ -42,7 +42,8 @@
 {{- end }}
 {{- end -}}
 
-{{/* Variables that the chart sets: (list root component). A third item "wait" is for the container that waits for the schema. */}}
+{{/* Variables that the chart sets: (list root component). The container that waits for the schema is of the migrations. The third
+     item is then the component of its pod, which may reach only PgBouncer. */}}
 {{- define "prefect-server.ownEnv" -}}
 {{- $root := index . 0 -}}
 {{- $database := $root.Values.database -}}
@@ -54,7 +55,7 @@
 - {name: PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT, value: "30"}
 {{- include "prefect-server.databaseEnv" $root }}
 {{- include "prefect-server.databaseTlsEnv" $root }}
-{{- if and $root.Values.pgbouncer.enabled (or (has (index . 1) (list "api" "services")) (eq (last .) "wait")) }}
+{{- if and $root.Values.pgbouncer.enabled (has (last .) (list "api" "services")) }}
 - {name: PGBOUNCER_ADDRESS, value: "{{ include "prefect-server.fullname" $root }}-pgbouncer:{{ include "prefect-server.pgbouncerPort" $root }}"}
 {{- if $root.Values.tls.enabled }}
 - {name: PGBOUNCER_CA_FILE, value: /etc/prefect-tls/ca.crt}

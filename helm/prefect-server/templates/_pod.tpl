@@ -25,7 +25,7 @@ spec:
   {{- if or .wait $pod.initContainers }}
   initContainers:
     {{- if .wait }}
-    {{- include "prefect-server.waitForMigrations" (list $root $pod) | nindent 4 }}
+    {{- include "prefect-server.waitForMigrations" (list $root $pod .component) | nindent 4 }}
     {{- end }}
     {{- with $pod.initContainers }}
     {{- toYaml . | nindent 4 }}
@@ -131,14 +131,14 @@ metadata:
     {{- end }}
 {{- end -}}
 
-{{/* Init container that waits for the database schema of this release's Prefect: (list root pod). */}}
+{{/* Init container that waits for the database schema of this release's Prefect: (list root pod component). */}}
 {{- define "prefect-server.waitForMigrations" -}}
 {{- $root := index . 0 -}}
 - name: wait-for-migrations
   image: {{ include "prefect-server.image" $root.Values.image | quote }}
   imagePullPolicy: {{ $root.Values.image.pullPolicy }}
   args: [python, -m, orchestration.migrations, wait]
-  {{- include "prefect-server.containerEnv" (list $root "migrations" "wait") | nindent 2 }}
+  {{- include "prefect-server.containerEnv" (list $root "migrations" (index . 2)) | nindent 2 }}
   resources: {{- include "prefect-server.resources" $root.Values.migrations.resources | nindent 4 }}
   securityContext: {{- toYaml (index . 1).containerSecurityContext | nindent 4 }}
   volumeMounts:
