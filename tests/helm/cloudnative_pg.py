@@ -88,6 +88,7 @@ _CLUSTER = _object(
     priorityClassName=_TEXT,
     postgresql=_object(
         parameters=_TEXTS,
+        pg_hba=_list(_TEXT),
         synchronous=_object(
             "method", "number", method=_one_of("any", "first"), number={"type": "integer"},
             dataDurability=_one_of("required", "preferred"),

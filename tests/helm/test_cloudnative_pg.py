@@ -1,5 +1,8 @@
 """The database in mode cnpg: CloudNativePG's objects, who reaches them, the recovery, and refused values."""
 
+import os
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +19,12 @@ from tests.helm.rendering import (
     pod_specs,
     render,
 )
-from tests.helm.test_prefect_server import TAG, _with
+from tests.helm.test_prefect_server import TAG, TLS, _with
 
 CLUSTER = "test-prefect-server-db"
 ARCHIVE: Object = {"destination": "s3://archive/prefect", "existingSecret": "keys"}
 RECOVERY: Object = {"source": CLUSTER, "targetTime": "2026-11-29T12:00:00Z"}
+CA = [{"key": "ca.crt", "path": "ca.crt"}]
 KINDS = ("Cluster", "ObjectStore", "ScheduledBackup")
 
 
@@ -193,6 +197,19 @@ def test_wrong_values_are_refused_with_their_key(cnpg: Object, message: str) -> 
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"pgbouncer": {"enabled": True, "serverTLS": {"caSecret": "ca"}}}, ", or with CloudNativePG and tls.enabled"),
+        ({"pod": {"volumes": [{"name": "database-ca", "emptyDir": {}}]}}, ": the chart uses this name for its own"),
+    ],
+)
+def test_values_against_tls_are_refused(given: Object, message: str) -> None:
+    with pytest.raises(ClusterError) as error:
+        _render(tls=TLS, **given)
+    assert message in str(error.value)
+
+
 @pytest.mark.parametrize("timeout", [300, "5min", "1 min"])
 def test_archive_timeout_within_the_rpo_is_accepted(timeout: object) -> None:
     parameters = one(_render({"configuration": {"archive_timeout": timeout}}), "Cluster", CLUSTER)["spec"]["postgresql"]
@@ -275,3 +292,49 @@ def test_server_is_held_until_the_runs_are_settled() -> None:
     assert one(started, "Deployment", "test-prefect-server-api")["spec"]["replicas"] == 2
     assert not [name for name in inventory(started) if "settle" in name]
     assert one(started, "Job", "test-prefect-server-migrations-1")["spec"]["activeDeadlineSeconds"] == 1800
+
+
+def test_tls_verifies_the_certificate_of_the_operator() -> None:
+    """The Secret of the operator's CA has its key, too, which no pod mounts."""
+    objects = _recovered(tls=TLS, pgbouncer={"enabled": True}, backup={"enabled": True})
+    assert_restricted(objects)
+    clients = set()
+    for name, spec in pod_specs(objects).items():
+        volumes = {volume["name"]: volume.get("secret") for volume in spec["volumes"]}
+        for container in [*spec["containers"], *spec.get("initContainers", [])]:
+            variables = environment({"env": []} | container)
+            mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+            is_client = {"PGHOST", "PREFECT_SERVER_DATABASE_HOST"} & {*variables} and container["name"] != "connection"
+            if is_client:
+                assert variables["PGSSLMODE"] == "verify-full", name
+                assert variables["PGSSLROOTCERT"] == "/etc/prefect-database-ca/ca.crt", name
+            if is_client or container["name"] == "pgbouncer":
+                clients.add(container["name"])
+                assert volumes[mounts["/etc/prefect-database-ca"]] == {"secretName": "recovered-ca", "items": CA}, name
+    assert clients == {"api", "services", "wait-for-migrations", "migrations", "dump", "store", "pgbouncer"}
+    writer = pod_specs(objects)["Deployment/test-prefect-server-pgbouncer"]["initContainers"][0]
+    assert writer["args"][-2:] == ["--tls-mode=verify-full", "--ca-file=/etc/prefect-database-ca/ca.crt"]
+    cluster = one(objects, "Cluster", "recovered")["spec"]["postgresql"]
+    assert cluster["pg_hba"] == ["hostnossl all all all reject"], "the operator's last rule accepts plain connections"
+    plain = _recovered(pgbouncer={"enabled": True})
+    assert not [word for word in ("PGSSLMODE", "database-ca", "replaced-ca", "pg_hba") if word in repr(plain)]
+
+
+def test_settling_verifies_both_clusters(tmp_path: Path) -> None:
+    """Each Cluster has a CA. That of the replaced one may be gone."""
+    spec = pod_specs(_recovered(tls=TLS))["Job/test-prefect-server-settle-1"]
+    [replaced] = [volume["secret"] for volume in spec["volumes"] if volume["name"] == "replaced-ca"]
+    assert replaced == {"secretName": f"{CLUSTER}-ca", "items": CA, "optional": True}
+    [settle] = spec["containers"]
+    mount = {"name": "replaced-ca", "mountPath": "/etc/prefect-replaced-ca", "readOnly": True}
+    assert mount in settle["volumeMounts"]
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\ncat "$PGSSLROOTCERT"\nexit 2\n')
+    (tmp_path / "python").chmod(0o755)
+    script = settle["args"][2].replace("/etc", str(tmp_path)).replace("/tmp/ca", f"{tmp_path}/ca")  # noqa: S108
+    command = [*settle["args"][:2], script, *settle["args"][3:]]
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for cluster, own, text in (("database", "new\n", "new\n"), ("replaced", "old\n", "new\nold\n")):
+        (tmp_path / f"prefect-{cluster}-ca").mkdir()
+        (tmp_path / f"prefect-{cluster}-ca" / "ca.crt").write_text(own)
+        done = subprocess.run(command, env=path, capture_output=True, text=True, check=True)
+        assert done.stdout == f"-m orchestration settle --backup=2026-11-29T12:00:00Z\n{text}"

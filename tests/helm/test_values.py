@@ -70,6 +70,7 @@ WAYS: dict[str, list[Object]] = {
                     "recovery": {"source": "lost"},
                 },
             },
+            "tls": {"enabled": True, "certManager": {"issuerRef": {"name": "ca"}}},
             "pgbouncer": {"enabled": True},
         },
         {

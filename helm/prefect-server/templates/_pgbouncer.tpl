@@ -8,8 +8,8 @@
 {{- fail (printf "pgbouncer.enabled=true and %s.args are both set: %s.args replaces the command that connects through PgBouncer. Leave %s.args empty (api.extraArgs adds arguments), or set pgbouncer.enabled=false." $component $component $component) -}}
 {{- end -}}
 {{- end -}}
-{{- if and (eq (include "prefect-server.databaseMode" $) "bundled") (or .serverTLS.mode .serverTLS.caSecret) -}}
-{{- fail "pgbouncer.serverTLS.mode or caSecret is set with a bundled database: they are for an external database or CloudNativePG. Leave them empty: tls.enabled=true covers the bundled one." -}}
+{{- if and (or (eq (include "prefect-server.databaseMode" $) "bundled") (include "prefect-server.databaseCa" $)) (or .serverTLS.mode .serverTLS.caSecret) -}}
+{{- fail "pgbouncer.serverTLS.mode or caSecret is set with a bundled database, or with CloudNativePG and tls.enabled=true: they are for an external database. Leave them empty: tls.enabled=true covers both." -}}
 {{- end -}}
 {{- if and (hasPrefix "verify-" .serverTLS.mode) (not .serverTLS.caSecret) -}}
 {{- fail (printf "pgbouncer.serverTLS.mode=%s needs pgbouncer.serverTLS.caSecret: PgBouncer has no certificate to check the database against. Name a Secret with the CA's certificate, or set mode=require." .serverTLS.mode) -}}
@@ -44,9 +44,9 @@
 {{- with $tls.mode }}
 - --tls-mode={{ . }}
 {{- end }}
-{{- if include "prefect-server.databaseTls" . }}
+{{- with include "prefect-server.databaseCa" . }}
 - --tls-mode=verify-full
-- --ca-file=/etc/prefect-tls/ca.crt
+- --ca-file={{ . }}
 {{- end }}
 {{- if $tls.caSecret }}
 - --ca-file=/etc/pgbouncer-ca/{{ $tls.caKey }}

@@ -5,9 +5,9 @@
 {{- $root := .root -}}
 {{- $values := index $root.Values .component -}}
 {{- $pod := include "prefect-server.podValues" (list $root .component) | fromYaml -}}
-{{- $mounts := include "prefect-server.tlsMounts" $root | fromYamlArray -}}
+{{- $mounts := include "prefect-server.databaseTlsMounts" $root | fromYamlArray -}}
 {{- $keys := ternary (list "ca.crt" "tls.crt" "tls.key") (list "ca.crt") (eq .component "api") -}}
-{{- $volumes := include "prefect-server.tlsVolumes" (prepend $keys $root) | fromYamlArray -}}
+{{- $volumes := include "prefect-server.databaseTlsVolumes" (prepend $keys $root) | fromYamlArray -}}
 {{- if .roles -}}
 {{- $mounts = append $mounts (dict "name" "credentials" "mountPath" "/etc/prefect-api/credentials" "readOnly" true) -}}
 {{- $volumes = append $volumes (dict "name" "credentials" "secret" (dict "secretName" (include "prefect-server.rolesSecret" $root))) -}}
@@ -142,7 +142,7 @@ metadata:
   resources: {{- include "prefect-server.resources" $root.Values.migrations.resources | nindent 4 }}
   securityContext: {{- toYaml (index . 1).containerSecurityContext | nindent 4 }}
   volumeMounts:
-    {{- include "prefect-server.mounts" (list (include "prefect-server.tlsMounts" $root | fromYamlArray) (index . 1)) | nindent 4 }}
+    {{- include "prefect-server.mounts" (list (include "prefect-server.databaseTlsMounts" $root | fromYamlArray) (index . 1)) | nindent 4 }}
 {{- end -}}
 
 {{/* `env` and `envFrom` of a component's container: (list root component), as `prefect-server.env`. */}}

@@ -7,9 +7,18 @@
 {{- end -}}
 {{- end -}}
 
-{{/* Secret with the certificate of the bundled database. Empty: another database, or no TLS. */}}
-{{- define "prefect-server.databaseTls" -}}
-{{- if eq (include "prefect-server.databaseMode" .) "bundled" -}}{{- include "prefect-server.tlsSecret" . -}}{{- end -}}
+{{/* Secret with the CA of CloudNativePG's operator, which signs the Cluster's certificate. Empty: another database, or no TLS. */}}
+{{- define "prefect-server.cnpgCa" -}}
+{{- if and .Values.tls.enabled (eq (include "prefect-server.databaseMode" .) "cnpg") -}}{{- include "prefect-server.cnpgName" . -}}-ca{{- end -}}
+{{- end -}}
+
+{{/* File with the CA of the database's certificate. Empty: an external database, or no TLS. */}}
+{{- define "prefect-server.databaseCa" -}}
+{{- if include "prefect-server.cnpgCa" . -}}
+/etc/prefect-database-ca/ca.crt
+{{- else if and .Values.tls.enabled (eq (include "prefect-server.databaseMode" .) "bundled") -}}
+/etc/prefect-tls/ca.crt
+{{- end -}}
 {{- end -}}
 
 {{- define "prefect-server.scheme" -}}
@@ -45,10 +54,33 @@ http{{ if .Values.tls.enabled }}s{{ end }}
 {{- toYaml $mounts -}}
 {{- end -}}
 
-{{/* Variables of libpq for the bundled database. asyncpg reads them, too. */}}
+{{/* The same volumes and mounts for a client of the database. */}}
+{{- define "prefect-server.databaseTlsVolumes" -}}
+{{- $volumes := include "prefect-server.tlsVolumes" . | fromYamlArray -}}
+{{- with include "prefect-server.cnpgCa" (index . 0) -}}
+{{- $volumes = append $volumes (dict "name" "database-ca" "secret" (include "prefect-server.caSource" . | fromYaml)) -}}
+{{- end -}}
+{{- toYaml $volumes -}}
+{{- end -}}
+
+{{- define "prefect-server.databaseTlsMounts" -}}
+{{- $mounts := include "prefect-server.tlsMounts" . | fromYamlArray -}}
+{{- if include "prefect-server.cnpgCa" . -}}
+{{- $mounts = append $mounts (dict "name" "database-ca" "mountPath" "/etc/prefect-database-ca" "readOnly" true) -}}
+{{- end -}}
+{{- toYaml $mounts -}}
+{{- end -}}
+
+{{/* Source of a volume with the certificate of a CA. The Secret of CloudNativePG's operator has the CA's key as well. */}}
+{{- define "prefect-server.caSource" -}}
+secretName: {{ . | quote }}
+items: [{key: ca.crt, path: ca.crt}]
+{{- end -}}
+
+{{/* Variables of libpq for a database of the chart. asyncpg reads them, too. */}}
 {{- define "prefect-server.databaseTlsEnv" -}}
-{{- if include "prefect-server.databaseTls" . }}
+{{- with include "prefect-server.databaseCa" . }}
 - {name: PGSSLMODE, value: verify-full}
-- {name: PGSSLROOTCERT, value: /etc/prefect-tls/ca.crt}
+- {name: PGSSLROOTCERT, value: {{ . }}}
 {{- end }}
 {{- end -}}

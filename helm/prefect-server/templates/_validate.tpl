@@ -211,6 +211,9 @@
 
 {{- define "prefect-server.validatePods" -}}
 {{- $tls := ternary (dict "volumes" (list "tls") "mounts" (list "/etc/prefect-tls")) (dict "volumes" list "mounts" list) .Values.tls.enabled -}}
+{{- if include "prefect-server.cnpgCa" . -}}
+{{- $tls = dict "volumes" (list "tls" "database-ca" "replaced-ca") "mounts" (list "/etc/prefect-tls" "/etc/prefect-database-ca" "/etc/prefect-replaced-ca") -}}
+{{- end -}}
 {{- range $component := list "migrations" "tests" "backup" -}}
 {{- if (index $.Values $component).pod.sidecars -}}
 {{- fail (printf "%s.pod.sidecars is set: a sidecar would keep the pod from ending. Put the containers into %s.pod.initContainers with restartPolicy: Always." $component $component) -}}
