@@ -200,13 +200,14 @@ def test_wrong_values_are_refused_with_their_key(cnpg: Object, message: str) -> 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"database": {"cnpg": {"configuration": {"ssl": "off"}}}}, "database.cnpg.configuration.ssl is set with tls."),
         ({"pgbouncer": {"enabled": True, "serverTLS": {"caSecret": "ca"}}}, ", or with CloudNativePG and tls.enabled"),
         ({"pod": {"volumes": [{"name": "database-ca", "emptyDir": {}}]}}, ": the chart uses this name for its own"),
     ],
 )
 def test_values_against_tls_are_refused(given: Object, message: str) -> None:
     with pytest.raises(ClusterError) as error:
-        _render(tls=TLS, **given)
+        _render(given.pop("database", {}).get("cnpg"), tls=TLS, **given)
     assert message in str(error.value)
 
 

@@ -531,7 +531,7 @@ REFUSED = [
     (_with(tls=TLS, auth={"enabled": False}, api={"args": ["a"]}), "tls.enabled=true and api.args are both set: "),
     (
         _with(tls=TLS, database={"bundled": {"configuration": {"ssl": "off"}}}),
-        " is set with tls.enabled=true: the chart sets it",
+        " is set with tls.enabled=true: it would change the TLS of the database",
     ),
     (
         _with(tls=TLS, services={"settings": {"PREFECT_API_TLS_INSECURE_SKIP_VERIFY": True}}),

@@ -26,9 +26,10 @@
 {{- if .Values.api.args -}}
 {{- fail "tls.enabled=true and api.args are both set: api.args replaces the command that serves HTTPS. Use api.extraArgs, or set tls.enabled=false." -}}
 {{- end -}}
-{{- range $key, $_ := .Values.database.bundled.configuration -}}
+{{- $mode := include "prefect-server.databaseMode" . -}}
+{{- range $key, $_ := (index .Values.database $mode).configuration -}}
 {{- if has $key (list "ssl" "ssl_cert_file" "ssl_key_file" "hba_file") -}}
-{{- fail (printf "database.bundled.configuration.%s is set with tls.enabled=true: the chart sets it. Remove it from the configuration, or set tls.enabled=false." $key) -}}
+{{- fail (printf "database.%s.configuration.%s is set with tls.enabled=true: it would change the TLS of the database. Remove it from the configuration." $mode $key) -}}
 {{- end -}}
 {{- end -}}
 {{- range $path, $settings := dict "settings" .Values.settings "api.settings" .Values.api.settings "services.settings" .Values.services.settings -}}
