@@ -357,10 +357,14 @@ def test_values_that_kubernetes_takes_are_accepted(judge: Judge, case: tuple[str
 def test_cloudnative_pg_is_refused_where_the_cluster_is_not_ready(
     kubernetes: ApiServer, kubernetes_folder: Path, tmp_path: Path
 ) -> None:
-    """Helm sees the cluster here: the operator is absent, then data would be left behind, and then nothing is wrong."""
+    """Helm sees the cluster here: the operator is absent, then data would be left behind, and then nothing is wrong.
+
+    The operator makes the Secret with the Cluster's CA after the first deploy.
+    """
     file = tmp_path / "values.yaml"
     database = {"mode": "cnpg", "cnpg": {"archive": {"destination": "s3://archive/prefect"}}}
-    file.write_text(yaml.safe_dump({"image": {"tag": "1"}, "database": database}))
+    pgbouncer = {"enabled": True, "serverTLS": {"mode": "verify-full", "caSecret": "test-prefect-server-db-ca"}}
+    file.write_text(yaml.safe_dump({"image": {"tag": "1"}, "database": database, "pgbouncer": pgbouncer}))
 
     def answer() -> str:
         try:

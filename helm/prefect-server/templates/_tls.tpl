@@ -58,7 +58,7 @@ http{{ if .Values.tls.enabled }}s{{ end }}
 {{- define "prefect-server.databaseTlsVolumes" -}}
 {{- $volumes := include "prefect-server.tlsVolumes" . | fromYamlArray -}}
 {{- with include "prefect-server.cnpgCa" (index . 0) -}}
-{{- $volumes = append $volumes (dict "name" "database-ca" "secret" (include "prefect-server.caSource" . | fromYaml)) -}}
+{{- $volumes = append $volumes (dict "name" "database-ca" "secret" (include "prefect-server.caSource" (list . "ca.crt") | fromYaml)) -}}
 {{- end -}}
 {{- toYaml $volumes -}}
 {{- end -}}
@@ -71,10 +71,10 @@ http{{ if .Values.tls.enabled }}s{{ end }}
 {{- toYaml $mounts -}}
 {{- end -}}
 
-{{/* Source of a volume with the certificate of a CA. The Secret of CloudNativePG's operator has the CA's key as well. */}}
+{{/* Source of a volume with the certificate of a CA alone: (list secret key). CloudNativePG's Secret has the CA's key, too. */}}
 {{- define "prefect-server.caSource" -}}
-secretName: {{ . | quote }}
-items: [{key: ca.crt, path: ca.crt}]
+secretName: {{ index . 0 | quote }}
+items: [{key: {{ index . 1 | quote }}, path: {{ index . 1 | quote }}}]
 {{- end -}}
 
 {{/* Variables of libpq for a database of the chart. asyncpg reads them, too. */}}

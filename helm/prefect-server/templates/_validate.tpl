@@ -236,13 +236,15 @@
 {{- define "prefect-server.validateSecrets" -}}
 {{- $root := . -}}
 {{- $mode := include "prefect-server.databaseMode" . -}}
+{{- /* CloudNativePG's operator makes this Secret after the first deploy. */ -}}
+{{- $made := ternary (printf "%s-ca" (include "prefect-server.cnpgName" .)) "" (eq $mode "cnpg") -}}
 {{- $references := list
   (dict "path" "auth.existingSecret" "name" .Values.auth.existingSecret "key" .Values.auth.key)
   (dict "path" "encryptionKey.existingSecret" "name" .Values.encryptionKey.existingSecret "key" .Values.encryptionKey.key)
   (dict "path" "database.external.existingSecret" "name" .Values.database.external.existingSecret "key" .Values.database.external.key)
   (dict "path" "database.bundled.existingSecret" "name" (ternary .Values.database.bundled.existingSecret "" (eq $mode "bundled")) "key" "password")
   (dict "path" "database.cnpg.archive.existingSecret" "name" (ternary .Values.database.cnpg.archive.existingSecret "" (eq $mode "cnpg")) "key" "AWS_ACCESS_KEY_ID")
-  (dict "path" "pgbouncer.serverTLS.caSecret" "name" (ternary .Values.pgbouncer.serverTLS.caSecret "" .Values.pgbouncer.enabled) "key" .Values.pgbouncer.serverTLS.caKey)
+  (dict "path" "pgbouncer.serverTLS.caSecret" "name" (ternary .Values.pgbouncer.serverTLS.caSecret "" (and .Values.pgbouncer.enabled (ne .Values.pgbouncer.serverTLS.caSecret $made))) "key" .Values.pgbouncer.serverTLS.caKey)
   (dict "path" "tls.existingSecret" "name" .Values.tls.existingSecret "key" "ca.crt")
   (dict "path" "tls.existingSecret" "name" .Values.tls.existingSecret "key" "tls.crt")
   (dict "path" "tls.existingSecret" "name" .Values.tls.existingSecret "key" "tls.key")

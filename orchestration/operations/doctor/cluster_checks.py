@@ -447,9 +447,10 @@ async def check_secrets(installation: Installation) -> Finding:
     known: dict[tuple[str, str, str], set[str]] = {}
     for release in RELEASES:
         for found in await installation.read_release(release):
-            if is_cluster(found):  # CloudNativePG's operator creates the Secret with the login.
-                login = (installation.namespace_of(found), "Secret", f"{found['metadata']['name']}-app")
-                known[login] = {"username", "password", "uri"}
+            if is_cluster(found):  # CloudNativePG's operator creates the Secrets with the login and the CA.
+                namespace, name = installation.namespace_of(found), found["metadata"]["name"]
+                known[namespace, "Secret", f"{name}-app"] = {"username", "password", "uri"}
+                known[namespace, "Secret", f"{name}-ca"] = {"ca.crt"}
             if found["kind"] == "Certificate":  # cert-manager creates the Secret.
                 issued = (installation.namespace_of(found), "Secret", found["spec"]["secretName"])
                 known[issued] = {"ca.crt", "tls.crt", "tls.key"}

@@ -529,10 +529,13 @@ def test_fault_is_found(patient: Patient, sound: dict[str, Finding], fault: str)
 @pytest.mark.usefixtures("sound")
 @pytest.mark.parametrize(("name", "text"), [("backup", "the WAL is archived"), ("secrets", "with their keys")])
 def test_server_on_a_cluster_of_cloudnative_pg_is_sound(patient: Patient, name: str, text: str) -> None:
-    """The operator, not a release, creates the Secret with the login. Here it has not yet done so."""
+    """The operator, not a release, creates the Secrets with the login and the CA. Here it has not yet done so."""
     with _shared(_cnpg({"ContinuousArchiving": "True", "LastBackupSucceeded": "True"}))(patient) as known:
         login = {"name": "PGPASSWORD", "valueFrom": {"secretKeyRef": {"name": "db-app", "key": "password"}}}
-        _spec(known["server_objects"], "Deployment", f"{SERVER}-api")["containers"][0]["env"].append(login)
+        spec = _spec(known["server_objects"], "Deployment", f"{SERVER}-api")
+        spec["containers"][0]["env"].append(login)
+        source = {"secretName": "db-ca", "items": [{"key": "ca.crt", "path": "ca.crt"}]}
+        spec["volumes"].append({"name": "database-ca", "secret": source})
         finding = asyncio.run(_found(patient, name, known))
     assert (finding.status, text in finding.text) == ("ok", True), finding
 
