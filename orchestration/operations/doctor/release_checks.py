@@ -273,6 +273,8 @@ async def check_replicas(installation: Installation) -> Finding:
             is_meant = found["kind"] == "Deployment" and labels.get(COMPONENT) == component
             if is_meant and found["spec"].get("replicas", 2) < 2:
                 single.append(component)
+    clusters = [found for found in await installation.read_release(SERVER) if is_cluster(found)]
+    single += ["database" for cluster in clusters if cluster["spec"]["instances"] < 2]
     if single:
-        return warning(f"one pod of {shorten(single, 4)}: its node's end interrupts it", "See docs/how-to/scale-out.md")
+        return warning(f"one pod of {shorten(single, 6)}: its node's end interrupts it", "See docs/how-to/scale-out.md")
     return ok("two pods or more of each component")

@@ -154,7 +154,8 @@ def _cnpg(conditions: dict[str, str] | None, **report: Any) -> Fault:
 
     @contextmanager
     def fault(patient: Patient) -> Iterator[dict[str, Any]]:
-        cluster = {"apiVersion": "postgresql.cnpg.io/v1", "kind": "Cluster", "metadata": {"name": "db"}}
+        cluster: Object = {"apiVersion": "postgresql.cnpg.io/v1", "kind": "Cluster", "metadata": {"name": "db"}}
+        cluster["spec"] = {"instances": 1}
         states = [{"type": name, "status": value, "message": "no bucket"} for name, value in (conditions or {}).items()]
         database = patient.values(SERVER)["database"]
         database["cnpg"]["storage"]["size"] = "1Gi"
@@ -474,6 +475,7 @@ FAULTS: dict[str, tuple[str, Fault, str, str]] = {
     ),
     "absent cluster": ("backup", _shared(_cnpg(None)), "failed", "Cluster db of CloudNativePG is gone"),
     "full volume of a cluster": ("database size", _cnpg({}, size=int(0.99 * 2**30)), "failed", "99% of its volume"),
+    "one pod of a cluster": ("replicas", _shared(_cnpg({})), "warning", "worker, reconciler, database: its node"),
     "one pod of the api": ("replicas", _shared(_known()), "warning", "one pod of api, services, worker, reconciler"),
     "database away": (
         "database", _known(report=REPORT | {"database": {"error": "connection refused"}}),
