@@ -6,6 +6,7 @@ import os
 import signal
 import ssl
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +19,6 @@ from orchestration.operations.environment import SERVER, Environment
 from orchestration.prefect_api import Access
 
 AUTH_SECRET = f"{SERVER}-auth"
-
 API_TIMEOUT_SECONDS = 30.0
 """How long a request may take, and how long the server may take to answer the first one."""
 
@@ -39,6 +39,15 @@ def _read_ca(environment: Environment) -> str:
     return base64.b64decode(found).decode()
 
 
+@contextlib.contextmanager
+def ca_file(environment: Environment) -> Iterator[str]:
+    """Yield a file with the certificate of the API's CA; an empty name for an API that serves HTTP."""
+    with tempfile.NamedTemporaryFile("w", suffix=".crt") as file:
+        file.write(_read_ca(environment))
+        file.flush()
+        yield file.name if file.tell() else ""
+
+
 @dataclass(frozen=True)
 class Forward:
     """A port of this machine that leads to the server.
@@ -46,7 +55,7 @@ class Forward:
     Args:
         url: the address of API and UI on this machine.
         process: kubectl, which ends when the pod that it forwards to ends.
-        ca: the certificate of the API's CA; empty for an API that serves HTTP.
+        ca: a file with the certificate of the API's CA; empty for an API that serves HTTP.
     """
 
     url: str
@@ -85,10 +94,10 @@ def forward_port(environment: Environment, port: int = 0) -> Iterator[Forward]:
                 f"Look at its pods: make status ENV={environment.name}"
             )
         reader.start()
-        ca = _read_ca(environment)
-        # The certificate has the name `localhost`.
-        base = "https://localhost" if ca else "http://127.0.0.1"
-        yield Forward(f"{base}:{line.split('127.0.0.1:')[1].split()[0]}", process, ca)
+        with ca_file(environment) as ca:
+            # The certificate has the name `localhost`.
+            base = "https://localhost" if ca else "http://127.0.0.1"
+            yield Forward(f"{base}:{line.split('127.0.0.1:')[1].split()[0]}", process, ca)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
@@ -113,7 +122,7 @@ def api_client(environment: Environment) -> Iterator[httpx.Client]:
         httpx.Client(
             base_url=f"{forward.url}/api",
             auth=Access(f"{forward.url}/api", credentials),
-            verify=ssl.create_default_context(cadata=forward.ca) if forward.ca else True,
+            verify=ssl.create_default_context(cafile=forward.ca) if forward.ca else True,
             timeout=API_TIMEOUT_SECONDS,
             limits=httpx.Limits(keepalive_expiry=2),
         ) as client,

@@ -19,7 +19,7 @@ import yaml
 from orchestration.errors import ClusterError
 from orchestration.operations import rollout
 from orchestration.operations.environment import POOL, Environment
-from orchestration.operations.port_forward import api_client, read_credentials
+from orchestration.operations.port_forward import api_client, ca_file, read_credentials
 from orchestration.operations.release_inputs import CHARTS
 from orchestration.progress import step
 from orchestration.settings import ROOT
@@ -137,11 +137,18 @@ def plan(environment: Environment, sync: Sync, heading: str) -> bool:
     if sync.volume_files:
         print(f"{heading} unknown, as only the cluster has {', '.join(sync.volume_files)}.")
         return False
-    with step("Asking the server", "5 s"), api_client(environment) as api, sync.checkout_files() as files:
+    with (
+        step("Asking the server", "5 s"),
+        api_client(environment) as api,
+        ca_file(environment) as ca,
+        sync.checkout_files() as files,
+    ):
         variables = {
             "PREFECT_API_URL": str(api.base_url).rstrip("/"),
             "PREFECT_API_AUTH_STRING": read_credentials(environment),
         }
+        if ca:
+            variables["PREFECT_API_SSL_CERT_FILE"] = ca
         options = ("--owner", sync.owner, *sync.options, "--directory", str(IMAGE_FOLDER))
         done = _orchestrate("plan", files, *options, variables=variables)
     if done.returncode not in (0, 2):

@@ -2,13 +2,14 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -18,12 +19,15 @@ from prefect.events.clients import PrefectEventSubscriber
 from prefect.settings import PREFECT_API_SSL_CERT_FILE, PREFECT_API_URL, temporary_settings
 
 from orchestration.errors import ApiError, SettingsError
+from orchestration.operations import sync_dry_run
+from orchestration.operations.environment import SERVER, Environment
 from orchestration.operations.local_cluster.certificates import Authority
 from orchestration.operations.rotation.api_credentials import PROBE
 from orchestration.prefect_api import connected
 from orchestration.runs.run_client import RunClient
 from orchestration.server_process import CERTIFICATE_VARIABLE, KEY_VARIABLE, use_certificate
 from orchestration.settings import ROOT
+from tests.helm.rendering import Object, one, render
 from tests.parts import free_port, migrated_database, served
 
 
@@ -139,6 +143,44 @@ def test_rotation_asks_the_api_in_its_pod_over_https(url: str, variables: dict[s
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout == "[200]\n"
+
+
+@pytest.fixture
+def install(
+    url: str, certificates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Object], Environment]:
+    """Return a function that returns an environment with the chart's Deployment for these values.
+
+    A program takes kubectl's part: it forwards to the API of the tests.
+    """
+    program = tmp_path / "kubectl"
+    program.write_text(f"""#!/bin/sh
+case "$*" in
+  *port-forward*) echo "Forwarding from 127.0.0.1:{url.split(":")[2].split("/")[0]} -> 4200"; exec sleep 600 ;;
+  *"get deployment {SERVER}-api "*) printf tls ;;
+  *"get secret {SERVER}-auth "*) printf a:b | base64 ;;
+  *"get secret tls "*) base64 {certificates}/ca.crt ;;
+  *) exit 1 ;;
+esac
+""")
+    program.chmod(0o755)
+
+    def make(values: Object) -> Environment:
+        api = one(render(SERVER, {"image": {"tag": "1"}} | values), "Deployment", f"test-{SERVER}-api")
+        (tmp_path / "deployment.json").write_text(json.dumps(api))
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        return Environment("local", "none", "none")
+
+    return make
+
+
+def test_plan_compares_with_a_server_over_https(
+    install: Callable[[Object], Environment], capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment = install({"tls": {"enabled": True, "existingSecret": "tls"}})
+    pool = "work_pools: [{name: over-https, type: process}]"
+    assert sync_dry_run.plan(environment, sync_dry_run.Sync("me", (), (), pool), "On the server:")
+    assert "over-https" in capsys.readouterr().out
 
 
 def test_unusable_certificate_is_refused_before_the_server_starts(

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import os
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 
@@ -88,10 +87,7 @@ async def _connect(environment: Environment | str) -> AsyncIterator[Server | str
                 return
             settings = {PREFECT_API_URL: f"{forward.url}/api", PREFECT_API_AUTH_STRING: credentials}
             if forward.ca:
-                file = stack.enter_context(tempfile.NamedTemporaryFile("w", suffix=".crt"))
-                file.write(forward.ca)
-                file.flush()
-                settings[PREFECT_API_SSL_CERT_FILE] = file.name
+                settings[PREFECT_API_SSL_CERT_FILE] = forward.ca
             stack.enter_context(temporary_settings(settings))
         async with connected() as server:
             server.retry_seconds = RETRY_SECONDS
