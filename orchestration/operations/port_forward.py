@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import json
 import os
 import signal
 import ssl
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import httpx
 
 from orchestration.errors import ClusterError
-from orchestration.operations.environment import SERVER, Environment
+from orchestration.operations.environment import SERVER, Environment, Object
 from orchestration.prefect_api import Access
 
 AUTH_SECRET = f"{SERVER}-auth"
@@ -31,12 +32,14 @@ def read_credentials(environment: Environment) -> str:
 
 def _read_ca(environment: Environment) -> str:
     """Return the certificate of the CA of an API that serves HTTPS; empty for an API that serves HTTP."""
-    path = '{.spec.template.spec.volumes[?(@.name=="tls")].secret.secretName}'
-    secret = environment.kubectl("get", "deployment", f"{SERVER}-api", "--output", f"jsonpath={path}")
-    if not secret:
+    found: Object = json.loads(environment.kubectl("get", "deployment", f"{SERVER}-api", "--output", "json"))
+    pod = found["spec"]["template"]["spec"]
+    variables = {variable["name"] for container in pod["containers"] for variable in container.get("env", [])}
+    if "API_TLS_CERTIFICATE" not in variables:  # a volume `tls` is then a person's
         return ""
-    found = environment.kubectl("get", "secret", secret, "--output", 'go-template={{index .data "ca.crt"}}')
-    return base64.b64decode(found).decode()
+    [secret] = [volume["secret"]["secretName"] for volume in pod["volumes"] if volume["name"] == "tls"]
+    text = environment.kubectl("get", "secret", secret, "--output", 'go-template={{index .data "ca.crt"}}')
+    return base64.b64decode(text).decode()
 
 
 @contextlib.contextmanager

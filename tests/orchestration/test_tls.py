@@ -22,6 +22,7 @@ from orchestration.errors import ApiError, SettingsError
 from orchestration.operations import sync_dry_run
 from orchestration.operations.environment import SERVER, Environment
 from orchestration.operations.local_cluster.certificates import Authority
+from orchestration.operations.port_forward import ca_file
 from orchestration.operations.rotation.api_credentials import PROBE
 from orchestration.prefect_api import connected
 from orchestration.runs.run_client import RunClient
@@ -157,7 +158,7 @@ def install(
     program.write_text(f"""#!/bin/sh
 case "$*" in
   *port-forward*) echo "Forwarding from 127.0.0.1:{url.split(":")[2].split("/")[0]} -> 4200"; exec sleep 600 ;;
-  *"get deployment {SERVER}-api "*) printf tls ;;
+  *"get deployment {SERVER}-api "*) cat {tmp_path}/deployment.json ;;
   *"get secret {SERVER}-auth "*) printf a:b | base64 ;;
   *"get secret tls "*) base64 {certificates}/ca.crt ;;
   *) exit 1 ;;
@@ -181,6 +182,12 @@ def test_plan_compares_with_a_server_over_https(
     pool = "work_pools: [{name: over-https, type: process}]"
     assert sync_dry_run.plan(environment, sync_dry_run.Sync("me", (), (), pool), "On the server:")
     assert "over-https" in capsys.readouterr().out
+
+
+def test_volume_named_tls_of_a_server_without_tls_is_no_ca(install: Callable[[Object], Environment]) -> None:
+    volume = {"name": "tls", "secret": {"secretName": "tls"}}
+    with ca_file(install({"pod": {"volumes": [volume]}})) as ca:
+        assert ca == ""
 
 
 def test_unusable_certificate_is_refused_before_the_server_starts(
