@@ -13,7 +13,10 @@ from orchestration.operations.rotation.rotation import (
 
 DEPLOYMENT = f"{SERVER}-redis"
 
-CLIENT = "read -r REDISCLI_AUTH; export REDISCLI_AUTH; exec valkey-cli"
+CLIENT = (
+    "read -r REDISCLI_AUTH; export REDISCLI_AUTH; ca=/etc/prefect-tls/ca.crt; "
+    '[ ! -e $ca ] || set -- --tls --cacert $ca; exec valkey-cli "$@"'
+)
 """Executes the commands of standard input, whose first line is the password: arguments can be read on the node."""
 
 

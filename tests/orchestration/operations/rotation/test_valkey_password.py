@@ -14,11 +14,12 @@ import redis
 
 from orchestration.errors import ClusterError
 from orchestration.operations.environment import SERVER
+from orchestration.operations.local_cluster.certificates import Authority
 from orchestration.operations.rotation import valkey_password
 from orchestration.operations.rotation.rotation import rotate
 from tests.helm.rendering import one, render
 from tests.orchestration.operations.rotation.installation import Installation, installed
-from tests.parts import redis_server
+from tests.parts import free_port, redis_server
 
 SECRET = f"{SERVER}-redis"
 
@@ -103,6 +104,24 @@ def test_pod_of_valkey_is_ready_whatever_its_password(url: str, installation: In
     closed.write_text("#!/bin/sh\necho Could not connect to Valkey\n")
     closed.chmod(0o755)
     assert subprocess.run(probe, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, check=False).returncode == 1
+
+
+def test_valkey_of_a_server_with_tls_is_asked_by_tls(url: str, installation: Installation, tmp_path: Path) -> None:
+    Authority(tmp_path).issue("tls", "redis")
+    port = free_port()
+    files = {"tls-ca-cert-file": "ca.crt", "tls-cert-file": "tls.crt", "tls-key-file": "tls.key"}
+    options = {option: str(tmp_path / file) for option, file in files.items()} | {"tls-auth-clients": "no"}
+    with redis.Redis.from_url(url, password=_password(installation)) as server:
+        server.execute_command("CONFIG", "SET", *(word for option in options.items() for word in option))
+        server.config_set("tls-port", port)
+    (tmp_path / "valkey-cli").write_text(f'#!/bin/sh\nexec redis-cli -p {port} "$@"\n')
+    (tmp_path / "valkey-cli").chmod(0o755)
+    client = valkey_password.CLIENT.replace("/etc/prefect-tls", str(tmp_path))
+    done = subprocess.run(
+        ["sh", "-c", client], input=f"{_password(installation)}\nPING\n", capture_output=True, text=True, check=True,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert done.stdout == "PONG\n", done.stderr
 
 
 def test_password_other_than_that_of_the_secret_is_reported(url: str, installation: Installation) -> None:
