@@ -102,11 +102,13 @@ def test_pgbouncer_verifies_postgres_and_serves_tls_itself() -> None:
 
 def test_external_database_and_redis_keep_their_own_tls() -> None:
     objects = _server(
-        database={"bundled": {"enabled": False}, "external": {"existingSecret": "database"}},
+        database={
+            "bundled": {"enabled": False, "configuration": {"ssl": "off"}}, "external": {"existingSecret": "database"},
+        },
         redis={"bundled": {"enabled": False}, "external": {"existingSecret": "redis"}},
         pgbouncer={"enabled": True, "serverTLS": {"mode": "verify-full", "caSecret": "other"}},
         backup={"enabled": True, "image": {"repository": "postgres", "tag": "18.1"}},
-    )
+    )  # fmt: skip
     assert "PGSSLMODE" not in repr(objects)
     pod = pod_specs(objects)["Deployment/test-prefect-server-pgbouncer"]
     assert pod["initContainers"][0]["args"][-2:] == ["--tls-mode=verify-full", "--ca-file=/etc/pgbouncer-ca/ca.crt"]
