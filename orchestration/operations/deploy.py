@@ -67,6 +67,7 @@ def deploy(environment: Environment, *, force: bool = False) -> None:
     for release in RELEASES:
         if release == POOL:
             namespace_of_runs.copy_api_credential(environment)
+            namespace_of_runs.copy_ca(environment)
         _deploy_release(environment, release, image, history, force)
     history.complete_deploy()
 
@@ -116,7 +117,7 @@ def undeploy(environment: Environment) -> None:
                 environment.helm("uninstall", release, "--wait", "--timeout", "5m")
         else:
             print(f"{release} is not installed.")
-    namespace_of_runs.delete_api_credential(environment)
+    namespace_of_runs.delete_copies(environment)
     DeployHistory(environment).delete()
     print(
         f"{' and '.join(environment.namespaces)}: volumes and passwords stay. To remove all of it:\n"

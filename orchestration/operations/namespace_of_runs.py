@@ -5,6 +5,7 @@ release keeps their former namespaces, in which the reconciler handles them, unt
 """
 
 import json
+from base64 import b64decode
 
 import yaml
 
@@ -72,21 +73,65 @@ def _has_copied_credential(environment: Environment) -> bool:
 
 def copy_api_credential(environment: Environment) -> None:
     """Copy the generated credential of the Prefect API to the namespace of the runs, whose Jobs refer to it."""
-    if not _has_copied_credential(environment):
+    if _has_copied_credential(environment):
+        _copy(environment, AUTH_SECRET, "auth-string")
+
+
+def copy_ca(environment: Environment) -> None:
+    """Copy the certificate of the API's CA to the namespace of the runs, which mount it.
+
+    Raises:
+        ClusterError: the key in the values is that of a private key.
+    """
+    name, key = copied_ca(environment)
+    if name:
+        _copy(environment, name, key)
+
+
+def missing_ca(environment: Environment) -> str:
+    """Return the Secret with the API's CA if the namespace of the runs does not have it yet; else empty."""
+    name, _ = copied_ca(environment)
+    return name if name and not _read_secret(environment, name, environment.runs_namespace) else ""
+
+
+def copied_ca(environment: Environment) -> tuple[str, str]:
+    """Return the Secret with the API's CA, and its key. The name is empty if runs need no copy."""
+    tls = environment.pool_values.get("api", {}).get("tls", {})
+    is_elsewhere = environment.runs_namespace != environment.namespace
+    return tls.get("caSecret", "") if is_elsewhere else "", tls.get("caKey", "ca.crt")
+
+
+def _read_secret(environment: Environment, name: str, namespace: str) -> Object:
+    """Return a Secret; empty if it does not exist."""
+    where = ("--ignore-not-found", "--output", "json", "--namespace", namespace)
+    found: Object = json.loads(environment.kubectl("get", "secret", name, *where) or "{}")
+    return found
+
+
+def _copy(environment: Environment, name: str, key: str) -> None:
+    """Copy one key of a Secret to the namespace of the runs. A person's Secret of this name there stays.
+
+    Without Secret or key nothing is copied: the chart names what is missing.
+    """
+    existing = _read_secret(environment, name, environment.runs_namespace)
+    if existing and COPY_LABEL not in existing["metadata"].get("labels", {}):
         return
+    value = _read_secret(environment, name, environment.namespace).get("data", {}).get(key, "")
+    if not value:
+        return
+    if b"PRIVATE KEY" in b64decode(value):
+        raise ClusterError(
+            f"Secret {name} is not copied to namespace {environment.runs_namespace}: {key} is a private key, by "
+            f"which runs could pose as the API. Set api.tls.caKey in the values of {POOL} to the certificate of the CA"
+        )
+    metadata = {"name": name, "labels": {COPY_LABEL: environment.namespace}}
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": {key: value}}
     where = ("--namespace", environment.runs_namespace)
-    existing = environment.kubectl("get", "secret", AUTH_SECRET, "--ignore-not-found", "--output", "json", *where)
-    if existing and COPY_LABEL not in json.loads(existing)["metadata"].get("labels", {}):
-        return
-    found: Object = json.loads(environment.kubectl("get", "secret", AUTH_SECRET, "--output", "json"))
-    data = {"auth-string": found["data"]["auth-string"]}
-    metadata = {"name": AUTH_SECRET, "labels": {COPY_LABEL: environment.namespace}}
-    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": data}
     environment.kubectl("apply", "--filename", "-", *where, text=json.dumps(secret))
 
 
-def delete_api_credential(environment: Environment) -> None:
-    """Delete the copy of the credential from the namespace of the runs."""
+def delete_copies(environment: Environment) -> None:
+    """Delete the copied Secrets from the namespace of the runs."""
     if environment.runs_namespace != environment.namespace:
         copy = ("--selector", f"{COPY_LABEL}={environment.namespace}")
         environment.kubectl("delete", "secrets", *copy, "--namespace", environment.runs_namespace)

@@ -36,6 +36,10 @@ def plan(environment: Environment) -> bool:
             # Kubernetes checks an object only in a namespace that exists.
             print(f"{release} is changed, with objects in namespace {environment.absent_namespace}.")
             changed = True
+        elif release == POOL and (ca := namespace_of_runs.missing_ca(environment)):
+            # The chart refuses a Secret that does not exist.
+            print(f"{release} is changed, and Secret {ca} is copied to namespace {environment.runs_namespace}.")
+            changed = True
         else:
             changed = _plan_release(environment, release, image, is_installed=bool(revisions)) or changed
     if helm_release.revisions(environment, SERVER):

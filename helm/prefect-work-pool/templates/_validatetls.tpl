@@ -13,11 +13,10 @@
 {{- end -}}
 {{- end -}}
 {{- end -}}
-{{- range $namespace := uniq (list .Release.Namespace (include "prefect-work-pool.runsNamespace" .)) -}}
+{{- $namespace := include "prefect-work-pool.runsNamespace" . -}}
 {{- $found := (lookup "v1" "Secret" $namespace $secret).data | default dict -}}
 {{- if hasKey $found "tls.key" -}}
 {{- fail (printf "api.tls.caSecret names the Secret %s, which has a private key in namespace %s: pods of runs could mount it, and pose as the API. Create a Secret with the CA's certificate alone." $secret $namespace) -}}
-{{- end -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

@@ -11,6 +11,7 @@ import yaml
 from orchestration.deployments import quota
 from orchestration.deployments.pod_resources import pod_of, total
 from orchestration.errors import ClusterError
+from orchestration.operations import namespace_of_runs
 from orchestration.operations.doctor.findings import Finding, check, failed, ok, warning
 from orchestration.operations.doctor.installation import (
     Installation,
@@ -468,9 +469,11 @@ async def check_secrets(installation: Installation) -> Finding:
         if installation.is_local and not is_deployed:
             # `make deploy` creates it.
             known.setdefault((namespace, "Secret", "warehouse"), {"url", "password"})
-    if not is_installed and (installation.cluster.namespace, "Secret", AUTH_SECRET) in known:
-        # `make deploy` copies it.
-        known.setdefault((installation.cluster.runs_namespace, "Secret", AUTH_SECRET), {"auth-string"})
+    if not is_installed:
+        for name, key in ((AUTH_SECRET, "auth-string"), namespace_of_runs.copied_ca(installation.cluster)):
+            if (installation.cluster.namespace, "Secret", name) in known:
+                # `make deploy` copies it.
+                known.setdefault((installation.cluster.runs_namespace, "Secret", name), {key})
     missing = {}
     for namespace, kind, name, key in sorted(wanted):
         if (namespace, kind, name) not in known:

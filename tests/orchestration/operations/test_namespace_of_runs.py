@@ -2,7 +2,7 @@
 
 import json
 import os
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from tests.helm.rendering import Object
 
 CONTEXT = "alone"
 NAMED_RUNS = ("--field-selector", "metadata.name=runs")
+NAMED_TLS = ("--field-selector", "metadata.name=tls")
+TLS = {"ca.crt": "ca", "tls.crt": "certificate", "tls.key": "-----BEGIN PRIVATE KEY-----"}
 BEFORE, AFTER = apiserver.NAMESPACES
 
 
@@ -35,6 +37,12 @@ class Installation:
     def set_namespace(self, name: str, **auth: str) -> None:
         """Write the values of the environment, by default without API roles."""
         values = {"image": {"tag": "1"}, "runs": {"namespace": name}, "api": {"auth": {"rolesSecret": ""} | auth}}
+        self.file.write_text(yaml.safe_dump(values))
+
+    def set_ca(self, **tls: str) -> None:
+        """Write the Secret with the CA of the API into the values of the environment."""
+        values = yaml.safe_load(self.file.read_text())
+        values["api"] |= {"url": "https://prefect-server-api:4200/api", "tls": tls}
         self.file.write_text(yaml.safe_dump(values))
 
     def upgrade(self, *former: str) -> None:
@@ -145,7 +153,9 @@ def test_move_keeps_the_former_namespace_until_no_run_is_in_progress(installatio
     assert namespace_of_runs.former_namespaces(environment) == [AFTER], "back again"
 
 
-def test_only_the_copy_of_the_credential_is_changed_and_deleted(installation: Installation) -> None:
+def test_only_copies_of_secrets_are_changed_and_deleted(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
     environment = installation.environment
     installation.set_namespace(AFTER)
 
@@ -159,12 +169,37 @@ def test_only_the_copy_of_the_credential_is_changed_and_deleted(installation: In
     installation.create(BEFORE, changed | {"stringData": {"auth-string": "admin:new"}})
     namespace_of_runs.copy_api_credential(environment)
     assert credentials() == ["admin:new"] * 2
-    namespace_of_runs.delete_api_credential(environment)
+    namespace_of_runs.delete_copies(environment)
     assert credentials() == ["admin:new"]
     installation.create(AFTER, changed | {"stringData": {"auth-string": "runs:own"}})
     namespace_of_runs.copy_api_credential(environment)
-    namespace_of_runs.delete_api_credential(environment)
+    namespace_of_runs.delete_copies(environment)
     assert credentials() == ["admin:new", "runs:own"], "a person made it"
+
+    installation.set_ca(caSecret="tls")
+    namespace_of_runs.copy_ca(environment)
+    with pytest.raises(ClusterError, match=f"api.tls.caSecret names the Secret tls: namespace {BEFORE} has no such"):
+        installation.upgrade()
+    installation.create(BEFORE, {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "tls"}, "stringData": TLS})
+    assert namespace_of_runs.missing_ca(environment) == "tls"
+    monkeypatch.setattr(release_inputs, "checkout_image", lambda _: None)
+    monkeypatch.setattr(deploy, "_deploy_release", lambda *_: None)
+    deploy.deploy(environment)
+    assert namespace_of_runs.missing_ca(environment) == ""
+    [copied] = [
+        found for found in environment.objects("secrets", *NAMED_TLS) if found["metadata"]["namespace"] == AFTER
+    ]
+    assert copied["data"] == {"ca.crt": b64encode(b"ca").decode()}
+    installation.upgrade()
+    namespace_of_runs.delete_copies(environment)
+    assert [found["metadata"]["namespace"] for found in environment.objects("secrets", *NAMED_TLS)] == [BEFORE]
+    installation.set_ca(caSecret="tls", caKey="tls.key")
+    with pytest.raises(ClusterError, match=r"tls.key is a private key, .*Set api.tls.caKey in the values"):
+        namespace_of_runs.copy_ca(environment)
+    installation.create(AFTER, {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "tls"}, "stringData": TLS})
+    installation.set_ca(caSecret="tls")
+    with pytest.raises(ClusterError, match=f"names the Secret tls, which has a private key in namespace {AFTER}"):
+        installation.upgrade()
 
 
 def test_plan_names_a_namespace_that_does_not_exist_yet(

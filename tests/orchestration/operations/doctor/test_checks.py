@@ -19,7 +19,7 @@ import yaml
 
 from orchestration.errors import ClusterError
 from orchestration.operations import environment as environments
-from orchestration.operations import port_forward, release_inputs
+from orchestration.operations import namespace_of_runs, port_forward, release_inputs
 from orchestration.operations.doctor import cluster_checks
 from orchestration.operations.doctor.findings import CHECKS, Finding
 from orchestration.operations.environment import POOL, SERVER, Environment, Object
@@ -561,6 +561,22 @@ def test_secret_of_a_certificate_may_be_made_after_the_install(patient: Patient,
 
     with _objects(SERVER, mount)(patient) as known:
         finding = asyncio.run(_found(patient, "secrets", known))
+    assert finding.status == status, finding
+
+
+@pytest.mark.usefixtures("sound")
+@pytest.mark.parametrize(("revisions", "status"), [([], "ok"), ([{"revision": 1}], "failed")])
+def test_ca_of_the_api_is_copied_by_the_first_deploy(patient: Patient, revisions: list[Object], status: str) -> None:
+    def mount(objects: list[Object]) -> None:
+        source = {"secretName": "ca", "items": [{"key": "ca.crt", "path": "ca.crt"}]}
+        pod = {"containers": [], "volumes": [{"name": "api-ca", "secret": source}]}
+        metadata = {"name": "run", "namespace": RUNS}
+        objects.append({"kind": "Job", "metadata": metadata, "spec": {"template": {"spec": pod}}})
+        objects.append({"kind": "Secret", "metadata": {"name": "ca"}, "data": {"ca.crt": ""}})
+
+    copied = patched.object(namespace_of_runs, "copied_ca", lambda _: ("ca", "ca.crt"))
+    with _objects(SERVER, mount)(patient) as known, copied:
+        finding = asyncio.run(_found(patient, "secrets", {**known, "pool_revisions": revisions}))
     assert finding.status == status, finding
 
 
