@@ -396,6 +396,37 @@ def test_cloudnative_pg_is_refused_where_the_cluster_is_not_ready(
         kubernetes.delete(bundled)
 
 
+def test_certificate_is_refused_where_the_cluster_has_no_cert_manager(
+    kubernetes: ApiServer, kubernetes_folder: Path, tmp_path: Path
+) -> None:
+    tls = {"enabled": True, "certManager": {"issuerRef": {"name": "ca"}}}
+    (tmp_path / "values.yaml").write_text(yaml.safe_dump({"image": {"tag": "1"}, "tls": tls}))
+
+    def render_on_cluster() -> str:
+        return binaries.helm(
+            "template", "test", str(ROOT / "helm" / "prefect-server"), "-f", str(tmp_path / "values.yaml"),
+            "-n", NAMESPACE, "--kubeconfig", str(kubernetes_folder / "kubeconfig"), "--kube-context", "alone",
+            "--dry-run=server",
+        )  # fmt: skip
+
+    def has_cert_manager() -> bool:
+        return kubernetes.client.get("/apis/cert-manager.io/v1").is_success
+
+    assert "kind: Certificate" in render_on_cluster()
+    definition = yaml.load(binaries.certificates().read_text(), yaml.CSafeLoader)
+    definition["metadata"].pop("labels", None)  # templates of Helm
+    kubernetes.delete(definition)
+    try:
+        wait_until(lambda: not has_cert_manager(), "the end of cert-manager's kinds")
+        with pytest.raises(
+            ClusterError, match=r"does not know cert-manager.io/v1/Certificate: no certificate would be"
+        ):
+            render_on_cluster()
+    finally:
+        kubernetes.create(definition)
+        wait_until(has_cert_manager, "cert-manager's kinds")
+
+
 def test_recovery_keeps_the_old_cluster_and_can_be_rolled_back(
     kubernetes: ApiServer, kubernetes_folder: Path, tmp_path: Path
 ) -> None:

@@ -18,6 +18,10 @@
 {{- end -}}
 {{- end -}}
 {{- end -}}
+{{- /* Helm knows the kinds of the cluster only with access to it. */ -}}
+{{- if and .Values.tls.enabled $issuer (lookup "v1" "Namespace" "" .Release.Namespace) (not (.Capabilities.APIVersions.Has "cert-manager.io/v1/Certificate")) -}}
+{{- fail "tls.certManager.issuerRef.name is set, and the cluster does not know cert-manager.io/v1/Certificate: no certificate would be made. Install cert-manager, or name a Secret in tls.existingSecret." -}}
+{{- end -}}
 {{- if .Values.tls.enabled -}}{{- include "prefect-server.validateTlsUsers" . -}}{{- end -}}
 {{- end -}}
 
