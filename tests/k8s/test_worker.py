@@ -2,6 +2,8 @@
 
 import functools
 import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,6 +135,25 @@ def test_runs_of_a_chart_pool_find_account_policy_and_secret() -> None:
 
 def test_example_meets_the_restricted_standard() -> None:
     assert_restricted(built(EXAMPLE))
+
+
+def test_patch_of_the_example_for_a_private_ca_is_that_of_the_chart(tmp_path: Path) -> None:
+    shutil.copytree(K8S, tmp_path / "k8s")
+    file = tmp_path / "k8s" / EXAMPLE / "kustomization.yaml"
+    text, heading, patch = file.read_text().partition("  # - patch: |\n")
+    file.write_text(text + (heading + patch).replace("  # ", "  "))
+    made = objects_of(binaries.kubectl("kustomize", str(file.parent)))
+    api = {"url": "https://prefect-server-api:4200/api", "tls": {"caSecret": "prefect-server-tls"}}
+    chart = render("prefect-work-pool", test_prefect_work_pool.TAG | {"api": api}, generate.RELEASE)
+    mine, others = (pod_specs(objects)[f"Deployment/{NAME}"] for objects in (made, chart))
+    for part in ("env", "volumeMounts"):
+        added = [entry for entry in mine["containers"][0][part] if "/etc/prefect-api/ca" in repr(entry)]
+        assert added == [entry for entry in others["containers"][0][part] if "/etc/prefect-api/ca" in repr(entry)]
+        assert len(added) == 1
+    assert [volume for volume in mine["volumes"] if volume["name"] == "api-ca"] == [
+        volume for volume in others["volumes"] if volume["name"] == "api-ca"
+    ]
+    assert_restricted(made)
 
 
 @pytest.mark.parametrize("folder", ["worker/base", EXAMPLE])
