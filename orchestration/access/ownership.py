@@ -8,7 +8,7 @@ from uuid import UUID
 import httpx
 
 from orchestration.access.routes import Route
-from orchestration.prefect_compat.events import OBJECT_EVENT_PREFIXES, TASK_RUN_RESOURCE_PREFIX
+from orchestration.prefect_compat.events import OBJECT_EVENT_PREFIXES, RELATED_EVENT_PREFIXES, TASK_RUN_RESOURCE_PREFIX
 
 MAX_REMEMBERED_OBJECTS = 10_000
 """The size of the cache of subflow runs' root runs, and of that of task runs."""
@@ -99,6 +99,9 @@ class Ownership:
             for flow_run in _related_flow_runs(event):
                 await self._require_own(run_id, flow_run)
             await self._require_own_task_run(run_id, identifier.removeprefix(TASK_RUN_RESOURCE_PREFIX))
+        elif name.startswith(RELATED_EVENT_PREFIXES):
+            for flow_run in _related_flow_runs(event):
+                await self._require_own(run_id, flow_run)
         else:
             raise DeniedError(f"A flow run may not emit {name}")
 

@@ -20,6 +20,9 @@ TASK_RUN_RESOURCE_PREFIX = "prefect.task-run."
 OBJECT_EVENT_PREFIXES = ("prefect.asset.", "prefect.concurrency-limit.")
 """Begin the names of events that a flow run emits about assets and concurrency limits."""
 
+RELATED_EVENT_PREFIXES = ("prefect.artifact.", "prefect.runner.")
+"""Begin the names of events that a flow run emits about its artifacts and its end. A related resource is the run."""
+
 POD_EVENT_PREFIX = "prefect.kubernetes.pod."
 
 _ROLES = ("flow-run", "deployment", "flow", "work-pool")

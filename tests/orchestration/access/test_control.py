@@ -272,6 +272,13 @@ def _flow_run_event(flow_run: str, name: str) -> dict[str, Any]:
     return {"event": name, "resource": resource, "occurred": datetime.now(UTC).isoformat(), "id": str(uuid4())}
 
 
+def _artifact_event(flow_run: str) -> dict[str, Any]:
+    """Return the event that Prefect's client emits about a new artifact."""
+    related = [{"prefect.resource.id": f"prefect.flow-run.{flow_run}", "prefect.resource.role": "flow-run"}]
+    resource = {"prefect.resource.id": f"prefect.artifact.{uuid4()}"}
+    return _flow_run_event(flow_run, "prefect.artifact.created") | {"resource": resource, "related": related}
+
+
 def test_run_emits_no_prefect_event_about_another_run(
     guarded: GuardedServer, operator: httpx.Client, run: str, other: str
 ) -> None:
@@ -286,6 +293,7 @@ def test_run_emits_no_prefect_event_about_another_run(
         _flow_run_event(other, "prefect.flow-run.Cancelling"),
         _flow_run_event(other, "prefect.flow-run"),
         _flow_run_event(run, "prefect.deployment.disabled"),
+        _artifact_event(other),
         {"event": 1},
         {},
     ]
@@ -293,6 +301,8 @@ def test_run_emits_no_prefect_event_about_another_run(
         _task_run_event(own, run),
         _flow_run_event(run, "prefect.flow-run.heartbeat"),
         _flow_run_event(run, "prefect.asset.referenced"),
+        _artifact_event(run),
+        _artifact_event(run) | {"event": "prefect.runner.cancelled-flow-run"},
         _flow_run_event(other, "shop.order-received"),
     ]
     with guarded.run_client(run) as client:
