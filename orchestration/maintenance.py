@@ -5,7 +5,6 @@ run. Prefect's client repeats a request that is answered by this 503 until the h
 """
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -14,7 +13,8 @@ from orchestration.access.control import Application, Message, Receive, Scope, S
 
 logger = logging.getLogger(__name__)
 
-RETRY_SECONDS = 5
+BODY = {"exception_message": "The database's schema is being upgraded."}
+HEADERS = {"Prefect-Maintenance": "true", "Retry-After": "5"}
 
 CACHE_SECONDS = 1.0
 """For how long it is known whether migrations run. Many requests may fail at once."""
@@ -53,7 +53,9 @@ class MaintenanceAnswers:
             if message["type"] == "http.response.start" and message["status"] in (500, 503):
                 is_replaced = await self._is_maintenance()
                 if is_replaced:
-                    await _answer(send)
+                    from starlette.responses import JSONResponse  # which the API has imported
+
+                    await JSONResponse(BODY, 503, HEADERS)(scope, receive, send)
             if not is_replaced:
                 await send(message)
 
@@ -76,15 +78,3 @@ class MaintenanceAnswers:
                     logger.warning("Whether migrations run is unknown: %s.", str(error) or type(error).__name__)
                 self._known_until = time.monotonic() + CACHE_SECONDS
             return self._known
-
-
-async def _answer(send: Send) -> None:
-    body = json.dumps({"exception_message": "The database's schema is being upgraded."}).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        (b"prefect-maintenance", b"true"),
-        (b"retry-after", str(RETRY_SECONDS).encode()),
-    ]
-    await send({"type": "http.response.start", "status": 503, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
