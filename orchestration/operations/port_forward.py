@@ -18,6 +18,7 @@ import httpx
 from orchestration.errors import ClusterError
 from orchestration.operations.environment import SERVER, Environment, Object
 from orchestration.prefect_api import Access
+from orchestration.server_process import CERTIFICATE_VARIABLE
 
 AUTH_SECRET = f"{SERVER}-auth"
 API_TIMEOUT_SECONDS = 30.0
@@ -35,7 +36,7 @@ def _read_ca(environment: Environment) -> str:
     found: Object = json.loads(environment.kubectl("get", "deployment", f"{SERVER}-api", "--output", "json"))
     pod = found["spec"]["template"]["spec"]
     variables = {variable["name"] for container in pod["containers"] for variable in container.get("env", [])}
-    if "API_TLS_CERTIFICATE" not in variables:  # a volume `tls` is then a person's
+    if CERTIFICATE_VARIABLE not in variables:  # a volume `tls` is then a person's
         return ""
     [secret] = [volume["secret"]["secretName"] for volume in pod["volumes"] if volume["name"] == "tls"]
     text = environment.kubectl("get", "secret", secret, "--output", 'go-template={{index .data "ca.crt"}}')

@@ -8,6 +8,7 @@ import yaml
 from jsonschema import ValidationError
 
 from orchestration.operations.local_cluster import binaries
+from orchestration.server_process import CERTIFICATE_VARIABLE, KEY_VARIABLE
 from tests.helm import test_prefect_server, test_prefect_work_pool
 from tests.helm.rendering import Object, assert_restricted, check_custom, environment, inventory, one, pod_specs, render
 from tests.helm.test_prefect_server import TLS
@@ -61,7 +62,7 @@ def test_api_serves_https_and_its_clients_verify_it() -> None:
     [api] = pods["Deployment/test-prefect-server-api"]["containers"]
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
         assert api[probe]["httpGet"]["scheme"] == "HTTPS"
-    assert {"API_TLS_CERTIFICATE", "API_TLS_KEY"} <= set(environment(api))
+    assert {CERTIFICATE_VARIABLE, KEY_VARIABLE} <= set(environment(api))
     for component in ("api", "services"):
         variables = environment(pods[f"Deployment/test-prefect-server-{component}"]["containers"][0])
         assert variables["PREFECT_API_URL"] == "https://test-prefect-server-api:4200/api"

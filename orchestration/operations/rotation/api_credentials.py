@@ -11,7 +11,7 @@ from base64 import b64encode
 from collections.abc import Iterable
 from uuid import UUID, uuid4
 
-from orchestration.access.credentials import NEXT_SUFFIX, PREVIOUS_SUFFIX, RUN_KEY_FILE, sign_run
+from orchestration.access.credentials import AUTH_VARIABLE, NEXT_SUFFIX, PREVIOUS_SUFFIX, RUN_KEY_FILE, sign_run
 from orchestration.errors import ClusterError
 from orchestration.operations import namespace_of_runs
 from orchestration.operations.environment import SERVER, Environment, Object
@@ -26,6 +26,7 @@ from orchestration.operations.rotation.rotation import (
     require_generated,
 )
 from orchestration.protocol import RUN_LABEL
+from orchestration.server_process import KEY_VARIABLE
 
 ROLES = ("worker", "reconciler", "sync", "viewer")
 """The roles whose credentials the chart generates, each with a user of the role's name."""
@@ -37,20 +38,18 @@ RUN_KEY_CHARACTERS = 48
 MOUNT_SECONDS = 300.0
 """How long all pods of the API may take to read a changed Secret. The kubelet takes up to two minutes."""
 
-AUTH_VARIABLE = "PREFECT_API_AUTH_STRING"
-
 SUPPORTED = "import orchestration.access.credentials as module; module.NEXT_SUFFIX"
 """Code that fails in an image of an older release."""
 
-PROBE = """
+PROBE = f"""
 import json, os, ssl, sys, urllib.error, urllib.request
-ca = os.environ.get("API_TLS_KEY") and os.environ["PREFECT_API_SSL_CERT_FILE"]
+ca = os.environ.get({KEY_VARIABLE!r}) and os.environ["PREFECT_API_SSL_CERT_FILE"]
 context = ssl.create_default_context(cafile=ca) if ca else None
-host = "https://localhost" if ca else "http://127.0.0.1"
-base = f"{host}:{os.environ['PREFECT_SERVER_API_PORT']}{os.environ['PREFECT_SERVER_API_BASE_PATH']}"
+host = "https://localhost:" if ca else "http://127.0.0.1:"
+base = host + os.environ["PREFECT_SERVER_API_PORT"] + os.environ["PREFECT_SERVER_API_BASE_PATH"]
 found = []
 for header in json.load(sys.stdin):
-    request = urllib.request.Request(f"{base}/hello", headers={"Authorization": header})
+    request = urllib.request.Request(base + "/hello", headers=dict(Authorization=header))
     try:
         found.append(urllib.request.urlopen(request, timeout=10, context=context).status)
     except urllib.error.HTTPError as error:
