@@ -193,11 +193,10 @@ class Roles(_ApiRotation):
         ]
 
     def end_previous(self) -> None:
-        """Delete the previous credentials, and wait until the API refuses them."""
+        """Hide the previous credentials from the API, and wait until the API refuses them."""
         kept = set(_credentials(self.secret.values))
         ended = [credential for credential in _credentials(self.secret.previous) if credential not in kept]
-        previous = dict(self.secret.previous)
-        self.secret.write({key + PREVIOUS_SUFFIX: "" for key in previous})
+        self.secret.hide_previous()
         self.wait_for(ended, accepted=False)
 
 

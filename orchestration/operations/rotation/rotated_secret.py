@@ -18,6 +18,9 @@ ROTATION_ANNOTATION = "prefect.io/rotation"
 COPIED_ANNOTATION = f"{ROTATION_ANNOTATION}-copied"
 """Annotation of a Secret with copies in other namespaces: the time at which they got the new value."""
 
+HIDDEN_PREFIX = "."
+"""Prefix of the keys of values that have ended. The API reads no file with such a name."""
+
 FIELD_MANAGER = "prefect-rotation"
 """The name under which the API server records when the Secret was changed."""
 
@@ -92,8 +95,8 @@ class RotatedSecret:
 
     @property
     def previous(self) -> dict[str, str]:
-        """The old values, since pods get the new ones; empty before."""
-        return self._without_suffix(PREVIOUS_SUFFIX)
+        """The old values, hidden or not, since pods get the new ones; empty before."""
+        return {key.removeprefix(HIDDEN_PREFIX): value for key, value in self._without_suffix(PREVIOUS_SUFFIX).items()}
 
     def _without_suffix(self, suffix: str) -> dict[str, str]:
         others = () if suffix else (NEXT_SUFFIX, PREVIOUS_SUFFIX)
@@ -124,10 +127,17 @@ class RotatedSecret:
             changes |= {key: value, key + NEXT_SUFFIX: None, key + PREVIOUS_SUFFIX: self.data[key]}
         self.write(changes)
 
+    def hide_previous(self) -> None:
+        """Hide the old values from pods that read the Secret as files. An interrupted command still has them."""
+        changes: dict[str, str | None] = {}
+        for key, value in self.previous.items():
+            changes |= {key + PREVIOUS_SUFFIX: None, HIDDEN_PREFIX + key + PREVIOUS_SUFFIX: value}
+        self.write(changes)
+
     def forget(self) -> None:
         """End the rotation: delete the old values."""
         annotations = {ROTATION_ANNOTATION: None, COPIED_ANNOTATION: None}
-        self.write({key + PREVIOUS_SUFFIX: None for key in self.previous}, annotations)
+        self.write({key: None for key in self.data if key.endswith(PREVIOUS_SUFFIX)}, annotations)
 
     def note_copies(self) -> None:
         """Record that the copies have the new values only since now: pods that started before may have the old ones."""
