@@ -8,7 +8,7 @@ import pytest
 
 from orchestration.errors import ClusterError
 from tests.helm.rendering import EVERY_POD, Object, assert_restricted, environment, inventory, one, pod_specs, render
-from tests.helm.test_prefect_server import TAG, _with
+from tests.helm.test_prefect_server import TAG, TLS, _with
 
 NAME = "test-prefect-server-pgbouncer"
 EXTERNAL: Object = {"bundled": {"enabled": False}, "external": {"existingSecret": "database"}}
@@ -212,38 +212,72 @@ def test_external_database_has_a_limit_that_the_chart_does_not_know() -> None:
     render("prefect-server", _with(database=EXTERNAL, api={"replicas": 30}))
 
 
-REFUSED = [
-    ({"services": {"args": ["a"]}}, "pgbouncer.enabled=true and services.args are both set: "),
+TLS_SETTING: Object = {"PREFECT_SERVER_DATABASE_SQLALCHEMY_CONNECT_ARGS_TLS_ENABLED": True}
+VERIFIED: Object = {"serverTLS": {"mode": "verify-full", "caSecret": "ca"}}
+CNPG: Object = {"mode": "cnpg", "cnpg": {"archive": {"destination": "s3://archive/prefect", "existingSecret": "keys"}}}
+
+REFUSED: list[tuple[Object, str, Object]] = [
+    ({"services": {"args": ["a"]}}, "pgbouncer.enabled=true and services.args are both set: ", {"services": {}}),
     (
         {"api": {"args": ["a"]}, "auth": {"roles": {"enabled": False}}},
         "pgbouncer.enabled=true and api.args are both set: ",
+        {"api": {"extraArgs": ["--a"]}},
     ),
-    ({"pgbouncer": {"serverTLS": {"mode": "require"}}}, ": they are for an external database"),
-    ({"pgbouncer": {"serverTLS": {"mode": "verify-ca"}}, "database": EXTERNAL}, "needs pgbouncer.serverTLS.caSecret"),
-    ({"pgbouncer": {"image": {"tag": ""}}}, "pgbouncer.image.tag is empty"),
-    ({"pgbouncer": {"replicas": 0}}, "/pgbouncer/replicas"),
-    ({"pgbouncer": {"serverTLS": {"mode": "on"}}}, "/pgbouncer/serverTLS/mode"),
+    ({"pgbouncer": {"serverTLS": {"mode": "require"}}}, ": they are for an external database", {"pgbouncer": {}}),
+    (
+        {"pgbouncer": {"serverTLS": {"mode": "verify-ca"}}, "database": EXTERNAL},
+        "needs pgbouncer.serverTLS.caSecret",
+        {"pgbouncer": VERIFIED},
+    ),
+    ({"pgbouncer": {"image": {"tag": ""}}}, "pgbouncer.image.tag is empty", {"pgbouncer": {"image": {"tag": "1"}}}),
+    ({"pgbouncer": {"replicas": 0}}, "/pgbouncer/replicas", {"pgbouncer": {"replicas": 1}}),
+    ({"pgbouncer": {"serverTLS": {"mode": "on"}}}, "/pgbouncer/serverTLS/mode", {"pgbouncer": {}}),
     (
         {"api": {"settings": {"PREFECT_SERVER_DATABASE_SQLALCHEMY_CONNECT_ARGS_SEARCH_PATH": "a"}}},
         "api.settings has a search path and pgbouncer.enabled is true",
+        {"api": {}},
     ),
     (
-        {"settings": {"PREFECT_SERVER_DATABASE_SQLALCHEMY_CONNECT_ARGS_TLS_ENABLED": True}, "database": EXTERNAL},
+        {"settings": TLS_SETTING, "database": EXTERNAL},
         "settings has TLS for the database and pgbouncer.serverTLS.mode is empty: ",
+        {"pgbouncer": VERIFIED},
+    ),
+    (
+        {"settings": TLS_SETTING, "database": CNPG},
+        "settings has TLS for the database and pgbouncer.serverTLS.mode is empty: ",
+        {"pgbouncer": VERIFIED},
+    ),
+    (
+        {"settings": TLS_SETTING, "database": CNPG, "tls": TLS},
+        "does not read Prefect's settings of TLS. Remove the setting: tls.enabled=true covers ",
+        {"settings": {}},
+    ),
+    (
+        {"api": {"settings": TLS_SETTING}},
+        "does not read Prefect's settings of TLS. Remove the setting: tls.enabled=true covers ",
+        {"api": {}, "tls": TLS},
     ),
     (
         {"pgbouncer": {"podDisruptionBudget": {"maxUnavailable": ""}}},
         "pgbouncer.podDisruptionBudget has neither minAvailable nor maxUnavailable",
+        {"pgbouncer": {"podDisruptionBudget": {"enabled": False}}},
     ),
     (
         {"pgbouncer": {"pod": {"volumes": [{"name": "connection", "emptyDir": {}}]}}},
         'has a volume "connection": the chart uses this name',
+        {"pgbouncer": {"pod": {"volumes": [{"name": "other", "emptyDir": {}}]}}},
     ),
 ]
+"""Values that the chart refuses, a part of the message, and what the message advises in their place."""
 
 
-@pytest.mark.parametrize(("given", "message"), REFUSED, ids=lambda value: value[:40] if isinstance(value, str) else "")
-def test_impossible_values_are_refused_with_key_and_cure(given: Object, message: str) -> None:
+@pytest.mark.parametrize(
+    ("given", "message", "advised"), REFUSED, ids=lambda value: value[:40] if isinstance(value, str) else ""
+)
+def test_impossible_values_are_refused_with_a_cure_that_is_accepted(
+    given: Object, message: str, advised: Object
+) -> None:
     with pytest.raises(ClusterError) as caught:
         _render(**given)
     assert message in str(caught.value)
+    _render(**given | advised)

@@ -8,7 +8,8 @@
 {{- fail (printf "pgbouncer.enabled=true and %s.args are both set: %s.args replaces the command that connects through PgBouncer. Leave %s.args empty (api.extraArgs adds arguments), or set pgbouncer.enabled=false." $component $component $component) -}}
 {{- end -}}
 {{- end -}}
-{{- if and (or (eq (include "prefect-server.databaseMode" $) "bundled") (include "prefect-server.databaseCa" $)) (or .serverTLS.mode .serverTLS.caSecret) -}}
+{{- $own := or (eq (include "prefect-server.databaseMode" $) "bundled") (include "prefect-server.databaseCa" $) -}}
+{{- if and $own (or .serverTLS.mode .serverTLS.caSecret) -}}
 {{- fail "pgbouncer.serverTLS.mode or caSecret is set with a bundled database, or with CloudNativePG and tls.enabled=true: they are for an external database. Leave them empty: tls.enabled=true covers both." -}}
 {{- end -}}
 {{- if and (hasPrefix "verify-" .serverTLS.mode) (not .serverTLS.caSecret) -}}
@@ -21,6 +22,9 @@
 {{- $mode := .serverTLS.mode -}}
 {{- range $path, $settings := $paths -}}
 {{- if and (hasKey $settings "PREFECT_SERVER_DATABASE_SQLALCHEMY_CONNECT_ARGS_TLS_ENABLED") (not $mode) -}}
+{{- if $own -}}
+{{- fail (printf "%s has TLS for the database: PgBouncer does not read Prefect's settings of TLS. Remove the setting: tls.enabled=true covers a bundled database and CloudNativePG." $path) -}}
+{{- end -}}
 {{- fail (printf "%s has TLS for the database and pgbouncer.serverTLS.mode is empty: PgBouncer does not read Prefect's settings of TLS. Set pgbouncer.serverTLS.mode, with caSecret for verify-ca and verify-full." $path) -}}
 {{- end -}}
 {{- if hasKey $settings "PREFECT_SERVER_DATABASE_SQLALCHEMY_CONNECT_ARGS_SEARCH_PATH" -}}
