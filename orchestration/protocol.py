@@ -67,6 +67,9 @@ DEADLINE_VARIABLE = "ACTIVE_DEADLINE_SECONDS"
 SIGNING_KEY_VARIABLE = "RESULTS_SIGNING_KEY"
 """The environment variable with the key by which a run signs its stored results. The worker derives the key."""
 
+FORMER_SIGNING_KEYS_VARIABLE = "RESULTS_FORMER_SIGNING_KEYS"
+"""The environment variable with keys of older results that a run loads, too, with spaces between them."""
+
 CHECK_INTERVAL_SECONDS, RECHECK_INTERVAL_SECONDS, CHECK_TIMEOUT_SECONDS = 15.0, 3.0, 5.0
 """How often a supervisor reads whether its Job is fenced, how soon it asks again without an answer, and its timeout."""
 

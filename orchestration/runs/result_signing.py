@@ -6,6 +6,8 @@ verified before any of the content is parsed.
 
 The worker has the master key. For each run, the worker derives the key of the run's deployment (HKDF, RFC 5869), and
 the run receives only this key. With it, a run cannot sign a record for another deployment.
+
+After a rotation of the master key, a run also receives the keys of former master keys, by which it verifies records.
 """
 
 import hashlib
@@ -13,6 +15,7 @@ import hmac
 from pathlib import Path
 
 from orchestration.errors import PipelineError, SettingsError
+from orchestration.protocol import FORMER_SIGNING_KEYS_VARIABLE, SIGNING_KEY_VARIABLE
 
 MASTER_KEY_BYTES = 32
 """The minimum length of the master key: the length of an HMAC-SHA256 digest."""
@@ -26,26 +29,34 @@ class UntrustedResultError(PipelineError, ValueError):
     """A stored record without a valid signature for its location by a run of this deployment."""
 
 
-def read_master_key(file: Path) -> bytes | None:
-    """Return the master key of a release; None if the file is absent.
+def read_master_keys(file: Path) -> list[bytes]:
+    """Return the master key of a release, then the former ones whose results are still loaded.
+
+    A file of ASCII text has one key in each line. Any other file is one key.
+
+    Returns:
+        The keys; none if the file is absent.
 
     Raises:
-        SettingsError: the key is too short, or cannot be read.
+        SettingsError: a key is too short, or cannot be read.
     """
     try:
-        key = file.read_bytes().strip()
+        content = file.read_bytes().strip()
     except FileNotFoundError:
-        return None
+        return []
     except OSError as error:
         raise SettingsError(
             f"{file} cannot be read: {error.strerror}. Pass the file with the key of the release's Secret"
         ) from None
-    if len(key) < MASTER_KEY_BYTES:
-        raise SettingsError(
-            f"{file} has a key of {len(key)} bytes: it needs {MASTER_KEY_BYTES} or more. "
-            "Put the output of `openssl rand -hex 32` into the Secret"
-        )
-    return key
+    lines = content.splitlines() if content.isascii() else []
+    keys = [line for line in lines if line.strip()] or [content]
+    for key in keys:
+        if len(key) < MASTER_KEY_BYTES:
+            raise SettingsError(
+                f"{file} has a key of {len(key)} bytes: it needs {MASTER_KEY_BYTES} or more. "
+                "Put the output of `openssl rand -hex 32` into the Secret"
+            )
+    return keys
 
 
 def derive_key(master: bytes, scope: str) -> str:
@@ -64,18 +75,14 @@ class ResultSigner:
 
     Args:
         key: the signing key, as `derive_key` returns it.
+        former: keys that sign nothing, but whose records are valid, too.
 
     Raises:
-        SettingsError: the key is invalid.
+        SettingsError: a key is invalid.
     """
 
-    def __init__(self, key: str) -> None:
-        try:
-            self._key = bytes.fromhex(key)
-        except ValueError:
-            self._key = b""
-        if len(self._key) != hashlib.sha256().digest_size:
-            raise SettingsError("RESULTS_SIGNING_KEY is invalid: it needs 64 hexadecimal digits. The worker sets it")
+    def __init__(self, key: str, *former: str) -> None:
+        self._keys = [_decode(text) for text in (key, *former)]
 
     def sign(self, location: str, content: bytes) -> bytes:
         """Return the signed record: the signature, then the content.
@@ -84,7 +91,7 @@ class ResultSigner:
             location: where the record is stored.
             content: the record without a signature.
         """
-        return _PREFIX + self._digest(location, content) + b"\n" + content
+        return _PREFIX + _digest(self._keys[0], location, content) + b"\n" + content
 
     def verify(self, location: str, stored: bytes) -> bytes:
         """Return the content of a signed record.
@@ -104,14 +111,27 @@ class ResultSigner:
             stored[start + _DIGEST_CHARACTERS : start + _DIGEST_CHARACTERS + 1],
             stored[start + _DIGEST_CHARACTERS + 1 :],
         )
-        if not hmac.compare_digest(signature + end, self._digest(location, content) + b"\n"):
+        digests = (_digest(key, location, content) for key in self._keys)
+        if not any(hmac.compare_digest(signature + end, digest + b"\n") for digest in digests):
             raise UntrustedResultError(
                 f"the stored result {location} has a signature of another deployment, location or content"
             )
         return content
 
-    def _digest(self, location: str, content: bytes) -> bytes:
-        name = location.encode(errors="surrogatepass")
-        # With the length, no byte of the location can count as a byte of the content.
-        signed = b"%s%d:%s" % (_PREFIX, len(name), name)
-        return hmac.digest(self._key, signed + content, hashlib.sha256).hex().encode()
+
+def _decode(key: str) -> bytes:
+    try:
+        decoded = bytes.fromhex(key)
+    except ValueError:
+        decoded = b""
+    if len(decoded) != hashlib.sha256().digest_size:
+        names = f"{SIGNING_KEY_VARIABLE} or {FORMER_SIGNING_KEYS_VARIABLE}"
+        raise SettingsError(f"{names} is invalid: a key needs 64 hexadecimal digits. The worker sets both")
+    return decoded
+
+
+def _digest(key: bytes, location: str, content: bytes) -> bytes:
+    name = location.encode(errors="surrogatepass")
+    # With the length, no byte of the location can count as a byte of the content.
+    signed = b"%s%d:%s" % (_PREFIX, len(name), name)
+    return hmac.digest(key, signed + content, hashlib.sha256).hex().encode()

@@ -3,7 +3,7 @@
 import functools
 import os
 
-from orchestration.protocol import SIGNING_KEY_VARIABLE
+from orchestration.protocol import FORMER_SIGNING_KEYS_VARIABLE, SIGNING_KEY_VARIABLE
 
 
 @functools.cache
@@ -11,12 +11,13 @@ def require_signatures() -> None:
     """Let this process and its process pools store and load only signed results, if the environment has a key.
 
     Raises:
-        SettingsError: the key is invalid.
+        SettingsError: a key is invalid.
     """
     if key := os.environ.get(SIGNING_KEY_VARIABLE):
         # Imported late: a run without a key does not need these modules.
         from orchestration.prefect_compat import results
         from orchestration.runs.result_signing import ResultSigner, UntrustedResultError
 
-        results.sign_records(ResultSigner(key), UntrustedResultError)
+        former = os.environ.get(FORMER_SIGNING_KEYS_VARIABLE, "").split()
+        results.sign_records(ResultSigner(key, *former), UntrustedResultError)
         results.prepare_child_processes(require_signatures)

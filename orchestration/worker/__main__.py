@@ -23,7 +23,7 @@ from orchestration import logs
 from orchestration.access.credentials import AUTH_VARIABLE, run_credential
 from orchestration.errors import ApiError
 from orchestration.prefect_api import check_certificate
-from orchestration.runs.result_signing import read_master_key
+from orchestration.runs.result_signing import read_master_keys
 from orchestration.worker import job_template
 
 DOCKER_FILE = "docker/pool.yaml"
@@ -111,8 +111,8 @@ def run(options: argparse.Namespace) -> None:
     """
     settings = get_current_settings().worker
     template = job_template.read(options.template, options.pool) if options.template else None
-    signing_key = read_master_key(options.signing_key) if options.signing_key else None
-    if options.signing_key and not signing_key:
+    signing_keys = read_master_keys(options.signing_key) if options.signing_key else []
+    if options.signing_key and not signing_keys:
         logger.warning("%s is absent: runs store results without signatures.", options.signing_key)
     # The worker waits for an API that does not answer. It would wait for another certificate in vain.
     asyncio.run(check_certificate())
@@ -133,7 +133,7 @@ def run(options: argparse.Namespace) -> None:
             # Here, as it imports all of Kubernetes.
             from orchestration.worker.kubernetes_worker import Worker
 
-            worker = Worker(namespace=options.namespace, signing_key=signing_key, **common)
+            worker = Worker(namespace=options.namespace, signing_keys=signing_keys, **common)
             asyncio.run(serve(worker, worker.drain))
     except HTTPStatusError as error:
         status = error.response.status_code

@@ -27,6 +27,7 @@ import math
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from typing import Any
@@ -66,6 +67,7 @@ from orchestration.protocol import (
     CAUSE_LABEL,
     CLUSTER_LABEL,
     DEADLINE_VARIABLE,
+    FORMER_SIGNING_KEYS_VARIABLE,
     MAIN_CONTAINER,
     MAIN_CONTAINER_ANNOTATION,
     NAMESPACE_LABEL,
@@ -137,7 +139,7 @@ class Worker(CompatibleWorker):
     Args:
         namespace: the namespace of the Jobs; None to use that of the pool's base job template.
         template: the base job template of the worker's release; None to use that of the pool on the server.
-        signing_key: the master key of stored results; None if runs do not sign results.
+        signing_keys: the master key of stored results, then former ones; empty if runs do not sign results.
         options: the options of Prefect's worker.
     """
 
@@ -145,14 +147,14 @@ class Worker(CompatibleWorker):
         self,
         namespace: str | None = None,
         template: dict[str, Any] | None = None,
-        signing_key: bytes | None = None,
+        signing_keys: Sequence[bytes] = (),
         **options: Any,
     ) -> None:
         super().__init__(**options)
         if template:
             self.job_configuration = job_template.configuration_of(template, KubernetesWorkerJobConfiguration)
         self._namespace = namespace
-        self._signing_key = signing_key
+        self._signing_keys = tuple(signing_keys)
         self._cluster = ""
         self._is_draining = False
         self._poll_lock = asyncio.Lock()
@@ -508,11 +510,16 @@ class Worker(CompatibleWorker):
                 "Runs do not get %s, which a Job's manifest would show. Give it by reference: runs.env of the chart.",
                 " and ".join(sorted(removed)),
             )
-        # A job variable must not choose the key by which a run trusts stored results.
-        environment[:] = [entry for entry in environment if entry["name"] != SIGNING_KEY_VARIABLE]
-        if self._signing_key:
-            key = derive_key(self._signing_key, self._signing_scopes.get(flow_run.id, f"flow-run/{flow_run.id}"))
-            environment.append({"name": SIGNING_KEY_VARIABLE, "value": key})
+        # A job variable must not choose a key by which a run trusts stored results.
+        of_signing = (SIGNING_KEY_VARIABLE, FORMER_SIGNING_KEYS_VARIABLE)
+        environment[:] = [entry for entry in environment if entry["name"] not in of_signing]
+        scope = self._signing_scopes.get(flow_run.id, f"flow-run/{flow_run.id}")
+        keys = [derive_key(master, scope) for master in self._signing_keys]
+        environment += [
+            {"name": name, "value": " ".join(given)}
+            for name, given in zip(of_signing, (keys[:1], keys[1:]), strict=True)
+            if given
+        ]
         if claim := self._claims.get(flow_run.id):
             _name_after_claim(manifest["metadata"], claim)
         async with asyncio.timeout(remaining):

@@ -177,7 +177,7 @@ volumes:
 {{- $variables := dict
   "name" (dict "title" "Name" "anyOf" $text "default" nil "description" "Prefix of the Job's name.")
   "command" (dict "title" "Command" "anyOf" $text "default" nil "description" "Command of the container. Empty: run the flow.")
-  "env" (dict "title" "Environment Variables" "type" "object" "additionalProperties" (dict "anyOf" $text) "propertyNames" (dict "not" (dict "const" "RESULTS_SIGNING_KEY")) "description" "Environment variables in plain text. Secrets come from runs.env of the chart.")
+  "env" (dict "title" "Environment Variables" "type" "object" "additionalProperties" (dict "anyOf" $text) "propertyNames" (dict "not" (dict "enum" (list "RESULTS_SIGNING_KEY" "RESULTS_FORMER_SIGNING_KEYS"))) "description" "Environment variables in plain text. Secrets come from runs.env of the chart.")
   "labels" (dict "title" "Labels" "type" "object" "additionalProperties" $map "propertyNames" $free "description" "Labels of the Job and its pod.")
   "annotations" (dict "title" "Annotations" "type" "object" "additionalProperties" $map "propertyNames" $free "description" "Annotations of the Job and its pod.")
   "image" (include "prefect-work-pool.imageVariable" . | fromYaml)

@@ -25,13 +25,13 @@ from prefect.transactions import atransaction, transaction
 
 from orchestration.errors import SettingsError
 from orchestration.prefect_compat import results as compat
-from orchestration.protocol import SIGNING_KEY_VARIABLE
+from orchestration.protocol import FORMER_SIGNING_KEYS_VARIABLE, SIGNING_KEY_VARIABLE
 from orchestration.runs import signed_results
 from orchestration.runs.result_signing import (
     ResultSigner,
     UntrustedResultError,
     derive_key,
-    read_master_key,
+    read_master_keys,
 )
 from tests import parts
 
@@ -108,19 +108,27 @@ def test_wrong_key_is_refused(key: str) -> None:
 
 def test_master_key_is_read_from_the_secrets_file(tmp_path: Path) -> None:
     file = tmp_path / "key"
-    assert read_master_key(file) is None
-    file.write_bytes(MASTER + b"\n")
-    assert read_master_key(file) == MASTER
-    file.write_bytes(MASTER[:31])
-    with pytest.raises(SettingsError, match=r"key of 31 bytes.*openssl rand"):
-        read_master_key(file)
+    assert read_master_keys(file) == []
+    phrase, binary = b"a key that a person has made, of some words", bytes(range(256))
+    for content, keys in (
+        (MASTER + b"\n", [MASTER]),
+        (MASTER[::-1] + b"\r\n\n" + MASTER + b"\n", [MASTER[::-1], MASTER]),
+        (phrase, [phrase]),
+        (binary, [binary.strip()]),
+    ):
+        file.write_bytes(content)
+        assert read_master_keys(file) == keys
+    for content, length in ((MASTER[:31], 31), (MASTER + b"\n" + MASTER[:31], 31), (b"", 0)):
+        file.write_bytes(content)
+        with pytest.raises(SettingsError, match=rf"key of {length} bytes.*openssl rand"):
+            read_master_keys(file)
     with pytest.raises(SettingsError, match="cannot be read"):
-        read_master_key(tmp_path)
+        read_master_keys(tmp_path)
 
 
 @contextmanager
-def _signed(scope: str | None) -> Iterator[None]:
-    """Act as the process of a run of a deployment. None: a run without a key."""
+def _signed(scope: str | None, *masters: bytes) -> Iterator[None]:
+    """Act as the process of a run of a deployment, by default with one master key. None: a run without a key."""
     replaced = [
         (results, "call_explicitly_sync_block_method"),
         (results, "call_explicitly_async_block_method"),
@@ -134,7 +142,8 @@ def _signed(scope: str | None) -> Iterator[None]:
     with ExitStack() as stack:
         for where, name in replaced:
             stack.enter_context(patch.object(where, name, vars(where)[name]))
-        variables = {SIGNING_KEY_VARIABLE: derive_key(MASTER, scope)} if scope else {}
+        key, *former = [derive_key(master, scope) for master in masters or [MASTER]] if scope else [""]
+        variables = {SIGNING_KEY_VARIABLE: key, FORMER_SIGNING_KEYS_VARIABLE: " ".join(former)}
         stack.enter_context(patch.dict(os.environ, variables))
         signed_results.require_signatures.cache_clear()
         signed_results.require_signatures()
@@ -248,6 +257,24 @@ def test_record_of_another_deployment_is_a_miss(storage: Storage) -> None:
         with _signed(scope):
             assert report() == 42
         assert len(executed) == executions
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_rotation_of_the_master_key_keeps_results(tmp_path: Path) -> None:
+    new, executed = MASTER[::-1], list[str]()
+    files, read, _ = _volume(tmp_path)
+    report = _flow(files, executed)
+    for masters, executions in (((MASTER,), 1), ((new, MASTER), 1), ((new,), 2), ((MASTER, new), 2), ((MASTER,), 3)):
+        with _signed(OURS, *masters):
+            assert report() == 42
+        assert len(executed) == executions, "with a former key alone, a run does not load what the new key signs"
+    with _signed(THEIRS, new, MASTER):
+        assert report() == 42
+    assert len(executed) == 4, "also a former key is of one deployment"
+    with _signed(OURS, new, MASTER):
+        assert report() == 42
+    location = f"local-file-system:{tmp_path / 'results' / 'total'}"
+    assert ResultSigner(derive_key(new, OURS)).verify(location, read("total")), "the first key signs"
 
 
 @pytest.mark.usefixtures("prefect_server")

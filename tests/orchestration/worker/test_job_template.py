@@ -31,7 +31,7 @@ from prefect.states import Scheduled
 from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerResult
 
 from orchestration.errors import SettingsError
-from orchestration.protocol import CAUSE_LABEL, SIGNING_KEY_VARIABLE
+from orchestration.protocol import CAUSE_LABEL, FORMER_SIGNING_KEYS_VARIABLE, SIGNING_KEY_VARIABLE
 from orchestration.runs.result_signing import derive_key
 from orchestration.settings import ROOT
 from orchestration.worker import job_template, kubernetes_worker
@@ -98,6 +98,7 @@ def test_variables_that_the_template_allows_pass(template: dict[str, Any], varia
         ({"env": {"PASSWORD": ["s3cret"]}}, "job variable env.PASSWORD is not a string"),
         ({"env": {SIGNING_KEY_VARIABLE: "s3cret"}}, "env: the key 'RESULTS_SIGNING_KEY' is reserved"),
         ({"env.RESULTS_SIGNING_KEY": "s3cret"}, "env: the key 'RESULTS_SIGNING_KEY' is reserved"),
+        ({"env": {FORMER_SIGNING_KEYS_VARIABLE: "s3cret"}}, "the key 'RESULTS_FORMER_SIGNING_KEYS' is reserved"),
         ({"finished_job_ttl": "never"}, "finished_job_ttl: "),
     ],
 )
@@ -163,7 +164,7 @@ def without_cluster() -> Iterator[None]:
 async def _submit(
     template: dict[str, Any],
     variables: dict[str, Any],
-    signing_key: bytes | None = None,
+    *signing_keys: bytes,
     trusted: bool = True,
     deployed: dict[str, Any] | None = None,
 ) -> tuple[list[Any], Any]:
@@ -187,7 +188,7 @@ async def _submit(
         with patch.object(KubernetesWorker, "run", make):
             options: dict[str, Any] = {"work_pool_name": pool, "create_pool_if_not_found": False}
             own = template if trusted else None
-            async with kubernetes_worker.Worker(template=own, signing_key=signing_key, **options) as tested:
+            async with kubernetes_worker.Worker(template=own, signing_keys=signing_keys, **options) as tested:
                 await tested.sync_with_backend()
                 run = await client.create_flow_run_from_deployment(
                     deployment, state=Scheduled(), job_variables=variables
@@ -237,26 +238,31 @@ MASTER = b"m" * 32
 
 def _signing_keys(manifest: Any) -> list[Any]:
     environment = manifest["spec"]["template"]["spec"]["containers"][0]["env"]
-    return [variable for variable in environment if variable["name"] == SIGNING_KEY_VARIABLE]
+    names = (SIGNING_KEY_VARIABLE, FORMER_SIGNING_KEYS_VARIABLE)
+    return [variable for variable in environment if variable["name"] in names]
 
 
 @pytest.mark.usefixtures("prefect_server", "without_cluster")
 def test_job_has_the_signing_key_of_its_deployment(template: dict[str, Any]) -> None:
     variables = {"memory_limit": "2Gi", "labels": {"a": "b"}}
-    [manifest], run = asyncio.run(_submit(template, variables, MASTER, deployed={"env": {"A": "b"}}))
-    key = derive_key(MASTER, f"deployment/{run.deployment_id}")
-    assert _signing_keys(manifest) == [{"name": SIGNING_KEY_VARIABLE, "value": key}]
+    former = (b"n" * 32, b"o" * 32)
+    [manifest], run = asyncio.run(_submit(template, variables, MASTER, *former, deployed={"env": {"A": "b"}}))
+    key, *others = (derive_key(master, f"deployment/{run.deployment_id}") for master in (MASTER, *former))
+    assert _signing_keys(manifest) == [
+        {"name": SIGNING_KEY_VARIABLE, "value": key},
+        {"name": FORMER_SIGNING_KEYS_VARIABLE, "value": " ".join(others)},
+    ]
     assert MASTER.decode() not in json.dumps(manifest)
 
 
 @pytest.mark.usefixtures("prefect_server", "without_cluster")
 def test_job_variable_does_not_choose_the_signing_key(template: dict[str, Any]) -> None:
     """Also with the server's template, which has no schema that refuses the variable."""
-    chosen = {"env": {SIGNING_KEY_VARIABLE: "00" * 32}}
+    chosen = {"env": {SIGNING_KEY_VARIABLE: "00" * 32, FORMER_SIGNING_KEYS_VARIABLE: "00" * 32}}
     [manifest], run = asyncio.run(_submit(template, chosen, MASTER, trusted=False))
     key = derive_key(MASTER, f"flow-run/{run.id}")
     assert _signing_keys(manifest) == [{"name": SIGNING_KEY_VARIABLE, "value": key}]
-    [manifest], _ = asyncio.run(_submit(template, chosen, None, trusted=False))
+    [manifest], _ = asyncio.run(_submit(template, chosen, trusted=False))
     assert _signing_keys(manifest) == []
 
 
