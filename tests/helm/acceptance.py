@@ -24,36 +24,33 @@ REVISION = "5d4f8c7b9d"
 """A hash such as the StatefulSet controller appends to names."""
 
 
-PROMETHEUS_RULES: Object = {
-    "apiVersion": "apiextensions.k8s.io/v1",
-    "kind": "CustomResourceDefinition",
-    "metadata": {"name": "prometheusrules.monitoring.coreos.com"},
-    "spec": {
-        "group": "monitoring.coreos.com",
-        "scope": "Namespaced",
-        "names": {"kind": "PrometheusRule", "plural": "prometheusrules", "singular": "prometheusrule"},
-        "versions": [
-            {
-                "name": "v1",
-                "served": True,
-                "storage": True,
-                "schema": {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}},
-            }
-        ],
-    },
-}
-"""The definition of a PrometheusRule without its schema, which is part of no package."""
+def _definition_without_schema(kind: str) -> Object:
+    """Return the definition of a kind of the Prometheus operator. Its schema is part of no package."""
+    plural = f"{kind.lower()}s"
+    anything = {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}}
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{plural}.monitoring.coreos.com"},
+        "spec": {
+            "group": "monitoring.coreos.com",
+            "scope": "Namespaced",
+            "names": {"kind": kind, "plural": plural, "singular": kind.lower()},
+            "versions": [{"name": "v1", "served": True, "storage": True, "schema": anything}],
+        },
+    }
 
 
 @contextlib.contextmanager
 def kubernetes(folder: Path) -> Iterator[apiserver.ApiServer]:
-    """Start an API server with HTTPRoutes, Certificates and CloudNativePG's kinds, which takes every PrometheusRule."""
+    """Start an API server with the kinds of all charts. It takes every PrometheusRule and PodMonitor."""
     with apiserver.alone(folder) as api:
         for file in (binaries.http_routes(), binaries.certificates()):
             definition = yaml.load(file.read_text(), yaml.CSafeLoader)
             definition["metadata"].pop("labels", None)  # those of cert-manager are templates of Helm
             api.create(definition)
-        api.create(PROMETHEUS_RULES)
+        for kind in ("PrometheusRule", "PodMonitor"):
+            api.create(_definition_without_schema(kind))
         install_cloudnative_pg(api)
         groups = [f"/apis/{group}/v1" for group in EXTENSIONS]
         wait_until(lambda: all(api.client.get(group).is_success for group in groups), "the added kinds")

@@ -274,6 +274,37 @@ def test_metrics_of_the_services_are_closed_by_default() -> None:
     assert api["spec"]["ingress"] == [rule, {"ports": [{"port": "http"}]}]
 
 
+@pytest.mark.parametrize("separate", [True, False])
+def test_alerts_watch_each_service_by_metrics_that_prometheus_reads(separate: bool) -> None:
+    alert = {"enabled": True, "labels": {"release": "prometheus"}, "severity": "critical"}
+    services = {"alert": alert, "separate": separate}
+    values = _with(services=services, networkPolicy={"metricsFrom": [{"namespaceSelector": {}}]})
+    objects = render("prefect-server", values)
+    deployment = f"test-prefect-server-{'services' if separate else 'api'}"
+    monitor = one(objects, "PodMonitor", "test-prefect-server-services")
+    template = one(objects, "Deployment", deployment)["spec"]["template"]
+    assert monitor["metadata"]["labels"]["release"] == "prometheus"
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+    [endpoint] = monitor["spec"]["podMetricsEndpoints"]
+    assert endpoint["port"] in [port["name"] for port in template["spec"]["containers"][0]["ports"]]
+    rule = one(objects, "PrometheusRule", "test-prefect-server-services")
+    assert rule["metadata"]["labels"]["release"] == "prometheus"
+    documented = (ROOT / "docs/reference/metrics.md").read_text()
+    page = (ROOT / "docs/how-to/server-health.md").read_text()
+    alerts = {alert["alert"]: alert for alert in rule["spec"]["groups"][0]["rules"]}
+    for name, made in alerts.items():
+        [metric] = re.findall(r"prefect_service_\w+", made["expr"])
+        assert f"| `{metric}` |" in documented
+        assert f'{metric}{{namespace="prefect",pod=~"{deployment}-.+"}}' in made["expr"]
+        assert made["labels"] == {"severity": "critical"}
+        assert f"`{name}`" in page
+        assert made["annotations"]["runbook_url"] == "docs/how-to/server-health.md#alerts"
+    assert "## Alerts" in page
+    stalled = alerts["PrefectServerServiceStalled"]
+    assert stalled["expr"].startswith("min by (service)"), "one alert for each service"
+    assert "{{ $labels.service }}" in stalled["annotations"]["summary"]
+
+
 def test_disabled_auth_removes_all_passwords() -> None:
     objects = render("prefect-server", _with(auth={"enabled": False}))
     removed = set(inventory(render("prefect-server", TAG))) - set(inventory(objects))
@@ -433,6 +464,11 @@ REFUSED = [
         "over 1 needs a Redis",
     ),
     (_with(services={"separate": False}, api={"replicas": 2}), "over 1 needs services.separate=true"),
+    (_with(services={"alert": {"enabled": True}}), "services.alert.enabled=true needs networkPolicy.metricsFrom"),
+    (
+        _with(services={"alert": {"enabled": True}, "args": ["sh"]}),
+        "services.alert.enabled=true and services.args contradict each other",
+    ),
     (_with(ingress={"enabled": True}), "ingress.enabled=true needs ingress.hosts"),
     (_with(httpRoute={"enabled": True}), "httpRoute.enabled=true needs httpRoute.parentRefs"),
     (

@@ -60,7 +60,12 @@ WAYS: dict[str, list[Object]] = {
             "backup": {"enabled": True},
         },
         {"service": {"type": "NodePort"}, "api": {"replicas": 2}, "networkPolicy": {"apiFrom": [{"podSelector": {}}]}},
-        {"service": {"type": "LoadBalancer"}, "backup": {"enabled": True, "alert": {"enabled": True}}},
+        {
+            "service": {"type": "LoadBalancer"},
+            "backup": {"enabled": True, "alert": {"enabled": True}},
+            "services": {"alert": {"enabled": True}},
+            "networkPolicy": {"metricsFrom": [{"namespaceSelector": {}}]},
+        },
         {
             "database": {
                 "mode": "cnpg",

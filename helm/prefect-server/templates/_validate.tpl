@@ -18,6 +18,7 @@
 {{- include "prefect-server.validateService" . -}}
 {{- include "prefect-server.validateSecrets" . -}}
 {{- include "prefect-server.validateBackup" . -}}
+{{- include "prefect-server.validateAlert" . -}}
 {{- include "prefect-server.validateRetention" . -}}
 {{- end -}}
 
@@ -206,6 +207,19 @@
 {{- end -}}
 {{- if and (index $seconds 0) (gt (index $seconds 1) (index $seconds 0)) -}}
 {{- fail (printf "httpRoute.timeouts.backendRequest (%s) is longer than httpRoute.timeouts.request (%s): the Gateway API refuses that. Lower backendRequest." .backendRequest .request) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The alerts of the services need metrics that Prometheus can read: without them one of the alerts would never stop. */}}
+{{- define "prefect-server.validateAlert" -}}
+{{- if .Values.services.alert.enabled -}}
+{{- $component := ternary "services" "api" .Values.services.separate -}}
+{{- if (index .Values $component).args -}}
+{{- fail (printf "services.alert.enabled=true and %s.args contradict each other: your command need not serve the metrics. Leave %s.args empty, or set services.alert.enabled=false." $component $component) -}}
+{{- end -}}
+{{- if and .Values.networkPolicy.enabled (not .Values.networkPolicy.metricsFrom) -}}
+{{- fail "services.alert.enabled=true needs networkPolicy.metricsFrom: the NetworkPolicy would keep Prometheus from the metrics. Set it to the peers of Prometheus." -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 
