@@ -1,6 +1,7 @@
 """Ownership of objects: a flow run writes only itself and the subflow runs in its process."""
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 from uuid import UUID
@@ -11,7 +12,14 @@ from orchestration.access.routes import Route
 from orchestration.prefect_compat.events import OBJECT_EVENT_PREFIXES, RELATED_EVENT_PREFIXES, TASK_RUN_RESOURCE_PREFIX
 
 MAX_REMEMBERED_OBJECTS = 10_000
-"""The size of the cache of subflow runs' root runs, and of that of task runs."""
+"""The size of the cache of subflow runs' root runs, and of those of task runs."""
+
+UNRECORDED_SECONDS = 2.0
+"""How long a task run that the server does not have yet is not looked up again for the run that has named it.
+
+The server creates task runs from their events, and may do so seconds later. The first events of a task run follow each
+other within milliseconds. Whoever may send one of them may send the others.
+"""
 
 MAX_SUBFLOW_DEPTH = 50
 
@@ -41,6 +49,7 @@ class Ownership:
         self._api = api
         self._roots: dict[UUID, UUID] = {}
         self._task_run_roots: dict[UUID, UUID] = {}
+        self._unrecorded: dict[UUID, tuple[UUID, float]] = {}
 
     async def check_request(self, run_id: UUID, route: Route, parameters: dict[str, str], body: bytes) -> None:
         """Check a request of a flow run.
@@ -131,10 +140,14 @@ class Ownership:
         target = _parse_id(written)
         if self._task_run_roots.get(target) == run_id:
             return
+        named_by, until = self._unrecorded.get(target, (None, 0.0))
+        if named_by == run_id and time.monotonic() < until and not must_exist:
+            return
         found = await self._read(f"/task_runs/{target}")
         if found is None:
             if must_exist:
                 raise DeniedError(f"Task run {target} does not exist")
+            _remember(self._unrecorded, target, (run_id, time.monotonic() + UNRECORDED_SECONDS))
             return
         owner = found.get("flow_run_id")
         if owner is None or (UUID(owner) != run_id and await self._find_root(run_id, UUID(owner)) != run_id):
@@ -180,10 +193,10 @@ class Ownership:
         return found
 
 
-def _remember(roots: dict[UUID, UUID], key: UUID, root: UUID) -> None:
-    if len(roots) >= MAX_REMEMBERED_OBJECTS:
-        roots.pop(next(iter(roots)))
-    roots[key] = root
+def _remember(cache: dict[UUID, Any], key: UUID, value: Any) -> None:
+    if len(cache) >= MAX_REMEMBERED_OBJECTS:
+        cache.pop(next(iter(cache)))
+    cache[key] = value
 
 
 def _parse_id(written: Any) -> UUID:

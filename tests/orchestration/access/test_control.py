@@ -15,7 +15,9 @@ import httpx
 import pytest
 import websockets
 
+from orchestration.access import ownership
 from orchestration.access.credentials import sign_run
+from orchestration.access.ownership import DeniedError, Ownership
 from orchestration.access.routes import PERMISSIONS, WEBSOCKET, Role, read_routes
 from orchestration.prefect_api import Server
 from orchestration.prefect_compat.events import task_run_state_event
@@ -326,6 +328,41 @@ def test_run_emits_no_prefect_event_about_another_run(
     found = operator.get(f"/task_runs/{foreign}").json()
     assert found["flow_run_id"] == other
     assert found["state_type"] != "COMPLETED"
+
+
+def test_task_run_that_is_not_recorded_yet_is_looked_up_once(
+    guarded: GuardedServer, operator: httpx.Client, run: str, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[str] = []
+
+    async def note(request: httpx.Request) -> None:
+        reads.append(request.url.path)
+
+    async def check() -> None:
+        client = httpx.AsyncClient(
+            base_url=guarded.url, headers=operator.headers, timeout=75, event_hooks={"request": [note]}
+        )
+        async with client:
+            checked = Ownership(client)
+
+            async def name(task_run: str, flow_run: str, state: str = "RUNNING") -> None:
+                await checked.check_event(UUID(flow_run), _task_run_event(task_run, flow_run, state))
+
+            monkeypatch.setattr(ownership, "UNRECORDED_SECONDS", 600)
+            own = str(uuid4())
+            for state in ("PENDING", "RUNNING", "COMPLETED"):
+                await name(own, run, state)
+            assert len(reads) == 1
+            await name(own, other)
+            assert len(reads) == 2, "another run is checked"
+            monkeypatch.setattr(ownership, "UNRECORDED_SECONDS", 0)
+            foreign = str(uuid4())
+            await name(foreign, run)
+            _create(operator, "/task_runs/", id=foreign, flow_run_id=other, task_key="t", dynamic_key=foreign)
+            with pytest.raises(DeniedError):
+                await name(foreign, run)
+
+    asyncio.run(check())
 
 
 def test_run_cannot_pose_as_an_automation(guarded: GuardedServer, operator: httpx.Client, run: str) -> None:
