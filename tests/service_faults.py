@@ -154,15 +154,18 @@ class Services:
         assert self.process.stdin
         print(*fault, file=self.process.stdin, flush=True)
 
-    def publish(self) -> None:
-        """Publish the event of a task run to Redis, as the API does."""
+    def publish(self, send: Callable[[dict[str, Any]], Any] | None = None) -> None:
+        """Publish the event of a task run to Redis, as the API does, or send the event by a function."""
         task_run, now = uuid4(), datetime.now(UTC)
         about = {"name": "a", "task_key": "a", "dynamic_key": str(task_run), "run_count": 1}
         state = {"type": "RUNNING", "name": "Running", "message": ""}
-        event = task_run_state_event(task_run, state, now, about, []) | {"received": now.isoformat()}
+        event = task_run_state_event(task_run, state, now, about, [])
+        (send or self._add_to_stream)(event | {"received": now.isoformat()})
+        self.published[event["id"]] = str(task_run)
+
+    def _add_to_stream(self, event: dict[str, Any]) -> None:
         with redis.Redis.from_url(self.redis_url, socket_timeout=5) as client:
             client.xadd("events", {"data": json.dumps(event), "attributes": "{}"})
-        self.published[event["id"]] = str(task_run)
 
     def count_lost_events(self) -> int:
         """Return how many published events, or states of the task runs in them, are not in the database."""
@@ -230,6 +233,7 @@ def running_services(
             "PREFECT_SERVER_EVENTS_CAUSAL_ORDERING": "prefect_redis.ordering",
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect_redis.lease_storage",
             "PREFECT_SERVER_WORKER_CHANNEL_CLEANUP_QUEUE_STORAGE": "prefect_redis.cleanup_queue",
+            "PREFECT_REDIS_MESSAGING_PUBLISHER_BATCH_SIZE": "1",
             "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_MAX_FLUSH_RETRIES": "10000",
             "PREFECT_UI_ENABLED": "false",
             "SERVICES_HEALTH_PORT": str(port),

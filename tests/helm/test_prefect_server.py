@@ -191,11 +191,13 @@ def test_processes_share_all_state_in_redis_or_run_as_one() -> None:
         "PREFECT_REDIS_MESSAGING_URL", "PREFECT_REDIS_WORKER_CLEANUP_QUEUE_URL", "PREFECT_SERVER_DOCKET_URL",
         "PREFECT_SERVER_EVENTS_MESSAGING_BROKER", "PREFECT_SERVER_EVENTS_MESSAGING_CACHE",
         "PREFECT_SERVER_EVENTS_CAUSAL_ORDERING", "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE",
-        "PREFECT_SERVER_WORKER_CHANNEL_CLEANUP_QUEUE_STORAGE",
+        "PREFECT_SERVER_WORKER_CHANNEL_CLEANUP_QUEUE_STORAGE", "PREFECT_REDIS_MESSAGING_PUBLISHER_BATCH_SIZE",
     }  # fmt: skip
     specs = pod_specs(render("prefect-server", TAG))
     for name in ("api", "services"):
-        assert shared <= set(environment(specs[f"Deployment/test-prefect-server-{name}"]["containers"][0]))
+        variables = environment(specs[f"Deployment/test-prefect-server-{name}"]["containers"][0])
+        assert shared <= set(variables)
+        assert variables["PREFECT_REDIS_MESSAGING_PUBLISHER_BATCH_SIZE"] == "1", "a killed API would lose events"
     alone = render("prefect-server", _with(redis={"bundled": {"enabled": False}}, services={"separate": False}))
     assert "Deployment/test-prefect-server-services" not in inventory(alone)
     container = pod_specs(alone)["Deployment/test-prefect-server-api"]["containers"][0]

@@ -138,6 +138,8 @@
 - {name: PREFECT_SERVER_EVENTS_CAUSAL_ORDERING, value: prefect_redis.ordering}
 - {name: PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE, value: prefect_redis.lease_storage}
 - {name: PREFECT_SERVER_WORKER_CHANNEL_CLEANUP_QUEUE_STORAGE, value: prefect_redis.cleanup_queue}
+# By default the API keeps up to five events of a websocket in memory, for up to 10 s. A killed API would lose them.
+- {name: PREFECT_REDIS_MESSAGING_PUBLISHER_BATCH_SIZE, value: "1"}
 {{- end }}
 {{- end -}}
 

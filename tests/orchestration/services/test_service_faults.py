@@ -4,12 +4,15 @@ The services may stall for 4 s here. `make bench-health` measures the same fault
 """
 
 import contextlib
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from websockets import Subprotocol
+from websockets.sync.client import connect
 
 from orchestration.services.service_health import RESTART_STALLS
 from tests import service_faults
@@ -17,12 +20,14 @@ from tests.parts import debian_postgres, wait_until
 from tests.service_faults import Services, probe
 
 STALL_SECONDS = 4
-SETTINGS = {
-    f"PREFECT_SERVER_SERVICES_{name}_FLUSH_INTERVAL": "0.5" for name in ("EVENT_PERSISTER", "TASK_RUN_RECORDER")
-} | {
-    f"PREFECT_SERVER_SERVICES_{name}_LOOP_SECONDS": "2"
-    for name in ("FOREMAN", "LATE_RUNS", "PAUSE_EXPIRATIONS", "REPOSSESSOR", "SCHEDULER", "CANCELLATION_CLEANUP")
-}
+SETTINGS = (
+    {f"PREFECT_SERVER_SERVICES_{name}_FLUSH_INTERVAL": "0.5" for name in ("EVENT_PERSISTER", "TASK_RUN_RECORDER")}
+    | {
+        f"PREFECT_SERVER_SERVICES_{name}_LOOP_SECONDS": "2"
+        for name in ("FOREMAN", "LATE_RUNS", "PAUSE_EXPIRATIONS", "REPOSSESSOR", "SCHEDULER", "CANCELLATION_CLEANUP")
+    }
+    | {"PREFECT_REDIS_MESSAGING_PUBLISHER_PUBLISH_EVERY": "3600"}
+)
 RED_SECONDS, GREEN_SECONDS = 120, 240
 """Limits for a busy machine."""
 
@@ -37,6 +42,13 @@ def services() -> Iterator[Services]:
             yield stack.enter_context(
                 service_faults.running_services(postgres, template, folder, STALL_SECONDS, log, **SETTINGS)
             )
+
+
+@pytest.fixture(scope="module")
+def api(services: Services) -> Iterator[int]:
+    """Yield the port of an API of the same server."""
+    with service_faults.running_api(services) as port:
+        yield port
 
 
 def assert_recovery(services: Services) -> None:
@@ -134,13 +146,22 @@ def test_blocked_event_loop_turns_both_probes_red(services: Services) -> None:
     assert_recovery(services)
 
 
-def test_api_without_postgres_is_not_ready_and_stays_alive(services: Services) -> None:
-    with service_faults.running_api(services) as port:
-        for fault in (service_faults.database_refuses, service_faults.database_is_silent):
-            with fault(services):
-                wait_until(lambda: probe(port, "/api/ready")[0] != 200, "the API not to be ready", RED_SECONDS)
-                wait_until(lambda: probe(port, "/api/health")[0] == 200, "the API to be alive", RED_SECONDS)
-            wait_until(lambda: probe(port, "/api/ready")[0] == 200, "the API to be ready again", GREEN_SECONDS)
+def test_api_without_postgres_is_not_ready_and_stays_alive(services: Services, api: int) -> None:
+    for fault in (service_faults.database_refuses, service_faults.database_is_silent):
+        with fault(services):
+            wait_until(lambda: probe(api, "/api/ready")[0] != 200, "the API not to be ready", RED_SECONDS)
+            wait_until(lambda: probe(api, "/api/health")[0] == 200, "the API to be alive", RED_SECONDS)
+        wait_until(lambda: probe(api, "/api/ready")[0] == 200, "the API to be ready again", GREEN_SECONDS)
+
+
+def test_api_keeps_no_event_of_an_open_websocket_in_memory(services: Services, api: int) -> None:
+    """Its client takes the event for safe, and would not send it again to another API if this one were killed."""
+    url = f"ws://127.0.0.1:{api}/api/events/in"
+    with connect(url, subprotocols=[Subprotocol("prefect")], proxy=None, open_timeout=RED_SECONDS) as websocket:
+        websocket.send(json.dumps({"type": "auth", "token": ""}))
+        assert json.loads(websocket.recv())["type"] == "auth_success"
+        services.publish(lambda event: websocket.send(json.dumps(event)))
+        wait_until(lambda: services.count_lost_events() == 0, "the event to be in the database", GREEN_SECONDS)
 
 
 # The last test: the services do not recover from these faults.
