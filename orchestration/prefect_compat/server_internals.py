@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 _BLOCK_KEY = "ENCRYPTION_KEY"
 """The entry of the server's configuration table that has the key of the blocks."""
 
+REGISTRATIONS = 10
+"""How often a server tries to register block types. Each of its failures is a block type of another server."""
+
 
 def _check_version() -> None:
     import prefect
@@ -203,6 +206,32 @@ def serve_https(certificate: str, key: str) -> None:
     import uvicorn
 
     uvicorn.run = functools.partial(uvicorn.run, ssl_certfile=certificate, ssl_keyfile=key)
+
+
+def repeat_block_registration() -> None:
+    """Have a server whose registration of Prefect's block types fails at its start repeat the registration.
+
+    Replaces: `run_block_auto_registration` of `prefect.server.models.block_registration`
+    Why: on an empty database two servers that start at once insert the same block types, and one of the two would end
+    Until: the server ignores a block type that another server has inserted
+    """
+    _check_version()
+    from prefect.server.models import block_registration
+    from sqlalchemy.exc import IntegrityError
+
+    register = block_registration.run_block_auto_registration
+
+    async def register_repeatedly(session: Any) -> None:
+        for attempt in range(1, REGISTRATIONS + 1):
+            try:
+                await register(session)
+            except IntegrityError:  # the next attempt finds what the other server has inserted
+                if attempt == REGISTRATIONS:
+                    raise
+            else:
+                break
+
+    block_registration.run_block_auto_registration = register_repeatedly
 
 
 def check_expected_states(expected: ContextVar[str]) -> None:

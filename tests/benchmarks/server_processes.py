@@ -121,16 +121,16 @@ class ServerProcesses:
         return Credentials(OPERATOR, WORKER, lambda run: sign_run(self.run_key, UUID(run)))
 
     def start_api(self, number: int) -> None:
-        """Start API replicas one after the other until `number` of them answer.
-
-        On an empty database each of them registers Prefect's block types, and ends where another one does so as well.
-        """
+        """Start API replicas until `number` of them answer."""
+        started = []
         for index in range(len(self.replicas), number):
             port = free_port()
             name = f"api-{index}"
             command, variables = self._process("api", name, PREFECT_SERVER_API_PORT=str(port))
-            self.replicas.append(Replica(command, variables, port, self.folder / name / "log"))
-            wait_until(self.replicas[-1].is_ready, f"the API; see {self.replicas[-1].log}", START_SECONDS)
+            started.append(Replica(command, variables, port, self.folder / name / "log"))
+            self.replicas.append(started[-1])
+        for replica in started:
+            wait_until(replica.is_ready, f"the API; see {replica.log}", START_SECONDS)
         self.service.ready = [replica.url for replica in self.replicas]
 
     @contextlib.contextmanager

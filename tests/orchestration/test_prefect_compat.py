@@ -701,6 +701,16 @@ CONTRACTS: dict[str, list[Check]] = {
     "server_internals.serve_https": [
         (lacks("prefect.cli._server_utils:_run_in_foreground", "uvicorn.run("), []),
     ],
+    "server_internals.repeat_block_registration": [
+        (
+            lacks(
+                "prefect.server.api.server:create_app",
+                "block_registration import run_block_auto_registration", "await run_block_auto_registration(session=",
+            ),
+            [],
+        ),
+        (signature("prefect.server.models.block_registration:run_block_auto_registration"), "(session)"),
+    ],
     "server_internals.check_expected_states": [
         (signature("prefect.server.models.flow_runs:MinimalFlowPolicy.priority"), "()"),
         (signature("prefect.server.orchestration.core_policy:CoreFlowPolicy.priority"), "()"),
