@@ -18,7 +18,12 @@ from orchestration.access.control import Application
 from orchestration.access.limits import RequestLimits
 from orchestration.errors import PipelineError, SettingsError, sentence
 from orchestration.maintenance import MaintenanceAnswers
-from orchestration.prefect_compat.server_internals import repeat_block_registration, serve_https, wrap_server_api
+from orchestration.prefect_compat.server_internals import (
+    limit_claims,
+    repeat_block_registration,
+    serve_https,
+    wrap_server_api,
+)
 from orchestration.services import retention
 from orchestration.services.health_endpoint import services_health_served
 
@@ -51,6 +56,7 @@ def start_server(arguments: Sequence[str], protect: Callable[[Application], Appl
         if list(arguments[:2]) == ["server", "start"]:
             wrap_server_api(wrap)
             repeat_block_registration()
+            limit_claims()
             use_certificate(os.environ)
         pgbouncer.use_pgbouncer()
         block_encryption.prepare_server()

@@ -268,11 +268,69 @@ def check_expected_states(expected: ContextVar[str]) -> None:
             if (state := expected.get()) and str(context.run.state_id) != state:
                 await self.abort_transition(f"The run's state is {context.run.state_id}, not the expected {state}")
 
-    def prepend(priority: Callable[[], list[Any]]) -> Callable[[], list[Any]]:
-        return lambda: [ExpectState, *priority()]
-
     for policy in (CoreFlowPolicy, MinimalFlowPolicy):
-        policy.priority = staticmethod(prepend(policy.priority))  # type: ignore[method-assign]
+        _prepend(policy, ExpectState)
+
+
+def _prepend(policy: Any, rule: Any) -> None:
+    """Add a rule in front of those of a policy."""
+    priority = policy.priority
+    policy.priority = staticmethod(lambda: [rule, *priority()])
+
+
+def limit_claims() -> None:
+    """Have the server abort the claim of a flow run whose work pool or queue has no free slot.
+
+    The server compares the limits only when a worker polls. A poll skips the rows that claims of another worker have
+    locked, still counts their slots as free, and returns other runs. Claims in a pool with a limit take turns: each
+    sees the claims before it.
+
+    Replaces: `priority` of `CoreFlowPolicy` in `prefect.server.orchestration.core_policy`
+    Why: two workers together claim up to twice as many runs as the pool has slots
+    Until: the server compares the limits when a run becomes Pending
+    """
+    _check_version()
+    import prefect.server.models  # noqa: F401 - the policies can only be imported after the models
+    from prefect.server.orchestration.core_policy import CoreFlowPolicy
+    from prefect.server.orchestration.rules import FlowRunOrchestrationRule, OrchestrationContext
+    from prefect.server.schemas.states import StateType
+    from sqlalchemy import func, select
+
+    class LimitClaims(FlowRunOrchestrationRule):
+        FROM_STATES = {StateType.SCHEDULED}  # noqa: RUF012 - the name is Prefect's
+        TO_STATES = {StateType.PENDING}  # noqa: RUF012
+
+        async def before_transition(
+            self,
+            initial_state: Any,  # noqa: ARG002 - the signature is Prefect's
+            proposed_state: Any,  # noqa: ARG002
+            context: OrchestrationContext[Any, Any],
+        ) -> None:
+            db, session, queue_id = database_interface(), context.session, context.run.work_queue_id
+            pool, queue, run = db.WorkPool, db.WorkQueue, db.FlowRun
+            limits = select(pool.id, pool.concurrency_limit, queue.concurrency_limit).where(
+                pool.id == queue.work_pool_id, queue.id == queue_id
+            )
+            pool_id, pool_limit, queue_limit = (await session.execute(limits)).one_or_none() or (None, None, None)
+            if pool_limit is None and queue_limit is None:
+                return
+            if session.get_bind().dialect.name == "postgresql":
+                # Until the end of the transaction. On SQLite one process at a time writes.
+                key = f"prefect-orchestration: work pool {pool_id}"
+                await session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(key, 0))))
+            counts = (
+                select(run.work_queue_id, func.count())
+                .where(run.work_queue_id == queue.id, queue.work_pool_id == pool_id)
+                .where(run.state_type.in_([StateType.PENDING, StateType.RUNNING]))
+                .group_by(run.work_queue_id)
+            )
+            taken: dict[Any, int] = dict((await session.execute(counts)).all())
+            if pool_limit is not None and sum(taken.values()) >= pool_limit:
+                await self.abort_transition(f"All {pool_limit} slots of the work pool are taken")
+            elif queue_limit is not None and taken.get(queue_id, 0) >= queue_limit:
+                await self.abort_transition(f"All {queue_limit} slots of the work queue are taken")
+
+    _prepend(CoreFlowPolicy, LimitClaims)
 
 
 def read_blocks_with_stored_key() -> None:

@@ -42,14 +42,11 @@ def older(server: str, template: str) -> Iterator[str]:
         yield url
 
 
-def _variables(url: str) -> dict[str, str]:
-    database = url.replace("postgresql://", "postgresql+asyncpg://")
-    return os.environ | {"PREFECT_SERVER_DATABASE_CONNECTION_URL": database}
-
-
 def _start(url: str, *command: str) -> "subprocess.Popen[str]":
+    database = url.replace("postgresql://", "postgresql+asyncpg://")
     return subprocess.Popen(
-        [sys.executable, "-u", "-m", *command], cwd=ROOT, env=_variables(url),
+        [sys.executable, "-u", "-m", *command],
+        cwd=ROOT, env=os.environ | {"PREFECT_SERVER_DATABASE_CONNECTION_URL": database},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
@@ -130,35 +127,6 @@ def test_upgrade_adds_indexes_and_autovacuum_settings_once_and_keeps_those_of_an
     assert indexes() == dict.fromkeys(INDEXES, True)
     assert "autovacuum_vacuum_scale_factor=0.1" in options("log")
     assert len(upgraded()) == 1
-
-
-REGISTER_AT_ONCE = """
-import asyncio, sys
-from orchestration.prefect_compat.server_internals import database_interface, repeat_block_registration
-repeat_block_registration()
-from prefect.server.models.block_registration import run_block_auto_registration
-
-async def register():
-    async with await database_interface().session() as session:
-        await run_block_auto_registration(session=session)
-
-async def main():
-    await asyncio.gather(*(register() for _ in range(3)))
-
-asyncio.run(main())
-"""
-
-
-def test_servers_that_start_at_once_register_all_block_types(older: str) -> None:
-    """On an empty database a server whose block type another server has just inserted would end with status 3."""
-    _output(_start(older, "orchestration.migrations", "upgrade"))
-    done = subprocess.run(
-        [sys.executable, "-c", REGISTER_AT_ONCE], cwd=ROOT, env=_variables(older), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    counts = "select count(*), count(distinct block_type_id), (select count(*) from block_type) from block_schema"
-    [(schemas, with_schema, types)] = rows_of(older, counts)
-    assert schemas >= with_schema == types > 10
 
 
 def test_tables_of_another_owner_are_no_failure(server: str, older: str) -> None:

@@ -727,6 +727,21 @@ CONTRACTS: dict[str, list[Check]] = {
             "(self, reason)",
         ),
     ],
+    "server_internals.limit_claims": [
+        (signature("prefect.server.orchestration.core_policy:CoreFlowPolicy.priority"), "()"),
+        (lacks("prefect.server.models.flow_runs:set_flow_run_state", "flow_policy.compile_transition_rules"), []),
+        (
+            lacks(
+                "prefect.server.api.flow_runs:set_flow_run_state",
+                "begin_transaction=True, with_for_update=True", "flow_policy=flow_policy",
+            ),
+            [],
+        ),
+        (
+            signature("prefect.server.orchestration.rules:BaseOrchestrationRule.abort_transition"),
+            "(self, reason)",
+        ),
+    ],
     "background_services.observe_services": [
         (
             lacks(

@@ -1,0 +1,105 @@
+"""Several API processes that do the same at the same moment, on a real Postgres."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from orchestration.settings import ROOT
+from tests.parts import debian_postgres, new_database, rows_of
+
+REGISTER = """
+import asyncio
+from orchestration.prefect_compat.server_internals import database_interface, repeat_block_registration
+repeat_block_registration()
+from prefect.server.models.block_registration import run_block_auto_registration
+
+async def register():
+    async with await database_interface().session() as session:
+        await run_block_auto_registration(session=session)
+
+async def main():
+    await asyncio.gather(*(register() for _ in range(3)))
+
+asyncio.run(main())
+"""
+
+CLAIM = """
+import asyncio
+from orchestration.prefect_compat.server_internals import database_interface, limit_claims
+limit_claims()
+from prefect.server import models
+from prefect.server.orchestration.core_policy import CoreFlowPolicy
+from prefect.server.schemas.actions import WorkPoolCreate, WorkQueueCreate
+from prefect.server.schemas.core import Flow, FlowRun
+from prefect.server.schemas.states import Completed, Pending, Scheduled
+db = database_interface()
+
+async def create(session, pool_limit, queue_limit):
+    flow = await models.flows.create_flow(session, Flow(name="a"))
+    pool = WorkPoolCreate(name=f"limit {pool_limit}", concurrency_limit=pool_limit)
+    pool = await models.workers.create_work_pool(session, pool)
+    queue = WorkQueueCreate(name="a", concurrency_limit=queue_limit)
+    queue = await models.workers.create_work_queue(session, pool.id, queue)
+    runs = [FlowRun(flow_id=flow.id, work_queue_id=queue.id, state=Scheduled()) for _ in range(8)]
+    return [(await models.flow_runs.create_flow_run(session, run)).id for run in runs]
+
+async def propose(run, state):
+    async with db.session_context(begin_transaction=True) as session:
+        result = await models.flow_runs.set_flow_run_state(session, run, state, flow_policy=CoreFlowPolicy)
+        return result.status.value
+
+async def claim(pool_limit, queue_limit):
+    async with db.session_context(begin_transaction=True) as session:
+        runs = await create(session, pool_limit, queue_limit)
+    statuses = await asyncio.gather(*(propose(run, Pending()) for run in runs))
+    await propose(runs[statuses.index("ACCEPT")], Completed())
+    again = [await propose(run, Pending()) for run, status in zip(runs, statuses) if status != "ACCEPT"]
+    print(statuses.count("ACCEPT"), statuses.count("ABORT"), again.count("ACCEPT"))
+
+async def main():
+    for limits in ((3, None), (5, 3), (None, None)):
+        await claim(*limits)
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture(scope="module")
+def database() -> Iterator[str]:
+    """An empty database with the server's schema."""
+    with debian_postgres() as postgres, new_database(postgres) as url:
+        _execute(url, "-m", "orchestration.migrations", "upgrade")
+        yield url
+
+
+def _execute(database: str, *command: str) -> str:
+    """Execute Python with a database, and return the output."""
+    url = database.replace("postgresql://", "postgresql+asyncpg://")
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=os.environ | {"PREFECT_SERVER_DATABASE_CONNECTION_URL": url},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_servers_that_start_at_once_register_all_block_types(database: str) -> None:
+    """On an empty database a server whose block type another server has just inserted would end with status 3."""
+    _execute(database, "-c", REGISTER)
+    counts = "select count(*), count(distinct block_type_id), (select count(*) from block_type) from block_schema"
+    [(schemas, with_schema, types)] = rows_of(database, counts)
+    assert schemas >= with_schema == types > 10
+
+
+def test_claims_at_once_do_not_exceed_the_limit_of_pool_or_queue(database: str) -> None:
+    """A poll during the claims of another worker returns other runs for the same slots."""
+    limit_of_pool, limit_of_queue, no_limit = _execute(database, "-c", CLAIM).splitlines()
+    assert limit_of_pool == limit_of_queue == "3 5 1", "a run that has ended has left its slot to one other run"
+    assert no_limit == "8 0 0"
