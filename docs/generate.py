@@ -7,10 +7,12 @@ block of that name. The text around the blocks is written by hand.
 import argparse
 import ast
 import json
+import os
 import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -493,6 +495,45 @@ def checks() -> str:
     return "\n".join(lines)
 
 
+# benchmarks
+
+
+def load() -> str:
+    """Return picture and table of the recorded benchmark of load."""
+    from tests.benchmarks import curves
+
+    head = ("API replicas", "runs/min at the knee", "requests/s", "clients", "p50 of a request, ms", "p99, ms")
+    caption = "Requests per second and their duration by the number of clients; a ring marks the knee"
+    return _measured(curves.LOAD, "bench-load", caption, head, curves.load_table)
+
+
+def upgrade() -> str:
+    """Return picture and table of the recorded benchmark of the upgrade."""
+    from tests.benchmarks import curves
+
+    head = ("step", "seconds", "longest lock that blocks writes or reads, s")
+    caption = "Seconds of each migration, and of its longest lock"
+    return _measured(curves.UPGRADE, "bench-upgrade", caption, head, curves.upgrade_table)
+
+
+def _measured(
+    results: Path, target: str, caption: str, head: tuple[str, ...], rows: Callable[[Object], list[list[str]]]
+) -> str:
+    """Return picture and table of a benchmark; without results or picture, how to make them."""
+    from tests.benchmarks.curves import PICTURES
+
+    picture = REFERENCE.parent / "images" / PICTURES[results]
+    if not (results.exists() and picture.exists()):
+        return (
+            f"This release has no figures of an idle machine. `make {target}` records them there, `make picture`\n"
+            "draws them, and `make docs` writes picture and table here.\n"
+        )
+    found = json.loads(results.read_text())
+    folder = "images" if target == "bench-upgrade" else "../images"
+    origin = f"Measured by `make {target}` on {found['date']}, commit {found['commit']}, n = 1: {found['machine']}."
+    return f"{origin}\n\n![{caption}]({folder}/{picture.name})\n\n{table(head, rows(found))}"
+
+
 BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "server-values": ("server-values.md", lambda: values("prefect-server")),
     "work-pool-values": ("work-pool-values.md", lambda: values("prefect-work-pool")),
@@ -502,8 +543,10 @@ BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "metrics": ("metrics.md", metrics),
     "rbac": ("rbac.md", rbac),
     "checks": ("checks.md", checks),
+    "load": ("../how-to/scale-out.md", load),
+    "upgrade": ("../upgrading.md", upgrade),
 }
-"""Page and function of each generated block."""
+"""Page and function of each generated block. The page is relative to docs/reference."""
 
 NEEDS_HELM = ("rbac",)
 
@@ -542,6 +585,10 @@ def write(name: str) -> None:
     (REFERENCE / page).write_text(written)
 
 
+def _shown(page: str) -> str:
+    return os.path.normpath(f"docs/reference/{page}")
+
+
 def main() -> int:
     """Write all blocks, or without helm those that do not need it. Return the exit status."""
     from orchestration.errors import ClusterError
@@ -551,9 +598,9 @@ def main() -> int:
         try:
             write(name)
         except MissingProgramError as error:
-            print(f"docs/reference/{page} stays as it is: {error}.", file=sys.stderr)
+            print(f"{_shown(page)} stays as it is: {error}.", file=sys.stderr)
         except (LookupError, ClusterError) as error:
-            print(f"docs/reference/{page} cannot be written: {error}", file=sys.stderr)
+            print(f"{_shown(page)} cannot be written: {error}", file=sys.stderr)
             return 1
     return 0
 

@@ -1,4 +1,7 @@
-"""Draw the pictures of README and docs from a run that loads a day after a month of days: `make picture`."""
+"""Draw the pictures of README and docs: `make picture`.
+
+Most show a run that loads a day after a month of days. Those of load and of the upgrade show the recorded benchmarks.
+"""
 
 import io
 import tempfile
@@ -10,6 +13,7 @@ from flows import landing, raw, report
 from flows.example_flow import NO_UNIT_TESTS, dbt_project, dbt_steps
 from flows.report import Step
 from orchestration.dbt.summary import gantt
+from tests.benchmarks import curves
 from tests.parts import embedded_postgres, new_database
 
 IMAGES = Path(__file__).with_name("images")
@@ -34,7 +38,7 @@ SVG = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http:/
 
 
 def main() -> None:
-    """Load January into a new warehouse, build, run one more day, and draw the report of that day."""
+    """Draw the benchmarks; load January into a new warehouse, build, run one more day, and draw its report."""
     with tempfile.TemporaryDirectory() as folder, embedded_postgres(Path(folder)) as postgres, new_database(postgres):
         days = landing.days()[:31]
         raw.prepare()
@@ -54,6 +58,7 @@ def main() -> None:
     (IMAGES / "report.svg").write_text(console.export_svg(title="make run", code_format=SVG, unique_id="report"))
     (IMAGES / "plot.png").write_bytes(report.plot(summary))
     (IMAGES / "dbt-threads.svg").write_text(gantt(built))
+    curves.draw_all(IMAGES)
 
 
 if __name__ == "__main__":

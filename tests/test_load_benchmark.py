@@ -21,12 +21,15 @@ sys.exit(load.main(sys.argv[2:]))
 """
 
 SMALLEST = (
-    "--replicas 1 --clients 1 --settle-seconds 0 --step-seconds 1 --minutes 0.02 --kill-seconds 0.5 --runs 4 --limit 2"
+    "--replicas 1 --clients 1 --settle-seconds 0 --step-seconds 1 --minutes 0.02 --kill-seconds 0.5 --runs 4 --limit 2 "
+    "--live 3 --live-seconds 1 --report-seconds 0.5"
 )
 
 GOALS = (
     "1 API replica at 70%, one killed every 0.5 s: runs that failed",
     "1 API replica at 70%, one killed every 0.5 s: runs not Completed once",
+    "3 live runs that report every 0.5 s: runs that failed",
+    *(f"3 live runs that report every 0.5 s: {kind} lost" for kind in ("heartbeats", "task runs", "log lines")),
     "4 runs due at once: runs not Completed once",
     "4 runs due at once: handed out before a higher priority",
 )
@@ -46,6 +49,7 @@ def test_smallest_load_completes_each_run_once(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = dict(re.findall(r"^\| ([^|]+) \| \S* \| \d+ \| ([\d.,]+) \|", results.read_text(), re.MULTILINE))
     assert {name: rows.get(name) for name in GOALS} == dict.fromkeys(GOALS, "0.00"), done.stderr
+    assert float(rows["4 runs due at once: at once, at most"]) <= 2
     assert "1 API replica: the knee" in rows
     assert "1 API replica at 70%, one killed every 0.5 s: from kill to ready" in rows
 

@@ -6,10 +6,11 @@ The server is that of the chart, as processes of this machine. The clients post 
 
 1. The knee, for 1, 2 and 3 API replicas: more and more clients, each of which executes one run after the other.
 2. At 70 % of the last knee, an API replica is killed every 30 s.
-3. Runs that are due in the same second wait for the slots of their work pool, in queues of three priorities.
+3. Live runs report at once: heartbeats, states of task runs and log lines.
+4. Runs that are due in the same second wait for the slots of their work pool, in queues of three priorities.
 
 Everything shares the processors, the clients too. With `--url` the clients measure the knee of a server elsewhere. The
-table is printed and appended to results.md, also after Ctrl-C.
+table is printed and appended to results.md, also after Ctrl-C. On an idle machine the knees are recorded for a picture.
 """
 
 import argparse
@@ -18,6 +19,8 @@ import contextlib
 import itertools
 import math
 import os
+import random
+import resource
 import signal
 import sys
 import tempfile
@@ -34,12 +37,16 @@ from uuid import uuid4
 import httpx
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
+from tests.benchmarks import curves
 from tests.benchmarks.server_processes import ServerProcesses, server_processes
 from tests.benchmarks.simulated_runs import (
+    HEARTBEAT,
+    LINES_OF_A_BATCH,
     REQUESTS_OF_A_RUN,
     TASKS,
     Credentials,
     Deployment,
+    LiveRun,
     Recorder,
     RunError,
     Runs,
@@ -64,6 +71,9 @@ POLL_SECONDS = 1.0
 """Between two polls of a worker while runs are due."""
 
 CONCURRENT_CREATIONS = 8
+
+CURVE_OPTIONS = ("replicas", "clients", "settle_seconds", "step_seconds")
+"""The options whose defaults make the runs comparable that are recorded for the picture."""
 
 DRAIN_SECONDS = 600
 """How long runs may take to end after the last one has begun."""
@@ -115,6 +125,18 @@ class Step:
     def runs_per_minute(self) -> float:
         """Runs per minute, by the requests that each run takes."""
         return 60 * self.rate / REQUESTS_OF_A_RUN
+
+    @property
+    def point(self) -> dict[str, float]:
+        """What the picture shows of this number of clients."""
+        milliseconds = [1000 * value for value in self.seconds]
+        return {
+            "clients": self.clients,
+            "requests_per_second": round(self.rate, 1),
+            "runs_per_minute": round(self.runs_per_minute),
+            "p50_ms": round(percentile(milliseconds, 50)),
+            "p99_ms": round(percentile(milliseconds, 99)),
+        }
 
     def figures(self, name: str) -> list[Figure]:
         """Return the rows of the table."""
@@ -180,11 +202,11 @@ async def measure_steps(target: Target, name: str, options: argparse.Namespace, 
             steps.append(await _measure_step(target, number, recorder, options.step_seconds))
             report(steps[-1].figures(name))
     finally:
-        await end(clients)
+        await end_tasks(clients)
     return steps
 
 
-async def end(tasks: Sequence[asyncio.Task[Any]]) -> None:
+async def end_tasks(tasks: Sequence[asyncio.Task[Any]]) -> None:
     """Cancel tasks, and raise the first error of one that has failed."""
     for task in tasks:
         task.cancel()
@@ -271,7 +293,7 @@ async def measure_kills(target: Target, name: str, rate: float, options: argpars
         kills = await killing
         await asyncio.wait(posting, timeout=DRAIN_SECONDS)
     finally:
-        await end([killing, *posting])
+        await end_tasks([killing, *posting])
     for failure in recorder.failed:
         print(f"A run failed: {failure}", file=sys.stderr)
     outcomes = Outcomes.read(target.processes.database, deployments)
@@ -296,15 +318,112 @@ async def _count_lost_task_runs(database: str, deployments: Sequence[Deployment]
         "where r.deployment_id = any(%s::uuid[]) and r.state_type = 'COMPLETED' group by r.id"
     )
     ids = [deployment.id for deployment in deployments]
-    lost, unchanged = -1, 0
-    # The recorder writes at least every 5 s.
-    while lost and unchanged < 10:
+
+    def count() -> Counter[str]:
+        found = [int(number) for (number,) in rows_of(database, statement, ids)]
+        return Counter({"task runs": TASKS * len(found) - sum(found)})
+
+    return (await _count_losses(count))["task runs"]
+
+
+async def _count_losses(count: Callable[[], Counter[str]]) -> Counter[str]:
+    """Count what is not recorded until nothing is missing, or the services have recorded nothing for a while."""
+    lost, unchanged = count(), 0
+    # The services write at least every 5 s.
+    while any(lost.values()) and unchanged < 10:
         await asyncio.sleep(1)
-        found = [int(count) for (count,) in await asyncio.to_thread(rows_of, database, statement, ids)]
-        now = TASKS * len(found) - sum(found)
-        unchanged = unchanged + 1 if now == lost else 0
-        lost = now
+        before, lost = lost, await asyncio.to_thread(count)
+        unchanged = unchanged + 1 if lost == before else 0
     return lost
+
+
+async def measure_live(target: Target, options: argparse.Namespace, report: Report) -> None:
+    """Let live runs report, each of them once in `--report-seconds`.
+
+    Args:
+        target: a server of this machine.
+        options: those of the command line.
+        report: prints figures.
+    """
+    assert target.processes
+    database = target.processes.database
+    recorder = Recorder()
+    runs = target.runs(recorder)
+    _, deployments = await prepare(runs)
+    turns = asyncio.Semaphore(CONCURRENT_CREATIONS)
+    reporting: dict[str, LiveRun] = {}
+    starts = asyncio.Event()
+    end = math.inf
+
+    async def live(number: int) -> None:
+        try:
+            async with contextlib.AsyncExitStack() as stack:
+                async with turns:
+                    run = await runs.create(operator, deployments[number % len(deployments)])
+                    if not await runs.claim(worker, run):
+                        raise RunError(f"The claim of run {run} was refused")
+                    reporting[run] = await stack.enter_async_context(runs.live(run))
+                await starts.wait()
+                due = time.monotonic() + random.uniform(0, options.report_seconds)  # noqa: S311
+                while due < end:
+                    await asyncio.sleep(due - time.monotonic())
+                    await reporting[run].report()
+                    due += options.report_seconds
+        except RunError as error:
+            recorder.failed.append(str(error))
+            print(f"A run failed: {error}", file=sys.stderr)
+
+    async with runs.operator() as operator, runs.worker() as worker:
+        lives = [asyncio.create_task(live(number)) for number in range(options.live)]
+        try:
+            while len(reporting) + sum(task.done() for task in lives) < options.live:
+                await asyncio.sleep(0.5)
+            recorder.requests.clear()
+            end = time.monotonic() + options.report_seconds + options.live_seconds
+            starts.set()
+            # Every run has reported once before the measurement begins.
+            await asyncio.sleep(options.report_seconds)
+            step = await _measure_step(target, options.live, recorder, options.live_seconds)
+            await asyncio.wait(lives, timeout=DRAIN_SECONDS)
+        finally:
+            await end_tasks(lives)
+    posted = sum(run.reports for run in reporting.values())
+    began = time.monotonic()
+    lost = await _count_losses(lambda: _missing_reports(database, [*reporting], posted))
+    name = f"{options.live:,} live runs that report every {options.report_seconds:g} s"
+    cores = ", ".join(f"{part} {used / options.live_seconds:.2f}" for part, used in step.processor.items())
+    note = f"of {posted:,}, {time.monotonic() - began:.0f} s after the last run"
+    report(
+        [
+            Figure(f"{name}: requests", "1/s", step.rates, f"{shown(step.errors)}; cores: {cores}"),
+            latency(f"{name}: a request", step.seconds),
+            Figure(f"{name}: runs that failed", "", [float(options.live - recorder.completed)], "goal 0"),
+            *(Figure(f"{name}: {kind} lost", "", [float(number)], note) for kind, number in lost.items()),
+        ]
+    )
+
+
+def _missing_reports(database: str, runs: Sequence[str], posted: int) -> Counter[str]:
+    """Return what the database lacks of the reports of live runs.
+
+    Args:
+        database: the URL of the database.
+        runs: the ids of the runs.
+        posted: how many reports the runs have posted.
+    """
+    heartbeats = f"select count(*) from events where event = '{HEARTBEAT}' and resource_id = any(%s)"
+    completed = "select count(*) from task_run where flow_run_id = any(%s::uuid[]) and state_type = 'COMPLETED'"
+    lines = "select count(*) from log where flow_run_id = any(%s::uuid[])"
+    [(found,)] = rows_of(database, heartbeats, [f"prefect.flow-run.{run}" for run in runs])
+    [(recorded,)] = rows_of(database, completed, list(runs))
+    [(written,)] = rows_of(database, lines, list(runs))
+    return Counter(
+        {
+            "heartbeats": posted - int(found),
+            "task runs": posted - int(recorded),
+            "log lines": LINES_OF_A_BATCH * posted - int(written),
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -325,23 +444,27 @@ class Outcomes:
     def read(cls, database: str, deployments: Sequence[Deployment]) -> "Outcomes":
         """Read the outcomes."""
         statement = (
-            "select r.id, r.state_type::text, s.type::text, s.timestamp from flow_run r "
+            "select r.id, r.state_type::text, s.type::text, s.timestamp, s.created from flow_run r "
             "join flow_run_state s on s.flow_run_id = r.id where r.deployment_id = any(%s::uuid[])"
         )
         runs: dict[Any, Counter[str]] = {}
         moments: list[tuple[datetime, int]] = []
+        completed = []
         not_completed = set()
-        for run, final, type_, at in rows_of(database, statement, [deployment.id for deployment in deployments]):
+        ids = [deployment.id for deployment in deployments]
+        for run, final, type_, at, written in rows_of(database, statement, ids):
             runs.setdefault(run, Counter())[type_] += 1
             if final != "COMPLETED":
                 not_completed.add(run)
-            moments += {"PENDING": [(at, 1)], "COMPLETED": [(at, -1)]}.get(type_, [])
+            # A state's timestamp is that of its request, which may then wait for a slot.
+            moments += {"PENDING": [(written, 1)], "COMPLETED": [(written, -1)]}.get(type_, [])
+            completed += [at] * (type_ == "COMPLETED")
         executed_twice = {run for run, types in runs.items() if types["RUNNING"] > 1 or types["COMPLETED"] > 1}
         return cls(
             len(not_completed | executed_twice),
             # At equal times the end of one run is before the claim of another.
             max(itertools.accumulate(change for _, change in sorted(moments)), default=0),
-            [at for at, change in moments if change < 0],
+            completed,
         )
 
 
@@ -452,24 +575,31 @@ async def execute_due_runs(
         await asyncio.gather(*executing)
 
 
-def measure_own_server(options: argparse.Namespace, report: Report) -> None:
-    """Measure the server of the chart as processes of this machine."""
+def measure_own_server(options: argparse.Namespace, report: Report) -> curves.Record:
+    """Measure the server of the chart as processes of this machine; return the curve of each number of replicas."""
+    found: curves.Record = {}
     with tempfile.TemporaryDirectory() as folder, server_processes(Path(folder), options.replicas[0]) as processes:
         target = Target(processes.service, processes.credentials, processes)
         for replicas in options.replicas:
             processes.start_api(replicas)
             name = f"{replicas} API replica{'s' * (replicas > 1)}"
             print(f"{name}: the knee", file=sys.stderr)
-            knee = find_knee(asyncio.run(measure_steps(target, name, options, report)))
+            steps = asyncio.run(measure_steps(target, name, options, report))
+            knee = find_knee(steps)
+            found[str(replicas)] = {"knee_clients": knee.clients, "points": [step.point for step in steps]}
             note = f"{knee.clients} clients, {knee.rate:.0f} requests/s"
             report([Figure(f"{name}: the knee", "runs/min", [knee.runs_per_minute], note)])
         if options.minutes:
             title = f"{name} at {STEADY_SHARE:.0%}, one killed every {options.kill_seconds:g} s"
             print(title, file=sys.stderr)
             asyncio.run(measure_kills(target, title, STEADY_SHARE * knee.runs_per_minute, options, report))
+        if options.live:
+            print(f"{options.live:,} live runs", file=sys.stderr)
+            asyncio.run(measure_live(target, options, report))
         if options.runs:
             print(f"{options.runs:,} runs due at once", file=sys.stderr)
             asyncio.run(measure_due_at_once(target, knee.rate, options, report))
+    return found
 
 
 def measure_url(options: argparse.Namespace, report: Report) -> None:
@@ -497,6 +627,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--step-seconds", type=int, default=8, help="for which each number of clients is measured")
     parser.add_argument("--minutes", type=float, default=2, help="for which replicas are killed in turn; 0: not at all")
     parser.add_argument("--kill-seconds", type=float, default=30, help="from one kill to the next")
+    parser.add_argument("--live", type=int, default=1000, help="live runs that report at once; 0: none")
+    parser.add_argument("--live-seconds", type=int, default=60, help="for which their reports are measured")
+    parser.add_argument("--report-seconds", type=float, default=30, help="from one report of a live run to the next")
     parser.add_argument("--runs", type=int, default=1000, help="runs that are due in the same second; 0: none")
     parser.add_argument("--limit", type=int, default=100, help="of the work pool of these runs")
     parser.add_argument("--workers", type=int, default=2, help="that claim these runs")
@@ -507,13 +640,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # This import lets Prefect's clients retry as in the pod of a run.
     import orchestration.runs.engine  # noqa: F401
 
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # three connections of each live run
+    load_before = os.getloadavg()[0]
     parts = f"Prefect {version('prefect')}, {options.url or 'PostgreSQL and Redis of this machine'}"
     with (
         temporary_settings({PREFECT_CLIENT_MAX_RETRIES: RUN_RETRIES}),
-        results_table(f"{parts}, load {os.getloadavg()[0]:.1f} before") as report,
+        results_table(f"{parts}, load {load_before:.1f} before") as report,
     ):
         try:
-            (measure_url if options.url else measure_own_server)(options, report)
+            if options.url:
+                measure_url(options, report)
+            else:
+                found = measure_own_server(options, report)
+                if all(getattr(options, name) == parser.get_default(name) for name in CURVE_OPTIONS):
+                    curves.record(curves.LOAD, {"requests_of_a_run": REQUESTS_OF_A_RUN, "replicas": found}, load_before)
         except KeyboardInterrupt:
             print("Interrupted: the table has the figures so far.", file=sys.stderr)
             return 130

@@ -34,6 +34,8 @@ TASKS = 2
 LOG_BATCHES = 2
 LINES_OF_A_BATCH = 10
 
+HEARTBEAT = "prefect.flow-run.heartbeat"
+
 REQUEST_TIMEOUT_SECONDS = 60
 """Prefect's default."""
 
@@ -202,8 +204,12 @@ class _Events:
         self._unconfirmed.append(json.dumps(event))
         await self._send(self._unconfirmed[-1:])
 
-    async def close(self) -> None:
+    async def confirm(self) -> None:
+        """Wait until the server has received all events."""
         await self._send([])
+
+    async def close(self) -> None:
+        await self.confirm()
         if self._websocket:
             await self._websocket.close()
 
@@ -364,6 +370,24 @@ class Runs:
                 await api.ask("GET", f"/flow_runs/{run}")
         self.recorder.completed += 1
 
+    @contextlib.asynccontextmanager
+    async def live(self, run: str) -> AsyncIterator["LiveRun"]:
+        """Have a claimed run begin, yield the Running run, and complete it at the end of the block.
+
+        Raises:
+            RunError: a request failed, or the server refused a state.
+        """
+        async with Api(self.service, self.credentials.of_run(run), self.recorder) as api:
+            read = await api.ask("GET", f"/flow_runs/{run}")
+            flow = await api.ask("GET", f"/flows/{read['flow_id']}")
+            events = _Events(api, self.recorder)
+            async with _cancellations_observed(api):
+                await self._enter(api, run, "RUNNING")
+                yield LiveRun(api, read, flow, events)
+                await events.close()
+                await self._enter(api, run, "COMPLETED")
+        self.recorder.completed += 1
+
     async def _enter(self, api: Api, run: str, type_: str) -> None:
         if not await api.set_state(run, type_):
             raise RunError(f"The server refused {type_} of run {run}")
@@ -371,6 +395,31 @@ class Runs:
 
 REQUESTS_OF_A_RUN = 17 + LOG_BATCHES
 """Requests of `post_whole_run` that succeed, without the question for a CSRF token of each of the three clients."""
+
+
+class LiveRun:
+    """A Running run that reports from time to time.
+
+    Attributes:
+        reports: how many reports the run has posted.
+    """
+
+    def __init__(self, api: Api, run: dict[str, Any], flow: dict[str, Any], events: _Events) -> None:
+        self.reports = 0
+        self._api, self._run, self._events = api, run, events
+        self._related = flow_run_resources(_Fields(run), _Fields(flow))
+
+    async def report(self) -> None:
+        """Post a heartbeat, the states of one task run and a batch of log lines.
+
+        Raises:
+            RunError: the request failed.
+        """
+        for event in [_heartbeat(self._run, self._related), *_task_run_events(self._related, self.reports)]:
+            await self._events.emit(event)
+        await self._events.confirm()
+        await self._api.ask("POST", "/logs/", _log_batch(self._run["id"]))
+        self.reports += 1
 
 
 def _log_batch(run: str) -> list[dict[str, Any]]:
@@ -387,22 +436,33 @@ def _log_batch(run: str) -> list[dict[str, Any]]:
 def _events_of(run: dict[str, Any], flow: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a heartbeat of a run, and the events of its task runs."""
     related = flow_run_resources(_Fields(run), _Fields(flow))
-    heartbeat = {
+    events = [_heartbeat(run, related)]
+    for number in range(TASKS):
+        events += _task_run_events(related, number)
+    return events
+
+
+def _heartbeat(run: dict[str, Any], related: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
         "id": str(uuid4()),
         "occurred": datetime.now(UTC).isoformat(),
-        "event": "prefect.flow-run.heartbeat",
+        "event": HEARTBEAT,
         "resource": {"prefect.resource.id": f"prefect.flow-run.{run['id']}", "prefect.resource.name": run["name"]},
         "related": related[1:],
         "payload": {},
     }
-    events = [heartbeat]
-    for number in range(TASKS):
-        task_run = uuid4()
-        about = {"name": f"load-{number}", "task_key": "load", "dynamic_key": str(number), "run_count": 1}
-        for type_ in ("PENDING", "RUNNING", "COMPLETED"):
-            state = {"type": type_, "name": type_.title(), "message": ""}
-            events.append(task_run_state_event(task_run, state, datetime.now(UTC), about, related))
-    return events
+
+
+def _task_run_events(related: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    """Return the events of the states of a task run."""
+    about = {"name": f"load-{number}", "task_key": "load", "dynamic_key": str(number), "run_count": 1}
+    task_run = uuid4()
+    return [
+        task_run_state_event(
+            task_run, {"type": type_, "name": type_.title(), "message": ""}, datetime.now(UTC), about, related
+        )
+        for type_ in ("PENDING", "RUNNING", "COMPLETED")
+    ]
 
 
 class _Fields:

@@ -76,13 +76,13 @@ def results_table(parts: str) -> Iterator[Callable[[Iterable[Figure]], None]]:
 def _heading(parts: str) -> str:
     """Return the head of a table: date, commit, machine and parts."""
     return (
-        f"\n## {datetime.now(UTC):%Y-%m-%d}, {_describe_commit()}\n\n{platform.machine()}, {os.cpu_count()} cores, "
+        f"\n## {datetime.now(UTC):%Y-%m-%d}, {describe_commit()}\n\n{platform.machine()}, {os.cpu_count()} cores, "
         f"{psutil.virtual_memory().total / 2**30:.0f} GB, Python {platform.python_version()}, {parts}.\n\n"
         "| what | unit | n | median | p90 | min | max | |\n|---|---|---:|---:|---:|---:|---:|---|"
     )
 
 
-def _describe_commit() -> str:
+def describe_commit() -> str:
     """Return the commit that is measured."""
     command = ["git", "describe", "--always", "--dirty"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()

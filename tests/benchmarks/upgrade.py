@@ -4,7 +4,7 @@
 
 A server of the previous version serves the database. Ten runs in progress post to it, and a worker starts runs that
 fall due. The migrations run as in the chart's Job. Then a server of this version takes over, as in a rollout. The table
-is printed and appended to results.md.
+is printed and appended to results.md. The full size on an idle machine is recorded for a picture.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import httpx
 import psycopg
 
 from orchestration.settings import ROOT
+from tests.benchmarks import curves
 from tests.benchmarks.server_history import TABLES, History, fill
 from tests.benchmarks.table import Figure, results_table
 from tests.parts import debian_postgres, end_process, free_port, new_database, rows_of, served, wait_until
@@ -305,6 +306,17 @@ class LockWatch:
         ]
         return max(found)[1] if found else f"no lock seen in samples of {1000 * SAMPLE_SECONDS:.0f} ms"
 
+    def longest_blocking(self, phase: str) -> float:
+        """Return the seconds of a migration's longest lock that blocks writes or reads."""
+        return max(
+            (
+                seconds
+                for (of, _, mode), seconds in self.held.items()
+                if of == phase and BLOCKS.get(mode, "").startswith("blocks") and "no reads" not in BLOCKS[mode]
+            ),
+            default=0.0,
+        )
+
     def _watch(self) -> None:
         since: dict[tuple[int, str, str], float] = {}
         with psycopg.connect(self.database, autocommit=True) as connection:
@@ -381,9 +393,14 @@ def count_history(database: str, until: datetime) -> dict[str, int]:
 
 
 class Measurements:
-    """Collects the figures of the rounds, and reports them."""
+    """Collects the figures of the rounds, and reports them.
+
+    Attributes:
+        steps: the migrations and the indexes of the newest round, for the picture.
+    """
 
     def __init__(self) -> None:
+        self.steps: list[dict[str, Any]] = []
         self._values: dict[tuple[str, str], list[float]] = defaultdict(list)
         self._notes: dict[str, str] = {}
 
@@ -433,6 +450,15 @@ def measure(database: str, beat_seconds: float, window_seconds: float, found: Me
             clients.wait_for_requests()
             old.close()
             clients.wait_for_due_runs()
+    steps = [*migrations.seconds.items(), ("", sum(watch.indexes.values()))]
+    found.steps = [
+        {
+            "name": f"migration {phase}" if phase else "indexes of this project",
+            "seconds": round(seconds, 2),
+            "lock_seconds": round(watch.longest_blocking(phase), 2),
+        }
+        for phase, seconds in steps
+    ]
     for revision, seconds in migrations.seconds.items():
         found.add(f"migration {revision}", "s", [seconds], watch.longest(revision))
     for index, seconds in watch.indexes.items():
@@ -473,6 +499,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     history = History(options.runs, options.logs, options.events)
     lost: list[str] = []
     found = Measurements()
+    load_before = os.getloadavg()[0]
     with contextlib.ExitStack() as stack:
         postgres = stack.enter_context(debian_postgres())
         filled = stack.enter_context(new_database(postgres, "filled"))
@@ -499,6 +526,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     lost += measure(copied, 1, 30, found)
     for line in lost:
         print(line, file=sys.stderr)
+    if not lost and all(getattr(options, name) >= parser.get_default(name) for name in ("runs", "events")):
+        size = {"runs": history.runs, "events": history.events, "versions": [PREVIOUS, locked_version()]}
+        curves.record(curves.UPGRADE, size | {"steps": found.steps}, load_before)
     return int(bool(lost))
 
 

@@ -1,0 +1,59 @@
+"""The pictures of recorded benchmarks, and their place in the docs. The figures here are invented."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from docs import generate
+from tests.benchmarks import curves
+
+POINTS = [
+    {"clients": 4, "requests_per_second": 40.0, "runs_per_minute": 126, "p50_ms": 90, "p99_ms": 200},
+    {"clients": 8, "requests_per_second": 50.0, "runs_per_minute": 158, "p50_ms": 150, "p99_ms": 1400},
+]
+FIGURES: dict[Path, dict[str, Any]] = {
+    curves.LOAD: {
+        "requests_of_a_run": 19,
+        "replicas": {"1": {"knee_clients": 8, "points": POINTS}, "2": {"knee_clients": 4, "points": POINTS}},
+    },
+    curves.UPGRADE: {"steps": [{"name": "migration 1a2b", "seconds": 12.5, "lock_seconds": 0.75}]},
+}
+SHOWN = {
+    curves.LOAD: ("load", "| 1 | 158 | 50 | 8 | 150 | 1,400 |", "158 runs/min"),
+    curves.UPGRADE: ("upgrade", "| migration 1a2b | 12.50 | 0.75 |", "12.50 s"),
+}
+
+
+@pytest.mark.parametrize("file", FIGURES, ids=lambda file: file.stem)
+def test_docs_show_a_benchmark_once_it_is_recorded_and_drawn(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, row, label = SHOWN[file]
+    results, reference = tmp_path / file.name, tmp_path / "reference"
+    (tmp_path / "images").mkdir()
+    for name in ("LOAD", "UPGRADE"):
+        if getattr(curves, name) == file:
+            monkeypatch.setattr(curves, name, results)
+    monkeypatch.setattr(curves, "PICTURES", curves.PICTURES | {results: curves.PICTURES[file]})
+    monkeypatch.setattr(generate, "REFERENCE", reference)
+    page, make = generate.BLOCKS[block]
+    assert "has no figures" in make()
+    curves.record(results, FIGURES[file], load_before=0)
+    assert "has no figures" in make(), "a link to a picture that does not exist"
+    curves.draw_all(tmp_path / "images")
+    assert label in (tmp_path / "images" / curves.PICTURES[file]).read_text()
+    assert row in make()
+    [image] = re.findall(r"!\[.+\]\((.+)\)", make())
+    assert (reference / page).parent.joinpath(image).resolve().exists()
+
+
+def test_busy_machine_records_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "load.json"
+    curves.record(file, {}, load_before=1000)
+    assert not file.exists()
+    assert "Not recorded for the picture: the load before was 1000.0" in capsys.readouterr().err
+    curves.record(file, {"replicas": {}}, load_before=0)
+    assert {"date", "commit", "machine", "replicas"} == json.loads(file.read_text()).keys()
