@@ -30,6 +30,8 @@ from orchestration.local.embedded_postgres import stop as stop_postgres
 from orchestration.operations.local_cluster import binaries
 from orchestration.operations.local_cluster.file_lock import hold_lock
 from orchestration.settings import ROOT, settings
+from tests import server_forks
+from tests.server_forks import Fork
 
 Query = Callable[..., list[tuple[Any, ...]]]
 
@@ -120,7 +122,7 @@ def rows_of(url: str, statement: str, *parameters: Any) -> list[tuple[Any, ...]]
         return cursor.fetchall() if cursor.description else []
 
 
-def end_process(process: subprocess.Popen[Any], seconds: float = 30) -> None:
+def end_process(process: "subprocess.Popen[Any] | Fork", seconds: float = 30) -> None:
     """Send SIGTERM to a process and wait for its end; kill it if it has not ended after `seconds`."""
     process.terminate()
     try:
@@ -338,7 +340,7 @@ def prefect_server(home: Path) -> Iterator[str]:
         yield url
 
 
-SERVERS: "list[subprocess.Popen[bytes]]" = []
+SERVERS: "list[subprocess.Popen[bytes] | Fork]" = []
 """The Prefect servers that run for this process."""
 
 
@@ -388,13 +390,15 @@ def served(
     """
     url = f"https://localhost:{port}/api" if ca else f"http://127.0.0.1:{port}/api"
     with (home / "server.log").open("a") as log:
-        server = subprocess.Popen(
-            [str(python), "-c", SERVE, module, "server", "start", "--port", str(port)],
-            env={**environment, "PREFECT_HOME": str(home), "PYTHONTZPATH": ""},  # as in `make server`
-            cwd=home,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+        command = [module, "server", "start", "--port", str(port)]
+        variables = {**environment, "PREFECT_HOME": str(home), "PYTHONTZPATH": ""}  # as in `make server`
+        server: subprocess.Popen[bytes] | Fork
+        if server_forks.can_fork(python, environment):
+            server = server_forks.start(command, variables, home, log.fileno())
+        else:
+            server = subprocess.Popen(
+                [str(python), "-c", SERVE, *command], env=variables, cwd=home, stdout=log, stderr=subprocess.STDOUT
+            )
         SERVERS.append(server)
         try:
             wait_until(lambda: answers(f"{url}/health", ca), f"a Prefect server; see {home}/server.log", 180)

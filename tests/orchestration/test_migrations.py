@@ -5,12 +5,15 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import IO, NamedTuple
 
 import pytest
 
 from orchestration.prefect_compat.server_tables import INDEXES, STORAGE_PARAMETERS
 from orchestration.settings import ROOT
+from tests import server_forks
 from tests.parts import debian_postgres, new_database, rows_of
+from tests.server_forks import Fork
 
 OLDER_REVISION = "7218aad17905"
 """A revision of May 2026. Prefect 3.9.1 has seven later revisions, and the last two are new in 3.9."""
@@ -42,19 +45,41 @@ def older(server: str, template: str) -> Iterator[str]:
         yield url
 
 
-def _start(url: str, *command: str) -> "subprocess.Popen[str]":
+class Command(NamedTuple):
+    """A command that runs, and its output."""
+
+    process: "subprocess.Popen[str] | Fork"
+    output: IO[str]
+
+
+def _variables(url: str) -> dict[str, str]:
     database = url.replace("postgresql://", "postgresql+asyncpg://")
-    return subprocess.Popen(
-        [sys.executable, "-u", "-m", *command],
-        cwd=ROOT, env=os.environ | {"PREFECT_SERVER_DATABASE_CONNECTION_URL": database},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    return os.environ | {"PREFECT_SERVER_DATABASE_CONNECTION_URL": database, "PYTHONUNBUFFERED": "1"}
+
+
+def _start(url: str, *command: str) -> Command:
+    """Start a module's command in a fork: a new process takes two processor seconds to import Prefect's server."""
+    read, written = os.pipe()
+    process = server_forks.start(list(command), _variables(url), ROOT, written)
+    os.close(written)
+    return Command(process, os.fdopen(read))
+
+
+def _start_process(url: str, *command: str) -> Command:
+    """Start a module's command in a new process, as the image does."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command],
+        cwd=ROOT, env=_variables(url), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
+    assert process.stdout
+    return Command(process, process.stdout)
 
 
-def _output(process: "subprocess.Popen[str]") -> str:
-    """Wait until a process succeeds, and return its output."""
-    output = process.communicate(timeout=600)[0]
-    assert process.returncode == 0, output
+def _output(command: Command) -> str:
+    """Wait until a command succeeds, and return its output."""
+    with command.output:
+        output = command.output.read()
+    assert command.process.wait(600) == 0, output
     return output
 
 
@@ -65,18 +90,17 @@ def _message(line: str) -> str:
     return found[1]
 
 
-def _last_message(process: "subprocess.Popen[str]") -> str:
-    """Wait until a process succeeds, and return the message of its last log line."""
-    return _message(_output(process).splitlines()[-1])
+def _last_message(command: Command) -> str:
+    """Wait until a command succeeds, and return the message of its last log line."""
+    return _message(_output(command).splitlines()[-1])
 
 
 def test_two_upgrades_at_once_upgrade_an_older_schema_once_and_keep_its_data(older: str) -> None:
     rows_of(older, "insert into flow (name) values ('kept')")
     waiting = _start(older, "orchestration.migrations", "wait")
-    assert waiting.stdout
-    assert _message(waiting.stdout.readline()) == f"The schema is at {OLDER_REVISION}: waiting for the migrations."
+    assert _message(waiting.output.readline()) == f"The schema is at {OLDER_REVISION}: waiting for the migrations."
     upgrades = [_start(older, "orchestration.migrations", "upgrade") for _ in range(2)]
-    outputs = [_output(process) for process in upgrades]
+    outputs = [_output(upgrade) for upgrade in upgrades]
     [(head,)] = rows_of(older, "select version_num from alembic_version")
     assert head != OLDER_REVISION
     messages = [_message(line) for output in outputs for line in output.splitlines()]
@@ -95,7 +119,10 @@ def test_two_upgrades_at_once_upgrade_an_older_schema_once_and_keep_its_data(old
 def test_newer_schema_does_not_change(empty: str, command: str) -> None:
     rows_of(empty, "create table alembic_version (version_num varchar(32) primary key)")
     rows_of(empty, "insert into alembic_version values ('of a newer image')")
-    assert _last_message(_start(empty, "orchestration.migrations", command)) == "The schema is at of a newer image."
+    assert (
+        _last_message(_start_process(empty, "orchestration.migrations", command))
+        == "The schema is at of a newer image."
+    )
     assert rows_of(empty, "select version_num from alembic_version") == [("of a newer image",)]
     tables = "select tablename from pg_tables where schemaname = 'public'"
     assert rows_of(empty, tables) == [("alembic_version",)]

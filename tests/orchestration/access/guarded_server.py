@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -62,22 +61,10 @@ def guarded_server(home: Path, command: str = "orchestration.access") -> Iterato
     port = parts.free_port()
     url = f"http://127.0.0.1:{port}/api"
     environment = os.environ | {
-        "PREFECT_HOME": str(home),
         "PREFECT_SERVER_API_AUTH_STRING": SERVER_CREDENTIAL,
         "PREFECT_API_AUTH_STRING": SERVER_CREDENTIAL,
         "API_CREDENTIALS": str(folder),
         "PREFECT_API_URL": url,
-        "PYTHONTZPATH": "",
     }
-    with (home / "server.log").open("w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", command, "server", "start", "--port", str(port)],
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            parts.wait_until(lambda: parts.answers(f"{url}/health"), f"a Prefect server; see {home}/server.log", 180)
-            yield GuardedServer(url, home / "server.log")
-        finally:
-            parts.end_process(server)
+    with parts.served(home, port, sys.executable, environment, command):
+        yield GuardedServer(url, home / "server.log")

@@ -11,7 +11,6 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import httpx
-import psutil
 import pytest
 
 from orchestration.errors import SettingsError
@@ -19,7 +18,7 @@ from orchestration.services.retention import Ages, read_ages
 from orchestration.settings import ROOT
 from tests.benchmarks.retention import Traffic
 from tests.benchmarks.server_history import History, fill
-from tests.parts import debian_postgres, free_port, new_database, rows_of, served, wait_until
+from tests.parts import SERVERS, debian_postgres, free_port, new_database, rows_of, served, wait_until
 
 RUNS_DAYS, LOGS_DAYS, ARTIFACTS_DAYS, EVENTS_DAYS = 90, 30, 60, 20
 
@@ -143,15 +142,6 @@ def _server(home: Path, database: str) -> Iterator[str]:
         yield api
 
 
-def _server_process(home: Path) -> int:
-    """Return the id of the process of the server."""
-    [found] = [
-        process.pid for process in psutil.process_iter(["cmdline", "cwd"]) if process.info["cwd"] == str(home)
-        and "orchestration.server_process" in (process.info["cmdline"] or [])
-    ]  # fmt: skip
-    return found
-
-
 def _expected(database: str, special: Special) -> dict[str, set[Any]]:
     """Return the ids that have to be left of each kind, in a history whose deployments all have a young success."""
     is_old = "select id, end_time < now() - %s * interval '1 day' from flow_run where name <> 'special'"
@@ -188,7 +178,7 @@ def test_exactly_the_old_records_go_while_states_are_written(database: str, spec
         return len(_left(database, "flow_run", old_runs))
 
     with contextlib.suppress(httpx.TransportError), _server(tmp_path, database) as api, Traffic(api, database):
-        server = _server_process(tmp_path)
+        server = SERVERS[-1].pid
         wait_until(lambda: old_runs_left() < len(old_runs), "the first batch", 300)
         os.kill(server, 9)
     assert old_runs_left(), "the server was killed after the last batch"

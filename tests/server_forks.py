@@ -1,0 +1,191 @@
+"""Import Prefect's server once for all servers that a process of the tests starts: each is a fork of one process.
+
+A new interpreter takes three processor seconds to import the server. `python -P server_forks.py FILE` imports it. The
+process forks for each request on the socket with the number FILE.
+"""
+
+import atexit
+import contextlib
+import functools
+import json
+import os
+import random
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+
+LENGTH_BYTES = 8
+"""Size of the length that precedes a request."""
+
+
+class Fork:
+    """A forked process, with the methods of `Popen` that end a process.
+
+    Args:
+        pid: the process's id.
+        status: the reading end of a pipe to which the process writes its exit status.
+    """
+
+    def __init__(self, pid: int, status: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._status = status
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the end of the process, and return its exit status; -1 if a signal ended the process.
+
+        Raises:
+            subprocess.TimeoutExpired: the process has not ended in time.
+        """
+        if self.returncode is None:
+            if not select.select([self._status], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0)
+            written = os.read(self._status, 1)
+            os.close(self._status)
+            self.returncode = written[0] if written else -1
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless the process has ended."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+
+def can_fork(python: str | Path, environment: Mapping[str, str]) -> bool:
+    """Return whether a fork equals a new process: the import of the server reads the intervals of its services."""
+    read = {name for name in {*os.environ, *environment} if name.endswith("_LOOP_SECONDS") or name == "PYTHONPATH"}
+    return str(python) == sys.executable and all(os.environ.get(name) == environment.get(name) for name in read)
+
+
+@functools.cache
+def _forking() -> socket.socket:
+    """Start the process that forks, and return the socket to ask it."""
+    own, other = socket.socketpair()
+    command = [sys.executable, "-P", __file__, str(other.fileno())]
+    # zoneinfo reads the variable at its import.
+    process = subprocess.Popen(command, pass_fds=[other.fileno()], env=os.environ | {"PYTHONTZPATH": ""})
+    other.close()
+
+    def end() -> None:
+        own.close()
+        process.wait()
+
+    atexit.register(end)
+    return own
+
+
+def start(arguments: list[str], environment: Mapping[str, str], folder: Path, output: int) -> Fork:
+    """Run a module's command in a fork, as `python -m` does.
+
+    Args:
+        arguments: the module and its arguments.
+        environment: the variables of the process.
+        folder: its working folder.
+        output: the file for its output.
+    """
+    asked = _forking()
+    status, held = os.pipe()
+    request = json.dumps([arguments, dict(environment), str(folder)]).encode()
+    socket.send_fds(asked, [len(request).to_bytes(LENGTH_BYTES, "big")], [output, held])
+    os.close(held)
+    asked.sendall(request)
+    return Fork(int.from_bytes(_received(asked, LENGTH_BYTES), "big"), status)
+
+
+def _received(source: socket.socket, size: int) -> bytes:
+    found = b""
+    while len(found) < size:
+        part = source.recv(size - len(found))
+        if not part:
+            raise EOFError
+        found += part
+    return found
+
+
+def _reap(_: int, __: FrameType | None) -> None:
+    """Reap ended forks, so that their time counts as this process's."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def _serve(asked: socket.socket) -> None:
+    """Import the server, and fork for each request until the tests end."""
+    import gc
+
+    gc.disable()  # without it the imports take a third less time
+    import prefect.cli
+    import prefect.server.api.server  # noqa: F401
+    from prefect.plugins import load_prefect_collections
+
+    load_prefect_collections()
+    gc.freeze()
+    signal.signal(signal.SIGCHLD, _reap)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    while True:
+        length, files, _, _ = socket.recv_fds(asked, LENGTH_BYTES, 2)
+        if not length:
+            return
+        arguments, environment, folder = json.loads(_received(asked, int.from_bytes(length, "big")))
+        if not (pid := os.fork()):
+            asked.close()
+            gc.enable()
+            _become(arguments, environment, folder, *files)
+        for file in files:
+            os.close(file)
+        asked.sendall(pid.to_bytes(LENGTH_BYTES, "big"))
+
+
+def _become(arguments: list[str], environment: dict[str, str], folder: str, output: int, ended: int) -> None:
+    """Run the command in this process, which has the environment of a new one."""
+    from prefect.context import refresh_global_settings_context
+
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for file in (1, 2):
+        os.dup2(output, file)
+    os.close(output)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    random.seed()
+    sys.argv = arguments
+    sys.path.insert(0, folder)
+    refresh_global_settings_context()
+    status = 1
+    try:
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+        status = 0
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.write(ended, bytes([status]))
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    _serve(socket.socket(fileno=int(sys.argv[1])))
