@@ -98,6 +98,10 @@ Tests on the cluster mostly wait. The files that are not listed follow, and use 
 """
 
 
+SERVERS_OF_SESSION = {"prefect_server", "guarded"}
+"""Fixtures of the session that are a Prefect server."""
+
+
 class _InGroups(LoadFileScheduling):  # type: ignore[misc] # xdist has no types
     """Schedules whole files, and each group of `IN_ONE_PROCESS` together."""
 
@@ -210,20 +214,25 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _stopped_server(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Stop the session's Prefect servers unless a test of the file uses one: a server that idles costs time, too."""
+    in_file = [item for item in request.session.items if item.nodeid.startswith(f"{request.node.nodeid}::")]
+    are_used = any(not SERVERS_OF_SESSION.isdisjoint(getattr(item, "fixturenames", ())) for item in in_file)
+    with contextlib.nullcontext() if are_used else parts.stopped_servers():
+        yield
+
+
 @pytest.fixture(scope="module")
 def cluster(request: pytest.FixtureRequest) -> Iterator[str]:
     """Yield the context of a real cluster, and create the cluster if it does not exist. It stays afterwards.
 
-    Test files of all processes share the cluster. A file that is marked `alone` uses it exclusively. Meanwhile the
-    session's Prefect server is stopped, unless a test of the file uses it.
+    Test files of all processes share the cluster. A file that is marked `alone` uses it exclusively.
     """
     from orchestration.errors import ClusterError
     from orchestration.operations.local_cluster import __main__ as command
 
-    in_file = [item for item in request.session.items if item.nodeid.startswith(f"{request.node.nodeid}::")]
     with contextlib.ExitStack() as stack:
-        if not any("prefect_server" in getattr(item, "fixturenames", ()) for item in in_file):
-            stack.enter_context(parts.stopped_servers())
         alone = request.node.get_closest_marker("alone") is not None
         try:
             context = stack.enter_context(command.shared(alone=alone))
