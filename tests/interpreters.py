@@ -17,8 +17,13 @@ class UvError(Exception):
     """uv failed: the index does not answer, lacks a version, or has no wheel of it."""
 
 
+def uv_program() -> str:
+    """Return the path of uv: the one on PATH, else that of the checkout."""
+    return shutil.which("uv") or str(ROOT / ".uv/bin/uv")
+
+
 def uv(*arguments: str | Path, text: str = "") -> str:
-    """Run uv from PATH, else from the checkout, and return its standard output.
+    """Run uv, and return its standard output.
 
     Args:
         arguments: the command, without the program.
@@ -27,8 +32,7 @@ def uv(*arguments: str | Path, text: str = "") -> str:
     Raises:
         UvError: uv failed, with its error output.
     """
-    program = shutil.which("uv") or str(ROOT / ".uv/bin/uv")
-    command = [program, *map(str, arguments), "--quiet"]
+    command = [uv_program(), *map(str, arguments), "--quiet"]
     done = subprocess.run(command, input=text, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UvError(f"uv {' '.join(command[1:3])} failed: {' '.join(done.stderr.split())}")
