@@ -67,6 +67,18 @@ def test_tag_changes_with_a_file_of_the_image_alone(checkout: Path, file: str, i
     assert (_name(checkout) != before) is is_in_image
 
 
+def test_tag_changes_with_a_file_that_prefect_yaml_includes(checkout: Path) -> None:
+    included = checkout / "teams" / "of data" / "one.yaml"
+    included.parent.mkdir(parents=True)
+    prefect = checkout / "prefect.yaml"
+    names = [_name(checkout)]
+    prefect.write_text(prefect.read_text() + "\ninclude: ['teams/*/*.yaml']\n")
+    for content in ("deployments: []\n", "deployments: []  # changed\n"):
+        included.write_text(content)
+        names.append(_name(checkout))
+    assert len(set(names)) == 3
+
+
 def test_tag_and_build_have_the_digest_of_the_base(checkout: Path) -> None:
     log = checkout.parent / "builds"
     _program(checkout, "docker", f'case "$1 $2" in "image inspect") exit 1 ;; "buildx build") echo "$@" >{log} ;; esac')
