@@ -4,7 +4,6 @@ import contextlib
 import copy
 import json
 import re
-import shlex
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -32,21 +31,11 @@ from tests.e2e.faults.victims import (
     wait_for_state,
     wait_until_completed,
 )
+from tests.e2e.light_runs import LIGHT_RUN
 from tests.e2e.pace import GRACE_SECONDS, PENDING_TIMEOUT_SECONDS, WORKER_OUTAGE_SECONDS
 from tests.e2e.release import Object, Pool, Release
 from tests.e2e.runs import create_deployment, get_run, start_run, wait_until_ended
 from tests.parts import wait_until
-
-LIGHT_RUN_CODE = """
-import base64, json, os, urllib.request
-url = f"{os.environ['PREFECT_API_URL']}/flow_runs/{os.environ['PREFECT__FLOW_RUN_ID']}/set_state"
-user = base64.b64encode(os.environ["PREFECT_API_AUTH_STRING"].encode()).decode()
-headers = {"Authorization": f"Basic {user}", "Content-Type": "application/json"}
-for type_ in ("RUNNING", "COMPLETED"):
-    body = json.dumps({"state": {"type": type_}}).encode()
-    urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=60)
-"""
-"""Code that executes a run without importing Prefect. Twenty imports would take minutes on a small machine."""
 
 
 def test_two_workers_execute_each_run_once(pool: Pool, api: httpx.Client) -> None:
@@ -55,9 +44,7 @@ def test_two_workers_execute_each_run_once(pool: Pool, api: httpx.Client) -> Non
     pool.namespace.kubectl("scale", worker, "--replicas=2")
     try:
         pool.namespace.kubectl("rollout", "status", worker, "--timeout=300s")
-        deployment = deploy_victim(
-            api, pool, job_variables={"command": f"python -I -S -c {shlex.quote(LIGHT_RUN_CODE)}"}
-        )
+        deployment = deploy_victim(api, pool, job_variables=LIGHT_RUN)
         runs: list[str] = []
         body = {
             "deployments": {"id": {"any_": [deployment]}},
@@ -138,11 +125,13 @@ def test_runs_over_quota_wait_for_room(pool: Pool, api: httpx.Client) -> None:
         wait_until(lambda run=run: all(map(is_ending, list_pods(pool, run))), "its pod to end")  # type: ignore[misc]
 
 
-def test_runs_complete_and_crash_while_no_worker_exists(pool: Pool, api: httpx.Client) -> None:
+def test_runs_complete_crash_and_are_cancelled_while_no_worker_exists(pool: Pool, api: httpx.Client) -> None:
+    """The claim of a worker that died right after it is released: no Job exists."""
     deployment = deploy_victim(api, pool)
     ticking = create_deployment(api, pool, entrypoint="/probe/flow.py:ticking")
     completing, completing_pod = start_running(api, pool, ticking, times=600)
     killed, pod = start_running(api, pool, deployment, seconds=300)
+    unwanted, _ = start_running(api, pool, deployment, seconds=300)
     began = time.monotonic()
     with scaled_to_zero(pool, "worker"):
         gone = datetime.now(UTC)
@@ -151,8 +140,21 @@ def test_runs_complete_and_crash_while_no_worker_exists(pool: Pool, api: httpx.C
         assert_state_within(api, killed, "Crashed", died)
         assert_state_within(api, killed, "AwaitingRetry", died, 2 * DETECTION_SECONDS)
         due = start_run(api, deployment)
+        claimed = start_run(api, deployment)
+        api.post(f"/flow_runs/{claimed}/set_state", json={"state": {"type": "PENDING"}}).raise_for_status()
+        cancelled = datetime.now(UTC)
+        api.post(f"/flow_runs/{unwanted}/set_state", json={"state": {"type": "CANCELLING"}}).raise_for_status()
+        assert_state_within(api, unwanted, "Cancelled", cancelled, GRACE_SECONDS + DETECTION_SECONDS)
+        wait_until(lambda: all(map(is_ending, list_pods(pool, unwanted))), "its pod to end")
         assert wait_until_ended(api, completing)["state_type"] == "COMPLETED"
         assert datetime.fromisoformat(get_run(api, completing)["end_time"]) > gone
+
+        def is_released() -> bool:
+            # The server calls the run Late soon afterwards.
+            scheduled = [state for state in list_states(api, claimed) if state["type"] == "SCHEDULED"]
+            return any("No worker made a Job" in (state["message"] or "") for state in scheduled)
+
+        wait_until(is_released, "the claim to be released", 60 + 45 + DETECTION_SECONDS)
         time.sleep(max(0, WORKER_OUTAGE_SECONDS - (time.monotonic() - began)))
     back = datetime.now(UTC)
     for run in (killed, due):
@@ -161,33 +163,10 @@ def test_runs_complete_and_crash_while_no_worker_exists(pool: Pool, api: httpx.C
             datetime.fromisoformat(state["timestamp"]) for state in list_states(api, run) if state["type"] == "RUNNING"
         )
         assert_within("the run begins", back, begun, 2 * RECOVERY_SECONDS)
+    wait_until_completed(api, claimed)
     assert_completed_by_one_retry(api, killed)
-    assert get_run(api, due)["run_count"] == get_run(api, completing)["run_count"] == 1
-
-
-def test_cancelled_run_ends_without_a_worker(pool: Pool, api: httpx.Client) -> None:
-    run, _ = start_running(api, pool, deploy_victim(api, pool), seconds=300)
-    with scaled_to_zero(pool, "worker"):
-        began = datetime.now(UTC)
-        api.post(f"/flow_runs/{run}/set_state", json={"state": {"type": "CANCELLING"}}).raise_for_status()
-        assert_state_within(api, run, "Cancelled", began, GRACE_SECONDS + DETECTION_SECONDS)
-        wait_until(lambda: all(map(is_ending, list_pods(pool, run))), "its pod to end")
-
-
-def test_claim_of_a_dead_worker_is_released(pool: Pool, api: httpx.Client) -> None:
-    """The worker died right after its claim: no Job exists."""
-    with scaled_to_zero(pool, "worker"):
-        run = start_run(api, deploy_victim(api, pool))
-        pending = {"state": {"type": "PENDING"}}
-        api.post(f"/flow_runs/{run}/set_state", json=pending).raise_for_status()
-
-        def is_released() -> bool:
-            newest = get_run(api, run)["state"]
-            return newest["type"] == "SCHEDULED" and "No worker made a Job" in (newest["message"] or "")
-
-        wait_until(is_released, "the claim to be released", 60 + 45 + DETECTION_SECONDS)
-    wait_until_completed(api, run)
-    assert get_run(api, run)["run_count"] == 1
+    for run in (completing, due, claimed):
+        assert get_run(api, run)["run_count"] == 1
 
 
 def deploy_with_results(
