@@ -14,6 +14,7 @@ import yaml
 from orchestration.operations.local_cluster import binaries
 from orchestration.settings import ROOT
 from tests.cluster.namespace import Namespace
+from tests.e2e.light_runs import LIGHT_RUN
 from tests.e2e.release import Object, Pool, Release, copy_credentials, merge_values
 from tests.e2e.runs import create_deployment, get_run, start_run, wait_for_log, wait_until_ended
 from tests.parts import wait_until
@@ -148,7 +149,7 @@ def test_apply_keeps_the_number_of_replicas(away: Namespace, overlay: Path, api:
 
 def test_rolling_restart_under_a_burst_loses_no_run(pool: Pool, away: Namespace, api: httpx.Client) -> None:
     before = list_worker_pods(away)
-    runs = start_burst(api, create_deployment(api, pool), 6)
+    runs = start_burst(api, create_deployment(api, pool, job_variables=LIGHT_RUN), 6)
     away.kubectl("rollout", "restart", WORKER)
     away.kubectl("rollout", "status", WORKER, "--timeout=300s")
     assert_all_completed_once(api, runs)
@@ -160,7 +161,7 @@ def test_deleted_worker_submits_its_claimed_runs(pool: Pool, away: Namespace, ap
     # A terminating worker claims runs until it receives its signal.
     wait_until(lambda: len(list_worker_pods(away, terminating=True)) == 1, "one worker to be gone")
     [worker] = list_worker_pods(away)
-    runs = start_burst(api, create_deployment(api, pool), 8)
+    runs = start_burst(api, create_deployment(api, pool, job_variables=LIGHT_RUN), 8)
     command = (binaries.kubectl_program(), "--context", away.context, "-n", away.name, "logs", "--follow", worker)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as log:
         assert log.stdout
@@ -178,10 +179,9 @@ def test_deleted_overlay_leaves_nothing_and_claimed_runs_complete(
 ) -> None:
     """The run in progress completes, too. Unclaimed runs wait for the next worker."""
     away.kubectl("rollout", "status", WORKER, "--timeout=300s")
-    deployment = create_deployment(api, pool)
-    in_progress = start_run(api, deployment, parameters={"seconds": 20})
+    in_progress = start_run(api, create_deployment(api, pool), parameters={"seconds": 20})
     wait_until(lambda: get_run(api, in_progress)["state_type"] == "RUNNING", "the run to run", 300)
-    runs = start_burst(api, deployment, 6)
+    runs = start_burst(api, create_deployment(api, pool, job_variables=LIGHT_RUN), 6)
     away.kubectl("delete", "-k", str(overlay))
     wait_until(lambda: not away.kubectl("get", "all", "-l", WORKERS, "-o", "name"), "all of it to be gone")
     claimed = [run for run in runs if get_run(api, run)["state_type"] != "SCHEDULED"]

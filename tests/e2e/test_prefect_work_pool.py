@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from orchestration.errors import ClusterError
+from tests.e2e.light_runs import LIGHT_RUN
 from tests.e2e.release import SMALL_REQUESTS, Object, Pool, Release, merge_values
 from tests.e2e.runs import create_deployment, get_run, start_run, wait_for_log, wait_until_ended
 from tests.helm.rendering import environment
@@ -131,9 +132,9 @@ def test_minutely_schedule_starts_a_run_as_a_pod(pool: Pool, api: httpx.Client, 
 
 def test_ten_runs_complete_while_the_worker_is_replaced(pool: Pool, api: httpx.Client) -> None:
     """The deleted worker creates the Jobs of the runs that it has claimed. Its successor claims the other runs."""
-    deployment = create_deployment(api, pool)
+    deployment = create_deployment(api, pool, job_variables=LIGHT_RUN)
     [worker] = pool.pods("worker")
-    runs = [start_run(api, deployment, parameters={"text": str(number)}) for number in range(10)]
+    runs = [start_run(api, deployment) for _ in range(10)]
 
     def is_one_claimed() -> bool:
         return any(get_run(api, run)["state_type"] != "SCHEDULED" for run in runs)
@@ -163,8 +164,7 @@ def test_upgrade_changes_pool_and_template_and_rollback_restores_both(
     pool: Pool, values: Object, api: httpx.Client
 ) -> None:
     """The pool's new limit is kept. A running run completes in spite of upgrade and rollback."""
-    deployment = create_deployment(api, pool)
-    running = start_run(api, deployment, parameters={"seconds": 60})
+    running = start_run(api, create_deployment(api, pool), parameters={"seconds": 60})
     wait_until(lambda: get_run(api, running)["state_type"] == "RUNNING", "the run to run", 300)
     changed = copy.deepcopy(values)
     changed["pool"] |= {"concurrencyLimit": 3, "queues": [{"name": "urgent", "priority": 1, "concurrencyLimit": 1}]}
@@ -178,7 +178,8 @@ def test_upgrade_changes_pool_and_template_and_rollback_restores_both(
     queues = {queue["name"]: queue for queue in api.post(f"/work_pools/{pool.work_pool}/queues/filter", json={}).json()}
     assert queues["urgent"]["priority"] == 1
     assert queues["urgent"]["concurrency_limit"] == 1
-    runs = [start_run(api, deployment, parameters={"seconds": 2}) for _ in range(5)]
+    deployment = create_deployment(api, pool, job_variables=LIGHT_RUN)
+    runs = [start_run(api, deployment) for _ in range(5)]
     assert {wait_until_ended(api, run, 240)["state_type"] for run in runs} == {"COMPLETED"}
     assert _max_concurrent_runs(api, runs) <= 3
     assert (

@@ -14,6 +14,7 @@ from orchestration.errors import ClusterError
 from orchestration.prefect_api import Access
 from orchestration.settings import ROOT
 from tests.cluster.namespace import Namespace, restricted
+from tests.e2e.light_runs import LIGHT_RUN
 from tests.e2e.release import Object, Pool, Release, copy_credentials, merge_values
 from tests.e2e.runs import create_deployment, start_run, wait_for_log, wait_until_ended
 from tests.parts import wait_until
@@ -238,7 +239,7 @@ ATTACKS: dict[str, Callable[[Object], object]] = {
 
 
 def test_worker_token_cannot_create_a_changed_job(pool: Pool, api: httpx.Client) -> None:
-    run = start_run(api, create_deployment(api, pool))
+    run = start_run(api, create_deployment(api, pool, job_variables=LIGHT_RUN))
     assert wait_until_ended(api, run)["state_type"] == "COMPLETED"
     selector = f"prefect.io/flow-run-id={run}"
     [job] = json.loads(pool.runs_namespace.kubectl("get", "jobs", "-l", selector, "-o", "json"))["items"]
