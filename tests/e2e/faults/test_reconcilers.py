@@ -1,4 +1,7 @@
-"""Faults of the reconciler: killed, scaled to zero, two active at once, with a wrong clock."""
+"""Faults of the reconciler: killed, absent, two active at once, with a wrong clock, in order.
+
+The pool has no reconciler until the first test that uses the fixture `reconcilers`.
+"""
 
 import asyncio
 import base64
@@ -52,7 +55,7 @@ CLOCK_AHEAD = {"LD_PRELOAD": "/faketime/libfaketime.so.1", "FAKETIME": "+300"}
 @pytest.fixture(scope="module")
 def values(values: Object) -> Object:
     changed = copy.deepcopy(values)
-    changed["reconciler"]["replicas"] = 2
+    changed["reconciler"]["replicas"] = 0
     for component in (changed["runs"], changed["reconciler"]):
         pod = component.setdefault("pod", {})
         pod["volumes"] = [*pod.get("volumes", []), {"name": "faketime", "configMap": {"name": "faketime"}}]
@@ -73,6 +76,15 @@ def pool(server: Release, pool_namespace: Namespace, values: Object, probe: Obje
         }
     )
     return install_pool(server, pool_namespace, values, probe)
+
+
+@pytest.fixture(scope="module")
+def reconcilers(pool: Pool) -> str:
+    """Start two reconcilers, and return the name of their Deployment."""
+    name = f"deployment/{POOL_RELEASE}-reconciler"
+    pool.namespace.kubectl("scale", name, "--replicas=2")
+    pool.namespace.kubectl("rollout", "status", name, "--timeout=300s")
+    return name
 
 
 class _KilledError(BaseException):
@@ -126,7 +138,7 @@ def kubernetes(pool: Pool) -> Iterator[str]:
 
 
 def start_and_kill(pool: Pool, api: httpx.Client, number: int) -> list[str]:
-    """Start runs and kill their pods while no reconciler is active; return the runs."""
+    """Start runs and kill their pods while there is no reconciler; return the runs."""
     deployment = deploy_victim(api, pool)
     runs = [start_run(api, deployment, parameters={"seconds": 300}) for _ in range(number)]
     alive = set(runs)
@@ -163,9 +175,8 @@ def test_reconciler_killed_at_any_request_retries_each_run_once(pool: Pool, api:
             f"the runs are not retried after {deaths} deaths: {[list_states(api, run) for run in runs]}"
         )
 
-    with scaled_to_zero(pool, "reconciler"):
-        runs = start_and_kill(pool, api, 3)
-        deaths = asyncio.run(reconcile_until_done())
+    runs = start_and_kill(pool, api, 3)
+    deaths = asyncio.run(reconcile_until_done())
     assert deaths > 3
     for run in runs:
         assert_completed_by_one_retry(api, run)
@@ -186,9 +197,8 @@ def test_pod_death_between_two_rounds_is_handled_at_once(pool: Pool, api: httpx.
                 loop.cancel()
                 await asyncio.wait([loop])
 
-    with scaled_to_zero(pool, "reconciler"):
-        run, pod = start_running(api, pool, deploy_victim(api, pool), seconds=300)
-        asyncio.run(listen())
+    run, pod = start_running(api, pool, deploy_victim(api, pool), seconds=300)
+    asyncio.run(listen())
     assert_completed_by_one_retry(api, run)
 
 
@@ -202,13 +212,48 @@ def test_two_active_reconcilers_retry_each_run_once(pool: Pool, api: httpx.Clien
                 await asyncio.gather(one.round(), other.round())
                 await asyncio.sleep(0.5)
 
-    with scaled_to_zero(pool, "reconciler"):
-        runs = start_and_kill(pool, api, 3)
-        with scaled_to_zero(pool, "worker"):  # no retry starts before both reconcilers have decided
-            asyncio.run(run_both())
+    runs = start_and_kill(pool, api, 3)
+    with scaled_to_zero(pool, "worker"):  # no retry starts before both reconcilers have decided
+        asyncio.run(run_both())
     for run in runs:
         assert_completed_by_one_retry(api, run)
         assert get_run(api, run)["labels"]["reconciler.crashes"] == 1
+
+
+def test_faults_without_a_reconciler_are_handled_once_there_is_one(
+    pool: Pool, api: httpx.Client, request: pytest.FixtureRequest
+) -> None:
+    """Without a reconciler no run is retried or ended: the other fault tests observe the reconciler's work."""
+    deployment = deploy_victim(api, pool)
+    crashes = start_run(api, deployment, parameters={"killed": True})
+    stuck = start_run(api, deploy_victim(api, pool, job_variables={"image": "localhost:5000/absent:1"}))
+    dead, pod = start_running(api, pool, deployment, seconds=300)
+    kill_pod(pool, pod)
+    # On a busy node the force-deleted pod's process runs on for a while.
+    gone, pod = start_running(api, pool, deployment, seconds=300)
+    force_delete(pool.namespace, pod)
+    unwanted, _ = start_running(api, pool, deployment, seconds=300)
+    api.delete(f"/flow_runs/{unwanted}").raise_for_status()
+    time.sleep(15)
+    for run in (crashes, dead):
+        assert get_run(api, run)["state_type"] == "RUNNING", list_states(api, run)
+    # If the kubelet left its process the time, the supervisor itself reported the end, and the run was retried.
+    assert not find_state(api, gone, "Crashed")
+    assert "ImagePullBackOff" not in [state["name"] for state in list_states(api, stuck)]
+    [unwanted_pod] = list_pods(pool, unwanted)
+    assert not is_ending(unwanted_pod)
+    request.getfixturevalue("reconcilers")
+    for run in (crashes, dead, gone):
+        assert_completed_by_one_retry(api, run)
+    # By now the run has been pending for longer than its timeout.
+    given_up = wait_for_state(api, stuck, "Crashed", 120)["message"]
+    assert "absent:1" in given_up
+    assert "Given up after" in given_up
+    wait_until(
+        lambda: all(map(is_ending, list_pods(pool, unwanted))),
+        "the pod of a deleted run to be deleted",
+        DETECTION_SECONDS,
+    )
 
 
 def has_clock_ahead(pool: Pool, pod: str) -> bool:
@@ -217,6 +262,7 @@ def has_clock_ahead(pool: Pool, pod: str) -> bool:
     return 280 < float(shown) - time.time() < 320
 
 
+@pytest.mark.usefixtures("reconcilers")
 def test_run_with_a_clock_five_minutes_ahead_is_retried(pool: Pool, api: httpx.Client) -> None:
     run = start_run(api, deploy_victim(api, pool, job_variables={"env": CLOCK_AHEAD}), parameters={"seconds": 300})
     wait_for_state(api, run, "Running", 300)
@@ -230,12 +276,13 @@ def test_run_with_a_clock_five_minutes_ahead_is_retried(pool: Pool, api: httpx.C
     assert sum(state["name"] == "AwaitingRetry" for state in list_states(api, run)) == 1
 
 
-def test_reconciler_with_a_clock_five_minutes_ahead_retries_once(pool: Pool, api: httpx.Client) -> None:
-    deployed = f"deployment/{POOL_RELEASE}-reconciler"
+def test_reconciler_with_a_clock_five_minutes_ahead_retries_once(
+    pool: Pool, api: httpx.Client, reconcilers: str
+) -> None:
     settings = [f"{name}={value}" for name, value in CLOCK_AHEAD.items()]
-    pool.namespace.kubectl("set", "env", deployed, *settings)
+    pool.namespace.kubectl("set", "env", reconcilers, *settings)
     try:
-        pool.namespace.kubectl("rollout", "status", deployed, "--timeout=300s")
+        pool.namespace.kubectl("rollout", "status", reconcilers, "--timeout=300s")
         for reconciler_pod in pool.pods("reconciler"):
             assert has_clock_ahead(pool, reconciler_pod["metadata"]["name"])
         run, pod = start_running(api, pool, deploy_victim(api, pool), seconds=300)
@@ -247,10 +294,11 @@ def test_reconciler_with_a_clock_five_minutes_ahead_retries_once(pool: Pool, api
         assert abs(due - datetime.fromisoformat(again["timestamp"])) < timedelta(seconds=DETECTION_SECONDS)
         assert not [state for state in listed if "No worker made a Job" in (state["message"] or "")]
     finally:
-        pool.namespace.kubectl("set", "env", deployed, *(f"{name}-" for name in CLOCK_AHEAD))
-        pool.namespace.kubectl("rollout", "status", deployed, "--timeout=300s")
+        pool.namespace.kubectl("set", "env", reconcilers, *(f"{name}-" for name in CLOCK_AHEAD))
+        pool.namespace.kubectl("rollout", "status", reconcilers, "--timeout=300s")
 
 
+@pytest.mark.usefixtures("reconcilers")
 def test_killed_leader_is_replaced(pool: Pool, api: httpx.Client) -> None:
     names = [pod["metadata"]["name"] for pod in pool.pods("reconciler")]
     old_leader: str = wait_until(lambda: (found := leader_pod(pool)) in names and found, "a leader")
@@ -260,38 +308,3 @@ def test_killed_leader_is_replaced(pool: Pool, api: httpx.Client) -> None:
     wait_for_state(api, run, "Crashed", 45 + DETECTION_SECONDS)
     assert_completed_by_one_retry(api, run)
     assert leader_pod(pool) != old_leader
-
-
-def test_reconciler_at_zero_replicas_handles_faults_once_it_is_back(pool: Pool, api: httpx.Client) -> None:
-    """Without a reconciler no run is retried or ended: the other fault tests observe the reconciler's work."""
-    deployment = deploy_victim(api, pool)
-    with scaled_to_zero(pool, "reconciler"):
-        crashes = start_run(api, deployment, parameters={"killed": True})
-        stuck = start_run(api, deploy_victim(api, pool, job_variables={"image": "localhost:5000/absent:1"}))
-        dead, pod = start_running(api, pool, deployment, seconds=300)
-        kill_pod(pool, pod)
-        # On a busy node the force-deleted pod's process runs on for a while.
-        gone, pod = start_running(api, pool, deployment, seconds=300)
-        force_delete(pool.namespace, pod)
-        unwanted, _ = start_running(api, pool, deployment, seconds=300)
-        api.delete(f"/flow_runs/{unwanted}").raise_for_status()
-        time.sleep(15)
-        for run in (crashes, dead):
-            assert get_run(api, run)["state_type"] == "RUNNING", list_states(api, run)
-        # If the kubelet left its process the time, the supervisor itself reported the end, and the run was retried.
-        assert not find_state(api, gone, "Crashed")
-        assert "ImagePullBackOff" not in [state["name"] for state in list_states(api, stuck)]
-        [unwanted_pod] = list_pods(pool, unwanted)
-        assert not is_ending(unwanted_pod)
-    # The reconciler that is back finds what happened during its outage.
-    for run in (crashes, dead, gone):
-        assert_completed_by_one_retry(api, run)
-    # By now the run has been pending for longer than its timeout.
-    given_up = wait_for_state(api, stuck, "Crashed", 120)["message"]
-    assert "absent:1" in given_up
-    assert "Given up after" in given_up
-    wait_until(
-        lambda: all(map(is_ending, list_pods(pool, unwanted))),
-        "the pod of a deleted run to be deleted",
-        DETECTION_SECONDS,
-    )
