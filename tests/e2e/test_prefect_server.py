@@ -107,8 +107,9 @@ def test_upgrade_and_rollback_keep_passwords_and_data(server: Release, values: O
     with server.api() as api:
         pool = f"pool-{uuid4().hex[:6]}"
         assert api.post("/work_pools/", json={"name": pool, "type": "kubernetes"}).status_code == 201
-    changed = copy.deepcopy(values) | {"settings": {"PREFECT_SERVER_API_DEFAULT_LIMIT": 123}}
-    changed["api"]["replicas"] = 2
+    changed = copy.deepcopy(values)
+    # Not the settings of all components: the services would be replaced, too.
+    changed["api"] |= {"replicas": 2, "settings": {"PREFECT_SERVER_API_DEFAULT_LIMIT": 123}}
     revision = server.revision()
     server.deploy(changed)
     assert [server.secret(f"{SERVER_RELEASE}-{name}", key) for name, key in secrets] == before
@@ -188,6 +189,15 @@ def test_missing_secret_is_refused_before_anything_is_changed(server: Release, v
     assert server.helm("history", SERVER_RELEASE, "-o", "json") == revisions
 
 
+EXTERNAL_DATABASE: Object = {
+    "database": {"bundled": {"enabled": False}, "external": {"existingSecret": "db"}},
+    "redis": {"bundled": {"enabled": False}},
+    "services": {"separate": False},
+    "backup": {"enabled": False},
+}
+"""Values of a server with an external database, in as few pods as possible."""
+
+
 def test_wrong_password_of_an_external_database_is_reported(
     namespace: Namespace, server: Release, values: Object
 ) -> None:
@@ -196,7 +206,6 @@ def test_wrong_password_of_an_external_database_is_reported(
     secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "db"}, "data": {"connection-url": encoded}}
     namespace.apply(secret)
     release = Release("prefect-server", "other", namespace)
-    external = {"database": {"bundled": {"enabled": False}, "external": {"existingSecret": "db"}}}
 
     def read_log() -> str:
         try:
@@ -205,7 +214,7 @@ def test_wrong_password_of_an_external_database_is_reported(
             return ""
 
     with server.namespace.without("networkpolicy", f"{SERVER_RELEASE}-database"):
-        release.deploy(copy.deepcopy(values) | external, wait=False)
+        release.deploy(copy.deepcopy(values) | EXTERNAL_DATABASE, wait=False)
         log = wait_until(lambda: "cannot be used" in (text := read_log()) and text, "the reason", 300)
         last = log.strip().splitlines()[-1]
         assert 'password authentication failed for user "prefect"' in last
@@ -229,8 +238,7 @@ def test_unreachable_database_is_named(namespace: Namespace, values: Object) -> 
         {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "db"}, "stringData": {"connection-url": url}}
     )
     release = Release("prefect-server", "other", namespace)
-    database = {"bundled": {"enabled": False}, "external": {"existingSecret": "db"}}
-    release.deploy(copy.deepcopy(values) | {"database": database}, wait=False)
+    release.deploy(copy.deepcopy(values) | EXTERNAL_DATABASE, wait=False)
     environment = Environment("test", namespace.context, namespace.name)
 
     def find_waiting_lines() -> list[str]:
