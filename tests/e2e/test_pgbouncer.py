@@ -19,6 +19,7 @@ import pytest
 from orchestration.errors import ClusterError
 from orchestration.operations.local_cluster.certificates import Authority
 from tests.cluster.namespace import restricted
+from tests.e2e.pace import ROUND_SECONDS
 from tests.e2e.release import Object, Pool, Release, install_pool, merge_values, pool_values, server_values
 from tests.e2e.runs import create_deployment, start_run, wait_until_ended
 from tests.parts import wait_until
@@ -64,9 +65,9 @@ def server(cluster: str, image: str, certificates: Path) -> Iterator[Release]:
 
 @pytest.fixture(scope="module")
 def values_of_pool(image: str) -> Object:
-    return merge_values(
-        pool_values(image), {"api": {"url": f"https://{RELEASE}-api:4200/api", "tls": {"caSecret": "ca"}}}
-    )
+    paced = {"reconciler": {"everySeconds": ROUND_SECONDS}, "drift": {"everySeconds": 60}}
+    api = {"url": f"https://{RELEASE}-api:4200/api", "tls": {"caSecret": "ca"}}
+    return merge_values(pool_values(image), paced | {"api": api})
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +209,7 @@ def test_rolling_update_of_pgbouncer_breaks_no_request(server: Release, api: htt
         failed = []
         while not waiting.done() or server.pods("pgbouncer", terminating=True) != server.pods("pgbouncer"):
             failed += await _make_runs(api, certificates, CLIENTS)
+            await asyncio.sleep(1)  # else the requests take a processor until the end of the rollout
         await waiting
         return failed
 
