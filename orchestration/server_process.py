@@ -9,19 +9,18 @@ that it could never read again, and has clients wait whose requests fail while m
 
 import gc
 import os
-import ssl
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from orchestration import block_encryption, pgbouncer
 from orchestration.access.control import Application
 from orchestration.access.limits import RequestLimits
-from orchestration.errors import PipelineError, SettingsError, sentence
+from orchestration.api_tls import use_certificate
+from orchestration.errors import PipelineError, sentence
 from orchestration.maintenance import MaintenanceAnswers
 from orchestration.prefect_compat.server_internals import (
     limit_claims,
     repeat_block_registration,
-    serve_https,
     wrap_server_api,
 )
 from orchestration.services import retention
@@ -32,9 +31,6 @@ GARBAGE_THRESHOLDS = (50_000, 20, 100)
 
 Python's 2,000 or less make it search the growing modules during the imports, an eighth of the start's processor time.
 """
-
-
-CERTIFICATE_VARIABLE, KEY_VARIABLE = "API_TLS_CERTIFICATE", "API_TLS_KEY"
 
 
 def start_server(arguments: Sequence[str], protect: Callable[[Application], Application] | None = None) -> int:
@@ -70,25 +66,6 @@ def start_server(arguments: Sequence[str], protect: Callable[[Application], Appl
         print(sentence(error), file=sys.stderr)
         return 1
     return 0
-
-
-def use_certificate(environment: Mapping[str, str]) -> None:
-    """Have the API serve HTTPS if the variables name a certificate and its key.
-
-    Raises:
-        SettingsError: only one of the variables is set, or the files are no certificate and its key.
-    """
-    certificate, key = environment.get(CERTIFICATE_VARIABLE, ""), environment.get(KEY_VARIABLE, "")
-    if not certificate and not key:
-        return
-    try:
-        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
-    except OSError as error:  # ssl.SSLError is one
-        raise SettingsError(
-            f"The API cannot serve HTTPS with {CERTIFICATE_VARIABLE}={certificate} and {KEY_VARIABLE}={key}: "
-            f"{error.strerror or error}. Check that the Secret has a certificate and its key in PEM"
-        ) from None
-    serve_https(certificate, key)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import httpx
 
+from orchestration.api_tls import CERTIFICATE_VARIABLE
 from orchestration.errors import ClusterError
 from orchestration.operations.environment import SERVER, Environment, Object
 from orchestration.prefect_api import Access
-from orchestration.server_process import CERTIFICATE_VARIABLE
 
 AUTH_SECRET = f"{SERVER}-auth"
 API_TIMEOUT_SECONDS = 30.0

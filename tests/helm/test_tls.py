@@ -7,8 +7,8 @@ import pytest
 import yaml
 from jsonschema import ValidationError
 
+from orchestration.api_tls import CERTIFICATE_VARIABLE, KEY_VARIABLE
 from orchestration.operations.local_cluster import binaries
-from orchestration.server_process import CERTIFICATE_VARIABLE, KEY_VARIABLE
 from tests.helm import test_prefect_server, test_prefect_work_pool
 from tests.helm.rendering import Object, assert_restricted, check_custom, environment, inventory, one, pod_specs, render
 from tests.helm.test_prefect_server import TLS

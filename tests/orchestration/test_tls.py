@@ -18,6 +18,7 @@ from prefect.client.orchestration import get_client
 from prefect.events.clients import PrefectEventSubscriber
 from prefect.settings import PREFECT_API_SSL_CERT_FILE, PREFECT_API_URL, temporary_settings
 
+from orchestration.api_tls import CERTIFICATE_VARIABLE, KEY_VARIABLE, use_certificate
 from orchestration.errors import ApiError, SettingsError
 from orchestration.operations import sync_dry_run
 from orchestration.operations.environment import SERVER, Environment
@@ -26,7 +27,6 @@ from orchestration.operations.port_forward import ca_file
 from orchestration.operations.rotation.api_credentials import PROBE
 from orchestration.prefect_api import connected
 from orchestration.runs.run_client import RunClient
-from orchestration.server_process import CERTIFICATE_VARIABLE, KEY_VARIABLE, use_certificate
 from orchestration.settings import ROOT
 from tests.helm.rendering import Object, one, render
 from tests.parts import free_port, migrated_database, served

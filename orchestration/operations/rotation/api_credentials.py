@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from uuid import UUID, uuid4
 
 from orchestration.access.credentials import AUTH_VARIABLE, NEXT_SUFFIX, PREVIOUS_SUFFIX, RUN_KEY_FILE, sign_run
+from orchestration.api_tls import KEY_VARIABLE
 from orchestration.errors import ClusterError
 from orchestration.operations import namespace_of_runs
 from orchestration.operations.environment import SERVER, Environment, Object
@@ -26,7 +27,6 @@ from orchestration.operations.rotation.rotation import (
     require_generated,
 )
 from orchestration.protocol import RUN_LABEL
-from orchestration.server_process import KEY_VARIABLE
 
 ROLES = ("worker", "reconciler", "sync", "viewer")
 """The roles whose credentials the chart generates, each with a user of the role's name."""
