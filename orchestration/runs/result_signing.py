@@ -32,7 +32,8 @@ class UntrustedResultError(PipelineError, ValueError):
 def read_master_keys(file: Path) -> list[bytes]:
     """Return the master key of a release, then the former ones whose results are still loaded.
 
-    A file of ASCII text has one key in each line. Any other file is one key.
+    A file of ASCII text has one key in each line. Any other file is one key. The text of several lines is a former key,
+    too, as older releases took it as one.
 
     Returns:
         The keys; none if the file is absent.
@@ -48,15 +49,15 @@ def read_master_keys(file: Path) -> list[bytes]:
         raise SettingsError(
             f"{file} cannot be read: {error.strerror}. Pass the file with the key of the release's Secret"
         ) from None
-    lines = content.splitlines() if content.isascii() else []
-    keys = [line for line in lines if line.strip()] or [content]
-    for key in keys:
+    lines = [line.strip() for line in content.splitlines() if line.strip()] if content.isascii() else []
+    keys = lines or [content]
+    for number, key in enumerate(keys, 1):
         if len(key) < MASTER_KEY_BYTES:
             raise SettingsError(
-                f"{file} has a key of {len(key)} bytes: it needs {MASTER_KEY_BYTES} or more. "
+                f"Key {number} of {file} has {len(key)} bytes: each line is a key of {MASTER_KEY_BYTES} or more. "
                 "Put the output of `openssl rand -hex 32` into the Secret"
             )
-    return keys
+    return [*keys, content] if len(keys) > 1 else keys
 
 
 def derive_key(master: bytes, scope: str) -> str:

@@ -514,12 +514,10 @@ class Worker(CompatibleWorker):
         of_signing = (SIGNING_KEY_VARIABLE, FORMER_SIGNING_KEYS_VARIABLE)
         environment[:] = [entry for entry in environment if entry["name"] not in of_signing]
         scope = self._signing_scopes.get(flow_run.id, f"flow-run/{flow_run.id}")
-        keys = [derive_key(master, scope) for master in self._signing_keys]
-        environment += [
-            {"name": name, "value": " ".join(given)}
-            for name, given in zip(of_signing, (keys[:1], keys[1:]), strict=True)
-            if given
-        ]
+        if keys := [derive_key(master, scope) for master in self._signing_keys]:
+            # Also without former keys: the entry overrides a variable of that name in the image or in runs.envFrom.
+            values = (keys[0], " ".join(keys[1:]))
+            environment += [{"name": name, "value": value} for name, value in zip(of_signing, values, strict=True)]
         if claim := self._claims.get(flow_run.id):
             _name_after_claim(manifest["metadata"], claim)
         async with asyncio.timeout(remaining):

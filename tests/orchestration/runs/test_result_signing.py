@@ -112,15 +112,19 @@ def test_master_key_is_read_from_the_secrets_file(tmp_path: Path) -> None:
     phrase, binary = b"a key that a person has made, of some words", bytes(range(256))
     for content, keys in (
         (MASTER + b"\n", [MASTER]),
-        (MASTER[::-1] + b"\r\n\n" + MASTER + b"\n", [MASTER[::-1], MASTER]),
+        (MASTER[::-1] + b" \n" + MASTER + b"\n", [MASTER[::-1], MASTER, MASTER[::-1] + b" \n" + MASTER]),
         (phrase, [phrase]),
         (binary, [binary.strip()]),
     ):
         file.write_bytes(content)
         assert read_master_keys(file) == keys
-    for content, length in ((MASTER[:31], 31), (MASTER + b"\n" + MASTER[:31], 31), (b"", 0)):
+    for content, message in (
+        (MASTER[:31], "Key 1 of .* has 31 bytes"),
+        (MASTER + b"\n" + MASTER[:31], "Key 2 of .* has 31 bytes"),
+        (b"", "Key 1 of .* has 0 bytes"),
+    ):
         file.write_bytes(content)
-        with pytest.raises(SettingsError, match=rf"key of {length} bytes.*openssl rand"):
+        with pytest.raises(SettingsError, match=rf"{message}.*openssl rand"):
             read_master_keys(file)
     with pytest.raises(SettingsError, match="cannot be read"):
         read_master_keys(tmp_path)

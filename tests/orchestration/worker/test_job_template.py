@@ -261,7 +261,10 @@ def test_job_variable_does_not_choose_the_signing_key(template: dict[str, Any]) 
     chosen = {"env": {SIGNING_KEY_VARIABLE: "00" * 32, FORMER_SIGNING_KEYS_VARIABLE: "00" * 32}}
     [manifest], run = asyncio.run(_submit(template, chosen, MASTER, trusted=False))
     key = derive_key(MASTER, f"flow-run/{run.id}")
-    assert _signing_keys(manifest) == [{"name": SIGNING_KEY_VARIABLE, "value": key}]
+    assert _signing_keys(manifest) == [
+        {"name": SIGNING_KEY_VARIABLE, "value": key},
+        {"name": FORMER_SIGNING_KEYS_VARIABLE, "value": ""},
+    ]
     [manifest], _ = asyncio.run(_submit(template, chosen, trusted=False))
     assert _signing_keys(manifest) == []
 
@@ -274,7 +277,10 @@ def test_run_with_an_environment_of_its_own_has_no_key_of_its_deployment(
     variables = {"env": {"PYTHONPATH": "/results"}}
     [manifest], run = asyncio.run(_submit(template, variables, MASTER, deployed=deployed))
     key = derive_key(MASTER, f"flow-run/{run.id}")
-    assert _signing_keys(manifest) == [{"name": SIGNING_KEY_VARIABLE, "value": key}]
+    assert _signing_keys(manifest) == [
+        {"name": SIGNING_KEY_VARIABLE, "value": key},
+        {"name": FORMER_SIGNING_KEYS_VARIABLE, "value": ""},
+    ]
 
 
 @pytest.mark.parametrize(
