@@ -20,7 +20,7 @@ _BLOCK_KEY = "ENCRYPTION_KEY"
 """The entry of the server's configuration table that has the key of the blocks."""
 
 REGISTRATIONS = 10
-"""How often a server tries to register block types. Each of its failures is a block type of another server."""
+"""How often a server tries to register block types: it fails when another server has just inserted the same one."""
 
 
 def _check_version() -> None:
@@ -209,7 +209,7 @@ def serve_https(certificate: str, key: str) -> None:
 
 
 def repeat_block_registration() -> None:
-    """Have a server whose registration of Prefect's block types fails at its start repeat the registration.
+    """Repeat the registration of Prefect's block types when another server registers them at the same time.
 
     Replaces: `run_block_auto_registration` of `prefect.server.models.block_registration`
     Why: on an empty database two servers that start at once insert the same block types, and one of the two would end
@@ -294,7 +294,7 @@ def limit_claims() -> None:
     from prefect.server.orchestration.core_policy import CoreFlowPolicy
     from prefect.server.orchestration.rules import FlowRunOrchestrationRule, OrchestrationContext
     from prefect.server.schemas.states import StateType
-    from sqlalchemy import func, select
+    from sqlalchemy import func, or_, select
 
     class LimitClaims(FlowRunOrchestrationRule):
         FROM_STATES = {StateType.SCHEDULED}  # noqa: RUF012 - the name is Prefect's
@@ -314,21 +314,32 @@ def limit_claims() -> None:
             pool_id, pool_limit, queue_limit = (await session.execute(limits)).one_or_none() or (None, None, None)
             if pool_limit is None and queue_limit is None:
                 return
-            if session.get_bind().dialect.name == "postgresql":
-                # Until the end of the transaction. On SQLite one process at a time writes.
-                key = f"prefect-orchestration: work pool {pool_id}"
-                await session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(key, 0))))
             counts = (
                 select(run.work_queue_id, func.count())
                 .where(run.work_queue_id == queue.id, queue.work_pool_id == pool_id)
+                # As in a poll, runs of a paused queue take no slots of the pool.
+                .where(or_(queue.is_paused.is_(False), queue.id == queue_id))
                 .where(run.state_type.in_([StateType.PENDING, StateType.RUNNING]))
                 .group_by(run.work_queue_id)
             )
-            taken: dict[Any, int] = dict((await session.execute(counts)).all())
-            if pool_limit is not None and sum(taken.values()) >= pool_limit:
-                await self.abort_transition(f"All {pool_limit} slots of the work pool are taken")
-            elif queue_limit is not None and taken.get(queue_id, 0) >= queue_limit:
-                await self.abort_transition(f"All {queue_limit} slots of the work queue are taken")
+
+            async def find_full() -> str:
+                taken: dict[Any, int] = dict((await session.execute(counts)).all())
+                if pool_limit is not None and sum(taken.values()) >= pool_limit:
+                    return f"All {pool_limit} slots of the work pool are taken"
+                if queue_limit is not None and taken.get(queue_id, 0) >= queue_limit:
+                    return f"All {queue_limit} slots of the work queue are taken"
+                return ""
+
+            # A claim that waits for its turn holds a connection, so that one that must fail does not wait.
+            full = await find_full()
+            if not full and session.get_bind().dialect.name == "postgresql":
+                # Until the end of the transaction. On SQLite one process at a time writes.
+                key = f"prefect-orchestration: work pool {pool_id}"
+                await session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(key, 0))))
+                full = await find_full()
+            if full:
+                await self.abort_transition(full)
 
     _prepend(CoreFlowPolicy, LimitClaims)
 

@@ -32,19 +32,23 @@ from orchestration.prefect_compat.server_internals import database_interface, li
 limit_claims()
 from prefect.server import models
 from prefect.server.orchestration.core_policy import CoreFlowPolicy
-from prefect.server.schemas.actions import WorkPoolCreate, WorkQueueCreate
+from prefect.server.schemas.actions import WorkPoolCreate, WorkQueueCreate, WorkQueueUpdate
 from prefect.server.schemas.core import Flow, FlowRun
 from prefect.server.schemas.states import Completed, Pending, Scheduled
 db = database_interface()
 
-async def create(session, pool_limit, queue_limit):
+async def create(session, pool_limit, queue_limits, runs):
     flow = await models.flows.create_flow(session, Flow(name="a"))
-    pool = WorkPoolCreate(name=f"limit {pool_limit}", concurrency_limit=pool_limit)
+    pool = WorkPoolCreate(name=f"limits {pool_limit} {queue_limits}", concurrency_limit=pool_limit)
     pool = await models.workers.create_work_pool(session, pool)
-    queue = WorkQueueCreate(name="a", concurrency_limit=queue_limit)
-    queue = await models.workers.create_work_queue(session, pool.id, queue)
-    runs = [FlowRun(flow_id=flow.id, work_queue_id=queue.id, state=Scheduled()) for _ in range(8)]
-    return [(await models.flow_runs.create_flow_run(session, run)).id for run in runs]
+    found = []
+    for name, limit in zip("ab", queue_limits):
+        queue = WorkQueueCreate(name=name, concurrency_limit=limit)
+        queue = await models.workers.create_work_queue(session, pool.id, queue)
+        for _ in range(runs):
+            run = FlowRun(flow_id=flow.id, work_queue_id=queue.id, state=Scheduled())
+            found.append((await models.flow_runs.create_flow_run(session, run)).id)
+    return queue.id, found
 
 async def propose(run, state):
     async with db.session_context(begin_transaction=True) as session:
@@ -53,15 +57,24 @@ async def propose(run, state):
 
 async def claim(pool_limit, queue_limit):
     async with db.session_context(begin_transaction=True) as session:
-        runs = await create(session, pool_limit, queue_limit)
+        _, runs = await create(session, pool_limit, [queue_limit], 8)
     statuses = await asyncio.gather(*(propose(run, Pending()) for run in runs))
     await propose(runs[statuses.index("ACCEPT")], Completed())
     again = [await propose(run, Pending()) for run, status in zip(runs, statuses) if status != "ACCEPT"]
     print(statuses.count("ACCEPT"), statuses.count("ABORT"), again.count("ACCEPT"))
 
+async def claim_next_to_a_paused_queue():
+    async with db.session_context(begin_transaction=True) as session:
+        queue, (waiting, full) = await create(session, 1, [None, None], 1)
+    print(await propose(full, Pending()), await propose(waiting, Pending()))
+    async with db.session_context(begin_transaction=True) as session:
+        await models.workers.update_work_queue(session, queue, WorkQueueUpdate(is_paused=True))
+    print(await propose(waiting, Pending()))
+
 async def main():
     for limits in ((3, None), (5, 3), (None, None)):
         await claim(*limits)
+    await claim_next_to_a_paused_queue()
 
 asyncio.run(main())
 """
@@ -99,7 +112,12 @@ def test_servers_that_start_at_once_register_all_block_types(database: str) -> N
 
 
 def test_claims_at_once_do_not_exceed_the_limit_of_pool_or_queue(database: str) -> None:
-    """A poll during the claims of another worker returns other runs for the same slots."""
-    limit_of_pool, limit_of_queue, no_limit = _execute(database, "-c", CLAIM).splitlines()
+    """A poll during the claims of another worker returns other runs for the same slots.
+
+    As in a poll, runs of a paused queue take no slots of the pool.
+    """
+    limit_of_pool, limit_of_queue, no_limit, not_paused, paused = _execute(database, "-c", CLAIM).splitlines()
     assert limit_of_pool == limit_of_queue == "3 5 1", "a run that has ended has left its slot to one other run"
     assert no_limit == "8 0 0"
+    assert not_paused == "ACCEPT ABORT"
+    assert paused == "ACCEPT"
