@@ -524,10 +524,7 @@ def _measured(
 
     picture = REFERENCE.parent / "images" / PICTURES[results]
     if not (results.exists() and picture.exists()):
-        return (
-            f"This release has no figures of an idle machine. `make {target}` records them there, `make picture`\n"
-            "draws them, and `make docs` writes picture and table here.\n"
-        )
+        return f"No figures yet: `make {target}` records them on an idle machine.\n"
     found = json.loads(results.read_text())
     folder = "images" if target == "bench-upgrade" else "../images"
     origin = f"Measured by `make {target}` on {found['date']}, commit {found['commit']}, n = 1: {found['machine']}."

@@ -100,7 +100,7 @@ def _read_folder(folder: Path) -> _Content:
     roles = {role.value: role for role in Role if role is not Role.RUN}
     try:
         # `run-key` sorts before `run-key.next` and `run-key.previous`: the first key signs.
-        # The kubelet keeps its own entries in the folder, whose names start with two dots.
+        # The kubelet's entries start with two dots, ended credentials with one (`RotatedSecret.hide_previous`).
         for file in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
             lines = [(number, line) for number, line in enumerate(file.read_text().splitlines(), 1) if line.strip()]
             name = file.name.removesuffix(NEXT_SUFFIX).removesuffix(PREVIOUS_SUFFIX)

@@ -18,7 +18,8 @@ UNRECORDED_SECONDS = 2.0
 """How long a task run that the server does not have yet is not looked up again for the run that has named it.
 
 The server creates task runs from their events, and may do so seconds later. The first events of a task run follow each
-other within milliseconds. Whoever may send one of them may send the others.
+other within milliseconds. Within this time a run that knows the id of another run's task run may send events about it,
+as it may before the server has recorded the task run.
 """
 
 MAX_SUBFLOW_DEPTH = 50
@@ -194,7 +195,7 @@ class Ownership:
 
 
 def _remember(cache: dict[UUID, Any], key: UUID, value: Any) -> None:
-    if len(cache) >= MAX_REMEMBERED_OBJECTS:
+    if key not in cache and len(cache) >= MAX_REMEMBERED_OBJECTS:
         cache.pop(next(iter(cache)))
     cache[key] = value
 

@@ -352,6 +352,7 @@ async def measure_live(target: Target, options: argparse.Namespace, report: Repo
     _, deployments = await prepare(runs)
     turns = asyncio.Semaphore(CONCURRENT_CREATIONS)
     reporting: dict[str, LiveRun] = {}
+    ready: set[int] = set()
     starts = asyncio.Event()
     end = math.inf
 
@@ -363,6 +364,7 @@ async def measure_live(target: Target, options: argparse.Namespace, report: Repo
                     if not await runs.claim(worker, run):
                         raise RunError(f"The claim of run {run} was refused")
                     reporting[run] = await stack.enter_async_context(runs.live(run))
+                ready.add(number)
                 await starts.wait()
                 due = time.monotonic() + random.uniform(0, options.report_seconds)  # noqa: S311
                 while due < end:
@@ -370,13 +372,14 @@ async def measure_live(target: Target, options: argparse.Namespace, report: Repo
                     await reporting[run].report()
                     due += options.report_seconds
         except RunError as error:
+            ready.add(number)
             recorder.failed.append(str(error))
             print(f"A run failed: {error}", file=sys.stderr)
 
     async with runs.operator() as operator, runs.worker() as worker:
         lives = [asyncio.create_task(live(number)) for number in range(options.live)]
         try:
-            while len(reporting) + sum(task.done() for task in lives) < options.live:
+            while len(ready) < options.live:
                 await asyncio.sleep(0.5)
             recorder.requests.clear()
             end = time.monotonic() + options.report_seconds + options.live_seconds
