@@ -99,7 +99,7 @@ Tests on the cluster mostly wait. The files that are not listed follow, and use 
 
 
 SERVERS_OF_SESSION = {"prefect_server", "guarded"}
-"""Fixtures of the session that are a Prefect server."""
+"""Fixtures of the session that are a Prefect server. Add each new one: others are stopped while a file uses them."""
 
 
 class _InGroups(LoadFileScheduling):  # type: ignore[misc] # xdist has no types

@@ -348,9 +348,9 @@ SERVERS: "list[subprocess.Popen[bytes] | Fork]" = []
 def stopped_servers() -> Iterator[None]:
     """Stop the servers that run now while the block lasts. An idle server takes 1.3 % of a processor."""
     servers = list(SERVERS)
-    for server in servers:
-        server.send_signal(signal.SIGSTOP)
     try:
+        for server in servers:
+            server.send_signal(signal.SIGSTOP)
         yield
     finally:
         for server in servers:

@@ -172,7 +172,7 @@ class Report:
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         whole = session.config.args in (["tests"], [str(session.config.rootpath)]) and not session.config.option.keyword
         # A run that builds a program for the cache is not held to the budget: a build costs as much as many tests.
-        if exitstatus == 0 and whole and _cached() == self.cached:
+        if exitstatus == 0 and whole and self.loops and _cached() == self.cached:
             self.over = over_budget(self.processor, statistics.median(self.loops), tomllib.loads(BUDGET.read_text()))
             if self.over:
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -20,8 +20,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
-LENGTH_BYTES = 8
-"""Size of the length that precedes a request."""
+LENGTH_BYTES, PID_BYTES = 8, 4
+"""Size of the length that precedes a request, and of the process id that a fork writes first."""
 
 
 class Fork:
@@ -46,7 +46,8 @@ class Fork:
         if self.returncode is None:
             if not select.select([self._status], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0)
-            written = os.read(self._status, 1)
+            # To its end, as the process closes its files after it has written.
+            written = b"".join(iter(lambda: os.read(self._status, 1), b""))
             os.close(self._status)
             self.returncode = written[0] if written else -1
         return self.returncode
@@ -56,7 +57,8 @@ class Fork:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.wait(0)
         if self.returncode is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def terminate(self) -> None:
         """Send SIGTERM."""
@@ -68,9 +70,10 @@ class Fork:
 
 
 def can_fork(python: str | Path, environment: Mapping[str, str]) -> bool:
-    """Return whether a fork equals a new process: the import of the server reads the intervals of its services."""
-    read = {name for name in {*os.environ, *environment} if name.endswith("_LOOP_SECONDS") or name == "PYTHONPATH"}
-    return str(python) == sys.executable and all(os.environ.get(name) == environment.get(name) for name in read)
+    """Return whether a fork equals a new process: the import of the server reads some of its settings."""
+    is_read_at_import = any(name.endswith(("_LOOP_SECONDS", "_CACHE_TTL")) for name in environment)
+    has_same_path = environment.get("PYTHONPATH") == os.environ.get("PYTHONPATH")
+    return str(python) == sys.executable and has_same_path and not is_read_at_import
 
 
 @functools.cache
@@ -78,11 +81,13 @@ def _forking() -> socket.socket:
     """Start the process that forks, and return the socket to ask it."""
     own, other = socket.socketpair()
     command = [sys.executable, "-P", __file__, str(other.fileno())]
-    # zoneinfo reads the variable at its import.
-    process = subprocess.Popen(command, pass_fds=[other.fileno()], env=os.environ | {"PYTHONTZPATH": ""})
+    # Without the settings of the test that happens to be the first. zoneinfo reads its variable at its import.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_SERVER_")}
+    process = subprocess.Popen(command, pass_fds=[other.fileno()], env=environment | {"PYTHONTZPATH": ""})
     other.close()
 
     def end() -> None:
+        own.shutdown(socket.SHUT_RDWR)
         own.close()
         process.wait()
 
@@ -105,7 +110,9 @@ def start(arguments: list[str], environment: Mapping[str, str], folder: Path, ou
     socket.send_fds(asked, [len(request).to_bytes(LENGTH_BYTES, "big")], [output, held])
     os.close(held)
     asked.sendall(request)
-    return Fork(int.from_bytes(_received(asked, LENGTH_BYTES), "big"), status)
+    if not (pid := os.read(status, PID_BYTES)):
+        raise RuntimeError("The process that forks Prefect servers has ended. Its traceback is on stderr")
+    return Fork(int.from_bytes(pid, "big"), status)
 
 
 def _received(source: socket.socket, size: int) -> bytes:
@@ -143,34 +150,45 @@ def _serve(asked: socket.socket) -> None:
         if not length:
             return
         arguments, environment, folder = json.loads(_received(asked, int.from_bytes(length, "big")))
-        if not (pid := os.fork()):
+        if not os.fork():
             asked.close()
+            os.write(files[1], os.getpid().to_bytes(PID_BYTES, "big"))
             gc.enable()
             _become(arguments, environment, folder, *files)
         for file in files:
             os.close(file)
-        asked.sendall(pid.to_bytes(LENGTH_BYTES, "big"))
+
+
+def _end_forks() -> None:
+    """Kill the forks that are left when the tests were interrupted: a stopped one would not end by SIGTERM."""
+    import psutil
+
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
 
 def _become(arguments: list[str], environment: dict[str, str], folder: str, output: int, ended: int) -> None:
     """Run the command in this process, which has the environment of a new one."""
-    from prefect.context import refresh_global_settings_context
-
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for file in (1, 2):
         os.dup2(output, file)
     os.close(output)
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(environment)
-    random.seed()
-    sys.argv = arguments
-    sys.path.insert(0, folder)
-    refresh_global_settings_context()
+    os.set_inheritable(ended, False)  # else it would end with the last child
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     status = 1
     try:
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(environment)
+        random.seed()
+        sys.argv = arguments
+        sys.path.insert(0, folder)
+        from prefect.context import refresh_global_settings_context
+
+        refresh_global_settings_context()
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
         status = 0
     except SystemExit as error:
@@ -188,4 +206,7 @@ def _become(arguments: list[str], environment: dict[str, str], folder: str, outp
 
 
 if __name__ == "__main__":
-    _serve(socket.socket(fileno=int(sys.argv[1])))
+    try:
+        _serve(socket.socket(fileno=int(sys.argv[1])))
+    finally:
+        _end_forks()

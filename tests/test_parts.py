@@ -1,14 +1,16 @@
-"""The parts that tests share: the migrated database from which Prefect servers start, and servers that are stopped."""
+"""The parts that tests share: the migrated database from which Prefect servers start, stopped and forked servers."""
 
+import os
 import sqlite3
 import subprocess
 from contextlib import closing
+from pathlib import Path
 
 import psutil
 import pytest
 
 from orchestration.migrations import _revisions
-from tests import parts
+from tests import parts, server_forks
 from tests.parts import migrated_database, stopped_servers, wait_until
 
 
@@ -36,3 +38,20 @@ def test_servers_are_stopped_while_a_block_lasts(monkeypatch: pytest.MonkeyPatch
             wait_until(lambda: not is_stopped(), "the server to continue", 30)
         finally:
             process.kill()
+
+
+def test_fork_ends_with_the_status_of_its_module_and_by_signals(tmp_path: Path) -> None:
+    (tmp_path / "ends.py").write_text("import sys\nprint('printed')\nsys.exit(3)\n")
+    (tmp_path / "waits.py").write_text("import time\ntime.sleep(600)\n")
+    with (tmp_path / "log").open("wb") as log:
+        waits, other, ends = (
+            server_forks.start([module], os.environ, tmp_path, log.fileno()) for module in ("waits", "waits", "ends")
+        )
+        assert ends.wait(60) == 3
+        assert (tmp_path / "log").read_text() == "printed\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            waits.wait(0.1)
+        for fork in (waits, other):
+            fork.kill()
+            assert fork.wait(60) == -1
+            fork.kill()

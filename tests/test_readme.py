@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -153,10 +154,8 @@ def server(
     if answers("http://127.0.0.1:4200/api/health"):  # leave the person's own server alone
         port = free_port()
         environment |= {"PREFECT_SERVER_API_PORT": str(port), "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
-    required = (
-        f"{uv_program()} pip install --quiet --python {venv}/bin/python --requirements pyproject.toml --extra dev"
-    )
-    _run(required, clone, environment)
+    options = f"--quiet --python {venv}/bin/python --requirements pyproject.toml --extra dev"
+    _run(f"{shlex.quote(uv_program())} pip install {options}", clone, environment)
     _run(_command("pip install"), clone, environment)
     _link_bytecode(environment, venv / _SITE_PACKAGES)
     with _running(_command("prefect server start"), clone, environment, folder / "server.log"):

@@ -14,4 +14,4 @@ for type_ in ("RUNNING", "COMPLETED"):
 """Sets the run Running and Completed."""
 
 LIGHT_RUN = {"command": f"python -I -S -c {shlex.quote(CODE)}"}
-"""Job variables of such runs. Their supervisor and their flow are not executed."""
+"""Job variables of a light run. Its supervisor and its flow are not executed."""

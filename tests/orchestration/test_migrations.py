@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from typing import IO, NamedTuple
 
@@ -77,9 +78,14 @@ def _start_process(url: str, *command: str) -> Command:
 
 def _output(command: Command) -> str:
     """Wait until a command succeeds, and return its output."""
-    with command.output:
-        output = command.output.read()
-    assert command.process.wait(600) == 0, output
+    end = threading.Timer(600, command.process.kill)
+    end.start()
+    try:
+        with command.output:
+            output = command.output.read()
+    finally:
+        end.cancel()
+    assert command.process.wait(60) == 0, output
     return output
 
 

@@ -88,7 +88,7 @@ def test_server_outage_and_killed_database_lose_no_run(server: Release, pool: Po
         minutely = deploy_victim(api, pool, schedules=[{"schedule": {"cron": "* * * * *"}}])
         ticking = create_deployment(api, pool, entrypoint="/probe/flow.py:ticking")
         run = start_run(api, ticking, parameters={"times": 600})
-        unwanted, _ = start_running(api, pool, deploy_victim(api, pool), seconds=300)
+        unwanted, _ = start_running(api, pool, deploy_victim(api, pool), seconds=900)
         wait_for_log(api, run, "tick 5", 300)
         # Not while a worker claims a scheduled run: a claim that is cut off is released and takes a minute longer.
         wait_until(lambda: 25 < datetime.now(UTC).second < 45, "a moment between two scheduled runs", 90)

@@ -126,12 +126,12 @@ def test_runs_over_quota_wait_for_room(pool: Pool, api: httpx.Client) -> None:
 
 
 def test_runs_complete_crash_and_are_cancelled_while_no_worker_exists(pool: Pool, api: httpx.Client) -> None:
-    """The claim of a worker that died right after it is released: no Job exists."""
+    """A worker that dies right after its claim leaves a run without a Job. The reconciler releases the claim."""
     deployment = deploy_victim(api, pool)
     ticking = create_deployment(api, pool, entrypoint="/probe/flow.py:ticking")
     completing, completing_pod = start_running(api, pool, ticking, times=600)
     killed, pod = start_running(api, pool, deployment, seconds=300)
-    unwanted, _ = start_running(api, pool, deployment, seconds=300)
+    unwanted, _ = start_running(api, pool, deployment, seconds=900)
     began = time.monotonic()
     with scaled_to_zero(pool, "worker"):
         gone = datetime.now(UTC)

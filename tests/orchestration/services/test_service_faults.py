@@ -159,7 +159,7 @@ def test_api_keeps_no_event_of_an_open_websocket_in_memory(services: Services, a
     url = f"ws://127.0.0.1:{api}/api/events/in"
     with connect(url, subprotocols=[Subprotocol("prefect")], proxy=None, open_timeout=RED_SECONDS) as websocket:
         websocket.send(json.dumps({"type": "auth", "token": ""}))
-        assert json.loads(websocket.recv())["type"] == "auth_success"
+        assert json.loads(websocket.recv(RED_SECONDS))["type"] == "auth_success"
         services.publish(lambda event: websocket.send(json.dumps(event)))
         wait_until(lambda: services.count_lost_events() == 0, "the event to be in the database", GREEN_SECONDS)
 
