@@ -469,7 +469,7 @@ REFUSED = [
     (_with(services={"alert": {"enabled": True}}), "services.alert.enabled=true needs networkPolicy.metricsFrom"),
     (
         _with(services={"alert": {"enabled": True}, "args": ["sh"]}),
-        "services.alert.enabled=true and services.args contradict each other",
+        "contradict each other: your command need not serve the metrics",
     ),
     (_with(ingress={"enabled": True}), "ingress.enabled=true needs ingress.hosts"),
     (_with(httpRoute={"enabled": True}), "httpRoute.enabled=true needs httpRoute.parentRefs"),
