@@ -264,6 +264,12 @@ async def _start(client: PrefectClient, deployment: UUID, seconds: float = 0) ->
     return (await client.create_flow_run_from_deployment(deployment, state=due)).id
 
 
+async def _wait_until_submitting(client: PrefectClient, run: UUID) -> None:
+    """Wait until the worker has written its last state of a run: it would replace the state of the run's end."""
+    while "Submitting" not in [state.name for state in await client.read_flow_run_states(run)]:
+        await asyncio.sleep(0.05)
+
+
 def test_worker_claims_a_run_when_it_becomes_due(prefect_server: str) -> None:
     async def steps(client: PrefectClient, made: UUID, claimed: Callable[[UUID], Awaitable[State]]) -> None:
         for seconds in (0, 2.5):
@@ -300,7 +306,7 @@ def test_worker_claims_due_runs_after_a_poll_that_failed(prefect_server: str, ca
 def test_worker_claims_a_run_when_a_slot_becomes_free(prefect_server: str) -> None:
     async def steps(client: PrefectClient, made: UUID, claimed: Callable[[UUID], Awaitable[State]]) -> None:
         first, second = await _start(client, made), await _start(client, made)
-        await claimed(first)
+        await _wait_until_submitting(client, first)
         await asyncio.sleep(2)
         assert await _states(client, [first, second]) == {"PENDING": 1, "SCHEDULED": 1}
         await client.set_flow_run_state(first, Completed(), force=True)
@@ -323,7 +329,7 @@ def test_slot_that_becomes_free_after_the_poll_for_it_is_used(prefect_server: st
     async def steps(client: PrefectClient, made: UUID, claimed: Callable[[UUID], Awaitable[State]]) -> None:
         nonlocal has_ended
         first = await _start(client, made)
-        await claimed(first)
+        await _wait_until_submitting(client, first)
         second = await _start(client, made)
         await asyncio.sleep(2)
         has_ended = True
