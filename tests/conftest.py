@@ -91,6 +91,13 @@ FIRST = (
     "tests/e2e/faults/test_starts.py",
     "tests/e2e/faults/test_pods.py",
     "tests/docker/test_image.py",
+    "tests/orchestration/services/test_service_faults.py",
+    "tests/orchestration/runs/test_engine.py",
+    "tests/orchestration/runs/test_result_signing.py",
+    "tests/orchestration/worker/test_kubernetes_worker.py",
+    "tests/helm/test_values.py",
+    "tests/orchestration/operations/test_deploy_history.py",
+    "tests/orchestration/deployments/test_running.py",
 )
 """The files that `make test` starts first, so that no process ends alone with a long file.
 
