@@ -128,7 +128,7 @@ class Step:
 
     @property
     def point(self) -> dict[str, float]:
-        """What the picture shows of this number of clients."""
+        """Return the figures of this number of clients that the picture shows."""
         milliseconds = [1000 * value for value in self.seconds]
         return {
             "clients": self.clients,
