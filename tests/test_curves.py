@@ -40,9 +40,9 @@ def test_docs_show_a_benchmark_once_it_is_recorded_and_drawn(
     monkeypatch.setattr(curves, "PICTURES", curves.PICTURES | {results: curves.PICTURES[file]})
     monkeypatch.setattr(generate, "REFERENCE", reference)
     page, make = generate.BLOCKS[block]
-    assert "has no figures" in make()
+    assert "No figures yet" in make()
     curves.record(results, FIGURES[file], load_before=0)
-    assert "has no figures" in make(), "a link to a picture that does not exist"
+    assert "No figures yet" in make(), "a link to a picture that does not exist"
     curves.draw_all(tmp_path / "images")
     assert label in (tmp_path / "images" / curves.PICTURES[file]).read_text()
     assert row in make()
