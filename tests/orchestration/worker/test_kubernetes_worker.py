@@ -645,7 +645,10 @@ def test_job_has_the_credential_of_its_run_and_not_the_workers(prefect_server: s
                 await tested.sync_with_backend()
                 while set(manifests) != set(runs):
                     await tested.get_and_submit_flow_runs()
-                    await asyncio.sleep(0.05)
+                    # Each poll writes. On SQLite polls without a pause starve the labels of a claim, which the server
+                    # reads before it writes them.
+                    while tested.submitting:
+                        await asyncio.sleep(0.05)
 
     credentials = {"RUN_CREDENTIALS": str(tmp_path)}
     settings = {PREFECT_API_URL: prefect_server, PREFECT_API_AUTH_STRING: "worker:secret"}
