@@ -119,6 +119,8 @@ def _sentence(error: jsonschema.ValidationError, place: str) -> str:
     name, *inner = error.absolute_path or ["?"]
     variable = f"job variable {'.'.join(map(str, [name, *inner]))}"
     if "propertyNames" in error.absolute_schema_path:
+        if error.validator == "pattern":
+            return f"{variable}: the key {error.instance!r} does not match {error.validator_value}. Use a key that does"
         owners = "Kubernetes, Prefect and the reconciler"
         return f"{variable}: the key {error.instance!r} is reserved for {owners}. Leave it out"
     cure = f"Correct it in the deployment or the run, or allow it in {place}"

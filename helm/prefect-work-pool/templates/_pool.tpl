@@ -171,8 +171,11 @@ volumes:
 {{- $text := list (dict "type" "string") (dict "type" "null") -}}
 {{- $number := list (dict "type" "integer") (dict "type" "null") -}}
 {{- $map := dict "type" "string" -}}
-{{- /* Policies, quotas and the reconciler identify pods by these keys. */ -}}
-{{- $free := dict "not" (dict "pattern" "^(app\\.kubernetes\\.io/|prefect\\.io/|reconciler\\.|kubectl\\.kubernetes\\.io/|batch\\.kubernetes\\.io/|job-name$|controller-uid$)") -}}
+{{- /* Policies, quotas and the reconciler identify pods by the reserved keys. Prefect makes such a key of `_prefect.io/role`
+       and of `job--name`, so a key has to be one that Prefect takes as it is. */ -}}
+{{- $key := "^(?!.*--)([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$" -}}
+{{- $reserved := "^(app\\.kubernetes\\.io/|prefect\\.io/|reconciler\\.|kubectl\\.kubernetes\\.io/|batch\\.kubernetes\\.io/|job-name$|controller-uid$)" -}}
+{{- $free := dict "pattern" $key "not" (dict "pattern" $reserved) -}}
 {{- $accounts := prepend .Values.runs.allowed.serviceAccounts (include "prefect-work-pool.serviceAccountName" (list . "runs")) -}}
 {{- $variables := dict
   "name" (dict "title" "Name" "anyOf" $text "default" nil "description" "Prefix of the Job's name.")

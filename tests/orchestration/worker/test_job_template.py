@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from prefect.settings import (
     temporary_settings,
 )
 from prefect.states import Scheduled
-from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerResult
+from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerJobConfiguration, KubernetesWorkerResult
 
 from orchestration.errors import SettingsError
 from orchestration.protocol import CAUSE_LABEL, FORMER_SIGNING_KEYS_VARIABLE, SIGNING_KEY_VARIABLE
@@ -93,6 +94,7 @@ def test_variables_that_the_template_allows_pass(template: dict[str, Any], varia
         ),
         ({"labels": {"prefect.io/flow-run-id": "x"}}, "labels: the key 'prefect.io/flow-run-id' is reserved"),
         ({"annotations": {"reconciler.noted": "x"}}, "annotations: the key 'reconciler.noted' is reserved"),
+        ({"labels": {"_prefect.io/role": "x"}}, "labels: the key '_prefect.io/role' does not match ^"),
         ({"labels": "{{ prefect.blocks.json.labels }}"}, "labels: "),
         ({"labels.app": "x", "labels": {"prefect.io/role": "y"}}, "labels: the key 'prefect.io/role' is reserved"),
         ({"env": {"PASSWORD": ["s3cret"]}}, "job variable env.PASSWORD is not a string"),
@@ -111,18 +113,51 @@ def test_variable_that_the_template_does_not_allow_is_refused_by_name(
     assert "s3cret" not in str(refused.value)
 
 
-KEYS = st.sampled_from(["app.kubernetes.io/", "prefect.io/", "reconciler.", "kubectl.kubernetes.io/", "a/", ""])
+RESERVED = ["app.kubernetes.io/name", "prefect.io/flow-run-id", "reconciler.fenced", "kubectl.kubernetes.io/x", "job-name"]
+# What Prefect leaves out, replaces or decodes in the key of a label.
+CHANGES = ["", "_", ".", "-", "--", " ", "\n", "/", "\uff0e", "&#46;", "a", "A", "a" * 64]
+KEYS = st.tuples(
+    st.sampled_from(CHANGES), st.sampled_from([*RESERVED, "team", "example.com/team"]), st.sampled_from(CHANGES)
+).map("".join)
 
 
-@given(st.dictionaries(st.tuples(KEYS, st.text("abc", min_size=1, max_size=3)).map("".join), st.text(max_size=3)))
-def test_reserved_labels_are_refused_and_no_others(template: dict[str, Any], labels: dict[str, str]) -> None:
-    reserved = [label for label in labels if label.startswith(("app.kube", "prefect.io/", "reconciler.", "kubectl."))]
+@given(KEYS, st.integers(0, 30), st.sampled_from(CHANGES))
+def test_key_of_a_label_is_reserved_also_as_prefect_writes_it(
+    template: dict[str, Any], key: str, position: int, change: str
+) -> None:
+    """Prefect makes `prefect.io/flow-run-id` of `_prefect.io/flow-run-id`: a run could replace the labels of its Job."""
+    labels = {key[:position] + change + key[position:]: "mine"}
+    run = FlowRun(flow_id=uuid4(), name="run")
+    container = {"name": "prefect-job", "image": "image"}
+    manifest = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"labels": {}, "generateName": "run-"},
+        "spec": {
+            "parallelism": 1,
+            "completions": 1,
+            "template": {"spec": {"parallelism": 1, "completions": 1, "restartPolicy": "Never", "containers": [container]}},
+        },
+    }
+    configuration = KubernetesWorkerJobConfiguration(job_manifest=manifest, labels=labels, command="true")
+    configuration.prepare_for_flow_run(run)
+    written = [key for key, value in configuration.job_manifest["metadata"]["labels"].items() if value == "mine"]
     try:
         job_template.check({"labels": labels}, template["variables"])
     except RefusedVariableError:
-        assert reserved
+        reserved = ("app.kubernetes.io/", "prefect.io/", "reconciler.", "kubectl.", "job-name", "controller-uid")
+        assert written != list(labels) or written[0].startswith(reserved) or not _is_label_key(written[0])
     else:
-        assert not reserved
+        assert written == list(labels)
+        assert not set(written) & set(RESERVED)
+
+
+def _is_label_key(key: str) -> bool:
+    """Return whether Kubernetes takes this as the key of a label."""
+    prefix, slash, name = key.rpartition("/")
+    part = "[a-z0-9]([a-z0-9-]*[a-z0-9])?"
+    is_prefix = not slash or (len(prefix) <= 253 and re.fullmatch(rf"{part}(\.{part})*", prefix))
+    return bool(is_prefix and re.fullmatch("[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?", name))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"variables": {"type": 1}, "job_configuration": {}}'])
