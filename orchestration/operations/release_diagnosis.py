@@ -11,8 +11,6 @@ from orchestration.operations.environment import Environment, Object
 FAILING_REASONS = frozenset(reason for reason, meaning in WAITING_REASONS.items() if meaning.fails_rollout)
 """Reasons of a waiting container that only a person can cure."""
 
-CRASH_LOOP = "CrashLoopBackOff"
-
 CRASH_LOOP_RESTARTS = 3
 """Restarts from which a crash loop counts as permanent: a container may wait for another component to start."""
 
@@ -40,9 +38,11 @@ def hopeless_reason(pod: Object) -> str:
     """
     age = (datetime.now(UTC) - datetime.fromisoformat(pod["metadata"]["creationTimestamp"])).total_seconds()
     for status in container_statuses(pod):
-        waiting = status.get("state", {}).get("waiting", {})
+        state = status.get("state", {})
+        waiting = state.get("waiting", {})
         reason = waiting.get("reason")
-        if reason == CRASH_LOOP:
+        # Between two restarts the kubelet reports an init container as ended more often than as waiting.
+        if reason == "CrashLoopBackOff" or state.get("terminated", {}).get("exitCode"):
             if status["restartCount"] >= CRASH_LOOP_RESTARTS:
                 return f"{status['name']}: ended {status['restartCount']} times"
         elif reason in FAILING_REASONS and age > GRACE_SECONDS:
