@@ -113,7 +113,13 @@ def test_variable_that_the_template_does_not_allow_is_refused_by_name(
     assert "s3cret" not in str(refused.value)
 
 
-RESERVED = ["app.kubernetes.io/name", "prefect.io/flow-run-id", "reconciler.fenced", "kubectl.kubernetes.io/x", "job-name"]
+RESERVED = [
+    "app.kubernetes.io/name",
+    "prefect.io/flow-run-id",
+    "reconciler.fenced",
+    "kubectl.kubernetes.io/x",
+    "job-name",
+]
 # What Prefect leaves out, replaces or decodes in the key of a label.
 CHANGES = ["", "_", ".", "-", "--", " ", "\n", "/", "\uff0e", "&#46;", "a", "A", "a" * 64]
 KEYS = st.tuples(
@@ -125,19 +131,16 @@ KEYS = st.tuples(
 def test_key_of_a_label_is_reserved_also_as_prefect_writes_it(
     template: dict[str, Any], key: str, position: int, change: str
 ) -> None:
-    """Prefect makes `prefect.io/flow-run-id` of `_prefect.io/flow-run-id`: a run could replace the labels of its Job."""
+    """Prefect makes `prefect.io/role` of `_prefect.io/role`: a run could replace the labels of its Job."""
     labels = {key[:position] + change + key[position:]: "mine"}
     run = FlowRun(flow_id=uuid4(), name="run")
     container = {"name": "prefect-job", "image": "image"}
+    pod = {"parallelism": 1, "completions": 1, "restartPolicy": "Never", "containers": [container]}
     manifest = {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {"labels": {}, "generateName": "run-"},
-        "spec": {
-            "parallelism": 1,
-            "completions": 1,
-            "template": {"spec": {"parallelism": 1, "completions": 1, "restartPolicy": "Never", "containers": [container]}},
-        },
+        "spec": {"parallelism": 1, "completions": 1, "template": {"spec": pod}},
     }
     configuration = KubernetesWorkerJobConfiguration(job_manifest=manifest, labels=labels, command="true")
     configuration.prepare_for_flow_run(run)
