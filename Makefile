@@ -207,7 +207,7 @@ down-docker: ## stop everything in Docker; databases and passwords stay
 	@docker/stack down
 
 ##@ Develop
-.PHONY: setup test test-long test-versions audit fix bench bench-deploys bench-dbt bench-deployments bench-reconciler bench-recovery bench-access bench-retention bench-upgrade bench-health bench-load bench-starts bench-cluster picture docs docs-site clean
+.PHONY: setup test test-long test-versions audit fix bench bench-deploys bench-dbt bench-deployments bench-reconciler bench-recovery bench-access bench-retention bench-upgrade bench-health bench-load bench-idle bench-starts bench-cluster picture docs docs-site clean
 setup: .venv/ready ## create the environment in .venv
 
 # With CHANGED, tests use no cluster: making one takes minutes.
@@ -278,6 +278,10 @@ bench-load: .venv/ready ## measure how many runs a server takes, with 1, 2 and 3
 bench-recovery: KILLS := $(or $(KILLS),10)
 bench-recovery: .venv/ready ## measure how soon a killed run continues, KILLS=10 times on the local cluster
 	@PACE=shipped $(BIN)/python -m tests.benchmarks.recovery --kills $(call quoted,$(KILLS))
+
+bench-idle: PAIRS := 5
+bench-idle: .venv/ready ## measure what an idle installation takes, for PAIRS=5 minutes on the local cluster; BEFORE=CHECKOUT measures that one too
+	@PACE=shipped $(BIN)/python -m tests.benchmarks.idle --pairs $(call quoted,$(PAIRS)) $(if $(BEFORE),--before $(call quoted,$(BEFORE)))
 
 bench-starts: PAIRS := 15
 bench-starts: .venv/ready ## measure a run's container to its first line without a cluster, PAIRS=15 times; BEFORE=CHECKOUT measures that one too

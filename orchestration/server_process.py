@@ -11,6 +11,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 
 from orchestration import block_encryption, pgbouncer
 from orchestration.access.control import Application
@@ -18,6 +19,7 @@ from orchestration.access.limits import RequestLimits
 from orchestration.api_tls import use_certificate
 from orchestration.errors import PipelineError, sentence
 from orchestration.maintenance import MaintenanceAnswers
+from orchestration.prefect_compat.background_services import look_for_due_tasks_every, read_redis_settings_once
 from orchestration.prefect_compat.server_internals import (
     limit_claims,
     repeat_block_registration,
@@ -54,6 +56,8 @@ def start_server(arguments: Sequence[str], protect: Callable[[Application], Appl
             repeat_block_registration()
             limit_claims()
             use_certificate(os.environ)
+        look_for_due_tasks_every(timedelta(seconds=1))
+        read_redis_settings_once()
         pgbouncer.use_pgbouncer()
         block_encryption.prepare_server()
         retention.add_to_server()

@@ -192,6 +192,7 @@ def test_processes_share_all_state_in_redis_or_run_as_one() -> None:
         "PREFECT_SERVER_EVENTS_MESSAGING_BROKER", "PREFECT_SERVER_EVENTS_MESSAGING_CACHE",
         "PREFECT_SERVER_EVENTS_CAUSAL_ORDERING", "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE",
         "PREFECT_SERVER_WORKER_CHANNEL_CLEANUP_QUEUE_STORAGE", "PREFECT_REDIS_MESSAGING_PUBLISHER_BATCH_SIZE",
+        "PREFECT_REDIS_MESSAGING_CONSUMER_BLOCK",
     }  # fmt: skip
     specs = pod_specs(render("prefect-server", TAG))
     for name in ("api", "services"):

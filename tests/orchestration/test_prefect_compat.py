@@ -776,6 +776,13 @@ CONTRACTS: dict[str, list[Check]] = {
         (lambda: "redelivery_timeout" in inspect.signature(_object("docket:Worker")).parameters, True),
         (lacks("prefect.server.api.background_workers:background_worker", "Worker(docket) as worker"), []),
     ],
+    "background_services.look_for_due_tasks_every": [
+        (lambda: "scheduling_resolution" in inspect.signature(_object("docket:Worker")).parameters, True),
+    ],
+    "background_services.read_redis_settings_once": [
+        (lacks("prefect_redis.cleanup_queue:WorkerCleanupQueue._prefix", "RedisWorkerCleanupQueueSettings()"), []),
+        (lacks("prefect_redis.messaging:Publisher.__init__", "RedisMessagingPublisherSettings()"), []),
+    ],
     "background_services.retry_task_run_writes": [
         (
             signature("prefect.server.services.task_run_recorder:TaskRunRecorder.start"),
