@@ -21,7 +21,7 @@ from tests.orchestration.deployments.corpus import CORPUS
 from tests.orchestration.deployments.differential import Sides, deploying, differences
 from tests.parts import client_of, examples
 
-DEPLOYMENTS_PER_FILE = 20
+DEPLOYMENTS_PER_FILE = 60
 
 FIRST = "deployments:\n  - name: d\n"
 
