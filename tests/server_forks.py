@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
@@ -95,7 +96,9 @@ def _forking() -> socket.socket:
     return own
 
 
-def start(arguments: list[str], environment: Mapping[str, str], folder: Path, output: int) -> Fork:
+def start(
+    arguments: list[str], environment: Mapping[str, str], folder: Path, output: int, errors: int | None = None
+) -> Fork:
     """Run a module's command in a fork, as `python -m` does.
 
     Args:
@@ -103,16 +106,37 @@ def start(arguments: list[str], environment: Mapping[str, str], folder: Path, ou
         environment: the variables of the process.
         folder: its working folder.
         output: the file for its output.
+        errors: the file for its standard error; by default `output`.
     """
     asked = _forking()
     status, held = os.pipe()
     request = json.dumps([arguments, dict(environment), str(folder)]).encode()
-    socket.send_fds(asked, [len(request).to_bytes(LENGTH_BYTES, "big")], [output, held])
+    files = [output, output if errors is None else errors, held]
+    socket.send_fds(asked, [len(request).to_bytes(LENGTH_BYTES, "big")], files)
     os.close(held)
     asked.sendall(request)
     if not (pid := os.read(status, PID_BYTES)):
         raise RuntimeError("The process that forks Prefect servers has ended. Its traceback is on stderr")
     return Fork(int.from_bytes(pid, "big"), status)
+
+
+def run(
+    arguments: list[str], environment: Mapping[str, str], folder: Path, seconds: float = 600
+) -> "subprocess.CompletedProcess[str]":
+    """Run a module's command in a fork to its end, and return its status and output.
+
+    Raises:
+        subprocess.TimeoutExpired: the process has not ended in time.
+    """
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        fork = start(arguments, environment, folder, output.fileno(), errors.fileno())
+        try:
+            status = fork.wait(seconds)
+        finally:
+            fork.kill()
+        for file in (output, errors):
+            file.seek(0)
+        return subprocess.CompletedProcess(arguments, status, output.read(), errors.read())
 
 
 def _received(source: socket.socket, size: int) -> bytes:
@@ -146,13 +170,13 @@ def _serve(asked: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, _reap)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while True:
-        length, files, _, _ = socket.recv_fds(asked, LENGTH_BYTES, 2)
+        length, files, _, _ = socket.recv_fds(asked, LENGTH_BYTES, 3)
         if not length:
             return
         arguments, environment, folder = json.loads(_received(asked, int.from_bytes(length, "big")))
         if not os.fork():
             asked.close()
-            os.write(files[1], os.getpid().to_bytes(PID_BYTES, "big"))
+            os.write(files[-1], os.getpid().to_bytes(PID_BYTES, "big"))
             gc.enable()
             _become(arguments, environment, folder, *files)
         for file in files:
@@ -168,14 +192,16 @@ def _end_forks() -> None:
             process.kill()
 
 
-def _become(arguments: list[str], environment: dict[str, str], folder: str, output: int, ended: int) -> None:
+def _become(
+    arguments: list[str], environment: dict[str, str], folder: str, output: int, errors: int, ended: int
+) -> None:
     """Run the command in this process, which has the environment of a new one."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for file in (1, 2):
-        os.dup2(output, file)
-    os.close(output)
+    for file, target in ((output, 1), (errors, 2)):
+        os.dup2(file, target)
+        os.close(file)
     os.set_inheritable(ended, False)  # else it would end with the last child
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     status = 1

@@ -55,3 +55,9 @@ def test_fork_ends_with_the_status_of_its_module_and_by_signals(tmp_path: Path) 
             fork.kill()
             assert fork.wait(60) == -1
             fork.kill()
+
+
+def test_output_and_errors_of_a_fork_are_separate(tmp_path: Path) -> None:
+    (tmp_path / "fails.py").write_text("import sys\nprint('printed')\nsys.exit('failed')\n")
+    done = server_forks.run(["fails"], os.environ, tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "printed\n", "failed\n")

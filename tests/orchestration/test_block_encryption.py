@@ -15,16 +15,14 @@ from prefect.blocks.system import Secret
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from orchestration.settings import ROOT
-from tests import parts
+from tests import parts, server_forks
 
 MODULE = "orchestration.server_process"
 
 
 def _encrypt_again(home: Path, environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "orchestration.block_encryption", "encrypt-again"],
-        env=environment | {"PREFECT_HOME": str(home)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    command = ["orchestration.block_encryption", "encrypt-again"]
+    return server_forks.run(command, environment | {"PREFECT_HOME": str(home)}, ROOT)
 
 
 def _stored_keys(home: Path) -> list[str]:

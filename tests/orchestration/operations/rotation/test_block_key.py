@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from orchestration.operations.environment import SERVER
 from orchestration.operations.rotation import block_key
 from orchestration.operations.rotation.rotation import rotate
 from orchestration.settings import ROOT
+from tests import server_forks
 from tests.orchestration.operations.rotation.installation import Installation, Interrupted, Pod, installed
 from tests.parts import free_port, migrated_database, served
 
@@ -68,10 +68,8 @@ def test_servers_read_all_blocks_during_and_after_a_rotation(tmp_path: Path, ins
 
     def execute(pod: str, command: list[str], text: str) -> str:
         key = installation.pods[0].variables[VARIABLE]
-        done = subprocess.run(
-            [sys.executable, *command[1:]], env=os.environ | {VARIABLE: key, "PREFECT_HOME": str(tmp_path)}, cwd=ROOT,
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        assert command[:2] == ["python", "-m"]
+        done = server_forks.run(command[2:], os.environ | {VARIABLE: key, "PREFECT_HOME": str(tmp_path)}, ROOT)
         if done.returncode:
             raise ClusterError(done.stderr)
         return done.stdout
