@@ -32,6 +32,7 @@ from orchestration.prefect_compat.events import task_run_state_event
 from orchestration.settings import ROOT
 from tests.parts import end_process, free_port, new_database, redis_server, rows_of, wait_until
 from tests.relay import relayed
+from tests.server_schema import create_schema
 
 ROLE = "prefect"
 """The database's role that the services use. The faults limit this role."""
@@ -191,14 +192,12 @@ def migrated_template(postgres: str) -> Iterator[str]:
     rows_of(postgres, f"create role {ROLE} login")
     with new_database(postgres, "template_of_services") as url:
         rows_of(postgres, f"alter database template_of_services owner to {ROLE}")
-        command = [sys.executable, "-m", "orchestration.migrations", "upgrade"]
-        variables = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": _for_prefect(url)}
-        subprocess.run(command, cwd=ROOT, env=os.environ | variables, check=True, stdout=subprocess.DEVNULL)
+        create_schema(_of_role(url))
         yield "template_of_services"
 
 
-def _for_prefect(url: str) -> str:
-    return url.replace("postgresql://postgres@", f"postgresql+asyncpg://{ROLE}@")
+def _of_role(url: str) -> str:
+    return url.replace("//postgres@", f"//{ROLE}@")
 
 
 @contextlib.contextmanager
@@ -223,7 +222,7 @@ def running_services(
         url = f"redis://:secret@127.0.0.1:{redis_port}/0"
         environment = os.environ | {
             "PREFECT_HOME": str(folder / "home"),
-            "PREFECT_SERVER_DATABASE_CONNECTION_URL": _for_prefect(database),
+            "PREFECT_SERVER_DATABASE_CONNECTION_URL": _of_role(database).replace("postgresql:", "postgresql+asyncpg:"),
             "PREFECT_SERVER_DATABASE_MIGRATE_ON_START": "false",
             "PREFECT_REDIS_MESSAGING_URL": url,
             "PREFECT_REDIS_WORKER_CLEANUP_QUEUE_URL": url,

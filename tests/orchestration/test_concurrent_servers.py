@@ -1,14 +1,14 @@
 """Several API processes that do the same at the same moment, on a real Postgres."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from orchestration.settings import ROOT
+from tests import server_forks
 from tests.parts import debian_postgres, new_database, rows_of
+from tests.server_schema import create_schema
 
 REGISTER = """
 import asyncio
@@ -84,39 +84,33 @@ asyncio.run(main())
 def database() -> Iterator[str]:
     """An empty database with the server's schema."""
     with debian_postgres() as postgres, new_database(postgres) as url:
-        _execute(url, "-m", "orchestration.migrations", "upgrade")
+        create_schema(url)
         yield url
 
 
-def _execute(database: str, *command: str) -> str:
-    """Execute Python with a database, and return the output."""
+def _execute(database: str, folder: Path, code: str) -> str:
+    """Execute Python code with a database as a module in this folder, and return the output."""
     url = database.replace("postgresql://", "postgresql+asyncpg://")
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=os.environ | {"PREFECT_SERVER_DATABASE_CONNECTION_URL": url},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    (folder / "code_of_test.py").write_text(code)
+    done = server_forks.run(["code_of_test"], os.environ | {"PREFECT_SERVER_DATABASE_CONNECTION_URL": url}, folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_servers_that_start_at_once_register_all_block_types(database: str) -> None:
+def test_servers_that_start_at_once_register_all_block_types(database: str, tmp_path: Path) -> None:
     """On an empty database a server whose block type another server has just inserted would end with status 3."""
-    _execute(database, "-c", REGISTER)
+    _execute(database, tmp_path, REGISTER)
     counts = "select count(*), count(distinct block_type_id), (select count(*) from block_type) from block_schema"
     [(schemas, with_schema, types)] = rows_of(database, counts)
     assert schemas >= with_schema == types > 10
 
 
-def test_claims_at_once_do_not_exceed_the_limit_of_pool_or_queue(database: str) -> None:
+def test_claims_at_once_do_not_exceed_the_limit_of_pool_or_queue(database: str, tmp_path: Path) -> None:
     """A poll during the claims of another worker returns other runs for the same slots.
 
     As in a poll, runs of a paused queue take no slots of the pool.
     """
-    limit_of_pool, limit_of_queue, no_limit, not_paused, paused = _execute(database, "-c", CLAIM).splitlines()
+    limit_of_pool, limit_of_queue, no_limit, not_paused, paused = _execute(database, tmp_path, CLAIM).splitlines()
     assert limit_of_pool == limit_of_queue == "3 5 1", "a run that has ended has left its slot to one other run"
     assert no_limit == "8 0 0"
     assert not_paused == "ACCEPT ABORT"

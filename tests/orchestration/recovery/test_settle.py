@@ -19,7 +19,9 @@ import pytest
 from orchestration.protocol import CLUSTER_LABEL, MAIN_CONTAINER, POOL_LABEL, RUN_LABEL
 from orchestration.recovery import executions, settle
 from orchestration.settings import ROOT
+from tests import server_forks
 from tests.parts import asked, client_of, debian_postgres, free_port, new_database, rows_of, served, wait_until
+from tests.server_schema import create_schema
 
 Object = dict[str, Any]
 
@@ -31,8 +33,7 @@ CLUSTER = "11111111-2222-3333-4444-555555555555"
 def server() -> Iterator[str]:
     with debian_postgres() as url:
         rows_of(url, "create database migrated")
-        upgrade = [sys.executable, "-m", "orchestration.migrations", "upgrade"]
-        subprocess.run(upgrade, env=_environment(url, "migrated"), cwd=ROOT, check=True)
+        create_schema(url.replace("/postgres?", "/migrated?"))
         yield url
 
 
@@ -127,9 +128,9 @@ RUNNING: Object = {"running": {"startedAt": "2026-11-29T12:00:00Z"}}
 
 
 def _settle(server: str, database: str, *arguments: str, replaced_url: str = "") -> tuple[int, list[Object]]:
-    command = [sys.executable, "-m", "orchestration", "settle", "--json", *arguments]
+    command = ["orchestration", "settle", "--json", *arguments]
     environment = _environment(server, database) | {"REPLACED_DATABASE_URL": replaced_url}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = server_forks.run(command, environment, ROOT)
     assert done.returncode in (0, 2), done.stderr
     return done.returncode, json.loads(done.stdout)
 
@@ -354,10 +355,8 @@ def test_restored_database_replaces_that_of_the_server(server: str, story: Story
         options = ["--to", f"file://{tmp_path}", "--name", f"{story.backup:%Y%m%dT%H%M%SZ}"]
         options += ["--executions", str(story.file)]
         options += ["--stopped", story.stopped.isoformat()]
-        command = [sys.executable, "-m", "orchestration.recovery", "finish", *options]
-        return subprocess.run(
-            command, env=_environment(server, "serving"), cwd=ROOT, capture_output=True, text=True, check=False
-        )
+        command = ["orchestration.recovery", "finish", *options]
+        return server_forks.run(command, _environment(server, "serving"), ROOT)
 
     rows_of(server, "create database serving")
     rows_of(serving, "create table kept (id int)")

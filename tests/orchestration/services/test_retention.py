@@ -19,6 +19,7 @@ from orchestration.settings import ROOT
 from tests.benchmarks.retention import Traffic
 from tests.benchmarks.server_history import History, fill
 from tests.parts import SERVERS, debian_postgres, free_port, new_database, rows_of, served, wait_until
+from tests.server_schema import create_schema
 
 RUNS_DAYS, LOGS_DAYS, ARTIFACTS_DAYS, EVENTS_DAYS = 90, 30, 60, 20
 
@@ -33,8 +34,7 @@ TABLES = ("flow_run", "task_run", "log", "artifact", "events", "event_resources"
 @pytest.fixture(scope="module")
 def database() -> Iterator[str]:
     with debian_postgres() as postgres, new_database(postgres) as url:
-        upgrade = [sys.executable, "-m", "orchestration.migrations", "upgrade"]
-        subprocess.run(upgrade, env=os.environ | _variables(url), cwd=ROOT, check=True)
+        create_schema(url)
         fill(url, HISTORY)
         yield url
 
