@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -25,6 +23,7 @@ from orchestration.protocol import EXPECTED_STATE_HEADER
 from orchestration.reconciler.actions import carry_out
 from orchestration.reconciler.decide import Unclaim
 from orchestration.reconciler.model import Run
+from tests import server_forks
 from tests.orchestration.access.guarded_server import CREDENTIALS, RUN_KEY, SERVER_CREDENTIAL, GuardedServer
 from tests.parts import client_of, wait_until
 
@@ -447,14 +446,8 @@ def test_server_does_not_start_without_credentials(
     base = {"PATH": "/usr/bin:/bin", "PREFECT_HOME": str(tmp_path), "PREFECT_SERVER_API_AUTH_STRING": SERVER_CREDENTIAL}
     if "PREFECT_SERVER_API_AUTH_STRING" in environment:
         base["API_CREDENTIALS"] = str(tmp_path)
-    ended = subprocess.run(
-        [sys.executable, "-m", "orchestration.access", "server", "start", *arguments],
-        env=base | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
+    command = ["orchestration.access", "server", "start", *arguments]
+    ended = server_forks.run(command, base | environment, tmp_path)
     assert ended.returncode == 1
     assert message in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -7,29 +7,24 @@ import sys
 from pathlib import Path
 
 from orchestration.settings import ROOT
-from tests.parts import end_process, free_port, migrated_database, wait_until
+from tests.parts import free_port, migrated_database, served, wait_until
 from tests.service_faults import probe
 
 
 def test_services_in_the_process_of_the_api_report_their_health(tmp_path: Path) -> None:
     shutil.copyfile(migrated_database(), tmp_path / "prefect.db")
     port, health = free_port(), free_port()
-    variables = {"PREFECT_HOME": str(tmp_path), "SERVICES_HEALTH_PORT": str(health), "PREFECT_UI_ENABLED": "false"}
-    command = [sys.executable, "-m", "orchestration.server_process", "server", "start", "--port", str(port)]
-    with subprocess.Popen(command, cwd=ROOT, env=os.environ | variables, stdout=subprocess.DEVNULL) as process:
-        try:
-            wait_until(lambda: probe(health, "/ready")[0] == 200, "the services to be ready", 240)
-            wait_until(lambda: probe(port, "/api/health")[0] == 200, "the API to be alive")
-            body = wait_until(lambda: (found := probe(health, "/live"))[0] == 200 and found[1], "them to be alive")
-            assert {"schedule_deployments", "EventPersister", "docket"} <= set(body["services"])
+    variables = {"SERVICES_HEALTH_PORT": str(health), "PREFECT_UI_ENABLED": "false"}
+    with served(tmp_path, port, sys.executable, os.environ | variables, "orchestration.server_process"):
+        wait_until(lambda: probe(health, "/ready")[0] == 200, "the services to be ready", 240)
+        body = wait_until(lambda: (found := probe(health, "/live"))[0] == 200 and found[1], "them to be alive")
+        assert {"schedule_deployments", "EventPersister", "docket"} <= set(body["services"])
 
-            def answering() -> bool:
-                body = probe(health, "/live")[1]
-                return bool(body and body["database"] == body["redis"] == "answers")
+        def answering() -> bool:
+            body = probe(health, "/live")[1]
+            return bool(body and body["database"] == body["redis"] == "answers")
 
-            wait_until(answering, "the database, and the memory in place of Redis, to answer")
-        finally:
-            end_process(process)
+        wait_until(answering, "the database, and the memory in place of Redis, to answer")
 
 
 def test_wrong_variable_ends_the_start_with_its_name() -> None:
