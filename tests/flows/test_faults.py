@@ -175,6 +175,7 @@ def test_run_after_a_random_kill_completes(postgres: str, prefect_server: str, u
 
 
 @pytest.fixture(scope="module")
-def undisturbed(postgres: str, prefect_server: str) -> Baseline:
-    """Return the warehouse after two days without a kill."""
-    return Baseline.measure(postgres, prefect_server, [date(2013, 1, 1), date(2013, 1, 2)])
+def undisturbed(postgres: str, prefect_server: str) -> Iterator[Baseline]:
+    """Yield the warehouse after two days without a kill."""
+    with Baseline.measured(postgres, prefect_server, [date(2013, 1, 1), date(2013, 1, 2)]) as baseline:
+        yield baseline

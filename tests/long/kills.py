@@ -2,8 +2,8 @@
 
     make test-long FOR=kills KILLS=50
 
-Each round has a new warehouse with one day loaded. SIGKILL ends the run for the next day, together with its dbt, and
-the run is repeated. The moment of the kill is drawn evenly over the time of an undisturbed run, from its first
+Each round has a copy of a warehouse with one day loaded. SIGKILL ends the run for the next day, together with its dbt,
+and the run is repeated. The moment of the kill is drawn evenly over the time of an undisturbed run, from its first
 connection to the warehouse. After the kill no day may be half-loaded. After the second run every model must have the
 rows of the undisturbed run. A run that ends before its kill does not count.
 """
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -26,6 +27,9 @@ from typing import Any
 from orchestration.settings import ROOT
 from tests.long.longtest import Findings, Parameters
 from tests.parts import embedded_postgres, new_database, prefect_server, rows_of, wait_until
+
+FIRST_DAY = "first_day"
+"""The name of the database with the first day loaded."""
 
 RUN_TIMEOUT_SECONDS = 600.0
 """Upper bound for a run that is not killed."""
@@ -111,11 +115,18 @@ class Baseline:
     content: dict[str, list[tuple[Any, ...]]] = field(repr=False)
 
     @classmethod
-    def measure(cls, postgres: str, api: str, days: list[date]) -> "Baseline":
-        """Run both days in a new warehouse."""
+    @contextlib.contextmanager
+    def measured(cls, postgres: str, api: str, days: list[date]) -> "Iterator[Baseline]":
+        """Run both days in a new warehouse, and keep a copy of the warehouse between them while the block lasts."""
         with new_database(postgres) as url:
             _time_run(days[0], url, api)
-            return cls(days, _time_run(days[1], url, api), read_models(url))
+            [(name,)] = rows_of(url, "select current_database()")
+            rows_of(postgres, f"create database {FIRST_DAY} template {name}")
+            baseline = cls(days, _time_run(days[1], url, api), read_models(url))
+        try:
+            yield baseline
+        finally:
+            rows_of(postgres, f"drop database {FIRST_DAY} with (force)")
 
 
 @dataclass(frozen=True)
@@ -136,12 +147,10 @@ class Outcome:
 
 
 def run_killed_at_random(postgres: str, api: str, undisturbed: Baseline, chance: random.Random) -> Outcome:
-    """Run a day, kill the run of the next day, and repeat that run. If the run ends before its kill, start over."""
-    first, second = undisturbed.days
-    seconds = undisturbed.seconds
+    """Kill the run of the second day, and repeat that run. If the run ends before its kill, start over."""
+    second, seconds = undisturbed.days[1], undisturbed.seconds
     while True:
-        with new_database(postgres) as url:
-            _time_run(first, url, api)
+        with new_database(postgres, template=FIRST_DAY) as url:
             moment = chance.uniform(0, seconds)
             process = _start(second, url, api)
             try:
@@ -171,8 +180,8 @@ def run(parameters: Parameters) -> Findings:
         embedded_postgres(Path(folder)) as postgres,
         tempfile.TemporaryDirectory() as home,
         prefect_server(Path(home)) as api,
+        Baseline.measured(postgres, api, [date(2013, 1, 1), date(2013, 1, 2)]) as undisturbed,
     ):
-        undisturbed = Baseline.measure(postgres, api, [date(2013, 1, 1), date(2013, 1, 2)])
         for number in range(1, kills + 1):
             outcome = run_killed_at_random(postgres, api, undisturbed, chance)
             outcomes.append(outcome)
