@@ -1,5 +1,6 @@
 """Durable results: a run that is killed and retried repeats no finished task."""
 
+import functools
 import os
 import re
 import signal
@@ -20,7 +21,9 @@ import yaml
 from prefect import flow, task
 from prefect._internal.result_records import ResultRecord, ResultRecordMetadata
 from prefect.serializers import PickleSerializer
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from orchestration.__main__ import main
 from orchestration.errors import PipelineError
 from orchestration.protocol import SIGNING_KEY_VARIABLE
 from orchestration.runs.idempotency import idempotency_key
@@ -45,8 +48,8 @@ def _release(folder: Path, url: str, **results: Any) -> dict[str, Any]:
     objects = render("prefect-work-pool", values, release)
     [file] = [manifest["data"]["pool.yaml"] for manifest in objects if "pool.yaml" in manifest.get("data", {})]
     (folder / "pool.yaml").write_text(file)
-    command = [sys.executable, "-m", "orchestration", "sync", "--owner", release, str(folder / "pool.yaml")]
-    subprocess.run(command, env=os.environ | {"PREFECT_API_URL": url}, cwd=ROOT, capture_output=True, check=True)
+    with temporary_settings({PREFECT_API_URL: url}):
+        assert main(["sync", "--owner", release, str(folder / "pool.yaml")]) == 0
     [pool] = yaml.safe_load(file)["work_pools"]
     [container] = pool["base_job_template"]["job_configuration"]["job_manifest"]["spec"]["template"]["spec"][
         "containers"
@@ -57,13 +60,17 @@ def _release(folder: Path, url: str, **results: Any) -> dict[str, Any]:
     return own | {SIGNING_KEY_VARIABLE: KEY}
 
 
-def _volume(folder: Path) -> Iterator[Storage]:
-    def made(url: str) -> dict[str, str]:
-        variables = _release(folder, url, storage="volume")
-        assert variables["PREFECT_RESULTS_LOCAL_STORAGE_PATH"] == "/results"
-        return variables | {"PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(folder / "results")}
+@functools.cache
+def _volume_release(url: str) -> dict[str, str]:
+    """Return the variables of a run whose results are on a volume. The tests share the release."""
+    with tempfile.TemporaryDirectory() as folder:
+        variables = _release(Path(folder), url, storage="volume")
+    assert variables["PREFECT_RESULTS_LOCAL_STORAGE_PATH"] == "/results"
+    return variables
 
-    yield made
+
+def _volume(folder: Path) -> Iterator[Storage]:
+    yield lambda url: _volume_release(url) | {"PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(folder / "results")}
     assert any((folder / "results").iterdir())
 
 
