@@ -212,6 +212,8 @@ def tiny(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator["T
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Run a Prefect server for the session, and yield the URL of its API."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     with (
@@ -219,6 +221,9 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         temporary_settings({PREFECT_API_URL: url}),
     ):
         yield url
+        # At the exit Prefect would try for a minute to send the last logs to a server that has ended.
+        for worker in (APILogWorker, EventsWorker):
+            worker.drain_all(timeout=60)
 
 
 @pytest.fixture(scope="module", autouse=True)
