@@ -107,7 +107,7 @@ CLAIM_CHECK_SECONDS = 0.02
 """How often a poll that waits for claims in progress looks at them."""
 
 NEXT_PAGE_SECONDS = 1.0
-"""How soon the worker polls again after a poll that returned runs: it may not have returned all."""
+"""How soon the worker polls again after a poll that returned runs, and may not have returned all, or that failed."""
 
 CLAIMS_PER_DEPLOYMENT = 10
 """How many runs of a deployment the worker claims at once. A claim that the server refuses takes as long as others."""
@@ -262,6 +262,9 @@ class Worker(CompatibleWorker):
             except HTTPError as error:
                 self._handle_outage(error)
                 self.record_poll()
+                if not is_regular:
+                    # What this poll was for has not been claimed, and the next regular poll may be far away.
+                    self._polls.add(datetime.now(UTC) + timedelta(seconds=NEXT_PAGE_SECONDS))
                 return []
             if self._is_api_down:
                 self.logger.info("The Prefect API answers again.")
@@ -269,21 +272,25 @@ class Worker(CompatibleWorker):
             return runs
 
     async def _schedule_polls(self) -> None:
-        """Schedule a poll for each run that becomes due before the next regular poll, and for expected runs."""
+        """Schedule a poll for each run that becomes due before the next regular poll, and for expected runs.
+
+        Without retries: a poll waits for the answer, and no other poll begins meanwhile.
+        """
         if not self.has_work_pool:
             return
         # Prefect's worker cuts the fraction off, too.
         prefetch = timedelta(seconds=int(self.get_status()["settings"]["prefetch_seconds"]))
         begin = datetime.now(UTC) + prefetch
         end = begin + timedelta(seconds=REGULAR_POLLS_AHEAD * get_current_settings().worker.query_seconds)
-        runs = await self.client.read_flow_runs(
-            flow_run_filter=FlowRunFilter(
-                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
-                next_scheduled_start_time=FlowRunFilterNextScheduledStartTime(after_=begin, before_=end),
-            ),
-            work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[self.work_pool.name])),
-            sort=FlowRunSort.NEXT_SCHEDULED_START_TIME_ASC,
-        )
+        with self._settings_without_retries.model_copy():
+            runs = await self.client.read_flow_runs(
+                flow_run_filter=FlowRunFilter(
+                    state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
+                    next_scheduled_start_time=FlowRunFilterNextScheduledStartTime(after_=begin, before_=end),
+                ),
+                work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[self.work_pool.name])),
+                sort=FlowRunSort.NEXT_SCHEDULED_START_TIME_ASC,
+            )
         for run in runs:
             if not run.next_scheduled_start_time:
                 continue

@@ -21,6 +21,7 @@ from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.responses import WorkerFlowRunResponse
 from prefect.settings import (
     PREFECT_API_AUTH_STRING,
     PREFECT_API_URL,
@@ -303,6 +304,30 @@ def test_worker_claims_due_runs_after_a_poll_that_failed(prefect_server: str, ca
     assert "A poll has failed: 'the answer has no such field'." in caplog.messages
 
 
+def test_poll_that_loses_the_api_is_repeated_without_a_wait_for_retries(prefect_server: str) -> None:
+    """The poll before a run's commit reads when it is to poll again. The API does not answer that."""
+    retries: list[int] = []
+
+    async def fail(*_: Any, **__: Any) -> None:
+        retries.append(PREFECT_CLIENT_MAX_RETRIES.value())
+        raise ConnectError("connection refused")
+
+    class Cut(_WithoutJobs):
+        async def read_due_runs(self) -> list[WorkerFlowRunResponse]:
+            return await super().read_due_runs() if retries else []
+
+        async def _schedule_polls(self) -> None:
+            is_up = bool(retries) or not self._polls.is_expecting
+            with contextlib.nullcontext() if is_up else patch.object(self.client, "read_flow_runs", fail):
+                await super()._schedule_polls()
+
+    async def steps(client: PrefectClient, made: UUID, claimed: Callable[[UUID], Awaitable[State]]) -> None:
+        await claimed(await _start(client, made))
+
+    _claims_of_a_worker_that_hardly_polls(prefect_server, steps, kind=Cut)
+    assert retries == [0]
+
+
 def test_worker_claims_a_run_when_a_slot_becomes_free(prefect_server: str) -> None:
     async def steps(client: PrefectClient, made: UUID, claimed: Callable[[UUID], Awaitable[State]]) -> None:
         first, second = await _start(client, made), await _start(client, made)
@@ -389,8 +414,8 @@ def test_runs_that_wait_for_a_slot_do_not_delay_another_deployment(
         for _ in range(8):
             await _start(client, limited)
         other = await _start(client, made)
-        await client.update_work_pool(pool, WorkPoolUpdate(is_paused=False))
         claims.clear()
+        await client.update_work_pool(pool, WorkPoolUpdate(is_paused=False))
         await client.set_flow_run_state(ends, Completed(), force=True)  # after which the worker polls
         await claimed(other)
         assert claims.index(made) <= 2, "at most two claims of the other deployment come first"
@@ -439,7 +464,7 @@ async def _claim(
     claiming: Callable[[], None] = _nothing,
     submitting: Callable[[kubernetes_worker.Worker, UUID], None] = _nothing,
 ) -> tuple[str, int]:
-    """Poll twice for a run; return the name of the run's state, and how many Jobs were made.
+    """Poll for a run until its claim has begun, and once more; return the name of its state, and the number of Jobs.
 
     Args:
         url: the URL of the API for the worker.
@@ -447,10 +472,12 @@ async def _claim(
         claiming: called before the claim.
         submitting: called between the claim and the Job.
     """
-    pool, jobs = f"cut-{uuid4().hex[:6]}", 0
+    pool, jobs, has_begun = f"cut-{uuid4().hex[:6]}", 0, False
 
     class Cut(kubernetes_worker.Worker):
         async def claim_and_submit(self, flow_run: FlowRun) -> None:
+            nonlocal has_begun
+            has_begun = True
             claiming()
             await super().claim_and_submit(flow_run)
 
@@ -482,7 +509,9 @@ async def _claim(
             async with Cut(work_pool_name=pool, create_pool_if_not_found=False) as tested:
                 await tested.sync_with_backend()
                 run = (await client.create_flow_run_from_deployment(made, state=Scheduled())).id
-                for _ in range(2):
+                is_last = False
+                while not is_last:
+                    is_last = has_begun
                     polling()
                     await tested.get_and_submit_flow_runs()
                     while tested.submitting:
@@ -528,7 +557,7 @@ def test_claim_is_dropped_while_the_api_does_not_answer(prefect_server: str) -> 
 
     claiming = _claim(prefect_server, submitting=_grow_nearly_too_old)
     with patch.object(BaseWorker, "_propose_submitting_state", wait_for_ever):
-        assert asyncio.run(asyncio.wait_for(claiming, 120)) == ("Pending", 0)
+        assert asyncio.run(asyncio.wait_for(claiming, 600)) == ("Pending", 0)
 
 
 def test_outage_before_a_claim_costs_one_poll(prefect_server: str) -> None:
@@ -606,9 +635,11 @@ def test_refused_job_does_not_crash_the_run(
                     await tested.sync_with_backend()
                     os.environ["PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED"] = str(alone).lower()
                     for _ in range(2):
-                        await tested.get_and_submit_flow_runs()
+                        # A busy server may answer a poll or a claim by 503: the next poll is the retry.
                         while (await client.read_flow_run(run)).state_name != "JobRefused":
-                            await asyncio.sleep(0.05)
+                            await tested.get_and_submit_flow_runs()
+                            while tested.submitting:
+                                await asyncio.sleep(0.05)
                         found = await client.read_flow_run(run)
                         assert found.state
                         assert found.state.type.value == ("SCHEDULED" if alone else "PENDING")
@@ -624,7 +655,7 @@ def test_refused_job_does_not_crash_the_run(
             assert first == second
 
     with temporary_settings({PREFECT_API_URL: prefect_server}):
-        asyncio.run(asyncio.wait_for(claim(), 120))
+        asyncio.run(asyncio.wait_for(claim(), 600))
 
 
 def test_job_has_the_credential_of_its_run_and_not_the_workers(prefect_server: str, tmp_path: Path) -> None:
@@ -657,7 +688,7 @@ def test_job_has_the_credential_of_its_run_and_not_the_workers(prefect_server: s
         patch.dict("os.environ", credentials),
         patch.object(KubernetesWorker, "run", make),
     ):
-        asyncio.run(asyncio.wait_for(claim_two_runs(), 120))
+        asyncio.run(asyncio.wait_for(claim_two_runs(), 600))
     for run, manifest in manifests.items():
         [container] = manifest["spec"]["template"]["spec"]["containers"]
         given = [entry for entry in container["env"] if entry["name"] == "PREFECT_API_AUTH_STRING"]
@@ -711,4 +742,4 @@ def test_cancelled_run_ends_its_own_job_alone(prefect_server: str, tmp_path: Pat
         patch(location, str(api.kubeconfig(tmp_path))),
         temporary_settings({PREFECT_API_URL: prefect_server}),
     ):
-        asyncio.run(asyncio.wait_for(cancel(api), 120))
+        asyncio.run(asyncio.wait_for(cancel(api), 600))
