@@ -183,11 +183,12 @@ class Supervisor:
     def _count_disruption(self, run: dict[str, Any]) -> tuple[int, int]:
         """Draw once on the run's disruption budget; return the number of this retry, and the budget."""
         if self._disruption is None:
-            budget = self._client.disruption_retries(run)
             number = whole_number((run.get("labels") or {}).get(DISRUPTIONS_LABEL)) + 1
-            self._client.set_labels({DISRUPTIONS_LABEL: number} if number <= budget else {CAUSE_LABEL: "disruption"})
-            self._disruption = number, budget
-        return self._disruption
+            self._disruption = number, self._client.disruption_retries(run)
+        number, budget = self._disruption
+        # The same number again if an answer is lost: the label may have been set.
+        self._client.set_labels({DISRUPTIONS_LABEL: number} if number <= budget else {CAUSE_LABEL: "disruption"})
+        return number, budget
 
 
 def after_sigterm(number: int, budget: int, now: datetime) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from orchestration.deployments.record import slug
 from orchestration.prefect_api import Access, Server
 from orchestration.reconciler.actions import _set_state
 from orchestration.reconciler.model import Run
-from orchestration.runs.run_client import RunClient
+from orchestration.runs import run_client
 from tests import parts
 from tests.parts import asked, client_of
 
@@ -30,6 +30,12 @@ def api_in_settings(protected: str) -> Iterator[str]:
     """Yield the URL of the server with CSRF protection, which Prefect's settings name."""
     with temporary_settings({PREFECT_API_URL: protected}):
         yield protected
+
+
+@pytest.fixture(autouse=True)
+def _any_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the supervisor's client wait for a busy server. In a pod it asks again."""
+    monkeypatch.setattr(run_client, "CHECK_TIMEOUT_SECONDS", 60)
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +76,10 @@ def test_every_client_works_with_csrf_protection(
         run = asked(client, "POST", "/flow_runs/", {"flow_id": flow, "state": {"type": "RUNNING"}})
 
         # supervisor
-        run_client = RunClient(api_in_settings, run["id"], "job")
-        run_client.set_state({"type": "SCHEDULED", "name": "AwaitingRetry"}, run["state_id"])
+        supervisor = run_client.RunClient(api_in_settings, run["id"], "job")
+        supervisor.set_state({"type": "SCHEDULED", "name": "AwaitingRetry"}, run["state_id"])
         assert asked(client, "GET", f"/flow_runs/{run['id']}")["state"]["name"] == "AwaitingRetry"
-        assert run_client.release_leases([str(uuid4())]) == []
+        assert supervisor.release_leases([str(uuid4())]) == []
 
         # reconciler
         run = asked(client, "GET", f"/flow_runs/{run['id']}")
@@ -105,9 +111,9 @@ def test_expired_csrf_token_is_renewed(protected: str) -> None:
 
     first, second = asyncio.run(ask())
     assert first == second
-    run_client = RunClient(protected, str(uuid4()), "job")
-    run_client.csrf_headers = {"Prefect-Csrf-Token": "forgotten", "Prefect-Csrf-Client": "any"}
-    assert run_client.release_leases([str(uuid4())]) == []
+    supervisor = run_client.RunClient(protected, str(uuid4()), "job")
+    supervisor.csrf_headers = {"Prefect-Csrf-Token": "forgotten", "Prefect-Csrf-Client": "any"}
+    assert supervisor.release_leases([str(uuid4())]) == []
 
 
 def test_server_without_csrf_protection_gets_no_token_request(prefect_server: str) -> None:

@@ -136,7 +136,8 @@ def execute(shop: Path, api: str, run: str) -> "subprocess.Popen[bytes]":
     """Execute a deployment's flow run like a pod of the work pool, but look for a cancellation every second."""
     code = (
         "import sys; from orchestration.runs import run_client, supervisor; "
-        "run_client.CHECK_INTERVAL_SECONDS = 1; sys.exit(supervisor.main(sys.argv[1:]))"
+        "run_client.CHECK_INTERVAL_SECONDS, run_client.CHECK_TIMEOUT_SECONDS = 1, 60; "
+        "sys.exit(supervisor.main(sys.argv[1:]))"
     )
     identity = {"PREFECT__FLOW_RUN_ID": run, "KUBERNETES_JOB": "job", "TERMINATION_MESSAGE_PATH": os.devnull}
     return subprocess.Popen(

@@ -160,6 +160,7 @@ class Run:
         code = (
             "import sys; from orchestration.runs import run_client, supervisor; "
             f"run_client.CHECK_INTERVAL_SECONDS, run_client.BEGIN_TIMEOUT_SECONDS = {every}, {begin}; "
+            "run_client.CHECK_TIMEOUT_SECONDS = 60; "
             "sys.exit(supervisor.main(sys.argv[1:]))"
         )
         env = os.environ | {
@@ -208,7 +209,7 @@ class Run:
 
     async def release_slots(self, *pods: Pod) -> None:
         """Release the slots of pods that have ended, as the reconciler does."""
-        async with httpx.AsyncClient(base_url=self.url, timeout=30) as client:
+        async with httpx.AsyncClient(base_url=self.url, timeout=75) as client:
             await release_leased_slots(Server(client, self.url), list(pods))
 
     def ended(self) -> tuple[int, str]:

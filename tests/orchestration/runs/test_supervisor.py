@@ -12,6 +12,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from uuid import uuid4
 
@@ -20,9 +21,9 @@ import psutil
 import pytest
 
 from orchestration.prefect_api import Server
-from orchestration.protocol import FENCED_LABEL_PREFIX
+from orchestration.protocol import DISRUPTIONS_LABEL, FENCED_LABEL_PREFIX
 from orchestration.reconciler import actions
-from orchestration.runs import run_client
+from orchestration.runs import run_client, supervisor
 from orchestration.runs.run_client import RunClient
 from orchestration.runs.termination_message import memory_report
 from orchestration.settings import ROOT
@@ -89,7 +90,8 @@ def test_fenced_job_is_killed_with_its_child_processes(prefect_server: str, tmp_
     # The usual interval of checks would only prolong the test.
     code = (
         "import sys; from orchestration.runs import run_client, supervisor; "
-        "run_client.CHECK_INTERVAL_SECONDS = 0.1; sys.exit(supervisor.main(sys.argv[1:]))"
+        "run_client.CHECK_INTERVAL_SECONDS, run_client.CHECK_TIMEOUT_SECONDS = 0.1, 60; "
+        "sys.exit(supervisor.main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, "sh", "-c", "sleep 600 & echo $!; wait"]
     messages = {job: tmp_path / job for job in ("old", "new")}
@@ -169,10 +171,33 @@ def test_disruption_budget_is_that_of_the_run_else_the_deployment_else_the_pool(
 
 async def _reconciler_budget(url: str, fields: dict[str, object]) -> int:
     """Return the disruption budget that the reconciler reads for a run with these fields."""
-    async with httpx.AsyncClient(base_url=url, timeout=30) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=75) as client:
         retries = await actions.read_budget(Server(client, url), fields)
     assert retries
     return retries.disruption_retries
+
+
+def test_disruption_is_counted_once_if_an_answer_is_lost(prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "EngineProcess", lambda: None)
+    monkeypatch.setattr(supervisor, "RECHECK_INTERVAL_SECONDS", 0)
+    monkeypatch.setattr(run_client, "CHECK_TIMEOUT_SECONDS", 60)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    sent: list[dict[str, Any]] = []
+
+    class Losing(RunClient):
+        def set_labels(self, labels: dict[str, Any]) -> None:
+            super().set_labels(labels)
+            sent.append(labels)
+            if len(sent) == 1:
+                raise TimeoutError("timed out")
+
+    with client_of(prefect_server) as api:
+        flow = asked(api, "POST", "/flows/", {"name": "disrupted"})["id"]
+        run = asked(api, "POST", "/flow_runs/", {"flow_id": flow, "state": {"type": "RUNNING"}})["id"]
+        supervisor.Supervisor(Losing(prefect_server, run, "job"))._conclude(1)
+        state = asked(api, "GET", f"/flow_runs/{run}")["state"]
+    assert sent == [{DISRUPTIONS_LABEL: 1}] * 2
+    assert state["message"] == "Retry 1 of 10 after a disruption. Its pod was asked to end."
 
 
 def test_client_sends_the_user_and_the_custom_headers(monkeypatch: pytest.MonkeyPatch) -> None:
