@@ -397,7 +397,8 @@ async def store_block_key(key: str) -> bool:
     from sqlalchemy import select
 
     db = database_interface()
-    async with db.session_context(begin_transaction=True) as session:
+    # Without `with_for_update` SQLite refuses the write after the read if a server has written in between.
+    async with db.session_context(begin_transaction=True, with_for_update=True) as session:
         stored = await session.scalar(select(db.Configuration).where(db.Configuration.key == _BLOCK_KEY))
         if stored is None:
             session.add(db.Configuration(key=_BLOCK_KEY, value={"fernet_key": key}))
@@ -422,7 +423,7 @@ async def encrypt_blocks_again(key: str) -> int | None:
     from sqlalchemy import select
 
     db = database_interface()
-    async with db.session_context(begin_transaction=True) as session:
+    async with db.session_context(begin_transaction=True, with_for_update=True) as session:
         stored = await session.scalar(select(db.Configuration).where(db.Configuration.key == _BLOCK_KEY))
         if stored is None:
             return None

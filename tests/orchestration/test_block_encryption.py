@@ -1,19 +1,23 @@
 """The key of secret blocks, on real servers."""
 
+import asyncio
 import json
 import os
 import shutil
 import sqlite3
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.fernet import Fernet, InvalidToken
 from prefect.blocks.system import Secret
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_DATABASE_CONNECTION_URL, temporary_settings
+from sqlalchemy import Engine, event
 
+from orchestration.prefect_compat.server_internals import encrypt_blocks_again, store_block_key
 from orchestration.settings import ROOT
 from tests import parts, server_forks
 
@@ -67,6 +71,33 @@ def test_blocks_of_the_key_in_the_database_stay_readable_with_a_key_from_the_env
             with pytest.raises(InvalidToken):
                 former.decrypt(block)
         assert read() == ["before", "after"]
+
+
+def test_commands_succeed_while_a_server_writes(tmp_path: Path) -> None:
+    """SQLite refuses the write of a transaction that has read before another one wrote, unless it began as a writer."""
+    shutil.copyfile(parts.migrated_database(), tmp_path / "prefect.db")
+    writes: list[int] = []
+
+    def write(*arguments: Any) -> None:
+        """Write as another connection between a command's read and its write, if SQLite lets it."""
+        if arguments[2].startswith("SELECT"):
+            writes.append(len(writes))
+            other = sqlite3.connect(tmp_path / "prefect.db", timeout=0)
+            with closing(other), suppress(sqlite3.OperationalError):
+                other.execute(f"pragma user_version = {len(writes)}")
+
+    async def store_and_encrypt() -> int | None:
+        assert await store_block_key(Fernet.generate_key().decode())
+        return await encrypt_blocks_again(Fernet.generate_key().decode())
+
+    url = f"sqlite+aiosqlite:///{tmp_path / 'prefect.db'}"
+    event.listen(Engine, "after_cursor_execute", write)
+    try:
+        with temporary_settings({PREFECT_SERVER_DATABASE_CONNECTION_URL: url}):
+            assert asyncio.run(store_and_encrypt()) == 0
+    finally:
+        event.remove(Engine, "after_cursor_execute", write)
+    assert len(writes) == 3
 
 
 def test_server_with_a_wrong_key_does_not_start(tmp_path: Path) -> None:
