@@ -16,7 +16,7 @@ from orchestration.inspection.unfinished_runs import read_unfinished_runs
 from orchestration.operations.doctor.cluster_checks import count, shorten
 from orchestration.operations.doctor.findings import Finding, check, failed, ok, warning
 from orchestration.operations.doctor.installation import Installation, UncheckedError
-from orchestration.prefect_api import CLOCK_TOLERANCE, JSON
+from orchestration.prefect_api import CLOCK_TOLERANCE, JSON, RESPONSE_TIMEOUT_SECONDS
 from orchestration.terminal import one_line
 
 GROUP = "prefect server"
@@ -52,7 +52,7 @@ async def check_api_latency(installation: Installation) -> Finding:
 async def check_authentication(installation: Installation) -> Finding:
     """The API refuses requests without a password."""
     url = installation.server.url
-    async with httpx.AsyncClient(timeout=10, verify=False) as client:  # noqa: S501 - nothing secret is sent
+    async with httpx.AsyncClient(timeout=RESPONSE_TIMEOUT_SECONDS, verify=False) as client:  # noqa: S501 - nothing secret is sent
         status = (await client.post(f"{url}/work_pools/filter", json={"limit": 1})).status_code
     if status != 200:
         return ok(f"without a password it answers {status}")

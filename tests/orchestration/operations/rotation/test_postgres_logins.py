@@ -73,6 +73,7 @@ class Clients:
         self._installation = installation
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._work)
+        self._one_at_a_time = threading.Lock()
         self.calls: dict[str, int] = {}
         self.errors: list[str] = []
 
@@ -100,7 +101,8 @@ class Clients:
 
     def _call(self, pod: Pod) -> None:
         user, password = (pod.variables[f"PREFECT_SERVER_DATABASE_{name}"] for name in ("USER", "PASSWORD"))
-        with _connect(self._postgres, user, password) as connection:
+        # Of two transactions that create the same table at the same time, one fails in spite of `if not exists`.
+        with self._one_at_a_time, _connect(self._postgres, user, password) as connection:
             table = f"table_{len(self.calls) % 5}"
             connection.execute(f"create table if not exists {table} ()")
             connection.execute(f"alter table {table} add column if not exists more int")
