@@ -41,6 +41,16 @@ def examples(share: float) -> int:
     return max(1, round(share * hypothesis.settings().max_examples))
 
 
+def random_seed() -> int:
+    """Return the seed of a random test: the same each time, or a new one with the long Hypothesis profile.
+
+    `RANDOM_SEED` sets the seed.
+    """
+    given = os.environ.get("RANDOM_SEED")
+    is_long = os.environ.get("HYPOTHESIS_PROFILE") == "long"
+    return int(given) if given else secrets.randbelow(10**6) if is_long else 2013
+
+
 def free_port() -> int:
     """Return a free port of the loopback interface.
 

@@ -19,7 +19,7 @@ from orchestration import warehouse
 from orchestration.local import embedded_postgres
 from orchestration.settings import ROOT
 from tests.long.kills import Baseline, run_killed_at_random
-from tests.parts import Query, copy_of_checkout, rows_of, settings_of, wait_until
+from tests.parts import Query, copy_of_checkout, random_seed, rows_of, settings_of, wait_until
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small or read-only disk needs root")
 
@@ -168,8 +168,8 @@ def test_ctrl_c_ends_the_run_and_its_sql(database: str, query: Query, prefect_se
 
 def test_run_after_a_random_kill_completes(postgres: str, prefect_server: str, undisturbed: Baseline) -> None:
     """One kill while the run works on the warehouse. `make test-long FOR=kills` kills fifty times."""
-    seed = random.randrange(10**6)  # noqa: S311 - a moment, no secret
-    outcome = run_killed_at_random(postgres, prefect_server, undisturbed, random.Random(seed))  # noqa: S311
+    seed = random_seed()
+    outcome = run_killed_at_random(postgres, prefect_server, undisturbed, random.Random(seed))  # noqa: S311 - a moment, no secret
     assert outcome.half_loaded == [], f"seed {seed}"
     assert outcome.same_as_undisturbed, f"seed {seed}"
 

@@ -17,7 +17,7 @@ from tests.long import dbt_ends
 from tests.orchestration.dbt.conftest import LONG, Built
 from tests.orchestration.dbt.projects import hold, tables
 from tests.orchestration.dbt.task_runs import Server, busy, execute, results_of, start
-from tests.parts import Query, wait_until
+from tests.parts import Query, random_seed, wait_until
 
 MODELS = (
     "clean_visits", "customer_totals", "order_log", "paid_orders", "revenue_by_day", "tier_names_v2", "yearly_orders",
@@ -39,9 +39,9 @@ class Held(NamedTuple):
 
 
 @pytest.fixture
-def held(shop: Path) -> Held:
-    """Return the project with a held model."""
-    model = random.SystemRandom().choice(MODELS)
+def held(shop: Path, request: pytest.FixtureRequest) -> Held:
+    """Return the project with a held model, which differs between tests."""
+    model = random.Random(f"{random_seed()} {request.node.name}").choice(MODELS)  # noqa: S311 - no secret
     hold(shop, model, 1200)
     return Held(shop, model)
 

@@ -1,6 +1,5 @@
 """Random graphs with random failures: each node ends as on dbt's command line."""
 
-import os
 import random
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from orchestration.dbt.mirror import STATES
 from tests.orchestration.dbt.conftest import LONG, Tiny, use
 from tests.orchestration.dbt.projects import command_line, random_dag, tables
 from tests.orchestration.dbt.task_runs import Server
-from tests.parts import Query
+from tests.parts import Query, random_seed
 
 GRAPHS = 50 if LONG else 1
 """Random graphs, in addition to one that is the same each time."""
@@ -51,7 +50,7 @@ def test_random_graph_ends_as_on_the_command_line(
     graph: int, tmp_path: Path, database: str, query: Query, server: Server, tiny: Tiny
 ) -> None:
     """`RANDOM_SEED` repeats a graph; the folder's name has the seed."""
-    seed = int(os.environ.get("RANDOM_SEED", random.SystemRandom().randrange(10**6)))
+    seed = random_seed()
     chance = random.Random(seed)  # noqa: S311 - a graph, no secret
     folder = random_dag(tmp_path / f"seed_{seed}", chance, nodes=chance.randrange(5, 40))
     try:

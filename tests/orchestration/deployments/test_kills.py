@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.long.sync_kills import Project, connect, run_rounds
+from tests.parts import random_seed
 
 KILLS = 2
 """`make test-long FOR=sync-kills` kills more often."""
@@ -23,7 +24,7 @@ def project(tmp_path: Path, prefect_server: str) -> Iterator[Project]:
 
 
 def test_sync_after_a_kill_leaves_the_same_state(project: Project) -> None:
-    seed = random.randrange(10**6)  # noqa: S311 - no secret
-    _, outcomes = run_rounds(project, KILLS, random.Random(seed))  # noqa: S311
+    seed = random_seed()
+    _, outcomes = run_rounds(project, KILLS, random.Random(seed))  # noqa: S311 - no secret
     assert [outcome.wrong for outcome in outcomes if outcome.wrong] == [], f"seed {seed}"
     assert sum(not outcome.ended for outcome in outcomes) == KILLS
