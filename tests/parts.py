@@ -171,7 +171,7 @@ def kill_run_processes(run: str) -> None:
                 os.kill(process, signal.SIGKILL)
         return not processes
 
-    wait_until(are_gone, f"the processes of flow run {run} to be gone", 30)
+    wait_until(are_gone, f"the processes of flow run {run} to be gone")
 
 
 def copy_of_checkout(folder: Path) -> None:

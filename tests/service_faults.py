@@ -131,11 +131,11 @@ class Services:
         return {body["database"], body["redis"]}
 
     def wait_for(self, path: str, healthy: bool, seconds: float) -> dict[str, Any]:
-        """Wait until a probe succeeds or fails; return the body of the answer."""
+        """Wait until a probe is answered so that it succeeds or fails; return the body of the answer."""
 
         def answered() -> tuple[dict[str, Any]] | None:
             status, body = self.probe(path)
-            return (body,) if (status == 200) == healthy else None
+            return (body,) if status and (status == 200) == healthy else None
 
         try:
             found: tuple[dict[str, Any]] = wait_until(

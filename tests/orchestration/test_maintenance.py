@@ -67,7 +67,8 @@ async def _fail(_scope: Scope, _receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": b"api"})
 
 
-def test_requests_that_fail_together_look_once_into_the_database() -> None:
+def test_requests_that_fail_together_look_once_into_the_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maintenance, "CACHE_SECONDS", 600.0)
     looks = []
 
     async def look() -> bool:

@@ -18,7 +18,7 @@ def test_api_that_is_waited_for_is_reported_once() -> None:
     reports: list[str] = []
 
     async def connect() -> None:
-        async with connected(1.5, reports.append):
+        async with connected(5, reports.append):
             pass
 
     with temporary_settings({PREFECT_API_URL: url}), pytest.raises(ApiError, match="does not answer"):
@@ -40,7 +40,7 @@ def _response(date: str, *, seconds: float = 0) -> httpx.Response:
 def test_slow_response_is_no_slow_clock(ahead: float, elapsed: float, offset: float) -> None:
     date = format_datetime(datetime.now(UTC) + timedelta(seconds=ahead), usegmt=True)
     measured = clock_offset(_response(date, seconds=elapsed)).total_seconds()
-    assert abs(measured - offset) < (1.5 if offset else 0.001)
+    assert abs(measured - offset) < (10 if offset else 0.001)
 
 
 @pytest.mark.parametrize("date", ["", "yesterday"])

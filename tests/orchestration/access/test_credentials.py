@@ -115,10 +115,11 @@ def test_missing_folder_or_key_is_an_error(tmp_path: Path) -> None:
 
 
 def test_files_are_read_at_most_once_per_second(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     known = Credentials(folder, SERVER)
     (folder / "worker").write_text("worker:second\n")
     assert known.identify("worker:first")
 
-    later = time.monotonic() + 2
-    monkeypatch.setattr(time, "monotonic", lambda: later)
+    now += 2
     assert not known.identify("worker:first")

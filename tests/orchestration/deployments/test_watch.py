@@ -38,9 +38,9 @@ class Watcher:
             )  # fmt: skip
 
     def get(self, path: str) -> str:
-        """Return the body of a page; "" while nothing listens on the port."""
+        """Return the body of a page, whatever its status; "" while nothing listens on the port."""
         with contextlib.suppress(httpx.TransportError):
-            return httpx.get(self.url + path, timeout=60).raise_for_status().text
+            return httpx.get(self.url + path, timeout=60).text
         return ""
 
     def metric(self, name: str, *labels: str) -> float | None:

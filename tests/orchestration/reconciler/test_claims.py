@@ -37,7 +37,7 @@ from tests.cluster.namespace import Namespace, proxied
 from tests.parts import asked, client_of
 from tests.relay import stalled
 
-CLAIM, GIVEN_AWAY_AFTER, REQUEST = 8.0, 11.0, 1.0
+CLAIM, GIVEN_AWAY_AFTER, REQUEST = 16.0, 20.0, 1.0
 """Seconds: the worker's `CLAIM_TIMEOUT_SECONDS`, the reconciler's `Policy.claim_seconds`, and its timeout of a
 request to Kubernetes."""
 
@@ -211,7 +211,7 @@ class Stalls:
 
     def wait(self, condition: Callable[[], bool]) -> None:
         self.held += 1
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not condition() and time.monotonic() < deadline:
             time.sleep(0.3)
         self.held -= 1
@@ -247,7 +247,7 @@ def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED", "false")
     for name in ("DELAY_SECONDS", "JITTER_MAX_SECONDS"):
         monkeypatch.setenv(f"PREFECT_INTEGRATIONS_KUBERNETES_WORKER_CREATE_JOB_RETRY_{name}", "0")
-    with temporary_settings({PREFECT_LOGGING_TO_API_ENABLED: False, PREFECT_WORKER_QUERY_SECONDS: 0.3}):
+    with temporary_settings({PREFECT_LOGGING_TO_API_ENABLED: False, PREFECT_WORKER_QUERY_SECONDS: 2}):
         yield
 
 
@@ -302,7 +302,7 @@ async def _until_ended(
                 yield client
 
     async with (
-        httpx.AsyncClient(base_url=server, timeout=30) as for_prefect,
+        httpx.AsyncClient(base_url=server, timeout=75) as for_prefect,
         httpx.AsyncClient(base_url=reconciler_url, timeout=REQUEST) as for_kubernetes,
     ):
         cluster = kubernetes.Cluster(for_kubernetes, namespace)

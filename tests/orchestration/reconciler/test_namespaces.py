@@ -41,7 +41,7 @@ def test_round_handles_runs_in_each_namespace_and_in_no_other(prefect_server: st
 
         async def run_round(*runs: str) -> None:
             async with (
-                httpx.AsyncClient(base_url=prefect_server, timeout=30) as for_prefect,
+                httpx.AsyncClient(base_url=prefect_server, timeout=75) as for_prefect,
                 httpx.AsyncClient(base_url=kubernetes.client.base_url, verify=context, timeout=30) as for_kubernetes,
             ):
                 clusters = [Cluster(for_kubernetes, place) for place in (NEW, FORMER)]

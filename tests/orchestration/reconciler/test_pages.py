@@ -28,7 +28,7 @@ def test_all_pages_of_runs_are_read(prefect_server: str, monkeypatch: pytest.Mon
         made = {pool.run({"type": "RUNNING"})["id"] for _ in range(number)}
 
     async def read() -> list[str]:
-        async with httpx.AsyncClient(base_url=prefect_server, timeout=30) as client:
+        async with httpx.AsyncClient(base_url=prefect_server, timeout=75) as client:
             running = {"state": {"type": {"any_": ["RUNNING"]}}}
             return [run.id for run in await _read_runs(Server(client, prefect_server), pool.name, running)]
 
@@ -51,7 +51,7 @@ def test_steady_runs_are_counted_and_read_only_after_change(prefect_server: str)
 
             async def ask() -> list[Run]:
                 hooks = {"request": [note]}
-                async with httpx.AsyncClient(base_url=prefect_server, timeout=30, event_hooks=hooks) as client:
+                async with httpx.AsyncClient(base_url=prefect_server, timeout=75, event_hooks=hooks) as client:
                     server = Server(client, prefect_server)
                     if steady is None:
                         return await _read_runs(server, pool.name, {"id": {"any_": made}})

@@ -25,8 +25,8 @@ RUNS_DAYS, LOGS_DAYS, ARTIFACTS_DAYS, EVENTS_DAYS = 90, 30, 60, 20
 
 HISTORY = History(runs=2000, logs=12000, events=1000, days=181, deployments=20)
 
-LOCK_LIMIT_SECONDS = 1
-"""How long a transaction of retention may last on a machine whose processors are free."""
+LOCK_LIMIT_SECONDS = 10
+"""How long a transaction of retention may last on a busy machine. `make bench-retention` measures how long it lasts."""
 
 TABLES = ("flow_run", "task_run", "log", "artifact", "events", "event_resources", "artifact_collection")
 
@@ -142,6 +142,16 @@ def _server(home: Path, database: str) -> Iterator[str]:
         yield api
 
 
+@contextlib.contextmanager
+def _slow_deletion(database: str) -> Iterator[None]:
+    """Let the deletion of each run take 50 ms while the block lasts, so that a kill does not come after the last."""
+    sleep = "begin perform pg_sleep(0.05); return old; end"
+    rows_of(database, f"create function sleep() returns trigger language plpgsql as '{sleep}'")
+    rows_of(database, "create trigger slow before delete on flow_run for each row execute function sleep()")
+    yield
+    rows_of(database, "drop function sleep cascade")
+
+
 def _expected(database: str, special: Special) -> dict[str, set[Any]]:
     """Return the ids that have to be left of each kind, in a history whose deployments all have a young success."""
     is_old = "select id, end_time < now() - %s * interval '1 day' from flow_run where name <> 'special'"
@@ -177,7 +187,12 @@ def test_exactly_the_old_records_go_while_states_are_written(database: str, spec
     def old_runs_left() -> int:
         return len(_left(database, "flow_run", old_runs))
 
-    with contextlib.suppress(httpx.TransportError), _server(tmp_path, database) as api, Traffic(api, database):
+    with (
+        _slow_deletion(database),
+        contextlib.suppress(httpx.TransportError),
+        _server(tmp_path, database) as api,
+        Traffic(api, database),
+    ):
         server = SERVERS[-1].pid
         wait_until(lambda: old_runs_left() < len(old_runs), "the first batch", 300)
         os.kill(server, 9)
@@ -198,8 +213,7 @@ def test_exactly_the_old_records_go_while_states_are_written(database: str, spec
         assert _left(database, table, before[table]) == ids, table
     assert traffic.errors == []
     assert traffic.writes
-    waiting = max(os.getloadavg()) / (os.cpu_count() or 1)  # processes for each processor
-    assert traffic.longest < LOCK_LIMIT_SECONDS * max(1, waiting)
+    assert traffic.longest < LOCK_LIMIT_SECONDS
 
     tasks = rows_of(database, "select name, state_type, flow_run_id is null, count(*) from task_run group by 1, 2, 3")
     assert ("special", "COMPLETED", True, 1) not in tasks

@@ -142,7 +142,7 @@ def test_stopped_process_answers_no_probe(services: Services) -> None:
 def test_blocked_event_loop_turns_both_probes_red(services: Services) -> None:
     services.tell("block", str(10 * STALL_SECONDS))  # time for both probes
     assert "event loop" in services.wait_for("/live", False, RED_SECONDS)["reasons"][0]
-    assert services.probe("/ready")[0] == 503
+    services.wait_for("/ready", False, RED_SECONDS)
     assert_recovery(services)
 
 
@@ -179,5 +179,5 @@ def test_dead_or_hung_service_needs_a_restart_unless_redis_is_away(services: Ser
     services.relay.close()
     services.wait_for("/live", True, RED_SECONDS)
     services.connect_redis()
-    assert services.wait_for("/live", False, RED_SECONDS)["reasons"] == ["EventPersister: ended"]
+    assert "EventPersister: ended" in services.wait_for("/live", False, RED_SECONDS)["reasons"]
     assert services.process.poll() is None
