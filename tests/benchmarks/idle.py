@@ -137,7 +137,8 @@ def _read_later_usage(namespace: Namespace, begin: Usage) -> Usage:
         is_later = all(usage[component][0] > begin[component][0] + PERIOD_SECONDS / 2 for component in begin)
         return usage if is_later else None
 
-    return wait_until(later, "newer readings of the kubelet", 60)
+    found: Usage = wait_until(later, "newer readings of the kubelet", 60)
+    return found
 
 
 def total(period: dict[str, tuple[float, float]]) -> tuple[float, float]:
