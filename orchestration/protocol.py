@@ -19,6 +19,15 @@ MAIN_CONTAINER_ANNOTATION = "kubectl.kubernetes.io/default-container"
 RUN_LABEL, POOL_LABEL = "prefect.io/flow-run-id", "prefect.io/work-pool-id"
 """Labels of Jobs and pods. The worker writes them."""
 
+WARM_LABEL, WARM_WAITING, WARM_TAKEN = "reconciler.warm", "waiting", "taken"
+"""Label of the Job of a warm pod and of the pod: whether the pod waits for a run. The worker writes it."""
+
+CLAIM_ANNOTATION = "reconciler.claim"
+"""Annotation of the Job of a warm pod that a run has taken: the id of the state that is the claim, and when."""
+
+HAND_OVER_ANNOTATION = "reconciler.hand-over"
+"""Annotation of a warm pod: the encrypted environment variables of its run (`orchestration.runs.hand_over`)."""
+
 NOTED_ANNOTATION = "reconciler.noted"
 """Annotation of a Job: how many of its ended pods the reconciler has recorded on the flow run."""
 
@@ -70,6 +79,15 @@ SIGNING_KEY_VARIABLE = "RESULTS_SIGNING_KEY"
 FORMER_SIGNING_KEYS_VARIABLE = "RESULTS_FORMER_SIGNING_KEYS"
 """The environment variable with keys of older results that a run loads, too, with spaces between them."""
 
+CLAIM_VARIABLE = "RUN_CLAIM"
+"""The environment variable with the claim of a run in a warm pod, whose Job has no claim in its name."""
+
+HAND_OVER_VARIABLE, HAND_OVER_KEY_VARIABLE = "RUN_HAND_OVER", "RUN_HAND_OVER_KEY"
+"""The environment variables of a warm pod: the file that gets the variables of its run, and the key of that file."""
+
+WARM_SECONDS_VARIABLE = "WARM_SECONDS"
+"""The environment variable of a warm pod: after how many seconds it ends if no run has taken it."""
+
 CHECK_INTERVAL_SECONDS, RECHECK_INTERVAL_SECONDS, CHECK_TIMEOUT_SECONDS = 15.0, 3.0, 5.0
 """How often a supervisor reads whether its Job is fenced, how soon it asks again without an answer, and its timeout."""
 
@@ -86,14 +104,13 @@ def claim_of(job: str) -> str:
     return found[1] if found else ""
 
 
-def is_given_away(job: str, states: Sequence[Mapping[str, Any]]) -> bool:
+def is_given_away(claim: str, states: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether a Job's claim of its run is over, so that the Job must not execute the run.
 
     Args:
-        job: the name of the Job.
+        claim: the claim of the Job; empty if the Job has none.
         states: all states of the run, oldest first.
     """
-    claim = claim_of(job)
     positions = [number for number, state in enumerate(states) if claim and str(state["id"]).endswith(claim)]
     later = states[positions[0] + 1 :] if positions else ()
     # A claim sets the state named Pending, and any worker may claim a Scheduled run.

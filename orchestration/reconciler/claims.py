@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Iterable, Mapping
 
 from orchestration.prefect_api import Server
-from orchestration.protocol import claim_of, is_given_away
+from orchestration.protocol import is_given_away
 from orchestration.reconciler.model import Job, Run
 
 
@@ -21,18 +21,18 @@ async def find_given_away_jobs(server: Server, runs: Mapping[str, Run | None], j
     Raises:
         ApiError: the server does not answer.
     """
-    unrecorded: dict[str, list[str]] = {}
+    unrecorded: dict[str, list[Job]] = {}
     for job in jobs:
         run = runs.get(job.run)
         if not run or run.type not in ("PENDING", "RUNNING"):
             continue
-        if not job.is_finished and job.name != run.job and claim_of(job.name):
-            unrecorded.setdefault(run.id, []).append(job.name)
+        if not job.is_finished and job.name != run.job and job.claim:
+            unrecorded.setdefault(run.id, []).append(job)
     requests = (server.ask("GET", f"/flow_run_states/?flow_run_id={run_id}") for run_id in unrecorded)
     histories = await asyncio.gather(*requests)
     return {
-        name
-        for names, states in zip(unrecorded.values(), histories, strict=True)
-        for name in names
-        if is_given_away(name, states)
+        job.name
+        for unrecorded_jobs, states in zip(unrecorded.values(), histories, strict=True)
+        for job in unrecorded_jobs
+        if is_given_away(job.claim, states)
     }

@@ -374,20 +374,22 @@ def _decide_pending(
     if any(pod.has_started for pod in live):
         return []
     claimed = run.since.timestamp() - CLAIM_TOLERANCE_SECONDS
+    age = (now - run.since).total_seconds()
+    is_late = age > policy.claim_seconds
     is_of_this_claim = current and (run.state in STARTING_STATES or current.created_at.timestamp() >= claimed)
     if live or (current and not current.is_finished and not current.is_deleted):
         assert current
+        if current.warm_claim and not live:
+            # Its worker ended before it handed the run over to the pod, which waits in vain.
+            return [GiveAway(run, f"{NO_JOB_FOR_CLAIM} within {age:.0f} s of claiming it")] if is_late else []
         waiting = causes.waiting_state(current, live)
         return _decide_waiting(run, waiting, (now - current.created_at).total_seconds(), policy) if waiting else []
     # A finished or deleted Job may belong to an earlier claim while the Job of this claim does not exist yet.
     if current and is_of_this_claim:
         return _decide_dead(run, current, jobs, pods, now, policy)
-    age = (now - run.since).total_seconds()
     if run.state == JOB_REFUSED:
         return _decide_job_refused(run, now, policy)
-    if age <= policy.claim_seconds:
-        return []
-    return [GiveAway(run, f"{NO_JOB_FOR_CLAIM} within {age:.0f} s of claiming it")]
+    return [GiveAway(run, f"{NO_JOB_FOR_CLAIM} within {age:.0f} s of claiming it")] if is_late else []
 
 
 def _decide_job_refused(run: Run, now: datetime, policy: Policy) -> list[Action]:

@@ -9,11 +9,15 @@ from typing import Any
 from uuid import UUID
 
 from orchestration.protocol import (
+    CLAIM_ANNOTATION,
     CLUSTER_LABEL,
     NAMESPACE_LABEL,
     NOTED_ANNOTATION,
     REFUSAL_LABEL,
     RUN_LABEL,
+    WARM_LABEL,
+    WARM_TAKEN,
+    claim_of,
     whole_number,
 )
 from orchestration.reconciler.kubernetes_objects import (
@@ -332,7 +336,7 @@ class Job:
     Args:
         name: the Job's name.
         run: the run's id.
-        created_at: when it was created.
+        created_at: when it was created. For a Job of a warm pod: when a run took it.
         is_finished: whether it creates no further pod.
         is_deleted: whether its deletion was requested.
         makes_one_pod: whether it creates one pod and no replacement, so that it is finished when that pod ends.
@@ -341,6 +345,7 @@ class Job:
         recorded_pods: how many of its ended pods are recorded on the run.
         exceeded_deadline: its activeDeadlineSeconds if it ran longer; otherwise None. Kubernetes then ends its pods.
         is_given_away: whether its claim of the run is over, so that its pods do not execute the run.
+        warm_claim: the claim that took this Job of a warm pod; empty for a Job that was created for its run.
     """
 
     name: str
@@ -354,6 +359,12 @@ class Job:
     recorded_pods: int = 0
     exceeded_deadline: int | None = None
     is_given_away: bool = False
+    warm_claim: str = ""
+
+    @property
+    def claim(self) -> str:
+        """Return the claim of the run to which the Job belongs; empty if its worker recorded none."""
+        return self.warm_claim or claim_of(self.name)
 
     @classmethod
     def read(cls, raw: JobObject, clock_offset: timedelta = timedelta()) -> "Job":
@@ -369,17 +380,30 @@ class Job:
         # Kubernetes sets FailureTarget first, and Failed once no pod is left.
         reasons = {conditions[name].reason for name in ("Failed", "FailureTarget") if name in conditions}
         rules = raw.spec.pod_failure_policy.rules
+        is_warm = meta.labels.get(WARM_LABEL) == WARM_TAKEN
+        warm_claim, taken_at = _read_claim(meta.annotations.get(CLAIM_ANNOTATION, "") if is_warm else "")
         return cls(
             meta.name,
             meta.labels[RUN_LABEL],
-            meta.creation_timestamp + clock_offset,
+            (taken_at or meta.creation_timestamp) + clock_offset,
             not conditions.keys().isdisjoint({"Complete", "Failed"}),
             meta.deletion_timestamp is not None,
             raw.spec.backoff_limit == 0 and all(rule.action == "FailJob" for rule in rules),
             is_disrupted=failed is not None and "DisruptionTarget" in failed.message,
             recorded_pods=whole_number(meta.annotations.get(NOTED_ANNOTATION)),
             exceeded_deadline=raw.spec.active_deadline_seconds or 0 if "DeadlineExceeded" in reasons else None,
+            warm_claim=warm_claim,
         )
+
+
+def _read_claim(annotation: str) -> tuple[str, datetime | None]:
+    """Return the claim that took the Job of a warm pod, and when, from the Job's annotation."""
+    state, _, time = annotation.partition(" ")
+    with suppress(ValueError):
+        taken_at = datetime.fromisoformat(time)
+        if taken_at.tzinfo:
+            return claim_of(f"-{UUID(state)}"), taken_at
+    return "", None
 
 
 @dataclass(frozen=True)

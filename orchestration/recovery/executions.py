@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from orchestration.errors import SettingsError
-from orchestration.protocol import MAIN_CONTAINER_ANNOTATION, POOL_LABEL, RUN_LABEL
+from orchestration.protocol import CLAIM_ANNOTATION, MAIN_CONTAINER_ANNOTATION, POOL_LABEL, RUN_LABEL
 from orchestration.reconciler.kubernetes_objects import JobObject, LeanPodObject, PodObject
 from orchestration.reconciler.model import Job, Pod, is_run_id
 
@@ -60,6 +60,7 @@ class Execution:
         started_at: when the main container started; None if it has not started, or if that is unknown.
         ended_at: when the main container ended; None if it has not ended, or if that is unknown.
         exit_code: the exit code of the main container; None without one.
+        claim: the Job's claim of the run; empty if its worker recorded none.
     """
 
     run: str
@@ -76,6 +77,7 @@ class Execution:
     started_at: datetime | None = None
     ended_at: datetime | None = None
     exit_code: int | None = None
+    claim: str = ""
 
     @property
     def is_live(self) -> bool:
@@ -123,8 +125,8 @@ def _drop_unread(part: Any) -> None:
         for key in _UNREAD_FIELDS:
             part.pop(key, None)
         if "annotations" in part:
-            kept = part["annotations"].get(MAIN_CONTAINER_ANNOTATION)
-            part["annotations"] = {MAIN_CONTAINER_ANNOTATION: kept} if kept else {}
+            read = (MAIN_CONTAINER_ANNOTATION, CLAIM_ANNOTATION)
+            part["annotations"] = {name: text for name, text in part["annotations"].items() if name in read}
     for value in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
         _drop_unread(value)
 
@@ -187,6 +189,7 @@ def _execution(job: Job, pods: list[Pod], labels: Mapping[str, str], namespace: 
         started_at=newest.started_at if newest else None,
         ended_at=newest.end.time if newest and newest.end else None,
         exit_code=newest.end.code if newest and newest.end else None,
+        claim=job.claim,
     )
 
 

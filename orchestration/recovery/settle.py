@@ -227,7 +227,7 @@ def _live(run: Record, execution: Execution, is_cancelled: bool) -> Settlement:
     if execution.cluster:
         labels[CLUSTER_LABEL] = execution.cluster
     state: Record = {"type": type_, "name": name, "message": _message(reason)}
-    if claim := claim_of(execution.job):
+    if claim := execution.claim:
         # The id of a claim's state ends with the claim: a later claim fences this Job.
         state["id"] = str(UUID(f"{uuid4().hex[:20]}{claim}"))
     is_recorded = run.get("infrastructure_pid") == job and run["state"]["type"] == type_

@@ -17,6 +17,7 @@ from orchestration.protocol import (
     EXPECTED_STATE_HEADER,
     FENCED_LABEL_PREFIX,
     RECHECK_INTERVAL_SECONDS,
+    claim_of,
     is_given_away,
 )
 
@@ -36,11 +37,13 @@ class RunClient:
         url: the URL of the API.
         run: the flow run's id.
         job: the name of this run attempt's Job.
+        claim: the Job's claim of the run; empty if it is in the Job's name.
     """
 
-    def __init__(self, url: str, run: str, job: str) -> None:
+    def __init__(self, url: str, run: str, job: str, claim: str = "") -> None:
         self.url = url
         self.job = job
+        self._claim = claim or claim_of(job)
         self.csrf_headers: dict[str, str] = {}
         """The headers with a CSRF token, if the API asks for one."""
         self.server_date = ""
@@ -151,7 +154,7 @@ class RunClient:
         Raises:
             Exception: the API does not answer, or its answer is not a list of states.
         """
-        return is_given_away(self.job, json.loads(self._send(self._states_path)))
+        return is_given_away(self._claim, json.loads(self._send(self._states_path)))
 
     def is_current_job(self, run: dict[str, Any]) -> bool:
         """Return whether no worker has recorded another Job of the run."""

@@ -105,9 +105,9 @@ def test_claim_is_over_once_given_away_or_taken_by_another_worker() -> None:
         (again, True),
         ([*again, state("6", "RUNNING")], True),
     ):
-        assert is_given_away(job, states) == is_over, states
-    assert not is_given_away(later, again)
-    assert not is_given_away("heron-x7k2p", again), "a Job of a worker that writes no claim into the name"
+        assert is_given_away(claim_of(job), states) == is_over, states
+    assert not is_given_away(claim_of(later), again)
+    assert not is_given_away(claim_of("heron-x7k2p"), again), "a Job of a worker that writes no claim into the name"
     assert [claim_of(job_name) for job_name in (job, "heron-x7k2p", "0000000000a1", "")] == ["0000000000a1", "", "", ""]
 
 

@@ -13,6 +13,7 @@ from orchestration.protocol import (
     CAUSE_LABEL,
     CHECK_INTERVAL_SECONDS,
     CHECK_TIMEOUT_SECONDS,
+    CLAIM_ANNOTATION,
     CLAIM_LOST,
     CLUSTER_LABEL,
     CRASHES_LABEL,
@@ -26,6 +27,9 @@ from orchestration.protocol import (
     RETRIED_LABEL,
     RUN_LABEL,
     SETTLED_LABEL,
+    WARM_LABEL,
+    WARM_TAKEN,
+    claim_of,
     is_given_away,
 )
 from orchestration.reconciler import state_messages
@@ -180,6 +184,37 @@ def test_claim_without_job_is_given_away_and_unrecorded_job_is_adopted() -> None
     assert decided(again, [job(is_finished=True), job("job-2", seconds=5)], [pod("job-2", seconds=4)]) == [
         Adopt(again, "job-2")
     ]
+
+
+def test_run_whose_worker_died_before_the_hand_over_is_given_away() -> None:
+    """Its Job is that of a warm pod, which has no label of the run and waits."""
+    taken = job("warm-x7k2p", seconds=61, warm_claim="0123456789ab")
+    late = run("PENDING", 61, job="")
+    assert [type(action) for action in decided(late, [taken], [])] == [Adopt, GiveAway]
+    assert decided(run("PENDING", 59, job="warm-x7k2p"), [replace(taken, created_at=ago(59))], []) == []
+    given_away = replace(late, state=CLAIM_LOST, since=NOW)
+    assert [type(action) for action in decided(given_away, [taken], [])] == [Stop]
+    assert decided(late, [taken], [pod("warm-x7k2p", seconds=500, has_started=True)])[1:] == [], "it has the run"
+
+
+def test_run_whose_warm_pod_died_before_the_run_began_crashes() -> None:
+    """The pod is older than the claim. Its Job counts from the moment when the run took it."""
+    taken = job("warm-x7k2p", seconds=4, warm_claim="0123456789ab", is_finished=True)
+    dead = pod("warm-x7k2p", seconds=500, has_started=True, end=end(seconds=1))
+    assert [kind_of(action) for action in decided(run("PENDING", 4, job="warm-x7k2p"), [taken], [dead])] == ["crash"]
+
+
+def test_job_of_a_warm_pod_has_the_claim_and_the_time_of_its_run() -> None:
+    def read(annotation: str, warm: str = WARM_TAKEN) -> Job:
+        labels, annotations = {RUN_LABEL: "r", WARM_LABEL: warm}, {CLAIM_ANNOTATION: annotation}
+        meta = {"name": "warm-x7k2p", "creationTimestamp": NOW, "labels": labels, "annotations": annotations}
+        return Job.read(JobObject.model_validate({"metadata": meta, "spec": {}}), timedelta(seconds=2))
+
+    found = read(f"0199c0de-0000-7000-8000-0000000000a1 {ago(-60).isoformat()}")
+    assert (found.claim, found.created_at) == ("0000000000a1", ago(-62))
+    assert read(f"0199c0de-0000-7000-8000-0000000000a1 {ago(-60).isoformat()}", warm="").claim == "", "a job variable"
+    for text in ("", "0199c0de-0000-7000-8000-0000000000a1", f"a1 {ago(0).isoformat()}", "a 2026-11-29T10:00:00"):
+        assert (read(text).claim, read(text).created_at) == ("", ago(-2))
 
 
 def test_pod_that_does_not_start_is_explained_and_given_up_after_timeout() -> None:
@@ -382,6 +417,10 @@ class World:
     jobs: list[Job] = field(default_factory=list)
     pods: list[Pod] = field(default_factory=list)
     claims: list[tuple[datetime, str]] = field(default_factory=list)
+    taken: dict[str, str] = field(default_factory=dict)
+    """The claims of the Jobs of warm pods, by Job."""
+    waiting: set[str] = field(default_factory=set)
+    """The taken Jobs whose warm pods have not got the run yet."""
     stalled: list[str] = field(default_factory=list)
     """Jobs that the Kubernetes API was asked to create and may yet create."""
     states: list[dict[str, str]] = field(default_factory=list)
@@ -426,6 +465,25 @@ class World:
                 self.made = name
                 self._create(name)
 
+    def worker_takes_a_warm_pod(self) -> None:
+        """Label the Job of a warm pod with the run of the oldest claim. The pod is older and has no label yet."""
+        if self.claims:
+            claimed, name = self.claims.pop(0)
+            if (self.now - claimed).total_seconds() < Policy().claim_seconds:
+                self.made = f"warm-{len(self.taken)}"
+                self.taken[self.made] = claim_of(name)
+                self.waiting.add(self.made)
+                self.jobs.append(Job(self.made, "r", self.now, warm_claim=claim_of(name)))
+
+    def worker_hands_the_run_over(self) -> None:
+        """Label the warm pod with the run. The request may be late."""
+        for name in sorted(self.waiting):
+            self.pods.append(Pod(name, "r", name, self.now - timedelta(minutes=5)))
+        self.waiting.clear()
+
+    def warm_pod_dies_before_it_has_the_run(self) -> None:
+        self.waiting.clear()
+
     def request_for_a_job_stalls(self) -> None:
         if self.claims:
             self.stalled.append(self.claims.pop(0)[1])
@@ -443,7 +501,7 @@ class World:
     def pod_asks_whether_it_may_begin(self) -> None:
         for pod_ in self.pods:
             if pod_.is_live and not pod_.has_started and pod_.name not in self.checked:
-                self.checked[pod_.name] = not is_given_away(pod_.job, self.states)
+                self.checked[pod_.name] = not self._is_given_away(pod_.job)
                 return
 
     def kubernetes_makes_another_pod(self) -> None:
@@ -453,7 +511,7 @@ class World:
         """
         living = {pod_.job for pod_ in self.pods if pod_.is_live or pod_.has_live_sidecar}
         for job_ in self.jobs:
-            if not job_.is_finished and job_.name not in {*living, *self.lost}:
+            if not job_.is_finished and job_.name not in {*living, *self.lost, *self.taken}:
                 self.pods.append(Pod(f"{job_.name}-{uuid4().hex}", "r", job_.name, self.now.replace(microsecond=0)))
                 return
 
@@ -473,7 +531,7 @@ class World:
         """Prefect's engine begins a run that is Pending, and one that is Running as well."""
         for number, pod_ in enumerate(self.pods):
             if pod_.is_live and not pod_.has_started:
-                may_begin = self.checked.get(pod_.name, not is_given_away(pod_.job, self.states))
+                may_begin = self.checked.get(pod_.name, not self._is_given_away(pod_.job))
                 if may_begin and self.run and self.run.type in ("PENDING", "RUNNING"):
                     assert not any(other.is_live and other.has_started for other in self.pods), (
                         "a second live run attempt"
@@ -584,7 +642,7 @@ class World:
         self.pods = [replace(pod_, has_live_sidecar=False) for pod_ in self.pods]
 
     def controller_counts(self) -> None:
-        living = {pod_.job for pod_ in self.pods if pod_.is_live or pod_.has_live_sidecar}
+        living = {pod_.job for pod_ in self.pods if pod_.is_live or pod_.has_live_sidecar} | self.waiting
         self.jobs = [replace(job_, is_finished=job_.is_finished or job_.name not in living) for job_ in self.jobs]
 
     def cancelled_in_the_ui(self) -> None:
@@ -620,11 +678,12 @@ class World:
         self.read = None
 
     def _is_given_away(self, job: str) -> bool:
-        return is_given_away(job, self.states)
+        return is_given_away(self.taken.get(job, claim_of(job)), self.states)
 
     def stop(self, name: str) -> None:
         self.jobs = [job_ for job_ in self.jobs if job_.name != name]
         self.pods = [pod_ for pod_ in self.pods if pod_.job != name]
+        self.waiting.discard(name)
 
     def carry_out(self, action: Action) -> None:
         if isinstance(action, Stop):
@@ -669,6 +728,9 @@ ROUND = ["reconciler_reads_the_run", "reconciler_acts"]
 USUAL = [
     ["worker_claims", "worker_makes_the_job", "worker_records_it", "pod_starts"],
     ["worker_claims", "worker_makes_the_job", "worker_records_it", "pod_starts", *ROUND],
+    ["worker_claims", "worker_takes_a_warm_pod", "worker_hands_the_run_over", "worker_records_it", "pod_starts"],
+    ["worker_claims", "worker_takes_a_warm_pod", *SECONDS, *ROUND],
+    ["worker_hands_the_run_over", "pod_starts", *ROUND],
     ["engine_retries", *ROUND],
     ["deployment_is_deleted", *ROUND],
     ["worker_claims", "worker_makes_the_job"],
@@ -691,6 +753,7 @@ USUAL = [
 
 GIVEN_AWAY_CLAIM = ["worker_claims", "request_for_a_job_stalls", "a_minute_passes", *ROUND]
 EXECUTES = ["worker_claims", "worker_makes_the_job", "worker_records_it", "pod_starts"]
+WARM = ["worker_claims", "worker_takes_a_warm_pod", "worker_hands_the_run_over", "worker_records_it", "pod_starts"]
 ASKS = ["stalled_request_arrives", "pod_asks_whether_it_may_begin"]
 
 
@@ -702,6 +765,10 @@ ASKS = ["stalled_request_arrives", "pod_asks_whether_it_may_begin"]
 )
 @example([GIVEN_AWAY_CLAIM[:3], [ROUND[0]], ASKS, [ROUND[1]], ROUND, EXECUTES, ["pod_starts"]], False)
 @example([["worker_claims", "worker_makes_the_job"], ["pod_is_evicted"], ["a_minute_passes"]], True)
+@example([["worker_claims", "worker_takes_a_warm_pod", "worker_dies", "a_minute_passes"]], False)
+@example([["worker_claims", "worker_takes_a_warm_pod", "warm_pod_dies_before_it_has_the_run", *SECONDS]], False)
+@example([["worker_claims", "worker_takes_a_warm_pod", "a_minute_passes", *ROUND, "worker_hands_the_run_over"]], False)
+@example([EXECUTES, ["pod_is_killed", "controller_counts", *SECONDS, *ROUND, *ROUND], WARM[:2], SECONDS, ROUND], True)
 @settings(max_examples=examples(8))
 def test_no_history_loses_blocks_or_duplicates_run(history: list[list[str]], sidecars: bool) -> None:
     world = World(sidecars=sidecars)
@@ -741,11 +808,11 @@ ENDS = [
 """The ways in which a run attempt can end without finishing the run."""
 
 
-@given(st.lists(st.sampled_from(ENDS), min_size=20, max_size=20), st.booleans())
+@given(st.lists(st.sampled_from(ENDS), min_size=20, max_size=20), st.booleans(), st.sampled_from([EXECUTES, WARM]))
 @settings(max_examples=examples(2))
-def test_number_of_run_attempts_is_within_budgets(ends: list[list[str]], sidecars: bool) -> None:
+def test_number_of_run_attempts_is_within_budgets(ends: list[list[str]], sidecars: bool, starts: list[str]) -> None:
     world = World(sidecars=sidecars)
-    start_events = ["worker_claims", "worker_makes_the_job", "worker_records_it", "pod_starts", *ROUND]
+    start_events = [*starts, *ROUND]
     for events in ends:
         for event in [*start_events, *events]:
             getattr(world, event)()

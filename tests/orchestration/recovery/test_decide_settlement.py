@@ -16,7 +16,8 @@ from orchestration.recovery.settle import HELD, Moment, Settlement, decide, deci
 RUN, POOL, FLOW = (f"{number * 8}-0000-4000-8000-000000000000" for number in "123")
 BACKUP = datetime(2026, 11, 29, 12, tzinfo=UTC)
 MOMENT = Moment(BACKUP, BACKUP + timedelta(hours=1))
-JOB = "brave-fox-0123456789ab"
+CLAIM = "0123456789ab"
+JOB = f"brave-fox-{CLAIM}"
 
 Object = dict[str, Any]
 
@@ -35,7 +36,9 @@ def _run(type_: str, *, name: str = "", due: datetime = BACKUP, deployment: str 
 
 def _execution(outcome: Outcome, minutes: float = 5) -> Execution:
     created_at = BACKUP + timedelta(minutes=minutes)
-    return Execution(RUN, "brave-fox", JOB, "prefect", "c", POOL, FLOW, "etl", "d", outcome, created_at, exit_code=3)
+    return Execution(
+        RUN, "brave-fox", JOB, "prefect", "c", POOL, FLOW, "etl", "d", outcome, created_at, exit_code=3, claim=CLAIM
+    )
 
 
 def _after(found: Settlement | None) -> str:
@@ -105,7 +108,7 @@ def test_state_of_a_live_run_ends_with_the_claim_of_its_job() -> None:
     found = decide(_run("SCHEDULED"), _execution(LIVE), None, MOMENT)
     assert found
     assert found.state
-    assert found.state["id"].endswith("0123456789ab"), "so that a later claim fences the Job"
+    assert found.state["id"].endswith(CLAIM), "so that a later claim fences the Job"
 
 
 def test_crashed_run_is_not_retried_again() -> None:
@@ -133,7 +136,7 @@ def test_run_that_is_executed_elsewhere_keeps_its_newest_state(changes: Object, 
     assert found
     assert found.state
     assert (_after(found), found.job, found.labels) == ("Running person", f"prefect:{JOB}", newest["labels"])
-    assert found.state["id"].endswith("0123456789ab"), "so that a later claim fences the Job"
+    assert found.state["id"].endswith(CLAIM), "so that a later claim fences the Job"
     unknown = decide(_run("SCHEDULED") | changes, None, None, MOMENT, clusters=own)
     assert _after(unknown) == "Held person", "it may have been executed since"
 
