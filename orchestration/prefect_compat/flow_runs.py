@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import anyio
 import httpx
 import prefect
-from prefect import flow_engine
+from prefect import context, flow_engine
 from prefect._internal import version_checking
 from prefect.client import base, orchestration
 from prefect.client.schemas.objects import FlowRun, ServerDefaultResultStorage, State
@@ -220,6 +220,16 @@ def hold_until_due(now: Callable[[], datetime]) -> None:
 
     FlowRunEngine.begin_run = begin_on_time  # type: ignore[assignment,method-assign]
     AsyncFlowRunEngine.begin_run = begin_async_on_time  # type: ignore[assignment,method-assign]
+
+
+def reload_settings() -> None:
+    """Read Prefect's settings from the environment again.
+
+    Replaces: `prefect.context.refresh_global_settings_context`
+    Why: a warm pod imports Prefect before it gets the credential of its run
+    Until: Prefect documents how a process changes its settings
+    """
+    context.refresh_global_settings_context()
 
 
 class Workspace(NamedTuple):

@@ -50,6 +50,9 @@ def _wait_to_begin() -> flow_runs.KnownRun | None:
         if not line.endswith(b"\n"):
             sys.exit(1)  # the supervisor has died
         read = json.loads(line)
+        if environment := read.pop("environment"):
+            os.environ.update(environment)
+            flow_runs.reload_settings()
         if all(read.values()):
             return flow_runs.parse_known_run(**read)
     return None

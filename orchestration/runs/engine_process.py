@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 from orchestration import prefect_protocol
@@ -57,14 +58,20 @@ class EngineProcess:
                     return
             connection.close()
 
-    def begin(self, flow_run: dict[str, Any], deployment: dict[str, Any]) -> None:
+    def is_alive(self) -> bool:
+        """Return whether the process has not ended."""
+        return self.process.poll() is None
+
+    def begin(self, flow_run: dict[str, Any], deployment: dict[str, Any], environment: Mapping[str, str]) -> None:
         """Let the engine execute the run. The call may wait until the engine has loaded its modules.
 
         Args:
             flow_run: the run as the Prefect API returns it. If it is empty, the engine asks the API.
             deployment: the run's deployment, likewise.
+            environment: variables that the engine of a warm pod does not have yet.
         """
-        line = json.dumps({"flow_run": flow_run, "deployment": deployment}).encode() + b"\n"
+        read = {"flow_run": flow_run, "deployment": deployment, "environment": {**environment}}
+        line = json.dumps(read).encode() + b"\n"
         with contextlib.suppress(BrokenPipeError), os.fdopen(self._gate, "wb") as gate:
             gate.write(line)
 

@@ -16,6 +16,8 @@ given, and receives SIGTERM itself.
 - Claim: a Job's name ends with its claim (`claim_of`), the fencing token. Nothing of a run is executed before the
   Prefect API has answered that the claim was not given away. So a Job that is created late, when another worker has the
   run, executes nothing. The engine loads its modules meanwhile.
+- Warm pod: the supervisor starts the engine, and waits until the worker hands a run over
+  (`orchestration.runs.hand_over`). From then on the pod is that of this run.
 - Report: the termination message has the memory use, the out-of-memory kills and the held leases.
 - Concurrency slots: the supervisor releases the slots that the engine still holds when it ends. If the supervisor is
   killed, too, the reconciler releases them by the termination message.
@@ -31,18 +33,24 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Any
 
 from orchestration import prefect_protocol
 from orchestration.protocol import (
     CAUSE_LABEL,
+    CLAIM_VARIABLE,
     DEADLINE_VARIABLE,
     DISRUPTIONS_LABEL,
+    HAND_OVER_KEY_VARIABLE,
+    HAND_OVER_VARIABLE,
     RECHECK_INTERVAL_SECONDS,
+    WARM_SECONDS_VARIABLE,
     whole_number,
 )
-from orchestration.runs import termination_message
+from orchestration.runs import hand_over, termination_message
 from orchestration.runs.engine_process import EngineProcess
 from orchestration.runs.run_client import RunClient, is_client_error
 
@@ -57,10 +65,18 @@ class Supervisor:
 
     Args:
         client: the client of the Prefect API for this run and Job.
+        warm_engine: the engine of a warm pod; None to start an engine.
+        environment: the variables that were handed over to the warm pod.
     """
 
-    def __init__(self, client: RunClient) -> None:
+    def __init__(
+        self,
+        client: RunClient,
+        warm_engine: EngineProcess | None = None,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self._client = client
+        self._environment = environment
         self._asked_to_end = threading.Event()
         self._is_cancelling = False
         self._is_fenced = False
@@ -72,7 +88,7 @@ class Supervisor:
         self._end_seconds = max(grace - REPORT_SECONDS, grace / 2)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._asked_to_end.set())
-        self._engine = EngineProcess()
+        self._engine = warm_engine or EngineProcess()
 
     def run(self) -> int:
         """Wait until the engine has ended, and set the run's state; return the exit status."""
@@ -115,7 +131,7 @@ class Supervisor:
         deployment: dict[str, Any] = {}
         with contextlib.suppress(Exception):
             deployment = self._client.read_deployment(run)
-        self._engine.begin(run, deployment)
+        self._engine.begin(run, deployment, self._environment)
 
     def _end_when_asked(self) -> None:
         """End the engine within the grace period, once this process is asked to end or the run is Cancelling."""
@@ -252,11 +268,20 @@ def main(command: list[str]) -> int:
     Returns:
         The command's exit status; 128 and the signal's number if a signal ended the command.
     """
+    engine, environment = None, {}
+    if file := os.environ.get(HAND_OVER_VARIABLE):
+        key, seconds = os.environ.pop(HAND_OVER_KEY_VARIABLE), float(os.environ[WARM_SECONDS_VARIABLE])
+        engine = EngineProcess()
+        environment = hand_over.wait_for_run(file, key, seconds, engine.is_alive)
+        if not environment:
+            engine.send_signal(signal.SIGKILL)
+            return max(engine.process.wait(), 0)
+        os.environ.update(environment)
     names = ("PREFECT_API_URL", prefect_protocol.FLOW_RUN_ID_VARIABLE, "KUBERNETES_JOB")
     given = [os.environ.get(name, "") for name in names]
-    client = RunClient(*given) if all(given) else None
+    client = RunClient(*given, claim=os.environ.get(CLAIM_VARIABLE, "")) if all(given) else None
     if client and command == COMMAND:
-        code = Supervisor(client).run()
+        code = Supervisor(client, engine, environment).run()
     else:
         # tini signals the whole group, so the command has received the signal. This process waits for its end.
         for number in (signal.SIGTERM, signal.SIGINT):

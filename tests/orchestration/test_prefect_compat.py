@@ -437,6 +437,9 @@ CONTRACTS: dict[str, list[Check]] = {
         ),
         (lacks("prefect.server.orchestration.core_policy:WaitForScheduledTime", "round(delay.microseconds / 1e6)"), []),
     ],
+    "flow_runs.reload_settings": [
+        (signature("prefect.context:refresh_global_settings_context"), "()"),
+    ],
     "flow_runs.prepare_workspace": [
         (
             signature("prefect.runner._workspace_resolver:prepare_workspace_for_flow_run"),
