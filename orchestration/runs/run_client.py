@@ -25,6 +25,12 @@ BEGIN_TIMEOUT_SECONDS = 240.0
 """How long a run attempt waits for the API's answer that it may begin."""
 
 
+def import_http() -> None:
+    """Import what requests need. A warm pod has the time, before it has a run."""
+    for name in ("base64", "ssl", "urllib.request"):
+        __import__(name)
+
+
 def is_client_error(error: Exception) -> bool:
     """Return whether an error is an HTTP answer that refuses the request, which has a code below 500."""
     return getattr(error, "code", 500) < 500

@@ -50,7 +50,7 @@ from orchestration.protocol import (
     WARM_SECONDS_VARIABLE,
     whole_number,
 )
-from orchestration.runs import hand_over, termination_message
+from orchestration.runs import hand_over, run_client, termination_message
 from orchestration.runs.engine_process import EngineProcess
 from orchestration.runs.run_client import RunClient, is_client_error
 
@@ -272,14 +272,16 @@ def main(command: list[str]) -> int:
     if file := os.environ.get(HAND_OVER_VARIABLE):
         key, seconds = os.environ.pop(HAND_OVER_KEY_VARIABLE), float(os.environ[WARM_SECONDS_VARIABLE])
         engine = EngineProcess()
+        run_client.import_http()
         environment = hand_over.wait_for_run(file, key, seconds, engine.is_alive)
         if not environment:
             engine.send_signal(signal.SIGKILL)
             return max(engine.process.wait(), 0)
         os.environ.update(environment)
     names = ("PREFECT_API_URL", prefect_protocol.FLOW_RUN_ID_VARIABLE, "KUBERNETES_JOB")
-    given = [os.environ.get(name, "") for name in names]
-    client = RunClient(*given, claim=os.environ.get(CLAIM_VARIABLE, "")) if all(given) else None
+    url, run_id, job = (os.environ.get(name, "") for name in names)
+    claim = os.environ.get(CLAIM_VARIABLE, "")
+    client = RunClient(url, run_id, job, claim) if url and run_id and job else None
     if client and command == COMMAND:
         code = Supervisor(client, engine, environment).run()
     else:
