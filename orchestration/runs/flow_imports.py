@@ -7,6 +7,7 @@ without a warm pod, from the place that its pull steps choose, and finds the pac
 import ast
 import contextlib
 import importlib
+import itertools
 import sysconfig
 from collections.abc import Iterator
 from importlib.machinery import PathFinder
@@ -50,7 +51,10 @@ def _flow_files(folder: Path) -> set[Path]:
 
 
 def _find_imports(file: Path, folder: Path, seen: set[Path]) -> Iterator[tuple[str, list[str]]]:
-    """Yield the installed modules that a file and the user's modules below it import first, with the imported names."""
+    """Yield the installed modules that a file and the user's modules below it import first, with the imported names.
+
+    A file is read up to its first statement that may have effects, such as a change of the environment.
+    """
     if file in seen:
         return
     seen.add(file)
@@ -58,7 +62,7 @@ def _find_imports(file: Path, folder: Path, seen: set[Path]) -> Iterator[tuple[s
         body = ast.parse(file.read_bytes()).body
     except (OSError, SyntaxError, ValueError):
         return
-    for statement in body:
+    for statement in itertools.takewhile(_has_no_effect, body):
         if isinstance(statement, ast.Import):
             found = [(alias.name, [""]) for alias in statement.names]
         elif isinstance(statement, ast.ImportFrom):
@@ -76,6 +80,14 @@ def _find_imports(file: Path, folder: Path, seen: set[Path]) -> Iterator[tuple[s
                 yield from _find_imports(path, folder, seen)
             if module and not users and not level and _is_installed(module):
                 yield module, names
+
+
+def _has_no_effect(statement: ast.stmt) -> bool:
+    """Return whether a statement is an import, a definition or a docstring."""
+    is_text = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    return is_text or isinstance(
+        statement, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    )
 
 
 def _module_files(root: Path, module: str, names: list[str]) -> list[Path]:

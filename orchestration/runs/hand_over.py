@@ -2,13 +2,14 @@
 
 A warm pod was created before its run was known. The worker hands the run over by an annotation of the pod, and the
 kubelet writes the annotation to a file in the container (downward API). Log collectors copy annotations, and one of the
-variables is the run's credential. So the worker encrypts the variables with a key that only the pod's specification
-has, where the specification of other pods has the credential.
+variables is the run's credential. So the worker encrypts the variables with a key. Only the specifications of the pod
+and of its Job have the key, where those of other runs have the credential.
 
 The supervisor imports this module, which therefore imports the standard library alone.
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import time
@@ -56,7 +57,8 @@ def wait_for_run(file: str, key: str, seconds: float, is_ready: Callable[[], boo
     """
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and is_ready():
-        with open(file) as opened:  # noqa: PTH123 - the supervisor does not import pathlib
+        # While the kubelet replaces the file, it may be absent.
+        with contextlib.suppress(FileNotFoundError), open(file) as opened:  # noqa: PTH123 - no pathlib here
             if text := opened.read():
                 return decrypt(text, key)
         time.sleep(POLL_SECONDS)

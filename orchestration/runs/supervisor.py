@@ -50,7 +50,7 @@ from orchestration.protocol import (
     WARM_SECONDS_VARIABLE,
     whole_number,
 )
-from orchestration.runs import hand_over, run_client, termination_message
+from orchestration.runs import run_client, termination_message
 from orchestration.runs.engine_process import EngineProcess
 from orchestration.runs.run_client import RunClient, is_client_error
 
@@ -262,25 +262,39 @@ def _log_not_begun(error: TimeoutError) -> None:
     _log_error(f"{error}. The flow has not begun, and this run attempt ends.")
 
 
+def _end_without_run(engine: EngineProcess) -> int:
+    """End a warm pod; return its exit status, which is not 0 if its engine has failed."""
+    if engine.is_alive():
+        engine.send_signal(signal.SIGKILL)
+        engine.process.wait()
+        return 0
+    code = engine.process.wait()
+    return 128 - code if code < 0 else code or 1
+
+
 def main(command: list[str]) -> int:
     """Execute a command to its end.
 
     Returns:
         The command's exit status; 128 and the signal's number if a signal ended the command.
     """
-    engine, environment = None, {}
+    engine: EngineProcess | None = None
+    environment: dict[str, str] = {}
     if file := os.environ.get(HAND_OVER_VARIABLE):
+        # Imported late: no other pod needs it, and each run would wait for the import.
+        from orchestration.runs import hand_over
+
         key, seconds = os.environ.pop(HAND_OVER_KEY_VARIABLE), float(os.environ[WARM_SECONDS_VARIABLE])
         engine = EngineProcess()
         run_client.import_http()
         environment = hand_over.wait_for_run(file, key, seconds, engine.is_alive)
         if not environment:
-            engine.send_signal(signal.SIGKILL)
-            return max(engine.process.wait(), 0)
+            return _end_without_run(engine)
         os.environ.update(environment)
     names = ("PREFECT_API_URL", prefect_protocol.FLOW_RUN_ID_VARIABLE, "KUBERNETES_JOB")
     url, run_id, job = (os.environ.get(name, "") for name in names)
-    claim = os.environ.get(CLAIM_VARIABLE, "")
+    # A job variable may have the name of the claim's variable.
+    claim = environment.get(CLAIM_VARIABLE, "")
     client = RunClient(url, run_id, job, claim) if url and run_id and job else None
     if client and command == COMMAND:
         code = Supervisor(client, engine, environment).run()

@@ -420,7 +420,11 @@ def test_first_line_never_comes_before_the_due_time(prefect_server: str, tmp_pat
 
 
 @pytest.mark.parametrize("given_away", [False, True])
-def test_claim_executes_its_run_unless_it_was_given_away(run: Callable[..., Run], given_away: bool) -> None:
+def test_claim_executes_its_run_unless_it_was_given_away(
+    run: Callable[..., Run], given_away: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The claim is that of the Job's name, whatever a job variable says."""
+    monkeypatch.setenv("RUN_CLAIM", "0123456789ab")
     made = run()
     job = made.claim()
     if given_away:
