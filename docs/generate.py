@@ -125,9 +125,11 @@ REASONS = {
         "jobs get": "Find the Job that an unanswered request has created.",
         "jobs list": "Find the Jobs of runs.",
         "jobs watch": "Learn that a Job has ended.",
+        "jobs patch": "Label the Job of a warm pod with its run.",
         "jobs delete": "Delete the Job of a cancelled run.",
         "pods list": "Find the pods of runs.",
         "pods watch": "Learn that a pod has started or ended.",
+        "pods patch": "Label a warm pod with its run, and hand the run over.",
         "pods/log get": "Read the log of a pod that crashed before it could report.",
         "namespaces get": "Read the UID of kube-system, which identifies the cluster.",
     },
@@ -422,6 +424,9 @@ def rbac() -> str:
     alone = tag | {"runs": elsewhere, "reconciler": {"enabled": False}}
     observes = _rules(render("prefect-work-pool", alone, "prefect-work-pool"))
     observes = observes.replace("### worker", "### worker without a reconciler")
+    warm = render("prefect-work-pool", tag | {"runs": elsewhere | {"warm": {"replicas": 1}}}, "prefect-work-pool")
+    of_worker = _rules(warm).partition("\n### reconciler")[0]
+    observes += "\n" + of_worker.replace("### worker", "### worker with warm pods")
     text = NOTE.format("the rendered charts") + "\n"
     if _rules(default) == _rules(with_values):
         text += "The Roles are the same with the default values and with those of `helm/environments/production`.\n"

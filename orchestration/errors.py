@@ -35,6 +35,10 @@ class ClusterError(PipelineError):
     """A cluster that cannot be created, reached or deployed to."""
 
 
+class ClusterRefusalError(ClusterError):
+    """A request that the Kubernetes API has refused, so that it has no effect."""
+
+
 class DiagnosisError(PipelineError):
     """A word that means no diagnosis, or several."""
 

@@ -10,6 +10,9 @@ Until: Prefect documents how a supervisor ends a flow run
 FLOW_RUN_ID_VARIABLE = "PREFECT__FLOW_RUN_ID"
 """The environment variable that Prefect's worker gives to the main container alone."""
 
+RUN_VARIABLE_PREFIX = "PREFECT__"
+"""The prefix of the environment variables in which Prefect's worker names the run, its flow and its deployment."""
+
 FLOW_ENTRYPOINT_VARIABLE = "PREFECT__FLOW_ENTRYPOINT"
 """The environment variable that names the flow to the engine: file and function."""
 

@@ -25,6 +25,9 @@ WARM_LABEL, WARM_WAITING, WARM_TAKEN = "reconciler.warm", "waiting", "taken"
 CLAIM_ANNOTATION = "reconciler.claim"
 """Annotation of the Job of a warm pod that a run has taken: the id of the state that is the claim, and when."""
 
+CREDENTIAL_ANNOTATION = "reconciler.credential"
+"""Annotation of the Job of a warm pod that a run has taken: the SHA-256 of the run's API credential."""
+
 HAND_OVER_ANNOTATION = "reconciler.hand-over"
 """Annotation of a warm pod: the encrypted environment variables of its run (`orchestration.runs.hand_over`)."""
 

@@ -84,6 +84,11 @@ class _Content:
     keys: tuple[str, ...]
 
 
+def credential_hash(credential: str) -> str:
+    """Return the SHA-256 of a credential, by which others find who has the credential."""
+    return _digest(credential).hex()
+
+
 def _digest(credential: str) -> bytes:
     # A lookup by hash takes a time that does not depend on the credential.
     return hashlib.sha256(credential.encode(errors="surrogatepass")).digest()

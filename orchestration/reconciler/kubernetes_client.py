@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 from pydantic import ValidationError
 
-from orchestration.errors import ClusterError
+from orchestration.errors import ClusterError, ClusterRefusalError
 from orchestration.prefect_api import clock_offset
 from orchestration.protocol import POOL_LABEL, RUN_LABEL
 from orchestration.reconciler.kubernetes_objects import (
@@ -132,7 +132,8 @@ class Cluster:
             absent: the statuses that mean that the object does not exist.
 
         Raises:
-            ClusterError: the API does not answer, or refuses the request.
+            ClusterRefusalError: the API refuses the request.
+            ClusterError: the API does not answer.
         """
         response = await self._answer(method, path, body, query, absent)
         if response is None:
@@ -157,7 +158,8 @@ class Cluster:
             message = response.text[:300]
             with suppress(ValueError):
                 message = response.json().get("message", message)
-            raise ClusterError(f"The Kubernetes API answers {response.status_code} to {method} {path}: {message}")
+            kind = ClusterRefusalError if response.status_code < 500 else ClusterError
+            raise kind(f"The Kubernetes API answers {response.status_code} to {method} {path}: {message}")
         return response
 
     async def _list(self, kind: type[Page[Listed]], path: str, **query: Any) -> AsyncIterator[Listed]:

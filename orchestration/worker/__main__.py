@@ -1,7 +1,7 @@
 """Run the worker of a work pool on Kubernetes or Docker.
 
 python -m orchestration.worker --pool default [--type docker] [--namespace NS] [--queue NAME]... [--limit N]
-[--name NAME] [--template FILE] [--signing-key FILE]
+[--name NAME] [--template FILE] [--signing-key FILE] [--warm N] [--warm-max-age SECONDS]
 """
 
 import argparse
@@ -94,11 +94,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--name", help="the worker's name; default: a random name")
     parser.add_argument("--template", type=Path, help="a file with the base job template; default: the pool's")
     parser.add_argument("--signing-key", type=Path, help="the master key of stored results; default: runs sign nothing")
+    parser.add_argument("--warm", type=int, default=0, help="how many warm pods wait for runs")
+    parser.add_argument("--warm-max-age", type=float, default=600, help="seconds after which a warm pod is replaced")
     options = parser.parse_args(arguments)
     if options.type == "docker" and options.namespace:
         parser.error("--namespace is for Kubernetes")
     if options.type == "docker" and options.signing_key:
         parser.error("--signing-key is for Kubernetes")
+    if options.warm and not options.namespace:
+        parser.error("--warm needs --namespace")
     return logs.run_component(logger.name, lambda: run(options))
 
 
@@ -133,7 +137,13 @@ def run(options: argparse.Namespace) -> None:
             # Here, as it imports all of Kubernetes.
             from orchestration.worker.kubernetes_worker import Worker
 
-            worker = Worker(namespace=options.namespace, signing_keys=signing_keys, **common)
+            worker = Worker(
+                namespace=options.namespace,
+                signing_keys=signing_keys,
+                warm_replicas=options.warm,
+                warm_max_age_seconds=options.warm_max_age,
+                **common,
+            )
             asyncio.run(serve(worker, worker.drain))
     except HTTPStatusError as error:
         status = error.response.status_code

@@ -13,6 +13,7 @@
   cures nothing, and Kubernetes waits for minutes before it restarts a container that exits often.
 - If the API is down in the middle of a claim, the worker drops the claim. Prefect's worker would exit. Or it would
   report a crash much later of a run that another worker has by then, or make a second Job for that run.
+- Warm pods: a run takes the Job of a warm pod if its own Job would be the same (`orchestration.worker.warm_pods`).
 - Fencing: a claim has at most one Job. The Job's name ends with the claim's id, so Kubernetes refuses a second Job. If
   Kubernetes answers the request for a Job too late or never, it may still create the Job after another worker has taken
   the run. That Job executes nothing (`orchestration.runs.supervisor`), and the reconciler deletes it.
@@ -23,6 +24,7 @@ Prefect's settings have the intervals: `PREFECT_WORKER_QUERY_SECONDS`, `PREFECT_
 
 import asyncio
 import contextlib
+import copy
 import math
 import sys
 import time
@@ -31,12 +33,12 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import aiohttp
 import anyio
 from httpx import HTTPError, HTTPStatusError
-from kubernetes_asyncio.client import ApiClient, BatchV1Api, V1Job
+from kubernetes_asyncio.client import ApiClient, BatchV1Api, V1Job, V1ObjectMeta
 from kubernetes_asyncio.client.exceptions import ApiException
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import (
@@ -59,8 +61,8 @@ from prefect_kubernetes.settings import KubernetesSettings
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration, KubernetesWorkerResult
 
 from orchestration.access.credentials import AUTH_VARIABLE, run_credential
-from orchestration.diagnosis_table import JOB_REFUSED
-from orchestration.errors import ClusterError
+from orchestration.diagnosis_table import JOB_REFUSED, POD_REFUSED
+from orchestration.errors import ClusterError, SettingsError
 from orchestration.logs import RUN_ID
 from orchestration.prefect_compat.workers import CompatibleWorker, run_of_configuration, watched_kinds
 from orchestration.protocol import (
@@ -81,9 +83,10 @@ from orchestration.reconciler.kubernetes_client import certificate_hash, connect
 from orchestration.reconciler.model import Policy, Refusal
 from orchestration.reconciler.state_messages import JOB_NOT_CREATED
 from orchestration.runs.result_signing import derive_key
-from orchestration.worker import job_template
+from orchestration.worker import job_template, warm_pods
 from orchestration.worker.job_template import RefusedVariableError
 from orchestration.worker.poll_schedule import PollSchedule
+from orchestration.worker.warm_pods import WarmPods
 
 WATCHED_KINDS = ("jobs", "pods")
 
@@ -127,6 +130,9 @@ REGULAR_POLLS_AHEAD = 2.0
 CREATE_RETRY_SECONDS = 1.0
 """The pause before a Job is requested again because the Kubernetes API did not answer."""
 
+STATES_WITHOUT_ROOM = ("Unschedulable", POD_REFUSED, JOB_REFUSED)
+"""The states of runs to which warm pods give way. Reconciler and worker set them."""
+
 JOB_NAME_MAX_LENGTH = 63
 """The length of a label's value: pods have the name of their Job as a label."""
 
@@ -140,6 +146,8 @@ class Worker(CompatibleWorker):
         namespace: the namespace of the Jobs; None to use that of the pool's base job template.
         template: the base job template of the worker's release; None to use that of the pool on the server.
         signing_keys: the master key of stored results, then former ones; empty if runs do not sign results.
+        warm_replicas: how many warm pods wait for runs.
+        warm_max_age_seconds: after how long a waiting warm pod is replaced.
         options: the options of Prefect's worker.
     """
 
@@ -148,12 +156,16 @@ class Worker(CompatibleWorker):
         namespace: str | None = None,
         template: dict[str, Any] | None = None,
         signing_keys: Sequence[bytes] = (),
+        warm_replicas: int = 0,
+        warm_max_age_seconds: float = 600,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         if template:
             self.job_configuration = job_template.configuration_of(template, KubernetesWorkerJobConfiguration)
         self._namespace = namespace
+        self._warm = WarmPods(warm_replicas, warm_max_age_seconds, self.logger) if warm_replicas else None
+        self._warm_configuration: tuple[dict[str, Any], KubernetesWorkerJobConfiguration] | None = None
         self._signing_keys = tuple(signing_keys)
         self._cluster = ""
         self._is_draining = False
@@ -195,7 +207,10 @@ class Worker(CompatibleWorker):
 
     async def start(self, *args: Any, **options: Any) -> None:
         """Poll regularly, and whenever a run may have become due, until the worker is cancelled."""
-        others = [asyncio.create_task(coroutine) for coroutine in (self._listen(), self._poll_on_schedule())]
+        coroutines = [self._listen(), self._poll_on_schedule()]
+        if self._warm:
+            coroutines.append(self._keep_warm_pods(self._warm))
+        others = [asyncio.create_task(coroutine) for coroutine in coroutines]
         try:
             await super().start(*args, **options)
         finally:
@@ -489,6 +504,12 @@ class Worker(CompatibleWorker):
             TimeoutError: the claim is too old for a Job.
         """
         remaining = self._remaining_seconds(flow_run)
+        self._complete_manifest(flow_run.id, configuration)
+        async with asyncio.timeout(remaining):
+            return await super().run(flow_run, configuration, task_status)
+
+    def _complete_manifest(self, run: UUID, configuration: KubernetesWorkerJobConfiguration) -> None:
+        """Add to the manifest of a run's Job what Prefect's worker does not know, and remove secrets."""
         manifest = configuration.job_manifest
         if self._namespace:
             configuration.namespace = manifest["metadata"]["namespace"] = self._namespace
@@ -506,7 +527,7 @@ class Worker(CompatibleWorker):
                 if variable["name"] == "PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR":
                     variable["value"] = "relinquish"
         removed = _remove_secrets(environment)
-        if credential := run_credential(flow_run.id):
+        if credential := run_credential(run):
             # A value, not a reference: it is worth nothing beyond this run, and needs no right to create Secrets.
             environment[:] = [entry for entry in environment if entry["name"] != AUTH_VARIABLE]
             environment.append({"name": AUTH_VARIABLE, "value": credential})
@@ -520,18 +541,20 @@ class Worker(CompatibleWorker):
         # A job variable must not choose a key by which a run trusts stored results.
         of_signing = (SIGNING_KEY_VARIABLE, FORMER_SIGNING_KEYS_VARIABLE)
         environment[:] = [entry for entry in environment if entry["name"] not in of_signing]
-        scope = self._signing_scopes.get(flow_run.id, f"flow-run/{flow_run.id}")
+        scope = self._signing_scopes.get(run, f"flow-run/{run}")
         if keys := [derive_key(master, scope) for master in self._signing_keys]:
             # Also without former keys: the entry overrides a variable of that name in the image or in runs.envFrom.
             values = (keys[0], " ".join(keys[1:]))
             environment += [{"name": name, "value": value} for name, value in zip(of_signing, values, strict=True)]
-        if claim := self._claims.get(flow_run.id):
+        if claim := self._claims.get(run):
             _name_after_claim(manifest["metadata"], claim)
-        async with asyncio.timeout(remaining):
-            return await super().run(flow_run, configuration, task_status)
 
     async def create_job(self, configuration: KubernetesWorkerJobConfiguration, client: ApiClient) -> V1Job:
-        """Create the claim's Job, or return the Job that an unanswered request has created."""
+        """Create the claim's Job, or return the Job that an unanswered request has created, or that of a warm pod."""
+        if self._warm and (claim := self._claims.get(UUID(run_of_configuration(configuration)))):
+            taken = await self._warm.take(configuration.job_manifest, claim)
+            if taken:
+                return V1Job(metadata=V1ObjectMeta(name=taken, namespace=configuration.namespace))
         name = configuration.job_manifest["metadata"].get("name", "")
         if not claim_of(name):
             return await super().create_job(configuration, client)
@@ -545,6 +568,62 @@ class Worker(CompatibleWorker):
                 if getattr(error.__cause__, "status", 0) != HTTPStatus.CONFLICT:
                     raise
                 return await BatchV1Api(client).read_namespaced_job(name, configuration.namespace)
+
+    async def _keep_warm_pods(self, warm: WarmPods) -> None:
+        """Keep the number of warm pods. A worker that drains leaves them to the next worker."""
+        has_warned = False
+        async with connected(self._namespace or "") as cluster:
+            warm.connect(cluster)
+            while True:
+                try:
+                    if self.has_work_pool and not self._is_draining:
+                        await self._replace_warm_pods(warm)
+                    has_warned = False
+                except Exception as error:
+                    if not has_warned:
+                        self.logger.warning("Warm pods cannot be kept: %s. Trying again.", error)
+                    has_warned = True
+                await warm.wait()
+
+    async def _replace_warm_pods(self, warm: WarmPods) -> None:
+        """Delete the warm pods that no run may take, and create those that are missing."""
+        configuration = await self._read_warm_configuration()
+        manifest = configuration.job_manifest
+        shape = warm_pods.shape_of(manifest)
+        is_room_needed = await self.count_runs(STATES_WITHOUT_ROOM) > 0
+        missing = await warm.keep(str(self.work_pool.id), shape, is_room_needed=is_room_needed)
+        if not missing:
+            return
+        if reason := warm_pods.explain_unfit(manifest):
+            raise SettingsError(f"in the base job template, {reason}")
+        async with self.kubernetes_client(configuration) as client:
+            for _ in range(missing):
+                made = warm.annotate(warm_pods.warm_manifest(manifest, warm.max_wait_seconds), shape)
+                await super().create_job(configuration.model_copy(update={"job_manifest": made}), client)
+
+    async def _read_warm_configuration(self) -> KubernetesWorkerJobConfiguration:
+        """Return the job configuration of a run with the default job variables."""
+        template = self.work_pool.base_job_template
+        if self._warm_configuration is None or self._warm_configuration[0] != template:
+            configuration: KubernetesWorkerJobConfiguration = await self.job_configuration.from_template_and_values(
+                base_job_template=template, values={}, client=self.client
+            )
+            sample = FlowRun(id=uuid4(), flow_id=uuid4(), name=warm_pods.NAME)
+            configuration.prepare_for_flow_run(
+                sample, work_pool=self.work_pool, worker_name=self.name, worker_id=self.backend_id
+            )
+            self._complete_manifest(sample.id, configuration)
+            self._warm_configuration = copy.deepcopy(template), configuration
+        return self._warm_configuration[1]
+
+    async def count_runs(self, states: Sequence[str]) -> int:
+        """Return how many runs of the pool wait in a state with one of these names. A flow may end in such a state."""
+        body = {
+            "flow_runs": {"state": {"name": {"any_": [*states]}, "type": {"any_": ["PENDING", "SCHEDULED"]}}},
+            "work_pools": {"name": {"any_": [self.work_pool.name]}},
+        }
+        answer = await self.client.request("POST", "/flow_runs/count", json=body)
+        return int(answer.json())
 
     async def kill_infrastructure(
         self, infrastructure_pid: str, configuration: KubernetesWorkerJobConfiguration, grace_seconds: int = 30

@@ -8,6 +8,7 @@ import json
 import re
 from dataclasses import fields
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,12 +20,14 @@ from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerJobConfi
 
 from orchestration.deployments.resources import FILE_SYSTEM, KINDS, POOL
 from orchestration.errors import ClusterError
+from orchestration.operations.local_cluster import binaries
+from orchestration.protocol import WARM_LABEL
 from orchestration.reconciler import kubernetes_client
 from orchestration.reconciler.budget import RetryBudget
 from orchestration.reconciler.leader_election import LeaderElection
 from orchestration.reconciler.model import Pod
 from orchestration.settings import ROOT
-from orchestration.worker import kubernetes_worker
+from orchestration.worker import kubernetes_worker, warm_pods
 from tests.helm.rendering import (
     EVERY_POD,
     POD_RULES,
@@ -255,6 +258,30 @@ def test_worker_role_has_only_the_needed_verbs() -> None:
         ]
     [subject] = one(objects, "RoleBinding", "test-prefect-work-pool-worker")["subjects"]
     assert subject["name"] == "test-prefect-work-pool-worker"
+
+
+def test_warm_pods_let_the_worker_label_pods_and_change_nothing_else() -> None:
+    """The test of `warm_pods` covers what the worker asks. Without warm pods nothing of this is rendered."""
+    values = _with(runs={"warm": {"replicas": 2, "maxAgeSeconds": 300}})
+    objects = render("prefect-work-pool", values)
+    assert one(objects, "Role", "test-prefect-work-pool-worker")["rules"] == [
+        {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["create", "get", "list", "patch", "delete"]},
+        {"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "patch"]},
+    ]
+    name = "prefect-test-prefect-work-pool-worker"
+    validation, _ = one(objects, "ValidatingAdmissionPolicy", f"{name}-pods")["spec"]["validations"]
+    assert (
+        f"object.spec == oldObject.spec && has(oldObject.metadata.labels) && '{WARM_LABEL}' in"
+        in (validation["expression"])
+    )
+    [container] = one(objects, "Deployment", "test-prefect-work-pool-worker")["spec"]["template"]["spec"]["containers"]
+    assert container["args"][-4:] == ["--warm", "2", "--warm-max-age", "300"]
+    jobs = one(objects, "ValidatingAdmissionPolicy", name)["spec"]["validations"]
+    assert any(f'"{warm_pods.VOLUME}"' in rule["expression"] for rule in jobs)
+    usual = render("prefect-work-pool", TAG)
+    assert f"ValidatingAdmissionPolicy/{name}-pods" not in inventory(usual)
+    assert "warm" not in str(usual)
+    assert warm_pods.VOLUME not in str(usual)
 
 
 def _permissions(role: Object) -> set[tuple[str, str]]:
@@ -932,6 +959,33 @@ REFUSED = [
         ": another container of the pod has this name",
     ),
     (_with(runs={"pod": {"sidecars": [{"name": "a"}]}}), " without an image"),
+    (_with(runs={"warm": {"replicas": -1}}), "at '/runs/warm/replicas'"),
+    *[
+        (_with(runs={"warm": {"replicas": 1}} | runs, **others), message)
+        for runs, others, message in (
+            ({}, {"reconciler": {"replicas": 0}}, "runs.warm.replicas needs the reconciler"),
+            ({"entrypoint": []}, {}, "runs.warm.replicas needs runs.entrypoint"),
+            ({"backoffLimit": 1}, {}, "runs.warm.replicas needs runs.backoffLimit=0"),
+            ({"activeDeadlineSeconds": 60}, {}, "runs.warm.replicas needs runs.activeDeadlineSeconds=null"),
+            ({"pod": {"sidecars": [{"name": "a", "image": "a"}]}}, {}, "runs.warm.replicas and runs.pod.sidecars"),
+            ({}, {"admissionPolicy": {"enabled": False}}, "runs.warm.replicas needs admissionPolicy.enabled=true"),
+            (
+                {"pod": {"volumes": [{"name": warm_pods.VOLUME, "emptyDir": {}}]}},
+                {},
+                f'"{warm_pods.VOLUME}": the chart uses this name for its own volume',
+            ),
+            (
+                {
+                    "pod": {
+                        "volumes": [{"name": "a", "emptyDir": {}}],
+                        "volumeMounts": [{"name": "a", "mountPath": warm_pods.MOUNT_PATH}],
+                    }
+                },
+                {},
+                f"the mountPath {warm_pods.MOUNT_PATH}: the chart mounts its own volume there",
+            ),
+        )
+    ],
     (
         _with(worker={"autoscaling": {"enabled": True}, "resources": {"requests": {"cpu": None}}}),
         "needs worker.resources.requests.cpu",
@@ -1033,6 +1087,14 @@ def test_impossible_values_are_refused_with_key_and_cure(values: Object, message
     with pytest.raises(ClusterError) as caught:
         render("prefect-work-pool", values)
     assert message in str(caught.value)
+
+
+def test_warm_pods_are_refused_where_the_cluster_has_no_admission_policies(tmp_path: Path) -> None:
+    """Without a cluster, Helm knows none either."""
+    (tmp_path / "values.yaml").write_text(json.dumps(_with(runs={"warm": {"replicas": 1}})))
+    chart = str(ROOT / "helm/prefect-work-pool")
+    with pytest.raises(ClusterError, match=r"runs\.warm\.replicas needs Kubernetes 1\.30: .* with --api-versions "):
+        binaries.helm("template", "test", chart, "--values", str(tmp_path / "values.yaml"))
 
 
 def test_admission_policy_lists_the_references_of_runs() -> None:

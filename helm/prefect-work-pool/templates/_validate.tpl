@@ -8,6 +8,7 @@
 {{- include "prefect-work-pool.validateAccounts" . -}}
 {{- include "prefect-work-pool.validateDeadline" . -}}
 {{- include "prefect-work-pool.validateSidecars" . -}}
+{{- include "prefect-work-pool.validateWarm" . -}}
 {{- include "prefect-work-pool.validateScale" . -}}
 {{- include "prefect-work-pool.validatePods" . -}}
 {{- include "prefect-work-pool.validateFilled" . -}}
@@ -109,6 +110,34 @@
 {{- end -}}
 {{- end -}}
 
+{{- define "prefect-work-pool.validateWarm" -}}
+{{- $runs := .Values.runs -}}
+{{- if $runs.warm.replicas -}}
+{{- if not (and .Values.reconciler.enabled (int64 .Values.reconciler.replicas)) -}}
+{{- fail "runs.warm.replicas needs the reconciler: a run in a warm pod would not be retried. Set reconciler.enabled=true and reconciler.replicas above 0." -}}
+{{- end -}}
+{{- if not $runs.entrypoint -}}
+{{- fail "runs.warm.replicas needs runs.entrypoint: the supervisor waits for the run. Set runs.entrypoint to its default." -}}
+{{- end -}}
+{{- if int64 $runs.backoffLimit -}}
+{{- fail "runs.warm.replicas needs runs.backoffLimit=0: a further pod of the Job would wait for a run in vain. Set runs.backoffLimit=0." -}}
+{{- end -}}
+{{- if $runs.activeDeadlineSeconds -}}
+{{- fail "runs.warm.replicas needs runs.activeDeadlineSeconds=null: the time in which a pod waits would count. Set active_deadline_seconds in the deployments, whose runs then take no warm pod." -}}
+{{- end -}}
+{{- if $runs.pod.sidecars -}}
+{{- fail "runs.warm.replicas and runs.pod.sidecars are set: a sidecar would keep a warm pod from ending. Put the containers into runs.pod.initContainers with restartPolicy: Always." -}}
+{{- end -}}
+{{- if not .Values.admissionPolicy.enabled -}}
+{{- fail "runs.warm.replicas needs admissionPolicy.enabled=true: the worker may patch pods, and only the policy restricts that to labels of warm pods. Set admissionPolicy.enabled=true." -}}
+{{- end -}}
+{{- $kind := "admissionregistration.k8s.io/v1/ValidatingAdmissionPolicy" -}}
+{{- if not (.Capabilities.APIVersions.Has $kind) -}}
+{{- fail (printf "runs.warm.replicas needs Kubernetes 1.30: the API has no ValidatingAdmissionPolicy, which restricts the worker to labels of warm pods. Set runs.warm.replicas=0, or call `helm template` with --api-versions %s." $kind) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{/* Replicas, updates and disruption budgets. */}}
 {{- define "prefect-work-pool.validateScale" -}}
 {{- if and .Values.worker.autoscaling.enabled (not (dig "requests" "cpu" "" .Values.worker.resources)) -}}
@@ -163,6 +192,10 @@
 {{- if and (eq $component "runs") (eq $.Values.runs.results.storage "volume") -}}
 {{- $volumes = append $volumes "results" -}}
 {{- $mounts = append $mounts "/results" -}}
+{{- end -}}
+{{- if and (eq $component "runs") $.Values.runs.warm.replicas -}}
+{{- $volumes = append $volumes "hand-over" -}}
+{{- $mounts = append $mounts "/etc/prefect-run" -}}
 {{- end -}}
 {{- if and (eq $component "worker") (include "prefect-work-pool.signingSecret" $) -}}
 {{- $volumes = append $volumes "signing-key" -}}
