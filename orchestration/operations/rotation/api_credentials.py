@@ -11,7 +11,14 @@ from base64 import b64encode
 from collections.abc import Iterable
 from uuid import UUID, uuid4
 
-from orchestration.access.credentials import AUTH_VARIABLE, NEXT_SUFFIX, PREVIOUS_SUFFIX, RUN_KEY_FILE, sign_run
+from orchestration.access.credentials import (
+    AUTH_VARIABLE,
+    NEXT_SUFFIX,
+    PREVIOUS_SUFFIX,
+    RUN_KEY_FILE,
+    credential_hash,
+    sign_run,
+)
 from orchestration.api_tls import KEY_VARIABLE
 from orchestration.errors import ClusterError
 from orchestration.operations import namespace_of_runs
@@ -26,7 +33,7 @@ from orchestration.operations.rotation.rotation import (
     referenced_secret,
     require_generated,
 )
-from orchestration.protocol import RUN_LABEL
+from orchestration.protocol import CREDENTIAL_ANNOTATION, RUN_LABEL
 
 ROLES = ("worker", "reconciler", "sync", "viewer")
 """The roles whose credentials the chart generates, each with a user of the role's name."""
@@ -218,7 +225,9 @@ def _is_signed(job: Object, key: str) -> bool:
         signed = sign_run(key, UUID(run))
     except ValueError:
         return False
-    return {"name": AUTH_VARIABLE, "value": signed} in variables
+    # In a warm pod the credential is encrypted.
+    of_warm_pod = job["metadata"].get("annotations", {}).get(CREDENTIAL_ANNOTATION)
+    return {"name": AUTH_VARIABLE, "value": signed} in variables or of_warm_pod == credential_hash(signed)
 
 
 def _roles_secret(environment: Environment, kind: str) -> RotatedSecret:

@@ -16,12 +16,12 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 
-from orchestration.access.credentials import sign_run
+from orchestration.access.credentials import credential_hash, sign_run
 from orchestration.errors import ClusterError
 from orchestration.operations.environment import POOL, SERVER
 from orchestration.operations.rotation import api_credentials, readers
 from orchestration.operations.rotation.rotation import rotate
-from orchestration.protocol import RUN_LABEL
+from orchestration.protocol import CREDENTIAL_ANNOTATION, RUN_LABEL
 from orchestration.settings import ROOT
 from tests.orchestration.operations.rotation.installation import Installation, Interrupted, Pod, installed
 from tests.parts import free_port, migrated_database, served
@@ -191,11 +191,12 @@ def test_administrator_gets_a_new_password_and_no_request_fails(apis: Apis, inst
     assert installation.secret(AUTH) == new
 
 
-def _start_run(installation: Installation, credential: str, run: UUID) -> None:
+def _start_run(installation: Installation, credential: str, run: UUID, name: str, *, warm: bool = False) -> None:
     """Create the Job of a run, as the worker does."""
-    env = [{"name": "PREFECT_API_AUTH_STRING", "value": credential}]
+    env = [] if warm else [{"name": "PREFECT_API_AUTH_STRING", "value": credential}]
     pod = {"restartPolicy": "Never", "containers": [{"name": "prefect-job", "image": "none", "env": env}]}
-    metadata = {"name": "a-run", "labels": {RUN_LABEL: str(run)}}
+    annotations = {CREDENTIAL_ANNOTATION: credential_hash(credential)} if warm else {}
+    metadata = {"name": name, "labels": {RUN_LABEL: str(run)}, "annotations": annotations}
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": {"template": {"spec": pod}}}
     installation.environment.kubectl("create", "--filename", "-", text=json.dumps(job))
 
@@ -206,9 +207,11 @@ def test_roles_get_new_credentials_and_runs_in_progress_keep_theirs(
     old = installation.secret(ROLES)
     person = base64.b64encode(f"{old['viewer']}\nann:secret".encode()).decode()
     installation.environment.kubectl("patch", "secret", ROLES, f'--patch={{"data": {{"viewer": "{person}"}}}}')
-    run = uuid4()
-    apis.run_credentials = [sign_run(old["run-key"], run)]
-    _start_run(installation, apis.run_credentials[0], run)
+    runs = {"a-run": uuid4(), "warm-run": uuid4()}
+    apis.run_credentials = [sign_run(old["run-key"], run) for run in runs.values()]
+    for (name, run), credential in zip(runs.items(), apis.run_credentials, strict=True):
+        _start_run(installation, credential, run, name, warm=name == "warm-run")
+    jobs = [*runs]
     [api] = apis.urls
     waited = []
 
@@ -218,15 +221,16 @@ def test_roles_get_new_credentials_and_runs_in_progress_keep_theirs(
     def sleep(seconds: float) -> None:
         if "run-key.next" not in installation.secret(ROLES):
             waited.append(apis.status(api, apis.run_credentials[0]))
-            apis.run_credentials = []
-            installation.environment.kubectl("delete", "job", "a-run")
-            installation.execute = interrupt
+            apis.run_credentials = apis.run_credentials[1:]
+            installation.environment.kubectl("delete", "job", jobs.pop(0))
+            if not jobs:
+                installation.execute = interrupt
         time.sleep(seconds / 2)
 
     monkeypatch.setattr(readers, "sleep", sleep)
     with pytest.raises(Interrupted):
         _rotate("roles", installation)
-    assert waited == [200], "the run's credential was valid until the end of the run"
+    assert waited == [200, 200], "each run's credential was valid until the end of the run"
     assert apis.status(api, old["worker"]) == 200, "interrupted before the API has read that the old credentials end"
     installation.execute = apis.execute
     _rotate("roles", installation)
