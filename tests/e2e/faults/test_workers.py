@@ -22,10 +22,12 @@ from tests.e2e.faults.victims import (
     assert_within,
     deploy_victim,
     end_ticking,
+    evict,
     is_ending,
     kill_pod,
     list_pods,
     list_states,
+    record_duration,
     scaled_to_zero,
     start_running,
     wait_for_state,
@@ -33,7 +35,7 @@ from tests.e2e.faults.victims import (
 )
 from tests.e2e.light_runs import LIGHT_RUN
 from tests.e2e.pace import GRACE_SECONDS, PENDING_TIMEOUT_SECONDS, WORKER_OUTAGE_SECONDS
-from tests.e2e.release import Object, Pool, Release
+from tests.e2e.release import Object, Pool, Release, merge_values
 from tests.e2e.runs import create_deployment, get_run, start_run, wait_until_ended
 from tests.parts import wait_until
 
@@ -167,6 +169,73 @@ def test_runs_complete_crash_and_are_cancelled_while_no_worker_exists(pool: Pool
     assert_completed_by_one_retry(api, killed)
     for run in (completing, due, claimed):
         assert get_run(api, run)["run_count"] == 1
+
+
+def wait_for_warm_pod(pool: Pool) -> str:
+    """Wait until a warm pod waits for a run, and return its name."""
+
+    def find_ready() -> list[str]:
+        listed = pool.runs_namespace.kubectl("get", "pods", "-l", "reconciler.warm=waiting", "-o", "json")
+        return [
+            str(pod["metadata"]["name"])
+            for pod in json.loads(listed)["items"]
+            if {"type": "Ready", "status": "True"}.items() <= _ready_condition(pod).items()
+        ]
+
+    return str(wait_until(find_ready, "a warm pod", 300)[0])
+
+
+def _ready_condition(pod: Object) -> Object:
+    conditions: list[Object] = pod["status"].get("conditions", [])
+    return next((condition for condition in conditions if condition["type"] == "Ready"), {})
+
+
+def test_runs_in_warm_pods_survive_faults(pool: Pool, api: httpx.Client, values: Object) -> None:
+    """Each run takes the pod that waits, and another pod takes its place. Other job variables need another pod."""
+    runs = {"warm": {"replicas": 1}, "resources": {"limits": {"memory": "300Mi"}}}
+    pool.deploy(merge_values(values, {"runs": runs}))
+    pool.wait_for_one_worker()
+    try:
+        victim = deploy_victim(api, pool)
+
+        def start_warm(**parameters: object) -> tuple[str, str]:
+            waiting = wait_for_warm_pod(pool)
+            run, pod = start_running(api, pool, victim, **parameters)
+            assert pod == waiting
+            states = {state["name"]: datetime.fromisoformat(state["timestamp"]) for state in list_states(api, run)}
+            record_duration("Running in a warm pod", states["Pending"], states["Running"])
+            return run, pod
+
+        run, pod = start_warm(seconds=300)
+        crashed = assert_state_within(api, run, "Crashed", kill_pod(pool, pod))
+        assert f"Pod {pod} on " in crashed["message"]
+        assert "ended with exit code 137 (SIGKILL)" in crashed["message"]
+        assert_completed_by_one_retry(api, run)
+
+        run, pod = start_warm(seconds=300)
+        began = datetime.now(UTC)
+        evict(pool.runs_namespace, pod)
+        assert_state_within(api, run, "AwaitingRetry", began)
+        assert_completed_by_one_retry(api, run)
+        assert not get_run(api, run)["labels"].get("reconciler.crashes")
+
+        run, pod = start_warm(seconds=300)
+        began = datetime.now(UTC)
+        api.post(f"/flow_runs/{run}/set_state", json={"state": {"type": "CANCELLING"}}).raise_for_status()
+        assert_state_within(api, run, "Cancelled", began)
+        wait_until(lambda: all(is_ending(found) for found in list_pods(pool, run)), "the end of the pod")
+
+        wait_for_warm_pod(pool)
+        run = start_run(api, victim, parameters={"memory": 320})
+        wait_until_completed(api, run)
+        [retry] = [state for state in list_states(api, run) if state["name"] == "AwaitingRetry"]
+        assert "OOMKilled" in retry["message"]
+        names = {str(found["metadata"]["name"]).partition("-")[0] for found in list_pods(pool, run)}
+        assert "warm" in names
+        assert len(names) == 2, "the retry has more memory, and needs another pod"
+    finally:
+        pool.deploy(values)
+        pool.wait_for_one_worker()
 
 
 def deploy_with_results(
