@@ -27,7 +27,7 @@ from orchestration.operations.environment import Environment
 from orchestration.operations.local_cluster import __main__ as local_cluster
 from orchestration.operations.port_forward import forward_port, read_credentials
 from tests.cluster.namespace import proxied, restricted
-from tests.e2e.faults.victims import FLOW_FILE, evict, fault_values, force_delete, kill_pod, leader_pod, list_states
+from tests.e2e.faults.victims import FLOW_FILE, evict, fault_values, force_delete, kill_pod, leader_pod
 from tests.e2e.pace import IS_SHIPPED
 from tests.e2e.release import (
     Object,
@@ -39,7 +39,7 @@ from tests.e2e.release import (
     probe_config_map,
     server_values,
 )
-from tests.e2e.runs import create_deployment, start_run
+from tests.e2e.runs import create_deployment
 from tests.long.longtest import Findings, Parameters
 
 MAX_LIVE_RUNS = 6
@@ -340,10 +340,13 @@ class Soak:
         server: the release with the API and its database.
         pool: the release with workers and reconcilers.
         kubernetes: URL of the Kubernetes API.
-        chance: draws the faults and the sizes of the runs.
+        chance: draws the faults, what they hit, and the sizes of the runs.
+        first: the kinds of the first faults, in order. `chance` draws those after them.
     """
 
-    def __init__(self, server: Release, pool: Pool, kubernetes: str, chance: random.Random) -> None:
+    def __init__(
+        self, server: Release, pool: Pool, kubernetes: str, chance: random.Random, first: Sequence[str] = ()
+    ) -> None:
         self.server, self.pool, self.chance = server, pool, chance
         self.api = ReconnectingApi(server)
         self.kubernetes = httpx.Client(base_url=kubernetes, timeout=30)
@@ -355,7 +358,7 @@ class Soak:
         self._server_down_since = 0.0
         self._memory_faults: list[Fault] = []
         self._lost: set[str] = set()
-        self._sequence: list[str] = []
+        self._sequence = [*reversed(first)]
         self._sizes: list[Object] = []
 
     def run(self, minutes: float, runs: int, faults: int = 0) -> Outcome:
@@ -389,6 +392,8 @@ class Soak:
                         break
                 except ServerUnavailableError:
                     self._server_down_since = self._server_down_since or time.time()
+                except httpx.HTTPError as error:
+                    print(f"          the Kubernetes API does not answer: {error}", flush=True)
                 if now >= fault_time and (now < began + length or len(self.seen.faults) < faults):
                     fault_time = (
                         max(fault_time + FAULT_INTERVAL_SECONDS, now + FAULT_INTERVAL_SECONDS / 2)
@@ -425,12 +430,15 @@ class Soak:
             return
         name = f"soak-{len(self.seen.runs) + 1:03}"
         # If the answer is lost, the request is repeated. The key makes it idempotent.
-        fields: Object = {"name": name, "idempotency_key": name, "parameters": self._sizes[len(self.seen.runs)]}
+        body: Object = {"name": name, "idempotency_key": name, "parameters": self._sizes[len(self.seen.runs)]}
+        body["state"] = {"type": "SCHEDULED"}
         if self._memory_faults:
-            fields["parameters"] = fields["parameters"] | {"memory": MEMORY_USE_MIB}
-            fields["job_variables"] = {"memory_limit": MEMORY_LIMIT, "memory_growth": 2}
+            body["parameters"] = body["parameters"] | {"memory": MEMORY_USE_MIB}
+            body["job_variables"] = {"memory_limit": MEMORY_LIMIT, "memory_growth": 2}
+        # Not `start_run`, which waits for a server that is down.
         with self.api.client() as client:
-            run = start_run(client, self._deployment, **fields)
+            created = client.post(f"/deployments/{self._deployment}/create_flow_run", json=body)
+            run = str(created.raise_for_status().json()["id"])
         self.seen.runs[name] = run
         self.seen.states[run] = "Scheduled"
         if self._memory_faults:
@@ -465,7 +473,8 @@ class Soak:
             if waited > STUCK_AFTER_SECONDS >= self.seen.waited[id_]:
                 print(f"          {run['name']}: no live pod for {waited:.0f} s", flush=True)
                 with self.api.client() as client:
-                    for state in list_states(client, id_):
+                    states = client.get("/flow_run_states/", params={"flow_run_id": id_}).raise_for_status().json()
+                    for state in sorted(states, key=lambda state: str(state["timestamp"])):
                         print(f"          {state['timestamp']} {state['name']}: {state['message']}", flush=True)
             self.seen.waited[id_] = max(self.seen.waited[id_], waited)
         for id_ in self._without_pod_since.keys() - self._runs.keys():
@@ -480,8 +489,10 @@ class Soak:
         """Read the pods of all runs: which are live, and when their containers started and ended."""
         path = f"/api/v1/namespaces/{self.pool.namespace.name}/pods"
         query = {"labelSelector": "prefect.io/flow-run-id"}
+        looked = time.time()  # the answer may be late, and then shows an earlier moment
+        pods = self.kubernetes.get(path, params=query).raise_for_status().json()["items"]
         self._live = defaultdict(list)
-        for pod in self.kubernetes.get(path, params=query).raise_for_status().json()["items"]:
+        for pod in pods:
             name, run = pod["metadata"]["name"], pod["metadata"]["labels"]["prefect.io/flow-run-id"]
             if pod["status"]["phase"] in ("Pending", "Running"):
                 self._live[run].append(name)
@@ -492,7 +503,7 @@ class Soak:
                 if end := (state.get("terminated") or {}).get("finishedAt"):
                     attempt.end = min(_timestamp(end), _timestamp(pod["metadata"].get("deletionTimestamp", end)))
                 elif "deletionTimestamp" not in pod["metadata"]:
-                    attempt.end = time.time()
+                    attempt.end = looked
 
     def _inject_fault(self) -> bool:
         """Inject the next fault, and return whether there was something to hit."""
@@ -527,7 +538,8 @@ class Soak:
             elif kind == "API killed":
                 force_delete(namespace, *map(_pod_name, self.server.pods("api")))
             elif kind == "database killed":
-                force_delete(namespace, "prefect-server-database-0")
+                # Not by --force: the next pod could start while the killed Postgres still writes to the volume.
+                namespace.kubectl("delete", "pod", "prefect-server-database-0", "--grace-period=1", "--wait=false")
         self._sequence.pop()
         self.seen.faults.append(fault)
         return True
@@ -538,8 +550,8 @@ class Soak:
         while True:
             try:
                 self.seen.left = self._list_leftovers()
-            except ServerUnavailableError as error:
-                self.seen.left = [f"unknown slots: the Prefect API does not answer: {error}"]
+            except (ServerUnavailableError, httpx.HTTPError) as error:
+                self.seen.left = [f"unknown pods, Jobs or slots: an API does not answer: {error}"]
             if not self.seen.left or time.monotonic() > deadline:
                 return
             time.sleep(1)
