@@ -1,5 +1,6 @@
 """Flow runs of the probe: create, start, wait for and read them by the Prefect API."""
 
+import contextlib
 from typing import Any
 from uuid import uuid4
 
@@ -17,7 +18,7 @@ def create_deployment(api: httpx.Client, pool: Pool, **fields: Any) -> str:
         pool: the release of the work pool.
         fields: fields of the deployment that replace the defaults.
     """
-    flow = api.post("/flows/", json={"name": "probe"}).raise_for_status().json()
+    flow = read(api, "POST", "/flows/", json={"name": "probe"})
     body = {
         "name": f"probe-{uuid4().hex[:6]}",
         "flow_id": flow["id"],
@@ -25,22 +26,26 @@ def create_deployment(api: httpx.Client, pool: Pool, **fields: Any) -> str:
         "path": "/app",
         "work_pool_name": pool.work_pool,
     }
-    created = api.post("/deployments/", json=body | fields)
-    return str(created.raise_for_status().json()["id"])
+    return str(read(api, "POST", "/deployments/", json=body | fields)["id"])
 
 
 def start_run(api: httpx.Client, deployment_id: str, **fields: Any) -> str:
-    """Schedule a run of the deployment for now and return its id."""
-    created = api.post(f"/deployments/{deployment_id}/create_flow_run", json={"state": {"type": "SCHEDULED"}} | fields)
-    return str(created.raise_for_status().json()["id"])
+    """Schedule a run of the deployment for now and return its id. Its key prevents a second run if `read` repeats."""
+    body = {"state": {"type": "SCHEDULED"}, "idempotency_key": uuid4().hex} | fields
+    return str(read(api, "POST", f"/deployments/{deployment_id}/create_flow_run", json=body)["id"])
 
 
 def read(api: httpx.Client, method: str, path: str, **options: Any) -> Any:
-    """Return the JSON of an answer of the Prefect API. Ask again after a 5xx: a busy database may be late."""
+    """Return the JSON of an answer of the Prefect API. Ask again after a 5xx or a lost answer: a busy node may be late.
+
+    The request must be one that may be repeated.
+    """
 
     def answered() -> httpx.Response | None:
-        answer = api.request(method, path, **options)
-        return answer if answer.status_code < 500 else None
+        with contextlib.suppress(httpx.TimeoutException, httpx.ReadError, httpx.RemoteProtocolError):
+            answer = api.request(method, path, **options)
+            return answer if answer.status_code < 500 else None
+        return None
 
     found: httpx.Response = wait_until(answered, f"an answer to {method} {path}")
     return found.raise_for_status().json()

@@ -16,7 +16,7 @@ from orchestration.settings import ROOT
 from tests.cluster.namespace import Namespace
 from tests.e2e.light_runs import LIGHT_RUN
 from tests.e2e.release import Object, Pool, Release, copy_credentials, merge_values
-from tests.e2e.runs import create_deployment, get_run, start_run, wait_for_log, wait_until_ended
+from tests.e2e.runs import create_deployment, get_run, read, start_run, wait_for_log, wait_until_ended
 from tests.parts import wait_until
 
 EXAMPLE = ROOT / "k8s" / "worker" / "overlays" / "example"
@@ -112,9 +112,9 @@ def test_worker_joins_the_pool_and_starts_pods_in_its_namespace(
     """The worker uses the current template of the pool, which is not in the manifests."""
     assert not pool.pods("worker")
     on_server = f"/work_pools/{pool.work_pool}"
-    [online] = wait_until(lambda: api.post(f"{on_server}/workers/filter", json={}).json(), "the worker's heartbeat")
+    [online] = wait_until(lambda: read(api, "POST", f"{on_server}/workers/filter", json={}), "the worker's heartbeat")
     assert online["status"] == "ONLINE"
-    template = api.get(on_server).json()["base_job_template"]
+    template = read(api, "GET", on_server)["base_job_template"]
     template["variables"]["properties"]["memory_limit"]["default"] = "640Mi"
     api.patch(on_server, json={"base_job_template": template}).raise_for_status()
     addresses = [

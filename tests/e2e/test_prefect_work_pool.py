@@ -12,7 +12,7 @@ import yaml
 from orchestration.errors import ClusterError
 from tests.e2e.light_runs import LIGHT_RUN
 from tests.e2e.release import SMALL_REQUESTS, Object, Pool, Release, merge_values
-from tests.e2e.runs import create_deployment, get_run, start_run, wait_for_log, wait_until_ended
+from tests.e2e.runs import create_deployment, get_run, read, start_run, wait_for_log, wait_until_ended
 from tests.helm.rendering import environment
 from tests.parts import wait_until
 
@@ -110,7 +110,7 @@ def test_minutely_schedule_starts_a_run_as_a_pod(pool: Pool, api: httpx.Client, 
     runs = {"deployments": {"id": {"any_": [minutely]}}, "flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
 
     def find_completed_run() -> Object | None:
-        found = api.post("/flow_runs/filter", json=runs).json()
+        found = read(api, "POST", "/flow_runs/filter", json=runs)
         return found[0] if found else None
 
     run: Object = wait_until(find_completed_run, "the schedule's first run to complete", 300)
@@ -150,7 +150,7 @@ def _max_concurrent_runs(api: httpx.Client, runs: list[str]) -> int:
     """Return how many of the runs held a slot of their pool at the same time, from Pending to Completed."""
     moments = []
     for run in runs:
-        states = api.get("/flow_run_states/", params={"flow_run_id": run}).json()
+        states = read(api, "GET", "/flow_run_states/", params={"flow_run_id": run})
         times = {state["type"]: datetime.fromisoformat(state["timestamp"]) for state in states}
         moments += [(times["PENDING"], 1), (times["COMPLETED"], -1)]
     most = now = 0

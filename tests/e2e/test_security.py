@@ -16,7 +16,7 @@ from orchestration.settings import ROOT
 from tests.cluster.namespace import Namespace, restricted
 from tests.e2e.light_runs import LIGHT_RUN
 from tests.e2e.release import Object, Pool, Release, copy_credentials, merge_values
-from tests.e2e.runs import create_deployment, start_run, wait_for_log, wait_until_ended
+from tests.e2e.runs import create_deployment, get_run, start_run, wait_for_log, wait_until_ended
 from tests.parts import wait_until
 
 
@@ -290,7 +290,7 @@ def test_run_writes_itself_alone(pool: Pool, server: Release, api: httpx.Client)
     other = start_run(api, deployment, state={"type": "PAUSED"})
     run = start_run(api, deployment, parameters={"seconds": 300})
     selector = f"prefect.io/flow-run-id={run}"
-    wait_until(lambda: api.get(f"/flow_runs/{run}").json()["state_type"] == "RUNNING", "the run to begin", 300)
+    wait_until(lambda: get_run(api, run)["state_type"] == "RUNNING", "the run to begin", 300)
     [pod] = json.loads(pool.runs_namespace.kubectl("get", "pods", "-l", selector, "-o", "json"))["items"]
     command = ("exec", pod["metadata"]["name"], "--", "python", "-c", RUN_ATTACKS, other, deployment, pool.work_pool)
     answers = dict(line.split() for line in pool.runs_namespace.kubectl(*command).splitlines())

@@ -33,7 +33,7 @@ from tests.e2e.faults.victims import (
 )
 from tests.e2e.pace import GRACE_SECONDS
 from tests.e2e.release import Object, Pool
-from tests.e2e.runs import create_deployment, get_run, start_run, wait_for_log
+from tests.e2e.runs import create_deployment, get_run, read, start_run, wait_for_log
 from tests.parts import wait_until
 
 
@@ -170,10 +170,10 @@ def test_given_up_run_leaves_no_task_or_subflow_running(pool: Pool, api: httpx.C
     run = start_run(api, stepwise)
     wait_until(lambda: is_settled(api, run), "the decision not to retry")
     body: Object = {"flow_runs": {"parent_flow_run_id": {"any_": [run]}}}
-    subflows = api.post("/flow_runs/filter", json=body).raise_for_status().json()
+    subflows = read(api, "POST", "/flow_runs/filter", json=body)
     assert sorted(subflow["state_type"] for subflow in subflows) == ["COMPLETED", "CRASHED"]
     body = {"flow_runs": {"id": {"any_": [run, *(subflow["id"] for subflow in subflows)]}}}
-    tasks = api.post("/task_runs/filter", json=body).raise_for_status().json()
+    tasks = read(api, "POST", "/task_runs/filter", json=body)
     ends = {task["name"].partition("-")[0] + f" {task['state_type']}" for task in tasks}
     assert ends == {"step COMPLETED", "step CRASHED", "steps COMPLETED", "steps CRASHED"}
 

@@ -29,7 +29,7 @@ from tests.e2e.faults.victims import (
 )
 from tests.e2e.pace import GRACE_SECONDS, ROUND_SECONDS, SERVER_OUTAGE_SECONDS
 from tests.e2e.release import Object, Pool, Release, merge_values, pool_values
-from tests.e2e.runs import create_deployment, get_run, start_run, wait_for_log, wait_until_ended
+from tests.e2e.runs import create_deployment, get_run, read, start_run, wait_for_log, wait_until_ended
 from tests.long.soak import Soak, soak_values
 from tests.parts import wait_until
 
@@ -109,7 +109,7 @@ def test_server_outage_and_killed_database_lose_no_run(server: Release, pool: Po
     def scheduled_runs(api: httpx.Client) -> dict[datetime, list[Object]]:
         body = {"deployments": {"id": {"any_": [minutely]}}, "limit": 200}
         by_time: dict[datetime, list[Object]] = defaultdict(list)
-        for found in api.post("/flow_runs/filter", json=body).raise_for_status().json():
+        for found in read(api, "POST", "/flow_runs/filter", json=body):
             by_time[datetime.fromisoformat(found["expected_start_time"])].append(found)
         return by_time
 

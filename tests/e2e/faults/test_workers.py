@@ -36,7 +36,7 @@ from tests.e2e.faults.victims import (
 from tests.e2e.light_runs import LIGHT_RUN
 from tests.e2e.pace import GRACE_SECONDS, PENDING_TIMEOUT_SECONDS, WORKER_OUTAGE_SECONDS
 from tests.e2e.release import Object, Pool, Release, merge_values
-from tests.e2e.runs import create_deployment, get_run, start_run, wait_until_ended
+from tests.e2e.runs import create_deployment, get_run, read, start_run, wait_until_ended
 from tests.parts import wait_until
 
 
@@ -55,7 +55,7 @@ def test_two_workers_execute_each_run_once(pool: Pool, api: httpx.Client) -> Non
 
         def start_as_room_permits() -> bool:
             # Not all at once: the node is small, and other tests use it.
-            free = at_once - int(api.post("/flow_runs/count", json=body).raise_for_status().json())
+            free = at_once - int(read(api, "POST", "/flow_runs/count", json=body))
             runs.extend(start_run(api, deployment) for _ in range(min(free, number - len(runs))))
             return len(runs) == number
 

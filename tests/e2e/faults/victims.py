@@ -273,14 +273,13 @@ def assert_no_task_is_repeated(api: httpx.Client, pool: Pool) -> None:
     run = start_run(api, create_deployment(api, pool, entrypoint="/probe/flow.py:stepwise"))
     wait_until_completed(api, run)
     body: Object = {"flow_runs": {"parent_flow_run_id": {"any_": [run]}}}
-    subflows = api.post("/flow_runs/filter", json=body).raise_for_status().json()
+    subflows = read(api, "POST", "/flow_runs/filter", json=body)
     assert len(subflows) == 2
     assert {subflow["state_type"] for subflow in subflows} == {"COMPLETED"}
     [end] = [line for line in wait_for_log(api, run, "the end") if line.startswith("the end")]
     assert end == "the end: ['1 by 1', '2 by 1', '3 by 1', '4 by 2', '5 by 2']"
     body = {"logs": {"flow_run_id": {"any_": [run, *(subflow["id"] for subflow in subflows)]}}, "limit": 200}
-    logs = api.post("/logs/filter", json=body).raise_for_status().json()
-    lines = [str(log["message"]).split() for log in logs]
+    lines = [str(log["message"]).split() for log in read(api, "POST", "/logs/filter", json=body)]
     keys = {(line[1], line[4]): line[-1] for line in lines if line[0] == "step"}
     assert sorted(keys) == [("1", "1"), ("2", "1"), ("3", "1"), ("4", "1"), ("4", "2"), ("5", "2")]
     assert keys["4", "1"] == keys["4", "2"]
