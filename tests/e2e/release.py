@@ -238,7 +238,7 @@ def pool_values(image: str) -> Object:
             "resources": {"requests": dict(SMALL_REQUESTS), "limits": {"memory": "768Mi"}},
         },
         "reconciler": {"replicas": 1, "resources": {"requests": dict(SMALL_REQUESTS), "limits": {"memory": "256Mi"}}},
-        "drift": {"everySeconds": 10, "resources": {"requests": dict(SMALL_REQUESTS), "limits": {"memory": "512Mi"}}},
+        "drift": {"everySeconds": 30, "resources": {"requests": dict(SMALL_REQUESTS), "limits": {"memory": "512Mi"}}},
         "runs": {
             "resources": {"requests": dict(SMALL_REQUESTS), "limits": {"memory": "700Mi"}},
             "pod": {

@@ -207,7 +207,9 @@ def test_rolling_update_of_pgbouncer_breaks_no_request(server: Release, api: htt
             )
         )
         failed = []
-        while not waiting.done() or server.pods("pgbouncer", terminating=True) != server.pods("pgbouncer"):
+        while not waiting.done() or any(
+            "deletionTimestamp" in pod["metadata"] for pod in server.pods("pgbouncer", terminating=True)
+        ):
             failed += await _make_runs(api, certificates, CLIENTS)
             await asyncio.sleep(0.2)  # else the requests take a processor until the end of the rollout
         await waiting

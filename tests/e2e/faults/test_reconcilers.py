@@ -212,7 +212,7 @@ def test_two_active_reconcilers_retry_each_run_once(pool: Pool, api: httpx.Clien
                 await asyncio.gather(one.round(), other.round())
                 await asyncio.sleep(0.5)
 
-    runs = start_and_kill(pool, api, 3)
+    runs = start_and_kill(pool, api, 2)
     with scaled_to_zero(pool, "worker"):  # no retry starts before both reconcilers have decided
         asyncio.run(run_both())
     for run in runs:

@@ -41,7 +41,7 @@ from tests.parts import wait_until
 
 
 def test_two_workers_execute_each_run_once(pool: Pool, api: httpx.Client) -> None:
-    number, at_once = 20, 6
+    number, at_once = 10, 6
     worker = f"deployment/{POOL_RELEASE}-worker"
     pool.namespace.kubectl("scale", worker, "--replicas=2")
     try:
