@@ -9,6 +9,7 @@ import pytest
 
 from orchestration.operations.local_cluster import node_processes
 from orchestration.settings import ROOT
+from tests.cluster import namespace
 from tests.parts import wait_until
 from tests.reporting import Meter, over_budget
 
@@ -67,11 +68,13 @@ def test_meter_ignores_processes_of_the_node(tmp_path: Path, monkeypatch: pytest
     # Servers of other tests in this process work meanwhile.
     others = {child.pid for child in psutil.Process().children(recursive=True)}
     monkeypatch.setattr(node_processes, "process_ids", lambda: others)
+    # Pods of tests that this process has run work meanwhile, too.
+    monkeypatch.setattr(namespace, "USED", set())
     code = f"import pathlib\n{BURN.format(seconds=1)}pathlib.Path('done').touch()\ntime.sleep(60)"
+    before = meter.seconds()
     with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path) as program:
         if of_node:
             monkeypatch.setattr(node_processes, "process_ids", lambda: others | {program.pid})
-        before = meter.seconds()
         wait_until((tmp_path / "done").exists, "the program to have worked")
         assert (meter.seconds() - before < 0.7) is of_node
         program.kill()
@@ -93,6 +96,7 @@ sys.path.insert(0, {str(ROOT)!r})
 from tests import reporting
 reporting.BUDGET = pathlib.Path("budget.toml")
 reporting.LONG_SECONDS = 0
+reporting._cached = set  # what other tests put into the cache meanwhile is not of this run
 
 def pytest_sessionstart(session):
     plugins = session.config.pluginmanager

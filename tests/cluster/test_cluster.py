@@ -135,7 +135,7 @@ def test_kubectl_top_shows_usage(namespace: Namespace) -> None:
         except ClusterError:
             return ""
 
-    assert "coredns" in wait_until(usage, "metrics")
+    wait_until(lambda: "coredns" in usage(), "metrics of CoreDNS")
 
 
 @pytest.mark.parametrize("action", ["up", "down"])

@@ -65,7 +65,7 @@ class Checkout:
             ready = all(component["ready"] == component["wanted"] for component in read["components"])
             return read if ready and not read["problems"] else None
 
-        status: dict[str, Any] = wait_until(read_if_ready, "all components to be ready", 90)
+        status: dict[str, Any] = wait_until(read_if_ready, "all components to be ready", 300)
         return status
 
     def edit(self, path: str, old: str, new: str) -> None:

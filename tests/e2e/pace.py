@@ -14,10 +14,11 @@ def _pick(scaled: int, shipped: int) -> int:
     return shipped if IS_SHIPPED else scaled
 
 
-PENDING_TIMEOUT_SECONDS = _pick(15, 600)
-"""The chart's `reconciler.pendingTimeoutSeconds`."""
+PENDING_TIMEOUT_SECONDS = _pick(30, 600)
+"""The chart's `reconciler.pendingTimeoutSeconds`. It counts from the Job's creation: with less, one failed pull after a
+slow start on a busy node would end a run."""
 
-CAPACITY_TIMEOUT_SECONDS = _pick(30, 660)
+CAPACITY_TIMEOUT_SECONDS = _pick(60, 660)
 """The chart's `reconciler.capacityTimeoutSeconds` in tests that wait until it expires. The default is a day."""
 
 GRACE_SECONDS = _pick(8, 60)

@@ -14,7 +14,6 @@ from typing import Any
 import httpx
 import yaml
 
-from orchestration.errors import ClusterError
 from orchestration.operations.environment import Environment
 from orchestration.operations.local_cluster import binaries, images
 from orchestration.operations.local_cluster.file_lock import hold_lock
@@ -129,7 +128,7 @@ def shared_namespace(context: str, name: str, install: Callable[[Namespace], obj
         install: installs the releases in the new namespace.
 
     Raises:
-        ClusterError: `install` failed. The namespace is removed again.
+        ClusterError: `install` failed. The namespace is removed again, as after any other error.
     """
     namespace = Namespace(context, f"shared-{TEST_RUN}-{name}")
     with hold_lock(SHARED_CONTEXT_FILE):
@@ -138,7 +137,7 @@ def shared_namespace(context: str, name: str, install: Callable[[Namespace], obj
             make_shared(namespace)
             try:
                 install(namespace)
-            except ClusterError:
+            except BaseException:
                 remove(namespace)
                 raise
     return namespace

@@ -130,6 +130,7 @@ def test_doctor_checks_the_whole_installation(checkout: Checkout) -> None:
 
     target = checkout.target
     namespace, of_runs = _namespaces(checkout)
+    faults = {"network policies", "secrets", "rights of the worker", "work pools"}
     selector = {"matchLabels": {"app.kubernetes.io/component": "drift"}}
     opening = network_policy("open", egress=[{}])
     opening["spec"]["podSelector"] = selector
@@ -140,16 +141,20 @@ def test_doctor_checks_the_whole_installation(checkout: Checkout) -> None:
         api.patch("/work_pools/default", json={"is_paused": True}).raise_for_status()
     try:
         with of_runs.without("secret", "warehouse"), of_runs.without("rolebinding", f"{POOL}-worker"):
-            shown = checkout.make("doctor", status=2)
+            for _ in range(3):  # as above
+                shown = checkout.make("doctor", status=2)
+                failed, warned = (
+                    set(re.findall(rf"^  {status} +(\S+(?: \S+)*)  ", shown, flags=re.M))
+                    for status in ("failed", "warning")
+                )
+                if failed - MACHINES_OWN == faults and "pod security" in warned:
+                    break
     finally:
         namespace.kubectl("delete", "networkpolicy", "open")
         namespace.kubectl("label", "--overwrite", "namespace", target.namespace, label.format("restricted"))
         with api_client(target) as api:
             api.patch("/work_pools/default", json={"is_paused": False}).raise_for_status()
-    failed, warned = (
-        set(re.findall(rf"^  {status} +(\S+(?: \S+)*)  ", shown, flags=re.M)) for status in ("failed", "warning")
-    )
-    assert failed - MACHINES_OWN == {"network policies", "secrets", "rights of the worker", "work pools"}
+    assert failed - MACHINES_OWN == faults
     assert "pod security" in warned
     assert "drift reaches the Kubernetes API" in shown
     assert "Secret warehouse" in shown
@@ -322,7 +327,7 @@ def test_changed_flow_schedule_and_namespace_of_runs_are_deployed_and_rolled_bac
             pods = ("get", "pods", *of_run, "--output")
             assert not after.kubectl(*pods, "name")
             before.kubectl("delete", before.kubectl(*pods, "name").strip(), "--force", "--grace-period=0")
-            wait_until(lambda: get_run(api, run)["run_count"] == 2, "the second run attempt", 300)
+            wait_until(lambda: get_run(api, run)["run_count"] == 2, "the second run attempt", 600)
             assert after.kubectl(*pods, "jsonpath={.items[*].spec.containers[*].image}") == image
             refused = checkout.make("rollback", status=2)
             assert f"Runs are in progress in namespace {after.name}, where revision 1" in refused

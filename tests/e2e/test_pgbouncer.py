@@ -6,6 +6,7 @@ Many clients, restarts and automations; then a work pool that reaches the API by
 import asyncio
 import base64
 import contextlib
+import functools
 import json
 import ssl
 from collections.abc import Iterator
@@ -191,7 +192,8 @@ def test_servers_refuse_plain_connections(server: Release) -> None:
 def test_other_pods_do_not_reach_pgbouncer(server: Release) -> None:
     server.namespace.pod("neighbour")
     home = f"{server.namespace.name}.svc.cluster.local"
-    assert server.namespace.connects("neighbour", f"{RELEASE}-api.{home}", 4200)
+    api_is_reached = functools.partial(server.namespace.connects, "neighbour", f"{RELEASE}-api.{home}", 4200)
+    wait_until(api_is_reached, "the cluster's DNS to have the API's address")
     assert not server.namespace.connects("neighbour", f"{RELEASE}-pgbouncer.{home}", 6432)
     server.namespace.kubectl("delete", "pod", "neighbour")
 
@@ -222,13 +224,16 @@ def test_rolling_update_of_pgbouncer_breaks_no_request(server: Release, api: htt
 def test_server_survives_killed_pgbouncer_pods(server: Release, api: httpx.Client, certificates: Path) -> None:
     before = server.restarts()
     pods = {pod["metadata"]["name"] for pod in server.pods("pgbouncer")}
-    for pod in pods:
-        # SIGQUIT ends PgBouncer at once. The connection of `kubectl exec` may end with it.
-        with contextlib.suppress(ClusterError):
-            server.namespace.kubectl("exec", pod, "--container", "pgbouncer", "--", "sh", "-c", "kill -QUIT 1")
 
     def are_restarted() -> bool:
-        states = [pod["status"]["containerStatuses"][0] for pod in server.pods("pgbouncer")]
+        found = server.pods("pgbouncer")
+        for pod in found:
+            if not pod["status"]["containerStatuses"][0]["restartCount"]:
+                # SIGQUIT ends PgBouncer at once. The connection of `kubectl exec` may end with it, or not begin.
+                with contextlib.suppress(ClusterError):
+                    command = ("--container", "pgbouncer", "--", "sh", "-c", "kill -QUIT 1")
+                    server.namespace.kubectl("exec", pod["metadata"]["name"], *command)
+        states = [pod["status"]["containerStatuses"][0] for pod in found]
         return all(state["ready"] and state["restartCount"] for state in states)
 
     wait_until(are_restarted, "PgBouncer to restart")

@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -94,7 +95,8 @@ def test_other_pods_reach_the_api_and_neither_database_nor_valkey(server: Releas
     server.namespace.pod("neighbour")
     home = server.namespace.name
     for source, pod in ((namespace, "stranger"), (server.namespace, "neighbour")):
-        assert source.connects(pod, f"{SERVER_RELEASE}-api.{home}.svc.cluster.local", 4200)
+        reach = functools.partial(source.connects, pod, f"{SERVER_RELEASE}-api.{home}.svc.cluster.local", 4200)
+        wait_until(reach, "the cluster's DNS to have the API's address")
         assert not source.connects(pod, f"{SERVER_RELEASE}-database.{home}.svc.cluster.local", 5432)
         assert not source.connects(pod, f"{SERVER_RELEASE}-redis.{home}.svc.cluster.local", 6379)
     server.namespace.kubectl("delete", "pod", "neighbour")
@@ -114,13 +116,13 @@ def test_upgrade_and_rollback_keep_passwords_and_data(server: Release, values: O
     server.deploy(changed)
     assert [server.secret(f"{SERVER_RELEASE}-{name}", key) for name, key in secrets] == before
     assert server.pods("database")[0]["metadata"]["uid"] == database, "the database was not restarted"
-    assert len(server.pods("api")) == 2
+    wait_until(lambda: len(server.pods("api", terminating=True)) == 2, "the previous pod of the API to be gone")
     environment = server.pods("api")[0]["spec"]["containers"][0]["env"]
     assert {"name": "PREFECT_SERVER_API_DEFAULT_LIMIT", "value": "123"} in environment
     with server.api() as api:
         assert api.get(f"/work_pools/{pool}").status_code == 200
     server.helm("rollback", SERVER_RELEASE, revision, "--wait", "--timeout", "10m")
-    assert len(server.pods("api")) == 1
+    wait_until(lambda: len(server.pods("api", terminating=True)) == 1, "the previous pods of the API to be gone")
     with server.api() as api:
         assert api.get(f"/work_pools/{pool}").status_code == 200
 

@@ -67,15 +67,15 @@ def ticking(times: int, slot: str = "") -> None:
 
 @flow
 def holding() -> None:
-    """Hold the only slot of a limit and of a tag's limit, and kill all processes of the pod."""
+    """Hold the only slot of a limit and of a tag's limit."""
     with concurrency("scarce"):
         hold()
 
 
 @task(tags=["scarce"])
 def hold() -> None:
-    """Kill all processes of the pod while the task holds a slot of its tag's limit."""
-    _die(-1)
+    """Sleep while the task holds a slot of its tag's limit."""
+    time.sleep(600)
 
 
 @flow
@@ -149,18 +149,14 @@ def _begin() -> None:
     get_run_logger().info("attempt %s in %s at %s", flow_run.run_count, pod, now)
 
 
-def _die(pid: int = 0) -> None:
-    """Send SIGKILL once the server has the log and task states so far, which it stores seconds late.
-
-    Args:
-        pid: the process to kill; 0 for this process, -1 for all of the container.
-    """
+def _die() -> None:
+    """End by SIGKILL once the server has the log and task states so far, which it stores seconds late."""
     get_run_logger().info("dies")
     deadline = time.monotonic() + 60
     with get_client(sync_client=True) as client:
         while not _is_on_server(client) and time.monotonic() < deadline:
             time.sleep(0.5)
-    os.kill(pid or os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _is_on_server(client: SyncPrefectClient) -> bool:

@@ -53,6 +53,7 @@ def values(values: Object, second_node: Node) -> Object:
         "tolerations": [{"key": second_node.taint, "operator": "Exists"}],
         "affinity": {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": preferred}},
     }
+    changed["reconciler"]["pendingTimeoutSeconds"] = 600  # no run here is given up, also if the second node is slow
     return changed
 
 
@@ -99,8 +100,9 @@ def test_run_survives_a_stopped_kubelet(pool: Pool, api: httpx.Client, second_no
     wait_until_completed(api, run)
     assert get_run(api, run)["run_count"] == 1
     assert [listed_pod["metadata"]["name"] for listed_pod in list_pods(pool, run)] == [pod]
-    lines = [line.split()[1] for line in wait_for_log(api, run, "the end") if line.startswith("tick")]
-    assert sorted(map(int, lines)) == [*range(times)]
+    # A client whose request met no answer sends its lines again, so lines may be doubled.
+    ticks = {int(line.split()[1]) for line in wait_for_log(api, run, "the end") if line.startswith("tick")}
+    assert ticks == {*range(times)}
 
 
 def test_attempt_on_a_lost_node_stops_before_the_retry_begins(pool: Pool, api: httpx.Client, second_node: Node) -> None:
@@ -119,7 +121,9 @@ def test_attempt_on_a_lost_node_stops_before_the_retry_begins(pool: Pool, api: h
         def find_crash() -> Object | None:
             if found := find_state(api, run, "Crashed"):
                 return found
-            seen[:] = find_run_processes(run, job)
+            alive = find_run_processes(run, job)
+            if not get_run(api, run)["labels"].get(FENCED_LABEL_PREFIX + job):
+                seen[:] = alive
             return None
 
         crashed = wait_until(find_crash, f"Crashed of {run}", 300)
@@ -128,7 +132,7 @@ def test_attempt_on_a_lost_node_stops_before_the_retry_begins(pool: Pool, api: h
         assert seen, "the old attempt ended before it was fenced"
         wait_until(lambda: not find_run_processes(run, job), "the old attempt to stop", STOPPED_WITHIN_SECONDS)
         stopped = datetime.now(UTC)
-        assert count_taken_slots(api, slot) == 0
+        wait_until(lambda: count_taken_slots(api, slot) == 0, "the slot to be released", 30)
         again = wait_for_state(api, run, "AwaitingRetry", 120)
         due = datetime.fromisoformat(again["state_details"]["scheduled_time"])
         assert due - datetime.fromisoformat(crashed["timestamp"]) >= timedelta(seconds=FENCED_WITHIN_SECONDS)

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
+from orchestration.errors import PipelineError
 from orchestration.health import Pulse
 from orchestration.prefect_api import Server
 from orchestration.reconciler.kubernetes_client import Cluster
@@ -167,6 +168,8 @@ def test_reconciler_killed_at_any_request_retries_each_run_once(pool: Pool, api:
                 except _KilledError:
                     deaths += 1
                     continue
+                except PipelineError:  # on a busy node an API may be late
+                    continue
             found = [get_run(api, run) for run in runs]
             if all(run["state_type"] != "RUNNING" and run["labels"].get("reconciler.crashes") for run in found):
                 return deaths
@@ -203,13 +206,19 @@ def test_pod_death_between_two_rounds_is_handled_at_once(pool: Pool, api: httpx.
 
 
 def test_two_active_reconcilers_retry_each_run_once(pool: Pool, api: httpx.Client, kubernetes: str) -> None:
+    async def look(reconciler: Reconciler) -> None:
+        with contextlib.suppress(PipelineError):  # on a busy node an API may be late
+            await reconciler.round()
+
     async def run_both() -> None:
         async with (
             reconciler_in_process(pool, api, kubernetes) as one,
             reconciler_in_process(pool, api, kubernetes) as other,
         ):
-            for _ in range(8):
-                await asyncio.gather(one.round(), other.round())
+            for number in range(100):
+                await asyncio.gather(look(one), look(other))
+                if number >= 7 and all(find_state(api, run, "AwaitingRetry") for run in runs):
+                    return
                 await asyncio.sleep(0.5)
 
     runs = start_and_kill(pool, api, 2)

@@ -93,6 +93,9 @@ def test_run_with_a_refused_pod_shows_the_cause(
 ) -> None:
     pool.runs_namespace.apply({"apiVersion": "v1", "kind": kind, "metadata": {"name": "small"}, "spec": spec})
     try:
+        if kind == "ResourceQuota":
+            read_usage = ("get", kind, "small", "-o", "jsonpath={.status.used}")
+            wait_until(lambda: pool.runs_namespace.kubectl(*read_usage), "the quota to count")
         run = start_run(api, deploy_victim(api, pool, job_variables={"memory_limit": "99Gi"}))
         submitted = wait_for_state(api, run, "Submitting", 180)
         stuck = wait_for_state(api, run, "PodRefused", 180)

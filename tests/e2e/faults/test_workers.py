@@ -46,7 +46,8 @@ def test_two_workers_execute_each_run_once(pool: Pool, api: httpx.Client) -> Non
     pool.namespace.kubectl("scale", worker, "--replicas=2")
     try:
         pool.namespace.kubectl("rollout", "status", worker, "--timeout=300s")
-        deployment = deploy_victim(api, pool, job_variables=LIGHT_RUN)
+        # This test and the next one count the Jobs.
+        deployment = deploy_victim(api, pool, job_variables=LIGHT_RUN | {"finished_job_ttl": 3600})
         runs: list[str] = []
         body = {
             "deployments": {"id": {"any_": [deployment]}},

@@ -135,7 +135,14 @@ def start_running(api: httpx.Client, pool: Pool, deployment_id: str, **parameter
 
 def end_ticking(pool: Pool, pod: str) -> None:
     """Let the flow `ticking` in a pod come to its end."""
-    pool.runs_namespace.kubectl("exec", pod, "--", "touch", "/tmp/enough")  # noqa: S108 - in the pod
+
+    def is_written() -> bool:
+        with contextlib.suppress(ClusterError):  # on a busy node `kubectl exec` may fail
+            pool.runs_namespace.kubectl("exec", pod, "--", "touch", "/tmp/enough")  # noqa: S108 - in the pod
+            return True
+        return False
+
+    wait_until(is_written, f"kubectl exec in {pod}")
 
 
 def is_ending(pod: Object) -> bool:
@@ -170,12 +177,12 @@ def scaled_to_zero(pool: Pool, component: str) -> Iterator[None]:
         pool.namespace.kubectl("rollout", "status", name, "--timeout=300s")
 
 
-def wait_until_completed(api: httpx.Client, run: str) -> None:
+def wait_until_completed(api: httpx.Client, run: str, seconds: float = 240) -> None:
     """Wait until the run is Completed; a crash before that does not end the wait.
 
     A slot that a run attempt has left behind would be free after five minutes.
     """
-    wait_until(lambda: get_run(api, run)["state_type"] == "COMPLETED", f"run {run} to complete", 240)
+    wait_until(lambda: get_run(api, run)["state_type"] == "COMPLETED", f"run {run} to complete", seconds)
 
 
 def assert_completed_by_one_retry(api: httpx.Client, run: str) -> list[Object]:
@@ -271,7 +278,7 @@ def assert_no_task_is_repeated(api: httpx.Client, pool: Pool) -> None:
     The retry repeats the task that was interrupted, with the same idempotency key.
     """
     run = start_run(api, create_deployment(api, pool, entrypoint="/probe/flow.py:stepwise"))
-    wait_until_completed(api, run)
+    wait_until_completed(api, run, 480)
     body: Object = {"flow_runs": {"parent_flow_run_id": {"any_": [run]}}}
     subflows = read(api, "POST", "/flow_runs/filter", json=body)
     assert len(subflows) == 2
