@@ -65,18 +65,9 @@ class Namespace:
             name: the name of the pod, and the value of its label `app`.
             command: the command; by default `sleep 600`.
             ready: wait until the pod is ready.
-            spec: fields of the pod. `labels` adds labels, and `container` overrides fields of its container.
+            spec: fields of the pod, as `pod_object` takes them.
         """
-        container = {
-            "name": "main",
-            "image": images.BASE,
-            "command": list(command) or ["sleep", "600"],
-            "securityContext": RESTRICTED,
-            "resources": {"requests": {"cpu": "10m", "memory": "32Mi"}, "limits": {"memory": "128Mi"}},
-        } | spec.pop("container", {})
-        defaults = {"containers": [container], "terminationGracePeriodSeconds": 0, "enableServiceLinks": False}
-        metadata = {"name": name, "labels": {"app": name} | spec.pop("labels", {})}
-        self.apply({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": defaults | spec})
+        self.apply(pod_object(name, *command, **spec))
         if ready:
             self.kubectl("wait", "--for=condition=Ready", f"pod/{name}", "--timeout=300s")
 
@@ -110,6 +101,26 @@ class Namespace:
                 raise
             return False
         return True
+
+
+def pod_object(name: str, *command: str, **spec: Any) -> dict[str, Any]:
+    """Return a pod that runs a command as a user other than root.
+
+    Args:
+        name: the name of the pod, and the value of its label `app`.
+        command: the command; by default `sleep 600`.
+        spec: fields of the pod. `labels` adds labels, and `container` overrides fields of its container.
+    """
+    container = {
+        "name": "main",
+        "image": images.BASE,
+        "command": list(command) or ["sleep", "600"],
+        "securityContext": RESTRICTED,
+        "resources": {"requests": {"cpu": "10m", "memory": "32Mi"}, "limits": {"memory": "128Mi"}},
+    } | spec.pop("container", {})
+    defaults = {"containers": [container], "terminationGracePeriodSeconds": 0, "enableServiceLinks": False}
+    metadata = {"name": name, "labels": {"app": name} | spec.pop("labels", {})}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": defaults | spec}
 
 
 def make(namespace: Namespace) -> None:

@@ -13,7 +13,7 @@ import yaml
 from orchestration.errors import ClusterError
 from orchestration.operations.local_cluster import binaries, images
 from orchestration.settings import ROOT
-from tests.cluster.namespace import Namespace
+from tests.cluster.namespace import Namespace, pod_object
 from tests.parts import wait_until
 
 LOCAL = ROOT / "k8s" / "overlays" / "local"
@@ -104,14 +104,14 @@ def test_containers_get_default_resources_and_too_much_memory_is_refused(local: 
 def test_quota_limits_runs_and_not_the_server(local: Namespace) -> None:
     most = int(local.kubectl("get", "quota", "runs", "-o", "jsonpath={.spec.hard.pods}"))
     local.kubectl("wait", "--for=jsonpath={.status.hard.pods}=" + str(most), "quota/runs", "--timeout=180s")
-    for number in range(most):
-        local.pod(f"burst-{number}", labels=FLOW_RUN, priorityClassName="prefect-runs", ready=False, **UNSCHEDULABLE)
+    fields = {"labels": FLOW_RUN, "priorityClassName": "prefect-runs"} | UNSCHEDULABLE
+    local.apply(*(pod_object(f"burst-{number}", **fields) for number in range(most)))
     with pytest.raises(ClusterError, match=f"exceeded quota: runs, requested: pods=1, used: pods={most}"):
-        local.pod("one-too-many", labels=FLOW_RUN, priorityClassName="prefect-runs", ready=False, **UNSCHEDULABLE)
+        local.pod("one-too-many", ready=False, **fields)
     local.pod("server", priorityClassName="prefect-control", ready=False, **UNSCHEDULABLE)
     local.kubectl("delete", "pod", "burst-0")
     local.kubectl("wait", "--for=jsonpath={.status.used.pods}=" + str(most - 1), "quota/runs", "--timeout=180s")
-    local.pod("one-too-many", labels=FLOW_RUN, priorityClassName="prefect-runs", ready=False, **UNSCHEDULABLE)
+    local.pod("one-too-many", ready=False, **fields)
 
 
 def test_services_open_no_port_outside_the_cluster(local: Namespace) -> None:
