@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 import httpx
 import pytest
 
+from orchestration.errors import ClusterError
 from orchestration.operations.local_cluster import node_components, node_faults, node_layout
 from tests.e2e.faults.victims import (
     POD_START_SECONDS,
@@ -34,6 +35,14 @@ from tests.e2e.runs import create_deployment, get_run, start_run, wait_until_end
 from tests.parts import client_of, find_run_processes, wait_until
 
 pytestmark = pytest.mark.alone
+
+
+def _is_kubernetes_back(address: str) -> bool:
+    """Tell whether the Kubernetes API is ready, and pods reach it. Until then `kubectl` fails."""
+    with contextlib.suppress(ClusterError):
+        is_ready = node_components.kubectl("get", "--raw", "/readyz", "--request-timeout=2s") == "ok"
+        return is_ready and node_components.accepts_connections(address, 443)
+    return False
 
 
 def _is_reachable(api: httpx.Client) -> bool:
@@ -89,7 +98,7 @@ def test_kubernetes_api_outage_loses_no_run(
             due = start_run(direct, deployment)
             time.sleep(KUBERNETES_OUTAGE_SECONDS)
             assert get_run(direct, surviving)["state_type"] == "RUNNING"
-        wait_until(lambda: node_components.accepts_connections(kubernetes, 443), "the Kubernetes API's service", 120)
+        wait_until(lambda: _is_kubernetes_back(kubernetes), "the Kubernetes API's service", 120)
         accepts = datetime.now(UTC)
         wait_until(lambda: _is_reachable(direct), "the Prefect API's service, whose node was considered lost", 150)
         back = datetime.now(UTC)
