@@ -17,6 +17,7 @@ from orchestration.operations.environment import Environment
 from orchestration.operations.release_diagnosis import explain_release
 from tests.cluster.namespace import Namespace, restricted
 from tests.e2e.release import Object, Release, server_values
+from tests.e2e.runs import read
 from tests.parts import wait_until
 
 SERVER_RELEASE = "prefect-server"
@@ -73,8 +74,7 @@ def test_events_reach_the_services_through_valkey(api: httpx.Client) -> None:
     resource = {"id": [f"prefect.flow-run.{run['id']}"]}
 
     def is_stored() -> bool:
-        found = api.post("/events/filter", json={"filter": {"any_resource": resource}})
-        return bool(found.json().get("events"))
+        return bool(read(api, "POST", "/events/filter", json={"filter": {"any_resource": resource}})["events"])
 
     wait_until(is_stored, "the event to be stored")
 
@@ -85,7 +85,7 @@ def test_services_schedule_runs_without_an_error(server: Release, api: httpx.Cli
     schedules = [{"schedule": {"cron": "0 6 * * *"}, "active": True}]
     deployment = api.post("/deployments/", json={"name": "daily", "flow_id": flow["id"], "schedules": schedules}).json()
     runs = {"deployments": {"id": {"any_": [deployment["id"]]}}, "limit": 1}
-    wait_until(lambda: api.post("/flow_runs/filter", json=runs).json(), "the schedule's runs", 300)
+    wait_until(lambda: read(api, "POST", "/flow_runs/filter", json=runs), "the schedule's runs", 300)
     log = server.namespace.kubectl("logs", f"deployment/{SERVER_RELEASE}-services", "--tail=-1")
     assert not [line for line in log.splitlines() if "ERROR" in line or "Traceback" in line]
 
