@@ -321,14 +321,18 @@ def _serving(command: list[str], port: int, variables: dict[str, str]) -> Iterat
             end_process(server)
 
 
+def schema_versions() -> str:
+    """Return the versions that decide the schema of a Prefect server, for the name of a file."""
+    return "-".join(f"{name}-{version(name)}" for name in ("prefect", "sqlalchemy", "alembic"))
+
+
 def migrated_database() -> Path:
     """Return the file of an empty SQLite database with this Prefect's schema, made once on a machine.
 
     A server that starts on a copy runs no migrations, which take half of its start-up time. It does everything else
     of a first start.
     """
-    versions = "-".join(f"{name}-{version(name)}" for name in ("prefect", "sqlalchemy", "alembic"))
-    file = binaries.cache() / f"{versions}-sqlite-{sqlite3.sqlite_version}.db"
+    file = binaries.cache() / f"{schema_versions()}-sqlite-{sqlite3.sqlite_version}.db"
     with hold_lock(file.with_suffix(".lock")):
         if not file.exists():
             with tempfile.TemporaryDirectory(prefix=".prefect-", dir=file.parent) as home:

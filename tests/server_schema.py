@@ -4,12 +4,11 @@ import hashlib
 import os
 import subprocess
 import sys
-from importlib.metadata import version
 
 from orchestration.operations.local_cluster import binaries
 from orchestration.operations.local_cluster.file_lock import hold_lock
 from orchestration.settings import ROOT
-from tests.parts import rows_of
+from tests.parts import rows_of, schema_versions
 
 MODULES = ("migrations.py", "prefect_compat/server_internals.py", "prefect_compat/server_tables.py")
 """The code of `orchestration` that decides the schema. The dump is made again when the code changes."""
@@ -25,8 +24,7 @@ def create_schema(url: str, revision: str = "") -> None:
     """
     code = hashlib.sha256(b"".join((ROOT / "orchestration" / module).read_bytes() for module in MODULES)).hexdigest()
     [(server,)] = rows_of(url, "show server_version_num")
-    versions = "-".join(f"{name}-{version(name)}" for name in ("prefect", "sqlalchemy", "alembic"))
-    file = binaries.cache() / f"{versions}-postgres-{server}-{revision or code[:8]}.dump"
+    file = binaries.cache() / f"{schema_versions()}-postgres-{server}-{revision or code[:8]}.dump"
     with hold_lock(file.with_suffix(".lock")):
         if file.exists():
             restore = ["pg_restore", "--single-transaction", "--no-owner", f"--dbname={url}", str(file)]

@@ -233,6 +233,7 @@ def running_services(
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect_redis.lease_storage",
             "PREFECT_SERVER_WORKER_CHANNEL_CLEANUP_QUEUE_STORAGE": "prefect_redis.cleanup_queue",
             "PREFECT_REDIS_MESSAGING_PUBLISHER_BATCH_SIZE": "1",
+            "PREFECT_REDIS_MESSAGING_CONSUMER_BLOCK": "3",
             "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_MAX_FLUSH_RETRIES": "10000",
             "PREFECT_UI_ENABLED": "false",
             "SERVICES_HEALTH_PORT": str(port),

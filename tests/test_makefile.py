@@ -110,7 +110,7 @@ HOSTILE = 'a\'b "c" $(touch {folder}/executed) $HOME `touch {folder}/executed` \
         ("deploy", "KUBE_CONTEXT"), ("deploy", "NAMESPACE"), ("undeploy", "CONFIRM"), ("run-on-cluster", "DEPLOYMENT"),
         ("run-on-cluster", "PARAMETERS"), ("logs", "RUN"), ("ui", "PORT"), ("test-long", "SEED"), ("bench", "PAIRS"),
         ("bench-deployments", "POSTGRES"), ("bench-recovery", "KILLS"), ("bench-cluster", "BEFORE"),
-        ("bench-starts", "BEFORE"),
+        ("bench-starts", "BEFORE"), ("bench-idle", "BEFORE"),
         ("restore", "FROM"), ("restore", "IDENTITY"),
     ],
 )  # fmt: skip

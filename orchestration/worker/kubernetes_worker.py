@@ -170,6 +170,7 @@ class Worker(CompatibleWorker):
         self._cluster = ""
         self._is_draining = False
         self._poll_lock = asyncio.Lock()
+        self._retry_seconds = NEXT_PAGE_SECONDS
         self._polls = PollSchedule()
         self._polled: set[UUID] = set()
         """The runs that the newest poll returned."""
@@ -279,8 +280,10 @@ class Worker(CompatibleWorker):
                 self.record_poll()
                 if not is_regular:
                     # What this poll was for has not been claimed, and the next regular poll may be far away.
-                    self._polls.add(datetime.now(UTC) + timedelta(seconds=NEXT_PAGE_SECONDS))
+                    self._polls.add(datetime.now(UTC) + timedelta(seconds=self._retry_seconds))
+                    self._retry_seconds = min(2 * self._retry_seconds, get_current_settings().worker.query_seconds)
                 return []
+            self._retry_seconds = NEXT_PAGE_SECONDS
             if self._is_api_down:
                 self.logger.info("The Prefect API answers again.")
                 self._is_api_down = False

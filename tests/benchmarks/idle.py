@@ -22,7 +22,7 @@ from orchestration.errors import ClusterError
 from orchestration.operations.local_cluster import __main__ as local_cluster
 from orchestration.settings import ROOT
 from tests.benchmarks import first_line_flow
-from tests.benchmarks.table import Figure, results_table
+from tests.benchmarks.table import Figure, describe_commit, results_table
 from tests.cluster.namespace import Namespace, new
 from tests.e2e.release import Object, Release, build_image, install_pool, pool_values, probe_config_map, server_values
 from tests.e2e.runs import create_deployment, start_run, wait_until_ended
@@ -171,7 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=10, help="runs that are executed before")
     parser.add_argument("--before", type=Path, help="another checkout, which is measured as well")
     options = parser.parse_args(arguments)
-    parts = f"Kubernetes, both charts on one node, idle, load {os.getloadavg()[0]:.1f} before"
+    parts = f"Kubernetes, both charts on one node, load {os.getloadavg()[0]:.1f} at the begin"
+    if options.before:
+        parts += f", before is {describe_commit(options.before)}"
     try:
         with results_table(parts) as report:
             report(figures(measure(options.pairs, options.runs, options.before and options.before.resolve())))

@@ -82,7 +82,7 @@ def _heading(parts: str) -> str:
     )
 
 
-def describe_commit() -> str:
-    """Return the commit that is measured."""
+def describe_commit(checkout: Path = ROOT) -> str:
+    """Return the commit of a checkout that is measured."""
     command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    return subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False).stdout.strip()

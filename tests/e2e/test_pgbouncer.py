@@ -228,13 +228,13 @@ def test_server_survives_killed_pgbouncer_pods(server: Release, api: httpx.Clien
     def are_restarted() -> bool:
         found = server.pods("pgbouncer")
         for pod in found:
-            if not pod["status"]["containerStatuses"][0]["restartCount"]:
+            if pod["status"]["containerStatuses"][0]["restartCount"] == before[pod["metadata"]["name"]]:
                 # SIGQUIT ends PgBouncer at once. The connection of `kubectl exec` may end with it, or not begin.
                 with contextlib.suppress(ClusterError):
                     command = ("--container", "pgbouncer", "--", "sh", "-c", "kill -QUIT 1")
                     server.namespace.kubectl("exec", pod["metadata"]["name"], *command)
-        states = [pod["status"]["containerStatuses"][0] for pod in found]
-        return all(state["ready"] and state["restartCount"] for state in states)
+        states = {pod["metadata"]["name"]: pod["status"]["containerStatuses"][0] for pod in found}
+        return all(state["ready"] and state["restartCount"] > before[pod] for pod, state in states.items())
 
     wait_until(are_restarted, "PgBouncer to restart")
     wait_until(lambda: api.post("/flows/count", json={}).is_success, "the API to answer")

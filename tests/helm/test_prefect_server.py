@@ -199,6 +199,7 @@ def test_processes_share_all_state_in_redis_or_run_as_one() -> None:
         variables = environment(specs[f"Deployment/test-prefect-server-{name}"]["containers"][0])
         assert shared <= set(variables)
         assert variables["PREFECT_REDIS_MESSAGING_PUBLISHER_BATCH_SIZE"] == "1", "a killed API would lose events"
+        assert 2 * int(variables["PREFECT_REDIS_MESSAGING_CONSUMER_BLOCK"]) <= 10, "the least services.stallSeconds"
     alone = render("prefect-server", _with(redis={"bundled": {"enabled": False}}, services={"separate": False}))
     assert "Deployment/test-prefect-server-services" not in inventory(alone)
     container = pod_specs(alone)["Deployment/test-prefect-server-api"]["containers"][0]

@@ -140,8 +140,9 @@
 - {name: PREFECT_SERVER_WORKER_CHANNEL_CLEANUP_QUEUE_STORAGE, value: prefect_redis.cleanup_queue}
 # By default the API keeps up to five events of a websocket in memory, for up to 10 s. A killed API would lose them.
 - {name: PREFECT_REDIS_MESSAGING_PUBLISHER_BATCH_SIZE, value: "1"}
-# How long a service's request for messages waits for one. At 1 s by default the services ask ten times a second.
-- {name: PREFECT_REDIS_MESSAGING_CONSUMER_BLOCK, value: "5"}
+# How long a service's request for messages waits for one. At 1 s by default the services ask ten times a second. The time must
+# be shorter than services.stallSeconds and than a socket_timeout in the URL of an external Redis.
+- {name: PREFECT_REDIS_MESSAGING_CONSUMER_BLOCK, value: "3"}
 {{- end }}
 {{- end -}}
 

@@ -173,7 +173,7 @@ volumes:
 {{- $map := dict "type" "string" -}}
 {{- /* Policies, quotas and the reconciler identify pods by the reserved keys. Prefect makes such a key of `_prefect.io/role`
        and of `job--name`, so a key has to be one that Prefect takes as it is. */ -}}
-{{- $key := "^(?!.*--)([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$" -}}
+{{- $key := "^(?!.*--)([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$(?!\\n)" -}}
 {{- $reserved := "^(app\\.kubernetes\\.io/|prefect\\.io/|reconciler\\.|kubectl\\.kubernetes\\.io/|batch\\.kubernetes\\.io/|job-name$|controller-uid$)" -}}
 {{- $free := dict "pattern" $key "not" (dict "pattern" $reserved) -}}
 {{- $accounts := prepend .Values.runs.allowed.serviceAccounts (include "prefect-work-pool.serviceAccountName" (list . "runs")) -}}

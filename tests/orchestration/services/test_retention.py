@@ -148,8 +148,10 @@ def _slow_deletion(database: str) -> Iterator[None]:
     sleep = "begin perform pg_sleep(0.05); return old; end"
     rows_of(database, f"create function sleep() returns trigger language plpgsql as '{sleep}'")
     rows_of(database, "create trigger slow before delete on flow_run for each row execute function sleep()")
-    yield
-    rows_of(database, "drop function sleep cascade")
+    try:
+        yield
+    finally:
+        rows_of(database, "drop function sleep cascade")
 
 
 def _expected(database: str, special: Special) -> dict[str, set[Any]]:

@@ -14,7 +14,7 @@ from uuid import uuid4
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from prefect import flow
 from prefect.client.orchestration import get_client
@@ -128,6 +128,7 @@ KEYS = st.tuples(
 
 
 @given(KEYS, st.integers(0, 30), st.sampled_from(CHANGES))
+@example("team\n", 0, "")
 def test_key_of_a_label_is_reserved_also_as_prefect_writes_it(
     template: dict[str, Any], key: str, position: int, change: str
 ) -> None:
