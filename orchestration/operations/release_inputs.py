@@ -69,6 +69,15 @@ def values_options(environment: Environment, release: str, image: Image) -> Iter
         yield ["--values", str(environment.values / f"{release}.yaml"), "--values", file.name]
 
 
+def render(environment: Environment, release: str, *options: str) -> str:
+    """Return the manifests of a release's chart, as for a cluster with admission policies.
+
+    `helm template` does not ask the cluster for its kinds. `helm upgrade` does, and refuses what the cluster lacks.
+    """
+    kinds = ("--api-versions", "admissionregistration.k8s.io/v1/ValidatingAdmissionPolicy")
+    return environment.helm("template", release, str(CHARTS / release), *kinds, *options)
+
+
 @functools.cache
 def local_images() -> dict[str, tuple[str, str]]:
     """Return those of `LOCAL_IMAGES` that the local registry has. A node of an older checkout lacks some."""

@@ -17,10 +17,9 @@ from pathlib import Path, PurePosixPath
 import yaml
 
 from orchestration.errors import ClusterError
-from orchestration.operations import rollout
+from orchestration.operations import release_inputs, rollout
 from orchestration.operations.environment import POOL, Environment
 from orchestration.operations.port_forward import api_client, ca_file, read_credentials
-from orchestration.operations.release_inputs import CHARTS
 from orchestration.progress import step
 from orchestration.settings import ROOT
 
@@ -73,7 +72,7 @@ def render_sync(environment: Environment, options: list[str]) -> Sync:
         ClusterError: the chart refuses the values.
     """
     try:
-        return parse_sync(environment.helm("template", POOL, str(CHARTS / POOL), *options))
+        return parse_sync(release_inputs.render(environment, POOL, *options))
     except ClusterError as error:
         raise ClusterError(rollout.explain_failure(environment, POOL, str(error), [])) from None
 

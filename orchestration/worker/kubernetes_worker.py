@@ -165,7 +165,6 @@ class Worker(CompatibleWorker):
             self.job_configuration = job_template.configuration_of(template, KubernetesWorkerJobConfiguration)
         self._namespace = namespace
         self._warm = WarmPods(warm_replicas, warm_max_age_seconds, self.logger) if warm_replicas else None
-        self._warm_configuration: tuple[dict[str, Any], KubernetesWorkerJobConfiguration] | None = None
         self._signing_keys = tuple(signing_keys)
         self._cluster = ""
         self._is_draining = False
@@ -535,6 +534,11 @@ class Worker(CompatibleWorker):
             environment[:] = [entry for entry in environment if entry["name"] != AUTH_VARIABLE]
             environment.append({"name": AUTH_VARIABLE, "value": credential})
             removed.discard(AUTH_VARIABLE)
+        elif (own := KubernetesSettings().worker).api_auth_string_secret_name and own.api_auth_string_secret_key:
+            # Prefect's worker does so when it creates the Job. Whether a warm pod fits is decided before.
+            key = {"name": own.api_auth_string_secret_name, "key": own.api_auth_string_secret_key}
+            reference = {"name": AUTH_VARIABLE, "valueFrom": {"secretKeyRef": key}}
+            environment[:] = [reference if entry["name"] == AUTH_VARIABLE else entry for entry in environment]
         if removed - self._hidden_secrets:
             self._hidden_secrets |= removed
             self.logger.warning(
@@ -553,7 +557,7 @@ class Worker(CompatibleWorker):
             _name_after_claim(manifest["metadata"], claim)
 
     async def create_job(self, configuration: KubernetesWorkerJobConfiguration, client: ApiClient) -> V1Job:
-        """Create the claim's Job, or return the Job that an unanswered request has created, or that of a warm pod."""
+        """Create the claim's Job. Return it, the Job of an unanswered request, or that of a warm pod."""
         if self._warm and (claim := self._claims.get(UUID(run_of_configuration(configuration)))):
             taken = await self._warm.take(configuration.job_manifest, claim)
             if taken:
@@ -606,18 +610,16 @@ class Worker(CompatibleWorker):
 
     async def _read_warm_configuration(self) -> KubernetesWorkerJobConfiguration:
         """Return the job configuration of a run with the default job variables."""
-        template = self.work_pool.base_job_template
-        if self._warm_configuration is None or self._warm_configuration[0] != template:
-            configuration: KubernetesWorkerJobConfiguration = await self.job_configuration.from_template_and_values(
-                base_job_template=template, values={}, client=self.client
-            )
-            sample = FlowRun(id=uuid4(), flow_id=uuid4(), name=warm_pods.NAME)
-            configuration.prepare_for_flow_run(
-                sample, work_pool=self.work_pool, worker_name=self.name, worker_id=self.backend_id
-            )
-            self._complete_manifest(sample.id, configuration)
-            self._warm_configuration = copy.deepcopy(template), configuration
-        return self._warm_configuration[1]
+        # Each time again: a value may be that of a variable or block of Prefect.
+        configuration: KubernetesWorkerJobConfiguration = await self.job_configuration.from_template_and_values(
+            base_job_template=copy.deepcopy(self.work_pool.base_job_template), values={}, client=self.client
+        )
+        sample = FlowRun(id=uuid4(), flow_id=uuid4(), name=warm_pods.NAME)
+        configuration.prepare_for_flow_run(
+            sample, work_pool=self.work_pool, worker_name=self.name, worker_id=self.backend_id
+        )
+        self._complete_manifest(sample.id, configuration)
+        return configuration
 
     async def count_runs(self, states: Sequence[str]) -> int:
         """Return how many runs of the pool wait in a state with one of these names. A flow may end in such a state."""

@@ -75,6 +75,9 @@ VARIABLES_OF_RUNS = (AUTH_VARIABLE, SIGNING_KEY_VARIABLE, FORMER_SIGNING_KEYS_VA
 LABEL_PREFIXES_OF_RUNS = ("prefect.io/", "app.kubernetes.io/")
 """The prefixes of the labels in which Prefect names the run, its flow and its deployment."""
 
+LABELS_OF_ALL_RUNS = ("app.kubernetes.io/instance", "app.kubernetes.io/component")
+"""The labels with these prefixes that are the same for all runs of a release."""
+
 COMMAND, SUPERVISOR = ["prefect", "flow-run", "execute"], "execution.py"
 """The arguments of a container that executes a run, and the file in its command that waits for the run."""
 
@@ -135,9 +138,11 @@ def _unfit_parts(spec: Mapping[str, Any]) -> Iterator[str]:
     for name in re.findall(r"\$\(([^()]+)\)", json.dumps(main)):
         if _is_of_runs(name) and name not in by_reference:
             yield f"a value is $({name}), so that it would have no run in a warm pod: set it to a value for all runs"
-    for entry in main["env"]:
+    containers = [main, *(pod.get("initContainers") or ())]
+    for entry in (entry for container in containers for entry in container.get("env") or ()):
         path = entry.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath", "")
-        if path.partition("['")[2].startswith(LABEL_PREFIXES_OF_RUNS):
+        label = path.partition("['")[2].removesuffix("']")
+        if label.startswith(LABEL_PREFIXES_OF_RUNS) and label not in LABELS_OF_ALL_RUNS:
             yield f"{entry['name']} is {path}, so that it would have no run in a warm pod: set it to another field"
 
 
@@ -302,9 +307,9 @@ class WarmPods:
         for job in alive:
             if job.keeper <= self._started and job not in own:
                 await self._delete(job.name, job.version)
-        if any(job.keeper > self._started for job in jobs):
+        if any(job.keeper > self._started for job in alive):
             # For a moment all pods of the newer worker may have a run. It would delete what this worker makes.
-            self._superseded_until = now + timedelta(seconds=self.max_wait_seconds)
+            self._superseded_until = now + timedelta(seconds=2 * PAUSE_SECONDS)
         return 0 if max(self._superseded_until, self._paused_until) > now else self._replicas - len(own)
 
     async def take(self, manifest: Manifest, claim: UUID) -> str:
@@ -362,9 +367,18 @@ class WarmPods:
             try:
                 if await self._cluster.ask("PATCH", path, body, absent=(404, 409)):
                     return True
-                found = await self._cluster.ask("GET", path, absent=(404,)) if is_repeated else None
-                of_job = (found or {"metadata": {}})["metadata"].get("annotations") or {}
-                return str(of_job.get(CLAIM_ANNOTATION, "")).startswith(str(claim))
+                found = await self._cluster.ask("GET", path, absent=(404,))
+                if not found:
+                    return False
+                now = found["metadata"]
+                if str((now.get("annotations") or {}).get(CLAIM_ANNOTATION, "")).startswith(str(claim)):
+                    return True
+                if now["labels"].get(WARM_LABEL) != WARM_WAITING or RUN_LABEL in now["labels"]:
+                    return False
+                if WarmJob.read(found).has_ended:
+                    return False
+                # Only its status has changed. An unanswered request has named an older version: it has no effect now.
+                body["metadata"]["resourceVersion"] = now["resourceVersion"]
             except ClusterRefusalError as error:
                 if is_repeated:
                     raise

@@ -165,7 +165,7 @@ class Installation:
 
     def _render(self, release: str) -> str:
         with release_inputs.values_options(self.cluster, release, UNKNOWN_IMAGE) as options:
-            return self.cluster.helm("template", release, str(CHARTS / release), *options)
+            return release_inputs.render(self.cluster, release, *options)
 
     async def read_values(self, release: str) -> Object:
         """Return the values of a release, with the chart's defaults."""
@@ -185,9 +185,10 @@ class Installation:
         """Return a component's Roles in the work pool's chart, whether or not the release creates them."""
 
         async def read() -> list[Object]:
-            values = (f"image.digest={UNKNOWN_IMAGE.digest}", f"runs.namespace={self.cluster.runs_namespace}")
-            command = ("template", POOL, str(CHARTS / POOL), "--set-string", ",".join(values))
-            return parse_objects(await asyncio.to_thread(self.cluster.helm, *command))
+            texts = (f"image.digest={UNKNOWN_IMAGE.digest}", f"runs.namespace={self.cluster.runs_namespace}")
+            warm = (await self.read_values(POOL))["runs"].get("warm", {}).get("replicas", 0)
+            options = ("--set-string", ",".join(texts), "--set", f"runs.warm.replicas={warm}")
+            return parse_objects(await asyncio.to_thread(release_inputs.render, self.cluster, POOL, *options))
 
         objects = await self._once("chart", read)
         return [

@@ -223,7 +223,7 @@ def test_runs_in_warm_pods_survive_faults(pool: Pool, api: httpx.Client, values:
         run, pod = start_warm(seconds=300)
         began = datetime.now(UTC)
         api.post(f"/flow_runs/{run}/set_state", json={"state": {"type": "CANCELLING"}}).raise_for_status()
-        assert_state_within(api, run, "Cancelled", began)
+        assert_state_within(api, run, "Cancelled", began, GRACE_SECONDS + DETECTION_SECONDS)
         wait_until(lambda: all(is_ending(found) for found in list_pods(pool, run)), "the end of the pod")
 
         wait_for_warm_pod(pool)
@@ -237,6 +237,7 @@ def test_runs_in_warm_pods_survive_faults(pool: Pool, api: httpx.Client, values:
     finally:
         pool.deploy(values)
         pool.wait_for_one_worker()
+        pool.runs_namespace.kubectl("delete", "jobs", "-l", "reconciler.warm=waiting")
 
 
 def deploy_with_results(

@@ -1,5 +1,6 @@
 """The dry run of the sync has the arguments of the release's Job, and the files of the checkout."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import yaml
 
 from orchestration.operations import sync_dry_run
-from orchestration.operations.environment import POOL
+from orchestration.operations.environment import POOL, Environment
 from orchestration.operations.local_cluster import binaries
 from orchestration.settings import ROOT
 from tests.helm.rendering import Object
@@ -37,6 +38,17 @@ def test_sync_has_the_arguments_of_the_job(
     found = _rendered(tmp_path, sync=values)
     assert (found.owner, found.options, found.files) == (owner, options, files)
     assert yaml.safe_load(found.pool)["work_pools"][0]["name"] == "default"
+
+
+def test_sync_of_a_pool_with_warm_pods_is_rendered_without_its_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Warm pods need admission policies, and `helm template` does not know whether the cluster has them."""
+    file = tmp_path / "values.yaml"
+    file.write_text(yaml.safe_dump(TAG | {"runs": {"warm": {"replicas": 1}}}))
+    monkeypatch.setenv("PATH", ":".join([*map(str, binaries.folders()), os.environ["PATH"]]))
+    found = sync_dry_run.render_sync(Environment("local", "absent", "prefect"), ["--values", str(file)])
+    assert found.owner.startswith("default of ")
 
 
 def test_sync_separates_files_of_the_checkout_from_files_of_volumes(tmp_path: Path) -> None:

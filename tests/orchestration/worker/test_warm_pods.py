@@ -7,6 +7,7 @@ import hashlib
 import logging
 import ssl
 from collections.abc import AsyncIterator, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,7 +19,7 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import State
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from prefect.states import Completed, Pending
 
 from orchestration.errors import ClusterError
@@ -53,7 +54,7 @@ pytestmark = pytest.mark.usefixtures("closed_worker_channels")
 VALUES = {"image": {"tag": "1"}, "runs": {"warm": {"replicas": 1}}}
 
 POOL = "5f0c0000-0000-7000-8000-000000000001"
-CLAIM = UUID("0199c0de-0000-7000-8000-0000000000a1")
+CLAIM, OTHER_CLAIM = (UUID(f"0199c0de-0000-7000-8000-0000000000a{number}") for number in (1, 2))
 
 JOBS = f"/apis/batch/v1/namespaces/{apiserver.NAMESPACE}/jobs"
 PODS = f"/api/v1/namespaces/{apiserver.NAMESPACE}/pods"
@@ -208,6 +209,16 @@ def test_credential_by_reference_is_that_of_all_runs() -> None:
             {"name": "A", "valueFrom": {"fieldRef": {"fieldPath": f"metadata.labels['{RUN_LABEL}']"}}},
             f"A is metadata.labels['{RUN_LABEL}'], so that",
         ),
+        (
+            "init",
+            {"name": "A", "valueFrom": {"fieldRef": {"fieldPath": f"metadata.labels['{RUN_LABEL}']"}}},
+            f"A is metadata.labels['{RUN_LABEL}'], so that",
+        ),
+        (
+            "env",
+            {"name": "A", "valueFrom": {"fieldRef": {"fieldPath": "metadata.labels['app.kubernetes.io/instance']"}}},
+            "",
+        ),
         ("env", {"name": "A", "valueFrom": {"fieldRef": {"fieldPath": "metadata.labels['job-name']"}}}, ""),
     ],
 )
@@ -219,6 +230,8 @@ def test_template_whose_runs_cannot_be_in_warm_pods_is_explained(
     spec, pod = manifest["spec"], manifest["spec"]["template"]["spec"]
     if place == "env":
         pod["containers"][0]["env"].append(change)
+    elif place == "init":
+        pod["initContainers"] = [{"name": "init", "env": [change]}]
     else:
         {"spec": spec, "pod": pod, "main": pod["containers"][0]}[place].update(change)
     found = explain_unfit(manifest)
@@ -345,6 +358,30 @@ def test_claim_whose_first_request_was_not_answered_takes_one_pod(
     asyncio.run(asyncio.wait_for(take(), 120))
 
 
+def test_job_whose_status_changes_meanwhile_is_taken(api: tuple[apiserver.ApiServer, Path]) -> None:
+    """Kubernetes writes the number of ready pods into the Job about when the worker labels it."""
+
+    async def take() -> None:
+        async with connected(api) as cluster:
+            node, kept = Node(cluster), warm(1, cluster)
+            shape = shape_of(run_manifest("x"))
+            await kept.keep(POOL, shape, is_room_needed=False)
+            [name] = await node.create(kept, 1, shape)
+            find = kept._find_candidates
+
+            async def find_earlier(manifest: Any) -> Any:
+                found = await find(manifest)
+                await cluster.ask("PATCH", f"{JOBS}/{name}/status", {"status": {"active": 1, "ready": 1}})
+                return found
+
+            with patch.object(kept, "_find_candidates", find_earlier):
+                assert await kept.take(run_manifest("1"), CLAIM) == name
+                assert await kept.take(run_manifest("2"), OTHER_CLAIM) == ""
+            await node.clear()
+
+    asyncio.run(asyncio.wait_for(take(), 120))
+
+
 @pytest.mark.parametrize("is_gone", [True, False])
 def test_job_whose_pod_has_ended_is_deleted_and_the_run_gets_its_own(
     api: tuple[apiserver.ApiServer, Path], is_gone: bool
@@ -399,6 +436,7 @@ def test_number_of_warm_pods_is_kept(api: tuple[apiserver.ApiServer, Path]) -> N
             assert await node.names() == {"heron-forger"}, "they give way to a run, and no other Job does"
             await cluster.ask("DELETE", f"{JOBS}/heron-forger", {"propagationPolicy": "Background"})
             assert await earlier.keep(POOL, shape, is_room_needed=False) == 0, "the newer worker would delete them"
+            assert earlier._superseded_until < earlier._now + timedelta(minutes=2), "the newer worker may be gone"
             assert await later.keep(POOL, shape, is_room_needed=False) == 0, "a pod that has just given way stays away"
             full = warm(2, cluster)
             await full.keep(POOL, shape, is_room_needed=False)
@@ -485,6 +523,36 @@ def test_workers_token_changes_labels_of_warm_pods_alone(api: tuple[apiserver.Ap
     finally:
         for policy in policies:
             server.delete(policy)
+
+
+def test_credential_that_cold_runs_have_by_reference_is_not_handed_over(
+    prefect_server: str, api: tuple[apiserver.ApiServer, Path]
+) -> None:
+    server, folder = api
+
+    async def complete() -> dict[str, Any]:
+        pool = f"warm-{uuid4().hex[:6]}"
+        template = pool_of(render("prefect-work-pool", VALUES))["base_job_template"]
+        async with get_client() as client:
+            await client.create_work_pool(WorkPoolCreate(name=pool, type="kubernetes", base_job_template=template))
+            async with kubernetes_worker.Worker(work_pool_name=pool, create_pool_if_not_found=False) as tested:
+                await tested.sync_with_backend()
+                return dict((await tested._read_warm_configuration()).job_manifest)
+
+    prefix = "PREFECT_INTEGRATIONS_KUBERNETES_WORKER_API_AUTH_STRING_SECRET"
+    environment = {f"{prefix}_NAME": "auth", f"{prefix}_KEY": "auth-string"}
+    environment["PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED"] = "false"
+    location = "kubernetes_asyncio.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION"
+    with (
+        patch(location, str(server.kubeconfig(folder))),
+        patch.dict("os.environ", environment),
+        temporary_settings({PREFECT_API_URL: prefect_server, PREFECT_API_AUTH_STRING: "admin:password"}),
+    ):
+        manifest = asyncio.run(asyncio.wait_for(complete(), 600))
+    assert "PREFECT_API_AUTH_STRING" not in warm_pods._variables_of_run(manifest)
+    entry = {"name": "PREFECT_API_AUTH_STRING", "valueFrom": {"secretKeyRef": {"name": "auth", "key": "auth-string"}}}
+    assert entry in warm_manifest(manifest, 60)["spec"]["template"]["spec"]["containers"][0]["env"]
+    assert "admin:password" not in str(manifest)
 
 
 def test_worker_creates_the_pods_that_its_runs_fit(
