@@ -108,13 +108,19 @@ class Meter:
                     self.strangers.add(key)
 
 
-def _of_node() -> float:
-    """Return the processor seconds of the local node's processes since each started."""
-    found = 0.0
+def _of_node() -> dict[tuple[int, float], float]:
+    """Return the processor seconds of each process of the local node, by its id and the time of its start."""
+    found = {}
     for pid in node_processes.process_ids():
         with contextlib.suppress(psutil.NoSuchProcess):  # a test restarts the node
-            found += _used(psutil.Process(pid))
+            process = psutil.Process(pid)
+            found[pid, process.create_time()] = _used(process)
     return found
+
+
+def _since(before: Mapping[tuple[int, float], float], now: Mapping[tuple[int, float], float]) -> float:
+    """Return how much the values have grown. A process that has started since began with 0."""
+    return sum(seconds - before.get(key, 0.0) for key, seconds in now.items())
 
 
 def _used(process: psutil.Process) -> float:
@@ -201,7 +207,7 @@ class Report:
         now = node_processes.pod_processor_seconds()
         pods = sum(seconds - self.pods.get(name, 0.0) for name, seconds in now.items())
         write(f"{pods:>12.0f}{'':>9}  all pods, those of the shared server among them")
-        write(f"{_of_node() - self.node:>12.0f}{'':>9}  the node: control plane, kubelet, containerd")
+        write(f"{_since(self.node, _of_node()):>12.0f}{'':>9}  the node: control plane, kubelet, containerd")
         write(f"{sum(self.processor.values()):>12.0f}{time.monotonic() - self.began:>9.0f}  all files")
 
 
