@@ -120,7 +120,7 @@ RESERVED = [
     "kubectl.kubernetes.io/x",
     "job-name",
 ]
-# What Prefect leaves out, replaces or decodes in the key of a label.
+# Prefect removes, replaces or decodes these parts of a label's key.
 CHANGES = ["", "_", ".", "-", "--", " ", "\n", "/", "\uff0e", "&#46;", "a", "A", "a" * 64]
 KEYS = st.tuples(
     st.sampled_from(CHANGES), st.sampled_from([*RESERVED, "team", "example.com/team"]), st.sampled_from(CHANGES)

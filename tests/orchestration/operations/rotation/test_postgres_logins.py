@@ -101,7 +101,7 @@ class Clients:
 
     def _call(self, pod: Pod) -> None:
         user, password = (pod.variables[f"PREFECT_SERVER_DATABASE_{name}"] for name in ("USER", "PASSWORD"))
-        # Of two transactions that create the same table at the same time, one fails in spite of `if not exists`.
+        # If two transactions create the same table at the same time, one fails despite `if not exists`.
         with self._one_at_a_time, _connect(self._postgres, user, password) as connection:
             table = f"table_{len(self.calls) % 5}"
             connection.execute(f"create table if not exists {table} ()")
