@@ -13,6 +13,8 @@ given, and receives SIGTERM itself.
   asks the Prefect API every `CHECK_INTERVAL_SECONDS` whether its Job is fenced, and kills itself if it is. A retry
   starts `FENCED_WITHIN_SECONDS` after the fencing, when the supervisor has stopped. A supervisor that gets no answer
   asks again every `RECHECK_INTERVAL_SECONDS`: what cannot ask cannot report a state either.
+- Budget: a flow may return a Scheduled state, and then a worker claims its run again at once. Each such end draws on the
+  disruption budget. The next run attempt sets the run Crashed instead of beginning if the budget is exceeded.
 - Claim: a Job's name ends with its claim (`claim_of`), the fencing token. Nothing of a run is executed before the
   Prefect API has answered that the claim was not given away. So a Job that is created late, when another worker has the
   run, executes nothing. The engine loads its modules meanwhile.
@@ -84,6 +86,7 @@ class Supervisor:
         self._after_sigterm = os.environ.get("PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR", "reschedule")
         self._has_deadline = bool(os.environ.get(DEADLINE_VARIABLE))
         self._disruption: tuple[int, int] | None = None
+        self._exceeded_budget: int | None = None
         grace = float(os.environ.get("GRACE_SECONDS") or 30)
         self._end_seconds = max(grace - REPORT_SECONDS, grace / 2)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -99,9 +102,12 @@ class Supervisor:
             _write_message({"leases": self._client.release_leases(leases)})
         if self._is_fenced:
             _end_fenced(self._client.job)
+        state = self._state_type()
         # A run that is cancelled while its flow ends is not Cancelled yet: the server refused the flow's own state.
-        if self._asked_to_end.is_set() or self._state_type() == "CANCELLING":
+        if self._asked_to_end.is_set() or state == "CANCELLING" or self._exceeded_budget is not None:
             return self._conclude(code)
+        if state in ("SCHEDULED", "PENDING"):
+            self._count_own_schedule()
         return code
 
     def _watch_run(self) -> None:
@@ -114,6 +120,9 @@ class Supervisor:
             return
         if run is None:
             self._is_fenced = True
+            self._engine.send_signal(signal.SIGKILL)
+            return
+        if self._is_over_budget(run):
             self._engine.send_signal(signal.SIGKILL)
             return
         # Meanwhile this thread polls, so that a fenced Job ends in time.
@@ -179,6 +188,13 @@ class Supervisor:
                     _end_fenced(self._client.job)
                 if state == "CANCELLING":
                     self._client.set_state({"type": "CANCELLED"}, str(run["state_id"]))
+                elif state == "PENDING" and self._exceeded_budget is not None:
+                    budget = self._exceeded_budget
+                    # A person may retry the run once more.
+                    self._client.set_labels({DISRUPTIONS_LABEL: budget, CAUSE_LABEL: "disruption"})
+                    crashed = _crashed(budget, "Its flow has scheduled it again.")
+                    self._client.set_state(crashed, str(run["state_id"]))
+                    return 0
                 elif state in ("PENDING", "RUNNING") and self._after_sigterm == "relinquish":
                     return code or 1  # so that Kubernetes retries the pod
                 elif state in ("PENDING", "RUNNING") and self._after_sigterm == "reschedule":
@@ -194,6 +210,33 @@ class Supervisor:
             except Exception as error:
                 if is_client_error(error):
                     return code
+                time.sleep(RECHECK_INTERVAL_SECONDS)
+
+    def _is_over_budget(self, run: dict[str, Any]) -> bool:
+        """Return whether the run has been scheduled by its flow more often than its disruption budget allows."""
+        used = whole_number((run.get("labels") or {}).get(DISRUPTIONS_LABEL))
+        if used:
+            with contextlib.suppress(Exception):  # without an answer the run begins, and its end is counted again
+                budget = self._client.disruption_retries(run)
+                self._exceeded_budget = budget if used > budget else None
+        return self._exceeded_budget is not None
+
+    def _count_own_schedule(self) -> None:
+        """Draw once on the disruption budget of a run that its flow has scheduled, unless a person has resumed it.
+
+        A worker may have claimed the run since. A run that is Pending by this Job's claim could not be loaded.
+        """
+        while True:  # until the API answers
+            try:
+                run = self._client.read_run()
+                is_scheduled = run["state_type"] == "SCHEDULED" or self._client.is_given_away()
+                if is_scheduled and run.get("state_name") != "Resuming":
+                    used = whole_number((run.get("labels") or {}).get(DISRUPTIONS_LABEL))
+                    self._client.set_labels({DISRUPTIONS_LABEL: used + 1})
+                return
+            except Exception as error:
+                if is_client_error(error):
+                    return
                 time.sleep(RECHECK_INTERVAL_SECONDS)
 
     def _count_disruption(self, run: dict[str, Any]) -> tuple[int, int]:
@@ -217,11 +260,16 @@ def after_sigterm(number: int, budget: int, now: datetime) -> dict[str, Any]:
     """
     reason = "Its pod was asked to end."
     if number > budget:
-        message = f"No retry: all {budget} after a disruption are used up. {reason}"
-        return {"type": "CRASHED", "name": "Crashed", "message": message}
+        return _crashed(budget, reason)
     message = f"Retry {number} of {budget} after a disruption. {reason}"
     details = {"scheduled_time": now.isoformat()}
     return {"type": "SCHEDULED", "name": "AwaitingRetry", "message": message, "state_details": details}
+
+
+def _crashed(budget: int, reason: str) -> dict[str, Any]:
+    """Return the state of a run whose disruption budget is used up."""
+    message = f"No retry: all {budget} after a disruption are used up. {reason}"
+    return {"type": "CRASHED", "name": "Crashed", "message": message}
 
 
 def _log_error(message: str) -> None:

@@ -28,10 +28,12 @@ from tests.relay import relayed
 
 FLOW = """
 import asyncio, ctypes, os, signal, subprocess, sys, time
+from datetime import datetime, timezone
 from pathlib import Path
 from prefect import flow, task
 from prefect.concurrency.asyncio import concurrency as concurrency_async
 from prefect.concurrency.sync import concurrency
+from prefect.states import Scheduled
 import sibling
 
 NOTES = Path(os.environ["NOTES"])
@@ -65,6 +67,10 @@ def ends(how="completes", cleanup=1.0):
     if how == "signals its parent":
         os.kill(os.getppid(), signal.SIGTERM)
         time.sleep(600)
+    if how == "schedules itself":
+        return Scheduled(scheduled_time=datetime.now(timezone.utc))
+    if how == "exits":
+        os._exit(0)
     if how == "ignores SIGTERM":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         note("working")
@@ -237,7 +243,7 @@ def run(prefect_server: str, tmp_path: Path) -> Iterator[Callable[..., Run]]:
 
 @pytest.mark.parametrize(
     ("how", "code", "state"),
-    [("completes", 0, "Completed"), ("fails", 0, "Failed"), ("killed", 137, "Running")],
+    [("completes", 0, "Completed"), ("fails", 0, "Failed"), ("killed", 137, "Running"), ("exits", 0, "Running")],
 )
 def test_exit_status_and_state_are_those_of_the_flow(run: Callable[..., Run], how: str, code: int, state: str) -> None:
     """Child processes import from the working directory, too. A killed engine leaves the state to the reconciler.
@@ -293,6 +299,25 @@ def test_sigterm_draws_on_the_disruption_budget(run: Callable[..., Run]) -> None
     assert made.ended() == (0, "Crashed")
     assert made.state()["message"] == "No retry: all 1 after a disruption are used up. Its pod was asked to end."
     assert (made.labels()["reconciler.disruptions"], made.labels()["reconciler.cause"]) == (1, "disruption")
+
+
+def test_flow_that_schedules_its_own_run_draws_on_the_disruption_budget(run: Callable[..., Run]) -> None:
+    """Otherwise a flow that returns a Scheduled state is executed for ever. A person may retry the crashed run."""
+    made = run(job_variables={"disruption_retries": 1})
+    made.start(how="schedules itself")
+    for used in (1, 2):
+        assert made.ended() == (1, "Scheduled")
+        assert made.labels()["reconciler.disruptions"] == used
+        made.ask("POST", f"/flow_runs/{made.id}/set_state", state={"type": "PENDING"})
+        made.execute()
+    assert made.ended() == (0, "Crashed")
+    assert len(made.notes()) == 2
+    assert made.state()["message"] == "No retry: all 1 after a disruption are used up. Its flow has scheduled it again."
+    assert (made.labels()["reconciler.disruptions"], made.labels()["reconciler.cause"]) == (1, "disruption")
+    made.ask("POST", f"/flow_runs/{made.id}/set_state", state={"type": "PENDING"}, force=True)
+    made.execute()
+    assert made.ended() == (1, "Scheduled")
+    assert len(made.notes()) == 3
 
 
 def test_sigterm_of_a_job_with_a_deadline_is_left_to_the_reconciler(run: Callable[..., Run]) -> None:
