@@ -78,7 +78,8 @@ class Artifacts:
                 self._files.put_file(str(folder / file), f"{self._folder}/{name}/{file}")
         content = {"command": result.command, "target": target, "options": list(options), "defer_to": defer_to}
         self._write(f"{name}/nodes.json", {**content, "nodes": result.nodes})
-        if whole and not result.error():
+        # With --no-write-json dbt writes no manifest, and the former build stays the one to defer to.
+        if whole and not result.error() and (folder / "manifest.json").exists():
             self._write(f"latest-{target}.json", {"run": name})
         good_builds = {
             json.loads(self._files.cat_file(path))["run"] for path in self._files.glob(f"{self._folder}/latest-*.json")

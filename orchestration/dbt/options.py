@@ -42,12 +42,13 @@ def command_line_arguments(options: Options) -> list[str]:
 
     Raises:
         TypeError: an option has an unknown name.
-        DbtError: `vars` has a value that JSON does not have, or `flags` is a string.
+        DbtError: an option has a value of another type, or `vars` one that JSON does not have.
     """
     if unknown := options.keys() - Options.__annotations__.keys():
         raise TypeError(
             f"Unknown option {', '.join(sorted(unknown))}. Options are: {', '.join(Options.__annotations__)}"
         )
+    _check_strings(options)
     arguments = ["--full-refresh"] if options.get("full_refresh") else []
     if (select := options.get("select")) is not None:
         arguments += ["--select", *(select.split() or [""])]  # "" selects nothing; no argument would select everything
@@ -57,10 +58,21 @@ def command_line_arguments(options: Options) -> list[str]:
         arguments += ["--vars", _variables_as_yaml(variables)]
     if (threads := options.get("threads")) is not None:
         arguments += ["--threads", str(threads)]
+    return [*arguments, *options.get("flags", ())]
+
+
+def _check_strings(options: Options) -> None:
+    """Raise a DbtError for a selection that is not a string, and for flags that are not a list of strings."""
+    for name in ("select", "exclude"):
+        if not isinstance(given := options.get(name), str | None):
+            found = given if isinstance(given, list | tuple | set) else [given]
+            cure = " ".join(map(str, found))
+            raise DbtError(f"{name} is not a string, but {given!r:.100}. Separate selections by spaces: {cure!r:.100}.")
     flags = options.get("flags", ())
     if isinstance(flags, str):
         raise DbtError(f"flags is a string, {flags!r:.100}. Give a list, like {flags.split()!r:.100}.")
-    return [*arguments, *flags]
+    if wrong := [flag for flag in flags if not isinstance(flag, str)]:
+        raise DbtError(f"flags has {wrong[0]!r:.100}, which is not a string. Give {str(wrong[0])!r:.100}.")
 
 
 def _variables_as_yaml(variables: Any) -> str:

@@ -73,11 +73,12 @@ def test_modified_models_are_built_with_deferral_to_the_last_good_run(
 def test_last_good_run_is_never_pruned(
     project: DbtProject, shop: Path, good: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A build without a modified node is no error."""
+    """A build without a modified node is no error. A build without a manifest, by --no-write-json, replaces none."""
     monkeypatch.setattr(artifacts, "KEPT_COMMANDS", 1)
     kept = artifacts.Artifacts(f"{shop}.kept", "shop")
     passing = [
-        Path(kept.store(shop / "target", DbtResult("compile"), "dev", str(number), whole=False)) for number in range(2)
+        Path(kept.store(folder, DbtResult("build"), "dev", str(number), whole=whole))
+        for number, (folder, whole) in enumerate([(shop / "target", False), (shop / "seeds", True)])
     ]
     assert [folder.exists() for folder in (good, *passing)] == [True, False, True]
     assert not [node for node in project.build(select="state:modified", defer_to="dev").nodes if node.kind == "model"]

@@ -166,6 +166,16 @@ CASES = {
     "docs": Case("docs generate"),
     "docs error": Case("docs generate", edits=(NOT_COMPILED,), exit=2),
     "catalog": Case("docs generate", edits=(_write("macros/catalog.sql", CATALOG),), exit=1),
+    # Selections of the other commands.
+    "run -m": Case("run -m three"),
+    "run --models": Case("run --models three"),
+    "seed --select=": Case("seed --select=rates"),
+    "snapshot --exclude": Case("snapshot --exclude history", after="seed"),
+    "test -s": Case("test -s one", after="build"),
+    "test --selector": Case("test --selector hourly", edits=(NAMED,), after="build"),
+    "compile --exclude=": Case("compile --exclude=two"),
+    "docs -s": Case("docs generate -s three"),
+    "freshness --select": Case("source freshness --select source:absent"),
     # Retries.
     "retry": Case("retry", after="build --exclude history three", before=(BROKEN,), exit=1),
     "retry of nothing": Case("retry", after="build"),

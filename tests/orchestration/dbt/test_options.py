@@ -5,6 +5,7 @@ import decimal
 import enum
 import json
 import math
+import re
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,6 +51,22 @@ def test_flags_as_a_string_are_refused_with_the_correct_list(tmp_path: Path) -> 
         DbtError, match=r"flags is a string, '--fail-fast -s a'. Give a list, like \['--fail-fast', '-s'"
     ):
         DbtProject(tmp_path).build(flags="--fail-fast -s a")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"select": ["a", "b+"]}, "select is not a string, but ['a', 'b+']. Separate selections by spaces: 'a b+'."),
+        ({"exclude": 5}, "exclude is not a string, but 5. Separate selections by spaces: '5'."),
+        ({"flags": ["--threads", 4]}, "flags has 4, which is not a string. Give '4'."),
+        ({"flags": [Path("target")]}, f"flags has {Path('target')!r}, which is not a string. Give 'target'."),
+    ],
+)
+def test_options_of_another_type_are_refused_with_the_cure(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DbtError, match=re.escape(message)):
+        DbtProject(tmp_path).build(**options)
 
 
 class _Colour(enum.Enum):
