@@ -28,6 +28,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "tags": {"tags": ["new"]},
     "entrypoint": {"entrypoint": "./flow.py:etl"},
     "pull": {"pull": []},
+    "pool": {"work_pool_name": "second"},
     "queue": {"work_queue_name": "other"},
     "job-variables": {"job_variables": {"a": "b"}},
     "parameters": {"parameters": {"day": 2}},
@@ -40,6 +41,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "paused": {"paused": True},
     "schedule-added": {"schedules": [HOURLY, NIGHTLY]},
     "schedule-changed": {"schedules": [HOURLY | {"interval": 7200}]},
+    "schedule-parameters": {"schedules": [HOURLY | {"parameters": {"day": 3}}]},
+    "schedule-renamed": {"schedules": [HOURLY | {"slug": "each-hour"}]},
     "schedule-removed": {"schedules": []},
     "schedule-off": {"schedules": [HOURLY | {"active": False}]},
     "trigger-changed": {"triggers": [TRIGGER | {"expect": ["y.z"]}]},
@@ -60,7 +63,10 @@ def other_objects(project: Project, *, after: bool) -> dict[str, Any]:
     pool = {"name": project.pool, "type": "process", "base_job_template": template, "queues": queues}
     named = project.unique("n")
     return {
-        "work_pools": [pool | ({"concurrency_limit": 50, "description": "After"} if after else {})],
+        "work_pools": [
+            pool | ({"concurrency_limit": 50, "description": "After"} if after else {}),
+            pool | {"name": project.unique("second")},
+        ],
         "variables": [{"name": named, "value": int(after)}],
         "remote_file_systems": [{"name": named, "basepath": f"memory://{after}"}],
         "concurrency_limits": [{"name": named, "limit": 5 + after, "active": not after}],
@@ -77,9 +83,10 @@ def other_objects(project: Project, *, after: bool) -> dict[str, Any]:
 
 
 def deployment(name: str, project: Project, change: dict[str, Any]) -> dict[str, Any]:
-    """Return a deployment in the queue `q`, with a change."""
+    """Return a deployment in the queue `q` of the first pool, with a change."""
     made = BASE | change
-    pool = {"name": project.pool, "work_queue_name": made.pop("work_queue_name", "q")}
+    pool_name = project.unique(made.pop("work_pool_name")) if "work_pool_name" in made else project.pool
+    pool = {"name": pool_name, "work_queue_name": made.pop("work_queue_name", "q")}
     return made | {"name": name, "work_pool": pool | {"job_variables": made.pop("job_variables", {})}}
 
 
