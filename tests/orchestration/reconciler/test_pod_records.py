@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -330,6 +331,34 @@ def test_steady_run_is_not_read_until_it_changes(pool: Pool) -> None:
     assert sorted(second) == sorted([*first, "POST /flow_runs/count"])
     with pytest.raises(ClusterError, match="not found"):
         pool.namespace.kubectl("get", "job", jobs[2])
+
+
+def test_certificate_authority_is_rotated_during_a_run(
+    pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run stays Running, and its end is still noticed, by the same reconciler and by a new one."""
+    monkeypatch.setattr(kubernetes, "ACCOUNT", tmp_path)
+    authority = tmp_path / "ca.crt"
+    authority.write_text("old")
+    runs = [pool.run("RUNNING") for _ in range(2)]
+    jobs = [pool.job(started_run) for started_run in runs]
+    for run, job in zip(runs, jobs, strict=True):
+        pool.start_pod(job)
+        pool.ask("PATCH", f"/flow_runs/{run['id']}", infrastructure_pid=f"{pool.namespace.name}:{job}")
+
+    def states() -> list[str]:
+        return [pool.ask("GET", f"/flow_runs/{run['id']}")["state"]["type"] for run in runs]
+
+    def first_dies() -> None:
+        assert states() == ["RUNNING", "RUNNING"]
+        pool.end_pod(jobs[0], 137, "Error")
+
+    pool.rounds(lambda: authority.write_text("new"), first_dies, lambda: None)
+    assert states() == ["CRASHED", "RUNNING"]
+    pool.end_pod(jobs[1], 137, "Error")
+    pool.round()
+    # The round has retried the first one.
+    assert states() == ["SCHEDULED", "CRASHED"]
 
 
 def test_run_with_unreadable_log_crashes(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
