@@ -6,12 +6,13 @@ import platform
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
-
-import matplotlib as mpl
-from matplotlib.figure import Figure as Picture
+from typing import TYPE_CHECKING, Any
 
 from tests.benchmarks.table import describe_commit
+
+# matplotlib takes 0.6 s to import, in each process that collects the tests: only the functions that draw import it.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Picture
 
 LOAD, UPGRADE = (Path(__file__).with_name(f"{name}.json") for name in ("load", "upgrade"))
 """The newest results of an idle machine. A file exists once its benchmark has run on one."""
@@ -58,6 +59,8 @@ def draw_load(found: Record, file: Path) -> None:
 
     A ring marks each knee.
     """
+    from matplotlib.figure import Figure as Picture
+
     picture = Picture(figsize=(9, 3.6), layout="constrained")
     rates, times = picture.subplots(1, 2)
     for colour, (replicas, curve) in zip(COLOURS, found["replicas"].items(), strict=False):
@@ -88,6 +91,8 @@ def draw_load(found: Record, file: Path) -> None:
 
 def draw_upgrade(found: Record, file: Path) -> None:
     """Draw the seconds of each migration and index, and the longest lock that each of them held."""
+    from matplotlib.figure import Figure as Picture
+
     steps = found["steps"]
     picture = Picture(figsize=(9, 0.7 * len(steps) + 1.2), layout="constrained")
     axes = picture.subplots()
@@ -124,7 +129,9 @@ def upgrade_table(found: Record) -> list[list[str]]:
     return [[step["name"], f"{step['seconds']:.2f}", f"{step['lock_seconds']:.2f}"] for step in found["steps"]]
 
 
-def _save(picture: Picture, file: Path) -> None:
+def _save(picture: "Picture", file: Path) -> None:
+    import matplotlib as mpl
+
     # Text as text, and no random ids: the picture changes only with its figures.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": file.stem}):
         picture.savefig(file, metadata={"Date": None})

@@ -3,13 +3,15 @@
 from typing import Any
 
 import pytest
-from prefect.server.api.server import API_ROUTERS, create_api_app
 
 from orchestration.access.routes import CLASSES, PERMISSIONS, WEBSOCKET, Role, RouteTable, read_routes
 
 
 def _prefect_routes() -> set[tuple[str, str]]:
     """Return method and path of each route of the server, with websockets and undocumented routes."""
+    # Importing Prefect's server takes 2 s. Only the process that runs this test imports it.
+    from prefect.server.api.server import API_ROUTERS, create_api_app
+
     found = {("GET", "/metrics")}  # only with PREFECT_SERVER_METRICS_ENABLED
     found |= {
         (method.upper(), path) for path, methods in create_api_app().openapi()["paths"].items() for method in methods

@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 from prefect.cli.deploy._models import RawScheduleConfig
 from prefect.cli.deploy._schedules import _schedule_config_to_deployment_schedule
 from prefect.client.schemas.actions import DeploymentScheduleCreate
-from prefect.server.schemas import actions
-from prefect.server.schemas import schedules as server_schedules
 
 from orchestration.deployments import schedules
 from tests.parts import asked, client_of, examples, wait_until
@@ -40,6 +38,9 @@ FILE: list[dict[str, Any]] = [
 
 def sent_to_server(raw: dict[str, Any]) -> Any:
     """Return the server's JSON of a schedule that `prefect deploy` sends: file, client, wire, server."""
+    # Only the process that runs these tests imports Prefect's server, as this takes seconds.
+    from prefect.server.schemas import actions
+
     config = RawScheduleConfig.model_validate(raw).model_dump(exclude_unset=True)
     sent = DeploymentScheduleCreate.model_validate(_schedule_config_to_deployment_schedule(config))
     kept = actions.DeploymentScheduleCreate.model_validate(sent.model_dump(mode="json", exclude_unset=True))
@@ -157,6 +158,8 @@ def test_schedule_that_fires_rarely_or_often_is_valid(raw: dict[str, Any]) -> No
 
 async def dates(raw: dict[str, Any], start: datetime) -> list[datetime]:
     """Return the next five dates of the server's own class."""
+    from prefect.server.schemas import schedules as server_schedules
+
     kind = {
         "cron": server_schedules.CronSchedule,
         "interval": server_schedules.IntervalSchedule,
