@@ -40,6 +40,20 @@ def scheduled(pool: Pool, api: httpx.Client) -> str:
     return create_deployment(api, pool, parameters={"text": "by schedule"}, schedules=schedules)
 
 
+@pytest.fixture(scope="module")
+def addresses(server: Release) -> list[str]:
+    """Return the addresses of the server's API and databases."""
+    ports = {"api": 4200, "database": 5432, "redis": 6379}
+    return [f"prefect-server-{name}.{server.namespace.name}:{port}" for name, port in ports.items()]
+
+
+@pytest.fixture(scope="module")
+def plain_run(pool: Pool, api: httpx.Client, addresses: list[str]) -> str:
+    """Start a run by the values of its deployment alone, which tries to connect to the addresses; return the run."""
+    variables = {"memory_limit": "600Mi", "env": {"GREETING": "deployment"}}
+    return start_run(api, create_deployment(api, pool, job_variables=variables), parameters={"addresses": addresses})
+
+
 def test_pool_starts_from_nothing_without_a_restart(pool: Pool, api: httpx.Client) -> None:
     restarts = pool.restarts()
     assert len(restarts) == 3, "worker, drift and reconciler"
@@ -53,16 +67,12 @@ def test_pool_starts_from_nothing_without_a_restart(pool: Pool, api: httpx.Clien
 
 
 def test_memory_variables_and_image_of_deployment_and_run_reach_the_pod(
-    pool: Pool, api: httpx.Client, image: str, scheduled: str
+    pool: Pool, api: httpx.Client, image: str, plain_run: str, scheduled: str
 ) -> None:
     repository, _, tag = image.rpartition(":")
     by_digest = f"{repository}@{_digest(repository, tag)}"
-    variables = {"memory_limit": "600Mi", "env": {"GREETING": "deployment"}}
-    deployment = create_deployment(api, pool, job_variables=variables)
-    plain_run = start_run(api, deployment)
-    changed_run = start_run(
-        api, deployment, job_variables={"memory_limit": "650Mi", "env": {"GREETING": "run"}, "image": by_digest}
-    )
+    variables = {"memory_limit": "650Mi", "env": {"GREETING": "run"}, "image": by_digest}
+    changed_run = start_run(api, get_run(api, plain_run)["deployment_id"], job_variables=variables)
     for run, memory, greeting, name in (
         (plain_run, "600Mi", "deployment", image),
         (changed_run, "650Mi", "run", by_digest),
@@ -84,25 +94,23 @@ def _digest(repository: str, tag: str) -> str:
 
 
 def test_run_has_no_token_no_password_and_no_connection_to_the_databases(
-    pool: Pool, server: Release, api: httpx.Client
+    pool: Pool, server: Release, api: httpx.Client, plain_run: str, addresses: list[str]
 ) -> None:
-    ports = {"api": 4200, "database": 5432, "redis": 6379}
-    addresses = [f"prefect-server-{name}.{server.namespace.name}:{port}" for name, port in ports.items()]
-    run = start_run(api, create_deployment(api, pool), parameters={"addresses": addresses})
-    assert wait_until_ended(api, run)["state_type"] == "COMPLETED"
-    lines = wait_for_log(api, run, f"reaches {addresses[-1]}")
+    assert wait_until_ended(api, plain_run)["state_type"] == "COMPLETED"
+    lines = wait_for_log(api, plain_run, f"reaches {addresses[-1]}")
     assert "token=False services=False" in lines
     assert [line for line in lines if line.startswith("reaches")] == [
         f"reaches {addresses[0]}: True",
         f"reaches {addresses[1]}: False",
         f"reaches {addresses[2]}: False",
     ]
-    manifest = json.dumps(find_job(pool, run))
+    job = find_job(pool, plain_run)
+    manifest = json.dumps(job)
     assert server.secret("prefect-server-auth", "auth-string") not in manifest
-    [container] = find_job(pool, run)["spec"]["template"]["spec"]["containers"]
+    [container] = job["spec"]["template"]["spec"]["containers"]
     # The run's own credential, which is worth nothing beyond the run.
     credential = str(environment(container)["PREFECT_API_AUTH_STRING"])
-    assert credential.startswith(f"run-{run}:")
+    assert credential.startswith(f"run-{plain_run}:")
     assert server.secret("prefect-server-api-roles", "run-key") not in manifest
 
 
