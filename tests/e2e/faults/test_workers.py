@@ -192,52 +192,50 @@ def _ready_condition(pod: Object) -> Object:
 
 
 def test_runs_in_warm_pods_survive_faults(pool: Pool, api: httpx.Client, values: Object) -> None:
-    """Each run takes the pod that waits, and another pod takes its place. Other job variables need another pod."""
+    """Each run takes the pod that waits, and another pod takes its place. Other job variables need another pod.
+
+    The next test deploys the pool without warm pods.
+    """
     runs = {"warm": {"replicas": 1}, "resources": {"limits": {"memory": "300Mi"}}}
     pool.deploy(merge_values(values, {"runs": runs}))
     pool.wait_for_one_worker()
-    try:
-        victim = deploy_victim(api, pool)
+    victim = deploy_victim(api, pool)
 
-        def start_warm(**parameters: object) -> tuple[str, str]:
-            waiting = wait_for_warm_pod(pool)
-            run, pod = start_running(api, pool, victim, **parameters)
-            assert pod == waiting
-            states = {state["name"]: datetime.fromisoformat(state["timestamp"]) for state in list_states(api, run)}
-            record_duration("Running in a warm pod", states["Pending"], states["Running"])
-            return run, pod
+    def start_warm(**parameters: object) -> tuple[str, str]:
+        waiting = wait_for_warm_pod(pool)
+        run, pod = start_running(api, pool, victim, **parameters)
+        assert pod == waiting
+        states = {state["name"]: datetime.fromisoformat(state["timestamp"]) for state in list_states(api, run)}
+        record_duration("Running in a warm pod", states["Pending"], states["Running"])
+        return run, pod
 
-        run, pod = start_warm(seconds=300)
-        crashed = assert_state_within(api, run, "Crashed", kill_pod(pool, pod))
-        assert f"Pod {pod} on " in crashed["message"]
-        assert "ended with exit code 137 (SIGKILL)" in crashed["message"]
-        assert_completed_by_one_retry(api, run)
+    run, pod = start_warm(seconds=300)
+    crashed = assert_state_within(api, run, "Crashed", kill_pod(pool, pod))
+    assert f"Pod {pod} on " in crashed["message"]
+    assert "ended with exit code 137 (SIGKILL)" in crashed["message"]
+    assert_completed_by_one_retry(api, run)
 
-        run, pod = start_warm(seconds=300)
-        began = datetime.now(UTC)
-        evict(pool.runs_namespace, pod)
-        assert_state_within(api, run, "AwaitingRetry", began)
-        assert_completed_by_one_retry(api, run)
-        assert not get_run(api, run)["labels"].get("reconciler.crashes")
+    run, pod = start_warm(seconds=300)
+    began = datetime.now(UTC)
+    evict(pool.runs_namespace, pod)
+    assert_state_within(api, run, "AwaitingRetry", began)
+    assert_completed_by_one_retry(api, run)
+    assert not get_run(api, run)["labels"].get("reconciler.crashes")
 
-        run, pod = start_warm(seconds=300)
-        began = datetime.now(UTC)
-        api.post(f"/flow_runs/{run}/set_state", json={"state": {"type": "CANCELLING"}}).raise_for_status()
-        assert_state_within(api, run, "Cancelled", began, GRACE_SECONDS + DETECTION_SECONDS)
-        wait_until(lambda: all(is_ending(found) for found in list_pods(pool, run)), "the end of the pod")
+    run, pod = start_warm(seconds=300)
+    began = datetime.now(UTC)
+    api.post(f"/flow_runs/{run}/set_state", json={"state": {"type": "CANCELLING"}}).raise_for_status()
+    assert_state_within(api, run, "Cancelled", began, GRACE_SECONDS + DETECTION_SECONDS)
+    wait_until(lambda: all(is_ending(found) for found in list_pods(pool, run)), "the end of the pod")
 
-        wait_for_warm_pod(pool)
-        run = start_run(api, victim, parameters={"memory": 320})
-        wait_until_completed(api, run)
-        [retry] = [state for state in list_states(api, run) if state["name"] == "AwaitingRetry"]
-        assert "OOMKilled" in retry["message"]
-        names = {str(found["metadata"]["name"]).partition("-")[0] for found in list_pods(pool, run)}
-        assert "warm" in names
-        assert len(names) == 2, "the retry has more memory, and needs another pod"
-    finally:
-        pool.deploy(values)
-        pool.wait_for_one_worker()
-        pool.runs_namespace.kubectl("delete", "jobs", "-l", "reconciler.warm=waiting")
+    wait_for_warm_pod(pool)
+    run = start_run(api, victim, parameters={"memory": 320})
+    wait_until_completed(api, run)
+    [retry] = [state for state in list_states(api, run) if state["name"] == "AwaitingRetry"]
+    assert "OOMKilled" in retry["message"]
+    names = {str(found["metadata"]["name"]).partition("-")[0] for found in list_pods(pool, run)}
+    assert "warm" in names
+    assert len(names) == 2, "the retry has more memory, and needs another pod"
 
 
 def deploy_with_results(
@@ -292,6 +290,7 @@ def test_retry_repeats_no_finished_task_with_results_in_redis(
     redis = {"app.kubernetes.io/name": "prefect-server", "app.kubernetes.io/component": "redis"}
     from_secret = {"existingSecret": "results", "key": "url"}
     deploy_with_results(pool, values, server.namespace, redis, 6379, storage="redis", redis=from_secret, keepDays=1)
+    pool.runs_namespace.kubectl("delete", "jobs", "-l", "reconciler.warm=waiting")
     assert_no_task_is_repeated(api, pool)
 
 
