@@ -14,7 +14,7 @@ from orchestration.operations.local_cluster.file_lock import hold_lock
 from orchestration.settings import ROOT
 from tests.cluster.namespace import USED, Namespace, remove, restricted
 from tests.e2e.checkout import CRON, Checkout
-from tests.e2e.pace import ROUND_SECONDS
+from tests.e2e.pace import IDLE_ROUND_SECONDS
 from tests.e2e.release import (
     Object,
     Pool,
@@ -51,7 +51,7 @@ def pool_namespace(cluster: str) -> Iterator[Namespace]:
 @pytest.fixture(scope="module")
 def values(image: str, server: Release, pool_namespace: Namespace) -> Object:
     """Return the values of a work pool. Its name on the server is the name of its namespace."""
-    paced = {"reconciler": {"everySeconds": ROUND_SECONDS}}
+    paced = {"reconciler": {"everySeconds": IDLE_ROUND_SECONDS}}
     return merge_values(merge_values(pool_values(image), paced), connection_values(server, pool_namespace.name))
 
 

@@ -15,6 +15,7 @@ from orchestration.prefect_api import Access
 from orchestration.settings import ROOT
 from tests.cluster.namespace import Namespace, restricted
 from tests.e2e.light_runs import LIGHT_RUN
+from tests.e2e.pace import ROUND_SECONDS
 from tests.e2e.release import Object, Pool, Release, copy_credentials, merge_values
 from tests.e2e.runs import create_deployment, get_run, start_run, wait_for_log, wait_until_ended
 from tests.parts import wait_until
@@ -31,7 +32,10 @@ def runs_namespace(cluster: str) -> Iterator[Namespace]:
 def values(values: Object, runs_namespace: Namespace) -> Object:
     """Return values for a pool that stores results in the namespace of runs, without sync and drift detection."""
     runs = {"namespace": runs_namespace.name, "results": {"storage": "volume", "volume": {"size": "100Mi"}}}
-    return merge_values(values, {"drift": {"enabled": False}, "sync": {"files": []}, "runs": runs})
+    reconciler = {"everySeconds": ROUND_SECONDS}  # a test waits for several rounds
+    return merge_values(
+        values, {"drift": {"enabled": False}, "reconciler": reconciler, "sync": {"files": []}, "runs": runs}
+    )
 
 
 def _read_worker_account(pool: Pool) -> str:

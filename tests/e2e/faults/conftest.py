@@ -60,7 +60,7 @@ def shared_pool(cluster: str, image: str, server: Release, probe: Object) -> Poo
     runs = Namespace(cluster, f"shared-{TEST_RUN}-{name}-runs")
     values = victim_values(merge_values(pool_values(image), connection_values(server, name)))
     values["runs"]["namespace"] = runs.name
-    values["reconciler"] |= {"capacityTimeoutSeconds": CAPACITY_TIMEOUT_SECONDS, "everySeconds": ROUND_SECONDS}
+    values["reconciler"]["capacityTimeoutSeconds"] = CAPACITY_TIMEOUT_SECONDS
     # `add_sidecar_variables` changes the template on the server.
     values = merge_values(values, {"worker": {"templateFrom": "server"}})
 
@@ -97,5 +97,5 @@ def victim_values(values: Object) -> Object:
     changed["runs"]["variables"] |= {variable: {"type": "object"} for variable in SIDECAR_VARIABLES}
     secret = {"name": '{{ "{{ secret }}" }}', "key": "sync"}
     changed["runs"]["env"] = [{"name": "SECRET", "valueFrom": {"secretKeyRef": secret}}]
-    changed["reconciler"]["pendingTimeoutSeconds"] = PENDING_TIMEOUT_SECONDS
+    changed["reconciler"] |= {"pendingTimeoutSeconds": PENDING_TIMEOUT_SECONDS, "everySeconds": ROUND_SECONDS}
     return changed
