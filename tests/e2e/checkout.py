@@ -18,6 +18,10 @@ MAKE = ("make", "--silent", "--old-file", ".venv/ready")
 """Use this checkout's virtual environment unchanged: its packages are the same, and the code comes from the working
 directory."""
 
+TOOLS_ON_PATH = "WITH_TOOLS="
+"""Have make not look for kubectl and helm, a Python process for each target: the fixture `cluster` has put their
+folders on PATH."""
+
 DAILY = "dbt-pipeline/dbt-pipeline-daily"
 
 CRON = f"0 {(datetime.now(ZoneInfo('America/New_York')).hour + 12) % 24} * * *"
@@ -32,16 +36,17 @@ class Checkout:
     target: Environment
 
     def make(self, *arguments: str, status: int = 0, **variables: str) -> str:
-        """Run make in the copy and return what it printed on both streams.
+        """Run make in the copy and return what it printed on both streams. Only `make up` looks for kubectl and helm.
 
         Args:
             arguments: the target, and further arguments of make.
             status: the expected exit status.
             variables: make variables; by default KUBE_CONTEXT and NAMESPACE name the environment.
         """
+        command = MAKE if "up" in arguments else (*MAKE, TOOLS_ON_PATH)
         named = {"KUBE_CONTEXT": self.target.context, "NAMESPACE": self.target.namespace} | variables
         done = subprocess.run(
-            [*MAKE, *arguments, *(f"{name}={value}" for name, value in named.items())],
+            [*command, *arguments, *(f"{name}={value}" for name, value in named.items())],
             cwd=self.folder,
             env=environment_without_prefect(),
             stdout=subprocess.PIPE,

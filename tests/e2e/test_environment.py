@@ -22,7 +22,7 @@ from orchestration.operations.port_forward import api_client, read_credentials
 from orchestration.operations.release_diagnosis import explain_pod, explain_release
 from orchestration.operations.start_run import start
 from tests.cluster.namespace import Namespace, network_policy
-from tests.e2e.checkout import CRON, DAILY, MAKE, Checkout, environment_without_prefect
+from tests.e2e.checkout import CRON, DAILY, MAKE, TOOLS_ON_PATH, Checkout, environment_without_prefect
 from tests.e2e.runs import get_run, start_run, wait_until_ended
 from tests.parts import answers, free_port, wait_until
 
@@ -51,7 +51,7 @@ MACHINES_OWN = {"kubernetes version", "api latency", "database latency"}
 
 def _examine(checkout: Checkout) -> dict[str, dict[str, str]]:
     """Return what `make doctor` finds, by the name of the check."""
-    command = [*MAKE, "doctor", "JSON=1"]
+    command = [*MAKE, TOOLS_ON_PATH, "doctor", "JSON=1"]
     command += [f"KUBE_CONTEXT={checkout.target.context}", f"NAMESPACE={checkout.target.namespace}"]
     done = subprocess.run(
         command, cwd=checkout.folder, env=environment_without_prefect(), capture_output=True, text=True, check=False
