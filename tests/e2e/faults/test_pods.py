@@ -27,6 +27,7 @@ from tests.e2e.faults.victims import (
     seconds_between,
     sidecars,
     start_running,
+    start_stepwise,
     wait_for_death,
     wait_for_state,
     wait_until_completed,
@@ -52,10 +53,6 @@ def test_killed_pod_is_retried(pool: Pool, api: httpx.Client) -> None:
     retry = next(state for state in listed if state["name"] == "AwaitingRetry")
     assert retry["message"].startswith("Retry 1 of 2 after a crash")
     assert seconds_between(crashed, retry) < DETECTION_SECONDS
-
-
-def test_retry_repeats_no_finished_task(pool: Pool, api: httpx.Client) -> None:
-    assert_no_task_is_repeated(api, pool)
 
 
 def test_old_results_are_removed(pool: Pool, api: httpx.Client) -> None:
@@ -94,10 +91,12 @@ def test_force_deleted_pod_is_retried(pool: Pool, api: httpx.Client) -> None:
     assert_completed_by_one_retry(api, run)
 
 
-def test_killed_process_is_retried(pool: Pool, api: httpx.Client) -> None:
-    run = start_run(api, deploy_victim(api, pool), parameters={"killed": True})
+def test_killed_process_is_retried_and_repeats_no_finished_task(pool: Pool, api: httpx.Client) -> None:
+    run = start_stepwise(api, pool)
     assert_state_within(api, run, "Crashed", wait_for_first_pod_death(api, pool, run))
-    assert_completed_by_one_retry(api, run)
+    assert_no_task_is_repeated(api, run)
+    assert get_run(api, run)["run_count"] == 2
+    assert sum(state["name"] == "AwaitingRetry" for state in list_states(api, run)) == 1
 
 
 def test_oom_killed_run_gets_more_memory(pool: Pool, api: httpx.Client) -> None:
@@ -145,18 +144,10 @@ def test_deadline_ends_the_run_without_a_retry(pool: Pool, api: httpx.Client) ->
     assert [state["name"] for state in list_states(api, run)].count("Running") == 1
 
 
-def test_crash_budget_of_zero_retries_nothing(pool: Pool, api: httpx.Client) -> None:
-    run, pod = start_running(api, pool, deploy_victim(api, pool, job_variables={"crash_retries": 0}), seconds=300)
-    assert_state_within(api, run, "Crashed", kill_pod(pool, pod))
-    wait_until(lambda: is_settled(api, run), "the decision not to retry")
-    assert get_run(api, run)["state_type"] == "CRASHED"
-    assert not find_state(api, run, "AwaitingRetry")
+def test_crash_budget_of_zero_retries_nothing_and_slots_are_released(pool: Pool, api: httpx.Client) -> None:
+    """The slots are those of a tag and of `concurrency`. Their leases would expire after one and five minutes.
 
-
-def test_concurrency_slots_are_released_when_a_run_attempt_ends(pool: Pool, api: httpx.Client) -> None:
-    """The slots of a tag and of `concurrency`, whose leases on the server would expire after one and five minutes.
-
-    The run has no retry, whose attempt would take the slots again.
+    A retry would take the slots again.
     """
     api.post("/concurrency_limits/", json={"tag": "scarce", "concurrency_limit": 1}).raise_for_status()
     limits = ["tag:scarce", create_limit(api, "scarce")]
@@ -164,13 +155,15 @@ def test_concurrency_slots_are_released_when_a_run_attempt_ends(pool: Pool, api:
     run = start_run(api, holding)
     wait_until(lambda: [count_taken_slots(api, limit) for limit in limits] == [1, 1], "the slots to be taken", 300)
     [pod] = list_pods(pool, run)
-    kill_pod(pool, pod["metadata"]["name"])
-    wait_for_state(api, run, "Crashed", 180)
+    assert_state_within(api, run, "Crashed", kill_pod(pool, pod["metadata"]["name"]))
     wait_until(
         lambda: [count_taken_slots(api, limit) for limit in limits] == [0, 0],
         "the slots to be released",
         RELEASE_SECONDS,
     )
+    wait_until(lambda: is_settled(api, run), "the decision not to retry")
+    assert get_run(api, run)["state_type"] == "CRASHED"
+    assert not find_state(api, run, "AwaitingRetry")
 
 
 def test_given_up_run_leaves_no_task_or_subflow_running(pool: Pool, api: httpx.Client) -> None:

@@ -30,6 +30,7 @@ from tests.e2e.faults.victims import (
     record_duration,
     scaled_to_zero,
     start_running,
+    start_stepwise,
     wait_for_state,
     wait_until_completed,
 )
@@ -291,7 +292,7 @@ def test_retry_repeats_no_finished_task_with_results_in_redis(
     from_secret = {"existingSecret": "results", "key": "url"}
     deploy_with_results(pool, values, server.namespace, redis, 6379, storage="redis", redis=from_secret, keepDays=1)
     pool.runs_namespace.kubectl("delete", "jobs", "-l", "reconciler.warm=waiting")
-    assert_no_task_is_repeated(api, pool)
+    assert_no_task_is_repeated(api, start_stepwise(api, pool))
 
 
 def test_retry_repeats_no_finished_task_with_results_in_s3(pool: Pool, api: httpx.Client, values: Object) -> None:
@@ -321,6 +322,6 @@ def test_retry_repeats_no_finished_task_with_results_in_s3(pool: Pool, api: http
     changed["runs"]["env"] += [{"name": name, "valueFrom": source} for name, source in secret.items()]
     s3 = {"bucket": "results", "endpoint": "http://s3:7070", "region": "us-east-1"}
     deploy_with_results(pool, changed, pool.namespace, {"app": "s3"}, 7070, storage="s3", s3=s3)
-    assert_no_task_is_repeated(api, pool)
+    assert_no_task_is_repeated(api, start_stepwise(api, pool))
     written = re.findall(r"200 .* PUT \| /results/(\S+)/", pool.namespace.kubectl("logs", "s3"))
     assert set(written) == {f"{pool.namespace.name}/{pool.name}"}

@@ -272,12 +272,16 @@ def is_settled(api: httpx.Client, run: str) -> bool:
     return bool(get_run(api, run)["labels"].get("reconciler.settled"))
 
 
-def assert_no_task_is_repeated(api: httpx.Client, pool: Pool) -> None:
-    """Assert that a retry repeats no finished task, also not in subflows.
+def start_stepwise(api: httpx.Client, pool: Pool) -> str:
+    """Start a run of the flow `stepwise`, whose first attempt kills its process, and return the run."""
+    return start_run(api, create_deployment(api, pool, entrypoint="/probe/flow.py:stepwise"))
+
+
+def assert_no_task_is_repeated(api: httpx.Client, run: str) -> None:
+    """Assert that the retry of a run of `stepwise` repeats no finished task, also not in subflows.
 
     The retry repeats the task that was interrupted, with the same idempotency key.
     """
-    run = start_run(api, create_deployment(api, pool, entrypoint="/probe/flow.py:stepwise"))
     wait_until_completed(api, run, 480)
     body: Object = {"flow_runs": {"parent_flow_run_id": {"any_": [run]}}}
     subflows = read(api, "POST", "/flow_runs/filter", json=body)
