@@ -171,10 +171,20 @@ def _build(checkout: Path, *arguments: str) -> str:
     ).stdout.strip()
 
 
-def test_changed_flow_rebuilds_only_the_last_layers(image: str, checkout: Path) -> None:
+def test_changed_flow_and_included_file_rebuild_only_the_last_layers(
+    image: str, checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The image contains the files that prefect.yaml includes: the build's last check fails if one is missing."""
+    monkeypatch.setenv("PYTHON", sys.executable)
     assert _build(checkout, "--push") == image, "the same files have the same tag"
     flow = checkout / "flows" / "example_flow.py"
     flow.write_text(flow.read_text() + "\n# changed\n")
+    (checkout / "teams" / "of data").mkdir(parents=True)
+    (checkout / "teams" / "of data" / "one.yaml").write_text(
+        "deployments:\n- {name: more, entrypoint: 'flows/backfill.py:backfill', work_pool: {name: default}}\n"
+    )
+    prefect = checkout / "prefect.yaml"
+    prefect.write_text(prefect.read_text() + "\ninclude: ['teams/*/*.yaml']\n")
     changed = _build(checkout, "--push")
     assert changed != image
     before, after = (_manifest(built_image)["layers"] for built_image in (image, changed))
@@ -182,19 +192,6 @@ def test_changed_flow_rebuilds_only_the_last_layers(image: str, checkout: Path) 
     assert sum(layer["size"] for layer in new) < 2e6
     (checkout / "docs" / "explanation" / "loading.md").write_text("")
     assert _build(checkout) == changed, "a file that the image does not contain does not change the tag"
-
-
-def test_image_contains_files_that_prefect_yaml_includes(
-    checkout: Path, monkeypatch: pytest.MonkeyPatch, image: str
-) -> None:
-    monkeypatch.setenv("PYTHON", sys.executable)
-    (checkout / "teams" / "of data").mkdir(parents=True)
-    (checkout / "teams" / "of data" / "one.yaml").write_text(
-        "deployments:\n- {name: more, entrypoint: 'flows/backfill.py:backfill', work_pool: {name: default}}\n"
-    )
-    prefect = checkout / "prefect.yaml"
-    prefect.write_text(prefect.read_text() + "\ninclude: ['teams/*/*.yaml']\n")
-    assert _build(checkout) != image  # the build ends with a check, which fails if a file is missing
 
 
 def test_included_file_outside_the_checkout_is_refused(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
