@@ -7,6 +7,7 @@ import asyncio
 import base64
 import contextlib
 import functools
+import itertools
 import json
 import ssl
 from collections.abc import Iterator
@@ -209,11 +210,14 @@ def test_rolling_update_of_pgbouncer_breaks_no_request(server: Release, api: htt
             )
         )
         failed = []
+        # A pod that ends closes connections that were idle for a second: before, at and after that moment.
+        pauses = itertools.cycle((0.2, 1, 2))
         while not waiting.done() or any(
             "deletionTimestamp" in pod["metadata"] for pod in server.pods("pgbouncer", terminating=True)
         ):
             failed += await _make_runs(api, certificates, CLIENTS)
-            await asyncio.sleep(0.2)  # else the requests take a processor until the end of the rollout
+            # Without a pause the requests take a processor until the end of the rollout.
+            await asyncio.sleep(next(pauses))
         await waiting
         return failed
 
