@@ -102,9 +102,14 @@ def test_other_pods_reach_the_api_and_neither_database_nor_valkey(server: Releas
     server.namespace.kubectl("delete", "pod", "neighbour")
 
 
-def test_upgrade_and_rollback_keep_passwords_and_data(server: Release, values: Object) -> None:
-    secrets = (("auth", "auth-string"), ("database", "password"), ("encryption-key",) * 2, ("redis", "password"))
-    before = [server.secret(f"{SERVER_RELEASE}-{name}", key) for name, key in secrets]
+def test_upgrade_failed_upgrade_and_rollback_keep_passwords_and_data(server: Release, values: Object) -> None:
+    """The failed upgrade leaves the server running. The rollback takes both upgrades back."""
+
+    def read_secrets() -> list[str]:
+        keys = (("auth", "auth-string"), ("database", "password"), ("encryption-key",) * 2, ("redis", "password"))
+        return [server.secret(f"{SERVER_RELEASE}-{name}", key) for name, key in keys]
+
+    before = read_secrets()
     database = server.pods("database")[0]["metadata"]["uid"]
     with server.api() as api:
         pool = f"pool-{uuid4().hex[:6]}"
@@ -114,23 +119,15 @@ def test_upgrade_and_rollback_keep_passwords_and_data(server: Release, values: O
     changed["api"] |= {"replicas": 2, "settings": {"PREFECT_SERVER_API_DEFAULT_LIMIT": 123}}
     revision = server.revision()
     server.deploy(changed)
-    assert [server.secret(f"{SERVER_RELEASE}-{name}", key) for name, key in secrets] == before
+    assert read_secrets() == before
     assert server.pods("database")[0]["metadata"]["uid"] == database, "the database was not restarted"
     wait_until(lambda: len(server.pods("api", terminating=True)) == 2, "the previous pod of the API to be gone")
     environment = server.pods("api")[0]["spec"]["containers"][0]["env"]
     assert {"name": "PREFECT_SERVER_API_DEFAULT_LIMIT", "value": "123"} in environment
     with server.api() as api:
         assert api.get(f"/work_pools/{pool}").status_code == 200
-    server.helm("rollback", SERVER_RELEASE, revision, "--wait", "--timeout", "10m")
-    wait_until(lambda: len(server.pods("api", terminating=True)) == 1, "the previous pods of the API to be gone")
-    with server.api() as api:
-        assert api.get(f"/work_pools/{pool}").status_code == 200
-
-
-def test_failed_upgrade_leaves_the_server_running(server: Release, values: Object) -> None:
     running = {pod["metadata"]["name"] for pod in server.pods("api")}
-    wrong = copy.deepcopy(values)
-    wrong["image"]["tag"] = "absent"
+    changed["image"]["tag"] = "absent"
 
     def refused() -> bool:
         states = [
@@ -140,14 +137,18 @@ def test_failed_upgrade_leaves_the_server_running(server: Release, values: Objec
         ]
         return bool({"ErrImagePull", "ImagePullBackOff"} & set(states))
 
-    server.deploy(wrong, wait=False)
+    server.deploy(changed, wait=False)
     try:
         wait_until(refused, "the image to be refused")
         with server.api() as api:
             assert api.post("/work_pools/filter", json={}).status_code == 200
         assert running <= {pod["metadata"]["name"] for pod in server.pods("api")}
     finally:
-        server.helm("rollback", SERVER_RELEASE, "--wait", "--timeout", "10m")
+        server.helm("rollback", SERVER_RELEASE, revision, "--wait", "--timeout", "10m")
+    wait_until(lambda: len(server.pods("api", terminating=True)) == 1, "the previous pods of the API to be gone")
+    assert read_secrets() == before
+    with server.api() as api:
+        assert api.get(f"/work_pools/{pool}").status_code == 200
 
 
 def test_restored_backup_replaces_the_database_and_holds_unknown_runs(
