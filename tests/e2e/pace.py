@@ -1,4 +1,4 @@
-"""How long tests on the cluster wait: scaled down, or with PACE=shipped at the charts' defaults.
+"""How long tests of the charts' programs wait: scaled down, or with PACE=shipped at the charts' defaults.
 
 `make test` scales the waits that the charts' values set, and the outages that are measured against them, in about the
 same proportion. `make test-long` runs the same tests at the shipped values. Intervals on which two components must
@@ -36,6 +36,15 @@ HEARTBEAT_SECONDS = _pick(6, 30)
 
 PREFETCH_SECONDS = _pick(5, 10)
 """The chart's `worker.prefetchSeconds`."""
+
+QUERY_SECONDS = _pick(2, 10)
+"""The chart's `worker.querySeconds`, where a test waits for a worker that reads the pool's template again."""
+
+DRIFT_SECONDS = _pick(30, 300)
+"""The chart's `drift.everySeconds`."""
+
+STALL_SECONDS = _pick(4, 60)
+"""The server chart's `services.stallSeconds`."""
 
 WORKER_OUTAGE_SECONDS = 6 * HEARTBEAT_SECONDS
 """How long tests leave a pool without a worker: twice the time after which a worker counts as offline."""

@@ -20,7 +20,7 @@ from orchestration.operations.local_cluster.file_lock import hold_lock
 from orchestration.operations.port_forward import api_client
 from orchestration.settings import ROOT
 from tests.cluster.namespace import Namespace, make_restricted, remove
-from tests.e2e.pace import HEARTBEAT_SECONDS, PREFETCH_SECONDS
+from tests.e2e.pace import DRIFT_SECONDS, HEARTBEAT_SECONDS, PREFETCH_SECONDS
 from tests.parts import wait_until
 
 Object = dict[str, Any]
@@ -237,7 +237,10 @@ def pool_values(image: str) -> Object:
             "resources": {"requests": dict(SMALL_REQUESTS), "limits": {"memory": "768Mi"}},
         },
         "reconciler": {"replicas": 1, "resources": {"requests": dict(SMALL_REQUESTS), "limits": {"memory": "256Mi"}}},
-        "drift": {"everySeconds": 30, "resources": {"requests": dict(SMALL_REQUESTS), "limits": {"memory": "512Mi"}}},
+        "drift": {
+            "everySeconds": DRIFT_SECONDS,
+            "resources": {"requests": dict(SMALL_REQUESTS), "limits": {"memory": "512Mi"}},
+        },
         "runs": {
             "resources": {"requests": dict(SMALL_REQUESTS), "limits": {"memory": "700Mi"}},
             "pod": {

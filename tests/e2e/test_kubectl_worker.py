@@ -15,6 +15,7 @@ from orchestration.operations.local_cluster import binaries
 from orchestration.settings import ROOT
 from tests.cluster.namespace import Namespace
 from tests.e2e.light_runs import LIGHT_RUN
+from tests.e2e.pace import QUERY_SECONDS
 from tests.e2e.release import Object, Pool, Release, copy_credentials, merge_values
 from tests.e2e.runs import create_deployment, get_run, read, start_run, wait_for_log, wait_until_ended
 from tests.parts import wait_until
@@ -40,7 +41,7 @@ def overlay(server: Release, pool: Pool, image: str, tmp_path_factory: pytest.Te
     environment = [
         {"name": "PREFECT_API_URL", "value": f"http://prefect-server-api.{home}:4200/api"},
         {"name": "WORK_POOL", "value": pool.work_pool},
-        {"name": "PREFECT_WORKER_QUERY_SECONDS", "value": "2"},
+        {"name": "PREFECT_WORKER_QUERY_SECONDS", "value": str(QUERY_SECONDS)},
     ]
     worker = {
         "apiVersion": "apps/v1",

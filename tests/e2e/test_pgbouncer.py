@@ -21,7 +21,7 @@ import pytest
 from orchestration.errors import ClusterError
 from orchestration.operations.local_cluster.certificates import Authority
 from tests.cluster.namespace import restricted
-from tests.e2e.pace import IDLE_ROUND_SECONDS
+from tests.e2e.pace import DRIFT_SECONDS, IDLE_ROUND_SECONDS
 from tests.e2e.release import Object, Pool, Release, install_pool, merge_values, pool_values, server_values
 from tests.e2e.runs import create_deployment, start_run, wait_until_ended
 from tests.parts import wait_until
@@ -67,7 +67,7 @@ def server(cluster: str, image: str, certificates: Path) -> Iterator[Release]:
 
 @pytest.fixture(scope="module")
 def values_of_pool(image: str) -> Object:
-    paced = {"reconciler": {"everySeconds": IDLE_ROUND_SECONDS}, "drift": {"everySeconds": 60}}
+    paced = {"reconciler": {"everySeconds": IDLE_ROUND_SECONDS}, "drift": {"everySeconds": max(60, DRIFT_SECONDS)}}
     api = {"url": f"https://{RELEASE}-api:4200/api", "tls": {"caSecret": "ca"}}
     return merge_values(pool_values(image), paced | {"api": api})
 

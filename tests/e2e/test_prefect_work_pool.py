@@ -11,6 +11,7 @@ import yaml
 
 from orchestration.errors import ClusterError
 from tests.e2e.light_runs import LIGHT_RUN
+from tests.e2e.pace import DRIFT_SECONDS
 from tests.e2e.release import SMALL_REQUESTS, Object, Pool, Release, merge_values
 from tests.e2e.runs import create_deployment, get_run, read, start_run, wait_for_log, wait_until_ended
 from tests.helm.rendering import environment
@@ -313,7 +314,7 @@ def _count_drifted_objects(pool: Pool) -> float:
 
 def test_manual_change_on_the_server_is_reported_as_drift(pool: Pool, api: httpx.Client) -> None:
     """An artifact and a metric report the drift until the object equals the last sync again."""
-    wait_until(lambda: _count_drifted_objects(pool) == 0, "nothing to have drifted")
+    wait_until(lambda: _count_drifted_objects(pool) == 0, "nothing to have drifted", 180 + DRIFT_SECONDS)
     daily = api.get("/deployments/name/dbt-pipeline/dbt-pipeline-daily").raise_for_status().json()
 
     def describe(text: str) -> None:
@@ -325,11 +326,11 @@ def test_manual_change_on_the_server_is_reported_as_drift(pool: Pool, api: httpx
         return found
 
     describe("by hand")
-    wait_until(lambda: _count_drifted_objects(pool) == 1, "the metric to count it")
+    wait_until(lambda: _count_drifted_objects(pool) == 1, "the metric to count it", 180 + DRIFT_SECONDS)
     # The metric comes first. The newest artifact may be that of an earlier check.
     wait_until(lambda: "dbt-pipeline/dbt-pipeline-daily" in str(list_artifacts()[:1]), "the artifact to name it")
     describe(daily["description"])
-    wait_until(lambda: _count_drifted_objects(pool) == 0, "the metric to be zero again")
+    wait_until(lambda: _count_drifted_objects(pool) == 0, "the metric to be zero again", 180 + DRIFT_SECONDS)
 
 
 def test_refused_sync_fails_the_release_with_the_cause(pool: Pool, values: Object) -> None:

@@ -99,6 +99,11 @@ CHART_VALUES = tuple(
 
 UPGRADES = ("tests/e2e/test_prefect_server.py", "tests/e2e/test_prefect_work_pool.py")
 
+CLUSTER = tuple(f"tests/e2e/test_{name}.py" for name in ("environment", "kubectl_worker", "pgbouncer", "security"))
+"""The other test files on the cluster whose waits are scaled in `make test`."""
+
+SERVICE_FAULTS = "tests/orchestration/services/test_service_faults.py"
+
 SEED = 2013
 
 LONG_TESTS = (
@@ -158,6 +163,37 @@ LONG_TESTS = (
         (*RUNS, "orchestration/migrations.py", "tests/e2e/conftest.py", *UPGRADES),
         suite(*UPGRADES),
         cluster=True,
+    ),
+    LongTest(
+        "cluster",
+        "The environment of make, kubectl's worker, PgBouncer and the isolation of runs pass at the shipped constants.",
+        (
+            *RUNS,
+            "orchestration/deployments",
+            "orchestration/operations",
+            "helm/environments",
+            "k8s/worker",
+            "tests/e2e/conftest.py",
+            "tests/e2e/checkout.py",
+            *CLUSTER,
+        ),
+        suite(*CLUSTER),
+        cluster=True,
+    ),
+    LongTest(
+        "service-faults",
+        "Each fault of Postgres, Redis and a background service turns the right probe red at the limit of 60 s.",
+        (
+            "orchestration/services",
+            "orchestration/prefect_compat",
+            *PREFECT,
+            "uv.lock#prefect-redis",
+            "uv.lock#pydocket",
+            "tests/e2e/pace.py",
+            "tests/service_faults.py",
+            SERVICE_FAULTS,
+        ),
+        suite(SERVICE_FAULTS),
     ),
     LongTest(
         "cluster-upgrade",

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from pathlib import Path
 
 from orchestration.settings import ROOT
 from tests.long import results
@@ -51,8 +52,25 @@ def test_each_property_test_is_in_a_long_test() -> None:
     assert files == {*PROPERTIES, CHART_VALUES[0]}
 
 
+def test_each_test_with_scaled_waits_is_in_a_long_test() -> None:
+    """The other e2e file, test_surroundings.py, installs no chart."""
+    of_cluster = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests/e2e").rglob("test_*.py")}
+    imports = re.compile(r"^from tests\.e2e\.pace import", re.MULTILINE)
+    scaled = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if imports.search(path.read_text())
+    }
+    repeated = {path for test in LONG_TESTS for path in test.paths}
+
+    def is_repeated(file: str) -> bool:
+        return file in repeated or Path(file).parent.as_posix() in repeated
+
+    assert {file for file in of_cluster | scaled if not is_repeated(file)} == {"tests/e2e/test_surroundings.py"}
+
+
 def test_long_tests_are_found_by_declared_paths() -> None:
     names = [test.name for test in LONG_TESTS]
     assert len(set(names)) == len(names)
     found = [test.name for test in LONG_TESTS if test.declares("reconciler")]
-    assert found == ["soak", "faults", "upgrades", "cluster-upgrade", "properties", "benchmarks"]
+    assert found == ["soak", "faults", "upgrades", "cluster", "cluster-upgrade", "properties", "benchmarks"]

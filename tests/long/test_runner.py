@@ -1,14 +1,17 @@
 """The runner of the long tests records only runs at full size, resumes, and detects changed content."""
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from orchestration.settings import ROOT
 from tests.long import results
 from tests.long.longtest import Findings, LongTest, NotRunError, Parameters
 from tests.long.runner import main
@@ -289,6 +292,16 @@ def test_unknown_argument_is_refused(
     assert project.make(*arguments) == 2
     assert capsys.readouterr().err == f"{message}\n"
     assert project.ran == []
+
+
+def test_long_tests_run_at_the_shipped_pace() -> None:
+    """The variable is set before the constants are read."""
+    command = "import runpy, sys\nsys.argv = ['tests.long', '--list']\n"
+    command += "try: runpy.run_module('tests.long', run_name='__main__')\n"
+    command += "except SystemExit: from tests.e2e import pace; print('shipped:', pace.IS_SHIPPED)\n"
+    environment = {name: value for name, value in os.environ.items() if name != "PACE"}
+    listed = subprocess.check_output([sys.executable, "-c", command], cwd=ROOT, env=environment, text=True)
+    assert listed.splitlines()[-1] == "shipped: True"
 
 
 def test_suite_of_pytest_reports_failures_and_durations(tmp_path: Path) -> None:
