@@ -31,7 +31,7 @@ from tests.e2e.pace import GRACE_SECONDS, ROUND_SECONDS, SERVER_OUTAGE_SECONDS
 from tests.e2e.release import Object, Pool, Release, merge_values, pool_values
 from tests.e2e.runs import create_deployment, get_run, read, start_run, wait_for_log, wait_until_ended
 from tests.long.soak import Soak, soak_values
-from tests.parts import wait_until
+from tests.parts import random_seed, wait_until
 
 SOAK_MINUTES, SOAK_RUNS, SOAK_FAULTS = 2, 15, 4
 """Size of the soak here; `make test-long FOR=soak` runs the full size."""
@@ -54,7 +54,7 @@ def values(image: str) -> Object:
 def test_random_faults_lose_no_run_and_overlap_no_attempts(
     server: Release, pool: Pool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seed = random.randrange(10**6)  # noqa: S311 - faults, no secret
+    seed = random_seed()
     with proxied(pool.namespace.context) as kubernetes:
         soak = Soak(server, pool, kubernetes, random.Random(seed), SOAK_SEQUENCE)  # noqa: S311
         outcome = soak.run(SOAK_MINUTES, SOAK_RUNS, SOAK_FAULTS)
