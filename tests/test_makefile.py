@@ -43,7 +43,7 @@ case "{name} $*" in *"{fails}"*) exit 1 ;; *tests.selection*) echo "{selected}" 
     return run
 
 
-def test_make_test_previews_makes_a_cluster_and_runs_everything(make: Make) -> None:
+def test_make_test_previews_makes_a_cluster_and_runs_everything(make: Make, tmp_path: Path) -> None:
     assert make() == (
         0,
         [
@@ -52,6 +52,8 @@ def test_make_test_previews_makes_a_cluster_and_runs_everything(make: Make) -> N
             f"pytest {ALL} tests CLUSTER=",
         ],
     )
+    first, *_ = (tmp_path / "log").read_text().splitlines()
+    assert first == "python -m tests.preview CLUSTER=", "before the linters"
 
 
 def test_changed_runs_affected_tests_without_a_cluster(make: Make) -> None:
@@ -74,9 +76,10 @@ def test_paths_without_cluster_tests_make_no_cluster(make: Make) -> None:
 
 
 @pytest.mark.parametrize("where", ["environment", "command line"])
-def test_cluster_none_makes_no_cluster(make: Make, where: str) -> None:
+def test_cluster_none_makes_no_cluster(make: Make, tmp_path: Path, where: str) -> None:
     ran = make(cluster="none") if where == "environment" else make("CLUSTER=none")
     assert ran == (0, ["python -m tests.preview CLUSTER=none", f"pytest {ALL} tests CLUSTER=none"])
+    assert (tmp_path / "log").read_text().startswith("python -m tests.preview"), "before the linters"
 
 
 def test_failed_preview_stops_make(make: Make) -> None:

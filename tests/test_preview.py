@@ -19,7 +19,9 @@ def test_preview_names_the_cluster_and_its_reason(
     machine.setattr(kind, "is_docker_running", lambda: docker)
     for name, value in variables.items():
         machine.setenv(name, value)
-    [cluster] = [line for line in preview.text().splitlines() if line.startswith("Cluster")]
+    lines = preview.text().splitlines()
+    [cluster] = [line for line in lines if line.startswith("Cluster")]
+    assert any(line.startswith(f"Time     about {preview.WHOLE_MINUTES} min on 2 cores") for line in lines)
     assert cluster.startswith(f"Cluster  {context}, ")
     reason = "CLUSTER=" if variables.get("CLUSTER") else "KUBE_CONTEXT" if variables else "Docker"
     if "KUBE_CONTEXT" not in variables:
@@ -41,6 +43,8 @@ def test_requested_cluster_that_cannot_be_made_stops_make_test(
     assert preview.main() == (1 if stops else 0)
     captured = capsys.readouterr()
     assert message in (captured.err if stops else captured.out)
+    usual = f"Time     about {preview.WITHOUT_CLUSTER_MINUTES} min on 2 cores\n"
+    assert (usual in captured.out) is not stops
 
 
 def test_preview_lists_what_changes_on_the_machine(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
