@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -11,7 +12,7 @@ from orchestration.operations.local_cluster import node_processes
 from orchestration.settings import ROOT
 from tests.cluster import namespace
 from tests.parts import wait_until
-from tests.reporting import Meter, over_budget
+from tests.reporting import PROCESSOR, Meter, over_budget
 
 BURN = "import time\nwhile time.process_time() < {seconds}: pass\n"
 BUDGET = {"loop": 0.1, "processor_seconds": {"tests": 100, "tests/e2e": 10}}
@@ -80,15 +81,13 @@ def test_meter_ignores_processes_of_the_node(tmp_path: Path, monkeypatch: pytest
         program.kill()
 
 
-@pytest.mark.parametrize(("limit", "status"), [(0.01, 1), (100, 0)])
-def test_run_over_budget_fails(tmp_path: Path, limit: float, status: int) -> None:
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_slow.py").write_text(
-        "import time\n\ndef test_slow():\n    end = time.process_time() + 1\n"
-        "    while time.process_time() < end: pass\n"
-    )
-    (tmp_path / "budget.toml").write_text(f'loop = 0.1\n[processor_seconds]\n"tests" = {limit}\n')
-    (tmp_path / "conftest.py").write_text(
+def _run_project(folder: Path, limit: float, files: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run pytest with the report on files of tests, with a limit in processor seconds for all of them."""
+    (folder / "tests").mkdir()
+    for name, text in files.items():
+        (folder / "tests" / name).write_text(text)
+    (folder / "budget.toml").write_text(f'loop = 0.1\n[processor_seconds]\n"tests" = {limit}\n')
+    (folder / "conftest.py").write_text(
         f"""
 import pathlib
 import sys
@@ -104,8 +103,33 @@ def pytest_sessionstart(session):
     plugins.register(reporting.Report(plugins.get_plugin("terminalreporter"), failures=False))
 """
     )
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "tests"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(folder), "tests"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(("limit", "status"), [(0.01, 1), (100, 0)])
+def test_run_over_budget_fails(tmp_path: Path, limit: float, status: int) -> None:
+    burn = "    end = time.process_time() + 1\n    while time.process_time() < end: pass\n"
+    done = _run_project(tmp_path, limit, {"test_slow.py": f"import time\n\ndef test_slow():\n{burn}"})
     assert done.returncode == status, done.stdout + done.stderr
     assert ("over its budget" in done.stdout) == bool(status)
     assert "tests/test_slow.py" in done.stdout
+
+
+def test_run_ends_with_the_ten_files_of_the_most_processor_seconds(tmp_path: Path) -> None:
+    """Files of pods spend processor seconds without wall seconds, files that wait the reverse."""
+    text = f"import time\n\ndef test_one(record_property):\n    record_property({PROCESSOR!r}, {{spent}}.0)\n"
+    files = {f"test_{spent:02}.py": text.format(spent=10 * spent) for spent in range(1, 13)}
+    files["test_01.py"] += "    time.sleep(4)\n"
+    files["test_08.py"] += "    time.sleep(3)\n"
+    done = _run_project(tmp_path, 1e6, files)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.endswith(".py")]
+    assert [(round(float(spent), -1), file) for spent, _, file in rows] == [
+        (10 * spent, f"tests/test_{spent:02}.py") for spent in range(12, 2, -1)
+    ]
+    walls = [float(wall) for _, wall, _ in rows]
+    assert walls[4] >= 3 > min(walls)
+    [whole] = [line.split() for line in done.stdout.splitlines() if line.endswith("  all files")]
+    assert float(whole[0]) >= sum(range(10, 130, 10))
+    assert float(whole[1]) >= 7
