@@ -31,6 +31,9 @@ LOOP = "loop seconds"
 LEFT_OUT = "CLUSTER=none: the test needs a cluster"
 """Why a test is skipped under CLUSTER=none."""
 
+NOTE = "note"
+"""The user property with a line for the end of the run; an empty one is left out."""
+
 BUDGET = Path(__file__).with_name("budget.toml")
 
 TOLERANCE = 1.2
@@ -147,6 +150,7 @@ class Report:
         self.over: list[str] = []
         self.cached = _cached()
         self.left_out: Counter[str] = Counter()
+        self.notes: list[str] = []
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self.left = Counter(file_of(item.nodeid) for item in session.items)
@@ -166,6 +170,7 @@ class Report:
             lines += [f"{report.nodeid}: {report.when} failed after {report.duration:.0f} s", report.longreprtext]
         if report.when == "teardown":
             lines += [f"{report.nodeid}: {value}" for name, value in report.user_properties if name == "took"]
+            self.notes += [value for name, value in report.user_properties if name == NOTE and value]
             numbers = [(name, value) for name, value in report.user_properties if isinstance(value, float)]
             self.processor[file] += sum(value for name, value in numbers if name == PROCESSOR)
             self.loops += [value for name, value in numbers if name == LOOP]
@@ -191,6 +196,8 @@ class Report:
         if files := sorted(+self.left_out):
             tests = f"{self.left_out.total()} tests that need a cluster"
             write(f"Left out: {tests}. Run them: make test TESTS='{' '.join(files)}'")
+        for line in self.notes:
+            write(line)
         for line in self.over:
             write(line, red=True, bold=True)
 

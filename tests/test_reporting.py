@@ -120,6 +120,7 @@ def test_run_ends_with_the_ten_files_of_the_most_processor_seconds(tmp_path: Pat
     """Files of pods spend processor seconds without wall seconds, files that wait the reverse."""
     text = f"import time\n\ndef test_one(record_property):\n    record_property({PROCESSOR!r}, {{spent}}.0)\n"
     files = {f"test_{spent:02}.py": text.format(spent=10 * spent) for spent in range(1, 13)}
+    files["test_02.py"] += "    record_property('note', 'Due: a test')\n    record_property('note', '')\n"
     files["test_01.py"] += "    time.sleep(4)\n"
     files["test_08.py"] += "    time.sleep(3)\n"
     done = _run_project(tmp_path, 1e6, files)
@@ -133,3 +134,6 @@ def test_run_ends_with_the_ten_files_of_the_most_processor_seconds(tmp_path: Pat
     [whole] = [line.split() for line in done.stdout.splitlines() if line.endswith("  all files")]
     assert float(whole[0]) >= sum(range(10, 130, 10))
     assert float(whole[1]) >= 7
+    note, passed = done.stdout.split("  all files\n")[1].splitlines()
+    assert note == "Due: a test"
+    assert passed.startswith("12 passed")

@@ -68,13 +68,30 @@ def find_changes(test: LongTest, entry: Entry, root: Path) -> list[str]:
     return differing + test.reduced(entry["parameters"])
 
 
+def is_due(entry: Entry | None) -> bool:
+    """Return whether a long test has no result of this version: never recorded, or only for an older version."""
+    return entry is None or entry["paths"] is None
+
+
+def describe_due(tests: Sequence[LongTest], root: Path) -> str:
+    """Return a line with the long tests that are due and the command that runs them; empty if none is due."""
+    entries = load(root)
+    names = [test.name for test in tests if is_due(entries.get(test.name))]
+    if not names:
+        return ""
+    command = f"make test-long FOR='{' '.join(names)}'"
+    return f"Due: {len(names)} long tests without a result of this version. Run them: {command}"
+
+
 def find_problems(tests: Sequence[LongTest], root: Path) -> list[str]:
-    """Return the long tests that last ran on other content or failed, in sentences with the cure."""
+    """Return the long tests that last ran on other content or failed, in sentences with the cure.
+
+    Those that are due are no problem here: `describe_due` names them.
+    """
     found = []
     for test in tests:
         entry = load(root).get(test.name)
-        # An entry without hashes is that of an older version, and is marked as such.
-        if entry is None or entry["paths"] is None:
+        if entry is None or is_due(entry):
             continue
         command = f"Run `make test-long FOR={test.name}` and commit {JSON}"
         if differing := find_changes(test, entry, root):
@@ -125,7 +142,8 @@ def render_page(tests: Sequence[LongTest], entries: Mapping[str, Entry]) -> str:
         "# Results of the long tests",
         "",
         "`make test-long` writes this page and results.json. `make test` fails when the code that a long test declares",
-        "is not the code that it last ran on.",
+        "is not the code that it last ran on. Its last lines name the long tests that are due: those without a",
+        "result of this version.",
         "",
         "| long test | verdict | commit | date | parameters | minutes |",
         "|---|---|---|---|---|---:|",
@@ -133,10 +151,11 @@ def render_page(tests: Sequence[LongTest], entries: Mapping[str, Entry]) -> str:
     for test in tests:
         if entry := entries.get(test.name):
             minutes = "" if entry["seconds"] is None else f"{entry['seconds'] / 60:.0f}"
-            cells = [entry["verdict"], _version(entry), entry["date"], _format_parameters(entry["parameters"]), minutes]
+            verdict = entry["verdict"] + (", due" if is_due(entry) else "")
+            cells = [verdict, _version(entry), entry["date"], _format_parameters(entry["parameters"]), minutes]
             lines.append(f"| [{test.name}](#{test.name}) | {' | '.join(cells)} |")
         else:
-            lines.append(f"| {test.name} | never run | | | | |")
+            lines.append(f"| {test.name} | never run, due | | | | |")
     for test in tests:
         if entry := entries.get(test.name):
             machine = ", ".join(f"{name} {value}" for name, value in entry["machine"].items())
@@ -154,7 +173,7 @@ def render_page(tests: Sequence[LongTest], entries: Mapping[str, Entry]) -> str:
 
 def _version(entry: Entry) -> str:
     text = (entry["commit"] or "unknown")[:7] + ("" if entry["clean"] is not False else " with changes")
-    return text if entry["paths"] is not None else f"{text} (an older version)"
+    return f"{text} (an older version)" if is_due(entry) else text
 
 
 def _format_parameters(parameters: Mapping[str, float]) -> str:

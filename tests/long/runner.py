@@ -148,11 +148,11 @@ def _state(test: LongTest, root: Path) -> Row:
     """Return the recorded result of a long test."""
     entry = results.load(root).get(test.name)
     if entry is None:
-        return Row(test.name, "never run", None, test.what)
+        return Row(test.name, "never run", None, f"due: {test.what}")
     differing = results.find_changes(test, entry, root)
     note = f"on other content: {', '.join(differing)}" if differing else entry["reason"]
-    if entry["paths"] is None:
-        note = f"on an older version: {(entry['commit'] or 'unknown')[:7]}"
+    if results.is_due(entry):
+        note = f"due: on an older version: {(entry['commit'] or 'unknown')[:7]}"
     return Row(test.name, entry["verdict"], entry["seconds"], note)
 
 

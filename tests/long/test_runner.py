@@ -190,10 +190,16 @@ def test_missing_and_older_results_are_listed_and_do_not_fail(
     _, *lines = capsys.readouterr().out.splitlines()
     assert [" ".join(line.split()) for line in lines] == [
         "kills passed 0 on other content: engine",
-        "soak passed 0 on an older version: e54c69c",
-        "charts never run It renders.",
+        "soak passed 0 due: on an older version: e54c69c",
+        "charts never run due: It renders.",
     ]
-    assert "e54c69c (an older version)" in results.render_page(project.tests, results.load(project.root))
+    due = "Due: 2 long tests without a result of this version. Run them: make test-long FOR='soak charts'"
+    assert results.describe_due(project.tests, project.root) == due
+    page = results.render_page(project.tests, results.load(project.root))
+    assert "| [soak](#soak) | passed, due | e54c69c (an older version) |" in page
+    assert "| charts | never run, due |" in page
+    assert project.make("--for", "soak", "charts") == 0
+    assert results.describe_due(project.tests, project.root) == ""
 
 
 def test_interrupted_run_keeps_results_and_is_resumed(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
