@@ -215,3 +215,14 @@ def test_main_container_decides_despite_sidecars(pool: Pool, api: httpx.Client) 
     for run in runs.values():
         wait_until(lambda run=run: all(map(is_ending, list_pods(pool, run))), "the Job to be deleted")  # type: ignore[misc]
     assert get_run(api, runs["evicted"])["run_count"] == 2
+
+
+def test_kubernetes_retries_the_pod_of_a_run_with_a_backoff_limit(pool: Pool, api: httpx.Client) -> None:
+    """The reconciler leaves the run alone until its Job is finished, and no retry budget is used."""
+    variables = {"backoff_limit": 1, "crash_retries": 0}
+    run = start_run(api, deploy_victim(api, pool, job_variables=variables), parameters={"killed": True})
+    wait_until_completed(api, run, 400)
+    assert get_run(api, run)["run_count"] == 2
+    assert {"Crashed", "AwaitingRetry"}.isdisjoint(state["name"] for state in list_states(api, run))
+    first, second = list_pods(pool, run)
+    assert first["metadata"]["labels"]["job-name"] == second["metadata"]["labels"]["job-name"]
