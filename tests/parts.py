@@ -31,6 +31,7 @@ from orchestration.operations.local_cluster import binaries
 from orchestration.operations.local_cluster.file_lock import hold_lock
 from orchestration.settings import ROOT, settings
 from tests import server_forks
+from tests.checkout_files import list_files
 from tests.server_forks import Fork
 
 Query = Callable[..., list[tuple[Any, ...]]]
@@ -176,11 +177,7 @@ def kill_run_processes(run: str) -> None:
 
 def copy_of_checkout(folder: Path) -> None:
     """Copy the tracked and new files of this checkout, with their changes, and no ignored ones."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    for name in filter(None, listed.stdout.split("\0")):
+    for name in list_files(ROOT):
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)

@@ -19,6 +19,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeGuard
 
+from tests.checkout_files import list_files
+
 ROOT = Path(__file__).resolve().parent.parent
 
 IMAGE = "tests/docker/* tests/e2e/* tests/test_readme.py tests/test_repository.py"
@@ -93,7 +95,7 @@ class Checkout:
     @cached_property
     def files(self) -> set[str]:
         """The tracked and untracked files of the checkout, without ignored ones."""
-        return set(self._git("ls-files", "--cached", "--others", "--exclude-standard"))
+        return set(list_files(self.root))
 
     @cached_property
     def tests(self) -> list[str]:
@@ -110,7 +112,7 @@ class Checkout:
             [fork] = self._git("merge-base", base, "HEAD")
         except subprocess.CalledProcessError:
             raise BaseError(f"git has no commit {base!r} to compare with. Name one: make test CHANGED=REV") from None
-        untracked = self._git("ls-files", "--others", "--exclude-standard")
+        untracked = list_files(self.root, "--others", "--exclude-standard")
         return {*self._git("diff", "--name-only", "--no-renames", fork), *untracked}
 
     def affected(self, changed: set[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """The repository is consistent: versions agree, links work, pages match the code."""
 
 import ast
+import functools
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import yaml
 
 from orchestration.__main__ import main
 from orchestration.operations.local_cluster import choice, node_layout
+from tests.checkout_files import list_files
 from tests.conftest import FIRST
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,12 +24,9 @@ LOCK = {package["name"]: package for package in tomllib.loads((ROOT / "uv.lock")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
+@functools.cache
 def _tracked() -> list[Path]:
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+    return [ROOT / name for name in list_files(ROOT) if (ROOT / name).is_file()]
 
 
 def test_lock_file_is_current() -> None:
@@ -144,6 +143,8 @@ def test_ci_calls_make_test() -> None:
     assert command
     assert choice.CONTEXTS[command[1]] == node_layout.CONTEXT
     assert last["env"] == {"PYTHON": "python${{ matrix.python }}"}, "without it each job has the distribution's Python"
+    [checkout] = [step["with"] for step in job["steps"] if step.get("uses", "").startswith("actions/checkout@")]
+    assert checkout == {"fetch-depth": 0}, "without history the upgrade from the previous release is skipped"
     assert {"3.11", "3.13"} <= set(job["strategy"]["matrix"]["python"])
 
 

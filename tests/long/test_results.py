@@ -1,11 +1,11 @@
 """The committed results belong to this content and are complete."""
 
 import re
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 from orchestration.settings import ROOT
+from tests.checkout_files import NOT_IGNORED, list_files
 from tests.long import results
 from tests.long.catalogue import CHART_VALUES, LONG_TESTS, PROPERTIES
 from tests.long.longtest import files
@@ -41,15 +41,14 @@ def test_recorded_results_are_of_full_size() -> None:
         assert not tests[name].reduced(entry["parameters"])
 
 
-def test_hashed_files_are_the_tracked_files_of_declared_paths() -> None:
+def test_hashed_files_are_those_of_declared_paths_that_git_does_not_ignore() -> None:
     hashed = {file.relative_to(ROOT).as_posix() for path in PATHS for file in files(ROOT / path)}
 
     def listed(*arguments: str) -> set[str]:
-        command = ["git", "ls-files", "-z", *arguments, "--", *PATHS]
-        names = subprocess.check_output(command, cwd=ROOT, text=True).split("\0")
-        return {name for name in names if name and not any(part.startswith(".") for part in name.split("/"))}
+        names = list_files(ROOT, *arguments, "--", *PATHS)
+        return {name for name in names if not any(part.startswith(".") for part in name.split("/"))}
 
-    assert listed() - hashed == set()
+    assert {name for name in listed(*NOT_IGNORED) if (ROOT / name).exists()} - hashed == set()
     assert hashed & listed("--others", "--ignored", "--exclude-standard") == set()
 
 
