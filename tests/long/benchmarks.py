@@ -18,6 +18,8 @@ SMALLEST = {
     "dbt": ("--pairs", "1", "--sizes", "20", "--line-pairs", "0"),
     "deployments": ("--pairs", "1", "--deployments", "5"),
     "reconciler": ("--rounds", "1", "--live", "3", "--over", "3"),
+    "starts": ("--pairs", "1"),
+    "idle": ("--pairs", "1", "--runs", "1"),
     "recovery": ("--kills", "1"),
     "access": ("--pairs", "5"),
     "cluster": ("--pairs", "1"),
@@ -26,7 +28,7 @@ SMALLEST = {
 """Arguments of the smallest size by benchmark. `deploys` is left out, because it deletes the cluster
 first, and `load`, which `make test` runs."""
 
-ROW = r"^\| [^|]+ \| \S* \| [1-9]\d* \| [-\d.,]+ \| [-\d.,]+ \| [-\d.,]+ \| [-\d.,]+ \|"
+ROW = r"^\| [^|]+ \| [^|]* \| [1-9]\d* \| [-\d.,]+ \| [-\d.,]+ \| [-\d.,]+ \| [-\d.,]+ \|"
 
 
 @pytest.mark.parametrize("name", SMALLEST)
