@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 
 import httpx
+import pytest
 
-from orchestration.operations.local_cluster import images
+from orchestration.operations.local_cluster import binaries, images
 from tests.cluster.namespace import Namespace
 from tests.e2e.faults.victims import (
     DETECTION_SECONDS,
@@ -39,6 +40,24 @@ from tests.e2e.pace import GRACE_SECONDS, PENDING_TIMEOUT_SECONDS, WORKER_OUTAGE
 from tests.e2e.release import Object, Pool, Release, merge_values
 from tests.e2e.runs import create_deployment, get_run, read, start_run, wait_until_ended
 from tests.parts import wait_until
+
+ROOM = "example.com/room"
+"""A resource of the node, of which each of these runs takes one."""
+
+
+def set_room(context: str, number: int) -> None:
+    """Set how much of the resource `ROOM` the node has."""
+    room = {ROOM: str(number)}
+    patch = json.dumps({"status": {"capacity": room, "allocatable": room}})
+    for node in binaries.kubectl("--context", context, "get", "nodes", "-o", "name").split():
+        binaries.kubectl("--context", context, "patch", node, "--subresource=status", "--type=merge", "-p", patch)
+
+
+@pytest.fixture(scope="module")
+def values(values: Object, cluster: str) -> Iterator[Object]:
+    set_room(cluster, 1000)
+    yield merge_values(values, {"runs": {"resources": {"limits": {ROOM: 1}}}})
+    set_room(cluster, 0)
 
 
 def test_two_workers_execute_each_run_once(pool: Pool, api: httpx.Client) -> None:
@@ -127,6 +146,27 @@ def test_runs_over_quota_wait_for_room(pool: Pool, api: httpx.Client) -> None:
         assert get_run(api, run)["run_count"] == 1
         assert not get_run(api, run)["labels"].get("reconciler.crashes")
         wait_until(lambda run=run: all(map(is_ending, list_pods(pool, run))), "its pod to end")  # type: ignore[misc]
+
+
+def test_scheduled_run_waits_until_a_full_cluster_has_room(pool: Pool, api: httpx.Client) -> None:
+    """The run has no retry. It waits for longer than a run whose cause somebody has to cure."""
+    set_room(pool.namespace.context, 0)
+    minutely = {"schedule": {"interval": 60, "anchor_date": datetime.now(UTC).isoformat()}}
+    deployment = deploy_victim(api, pool, schedules=[minutely], job_variables={"crash_retries": 0})
+    body = {"deployments": {"id": {"any_": [deployment]}}, "sort": "EXPECTED_START_TIME_ASC", "limit": 1}
+    try:
+        [found] = wait_until(lambda: read(api, "POST", "/flow_runs/filter", json=body), "the scheduled run")
+        run = str(found["id"])
+        assert f"Insufficient {ROOM}" in wait_for_state(api, run, "Unschedulable", 240)["message"]
+        api.patch(f"/deployments/{deployment}", json={"paused": True}).raise_for_status()
+        time.sleep(PENDING_TIMEOUT_SECONDS + 5)
+        assert get_run(api, run)["state_type"] == "PENDING"
+    finally:
+        set_room(pool.namespace.context, 1000)
+    wait_until_completed(api, run)
+    assert get_run(api, run)["run_count"] == 1
+    assert get_run(api, run)["auto_scheduled"]
+    assert not get_run(api, run)["labels"].get("reconciler.crashes")
 
 
 def test_runs_complete_crash_and_are_cancelled_while_no_worker_exists(pool: Pool, api: httpx.Client) -> None:
