@@ -40,6 +40,7 @@ JSON ?=
 PAIRS ?= 7
 POSTGRES ?=
 BEFORE ?=
+PGBOUNCER ?=
 RUN_IMAGES ?=
 FROM ?=
 IDENTITY ?=
@@ -271,9 +272,9 @@ bench-health: .venv/ready ## measure how soon the health of the background servi
 	@$(BIN)/python -m tests.benchmarks.health --pairs $(call quoted,$(PAIRS))
 
 bench-load: RUNS := $(or $(RUNS),1000)
-bench-load: MINUTES := $(or $(MINUTES),2)
-bench-load: .venv/ready ## measure how many runs a server takes, with 1, 2 and 3 API replicas; kill these for MINUTES=2; RUNS=1000 live, and due at once
-	@$(BIN)/python -m tests.benchmarks.load --minutes $(call quoted,$(MINUTES)) --live $(call quoted,$(RUNS)) --runs $(call quoted,$(RUNS))
+bench-load: MINUTES := $(or $(MINUTES),5)
+bench-load: .venv/ready ## measure how many runs a server takes, with 1, 2 and 3 API replicas; kill these for MINUTES=5; RUNS=1000 live, and due at once; PGBOUNCER=1
+	@$(BIN)/python -m tests.benchmarks.load --minutes $(call quoted,$(MINUTES)) --live $(call quoted,$(RUNS)) --runs $(call quoted,$(RUNS)) $(if $(PGBOUNCER),--pgbouncer)
 
 bench-recovery: KILLS := $(or $(KILLS),10)
 bench-recovery: .venv/ready ## measure how soon a killed run continues, KILLS=10 times on the local cluster

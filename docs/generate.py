@@ -504,12 +504,28 @@ def checks() -> str:
 
 
 def load() -> str:
-    """Return picture and table of the recorded benchmark of load."""
+    """Return picture and tables of the recorded benchmark of load."""
+    from tests.benchmarks import curves
+
+    return _load(curves.LOAD, "bench-load")
+
+
+def load_pgbouncer() -> str:
+    """Return picture and tables of the recorded benchmark of load through PgBouncer."""
+    from tests.benchmarks import curves
+
+    return _load(curves.PGBOUNCER, "bench-load PGBOUNCER=1")
+
+
+def _load(results: Path, target: str) -> str:
     from tests.benchmarks import curves
 
     head = ("API replicas", "runs/min at the knee", "requests/s", "clients", "p50 of a request, ms", "p99, ms")
     caption = "Requests per second and their duration by the number of clients; a ring marks the knee"
-    return _measured(curves.LOAD, "bench-load", caption, head, curves.load_table)
+    text = _measured(results, target, caption, head, curves.load_table)
+    if not results.exists() or not (rows := curves.phases_table(json.loads(results.read_text()))):
+        return text
+    return f"{text}\n{table(('kills, live runs, runs due at once', 'unit', 'n', 'median', 'p99', 'max', ''), rows)}"
 
 
 def upgrade() -> str:
@@ -546,6 +562,7 @@ BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "rbac": ("rbac.md", rbac),
     "checks": ("checks.md", checks),
     "load": ("../how-to/scale-out.md", load),
+    "load-pgbouncer": ("../how-to/share-database-connections.md", load_pgbouncer),
     "upgrade": ("../upgrading.md", upgrade),
 }
 """Page and function of each generated block. The page is relative to docs/reference."""

@@ -9,21 +9,35 @@ import pytest
 
 from docs import generate
 from tests.benchmarks import curves
+from tests.benchmarks.table import Figure
 
 POINTS = [
     {"clients": 4, "requests_per_second": 40.0, "runs_per_minute": 126, "p50_ms": 90, "p99_ms": 200},
     {"clients": 8, "requests_per_second": 50.0, "runs_per_minute": 158, "p50_ms": 150, "p99_ms": 1400},
 ]
+PHASES = [
+    Figure("a request while replicas are killed", "ms", [80.0, 90.0, 1500.0], "2 ConnectError"),
+    Figure("runs that failed", "", [0.0], "goal 0"),
+]
+LOAD = {
+    "requests_of_a_run": 19,
+    "replicas": {"1": {"knee_clients": 8, "points": POINTS}, "2": {"knee_clients": 4, "points": POINTS}},
+    "phases": [figure.record for figure in PHASES],
+}
+ROWS_OF_LOAD = (
+    "| 1 | 158 | 50 | 8 | 150 | 1,400 |",
+    "| a request while replicas are killed | ms | 3 | 90 | 1,500 | 1,500 | 2 ConnectError |",
+    "| runs that failed |  | 1 | 0 |  |  | goal 0 |",
+)
 FIGURES: dict[Path, dict[str, Any]] = {
-    curves.LOAD: {
-        "requests_of_a_run": 19,
-        "replicas": {"1": {"knee_clients": 8, "points": POINTS}, "2": {"knee_clients": 4, "points": POINTS}},
-    },
+    curves.LOAD: LOAD,
+    curves.PGBOUNCER: LOAD,
     curves.UPGRADE: {"steps": [{"name": "migration 1a2b", "seconds": 12.5, "lock_seconds": 0.75}]},
 }
 SHOWN = {
-    curves.LOAD: ("load", "| 1 | 158 | 50 | 8 | 150 | 1,400 |", "158 runs/min"),
-    curves.UPGRADE: ("upgrade", "| migration 1a2b | 12.50 | 0.75 |", "12.50 s"),
+    curves.LOAD: ("load", ROWS_OF_LOAD, "158 runs/min"),
+    curves.PGBOUNCER: ("load-pgbouncer", ROWS_OF_LOAD, "158 runs/min"),
+    curves.UPGRADE: ("upgrade", ("| migration 1a2b | 12.50 | 0.75 |",), "12.50 s"),
 }
 
 
@@ -31,10 +45,10 @@ SHOWN = {
 def test_docs_show_a_benchmark_once_it_is_recorded_and_drawn(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    block, row, label = SHOWN[file]
+    block, rows, label = SHOWN[file]
     results, reference = tmp_path / file.name, tmp_path / "reference"
     (tmp_path / "images").mkdir()
-    for name in ("LOAD", "UPGRADE"):
+    for name in ("LOAD", "PGBOUNCER", "UPGRADE"):
         if getattr(curves, name) == file:
             monkeypatch.setattr(curves, name, results)
     monkeypatch.setattr(curves, "PICTURES", curves.PICTURES | {results: curves.PICTURES[file]})
@@ -45,7 +59,7 @@ def test_docs_show_a_benchmark_once_it_is_recorded_and_drawn(
     assert "No figures yet" in make(), "a link to a picture that does not exist"
     curves.draw_all(tmp_path / "images")
     assert label in (tmp_path / "images" / curves.PICTURES[file]).read_text()
-    assert row in make()
+    assert [row for row in rows if row not in make()] == []
     [image] = re.findall(r"!\[.+\]\((.+)\)", make())
     assert (reference / page).parent.joinpath(image).resolve().exists()
 

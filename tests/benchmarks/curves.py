@@ -14,10 +14,10 @@ from tests.benchmarks.table import describe_commit
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Picture
 
-LOAD, UPGRADE = (Path(__file__).with_name(f"{name}.json") for name in ("load", "upgrade"))
+LOAD, PGBOUNCER, UPGRADE = (Path(__file__).with_name(f"{name}.json") for name in ("load", "load-pgbouncer", "upgrade"))
 """The newest results of an idle machine. A file exists once its benchmark has run on one."""
 
-PICTURES = {LOAD: "load.svg", UPGRADE: "upgrade.svg"}
+PICTURES = {LOAD: "load.svg", PGBOUNCER: "load-pgbouncer.svg", UPGRADE: "upgrade.svg"}
 """The name of the picture of each file of results."""
 
 IDLE_LOAD = 0.5
@@ -32,7 +32,7 @@ def record(file: Path, figures: Record, load_before: float) -> None:
     """Write the figures of a full benchmark to a file of results, unless other programs used the machine before it.
 
     Args:
-        file: `LOAD` or `UPGRADE`.
+        file: `LOAD`, `PGBOUNCER` or `UPGRADE`.
         figures: what the picture shows.
         load_before: the load average of the machine before the benchmark.
     """
@@ -49,7 +49,7 @@ def record(file: Path, figures: Record, load_before: float) -> None:
 
 def draw_all(folder: Path) -> None:
     """Draw the picture of each file of results that exists into a folder."""
-    for file, draw in ((LOAD, draw_load), (UPGRADE, draw_upgrade)):
+    for file, draw in ((LOAD, draw_load), (PGBOUNCER, draw_load), (UPGRADE, draw_upgrade)):
         if file.exists():
             draw(json.loads(file.read_text()), folder / PICTURES[file])
 
@@ -121,6 +121,18 @@ def load_table(found: Record) -> list[list[str]]:
         knee = knee_of(curve)
         rates = [f"{knee['runs_per_minute']:.0f}", f"{knee['requests_per_second']:.0f}", f"{knee['clients']:.0f}"]
         rows.append([replicas, *rates, f"{knee['p50_ms']:,.0f}", f"{knee['p99_ms']:,.0f}"])
+    return rows
+
+
+def phases_table(found: Record) -> list[list[str]]:
+    """Return a row for each figure of the phases after the knees, in the order of the measurement."""
+    rows = []
+    for figure in found["phases"]:
+        # A single value is its median.
+        shown = [figure[name] for name in ("median", "p99", "max")][: 1 if figure["n"] == 1 else None]
+        cells = [f"{value:,.{0 if value >= 1000 or value == int(value) else 2}f}" for value in shown]
+        cells += [""] * (3 - len(cells))
+        rows.append([figure["name"], figure["unit"], f"{figure['n']:,}", *cells, figure["note"]])
     return rows
 
 

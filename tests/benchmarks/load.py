@@ -9,8 +9,9 @@ The server is that of the chart, as processes of this machine. The clients post 
 3. Live runs report at once: heartbeats, states of task runs and log lines.
 4. Runs that are due in the same second wait for the slots of their work pool, in queues of three priorities.
 
-Everything shares the processors, the clients too. With `--url` the clients measure the knee of a server elsewhere. The
-table is printed and appended to results.md, also after Ctrl-C. On an idle machine the knees are recorded for a picture.
+Everything shares the processors, the clients too. With `--pgbouncer` the server connects to Postgres through PgBouncer.
+With `--url` the clients measure the knee of a server elsewhere. The table is printed and appended to results.md, also
+after Ctrl-C. On an idle machine the figures are recorded for the docs once all knees are found.
 """
 
 import argparse
@@ -37,7 +38,10 @@ from uuid import uuid4
 import httpx
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
+from orchestration.errors import ClusterError, sentence
 from tests.benchmarks import curves
+from tests.benchmarks.pgbouncer_processes import describe_pgbouncer, find_pgbouncer
+from tests.benchmarks.polls import Poll, find_passed_over
 from tests.benchmarks.server_processes import ServerProcesses, server_processes
 from tests.benchmarks.simulated_runs import (
     HEARTBEAT,
@@ -52,7 +56,7 @@ from tests.benchmarks.simulated_runs import (
     Runs,
     Service,
 )
-from tests.benchmarks.table import Figure, percentile, results_table
+from tests.benchmarks.table import Figure, describe_databases, percentile, results_table
 from tests.parts import rows_of
 
 PRIORITIES = {"high": 1, "normal": 2, "low": 3}
@@ -76,7 +80,10 @@ CURVE_OPTIONS = ("replicas", "clients", "settle_seconds", "step_seconds")
 """The options whose defaults make the runs comparable that are recorded for the picture."""
 
 DRAIN_SECONDS = 600
-"""How long runs may take to end after the last one has begun."""
+"""How long runs may take to end after the last one has begun, on a server that takes a few runs per second."""
+
+RECORDING_PAUSE_SECONDS = 30
+"""If the services record nothing for so long, what is missing counts as lost. They write at least every 5 s."""
 
 Report = Callable[[Iterable[Figure]], None]
 
@@ -158,6 +165,11 @@ def latency(name: str, seconds: Sequence[float], note: str = "") -> Figure:
     """Return the row of the seconds of requests."""
     values = [1000 * value for value in seconds]
     return Figure(name, "ms", values, f"p99 {percentile(values, 99):,.0f}{'; ' * bool(note)}{note}")
+
+
+def drain_seconds(runs: int, rate: float) -> float:
+    """Return how long runs may take to end on a server that takes `rate` requests per second."""
+    return max(DRAIN_SECONDS, 3 * REQUESTS_OF_A_RUN * runs / rate)
 
 
 def find_knee(steps: Sequence[Step]) -> Step:
@@ -264,16 +276,17 @@ async def kill_in_turn(processes: ServerProcesses, every: float, ended: asyncio.
     return seconds
 
 
-async def measure_kills(target: Target, name: str, rate: float, options: argparse.Namespace, report: Report) -> None:
+async def measure_kills(target: Target, name: str, knee: Step, options: argparse.Namespace, report: Report) -> None:
     """Start runs at a steady rate while API replicas are killed.
 
     Args:
         target: a server of this machine.
         name: names the rows of the table.
-        rate: runs per minute.
+        knee: that of the server.
         options: those of the command line.
         report: prints figures.
     """
+    rate = STEADY_SHARE * knee.runs_per_minute
     assert target.processes
     recorder = Recorder()
     runs = target.runs(recorder)
@@ -291,7 +304,7 @@ async def measure_kills(target: Target, name: str, rate: float, options: argpars
         await asyncio.sleep(begin + 60 * options.minutes - time.monotonic())
         ended.set()
         kills = await killing
-        await asyncio.wait(posting, timeout=DRAIN_SECONDS)
+        await asyncio.wait(posting, timeout=drain_seconds(len(posting), knee.rate))
     finally:
         await end_tasks([killing, *posting])
     for failure in recorder.failed:
@@ -329,19 +342,19 @@ async def _count_lost_task_runs(database: str, deployments: Sequence[Deployment]
 async def _count_losses(count: Callable[[], Counter[str]]) -> Counter[str]:
     """Count what is not recorded until nothing is missing, or the services have recorded nothing for a while."""
     lost, unchanged = count(), 0
-    # The services write at least every 5 s.
-    while any(lost.values()) and unchanged < 10:
+    while any(lost.values()) and unchanged < RECORDING_PAUSE_SECONDS:
         await asyncio.sleep(1)
         before, lost = lost, await asyncio.to_thread(count)
         unchanged = unchanged + 1 if lost == before else 0
     return lost
 
 
-async def measure_live(target: Target, options: argparse.Namespace, report: Report) -> None:
+async def measure_live(target: Target, rate: float, options: argparse.Namespace, report: Report) -> None:
     """Let live runs report, each of them once in `--report-seconds`.
 
     Args:
         target: a server of this machine.
+        rate: requests per second that the server takes.
         options: those of the command line.
         report: prints figures.
     """
@@ -387,7 +400,7 @@ async def measure_live(target: Target, options: argparse.Namespace, report: Repo
             # Every run has reported once before the measurement begins.
             await asyncio.sleep(options.report_seconds)
             step = await _measure_step(target, options.live, recorder, options.live_seconds)
-            await asyncio.wait(lives, timeout=DRAIN_SECONDS)
+            await asyncio.wait(lives, timeout=drain_seconds(options.live, rate))
         finally:
             await end_tasks(lives)
     posted = sum(run.reports for run in reporting.values())
@@ -395,13 +408,22 @@ async def measure_live(target: Target, options: argparse.Namespace, report: Repo
     lost = await _count_losses(lambda: _missing_reports(database, [*reporting], posted))
     name = f"{options.live:,} live runs that report every {options.report_seconds:g} s"
     cores = ", ".join(f"{part} {used / options.live_seconds:.2f}" for part, used in step.processor.items())
-    note = f"of {posted:,}, {time.monotonic() - began:.0f} s after the last run"
+    waited = f"{time.monotonic() - began:.0f} s after the last run"
+    lines = LINES_OF_A_BATCH * posted
     report(
         [
             Figure(f"{name}: requests", "1/s", step.rates, f"{shown(step.errors)}; cores: {cores}"),
             latency(f"{name}: a request", step.seconds),
             Figure(f"{name}: runs that failed", "", [float(options.live - recorder.completed)], "goal 0"),
-            *(Figure(f"{name}: {kind} lost", "", [float(number)], note) for kind, number in lost.items()),
+            *(
+                Figure(
+                    f"{name}: {kind} lost",
+                    "",
+                    [float(number)],
+                    f"of {lines if kind == 'log lines' else posted:,}, {waited}",
+                )
+                for kind, number in lost.items()
+            ),
         ]
     )
 
@@ -471,15 +493,6 @@ class Outcomes:
         )
 
 
-def out_of_order(priorities: Sequence[int]) -> int:
-    """Return how many runs a worker got before a run of a higher priority."""
-    count, highest_later = 0, max(priorities, default=0)
-    for priority in reversed(priorities):
-        count += priority > highest_later
-        highest_later = min(highest_later, priority)
-    return count
-
-
 async def measure_due_at_once(target: Target, rate: float, options: argparse.Namespace, report: Report) -> None:
     """Execute runs that are due in the same second through the limit of their work pool.
 
@@ -495,29 +508,32 @@ async def measure_due_at_once(target: Target, rate: float, options: argparse.Nam
     pool, deployments = await prepare(runs, options.limit)
     due = datetime.now(UTC) + timedelta(seconds=5 + 1.5 * options.runs / rate)
     turns = asyncio.Semaphore(CONCURRENT_CREATIONS)
+    priorities: dict[str, int] = {}
     async with runs.operator() as operator:
 
         async def create(number: int) -> None:
+            deployment = deployments[number % len(deployments)]
             async with turns:
-                await runs.create(operator, deployments[number % len(deployments)], due)
+                priorities[await runs.create(operator, deployment, due)] = deployment.priority
 
         await asyncio.gather(*map(create, range(options.runs)))
     late = (datetime.now(UTC) - due).total_seconds()
     print(f"The last run was created {abs(late):.0f} s {'after' if late > 0 else 'before'} it was due", file=sys.stderr)
     await asyncio.sleep(max(0, -late))
     recorder.requests.clear()
-    handed_out: dict[str, int] = {}
+    polls: list[Poll] = []
+    deadline = time.monotonic() + drain_seconds(options.runs, rate)
 
     async def work(number: int) -> None:
         await asyncio.sleep(POLL_SECONDS * number / options.workers)
-        await execute_due_runs(runs, pool, deployments, handed_out, options.runs)
+        await execute_due_runs(runs, pool, polls, options.runs, deadline)
 
     await asyncio.gather(*map(work, range(options.workers)))
     outcomes = Outcomes.read(target.processes.database, deployments)
     name = f"{options.runs:,} runs due at once"
     waits = [(at - due).total_seconds() for at in outcomes.completed]
-    pool_timeouts = target.processes.count_in_logs("QueuePool limit")
-    misplaced = out_of_order([*handed_out.values()])
+    pool_timeouts = sum(map(target.processes.count_in_logs, ("QueuePool limit", "query_wait_timeout")))
+    alone, at_once = find_passed_over(polls, priorities)
     failures = sum(count for status, count in recorder.attempts.items() if status.startswith("5"))
     report(
         [
@@ -529,7 +545,12 @@ async def measure_due_at_once(target: Target, rate: float, options: argparse.Nam
             ),
             latency(f"{name}: a request", recorder.seconds, shown(recorder.attempts)),
             Figure(f"{name}: runs not Completed once", "", [float(outcomes.not_once)], "goal 0"),
-            Figure(f"{name}: handed out before a higher priority", "", [float(misplaced)], "goal 0"),
+            Figure(
+                f"{name}: handed out before a higher priority", "", [float(len(alone))], f"goal 0; {len(polls)} polls"
+            ),
+            Figure(
+                f"{name}: the same, by two polls at the same time", "", [float(len(at_once))], "Prefect locks due runs"
+            ),
             Figure(f"{name}: at once, at most", "", [float(outcomes.at_once)], f"limit {options.limit}"),
             Figure(f"{name}: answers of 500 or more", "", [float(failures)], "goal 0"),
             Figure("pool timeouts in the server's logs", "", [float(pool_timeouts)], "goal 0"),
@@ -537,9 +558,7 @@ async def measure_due_at_once(target: Target, rate: float, options: argparse.Nam
     )
 
 
-async def execute_due_runs(
-    runs: Runs, pool: str, deployments: Sequence[Deployment], handed_out: dict[str, int], number: int
-) -> None:
+async def execute_due_runs(runs: Runs, pool: str, polls: list[Poll], number: int, deadline: float) -> None:
     """Poll, claim and execute runs as a worker does, until `number` runs have ended.
 
     A worker polls again when the claims of its last poll are answered.
@@ -547,13 +566,11 @@ async def execute_due_runs(
     Args:
         runs: the simulated runs.
         pool: the name of the work pool.
-        deployments: those of the pool.
-        handed_out: the priority of each run that a worker has got, in their order.
+        polls: gets each poll that had runs in its answer.
         number: the number of runs.
+        deadline: when to end at the latest, on the clock of `time.monotonic`.
     """
-    priorities = {deployment.id: deployment.priority for deployment in deployments}
     executing: set[asyncio.Task[None]] = set()
-    deadline = time.monotonic() + DRAIN_SECONDS
 
     async def execute(run: str) -> None:
         try:
@@ -562,26 +579,46 @@ async def execute_due_runs(
             runs.recorder.failed.append(str(error))
             print(f"A run failed: {error}", file=sys.stderr)
 
-    async def claim(run: str) -> None:
-        if await runs.claim(worker, run):
+    async def claim(run: str) -> bool:
+        if granted := await runs.claim(worker, run):
             executing.add(task := asyncio.create_task(execute(run)))
             task.add_done_callback(executing.discard)
+        return granted
 
     async with runs.worker() as worker:
         while runs.recorder.completed + len(runs.recorder.failed) < number and time.monotonic() < deadline:
-            now = datetime.now(UTC).isoformat()
-            found = await worker.ask("POST", f"/work_pools/{pool}/get_scheduled_flow_runs", {"scheduled_before": now})
-            for entry in found:
-                handed_out.setdefault(entry["flow_run"]["id"], priorities[entry["flow_run"]["deployment_id"]])
-            await asyncio.gather(*(claim(entry["flow_run"]["id"]) for entry in found))
+            now, started = datetime.now(UTC).isoformat(), time.monotonic()
+            answer = await worker.ask("POST", f"/work_pools/{pool}/get_scheduled_flow_runs", {"scheduled_before": now})
+            if found := [entry["flow_run"]["id"] for entry in answer]:
+                polls.append(poll := Poll(started, time.monotonic(), found))
+                granted = await asyncio.gather(*map(claim, found))
+                poll.claimed = time.monotonic()
+                poll.refused.update(run for run, is_granted in zip(found, granted, strict=True) if not is_granted)
             await asyncio.sleep(POLL_SECONDS)
         await asyncio.gather(*executing)
 
 
-def measure_own_server(options: argparse.Namespace, report: Report) -> curves.Record:
-    """Measure the server of the chart as processes of this machine; return the curve of each number of replicas."""
-    found: curves.Record = {}
-    with tempfile.TemporaryDirectory() as folder, server_processes(Path(folder), options.replicas[0]) as processes:
+def measure_own_server(
+    options: argparse.Namespace, pgbouncer: Sequence[str], report: Report, found: curves.Record
+) -> None:
+    """Measure the server of the chart as processes of this machine.
+
+    Args:
+        options: those of the command line.
+        pgbouncer: the command of a PgBouncer, through which the server connects to Postgres; or none.
+        report: prints figures.
+        found: gets the curve of each number of replicas, and the figures of each later phase.
+    """
+
+    def report_phase(figures: Iterable[Figure]) -> None:
+        figures = list(figures)
+        report(figures)
+        found["phases"] += [figure.record for figure in figures]
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        server_processes(Path(folder), options.replicas[0], pgbouncer) as processes,
+    ):
         target = Target(processes.service, processes.credentials, processes)
         for replicas in options.replicas:
             processes.start_api(replicas)
@@ -589,20 +626,19 @@ def measure_own_server(options: argparse.Namespace, report: Report) -> curves.Re
             print(f"{name}: the knee", file=sys.stderr)
             steps = asyncio.run(measure_steps(target, name, options, report))
             knee = find_knee(steps)
-            found[str(replicas)] = {"knee_clients": knee.clients, "points": [step.point for step in steps]}
+            found["replicas"][str(replicas)] = {"knee_clients": knee.clients, "points": [step.point for step in steps]}
             note = f"{knee.clients} clients, {knee.rate:.0f} requests/s"
             report([Figure(f"{name}: the knee", "runs/min", [knee.runs_per_minute], note)])
         if options.minutes:
             title = f"{name} at {STEADY_SHARE:.0%}, one killed every {options.kill_seconds:g} s"
             print(title, file=sys.stderr)
-            asyncio.run(measure_kills(target, title, STEADY_SHARE * knee.runs_per_minute, options, report))
+            asyncio.run(measure_kills(target, title, knee, options, report_phase))
         if options.live:
             print(f"{options.live:,} live runs", file=sys.stderr)
-            asyncio.run(measure_live(target, options, report))
+            asyncio.run(measure_live(target, knee.rate, options, report_phase))
         if options.runs:
             print(f"{options.runs:,} runs due at once", file=sys.stderr)
-            asyncio.run(measure_due_at_once(target, knee.rate, options, report))
-    return found
+            asyncio.run(measure_due_at_once(target, knee.rate, options, report_phase))
 
 
 def measure_url(options: argparse.Namespace, report: Report) -> None:
@@ -628,7 +664,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, nargs="+", default=[4, 8, 16, 32], help="numbers of clients, ascending")
     parser.add_argument("--settle-seconds", type=int, default=2, help="before each number of clients is measured")
     parser.add_argument("--step-seconds", type=int, default=8, help="for which each number of clients is measured")
-    parser.add_argument("--minutes", type=float, default=2, help="for which replicas are killed in turn; 0: not at all")
+    parser.add_argument("--minutes", type=float, default=5, help="for which replicas are killed in turn; 0: not at all")
     parser.add_argument("--kill-seconds", type=float, default=30, help="from one kill to the next")
     parser.add_argument("--live", type=int, default=1000, help="live runs that report at once; 0: none")
     parser.add_argument("--live-seconds", type=int, default=60, help="for which their reports are measured")
@@ -636,6 +672,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=1000, help="runs that are due in the same second; 0: none")
     parser.add_argument("--limit", type=int, default=100, help="of the work pool of these runs")
     parser.add_argument("--workers", type=int, default=2, help="that claim these runs")
+    parser.add_argument("--pgbouncer", action="store_true", help="the server connects to Postgres through PgBouncer")
     parser.add_argument("--url", help="measure the knee of this API alone, by the user of PREFECT_API_AUTH_STRING")
     options = parser.parse_args(arguments)
     # A terminated benchmark ends what it has started, as after Ctrl-C.
@@ -646,7 +683,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # three connections of each live run
     load_before = os.getloadavg()[0]
-    parts = f"Prefect {version('prefect')}, {options.url or 'PostgreSQL and Redis of this machine'}"
+    try:
+        pgbouncer = find_pgbouncer() if options.pgbouncer else []
+        parts = options.url or describe_databases()
+    except ClusterError as error:
+        print(sentence(error), file=sys.stderr)
+        return 1
+    if pgbouncer:
+        parts += f" through {describe_pgbouncer(pgbouncer)}"
+    parts = f"Prefect {version('prefect')}, {parts}"
+    found: curves.Record = {"parts": parts, "requests_of_a_run": REQUESTS_OF_A_RUN, "replicas": {}, "phases": []}
     with (
         temporary_settings({PREFECT_CLIENT_MAX_RETRIES: RUN_RETRIES}),
         results_table(f"{parts}, load {load_before:.1f} before") as report,
@@ -655,15 +701,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.url:
                 measure_url(options, report)
             else:
-                found = measure_own_server(options, report)
-                if all(getattr(options, name) == parser.get_default(name) for name in CURVE_OPTIONS):
-                    curves.record(curves.LOAD, {"requests_of_a_run": REQUESTS_OF_A_RUN, "replicas": found}, load_before)
+                measure_own_server(options, pgbouncer, report, found)
         except KeyboardInterrupt:
             print("Interrupted: the table has the figures so far.", file=sys.stderr)
             return 130
         except RunError as error:
             print(f"The server cannot be measured: {error}", file=sys.stderr)
             return 1
+        finally:
+            # Also if a later phase failed or was interrupted: the record then has the phases before it.
+            is_default = all(getattr(options, name) == parser.get_default(name) for name in CURVE_OPTIONS)
+            if is_default and len(found["replicas"]) == len(options.replicas):
+                curves.record(curves.PGBOUNCER if pgbouncer else curves.LOAD, found, load_before)
     return 0
 
 

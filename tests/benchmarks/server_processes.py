@@ -1,5 +1,7 @@
 """Run the Prefect server of the chart as processes of this machine: API replicas, background services, Postgres, Redis.
 
+On request the server connects to Postgres through PgBouncer.
+
 Commands and variables are those of the chart's pods with its default values: access control by roles, the services
 separate. Only addresses, folders and secrets are of this machine.
 """
@@ -11,7 +13,7 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import psutil
 
 from orchestration.access.credentials import sign_run
 from orchestration.settings import ROOT
+from tests.benchmarks.pgbouncer_processes import PgBouncer, pgbouncer_processes
 from tests.benchmarks.simulated_runs import Credentials, Service
 from tests.helm.rendering import environment, pod_specs, render
 from tests.parts import (
@@ -103,6 +106,7 @@ class ServerProcesses:
         run_key: signs the credentials of runs.
         replicas: the API's replicas.
         service: the replicas that answer.
+        pgbouncers: API and services connect to Postgres through these, if there are any.
     """
 
     database: str
@@ -114,6 +118,7 @@ class ServerProcesses:
     replicas: list[Replica] = field(default_factory=list)
     service: Service = field(default_factory=Service)
     services: "subprocess.Popen[bytes] | None" = None
+    pgbouncers: Sequence[PgBouncer] = ()
 
     @property
     def credentials(self) -> Credentials:
@@ -126,7 +131,7 @@ class ServerProcesses:
         for index in range(len(self.replicas), number):
             port = free_port()
             name = f"api-{index}"
-            command, variables = self._process("api", name, PREFECT_SERVER_API_PORT=str(port))
+            command, variables = self._process("api", name, index, PREFECT_SERVER_API_PORT=str(port))
             started.append(Replica(command, variables, port, self.folder / name / "log"))
             self.replicas.append(started[-1])
         for replica in started:
@@ -137,7 +142,7 @@ class ServerProcesses:
     def running_services(self) -> Iterator[None]:
         """Run the background services while the block lasts."""
         port = free_port()
-        command, variables = self._process("services", "services", SERVICES_HEALTH_PORT=str(port))
+        command, variables = self._process("services", "services", 0, SERVICES_HEALTH_PORT=str(port))
         with (self.folder / "services" / "log").open("w") as log:
             self.services = subprocess.Popen(
                 command, env=variables, cwd=self.folder / "services", stdout=log, stderr=log, start_new_session=True
@@ -155,11 +160,13 @@ class ServerProcesses:
             end_process(replica.process)
 
     def processor_seconds(self) -> dict[str, float]:
-        """Return the processor seconds so far of API, services, Postgres and Redis."""
+        """Return the processor seconds so far of API, services, PgBouncer, Postgres and Redis."""
         assert self.services
+        pgbouncers = sum(_seconds(pgbouncer.process.pid) for pgbouncer in self.pgbouncers)
         return {
             "API": sum(_seconds(replica.process.pid) for replica in self.replicas),
             "services": _seconds(self.services.pid),
+            **({"PgBouncer": pgbouncers} if self.pgbouncers else {}),
             "Postgres": _seconds(self._postmaster),
             "Redis": _seconds(self._redis),
         }
@@ -178,11 +185,14 @@ class ServerProcesses:
         )
 
     def count_in_logs(self, text: str) -> int:
-        """Return how often the logs of API and services have a text."""
+        """Return how often the logs of API, services and PgBouncer have a text."""
         return sum(log.read_text(errors="replace").count(text) for log in self.folder.glob("*/log"))
 
-    def _process(self, component: str, name: str, **addresses: str) -> tuple[list[str], dict[str, str]]:
-        """Return command and variables of a component's process, and create its folder."""
+    def _process(self, component: str, name: str, number: int, **addresses: str) -> tuple[list[str], dict[str, str]]:
+        """Return command and variables of a component's process, and create its folder.
+
+        As the Service of the chart does, all connections of a process lead to the same PgBouncer.
+        """
         home = self.folder / name
         home.mkdir()
         container = self._specs[f"Deployment/test-prefect-server-{component}"]["containers"][0]
@@ -200,6 +210,7 @@ class ServerProcesses:
             "PREFECT_SERVER_API_HOST": "127.0.0.1",
             "PREFECT_API_URL": self.service.ready[0] if self.service.ready else "http://127.0.0.1:9/api",
             "API_CREDENTIALS": str(self.folder / "credentials"),
+            "PGBOUNCER_ADDRESS": self.pgbouncers[number % len(self.pgbouncers)].address if self.pgbouncers else "",
             # As the image has them.
             "PYTHONTZPATH": "",
             "PYTHONUNBUFFERED": "1",
@@ -221,14 +232,15 @@ def _seconds(process: int) -> float:
 
 
 @contextlib.contextmanager
-def server_processes(folder: Path, replicas: int) -> Iterator[ServerProcesses]:
+def server_processes(folder: Path, replicas: int, pgbouncer: Sequence[str] = ()) -> Iterator[ServerProcesses]:
     """Run Postgres, Redis, background services and API replicas, and yield them when they are ready.
 
     Args:
         folder: an empty folder.
         replicas: how many API replicas to begin with.
+        pgbouncer: the command of a PgBouncer, through which the server connects to Postgres; by default none.
     """
-    run_key = secrets.token_urlsafe(32)
+    run_key, password = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
     credentials = folder / "credentials"
     credentials.mkdir()
     (credentials / "worker").write_text(WORKER)
@@ -238,7 +250,9 @@ def server_processes(folder: Path, replicas: int) -> Iterator[ServerProcesses]:
         (folder / "redis").mkdir()
         redis_url = stack.enter_context(redis_server(folder / "redis"))
         known = {
-            "PREFECT_SERVER_DATABASE_CONNECTION_URL": database.replace("postgresql://", "postgresql+asyncpg://"),
+            "PREFECT_SERVER_DATABASE_CONNECTION_URL": database.replace(
+                "postgresql://postgres@", f"postgresql+asyncpg://postgres:{password}@"
+            ),
             "PREFECT_SERVER_API_AUTH_STRING": OPERATOR,
             "PREFECT_API_AUTH_STRING": OPERATOR,
             "PREFECT_SERVER_ENCRYPTION_KEY": base64.b64encode(secrets.token_bytes(32)).decode(),
@@ -248,9 +262,13 @@ def server_processes(folder: Path, replicas: int) -> Iterator[ServerProcesses]:
         subprocess.run(migrations, cwd=ROOT, env=os.environ | known, check=True, stdout=subprocess.DEVNULL)
         port = urlsplit(redis_url).port
         assert port
-        specs = pod_specs(render("prefect-server", VALUES))
-        server = ServerProcesses(database, folder, run_key, port, specs, known)
+        objects = render("prefect-server", VALUES | {"pgbouncer": {"enabled": bool(pgbouncer)}})
+        server = ServerProcesses(database, folder, run_key, port, pod_specs(objects), known)
+        if pgbouncer:
+            server.pgbouncers = stack.enter_context(pgbouncer_processes(pgbouncer, objects, database, password, folder))
         stack.callback(server.end_api)
         server.start_api(replicas)
         with server.running_services():
+            if pgbouncer:
+                assert any(process.has_clients() for process in server.pgbouncers), "the server does not use PgBouncer"
             yield server

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from orchestration.operations.local_cluster import binaries
 from orchestration.settings import ROOT
 
 RESULTS = Path(__file__).with_name("results.md")
@@ -41,6 +42,14 @@ class Figure:
         shown = (statistics.median(values), percentile(values, 90), min(values), max(values))
         figures = " | ".join(f"{value:,.{digits}f}" for value in shown)
         return f"| {self.name} | {self.unit} | {len(values)} | {figures} | {self.note} |"
+
+    @property
+    def record(self) -> dict[str, object]:
+        """The row for a file of results."""
+        values = self.values
+        shown = {"median": statistics.median(values), "p99": percentile(values, 99), "max": max(values)}
+        rounded = {name: round(value, 3) for name, value in shown.items()}
+        return {"name": self.name, "unit": self.unit, "n": len(values), "note": self.note} | rounded
 
 
 def percentile(values: list[float], percent: int) -> float:
@@ -71,6 +80,15 @@ def results_table(parts: str) -> Iterator[Callable[[Iterable[Figure]], None]]:
         if len(rows) > 1:
             with RESULTS.open("a") as results:
                 results.write("\n".join(rows) + "\n")
+
+
+def describe_databases() -> str:
+    """Return names and versions of the PostgreSQL and the Redis that `tests.parts` starts; install what is missing."""
+    binaries.install_packages({"pg_lsclusters": "postgresql", "redis-server": "redis-server"})
+    programs = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
+    postgres = subprocess.check_output([programs / "postgres", "--version"], text=True).split()[2]
+    redis = subprocess.check_output(["redis-server", "--version"], text=True).split()[2].removeprefix("v=")
+    return f"PostgreSQL {postgres} and Redis {redis} of this machine"
 
 
 def _heading(parts: str) -> str:

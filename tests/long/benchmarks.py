@@ -24,9 +24,15 @@ SMALLEST = {
     "access": ("--pairs", "5"),
     "cluster": ("--pairs", "1"),
     "upgrade": ("--runs", "1000", "--events", "1000"),
+    "health": ("--pairs", "1", "--stall-seconds", "5", "--hold-seconds", "1"),
+    "load": (
+        *("--pgbouncer", "--replicas", "1", "--clients", "1", "--settle-seconds", "0", "--step-seconds", "1"),
+        *("--minutes", "0.02", "--kill-seconds", "0.5", "--runs", "4", "--limit", "2"),
+        *("--live", "3", "--live-seconds", "1", "--report-seconds", "0.5"),
+    ),
 }
-"""Arguments of the smallest size by benchmark. `deploys` is left out, because it deletes the cluster
-first, and `load`, which `make test` runs."""
+"""Arguments of the smallest size by benchmark. `deploys` is left out, because it deletes the cluster first. `make test`
+runs `load` without PgBouncer."""
 
 ROW = r"^\| [^|]+ \| [^|]* \| [1-9]\d* \| [-\d.,]+ \| [-\d.,]+ \| [-\d.,]+ \| [-\d.,]+ \|"
 
