@@ -172,11 +172,12 @@ def measure_outage(name: str, fault: Fault, services: Services, measured: Measur
                 measured.add(name, "readiness red after", red)
                 if name not in AT_ONCE:
                     time.sleep(measured.hold_seconds)
-                    began = time.monotonic()
             elif name not in AT_ONCE:
                 measured.fail(f"{name}: readiness is green after {2.5 * measured.stall_seconds:g} s of the fault")
             if wait_for_status(services, "/live", True, LIVE_SECONDS) is None:
                 measured.fail(f"{name}: liveness is red: {services.probe('/live')}")
+            if name not in AT_ONCE:
+                began = time.monotonic()
         services.wait_for("/ready", True, LIMIT_SECONDS)
         if red is not None:
             measured.add(name, "green after its end", time.monotonic() - began)
