@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import httpx
@@ -229,78 +229,114 @@ FILES = {
 }
 
 
-@pytest.fixture
-def files_release(pool: Pool, values: Object) -> Iterator[tuple[Release, Callable[[str, str], None]]]:
-    """Yield a second release, of the pool `files`, and a function that deploys it.
+class FilesRelease(Release):
+    """A second release, of the pool `files`, whose deployments are those of one of `FILES`."""
 
-    The function takes a name of `FILES` and the memory limit of runs.
-    """
-    texts = {name: yaml.safe_dump(content) for name, content in FILES.items()}
-    pool.namespace.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "files"}, "data": texts})
-    release = Release("prefect-work-pool", "files", pool.namespace)
-
-    def deploy(file: str, memory: str) -> None:
+    def deploy_file(self, values: Object, file: str, memory: str, *, reconciler: bool = True) -> None:
+        """Deploy a file; `memory` is the memory limit of runs."""
         volumes = {
             "volumes": [{"name": name, "configMap": {"name": name}} for name in ("files", "probe")],
             "volumeMounts": [{"name": name, "mountPath": f"/{name}"} for name in ("files", "probe")],
         }
-        changed = merge_values(values, {"pool": {"name": "files"}})
+        changed = merge_values(values, {"pool": {"name": "files"}, "reconciler": {"enabled": reconciler}})
         changed["sync"] = {"files": [f"/files/{file}"], "pod": volumes, "backoffLimit": 0}
         changed["drift"] = {"enabled": False}
         changed["runs"]["resources"]["limits"]["memory"] = memory
-        release.deploy(changed)
+        self.deploy(changed)
 
+
+@pytest.fixture(scope="module")
+def files_release(pool: Pool, values: Object) -> Iterator[FilesRelease]:
+    """Yield the second release, with the first file."""
+    texts = {name: yaml.safe_dump(content) for name, content in FILES.items()}
+    pool.namespace.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "files"}, "data": texts})
+    release = FilesRelease("prefect-work-pool", "files", pool.namespace)
     try:
-        yield release, deploy
+        release.deploy_file(values, "first.yaml", "700Mi")
+        yield release
     finally:
         release.helm("uninstall", release.name, "--wait", "--ignore-not-found")
 
 
-def test_upgrade_syncs_the_files_and_rollback_restores_the_previous_ones(
-    files_release: tuple[Release, Callable[[str, str], None]], api: httpx.Client
-) -> None:
+@pytest.fixture(scope="module")
+def first_revision(files_release: FilesRelease) -> str:
+    """Return the second release's revision with the first file."""
+    return files_release.revision()
+
+
+def _read_deployments(api: httpx.Client) -> dict[str, Object]:
+    pools = {"name": {"any_": ["files"]}}
+    found = api.post("/deployments/filter", json={"work_pools": pools}).raise_for_status().json()
+    return {deployment["name"]: deployment for deployment in found}
+
+
+def _read_memory_limit(api: httpx.Client) -> str:
+    found = api.get("/work_pools/files").raise_for_status().json()
+    return str(found["base_job_template"]["variables"]["properties"]["memory_limit"]["default"])
+
+
+def _text_and_cron(deployment: Object) -> tuple[str, str]:
+    [schedule] = deployment["schedules"]
+    return deployment["parameters"]["text"], schedule["schedule"]["cron"]
+
+
+FIRST = {"a": ("first", "0 6 * * *"), "b": ("first", "30 6 * * *")}
+"""Text and cron of the deployments in the first file."""
+
+
+@pytest.mark.usefixtures("first_revision")
+def test_upgrade_syncs_the_files(files_release: FilesRelease, values: Object, api: httpx.Client) -> None:
     """Deployments are added, changed and removed, and the template changes. A run of a removed deployment completes."""
-    release, deploy = files_release
-
-    def read_deployments() -> dict[str, Object]:
-        pools = {"name": {"any_": ["files"]}}
-        found = api.post("/deployments/filter", json={"work_pools": pools}).raise_for_status().json()
-        return {deployment["name"]: deployment for deployment in found}
-
-    def read_memory_limit() -> str:
-        found = api.get("/work_pools/files").raise_for_status().json()
-        return str(found["base_job_template"]["variables"]["properties"]["memory_limit"]["default"])
-
-    def text_and_cron(deployment: Object) -> tuple[str, str]:
-        [schedule] = deployment["schedules"]
-        return deployment["parameters"]["text"], schedule["schedule"]["cron"]
-
-    deploy("first.yaml", "700Mi")
-    revision = release.revision()
-    before = read_deployments()
-    first = {name: text_and_cron(deployment) for name, deployment in before.items()}
-    assert first == {"a": ("first", "0 6 * * *"), "b": ("first", "30 6 * * *")}
+    before = _read_deployments(api)
+    assert {name: _text_and_cron(deployment) for name, deployment in before.items()} == FIRST
     running = start_run(api, before["b"]["id"], parameters={"seconds": 600, "until": "enough"})
     wait_until(lambda: get_run(api, running)["state_type"] == "RUNNING", "the run to run", 300)
 
-    deploy("second.yaml", "640Mi")
+    files_release.deploy_file(values, "second.yaml", "640Mi")
     assert get_run(api, running)["state_type"] == "RUNNING"
-    now = read_deployments()
-    assert text_and_cron(now["a"]) == ("second", "0 7 * * *")
+    now = _read_deployments(api)
+    assert _text_and_cron(now["a"]) == ("second", "0 7 * * *")
     assert now["a"]["id"] == before["a"]["id"], "the deployment keeps its runs"
-    assert text_and_cron(now["c"]) == ("second", "30 7 * * *")
+    assert _text_and_cron(now["c"]) == ("second", "30 7 * * *")
     assert now["b"]["paused"], "a paused deployment starts no run"
-    assert read_memory_limit() == "640Mi"
+    assert _read_memory_limit(api) == "640Mi"
     api.post("/variables/", json={"name": "enough", "value": True}).raise_for_status()
     outcome = wait_until_ended(api, running)
     assert (outcome["state_type"], outcome["run_count"]) == ("COMPLETED", 1)
-    deploy("second.yaml", "640Mi")
-    assert set(read_deployments()) == {"a", "c"}
+    # The next test needs a worker that watches, as it does only without a reconciler.
+    files_release.deploy_file(values, "second.yaml", "640Mi", reconciler=False)
+    assert set(_read_deployments(api)) == {"a", "c"}
 
-    release.helm("rollback", release.name, revision, "--wait", "--timeout", "10m")
-    assert {name: text_and_cron(deployment) for name, deployment in read_deployments().items()} == first
-    assert not any(deployment["paused"] for deployment in read_deployments().values())
-    assert read_memory_limit() == "700Mi"
+
+def test_worker_that_stops_watching_is_restarted(files_release: FilesRelease) -> None:
+    """Without the right to watch, the worker's watchers give up, while it still polls the server."""
+    namespace, name = files_release.namespace, f"{files_release.name}-prefect-work-pool-worker"
+    files_release.wait_for_one_worker()
+    [old] = files_release.pods("worker")
+    with namespace.without("rolebinding", name):
+        namespace.kubectl("delete", "pod", old["metadata"]["name"])
+
+        def find_restarted() -> str:
+            for pod in files_release.pods("worker"):
+                if any(status["restartCount"] for status in pod["status"].get("containerStatuses", [])):
+                    return str(pod["metadata"]["name"])
+            return ""
+
+        worker = wait_until(find_restarted, "the worker's container to be restarted", 300)
+        assert "No longer watching" in namespace.kubectl("logs", worker, "--previous")
+    namespace.kubectl("rollout", "status", f"deployment/{name}", "--timeout=300s")
+
+
+def test_rollback_restores_the_previous_files(
+    files_release: FilesRelease, first_revision: str, api: httpx.Client
+) -> None:
+    files_release.helm("rollback", files_release.name, first_revision, "--wait", "--timeout", "10m")
+    restored = _read_deployments(api)
+    assert {name: _text_and_cron(deployment) for name, deployment in restored.items()} == FIRST
+    assert not any(deployment["paused"] for deployment in restored.values())
+    assert _read_memory_limit(api) == "700Mi"
+    # An idle worker takes the processor from other tests.
+    files_release.helm("uninstall", files_release.name, "--wait")
 
 
 def _count_drifted_objects(pool: Pool) -> float:
@@ -373,29 +409,6 @@ def test_missing_secret_is_refused_before_anything_is_changed(pool: Pool, values
             pool.deploy(merge_values(values, change))
         assert message in str(caught.value)
     assert pool.helm("history", POOL_RELEASE, "-o", "json") == revisions
-
-
-def test_worker_that_stops_watching_is_restarted(pool: Pool, values: Object) -> None:
-    """Without the right to watch, the worker's watchers give up, while it still polls the server.
-
-    The worker watches only without a reconciler. The next test deploys it again.
-    """
-    namespace = pool.namespace
-    pool.deploy(merge_values(values, {"reconciler": {"enabled": False}}))
-    pool.wait_for_one_worker()
-    [old] = pool.pods("worker")
-    with namespace.without("rolebinding", f"{POOL_RELEASE}-worker"):
-        namespace.kubectl("delete", "pod", old["metadata"]["name"])
-
-        def find_restarted() -> str:
-            for pod in pool.pods("worker"):
-                if any(status["restartCount"] for status in pod["status"].get("containerStatuses", [])):
-                    return str(pod["metadata"]["name"])
-            return ""
-
-        worker = wait_until(find_restarted, "the worker's container to be restarted", 300)
-        assert "No longer watching" in namespace.kubectl("logs", worker, "--previous")
-    namespace.kubectl("rollout", "status", f"deployment/{POOL_RELEASE}-worker", "--timeout=300s")
 
 
 def test_uninstall_keeps_only_the_pool_on_the_server(pool: Pool, values: Object, api: httpx.Client) -> None:
