@@ -214,13 +214,14 @@ def test_new_raw_schema_has_another_identity(query: Query) -> None:
     assert raw.identity() != before
 
 
-# Kills its own process before the Nth message to Postgres, or in the middle of a COPY.
+# For each N that it reads, a fork kills itself before the Nth message to Postgres, or in the middle of a COPY. One
+# interpreter imports for all forks. It prints the exit status of each.
 KILLED_AT = """
 import os, signal, sys
 from datetime import date
 import psycopg
 
-left = int(sys.argv[1])
+left = 0
 
 def countdown():
     global left
@@ -251,23 +252,35 @@ psycopg.Copy.write = patched_write
 psycopg.Connection.commit = patched_commit
 
 from flows import raw
-raw.prepare()
-raw.load_days([date(2013, 1, 1), date(2013, 1, 2)])
+
+for line in sys.stdin:
+    fork = os.fork()
+    if not fork:
+        left = int(line)
+        raw.prepare()
+        raw.load_days([date(2013, 1, 1), date(2013, 1, 2)])
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]), flush=True)
 """
-
-
-def _load_killed_at(step: int) -> int:
-    return subprocess.run([sys.executable, "-c", KILLED_AT, str(step)], check=False, timeout=300).returncode
 
 
 def test_load_killed_at_any_step_leaves_whole_days(query: Query, landing_zone: Path) -> None:
     raw.prepare()
     raw.load_days([FIRST])
     steps = 0
-    while (status := _load_killed_at(steps)) != 0:
-        assert status == -signal.SIGKILL
-        assert assert_whole(query) in ({FIRST}, {FIRST, SECOND})
-        steps += 1
+    command = [sys.executable, "-c", KILLED_AT]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as loader:
+        assert loader.stdin
+        assert loader.stdout
+        while True:
+            print(steps, file=loader.stdin, flush=True)
+            if (status := int(loader.stdout.readline())) == 0:
+                break
+            assert status == -signal.SIGKILL
+            assert assert_whole(query) in ({FIRST}, {FIRST, SECOND})
+            steps += 1
+        loader.stdin.close()
+    assert loader.returncode == 0
     assert steps > 10, "the load was not killed at its statements"
     assert assert_whole(query) == {FIRST, SECOND}
 
