@@ -168,41 +168,45 @@ class _Attack:
         return Path.touch, (self._marker,)
 
 
+ATTACKS = {"planted": "is not signed", "foreign": "has a signature of another deployment", "deleted": ""}
+"""What is done with the results of the previous run attempt, and why they are not loaded."""
+
+
 def _plant(file: Path, marker: Path) -> None:
     metadata = ResultRecordMetadata(storage_key=str(file), serializer=PickleSerializer(picklelib="pickle"))
     file.write_bytes(ResultRecord(metadata=metadata, result=_Attack(marker)).serialize())
 
 
-@pytest.mark.parametrize("attack", ["planted", "foreign", "deleted"])
-def test_deleted_and_foreign_results_are_executed_again(prefect_server: str, attack: str, tmp_path: Path) -> None:
+def test_deleted_and_foreign_results_are_executed_again(prefect_server: str, tmp_path: Path) -> None:
     """Also the subflow that had completed, whose result no cache key leads to."""
     variables = next(_volume(tmp_path))(prefect_server)
+    marker = tmp_path / "attacked"
     with client_of(prefect_server) as api:
         run = _create_run(api, "flow.py:stepwise")
         assert _execute(run, prefect_server, variables) == -signal.SIGKILL
-        for state in ({"type": "CRASHED"}, {"type": "SCHEDULED", "name": "AwaitingRetry"}):
-            api.post(f"/flow_runs/{run}/set_state", json={"state": state}).raise_for_status()
-        marker = tmp_path / "attacked"
-        stored = list((tmp_path / "results").iterdir())
-        assert len(stored) >= 4, "three steps and a subflow"
-        if attack == "planted":
-            for file in stored:
-                _plant(file, marker)
-        elif attack == "deleted":
-            for file in stored:
-                file.unlink()
-        else:
-            variables[SIGNING_KEY_VARIABLE] = derive_key(b"m" * 32, "deployment/theirs")
-        assert _execute(run, prefect_server, variables) == 0
-        assert api.get(f"/flow_runs/{run}").json()["state_type"] == "COMPLETED"
-        lines = _lines(api, run)
-    assert not marker.exists()
-    assert [number for number, attempt, _ in _steps(lines) if attempt == "2"] == ["1", "2", "3", "4", "5"]
-    assert "the end: ['1 by 2', '2 by 2', '3 by 2', '4 by 2', '5 by 2']" in lines
-    if attack == "deleted":
-        return
-    reason = "is not signed" if attack == "planted" else "has a signature of another deployment"
-    assert len([line for line in lines if line.startswith("Not loaded: ") and reason in line]) >= 3
+        for attempt, (attack, reason) in enumerate(ATTACKS.items(), 2):
+            for state in ({"type": "CRASHED"}, {"type": "SCHEDULED", "name": "AwaitingRetry"}):
+                body = {"state": state, "force": True}  # the previous attempt has completed
+                api.post(f"/flow_runs/{run}/set_state", json=body).raise_for_status()
+            stored = list((tmp_path / "results").iterdir())
+            assert len(stored) >= 4, "three steps and a subflow"
+            if attack == "planted":
+                for file in stored:
+                    _plant(file, marker)
+            elif attack == "deleted":
+                for file in stored:
+                    file.unlink()
+            else:
+                variables = variables | {SIGNING_KEY_VARIABLE: derive_key(b"m" * 32, "deployment/theirs")}
+            assert _execute(run, prefect_server, variables) == 0
+            assert api.get(f"/flow_runs/{run}").json()["state_type"] == "COMPLETED"
+            lines = _lines(api, run)
+            assert not marker.exists()
+            taken = [number for number, taken_in, _ in _steps(lines) if taken_in == str(attempt)]
+            assert taken == ["1", "2", "3", "4", "5"], attack
+            assert f"the end: {[f'{number} by {attempt}' for number in range(1, 6)]}" in lines
+            if reason:
+                assert len([line for line in lines if line.startswith("Not loaded: ") and reason in line]) >= 3
 
 
 def test_process_of_a_task_loads_no_planted_result(prefect_server: str, tmp_path: Path) -> None:
