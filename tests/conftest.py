@@ -264,12 +264,22 @@ def namespace(cluster: str) -> Iterator["Namespace"]:
         yield made
 
 
-@pytest.fixture(scope="module")
-def image(cluster: str) -> str:
-    """Build this checkout's image, push it to the cluster's registry, and return its name."""
+@functools.cache
+def _pushed_image() -> str:
+    """Build this checkout's image once in this process, push it to the cluster's registry, and return its name."""
     from tests.e2e.release import build_image
 
     return build_image()
+
+
+@pytest.fixture(scope="module")
+def image(cluster: str) -> str:
+    """Return the name of this checkout's image in the cluster's registry."""
+    from orchestration.operations.registry import has_image
+
+    if not has_image(_pushed_image()):  # another file has created the cluster again
+        _pushed_image.cache_clear()
+    return _pushed_image()
 
 
 @pytest.fixture
