@@ -9,12 +9,10 @@ run. Five seconds later no statement and no transaction may be left. The retry m
 
 import contextlib
 import functools
-import os
 import random
 import signal
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -26,6 +24,7 @@ from tests.long.longtest import Findings, Parameters
 from tests.orchestration.dbt.projects import every_kind, hold, tables
 from tests.orchestration.dbt.task_runs import ENDED, Server, busy, execute
 from tests.parts import (
+    asked,
     client_of,
     embedded_postgres,
     kill_run_processes,
@@ -45,11 +44,15 @@ SQL_END_SECONDS = 5.0
 detects that the client is gone."""
 
 
-def deploy(shop: Path, api: str) -> str:
+def deploy(api: str) -> str:
     """Deploy the flow of `tests.orchestration.dbt.shop_flow`, and return the id of the deployment."""
-    command = [sys.executable, "-m", "tests.orchestration.dbt.shop_flow", "deploy"]
-    environment = os.environ | {"PREFECT_API_URL": api, "SHOP": str(shop)}
-    return subprocess.check_output(command, env=environment, cwd=ROOT, text=True).strip()
+    # Like prefect.yaml: the flow's code is in the folder already.
+    here = [{"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}]
+    entrypoint = "tests/orchestration/dbt/shop_flow.py:daily"
+    with client_of(api) as client:
+        flow = asked(client, "POST", "/flows/", {"name": "daily"})["id"]
+        body = {"name": "shop", "flow_id": flow, "entrypoint": entrypoint, "pull_steps": here}
+        return str(asked(client, "POST", "/deployments/", body)["id"])
 
 
 def _project(folder: Path) -> Path:
@@ -74,9 +77,9 @@ class Baseline:
 
     @classmethod
     def measure(cls, postgres: str, api: str, folder: Path) -> "Baseline":
-        """Execute a run in a new database. The deployment before has compiled the Python files."""
+        """Execute a run in a new database."""
         shop = _project(folder / "undisturbed")
-        deployment = deploy(shop, api)
+        deployment = deploy(api)
         with client_of(api) as client, new_database(postgres) as url:
             began = time.monotonic()
             run = Server(client).start(deployment)
@@ -136,7 +139,7 @@ def end_at_random(
     """End a run at a random moment, and retry it."""
     moment = chance.uniform(0, undisturbed.seconds)
     shop = _project(folder / f"{way} {moment}")
-    deployment = deploy(shop, api)
+    deployment = deploy(api)
     with new_database(postgres) as url:
         query = functools.partial(rows_of, url)
         run = server.start(deployment)

@@ -1,12 +1,11 @@
 """A flow that tests run in a separate process: it builds the dbt project in `SHOP`.
 
 `shop_flow FLOW [RUN]` prints the id of a new flow run and runs the flow. With RUN it runs another attempt of that flow
-run. `shop_flow deploy` creates a deployment of `daily` and prints its id.
+run.
 """
 
 import os
 import sys
-from pathlib import Path
 from uuid import UUID
 
 from prefect import flow, task
@@ -15,7 +14,6 @@ from prefect.flow_engine import run_flow
 
 from orchestration import warehouse
 from orchestration.dbt import DbtProject
-from orchestration.settings import ROOT
 from tests.orchestration.dbt import versions
 
 project = DbtProject(
@@ -45,14 +43,6 @@ def in_task() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "deploy":
-        # Like prefect.yaml: the flow's code is in the folder already.
-        here = [{"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}]
-        entrypoint = f"{Path(__file__).relative_to(ROOT)}:daily"
-        with get_client(sync_client=True) as client:
-            flow_id = client.create_flow(daily)
-            print(client.create_deployment(flow_id, "shop", entrypoint=entrypoint, pull_steps=here))
-        sys.exit()
     called = {"daily": daily, "in_task": in_task}[sys.argv[1]]
     with get_client(sync_client=True) as client:
         run = client.read_flow_run(UUID(sys.argv[2])) if len(sys.argv) > 2 else client.create_flow_run(called)

@@ -132,7 +132,7 @@ def test_killed_run_continues_after_its_finished_nodes(
 def test_cancelled_run_ends_its_sql_and_can_be_retried(
     number: int, built: Built, held: Held, prefect_server: str, server: Server, query: Query
 ) -> None:
-    run = server.start(dbt_ends.deploy(held.folder, prefect_server))
+    run = server.start(dbt_ends.deploy(prefect_server))
     process = execute(held.folder, prefect_server, run)
     done = _reached(held, server, run, query)
     server.set_state(run, "CANCELLING", "Cancelling")
