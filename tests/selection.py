@@ -32,7 +32,12 @@ REFERENCE = "tests/test_docs.py tests/helm/test_reference.py"
 CHARTS = "tests/helm/test_charts.py tests/helm/test_environments.py tests/helm/test_values.py tests/k8s/* tests/e2e/*"
 """Tests that render or install every chart."""
 
+RECORDS = "tests/long/test_results.py"
+"""The test that compares the paths that long tests declare with what these last ran on."""
+
 READERS = {
+    "helm/*": RECORDS,
+    "tests/*": RECORDS,
     "helm/prefect-server/*": (
         "tests/helm/test_prefect_server.py tests/helm/test_backup.py tests/helm/test_pgbouncer.py "
         "tests/helm/test_tls.py tests/helm/test_cloudnative_pg.py tests/docker/test_stack.py "
@@ -45,11 +50,11 @@ READERS = {
     "helm/environments/*": (
         f"tests/helm/test_environments.py tests/orchestration/operations/* tests/e2e/* {REFERENCE}"
     ),
-    "k8s/*": "tests/helm/test_environments.py tests/k8s/* tests/e2e/*",
-    "docker/*": IMAGE,
-    "flows/*": IMAGE,
+    "k8s/*": f"tests/helm/test_environments.py tests/k8s/* tests/e2e/* {RECORDS}",
+    "docker/*": f"{IMAGE} {RECORDS}",
+    "flows/*": f"{IMAGE} {RECORDS}",
     "flows/warehouse/*": "tests/flows/*",
-    "orchestration/*": f"{IMAGE} tests/test_docs.py",
+    "orchestration/*": f"{IMAGE} tests/test_docs.py {RECORDS}",
     # fsspec loads this module by an entry point.
     "orchestration/runs/redis_storage.py": "tests/orchestration/runs/*",
     "prefect.yaml": f"tests/orchestration/deployments/* {IMAGE}",

@@ -10,6 +10,7 @@ from tests.long import results
 from tests.long.catalogue import CHART_VALUES, LONG_TESTS, PROPERTIES
 from tests.long.longtest import files
 from tests.reporting import NOTE
+from tests.selection import RECORDS, Checkout
 
 PATHS = sorted({path.partition("#")[0] for test in LONG_TESTS for path in test.paths})
 
@@ -50,6 +51,12 @@ def test_hashed_files_are_those_of_declared_paths_that_git_does_not_ignore() -> 
 
     assert {name for name in listed(*NOT_IGNORED) if (ROOT / name).exists()} - hashed == set()
     assert hashed & listed("--others", "--ignored", "--exclude-standard") == set()
+
+
+def test_changed_file_of_a_declared_path_selects_this_test_file() -> None:
+    declared = {file.relative_to(ROOT).as_posix() for path in PATHS for file in files(ROOT / path)}
+    assert declared - Checkout().dependencies(RECORDS) == set()
+    assert Path(__file__) == ROOT / RECORDS
 
 
 def test_declared_paths_exist() -> None:
