@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestration.access.limits import MAX_TAGS
 from orchestration.deployments import automation_reader, files, flows, placeholders, schedules
 from orchestration.deployments.file_format import (
     DeploymentEntry,
@@ -22,9 +23,6 @@ UNKNOWN_VALUE = {"__prefect_kind": "workspace_variable"}
 
 Steps = tuple[str | int, ...]
 """A path of keys and indexes in a file."""
-
-MAX_TAGS = 90
-"""Tags of a run are related resources of its events, and the server takes 100 of an event."""
 
 
 @dataclass

@@ -208,10 +208,6 @@ BAD_REQUESTS = {
         json.dumps({"state": {"type": "SCHEDULED"}, "parameters": PARAMETERS}).encode(), 422,
         "parameters must be less than 524,288 bytes when serialized (got 600,008 bytes)",
     ),
-    "10,000 tags": (
-        json.dumps({"state": {"type": "SCHEDULED"}, "tags": [f"t{number}" for number in range(10_000)]}).encode(), 500,
-        "",
-    ),
 }  # fmt: skip
 """Bodies of a request for a run, the status of the answer, and a part of its text."""
 

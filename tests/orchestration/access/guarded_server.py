@@ -45,12 +45,13 @@ class GuardedServer:
 
 
 @contextlib.contextmanager
-def guarded_server(home: Path, command: str = "orchestration.access") -> Iterator[GuardedServer]:
+def guarded_server(home: Path, command: str = "orchestration.access", **variables: str) -> Iterator[GuardedServer]:
     """Run a server with its state in `home`.
 
     Args:
         home: a folder.
         command: the module with the command `server start`. `prefect` starts the server without access control.
+        variables: further environment variables of the server.
     """
     folder = home / "credentials"
     folder.mkdir()
@@ -65,6 +66,7 @@ def guarded_server(home: Path, command: str = "orchestration.access") -> Iterato
         "PREFECT_API_AUTH_STRING": SERVER_CREDENTIAL,
         "API_CREDENTIALS": str(folder),
         "PREFECT_API_URL": url,
+        **variables,
     }
     with parts.served(home, port, sys.executable, environment, command):
         yield GuardedServer(url, home / "server.log")
