@@ -1,6 +1,7 @@
 """The component backup of the server's chart: its objects, its permissions and refused values."""
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -8,7 +9,9 @@ import pytest
 from orchestration.errors import ClusterError
 from orchestration.settings import ROOT
 from tests.helm.rendering import Object, assert_restricted, environment, inventory, one, render
+from tests.helm.test_cloudnative_pg import ARCHIVE
 from tests.helm.test_prefect_server import MAXIMAL, TAG
+from tests.helm.test_prefect_work_pool import MAXIMAL as POOL_MAXIMAL
 
 NAME = "test-prefect-server-backup"
 RECIPIENT = "age1" + "q" * 58
@@ -42,6 +45,28 @@ def test_backup_adds_these_objects() -> None:
     ]
     assert_restricted(_render())
     assert_restricted(render("prefect-server", MAXIMAL | {"backup": S3}))
+
+
+def test_page_names_every_secret_that_an_installation_makes() -> None:
+    """The page's command saves Secrets of the type Opaque. cert-manager issues a lost certificate again."""
+    cnpg: Object = {"database": {"mode": "cnpg", "cnpg": {"archive": ARCHIVE}}}
+    objects = [
+        *render("prefect-server", MAXIMAL | {"fullnameOverride": ""}, "prefect-server"),
+        *render("prefect-server", TAG | cnpg, "prefect-server"),
+        *render("prefect-work-pool", POOL_MAXIMAL | {"fullnameOverride": ""}, "prefect-work-pool"),
+    ]
+    secrets = [manifest for manifest in objects if manifest["kind"] == "Secret"]
+    assert {secret.get("type", "Opaque") for secret in secrets} == {"Opaque"}
+    made = {secret["metadata"]["name"] for secret in secrets}
+    made |= {manifest["spec"]["secretName"] for manifest in objects if manifest["kind"] == "Certificate"}
+    [cluster] = [manifest for manifest in objects if manifest["kind"] == "Cluster"]
+    made |= {f"{cluster['metadata']['name']}-{part}" for part in ("app", "ca")}
+    assert "{name: warehouse, " in (ROOT / "k8s/overlays/local/warehouse/secret").read_text()
+    page = (ROOT / "docs/how-to/back-up.md").read_text()
+    table = page[page.index("## What is stored where") : page.index("## Before you start")]
+    lists = re.findall(r"Secrets? ((?:`[^`]+`(?:, (?:and )?| and )?)+)", table)
+    named = set(re.findall(r"`([^`]+)`", "".join(lists)))
+    assert named == made | {"warehouse", "sh.helm.release.v1.*"}
 
 
 def test_pod_has_no_token_and_reaches_the_database_alone() -> None:
