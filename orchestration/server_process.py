@@ -9,6 +9,7 @@ that it could never read again, and has clients wait whose requests fail while m
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -50,6 +51,8 @@ def start_server(arguments: Sequence[str], protect: Callable[[Application], Appl
         return MaintenanceAnswers(protect(limited) if protect else limited, migrations.are_running)
 
     gc.set_threshold(*GARBAGE_THRESHOLDS)
+    if list(arguments[:3]) == ["server", "services", "start"]:
+        _stop_services_at_sigterm()
     try:
         if list(arguments[:2]) == ["server", "start"]:
             wrap_server_api(wrap)
@@ -69,7 +72,18 @@ def start_server(arguments: Sequence[str], protect: Callable[[Application], Appl
     except PipelineError as error:
         print(sentence(error), file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     return 0
+
+
+def _stop_services_at_sigterm() -> None:
+    """Have SIGTERM stop the background services as Ctrl+C does: they write the events that they have read.
+
+    By default SIGTERM ends the process at once. Redis does not deliver these events again.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio replaces this handler alone
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
 
 if __name__ == "__main__":

@@ -168,6 +168,13 @@ class Services:
         with redis.Redis.from_url(self.redis_url, socket_timeout=5) as client:
             client.xadd("events", {"data": json.dumps(event), "attributes": "{}"})
 
+    def have_read_all(self) -> bool:
+        """Return whether the services have acknowledged all published events, which they may not have written yet."""
+        with redis.Redis.from_url(self.redis_url, socket_timeout=5) as client:
+            groups = {group["name"].decode(): group for group in client.xinfo_groups("events")}
+        writers = (groups["event-persister"], groups["task-run-recorder"])
+        return all(group["pending"] == group["lag"] == 0 for group in writers)
+
     def count_lost_events(self) -> int:
         """Return how many published events, or states of the task runs in them, are not in the database."""
         events = "select count(*) from events where id = any(%s::uuid[])"

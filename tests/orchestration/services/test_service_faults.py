@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from websockets import Subprotocol
@@ -171,7 +172,7 @@ def test_api_keeps_no_event_of_an_open_websocket_in_memory(services: Services, a
         wait_until(lambda: services.count_lost_events() == 0, "the event to be in the database", GREEN_SECONDS)
 
 
-# The last test: the services do not recover from these faults.
+# The services do not recover from these faults. The next test restarts them.
 def test_dead_or_hung_service_needs_a_restart_unless_redis_is_away(services: Services) -> None:
 
     def starts(path: str) -> set[str]:
@@ -188,3 +189,20 @@ def test_dead_or_hung_service_needs_a_restart_unless_redis_is_away(services: Ser
     services.connect_redis()
     assert "EventPersister: ended" in services.wait_for("/live", False, RED_SECONDS)["reasons"]
     assert services.process.poll() is None
+
+
+def test_restart_for_a_dead_service_loses_no_event(services: Services) -> None:
+    """What a service has not read waits in Redis. What it has read, it writes at SIGTERM."""
+    services.tell("end", "EventPersister")
+    services.wait_for("/live", False, RED_SECONDS)
+    services.publish()
+    services.end()
+    with patch.dict(services.environment, {"PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL": "3600"}):
+        services.launch()
+    wait_until(services.have_started, "the services to be ready", GREEN_SECONDS)
+    services.publish()
+    wait_until(services.have_read_all, "the services to read all events", GREEN_SECONDS)
+    assert services.count_lost_events() > 0
+    services.end()
+    assert services.count_lost_events() == 0
+    assert services.process.returncode == 0
