@@ -16,6 +16,7 @@ import pytest
 from orchestration.errors import SettingsError
 from orchestration.services.retention import Ages, read_ages
 from orchestration.settings import ROOT
+from tests import server_forks
 from tests.benchmarks.retention import Traffic
 from tests.benchmarks.server_history import History, fill
 from tests.parts import SERVERS, debian_postgres, free_port, new_database, rows_of, served, wait_until
@@ -26,14 +27,39 @@ RUNS_DAYS, LOGS_DAYS, ARTIFACTS_DAYS, EVENTS_DAYS = 90, 30, 60, 20
 HISTORY = History(runs=2000, logs=12000, events=1000, days=181, deployments=20)
 
 LOCK_LIMIT_SECONDS = 10
-"""How long a transaction of retention may last on a busy machine. `make bench-retention` measures how long it lasts."""
+"""How long a transaction of retention may last on a busy machine. `make bench-retention` measures how long it lasts.
+
+The limit of a second is that of `test_batches_of_slow_rows_hold_no_lock_for_a_second`.
+"""
 
 TABLES = ("flow_run", "task_run", "log", "artifact", "events", "event_resources", "artifact_collection")
 
 
+SLOW_ROWS, ROW_SECONDS = 1000, 0.003
+"""How many rows the test of the size of batches deletes, and how long each takes at least."""
+
+WALK = """
+import asyncio
+from datetime import timedelta
+from orchestration.services.retention import Ages, Retention
+
+async def main():
+    async for _ in Retention(Ages(logs=timedelta(days=1))).walk():
+        pass
+
+asyncio.run(main())
+"""
+
+
 @pytest.fixture(scope="module")
-def database() -> Iterator[str]:
-    with debian_postgres() as postgres, new_database(postgres) as url:
+def postgres() -> Iterator[str]:
+    with debian_postgres() as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def database(postgres: str) -> Iterator[str]:
+    with new_database(postgres) as url:
         create_schema(url)
         fill(url, HISTORY)
         yield url
@@ -225,6 +251,26 @@ def test_exactly_the_old_records_go_while_states_are_written(database: str, spec
     assert "gone" not in keys
     assert keys["older"] is keys["stale"] is keys["result"] is True
     assert len(keys) == rows_of(database, "select count(*) from artifact_collection")[0][0]
+
+
+def test_batches_of_slow_rows_hold_no_lock_for_a_second(postgres: str, tmp_path: Path) -> None:
+    """Counts the rows of each batch: on a busy machine a batch takes longer, and the next ones have fewer rows."""
+    with new_database(postgres, "slow_rows") as url:
+        create_schema(url)
+        columns, values = "name, level, message, timestamp", "'n', 20, 'old', now() - interval '9 days'"
+        rows_of(url, f"insert into log ({columns}) select {values} from generate_series(1, %s)", SLOW_ROWS)
+        rows_of(url, "create table batch (rows int)")
+        rows = "(select count(*) from gone)"
+        body = f"begin perform pg_sleep({ROW_SECONDS} * {rows}); insert into batch values ({rows}); return null; end"
+        rows_of(url, f"create function sleep() returns trigger language plpgsql as '{body}'")
+        trigger = "after delete on log referencing old table as gone for each statement execute function sleep()"
+        rows_of(url, f"create trigger slow {trigger}")
+        (tmp_path / "code_of_test.py").write_text(WALK)
+        done = server_forks.run(["code_of_test"], os.environ | _variables(url), tmp_path)
+        assert done.returncode == 0, done.stderr
+        batches = [rows for (rows,) in rows_of(url, "select rows from batch")]
+    assert sum(batches) == SLOW_ROWS
+    assert max(batches) * ROW_SECONDS < 1, batches
 
 
 def test_ages_are_read_from_the_environment() -> None:
