@@ -10,13 +10,16 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 import httpx
 import psycopg
 import pytest
+from cryptography.fernet import Fernet
 
 from orchestration import migrations
 from orchestration.settings import ROOT
+from tests import server_forks
 from tests.benchmarks.server_history import History, fill
 from tests.benchmarks.upgrade import (
     APPLICATION,
@@ -30,7 +33,7 @@ from tests.benchmarks.upgrade import (
     variables_of,
 )
 from tests.interpreters import UvError
-from tests.parts import debian_postgres, new_database, rows_of, wait_until
+from tests.parts import asked, debian_postgres, new_database, rows_of, wait_until
 from tests.versions.catalogue import UnavailableError, previous_release
 
 HISTORY = History(runs=10_000, logs=0, events=10_000)
@@ -43,6 +46,8 @@ SOME = "some migrations of the newer release"
 ALL = "all migrations of the newer release"
 FEWER = "fewer migrations than the former release"
 UNKNOWN = "a migration of a release that is neither of the two"
+
+ENCRYPTED_AGAIN = "blocks with the key of the Secret alone"
 
 FORMER_JOB = """
 import sys
@@ -68,6 +73,7 @@ class Upgrade:
         errors: what clients could not post, by the state of the schema.
         locked: an answer of the newer server while migrations lock a table for longer than its statements wait.
         lost: rows, posts and runs that are lost.
+        secrets: the answers to a request for a secret block, by who answers when.
     """
 
     previous: str = ""
@@ -80,6 +86,7 @@ class Upgrade:
     errors: dict[str, list[str]] = field(default_factory=dict)
     locked: httpx.Response = field(default_factory=lambda: httpx.Response(200))
     lost: list[str] = field(default_factory=list)
+    secrets: dict[str, httpx.Response] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -127,6 +134,16 @@ def _failing(database: str, revision: str) -> Iterator[None]:
         rows_of(database, "drop function refuse cascade")
 
 
+def _create_secret(api: str) -> str:
+    """Create a secret block; return its path."""
+    with httpx.Client(base_url=api, timeout=300) as client:
+        type_ = asked(client, "GET", "/block_types/slug/secret")["id"]
+        filter_ = {"block_schemas": {"block_type_id": {"any_": [type_]}}}
+        schema = asked(client, "POST", "/block_schemas/filter", filter_)[0]["id"]
+        block = {"name": "kept", "data": {"value": "of-a-flow"}, "block_type_id": type_, "block_schema_id": schema}
+        return f"/block_documents/{asked(client, 'POST', '/block_documents/', block)['id']}?include_secrets=true"
+
+
 def _revision(database: str) -> str:
     return str(rows_of(database, "select version_num from alembic_version")[0][0])
 
@@ -166,6 +183,10 @@ def upgrade(postgres: str) -> Iterator[Upgrade]:
         before = count_history(database, now)
         former, newer, former_again = (stack.enter_context(contextlib.ExitStack()) for _ in range(3))
         clients = Clients(former.enter_context(previous_server(database)), BEAT_SECONDS)
+        secret = _create_secret(clients.url)
+
+        def read_secret() -> httpx.Response:
+            return httpx.get(clients.url + secret, timeout=300)
 
         def look(state: str) -> None:
             clients.wait_for_requests()
@@ -184,7 +205,9 @@ def upgrade(postgres: str) -> Iterator[Upgrade]:
             clients.schedule(WINDOW_SECONDS)
             made.completed = migrate(database)
             clients.wait_for_requests()
-            clients.url = newer.enter_context(newer_server(database))
+            key = {"PREFECT_SERVER_ENCRYPTION_KEY": Fernet.generate_key().decode()}
+            with patch.dict(os.environ, key):
+                clients.url = newer.enter_context(newer_server(database))
             clients.wait_for_requests()
             former.close()
             with psycopg.connect(database) as migration:
@@ -193,9 +216,15 @@ def upgrade(postgres: str) -> Iterator[Upgrade]:
                 made.locked = httpx.post(f"{clients.url}/flow_runs/filter", json={}, timeout=120)
                 wait_until(lambda: clients.repeated or clients.errors, "a client to repeat a request")
             clients.wait_for_due_runs()
+            made.secrets["newer"] = read_secret()
+            again = ["orchestration.block_encryption", "encrypt-again"]
+            encrypted = server_forks.run(again, variables_of(database) | key, ROOT)
+            assert encrypted.returncode == 0, encrypted.stderr
+            made.secrets["newer, encrypted again"] = read_secret()
             clients.url = former_again.enter_context(previous_server(database))
             newer.close()
             look(ALL)
+            made.secrets["former, encrypted again"] = read_secret()
         after = count_history(database, now)
         made.lost = [*clients.errors, *clients.losses(database)]
         made.lost += [
@@ -252,6 +281,15 @@ def test_rollback_outcome_by_schema_is_as_documented(upgrade: Upgrade, schema: s
     else:
         assert upgrade.former_job[schema] == f"The schema is at {revisions[schema]}."
     assert upgrade.errors.get(schema, []) == []
+
+
+def test_former_server_cannot_read_blocks_that_are_encrypted_again(upgrade: Upgrade) -> None:
+    assert f"\n| {ENCRYPTED_AGAIN} |" in (ROOT / "docs/upgrading.md").read_text()
+    former = upgrade.secrets.pop("former, encrypted again")
+    assert (former.status_code, "of-a-flow" in former.text) == (500, False)
+    assert len(upgrade.secrets) == 2
+    for answer in upgrade.secrets.values():
+        assert answer.json()["data"] == {"value": "of-a-flow"}
 
 
 def test_watch_sees_a_lock_and_who_waits_for_it(postgres: str) -> None:
