@@ -403,6 +403,7 @@ def served(
     with (home / "server.log").open("a") as log:
         command = [module, "server", "start", "--port", str(port)]
         variables = {**environment, "PREFECT_HOME": str(home), "PYTHONTZPATH": ""}  # as in `make server`
+        variables["PREFECT_UI_API_URL"] = url
         server: subprocess.Popen[bytes] | Fork
         if server_forks.can_fork(python, environment):
             server = server_forks.start(command, variables, home, log.fileno())
