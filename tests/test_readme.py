@@ -165,9 +165,7 @@ def server(
     wait_until(lambda: not answers(f"http://127.0.0.1:{port}/api/health"), "the end of the server")
 
 
-def test_make_run_works_on_a_fresh_machine_and_loads_the_next_day(
-    clone: Path, environment: dict[str, str], stopped_afterwards: None
-) -> None:
+def test_make_run_works_on_a_fresh_machine(clone: Path, environment: dict[str, str], stopped_afterwards: None) -> None:
     if answers("http://127.0.0.1:4200/api/health"):
         pytest.skip("a Prefect server is up on port 4200, so that a run would not be on its own")
     _link_bytecode(environment, clone / ".venv" / _SITE_PACKAGES)
@@ -176,13 +174,6 @@ def test_make_run_works_on_a_fresh_machine_and_loads_the_next_day(
     completed = "Completed to 2013-01-01: 5,705 rows loaded, 12 models built, 26/26 tests passed"
     assert completed in output
     assert completed in QUICKSTART
-    output = _run(_command("make run"), clone, environment)
-    assert "Creating the environment" not in output
-    assert "Completed to 2013-01-02: " in output
-    days = _run("make psql <<< 'select day from raw.loads order by 1'", clone, environment)
-    assert re.findall(r"2013-\d\d-\d\d", days) == ["2013-01-01", "2013-01-02"]
-    [query] = re.findall(r"```sql\n(.*?)```", QUICKSTART, flags=re.S)
-    assert "(5 rows)" in _run(f"make psql <<< '{query}'", clone, environment)
 
 
 def test_quickstart_has_only_commands_that_are_tested() -> None:
@@ -208,8 +199,16 @@ def test_make_lists_all_targets(clone: Path, environment: dict[str, str]) -> Non
 def test_readme_commands_for_server_deployment_and_worker_work(
     clone: Path, server: dict[str, str], tmp_path: Path
 ) -> None:
+    # `make run` has loaded the first day, unless its test was skipped.
+    has_run = (clone / ".venv" / "ready").exists()
+    days = ["2013-01-01", "2013-01-02"] if has_run else ["2013-01-01"]
     output = _run(_command("python flows"), clone, server)
-    assert re.search(r"Completed to 2013-\d\d-\d\d: ", output)
+    assert f"Completed to {days[-1]}: " in output
+    loaded = _run("make psql <<< 'select day from raw.loads order by 1'", clone, server)
+    assert ("Creating the environment" in loaded) != has_run
+    assert re.findall(r"2013-\d\d-\d\d", loaded) == days
+    [query] = re.findall(r"```sql\n(.*?)```", QUICKSTART, flags=re.S)
+    assert "(5 rows)" in _run(f"make psql <<< '{query}'", clone, server)
     assert f"{server['SERVER']}/runs/flow-run/" in output
     output = _run(_command("prefect deploy "), clone, server)
     assert "successfully created" in output
