@@ -62,6 +62,11 @@ IN_ONE_PROCESS = (
     ),
     # These share forks of dbt.
     tuple(f"tests/flows/test_{name}.py" for name in ("example_flow", "warehouse", "backfill")),
+    # These share a Kubernetes API server.
+    tuple(
+        f"tests/orchestration/operations/rotation/{file.name}"
+        for file in sorted(Path(__file__).parent.glob("orchestration/operations/rotation/test_*.py"))
+    ),
 )
 """Groups of files that would wait for each other in two processes, or prepare the same things in each."""
 
@@ -96,6 +101,7 @@ FIRST = (
     "tests/orchestration/runs/test_result_signing.py",
     "tests/orchestration/worker/test_kubernetes_worker.py",
     "tests/helm/test_values.py",
+    *IN_ONE_PROCESS[3],
     "tests/orchestration/operations/test_deploy_history.py",
     "tests/orchestration/deployments/test_running.py",
 )

@@ -29,10 +29,12 @@ class ApiServer:
 
     Args:
         client: a client of the server, as its administrator.
+        folder: the state of the server, with a `kubeconfig`.
     """
 
-    def __init__(self, client: httpx.Client) -> None:
+    def __init__(self, client: httpx.Client, folder: Path) -> None:
         self.client = client
+        self.folder = folder
         self._paths: dict[tuple[str, str], str] = {}
 
     def refusal(self, manifest: str | dict[str, Any]) -> str | None:
@@ -60,6 +62,31 @@ class ApiServer:
     def delete(self, manifest: dict[str, Any]) -> None:
         """Delete an object."""
         self.client.delete(f"{self._path(manifest)}/{manifest['metadata']['name']}").raise_for_status()
+
+    def clear(self) -> None:
+        """Delete all objects of `NAMESPACES`, and those that Helm made outside of namespaces, for the next test.
+
+        No controller runs, so that the server deletes them at once.
+        """
+        groups = self.client.get("/apis").raise_for_status().json()["groups"]
+        for path in ("/api/v1", *(f"/apis/{group['preferredVersion']['groupVersion']}" for group in groups)):
+            for resource in self.client.get(path).raise_for_status().json()["resources"]:
+                if "deletecollection" in resource["verbs"]:
+                    self._delete_all(path, resource)
+        for name in NAMESPACES:
+            labels = {"metadata": {"$patch": "replace", "name": name, "labels": {"kubernetes.io/metadata.name": name}}}
+            content = {"Content-Type": "application/strategic-merge-patch+json"}
+            self.client.patch(f"/api/v1/namespaces/{name}", json=labels, headers=content).raise_for_status()
+
+    def _delete_all(self, path: str, resource: dict[str, Any]) -> None:
+        options: dict[str, Any] = {"gracePeriodSeconds": 0, "propagationPolicy": "Background"}
+        if resource["namespaced"]:
+            for name in NAMESPACES:
+                found = self.client.delete(f"{path}/namespaces/{name}/{resource['name']}", params=options)
+                found.raise_for_status()
+        else:
+            options["labelSelector"] = "app.kubernetes.io/managed-by=Helm"
+            self.client.delete(f"{path}/{resource['name']}", params=options).raise_for_status()
 
     def kubeconfig(self, folder: Path) -> Path:
         """Write a kubeconfig of the administrator, and return its path.
@@ -133,7 +160,7 @@ def alone(folder: Path, authorization: str = "AlwaysAllow") -> Iterator[ApiServe
         httpx.Client(base_url=f"https://127.0.0.1:{port}", verify=context, timeout=30) as client,
     ):
         wait_until(lambda: _ready(client), f"a Kubernetes API server; see {folder}/kube-apiserver.log")
-        found = ApiServer(client)
+        found = ApiServer(client, folder)
         for name in NAMESPACES:
             found.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
         yield found

@@ -77,27 +77,27 @@ def absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Installation:
     return Installation(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def kubernetes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[apiserver.ApiServer]:
+    """Run an API server, which `installation` clears for the next test."""
+    with apiserver.alone(tmp_path_factory.mktemp("kubernetes")) as api:
+        yield api
+
+
 @pytest.fixture
-def installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, absent: Installation) -> Iterator[Installation]:
-    """Yield an environment on an API server."""
-    pki = tmp_path / "server" / "pki"
-    (tmp_path / "server").mkdir()
-    with apiserver.alone(tmp_path / "server") as api:
-        cluster = {"server": str(api.client.base_url).rstrip("/"), "certificate-authority": str(pki / "ca.crt")}
-        user = {"client-certificate": str(pki / "admin.crt"), "client-key": str(pki / "admin.key")}
-        config = {
-            "clusters": [{"name": CONTEXT, "cluster": cluster}],
-            "users": [{"name": CONTEXT, "user": user}],
-            "contexts": [{"name": CONTEXT, "context": {"cluster": CONTEXT, "user": CONTEXT}}],
-        }
-        (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
-        monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
-        binaries.program("helm")  # builds it if it is missing
-        folders = [os.environ["PATH"], *map(str, binaries.folders())]
-        monkeypatch.setenv("PATH", ":".join(folders))
-        secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": AUTH_SECRET}}
-        absent.create(BEFORE, secret | {"stringData": {"auth-string": "admin:password", "more": "of the server"}})
-        yield absent
+def installation(
+    kubernetes: apiserver.ApiServer, monkeypatch: pytest.MonkeyPatch, absent: Installation
+) -> Iterator[Installation]:
+    """Yield an environment on the API server."""
+    monkeypatch.setenv("KUBECONFIG", str(kubernetes.folder / "kubeconfig"))
+    binaries.program("helm")  # builds it if it is missing
+    folders = [os.environ["PATH"], *map(str, binaries.folders())]
+    monkeypatch.setenv("PATH", ":".join(folders))
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": AUTH_SECRET}}
+    absent.create(BEFORE, secret | {"stringData": {"auth-string": "admin:password", "more": "of the server"}})
+    yield absent
+    kubernetes.clear()
+    assert not absent.environment.helm("list", "--short"), "the next test installs the release from nothing"
 
 
 def test_move_keeps_the_former_namespace_until_no_run_is_in_progress(installation: Installation) -> None:

@@ -1,10 +1,10 @@
 """An installation on a Kubernetes API server without nodes. This module plays the kubelet and the Deployments."""
 
 import base64
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,10 +140,12 @@ class Installation:
         return self.start(template, namespace=namespace)
 
 
-def installed(folder: Path, *releases: str) -> Iterator[Installation]:
-    """Yield an installation of releases on an API server, with a pod of each Deployment."""
-    with apiserver.alone(folder), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KUBECONFIG", str(folder / "kubeconfig"))
+def installed(kubernetes: apiserver.ApiServer, *releases: str) -> Iterator[Installation]:
+    """Yield an installation of releases, with a pod of each Deployment, and clear the API server at the end."""
+    with contextlib.ExitStack() as stack:
+        stack.callback(kubernetes.clear)
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setenv("KUBECONFIG", str(kubernetes.folder / "kubeconfig"))
         binaries.program("helm")  # builds it if it is missing
         patch.setenv("PATH", ":".join([os.environ["PATH"], *map(str, binaries.folders())]))
         installation = Installation()

@@ -23,6 +23,7 @@ from orchestration.operations.rotation import api_credentials, readers
 from orchestration.operations.rotation.rotation import rotate
 from orchestration.protocol import CREDENTIAL_ANNOTATION, RUN_LABEL
 from orchestration.settings import ROOT
+from tests.cluster.apiserver import ApiServer
 from tests.orchestration.operations.rotation.installation import Installation, Interrupted, Pod, installed
 from tests.parts import free_port, migrated_database, served
 
@@ -138,8 +139,8 @@ class Apis:
 
 
 @pytest.fixture(scope="module")
-def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
-    yield from installed(tmp_path_factory.mktemp("server"), SERVER, POOL)
+def installation(kubernetes: ApiServer) -> Iterator[Installation]:
+    yield from installed(kubernetes, SERVER, POOL)
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from orchestration.operations.rotation import block_key
 from orchestration.operations.rotation.rotation import rotate
 from orchestration.settings import ROOT
 from tests import server_forks
+from tests.cluster.apiserver import ApiServer
 from tests.orchestration.operations.rotation.installation import Installation, Interrupted, Pod, installed
 from tests.parts import free_port, migrated_database, served
 
@@ -26,9 +27,8 @@ VARIABLE = block_key.VARIABLE
 
 
 @pytest.fixture
-def installation(tmp_path: Path) -> Iterator[Installation]:
-    (tmp_path / "server").mkdir()
-    yield from installed(tmp_path / "server", SERVER)
+def installation(kubernetes: ApiServer) -> Iterator[Installation]:
+    yield from installed(kubernetes, SERVER)
 
 
 def _values(url: str, *names: str) -> list[str]:

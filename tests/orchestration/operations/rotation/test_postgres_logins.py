@@ -18,6 +18,7 @@ from orchestration.operations.environment import OVERLAYS, SERVER, Environment
 from orchestration.operations.rotation import postgres_logins, readers, rotated_secret
 from orchestration.operations.rotation.rotation import rotate
 from orchestration.settings import ROOT
+from tests.cluster.apiserver import ApiServer
 from tests.orchestration.operations.rotation.installation import Installation, Interrupted, Pod, installed
 from tests.parts import debian_postgres, rows_of
 
@@ -25,8 +26,8 @@ SECRET = f"{SERVER}-database"
 
 
 @pytest.fixture(scope="module")
-def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
-    yield from installed(tmp_path_factory.mktemp("server"), SERVER)
+def installation(kubernetes: ApiServer) -> Iterator[Installation]:
+    yield from installed(kubernetes, SERVER)
 
 
 @pytest.fixture(scope="module")

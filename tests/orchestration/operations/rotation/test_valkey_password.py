@@ -17,6 +17,7 @@ from orchestration.operations.environment import SERVER
 from orchestration.operations.local_cluster.certificates import Authority
 from orchestration.operations.rotation import valkey_password
 from orchestration.operations.rotation.rotation import rotate
+from tests.cluster.apiserver import ApiServer
 from tests.helm.rendering import one, render
 from tests.orchestration.operations.rotation.installation import Installation, installed
 from tests.parts import free_port, redis_server
@@ -25,8 +26,8 @@ SECRET = f"{SERVER}-redis"
 
 
 @pytest.fixture(scope="module")
-def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
-    yield from installed(tmp_path_factory.mktemp("server"), SERVER)
+def installation(kubernetes: ApiServer) -> Iterator[Installation]:
+    yield from installed(kubernetes, SERVER)
 
 
 @pytest.fixture(scope="module")
