@@ -170,7 +170,7 @@ class Report:
             lines += [f"{report.nodeid}: {report.when} failed after {report.duration:.0f} s", report.longreprtext]
         if report.when == "teardown":
             lines += [f"{report.nodeid}: {value}" for name, value in report.user_properties if name == "took"]
-            self.notes += [value for name, value in report.user_properties if name == NOTE and value]
+            self.notes += [str(value) for name, value in report.user_properties if name == NOTE and value]
             numbers = [(name, value) for name, value in report.user_properties if isinstance(value, float)]
             self.processor[file] += sum(value for name, value in numbers if name == PROCESSOR)
             self.loops += [value for name, value in numbers if name == LOOP]

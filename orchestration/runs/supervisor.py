@@ -13,8 +13,8 @@ given, and receives SIGTERM itself.
   asks the Prefect API every `CHECK_INTERVAL_SECONDS` whether its Job is fenced, and kills itself if it is. A retry
   starts `FENCED_WITHIN_SECONDS` after the fencing, when the supervisor has stopped. A supervisor that gets no answer
   asks again every `RECHECK_INTERVAL_SECONDS`: what cannot ask cannot report a state either.
-- Budget: a flow may return a Scheduled state, and then a worker claims its run again at once. Each such end draws on the
-  disruption budget. The next run attempt sets the run Crashed instead of beginning if the budget is exceeded.
+- Budget: a flow may return a Scheduled state, and then a worker claims its run again at once. Each such end draws on
+  the disruption budget. The next run attempt sets the run Crashed instead of beginning if the budget is exceeded.
 - Claim: a Job's name ends with its claim (`claim_of`), the fencing token. Nothing of a run is executed before the
   Prefect API has answered that the claim was not given away. So a Job that is created late, when another worker has the
   run, executes nothing. The engine loads its modules meanwhile.
