@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 
-from orchestration.access.control import Application, Message, Receive, Scope, Send
+from orchestration.access.asgi import Application, Message, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 from orchestration import block_encryption, pgbouncer
-from orchestration.access.control import Application
+from orchestration.access.asgi import Application
 from orchestration.access.limits import RequestLimits
 from orchestration.api_tls import use_certificate
 from orchestration.errors import PipelineError, sentence

@@ -1,6 +1,7 @@
 """Start the Prefect server with access control: `python -m orchestration.access server start --no-services`.
 
-The command takes the arguments of `prefect`. `API_CREDENTIALS` names the folder with the credentials of the roles.
+The command takes the arguments of `prefect`. `API_CREDENTIALS` names the folder with the credentials of the roles. With
+`OIDC_GROUPS`, people log in through oauth2-proxy.
 """
 
 import logging
@@ -11,8 +12,9 @@ from typing import Any
 
 from orchestration.access.control import AccessControl, audit_log, expected_state
 from orchestration.access.credentials import Credentials
+from orchestration.access.people import GROUPS_VARIABLE, PasswordlessUi, People, read_groups
 from orchestration.errors import PipelineError, SettingsError, sentence
-from orchestration.prefect_compat.server_internals import check_expected_states
+from orchestration.prefect_compat.server_internals import check_expected_states, wrap_server_ui
 from orchestration.server_process import start_server
 
 CREDENTIALS_VARIABLE = "API_CREDENTIALS"
@@ -33,14 +35,19 @@ def main(arguments: Sequence[str]) -> int:
             raise SettingsError("The server has no credential: set PREFECT_SERVER_API_AUTH_STRING to USER:PASSWORD")
         secret = server.get_secret_value()
         credentials = Credentials(folder, secret)
+        groups = read_groups(os.environ.get(GROUPS_VARIABLE, ""))
     except PipelineError as error:
         print(sentence(error), file=sys.stderr)
         return 1
     _write_audit_log_to_stdout()
 
-    def wrap(api: Any) -> AccessControl:
-        return AccessControl(api, credentials, secret)
+    people = People(credentials, groups)
 
+    def wrap(api: Any) -> AccessControl:
+        return AccessControl(api, credentials, secret, people)
+
+    if groups:
+        wrap_server_ui(lambda ui: PasswordlessUi(ui, people))
     check_expected_states(expected_state)
     return start_server(arguments, wrap)
 

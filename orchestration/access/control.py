@@ -6,27 +6,20 @@ whether a run may write an object depends on the object.
 """
 
 import base64
-import binascii
 import json
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import Any
 from uuid import UUID
 
 import httpx
 
-from orchestration.access.credentials import RUN_USER_PREFIX, Credentials, Identity
+from orchestration.access.asgi import Application, Message, Receive, Scope, Send
+from orchestration.access.credentials import RUN_USER_PREFIX, Credentials, Identity, basic_credential
 from orchestration.access.ownership import DeniedError, Ownership, UnavailableError
+from orchestration.access.people import People, is_cross_origin
 from orchestration.access.routes import PERMISSIONS, WEBSOCKET, WRITES, Role, Route, RouteTable
 from orchestration.protocol import EXPECTED_STATE_HEADER
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 EVENTS_PATH = "/events/in"
 
@@ -52,11 +45,15 @@ class AccessControl:
         application: Prefect's API, without the base path.
         credentials: the credentials of all callers.
         server: the server's own credential `USER:PASSWORD`, which Prefect's authentication checks.
+        people: identifies people who have logged in by OIDC; None if people cannot.
     """
 
-    def __init__(self, application: Application, credentials: Credentials, server: str) -> None:
+    def __init__(
+        self, application: Application, credentials: Credentials, server: str, people: People | None = None
+    ) -> None:
         self._application = application
         self._credentials = credentials
+        self._people = people or People(credentials, {})
         self._server = server
         self._authorization = b"Basic " + base64.b64encode(server.encode())
         self._table = RouteTable()
@@ -89,8 +86,10 @@ class AccessControl:
         """Return the routes of a permitted request.
 
         Raises:
-            DeniedError: the role has no permission for the route.
+            DeniedError: the role has no permission for the route, or the caller has no role.
         """
+        if identity.role is None:
+            raise DeniedError(f"{identity.user} is in no group with access to Prefect. Ask an operator for access")
         found = self._table.find(method, path)
         permitted = PERMISSIONS[identity.role]
         if not found or not all(route.access in permitted for route, _ in found):
@@ -102,13 +101,14 @@ class AccessControl:
         if any(route.access == "open" for route, _ in self._table.find(method, path)):
             await self._application(scope, receive, send)
             return
-        identity = self._identify(_basic_credential(scope))
+        identity = self._people.identify(scope) or self._identify(basic_credential(scope["headers"]))
         if identity is None:
             self._audit(scope, method, path, None, 401)
             # Prefect answers with the same text.
             await _answer(send, 401, {"exception_message": "Unauthorized"})
             return
         try:
+            _refuse_cross_origin(scope, identity)
             routes = self._authorize(identity, method, path)
             if identity.run_id and any(route.access in OWNED for route, _ in routes):
                 body = await _read_body(receive)
@@ -151,9 +151,11 @@ class AccessControl:
     async def _handle_websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Replace the credential in the first message by the server's credential, if the caller has permission.
 
-        Without permission the message has no credential, and Prefect closes the websocket.
+        Without permission the message has no credential, and Prefect closes the websocket. The handshake identifies a
+        person: the first message of a browser has no credential.
         """
         path = _path(scope)
+        person = self._people.identify(scope)
         is_authenticated = False
         run_id: UUID | None = None
 
@@ -169,12 +171,13 @@ class AccessControl:
                     message = await receive()
                 return message
             is_authenticated = True
-            identity = self._identify(_websocket_credential(message))
+            identity = person or self._identify(_websocket_credential(message))
             run_id = identity.run_id if identity else None
             token = ""
             status = 401
             if identity:
                 try:
+                    _refuse_cross_origin(scope, identity)
                     self._authorize(identity, WEBSOCKET, path)
                     token, status = self._server, 101
                 except DeniedError:
@@ -207,7 +210,7 @@ class AccessControl:
             "audit": "prefect-api",
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "user": identity.user if identity else None,
-            "role": identity.role.value if identity else None,
+            "role": identity.role.value if identity and identity.role else None,
             "method": method,
             "path": path,
             "client": client[0],
@@ -229,18 +232,10 @@ def _header(scope: Scope, name: str) -> str:
     return next((value for found, value in scope["headers"] if found == key), b"").decode("latin-1")
 
 
-def _basic_credential(scope: Scope) -> str | None:
-    """Return USER:PASSWORD of the request; None unless exactly one valid header has them."""
-    headers = [value for name, value in scope["headers"] if name == b"authorization"]
-    if len(headers) != 1:
-        return None
-    scheme, _, encoded = headers[0].partition(b" ")
-    if scheme.lower() != b"basic":
-        return None
-    try:
-        return base64.b64decode(encoded, validate=True).decode()
-    except (binascii.Error, UnicodeDecodeError):
-        return None
+def _refuse_cross_origin(scope: Scope, identity: Identity) -> None:
+    """Raise DeniedError if a page of another origin calls the API in the browser of a person."""
+    if identity.is_person and is_cross_origin(scope):
+        raise DeniedError("A page of another origin may not call this API. Open the UI at its own address")
 
 
 def _websocket_credential(message: Message) -> str | None:

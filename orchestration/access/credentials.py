@@ -2,16 +2,18 @@
 
 A folder holds one file for each role, as a mounted Secret does. A line of `operator`, `viewer`, `worker`, `reconciler`
 or `sync` is a credential `USER:PASSWORD`; several lines give each person a login. From `run-key` the worker derives a
-credential for each flow run. While `make rotate` runs, files with the suffix `.next` hold credentials that callers will
+credential for each flow run. With a line of `oidc-key` as its password, oauth2-proxy calls the API for people who have
+logged in. While `make rotate` runs, files with the suffix `.next` hold credentials that callers will
 get, and files with the suffix `.previous` those that callers may still have. All of them are valid.
 """
 
 import base64
+import binascii
 import hashlib
 import hmac
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
@@ -26,10 +28,11 @@ RUN_CREDENTIALS_VARIABLE = "RUN_CREDENTIALS"
 """Names the folder with the key from which a worker derives the API credential of each flow run."""
 
 RUN_KEY_FILE = "run-key"
+OIDC_KEY_FILE = "oidc-key"
 NEXT_SUFFIX, PREVIOUS_SUFFIX = ".next", ".previous"
 RUN_USER_PREFIX = "run-"
 MIN_KEY_CHARACTERS = 32
-"""The minimum length of a run key."""
+"""The minimum length of a key."""
 
 RELOAD_SECONDS = 1.0
 """Minimum seconds between two reads of the folder. The kubelet updates a mounted Secret within about a minute."""
@@ -41,13 +44,29 @@ class Identity:
 
     Args:
         user: the name in the audit log.
-        role: what the credential permits.
+        role: what the credential permits; None for a person in no group that has a role.
         run_id: the flow run of a run's credential.
+        is_person: whether oauth2-proxy has logged in the user.
     """
 
     user: str
-    role: Role
+    role: Role | None
     run_id: UUID | None = None
+    is_person: bool = False
+
+
+def basic_credential(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+    """Return USER:PASSWORD of a request; None unless exactly one valid header has them."""
+    found = [value for name, value in headers if name == b"authorization"]
+    if len(found) != 1:
+        return None
+    scheme, _, encoded = found[0].partition(b" ")
+    if scheme.lower() != b"basic":
+        return None
+    try:
+        return base64.b64decode(encoded, validate=True).decode()
+    except (binascii.Error, UnicodeDecodeError):
+        return None
 
 
 def sign_run(key: str, run_id: UUID) -> str:
@@ -82,6 +101,7 @@ def run_credential(run_id: UUID) -> str:
 class _Content:
     identities: Mapping[bytes, Identity]
     keys: tuple[str, ...]
+    oidc_keys: tuple[str, ...]
 
 
 def credential_hash(credential: str) -> str:
@@ -101,7 +121,7 @@ def _read_folder(folder: Path) -> _Content:
         SettingsError: the folder cannot be read, or a file has an unknown name or an invalid line.
     """
     identities: dict[bytes, Identity] = {}
-    keys: list[str] = []
+    keys: dict[str, list[str]] = {RUN_KEY_FILE: [], OIDC_KEY_FILE: []}
     roles = {role.value: role for role in Role if role is not Role.RUN}
     try:
         # `run-key` sorts before `run-key.next` and `run-key.previous`: the first key signs.
@@ -109,13 +129,13 @@ def _read_folder(folder: Path) -> _Content:
         for file in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
             lines = [(number, line) for number, line in enumerate(file.read_text().splitlines(), 1) if line.strip()]
             name = file.name.removesuffix(NEXT_SUFFIX).removesuffix(PREVIOUS_SUFFIX)
-            if name == RUN_KEY_FILE:
+            if name in keys:
                 for number, line in lines:
                     if len(line) < MIN_KEY_CHARACTERS:
                         raise SettingsError(
                             f"{file}:{number}: the key is too short. Use {MIN_KEY_CHARACTERS} random characters or more"
                         )
-                keys += [line for _, line in lines]
+                keys[name] += [line for _, line in lines]
             elif role := roles.get(name):
                 for number, line in lines:
                     user, _, password = line.partition(":")
@@ -125,11 +145,11 @@ def _read_folder(folder: Path) -> _Content:
                         )
                     identities.setdefault(_digest(line), Identity(user, role))
             else:
-                allowed = ", ".join([*roles, RUN_KEY_FILE])
+                allowed = ", ".join([*roles, *keys])
                 raise SettingsError(f"{file}: no role has this name. Name the file after one of: {allowed}")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"The credentials in {folder} cannot be read: {error}") from None
-    return _Content(identities, tuple(keys))
+    return _Content(identities, tuple(keys[RUN_KEY_FILE]), tuple(keys[OIDC_KEY_FILE]))
 
 
 class Credentials:
@@ -166,6 +186,14 @@ class Credentials:
             if hmac.compare_digest(sign_run(key, run_id).encode(), credential.encode(errors="surrogatepass")):
                 return Identity(user, Role.RUN, run_id)
         return None
+
+    def forwarded_user(self, credential: str) -> str | None:
+        """Return the person for whom oauth2-proxy sends a request; None for any credential without its key."""
+        self._reload()
+        user, _, password = credential.rpartition(":")
+        given = password.encode(errors="surrogatepass")
+        is_known = any(hmac.compare_digest(key.encode(), given) for key in self._content.oidc_keys)
+        return user if is_known and user else None
 
     def _reload(self) -> None:
         if time.monotonic() - self._loaded < RELOAD_SECONDS:

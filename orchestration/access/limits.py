@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 
-from orchestration.access.control import Application, Message, Receive, Scope, Send
+from orchestration.access.asgi import Application, Message, Receive, Scope, Send
 
 MAX_DEPTH = 100
 """How many levels of lists and objects a request may have."""

@@ -174,6 +174,20 @@ def wrap_server_api(wrap: Callable[[Any], Any]) -> None:
     Why: the server has one credential, and no permissions by route
     Until: the server has roles, or takes middleware from a setting
     """
+    _wrap_mount("api", wrap)
+
+
+def wrap_server_ui(wrap: Callable[[Any], Any]) -> None:
+    """Have `prefect server start` serve its UI through a wrapper: `wrap` gets the UI's ASGI application.
+
+    Replaces: `prefect.server.api.server.create_app`
+    Why: the UI asks for a password, also if a proxy has logged the person in
+    Until: a setting tells the UI that a proxy logs people in
+    """
+    _wrap_mount("ui", wrap)
+
+
+def _wrap_mount(name: str, wrap: Callable[[Any], Any]) -> None:
     _check_version()
     from prefect.server.api import server
     from starlette.routing import Mount
@@ -182,10 +196,10 @@ def wrap_server_api(wrap: Callable[[Any], Any]) -> None:
 
     def create_wrapped_app(*args: Any, **options: Any) -> Any:
         app = create_app(*args, **options)
-        [api] = [route for route in app.routes if isinstance(route, Mount) and route.name == "api"]
-        if not getattr(api, "is_wrapped", False):
-            api.app = wrap(api.app)
-            api.is_wrapped = True  # type: ignore[attr-defined]
+        [mount] = [route for route in app.routes if isinstance(route, Mount) and route.name == name]
+        if not getattr(mount, "is_wrapped", False):
+            mount.app = wrap(mount.app)
+            mount.is_wrapped = True  # type: ignore[attr-defined]
         return app
 
     server.create_app = create_wrapped_app

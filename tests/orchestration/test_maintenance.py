@@ -9,7 +9,8 @@ import httpx
 import pytest
 
 from orchestration import maintenance
-from orchestration.access.control import AccessControl, Receive, Scope, Send
+from orchestration.access.asgi import Receive, Scope, Send
+from orchestration.access.control import AccessControl
 from orchestration.access.credentials import Credentials, sign_run
 from orchestration.maintenance import MaintenanceAnswers
 

@@ -75,6 +75,18 @@ def test_rotated_credentials_are_read_without_a_restart(folder: Path, monkeypatc
     assert not known.identify(before)
 
 
+def test_key_of_oauth2_proxy_names_a_person_and_rotates(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(credentials, "RELOAD_SECONDS", 0)
+    known = Credentials(folder, SERVER)
+    assert known.forwarded_user(f"ann@example.com:{KEY}") is None, "the key of runs is another"
+    for name, key in (("oidc-key", "o"), ("oidc-key.next", "n"), ("oidc-key.previous", "p")):
+        (folder / name).write_text(key * 32)
+        assert known.forwarded_user(f"ann@example.com:{key * 32}") == "ann@example.com"
+        assert known.forwarded_user(f"a:b@example.com:{key * 32}") == "a:b@example.com"
+        (folder / name).unlink()
+        assert known.forwarded_user(f"ann@example.com:{key * 32}") is None
+
+
 def test_invalid_change_keeps_the_last_valid_credentials(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(credentials, "RELOAD_SECONDS", 0)
     known = Credentials(folder, SERVER)
@@ -97,6 +109,7 @@ def test_invalid_change_keeps_the_last_valid_credentials(folder: Path, monkeypat
         ("worker", "a:b\n:c", "worker:2: not USER:PASSWORD"),
         ("operator", "run-1:x", "does not start with run-"),
         ("run-key", "k" * 31, "run-key:1: the key is too short"),
+        ("oidc-key", "k" * 31, "oidc-key:1: the key is too short"),
     ],
 )
 def test_invalid_file_stops_the_server(tmp_path: Path, name: str, content: str, message: str) -> None:
