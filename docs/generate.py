@@ -75,6 +75,7 @@ COMMON_TEXTS = {
     "rbac.extraRules": "More rules of the Role.",
     "auth.enabled": "Ask for a password.",
     "auth.key": "The key in the Secret.",
+    "oidc.clientId": "The id of the client at the identity provider. Required.",
     "pool.description": "The pool's description in the UI.",
     "drift.enabled": "Run the component.",
     "reconciler.enabled": "Run the component.",
@@ -93,6 +94,14 @@ COMMON_TEXTS = {
     "tls.enabled": "Serve TLS.",
     "renewBefore": "How long before the certificate's end cert-manager renews it.",
     "tls.caKey": "The key in the Secret.",
+    "bundled.uid": "The numeric user and group of the image.",
+    "bundled.existingSecret": (
+        "An existing Secret with the key `password`. Empty: the chart generates a Secret, and upgrades keep it."
+    ),
+    "bundled.pod": (
+        "The keys of the top-level `pod`, whose labels, annotations, containers, volumes, user and group this pod does "
+        "not take."
+    ),
     "storage.size": "The size of the volume.",
     "volume.size": "The size of the volume.",
     "archive.region": "The bucket's region, for S3. Empty: the service's default.",
@@ -105,6 +114,7 @@ COMMON_TEXTS = {
     "service.loadBalancerSourceRanges": "Addresses that the load balancer lets in.",
     "service.externalTrafficPolicy": "`Local` keeps the clients' addresses.",
     "service.sessionAffinity": "`ClientIP` sends a client to the same pod.",
+    "service.ipFamilyPolicy": "SingleStack, PreferDualStack or RequireDualStack.",
     "service.ipFamilies": "The IP families.",
     "service.extraPorts": "More ports of the Service.",
     "api.port": "The port of the Prefect API's pods.",

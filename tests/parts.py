@@ -286,7 +286,7 @@ def redis_server(folder: Path) -> Iterator[str]:
         "--dir",
         str(folder),
     ]
-    with _serving(command, port, {}):
+    with serving(command, port, {}):
         yield f"redis://:secret@127.0.0.1:{port}/0"
 
 
@@ -298,19 +298,33 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
     port = free_port()
     command = [str(binaries.program("versitygw")), "--quiet", "--port", f"127.0.0.1:{port}", "posix"]
     root = {"ROOT_ACCESS_KEY": "someone", "ROOT_SECRET_KEY": "secret"}
-    with _serving([*command, "--sidecar", str(folder / "metadata"), str(folder / "buckets")], port, root):
+    with serving([*command, "--sidecar", str(folder / "metadata"), str(folder / "buckets")], port, root):
         key = {"AWS_ACCESS_KEY_ID": "someone", "AWS_SECRET_ACCESS_KEY": "secret"}
         yield key | {"endpoint": f"http://127.0.0.1:{port}"}
 
 
 @contextlib.contextmanager
-def _serving(command: list[str], port: int, variables: dict[str, str]) -> Iterator[None]:
+def serving(command: list[str], port: int, variables: dict[str, str], log: Path | None = None) -> Iterator[None]:
+    """Run a program that listens on a port of the loopback interface while the block lasts.
+
+    Args:
+        command: the program and its arguments.
+        port: the port.
+        variables: environment variables in addition to those of this process.
+        log: receives the output; by default only errors are shown.
+    """
+
     def listens() -> bool:
         assert server.poll() is None, f"{command[0]} ended"
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", port)) == 0
 
-    with subprocess.Popen(command, env=os.environ | variables, stdout=subprocess.DEVNULL) as server:
+    with (
+        (log or Path(os.devnull)).open("ab") as output,
+        subprocess.Popen(
+            command, env=os.environ | variables, stdout=output, stderr=subprocess.STDOUT if log else None
+        ) as server,
+    ):
         try:
             wait_until(listens, f"{command[0]} on port {port}")
             yield

@@ -16,8 +16,8 @@ PROGRAMS = {"kubernetes": (binaries.KUBERNETES, "9 min, once")} | {
 """Version and build time of the programs that are built from Go modules, by name."""
 
 BUILT = {
-    node_layout.CONTEXT: ("kubernetes", "helm", "coredns", "metrics-server", "versitygw"),
-    kind.CONTEXT: ("kind", "kubernetes", "helm", "versitygw"),
+    node_layout.CONTEXT: ("kubernetes", "helm", "coredns", "metrics-server", "versitygw", "oauth2-proxy"),
+    kind.CONTEXT: ("kind", "kubernetes", "helm", "versitygw", "oauth2-proxy"),
 }
 """The programs that tests need, by the cluster's context. With kind the machine may have some of them."""
 

@@ -40,6 +40,7 @@ READERS = {
     "tests/*": RECORDS,
     "helm/prefect-server/*": (
         "tests/helm/test_prefect_server.py tests/helm/test_backup.py tests/helm/test_pgbouncer.py "
+        "tests/helm/test_oidc.py tests/orchestration/access/test_people.py tests/orchestration/test_tls.py "
         "tests/helm/test_tls.py tests/helm/test_cloudnative_pg.py tests/docker/test_stack.py "
         f"tests/test_load_benchmark.py {REFERENCE} {CHARTS}"
     ),
@@ -55,6 +56,7 @@ READERS = {
     "flows/*": f"{IMAGE} {RECORDS}",
     "flows/warehouse/*": "tests/flows/*",
     "orchestration/*": f"{IMAGE} tests/test_docs.py {RECORDS}",
+    "tests/orchestration/access/issuer/*": "tests/orchestration/access/test_people.py",
     # fsspec loads this module by an entry point.
     "orchestration/runs/redis_storage.py": "tests/orchestration/runs/*",
     "prefect.yaml": f"tests/orchestration/deployments/* {IMAGE}",

@@ -60,6 +60,16 @@ WAYS: dict[str, list[Object]] = {
             "pgbouncer": {"enabled": True},
             "backup": {"enabled": True},
         },
+        {
+            "oidc": {
+                "enabled": True,
+                "issuerUrl": "https://id.example.com",
+                "clientId": "prefect",
+                "existingSecret": "oidc",
+                "groups": {"operator": ["data-platform"]},
+            },
+            "ingress": {"enabled": True, "hosts": [{"host": "prefect.example.com"}]},
+        },
         {"service": {"type": "NodePort"}, "api": {"replicas": 2}, "networkPolicy": {"apiFrom": [{"podSelector": {}}]}},
         {
             "service": {"type": "LoadBalancer"},

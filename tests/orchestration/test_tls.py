@@ -7,12 +7,14 @@ import os
 import re
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
+import httpx
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.events.clients import PrefectEventSubscriber
@@ -29,6 +31,7 @@ from orchestration.prefect_api import connected
 from orchestration.runs.run_client import RunClient
 from orchestration.settings import ROOT
 from tests.helm.rendering import Object, one, render
+from tests.orchestration.access.single_sign_on import single_sign_on
 from tests.parts import free_port, migrated_database, served
 
 
@@ -120,6 +123,18 @@ def test_worker_ends_with_one_message_if_the_ca_is_another(url: str, tmp_path: P
     message = done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert f" ERROR The Prefect API at {url} cannot be used: its certificate is refused (" in message
+
+
+def test_oauth2_proxy_serves_https_and_verifies_the_api(url: str, certificates: Path, tmp_path: Path) -> None:
+    Authority(tmp_path / "other").issue("tls", "api", hosts=["localhost"])
+    for folder, status in ((certificates, 200), (tmp_path / "other", 502)):
+        context = ssl.create_default_context(cafile=str(folder / "ca.crt"))
+        home = tmp_path / str(status)
+        home.mkdir()
+        with single_sign_on(home, url, certificates=folder) as sign_on:
+            answer = httpx.get(f"https://localhost:{sign_on.port}/api/health", verify=context, timeout=75)
+        assert answer.status_code == status, "oauth2-proxy answers 502 if it refuses the certificate"
+        assert ("certificate signed by unknown authority" in sign_on.log.read_text()) is (status == 502)
 
 
 def test_certificate_for_another_name_is_refused(url: str, certificates: Path) -> None:

@@ -105,6 +105,9 @@
 {{- end }}
 {{- if include "prefect-server.roles" $root }}
 - {name: API_CREDENTIALS, value: /etc/prefect-api/credentials}
+{{- if $root.Values.oidc.enabled }}
+- {name: OIDC_GROUPS, value: {{ toJson $root.Values.oidc.groups | quote }}}
+{{- end }}
 {{- end }}
 - {name: PREFECT_SERVER_API_HOST, value: 0.0.0.0}
 - {name: PREFECT_SERVER_API_PORT, value: "4200"}

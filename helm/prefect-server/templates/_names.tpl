@@ -1,4 +1,4 @@
-{{/* Names and labels. Components: api, services, migrations, database, pgbouncer, redis, backup, test. */}}
+{{/* Names and labels. Components: api, services, migrations, database, pgbouncer, redis, oidc, backup, test. */}}
 
 {{/* Prefix of all objects' names. Cut to 50 characters, so that it stays a DNS label with the longest component appended. */}}
 {{- define "prefect-server.fullname" -}}

@@ -28,7 +28,7 @@ http{{ if .Values.tls.enabled }}s{{ end }}
 {{/* DNS names of the certificate, as a YAML list. `localhost` is for the commands that forward a port of the API. */}}
 {{- define "prefect-server.tlsNames" -}}
 {{- $names := list "localhost" -}}
-{{- range $component := list "api" "database" "pgbouncer" "redis" -}}
+{{- range $component := concat (list "api" "database" "pgbouncer" "redis") (ternary (list "oidc") list .Values.oidc.enabled) -}}
 {{- $name := printf "%s-%s" (include "prefect-server.fullname" $) $component -}}
 {{- $long := printf "%s.%s" $name $.Release.Namespace -}}
 {{- $names = concat $names (list $name $long (printf "%s.svc" $long) (printf "%s.svc.cluster.local" $long)) -}}

@@ -6,6 +6,7 @@
 {{- include "prefect-server.validateCnpg" . -}}
 {{- include "prefect-server.validateProcesses" . -}}
 {{- include "prefect-server.validateRoles" . -}}
+{{- include "prefect-server.validateOidc" . -}}
 {{- include "prefect-server.validateRoutes" . -}}
 {{- include "prefect-server.validateNames" . -}}
 {{- include "prefect-server.validateAccount" . -}}
@@ -144,7 +145,7 @@
 {{- end -}}
 {{- end -}}
 {{- end -}}
-{{- range $component := list "api" "services" "pgbouncer" -}}
+{{- range $component := list "api" "services" "pgbouncer" "oidc" -}}
 {{- with (index $.Values $component).podDisruptionBudget -}}
 {{- if and .enabled (eq (toString .minAvailable) "") (eq (toString .maxUnavailable) "") -}}
 {{- fail (printf "%s.podDisruptionBudget has neither minAvailable nor maxUnavailable: a budget needs one of them. Set one, or enabled=false." $component) -}}
@@ -233,7 +234,7 @@
 {{- fail (printf "%s.pod.sidecars is set: a sidecar would keep the pod from ending. Put the containers into %s.pod.initContainers with restartPolicy: Always." $component $component) -}}
 {{- end -}}
 {{- end -}}
-{{- range $component := list "api" "services" "pgbouncer" "migrations" "tests" "backup" -}}
+{{- range $component := list "api" "services" "pgbouncer" "oidc" "migrations" "tests" "backup" -}}
 {{- $pod := include "prefect-server.podValues" (list $ $component) | fromYaml -}}
 {{- if has $component (list "migrations" "tests" "backup") -}}{{- $pod = omit $pod "sidecars" -}}{{- end -}}
 {{- $volumes := get (dict "backup" (list "work" "scripts" "backups") "pgbouncer" (list "connection" "configuration" "server-ca")) $component | default list | concat $tls.volumes -}}
@@ -254,6 +255,9 @@
 {{- $made := ternary (printf "%s-ca" (include "prefect-server.cnpgName" .)) "" (eq $mode "cnpg") -}}
 {{- $references := list
   (dict "path" "auth.existingSecret" "name" .Values.auth.existingSecret "key" .Values.auth.key)
+  (dict "path" "auth.roles.existingSecret" "name" (ternary .Values.auth.roles.existingSecret "" .Values.oidc.enabled) "key" "oidc-key")
+  (dict "path" "oidc.existingSecret" "name" (ternary .Values.oidc.existingSecret "" .Values.oidc.enabled) "key" "client-secret")
+  (dict "path" "oidc.existingSecret" "name" (ternary .Values.oidc.existingSecret "" .Values.oidc.enabled) "key" "cookie-secret")
   (dict "path" "encryptionKey.existingSecret" "name" .Values.encryptionKey.existingSecret "key" .Values.encryptionKey.key)
   (dict "path" "database.external.existingSecret" "name" .Values.database.external.existingSecret "key" .Values.database.external.key)
   (dict "path" "database.bundled.existingSecret" "name" (ternary .Values.database.bundled.existingSecret "" (eq $mode "bundled")) "key" "password")

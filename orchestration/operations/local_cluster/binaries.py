@@ -3,6 +3,7 @@
 The user's cache keeps each program by version, so that it is built once.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ MODULES = {
     "kind": ("sigs.k8s.io/kind", "v0.31.0", "1 min, once"),
     "versitygw": ("github.com/versity/versitygw/cmd/versitygw", "v1.8.0", "3 min, once"),
     "metrics-server": ("sigs.k8s.io/metrics-server/cmd/metrics-server", "v0.9.0", "4 min, once"),
+    "oauth2-proxy": ("github.com/oauth2-proxy/oauth2-proxy/v7", "v7.15.6", "1 min, once"),
 }
 """Main package, version and build time on 2 cores, by program."""
 
@@ -163,6 +165,23 @@ def program(name: str) -> Path:
         if binary is not None:
             environment = os.environ | {"CGO_ENABLED": "0", "GOBIN": str(binary.parent)}
             run(["go", "install", "-trimpath", "-ldflags", "-s -w", f"{package}@{version}"], environment)
+    return cache() / f"{name}-{version}" / name
+
+
+def program_of(source: Path, name: str, usual: str) -> Path:
+    """Return the path of the program whose Go module is a folder. Build it if the cache has none of these sources.
+
+    Args:
+        source: the folder, with go.mod, go.sum and the Go files.
+        name: the program.
+        usual: how long the build takes, for the output.
+    """
+    content = b"".join(file.read_bytes() for file in sorted(source.iterdir()))
+    version = hashlib.sha256(content).hexdigest()[:12]
+    with _built(name, version, name, usual) as binary:
+        if binary is not None:
+            command = ["go", "build", "-mod=readonly", "-trimpath", "-ldflags", "-s -w", "-o", str(binary), "."]
+            run(command, os.environ | {"CGO_ENABLED": "0"}, source)
     return cache() / f"{name}-{version}" / name
 
 

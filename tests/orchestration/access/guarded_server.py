@@ -19,6 +19,8 @@ from tests import parts
 
 SERVER_CREDENTIAL = "admin:of-the-server"
 RUN_KEY = "k" * 40
+OIDC_KEY = "o" * 48
+OIDC_GROUPS = {"operator": ["data-platform", "data admins"], "viewer": ["data"]}
 CREDENTIALS = {role: f"{role}:password-of-{role}" for role in ("operator", "viewer", "worker", "reconciler", "sync")}
 
 
@@ -58,6 +60,7 @@ def guarded_server(home: Path, command: str = "orchestration.access", **variable
     for role, credential in CREDENTIALS.items():
         (folder / role).write_text(credential)
     (folder / "run-key").write_text(RUN_KEY)
+    (folder / "oidc-key").write_text(OIDC_KEY)
     shutil.copyfile(parts.migrated_database(), home / "prefect.db")
     port = parts.free_port()
     url = f"http://127.0.0.1:{port}/api"
@@ -65,7 +68,9 @@ def guarded_server(home: Path, command: str = "orchestration.access", **variable
         "PREFECT_SERVER_API_AUTH_STRING": SERVER_CREDENTIAL,
         "PREFECT_API_AUTH_STRING": SERVER_CREDENTIAL,
         "API_CREDENTIALS": str(folder),
+        "OIDC_GROUPS": json.dumps(OIDC_GROUPS),
         "PREFECT_API_URL": url,
+        "PREFECT_UI_API_URL": "/api",
         **variables,
     }
     with parts.served(home, port, sys.executable, environment, command):

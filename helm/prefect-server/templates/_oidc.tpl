@@ -1,0 +1,87 @@
+{{/* Rules and arguments of the component oidc: oauth2-proxy, which logs people in. */}}
+
+{{- define "prefect-server.validateOidc" -}}
+{{- with .Values.oidc -}}
+{{- if .enabled -}}
+{{- if not (include "prefect-server.roles" $) -}}
+{{- fail "oidc.enabled=true needs auth.enabled and auth.roles.enabled: without API roles the server knows no groups, and has one password. Set both to true, or oidc.enabled=false." -}}
+{{- end -}}
+{{- range $key := list "issuerUrl" "clientId" "existingSecret" -}}
+{{- if not (index $.Values.oidc $key) -}}
+{{- fail (printf "oidc.enabled=true needs oidc.%s: oauth2-proxy cannot log in at the identity provider. Set oidc.%s." $key $key) -}}
+{{- end -}}
+{{- end -}}
+{{- if not (concat .groups.operator .groups.viewer) -}}
+{{- fail "oidc.groups names no group: every person would be refused. Name a group of the identity provider in oidc.groups.operator or oidc.groups.viewer." -}}
+{{- end -}}
+{{- if not (or .image.tag .image.digest) -}}
+{{- fail "oidc.image.tag is empty: the image has no version. Set oidc.image.tag or oidc.image.digest." -}}
+{{- end -}}
+{{- $hosts := list -}}
+{{- range ternary $.Values.ingress.hosts list $.Values.ingress.enabled -}}
+{{- $hosts = append $hosts .host -}}
+{{- $known := list -}}
+{{- range .paths -}}{{- $known = append $known (trimSuffix "/" .path) -}}{{- end -}}
+{{- if and .paths (not (or (has "" $known) (has "/oauth2" $known) (has .host $.Values.oidc.directHosts) (contains "--proxy-prefix=" (join " " $.Values.oidc.extraArgs)))) -}}
+{{- fail (printf "ingress.hosts has no path /oauth2 for %s: the identity provider sends people to /oauth2/callback. Add {path: /oauth2, pathType: Prefix}, or set --proxy-prefix in oidc.extraArgs." .host) -}}
+{{- end -}}
+{{- end -}}
+{{- range .directHosts -}}
+{{- if and $.Values.ingress.enabled (not (has . $hosts)) -}}
+{{- fail (printf "oidc.directHosts names %s: ingress.hosts has no such host. Add the host to ingress.hosts, or remove it from oidc.directHosts." .) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Component that Ingress and HTTPRoute lead to: (list root host). */}}
+{{- define "prefect-server.entry" -}}
+{{- $oidc := (index . 0).Values.oidc -}}
+{{- ternary "oidc" "api" (and $oidc.enabled (not (has (index . 1) $oidc.directHosts))) -}}
+{{- end -}}
+
+{{/* Port of oauth2-proxy. */}}
+{{- define "prefect-server.oidcPort" -}}4180{{- end -}}
+
+{{/* Arguments of oauth2-proxy, as a YAML list. The last value of an argument wins, so those of the user are at the end. */}}
+{{- define "prefect-server.oidcArgs" -}}
+{{- $base := regexQuoteMeta .Values.api.basePath -}}
+- --provider=oidc
+- {{ printf "--oidc-issuer-url=%s" .Values.oidc.issuerUrl | quote }}
+- {{ printf "--client-id=%s" .Values.oidc.clientId | quote }}
+- --code-challenge-method=S256
+- --insecure-oidc-skip-nonce=false
+- --skip-provider-button=true
+{{- range uniq (concat .Values.oidc.groups.operator .Values.oidc.groups.viewer) }}
+- {{ printf "--allowed-group=%s" . | quote }}
+{{- end }}
+- --email-domain=*
+{{- if .Values.tls.enabled }}
+- --https-address=0.0.0.0:{{ include "prefect-server.oidcPort" . }}
+- --tls-cert-file=/etc/prefect-tls/tls.crt
+- --tls-key-file=/etc/prefect-tls/tls.key
+{{- else }}
+- --http-address=0.0.0.0:{{ include "prefect-server.oidcPort" . }}
+{{- end }}
+- --upstream={{ include "prefect-server.scheme" . }}://{{ include "prefect-server.fullname" . }}-api:{{ int64 .Values.service.port }}
+- --upstream-timeout=120s
+- --prefer-email-to-user=true
+- --cookie-name=__Host-prefect
+- --cookie-samesite=lax
+- --cookie-expire=8h
+- --cookie-csrf-per-request=true
+- --cookie-csrf-per-request-limit=5
+- --session-cookie-minimal=true
+- {{ printf "--api-route=^%s/" $base | quote }}
+- --api-route=/ui-settings$
+- {{ printf "--skip-auth-route=GET=^%s/(health|ready)$" $base | quote }}
+{{- /* Browsers fetch this file of the UI without cookies. */}}
+- --skip-auth-route=GET=/ico/site\.webmanifest$
+- --ping-path=/oauth2/ping
+- --ready-path=/oauth2/ready
+- --request-logging=false
+{{- range .Values.oidc.extraArgs }}
+- {{ . | quote }}
+{{- end }}
+{{- end -}}
