@@ -14,6 +14,7 @@ from uuid import UUID, uuid4
 from orchestration.access.credentials import (
     AUTH_VARIABLE,
     NEXT_SUFFIX,
+    OIDC_KEY_FILE,
     PREVIOUS_SUFFIX,
     RUN_KEY_FILE,
     credential_hash,
@@ -40,7 +41,10 @@ ROLES = ("worker", "reconciler", "sync", "viewer")
 
 OPERATOR = "operator"
 
-RUN_KEY_CHARACTERS = 48
+KEYS = (RUN_KEY_FILE, OIDC_KEY_FILE)
+"""The keys of the Secret that are random characters. The key of oauth2-proxy exists only with `oidc.enabled`."""
+
+KEY_CHARACTERS = 48
 
 MOUNT_SECONDS = 300.0
 """How long all pods of the API may take to read a changed Secret. The kubelet takes up to two minutes."""
@@ -176,12 +180,12 @@ class Administrator(_ApiRotation):
 
 
 class Roles(_ApiRotation):
-    """Rotates the generated credentials of the roles, and the key that signs the credentials of runs."""
+    """Rotates the generated credentials of the roles, the key of the credentials of runs, and that of oauth2-proxy."""
 
     def new_values(self) -> dict[str, str]:
-        """Return new credentials of the roles' own users, and a new key. Logins of people stay."""
+        """Return new credentials of the roles' own users, and new keys. Logins of people stay."""
         self.require_support()
-        values = {RUN_KEY_FILE: new_password(RUN_KEY_CHARACTERS)}
+        values = {key: new_password(KEY_CHARACTERS) for key in KEYS if key in self.secret.values}
         for role in ROLES:
             lines = self.secret.values[role].splitlines()
             own = f"{role}:{new_password()}"
@@ -208,11 +212,13 @@ class Roles(_ApiRotation):
 
 
 def _credentials(values: dict[str, str]) -> list[str]:
-    """Return the credentials in values of the Secret; for the key, that of a run."""
-    lines = [
-        line for key, value in values.items() if key != RUN_KEY_FILE for line in value.splitlines() if line.strip()
-    ]
-    return lines + ([sign_run(values[RUN_KEY_FILE], uuid4())] if values.get(RUN_KEY_FILE) else [])
+    """Return the credentials in values of the Secret; for the keys, those of a run and of a person."""
+    lines = [line for key, value in values.items() if key not in KEYS for line in value.splitlines() if line.strip()]
+    if values.get(RUN_KEY_FILE):
+        lines.append(sign_run(values[RUN_KEY_FILE], uuid4()))
+    if values.get(OIDC_KEY_FILE):
+        lines.append(f"rotation:{values[OIDC_KEY_FILE]}")
+    return lines
 
 
 def _is_signed(job: Object, key: str) -> bool:

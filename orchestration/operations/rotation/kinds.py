@@ -11,7 +11,7 @@ from orchestration.operations.rotation.rotation import rotate as run_rotation
 KINDS: dict[str, tuple[Callable[[Environment], Rotation], str]] = {
     "database": (postgres_logins.server_database, "the login at the server's bundled Postgres"),
     "api": (api_credentials.administrator, "the password of the administrator, for the API and the UI"),
-    "roles": (api_credentials.roles, "the credentials of worker, reconciler, sync, viewer and flow runs"),
+    "roles": (api_credentials.roles, "the credentials of worker, reconciler, sync, viewer, flow runs and oauth2-proxy"),
     "redis": (valkey_password.server_redis, "the password of the bundled Valkey"),
     "encryption": (block_key.server_block_key, "the key that encrypts secret blocks in the server's database"),
     "warehouse": (postgres_logins.local_warehouse, "the login at the warehouse of the local environment"),

@@ -28,6 +28,13 @@ from tests.orchestration.operations.rotation.installation import Installation, I
 from tests.parts import free_port, migrated_database, served
 
 AUTH, ROLES = f"{SERVER}-auth", f"{SERVER}-api-roles"
+OIDC = (
+    "--set=oidc.enabled=true",
+    "--set=oidc.issuerUrl=https://id.example.com",
+    "--set=oidc.clientId=prefect",
+    "--set=oidc.existingSecret=oidc",
+    "--set=oidc.groups.viewer={data}",
+)
 
 
 class Apis:
@@ -58,7 +65,8 @@ class Apis:
         shutil.copyfile(migrated_database(), home / "prefect.db")
         port = free_port()
         names = ("PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING")
-        variables = {name: pod.variables[name] for name in names} | {"API_CREDENTIALS": str(home / "credentials")}
+        variables = {name: pod.variables[name] for name in (*names, "OIDC_GROUPS")}
+        variables["API_CREDENTIALS"] = str(home / "credentials")
         stack = self._stack[pod.name] = contextlib.ExitStack()
         url = served(home, port, sys.executable, os.environ | variables | {"PYTHONTZPATH": ""}, "orchestration.access")
         self.urls[pod.name] = stack.enter_context(url)
@@ -109,7 +117,8 @@ class Apis:
 
     def status(self, pod: str, credential: str) -> int:
         """Return the status of an API's answer to a credential."""
-        header = {"Authorization": f"Basic {base64.b64encode(credential.encode()).decode()}"}
+        encoded = base64.b64encode(credential.encode()).decode()
+        header = {"Authorization": f"Basic {encoded}", "X-Forwarded-Groups": "data"}
         # Over plain HTTP nothing is verified, and the root certificates take 20 ms of the processor to load.
         return httpx.get(f"{self.urls[pod]}/hello", headers=header, timeout=60, verify=False).status_code  # noqa: S501
 
@@ -119,7 +128,7 @@ class Apis:
             self._has_changed.wait(0.5)
             self._has_changed.clear()
             present = list(self._installation.pods)
-            given = [pod.variables.get("PREFECT_API_AUTH_STRING", "") for pod in present]
+            given = [_credential(pod) for pod in present]
             credentials = dict.fromkeys([*filter(None, given), *self.run_credentials])
             for pod in list(self.urls):
                 for credential in credentials:
@@ -130,24 +139,34 @@ class Apis:
             status = self.status(pod, credential)
         except (httpx.HTTPError, KeyError):
             status = 0
-        gone = pod not in self.urls or (not any(
-            pod.variables.get("PREFECT_API_AUTH_STRING") == credential for pod in self._installation.pods
-        ) and credential not in self.run_credentials)  # fmt: skip
+        present = {_credential(pod) for pod in self._installation.pods}
+        gone = pod not in self.urls or credential not in {*present, *self.run_credentials}
         self.calls += 1
         if status != 200 and not gone:
             self.errors.append(f"{pod} answers {status} to {credential.partition(':')[0]}")
 
 
+def _credential(pod: Pod) -> str:
+    """Return the credential with which a pod calls the API; empty if it has none."""
+    if key := pod.variables.get("OAUTH2_PROXY_BASIC_AUTH_PASSWORD"):
+        return f"ann@example.com:{key}"
+    return pod.variables.get("PREFECT_API_AUTH_STRING", "")
+
+
 @pytest.fixture(scope="module")
 def installation(kubernetes: ApiServer) -> Iterator[Installation]:
-    yield from installed(kubernetes, SERVER, POOL)
+    for found in installed(kubernetes, SERVER, POOL):
+        values = ("--from-literal=client-secret=a", "--from-literal=cookie-secret=b")
+        found.environment.kubectl("create", "secret", "generic", "oidc", *values)
+        found.install(SERVER, *OIDC)
+        yield found
 
 
 @pytest.fixture(scope="module")
 def apis(tmp_path_factory: pytest.TempPathFactory, installation: Installation) -> Iterator[Apis]:
     found = Apis(tmp_path_factory.mktemp("apis"), installation)
     try:
-        for name in ("api", "services"):
+        for name in ("api", "services", "oidc"):
             installation.roll(f"{SERVER}-{name}")
         for name in ("worker", "reconciler", "drift"):
             installation.roll(f"{POOL}-{name}")
@@ -188,7 +207,7 @@ def test_administrator_gets_a_new_password_and_no_request_fails(apis: Apis, inst
     assert (apis.status(second, old), apis.status(second, new["auth-string"])) == (401, 200)
     assert {"operator.previous", "operator.next"}.isdisjoint(installation.secret(ROLES))
     assert apis.errors == []
-    installation.environment.helm("rollback", SERVER, "1", "--no-hooks")
+    installation.environment.helm("rollback", SERVER, "2", "--no-hooks")
     assert installation.secret(AUTH) == new
 
 
@@ -241,10 +260,14 @@ def test_roles_get_new_credentials_and_runs_in_progress_keep_theirs(
     for role in ("worker", "reconciler", "sync"):
         assert (apis.status(api, old[role]), apis.status(api, new[role])) == (401, 200)
     assert (apis.status(api, old["viewer"]), apis.status(api, "ann:secret")) == (401, 200)
+    people = [f"ann@example.com:{secret['oidc-key']}" for secret in (old, new)]
+    assert [apis.status(api, person) for person in people] == [401, 200]
     assert apis.status(api, sign_run(old["run-key"], run)) == 401
     assert apis.status(api, sign_run(new["run-key"], run)) == 200
     assert apis.errors == []
-    assert {pod.component for pod in installation.pods} == {"api", "services", "worker", "reconciler", "drift"}
+    assert {pod.component for pod in installation.pods} == {
+        "api", "services", "worker", "reconciler", "drift", "oidc",
+    }  # fmt: skip
     assert [api] == [*apis.urls], "the API reads the Secret without a restart"
 
 
