@@ -152,7 +152,7 @@ def _read_document(path: Path, included_at: str) -> YamlMapping:
                 f"{path}: its aliases expand to {number:.1e} values, more than the limit of {MAX_VALUES:,}. "
                 "Use fewer aliases within aliases, or several files"
             )
-        document = _Constructor(loader, str(path)).construct(node) if node else YamlMapping()
+        document = _construct(node, loader, str(path)) if node else YamlMapping()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
@@ -186,6 +186,13 @@ def _count_values(node: yaml.Node, known: dict[int, int]) -> int:
     return known.get(id(node), 1)
 
 
+def _construct(node: yaml.Node, loader: yaml.CSafeLoader, file: str) -> Any:
+    """Return the value of a document's node."""
+    constructor = _Constructor(loader, file)
+    constructor.read_own_keys(node)
+    return constructor.construct(node)
+
+
 @dataclass
 class _Constructor:
     """Constructs the values of a document's nodes as JSON has them: dates become text.
@@ -193,13 +200,36 @@ class _Constructor:
     Args:
         loader: resolves YAML's types.
         file: the path as the user wrote it.
-        seen: mappings whose own keys have been read. An alias leads to the same node again, in which
-            `flatten_mapping` has put the merged keys by then.
+        own_keys: the lines of each mapping's own keys, without those that it merges, by the id of its node.
     """
 
     loader: yaml.CSafeLoader
     file: str
-    seen: set[int] = field(default_factory=set)
+    own_keys: dict[int, dict[str, int]] = field(default_factory=dict)
+
+    def read_own_keys(self, node: yaml.Node) -> None:
+        """Read the own keys of all mappings below a node.
+
+        This comes first: to merge a mapping changes its node, and those of the mappings that it merges.
+        """
+        if not isinstance(node, yaml.CollectionNode) or id(node) in self.own_keys:
+            return
+        lines = self.own_keys[id(node)] = {}
+        if isinstance(node, yaml.SequenceNode):
+            for item in node.value:
+                self.read_own_keys(item)
+            return
+        for key, value in node.value:
+            self.read_own_keys(value)
+            if key.tag == "tag:yaml.org,2002:merge":
+                continue
+            name = self.key(key)
+            if name in lines:
+                raise self.error(
+                    key,
+                    f"duplicate key {name}, first in line {lines[name]}. Remove one: only the last would count",
+                )
+            lines[name] = key.start_mark.line + 1
 
     def construct(self, node: yaml.Node, parents: tuple[yaml.Node, ...] = ()) -> Any:
         """Return the value of a node."""
@@ -244,27 +274,14 @@ class _Constructor:
         return value
 
     def mapping(self, node: yaml.MappingNode, parents: tuple[yaml.Node, ...]) -> YamlMapping:
-        line = node.start_mark.line + 1
         mapping = YamlMapping()
-        mapping.file, mapping.line, mapping.lines = self.file, line, {}
-        if id(node) not in self.seen:
-            for key, _ in node.value:
-                if key.tag == "tag:yaml.org,2002:merge":
-                    continue
-                name = self.key(key)
-                if name in mapping.lines:
-                    raise self.error(
-                        key,
-                        f"duplicate key {name}, first in line {mapping.lines[name]}. "
-                        "Remove one: only the last would count",
-                    )
-                mapping.lines[name] = key.start_mark.line + 1
-            self.loader.flatten_mapping(node)
-            self.seen.add(id(node))
+        mapping.file, mapping.line = self.file, node.start_mark.line + 1
+        mapping.lines = dict(self.own_keys[id(node)])
+        self.loader.flatten_mapping(node)
         for key, value in node.value:
             name = self.key(key)
             mapping[name] = self.construct(value, parents)
-            mapping.lines.setdefault(name, line)
+            mapping.lines.setdefault(name, mapping.line)
         return mapping
 
     def key(self, node: yaml.Node) -> str:

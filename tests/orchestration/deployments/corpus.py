@@ -165,6 +165,21 @@ definitions:
 deployments:
   - {name: d, entrypoint: "flow.py:etl", work_pool: {name: POOL}, schedules: [*c, {<<: *c, slug: d}, *b]}
 """,
+    "anchors on merged mappings": """
+definitions:
+  tiny: &tiny {name: POOL, job_variables: {cpu: 1}}
+  large:
+    <<: &small
+      <<: *tiny
+      job_variables: {cpu: 2}
+    work_queue_name: urgent
+  listed: {<<: [*tiny, &other {<<: *tiny, work_queue_name: urgent}]}
+deployments:
+  - {name: d, entrypoint: "flow.py:etl", work_pool: *small}
+  - {name: e, entrypoint: "flow.py:etl", work_pool: {<<: *other, job_variables: {cpu: 3}}}
+  - {<<: &base {name: f, entrypoint: "flow.py:etl", work_pool: *other}, name: g}
+  - *base
+""",
     # environment
     "text from the environment": one(
         "description: 'for {{ $A_TEXT }}, {{$A_NUMBER}}'\nversion: '{{ $A_NUMBER }}'\n"

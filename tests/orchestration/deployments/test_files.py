@@ -4,12 +4,16 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from orchestration.__main__ import main
-from orchestration.deployments import check, desired_state
+from orchestration.deployments import check, desired_state, files
 from orchestration.deployments.resources import DEPLOYMENT, KINDS
 from orchestration.errors import DeploymentsError
 from orchestration.settings import ROOT
+from tests.parts import examples
 
 HEAD = "name: shop\n"
 
@@ -58,6 +62,39 @@ def test_exploding_aliases_are_refused_at_once(folder: Path, line: str) -> None:
         desired_state.read(["prefect.yaml"])
 
 
+@st.composite
+def merged_mappings(draw: st.DrawFn) -> str:
+    """Draw mappings that merge others, which may have an anchor on any of them."""
+    anchors: list[str] = []
+
+    def mapping(depth: int) -> str:
+        if anchors and draw(st.booleans()):
+            return f"*{draw(st.sampled_from(anchors))}"
+        parts = []
+        for key in draw(st.lists(st.sampled_from(["x", "y", "z", "<<", "<< "]), unique=True, max_size=4)):
+            if key in "xyz":
+                value = mapping(depth - 1) if depth and draw(st.booleans()) else draw(st.integers(0, 9))
+                parts.append(f"{key}: {value}")
+            elif depth:
+                merged = [mapping(depth - 1) for _ in range(draw(st.integers(1, 2)))]
+                parts.append(f"{key}: [{', '.join(merged)}]" if merged[1:] else f"{key}: {merged[0]}")
+        text = f"{{{', '.join(parts)}}}"
+        if draw(st.booleans()):
+            anchors.append(f"a{len(anchors)}")
+            text = f"&{anchors[-1]} {text}"
+        return text
+
+    names = draw(st.lists(st.sampled_from("abcd"), unique=True, min_size=1))
+    return "".join(f"{name}: {mapping(3)}\n" for name in names)
+
+
+@given(text=merged_mappings())
+@settings(max_examples=examples(3), suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_merge_keys_mean_what_yaml_says(folder: Path, text: str) -> None:
+    (folder / "merged.yaml").write_text(text)
+    assert files.plain(files.read(["merged.yaml"])[0]) == yaml.safe_load(text)
+
+
 @pytest.mark.parametrize(
     ("text", "where", "expected"),
     [
@@ -75,6 +112,9 @@ def test_exploding_aliases_are_refused_at_once(folder: Path, line: str) -> None:
             id="misspelt",
         ),
         pytest.param(HEAD + "name: x\n", ":2: ", "duplicate key name, first in line 1", id="a key twice"),
+        pytest.param(
+            HEAD + "definitions: {<<: &a {x: 1, x: 2}}\n", ":2: ", "duplicate key x", id="a key twice in a merge"
+        ),
         pytest.param(
             with_deployment() + deployment(),
             ":6: ",
