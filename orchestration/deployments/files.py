@@ -19,6 +19,9 @@ from orchestration.errors import DeploymentsError
 MAX_VALUES = 500_000
 """Values of a file, enough for some thousand deployments. Aliases of aliases turn a few lines into any number."""
 
+MAX_LEVELS = 100
+"""Levels of lists and mappings: the API refuses JSON with more, and Prefect cannot read 256 levels again."""
+
 
 class YamlMapping(dict[str, Any]):
     """A mapping of a file.
@@ -235,6 +238,8 @@ class _Constructor:
         """Return the value of a node."""
         if node in parents:
             raise self.error(node, "an anchor contains itself. Write the value out")
+        if len(parents) > MAX_LEVELS:
+            raise self.error(node, f"more than {MAX_LEVELS} levels of lists and mappings. Use fewer levels")
         if isinstance(node, yaml.ScalarNode):
             return self.scalar(node)
         parents = (*parents, node)
@@ -253,12 +258,19 @@ class _Constructor:
     def error(self, node: yaml.Node, text: str) -> DeploymentsError:
         return DeploymentsError(f"{self.file}:{node.start_mark.line + 1}: {text}")
 
-    def scalar(self, node: yaml.ScalarNode) -> Any:
+    def convert(self, node: yaml.ScalarNode) -> Any:
+        """Return the value of a node as YAML has it."""
         try:
             value = self.loader.construct_object(node)
+            if isinstance(value, int):
+                str(value)  # Python limits the digits of numbers that it writes, also of hexadecimal ones
         except ValueError as error:
             shown = node.value if len(node.value) < 40 else f"{node.value[:40]}..."
             raise self.error(node, f"invalid value {shown} ({error}). Correct it, or put it in quotes") from None
+        return value
+
+    def scalar(self, node: yaml.ScalarNode) -> Any:
+        value = self.convert(node)
         if isinstance(value, date):
             from pydantic_core import to_jsonable_python
 
@@ -286,7 +298,7 @@ class _Constructor:
 
     def key(self, node: yaml.Node) -> str:
         """Return a key as JSON has it."""
-        name = self.loader.construct_object(node) if isinstance(node, yaml.ScalarNode) else None
+        name = self.convert(node) if isinstance(node, yaml.ScalarNode) else None
         if isinstance(name, int) and not isinstance(name, bool):
             return str(name)
         if not isinstance(name, str) or not _can_be_stored(name):

@@ -374,6 +374,18 @@ deployments:
     "large number": one("parameters: {day: 9007199254740993, extra: 12345678901234567890, rate: 1.0e+300}"),
     "very large number": one("parameters: {extra: 1" + "0" * 400 + "}"),
     "huge number": one("parameters: {extra: 1" + "0" * 5000 + "}"),
+    "huge hexadecimal number": one("parameters: {extra: 0x" + "f" * 5000 + "}"),
+    "huge key": one("parameters:\n  extra:\n    ? 0x" + "f" * 5000 + "\n    : 1"),
+    "huge tag": one("tags: [0b" + "1" * 20_000 + "]"),
+    "deep parameter": one("parameters: {extra: " + "[" * 96 + "]" * 96 + "}"),
+    "deeper parameter": one("parameters: {extra: " + "[" * 300 + "]" * 300 + "}"),
+    "deeper parameter of a schedule": one(
+        "schedules: [{cron: '0 6 * * *', parameters: {extra: " + "{a: " * 300 + "1" + "}" * 300 + "}}]"
+    ),
+    "deeper parameter of a trigger": one(
+        "triggers: [{expect: [a], parameters: {extra: " + "[" * 300 + "]" * 300 + "}}]"
+    ),
+    "deeper job variables": one(pool="{name: POOL, job_variables: {env: " + "[" * 300 + "]" * 300 + "}}"),
     "numbers in other bases": one("parameters: {day: 0x10, extra: [010, 0b11, 1_000, 190:20:30]}"),
     "keys that are no text": one("parameters: {extra: {1: a, on: b, null: c, 1.5: d, 0x10: e}}"),
     "keys of numbers": one("parameters: {extra: {1: a, 2: b}}"),
@@ -493,6 +505,13 @@ REFUSED: dict[str, str] = {
     "infinite": ":6: .inf is a number that JSON does not have",
     "not a number": ":6: .nan is a number that JSON does not have",
     "huge number": ":6: invalid value 1000000000000000000000000000000000000000... (Exceeds the limit",
+    "huge hexadecimal number": ":6: invalid value 0xffffffffffffffffffffffffffffffffffffff... (Exceeds the limit",
+    "huge key": ":8: invalid value 0xffffffffffffffffffffffffffffffffffffff... (Exceeds the limit",
+    "huge tag": ":6: invalid value 0b11111111111111111111111111111111111111... (Exceeds the limit",
+    "deeper parameter": ":6: more than 100 levels of lists and mappings. Use fewer levels",
+    "deeper parameter of a schedule": ":6: more than 100 levels",
+    "deeper parameter of a trigger": ":6: more than 100 levels",
+    "deeper job variables": ":5: more than 100 levels",
     "date that is none": ":6: invalid value 2024-13-45 (month must be in 1..12)",
     "keys that are no text": ":6: key on is not text",
     "keys of truths": ":6: key on is not text",
