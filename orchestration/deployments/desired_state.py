@@ -78,6 +78,8 @@ def from_documents(
     Raises:
         DeploymentsError: the first mistake, with FILE:LINE and the cure.
     """
+    for document in documents:
+        file_format.drop_anchors(document)
     missing: list[str] | None = [] if offline else None
     environment = placeholders.resolve(documents, variables or {}, missing)
     if offline:

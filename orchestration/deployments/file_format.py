@@ -2,6 +2,7 @@
 
 name: shop                          # the owner, unless --owner names another
 include: [teams/*.yaml]             # files in the same format
+definitions: {...}                  # holds anchors and is ignored, as is a key that begins with x-, a dot or _
 deployments: [...]                  # as `prefect deploy` reads them
 work_pools:
   - name: default
@@ -241,6 +242,12 @@ class DesiredStateFile(_Model):
     automations: list[AutomationEntry] | None = None
 
 
+def drop_anchors(document: YamlMapping) -> None:
+    """Remove the keys that only hold anchors. What they hold need not be valid: the format applies where it is used."""
+    for key in [key for key in document if key == "definitions" or key.startswith(("x-", ".", "_"))]:
+        del document[key]
+
+
 def validate(document: YamlMapping) -> DesiredStateFile:
     """Return a document as a file of desired state.
 
@@ -275,7 +282,10 @@ def _first_mistake(document: YamlMapping, error: ValidationError) -> str:
     where = files.locate(document, path)
     key = next((str(step) for step in reversed(path) if isinstance(step, str)), "")
     if first["type"] == "extra_forbidden":
-        return unknown_key(where, key, _known_keys(path))
+        message = unknown_key(where, key, _known_keys(path))
+        return (
+            message if path[1:] else f"{message}{'' if message.endswith('?') else '.'} To hold anchors, name it x-{key}"
+        )
     if first["type"] == "missing":
         return f"{where}: {key} is missing"
     reason = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")

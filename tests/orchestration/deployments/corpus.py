@@ -180,6 +180,17 @@ deployments:
   - {<<: &base {name: f, entrypoint: "flow.py:etl", work_pool: *other}, name: g}
   - *base
 """,
+    "anchors under other keys": """
+x-pools: &urgent {name: POOL, work_queue_name: urgent}
+.common: &common {tags: [x], description: "{{ $A_TEXT }}"}
+_schedules:
+  daily: &daily {cron: "0 1 * * *", timezone: UTC}
+x-unused: {description: "{{ $NO_SUCH_THING }}", cron: "{{ prefect.variables.VAR_absent }}"}
+definitions: {unused: "{{ $NO_SUCH_THING }}"}
+deployments:
+  - {<<: *common, name: d, entrypoint: "flow.py:etl", work_pool: *urgent, schedules: [*daily]}
+""",
+    "anchors under a key of any name": "pools: &urgent {name: POOL}\n" + one(pool="*urgent"),
     # environment
     "text from the environment": one(
         "description: 'for {{ $A_TEXT }}, {{$A_NUMBER}}'\nversion: '{{ $A_NUMBER }}'\n"
@@ -454,6 +465,7 @@ deployments:
 
 
 REFUSED: dict[str, str] = {
+    "anchors under a key of any name": ":2: unknown key pools. Did you mean work_pools? To hold anchors, name it x-pools",
     "name ends with .py": ":3: name ends with .py, which `prefect deploy` removes",
     "name with a slash": ":3: name has a slash, which separates flow and deployment in FLOW/NAME",
     "name with a percent sign": ":3: name has %",
