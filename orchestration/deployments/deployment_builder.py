@@ -151,7 +151,7 @@ class DeploymentBuilder:
                 name: UNKNOWN_VALUE if placeholders.has_unresolved_variable(value) else value
                 for name, value in ((entry.parameters or {}) | overrides).items()
             }
-            for problem in find_problems(values, flow.schema, complete=scheduled):
+            for problem in find_problems(values, flow, complete=scheduled):
                 raise DeploymentsError(f"{where}: deployment {entry.name}: {problem}")
 
     def _pull_steps(self, entry: DeploymentEntry, pool: WorkPoolReference, *path: str | int) -> list[dict[str, Any]]:

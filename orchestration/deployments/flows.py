@@ -9,7 +9,7 @@ import sys
 import sysconfig
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -32,12 +32,15 @@ class Flow:
         description: the flow's description, or None.
         version: the version that `@flow` sets, or None: Prefect's default, a hash of the file, changes with each edit.
         schema: the parameter_openapi_schema that `prefect deploy` sends.
+        validate: converts parameters to the flow's types, as Prefect's engine does before it calls the flow. Raises
+            `ParameterTypeError`.
     """
 
     name: str
     description: str | None
     version: str | None
     schema: dict[str, Any]
+    validate: Callable[[dict[str, Any]], object]
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,12 @@ def load(entrypoint: str, directory: Path) -> Flow:
             raise DeploymentsError(f"entrypoint {entrypoint}: {function} of {source_name} is not a flow. {cure}")
         # Not model_dump_for_openapi: for a flow without parameters it adds "definitions", which deploy does not send.
         schema = to_jsonable_python(flow.parameters.model_dump(exclude_unset=True))
-        return Flow(flow.name, flow.description or None, _declared_version(flow), schema)
+
+        def validate(parameters: dict[str, Any]) -> object:
+            with _isolated_imports(source_name, directory, source.local_modules):
+                return flow.validate_parameters(parameters) if flow.should_validate_parameters else parameters
+
+        return Flow(flow.name, flow.description or None, _declared_version(flow), schema, validate)
 
 
 def _declared_version(flow: Any) -> str | None:

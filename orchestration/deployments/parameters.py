@@ -4,8 +4,9 @@ import difflib
 import functools
 import ipaddress
 import json
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date, datetime, time, timedelta
 from typing import Any
 from uuid import UUID
@@ -15,22 +16,71 @@ import pydantic
 import referencing
 import referencing.exceptions
 
+from orchestration.deployments.flows import Flow
 
-def find_problems(parameters: Mapping[str, Any], schema: Mapping[str, Any], *, complete: bool) -> list[str]:
+
+def find_problems(parameters: Mapping[str, Any], flow: Flow, *, complete: bool) -> list[str]:
     """Return why the parameters do not fit the flow, a sentence with the cure for each cause.
 
-    The server checks no format (a date, a time of day, a UUID): pydantic reads these when the flow starts. This check
-    covers both. A value that the server fills in when a run starts (`__prefect_kind`) always fits.
+    The server checks the schema alone, and no format (a date, a time of day, a UUID). The flow's types check the rest
+    when a run starts: zones of times, schemes of URLs, validators of models. This check covers both. A value that the
+    server fills in when a run starts (`__prefect_kind`) always fits.
 
     Args:
         parameters: those of the deployment.
-        schema: the flow's (`Flow.schema`).
+        flow: the deployment's flow.
         complete: whether a required parameter needs a value: a scheduled run can ask for none.
     """
     from pydantic_core import to_json
 
     # Many deployments share a few flows and parameters. YAML's dates are text to the server.
-    return list(_find_problems(to_json(parameters), json.dumps(schema), complete))
+    try:
+        text = to_json(parameters)
+    except ValueError as error:
+        return [f"the parameters cannot be written as JSON: {error}. Use smaller values"]
+    return list(_find_problems(text, json.dumps(flow.schema), complete)) or list(
+        _find_type_problems(text, flow.validate)
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _find_type_problems(parameters: bytes, validate: Callable[[dict[str, Any]], object]) -> tuple[str, ...]:
+    """Return why a flow's types refuse parameters that the flow's schema has accepted.
+
+    Args:
+        parameters: JSON.
+        validate: the flow's (`Flow.validate`).
+    """
+    from prefect.exceptions import ParameterTypeError
+
+    values = {name: value for name, value in json.loads(parameters).items() if not _is_known_at_run_start(value)}
+    found: list[Any] = []
+    logger, silence = logging.getLogger("prefect.flows"), logging.Filter("none")
+    logger.addFilter(silence)  # Prefect logs all values as an error
+    try:
+        validate(values)
+    except ParameterTypeError as error:
+        if not isinstance(error.__context__, pydantic.ValidationError):
+            return (" ".join(str(error).split()),)
+        found = error.__context__.errors(include_url=False, include_context=False)
+    except Exception:  # no answer of a validator: it may need what only a run has
+        return ()
+    finally:
+        logger.removeFilter(silence)
+    incomplete = {mistake["loc"][0] for mistake in found if mistake["type"] == "missing"}
+    return tuple(
+        f"parameter {_path(mistake['loc'])}: {mistake['msg'].removeprefix('Value error, ')}. Correct the value"
+        for mistake in found
+        # Whether a path exists may differ between this machine and that of the run.
+        if mistake["loc"][0] not in incomplete and not mistake["type"].startswith("path_")
+    )
+
+
+def _is_known_at_run_start(value: Any) -> bool:
+    """Return whether a value, or one inside it, is read from the server: `__prefect_kind`, or `$ref` of a block."""
+    if isinstance(value, dict):
+        return bool({"__prefect_kind", "$ref"} & value.keys()) or any(map(_is_known_at_run_start, value.values()))
+    return isinstance(value, list) and any(map(_is_known_at_run_start, value))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -55,7 +105,7 @@ def _find_problems(parameters: bytes, schema: str, complete: bool) -> tuple[str,
             name = next(n for n in error.validator_value if error.message.startswith(f"{n!r} "))
             found.append(f"parameter {name}: the flow requires it. Give it a value, or a default in the flow")
         else:
-            found += [f"parameter {_path(leaf)}: {leaf.message}" for leaf in _explaining_errors(error)]
+            found += [f"parameter {_path(leaf.absolute_path)}: {leaf.message}" for leaf in _explaining_errors(error)]
     return tuple(sorted(dict.fromkeys(found)))
 
 
@@ -136,6 +186,6 @@ def _explaining_errors(error: Any) -> list[Any]:
     return explained[next(number for number in depth if depth[number] == best)]
 
 
-def _path(error: Any) -> str:
+def _path(steps: Sequence[str | int]) -> str:
     """Return the parameter and the place in it, such as `config.sizes[0]`."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.absolute_path).lstrip(".")
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in steps).lstrip(".")

@@ -5,13 +5,17 @@
 FLOWS = '''
 import datetime as dt
 import enum
+import ipaddress
 import uuid
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Dict, List, Literal, Optional, Set, Tuple, Union
 
 from prefect import flow
-from pydantic import AnyUrl, BaseModel, Field
+from pydantic import (
+    UUID4, AnyUrl, AwareDatetime, BaseModel, Field, FutureDate, HttpUrl, IPvAnyAddress, Json, NaiveDatetime, PastDate, PostgresDsn,
+    field_validator,
+)
 
 
 class Colour(enum.Enum):
@@ -53,6 +57,30 @@ def kinds(colour: Colour = Colour.RED, either: Union[int, str, None] = None, whi
           config: Config | None = None, ids: List[uuid.UUID] = [], tags: Set[str] = set(), pair: Tuple[int, str] = (1, ""),
           path: Path = Path("."), money: Decimal = Decimal(1), url: Optional[AnyUrl] = None,
           table: Dict[str, int] = {}, n: int = Field(default=1, ge=0, le=10)): ...
+
+
+class Even(BaseModel):
+    n: int
+    label: str = ""
+
+    @field_validator("n")
+    @classmethod
+    def _is_even(cls, n: int) -> int:
+        if n % 2:
+            raise ValueError("must be even")
+        return n
+
+
+@flow
+def strict(network: ipaddress.IPv4Interface | None = None, address: IPvAnyAddress | None = None,
+           aware: AwareDatetime | None = None, naive: NaiveDatetime | None = None, past: PastDate | None = None,
+           future: FutureDate | None = None, web: HttpUrl | None = None, text: Json | None = None,
+           database: PostgresDsn | None = None, ident: UUID4 | None = None, even: Even | None = None,
+           evens: List[Even] = [], either: Union[Even, Inner, None] = None): ...
+
+
+@flow(validate_parameters=False)
+def unchecked(aware: AwareDatetime | None = None): ...
 
 
 @flow
@@ -378,6 +406,29 @@ deployments:
         "parameters: {config: {name: x, inner: {n: 2, when: 2024-01-01T00:00:00Z}, many: [{n: 1}, {}]}}",
         "flow.py:kinds",
     ),
+    "strict types": one(
+        "parameters: {network: 10.0.0.1/24, address: '::1', aware: 2024-01-01T05:00:00Z, naive: '2024-01-01T05:00:00', past: 2013-01-01,"
+        " web: 'https://x.y', text: '{}', database: 'postgresql://x', ident: 5c7a1f9e-0000-4000-8000-000000000000, even: {n: 2},"
+        " evens: [{n: 4}], either: {n: 3}}",
+        "flow.py:strict",
+    ),
+    "network with 99 bits": one("parameters: {network: 10.0.0.1/99}", "flow.py:strict"),
+    "address that is none": one("parameters: {address: nope}", "flow.py:strict"),
+    "naive moment for an aware one": one("parameters: {aware: '2024-01-01T00:00:00'}", "flow.py:strict"),
+    "aware moment for a naive one": one("parameters: {naive: '2024-01-01T00:00:00Z'}", "flow.py:strict"),
+    "future for a past date": one("parameters: {past: 2099-01-01}", "flow.py:strict"),
+    "past for a future date": one(
+        "schedules: [{cron: '0 6 * * *', parameters: {future: 2013-01-01}}]", "flow.py:strict"
+    ),
+    "another scheme": one("parameters: {web: 'ftp://x.y/z'}", "flow.py:strict"),
+    "text that is no json": one("parameters: {text: '{no'}", "flow.py:strict"),
+    "another database": one("parameters: {database: 'http://x'}", "flow.py:strict"),
+    "another version of an id": one("parameters: {ident: 5c7a1f9e-0000-1000-8000-000000000000}", "flow.py:strict"),
+    "value that a validator refuses": one("parameters: {evens: [{n: 2}, {n: 3}]}", "flow.py:strict"),
+    "wrong type, not enforced": one(
+        "parameters: {aware: '2024-01-01T00:00:00'}\nenforce_parameter_schema: false", "flow.py:strict"
+    ),
+    "flow that checks nothing": one("parameters: {aware: '2024-01-01T00:00:00'}", "flow.py:unchecked"),
     "wrong enum": one("parameters: {colour: green}", "flow.py:kinds"),
     "out of range": one("parameters: {n: 11}", "flow.py:kinds"),
     "infinite": one("parameters: {rate: .inf}"),
@@ -512,6 +563,17 @@ REFUSED: dict[str, str] = {
     "trigger with an event's template in a list": ":6: {{ event.name }} would be dropped from this list",
     "trigger with a template elsewhere": ":6: {{ event.name }} has no value",
     "trigger of a metric": ":6: trigger.type: Input should be 'event'",
+    "network with 99 bits": ":6: deployment d: parameter network: Input is not a valid IPv4 interface. Correct the value",
+    "address that is none": ":6: deployment d: parameter address: value is not a valid IPv4 or IPv6 address",
+    "naive moment for an aware one": ":6: deployment d: parameter aware: Input should have timezone info",
+    "aware moment for a naive one": ":6: deployment d: parameter naive: Input should not have timezone info",
+    "future for a past date": ":6: deployment d: parameter past: Date should be in the past",
+    "past for a future date": ":6: deployment d: parameter future: Date should be in the future",
+    "another scheme": ":6: deployment d: parameter web: URL scheme should be 'http' or 'https'",
+    "text that is no json": ":6: deployment d: parameter text: Invalid JSON",
+    "another database": ":6: deployment d: parameter database: URL scheme should be",
+    "another version of an id": ":6: deployment d: parameter ident: UUID version 4 expected",
+    "value that a validator refuses": ":6: deployment d: parameter evens[1].n: must be even. Correct the value",
     "wrong enum": ":6: deployment d: parameter colour: 'green' is not one of",
     "number of seconds as a span": ":6: deployment d: parameter span: 90 is not of type 'string'",
     "infinite": ":6: .inf is a number that JSON does not have",

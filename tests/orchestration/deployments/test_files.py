@@ -68,7 +68,7 @@ def merged_mappings(draw: st.DrawFn) -> str:
     anchors: list[str] = []
 
     def mapping(depth: int) -> str:
-        if anchors and draw(st.booleans()):
+        if draw(st.booleans()) and anchors:
             return f"*{draw(st.sampled_from(anchors))}"
         parts = []
         for key in draw(st.lists(st.sampled_from(["x", "y", "z", "<<", "<< "]), unique=True, max_size=4)):
