@@ -44,9 +44,11 @@ def read(
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         steps = [step for step in first["loc"] if step in entry or isinstance(step, int) or str(step).islower()]
+        cure = "See docs.prefect.io, Automations"
+        if first["type"].startswith("time_delta"):
+            cure = 'Write a number of seconds, or of the environment "PT{{ $NAME }}S"'
         raise DeploymentsError(
-            f"{files.locate(document, (*path, *steps))}: {'.'.join(map(str, steps))}: {first['msg']}. "
-            "See docs.prefect.io, Automations"
+            f"{files.locate(document, (*path, *steps))}: {'.'.join(map(str, steps))}: {first['msg']}. {cure}"
         ) from None
 
 

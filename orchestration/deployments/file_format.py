@@ -30,6 +30,7 @@ from pydantic import (
     StrictBool,
     StrictFloat,
     StrictInt,
+    TypeAdapter,
     ValidationError,
     field_validator,
 )
@@ -48,9 +49,22 @@ def _number_to_text(value: Any) -> Any:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-def _text_to_boolean(value: Any) -> Any:
-    """Return `active` as a boolean. A variable of the environment is always text."""
-    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+def _read_text(kind: type[bool] | type[int] | type[float]) -> BeforeValidator:
+    """Return a validator that gives a text its type. A variable of the environment is always text."""
+    adapter: TypeAdapter[Any] = TypeAdapter(kind)
+
+    def read(value: Any) -> Any:
+        try:
+            return adapter.validate_python(value) if isinstance(value, str) else value
+        except ValidationError:
+            return value
+
+    return BeforeValidator(read)
+
+
+_Truth = Annotated[StrictBool, _read_text(bool)]
+_Integer = Annotated[StrictInt, _read_text(int)]
+_Number = Annotated[StrictFloat | StrictInt, _read_text(float)]
 
 
 def _steps_to_list(value: Any) -> Any:
@@ -70,7 +84,7 @@ class ScheduleEntry(_Model):
     timezone: str | None = None
     anchor_date: Any = None
     day_or: Any = None
-    active: Annotated[StrictBool | None, BeforeValidator(_text_to_boolean)] = None
+    active: _Truth | None = None
     parameters: dict[str, Any] = {}
     slug: str | None = Field(default=None, min_length=1)
     replaces: str | None = None
@@ -87,9 +101,9 @@ class WorkPoolReference(_Model):
 class DeploymentLimitEntry(_Model):
     """The `concurrency_limit` of a deployment."""
 
-    limit: StrictInt | None = Field(default=None, ge=1)
+    limit: _Integer | None = Field(default=None, ge=1)
     collision_strategy: Literal["ENQUEUE", "CANCEL_NEW"] | None = None
-    grace_period_seconds: StrictInt | None = Field(default=None, ge=60, le=86400)
+    grace_period_seconds: _Integer | None = Field(default=None, ge=60, le=86400)
 
 
 _VersionType = Literal[
@@ -109,11 +123,11 @@ class DeploymentEntry(_Model):
     path: str | None = None
     flow_name: str | None = None
     parameters: dict[str, Any] | None = None
-    enforce_parameter_schema: StrictBool | None = None
+    enforce_parameter_schema: _Truth | None = None
     work_pool: WorkPoolReference | None = None
     schedule: ScheduleEntry | None = None
     schedules: list[ScheduleEntry] | None = None
-    paused: StrictBool | None = None
+    paused: _Truth | None = None
     concurrency_limit: DeploymentLimitEntry | None = None
     triggers: list[dict[str, Any]] | None = None
     build: Any = None
@@ -141,15 +155,15 @@ class DeploymentEntry(_Model):
     @field_validator("concurrency_limit", mode="before")
     @classmethod
     def _number_to_limit(cls, value: Any) -> Any:
-        return {"limit": value} if isinstance(value, int) else value
+        return {"limit": value} if isinstance(value, int | str) else value
 
 
 class QueueEntry(_Model):
     """A queue of a work pool."""
 
     name: str = Field(min_length=1)
-    priority: StrictInt | None = Field(default=None, ge=1)
-    concurrency_limit: StrictInt | None = Field(default=None, ge=0)
+    priority: _Integer | None = Field(default=None, ge=1)
+    concurrency_limit: _Integer | None = Field(default=None, ge=0)
     description: str | None = None
 
 
@@ -159,7 +173,7 @@ class PoolEntry(_Model):
     name: str = Field(min_length=1)
     type: str
     description: str | None = None
-    concurrency_limit: StrictInt | None = Field(default=None, ge=0)
+    concurrency_limit: _Integer | None = Field(default=None, ge=0)
     base_job_template: dict[str, Any] | None = None
     queues: list[QueueEntry] | None = None
 
@@ -191,9 +205,9 @@ class LimitEntry(_Model):
     """A global concurrency limit."""
 
     name: str = Field(min_length=1)
-    limit: StrictInt = Field(ge=0)
-    slot_decay_per_second: StrictFloat | StrictInt = 0
-    active: StrictBool | None = None
+    limit: _Integer = Field(ge=0)
+    slot_decay_per_second: _Number = 0
+    active: _Truth | None = None
 
     @field_validator("name")
     @classmethod
@@ -207,7 +221,7 @@ class TagLimitEntry(_Model):
     """A limit of the task runs that have a tag."""
 
     tag: str = Field(min_length=1)
-    limit: StrictInt = Field(ge=0)
+    limit: _Integer = Field(ge=0)
 
 
 class AutomationEntry(_Model):
@@ -215,7 +229,7 @@ class AutomationEntry(_Model):
 
     name: str = Field(min_length=1)
     description: str = ""
-    enabled: StrictBool | None = None
+    enabled: _Truth | None = None
     tags: list[str] = []
     trigger: dict[str, Any]
     actions: list[dict[str, Any]]
@@ -294,6 +308,8 @@ def _first_mistake(document: YamlMapping, error: ValidationError) -> str:
         known = _known_keys((*path, ""))
         number = "a number or " if key == "concurrency_limit" else ""
         rule = f"should be {number}a mapping" + (f" of {', '.join(known)}" if known else "")
+    elif first["type"] == "list_type":
+        rule += ", such as [a, b]"
     value = first.get("input")
     shown = f", not {value!r}" if isinstance(value, str | int | float | bool) or value is None else ""
     return f"{where}: {'.'.join(map(str, path[-2:])) if isinstance(path[-1], int) else key} {rule}{shown}"

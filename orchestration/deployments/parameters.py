@@ -1,5 +1,6 @@
 """Check the parameters of a deployment against its flow, as the server and pydantic do."""
 
+import contextlib
 import difflib
 import functools
 import ipaddress
@@ -105,8 +106,25 @@ def _find_problems(parameters: bytes, schema: str, complete: bool) -> tuple[str,
             name = next(n for n in error.validator_value if error.message.startswith(f"{n!r} "))
             found.append(f"parameter {name}: the flow requires it. Give it a value, or a default in the flow")
         else:
-            found += [f"parameter {_path(leaf.absolute_path)}: {leaf.message}" for leaf in _explaining_errors(error)]
+            found += [
+                f"parameter {_path(leaf.absolute_path)}: {leaf.message}{_cure_of_type(leaf)}"
+                for leaf in _explaining_errors(error)
+            ]
     return tuple(sorted(dict.fromkeys(found)))
+
+
+def _cure_of_type(error: Any) -> str:
+    """Return the cure for a text where a number or a boolean is meant. The environment has only text."""
+    if error.validator != "type" or not isinstance(error.instance, str):
+        return ""
+    with contextlib.suppress(ValueError):
+        if error.validator_value in ("integer", "number", "boolean") and not isinstance(
+            json.loads(error.instance), str
+        ):
+            return (
+                ". Remove the quotes. Instead of the environment, which has only text, use {{ prefect.variables.NAME }}"
+            )
+    return ""
 
 
 def _validate(values: dict[str, Any], schema: dict[str, Any], complete: bool) -> list[Any]:

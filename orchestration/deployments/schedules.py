@@ -21,6 +21,7 @@ HORIZON = timedelta(days=40 * 365)
 
 _DTSTART = re.compile(r"^DTSTART[^\n]*\n", re.IGNORECASE)
 _RANDOM = re.compile(r"(?:^|[\s,])[HR]\b", re.IGNORECASE)
+_NUMBER = re.compile(r"\d+(\.\d+)?")
 _DAILY = 3  # dateutil.rrule.DAILY; more frequent rules have greater numbers
 
 
@@ -160,19 +161,20 @@ def _is_due_within(text: str, span: timedelta) -> bool:
 
 
 @functools.cache
-def _seconds_type() -> Any:
+def _adapter(kind: Any) -> Any:
     from pydantic import TypeAdapter
 
-    return TypeAdapter(timedelta)
+    return TypeAdapter(kind)
 
 
 def _seconds(value: Any) -> float:
-    """Return the seconds of an interval, as `prefect deploy` reads it."""
+    """Return the seconds of an interval, as `prefect deploy` reads it. A number of the environment is text."""
     cure = 'Write seconds (3600), "PT1H" or "01:00:00"'
     try:
         if isinstance(value, bool):
             raise ValueError
-        seconds = float(_seconds_type().validate_python(value).total_seconds())
+        length = float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
+        seconds = float(_adapter(timedelta).validate_python(length).total_seconds())
     except (ValueError, OverflowError):
         raise ValueError(f"interval {value!r} is not a length of time. {cure}") from None
     if seconds <= 0:
@@ -196,11 +198,12 @@ def _anchor(value: Any) -> str:
 def _day_or(value: Any) -> bool:
     if value is None:
         return True
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    if not isinstance(value, bool):
-        raise ValueError(f"day_or {value!r} is neither true nor false. With true, the day or the weekday has to match")
-    return value
+    try:
+        return bool(_adapter(bool).validate_python(value))
+    except ValueError:
+        raise ValueError(
+            f"day_or {value!r} is neither true nor false. With true, the day or the weekday has to match"
+        ) from None
 
 
 @functools.lru_cache(maxsize=4096)

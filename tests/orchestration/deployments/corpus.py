@@ -108,6 +108,8 @@ ENVIRONMENT = {
     "A_NUMBER": "3",
     "A_TRUTH": "false",
     "NOTHING": "",
+    "A_WORD": "off",
+    "SECONDS": "120",
     "A_LIST": "[a, b]",
     "A_CRON": "5 4 * * *",
     "NESTED": "{{ $A_TEXT }}",
@@ -237,6 +239,22 @@ deployments:
         "concurrency_limit: {limit: '{{ $A_NUMBER }}', collision_strategy: ENQUEUE}"
     ),
     "enforcement from the environment": one("enforce_parameter_schema: '{{ $A_TRUTH }}'"),
+    "truth in words from the environment": one(
+        "schedules: [{cron: '0 1 * * *', active: '{{ $A_WORD }}', day_or: '{{ $A_WORD }}'}]"
+    ),
+    "grace period from the environment": one(
+        "concurrency_limit: {limit: 2, collision_strategy: ENQUEUE, grace_period_seconds: '{{ $SECONDS }}'}"
+    ),
+    "length of time from the environment": one(
+        "triggers: [{posture: Proactive, expect: [a], within: 'PT{{ $SECONDS }}S',"
+        " threshold: '{{ $A_NUMBER }}', schedule_after: 'PT{{ $SECONDS }}S'}]"
+    ),
+    "seconds of a trigger from the environment": one(
+        "triggers: [{posture: Proactive, expect: [a], within: '{{ $SECONDS }}'}]"
+    ),
+    "seconds after an event from the environment": one("triggers: [{expect: [a], schedule_after: '{{ $SECONDS }}'}]"),
+    "word for a truth from the environment": one("paused: '{{ $A_TEXT }}'"),
+    "word for a number from the environment": one("concurrency_limit: '{{ $A_TEXT }}'"),
     "tags from the environment": one("tags: '{{ $A_TEXT }}'"),
     "tags as text": one("tags: abc"),
     "tags of numbers": one("tags: [1, 2.5, '']"),
@@ -524,15 +542,14 @@ REFUSED: dict[str, str] = {
     "name of a number": ":3: name should be a valid string, not 5",
     "name is blank": ":3: name is blank",
     "unset variable of the environment": ":6: {{ $NO_SUCH_THING }} is not set in the environment",
-    "number from the environment": ":6: deployment d: parameter day: '3' is not of type 'integer'",
-    "truth from the environment": ":6: paused should be a valid boolean, not 'false'",
-    "limit from the environment": ":6: concurrency_limit should be",
-    "limit in a mapping from the environment": ":6: limit should be a valid integer",
-    "enforcement from the environment": ":6: enforce_parameter_schema should be a valid boolean",
+    "number from the environment": ":6: deployment d: parameter day: '3' is not of type 'integer'. Remove the quotes. Instead of the environment",
+    "seconds of a trigger from the environment": ":6: event.within: Input should be a valid timedelta",
+    "seconds after an event from the environment": ":6: event.schedule_after: Input should be a valid timedelta",
+    "word for a truth from the environment": ":6: paused should be a valid boolean, not 'text'",
+    "word for a number from the environment": ":6: limit should be a valid integer, not 'text'",
     "tags from the environment": ":6: tags should be a valid list",
     "tags as text": ":6: tags should be a valid list",
     "tags of truths": ":6: tags.0 should be a valid string",
-    "interval from the environment": ":6: deployment d: interval '3' is not a length of time",
     "parameter from a block": ":6: {{ prefect.blocks.secret.VAR-token }} would write the block's content",
     "output of a build step": ":5: {{ build_image.image }} has no value",
     "output of a step in text": ":6: {{ build.tag }} has no value",
@@ -546,7 +563,6 @@ REFUSED: dict[str, str] = {
     "schedule of a text": ":6: schedules.0 should be a mapping of cron, interval, rrule,",
     "schedule's wrong parameter": ":9: deployment d: parameter day: 'x' is not of type 'integer'",
     "rule until a moment in UTC": ':6: deployment d: rrule "FREQ=DAILY;UNTIL=20990101T000000Z" does not parse (UNTIL and',
-    "limit of a text": ":6: concurrency_limit should be a number or a mapping of limit,",
     "pool of a text": ":5: work_pool should be a mapping of name, work_queue_name, job_variables",
     "trigger of nothing": ":6: deployment d: trigger d__automation_1 names no event",
     "trigger of everything": ":6: deployment d: trigger d__automation_1 names no event",
@@ -604,7 +620,6 @@ REFUSED: dict[str, str] = {
     "parameter of json": ":6: deployment d: parameter day has a __prefect_kind",
     "parameter of a template": ":6: deployment d: parameter source has a __prefect_kind",
     "image and no pull": ":3: deployment d has its own image and no `pull`, which must say where",
-    "paused in words": ":6: paused should be a valid boolean",
     "another flow's name": ":6: the flow of flow.py:etl is called etl",
     "version of a number": ":6: version should be a valid string",
     "service levels": ":6: unknown key sla",
@@ -626,6 +641,12 @@ REFUSED_BY_PLAN: dict[str, str] = {
 """Cases that a sync refuses after it has read the server and before it changes anything, each with the message."""
 
 BEYOND = {
+    "truth from the environment",
+    "limit from the environment",
+    "limit in a mapping from the environment",
+    "enforcement from the environment",
+    "interval from the environment",
+    "grace period from the environment",
     "limit without a strategy",
     "limit from a variable",
     "no parameters",

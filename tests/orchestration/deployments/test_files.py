@@ -158,7 +158,7 @@ def test_merge_keys_mean_what_yaml_says(folder: Path, text: str) -> None:
             with_deployment(f"tags: {[f't{number}' for number in range(91)]}"), ":6: ", "has 91 tags", id="many tags"
         ),
         pytest.param(
-            with_deployment("paused: 'no'"), ":6: ", "paused should be a valid boolean, not 'no'", id="a boolean"
+            with_deployment("paused: 'never'"), ":6: ", "paused should be a valid boolean, not 'never'", id="a boolean"
         ),
         pytest.param(with_deployment("concurrency_limit: 0"), ":6: ", "limit", id="a limit"),
         pytest.param(with_deployment("build: [{a: b}]"), ":6: ", "build steps are not run here", id="build steps"),
@@ -266,6 +266,38 @@ def test_anchors_and_environment_variables_are_resolved(folder: Path, monkeypatc
     (found,) = desired_state.read(["prefect.yaml"]).of_kind(DEPLOYMENT)
     assert found.fields["schedules"]["one"]["schedule"]["timezone"] == "Europe/Berlin"
     assert found.fields["parameters"] == {"day": 1, "name": "eu"}
+
+
+def test_values_of_the_environment_get_their_type(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("N", "120")
+    monkeypatch.setenv("OFF", "false")
+    (folder / "prefect.yaml").write_text(
+        with_deployment(
+            "parameters: {day: 1}\npaused: '{{ $OFF }}'\nenforce_parameter_schema: '{{ $OFF }}'\n"
+            "concurrency_limit: {limit: '{{ $N }}', grace_period_seconds: '{{ $N }}'}\n"
+            "schedules:\n- {interval: '{{ $N }}', active: '{{ $OFF }}', slug: a}\n"
+            "- {interval: 'PT{{ $N }}S', slug: b}\n"
+            "- {cron: '0 6 * * *', day_or: '{{ $OFF }}', slug: c}"
+        )
+        + "work_pools: [{name: p, type: process, concurrency_limit: '{{ $N }}',"
+        " queues: [{name: q, priority: '{{ $N }}'}]}]\n"
+        "concurrency_limits: [{name: l, limit: '{{ $N }}', slot_decay_per_second: '{{ $N }}', active: '{{ $OFF }}'}]\n"
+        "tag_concurrency_limits: [{tag: t, limit: '{{ $N }}'}]\n"
+        "automations: [{name: m, enabled: '{{ $OFF }}', trigger: {type: event, expect: [a]},"
+        " actions: [{type: do-nothing}]}]\n"
+    )
+    found = {name: item.fields for name, item in desired_state.read(["prefect.yaml"]).objects.items()}
+    etl = found["deployment", "etl/a"]
+    assert (etl["paused"], etl["enforce_parameter_schema"], etl["concurrency_limit"]) == (False, False, 120)
+    assert etl["concurrency_options"]["grace_period_seconds"] == 120
+    schedules = etl["schedules"]
+    assert [schedules[slug]["schedule"].get("interval") for slug in "abc"] == [120, 120, None]
+    assert (schedules["a"]["active"], schedules["c"]["schedule"]["day_or"]) == (False, False)
+    assert found["work-pool", "p"]["concurrency_limit"] == found["work-queue", "p/q"]["priority"] == 120
+    limit = found["concurrency-limit", "l"]
+    assert (limit["limit"], limit["slot_decay_per_second"], limit["active"]) == (120, 120, False)
+    assert found["tag-concurrency-limit", "t"]["concurrency_limit"] == 120
+    assert found["automation", "m"]["enabled"] is False
 
 
 def test_example_of_the_docs_is_valid_and_has_every_kind(folder: Path) -> None:
