@@ -148,7 +148,7 @@ class DeploymentBuilder:
         for overrides, below in sources:
             where = self._locate(*path, *(below if overrides else ()), "parameters")
             values = {
-                name: UNKNOWN_VALUE if placeholders.has_unresolved_variable(value) else value
+                name: UNKNOWN_VALUE if placeholders.has_unresolved(value) else value
                 for name, value in ((entry.parameters or {}) | overrides).items()
             }
             for problem in find_problems(values, flow, complete=scheduled):
@@ -182,7 +182,7 @@ class DeploymentBuilder:
         for schedule, below in _schedule_entries(entry):
             raw = schedule.model_dump()
             where = self._locate(*path, *below)
-            if placeholders.has_unresolved_variable(raw):  # the notes name the variable
+            if placeholders.has_unresolved(raw):  # the notes name the variable
                 continue
             if problem := schedules.find_problem(raw):
                 key = next((key for key in ("timezone", "anchor_date") if problem.startswith(key)), "")

@@ -83,14 +83,14 @@ def from_documents(
     missing: list[str] | None = [] if offline else None
     environment = placeholders.resolve(documents, variables or {}, missing)
     if offline:
-        placeholders.drop_unresolved_keys(documents)
-    entries = [file_format.validate(document) for document in documents]
+        placeholders.drop_unresolved_triggers(documents)
+    entries = [file_format.validate(document, offline=offline) for document in documents]
     name = owner or next((entry.name for entry in entries if entry.name), None)
     if not name:
         raise DeploymentsError(
             f"{documents[0].location()}: no owner. Add `name: my-project` at the top of the file, or pass --owner"
         )
-    state = DesiredState(name, notes=list(missing or ()))
+    state = DesiredState(name, notes=list(dict.fromkeys(missing or ())))
     for document, entry in zip(documents, entries, strict=True):
         object_builder.build(document, entry, state.objects, directory=directory, default_pool=default_pool)
     for item in state.objects.values():

@@ -19,7 +19,7 @@ automations: [{name: ..., trigger: {...}, actions: [...]}]
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -35,8 +35,8 @@ from pydantic import (
     field_validator,
 )
 
-from orchestration.deployments import files
-from orchestration.deployments.files import YamlMapping
+from orchestration.deployments import files, placeholders
+from orchestration.deployments.files import YamlMapping, YamlSequence
 from orchestration.errors import DeploymentsError
 
 
@@ -262,16 +262,63 @@ def drop_anchors(document: YamlMapping) -> None:
         del document[key]
 
 
-def validate(document: YamlMapping) -> DesiredStateFile:
+def validate(document: YamlMapping, *, offline: bool = False) -> DesiredStateFile:
     """Return a document as a file of desired state.
+
+    Args:
+        document: the file, whose placeholders have been resolved.
+        offline: accept a placeholder in the place of any value. Such a value is removed from the document: only the
+            server, or the environment of a sync, knows its type.
 
     Raises:
         DeploymentsError: the first mistake, with FILE:LINE and the cure.
     """
-    try:
-        return DesiredStateFile.model_validate(document)
-    except ValidationError as error:
-        raise DeploymentsError(_first_mistake(document, error)) from None
+    while True:
+        try:
+            return DesiredStateFile.model_validate(document)
+        except ValidationError as error:
+            unresolved = [mistake for mistake in error.errors() if offline and _is_unresolved(mistake)]
+            if not unresolved:
+                raise DeploymentsError(_first_mistake(document, error)) from None
+            for mistake in reversed(unresolved):
+                _drop_unresolved(document, mistake["loc"])
+
+
+def _is_unresolved(mistake: Mapping[str, Any]) -> bool:
+    """Return whether pydantic refused a placeholder that a sync resolves."""
+    section, *path = mistake["loc"]
+    if not path or "pull" in path or mistake["type"] in ("extra_forbidden", "value_error"):
+        return False
+    kinds = ("$", placeholders.VARIABLE) if section == "deployments" and path[1:] else ("$",)
+    return isinstance(mistake["input"], str) and placeholders.has_unresolved(mistake["input"], kinds)
+
+
+def _drop_unresolved(document: YamlMapping, place: Sequence[Any]) -> None:
+    """Remove a value of a deployment, or the whole entry of another section: what it requires may be unknown."""
+    section, index, *path = place
+    if section != "deployments":
+        _drop(document[section], [index])
+        return
+    deployment = document[section][index]
+    if path == ["work_pool"]:
+        deployment["work_pool"] = {"name": deployment["work_pool"]}
+        return
+    if path[-1] == "parameters":
+        deployment["enforce_parameter_schema"] = False
+    _drop(deployment, path)
+
+
+def _drop(value: Any, path: Sequence[str | int]) -> None:
+    """Remove what is at a path in a value, or the text on the way that stands for a mapping (`concurrency_limit`)."""
+    *parents, last = path
+    for step in parents:
+        if isinstance(value[step], str):
+            last = step
+            break
+        value = value[step]
+    del value[last]
+    if isinstance(value, YamlSequence):
+        del value.lines[int(last)]
 
 
 def unknown_key(where: str, key: str, known: Sequence[str]) -> str:

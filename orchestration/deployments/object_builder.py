@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestration.deployments import automation_reader, files
+from orchestration.deployments import automation_reader, files, placeholders
 from orchestration.deployments.deployment_builder import DeploymentBuilder
 from orchestration.deployments.file_format import AutomationEntry, DesiredStateFile, PoolEntry
 from orchestration.deployments.files import YamlMapping, plain
@@ -51,6 +51,8 @@ def build(
     builder = _ObjectBuilder(document, file, objects)
     builder.add_all_but_deployments()
     for index, entry in enumerate(file.deployments or []):
+        if placeholders.has_unresolved(entry.entrypoint):  # the notes name the variable
+            continue
         key, fields = deployments.build(entry, index)
         builder.add(DEPLOYMENT, key, fields, "deployments", index)
 

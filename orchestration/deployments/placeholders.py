@@ -44,18 +44,17 @@ def server_variables(documents: Sequence[YamlMapping]) -> set[str]:
     return named - _declared_variables(documents).keys() if named else named
 
 
-def has_unresolved_variable(value: Any) -> bool:
-    """Return whether a value refers to a variable of the server that has not been resolved."""
-    return any(match[1].startswith(VARIABLE) for text in _texts(value) for match in PLACEHOLDER.finditer(text))
+def has_unresolved(value: Any, kinds: tuple[str, ...] = ("$", VARIABLE)) -> bool:
+    """Return whether a value has a placeholder of these kinds: of the environment and of the server's variables."""
+    return any(match[1].startswith(kinds) for text in _texts(value) for match in PLACEHOLDER.finditer(text))
 
 
-def drop_unresolved_keys(documents: Sequence[YamlMapping]) -> None:
-    """Remove the keys of deployments whose values have no known type without the server."""
+def drop_unresolved_triggers(documents: Sequence[YamlMapping]) -> None:
+    """Remove the triggers of deployments that Prefect's models cannot read without the server."""
     for document in documents:
         for deployment in _deployments(document):
-            for key in ("tags", "triggers", "concurrency_limit"):
-                if has_unresolved_variable(deployment.get(key)):
-                    del deployment[key]
+            if has_unresolved(deployment.get("triggers")):
+                del deployment["triggers"]
 
 
 def is_resolved_at_run_start(value: Any) -> bool:
@@ -244,14 +243,22 @@ class _DeploymentResolver(_EnvironmentResolver):
         whole = PLACEHOLDER.fullmatch(text)
         if whole and whole[1].startswith(VARIABLE):
             value = self.variable_value(whole, where)
-            if not isinstance(value, str):
-                return value
-            text = value
         else:
-            text = PLACEHOLDER.sub(
+            value = PLACEHOLDER.sub(
                 lambda match: str(self.variable_value(match, where)) if match[1].startswith(VARIABLE) else match[0],
                 text,
             )
+        return self.resolve_rest(value, where, in_event, in_list)
+
+    def resolve_rest(self, value: Any, where: str, in_event: bool, in_list: bool) -> Any:
+        """Return a value whose variables of files and server have been resolved, with those of the environment."""
+        if isinstance(value, dict):
+            return {key: self.resolve_rest(inner, where, in_event, False) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [self.resolve_rest(inner, where, in_event, True) for inner in value]
+        if not isinstance(value, str):
+            return value
+        text = value
         # A variable of the environment may refer to another one.
         for _ in range(2):
             text = PLACEHOLDER.sub(lambda match: self.environment_value(match, where), text)
@@ -288,4 +295,6 @@ class _DeploymentResolver(_EnvironmentResolver):
         if self.missing is not None and name.startswith(("$", VARIABLE)):
             return
         cause = "would be dropped from this list" if dropped else "has no value: build and push steps do not run here"
+        if name.startswith(VARIABLE):
+            cause = "is in the value of another variable, where Prefect resolves none"
         raise DeploymentsError(f"{where}: {match[0]} {cause}. Write the value, or {{{{ $NAME }}}} of the environment")

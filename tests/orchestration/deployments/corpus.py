@@ -123,7 +123,15 @@ VARIABLES = {
     "mapping": {"a": {"b": [1, 2]}},
     "nothing": None,
     "nested": "{{ $A_TEXT }}",
+    "other": ["{{ prefect.variables.text }}"],
     "cron": "7 8 * * *",
+    "filled": {"a": "{{ $A_TEXT }}", "b": ["x {{ A_NUMBER }}", {"c": "{{ $NESTED }}"}], "n": 1},
+    "parameters": {"source": "{{ $A_TEXT }}", "day": 3},
+    "schedules": [{"cron": "{{ $A_CRON }}", "timezone": "UTC"}],
+    "schedule": {"cron": "0 3 * * *", "parameters": {"day": 4}},
+    "pool": {"name": "{{ $THE_POOL }}", "job_variables": {"cpu": 2}},
+    "job_variables": {"cpu": 3, "env": {"A": "{{ $A_TEXT }}"}},
+    "entrypoint": "flow.py:{{ $MODULE }}",
 }
 """Variables of the server, whose names begin with the test's prefix."""
 
@@ -287,6 +295,31 @@ deployments:
     "variable of nothing": one("parameters: {source: 'x{{ prefect.variables.VAR_nothing }}'}"),
     "variable that is absent": one("parameters: {source: 'x{{ prefect.variables.VAR_absent }}'}"),
     "variable with a placeholder": one("parameters: {source: '{{ prefect.variables.VAR_nested }}'}"),
+    "variable with placeholders": one(
+        "parameters: {extra: '{{ prefect.variables.VAR_filled }}'}\n"
+        "schedules: [{cron: '0 1 * * *', parameters: {extra: ['{{ prefect.variables.VAR_filled }}']}}]\n"
+        "triggers: [{expect: [a], parameters: {extra: '{{ prefect.variables.VAR_filled }}'}}]",
+        pool="{name: POOL, job_variables: {env: '{{ prefect.variables.VAR_filled }}'}}",
+    ),
+    "variable with a placeholder of another": one("parameters: {extra: '{{ prefect.variables.VAR_other }}'}"),
+    "entrypoint from a variable": one(entrypoint="'{{ prefect.variables.VAR_entrypoint }}'"),
+    "active by a variable": one("schedules: [{cron: '0 1 * * *', active: '{{ prefect.variables.VAR_truth }}'}]"),
+    "paused by a variable": one("paused: '{{ prefect.variables.VAR_truth }}'"),
+    "enforcement by a variable": one("enforce_parameter_schema: '{{ prefect.variables.VAR_truth }}'"),
+    "parameters are a variable": one("parameters: '{{ prefect.variables.VAR_parameters }}'"),
+    "schedules are a variable": one("schedules: '{{ prefect.variables.VAR_schedules }}'"),
+    "schedule is a variable": one("schedules: [{cron: '0 1 * * *'}, '{{ prefect.variables.VAR_schedule }}']"),
+    "parameters of a schedule are a variable": one(
+        "schedules: [{cron: '0 1 * * *', parameters: '{{ prefect.variables.VAR_parameters }}'}]"
+    ),
+    "pool is a variable": one(pool="'{{ prefect.variables.VAR_pool }}'"),
+    "job variables are a variable": one(
+        pool="{name: POOL, job_variables: '{{ prefect.variables.VAR_job_variables }}'}"
+    ),
+    "pull is a variable": one("pull: '{{ prefect.variables.VAR_list }}'"),
+    "limit of the file from a variable": one()
+    + "concurrency_limits: [{name: x, limit: '{{ prefect.variables.VAR_number }}'}]\n",
+    "unknown key from a variable": one("colour: '{{ prefect.variables.VAR_text }}'"),
     "cron from a variable": one("schedules: [{cron: '{{ prefect.variables.VAR_cron }}', timezone: UTC}]"),
     "job variables from variables": one(
         pool="{name: POOL, job_variables: {cpu: '{{ prefect.variables.VAR_number }}', env: {A: '{{ prefect.variables.VAR_text }}'}}}"
@@ -623,6 +656,9 @@ REFUSED: dict[str, str] = {
     "another flow's name": ":6: the flow of flow.py:etl is called etl",
     "version of a number": ":6: version should be a valid string",
     "service levels": ":6: unknown key sla",
+    "pull is a variable": ":6: pull should be a valid list",
+    "limit of the file from a variable": ":6: limit should be a valid integer",
+    "unknown key from a variable": ":6: unknown key colour",
     "unknown key": ":6: unknown key colour",
     "a deployment without a name": ":3: name should be a valid string",
     "sequence that holds itself": ":2: an anchor contains itself",
@@ -634,6 +670,7 @@ REFUSED: dict[str, str] = {
 
 REFUSED_BY_PLAN: dict[str, str] = {
     "version from a number": ":6: version should be a valid string, not 7",
+    "variable with a placeholder of another": ":6: {{ prefect.variables.text }} is in the value of another variable",
     "variable that is absent": " is a variable that neither the files nor the server have",
     "trigger with wrong job variables": ":3: deployment etl/d: the work pool POOL takes no such job variable 'cpu'",
     "wrong job variables": ":3: deployment etl/d: the work pool POOL takes no such job variable 'cpu'",
@@ -647,6 +684,14 @@ BEYOND = {
     "enforcement from the environment",
     "interval from the environment",
     "grace period from the environment",
+    "paused by a variable",
+    "enforcement by a variable",
+    "parameters are a variable",
+    "schedules are a variable",
+    "schedule is a variable",
+    "parameters of a schedule are a variable",
+    "pool is a variable",
+    "job variables are a variable",
     "limit without a strategy",
     "limit from a variable",
     "no parameters",

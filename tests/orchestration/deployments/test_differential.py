@@ -155,6 +155,7 @@ JSON = st.recursive(
     | st.booleans()
     | st.integers(-(2**70), 2**70)
     | st.floats(allow_nan=False, allow_infinity=False)
+    | st.sampled_from([f"{{{{ prefect.variables.VAR_{name} }}}}" for name in ("mapping", "filled", "list")])
     | FILLED,
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(FILLED, inner, max_size=2),
     max_leaves=4,

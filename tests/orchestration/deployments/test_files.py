@@ -326,16 +326,75 @@ def test_check_shows_the_next_five_times(folder: Path, capsys: pytest.CaptureFix
     assert "plan and sync check that it exists" in output
 
 
-def test_check_accepts_any_value_of_a_server_variable(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    variable = "'{{ prefect.variables.x }}'"
+def test_whole_values_come_from_variables_of_the_server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REGION", "eu")
+    variables = {
+        "values": {"day": 1, "name": "{{ $REGION }}"},
+        "off": False,
+        "pool": {"name": "p", "job_variables": {"env": ["{{ $REGION }}"]}},
+        "times": [{"cron": "0 6 * * *"}],
+    }
     (folder / "prefect.yaml").write_text(
-        with_deployment(
-            f"parameters: {{day: {variable}}}\ntags: {variable}\ndescription: {variable}\n"
-            f"schedules: [{{cron: {variable}}}]\ntriggers: [{{expect: [a.b], enabled: {variable}}}]"
-        )
+        HEAD + "deployments:\n- name: a\n  entrypoint: flow.py:etl\n  parameters: '{{ prefect.variables.values }}'\n"
+        "  work_pool: '{{ prefect.variables.pool }}'\n  schedules: '{{ prefect.variables.times }}'\n"
+        "  paused: '{{ prefect.variables.off }}'\n"
     )
-    assert main(["check"]) == 0
-    assert capsys.readouterr().out.count("{{ prefect.variables.x }} is known only to the server") == 5
+    read = desired_state.from_documents(files.read(["prefect.yaml"]), variables=variables)
+    [found] = read.of_kind(DEPLOYMENT)
+    assert found.fields["parameters"] == {"day": 1, "name": "eu"}
+    assert (found.fields["work_pool_name"], found.fields["job_variables"]) == ("p", {"env": ["eu"]})
+    assert (list(found.fields["schedules"]), found.fields["paused"]) == (["cron 0 6 * * * UTC"], False)
+
+
+@pytest.mark.parametrize("placeholder", ["{{ prefect.variables.x }}", "{{ $NOT_SET }}"])
+def test_check_accepts_a_placeholder_in_the_place_of_any_value(
+    folder: Path, capsys: pytest.CaptureFixture[str], placeholder: str
+) -> None:
+    (folder / "typed.py").write_text(
+        "from datetime import date\nfrom prefect import flow\n\n@flow\ndef typed(day: date) -> None: ...\n"
+    )
+    lines = [
+        "parameters: {day: X}",
+        "parameters: X\nschedules: [{cron: '0 6 * * *'}]",
+        "parameters: {day: 2024-01-01}\nschedules: [{cron: '0 6 * * *', parameters: X}]",
+        "tags: X",
+        "tags: [X]",
+        "description: X",
+        "schedules: X",
+        "schedules: [{cron: X}]",
+        "parameters: {day: 2024-01-01}\nschedules: [X, {cron: '0 6 * * *', active: X, day_or: X}, X, {interval: X}]",
+        "schedule: X",
+        "triggers: [{expect: [a.b], enabled: X}]",
+        "concurrency_limit: X",
+        "concurrency_limit: {limit: X, collision_strategy: X, grace_period_seconds: X}",
+        "paused: X\nenforce_parameter_schema: X",
+        "version_type: X",
+        "work_pool: X",
+        "work_pool: {name: p, work_queue_name: X, job_variables: X}",
+        "work_pool: {name: p, job_variables: {cpu: X}}",
+        "entrypoint: X",
+    ]
+    for line in lines:
+        entry = {"entrypoint": "typed.py:typed", "work_pool": "{name: p}"}
+        own = {name: value for name, value in entry.items() if f"{name}:" not in line}
+        text = "".join(f"  {name}: {value}\n" for name, value in own.items()) + f"  {line}\n".replace("\n", "\n  ")
+        (folder / "prefect.yaml").write_text(f"{HEAD}deployments:\n- name: a\n{text}".replace("X", f"'{placeholder}'"))
+        assert main(["check"]) == 0, (line, capsys.readouterr().err)
+        printed = capsys.readouterr().out
+        assert f"{placeholder} is " in printed, line
+        assert len(re.findall("is known only to the server|is not set here", printed)) <= 2, line
+
+
+def test_check_accepts_a_variable_of_the_environment_in_other_objects(folder: Path) -> None:
+    (folder / "prefect.yaml").write_text(
+        HEAD + "work_pools: [{name: p, type: process, concurrency_limit: '{{ $A }}'}]\n"
+        "concurrency_limits: [{name: a, limit: '{{ $A }}'}, {name: b, limit: 1}]\n"
+        "remote_file_systems: [{name: r, basepath: '{{ $A }}'}]\n"
+    )
+    assert list(check.check(["prefect.yaml"]).objects) == [("concurrency-limit", "b")]
+    (folder / "prefect.yaml").write_text(HEAD + "concurrency_limits: [{name: a, limit: '{{ prefect.variables.x }}'}]\n")
+    with pytest.raises(DeploymentsError, match=r"^prefect\.yaml:2: limit should be a valid integer"):
+        check.check(["prefect.yaml"])
 
 
 def test_check_refuses_a_run_above_the_quota(folder: Path) -> None:
