@@ -151,7 +151,7 @@ def _import(name: str, directory: Path) -> _Source:
 def _isolated_imports(name: str, directory: Path, local_modules: dict[str, ModuleType]) -> Iterator[None]:
     """Import with the working directory and modules of one script, and restore those of the process afterwards.
 
-    A module of a package that the process had imported before stays: removed, it would exist twice.
+    A module of a package of these folders that the process had imported before stays: removed, it would exist twice.
 
     Args:
         name: the script or module that is imported.
@@ -170,8 +170,9 @@ def _isolated_imports(name: str, directory: Path, local_modules: dict[str, Modul
             os.chdir(cwd)
             sys.path[:] = path
             for imported in set(sys.modules) - before:
-                module = sys.modules[imported]
-                if imported.partition(".")[0] not in before and _is_module_of(module, folder, directory):
+                top = imported.partition(".")[0]
+                is_kept = top in before and _is_module_of(sys.modules[top], folder, directory)
+                if not is_kept and _is_module_of(sys.modules[imported], folder, directory):
                     local_modules[imported] = sys.modules.pop(imported)
 
 

@@ -114,13 +114,15 @@ def test_modules_of_two_folders_stay_apart(tmp_path: Path) -> None:
     assert flows.load("etl.py:load", tmp_path / "b").name == "of-b"
 
 
-@pytest.mark.parametrize("entrypoint", ["pack.jobs:daily", "pack.jobs.daily", "pack/jobs.py:daily"])
-def test_packages_of_two_projects_stay_apart(tmp_path: Path, entrypoint: str) -> None:
+@pytest.mark.parametrize("package", ["pack", "flows"])  # flows is also the package of this project's examples
+@pytest.mark.parametrize("entrypoint", ["{}.jobs:daily", "{}.jobs.daily", "{}/jobs.py:daily"])
+def test_packages_of_two_projects_stay_apart(tmp_path: Path, entrypoint: str, package: str) -> None:
+    entrypoint = entrypoint.format(package)
     for name in "ab":
-        (tmp_path / name / "pack").mkdir(parents=True)
-        (tmp_path / name / "pack" / "names.py").write_text(f"NAME = {name!r}\n")
-        (tmp_path / name / "pack" / "jobs.py").write_text(
-            "from pack.names import NAME\nfrom prefect import flow\n@flow(name=NAME)\ndef daily(): ...\n"
+        (tmp_path / name / package).mkdir(parents=True)
+        (tmp_path / name / package / "names.py").write_text(f"NAME = {name!r}\n")
+        (tmp_path / name / package / "jobs.py").write_text(
+            f"from {package}.names import NAME\nfrom prefect import flow\n@flow(name=NAME)\ndef daily(): ...\n"
         )
     assert [flows.load(entrypoint, tmp_path / name).name for name in "ab"] == ["a", "b"]
 
