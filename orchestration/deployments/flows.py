@@ -204,6 +204,11 @@ def _explain_failure(error: BaseException, name: str, directory: Path) -> str:
     if isinstance(error, SyntaxError) and error.filename:
         where = f"{_relative(Path(error.filename), directory)}:{error.lineno}"
         return f"{type(error).__name__}: {error.msg} ({where}). Correct that line"
+    if isinstance(error, ImportError) and (other := _shadowing_package(error.name or "", folder, directory)):
+        return (
+            f"importing {name} needs the folder {other.__name__} next to it, but this command has imported another "
+            f"package of that name ({', '.join(other.__path__)}). Rename the folder"
+        )
     # The entrypoint's own module or a package of it is missing, and not a module that it imports.
     if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
         return f"there is no module {error.name} in {directory} or installed. Correct the entrypoint or install it"
@@ -219,6 +224,15 @@ def _explain_failure(error: BaseException, name: str, directory: Path) -> str:
         return f'it ends the process when imported ({what}{location}). Put that under if __name__ == "__main__"'
     cure = "Install what is missing" if isinstance(error, ImportError) else "Correct that line"
     return f"importing {name} raises {what}{location}. {cure}, or move it into the flow"
+
+
+def _shadowing_package(name: str, *folders: Path) -> ModuleType | None:
+    """Return the imported package that hides the folder which has a module in one of these folders."""
+    top = name.partition(".")[0]
+    package = sys.modules.get(top)
+    if package is None or not hasattr(package, "__path__") or _is_module_of(package, *folders):
+        return None
+    return package if any((folder / top).is_dir() for folder in folders) else None
 
 
 def _relative(file: Path, directory: Path) -> str:

@@ -143,6 +143,18 @@ def test_imported_package_is_not_imported_twice(tmp_path: Path, monkeypatch: pyt
             sys.modules.pop(name, None)
 
 
+@pytest.mark.parametrize("line", ["from orchestration.rates import RATE", "from orchestration import rates"])
+def test_folder_with_the_name_of_an_imported_package_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "orchestration").mkdir()
+    (tmp_path / "orchestration" / "rates.py").write_text("RATE = 2\n")
+    (tmp_path / "f.py").write_text(f"{line}\nfrom prefect import flow\n@flow\ndef f(): ...\n")
+    (tmp_path / "orchestration" / "jobs.py").write_text("from prefect import flow\n@flow\ndef f(): ...\n")
+    for entrypoint, needed in {"f.py:f": "f.py", "orchestration.jobs:f": "orchestration.jobs"}.items():
+        says = f"importing {needed} needs the folder orchestration next to it, but this command has imported another"
+        assert says in refused(entrypoint, tmp_path)
+    assert refused("f.py:f", tmp_path).endswith("Rename the folder")
+
+
 BROKEN = {
     "syntax.py": ("x = 1\ndef f(:\n", "SyntaxError: invalid syntax (syntax.py:2)"),
     "raises.py": (
