@@ -1,6 +1,7 @@
 """Import the flow of an entrypoint as Prefect does."""
 
 import contextlib
+import contextvars
 import difflib
 import functools
 import inspect
@@ -9,15 +10,19 @@ import sys
 import sysconfig
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from orchestration.errors import DeploymentsError
 
 _INSTALLED = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+
+Result = TypeVar("Result")
 
 _import_lock = threading.RLock()
 """An import changes the working directory, sys.path and sys.modules of the process: one import at a time."""
@@ -98,7 +103,16 @@ def load(entrypoint: str, directory: Path) -> Flow:
             with _isolated_imports(source_name, directory, source.local_modules):
                 return flow.validate_parameters(parameters) if flow.should_validate_parameters else parameters
 
-        return Flow(flow.name, flow.description or None, _declared_version(flow), schema, validate)
+        def validate_without_event_loop(parameters: dict[str, Any]) -> object:
+            return _call_without_event_loop(functools.partial(validate, parameters))
+
+        return Flow(flow.name, flow.description or None, _declared_version(flow), schema, validate_without_event_loop)
+
+
+def _call_without_event_loop(function: Callable[[], Result]) -> Result:
+    """Call a function of user code where no event loop runs. Where one runs, Prefect's functions return coroutines."""
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(contextvars.copy_context().run, function).result()
 
 
 def _declared_version(flow: Any) -> str | None:
@@ -126,7 +140,18 @@ def _split(entrypoint: str) -> tuple[str, str]:
 
 @functools.cache
 def _import(name: str, directory: Path) -> _Source:
-    """Import the script or module `name`. A failure is cached as well: many deployments may name the same file."""
+    """Import the script or module `name`. A failure is cached as well: many deployments may name the same file.
+
+    As under `prefect deploy`, an event loop runs during the import. A script that fails is imported again without a
+    loop, as in a run: `Secret.load("api").get()` fails in a loop, and needs a server without.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        source = _import_once(name, directory)
+    return source if source.module else _call_without_event_loop(functools.partial(_import_once, name, directory))
+
+
+def _import_once(name: str, directory: Path) -> _Source:
     from prefect.exceptions import ScriptError
     from prefect.utilities.importtools import load_module, load_script_as_module
 

@@ -1,5 +1,6 @@
 """Flows are imported as Prefect imports them, and parameters are checked as the server checks them."""
 
+import asyncio
 import functools
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from prefect.utilities.schema_tools import ValidationError, validate
 from orchestration.deployments import flows, parameters
 from orchestration.errors import DeploymentsError
 from tests.orchestration.deployments import corpus
-from tests.parts import examples
+from tests.parts import client_of, examples
 
 ETL = '''
 from datetime import date
@@ -153,6 +154,34 @@ def test_folder_with_the_name_of_an_imported_package_is_named(tmp_path: Path, li
         says = f"importing {needed} needs the folder orchestration next to it, but this command has imported another"
         assert says in refused(entrypoint, tmp_path)
     assert refused("f.py:f", tmp_path).endswith("Rename the folder")
+
+
+LOADS_AT_IMPORT = """
+import os
+from prefect import flow
+from prefect.variables import Variable
+
+REGION = Variable.get(os.environ["REGION_VARIABLE"]).upper()
+
+
+@flow
+def load(region: str = REGION): ...
+"""
+
+
+def test_flow_that_reads_the_server_when_imported_is_loaded(
+    tmp_path: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"region_{uuid4().hex[:8]}"
+    monkeypatch.setenv("REGION_VARIABLE", name)
+    (tmp_path / "f.py").write_text(LOADS_AT_IMPORT)
+    with client_of(prefect_server) as api:
+        api.post("/variables/", json={"name": name, "value": "eu"}).raise_for_status()
+
+    async def load() -> flows.Flow:
+        return flows.load("f.py:load", tmp_path)
+
+    assert asyncio.run(load()).schema["properties"]["region"]["default"] == "EU"
 
 
 BROKEN = {
