@@ -5,6 +5,7 @@ module 0.12 s.
 """
 
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -74,7 +75,7 @@ def read(paths: Sequence[str | Path]) -> list[YamlMapping]:
     return documents
 
 
-def included_files(path: str, context: Path) -> list[str]:
+def files_for_image(path: str, context: Path) -> list[str]:
     """Return the files that a file of desired state includes, relative to the build context of the image.
 
     Args:
@@ -82,10 +83,12 @@ def included_files(path: str, context: Path) -> list[str]:
         context: the folder that the image is built from.
 
     Raises:
-        DeploymentsError: an included file is outside of the folder, so that no image has it; or it cannot be read.
+        DeploymentsError: an included file is outside of the folder, so that no image has it. Or the image will not have
+            the file of an entrypoint, or a file cannot be read.
     """
+    documents = read([context / path])
     found = []
-    for document in read([context / path])[1:]:
+    for document in documents[1:]:
         file = Path(document.file).resolve()
         if not file.is_relative_to(context.resolve()):
             raise DeploymentsError(
@@ -93,7 +96,31 @@ def included_files(path: str, context: Path) -> list[str]:
                 "the file there, and correct include"
             )
         found.append(str(file.relative_to(context.resolve())))
+    for document in documents:
+        listed = document.get("deployments")
+        for deployment in listed if isinstance(listed, list) else ():
+            _refuse_entrypoint_outside_of_image(deployment, context)
     return found
+
+
+def _refuse_entrypoint_outside_of_image(deployment: Any, context: Path) -> None:
+    """Refuse an entrypoint whose file exists where the image is built, and not in the image."""
+    entrypoint = deployment.get("entrypoint") if isinstance(deployment, YamlMapping) else None
+    if not isinstance(entrypoint, str) or "{{" in entrypoint:
+        return
+    source = entrypoint.rpartition(":")[0] or entrypoint
+    if not source.endswith(".py"):  # a module of the checkout, or an installed one
+        top = Path(source.partition(".")[0])
+        source = str(top if (context / top).is_dir() else top.with_suffix(".py"))
+        if not (context / source).exists():
+            return
+    ignore = context / "docker" / "Dockerfile.dockerignore"
+    copied = [line.removeprefix("!") for line in ignore.read_text().splitlines() if line.startswith("!")]
+    if not any(Path(os.path.normpath(source)).is_relative_to(folder) for folder in copied):
+        raise DeploymentsError(
+            f"{deployment.location('entrypoint')}: the image will not have the entrypoint {entrypoint}. Move it to "
+            f"flows/, or add {Path(source).parts[0]} to docker/Dockerfile and to {ignore.relative_to(context)}"
+        )
 
 
 def locate(document: YamlMapping, path: Sequence[str | int]) -> str:
@@ -321,6 +348,6 @@ def plain(value: Any) -> Any:
 
 if __name__ == "__main__":
     try:
-        print("\n".join(included_files(sys.argv[1], Path())))
+        print("\n".join(files_for_image(sys.argv[1], Path())))
     except DeploymentsError as failure:
         sys.exit(str(failure))

@@ -79,6 +79,28 @@ def test_tag_changes_with_a_file_that_prefect_yaml_includes(checkout: Path) -> N
     assert len(set(names)) == 3
 
 
+@pytest.mark.parametrize(
+    "entrypoint", ["jobs/etl.py:etl", "./jobs/etl.py:etl", "jobs.etl:etl", "jobs.etl.etl", "top:etl"]
+)
+def test_entrypoint_that_the_image_will_not_have_is_refused(checkout: Path, entrypoint: str) -> None:
+    (checkout / "jobs").mkdir()
+    for name in ("jobs/etl.py", "top.py"):
+        (checkout / name).write_text("from prefect import flow\n\n@flow\ndef etl(): ...\n")
+    (checkout / "team.yaml").write_text(f"deployments:\n- name: d\n  entrypoint: {entrypoint}\n")
+    prefect = checkout / "prefect.yaml"
+    prefect.write_text(prefect.read_text() + "\ninclude: [team.yaml]\n")
+    done = _run(checkout, BASE_IMAGE="base")
+    folder = "top.py" if entrypoint == "top:etl" else "jobs"
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"team.yaml:3: the image will not have the entrypoint {entrypoint}. Move it to flows/, or add {folder} to "
+        "docker/Dockerfile and to docker/Dockerfile.dockerignore\n"
+    )
+    with (checkout / "docker" / "Dockerfile.dockerignore").open("a") as ignore:
+        ignore.write(f"!{folder}\n")
+    assert _name(checkout)
+
+
 def test_tag_and_build_have_the_digest_of_the_base(checkout: Path) -> None:
     log = checkout.parent / "builds"
     _program(checkout, "docker", f'case "$1 $2" in "image inspect") exit 1 ;; "buildx build") echo "$@" >{log} ;; esac')
