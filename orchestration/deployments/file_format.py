@@ -27,6 +27,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    FiniteFloat,
     StrictBool,
     StrictFloat,
     StrictInt,
@@ -49,7 +50,7 @@ def _number_to_text(value: Any) -> Any:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-def _read_text(kind: type[bool] | type[int] | type[float]) -> BeforeValidator:
+def _read_text(kind: Any) -> BeforeValidator:
     """Return a validator that gives a text its type. A variable of the environment is always text."""
     adapter: TypeAdapter[Any] = TypeAdapter(kind)
 
@@ -64,7 +65,7 @@ def _read_text(kind: type[bool] | type[int] | type[float]) -> BeforeValidator:
 
 _Truth = Annotated[StrictBool, _read_text(bool)]
 _Integer = Annotated[StrictInt, _read_text(int)]
-_Number = Annotated[StrictFloat | StrictInt, _read_text(float)]
+_Number = Annotated[StrictFloat | StrictInt, _read_text(FiniteFloat)]
 
 
 def _steps_to_list(value: Any) -> Any:

@@ -259,8 +259,8 @@ class _DeploymentResolver(_EnvironmentResolver):
         if not isinstance(value, str):
             return value
         text = value
-        # A variable of the environment may refer to another one.
-        for _ in range(2):
+        # A variable of the environment may refer to another one, but not in the parameters of an event.
+        for _ in range(1 if in_event else 2):
             text = PLACEHOLDER.sub(lambda match: self.environment_value(match, where), text)
         for match in PLACEHOLDER.finditer(text):
             self.refuse_unresolved(match, where, in_event, in_list and match[0] == text)
@@ -289,6 +289,11 @@ class _DeploymentResolver(_EnvironmentResolver):
             raise DeploymentsError(
                 f"{where}: {match[0]} would write the block's content, secret or not, into the deployment. Load the "
                 "block in the flow, or name it in the work pool's base job template"
+            )
+        if name.lstrip("$") in os.environ:
+            raise DeploymentsError(
+                f"{where}: {match[0]} is in the value of another variable, where Prefect does not resolve it. Write "
+                "the value there"
             )
         if (in_event or name.startswith(CONTEXT)) and not dropped:
             return

@@ -240,6 +240,9 @@ deployments:
     "empty variable of the environment": one("description: '{{ $NOTHING }}'\nparameters: {source: '{{ $NOTHING }}'}"),
     "unset variable of the environment": one("parameters: {source: 'x{{ $NO_SUCH_THING }}'}"),
     "nested variable of the environment": one("parameters: {source: '{{ $NESTED }}'}"),
+    "nested variable of the environment in a trigger": one(
+        "triggers: [{expect: [a], parameters: {extra: '{{ $NESTED }}'}}]"
+    ),
     "number from the environment": one("parameters: {day: '{{ $A_NUMBER }}'}"),
     "truth from the environment": one("paused: '{{ $A_TRUTH }}'"),
     "limit from the environment": one("concurrency_limit: '{{ $A_NUMBER }}'"),
@@ -298,7 +301,7 @@ deployments:
     "variable with placeholders": one(
         "parameters: {extra: '{{ prefect.variables.VAR_filled }}'}\n"
         "schedules: [{cron: '0 1 * * *', parameters: {extra: ['{{ prefect.variables.VAR_filled }}']}}]\n"
-        "triggers: [{expect: [a], parameters: {extra: '{{ prefect.variables.VAR_filled }}'}}]",
+        "triggers: [{expect: ['{{ $NESTED }}'], parameters: {extra: ['{{ prefect.variables.VAR_parameters }}']}}]",
         pool="{name: POOL, job_variables: {env: '{{ prefect.variables.VAR_filled }}'}}",
     ),
     "variable with a placeholder of another": one("parameters: {extra: '{{ prefect.variables.VAR_other }}'}"),
@@ -575,6 +578,7 @@ REFUSED: dict[str, str] = {
     "name of a number": ":3: name should be a valid string, not 5",
     "name is blank": ":3: name is blank",
     "unset variable of the environment": ":6: {{ $NO_SUCH_THING }} is not set in the environment",
+    "nested variable of the environment in a trigger": ":6: {{ $A_TEXT }} is in the value of another variable",
     "number from the environment": ":6: deployment d: parameter day: '3' is not of type 'integer'. Remove the quotes. Instead of the environment",
     "seconds of a trigger from the environment": ":6: event.within: Input should be a valid timedelta",
     "seconds after an event from the environment": ":6: event.schedule_after: Input should be a valid timedelta",
