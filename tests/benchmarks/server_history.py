@@ -28,6 +28,10 @@ TASKS = 2
 """Task runs of each run."""
 
 
+FILLING = {"full_page_writes": "off", "max_wal_size": "4GB", "checkpoint_timeout": "1h"}
+"""Settings of Postgres while a database is filled. A crash would lose the database."""
+
+
 @dataclass(frozen=True)
 class History:
     """Describes the rows, which are spread evenly over the days until now.
@@ -99,8 +103,8 @@ class _Writer:
             run, number = divmod(task, TASKS)
             begin, end, state = self.at(run, 0), self.at(run, 1), self.final(run)
             last = self.last_states[len(self.runs) + task]
-            yield (id_, begin, end, f"load-{number}", state, state.title(), last, begin, end, self.runs[run], "load",
-                   number)  # fmt: skip
+            yield (id_, begin, end, f"load-{number}", state, state.title(), last, end, begin, begin, end,
+                   self.runs[run], "load", number)  # fmt: skip
 
     def states(self, ids: Sequence[str], last: Sequence[str], ids_per_run: int) -> Iterator[Row]:
         """Yield three states of each run: Pending, Running and the final state."""
@@ -156,30 +160,58 @@ def fill(url: str, history: History, say: Callable[[str], None] = lambda _: None
         history: what to write.
         say: called with the progress, for each million rows.
     """
-    with psycopg.connect(url) as connection:
-        connection.execute("set session_replication_role = replica")
-        with _without_indexes(connection, say):
-            _write(_Writer(connection, history, say), history)
+    with _little_wal(url):
+        with psycopg.connect(url) as connection:
+            connection.execute("set session_replication_role = replica")
+            with _without_indexes(connection, say):
+                _write(_Writer(connection, history, say), history)
+        with psycopg.connect(url, autocommit=True) as connection:
+            say("collecting the statistics")
+            connection.execute("vacuum analyze")
+            connection.execute("checkpoint")  # what is measured afterwards does not write these rows to disk
+
+
+@contextlib.contextmanager
+def _little_wal(url: str) -> Iterator[None]:
+    """Let Postgres write no whole pages to its log, and few checkpoints, while the block lasts."""
     with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute("vacuum analyze")
+        try:
+            for name, value in FILLING.items():
+                connection.execute(f"alter system set {name} = '{value}'")
+            connection.execute("select pg_reload_conf()")
+            yield
+        finally:
+            for name in FILLING:
+                connection.execute(f"alter system reset {name}")
+            connection.execute("select pg_reload_conf()")
 
 
 @contextlib.contextmanager
 def _without_indexes(
     connection: "psycopg.Connection[tuple[object, ...]]", say: Callable[[str], None]
 ) -> Iterator[None]:
-    """Drop the indexes that no constraint needs, and create them again after the block, which takes less time."""
-    found = connection.execute(
+    """Drop the indexes that no foreign key needs, and create them again after the block, which takes less time."""
+    indexes = connection.execute(
         "select indexrelid::regclass::text, pg_get_indexdef(indexrelid) from pg_index "
         "where indrelid = any(%s::regclass[]) and not exists (select from pg_constraint where conindid = indexrelid)",
         [list(TABLES)],
     ).fetchall()
-    for index, _ in found:
+    keys = connection.execute(
+        "select conrelid::regclass::text, conname, pg_get_constraintdef(oid) from pg_constraint found "
+        "where conrelid = any(%s::regclass[]) and contype in ('p', 'u') and not exists "
+        "(select from pg_constraint where contype = 'f' and conindid = found.conindid)",
+        [list(TABLES)],
+    ).fetchall()
+    for index, _ in indexes:
         connection.execute(f"drop index {index}")
+    for table, name, _ in keys:
+        connection.execute(f"alter table {table} drop constraint {name}")
     yield
-    say(f"creating {len(found)} indexes")
+    say(f"creating {len(indexes) + len(keys)} indexes")
     connection.execute("set maintenance_work_mem = '512MB'")
-    for _, definition in found:
+    for table, name, definition in keys:
+        connection.execute(f"alter table {table} add constraint {name} {definition}")
+    for _, definition in indexes:
         connection.execute(str(definition))
 
 
@@ -195,7 +227,11 @@ def _write(writer: _Writer, history: History) -> None:
         "work_queue_name, idempotency_key",
         writer.flow_runs(flow),
     )
-    writer.copy("task_run", f"{run}, start_time, end_time, flow_run_id, task_key, dynamic_key", writer.task_runs())
+    writer.copy(
+        "task_run",
+        f"{run}, state_timestamp, expected_start_time, start_time, end_time, flow_run_id, task_key, dynamic_key",
+        writer.task_runs(),
+    )
     state = "id, created, updated, type, name, timestamp"
     of_runs, of_tasks = writer.last_states[: history.runs], writer.last_states[history.runs :]
     writer.copy("flow_run_state", f"{state}, flow_run_id", writer.states(writer.runs, of_runs, 1))
