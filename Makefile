@@ -258,7 +258,7 @@ bench-access: .venv/ready ## measure what access control adds to a request of th
 bench-retention: RUNS := 1000000
 bench-retention: LOGS := 20000000
 bench-retention: EVENTS := 10000000
-bench-retention: .venv/ready ## measure retention on a database of RUNS=1000000 runs, LOGS=20000000 log lines and EVENTS=10000000 events
+bench-retention: .venv/ready ## measure the pages of the UI and retention on a database of RUNS=1000000 runs, LOGS=20000000 log lines and EVENTS=10000000 events
 	@$(BIN)/python -m tests.benchmarks.retention --runs $(call quoted,$(RUNS)) --logs $(call quoted,$(LOGS)) --events $(call quoted,$(EVENTS))
 
 bench-upgrade: RUNS := 1000000

@@ -547,8 +547,36 @@ def upgrade() -> str:
     return _measured(curves.UPGRADE, "bench-upgrade", caption, head, curves.upgrade_table)
 
 
+def retention() -> str:
+    """Return picture and tables of the recorded benchmark of pages and retention."""
+    from tests.benchmarks import curves
+
+    caption = "p95 of each page, and the size of the tables, by the number of runs in the database"
+    head = ("page", "p95 of its content, ms", "p50, ms", "p95 of all its requests, ms", "slowest request: p95, ms")
+    pages = _measured(curves.RETENTION, "bench-retention", caption, head, curves.retention_table, "")
+    if not pages.endswith("|\n"):
+        return pages
+    found = json.loads(curves.RETENTION.read_text())
+    sizes = " → ".join(f"{size['runs']:,}" for size in found["sizes"])
+    deleted = table(("kind of record", "old", "deleted", "a second, without pauses"), curves.deletion_table(found))
+    longest = ", ".join(f"{seconds:.2f} s {title}" for title, seconds in found["transaction_seconds"].items())
+    writes = ", ".join(f"{ms:,} ms {title}" for title, ms in found["write_p95_ms"].items())
+    return (
+        f"{pages}\nEach page n = {found['loads']}, with {sizes} runs, up to {found['logs']:,} log lines and "
+        f"{found['events']:,} events. The goal is {curves.PAGE_GOAL_MS:,} ms for the content.\n\n{deleted}\nEach kind "
+        "was deleted for "
+        f"{found['limit_seconds']:g} s and not to its end, each table of Prefect's vacuum of events for half of that. "
+        f"Longest transaction, which bounds each lock: {longest}. p95 of writing a state: {writes}.\n"
+    )
+
+
 def _measured(
-    results: Path, target: str, caption: str, head: tuple[str, ...], rows: Callable[[Object], list[list[str]]]
+    results: Path,
+    target: str,
+    caption: str,
+    head: tuple[str, ...],
+    rows: Callable[[Object], list[list[str]]],
+    repetitions: str = ", n = 1",
 ) -> str:
     """Return picture and table of a benchmark; without results or picture, how to make them."""
     from tests.benchmarks.curves import PICTURES
@@ -558,7 +586,9 @@ def _measured(
         return f"No figures yet: `make {target}` records them on an idle machine.\n"
     found = json.loads(results.read_text())
     folder = "images" if target == "bench-upgrade" else "../images"
-    origin = f"Measured by `make {target}` on {found['date']}, commit {found['commit']}, n = 1: {found['machine']}."
+    origin = (
+        f"Measured by `make {target}` on {found['date']}, commit {found['commit']}{repetitions}: {found['machine']}."
+    )
     return f"{origin}\n\n![{caption}]({folder}/{picture.name})\n\n{table(head, rows(found))}"
 
 
@@ -574,6 +604,7 @@ BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "load": ("../how-to/scale-out.md", load),
     "load-pgbouncer": ("../how-to/share-database-connections.md", load_pgbouncer),
     "upgrade": ("../upgrading.md", upgrade),
+    "retention": ("../how-to/retention.md", retention),
 }
 """Page and function of each generated block. The page is relative to docs/reference."""
 

@@ -1,4 +1,4 @@
-"""Record what the benchmarks of load and of the upgrade measure on an idle machine, and draw it: `make picture`."""
+"""Record what the benchmarks of load, upgrade and retention measure on an idle machine, and draw it: `make picture`."""
 
 import json
 import os
@@ -14,11 +14,21 @@ from tests.benchmarks.table import describe_commit
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Picture
 
-LOAD, PGBOUNCER, UPGRADE = (Path(__file__).with_name(f"{name}.json") for name in ("load", "load-pgbouncer", "upgrade"))
+LOAD, PGBOUNCER, UPGRADE, RETENTION = (
+    Path(__file__).with_name(f"{name}.json") for name in ("load", "load-pgbouncer", "upgrade", "retention")
+)
 """The newest results of an idle machine. A file exists once its benchmark has run on one."""
 
-PICTURES = {LOAD: "load.svg", PGBOUNCER: "load-pgbouncer.svg", UPGRADE: "upgrade.svg"}
+PICTURES = {
+    LOAD: "load.svg",
+    PGBOUNCER: "load-pgbouncer.svg",
+    UPGRADE: "upgrade.svg",
+    RETENTION: "retention.svg",
+}
 """The name of the picture of each file of results."""
+
+PAGE_GOAL_MS = 1000
+"""The goal for the p95 of each page of the UI."""
 
 IDLE_LOAD = 0.5
 """The highest load average for each core, before the benchmark, of a machine that counts as idle."""
@@ -32,7 +42,7 @@ def record(file: Path, figures: Record, load_before: float) -> None:
     """Write the figures of a full benchmark to a file of results, unless other programs used the machine before it.
 
     Args:
-        file: `LOAD`, `PGBOUNCER` or `UPGRADE`.
+        file: a key of `PICTURES`.
         figures: what the picture shows.
         load_before: the load average of the machine before the benchmark.
     """
@@ -49,7 +59,8 @@ def record(file: Path, figures: Record, load_before: float) -> None:
 
 def draw_all(folder: Path) -> None:
     """Draw the picture of each file of results that exists into a folder."""
-    for file, draw in ((LOAD, draw_load), (PGBOUNCER, draw_load), (UPGRADE, draw_upgrade)):
+    drawn = ((LOAD, draw_load), (PGBOUNCER, draw_load), (UPGRADE, draw_upgrade), (RETENTION, draw_retention))
+    for file, draw in drawn:
         if file.exists():
             draw(json.loads(file.read_text()), folder / PICTURES[file])
 
@@ -114,6 +125,31 @@ def draw_upgrade(found: Record, file: Path) -> None:
     _save(picture, file)
 
 
+def draw_retention(found: Record, file: Path) -> None:
+    """Draw the p95 of each page, and the size of the tables, by the number of runs in the history."""
+    from matplotlib.figure import Figure as Picture
+
+    picture = Picture(figsize=(9, 3.9), layout="constrained")
+    times, sizes = picture.subplots(1, 2, width_ratios=(3, 2))
+    runs = [size["runs"] for size in found["sizes"]]
+    for number, page in enumerate(found["sizes"][-1]["pages"]):
+        values = [size["pages"][number]["p95_ms"] for size in found["sizes"]]
+        times.plot(runs, values, "o-", ms=4, label=f"{page['name']}: {values[-1]:,} ms")
+    times.axhline(PAGE_GOAL_MS, color="grey", ls=":", label=f"goal: {PAGE_GOAL_MS:,} ms")
+    times.set(xlabel="flow runs in the database", ylabel="ms until the page has its content, p95", yscale="log")
+    times.yaxis.set_major_formatter("{x:,.0f}")
+    times.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    sizes.plot(runs, [size["megabytes"] / 1000 for size in found["sizes"]], "o-", color=COLOURS[0])
+    sizes.set(xlabel="flow runs in the database", ylabel="GB of the tables with their indexes", yscale="log")
+    sizes.yaxis.set_major_formatter("{x:,g}")
+    for axes in (times, sizes):
+        axes.set_xscale("log")
+        axes.set_xticks(runs, [f"{count:,}" for count in runs])
+        axes.minorticks_off()
+        axes.spines[["top", "right"]].set_visible(False)
+    _save(picture, file)
+
+
 def load_table(found: Record) -> list[list[str]]:
     """Return a row for each number of API replicas: the knee, and the durations of requests there."""
     rows = []
@@ -139,6 +175,26 @@ def phases_table(found: Record) -> list[list[str]]:
 def upgrade_table(found: Record) -> list[list[str]]:
     """Return a row for each migration: seconds, and seconds of its longest lock that blocks writes or reads."""
     return [[step["name"], f"{step['seconds']:.2f}", f"{step['lock_seconds']:.2f}"] for step in found["steps"]]
+
+
+def retention_table(found: Record) -> list[list[str]]:
+    """Return a row for each page: its p95 in ms at each size of the history, complete, and of its slowest request."""
+    rows = []
+    for number, page in enumerate(found["sizes"][-1]["pages"]):
+        growth = " → ".join(f"{size['pages'][number]['p95_ms']:,}" for size in found["sizes"])
+        slowest = ""
+        if "slowest_request" in page:
+            slowest = f"{page['slowest_request_p95_ms']:,}: `{page['slowest_request']}`"
+        rows.append([page["name"], growth, f"{page['p50_ms']:,}", f"{page['complete_p95_ms']:,}", slowest])
+    return rows
+
+
+def deletion_table(found: Record) -> list[list[str]]:
+    """Return a row for each kind of record: how many were old, how many of them were deleted, and how fast."""
+    return [
+        [kind["name"], f"{kind['old']:,}", f"{kind['deleted']:,}", f"{kind['per_second']:,}"]
+        for kind in found["deletions"]
+    ]
 
 
 def _save(picture: "Picture", file: Path) -> None:

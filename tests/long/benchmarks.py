@@ -30,6 +30,7 @@ SMALLEST = {
         *("--minutes", "0.02", "--kill-seconds", "0.5", "--runs", "4", "--limit", "2"),
         *("--live", "3", "--live-seconds", "1", "--report-seconds", "0.5"),
     ),
+    "retention": ("--runs", "5000", "--logs", "20000", "--events", "10000", "--loads", "3", "--seconds", "5"),
 }
 """Arguments of the smallest size by benchmark. `deploys` is left out, because it deletes the cluster first. `make test`
 runs `load` without PgBouncer."""

@@ -32,6 +32,13 @@ LOCK_LIMIT_SECONDS = 10
 The limit of a second is that of `test_batches_of_slow_rows_hold_no_lock_for_a_second`.
 """
 
+SCHEMA = """
+select conrelid::regclass::text, conname, pg_get_constraintdef(oid) from pg_constraint where conrelid <> 0
+union all select indrelid::regclass::text, indexrelid::regclass::text, pg_get_indexdef(indexrelid) from pg_index
+order by 1, 2, 3
+"""
+"""Reads the constraints and indexes of a database."""
+
 TABLES = ("flow_run", "task_run", "log", "artifact", "events", "event_resources", "artifact_collection")
 
 
@@ -61,7 +68,10 @@ def postgres() -> Iterator[str]:
 def database(postgres: str) -> Iterator[str]:
     with new_database(postgres) as url:
         create_schema(url)
+        schema = rows_of(url, SCHEMA)
         fill(url, HISTORY)
+        assert rows_of(url, SCHEMA) == schema, "constraints and indexes that were dropped for COPY"
+        assert rows_of(url, "select name from pg_settings where sourcefile like '%%postgresql.auto.conf'") == []
         yield url
 
 
@@ -219,11 +229,12 @@ def test_exactly_the_old_records_go_while_states_are_written(database: str, spec
         _slow_deletion(database),
         contextlib.suppress(httpx.TransportError),
         _server(tmp_path, database) as api,
-        Traffic(api, database),
+        Traffic(api, database) as interrupted,
     ):
         server = SERVERS[-1].pid
         wait_until(lambda: old_runs_left() < len(old_runs), "the first batch", 300)
         os.kill(server, 9)
+        wait_until(lambda: interrupted.errors, "a write that the killed server does not answer", 100)
     assert old_runs_left(), "the server was killed after the last batch"
     halves = rows_of(
         database,
