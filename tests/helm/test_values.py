@@ -33,7 +33,7 @@ from orchestration.settings import ROOT
 from tests.cluster.apiserver import NAMESPACE, ApiServer
 from tests.helm import acceptance, cloudnative_pg, values, verdicts
 from tests.helm.rendering import Object, environment, objects_of, one, pod_specs, render, rendered
-from tests.helm.test_charts import CHARTS
+from tests.helm.test_charts import CHARTS, EXAMPLES
 from tests.parts import client_of, examples, free_port, prefect_server, wait_until
 
 WAYS: dict[str, list[Object]] = {
@@ -530,10 +530,15 @@ def test_component_value_wins_even_if_false() -> None:
     assert one(objects, "PodDisruptionBudget", "test-prefect-work-pool-reconciler")["spec"]["minAvailable"] == 0
 
 
-EXAMPLES = sorted((ROOT / "helm" / "prefect-work-pool" / "examples").glob("*.yaml"))
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: f"{path.parent.parent.name}-{path.stem}")
+def test_example_is_accepted_by_servers(judge: Judge, example: Path) -> None:
+    assert judge.refusal(example.parent.parent.name, yaml.safe_load(example.read_text())) is None
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+POOL_EXAMPLES = [example for example in EXAMPLES if example.parent.parent.name == "prefect-work-pool"]
+
+
+@pytest.mark.parametrize("example", POOL_EXAMPLES, ids=lambda path: path.stem)
 def test_work_pool_example_syncs_to_a_new_server(server: httpx.Client, tmp_path: Path, example: Path) -> None:
     """The release's sync Job applies the deployments of prefect.yaml with the pool."""
     given_values = yaml.safe_load(example.read_text())
