@@ -145,6 +145,7 @@ REASONS = {
     },
     "reconciler": {
         "jobs list": "Read the Jobs of runs in each round.",
+        "jobs watch": "Make rounds at the usual interval again once a run has a Job.",
         "jobs patch": "Annotate a Job whose ended pods are recorded.",
         "jobs delete": "Delete Jobs of cancelled, finished and deleted runs.",
         "pods list": "Read the pods of runs in each round.",

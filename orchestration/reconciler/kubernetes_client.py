@@ -9,8 +9,8 @@ import hashlib
 import logging
 import os
 import ssl
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -230,27 +230,48 @@ class Cluster:
             pod_ended: the event to set.
         """
         path = f"/api/v1/namespaces/{self.namespace}/pods"
-        # A watch reports a pod that no longer matches its selectors as deleted, in its earlier state.
-        query: dict[str, str | int] = {
+        while True:
+            with suppress(ValueError):
+                # A watch reports a pod that no longer matches its selectors as deleted, in its earlier state.
+                async with aclosing(self._watch(path, fieldSelector="status.phase=Running")) as lines:
+                    async for line in lines:
+                        if not line or _has_pod_ended(Change.model_validate_json(line)):
+                            pod_ended.set()  # also at the begin: pods may have ended before
+            await asyncio.sleep(1)
+
+    async def watch_jobs(self, job_changed: asyncio.Event) -> None:
+        """Set an event when a run's Job is created, changed or deleted, and again and again while the watch fails.
+
+        Args:
+            job_changed: the event to set.
+        """
+        while True:
+            async with aclosing(self._watch(f"/apis/batch/v1/namespaces/{self.namespace}/jobs")) as lines:
+                async for _ in lines:
+                    job_changed.set()
+            job_changed.set()
+            await asyncio.sleep(1)
+
+    async def _watch(self, path: str, **query: str) -> AsyncGenerator[str, None]:
+        """Yield the lines of one watch on objects of runs; first an empty line, once the watch has begun."""
+        parameters: dict[str, str | int] = {
             "watch": 1,
             "timeoutSeconds": WATCH_SECONDS,
             "labelSelector": RUN_LABEL,
-            "fieldSelector": "status.phase=Running",
+            # Begin with what the API has cached. With etcd 3.4 the API cannot bring a cache up to date in which nothing
+            # changes, and ends the watch after 3 s.
+            "resourceVersion": "0",
+            **query,
         }
         timeout = httpx.Timeout(TIMEOUT_SECONDS, read=WATCH_SECONDS + TIMEOUT_SECONDS)
-        while True:
-            with suppress(httpx.TransportError, ValueError):
-                async with self.client.stream(
-                    "GET", path, params=query, headers=_authorization(), timeout=timeout
-                ) as response:
-                    if response.is_success:
-                        pod_ended.set()  # pods may have ended before the watch
-                    async for line in response.aiter_lines():
-                        change = Change.model_validate_json(line)
-                        is_modified = change.type == "MODIFIED"
-                        if change.type == "DELETED" or (is_modified and Pod.read(change.object).has_live_sidecar):
-                            pod_ended.set()
-            await asyncio.sleep(1)
+        with suppress(httpx.TransportError):
+            async with self.client.stream(
+                "GET", path, params=parameters, headers=_authorization(), timeout=timeout
+            ) as response:
+                if response.is_success:
+                    yield ""
+                async for line in response.aiter_lines():
+                    yield line
 
     async def read_refusal(self, job: str) -> str:
         """Return why the API refuses the pod of a Job, from the Job's newest event; empty without such an event."""
@@ -296,6 +317,12 @@ class Cluster:
         if grace is not None:
             path = f"/api/v1/namespaces/{self.namespace}/pods"
             await self.ask("DELETE", path, {"gracePeriodSeconds": grace}, query={"labelSelector": f"job-name={job}"})
+
+
+def _has_pod_ended(change: Change) -> bool:
+    """Return whether a running pod is gone or has ended, or its main container has, while a sidecar is alive."""
+    is_modified = change.type == "MODIFIED"
+    return change.type == "DELETED" or (is_modified and Pod.read(change.object).has_live_sidecar)
 
 
 @asynccontextmanager

@@ -31,6 +31,8 @@ class LeaderElection:
         """The newest version of the Lease that was read, and when it was read first, on the monotonic clock."""
         self._until = 0.0
         """Until when this candidate may begin a request, on the monotonic clock."""
+        self._written: Any = None
+        """The Lease as this candidate has last written it. It need not be read while no other candidate writes it."""
 
     @property
     def is_leader(self) -> bool:
@@ -49,7 +51,8 @@ class LeaderElection:
             ClusterError: the Kubernetes API does not answer.
         """
         now = time.monotonic()
-        lease = await self.cluster.ask("GET", f"{self.path}/{self.name}", absent=(404,))
+        known, self._written = self._written, None
+        lease = known or await self.cluster.ask("GET", f"{self.path}/{self.name}", absent=(404,))
         spec = {"holderIdentity": self.identity, "leaseDurationSeconds": self.duration, "renewTime": _micro_time()}
         if lease is None:
             body = {"metadata": {"name": self.name}, "spec": spec}
@@ -61,9 +64,12 @@ class LeaderElection:
             if holder not in (self.identity, "", None) and now - self._observed[1] < self.duration:
                 self._until = 0.0
                 return False
-            # The body has the version that was read: of two candidates at the same time, the API refuses one.
+            # The body has the version that is known: of two candidates at the same time, the API refuses one.
             body = lease | {"spec": spec}
-            written = await self.cluster.ask("PUT", f"{self.path}/{self.name}", body=body, absent=(409,))
+            written = await self.cluster.ask("PUT", f"{self.path}/{self.name}", body=body, absent=(404, 409))
+        if known and not written:
+            return await self.acquire_or_renew()  # another candidate has written the Lease, or it was deleted
+        self._written = written
         self._until = now + self.duration - 2 * TIMEOUT_SECONDS if written else 0.0
         return bool(written)
 

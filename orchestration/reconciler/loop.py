@@ -30,12 +30,15 @@ from orchestration.reconciler.leader_election import LeaderElection
 from orchestration.reconciler.model import Pod, Policy, Run
 from orchestration.reconciler.pod_events import PodEvents
 from orchestration.reconciler.pod_records import PodRecord
-from orchestration.reconciler.snapshot import LIVE_STATES, read_snapshot
+from orchestration.reconciler.snapshot import read_snapshot
 
 logger = logging.getLogger(__name__)
 
 HEALTH_GRACE_SECONDS = 60
 """Seconds without a round, on top of three intervals, after which the reconciler is unhealthy."""
+
+IDLE_SECONDS = 10.0
+"""Seconds from one round to the next while nothing is live and no Job changes."""
 
 MAX_STEADY_RUNS = 10_000
 """How many steady runs one request names at most. A database takes 32,767."""
@@ -62,6 +65,14 @@ class ReconciledNamespace:
         """The failures of single runs and Jobs in the newest round, by run or Job. Each is logged once."""
         self.live_runs = 0
         """How many runs are Pending, Running or Cancelling."""
+        self.is_idle = False
+        """Whether the newest round has found nothing live, and nothing to do."""
+
+    def forget(self) -> None:
+        """Forget what may have changed, as another reconciler is the leader now."""
+        self.is_idle = False
+        if self.events:
+            self.events.forget()
 
 
 class Reconciler:
@@ -114,32 +125,44 @@ class Reconciler:
     async def run(self, every: float) -> None:
         """Run rounds until cancelled. A pod that ends starts the next round early.
 
-        A failure is logged once, and the next round tries again.
+        While all namespaces are idle, rounds are left out until a Job changes. The Lease is renewed all the same. A
+        failure is logged once, and the next round tries again.
 
         Args:
             every: seconds from the start of one round to the next.
         """
-        pod_ended = asyncio.Event()
-        watching = [asyncio.create_task(namespace.cluster.watch_pods(pod_ended)) for namespace in self.namespaces]
+        pod_ended, job_changed = asyncio.Event(), asyncio.Event()
+        watching = [
+            asyncio.create_task(watch)
+            for namespace in self.namespaces
+            for watch in (namespace.cluster.watch_pods(pod_ended), namespace.cluster.watch_jobs(job_changed))
+        ]
+        last_round = 0.0
         try:
             while True:
                 began = time.monotonic()
+                is_idle = all(namespace.is_idle for namespace in self.namespaces)
+                is_idle &= not (pod_ended.is_set() or job_changed.is_set() or any(watch.done() for watch in watching))
+                is_due = not is_idle or began - last_round > IDLE_SECONDS
                 pod_ended.clear()
                 results: list[str] = []
                 try:
                     is_leader = self.election is None or await self.election.acquire_or_renew()
                     self.leading.set(is_leader)
-                    if is_leader:
-                        results = await self.round()
-                    else:
+                    if not is_leader:
                         for namespace in self.namespaces:
-                            if namespace.events:
-                                namespace.events.forget()
+                            namespace.forget()
+                    elif is_due:
+                        job_changed.clear()
+                        last_round = began
+                        results = await self.round()
                     if self.pulse.trouble:
                         logger.info("Rounds succeed again.")
                     self.pulse.trouble = ""
                 except Exception as error:
                     self.failures.inc()
+                    for namespace in self.namespaces:
+                        namespace.is_idle = False  # what has woken this round is not handled
                     if str(error) != self.pulse.trouble:
                         # Any other error is a bug. It must not stop the reconciler.
                         trace = None if isinstance(error, PipelineError) else error
@@ -179,6 +202,7 @@ class Reconciler:
             PipelineError: an API does not answer.
         """
         cluster = namespace.cluster
+        namespace.is_idle = False
         snapshot = await read_snapshot(self.server, cluster, self.pool, namespace.steady)
         # Reading a thousand runs may take longer than the leadership lasts.
         if self.election and not await self.election.acquire_or_renew():
@@ -203,7 +227,7 @@ class Reconciler:
             if run and len(steady) < MAX_STEADY_RUNS and is_steady(run, jobs, pods):
                 steady[run_id] = run
         namespace.steady = steady
-        namespace.live_runs = sum(run is not None and run.type in LIVE_STATES for run in snapshot.runs.values())
+        namespace.live_runs = snapshot.live_runs
         recorded = await gather_bounded([self._write_record(cluster, record) for record in records_before])
         outcomes = await gather_bounded([self._act(cluster, action, pods) for action, pods in actions])
         recorded += await gather_bounded([self._write_record(cluster, record) for record in records_after])
@@ -218,7 +242,9 @@ class Reconciler:
             *zip((f"Job {record.job}" for record in [*records_before, *records_after]), recorded, strict=True),
             ("Pod events", emitted),
         ]
-        self._report(namespace, [*failures, *(result for result in results if isinstance(result[1], BaseException))])
+        failures += [(subject, result) for subject, result in results if isinstance(result, BaseException)]
+        self._report(namespace, failures)
+        namespace.is_idle = not (snapshot.is_live or actions or failures or records_before or records_after)
         return [outcome for outcome in outcomes if isinstance(outcome, str) and outcome]
 
     def _report(self, namespace: ReconciledNamespace, failures: Sequence[tuple[str, BaseException]]) -> None:

@@ -41,6 +41,22 @@ class Snapshot:
     jobs: Mapping[str, Sequence[Job]]
     pods: Mapping[str, Sequence[Pod]]
 
+    @property
+    def live_runs(self) -> int:
+        """Return how many runs are Pending, Running or Cancelling."""
+        return sum(run is not None and run.type in LIVE_STATES for run in self.runs.values())
+
+    @property
+    def is_live(self) -> bool:
+        """Return whether a run, a Job or a pod is live. If none is, time alone never requires an action."""
+        jobs = [job for jobs in self.jobs.values() for job in jobs]
+        pods = [pod for pods in self.pods.values() for pod in pods]
+        return (
+            self.live_runs > 0
+            or not all(job.is_finished for job in jobs)
+            or any(pod.is_live or pod.has_live_sidecar for pod in pods)
+        )
+
 
 async def read_snapshot(server: Server, cluster: Cluster, pool: str, steady: Mapping[str, Run]) -> Snapshot:
     """Read a work pool's runs and Jobs, and after them the pods, so that the pods are never older than the runs.
@@ -158,6 +174,8 @@ async def _read_steady_runs(server: Server, pool: str, steady: Mapping[str, Run]
 
 async def _find_deleted_deployments(server: Server, ids: Sequence[str]) -> set[str]:
     """Return the ids that the server has no deployment for. A run keeps the id of its deleted deployment."""
+    if not ids:
+        return set()
     deployment_filter = {"deployments": {"id": {"any_": ids}}}
     if await server.ask("POST", "/deployments/count", deployment_filter, idempotent=True) == len(ids):
         return set()  # the count alone is cheaper than the deployments

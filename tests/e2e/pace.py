@@ -26,7 +26,8 @@ GRACE_SECONDS = _pick(8, 60)
 
 ROUND_SECONDS = _pick(5, 2)
 """The chart's `reconciler.everySeconds`, the one wait that is longer in `make test`. The end of a pod starts a round at
-once. Each other round takes the processor from other tests: five requests to the Prefect API and six to Kubernetes."""
+once. Each other round takes the processor from other tests: five requests to the Prefect API and four to Kubernetes.
+While nothing is live, the interval is ten seconds at both paces."""
 
 IDLE_ROUND_SECONDS = ROUND_SECONDS if IS_SHIPPED else 3 * ROUND_SECONDS
 """The chart's `reconciler.everySeconds` in tests that assert nothing about the work of the reconciler."""

@@ -338,9 +338,10 @@ async def _reconciler_calls() -> set[tuple[str, str]]:
         await cluster.read_log_tail(pod, 20)
         await cluster.annotate("job", {})
         await cluster.delete_job("job", 0)
-        watch = asyncio.create_task(cluster.watch_pods(watched := asyncio.Event()))
-        await watched.wait()
-        watch.cancel()
+        for watch in (cluster.watch_pods, cluster.watch_jobs):
+            watching = asyncio.create_task(watch(watched := asyncio.Event()))
+            await watched.wait()
+            watching.cancel()
         election = LeaderElection(cluster, "lease", "this one")
         await election.acquire_or_renew()
         lease = {"metadata": {"resourceVersion": "1"}, "spec": {"holderIdentity": "this one"}}
@@ -352,7 +353,7 @@ async def _reconciler_calls() -> set[tuple[str, str]]:
 def test_reconciler_roles_are_what_the_reconciler_calls() -> None:
     public = {name for name in vars(kubernetes_client.Cluster) if not name.startswith("_")}
     others = {"ask", "identity", "identities", "in_namespace"}
-    called = set(re.findall(r"cluster\.(\w+)\(", inspect.getsource(_reconciler_calls)))
+    called = set(re.findall(r"cluster\.(\w+)[(),]", inspect.getsource(_reconciler_calls)))
     assert public - others == called, "call each method in _reconciler_calls"
     objects = render("prefect-work-pool", TAG)
     roles = [one(objects, "Role", f"test-prefect-work-pool-reconciler{suffix}") for suffix in ("", "-lease")]
@@ -530,7 +531,7 @@ def test_reconciler_role_creates_only_its_lease() -> None:
     objects = render("prefect-work-pool", TAG)
     name = "test-prefect-work-pool-reconciler"
     assert one(objects, "Role", name)["rules"] == [
-        {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["list", "patch", "delete"]},
+        {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["list", "watch", "patch", "delete"]},
         {"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "watch", "deletecollection"]},
         {"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]},
         {"apiGroups": [""], "resources": ["events"], "verbs": ["list"]},
