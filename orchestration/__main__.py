@@ -404,6 +404,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         atexit.register(gc.freeze)
     try:
         if options.command in LONG_RUNNING:
+            # httpx imports its own command line, and with it 5 MiB of other packages, unless that import fails.
+            sys.modules["httpx._main"] = None  # type: ignore[assignment]
             from orchestration import logs
 
             name = f"orchestration.{options.command}"

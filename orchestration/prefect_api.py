@@ -17,6 +17,8 @@ from uuid import uuid4
 
 import httpx
 
+from orchestration import api_settings
+from orchestration.api_settings import ApiSettings
 from orchestration.errors import ApiError
 
 logger = logging.getLogger(__name__)
@@ -261,40 +263,40 @@ class Server:
 
 
 @asynccontextmanager
-async def connected(wait: float = 0, report: Callable[[str], None] = logger.info) -> AsyncIterator[Server]:
+async def connected(
+    wait: float = 0, report: Callable[[str], None] = logger.info, settings: ApiSettings | None = None
+) -> AsyncIterator[Server]:
     """Connect to the server of Prefect's settings once the server answers.
 
     Args:
         wait: how many seconds to wait for the server; 0 to connect at the first request.
         report: called once with the reason if the server has to be waited for.
+        settings: how to reach the server; None to read the settings of this process.
 
     Raises:
         ApiError: the server does not answer, or the settings name none.
     """
-    from prefect.settings import get_current_settings
-
-    settings = get_current_settings()
-    url = (settings.api.url or "").rstrip("/")
+    settings = settings or api_settings.read()
+    url = settings.url
     if not url:
         raise ApiError("No Prefect API is named. Set PREFECT_API_URL, like http://127.0.0.1:4200/api")
-    auth = settings.api.auth_string.get_secret_value() if settings.api.auth_string else ""
-    headers = {name: value.get_secret_value() if hasattr(value, "get_secret_value") else str(value)
-               for name, value in (settings.client.custom_headers or {}).items()}  # fmt: skip
-    if settings.api.key:
-        headers["Authorization"] = f"Bearer {settings.api.key.get_secret_value()}"
-    verify: Any = not settings.api.tls_insecure_skip_verify
-    if verify and settings.api.ssl_cert_file:
+    verify: Any = settings.is_verified
+    if verify and settings.authority_file:
         import ssl
 
         try:
-            verify = ssl.create_default_context(cafile=settings.api.ssl_cert_file)
+            verify = ssl.create_default_context(cafile=settings.authority_file)
         except OSError as error:  # ssl.SSLError is one
             raise ApiError(
-                f"PREFECT_API_SSL_CERT_FILE={settings.api.ssl_cert_file} cannot be used: {error.strerror or error}. "
+                f"PREFECT_API_SSL_CERT_FILE={settings.authority_file} cannot be used: {error.strerror or error}. "
                 "Set it to a file with the certificate of the CA in PEM"
             ) from None
     async with httpx.AsyncClient(
-        base_url=url, auth=Access(url, auth), headers=headers, verify=verify, timeout=RESPONSE_TIMEOUT_SECONDS
+        base_url=url,
+        auth=Access(url, settings.user),
+        headers=settings.headers,
+        verify=verify,
+        timeout=RESPONSE_TIMEOUT_SECONDS,
     ) as client:
         server = Server(client, url)
         await _wait_for(server, wait, report)
@@ -307,11 +309,10 @@ async def check_certificate() -> None:
     Raises:
         ApiError: the client refuses the certificate, or the file of the CA cannot be read.
     """
-    from prefect.settings import get_current_settings
-
-    if not (get_current_settings().api.url or "").startswith("https:"):
+    settings = api_settings.read()
+    if not settings.url.startswith("https:"):
         return
-    async with connected() as server:
+    async with connected(settings=settings) as server:
         try:
             await server.client.get("/health", timeout=CHECK_TIMEOUT_SECONDS)
         except httpx.TransportError as error:

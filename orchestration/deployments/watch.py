@@ -13,6 +13,7 @@ from uuid import uuid4
 
 import prometheus_client as prometheus
 
+from orchestration import api_settings
 from orchestration.deployments import drift
 from orchestration.deployments import record as records
 from orchestration.deployments.drift import Drift, NeverSyncedError
@@ -117,7 +118,7 @@ def _identity(error: PipelineError) -> str:
 
 async def _check_forever(state: _State, every: float, wait: float) -> None:
     reported = ""
-    async with connected(wait) as server:
+    async with connected(wait, settings=api_settings.read_in_child()) as server:
         while True:
             try:
                 drifted = await drift.find(server, state.owner)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import httpx
 import prometheus_client as prometheus
 
-from orchestration import prefect_api
+from orchestration import api_settings, prefect_api
 from orchestration.errors import PipelineError
 from orchestration.health import Pulse, served
 from orchestration.logs import RUN_ID
@@ -326,13 +326,16 @@ async def reconcile(
     """
     pulse = Pulse(3 * every + HEALTH_GRACE_SECONDS)
     with served(pulse, port):
-        async with kubernetes.connected(namespaces[0], url) as cluster, prefect_api.connected(wait) as server:
+        async with (
+            kubernetes.connected(namespaces[0], url) as cluster,
+            prefect_api.connected(wait, settings=api_settings.read_in_child()) as server,
+        ):
             # No retries and short timeouts: the next round decides again, and a late request must not take effect then.
             server.retry_seconds, server.client.timeout = 0, httpx.Timeout(2 * kubernetes.TIMEOUT_SECONDS)
             clusters = [cluster, *(cluster.in_namespace(name) for name in namespaces[1:])]
             of_lease = cluster.in_namespace(lease_namespace or cluster.namespace)
             election = LeaderElection(of_lease, lease, identity) if lease else None
-            # Without this, garbage collection scans Prefect's modules for each thousand pods, a tenth of a second each.
+            # Without this, garbage collection scans all modules for each thousand pods.
             gc.collect()
             gc.freeze()
             reconciler = Reconciler(server, clusters, pool, policy, election, pulse, pod_events=pod_events)
