@@ -192,6 +192,20 @@ def inventory(objects: list[Object]) -> list[str]:
     return sorted(f"{manifest['kind']}/{manifest['metadata']['name']}" for manifest in objects)
 
 
+def added(objects: list[Object], without: list[Object]) -> list[str]:
+    """Return the objects, as KIND/NAME, that are not among those of another rendering."""
+    known = inventory(without)
+    return [name for name in inventory(objects) if name not in known]
+
+
+def peer_components(rules: list[Object], key: str) -> set[str]:
+    """Return the components of the chart that rules of a NetworkPolicy name under `from` or `to`."""
+    peers = [
+        peer["podSelector"]["matchLabels"] for rule in rules for peer in rule.get(key, ()) if "podSelector" in peer
+    ]
+    return {labels["app.kubernetes.io/component"] for labels in peers if "app.kubernetes.io/component" in labels}
+
+
 def one(objects: list[Object], kind: str, name: str) -> Object:
     """Return the only object of a kind and name."""
     found = [manifest for manifest in objects if manifest["kind"] == kind and manifest["metadata"]["name"] == name]

@@ -8,7 +8,7 @@ import pytest
 
 from orchestration.errors import ClusterError
 from orchestration.settings import ROOT
-from tests.helm.rendering import Object, assert_restricted, environment, inventory, one, render
+from tests.helm.rendering import Object, added, assert_restricted, environment, one, render
 from tests.helm.test_cloudnative_pg import ARCHIVE
 from tests.helm.test_prefect_server import MAXIMAL, TAG
 from tests.helm.test_prefect_work_pool import MAXIMAL as POOL_MAXIMAL
@@ -34,8 +34,7 @@ def _pod(objects: list[Object]) -> Object:
 
 
 def test_backup_adds_these_objects() -> None:
-    without = inventory(render("prefect-server", TAG))
-    assert [name for name in inventory(_render()) if name not in without] == [
+    assert added(_render(), render("prefect-server", TAG)) == [
         f"ConfigMap/{NAME}",
         f"CronJob/{NAME}",
         f"Job/{NAME}-volume-1",

@@ -7,7 +7,17 @@ import pytest
 
 from orchestration.errors import ClusterError
 from orchestration.operations.local_cluster import binaries
-from tests.helm.rendering import EVERY_POD, Object, assert_restricted, environment, inventory, one, pod_specs, render
+from tests.helm.rendering import (
+    EVERY_POD,
+    Object,
+    added,
+    assert_restricted,
+    environment,
+    one,
+    peer_components,
+    pod_specs,
+    render,
+)
 from tests.helm.test_prefect_server import TAG, TLS, _with
 
 NAME = "test-prefect-server-oidc"
@@ -32,17 +42,8 @@ def _arguments(objects: list[Object]) -> list[str]:
     return arguments
 
 
-def _peers(rules: list[Object], key: str) -> set[str]:
-    """Return the components of the chart that rules of a NetworkPolicy name."""
-    peers = [
-        peer["podSelector"]["matchLabels"] for rule in rules for peer in rule.get(key, ()) if "podSelector" in peer
-    ]
-    return {labels["app.kubernetes.io/component"] for labels in peers if "app.kubernetes.io/component" in labels}
-
-
 def test_oidc_is_off_by_default_and_adds_these_objects() -> None:
-    without = inventory(render("prefect-server", TAG))
-    assert [name for name in inventory(_render()) if name not in without] == [
+    assert added(_render(), render("prefect-server", TAG)) == [
         f"Deployment/{NAME}",
         f"NetworkPolicy/{NAME}",
         f"PodDisruptionBudget/{NAME}",
@@ -122,13 +123,13 @@ def test_only_peers_of_the_api_reach_oauth2_proxy_and_it_reaches_the_api() -> No
     policy = one(objects, "NetworkPolicy", NAME)["spec"]
     assert policy["policyTypes"] == ["Ingress", "Egress"]
     assert policy["ingress"] == [{"ports": [{"port": "http"}], "from": [client]}]
-    assert _peers(policy["egress"], "to") == {"api"}
+    assert peer_components(policy["egress"], "to") == {"api"}
     assert {"to": [{"ipBlock": {"cidr": "10.0.0.0/8"}}]} in policy["egress"]
     api = one(objects, "NetworkPolicy", "test-prefect-server-api")["spec"]["ingress"]
-    assert _peers(api, "from") == {"services", "test", "oidc"}
+    assert peer_components(api, "from") == {"services", "test", "oidc"}
     without = render("prefect-server", _with(networkPolicy={"apiFrom": [client]}))
     api = one(without, "NetworkPolicy", "test-prefect-server-api")["spec"]["ingress"]
-    assert _peers(api, "from") == {"services", "test"}
+    assert peer_components(api, "from") == {"services", "test"}
 
 
 def test_with_tls_oauth2_proxy_serves_https_and_verifies_the_api() -> None:

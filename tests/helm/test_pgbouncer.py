@@ -7,7 +7,17 @@ from typing import Any
 import pytest
 
 from orchestration.errors import ClusterError
-from tests.helm.rendering import EVERY_POD, Object, assert_restricted, environment, inventory, one, pod_specs, render
+from tests.helm.rendering import (
+    EVERY_POD,
+    Object,
+    added,
+    assert_restricted,
+    environment,
+    one,
+    peer_components,
+    pod_specs,
+    render,
+)
 from tests.helm.test_prefect_server import TAG, TLS, _with
 
 NAME = "test-prefect-server-pgbouncer"
@@ -24,15 +34,8 @@ def _settings(objects: list[Object]) -> dict[str, str]:
     return dict(re.findall(r"^(\w+) = ?(.*)$", text, flags=re.MULTILINE))
 
 
-def _peers(rules: list[Object], key: str) -> set[str]:
-    """Return the components that rules of a NetworkPolicy name."""
-    peers = [peer["podSelector"]["matchLabels"] for rule in rules for peer in rule[key] if "podSelector" in peer]
-    return {labels["app.kubernetes.io/component"] for labels in peers if "app.kubernetes.io/component" in labels}
-
-
 def test_pgbouncer_adds_these_objects() -> None:
-    without = inventory(render("prefect-server", TAG))
-    assert [name for name in inventory(_render()) if name not in without] == [
+    assert added(_render(), render("prefect-server", TAG)) == [
         f"ConfigMap/{NAME}",
         f"Deployment/{NAME}",
         f"NetworkPolicy/{NAME}",
@@ -101,12 +104,14 @@ def test_only_services_migrations_and_backups_reach_postgres(separate: bool, lis
     """The services listen for notifications, which PgBouncer does not pass on in transaction mode."""
     objects = _render(services={"separate": separate}, backup={"enabled": True})
     database = one(objects, "NetworkPolicy", "test-prefect-server-database")["spec"]["ingress"]
-    assert _peers(database, "from") == {listener, "pgbouncer", "migrations", "backup"}
+    assert peer_components(database, "from") == {listener, "pgbouncer", "migrations", "backup"}
     policy = one(objects, "NetworkPolicy", NAME)["spec"]
-    assert _peers(policy["ingress"], "from") == ({"api", "services"} if separate else {"api"})
-    assert _peers(policy["egress"], "to") == {"database"}
+    assert peer_components(policy["ingress"], "from") == ({"api", "services"} if separate else {"api"})
+    assert peer_components(policy["egress"], "to") == {"database"}
     egress = {
-        component: _peers(one(objects, "NetworkPolicy", f"test-prefect-server-{component}")["spec"]["egress"], "to")
+        component: peer_components(
+            one(objects, "NetworkPolicy", f"test-prefect-server-{component}")["spec"]["egress"], "to"
+        )
         for component in ("api", "migrations", listener)
     }
     assert ("database" in egress["api"]) is (listener == "api")
