@@ -122,6 +122,17 @@ def is_given_away(claim: str, states: Sequence[Mapping[str, Any]]) -> bool:
     )
 
 
+def is_retried_in_process(run: Mapping[str, Any]) -> bool:
+    """Return whether a flow run is one whose flow its process retries: no worker claims it while it is Scheduled.
+
+    Prefect marks the run when it retries the flow, and removes the mark when the run leaves a final state.
+
+    Args:
+        run: the run, in the form of the API.
+    """
+    return bool((run.get("empirical_policy") or {}).get("retry_type") == "in_process")
+
+
 def whole_number(given: object) -> int:
     """Return the whole number from 0 to 2**63 - 1 that a label, an annotation or a report holds; 0 if it holds none.
 

@@ -18,6 +18,7 @@ from orchestration.protocol import (
     WARM_LABEL,
     WARM_TAKEN,
     claim_of,
+    is_retried_in_process,
     whole_number,
 )
 from orchestration.reconciler.kubernetes_objects import (
@@ -80,6 +81,7 @@ class Run:
         job: the name of its recorded Job; empty if no Job is recorded.
         labels: the run's labels. They count its retries.
         is_deployment_deleted: whether its deployment was deleted.
+        is_retried_in_process: whether the process of its pod retries its flow. No worker claims such a run.
     """
 
     id: str
@@ -94,6 +96,7 @@ class Run:
     job: str = ""
     labels: Mapping[str, Any] = field(default_factory=dict)
     is_deployment_deleted: bool = False
+    is_retried_in_process: bool = False
 
     def belongs_to(self, clusters: Collection[str], namespace: str) -> bool:
         """Return whether the run's pod is, or may be, in a namespace of a cluster.
@@ -128,6 +131,7 @@ class Run:
             namespace,
             job,
             raw.get("labels") or {},
+            is_retried_in_process=is_retried_in_process(raw),
         )
 
 

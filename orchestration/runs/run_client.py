@@ -7,7 +7,7 @@ and does not use `orchestration.prefect_api`, which needs httpx.
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from orchestration.protocol import (
@@ -16,6 +16,7 @@ from orchestration.protocol import (
     DISRUPTION_RETRIES,
     EXPECTED_STATE_HEADER,
     FENCED_LABEL_PREFIX,
+    FINAL_STATES,
     RECHECK_INTERVAL_SECONDS,
     claim_of,
     is_given_away,
@@ -36,6 +37,26 @@ def is_client_error(error: Exception) -> bool:
     return getattr(error, "code", 500) < 500
 
 
+def count_own_schedules(states: Sequence[Mapping[str, Any]]) -> int:
+    """Return how often a run's flow has ended with a Scheduled state since the run last had a final state.
+
+    Such a state follows a Running one. The supervisor's own such state says that it is a retry. A process that retries
+    its flow is Running next.
+
+    Args:
+        states: the run's states, oldest first.
+    """
+    count = 0
+    states = [state for state in states if state["name"] != "Late"]
+    for before, state, after in zip(states, states[1:], states[2:], strict=False):
+        if state["type"] in FINAL_STATES:
+            count = 0
+        is_own = not str(state["message"] or "").startswith("Retry ")
+        is_own &= (before["type"], state["type"]) == ("RUNNING", "SCHEDULED") and after["type"] != "RUNNING"
+        count += is_own
+    return count
+
+
 class RunClient:
     """Asks the Prefect API about the flow run of this run attempt, and changes the flow run.
 
@@ -54,6 +75,8 @@ class RunClient:
         """The headers with a CSRF token, if the API asks for one."""
         self.server_date = ""
         """The Date header of the newest answer; empty if it had none."""
+        self.own_schedules = 0
+        """How often the flow has scheduled its run again since the run last had a final state."""
         self._run_path = f"/flow_runs/{run}"
         self._states_path = f"/flow_run_states/?flow_run_id={run}"
 
@@ -132,8 +155,9 @@ class RunClient:
         deadline = time.monotonic() + BEGIN_TIMEOUT_SECONDS
         while True:
             try:
-                run = self.read_run()
-                return None if self.is_fenced(run) or self.is_given_away() else run
+                run, states = self.read_run(), self._read_states()
+                self.own_schedules = count_own_schedules(states)
+                return None if self.is_fenced(run) or is_given_away(self._claim, states) else run
             except Exception as error:
                 if is_client_error(error):
                     return {}
@@ -160,7 +184,11 @@ class RunClient:
         Raises:
             Exception: the API does not answer, or its answer is not a list of states.
         """
-        return is_given_away(self._claim, json.loads(self._send(self._states_path)))
+        return is_given_away(self._claim, self._read_states())
+
+    def _read_states(self) -> list[dict[str, Any]]:
+        """Return all states of the run, oldest first."""
+        return list(json.loads(self._send(self._states_path)))
 
     def is_current_job(self, run: dict[str, Any]) -> bool:
         """Return whether no worker has recorded another Job of the run."""

@@ -13,8 +13,8 @@ given, and receives SIGTERM itself.
   asks the Prefect API every `CHECK_INTERVAL_SECONDS` whether its Job is fenced, and kills itself if it is. A retry
   starts `FENCED_WITHIN_SECONDS` after the fencing, when the supervisor has stopped. A supervisor that gets no answer
   asks again every `RECHECK_INTERVAL_SECONDS`: what cannot ask cannot report a state either.
-- Budget: a flow may return a Scheduled state, and then a worker claims its run again at once. Each such end draws on
-  the disruption budget. The next run attempt sets the run Crashed instead of beginning if the budget is exceeded.
+- Budget: a flow may return a Scheduled state, and then a worker claims its run again. A run attempt sets the run
+  Crashed instead of beginning if the run's states have more such ends than its disruption budget.
 - Claim: a Job's name ends with its claim (`claim_of`), the fencing token. Nothing of a run is executed before the
   Prefect API has answered that the claim was not given away. So a Job that is created late, when another worker has the
   run, executes nothing. The engine loads its modules meanwhile.
@@ -50,6 +50,7 @@ from orchestration.protocol import (
     HAND_OVER_VARIABLE,
     RECHECK_INTERVAL_SECONDS,
     WARM_SECONDS_VARIABLE,
+    is_retried_in_process,
     whole_number,
 )
 from orchestration.runs import run_client, termination_message
@@ -60,6 +61,11 @@ COMMAND = ["prefect", "flow-run", "execute"]
 
 REPORT_SECONDS = 5.0
 """How much of the pod's grace period is left, when an engine that has not ended is killed, to set the run's state."""
+
+
+_SIGTERM_SENTENCE = "Its pod was asked to end."
+
+CRASHED_BY_SIGTERM = {"type": "CRASHED", "name": "Crashed", "message": _SIGTERM_SENTENCE}
 
 
 class Supervisor:
@@ -86,7 +92,7 @@ class Supervisor:
         self._after_sigterm = os.environ.get("PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR", "reschedule")
         self._has_deadline = bool(os.environ.get(DEADLINE_VARIABLE))
         self._disruption: tuple[int, int] | None = None
-        self._exceeded_budget: int | None = None
+        self._exceeded_budget = -1  # the disruption budget that the flow's own schedules exceed
         grace = float(os.environ.get("GRACE_SECONDS") or 30)
         self._end_seconds = max(grace - REPORT_SECONDS, grace / 2)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -102,12 +108,9 @@ class Supervisor:
             _write_message({"leases": self._client.release_leases(leases)})
         if self._is_fenced:
             _end_fenced(self._client.job)
-        state = self._state_type()
         # A run that is cancelled while its flow ends is not Cancelled yet: the server refused the flow's own state.
-        if self._asked_to_end.is_set() or state == "CANCELLING" or self._exceeded_budget is not None:
+        if self._asked_to_end.is_set() or self._exceeded_budget >= 0 or self._state_type() == "CANCELLING":
             return self._conclude(code)
-        if state in ("SCHEDULED", "PENDING"):
-            self._count_own_schedule()
         return code
 
     def _watch_run(self) -> None:
@@ -122,9 +125,6 @@ class Supervisor:
             self._is_fenced = True
             self._engine.send_signal(signal.SIGKILL)
             return
-        if self._is_over_budget(run):
-            self._engine.send_signal(signal.SIGKILL)
-            return
         # Meanwhile this thread polls, so that a fenced Job ends in time.
         threading.Thread(target=self._begin, args=[run], daemon=True).start()
         for run in self._client.poll_run():
@@ -136,7 +136,17 @@ class Supervisor:
                 self._asked_to_end.set()
 
     def _begin(self, run: dict[str, Any]) -> None:
-        """Let the engine begin with the run and its deployment, which it then need not read."""
+        """Let the engine begin with the run and its deployment, which it then need not read.
+
+        Kill it if the flow has scheduled the run more often than its disruption budget allows.
+        """
+        if self._client.own_schedules:
+            with contextlib.suppress(Exception):  # without an answer the run begins, and its end is counted again
+                budget = self._client.disruption_retries(run)
+                if self._client.own_schedules > budget:
+                    self._exceeded_budget = budget
+                    self._engine.send_signal(signal.SIGKILL)
+                    return
         deployment: dict[str, Any] = {}
         with contextlib.suppress(Exception):
             deployment = self._client.read_deployment(run)
@@ -153,7 +163,7 @@ class Supervisor:
         if reason and not self._engine.announce_sigterm(reason, deadline - time.monotonic()):
             self._engine.send_signal(signal.SIGKILL)
         # In any other state the engine is about to end.
-        elif self._state_type() in ("PENDING", "RUNNING", "CANCELLING", ""):
+        elif self._state_type() in ("PENDING", "RUNNING", "CANCELLING", "SCHEDULED", ""):
             self._engine.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._engine.process.wait(max(deadline - time.monotonic(), 0))
@@ -182,24 +192,31 @@ class Supervisor:
                 state = run["state_type"]
                 if self._client.is_fenced(run):
                     _end_fenced(self._client.job)
-                if not self._client.is_current_job(run):
+                # A warm pod that has just got its run may be faster than the worker that records the Job.
+                if not self._client.is_current_job(run) and self._exceeded_budget < 0:
                     return 0
                 if state in ("PENDING", "RUNNING", "CANCELLING") and self._client.is_given_away():
                     _end_fenced(self._client.job)
                 if state == "CANCELLING":
                     self._client.set_state({"type": "CANCELLED"}, str(run["state_id"]))
-                elif state == "PENDING" and self._exceeded_budget is not None:
-                    budget = self._exceeded_budget
-                    # A person may retry the run once more.
-                    self._client.set_labels({DISRUPTIONS_LABEL: budget, CAUSE_LABEL: "disruption"})
-                    crashed = _crashed(budget, "Its flow has scheduled it again.")
+                elif state in ("PENDING", "RUNNING") and self._exceeded_budget >= 0:
+                    # The reconciler retries no run with this cause and a used budget. A person may.
+                    self._client.set_labels({DISRUPTIONS_LABEL: self._exceeded_budget, CAUSE_LABEL: "disruption"})
+                    crashed = _crashed(self._exceeded_budget, "Its flow has scheduled it again.")
                     self._client.set_state(crashed, str(run["state_id"]))
                     return 0
                 elif state in ("PENDING", "RUNNING") and self._after_sigterm == "relinquish":
                     return code or 1  # so that Kubernetes retries the pod
-                elif state in ("PENDING", "RUNNING") and self._after_sigterm == "reschedule":
+                elif state in ("PENDING", "RUNNING", "SCHEDULED") and self._after_sigterm == "reschedule":
                     if self._has_deadline:
                         return code or 1  # the reconciler knows whether the deadline has passed: then nothing retries
+                    if is_retried_in_process(run):
+                        # No worker would claim the run if it were Scheduled. The reconciler counts and retries it.
+                        self._client.set_labels({CAUSE_LABEL: "disruption"})
+                        self._client.set_state(CRASHED_BY_SIGTERM, str(run["state_id"]))
+                        return 0
+                    if state == "SCHEDULED":
+                        return code
                     number, budget = self._count_disruption(run)
                     # This node's clock may be wrong. It counts only where the server's time is not known.
                     date = self._client.server_date
@@ -210,33 +227,6 @@ class Supervisor:
             except Exception as error:
                 if is_client_error(error):
                     return code
-                time.sleep(RECHECK_INTERVAL_SECONDS)
-
-    def _is_over_budget(self, run: dict[str, Any]) -> bool:
-        """Return whether the run has been scheduled by its flow more often than its disruption budget allows."""
-        used = whole_number((run.get("labels") or {}).get(DISRUPTIONS_LABEL))
-        if used:
-            with contextlib.suppress(Exception):  # without an answer the run begins, and its end is counted again
-                budget = self._client.disruption_retries(run)
-                self._exceeded_budget = budget if used > budget else None
-        return self._exceeded_budget is not None
-
-    def _count_own_schedule(self) -> None:
-        """Draw once on the disruption budget of a run that its flow has scheduled, unless a person has resumed it.
-
-        A worker may have claimed the run since. A run that is Pending by this Job's claim could not be loaded.
-        """
-        while True:  # until the API answers
-            try:
-                run = self._client.read_run()
-                is_scheduled = run["state_type"] == "SCHEDULED" or self._client.is_given_away()
-                if is_scheduled and run.get("state_name") != "Resuming":
-                    used = whole_number((run.get("labels") or {}).get(DISRUPTIONS_LABEL))
-                    self._client.set_labels({DISRUPTIONS_LABEL: used + 1})
-                return
-            except Exception as error:
-                if is_client_error(error):
-                    return
                 time.sleep(RECHECK_INTERVAL_SECONDS)
 
     def _count_disruption(self, run: dict[str, Any]) -> tuple[int, int]:
@@ -258,7 +248,7 @@ def after_sigterm(number: int, budget: int, now: datetime) -> dict[str, Any]:
         budget: how many retries after a disruption the run has.
         now: the time on the Prefect API's clock.
     """
-    reason = "Its pod was asked to end."
+    reason = _SIGTERM_SENTENCE
     if number > budget:
         return _crashed(budget, reason)
     message = f"Retry {number} of {budget} after a disruption. {reason}"

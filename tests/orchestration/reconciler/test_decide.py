@@ -92,6 +92,9 @@ def test_no_action_for_run_in_live_pod() -> None:
     assert decided(run("RUNNING"), [job()], [pod(has_started=True)]) == []
     assert decided(run("PENDING", 5), [job(seconds=4)], [pod(seconds=3)]) == []
     assert decided(run("SCHEDULED"), [], []) == []
+    in_process = run("SCHEDULED", state="AwaitingRetry", is_retried_in_process=True)
+    assert decided(in_process, [job()], [pod(has_started=True)]) == []
+    assert [kind_of(action) for action in decided(in_process, [], [])] == ["crash"]
     assert decided(run("PAUSED"), [job(is_finished=True)], [pod(end=end(code=0))]) == []
 
 

@@ -19,7 +19,7 @@ from orchestration.errors import ClusterError
 from orchestration.health import Pulse
 from orchestration.prefect_api import Server
 from orchestration.protocol import CLUSTER_LABEL, POOL_LABEL, RUN_LABEL, SETTLED_LABEL
-from orchestration.reconciler import loop
+from orchestration.reconciler import kubernetes_client, loop
 from orchestration.reconciler.decide import decide
 from orchestration.reconciler.kubernetes_client import Cluster
 from orchestration.reconciler.leader_election import LeaderElection
@@ -149,6 +149,9 @@ def test_idle_reconciler_renews_its_lease_and_leaves_out_rounds(
     prefect_server: str, kubernetes: tuple[apiserver.ApiServer, ssl.SSLContext], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "IDLE_SECONDS", 10 * EVERY)
+    monkeypatch.setattr(
+        kubernetes_client, "WATCH_SECONDS", int(NEVER)
+    )  # a watch that begins again would be another request
 
     async def observe() -> None:
         async with running(prefect_server, kubernetes, Policy()) as part:

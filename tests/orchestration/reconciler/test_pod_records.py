@@ -333,6 +333,33 @@ def test_steady_run_is_not_read_until_it_changes(pool: Pool) -> None:
         pool.namespace.kubectl("get", "job", jobs[2])
 
 
+def test_run_whose_process_retries_its_flow_is_retried_without_its_pod(pool: Pool) -> None:
+    """A process that retries its flow waits in AwaitingRetry. No worker claims such a run when the process is gone."""
+    run = pool.run("RUNNING")
+    job = pool.job(run)
+    pool.start_pod(job)
+    path, policy = f"/flow_runs/{run['id']}", {"retries": 1, "retry_delay": 600}
+    pool.ask("PATCH", path, infrastructure_pid=f"{pool.namespace.name}:{job}", empirical_policy=policy)
+    pool.ask("POST", f"{path}/set_state", state={"type": "FAILED"})
+
+    def read() -> dict[str, Any]:
+        return dict(pool.ask("GET", path))
+
+    waiting = read()
+    assert waiting["state"]["name"] == "AwaitingRetry"
+    pool.round()
+    assert read()["state"]["id"] == waiting["state"]["id"]
+    pool.namespace.kubectl("delete", "job", job)
+    pool.namespace.kubectl("delete", "pods", "-l", f"job-name={job}", "--force", "--grace-period=0")
+
+    def is_retried() -> bool:
+        pool.round()
+        return str(read()["state"]["message"]).startswith("Retry 1 of ")
+
+    wait_until(is_retried, "the retry")
+    assert read()["empirical_policy"]["retry_type"] == "reschedule"
+
+
 def test_certificate_authority_is_rotated_during_a_run(
     pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,6 +94,13 @@ def ends(how="completes", cleanup=1.0):
         note("working")
         while not NOTES.with_name("end").exists():
             time.sleep(0.05)
+
+@flow
+def retried():
+    if not NOTES.exists():
+        note("failed")
+        raise ValueError
+    step(0)
 """
 
 
@@ -305,9 +312,8 @@ def test_flow_that_schedules_its_own_run_draws_on_the_disruption_budget(run: Cal
     """Otherwise a flow that returns a Scheduled state is executed for ever. A person may retry the crashed run."""
     made = run(job_variables={"disruption_retries": 1})
     made.start(how="schedules itself")
-    for used in (1, 2):
+    for _ in range(2):
         assert made.ended() == (1, "Scheduled")
-        assert made.labels()["reconciler.disruptions"] == used
         made.ask("POST", f"/flow_runs/{made.id}/set_state", state={"type": "PENDING"})
         made.execute()
     assert made.ended() == (0, "Crashed")
@@ -318,6 +324,25 @@ def test_flow_that_schedules_its_own_run_draws_on_the_disruption_budget(run: Cal
     made.execute()
     assert made.ended() == (1, "Scheduled")
     assert len(made.notes()) == 3
+
+
+@pytest.mark.parametrize("delay", [0, 600])
+def test_run_whose_process_retries_its_flow_is_left_to_the_reconciler(run: Callable[..., Run], delay: int) -> None:
+    """No worker would claim such a run if it were Scheduled. With a delay it waits as AwaitingRetry."""
+    made = run(entrypoint="flow.py:retried", job_variables={"disruption_retries": 1})
+    made.claim()
+    policy = {"retries": 1, "retry_delay": delay}
+    made.ask("PATCH", f"/flow_runs/{made.id}", empirical_policy=policy)
+    made.execute()
+    if delay:
+        wait_until(lambda: made.state()["name"] == "AwaitingRetry", "the wait for the retry")
+    else:
+        made.wait_for_note("working")
+    made.process.terminate()
+    assert made.ended() == (0, "Crashed")
+    assert made.state()["message"] == "Its pod was asked to end."
+    assert made.labels()["reconciler.cause"] == "disruption"
+    assert "reconciler.disruptions" not in made.labels(), "the reconciler counts the retry"
 
 
 def test_sigterm_of_a_job_with_a_deadline_is_left_to_the_reconciler(run: Callable[..., Run]) -> None:

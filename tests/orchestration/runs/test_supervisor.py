@@ -24,7 +24,7 @@ from orchestration.prefect_api import Server
 from orchestration.protocol import DISRUPTIONS_LABEL, FENCED_LABEL_PREFIX
 from orchestration.reconciler import actions
 from orchestration.runs import run_client, supervisor
-from orchestration.runs.run_client import RunClient
+from orchestration.runs.run_client import RunClient, count_own_schedules
 from orchestration.runs.termination_message import memory_report
 from orchestration.settings import ROOT
 from tests.parts import asked, client_of
@@ -198,6 +198,36 @@ def test_disruption_is_counted_once_if_an_answer_is_lost(prefect_server: str, mo
         state = asked(api, "GET", f"/flow_runs/{run}")["state"]
     assert sent == [{DISRUPTIONS_LABEL: 1}] * 2
     assert state["message"] == "Retry 1 of 10 after a disruption. Its pod was asked to end."
+
+
+P, R, S, F = "PENDING", "RUNNING", "SCHEDULED", "FAILED"
+
+
+@pytest.mark.parametrize(
+    ("states", "count"),
+    [
+        ([S, P, R, S, P], 1),
+        ([S, P, R, S, "Late", P, R, S, P, R, S, P], 3),
+        ([S, P, R, S, S, P], 1),  # waits for a slot of its deployment
+        ([S, P, R, "Retry 1 of 10 after a disruption.", P], 0),
+        ([S, P, R, "CRASHED", "Retry 1 of 3 after a crash", P], 0),
+        ([S, P, R, S, R, S, R], 0),  # the process retries its flow
+        ([S, P, R, "PAUSED", S, P], 0),
+        ([S, P, R, S, P, R, S, P, R, F, S, P], 0),  # a person retries the run
+        ([S, P, R, S, P, F, S, P, R, S, P], 1),
+        ([P], 0),
+    ],
+)
+def test_own_schedules_are_counted_from_the_states(states: list[str], count: int) -> None:
+    listed = [
+        {
+            "type": S if state[1].islower() else state,
+            "name": "Late" if state == "Late" else state.title(),
+            "message": state if state.startswith("Retry") else None,
+        }
+        for state in states
+    ]
+    assert count_own_schedules(listed) == count
 
 
 def test_client_sends_the_user_and_the_custom_headers(monkeypatch: pytest.MonkeyPatch) -> None:
