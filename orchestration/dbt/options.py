@@ -48,7 +48,9 @@ def command_line_arguments(options: Options) -> list[str]:
         raise TypeError(
             f"Unknown option {', '.join(sorted(unknown))}. Options are: {', '.join(Options.__annotations__)}"
         )
-    _check_strings(options)
+    flags = options.get("flags", ())
+    flags = flags if isinstance(flags, str) else list(flags)
+    _check_strings(options, flags)
     arguments = ["--full-refresh"] if options.get("full_refresh") else []
     if (select := options.get("select")) is not None:
         arguments += ["--select", *(select.split() or [""])]  # "" selects nothing; no argument would select everything
@@ -58,17 +60,16 @@ def command_line_arguments(options: Options) -> list[str]:
         arguments += ["--vars", _variables_as_yaml(variables)]
     if (threads := options.get("threads")) is not None:
         arguments += ["--threads", str(threads)]
-    return [*arguments, *options.get("flags", ())]
+    return [*arguments, *flags]
 
 
-def _check_strings(options: Options) -> None:
+def _check_strings(options: Options, flags: str | list[Any]) -> None:
     """Raise a DbtError for a selection that is not a string, and for flags that are not a list of strings."""
     for name in ("select", "exclude"):
         if not isinstance(given := options.get(name), str | None):
             found = given if isinstance(given, list | tuple | set) else [given]
             cure = " ".join(map(str, found))
             raise DbtError(f"{name} is not a string, but {given!r:.100}. Separate selections by spaces: {cure!r:.100}.")
-    flags = options.get("flags", ())
     if isinstance(flags, str):
         raise DbtError(f"flags is a string, {flags!r:.100}. Give a list, like {flags.split()!r:.100}.")
     if wrong := [flag for flag in flags if not isinstance(flag, str)]:

@@ -182,7 +182,8 @@ class DeploymentBuilder:
         for schedule, below in _schedule_entries(entry):
             raw = schedule.model_dump()
             where = self._locate(*path, *below)
-            if placeholders.has_unresolved(raw):  # the notes name the variable
+            timing = {key: value for key, value in raw.items() if key != "parameters"}
+            if placeholders.has_unresolved(timing):  # the notes name the variable
                 continue
             if problem := schedules.find_problem(raw):
                 key = next((key for key in ("timezone", "anchor_date") if problem.startswith(key)), "")

@@ -281,8 +281,10 @@ def validate(document: YamlMapping, *, offline: bool = False) -> DesiredStateFil
             unresolved = [mistake for mistake in error.errors() if offline and _is_unresolved(mistake)]
             if not unresolved:
                 raise DeploymentsError(_first_mistake(document, error)) from None
-            for mistake in reversed(unresolved):
-                _drop_unresolved(document, mistake["loc"])
+            # Pydantic may refuse one value for several reasons, and several values of one entry.
+            places = dict.fromkeys(_find_unresolved(document, mistake["loc"]) for mistake in unresolved)
+            for place in reversed(places):
+                _drop_unresolved(document, place)
 
 
 def _is_unresolved(mistake: Mapping[str, Any]) -> bool:
@@ -294,10 +296,25 @@ def _is_unresolved(mistake: Mapping[str, Any]) -> bool:
     return isinstance(mistake["input"], str) and placeholders.has_unresolved(mistake["input"], kinds)
 
 
+def _find_unresolved(document: YamlMapping, location: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the place of a value of a deployment, or of the whole entry of another section.
+
+    What the other entry requires may be unknown. A text on the way stands for a mapping (`concurrency_limit`).
+    """
+    section, index, *path = location
+    place: tuple[Any, ...] = (section, index)
+    value = document[section][index]
+    for step in path if section == "deployments" else ():
+        if isinstance(value, str):
+            break
+        place, value = (*place, step), value[step]
+    return place
+
+
 def _drop_unresolved(document: YamlMapping, place: Sequence[Any]) -> None:
-    """Remove a value of a deployment, or the whole entry of another section: what it requires may be unknown."""
+    """Remove what is at a place of `_find_unresolved`."""
     section, index, *path = place
-    if section != "deployments":
+    if not path:
         _drop(document[section], [index])
         return
     deployment = document[section][index]
@@ -310,12 +327,9 @@ def _drop_unresolved(document: YamlMapping, place: Sequence[Any]) -> None:
 
 
 def _drop(value: Any, path: Sequence[str | int]) -> None:
-    """Remove what is at a path in a value, or the text on the way that stands for a mapping (`concurrency_limit`)."""
+    """Remove what is at a path in a value."""
     *parents, last = path
     for step in parents:
-        if isinstance(value[step], str):
-            last = step
-            break
         value = value[step]
     del value[last]
     if isinstance(value, YamlSequence):

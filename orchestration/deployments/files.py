@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -110,16 +111,20 @@ def _refuse_entrypoint_outside_of_image(deployment: Any, context: Path) -> None:
         return
     source = entrypoint.rpartition(":")[0] or entrypoint
     if not source.endswith(".py"):  # a module of the checkout, or an installed one
-        top = Path(source.partition(".")[0])
-        source = str(top if (context / top).is_dir() else top.with_suffix(".py"))
-        if not (context / source).exists():
-            return
+        top = source.partition(".")[0]
+        source = top if (context / top).is_dir() else f"{top}.py"
+    file = Path(os.path.normpath(source))
+    # An absolute path, or a file that is not here, may be one of the base image.
+    if file.is_absolute() or not file.parts or not (context / file).exists():
+        return
     ignore = context / "docker" / "Dockerfile.dockerignore"
-    copied = [line.removeprefix("!") for line in ignore.read_text().splitlines() if line.startswith("!")]
-    if not any(Path(os.path.normpath(source)).is_relative_to(folder) for folder in copied):
+    lines = [line.strip() for line in ignore.read_text().splitlines()] if ignore.exists() else []
+    copied = [line.removeprefix("!").strip("/").removeprefix("**/") for line in lines if line.startswith("!")]
+    parts = [str(part) for part in ((file / "any.py" if (context / file).is_dir() else file), file, *file.parents)]
+    if "*" in lines and not any(fnmatch(part, pattern) for part in parts for pattern in copied):
         raise DeploymentsError(
             f"{deployment.location('entrypoint')}: the image will not have the entrypoint {entrypoint}. Move it to "
-            f"flows/, or add {Path(source).parts[0]} to docker/Dockerfile and to {ignore.relative_to(context)}"
+            f"flows/, or add {file.parts[0]} to docker/Dockerfile and to {ignore.relative_to(context)}"
         )
 
 

@@ -142,13 +142,15 @@ def _split(entrypoint: str) -> tuple[str, str]:
 def _import(name: str, directory: Path) -> _Source:
     """Import the script or module `name`. A failure is cached as well: many deployments may name the same file.
 
-    As under `prefect deploy`, an event loop runs during the import. A script that fails is imported again without a
-    loop, as in a run: `Secret.load("api").get()` fails in a loop, and needs a server without.
+    As under `prefect deploy`, an event loop runs during the import. A script that fails because Prefect returned a
+    coroutine is imported again without a loop, as in a run: `Secret.load("api").get()` needs a server then.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         source = _import_once(name, directory)
-    return source if source.module else _call_without_event_loop(functools.partial(_import_once, name, directory))
+    if "coroutine" in source.error:
+        source = _call_without_event_loop(functools.partial(_import_once, name, directory))
+    return source
 
 
 def _import_once(name: str, directory: Path) -> _Source:

@@ -40,17 +40,20 @@ def find_problems(parameters: Mapping[str, Any], flow: Flow, *, complete: bool) 
     except ValueError as error:
         return [f"the parameters cannot be written as JSON: {error}. Use smaller values"]
     return list(_find_problems(text, json.dumps(flow.schema), complete)) or list(
-        _find_type_problems(text, flow.validate)
+        _find_type_problems(text, flow.validate, complete)
     )
 
 
 @functools.lru_cache(maxsize=4096)
-def _find_type_problems(parameters: bytes, validate: Callable[[dict[str, Any]], object]) -> tuple[str, ...]:
+def _find_type_problems(
+    parameters: bytes, validate: Callable[[dict[str, Any]], object], complete: bool
+) -> tuple[str, ...]:
     """Return why a flow's types refuse parameters that the flow's schema has accepted.
 
     Args:
         parameters: JSON.
         validate: the flow's (`Flow.validate`).
+        complete: whether a required parameter needs a value.
     """
     from prefect.exceptions import ParameterTypeError
 
@@ -68,13 +71,23 @@ def _find_type_problems(parameters: bytes, validate: Callable[[dict[str, Any]], 
         return ()
     finally:
         logger.removeFilter(silence)
-    incomplete = {mistake["loc"][0] for mistake in found if mistake["type"] == "missing"}
+    # The person who starts the run gives what is missing. The schema has found what may not be: in a union, a field of
+    # another model.
+    missing = [mistake["loc"] for mistake in found if mistake["type"] == "missing"]
+    incomplete = {place[0] for place in missing if not complete or len(place) == 1}
     return tuple(
-        f"parameter {_path(mistake['loc'])}: {mistake['msg'].removeprefix('Value error, ')}. Correct the value"
+        f"parameter {_path(mistake['loc'])}: {mistake['msg'].removeprefix('Value error, ')}. {_cure_of(mistake)}"
         for mistake in found
         # Whether a path exists may differ between this machine and that of the run.
-        if mistake["loc"][0] not in incomplete and not mistake["type"].startswith("path_")
-    )
+        if mistake["loc"][0] not in incomplete and mistake["type"] != "missing"
+        and not mistake["type"].startswith("path_")
+    )  # fmt: skip
+
+
+def _cure_of(mistake: Any) -> str:
+    if mistake["type"] in ("value_error", "assertion_error"):  # a validator of the flow's code
+        return "Correct the value. If only a run can tell, set enforce_parameter_schema: false"
+    return "Correct the value"
 
 
 def _is_known_at_run_start(value: Any) -> bool:

@@ -248,14 +248,22 @@ class _DeploymentResolver(_EnvironmentResolver):
                 lambda match: str(self.variable_value(match, where)) if match[1].startswith(VARIABLE) else match[0],
                 text,
             )
-        return self.resolve_rest(value, where, in_event, in_list)
+        return self.resolve_rest(value, where, in_event, in_list, whole[0] if whole else "")
 
-    def resolve_rest(self, value: Any, where: str, in_event: bool, in_list: bool) -> Any:
-        """Return a value whose variables of files and server have been resolved, with those of the environment."""
+    def resolve_rest(self, value: Any, where: str, in_event: bool, in_list: bool, variable: str) -> Any:
+        """Return a value whose variables of files and server have been resolved, with those of the environment.
+
+        Args:
+            value: the value.
+            where: FILE:LINE.
+            in_event: as `resolve_value` takes it.
+            in_list: as `resolve_value` takes it.
+            variable: the placeholder whose whole value this is; empty if none is.
+        """
         if isinstance(value, dict):
-            return {key: self.resolve_rest(inner, where, in_event, False) for key, inner in value.items()}
+            return {key: self.resolve_rest(inner, where, in_event, False, variable) for key, inner in value.items()}
         if isinstance(value, list):
-            return [self.resolve_rest(inner, where, in_event, True) for inner in value]
+            return [self.resolve_rest(inner, where, in_event, True, variable) for inner in value]
         if not isinstance(value, str):
             return value
         text = value
@@ -263,7 +271,7 @@ class _DeploymentResolver(_EnvironmentResolver):
         for _ in range(1 if in_event else 2):
             text = PLACEHOLDER.sub(lambda match: self.environment_value(match, where), text)
         for match in PLACEHOLDER.finditer(text):
-            self.refuse_unresolved(match, where, in_event, in_list and match[0] == text)
+            self.refuse_unresolved(match, where, in_event, in_list and match[0] == text, variable)
         return text
 
     def variable_value(self, match: re.Match[str], where: str) -> Any:
@@ -282,7 +290,7 @@ class _DeploymentResolver(_EnvironmentResolver):
         name = match[1]
         return self.read_environment(name, where) if name in os.environ else super().environment_value(match, where)
 
-    def refuse_unresolved(self, match: re.Match[str], where: str, in_event: bool, dropped: bool) -> None:
+    def refuse_unresolved(self, match: re.Match[str], where: str, in_event: bool, dropped: bool, variable: str) -> None:
         """Refuse a placeholder that is left, unless Prefect resolves it later."""
         name = match[1]
         if name.startswith(BLOCK):
@@ -299,6 +307,11 @@ class _DeploymentResolver(_EnvironmentResolver):
             return
         if self.missing is not None and name.startswith(("$", VARIABLE)):
             return
+        if variable and variable != match[0]:
+            raise DeploymentsError(
+                f"{where}: {match[0]} is in the value of {variable}, where Prefect resolves variables of the "
+                "environment alone, and would drop it. Correct the variable's value"
+            )
         cause = "would be dropped from this list" if dropped else "has no value: build and push steps do not run here"
         if name.startswith(VARIABLE):
             cause = "is in the value of another variable, where Prefect resolves none"

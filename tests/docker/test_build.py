@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestration.deployments.files import files_for_image
 from tests.parts import copy_of_checkout
 
 
@@ -99,6 +100,20 @@ def test_entrypoint_that_the_image_will_not_have_is_refused(checkout: Path, entr
     with (checkout / "docker" / "Dockerfile.dockerignore").open("a") as ignore:
         ignore.write(f"!{folder}\n")
     assert _name(checkout)
+
+
+@pytest.mark.parametrize("ignore", ["*\n!/jobs\n", "*\n!**/*.py\n", "*\n!jobs/*.py\n", "secrets\n", None])
+def test_entrypoint_that_the_image_may_have_is_not_refused(tmp_path: Path, ignore: str | None) -> None:
+    """The base image may have an absolute path, and a file that is not here. `orchestrate check` explains the rest."""
+    for folder in ("jobs", "docker"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "jobs/etl.py").touch()
+    if ignore:
+        (tmp_path / "docker/Dockerfile.dockerignore").write_text(ignore)
+    entrypoints = ("/app/jobs/etl.py:etl", "jobs/absent.py:etl", "jobs/etl.py:etl", "jobs.etl:etl", "''", ".jobs:etl")
+    listed = "".join(f"- {{name: d, entrypoint: {entrypoint}}}\n" for entrypoint in entrypoints)
+    (tmp_path / "team.yaml").write_text(f"deployments:\n{listed}")
+    assert files_for_image("team.yaml", tmp_path) == []
 
 
 def test_tag_and_build_have_the_digest_of_the_base(checkout: Path) -> None:

@@ -69,6 +69,11 @@ def test_options_of_another_type_are_refused_with_the_cure(
         DbtProject(tmp_path).build(**options)
 
 
+def test_flags_may_be_read_once() -> None:
+    flags: Any = iter(["--fail-fast"])
+    assert command_line_arguments({"flags": flags}) == ["--fail-fast"]
+
+
 class _Colour(enum.Enum):
     RED = 1
 

@@ -388,12 +388,20 @@ def test_check_accepts_a_placeholder_in_the_place_of_any_value(
 def test_check_accepts_a_variable_of_the_environment_in_other_objects(folder: Path) -> None:
     (folder / "prefect.yaml").write_text(
         HEAD + "work_pools: [{name: p, type: process, concurrency_limit: '{{ $A }}'}]\n"
-        "concurrency_limits: [{name: a, limit: '{{ $A }}'}, {name: b, limit: 1}]\n"
+        "concurrency_limits: [{name: a, limit: '{{ $A }}', active: '{{ $B }}'}, {name: b, limit: 1},\n"
+        "  {name: c, limit: 1, slot_decay_per_second: '{{ $A }}'}, {name: d, limit: 1}]\n"
         "remote_file_systems: [{name: r, basepath: '{{ $A }}'}]\n"
     )
-    assert list(check.check(["prefect.yaml"]).objects) == [("concurrency-limit", "b")]
+    assert list(check.check(["prefect.yaml"]).objects) == [("concurrency-limit", "b"), ("concurrency-limit", "d")]
     (folder / "prefect.yaml").write_text(HEAD + "concurrency_limits: [{name: a, limit: '{{ prefect.variables.x }}'}]\n")
     with pytest.raises(DeploymentsError, match=r"^prefect\.yaml:2: limit should be a valid integer"):
+        check.check(["prefect.yaml"])
+
+
+def test_check_reads_a_schedule_with_an_unknown_parameter(folder: Path) -> None:
+    schedule = "schedules: [{cron: '99 6 * * *', parameters: {day: '{{ $NOT_SET }}'}}]"
+    (folder / "prefect.yaml").write_text(with_deployment(schedule))
+    with pytest.raises(DeploymentsError, match=r"^prefect\.yaml:6: .*does not parse"):
         check.check(["prefect.yaml"])
 
 

@@ -185,6 +185,10 @@ def test_flow_that_reads_the_server_when_imported_is_loaded(
 
 
 BROKEN = {
+    "once.py": (
+        "import json\nimport prometheus_client\nprometheus_client.Counter('imports', '')\njson.loads('{')\n",
+        "at once.py:4",
+    ),
     "syntax.py": ("x = 1\ndef f(:\n", "SyntaxError: invalid syntax (syntax.py:2)"),
     "raises.py": (
         "import json\ndef g():\n    json.loads('{')\ng()\n",
