@@ -416,8 +416,8 @@ def served(
     url = f"https://localhost:{port}/api" if ca else f"http://127.0.0.1:{port}/api"
     with (home / "server.log").open("a") as log:
         command = [module, "server", "start", "--port", str(port)]
-        variables = {**environment, "PREFECT_HOME": str(home), "PYTHONTZPATH": ""}  # as in `make server`
-        variables["PREFECT_UI_API_URL"] = url
+        variables = {"PREFECT_UI_API_URL": url, **environment}
+        variables |= {"PREFECT_HOME": str(home), "PYTHONTZPATH": ""}  # as in `make server`
         server: subprocess.Popen[bytes] | Fork
         if server_forks.can_fork(python, environment):
             server = server_forks.start(command, variables, home, log.fileno())

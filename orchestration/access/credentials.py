@@ -135,6 +135,8 @@ def _read_folder(folder: Path) -> _Content:
                         raise SettingsError(
                             f"{file}:{number}: the key is too short. Use {MIN_KEY_CHARACTERS} random characters or more"
                         )
+                if name == OIDC_KEY_FILE and len(lines) > 1:
+                    raise SettingsError(f"{file}: oauth2-proxy sends one key. Keep one line")
                 keys[name] += [line for _, line in lines]
             elif role := roles.get(name):
                 for number, line in lines:
@@ -191,7 +193,8 @@ class Credentials:
         """Return the person for whom oauth2-proxy sends a request; None for any credential without its key."""
         self._reload()
         user, _, password = credential.rpartition(":")
-        given = password.encode(errors="surrogatepass")
+        # The key in the environment of oauth2-proxy may end with a newline, as a file may.
+        given = password.rstrip("\r\n").encode(errors="surrogatepass")
         is_known = any(hmac.compare_digest(key.encode(), given) for key in self._content.oidc_keys)
         return user if is_known and user else None
 

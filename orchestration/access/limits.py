@@ -87,14 +87,20 @@ def _refusal(path: str, body: bytes) -> str:
 
 
 def count_tags(body: bytes) -> int:
-    """Return how many different tags a request sets. 0 if these are few, or the JSON is invalid."""
+    """Return how many different tags a request sets on one object. 0 if these are few, or the JSON is invalid."""
     if body.count(b'"') <= 2 * MAX_TAGS:
         return 0  # not more than the limit, and most requests
     try:
-        tags = json.loads(body)["tags"]
-        return len(set(tags)) if isinstance(tags, list) else 0
-    except (ValueError, KeyError, TypeError):
-        return 0  # the API refuses it, or it sets no tags
+        content = json.loads(body)
+    except ValueError:
+        return 0  # the API refuses it
+    # A request for many runs is a list.
+    return max(map(_count_tags_of, content if isinstance(content, list) else [content]), default=0)
+
+
+def _count_tags_of(content: object) -> int:
+    tags = content.get("tags") if isinstance(content, dict) else None
+    return len({tag for tag in tags if isinstance(tag, str)}) if isinstance(tags, list) else 0
 
 
 def depth(body: bytes) -> int:

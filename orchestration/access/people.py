@@ -80,7 +80,7 @@ class People:
 
 def _groups(headers: Iterable[tuple[bytes, bytes]]) -> frozenset[str]:
     lines = [value.decode(errors="replace") for name, value in headers if name == GROUPS_HEADER]
-    return frozenset(filter(None, (group.strip() for line in lines for group in line.split(","))))
+    return frozenset(filter(None, (group for line in lines for group in line.split(","))))
 
 
 def is_cross_origin(scope: Scope) -> bool:

@@ -330,6 +330,7 @@ def test_worker_that_stops_watching_is_restarted(files_release: FilesRelease) ->
 def test_rollback_restores_the_previous_files(
     files_release: FilesRelease, first_revision: str, api: httpx.Client
 ) -> None:
+    assert {name: _text_and_cron(deployment) for name, deployment in _read_deployments(api).items()} != FIRST
     files_release.helm("rollback", files_release.name, first_revision, "--wait", "--timeout", "10m")
     restored = _read_deployments(api)
     assert {name: _text_and_cron(deployment) for name, deployment in restored.items()} == FIRST

@@ -86,7 +86,7 @@ def test_changed_template_and_job_variables_do_not_change_a_run_s_identity(pool:
 ACCOUNT_PERMISSIONS: dict[str, set[tuple[str, str]]] = {
     "worker": {("jobs.batch", verb) for verb in ("create", "get", "delete")},
     "reconciler": {
-        *(("jobs.batch", verb) for verb in ("list", "patch", "delete")),
+        *(("jobs.batch", verb) for verb in ("list", "watch", "patch", "delete")),
         *(("pods", verb) for verb in ("list", "watch", "deletecollection")),
         ("pods/log", "get"),
         ("events", "list"),

@@ -91,6 +91,9 @@ def test_arguments_of_the_user_are_last() -> None:
     arguments = _arguments(_render(oidc={"extraArgs": extra}))
     assert arguments[-2:] == extra
     assert arguments.index("--cookie-expire=8h") < arguments.index("--cookie-expire=1h")
+    # Domains add up, and "*" would permit all.
+    own = _arguments(_render(oidc={"extraArgs": ["--email-domain=example.com"]}))
+    assert [argument for argument in own if "email-domain" in argument] == ["--email-domain=example.com"]
 
 
 def test_paths_of_the_api_follow_its_base_path() -> None:
@@ -172,6 +175,11 @@ REFUSED: list[tuple[Object, str, Object]] = [
         {"oidc": {"directHosts": ["other.example.com"]}, "ingress": INGRESS},
         "oidc.directHosts names other.example.com",
         {"oidc": {"directHosts": ["machines.example.com"]}},
+    ),
+    (
+        {"oidc": {"directHosts": ["machines.example.com"]}},
+        "oidc.directHosts is set without ingress.enabled",
+        {"ingress": INGRESS},
     ),
     (
         {"ingress": {"enabled": True, "hosts": [{"host": "a.example.com", "paths": [PATH]}]}},

@@ -6,6 +6,9 @@
 {{- if not (include "prefect-server.roles" $) -}}
 {{- fail "oidc.enabled=true needs auth.enabled and auth.roles.enabled: without API roles the server knows no groups, and has one password. Set both to true, or oidc.enabled=false." -}}
 {{- end -}}
+{{- if and .directHosts (not $.Values.ingress.enabled) -}}
+{{- fail "oidc.directHosts is set without ingress.enabled: only the Ingress has hosts that lead to the API. With the Gateway API, make an HTTPRoute to the API in extraObjects." -}}
+{{- end -}}
 {{- range $key := list "issuerUrl" "clientId" "existingSecret" -}}
 {{- if not (index $.Values.oidc $key) -}}
 {{- fail (printf "oidc.enabled=true needs oidc.%s: oauth2-proxy cannot log in at the identity provider. Set oidc.%s." $key $key) -}}
@@ -21,13 +24,15 @@
 {{- range ternary $.Values.ingress.hosts list $.Values.ingress.enabled -}}
 {{- $hosts = append $hosts .host -}}
 {{- $known := list -}}
-{{- range .paths -}}{{- $known = append $known (trimSuffix "/" .path) -}}{{- end -}}
+{{- range .paths -}}
+{{- if ne .pathType "Exact" -}}{{- $known = append $known (trimSuffix "/" .path) -}}{{- end -}}
+{{- end -}}
 {{- if and .paths (not (or (has "" $known) (has "/oauth2" $known) (has .host $.Values.oidc.directHosts) (contains "--proxy-prefix=" (join " " $.Values.oidc.extraArgs)))) -}}
 {{- fail (printf "ingress.hosts has no path /oauth2 for %s: the identity provider sends people to /oauth2/callback. Add {path: /oauth2, pathType: Prefix}, or set --proxy-prefix in oidc.extraArgs." .host) -}}
 {{- end -}}
 {{- end -}}
 {{- range .directHosts -}}
-{{- if and $.Values.ingress.enabled (not (has . $hosts)) -}}
+{{- if not (has . $hosts) -}}
 {{- fail (printf "oidc.directHosts names %s: ingress.hosts has no such host. Add the host to ingress.hosts, or remove it from oidc.directHosts." .) -}}
 {{- end -}}
 {{- end -}}
@@ -44,7 +49,8 @@
 {{/* Port of oauth2-proxy. */}}
 {{- define "prefect-server.oidcPort" -}}4180{{- end -}}
 
-{{/* Arguments of oauth2-proxy, as a YAML list. The last value of an argument wins, so those of the user are at the end. */}}
+{{/* Arguments of oauth2-proxy, as a YAML list. The last value of an argument wins, so those of the user are at
+     the end. Arguments that are lists add up. */}}
 {{- define "prefect-server.oidcArgs" -}}
 {{- $base := regexQuoteMeta .Values.api.basePath -}}
 - --provider=oidc
@@ -56,7 +62,10 @@
 {{- range uniq (concat .Values.oidc.groups.operator .Values.oidc.groups.viewer) }}
 - {{ printf "--allowed-group=%s" . | quote }}
 {{- end }}
+{{- /* Values of a list add up: beside "*" another domain would permit nothing less. */}}
+{{- if not (regexMatch "(^|\\s)--email-domain\\b" (join " " .Values.oidc.extraArgs)) }}
 - --email-domain=*
+{{- end }}
 {{- if .Values.tls.enabled }}
 - --https-address=0.0.0.0:{{ include "prefect-server.oidcPort" . }}
 - --tls-cert-file=/etc/prefect-tls/tls.crt

@@ -194,7 +194,8 @@ class Roles(_ApiRotation):
 
     def accept_next(self) -> None:
         """Wait until the API has read the next credentials."""
-        self.wait_for(_credentials(self.secret.next), accepted=True)
+        present = {key: value for key, value in self.secret.next.items() if key in self.secret.values}
+        self.wait_for(_credentials(present), accepted=True)
 
     def holders(self) -> list[str]:
         """Return pods with the old credentials of a role, and Jobs of runs with a credential of the old key."""

@@ -124,7 +124,9 @@ class RotatedSecret:
         """Give the new values to pods that start from now on, and keep the old ones as the previous."""
         changes: dict[str, str | None] = {}
         for key, value in self.next.items():
-            changes |= {key: value, key + NEXT_SUFFIX: None, key + PREVIOUS_SUFFIX: self.data[key]}
+            changes[key + NEXT_SUFFIX] = None
+            if key in self.data:  # the chart may have deleted it since: oidc.enabled=false
+                changes |= {key: value, key + PREVIOUS_SUFFIX: self.data[key]}
         self.write(changes)
 
     def hide_previous(self) -> None:

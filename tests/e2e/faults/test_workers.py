@@ -150,12 +150,14 @@ def test_runs_over_quota_wait_for_room(pool: Pool, api: httpx.Client) -> None:
 
 def test_scheduled_run_waits_until_a_full_cluster_has_room(pool: Pool, api: httpx.Client) -> None:
     """The run has no retry. It waits for longer than a run whose cause somebody has to cure."""
-    set_room(pool.namespace.context, 0)
     minutely = {"schedule": {"interval": 60, "anchor_date": datetime.now(UTC).isoformat()}}
     deployment = deploy_victim(api, pool, schedules=[minutely], job_variables={"crash_retries": 0})
-    body = {"deployments": {"id": {"any_": [deployment]}}, "sort": "EXPECTED_START_TIME_ASC", "limit": 1}
+    own = {"deployments": {"id": {"any_": [deployment]}}}
+    first = own | {"sort": "EXPECTED_START_TIME_ASC", "limit": 1}
+    started = own | {"flow_runs": {"state": {"type": {"any_": ["PENDING", "RUNNING"]}}}}
+    set_room(pool.namespace.context, 0)
     try:
-        [found] = wait_until(lambda: read(api, "POST", "/flow_runs/filter", json=body), "the scheduled run")
+        [found] = wait_until(lambda: read(api, "POST", "/flow_runs/filter", json=first), "the scheduled run")
         run = str(found["id"])
         assert f"Insufficient {ROOM}" in wait_for_state(api, run, "Unschedulable", 240)["message"]
         api.patch(f"/deployments/{deployment}", json={"paused": True}).raise_for_status()
@@ -167,6 +169,8 @@ def test_scheduled_run_waits_until_a_full_cluster_has_room(pool: Pool, api: http
     assert get_run(api, run)["run_count"] == 1
     assert get_run(api, run)["auto_scheduled"]
     assert not get_run(api, run)["labels"].get("reconciler.crashes")
+    # Of the next minutes.
+    wait_until(lambda: not read(api, "POST", "/flow_runs/count", json=started), "its other runs to end", 300)
 
 
 def test_runs_complete_crash_and_are_cancelled_while_no_worker_exists(pool: Pool, api: httpx.Client) -> None:

@@ -102,6 +102,12 @@ def test_run_with_as_many_tags_as_permitted_completes(api: httpx.Client) -> None
         assert answer["status"] == "ACCEPT"
 
 
+def test_too_many_tags_of_one_of_many_runs_are_refused(api: httpx.Client) -> None:
+    deployment, runs = _deployment(api), [{}, {"tags": _tags(MAX_TAGS + 1)}]
+    assert api.post(f"/deployments/{deployment}/create_flow_run/bulk", json=runs).status_code == 422
+    assert asked(api, "POST", "/flow_runs/count", {"flow_runs": {"deployment_id": {"any_": [deployment]}}}) == 0
+
+
 def test_tags_that_no_run_has_are_not_limited(api: httpx.Client) -> None:
     asked(api, "POST", "/variables/", {"name": "many_tags", "value": 1, "tags": _tags(MAX_TAGS + 1)})
     asked(api, "POST", "/flow_runs/filter", {"flow_runs": {"tags": {"any_": _tags(MAX_TAGS + 1)}}})
