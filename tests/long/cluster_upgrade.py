@@ -372,8 +372,13 @@ def _measured_outage(releases: Releases) -> Iterator[list[Outage]]:
     url = f"http://prefect-server-api.{releases.target.namespace}.svc.cluster.local:4200/api/ready"
     with new(releases.target.context, "probe") as namespace:
         namespace.pod("probe", "python3", "-c", PROBE, url)
-        wait_until(lambda: namespace.kubectl("logs", "probe").endswith(" 1\n"), "the Prefect API to answer")
+
+        def is_answered() -> bool:
+            return namespace.kubectl("logs", "probe").endswith(" 1\n")
+
+        wait_until(is_answered, "the Prefect API to answer")
         yield found
+        wait_until(is_answered, "the Prefect API to answer again")
         lines = [line.split() for line in namespace.kubectl("logs", "probe").splitlines()]
     found.append(_outage([(float(moment), answered == "1") for moment, answered in lines]))
 

@@ -701,6 +701,9 @@ CONTRACTS: dict[str, list[Check]] = {
         ),
         (lacks("prefect.server.api.server:create_app", 'app=api_app, name="api"'), []),
     ],
+    "server_internals.wrap_server_ui": [
+        (lacks("prefect.server.api.server:create_app", 'app=ui_app, name="ui"'), []),
+    ],
     "server_internals.serve_https": [
         (lacks("prefect.cli._server_utils:_run_in_foreground", "uvicorn.run("), []),
     ],
