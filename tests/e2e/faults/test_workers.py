@@ -149,7 +149,7 @@ def test_runs_over_quota_wait_for_room(pool: Pool, api: httpx.Client) -> None:
 
 
 def test_scheduled_run_waits_until_a_full_cluster_has_room(pool: Pool, api: httpx.Client) -> None:
-    """The run has no retry. It waits for longer than a run whose cause somebody has to cure."""
+    """The run has no retry. It waits for longer than the pending timeout, which is for causes that a person cures."""
     minutely = {"schedule": {"interval": 60, "anchor_date": datetime.now(UTC).isoformat()}}
     deployment = deploy_victim(api, pool, schedules=[minutely], job_variables={"crash_retries": 0})
     own = {"deployments": {"id": {"any_": [deployment]}}}
@@ -169,7 +169,7 @@ def test_scheduled_run_waits_until_a_full_cluster_has_room(pool: Pool, api: http
     assert get_run(api, run)["run_count"] == 1
     assert get_run(api, run)["auto_scheduled"]
     assert not get_run(api, run)["labels"].get("reconciler.crashes")
-    # Of the next minutes.
+    # The schedule may have started more runs before it was paused.
     wait_until(lambda: not read(api, "POST", "/flow_runs/count", json=started), "its other runs to end", 300)
 
 

@@ -60,7 +60,7 @@ class SingleSignOn:
     log: Path
 
     def browser(self) -> httpx.Client:
-        """Return a client that has nobody's session."""
+        """Return a client without a session."""
         return httpx.Client(
             base_url=f"https://{HOST}", mounts={f"https://{HOST}": _Ingress(self.port)}, timeout=75, trust_env=False
         )

@@ -169,7 +169,7 @@ class _Attack:
 
 
 ATTACKS = {"planted": "is not signed", "foreign": "has a signature of another deployment", "deleted": ""}
-"""What is done with the results of the previous run attempt, and why they are not loaded."""
+"""The attacks on the results of the previous run attempt, and why the results are not loaded."""
 
 
 def _plant(file: Path, marker: Path) -> None:

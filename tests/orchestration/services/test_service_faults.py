@@ -192,7 +192,7 @@ def test_dead_or_hung_service_needs_a_restart_unless_redis_is_away(services: Ser
 
 
 def test_restart_for_a_dead_service_loses_no_event(services: Services) -> None:
-    """What a service has not read waits in Redis. What it has read, it writes at SIGTERM."""
+    """Unread events wait in Redis. At SIGTERM a service writes the events that it has read."""
     services.tell("end", "EventPersister")
     services.wait_for("/live", False, RED_SECONDS)
     services.publish()
