@@ -222,8 +222,11 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     from prefect.logging.handlers import APILogWorker
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
+    from tests.server_schema import server_database
+
     with (
-        parts.prefect_server(tmp_path_factory.mktemp("prefect")) as url,
+        server_database() as database,
+        parts.prefect_server(tmp_path_factory.mktemp("prefect"), **database) as url,
         temporary_settings({PREFECT_API_URL: url}),
     ):
         yield url

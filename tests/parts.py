@@ -357,11 +357,16 @@ def migrated_database() -> Path:
 
 
 @contextlib.contextmanager
-def prefect_server(home: Path) -> Iterator[str]:
-    """Run a Prefect server with its state in `home`, and yield the URL of its API."""
+def prefect_server(home: Path, **variables: str) -> Iterator[str]:
+    """Run a Prefect server, and yield the URL of its API.
+
+    Args:
+        home: a folder for the server's state.
+        variables: further environment variables of the server.
+    """
     if not (home / "prefect.db").exists():
         shutil.copyfile(migrated_database(), home / "prefect.db")
-    with served(home, free_port(), sys.executable, os.environ) as url:
+    with served(home, free_port(), sys.executable, os.environ | variables) as url:
         yield url
 
 

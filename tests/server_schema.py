@@ -1,14 +1,35 @@
 """Create the schema of the Prefect server in a Postgres database, from a dump that is made once on a machine."""
 
+import contextlib
 import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
+from orchestration.errors import ClusterError
 from orchestration.operations.local_cluster import binaries
 from orchestration.operations.local_cluster.file_lock import hold_lock
 from orchestration.settings import ROOT
-from tests.parts import rows_of, schema_versions
+from tests.parts import debian_postgres, rows_of, schema_versions
+
+
+@contextlib.contextmanager
+def server_database() -> Iterator[dict[str, str]]:
+    """Run a Postgres for a Prefect server, and yield the server's variables; none where Postgres cannot be installed.
+
+    SQLite, the server's own database, refuses each write that begins during another transaction. On a busy machine the
+    attempts of workers and of the server's services to write refuse each other for minutes.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            postgres = stack.enter_context(debian_postgres())
+        except (ClusterError, binaries.MissingProgramError):
+            yield {}
+            return
+        create_schema(postgres)
+        yield {"PREFECT_SERVER_DATABASE_CONNECTION_URL": postgres.replace("postgresql://", "postgresql+asyncpg://")}
+
 
 MODULES = ("migrations.py", "prefect_compat/server_internals.py", "prefect_compat/server_tables.py")
 """The code of `orchestration` that decides the schema. The dump is made again when the code changes."""

@@ -62,7 +62,7 @@
 {{- range uniq (concat .Values.oidc.groups.operator .Values.oidc.groups.viewer) }}
 - {{ printf "--allowed-group=%s" . | quote }}
 {{- end }}
-{{- /* Values of a list add up: beside "*" another domain would permit nothing less. */}}
+{{- /* Values of a list add up: next to "*" another domain changes nothing. */}}
 {{- if not (regexMatch "(^|\\s)--email-domain\\b" (join " " .Values.oidc.extraArgs)) }}
 - --email-domain=*
 {{- end }}

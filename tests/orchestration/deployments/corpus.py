@@ -674,7 +674,7 @@ REFUSED: dict[str, str] = {
 
 REFUSED_BY_PLAN: dict[str, str] = {
     "version from a number": ":6: version should be a valid string, not 7",
-    "variable with a placeholder of another": ":6: {{ prefect.variables.text }} is in the value of another variable",
+    "variable with a placeholder of another": ":6: {{ prefect.variables.text }} is in the value of {{ prefect.variables.",
     "variable that is absent": " is a variable that neither the files nor the server have",
     "trigger with wrong job variables": ":3: deployment etl/d: the work pool POOL takes no such job variable 'cpu'",
     "wrong job variables": ":3: deployment etl/d: the work pool POOL takes no such job variable 'cpu'",

@@ -15,8 +15,11 @@ import pytest
 
 
 @contextlib.contextmanager
-def another_server(home: Path) -> Iterator[str]:
-    """Run a server of the other version with its state in `home`, and yield the URL of its API."""
+def another_server(home: Path, **_: str) -> Iterator[str]:
+    """Run a server of the other version with its state in `home`, and yield the URL of its API.
+
+    The server makes its own database: this version's schema is not its own.
+    """
     from tests import parts
 
     port = parts.free_port()
