@@ -17,9 +17,6 @@ from orchestration.reconciler.model import USUAL_WAITING_REASONS, Job, Pod, Run
 
 LIVE_STATES = ["PENDING", "RUNNING", "CANCELLING"]
 
-AWAITING_RETRY = "AwaitingRetry"
-"""The state of a run whose process waits before it retries the flow, among others."""
-
 CRASH_READ_FOR = timedelta(hours=1)
 """For how long after its crash a run is read. A reconciler that is down for less still retries the run."""
 
@@ -78,7 +75,8 @@ async def read_snapshot(server: Server, cluster: Cluster, pool: str, steady: Map
     """
     clusters = await cluster.identities()
     pool_id = (await server.ask("GET", f"/work_pools/{quote(pool, safe='')}"))["id"]
-    unfinished = {"operator": "or_", "type": {"any_": LIVE_STATES}, "name": {"any_": [AWAITING_RETRY]}}
+    # In the state AwaitingRetry a run's process may wait before it retries the flow.
+    unfinished = {"operator": "or_", "type": {"any_": LIVE_STATES}, "name": {"any_": ["AwaitingRetry"]}}
     recently = (server.now - CRASH_READ_FOR).isoformat()
     unchanged, live, crashed, jobs = await asyncio.gather(
         _read_steady_runs(server, pool, steady),

@@ -141,7 +141,7 @@ class Supervisor:
         Kill it if the flow has scheduled the run more often than its disruption budget allows.
         """
         if self._client.own_schedules:
-            with contextlib.suppress(Exception):  # without an answer the run begins, and its end is counted again
+            with contextlib.suppress(Exception):  # without an answer the run begins, and the next attempt counts again
                 budget = self._client.disruption_retries(run)
                 if self._client.own_schedules > budget:
                     self._exceeded_budget = budget
