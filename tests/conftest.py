@@ -40,7 +40,7 @@ for _name in ("WAREHOUSE_URL", "WAREHOUSE_DIR", "WAREHOUSE_SCHEMA", "LANDING_ZON
 # modules: Hypothesis also draws constants from the source of imported local modules such as `orchestration` and
 # `flows`, and no setting turns that off. A file alone draws other examples than in the whole suite.
 hypothesis.settings.register_profile("short", max_examples=100, deadline=None, derandomize=True)
-hypothesis.settings.register_profile("long", max_examples=5_000, deadline=None)
+hypothesis.settings.register_profile("long", max_examples=1_000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 from orchestration.operations.local_cluster import binaries

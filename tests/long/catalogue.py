@@ -258,7 +258,7 @@ LONG_TESTS = (
     ),
     LongTest(
         "chart-values",
-        "Thousands of drawn values are refused by name, or real servers accept what the charts render.",
+        "More than a thousand drawn values are refused by name, or real servers accept what the charts render.",
         ("helm/prefect-server", "helm/prefect-work-pool", *CHART_VALUES),
         suite(CHART_VALUES[0], HYPOTHESIS_PROFILE="long"),
         {"SEED": SEED},

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.cluster.namespace import Namespace
-from tests.e2e.faults.victims import DURATIONS, FLOW_FILE, SIDECAR_VARIABLES, fault_values
+from tests.e2e.faults.victims import DURATIONS, FLOW_FILE, NATIVE_SIDECAR_VARIABLE, SIDECAR_VARIABLES, fault_values
 from tests.e2e.pace import CAPACITY_TIMEOUT_SECONDS, PENDING_TIMEOUT_SECONDS, ROUND_SECONDS
 from tests.e2e.release import (
     TEST_RUN,
@@ -83,6 +83,7 @@ def add_sidecar_variables(pool: Pool, server: Release) -> None:
         template = api.get(path).raise_for_status().json()["base_job_template"]
         spec = template["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
         spec["containers"] += [f"{{{{ {variable} }}}}" for variable in SIDECAR_VARIABLES]
+        spec["initContainers"] = [*spec.get("initContainers", []), f"{{{{ {NATIVE_SIDECAR_VARIABLE} }}}}"]
         api.patch(path, json={"base_job_template": template}).raise_for_status()
     # A worker caches the template.
     pool.namespace.kubectl("rollout", "restart", f"deployment/{pool.name}-worker")
@@ -94,7 +95,9 @@ def victim_values(values: Object) -> Object:
     """Return the values of a pool whose runs can name a Secret, also one that does not exist, and sidecars."""
     changed = fault_values(values)
     changed["runs"]["variables"] = {"secret": {"type": "string", "default": "prefect-server-api-roles"}}
-    changed["runs"]["variables"] |= {variable: {"type": "object"} for variable in SIDECAR_VARIABLES}
+    changed["runs"]["variables"] |= {
+        variable: {"type": "object"} for variable in (*SIDECAR_VARIABLES, NATIVE_SIDECAR_VARIABLE)
+    }
     secret = {"name": '{{ "{{ secret }}" }}', "key": "sync"}
     changed["runs"]["env"] = [{"name": "SECRET", "valueFrom": {"secretKeyRef": secret}}]
     changed["reconciler"] |= {"pendingTimeoutSeconds": PENDING_TIMEOUT_SECONDS, "everySeconds": ROUND_SECONDS}

@@ -180,7 +180,7 @@ def test_given_up_run_leaves_no_task_or_subflow_running(pool: Pool, api: httpx.C
 
 
 def test_main_container_decides_despite_sidecars(pool: Pool, api: httpx.Client) -> None:
-    """Two sidecars outlive the main container; one sorts before it and one after it. All runs are in parallel."""
+    """Two sidecars and a native one outlive the main container. All runs are in parallel."""
     variables = {"crash_retries": 0, **sidecars()}
     bad = {"image": "localhost:5000/absent:1"}
     small = {"memory_limit": "300Mi"}
@@ -196,6 +196,9 @@ def test_main_container_decides_despite_sidecars(pool: Pool, api: httpx.Client) 
     [killed_pod], [evicted_pod] = list_pods(pool, runs["killed"]), list_pods(pool, runs["evicted"])
     names = [status["name"] for status in killed_pod["status"]["containerStatuses"]]
     assert names == ["aaa-proxy", "prefect-job", "zzz-proxy"]
+    [native] = killed_pod["status"]["initContainerStatuses"]
+    assert native["name"] == "native-proxy"
+    assert native["state"].get("running")
 
     crashed = assert_state_within(api, runs["killed"], "Crashed", kill_pod(pool, killed_pod["metadata"]["name"]))
     assert "ended with exit code 137 (SIGKILL)" in crashed["message"]

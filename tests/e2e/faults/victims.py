@@ -40,18 +40,22 @@ DURATIONS: list[str] = []
 
 FLOW_FILE = Path(__file__).with_name("flow.py")
 
-SIDECAR_VARIABLES = ("before", "after")
-"""Job variables of the victims' pool: each adds a container to a run's pod."""
+SIDECAR_VARIABLES, NATIVE_SIDECAR_VARIABLE = ("before", "after"), "native"
+"""Job variables of the victims' pool: each adds a container to a run's pod, the last one to its init containers."""
 
 
 def sidecars() -> Object:
-    """Return job variables for two sidecars that outlive the main container; one sorts before it, one after it."""
+    """Return job variables for two sidecars that outlive the main container, and for a native sidecar.
+
+    Of the two, one sorts before the main container and one after it.
+    """
     container = {
         "image": images.BASE, "command": ["sleep", "600"], "securityContext": RESTRICTED,
         "resources": {"requests": {"cpu": "1m", "memory": "8Mi"}, "limits": {"memory": "16Mi"}},
     }  # fmt: skip
     names = ("aaa-proxy", "zzz-proxy")
-    return {variable: {"name": name} | container for variable, name in zip(SIDECAR_VARIABLES, names, strict=True)}
+    regular = {variable: {"name": name} | container for variable, name in zip(SIDECAR_VARIABLES, names, strict=True)}
+    return regular | {NATIVE_SIDECAR_VARIABLE: {"name": "native-proxy", "restartPolicy": "Always"} | container}
 
 
 def fault_values(values: Object) -> Object:
