@@ -133,6 +133,16 @@ def is_retried_in_process(run: Mapping[str, Any]) -> bool:
     return bool((run.get("empirical_policy") or {}).get("retry_type") == "in_process")
 
 
+def is_paused_in_process(run: Mapping[str, Any]) -> bool:
+    """Return whether a flow run is paused and its process waits. The process of a suspended run has ended.
+
+    Args:
+        run: the run, in the form of the API.
+    """
+    details = (run.get("state") or {}).get("state_details") or {}
+    return run.get("state_type") == "PAUSED" and not details.get("pause_reschedule")
+
+
 def whole_number(given: object) -> int:
     """Return the whole number from 0 to 2**63 - 1 that a label, an annotation or a report holds; 0 if it holds none.
 

@@ -76,7 +76,10 @@ def cause_of_end(pods: Sequence[Pod], jobs: Sequence[Job] = ()) -> Cause:
         disruption = DISRUPTIONS.get(end.disruption, f"{end.reason}: {end.message}".rstrip(": "))
         return Cause("disruption", f"Pod {name}{DISRUPTED}{disruption}")
     if end.code is None:
-        return Cause("crash", f"Pod {name} ended before its container ran: {end.reason} {end.message}".rstrip())
+        kind: Kind = "crash" if end.has_begun else "disruption"  # an init container failed, or the node refused the pod
+        return Cause(kind, f"Pod {name} ended before its container ran: {end.reason} {end.message}".rstrip())
+    if not end.has_begun:
+        return Cause("disruption", f"Pod {name} ended before its flow began: the Prefect API did not answer it")
     signal = f" ({SIGNALS[end.code]})" if end.code in SIGNALS else ""
     message = f": {end.message.rstrip('. ')}" if end.message else ""
     return Cause("crash", f"Pod {name} ended with exit code {end.code}{signal}{message}")

@@ -154,9 +154,7 @@ def decide(run: Run | None, jobs: Sequence[Job], pods: Sequence[Pod], now: datet
     jobs = [_finish_with_main_container(job, pods, now, policy) for job in jobs]
     if run is None or run.type in FINAL_STATES:
         return _decide_finished(run, jobs, pods, now, policy)
-    # A process that retries its flow waits in the state AwaitingRetry. No worker claims such a run if the process dies.
-    waits_in_process = run.type == "SCHEDULED" and run.is_retried_in_process
-    if run.type not in ("PENDING", "RUNNING", "CANCELLING") and not waits_in_process:
+    if run.type not in ("PENDING", "RUNNING", "CANCELLING") and not run.waits_in_process:
         return _stop_held_open_jobs(run, jobs, pods, now, policy)
     if run.is_deployment_deleted and run.type != "CANCELLING":
         return [Cancel(run, "Its deployment was deleted")]

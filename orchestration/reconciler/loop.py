@@ -11,6 +11,7 @@ import logging
 import signal
 import time
 from collections.abc import Sequence
+from datetime import datetime
 
 import httpx
 import prometheus_client as prometheus
@@ -30,6 +31,7 @@ from orchestration.reconciler.leader_election import LeaderElection
 from orchestration.reconciler.model import Pod, Policy, Run
 from orchestration.reconciler.pod_events import PodEvents
 from orchestration.reconciler.pod_records import PodRecord
+from orchestration.reconciler.slot_leases import SlotLeases
 from orchestration.reconciler.snapshot import read_snapshot
 
 logger = logging.getLogger(__name__)
@@ -54,11 +56,12 @@ class ReconciledNamespace:
 
     Args:
         cluster: the namespace with Jobs and pods of runs.
+        slot_leases: renews the leases of the runs there.
         events: emits the events of its pods; None for none.
     """
 
-    def __init__(self, cluster: Cluster, events: PodEvents | None) -> None:
-        self.cluster, self.events = cluster, events
+    def __init__(self, cluster: Cluster, slot_leases: SlotLeases, events: PodEvents | None) -> None:
+        self.cluster, self.slot_leases, self.events = cluster, slot_leases, events
         self.steady: dict[str, Run] = {}
         """The steady runs of the newest round, by id. They need not be read again while they are Running."""
         self.reported: dict[str, str] = {}
@@ -102,7 +105,9 @@ class Reconciler:
         self.server, self.pool, self.policy = server, pool, policy
         self.election, self.pulse = election, pulse
         self.namespaces = [
-            ReconciledNamespace(cluster, PodEvents(server, cluster.namespace) if pod_events else None)
+            ReconciledNamespace(
+                cluster, SlotLeases(server), PodEvents(server, cluster.namespace) if pod_events else None
+            )
             for cluster in clusters
         ]
         registry = pulse.registry
@@ -232,7 +237,10 @@ class Reconciler:
         outcomes = await gather_bounded([self._act(cluster, action, pods) for action, pods in actions])
         recorded += await gather_bounded([self._write_record(cluster, record) for record in records_after])
         all_pods = [pod for pods in snapshot.pods.values() for pod in pods]
-        [emitted] = await gather_bounded([self._emit_pod_events(namespace, all_pods)])
+        found = [run for run in snapshot.runs.values() if run]
+        emitted, renewed = await gather_bounded(
+            [self._emit_pod_events(namespace, all_pods), self._renew_slot_leases(namespace, found, now)]
+        )
         for (action, _), outcome in zip(actions, outcomes, strict=True):
             if isinstance(outcome, str) and outcome:
                 run_id_of_line = None if isinstance(action, Stop) else action.run.id
@@ -241,6 +249,7 @@ class Reconciler:
             *zip((_subject(action) for action, _ in actions), outcomes, strict=True),
             *zip((f"Job {record.job}" for record in [*records_before, *records_after]), recorded, strict=True),
             ("Pod events", emitted),
+            ("Slot leases", renewed),
         ]
         failures += [(subject, result) for subject, result in results if isinstance(result, BaseException)]
         self._report(namespace, failures)
@@ -273,6 +282,10 @@ class Reconciler:
     async def _emit_pod_events(self, namespace: ReconciledNamespace, pods: Sequence[Pod]) -> None:
         if namespace.events and self._is_leader:
             await namespace.events.emit(pods)
+
+    async def _renew_slot_leases(self, namespace: ReconciledNamespace, runs: Sequence[Run], now: datetime) -> None:
+        if self._is_leader:
+            await namespace.slot_leases.renew(runs, now)
 
     async def _act(self, cluster: Cluster, action: Action, pods: list[Pod]) -> str:
         if not self._is_leader:

@@ -18,6 +18,7 @@ from orchestration.protocol import (
     WARM_LABEL,
     WARM_TAKEN,
     claim_of,
+    is_paused_in_process,
     is_retried_in_process,
     whole_number,
 )
@@ -81,7 +82,9 @@ class Run:
         job: the name of its recorded Job; empty if no Job is recorded.
         labels: the run's labels. They count its retries.
         is_deployment_deleted: whether its deployment was deleted.
-        is_retried_in_process: whether the process of its pod retries its flow. No worker claims such a run.
+        waits_in_process: whether the process of its pod waits before it retries its flow, or until a person resumes
+            it. No worker claims such a run.
+        slot_lease: the id of the lease of its deployment's concurrency slot; empty if there is none.
     """
 
     id: str
@@ -96,7 +99,8 @@ class Run:
     job: str = ""
     labels: Mapping[str, Any] = field(default_factory=dict)
     is_deployment_deleted: bool = False
-    is_retried_in_process: bool = False
+    waits_in_process: bool = False
+    slot_lease: str = ""
 
     def belongs_to(self, clusters: Collection[str], namespace: str) -> bool:
         """Return whether the run's pod is, or may be, in a namespace of a cluster.
@@ -131,7 +135,8 @@ class Run:
             namespace,
             job,
             raw.get("labels") or {},
-            is_retried_in_process=is_retried_in_process(raw),
+            waits_in_process=(state["type"] == "SCHEDULED" and is_retried_in_process(raw)) or is_paused_in_process(raw),
+            slot_lease=str((state.get("state_details") or {}).get("deployment_concurrency_lease_id") or ""),
         )
 
 
@@ -150,6 +155,8 @@ class End:
         is_confirmed: whether the kubelet reported the termination. Otherwise the process may still be running on a node
             that is cut off.
         leases: the ids of the leases of the concurrency slots that its run attempt held.
+        has_begun: whether its run attempt may have executed anything. The kubelet refused the pod if it has not, or
+            the supervisor got no answer of the Prefect API.
     """
 
     time: datetime
@@ -161,6 +168,7 @@ class End:
     peak: int = 0
     is_confirmed: bool = True
     leases: tuple[str, ...] = ()
+    has_begun: bool = True
 
 
 @dataclass(frozen=True)
@@ -247,6 +255,7 @@ class Pod:
                 whole_number(report.get("peak")),
                 terminated is not None or not (state.running or (target and target.reason == "DeletionByPodGC")),
                 _valid_ids(report.get("leases")),
+                not report.get("not_begun") and (terminated is not None or _has_begun(status)),
             )
         has_started = bool(state.running or terminated)
         statuses = [*status.init_container_statuses, *status.container_statuses]
@@ -280,6 +289,12 @@ def _is_restarted(pod: PodObject, main: Container, exit_code: int) -> bool:
     """Return whether the kubelet restarts the main container in the same pod: in a Job's pod, only with OnFailure."""
     policy = main.restart_policy or pod.spec.restart_policy
     return policy == "Always" or (policy == "OnFailure" and exit_code != 0)
+
+
+def _has_begun(status: PodStatus) -> bool:
+    """Return whether a container of a pod has begun."""
+    states = [container.state for container in (*status.init_container_statuses, *status.container_statuses)]
+    return any(state.running or state.terminated for state in states)
 
 
 def _failed_init_container(status: PodStatus) -> str:

@@ -75,8 +75,8 @@ async def read_snapshot(server: Server, cluster: Cluster, pool: str, steady: Map
     """
     clusters = await cluster.identities()
     pool_id = (await server.ask("GET", f"/work_pools/{quote(pool, safe='')}"))["id"]
-    # In the state AwaitingRetry a run's process may wait before it retries the flow.
-    unfinished = {"operator": "or_", "type": {"any_": LIVE_STATES}, "name": {"any_": ["AwaitingRetry"]}}
+    # In the state AwaitingRetry a run's process may wait before it retries the flow, and in Paused for a person.
+    unfinished = {"operator": "or_", "type": {"any_": LIVE_STATES}, "name": {"any_": ["AwaitingRetry", "Paused"]}}
     recently = (server.now - CRASH_READ_FOR).isoformat()
     unchanged, live, crashed, jobs = await asyncio.gather(
         _read_steady_runs(server, pool, steady),

@@ -33,8 +33,11 @@ def import_http() -> None:
 
 
 def is_client_error(error: Exception) -> bool:
-    """Return whether an error is an HTTP answer that refuses the request, which has a code below 500."""
-    return getattr(error, "code", 500) < 500
+    """Return whether an error is an HTTP answer that refuses the request, and would refuse it again.
+
+    Such an answer has a code below 500. The codes 408 and 429 ask for another attempt.
+    """
+    return getattr(error, "code", 500) < 500 and getattr(error, "code", 500) not in (408, 429)
 
 
 def count_own_schedules(states: Sequence[Mapping[str, Any]]) -> int:
@@ -130,6 +133,15 @@ class RunClient:
             return DISRUPTION_RETRIES if given is None else int(given)
         except (TypeError, ValueError, OverflowError):
             return DISRUPTION_RETRIES
+
+    def forget_retries_in_process(self, run: dict[str, Any]) -> None:
+        """Remove Prefect's mark that the process of the run retries its flow. A worker may then claim the run.
+
+        Raises:
+            Exception: the API does not answer, or refuses the request.
+        """
+        policy = run["empirical_policy"] | {"retry_type": None}
+        self._send(self._run_path, {"empirical_policy": policy}, "PATCH")
 
     def release_leases(self, leases: list[str]) -> list[str]:
         """Release leases of concurrency slots; return those that remain because the API does not answer."""

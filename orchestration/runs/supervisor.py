@@ -13,6 +13,7 @@ given, and receives SIGTERM itself.
   asks the Prefect API every `CHECK_INTERVAL_SECONDS` whether its Job is fenced, and kills itself if it is. A retry
   starts `FENCED_WITHIN_SECONDS` after the fencing, when the supervisor has stopped. A supervisor that gets no answer
   asks again every `RECHECK_INTERVAL_SECONDS`: what cannot ask cannot report a state either.
+- Cancellation before the beginning: a run that is Cancelled or Cancelling is not executed.
 - Budget: a flow may return a Scheduled state, and then a worker claims its run again. A run attempt sets the run
   Crashed instead of beginning if the run's states have more such ends than its disruption budget.
 - Claim: a Job's name ends with its claim (`claim_of`), the fencing token. Nothing of a run is executed before the
@@ -50,6 +51,7 @@ from orchestration.protocol import (
     HAND_OVER_VARIABLE,
     RECHECK_INTERVAL_SECONDS,
     WARM_SECONDS_VARIABLE,
+    is_paused_in_process,
     is_retried_in_process,
     whole_number,
 )
@@ -58,6 +60,11 @@ from orchestration.runs.engine_process import EngineProcess
 from orchestration.runs.run_client import RunClient, is_client_error
 
 COMMAND = ["prefect", "flow-run", "execute"]
+
+CANCELLED_STATES = ("CANCELLING", "CANCELLED")
+
+NOT_BEGUN = {"not_begun": 1}
+"""The report of a run attempt that executed nothing, as the Prefect API did not answer."""
 
 REPORT_SECONDS = 5.0
 """How much of the pod's grace period is left, when an engine that has not ended is killed, to set the run's state."""
@@ -88,6 +95,9 @@ class Supervisor:
         self._asked_to_end = threading.Event()
         self._is_cancelling = False
         self._is_fenced = False
+        self._is_cancelled = False  # before it began
+        self.report: dict[str, int] = {}
+        """What the termination message has in addition to memory and leases."""
         # Prefect's worker sets the variable: `reschedule`, or `relinquish` for a Job that Kubernetes retries.
         self._after_sigterm = os.environ.get("PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR", "reschedule")
         self._has_deadline = bool(os.environ.get(DEADLINE_VARIABLE))
@@ -108,8 +118,13 @@ class Supervisor:
             _write_message({"leases": self._client.release_leases(leases)})
         if self._is_fenced:
             _end_fenced(self._client.job)
+        if self._is_cancelled:
+            return self._conclude(0)
+        run = self._read_run()
+        if is_retried_in_process(run) and _has_left_process(run):
+            self._forget_retries_in_process(run)
         # A run that is cancelled while its flow ends is not Cancelled yet: the server refused the flow's own state.
-        if self._asked_to_end.is_set() or self._exceeded_budget >= 0 or self._state_type() == "CANCELLING":
+        if self._asked_to_end.is_set() or self._exceeded_budget >= 0 or run.get("state_type") == "CANCELLING":
             return self._conclude(code)
         return code
 
@@ -119,6 +134,11 @@ class Supervisor:
             run = self._client.read_run_to_begin()
         except TimeoutError as error:
             _log_not_begun(error)
+            self.report = NOT_BEGUN
+            self._engine.send_signal(signal.SIGKILL)
+            return
+        if run and run.get("state_type") in CANCELLED_STATES:
+            self._is_cancelled = True
             self._engine.send_signal(signal.SIGKILL)
             return
         if run is None:
@@ -158,22 +178,36 @@ class Supervisor:
         deadline = time.monotonic() + self._end_seconds
         reasons = {"reschedule": prefect_protocol.RESCHEDULE, "relinquish": prefect_protocol.RELINQUISH}
         reason = reasons.get(self._after_sigterm, b"")
-        if self._state_type() == "CANCELLING" or self._is_cancelling:
+        if self._is_cancelling or self._read_run().get("state_type") == "CANCELLING":
             reason = prefect_protocol.CANCEL
         if reason and not self._engine.announce_sigterm(reason, deadline - time.monotonic()):
             self._engine.send_signal(signal.SIGKILL)
+            return
+        run = self._read_run()
         # In any other state the engine is about to end.
-        elif self._state_type() in ("PENDING", "RUNNING", "CANCELLING", "SCHEDULED", ""):
+        is_alive = run.get("state_type", "") in ("PENDING", "RUNNING", "CANCELLING", "SCHEDULED", "")
+        if is_alive or is_paused_in_process(run):
             self._engine.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._engine.process.wait(max(deadline - time.monotonic(), 0))
             self._engine.send_signal(signal.SIGKILL)
 
-    def _state_type(self) -> str:
-        """Return the type of the run's state; empty if the API does not answer."""
+    def _read_run(self) -> dict[str, Any]:
+        """Return the run; empty if the API does not answer."""
         with contextlib.suppress(Exception):
-            return str(self._client.read_run()["state_type"])
-        return ""
+            return self._client.read_run()
+        return {}
+
+    def _forget_retries_in_process(self, run: dict[str, Any]) -> None:
+        """Let a worker claim the run again, whose process has ended. Wait until the API answers."""
+        while True:
+            try:
+                self._client.forget_retries_in_process(run)
+                return
+            except Exception as error:
+                if is_client_error(error):
+                    return
+                time.sleep(RECHECK_INTERVAL_SECONDS)
 
     def _conclude(self, code: int) -> int:
         """Set the state of a run whose engine was ended, unless the run has a final state or another Job.
@@ -189,7 +223,8 @@ class Supervisor:
         while True:  # until the pod's grace period is over
             try:
                 run = self._client.read_run()
-                state = run["state_type"]
+                # A retry pauses again, at the same place.
+                state = "RUNNING" if is_paused_in_process(run) else run["state_type"]
                 if self._client.is_fenced(run):
                     _end_fenced(self._client.job)
                 # A warm pod that has just got its run may be faster than the worker that records the Job.
@@ -210,7 +245,7 @@ class Supervisor:
                 elif state in ("PENDING", "RUNNING", "SCHEDULED") and self._after_sigterm == "reschedule":
                     if self._has_deadline:
                         return code or 1  # the reconciler knows whether the deadline has passed: then nothing retries
-                    if is_retried_in_process(run):
+                    if is_retried_in_process(run) and not is_paused_in_process(run):
                         # No worker would claim the run if it were Scheduled. The reconciler counts and retries it.
                         self._client.set_labels({CAUSE_LABEL: "disruption"})
                         self._client.set_state(CRASHED_BY_SIGTERM, str(run["state_id"]))
@@ -238,6 +273,13 @@ class Supervisor:
         # The same number again if an answer is lost: the label may have been set.
         self._client.set_labels({DISRUPTIONS_LABEL: number} if number <= budget else {CAUSE_LABEL: "disruption"})
         return number, budget
+
+
+def _has_left_process(run: Mapping[str, Any]) -> bool:
+    """Return whether a run is suspended, resumed after that, or scheduled by its flow, so that no process has it."""
+    if run["state_type"] == "PAUSED":
+        return not is_paused_in_process(run)
+    return bool(run["state_type"] == "SCHEDULED" and run["state_name"] != "AwaitingRetry")
 
 
 def after_sigterm(number: int, budget: int, now: datetime) -> dict[str, Any]:
@@ -334,8 +376,10 @@ def main(command: list[str]) -> int:
     # A job variable may have the name of the claim's variable.
     claim = environment.get(CLAIM_VARIABLE, "")
     client = RunClient(url, run_id, job, claim) if url and run_id and job else None
+    report: dict[str, int] = {}
     if client and command == COMMAND:
-        code = Supervisor(client, engine, environment).run()
+        supervisor = Supervisor(client, engine, environment)
+        code, report = supervisor.run(), supervisor.report
     else:
         # tini signals the whole group, so the command has received the signal. This process waits for its end.
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -345,11 +389,14 @@ def main(command: list[str]) -> int:
                 run = client.read_run_to_begin()
             except TimeoutError as error:
                 _log_not_begun(error)
+                _write_message(NOT_BEGUN)
                 return 1
             if run is None:
                 _end_fenced(client.job)
+            if run and run.get("state_type") in CANCELLED_STATES:
+                return 0
             threading.Thread(target=_end_when_fenced, args=[client], daemon=True).start()
         code = subprocess.call(command)
     leases = termination_message.read_leases()
-    _write_message(termination_message.memory_report() | ({"leases": leases} if leases else {}))
+    _write_message(termination_message.memory_report() | report | ({"leases": leases} if leases else {}))
     return code if code >= 0 else 128 - code

@@ -254,3 +254,22 @@ def run(type_: str) -> Run:
 
 def decided(type_: str, job: Job, pod: Pod) -> list[Action]:
     return decide(run(type_), [job], [pod], NOW, Policy())
+
+
+@pytest.mark.parametrize(
+    "reason",
+    ["OutOfcpu", "OutOfmemory", "OutOfpods", "OutOfnvidia.com/gpu", "NodeAffinity", "UnexpectedAdmissionError"],
+)
+def test_pod_that_the_kubelet_refuses_has_not_begun(reason: str) -> None:
+    """What never started draws on no crash budget."""
+    refused = {"phase": "Failed", "reason": reason, "message": "Pod was rejected"}
+    found = pod(CREATING, containerStatuses=[], **refused)
+    assert causes.cause_of_end([found]).kind == "disruption"
+    failed = {"name": "init", "state": terminated(1, "Error")}
+    found = pod(CREATING, containerStatuses=[], initContainerStatuses=[failed], **refused)
+    assert causes.cause_of_end([found]).kind == "crash"
+
+
+def test_run_attempt_that_got_no_answer_of_the_api_has_not_begun() -> None:
+    found = pod(terminated(137, "Error", '{"not_begun": 1, "peak": 1048576}'))
+    assert causes.cause_of_end([found]).kind == "disruption"

@@ -92,10 +92,19 @@ def test_no_action_for_run_in_live_pod() -> None:
     assert decided(run("RUNNING"), [job()], [pod(has_started=True)]) == []
     assert decided(run("PENDING", 5), [job(seconds=4)], [pod(seconds=3)]) == []
     assert decided(run("SCHEDULED"), [], []) == []
-    in_process = run("SCHEDULED", state="AwaitingRetry", is_retried_in_process=True)
+    in_process = run("SCHEDULED", state="AwaitingRetry", waits_in_process=True)
     assert decided(in_process, [job()], [pod(has_started=True)]) == []
     assert [kind_of(action) for action in decided(in_process, [], [])] == ["crash"]
-    assert decided(run("PAUSED"), [job(is_finished=True)], [pod(end=end(code=0))]) == []
+    suspended = run("PAUSED", state="Suspended")
+    assert decided(suspended, [job(is_finished=True)], [pod(end=end(code=0))]) == []
+
+
+def test_paused_run_whose_process_is_gone_crashes() -> None:
+    """A resumed run would wait for this process. The retry pauses again."""
+    paused = run("PAUSED", state="Paused", waits_in_process=True)
+    assert decided(paused, [job()], [pod(has_started=True)]) == []
+    gone = decided(paused, [job(is_finished=True)], [pod(has_started=True, end=end(oom=True, reason="OOMKilled"))])
+    assert [kind_of(action) for action in gone] == ["oom"]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +116,9 @@ def test_no_action_for_run_in_live_pod() -> None:
         (end(code=0, reason="Completed", oom=True), "oom", "OOMKilled"),
         (end(code=143, disruption="EvictionByEvictionAPI"), "disruption", "evicted by the API"),
         (end(code=None, reason="Evicted", message="The node was low on memory"), "disruption", "low on memory"),
+        (end(code=None, reason="OutOfpods", has_begun=False), "disruption", "before its container ran: OutOfpods"),
+        (end(code=None, reason="Failed", message="init container a ended with exit code 1"), "crash", "exit code 1"),
+        (end(has_begun=False), "disruption", "before its flow began: the Prefect API did not answer"),
     ],
 )
 def test_dead_run_crashes_with_cause(ended: End, kind: str, text: str) -> None:

@@ -333,20 +333,24 @@ def test_steady_run_is_not_read_until_it_changes(pool: Pool) -> None:
         pool.namespace.kubectl("get", "job", jobs[2])
 
 
-def test_run_whose_process_retries_its_flow_is_retried_without_its_pod(pool: Pool) -> None:
-    """A process that retries its flow waits in AwaitingRetry. No worker claims such a run when the process is gone."""
+@pytest.mark.parametrize("state", ["AwaitingRetry", "Paused"])
+def test_run_whose_process_waits_is_retried_without_its_pod(pool: Pool, state: str) -> None:
+    """A process waits before it retries its flow, or for a person. Workers do not claim the run when it is gone."""
     run = pool.run("RUNNING")
     job = pool.job(run)
     pool.start_pod(job)
     path, policy = f"/flow_runs/{run['id']}", {"retries": 1, "retry_delay": 600}
     pool.ask("PATCH", path, infrastructure_pid=f"{pool.namespace.name}:{job}", empirical_policy=policy)
-    pool.ask("POST", f"{path}/set_state", state={"type": "FAILED"})
+    given: dict[str, Any] = {"type": "FAILED"}
+    if state == "Paused":
+        given = {"type": "PAUSED", "state_details": {"pause_timeout": "2100-01-01T00:00:00Z"}}
+    pool.ask("POST", f"{path}/set_state", state=given)
 
     def read() -> dict[str, Any]:
         return dict(pool.ask("GET", path))
 
     waiting = read()
-    assert waiting["state"]["name"] == "AwaitingRetry"
+    assert waiting["state"]["name"] == state
     pool.round()
     assert read()["state"]["id"] == waiting["state"]["id"]
     pool.namespace.kubectl("delete", "job", job)

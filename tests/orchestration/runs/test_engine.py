@@ -14,6 +14,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import psutil
@@ -30,7 +31,7 @@ FLOW = """
 import asyncio, ctypes, os, signal, subprocess, sys, time
 from datetime import datetime, timezone
 from pathlib import Path
-from prefect import flow, task
+from prefect import flow, pause_flow_run, suspend_flow_run, task
 from prefect.concurrency.asyncio import concurrency as concurrency_async
 from prefect.concurrency.sync import concurrency
 from prefect.states import Scheduled
@@ -96,11 +97,28 @@ def ends(how="completes", cleanup=1.0):
             time.sleep(0.05)
 
 @flow
-def retried():
+def retried(then="works"):
     if not NOTES.exists():
         note("failed")
         raise ValueError
-    step(0)
+    if then == "suspends":
+        suspend_flow_run(timeout=3600, key="approval")
+        note("approved")
+    elif then == "schedules itself":
+        if NOTES.read_text().split() == ["failed"]:
+            note("scheduled")
+            return Scheduled(scheduled_time=datetime.now(timezone.utc))
+    else:
+        step(0)
+
+@flow
+def paused():
+    try:
+        note("working")
+        pause_flow_run(timeout=3600, poll_interval=1)
+        note("approved")
+    finally:
+        note("cleaned up")
 """
 
 
@@ -469,6 +487,53 @@ def test_first_line_never_comes_before_the_due_time(prefect_server: str, tmp_pat
     assert min(late) >= 0, late
 
 
+@pytest.mark.parametrize(("then", "state"), [("suspends", "Suspended"), ("schedules itself", "Scheduled")])
+def test_run_whose_process_has_retried_its_flow_can_be_claimed_once_it_has_left_the_process(
+    run: Callable[..., Run], then: str, state: str
+) -> None:
+    """Workers get no run that Prefect marks as retried in its process."""
+    pool = uuid4().hex
+    made = run(entrypoint="flow.py:retried")
+    made.ask("POST", "/work_pools/", name=pool, type="process")
+    made.ask("PATCH", f"/deployments/{made.deployment}", work_pool_name=pool)
+    made.claim(then=then)
+    made.ask("PATCH", f"/flow_runs/{made.id}", empirical_policy={"retries": 1, "retry_delay": 0})
+    made.execute()
+    assert made.ended()[1] == state
+    if then == "suspends":
+        made.ask("POST", f"/flow_runs/{made.id}/resume")
+    [found] = made.ask("POST", f"/work_pools/{pool}/get_scheduled_flow_runs")
+    assert found["flow_run"]["id"] == made.id
+    made.ask("POST", f"/flow_runs/{made.id}/set_state", state={"type": "PENDING"})
+    made.execute()
+    assert made.ended() == (0, "Completed")
+    assert made.notes() == ["failed", {"suspends": "approved", "schedules itself": "scheduled"}[then]]
+
+
+def test_paused_run_is_rescheduled_after_sigterm(run: Callable[..., Run]) -> None:
+    """Its process waits, and cleans up. The next run attempt pauses again."""
+    made = run(entrypoint="flow.py:paused")
+    made.start()
+    wait_until(lambda: made.state()["type"] == "PAUSED", "the pause")
+    made.process.terminate()
+    assert made.ended() == (0, "AwaitingRetry")
+    assert made.notes() == ["working", "cleaned up"]
+    assert made.labels()["reconciler.disruptions"] == 1
+    made.ask("POST", f"/flow_runs/{made.id}/set_state", state={"type": "PENDING"})
+    made.execute()
+    wait_until(lambda: made.state()["type"] == "PAUSED", "the second pause")
+
+
+@pytest.mark.parametrize("state", ["CANCELLING", "CANCELLED"])
+def test_run_that_was_cancelled_before_its_pod_started_is_not_executed(run: Callable[..., Run], state: str) -> None:
+    made = run()
+    job = made.claim()
+    made.ask("POST", f"/flow_runs/{made.id}/set_state", state={"type": state}, force=True)
+    made.start(job=job)
+    assert made.ended() == (0, "Cancelled")
+    assert made.notes() == []
+
+
 @pytest.mark.parametrize("given_away", [False, True])
 def test_claim_executes_its_run_unless_it_was_given_away(
     run: Callable[..., Run], given_away: bool, monkeypatch: pytest.MonkeyPatch
@@ -510,6 +575,7 @@ def test_run_does_not_begin_before_the_api_has_answered(run: Callable[..., Run])
     made.start(job=job, begin=1)
     assert made.process.wait(300) == 137
     assert "does not answer: " in (made.folder / "log").read_text()
+    assert made.message()["not_begun"] == 1
     assert (made.state()["name"], made.notes()) == ("Pending", [])
     made.start(job=job)
     made.engine()
