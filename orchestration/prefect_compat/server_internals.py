@@ -358,6 +358,49 @@ def limit_claims() -> None:
     _prepend(CoreFlowPolicy, LimitClaims)
 
 
+def keep_slots_of_other_runs() -> None:
+    """Have the server free no slot of a deployment when a run is cancelled that waited without a slot.
+
+    A run that waits for a retry, for a slot or for a person holds none. Its cancellation would free the slot of a run
+    in progress, and a third run would begin next to that run. A slot that is held nevertheless, as by a process that
+    retries its flow, is free once its lease expires.
+
+    Replaces: `ReleaseFlowConcurrencySlots` in `prefect.server.orchestration.core_policy`
+    Why: with a limit of one, two runs of a deployment execute at the same time
+    Until: the server frees a slot only for the run that holds it
+    """
+    _check_version()
+    import prefect.server.models  # noqa: F401 - the policies can only be imported after the models
+    from prefect.server.concurrency.lease_storage import get_concurrency_lease_storage
+    from prefect.server.orchestration import core_policy
+    from prefect.server.schemas.states import StateType
+    from sqlalchemy import select
+
+    class ReleaseOwnSlots(core_policy.ReleaseFlowConcurrencySlots):
+        async def after_transition(self, context: Any) -> None:
+            ended = context.initial_state
+            if ended is None or ended.type != StateType.CANCELLING or not await self._waited_without_slot(context):
+                await super().after_transition(context)
+
+        async def _waited_without_slot(self, context: Any) -> bool:
+            """Return whether a Cancelling run was waiting before, and has no lease."""
+            cancelling = context.initial_state
+            state = database_interface().FlowRunState
+            before = (
+                select(state.type)
+                .where(state.flow_run_id == context.run.id, state.id != cancelling.id)
+                .where(state.timestamp <= cancelling.timestamp)
+                .order_by(state.timestamp.desc())
+                .limit(1)
+            )
+            if await context.session.scalar(before) not in (StateType.SCHEDULED, StateType.PAUSED):
+                return False
+            lease = cancelling.state_details.deployment_concurrency_lease_id
+            return not (lease and await get_concurrency_lease_storage().read_lease(lease_id=lease))
+
+    core_policy.ReleaseFlowConcurrencySlots = ReleaseOwnSlots  # type: ignore[misc]
+
+
 def read_blocks_with_stored_key() -> None:
     """Have this process use the key in the database, as long as there is one, next to the key of the environment.
 

@@ -80,6 +80,60 @@ asyncio.run(main())
 """
 
 
+CANCEL = """
+import asyncio
+from orchestration.prefect_compat.server_internals import database_interface, keep_slots_of_other_runs
+keep_slots_of_other_runs()
+from prefect.server import models
+from prefect.server.orchestration.core_policy import CoreFlowPolicy
+from prefect.server.schemas.core import Deployment, Flow, FlowRun
+from prefect.server.schemas.states import AwaitingRetry, Cancelled, Cancelling, Completed, Paused, Pending, Running
+from prefect.server.schemas.states import Scheduled
+from prefect.types._datetime import now
+db = database_interface()
+
+async def create(name):
+    async with db.session_context(begin_transaction=True) as session:
+        flow = await models.flows.create_flow(session, Flow(name="limited"))
+        made = Deployment(name=name, flow_id=flow.id, concurrency_limit=1)
+        made = await models.deployments.create_deployment(session, made)
+        runs = []
+        for _ in range(2):
+            run = FlowRun(flow_id=flow.id, deployment_id=made.id, state=Scheduled(), infrastructure_pid="a:b")
+            runs.append((await models.flow_runs.create_flow_run(session, run)).id)
+        return made.concurrency_limit_id, runs
+
+async def propose(run, *states):
+    for state in states:
+        async with db.session_context(begin_transaction=True) as session:
+            await models.flow_runs.set_flow_run_state(session, run, state, flow_policy=CoreFlowPolicy)
+
+async def active_slots(limit):
+    async with db.session_context() as session:
+        return (await models.concurrency_limits_v2.read_concurrency_limit(session, limit)).active_slots
+
+async def main():
+    waits = {"retry": lambda: AwaitingRetry(scheduled_time=now("UTC")), "pause": lambda: Paused(timeout_seconds=600)}
+    for name, wait in waits.items():
+        limit, (waiting, other) = await create(name)
+        await propose(waiting, Pending(), Running())
+        await propose(waiting, wait())
+        await propose(other, Pending(), Running())
+        slots = [await active_slots(limit)]
+        await propose(waiting, Cancelling(), Cancelled())
+        slots.append(await active_slots(limit))
+        await propose(other, Completed())
+        print(*slots, await active_slots(limit))
+    limit, (claimed, _) = await create("claimed")
+    await propose(claimed, Pending())
+    slots = [await active_slots(limit)]
+    await propose(claimed, Cancelling(), Cancelled())
+    print(*slots, await active_slots(limit))
+
+asyncio.run(main())
+"""
+
+
 @pytest.fixture(scope="module")
 def database() -> Iterator[str]:
     """An empty database with the server's schema."""
@@ -115,3 +169,11 @@ def test_claims_at_once_do_not_exceed_the_limit_of_pool_or_queue(database: str, 
     assert no_limit == "8 0 0"
     assert not_paused == "ACCEPT ABORT"
     assert paused == "ACCEPT"
+
+
+def test_cancelled_run_that_waited_frees_no_slot_of_another_run(database: str, tmp_path: Path) -> None:
+    """The slot would be free while the other run is Running. A run that was claimed has a slot, and frees it."""
+    awaiting_retry, paused, claimed = _execute(database, tmp_path, CANCEL).splitlines()
+    assert awaiting_retry == "1 1 0"
+    assert paused == "1 1 0"
+    assert claimed == "1 0"

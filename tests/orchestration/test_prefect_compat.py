@@ -733,6 +733,23 @@ CONTRACTS: dict[str, list[Check]] = {
             "(self, reason)",
         ),
     ],
+    "server_internals.keep_slots_of_other_runs": [
+        (
+            lacks("prefect.server.orchestration.core_policy:CoreFlowPolicy.priority", "ReleaseFlowConcurrencySlots,"),
+            [],
+        ),
+        (
+            signature("prefect.server.orchestration.core_policy:ReleaseFlowConcurrencySlots.after_transition"),
+            "(self, context)",
+        ),
+        (
+            lacks(
+                "prefect.server.orchestration.core_policy:ReleaseFlowConcurrencySlots.after_transition",
+                "context.initial_state", "context.session", "states.StateType.CANCELLING",
+            ),
+            [],
+        ),
+    ],
     "server_internals.limit_claims": [
         (signature("prefect.server.orchestration.core_policy:CoreFlowPolicy.priority"), "()"),
         (lacks("prefect.server.models.flow_runs:set_flow_run_state", "flow_policy.compile_transition_rules"), []),
