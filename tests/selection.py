@@ -56,7 +56,9 @@ READERS = {
     "flows/*": f"{IMAGE} {RECORDS}",
     "flows/warehouse/*": "tests/flows/*",
     "orchestration/*": f"{IMAGE} tests/test_docs.py {RECORDS}",
-    "tests/orchestration/access/issuer/*": "tests/orchestration/access/test_people.py",
+    "tests/orchestration/access/issuer/*": (
+        "tests/orchestration/access/test_people.py tests/orchestration/test_tls.py tests/e2e/test_pgbouncer.py"
+    ),
     # fsspec loads this module by an entry point.
     "orchestration/runs/redis_storage.py": "tests/orchestration/runs/*",
     "prefect.yaml": f"tests/orchestration/deployments/* {IMAGE}",

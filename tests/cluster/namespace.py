@@ -87,6 +87,25 @@ class Namespace:
         container = {"image": images.BASE, "name": "main", "command": command, "securityContext": RESTRICTED}
         self.pod("server", containers=[container | probe])
 
+    @contextlib.contextmanager
+    def forwarded(self, target: str, port: int) -> Iterator[int]:
+        """Forward a port of this machine to a pod or a Service while the block lasts, and yield the port.
+
+        Args:
+            target: `pod/NAME` or `service/NAME`.
+            port: the port of the target.
+        """
+        command = [binaries.kubectl_program(), "--context", self.context, "-n", self.name, "port-forward", target]
+        with subprocess.Popen([*command, f":{port}"], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout
+            try:
+                line = process.stdout.readline()
+                found = re.search(r"127\.0\.0\.1:(\d+)", line)
+                assert found, f"no port leads to {target}: {line}"
+                yield int(found[1])
+            finally:
+                end_process(process)
+
     def python(self, pod: str, code: str) -> str:
         """Run Python code in a pod and return its standard output."""
         return self.kubectl("exec", pod, "--", "python3", "-c", code)

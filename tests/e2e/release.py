@@ -206,7 +206,7 @@ def server_values(image: str) -> Object:
         component: {"resources": {"requests": dict(SMALL_REQUESTS), "limits": {"memory": "1Gi"}}}
         for component in ("api", "services", "migrations")
     }
-    return {"image": _image(image)} | small | _databases()
+    return {"image": image_values(image)} | small | _databases()
 
 
 def copy_credentials(server: Release, namespace: Namespace) -> None:
@@ -230,7 +230,7 @@ def connection_values(server: Release, work_pool: str) -> Object:
 def pool_values(image: str) -> Object:
     """Return the minimal values of the work pool's chart for tests; its runs find the probe's flow in /probe."""
     return {
-        "image": _image(image),
+        "image": image_values(image),
         "worker": {
             "heartbeatSeconds": HEARTBEAT_SECONDS,
             "prefetchSeconds": PREFETCH_SECONDS,
@@ -263,12 +263,13 @@ def probe_config_map(file: Path) -> Object:
 
 def _databases() -> Object:
     return {
-        "database": {"bundled": {"image": _image(images.POSTGRES)}},
-        "pgbouncer": {"image": _image(images.PGBOUNCER)},
-        "redis": {"bundled": {"image": _image(images.VALKEY)}},
+        "database": {"bundled": {"image": image_values(images.POSTGRES)}},
+        "pgbouncer": {"image": image_values(images.PGBOUNCER)},
+        "redis": {"bundled": {"image": image_values(images.VALKEY)}},
     }
 
 
-def _image(name: str) -> Object:
+def image_values(name: str) -> Object:
+    """Return the value `image` for the name of an image."""
     repository, _, tag = name.rpartition(":")
     return {"repository": repository, "tag": tag}

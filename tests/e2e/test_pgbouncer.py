@@ -1,6 +1,7 @@
-"""The server behind PgBouncer in transaction mode, with TLS, on a real cluster.
+"""The server with PgBouncer in transaction mode and oauth2-proxy, with TLS, on a real cluster.
 
-Many clients, restarts and automations; then a work pool that reaches the API by HTTPS.
+Many clients, restarts and automations; people who log in at a real identity provider; then a work pool that reaches the
+API by HTTPS.
 """
 
 import asyncio
@@ -24,6 +25,8 @@ from tests.cluster.namespace import restricted
 from tests.e2e.pace import DRIFT_SECONDS, IDLE_ROUND_SECONDS
 from tests.e2e.release import Object, Pool, Release, install_pool, merge_values, pool_values, server_values
 from tests.e2e.runs import create_deployment, start_run, wait_until_ended
+from tests.e2e.single_sign_on import ISSUER, ISSUER_PORT, install_issuer, oidc_values, single_sign_on
+from tests.orchestration.access.single_sign_on import FORGED, HOST, SingleSignOn
 from tests.parts import wait_until
 
 RELEASE = "prefect-server"
@@ -50,7 +53,7 @@ def server(cluster: str, image: str, certificates: Path) -> Iterator[Release]:
     small = {"requests": {"cpu": "1m", "memory": "32Mi"}, "limits": {"memory": "128Mi"}}
     pgbouncer = {"enabled": True, "defaultPoolSize": POOL, "reservePoolSize": RESERVE, "resources": small}
     with restricted(cluster, "pgbouncer") as namespace:
-        services = [f"{RELEASE}-{component}" for component in ("api", "database", "pgbouncer", "redis")]
+        services = [f"{RELEASE}-{component}" for component in ("api", "database", "oidc", "pgbouncer", "redis")]
         names = ["localhost", *services, *(f"{name}.{namespace.name}" for name in services)]
         Authority(certificates).issue("tls", RELEASE, hosts=names)
         Authority(certificates / "other")
@@ -60,8 +63,14 @@ def server(cluster: str, image: str, certificates: Path) -> Iterator[Release]:
             _secret("other-ca", certificates / "other", "ca.crt"),
         )
         release = Release("prefect-server", RELEASE, namespace)
-        tls = {"enabled": True, "existingSecret": "tls"}
-        release.deploy(merge_values(server_values(image), {"pgbouncer": pgbouncer, "tls": tls}))
+        issuer = install_issuer(namespace, certificates / "issuer")
+        changed = {
+            "pgbouncer": pgbouncer,
+            "tls": {"enabled": True, "existingSecret": "tls"},
+            "oidc": oidc_values(namespace),
+            "networkPolicy": {"egressCIDRs": [f"{issuer}/32"]},
+        }
+        release.deploy(merge_values(server_values(image), changed))
         yield release
 
 
@@ -244,6 +253,143 @@ def test_server_survives_killed_pgbouncer_pods(server: Release, api: httpx.Clien
     wait_until(lambda: api.post("/flows/count", json={}).is_success, "the API to answer")
     assert asyncio.run(_make_runs(api, certificates, CLIENTS)) == []
     assert {pod for pod, count in server.restarts().items() if count != before[pod]} == pods
+
+
+@contextlib.contextmanager
+def _signed_on(server: Release, certificates: Path) -> Iterator[SingleSignOn]:
+    with single_sign_on(server, certificates / "ca.crt", certificates / "issuer" / "ca.crt") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def sign_on(server: Release, certificates: Path) -> Iterator[SingleSignOn]:
+    with _signed_on(server, certificates) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def operator(sign_on: SingleSignOn) -> Iterator[httpx.Client]:
+    with sign_on.session("olga") as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def viewer(sign_on: SingleSignOn) -> Iterator[httpx.Client]:
+    with sign_on.session("vera") as browser:
+        yield browser
+
+
+def _create(client: httpx.Client, **headers: str) -> int:
+    """Return the status of the answer to a write."""
+    return client.post("/flows/", json={"name": f"flow-{uuid4().hex[:6]}"}, headers=headers).status_code
+
+
+def test_groups_of_the_identity_provider_decide_what_people_may_do(
+    sign_on: SingleSignOn, operator: httpx.Client, viewer: httpx.Client
+) -> None:
+    assert _create(operator) == 201
+    assert _create(viewer) == 403
+    for person in (operator, viewer):
+        assert person.post("/flows/filter", json={}).status_code == 200
+    with sign_on.browser() as browser:
+        refused = sign_on.log_in(browser, "nora")
+        assert (refused.url.host, refused.status_code) == (HOST, 403), "a person in none of the groups"
+        assert browser.get("/api/admin/version").status_code == 401
+
+
+def test_audit_log_of_the_api_has_the_addresses_of_people(
+    server: Release, operator: httpx.Client, viewer: httpx.Client
+) -> None:
+    path = f"/concurrency_limits/tag/audited-{uuid4().hex[:6]}/reset"
+    for person in (operator, viewer):
+        person.post(path, json={})
+
+    def read_users() -> set[tuple[str, str, int]]:
+        log = server.namespace.kubectl("logs", f"deployment/{RELEASE}-api", "--tail=-1")
+        lines = [json.loads(line) for line in log.splitlines() if line.startswith('{"audit"')]
+        return {(line["user"], line["role"], line["status"]) for line in lines if line["path"] == path}
+
+    # The container runtime writes the log a little later.
+    wait_until(lambda: len(read_users()) == 2, "the audit log")
+    assert read_users() == {("olga@example.com", "operator", 404), ("vera@example.com", "viewer", 403)}
+
+
+def test_events_stream_to_a_person_who_has_logged_in(sign_on: SingleSignOn, operator: httpx.Client) -> None:
+    name = f"event-{uuid4().hex[:6]}"
+    with sign_on.websocket(operator, "/api/events/out") as stream:
+        stream.send(json.dumps({"type": "auth", "token": None}))
+        assert json.loads(stream.recv(75))["type"] == "auth_success"
+        stream.send(json.dumps({"type": "filter", "filter": {"event": {"name": [name]}}}))
+
+        def receive() -> Object | None:
+            """Send an event, as the stream may begin later than the first one, and return what the stream has."""
+            event = {"id": str(uuid4()), "occurred": datetime.now(UTC).isoformat(), "event": name}
+            operator.post("/events", json=[event | {"resource": {"prefect.resource.id": "thing"}}]).raise_for_status()
+            with contextlib.suppress(TimeoutError):
+                found: Object = json.loads(stream.recv(2))
+                return found
+            return None
+
+        assert wait_until(receive, "an event")["event"]["event"] == name
+
+
+CALL = """
+import json, ssl, sys, urllib.error, urllib.request
+for headers in json.loads({headers!r}):
+    call = urllib.request.Request({url!r}, b'{{"name": "forged"}}', headers | {{"Content-Type": "application/json"}})
+    try:
+        print(urllib.request.urlopen(call, context=ssl._create_unverified_context(), timeout=30).status)
+    except urllib.error.HTTPError as refused:
+        print(refused.code)
+"""
+"""Tries to create a flow with each of the headers, and prints the status of each answer."""
+
+
+def test_forged_headers_have_no_effect(server: Release, sign_on: SingleSignOn, viewer: httpx.Client) -> None:
+    """Attack: through oauth2-proxy, and at the API's Service from a pod that policies take for oauth2-proxy."""
+    stranger, viewers = (
+        {"Authorization": "Basic " + base64.b64encode(credential.encode()).decode()}
+        for credential in (f"olga@example.com:{'x' * 48}", server.secret(f"{RELEASE}-api-roles", "viewer"))
+    )
+    assert _create(viewer, **FORGED) == 403
+    assert _create(viewer, **FORGED | stranger) == 403
+    with sign_on.browser() as browser:
+        browser.base_url = f"https://{HOST}/api"
+        assert _create(browser, **FORGED) == 401
+        assert _create(browser, **FORGED | viewers) == 401, "oauth2-proxy takes no password"
+
+    labels = server.pods("oidc")[0]["metadata"]["labels"]
+    del labels["pod-template-hash"]
+    never_ready = {"exec": {"command": ["false"]}}  # so that the Service does not lead to it
+    server.namespace.pod("impostor", labels=labels, container={"readinessProbe": never_ready}, ready=False)
+    server.namespace.kubectl("wait", "--for=jsonpath={.status.phase}=Running", "pod/impostor", "--timeout=300s")
+    reach = functools.partial(server.namespace.connects, "impostor")
+    wait_until(lambda: reach(f"{RELEASE}-api", 4200), "the API's address")
+    url = f"https://{RELEASE}-api:4200/api/flows/"
+    headers = json.dumps([FORGED, FORGED | stranger, FORGED | viewers])
+    answers = server.namespace.python("impostor", CALL.format(headers=headers, url=url)).split()
+    assert answers == ["401", "401", "403"]
+    assert reach(ISSUER, ISSUER_PORT), "the one address in networkPolicy.egressCIDRs"
+    assert not reach(f"{RELEASE}-oidc", 4200), "an address outside networkPolicy.egressCIDRs"
+    server.namespace.kubectl("delete", "pod", "impostor")
+
+
+def test_sessions_outlive_the_pods_of_oauth2_proxy(
+    server: Release, certificates: Path, sign_on: SingleSignOn, viewer: httpx.Client
+) -> None:
+    killed = [pod["metadata"]["name"] for pod in server.pods("oidc")]
+    server.namespace.kubectl("delete", "pod", *killed, "--force", "--grace-period=0")
+
+    def are_replaced() -> bool:
+        pods = [pod for pod in server.pods("oidc") if pod["metadata"]["name"] not in killed]
+        states = [state for pod in pods for state in pod["status"].get("containerStatuses", [])]
+        return len(pods) == len(killed) and len(states) == len(pods) and all(state["ready"] for state in states)
+
+    wait_until(are_replaced, "new pods of oauth2-proxy")
+    with _signed_on(server, certificates) as again, again.browser() as browser:
+        browser.cookies = viewer.cookies
+        assert browser.get("/api/admin/version").status_code == 200
+        assert browser.post("/api/flows/", json={"name": "flow"}).status_code == 403
 
 
 def test_run_of_the_pool_uses_the_api_over_https(server: Release, api: httpx.Client, pool: Pool) -> None:

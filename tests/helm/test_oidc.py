@@ -142,6 +142,7 @@ def test_with_tls_oauth2_proxy_serves_https_and_verifies_the_api() -> None:
     assert "--https-address=0.0.0.0:4180" in container["args"]
     assert "--upstream=https://test-prefect-server-api:4200" in container["args"]
     assert not [argument for argument in container["args"] if "http-address" in argument or "insecure-skip" in argument]
+    assert "--use-system-trust-store=true" in container["args"]
     # Go reads each file in these folders.
     assert environment(container)["SSL_CERT_DIR"].split(":") == ["/etc/ssl/certs", "/etc/prefect-tls"]
     assert container["readinessProbe"]["httpGet"]["scheme"] == "HTTPS"

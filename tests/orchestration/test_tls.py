@@ -132,9 +132,21 @@ def test_oauth2_proxy_serves_https_and_verifies_the_api(url: str, certificates: 
         home = tmp_path / str(status)
         home.mkdir()
         with single_sign_on(home, url, certificates=folder) as sign_on:
-            answer = httpx.get(f"https://localhost:{sign_on.port}/api/health", verify=context, timeout=75)
+            answer = httpx.get(f"https://localhost:{sign_on.proxy.number}/api/health", verify=context, timeout=75)
         assert answer.status_code == status, "oauth2-proxy answers 502 if it refuses the certificate"
         assert ("certificate signed by unknown authority" in sign_on.log.read_text()) is (status == 502)
+
+
+def test_certificate_of_the_identity_provider_does_not_replace_that_of_the_api(
+    url: str, certificates: Path, tmp_path: Path
+) -> None:
+    """oauth2-proxy has one list of certificates for both."""
+    Authority(tmp_path / "other")
+    extra = [f"--provider-ca-file={tmp_path / 'other' / 'ca.crt'}"]
+    with single_sign_on(tmp_path, url, extra, certificates) as sign_on:
+        context = ssl.create_default_context(cafile=str(certificates / "ca.crt"))
+        answer = httpx.get(f"https://localhost:{sign_on.proxy.number}/api/health", verify=context, timeout=75)
+    assert answer.status_code == 200, sign_on.log.read_text()
 
 
 def test_certificate_for_another_name_is_refused(url: str, certificates: Path) -> None:

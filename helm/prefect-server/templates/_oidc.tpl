@@ -70,6 +70,8 @@
 - --https-address=0.0.0.0:{{ include "prefect-server.oidcPort" . }}
 - --tls-cert-file=/etc/prefect-tls/tls.crt
 - --tls-key-file=/etc/prefect-tls/tls.key
+{{- /* Without it, a file of --provider-ca-file would replace the CA of the API, too. */}}
+- --use-system-trust-store=true
 {{- else }}
 - --http-address=0.0.0.0:{{ include "prefect-server.oidcPort" . }}
 {{- end }}

@@ -41,7 +41,7 @@ def push_image(image: str, name: str | None = None) -> str:
 
 def make_system_images() -> None:
     """Push the images of the node's own pods: the sandbox, DNS and metrics."""
-    _push_binary(PAUSE, Path(shutil.which("catatonit") or ""), '["/catatonit", "-P"]')
+    push_binary(PAUSE, Path(shutil.which("catatonit") or ""), '["/catatonit", "-P"]')
     for name in ("coredns", "metrics-server"):
         push_program_image(name)
 
@@ -53,11 +53,18 @@ def push_program_image(name: str) -> str:
         name: a program of `binaries.MODULES`.
     """
     image = f"{REGISTRY}/{name}:{binaries.MODULES[name][1]}"
-    _push_binary(image, binaries.program(name), f'["/{name}"]')
+    push_binary(image, binaries.program(name), f'["/{name}"]')
     return image
 
 
-def _push_binary(image: str, binary: Path, entrypoint: str) -> None:
+def push_binary(image: str, binary: Path, entrypoint: str) -> None:
+    """Push an image of one static program unless the registry has it.
+
+    Args:
+        image: the image's name.
+        binary: the program, which is in the root folder of the image.
+        entrypoint: the image's entrypoint, as a list in JSON.
+    """
     if not registry.has_image(image):
         _make(image, binary, f"/{binary.name}", "--entrypoint", entrypoint)
         push_image(image)

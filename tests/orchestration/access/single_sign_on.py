@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import os
 import re
 import socket
+import ssl
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,43 +36,81 @@ GROUPS = {
 }
 """The groups of the people, by their names."""
 
+FORGED = {
+    "X-Forwarded-User": "olga@example.com",
+    "X-Forwarded-Email": "olga@example.com",
+    "X-Forwarded-Groups": "data-platform",
+    "X_Forwarded_Groups": "data-platform",
+    "X-Forwarded-Preferred-Username": "olga",
+}
+"""Headers of a request that claims to be an operator's."""
+
+
+@dataclass(frozen=True)
+class Port:
+    """A port of the loopback interface that leads to a server.
+
+    Args:
+        number: the port.
+        name: the server's name in its certificate. Empty: the server has no TLS.
+        ca: the file with the certificate of the server's CA.
+    """
+
+    number: int
+    name: str = ""
+    ca: Path | None = None
+
+    @property
+    def tls(self) -> ssl.SSLContext | None:
+        """The settings of a client that verifies the server; None without TLS."""
+        return ssl.create_default_context(cafile=self.ca) if self.name else None
+
 
 class _Ingress(httpx.HTTPTransport):
-    """Terminates TLS as an ingress controller does: sends the requests of a host to oauth2-proxy without TLS."""
+    """Ends the TLS of a host as an ingress controller does, and sends the requests to a port."""
 
-    def __init__(self, port: int) -> None:
-        super().__init__()
+    def __init__(self, port: Port) -> None:
+        super().__init__(verify=port.tls or True)
         self._port = port
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        url = request.url.copy_with(scheme="http", host="127.0.0.1", port=self._port)
+        scheme = "https" if self._port.name else "http"
+        url = request.url.copy_with(scheme=scheme, host="127.0.0.1", port=self._port.number)
+        extensions = request.extensions | {"sni_hostname": self._port.name}
         return super().handle_request(
-            httpx.Request(
-                request.method, url, headers=request.headers, stream=request.stream, extensions=request.extensions
-            )
+            httpx.Request(request.method, url, headers=request.headers, stream=request.stream, extensions=extensions)
         )
 
 
 @dataclass
 class SingleSignOn:
-    """oauth2-proxy and its identity provider: their ports, and the file with their output."""
+    """oauth2-proxy and its identity provider, as a browser reaches them.
 
-    port: int
+    Args:
+        proxy: the port of oauth2-proxy.
+        issuer: the URL of the identity provider.
+        log: the file with the output of both.
+        provider: the port of the identity provider, if its URL does not lead to it from this machine.
+    """
+
+    proxy: Port
     issuer: str
-    log: Path
+    log: Path = Path(os.devnull)
+    provider: Port | None = None
 
     def browser(self) -> httpx.Client:
         """Return a client without a session."""
-        return httpx.Client(
-            base_url=f"https://{HOST}", mounts={f"https://{HOST}": _Ingress(self.port)}, timeout=75, trust_env=False
-        )
+        mounts = {f"https://{HOST}": _Ingress(self.proxy)}
+        if self.provider:
+            mounts[f"https://{httpx.URL(self.issuer).host}"] = _Ingress(self.provider)
+        return httpx.Client(base_url=f"https://{HOST}", mounts=mounts, timeout=75, trust_env=False)
 
     @contextlib.contextmanager
     def session(self, name: str) -> Iterator[httpx.Client]:
         """Yield a client of the API in which a person has logged in."""
         with self.browser() as browser:
             answer = self.log_in(browser, name)
-            assert answer.status_code == 200, self.log.read_text()
+            assert answer.status_code == 200, self.log.read_text() or answer.text
             browser.base_url = f"https://{HOST}/api"
             yield browser
 
@@ -84,15 +124,35 @@ class SingleSignOn:
 
     def websocket(self, browser: httpx.Client, path: str, **headers: str) -> ClientConnection:
         """Open a websocket with the cookies of a browser."""
-        cookies = "; ".join(f"{cookie.name}={cookie.value}" for cookie in browser.cookies.jar)
         return connect(
-            f"ws://{HOST}{path}",
-            sock=socket.create_connection(("127.0.0.1", self.port)),
+            f"{'wss' if self.proxy.name else 'ws'}://{HOST}{path}",
+            sock=socket.create_connection(("127.0.0.1", self.proxy.number)),
+            ssl=self.proxy.tls,
+            server_hostname=self.proxy.name or None,
             subprotocols=[Subprotocol("prefect")],
-            additional_headers={"Cookie": cookies, "Origin": f"https://{HOST}"} | headers,
+            additional_headers={"Cookie": read_cookies(browser), "Origin": f"https://{HOST}"} | headers,
             open_timeout=75,
             proxy=None,
         )
+
+
+def read_cookies(browser: httpx.Client) -> str:
+    """Return the header `Cookie` of a browser's requests to oauth2-proxy."""
+    names = ((cookie.name, cookie.value) for cookie in browser.cookies.jar if cookie.domain == HOST)
+    return "; ".join(f"{name}={value}" for name, value in names)
+
+
+def list_people() -> str:
+    """Return the people of the identity provider, as its file."""
+    return json.dumps({
+        name: {"email": f"{name}@example.com", "password": f"password-of-{name}", "groups": groups}
+        for name, groups in GROUPS.items()
+    })  # fmt: skip
+
+
+def find_issuer() -> Path:
+    """Return the program of the identity provider."""
+    return binaries.program_of(Path(__file__).with_name("issuer"), "issuer", "20 s, once")
 
 
 @contextlib.contextmanager
@@ -107,19 +167,14 @@ def single_sign_on(
         extra: values of `oidc.extraArgs`. With `--cookie-secure=false`, a real browser logs in without TLS.
         certificates: a folder with `tls.crt`, `tls.key` and `ca.crt`, as for `tls.enabled`.
     """
-    people = {
-        name: {"email": f"{name}@example.com", "password": f"password-of-{name}", "groups": groups}
-        for name, groups in GROUPS.items()
-    }
-    (folder / "people.json").write_text(json.dumps(people))
+    (folder / "people.json").write_text(list_people())
     log = folder / "log"
-    source = Path(__file__).with_name("issuer")
     address = f"127.0.0.1:{parts.free_port()}"
     issuer = f"http://{address}/"
     port = parts.free_port()
-    given = [address, str(folder / "people.json"), "prefect", SECRETS["OAUTH2_PROXY_CLIENT_SECRET"]]
+    given = [issuer, address, str(folder / "people.json"), "prefect", SECRETS["OAUTH2_PROXY_CLIENT_SECRET"]]
     url = f"http://127.0.0.1:{port}" if "--cookie-secure=false" in extra else f"https://{HOST}"
-    command = [str(binaries.program_of(source, "issuer", "20 s, once")), *given, f"{url}/oauth2/callback"]
+    command = [str(find_issuer()), *given, f"{url}/oauth2/callback"]
     container = _container(extra, bool(certificates))
     changed = {
         "--oidc-issuer-url": issuer,
@@ -142,7 +197,7 @@ def single_sign_on(
         parts.serving(command, httpx.URL(issuer).port or 0, {}, log),
         parts.serving(proxy, port, variables, log),
     ):
-        yield SingleSignOn(port, issuer, log)
+        yield SingleSignOn(Port(port), issuer, log)
 
 
 def _container(extra: Sequence[str], has_tls: bool) -> Object:

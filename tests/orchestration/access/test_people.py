@@ -20,16 +20,8 @@ from orchestration.access.routes import Role
 from orchestration.errors import SettingsError
 from orchestration.operations.local_cluster import binaries
 from tests.orchestration.access.guarded_server import CREDENTIALS, OIDC_GROUPS, OIDC_KEY, GuardedServer
-from tests.orchestration.access.single_sign_on import HOST, SingleSignOn, single_sign_on
+from tests.orchestration.access.single_sign_on import FORGED, HOST, SingleSignOn, single_sign_on
 from tests.parts import client_of, wait_until
-
-FORGED = {
-    "X-Forwarded-User": "olga@example.com",
-    "X-Forwarded-Email": "olga@example.com",
-    "X-Forwarded-Groups": "data-platform",
-    "X_Forwarded_Groups": "data-platform",
-    "X-Forwarded-Preferred-Username": "olga",
-}
 
 
 @pytest.fixture(scope="module")
@@ -245,13 +237,13 @@ def test_real_browser_shows_both_uis_after_the_login(guarded: GuardedServer, tmp
             return text in str(evaluate("document.body ? document.body.innerText : ''"))
 
         fields = {"username": "olga", "password": "password-of-olga"}
-        send("Page.navigate", url=f"http://127.0.0.1:{sign_on.port}/")
+        send("Page.navigate", url=f"http://127.0.0.1:{sign_on.proxy.number}/")
         wait_until(lambda: shows("Password"), "the form of the identity provider")
         for name, value in fields.items():
             evaluate(f"document.getElementById({name!r}).value = {value!r}")
         evaluate("document.forms[0].submit()")
         wait_until(lambda: shows("Switch to V1 UI"), "the V2 UI")
-        send("Page.navigate", url=f"http://127.0.0.1:{sign_on.port}/runs")
+        send("Page.navigate", url=f"http://127.0.0.1:{sign_on.proxy.number}/runs")
         wait_until(lambda: shows("Switch to V2 UI"), "the V1 UI")
         assert evaluate("localStorage.getItem('prefect-password')") is None
         assert sign_on.log.read_text().count("Initiating login") == 1, "the browser is redirected once"

@@ -52,11 +52,11 @@ func (s store) SetUserinfoFromToken(ctx context.Context, info *oidc.UserInfo, to
 }
 
 func main() {
-	if len(os.Args) != 6 {
-		log.Fatal("usage: issuer ADDRESS PEOPLE_FILE CLIENT_ID CLIENT_SECRET REDIRECT_URI")
+	if len(os.Args) != 7 && len(os.Args) != 9 {
+		log.Fatal("usage: issuer URL ADDRESS PEOPLE_FILE CLIENT_ID CLIENT_SECRET REDIRECT_URI [CERTIFICATE KEY]")
 	}
-	address, file, client, secret, redirect := os.Args[1], os.Args[2], os.Args[3], os.Args[4], os.Args[5]
-	content, err := os.ReadFile(file)
+	url, address, client, secret, redirect := os.Args[1], os.Args[2], os.Args[4], os.Args[5], os.Args[6]
+	content, err := os.ReadFile(os.Args[3])
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -65,6 +65,9 @@ func main() {
 		log.Fatal(err)
 	}
 	storage.RegisterClients(storage.WebClient(client, secret, redirect))
-	router := exampleop.SetupServer("http://"+address+"/", store{storage.NewStorage(known), known}, nil, false)
+	router := exampleop.SetupServer(url, store{storage.NewStorage(known), known}, nil, false)
+	if len(os.Args) == 9 {
+		log.Fatal(http.ListenAndServeTLS(address, os.Args[7], os.Args[8], router))
+	}
 	log.Fatal(http.ListenAndServe(address, router))
 }
