@@ -76,6 +76,7 @@ COMMON_TEXTS = {
     "auth.enabled": "Ask for a password.",
     "auth.key": "The key in the Secret.",
     "oidc.clientId": "The id of the client at the identity provider. Required.",
+    "oidc.image": "An image of oauth2-proxy 7.15.",
     "pool.description": "The pool's description in the UI.",
     "drift.enabled": "Run the component.",
     "reconciler.enabled": "Run the component.",

@@ -12,6 +12,7 @@ from tests.helm.rendering import (
     Object,
     added,
     assert_restricted,
+    check_custom,
     environment,
     one,
     peer_components,
@@ -30,6 +31,8 @@ OIDC: Object = {
     "groups": {"operator": ["data-platform", "data admins"], "viewer": ["data"]},
 }
 PATH: Object = {"path": "/prefect", "pathType": "Prefix"}
+API = "test-prefect-server-api"
+ROUTE: Object = {"enabled": True, "parentRefs": [{"name": "gateway"}]}
 INGRESS: Object = {"enabled": True, "hosts": [{"host": "prefect.example.com"}, {"host": "machines.example.com"}]}
 
 
@@ -108,8 +111,7 @@ def test_image_is_the_version_that_the_tests_run() -> None:
 
 
 def test_ingress_and_route_lead_to_oauth2_proxy_but_for_direct_hosts() -> None:
-    route = {"enabled": True, "parentRefs": [{"name": "gateway"}]}
-    objects = _render(oidc={"directHosts": ["machines.example.com"]}, ingress=INGRESS, httpRoute=route)
+    objects = _render(oidc={"directHosts": ["machines.example.com"]}, ingress=INGRESS, httpRoute=ROUTE)
     backends = {
         rule["host"]: rule["http"]["paths"][0]["backend"]["service"]["name"]
         for rule in one(objects, "Ingress", "test-prefect-server-api")["spec"]["rules"]
@@ -118,6 +120,51 @@ def test_ingress_and_route_lead_to_oauth2_proxy_but_for_direct_hosts() -> None:
     [rule] = one(objects, "HTTPRoute", "test-prefect-server-api")["spec"]["rules"]
     port = one(objects, "Service", NAME)["spec"]["ports"][0]["port"]
     assert rule["backendRefs"] == [{"name": NAME, "port": port}]
+
+
+@pytest.mark.parametrize(
+    ("hostnames", "direct", "expected"),
+    [
+        (["a.example.com", "b.example.com"], ["b.example.com"], {NAME: ["a.example.com"], API: ["b.example.com"]}),
+        # A request goes to the route with the most specific host name.
+        ([], ["b.example.com"], {NAME: None, API: ["b.example.com"]}),
+        (["b.example.com"], ["b.example.com"], {API: ["b.example.com"]}),
+        (["a.example.com"], [], {NAME: ["a.example.com"]}),
+    ],
+)
+def test_direct_hosts_have_an_http_route_to_the_api(
+    hostnames: list[str], direct: list[str], expected: dict[str, list[str] | None]
+) -> None:
+    given = {"httpRoute": ROUTE | {"hostnames": hostnames, "labels": {"team": "a"}}}
+    routes = _find_routes(_render(oidc={"directHosts": direct}, **given))
+    found = {route["spec"]["rules"][0]["backendRefs"][0]["name"]: route["spec"].get("hostnames") for route in routes}
+    assert found == expected
+    for route in routes:
+        check_custom(route, binaries.http_routes())
+        assert route["spec"]["parentRefs"] == ROUTE["parentRefs"]
+        assert route["spec"]["rules"][0]["timeouts"] == {"request": "0s", "backendRequest": "0s"}
+        assert route["metadata"]["labels"]["team"] == "a"
+    [without] = _find_routes(_render(oidc={"directHosts": direct, "enabled": False}, **given))
+    assert without["spec"].get("hostnames", []) == hostnames
+    assert without["spec"]["rules"][0]["backendRefs"][0]["name"] == API
+
+
+def _find_routes(objects: list[Object]) -> list[Object]:
+    return [manifest for manifest in objects if manifest["kind"] == "HTTPRoute"]
+
+
+def test_variables_of_the_user_are_next_to_those_of_the_chart() -> None:
+    reference = {"secretKeyRef": {"name": "test-proxy", "key": "url"}}
+    templated = {"secretKeyRef": {"name": "{{ .Release.Name }}-proxy", "key": "url"}}
+    env = [{"name": "HTTPS_PROXY", "valueFrom": templated}, {"name": "PORT", "value": 1}, {"name": "PORT", "value": 2}]
+    from_secret = {"secretRef": {"name": "more"}}
+    [plain] = pod_specs(_render(env=[{"name": "A", "value": "1"}]))[f"Deployment/{NAME}"]["containers"]
+    [container] = pod_specs(_render(oidc={"env": env, "envFrom": [from_secret]}))[f"Deployment/{NAME}"]["containers"]
+    assert environment(container) == environment(plain) | {"HTTPS_PROXY": reference, "PORT": "2"}
+    assert len(container["env"]) == len(environment(container))
+    assert container["envFrom"] == [from_secret]
+    assert not {"A", "PORT"} & set(environment(plain)), "variables of the server's pods"
+    assert "envFrom" not in plain
 
 
 def test_only_peers_of_the_api_reach_oauth2_proxy_and_it_reaches_the_api() -> None:
@@ -178,9 +225,49 @@ REFUSED: list[tuple[Object, str, Object]] = [
         {"oidc": {"directHosts": ["machines.example.com"]}},
     ),
     (
+        {"oidc": {"directHosts": ["other.example.com"]}, "httpRoute": ROUTE | {"hostnames": ["a.example.com"]}},
+        "oidc.directHosts names other.example.com",
+        {"httpRoute": ROUTE | {"hostnames": ["a.example.com", "other.example.com"]}},
+    ),
+    (
         {"oidc": {"directHosts": ["machines.example.com"]}},
-        "oidc.directHosts is set without ingress.enabled",
+        "oidc.directHosts is set without ingress.enabled and httpRoute.enabled",
         {"ingress": INGRESS},
+    ),
+    (
+        {"oidc": {"directHosts": ["machines.example.com"]}},
+        "Enable one of the two",
+        {"httpRoute": ROUTE},
+    ),
+    (
+        {"oidc": {"directHosts": ['{{ "A.b" }}']}, "httpRoute": ROUTE},
+        'oidc.directHosts names "A.b"',
+        {"oidc": {"directHosts": ['{{ "a.b" }}']}},
+    ),
+    (
+        {"oidc": {"env": [{"name": "OAUTH2_PROXY_BASIC_AUTH_PASSWORD", "value": "key"}]}},
+        "oidc.env has OAUTH2_PROXY_BASIC_AUTH_PASSWORD: the chart sets this variable",
+        {"oidc": {"env": []}},
+    ),
+    (
+        {"oidc": {"env": [{"name": "SSL_CERT_DIR", "value": "/certificates"}]}, "tls": TLS},
+        "oidc.env has SSL_CERT_DIR: the chart sets this variable",
+        {"tls": {"enabled": False}},
+    ),
+    (
+        {"oidc": {"env": [{"name": "OAUTH2_PROXY_COOKIE_EXPIRE", "value": "1h"}]}},
+        "the argument --cookie-expire of oauth2-proxy wins over this variable",
+        {"oidc": {"extraArgs": ["--cookie-expire=1h"]}},
+    ),
+    (
+        {"oidc": {"env": [{"name": "OAUTH2_PROXY_ALLOWED_GROUPS", "value": "a"}]}},
+        "the argument --allowed-group of oauth2-proxy wins over this variable",
+        {"oidc": {"env": [{"name": "OAUTH2_PROXY_BANNER", "value": "a"}]}},
+    ),
+    (
+        {"oidc": {"envFrom": [{"secretRef": {"name": '{{ "A" }}'}}]}},
+        'oidc.envFrom names "A"',
+        {"oidc": {"envFrom": [{"secretRef": {"name": "a"}}]}},
     ),
     (
         {"ingress": {"enabled": True, "hosts": [{"host": "a.example.com", "paths": [PATH]}]}},

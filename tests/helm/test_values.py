@@ -69,6 +69,7 @@ WAYS: dict[str, list[Object]] = {
                 "groups": {"operator": ["data-platform"]},
             },
             "ingress": {"enabled": True, "hosts": [{"host": "prefect.example.com"}]},
+            "httpRoute": {"enabled": True, "parentRefs": [{"name": "gateway"}]},
         },
         {"service": {"type": "NodePort"}, "api": {"replicas": 2}, "networkPolicy": {"apiFrom": [{"podSelector": {}}]}},
         {

@@ -8,20 +8,18 @@
 {{- range $name, $value := $level.values.settings -}}
 {{- $entries = append $entries (dict "name" $name "value" (include "prefect-server.text" $value)) -}}
 {{- end -}}
-{{- range include "prefect-server.filled" (list $root $level.path $level.values.env) | fromYamlArray -}}
-{{- if hasKey . "value" -}}{{- $_ := set . "value" (include "prefect-server.text" .value) -}}{{- end -}}
-{{- $entries = append $entries . -}}
+{{- $entries = concat $entries (include "prefect-server.givenEnv" (list $root $level.path $level.values.env) | fromYamlArray) -}}
 {{- end -}}
+{{- include "prefect-server.byKey" (list "name" $entries list) -}}
 {{- end -}}
-{{- $last := dict -}}
-{{- $names := list -}}
+
+{{/* `env` of the values with its templates rendered, as a YAML list: (list root path env). Numbers become text. */}}
+{{- define "prefect-server.givenEnv" -}}
+{{- $entries := include "prefect-server.filled" . | fromYamlArray -}}
 {{- range $entries -}}
-{{- if not (hasKey $last .name) -}}{{- $names = append $names .name -}}{{- end -}}
-{{- $_ := set $last .name . -}}
+{{- if hasKey . "value" -}}{{- $_ := set . "value" (include "prefect-server.text" .value) -}}{{- end -}}
 {{- end -}}
-{{- range $names }}
-- {{ toYaml (get $last .) | nindent 2 | trim }}
-{{- end -}}
+{{- toYaml $entries -}}
 {{- end -}}
 
 {{/* Variables with the address of the database, as Prefect's settings. */}}

@@ -6,8 +6,8 @@
 {{- if not (include "prefect-server.roles" $) -}}
 {{- fail "oidc.enabled=true needs auth.enabled and auth.roles.enabled: without API roles the server knows no groups, and has one password. Set both to true, or oidc.enabled=false." -}}
 {{- end -}}
-{{- if and .directHosts (not $.Values.ingress.enabled) -}}
-{{- fail "oidc.directHosts is set without ingress.enabled: only the Ingress has hosts that lead to the API. With the Gateway API, make an HTTPRoute to the API in extraObjects." -}}
+{{- if and .directHosts (not (or $.Values.ingress.enabled $.Values.httpRoute.enabled)) -}}
+{{- fail "oidc.directHosts is set without ingress.enabled and httpRoute.enabled: no host leads to the API. Enable one of the two, or leave oidc.directHosts empty." -}}
 {{- end -}}
 {{- range $key := list "issuerUrl" "clientId" "existingSecret" -}}
 {{- if not (index $.Values.oidc $key) -}}
@@ -31,12 +31,75 @@
 {{- fail (printf "ingress.hosts has no path /oauth2 for %s: the identity provider sends people to /oauth2/callback. Add {path: /oauth2, pathType: Prefix}, or set --proxy-prefix in oidc.extraArgs." .host) -}}
 {{- end -}}
 {{- end -}}
+{{- with $.Values.httpRoute -}}
+{{- if .enabled -}}{{- $hosts = concat $hosts (.hostnames | default $.Values.oidc.directHosts) -}}{{- end -}}
+{{- end -}}
 {{- range .directHosts -}}
 {{- if not (has . $hosts) -}}
-{{- fail (printf "oidc.directHosts names %s: ingress.hosts has no such host. Add the host to ingress.hosts, or remove it from oidc.directHosts." .) -}}
+{{- fail (printf "oidc.directHosts names %s: neither ingress.hosts nor httpRoute.hostnames has this host. Add the host there, or remove it from oidc.directHosts." .) -}}
+{{- end -}}
+{{- end -}}
+{{- include "prefect-server.validateOidcEnv" $ -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
+
+{{/* Variables that oauth2-proxy would not read: those of the chart, and settings that an argument sets. */}}
+{{- define "prefect-server.validateOidcEnv" -}}
+{{- $own := list -}}
+{{- range include "prefect-server.oidcOwnEnv" . | fromYamlArray -}}{{- $own = append $own .name -}}{{- end -}}
+{{- $arguments := dict -}}
+{{- range include "prefect-server.oidcArgs" . | fromYamlArray -}}
+{{- $argument := regexFind "^--[a-z0-9-]+" . -}}
+{{- $name := printf "OAUTH2_PROXY_%s" (trimPrefix "--" $argument | upper | replace "-" "_") -}}
+{{- /* Variables of lists are plural. */ -}}
+{{- range list $name (printf "%sS" $name) -}}{{- $_ := set $arguments . $argument -}}{{- end -}}
+{{- end -}}
+{{- range .Values.oidc.env -}}
+{{- $name := .name -}}
+{{- if has .name $own -}}
+{{- fail (printf "oidc.env has %s: the chart sets this variable. Remove it from oidc.env." .name) -}}
+{{- end -}}
+{{- with get $arguments .name -}}
+{{- fail (printf "oidc.env has %s: the argument %s of oauth2-proxy wins over this variable. Put %s into oidc.extraArgs instead." $name . .) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Variables that the chart sets, as a YAML list. */}}
+{{- define "prefect-server.oidcOwnEnv" -}}
+- name: OAUTH2_PROXY_CLIENT_SECRET
+  valueFrom: {secretKeyRef: {name: {{ .Values.oidc.existingSecret | quote }}, key: client-secret}}
+- name: OAUTH2_PROXY_COOKIE_SECRET
+  valueFrom: {secretKeyRef: {name: {{ .Values.oidc.existingSecret | quote }}, key: cookie-secret}}
+# With this password the API believes the headers that name a person and the person's groups.
+- name: OAUTH2_PROXY_BASIC_AUTH_PASSWORD
+  valueFrom: {secretKeyRef: {name: {{ include "prefect-server.rolesSecret" . | quote }}, key: oidc-key}}
+{{- if .Values.tls.enabled }}
+# The image's certificates, for the identity provider, and the CA of the API.
+- {name: SSL_CERT_DIR, value: "/etc/ssl/certs:/etc/prefect-tls"}
+{{- end }}
+{{- end -}}
+
+{{/* HTTPRoutes, as a YAML list: the suffix of each name, the component that the route leads to, and the host names. A route
+     without host names gets the requests for all hosts that no other route of its gateways names. */}}
+{{- define "prefect-server.routes" -}}
+{{- $hosts := .Values.httpRoute.hostnames -}}
+{{- $ofMain := list -}}
+{{- $direct := list -}}
+{{- if .Values.oidc.enabled -}}{{- $direct = ternary list .Values.oidc.directHosts (not (empty $hosts)) -}}{{- end -}}
+{{- range $hosts -}}
+{{- if eq (include "prefect-server.entry" (list $ .)) (include "prefect-server.entry" (list $ "")) -}}
+{{- $ofMain = append $ofMain . -}}
+{{- else -}}
+{{- $direct = append $direct . -}}
+{{- end -}}
+{{- end -}}
+{{- if or $ofMain (not $hosts) }}
+- {{ dict "suffix" "api" "component" (include "prefect-server.entry" (list . "")) "hostnames" $ofMain | toJson }}
+{{- end -}}
+{{- if $direct }}
+- {{ dict "suffix" "api-direct" "component" "api" "hostnames" $direct | toJson }}
 {{- end -}}
 {{- end -}}
 

@@ -174,11 +174,11 @@
 
 {{/* Values after their templates are rendered. */}}
 {{- define "prefect-server.validateFilled" -}}
-{{- range $prefix, $values := dict "" .Values "api." .Values.api "services." .Values.services "migrations." .Values.migrations "backup." .Values.backup -}}
+{{- range $prefix, $values := dict "" .Values "api." .Values.api "services." .Values.services "migrations." .Values.migrations "backup." .Values.backup "oidc." .Values.oidc -}}
 {{- $filled := include "prefect-server.filled" (list $ (printf "%senv" $prefix) (dict "env" $values.env "envFrom" $values.envFrom)) | fromYaml -}}
 {{- include "prefect-server.validateReferences" (list $prefix $filled.env $filled.envFrom) -}}
 {{- end -}}
-{{- $filled := include "prefect-server.filled" (list . "values" (dict "policy" (pick .Values.networkPolicy "apiFrom" "metricsFrom" "extraEgress") "ingress" (pick .Values.ingress "hosts" "tls") "route" (pick .Values.httpRoute "parentRefs" "hostnames"))) | fromYaml -}}
+{{- $filled := include "prefect-server.filled" (list . "values" (dict "policy" (pick .Values.networkPolicy "apiFrom" "metricsFrom" "extraEgress") "ingress" (pick .Values.ingress "hosts" "tls") "route" (pick .Values.httpRoute "parentRefs" "hostnames") "direct" .Values.oidc.directHosts)) | fromYaml -}}
 {{- include "prefect-server.validatePeers" (list "networkPolicy.apiFrom" $filled.policy.apiFrom) -}}
 {{- include "prefect-server.validatePeers" (list "networkPolicy.metricsFrom" $filled.policy.metricsFrom) -}}
 {{- include "prefect-server.validateEgress" (list "networkPolicy.extraEgress" $filled.policy.extraEgress) -}}
@@ -188,6 +188,7 @@
 {{- with .secretName -}}{{- include "prefect-server.validateName" (list "ingress.tls" .) -}}{{- end -}}
 {{- end -}}
 {{- range $filled.route.hostnames -}}{{- include "prefect-server.validateName" (list "httpRoute.hostnames" .) -}}{{- end -}}
+{{- range $filled.direct -}}{{- include "prefect-server.validateName" (list "oidc.directHosts" .) -}}{{- end -}}
 {{- range $filled.route.parentRefs -}}
 {{- range $name := list .name .sectionName -}}
 {{- with $name -}}{{- include "prefect-server.validateName" (list "httpRoute.parentRefs" .) -}}{{- end -}}
