@@ -252,7 +252,7 @@ bench-reconciler: .venv/ready ## measure a reconcile round over 100 to 5,000 sim
 	@$(BIN)/python -m tests.benchmarks.reconciler $(if $(POSTGRES),--postgres $(call quoted,$(POSTGRES)))
 
 bench-access: PAIRS := 500
-bench-access: .venv/ready ## measure what access control adds to a request of the Prefect API, PAIRS=500 times
+bench-access: .venv/ready ## measure what access control and the login by OIDC add to a request of the Prefect API, PAIRS=500 times
 	@$(BIN)/python -m tests.benchmarks.access --pairs $(call quoted,$(PAIRS))
 
 bench-retention: RUNS := 1000000

@@ -1,14 +1,15 @@
-"""Measure what access control adds to a request of the Prefect API.
+"""Measure what access control and the login by OIDC add to a request of the Prefect API.
 
     python -m tests.benchmarks.access --pairs 500     # or: make bench-access
 
 Two servers on SQLite have the same content, one with access control and one without. The same requests go to both in
-turn. The table is printed and appended to results.md.
+turn. Then the same requests go to one server in turn: by a person who has logged in through oauth2-proxy, and directly
+with the operator's password. The table is printed and appended to results.md.
 """
 
 import argparse
 import contextlib
-import statistics
+import os
 import sys
 import tempfile
 import time
@@ -18,12 +19,19 @@ from pathlib import Path
 
 import httpx
 
+from orchestration.operations.local_cluster import binaries
 from tests.benchmarks.table import Figure, results_table
-from tests.orchestration.access.guarded_server import SERVER_CREDENTIAL, GuardedServer, guarded_server
+from tests.orchestration.access.guarded_server import CREDENTIALS, SERVER_CREDENTIAL, GuardedServer, guarded_server
+from tests.orchestration.access.single_sign_on import HOST, SingleSignOn, read_cookies, single_sign_on
+from tests.parts import client_of
 
 WARM_UP_REQUESTS = 20
 
+GOAL = "median at most 2"
+
 Request = Callable[[httpx.Client, str], httpx.Response]
+Caller = tuple[str, httpx.Client, str]
+"""What the caller is called in the table, its client, and the flow run that it reads and writes."""
 
 REQUESTS: dict[str, Request] = {
     "read a flow run": lambda client, run: client.get(f"/flow_runs/{run}"),
@@ -48,9 +56,23 @@ def _seconds(request: Request, client: httpx.Client, run: str) -> float:
     return time.perf_counter() - start
 
 
-def measure(pairs: int) -> list[Figure]:
-    """Return the times of each request with and without access control, and the difference of each pair, in ms."""
+def compare(first: Caller, second: Caller, pairs: int) -> list[Figure]:
+    """Return the times of each request of two callers in turn, and the difference of each pair, in ms."""
     figures = []
+    for name, request in REQUESTS.items():
+        times: dict[str, list[float]] = {first[0]: [], second[0]: []}
+        for _ in range(WARM_UP_REQUESTS + pairs):
+            for caller, client, run in (first, second):
+                times[caller].append(1000 * _seconds(request, client, run))
+        measured = {caller: found[WARM_UP_REQUESTS:] for caller, found in times.items()}
+        added = [slow - fast for slow, fast in zip(*measured.values(), strict=True)]
+        figures += [Figure(f"{name}, {caller}", "ms", found) for caller, found in measured.items()]
+        figures.append(Figure(f"{name}, {first[0]}: difference of a pair", "ms", added, GOAL))
+    return figures
+
+
+def measure_control(pairs: int) -> list[Figure]:
+    """Return what access control adds to each request."""
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         guarded = enter(guarded_server(Path(enter(tempfile.TemporaryDirectory()))))
@@ -58,29 +80,37 @@ def measure(pairs: int) -> list[Figure]:
         guarded_run, plain_run = _create_run(guarded), _create_run(plain)
         guarded_client = enter(guarded.run_client(guarded_run))
         plain_client = enter(plain.client(SERVER_CREDENTIAL))
-        for name, request in REQUESTS.items():
-            with_control: list[float] = []
-            without_control: list[float] = []
-            for _ in range(WARM_UP_REQUESTS + pairs):
-                with_control.append(1000 * _seconds(request, guarded_client, guarded_run))
-                without_control.append(1000 * _seconds(request, plain_client, plain_run))
-            with_control, without_control = with_control[WARM_UP_REQUESTS:], without_control[WARM_UP_REQUESTS:]
-            added = statistics.median(with_control) - statistics.median(without_control)
-            figures += [
-                Figure(f"{name}, with access control", "ms", with_control),
-                Figure(f"{name}, without", "ms", without_control),
-                Figure(f"{name}: difference of the medians", "ms", [added], "at most 2"),
-            ]
-    return figures
+        return compare(
+            ("with access control", guarded_client, guarded_run), ("without", plain_client, plain_run), pairs
+        )
+
+
+def measure_login(guarded: GuardedServer, sign_on: SingleSignOn, pairs: int) -> list[Figure]:
+    """Return what the way through oauth2-proxy adds to each request of an operator."""
+    run = _create_run(guarded)
+    # The transport of the browser copies each request. Both clients of a pair are of one kind instead.
+    with (
+        sign_on.session("olga") as browser,
+        client_of(f"http://127.0.0.1:{sign_on.proxy.number}/api") as person,
+        guarded.client(CREDENTIALS["operator"]) as machine,
+    ):
+        person.headers.update({"Cookie": read_cookies(browser), "Host": HOST})
+        return compare(("logged in", person, run), ("direct with a password", machine, run), pairs)
 
 
 def main() -> int:
     """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(description="Measure what access control adds to a request.")
+    parser = argparse.ArgumentParser(description="Measure what access control and the login add.")
     parser.add_argument("--pairs", type=int, default=500, help="requests of each kind to each server")
     options = parser.parse_args()
-    with results_table(f"Prefect {version('prefect')} on SQLite") as report:
-        report(measure(options.pairs))
+    parts = f"Prefect {version('prefect')} on SQLite, oauth2-proxy {binaries.MODULES['oauth2-proxy'][1]}"
+    with contextlib.ExitStack() as stack:
+        enter = stack.enter_context
+        report = enter(results_table(f"{parts}, load {os.getloadavg()[0]:.1f} before"))
+        report(measure_control(options.pairs))
+        guarded = enter(guarded_server(Path(enter(tempfile.TemporaryDirectory()))))
+        sign_on = enter(single_sign_on(Path(enter(tempfile.TemporaryDirectory())), guarded.url))
+        report(measure_login(guarded, sign_on, options.pairs))
     return 0
 
 

@@ -19,6 +19,7 @@ from orchestration.access.people import People, is_cross_origin, read_groups
 from orchestration.access.routes import Role
 from orchestration.errors import SettingsError
 from orchestration.operations.local_cluster import binaries
+from tests.benchmarks import access
 from tests.orchestration.access.guarded_server import CREDENTIALS, OIDC_GROUPS, OIDC_KEY, GuardedServer
 from tests.orchestration.access.single_sign_on import FORGED, HOST, SingleSignOn, single_sign_on
 from tests.parts import client_of, wait_until
@@ -247,6 +248,14 @@ def test_real_browser_shows_both_uis_after_the_login(guarded: GuardedServer, tmp
         wait_until(lambda: shows("Switch to V2 UI"), "the V1 UI")
         assert evaluate("localStorage.getItem('prefect-password')") is None
         assert sign_on.log.read_text().count("Initiating login") == 1, "the browser is redirected once"
+
+
+def test_benchmark_measures_requests_of_a_logged_in_person(guarded: GuardedServer, sign_on: SingleSignOn) -> None:
+    figures = access.measure_login(guarded, sign_on, pairs=2)
+    assert [len(figure.values) for figure in figures] == [2, 2, 2] * len(access.REQUESTS)
+    logged_in, direct, added = figures[:3]
+    assert added.name == "read a flow run, logged in: difference of a pair"
+    assert added.values == [first - second for first, second in zip(logged_in.values, direct.values, strict=True)]
 
 
 def test_without_groups_the_key_of_oauth2_proxy_is_no_credential(tmp_path: Path) -> None:
