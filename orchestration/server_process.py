@@ -22,7 +22,7 @@ from orchestration.errors import PipelineError, sentence
 from orchestration.maintenance import MaintenanceAnswers
 from orchestration.prefect_compat.background_services import look_for_due_tasks_every, read_redis_settings_once
 from orchestration.prefect_compat.server_internals import (
-    keep_slots_of_other_runs,
+    free_only_held_slots,
     limit_claims,
     repeat_block_registration,
     wrap_server_api,
@@ -59,7 +59,7 @@ def start_server(arguments: Sequence[str], protect: Callable[[Application], Appl
             wrap_server_api(wrap)
             repeat_block_registration()
             limit_claims()
-            keep_slots_of_other_runs()
+            free_only_held_slots()
             use_certificate(os.environ)
         look_for_due_tasks_every(timedelta(seconds=1))
         read_redis_settings_once()

@@ -358,15 +358,15 @@ def limit_claims() -> None:
     _prepend(CoreFlowPolicy, LimitClaims)
 
 
-def keep_slots_of_other_runs() -> None:
-    """Have the server free no slot of a deployment when a run is cancelled that waited without a slot.
+def free_only_held_slots() -> None:
+    """Have the server free a slot of a deployment only for the run that holds it, and only when its process is gone.
 
-    A run that waits for a retry, for a slot or for a person holds none. Its cancellation would free the slot of a run
-    in progress, and a third run would begin next to that run. A slot that is held nevertheless, as by a process that
-    retries its flow, is free once its lease expires.
+    A run that waits for a retry or for a slot holds none. Its cancellation would free the slot of a run in progress,
+    and a third run would begin next to that run. The process of a paused run goes on to renew its lease, and Prefect
+    cancels the flow if there is no lease. A slot that no transition frees is free once its lease expires.
 
     Replaces: `ReleaseFlowConcurrencySlots` in `prefect.server.orchestration.core_policy`
-    Why: with a limit of one, two runs of a deployment execute at the same time
+    Why: with a limit of one, two runs of a deployment execute at the same time, and a paused run crashes
     Until: the server frees a slot only for the run that holds it
     """
     _check_version()
@@ -376,14 +376,28 @@ def keep_slots_of_other_runs() -> None:
     from prefect.server.schemas.states import StateType
     from sqlalchemy import select
 
-    class ReleaseOwnSlots(core_policy.ReleaseFlowConcurrencySlots):
+    keeps_process = {StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING}
+
+    class FreeOnlyHeldSlots(core_policy.ReleaseFlowConcurrencySlots):
         async def after_transition(self, context: Any) -> None:
-            ended = context.initial_state
-            if ended is None or ended.type != StateType.CANCELLING or not await self._waited_without_slot(context):
+            before, after = context.initial_state, context.proposed_state
+            if self.nullified_transition() or before is None or after is None:
+                return
+            lease_id = before.state_details.deployment_concurrency_lease_id
+            if before.type == StateType.PAUSED:
+                if after.type not in keeps_process and await self._exists(lease_id):
+                    await core_policy._release_concurrency_lease(session=context.session, lease_id=lease_id)
+            elif before.type == StateType.CANCELLING and await self._waited(context):
+                if await self._exists(lease_id):
+                    await core_policy._release_concurrency_lease(session=context.session, lease_id=lease_id)
+            elif after.type != StateType.PAUSED or after.state_details.pause_reschedule:
                 await super().after_transition(context)
 
-        async def _waited_without_slot(self, context: Any) -> bool:
-            """Return whether a Cancelling run was waiting before, and has no lease."""
+        async def _exists(self, lease_id: Any) -> bool:
+            return bool(lease_id and await get_concurrency_lease_storage().read_lease(lease_id=lease_id))
+
+        async def _waited(self, context: Any) -> bool:
+            """Return whether a Cancelling run was waiting before."""
             cancelling = context.initial_state
             state = database_interface().FlowRunState
             before = (
@@ -393,12 +407,9 @@ def keep_slots_of_other_runs() -> None:
                 .order_by(state.timestamp.desc())
                 .limit(1)
             )
-            if await context.session.scalar(before) not in (StateType.SCHEDULED, StateType.PAUSED):
-                return False
-            lease = cancelling.state_details.deployment_concurrency_lease_id
-            return not (lease and await get_concurrency_lease_storage().read_lease(lease_id=lease))
+            return await context.session.scalar(before) in (StateType.SCHEDULED, StateType.PAUSED)
 
-    core_policy.ReleaseFlowConcurrencySlots = ReleaseOwnSlots  # type: ignore[misc]
+    core_policy.ReleaseFlowConcurrencySlots = FreeOnlyHeldSlots  # type: ignore[misc]
 
 
 def read_blocks_with_stored_key() -> None:

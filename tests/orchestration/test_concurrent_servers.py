@@ -82,8 +82,8 @@ asyncio.run(main())
 
 CANCEL = """
 import asyncio
-from orchestration.prefect_compat.server_internals import database_interface, keep_slots_of_other_runs
-keep_slots_of_other_runs()
+from orchestration.prefect_compat.server_internals import database_interface, free_only_held_slots
+free_only_held_slots()
 from prefect.server import models
 from prefect.server.orchestration.core_policy import CoreFlowPolicy
 from prefect.server.schemas.core import Deployment, Flow, FlowRun
@@ -105,30 +105,42 @@ async def create(name):
 
 async def propose(run, *states):
     for state in states:
+        state.timestamp = now("UTC")
         async with db.session_context(begin_transaction=True) as session:
-            await models.flow_runs.set_flow_run_state(session, run, state, flow_policy=CoreFlowPolicy)
+            await models.flow_runs.set_flow_run_state(
+                session, run, state, flow_policy=CoreFlowPolicy, client_version="3.9.0"
+            )
 
 async def active_slots(limit):
     async with db.session_context() as session:
         return (await models.concurrency_limits_v2.read_concurrency_limit(session, limit)).active_slots
 
 async def main():
-    waits = {"retry": lambda: AwaitingRetry(scheduled_time=now("UTC")), "pause": lambda: Paused(timeout_seconds=600)}
-    for name, wait in waits.items():
-        limit, (waiting, other) = await create(name)
-        await propose(waiting, Pending(), Running())
-        await propose(waiting, wait())
-        await propose(other, Pending(), Running())
-        slots = [await active_slots(limit)]
-        await propose(waiting, Cancelling(), Cancelled())
-        slots.append(await active_slots(limit))
-        await propose(other, Completed())
-        print(*slots, await active_slots(limit))
+    limit, (waiting, other) = await create("retry")
+    await propose(waiting, Pending(), Running(), AwaitingRetry(scheduled_time=now("UTC")))
+    await propose(other, Pending(), Running())
+    slots = [await active_slots(limit)]
+    await propose(waiting, Cancelling(), Cancelled())
+    slots.append(await active_slots(limit))
+    await propose(other, Completed())
+    print(*slots, await active_slots(limit))
     limit, (claimed, _) = await create("claimed")
     await propose(claimed, Pending())
     slots = [await active_slots(limit)]
     await propose(claimed, Cancelling(), Cancelled())
     print(*slots, await active_slots(limit))
+    retry = AwaitingRetry(scheduled_time=now("UTC"))
+    for states in ([Running(), Completed()], [Cancelling(), Cancelled()], [retry]):
+        limit, (paused, _) = await create(states[-1].name)
+        await propose(paused, Pending(), Running(), Paused(timeout_seconds=600))
+        slots = [await active_slots(limit)]
+        for state in states:
+            await propose(paused, state)
+            slots.append(await active_slots(limit))
+        print(*slots)
+    limit, (suspended, _) = await create("suspended")
+    await propose(suspended, Pending(), Running(), Paused(timeout_seconds=600, reschedule=True))
+    print(await active_slots(limit))
 
 asyncio.run(main())
 """
@@ -171,9 +183,12 @@ def test_claims_at_once_do_not_exceed_the_limit_of_pool_or_queue(database: str, 
     assert paused == "ACCEPT"
 
 
-def test_cancelled_run_that_waited_frees_no_slot_of_another_run(database: str, tmp_path: Path) -> None:
-    """The slot would be free while the other run is Running. A run that was claimed has a slot, and frees it."""
-    awaiting_retry, paused, claimed = _execute(database, tmp_path, CANCEL).splitlines()
-    assert awaiting_retry == "1 1 0"
-    assert paused == "1 1 0"
+def test_slot_is_freed_only_for_its_run_and_once_its_process_is_gone(database: str, tmp_path: Path) -> None:
+    """A run that is cancelled while it waits would free the slot of a run in progress."""
+    waiting, claimed, resumed, cancelled, rescheduled, suspended = _execute(database, tmp_path, CANCEL).splitlines()
+    assert waiting == "1 1 0"
     assert claimed == "1 0"
+    assert resumed == "1 1 0", "the process of a paused run renews its lease"
+    assert cancelled == "1 1 0"
+    assert rescheduled == "1 0"
+    assert suspended == "0"

@@ -733,7 +733,7 @@ CONTRACTS: dict[str, list[Check]] = {
             "(self, reason)",
         ),
     ],
-    "server_internals.keep_slots_of_other_runs": [
+    "server_internals.free_only_held_slots": [
         (
             lacks("prefect.server.orchestration.core_policy:CoreFlowPolicy.priority", "ReleaseFlowConcurrencySlots,"),
             [],
@@ -741,6 +741,10 @@ CONTRACTS: dict[str, list[Check]] = {
         (
             signature("prefect.server.orchestration.core_policy:ReleaseFlowConcurrencySlots.after_transition"),
             "(self, context)",
+        ),
+        (
+            signature("prefect.server.orchestration.core_policy:_release_concurrency_lease"),
+            "(session, lease_id, fallback_concurrency_limit_ids=None, fallback_slots=1)",
         ),
         (
             lacks(
