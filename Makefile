@@ -26,6 +26,9 @@ REGISTRY ?= localhost:5000
 BUILDER ?=
 BASE_IMAGE ?=
 IMAGE ?=
+SIGN ?=
+COSIGN_KEY ?=
+TLOG ?=
 ENV ?= local
 KUBE_CONTEXT ?=
 NAMESPACE ?=
@@ -50,7 +53,8 @@ KEEP_OLD ?=
 
 # Variables from the command line and the environment are data: make expands no `$` in them, and the shell gets them quoted.
 GIVEN := DAY FULL_REFRESH SELECT FIRST LAST CMD TESTS CHANGED FOR KILLS ROUNDS MINUTES RUNS SEED REGISTRY BUILDER BASE_IMAGE IMAGE \
-	ENV KUBE_CONTEXT NAMESPACE RUN DEPLOYMENT PARAMETERS CONFIRM PORT PAIRS POSTGRES BEFORE PROCESSES RUN_IMAGES FROM IDENTITY SECRET
+	ENV KUBE_CONTEXT NAMESPACE RUN DEPLOYMENT PARAMETERS CONFIRM PORT PAIRS POSTGRES BEFORE PROCESSES RUN_IMAGES FROM IDENTITY SECRET \
+	COSIGN_KEY
 $(foreach name,$(GIVEN),$(if $(filter-out file,$(origin $(name))),$(eval \
 	$(if $(filter command,$(firstword $(origin $(name)))),override) $(name) := $$(value $(name)))))
 quoted = '$(subst ','\'',$(1))'
@@ -70,7 +74,7 @@ ENVIRONMENT = $(WITH_TOOLS) $(BIN)/python -m orchestration.operations
 TARGET = --env $(call quoted,$(ENV)) --context $(CONTEXT) --namespace $(call quoted,$(NAMESPACE))
 
 export DO_NOT_TRACK := 1
-export REGISTRY BUILDER BASE_IMAGE IMAGE KUBE_CONTEXT CLUSTER
+export REGISTRY BUILDER BASE_IMAGE IMAGE COSIGN_KEY TLOG KUBE_CONTEXT CLUSTER
 export UV_PYTHON_DOWNLOADS := never
 # uv compiles packages at installation, so that the first run starts sooner.
 export UV_COMPILE_BYTECODE ?= 1
@@ -187,8 +191,8 @@ cluster-down: .venv/ready ## delete the cluster that was made here
 build: ## build the image by BUILDER=docker or buildah, and print its name
 	@docker/build
 
-push: ## build the image and push it to REGISTRY=localhost:5000
-	@docker/build --push
+push: ## build the image and push it to REGISTRY=localhost:5000; SIGN=1 signs it by COSIGN_KEY=FILE
+	@$(if $(SIGN),docker/sign,docker/build --push)
 
 update-bases: ## write the present digests of the base images into docker/bases.toml
 	@docker/build --update-bases
@@ -219,7 +223,7 @@ test: .venv/ready ## check the code and run all tests, PROCESSES=5 at once; TEST
 	$(call stage,yamllint,$(BIN)/yamllint -s .)
 	$(call stage,codespell,$(BIN)/codespell)
 	$(call stage,docs-site,$(SITE))
-	$(call stage,shellcheck and hadolint,$(BIN)/shellcheck docker/build docker/sbom docker/stack docker/databases/entrypoint helm/prefect-server/files/backup k8s/overlays/local/warehouse/secret k8s/overlays/local/warehouse/application-user .ci/run && $(BIN)/hadolint docker/Dockerfile docker/databases/Dockerfile)
+	$(call stage,shellcheck and hadolint,$(BIN)/shellcheck docker/build docker/sbom docker/sign docker/stack docker/databases/entrypoint helm/prefect-server/files/backup k8s/overlays/local/warehouse/secret k8s/overlays/local/warehouse/application-user .ci/run && $(BIN)/hadolint docker/Dockerfile docker/databases/Dockerfile)
 	$(call stage,sqlfluff,$(BIN)/sqlfluff lint -q flows/warehouse --nocolor)
 	$(if $(and $(USES_CLUSTER),$(filter-out none,$(or $(CLUSTER),any))),$(call stage,mypy while the cluster is made,$(BIN)/mypy & { $(BIN)/python -m orchestration.operations.local_cluster up || [ -z "$${CI:-}$(CLUSTER)" ]; } && wait $$!),$(call stage,mypy,$(BIN)/mypy))
 	$(call stage,pytest,tests="$(SELECTED)" && { [ -z "$$tests" ] || $(BIN)/pytest$(if $(CHANGED)$(filter tests,$(TESTS)), --numprocesses $(call quoted,$(PROCESSES)) $(BY_FILE)) $$tests; })

@@ -105,6 +105,11 @@ class Environment:
         return ROOT / "helm" / "environments" / self.name
 
     @property
+    def signing_key(self) -> Path:
+        """The file with the public key that images have to be signed by. Without this file, images are not verified."""
+        return self.values / "cosign.pub"
+
+    @property
     def pool_values(self) -> Object:
         """The values of the work pool's release."""
         file = self.values / f"{POOL}.yaml"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from orchestration.operations import namespace_of_runs, registry
+from orchestration.operations import image_signature, namespace_of_runs, registry
 from orchestration.operations.environment import OVERLAYS, POOL, SERVER, Environment, Object, run_program
 from orchestration.progress import step
 from orchestration.settings import ROOT
@@ -40,8 +40,10 @@ class Image:
 def checkout_image(environment: Environment) -> Image:
     """Return the checkout's image by its digest in the registry. For `local`, build and push the image first.
 
+    If the environment has a key, verify that the key's owner has signed the image.
+
     Raises:
-        ClusterError: the build fails, or the image is not in the registry.
+        ClusterError: the build fails, or the image is not in the registry, or not signed.
     """
     build = str(ROOT / "docker" / "build")
     if environment.name == "local" and not os.environ.get("IMAGE"):
@@ -49,6 +51,9 @@ def checkout_image(environment: Environment) -> Image:
             run_program([build, "--push"])
     name = run_program([build, "--digest"]).strip()
     repository, _, digest = name.partition("@")
+    if environment.signing_key.exists():
+        tag = run_program([build, "--name"]).strip().rpartition(":")[2]
+        image_signature.verify(name, tag, environment.signing_key)
     return Image(repository, digest)
 
 

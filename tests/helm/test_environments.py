@@ -23,7 +23,9 @@ def rendered(environment: str, chart: str) -> list[Object]:
 
 
 def test_every_environment_has_values_for_every_chart() -> None:
-    found = {str(path.relative_to(ROOT / "helm" / "environments")) for path in (ROOT / "helm").glob("environments/*/*")}
+    found = {
+        str(path.relative_to(ROOT / "helm" / "environments")) for path in (ROOT / "helm").glob("environments/*/*.yaml")
+    }
     assert found == {f"{environment}/{chart}.yaml" for environment in ENVIRONMENTS for chart in CHARTS}
 
 

@@ -278,6 +278,17 @@ LONG_TESTS = (
         cluster=True,
     ),
     LongTest(
+        "signed-image",
+        "A signed image is deployed; one that is unsigned, replaced, or without an attestation is refused.",
+        (
+            *(f"docker/{name}" for name in ("build", "sbom", "sign")),
+            "orchestration/operations/image_signature.py",
+            "tests/docker/signing.py",
+            "tests/long/signed_image.py",
+        ),
+        suite("tests/long/signed_image.py"),
+    ),
+    LongTest(
         "benchmarks",
         "Each benchmark runs to its end in its smallest size and appends its figures.",
         (
