@@ -25,17 +25,18 @@ class CommandRun:
     Args:
         command: dbt's command.
         call: identifies the command in its flow run; None outside of a flow.
-        finished: what earlier attempts of the flow run have finished, by the node's id: a Node of this process, or
-            Prefect's TaskRun of another process.
+        finished: the nodes that earlier attempts of the flow run have finished, by their ids.
     """
 
-    def __init__(self, command: str, call: Call | None, finished: Mapping[str, Any]) -> None:
+    def __init__(self, command: str, call: Call | None, finished: Mapping[str, Node]) -> None:
         self.command = command
         self.call = call
         self.finished = finished
         self.nodes: dict[str, Node] = {}
         self.target = ""
         """The profile's target, which dbt reports."""
+        self._left_out: set[str] = set()
+        """The ids of the nodes that dbt leaves out, because earlier attempts have finished them."""
         self.whole_project = False
         """Whether the command has selected the whole project."""
         self.stopping = False
@@ -59,11 +60,12 @@ class CommandRun:
         match event["event"]:
             case "selected":
                 self.whole_project = event["whole"]
+                self._left_out = set(event["left_out"])
             case "nodes":
                 self.target = event["target"]
                 for description in event["nodes"]:
                     self.nodes[description["id"]] = node = Node(**description)
-                    if node.id in self.finished and node.kind != "operation":  # hooks run with each command
+                    if node.id in self._left_out:
                         self._reuse(node, self.finished[node.id])
             case "start":
                 node = self.nodes[event["id"]]
@@ -90,15 +92,11 @@ class CommandRun:
             case "result":
                 self._outcome = event
 
-    def _reuse(self, node: Node, finished: Any) -> None:
-        """Take over the result of an earlier attempt: its Node, or the server's TaskRun."""
+    def _reuse(self, node: Node, finished: Node) -> None:
+        """Take over the result of an earlier attempt."""
         node.status = REUSED
-        if isinstance(finished, Node):
-            node.attempts, node.started, node.ended = finished.attempts, finished.started, finished.ended
-            node.seconds, node.rows = finished.seconds, finished.rows
-        else:
-            node.attempts, node.started, node.ended = finished.run_count, finished.start_time, finished.end_time
-            node.seconds = finished.total_run_time.total_seconds()
+        node.attempts, node.started, node.ended = finished.attempts, finished.started, finished.ended
+        node.seconds, node.rows = finished.seconds, finished.rows
         self._ended.append(node)
         if self._mirror:
             self._mirror.report_end(node, self.nodes)

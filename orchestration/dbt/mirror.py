@@ -49,6 +49,9 @@ LOG_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARN
 MESSAGE_CHARACTERS = 20_000
 """Longest message of a state: the server drops an event of more than 1.5 MB without an error."""
 
+ASSET_LABEL = "dbt.asset"
+"""Label of a task run: the asset key of the relation that the node builds, or nothing."""
+
 PAGE_SIZE = 200
 """Task runs in one answer of the API."""
 
@@ -76,31 +79,37 @@ class Call:
         """Return the call that the running flow makes now; None outside of a flow.
 
         Args:
-            signature: distinguishes this command from others of the flow: project, command, options.
+            signature: distinguishes this command from others of the flow: project, command, options, connection.
         """
-        from prefect.context import FlowRunContext
+        from prefect.context import FlowRunContext, TaskRunContext
 
         context = FlowRunContext.get()
         if context is None or context.flow_run is None:
             return None
-        key = "dbt " + hashlib.sha256(json.dumps(signature, default=str).encode()).hexdigest()[:8]
-        # Prefect counts the calls of a task here; each attempt begins at 0.
-        number = int(context.task_run_dynamic_keys.get(key, -1)) + 1
-        context.task_run_dynamic_keys[key] = number
+        task = TaskRunContext.get()
+        # A subflow may run in a task of its parent.
+        task_run = task.task_run if task and task.task_run.flow_run_id == context.flow_run.id else None
+        # Concurrent tasks call in any order, and a task with a stored result does not call again.
+        caller = [task_run.task_key, task_run.dynamic_key] if task_run else []
+        key = "dbt " + hashlib.sha256(json.dumps([*signature, caller], default=str).encode()).hexdigest()[:8]
+        # Prefect counts the calls of a task here; each attempt of the flow or the task begins at 0.
+        counter = f"{key} {task_run.run_count}" if task_run else key
+        number = int(context.task_run_dynamic_keys.get(counter, -1)) + 1
+        context.task_run_dynamic_keys[counter] = number
         return cls(context.flow_run, context.flow, f"{key} {number}")
 
     def task_run_id(self, node: str) -> UUID:
         """Return the id of a node's task run."""
         return uuid5(NAMESPACE_URL, f"prefect.flow-run.{self.flow_run.id}/{self.key}/{node}")
 
-    def finished_task_runs(self) -> dict[str, Any]:
-        """Return the task runs of the nodes that earlier attempts have finished, by the node's id."""
+    def finished_nodes(self) -> dict[str, Node]:
+        """Return the nodes that earlier attempts have finished, by their ids, as the server knows them."""
         from prefect.client.orchestration import get_client
 
         with get_client(sync_client=True) as client:
             runs = [self.flow_run.id] if self.flow_run.run_count > 1 else []
             runs += self._siblings(client)
-            return {task.task_key: task for task in self._completed_task_runs(client, runs)} if runs else {}
+            return {task.task_key: _node(task) for task in self._completed_task_runs(client, runs)} if runs else {}
 
     def _siblings(self, client: "SyncPrefectClient") -> list[UUID]:
         """Return the runs of this subflow in earlier attempts of its parent flow run."""
@@ -222,6 +231,7 @@ class Mirror:
             },
             "run_count": node.attempts,
             "flow_run_run_count": self._call.flow_run.run_count,
+            "labels": {ASSET_LABEL: node.asset},
         }
         if node.started:
             task["expected_start_time"] = task["start_time"] = node.started.isoformat()
@@ -256,6 +266,23 @@ class Mirror:
 
     def _send_asset_event(self, event: Json) -> None:
         self._outbox.add_event(f"{event['event']} {event['resource']['prefect.resource.id']}", event)
+
+
+def _node(task_run: Any) -> Node:
+    """Return the outcome of a node as its task run shows it."""
+    return Node(
+        task_run.task_key,
+        task_run.name,
+        task_run.name,
+        kind="",
+        path="",
+        asset=str(task_run.labels.get(ASSET_LABEL, "")),
+        status=REUSED,
+        attempts=task_run.run_count,
+        started=task_run.start_time,
+        ended=task_run.end_time,
+        seconds=task_run.total_run_time.total_seconds(),
+    )
 
 
 def state_message(node: Node, by_id: Mapping[str, Node]) -> str:

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import re
 import sys
 import tempfile
 import threading
@@ -47,6 +48,15 @@ TRANSIENT_ERRORS = (
 )
 """A regular expression for the database's messages after which a node is retried."""
 
+PROFILES_VARIABLES = {"DBT_ENGINE_PROFILES_DIR", "DBT_PROFILES_DIR"}
+"""dbt's variables for the folder with profiles.yml."""
+
+CONNECTION_VARIABLES = ("DBT_ENGINE_PROFILE", "DBT_PROFILE", "DBT_ENGINE_TARGET", "DBT_TARGET")
+"""dbt's variables for profile and target."""
+
+SECRET_VARIABLES = re.compile(r"PASS|PWD|SECRET|TOKEN|CREDENTIAL|(PRIVATE|ACCESS|API)_?KEY", re.IGNORECASE)
+"""Matches the names of variables that may change between two attempts: a rotated password reaches the same place."""
+
 
 class DbtProject:
     """Runs the commands of a dbt project in flows.
@@ -56,7 +66,8 @@ class DbtProject:
         profile: the profile; by default the one of dbt_project.yml.
         target: the profile's target; by default the profile's own.
         profiles_dir: the folder with profiles.yml; by default the project's folder if it has one, then dbt's default.
-        environment: called before each command; returns the variables that profiles.yml reads.
+        environment: called before each command; returns the variables that profiles.yml reads. A retried flow run
+            reuses finished nodes only while these variables are equal, other than passwords and tokens.
         artifacts: where artifacts are stored: a folder, or a URL that fsspec knows (`s3://...`). By default
             `DBT_ARTIFACTS_URL`, and without that a folder next to Prefect's results.
         retries: how often a node is retried after a transient database error, such as a lost connection or a deadlock.
@@ -178,9 +189,11 @@ class DbtProject:
         arguments, defer_to = command_line_arguments(options), options.get("defer_to")
         if last and not arguments and not defer_to:
             arguments, defer_to = last.options, last.defer_to
-        call = Call.current(self.path.name, command, arguments, options.get("inputs"))
-        finished = self._finished_before(call)
         environment = self._command_environment()
+        call = Call.current(
+            self.path.name, command, arguments, options.get("inputs"), defer_to, self._connection(environment)
+        )
+        finished = self._finished_before(call)
         with target_folder(self.path) as target, tempfile.TemporaryDirectory(prefix="dbt-state-") as state:
             command_line = [
                 "--log-level", "none", "--no-use-colors", "--log-path", str(target), *command.split(),
@@ -204,13 +217,13 @@ class DbtProject:
             raise error
         return result
 
-    def _finished_before(self, call: Call | None) -> Mapping[str, Any]:
+    def _finished_before(self, call: Call | None) -> Mapping[str, Node]:
         """Return what earlier attempts of the flow run have finished, by node: from this process, else the server."""
         if call is None:
             return {}
         if call.key_over_attempts in self._finished:
             return self._finished[call.key_over_attempts]
-        return call.finished_task_runs()
+        return call.finished_nodes()
 
     def _command_environment(self) -> dict[str, str]:
         """Return the environment variables of a command, with absolute folders of profiles.
@@ -218,10 +231,19 @@ class DbtProject:
         dbt's working directory is the project, but a relative folder may be meant from the flow's.
         """
         environment = dict(self._environment())
-        for name in ("DBT_ENGINE_PROFILES_DIR", "DBT_PROFILES_DIR"):
+        for name in PROFILES_VARIABLES:
             if folder := environment.get(name, os.environ.get(name)):
                 environment[name] = str(Path(folder).resolve() if Path(folder).exists() else self.path / folder)
         return environment
+
+    def _connection(self, environment: Mapping[str, str]) -> list[Any]:
+        """Return what decides where a command builds, without passwords and equally in a moved checkout."""
+        variables = {name: os.environ[name] for name in CONNECTION_VARIABLES if name in os.environ} | dict(environment)
+        for name in PROFILES_VARIABLES & variables.keys():
+            variables[name] = os.path.relpath(variables[name], self.path)
+        known = sorted((name, value) for name, value in variables.items() if not SECRET_VARIABLES.search(name))
+        folder = os.path.relpath(self._profiles_dir, self.path) if self._profiles_dir else None
+        return [self._profile, self._target_name, folder, known]
 
     def _profile_arguments(self) -> list[str]:
         """Return dbt's options for profile and target, where they are given here and not left to dbt."""
@@ -257,7 +279,7 @@ class DbtProject:
                 {
                     "arguments": command_line,
                     "environment": environment,
-                    "done": list(run.finished),
+                    "done": {node.id: node.asset for node in run.finished.values()},
                     "only": only,
                     "retries": self._retries,
                     "delay": self._retry_delay_seconds,

@@ -8,13 +8,14 @@ Without arguments the process imports dbt at once, then waits for one command on
 as dbt's command line does: `python -P FOLDER parse` leaves a partial parse that the process then accepts with any host
 and user.
 
-stdin: one line, `{"arguments": [...], "environment": {...}, "done": [...], "only": [...], "retries": n, "delay": s,
-"transient": regex, "sample_rows": n}`, then nothing until the end. stdin closes while dbt runs when the parent has
+stdin: one line, then nothing until the end: `{"arguments": [...], "environment": {...}, "done": {...}, "only": [...],
+"retries": n, "delay": s, "transient": regex, "sample_rows": n}`. `done` has the asset keys of finished nodes by id.
+stdin closes while dbt runs when the parent has
 died or interrupts dbt. dbt then cancels its SQL.
 
 stdout, a line for each event:
 
-- `selected`: whether the command selected the whole project
+- `selected`: whether the command selected the whole project, and which nodes of `done` it leaves out
 - `nodes`: the nodes that the command selected, with their description
 - `start`, `retry`, `rows`, `end`: the progress of one node, by its unique id
 - `log`: a line of dbt's log from level info on, with the node that the line is about

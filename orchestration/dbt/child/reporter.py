@@ -31,7 +31,7 @@ class Reporter:
     """
 
     def __init__(self, command: Json, stdout: Any) -> None:
-        self._done = set(command["done"])
+        self._done: dict[str, str] = command["done"]
         self._only = None if command["only"] is None else set(command["only"])
         self._retries: int = command["retries"]
         self._delay_seconds: float = command["delay"]
@@ -59,9 +59,18 @@ class Reporter:
         """Report the nodes that dbt's task has selected, and leave out those that an earlier attempt has finished."""
         self._task = task
         selection = Selection(task, self._only)
-        self.send("selected", whole=selection.is_whole_project)
-        self._send_nodes(selection.descriptions())
-        selection.leave_out(self._done)
+        nodes = selection.descriptions()
+        done = self._done.keys() & {node["id"] for node in nodes}
+        moved = [node for node in nodes if node["id"] in done and node["asset"] != self._done[node["id"]]]
+        if moved:
+            # The project's Jinja may read any variable, so the tests of the relation count as moved too.
+            before, now = self._done[moved[0]["id"]], moved[0]["asset"]
+            text = f"All nodes run again: {moved[0]['title']} is {now} now, and was {before} in the earlier attempt."
+            self.send("log", level="warn", text=text, id="")
+            done = set()
+        self.send("selected", whole=selection.is_whole_project, left_out=sorted(done))
+        self._send_nodes(nodes)
+        selection.leave_out(done)
 
     def _send_nodes(self, nodes: list[Json]) -> None:
         self._known |= {node["id"] for node in nodes}

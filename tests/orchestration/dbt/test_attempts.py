@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect import flow
+from prefect import flow, task
 from prefect.context import FlowRunContext
 
 from orchestration import warehouse
@@ -15,7 +15,7 @@ from orchestration.errors import DbtError
 from tests.orchestration.dbt.conftest import Tiny
 from tests.orchestration.dbt.projects import replace
 from tests.orchestration.dbt.task_runs import Server
-from tests.parts import settings_of, wait_until
+from tests.parts import Query, settings_of, wait_until
 
 
 @pytest.fixture
@@ -29,14 +29,8 @@ def use(tiny: Tiny, folder: Path) -> Callable[..., DbtProject]:
     """Return a function that makes the project as flows use it."""
 
     def make(**options: Any) -> DbtProject:
-        return DbtProject(
-            folder,
-            environment=warehouse.environment,
-            artifacts=f"{folder}.kept",
-            python=tiny.python,
-            retries=0,
-            **options,
-        )
+        defaults: dict[str, Any] = {"environment": warehouse.environment, "retries": 0}
+        return DbtProject(folder, artifacts=f"{folder}.kept", python=tiny.python, **defaults | options)
 
     return make
 
@@ -52,6 +46,24 @@ def _statuses(build: Callable[[], DbtResult]) -> dict[str, str]:
     return {node.id: node.status for node in result.nodes if node.kind != "operation"}
 
 
+def _recorded(server: Server, run: str, done: dict[str, str]) -> None:
+    """Wait until the server has recorded the nodes that an attempt has done."""
+    expected = {node for node, status in done.items() if status in ("success", "pass")}
+
+    def recorded() -> bool:
+        tasks = server.get("task_runs", run)
+        return expected <= {task["task_key"] for task in tasks if task["state_type"] == "COMPLETED"}
+
+    wait_until(recorded, "the nodes that the first attempt has done", 240)
+
+
+def _flow_run_id() -> str:
+    context = FlowRunContext.get()
+    assert context
+    assert context.flow_run
+    return str(context.flow_run.id)
+
+
 @pytest.mark.parametrize("memory", ["process", "server"])
 def test_attempt_that_ends_before_dbt_lists_its_nodes_keeps_finished_nodes(
     memory: str, use: Callable[..., DbtProject], folder: Path, server: Server
@@ -64,23 +76,14 @@ def test_attempt_that_ends_before_dbt_lists_its_nodes_keeps_finished_nodes(
 
     @flow
     def part() -> None:
-        context = FlowRunContext.get()
-        assert context
-        assert context.flow_run
-        runs.append(str(context.flow_run.id))
+        runs.append(_flow_run_id())
         results.append(_statuses((project if memory == "process" else use()).build))
 
     @flow(retries=2)
     def daily() -> None:
         model.write_text(texts[len(results)])
         part()
-        done = {node for node, status in results[0].items() if status in ("success", "pass")}
-
-        def recorded() -> bool:
-            tasks = server.get("task_runs", runs[0])
-            return done <= {task["task_key"] for task in tasks if task["state_type"] == "COMPLETED"}
-
-        wait_until(recorded, "the nodes that the first attempt has done", 240)
+        _recorded(server, runs[0], results[0])
         assert len(results) == 3
 
     assert daily(return_state=True).is_completed()
@@ -152,3 +155,98 @@ def test_model_with_more_sources_than_an_event_takes_is_recorded(
     events = wait_until(lambda: materialized() if len(materialized()) == 2 else {}, "both events", 240)
     assert len(events["four"]["related"]) == 100
     assert len(events["four"]["payload"]["upstream"]) == 120
+
+
+@pytest.mark.parametrize("differs", ["target", "environment", "nothing"])
+def test_retried_run_reuses_only_nodes_of_the_same_connection(
+    differs: str, use: Callable[..., DbtProject], server: Server, query: Query
+) -> None:
+    """The first of two builds is a task with a stored result, so only the second runs in the next attempt.
+
+    Where the connections are equal, the task tells the builds apart.
+    """
+    results: list[dict[str, str]] = []
+    attempts: list[str] = []
+
+    def connection(name: str) -> dict[str, Any]:
+        if differs == "target":
+            return {"target": name}
+        schema = name if differs == "environment" else "analytics"
+        return {"environment": lambda: warehouse.environment() | {"WAREHOUSE_SCHEMA": schema}}
+
+    @task(persist_result=True)
+    def build(name: str) -> str:
+        if name == "other" and len(attempts) == 1:
+            raise DbtError("the second build has failed")
+        results.append(_statuses(use(**connection(name)).build))
+        return name
+
+    @flow(retries=1)
+    def daily() -> None:
+        attempts.append(_flow_run_id())
+        build("dev")
+        _recorded(server, attempts[0], results[0])
+        build("other")
+
+    assert daily(return_state=True).is_completed()
+    first, second = results
+    assert set(first.values()) == {"success", "pass"}
+    assert second == first
+    if differs != "nothing":
+        assert query("select id from other.one order by id") == [(1,), (2,)]
+
+
+def test_retried_task_reuses_the_nodes_of_its_last_attempt(use: Callable[..., DbtProject], folder: Path) -> None:
+    """A password that was rotated between the attempts changes nothing. Two equal builds of a task are two builds."""
+    model, passwords = folder / "models" / "four.sql", iter("abcd")
+    model.write_text("select nothing as id")
+    project = use(environment=lambda: warehouse.environment() | {"DBT_PASSWORD": next(passwords)})
+    results: list[dict[str, str]] = []
+
+    @task(retries=1)
+    def build() -> None:
+        results.extend(_statuses(project.build) for _ in range(2))
+        if len(results) == 2:
+            model.write_text("select 4 as id")
+            raise DbtError("the first attempt has failed")
+
+    @flow
+    def daily() -> None:
+        build()
+
+    assert daily(return_state=True).is_completed()
+    first, second, *again = results
+    assert set(first.values()) == {"success", "pass", "error"}
+    assert second == first
+    assert again == [dict.fromkeys(first, "reused") | {"model.tiny.four": "success"}] * 2
+
+
+@pytest.mark.parametrize("memory", ["process", "server"])
+def test_no_node_is_reused_where_a_relation_has_moved(
+    memory: str,
+    use: Callable[..., DbtProject],
+    folder: Path,
+    server: Server,
+    query: Query,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A variable that `environment` does not return decides the schema."""
+    replace(folder, "models/one.sql", "'table'", "'table', schema=env_var('PLACE', 'a')")
+    project = use()
+    results: list[dict[str, str]] = []
+
+    @flow(retries=1)
+    def daily() -> None:
+        monkeypatch.setenv("PLACE", "ab"[len(results)])
+        results.append(_statuses((project if memory == "process" else use()).build))
+        _recorded(server, _flow_run_id(), results[0])
+        assert len(results) == 2
+
+    assert daily(return_state=True).is_completed()
+    first, second = results
+    assert set(first.values()) == {"success", "pass"}
+    assert second == first
+    assert query("select id from analytics_b.one order by id") == [(1,), (2,)]
+    text = "All nodes run again: one is postgres://shop/analytics_b/one now, and was postgres://shop/analytics_a/one"
+    assert text in caplog.text
