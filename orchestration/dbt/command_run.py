@@ -25,18 +25,21 @@ class CommandRun:
     Args:
         command: dbt's command.
         call: identifies the command in its flow run; None outside of a flow.
-        finished: the nodes that earlier attempts of the flow run have finished, by their ids.
+        earlier: the nodes that earlier attempts of the flow run have finished or begun, by their ids.
     """
 
-    def __init__(self, command: str, call: Call | None, finished: Mapping[str, Node]) -> None:
+    def __init__(self, command: str, call: Call | None, earlier: Mapping[str, Node]) -> None:
         self.command = command
         self.call = call
-        self.finished = finished
+        self.earlier = earlier
         self.nodes: dict[str, Node] = {}
         self.target = ""
         """The profile's target, which dbt reports."""
         self._left_out: set[str] = set()
         """The ids of the nodes that dbt leaves out, because earlier attempts have finished them."""
+        self._begun: dict[str, Any] = {}
+        """The batches of microbatch models that earlier attempts have begun, by the models' ids."""
+        self._started = ""
         self.whole_project = False
         """Whether the command has selected the whole project."""
         self.stopping = False
@@ -60,13 +63,15 @@ class CommandRun:
         match event["event"]:
             case "selected":
                 self.whole_project = event["whole"]
-                self._left_out = set(event["left_out"])
+                self._left_out, self._begun = set(event["left_out"]), event["batches"]
+                self._started = event["started"]
             case "nodes":
                 self.target = event["target"]
                 for description in event["nodes"]:
                     self.nodes[description["id"]] = node = Node(**description)
+                    node.first_attempt, node.batches = self._started, self._begun.get(node.id)
                     if node.id in self._left_out:
-                        self._reuse(node, self.finished[node.id])
+                        self._reuse(node, self.earlier[node.id])
             case "start":
                 node = self.nodes[event["id"]]
                 node.started = datetime.fromisoformat(event["at"])
@@ -74,6 +79,11 @@ class CommandRun:
                 self._running[node.id] = node
                 if self._mirror:
                     self._mirror.report_running(node)
+            case "batches":
+                node = self.nodes[event["id"]]
+                node.batches = {key: event[key] for key in ("successful", "failed")} if event["failed"] else None
+                if self._mirror and not node.status:
+                    self._mirror.report_running(node, datetime.fromisoformat(event["at"]))
             case "retry":
                 node = self.nodes[event["id"]]
                 text = f"{event['message'].strip()}\nAnother attempt in {event['delay']:g} s."

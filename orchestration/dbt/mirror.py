@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import NAMESPACE_URL, UUID, uuid5
 
 from orchestration.dbt.outbox import Outbox, Unsent
-from orchestration.dbt.result import REUSED, SKIPPED, Node
+from orchestration.dbt.result import NOT_RUN, REUSED, SKIPPED, Node
 from orchestration.prefect_compat import events
 
 if TYPE_CHECKING:
@@ -51,6 +51,12 @@ MESSAGE_CHARACTERS = 20_000
 
 ASSET_LABEL = "dbt.asset"
 """Label of a task run: the asset key of the relation that the node builds, or nothing."""
+
+FIRST_ATTEMPT_LABEL = "dbt.first-attempt"
+"""Label of a task run: when dbt started the command in the first attempt."""
+
+BATCHES_LABEL = "dbt.batches"
+"""Label of a task run: the batches of a microbatch model that is not complete."""
 
 PAGE_SIZE = 200
 """Task runs in one answer of the API."""
@@ -102,14 +108,18 @@ class Call:
         """Return the id of a node's task run."""
         return uuid5(NAMESPACE_URL, f"prefect.flow-run.{self.flow_run.id}/{self.key}/{node}")
 
-    def finished_nodes(self) -> dict[str, Node]:
-        """Return the nodes that earlier attempts have finished, by their ids, as the server knows them."""
+    def earlier_nodes(self) -> dict[str, Node]:
+        """Return the nodes that earlier attempts have finished or begun, by their ids, as the server knows them."""
         from prefect.client.orchestration import get_client
 
         with get_client(sync_client=True) as client:
             runs = [self.flow_run.id] if self.flow_run.run_count > 1 else []
             runs += self._siblings(client)
-            return {task.task_key: _node(task) for task in self._completed_task_runs(client, runs)} if runs else {}
+            nodes = [_node(task) for task in self._task_runs(client, runs)] if runs else []
+        known = [node for node in nodes if node.done or node.batches]
+        # Of several runs of a subflow, a finished node wins, then the newest.
+        known.sort(key=lambda node: (node.done, node.started is not None and node.started.timestamp()))
+        return {node.id: node for node in known}
 
     def _siblings(self, client: "SyncPrefectClient") -> list[UUID]:
         """Return the runs of this subflow in earlier attempts of its parent flow run."""
@@ -123,23 +133,13 @@ class Call:
         )
         return [run.id for run in runs if run.id != self.flow_run.id]
 
-    def _completed_task_runs(self, client: "SyncPrefectClient", runs: list[UUID]) -> Iterable[Any]:
-        """Yield the completed task runs of this command in the given flow runs."""
-        from prefect.client.schemas.filters import (
-            FlowRunFilter,
-            FlowRunFilterId,
-            TaskRunFilter,
-            TaskRunFilterState,
-            TaskRunFilterStateType,
-        )
-        from prefect.client.schemas.objects import StateType
+    def _task_runs(self, client: "SyncPrefectClient", runs: list[UUID]) -> Iterable[Any]:
+        """Yield the task runs of this command in the given flow runs."""
+        from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
-        done = TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=[StateType.COMPLETED])))
         in_runs = FlowRunFilter(id=FlowRunFilterId(any_=runs))
         offset = 0
-        while page := client.read_task_runs(
-            flow_run_filter=in_runs, task_run_filter=done, limit=PAGE_SIZE, offset=offset
-        ):
+        while page := client.read_task_runs(flow_run_filter=in_runs, limit=PAGE_SIZE, offset=offset):
             yield from (task for task in page if task.dynamic_key == self.key)
             offset += len(page)
 
@@ -156,11 +156,12 @@ class Mirror:
         self._maximum_related = get_current_settings().server.events.maximum_related_resources
         self._referenced: set[str] = set()
 
-    def report_running(self, node: Node) -> None:
-        """Report that a node has started."""
-        assert node.started
+    def report_running(self, node: Node, entered_at: datetime | None = None) -> None:
+        """Report that a node has started, or how far it has come."""
+        entered_at = entered_at or node.started
+        assert entered_at
         name = "Retrying" if node.attempts > 1 else "Running"
-        self._send_state(node, "RUNNING", name, "", node.started)
+        self._send_state(node, "RUNNING", name, "", entered_at)
 
     def report_retry(self, node: Node, message: str, failed_at: datetime) -> None:
         """Report that a node has failed and will run again."""
@@ -231,8 +232,10 @@ class Mirror:
             },
             "run_count": node.attempts,
             "flow_run_run_count": self._call.flow_run.run_count,
-            "labels": {ASSET_LABEL: node.asset},
+            "labels": {ASSET_LABEL: node.asset, FIRST_ATTEMPT_LABEL: node.first_attempt},
         }
+        if node.batches:
+            task["labels"][BATCHES_LABEL] = json.dumps(node.batches)
         if node.started:
             task["expected_start_time"] = task["start_time"] = node.started.isoformat()
         if ended:
@@ -277,11 +280,13 @@ def _node(task_run: Any) -> Node:
         kind="",
         path="",
         asset=str(task_run.labels.get(ASSET_LABEL, "")),
-        status=REUSED,
+        status=REUSED if task_run.state_type == "COMPLETED" else NOT_RUN,
         attempts=task_run.run_count,
         started=task_run.start_time,
         ended=task_run.end_time,
         seconds=task_run.total_run_time.total_seconds(),
+        first_attempt=str(task_run.labels.get(FIRST_ATTEMPT_LABEL, "")),
+        batches=json.loads(task_run.labels.get(BATCHES_LABEL, "null")),
     )
 
 

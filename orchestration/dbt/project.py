@@ -103,8 +103,8 @@ class DbtProject:
         self._sample_rows = sample_rows
         self._warm_process: DbtProcess | None = None
         self._process_lock = threading.Lock()
-        self._finished: dict[tuple[Any, str], dict[str, Node]] = {}
-        """The nodes that attempts in this process have finished, by the command's key."""
+        self._earlier: dict[tuple[Any, str], dict[str, Node]] = {}
+        """The nodes that attempts in this process have finished or begun, by the command's key."""
         atexit.register(self.close)
 
     def warm(self) -> None:
@@ -189,11 +189,12 @@ class DbtProject:
         arguments, defer_to = command_line_arguments(options), options.get("defer_to")
         if last and not arguments and not defer_to:
             arguments, defer_to = last.options, last.defer_to
+        begun = {key: node for key, node in last.nodes.items() if not node.done} if last else {}
         environment = self._command_environment()
         call = Call.current(
             self.path.name, command, arguments, options.get("inputs"), defer_to, self._connection(environment)
         )
-        finished = self._finished_before(call)
+        earlier = self._earlier_nodes(call)
         with target_folder(self.path) as target, tempfile.TemporaryDirectory(prefix="dbt-state-") as state:
             command_line = [
                 "--log-level", "none", "--no-use-colors", "--log-path", str(target), *command.split(),
@@ -202,7 +203,7 @@ class DbtProject:
             ]  # fmt: skip
             if defer_to is not None:
                 command_line += ["--defer", "--state", str(self._artifact_store().fetch(defer_to, Path(state)))]
-            run = CommandRun(command, call, finished)
+            run = CommandRun(command, call, {**begun, **earlier})
             only = [key for key, node in last.nodes.items() if not node.done] if last else None
             try:
                 self._execute(run, command_line, environment, only)
@@ -210,20 +211,21 @@ class DbtProject:
             finally:
                 if call:
                     # An attempt that ends before dbt lists its nodes forgets nothing of earlier attempts.
-                    done = {node.id: node for node in run.nodes.values() if node.done}
-                    self._finished[call.key_over_attempts] = {**finished, **done}
+                    known = {node.id: node for node in run.nodes.values() if node.done or node.batches}
+                    unlisted = {key: node for key, node in earlier.items() if key not in run.nodes}
+                    self._earlier[call.key_over_attempts] = {**unlisted, **known}
                 run.close()
         if options.get("check", True) and (error := result.error()):
             raise error
         return result
 
-    def _finished_before(self, call: Call | None) -> Mapping[str, Node]:
-        """Return what earlier attempts of the flow run have finished, by node: from this process, else the server."""
+    def _earlier_nodes(self, call: Call | None) -> Mapping[str, Node]:
+        """Return what earlier attempts of the flow run have finished or begun: from this process, else the server."""
         if call is None:
             return {}
-        if call.key_over_attempts in self._finished:
-            return self._finished[call.key_over_attempts]
-        return call.finished_nodes()
+        if call.key_over_attempts in self._earlier:
+            return self._earlier[call.key_over_attempts]
+        return call.earlier_nodes()
 
     def _command_environment(self) -> dict[str, str]:
         """Return the environment variables of a command, with absolute folders of profiles.
@@ -279,7 +281,13 @@ class DbtProject:
                 {
                     "arguments": command_line,
                     "environment": environment,
-                    "done": {node.id: node.asset for node in run.finished.values()},
+                    "earlier": {
+                        node.id: {"asset": node.asset, "done": node.done, "batches": node.batches}
+                        for node in run.earlier.values()
+                    },
+                    "started": min(
+                        (node.first_attempt for node in run.earlier.values() if node.first_attempt), default=""
+                    ),
                     "only": only,
                     "retries": self._retries,
                     "delay": self._retry_delay_seconds,

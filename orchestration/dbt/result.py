@@ -54,6 +54,10 @@ class Node:
     failures: int | None = None
     """Rows that a test found."""
     attempts: int = 0
+    first_attempt: str = ""
+    """When dbt started the command in the first attempt: until then microbatch models have batches."""
+    batches: dict[str, list[list[str]]] | None = None
+    """The successful and the failed batches of a microbatch model that is not complete, as ranges of time."""
     because: str = ""
     """The id of the failed node that this node was skipped for."""
     sql: str = ""

@@ -8,16 +8,16 @@ Without arguments the process imports dbt at once, then waits for one command on
 as dbt's command line does: `python -P FOLDER parse` leaves a partial parse that the process then accepts with any host
 and user.
 
-stdin: one line, then nothing until the end: `{"arguments": [...], "environment": {...}, "done": {...}, "only": [...],
-"retries": n, "delay": s, "transient": regex, "sample_rows": n}`. `done` has the asset keys of finished nodes by id.
-stdin closes while dbt runs when the parent has
-died or interrupts dbt. dbt then cancels its SQL.
+stdin: one line, then nothing until the end: `{"arguments": [...], "environment": {...}, "earlier": {...}, "started": t,
+"only": [...], "retries": n, "delay": s, "transient": regex, "sample_rows": n}`. `earlier` has the nodes of earlier
+attempts by id: `{"asset": key, "done": whether to leave the node out, "batches": ranges or null}`. stdin closes while
+dbt runs when the parent has died or interrupts dbt. dbt then cancels its SQL.
 
 stdout, a line for each event:
 
-- `selected`: whether the command selected the whole project, and which nodes of `done` it leaves out
+- `selected`: whether the command selected the whole project, and what it takes over from earlier attempts
 - `nodes`: the nodes that the command selected, with their description
-- `start`, `retry`, `rows`, `end`: the progress of one node, by its unique id
+- `start`, `batches`, `retry`, `rows`, `end`: the progress of one node, by its unique id
 - `log`: a line of dbt's log from level info on, with the node that the line is about
 - `interrupted`: dbt is being interrupted, by a signal or because stdin has closed
 - `result`: the end of the command

@@ -5,6 +5,9 @@ Three methods of dbt are wrapped, all there since dbt 1.5:
 - `GraphRunnableTask._runtime_initialize` selects the nodes. dbt's events do not list them.
 - `BaseRunner.safe_run` runs a node. dbt's events cannot make dbt run a node again.
 - `ManifestLoader.build_manifest_state_check` decides whether an earlier parse still holds.
+
+Of dbt's other private interfaces, `batches` uses what dbt's own retry sets, `RunTask.batch_map` and
+`original_invocation_started_at`, and the attributes of `MicrobatchBatchRunner`.
 """
 
 import gc

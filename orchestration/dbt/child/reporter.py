@@ -8,6 +8,7 @@ from collections import Counter
 from datetime import UTC, datetime
 from typing import Any
 
+from .batches import Batches
 from .nodes import Json, describe
 from .sample import SQL_BYTES, bounded_rows, cut
 from .selection import Selection
@@ -31,7 +32,8 @@ class Reporter:
     """
 
     def __init__(self, command: Json, stdout: Any) -> None:
-        self._done: dict[str, str] = command["done"]
+        self._earlier: dict[str, Json] = command["earlier"]
+        self._started: str = command["started"]
         self._only = None if command["only"] is None else set(command["only"])
         self._retries: int = command["retries"]
         self._delay_seconds: float = command["delay"]
@@ -40,6 +42,9 @@ class Reporter:
         self._stdout = stdout
         self._lock = threading.Lock()
         self._task: Any = None
+        self._batches = Batches()
+        self._thread = threading.local()
+        """`exception`: the last exception of dbt in the thread."""
         self._known: set[str] = set()
         """The ids of the nodes that were reported."""
         self._open: Counter[str] = Counter()
@@ -60,15 +65,22 @@ class Reporter:
         self._task = task
         selection = Selection(task, self._only)
         nodes = selection.descriptions()
-        done = self._done.keys() & {node["id"] for node in nodes}
-        moved = [node for node in nodes if node["id"] in done and node["asset"] != self._done[node["id"]]]
+        earlier = {node["id"]: self._earlier[node["id"]] for node in nodes if node["id"] in self._earlier}
+        started = self._started
+        moved = [node for node in nodes if node["id"] in earlier and node["asset"] != earlier[node["id"]]["asset"]]
         if moved:
             # The project's Jinja may read any variable, so the tests of the relation count as moved too.
-            before, now = self._done[moved[0]["id"]], moved[0]["asset"]
-            text = f"All nodes run again: {moved[0]['title']} is {now} now, and was {before} in the earlier attempt."
+            before, now = earlier[moved[0]["id"]]["asset"], moved[0]["asset"]
+            text = f"Nothing is reused: {moved[0]['title']} is {now} now, and was {before} in the earlier attempt."
             self.send("log", level="warn", text=text, id="")
-            done = set()
-        self.send("selected", whole=selection.is_whole_project, left_out=sorted(done))
+            earlier, started = {}, ""
+        done = {node for node, state in earlier.items() if state["done"]}
+        begun = {node: state["batches"] for node, state in earlier.items() if state["batches"] and node not in done}
+        self._batches.resume(task, begun, started)
+        self.send(
+            "selected", whole=selection.is_whole_project, left_out=sorted(done), batches=begun,
+            started=started or _now(),
+        )  # fmt: skip
         self._send_nodes(nodes)
         selection.leave_out(done)
 
@@ -87,24 +99,37 @@ class Reporter:
             runner: dbt's runner of the node.
             manifest: dbt's manifest.
         """
+        name = runner.node.unique_id
+        batch = runner.batches[runner.batch_idx] if hasattr(runner, "batch_idx") else None
+        if batch and self._batches.begin(name, runner.batches.values()):
+            self._send_batches(name)
         result = original(runner, manifest)
         for attempt in range(self._retries):
             failed = str(result.status) in ("error", "runtime error")
-            if not (failed and self._transient.search(result.message or "")):
+            # Of a batch dbt's message is the word ERROR.
+            message = getattr(self._thread, "exception", "") if batch else result.message or ""
+            if not (failed and self._transient.search(message)):
                 break
             self.send(
-                "retry", id=runner.node.unique_id, attempt=attempt + 1, of=self._retries, message=result.message,
+                "retry", id=name, attempt=attempt + 1, of=self._retries, message=message,
                 delay=self._delay_seconds, at=_now(),
             )  # fmt: skip
             if self.interrupted.wait(self._delay_seconds):
                 break
-            self.send("start", id=runner.node.unique_id, at=_now())
+            self.send("start", id=name, at=_now())
             result = original(runner, manifest)
+        if batch and str(result.status) == "success" and self._batches.end(name, batch):
+            self._send_batches(name)
         kind = str(runner.node.resource_type)
         if kind == "test" and str(result.status) in ("fail", "warn"):
             with contextlib.suppress(Exception):  # a sample that cannot be read must not fail the command
                 self._send_sample(runner.adapter, result.node, manifest)
         return result
+
+    def _send_batches(self, model: str) -> None:
+        """Report the batches of a microbatch model, if it has any."""
+        if report := self._batches.report(model):
+            self.send("batches", id=model, at=_now(), **report)
 
     def _send_sample(self, adapter: Any, test: Any, manifest: Any) -> None:
         """Report the SQL of a failed data test, and some of the rows that it finds."""
@@ -130,6 +155,8 @@ class Reporter:
             info = event.data.node_info
             if self._is_first_start(info.unique_id) and info.unique_id in self._known:
                 self.send("start", id=info.unique_id, at=_utc(info.node_started_at))
+        elif name == "GenericExceptionOnRun":
+            self._thread.exception = event.data.exc
         elif name == "NodeFinished":
             self._finished(event.data.node_info, event.data.run_result)
         elif name == "LogHookStartLine":
@@ -172,6 +199,7 @@ class Reporter:
             return
         if result.status == "skipped":
             self._cause[info.unique_id] = self._cause_of_skip(info.unique_id)
+        self._send_batches(info.unique_id)
         response = dict(result.adapter_response.items())
         self.send(
             "end",

@@ -248,5 +248,5 @@ def test_no_node_is_reused_where_a_relation_has_moved(
     assert set(first.values()) == {"success", "pass"}
     assert second == first
     assert query("select id from analytics_b.one order by id") == [(1,), (2,)]
-    text = "All nodes run again: one is postgres://shop/analytics_b/one now, and was postgres://shop/analytics_a/one"
+    text = "Nothing is reused: one is postgres://shop/analytics_b/one now, and was postgres://shop/analytics_a/one"
     assert text in caplog.text
