@@ -48,6 +48,9 @@ TRANSIENT_ERRORS = (
 )
 """A regular expression for the database's messages after which a node is retried."""
 
+BUILDING_COMMANDS = ("build", "run", "test", "seed", "snapshot")
+"""The commands whose finished nodes a retry leaves out. The others write files about all of their nodes."""
+
 PROFILES_VARIABLES = {"DBT_ENGINE_PROFILES_DIR", "DBT_PROFILES_DIR"}
 """dbt's variables for the folder with profiles.yml."""
 
@@ -194,7 +197,8 @@ class DbtProject:
         call = Call.current(
             self.path.name, command, arguments, options.get("inputs"), defer_to, self._connection(environment)
         )
-        earlier = self._earlier_nodes(call)
+        building = command in BUILDING_COMMANDS
+        earlier = self._earlier_nodes(call) if building else {}
         with target_folder(self.path) as target, tempfile.TemporaryDirectory(prefix="dbt-state-") as state:
             command_line = [
                 "--log-level", "none", "--no-use-colors", "--log-path", str(target), *command.split(),
@@ -204,7 +208,7 @@ class DbtProject:
             if defer_to is not None:
                 command_line += ["--defer", "--state", str(self._artifact_store().fetch(defer_to, Path(state)))]
             run = CommandRun(command, call, {**begun, **earlier})
-            only = [key for key, node in last.nodes.items() if not node.done] if last else None
+            only = [key for key, node in last.nodes.items() if not node.done] if last and building else None
             try:
                 self._execute(run, command_line, environment, only)
                 result = self._finish(run, target, arguments, defer_to)

@@ -1,5 +1,6 @@
 """Attempts of a flow run that end early, and what the next attempt runs again."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from orchestration.dbt import DbtProject, DbtResult
 from orchestration.errors import DbtError
 from tests.orchestration.dbt.conftest import Tiny
 from tests.orchestration.dbt.projects import replace
-from tests.orchestration.dbt.task_runs import Server
+from tests.orchestration.dbt.task_runs import Server, results_of
 from tests.parts import Query, settings_of, wait_until
 
 
@@ -94,6 +95,7 @@ def test_attempt_that_ends_before_dbt_lists_its_nodes_keeps_finished_nodes(
     assert third == dict.fromkeys(first, "reused") | {"model.tiny.four": "success"}
 
 
+@pytest.mark.usefixtures("prefect_server")
 def test_failed_hook_runs_again_when_all_nodes_are_done(use: Callable[..., DbtProject], folder: Path) -> None:
     replace(folder, "dbt_project.yml", "as ended", "as ended from nowhere")
     project, failures = use(), []
@@ -196,6 +198,7 @@ def test_retried_run_reuses_only_nodes_of_the_same_connection(
         assert query("select id from other.one order by id") == [(1,), (2,)]
 
 
+@pytest.mark.usefixtures("prefect_server")
 def test_retried_task_reuses_the_nodes_of_its_last_attempt(use: Callable[..., DbtProject], folder: Path) -> None:
     """A password that was rotated between the attempts changes nothing. Two equal builds of a task are two builds."""
     model, passwords = folder / "models" / "four.sql", iter("abcd")
@@ -250,3 +253,33 @@ def test_no_node_is_reused_where_a_relation_has_moved(
     assert query("select id from analytics_b.one order by id") == [(1,), (2,)]
     text = "Nothing is reused: one is postgres://shop/analytics_b/one now, and was postgres://shop/analytics_a/one"
     assert text in caplog.text
+
+
+@pytest.mark.usefixtures("prefect_server")
+@pytest.mark.parametrize("method", ["docs", "compile", "source_freshness"])
+def test_retried_run_writes_whole_files(method: str, use: Callable[..., DbtProject], folder: Path) -> None:
+    """A retry of a command that builds nothing leaves out no node: the files would lack the node."""
+    target, project = folder / "target", use()
+    found: list[list[str]] = []
+
+    def contents() -> list[str]:
+        if method == "docs":
+            catalog = json.loads((target / "catalog.json").read_text())
+            nodes = json.loads((target / "manifest.json").read_text())["nodes"]
+            return sorted([*catalog["nodes"], *(key for key, node in nodes.items() if node.get("compiled_code"))])
+        if method == "compile":
+            return sorted(file.name for file in (target / "compiled").rglob("*.sql"))
+        return sorted(results_of(folder, "sources.json"))
+
+    project.build()
+
+    @flow(retries=1)
+    def daily() -> None:
+        getattr(project, method)()
+        found.append(contents())
+        assert len(found) == 2
+
+    assert daily(return_state=True).is_completed()
+    first, second = found
+    assert first
+    assert second == first
