@@ -59,6 +59,23 @@ def test_fail_fast_stops_like_dbt(project: DbtProject, shop: Path, server: Serve
     assert skipped == {node for node, status in _statuses(results[0]).items() if status == "skipped"}
 
 
+def test_node_that_fail_fast_cancels_is_not_started_again(folder: Path, query: Query) -> None:
+    """dbt ends the node's session, as a broken connection would."""
+    query("create sequence public.attempts")
+    hold(folder, "three", 1200)
+    replace(folder, "models/three.sql", "pg_sleep(1200)", "pg_sleep(1200) where nextval('public.attempts') = 1")
+    hold(folder, "one", 1)
+    wait = "do $$ begin while not (select is_called from public.attempts) loop perform pg_sleep(0.1); end loop; end $$"
+    replace(folder, "models/one.sql", "select pg_sleep(1)", wait)
+    replace(folder, "models/one.sql", "select 1 as id", "select 1 as id from nowhere")
+    project = use(folder, retries=1, retry_delay_seconds=0.2)
+    result = project.build(select="one three", flags=["--fail-fast"], threads=2, check=False)
+    statuses = _statuses(result)
+    assert statuses["model.small.one"] == "error"
+    assert statuses["model.small.three"] != "success"
+    assert query("select last_value, is_called from public.attempts") == [(1, True)]
+
+
 def test_missing_profile_is_an_error(folder: Path) -> None:
     with pytest.raises(DbtError, match=r"could not start .*Could not find profile named 'nowhere'.*Nothing was built"):
         use(folder, profile="nowhere").build()
