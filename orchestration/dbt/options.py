@@ -9,6 +9,9 @@ import yaml
 
 from orchestration.errors import DbtError
 
+_SELECTIONS = ({"--select", "-s", "--models", "--model", "-m"}, {"--exclude"})
+"""Options that dbt adds up where they are repeated, by their names."""
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -61,6 +64,22 @@ def command_line_arguments(options: Options) -> list[str]:
     if (threads := options.get("threads")) is not None:
         arguments += ["--threads", str(threads)]
     return [*arguments, *flags]
+
+
+def combined_arguments(earlier: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    """Return the arguments of an earlier command with those of its retry, which win.
+
+    dbt takes the last of several equal options, but adds up selections.
+    """
+    kept: list[str] = []
+    replaced = False
+    for argument in earlier:
+        if argument.startswith("-"):
+            names = next((names for names in _SELECTIONS if argument.partition("=")[0] in names), set())
+            replaced = any(other.partition("=")[0] in names for other in arguments)
+        if not replaced:
+            kept.append(argument)
+    return [*kept, *arguments]
 
 
 def _check_strings(options: Options, flags: str | list[Any]) -> None:

@@ -30,7 +30,7 @@ import yaml
 from orchestration.dbt.artifacts import Artifacts, StoredCommand
 from orchestration.dbt.command_run import CommandRun
 from orchestration.dbt.mirror import Call
-from orchestration.dbt.options import Options, command_line_arguments
+from orchestration.dbt.options import Options, combined_arguments, command_line_arguments
 from orchestration.dbt.process import DbtProcess, interrupted_with_flow
 from orchestration.dbt.result import DbtResult, Node
 from orchestration.dbt.target_folder import target_folder
@@ -170,8 +170,8 @@ class DbtProject:
     def retry(self, **options: Unpack[Options]) -> DbtResult:
         """Run the failed and skipped nodes of the project's last command, like `dbt retry`.
 
-        Call it in a new flow run: a flow run that Prefect retries leaves out finished nodes without it. By default the
-        options are those of the last command.
+        Call it in a new flow run: a flow run that Prefect retries leaves out finished nodes without it. The options of
+        the last command hold, unless an option replaces them.
 
         Raises:
             DbtError: no command is stored, or nodes failed again.
@@ -190,8 +190,8 @@ class DbtProject:
 
     def _run(self, command: str, options: Options, last: StoredCommand | None = None) -> DbtResult:
         arguments, defer_to = command_line_arguments(options), options.get("defer_to")
-        if last and not arguments and not defer_to:
-            arguments, defer_to = last.options, last.defer_to
+        if last:
+            arguments, defer_to = combined_arguments(last.options, arguments), defer_to or last.defer_to
         begun = {key: node for key, node in last.nodes.items() if not node.done} if last else {}
         environment = self._command_environment()
         call = Call.current(

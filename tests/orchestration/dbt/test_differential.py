@@ -178,6 +178,10 @@ CASES = {
     "freshness --select": Case("source freshness --select source:absent"),
     # Retries.
     "retry": Case("retry", after="build --exclude history three", before=(BROKEN,), exit=1),
+    "retry with threads": Case(
+        "retry --threads 2", {"threads": 2}, after="build --full-refresh --target other --exclude history three",
+        before=(BROKEN,), edits=(_replace("models/one.sql", "select nothing", "select id"),),
+    ),
     "retry of nothing": Case("retry", after="build"),
     "retry before anything": Case("retry", edits=(lambda folder: shutil.rmtree(folder / "target"),), exit=2),
     # Targets and profiles.

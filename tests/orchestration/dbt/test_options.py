@@ -18,7 +18,7 @@ from hypothesis import strategies
 
 from orchestration.dbt import DbtProject
 from orchestration.dbt.child import parse_check, sample
-from orchestration.dbt.options import command_line_arguments
+from orchestration.dbt.options import combined_arguments, command_line_arguments
 from orchestration.errors import DbtError
 from tests.parts import examples
 
@@ -72,6 +72,20 @@ def test_options_of_another_type_are_refused_with_the_cure(
 def test_flags_may_be_read_once() -> None:
     flags: Any = iter(["--fail-fast"])
     assert command_line_arguments({"flags": flags}) == ["--fail-fast"]
+
+
+@pytest.mark.parametrize(
+    ("earlier", "arguments", "expected"),
+    [
+        ("--full-refresh --target prod", "--threads 2", "--full-refresh --target prod --threads 2"),
+        ("--select a b --exclude c --threads 4", "--select d", "--exclude c --threads 4 --select d"),
+        ("-s a --empty", "--select d", "--empty --select d"),
+        ("--models=a --exclude=b", "-s d", "--exclude=b -s d"),
+        ("--select a", "", "--select a"),
+    ],
+)  # fmt: skip
+def test_options_of_a_retry_are_added_to_those_of_the_command(earlier: str, arguments: str, expected: str) -> None:
+    assert combined_arguments(earlier.split(), arguments.split()) == expected.split()
 
 
 class _Colour(enum.Enum):
