@@ -8,7 +8,7 @@ The root is any URL that fsspec knows; by default a folder next to Prefect's res
 
 import contextlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -91,14 +91,21 @@ class Artifacts:
 
     def newest(self, command: str | None = None, target: str | None = None) -> "StoredCommand | None":
         """Return the newest stored command, optionally of one dbt command and one target."""
+        found = (stored for stored in self.commands(target) if command in (None, stored.command))
+        return next(found, None)
+
+    def commands(self, target: str | None = None) -> "Iterator[StoredCommand]":
+        """Yield the stored commands, newest first, optionally of one target."""
         for name in self._names():
             # The file may be being written or deleted.
             with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
                 stored = json.loads(self._files.cat_file(f"{self._folder}/{name}/nodes.json"))
-                if command in (None, stored["command"]) and target in (None, stored["target"]):
-                    nodes = [_node(node) for node in stored["nodes"]]
-                    return StoredCommand(stored["command"], nodes, stored.get("options", []), stored.get("defer_to"))
-        return None
+                if target not in (None, stored["target"]):
+                    continue
+                nodes = [_node(node) for node in stored["nodes"]]
+                options, defer_to = stored.get("options", []), stored.get("defer_to")
+                command = StoredCommand(stored["command"], nodes, options, defer_to, stored["target"])
+                yield command
 
     def fetch(self, source: str, into: Path) -> Path:
         """Copy the artifacts that deferral and `state:` selections compare with.
@@ -158,15 +165,27 @@ class StoredCommand:
         nodes: its nodes with their outcomes.
         options: its arguments.
         defer_to: the state that it deferred to.
+        target: the profile's target.
     """
 
     def __init__(
-        self, command: str, nodes: Iterable[Node], options: Sequence[str] = (), defer_to: str | None = None
+        self,
+        command: str,
+        nodes: Iterable[Node],
+        options: Sequence[str] = (),
+        defer_to: str | None = None,
+        target: str = "",
     ) -> None:
         self.command = command
         self.nodes = {node.id: node for node in nodes}
         self.options = list(options)
         self.defer_to = defer_to
+        self.target = target
+
+    @property
+    def left(self) -> list[str]:
+        """The ids of the nodes that a retry runs. dbt's own command retries no hook either."""
+        return [key for key, node in self.nodes.items() if not node.done and node.kind != "operation"]
 
 
 def _as_json(value: Any) -> Any:

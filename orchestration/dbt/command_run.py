@@ -61,6 +61,8 @@ class CommandRun:
     def apply(self, event: dict[str, Any]) -> None:
         """Apply an event of the child process; for the events see `orchestration.dbt.child`."""
         match event["event"]:
+            case "other target":
+                self.target = event["target"]
             case "selected":
                 self.whole_project = event["whole"]
                 self._left_out, self._begun = set(event["left_out"]), event["batches"]

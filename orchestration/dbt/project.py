@@ -61,6 +61,18 @@ SECRET_VARIABLES = re.compile(r"PASS|PWD|SECRET|TOKEN|CREDENTIAL|(PRIVATE|ACCESS
 """Matches the names of variables that may change between two attempts: a rotated password reaches the same place."""
 
 
+class OtherTargetError(Exception):
+    """dbt's target is not that of the command to retry.
+
+    Args:
+        target: dbt's target.
+    """
+
+    def __init__(self, target: str) -> None:
+        super().__init__(f"The target is {target}")
+        self.target = target
+
+
 class DbtProject:
     """Runs the commands of a dbt project in flows.
 
@@ -177,14 +189,24 @@ class DbtProject:
             DbtError: no command is stored, or nodes failed again.
         """
         artifacts = self._artifact_store()
-        last = artifacts.newest(target=self._target_name)
-        if last is None:
-            raise DbtError(f"There is no run of {self.path} in {artifacts.root} to retry. Run a command first.")
-        # dbt's own command retries no hook either.
-        if all(node.done or node.kind == "operation" for node in last.nodes.values()):
-            logger.warning("The last dbt %s of %s left nothing to retry.", last.command, self.path)
-            return DbtResult(last.command)
-        return self._run(last.command, options, last)
+        newest: dict[str, StoredCommand] = {}
+        for stored in artifacts.commands(self._target_name):
+            if stored.command != "source freshness":  # dbt's own command retries none either
+                newest.setdefault(stored.target, stored)
+        # Only dbt knows the target where a variable or the profile names it. It refuses the command of another target.
+        target = self._target_name
+        for last in [command for command in newest.values() if command.left]:
+            if target in (None, last.target):
+                try:
+                    return self._run(last.command, options, last)
+                except OtherTargetError as other:
+                    target = other.target
+        if target in newest or (target is None and newest):
+            command = newest[target].command if target else next(iter(newest.values())).command
+            logger.warning("The last dbt %s of %s left nothing to retry.", command, self.path)
+            return DbtResult(command)
+        place = f"{self.path} in target {target!r}" if target else self.path
+        raise DbtError(f"There is no run of {place} in {artifacts.root} to retry. Run a command first.")
 
     # One command ------------------------------------------------------------------------------
 
@@ -209,8 +231,9 @@ class DbtProject:
                 command_line += ["--defer", "--state", str(self._artifact_store().fetch(defer_to, Path(state)))]
             run = CommandRun(command, call, {**begun, **earlier})
             only = [key for key, node in last.nodes.items() if not node.done] if last and building else None
+            target_name = last.target if last else None
             try:
-                self._execute(run, command_line, environment, only)
+                self._execute(run, command_line, environment, only, target_name)
                 result = self._finish(run, target, arguments, defer_to)
             finally:
                 if call:
@@ -276,9 +299,18 @@ class DbtProject:
         return process
 
     def _execute(
-        self, run: CommandRun, command_line: list[str], environment: dict[str, str], only: list[str] | None
+        self,
+        run: CommandRun,
+        command_line: list[str],
+        environment: dict[str, str],
+        only: list[str] | None,
+        target_name: str | None,
     ) -> None:
-        """Run the command in a child process, and apply the events of the process to `run`."""
+        """Run the command in a child process, and apply the events of the process to `run`.
+
+        Raises:
+            OtherTargetError: dbt's target is not the given one, and nothing has run.
+        """
         process = self._take_process()
         try:
             process.run(
@@ -293,6 +325,7 @@ class DbtProject:
                         (node.first_attempt for node in run.earlier.values() if node.first_attempt), default=""
                     ),
                     "only": only,
+                    "target": target_name,
                     "retries": self._retries,
                     "delay": self._retry_delay_seconds,
                     "transient": TRANSIENT_ERRORS,
@@ -312,6 +345,8 @@ class DbtProject:
         finally:
             process.end()
             run.process_ended()
+        if target_name and run.target not in ("", target_name):
+            raise OtherTargetError(run.target)
         run.raise_if_incomplete(process, self.path)
 
     def _finish(self, run: CommandRun, target: Path, arguments: list[str], defer_to: str | None) -> DbtResult:

@@ -9,12 +9,14 @@ as dbt's command line does: `python -P FOLDER parse` leaves a partial parse that
 and user.
 
 stdin: one line, then nothing until the end: `{"arguments": [...], "environment": {...}, "earlier": {...}, "started": t,
-"only": [...], "retries": n, "delay": s, "transient": regex, "sample_rows": n}`. `earlier` has the nodes of earlier
-attempts by id: `{"asset": key, "done": whether to leave the node out, "batches": ranges or null}`. stdin closes while
-dbt runs when the parent has died or interrupts dbt. dbt then cancels its SQL.
+"only": [...], "target": name, "retries": n, "delay": s, "transient": regex, "sample_rows": n}`. `earlier` has the nodes
+of earlier attempts by id: `{"asset": key, "done": whether to leave the node out, "batches": ranges or null}`. Nothing
+runs if `target` is not null and dbt's target is another. stdin closes while dbt runs when the parent has died or
+interrupts dbt. dbt then cancels its SQL.
 
 stdout, a line for each event:
 
+- `other target`: dbt's target, and the end
 - `selected`: whether the command selected the whole project, and what it takes over from earlier attempts
 - `nodes`: the nodes that the command selected, with their description
 - `start`, `batches`, `retry`, `rows`, `end`: the progress of one node, by its unique id

@@ -35,6 +35,7 @@ class Reporter:
         self._earlier: dict[str, Json] = command["earlier"]
         self._started: str = command["started"]
         self._only = None if command["only"] is None else set(command["only"])
+        self._target: str | None = command["target"]
         self._retries: int = command["retries"]
         self._delay_seconds: float = command["delay"]
         self._transient = re.compile(command["transient"], re.IGNORECASE)
@@ -63,6 +64,10 @@ class Reporter:
     def selected(self, task: Any) -> None:
         """Report the nodes that dbt's task has selected, and leave out those that an earlier attempt has finished."""
         self._task = task
+        target = task.config.target_name
+        if self._target not in (None, target):
+            self.send("other target", target=target)
+            raise RuntimeError(f"The target is {target}, and not {self._target}")
         selection = Selection(task, self._only)
         nodes = selection.descriptions()
         earlier = {node["id"]: self._earlier[node["id"]] for node in nodes if node["id"] in self._earlier}

@@ -283,3 +283,27 @@ def test_retried_run_writes_whole_files(method: str, use: Callable[..., DbtProje
     first, second = found
     assert first
     assert second == first
+
+
+def test_retry_takes_the_last_command_of_its_own_target(
+    use: Callable[..., DbtProject], folder: Path, query: Query, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two targets share the artifacts, and a variable names the target."""
+    replace(folder, "models/one.sql", "select id", "select nothing as id")
+
+    def at(target: str) -> DbtProject:
+        monkeypatch.setenv("DBT_TARGET", target)
+        return use()
+
+    at("other").build(check=False)
+    replace(folder, "models/one.sql", "select nothing as id", "select id")
+    with pytest.raises(DbtError, match=r"There is no run of .* in target 'dev' in .* to retry"):
+        at("dev").retry()
+    at("dev").run(select="three")
+    assert at("dev").retry().nodes == []
+    at("dev").source_freshness()
+    retried = at("other").retry()
+    assert retried.command == "build"
+    assert "one" in [node.name for node in retried.nodes]
+    assert query("select count(*) from other.one") == [(2,)]
+    assert at("other").retry().nodes == []
