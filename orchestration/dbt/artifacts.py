@@ -53,6 +53,7 @@ class Artifacts:
         run: str,
         *,
         whole: bool,
+        complete: bool = True,
         options: Sequence[str] = (),
         defer_to: str | None = None,
     ) -> str:
@@ -64,6 +65,7 @@ class Artifacts:
             target: the profile's target.
             run: identifies flow run and command, as a part of a file's name.
             whole: whether the command was to build the whole project.
+            complete: whether dbt ended the command. Of an interrupted one only the nodes are stored, for a retry.
             options: the command's arguments, for a retry.
             defer_to: the state that the command deferred to, for a retry.
 
@@ -74,10 +76,10 @@ class Artifacts:
         name = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{run}"
         self._files.makedirs(f"{self._folder}/{name}", exist_ok=True)
         for file in FILES:
-            if (folder / file).exists():
+            if complete and (folder / file).exists():
                 self._files.put_file(str(folder / file), f"{self._folder}/{name}/{file}")
         content = {"command": result.command, "target": target, "options": list(options), "defer_to": defer_to}
-        self._write(f"{name}/nodes.json", {**content, "nodes": result.nodes})
+        self._write(f"{name}/nodes.json", {**content, "complete": complete, "nodes": result.nodes})
         # With --no-write-json dbt writes no manifest, and the former build stays the one to defer to.
         if whole and not result.error() and (folder / "manifest.json").exists():
             self._write(f"latest-{target}.json", {"run": name})
@@ -90,8 +92,9 @@ class Artifacts:
         return f"{self.root}/{self._project}/{name}"
 
     def newest(self, command: str | None = None, target: str | None = None) -> "StoredCommand | None":
-        """Return the newest stored command, optionally of one dbt command and one target."""
-        found = (stored for stored in self.commands(target) if command in (None, stored.command))
+        """Return the newest stored command that dbt ended, optionally of one dbt command and one target."""
+        ended = (stored for stored in self.commands(target) if stored.complete)
+        found = (stored for stored in ended if command in (None, stored.command))
         return next(found, None)
 
     def commands(self, target: str | None = None) -> "Iterator[StoredCommand]":
@@ -105,6 +108,7 @@ class Artifacts:
                 nodes = [_node(node) for node in stored["nodes"]]
                 options, defer_to = stored.get("options", []), stored.get("defer_to")
                 command = StoredCommand(stored["command"], nodes, options, defer_to, stored["target"])
+                command.complete = stored.get("complete", True)
                 yield command
 
     def fetch(self, source: str, into: Path) -> Path:
@@ -181,6 +185,8 @@ class StoredCommand:
         self.options = list(options)
         self.defer_to = defer_to
         self.target = target
+        self.complete = True
+        """Whether dbt ended the command, instead of being interrupted."""
 
     @property
     def left(self) -> list[str]:

@@ -235,6 +235,9 @@ class DbtProject:
             try:
                 self._execute(run, command_line, environment, only, target_name)
                 result = self._finish(run, target, arguments, defer_to)
+            except BaseException:
+                self._store_interrupted(run, target, arguments, defer_to)
+                raise
             finally:
                 if call:
                     # An attempt that ends before dbt lists its nodes forgets nothing of earlier attempts.
@@ -357,9 +360,8 @@ class DbtProject:
             artifacts = self._artifact_store()
             before = artifacts.newest(run.command, run.target)
             whole = run.command == "build" and run.whole_project
-            name = f"{run.call.flow_run.id if run.call else os.getpid()}-{run.command.replace(' ', '-')}"
             stored = artifacts.store(
-                target, result, run.target, name, whole=whole, options=arguments, defer_to=defer_to
+                target, result, run.target, _stored_name(run), whole=whole, options=arguments, defer_to=defer_to
             )
         except Exception as error:
             run.log("warn", f"The artifacts of this run could not be stored: {error}")
@@ -367,9 +369,25 @@ class DbtProject:
         run.summarise(result, before)
         return result
 
+    def _store_interrupted(self, run: CommandRun, target: Path, arguments: list[str], defer_to: str | None) -> None:
+        """Store the nodes of a command that dbt did not end, so that `retry` runs what is left of them."""
+        if not run.nodes:
+            return
+        result = DbtResult(run.command, list(run.nodes.values()))
+        with contextlib.suppress(Exception):  # the command's own error is the one to raise
+            self._artifact_store().store(
+                target, result, run.target, _stored_name(run),
+                whole=False, complete=False, options=arguments, defer_to=defer_to,
+            )  # fmt: skip
+
     def _artifact_store(self) -> Artifacts:
         url = self._artifacts_url or settings().dbt_artifacts_url
         name = self.path.name
         with contextlib.suppress(OSError, ValueError, TypeError, yaml.YAMLError):
             name = str(yaml.safe_load((self.path / "dbt_project.yml").read_text())["name"])
         return Artifacts(url, name)
+
+
+def _stored_name(run: CommandRun) -> str:
+    """Return what names the artifacts of a command, in addition to the time."""
+    return f"{run.call.flow_run.id if run.call else os.getpid()}-{run.command.replace(' ', '-')}"

@@ -198,4 +198,6 @@ def test_death_of_dbt_is_an_error_in_the_flow(slow: Path, query: Query) -> None:
                 child.kill()
     thread.join()
     assert "dbt build ended with status -9 before it was done" in str(caught[0])
+    hold(slow, "one", 0)
+    assert {"one", "two"} <= {node.name for node in project.retry().nodes}
     wait_until(lambda: _sleeping(query) == 0, "the end of the SQL", 240)
