@@ -223,7 +223,8 @@ class DbtProject:
         earlier = self._earlier_nodes(call) if building else {}
         with target_folder(self.path) as target, tempfile.TemporaryDirectory(prefix="dbt-state-") as state:
             command_line = [
-                "--log-level", "none", "--no-use-colors", "--log-path", str(target), *command.split(),
+                # After the command, so that an option of the user may replace its default.
+                *command.split(), "--log-level", "none", "--no-use-colors", "--log-path", str(target),
                 "--project-dir", str(self.path), "--target-path", str(target),
                 *self._profile_arguments(), *arguments,
             ]  # fmt: skip

@@ -176,6 +176,9 @@ CASES = {
     "compile --exclude=": Case("compile --exclude=two"),
     "docs -s": Case("docs generate -s three"),
     "freshness --select": Case("source freshness --select source:absent"),
+    # Options of the log.
+    "log": Case("run -s three --log-path logs --log-level debug --use-colors"),
+    "freshness log": Case("source freshness --no-use-colors --log-level warn"),
     # Retries.
     "retry": Case("retry", after="build --exclude history three", before=(BROKEN,), exit=1),
     "retry with threads": Case(
