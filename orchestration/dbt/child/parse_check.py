@@ -7,7 +7,6 @@ from typing import Any
 _RENDERED = (".sql", ".yml", ".yaml", ".md", ".py", ".js", ".j2", ".jinja", ".jinja2")
 """Suffixes of the files whose Jinja dbt renders; the last four since dbt 1.12."""
 
-_JINJA = re.compile(r"\{([{%]).*?[%}]\}", re.DOTALL)
 _CONNECTION = re.compile(r"\btarget\b(?!\s*\.\s*(name|schema|database|dbname|type|profile_name)\b)")
 """Jinja that reads `target`, other than the attributes that every parse depends on."""
 
@@ -46,6 +45,18 @@ def reads_connection(project: Any) -> bool:
             text = file.read_text(encoding="utf-8", errors="replace")
             if file.suffix == ".py" and "target" in text:
                 return True
-            if any(_CONNECTION.search(block.group()) for block in _JINJA.finditer(text)):
+            # Most files do not have the word at all.
+            if _CONNECTION.search(text) and _CONNECTION.search(_jinja(text)):
                 return True
     return False
+
+
+def _jinja(text: str) -> str:
+    """Return the Jinja of a file. Jinja itself finds the ends of blocks, which may have dictionaries and strings."""
+    from jinja2 import Environment, TemplateSyntaxError
+
+    try:
+        tokens = [(kind, value) for _, kind, value in Environment(autoescape=True).lex(text)]
+    except TemplateSyntaxError:
+        return text
+    return "".join(value for kind, value in tokens if kind != "data" and not kind.startswith("comment"))

@@ -137,6 +137,26 @@ def test_file_that_reads_the_connection_is_found(name: str, tmp_path: Path) -> N
     assert parse_check.reads_connection(project)
 
 
+@pytest.mark.parametrize(
+    ("text", "reads"),
+    [
+        ("{{ config(meta={'owner': {'team': 'x'}}, grants={'select': [target.user]}) }}", True),
+        ("{{ config(post_hook='}} {{ target.user }}') }}", True),
+        ("{% set hosts = {'a': {'b': 1}} %}{{ target['host'] }}", True),
+        ("{{ config(alias='}}') }} merge into a as target using b on target.id = b.id", False),
+        ("{# {{ target.host }} #} select {{ target.schema }}", False),
+        ("{{ 'not closed }} {{ target.host }}", True),
+    ],
+)
+def test_jinja_that_reads_the_connection_is_found_to_its_end(text: str, reads: bool, tmp_path: Path) -> None:
+    """A dictionary or a string may hold the characters that end a block."""
+    project = types.SimpleNamespace(project_root=str(tmp_path), all_source_paths=["models"])
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "one.sql").write_text(text)
+    (tmp_path / "dbt_project.yml").write_text("name: one")
+    assert parse_check.reads_connection(project) == reads
+
+
 _VALUES = strategies.none() | strategies.integers() | strategies.floats() | strategies.text() | strategies.binary()
 
 
