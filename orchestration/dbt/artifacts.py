@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestration.dbt.result import DbtResult, Node
+from orchestration.dbt.target_folder import SOURCES, is_copy
 from orchestration.errors import DbtError
 
 FILES = ("manifest.json", "run_results.json", "sources.json", "catalog.json", "index.html", "dbt.log")
@@ -76,20 +77,26 @@ class Artifacts:
         name = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{run}"
         self._files.makedirs(f"{self._folder}/{name}", exist_ok=True)
         for file in FILES:
-            if complete and (folder / file).exists():
+            if complete and (folder / file).exists() and not is_copy(folder / file):
                 self._files.put_file(str(folder / file), f"{self._folder}/{name}/{file}")
         content = {"command": result.command, "target": target, "options": list(options), "defer_to": defer_to}
         self._write(f"{name}/nodes.json", {**content, "complete": complete, "nodes": result.nodes})
         # With --no-write-json dbt writes no manifest, and the former build stays the one to defer to.
         if whole and not result.error() and (folder / "manifest.json").exists():
             self._write(f"latest-{target}.json", {"run": name})
-        good_builds = {
-            json.loads(self._files.cat_file(path))["run"] for path in self._files.glob(f"{self._folder}/latest-*.json")
-        }
-        for old in set(self._names()[KEPT_COMMANDS:]) - good_builds:
-            with contextlib.suppress(OSError):  # another process may delete the same folder
-                self._files.rm(f"{self._folder}/{old}", recursive=True)
+        self._prune()
         return f"{self.root}/{self._project}/{name}"
+
+    def _prune(self) -> None:
+        """Delete old commands, other than the good builds and the freshness of the sources before them."""
+        old = set(self._names()[KEPT_COMMANDS:])
+        for path in self._files.glob(f"{self._folder}/latest-*.json") if old else ():
+            build = json.loads(self._files.cat_file(path))["run"]
+            target = path.rsplit("/latest-", 1)[-1].removesuffix(".json")
+            old -= {build, self._freshness_before(target, build) or ""}
+        for name in old:
+            with contextlib.suppress(OSError):  # another process may delete the same folder
+                self._files.rm(f"{self._folder}/{name}", recursive=True)
 
     def newest(self, command: str | None = None, target: str | None = None) -> "StoredCommand | None":
         """Return the newest stored command that dbt ended, optionally of one dbt command and one target."""
@@ -136,6 +143,10 @@ class Artifacts:
         for file in _STATE_FILES:
             with contextlib.suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError):
                 (into / file).write_bytes(files.cat_file(f"{folder}/{file}"))
+        build = folder.rsplit("/", 1)[-1] if "/" not in source and not (into / SOURCES).exists() else ""
+        if build and (freshness := self._freshness_before(source, build)):
+            with contextlib.suppress(OSError):  # another process may delete the same folder
+                (into / SOURCES).write_bytes(files.cat_file(f"{self._folder}/{freshness}/{SOURCES}"))
         if not (into / "manifest.json").exists():
             place = source if "/" in source else f"a run of target {source!r} without a failure in {self.root}"
             raise DbtError(
@@ -143,6 +154,16 @@ class Artifacts:
                 "Build the whole project there first, or name another folder or target."
             )
         return into
+
+    def _freshness_before(self, target: str, build: str) -> str | None:
+        """Return the folder with the freshness that was stored last before a build of the target."""
+        for name in self._names():
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                if name >= build or not self._files.exists(f"{self._folder}/{name}/{SOURCES}"):
+                    continue
+                if json.loads(self._files.cat_file(f"{self._folder}/{name}/nodes.json"))["target"] == target:
+                    return name
+        return None
 
     def _names(self) -> list[str]:
         """Return the folder names of the stored commands, newest first."""

@@ -11,13 +11,16 @@ from pathlib import Path
 PARSE = "partial_parse.msgpack"
 """dbt's parse of the project, in a target folder."""
 
+SOURCES = "sources.json"
+"""The freshness of the sources, in a target folder: dbt's selections `source_status:` read the last one there."""
+
 
 @contextlib.contextmanager
 def target_folder(project: Path) -> Iterator[Path]:
     """Yield a new target folder, which replaces the content of the project's `target/` after success.
 
-    The folder starts with the partial parse of `target/`. In a checkout that is not writable, the folder is temporary
-    and its files are deleted.
+    The folder starts with the partial parse of `target/` and the freshness of the sources. In a checkout that is not
+    writable, the folder is temporary and its files are deleted.
 
     Args:
         project: the folder with dbt_project.yml.
@@ -31,10 +34,15 @@ def target_folder(project: Path) -> Iterator[Path]:
     try:
         with contextlib.suppress(OSError):
             shutil.copyfile(shared / PARSE, folder / PARSE)
+        with contextlib.suppress(OSError):
+            shutil.copyfile(shared / SOURCES, folder / SOURCES)
+            os.utime(folder / SOURCES, (0, 0))
         yield folder
         if folder.parent == shared:
             with contextlib.suppress(OSError):
                 for entry in folder.iterdir():
+                    if is_copy(entry):
+                        continue
                     if entry.is_dir():
                         shutil.rmtree(shared / entry.name, ignore_errors=True)
                     entry.replace(shared / entry.name)
@@ -42,6 +50,11 @@ def target_folder(project: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def is_copy(file: Path) -> bool:
+    """Return whether a file of the target folder is of an earlier command: this one has not written it."""
+    return file.name == SOURCES and file.stat().st_mtime == 0
 
 
 def _locked_folder(shared: Path) -> tuple[Path, int]:

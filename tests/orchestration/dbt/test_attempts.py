@@ -11,7 +11,7 @@ from prefect import flow, task
 from prefect.context import FlowRunContext
 
 from orchestration import warehouse
-from orchestration.dbt import DbtProject, DbtResult
+from orchestration.dbt import DbtProject, DbtResult, artifacts
 from orchestration.errors import DbtError
 from tests.orchestration.dbt.conftest import Tiny
 from tests.orchestration.dbt.projects import replace
@@ -307,3 +307,19 @@ def test_retry_takes_the_last_command_of_its_own_target(
     assert "one" in [node.name for node in retried.nodes]
     assert query("select count(*) from other.one") == [(2,)]
     assert at("other").retry().nodes == []
+
+
+def test_models_of_fresher_sources_are_built(
+    use: Callable[..., DbtProject], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fresher than before the last whole build. Only the command that writes sources.json stores the file."""
+    monkeypatch.setattr(artifacts, "KEPT_COMMANDS", 1)
+    (folder / "models" / "four.sql").write_text("select datname from {{ source('server', 'databases') }}")
+    project = use()
+    project.source_freshness()
+    project.build()
+    project.source_freshness()
+    for _ in range(2):
+        result = project.build(select="source_status:fresher+", defer_to="dev")
+        assert [node.name for node in result.nodes if node.kind == "model"] == ["four"]
+        assert not Path(result.stored, "sources.json").exists()
