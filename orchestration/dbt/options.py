@@ -93,6 +93,11 @@ def _check_strings(options: Options, flags: str | list[Any]) -> None:
         raise DbtError(f"flags is a string, {flags!r:.100}. Give a list, like {flags.split()!r:.100}.")
     if wrong := [flag for flag in flags if not isinstance(flag, str)]:
         raise DbtError(f"flags has {wrong[0]!r:.100}, which is not a string. Give {str(wrong[0])!r:.100}.")
+    if any(flag.partition("=")[0] == "--target-path" for flag in flags):
+        raise DbtError(
+            "flags has --target-path, but each command has a separate target folder. "
+            "Set DBT_TARGET_PATH, or target-path in dbt_project.yml, to the folder that gets the files at the end."
+        )
 
 
 def _variables_as_yaml(variables: Any) -> str:

@@ -221,7 +221,8 @@ class DbtProject:
         )
         building = command in BUILDING_COMMANDS
         earlier = self._earlier_nodes(call) if building else {}
-        with target_folder(self.path) as target, tempfile.TemporaryDirectory(prefix="dbt-state-") as state:
+        shared = self._target_path(environment)
+        with target_folder(shared) as target, tempfile.TemporaryDirectory(prefix="dbt-state-") as state:
             command_line = [
                 # After the command, so that an option of the user may replace its default.
                 *command.split(), "--log-level", "none", "--no-use-colors", "--log-path", str(target),
@@ -277,6 +278,23 @@ class DbtProject:
         known = sorted((name, value) for name, value in variables.items() if not SECRET_VARIABLES.search(name))
         folder = os.path.relpath(self._profiles_dir, self.path) if self._profiles_dir else None
         return [self._profile, self._target_name, folder, known]
+
+    def _target_path(self, environment: Mapping[str, str]) -> Path:
+        """Return the folder that gets the files of a command at its end, as dbt chooses its target folder."""
+        variables = {**os.environ, **environment}
+        path = variables.get("DBT_ENGINE_TARGET_PATH") or variables.get("DBT_TARGET_PATH")
+        path = path or str(self._project_file().get("target-path") or "target")
+        folder = self.path / ("target" if "{{" in path else path)
+        if self.path.is_dir():  # a project that is missing is dbt's error
+            with contextlib.suppress(OSError):
+                folder.parent.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _project_file(self) -> dict[str, Any]:
+        """Return the content of dbt_project.yml; empty if the file cannot be read."""
+        with contextlib.suppress(OSError, ValueError, TypeError, yaml.YAMLError):
+            return dict(yaml.safe_load((self.path / "dbt_project.yml").read_text()))
+        return {}
 
     def _profile_arguments(self) -> list[str]:
         """Return dbt's options for profile and target, where they are given here and not left to dbt."""
@@ -383,9 +401,7 @@ class DbtProject:
 
     def _artifact_store(self) -> Artifacts:
         url = self._artifacts_url or settings().dbt_artifacts_url
-        name = self.path.name
-        with contextlib.suppress(OSError, ValueError, TypeError, yaml.YAMLError):
-            name = str(yaml.safe_load((self.path / "dbt_project.yml").read_text())["name"])
+        name = str(self._project_file().get("name") or self.path.name)
         return Artifacts(url, name)
 
 

@@ -16,16 +16,15 @@ SOURCES = "sources.json"
 
 
 @contextlib.contextmanager
-def target_folder(project: Path) -> Iterator[Path]:
-    """Yield a new target folder, which replaces the content of the project's `target/` after success.
+def target_folder(shared: Path) -> Iterator[Path]:
+    """Yield a new target folder, which replaces the content of the shared one after success.
 
-    The folder starts with the partial parse of `target/` and the freshness of the sources. In a checkout that is not
-    writable, the folder is temporary and its files are deleted.
+    The folder starts with the partial parse and the freshness of the sources of the shared one. In a checkout that is
+    not writable, the folder is temporary and its files are deleted.
 
     Args:
-        project: the folder with dbt_project.yml.
+        shared: the project's target folder.
     """
-    shared = project / "target"
     try:
         shared.mkdir(exist_ok=True)
         folder, lock = _locked_folder(shared)

@@ -323,3 +323,17 @@ def test_models_of_fresher_sources_are_built(
         result = project.build(select="source_status:fresher+", defer_to="dev")
         assert [node.name for node in result.nodes if node.kind == "model"] == ["four"]
         assert not Path(result.stored, "sources.json").exists()
+
+
+@pytest.mark.parametrize("place", ["environment", "file"])
+def test_files_are_left_in_the_projects_own_target_path(
+    place: str, use: Callable[..., DbtProject], folder: Path, tmp_path: Path
+) -> None:
+    shutil.move(folder / "target", tmp_path / "mine")
+    variables = {"DBT_TARGET_PATH": str(tmp_path / "mine")} if place == "environment" else {}
+    if place == "file":
+        replace(folder, "dbt_project.yml", "name: tiny", "name: tiny\ntarget-path: ../mine")
+    use(environment=lambda: warehouse.environment() | variables).run(select="three")
+    results = json.loads((tmp_path / "mine" / "run_results.json").read_text())["results"]
+    assert [result["unique_id"] for result in results if "model" in result["unique_id"]] == ["model.tiny.three"]
+    assert not (folder / "target").exists()

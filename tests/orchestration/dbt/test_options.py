@@ -59,6 +59,7 @@ def test_flags_as_a_string_are_refused_with_the_correct_list(tmp_path: Path) -> 
         ({"select": ["a", "b+"]}, "select is not a string, but ['a', 'b+']. Separate selections by spaces: 'a b+'."),
         ({"exclude": 5}, "exclude is not a string, but 5. Separate selections by spaces: '5'."),
         ({"flags": ["--threads", 4]}, "flags has 4, which is not a string. Give '4'."),
+        ({"flags": ["--target-path=mine"]}, "flags has --target-path, but each command has a separate target folder."),
         ({"flags": [Path("target")]}, f"flags has {Path('target')!r}, which is not a string. Give 'target'."),
     ],
 )
