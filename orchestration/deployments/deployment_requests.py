@@ -12,6 +12,7 @@ from orchestration.deployments.resources import (
     is_schedule_deleted,
     pair_schedules,
     replace_deployment,
+    trigger_differences,
 )
 from orchestration.prefect_api import JSON, Server
 
@@ -154,9 +155,7 @@ async def _apply_triggers(
         old = live[name]
         if body["enabled"] is None:
             body["enabled"] = old["enabled"]
-        if old["actions"] != trigger["actions"] or any(
-            old.get(key) != value for key, value in trigger.items() if value is not None and key != "actions"
-        ):
+        if trigger_differences(trigger, old):
             await server.ask("PUT", f"/automations/{ids[name][0]}", body)
     for name, listed in ids.items():
         for automation_id in listed[1:] if name in triggers else listed:

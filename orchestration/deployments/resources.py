@@ -164,7 +164,7 @@ def differences(desired: Object, live: Mapping[str, Any]) -> list[Difference]:
             for trigger in sorted({*value, *(live_value or {})}):
                 old, new = (live_value or {}).get(trigger), value.get(trigger)
                 if new is not None and old is not None:
-                    listed += [(f"triggers.{trigger}.{key}", a, b) for key, a, b in _mapping_differences(new, old)]
+                    listed += [(f"triggers.{trigger}.{key}", a, b) for key, a, b in trigger_differences(new, old)]
                 else:
                     listed.append((f"triggers.{trigger}", old, new))
         elif value is None and name in KEPT_IF_UNSET:
@@ -176,13 +176,20 @@ def differences(desired: Object, live: Mapping[str, Any]) -> list[Difference]:
     return listed
 
 
+def trigger_differences(desired: Mapping[str, Any], live: Mapping[str, Any]) -> list[Difference]:
+    """Return the differences of two triggers. Without `enabled` in the file, the value on the server stays."""
+    return [
+        difference
+        for difference in _mapping_differences(desired, live)
+        if difference[0] != "enabled" or desired["enabled"] is not None
+    ]
+
+
 def _mapping_differences(desired: Mapping[str, Any], live: Mapping[str, Any]) -> list[Difference]:
     """Return the differences of two mappings, field by field and down through nested mappings."""
     listed: list[Difference] = []
     for key in sorted({*desired, *live}, key=str):
         old, new = live.get(key), desired.get(key)
-        if key == "enabled" and new is None:
-            continue
         if isinstance(old, dict) and isinstance(new, dict):
             listed += [(f"{key}.{below}", a, b) for below, a, b in _mapping_differences(new, old)]
         elif old != new or (key in live) != (key in desired):

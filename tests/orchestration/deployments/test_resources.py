@@ -1,0 +1,36 @@
+"""Objects of files and servers compare equal exactly if a sync has nothing to change."""
+
+from typing import Any
+
+import pytest
+
+from orchestration.deployments.resources import DEPLOYMENT, POOL, VARIABLE, Object, differences, read_trigger
+
+
+@pytest.mark.parametrize(
+    ("kind", "field"),
+    [
+        (DEPLOYMENT, "parameters"),
+        (DEPLOYMENT, "job_variables"),
+        (DEPLOYMENT, "parameter_openapi_schema"),
+        (POOL, "base_job_template"),
+        (VARIABLE, "value"),
+    ],
+)
+def test_removed_key_called_enabled_differs(kind: str, field: str) -> None:
+    live = {field: {"enabled": True, "inner": {"enabled": True}, "kept": 1}}
+    found = differences(Object(kind, "a", {field: {"inner": {}, "kept": 1}}), live)
+    assert found == [(f"{field}.enabled", True, None), (f"{field}.inner.enabled", True, None)]
+
+
+def trigger(**fields: Any) -> dict[str, Any]:
+    """Return a deployment's triggers of a file, without a value of `enabled`."""
+    return {"t": read_trigger({"expect": ["a.b"]} | fields) | {"enabled": None}}
+
+
+def test_switch_of_a_trigger_stays_and_its_parameter_called_enabled_does_not() -> None:
+    desired = Object(DEPLOYMENT, "a", {"triggers": trigger(parameters={})})
+    live = {"triggers": {"t": trigger(parameters={})["t"] | {"enabled": False}}}
+    assert differences(desired, live) == []
+    live["triggers"]["t"]["actions"][0]["parameters"] = {"enabled": True}
+    assert [name for name, _, _ in differences(desired, live)] == ["triggers.t.actions"]
