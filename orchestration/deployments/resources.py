@@ -117,18 +117,14 @@ def matches_every_event(trigger: Mapping[str, Any]) -> bool:
     return trigger["posture"] == "Reactive" and not any(trigger[key] for key in ("expect", "match", "match_related"))
 
 
-def _normalize_trigger(trigger: Any) -> Any:
-    """Return a trigger without ids, with the sets of Prefect's model sorted."""
-    if isinstance(trigger, list):
-        return [_normalize_trigger(inner) for inner in trigger]
-    if not isinstance(trigger, dict):
-        return trigger
-    sets = ("expect", "after", "for_each")
-    return {
-        key: sorted(value) if key in sets else _normalize_trigger(value)
-        for key, value in trigger.items()
-        if key != "id"
-    }
+def _normalize_trigger(trigger: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a trigger without ids, with the sets of Prefect's model sorted.
+
+    Its filters `match` and `match_related` stay as they are: their keys are labels of any name, also `id` or `after`.
+    """
+    fields = {key: value for key, value in trigger.items() if key != "id"}
+    fields |= {key: sorted(fields[key]) for key in ("expect", "after", "for_each") if key in fields}
+    return fields | {key: [_normalize_trigger(inner) for inner in fields[key]] for key in ("triggers",) if key in fields}
 
 
 def replace_deployment(fields: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:

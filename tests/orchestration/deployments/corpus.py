@@ -411,6 +411,9 @@ deployments:
     "trigger with a template elsewhere": one(
         "triggers: [{expect: [a.b], match_related: {prefect.resource.name: '{{ event.name }}'}}]"
     ),
+    "trigger of labels of any name": one(
+        "triggers: [{expect: [b, a], match: {expect: text, after: x, triggers: y}, match_related: {for_each: me, id: z}}]"
+    ),
     "several triggers": one(
         "triggers:\n- {type: event, expect: [a.b], posture: Proactive, within: 60, threshold: 2}\n"
         "- {type: compound, require: all, within: 3600, triggers: [{type: event, expect: [a]}, {type: event, expect: [b]}]}\n"

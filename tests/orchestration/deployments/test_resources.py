@@ -34,3 +34,23 @@ def test_switch_of_a_trigger_stays_and_its_parameter_called_enabled_does_not() -
     assert differences(desired, live) == []
     live["triggers"]["t"]["actions"][0]["parameters"] = {"enabled": True}
     assert [name for name, _, _ in differences(desired, live)] == ["triggers.t.actions"]
+
+
+LABELS = {"id": "b.1", "expect": "text", "after": ["x", "a"], "for_each": "me", "triggers": "t"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"match": LABELS}, {"match_related": LABELS}, {"match_related": [LABELS, {"id": ["b", "a"]}]}],
+    ids=["match", "match_related", "list of match_related"],
+)
+def test_labels_of_a_trigger_keep_their_names_and_values(fields: dict[str, Any]) -> None:
+    read = read_trigger({"expect": ["b", "a"], "after": ["d", "c"]} | fields)["trigger"]
+    assert {key: read[key] for key in fields} == fields
+    assert (read["expect"], read["after"]) == (["a", "b"], ["c", "d"])
+    assert "id" not in read
+    nested = read_trigger({"type": "sequence", "within": 60, "triggers": [{"expect": ["b", "a"]} | fields]})["trigger"]
+    (inner,) = nested["triggers"]
+    assert {key: inner[key] for key in fields} == fields
+    assert inner["expect"] == ["a", "b"]
+    assert "id" not in inner
