@@ -3,10 +3,10 @@
 import asyncio
 from collections.abc import Sequence
 
-from orchestration.deployments import live_state
+from orchestration.deployments import live_state, triggers
 from orchestration.deployments import record as records
 from orchestration.deployments.record import Record
-from orchestration.deployments.resources import Name, display_name
+from orchestration.deployments.resources import DEPLOYMENT, Name, display_name
 from orchestration.errors import DeploymentsError
 from orchestration.prefect_api import Server
 
@@ -33,9 +33,14 @@ async def adopt(server: Server, owner: str, names: Sequence[Name], previous_owne
             cause = f"belongs to {actual}. Pass --from '{actual}'" if actual else "has no owner. Leave --from out"
             raise DeploymentsError(f"{display_name(name)} {cause}")
 
+    known = [record.triggers for record in by_owner.values() if record.owner in (previous_owner, owner)]
+
     def add(record: Record) -> None:
         for name in names:
-            record.applied[name] = live[name].recorded_fields
+            adopted = live[name]
+            if adopted.kind == DEPLOYMENT:
+                adopted, _ = triggers.claim(adopted, *(recorded(name) for recorded in known))
+            record.applied[name] = adopted.recorded_fields
 
     def remove(record: Record) -> None:
         for name in names:

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from orchestration.deployments import live_state, masking
+from orchestration.deployments import live_state, masking, triggers
 from orchestration.deployments import record as records
-from orchestration.deployments.resources import Difference, Object, differences
+from orchestration.deployments.resources import DEPLOYMENT, Difference, Object, differences
 from orchestration.errors import DeploymentsError
 from orchestration.prefect_api import Server
 
@@ -78,6 +78,8 @@ async def find(server: Server, owner: str) -> list[Drift]:
         if fields is None or (kind, key) in record.begun or key in record.ending:
             continue
         item = live.get((kind, key))
+        if item and kind == DEPLOYMENT:
+            item, _ = triggers.claim(item, record.triggers((kind, key)))
         if item is None:
             drifted.append(Drift(kind, key, []))
         elif different := differences(Object(kind, key, fields), item.fields):

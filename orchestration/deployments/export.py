@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from orchestration.deployments import live_state, placeholders
+from orchestration.deployments import live_state, placeholders, triggers
 from orchestration.deployments import record as records
 from orchestration.deployments.resources import (
     AUTOMATION,
@@ -60,6 +60,10 @@ async def read(server: Server, owner: str, *, mine: bool) -> tuple[dict[Name, Ob
     owners = {item.name: owner_of(item) for item in live.values()}
     exported = (owner,) if mine else (owner, "")
     kept = {name: item for name, item in live.items() if owners[name] in exported}
+    if mine and owner in by_owner:
+        for name, item in kept.items():
+            if item.kind == DEPLOYMENT:
+                kept[name], _ = triggers.claim(item, by_owner[owner].triggers(name))
     return kept, Counter(other for other in owners.values() if other not in (owner, ""))
 
 

@@ -25,7 +25,10 @@ from orchestration.prefect_api import JSON, Server
 
 
 async def read_all(server: Server) -> dict[Name, Object]:
-    """Return all objects of the server that a sync can manage, by kind and key."""
+    """Return all objects of the server that a sync can manage, by kind and key.
+
+    The triggers of a deployment are all automations that do nothing but run it; :func:`triggers.claim` returns its own.
+    """
     variables, systems, limits, pools, queues, automations, deployments, flows = await asyncio.gather(
         server.all("/variables/filter"),
         server.all("/block_documents/filter", block_types={"slug": {"any_": [FILE_SYSTEM]}}),
@@ -64,8 +67,9 @@ async def read_all(server: Server) -> dict[Name, Object]:
         target = by_id.get(triggered_deployment(item))
         fields = read_automation(item)
         if target:
-            target.fields["triggers"][item["name"]] = replace_deployment(fields, target.id, DEPLOYMENT_PLACEHOLDER)
-            target.raw["trigger_ids"].setdefault(item["name"], []).append(item["id"])
+            fields = replace_deployment(fields, target.id, DEPLOYMENT_PLACEHOLDER)
+            target.fields["triggers"].setdefault(item["name"], fields)
+            target.raw["automations"].append((item["id"], item["name"], fields))
         else:
             found.append(Object(AUTOMATION, item["name"], fields, id=item["id"], raw=item | {"copy_ids": []}))
     objects: dict[Name, Object] = {}
@@ -117,7 +121,7 @@ def deployment(raw: JSON, flow: str) -> Object:
         "schedules": schedules.by_name(listed),
         "triggers": {},
     }
-    return Object(DEPLOYMENT, f"{flow}/{raw['name']}", fields, id=raw["id"], raw=raw | {"trigger_ids": {}})
+    return Object(DEPLOYMENT, f"{flow}/{raw['name']}", fields, id=raw["id"], raw=raw | {"automations": []})
 
 
 def _object(kind: str, key: str, raw: JSON, *fields: str) -> Object:

@@ -70,9 +70,16 @@ async def change(server: Server, change: Change) -> None:
 
 
 async def delete(server: Server, live: Object) -> None:
-    """Delete an object. A deployment's triggers are automations that would stay on the server without it."""
+    """Delete an object. A deployment's triggers are automations that would stay on the server without it.
+
+    Args:
+        server: the server.
+        live: the object; a deployment with its own triggers alone (:func:`triggers.claim`).
+    """
     for automation_id in (id_ for ids in live.raw.get("trigger_ids", {}).values() for id_ in ids):
         await server.ask("DELETE", f"/automations/{automation_id}", absent=True)
+    if live.kind == DEPLOYMENT:  # also triggers that a person renamed
+        await server.ask("DELETE", f"/automations/owned-by/prefect.deployment.{live.id}", absent=True)
     await server.ask("DELETE", _path(live), absent=True)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestration.deployments import limit_removal, live_state, masking
+from orchestration.deployments import limit_removal, live_state, masking, triggers
 from orchestration.deployments import record as records
 from orchestration.deployments.desired_state import DesiredState
 from orchestration.deployments.record import Record
@@ -219,6 +219,9 @@ def _compare(plan: Plan, desired: Object, live: Object | None, other_owners: dic
             f"{desired.where}: {display_name(name)} belongs to {other}. Rename yours, or take it over on purpose: "
             f"orchestrate adopt '{name[0]}:{name[1]}' --owner '{plan.owner}' --from '{other}'"
         )
+    if live.kind == DEPLOYMENT:
+        live, notes = triggers.claim(live, desired.fields["triggers"], record.triggers(name))
+        plan.notes += notes
     if limit_removal.must_wait(desired, live, live.raw):
         plan.notes.append(limit_removal.note(desired, live.raw))
         desired = limit_removal.keep_limit(desired, live)
@@ -275,6 +278,10 @@ async def _plan_removals(server: Server, plan: Plan, desired: DesiredState, prun
     """Add the removal of the owner's objects that the files no longer have."""
     removed = [name for name in {*plan.record.applied, *plan.record.begun} if name not in desired.objects]
     existing = {name: plan.live[name] for name in removed if name in plan.live}
+    for name in existing:
+        if name[0] == DEPLOYMENT:
+            existing[name], notes = triggers.claim(existing[name], plan.record.triggers(name))
+            plan.notes += notes if prune else ()
     if removed and not prune:
         names = ", ".join(display_name(name) for name in sorted(existing)[:3]) + (", ..." if len(existing) > 3 else "")
         if existing:

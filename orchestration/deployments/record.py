@@ -43,6 +43,10 @@ class Record:
     serial: str = ""
     id: str = ""
 
+    def triggers(self, name: Name) -> JSON:
+        """Return the triggers of a deployment after the owner's last sync, by name."""
+        return dict((self.applied.get(name) or {}).get("triggers") or {})
+
     def data(self) -> JSON:
         """Return the content of the block document."""
         return {

@@ -124,7 +124,9 @@ def _normalize_trigger(trigger: Mapping[str, Any]) -> dict[str, Any]:
     """
     fields = {key: value for key, value in trigger.items() if key != "id"}
     fields |= {key: sorted(fields[key]) for key in ("expect", "after", "for_each") if key in fields}
-    return fields | {key: [_normalize_trigger(inner) for inner in fields[key]] for key in ("triggers",) if key in fields}
+    return fields | {
+        key: [_normalize_trigger(inner) for inner in fields[key]] for key in ("triggers",) if key in fields
+    }
 
 
 def replace_deployment(fields: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:

@@ -257,6 +257,47 @@ def test_prune_deletes_only_objects_of_the_owner(project: Project) -> None:
     assert project.unique("note") not in [automation["name"] for automation in automations]
 
 
+def test_automation_of_a_person_stays_next_to_the_triggers(project: Project) -> None:
+    """Also if it only runs the deployment, or has the name of a trigger."""
+    trigger = {"name": "landed", "expect": ["orders.landed"]}
+    project.write({"name": "a", "triggers": [trigger, {"expect": ["x.y"]}]})
+    project.sync()
+    deployment = project.existing("a")["id"]
+
+    def automations() -> list[dict[str, Any]]:
+        related = project.api.get(f"/automations/related-to/prefect.deployment.{deployment}").raise_for_status()
+        return sorted(related.json(), key=lambda automation: (automation["name"], automation["id"]))
+
+    def add(name: str, *expected: str) -> str:
+        body = {
+            "name": name,
+            "trigger": {"type": "event", "expect": expected, "posture": "Reactive", "threshold": 1, "within": 0},
+            "actions": [{"type": "run-deployment", "source": "selected", "deployment_id": deployment}],
+        }
+        return str(project.api.post("/automations/", json=body).raise_for_status().json()["id"])
+
+    own = automations()
+    by_hand = {add("by hand", "orders.late"), add("landed", "orders.late")}
+    copy = add("landed", "orders.landed")
+    before = automations()
+    assert project.run("diff")[0] == 0
+    output = project.sync("--prune")
+    assert "the automation by hand also runs it" in output
+    after = automations()
+    assert after == [automation for automation in before if automation["id"] != copy], "a copy of a trigger goes"
+    assert all(automation in after for automation in own)
+    assert "by hand" not in project.run("export", "--mine")[1]
+    # A trigger that leaves the file goes, the others of its name stay.
+    project.write({"name": "a"})
+    project.sync()
+    assert {automation["id"] for automation in automations()} == by_hand
+    project.write()
+    project.sync("--prune")
+    assert project.deployment("a") is None
+    for automation_id in by_hand:
+        project.api.delete(f"/automations/{automation_id}").raise_for_status()
+
+
 def test_object_of_another_owner_needs_adopt(project: Project) -> None:
     project.write({"name": "a"})
     project.sync()
