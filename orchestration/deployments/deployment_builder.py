@@ -15,7 +15,7 @@ from orchestration.deployments.file_format import (
 )
 from orchestration.deployments.files import YamlMapping, plain
 from orchestration.deployments.flows import Flow
-from orchestration.deployments.resources import matches_every_event, read_trigger
+from orchestration.deployments.resources import is_same_value, matches_every_event, read_trigger
 from orchestration.errors import DeploymentsError
 
 UNKNOWN_VALUE = {"__prefect_kind": "workspace_variable"}
@@ -250,6 +250,6 @@ def _starts_the_same_runs(schedule: dict[str, Any], other: dict[str, Any]) -> bo
         (
             schedule["schedule"] == other["schedule"],
             (schedule["active"] is not False) == (other["active"] is not False),
-            schedule["parameters"] == other["parameters"],
+            is_same_value(schedule["parameters"], other["parameters"]),
         )
     )

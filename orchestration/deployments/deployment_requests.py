@@ -9,6 +9,7 @@ from orchestration.deployments.plan import Change
 from orchestration.deployments.resources import (
     DEPLOYMENT_PLACEHOLDER,
     Object,
+    is_same_value,
     is_schedule_deleted,
     pair_schedules,
     replace_deployment,
@@ -128,7 +129,7 @@ def _schedule_changes(old: JSON, new: JSON) -> JSON:
         body["active"] = new["active"]
     if new["slug"] != old["slug"]:
         body["slug"] = new["slug"]
-    if body or (old["parameters"] or {}) != new["parameters"]:
+    if body or not is_same_value(old["parameters"] or {}, new["parameters"]):
         body["parameters"] = new["parameters"]  # the server empties parameters that a request leaves out
     return body
 

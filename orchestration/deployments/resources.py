@@ -151,6 +151,25 @@ Difference = tuple[str, Any, Any]
 """A field, its old value and its new value. None is no value."""
 
 
+def is_same_value(one: Any, other: Any) -> bool:
+    """Return whether two values of JSON are the same to a server.
+
+    Postgres returns a large float, such as 1e23, as an integer. To Python a truth equals 0 or 1.
+    """
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(is_same_value(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(is_same_value, one, other))
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    if isinstance(one, float | int) and isinstance(other, float | int) and type(one) is not type(other):
+        try:
+            return float(one) == float(other)
+        except OverflowError:
+            return False
+    return bool(one == other)
+
+
 def differences(desired: Object, live: Mapping[str, Any]) -> list[Difference]:
     """Return the fields in which an object on the server differs from the desired one."""
     listed: list[Difference] = []
@@ -169,7 +188,7 @@ def differences(desired: Object, live: Mapping[str, Any]) -> list[Difference]:
             continue
         elif isinstance(value, dict) and isinstance(live_value, dict):
             listed += [(f"{name}.{key}", a, b) for key, a, b in _mapping_differences(value, live_value)]
-        elif value != live_value:
+        elif not is_same_value(value, live_value):
             listed.append((name, live_value, value))
     return listed
 
@@ -190,7 +209,7 @@ def _mapping_differences(desired: Mapping[str, Any], live: Mapping[str, Any]) ->
         old, new = live.get(key), desired.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             listed += [(f"{key}.{below}", a, b) for below, a, b in _mapping_differences(new, old)]
-        elif old != new or (key in live) != (key in desired):
+        elif not is_same_value(new, old) or (key in live) != (key in desired):
             listed.append((key, old, new))
     return listed
 
@@ -239,7 +258,7 @@ def _schedule_differences(desired: Mapping[str, Any], live: Mapping[str, Any]) -
             listed.append((f"schedules.{name}", *both))
         if new["active"] is not None and new["active"] != old["active"]:
             listed.append((f"schedules.{name}.active", old["active"], new["active"]))
-        if (new["parameters"] or {}) != (old["parameters"] or {}):
+        if not is_same_value(new["parameters"] or {}, old["parameters"] or {}):
             listed.append((f"schedules.{name}.parameters", old["parameters"], new["parameters"]))
         if new["slug"] != old["slug"]:
             listed.append((f"schedules.{name}.slug", old["slug"], new["slug"]))

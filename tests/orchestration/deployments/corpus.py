@@ -491,6 +491,15 @@ deployments:
     "infinite": one("parameters: {rate: .inf}"),
     "not a number": one("parameters: {extra: .nan}"),
     "large number": one("parameters: {day: 9007199254740993, extra: 12345678901234567890, rate: 1.0e+300}"),
+    "large fractions": one(
+        "parameters: {rate: 1.0e+23, extra: [1.0e+16, {a: 1.0e+300, b: -1.0e+22}]}\n"
+        "schedules: [{cron: '0 1 * * *', parameters: {rate: 1.0e+23}}]\n"
+        "triggers: [{expect: [a], parameters: {rate: 1.0e+23}}]",
+        pool="{name: POOL, job_variables: {env: {a: 1.0e+23}}}",
+    ),
+    "schedules with 1 and true": one(
+        "schedules: [{cron: '0 1 * * *', parameters: {extra: 1}}, {cron: '0 1 * * *', parameters: {extra: true}}]"
+    ),
     "very large number": one("parameters: {extra: 1" + "0" * 400 + "}"),
     "huge number": one("parameters: {extra: 1" + "0" * 5000 + "}"),
     "huge hexadecimal number": one("parameters: {extra: 0x" + "f" * 5000 + "}"),

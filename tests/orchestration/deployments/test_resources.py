@@ -23,6 +23,44 @@ def test_removed_key_called_enabled_differs(kind: str, field: str) -> None:
     assert found == [(f"{field}.enabled", True, None), (f"{field}.inner.enabled", True, None)]
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (1e23, 10**23, True),  # as Postgres returns it
+        (1.5, 1.5, True),
+        (5, 5.0, True),
+        (1e23, 10**23 + 10**9, False),
+        (1e300, 10**400, False),
+        (1, True, False),
+        (0, False, False),
+        (0.0, False, False),
+        (True, True, True),
+        (None, 0, False),
+        ("1", 1, False),
+    ],
+)
+def test_numbers_and_truths_are_compared_as_a_server_keeps_them(one: Any, other: Any, same: bool) -> None:
+    for a, b in ((one, other), (other, one)):
+        for wrap in (lambda x: x, lambda x: [x], lambda x: {"k": [x, {"l": x}]}):
+            fields = {
+                "parameters": {"p": wrap(a)},
+                "value": wrap(a),
+                "schedules": {"s": {"schedule": CRON, "active": None, "parameters": {"p": wrap(a)}, "slug": None}},
+                "triggers": trigger(parameters={"p": wrap(a)}, match={"x": "y"}),
+            }
+            live = {
+                "parameters": {"p": wrap(b)},
+                "value": wrap(b),
+                "schedules": {"s": {"schedule": CRON, "active": True, "parameters": {"p": wrap(b)}, "slug": None}},
+                "triggers": trigger(parameters={"p": wrap(b)}, match={"x": "y"}),
+            }
+            found = {name.partition(".")[0] for name, _, _ in differences(Object(DEPLOYMENT, "a", fields), live)}
+            assert found == (set() if same else {"parameters", "value", "schedules", "triggers"})
+
+
+CRON = {"cron": "0 6 * * *", "timezone": "UTC", "day_or": True}
+
+
 def trigger(**fields: Any) -> dict[str, Any]:
     """Return a deployment's triggers of a file, without a value of `enabled`."""
     return {"t": read_trigger({"expect": ["a.b"]} | fields) | {"enabled": None}}
