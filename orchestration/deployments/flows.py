@@ -83,6 +83,7 @@ def load(entrypoint: str, directory: Path) -> Flow:
     if source.module is None:
         raise DeploymentsError(f"entrypoint {entrypoint}: {source.error}")
     from prefect import flows
+    from prefect.utilities.callables import parameter_schema
     from pydantic_core import to_jsonable_python
 
     flow: Any = source.module
@@ -96,8 +97,9 @@ def load(entrypoint: str, directory: Path) -> Flow:
         if not isinstance(flow, flows.Flow):
             cure = f"Decorate it with @flow. {_suggest_flow(source.module, function)}"
             raise DeploymentsError(f"entrypoint {entrypoint}: {function} of {source_name} is not a flow. {cure}")
+        # As deploy does, after the import: `flow.parameters` lacks types that are defined below the flow.
         # Not model_dump_for_openapi: for a flow without parameters it adds "definitions", which deploy does not send.
-        schema = to_jsonable_python(flow.parameters.model_dump(exclude_unset=True))
+        schema = to_jsonable_python(parameter_schema(flow).model_dump(exclude_unset=True))
 
         def validate(parameters: dict[str, Any]) -> object:
             with _isolated_imports(source_name, directory, source.local_modules):

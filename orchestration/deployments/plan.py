@@ -278,9 +278,9 @@ async def _plan_removals(server: Server, plan: Plan, desired: DesiredState, prun
     """Add the removal of the owner's objects that the files no longer have."""
     removed = [name for name in {*plan.record.applied, *plan.record.begun} if name not in desired.objects]
     existing = {name: plan.live[name] for name in removed if name in plan.live}
-    for name in existing:
-        if name[0] == DEPLOYMENT:
-            existing[name], notes = triggers.claim(existing[name], plan.record.triggers(name))
+    for removal, item in existing.items():
+        if item.kind == DEPLOYMENT:
+            existing[removal], notes = triggers.claim(item, plan.record.triggers(removal))
             plan.notes += notes if prune else ()
     if removed and not prune:
         names = ", ".join(display_name(name) for name in sorted(existing)[:3]) + (", ..." if len(existing) > 3 else "")

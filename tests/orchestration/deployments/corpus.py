@@ -103,6 +103,20 @@ class Team:
 
 PACKAGE = "from prefect import flow\n\n@flow\ndef daily(x: int = 1): ...\n"
 
+LATE = """
+from __future__ import annotations
+
+from prefect import flow
+from pydantic import BaseModel
+
+@flow
+def late(config: Config | None = None): ...
+
+class Config(BaseModel):
+    n: int
+"""
+"""A flow whose types are defined below it."""
+
 ENVIRONMENT = {
     "A_TEXT": "text",
     "A_NUMBER": "3",
@@ -149,6 +163,8 @@ CORPUS: dict[str, str] = {
     "flow in a class in a class": one(entrypoint="flow.py:Team.Inner.deep"),
     "method": one(entrypoint="flow.py:Team.method"),
     "named flow": one(entrypoint="flow.py:named"),
+    "types below the flow": one("parameters: {config: {n: 3}}", "late.py:late"),
+    "wrong value of a type below the flow": one("parameters: {config: {n: x}}", "late.py:late"),
     "flow without parameters": one(entrypoint="flow.py:empty"),
     "module with a dot": one(entrypoint="pack.jobs.daily"),
     "module with a colon": one(entrypoint="pack.jobs:daily"),
@@ -639,6 +655,7 @@ REFUSED: dict[str, str] = {
     "another database": ":6: deployment d: parameter database: URL scheme should be",
     "another version of an id": ":6: deployment d: parameter ident: UUID version 4 expected",
     "value that a validator refuses": ":6: deployment d: parameter evens[1].n: must be even. Correct the value",
+    "wrong value of a type below the flow": ":6: deployment d: parameter config.n: 'x' is not of type 'integer'",
     "wrong enum": ":6: deployment d: parameter colour: 'green' is not one of",
     "number of seconds as a span": ":6: deployment d: parameter span: 90 is not of type 'string'",
     "infinite": ":6: .inf is a number that JSON does not have",

@@ -31,6 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the flows that the corpus names."""
     made = tmp_path_factory.mktemp("corpus")
     (made / "flow.py").write_text(corpus.FLOWS)
+    (made / "late.py").write_text(corpus.LATE)
     for name in ("pack/__init__.py", "pack/jobs.py", "my flows/a b.py"):
         (made / name).parent.mkdir(exist_ok=True)
         (made / name).write_text("" if name.endswith("__init__.py") else corpus.PACKAGE)
