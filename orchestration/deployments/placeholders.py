@@ -22,6 +22,9 @@ BLOCK = "prefect.blocks."
 CONTEXT = "ctx."
 """The prefix of what a worker fills in when it starts a run."""
 
+EVERY = ""
+"""The prefix of every placeholder: the server resolves those in the parameters of an event."""
+
 READABLE_VARIABLE = "SYNC_ENVIRONMENT"
 """Names the variables that files may read, separated by commas. `NAME*` stands for all names that begin with NAME.
 
@@ -211,34 +214,35 @@ class _DeploymentResolver(_EnvironmentResolver):
                 for index, trigger in enumerate(value):
                     if isinstance(trigger, YamlMapping):
                         for name, inner in trigger.items():
-                            trigger[name] = self.resolve_value(
-                                inner, trigger.location(name), in_event=name == "parameters"
-                            )
+                            kept = EVERY if name == "parameters" else None
+                            trigger[name] = self.resolve_value(inner, trigger.location(name), kept)
                     else:
-                        value[index] = self.resolve_value(trigger, value.location(index))
+                        value[index] = self.resolve_value(trigger, value.location(index), None)
             else:
-                deployment[key] = self.resolve_value(value, where)
+                # Prefect drops the context of a run from schedules and triggers.
+                kept = None if key in ("schedule", "schedules", "triggers") else CONTEXT
+                deployment[key] = self.resolve_value(value, where, kept)
 
-    def resolve_value(self, value: Any, where: str, *, in_event: bool = False, in_list: bool = False) -> Any:
+    def resolve_value(self, value: Any, where: str, kept: str | None) -> Any:
         """Return a value of a deployment, resolved; a mapping or a list is changed in place.
 
         Args:
             value: the value.
             where: FILE:LINE.
-            in_event: the value may refer to an event, which the server resolves.
-            in_list: the value is an entry of a list. Prefect drops an entry that is one unresolved placeholder.
+            kept: the prefix of the placeholders in it that are resolved later: `CONTEXT`, `EVERY` placeholder in the
+                parameters of an event, or None.
         """
         if isinstance(value, YamlMapping):
             for key, inner in value.items():
-                value[key] = self.resolve_value(inner, value.location(key), in_event=in_event)
+                value[key] = self.resolve_value(inner, value.location(key), kept)
         elif isinstance(value, YamlSequence):
             for index, inner in enumerate(value):
-                value[index] = self.resolve_value(inner, value.location(index), in_event=in_event, in_list=True)
+                value[index] = self.resolve_value(inner, value.location(index), kept)
         elif isinstance(value, str) and "{{" in value:
-            return self.resolve_typed(value, where, in_event, in_list)
+            return self.resolve_typed(value, where, kept)
         return value
 
-    def resolve_typed(self, text: str, where: str, in_event: bool, in_list: bool) -> Any:
+    def resolve_typed(self, text: str, where: str, kept: str | None) -> Any:
         """Return a text, resolved. A text that is one variable gets the variable's type."""
         whole = PLACEHOLDER.fullmatch(text)
         if whole and whole[1].startswith(VARIABLE):
@@ -248,30 +252,28 @@ class _DeploymentResolver(_EnvironmentResolver):
                 lambda match: str(self.variable_value(match, where)) if match[1].startswith(VARIABLE) else match[0],
                 text,
             )
-        return self.resolve_rest(value, where, in_event, in_list, whole[0] if whole else "")
+        return self.resolve_rest(value, where, kept, whole[0] if whole else "")
 
-    def resolve_rest(self, value: Any, where: str, in_event: bool, in_list: bool, variable: str) -> Any:
+    def resolve_rest(self, value: Any, where: str, kept: str | None, variable: str) -> Any:
         """Return a value whose variables of files and server have been resolved, with those of the environment.
 
         Args:
             value: the value.
             where: FILE:LINE.
-            in_event: as `resolve_value` takes it.
-            in_list: as `resolve_value` takes it.
+            kept: as `resolve_value` takes it.
             variable: the placeholder whose whole value this is; empty if none is.
         """
         if isinstance(value, dict):
-            return {key: self.resolve_rest(inner, where, in_event, False, variable) for key, inner in value.items()}
+            return {key: self.resolve_rest(inner, where, kept, variable) for key, inner in value.items()}
         if isinstance(value, list):
-            return [self.resolve_rest(inner, where, in_event, True, variable) for inner in value]
+            return [self.resolve_rest(inner, where, kept, variable) for inner in value]
         if not isinstance(value, str):
             return value
-        text = value
-        # A variable of the environment may refer to another one, but not in the parameters of an event.
-        for _ in range(1 if in_event else 2):
-            text = PLACEHOLDER.sub(lambda match: self.environment_value(match, where), text)
+        text = PLACEHOLDER.sub(lambda match: self.environment_value(match, where), value)
+        if kept != EVERY:  # A variable of the environment may refer to another one, by a name with a dollar.
+            text = _EnvironmentResolver(self.missing, self.values).resolve_text(text, where)
         for match in PLACEHOLDER.finditer(text):
-            self.refuse_unresolved(match, where, in_event, in_list and match[0] == text, variable)
+            self.refuse_unresolved(match, where, kept, variable)
         return text
 
     def variable_value(self, match: re.Match[str], where: str) -> Any:
@@ -290,7 +292,7 @@ class _DeploymentResolver(_EnvironmentResolver):
         name = match[1]
         return self.read_environment(name, where) if name in os.environ else super().environment_value(match, where)
 
-    def refuse_unresolved(self, match: re.Match[str], where: str, in_event: bool, dropped: bool, variable: str) -> None:
+    def refuse_unresolved(self, match: re.Match[str], where: str, kept: str | None, variable: str) -> None:
         """Refuse a placeholder that is left, unless Prefect resolves it later."""
         name = match[1]
         if name.startswith(BLOCK):
@@ -303,7 +305,7 @@ class _DeploymentResolver(_EnvironmentResolver):
                 f"{where}: {match[0]} is in the value of another variable, where Prefect does not resolve it. Write "
                 "the value there"
             )
-        if (in_event or name.startswith(CONTEXT)) and not dropped:
+        if kept is not None and name.startswith(kept):
             return
         if self.missing is not None and name.startswith(("$", VARIABLE)):
             return
@@ -312,7 +314,9 @@ class _DeploymentResolver(_EnvironmentResolver):
                 f"{where}: {match[0]} is in the value of {variable}, where Prefect resolves variables of the "
                 "environment alone, and would drop it. Correct the variable's value"
             )
-        cause = "would be dropped from this list" if dropped else "has no value: build and push steps do not run here"
+        cause = "has no value: build and push steps do not run here"
+        if name.startswith(CONTEXT):
+            cause = "would be dropped here: a worker resolves it neither in schedules nor in triggers"
         if name.startswith(VARIABLE):
             cause = "is in the value of another variable, where Prefect resolves none"
         raise DeploymentsError(f"{where}: {match[0]} {cause}. Write the value, or {{{{ $NAME }}}} of the environment")

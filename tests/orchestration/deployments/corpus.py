@@ -127,6 +127,7 @@ ENVIRONMENT = {
     "A_LIST": "[a, b]",
     "A_CRON": "5 4 * * *",
     "NESTED": "{{ $A_TEXT }}",
+    "NESTED_BARE": "{{ A_TEXT }}",
 }
 
 VARIABLES = {
@@ -256,6 +257,10 @@ deployments:
     "empty variable of the environment": one("description: '{{ $NOTHING }}'\nparameters: {source: '{{ $NOTHING }}'}"),
     "unset variable of the environment": one("parameters: {source: 'x{{ $NO_SUCH_THING }}'}"),
     "nested variable of the environment": one("parameters: {source: '{{ $NESTED }}'}"),
+    "nested variable without a dollar": one("parameters: {source: 'x {{ $NESTED_BARE }}'}"),
+    "nested variable without a dollar in a schedule": one(
+        "schedules: [{cron: '0 1 * * *', parameters: {source: '{{ $NESTED_BARE }}'}}]"
+    ),
     "nested variable of the environment in a trigger": one(
         "triggers: [{expect: [a], parameters: {extra: '{{ $NESTED }}'}}]"
     ),
@@ -356,7 +361,22 @@ deployments:
     ),
     "output of a step in text": one("description: 'at {{ build.tag }}'"),
     "context of a run": one("parameters: {source: '{{ ctx.flow_run.name }}', extra: ['a {{ ctx.flow_run.name }}']}"),
-    "context of a run in a list": one("parameters: {extra: ['{{ ctx.flow_run.name }}']}"),
+    "context of a run in a list": one(
+        "parameters: {extra: ['{{ ctx.flow_run.name }}', ['a {{ ctx.flow_run.id }}', {b: '{{ ctx.flow.name }}'}]]}",
+        pool="{name: POOL, job_variables: {env: ['{{ ctx.flow_run.name }}', {a: 'x {{ ctx.flow_run.name }}'}]}}",
+    ),
+    "context of a run in a description": one(
+        "description: 'of {{ ctx.flow_run.name }}'\ntags: ['{{ ctx.flow_run.name }}']"
+    ),
+    "context of a run in a schedule": one("schedules: [{cron: '0 1 * * *', slug: 'x {{ ctx.flow_run.name }}'}]"),
+    "context of a run in a schedule's parameters": one(
+        "schedules: [{cron: '0 1 * * *', parameters: {extra: [1, 'a {{ ctx.flow_run.name }}']}}]"
+    ),
+    "context of a run in an old schedule": one("schedule: {cron: '0 1 * * *', timezone: '{{ ctx.flow_run.name }}'}"),
+    "context of a run in a trigger": one("triggers: [{expect: [a.b], description: 'x {{ ctx.flow_run.name }}'}]"),
+    "context of a run in a trigger's parameters": one(
+        "triggers: [{expect: [a.b], parameters: {extra: ['{{ ctx.flow_run.name }}']}}]"
+    ),
     "braces that are no placeholder": one("parameters: {source: '{{ a | b }} {% x %} {{}}'}"),
     # schedules
     "no schedule": one("schedule: {}"),
@@ -422,7 +442,7 @@ deployments:
         "triggers: [{expect: [a.b], parameters: {source: '{{ event.name }}', extra: {__prefect_kind: jinja, template: '{{ event.id }}'}}}]"
     ),
     "trigger with an event's template in a list": one(
-        "triggers: [{expect: [a.b], parameters: {extra: ['{{ event.name }}']}}]"
+        "triggers: [{expect: [a.b], parameters: {extra: ['{{ event.name }}', ['x {{ event.id }}']]}}]"
     ),
     "trigger with a template elsewhere": one(
         "triggers: [{expect: [a.b], match_related: {prefect.resource.name: '{{ event.name }}'}}]"
@@ -618,7 +638,12 @@ REFUSED: dict[str, str] = {
     "parameter from a block": ":6: {{ prefect.blocks.secret.VAR-token }} would write the block's content",
     "output of a build step": ":5: {{ build_image.image }} has no value",
     "output of a step in text": ":6: {{ build.tag }} has no value",
-    "context of a run in a list": ":6: {{ ctx.flow_run.name }} would be dropped from this list",
+    "nested variable without a dollar": ":6: {{ A_TEXT }} is in the value of another variable",
+    "nested variable without a dollar in a schedule": ":6: {{ A_TEXT }} is in the value of another variable",
+    "context of a run in a schedule": ":6: {{ ctx.flow_run.name }} would be dropped here",
+    "context of a run in a schedule's parameters": ":6: {{ ctx.flow_run.name }} would be dropped here",
+    "context of a run in an old schedule": ":6: {{ ctx.flow_run.name }} would be dropped here",
+    "context of a run in a trigger": ":6: {{ ctx.flow_run.name }} would be dropped here",
     "both kinds of schedules": ":6: deployment d has schedule and schedules",
     "empty schedule in a list": ":6: deployment d: a schedule has none of cron, interval, rrule",
     "nested schedule": ":6: unknown key schedule",
@@ -641,7 +666,6 @@ REFUSED: dict[str, str] = {
     "limit of a fraction": ":6: concurrency_limit should be",
     "limit below one": ":6: limit should be greater than or equal to 1",
     "strategy in lower case": ":6: collision_strategy should be",
-    "trigger with an event's template in a list": ":6: {{ event.name }} would be dropped from this list",
     "trigger with a template elsewhere": ":6: {{ event.name }} has no value",
     "trigger of a metric": ":6: trigger.type: Input should be 'event'",
     "network with 99 bits": ":6: deployment d: parameter network: Input is not a valid IPv4 interface. Correct the value",
