@@ -48,12 +48,13 @@ async def create(server: Server, desired: Object, flow_ids: dict[str, str]) -> N
     body |= {key: desired.fields[key] for key in POOL_FIELDS}
     listed = desired.fields["schedules"].values()
     body |= {"name": name, "flow_id": flow_ids[flow], "schedules": [*map(_schedule_body, listed)]}
+    active = [schedule for schedule in listed if schedule["active"] is not False]
+    is_due = not desired.fields["paused"] and any(
+        schedules.is_due_within(schedule["schedule"], SCHEDULED_BY_SYNC) for schedule in active
+    )
     deployment_id = str((await server.ask("POST", "/deployments/", body, idempotent=True))["id"])
     await _apply_triggers(server, desired, deployment_id, {}, {})
-    active = [schedule for schedule in listed if schedule["active"] is not False]
-    if not desired.fields["paused"] and any(
-        schedules.is_due_within(schedule["schedule"], SCHEDULED_BY_SYNC) for schedule in active
-    ):
+    if is_due:
         await rescheduling.schedule_runs(server, deployment_id, created)
 
 

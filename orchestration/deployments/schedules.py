@@ -22,7 +22,6 @@ HORIZON = timedelta(days=40 * 365)
 _DTSTART = re.compile(r"^DTSTART[^\n]*\n", re.IGNORECASE)
 _RANDOM = re.compile(r"(?:^|[\s,])[HR]\b", re.IGNORECASE)
 _NUMBER = re.compile(r"\d+(\.\d+)?")
-_DAILY = 3  # dateutil.rrule.DAILY; more frequent rules have greater numbers
 
 
 def normalize(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,10 +62,12 @@ def normalize(raw: Mapping[str, Any]) -> dict[str, Any]:
         try:
             inner = json.loads(rrule)
             rrule, timezone = str(inner["rrule"]).strip(), raw.get("timezone") or inner.get("timezone") or "UTC"
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, RecursionError):
             raise ValueError(
                 f'rrule {value!r} is not a rule. As JSON it is {{"rrule": ..., "timezone": ...}}'
             ) from None
+        if not isinstance(timezone, str):
+            raise ValueError(f'timezone {timezone!r} of the rrule is not text. Write a name such as "Europe/Berlin"')
     return {"rrule": rrule, "timezone": timezone}
 
 
@@ -210,9 +211,8 @@ def _day_or(value: Any) -> bool:
 def _find_problem(text: str) -> str | None:
     """Take a normalized schedule as JSON, so that the result can be cached: a file repeats a few schedules."""
     form = json.loads(text)
-    return _timezone_problem(form["timezone"]) or (
-        _cron_problem(form) if "cron" in form else _rrule_problem(form) if "rrule" in form else None
-    )
+    find = {"cron": _cron_problem, "interval": _interval_problem, "rrule": _rrule_problem}
+    return _timezone_problem(form["timezone"]) or find[next(kind for kind in KINDS if kind in form)](form)
 
 
 @functools.cache
@@ -251,6 +251,18 @@ def _cron_problem(form: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _interval_problem(form: Mapping[str, Any]) -> str | None:
+    try:
+        next_times(form, 2)
+    except (ArithmeticError, ValueError):  # Python has no date after the year 9999
+        anchor = f' from anchor_date "{form["anchor_date"]}"' if "anchor_date" in form else ""
+        return (
+            f"interval of {form['interval']:g} s{anchor} has no date that the server can compute. Write a shorter "
+            "interval, or a later anchor_date"
+        )
+    return None
+
+
 def _rrule_problem(form: Mapping[str, Any]) -> str | None:
     rrule, timezone = form["rrule"], form["timezone"]
     shown = " ".join(rrule.split())
@@ -260,15 +272,17 @@ def _rrule_problem(form: Mapping[str, Any]) -> str | None:
         rule = server_internals.server_schedule({"rrule": anchored, "timezone": timezone}).to_rrule()
         if any(part.interval < 1 for part in recurrence.parts(rule)):
             raise ValueError("INTERVAL is less than 1")
-    # For a rule without FREQ dateutil raises TypeError, for INTERVAL=0 Prefect divides by zero.
-    except (ValueError, TypeError, ArithmeticError) as error:
+        has_future = _has_future(rule, datetime.now(ZoneInfo(timezone)))
+    # For a rule without FREQ dateutil raises TypeError, without a rule IndexError or AttributeError, and for a date
+    # after the year 9999 OverflowError. For INTERVAL=0 Prefect divides by zero.
+    except (ValueError, TypeError, ArithmeticError, IndexError, AttributeError) as error:
         reason = " ".join(str(error.__context__ or error).split())
-        if "'freq'" in reason:
+        if "'freq'" in reason or isinstance(error, IndexError):
             reason = "it has no FREQ"
         if "UNTIL" in reason:  # dateutil demands the Z even where it is present
             reason = "UNTIL and DTSTART must both have a Z or a TZID, or neither; without a DTSTART UNTIL has none"
         return f'rrule "{shown}" does not parse ({reason}). Write one such as "FREQ=WEEKLY;BYDAY=MO;BYHOUR=6"'
-    if _has_future(rule, datetime.now(ZoneInfo(timezone))):
+    if has_future:
         return None
     return f'rrule "{shown}" has no date in the future. Remove it or change its UNTIL, COUNT or dates'
 
@@ -277,8 +291,11 @@ def _has_future(rule: Any, now: datetime) -> bool:
     """Return whether a rule of dateutil has a date from `now` on; True if a search would take long. Change the rule."""
     for part in recurrence.parts(rule):
         over = part.until and part.until < now
+        # dateutil would walk through all hours or days up to the year 9999, in the server as well.
+        if part.frequency >= recurrence.DAILY and not over and not part.has_day(max(now, part.start)):
+            return False
         # COUNT bounds the walk through a rule that restricts only the time of day.
-        if part.frequency > _DAILY and not over and not (part.count and part.restricts_time_alone):
+        if part.frequency > recurrence.DAILY and not over and not (part.count and part.restricts_time_alone):
             return True
         endless = not part.count and not part.until and part.interval == 1
         if endless and part.rule is rule and part.start < now:

@@ -4,6 +4,9 @@ from datetime import datetime
 from typing import Any
 
 
+_YEARLY, DAILY = 0, 3  # of dateutil.rrule; more frequent rules have greater numbers
+
+
 class RulePart:
     """Gives the parts of a dateutil rule public names.
 
@@ -48,6 +51,18 @@ class RulePart:
         """Return whether the rule restricts only the time of day."""
         restricted = {key for key, value in self.rule._original_rule.items() if value}
         return restricted <= {"byhour", "byminute", "bysecond"}
+
+    def has_day(self, start: datetime) -> bool:
+        """Return whether a day from a date on has the rule's months, weeks and days."""
+        days = {"byweekno", "byyearday", "bymonthday", "byweekday", "byeaster"}
+        is_any = not any(self.rule._original_rule.get(key) for key in days)
+        every: dict[str, Any] = {"bymonthday": range(1, 32)} if is_any else {}
+        none = {"count": None, "until": None, "bysetpos": None}
+        # A walk by years takes a second, one by days a minute.
+        by_years = self.rule.replace(
+            freq=_YEARLY, interval=1, dtstart=start, byhour=0, byminute=0, bysecond=0, **none, **every
+        )
+        return next(iter(by_years), None) is not None
 
     def end_at(self, until: datetime) -> None:
         """Change UNTIL."""
