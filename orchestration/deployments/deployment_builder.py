@@ -218,7 +218,12 @@ class DeploymentBuilder:
         found: dict[str, dict[str, Any]] = {}
         for number, raw in enumerate(entry.triggers):
             below = (*path, "triggers", number)
-            name = raw.get("name") or f"{entry.name}__automation_{number + 1}"
+            name = raw.get("name", f"{entry.name}__automation_{number + 1}")
+            if not name or not isinstance(name, str):
+                raise DeploymentsError(
+                    f"{self._locate(*below, 'name')}: deployment {entry.name}: the name of a trigger should be text, "
+                    f"not {name!r}. Correct it, or leave it out"
+                )
             if name in found:
                 raise DeploymentsError(
                     f"{self._locate(*below)}: deployment {entry.name} has two triggers {name}. Rename one"
@@ -230,7 +235,7 @@ class DeploymentBuilder:
                     "would start a run, also the events of its own runs. Add events, such as expect: [orders.landed], "
                     "or a match"
                 )
-            found[str(name)] = fields | {"enabled": fields["enabled"] if raw.get("enabled") is not None else None}
+            found[name] = fields | {"enabled": fields["enabled"] if raw.get("enabled") is not None else None}
         return found
 
 

@@ -19,6 +19,7 @@ automations: [{name: ..., trigger: {...}, actions: [...]}]
 """
 
 import difflib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
 
@@ -209,6 +210,13 @@ class LimitEntry(_Model):
     limit: _Integer = Field(ge=0)
     slot_decay_per_second: _Number = 0
     active: _Truth | None = None
+
+    @field_validator("slot_decay_per_second")
+    @classmethod
+    def _is_a_rate(cls, value: float) -> float:
+        if not 0 <= value <= sys.float_info.max:
+            raise ValueError("should be a number of slots from 0 on")
+        return float(value)
 
     @field_validator("name")
     @classmethod

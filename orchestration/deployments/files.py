@@ -161,7 +161,13 @@ def _read_with_includes(path: Path, seen: set[Path], included_at: str) -> Iterat
             raise DeploymentsError(
                 f"{where}: include has the absolute path {pattern}. Write it relative to {path.parent}"
             )
-        matches = sorted(match for match in path.parent.glob(pattern) if not match.is_dir())
+        try:
+            matches = sorted(match for match in path.parent.glob(pattern) if not match.is_dir())
+        except (ValueError, IndexError, AttributeError, OSError) as error:  # of pathlib, for an odd pattern
+            shown = pattern if len(pattern) < 80 else f"{pattern[:80]}..."
+            raise DeploymentsError(
+                f"{where}: include has {shown}, which names no files ({error}). Write a file, such as teams/*.yaml"
+            ) from None
         if not matches:
             raise DeploymentsError(
                 f"{where}: no file matches {path.parent / pattern}. Add the file or remove the pattern from include"
@@ -296,9 +302,12 @@ class _Constructor:
             value = self.loader.construct_object(node)
             if isinstance(value, int):
                 str(value)  # Python limits the digits of numbers that it writes, also of hexadecimal ones
-        except ValueError as error:
+        # PyYAML looks up and matches the text of a value with a tag, such as !!bool, without a check.
+        except (ValueError, LookupError, AttributeError, ArithmeticError) as error:
             shown = node.value if len(node.value) < 40 else f"{node.value[:40]}..."
-            raise self.error(node, f"invalid value {shown} ({error}). Correct it, or put it in quotes") from None
+            kind = node.tag.removeprefix("tag:yaml.org,2002:")
+            reason = error if isinstance(error, ValueError) else f"it is no !!{kind}"
+            raise self.error(node, f"invalid value {shown} ({reason}). Correct it, or put it in quotes") from None
         return value
 
     def scalar(self, node: yaml.ScalarNode) -> Any:

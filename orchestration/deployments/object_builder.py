@@ -73,7 +73,6 @@ class _ObjectBuilder:
             self.add(FILE_SYSTEM, system.name, system.model_dump(exclude={"name"}), "remote_file_systems", index)
         for index, limit in enumerate(file.concurrency_limits or []):
             fields = limit.model_dump(exclude={"name"})
-            fields["slot_decay_per_second"] = float(fields["slot_decay_per_second"])
             self.add(LIMIT, limit.name, fields, "concurrency_limits", index)
         for index, tag in enumerate(file.tag_concurrency_limits or []):
             self.add(TAG_LIMIT, tag.tag, {"concurrency_limit": tag.limit}, "tag_concurrency_limits", index)

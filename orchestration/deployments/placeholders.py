@@ -37,7 +37,7 @@ def server_variables(documents: Sequence[YamlMapping]) -> set[str]:
     named = {
         match[1].removeprefix(VARIABLE)
         for document in documents
-        for deployment in _deployments(document)
+        for deployment in _entries(document, "deployments")
         for key, value in deployment.items()
         if key != "pull"
         for text in _texts(value)
@@ -55,7 +55,7 @@ def has_unresolved(value: Any, kinds: tuple[str, ...] = ("$", VARIABLE)) -> bool
 def drop_unresolved_triggers(documents: Sequence[YamlMapping]) -> None:
     """Remove the triggers of deployments that Prefect's models cannot read without the server."""
     for document in documents:
-        for deployment in _deployments(document):
+        for deployment in _entries(document, "deployments"):
             if has_unresolved(deployment.get("triggers")):
                 del deployment["triggers"]
 
@@ -91,26 +91,22 @@ def resolve(documents: Sequence[YamlMapping], variables: Mapping[str, Any], miss
     # After the environment, which variables of the files may refer to.
     known = dict(variables) | _declared_variables(documents)
     for document in documents:
-        for deployment in _deployments(document):
+        for deployment in _entries(document, "deployments"):
             _DeploymentResolver(missing, environment, known).resolve_deployment(deployment)
     return environment
 
 
-def _deployments(document: YamlMapping) -> Iterator[YamlMapping]:
-    listed = document.get("deployments")
-    for deployment in listed if isinstance(listed, list) else ():
-        if isinstance(deployment, YamlMapping):
-            yield deployment
+def _entries(document: YamlMapping, section: str) -> Iterator[YamlMapping]:
+    """Yield the entries of a section of a file that has not been validated."""
+    listed = document.get(section)
+    for entry in listed if isinstance(listed, list) else ():
+        if isinstance(entry, YamlMapping):
+            yield entry
 
 
 def _declared_variables(documents: Sequence[YamlMapping]) -> dict[str, Any]:
     """Return the values of the variables that the files declare, by name."""
-    listed = [
-        variable
-        for document in documents
-        for variable in document.get("variables") or ()
-        if isinstance(variable, YamlMapping)
-    ]
+    listed = [variable for document in documents for variable in _entries(document, "variables")]
     return {str(variable.get("name")): variable.get("value") for variable in listed}
 
 

@@ -3,7 +3,6 @@
 from datetime import datetime
 from typing import Any
 
-
 _YEARLY, DAILY = 0, 3  # of dateutil.rrule; more frequent rules have greater numbers
 
 

@@ -195,6 +195,42 @@ def test_merge_keys_mean_what_yaml_says(folder: Path, text: str) -> None:
             "actions",
             id="an action",
         ),
+        *(
+            pytest.param(with_deployment(f"paused: {text}"), ":6: ", "invalid value", id=text)
+            for text in ('!!bool "{{ $PAUSED }}"', "!!int ''", "!!int '-'", "!!float ''", "!!timestamp abc")
+        ),
+        pytest.param(
+            with_deployment("!!bool abc: 1"), ":6: ", "invalid value abc (it is no !!bool)", id="key of a type"
+        ),
+        *(
+            pytest.param(HEAD + f"include: ['{pattern}']\n", ":2: ", "include has", id=f"include {pattern[:20]}")
+            for pattern in ("teams/**.yaml", "***", "x" * 300)
+        ),
+        *(
+            pytest.param(HEAD + f"include: ['{pattern}']\n", ":2: ", "include", id=f"include {pattern}")
+            for pattern in (".", "./", "..", "~", "[", "*\\")
+        ),
+        *(
+            pytest.param(
+                HEAD + f"variables: {value}\n", ":2: ", "variables should be a valid list", id=f"variables {value}"
+            )
+            for value in ("5", "true", "{a: 1}")
+        ),
+        *(
+            pytest.param(
+                with_deployment(f"triggers: [{{name: {name}, expect: [b]}}]"),
+                ":6: ",
+                "the name of a trigger should be text",
+                id=f"trigger {name}",
+            )
+            for name in ("[a]", "{a: 1}", "5", "null", "''")
+        ),
+        pytest.param(
+            HEAD + f"concurrency_limits: [{{name: x, limit: 1, slot_decay_per_second: 1{'0' * 400}}}]\n",
+            ":2: ",
+            "slot_decay_per_second should be a number of slots",
+            id="rate of 400 digits",
+        ),
     ],
 )
 def test_mistake_is_refused_with_its_line(folder: Path, text: str, where: str, expected: str) -> None:
