@@ -1,5 +1,6 @@
 """Build the deployments that a file declares: import the flow, check parameters, schedules and triggers."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ class DeploymentBuilder:
         self.refuse_steps(entry, *path)
         flow = self._load_flow(entry, *path)
         self._refuse_values_of_run_start(entry, *path)
+        self._refuse_large_parameters(entry, *path)
         listed = self._schedules(entry, *path)
         if entry.enforce_parameter_schema is not False:
             self._check_parameters(entry, flow, bool(listed), *path)
@@ -132,6 +134,24 @@ class DeploymentBuilder:
                         "__prefect_kind, which the server resolves only for a run that a person starts. Write the "
                         "value, or {{ prefect.variables.NAME }}"
                     )
+
+    def _refuse_large_parameters(self, entry: DeploymentEntry, *path: str | int) -> None:
+        """Refuse parameters of more bytes than the server takes."""
+        from prefect.settings import get_current_settings
+
+        limit = get_current_settings().server.api.max_parameter_size
+        sources = [
+            (entry.parameters or {}, ()),
+            *((item.parameters, below) for item, below in _schedule_entries(entry)),
+        ]
+        for parameters, below in sources:
+            size = len(json.dumps(parameters, separators=(",", ":"), default=str))
+            if 0 < limit < size:
+                raise DeploymentsError(
+                    f"{self._locate(*path, *below, 'parameters')}: deployment {entry.name}: the parameters have "
+                    f"{size:,} bytes as JSON, and the server takes {limit:,}. Store the data elsewhere, and name its "
+                    "place in a parameter"
+                )
 
     def _check_parameters(self, entry: DeploymentEntry, flow: Flow, scheduled: bool, *path: str | int) -> None:
         """Check the parameters of each schedule, or of the deployment if it has no schedule.

@@ -65,7 +65,7 @@ def _read_text(kind: Any) -> BeforeValidator:
 
 
 _Truth = Annotated[StrictBool, _read_text(bool)]
-_Integer = Annotated[StrictInt, _read_text(int)]
+_Integer = Annotated[StrictInt, Field(le=2**31 - 1), _read_text(int)]  # a column of the server has no more
 _Number = Annotated[StrictFloat | StrictInt, _read_text(FiniteFloat)]
 
 
@@ -193,6 +193,17 @@ class VariableEntry(_Model):
     name: str = Field(pattern="^[a-z0-9_-]+$", max_length=255)
     value: Any
     tags: list[str] = []
+
+    @field_validator("value")
+    @classmethod
+    def _is_accepted_by_the_server(cls, value: Any) -> Any:
+        from prefect.types import check_variable_value
+
+        try:
+            check_variable_value(value)
+        except ValueError as error:
+            raise ValueError(f"is refused by the server: {error}") from None
+        return value
 
 
 class FileSystemEntry(_Model):
@@ -381,7 +392,8 @@ def _first_mistake(document: YamlMapping, error: ValidationError) -> str:
     elif first["type"] == "list_type":
         rule += ", such as [a, b]"
     value = first.get("input")
-    shown = f", not {value!r}" if isinstance(value, str | int | float | bool) or value is None else ""
+    shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:80]}..."
+    shown = f", not {shown}" if isinstance(value, str | int | float | bool) or value is None else ""
     return f"{where}: {'.'.join(map(str, path[-2:])) if isinstance(path[-1], int) else key} {rule}{shown}"
 
 

@@ -225,6 +225,38 @@ def test_merge_keys_mean_what_yaml_says(folder: Path, text: str) -> None:
             )
             for name in ("[a]", "{a: 1}", "5", "null", "''")
         ),
+        *(
+            pytest.param(HEAD + text, ":2: ", "should be less than or equal to 2147483647", id=f"{text[:20]} of 2**31")
+            for text in (
+                "concurrency_limits: [{name: x, limit: 2147483648}]\n",
+                "tag_concurrency_limits: [{tag: x, limit: 2147483648}]\n",
+                "work_pools: [{name: x, type: process, concurrency_limit: 2147483648}]\n",
+                "work_pools: [{name: x, type: process, queues: [{name: q, priority: 2147483648}]}]\n",
+            )
+        ),
+        pytest.param(
+            with_deployment("concurrency_limit: 2147483648"), ":6: ", "less than or equal to", id="limit of 2**31"
+        ),
+        pytest.param(
+            HEAD + f"variables: [{{name: x, value: {'x' * 5000}}}]\n",
+            ":2: ",
+            "value is refused by the server: Variable value must be less than 5000",
+            id="long variable",
+        ),
+        pytest.param(
+            with_deployment(f"parameters: {{day: 1, name: {'x' * 524288}}}"),
+            ":6: ",
+            "the parameters have 524,307 bytes as JSON, and the server takes 524,288",
+            id="large parameters",
+        ),
+        pytest.param(
+            with_deployment(
+                f"parameters: {{day: 1}}\nschedules:\n- {{cron: '0 6 * * *', parameters: {{name: {'x' * 524288}}}}}"
+            ),
+            ":8: ",
+            "bytes as JSON",
+            id="large parameters of a schedule",
+        ),
         pytest.param(
             HEAD + f"concurrency_limits: [{{name: x, limit: 1, slot_decay_per_second: 1{'0' * 400}}}]\n",
             ":2: ",

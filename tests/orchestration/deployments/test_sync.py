@@ -375,15 +375,18 @@ def test_invalid_job_variables_are_refused_before_any_change(project: Project) -
 
 
 def test_refused_object_is_named_and_the_others_are_synced(project: Project) -> None:
-    good = {"name": project.unique("good"), "value": 1}
-    project.write(variables=[{"name": project.unique("bad"), "value": "x" * 10_000}, good])
+    good = {"name": project.unique("good"), "type": "process"}
+    template: dict[str, Any] = {"job_configuration": {"a": "{{ b }}"}, "variables": {"properties": {}}}
+    bad = {"name": project.unique("bad"), "type": "process", "base_job_template": template}
+    project.write(work_pools=[bad, good])
     status, output = project.run("sync")
     assert status == 1
     assert "prefect.yaml:" in output
-    assert f"variable {project.unique('bad')}" in output
+    assert f"work-pool {project.unique('bad')}" in output
     assert "Traceback" not in output
-    assert project.api.get(f"/variables/name/{project.unique('good')}").status_code == 200
-    project.write(variables=[{"name": project.unique("bad"), "value": "x"}, good])
+    assert project.api.get(f"/work_pools/{project.unique('good')}").status_code == 200
+    template["variables"]["properties"]["b"] = {"type": "string"}
+    project.write(work_pools=[bad, good])
     assert "was cut off" in project.run("plan")[1]
     project.sync()
 
