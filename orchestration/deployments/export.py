@@ -1,14 +1,15 @@
 """Export the live state as a file of desired state. A sync of that file changes nothing."""
 
 import asyncio
+import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from orchestration.deployments import live_state, placeholders, triggers
+from orchestration.deployments import live_state, placeholders, schedules, triggers
 from orchestration.deployments import record as records
 from orchestration.deployments.resources import (
     AUTOMATION,
@@ -37,9 +38,8 @@ RESOLVED_FIELDS = (
     "job_variables",
     "work_pool_name",
     "work_queue_name",
-    "schedules",
 )
-"""Fields of a deployment in which a sync resolves placeholders."""
+"""Fields of a deployment in which a sync resolves all placeholders but a run's context."""
 
 
 async def read(server: Server, owner: str, *, mine: bool) -> tuple[dict[Name, Object], Counter[str]]:
@@ -69,24 +69,48 @@ async def read(server: Server, owner: str, *, mine: bool) -> tuple[dict[Name, Ob
 
 def find_inexpressible(live: Mapping[Name, Object]) -> dict[Name, str]:
     """Return the objects that a file cannot express, with the reason."""
-    reasons: dict[Name, str] = {}
-    for item in live.values():
-        if item.kind != DEPLOYMENT:
-            continue
-        fields = item.fields
-        if not fields["entrypoint"]:
-            reasons[item.name] = "has no entrypoint"
-        elif not fields["work_pool_name"]:
-            reasons[item.name] = "has no work pool: the process that serves its flow (flow.serve) keeps it"
-        elif name := next((name for name in RESOLVED_FIELDS if placeholders.has_placeholder(fields[name])), ""):
-            reasons[item.name] = f"has a placeholder in its {name}, which a sync would resolve"
-        elif placeholders.is_resolved_at_run_start(fields["parameters"]):
-            reasons[item.name] = (
-                "has a parameter with a __prefect_kind, which the server resolves at the start of a run"
-            )
-        elif any(matches_every_event(trigger["trigger"]) for trigger in fields["triggers"].values()):
-            reasons[item.name] = "has a trigger on every event, also on those of its own runs, which a sync refuses"
-    return reasons
+    found = ((item.name, _inexpressible(item)) for item in live.values())
+    return {name: reason for name, reason in found if reason}
+
+
+def _inexpressible(item: Object) -> str:
+    """Return why a file cannot express an object; "" if it can."""
+    fields = item.fields
+    if item.kind != DEPLOYMENT:
+        everything = {"name": item.key, **fields}
+        resolved = iter([name for name, value in everything.items() if placeholders.has_unresolved(value, ("$",))])
+    elif not fields["entrypoint"]:
+        return "has no entrypoint"
+    elif not fields["work_pool_name"]:
+        return "has no work pool: the process that serves its flow (flow.serve) keeps it"
+    else:
+        resolved = _resolved_fields(fields)
+    if name := next(resolved, ""):
+        return f"has a placeholder in its {name}, which a sync would resolve"
+    if item.kind != DEPLOYMENT:
+        return ""
+    if placeholders.is_resolved_at_run_start(fields["parameters"]):
+        return "has a parameter with a __prefect_kind, which the server resolves at the start of a run"
+    if any(matches_every_event(trigger["trigger"]) for trigger in fields["triggers"].values()):
+        return "has a trigger on every event, also on those of its own runs, which a sync refuses"
+    problems = (schedules.find_problem(schedule["schedule"]) for schedule in fields["schedules"].values())
+    if problem := next(filter(None, problems), None):
+        return f"has a schedule that a sync refuses: {problem}"
+    return ""
+
+
+def _resolved_fields(fields: JSON) -> Iterator[str]:
+    """Yield the fields of a deployment with a placeholder that a sync would resolve or refuse."""
+    yield from (name for name in RESOLVED_FIELDS if placeholders.has_placeholder(fields[name]))
+    if placeholders.has_placeholder(fields["schedules"], None):
+        yield "schedules"
+    if placeholders.has_unresolved(fields["pull_steps"], ("$",)):
+        yield "pull"
+    for name, trigger in fields["triggers"].items():
+        entry = _trigger(name, trigger)
+        parameters = entry.pop("parameters", None)
+        if placeholders.has_placeholder(entry, None) or placeholders.has_placeholder(parameters, placeholders.EVERY):
+            yield "triggers"
 
 
 def document(live: Mapping[Name, Object], owner: str, directory: Path) -> JSON:
@@ -97,14 +121,13 @@ def document(live: Mapping[Name, Object], owner: str, directory: Path) -> JSON:
         owner: the `name` of the file.
         directory: the working directory of runs that the file leaves out.
     """
+    left_out = find_inexpressible(live)
     by_kind: dict[str, list[Object]] = {}
     for item in live.values():
-        by_kind.setdefault(item.kind, []).append(item)
+        if item.name not in left_out:
+            by_kind.setdefault(item.kind, []).append(item)
     file: JSON = {"name": owner}
-    left_out = find_inexpressible(live)
-    file["deployments"] = [
-        _deployment(item, directory) for item in by_kind.get(DEPLOYMENT, []) if item.name not in left_out
-    ]
+    file["deployments"] = [_deployment(item, directory) for item in by_kind.get(DEPLOYMENT, [])]
     queues = by_kind.get(QUEUE, [])
     file["work_pools"] = [
         {"name": pool.key}
@@ -130,7 +153,10 @@ def document(live: Mapping[Name, Object], owner: str, directory: Path) -> JSON:
     file["tag_concurrency_limits"] = [
         {"tag": item.key, "limit": item.fields["concurrency_limit"]} for item in by_kind.get(TAG_LIMIT, [])
     ]
-    file["automations"] = [{"name": item.key} | _drop_empty(item.fields) for item in by_kind.get(AUTOMATION, [])]
+    file["automations"] = [
+        {"name": item.key} | _drop_empty(item.fields) | {"actions": item.fields["actions"]}
+        for item in by_kind.get(AUTOMATION, [])
+    ]
     return {key: value for key, value in file.items() if value}
 
 
@@ -172,7 +198,9 @@ def _deployment(live: Object, directory: Path) -> JSON:
     )
     if fields["paused"]:
         entry["paused"] = True
-    entry |= _drop_empty({"schedules": [_schedule(schedule) for schedule in fields["schedules"].values()]})
+    # A sync refuses a schedule that a deployment has twice without a slug.
+    listed = [*map(_schedule, fields["schedules"].values())]
+    entry |= _drop_empty({"schedules": [*{json.dumps(one, sort_keys=True): one for one in listed}.values()]})
     entry |= _drop_empty({"triggers": [_trigger(name, trigger) for name, trigger in fields["triggers"].items()]})
     if fields["pull_steps"] != [{"prefect.deployments.steps.set_working_directory": {"directory": str(directory)}}]:
         entry["pull"] = fields["pull_steps"]

@@ -109,7 +109,7 @@ def deployment(raw: JSON, flow: str) -> Object:
     same = ("description", "version", "entrypoint", "path", "work_pool_name", "work_queue_name")
     fields: JSON = {key: raw.get(key) for key in same}
     fields |= {
-        "tags": sorted(raw["tags"]),
+        "tags": sorted({*raw["tags"]}),
         "pull_steps": raw.get("pull_steps") or [],
         "job_variables": raw.get("job_variables") or {},
         "parameters": raw.get("parameters") or {},

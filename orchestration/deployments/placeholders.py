@@ -67,9 +67,17 @@ def is_resolved_at_run_start(value: Any) -> bool:
     return isinstance(value, list) and any(is_resolved_at_run_start(inner) for inner in value)
 
 
-def has_placeholder(value: Any) -> bool:
-    """Return whether a value has a placeholder that reading it from a file would resolve."""
-    return any(not match[1].startswith(CONTEXT) for text in _texts(value) for match in PLACEHOLDER.finditer(text))
+def has_placeholder(value: Any, kept: str | None = CONTEXT) -> bool:
+    """Return whether a value of a deployment has a placeholder that reading it from a file would resolve or refuse.
+
+    Args:
+        value: the value.
+        kept: as :meth:`_DeploymentResolver.resolve_value` takes it.
+    """
+    names = (match[1] for text in _texts(value) for match in PLACEHOLDER.finditer(text))
+    if kept == EVERY:  # `{{ NAME }}` may be a variable of the environment
+        return any("." not in name or name.startswith(("$", VARIABLE, BLOCK)) for name in names)
+    return any(kept is None or not name.startswith(kept) for name in names)
 
 
 def resolve(documents: Sequence[YamlMapping], variables: Mapping[str, Any], missing: list[str] | None) -> set[str]:

@@ -1,7 +1,9 @@
 """A sync of an export changes nothing, for random files."""
 
+import json
 from typing import Any
 
+import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -91,6 +93,74 @@ def test_sync_of_an_export_changes_nothing(project: Project, file: dict[str, Any
     status, output = project.run("plan", "--prune", "exported.yaml")
     assert status == 0, output
     project.sync("--prune", "exported.yaml")
+
+
+FILLED = "{{ $HOME }}"
+CRON = {"schedule": {"cron": "0 6 * * *", "timezone": "UTC"}, "active": True}
+
+
+def test_export_of_what_other_programs_made_is_a_valid_file_without_changes(project: Project) -> None:
+    """What a file cannot express is left out with the reason."""
+    project.write({"name": "a"})
+    project.sync()
+    flow = project.existing("a")["flow_id"]
+
+    def add(path: str, name: str, **fields: Any) -> str:
+        answer = project.api.post(path, json={"name": project.unique(name), **fields})
+        return str(answer.raise_for_status().json()["id"])
+
+    def deployment(name: str, **fields: Any) -> str:
+        same = {"entrypoint": "flow.py:etl", "work_pool_name": project.pool, "description": "Loads a day."}
+        return add("/deployments/", name, flow_id=flow, **same, **fields)
+
+    def trigger(of: str, name: str, **action: Any) -> None:
+        event = {"type": "event", "expect": ["a.b"], "posture": "Reactive", "threshold": 1, "within": 0}
+        run = {"type": "run-deployment", "source": "selected", "deployment_id": of, **action}
+        add("/automations/", name, trigger=event, actions=[run])
+
+    left_out = {
+        f"variable {project.unique('filled').replace('-', '_')}": "has a placeholder in its value",
+        f"work-pool {project.unique('filled')}": "has a placeholder in its base_job_template",
+        f"deployment etl/{project.unique('pull')}": "has a placeholder in its pull",
+        f"deployment etl/{project.unique('context')}": "has a placeholder in its schedules",
+        f"deployment etl/{project.unique('fired')}": "has a placeholder in its triggers",
+        f"deployment etl/{project.unique('over')}": "has a schedule that a sync refuses: rrule",
+    }
+    project.api.post(
+        "/variables/", json={"name": project.unique("filled").replace("-", "_"), "value": {"a": FILLED}}
+    ).raise_for_status()
+    template = {"job_configuration": {"a": FILLED}, "variables": {"properties": {}}}
+    add("/work_pools/", "filled", type="process", base_job_template=template)
+    deployment("pull", pull_steps=[{"step": {"directory": FILLED}}])
+    deployment("context", schedules=[CRON | {"parameters": {"name": "{{ ctx.flow_run.name }}"}}])
+    deployment("over", schedules=[{"schedule": {"rrule": "FREQ=DAILY;UNTIL=20200101T000000", "timezone": "UTC"}}])
+    trigger(deployment("fired"), "on", parameters={"name": "{{ $HOME }}"})
+    trigger(deployment("kept", tags=["b", "a", "b"]), "at", parameters={"name": "{{ event.name }}"})
+    event = {"type": "event", "expect": ["a.b"], "posture": "Reactive", "threshold": 1, "within": 0}
+    add("/automations/", "quiet", trigger=event, actions=[], actions_on_trigger=[{"type": "do-nothing"}])
+    status, output = project.run("export", "--output", "exported.yaml")
+    assert status == 0, output
+    for name, reason in left_out.items():
+        assert f"Left out: {name} {reason}" in output
+    exported = yaml.safe_load((project.folder / "exported.yaml").read_text())
+    # Other tests leave objects without an owner on the server.
+    for kind in [key for key in exported if isinstance(exported[key], list)]:
+        exported[kind] = [entry for entry in exported[kind] if project.owner in str(entry.get("name"))]
+    (project.folder / "exported.yaml").write_text(yaml.safe_dump(exported))
+    status, output = project.run("plan", "--adopt", "--json", "exported.yaml")
+    found = {change["key"]: (change["action"], change["fields"]) for change in json.loads(output)["changes"]}
+    assert found == {f"etl/{project.unique('kept')}": ("adopt", []), project.unique("quiet"): ("adopt", [])}
+
+
+def test_schedule_that_a_deployment_has_twice_is_exported_once(project: Project) -> None:
+    project.write({"name": "a", "schedules": [{"cron": "0 6 * * *"}]})
+    project.sync()
+    path = f"/deployments/{project.existing('a')['id']}/schedules"
+    project.api.post(path, json=[CRON]).raise_for_status()
+    status, output = project.run("export", "--mine", "--output", "exported.yaml")
+    assert status == 0, output
+    project.sync("exported.yaml")
+    assert len(project.existing("a")["schedules"]) == 1
 
 
 def test_export_leaves_out_and_counts_objects_of_other_owners(project: Project) -> None:
