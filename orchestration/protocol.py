@@ -82,6 +82,15 @@ SIGNING_KEY_VARIABLE = "RESULTS_SIGNING_KEY"
 FORMER_SIGNING_KEYS_VARIABLE = "RESULTS_FORMER_SIGNING_KEYS"
 """The environment variable with keys of older results that a run loads, too, with spaces between them."""
 
+LOG_LIMIT_VARIABLE = "LOG_LIMIT"
+"""The environment variable with how many bytes of log lines a run may send to the Prefect API in an hour."""
+
+RESULTS_LIMIT_VARIABLE = "RESULTS_LIMIT"
+"""The environment variable with how much the runs of one deployment may store. The chart sets it for each storage."""
+
+RESULTS_OWNER_VARIABLE = "RESULTS_OWNER"
+"""The environment variable that the engine sets for its process pools: whose results a run stores."""
+
 CLAIM_VARIABLE = "RUN_CLAIM"
 """The environment variable with the claim of a run in a warm pod, whose Job has no claim in its name."""
 

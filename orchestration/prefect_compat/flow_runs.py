@@ -4,6 +4,7 @@ The engine imports this module before the supervisor lets the run begin, and nee
 """
 
 import functools
+import logging
 import os
 import runpy
 import ssl
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 import anyio
 import httpx
+import orjson
 import prefect
 from prefect import context, flow_engine
 from prefect._internal import version_checking
@@ -23,6 +25,7 @@ from prefect.client import base, orchestration
 from prefect.client.schemas.objects import FlowRun, ServerDefaultResultStorage, State
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.flow_engine import AsyncFlowRunEngine, FlowRunEngine
+from prefect.logging.handlers import APILogWorker
 from prefect.runner._workspace_resolver import prepare_workspace as resolve_workspace
 from prefect.runner._workspace_resolver import prepare_workspace_for_flow_run
 from prefect.runner._workspace_starter import workspace_environment
@@ -192,6 +195,34 @@ def _observed(send: Callable[..., Any], observe: Callable[[httpx.Request, httpx.
         return answered()
 
     return sent
+
+
+def limit_log_lines(decide: Callable[[int, int], tuple[bool, str]]) -> None:
+    """Send only some log lines of this process and its process pools to the Prefect API.
+
+    Replaces: `prefect.logging.handlers.APILogWorker.send`
+    Why: a run sends any number of lines, and the server stores them in the database of all runs
+    Until: the server, or a setting, limits the log lines of a run
+
+    Args:
+        decide: takes the bytes and the level of a line, and returns whether to send it, and a notice to send before it;
+            empty for none.
+    """
+    send = APILogWorker.send
+
+    def send_some(worker: APILogWorker, item: dict[str, Any] | bytes) -> None:
+        line = item if isinstance(item, dict) else orjson.loads(item)
+        is_sent, notice = decide(len(line["message"].encode(errors="replace")) + LINE_BYTES, line["level"])
+        if notice:
+            send(worker, line | {"message": notice, "level": logging.WARNING})
+        if is_sent:
+            send(worker, item)
+
+    APILogWorker.send = send_some  # type: ignore[assignment,method-assign]
+
+
+LINE_BYTES = 250
+"""What a log line takes in a request, in addition to its message: ids, time, level and name of the logger."""
 
 
 def hold_until_due(now: Callable[[], datetime]) -> None:

@@ -1,9 +1,10 @@
 """The private interfaces of Prefect's stored results: each read and write of a record passes one check."""
 
+import errno
 import os
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +25,48 @@ warn_if_untested("prefect", prefect.__version__)
 _RESULTS: Any = results
 
 _INITIALIZE = task_runners._initialize_process_pool_worker
+
+FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
+"""The numbers of the errors of a full file system."""
+
+
+def guard_writes(guard: Callable[[Any, int], AbstractContextManager[None]]) -> None:
+    """Enter a context around each write of a record. Leave no part of a record in a local storage that is full.
+
+    Replaces: `call_explicitly_sync_block_method`, `call_explicitly_async_block_method` of `prefect.results`
+    Why: every write of a record calls one of these two, for each storage of a flow, task or cache policy
+    Until: a result store has hooks for the bytes of its records
+
+    Args:
+        guard: takes the storage and the number of bytes, and returns the context.
+    """
+    call_block, acall_block = _RESULTS.call_explicitly_sync_block_method, _RESULTS.call_explicitly_async_block_method
+
+    @contextmanager
+    def guarded(block: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        if method != "write_path" or isinstance(block, NullFileSystem):
+            yield
+            return
+        with guard(block, len(kwargs["content"])):
+            try:
+                yield
+            except OSError as error:
+                if isinstance(block, LocalFileSystem) and error.errno in FULL_ERRORS:
+                    # A retry would find the part, and warn that its signature is wrong.
+                    with suppress(OSError):
+                        block._resolve_path(args[0]).unlink()
+                raise
+
+    def call(block: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with guarded(block, method, args, kwargs):
+            return call_block(block, method, args, kwargs)
+
+    async def acall(block: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with guarded(block, method, args, kwargs):
+            return await acall_block(block, method, args, kwargs)
+
+    _RESULTS.call_explicitly_sync_block_method = call
+    _RESULTS.call_explicitly_async_block_method = acall
 
 
 class Signer(Protocol):
@@ -223,7 +266,7 @@ def rerun_unreadable_subflows(untrusted: type[Exception]) -> None:
 
 
 def prepare_child_processes(prepare: Callable[[], None]) -> None:
-    """Call a function in each process of Prefect's process pool, before the first task.
+    """Call a function in each process of Prefect's process pool, before the first task, after those of earlier calls.
 
     Replaces: `prefect.task_runners._initialize_process_pool_worker`
     Why: such a process starts without the changes that this module makes to Prefect
@@ -232,15 +275,18 @@ def prepare_child_processes(prepare: Callable[[], None]) -> None:
     Args:
         prepare: a function at the top level of a module, as it is pickled.
     """
-    task_runners._initialize_process_pool_worker = _PreparedChild(prepare)  # type: ignore[assignment]
+    current: Any = task_runners._initialize_process_pool_worker
+    earlier = current.prepare if isinstance(current, _PreparedChild) else ()
+    task_runners._initialize_process_pool_worker = _PreparedChild(*earlier, prepare)  # type: ignore[assignment]
 
 
 class _PreparedChild:
     """Initializes a process of the process pool, which receives this object as a pickle."""
 
-    def __init__(self, prepare: Callable[[], None]) -> None:
-        self._prepare = prepare
+    def __init__(self, *prepare: Callable[[], None]) -> None:
+        self.prepare = prepare
 
     def __call__(self, *args: Any) -> None:
-        self._prepare()
+        for prepare in self.prepare:
+            prepare()
         _INITIALIZE(*args)

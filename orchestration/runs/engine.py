@@ -26,9 +26,11 @@ import tempfile
 
 from orchestration.prefect_compat import blocks, flow_runs
 from orchestration.prefect_protocol import FLOW_RUN_ID_VARIABLE
+from orchestration.protocol import LOG_LIMIT_VARIABLE, RESULTS_LIMIT_VARIABLE
 from orchestration.runs import signed_results, workspace
 from orchestration.runs.engine_process import GATE_VARIABLE
 from orchestration.runs.lease_ledger import LeaseLedger
+from orchestration.runs.log_limit import LogLimit
 from orchestration.runs.server_clock import ServerClock
 
 LONGEST_RETRY_PAUSE_SECONDS = 15.0
@@ -58,8 +60,8 @@ def _wait_to_begin() -> flow_runs.KnownRun | None:
     return None
 
 
-def adapt_prefect() -> None:
-    """Let Prefect's engine record leases, begin runs on time, import and ask little, and sign results."""
+def adapt_prefect(known: flow_runs.KnownRun | None = None) -> None:
+    """Let Prefect's engine record leases, begin on time, import and ask little, and bound and sign what it stores."""
     flow_runs.observe_responses(LeaseLedger().observe)
     clock = ServerClock()
     flow_runs.observe_responses(clock.observe)
@@ -67,13 +69,20 @@ def adapt_prefect() -> None:
     blocks.look_up_before_import()
     flow_runs.keep_default_storage()
     flow_runs.check_version_once()
+    if limit := os.environ.get(LOG_LIMIT_VARIABLE):
+        flow_runs.limit_log_lines(LogLimit(limit).decide)
+    if RESULTS_LIMIT_VARIABLE in os.environ:
+        # Imported late: a run without a storage does not need the module. A signature counts as stored.
+        from orchestration.runs import result_limit
+
+        result_limit.enforce(known.flow_run if known else None)
     signed_results.require_signatures()
 
 
 def main() -> None:
     """Execute the run that the environment names."""
     known = _wait_to_begin()
-    adapt_prefect()
+    adapt_prefect(known)
     # Nothing deletes the folder before the container is gone: at its exit this process still sends logs from there.
     folder = tempfile.mkdtemp(prefix="prefect-flow-run-")
     before = workspace.snapshot()

@@ -645,6 +645,14 @@ def test_results_in_a_storage_block_outlive_the_pod(results: Object, basepath: s
     assert environment(container)["PREFECT_TASKS_DEFAULT_PERSIST_RESULT"] == "false"
 
 
+@pytest.mark.parametrize("storage", ["volume", "s3", "redis", "none"])
+def test_runs_know_the_limit_of_stored_results(storage: str) -> None:
+    for limit in ("25%", "10Gi", ""):
+        results = {"storage": storage, "s3": S3, "redis": {"existingSecret": "cache"}, "limit": limit}
+        [container] = _job(_pool(_with(runs={"results": results})))["spec"]["template"]["spec"]["containers"]
+        assert environment(container).get("RESULTS_LIMIT") == (None if storage == "none" else limit)
+
+
 SIGNING = "test-prefect-work-pool-results-signing"
 
 
@@ -755,11 +763,13 @@ def test_values_of_runs_reach_the_base_job_template() -> None:
     assert environment(container) == {
         "PREFECT_CLIENT_MAX_RETRIES": "19",
         "GRACE_SECONDS": "90",
+        "LOG_LIMIT": "64Mi",
         "PREFECT_API_SSL_CERT_FILE": "/etc/prefect-api/ca/ca.crt",
         "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500,504",
         "KUBERNETES_JOB": {"fieldRef": {"fieldPath": "metadata.labels['batch.kubernetes.io/job-name']"}},
         "PREFECT_RESULTS_LOCAL_STORAGE_PATH": "/results",
         "PREFECT_RESULTS_PERSIST_BY_DEFAULT": "true",
+        "RESULTS_LIMIT": "50%",
         "PREFECT_LOGGING_LEVEL": "WARNING",
         "WAREHOUSE_URL": {"secretKeyRef": {"name": "warehouse", "key": "url"}},
     }
@@ -1007,6 +1017,8 @@ REFUSED = [
     (_with(reconciler={"serviceAccount": {"create": False}}), "needs reconciler.serviceAccount.name"),
     (_with(runs={"retries": {"memoryMax": "lots"}}), "at '/runs/retries/memoryMax'"),
     (_with(runs={"results": {"storage": "gcs"}}), "at '/runs/results/storage'"),
+    (_with(runs={"logLimit": "64MB"}), "at '/runs/logLimit'"),
+    (_with(runs={"results": {"limit": "125%"}}), "at '/runs/results/limit'"),
     (_with(runs={"results": {"storage": "s3"}}), "runs.results.storage=s3 needs runs.results.s3.bucket"),
     (_with(runs={"results": {"storage": "s3", "s3": {"bucket": "s3://a/b"}}}), "at '/runs/results/s3/bucket'"),
     (_with(runs={"results": {"s3": {"endpoint": "https://key:secret@host"}}}), "at '/runs/results/s3/endpoint'"),

@@ -403,6 +403,12 @@ CONTRACTS: dict[str, list[Check]] = {
         (lacks(f"{HTTP}{kind}Client", "self._has_connected: bool = False", "if self._has_connected:"), [])
         for kind in ("Async", "Sync")
     ],
+    "flow_runs.limit_log_lines": [
+        (signature("prefect.logging.handlers:APILogWorker.send"), "(self, item)"),
+        (lacks("prefect.logging.handlers:emit_api_log", "APILogWorker.instance().send(log)"), []),
+        (lacks("prefect.task_runners", "APILogWorker.instance()", "api_log_worker.send("), []),
+        (lacks("prefect.logging.handlers:APILogHandler.prepare", "message=formatted_message,", "level=record.lev"), []),
+    ],
     "flow_runs.bound_retry_pauses": [
         (signature("prefect.utilities.math:clamped_poisson_interval"), "(average_interval, clamping_factor=0.3)"),
         *((lacks(f"{HTTP}{kind}Client", "clamped_poisson_interval("), []) for kind in ("Async", "Sync")),
@@ -485,6 +491,17 @@ CONTRACTS: dict[str, list[Check]] = {
         (signature("prefect.blocks.core:Block.get_block_class_from_key"), "(key)"),
         (lacks("prefect.blocks.core:Block.get_block_class_from_key", "load_prefect_collections()"), []),
         (signature("prefect.utilities.dispatch:lookup_type"), "(cls, dispatch_key)"),
+    ],
+    "results.guard_writes": [
+        (signature("prefect.results:call_explicitly_sync_block_method"), "(block, method, args, kwargs)"),
+        (signature("prefect.results:call_explicitly_async_block_method"), "(block, method, args, kwargs)"),
+        (_unlike_storage_calls, []),
+        (signature("prefect.filesystems:LocalFileSystem._resolve_path"), "(self, path)"),
+        # An error of this type is logged in one line, without its traceback.
+        *(
+            (lacks(f"prefect.transactions:{name}.commit", "except SerializationError as exc:"), [])
+            for name in ("Transaction", "AsyncTransaction")
+        ),
     ],
     "results.sign_records": [
         (signature("prefect.results:call_explicitly_sync_block_method"), "(block, method, args, kwargs)"),

@@ -69,6 +69,9 @@
 - {name: PREFECT_CLIENT_MAX_RETRIES, value: "19"}
 # Grace period of a run attempt: the supervisor kills the process group after it.
 - {name: GRACE_SECONDS, value: {{ int64 .Values.runs.terminationGracePeriodSeconds | quote }}}
+{{- with .Values.runs.logLimit }}
+- {name: LOG_LIMIT, value: {{ . | quote }}}
+{{- end }}
 {{- include "prefect-work-pool.caEnv" . }}
 # A server without its database answers 500.
 - {name: PREFECT_CLIENT_RETRY_EXTRA_CODES, value: "500,504"}
@@ -92,6 +95,7 @@
 {{- end }}
 {{- if ne .storage "none" }}
 - {name: PREFECT_RESULTS_PERSIST_BY_DEFAULT, value: {{ .persistByDefault | quote }}}
+- {name: RESULTS_LIMIT, value: {{ .limit | quote }}}
 {{- end }}
 {{- if eq .storage "redis" }}
 - name: RESULTS_REDIS_URL
