@@ -262,11 +262,11 @@ def decided(type_: str, job: Job, pod: Pod) -> list[Action]:
 )
 def test_pod_that_the_kubelet_refuses_has_not_begun(reason: str) -> None:
     """What never started draws on no crash budget."""
-    refused = {"phase": "Failed", "reason": reason, "message": "Pod was rejected"}
-    found = pod(CREATING, containerStatuses=[], **refused)
+    refused: Json = {"phase": "Failed", "reason": reason, "message": "Pod was rejected", "containerStatuses": []}
+    found = pod(CREATING, **refused)
     assert causes.cause_of_end([found]).kind == "disruption"
     failed = {"name": "init", "state": terminated(1, "Error")}
-    found = pod(CREATING, containerStatuses=[], initContainerStatuses=[failed], **refused)
+    found = pod(CREATING, **refused, initContainerStatuses=[failed])
     assert causes.cause_of_end([found]).kind == "crash"
 
 
