@@ -103,7 +103,7 @@ def test_export_of_what_other_programs_made_is_a_valid_file_without_changes(proj
     """What a file cannot express is left out with the reason."""
     project.write({"name": "a"})
     project.sync()
-    flow = project.existing("a")["flow_id"]
+    synced = project.existing("a")
 
     def add(path: str, name: str, **fields: Any) -> str:
         answer = project.api.post(path, json={"name": project.unique(name), **fields})
@@ -111,12 +111,13 @@ def test_export_of_what_other_programs_made_is_a_valid_file_without_changes(proj
 
     def deployment(name: str, **fields: Any) -> str:
         same = {"entrypoint": "flow.py:etl", "work_pool_name": project.pool, "description": "Loads a day."}
-        return add("/deployments/", name, flow_id=flow, **same, **fields)
+        same |= {key: synced[key] for key in ("flow_id", "parameter_openapi_schema")}
+        return add("/deployments/", name, **same, **fields)
 
-    def trigger(of: str, name: str, **action: Any) -> None:
+    def trigger(of: str, name: str, text: str, **action: Any) -> None:
         event = {"type": "event", "expect": ["a.b"], "posture": "Reactive", "threshold": 1, "within": 0}
         run = {"type": "run-deployment", "source": "selected", "deployment_id": of, **action}
-        add("/automations/", name, trigger=event, actions=[run])
+        add("/automations/", name, trigger=event, actions=[run], description=text)
 
     left_out = {
         f"variable {project.unique('filled').replace('-', '_')}": "has a placeholder in its value",
@@ -129,13 +130,14 @@ def test_export_of_what_other_programs_made_is_a_valid_file_without_changes(proj
     project.api.post(
         "/variables/", json={"name": project.unique("filled").replace("-", "_"), "value": {"a": FILLED}}
     ).raise_for_status()
-    template = {"job_configuration": {"a": FILLED}, "variables": {"properties": {}}}
+    variables = {"type": "object", "properties": {"a": {"type": "string", "default": FILLED}}}
+    template = {"job_configuration": {"a": "{{ a }}"}, "variables": variables}
     add("/work_pools/", "filled", type="process", base_job_template=template)
     deployment("pull", pull_steps=[{"step": {"directory": FILLED}}])
     deployment("context", schedules=[CRON | {"parameters": {"name": "{{ ctx.flow_run.name }}"}}])
     deployment("over", schedules=[{"schedule": {"rrule": "FREQ=DAILY;UNTIL=20200101T000000", "timezone": "UTC"}}])
-    trigger(deployment("fired"), "on", parameters={"name": "{{ $HOME }}"})
-    trigger(deployment("kept", tags=["b", "a", "b"]), "at", parameters={"name": "{{ event.name }}"})
+    trigger(deployment("fired"), "on", FILLED)
+    trigger(deployment("kept", tags=["b", "a", "b"]), "at", "At a.b", parameters={"name": "{{ event.name }}"})
     event = {"type": "event", "expect": ["a.b"], "posture": "Reactive", "threshold": 1, "within": 0}
     add("/automations/", "quiet", trigger=event, actions=[], actions_on_trigger=[{"type": "do-nothing"}])
     status, output = project.run("export", "--output", "exported.yaml")
