@@ -275,6 +275,7 @@ def test_retried_run_writes_whole_files(method: str, use: Callable[..., DbtProje
 
     @flow(retries=1)
     def daily() -> None:
+        shutil.rmtree(target / "compiled", ignore_errors=True)
         getattr(project, method)()
         found.append(contents())
         assert len(found) == 2
