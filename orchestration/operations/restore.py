@@ -25,6 +25,8 @@ from orchestration.protocol import RUN_LABEL
 from orchestration.reconciler.kubernetes_client import hash_certificate
 from orchestration.recovery import executions
 
+PAGE = "docs/how-to/back-up.md#start-what-a-restore-has-stopped"
+
 STOPPED = ("pgbouncer", "api", "services", "worker", "reconciler", "drift")
 """The components that use the database or act on runs."""
 
@@ -48,9 +50,11 @@ def restore(environment: Environment, name: str, *, identity: Path | None, start
         start_unknown: start due runs that may have been executed since the backup.
 
     Raises:
-        ClusterError: a step failed. The server runs on its database as before.
+        ClusterError: a step failed. The server runs on its database as before, or stays stopped if the Job that
+            replaces the database may still run.
     """
     template = backups.read_template(environment)
+    backups.refuse_unended(environment, ("restore", "settle"))
     _pack_executions(environment)  # what would fail fails while the server runs
     with step(f"Restoring backup {name} next to the server's database", "20 s"):
         chosen = _load(environment, template, name, identity)
@@ -58,8 +62,15 @@ def restore(environment: Environment, name: str, *, identity: Path | None, start
         stopped = _stop(environment)
         with step("Settling the runs", "20 s"):
             _settle(environment, template, chosen, stopped, start_unknown=start_unknown)
-    finally:
+    except backups.UnendedJobError as error:
+        raise ClusterError(
+            f"{error}. Server, workers and reconcilers stay stopped: this Job would replace the database under them. "
+            f"Start them when it is gone: {PAGE}"
+        ) from None
+    except BaseException:
         _start(environment)
+        raise
+    _start(environment)
 
 
 def _load(environment: Environment, template: Object, name: str, identity: Path | None) -> str:
@@ -177,8 +188,12 @@ def _settle(environment: Environment, template: Object, chosen: str, stopped: da
 
     try:
         print(backups.run_job(environment, template, "settle", change), end="", flush=True)
-    finally:
+    except backups.UnendedJobError:
+        raise  # its pod reads the ConfigMap
+    except BaseException:
         environment.kubectl("delete", "configmap", name)
+        raise
+    environment.kubectl("delete", "configmap", name)
 
 
 def _pack_executions(environment: Environment) -> bytes:

@@ -30,6 +30,9 @@ MAINTENANCE_DATABASE = "postgres"
 RENAME_SECONDS = 30.0
 """For how long the renaming is tried again because another session has connected."""
 
+CLOSING_SECONDS = 5.0
+"""How long sessions that this module's processes have closed may still be listed."""
+
 
 class RestoreError(PipelineError):
     """A restore that changed nothing."""
@@ -49,6 +52,7 @@ def finish(backup: datetime, stopped: str, executions: Path | None, *, start_unk
     """
     url = make_url(database_url())
     assert url.database
+    begun = read_time()
     restored = url.set(database=url.database + SUFFIX)
     # The parts of an address (PREFECT_SERVER_DATABASE_HOST and others) would win over the URL.
     others = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_SERVER_DATABASE_")}
@@ -62,6 +66,7 @@ def finish(backup: datetime, stopped: str, executions: Path | None, *, start_unk
     options += ["--start-unknown"] if start_unknown else []
     _run(environment, "orchestration", "settle", *options)
     replaced = f"{url.database}_replaced_{datetime.now(UTC):%Y%m%dt%H%M%S}"
+    refuse_if_used(url.database, begun)
     swap(url.database, replaced)
     print(f"The replaced database is kept as {replaced}.", file=sys.stderr)
 
@@ -70,6 +75,53 @@ def _run(environment: Mapping[str, str], module: str, *arguments: str) -> None:
     done = subprocess.run([sys.executable, "-m", module, *arguments], env=dict(environment), check=False)
     if done.returncode not in (0, 2):  # 2: a person has to look at some runs
         raise RestoreError(f"`{module} {arguments[0]}` failed, see above. The server's database is unchanged")
+
+
+def read_time() -> datetime:
+    """Return the time of the database server's clock.
+
+    Raises:
+        RestoreError: the database server does not answer.
+    """
+    try:
+        with psycopg.connect(libpq_url(MAINTENANCE_DATABASE)) as connection:
+            [time_] = connection.execute("select clock_timestamp()").fetchone() or []
+    except psycopg.Error as error:
+        raise RestoreError(f"The database server cannot be used: {str(error).splitlines()[0]}") from None
+    assert isinstance(time_, datetime)
+    return time_
+
+
+def refuse_if_used(name: str, since: datetime) -> None:
+    """Refuse to replace a database that a process with the server's login uses.
+
+    A session of a server that has been stopped may still be open, but executes nothing. A running server's does.
+
+    Args:
+        name: the server's database.
+        since: when the restore began to use the databases, on the clock of the database server.
+
+    Raises:
+        RestoreError: such a session has executed something since. Nothing has changed.
+    """
+    used = (
+        "select coalesce(host(client_addr), 'local'), application_name from pg_stat_activity where datname = %s"
+        " and pid != pg_backend_pid() and pg_has_role(usesysid, 'usage') and state_change > %s"
+    )
+    deadline = time.monotonic() + CLOSING_SECONDS
+    while True:
+        with psycopg.connect(libpq_url(MAINTENANCE_DATABASE)) as connection:
+            connection.execute("set role none")
+            found = connection.execute(used, [name, since]).fetchall()
+        if not found:
+            return
+        if time.monotonic() > deadline:
+            place = " ".join(filter(None, found[0]))
+            raise RestoreError(
+                f"The database {name} is in use by a process with the server's login, from {place}. "
+                "Stop whatever uses it, first the server's pods, and restore again"
+            )
+        time.sleep(1)
 
 
 def swap(name: str, replaced: str) -> None:

@@ -75,3 +75,19 @@ def test_database_of_another_owner_is_not_renamed(server: str) -> None:
     with pytest.raises(restored_database.RestoreError, match="Its user has to own it"):
         restored_database.swap("prefect", "prefect_replaced")
     assert _databases(server) == {"prefect", "prefect_restored"}
+
+
+def test_database_that_a_running_server_uses_is_not_replaced(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped server's session may be open still. A session that executes something belongs to a process."""
+    monkeypatch.setattr(restored_database, "CLOSING_SECONDS", 0)
+    own = _url(server, "prefect", "prefect")
+    with psycopg.connect(own, autocommit=True, application_name="api") as session:
+        begun = restored_database.read_time()
+        with psycopg.connect(_url(server, "postgres", "prefect")) as another:  # a superuser's monitoring
+            another.execute("select 1")
+            restored_database.refuse_if_used("prefect", begun)
+        session.execute("select 1")
+        with pytest.raises(restored_database.RestoreError, match=r"prefect is in use by a process .*from local api"):
+            restored_database.refuse_if_used("prefect", begun)
+    monkeypatch.setattr(restored_database, "CLOSING_SECONDS", 30)
+    restored_database.refuse_if_used("prefect", begun)
