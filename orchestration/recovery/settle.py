@@ -49,6 +49,9 @@ KEPT_COLUMNS = (
 MAX_DATES = 100_000
 """How many dates of one schedule are looked at."""
 
+KEPT_DETAILS = ("scheduled_time", "pause_reschedule", "pause_timeout", "pause_key", "run_input_keyset")
+"""The details of a state of the replaced database that the same state has afterwards."""
+
 DATES_AT_ONCE = 500
 """How many dates are asked for at once. Prefect returns up to 1,000."""
 
@@ -69,6 +72,7 @@ class Settlement:
         job: its Job as NAMESPACE:NAME; empty to keep the recorded one.
         creates: the fields of the run if it has to be created.
         is_live: whether it is being executed.
+        holds_slot: whether it holds a concurrency slot if it is being executed.
     """
 
     run: str
@@ -82,6 +86,7 @@ class Settlement:
     job: str = ""
     creates: Record | None = None
     is_live: bool = False
+    holds_slot: bool = True
 
     def as_json(self) -> Record:
         """Return the settlement as it is printed."""
@@ -124,10 +129,9 @@ def decide(
     state = run["state"]
     previous_type = previous["state"]["type"] if previous else ""
     if execution and execution.is_live and previous_type not in FINAL_STATES:
-        is_later = execution.created_at > datetime.fromisoformat(state["timestamp"])
         # The pod of a run that had ended at the backup may still live, for example as long as a sidecar does.
-        is_cancelled = (previous_type or state["type"]) == "CANCELLING"
-        return _live(run, execution, is_cancelled) if is_later or state["type"] not in FINAL_STATES else None
+        is_later = execution.created_at > _time_of(state)
+        return _live(run, execution, previous or run) if is_later or state["type"] not in FINAL_STATES else None
     if previous and previous_type not in ("PENDING", "RUNNING", "CANCELLING"):
         return _as_before(run, previous)
     if state["type"] in FINAL_STATES - {"CRASHED"}:
@@ -208,32 +212,56 @@ def decide_unknown(execution: Execution, previous: Record | None, queue: str) ->
         "work_queue_id": queue or None,
     }
     absent = {"id": execution.run, "name": execution.name, "state": {"type": "", "name": ""}}
-    found = _live(absent, execution, previous is not None and previous["state"]["type"] == "CANCELLING")
+    found = _live(absent, execution, previous or absent)
     return Settlement(
         found.run, found.name, "", found.after, f"{found.reason}. It began after the backup", False, found.state,
-        found.labels, found.job, fields, True,
+        found.labels, found.job, fields, True, found.holds_slot,
     )  # fmt: skip
 
 
-def _live(run: Record, execution: Execution, is_cancelled: bool) -> Settlement:
-    """Return the settlement of a run whose pod is alive."""
+def _time_of(state: Record) -> datetime:
+    """Return when a state was set. The API and the database have different types."""
+    return datetime.fromisoformat(str(state["timestamp"]))
+
+
+def _live(run: Record, execution: Execution, newest: Record) -> Settlement:
+    """Return the settlement of a run whose pod is alive.
+
+    Args:
+        run: the run in the restored database.
+        execution: its execution.
+        newest: the run in the newest database that has it.
+    """
     job = f"{execution.namespace}:{execution.job}"
     is_running = execution.outcome is Outcome.RUNNING
     type_, name = ("RUNNING", "Running") if is_running else ("PENDING", "Pending")
-    if is_cancelled:
+    if newest["state"]["type"] == "CANCELLING":
         type_, name = "CANCELLING", "Cancelling"
     reason = f"Job {execution.job} {'executes it' if is_running else 'starts it'}"
+    details: Record = {}
+    is_paused = newest["state"]["type"] == "PAUSED" and execution.created_at <= _time_of(newest["state"])
+    if is_paused:
+        # The flow waits for a person, and would take `Running` for an approval.
+        type_, name, details = "PAUSED", newest["state"]["name"], _kept_details(newest["state"])
+        reason = f"Job {execution.job} waits until a person resumes it"
     labels = {NAMESPACE_LABEL: execution.namespace}
     if execution.cluster:
         labels[CLUSTER_LABEL] = execution.cluster
-    state: Record = {"type": type_, "name": name, "message": _message(reason)}
+    state: Record | None = {"type": type_, "name": name, "message": _message(reason), "state_details": details}
     if claim := execution.claim:
         # The id of a claim's state ends with the claim: a later claim fences this Job.
         state["id"] = str(UUID(f"{uuid4().hex[:20]}{claim}"))
     is_recorded = run.get("infrastructure_pid") == job and run["state"]["type"] == type_
-    if is_recorded:
-        return Settlement(run["id"], run["name"], run["state"]["name"], run["state"]["name"], reason, is_live=True)
-    return Settlement(run["id"], run["name"], run["state"]["name"], name, reason, False, state, labels, job, None, True)
+    if is_recorded and not (is_paused and _kept_details(run["state"]) != details):
+        state, labels, job, name = None, {}, "", run["state"]["name"]
+    # The server releases the slot of a run that is paused.
+    return Settlement(
+        run["id"], run["name"], run["state"]["name"], name, reason, False, state, labels, job, None, True, not is_paused
+    )
+
+
+def _kept_details(state: Record) -> Record:
+    return {key: state["state_details"][key] for key in KEPT_DETAILS if state["state_details"].get(key)}
 
 
 def _as_before(run: Record, previous: Record) -> Settlement | None:
@@ -244,9 +272,7 @@ def _as_before(run: Record, previous: Record) -> Settlement | None:
     if old["type"] in FINAL_STATES and new["type"] in FINAL_STATES:
         return None
     reason = "so it was before the restore"
-    details = new["state_details"]
-    kept = {key: details[key] for key in ("scheduled_time", "pause_reschedule", "pause_timeout") if details.get(key)}
-    state = {"type": new["type"], "name": new["name"], "message": new["message"], "state_details": kept}
+    state: Record = {key: new[key] for key in ("type", "name", "message")} | {"state_details": _kept_details(new)}
     labels = {}
     if new["type"] == "CRASHED":
         state["id"] = str(uuid4())
@@ -341,7 +367,8 @@ async def settle(
             await _carry_out(session, settlement, executions)
         deployments = {run["id"]: run["deployment_id"] for run in runs}
         deployments |= {run: executions[run].deployment or None for run in live if run not in ids}
-        await server_records.reset_slots(session, [deployments[run] for run in live])
+        holders = [settlement.run for settlement in done if settlement.is_live and settlement.holds_slot]
+        await server_records.reset_slots(session, [deployments[run] for run in holders])
         return done + await _find_times_without_run(session, moment, replaced)
 
 

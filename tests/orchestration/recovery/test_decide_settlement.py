@@ -11,7 +11,7 @@ from orchestration.errors import SettingsError
 from orchestration.protocol import CLUSTER_LABEL, MAIN_CONTAINER, POOL_LABEL, RUN_LABEL, SETTLED_LABEL
 from orchestration.recovery import executions
 from orchestration.recovery.executions import Execution, Outcome
-from orchestration.recovery.settle import HELD, Moment, Settlement, decide, decide_unknown
+from orchestration.recovery.settle import HELD, KEPT_COLUMNS, Moment, Settlement, decide, decide_unknown
 
 RUN, POOL, FLOW = (f"{number * 8}-0000-4000-8000-000000000000" for number in "123")
 BACKUP = datetime(2026, 11, 29, 12, tzinfo=UTC)
@@ -86,6 +86,43 @@ def test_strongest_evidence_decides(run: str, outcome: Outcome | None, previous:
     execution = _execution(outcome) if outcome else None
     found = decide(_run(run), execution, _run(previous) if previous else None, MOMENT)
     assert _after(found) == after
+
+
+PAUSE = {"pause_key": "1", "pause_timeout": "2026-11-29T13:00:00Z", "run_input_keyset": {"response": "r"}}
+
+
+def _paused() -> Object:
+    run = _run("PAUSED", job=f"prefect:{JOB}")
+    run["state"]["state_details"] = PAUSE
+    return run
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "SCHEDULED", "PAUSED"])
+def test_flow_that_waits_for_a_person_waits_on(state: str) -> None:
+    """The loop of `pause_flow_run` takes `Running` for an approval."""
+    found = decide(_run(state), _execution(LIVE, minutes=-5), _paused(), MOMENT)
+    assert found
+    assert found.state
+    assert (found.state["type"], found.state["state_details"]) == ("PAUSED", PAUSE)
+    assert (found.job, found.is_live, found.holds_slot) == (f"prefect:{JOB}", True, False)
+    lost = decide_unknown(_execution(LIVE, minutes=-5), _paused() | dict.fromkeys(KEPT_COLUMNS), "queue")
+    assert lost
+    assert lost.state
+    assert (lost.after, lost.state["state_details"]) == ("Paused", PAUSE)
+
+
+def test_flow_that_waited_at_the_backup_waits_on_unless_a_later_job_executes_it() -> None:
+    found = decide(_paused(), _execution(LIVE, minutes=-5), None, MOMENT)
+    assert found
+    assert (found.state, found.after, found.is_live) == (None, "Paused", True)
+    assert _after(decide(_paused(), _execution(LIVE, minutes=5), None, MOMENT)) == "Running"
+
+
+def test_suspended_run_keeps_what_resumes_it() -> None:
+    found = decide(_run("RUNNING"), None, _paused(), MOMENT)
+    assert found
+    assert found.state
+    assert found.state["state_details"] == PAUSE
 
 
 def test_run_that_is_due_after_the_stop_starts() -> None:
