@@ -136,8 +136,16 @@ def decide(
         return _as_before(run, previous)
     if state["type"] in FINAL_STATES - {"CRASHED"}:
         return None
+    if execution and any(_is_over_before(execution, known["state"]) for known in (run, previous) if known):
+        execution = None
     if not execution and (place := _place_elsewhere(previous or run, run["pool_type"], clusters)):
         return _elsewhere(run, previous or run, place)
+    if execution and execution.outcome is Outcome.COMPLETED and state["type"] == "PAUSED" and not previous:
+        # The engine ends with exit code 0 when its flow is suspended, too.
+        reason = (
+            f"the pod of Job {execution.job} ended with exit code 0: it was suspended, or resumed and completed since"
+        )
+        return _unchanged(run, reason)
     if execution and execution.outcome in (Outcome.COMPLETED, Outcome.FAILED):
         return _ended(run, execution)
     seen = f"Job {execution.job} shows no end" if execution else "no Job or pod of it is left"
@@ -164,6 +172,14 @@ def decide(
     # With `pause_reschedule` a resumed run becomes Scheduled, and a worker claims it.
     held = {"type": "PAUSED", "name": HELD, "message": message, "state_details": {"pause_reschedule": True}}
     return _set(run, held, reason, needs_person=True)
+
+
+def _is_over_before(execution: Execution, state: Record) -> bool:
+    """Return whether an execution had ended when a state was set: what it tells is part of that state."""
+    if execution.ended_at and execution.ended_at < _time_of(state):
+        return True
+    # A worker creates the Job of an attempt after the run is scheduled.
+    return state["type"] == "SCHEDULED" and execution.created_at < _time_of(state)
 
 
 def _place_elsewhere(newest: Record, pool_type: str, clusters: Collection[str]) -> str:

@@ -1,6 +1,7 @@
 """What is decided about one run after a restore, from the run and the evidence alone."""
 
 import gzip
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,35 @@ def test_suspended_run_keeps_what_resumes_it() -> None:
     assert found
     assert found.state
     assert found.state["state_details"] == PAUSE
+
+
+@pytest.mark.parametrize(
+    ("run", "after"),
+    [
+        ("SCHEDULED", "Held person"),  # it awaits its retry
+        ("PENDING", "Held person"),
+        ("RUNNING", "Held person"),
+        ("PAUSED", "unchanged"),
+        ("CRASHED", "Crashed person"),
+    ],
+)
+@pytest.mark.parametrize("outcome", [ENDED, FAILED])
+def test_attempt_that_ended_before_the_state_of_the_backup_ends_nothing(run: str, outcome: Outcome, after: str) -> None:
+    ended = replace(_execution(outcome, minutes=-5), ended_at=BACKUP - timedelta(seconds=1))
+    assert _after(decide(_run(run), ended, None, MOMENT)) == after
+    assert _after(decide(_run("SCHEDULED"), ended, _run("RUNNING"), MOMENT)) == "Held person"
+
+
+def test_attempt_before_a_retry_that_is_due_later_leaves_the_retry() -> None:
+    due = MOMENT.stopped + timedelta(minutes=1)
+    ended = _execution(FAILED, minutes=-5)
+    assert decide(_run("SCHEDULED", due=due), ended, None, MOMENT) is None
+
+
+@pytest.mark.parametrize(("outcome", "after"), [(ENDED, "Paused person"), (FAILED, "Failed person")])
+def test_suspended_run_is_not_completed(outcome: Outcome, after: str) -> None:
+    """The engine ends with exit code 0 when its flow is suspended."""
+    assert _after(decide(_run("PAUSED"), _execution(outcome), None, MOMENT)) == after
 
 
 def test_run_that_is_due_after_the_stop_starts() -> None:
