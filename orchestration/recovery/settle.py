@@ -52,6 +52,9 @@ MAX_DATES = 100_000
 KEPT_DETAILS = ("scheduled_time", "pause_reschedule", "pause_timeout", "pause_key", "run_input_keyset")
 """The details of a state of the replaced database that the same state has afterwards."""
 
+LEASE = "deployment_concurrency_lease_id"
+"""The detail of a state that names the lease of the run's concurrency slot, which is in Redis."""
+
 DATES_AT_ONCE = 500
 """How many dates are asked for at once. Prefect returns up to 1,000."""
 
@@ -197,7 +200,8 @@ def _elsewhere(run: Record, newest: Record, place: str) -> Settlement:
     reason = f"it is executed by {place}, whose executions are not known here. Look whether it is in progress"
     state: Record | None = None
     if run["state"]["type"] != newest["state"]["type"]:
-        state = {**{key: newest["state"][key] for key in ("type", "name")}, "message": _message(reason)}
+        state = {key: newest["state"][key] for key in ("type", "name")}
+        state |= {"message": _message(reason), "state_details": _lease(newest)}
         if claim := claim_of((newest["infrastructure_pid"] or "").rpartition(":")[2]):
             state["id"] = str(UUID(f"{uuid4().hex[:20]}{claim}"))
     return Settlement(
@@ -254,7 +258,7 @@ def _live(run: Record, execution: Execution, newest: Record) -> Settlement:
     if newest["state"]["type"] == "CANCELLING":
         type_, name = "CANCELLING", "Cancelling"
     reason = f"Job {execution.job} {'executes it' if is_running else 'starts it'}"
-    details: Record = {}
+    details = _lease(newest)
     is_paused = newest["state"]["type"] == "PAUSED" and execution.created_at <= _time_of(newest["state"])
     if is_paused:
         # The flow waits for a person, and would take `Running` for an approval.
@@ -274,6 +278,12 @@ def _live(run: Record, execution: Execution, newest: Record) -> Settlement:
     return Settlement(
         run["id"], run["name"], run["state"]["name"], name, reason, False, state, labels, job, None, True, not is_paused
     )
+
+
+def _lease(newest: Record) -> Record:
+    """Return the lease of the run's concurrency slot: with it the server releases the slot once, not twice."""
+    lease = newest["state"].get("state_details", {}).get(LEASE)
+    return {LEASE: lease} if lease else {}
 
 
 def _kept_details(state: Record) -> Record:

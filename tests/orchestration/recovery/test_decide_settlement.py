@@ -12,7 +12,7 @@ from orchestration.errors import SettingsError
 from orchestration.protocol import CLUSTER_LABEL, MAIN_CONTAINER, POOL_LABEL, RUN_LABEL, SETTLED_LABEL
 from orchestration.recovery import executions
 from orchestration.recovery.executions import Execution, Outcome
-from orchestration.recovery.settle import HELD, KEPT_COLUMNS, Moment, Settlement, decide, decide_unknown
+from orchestration.recovery.settle import HELD, KEPT_COLUMNS, LEASE, Moment, Settlement, decide, decide_unknown
 
 RUN, POOL, FLOW = (f"{number * 8}-0000-4000-8000-000000000000" for number in "123")
 BACKUP = datetime(2026, 11, 29, 12, tzinfo=UTC)
@@ -163,6 +163,22 @@ def test_run_that_is_due_after_the_stop_starts() -> None:
 
 def test_pod_that_outlives_its_ended_run_changes_nothing() -> None:
     assert decide(_run("COMPLETED"), _execution(LIVE, minutes=-5), None, MOMENT) is None
+
+
+def test_lease_of_the_slot_of_a_live_run_is_kept() -> None:
+    """Without it the server releases the slot at the end of the run, and again when the lease expires."""
+    newest = _run("RUNNING")
+    newest["state"]["state_details"] = {LEASE: POOL}
+    elsewhere = newest | {"pool_type": "docker"}
+    lost = newest | dict.fromkeys(KEPT_COLUMNS)
+    for found in (
+        decide(_run("SCHEDULED"), _execution(LIVE), newest, MOMENT),
+        decide(_run("SCHEDULED") | {"pool_type": "docker"}, None, elsewhere, MOMENT),
+        decide_unknown(_execution(LIVE), lost, "queue"),
+    ):
+        assert found
+        assert found.state
+        assert found.state["state_details"] == {LEASE: POOL}
 
 
 def test_running_run_with_its_recorded_job_keeps_its_state() -> None:
