@@ -118,6 +118,7 @@ def decide(
     *,
     clusters: Collection[str] = (),
     start_unknown: bool = False,
+    is_cluster_read: bool = True,
 ) -> Settlement | None:
     """Return the settlement of a run of the restored database; None if the run stays as it is.
 
@@ -128,6 +129,7 @@ def decide(
         moment: the times of the backup and of the stop.
         clusters: the identities of the cluster that showed the executions; empty if they are not known.
         start_unknown: let runs without evidence start as they are.
+        is_cluster_read: whether Jobs and pods were read. Else their absence tells nothing.
     """
     state = run["state"]
     previous_type = previous["state"]["type"] if previous else ""
@@ -142,7 +144,11 @@ def decide(
     if execution and any(_is_over_before(execution, known["state"]) for known in (run, previous) if known):
         execution = None
     if not execution and (place := _place_elsewhere(previous or run, run["pool_type"], clusters)):
-        return _elsewhere(run, previous or run, place)
+        return _elsewhere(run, previous or run, f"it is executed by {place}, whose executions are not known here")
+    unread = "Jobs and pods were not read"
+    if previous and not is_cluster_read:
+        # Its pod may be alive. The reconciler finds its Job, or that it is gone.
+        return _elsewhere(run, previous, f"it was {previous['state']['name']} before the restore, and {unread}")
     if execution and execution.outcome is Outcome.COMPLETED and state["type"] == "PAUSED" and not previous:
         # The engine ends with exit code 0 when its flow is suspended, too.
         reason = (
@@ -152,6 +158,7 @@ def decide(
     if execution and execution.outcome in (Outcome.COMPLETED, Outcome.FAILED):
         return _ended(run, execution)
     seen = f"Job {execution.job} shows no end" if execution else "no Job or pod of it is left"
+    seen = seen if is_cluster_read else unread
     if previous:
         seen = f"it was {previous['state']['name']} before the restore, and {seen}"
     if state["type"] == "CRASHED":
@@ -195,11 +202,12 @@ def _place_elsewhere(newest: Record, pool_type: str, clusters: Collection[str]) 
     return f"cluster {cluster}" if cluster and clusters and cluster not in clusters else ""
 
 
-def _elsewhere(run: Record, newest: Record, place: str) -> Settlement:
-    """Return the settlement of a run whose execution this cluster does not show: its state in the newest database."""
-    reason = f"it is executed by {place}, whose executions are not known here. Look whether it is in progress"
+def _elsewhere(run: Record, newest: Record, reason: str) -> Settlement:
+    """Return the settlement of a run whose execution is not shown: its state in the newest database."""
+    reason = f"{reason}. Look whether it is in progress"
     state: Record | None = None
-    if run["state"]["type"] != newest["state"]["type"]:
+    is_recorded = run["infrastructure_pid"] == newest["infrastructure_pid"]
+    if run["state"]["type"] != newest["state"]["type"] or not is_recorded:
         state = {key: newest["state"][key] for key in ("type", "name")}
         state |= {"message": _message(reason), "state_details": _lease(newest)}
         if claim := claim_of((newest["infrastructure_pid"] or "").rpartition(":")[2]):
@@ -267,10 +275,11 @@ def _live(run: Record, execution: Execution, newest: Record) -> Settlement:
     labels = {NAMESPACE_LABEL: execution.namespace}
     if execution.cluster:
         labels[CLUSTER_LABEL] = execution.cluster
-    state: Record | None = {"type": type_, "name": name, "message": _message(reason), "state_details": details}
+    live: Record = {"type": type_, "name": name, "message": _message(reason), "state_details": details}
     if claim := execution.claim:
         # The id of a claim's state ends with the claim: a later claim fences this Job.
-        state["id"] = str(UUID(f"{uuid4().hex[:20]}{claim}"))
+        live["id"] = str(UUID(f"{uuid4().hex[:20]}{claim}"))
+    state: Record | None = live
     is_recorded = run.get("infrastructure_pid") == job and run["state"]["type"] == type_
     if is_recorded and not (is_paused and _kept_details(run["state"]) != details):
         state, labels, job, name = None, {}, "", run["state"]["name"]
@@ -347,7 +356,7 @@ async def settle(
     """Settle the runs of the database that Prefect's settings name, in one transaction; return what was done.
 
     Args:
-        file: the Jobs and pods of runs, from `executions.pack`; None if no cluster has any.
+        file: the Jobs and pods of runs, from `executions.pack`; None if they were not read.
         moment: the times of the backup and of the stop.
         replaced: the database that the restore replaces, as a URL of libpq; empty if there is none.
         start_unknown: let runs without evidence start as they are.
@@ -377,6 +386,7 @@ async def settle(
                 moment,
                 clusters=evidence.clusters,
                 start_unknown=start_unknown,
+                is_cluster_read=file is not None,
             )
             for run in runs
             if run["deployment_id"] or not run["parent_task_run_id"]

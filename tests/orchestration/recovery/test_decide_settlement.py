@@ -230,6 +230,24 @@ def test_run_of_this_cluster_or_an_unknown_one_is_held(clusters: list[str]) -> N
     assert _after(decide(run, None, None, MOMENT, clusters=clusters)) == "Held person"
 
 
+def test_run_in_progress_stays_so_if_jobs_and_pods_were_not_read() -> None:
+    """As after a recovery into another Cluster of CloudNativePG, whose pods of runs are alive."""
+    newest = _run("RUNNING", job=f"prefect:{JOB}") | {"labels": {CLUSTER_LABEL: "c"}}
+    for run in (_run("SCHEDULED"), _run("CRASHED")):
+        found = decide(run, None, newest, MOMENT, is_cluster_read=False)
+        assert found
+        assert found.state
+        assert (_after(found), found.job, found.labels) == ("Running person", f"prefect:{JOB}", newest["labels"])
+        assert "before the restore, and Jobs and pods were not read. Look" in found.reason
+        assert found.state["id"].endswith(CLAIM), "so that a later claim fences the Job"
+    recorded = decide(_run("RUNNING", job=f"prefect:{JOB}"), None, newest, MOMENT, is_cluster_read=False)
+    assert recorded
+    assert (recorded.state, recorded.job) == (None, f"prefect:{JOB}")
+    held = decide(_run("RUNNING"), None, None, MOMENT, is_cluster_read=False)
+    assert held
+    assert (_after(held), "Jobs and pods were not read" in held.reason) == ("Held person", True)
+
+
 def test_held_run_can_be_resumed_unless_it_has_no_deployment() -> None:
     found = decide(_run("RUNNING"), None, None, MOMENT)
     assert found
