@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 
+KEYS_AT_ONCE = 10_000
+"""How many values one statement takes. Postgres accepts 32,767 parameters."""
+
 
 class UnreadableError(Exception):
     """The replaced database cannot be read."""
@@ -98,8 +101,8 @@ async def read_newest_state_time(session: "AsyncSession") -> datetime | None:
     return datetime.fromisoformat(str(found)) if found else None
 
 
-async def read_pools(session: "AsyncSession") -> dict[str, str]:
-    """Return the id of each work pool's default queue, by the pool's id.
+async def read_pools(session: "AsyncSession") -> dict[str, tuple[str, str]]:
+    """Return the name and the id of the default queue of each work pool, by the pool's id.
 
     Replaces: `PrefectDBInterface.WorkPool`
     Why: a restored database changes before any server uses it
@@ -110,9 +113,27 @@ async def read_pools(session: "AsyncSession") -> dict[str, str]:
 
     table = provide_database_interface().WorkPool
     return {
-        str(pool): str(queue or "")
-        for pool, queue in await session.execute(sa.select(table.id, table.default_queue_id))
+        str(pool): (name, str(queue or ""))
+        for pool, name, queue in await session.execute(sa.select(table.id, table.name, table.default_queue_id))
     }
+
+
+async def read_places(session: "AsyncSession") -> tuple[set[str], set[str]]:
+    """Return the ids of all deployments, and those of all work queues.
+
+    Replaces: `PrefectDBInterface.Deployment`, `PrefectDBInterface.WorkQueue`
+    Why: a run without its deployment or its queue never starts
+    Until: the server can be started on loopback without background services and workers
+    """
+    import sqlalchemy as sa
+    from prefect.server.database import provide_database_interface
+
+    db = provide_database_interface()
+    deployments, queues = [
+        {str(id_) for id_ in (await session.execute(sa.select(table.id))).scalars()}
+        for table in (db.Deployment, db.WorkQueue)
+    ]
+    return deployments, queues
 
 
 async def read_schedules(session: "AsyncSession") -> list[Record]:
@@ -155,8 +176,12 @@ async def read_keys(session: "AsyncSession", keys: Collection[str]) -> set[str]:
     from prefect.server.database import provide_database_interface
 
     table = provide_database_interface().FlowRun
-    query = sa.select(table.idempotency_key).where(table.idempotency_key.in_(keys))
-    return {key for key in (await session.execute(query)).scalars() if key}
+    wanted, found = list(keys), set()
+    for start in range(0, len(wanted), KEYS_AT_ONCE):
+        part = wanted[start : start + KEYS_AT_ONCE]
+        query = sa.select(table.idempotency_key).where(table.idempotency_key.in_(part))
+        found |= {key for key in (await session.execute(query)).scalars() if key}
+    return found
 
 
 def schedule_key(deployment_id: str, schedule_id: str, date: datetime) -> str:
@@ -209,7 +234,7 @@ async def label_run(session: "AsyncSession", run: str, labels: Mapping[str, Any]
 async def create_run(session: "AsyncSession", flow_name: str, fields: Record) -> None:
     """Create a flow run with its id, and its flow if the database has neither the flow's id nor its name.
 
-    A deployment that the database does not have is left out.
+    A deployment that the database does not have is left out, and so is an idempotency key that another run has.
 
     Replaces: `prefect.server.models.flow_runs.create_flow_run`
     Why: the Prefect API chooses the id of a new run, and a live pod reports to the id that it has
@@ -232,6 +257,8 @@ async def create_run(session: "AsyncSession", flow_name: str, fields: Record) ->
     deployment = fields.get("deployment_id")
     if deployment and await session.get(db.Deployment, UUID(deployment)) is None:
         fields = fields | {"deployment_id": None}
+    if (key := fields.get("idempotency_key")) and await read_keys(session, [key]):
+        fields = fields | {"idempotency_key": None}
     await create_flow_run(session, flow_run=FlowRun.model_validate(fields | {"flow_id": flow}))
 
 
@@ -270,13 +297,14 @@ async def reset_slots(session: "AsyncSession", live: Collection[str | None]) -> 
 def read_previous_runs(url: str, ids: Collection[str]) -> dict[str, Record]:
     """Return the runs of another database, by their ids: those with some ids, and all that are not final.
 
-    Each has its columns, and `state` with `type`, `name`, `message`, `timestamp` and `state_details`.
+    Each has its columns, and `state` with `type`, `name`, `message`, `timestamp` and `state_details`. `pool_type` and
+    `pool` are the type and the id of its work pool; empty without a pool.
 
     Args:
         url: the database that a restore has replaced, as a URL of libpq.
         ids: ids of flow runs.
 
-    Replaces: the tables flow_run, flow_run_state and flow of the server's database
+    Replaces: the tables flow_run, flow_run_state, flow, work_queue and work_pool of the server's database
     Why: the replaced database knows how the runs ended, and may have an older schema than this image
     Until: the server keeps a record of runs outside its database
 
@@ -291,10 +319,13 @@ def read_previous_runs(url: str, ids: Collection[str]) -> dict[str, Record]:
                run.parameters, run.idempotency_key, run.tags, run.auto_scheduled, run.job_variables,
                run.work_queue_id::text, run.expected_start_time, run.state_type::text, run.state_name,
                run.created, run.parent_task_run_id::text, run.labels, run.infrastructure_pid,
-               state.message, state.timestamp, state.state_details
+               state.message, state.timestamp, state.state_details,
+               coalesce(pool.type, '') as pool_type, coalesce(pool.id::text, '') as pool
         from flow_run as run
         join flow on flow.id = run.flow_id
         left join flow_run_state as state on state.id = run.state_id
+        left join work_queue as queue on queue.id = run.work_queue_id
+        left join work_pool as pool on pool.id = queue.work_pool_id
         where run.id = any(%s::uuid[]) or run.state_type::text != all(%s)
     """
     try:
@@ -314,8 +345,28 @@ def read_previous_runs(url: str, ids: Collection[str]) -> dict[str, Record]:
     return {row["id"]: row for row in rows if row["state"]["type"]}
 
 
+def read_previous_pools(url: str) -> dict[str, str]:
+    """Return the names of the work pools of another database, by their ids.
+
+    Replaces: the table work_pool of the server's database
+    Why: Jobs of runs name the id of their pool, and the pool may be newer than the backup
+    Until: the server keeps a record of runs outside its database
+
+    Raises:
+        UnreadableError: the database is absent or damaged, or is no database of a server.
+    """
+    import psycopg
+
+    try:
+        with psycopg.connect(url) as connection:
+            connection.read_only = True
+            return dict(connection.execute("select id::text, name from work_pool").fetchall())
+    except psycopg.Error as error:
+        raise UnreadableError(str(error).splitlines()[0]) from None
+
+
 def read_previous_keys(url: str, keys: Collection[str]) -> set[str]:
-    """Return those of some idempotency keys that a flow run of another database has.
+    """Return those of some idempotency keys that a flow run of another database has which has ended.
 
     Replaces: the table flow_run of the server's database
     Why: the replaced database knows which scheduled times have a run, and may have an older schema than this image
@@ -325,5 +376,8 @@ def read_previous_keys(url: str, keys: Collection[str]) -> set[str]:
 
     with psycopg.connect(url) as connection:
         connection.read_only = True
-        found = connection.execute("select idempotency_key from flow_run where idempotency_key = any(%s)", [list(keys)])
+        statement = (
+            "select idempotency_key from flow_run where idempotency_key = any(%s) and state_type::text = any(%s)"
+        )
+        found = connection.execute(statement, [list(keys), [*FINAL_STATES]])
         return {row[0] for row in found}

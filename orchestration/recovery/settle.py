@@ -23,7 +23,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,7 @@ def decide(
         return _live(run, execution, previous or run) if is_later or state["type"] not in FINAL_STATES else None
     if previous and previous_type not in ("PENDING", "RUNNING", "CANCELLING"):
         return _as_before(run, previous)
-    if state["type"] in FINAL_STATES - {"CRASHED"}:
+    if state["type"] in FINAL_STATES - {"CRASHED"} and not previous:
         return None
     if execution and any(_is_over_before(execution, known["state"]) for known in (run, previous) if known):
         execution = None
@@ -164,7 +164,7 @@ def decide(
     if state["type"] == "CRASHED":
         reason = f"{seen}: it may have been retried since. It is not retried again"
         return _unchanged(run, reason, {SETTLED_LABEL: state["id"]})
-    if state["type"] == "CANCELLING":
+    if "CANCELLING" in (state["type"], previous_type):
         reason = f"{seen}, and it was being cancelled"
         return _set(run, {"type": "CANCELLED", "name": "Cancelled", "message": _message(reason)}, reason)
     if state["type"] == "PAUSED":
@@ -241,15 +241,55 @@ def decide_unknown(execution: Execution, previous: Record | None, queue: str) ->
     }
     absent = {"id": execution.run, "name": execution.name, "state": {"type": "", "name": ""}}
     found = _live(absent, execution, previous or absent)
+    note = "" if queue else ". Its work pool is not in the backup: create it again"
     return Settlement(
-        found.run, found.name, "", found.after, f"{found.reason}. It began after the backup", False, found.state,
-        found.labels, found.job, fields, True, found.holds_slot,
+        found.run, found.name, "", found.after, f"{found.reason}. It began after the backup{note}", not queue,
+        found.state, found.labels, found.job, fields, True, found.holds_slot,
     )  # fmt: skip
+
+
+def decide_lost(
+    previous: Record,
+    execution: Execution | None,
+    moment: Moment,
+    *,
+    queue: str,
+    has_deployment: bool,
+    clusters: Collection[str] = (),
+    is_cluster_read: bool = True,
+) -> Settlement | None:
+    """Return the settlement of an unfinished run that only the replaced database has, and whose pod is not live.
+
+    Args:
+        previous: the run in the replaced database.
+        execution: its newest execution in the cluster.
+        moment: the times of the backup and of the stop.
+        queue: the id of its work queue in the restored database; empty if there is none.
+        has_deployment: whether the restored database has its deployment.
+        clusters: the identities of the cluster that showed the executions; empty if they are not known.
+        is_cluster_read: whether Jobs and pods were read.
+    """
+    state = previous["state"]
+    lacks = "" if has_deployment or not previous["deployment_id"] else "deployment"
+    lacks = lacks or ("" if queue or not previous["pool_type"] else "work pool")
+    if lacks and state["type"] in ("SCHEDULED", "PAUSED"):
+        reason = f"it was {state['name']} before the restore, and its {lacks} is not in the backup"
+        return Settlement(
+            previous["id"], previous["name"], "", "", f"{reason}. Create the {lacks}, and start the run again", True
+        )
+    unset = {"id": "", "type": "", "name": "", "message": "", "timestamp": state["timestamp"], "state_details": {}}
+    absent = previous | {"state": unset, "infrastructure_pid": ""}
+    if not has_deployment:
+        absent["deployment_id"] = None
+    found = decide(absent, execution, previous, moment, clusters=clusters, is_cluster_read=is_cluster_read)
+    fields = {column: previous[column] for column in (*KEPT_COLUMNS, "id", "flow_id", "deployment_id")}
+    fields["work_queue_id"] = queue or None
+    return found and replace(found, creates=fields, reason=f"{found.reason}. The backup does not have it")
 
 
 def _time_of(state: Record) -> datetime:
     """Return when a state was set. The API and the database have different types."""
-    return datetime.fromisoformat(str(state["timestamp"]))
+    return datetime.fromisoformat(str(state["timestamp"])) if state["timestamp"] else datetime.min.replace(tzinfo=UTC)
 
 
 def _live(run: Record, execution: Execution, newest: Record) -> Settlement:
@@ -365,19 +405,26 @@ async def settle(
         SettingsError: the file is absent or damaged.
     """
     async with server_records.transaction() as session:
+        previous: dict[str, Record] = {}
+        previous_pools: dict[str, str] = {}
+        if replaced:
+            try:
+                previous_pools = server_records.read_previous_pools(replaced)
+            except server_records.UnreadableError as error:
+                print(f"The replaced database cannot be read, and is no evidence: {error}.", file=sys.stderr)
+                replaced = ""
         pools = await server_records.read_pools(session)
-        evidence = read_executions(file, pools.keys()) if file else Evidence()
+        evidence = read_executions(file, pools.keys() | previous_pools.keys()) if file else Evidence()
         executions = evidence.executions
         crashed_since = moment.backup - CRASH_READ_FOR
         runs = await server_records.read_runs(session, executions.keys(), crashed_since)
         ids = {run["id"] for run in runs}
-        previous = {}
         if replaced:
-            try:
-                previous = server_records.read_previous_runs(replaced, ids | executions.keys())
-            except server_records.UnreadableError as error:
-                print(f"The replaced database cannot be read, and is no evidence: {error}.", file=sys.stderr)
-                replaced = ""
+            previous = server_records.read_previous_runs(replaced, ids | executions.keys())
+            # A run that had ended at the backup may have been retried since.
+            retried = await server_records.read_runs(session, previous.keys() - ids, crashed_since)
+            runs += [run for run in retried if run["id"] not in ids]
+            ids |= previous.keys() & {run["id"] for run in runs}
         found = [
             decide(
                 run,
@@ -391,18 +438,51 @@ async def settle(
             for run in runs
             if run["deployment_id"] or not run["parent_task_run_id"]
         ]
+        default_queues = dict(pools.values())
+        queue_of = {pool: default_queues.get(name, "") for pool, name in previous_pools.items()}
+        queue_of |= {pool: queue for pool, (_, queue) in pools.items()}
+        deployments_left, queues_left = await server_records.read_places(session)
         found += [
-            decide_unknown(execution, previous.get(execution.run), pools.get(execution.pool, ""))
+            decide_unknown(execution, previous.get(execution.run), queue_of.get(execution.pool, ""))
             for execution in executions.values()
-            if execution.run not in ids
+            if execution.run not in ids and (execution.is_live or execution.run not in previous)
+        ]
+        lost = [
+            run
+            for run_id, run in previous.items()
+            if run_id not in ids
+            and run["state"]["type"] not in FINAL_STATES
+            and not (run_id in executions and executions[run_id].is_live)
+            and (run["deployment_id"] or not run["parent_task_run_id"])
+        ]
+        # The scheduler makes the run of a time again, with another id, when a deployment is changed.
+        taken = await server_records.read_keys(
+            session, [run["idempotency_key"] for run in lost if run["idempotency_key"]]
+        )
+        found += [
+            decide_lost(
+                run,
+                executions.get(run["id"]),
+                moment,
+                queue=run["work_queue_id"] if run["work_queue_id"] in queues_left else queue_of.get(run["pool"], ""),
+                has_deployment=run["deployment_id"] in deployments_left,
+                clusters=evidence.clusters,
+                is_cluster_read=file is not None,
+            )
+            for run in lost
+            if run["state"]["type"] != "SCHEDULED" or run["idempotency_key"] not in taken
         ]
         done = [settlement for settlement in found if settlement]
         live = {settlement.run for settlement in done if settlement.is_live}
         done += await _settle_subflows(session, runs, live, previous)
         for settlement in done:
-            await _carry_out(session, settlement, executions)
+            await _carry_out(session, settlement, executions, previous)
         deployments = {run["id"]: run["deployment_id"] for run in runs}
-        deployments |= {run: executions[run].deployment or None for run in live if run not in ids}
+        deployments |= {
+            run: executions[run].deployment if run in executions else previous[run]["deployment_id"]
+            for run in live
+            if run not in ids
+        }
         holders = [settlement.run for settlement in done if settlement.is_live and settlement.holds_slot]
         await server_records.reset_slots(session, [deployments[run] for run in holders])
         return done + await _find_times_without_run(session, moment, replaced)
@@ -431,9 +511,13 @@ async def _settle_subflows(
     ]
 
 
-async def _carry_out(session: Any, settlement: Settlement, executions: Mapping[str, Execution]) -> None:
+async def _carry_out(
+    session: Any, settlement: Settlement, executions: Mapping[str, Execution], previous: Mapping[str, Record]
+) -> None:
     if settlement.creates:
-        await server_records.create_run(session, executions[settlement.run].flow_name, settlement.creates)
+        run = settlement.run
+        flow_name = previous[run]["flow_name"] if run in previous else executions[run].flow_name
+        await server_records.create_run(session, flow_name, settlement.creates)
     if settlement.state:
         await server_records.set_run_state(session, settlement.run, settlement.state, settlement.labels, settlement.job)
     elif settlement.labels:

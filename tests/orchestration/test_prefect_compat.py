@@ -618,7 +618,11 @@ CONTRACTS: dict[str, list[Check]] = {
     ],
     "server_records.read_parents": [(lambda: _absent_columns("TaskRun", "id", "flow_run_id"), [])],
     "server_records.read_newest_state_time": [(lambda: _absent_columns("FlowRunState", "timestamp"), [])],
-    "server_records.read_pools": [(lambda: _absent_columns("WorkPool", "id", "default_queue_id"), [])],
+    "server_records.read_pools": [(lambda: _absent_columns("WorkPool", "id", "name", "default_queue_id"), [])],
+    "server_records.read_places": [
+        (lambda: _absent_columns("Deployment", "id"), []),
+        (lambda: _absent_columns("WorkQueue", "id"), []),
+    ],
     "server_records.read_schedules": [
         (lambda: _absent_columns("DeploymentSchedule", "id", "deployment_id", "active", "schedule"), []),
         (lambda: _absent_columns("Deployment", "id", "flow_id", "name", "paused"), []),
@@ -663,8 +667,11 @@ CONTRACTS: dict[str, list[Check]] = {
             [],
         ),
         (lambda: _absent_columns("FlowRunState", "id", "message", "timestamp", "state_details"), []),
+        (lambda: _absent_columns("WorkQueue", "id", "work_pool_id"), []),
+        (lambda: _absent_columns("WorkPool", "id", "type"), []),
     ],
-    "server_records.read_previous_keys": [(lambda: _absent_columns("FlowRun", "idempotency_key"), [])],
+    "server_records.read_previous_pools": [(lambda: _absent_columns("WorkPool", "id", "name"), [])],
+    "server_records.read_previous_keys": [(lambda: _absent_columns("FlowRun", "idempotency_key", "state_type"), [])],
     "expired_records.delete_runs": [
         (
             lacks(
