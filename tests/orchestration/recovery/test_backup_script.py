@@ -71,6 +71,20 @@ def test_dump_is_verified_and_restores_what_was_dumped(server: str, original: st
         rows_of(server, "drop database prefect_restored")
 
 
+def test_server_older_than_the_programs_restores(original: str, tmp_path: Path) -> None:
+    """Since version 17 pg_restore sets `transaction_timeout`. Servers before 17 do not know the parameter."""
+    wrong = tmp_path / "bin" / "pg_restore"
+    wrong.parent.mkdir()
+    # Only output without --dbname can be filtered, so the newer program refuses that option.
+    wrong.write_text(
+        '#!/bin/sh\ncase "$*" in *--dbname*) echo unrecognized transaction_timeout >&2; exit 1 ;; esac\n'
+        'echo "SET transaction_timeout = 0;"\nexec /usr/bin/pg_restore "$@"\n'
+    )
+    wrong.chmod(0o755)
+    done = _run(original, "dump", tmp_path / "work", path=f"{wrong.parent}:")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_counts_are_those_of_the_dump_while_rows_are_written(original: str, tmp_path: Path) -> None:
     is_over = threading.Event()
 
