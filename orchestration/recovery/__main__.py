@@ -19,11 +19,16 @@ from orchestration.terminal import printable_output
 
 
 def _store(store: Store, options: argparse.Namespace) -> int:
+    _prune(store, options)  # before, too: a full volume has no space for the next backup
     backup = store.put(options.folder, options.recipient)
     print(f"Backup {backup.name} is in {store.url}: {backup.size} bytes, {backup.rows} rows, schema {backup.revision}.")
+    _prune(store, options)
+    return 0
+
+
+def _prune(store: Store, options: argparse.Namespace) -> None:
     for name in store.prune(options.keep_last, options.keep_days, datetime.now(UTC)):
         print(f"Backup {name} was deleted: it was older than {options.keep_days} days.")
-    return 0
 
 
 def _list(store: Store, options: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ dumps are files in the age format (https://age-encryption.org). The backup's pod
 over the pod cannot read older backups, and `age --decrypt` opens a dump without this project.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -107,6 +108,7 @@ class Store:
         dump = folder / "dump"
         if recipients:
             dump = encrypt(dump, recipients)
+            (folder / "dump").unlink()  # the folder has space for two
         counts = (folder / "counts").read_text()
         lines = dict(line.rsplit("|", 1) for line in counts.splitlines())
         revision = lines.pop("revision")
@@ -118,18 +120,25 @@ class Store:
         )  # fmt: skip
         self._files.makedirs(self._root, exist_ok=True)
         path = f"{self._root}/{backup.file}"
-        self._files.put_file(str(dump), path)
-        # A volume that is full or a proxy that cuts a body off would otherwise be noticed at the restore.
-        copy = folder / "copy"
-        self._files.get_file(path, str(copy))
-        if _hash(copy) != backup.sha256:
-            raise BackupError(
-                f"{self.url} does not hold what was written to {backup.file}. Check its space and its log"
-            )
-        copy.unlink()
         facts = f"{self._root}/{backup.name}.json"
-        self._files.pipe_file(f"{facts}.new", json.dumps(asdict(backup), indent=2).encode())
-        self._files.mv(f"{facts}.new", facts)
+        try:
+            self._files.put_file(str(dump), path)
+            # A volume that is full or a proxy that cuts a body off would otherwise be noticed at the restore.
+            copy = folder / "copy"
+            self._files.get_file(path, str(copy))
+            if _hash(copy) != backup.sha256:
+                raise BackupError(
+                    f"{self.url} does not hold what was written to {backup.file}. Check its space and its log"
+                )
+            copy.unlink()
+            self._files.pipe_file(f"{facts}.new", json.dumps(asdict(backup), indent=2).encode())
+            self._files.mv(f"{facts}.new", facts)
+        except BaseException:
+            # Incomplete backups of a day would fill the volume for good.
+            for part in (path, f"{facts}.new"):
+                with contextlib.suppress(Exception):
+                    self._files.rm_file(part)
+            raise
         return backup
 
     def fetch(self, name: str, folder: Path, identity: Path | None) -> Backup:

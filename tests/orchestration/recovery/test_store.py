@@ -124,6 +124,31 @@ def test_command_stores_prunes_and_lists(tmp_path: Path, capsys: pytest.CaptureF
     assert "http://example.com is no place for backups. Write file:///PATH or s3://" in capsys.readouterr().err
 
 
+def test_full_volume_has_space_again_without_a_person(tmp_path: Path) -> None:
+    """Here the size of files is limited, which fails a write as a full volume does."""
+    store, work = Store(f"file://{tmp_path}/backups"), tmp_path / "work"
+    for days in (50, 40):
+        store.put(_dump(work, datetime.now(UTC) - timedelta(days=days)), [])
+    _dump(work, datetime.now(UTC), b"PGDMP" * 100_000)
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
+        "from orchestration.recovery.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = ["store", "--to", store.url, "--folder", str(work), "--keep-last", "1"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command],
+        env={"PYTHONPATH": ":".join(sys.path), "HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout
+    assert "cannot be used: [Errno 27] File too large" in done.stderr
+    [newest] = store.backups()
+    names = {path.name for path in (tmp_path / "backups").iterdir()}
+    assert names == {f"{newest.name}.dump", f"{newest.name}.json"}, "old backups and the partial one are gone"
+
+
 def test_unreachable_bucket_is_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "orchestration.recovery", "list", "--to", "s3://absent/a"]
     environment = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "HOME": str(tmp_path)}
