@@ -27,6 +27,13 @@ SUFFIX = "_restored"
 MAINTENANCE_DATABASE = "postgres"
 """The database that a session uses while it renames others."""
 
+ADDRESS = frozenset(
+    f"PREFECT_{prefix}DATABASE_{part}"
+    for prefix in ("SERVER_", "API_")
+    for part in ("CONNECTION_URL", "DRIVER", "HOST", "PORT", "NAME", "USER", "PASSWORD")
+)
+"""The variables that name the server's database. All others, such as timeouts, hold for the restored database, too."""
+
 RENAME_SECONDS = 30.0
 """For how long the renaming is tried again because another session has connected."""
 
@@ -54,12 +61,9 @@ def finish(backup: datetime, stopped: str, executions: Path | None, *, start_unk
     assert url.database
     begun = read_time()
     restored = url.set(database=url.database + SUFFIX)
-    # The parts of an address (PREFECT_SERVER_DATABASE_HOST and others) would win over the URL.
-    others = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_SERVER_DATABASE_")}
-    environment = others | {
-        "PREFECT_SERVER_DATABASE_CONNECTION_URL": restored.render_as_string(hide_password=False),
-    }
+    environment = variables_for(os.environ, restored.render_as_string(hide_password=False))
     _run(environment, "orchestration.migrations", "upgrade")
+    _analyze(url.database + SUFFIX)
     options = ["--backup", backup.isoformat(), "--replaced", url.database]
     options += ["--stopped", stopped] if stopped else []
     options += ["--executions", str(executions)] if executions else []
@@ -69,6 +73,22 @@ def finish(backup: datetime, stopped: str, executions: Path | None, *, start_unk
     refuse_if_used(url.database, begun)
     swap(url.database, replaced)
     print(f"The replaced database is kept as {replaced}.", file=sys.stderr)
+
+
+def variables_for(variables: Mapping[str, str], url: str) -> dict[str, str]:
+    """Return the variables of a process that uses another database than the server's."""
+    # The parts of an address (PREFECT_SERVER_DATABASE_HOST and others) would win over the URL.
+    others = {name: value for name, value in variables.items() if name not in ADDRESS}
+    return others | {"PREFECT_SERVER_DATABASE_CONNECTION_URL": url}
+
+
+def _analyze(name: str) -> None:
+    """Collect the statistics that a restore does not bring: without them, statements on large tables may time out."""
+    try:
+        with psycopg.connect(libpq_url(name), autocommit=True) as connection:
+            connection.execute("analyze")
+    except psycopg.Error as error:
+        raise RestoreError(f"The database {name} cannot be analyzed: {str(error).splitlines()[0]}") from None
 
 
 def _run(environment: Mapping[str, str], module: str, *arguments: str) -> None:

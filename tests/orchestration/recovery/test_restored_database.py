@@ -60,6 +60,18 @@ def test_sessions_of_the_user_end_and_those_of_others_are_waited_for(
             own.execute("select 1")
 
 
+def test_restored_database_is_used_with_the_settings_of_the_pod() -> None:
+    """Of the settings of the database, all but its address hold: a long timeout, for example, and TLS."""
+    kept = {
+        "PREFECT_SERVER_DATABASE_TIMEOUT": "120",
+        "PREFECT_SERVER_DATABASE_SQLALCHEMY_CONNECT_ARGS_TLS_ENABLED": "true",
+        "PREFECT_API_DATABASE_CONNECTION_TIMEOUT": "60",
+    }
+    address = {"PREFECT_SERVER_DATABASE_HOST": "a", "PREFECT_API_DATABASE_PASSWORD": "b"}
+    found = restored_database.variables_for(kept | address, "url")
+    assert found == kept | {"PREFECT_SERVER_DATABASE_CONNECTION_URL": "url"}
+
+
 def test_session_that_stays_is_named_as_the_cause(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(restored_database, "RENAME_SECONDS", 0)
     with (
