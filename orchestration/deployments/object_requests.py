@@ -78,8 +78,6 @@ async def delete(server: Server, live: Object) -> None:
     """
     for automation_id in (id_ for ids in live.raw.get("trigger_ids", {}).values() for id_ in ids):
         await server.ask("DELETE", f"/automations/{automation_id}", absent=True)
-    if live.kind == DEPLOYMENT:  # also triggers that a person renamed
-        await server.ask("DELETE", f"/automations/owned-by/prefect.deployment.{live.id}", absent=True)
     await server.ask("DELETE", _path(live), absent=True)
 
 
