@@ -7,7 +7,7 @@ Three methods of dbt are wrapped, all there since dbt 1.5:
 - `ManifestLoader.build_manifest_state_check` decides whether an earlier parse still holds.
 
 Of dbt's other private interfaces, `batches` uses what dbt's own retry sets, `RunTask.batch_map` and
-`original_invocation_started_at`, and the attributes of `MicrobatchBatchRunner`. `reporter` reads
+`original_invocation_started_at`, and the attributes of `MicrobatchBatchRunner`. `selection` reads
 `GraphRunnableTask._raise_next_tick`, which is set while dbt stops at a failed node.
 """
 

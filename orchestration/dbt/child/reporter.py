@@ -11,7 +11,7 @@ from typing import Any
 from .batches import Batches
 from .nodes import Json, describe
 from .sample import SQL_BYTES, bounded_rows, cut
-from .selection import Selection
+from .selection import Selection, is_stopping
 
 BLOCKING_STATUSES = {"error", "fail", "runtime error", "partial success", "skipped"}
 """dbt's statuses of nodes behind which dbt skips nodes."""
@@ -113,13 +113,13 @@ class Reporter:
             failed = str(result.status) in ("error", "runtime error")
             # Of a batch dbt's message is the word ERROR.
             message = getattr(self._thread, "exception", "") if batch else result.message or ""
-            if self._is_stopping() or not (failed and self._transient.search(message)):
+            if is_stopping(self._task) or not (failed and self._transient.search(message)):
                 break
             self.send(
                 "retry", id=name, attempt=attempt + 1, of=self._retries, message=message,
                 delay=self._delay_seconds, at=_now(),
             )  # fmt: skip
-            if self.interrupted.wait(self._delay_seconds) or self._is_stopping():
+            if self.interrupted.wait(self._delay_seconds) or is_stopping(self._task):
                 break
             self.send("start", id=name, at=_now())
             result = original(runner, manifest)
@@ -130,10 +130,6 @@ class Reporter:
             with contextlib.suppress(Exception):  # a sample that cannot be read must not fail the command
                 self._send_sample(runner.adapter, result.node, manifest)
         return result
-
-    def _is_stopping(self) -> bool:
-        """Return whether dbt stops at a failed node (fail-fast), and has cancelled the others: their sessions end."""
-        return getattr(self._task, "_raise_next_tick", None) is not None
 
     def _send_batches(self, model: str) -> None:
         """Report the batches of a microbatch model, if it has any."""

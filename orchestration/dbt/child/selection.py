@@ -11,6 +11,11 @@ OPTIONS = (
 """Options of dbt's commands, from the command line, a variable or a file, that leave out nodes or rows."""
 
 
+def is_stopping(task: Any) -> bool:
+    """Return whether dbt stops at a failed node (fail-fast), and has cancelled the others: their sessions end."""
+    return task._raise_next_tick is not None
+
+
 class Selection:
     """Holds the nodes that a dbt task has selected.
 
