@@ -1,8 +1,8 @@
 """Keeps the concurrency slots of deployments for runs that are Pending.
 
-A claim takes a slot of the run's deployment, with a lease. The engine renews the lease once the run is Running. Until
-then nobody does: after the deployment's `grace_period_seconds`, 300 s by default, the server gives the slot to another
-run, and cancels the first one when its pod starts. But a pod may wait for room for a day.
+A claim takes a slot of the run's deployment, with a lease. The engine renews the lease only while the run is Running. A
+pod may wait for room for a day. After the deployment's `grace_period_seconds`, 300 s by default, the server would give
+the slot to another run, and cancel the first run when its pod starts.
 """
 
 from collections.abc import Iterable

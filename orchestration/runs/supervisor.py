@@ -97,7 +97,7 @@ class Supervisor:
         self._is_fenced = False
         self._is_cancelled = False  # before it began
         self.report: dict[str, int] = {}
-        """What the termination message has in addition to memory and leases."""
+        """More entries of the termination message, next to memory and leases."""
         # Prefect's worker sets the variable: `reschedule`, or `relinquish` for a Job that Kubernetes retries.
         self._after_sigterm = os.environ.get("PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR", "reschedule")
         self._has_deadline = bool(os.environ.get(DEADLINE_VARIABLE))

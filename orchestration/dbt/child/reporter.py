@@ -111,7 +111,7 @@ class Reporter:
         result = original(runner, manifest)
         for attempt in range(self._retries):
             failed = str(result.status) in ("error", "runtime error")
-            # Of a batch dbt's message is the word ERROR.
+            # dbt's message of a failed batch is always the word ERROR.
             message = getattr(self._thread, "exception", "") if batch else result.message or ""
             if is_stopping(self._task) or not (failed and self._transient.search(message)):
                 break
