@@ -117,7 +117,7 @@ class Call:
             runs += self._siblings(client)
             nodes = [_node(task) for task in self._task_runs(client, runs)] if runs else []
         known = [node for node in nodes if node.done or node.batches]
-        # Of several runs of a subflow, a finished node wins, then the newest.
+        # A subflow may have run several times: a finished node comes before others, then the newest one.
         known.sort(key=lambda node: (node.done, node.started is not None and node.started.timestamp()))
         return {node.id: node for node in known}
 

@@ -222,7 +222,7 @@ def limit_log_lines(decide: Callable[[int, int], tuple[bool, str]]) -> None:
 
 
 LINE_BYTES = 250
-"""What a log line takes in a request, in addition to its message: ids, time, level and name of the logger."""
+"""Bytes of a log line in a request, without its message: ids, time, level and name of the logger."""
 
 
 def hold_until_due(now: Callable[[], datetime]) -> None:

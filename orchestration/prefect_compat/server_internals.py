@@ -383,12 +383,9 @@ def free_only_held_slots() -> None:
             before, after = context.initial_state, context.proposed_state
             if self.nullified_transition() or before is None or after is None:
                 return
-            lease_id = before.state_details.deployment_concurrency_lease_id
-            if before.type == StateType.PAUSED:
+            if before.type == StateType.PAUSED or (before.type == StateType.CANCELLING and await self._waited(context)):
+                lease_id = before.state_details.deployment_concurrency_lease_id
                 if after.type not in keeps_process and await self._exists(lease_id):
-                    await core_policy._release_concurrency_lease(session=context.session, lease_id=lease_id)
-            elif before.type == StateType.CANCELLING and await self._waited(context):
-                if await self._exists(lease_id):
                     await core_policy._release_concurrency_lease(session=context.session, lease_id=lease_id)
             elif after.type != StateType.PAUSED or after.state_details.pause_reschedule:
                 await super().after_transition(context)
@@ -402,7 +399,7 @@ def free_only_held_slots() -> None:
             state = database_interface().FlowRunState
             before = (
                 select(state.type)
-                .where(state.flow_run_id == context.run.id, state.id != cancelling.id)
+                .where(state.flow_run_id == context.run.id, state.type != StateType.CANCELLING)
                 .where(state.timestamp <= cancelling.timestamp)
                 .order_by(state.timestamp.desc())
                 .limit(1)

@@ -48,7 +48,7 @@ UNIT_BYTES = 2**20
 """How much a process stores for each byte that it adds to the folder of its deployment."""
 
 FILE_BYTES = 2**14
-"""What a record takes of a volume at least: ext4 has one inode for 16 KiB."""
+"""The least that a record counts on a volume: ext4 has one inode for 16 KiB."""
 
 RECOUNT_SECONDS = 60.0
 """For how long a process relies on its last count."""

@@ -120,7 +120,7 @@ async def main():
     await propose(waiting, Pending(), Running(), AwaitingRetry(scheduled_time=now("UTC")))
     await propose(other, Pending(), Running())
     slots = [await active_slots(limit)]
-    await propose(waiting, Cancelling(), Cancelled())
+    await propose(waiting, Cancelling(), Cancelling(), Cancelled())
     slots.append(await active_slots(limit))
     await propose(other, Completed())
     print(*slots, await active_slots(limit))
@@ -130,7 +130,7 @@ async def main():
     await propose(claimed, Cancelling(), Cancelled())
     print(*slots, await active_slots(limit))
     retry = AwaitingRetry(scheduled_time=now("UTC"))
-    for states in ([Running(), Completed()], [Cancelling(), Cancelled()], [retry]):
+    for states in ([Running(), Completed()], [Cancelling(), Cancelling(), Cancelled()], [retry]):
         limit, (paused, _) = await create(states[-1].name)
         await propose(paused, Pending(), Running(), Paused(timeout_seconds=600))
         slots = [await active_slots(limit)]
@@ -189,6 +189,6 @@ def test_slot_is_freed_only_for_its_run_and_once_its_process_is_gone(database: s
     assert waiting == "1 1 0"
     assert claimed == "1 0"
     assert resumed == "1 1 0", "the process of a paused run renews its lease"
-    assert cancelled == "1 1 0"
+    assert cancelled == "1 1 1 0", "a person may cancel twice"
     assert rescheduled == "1 0"
     assert suspended == "0"
