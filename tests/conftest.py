@@ -34,6 +34,9 @@ _BEGINS_RUN = "TESTS_RUN" not in os.environ
 os.environ.setdefault("TESTS_RUN", uuid4().hex[:8])
 for _name in ("WAREHOUSE_URL", "WAREHOUSE_DIR", "WAREHOUSE_SCHEMA", "LANDING_ZONE", "DBT_THREADS", "PREFECT_API_URL"):
     os.environ.pop(_name, None)
+# `make test` passes its own arguments on to every make below it, which also prints other lines than one of a person.
+for _name in ("MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS"):
+    os.environ.pop(_name, None)
 
 # No example has a deadline: on a busy machine one in a hundred may take a second longer.
 # The short profile derives its seed from each test. Two runs draw the same examples only if they import the same

@@ -64,7 +64,7 @@ def test_signing_without_key_password_or_cosign_is_refused_before_the_build(
     done = checkout.run("make", "--silent", "push", "SIGN=1", REGISTRY="localhost:1", **without_cosign, **given)
     [line, *made] = done.stderr.splitlines()
     assert (done.stdout, line) == ("", refusal)
-    assert all(text.startswith("make: ") for text in made)
+    assert all(text.startswith("make: ") for text in made), made
     assert done.returncode == 2
 
 
