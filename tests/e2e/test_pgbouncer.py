@@ -12,7 +12,7 @@ import itertools
 import json
 import ssl
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import uuid4
 
@@ -319,7 +319,9 @@ def test_events_stream_to_a_person_who_has_logged_in(sign_on: SingleSignOn, oper
     with sign_on.websocket(operator, "/api/events/out") as stream:
         stream.send(json.dumps({"type": "auth", "token": None}))
         assert json.loads(stream.recv(75))["type"] == "auth_success"
-        stream.send(json.dumps({"type": "filter", "filter": {"event": {"name": [name]}}}))
+        # By default the stream has events until the moment at which the server reads the filter.
+        until = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+        stream.send(json.dumps({"type": "filter", "filter": {"event": {"name": [name]}, "occurred": {"until": until}}}))
 
         def receive() -> Object | None:
             """Send an event, as the stream may begin later than the first one, and return what the stream has."""
