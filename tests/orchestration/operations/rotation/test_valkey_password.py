@@ -99,7 +99,7 @@ def test_rotation_refuses_no_connection_and_ends_the_old_password(url: str, inst
 
 def test_pod_of_valkey_is_ready_whatever_its_password(url: str, installation: Installation, tmp_path: Path) -> None:
     deployment = one(render(SERVER, {"image": {"tag": "1"}}), "Deployment", f"test-{SECRET}")
-    probe = deployment["spec"]["template"]["spec"]["containers"][0]["readinessProbe"]["exec"]["command"]
+    probe = deployment["spec"]["template"]["spec"]["containers"][0]["startupProbe"]["exec"]["command"]
     installation.execute(f"deployment/{SECRET}", probe, "")
     closed = tmp_path / "valkey-cli"
     closed.write_text("#!/bin/sh\necho Could not connect to Valkey\n")
