@@ -32,9 +32,9 @@ from urllib3.exceptions import HTTPError
 from orchestration.operations.local_cluster import policies
 
 PROVISIONER = "prefect-orchestration.test/local"
-RESYNC_SECONDS = 5.0
+RESYNC_SECONDS = 10.0
 """Time between rounds without a change."""
-DEBOUNCE_SECONDS = 0.3
+DEBOUNCE_SECONDS = 1.0
 """Time from a change to the next round: changes come in bursts, and a round reads everything."""
 SIMULATED = "tests/simulated"
 """Label of simulated pods. They need nothing from the node, and thousands of them would keep the agent busy."""
@@ -150,12 +150,13 @@ def _volume(name: str, path: Path, claim: Any) -> dict[str, Any]:
     }
 
 
-def _watch(read: Any, changed: threading.Event) -> None:
-    """Watch objects of a kind, and set `changed` on each event."""
+def _watch(read: Any, *changed: threading.Event) -> None:
+    """Watch objects of a kind, and set `changed` on each event. The first events are of the objects that exist."""
     while True:
         try:
             for _ in read(watch=True, timeout_seconds=300, _preload_content=False).stream(amt=None):
-                changed.set()
+                for one in changed:
+                    one.set()
         except Exception:
             time.sleep(1)
 
@@ -176,33 +177,39 @@ def main(kubeconfig: str, volumes: Path, processor: Path) -> None:
     """
     config.load_kube_config(kubeconfig)
     core, network = client.CoreV1Api(), client.NetworkingV1Api()
-    reads = (
+    of_rules = (
         network.list_network_policy_for_all_namespaces,
         partial(core.list_pod_for_all_namespaces, label_selector=f"!{SIMULATED}", field_selector=NOT_ENDED),
         core.list_namespace,
-        core.list_persistent_volume_claim_for_all_namespaces,
-        core.list_persistent_volume,
     )
-    changed = threading.Event()
-    for read in reads:
+    of_volumes = (core.list_persistent_volume_claim_for_all_namespaces, core.list_persistent_volume)
+    # Pods change all the time, volumes and their claims hardly ever.
+    changed, are_volumes_due = threading.Event(), threading.Event()
+    for read in of_rules:
         threading.Thread(target=_watch, args=[read, changed], daemon=True).start()
+    for read in of_volumes:
+        threading.Thread(target=_watch, args=[read, are_volumes_due, changed], daemon=True).start()
     enforced, usage = "", ProcessorUsage(processor)
     while True:
         changed.clear()
         try:
-            found, pods, namespaces = map(_items, reads[:3])
+            found, pods, namespaces = map(_items, of_rules)
             rules = policies.render_rules(found, pods, namespaces)
             if rules != enforced:
                 enforce_rules(rules)
                 enforced = rules
-            provide_volumes(core, volumes)
+            if are_volumes_due.is_set():
+                are_volumes_due.clear()
+                provide_volumes(core, volumes)
             equalize_cpu_weights()
             usage.read(pods)
         except (ApiException, HTTPError, OSError, subprocess.SubprocessError) as error:
             print(error, file=sys.stderr, flush=True)
             enforced = ""
+            are_volumes_due.set()
             time.sleep(1)
-        changed.wait(RESYNC_SECONDS)
+        if not changed.wait(RESYNC_SECONDS):
+            are_volumes_due.set()
         time.sleep(DEBOUNCE_SECONDS)
 
 
