@@ -13,7 +13,7 @@ from orchestration.operations.local_cluster import binaries
 from orchestration.operations.local_cluster.file_lock import hold_lock
 from orchestration.settings import ROOT
 from tests.cluster.namespace import USED, Namespace, remove, restricted
-from tests.e2e.checkout import CRON, Checkout
+from tests.e2e.checkout import CRON, SHIPPED_CRON, Checkout
 from tests.e2e.pace import IDLE_ROUND_SECONDS
 from tests.e2e.release import (
     Object,
@@ -80,7 +80,7 @@ def checkout(cluster: str, image: str, tmp_path_factory: pytest.TempPathFactory)
     copy = Checkout(folder, Environment("local", cluster, f"environment-{uuid4().hex[:8]}"))
     namespaces = copy.target.namespaces
     USED.update(namespaces)
-    copy.edit("prefect.yaml", "0 6 * * *", CRON)
+    copy.edit("prefect.yaml", SHIPPED_CRON, CRON)
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     copy.commit()
     with hold_lock(binaries.cache() / "environments.lock"):

@@ -30,7 +30,7 @@ from orchestration.operations.local_cluster.file_lock import hold_lock
 from orchestration.operations.port_forward import api_client
 from orchestration.settings import ROOT
 from tests.cluster.namespace import USED, Namespace, new, remove
-from tests.e2e.checkout import CRON, Checkout
+from tests.e2e.checkout import CRON, SHIPPED_CRON, Checkout
 from tests.e2e.runs import get_run, start_run, wait_until_ended
 from tests.parts import asked, copy_of_checkout, wait_until
 from tests.versions.catalogue import PREVIOUS, locked_version, previous_release
@@ -301,7 +301,7 @@ def _prepare_checkout(folder: Path, target: Environment, venv: Path) -> Checkout
     """Add the flow and its deployments to a release's files, allow more runs, and commit all."""
     (folder / ".venv").symlink_to(venv)
     made = Checkout(folder, target)
-    made.edit("prefect.yaml", "0 6 * * *", CRON)
+    made.edit("prefect.yaml", SHIPPED_CRON, CRON)
     made.edit(POOL_VALUES, "concurrencyLimit: 10", "concurrencyLimit: 30")
     (folder / "flows" / "spans.py").write_text(FLOW)
     (folder / "prefect.yaml").write_text((folder / "prefect.yaml").read_text() + DEPLOYMENTS)
