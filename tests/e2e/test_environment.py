@@ -354,13 +354,24 @@ def test_second_deploy_changes_nothing(checkout: Checkout) -> None:
     assert "Nothing would change." in checkout.make("plan")
 
 
+OVERSIZED = {
+    "name": "oversized",
+    "entrypoint": "flows/example_flow.py:dbt_pipeline",
+    "work_pool": {"name": "default", "job_variables": {"memory_limit": "1000Gi"}},
+}
+"""A deployment whose runs would need more memory than the namespace allows."""
+
+
 def test_deployment_that_exceeds_the_namespace_quota_is_refused(checkout: Checkout) -> None:
     """Its runs would be pending for ever. The deploy names the deployment and does not change the release."""
     history = checkout.target.helm("history", POOL, "--output", "json")
-    with checkout.restored("prefect.yaml"):
-        checkout.edit("prefect.yaml", "{name: default}", "{name: default, job_variables: {memory_limit: 1000Gi}}")
+    file = checkout.folder / "oversized.yaml"  # not in the image, which need not be built again
+    with checkout.restored(POOL_VALUES):
+        checkout.edit(POOL_VALUES, "reconciler:", "sync: {files: [prefect.yaml, oversized.yaml]}\nreconciler:")
+        file.write_text(yaml.safe_dump({"deployments": [OVERSIZED]}))
         refused = checkout.make("deploy", status=2)
-    assert "prefect-work-pool is refused, and nothing was changed: prefect.yaml:" in refused
+    file.unlink()
+    assert "prefect-work-pool is refused, and nothing was changed: oversized.yaml:" in refused
     assert "1000Gi" in refused
     assert "Traceback" not in refused
     assert checkout.target.helm("history", POOL, "--output", "json") == history
