@@ -14,7 +14,7 @@ import yaml
 from orchestration.operations.local_cluster import binaries
 from orchestration.settings import ROOT
 from tests.cluster.namespace import Namespace
-from tests.e2e.light_runs import LIGHT_RUN
+from tests.e2e.light_runs import LIGHT_RUN, light_run
 from tests.e2e.pace import QUERY_SECONDS
 from tests.e2e.release import Object, Pool, Release, copy_credentials, merge_values
 from tests.e2e.runs import create_deployment, get_run, read, start_run, wait_for_log, wait_until_ended
@@ -180,7 +180,7 @@ def test_deleted_overlay_leaves_nothing_and_claimed_runs_complete(
 ) -> None:
     """The run in progress completes, too. Unclaimed runs wait for the next worker."""
     away.kubectl("rollout", "status", WORKER, "--timeout=300s")
-    in_progress = start_run(api, create_deployment(api, pool), parameters={"seconds": 20})
+    in_progress = start_run(api, create_deployment(api, pool, job_variables=light_run(20)))
     wait_until(lambda: get_run(api, in_progress)["state_type"] == "RUNNING", "the run to run", 300)
     # The worker has a minute for the Jobs of its claims, on a busy machine, too, and no reconciler is here.
     runs = start_burst(api, create_deployment(api, pool, job_variables=LIGHT_RUN), 3)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from orchestration.errors import ClusterError
-from tests.e2e.light_runs import LIGHT_RUN
+from tests.e2e.light_runs import LIGHT_RUN, light_run
 from tests.e2e.pace import DRIFT_SECONDS
 from tests.e2e.release import SMALL_REQUESTS, Object, Pool, Release, merge_values
 from tests.e2e.runs import create_deployment, get_run, read, start_run, wait_for_log, wait_until_ended
@@ -174,7 +174,7 @@ def test_upgrade_changes_pool_and_template_and_rollback_restores_both(
     pool: Pool, values: Object, api: httpx.Client
 ) -> None:
     """The pool's new limit is kept. A running run completes in spite of upgrade and rollback."""
-    running = start_run(api, create_deployment(api, pool), parameters={"seconds": 60})
+    running = start_run(api, create_deployment(api, pool, job_variables=light_run(60)))
     wait_until(lambda: get_run(api, running)["state_type"] == "RUNNING", "the run to run", 300)
     changed = copy.deepcopy(values)
     changed["pool"] |= {"concurrencyLimit": 3, "queues": [{"name": "urgent", "priority": 1, "concurrencyLimit": 1}]}

@@ -61,7 +61,7 @@ def test_changed_template_and_job_variables_do_not_change_a_run_s_identity(pool:
     assert found["state_type"] == "CRASHED"
     assert "labels: the key 'app.kubernetes.io/name' is reserved" in found["state"]["message"]
 
-    run = start_run(api, create_deployment(api, pool))
+    run = start_run(api, create_deployment(api, pool, job_variables=LIGHT_RUN))
 
     def find_pod() -> Object | None:
         selector = f"prefect.io/flow-run-id={run}"

@@ -21,6 +21,7 @@ from tests.e2e.faults.victims import (
     wait_for_state,
     wait_until_completed,
 )
+from tests.e2e.light_runs import LIGHT_RUN
 from tests.e2e.pace import CAPACITY_TIMEOUT_SECONDS, GRACE_SECONDS, PENDING_TIMEOUT_SECONDS
 from tests.e2e.release import Object, Pool
 from tests.e2e.runs import get_run, start_run, wait_until_ended
@@ -33,7 +34,7 @@ GIVE_UP_SECONDS = PENDING_TIMEOUT_SECONDS + 45 + DETECTION_SECONDS
 @pytest.fixture(scope="module")
 def pool(shared_pool: Pool, api: httpx.Client) -> Pool:
     # The bounds hold for a pool that has executed a run, not for one that was just installed.
-    wait_until_completed(api, start_run(api, deploy_victim(api, shared_pool)))
+    wait_until_completed(api, start_run(api, deploy_victim(api, shared_pool, job_variables=LIGHT_RUN)))
     return shared_pool
 
 
@@ -71,7 +72,7 @@ def test_given_up_run_releases_its_deployment_slot(pool: Pool, api: httpx.Client
     deployment = deploy_victim(api, pool, concurrency_limit=1, concurrency_options={"collision_strategy": "ENQUEUE"})
     stuck = start_run(api, deployment, job_variables={"image": "localhost:5000/absent:1"})
     wait_for_state(api, stuck, "ImagePullBackOff", 180)
-    waiting = start_run(api, deployment)
+    waiting = start_run(api, deployment, job_variables=LIGHT_RUN)
     wait_for_state(api, stuck, "Crashed", GIVE_UP_SECONDS)
     wait_until_completed(api, waiting)
     assert get_run(api, waiting)["run_count"] == 1

@@ -131,7 +131,7 @@ def exhausted_quota(pool: Pool, kind: str, name: str) -> Iterator[None]:
 
 def test_runs_over_quota_wait_for_room(pool: Pool, api: httpx.Client) -> None:
     """The quota refuses the Job of the first run and the pod of the second. Neither run has a retry."""
-    deployment = deploy_victim(api, pool, job_variables={"crash_retries": 0})
+    deployment = deploy_victim(api, pool, job_variables=LIGHT_RUN | {"crash_retries": 0})
     container = {"name": "main", "image": "none"}
     idle = {"parallelism": 0, "template": {"spec": {"containers": [container], "restartPolicy": "Never"}}}
     # With a quota of zero no Job would ever have room.
@@ -151,7 +151,7 @@ def test_runs_over_quota_wait_for_room(pool: Pool, api: httpx.Client) -> None:
 def test_scheduled_run_waits_until_a_full_cluster_has_room(pool: Pool, api: httpx.Client) -> None:
     """The run has no retry. It waits for longer than the pending timeout, which is for causes that a person cures."""
     minutely = {"schedule": {"interval": 60, "anchor_date": datetime.now(UTC).isoformat()}}
-    deployment = deploy_victim(api, pool, schedules=[minutely], job_variables={"crash_retries": 0})
+    deployment = deploy_victim(api, pool, schedules=[minutely], job_variables=LIGHT_RUN | {"crash_retries": 0})
     own = {"deployments": {"id": {"any_": [deployment]}}}
     first = own | {"sort": "EXPECTED_START_TIME_ASC", "limit": 1}
     started = own | {"flow_runs": {"state": {"type": {"any_": ["PENDING", "RUNNING"]}}}}
@@ -187,8 +187,8 @@ def test_runs_complete_crash_and_are_cancelled_while_no_worker_exists(pool: Pool
         died = kill_pod(pool, pod)
         assert_state_within(api, killed, "Crashed", died)
         assert_state_within(api, killed, "AwaitingRetry", died, 2 * DETECTION_SECONDS)
-        due = start_run(api, deployment)
-        claimed = start_run(api, deployment)
+        light = deploy_victim(api, pool, job_variables=LIGHT_RUN)
+        due, claimed = start_run(api, light), start_run(api, light)
         api.post(f"/flow_runs/{claimed}/set_state", json={"state": {"type": "PENDING"}}).raise_for_status()
         cancelled = datetime.now(UTC)
         api.post(f"/flow_runs/{unwanted}/set_state", json={"state": {"type": "CANCELLING"}}).raise_for_status()
