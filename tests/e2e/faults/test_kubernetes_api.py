@@ -29,6 +29,7 @@ from tests.e2e.faults.victims import (
     wait_for_state,
     wait_until_completed,
 )
+from tests.e2e.light_runs import LIGHT_RUN
 from tests.e2e.pace import KUBERNETES_OUTAGE_SECONDS
 from tests.e2e.release import Pool, Release
 from tests.e2e.runs import create_deployment, get_run, start_run, wait_until_ended
@@ -84,6 +85,7 @@ def test_kubernetes_api_outage_loses_no_run(
         ticking = create_deployment(api, pool, entrypoint="/probe/flow.py:ticking")
         surviving, surviving_pod = start_running(api, pool, ticking, times=600)
         killed, victim_pod = start_running(api, pool, deployment, seconds=300)
+        light = deploy_victim(api, pool, job_variables=LIGHT_RUN)
         auth = api.auth
     # Reach the Prefect API by its cluster IP: `api` is forwarded by the Kubernetes API.
     cluster_ip = ("-o", "jsonpath={.spec.clusterIP}")
@@ -95,7 +97,7 @@ def test_kubernetes_api_outage_loses_no_run(
             for pid in find_run_processes(killed):
                 with contextlib.suppress(ProcessLookupError):  # the first process that dies ends the other one
                     os.kill(pid, signal.SIGKILL)
-            due = start_run(direct, deployment)
+            due = start_run(direct, light)
             time.sleep(KUBERNETES_OUTAGE_SECONDS)
             assert get_run(direct, surviving)["state_type"] == "RUNNING"
         wait_until(lambda: _is_kubernetes_back(kubernetes), "the Kubernetes API's service", 120)

@@ -27,6 +27,7 @@ from tests.e2e.faults.victims import (
     record_duration,
     start_running,
 )
+from tests.e2e.light_runs import LIGHT_RUN
 from tests.e2e.pace import GRACE_SECONDS, ROUND_SECONDS, SERVER_OUTAGE_SECONDS
 from tests.e2e.release import Object, Pool, Release, merge_values, pool_values
 from tests.e2e.runs import create_deployment, get_run, read, start_run, wait_for_log, wait_until_ended
@@ -87,7 +88,8 @@ def test_server_outage_and_killed_database_lose_no_run(server: Release, pool: Po
     """
     namespace = server.namespace
     with server.api() as api:
-        minutely = deploy_victim(api, pool, schedules=[{"schedule": {"cron": "* * * * *"}}])
+        every_minute = [{"schedule": {"cron": "* * * * *"}}]
+        minutely = deploy_victim(api, pool, schedules=every_minute, job_variables=LIGHT_RUN)
         ticking = create_deployment(api, pool, entrypoint="/probe/flow.py:ticking")
         run = start_run(api, ticking, parameters={"times": 600})
         unwanted, _ = start_running(api, pool, deploy_victim(api, pool), seconds=900)
