@@ -45,6 +45,9 @@ from tests.long.longtest import Findings, Parameters
 MAX_LIVE_RUNS = 6
 """Upper bound for runs that are not completed at the same time."""
 
+LOOK_SECONDS = 0.5 if IS_SHIPPED else 1.0
+"""Seconds from one look at all runs and pods to the next. Next to other tests each look takes their processor."""
+
 FAULT_INTERVAL_SECONDS = 20.0
 """Seconds from one fault to the next."""
 
@@ -406,7 +409,7 @@ class Soak:
                     for fault in self.seen.faults[reported:]:
                         print(f"          {fault.kind} {self._name(fault.run)}".rstrip(), flush=True)
                     reported = len(self.seen.faults)
-                time.sleep(0.5)
+                time.sleep(LOOK_SECONDS)
             self._wait_until_nothing_is_left()
         except KeyboardInterrupt:
             print("Interrupted: the figures are those until now.", file=sys.stderr)

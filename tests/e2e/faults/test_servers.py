@@ -34,7 +34,7 @@ from tests.e2e.runs import create_deployment, get_run, read, start_run, wait_for
 from tests.long.soak import Soak, soak_values
 from tests.parts import random_seed, wait_until
 
-SOAK_MINUTES, SOAK_RUNS, SOAK_FAULTS = 2, 15, 4
+SOAK_MINUTES, SOAK_RUNS, SOAK_FAULTS = 2, 8, 4
 """Size of the soak here; `make test-long FOR=soak` runs the full size."""
 
 SOAK_SEQUENCE = ("pod killed", "leader killed", "Job deleted", "worker killed", "pod evicted", "API killed")
