@@ -34,7 +34,7 @@ POOL, RESERVE = 3, 1
 """Connections of each of two PgBouncer pods. The API's process has up to 15 connections to them."""
 
 CLIENTS = 12
-RUNS = 60
+RUNS = 2 * CLIENTS
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +224,7 @@ def test_rolling_update_of_pgbouncer_breaks_no_request(server: Release, api: htt
         while not waiting.done() or any(
             "deletionTimestamp" in pod["metadata"] for pod in server.pods("pgbouncer", terminating=True)
         ):
-            failed += await _make_runs(api, certificates, CLIENTS)
+            failed += await _make_runs(api, certificates, 2 * (POOL + RESERVE))
             # Without a pause the requests take a processor until the end of the rollout.
             await asyncio.sleep(next(pauses))
         await waiting
