@@ -230,15 +230,18 @@ FILES = {
 
 
 class FilesRelease(Release):
-    """A second release, of the pool `files`, whose deployments are those of one of `FILES`."""
+    """A second release, of the pool `files`, whose deployments are those of one of `FILES`.
 
-    def deploy_file(self, values: Object, file: str, memory: str, *, reconciler: bool = True) -> None:
+    It has no reconciler: a worker watches its runs only without one, and a test needs that.
+    """
+
+    def deploy_file(self, values: Object, file: str, memory: str) -> None:
         """Deploy a file; `memory` is the memory limit of runs."""
         volumes = {
             "volumes": [{"name": name, "configMap": {"name": name}} for name in ("files", "probe")],
             "volumeMounts": [{"name": name, "mountPath": f"/{name}"} for name in ("files", "probe")],
         }
-        changed = merge_values(values, {"pool": {"name": "files"}, "reconciler": {"enabled": reconciler}})
+        changed = merge_values(values, {"pool": {"name": "files"}, "reconciler": {"enabled": False}})
         changed["sync"] = {"files": [f"/files/{file}"], "pod": volumes, "backoffLimit": 0}
         changed["drift"] = {"enabled": False}
         changed["runs"]["resources"]["limits"]["memory"] = memory
@@ -303,8 +306,7 @@ def test_upgrade_syncs_the_files(files_release: FilesRelease, values: Object, ap
     api.post("/variables/", json={"name": "enough", "value": True}).raise_for_status()
     outcome = wait_until_ended(api, running)
     assert (outcome["state_type"], outcome["run_count"]) == ("COMPLETED", 1)
-    # The next test needs a worker that watches, as it does only without a reconciler.
-    files_release.deploy_file(values, "second.yaml", "640Mi", reconciler=False)
+    files_release.deploy_file(values, "second.yaml", "640Mi")
     assert set(_read_deployments(api)) == {"a", "c"}
 
 
