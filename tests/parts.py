@@ -79,8 +79,8 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 180) ->
         if looked - start > seconds:
             raise AssertionError(f"not within {seconds} s: {what}")
         # A check takes processor time from other tests: spend at most a third of the time on checks. A wait may last a
-        # tenth longer, and never more than 3 s.
-        time.sleep(min(max(0.1, (looked - start) / 10, 2 * (time.monotonic() - looked)), 3))
+        # tenth longer, and never more than 2 s.
+        time.sleep(min(max(0.1, (looked - start) / 10, 2 * (time.monotonic() - looked)), 2))
 
 
 def answers(url: str, ca: Path | None = None) -> bool:
