@@ -44,6 +44,9 @@ QUERY_SECONDS = _pick(2, 10)
 DRIFT_SECONDS = _pick(30, 300)
 """The chart's `drift.everySeconds`."""
 
+LATE_LOOP_SECONDS = _pick(30, 5)
+"""Prefect's interval of the services that mark late runs and end pauses. Tests on the cluster wait for none of them."""
+
 STALL_SECONDS = _pick(4, 60)
 """The server chart's `services.stallSeconds`."""
 

@@ -20,7 +20,7 @@ from orchestration.operations.local_cluster.file_lock import hold_lock
 from orchestration.operations.port_forward import api_client
 from orchestration.settings import ROOT
 from tests.cluster.namespace import Namespace, make_restricted, remove
-from tests.e2e.pace import DRIFT_SECONDS, HEARTBEAT_SECONDS, PREFETCH_SECONDS
+from tests.e2e.pace import DRIFT_SECONDS, HEARTBEAT_SECONDS, LATE_LOOP_SECONDS, PREFETCH_SECONDS
 from tests.parts import wait_until
 
 Object = dict[str, Any]
@@ -34,6 +34,13 @@ SHARED_CONTEXT_FILE = binaries.cache() / f"shared-{TEST_RUN}"
 SMALL_REQUESTS: Object = {"cpu": "10m", "memory": "200Mi"}
 """Resource requests of a test's pod. With more, the pods of a `make up` environment on the same small node, which have
 priority, would preempt it."""
+
+
+CALM_SERVICES: Object = {
+    f"PREFECT_SERVER_SERVICES_{name}_LOOP_SECONDS": LATE_LOOP_SECONDS
+    for name in ("LATE_RUNS", "PAUSE_EXPIRATIONS", "CLEANUP_RECONCILER")
+}
+"""Settings of background services that no test on the cluster waits for."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +173,7 @@ def shared_server(context: str, image: str) -> Release:
         return Release("prefect-server", "prefect-server", namespace)
 
     return release(
-        shared_namespace(context, "server", lambda namespace: release(namespace).deploy(server_values(image)))
+        shared_namespace(context, "server", lambda namespace: release(namespace).deploy(calm_server_values(image)))
     )
 
 
@@ -207,6 +214,11 @@ def server_values(image: str) -> Object:
         for component in ("api", "services", "migrations")
     }
     return {"image": image_values(image)} | small | _databases()
+
+
+def calm_server_values(image: str) -> Object:
+    """Return the values of a server whose background services take less of the processor from other tests."""
+    return merge_values(server_values(image), {"services": {"settings": CALM_SERVICES}})
 
 
 def copy_credentials(server: Release, namespace: Namespace) -> None:

@@ -23,7 +23,7 @@ from orchestration.errors import ClusterError
 from orchestration.operations.local_cluster.certificates import Authority
 from tests.cluster.namespace import restricted
 from tests.e2e.pace import DRIFT_SECONDS, IDLE_ROUND_SECONDS
-from tests.e2e.release import Object, Pool, Release, install_pool, merge_values, pool_values, server_values
+from tests.e2e.release import Object, Pool, Release, calm_server_values, install_pool, merge_values, pool_values
 from tests.e2e.runs import create_deployment, start_run, wait_until_ended
 from tests.e2e.single_sign_on import ISSUER, ISSUER_PORT, install_issuer, oidc_values, single_sign_on
 from tests.orchestration.access.single_sign_on import FORGED, HOST, SingleSignOn
@@ -70,7 +70,7 @@ def server(cluster: str, image: str, certificates: Path) -> Iterator[Release]:
             "oidc": oidc_values(namespace),
             "networkPolicy": {"egressCIDRs": [f"{issuer}/32"]},
         }
-        release.deploy(merge_values(server_values(image), changed))
+        release.deploy(merge_values(calm_server_values(image), changed))
         yield release
 
 

@@ -17,7 +17,7 @@ from orchestration.operations import backups, restore
 from orchestration.operations.environment import Environment
 from orchestration.operations.release_diagnosis import explain_release
 from tests.cluster.namespace import Namespace, restricted
-from tests.e2e.release import Object, Release, merge_values, server_values
+from tests.e2e.release import Object, Release, calm_server_values, merge_values
 from tests.e2e.runs import read
 from tests.parts import wait_until
 
@@ -26,7 +26,7 @@ SERVER_RELEASE = "prefect-server"
 
 @pytest.fixture(scope="module")
 def values(image: str) -> Object:
-    return server_values(image) | {"backup": {"enabled": True}}
+    return calm_server_values(image) | {"backup": {"enabled": True}}
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ NO_VALUES = {
     "SERVER_OUTAGE_SECONDS": "an outage",
     "KUBERNETES_OUTAGE_SECONDS": "an outage",
     "KUBELET_OUTAGE_SECONDS": "an outage",
+    "LATE_LOOP_SECONDS": "an interval of Prefect",
 }
 """Constants without a value of a chart, with the reason."""
 

@@ -12,6 +12,7 @@ from tests.e2e.release import (
     Object,
     Pool,
     Release,
+    calm_server_values,
     connection_values,
     copy_credentials,
     install_pool,
@@ -19,7 +20,6 @@ from tests.e2e.release import (
     merge_values,
     pool_values,
     probe_config_map,
-    server_values,
     shared_namespace,
 )
 
@@ -41,7 +41,7 @@ def probe() -> Object:
 def own_server(pool_namespace: Namespace, image: str) -> Release:
     """Install a server in the pool's namespace, for tests that disturb it."""
     release = Release("prefect-server", "prefect-server", pool_namespace)
-    release.deploy(server_values(image))
+    release.deploy(calm_server_values(image))
     return release
 
 
