@@ -64,13 +64,24 @@ def free_port() -> int:
             return port
 
 
-def wait_until(condition: Callable[[], Any], what: str, seconds: float = 180) -> Any:
+PAUSE_SECONDS = 0.1
+"""The shortest pause between two checks of `wait_until`. Tests on the cluster set a longer one."""
+
+
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 180, *, pause: float | None = None) -> Any:
     """Poll `condition` until it is true, and return its value.
 
+    Args:
+        condition: what to check.
+        what: describes the condition.
+        seconds: the timeout.
+        pause: the shortest pause between two checks; None for `PAUSE_SECONDS`.
+
     Raises:
-        AssertionError: the condition, which `what` describes, is still false after the timeout.
+        AssertionError: the condition is still false after the timeout.
     """
     start = time.monotonic()
+    shortest = PAUSE_SECONDS if pause is None else pause
     while True:
         # After a pause of the whole machine, check once more before the timeout counts.
         looked = time.monotonic()
@@ -80,7 +91,7 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 180) ->
             raise AssertionError(f"not within {seconds} s: {what}")
         # A check takes processor time from other tests: spend at most a third of the time on checks. A wait may last a
         # tenth longer, and never more than 2 s.
-        time.sleep(min(max(0.1, (looked - start) / 10, 2 * (time.monotonic() - looked)), 2))
+        time.sleep(min(max(shortest, (looked - start) / 10, 2 * (time.monotonic() - looked)), 2))
 
 
 def answers(url: str, ca: Path | None = None) -> bool:

@@ -12,9 +12,10 @@ from orchestration.operations.environment import Environment
 from orchestration.operations.local_cluster import binaries
 from orchestration.operations.local_cluster.file_lock import hold_lock
 from orchestration.settings import ROOT
+from tests import parts
 from tests.cluster.namespace import USED, Namespace, remove, restricted
 from tests.e2e.checkout import CRON, SHIPPED_CRON, Checkout
-from tests.e2e.pace import IDLE_ROUND_SECONDS
+from tests.e2e.pace import IDLE_ROUND_SECONDS, PAUSE_SECONDS
 from tests.e2e.release import (
     Object,
     Pool,
@@ -27,6 +28,14 @@ from tests.e2e.release import (
     shared_server,
 )
 from tests.parts import copy_of_checkout
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _patient() -> Iterator[None]:
+    """Look at the cluster once a second at most: each look takes the processor from other tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "PAUSE_SECONDS", PAUSE_SECONDS)
+        yield
 
 
 @pytest.fixture(scope="module")

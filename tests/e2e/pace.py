@@ -47,6 +47,10 @@ DRIFT_SECONDS = _pick(30, 300)
 LATE_LOOP_SECONDS = _pick(30, 5)
 """Prefect's interval of the services that mark late runs and end pauses. Tests on the cluster wait for none of them."""
 
+PAUSE_SECONDS = 0.1 if IS_SHIPPED else 1.0
+"""The shortest pause between two looks of a test at the cluster. A look is a process of kubectl or some requests to the
+Prefect API, and most of what tests wait for takes five seconds or more."""
+
 STALL_SECONDS = _pick(4, 60)
 """The server chart's `services.stallSeconds`."""
 

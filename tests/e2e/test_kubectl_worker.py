@@ -98,7 +98,7 @@ def start_burst(api: httpx.Client, deployment: str, count: int) -> list[str]:
     def is_one_claimed() -> bool:
         return any(get_run(api, run)["state_type"] != "SCHEDULED" for run in runs)
 
-    wait_until(is_one_claimed, "a worker to claim runs")
+    wait_until(is_one_claimed, "a worker to claim runs", pause=0.1)  # before all of them have Jobs
     return runs
 
 

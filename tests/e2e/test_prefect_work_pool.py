@@ -149,7 +149,7 @@ def test_ten_runs_complete_while_the_worker_is_replaced(pool: Pool, api: httpx.C
     def is_one_claimed() -> bool:
         return any(get_run(api, run)["state_type"] != "SCHEDULED" for run in runs)
 
-    wait_until(is_one_claimed, "the worker to claim runs")
+    wait_until(is_one_claimed, "the worker to claim runs", pause=0.1)  # before all of them have Jobs
     pool.namespace.kubectl("delete", "pod", worker["metadata"]["name"], "--wait=false")
     outcomes = [wait_until_ended(api, run, 300) for run in runs]
     assert {outcome["state_type"] for outcome in outcomes} == {"COMPLETED"}
