@@ -61,8 +61,8 @@ def shared_pool(cluster: str, image: str, server: Release, probe: Object) -> Poo
     values = victim_values(merge_values(pool_values(image), connection_values(server, name)))
     values["runs"]["namespace"] = runs.name
     values["reconciler"]["capacityTimeoutSeconds"] = CAPACITY_TIMEOUT_SECONDS
-    # `add_sidecar_variables` changes the template on the server.
-    values = merge_values(values, {"worker": {"templateFrom": "server"}})
+    # `add_sidecar_variables` changes the template on the server, and then starts the worker, which caches it.
+    values = merge_values(values, {"worker": {"templateFrom": "server", "replicas": 0}})
 
     def install(namespace: Namespace) -> None:
         make_shared(runs)
@@ -74,7 +74,7 @@ def shared_pool(cluster: str, image: str, server: Release, probe: Object) -> Poo
 
 
 def add_sidecar_variables(pool: Pool, server: Release) -> None:
-    """Add variables for sidecars to the pool's template, where an injector would add containers.
+    """Add variables for sidecars to the pool's template, where an injector would add containers. Start its worker.
 
     A run without such a job variable has no sidecar.
     """
@@ -85,10 +85,8 @@ def add_sidecar_variables(pool: Pool, server: Release) -> None:
         spec["containers"] += [f"{{{{ {variable} }}}}" for variable in SIDECAR_VARIABLES]
         spec["initContainers"] = [*spec.get("initContainers", []), f"{{{{ {NATIVE_SIDECAR_VARIABLE} }}}}"]
         api.patch(path, json={"base_job_template": template}).raise_for_status()
-    # A worker caches the template.
-    pool.namespace.kubectl("rollout", "restart", f"deployment/{pool.name}-worker")
+    pool.namespace.kubectl("scale", f"deployment/{pool.name}-worker", "--replicas=1")
     pool.namespace.kubectl("rollout", "status", f"deployment/{pool.name}-worker", "--timeout=300s")
-    pool.wait_for_one_worker()
 
 
 def victim_values(values: Object) -> Object:
