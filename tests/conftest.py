@@ -46,6 +46,7 @@ hypothesis.settings.register_profile("short", max_examples=100, deadline=None, d
 hypothesis.settings.register_profile("long", max_examples=1_000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
+from orchestration.errors import ClusterError
 from orchestration.operations.local_cluster import binaries
 from tests import parts, reporting
 from tests.parts import Query, new_database, rows_of, settings_of
@@ -98,6 +99,8 @@ FIRST = (
     "tests/e2e/test_kubectl_worker.py",
     "tests/e2e/faults/test_starts.py",
     "tests/e2e/faults/test_pods.py",
+    "tests/e2e/test_security.py",
+    "tests/e2e/test_surroundings.py",
     "tests/docker/test_image.py",
     "tests/orchestration/services/test_service_faults.py",
     "tests/orchestration/runs/test_engine.py",
@@ -134,7 +137,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadFileS
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    from orchestration.errors import ClusterError
     from orchestration.operations.local_cluster import choice
 
     try:
@@ -154,11 +156,40 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         plugins.register(reporting.Meter())
     if terminal and not hasattr(session.config, "workerinput"):
         plugins.register(reporting.Report(terminal, failures=distributed))
-
-
-def pytest_sessionfinish() -> None:
-    """Delete the namespaces that the processes of this run have shared."""
     if _BEGINS_RUN:
+        plugins.register(_SharedNamespaces())
+
+
+class _SharedNamespaces:
+    """Deletes the namespaces that the processes of this run share, once the last test that may use them has ended.
+
+    A server that idles takes the processor from other tests, and so do its databases and the pool of the fault tests.
+    """
+
+    FOLDER = "tests/e2e/"
+
+    def __init__(self) -> None:
+        self.left = 0
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self._count([item.nodeid for item in session.items])
+
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        """Count the tests. Every process collects all tests."""
+        self._count(ids)
+
+    def _count(self, ids: list[str]) -> None:
+        self.left = sum(name.startswith(self.FOLDER) for name in ids)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "teardown" and report.nodeid.startswith(self.FOLDER):
+            self.left -= 1
+            if not self.left:
+                with contextlib.suppress(ClusterError):  # the end of the run tries again
+                    self.pytest_sessionfinish()
+
+    def pytest_sessionfinish(self) -> None:
+        """Delete what is left, as after an interrupted run."""
         from tests.e2e.release import remove_shared_namespaces
 
         remove_shared_namespaces()
@@ -253,7 +284,6 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[str]:
 
     Test files of all processes share the cluster. A file that is marked `alone` uses it exclusively.
     """
-    from orchestration.errors import ClusterError
     from orchestration.operations.local_cluster import __main__ as command
 
     with contextlib.ExitStack() as stack:
