@@ -33,7 +33,9 @@ IDLE_ROUND_SECONDS = ROUND_SECONDS if IS_SHIPPED else 3 * ROUND_SECONDS
 """The chart's `reconciler.everySeconds` in tests that assert nothing about the work of the reconciler."""
 
 HEARTBEAT_SECONDS = _pick(6, 30)
-"""The chart's `worker.heartbeatSeconds`. A worker counts as offline after three missed heartbeats."""
+"""The chart's `worker.heartbeatSeconds` where tests leave a pool without a worker.
+
+A worker counts as offline after three missed heartbeats."""
 
 PREFETCH_SECONDS = _pick(5, 10)
 """The chart's `worker.prefetchSeconds`."""

@@ -20,7 +20,7 @@ from orchestration.operations.local_cluster.file_lock import hold_lock
 from orchestration.operations.port_forward import api_client
 from orchestration.settings import ROOT
 from tests.cluster.namespace import Namespace, make_restricted, remove
-from tests.e2e.pace import DRIFT_SECONDS, HEARTBEAT_SECONDS, LATE_LOOP_SECONDS, PREFETCH_SECONDS
+from tests.e2e.pace import DRIFT_SECONDS, LATE_LOOP_SECONDS, PREFETCH_SECONDS
 from tests.parts import wait_until
 
 Object = dict[str, Any]
@@ -244,7 +244,6 @@ def pool_values(image: str) -> Object:
     return {
         "image": image_values(image),
         "worker": {
-            "heartbeatSeconds": HEARTBEAT_SECONDS,
             "prefetchSeconds": PREFETCH_SECONDS,
             "resources": {"requests": dict(SMALL_REQUESTS), "limits": {"memory": "768Mi"}},
         },

@@ -36,7 +36,7 @@ from tests.e2e.faults.victims import (
     wait_until_completed,
 )
 from tests.e2e.light_runs import LIGHT_RUN
-from tests.e2e.pace import GRACE_SECONDS, PENDING_TIMEOUT_SECONDS, WORKER_OUTAGE_SECONDS
+from tests.e2e.pace import GRACE_SECONDS, HEARTBEAT_SECONDS, PENDING_TIMEOUT_SECONDS, WORKER_OUTAGE_SECONDS
 from tests.e2e.release import Object, Pool, Release, merge_values
 from tests.e2e.runs import create_deployment, get_run, read, start_run, wait_until_ended
 from tests.parts import wait_until
@@ -56,7 +56,8 @@ def set_room(context: str, number: int) -> None:
 @pytest.fixture(scope="module")
 def values(values: Object, cluster: str) -> Iterator[Object]:
     set_room(cluster, 1000)
-    yield merge_values(values, {"runs": {"resources": {"limits": {ROOM: 1}}}})
+    heartbeat = {"worker": {"heartbeatSeconds": HEARTBEAT_SECONDS}}
+    yield merge_values(values, heartbeat | {"runs": {"resources": {"limits": {ROOM: 1}}}})
     set_room(cluster, 0)
 
 
