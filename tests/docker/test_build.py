@@ -50,22 +50,25 @@ def _digest(letter: str) -> str:
     return f"sha256:{letter * 64}"
 
 
-@pytest.mark.parametrize(
-    ("file", "is_in_image"),
-    [
-        ("flows/raw.py", True),
-        ("orchestration/runs/supervisor.py", True),
-        ("docs/diagnoses/oom.md", True),
-        ("docker/uv.txt", True),
-        ("orchestration/operations/deploy.py", False),
-        ("README.md", False),
-    ],
-)
-def test_tag_changes_with_a_file_of_the_image_alone(checkout: Path, file: str, is_in_image: bool) -> None:
+FILES = {
+    "flows/raw.py": True,
+    "orchestration/runs/supervisor.py": True,
+    "docs/diagnoses/oom.md": True,
+    "docker/uv.txt": True,
+    "orchestration/operations/deploy.py": False,
+    "README.md": False,
+}
+"""Files, and whether each is in the image."""
+
+
+def test_tag_changes_with_a_file_of_the_image_alone(checkout: Path) -> None:
     before = _name(checkout)
-    with (checkout / file).open("a") as opened:
-        opened.write("\n# changed\n")
-    assert (_name(checkout) != before) is is_in_image
+    for file, is_in_image in FILES.items():
+        with (checkout / file).open("a") as opened:
+            opened.write("\n# changed\n")
+        after = _name(checkout)
+        assert (after != before) is is_in_image, file
+        before = after
 
 
 def test_tag_changes_with_a_file_that_prefect_yaml_includes(checkout: Path) -> None:
@@ -80,25 +83,26 @@ def test_tag_changes_with_a_file_that_prefect_yaml_includes(checkout: Path) -> N
     assert len(set(names)) == 3
 
 
-@pytest.mark.parametrize(
-    "entrypoint", ["jobs/etl.py:etl", "./jobs/etl.py:etl", "jobs.etl:etl", "jobs.etl.etl", "top:etl"]
-)
-def test_entrypoint_that_the_image_will_not_have_is_refused(checkout: Path, entrypoint: str) -> None:
+def test_entrypoint_that_the_image_will_not_have_is_refused(checkout: Path) -> None:
     (checkout / "jobs").mkdir()
     for name in ("jobs/etl.py", "top.py"):
         (checkout / name).write_text("from prefect import flow\n\n@flow\ndef etl(): ...\n")
-    (checkout / "team.yaml").write_text(f"deployments:\n- name: d\n  entrypoint: {entrypoint}\n")
     prefect = checkout / "prefect.yaml"
     prefect.write_text(prefect.read_text() + "\ninclude: [team.yaml]\n")
-    done = _run(checkout, BASE_IMAGE="base")
-    folder = "top.py" if entrypoint == "top:etl" else "jobs"
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == (
-        f"team.yaml:3: the image will not have the entrypoint {entrypoint}. Move it to flows/, or add {folder} to "
-        "docker/Dockerfile and to docker/Dockerfile.dockerignore\n"
-    )
+    entrypoints = ("jobs/etl.py:etl", "./jobs/etl.py:etl", "jobs.etl:etl", "jobs.etl.etl", "top:etl")
+    for entrypoint in entrypoints:
+        (checkout / "team.yaml").write_text(f"deployments:\n- name: d\n  entrypoint: {entrypoint}\n")
+        done = _run(checkout, BASE_IMAGE="base")
+        folder = "top.py" if entrypoint == "top:etl" else "jobs"
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == (
+            f"team.yaml:3: the image will not have the entrypoint {entrypoint}. Move it to flows/, or add {folder} to "
+            "docker/Dockerfile and to docker/Dockerfile.dockerignore\n"
+        )
     with (checkout / "docker" / "Dockerfile.dockerignore").open("a") as ignore:
-        ignore.write(f"!{folder}\n")
+        ignore.write("!jobs\n!top.py\n")
+    listed = "".join(f"- {{name: d, entrypoint: '{entrypoint}'}}\n" for entrypoint in entrypoints)
+    (checkout / "team.yaml").write_text(f"deployments:\n{listed}")
     assert _name(checkout)
 
 
