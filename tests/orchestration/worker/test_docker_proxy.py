@@ -355,7 +355,7 @@ DANGEROUS = [
 ]  # fmt: skip
 
 
-@settings(max_examples=examples(1), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(0.4), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_key_that_go_reads_as_another_key_is_refused(parts: Parts, data: st.DataObject) -> None:
     """Go's JSON parser ignores case, and reads the long s and the Kelvin sign as s and k."""
@@ -383,7 +383,7 @@ SAFE = {"Image", "Cmd", "Entrypoint", "Env", "Labels", "HostConfig"}
 SAFE |= {"AttachStdin", "AttachStdout", "AttachStderr", "Tty", "OpenStdin", "StdinOnce", "NetworkDisabled"}
 
 
-@settings(max_examples=examples(2), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(0.8), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.dictionaries(st.sampled_from([*sorted(SAFE), *DANGEROUS]) | st.text(max_size=12), VALUES, max_size=4),
     st.dictionaries(
@@ -569,7 +569,7 @@ def test_malformed_path_or_query_is_refused(parts: Parts, target: str) -> None:
     assert parts.daemon.requests == []
 
 
-@settings(max_examples=examples(1), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(0.4), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(
         st.sampled_from(["/", ".", "%2e", "%2f", "containers", "create", OWN, "json", "exec", "v1.45", "images", "@"]),

@@ -14,7 +14,7 @@ from uuid import uuid4
 
 import pytest
 import yaml
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from prefect import flow
 from prefect.client.orchestration import get_client
@@ -38,6 +38,7 @@ from orchestration.settings import ROOT
 from orchestration.worker import job_template, kubernetes_worker
 from orchestration.worker.job_template import RefusedVariableError
 from tests.helm.rendering import one, render
+from tests.parts import examples
 
 pytestmark = pytest.mark.usefixtures("closed_worker_channels")
 
@@ -127,6 +128,7 @@ KEYS = st.tuples(
 ).map("".join)
 
 
+@settings(max_examples=examples(0.4))
 @given(KEYS, st.integers(0, 30), st.sampled_from(CHANGES))
 @example("team\n", 0, "")
 def test_key_of_a_label_is_reserved_also_as_prefect_writes_it(
