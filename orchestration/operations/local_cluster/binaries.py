@@ -117,8 +117,8 @@ def folders() -> list[Path]:
     return [cache() / f"kubernetes-{KUBERNETES}", cache() / f"helm-{MODULES['helm'][1]}"]
 
 
-_SHORT_LIVED = {"GOGC": "400"}
-"""Go's garbage collector takes a quarter of the time of a program that ends at once."""
+SHORT_LIVED = {"GOGC": "off", "GOMEMLIMIT": "1GiB"}
+"""Go's garbage collector takes a third of the time of a program that ends at once. It works from this limit on."""
 
 
 def helm(*arguments: str) -> str:
@@ -128,7 +128,7 @@ def helm(*arguments: str) -> str:
         ClusterError: helm failed, with its error output.
     """
     command = [shutil.which("helm") or str(program("helm")), *arguments]
-    done = subprocess.run(command, env=_SHORT_LIVED | os.environ, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=SHORT_LIVED | os.environ, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ClusterError(done.stderr.strip())
     return done.stdout
@@ -151,7 +151,7 @@ def kubectl(*arguments: str, text: str | None = None) -> str:
     """
     command = [kubectl_program(), *arguments]
     done = subprocess.run(
-        command, env=_SHORT_LIVED | os.environ, input=text, capture_output=True, text=True, check=False
+        command, env=SHORT_LIVED | os.environ, input=text, capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise ClusterError(f"kubectl {' '.join(arguments)}: {done.stderr.strip()}")

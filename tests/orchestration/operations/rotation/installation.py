@@ -148,6 +148,8 @@ def installed(kubernetes: apiserver.ApiServer, *releases: str) -> Iterator[Insta
         patch.setenv("KUBECONFIG", str(kubernetes.folder / "kubeconfig"))
         binaries.program("helm")  # builds it if it is missing
         patch.setenv("PATH", ":".join([os.environ["PATH"], *map(str, binaries.folders())]))
+        for variable, value in binaries.SHORT_LIVED.items():
+            patch.setenv(variable, value)
         installation = Installation()
         kubectl: Any = lambda environment, *arguments, text=None: installation.kubectl(  # noqa: E731 - a method
             environment, *arguments, text=text
