@@ -180,7 +180,8 @@ def _kubeconfig(pki: Path, port: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _running(command: list[str], log: Path) -> Iterator[None]:
-    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output, env=os.environ) as process:
+    environment = binaries.LONG_LIVED | os.environ
+    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output, env=environment) as process:
         try:
             yield
         finally:

@@ -120,6 +120,9 @@ def folders() -> list[Path]:
 SHORT_LIVED = {"GOGC": "off", "GOMEMLIMIT": "1GiB"}
 """Go's garbage collector takes a third of the time of a program that ends at once. It works from this limit on."""
 
+LONG_LIVED = {"GOGC": "300"}
+"""Of the servers of Kubernetes. They take an eighth less processor time than by default, and a sixth more memory."""
+
 
 def helm(*arguments: str) -> str:
     """Run helm and return its standard output. The helm on PATH wins over the one that was built here.

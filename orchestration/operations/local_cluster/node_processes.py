@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from orchestration.errors import ClusterError
+from orchestration.operations.local_cluster.binaries import LONG_LIVED
 from orchestration.operations.local_cluster.node_layout import STATE
 
 COMPONENTS = (
@@ -81,7 +82,7 @@ def start(name: str, *command: str, environment: Mapping[str, str] = {}) -> None
     pid = os.posix_spawnp(
         command[0],
         command,
-        {name: value for name, value in (os.environ | environment).items() if name != TESTS_PROCESS},
+        {name: value for name, value in {**LONG_LIVED, **os.environ, **environment}.items() if name != TESTS_PROCESS},
         file_actions=[
             (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
             (os.POSIX_SPAWN_DUP2, log, 1),
