@@ -78,20 +78,25 @@ def test_every_enabled_service_reports_progress(services: Services) -> None:
     assert_recovery(services)
 
 
-@pytest.mark.parametrize(
-    ("fault", "dependency", "service"),
-    [
-        (service_faults.redis_refuses, "redis", "EventPersister"),
-        (service_faults.redis_is_silent, "redis", "EventPersister"),
-        (service_faults.database_refuses, "database", "monitor_late_runs"),
-        (service_faults.database_is_silent, "database", "monitor_late_runs"),
-        (service_faults.database_has_no_connections, "database", "monitor_late_runs"),
-        (service_faults.database_is_read_only, None, "monitor_worker_health"),
-    ],
-)
+Fault = Callable[[Services], contextlib.AbstractContextManager[None]]
+
+OUTAGES: list[tuple[Fault, str | None, str]] = [
+    (service_faults.redis_is_silent, "redis", "EventPersister"),
+    (service_faults.database_is_silent, "database", "monitor_late_runs"),
+    (service_faults.database_is_read_only, None, "monitor_worker_health"),
+]
+LESSER_OUTAGES: list[tuple[Fault, str | None, str]] = [
+    (service_faults.redis_refuses, "redis", "EventPersister"),
+    (service_faults.database_refuses, "database", "monitor_late_runs"),
+    (service_faults.database_has_no_connections, "database", "monitor_late_runs"),
+]
+"""A client learns of these at once. `make test` leaves them to `make test-long FOR=service-faults`."""
+
+
+@pytest.mark.parametrize(("fault", "dependency", "service"), OUTAGES + (LESSER_OUTAGES if IS_SHIPPED else []))
 def test_outage_turns_readiness_red_and_never_restarts(
     services: Services,
-    fault: Callable[[Services], contextlib.AbstractContextManager[None]],
+    fault: Fault,
     dependency: str | None,
     service: str,
 ) -> None:
