@@ -33,7 +33,7 @@ _JSON = strategies.recursive(
 )
 
 
-@hypothesis.settings(max_examples=examples(2))
+@hypothesis.settings(max_examples=examples(0.5))
 @hypothesis.given(variables=strategies.dictionaries(strategies.text(), _JSON, min_size=1))
 @hypothesis.example(variables={"large": 1e16, "small": 1e-7, "day": "2024-01-01", "no": "no", "octal": "010"})
 def test_vars_reach_dbt_unchanged(variables: Mapping[str, Any]) -> None:
