@@ -103,7 +103,7 @@ def test_failed_hook_runs_again_when_all_nodes_are_done(use: Callable[..., DbtPr
     @flow(retries=2)
     def daily() -> None:
         try:
-            project.build()
+            project.build(select="three")
         except DbtError as error:
             failures.append(str(error))
             if len(failures) == 2:
@@ -118,18 +118,17 @@ def test_failed_hook_runs_again_when_all_nodes_are_done(use: Callable[..., DbtPr
 def test_rows_of_a_failing_test_are_shown_or_stay_in_the_database(
     use: Callable[..., DbtProject], folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Rows stay unless an option of the project or a setting shows them. The SQL is always shown."""
+    """Rows stay unless a setting shows them, or an option of the project: see `test_nodes`. The SQL is always shown."""
     replace(folder, "seeds/rates.csv", "2\n", "1\n")
 
-    def sample(**options: Any) -> int:
-        [failed] = use(**options).build(check=False).failed
+    def sample(result: DbtResult) -> int:
+        [failed] = result.failed
         assert "group by" in failed.sql
         return len(failed.sample)
 
-    assert sample() == 0
-    assert sample(sample_rows=10) == 1
+    assert sample(use().build(check=False)) == 0
     with settings_of(DBT_SAMPLE_ROWS="10"):
-        assert sample() == 1
+        assert sample(use().test(select="one", check=False)) == 1
 
 
 def test_model_with_more_sources_than_an_event_takes_is_recorded(
@@ -159,43 +158,42 @@ def test_model_with_more_sources_than_an_event_takes_is_recorded(
     assert len(events["four"]["payload"]["upstream"]) == 120
 
 
-@pytest.mark.parametrize("differs", ["target", "environment", "nothing"])
 def test_retried_run_reuses_only_nodes_of_the_same_connection(
-    differs: str, use: Callable[..., DbtProject], server: Server, query: Query
+    use: Callable[..., DbtProject], server: Server, query: Query
 ) -> None:
-    """The first of two builds is a task with a stored result, so only the second runs in the next attempt.
+    """The first build is a task with a stored result, so only the others run in the next attempt.
 
     Where the connections are equal, the task tells the builds apart.
     """
+    connections: dict[str, dict[str, Any]] = {
+        "nothing": {},
+        "target": {"target": "other"},
+        "environment": {"environment": lambda: warehouse.environment() | {"WAREHOUSE_SCHEMA": "another"}},
+    }
     results: list[dict[str, str]] = []
     attempts: list[str] = []
 
-    def connection(name: str) -> dict[str, Any]:
-        if differs == "target":
-            return {"target": name}
-        schema = name if differs == "environment" else "analytics"
-        return {"environment": lambda: warehouse.environment() | {"WAREHOUSE_SCHEMA": schema}}
-
     @task(persist_result=True)
-    def build(name: str) -> str:
-        if name == "other" and len(attempts) == 1:
-            raise DbtError("the second build has failed")
-        results.append(_statuses(use(**connection(name)).build))
-        return name
+    def build(differs: str) -> str:
+        results.append(_statuses(use(**connections.get(differs, {})).build))
+        return differs
 
     @flow(retries=1)
     def daily() -> None:
         attempts.append(_flow_run_id())
-        build("dev")
+        build("first")
         _recorded(server, attempts[0], results[0])
-        build("other")
+        if len(attempts) == 1:
+            raise DbtError("the first attempt has failed")
+        for differs in connections:
+            build(differs)
 
     assert daily(return_state=True).is_completed()
-    first, second = results
+    first, *others = results
     assert set(first.values()) == {"success", "pass"}
-    assert second == first
-    if differs != "nothing":
-        assert query("select id from other.one order by id") == [(1,), (2,)]
+    assert others == [first] * len(connections)
+    for schema in ("other", "another"):
+        assert query(f"select id from {schema}.one order by id") == [(1,), (2,)]
 
 
 @pytest.mark.usefixtures("prefect_server")
@@ -224,9 +222,7 @@ def test_retried_task_reuses_the_nodes_of_its_last_attempt(use: Callable[..., Db
     assert again == [dict.fromkeys(first, "reused") | {"model.tiny.four": "success"}] * 2
 
 
-@pytest.mark.parametrize("memory", ["process", "server"])
 def test_no_node_is_reused_where_a_relation_has_moved(
-    memory: str,
     use: Callable[..., DbtProject],
     folder: Path,
     server: Server,
@@ -236,13 +232,12 @@ def test_no_node_is_reused_where_a_relation_has_moved(
 ) -> None:
     """A variable that `environment` does not return decides the schema."""
     replace(folder, "models/one.sql", "'table'", "'table', schema=env_var('PLACE', 'a')")
-    project = use()
     results: list[dict[str, str]] = []
 
     @flow(retries=1)
     def daily() -> None:
         monkeypatch.setenv("PLACE", "ab"[len(results)])
-        results.append(_statuses((project if memory == "process" else use()).build))
+        results.append(_statuses(use().build))
         _recorded(server, _flow_run_id(), results[0])
         assert len(results) == 2
 
@@ -256,33 +251,36 @@ def test_no_node_is_reused_where_a_relation_has_moved(
 
 
 @pytest.mark.usefixtures("prefect_server")
-@pytest.mark.parametrize("method", ["docs", "compile", "source_freshness"])
-def test_retried_run_writes_whole_files(method: str, use: Callable[..., DbtProject], folder: Path) -> None:
+def test_retried_run_writes_whole_files(use: Callable[..., DbtProject], folder: Path) -> None:
     """A retry of a command that builds nothing leaves out no node: the files would lack the node."""
     target, project = folder / "target", use()
-    found: list[list[str]] = []
+    attempts: list[dict[str, list[str]]] = []
 
-    def contents() -> list[str]:
-        if method == "docs":
-            catalog = json.loads((target / "catalog.json").read_text())
-            nodes = json.loads((target / "manifest.json").read_text())["nodes"]
-            return sorted([*catalog["nodes"], *(key for key, node in nodes.items() if node.get("compiled_code"))])
-        if method == "compile":
-            return sorted(file.name for file in (target / "compiled").rglob("*.sql"))
-        return sorted(results_of(folder, "sources.json"))
+    def compiled() -> list[str]:
+        return sorted(file.name for file in (target / "compiled").rglob("*.sql"))
+
+    def documented() -> list[str]:
+        catalog = json.loads((target / "catalog.json").read_text())
+        nodes = json.loads((target / "manifest.json").read_text())["nodes"]
+        return sorted([*catalog["nodes"], *(key for key, node in nodes.items() if node.get("compiled_code"))])
 
     project.build()
 
     @flow(retries=1)
     def daily() -> None:
-        shutil.rmtree(target / "compiled", ignore_errors=True)
-        getattr(project, method)()
-        found.append(contents())
-        assert len(found) == 2
+        found: dict[str, list[str]] = {}
+        for command, contents in ((project.docs, documented), (project.compile, compiled)):
+            shutil.rmtree(target / "compiled", ignore_errors=True)
+            command()
+            found[command.__name__] = contents()
+        project.source_freshness()
+        found["source_freshness"] = sorted(results_of(folder, "sources.json"))
+        attempts.append(found)
+        assert len(attempts) == 2
 
     assert daily(return_state=True).is_completed()
-    first, second = found
-    assert first
+    first, second = attempts
+    assert all(first.values())
     assert second == first
 
 
@@ -294,6 +292,8 @@ def test_retry_takes_the_last_command_of_its_own_target(
 
     def at(target: str) -> DbtProject:
         monkeypatch.setenv("DBT_TARGET", target)
+        # A parse holds for one target.
+        monkeypatch.setenv("DBT_TARGET_PATH", "target" if target == "dev" else "other")
         return use()
 
     at("other").build(check=False)

@@ -12,8 +12,8 @@ from prefect import flow
 from orchestration import warehouse
 from orchestration.dbt import DbtProject, DbtResult, artifacts
 from orchestration.errors import DbtError
-from tests.orchestration.dbt.conftest import DATABASE, Built, use
-from tests.orchestration.dbt.projects import fast, hold, replace
+from tests.orchestration.dbt.conftest import DATABASE, Built
+from tests.orchestration.dbt.projects import hold, replace
 from tests.orchestration.dbt.task_runs import Server, results_of
 from tests.parts import Query, new_database, settings_of, wait_until
 
@@ -164,24 +164,23 @@ sources:
     assert {node.name for node in result.failed} == {"stale", "unreadable"}
 
 
-def test_flow_runs_several_projects(project: DbtProject, tmp_path: Path, server: Server) -> None:
-    other = use(fast(tmp_path / "fast", 20))
-    hold(other.path, "amber_0", 0.5)
+def test_flow_runs_several_projects(project: DbtProject, small_project: DbtProject, server: Server) -> None:
+    hold(small_project.path, "one", 0.5)
     results: list[DbtResult] = []
 
     @flow
     def both() -> None:
         project.build(select="days")
-        results.append(other.build())
+        results.append(small_project.build())
 
     state = both(return_state=True)
     assert state.is_completed(), state.message
     [result] = results
-    assert Counter(node.status for node in result.nodes) == {"success": 6, "pass": 14}
-    assert next(node.seconds for node in result.nodes if node.name == "amber_0") >= 0.5
+    assert Counter(node.status for node in result.nodes) == {"success": 3}
+    assert next(node.seconds for node in result.nodes if node.name == "one") >= 0.5
     hooks = 4
-    nodes = server.nodes(server.run(state), 1 + hooks + 20)
-    assert {node.split(".")[1] for node in nodes} == {"shop", "fast"}
+    nodes = server.nodes(server.run(state), 1 + hooks + 3)
+    assert {node.split(".")[1] for node in nodes} == {"shop", "small"}
 
 
 def test_parse_holds_for_any_host_unless_the_project_reads_the_host(
