@@ -41,7 +41,7 @@ def database(postgres: str, tiny: "Tiny") -> Iterator[str]:
         yield url
 
 
-def _parsed(folder: Path, tiny: "Tiny") -> Path:
+def parsed(folder: Path, tiny: "Tiny") -> Path:
     """Parse a project as `docker/Dockerfile` does, for a host and a user that no run has."""
     subprocess.run(
         [tiny.python, "-P", CHILD, "parse", "--project-dir", folder, "--profiles-dir", folder],
@@ -56,13 +56,13 @@ def _parsed(folder: Path, tiny: "Tiny") -> Path:
 @pytest.fixture(scope="session")
 def parsed_shop(tiny: "Tiny", tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a parsed project with every kind of node, for tests to copy."""
-    return _parsed(every_kind(tmp_path_factory.mktemp("parsed") / "shop"), tiny)
+    return parsed(every_kind(tmp_path_factory.mktemp("parsed") / "shop"), tiny)
 
 
 @pytest.fixture(scope="session")
 def parsed_small(tiny: "Tiny", tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a parsed project of three models, for tests to copy."""
-    return _parsed(small(tmp_path_factory.mktemp("parsed") / "small"), tiny)
+    return parsed(small(tmp_path_factory.mktemp("parsed") / "small"), tiny)
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """A flow that tests run in a separate process: it builds the dbt project in `SHOP`.
 
+`SHOP_PYTHON` is the interpreter for dbt; by default the one with the tested dbt.
+
 `shop_flow FLOW [RUN]` prints the id of a new flow run and runs the flow. With RUN it runs another attempt of that flow
 run.
 """
@@ -20,7 +22,7 @@ project = DbtProject(
     os.environ["SHOP"],
     environment=warehouse.environment,
     artifacts=os.environ["SHOP"] + ".kept",
-    python=versions.tested(),
+    python=os.environ.get("SHOP_PYTHON") or versions.tested(),
 )
 
 

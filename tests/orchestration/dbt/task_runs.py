@@ -13,9 +13,13 @@ import httpx
 from orchestration.dbt import DbtProject
 from orchestration.errors import DbtError
 from orchestration.settings import ROOT
+from tests import server_forks
 from tests.parts import Query, wait_until
 
 Object = dict[str, Any]
+
+PAGE_SIZE = 200
+"""How many objects a page of the API has at most."""
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
 
@@ -52,9 +56,12 @@ class Server:
         by_run = (
             {"flow_runs": {"id": {"any_": [run]}}} if path == "task_runs" else {path: {"flow_run_id": {"any_": [run]}}}
         )
-        while page := self._client.post(f"/{path}/filter", json=by_run | filters | {"offset": len(found)}).json():
+        while True:
+            body = by_run | filters | {"offset": len(found), "limit": PAGE_SIZE}
+            page = self._client.post(f"/{path}/filter", json=body).raise_for_status().json()
             found += page
-        return found
+            if len(page) < PAGE_SIZE:
+                return found
 
     def nodes(self, run: str, count: int) -> dict[str, Object]:
         """Return the task runs by node, once `count` of them have ended on the server."""
@@ -103,18 +110,32 @@ def busy(query: Query) -> int:
     )
 
 
-def _environment(shop: Path, api: str) -> dict[str, str]:
-    return os.environ | {"PREFECT_API_URL": api, "SHOP": str(shop)}
+def _environment(shop: Path, api: str, python: Path | None = None) -> dict[str, str]:
+    return os.environ | {"PREFECT_API_URL": api, "SHOP": str(shop), "SHOP_PYTHON": str(python or "")}
 
 
-def start(shop: Path, api: str, *arguments: str) -> "tuple[subprocess.Popen[str], str]":
+def start(shop: Path, api: str, flow: str) -> "tuple[subprocess.Popen[str], str]":
     """Run a flow of `shop_flow` in a separate process; return the process and the flow run's id."""
-    command = [sys.executable, "-m", "tests.orchestration.dbt.shop_flow", *arguments]
+    command = [sys.executable, "-m", "tests.orchestration.dbt.shop_flow", flow]
     process = subprocess.Popen(
         command, env=_environment(shop, api), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     assert process.stdout
     return process, process.stdout.readline().strip()
+
+
+def run_again(shop: Path, api: str, flow: str, run: str, python: Path) -> "subprocess.CompletedProcess[str]":
+    """Run another attempt of a flow run of `shop_flow` in a fork, and return its status and output.
+
+    Args:
+        shop: the project.
+        api: the URL of the Prefect API.
+        flow: the flow's name.
+        run: the flow run's id.
+        python: the interpreter for dbt.
+    """
+    command = ["tests.orchestration.dbt.shop_flow", flow, run]
+    return server_forks.run(command, _environment(shop, api, python), ROOT)
 
 
 def build_in_thread(project: DbtProject) -> tuple[threading.Thread, list[DbtError]]:
@@ -132,8 +153,15 @@ def build_in_thread(project: DbtProject) -> tuple[threading.Thread, list[DbtErro
     return thread, caught
 
 
-def execute(shop: Path, api: str, run: str) -> "subprocess.Popen[bytes]":
-    """Execute a deployment's flow run like a pod of the work pool, but look for a cancellation every second."""
+def execute(shop: Path, api: str, run: str, python: Path | None = None) -> "subprocess.Popen[bytes]":
+    """Execute a deployment's flow run like a pod of the work pool, but look for a cancellation every second.
+
+    Args:
+        shop: the project.
+        api: the URL of the Prefect API.
+        run: the flow run's id.
+        python: the interpreter for dbt; by default the one with the tested dbt.
+    """
     code = (
         "import sys; from orchestration.runs import run_client, supervisor; "
         "run_client.CHECK_INTERVAL_SECONDS, run_client.CHECK_TIMEOUT_SECONDS = 1, 60; "
@@ -142,7 +170,7 @@ def execute(shop: Path, api: str, run: str) -> "subprocess.Popen[bytes]":
     identity = {"PREFECT__FLOW_RUN_ID": run, "KUBERNETES_JOB": "job", "TERMINATION_MESSAGE_PATH": os.devnull}
     return subprocess.Popen(
         [sys.executable, "-c", code, "prefect", "flow-run", "execute"],
-        env=_environment(shop, api) | identity,
+        env=_environment(shop, api, python) | identity,
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -1,6 +1,7 @@
 """A killed, terminated or cancelled run: its SQL ends with it, and the next attempt continues.
 
-Runs end while a model's statement executes. `make test-long FOR=dbt-ends` ends runs at random moments.
+Runs end while a model's statement executes. `make test-long FOR=dbt-ends` ends runs at random moments. The dbt of a run
+that ends is a new interpreter, that of the next attempt a fork (`forked`).
 """
 
 import contextlib
@@ -14,9 +15,9 @@ import psutil
 import pytest
 
 from tests.long import dbt_ends
-from tests.orchestration.dbt.conftest import LONG, Built
+from tests.orchestration.dbt.conftest import LONG, Built, Tiny
 from tests.orchestration.dbt.projects import hold, tables
-from tests.orchestration.dbt.task_runs import Server, busy, execute, results_of, start
+from tests.orchestration.dbt.task_runs import Server, busy, execute, results_of, run_again, start
 from tests.parts import Query, random_seed, wait_until
 
 MODELS = (
@@ -97,9 +98,9 @@ def _assert_continued(held: Held, built: Built, query: Query, done: list[str]) -
     assert tables(query) == built.tables, held
 
 
-@pytest.mark.parametrize("flow", ["daily", "in_task"])
-def test_terminated_run_ends_its_sql(flow: str, held: Held, prefect_server: str, server: Server, query: Query) -> None:
-    process, run = start(held.folder, prefect_server, flow)
+def test_terminated_run_ends_its_sql(held: Held, prefect_server: str, server: Server, query: Query) -> None:
+    """dbt runs in the thread of a task, which no signal reaches. A cancelled run is terminated in its main thread."""
+    process, run = start(held.folder, prefect_server, "in_task")
     _reached(held, server, run, query)
     process.terminate()
     _wait_for_end_of_sql(held, query)
@@ -110,7 +111,7 @@ def test_terminated_run_ends_its_sql(flow: str, held: Held, prefect_server: str,
 
 @pytest.mark.parametrize("number", range(ROUNDS))
 def test_killed_run_continues_after_its_finished_nodes(
-    number: int, built: Built, held: Held, prefect_server: str, server: Server, query: Query
+    number: int, built: Built, held: Held, prefect_server: str, server: Server, query: Query, tiny: Tiny
 ) -> None:
     process, run = start(held.folder, prefect_server, "daily")
     done = _reached(held, server, run, query)
@@ -122,15 +123,14 @@ def test_killed_run_continues_after_its_finished_nodes(
     wait_until(lambda: not dbt.is_running(), "the end of dbt", 240)
 
     held.release()
-    again, _ = start(held.folder, prefect_server, "daily", run)
-    again.communicate(timeout=480)
-    assert again.returncode == 0, held
+    again = run_again(held.folder, prefect_server, "daily", run, tiny.python)
+    assert again.returncode == 0, (held, again)
     _assert_continued(held, built, query, done)
 
 
 @pytest.mark.parametrize("number", range(ROUNDS))
 def test_cancelled_run_ends_its_sql_and_can_be_retried(
-    number: int, built: Built, held: Held, prefect_server: str, server: Server, query: Query
+    number: int, built: Built, held: Held, prefect_server: str, server: Server, query: Query, tiny: Tiny
 ) -> None:
     run = server.start(dbt_ends.deploy(prefect_server))
     process = execute(held.folder, prefect_server, run)
@@ -143,6 +143,6 @@ def test_cancelled_run_ends_its_sql_and_can_be_retried(
 
     held.release()
     server.set_state(run, "SCHEDULED", "AwaitingRetry")
-    assert execute(held.folder, prefect_server, run).wait(480) == 0, held
+    assert execute(held.folder, prefect_server, run, tiny.python).wait(480) == 0, held
     assert server.state(run)["type"] == "COMPLETED"
     _assert_continued(held, built, query, done)

@@ -109,8 +109,9 @@ def test_error_of_broken_jinja_has_file_line_and_text(small_project: DbtProject,
     assert "{{ 3 as id" in str(raised.value)
 
 
-def test_warm_process_is_used_once(project: DbtProject) -> None:
+def test_warm_process_is_used_once(small_project: DbtProject) -> None:
     """A process that no command used ends with the project."""
+    project = small_project
     project.warm()
     used = project._warm_process
     assert used is not None
@@ -130,6 +131,7 @@ def test_warm_process_is_used_once(project: DbtProject) -> None:
 def test_dead_warm_process_is_replaced(project: DbtProject) -> None:
     project.warm()
     assert project._warm_process is not None
+    # At once, so that the process has not imported dbt yet.
     project._warm_process._process.kill()
     project._warm_process._process.wait()
     assert project.build(select="three").error() is None
@@ -199,5 +201,5 @@ def test_death_of_dbt_is_an_error_in_the_flow(slow: Path, query: Query) -> None:
     thread.join()
     assert "dbt build ended with status -9 before it was done" in str(caught[0])
     hold(slow, "one", 0)
-    assert {"one", "two"} <= {node.name for node in project.retry().nodes}
+    assert {"one", "two"} <= {node.name for node in use(slow).retry().nodes}
     wait_until(lambda: _sleeping(query) == 0, "the end of the SQL", 240)
