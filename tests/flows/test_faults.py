@@ -1,6 +1,7 @@
 """Faults of the machine: a full disk, a read-only checkout, Ctrl+C, a kill at a random moment."""
 
 import contextlib
+import functools
 import os
 import random
 import re
@@ -15,10 +16,14 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from flows import backfill, landing
 from orchestration import warehouse
 from orchestration.local import embedded_postgres
 from orchestration.settings import ROOT
-from tests.long.kills import Baseline, run_killed_at_random
+from tests.flows import forked_flow
+from tests.flows.test_raw import assert_whole
+from tests.long.kills import Baseline, Complete, run_killed_at_random
+from tests.orchestration.dbt.conftest import Tiny
 from tests.parts import Query, copy_of_checkout, random_seed, rows_of, settings_of, wait_until
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small or read-only disk needs root")
@@ -41,19 +46,6 @@ def disk() -> Iterator[Path]:
         yield Path(folder)
 
 
-def _flow(script: str, variables: dict[str, str], folder: Path = ROOT) -> "subprocess.CompletedProcess[str]":
-    """Run a flow's command line in a separate process."""
-    return subprocess.run(
-        [sys.executable, script],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(folder)} | variables,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=900,
-    )
-
-
 def _assert_one_sentence(result: "subprocess.CompletedProcess[str]", *parts: str) -> None:
     output = result.stdout + result.stderr
     assert result.returncode == 1, output
@@ -65,35 +57,36 @@ def _assert_one_sentence(result: "subprocess.CompletedProcess[str]", *parts: str
 
 
 @as_root
-def test_full_disk_leaves_whole_days_and_a_larger_disk_completes(disk: Path, prefect_server: str) -> None:
+def test_full_disk_leaves_whole_days_and_a_larger_disk_completes(disk: Path, prefect_server: str, tiny: Tiny) -> None:
     # The disk has room for an empty server and some days, not for a year.
     with _mounted(disk, "-t", "tmpfs", "-o", "size=120m", "tmpfs"):
         variables = {"WAREHOUSE_DIR": str(disk), "PREFECT_API_URL": prefect_server}
         with settings_of(**variables):
             warehouse.environment()
             try:
-                result = _flow("flows/backfill.py", variables)
+                result = forked_flow.run(tiny.python, "flows.backfill", variables=variables)
                 # Either a statement failed, or Postgres itself stopped on the full disk.
                 _assert_one_sentence(result, str(disk), "ree space")
                 assert re.search("No space left on device|[0-9] MB free on its disk", result.stderr)
 
                 subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
                 url = f"postgresql://postgres@/postgres?host={warehouse.environment()['PGHOST']}"
-                ledger = dict(rows_of(url, "select day, flights from raw.loads"))
-                counted = rows_of(url, "select flight_date, count(*) from raw.flights group by 1")
-                assert ledger == dict(counted)
-                assert len(ledger) < 365
-                result = _flow("flows/backfill.py", variables)
+                query = functools.partial(rows_of, url)
+                loaded = assert_whole(query)
+                # Two chunks more, with a day in each that the full disk has left out.
+                last = [day for day in landing.days() if day not in loaded][2 * backfill.CHUNK_DAYS - 1]
+                result = forked_flow.run(tiny.python, "flows.backfill", "--last", str(last), variables=variables)
                 assert result.returncode == 0, result.stdout + result.stderr
-                assert rows_of(url, "select count(*), sum(flights)::int from raw.loads") == [(365, 336_776)]
+                assert assert_whole(query) == loaded | {day for day in landing.days() if day <= last}
             finally:
                 embedded_postgres.stop(disk)
 
 
 @as_root
-def test_disk_too_small_for_the_warehouse_is_an_error(disk: Path, prefect_server: str) -> None:
+def test_disk_too_small_for_the_warehouse_is_an_error(disk: Path, prefect_server: str, tiny: Tiny) -> None:
     with _mounted(disk, "-t", "tmpfs", "-o", "size=10m", "tmpfs"):
-        result = _flow("flows/example_flow.py", {"WAREHOUSE_DIR": str(disk), "PREFECT_API_URL": prefect_server})
+        variables = {"WAREHOUSE_DIR": str(disk), "PREFECT_API_URL": prefect_server}
+        result = forked_flow.run(tiny.python, "flows.example_flow", variables=variables)
         _assert_one_sentence(result, f"The embedded warehouse in {disk} did not start", "MB free", "free space")
         assert not (disk / "data").exists()
 
@@ -109,24 +102,23 @@ def read_only_checkout(tmp_path: Path) -> Iterator[Path]:
 
 
 @as_root
-def test_embedded_warehouse_in_a_read_only_checkout_is_an_error(read_only_checkout: Path, prefect_server: str) -> None:
-    result = _flow("flows/example_flow.py", {"PREFECT_API_URL": prefect_server}, read_only_checkout)
+def test_read_only_checkout_runs_with_another_warehouse_and_without_it_is_an_error(
+    read_only_checkout: Path, prefect_server: str, database: str, query: Query, tiny: Tiny
+) -> None:
+    def run(**variables: str) -> "subprocess.CompletedProcess[str]":
+        variables |= {"PREFECT_API_URL": prefect_server}
+        return forked_flow.run(tiny.python, "flows.example_flow", variables=variables, folder=read_only_checkout)
+
+    result = run(WAREHOUSE_URL=database)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert query("select count(*) from analytics.carrier_daily_punctuality") == [(14,)]
+
+    result = run(WAREHOUSE_URL="")
     _assert_one_sentence(
         result,
         f"The embedded warehouse cannot be kept in {read_only_checkout}/.warehouse: Read-only file system",
         "name another folder in WAREHOUSE_DIR, or a Postgres in WAREHOUSE_URL",
     )
-
-
-@as_root
-def test_read_only_checkout_runs_with_another_warehouse(
-    read_only_checkout: Path, prefect_server: str, database: str, query: Query
-) -> None:
-    result = _flow(
-        "flows/example_flow.py", {"PREFECT_API_URL": prefect_server, "WAREHOUSE_URL": database}, read_only_checkout
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert query("select count(*) from analytics.carrier_daily_punctuality") == [(14,)]
 
 
 def test_ctrl_c_ends_the_run_and_its_sql(database: str, query: Query, prefect_server: str) -> None:
@@ -166,16 +158,32 @@ def test_ctrl_c_ends_the_run_and_its_sql(database: str, query: Query, prefect_se
         wait_until(lambda: query(dbt_sessions) == [(0,)], "its SQL to end")
 
 
-def test_run_after_a_random_kill_completes(postgres: str, prefect_server: str, undisturbed: Baseline) -> None:
+def test_run_after_a_random_kill_completes(
+    postgres: str, prefect_server: str, undisturbed: Baseline, complete: Complete
+) -> None:
     """One kill while the run works on the warehouse. `make test-long FOR=kills` kills fifty times."""
     seed = random_seed()
-    outcome = run_killed_at_random(postgres, prefect_server, undisturbed, random.Random(seed))  # noqa: S311 - a moment, no secret
+    chance = random.Random(seed)  # noqa: S311 - a moment, no secret
+    outcome = run_killed_at_random(postgres, prefect_server, undisturbed, chance, complete)
     assert outcome.half_loaded == [], f"seed {seed}"
     assert outcome.same_as_undisturbed, f"seed {seed}"
 
 
 @pytest.fixture(scope="module")
-def undisturbed(postgres: str, prefect_server: str) -> Iterator[Baseline]:
+def complete(tiny: Tiny) -> Complete:
+    """Return a function that runs a day in a fork. The killed run and the run that sets its time are new processes."""
+
+    def run(day: date, url: str, api: str) -> None:
+        variables = {"WAREHOUSE_URL": url, "PREFECT_API_URL": api}
+        done = forked_flow.run(tiny.python, "flows.example_flow", "--day", str(day), variables=variables)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(postgres: str, prefect_server: str, complete: Complete) -> Iterator[Baseline]:
     """Yield the warehouse after two days without a kill."""
-    with Baseline.measured(postgres, prefect_server, [date(2013, 1, 1), date(2013, 1, 2)]) as baseline:
+    days = [date(2013, 1, 1), date(2013, 1, 2)]
+    with Baseline.measured(postgres, prefect_server, days, complete) as baseline:
         yield baseline

@@ -19,7 +19,7 @@ from flows.example_flow import NO_UNIT_TESTS
 from orchestration import warehouse
 from orchestration.dbt import DbtProject
 from orchestration.settings import ROOT
-from tests.orchestration.dbt.conftest import Tiny
+from tests.orchestration.dbt.conftest import LONG, Tiny
 from tests.parts import answers, debian_postgres, free_port, new_database, rows_of, wait_until
 
 PROJECT = ROOT / "flows" / "warehouse"
@@ -190,7 +190,7 @@ def _content(url: str) -> dict[str, list[tuple[Any, ...]]]:
     return content
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(10 if LONG else 1))
 def test_incremental_builds_equal_a_full_refresh(postgres: str, seed: int) -> None:
     chance = random.Random(seed)  # noqa: S311 - an order, no secret
     days = chance.sample(landing.days(), 5)

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -100,6 +100,10 @@ def _time_run(day: date, url: str, api: str) -> float:
     return time.monotonic() - start
 
 
+Complete = Callable[[date, str, str], object]
+"""Runs a day to its end, without a kill, in the warehouse and with the Prefect API of the URLs."""
+
+
 @dataclass(frozen=True)
 class Baseline:
     """The undisturbed runs of two days.
@@ -116,10 +120,19 @@ class Baseline:
 
     @classmethod
     @contextlib.contextmanager
-    def measured(cls, postgres: str, api: str, days: list[date]) -> "Iterator[Baseline]":
-        """Run both days in a new warehouse, and keep a copy of the warehouse between them while the block lasts."""
+    def measured(
+        cls, postgres: str, api: str, days: list[date], complete: Complete = _time_run
+    ) -> "Iterator[Baseline]":
+        """Run both days in a new warehouse, and keep a copy of the warehouse between them while the block lasts.
+
+        Args:
+            postgres: the URL of the server's database `postgres`.
+            api: the URL of the Prefect API.
+            days: both days.
+            complete: runs the first day.
+        """
         with new_database(postgres) as url:
-            _time_run(days[0], url, api)
+            complete(days[0], url, api)
             [(name,)] = rows_of(url, "select current_database()")
             rows_of(postgres, f"create database {FIRST_DAY} template {name}")
             baseline = cls(days, _time_run(days[1], url, api), read_models(url))
@@ -146,8 +159,10 @@ class Outcome:
     same_as_undisturbed: bool
 
 
-def run_killed_at_random(postgres: str, api: str, undisturbed: Baseline, chance: random.Random) -> Outcome:
-    """Kill the run of the second day, and repeat that run. If the run ends before its kill, start over."""
+def run_killed_at_random(
+    postgres: str, api: str, undisturbed: Baseline, chance: random.Random, complete: Complete = _time_run
+) -> Outcome:
+    """Kill the run of the second day, and repeat it by `complete`. If the run ends before its kill, start over."""
     second, seconds = undisturbed.days[1], undisturbed.seconds
     while True:
         with new_database(postgres, template=FIRST_DAY) as url:
@@ -166,7 +181,7 @@ def run_killed_at_random(postgres: str, api: str, undisturbed: Baseline, chance:
                 continue
             half_loaded = [day for (day,) in rows_of(url, HALF_LOADED)]
             loaded = rows_of(url, "select count(*) from raw.loads where day = %s", second) == [(1,)]
-            _time_run(second, url, api)
+            complete(second, url, api)
             return Outcome(moment, loaded, half_loaded, read_models(url) == undisturbed.content)
 
 
