@@ -224,18 +224,13 @@ def test_readme_commands_for_server_deployment_and_worker_work(
         assert "Flow run finished successfully in 'Completed'" in output, (tmp_path / "worker.log").read_text()
 
 
-def test_make_run_loads_a_day_and_builds_a_selection_on_the_server(clone: Path, server: dict[str, str]) -> None:
-    output = _run(_command("make run DAY"), clone, server)
-    assert "Completed to 2013-02-08: 5,798 rows loaded, 12 models built, 26/26 tests passed" in output
-    assert "2013-02-08" in _run("make psql <<< 'select day from raw.loads order by 1'", clone, server)
-    output = _run(_command("make run SELECT"), clone, server)
-    assert "route_performance" in output
-    assert "weather_delay_effect" not in output
-    assert f"{server['SERVER']}/runs/flow-run/" in output
-
-
-def test_wrong_day_is_an_error_of_one_sentence(clone: Path, server: dict[str, str]) -> None:
-    output = _run("make run DAY=tomorrow", clone, server, status=2)
-    assert "Failed: " in output
-    assert "'tomorrow' is not a date. Write it as YYYY-MM-DD, for example 2013-02-08" in output
-    assert "Traceback" not in output
+@pytest.mark.parametrize(
+    ("start", "arguments"),
+    [("make run DAY", ["--day", "2013-02-08", "--full-refresh"]), ("make run SELECT", ["--select=+route_performance"])],
+)
+def test_make_run_passes_a_day_and_a_selection(
+    start: str, arguments: list[str], clone: Path, environment: dict[str, str]
+) -> None:
+    """`tests/flows/test_example_flow.py` runs the job with these arguments."""
+    output = _run(f"{_command(start)} --dry-run --old-file=.venv/ready", clone, environment)
+    assert shlex.split(output) == [".venv/bin/python", "flows/example_flow.py", *arguments]
