@@ -59,13 +59,15 @@ if TYPE_CHECKING:
 IN_ONE_PROCESS = (
     # Each of these uses the cluster alone.
     ("tests/cluster/test_node.py", "tests/e2e/faults/test_kubernetes_api.py"),
-    # These share forks of dbt, and a project that is parsed and built once in a process: 11 processor seconds.
-    tuple(
-        f"tests/orchestration/dbt/{file.name}"
-        for file in sorted(Path(__file__).parent.glob("orchestration/dbt/test_*.py"))
+    # These share a Prefect server, forks of dbt, and a project that is parsed and built once in a process: 30 processor
+    # seconds.
+    (
+        *(
+            f"tests/orchestration/dbt/{file.name}"
+            for file in sorted(Path(__file__).parent.glob("orchestration/dbt/test_*.py"))
+        ),
+        *(f"tests/flows/test_{name}.py" for name in ("example_flow", "warehouse", "backfill", "faults")),
     ),
-    # These share forks of dbt.
-    tuple(f"tests/flows/test_{name}.py" for name in ("example_flow", "warehouse", "backfill")),
     # These share a Kubernetes API server.
     tuple(
         f"tests/orchestration/operations/rotation/{file.name}"
@@ -78,9 +80,7 @@ FIRST = (
     *IN_ONE_PROCESS[0],
     # Meanwhile the other processes run tests without a cluster.
     *IN_ONE_PROCESS[1],
-    *IN_ONE_PROCESS[2],
     "tests/test_readme.py",
-    "tests/flows/test_faults.py",
     "tests/orchestration/deployments/test_kills.py",
     "tests/orchestration/services/test_retention.py",
     "tests/orchestration/test_migrations.py",
@@ -107,7 +107,7 @@ FIRST = (
     "tests/orchestration/runs/test_result_signing.py",
     "tests/orchestration/worker/test_kubernetes_worker.py",
     "tests/helm/test_values.py",
-    *IN_ONE_PROCESS[3],
+    *IN_ONE_PROCESS[2],
     "tests/orchestration/operations/test_deploy_history.py",
     "tests/orchestration/deployments/test_running.py",
 )
