@@ -2,6 +2,9 @@
 
 # ruff: noqa: E501 - lines of YAML
 
+import re
+from collections.abc import Iterable
+
 FLOWS = '''
 import datetime as dt
 import enum
@@ -182,11 +185,9 @@ CORPUS: dict[str, str] = {
     "name is blank": one(name="' '"),
     "name from the environment": one(name="'{{ $A_TEXT }}-x'"),
     "entrypoint from the environment": one(entrypoint="'flow.py:{{ $MODULE }}'"),
-    "byte order mark": "\ufeff" + one(),
-    "carriage returns": one("description: |\n  one\n  two").replace("\n", "\r\n"),
-    "document marker": "---\n" + one(),
+    "lines of a description": one("description: |\n  one\n  two"),
     # merge keys
-    "anchor of a merged alias": """
+    "anchors and merges": """
 definitions:
   pools:
     small: &small
@@ -196,54 +197,41 @@ definitions:
     large: &large
       <<: *small
       job_variables: {image: b, cpu: 4}
-pull: []
-deployments:
-  - {name: light, entrypoint: "flow.py:etl", work_pool: *small}
-  - {name: heavy, entrypoint: "flow.py:etl", work_pool: *large}
-  - {name: heavier, entrypoint: "flow.py:etl", work_pool: {<<: *large, work_queue_name: urgent}}
-  - &base {name: base, entrypoint: "flow.py:etl", work_pool: *large, tags: [x]}
-  - {<<: *base, name: derived, tags: [y]}
-  - {name: first, <<: *base}
-""",
-    "two merges": """
-x: &one {source: a, day: 1}
-y: &two {day: 2, rate: 0.25}
-deployments:
-  - {name: l, entrypoint: "flow.py:etl", work_pool: {name: POOL}, parameters: {<<: [*one, *two], 'on': false}}
-  - {name: m, entrypoint: "flow.py:etl", work_pool: {name: POOL}, parameters: {<<: *two, <<: *one}}
-""".replace("x: &one", "definitions:\n  x: &one").replace("y: &two", "  y: &two"),
-    "merge of a merge, used twice": """
-definitions:
+  x: &one {source: a, day: 1}
+  y: &two {day: 2, rate: 0.25}
   a: &a {cron: "0 1 * * *", timezone: UTC}
   b: &b {<<: *a, timezone: Europe/Berlin}
   c: &c {<<: *b, slug: c}
-deployments:
-  - {name: d, entrypoint: "flow.py:etl", work_pool: {name: POOL}, schedules: [*c, {<<: *c, slug: d}, *b]}
-""",
-    "anchors on merged mappings": """
-definitions:
   tiny: &tiny {name: POOL, job_variables: {cpu: 1}}
-  large:
-    <<: &small
+  grown:
+    <<: &middle
       <<: *tiny
       job_variables: {cpu: 2}
     work_queue_name: urgent
   listed: {<<: [*tiny, &other {<<: *tiny, work_queue_name: urgent}]}
-deployments:
-  - {name: d, entrypoint: "flow.py:etl", work_pool: *small}
-  - {name: e, entrypoint: "flow.py:etl", work_pool: {<<: *other, job_variables: {cpu: 3}}}
-  - {<<: &base {name: f, entrypoint: "flow.py:etl", work_pool: *other}, name: g}
-  - *base
-""",
-    "anchors under other keys": """
+  unused: "{{ $NO_SUCH_THING }}"
 x-pools: &urgent {name: POOL, work_queue_name: urgent}
 .common: &common {tags: [x], description: "{{ $A_TEXT }}"}
 _schedules:
   daily: &daily {cron: "0 1 * * *", timezone: UTC}
 x-unused: {description: "{{ $NO_SUCH_THING }}", cron: "{{ prefect.variables.VAR_absent }}"}
-definitions: {unused: "{{ $NO_SUCH_THING }}"}
+pull: []
 deployments:
-  - {<<: *common, name: d, entrypoint: "flow.py:etl", work_pool: *urgent, schedules: [*daily]}
+  - {name: alias, entrypoint: "flow.py:etl", work_pool: *small}
+  - {name: alias of a merge, entrypoint: "flow.py:etl", work_pool: *large}
+  - {name: merge of an alias, entrypoint: "flow.py:etl", work_pool: {<<: *large, work_queue_name: urgent}}
+  - &base {name: anchor, entrypoint: "flow.py:etl", work_pool: *large, tags: [x]}
+  - {<<: *base, name: name after a merge, tags: [y]}
+  - {name: name before a merge, <<: *base}
+  - {name: list of merges, entrypoint: "flow.py:etl", work_pool: {name: POOL}, parameters: {<<: [*one, *two], 'on': false}}
+  - {name: two merges, entrypoint: "flow.py:etl", work_pool: {name: POOL}, parameters: {<<: *two, <<: *one}}
+  - {name: used twice, entrypoint: "flow.py:etl", work_pool: {name: POOL}, schedules: [*c, {<<: *c, slug: d}, *b]}
+  - {name: anchor on a merged mapping, entrypoint: "flow.py:etl", work_pool: *middle}
+  - {name: anchor in a list of merges, entrypoint: "flow.py:etl", work_pool: {<<: *other, job_variables: {cpu: 3}}}
+  - {<<: &merged {name: merged deployment, entrypoint: "flow.py:etl", work_pool: *other}, name: anchor on a merge}
+  - *merged
+  - {<<: *common, name: under other keys, entrypoint: "flow.py:etl", work_pool: *urgent, schedules: [*daily]}
+  - {name: pull left to nobody, entrypoint: "flow.py:etl", work_pool: *urgent, pull: null}
 """,
     "anchors under a key of any name": "pools: &urgent {name: POOL}\n" + one(pool="*urgent"),
     # environment
@@ -302,8 +290,6 @@ deployments:
         pool="{name: '{{ $THE_POOL }}', work_queue_name: '{{ $QUEUE }}', job_variables: {image: '{{ $A_TEXT }}'}}",
         more="pull: []",
     ),
-    "pull from the environment": "pull:\n- prefect.deployments.steps.set_working_directory: {directory: '/x/{{ $A_TEXT }}'}\n"
-    + one(),
     # variables and blocks
     "parameter from a variable": one("parameters: {source: '{{ prefect.variables.VAR_text }}'}"),
     "typed parameters from variables": one(
@@ -348,8 +334,6 @@ deployments:
     "job variables from variables": one(
         pool="{name: POOL, job_variables: {cpu: '{{ prefect.variables.VAR_number }}', env: {A: '{{ prefect.variables.VAR_text }}'}}}"
     ),
-    "pull with a variable": "pull:\n- prefect.deployments.steps.set_working_directory: {directory: '{{ prefect.variables.VAR_text }}'}\n"
-    + one(),
     "trigger enabled by a variable": one("triggers: [{expect: [a.b], enabled: '{{ prefect.variables.VAR_truth }}'}]"),
     "limit from a variable": one("concurrency_limit: '{{ prefect.variables.VAR_number }}'"),
     "parameter from a block": one("parameters: {source: '{{ prefect.blocks.secret.VAR-token }}'}"),
@@ -577,15 +561,15 @@ deployments:
     "parameter of a template": one("parameters: {source: {__prefect_kind: jinja, template: '{{ 1 + 1 }}'}}"),
     # others
     "pull of its own": one("pull:\n- prefect.deployments.steps.git_clone: {repository: 'https://x.y/z', branch: main}"),
-    "pull of nothing": "pull:\n- prefect.deployments.steps.set_working_directory: {directory: /x}\n" + one("pull: []"),
-    "pull left to the file": "pull:\n- prefect.deployments.steps.set_working_directory: {directory: /x}\n"
-    + one("pull: null"),
-    "pull left to nobody": "pull: []\n" + one("pull: null"),
+    "pull of the file": "pull:\n- prefect.deployments.steps.set_working_directory: {directory: '/x/{{ $A_TEXT }}'}\n"
+    "- prefect.deployments.steps.set_working_directory: {directory: '{{ prefect.variables.VAR_text }}'}\n"
+    "- prefect.deployments.steps.git_clone: {repository: 'https://x.y/z', id: c}\n"
+    "- prefect.deployments.steps.run_shell_script: {script: 'ls {{ c.directory }}', directory: '{{ c.directory }}'}\n"
+    + one(name="of the file")
+    + one("pull: null", name="left to the file").removeprefix("deployments:\n")
+    + one("pull: []", name="nothing").removeprefix("deployments:\n"),
     "pull as a mapping": "pull: {prefect.deployments.steps.set_working_directory: {directory: /x}}\n" + one(),
     "pull of an empty mapping": one("pull: {}"),
-    "pull with outputs of steps": "pull:\n- prefect.deployments.steps.git_clone: {repository: 'https://x.y/z', id: c}\n"
-    "- prefect.deployments.steps.run_shell_script: {script: 'ls {{ c.directory }}', directory: '{{ c.directory }}'}\n"
-    + one(),
     "image and no pull": one(pool="{name: POOL, job_variables: {image: x}}"),
     "job variables": one(
         pool="{name: POOL, work_queue_name: urgent, job_variables: {cpu: 2, env: {A: b}, other: null}}"
@@ -761,3 +745,42 @@ BEYOND = {
     "date as a description",
 }
 """Cases that a sync accepts, while `prefect deploy` fails or writes a block's secrets into the deployment."""
+
+
+NEEDED = ("name: d\n", "work_pool: {name: POOL}\n")
+"""Lines of a case that are there only because a deployment needs them."""
+
+
+def combine(names: Iterable[str]) -> tuple[str, list[str]]:
+    """Return one file with all cases about a single deployment, and the files of the other cases.
+
+    Cases that set different keys of one flow's deployment share a deployment: each costs both commands many requests.
+    """
+    shared: list[tuple[list[str], dict[str, str]]] = []
+    others = []
+    for name in names:
+        if not CORPUS[name].startswith("deployments:\n  - "):
+            others.append(CORPUS[name])
+            continue
+        case = _lines_by_key(CORPUS[name].removeprefix("deployments:\n  - "))
+        for cases, lines in shared:
+            if all(lines[key] == case[key] or {lines[key], case[key]} & {*NEEDED} for key in lines.keys() & case):
+                cases.append(name)
+                lines |= {key: text for key, text in case.items() if text not in NEEDED}
+                break
+        else:
+            shared.append(([name], case))
+    entries = []
+    for number, (cases, lines) in enumerate(shared):
+        entry = "    ".join(lines.values()).replace("name: d\n", f"name: d{number}\n", 1)
+        entries.append(f"  # {'; '.join(cases)}\n  - {entry}")
+    return "deployments:\n" + "".join(entries), others
+
+
+def _lines_by_key(entry: str) -> dict[str, str]:
+    """Return the lines of an entry of `deployments`, those of `schedule` and `schedules` together."""
+    found: dict[str, str] = {}
+    for text in re.split(r"^    (?=\w)", entry, flags=re.MULTILINE):
+        key = text.partition(":")[0].replace("schedules", "schedule")
+        found[key] = f"{found[key]}    {text}" if key in found else text
+    return found

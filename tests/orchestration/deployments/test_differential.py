@@ -21,10 +21,6 @@ from tests.orchestration.deployments.corpus import CORPUS
 from tests.orchestration.deployments.differential import Sides, deploying, differences
 from tests.parts import client_of, examples
 
-DEPLOYMENTS_PER_FILE = 60
-
-FIRST = "deployments:\n  - name: d\n"
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -99,20 +95,17 @@ def check_same_state(sides: Sides) -> None:
     sides.clear()
 
 
-SEPARATE = [name for name in CORPUS if name not in {*corpus.REFUSED, *corpus.REFUSED_BY_PLAN, *corpus.BEYOND}]
-COMBINABLE = [name for name in SEPARATE if CORPUS[name].startswith(FIRST)]
+SAME = [name for name in CORPUS if name not in {*corpus.REFUSED, *corpus.REFUSED_BY_PLAN, *corpus.BEYOND}]
 
 
 def test_sync_of_the_corpus_leaves_the_same_state_as_prefect_deploy(sides: Sides) -> None:
-    for start in range(0, len(COMBINABLE), DEPLOYMENTS_PER_FILE):
-        names = COMBINABLE[start : start + DEPLOYMENTS_PER_FILE]
-        entries = [f"  - name: d{number}\n{CORPUS[name].removeprefix(FIRST)}" for number, name in enumerate(names)]
-        write(sides, "deployments:\n" + "".join(entries))
+    together, others = corpus.combine(SAME)
+    # With all that an editor may add to a file: a byte order mark, a document marker and carriage returns.
+    write(sides, ("\ufeff---\n" + together).replace("\n", "\r\n"))
+    check_same_state(sides)
+    for file in others:
+        write(sides, file)
         check_same_state(sides)
-    for name in SEPARATE:
-        if name not in COMBINABLE:
-            write(sides, CORPUS[name])
-            check_same_state(sides)
 
 
 def test_refusal_names_the_line_and_changes_nothing(sides: Sides) -> None:
@@ -132,11 +125,12 @@ def test_refusal_names_the_line_and_changes_nothing(sides: Sides) -> None:
 
 
 def test_file_that_only_prefect_deploy_refuses_is_synced(sides: Sides) -> None:
-    for name in corpus.BEYOND:
-        write(sides, CORPUS[name])
+    together, others = corpus.combine(sorted(corpus.BEYOND))
+    for file in (together, *others):
+        write(sides, file)
         failed, _ = sides.sync("--prune")
-        assert not failed, f"{name}: {failed}"
-        assert sides.run("plan")[0] == 0, name
+        assert not failed, f"{failed} of {file}"
+        assert sides.run("plan")[0] == 0, file
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), min_size=1, max_size=8)
