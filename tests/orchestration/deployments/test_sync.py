@@ -13,6 +13,7 @@ from typing import Any
 from unittest.mock import AsyncMock, patch
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from orchestration.deployments import live_state, record
 from orchestration.prefect_api import Server
@@ -68,7 +69,7 @@ def write_all_kinds(project: Project) -> None:
     project.write(deployment, {"name": "b"}, **all_other_kinds(project))
 
 
-def test_first_sync_creates_every_kind_and_second_changes_nothing(project: Project) -> None:
+def test_first_sync_creates_every_kind_and_second_and_prefect_deploy_change_nothing(project: Project) -> None:
     write_all_kinds(project)
     status, planned = project.run("plan")
     assert status == 2
@@ -94,6 +95,19 @@ def test_first_sync_creates_every_kind_and_second_changes_nothing(project: Proje
     assert [queue["name"] for queue in queues] == ["urgent", "default", "slow"]
     project.sync("--prune")
     assert project.existing("a") == made
+    # `prefect deploy` reads the same file.
+    done = subprocess.run(
+        [Path(sys.executable).with_name("prefect"), "--no-prompt", "deploy", "--all"],
+        cwd=project.folder, env=_env(project), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    status, planned = project.run("plan", "--json")
+    assert status == 2
+    # Without a version in the file, Prefect sets a hash of flow.py. Nothing else differs.
+    hashed = md5((project.folder / "flow.py").read_bytes(), usedforsecurity=False).hexdigest()
+    (change,) = json.loads(planned)["changes"]
+    assert (change["action"], change["key"]) == ("change", f"etl/{project.unique('b')}")
+    assert change["fields"] == [{"field": "version", "old": hashed, "new": None}]
 
 
 def test_file_system_is_a_block_that_prefect_loads(project: Project) -> None:
@@ -120,10 +134,14 @@ def test_file_system_is_a_block_that_prefect_loads(project: Project) -> None:
         RemoteFileSystem.load(name)
 
 
-def test_sync_changes_only_what_differs(project: Project) -> None:
+def test_sync_changes_only_what_differs_and_schedules_its_runs(project: Project) -> None:
     project.write({"name": "a", "schedules": [HOURLY]}, {"name": "b", "schedules": [HOURLY]})
-    project.sync()
+    project.prepare()
     untouched = project.existing("b")
+    path = f"/deployments/{project.existing('a')['id']}/schedule"
+    project.api.post(path, json={}).raise_for_status()
+    before = [run["expected_start_time"] for run in project.runs("a")]
+    assert before
     project.write({"name": "a", "schedules": [HOURLY], "parameters": {"day": 9}}, {"name": "b", "schedules": [HOURLY]})
     status, planned = project.run("plan", "--json")
     assert status == 2
@@ -133,17 +151,6 @@ def test_sync_changes_only_what_differs(project: Project) -> None:
     assert "1 changed" in output
     assert project.existing("a")["parameters"] == {"day": 9}
     assert project.existing("b") == untouched
-
-
-def test_scheduled_runs_exist_when_the_sync_ends(project: Project) -> None:
-    project.write({"name": "a", "schedules": [HOURLY]})
-    project.sync()
-    path = f"/deployments/{project.existing('a')['id']}/schedule"
-    project.api.post(path, json={}).raise_for_status()
-    before = [run["expected_start_time"] for run in project.runs("a")]
-    assert before
-    project.write({"name": "a", "schedules": [HOURLY], "parameters": {"day": 9}})
-    project.sync()
     after = project.runs("a")
     assert [run["expected_start_time"] for run in after][: len(before)] == before
     assert {run["parameters"]["day"] for run in after} == {9}
@@ -151,7 +158,7 @@ def test_scheduled_runs_exist_when_the_sync_ends(project: Project) -> None:
 
 def test_changed_schedule_keeps_its_id(project: Project) -> None:
     project.write({"name": "a", "schedules": [DAILY, HOURLY]})
-    project.sync()
+    project.prepare()
     before = {schedule["slug"]: schedule["id"] for schedule in project.existing("a")["schedules"]}
     project.write({"name": "a", "schedules": [DAILY | {"cron": "0 7 * * *"}, HOURLY | {"parameters": {"day": 5}}]})
     project.sync()
@@ -189,7 +196,7 @@ def test_schedule_with_a_new_slug_keeps_late_runs_and_pause(project: Project) ->
         return states, [time for time in due if time < began], len(due) - len(set(due))
 
     write(0)
-    project.sync()
+    project.prepare()
     began = datetime.now(UTC).isoformat()  # a run may become due between two looks
     before = {}
     for name in changes:
@@ -211,7 +218,7 @@ def test_schedule_with_a_new_slug_keeps_late_runs_and_pause(project: Project) ->
 
 def test_pause_survives_a_sync_unless_the_file_resumes(project: Project) -> None:
     project.write({"name": "a", "schedules": [DAILY, HOURLY]})
-    project.sync()
+    project.prepare()
     made = project.existing("a")
     daily = next(schedule["id"] for schedule in made["schedules"] if schedule["slug"] is None)
     project.api.patch(f"/deployments/{made['id']}/schedules/{daily}", json={"active": False}).raise_for_status()
@@ -234,7 +241,7 @@ def test_pause_survives_a_sync_unless_the_file_resumes(project: Project) -> None
 
 def test_prune_deletes_only_objects_of_the_owner(project: Project) -> None:
     project.write({"name": "a"}, {"name": "b"}, **all_other_kinds(project))
-    project.sync()
+    project.prepare()
     by_hand = project.api.post(
         "/deployments/", json={"name": project.unique("hand"), "flow_id": project.existing("a")["flow_id"]}
     )
@@ -261,7 +268,7 @@ def test_automation_of_a_person_stays_next_to_the_triggers(project: Project) -> 
     """Also if it only runs the deployment, or has the name of a trigger."""
     trigger = {"name": "landed", "expect": ["orders.landed"]}
     project.write({"name": "a", "triggers": [trigger, {"expect": ["x.y"]}]})
-    project.sync()
+    project.prepare()
     deployment = project.existing("a")["id"]
 
     def automations() -> list[dict[str, Any]]:
@@ -300,7 +307,7 @@ def test_automation_of_a_person_stays_next_to_the_triggers(project: Project) -> 
 
 def test_object_of_another_owner_needs_adopt(project: Project) -> None:
     project.write({"name": "a"})
-    project.sync()
+    project.prepare()
     flow = project.existing("a")["flow_id"]
     body = {"name": project.unique("hand"), "flow_id": flow, "description": "By hand"}
     project.api.post("/deployments/", json=body).raise_for_status()
@@ -328,7 +335,7 @@ def test_object_of_another_owner_needs_adopt(project: Project) -> None:
 
 def test_pruned_deployment_is_deleted_after_its_runs_end(project: Project) -> None:
     project.write({"name": "a"}, {"name": "b", "schedules": [HOURLY]})
-    project.sync()
+    project.prepare()
     run = project.start("b")
     project.write({"name": "a"})
     output = project.sync("--prune")
@@ -342,7 +349,7 @@ def test_pruned_deployment_is_deleted_after_its_runs_end(project: Project) -> No
 
 def test_deployment_paused_by_a_prune_is_resumed_when_the_file_has_it_again(project: Project) -> None:
     project.write({"name": "a"}, {"name": "b", "schedules": [HOURLY]})
-    project.sync()
+    project.prepare()
     project.start("b")
     project.write({"name": "a"})
     project.sync("--prune")
@@ -371,7 +378,7 @@ def test_invalid_job_variables_are_refused_before_any_change(project: Project) -
     assert project.deployment("good") is None
     bad["work_pool"]["job_variables"]["command"] = "true"  # type: ignore[index]
     project.write(bad, {"name": "good"}, work_pools=[pool])
-    project.sync()
+    project.prepare()
 
 
 def test_refused_object_is_named_and_the_others_are_synced(project: Project) -> None:
@@ -388,23 +395,20 @@ def test_refused_object_is_named_and_the_others_are_synced(project: Project) -> 
     template["variables"]["properties"]["b"] = {"type": "string"}
     project.write(work_pools=[bad, good])
     assert "was cut off" in project.run("plan")[1]
-    project.sync()
+    project.prepare()
 
 
-@pytest.mark.parametrize("same", [True, False])
-def test_two_concurrent_syncs_succeed(project: Project, same: bool) -> None:
+def test_two_concurrent_syncs_succeed(project: Project) -> None:
+    """The two want the same of four deployments, and other schedules of four."""
     schedules = [DAILY, HOURLY, {"cron": "*/5 * * * *"}]
     triggers = [{"expect": ["x.y"]}]
-    project.write({"name": "a"})
-    project.sync()
-    names = "bcdefgh"
-    project.write(
-        *({"name": name, "schedules": schedules, "triggers": triggers} for name in "a" + names), file="one.yaml"
-    )
-    project.write(
-        *({"name": name, "schedules": schedules if same else [DAILY], "triggers": triggers} for name in "a" + names),
-        file="two.yaml",
-    )
+    project.write({"name": "a"}, {"name": "e"})
+    project.prepare()
+    same, different = "abcd", "efgh"
+    wanted = {name: {"name": name, "schedules": schedules, "triggers": triggers} for name in same + different}
+    project.write(*wanted.values(), file="one.yaml")
+    others = {name: wanted[name] | {"schedules": [DAILY]} for name in different}
+    project.write(*(wanted | others).values(), file="two.yaml")
     command = [sys.executable, "-m", "orchestration", "sync", "--prune"]
     both = [
         subprocess.Popen(
@@ -414,11 +418,10 @@ def test_two_concurrent_syncs_succeed(project: Project, same: bool) -> None:
     ]
     outputs = [process.communicate(timeout=400)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], "\n".join(output[-1500:] for output in outputs)
-    if same:
-        assert project.run("plan", "--prune", "one.yaml")[0] == 0, outputs
-    else:
-        project.sync("--prune", "one.yaml")
-    for name in "a" + names:
+    planned = json.loads(project.run("plan", "--prune", "one.yaml", "--json")[1])["changes"]
+    assert {change["key"] for change in planned} <= {f"etl/{project.unique(name)}" for name in different}, outputs
+    project.sync("--prune", "one.yaml")
+    for name in same + different:
         assert len(project.existing(name)["schedules"]) == 3
         related = project.api.get(f"/automations/related-to/prefect.deployment.{project.existing(name)['id']}").json()
         assert len(related) == 1
@@ -445,7 +448,7 @@ def sync_before_first(read: Callable[[Server], Awaitable[Any]], project: Project
 
 def test_sync_during_a_look_is_no_drift(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     project.write({"name": "a"})
-    project.sync()
+    project.prepare()
     project.write({"name": "a", "description": "Another"})
     late = sync_before_first(live_state.read_all, project)
     monkeypatch.setattr(live_state, "read_all", late)
@@ -463,7 +466,7 @@ def test_first_sync_during_a_look_is_found(project: Project, monkeypatch: pytest
 
 def test_drift_names_field_values_and_time(project: Project) -> None:
     project.write({"name": "a", "schedules": [DAILY]}, {"name": "b"})
-    project.sync()
+    project.prepare()
     assert project.run("diff")[0] == 0
     made = project.existing("a")
     project.api.patch(f"/deployments/{made['id']}", json={"description": "Other"}).raise_for_status()
@@ -483,21 +486,23 @@ def test_drift_names_field_values_and_time(project: Project) -> None:
     assert "has never synced" in project.run("diff", "--owner", "absent-owner")[1]
 
 
-def test_unreachable_api_is_an_error_and_not_an_empty_server(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_api_is_an_error_and_not_an_empty_server(project: Project) -> None:
     """An empty answer would make a sync create everything, and a prune delete everything."""
     project.write({"name": "a"})
-    environment = _env(project)
-    command = [sys.executable, "-m", "orchestration", "plan"]
-    for url, reason in (
-        (f"http://127.0.0.1:{free_port()}/api", "does not answer"),
-        (environment["PREFECT_API_URL"].removesuffix("/api"), "not a Prefect API"),
-    ):
-        done = subprocess.run(
-            command, env=environment | {"PREFECT_API_URL": url}, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 1, done.stdout
-        assert reason in done.stderr
-        assert "Traceback" not in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestration", "plan"],
+        env=_env(project) | {"PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout
+    assert "does not answer" in done.stderr
+    assert "Traceback" not in done.stderr
+    with temporary_settings({PREFECT_API_URL: str(project.api.base_url).rstrip("/").removesuffix("/api")}):
+        status, output = project.run("plan")
+    assert status == 1
+    assert "not a Prefect API" in output
 
 
 def test_unknown_pool_or_queue_and_changed_pool_type_are_refused(project: Project) -> None:
@@ -508,28 +513,11 @@ def test_unknown_pool_or_queue_and_changed_pool_type_are_refused(project: Projec
     project.write({"name": "a", "work_pool": {"name": project.pool, "work_queue_name": "urgnt"}})
     assert "uses the queue urgnt" in project.run("plan")[1]
     project.write({"name": "a"})
-    project.sync()
+    project.prepare()
     project.write({"name": "a"}, work_pools=[{"name": project.pool, "type": "docker"}])
     status, output = project.run("sync")
     assert status == 1
     assert "is of type process, not docker" in output
-
-
-def test_prefect_deploy_reads_the_same_file(project: Project) -> None:
-    write_all_kinds(project)
-    project.sync()
-    done = subprocess.run(
-        [Path(sys.executable).with_name("prefect"), "--no-prompt", "deploy", "--all"],
-        cwd=project.folder, env=_env(project), capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    status, planned = project.run("plan", "--json")
-    assert status == 2
-    # Without a version in the file, Prefect sets a hash of flow.py. Nothing else differs.
-    hashed = md5((project.folder / "flow.py").read_bytes(), usedforsecurity=False).hexdigest()
-    (change,) = json.loads(planned)["changes"]
-    assert (change["action"], change["key"]) == ("change", f"etl/{project.unique('b')}")
-    assert change["fields"] == [{"field": "version", "old": hashed, "new": None}]
 
 
 def test_values_of_the_environment_are_masked(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
