@@ -195,7 +195,7 @@ def _names(message: str, paths: list[values.Path]) -> bool:
 def _drawn(draw: st.DrawFn, chart: str, mistaken: bool = False) -> tuple[Object, list[values.Path]]:
     """Draw keys with values that the schema accepts. If `mistaken`, one value has a wrong type."""
     of_chart = values.keys(chart)
-    paths = draw(st.lists(st.sampled_from(sorted(of_chart)), min_size=1, max_size=2 if mistaken else 4, unique=True))
+    paths = draw(st.lists(st.sampled_from(sorted(of_chart)), min_size=1, max_size=2 if mistaken else 6, unique=True))
     given: Object = draw(st.sampled_from(WAYS[chart]))
     for path in paths:
         given = values.put(given, path, draw(of_chart[path]))
@@ -217,11 +217,11 @@ def _tried(chart: str, judge: Judge, share: float, mistaken: bool) -> None:
 
 
 def test_valid_values_are_accepted_by_servers_or_refused_with_their_key(chart: str, judge: Judge) -> None:
-    _tried(chart, judge, share=0.35, mistaken=False)
+    _tried(chart, judge, share=0.15, mistaken=False)
 
 
 def test_values_of_another_type_are_accepted_by_servers_or_refused_with_their_key(chart: str, judge: Judge) -> None:
-    _tried(chart, judge, share=0.15, mistaken=True)
+    _tried(chart, judge, share=0.1, mistaken=True)
 
 
 NOWHERE = {
@@ -250,7 +250,7 @@ def test_every_value_changes_the_rendered_objects(chart: str) -> None:
     of_chart = values.keys(chart)
     names = sorted(path for path in of_chart if ".".join(path) not in NOWHERE)
 
-    @settings(max_examples=examples(0.15), deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples(0.1), deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.sampled_from(names), st.data())
     def tried(path: values.Path, data: st.DataObject) -> None:
         default = yaml.safe_load((ROOT / "helm" / chart / "values.yaml").read_text())
@@ -325,56 +325,38 @@ def test_schema_requires_keys_that_templates_need(chart: str) -> None:
     check(yaml.safe_load((ROOT / "helm" / chart / "values.yaml").read_text()), root, "")
 
 
-LONGEST = "a" * 53
-
-CASES: dict[str, tuple[str, Object, str]] = {
-    "quantities as numbers": (
-        "prefect-work-pool",
-        {"runs": {"resources": {"requests": {"cpu": 2, "memory": "1Gi"}, "limits": {"memory": 2_000_000_000}}}},
-        "test",
-    ),
-    "variables as numbers": (
-        "prefect-work-pool",
-        {"runs": {"env": [{"name": "PORT", "value": 8080}, {"name": "DEBUG", "value": True}]}},
-        "test",
-    ),
-    "longest name with a volume of results": (
-        "prefect-work-pool",
-        {"runs": {"results": {"storage": "volume"}}},
-        LONGEST,
-    ),
-    "longest name with a database": ("prefect-server", {}, LONGEST),
-    "a volume in place of the chart's": (
-        "prefect-work-pool",
-        {"runs": {"pod": {"volumes": [{"name": "tmp", "emptyDir": {"sizeLimit": "20Gi"}}]}}},
-        "test",
-    ),
-    "one label in two places": (
-        "prefect-work-pool",
-        {"commonLabels": {"team": "a"}, "pod": {"labels": {"team": "b"}}, "runs": {"labels": {"team": "c"}}},
-        "test",
-    ),
-    "templates of Vault": (
-        "prefect-server",
-        {"pod": {"annotations": {"a": '{{- with secret "db" -}}{{ .Data.data.password }}{{- end }}'}}},
-        "test",
-    ),
-    "numbers from 10^6 on": (
-        "prefect-work-pool",
-        {
-            "pool": {"concurrencyLimit": 2_000_000, "queues": [{"name": "a", "priority": 1_000_000}]},
-            "runs": {"terminationGracePeriodSeconds": 3_000_000, "ttlSecondsAfterFinished": 2_000_000},
-            "worker": {"terminationGracePeriodSeconds": 3_000_000, "prefetchSeconds": 1_000_000},
+VALID: dict[str, Object] = {
+    "prefect-server": {
+        # Templates of Vault.
+        "pod": {"annotations": {"a": '{{- with secret "db" -}}{{ .Data.data.password }}{{- end }}'}},
+        # Another strategy than the default's.
+        "api": {"strategy": {"type": "Recreate"}},
+    },
+    "prefect-work-pool": {
+        # One label in two places.
+        "commonLabels": {"team": "a"},
+        "pod": {"labels": {"team": "b"}},
+        "pool": {"concurrencyLimit": 2_000_000, "queues": [{"name": "a", "priority": 1_000_000}]},
+        "worker": {"terminationGracePeriodSeconds": 3_000_000, "prefetchSeconds": 1_000_000},
+        "runs": {
+            "labels": {"team": "c"},
+            # Quantities and variables as numbers.
+            "resources": {"requests": {"cpu": 2, "memory": "1Gi"}, "limits": {"memory": 2_000_000_000}},
+            "env": [{"name": "PORT", "value": 8080}, {"name": "DEBUG", "value": True}],
+            "terminationGracePeriodSeconds": 3_000_000,
+            "ttlSecondsAfterFinished": 2_000_000,
+            "results": {"storage": "volume"},
+            # A volume in place of the chart's.
+            "pod": {"volumes": [{"name": "tmp", "emptyDir": {"sizeLimit": "20Gi"}}]},
         },
-        "test",
-    ),
-    "another strategy than the default's": ("prefect-server", {"api": {"strategy": {"type": "Recreate"}}}, "test"),
+    },
 }
+"""By chart, values that charts often render wrong. Go prints numbers from 10^6 on with an exponent."""
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_values_that_kubernetes_takes_are_accepted(judge: Judge, case: tuple[str, Object, str]) -> None:
-    assert judge.refusal(*case) is None
+@pytest.mark.parametrize("release", ["test", "a" * 53], ids=["short", "longest"])
+def test_values_that_kubernetes_takes_are_accepted(judge: Judge, chart: str, release: str) -> None:
+    assert judge.refusal(chart, VALID[chart], release) is None
 
 
 def test_cloudnative_pg_is_refused_where_the_cluster_is_not_ready(
@@ -506,19 +488,22 @@ def test_other_resources_are_the_same_for_all_runs(judge: Judge) -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("given_value", "text"),
-    [(2_000_000, "2000000"), (-5_000_000, "-5000000"), (0.25, "0.25"), (True, "true"), ("{{ x }}", "{{ x }}")],
-    ids=str,
-)
-def test_setting_keeps_its_written_text(chart: str, given_value: Any, text: str) -> None:
-    objects = render(chart, {"image": {"tag": "1"}, "settings": {"PREFECT_A": given_value}})
+def test_setting_keeps_its_written_text(chart: str) -> None:
+    given = {
+        "PREFECT_A": 2_000_000,
+        "PREFECT_B": -5_000_000,
+        "PREFECT_C": 0.25,
+        "PREFECT_D": True,
+        "PREFECT_E": "{{ x }}",
+    }
+    written = {name: str(value).lower() for name, value in given.items()}
+    objects = render(chart, {"image": {"tag": "1"}, "settings": given})
     for name, spec in pod_specs(objects).items():
         [container] = [
             candidate for candidate in spec["containers"] if candidate["name"] in ("api", "services", "worker", "sync")
         ] or [None]
         if container:
-            assert environment(container)["PREFECT_A"] == text, name
+            assert environment(container).items() >= written.items(), name
 
 
 def test_component_value_wins_even_if_false() -> None:
