@@ -53,7 +53,7 @@ DEPLOYMENTS = st.fixed_dictionaries(
     },
 )
 FILES = st.fixed_dictionaries(
-    {"deployments": st.lists(DEPLOYMENTS, min_size=2, max_size=5)},
+    {"deployments": st.lists(DEPLOYMENTS, min_size=4, max_size=8)},
     optional={
         "variables": st.lists(st.fixed_dictionaries({"value": JSON}), max_size=2),
         "remote_file_systems": st.lists(
@@ -74,7 +74,7 @@ FILES = st.fixed_dictionaries(
 
 @given(file=FILES)
 @settings(
-    max_examples=examples(0.05),  # each sends requests to a server ten times
+    max_examples=examples(0.02),  # each sends requests to a server ten times
     phases=[Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -92,7 +92,7 @@ def test_sync_of_an_export_changes_nothing(project: Project, file: dict[str, Any
     assert status == 0, output
     status, output = project.run("plan", "--prune", "exported.yaml")
     assert status == 0, output
-    project.sync("--prune", "exported.yaml")
+    project.prepare("--prune", "exported.yaml")
 
 
 FILLED = "{{ $HOME }}"

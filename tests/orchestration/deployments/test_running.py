@@ -23,30 +23,27 @@ BASE: dict[str, Any] = {
 
 CHANGES: dict[str, dict[str, Any]] = {
     "nothing": {},
-    "description": {"description": "After"},
-    "version": {"version": "2"},
-    "tags": {"tags": ["new"]},
-    "entrypoint": {"entrypoint": "./flow.py:etl"},
-    "pull": {"pull": []},
+    "metadata": {"description": "After", "version": "2", "tags": ["new"]},
+    "execution": {
+        "entrypoint": "./flow.py:etl",
+        "pull": [],
+        "job_variables": {"a": "b"},
+        "parameters": {"day": 2},
+        "enforce_parameter_schema": False,
+    },
     "pool": {"work_pool_name": "second"},
     "queue": {"work_queue_name": "other"},
-    "job-variables": {"job_variables": {"a": "b"}},
-    "parameters": {"parameters": {"day": 2}},
-    "enforcement": {"enforce_parameter_schema": False},
     "limit-removed": {"concurrency_limit": None},
     "limit-raised": {"concurrency_limit": 5},
     "limit-lowered": {"concurrency_limit": 1},
     "strategy": {"concurrency_limit": {"limit": 2, "collision_strategy": "CANCEL_NEW"}},
     "strategy-and-limit-removed": {"concurrency_limit": None, "description": "After"},
     "paused": {"paused": True},
-    "schedule-added": {"schedules": [HOURLY, NIGHTLY]},
-    "schedule-changed": {"schedules": [HOURLY | {"interval": 7200}]},
-    "schedule-parameters": {"schedules": [HOURLY | {"parameters": {"day": 3}}]},
-    "schedule-renamed": {"schedules": [HOURLY | {"slug": "each-hour"}]},
+    "schedule-added": {"schedules": [HOURLY, NIGHTLY], "triggers": [TRIGGER | {"expect": ["y.z"]}]},
+    "schedule-changed": {"schedules": [HOURLY | {"interval": 7200}], "triggers": []},
+    "schedule-renamed": {"schedules": [HOURLY | {"slug": "each-hour", "parameters": {"day": 3}}]},
     "schedule-removed": {"schedules": []},
     "schedule-off": {"schedules": [HOURLY | {"active": False}]},
-    "trigger-changed": {"triggers": [TRIGGER | {"expect": ["y.z"]}]},
-    "trigger-removed": {"triggers": []},
 }
 """What a sync changes, by deployment."""
 
@@ -150,7 +147,7 @@ def test_runs_in_progress_complete_whatever_a_sync_changes(project: Project) -> 
 
 def test_limit_is_kept_when_a_run_takes_a_slot_during_the_sync(project: Project) -> None:
     project.write(deployment("a", project, {}), **other_objects(project, after=False))
-    project.sync()
+    project.prepare()
     project.write(deployment("a", project, {"concurrency_limit": None}), **other_objects(project, after=False))
     runs = {"one": start(project, "a")}
     with during_sync(lambda: propose_all(project, runs["one"], "PENDING", "RUNNING")):
@@ -166,7 +163,7 @@ def test_limit_is_kept_when_a_run_takes_a_slot_during_the_sync(project: Project)
 def test_deployment_is_kept_when_a_run_begins_during_the_prune(project: Project) -> None:
     pools = other_objects(project, after=False)
     project.write(deployment("a", project, {}), deployment("b", project, {}), **pools)
-    project.sync()
+    project.prepare()
     run, other = start(project, "a"), project.existing("b")["id"]
     (project.folder / "nothing.yaml").write_text(f"name: {project.owner}\n")
     with during_sync(lambda: propose_all(project, run, "PENDING")):
@@ -186,7 +183,7 @@ def test_deployment_is_kept_when_a_run_begins_during_the_prune(project: Project)
 def test_queue_with_a_run_is_pruned_later(project: Project, when: str) -> None:
     unscheduled = deployment("a", project, {"schedules": []})  # the server may schedule runs in the queue at any time
     project.write(unscheduled, **other_objects(project, after=False))
-    project.sync()
+    project.prepare()
     runs: list[str] = []
 
     def run_in_the_queue() -> None:
@@ -209,7 +206,7 @@ def test_queue_with_a_run_is_pruned_later(project: Project, when: str) -> None:
 
 def test_deployment_kept_by_a_prune_is_resumed_when_the_file_has_it_again(project: Project) -> None:
     project.write(deployment("a", project, {}), **other_objects(project, after=False))
-    project.sync()
+    project.prepare()
     run = start(project, "a")
     (project.folder / "nothing.yaml").write_text(f"name: {project.owner}\n")
     with during_sync(lambda: propose_all(project, run, "PENDING")):
