@@ -13,7 +13,6 @@ from typing import Any
 from unittest.mock import AsyncMock, patch
 
 import pytest
-from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from orchestration.deployments import live_state, record
 from orchestration.prefect_api import Server
@@ -489,20 +488,18 @@ def test_drift_names_field_values_and_time(project: Project) -> None:
 def test_unreachable_api_is_an_error_and_not_an_empty_server(project: Project) -> None:
     """An empty answer would make a sync create everything, and a prune delete everything."""
     project.write({"name": "a"})
-    done = subprocess.run(
-        [sys.executable, "-m", "orchestration", "plan"],
-        env=_env(project) | {"PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1, done.stdout
-    assert "does not answer" in done.stderr
-    assert "Traceback" not in done.stderr
-    with temporary_settings({PREFECT_API_URL: str(project.api.base_url).rstrip("/").removesuffix("/api")}):
-        status, output = project.run("plan")
-    assert status == 1
-    assert "not a Prefect API" in output
+    environment = _env(project)
+    command = [sys.executable, "-m", "orchestration", "plan"]
+    for url, reason in (
+        (f"http://127.0.0.1:{free_port()}/api", "does not answer"),
+        (environment["PREFECT_API_URL"].removesuffix("/api"), "not a Prefect API"),
+    ):
+        done = subprocess.run(
+            command, env=environment | {"PREFECT_API_URL": url}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 1, done.stdout
+        assert reason in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_unknown_pool_or_queue_and_changed_pool_type_are_refused(project: Project) -> None:
