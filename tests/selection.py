@@ -13,7 +13,7 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
@@ -94,7 +94,8 @@ class Checkout:
 
     def __init__(self, root: Path = ROOT) -> None:
         self.root = root
-        self._references: dict[str, set[str]] = {}
+        self._trees: dict[str, ast.Module] = {}
+        self._references: dict[ast.AST, set[str]] = {}
 
     def _git(self, *arguments: str) -> list[str]:
         command = ["git", "-c", "core.quotePath=false", *arguments]
@@ -110,6 +111,10 @@ class Checkout:
     def tests(self) -> list[str]:
         """The test files, sorted."""
         return sorted(name for name in self.files if fnmatch(name, "tests/*test_*.py") and (self.root / name).exists())
+
+    @cached_property
+    def _test_names(self) -> frozenset[str]:
+        return frozenset(self.tests)
 
     def changed(self, base: str) -> set[str]:
         """Return the files that differ from the merge base of `base` and HEAD.
@@ -147,7 +152,7 @@ class Checkout:
             found.add(name)
             # Of conftest files only the used fixtures count. This file names files in READERS without reading them.
             if name.endswith(".py") and Path(name).name != "conftest.py" and name != "tests/selection.py":
-                left |= self._of_file(name) - found
+                left |= self._references_of(name, self._tree(name)) - found
         return found
 
     def _of_conftests(self, test: str) -> set[str]:
@@ -160,28 +165,30 @@ class Checkout:
                 if _is_fixture(node):
                     fixtures.append((name, node))
                 else:
-                    found = found | self._references_of(name, [node])
+                    found = found | self._references_of(name, node)
         used = _requested(self._tree(test))
         while reached := [fixture for fixture in fixtures if fixture[1].name in used]:
             fixtures = [fixture for fixture in fixtures if fixture not in reached]
             for name, node in reached:
                 used |= _requested(node)
-                found = found | self._references_of(name, [node])
+                found = found | self._references_of(name, node)
         return found
 
-    def _of_file(self, name: str) -> set[str]:
-        if name not in self._references:
-            self._references[name] = self._references_of(name, [self._tree(name)])
-        return self._references[name]
-
     def _tree(self, name: str) -> ast.Module:
-        path = self.root / name
-        return ast.parse(path.read_text() if path.exists() else "")
+        if name not in self._trees:
+            path = self.root / name
+            self._trees[name] = ast.parse(path.read_text() if path.exists() else "")
+        return self._trees[name]
 
-    def _references_of(self, name: str, nodes: Iterable[ast.AST]) -> set[str]:
-        """Return the files that parts of a Python file import or name."""
+    def _references_of(self, name: str, part: ast.AST) -> set[str]:
+        """Return the files that a part of a Python file imports or names."""
+        if part not in self._references:
+            self._references[part] = self._find_references(name, part)
+        return self._references[part]
+
+    def _find_references(self, name: str, part: ast.AST) -> set[str]:
         found: set[str] = set()
-        for node in (inner for outer in nodes for inner in ast.walk(outer)):
+        for node in ast.walk(part):
             if isinstance(node, ast.Import):
                 for alias in node.names:
                     found |= self._module(alias.name)
@@ -193,7 +200,7 @@ class Checkout:
             elif text := _text(node):
                 for token in re.findall(r"[\w./-]*\w", text):
                     # The name of a test file is no dependency: conftest.py and READERS list test files.
-                    found |= {token, str(Path(name).parent / token)} & self.files - set(self.tests)
+                    found |= ({token, str(Path(name).parent / token)} & self.files) - self._test_names
                     if re.fullmatch(r"\w+(\.\w+)+", token):
                         found |= self._module(token)
         return found
