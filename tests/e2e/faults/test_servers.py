@@ -34,11 +34,12 @@ from tests.e2e.runs import create_deployment, get_run, read, start_run, wait_for
 from tests.long.soak import Soak, soak_values
 from tests.parts import random_seed, wait_until
 
-SOAK_MINUTES, SOAK_RUNS, SOAK_FAULTS = 2, 8, 4
+SOAK_MINUTES, SOAK_RUNS, SOAK_FAULTS = 1, 5, 2
 """Size of the soak here; `make test-long FOR=soak` runs the full size."""
 
-SOAK_SEQUENCE = ("pod killed", "leader killed", "Job deleted", "worker killed", "pod evicted", "API killed")
-"""The first faults of the soak here: in a random order the few faults may all be those that hit no run."""
+SOAK_SEQUENCE = ("Job deleted", "leader killed", "API killed")
+"""The first faults of the soak here: in a random order the few faults may all be those that hit no run. Killed and evicted
+pods and killed workers have tests of their own."""
 
 
 @pytest.fixture(scope="module")
