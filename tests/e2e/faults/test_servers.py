@@ -38,8 +38,8 @@ SOAK_MINUTES, SOAK_RUNS, SOAK_FAULTS = 1, 5, 2
 """Size of the soak here; `make test-long FOR=soak` runs the full size."""
 
 SOAK_SEQUENCE = ("Job deleted", "leader killed", "API killed")
-"""The first faults of the soak here: in a random order the few faults may all be those that hit no run. Killed and evicted
-pods and killed workers have tests of their own."""
+"""The first faults of the soak here: in a random order the few faults may all be those that hit no run. Pods that are
+killed or evicted and killed workers have tests of their own."""
 
 
 @pytest.fixture(scope="module")
