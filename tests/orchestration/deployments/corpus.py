@@ -451,8 +451,9 @@ deployments:
     "trigger of everything inside of one": one(
         "triggers: [{type: compound, require: any, within: 60, triggers: [{type: event}, {type: event, expect: [b]}]}]"
     ),
+    # No resource of the server: each event of a run would start a run.
     "trigger of a resource": one(
-        "triggers: [{match: {prefect.resource.id: 'warehouse.*'}}, {match_related: {prefect.resource.role: flow}}]"
+        "triggers: [{match: {prefect.resource.id: 'warehouse.*'}}, {match_related: {prefect.resource.role: carrier}}]"
     ),
     "trigger that waits for anything": one("triggers: [{posture: Proactive, within: 3600}]"),
     "trigger with a misspelt key": one("triggers: [{expect: [a.b], match_realted: {prefect.resource.role: flow}}]"),
