@@ -72,7 +72,7 @@ def test_given_up_run_releases_its_deployment_slot(pool: Pool, api: httpx.Client
     deployment = deploy_victim(api, pool, concurrency_limit=1, concurrency_options={"collision_strategy": "ENQUEUE"})
     stuck = start_run(api, deployment, job_variables={"image": "localhost:5000/absent:1"})
     wait_for_state(api, stuck, "ImagePullBackOff", 180)
-    waiting = start_run(api, deployment, job_variables=LIGHT_RUN)
+    waiting = start_run(api, deployment)
     wait_for_state(api, stuck, "Crashed", GIVE_UP_SECONDS)
     wait_until_completed(api, waiting)
     assert get_run(api, waiting)["run_count"] == 1
