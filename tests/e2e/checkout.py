@@ -30,9 +30,8 @@ SHIPPED_CRON = "0 6 * * *"
 _HOUR = datetime.now(ZoneInfo("America/New_York")).hour
 
 CRON = f"0 {_HOUR + 12} * * *" if 3 <= _HOUR <= 6 else SHIPPED_CRON
-"""The schedule of the copy's daily deployment, by which no run starts during the tests.
-
-That of this checkout, if possible: with another prefect.yaml the copy would need an image of its own."""
+"""The schedule of the copy's daily deployment, by which no run starts during the tests. In most hours it is that of the
+checkout: with another prefect.yaml the copy would need another image."""
 
 
 @dataclass(frozen=True)
