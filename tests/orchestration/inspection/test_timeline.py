@@ -10,6 +10,7 @@ from uuid import UUID, uuid4
 import pytest
 from prefect.client.schemas.objects import FlowRun
 from prefect.events.clients import get_events_client
+from prefect.events.worker import EventsWorker
 from prefect.workers.base import BaseJobConfiguration
 from prefect_kubernetes import observer
 from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerResult
@@ -93,9 +94,12 @@ def test_timeline_has_no_entry_twice(pool: WorkPool, capsys: pytest.CaptureFixtu
 
     set_state("PENDING")
     log("Worker 'worker-1' submitting flow run", "prefect.flow_runs.worker")
-    submission = Submission(pool, run)
-    set_state("PENDING", "Submitting")
-    submission.create_job("heron-1")
+    # By a connection of their own: that of an earlier test may lead to a server that was stopped or has ended.
+    with patch.object(EventsWorker, "_instances", {}):
+        submission = Submission(pool, run)
+        set_state("PENDING", "Submitting")
+        submission.create_job("heron-1")
+        EventsWorker.drain_all(timeout=60)
     pod = ObservedPod(pool, run, "heron-1-pod", datetime.now(UTC))
     pod.observe({"phase": "Pending"}, {"phase": "Pending", "conditions": [{
         "type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "Insufficient cpu",
