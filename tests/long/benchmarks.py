@@ -70,11 +70,6 @@ load.CURVE_OPTIONS, curves.IDLE_LOAD = (), 1e9
 sys.exit(load.main(sys.argv[1:]))
 """
 
-WITHOUT_PGBOUNCER = (
-    "--replicas 1 --clients 1 --settle-seconds 0 --step-seconds 1 --minutes 0.02 --kill-seconds 0.5 --runs 4 --limit 2 "
-    "--live 3 --live-seconds 1 --report-seconds 0.5"
-)
-
 GOALS = (
     "1 API replica at 70%, one killed every 0.5 s: runs that failed",
     "1 API replica at 70%, one killed every 0.5 s: runs not Completed once",
@@ -87,7 +82,7 @@ GOALS = (
 
 def test_smallest_load_without_pgbouncer_completes_each_run_once(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, *WITHOUT_PGBOUNCER.split()],
+        [sys.executable, "-c", LOAD, *(word for word in SMALLEST["load"] if word != "--pgbouncer")],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
