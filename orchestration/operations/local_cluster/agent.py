@@ -36,6 +36,12 @@ RESYNC_SECONDS = 10.0
 """Time between rounds without a change."""
 DEBOUNCE_SECONDS = 1.0
 """Time from a change to the next round: changes come in bursts, and a round reads everything."""
+FROM_CACHE = {"resource_version": "0"}
+"""Reads and watches the API server's cache as it is.
+
+Any other version waits until the cache is as new as etcd. The node's etcd reports no progress of kinds that do not
+change, so that such a watch would end after 3 s: https://kubernetes.io/docs/reference/using-api/api-concepts
+"""
 SIMULATED = "tests/simulated"
 """Label of simulated pods. They need nothing from the node, and thousands of them would keep the agent busy."""
 NOT_ENDED = "status.phase!=Succeeded,status.phase!=Failed"
@@ -112,8 +118,8 @@ def equalize_cpu_weights() -> None:
 
 def provide_volumes(core: client.CoreV1Api, folder: Path) -> None:
     """Create a volume for each claim that a pod waits for, and delete the volumes of deleted claims."""
-    volumes = {volume.metadata.name: volume for volume in core.list_persistent_volume().items}
-    for claim in core.list_persistent_volume_claim_for_all_namespaces().items:
+    volumes = {volume.metadata.name: volume for volume in core.list_persistent_volume(**FROM_CACHE).items}
+    for claim in core.list_persistent_volume_claim_for_all_namespaces(**FROM_CACHE).items:
         annotations = claim.metadata.annotations or {}
         node = annotations.get("volume.kubernetes.io/selected-node")
         name = f"pvc-{claim.metadata.uid}"
@@ -154,7 +160,7 @@ def _watch(read: Any, *changed: threading.Event) -> None:
     """Watch objects of a kind, and set `changed` on each event. The first events are of the objects that exist."""
     while True:
         try:
-            for _ in read(watch=True, timeout_seconds=300, _preload_content=False).stream(amt=None):
+            for _ in read(watch=True, timeout_seconds=300, _preload_content=False, **FROM_CACHE).stream(amt=None):
                 for one in changed:
                     one.set()
         except Exception:
@@ -163,7 +169,7 @@ def _watch(read: Any, *changed: threading.Event) -> None:
 
 def _items(read: Any) -> list[dict[str, Any]]:
     """Return all objects of a kind as JSON. The client's models cost ten times the processor time."""
-    found: list[dict[str, Any]] = json.loads(read(_preload_content=False).data)["items"]
+    found: list[dict[str, Any]] = json.loads(read(_preload_content=False, **FROM_CACHE).data)["items"]
     return found
 
 

@@ -55,6 +55,9 @@ def start_control_plane() -> None:
         "--requestheader-extra-headers-prefix=X-Remote-Extra-",
         f"--proxy-client-cert-file={pki}/admin.crt", f"--proxy-client-key-file={pki}/admin.key",
         "--enable-aggregator-routing=true",
+        # These read all objects again and again, for metrics and for an estimate that only large clusters need.
+        "--feature-gates=SizeBasedListCostEstimate=false,DetectCacheInconsistency=false",
+        "--etcd-count-metric-poll-period=0", "--etcd-db-metric-poll-interval=0",
     )  # fmt: skip
     node_processes.wait_for(_is_api_ready, "the API is not ready", "kube-apiserver")
     node_processes.start(
@@ -96,6 +99,7 @@ def start_kubelet(node: Node) -> None:
         "imageGCHighThresholdPercent": 100,
         "evictionHard": {"memory.available": "200Mi"},
         "nodeStatusUpdateFrequency": "4s",
+        "nodeStatusReportFrequency": "5m",  # unless the status changes; a lease shows that the node lives
         "serializeImagePulls": False,
         "resolvConf": "/etc/resolv.conf",
     }
