@@ -146,6 +146,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Imported modules stay in memory. Repeated garbage collection of them took half of the time of the imports.
     gc.disable()
     config.addinivalue_line("markers", "alone: no other test may use the cluster at the same time")
+    config.addinivalue_line("markers", "further: a further case of what another test shows: make test-long FOR=cases")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -200,8 +201,12 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order the files; each keeps the order of its tests."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave further cases to the long test, and order the files; each keeps the order of its tests."""
+    if not os.environ.get("FURTHER_CASES"):
+        left = [item for item in items if item.get_closest_marker("further")]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if not item.get_closest_marker("further")]
     rank = {name: number for number, name in enumerate(FIRST)}
     items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
 

