@@ -14,7 +14,7 @@ CMD ?= build
 TESTS ?= tests
 CHANGED ?=
 CLUSTER ?=
-PROCESSES ?= 5
+PROCESSES ?= 4
 FOR ?=
 LIST ?=
 KILLS ?=
@@ -215,9 +215,12 @@ down-docker: ## stop everything in Docker; databases and passwords stay
 .PHONY: setup test test-long test-versions audit fix bench bench-deploys bench-dbt bench-deployments bench-reconciler bench-recovery bench-access bench-retention bench-upgrade bench-health bench-load bench-idle bench-starts bench-cluster picture docs docs-site clean
 setup: .venv/ready ## create the environment in .venv
 
+# Memory in huge pages, as in the image: docker/Dockerfile says why.
+test test-long: export PYTHONMALLOC := malloc
+test test-long: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.arena_max=2
 # With CHANGED, tests use no cluster: making one takes minutes.
 test: CLUSTER := $(or $(if $(CHANGED),none),$(CLUSTER))
-test: .venv/ready ## check the code and run all tests, PROCESSES=5 at once; TESTS=tests/flows for some; CHANGED=1; CLUSTER=none
+test: .venv/ready ## check the code and run all tests, PROCESSES=4 at once; TESTS=tests/flows for some; CHANGED=1; CLUSTER=none
 	$(if $(USES_CLUSTER),@$(BIN)/python -m tests.preview)
 	$(call stage,ruff,$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check .)
 	$(call stage,yamllint,$(BIN)/yamllint -s .)

@@ -6,7 +6,6 @@ measures the pods. On any other cluster they count as zero.
 """
 
 import contextlib
-import json
 import os
 import statistics
 import time

@@ -10,7 +10,7 @@ import pytest
 from orchestration.settings import ROOT
 
 PROGRAMS = ("ruff", "yamllint", "codespell", "mkdocs", "shellcheck", "hadolint", "sqlfluff", "mypy", "pytest", "python")
-ALL = "--numprocesses 5 --dist loadfile --no-loadscope-reorder"
+ALL = "--numprocesses 4 --dist loadfile --no-loadscope-reorder"
 
 Make = Callable[..., tuple[int, list[str]]]
 

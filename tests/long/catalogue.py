@@ -253,7 +253,7 @@ LONG_TESTS = (
         "cases",
         "The further cases of claims of which `make test` tries one or two.",
         ("flows", "orchestration", "helm", "docker/Dockerfile", *PREFECT),
-        suite("tests", "-m", "further", FURTHER_CASES="1"),
+        suite("tests", "-m", "further"),
         cluster=True,
     ),
     LongTest(

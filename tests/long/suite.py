@@ -25,7 +25,8 @@ def suite(*arguments: str, **variables: str) -> Callable[[Parameters], Findings]
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
             command = [sys.executable, "-m", "pytest", *arguments, *seed, "--timeout=3600", f"--junitxml={report}"]
-            with subprocess.Popen(command, cwd=ROOT, env=os.environ | variables) as process:
+            environment = os.environ | {"FURTHER_CASES": "1"} | variables
+            with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
                 try:
                     status = process.wait()
                 except KeyboardInterrupt:
