@@ -12,6 +12,7 @@ from tests.cluster.namespace import Namespace, network_policy
 from tests.parts import wait_until
 
 
+@pytest.mark.further
 def test_service_is_reached_by_name_and_logs_its_requests(namespace: Namespace) -> None:
     namespace.serve()
     namespace.pod("client")
@@ -24,6 +25,7 @@ def test_service_is_reached_by_name_and_logs_its_requests(namespace: Namespace) 
     wait_until(lambda: '"GET / HTTP/1.1" 200' in namespace.kubectl("logs", "server"), "the request in the log")
 
 
+@pytest.mark.further
 def test_ingress_policy_allows_only_the_named_pods(namespace: Namespace) -> None:
     namespace.serve()
     namespace.pod("friend")
@@ -89,6 +91,7 @@ def test_volume_honours_fsgroup_outlives_its_pod_and_is_deleted_with_its_claim(n
         assert not (node_layout.STATE / "volumes" / volume).exists()
 
 
+@pytest.mark.further
 def test_pushed_image_is_pulled_by_digest_and_a_missing_one_fails(namespace: Namespace) -> None:
     image = f"{images.REGISTRY}/test:{namespace.name}"
     container = binaries.run(["buildah", "from", images.BASE]).strip()
@@ -106,6 +109,7 @@ def test_pushed_image_is_pulled_by_digest_and_a_missing_one_fails(namespace: Nam
     wait_until(lambda: namespace.kubectl("get", "pod", "absent", "-o", waiting) in reasons, "the pull to fail")
 
 
+@pytest.mark.further
 def test_restricted_standard_is_enforced(namespace: Namespace) -> None:
     namespace.kubectl("label", "namespace", namespace.name, "pod-security.kubernetes.io/enforce=restricted")
     with pytest.raises(ClusterError, match="violates PodSecurity"):
@@ -113,6 +117,7 @@ def test_restricted_standard_is_enforced(namespace: Namespace) -> None:
     namespace.pod("plain")
 
 
+@pytest.mark.further
 def test_memory_over_the_limit_is_oom_killed(namespace: Namespace) -> None:
     namespace.pod("greedy", "python3", "-c", "len(b'x' * 2**30)", ready=False, restartPolicy="Never")
 

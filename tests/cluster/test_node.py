@@ -39,6 +39,7 @@ def test_second_up_keeps_the_running_node(cluster: str, capsys: pytest.CaptureFi
     assert {name: node_processes.process_id(name) for name in node_processes.COMPONENTS} == before
 
 
+@pytest.mark.further
 def test_agent_enforces_policies(namespace: Namespace) -> None:
     namespace.serve()
     namespace.pod("client")
@@ -49,6 +50,7 @@ def test_agent_enforces_policies(namespace: Namespace) -> None:
     wait_until(lambda: not namespace.connects("client", "server", 80), "the policy to be enforced again")
 
 
+@pytest.mark.further
 def test_second_node_runs_pods_and_leaves_nothing_behind(namespace: Namespace) -> None:
     namespace.pod("first")
     with node_faults.second_node() as other:

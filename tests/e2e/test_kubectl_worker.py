@@ -140,6 +140,7 @@ def test_worker_joins_the_pool_and_starts_pods_in_its_namespace(
     assert not json.loads(pool.namespace.kubectl("get", "jobs", "-l", "prefect.io/flow-run-id", "-o", "json"))["items"]
 
 
+@pytest.mark.further
 def test_apply_keeps_the_number_of_replicas(away: Namespace, overlay: Path, api: httpx.Client) -> None:
     away.kubectl("scale", WORKER, "--replicas=2")
     away.kubectl("apply", "-k", str(overlay))
@@ -148,6 +149,7 @@ def test_apply_keeps_the_number_of_replicas(away: Namespace, overlay: Path, api:
     assert "Worker" in away.kubectl("logs", WORKER)
 
 
+@pytest.mark.further
 def test_rolling_restart_under_a_burst_loses_no_run(pool: Pool, away: Namespace, api: httpx.Client) -> None:
     before = list_worker_pods(away)
     runs = start_burst(api, create_deployment(api, pool, job_variables=LIGHT_RUN), 6)
@@ -157,6 +159,7 @@ def test_rolling_restart_under_a_burst_loses_no_run(pool: Pool, away: Namespace,
     assert not set(before) & set(list_worker_pods(away))
 
 
+@pytest.mark.further
 def test_deleted_worker_submits_its_claimed_runs(pool: Pool, away: Namespace, api: httpx.Client) -> None:
     away.kubectl("scale", WORKER, "--replicas=1")
     # A terminating worker claims runs until it receives its signal.
@@ -175,6 +178,7 @@ def test_deleted_worker_submits_its_claimed_runs(pool: Pool, away: Namespace, ap
     assert_all_completed_once(api, runs)
 
 
+@pytest.mark.further
 def test_deleted_overlay_leaves_nothing_and_claimed_runs_complete(
     pool: Pool, away: Namespace, overlay: Path, api: httpx.Client
 ) -> None:

@@ -91,6 +91,7 @@ def test_services_schedule_runs_without_an_error(server: Release, api: httpx.Cli
     assert not [line for line in log.splitlines() if "ERROR" in line or "Traceback" in line]
 
 
+@pytest.mark.further
 def test_other_pods_reach_the_api_and_neither_database_nor_valkey(server: Release, namespace: Namespace) -> None:
     namespace.pod("stranger")
     server.namespace.pod("neighbour")
@@ -182,6 +183,7 @@ def test_restored_backup_replaces_the_database_and_holds_unknown_runs(
     } == {f"{SERVER_RELEASE}-{name}": 1 for name in ("api", "services", "redis")}
 
 
+@pytest.mark.further
 def test_missing_secret_is_refused_before_anything_is_changed(server: Release, values: Object) -> None:
     revisions = server.helm("history", SERVER_RELEASE, "-o", "json")
     with pytest.raises(ClusterError) as caught:
@@ -199,6 +201,7 @@ EXTERNAL_DATABASE: Object = {
 """Values of a server with an external database, in as few pods as possible."""
 
 
+@pytest.mark.further
 def test_wrong_password_of_an_external_database_is_reported(
     namespace: Namespace, server: Release, values: Object
 ) -> None:
@@ -233,6 +236,7 @@ def test_wrong_password_of_an_external_database_is_reported(
         )
 
 
+@pytest.mark.further
 def test_unreachable_database_is_named(namespace: Namespace, values: Object) -> None:
     """The pods that wait for the database name it, and the diagnosis of a failed deploy repeats their message."""
     url = "postgresql+asyncpg://prefect:secret@nowhere.invalid:5432/prefect"
@@ -260,6 +264,7 @@ def test_unreachable_database_is_named(namespace: Namespace, values: Object) -> 
     assert re.search(rf"wait-for-migrations: \S+Z INFO {message}", line), line
 
 
+@pytest.mark.further
 def test_uninstall_keeps_only_the_volume_and_its_secrets(server: Release) -> None:
     server.helm("uninstall", SERVER_RELEASE, "--wait")
     # Jobs of `make backups` and `make restore` belong to the CronJob, so Kubernetes deletes them a little later.

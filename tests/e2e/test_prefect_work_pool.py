@@ -67,6 +67,7 @@ def test_pool_starts_from_nothing_without_a_restart(pool: Pool, api: httpx.Clien
     assert daily["schedules"][0]["schedule"]["cron"] == "0 6 * * *"
 
 
+@pytest.mark.further
 def test_memory_variables_and_image_of_deployment_and_run_reach_the_pod(
     pool: Pool, api: httpx.Client, image: str, plain_run: str, scheduled: str
 ) -> None:
@@ -94,6 +95,7 @@ def _digest(repository: str, tag: str) -> str:
     return str(found.raise_for_status().headers["Docker-Content-Digest"])
 
 
+@pytest.mark.usefixtures("scheduled")
 def test_run_has_no_token_no_password_and_no_connection_to_the_databases(
     pool: Pool, server: Release, api: httpx.Client, plain_run: str, addresses: list[str]
 ) -> None:
@@ -287,6 +289,7 @@ FIRST = {"a": ("first", "0 6 * * *"), "b": ("first", "30 6 * * *")}
 """Text and cron of the deployments in the first file."""
 
 
+@pytest.mark.further
 @pytest.mark.usefixtures("first_revision")
 def test_upgrade_syncs_the_files(files_release: FilesRelease, values: Object, api: httpx.Client) -> None:
     """Deployments are added, changed and removed, and the template changes. A run of a removed deployment completes."""
@@ -310,6 +313,7 @@ def test_upgrade_syncs_the_files(files_release: FilesRelease, values: Object, ap
     assert set(_read_deployments(api)) == {"a", "c"}
 
 
+@pytest.mark.further
 def test_worker_that_stops_watching_is_restarted(files_release: FilesRelease) -> None:
     """Without the right to watch, the worker's watchers give up, while it still polls the server."""
     namespace, name = files_release.namespace, f"{files_release.name}-prefect-work-pool-worker"
@@ -329,6 +333,7 @@ def test_worker_that_stops_watching_is_restarted(files_release: FilesRelease) ->
     namespace.kubectl("rollout", "status", f"deployment/{name}", "--timeout=300s")
 
 
+@pytest.mark.further
 def test_rollback_restores_the_previous_files(
     files_release: FilesRelease, first_revision: str, api: httpx.Client
 ) -> None:
@@ -351,6 +356,7 @@ def _count_drifted_objects(pool: Pool) -> float:
     return sum(counts) if counts else -1
 
 
+@pytest.mark.further
 def test_manual_change_on_the_server_is_reported_as_drift(pool: Pool, api: httpx.Client) -> None:
     """An artifact and a metric report the drift until the object equals the last sync again."""
     wait_until(lambda: _count_drifted_objects(pool) == 0, "nothing to have drifted", 180 + DRIFT_SECONDS)
@@ -372,6 +378,7 @@ def test_manual_change_on_the_server_is_reported_as_drift(pool: Pool, api: httpx
     wait_until(lambda: _count_drifted_objects(pool) == 0, "the metric to be zero again", 180 + DRIFT_SECONDS)
 
 
+@pytest.mark.further
 def test_refused_sync_fails_the_release_with_the_cause(pool: Pool, values: Object) -> None:
     """The previous worker keeps running."""
     pool.wait_for_one_worker()
@@ -403,6 +410,7 @@ MISSING: dict[str, Object] = {
 """Changes of the values that name a missing Secret or key, by a part of the message."""
 
 
+@pytest.mark.further
 def test_missing_secret_is_refused_before_anything_is_changed(pool: Pool, values: Object) -> None:
     incomplete = {"kind": "Secret", "metadata": {"name": "incomplete"}, "stringData": {"sync": "a:b"}}
     pool.namespace.apply({"apiVersion": "v1", **incomplete})
@@ -414,6 +422,7 @@ def test_missing_secret_is_refused_before_anything_is_changed(pool: Pool, values
     assert pool.helm("history", POOL_RELEASE, "-o", "json") == revisions
 
 
+@pytest.mark.further
 def test_uninstall_keeps_only_the_pool_on_the_server(pool: Pool, values: Object, api: httpx.Client) -> None:
     pool.deploy(values)
     kinds = "deploy,jobs,roles,rolebindings,services,secrets,configmaps,networkpolicies,serviceaccounts,pods"

@@ -182,6 +182,7 @@ def test_runs_of_two_teams_read_and_do_not_change_the_runs_of_the_other(
         assert {run["id"]: run["state_type"] for run in listed} == dict.fromkeys(runs.values(), "PAUSED")
 
 
+@pytest.mark.further
 def test_move_that_leaves_runs_in_progress_alone_is_refused(pool: Pool, values: Object) -> None:
     revisions = pool.helm("history", pool.name, "-o", "json")
     with pytest.raises(ClusterError) as caught:
@@ -326,6 +327,7 @@ def test_run_writes_itself_alone(pool: Pool, server: Release, api: httpx.Client)
     assert wait_until_ended(api, run)["state_type"] == "CANCELLED"
 
 
+@pytest.mark.further
 def test_run_cannot_plant_a_result_of_another_deployment(pool: Pool, api: httpx.Client) -> None:
     """Attack: plant a pickle in the storage of results, and store a result as another deployment."""
     planted = start_run(api, create_deployment(api, pool, entrypoint="/probe/flow.py:plant"))

@@ -75,6 +75,7 @@ def start_on_second_node(api: httpx.Client, pool: Pool, deployment_id: str, **pa
     return run, name
 
 
+@pytest.mark.further
 def test_drained_run_keeps_its_crash_budget(pool: Pool, api: httpx.Client, second_node: Node) -> None:
     run, _ = start_on_second_node(api, pool, deploy_victim(api, pool, job_variables={"crash_retries": 0}), seconds=300)
     began = datetime.now(UTC)
@@ -91,6 +92,7 @@ def test_drained_run_keeps_its_crash_budget(pool: Pool, api: httpx.Client, secon
     assert not found["labels"].get("reconciler.crashes")
 
 
+@pytest.mark.further
 def test_run_survives_a_stopped_kubelet(pool: Pool, api: httpx.Client, second_node: Node) -> None:
     times = 15 + KUBELET_OUTAGE_SECONDS // 2
     ticking = create_deployment(api, pool, entrypoint="/probe/flow.py:ticking")

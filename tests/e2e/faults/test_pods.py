@@ -80,6 +80,7 @@ def wait_for_first_pod_death(api: httpx.Client, pool: Pool, run: str) -> datetim
     return wait_for_death(pool, first["metadata"]["name"])
 
 
+@pytest.mark.further
 def test_force_deleted_pod_is_retried(pool: Pool, api: httpx.Client) -> None:
     """The retry needs the slot that the first attempt held, and would wait for it if nothing had released it."""
     slot = create_limit(api, "force-deleted")
@@ -123,6 +124,7 @@ def test_evicted_run_keeps_its_crash_budget(pool: Pool, api: httpx.Client) -> No
     assert not get_run(api, run)["labels"].get("reconciler.crashes")
 
 
+@pytest.mark.further
 def test_deadline_ends_the_run_without_a_retry(pool: Pool, api: httpx.Client) -> None:
     """The flow's own retries do not extend the deadline either.
 
@@ -166,6 +168,7 @@ def test_crash_budget_of_zero_retries_nothing_and_slots_are_released(pool: Pool,
     assert not find_state(api, run, "AwaitingRetry")
 
 
+@pytest.mark.further
 def test_given_up_run_leaves_no_task_or_subflow_running(pool: Pool, api: httpx.Client) -> None:
     stepwise = create_deployment(api, pool, entrypoint="/probe/flow.py:stepwise", job_variables={"crash_retries": 0})
     run = start_run(api, stepwise)
@@ -179,6 +182,7 @@ def test_given_up_run_leaves_no_task_or_subflow_running(pool: Pool, api: httpx.C
     assert ends == {"step COMPLETED", "step CRASHED", "steps COMPLETED", "steps CRASHED"}
 
 
+@pytest.mark.further
 def test_main_container_decides_despite_sidecars(pool: Pool, api: httpx.Client) -> None:
     """Two sidecars and a native one outlive the main container. All runs are in parallel."""
     variables = {"crash_retries": 0, **sidecars()}
@@ -220,6 +224,7 @@ def test_main_container_decides_despite_sidecars(pool: Pool, api: httpx.Client) 
     assert get_run(api, runs["evicted"])["run_count"] == 2
 
 
+@pytest.mark.further
 def test_kubernetes_retries_the_pod_of_a_run_with_a_backoff_limit(pool: Pool, api: httpx.Client) -> None:
     """The reconciler leaves the run alone until its Job is finished, and no retry budget is used."""
     variables = {"backoff_limit": 1, "crash_retries": 0}

@@ -186,6 +186,7 @@ def test_reconciler_killed_at_any_request_retries_each_run_once(pool: Pool, api:
         assert get_run(api, run)["labels"]["reconciler.crashes"] == 1
 
 
+@pytest.mark.further
 def test_pod_death_between_two_rounds_is_handled_at_once(pool: Pool, api: httpx.Client, kubernetes: str) -> None:
     async def listen() -> None:
         async with reconciler_in_process(pool, api, kubernetes) as reconciler:
@@ -205,6 +206,7 @@ def test_pod_death_between_two_rounds_is_handled_at_once(pool: Pool, api: httpx.
     assert_completed_by_one_retry(api, run)
 
 
+@pytest.mark.further
 def test_two_active_reconcilers_retry_each_run_once(pool: Pool, api: httpx.Client, kubernetes: str) -> None:
     async def look(reconciler: Reconciler) -> None:
         with contextlib.suppress(PipelineError):  # on a busy node an API may be late
@@ -229,6 +231,7 @@ def test_two_active_reconcilers_retry_each_run_once(pool: Pool, api: httpx.Clien
         assert get_run(api, run)["labels"]["reconciler.crashes"] == 1
 
 
+@pytest.mark.further
 def test_faults_without_a_reconciler_are_handled_once_there_is_one(
     pool: Pool, api: httpx.Client, request: pytest.FixtureRequest
 ) -> None:
@@ -271,6 +274,7 @@ def has_clock_ahead(pool: Pool, pod: str) -> bool:
     return 280 < float(shown) - time.time() < 320
 
 
+@pytest.mark.further
 @pytest.mark.usefixtures("reconcilers")
 def test_run_with_a_clock_five_minutes_ahead_is_retried(pool: Pool, api: httpx.Client) -> None:
     run = start_run(api, deploy_victim(api, pool, job_variables={"env": CLOCK_AHEAD}), parameters={"seconds": 300})
@@ -297,6 +301,7 @@ def test_killed_leader_is_replaced(pool: Pool, api: httpx.Client) -> None:
     assert leader_pod(pool) != old_leader
 
 
+@pytest.mark.further
 def test_reconciler_with_a_clock_five_minutes_ahead_retries_once(
     pool: Pool, api: httpx.Client, reconcilers: str
 ) -> None:

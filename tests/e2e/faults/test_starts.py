@@ -42,8 +42,20 @@ def pool(shared_pool: Pool, api: httpx.Client) -> Pool:
     ("variables", "state", "cause", "timeout"),
     [
         ({"image": "localhost:5000/absent:1"}, "ImagePullBackOff", "absent:1", PENDING_TIMEOUT_SECONDS),
-        ({"cpu_request": "1000"}, "Unschedulable", "Insufficient cpu", CAPACITY_TIMEOUT_SECONDS),
-        ({"secret": "absent"}, "CreateContainerConfigError", 'secret "absent" not found', PENDING_TIMEOUT_SECONDS),
+        pytest.param(
+            {"cpu_request": "1000"},
+            "Unschedulable",
+            "Insufficient cpu",
+            CAPACITY_TIMEOUT_SECONDS,
+            marks=pytest.mark.further,
+        ),
+        pytest.param(
+            {"secret": "absent"},
+            "CreateContainerConfigError",
+            'secret "absent" not found',
+            PENDING_TIMEOUT_SECONDS,
+            marks=pytest.mark.further,
+        ),
     ],
 )
 def test_run_that_cannot_start_shows_why_and_is_given_up(
@@ -67,6 +79,7 @@ def test_run_that_cannot_start_shows_why_and_is_given_up(
     assert get_run(api, run)["state_type"] == "CRASHED"
 
 
+@pytest.mark.further
 def test_given_up_run_releases_its_deployment_slot(pool: Pool, api: httpx.Client) -> None:
     """The next run of a deployment with a concurrency limit of one starts once the stuck run is given up."""
     deployment = deploy_victim(api, pool, concurrency_limit=1, concurrency_options={"collision_strategy": "ENQUEUE"})
@@ -78,6 +91,7 @@ def test_given_up_run_releases_its_deployment_slot(pool: Pool, api: httpx.Client
     assert get_run(api, waiting)["run_count"] == 1
 
 
+@pytest.mark.further
 @pytest.mark.parametrize(
     ("kind", "spec", "cause"),
     [
@@ -117,6 +131,7 @@ def test_pod_of_a_deleted_run_is_deleted(pool: Pool, api: httpx.Client) -> None:
     wait_until(lambda: not list_pods(pool, deleted), "the pod of a deleted run to be gone")
 
 
+@pytest.mark.further
 def test_run_of_a_deleted_deployment_is_cancelled(pool: Pool, api: httpx.Client) -> None:
     deployment = deploy_victim(api, pool)
     run, _ = start_running(api, pool, deployment, seconds=300)
@@ -128,6 +143,7 @@ def test_run_of_a_deleted_deployment_is_cancelled(pool: Pool, api: httpx.Client)
     wait_until(lambda: all(map(is_ending, list_pods(pool, run))), "its pod to end")
 
 
+@pytest.mark.further
 def test_run_that_ignores_sigterm_is_cancelled(pool: Pool, api: httpx.Client) -> None:
     run, _ = start_running(api, pool, deploy_victim(api, pool), seconds=300, deaf=True)
     began = datetime.now(UTC)

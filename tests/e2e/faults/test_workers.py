@@ -59,6 +59,7 @@ def values(values: Object, cluster: str) -> Iterator[Object]:
     set_room(cluster, 0)
 
 
+@pytest.mark.further
 def test_two_workers_execute_each_run_once(pool: Pool, api: httpx.Client) -> None:
     number, at_once = 10, 6
     worker = f"deployment/{POOL_RELEASE}-worker"
@@ -147,6 +148,7 @@ def test_runs_over_quota_wait_for_room(pool: Pool, api: httpx.Client) -> None:
         wait_until(lambda run=run: all(map(is_ending, list_pods(pool, run))), "its pod to end")  # type: ignore[misc]
 
 
+@pytest.mark.further
 def test_scheduled_run_waits_until_a_full_cluster_has_room(pool: Pool, api: httpx.Client) -> None:
     """The run has no retry. It waits for longer than the pending timeout, which is for causes that a person cures."""
     minutely = {"schedule": {"interval": 60, "anchor_date": datetime.now(UTC).isoformat()}}
@@ -235,6 +237,7 @@ def _ready_condition(pod: Object) -> Object:
     return next((condition for condition in conditions if condition["type"] == "Ready"), {})
 
 
+@pytest.mark.further
 def test_runs_in_warm_pods_survive_faults(pool: Pool, api: httpx.Client, values: Object) -> None:
     """Each run takes the pod that waits, and another pod takes its place. Other job variables need another pod.
 
@@ -328,6 +331,7 @@ def store_results(api: httpx.Client, pool: Pool) -> None:
     wait_until_completed(api, start_run(api, create_deployment(api, pool, entrypoint="/probe/flow.py:steps", **fields)))
 
 
+@pytest.mark.further
 def test_results_are_stored_in_redis(server: Release, pool: Pool, api: httpx.Client, values: Object) -> None:
     """The storage is another database of the server's Redis. The following tests keep their results elsewhere, too."""
     password = server.secret("prefect-server-redis", "password")
@@ -346,6 +350,7 @@ def test_results_are_stored_in_redis(server: Release, pool: Pool, api: httpx.Cli
     assert sum(key.startswith(stored) for key in keys) >= 2, keys
 
 
+@pytest.mark.further
 def test_results_are_stored_in_s3(pool: Pool, api: httpx.Client, values: Object) -> None:
     key = {"AWS_ACCESS_KEY_ID": "someone", "AWS_SECRET_ACCESS_KEY": "secret"}
     pool.namespace.apply(
