@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 
 IN_ONE_PROCESS = (
     # Each of these uses the cluster alone.
-    ("tests/cluster/test_node.py", "tests/e2e/faults/test_kubernetes_api.py"),
+    ("tests/cluster/test_node.py", "tests/e2e/faults/test_outages.py"),
     # These share a Prefect server, forks of dbt, and a project that is parsed and built once in a process: 30 processor
     # seconds.
     (
@@ -89,7 +89,6 @@ FIRST = (
     "tests/orchestration/deployments/test_sync.py",
     "tests/orchestration/deployments/test_differential.py",
     "tests/e2e/test_environment.py",
-    "tests/e2e/faults/test_servers.py",
     "tests/e2e/faults/test_workers.py",
     "tests/e2e/faults/test_reconcilers.py",
     "tests/e2e/test_prefect_work_pool.py",
