@@ -268,7 +268,12 @@ def run(prefect_server: str, tmp_path: Path) -> Iterator[Callable[..., Run]]:
 
 @pytest.mark.parametrize(
     ("how", "code", "state"),
-    [("completes", 0, "Completed"), ("fails", 0, "Failed"), ("killed", 137, "Running"), ("exits", 0, "Running")],
+    [
+        ("completes", 0, "Completed"),
+        pytest.param("fails", 0, "Failed", marks=pytest.mark.further),
+        ("killed", 137, "Running"),
+        pytest.param("exits", 0, "Running", marks=pytest.mark.further),
+    ],
 )
 def test_exit_status_and_state_are_those_of_the_flow(run: Callable[..., Run], how: str, code: int, state: str) -> None:
     """Child processes import from the working directory, too. A killed engine leaves the state to the reconciler.
@@ -283,6 +288,7 @@ def test_exit_status_and_state_are_those_of_the_flow(run: Callable[..., Run], ho
     assert "Warning" not in (made.folder / "log").read_text()
 
 
+@pytest.mark.further
 def test_code_in_a_folder_is_copied(run: Callable[..., Run], tmp_path: Path) -> None:
     made = run(pull_steps=None, path=str(tmp_path / "code"))
     made.start()
@@ -326,25 +332,29 @@ def test_sigterm_draws_on_the_disruption_budget(run: Callable[..., Run]) -> None
     assert (made.labels()["reconciler.disruptions"], made.labels()["reconciler.cause"]) == (1, "disruption")
 
 
-def test_flow_that_schedules_its_own_run_draws_on_the_disruption_budget(run: Callable[..., Run]) -> None:
+@pytest.mark.parametrize("budget", [0, pytest.param(1, marks=pytest.mark.further)])
+def test_flow_that_schedules_its_own_run_draws_on_the_disruption_budget(run: Callable[..., Run], budget: int) -> None:
     """Otherwise a flow that returns a Scheduled state is executed for ever. A person may retry the crashed run."""
-    made = run(job_variables={"disruption_retries": 1})
+    made = run(job_variables={"disruption_retries": budget})
     made.start(how="schedules itself")
-    for _ in range(2):
+    for _ in range(budget + 1):
         assert made.ended() == (1, "Scheduled")
         made.ask("POST", f"/flow_runs/{made.id}/set_state", state={"type": "PENDING"})
         made.execute()
     assert made.ended() == (0, "Crashed")
-    assert len(made.notes()) == 2
-    assert made.state()["message"] == "No retry: all 1 after a disruption are used up. Its flow has scheduled it again."
-    assert (made.labels()["reconciler.disruptions"], made.labels()["reconciler.cause"]) == (1, "disruption")
+    assert len(made.notes()) == budget + 1
+    used_up = f"No retry: all {budget} after a disruption are used up. Its flow has scheduled it again."
+    assert made.state()["message"] == used_up
+    assert (made.labels()["reconciler.disruptions"], made.labels()["reconciler.cause"]) == (budget, "disruption")
+    if not budget:
+        return
     made.ask("POST", f"/flow_runs/{made.id}/set_state", state={"type": "PENDING"}, force=True)
     made.execute()
     assert made.ended() == (1, "Scheduled")
     assert len(made.notes()) == 3
 
 
-@pytest.mark.parametrize("delay", [0, 600])
+@pytest.mark.parametrize("delay", [0, pytest.param(600, marks=pytest.mark.further)])
 def test_run_whose_process_retries_its_flow_is_left_to_the_reconciler(run: Callable[..., Run], delay: int) -> None:
     """No worker would claim such a run if it were Scheduled. With a delay it waits as AwaitingRetry."""
     made = run(entrypoint="flow.py:retried", job_variables={"disruption_retries": 1})
@@ -375,6 +385,7 @@ def test_sigterm_of_a_job_with_a_deadline_is_left_to_the_reconciler(run: Callabl
     assert made.notes()[1:] == ["working", "cleaned up"]
 
 
+@pytest.mark.further
 def test_state_is_left_alone_if_kubernetes_retries_the_pod(run: Callable[..., Run]) -> None:
     made = run()
     made.start(how="works", after="relinquish")
@@ -384,7 +395,7 @@ def test_state_is_left_alone_if_kubernetes_retries_the_pod(run: Callable[..., Ru
     assert made.notes()[1:] == ["working", "cleaned up"]
 
 
-@pytest.mark.parametrize("notified", ["by polling", "by SIGTERM"])
+@pytest.mark.parametrize("notified", ["by polling", pytest.param("by SIGTERM", marks=pytest.mark.further)])
 def test_cancelled_run_executes_its_hooks(run: Callable[..., Run], notified: str) -> None:
     made = run()
     made.start(how="works")
@@ -399,6 +410,7 @@ def test_cancelled_run_executes_its_hooks(run: Callable[..., Run], notified: str
     assert made.notes()[1:] == ["working", "cleaned up", "hook"]
 
 
+@pytest.mark.further
 def test_run_that_ends_before_it_sees_the_cancellation_is_cancelled(run: Callable[..., Run]) -> None:
     made = run()
     made.start(how="ends when asked", every=600)
@@ -408,7 +420,10 @@ def test_run_that_ends_before_it_sees_the_cancellation_is_cancelled(run: Callabl
     assert made.ended() == (0, "Cancelled")
 
 
-@pytest.mark.parametrize(("state", "final_state"), [("RUNNING", "AwaitingRetry"), ("CANCELLING", "Cancelled")])
+@pytest.mark.parametrize(
+    ("state", "final_state"),
+    [("RUNNING", "AwaitingRetry"), pytest.param("CANCELLING", "Cancelled", marks=pytest.mark.further)],
+)
 def test_flow_that_ignores_sigterm_is_killed_in_time_to_set_the_state(
     run: Callable[..., Run], state: str, final_state: str
 ) -> None:
@@ -425,6 +440,7 @@ def test_flow_that_ignores_sigterm_is_killed_in_time_to_set_the_state(
     wait_until(lambda: not psutil.pid_exists(engine), "the engine to be gone")
 
 
+@pytest.mark.further
 def test_flow_that_keeps_pythons_lock_has_the_whole_grace_period(run: Callable[..., Run]) -> None:
     made = run()
     made.start(how="keeps Python's lock")
@@ -487,7 +503,10 @@ def test_first_line_never_comes_before_the_due_time(prefect_server: str, tmp_pat
     assert min(late) >= 0, late
 
 
-@pytest.mark.parametrize(("then", "state"), [("suspends", "Suspended"), ("schedules itself", "Scheduled")])
+@pytest.mark.parametrize(
+    ("then", "state"),
+    [("suspends", "Suspended"), pytest.param("schedules itself", "Scheduled", marks=pytest.mark.further)],
+)
 def test_run_whose_process_has_retried_its_flow_can_be_claimed_once_it_has_left_the_process(
     run: Callable[..., Run], then: str, state: str
 ) -> None:
@@ -510,6 +529,7 @@ def test_run_whose_process_has_retried_its_flow_can_be_claimed_once_it_has_left_
     assert made.notes() == ["failed", {"suspends": "approved", "schedules itself": "scheduled"}[then]]
 
 
+@pytest.mark.further
 def test_paused_run_is_rescheduled_after_sigterm(run: Callable[..., Run]) -> None:
     """Its process waits, and cleans up. The next run attempt pauses again."""
     made = run(entrypoint="flow.py:paused")
@@ -524,7 +544,7 @@ def test_paused_run_is_rescheduled_after_sigterm(run: Callable[..., Run]) -> Non
     wait_until(lambda: made.state()["type"] == "PAUSED", "the second pause")
 
 
-@pytest.mark.parametrize("state", ["CANCELLING", "CANCELLED"])
+@pytest.mark.parametrize("state", ["CANCELLING", pytest.param("CANCELLED", marks=pytest.mark.further)])
 def test_run_that_was_cancelled_before_its_pod_started_is_not_executed(run: Callable[..., Run], state: str) -> None:
     made = run()
     job = made.claim()
@@ -534,7 +554,7 @@ def test_run_that_was_cancelled_before_its_pod_started_is_not_executed(run: Call
     assert made.notes() == []
 
 
-@pytest.mark.parametrize("given_away", [False, True])
+@pytest.mark.parametrize("given_away", [pytest.param(False, marks=pytest.mark.further), True])
 def test_claim_executes_its_run_unless_it_was_given_away(
     run: Callable[..., Run], given_away: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -551,6 +571,7 @@ def test_claim_executes_its_run_unless_it_was_given_away(
     assert ("fenced" in made.message()) == given_away
 
 
+@pytest.mark.further
 def test_late_job_sets_no_state_of_a_run_that_another_worker_has(run: Callable[..., Run]) -> None:
     """The Job is deleted before its supervisor knows that another worker has the run."""
     made = run()
@@ -583,7 +604,7 @@ def test_run_does_not_begin_before_the_api_has_answered(run: Callable[..., Run])
         assert made.ended() == (0, "Completed")
 
 
-@pytest.mark.parametrize("dies", ["engine", "supervisor", "fenced"])
+@pytest.mark.parametrize("dies", ["engine", "supervisor", pytest.param("fenced", marks=pytest.mark.further)])
 def test_concurrency_slots_are_released_by_supervisor_or_reconciler(run: Callable[..., Run], dies: str) -> None:
     """The supervisor releases them, also when fenced. If it is killed, the reconciler reads the termination message."""
     made = run()
@@ -614,6 +635,7 @@ def test_concurrency_slots_are_released_by_supervisor_or_reconciler(run: Callabl
         made.ask("DELETE", "/v2/concurrency_limits/held")
 
 
+@pytest.mark.further
 def test_run_that_has_another_job_keeps_its_state(run: Callable[..., Run]) -> None:
     made = run()
     made.start(how="works")
@@ -624,6 +646,7 @@ def test_run_that_has_another_job_keeps_its_state(run: Callable[..., Run]) -> No
     assert made.notes()[1:] == ["working", "cleaned up"]
 
 
+@pytest.mark.further
 def test_engine_that_has_not_begun_is_killed_at_once(run: Callable[..., Run]) -> None:
     made = run()
     made.start(how="works")
@@ -645,6 +668,7 @@ def test_fenced_job_ends_with_its_engine(run: Callable[..., Run]) -> None:
     assert "cleaned up" not in made.notes()
 
 
+@pytest.mark.further
 def test_engine_of_a_fenced_job_is_killed_before_it_reads_its_run(run: Callable[..., Run]) -> None:
     made = run(description=LONG)
     made.start(how="works")
@@ -660,6 +684,7 @@ def test_engine_of_a_fenced_job_is_killed_before_it_reads_its_run(run: Callable[
     assert made.message() == {"fenced": 1}
 
 
+@pytest.mark.further
 def test_fenced_job_sets_no_state_after_sigterm(run: Callable[..., Run]) -> None:
     made = run()
     made.start(how="works", every=600)
@@ -700,7 +725,13 @@ CLIENTS = {
 }
 
 
-@pytest.mark.parametrize("client", CLIENTS.values(), ids=CLIENTS)
+@pytest.mark.parametrize(
+    "client",
+    [
+        pytest.param(CLIENTS["asynchronous"], id="asynchronous"),
+        pytest.param(CLIENTS["synchronous"], id="synchronous", marks=pytest.mark.further),
+    ],
+)
 def test_first_request_is_retried_while_the_api_is_down(prefect_server: str, client: str) -> None:
     port = free_port()
     env = os.environ | {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api", "PREFECT_LOGGING_LEVEL": "DEBUG"}
@@ -775,7 +806,9 @@ def environment(tmp_path: Path) -> Path:
     return folder / "bin" / "python"
 
 
-@pytest.mark.parametrize("entrypoint", ["flows/team/etl.py:a", "flows.team.etl.a"])
+@pytest.mark.parametrize(
+    "entrypoint", ["flows/team/etl.py:a", pytest.param("flows.team.etl.a", marks=pytest.mark.further)]
+)
 def test_users_code_is_imported_as_under_prefects_command(
     run: Callable[..., Run], tmp_path: Path, environment: Path, entrypoint: str
 ) -> None:

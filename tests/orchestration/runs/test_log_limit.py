@@ -12,16 +12,22 @@ from tests.orchestration.runs.deployed_runs import create_run, execute, log_line
 from tests.parts import client_of
 
 
-def test_run_that_logs_too_much_completes_and_says_where_its_lines_are(prefect_server: str) -> None:
+@pytest.mark.parametrize(
+    ("limit", "sent", "notices"),
+    [("100k", range(70, 101), 1), pytest.param("", range(180, 181), 0, marks=pytest.mark.further)],
+    ids=["limit", "none"],
+)
+def test_run_that_logs_too_much_completes_and_says_where_its_lines_are(
+    prefect_server: str, limit: str, sent: range, notices: int
+) -> None:
     with client_of(prefect_server) as api:
-        for limit, sent, notices in (("100k", range(70, 101), 1), ("", range(180, 181), 0)):
-            run = create_run(api, "chatty_flow.py:chatty", Path(__file__).parent, lines=90)
-            assert execute(run, prefect_server, {LOG_LIMIT_VARIABLE: limit}) == 0
-            assert api.get(f"/flow_runs/{run}").json()["state_type"] == "COMPLETED"
-            logged = log_lines(api, run)
-            assert len([line for line in logged if " line " in line]) in sent
-            assert len([line for line in logged if "used up 100k an hour. Read" in line]) == notices
-            assert "the end" in logged, "it is an error"
+        run = create_run(api, "chatty_flow.py:chatty", Path(__file__).parent, lines=90)
+        assert execute(run, prefect_server, {LOG_LIMIT_VARIABLE: limit}) == 0
+        assert api.get(f"/flow_runs/{run}").json()["state_type"] == "COMPLETED"
+        logged = log_lines(api, run)
+    assert len([line for line in logged if " line " in line]) in sent
+    assert len([line for line in logged if "used up 100k an hour. Read" in line]) == notices
+    assert "the end" in logged, "it is an error"
 
 
 def test_errors_have_a_reserve() -> None:

@@ -54,7 +54,7 @@ def _redis(_: int) -> RemoteFileSystem:
     return _storage()
 
 
-@pytest.mark.parametrize("create_storage", [_redis, _s3])
+@pytest.mark.parametrize("create_storage", [_redis, pytest.param(_s3, marks=pytest.mark.further)])
 @pytest.mark.usefixtures("prefect_server")
 def test_run_completes_while_the_storage_of_results_is_down(
     create_storage: Callable[[int], RemoteFileSystem],

@@ -245,7 +245,7 @@ def _stored(storage: WritableFileSystem, executed: list[str], key: str = "total"
     return 42
 
 
-@pytest.mark.parametrize("serializer", ["json", "pickle"])
+@pytest.mark.parametrize("serializer", ["json", pytest.param("pickle", marks=pytest.mark.further)])
 @pytest.mark.usefixtures("prefect_server")
 def test_planted_pickle_is_not_executed(
     serializer: str, storage: Storage, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -264,6 +264,7 @@ def test_planted_pickle_is_not_executed(
     assert executed == ["total"], "the run loads the record that it has signed"
 
 
+@pytest.mark.further
 @pytest.mark.usefixtures("prefect_server")
 def test_planted_pickle_is_executed_in_a_run_without_a_key(tmp_path: Path) -> None:
     files, _, write = _volume(tmp_path)
@@ -331,7 +332,7 @@ def test_storage_at_the_end_of_a_link_is_used(tmp_path: Path) -> None:
     assert len(executed) == 1
 
 
-@pytest.mark.parametrize("spoiled", ["metadata", "content"])
+@pytest.mark.parametrize("spoiled", [pytest.param("metadata", marks=pytest.mark.further), "content"])
 @pytest.mark.usefixtures("prefect_server")
 def test_separate_metadata_and_content_are_both_verified(spoiled: str, tmp_path: Path) -> None:
     files, _, _ = _volume(tmp_path)

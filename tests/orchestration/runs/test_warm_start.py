@@ -68,7 +68,7 @@ def warm_container(folder: Path, url: str, seconds: float = 600) -> Iterator["su
         process.communicate()
 
 
-@pytest.mark.parametrize("is_given_away", [False, True])
+@pytest.mark.parametrize("is_given_away", [False, pytest.param(True, marks=pytest.mark.further)])
 def test_warm_container_executes_the_run_that_is_handed_over(
     prefect_server: str, tmp_path: Path, is_given_away: bool
 ) -> None:
@@ -104,6 +104,7 @@ def test_warm_container_executes_the_run_that_is_handed_over(
         ]  # fmt: skip
 
 
+@pytest.mark.further
 def test_warm_container_ends_if_no_run_takes_it(tmp_path: Path) -> None:
     with warm_container(tmp_path, "http://127.0.0.1:1/api", seconds=1) as container:
         assert container.wait(300) == 0
@@ -123,6 +124,7 @@ def test_warm_container_ends_on_sigterm_at_once(tmp_path: Path) -> None:
         assert container.wait(300) == -signal.SIGTERM
 
 
+@pytest.mark.further
 def test_warm_container_whose_engine_is_killed_fails(tmp_path: Path) -> None:
     """A Job that completes would be replaced without a pause."""
     with warm_container(tmp_path, "http://127.0.0.1:1/api") as container:
