@@ -356,7 +356,7 @@ def find_lasting_wrong_runs(
     """Return the wrong runs that are still wrong after `SETTLING_SECONDS`."""
     deadline = time.monotonic() + SETTLING_SECONDS
     while (wrong := find_wrong_runs(api, before, since, done)) and time.monotonic() < deadline:
-        time.sleep(0.5)
+        time.sleep(2)  # a look reads all runs, and the server's scheduler looks every five seconds
     return wrong
 
 

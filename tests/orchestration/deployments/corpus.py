@@ -752,10 +752,14 @@ NEEDED = ("name: d\n", "work_pool: {name: POOL}\n")
 """Lines of a case that are there only because a deployment needs them."""
 
 
-def combine(names: Iterable[str]) -> tuple[str, list[str]]:
+def combine(names: Iterable[str], every: int = 1) -> tuple[str, list[str]]:
     """Return one file with all cases about a single deployment, and the files of the other cases.
 
     Cases that set different keys of one flow's deployment share a deployment: each costs both commands many requests.
+
+    Args:
+        names: the cases.
+        every: take each deployment, each second one, and so on, and as many of the other files.
     """
     shared: list[tuple[list[str], dict[str, str]]] = []
     others = []
@@ -775,7 +779,7 @@ def combine(names: Iterable[str]) -> tuple[str, list[str]]:
     for number, (cases, lines) in enumerate(shared):
         entry = "    ".join(lines.values()).replace("name: d\n", f"name: d{number}\n", 1)
         entries.append(f"  # {'; '.join(cases)}\n  - {entry}")
-    return "deployments:\n" + "".join(entries), others
+    return "deployments:\n" + "".join(entries[::every]), others[::every]
 
 
 def _lines_by_key(entry: str) -> dict[str, str]:

@@ -98,8 +98,9 @@ def check_same_state(sides: Sides) -> None:
 SAME = [name for name in CORPUS if name not in {*corpus.REFUSED, *corpus.REFUSED_BY_PLAN, *corpus.BEYOND}]
 
 
-def test_sync_of_the_corpus_leaves_the_same_state_as_prefect_deploy(sides: Sides) -> None:
-    together, others = corpus.combine(SAME)
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.further)])
+def test_sync_of_the_corpus_leaves_the_same_state_as_prefect_deploy(sides: Sides, every: int) -> None:
+    together, others = corpus.combine(SAME, every)
     # With all that an editor may add to a file: a byte order mark, a document marker and carriage returns.
     write(sides, ("\ufeff---\n" + together).replace("\n", "\r\n"))
     check_same_state(sides)
@@ -108,14 +109,15 @@ def test_sync_of_the_corpus_leaves_the_same_state_as_prefect_deploy(sides: Sides
         check_same_state(sides)
 
 
-def test_refusal_names_the_line_and_changes_nothing(sides: Sides) -> None:
-    for name, message in corpus.REFUSED.items():
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.further)])
+def test_refusal_names_the_line_and_changes_nothing(sides: Sides, every: int) -> None:
+    for name, message in list(corpus.REFUSED.items())[::every]:
         write(sides, CORPUS[name])
         status, printed = sides.run("sync")
         assert (name, status) == (name, 1)
         assert f"prefect.yaml{message}" in printed, name
         assert printed.count("\n") == 1, "one message, and no part of a plan"
-    for name, message in corpus.REFUSED_BY_PLAN.items():
+    for name, message in list(corpus.REFUSED_BY_PLAN.items())[::every]:
         write(sides, CORPUS[name])
         status, printed = sides.run("sync")
         assert (name, status) == (name, 1)
@@ -124,6 +126,7 @@ def test_refusal_names_the_line_and_changes_nothing(sides: Sides) -> None:
     assert sides.state() == {}
 
 
+@pytest.mark.further
 def test_file_that_only_prefect_deploy_refuses_is_synced(sides: Sides) -> None:
     together, others = corpus.combine(sorted(corpus.BEYOND))
     for file in (together, *others):
@@ -264,6 +267,7 @@ named.to_deployment(f"{name}-placeholder", description="{{ $A_TEXT }}", work_poo
 """
 
 
+@pytest.mark.further
 def test_export_of_deployments_made_in_python_needs_no_change(sides: Sides) -> None:
     name = sides.owner
     (sides.folder / "deploys.py").write_text(DEPLOYS)

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import pytest
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -154,6 +155,7 @@ def test_export_of_what_other_programs_made_is_a_valid_file_without_changes(proj
     assert found == {f"etl/{project.unique('kept')}": ("adopt", []), project.unique("quiet"): ("adopt", [])}
 
 
+@pytest.mark.further
 def test_schedule_that_a_deployment_has_twice_is_exported_once(project: Project) -> None:
     project.write({"name": "a", "schedules": [{"cron": "0 6 * * *"}]})
     project.sync()

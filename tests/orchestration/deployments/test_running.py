@@ -47,6 +47,9 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 """What a sync changes, by deployment."""
 
+HARDEST = ("execution", "pool", "limit-removed", "strategy-and-limit-removed", "paused", "schedule-changed")
+"""The changes that could end a run or free its slot."""
+
 
 def other_objects(project: Project, *, after: bool) -> dict[str, Any]:
     """Return all other objects that a sync can change, before or after the change."""
@@ -127,18 +130,17 @@ def end(project: Project, runs: dict[str, str]) -> dict[str, str]:
     return ends
 
 
-def test_runs_in_progress_complete_whatever_a_sync_changes(project: Project) -> None:
-    project.write(*(deployment(name, project, {}) for name in CHANGES), **other_objects(project, after=False))
+@pytest.mark.parametrize("names", [HARDEST, pytest.param(tuple(CHANGES), marks=pytest.mark.further)], ids=len)
+def test_runs_in_progress_complete_whatever_a_sync_changes(project: Project, names: tuple[str, ...]) -> None:
+    project.write(*(deployment(name, project, {}) for name in names), **other_objects(project, after=False))
     project.sync()
-    runs = {name: begin(project, name) for name in CHANGES}
-    project.write(
-        *(deployment(name, project, change) for name, change in CHANGES.items()), **other_objects(project, after=True)
-    )
+    runs = {name: begin(project, name) for name in names}
+    project.write(*(deployment(name, project, CHANGES[name]) for name in names), **other_objects(project, after=True))
     output = project.sync("--prune")
     assert "its concurrency_limit stays while 2 runs hold a slot" in output
     expected = dict.fromkeys(("running", "pending", "waiting", "paused"), "Completed")
     # CANCEL_NEW cancels a run that finds no slot, also one that waited. By then the two slots are free.
-    assert {name: end(project, started) for name, started in runs.items()} == dict.fromkeys(CHANGES, expected)
+    assert {name: end(project, started) for name, started in runs.items()} == dict.fromkeys(names, expected)
     output = project.sync("--prune")
     assert "2 changed" in output
     assert project.existing("limit-removed")["global_concurrency_limit"] is None
@@ -179,7 +181,7 @@ def test_deployment_is_kept_when_a_run_begins_during_the_prune(project: Project)
     assert project.api.get(f"/work_pools/{project.pool}").status_code == 404
 
 
-@pytest.mark.parametrize("when", ["before", "during"])
+@pytest.mark.parametrize("when", [pytest.param("before", marks=pytest.mark.further), "during"])
 def test_queue_with_a_run_is_pruned_later(project: Project, when: str) -> None:
     unscheduled = deployment("a", project, {"schedules": []})  # the server may schedule runs in the queue at any time
     project.write(unscheduled, **other_objects(project, after=False))
@@ -204,6 +206,7 @@ def test_queue_with_a_run_is_pruned_later(project: Project, when: str) -> None:
     assert "1 deleted" in project.sync("--prune")
 
 
+@pytest.mark.further
 def test_deployment_kept_by_a_prune_is_resumed_when_the_file_has_it_again(project: Project) -> None:
     project.write(deployment("a", project, {}), **other_objects(project, after=False))
     project.prepare()

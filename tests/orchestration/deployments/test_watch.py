@@ -131,6 +131,7 @@ def test_drift_and_its_end_are_reported_once(project: Project, prefect_server: s
     ]
 
 
+@pytest.mark.further
 def test_drift_that_ended_without_a_watcher_is_reported_by_the_next(project: Project, prefect_server: str) -> None:
     project.write({"name": "a"})
     project.sync()
@@ -146,6 +147,7 @@ def test_drift_that_ended_without_a_watcher_is_reported_by_the_next(project: Pro
     assert [event["event"].partition(".")[2] for event in events(project)] == ["drifted", "restored"]
 
 
+@pytest.mark.further
 def test_watcher_waits_for_the_first_sync(project: Project, prefect_server: str) -> None:
     with watching(project.owner, prefect_server, project.folder) as watcher:
         failures = "desired_state_look_failures_total", project.owner
