@@ -79,8 +79,15 @@ class Traffic:
         errors: answers that did not accept a state, and requests that the server refused or failed.
     """
 
-    def __init__(self, api: str, database: str) -> None:
-        self.api, self.database = api, database
+    def __init__(self, api: str, database: str, pause: float = 0) -> None:
+        """Set what to write to.
+
+        Args:
+            api: the URL of the API.
+            database: the URL of the database.
+            pause: seconds between two runs.
+        """
+        self.api, self.database, self.pause = api, database, pause
         self.writes: list[float] = []
         self.longest = 0.0
         self.errors: list[str] = []
@@ -102,6 +109,7 @@ class Traffic:
             while not self._ends.is_set():
                 try:
                     self._write_a_run(client)
+                    self._ends.wait(self.pause)
                 except httpx.HTTPError as error:
                     self.errors.append(f"{type(error).__name__}: {error}")
                     self._ends.wait(1)

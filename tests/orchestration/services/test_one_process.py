@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from orchestration.settings import ROOT
 from tests.parts import free_port, migrated_database, served, wait_until
 from tests.service_faults import probe
@@ -27,19 +29,24 @@ def test_services_in_the_process_of_the_api_report_their_health(tmp_path: Path) 
         wait_until(answering, "the database, and the memory in place of Redis, to answer")
 
 
-def test_wrong_variable_ends_the_start_with_its_name() -> None:
-    for variables, message in (
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
         ({"SERVICES_HEALTH_PORT": "none"}, "SERVICES_HEALTH_PORT=none is no number above 0. "),
-        (
+        pytest.param(
             {"SERVICES_HEALTH_PORT": "4201", "SERVICES_STALL_SECONDS": "0"},
             "SERVICES_STALL_SECONDS=0 is no number above 0. ",
+            marks=pytest.mark.further,
         ),
-        ({"SERVICES_HEALTH_PORT": "99999"}, "Cannot listen on port 99999: "),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "orchestration.server_process", "version"],
-            cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 1
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
+        pytest.param({"SERVICES_HEALTH_PORT": "99999"}, "Cannot listen on port 99999: ", marks=pytest.mark.further),
+    ],
+    ids=["port", "stall", "taken"],
+)
+def test_wrong_variable_ends_the_start_with_its_name(variables: dict[str, str], message: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestration.server_process", "version"],
+        cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

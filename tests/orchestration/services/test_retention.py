@@ -32,6 +32,9 @@ LOCK_LIMIT_SECONDS = 10
 The limit of a second is that of `test_batches_of_slow_rows_hold_no_lock_for_a_second`.
 """
 
+PAUSE_SECONDS = 0.5
+"""Between two runs of the traffic, which would keep a processor busy."""
+
 SCHEMA = """
 select conrelid::regclass::text, conname, pg_get_constraintdef(oid) from pg_constraint where conrelid <> 0
 union all select indrelid::regclass::text, indexrelid::regclass::text, pg_get_indexdef(indexrelid) from pg_index
@@ -229,7 +232,7 @@ def test_exactly_the_old_records_go_while_states_are_written(database: str, spec
         _slow_deletion(database),
         contextlib.suppress(httpx.TransportError),
         _server(tmp_path, database) as api,
-        Traffic(api, database) as interrupted,
+        Traffic(api, database, PAUSE_SECONDS) as interrupted,
     ):
         server = SERVERS[-1].pid
         wait_until(lambda: old_runs_left() < len(old_runs), "the first batch", 300)
@@ -244,7 +247,7 @@ def test_exactly_the_old_records_go_while_states_are_written(database: str, spec
     )
     assert halves == []
 
-    with _server(tmp_path, database) as api, Traffic(api, database) as traffic:
+    with _server(tmp_path, database) as api, Traffic(api, database, PAUSE_SECONDS) as traffic:
         for table, ids in expected.items():
             wait_until(lambda: _left(database, table, before[table]) <= ids, f"the old rows of {table} to go", 300)  # noqa: B023
     print(f"{len(traffic.writes)} writes, up to {max(traffic.writes):.2f} s, batches up to {traffic.longest:.2f} s")
@@ -295,6 +298,7 @@ def test_age_that_is_no_number_of_days_is_refused(text: str) -> None:
         read_ages({"RETENTION_RUNS_DAYS": text})
 
 
+@pytest.mark.further
 def test_ages_on_sqlite_end_the_start_with_a_message(tmp_path: Path) -> None:
     variables = {"PREFECT_HOME": str(tmp_path), "RETENTION_RUNS_DAYS": "90"}
     done = subprocess.run(

@@ -80,10 +80,13 @@ def test_every_enabled_service_reports_progress(services: Services) -> None:
 
 Fault = Callable[[Services], contextlib.AbstractContextManager[None]]
 
-OUTAGES: list[tuple[Fault, str | None, str]] = [
-    (service_faults.redis_is_silent, "redis", "EventPersister"),
-    (service_faults.database_is_silent, "database", "monitor_late_runs"),
-    (service_faults.database_is_read_only, None, "monitor_worker_health"),
+FURTHER = [] if IS_SHIPPED else [pytest.mark.further]
+"""`make test-long FOR=service-faults` tries all faults."""
+
+OUTAGES = [
+    pytest.param(service_faults.redis_is_silent, "redis", "EventPersister", marks=FURTHER),
+    pytest.param(service_faults.database_is_silent, "database", "monitor_late_runs"),
+    pytest.param(service_faults.database_is_read_only, None, "monitor_worker_health", marks=FURTHER),
 ]
 LESSER_OUTAGES: list[tuple[Fault, str | None, str]] = [
     (service_faults.redis_refuses, "redis", "EventPersister"),
@@ -93,7 +96,7 @@ LESSER_OUTAGES: list[tuple[Fault, str | None, str]] = [
 """A client learns of these at once. `make test` leaves them to `make test-long FOR=service-faults`."""
 
 
-@pytest.mark.parametrize(("fault", "dependency", "service"), OUTAGES + (LESSER_OUTAGES if IS_SHIPPED else []))
+@pytest.mark.parametrize(("fault", "dependency", "service"), [*OUTAGES, *(LESSER_OUTAGES if IS_SHIPPED else [])])
 def test_outage_turns_readiness_red_and_never_restarts(
     services: Services,
     fault: Fault,
@@ -118,6 +121,7 @@ def test_outage_turns_readiness_red_and_never_restarts(
     assert_recovery(services)
 
 
+@pytest.mark.further
 def test_emptied_redis_loses_no_later_event(services: Services) -> None:
     service_faults.empty_redis(services)
     emptied = time.monotonic()
