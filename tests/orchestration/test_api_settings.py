@@ -70,7 +70,11 @@ def test_child_process_reads_the_same_settings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["watch --owner team", "reconcile --pool pool --namespace runs --kubernetes http://127.0.0.1:9"]
+    "command",
+    [
+        pytest.param("watch --owner team", marks=pytest.mark.further),
+        "reconcile --pool pool --namespace runs --kubernetes http://127.0.0.1:9",
+    ],
 )
 def test_component_that_runs_for_long_imports_neither_prefect_nor_rich(tmp_path: Path, command: str) -> None:
     """They take as much memory as all the rest. The URL is that of Prefect's profile, so Prefect has read it."""

@@ -107,7 +107,9 @@ def test_server_with_a_wrong_key_does_not_start(tmp_path: Path) -> None:
         assert done.stderr.startswith("PREFECT_SERVER_ENCRYPTION_KEY has no key of 32 bytes in base64.")
 
 
-@pytest.mark.parametrize("address", ["PREFECT_SERVER_DATABASE_CONNECTION_URL", "PGBOUNCER_ADDRESS"])
+@pytest.mark.parametrize(
+    "address", ["PREFECT_SERVER_DATABASE_CONNECTION_URL", pytest.param("PGBOUNCER_ADDRESS", marks=pytest.mark.further)]
+)
 def test_database_that_is_away_is_reported_in_one_line(tmp_path: Path, address: str) -> None:
     """With `PGBOUNCER_ADDRESS` the command connects to PgBouncer, wherever the URL leads."""
     closed = f"127.0.0.1:{parts.free_port()}"

@@ -77,7 +77,7 @@ def test_libraries_are_logged_from_warning_on() -> None:
     assert line.endswith(" WARNING yes")
 
 
-@pytest.mark.parametrize("is_prefect_first", [True, False])
+@pytest.mark.parametrize("is_prefect_first", [True, pytest.param(False, marks=pytest.mark.further)])
 def test_prefect_logs_each_record_once_in_the_same_format(is_prefect_first: bool) -> None:
     prefect = "import prefect.main\n"
     log = 'logging.getLogger("prefect.flow_runs.worker").info("hello", extra={"flow_run_id": "5f0c"})'

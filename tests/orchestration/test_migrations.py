@@ -130,7 +130,7 @@ def test_two_upgrades_at_once_upgrade_an_older_schema_once_and_keep_its_data(old
     assert took[-1] == head
 
 
-@pytest.mark.parametrize("command", ["upgrade", "wait"])
+@pytest.mark.parametrize("command", ["upgrade", pytest.param("wait", marks=pytest.mark.further)])
 def test_newer_schema_does_not_change(empty: str, command: str) -> None:
     rows_of(empty, "create table alembic_version (version_num varchar(32) primary key)")
     rows_of(empty, "insert into alembic_version values ('of a newer image')")
@@ -171,6 +171,7 @@ def test_upgrade_adds_indexes_and_autovacuum_settings_once_and_keeps_those_of_an
     assert len(upgraded()) == 1
 
 
+@pytest.mark.further
 def test_tables_of_another_owner_are_no_failure(server: str, older: str) -> None:
     _output(_start(older, "orchestration.migrations", "upgrade"))
     rows_of(server, "create role reader login")

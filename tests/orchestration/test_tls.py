@@ -112,6 +112,7 @@ def test_certificate_of_another_ca_is_refused_at_once(url: str, tmp_path: Path) 
     assert "Set PREFECT_API_SSL_CERT_FILE to the certificate of its CA" in text
 
 
+@pytest.mark.further
 def test_worker_ends_with_one_message_if_the_ca_is_another(url: str, tmp_path: Path) -> None:
     Authority(tmp_path)
     settings = {"PREFECT_API_URL": url, "PREFECT_API_SSL_CERT_FILE": str(tmp_path / "ca.crt")}
@@ -137,6 +138,7 @@ def test_oauth2_proxy_serves_https_and_verifies_the_api(url: str, certificates: 
         assert ("certificate signed by unknown authority" in sign_on.log.read_text()) is (status == 502)
 
 
+@pytest.mark.further
 def test_certificate_of_the_identity_provider_does_not_replace_that_of_the_api(
     url: str, certificates: Path, tmp_path: Path
 ) -> None:

@@ -287,7 +287,13 @@ def test_oom_raises_memory_need_also_after_successful_retry(pool: Pool, capsys: 
     assert (found["killed"], found["most"]) == (1, 450 * MIB)
 
 
-@pytest.mark.parametrize(("states", "end"), [(["RUNNING"], "CRASHED"), (["RUNNING", "CANCELLING"], "CANCELLED")])
+@pytest.mark.parametrize(
+    ("states", "end"),
+    [
+        (["RUNNING"], "CRASHED"),
+        pytest.param(["RUNNING", "CANCELLING"], "CANCELLED", marks=pytest.mark.further),
+    ],
+)
 def test_run_of_lost_node_is_fenced(pool: Pool, states: list[str], end: str) -> None:
     """The pod of a lost node is Failed for some time before Kubernetes removes it."""
     run = pool.run(*states)
@@ -333,7 +339,7 @@ def test_steady_run_is_not_read_until_it_changes(pool: Pool) -> None:
         pool.namespace.kubectl("get", "job", jobs[2])
 
 
-@pytest.mark.parametrize("state", ["AwaitingRetry", "Paused"])
+@pytest.mark.parametrize("state", [pytest.param("AwaitingRetry", marks=pytest.mark.further), "Paused"])
 def test_run_whose_process_waits_is_retried_without_its_pod(pool: Pool, state: str) -> None:
     """A process waits before it retries its flow, or for a person. Workers do not claim the run when it is gone."""
     run = pool.run("RUNNING")
@@ -392,6 +398,7 @@ def test_certificate_authority_is_rotated_during_a_run(
     assert states() == ["SCHEDULED", "CRASHED"]
 
 
+@pytest.mark.further
 def test_run_with_unreadable_log_crashes(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     """After an outage of the Kubernetes API, a kubelet may refuse that API's requests for half a minute."""
 
@@ -407,7 +414,7 @@ def test_run_with_unreadable_log_crashes(pool: Pool, monkeypatch: pytest.MonkeyP
     assert "exit code 137" in state["message"]
 
 
-@pytest.mark.parametrize("lines", [5, 0])
+@pytest.mark.parametrize("lines", [5, pytest.param(0, marks=pytest.mark.further)])
 def test_state_of_crashed_run_shows_log_lines_if_the_policy_allows(
     pool: Pool, monkeypatch: pytest.MonkeyPatch, lines: int
 ) -> None:
