@@ -321,6 +321,7 @@ def test_run_is_rescheduled_after_sigterm_once_its_tasks_have_cleaned_up(run: Ca
     assert made.labels()["reconciler.disruptions"] == 1
 
 
+@pytest.mark.further
 def test_sigterm_draws_on_the_disruption_budget(run: Callable[..., Run]) -> None:
     """A flow that sends SIGTERM to its own supervisor is not retried for ever."""
     made = run(job_variables={"disruption_retries": 1})
