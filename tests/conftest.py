@@ -145,7 +145,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # Imported modules stay in memory. Repeated garbage collection of them took half of the time of the imports.
     gc.disable()
     config.addinivalue_line("markers", "alone: no other test may use the cluster at the same time")
-    config.addinivalue_line("markers", "further: a further case of what another test shows: make test-long FOR=cases")
+    config.addinivalue_line(
+        "markers", f"{reporting.FURTHER}: a further case of what another test shows: make test-long FOR=cases"
+    )
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -203,9 +205,11 @@ def pytest_collection_finish() -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave further cases to the long test, and order the files; each keeps the order of its tests."""
     if not os.environ.get("FURTHER_CASES"):
-        left = [item for item in items if item.get_closest_marker("further")]
+        left = [item for item in items if item.get_closest_marker(reporting.FURTHER)]
         config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if not item.get_closest_marker("further")]
+        items[:] = [item for item in items if item not in left]
+        if hasattr(config, "workeroutput"):
+            config.workeroutput[reporting.FURTHER] = len(left)
     rank = {name: number for number, name in enumerate(FIRST)}
     items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
 

@@ -11,8 +11,9 @@ import statistics
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -28,6 +29,9 @@ LOOP = "loop seconds"
 
 LEFT_OUT = "CLUSTER=none: the test needs a cluster"
 """Why a test is skipped under CLUSTER=none."""
+
+FURTHER = "further"
+"""The marker of cases that `make test` leaves to a long test."""
 
 NOTE = "note"
 """The user property with a line for the end of the run; an empty one is left out."""
@@ -148,7 +152,17 @@ class Report:
         self.over: list[str] = []
         self.cached = _cached()
         self.left_out: Counter[str] = Counter()
+        self.further = 0
         self.notes: list[str] = []
+
+    def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
+        if not os.environ.get("FURTHER_CASES"):
+            self.further += sum(item.get_closest_marker(FURTHER) is not None for item in items)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Take the number from a process of xdist. Every process collects all tests."""
+        self.further = getattr(node, "workeroutput", {}).get(FURTHER, self.further)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self.left = Counter(file_of(item.nodeid) for item in session.items)
@@ -179,6 +193,8 @@ class Report:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.further:
+            session.exitstatus = pytest.ExitCode.OK
         whole = session.config.args in (["tests"], [str(session.config.rootpath)]) and not session.config.option.keyword
         # A run that builds a program for the cache is not held to the budget: a build costs as much as many tests.
         if exitstatus == 0 and whole and self.loops and _cached() == self.cached:
@@ -194,6 +210,8 @@ class Report:
         if files := sorted(+self.left_out):
             tests = f"{self.left_out.total()} tests that need a cluster"
             write(f"Left out: {tests}. Run them: make test TESTS='{' '.join(files)}'")
+        if self.further:
+            write(f"Left out: {self.further} further cases. Run them: make test-long FOR=cases")
         for line in self.notes:
             write(line)
         for line in self.over:

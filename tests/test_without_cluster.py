@@ -1,6 +1,7 @@
 """pytest without a cluster or a program: tests that need one are skipped and named, and fail in CI."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,20 @@ def test_tests_of_the_cluster_are_left_out_in_one_line(processes: list[str]) -> 
     assert "1 passed, 1 skipped" in done.stdout
     line = f"Left out: 1 tests that need a cluster. Run them: make test TESTS='{file}'"
     assert done.stdout.count(line) == 1
+
+
+@pytest.mark.parametrize("processes", [[], ["--numprocesses", "1"]], ids=["alone", "xdist"])
+def test_further_cases_are_left_to_the_long_test(processes: list[str]) -> None:
+    """A selection that has no other test passes."""
+    chosen = [*processes, "tests/cluster/test_cluster.py", "-k", "service_is_reached"]
+    done = _pytest(*chosen, CLUSTER="none")
+    assert done.returncode == 0, done.stdout + done.stderr
+    line = r"^Left out: [1-9]\d* further cases\. Run them: make test-long FOR=cases$"
+    assert len(re.findall(line, done.stdout, flags=re.M)) == 1
+    assert "1 skipped" not in done.stdout
+    done = _pytest(*chosen, CLUSTER="none", FURTHER_CASES="1")
+    assert "1 skipped" in done.stdout, done.stdout + done.stderr
+    assert "further cases" not in done.stdout
 
 
 @pytest.mark.parametrize("ci", ["", "true"])

@@ -189,7 +189,7 @@ def _run_tests(trial: Trial) -> dict[str, Outcome]:
     """Run the trial's tests, with their progress on the standard error."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        variables = {**os.environ, "PYTHONPATH": str(trial.root)}
+        variables = {**os.environ, "PYTHONPATH": str(trial.root), "FURTHER_CASES": "1"}
         if trial.server_python:
             variables |= {"PYTEST_PLUGINS": "another_server"}
             variables |= {"SERVER_PYTHON": str(trial.server_python), "SERVER_VERSION": trial.server}
