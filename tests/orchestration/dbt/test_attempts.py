@@ -65,7 +65,7 @@ def _flow_run_id() -> str:
     return str(context.flow_run.id)
 
 
-@pytest.mark.parametrize("memory", ["process", "server"])
+@pytest.mark.parametrize("memory", [pytest.param("process", marks=pytest.mark.further), "server"])
 def test_attempt_that_ends_before_dbt_lists_its_nodes_keeps_finished_nodes(
     memory: str, use: Callable[..., DbtProject], folder: Path, server: Server
 ) -> None:
@@ -131,6 +131,7 @@ def test_rows_of_a_failing_test_are_shown_or_stay_in_the_database(
         assert sample(use().test(select="one", check=False)) == 1
 
 
+@pytest.mark.further
 def test_model_with_more_sources_than_an_event_takes_is_recorded(
     use: Callable[..., DbtProject], folder: Path, server: Server
 ) -> None:
@@ -158,6 +159,7 @@ def test_model_with_more_sources_than_an_event_takes_is_recorded(
     assert len(events["four"]["payload"]["upstream"]) == 120
 
 
+@pytest.mark.further
 def test_retried_run_reuses_only_nodes_of_the_same_connection(
     use: Callable[..., DbtProject], server: Server, query: Query
 ) -> None:
@@ -250,6 +252,7 @@ def test_no_node_is_reused_where_a_relation_has_moved(
     assert text in caplog.text
 
 
+@pytest.mark.further
 @pytest.mark.usefixtures("prefect_server")
 def test_retried_run_writes_whole_files(use: Callable[..., DbtProject], folder: Path) -> None:
     """A retry of a command that builds nothing leaves out no node: the files would lack the node."""
@@ -310,6 +313,7 @@ def test_retry_takes_the_last_command_of_its_own_target(
     assert at("other").retry().nodes == []
 
 
+@pytest.mark.further
 def test_models_of_fresher_sources_are_built(
     use: Callable[..., DbtProject], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,7 +330,7 @@ def test_models_of_fresher_sources_are_built(
         assert not Path(result.stored, "sources.json").exists()
 
 
-@pytest.mark.parametrize("place", ["environment", "file"])
+@pytest.mark.parametrize("place", ["environment", pytest.param("file", marks=pytest.mark.further)])
 def test_files_are_left_in_the_projects_own_target_path(
     place: str, use: Callable[..., DbtProject], folder: Path, tmp_path: Path
 ) -> None:

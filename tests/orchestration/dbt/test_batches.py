@@ -80,7 +80,15 @@ def _wait_for_batches(server: Server, state: str) -> None:
     wait_until(recorded, "the batches of the first attempt", 240)
 
 
-@pytest.mark.parametrize("retried", ["by dbt", "by a new run", "by the flow run", "by another process"])
+@pytest.mark.parametrize(
+    "retried",
+    [
+        pytest.param("by dbt", marks=pytest.mark.further),
+        "by a new run",
+        "by the flow run",
+        pytest.param("by another process", marks=pytest.mark.further),
+    ],
+)
 def test_retry_runs_only_the_failed_batch(retried: str, tiny: Tiny, folder: Path, server: Server, query: Query) -> None:
     """As dbt's own command does."""
     project = use(folder)

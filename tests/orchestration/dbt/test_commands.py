@@ -70,6 +70,7 @@ def test_modified_models_are_built_with_deferral_to_the_last_good_run(
         project.build(select="state:modified+", defer_to="prod")
 
 
+@pytest.mark.further
 def test_last_good_run_is_never_pruned(
     project: DbtProject, shop: Path, good: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +142,7 @@ def test_each_command_runs_the_dbt_command(project: DbtProject, shop: Path, serv
     assert "model.shop.paid_orders" in catalog["nodes"]
 
 
+@pytest.mark.further
 def test_stale_or_unreadable_source_fails(project: DbtProject, shop: Path) -> None:
     (shop / "models" / "more_sources.yml").write_text("""
 version: 2
@@ -164,6 +166,7 @@ sources:
     assert {node.name for node in result.failed} == {"stale", "unreadable"}
 
 
+@pytest.mark.further
 def test_flow_runs_several_projects(project: DbtProject, small_project: DbtProject, server: Server) -> None:
     hold(small_project.path, "one", 0.5)
     results: list[DbtResult] = []

@@ -175,6 +175,12 @@ CASES = {
     "profiles nowhere": Case("run -s three", environment={"DBT_PROFILES_DIR": "/nowhere"}, exit=2),
 }  # fmt: skip
 
+MAKE_TEST = (
+    "whole", "select", "default selector", "without unit tests", "hook before", "run of vars", "catalog",
+    "environment before .env", "profiles nowhere",
+)  # fmt: skip
+"""The cases of `make test`: of each kind one or two."""
+
 METHODS = {"source freshness": "source_freshness", "docs generate": "docs"}
 """Methods of `DbtProject` by dbt's command, where the names differ."""
 
@@ -291,7 +297,10 @@ def ways(tiny: Tiny, postgres: str) -> Iterator[Callable[[Path], Ways]]:
         yield lambda folder: Ways(tiny, folder, url, parses)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(CASES[name], id=name, marks=() if name in MAKE_TEST else pytest.mark.further) for name in CASES],
+)
 def test_command_ends_like_dbts_command(
     case: Case, ways: Callable[[Path], Ways], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

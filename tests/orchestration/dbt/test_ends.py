@@ -98,6 +98,7 @@ def _assert_continued(held: Held, built: Built, query: Query, done: list[str]) -
     assert tables(query) == built.tables, held
 
 
+@pytest.mark.further
 def test_terminated_run_ends_its_sql(held: Held, prefect_server: str, server: Server, query: Query) -> None:
     """dbt runs in the thread of a task, which no signal reaches. A cancelled run is terminated in its main thread."""
     process, run = start(held.folder, prefect_server, "in_task")

@@ -26,6 +26,7 @@ def _statuses(result: DbtResult) -> dict[str, str]:
     return {node.id: node.status for node in result.nodes}
 
 
+@pytest.mark.further
 def test_warn_error_turns_warnings_into_failures(project: DbtProject, shop: Path) -> None:
     options = '{"include": ["LogTestResult"]}'
     flags = ["--warn-error-options", options, "--indirect-selection", "cautious"]
@@ -37,6 +38,7 @@ def test_warn_error_turns_warnings_into_failures(project: DbtProject, shop: Path
         project.build(flags=["--warn-error"])
 
 
+@pytest.mark.further
 def test_fail_fast_stops_like_dbt(project: DbtProject, shop: Path, server: Server) -> None:
     """Nodes that never ran are task runs in the state Skipped."""
     replace(shop, "seeds/orders.csv", "5,4,8,", "5,4,eight,")
@@ -140,6 +142,7 @@ def test_node_is_retried_after_a_broken_connection(folder: Path, query: Query, s
     assert any("Another attempt in 0.5 s." in line for line in lines)
 
 
+@pytest.mark.further
 def test_database_that_stops_fails_the_running_node(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     # In no folder of pytest: a session that begins makes pytest's folders unreadable to all users but root.
@@ -168,6 +171,7 @@ def test_database_that_stops_fails_the_running_node(tmp_path: Path, caplog: pyte
         assert [node.name for node in error.result.built] == ["three"]
 
 
+@pytest.mark.further
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a disk that is full")
 def test_full_disk_is_an_error_and_leaves_no_transaction(folder: Path, query: Query) -> None:
     target = folder / "target"

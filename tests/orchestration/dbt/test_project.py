@@ -128,6 +128,7 @@ def test_warm_process_is_used_once(small_project: DbtProject) -> None:
     assert not unused.is_running()
 
 
+@pytest.mark.further
 def test_dead_warm_process_is_replaced(project: DbtProject) -> None:
     project.warm()
     assert project._warm_process is not None
@@ -178,6 +179,7 @@ def _build_in_process(folder: Path) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
 
+@pytest.mark.further
 def test_interrupted_flow_ends_its_dbt_and_its_sql(slow: Path, query: Query) -> None:
     """`test_ends` has the killed flow."""
     flow = _build_in_process(slow)
