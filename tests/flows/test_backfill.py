@@ -47,13 +47,14 @@ def test_range_that_ends_before_it_begins_is_an_error(run: Run, api: Api) -> Non
     assert api.newest("backfill").state_name == "Failed"
 
 
-@pytest.mark.parametrize("option", ["--first", "--last"])
+@pytest.mark.parametrize("option", [pytest.param("--first", marks=pytest.mark.further), "--last"])
 def test_range_outside_the_data_is_an_error(run: Run, query: Query, option: str) -> None:
     status, output = run(option, "2014-01-01", main=backfill.main)
     assert status == 1
     assert "There are no flights of 2014-01-01" in output
 
 
+@pytest.mark.further
 def test_killed_backfill_continues_where_it_stopped(run: Run, query: Query, prefect_server: str) -> None:
     raw.prepare()
     last = date(2013, 6, 30)

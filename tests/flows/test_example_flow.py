@@ -89,6 +89,7 @@ def test_runs_load_consecutive_days_and_report_them(run: Run, api: Api, query: Q
         assert api.newest(flow).state_name == "Completed"
 
 
+@pytest.mark.further
 def test_each_subflow_runs_alone(api: Api, query: Query, capfd: pytest.CaptureFixture[str]) -> None:
     assert [step.rows for step in example_flow.ingest(date(2013, 1, 3)) if step.kind == "load"][:2] == [914, 72]
     built = example_flow.transform(select="+carrier_daily_punctuality")
@@ -155,6 +156,7 @@ def test_load_is_retried_after_a_lost_connection(
     assert assert_whole(query) == {FIRST}
 
 
+@pytest.mark.further
 def test_wrong_source_file_is_not_retried(api: Api, query: Query, landing_zone: Path) -> None:
     with (landing_zone / "flights.csv").open("a") as file:
         file.write("2013,1,1,early\n")
@@ -163,6 +165,7 @@ def test_wrong_source_file_is_not_retried(api: Api, query: Query, landing_zone: 
     assert query(LOADS) == [(1, True)]
 
 
+@pytest.mark.further
 def test_another_warehouse_loads_the_reference_tables(api: Api, postgres: str, query: Query) -> None:
     example_flow.ingest(FIRST)
     with new_database(postgres) as other:
@@ -187,6 +190,7 @@ def assert_failed(outcome: tuple[int, str], api: Api, *sentences: str, flow: str
     assert 'File "' not in output
 
 
+@pytest.mark.further
 def test_day_outside_the_data_is_an_error(run: Run, api: Api, query: Query) -> None:
     outcome = run("--day", "2012-12-31")
     assert_failed(outcome, api, "There are no flights of 2012-12-31", "2013-01-01 to 2013-12-31. Choose a day")
@@ -208,11 +212,13 @@ def test_unreachable_warehouse_is_an_error_without_the_password(
     assert "s3cret" not in outcome[1]
 
 
+@pytest.mark.further
 def test_wrong_warehouse_url_is_an_error(run: Run, api: Api, use_settings: Callable[..., None]) -> None:
     use_settings(WAREHOUSE_URL="mysql://db/x")
     assert_failed(run(), api, "WAREHOUSE_URL='mysql://db/x' is wrong: not a Postgres URL")
 
 
+@pytest.mark.further
 def test_selection_that_matches_nothing_is_an_error(run: Run, api: Api, query: Query) -> None:
     for selection, sentence in (
         ("carier_daily_punctuality", "The selection 'carier_daily_punctuality' matches no node"),
@@ -223,6 +229,7 @@ def test_selection_that_matches_nothing_is_an_error(run: Run, api: Api, query: Q
         assert assert_whole(query) == {FIRST}
 
 
+@pytest.mark.further
 def test_wrong_sql_of_a_model_is_an_error_and_the_next_run_completes(
     run: Run, api: Api, query: Query, project_copy: Path
 ) -> None:
@@ -279,6 +286,7 @@ def test_retried_run_continues_with_its_day(api: Api, run: Run, query: Query, pr
     assert query("select oid from pg_class where relname = 'route_performance'") != built
 
 
+@pytest.mark.further
 def test_model_that_does_not_compile_is_an_error(run: Run, api: Api, query: Query, project_copy: Path) -> None:
     model = project_copy / "models" / "marts" / "route_performance.sql"
     model.write_text("select * from {{ ref('int_flihgts') }}")

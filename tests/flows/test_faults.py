@@ -56,6 +56,7 @@ def _assert_one_sentence(result: "subprocess.CompletedProcess[str]", *parts: str
     assert "Traceback" not in output
 
 
+@pytest.mark.further
 @as_root
 def test_full_disk_leaves_whole_days_and_a_larger_disk_completes(disk: Path, prefect_server: str, tiny: Tiny) -> None:
     # The disk has room for an empty server and some days, not for a year.
@@ -101,6 +102,7 @@ def read_only_checkout(tmp_path: Path) -> Iterator[Path]:
         yield checkout
 
 
+@pytest.mark.further
 @as_root
 def test_read_only_checkout_runs_with_another_warehouse_and_without_it_is_an_error(
     read_only_checkout: Path, prefect_server: str, database: str, query: Query, tiny: Tiny

@@ -84,7 +84,7 @@ def test_loaded_values_equal_those_of_the_file(query: Query) -> None:
     assert query("select count(*) from raw.flights where dep_time is null") == [(4,)]
 
 
-@pytest.mark.parametrize("times", [2, 3])
+@pytest.mark.parametrize("times", [2, pytest.param(3, marks=pytest.mark.further)])
 def test_repeated_load_leaves_each_day_once_with_a_new_load_id(query: Query, times: int) -> None:
     raw.prepare()
     for _ in range(times):
@@ -359,6 +359,7 @@ def _killed_in_its_transaction(query: Query, seconds: float) -> bool:
     return process.returncode == -signal.SIGKILL and was_open
 
 
+@pytest.mark.further
 def test_load_killed_at_a_random_moment_of_its_transaction_changes_nothing(query: Query) -> None:
     days = landing.days()[:90]
     raw.prepare()

@@ -213,6 +213,7 @@ def test_incremental_builds_equal_a_full_refresh(postgres: str, seed: int) -> No
         assert len({row[0] for row in incremental["analytics.carrier_daily_punctuality"]}) == 5
 
 
+@pytest.mark.further
 def test_debians_postgres_builds_the_same_marts_as_the_embedded_postgres(built: str) -> None:
     with debian_postgres() as server, new_database(server) as url:
         [(version,)] = rows_of(url, "show server_version_num")
