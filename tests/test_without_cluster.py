@@ -22,7 +22,10 @@ def _pytest(*arguments: str, **variables: str) -> subprocess.CompletedProcess[st
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("processes", [[], ["--numprocesses", "1"]], ids=["alone", "xdist"])
+@pytest.mark.parametrize(
+    "processes",
+    [pytest.param([], id="alone", marks=pytest.mark.further), pytest.param(["--numprocesses", "1"], id="xdist")],
+)
 def test_tests_of_the_cluster_are_left_out_in_one_line(processes: list[str]) -> None:
     file = "tests/cluster/test_cluster.py"
     done = _pytest(*processes, file, "-k", "memory or why_no_cluster", CLUSTER="none")
@@ -46,7 +49,7 @@ def test_further_cases_are_left_to_the_long_test(processes: list[str]) -> None:
     assert "further cases" not in done.stdout
 
 
-@pytest.mark.parametrize("ci", ["", "true"])
+@pytest.mark.parametrize("ci", [pytest.param("", marks=pytest.mark.further), "true"])
 def test_missing_program_skips_its_test_and_fails_it_in_ci(tmp_path: Path, ci: str) -> None:
     """helm is missing with an empty cache and an empty PATH."""
     cache = tmp_path / "prefect-orchestration"

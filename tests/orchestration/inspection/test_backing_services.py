@@ -69,6 +69,7 @@ def test_report_has_what_the_checks_need(database_url: str, tmp_path: Path) -> N
     assert (found["read_only"], found["extension"]) == (False, False)
 
 
+@pytest.mark.further
 def test_read_only_database_is_reported(database_url: str) -> None:
     [(name,)] = rows_of(database_url, "select current_database()")
     rows_of(database_url, f"alter database {name} set default_transaction_read_only = on")
@@ -77,6 +78,7 @@ def test_read_only_database_is_reported(database_url: str) -> None:
     assert report["redis"] == {}
 
 
+@pytest.mark.further
 def test_long_imports_are_no_fault_of_the_database(database_url: str) -> None:
     change = "command.TIMEOUT_SECONDS, command.use_pgbouncer = 15, lambda: time.sleep(16)"
     report = _report(database_url, "memory://", change)

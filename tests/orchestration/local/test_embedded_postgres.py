@@ -58,6 +58,7 @@ def test_server_runs_after_its_starting_process_until_stop(directory: Path) -> N
     assert not (directory / "data" / "postmaster.pid").exists()
 
 
+@pytest.mark.further
 def test_data_outlives_the_server(directory: Path) -> None:
     with warehouse.connect() as connection:
         connection.execute("create table kept as select 42 as answer")
@@ -120,8 +121,11 @@ time.sleep(60 if file else 0)  # on a busy machine the thread sees the file late
 
 @pytest.mark.parametrize(
     ("file", "program", "renamed"),
-    [(".new-*/PG_VERSION", "", False), ("", "pg_ctl", True), ("data/postmaster.pid", "", True)],
-    ids=["while initdb works", "before the server starts", "while the server starts"],
+    [
+        pytest.param(".new-*/PG_VERSION", "", False, id="while initdb works"),
+        pytest.param("", "pg_ctl", True, id="before the server starts", marks=pytest.mark.further),
+        pytest.param("data/postmaster.pid", "", True, id="while the server starts"),
+    ],
 )
 def test_next_process_repeats_a_killed_start(directory: Path, file: str, program: str, renamed: bool) -> None:
     killed = subprocess.run([sys.executable, "-c", START_AND_DIE, file, program], check=False, timeout=300)

@@ -43,6 +43,7 @@ def test_temporary_server_serves_the_block_without_another_server(
     assert capsys.readouterr().err == f"No Prefect server is up at {unused}: this run has a temporary one.\n"
 
 
+@pytest.mark.further
 def test_temporary_server_ends_with_a_killed_flow() -> None:
     code = (
         "import time; from orchestration.local.temporary_server import temporary_server\n"
@@ -57,6 +58,7 @@ def test_temporary_server_ends_with_a_killed_flow() -> None:
     wait_until(lambda: not answers(f"{url}/health"), "the end of the server")
 
 
+@pytest.mark.further
 def test_error_names_the_folder_when_the_temporary_server_does_not_start(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     home = tmp_path / "file" / "home"
