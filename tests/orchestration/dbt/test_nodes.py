@@ -215,6 +215,7 @@ def test_built_relation_is_an_asset_with_its_lineage(broken: Broken, server: Ser
     assert address("visits") in seen  # a source
 
 
+@pytest.mark.further
 def test_project_with_packages_and_another_profile_is_built(
     folder: Path, tmp_path: Path, query: Query, tiny: Tiny
 ) -> None:
