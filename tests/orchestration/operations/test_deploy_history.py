@@ -116,6 +116,20 @@ def charts(namespace: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     return charts
 
 
+def test_rollback_takes_back_the_last_deploy_and_a_failed_one(charts: DeployedCharts) -> None:
+    for version in "12":
+        charts.deploy(version)
+    charts.rollback()
+    assert charts.versions() == ["1", "1"]
+    with pytest.raises(ClusterError, match=r"There is nothing to roll back to: "):
+        charts.rollback()
+    with pytest.raises(ClusterError, match=f"{POOL} does not become ready"):
+        charts.deploy("3", POOL, NEVER_READY)
+    charts.rollback()
+    assert charts.versions() == ["1", "1"]
+
+
+@pytest.mark.further
 def test_each_rollback_takes_back_one_deploy_until_the_first(
     charts: DeployedCharts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -172,6 +186,7 @@ def test_each_rollback_takes_back_one_deploy_until_the_first(
     assert CONFIG_MAP not in [config_map["metadata"]["name"] for config_map in charts.environment.objects("configmaps")]
 
 
+@pytest.mark.further
 def test_error_names_revision_that_helm_no_longer_keeps(charts: DeployedCharts) -> None:
     charts.deploy("1")
     charts.deploy("2")

@@ -153,6 +153,7 @@ def test_move_keeps_the_former_namespace_until_no_run_is_in_progress(installatio
     assert namespace_of_runs.former_namespaces(environment) == [AFTER], "back again"
 
 
+@pytest.mark.further
 def test_only_copies_of_secrets_are_changed_and_deleted(
     installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,6 +203,7 @@ def test_only_copies_of_secrets_are_changed_and_deleted(
         installation.upgrade()
 
 
+@pytest.mark.further
 def test_plan_names_a_namespace_that_does_not_exist_yet(
     installation: Installation, capsys: pytest.CaptureFixture[str]
 ) -> None:

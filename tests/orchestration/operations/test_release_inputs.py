@@ -43,7 +43,7 @@ def _inputs(checkout: Path) -> list[str]:
     return [tag, *done.stdout.split()]
 
 
-def test_changed_operations_change_neither_image_nor_releases(tmp_path: Path) -> None:
+def test_only_what_the_image_or_a_release_contains_changes_it(tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
     commit_copy_of_checkout(checkout)
     before = _inputs(checkout)
@@ -54,25 +54,15 @@ def test_changed_operations_change_neither_image_nor_releases(tmp_path: Path) ->
     (operations / "new.py").write_text("")
     assert _inputs(checkout) == before
 
-
-def test_changed_flow_changes_image_and_work_pool_alone(tmp_path: Path) -> None:
-    checkout = tmp_path / "checkout"
-    commit_copy_of_checkout(checkout)
-    tag, server, pool = _inputs(checkout)
     (checkout / "flows" / "report.py").write_text("# changed\n")
-    changed = _inputs(checkout)
-    assert changed[1] == server
-    assert changed[0] != tag
-    assert changed[2] != pool
+    tag, server, pool = _inputs(checkout)
+    assert server == before[1], "a flow changes the image and the work pool alone"
+    assert tag != before[0]
+    assert pool != before[2]
 
-
-def test_changed_library_changes_image_and_both_releases(tmp_path: Path) -> None:
-    checkout = tmp_path / "checkout"
-    commit_copy_of_checkout(checkout)
-    before = _inputs(checkout)
     settings = checkout / "orchestration" / "settings.py"
     settings.write_text(settings.read_text() + "\n# changed\n")
-    assert not set(before) & set(_inputs(checkout))
+    assert not {tag, server, pool} & set(_inputs(checkout)), "the library changes all three"
 
 
 @pytest.mark.parametrize("absent", ["nothing", "pgbouncer:1.24"])

@@ -517,7 +517,19 @@ FAULTS: dict[str, tuple[str, Fault, str, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+FURTHER_FAULTS = {
+    "lost node", "no lease of the reconciler", "reconciler reads secrets", "two default classes", "absent class",
+    "absent class of backups", "class of one node", "dns down", "quota used up", "absent secret of backups",
+    "absent priority class of backups", "absent key", "admission policy off", "network policies off",
+    "image that is not pushed", "half an install", "vacuum of prefect", "backup that never ran",
+    "no base backup", "absent cluster", "one pod of a cluster",
+}  # fmt: skip
+"""Faults that ask the cluster, or read values and objects, of checks of which `make test` tries another fault."""
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param(name, marks=pytest.mark.further if name in FURTHER_FAULTS else ()) for name in FAULTS]
+)
 def test_fault_is_found(patient: Patient, sound: dict[str, Finding], fault: str) -> None:
     name, cause, status, text = FAULTS[fault]
     assert name not in sound or sound[name].status != status
@@ -551,7 +563,9 @@ def test_pgbouncer_bounds_the_connections_of_many_api_pods(patient: Patient, ena
 
 
 @pytest.mark.usefixtures("sound")
-@pytest.mark.parametrize(("is_issued", "status"), [(False, "failed"), (True, "ok")])
+@pytest.mark.parametrize(
+    ("is_issued", "status"), [pytest.param(False, "failed", marks=pytest.mark.further), (True, "ok")]
+)
 def test_secret_of_a_certificate_may_be_made_after_the_install(patient: Patient, is_issued: bool, status: str) -> None:
     def mount(objects: list[Object]) -> None:
         source = {"secretName": "tls", "items": [{"key": "ca.crt", "path": "ca.crt"}]}
@@ -565,7 +579,9 @@ def test_secret_of_a_certificate_may_be_made_after_the_install(patient: Patient,
 
 
 @pytest.mark.usefixtures("sound")
-@pytest.mark.parametrize(("revisions", "status"), [([], "ok"), ([{"revision": 1}], "failed")])
+@pytest.mark.parametrize(
+    ("revisions", "status"), [([], "ok"), pytest.param([{"revision": 1}], "failed", marks=pytest.mark.further)]
+)
 def test_ca_of_the_api_is_copied_by_the_first_deploy(patient: Patient, revisions: list[Object], status: str) -> None:
     def mount(objects: list[Object]) -> None:
         source = {"secretName": "ca", "items": [{"key": "ca.crt", "path": "ca.crt"}]}
@@ -611,6 +627,7 @@ def together(patient: Patient, set_namespace: Callable[[str], Path]) -> Iterator
     patch(patient.api, API, {"metadata": {"labels": {LABEL: "restricted"}}})
 
 
+@pytest.mark.further
 def test_runs_in_the_namespace_of_the_releases_are_checked_there(together: Patient, sound: dict[str, Finding]) -> None:
     names = [check.name for check in CHECKS if check.name not in NEEDS_SERVER | NEEDS_PODS]
     findings = asyncio.run(together.examine(names))
@@ -638,6 +655,7 @@ def test_runs_in_the_namespace_of_the_releases_are_checked_there(together: Patie
     assert wrong == {}
 
 
+@pytest.mark.further
 @pytest.mark.usefixtures("sound")
 def test_move_of_the_runs_is_no_fault_before_its_deploy(patient: Patient, set_namespace: Callable[[str], Path]) -> None:
     """The namespace of the runs does not exist, and the worker has no rights in it."""

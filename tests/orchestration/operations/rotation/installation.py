@@ -42,9 +42,14 @@ class Pod:
 
 
 class Installation:
-    """Installs the releases, starts pods, and executes commands in pods."""
+    """Installs the releases, starts pods, and executes commands in pods.
 
-    def __init__(self) -> None:
+    Args:
+        kubernetes: the API server. What the kubelet would do is asked of it without kubectl, whose start costs more.
+    """
+
+    def __init__(self, kubernetes: apiserver.ApiServer) -> None:
+        self._kubernetes = kubernetes
         self.environment = Environment("local", "alone", apiserver.NAMESPACE)
         self.pods: list[Pod] = []
         self.execute: Callable[[str, list[str], str], str] = lambda *_: ""
@@ -79,10 +84,12 @@ class Installation:
 
     def secret(self, name: str, namespace: str = apiserver.NAMESPACE) -> dict[str, str]:
         """Return the values of a Secret."""
-        found = json.loads(
-            KUBECTL(self.environment, "get", "secret", name, "--output", "json", "--namespace", namespace)
-        )
+        found = self._get(f"/api/v1/namespaces/{namespace}/secrets/{name}")
         return {key: base64.b64decode(value).decode() for key, value in found["data"].items()}
+
+    def _get(self, path: str) -> Object:
+        found: Object = self._kubernetes.client.get(path).raise_for_status().json()
+        return found
 
     def is_rotated(self, name: str) -> bool:
         """Return whether a rotation of the Secret is in progress."""
@@ -90,7 +97,7 @@ class Installation:
 
     def roll(self, deployment: str) -> None:
         """Replace the pod of a Deployment, unless it has its template: the new pod starts before the old one ends."""
-        found = json.loads(KUBECTL(self.environment, "get", "deployment", deployment, "--output", "json"))
+        found = self._get(f"/apis/apps/v1/namespaces/{apiserver.NAMESPACE}/deployments/{deployment}")
         template = found["spec"]["template"]
         component = template["metadata"]["labels"]["app.kubernetes.io/component"]
         former = [pod for pod in self.pods if pod.component == component]
@@ -107,18 +114,22 @@ class Installation:
         self._number += 1
         name = f"{component or 'run'}-{self._number}"
         variables = {}
+        secrets: dict[str, dict[str, str]] = {}
         for entry in template["spec"]["containers"][0].get("env", []):
             reference = entry.get("valueFrom", {}).get("secretKeyRef")
             if reference:
-                variables[entry["name"]] = self.secret(reference["name"], namespace)[reference["key"]]
+                if reference["name"] not in secrets:
+                    secrets[reference["name"]] = self.secret(reference["name"], namespace)
+                variables[entry["name"]] = secrets[reference["name"]][reference["key"]]
             else:
                 variables[entry["name"]] = entry.get("value", "")
         metadata = {"name": name, **{key: template["metadata"].get(key, {}) for key in ("labels", "annotations")}}
-        where = ("--namespace", namespace)
         manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
-        KUBECTL(self.environment, "create", "--filename", "-", *where, text=json.dumps(manifest))
+        pods, client = f"/api/v1/namespaces/{namespace}/pods", self._kubernetes.client
+        client.post(pods, json=manifest).raise_for_status()
         running = json.dumps({"status": {"phase": "Running"}})
-        KUBECTL(self.environment, "patch", "pod", name, "--subresource=status", f"--patch={running}", *where)
+        content = {"Content-Type": "application/merge-patch+json"}
+        client.patch(f"{pods}/{name}/status", content=running, headers=content).raise_for_status()
         pod = Pod(name, namespace, component, variables)
         self.after_start(pod)
         self.pods.append(pod)
@@ -126,7 +137,8 @@ class Installation:
 
     def end(self, pod: Pod) -> None:
         self.pods.remove(pod)
-        KUBECTL(self.environment, "delete", "pod", pod.name, "--namespace", pod.namespace)
+        path = f"/api/v1/namespaces/{pod.namespace}/pods/{pod.name}"
+        self._kubernetes.client.delete(path, params={"gracePeriodSeconds": 0}).raise_for_status()
         self.after_end(pod)
 
     def run_pod(self, *secrets: tuple[str, str, str], namespace: str = apiserver.NAMESPACE) -> Pod:
@@ -150,7 +162,7 @@ def installed(kubernetes: apiserver.ApiServer, *releases: str) -> Iterator[Insta
         patch.setenv("PATH", ":".join([os.environ["PATH"], *map(str, binaries.folders())]))
         for variable, value in binaries.SHORT_LIVED.items():
             patch.setenv(variable, value)
-        installation = Installation()
+        installation = Installation(kubernetes)
         kubectl: Any = lambda environment, *arguments, text=None: installation.kubectl(  # noqa: E731 - a method
             environment, *arguments, text=text
         )

@@ -146,8 +146,11 @@ def test_rotation_fails_no_connection_and_ends_the_old_password(postgres: str, i
     assert _is_accepted(postgres, third | {"username": "prefect_2"}), "a chart of an older release knows one login"
     assert not installation.is_rotated(SECRET)
     assert set(third) == {"username", "password"}
+    installation.install(SERVER)
+    assert installation.secret(SECRET) == third, "an upgrade keeps it"
 
 
+@pytest.mark.further
 def test_interrupted_rotation_is_completed_by_the_same_command(postgres: str, installation: Installation) -> None:
     """The commands are interrupted at later and later writes, until one completes the rotation."""
     before = installation.secret(SECRET)
@@ -168,6 +171,7 @@ def test_interrupted_rotation_is_completed_by_the_same_command(postgres: str, in
     assert clients.errors == []
 
 
+@pytest.mark.further
 def test_upgrade_and_rollback_keep_the_new_password(postgres: str, installation: Installation) -> None:
     _rotate(installation)
     rotated = installation.secret(SECRET)
@@ -177,6 +181,7 @@ def test_upgrade_and_rollback_keep_the_new_password(postgres: str, installation:
     assert installation.secret(SECRET) == rotated
 
 
+@pytest.mark.further
 def test_old_password_stays_while_a_pod_that_is_not_restarted_has_it(
     postgres: str, installation: Installation, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
