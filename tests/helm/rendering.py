@@ -4,11 +4,13 @@ import copy
 import functools
 import json
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import kubernetes_validate
+import pytest
 import yaml
 
 from orchestration.operations.local_cluster import binaries
@@ -91,6 +93,11 @@ RESOURCE_RULES: list[tuple[Object, str]] = [
     ),
 ]
 """Values of a component's `resources` that both charts refuse, with a part of the message."""
+
+
+def one_in_four(cases: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """Return the cases as parameters of a test, three in four of them as further ones: each starts Helm."""
+    return [pytest.param(*case, marks=pytest.mark.further if number % 4 else ()) for number, case in enumerate(cases)]
 
 
 def render(chart: str, values: Object | Path | None = None, release: str = "test") -> list[Object]:

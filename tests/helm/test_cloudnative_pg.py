@@ -16,6 +16,7 @@ from tests.helm.rendering import (
     environment,
     inventory,
     one,
+    one_in_four,
     pod_specs,
     render,
 )
@@ -190,7 +191,7 @@ REFUSED: list[tuple[Object, str]] = [
 """Values of `database.cnpg` that the chart refuses, with a part of the message."""
 
 
-@pytest.mark.parametrize(("cnpg", "message"), REFUSED)
+@pytest.mark.parametrize(("cnpg", "message"), one_in_four(REFUSED))
 def test_wrong_values_are_refused_with_their_key(cnpg: Object, message: str) -> None:
     with pytest.raises(ClusterError) as error:
         _render(cnpg)
@@ -211,7 +212,9 @@ def test_values_against_tls_are_refused(given: Object, message: str) -> None:
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("timeout", [300, "5min", "1 min"])
+@pytest.mark.parametrize(
+    "timeout", ["5min", *(pytest.param(other, marks=pytest.mark.further) for other in (300, "1 min"))]
+)
 def test_archive_timeout_within_the_rpo_is_accepted(timeout: object) -> None:
     parameters = one(_render({"configuration": {"archive_timeout": timeout}}), "Cluster", CLUSTER)["spec"]["postgresql"]
     assert parameters["parameters"] == {"archive_timeout": str(timeout)}

@@ -14,6 +14,7 @@ from tests.helm.rendering import (
     assert_restricted,
     environment,
     one,
+    one_in_four,
     peer_components,
     pod_specs,
     render,
@@ -190,7 +191,7 @@ BOUNDS: dict[str, tuple[Object, str, int, int, list[str]]] = {
 """Values, the key of a limit, the least limit that suffices, the most that does not, and parts of the refusal."""
 
 
-@pytest.mark.parametrize("case", BOUNDS.values(), ids=BOUNDS)
+@pytest.mark.parametrize("case", one_in_four((case,) for case in BOUNDS.values()), ids=BOUNDS)
 def test_connections_fit_their_limit_or_are_refused(case: tuple[Object, str, int, int, list[str]]) -> None:
     given, key, enough, too_few, parts = case
 
@@ -277,7 +278,9 @@ REFUSED: list[tuple[Object, str, Object]] = [
 
 
 @pytest.mark.parametrize(
-    ("given", "message", "advised"), REFUSED, ids=lambda value: value[:40] if isinstance(value, str) else ""
+    ("given", "message", "advised"),
+    one_in_four(REFUSED),
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
 def test_impossible_values_are_refused_with_a_cure_that_is_accepted(
     given: Object, message: str, advised: Object

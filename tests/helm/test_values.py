@@ -32,7 +32,7 @@ from orchestration.prefect_api import connected
 from orchestration.settings import ROOT
 from tests.cluster.apiserver import NAMESPACE, ApiServer
 from tests.helm import acceptance, cloudnative_pg, values, verdicts
-from tests.helm.rendering import Object, environment, objects_of, one, pod_specs, render, rendered
+from tests.helm.rendering import Object, environment, objects_of, one, one_in_four, pod_specs, render, rendered
 from tests.helm.test_charts import CHARTS, EXAMPLES
 from tests.parts import client_of, examples, free_port, prefect_server, wait_until
 
@@ -204,8 +204,13 @@ def _drawn(draw: st.DrawFn, chart: str, mistaken: bool = False) -> tuple[Object,
     return given, paths
 
 
+def _examples(share: float) -> int:
+    """Return how many examples to try: few in `make test`, where each starts Helm. `chart-values` is the long test."""
+    return examples(share if os.environ.get("HYPOTHESIS_PROFILE") == "long" else share / 4)
+
+
 def _tried(chart: str, judge: Judge, share: float, mistaken: bool) -> None:
-    @settings(max_examples=examples(share), deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=_examples(share), deadline=None, suppress_health_check=list(HealthCheck))
     @given(_drawn(chart, mistaken), values.RELEASE)
     def tried(drawn: tuple[Object, list[values.Path]], release: str) -> None:
         given_values, paths = drawn
@@ -250,7 +255,7 @@ def test_every_value_changes_the_rendered_objects(chart: str) -> None:
     of_chart = values.keys(chart)
     names = sorted(path for path in of_chart if ".".join(path) not in NOWHERE)
 
-    @settings(max_examples=examples(0.1), deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=_examples(0.1), deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.sampled_from(names), st.data())
     def tried(path: values.Path, data: st.DataObject) -> None:
         default = yaml.safe_load((ROOT / "helm" / chart / "values.yaml").read_text())
@@ -282,7 +287,7 @@ def test_definitions_of_both_schemas_are_the_same() -> None:
     assert ours == theirs
 
 
-@pytest.mark.parametrize("path", verdicts.OF_TEXT, ids=".".join)
+@pytest.mark.parametrize("path", one_in_four((path,) for path in verdicts.OF_TEXT), ids=".".join)
 def test_kubernetes_accepts_texts_that_the_schema_accepts(kubernetes: ApiServer, path: tuple[str, ...]) -> None:
     rule = values.schema("prefect-server")
     for key in path if path[0] == "$defs" else ("properties", *path):
@@ -293,7 +298,7 @@ def test_kubernetes_accepts_texts_that_the_schema_accepts(kubernetes: ApiServer,
     assert set(both) <= set(refused), "the schema refuses what Kubernetes accepts"
 
 
-@pytest.mark.parametrize("definition", verdicts.OF_OBJECTS)
+@pytest.mark.parametrize("definition", one_in_four((definition,) for definition in verdicts.OF_OBJECTS))
 def test_schema_and_kubernetes_agree_on_an_object(kubernetes: ApiServer, definition: str) -> None:
     make, given_values = verdicts.OF_OBJECTS[definition]
     for value in given_values:
@@ -354,7 +359,9 @@ VALID: dict[str, Object] = {
 """By chart, values that charts often render wrong. Go prints numbers from 10^6 on with an exponent."""
 
 
-@pytest.mark.parametrize("release", ["test", "a" * 53], ids=["short", "longest"])
+@pytest.mark.parametrize(
+    "release", [pytest.param("test", marks=pytest.mark.further, id="short"), pytest.param("a" * 53, id="longest")]
+)
 def test_values_that_kubernetes_takes_are_accepted(judge: Judge, chart: str, release: str) -> None:
     assert judge.refusal(chart, VALID[chart], release) is None
 
@@ -401,6 +408,7 @@ def test_cloudnative_pg_is_refused_where_the_cluster_is_not_ready(
         kubernetes.delete(bundled)
 
 
+@pytest.mark.further
 def test_certificate_is_refused_where_the_cluster_has_no_cert_manager(
     kubernetes: ApiServer, kubernetes_folder: Path, tmp_path: Path
 ) -> None:
@@ -516,7 +524,22 @@ def test_component_value_wins_even_if_false() -> None:
     assert one(objects, "PodDisruptionBudget", "test-prefect-work-pool-reconciler")["spec"]["minAvailable"] == 0
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: f"{path.parent.parent.name}-{path.stem}")
+def _with_production(examples_of_charts: list[Path], *others: str) -> list[Any]:
+    """Return the examples as parameters of a test, of which all but `production` and the others are further ones.
+
+    tests/helm/test_charts.py renders each example.
+    """
+    return [
+        pytest.param(path, marks=() if path.stem in ("production", *others) else pytest.mark.further)
+        for path in examples_of_charts
+    ]
+
+
+@pytest.mark.parametrize(
+    "example",
+    _with_production(EXAMPLES, "cloudnative-pg"),
+    ids=lambda path: f"{path.parent.parent.name}-{path.stem}",
+)
 def test_example_is_accepted_by_servers(judge: Judge, example: Path) -> None:
     assert judge.refusal(example.parent.parent.name, yaml.safe_load(example.read_text())) is None
 
@@ -524,7 +547,7 @@ def test_example_is_accepted_by_servers(judge: Judge, example: Path) -> None:
 POOL_EXAMPLES = [example for example in EXAMPLES if example.parent.parent.name == "prefect-work-pool"]
 
 
-@pytest.mark.parametrize("example", POOL_EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("example", _with_production(POOL_EXAMPLES), ids=lambda path: path.stem)
 def test_work_pool_example_syncs_to_a_new_server(server: httpx.Client, tmp_path: Path, example: Path) -> None:
     """The release's sync Job applies the deployments of prefect.yaml with the pool."""
     given_values = yaml.safe_load(example.read_text())
@@ -547,7 +570,13 @@ def test_work_pool_example_syncs_to_a_new_server(server: httpx.Client, tmp_path:
 PASSWORD = "p@s:s/w#r%d?&=+ \\\"'$(REDIS_URL)`é" + "x" * 20
 
 
-@pytest.mark.parametrize("tls", [{}, {"enabled": True, "existingSecret": "tls"}], ids=["plain", "tls"])
+@pytest.mark.parametrize(
+    "tls",
+    [
+        pytest.param({}, marks=pytest.mark.further, id="plain"),
+        pytest.param({"enabled": True, "existingSecret": "tls"}, id="tls"),
+    ],
+)
 def test_password_with_every_character_opens_the_bundled_redis(tmp_path: Path, tls: Object) -> None:
     """Run the commands of the chart's containers, with the variables that Kubernetes would set."""
     specs = pod_specs(render("prefect-server", {"image": {"tag": "1"}, "tls": tls}))
