@@ -11,7 +11,7 @@ from orchestration.deployments.files import files_for_image
 from tests.parts import copy_of_checkout
 
 
-@pytest.fixture(params=["a repository", "an archive without git"])
+@pytest.fixture(params=[pytest.param("a repository", marks=pytest.mark.further), "an archive without git"])
 def checkout(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     made = tmp_path / "checkout"
     made.mkdir()

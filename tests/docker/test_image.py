@@ -121,6 +121,7 @@ def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+@pytest.mark.further
 def test_image_runs_the_programs_of_the_cluster(pod: Callable[..., str]) -> None:
     assert "3.9" in pod("prefect", "--version")
     pod("python", "-c", "import flows.example_flow, flows.backfill, prefect_kubernetes")
@@ -171,6 +172,7 @@ def _build(checkout: Path, *arguments: str) -> str:
     ).stdout.strip()
 
 
+@pytest.mark.further
 def test_changed_flow_and_included_file_rebuild_only_the_last_layers(
     image: str, checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,6 +37,7 @@ def without_cosign(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"PATH": str(programs), "XDG_CACHE_HOME": str(cache)}
 
 
+UNSET = "COSIGN_PASSWORD is not set. Set it to the password of COSIGN_KEY, or to nothing if the key has none"
 NO_COSIGN = "There is neither cosign 2 nor Go to build it with. Install one of them"
 
 
@@ -44,17 +45,19 @@ NO_COSIGN = "There is neither cosign 2 nor Go to build it with. Install one of t
     ("given", "refusal"),
     [
         ({}, "No key is named to sign with. Name a file or a key of a KMS: make push SIGN=1 COSIGN_KEY=cosign.key"),
-        ({"COSIGN_KEY": "absent.key"}, "COSIGN_KEY=absent.key cannot be read. Name the file of the private key"),
-        (
-            {"COSIGN_KEY": "LICENSE"},
-            "COSIGN_PASSWORD is not set. Set it to the password of COSIGN_KEY, or to nothing if the key has none",
-        ),
-        (
-            {"COSIGN_KEY": "env://KEY"},
-            "COSIGN_PASSWORD is not set. Set it to the password of COSIGN_KEY, or to nothing if the key has none",
-        ),
         ({"COSIGN_KEY": "LICENSE", "COSIGN_PASSWORD": ""}, NO_COSIGN),
-        ({"COSIGN_KEY": "awskms:///alias/images"}, NO_COSIGN),
+        *(
+            pytest.param(*case, marks=pytest.mark.further)
+            for case in (
+                (
+                    {"COSIGN_KEY": "absent.key"},
+                    "COSIGN_KEY=absent.key cannot be read. Name the file of the private key",
+                ),
+                ({"COSIGN_KEY": "LICENSE"}, UNSET),
+                ({"COSIGN_KEY": "env://KEY"}, UNSET),
+                ({"COSIGN_KEY": "awskms:///alias/images"}, NO_COSIGN),
+            )
+        ),
     ],
 )
 def test_signing_without_key_password_or_cosign_is_refused_before_the_build(
@@ -137,6 +140,7 @@ def test_provenance_names_what_the_image_was_built_from(checkout: SmallCheckout,
     assert len(more_files) == len(files) + 1
 
 
+@pytest.mark.further
 def test_push_that_the_registry_refuses_is_explained_in_one_line(checkout: SmallCheckout, tmp_path: Path) -> None:
     with image_registry(tmp_path, maintenance={"readonly": {"enabled": True}}) as registry:
         checkout.output("docker/build", REGISTRY=registry)

@@ -19,7 +19,7 @@ from tests.server_schema import create_schema
 HEADERS = {"Content-Type": "application/json"}
 
 
-@pytest.fixture(scope="module", params=["SQLite", "Postgres"])
+@pytest.fixture(scope="module", params=["SQLite", pytest.param("Postgres", marks=pytest.mark.further)])
 def api(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """Yield a client of a server on each database."""
     with contextlib.ExitStack() as stack:

@@ -105,6 +105,7 @@ def test_passwords_do_not_pass_oauth2_proxy(sign_on: SingleSignOn, viewer: httpx
     assert _create(viewer, **headers) == 403, "a session wins over a password"
 
 
+@pytest.mark.further
 def test_expired_session_redirects_to_the_login(guarded: GuardedServer, tmp_path: Path) -> None:
     expire = ["--cookie-expire=3s"]
     with single_sign_on(tmp_path, guarded.url, expire) as sign_on, sign_on.browser() as browser:
@@ -226,6 +227,7 @@ def test_ui_asks_for_no_password_behind_oauth2_proxy(guarded: GuardedServer, vie
     assert through.json() == direct | {"auth": None}
 
 
+@pytest.mark.further
 def test_real_browser_shows_both_uis_after_the_login(guarded: GuardedServer, tmp_path: Path) -> None:
     binaries.install_packages({"chromium": "chromium"}, "30 s")
     extra = ["--cookie-secure=false", "--cookie-name=prefect"]
@@ -250,6 +252,7 @@ def test_real_browser_shows_both_uis_after_the_login(guarded: GuardedServer, tmp
         assert sign_on.log.read_text().count("Initiating login") == 1, "the browser is redirected once"
 
 
+@pytest.mark.further
 def test_benchmark_measures_requests_of_a_logged_in_person(guarded: GuardedServer, sign_on: SingleSignOn) -> None:
     figures = access.measure_login(guarded, sign_on, pairs=2)
     assert [len(figure.values) for figure in figures] == [2, 2, 2] * len(access.REQUESTS)

@@ -790,9 +790,14 @@ def test_worker_runs_the_container_of_the_trusted_template(
     ("variables", "reason"),
     [
         ({"image": "evil.example.com/x:1"}, "the image 'evil.example.com/x:1' is not allowed. Allow it in RUN_IMAGES"),
-        ({"image": IMAGE, "name": "postgres"}, "the name 'postgres' is reserved for a service"),
-        ({"labels": {"com.docker.compose.project": "prefect"}}, "job variable labels: "),
-        ({"mem_limit": 1}, "or allow it in docker/pool.yaml"),
+        *(
+            pytest.param(*case, marks=pytest.mark.further)
+            for case in (
+                ({"image": IMAGE, "name": "postgres"}, "the name 'postgres' is reserved for a service"),
+                ({"labels": {"com.docker.compose.project": "prefect"}}, "job variable labels: "),
+                ({"mem_limit": 1}, "or allow it in docker/pool.yaml"),
+            )
+        ),
     ],
 )
 def test_refused_run_is_crashed_with_the_reason(through_proxy: Parts, variables: dict[str, Any], reason: str) -> None:

@@ -128,7 +128,7 @@ KEYS = st.tuples(
 ).map("".join)
 
 
-@settings(max_examples=examples(0.4))
+@settings(max_examples=examples(0.1))
 @given(KEYS, st.integers(0, 30), st.sampled_from(CHANGES))
 @example("team\n", 0, "")
 def test_key_of_a_label_is_reserved_also_as_prefect_writes_it(
@@ -296,6 +296,7 @@ def test_job_has_the_signing_key_of_its_deployment(template: dict[str, Any]) -> 
     assert MASTER.decode() not in json.dumps(manifest)
 
 
+@pytest.mark.further
 @pytest.mark.usefixtures("prefect_server", "without_cluster")
 def test_job_variable_does_not_choose_the_signing_key(template: dict[str, Any]) -> None:
     """Also with the server's template, which has no schema that refuses the variable."""
@@ -311,7 +312,7 @@ def test_job_variable_does_not_choose_the_signing_key(template: dict[str, Any]) 
 
 
 @pytest.mark.usefixtures("prefect_server", "without_cluster")
-@pytest.mark.parametrize("deployed", [None, {"env": {"A": "b"}}])
+@pytest.mark.parametrize("deployed", [None, pytest.param({"env": {"A": "b"}}, marks=pytest.mark.further)])
 def test_run_with_an_environment_of_its_own_has_no_key_of_its_deployment(
     template: dict[str, Any], deployed: dict[str, Any] | None
 ) -> None:

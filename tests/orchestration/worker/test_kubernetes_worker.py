@@ -30,16 +30,15 @@ from prefect.settings import (
     PREFECT_WORKER_QUERY_SECONDS,
     temporary_settings,
 )
-from prefect.states import Cancelling, Completed, Scheduled
+from prefect.states import Completed, Scheduled
 from prefect.workers.base import BaseWorker
 from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerResult
 
 from orchestration.access.credentials import sign_run
-from orchestration.protocol import MAIN_CONTAINER_ANNOTATION, RUN_LABEL
+from orchestration.protocol import MAIN_CONTAINER_ANNOTATION
 from orchestration.reconciler import state_messages
 from orchestration.reconciler.model import Refusal
 from orchestration.worker import kubernetes_worker, poll_schedule
-from tests.cluster import apiserver
 from tests.parts import free_port
 from tests.relay import relayed, silent
 
@@ -196,7 +195,7 @@ async def _count_polls_with_outages(
     return polls
 
 
-@pytest.mark.parametrize("absent", [contextlib.nullcontext, silent])
+@pytest.mark.parametrize("absent", [pytest.param(contextlib.nullcontext, marks=pytest.mark.further), silent])
 def test_worker_survives_an_outage_of_the_api(
     prefect_server: str,
     absent: Callable[[int], contextlib.AbstractContextManager[None]],
@@ -304,6 +303,7 @@ def test_worker_claims_due_runs_after_a_poll_that_failed(prefect_server: str, ca
     assert "A poll has failed: 'the answer has no such field'." in caplog.messages
 
 
+@pytest.mark.further
 def test_poll_that_loses_the_api_is_repeated_without_a_wait_for_retries(prefect_server: str) -> None:
     """The poll before a run's commit reads when it is to poll again. The API does not answer that."""
     retries: list[int] = []
@@ -340,6 +340,7 @@ def test_worker_claims_a_run_when_a_slot_becomes_free(prefect_server: str) -> No
     _claims_of_a_worker_that_hardly_polls(prefect_server, steps, pool_limit=1)
 
 
+@pytest.mark.further
 def test_slot_that_becomes_free_after_the_poll_for_it_is_used(prefect_server: str) -> None:
     """The server sends the event of a run's end before the commit that frees the slot."""
     has_ended = False
@@ -365,6 +366,7 @@ def test_slot_that_becomes_free_after_the_poll_for_it_is_used(prefect_server: st
     assert polls >= 2
 
 
+@pytest.mark.further
 def test_worker_claims_a_run_again_whose_claim_the_server_could_not_answer(prefect_server: str) -> None:
     failures: list[UUID] = []
 
@@ -383,6 +385,7 @@ def test_worker_claims_a_run_again_whose_claim_the_server_could_not_answer(prefe
     assert len(failures) == 3
 
 
+@pytest.mark.further
 def test_worker_claims_all_due_runs_with_a_limit_of_its_own(prefect_server: str) -> None:
     async def steps(client: PrefectClient, made: UUID, claimed: Callable[[UUID], Awaitable[State]]) -> None:
         for run in [await _start(client, made) for _ in range(3)]:
@@ -537,12 +540,17 @@ def _grow_nearly_too_old(claiming: kubernetes_worker.Worker, run: UUID) -> None:
 @pytest.mark.parametrize(
     ("happens", "state", "jobs"),
     [
-        (_nothing, "Submitting", 1),
         (_grow_old, "Pending", 0),
-        (_raise(ConnectError("connection refused")), "Pending", 0),
-        (_raise(ValueError("unknown")), "JobRefused", 0),
+        *(
+            pytest.param(*case, marks=pytest.mark.further)
+            for case in (
+                (_nothing, "Submitting", 1),
+                (_raise(ConnectError("connection refused")), "Pending", 0),
+                (_raise(ValueError("unknown")), "JobRefused", 0),
+            )
+        ),
     ],
-    ids=["nothing", "claim too old", "API down", "error"],
+    ids=["claim too old", "nothing", "API down", "error"],
 )
 def test_interrupted_claim_makes_no_job_and_keeps_the_state_of_the_run(
     prefect_server: str, happens: Callable[[kubernetes_worker.Worker, UUID], None], state: str, jobs: int
@@ -602,16 +610,21 @@ INVALID = json.dumps({"message": 'Job.batch "x" is invalid: spec.template.spec.c
     ("error", "kind", "reason"),
     [
         pytest.param(
-            _api_error(403, "Forbidden", OVER_QUOTA), "capacity", "exceeded quota: objects", id="without a reconciler"
+            _api_error(403, "Forbidden", OVER_QUOTA),
+            "capacity",
+            "exceeded quota: objects",
+            id="without a reconciler",
+            marks=pytest.mark.further,
         ),
         (_api_error(403, "Forbidden", OVER_QUOTA), "capacity", "exceeded quota: objects"),
-        (_api_error(400, "Bad Request", DENIED), "capacity", "denied the request: not now"),
-        (
-            _api_error(500, "Internal Server Error", '{"message": "etcdserver: leader changed"}'),
-            "capacity",
-            "leader changed",
+        *(
+            pytest.param(_api_error(*error), "capacity", reason, marks=pytest.mark.further)
+            for error, reason in (
+                ((400, "Bad Request", DENIED), "denied the request: not now"),
+                ((500, "Internal Server Error", '{"message": "etcdserver: leader changed"}'), "leader changed"),
+                ((503, "Service Unavailable", "<html>"), "Service Unavailable"),
+            )
         ),
-        (_api_error(503, "Service Unavailable", "<html>"), "capacity", "Service Unavailable"),
         (_api_error(422, "Unprocessable Entity", INVALID), "cure", "Required value"),
     ],
 )
@@ -694,52 +707,3 @@ def test_job_has_the_credential_of_its_run_and_not_the_workers(prefect_server: s
         given = [entry for entry in container["env"] if entry["name"] == "PREFECT_API_AUTH_STRING"]
         assert given == [{"name": "PREFECT_API_AUTH_STRING", "value": sign_run("k" * 32, run)}]
         assert "worker:secret" not in json.dumps(manifest)
-
-
-def _job(name: str, run: UUID) -> dict[str, Any]:
-    container = {"name": "prefect-job", "image": "image"}
-    return {
-        "apiVersion": "batch/v1",
-        "kind": "Job",
-        "metadata": {"name": name, "labels": {RUN_LABEL: str(run)}},
-        "spec": {"template": {"spec": {"restartPolicy": "Never", "containers": [container]}}},
-    }
-
-
-def test_cancelled_run_ends_its_own_job_alone(prefect_server: str, tmp_path: Path) -> None:
-    """A run names the Job of another run as its infrastructure, with a label of that run among its variables."""
-
-    async def cancel(api: apiserver.ApiServer) -> None:
-        pool = f"cancelled-{uuid4().hex[:6]}"
-        async with get_client() as client:
-            made = await _deployment(client, pool)
-            victim = (await client.create_flow_run_from_deployment(made, state=Scheduled())).id
-            labels = {"labels": {RUN_LABEL: str(victim)}}
-            api.create(_job("victim", victim))
-            async with kubernetes_worker.Worker(work_pool_name=pool, create_pool_if_not_found=False) as tested:
-                await tested.sync_with_backend()
-                for job in ("victim", "absent", "own"):
-                    created = await client.create_flow_run_from_deployment(
-                        made, state=Scheduled(), job_variables=labels
-                    )
-                    hostile = created.id
-                    if job == "own":
-                        api.create(_job("own", hostile))
-                    await client.update_flow_run(hostile, infrastructure_pid=f"{apiserver.NAMESPACE}:{job}")
-                    await client.set_flow_run_state(hostile, Cancelling(), force=True)
-                    await tested._cancel_run(hostile)
-                    state = (await client.read_flow_run(hostile)).state
-                    assert state
-                    assert state.message == "Flow run cancelled by worker while pending.", job
-            listed = {job["metadata"]["name"]: job["metadata"] for job in api.client.get(path).json()["items"]}
-            assert "deletionTimestamp" not in listed["victim"]
-            assert "own" not in listed or "deletionTimestamp" in listed["own"]
-
-    path = f"/apis/batch/v1/namespaces/{apiserver.NAMESPACE}/jobs"
-    location = "kubernetes_asyncio.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION"
-    with (
-        apiserver.alone(tmp_path) as api,
-        patch(location, str(api.kubeconfig(tmp_path))),
-        temporary_settings({PREFECT_API_URL: prefect_server}),
-    ):
-        asyncio.run(asyncio.wait_for(cancel(api), 600))

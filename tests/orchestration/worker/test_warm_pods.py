@@ -1,4 +1,7 @@
-"""Warm pods, on a real Kubernetes API server without nodes: which are kept, and which run takes which."""
+"""Warm pods, on a real Kubernetes API server without nodes: which are kept, and which run takes which.
+
+A cancelled run ends its own Job there.
+"""
 
 import asyncio
 import contextlib
@@ -19,8 +22,13 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import State
-from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
-from prefect.states import Completed, Pending
+from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
+    PREFECT_API_URL,
+    PREFECT_LOGGING_TO_API_ENABLED,
+    temporary_settings,
+)
+from prefect.states import Cancelling, Completed, Pending, Scheduled
 
 from orchestration.errors import ClusterError
 from orchestration.prefect_compat.workers import CompatibleWorker
@@ -306,6 +314,7 @@ def test_each_of_two_runs_takes_a_warm_pod(api: tuple[apiserver.ApiServer, Path]
     asyncio.run(asyncio.wait_for(take(), 120))
 
 
+@pytest.mark.further
 def test_run_without_a_fitting_ready_pod_takes_none(api: tuple[apiserver.ApiServer, Path]) -> None:
     async def take() -> None:
         async with connected(api) as cluster:
@@ -358,6 +367,7 @@ def test_claim_whose_first_request_was_not_answered_takes_one_pod(
     asyncio.run(asyncio.wait_for(take(), 120))
 
 
+@pytest.mark.further
 def test_job_whose_status_changes_meanwhile_is_taken(api: tuple[apiserver.ApiServer, Path]) -> None:
     """Kubernetes writes the number of ready pods into the Job about when the worker labels it."""
 
@@ -382,7 +392,7 @@ def test_job_whose_status_changes_meanwhile_is_taken(api: tuple[apiserver.ApiSer
     asyncio.run(asyncio.wait_for(take(), 120))
 
 
-@pytest.mark.parametrize("is_gone", [True, False])
+@pytest.mark.parametrize("is_gone", [pytest.param(True, marks=pytest.mark.further), False])
 def test_job_whose_pod_has_ended_is_deleted_and_the_run_gets_its_own(
     api: tuple[apiserver.ApiServer, Path], is_gone: bool
 ) -> None:
@@ -452,6 +462,7 @@ def test_number_of_warm_pods_is_kept(api: tuple[apiserver.ApiServer, Path]) -> N
     asyncio.run(asyncio.wait_for(keep(), 120))
 
 
+@pytest.mark.further
 def test_pod_that_a_run_takes_meanwhile_is_not_deleted(api: tuple[apiserver.ApiServer, Path]) -> None:
     async def keep() -> None:
         async with connected(api) as cluster:
@@ -525,6 +536,7 @@ def test_workers_token_changes_labels_of_warm_pods_alone(api: tuple[apiserver.Ap
             server.delete(policy)
 
 
+@pytest.mark.further
 def test_credential_that_cold_runs_have_by_reference_is_not_handed_over(
     prefect_server: str, api: tuple[apiserver.ApiServer, Path]
 ) -> None:
@@ -615,3 +627,55 @@ def test_worker_creates_the_pods_that_its_runs_fit(
         temporary_settings({PREFECT_API_URL: prefect_server}),
     ):
         asyncio.run(asyncio.wait_for(keep(), 120))
+
+
+def _job(name: str, run: UUID) -> dict[str, Any]:
+    container = {"name": "prefect-job", "image": "image"}
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": name, "labels": {RUN_LABEL: str(run)}},
+        "spec": {"template": {"spec": {"restartPolicy": "Never", "containers": [container]}}},
+    }
+
+
+def test_cancelled_run_ends_its_own_job_alone(prefect_server: str, api: tuple[apiserver.ApiServer, Path]) -> None:
+    """A run names the Job of another run as its infrastructure, with a label of that run among its variables."""
+    server, folder = api
+
+    async def cancel() -> None:
+        pool = f"cancelled-{uuid4().hex[:6]}"
+        async with get_client() as client:
+            await client.create_work_pool(WorkPoolCreate(name=pool, type="kubernetes"))
+            made = await client.create_deployment(
+                flow_id=await client.create_flow(nothing), name="nothing", work_pool_name=pool
+            )
+            victim = (await client.create_flow_run_from_deployment(made, state=Scheduled())).id
+            labels = {"labels": {RUN_LABEL: str(victim)}}
+            server.create(_job("victim", victim))
+            async with kubernetes_worker.Worker(work_pool_name=pool, create_pool_if_not_found=False) as tested:
+                await tested.sync_with_backend()
+                for job in ("victim", "absent", "own"):
+                    created = await client.create_flow_run_from_deployment(
+                        made, state=Scheduled(), job_variables=labels
+                    )
+                    hostile = created.id
+                    if job == "own":
+                        server.create(_job("own", hostile))
+                    await client.update_flow_run(hostile, infrastructure_pid=f"{apiserver.NAMESPACE}:{job}")
+                    await client.set_flow_run_state(hostile, Cancelling(), force=True)
+                    await tested._cancel_run(hostile)
+                    state = (await client.read_flow_run(hostile)).state
+                    assert state
+                    assert state.message == "Flow run cancelled by worker while pending.", job
+            listed = {job["metadata"]["name"]: job["metadata"] for job in server.client.get(JOBS).json()["items"]}
+            assert "deletionTimestamp" not in listed["victim"]
+            assert "own" not in listed or "deletionTimestamp" in listed["own"]
+
+    location = "kubernetes_asyncio.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION"
+    with (
+        patch(location, str(server.kubeconfig(folder))),
+        patch.dict("os.environ", PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_ENABLED="false"),
+        temporary_settings({PREFECT_API_URL: prefect_server, PREFECT_LOGGING_TO_API_ENABLED: False}),
+    ):
+        asyncio.run(asyncio.wait_for(cancel(), 600))
