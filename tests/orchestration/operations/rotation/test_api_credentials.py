@@ -125,7 +125,7 @@ class Apis:
     def _work(self) -> None:
         while not self._is_over.is_set():
             # At each change, and in between. A call costs 10 ms of the processor.
-            self._has_changed.wait(0.5)
+            self._has_changed.wait(1)
             self._has_changed.clear()
             present = list(self._installation.pods)
             given = [_credential(pod) for pod in present]
