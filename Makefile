@@ -5,6 +5,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
+XDG_CACHE_HOME ?= $(HOME)/.cache
 DAY ?=
 FULL_REFRESH ?=
 SELECT ?=
@@ -218,6 +219,8 @@ setup: .venv/ready ## create the environment in .venv
 # Memory in huge pages, as in the image: docker/Dockerfile says why.
 test test-long: export PYTHONMALLOC := malloc
 test test-long: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.arena_max=2
+# mypy's cache outlives a checkout: files are compared by content. Without it mypy takes one to four minutes.
+test: export MYPY_CACHE_DIR := $(XDG_CACHE_HOME)/prefect-orchestration/mypy
 # With CHANGED, tests use no cluster: making one takes minutes.
 test: CLUSTER := $(or $(if $(CHANGED),none),$(CLUSTER))
 test: .venv/ready ## check the code and run all tests, PROCESSES=4 at once; TESTS=tests/flows for some; CHANGED=1; CLUSTER=none
