@@ -36,13 +36,13 @@ def start_run(api: httpx.Client, deployment_id: str, **fields: Any) -> str:
 
 
 def read(api: httpx.Client, method: str, path: str, **options: Any) -> Any:
-    """Return the JSON of an answer of the Prefect API. Ask again after a 5xx or a lost answer: a busy node may be late.
+    """Return the JSON of an answer of the Prefect API. Ask again after a 5xx or without an answer: a busy node may be late.
 
     The request must be one that may be repeated.
     """
 
     def answered() -> httpx.Response | None:
-        with contextlib.suppress(httpx.TimeoutException, httpx.ReadError, httpx.RemoteProtocolError):
+        with contextlib.suppress(httpx.TransportError):
             answer = api.request(method, path, **options)
             return answer if answer.status_code < 500 else None
         return None

@@ -99,7 +99,6 @@ def start_kubelet(node: Node) -> None:
         "imageGCHighThresholdPercent": 100,
         "evictionHard": {"memory.available": "200Mi"},
         "nodeStatusUpdateFrequency": "4s",
-        "nodeStatusReportFrequency": "5m",  # unless the status changes; a lease shows that the node lives
         "serializeImagePulls": False,
         "resolvConf": "/etc/resolv.conf",
     }
