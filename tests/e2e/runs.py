@@ -36,7 +36,7 @@ def start_run(api: httpx.Client, deployment_id: str, **fields: Any) -> str:
 
 
 def read(api: httpx.Client, method: str, path: str, **options: Any) -> Any:
-    """Return the JSON of an answer of the Prefect API. Ask again after a 5xx or without an answer: a busy node may be late.
+    """Return the JSON of an answer of the Prefect API. Ask again after a 5xx or no answer: a busy node may be late.
 
     The request must be one that may be repeated.
     """

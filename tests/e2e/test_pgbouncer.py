@@ -37,6 +37,9 @@ CLIENTS = 12
 RUNS = 2 * CLIENTS
 
 
+pytestmark = pytest.mark.further
+
+
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder for the certificates of the server and of its CA."""
@@ -199,7 +202,6 @@ def test_servers_refuse_plain_connections(server: Release) -> None:
     assert "PONG" not in answer("redis", 6379, b"PING\r\n")
 
 
-@pytest.mark.further
 def test_other_pods_do_not_reach_pgbouncer(server: Release) -> None:
     server.namespace.pod("neighbour")
     home = f"{server.namespace.name}.svc.cluster.local"
@@ -209,7 +211,6 @@ def test_other_pods_do_not_reach_pgbouncer(server: Release) -> None:
     server.namespace.kubectl("delete", "pod", "neighbour")
 
 
-@pytest.mark.further
 def test_rolling_update_of_pgbouncer_breaks_no_request(server: Release, api: httpx.Client, certificates: Path) -> None:
     before = {pod["metadata"]["name"] for pod in server.pods("pgbouncer")}
 
@@ -236,7 +237,6 @@ def test_rolling_update_of_pgbouncer_breaks_no_request(server: Release, api: htt
     assert not before & {pod["metadata"]["name"] for pod in server.pods("pgbouncer")}
 
 
-@pytest.mark.further
 def test_server_survives_killed_pgbouncer_pods(server: Release, api: httpx.Client, certificates: Path) -> None:
     before = server.restarts()
     pods = {pod["metadata"]["name"] for pod in server.pods("pgbouncer")}
@@ -300,7 +300,6 @@ def test_groups_of_the_identity_provider_decide_what_people_may_do(
         assert browser.get("/api/admin/version").status_code == 401
 
 
-@pytest.mark.further
 def test_audit_log_of_the_api_has_the_addresses_of_people(
     server: Release, operator: httpx.Client, viewer: httpx.Client
 ) -> None:
@@ -318,7 +317,6 @@ def test_audit_log_of_the_api_has_the_addresses_of_people(
     assert read_users() == {("olga@example.com", "operator", 404), ("vera@example.com", "viewer", 403)}
 
 
-@pytest.mark.further
 def test_events_stream_to_a_person_who_has_logged_in(sign_on: SingleSignOn, operator: httpx.Client) -> None:
     name = f"event-{uuid4().hex[:6]}"
     with sign_on.websocket(operator, "/api/events/out") as stream:
@@ -352,7 +350,6 @@ for headers in json.loads({headers!r}):
 """Tries to create a flow with each of the headers, and prints the status of each answer."""
 
 
-@pytest.mark.further
 def test_forged_headers_have_no_effect(server: Release, sign_on: SingleSignOn, viewer: httpx.Client) -> None:
     """Attack: through oauth2-proxy, and at the API's Service from a pod that policies take for oauth2-proxy."""
     stranger, viewers = (
@@ -382,7 +379,6 @@ def test_forged_headers_have_no_effect(server: Release, sign_on: SingleSignOn, v
     server.namespace.kubectl("delete", "pod", "impostor")
 
 
-@pytest.mark.further
 def test_sessions_outlive_the_pods_of_oauth2_proxy(
     server: Release, certificates: Path, sign_on: SingleSignOn, viewer: httpx.Client
 ) -> None:
@@ -401,7 +397,6 @@ def test_sessions_outlive_the_pods_of_oauth2_proxy(
         assert browser.post("/api/flows/", json={"name": "flow"}).status_code == 403
 
 
-@pytest.mark.further
 def test_run_of_the_pool_uses_the_api_over_https(server: Release, api: httpx.Client, pool: Pool) -> None:
     run = start_run(api, create_deployment(api, pool))
     assert wait_until_ended(api, run)["state_type"] == "COMPLETED"
@@ -412,13 +407,11 @@ def test_run_of_the_pool_uses_the_api_over_https(server: Release, api: httpx.Cli
         assert "certificate" not in log
 
 
-@pytest.mark.further
 def test_secret_with_the_private_key_is_refused_for_runs(pool: Pool, values_of_pool: Object) -> None:
     with pytest.raises(ClusterError, match="names the Secret tls, which has a private key in namespace"):
         pool.deploy(merge_values(values_of_pool, {"api": {"tls": {"caSecret": "tls"}}}))
 
 
-@pytest.mark.further
 def test_worker_with_another_ca_ends_with_one_message(pool: Pool) -> None:
     name = f"deployment/{pool.name}-worker"
     volumes = [{"name": "api-ca", "secret": {"secretName": "other-ca"}}]

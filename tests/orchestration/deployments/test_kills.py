@@ -9,6 +9,8 @@ import pytest
 from tests.long.sync_kills import Project, connect, run_rounds
 from tests.parts import random_seed
 
+pytestmark = pytest.mark.further
+
 KILLS = 1
 """The seed's kill comes while the sync changes the server. `make test-long FOR=sync-kills` kills more often."""
 

@@ -433,6 +433,52 @@ def test_two_concurrent_syncs_succeed(project: Project) -> None:
         assert len(related) == 1
 
 
+KILLED = """
+import os
+import sys
+from orchestration.__main__ import main
+from orchestration.prefect_api import Server
+
+ask, left = Server.ask, int(sys.argv[1])
+
+async def ask_until_killed(self, method, path, *rest, **more):
+    global left
+    if method != "GET" and not path.endswith("filter"):
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), 9)
+    return await ask(self, method, path, *rest, **more)
+
+Server.ask = ask_until_killed
+sys.exit(main(sys.argv[2:]))
+"""
+"""Runs `orchestrate`, which is killed before a write: `python -c KILLED WRITES_BEFORE ARGUMENTS`."""
+
+
+def test_sync_that_was_killed_between_two_writes_is_completed_by_the_next(project: Project) -> None:
+    """`make test-long FOR=sync-kills` kills at random moments, under schedules of every few seconds."""
+    project.write({"name": "a", "schedules": [DAILY]}, {"name": "old", "schedules": [DAILY]})
+    project.prepare()
+    triggers = [{"expect": ["x.y"]}]
+    wanted = [{"name": name, "schedules": [HOURLY], "triggers": triggers, "parameters": {"day": 2}} for name in "ab"]
+    project.write(*wanted)
+    changes = json.loads(project.run("plan", "--prune", "--json")[1])["changes"]
+    command = [sys.executable, "-c", KILLED, "6", "sync", "--prune"]
+    done = subprocess.run(command, cwd=project.folder, env=_env(project), capture_output=True, text=True, check=False)
+    assert done.returncode == -9, done.stdout + done.stderr
+    left = json.loads(project.run("plan", "--prune", "--json")[1])["changes"]
+    assert left
+    assert left != changes, "the kill came before the first change"
+    project.sync("--prune")
+    assert project.deployment("old") is None
+    for name in "ab":
+        related = project.api.get(f"/automations/related-to/prefect.deployment.{project.existing(name)['id']}").json()
+        assert len(related) == 1
+        runs = project.runs(name)
+        assert len({run["expected_start_time"] for run in runs}) == len(runs) >= 3
+        assert all(run["parameters"]["day"] == 2 for run in runs)
+
+
 def _env(project: Project) -> dict[str, str]:
     import os
 
