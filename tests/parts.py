@@ -68,19 +68,24 @@ PAUSE_SECONDS = 0.1
 """The shortest pause between two checks of `wait_until`. Tests on the cluster set a longer one."""
 
 
+PATIENCE = 3
+"""By how much waits may exceed their timeouts, which are those of a machine that nothing else uses."""
+
+
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = 180, *, pause: float | None = None) -> Any:
     """Poll `condition` until it is true, and return its value.
 
     Args:
         condition: what to check.
         what: describes the condition.
-        seconds: the timeout.
+        seconds: the timeout, which is multiplied by `PATIENCE`.
         pause: the shortest pause between two checks; None for `PAUSE_SECONDS`.
 
     Raises:
         AssertionError: the condition is still false after the timeout.
     """
     start = time.monotonic()
+    seconds *= PATIENCE
     shortest = PAUSE_SECONDS if pause is None else pause
     while True:
         # After a pause of the whole machine, check once more before the timeout counts.

@@ -224,6 +224,7 @@ def test_retried_task_reuses_the_nodes_of_its_last_attempt(use: Callable[..., Db
     assert again == [dict.fromkeys(first, "reused") | {"model.tiny.four": "success"}] * 2
 
 
+@pytest.mark.further
 def test_no_node_is_reused_where_a_relation_has_moved(
     use: Callable[..., DbtProject],
     folder: Path,
@@ -287,6 +288,7 @@ def test_retried_run_writes_whole_files(use: Callable[..., DbtProject], folder: 
     assert second == first
 
 
+@pytest.mark.further
 def test_retry_takes_the_last_command_of_its_own_target(
     use: Callable[..., DbtProject], folder: Path, query: Query, monkeypatch: pytest.MonkeyPatch
 ) -> None:
