@@ -1,7 +1,8 @@
 """Have clients wait while migrations run: answer 503 with `Prefect-Maintenance` where the Prefect API fails meanwhile.
 
 A migration may lock a table for longer than the server's statements wait. The server then answers 500, which fails a
-run. Prefect's client repeats a request that is answered by this 503 until the header is absent.
+run. Prefect's client repeats a request that is answered by this 503 until the header is absent. The migrations may have
+ended before the failure is known: a request also has to wait if the schema has changed since its begin.
 """
 
 import asyncio
@@ -34,24 +35,30 @@ class MaintenanceAnswers:
 
     Args:
         application: the API, with its access control, which reads the API, too.
-        migrations_run: looks into the database.
+        look: looks into the database: whether migrations run, and the revision of the schema.
     """
 
-    def __init__(self, application: Application, migrations_run: Callable[[], Awaitable[bool]]) -> None:
+    def __init__(self, application: Application, look: Callable[[], Awaitable[tuple[bool, str | None]]]) -> None:
         self._application = application
-        self._migrations_run = migrations_run
+        self._look = look
+        self._has_looked = False
+        self._revision: str | None = None
         self._known = False
+        self._upgraded_at = 0.0
         self._known_since = self._known_until = 0.0
         self._lock = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, and replace the answer where clients have to wait."""
         is_replaced = False
+        began = time.monotonic()
+        if not self._has_looked and scope["type"] == "http":
+            await self._is_maintenance(began)  # the revision to compare with
 
         async def answer(message: Message) -> None:
             nonlocal is_replaced
             if message["type"] == "http.response.start" and message["status"] in (500, 503):
-                is_replaced = await self._is_maintenance()
+                is_replaced = await self._is_maintenance(began)
                 if is_replaced:
                     from starlette.responses import JSONResponse  # which the API has imported
 
@@ -66,15 +73,19 @@ class MaintenanceAnswers:
             if not is_replaced:
                 raise
 
-    async def _is_maintenance(self) -> bool:
+    async def _is_maintenance(self, began: float) -> bool:
+        """Return whether migrations run, or have run since a request began."""
         async with self._lock:
             if time.monotonic() > self._known_until:
                 try:
                     async with asyncio.timeout(LOOK_SECONDS):
-                        self._known = await self._migrations_run()
+                        self._known, revision = await self._look()
                     self._known_since = time.monotonic()
+                    if self._known or (self._has_looked and revision != self._revision):
+                        self._upgraded_at = self._known_since
+                    self._has_looked, self._revision = True, revision
                 except Exception as error:
                     self._known &= time.monotonic() < self._known_since + KEPT_SECONDS
                     logger.warning("Whether migrations run is unknown: %s.", str(error) or type(error).__name__)
                 self._known_until = time.monotonic() + CACHE_SECONDS
-            return self._known
+            return self._known or began < self._upgraded_at

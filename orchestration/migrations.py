@@ -160,13 +160,17 @@ async def _lock(connection: AsyncConnection, deadline: float) -> None:
     await connection.rollback()
 
 
-async def are_running() -> bool:
-    """Return whether a process upgrades the schema of the database that the settings name."""
+async def look() -> tuple[bool, str | None]:
+    """Return whether a process upgrades the schema of the database that the settings name, and the schema's revision.
+
+    A SQLite database is the file of one server, which upgrades it before it starts: it has no revision here.
+    """
     engine = await database_interface().engine()
     if engine.dialect.name != "postgresql":
-        return False
+        return False, None
     async with engine.connect() as connection:
-        return bool((await connection.execute(text(IS_LOCKED))).scalar())
+        is_locked = bool((await connection.execute(text(IS_LOCKED))).scalar())
+        return is_locked, await _read_revision(connection)
 
 
 class _Progress(logging.Handler):

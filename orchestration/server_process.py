@@ -49,7 +49,7 @@ def start_server(arguments: Sequence[str], protect: Callable[[Application], Appl
         from orchestration import migrations
 
         limited = RequestLimits(api)
-        return MaintenanceAnswers(protect(limited) if protect else limited, migrations.are_running)
+        return MaintenanceAnswers(protect(limited) if protect else limited, migrations.look)
 
     gc.set_threshold(*GARBAGE_THRESHOLDS)
     if list(arguments[:3]) == ["server", "services", "start"]:

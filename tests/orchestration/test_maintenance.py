@@ -14,22 +14,22 @@ from orchestration.access.control import AccessControl
 from orchestration.access.credentials import Credentials, sign_run
 from orchestration.maintenance import MaintenanceAnswers
 
-
-async def _yes() -> bool:
-    return True
+Look = Callable[[], Awaitable[tuple[bool, str | None]]]
 
 
-async def _no() -> bool:
-    return False
+async def _yes() -> tuple[bool, str | None]:
+    return True, "a"
 
 
-async def _fails() -> bool:
+async def _no() -> tuple[bool, str | None]:
+    return False, "a"
+
+
+async def _fails() -> tuple[bool, str | None]:
     raise OSError("the database is away")
 
 
-def _answer(
-    status: int, migrations_run: Callable[[], Awaitable[bool]], error: Exception | None = None
-) -> httpx.Response:
+def _answer(status: int, look: Look, error: Exception | None = None) -> httpx.Response:
     """Return the answer to a request that the API answers by a status, and by an error after that."""
 
     async def api(_scope: Scope, _receive: Receive, send: Send) -> None:
@@ -39,7 +39,7 @@ def _answer(
             raise error
 
     async def ask() -> httpx.Response:
-        transport = httpx.ASGITransport(MaintenanceAnswers(api, migrations_run))
+        transport = httpx.ASGITransport(MaintenanceAnswers(api, look))
         async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
             return await client.get("/")
 
@@ -55,10 +55,10 @@ def test_failure_while_migrations_run_has_clients_wait(status: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "migrations_run"), [(500, _no), (503, _no), (200, _yes), (404, _yes), (422, _yes), (500, _fails)]
+    ("status", "look"), [(500, _no), (503, _no), (200, _yes), (404, _yes), (422, _yes), (500, _fails)]
 )
-def test_other_answers_stay(status: int, migrations_run: Callable[[], Awaitable[bool]]) -> None:
-    answer = _answer(status, migrations_run)
+def test_other_answers_stay(status: int, look: Look) -> None:
+    answer = _answer(status, look)
     assert (answer.status_code, answer.text) == (status, "api")
     assert "Prefect-Maintenance" not in answer.headers
 
@@ -72,10 +72,10 @@ def test_requests_that_fail_together_look_once_into_the_database(monkeypatch: py
     monkeypatch.setattr(maintenance, "CACHE_SECONDS", 600.0)
     looks = []
 
-    async def look() -> bool:
+    async def look() -> tuple[bool, str | None]:
         looks.append("look")
         await asyncio.sleep(0.01)
-        return True
+        return True, "a"
 
     async def ask() -> set[int]:
         transport = httpx.ASGITransport(MaintenanceAnswers(_fail, look))
@@ -84,6 +84,43 @@ def test_requests_that_fail_together_look_once_into_the_database(monkeypatch: py
 
     assert asyncio.run(ask()) == {503}
     assert looks == ["look"]
+
+
+@pytest.mark.parametrize(
+    ("during", "statuses"),
+    [([(False, "b")], [503, 500]), ([(True, "b"), (False, "b")], [503, 500]), ([(False, "a")], [500, 500])],
+    ids=["the schema has changed since the begin", "migrations were seen", "no migration"],
+)
+def test_request_that_fails_after_the_migrations_has_its_client_wait(
+    monkeypatch: pytest.MonkeyPatch, during: list[tuple[bool, str]], statuses: list[int]
+) -> None:
+    """The first request fails after all of `during` was seen, the second one begins then."""
+    monkeypatch.setattr(maintenance, "CACHE_SECONDS", 0.0)
+    seen: list[tuple[bool, str]] = [(False, "a")]
+
+    async def look() -> tuple[bool, str | None]:
+        return seen.pop(0) if len(seen) > 1 else seen[0]
+
+    async def ask() -> list[int]:
+        begun, released = asyncio.Event(), asyncio.Event()
+
+        async def api(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["path"] == "/slow":
+                begun.set()
+                await released.wait()
+            await _fail(scope, receive, send)
+
+        transport = httpx.ASGITransport(MaintenanceAnswers(api, look))
+        async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
+            slow = asyncio.create_task(client.get("/slow"))
+            await begun.wait()
+            seen[:] = during
+            for _ in during[1:]:
+                await client.get("/")
+            released.set()
+            return [(await slow).status_code, (await client.get("/")).status_code]
+
+    assert asyncio.run(ask()) == statuses
 
 
 @pytest.mark.parametrize(("kept_seconds", "status"), [(600.0, 503), (0.0, 500)])
@@ -95,11 +132,11 @@ def test_busy_database_leaves_the_last_answer_for_a_while(
     monkeypatch.setattr(maintenance, "KEPT_SECONDS", kept_seconds)
     looks: list[str] = []
 
-    async def look() -> bool:
+    async def look() -> tuple[bool, str | None]:
         looks.append("look")
         if len(looks) > 1:
             await asyncio.sleep(600)
-        return True
+        return True, "a"
 
     async def ask() -> list[int]:
         transport = httpx.ASGITransport(MaintenanceAnswers(_fail, look))
