@@ -61,13 +61,11 @@ IN_ONE_PROCESS = (
     ("tests/cluster/test_node.py", "tests/e2e/faults/test_outages.py"),
     # These share a Prefect server, forks of dbt, and a project that is parsed and built once in a process: 30 processor
     # seconds.
-    (
-        *(
-            f"tests/orchestration/dbt/{file.name}"
-            for file in sorted(Path(__file__).parent.glob("orchestration/dbt/test_*.py"))
-        ),
-        *(f"tests/flows/test_{name}.py" for name in ("example_flow", "warehouse", "backfill", "faults")),
+    tuple(
+        f"tests/orchestration/dbt/{file.name}"
+        for file in sorted(Path(__file__).parent.glob("orchestration/dbt/test_*.py"))
     ),
+    tuple(f"tests/flows/test_{name}.py" for name in ("example_flow", "warehouse", "backfill", "faults")),
     # These share a Kubernetes API server.
     tuple(
         f"tests/orchestration/operations/rotation/{file.name}"
@@ -80,6 +78,7 @@ FIRST = (
     *IN_ONE_PROCESS[0],
     # Meanwhile the other processes run tests without a cluster.
     *IN_ONE_PROCESS[1],
+    *IN_ONE_PROCESS[2],
     "tests/test_readme.py",
     "tests/orchestration/deployments/test_kills.py",
     "tests/orchestration/services/test_retention.py",
@@ -106,7 +105,7 @@ FIRST = (
     "tests/orchestration/runs/test_result_signing.py",
     "tests/orchestration/worker/test_kubernetes_worker.py",
     "tests/helm/test_values.py",
-    *IN_ONE_PROCESS[2],
+    *IN_ONE_PROCESS[3],
     "tests/orchestration/operations/test_deploy_history.py",
     "tests/orchestration/deployments/test_running.py",
 )

@@ -170,6 +170,7 @@ def test_full_refresh_runs_all_batches_again(folder: Path, query: Query) -> None
     assert _attempts(query) == dict.fromkeys(EXPECTED, 2)
 
 
+@pytest.mark.further
 def test_batch_is_retried_after_a_broken_connection(folder: Path, query: Query) -> None:
     query("create sequence public.attempts")
     broken = "(select count(pg_terminate_backend(pg_backend_pid())) where nextval('public.attempts') = 1)"

@@ -107,6 +107,7 @@ def test_retry_command_runs_the_failed_and_skipped_nodes(
     assert "left nothing to retry" in caplog.text
 
 
+@pytest.mark.further
 def test_each_command_runs_the_dbt_command(project: DbtProject, shop: Path, server: Server) -> None:
     """In one flow each command has separate task runs."""
     selected = {

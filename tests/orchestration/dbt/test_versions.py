@@ -78,6 +78,7 @@ def test_unknown_status_is_neither_failed_nor_done(folder: Path, tmp_path: Path,
     assert task["state"]["message"].startswith("dbt reports the status 'postponed', which is unknown here.")
 
 
+@pytest.mark.further
 @pytest.mark.parametrize(
     "version", [case for case in VERSIONS if case.values != (".".join(map(str, versions.minor())),)]
 )
