@@ -6,6 +6,7 @@ process forks for each request on the socket with the number FILE.
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import json
 import os
@@ -20,6 +21,9 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
+
+COLLAPSE, HUGE_PAGE = 25, 2 << 20
+"""Linux's MADV_COLLAPSE, and the size of a huge page in bytes."""
 
 LENGTH_BYTES, PID_BYTES = 8, 4
 """Size of the length that precedes a request, and of the process id that a fork writes first."""
@@ -192,6 +196,23 @@ def _end_forks() -> None:
             process.kill()
 
 
+def _use_huge_pages() -> None:
+    """Copy this fork's heap into huge pages, where Linux can: a garbage collection then takes half of its time.
+
+    Without, each page of 4 KB is copied when the fork first writes to it, and a virtual machine looks each up slowly.
+    """
+    with contextlib.suppress(OSError):
+        memory = ctypes.CDLL(None)
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            addresses, rights, *_ = fields = line.split()
+            if rights == "rw-p" and (len(fields) == 5 or fields[5] == "[heap]"):
+                begin, end = (int(address, 16) for address in addresses.split("-"))
+                begin = -(-begin // HUGE_PAGE) * HUGE_PAGE
+                size = end // HUGE_PAGE * HUGE_PAGE - begin
+                if size > 0:
+                    memory.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), COLLAPSE)
+
+
 def _become(
     arguments: list[str], environment: dict[str, str], folder: str, output: int, errors: int, ended: int
 ) -> None:
@@ -215,6 +236,8 @@ def _become(
         from prefect.context import refresh_global_settings_context
 
         refresh_global_settings_context()
+        if "start" in arguments:  # it lives long
+            _use_huge_pages()
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
         status = 0
     except SystemExit as error:
