@@ -80,7 +80,6 @@ FIRST = (
     *IN_ONE_PROCESS[1],
     *IN_ONE_PROCESS[2],
     "tests/test_readme.py",
-    "tests/orchestration/deployments/test_kills.py",
     "tests/orchestration/services/test_retention.py",
     "tests/orchestration/test_migrations.py",
     "tests/orchestration/test_upgrade.py",
@@ -93,7 +92,6 @@ FIRST = (
     "tests/e2e/test_prefect_work_pool.py",
     "tests/e2e/faults/test_nodes.py",
     "tests/e2e/test_prefect_server.py",
-    "tests/e2e/test_pgbouncer.py",
     "tests/e2e/test_kubectl_worker.py",
     "tests/e2e/faults/test_starts.py",
     "tests/e2e/faults/test_pods.py",
@@ -206,7 +204,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not os.environ.get("FURTHER_CASES"):
         left = [item for item in items if item.get_closest_marker(reporting.FURTHER)]
         config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if item not in left]
+        items[:] = [item for item in items if not item.get_closest_marker(reporting.FURTHER)]
         if hasattr(config, "workeroutput"):
             config.workeroutput[reporting.FURTHER] = len(left)
     rank = {name: number for number, name in enumerate(FIRST)}
