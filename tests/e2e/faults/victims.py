@@ -214,9 +214,9 @@ def evict(namespace: Namespace, pod: str) -> None:
 
 
 def leader_pod(pool: Pool) -> str:
-    """Return the name of the reconciler's pod that holds the Lease."""
-    lease = json.loads(pool.namespace.kubectl("get", "lease", f"{POOL_RELEASE}-reconciler", "-o", "json"))
-    return str(lease["spec"]["holderIdentity"])
+    """Return the name of the reconciler's pod that holds the Lease; empty before the first one does."""
+    lease = ("get", "lease", f"{POOL_RELEASE}-reconciler", "--ignore-not-found")
+    return pool.namespace.kubectl(*lease, "-o", "jsonpath={.spec.holderIdentity}")
 
 
 def visible_since(happened: datetime, seen: datetime) -> datetime:
