@@ -1,5 +1,6 @@
 """The private attributes of dateutil's recurrence rules."""
 
+import math
 from datetime import datetime
 from typing import Any
 
@@ -9,7 +10,8 @@ _YEARLY, DAILY = 0, 3  # of dateutil.rrule; more frequent rules have greater num
 class RulePart:
     """Gives the parts of a dateutil rule public names.
 
-    Replaces: the attributes `_freq`, `_count`, `_interval`, `_until`, `_dtstart` and `_original_rule` of `rrule`
+    Replaces: the attributes `_freq`, `_count`, `_interval`, `_until`, `_dtstart`, `_bysetpos`, `_byminute`, `_bysecond`
+        and `_original_rule` of `rrule`
     Why: walking through a rule's dates in search of one in the future may take minutes
     Until: dateutil's rules have public attributes
     """
@@ -50,6 +52,18 @@ class RulePart:
         """Return whether the rule restricts only the time of day."""
         restricted = {key for key, value in self.rule._original_rule.items() if value}
         return restricted <= {"byhour", "byminute", "bysecond"}
+
+    @property
+    def has_position(self) -> bool:
+        """Return whether an hour, a minute or a second of the rule has as many dates as BYSETPOS counts.
+
+        Of a rule of days or longer it is True: such a rule has few enough dates to walk through.
+        """
+        positions = self.rule._bysetpos
+        if not positions or self.frequency <= DAILY:
+            return True
+        expanded = (self.rule._byminute, self.rule._bysecond)[self.frequency - DAILY - 1 :]
+        return bool(min(map(abs, positions)) <= math.prod(len(values) for values in expanded))
 
     def has_day(self, start: datetime) -> bool:
         """Return whether a day from a date on has the rule's months, weeks and days."""

@@ -135,6 +135,9 @@ LONG = "FREQ=DAILY;BYSECOND=" + "1," * 4000 + "1"
         ({"rrule": "FREQ=HOURLY;BYMONTHDAY=31;BYMONTH=2"}, "has no date in the future"),
         ({"rrule": "FREQ=SECONDLY;BYMONTHDAY=30;BYMONTH=2"}, "has no date in the future"),
         ({"rrule": "FREQ=DAILY;BYMONTHDAY=30;BYMONTH=2"}, "has no date in the future"),
+        ({"rrule": "FREQ=HOURLY;BYMINUTE=0,30;BYSETPOS=3,-4"}, "has no date in the future"),
+        ({"rrule": "FREQ=MINUTELY;BYSETPOS=2"}, "has no date in the future"),
+        ({"rrule": "FREQ=SECONDLY;BYSETPOS=-2"}, "has no date in the future"),
         ({"interval": 1e12}, "interval of 1e+12 s has no date that the server can compute"),
         ({"interval": "P999999999D"}, "has no date that the server can compute"),
         (
