@@ -104,22 +104,42 @@ def log_tail(environment: Environment, pod: Object, container: str, count: int =
 def explain_release(environment: Environment, release: str) -> list[str]:
     """Return lines that say what is wrong with a release's objects: pods first, then workloads, then events.
 
-    Empty if nothing is wrong.
+    Empty if nothing is wrong. A Job of a CronJob that failed is no longer wrong once a later one completed.
     """
+    kinds = "deployments,statefulsets,replicasets,jobs"
+    workloads = environment.objects(kinds, "--selector", release_selector(release))
+    cured = set(_cured_jobs(workloads))
     lines: list[str] = []
     names = set()
     for pod in environment.objects("pods", "--selector", release_selector(release)):
-        if not _is_ready(pod) and not pod["metadata"].get("deletionTimestamp"):
+        is_wrong = not _is_ready(pod) and not pod["metadata"].get("deletionTimestamp")
+        if is_wrong and cured.isdisjoint(_owners(pod)):
             names.add(pod["metadata"]["name"])
             lines += explain_pod(environment, pod)
-    kinds = "deployments,statefulsets,replicasets,jobs"
-    for workload in environment.objects(kinds, "--selector", release_selector(release)):
+    for workload in workloads:
+        if workload["metadata"]["uid"] in cured:
+            continue
         names.add(workload["metadata"]["name"])
         for condition in workload["status"].get("conditions", []):
             if (condition["type"], condition["status"]) in (("ReplicaFailure", "True"), ("Failed", "True")):
                 name = f"{workload['kind'].lower()}/{workload['metadata']['name']}"
                 lines.append(f"{name}: {condition.get('message')}")
     return lines + _warnings(environment, names)
+
+
+def _owners(found: Object) -> set[str]:
+    """Return the UIDs of an object's owners."""
+    return {owner["uid"] for owner in found["metadata"].get("ownerReferences", [])}
+
+
+def _cured_jobs(workloads: Collection[Object]) -> Iterator[str]:
+    """Yield the UIDs of Jobs after which another Job of the same CronJob completed."""
+    jobs = [workload for workload in workloads if workload["kind"] == "Job"]
+    for job in jobs:
+        started = job["status"].get("startTime", "")
+        later = [other for other in jobs if other is not job and other["status"].get("completionTime", "") > started]
+        if any(_owners(other) & _owners(job) for other in later):
+            yield job["metadata"]["uid"]
 
 
 def _warnings(environment: Environment, names: Collection[str]) -> list[str]:

@@ -164,7 +164,7 @@ def patch(api: ApiServer, path: str, change: Object) -> None:
 
 def delete(api: ApiServer, path: str) -> None:
     """Delete an object."""
-    api.client.delete(path, params={"gracePeriodSeconds": 0}).raise_for_status()
+    api.client.delete(path, params={"gracePeriodSeconds": 0, "propagationPolicy": "Background"}).raise_for_status()
 
 
 def node(name: str, version: str = binaries.KUBERNETES, cpu: str = "4") -> Object:

@@ -541,6 +541,39 @@ def test_fault_is_found(patient: Patient, sound: dict[str, Finding], fault: str)
 
 
 @pytest.mark.usefixtures("sound")
+@pytest.mark.parametrize(("completed", "status"), [("03:05", "ok"), ("01:05", "failed")])
+def test_failed_backup_is_wrong_until_a_later_one_completes(patient: Patient, completed: str, status: str) -> None:
+    def time_of(clock: str) -> str:
+        return f"2026-01-01T{clock}:00Z"
+
+    def job(name: str, **ended: Any) -> Object:
+        conditions = [
+            {"type": kind, "status": "True", "message": "backoff limit", "reason": "Ended"} for kind in ended["kinds"]
+        ]
+        times = {key: time_of(clock) for key, clock in ended["times"].items()}
+        return {
+            "apiVersion": "batch/v1",
+            "kind": "Job",
+            "metadata": {"name": name, "labels": owner["metadata"]["labels"], "ownerReferences": [reference]},
+            "spec": {"template": {"spec": {"restartPolicy": "Never", "containers": [{"name": "store", "image": "i"}]}}},
+            "status": {"conditions": conditions, **times},
+        }
+
+    owner = patient.api.client.get(BACKUP).raise_for_status().json()
+    reference = {"apiVersion": "batch/v1", "kind": "CronJob", "name": owner["metadata"]["name"], "controller": True,
+                 "uid": owner["metadata"]["uid"]}  # fmt: skip
+    jobs = f"/apis/batch/v1/namespaces/{NAMESPACE}/jobs"
+    started = f"{completed[:3]}00"
+    times = {"startTime": started, "completionTime": completed}
+    create(patient.api, jobs, job("failed", kinds=["FailureTarget", "Failed"], times={"startTime": "02:00"}))
+    create(patient.api, jobs, job("completed", kinds=["SuccessCriteriaMet", "Complete"], times=times))
+    finding = asyncio.run(_found(patient, "pods", {}))
+    for name in ("failed", "completed"):
+        delete(patient.api, f"{jobs}/{name}")
+    assert (finding.status, "job/failed: backoff limit" in finding.text) == (status, status == "failed"), finding
+
+
+@pytest.mark.usefixtures("sound")
 @pytest.mark.parametrize(("name", "text"), [("backup", "the WAL is archived"), ("secrets", "with their keys")])
 def test_server_on_a_cluster_of_cloudnative_pg_is_sound(patient: Patient, name: str, text: str) -> None:
     """The operator, not a release, creates the Secrets with the login and the CA. Here it has not yet done so."""
