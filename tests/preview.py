@@ -31,7 +31,7 @@ TEST_PACKAGES = {
 """Debian's packages that some tests install, by program."""
 
 
-WHOLE_MINUTES, WITHOUT_CLUSTER_MINUTES = 60, 30
+WHOLE_MINUTES, WITHOUT_CLUSTER_MINUTES = 40, 30
 """How long `make test` takes on 2 cores when every program is in the cache: with a cluster, and without one."""
 
 

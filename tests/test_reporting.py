@@ -30,9 +30,10 @@ BUDGET = {"loop": 0.1, "processor_seconds": {"tests": 100, "tests/e2e": 10}}
         ),
         ({"tests/e2e/test_b.py": 17.0}, 0.15, None),
         ({"tests/e2e/test_b.py": 17.0}, 0.1, "tests/e2e/test_b.py"),
+        ({"tests/e2e/test_b.py": 11.9}, 0.05, None),
         ({"docs/test_b.py": 1000.0}, 0.1, None),
     ],
-    ids=["within", "folder", "innermost folder", "slower machine", "same machine", "no limit"],
+    ids=["within", "folder", "innermost folder", "slower machine", "same machine", "faster machine", "no limit"],
 )
 def test_folder_over_budget_is_reported_with_its_most_expensive_file(
     spent: dict[str, float], loop: float, culprit: str | None
