@@ -395,8 +395,10 @@ def test_deployment_that_exceeds_the_namespace_quota_is_refused(checkout: Checko
     with checkout.restored(POOL_VALUES):
         checkout.edit(POOL_VALUES, "reconciler:", "sync: {files: [prefect.yaml, oversized.yaml]}\nreconciler:")
         file.write_text(yaml.safe_dump({"deployments": [OVERSIZED]}))
-        refused = checkout.make("deploy", status=2)
-    file.unlink()
+        try:
+            refused = checkout.make("deploy", status=2)
+        finally:
+            file.unlink()
     assert "prefect-work-pool is refused, and nothing was changed: oversized.yaml:" in refused
     assert "1000Gi" in refused
     assert "Traceback" not in refused
