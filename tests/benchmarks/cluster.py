@@ -48,7 +48,6 @@ from tests.e2e.release import (
     Release,
     build_image,
     connection_values,
-    copy_credentials,
     install_pool,
     merge_values,
     pool_values,
@@ -196,7 +195,7 @@ def install_prefects_worker(server: Release, namespace: Namespace, image: str) -
         {"apiGroups": [""], "resources": ["pods", "pods/log", "pods/status", "events"],
          "verbs": ["get", "list", "watch"]},
     ]  # fmt: skip
-    password = {"secretKeyRef": {"name": "prefect-server-auth", "key": "auth-string"}}
+    password = {"name": "prefect-server-auth", "key": "auth-string"}
     container = {
         "name": "worker",
         "image": image,
@@ -204,7 +203,7 @@ def install_prefects_worker(server: Release, namespace: Namespace, image: str) -
         "env": [
             {"name": "PREFECT_HOME", "value": "/tmp/prefect"},  # noqa: S108 - in the pod
             {"name": "PREFECT_API_URL", "value": connection_values(server, pool)["api"]["url"]},
-            {"name": "PREFECT_API_AUTH_STRING", "valueFrom": password},
+            {"name": "PREFECT_API_AUTH_STRING", "valueFrom": {"secretKeyRef": password}},
             {"name": "PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_NAMESPACES", "value": namespace.name},
             {"name": "PREFECT_KUBERNETES_CLUSTER_UID", "value": "local"},
         ],
@@ -222,9 +221,10 @@ def install_prefects_worker(server: Release, namespace: Namespace, image: str) -
     role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", **named}
     rbac = {"apiVersion": "rbac.authorization.k8s.io/v1", "metadata": named}
     subjects = [{"kind": "ServiceAccount", **named}]
-    copy_credentials(server, namespace)
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": password["name"]}}
     namespace.apply(
         probe_config_map(FLOW_FILE),
+        secret | {"stringData": {password["key"]: server.secret(password["name"], password["key"])}},
         {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": named},
         rbac | {"kind": "Role", "rules": rules},
         rbac | {"kind": "RoleBinding", "roleRef": role, "subjects": subjects},
