@@ -213,7 +213,7 @@ down-docker: ## stop everything in Docker; databases and passwords stay
 	@docker/stack down
 
 ##@ Develop
-.PHONY: setup test test-long test-versions audit fix bench bench-deploys bench-dbt bench-deployments bench-reconciler bench-recovery bench-access bench-retention bench-upgrade bench-health bench-load bench-idle bench-starts bench-cluster picture docs docs-site clean
+.PHONY: setup test test-long test-versions audit fix bench bench-deploys bench-dbt bench-deployments bench-reconciler bench-recovery bench-access bench-retention bench-upgrade bench-health bench-load bench-idle bench-starts bench-cluster bench-bursts picture docs docs-site clean
 setup: .venv/ready ## create the environment in .venv
 
 # Memory in huge pages, as in the image: docker/Dockerfile says why.
@@ -301,6 +301,10 @@ bench-starts: .venv/ready ## measure a run's container to its first line without
 bench-cluster: PAIRS := 15
 bench-cluster: .venv/ready ## measure a run's start to its first line, PAIRS=15 times on the local cluster; BEFORE=CHECKOUT measures that one too
 	@PACE=shipped $(BIN)/python -m tests.benchmarks.cluster --pairs $(call quoted,$(PAIRS)) $(if $(BEFORE),--before $(call quoted,$(BEFORE)))
+
+bench-bursts: PAIRS := 5
+bench-bursts: .venv/ready ## measure runs that come together, PAIRS=5 times on the local cluster: rate, cost, lateness, fairness
+	@PACE=shipped $(BIN)/python -m tests.benchmarks.bursts --pairs $(call quoted,$(PAIRS))
 
 picture: .venv/ready ## draw the pictures of README and docs
 	@$(BIN)/python -m docs.picture

@@ -1,4 +1,4 @@
-"""Measure the time from a run's creation to the first line of user code, phase by phase, next to two floors.
+"""Measure the time from a run's creation to the first line of user code, phase by phase, next to floors.
 
     python -m tests.benchmarks.cluster --pairs 15     # or: make bench-cluster
 
@@ -6,7 +6,8 @@ On one cluster and one Prefect server, in alternation and one at a time:
 
 - a run of this project's pool;
 - a run of Prefect's own worker: `prefect worker start` with the default base job template of prefect-kubernetes;
-- two floors: a Job that prints, and a Job that imports Prefect and prints, without any Prefect server;
+- three floors without any Prefect server: a Job that prints, one that imports Prefect and prints, and one that also has
+  a volume;
 - with `--before CHECKOUT`: a run of the pool that the charts and the image of another checkout make.
 
 All use the same image, except `--before`. A random pause before each start keeps starts from falling into step with a
@@ -74,11 +75,14 @@ COLOURS = ("#e76f51", "#f4a261", "#e9c46a", "#2a9d8f", "#264653")
 
 OURS, BEFORE, PREFECTS = "this project", "before", "Prefect's worker"
 
+IMPORTS = "from prefect import flow, get_run_logger"
+
 FLOORS = {
-    "a Job that prints": "",
-    "a Job that imports Prefect": "from prefect import flow, get_run_logger",
+    "a Job that prints": ("", ()),
+    "a Job that imports Prefect": (IMPORTS, ()),
+    "the same with a volume": (IMPORTS, ({"name": "tmp", "emptyDir": {}},)),
 }
-"""What each floor imports before its first line."""
+"""What each floor imports before its first line, and its volumes."""
 
 LONGEST_PAUSE_SECONDS = 2.0
 """The upper bound of the random pause before a start."""
@@ -135,7 +139,9 @@ def measure_run(api: httpx.Client, deployment: str, jobs: dict[str, float]) -> d
     return dict(zip(PHASES, (later - earlier for earlier, later in pairwise(moments)), strict=True))
 
 
-def measure_job(kubernetes: httpx.Client, namespace: Namespace, image: str, imports: str) -> dict[str, float]:
+def measure_job(
+    kubernetes: httpx.Client, namespace: Namespace, image: str, imports: str, volumes: Sequence[Object]
+) -> dict[str, float]:
     """Create a Job that prints the time of its first line; return the seconds of its phases."""
     name = f"floor-{uuid4().hex[:8]}"
     code = f"{imports}\nimport time\nnow = time.time()\n{_container_start_source()}\nprint(now, read_container_start())"
@@ -145,9 +151,11 @@ def measure_job(kubernetes: httpx.Client, namespace: Namespace, image: str, impo
         "command": ["python", "-c", code],
         "securityContext": RESTRICTED,
         "resources": {"requests": {"cpu": "10m", "memory": "32Mi"}, "limits": {"memory": "256Mi"}},
+        "volumeMounts": [{"name": volume["name"], "mountPath": f"/{volume['name']}"} for volume in volumes],
     }
     pod = {
         "containers": [container],
+        "volumes": [*volumes],
         "restartPolicy": "Never",
         "enableServiceLinks": False,
         "automountServiceAccountToken": False,
@@ -280,8 +288,8 @@ def measure(pairs: int, minutes: float, before: Path | None) -> dict[str, list[d
             way: lambda deployment=deployment: measure_run(api, deployment, jobs)  # type: ignore[misc]
             for way, deployment in deployments.items()
         }
-        for floor, imports in FLOORS.items():
-            starts[floor] = lambda imports=imports: measure_job(kubernetes, server.namespace, image, imports)  # type: ignore[misc]
+        for floor, needs in FLOORS.items():
+            starts[floor] = lambda needs=needs: measure_job(kubernetes, server.namespace, image, *needs)  # type: ignore[misc]
         for start in starts.values():
             start()  # the first of each loads what later ones find in caches
         found: dict[str, list[dict[str, float]]] = {way: [] for way in starts}

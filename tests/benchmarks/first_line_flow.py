@@ -14,7 +14,8 @@ def read_container_start() -> float:
 
 
 @flow
-def first_line() -> None:
-    """Log the time of the first line, and the start of the container."""
+def first_line(seconds: float = 0) -> None:
+    """Log the time of the first line and the start of the container, and go on for some seconds."""
     now = time.time()
     get_run_logger().info("first line at %.3f in a container of %.3f", now, read_container_start())
+    time.sleep(seconds)

@@ -116,7 +116,7 @@ def measure(pairs: int, runs: int, before: Path | None) -> dict[str, list[dict[s
             begin = {way: read_usage(namespace) for way, namespace in namespaces.items()}
             time.sleep(PERIOD_SECONDS)
             for way, namespace in namespaces.items():
-                end = _read_later_usage(namespace, begin[way])
+                end = read_later_usage(namespace, begin[way], time.time() - PERIOD_SECONDS / 2)
                 found[way].append(
                     {
                         component: (100 * (seconds - begin[way][component][1]) / (now - begin[way][component][0]), size)
@@ -129,13 +129,18 @@ def measure(pairs: int, runs: int, before: Path | None) -> dict[str, list[dict[s
         return found
 
 
-def _read_later_usage(namespace: Namespace, begin: Usage) -> Usage:
-    """Read the usage once the kubelet, which reads a pod every 10 s or so, has a newer reading of each component."""
+def read_later_usage(namespace: Namespace, begin: Usage, since: float) -> Usage:
+    """Read the usage once the kubelet, which reads a pod every 10 s or so, has a reading of each component since then.
+
+    Args:
+        namespace: the namespace of the pods.
+        begin: an earlier reading with the components.
+        since: seconds since 1970.
+    """
 
     def later() -> Usage | None:
         usage = read_usage(namespace)
-        is_later = all(usage[component][0] > begin[component][0] + PERIOD_SECONDS / 2 for component in begin)
-        return usage if is_later else None
+        return usage if all(usage[component][0] > since for component in begin) else None
 
     found: Usage = wait_until(later, "newer readings of the kubelet", 60)
     return found

@@ -25,6 +25,7 @@ SMALLEST = {
     "recovery": ("--kills", "1"),
     "access": ("--pairs", "5"),
     "cluster": ("--pairs", "1"),
+    "bursts": ("--pairs", "1", "--queued", "5"),
     "upgrade": ("--runs", "1000", "--events", "1000"),
     "health": ("--pairs", "1", "--stall-seconds", "5", "--hold-seconds", "1"),
     "load": (
