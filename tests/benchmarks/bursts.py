@@ -115,13 +115,14 @@ def measure_bursts(api: httpx.Client, pool: Pool, bursts: int) -> list[Figure]:
     rates: list[float] = []
     spent: list[dict[str, float]] = []
     for number in range(bursts):
-        usage, node, begin = read_usage(pool.namespace), read_node(), time.time()
+        usage = {name: used for name, used in read_usage(pool.namespace).items() if name != "runs"}
+        node, begin = read_node(), time.time()
         runs = [start_run(api, deployment) for _ in range(BURST_RUNS)]
         rates.append(60 * BURST_RUNS / (wait_for_runs(api, runs) - begin))
         later = read_node()
         seconds = {part: later[part] - node[part] for part in node}
-        used = read_later_usage(pool.namespace, usage, time.time())
-        seconds |= {component: used[component][1] - usage[component][1] for component in usage}
+        later_usage = read_later_usage(pool.namespace, usage, time.time())
+        seconds |= {component: later_usage[component][1] - used[1] for component, used in usage.items()}
         machine = seconds.pop("machine")
         spent.append({RUNS_PART: machine - sum(seconds.values()), **seconds, "all parts": machine})
         print(f"{number + 1} of {bursts}: {rates[-1]:.0f} runs a minute", file=sys.stderr, flush=True)
