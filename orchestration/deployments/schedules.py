@@ -292,8 +292,7 @@ def _has_future(rule: Any, now: datetime) -> bool:
     for part in recurrence.parts(rule):
         over = part.until and part.until < now
         # dateutil would walk through all hours or days up to the year 9999, in the server as well.
-        is_frequent = part.frequency >= recurrence.DAILY and not over
-        if is_frequent and not (part.has_position and part.has_day(max(now, part.start))):
+        if part.frequency >= recurrence.DAILY and not over and not part.has_date(max(now, part.start)):
             return False
         # COUNT bounds the walk through a rule that restricts only the time of day.
         if part.frequency > recurrence.DAILY and not over and not (part.count and part.restricts_time_alone):

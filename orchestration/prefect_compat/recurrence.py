@@ -10,8 +10,7 @@ _YEARLY, DAILY = 0, 3  # of dateutil.rrule; more frequent rules have greater num
 class RulePart:
     """Gives the parts of a dateutil rule public names.
 
-    Replaces: the attributes `_freq`, `_count`, `_interval`, `_until`, `_dtstart`, `_bysetpos`, `_byminute`, `_bysecond`
-        and `_original_rule` of `rrule`
+    Replaces: the attributes `_freq`, `_count`, `_interval`, `_until`, `_dtstart` and `_original_rule` of `rrule`
     Why: walking through a rule's dates in search of one in the future may take minutes
     Until: dateutil's rules have public attributes
     """
@@ -53,20 +52,10 @@ class RulePart:
         restricted = {key for key, value in self.rule._original_rule.items() if value}
         return restricted <= {"byhour", "byminute", "bysecond"}
 
-    @property
-    def has_position(self) -> bool:
-        """Return whether an hour, a minute or a second of the rule has as many dates as BYSETPOS counts.
-
-        Of a rule of days or longer it is True: such a rule has few enough dates to walk through.
-        """
-        positions = self.rule._bysetpos
-        if not positions or self.frequency <= DAILY:
-            return True
-        expanded = (self.rule._byminute, self.rule._bysecond)[self.frequency - DAILY - 1 :]
-        return bool(min(map(abs, positions)) <= math.prod(len(values) for values in expanded))
-
-    def has_day(self, start: datetime) -> bool:
-        """Return whether a day from a date on has the rule's months, weeks and days."""
+    def has_date(self, start: datetime) -> bool:
+        """Return whether a day from a date on has the rule's months, weeks and days, and a time of BYSETPOS."""
+        if not self._has_position():
+            return False
         days = {"byweekno", "byyearday", "bymonthday", "byweekday", "byeaster"}
         is_any = not any(self.rule._original_rule.get(key) for key in days)
         every: dict[str, Any] = {"bymonthday": range(1, 32)} if is_any else {}
@@ -76,6 +65,18 @@ class RulePart:
             freq=_YEARLY, interval=1, dtstart=start, byhour=0, byminute=0, bysecond=0, **none, **every
         )
         return next(iter(by_years), None) is not None
+
+    def _has_position(self) -> bool:
+        """Return whether an hour, a minute or a second of the rule has as many dates as BYSETPOS counts.
+
+        Of a rule of days or longer it is True: such a rule has few enough dates to walk through.
+        """
+        given = self.rule._original_rule
+        if self.frequency <= DAILY or not given.get("bysetpos"):
+            return True
+        parts_of_time = ("byminute", "bysecond")[self.frequency - DAILY - 1 :]
+        dates = math.prod(len(given.get(part) or (0,)) for part in parts_of_time)
+        return bool(min(map(abs, given["bysetpos"])) <= dates)
 
     def end_at(self, until: datetime) -> None:
         """Change UNTIL."""

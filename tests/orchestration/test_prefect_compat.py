@@ -74,7 +74,7 @@ PLAIN = {
     )
 ), *(
     f"recurrence.RulePart.{name}" for name in (
-        "frequency", "count", "interval", "start", "until", "restricts_time_alone", "has_day", "end_at",
+        "frequency", "count", "interval", "start", "until", "restricts_time_alone", "has_date", "end_at",
     )
 )}  # fmt: skip
 """Public names of the seam that are not entries: results, parts and arguments of entries."""
@@ -141,9 +141,9 @@ def _read(part: recurrence.RulePart) -> tuple[Any, ...]:
     return (part.frequency, part.count, part.interval, part.start.day, part.restricts_time_alone, part.until)
 
 
-def _has_day(**more: Any) -> bool:
+def _has_date(**more: Any) -> bool:
     hourly = _object("dateutil.rrule:rrule")(4, dtstart=datetime(2026, 1, 31), **more)
-    return recurrence.RulePart(hourly).has_day(hourly._dtstart)
+    return recurrence.RulePart(hourly).has_date(hourly._dtstart)
 
 
 def _emitted(function: Callable[..., Any], where: str, *arguments: Any) -> list[dict[str, Any]]:
@@ -886,8 +886,9 @@ CONTRACTS: dict[str, list[Check]] = {
             lambda: _read(recurrence.RulePart(_rule())),
             (3, 2, 3, 1, True, datetime(2026, 2, 1, tzinfo=UTC)),
         ),
-        (lambda: [_has_day(bymonth=2, bymonthday=day) for day in (29, 31)], [True, False]),
-        (lambda: [_has_day(**more) for more in ({}, {"bymonth": 2}, {"byweekday": 0})], [True, True, True]),
+        (lambda: [_has_date(bymonth=2, bymonthday=day) for day in (29, 31)], [True, False]),
+        (lambda: [_has_date(**more) for more in ({}, {"bymonth": 2}, {"byweekday": 0})], [True, True, True]),
+        (lambda: [_has_date(byminute=[0, 30], bysetpos=place) for place in (2, -3)], [True, False]),
     ],
     "recurrence.parts": [(lambda: [type(part.rule).__name__ for part in recurrence.parts(_rule_set())], ["rrule"])],
     "events.pod_event_id": [
