@@ -16,7 +16,6 @@ The table is printed and appended to results.md.
 import argparse
 import contextlib
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -32,12 +31,12 @@ from orchestration.errors import ClusterError
 from orchestration.operations.local_cluster import __main__ as local_cluster
 from orchestration.operations.local_cluster import node_processes
 from tests.benchmarks import first_line_flow
-from tests.benchmarks.cluster import values_of_pool
+from tests.benchmarks.cluster import read_first_line, values_of_pool, wait_until_completed
 from tests.benchmarks.idle import read_later_usage, read_usage
 from tests.benchmarks.table import Figure, percentile, results_table
 from tests.cluster.namespace import new
 from tests.e2e.release import Pool, Release, build_image, install_pool, probe_config_map, server_values
-from tests.e2e.runs import create_deployment, get_run, read, start_run, wait_for_log, wait_until_ended
+from tests.e2e.runs import create_deployment, get_run, read, start_run
 from tests.parts import wait_until
 
 BURST_RUNS, TOGETHER_RUNS, MANY_RUNS = 20, 8, 50
@@ -56,7 +55,7 @@ NODE_PARTS = {
 """The part of the machine that a process of the node belongs to; "other processes of the node" if it is not here."""
 
 RUNS_PART = "pods of the runs"
-"""What no other part has taken: the runs' containers, and the processes of containerd that start them."""
+"""The rest of the machine's seconds: the runs' containers, and the processes of containerd that start them."""
 
 
 @contextlib.contextmanager
@@ -70,7 +69,7 @@ def installed() -> Iterator[tuple[httpx.Client, Pool]]:
         probe = probe_config_map(Path(first_line_flow.__file__))
         pool = install_pool(server, namespace, values_of_pool(image), probe)
         api = stack.enter_context(server.api())
-        wait_until_ended(api, start_run(api, deploy(api, pool)))  # the first loads what later ones find in caches
+        wait_until_completed(api, start_run(api, deploy(api, pool)))  # the first loads what later ones find in caches
         yield api, pool
 
 
@@ -81,25 +80,16 @@ def deploy(api: httpx.Client, pool: Pool, seconds: float = 0, **fields: Any) -> 
     )
 
 
-def first_line(api: httpx.Client, run: str) -> float:
-    """Wait for a run's first line, and return when it ran, in seconds since 1970."""
-    [line] = [line for line in wait_for_log(api, run, "first line at") if line.startswith("first line at")]
-    return float(re.findall(r"[\d.]+", line)[0])
-
-
 def wait_for_runs(api: httpx.Client, runs: Sequence[str]) -> float:
     """Wait until all runs have completed, and return when the last one has, in seconds since 1970."""
-    ended = [wait_until_ended(api, run) for run in runs]
-    for run in ended:
-        if run["state_type"] != "COMPLETED":
-            raise ClusterError(f"Run {run['id']} is {run['state_name']}: {run['state']['message']}")
+    ended = [wait_until_completed(api, run) for run in runs]
     return max(datetime.fromisoformat(run["state"]["timestamp"]).timestamp() for run in ended)
 
 
 def read_node() -> dict[str, float]:
     """Return the processor seconds of the machine, and of each part of the node among them."""
-    found = {"machine": sum(psutil.cpu_times()[:3]) + sum(psutil.cpu_times()[5:7])}
-    own = os.times()
+    machine, own = psutil.cpu_times(), os.times()
+    found = {"machine": machine.user + machine.nice + machine.system + machine.irq + machine.softirq}
     found["this benchmark"] = own.user + own.system + own.children_user + own.children_system
     for name in node_processes.COMPONENTS:
         pid = node_processes.process_id(name)
@@ -111,7 +101,10 @@ def read_node() -> dict[str, float]:
 
 
 def measure_bursts(api: httpx.Client, pool: Pool, bursts: int) -> list[Figure]:
-    """Start `BURST_RUNS` runs of a second at once, several times; return their rate, and the seconds of each part."""
+    """Start `BURST_RUNS` runs of a second at once, several times; return their rate, and the seconds of each part.
+
+    The kubelet reads the installation's pods up to ten seconds after the burst, so they have some idle seconds more.
+    """
     deployment = deploy(api, pool, 1)
     rates: list[float] = []
     spent: list[dict[str, float]] = []
@@ -143,7 +136,7 @@ def measure_lateness(api: httpx.Client, pool: Pool, number: int, times: int, goa
         state = {"type": "SCHEDULED", "state_details": {"scheduled_time": due.isoformat()}}
         runs = [start_run(api, deployment, state=state) for _ in range(number)]
         wait_for_runs(api, runs)
-        late += [first_line(api, run) - due.timestamp() for run in runs]
+        late += [read_first_line(api, run)[0] - due.timestamp() for run in runs]
         print(f"{repetition + 1} of {times}: {number} due, median {median(late):.2f} s", file=sys.stderr, flush=True)
     title = "a run that is due alone" if number == 1 else f"{number} runs that are due together"
     note = f"p95 {percentile(late, 95):.2f}" + (f"; goal: {goal}" if goal else "")
@@ -185,7 +178,7 @@ def measure_fairness(api: httpx.Client, pool: Pool, number: int, times: int) -> 
             run = start_run(api, free)
             wait_for_runs(api, [run])
             created = datetime.fromisoformat(get_run(api, run)["created"]).timestamp()
-            found.append(first_line(api, run) - created)
+            found.append(read_first_line(api, run)[0] - created)
         return found
 
     alone = start_times()
@@ -194,7 +187,7 @@ def measure_fairness(api: httpx.Client, pool: Pool, number: int, times: int) -> 
         wait_until(lambda: len(begun(api, limited)) > times, "the queue to advance", 600)
     executed = [str(run["id"]) for run in begun(api, limited)]
     wait_for_runs(api, executed)
-    lines = [first_line(api, run) for run in executed]
+    lines = [read_first_line(api, run)[0] for run in executed]
     ends = [datetime.fromisoformat(get_run(api, run)["end_time"]).timestamp() for run in executed]
     gaps = [line - end for end, line in zip(ends, lines[1:], strict=False)]
     overtaking = sum(any(older not in executed[:place] for older in runs[: runs.index(run)])

@@ -82,7 +82,7 @@ FLOORS = {
     "a Job that imports Prefect": (IMPORTS, ()),
     "the same with a volume": (IMPORTS, ({"name": "tmp", "emptyDir": {}},)),
 }
-"""What each floor imports before its first line, and its volumes."""
+"""The imports before the first line, and the volumes, by floor."""
 
 LONGEST_PAUSE_SECONDS = 2.0
 """The upper bound of the random pause before a start."""
@@ -123,14 +123,30 @@ def watched_jobs(url: str) -> Iterator[dict[str, float]]:
             is_over.set()
 
 
-def measure_run(api: httpx.Client, deployment: str, jobs: dict[str, float]) -> dict[str, float]:
-    """Start a run, wait until it has ended, and return the seconds of its phases."""
-    run = start_run(api, deployment)
+def wait_until_completed(api: httpx.Client, run: str) -> Object:
+    """Wait until a run has ended, and return it.
+
+    Raises:
+        ClusterError: the run is not Completed.
+    """
     ended = wait_until_ended(api, run)
     if ended["state_type"] != "COMPLETED":
         raise ClusterError(f"Run {run} is {ended['state_name']}: {ended['state']['message']} {read_log(api, run)}")
+    return ended
+
+
+def read_first_line(api: httpx.Client, run: str) -> tuple[float, float]:
+    """Return when a run's first line ran, and when its container started, in seconds since 1970."""
     [line] = [line for line in wait_for_log(api, run, "first line at") if line.startswith("first line at")]
     first, container = (float(number) for number in re.findall(r"[\d.]+", line))
+    return first, container
+
+
+def measure_run(api: httpx.Client, deployment: str, jobs: dict[str, float]) -> dict[str, float]:
+    """Start a run, wait until it has ended, and return the seconds of its phases."""
+    run = start_run(api, deployment)
+    ended = wait_until_completed(api, run)
+    first, container = read_first_line(api, run)
     times: dict[str, float] = {}
     for state in list_states(api, run):
         times.setdefault(state["name"], datetime.fromisoformat(state["timestamp"]).timestamp())
