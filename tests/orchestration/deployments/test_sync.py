@@ -1,6 +1,7 @@
 """A sync on a real server: what it changes, what it leaves alone, and what it must not lose."""
 
 import asyncio
+import functools
 import json
 import re
 import subprocess
@@ -18,7 +19,7 @@ from orchestration.deployments import live_state, record
 from orchestration.prefect_api import Server
 from orchestration.settings import ROOT
 from tests.orchestration.deployments.conftest import Project
-from tests.parts import free_port
+from tests.parts import free_port, wait_until
 
 DAILY = {"cron": "0 6 * * *", "timezone": "Europe/Berlin"}
 HOURLY = {"interval": 3600, "anchor_date": "2026-01-01T00:00:00Z", "slug": "hourly"}
@@ -471,11 +472,16 @@ def test_sync_that_was_killed_between_two_writes_is_completed_by_the_next(projec
     assert left != changes, "the kill came before the first change"
     project.sync("--prune")
     assert project.deployment("old") is None
+
+    def scheduled(name: str) -> list[dict[str, Any]]:
+        """Return the runs once the server's scheduler has made those of a new deployment."""
+        return found if len(found := project.runs(name)) >= 3 else []
+
     for name in "ab":
         related = project.api.get(f"/automations/related-to/prefect.deployment.{project.existing(name)['id']}").json()
         assert len(related) == 1
-        runs = project.runs(name)
-        assert len({run["expected_start_time"] for run in runs}) == len(runs) >= 3
+        runs: list[dict[str, Any]] = wait_until(functools.partial(scheduled, name), f"the runs of {name}")
+        assert len({run["expected_start_time"] for run in runs}) == len(runs)
         assert all(run["parameters"]["day"] == 2 for run in runs)
 
 
